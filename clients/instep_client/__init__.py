@@ -1,0 +1,1 @@
+"""The producer's side of instep: numpy, pyzmq and msgpack, never torch."""

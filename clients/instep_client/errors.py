@@ -1,0 +1,108 @@
+"""Every exception of the client, and what to do about each.
+
+    InstepError
+    ├── MalformedMessage          bytes that do not follow the protocol (a bug in one of the two sides)
+    ├── ConnectionFailed          nobody answers at the endpoint, or the server went away or was restarted
+    ├── ClientClosed              the client, stream or group was used after it was closed
+    ├── InvalidInput              an argument of the wrong shape or kind; nothing was sent
+    └── Refused                   the server answered with a code; `code` and `sentence` say why
+        ├── StreamRefused         an OPEN or CLOSE of a stream was refused
+        ├── FramesRefused         frames of a step were not applied; `failures` says which, `outputs` holds the rest
+        └── StreamEvicted         the server ended the stream: idle, connection gone, or its state was lost
+
+Every message is a sentence that says whose fault it is and what to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from instep_client.wire import Code
+
+
+class InstepError(Exception):
+    """The root of the tree."""
+
+
+class MalformedMessage(InstepError):
+    """Bytes that do not follow the protocol."""
+
+
+class ConnectionFailed(InstepError, ConnectionError):
+    """Nobody answers at the endpoint, or the server went away or was restarted."""
+
+
+class ClientClosed(InstepError):
+    """The client, stream or group was used after it was closed."""
+
+
+class InvalidInput(InstepError, ValueError):
+    """An argument of the wrong shape or kind; nothing was sent."""
+
+
+class Refused(InstepError):
+    """The server answered with a code.
+
+    Attributes:
+        code: why, as a `wire.Code`.
+        sentence: why, and what to do, in words.
+    """
+
+    def __init__(self, code: Code, sentence: str) -> None:
+        super().__init__(f"{code.name}: {sentence}")
+        self.code = code
+        self.sentence = sentence
+
+
+class StreamRefused(Refused):
+    """An OPEN or CLOSE of a stream was refused; `stream` is its name."""
+
+    def __init__(self, code: Code, sentence: str, stream: str) -> None:
+        super().__init__(code, f"{sentence} (stream {stream!r})")
+        self.stream = stream
+
+
+@dataclass(frozen=True, slots=True)
+class FrameFailure:
+    """Frames `seq`, `seq + 1`, … of one stream in one step were not applied."""
+
+    stream: str
+    seq: int
+    """The first frame that was not applied."""
+    code: Code
+    expected_seq: int
+    """What the stream expects next."""
+
+
+class FramesRefused(Refused):
+    """Some frames of a step were not applied; the others were.
+
+    Attributes:
+        failures: one entry a stream that failed.
+        outputs: the answer in the shape it would have had, NaN where a frame was refused.
+    """
+
+    def __init__(
+        self, code: Code, sentence: str, failures: tuple[FrameFailure, ...], outputs: npt.NDArray[np.float32]
+    ) -> None:
+        first = failures[0]
+        more = f", and {len(failures) - 1} more streams" if len(failures) > 1 else ""
+        super().__init__(
+            code,
+            f"{sentence} (stream {first.stream!r}, seq {first.seq}, expected {first.expected_seq}{more})",
+        )
+        self.failures = failures
+        self.outputs = outputs
+
+
+class StreamEvicted(Refused):
+    """The server ended the stream: it was idle, its connection was gone, or its state was lost."""
+
+    def __init__(self, code: Code, sentence: str, stream: str) -> None:
+        super().__init__(code, f"{sentence} (stream {stream!r})")
+        self.stream = stream

@@ -1,0 +1,297 @@
+"""The wire: message kinds, codes and layouts, shared by the client and the engine.
+
+One ZeroMQ message is a list of frames. Frame 0 is the header: a short msgpack array of fixed length whose first two
+elements are the message kind and the request number. The frames after it are raw little-endian arrays; how many there
+are, and what they hold, depends on the kind alone (`FRAME_COUNT`). `docs/protocol.md` shows every message byte by byte.
+
+This module is pure: bytes in, values out. It opens no socket and keeps no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final, TypeAlias
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from instep_client.errors import MalformedMessage
+
+PROTOCOL_VERSION: Final = 1
+DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
+MAX_HEADER_BYTES: Final = 4096
+MAX_NAME_BYTES: Final = 200
+MAX_BLOCK_STREAMS: Final = 65_535
+"""The most columns one OPEN, STEP or CLOSE may carry."""
+
+Frame: TypeAlias = bytes | memoryview
+Message: TypeAlias = list[Frame]
+F32: TypeAlias = npt.NDArray[np.float32]
+U64: TypeAlias = npt.NDArray[np.uint64]
+ColumnArray: TypeAlias = npt.NDArray[np.void]
+FailureArray: TypeAlias = npt.NDArray[np.void]
+
+COLUMN: Final = np.dtype([("handle", "<u8"), ("seq", "<u8")])
+"""One column of a STEP block: the stream's handle and the seq of the block's first timestep (16 bytes)."""
+
+FAILURE: Final = np.dtype(
+    [("column", "<u4"), ("timestep", "<u4"), ("code", "<u4"), ("reserved", "<u4"), ("expected_seq", "<u8")]
+)
+"""One failed column: frames `timestep`, `timestep + 1`, … of it were not applied; the stream now expects
+`expected_seq` (24 bytes)."""
+
+NO_FAILURES: Final[FailureArray] = np.empty(0, FAILURE)
+F32_NAME: Final = "f4"
+
+
+class Kind(IntEnum):
+    """The first element of every header."""
+
+    HELLO = 1
+    OPEN = 2
+    STEP = 3
+    CLOSE = 4
+    PING = 5
+    STATS = 6
+    WELCOME = 65
+    OPENED = 66
+    STEPPED = 67
+    CLOSED = 68
+    PONG = 69
+    STATISTICS = 70
+    EVICTED = 71
+    ERROR = 72
+    GOODBYE = 73
+
+
+HEADER_LENGTH: Final[dict[Kind, int]] = {
+    Kind.HELLO: 4,  # kind, request, protocol version, client's name
+    Kind.OPEN: 4,  # kind, request, N, whether initial states follow (0 or 1)
+    Kind.STEP: 6,  # kind, request, T, N, features, dtype name ("f4")
+    Kind.CLOSE: 3,  # kind, request, N
+    Kind.PING: 2,
+    Kind.STATS: 2,
+    Kind.WELCOME: 18,  # see ServerInfo
+    Kind.OPENED: 4,  # kind, request, N, sentences
+    Kind.STEPPED: 8,  # kind, request, T, N, queue_us, compute_us, send_us, sentences
+    Kind.CLOSED: 4,  # kind, request, N, sentences
+    Kind.PONG: 2,
+    Kind.STATISTICS: 3,  # kind, request, [[name, value], …]
+    Kind.EVICTED: 5,  # kind, request (0), N, code, sentence
+    Kind.ERROR: 5,  # kind, request (0 when it could not be read), code, sentence, retry_after_us
+    Kind.GOODBYE: 3,  # kind, request (0), sentence
+}
+
+FRAME_COUNT: Final[dict[Kind, int]] = {
+    Kind.HELLO: 1,
+    Kind.OPEN: 3,  # names (UTF-8, one a line), states float32 [N, state] or empty
+    Kind.STEP: 3,  # columns [N], x float32 [T, N, features]
+    Kind.CLOSE: 2,  # handles uint64 [N]
+    Kind.PING: 1,
+    Kind.STATS: 1,
+    Kind.WELCOME: 1,
+    Kind.OPENED: 3,  # handles uint64 [N] (0 where refused), failures
+    Kind.STEPPED: 3,  # y float32 [T, N, outputs] (NaN where refused), failures
+    Kind.CLOSED: 3,  # final states float32 [N, state] (NaN where refused), failures
+    Kind.PONG: 1,
+    Kind.STATISTICS: 1,
+    Kind.EVICTED: 2,  # handles uint64 [N]
+    Kind.ERROR: 1,
+    Kind.GOODBYE: 1,
+}
+
+
+class Code(IntEnum):
+    """Why something was refused or ended. 1–99: the sender's message; 100–199: a stream; 200–299: the server."""
+
+    MALFORMED = 1
+    TOO_LARGE = 2
+    WRONG_VERSION = 3
+    HELLO_FIRST = 4
+    WRONG_SHAPE = 5
+    WRONG_DTYPE = 6
+    REPEATED_STREAM = 7
+    BAD_NAME = 8
+    NOT_FINITE = 100
+    SEQ_GAP = 101
+    SEQ_REPEATED = 102
+    UNKNOWN_STREAM = 103
+    FOREIGN_STREAM = 104
+    NAME_IN_USE = 105
+    IDLE = 106
+    CLIENT_GONE = 107
+    BUSY = 200
+    TOO_MANY_STREAMS = 201
+    STEP_FAILED = 202
+    STATE_LOST = 203
+    SHUTTING_DOWN = 204
+
+
+SENTENCES: Final[dict[Code, str]] = {
+    Code.MALFORMED: "the message does not follow the protocol",
+    Code.TOO_LARGE: "the message carries more than this server takes at once; send it in smaller parts",
+    Code.WRONG_VERSION: f"client and server speak different protocol versions (the server speaks {PROTOCOL_VERSION})",
+    Code.HELLO_FIRST: "this connection has not said HELLO, or the server was restarted; connect again",
+    Code.WRONG_SHAPE: "the array's shape does not fit the model",
+    Code.WRONG_DTYPE: "frames must be float32 (dtype name f4)",
+    Code.REPEATED_STREAM: "a stream may stand only once in one block",
+    Code.BAD_NAME: f"a stream's name must be 1 to {MAX_NAME_BYTES} bytes of printable UTF-8",
+    Code.NOT_FINITE: "the frame or state holds NaN or infinity; it was not applied and the stream's state is unchanged",
+    Code.SEQ_GAP: "an earlier frame of this stream is missing; send from the expected seq",
+    Code.SEQ_REPEATED: "this frame was already applied; send from the expected seq",
+    Code.UNKNOWN_STREAM: "no such stream is open: it was never opened, or it was closed or evicted",
+    Code.FOREIGN_STREAM: "the stream belongs to another connection",
+    Code.NAME_IN_USE: "a stream of this name is already open",
+    Code.IDLE: "the stream was evicted because it sent nothing for longer than limits.max_idle_s",
+    Code.CLIENT_GONE: "the stream was evicted because its connection went away or stopped reading",
+    Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
+    Code.TOO_MANY_STREAMS: "all limits.max_streams streams are open; close one or raise the limit",
+    Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
+    Code.STATE_LOST: "the stream's state was lost by a failed step and the stream was closed; see the server's log",
+    Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What the server says of itself in WELCOME, in wire order after kind and request."""
+
+    protocol_version: int
+    boot_id: str
+    """A new random value each time the server starts."""
+    model: str
+    fingerprint: str
+    """sha256 over the description and the weights, hex."""
+    features: int
+    outputs: int
+    state_layers: int
+    state_size: int
+    """A stream's state is float32 [state_layers, state_size]."""
+    device: str
+    exactness: str
+    """`exact`, `tolerance` or `off`."""
+    buckets: tuple[int, ...]
+    """Padded batch sizes in use."""
+    max_streams: int
+    max_message_bytes: int
+    """The largest raw frame the server takes; a larger one makes it drop the connection."""
+    max_block_frames: int
+    """The most frames (T × N) one STEP may carry."""
+    credit_frames: int
+    """The most frames one connection may have sent and not yet had answered; beyond it the answer is BUSY."""
+    max_idle_s: float
+    """Seconds after which a silent stream is evicted; 0 for never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header: its kind, request number and the fields after them."""
+
+    kind: Kind
+    request: int
+    fields: tuple[Any, ...]
+
+
+def pack_header(kind: Kind, request: int, *fields: Any) -> bytes:
+    """One header as bytes."""
+    return msgpack.packb([int(kind), request, *fields])
+
+
+def unpack_header(frames: Sequence[Frame], max_bytes: int = MAX_HEADER_BYTES) -> Header:
+    """Check and read frame 0; check the number of frames.
+
+    Checks lengths before values, and exact types; never trusts a count it has not checked.
+
+    Raises:
+        MalformedMessage: naming what is wrong.
+    """
+    if not frames or len(frames[0]) > max_bytes:
+        raise MalformedMessage(f"the header must be 1 to {max_bytes} bytes")
+    try:
+        header = msgpack.unpackb(
+            frames[0],
+            use_list=False,
+            max_array_len=256,
+            max_map_len=0,
+            max_ext_len=0,
+            max_bin_len=0,
+            max_str_len=1024,
+        )
+    except Exception as error:  # msgpack raises many types; all of them mean the same here
+        raise MalformedMessage(f"the header is not msgpack of the allowed sizes: {error}") from None
+    if type(header) is not tuple or len(header) < 2:
+        raise MalformedMessage("the header must be an array of at least [kind, request]")
+    kind_number, request = header[0], header[1]
+    if type(kind_number) is not int or kind_number not in _KINDS:
+        raise MalformedMessage(f"unknown message kind {kind_number!r:.40}")
+    kind = _KINDS[kind_number]
+    if type(request) is not int or not 0 <= request < 2**63:
+        raise MalformedMessage("the request number must be an integer from 0 to 2^63 - 1")
+    if len(header) != HEADER_LENGTH[kind]:
+        raise MalformedMessage(
+            f"a {kind.name} header has {HEADER_LENGTH[kind]} elements, this one {len(header)}"
+        )
+    if len(frames) != FRAME_COUNT[kind]:
+        raise MalformedMessage(
+            f"a {kind.name} message has {FRAME_COUNT[kind]} frames, this one {len(frames)}"
+        )
+    return Header(kind, request, header[2:])
+
+
+_KINDS: Final[dict[int, Kind]] = {int(kind): kind for kind in Kind}
+
+
+def count_field(value: Any, name: str, at_most: int, at_least: int = 1) -> int:
+    """An integer header field within bounds.
+
+    Raises:
+        MalformedMessage: naming the field.
+    """
+    if type(value) is not int or not at_least <= value <= at_most:
+        raise MalformedMessage(f"{name} must be an integer from {at_least} to {at_most}")
+    return value
+
+
+def array_frame(frame: Frame, dtype: npt.DTypeLike, shape: tuple[int, ...], name: str) -> npt.NDArray[Any]:
+    """A raw frame as a read-only array of that dtype and shape, without a copy.
+
+    Raises:
+        MalformedMessage: when the frame has another number of bytes.
+    """
+    dtype = np.dtype(dtype)
+    size = dtype.itemsize
+    for extent in shape:
+        size *= extent
+    if len(frame) != size:
+        raise MalformedMessage(f"{name} must be {size} bytes for shape {list(shape)}, it is {len(frame)}")
+    return np.frombuffer(frame, dtype).reshape(shape)
+
+
+def pack_names(names: Sequence[str]) -> bytes:
+    r"""The names frame of OPEN: UTF-8, one name a line, `\n` between."""
+    return "\n".join(names).encode()
+
+
+def unpack_names(frame: Frame, count: int) -> list[str]:
+    """The names frame of OPEN as `count` strings; whether each is a good name is `name_is_good`'s to say.
+
+    Raises:
+        MalformedMessage: when it is not UTF-8 or holds another number of names.
+    """
+    if len(frame) > count * (MAX_NAME_BYTES + 1) * 4:
+        raise MalformedMessage("the names are too long")
+    try:
+        names = bytes(frame).decode().split("\n")
+    except UnicodeDecodeError:
+        raise MalformedMessage("the names are not UTF-8") from None
+    if len(names) != count:
+        raise MalformedMessage(f"the header says {count} names, the frame holds {len(names)}")
+    return names
+
+
+def name_is_good(name: str) -> bool:
+    """Whether a stream may be called this: 1 to 200 bytes of UTF-8, printable."""
+    return 0 < len(name) <= MAX_NAME_BYTES and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES

@@ -1,0 +1,1 @@
+"""Streaming inference for recurrent networks: the server side."""

@@ -1,0 +1,1 @@
+"""Pure rules: numpy and the standard library only; no torch, sockets, clock or files."""

@@ -1,0 +1,1 @@
+"""The device side: state cache, staging and the step worker."""

@@ -1,0 +1,1 @@
+"""Sockets, life cycle and the loop between them."""

@@ -1,0 +1,1 @@
+"""Replay recordings and compare, bit for bit."""
