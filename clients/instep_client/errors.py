@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from instep_client.wire import Code
+    from instep_client.codes import Code
 
 
 class InstepError(Exception):

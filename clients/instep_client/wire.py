@@ -18,12 +18,14 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from instep_client.codes import MAX_NAME_BYTES as MAX_NAME_BYTES
+from instep_client.codes import PROTOCOL_VERSION as PROTOCOL_VERSION
+from instep_client.codes import SENTENCES as SENTENCES
+from instep_client.codes import Code as Code
 from instep_client.errors import MalformedMessage
 
-PROTOCOL_VERSION: Final = 1
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_HEADER_BYTES: Final = 4096
-MAX_NAME_BYTES: Final = 200
 MAX_BLOCK_STREAMS: Final = 65_535
 """The most columns one OPEN, STEP or CLOSE may carry."""
 
@@ -104,57 +106,6 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
 }
 
 
-class Code(IntEnum):
-    """Why something was refused or ended. 1–99: the sender's message; 100–199: a stream; 200–299: the server."""
-
-    MALFORMED = 1
-    TOO_LARGE = 2
-    WRONG_VERSION = 3
-    HELLO_FIRST = 4
-    WRONG_SHAPE = 5
-    WRONG_DTYPE = 6
-    REPEATED_STREAM = 7
-    BAD_NAME = 8
-    NOT_FINITE = 100
-    SEQ_GAP = 101
-    SEQ_REPEATED = 102
-    UNKNOWN_STREAM = 103
-    FOREIGN_STREAM = 104
-    NAME_IN_USE = 105
-    IDLE = 106
-    CLIENT_GONE = 107
-    BUSY = 200
-    TOO_MANY_STREAMS = 201
-    STEP_FAILED = 202
-    STATE_LOST = 203
-    SHUTTING_DOWN = 204
-
-
-SENTENCES: Final[dict[Code, str]] = {
-    Code.MALFORMED: "the message does not follow the protocol",
-    Code.TOO_LARGE: "the message carries more than this server takes at once; send it in smaller parts",
-    Code.WRONG_VERSION: f"client and server speak different protocol versions (the server speaks {PROTOCOL_VERSION})",
-    Code.HELLO_FIRST: "this connection has not said HELLO, or the server was restarted; connect again",
-    Code.WRONG_SHAPE: "the array's shape does not fit the model",
-    Code.WRONG_DTYPE: "frames must be float32 (dtype name f4)",
-    Code.REPEATED_STREAM: "a stream may stand only once in one block",
-    Code.BAD_NAME: f"a stream's name must be 1 to {MAX_NAME_BYTES} bytes of printable UTF-8",
-    Code.NOT_FINITE: "the frame or state holds NaN or infinity; it was not applied and the stream's state is unchanged",
-    Code.SEQ_GAP: "an earlier frame of this stream is missing; send from the expected seq",
-    Code.SEQ_REPEATED: "this frame was already applied; send from the expected seq",
-    Code.UNKNOWN_STREAM: "no such stream is open: it was never opened, or it was closed or evicted",
-    Code.FOREIGN_STREAM: "the stream belongs to another connection",
-    Code.NAME_IN_USE: "a stream of this name is already open",
-    Code.IDLE: "the stream was evicted because it sent nothing for longer than limits.max_idle_s",
-    Code.CLIENT_GONE: "the stream was evicted because its connection went away or stopped reading",
-    Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
-    Code.TOO_MANY_STREAMS: "all limits.max_streams streams are open; close one or raise the limit",
-    Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
-    Code.STATE_LOST: "the stream's state was lost by a failed step and the stream was closed; see the server's log",
-    Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",
-}
-
-
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What the server says of itself in WELCOME, in wire order after kind and request."""
@@ -231,13 +182,9 @@ def unpack_header(frames: Sequence[Frame], max_bytes: int = MAX_HEADER_BYTES) ->
     if type(request) is not int or not 0 <= request < 2**63:
         raise MalformedMessage("the request number must be an integer from 0 to 2^63 - 1")
     if len(header) != HEADER_LENGTH[kind]:
-        raise MalformedMessage(
-            f"a {kind.name} header has {HEADER_LENGTH[kind]} elements, this one {len(header)}"
-        )
+        raise MalformedMessage(f"a {kind.name} header has {HEADER_LENGTH[kind]} elements, this one {len(header)}")
     if len(frames) != FRAME_COUNT[kind]:
-        raise MalformedMessage(
-            f"a {kind.name} message has {FRAME_COUNT[kind]} frames, this one {len(frames)}"
-        )
+        raise MalformedMessage(f"a {kind.name} message has {FRAME_COUNT[kind]} frames, this one {len(frames)}")
     return Header(kind, request, header[2:])
 
 

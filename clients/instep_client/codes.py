@@ -1,0 +1,60 @@
+"""Why something was refused or ended: one number and one sentence each. Standard library only."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+PROTOCOL_VERSION: Final = 1
+MAX_NAME_BYTES: Final = 200
+
+
+class Code(IntEnum):
+    """Why something was refused or ended. 1–99: the sender's message; 100–199: a stream; 200–299: the server."""
+
+    MALFORMED = 1
+    TOO_LARGE = 2
+    WRONG_VERSION = 3
+    HELLO_FIRST = 4
+    WRONG_SHAPE = 5
+    WRONG_DTYPE = 6
+    REPEATED_STREAM = 7
+    BAD_NAME = 8
+    NOT_FINITE = 100
+    SEQ_GAP = 101
+    SEQ_REPEATED = 102
+    UNKNOWN_STREAM = 103
+    FOREIGN_STREAM = 104
+    NAME_IN_USE = 105
+    IDLE = 106
+    CLIENT_GONE = 107
+    BUSY = 200
+    TOO_MANY_STREAMS = 201
+    STEP_FAILED = 202
+    STATE_LOST = 203
+    SHUTTING_DOWN = 204
+
+
+SENTENCES: Final[dict[Code, str]] = {
+    Code.MALFORMED: "the message does not follow the protocol",
+    Code.TOO_LARGE: "the message carries more than this server takes at once; send it in smaller parts",
+    Code.WRONG_VERSION: f"client and server speak different protocol versions (the server speaks {PROTOCOL_VERSION})",
+    Code.HELLO_FIRST: "this connection has not said HELLO, or the server was restarted; connect again",
+    Code.WRONG_SHAPE: "the array's shape does not fit the model",
+    Code.WRONG_DTYPE: "frames must be float32 (dtype name f4)",
+    Code.REPEATED_STREAM: "a stream may stand only once in one block",
+    Code.BAD_NAME: f"a stream's name must be 1 to {MAX_NAME_BYTES} bytes of printable UTF-8",
+    Code.NOT_FINITE: "the frame or state holds NaN or infinity; it was not applied and the stream's state is unchanged",
+    Code.SEQ_GAP: "an earlier frame of this stream is missing; send from the expected seq",
+    Code.SEQ_REPEATED: "this frame was already applied; send from the expected seq",
+    Code.UNKNOWN_STREAM: "no such stream is open: it was never opened, or it was closed or evicted",
+    Code.FOREIGN_STREAM: "the stream belongs to another connection",
+    Code.NAME_IN_USE: "a stream of this name is already open",
+    Code.IDLE: "the stream was evicted because it sent nothing for longer than limits.max_idle_s",
+    Code.CLIENT_GONE: "the stream was evicted because its connection went away or stopped reading",
+    Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
+    Code.TOO_MANY_STREAMS: "all limits.max_streams streams are open; close one or raise the limit",
+    Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
+    Code.STATE_LOST: "the stream's state was lost by a failed step and the stream was closed; see the server's log",
+    Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",
+}
