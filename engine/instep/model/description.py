@@ -1,0 +1,102 @@
+"""What a network looks like: dense layers, a GRU, dense layers. Shapes only; the numbers are in `weights`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+from pydantic_core import PydanticCustomError
+
+Activation: TypeAlias = Literal["none", "relu", "tanh", "sigmoid"]
+Size: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
+Shape: TypeAlias = tuple[int, ...]
+
+BIDIRECTIONAL = (
+    "a bidirectional GRU cannot stream: its backward direction starts at the last frame, "
+    "which a live stream has not sent yet; train one with bidirectional=False"
+)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DenseLayer(_Frozen):
+    """A linear layer with `size` outputs and the activation after it."""
+
+    size: Size
+    activation: Activation = "none"
+    bias: StrictBool = True
+
+
+class GruLayers(_Frozen):
+    """An `nn.GRU`: one direction, any number of layers."""
+
+    hidden_size: Size
+    num_layers: Size = 1
+    bias: StrictBool = True
+    bidirectional: StrictBool = False
+
+    @field_validator("bidirectional")
+    @classmethod
+    def _one_direction(cls, value: bool) -> bool:
+        if value:
+            raise PydanticCustomError("bidirectional", BIDIRECTIONAL)
+        return value
+
+
+class NetworkDescription(_Frozen):
+    """Frames of `features` values go through `before`, the GRU and `after`; the last layer's values are the output."""
+
+    features: Size
+    before: tuple[DenseLayer, ...] = ()
+    gru: GruLayers
+    after: tuple[DenseLayer, ...] = ()
+
+    @property
+    def gru_input_size(self) -> int:
+        """Values the GRU takes per frame."""
+        return self.before[-1].size if self.before else self.features
+
+    @property
+    def outputs(self) -> int:
+        """Values per frame that the network answers."""
+        return self.after[-1].size if self.after else self.gru.hidden_size
+
+    @property
+    def state_layers(self) -> int:
+        """L of a stream's state, float32 [L, H]."""
+        return self.gru.num_layers
+
+    @property
+    def state_size(self) -> int:
+        """H of a stream's state, float32 [L, H]."""
+        return self.gru.hidden_size
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Every tensor of the weights file by name, in the order of the data's way, with torch's shapes."""
+        hidden = self.gru.hidden_size
+        shapes = _dense_shapes("before", self.before, self.features)
+        for layer in range(self.gru.num_layers):
+            inputs = self.gru_input_size if layer == 0 else hidden
+            shapes[f"gru.weight_ih_l{layer}"] = (3 * hidden, inputs)
+            shapes[f"gru.weight_hh_l{layer}"] = (3 * hidden, hidden)
+            if self.gru.bias:
+                shapes[f"gru.bias_ih_l{layer}"] = (3 * hidden,)
+                shapes[f"gru.bias_hh_l{layer}"] = (3 * hidden,)
+        return shapes | _dense_shapes("after", self.after, hidden)
+
+    def canonical_json(self) -> str:
+        """The same text for equal descriptions, defaults written out."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def _dense_shapes(place: str, layers: tuple[DenseLayer, ...], inputs: int) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for index, layer in enumerate(layers):
+        shapes[f"{place}.{index}.weight"] = (layer.size, inputs)
+        if layer.bias:
+            shapes[f"{place}.{index}.bias"] = (layer.size,)
+        inputs = layer.size
+    return shapes
