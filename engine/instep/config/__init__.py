@@ -1,0 +1,29 @@
+"""The configuration: sections and defaults, and how files, environment and flags are laid over them."""
+
+from instep.config.errors import ConfigError, Problem
+from instep.config.loading import explain_config, load_config
+from instep.config.sections import (
+    Config,
+    EngineConfig,
+    LimitsConfig,
+    LogConfig,
+    ModelConfig,
+    RecordingConfig,
+    ShutdownConfig,
+    TransportConfig,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "EngineConfig",
+    "LimitsConfig",
+    "LogConfig",
+    "ModelConfig",
+    "Problem",
+    "RecordingConfig",
+    "ShutdownConfig",
+    "TransportConfig",
+    "explain_config",
+    "load_config",
+]

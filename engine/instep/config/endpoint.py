@@ -1,0 +1,43 @@
+"""Endpoints: which are accepted, and which cannot be reached from another machine."""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address
+from typing import Final
+
+_TCP: Final = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\*|\d{1,5})")
+_MAX_IPC_PATH_BYTES: Final = 107  # sockaddr_un
+
+
+def checked_endpoint(endpoint: str) -> str:
+    """The endpoint, when a socket can be bound to it: `tcp://HOST:PORT` or `ipc://PATH`.
+
+    Raises:
+        ValueError: saying what it should look like.
+    """
+    path = endpoint.removeprefix("ipc://")
+    if path != endpoint:
+        if not 1 <= len(path.encode()) <= _MAX_IPC_PATH_BYTES:
+            raise ValueError(f"the path after ipc:// must be 1 to {_MAX_IPC_PATH_BYTES} bytes long")
+        return endpoint
+    match = _TCP.fullmatch(endpoint)
+    if match is None or (match["port"] != "*" and not 1 <= int(match["port"]) <= 65_535):
+        raise ValueError(
+            f"{endpoint!r} is no endpoint: write tcp://127.0.0.1:5757 (port 1 to 65535, or * for any) or ipc:///path"
+        )
+    return endpoint
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether only this machine can reach a checked endpoint."""
+    match = _TCP.fullmatch(endpoint)
+    if match is None:
+        return endpoint.startswith("ipc://")
+    host = match["host"].strip("[]")
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name or an interface; where it leads is not known here
+        return False

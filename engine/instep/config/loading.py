@@ -1,0 +1,244 @@
+"""From a file, the environment and flags to one checked configuration: flag > environment > file > default."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from instep.config.errors import ConfigError, Problem
+from instep.config.rules import contradictions
+from instep.config.sections import Config, Section
+from instep.config.yaml_file import parse_yaml, read_yaml
+
+ENVIRONMENT_PREFIX: Final = "INSTEP_"
+
+_SECTIONS: Final[dict[str, type[Section]]] = {
+    name: type(section) for name, section in Config() if isinstance(section, Section)
+}
+KEYS: Final = tuple(f"{name}.{key}" for name, section in _SECTIONS.items() for key in section.model_fields)
+"""Every key as `section.key`, in the order of `configs/default.yaml`."""
+
+_RIVALS: Final = {"model.folder": ("model.network", "model.weights"), "model.network": ("model.folder",)}
+"""Naming a model in a stronger place sets aside the other way of naming one in a weaker place."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """One value somebody gave."""
+
+    path: str
+    value: Any
+    layer: Literal["file", "environment", "flag"]
+    source: str
+    """For people: the file, the variable's name, or `flag`."""
+    base: Path
+    """What a relative path in it is relative to."""
+
+
+def load_config(
+    file: Path | None = None,
+    overrides: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    needs_model: bool = False,
+) -> Config:
+    """The configuration from a YAML file, an environment and flags, strongest last.
+
+    Args:
+        file: a YAML file; relative paths in it are relative to its folder.
+        overrides: flags, as text by `section.key`.
+        environ: variables; those named `INSTEP_<SECTION>__<KEY>` count.
+        needs_model: whether it is a problem that no model is named.
+
+    Raises:
+        ConfigError: holding every problem.
+    """
+    return explain_config(file, overrides, environ, needs_model=needs_model)[0]
+
+
+def explain_config(
+    file: Path | None = None,
+    overrides: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    needs_model: bool = False,
+) -> tuple[Config, dict[str, str]]:
+    """As `load_config`, and for every `section.key` where its value came from.
+
+    Raises:
+        ConfigError: holding every problem.
+    """
+    document, problems = read_yaml(file) if file else ({}, [])
+    if file:
+        problems += _misplaced_sections(document, file)
+    given = [
+        *(_from_file(document, file) if file else ()),
+        *_from_environment(environ or {}),
+        *(_Given(path, text, "flag", "flag", Path()) for path, text in (overrides or {}).items()),
+    ]
+    values: dict[str, Any] = {}
+    taken: dict[str, _Given] = {}
+    broken: set[str] = set()
+    for each in given:
+        if each.path not in KEYS:
+            problems.append(_unknown_key(each))
+            continue
+        try:
+            value = _checked(each)
+        except ValidationError as error:
+            problems += _problems_of(each, error)
+            broken.add(each.path)
+            continue
+        except ValueError as error:
+            problems.append(Problem(each.path, each.source, f"it is not valid YAML: {error}", _default(each.path)))
+            broken.add(each.path)
+            continue
+        if value is not None:
+            for rival in _RIVALS.get(each.path, ()):
+                if rival in taken and taken[rival].layer != each.layer:
+                    del values[rival], taken[rival]
+        values[each.path], taken[each.path] = value, each
+
+    sections = {name: _section(name, values) for name in _SECTIONS}
+    draft = Config().model_copy(update=sections)  # not validated
+    sources = {path: taken[path].source if path in taken else "default" for path in KEYS}
+    for found in contradictions(draft):
+        if broken.isdisjoint(found.paths):
+            path = found.paths[0]
+            problems.append(Problem(path, sources[path], found.message, found.suggestion))
+    model_paths = ("model.folder", "model.network", "model.weights")
+    if needs_model and broken.isdisjoint(model_paths) and not any(values.get(path) for path in model_paths):
+        problems.append(
+            Problem(
+                "model.folder",
+                sources["model.folder"],
+                "no model is named",
+                "name a model folder on the command line or in the file; `instep model make` makes one",
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+    return Config.model_validate(sections), sources
+
+
+def _misplaced_sections(document: Mapping[str, Any], file: Path) -> Iterator[Problem]:
+    for name, body in document.items():
+        if name not in _SECTIONS:
+            yield Problem(name, f"file {file}", "there is no such section", _did_you_mean(name, (*_SECTIONS, *KEYS)))
+        elif body is not None and not isinstance(body, dict):
+            message = f"it should be a section with keys, not {_short(body)}"
+            yield Problem(name, f"file {file}", message, f"write it as {name}: and its keys indented below")
+
+
+def _from_file(document: Mapping[str, Any], file: Path) -> Iterator[_Given]:
+    for name, body in document.items():
+        if name in _SECTIONS and isinstance(body, dict):
+            for key, value in body.items():
+                yield _Given(f"{name}.{key}", value, "file", f"file {file}", file.parent)
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterator[_Given]:
+    for name, text in environ.items():
+        key = name.removeprefix(ENVIRONMENT_PREFIX)
+        if key != name and "__" in key:
+            yield _Given(key.lower().replace("__", "."), text, "environment", name, Path())
+
+
+def _checked(given: _Given) -> Any:
+    """The value as the key's own type.
+
+    It goes through JSON because there pydantic's strict mode means: no text where a number belongs, yet paths may
+    be text and tuples may be lists.
+    """
+    name, key = given.path.split(".")
+    value = given.value if given.layer == "file" else _from_text(given)
+    checked = _SECTIONS[name].model_validate_json(json.dumps({key: value}, default=str), strict=True)
+    result = getattr(checked, key)
+    if isinstance(result, Path):
+        return (given.base / result.expanduser()).resolve()
+    return result
+
+
+def _from_text(given: _Given) -> Any:
+    """A flag's or variable's text as what YAML would hold: as it is where the key takes text, else parsed."""
+    name, key = given.path.split(".")
+    annotation = _SECTIONS[name].model_fields[key].annotation
+    options = get_args(annotation) or (annotation,)
+    if type(None) in options and given.value in ("", "null"):
+        return None
+    if any(option in (str, Path) or isinstance(option, str) for option in options):
+        return given.value
+    return parse_yaml(given.value)[0]
+
+
+def _section(name: str, values: Mapping[str, Any]) -> Section:
+    section = _SECTIONS[name]
+    paths = {key: f"{name}.{key}" for key in section.model_fields}
+    return section.model_construct(**{key: values[path] for key, path in paths.items() if path in values})
+
+
+def _problems_of(given: _Given, error: ValidationError) -> Iterator[Problem]:
+    """Pydantic's findings on one key in our words."""
+    name = given.path.split(".")[0]
+    for found in error.errors(include_url=False):
+        path = ".".join([name, *map(str, found["loc"])])
+        if found["type"] == "extra_forbidden":
+            known = _fields_beside(_SECTIONS[name], found["loc"])
+            yield Problem(path, given.source, "there is no such key", _did_you_mean(str(found["loc"][-1]), known))
+        elif found["type"] == "missing":
+            yield Problem(path, given.source, "it is missing", f"add {found['loc'][-1]} there")
+        else:
+            message = found["msg"].removeprefix("Value error, ")
+            if message.startswith("Input "):  # pydantic's own; ours name the value themselves
+                message = f"it {message.removeprefix('Input ')}, not {_short(found['input'])}"
+            yield Problem(path, given.source, message, _default(given.path))
+
+
+def _fields_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The names that are allowed where `location`, which leads into `model`, ends."""
+    for part in location[:-1]:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            options = (annotation, *get_args(annotation))
+            model = next(each for each in options if isinstance(each, type) and issubclass(each, BaseModel))
+    return list(model.model_fields)
+
+
+def _unknown_key(given: _Given) -> Problem:
+    known: Iterable[str] = KEYS
+    path = given.path
+    if given.layer == "environment":
+        known = [environment_name(each) for each in KEYS]
+        path = given.source
+    return Problem(given.path, given.source, "there is no such key", _did_you_mean(path, known))
+
+
+def environment_name(path: str) -> str:
+    """The variable that sets `section.key`."""
+    return ENVIRONMENT_PREFIX + path.upper().replace(".", "__")
+
+
+def _did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    known = list(known)
+    last = wrong.rpartition(".")[2]
+    close = [each for each in known if each.rpartition(".")[2] == last] or get_close_matches(wrong, known, n=1)
+    return f"did you mean {close[0]}?" if close else "configs/default.yaml lists every key"
+
+
+def _default(path: str) -> str:
+    name, key = path.split(".")
+    default = getattr(_SECTIONS[name](), key)
+    if default is None:
+        return f"see {path} in configs/default.yaml"
+    return f"the default is {json.dumps(default)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,96 @@
+"""What may not stand together, though each value alone is fine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from instep.config.endpoint import is_loopback
+
+if TYPE_CHECKING:
+    from instep.config.sections import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """Keys that do not go together: `paths[0]` is the one to change first."""
+
+    paths: tuple[str, ...]
+    message: str
+    suggestion: str
+
+
+def contradictions(config: Config) -> list[Contradiction]:
+    """Everything in the configuration that cannot work together.
+
+    `max_batch_size` above `max_streams` is none of it: such a batch is merely never full.
+    """
+    return [*_model(config), *_transport(config), *_limits(config)]
+
+
+def _model(config: Config) -> list[Contradiction]:
+    model = config.model
+    found = []
+    if model.folder is not None and (model.network is not None or model.weights is not None):
+        found.append(
+            Contradiction(
+                ("model.folder", "model.network", "model.weights"),
+                "a model is either a folder or a network with its weights, not both",
+                "remove model.folder, or remove model.network and model.weights",
+            )
+        )
+    elif model.network is not None and model.weights is None:
+        found.append(
+            Contradiction(
+                ("model.weights", "model.network"),
+                "model.network describes a network, but its weights are missing",
+                "add model.weights, the path of a safetensors file",
+            )
+        )
+    elif model.weights is not None and model.network is None:
+        found.append(
+            Contradiction(
+                ("model.network", "model.weights"),
+                "model.weights names a file, but the network it belongs to is not described",
+                "add model.network, or name a model folder as model.folder instead",
+            )
+        )
+    return found
+
+
+def _transport(config: Config) -> list[Contradiction]:
+    transport = config.transport
+    if is_loopback(transport.endpoint) or transport.allow_plaintext:
+        return []
+    return [
+        Contradiction(
+            ("transport.endpoint", "transport.allow_plaintext"),
+            f"{transport.endpoint} can be reached from other machines, and there is no encryption and no check of "
+            "who connects yet: anybody on that network could read the streams and send frames",
+            "use tcp://127.0.0.1:PORT, or set transport.allow_plaintext: true if you trust that network",
+        )
+    ]
+
+
+def _limits(config: Config) -> list[Contradiction]:
+    limits = config.limits
+    found = []
+    if limits.credit_frames > limits.max_pending_frames:
+        found.append(
+            Contradiction(
+                ("limits.credit_frames", "limits.max_pending_frames"),
+                f"one connection is promised {limits.credit_frames} frames in flight, but the whole server holds "
+                f"at most limits.max_pending_frames = {limits.max_pending_frames}",
+                f"set it to at most {limits.max_pending_frames}, or raise limits.max_pending_frames",
+            )
+        )
+    if limits.max_block_frames > limits.credit_frames:
+        found.append(
+            Contradiction(
+                ("limits.max_block_frames", "limits.credit_frames"),
+                f"a block of {limits.max_block_frames} frames could never be sent, because one connection may have "
+                f"only limits.credit_frames = {limits.credit_frames} in flight",
+                f"set it to at most {limits.credit_frames}, or raise limits.credit_frames",
+            )
+        )
+    return found

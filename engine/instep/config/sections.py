@@ -1,0 +1,113 @@
+"""The sections and keys of the configuration, with their types, bounds and defaults.
+
+`configs/default.yaml` says what each key means; a test keeps the two in step.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from instep.config.endpoint import checked_endpoint
+from instep.config.rules import contradictions
+from instep.model.description import NetworkDescription
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+TimerSeconds = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+"""What libzmq keeps as a timer: never off, and within its 16-bit deciseconds."""
+
+
+def _checked_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
+        raise ValueError(f"{device!r} is no device: write auto, cpu, cuda or cuda:0")
+    return device
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, and no key that is not listed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """What is served: a folder, or an inline description with its weights file; neither means nothing yet."""
+
+    folder: Path | None = None
+    network: NetworkDescription | None = None
+    weights: Path | None = None
+
+
+class EngineConfig(Section):
+    """Where and how the network is stepped."""
+
+    device: Annotated[str, AfterValidator(_checked_device)] = "auto"
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    exactness: Literal["require", "prefer", "off"] = "prefer"
+    max_streams: Count = 4096
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 256
+    max_queue_delay_us: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+
+
+class TransportConfig(Section):
+    """The socket."""
+
+    endpoint: Annotated[str, AfterValidator(checked_endpoint)] = "tcp://127.0.0.1:5757"
+    allow_plaintext: bool = False
+    max_message_bytes: Annotated[int, Field(ge=4096, le=2**31 - 1)] = 16 * 1024 * 1024
+    send_high_water_mark: Count = 1000
+    handshake_timeout_s: TimerSeconds = 30.0
+    heartbeat_s: TimerSeconds = 10.0
+
+
+class LimitsConfig(Section):
+    """What is refused, and when a silent peer is given up."""
+
+    max_idle_s: Seconds = 3600.0
+    max_block_frames: Count = 16_384
+    max_pending_frames: Count = 131_072
+    credit_frames: Count = 16_384
+    max_connections: Count = 16_384
+    unreachable_after_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 30.0
+
+
+class RecordingConfig(Section):
+    """The durable log; no file means none is written."""
+
+    file: Path | None = None
+    queue_batches: Count = 64
+
+
+class ShutdownConfig(Section):
+    """How the server ends."""
+
+    drain_timeout_s: Seconds = 30.0
+
+
+class LogConfig(Section):
+    """What is logged, and in which form."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"
+
+
+class Config(Section):
+    """The whole configuration; one that contradicts itself cannot be made."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    transport: TransportConfig = TransportConfig()
+    limits: LimitsConfig = LimitsConfig()
+    recording: RecordingConfig = RecordingConfig()
+    shutdown: ShutdownConfig = ShutdownConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Config:
+        found = contradictions(self)
+        if found:
+            raise ValueError("; ".join(f"{each.paths[0]}: {each.message}" for each in found))
+        return self
