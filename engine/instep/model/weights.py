@@ -1,0 +1,99 @@
+"""The weights file: one safetensors file of float32 tensors, checked in full before anything is served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from instep.model.description import NetworkDescription, Shape
+from instep.model.errors import ModelError
+
+
+def load_weights(path: Path, description: NetworkDescription) -> dict[str, torch.Tensor]:
+    """Every tensor of the description from a safetensors file, float32 on the CPU, independent of the file.
+
+    Raises:
+        ModelError: the file cannot be read or is not safetensors; a tensor is missing, not in the description, of
+            another shape or dtype, or not finite.
+    """
+    shapes = description.tensor_shapes()
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_names(file.keys(), shapes, str(path))
+            for name, shape in shapes.items():
+                stored = file.get_slice(name)
+                dtype = str(stored.get_dtype())
+                _check_kind(name, dtype, dtype == "F32", tuple(stored.get_shape()), shape, str(path))
+            # Cloned: what is served must not change when the file under the mapping does.
+            tensors = {name: file.get_tensor(name).clone() for name in shapes}
+    except OSError as error:
+        raise ModelError(f"cannot read the weights {path}: {error}") from None
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a whole safetensors file ({error}); save the weights again") from None
+    _check_finite(tensors, str(path))
+    return tensors
+
+
+def save_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write the tensors as one safetensors file, replacing what is there.
+
+    Raises:
+        ModelError: when the file cannot be written.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot write the weights {path}: {error}") from None
+
+
+def check_weights(tensors: Mapping[str, torch.Tensor], description: NetworkDescription, source: str) -> None:
+    """Check tensors in memory as `load_weights` checks a file; `source` is how the sentences call them.
+
+    Raises:
+        ModelError: naming the tensor.
+    """
+    shapes = description.tensor_shapes()
+    _check_names(tensors, shapes, source)
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        _check_kind(name, dtype, tensor.dtype == torch.float32, tuple(tensor.shape), shape, source)
+    _check_finite(tensors, source)
+
+
+def _check_names(found: Iterable[str], shapes: Mapping[str, Shape], source: str) -> None:
+    found = set(found)
+    missing = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in found]
+    if missing:
+        raise ModelError(f"{source} lacks what the network's description asks for: {_listed(missing)}")
+    extra = [f"{name!r:.80}" for name in sorted(found - set(shapes))]
+    if extra:
+        raise ModelError(f"{source} holds what the network's description does not have: {_listed(extra)}")
+
+
+def _check_kind(name: str, dtype: str, is_float32: bool, found: Shape, wanted: Shape, source: str) -> None:
+    if found != wanted:
+        raise ModelError(
+            f"tensor {name} of {source} has shape {list(found)}, the network's description asks for {list(wanted)}"
+        )
+    if not is_float32:
+        raise ModelError(f"tensor {name} of {source} is {dtype}; convert the weights to float32")
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    for name, tensor in tensors.items():
+        bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+        if bad:
+            raise ModelError(
+                f"tensor {name} of {source} holds NaN or infinity in {bad} of {tensor.numel()} places; "
+                "the training that made it went wrong"
+            )
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return "tensor " + ", ".join(names[:most]) + more
