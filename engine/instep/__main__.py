@@ -1,0 +1,5 @@
+"""`python -m instep`."""
+
+from instep.cli import main
+
+main()

@@ -1,0 +1,335 @@
+"""The command line. Everything heavy is imported inside the commands, so that `--help` is there at once."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from instep.model.description import DenseLayer, NetworkDescription
+
+
+class _Commands(TyperGroup):
+    """Commands whose users' errors end in a red sentence each and exit status 2, not in a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if not isinstance(error, _users_errors()):
+                raise
+            console = _console(stderr=True)
+            for sentence in str(error).splitlines():
+                console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="instep",
+    help="Streaming inference for recurrent networks: many streams, one step, and a verifier that proves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+model_app = typer.Typer(no_args_is_help=True, help="Make a model folder, or look into one.")
+app.add_typer(model_app, name="model")
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML; configs/default.yaml is the manual.")
+]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any key: --set limits.max_idle_s=60; repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def _option(name: str, metavar: str, help: str) -> Any:
+    """An option without a default of its own: what is not given comes from elsewhere."""
+    return typer.Option(name, metavar=metavar, help=help, show_default=False)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="Folder of the model.", show_default=False)
+    ] = None,
+    config: ConfigFile = None,
+    endpoint: Annotated[str | None, _option("--endpoint", "ENDPOINT", "tcp://HOST:PORT or ipc://PATH.")] = None,
+    allow_plaintext: Annotated[
+        bool, typer.Option("--allow-plaintext", help="Listen for other machines without encryption.")
+    ] = False,
+    device: Annotated[str | None, _option("--device", "DEVICE", "auto, cpu, cuda or cuda:N.")] = None,
+    exactness: Annotated[str | None, _option("--exactness", "MODE", "require, prefer or off.")] = None,
+    max_streams: Annotated[str | None, _option("--max-streams", "N", "Streams open at once.")] = None,
+    max_batch_size: Annotated[str | None, _option("--max-batch-size", "N", "Streams in one step.")] = None,
+    max_queue_delay_us: Annotated[
+        str | None, _option("--max-queue-delay-us", "N", "Microseconds to wait for a fuller batch.")
+    ] = None,
+    max_idle_s: Annotated[str | None, _option("--max-idle-s", "N", "Seconds until a silent stream is closed.")] = None,
+    record: Annotated[str | None, _option("--record", "FILE", "Write a recording for `instep verify`.")] = None,
+    log_level: Annotated[str | None, _option("--log-level", "LEVEL", "debug, info, warning or error.")] = None,
+    log_format: Annotated[str | None, _option("--log-format", "FORMAT", "console or json.")] = None,
+    settings: Settings = [],  # noqa: B006 (typer copies it)
+) -> None:
+    """Serve a model to many streams at once."""
+    from instep.config import load_config
+
+    named = {
+        "model.folder": None if model is None else str(model),
+        "transport.endpoint": endpoint,
+        "transport.allow_plaintext": "true" if allow_plaintext else None,
+        "engine.device": device,
+        "engine.exactness": exactness,
+        "engine.max_streams": max_streams,
+        "engine.max_batch_size": max_batch_size,
+        "engine.max_queue_delay_us": max_queue_delay_us,
+        "limits.max_idle_s": max_idle_s,
+        "recording.file": record,
+        "log.level": log_level,
+        "log.format": log_format,
+    }
+    overrides = _overrides(settings, {path: text for path, text in named.items() if text is not None})
+    loaded = load_config(config, overrides, os.environ, needs_model=True)
+
+    from instep.server.serve import run
+
+    raise typer.Exit(run(loaded))
+
+
+@app.command()
+def verify(
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The model, when it is not where the recording says.", show_default=False),
+    ] = None,
+    stream: Annotated[
+        int | None, typer.Option(metavar="ID", help="Check only this stream.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Replay a recording and compare it, bit for bit.
+
+    Exit status 0: everything was checked and matched. 1: something differs. 2: it could not be checked.
+    """
+    from instep.verify.command import run
+
+    raise typer.Exit(run(recording, model_folder=model, stream=stream, json=json, console=_console()))
+
+
+@app.command()
+def demo(
+    which: Annotated[
+        Literal["speakers", "seed"],
+        typer.Argument(help="Recorded speech through a trained network, or the first experiment."),
+    ] = "speakers",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where pictures and the recording go.")] = Path(
+        "demo-out"
+    ),
+) -> None:
+    """Show the main job on recorded speech, from start to the verifier's line."""
+    if which == "seed":
+        from instep.demo.seed import run as run_seed
+
+        raise typer.Exit(run_seed(_console()))
+    from instep.demo.speakers import run as run_speakers
+
+    raise typer.Exit(run_speakers(out, _console()))
+
+
+@app.command()
+def bench(json: Json = False) -> None:
+    """Measure how fast streams are served here, against stepping them one by one."""
+    from instep.bench import run
+
+    raise typer.Exit(run(_console(), json))
+
+
+@app.command("config")
+def show_config(config: ConfigFile = None, settings: Settings = [], json: Json = False) -> None:  # noqa: B006
+    """Show the configuration in effect, and where each value came from."""
+    from instep.config import explain_config
+
+    loaded, sources = explain_config(config, _overrides(settings, {}), os.environ)
+    values = {
+        f"{section}.{key}": value
+        for section, keys in loaded.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+    if json:
+        _write_json({path: {"value": value, "source": sources[path]} for path, value in values.items()})
+        return
+    for path, value in values.items():
+        typer.echo(f"{path:<31} {jsonlib.dumps(value):<23} {sources[path]}")
+
+
+@model_app.command("make")
+def make(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it; made if it does not exist.")],
+    features: Annotated[int, typer.Option(help="Values per frame.", show_default=False)],
+    hidden: Annotated[int, typer.Option(help="The GRU's hidden size.", show_default=False)],
+    layers: Annotated[int, typer.Option(help="The GRU's layers.")] = 1,
+    no_bias: Annotated[bool, typer.Option("--no-bias", help="Layers without biases.")] = False,
+    before: Annotated[
+        list[str], typer.Option(metavar="SIZE[:ACTIVATION]", help="A dense layer before the GRU; repeat for more.")
+    ] = [],  # noqa: B006
+    after: Annotated[
+        list[str], typer.Option(metavar="SIZE[:ACTIVATION]", help="A dense layer after the GRU; repeat for more.")
+    ] = [],  # noqa: B006
+    init: Annotated[Literal["random", "constant"], typer.Option(help="How weights are made.")] = "random",
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="For --init random: the same seed, the same weights.")
+    ] = 0,
+    weight: Annotated[float, typer.Option(help="For --init constant: every weight.")] = 0.5,
+    bias: Annotated[float, typer.Option(help="For --init constant: every bias.")] = 0.0,
+    name: Annotated[
+        str | None, typer.Option(help="What clients are told; the folder's name if not given.", show_default=False)
+    ] = None,
+) -> None:
+    """Make a model folder, with weights that are random or all the same: to try things out, not to be clever."""
+    gru = {"hidden_size": hidden, "num_layers": layers, "bias": not no_bias}
+    dense = {
+        "before": [_dense(each, not no_bias) for each in before],
+        "after": [_dense(each, not no_bias) for each in after],
+    }
+    description = _description({"features": features, "gru": gru, **dense})
+
+    from instep.model.folder import make_model, write_model
+
+    made = make_model(description, init, name=name or folder.resolve().name, seed=seed, weight=weight, bias=bias)
+    write_model(folder, made)
+    typer.echo(f"{folder}: {_in_words(description)}")
+
+
+@model_app.command("info")
+def info(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")], json: Json = False
+) -> None:
+    """Check a model folder and show what is in it."""
+    from instep.model.folder import load_model
+
+    model = load_model(folder)
+    shapes = {name: list(tensor.shape) for name, tensor in model.weights.items()}
+    parameters = sum(tensor.numel() for tensor in model.weights.values())
+    if json:
+        described = model.description.model_dump(mode="json")
+        _write_json(
+            {
+                "name": model.name,
+                "fingerprint": model.fingerprint,
+                "parameters": parameters,
+                "description": described,
+                "tensors": shapes,
+            }
+        )
+        return
+    typer.echo(f"{model.name}: {_in_words(model.description)}")
+    typer.echo(f"{parameters:,} parameters; fingerprint {model.fingerprint}")
+    for name, shape in shapes.items():
+        typer.echo(f"  {name} {shape}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"instep {version('instep')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point; ends the process with the command's exit status."""
+    app(prog_name="instep")
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _write_json(value: Any) -> None:
+    typer.echo(jsonlib.dumps(value, indent=2))
+
+
+def _users_errors() -> tuple[type[Exception], ...]:
+    """Errors that are one sentence for the user; imported only once something was raised."""
+    from instep.config import ConfigError
+    from instep.model.errors import ModelError
+    from instep.recording.errors import RecordingError
+
+    return ConfigError, ModelError, RecordingError
+
+
+def _overrides(settings: Sequence[str], named: dict[str, str]) -> dict[str, str]:
+    """What `--set` and the named flags say, by `section.key`."""
+    overrides = dict(named)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{setting!r} should look like limits.max_idle_s=60", param_hint="--set")
+        if path in overrides:
+            raise typer.BadParameter(f"{path} is set twice", param_hint="--set")
+        overrides[path] = text
+    return overrides
+
+
+def _dense(text: str, bias: bool) -> dict[str, Any]:
+    """`64:relu` or `64` as a dense layer's keys."""
+    size, _, activation = text.partition(":")
+    return {"size": int(size) if size.isdecimal() else size, "activation": activation or "none", "bias": bias}
+
+
+def _description(keys: dict[str, Any]) -> NetworkDescription:
+    """A checked description; what is wrong with it is reported as for a configuration."""
+    from pydantic import ValidationError
+
+    from instep.config import ConfigError, Problem
+    from instep.model.description import NetworkDescription
+
+    try:
+        return NetworkDescription.model_validate(keys)
+    except ValidationError as error:
+        raise ConfigError(
+            [
+                Problem(
+                    ".".join(map(str, found["loc"])),
+                    "flag",
+                    found["msg"].replace("Input should", f"{found['input']!r} is wrong, it should"),
+                    "see `instep model make --help`",
+                )
+                for found in error.errors(include_url=False)
+            ]
+        ) from None
+
+
+def _in_words(description: NetworkDescription) -> str:
+    gru = description.gru
+    parts = [f"{description.features} features"]
+    parts += [_dense_in_words(each) for each in description.before]
+    parts.append(f"GRU {gru.hidden_size}" + (f" × {gru.num_layers} layers" if gru.num_layers > 1 else ""))
+    parts += [_dense_in_words(each) for each in description.after]
+    return " → ".join(parts)
+
+
+def _dense_in_words(layer: DenseLayer) -> str:
+    return f"dense {layer.size}" if layer.activation == "none" else f"dense {layer.size} {layer.activation}"
