@@ -90,7 +90,7 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
         if bad:
             raise ModelError(
                 f"tensor {name} of {source} holds NaN or infinity in {bad} of {tensor.numel()} places; "
-                "the training that made it went wrong"
+                "weights must be finite"
             )
 
 

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from instep.model.description import DenseLayer, GruLayers, NetworkDescription
+from instep.model.errors import ModelError
+from instep.model.folder import Model, load_model, make_model, model_from_parts, save_model, write_model
+
+DESCRIPTION = NetworkDescription(
+    features=2,
+    before=(DenseLayer(size=5, activation="relu", bias=False),),
+    gru=GruLayers(hidden_size=3, num_layers=2),
+    after=(DenseLayer(size=4, activation="tanh"),),
+)
+
+
+def same(one: Model, other: Model) -> bool:
+    return (
+        (one.name, one.description, one.fingerprint) == (other.name, other.description, other.fingerprint)
+        and list(one.weights) == list(other.weights)
+        and all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    )
+
+
+def test_torch_modules_in_folder_out(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    gru = nn.GRU(5, 3, 2, dropout=0.3, batch_first=True)
+    before, after = nn.Linear(2, 5, bias=False), nn.Linear(3, 4)
+    folder = tmp_path / "ears"
+    saved = save_model(folder, gru, [(before, "relu")], [(after, "tanh")])
+    assert saved.description == DESCRIPTION
+    assert saved.name == "ears"
+    assert same(load_model(folder), saved)
+
+    assert yaml.safe_load((folder / "model.yaml").read_text()) == {
+        "name": "ears",
+        "features": 2,
+        "before": [{"size": 5, "activation": "relu", "bias": False}],
+        "gru": {"hidden_size": 3, "num_layers": 2},
+        "after": [{"size": 4, "activation": "tanh"}],
+    }
+    stored = load_file(folder / "weights.safetensors")
+    theirs = {f"gru.{name}": tensor for name, tensor in gru.state_dict().items()} | {
+        "before.0.weight": before.weight,
+        "after.0.weight": after.weight,
+        "after.0.bias": after.bias,
+    }
+    assert stored.keys() == theirs.keys()
+    assert all(torch.equal(stored[name], theirs[name]) for name in stored)
+
+
+def test_a_gru_alone_without_biases(tmp_path: Path) -> None:
+    save_model(tmp_path / "m", nn.GRU(3, 4, bias=False), name="no biases")
+    model = load_model(tmp_path / "m")
+    assert model.name == "no biases"
+    assert model.description == NetworkDescription(features=3, gru=GruLayers(hidden_size=4, bias=False))
+
+
+def test_training_on_does_not_change_what_was_saved(tmp_path: Path) -> None:
+    gru = nn.GRU(3, 4)
+    model = save_model(tmp_path / "m", gru)
+    before = model.weights["gru.weight_ih_l0"].clone()
+    with torch.no_grad():
+        gru.weight_ih_l0.add_(1)
+    assert torch.equal(model.weights["gru.weight_ih_l0"], before)
+    assert not model.weights["gru.weight_ih_l0"].requires_grad
+
+
+def test_modules_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    with pytest.raises(ModelError, match="a bidirectional GRU cannot stream: its backward direction"):
+        save_model(folder, nn.GRU(3, 4, bidirectional=True))
+    with pytest.raises(ModelError, match=r"the GRU takes 3 values but before\[1\] gives 6;"):
+        save_model(folder, nn.GRU(3, 4), before=[(nn.Linear(2, 5), "none"), (nn.Linear(5, 6), "none")])
+    with pytest.raises(ModelError, match=r"after\[0\] takes 5 values but the GRU gives 4;"):
+        save_model(folder, nn.GRU(3, 4), after=[(nn.Linear(5, 6), "none")])
+    gelu: Any = "gelu"
+    with pytest.raises(ModelError, match=r"do not make a network: activation: .*'sigmoid'"):
+        save_model(folder, nn.GRU(3, 4), after=[(nn.Linear(4, 6), gelu)])
+    with pytest.raises(ModelError, match=r"tensor gru\.weight_ih_l0 of the given modules is float64; convert"):
+        save_model(folder, nn.GRU(3, 4).double())
+    gru = nn.GRU(3, 4, 2)
+    with torch.no_grad():
+        gru.bias_hh_l1[2] = math.nan
+    with pytest.raises(ModelError, match=r"tensor gru\.bias_hh_l1 of the given modules holds NaN"):
+        save_model(folder, gru)
+    with pytest.raises(ModelError, match="a model's name must be 1 to 100 printable characters, not ''"):
+        save_model(folder, nn.GRU(3, 4), name="")
+    assert not folder.exists()
+
+
+def test_constant_initialisation() -> None:
+    model = make_model(DESCRIPTION, "constant", name="c", weight=2, bias=-1)
+    assert {name: tuple(tensor.shape) for name, tensor in model.weights.items()} == DESCRIPTION.tensor_shapes()
+    for name, tensor in model.weights.items():
+        assert tensor.dtype == torch.float32
+        assert tensor.unique().tolist() == [-1.0 if ".bias" in name else 2.0]
+    with pytest.raises(ModelError, match=r"tensor before\.0\.weight of the initialisation holds NaN or infinity"):
+        make_model(DESCRIPTION, "constant", name="c", weight=math.inf)
+
+
+def test_random_initialisation_is_that_of_torch_in_range_and_depends_on_the_seed_alone() -> None:
+    description = NetworkDescription(
+        features=9, before=(DenseLayer(size=100),), gru=GruLayers(hidden_size=64), after=(DenseLayer(size=50),)
+    )
+    torch.manual_seed(1)
+    one = make_model(description, "random", name="r", seed=5)
+    torch.manual_seed(2)
+    assert same(make_model(description, "random", name="r", seed=5), one)
+    assert not same(make_model(description, "random", name="r", seed=6), one)
+    bounds = {"before": 1 / 3, "gru": 1 / 8, "after": 1 / 8}
+    for name, tensor in one.weights.items():
+        bound = bounds[name.split(".")[0]]
+        assert 0.8 * bound < float(tensor.abs().max()) <= bound
+    assert len({tensor.flatten()[0].item() for tensor in one.weights.values()}) == len(one.weights)
+
+
+def test_the_fingerprint_counts_every_tensor_and_the_description_but_not_the_name(tmp_path: Path) -> None:
+    model = make_model(DESCRIPTION, "random", name="one")
+    assert len(model.fingerprint) == 64
+    assert make_model(DESCRIPTION, "random", name="two").fingerprint == model.fingerprint
+    path = tmp_path / "w.safetensors"
+    seen = {model.fingerprint}
+    for name in model.weights:
+        weights = {key: tensor.clone() for key, tensor in model.weights.items()}
+        weights[name].view(torch.int32).flatten()[-1] ^= 1  # the last bit of the last weight
+        save_file(weights, path)
+        seen.add(model_from_parts(DESCRIPTION, path, "one").fingerprint)
+    save_file(dict(model.weights), path)
+    relu = DESCRIPTION.model_copy(update={"after": (DenseLayer(size=4, activation="relu"),)})
+    seen.add(model_from_parts(relu, path, "one").fingerprint)
+    assert len(seen) == len(model.weights) + 2
+
+
+def test_the_parts_may_stand_apart(tmp_path: Path) -> None:
+    model = make_model(DESCRIPTION, "random", name="parts")
+    write_model(tmp_path, model)
+    assert same(model_from_parts(DESCRIPTION, tmp_path / "weights.safetensors", "parts"), model)
+    with pytest.raises(ModelError, match="printable"):
+        model_from_parts(DESCRIPTION, tmp_path / "weights.safetensors", "a\nb")
+    with pytest.raises(ModelError, match=r"nothing\.safetensors"):
+        model_from_parts(DESCRIPTION, tmp_path / "nothing.safetensors", "parts")
+
+
+def test_writing_replaces_a_model_that_is_there(tmp_path: Path) -> None:
+    write_model(tmp_path, make_model(DESCRIPTION, "random", name="old"))
+    new = make_model(NetworkDescription(features=1, gru=GruLayers(hidden_size=1)), "random", name="neu é")
+    write_model(tmp_path, new)
+    assert same(load_model(tmp_path), new)
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="cannot write the model folder"):
+        write_model(tmp_path / "file", new)
+
+
+def test_a_folder_without_a_name_in_it_is_called_as_the_folder(tmp_path: Path) -> None:
+    write_model(tmp_path / "ears", make_model(DESCRIPTION, "random", name="other"))
+    path = tmp_path / "ears" / "model.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "name" not in line))
+    assert load_model(tmp_path / "ears").name == "ears"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("- 1\n", "must hold the keys of a network's description"),
+        ("", "must hold the keys of a network's description"),
+        ("features: [1\n", "is not YAML: "),
+        ("\xff\xfe\x00".encode("latin-1"), "is not YAML: "),
+        ("features: 2\n", r"model\.yaml: gru: Field required"),
+        ("features: 0\ngru: {hidden_size: x}\n", r"features: Input should be .*; gru\.hidden_size: Input should be"),
+        (
+            "features: 2\ngru: {hidden_size: 3, bidirectional: true}\n",
+            r"gru\.bidirectional: a bidirectional GRU cannot",
+        ),
+        ("features: 2\ngru: {hidden_size: 3}\nhead: 1\n", "head: Extra inputs are not permitted"),
+        ("1: 2\nfeatures: 2\ngru: {hidden_size: 3}\n", "1: Keys should be strings"),
+        (
+            "name: 5\nfeatures: 2\ngru: {hidden_size: 3}\n",
+            "a model's name must be 1 to 100 printable characters, not 5",
+        ),
+    ],
+)
+def test_a_bad_model_yaml_is_refused(tmp_path: Path, text: str | bytes, sentence: str) -> None:
+    (tmp_path / "model.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ModelError, match=sentence):
+        load_model(tmp_path)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot read .*No such file.*a model folder holds model\.yaml and weights"):
+        load_model(tmp_path / "nothing")
+    write_model(tmp_path, make_model(DESCRIPTION, "random", name="m"))
+    (tmp_path / "weights.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot read the weights"):
+        load_model(tmp_path)
