@@ -1,0 +1,141 @@
+"""The recorder: a thread that writes a recording behind the engine's back, several batches a commit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from instep.core.typing import F32, U32, U64
+from instep.recording.errors import RecordingError
+from instep.recording.writer import RecordingWriter
+
+Write: TypeAlias = Callable[[], None]
+
+SMALL_ROWS_PER_BATCH: Final = 256
+"""How many openings, closings and events may wait for each batch that may wait."""
+
+
+class Recorder:
+    """Takes rows without blocking and writes them in order, each commit holding all that waited.
+
+    The queue is bounded by its user: whoever adds batches looks at `has_room` first and waits for `on_room` when
+    there is none. Batches and rows count as waiting until they are committed.
+
+    Failure: when the disk is full or fails, `failed` is set, `on_failure` is called once, what was not committed is
+    given up, and every later verb raises. Nothing is written after a failure.
+
+    Args:
+        writer: a new recording; the recorder owns and closes it.
+        queue_batches: at most this many batches may wait.
+        on_room: called in the recorder's thread when there is room again after there was none.
+        on_failure: called once in the recorder's thread with what went wrong.
+    """
+
+    def __init__(
+        self,
+        writer: RecordingWriter,
+        queue_batches: int,
+        on_room: Callable[[], None],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._writer = writer
+        self._queue_batches = queue_batches
+        self._on_room = on_room
+        self._on_failure = on_failure
+        self._changed = threading.Condition()
+        self._queue: list[Write] = []
+        self._batches = 0
+        self._small_rows = 0
+        self._was_full = False
+        self._stopping = False
+        self._failed: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="instep-recorder", daemon=True)
+        self._thread.start()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another batch may be added now."""
+        return self._batches < self._queue_batches and self._small_rows < self._queue_batches * SMALL_ROWS_PER_BATCH
+
+    @property
+    def waiting_batches(self) -> int:
+        """Batches that were added and are not yet committed."""
+        return self._batches
+
+    @property
+    def failed(self) -> Exception | None:
+        """What ended the recording, if anything did."""
+        return self._failed
+
+    def open_stream(self, stream: int, name: str, time_ns: int, initial_state: F32 | None) -> None:
+        """As `RecordingWriter.open_stream`; raises RecordingError after a failure."""
+        self._put(lambda: self._writer.open_stream(stream, name, time_ns, initial_state), small_rows=1)
+
+    def add_batch(self, time_ns: int, bucket: int, streams: U32, seqs: U64, x: F32, y: F32) -> None:
+        """As `RecordingWriter.add_batch`; the arrays belong to the recorder from now on.
+
+        Raises:
+            RecordingError: after a failure.
+        """
+        self._put(lambda: self._writer.add_batch(time_ns, bucket, streams, seqs, x, y), batches=1)
+
+    def close_stream(self, stream: int, time_ns: int, reason: str, frames: int, final_state: F32 | None) -> None:
+        """As `RecordingWriter.close_stream`; raises RecordingError after a failure."""
+        self._put(lambda: self._writer.close_stream(stream, time_ns, reason, frames, final_state), small_rows=1)
+
+    def event(self, time_ns: int, kind: str, stream: int | None, seq: int | None, detail: str) -> None:
+        """As `RecordingWriter.event`; raises RecordingError after a failure."""
+        self._put(lambda: self._writer.event(time_ns, kind, stream, seq, detail), small_rows=1)
+
+    def stop(self) -> None:
+        """Write and commit what waits, close the file, end the thread; look at `failed` afterwards."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _put(self, write: Write, batches: int = 0, small_rows: int = 0) -> None:
+        with self._changed:
+            if self._failed is not None:
+                raise RecordingError(f"the recording {self._writer.path} failed and takes nothing more: {self._failed}")
+            if self._stopping:
+                raise RecordingError(f"the recording {self._writer.path} was stopped and takes nothing more")
+            self._queue.append(write)
+            self._batches += batches
+            self._small_rows += small_rows
+            self._was_full = self._was_full or not self.has_room
+            self._changed.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._write_what_waits():
+                pass
+            self._writer.close()
+        except Exception as error:  # SQLite's, the system's or a bug's: the recording is over in any case
+            with self._changed:
+                self._failed = error
+                self._queue.clear()
+            self._writer.abandon()
+            self._on_failure(error)
+
+    def _write_what_waits(self) -> bool:
+        """Wait for work and commit it as one transaction; False when stopped and nothing waits."""
+        with self._changed:
+            while not self._queue and not self._stopping:
+                self._changed.wait()
+            writes, self._queue = self._queue, []
+            batches, small_rows = self._batches, self._small_rows
+        if not writes:
+            return False
+        for write in writes:
+            write()
+        self._writer.commit()
+        with self._changed:
+            self._batches -= batches
+            self._small_rows -= small_rows
+            room_again = self._was_full and self.has_room
+            self._was_full = self._was_full and not room_again
+        if room_again:
+            self._on_room()
+        return True

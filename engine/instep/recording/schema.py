@@ -1,0 +1,212 @@
+"""The recording file: one SQLite database, readable with any SQL tool.
+
+`PRAGMA application_id` is 0x696E7374 (`inst`), `PRAGMA user_version` is the format version, 1.
+
+Everything that happens gets the next **position**, counted from 1 over all tables but `header`: sorted by
+position, the rows of all tables are the one ordered history of the engine, and a missing position is a lost row. Rows
+are only ever added, so the rows up to any committed position are a consistent recording.
+
+| table | one row for | columns after `position` |
+| --- | --- | --- |
+| `openings` | a stream that opened | `time_ns`, `stream`, `name`, `initial_state`, `crc` |
+| `batches` | a step: at most one frame a stream | `time_ns`, `bucket`, `size`, `streams`, `seqs`, `x`, `y`, `crc` |
+| `closings` | a stream that ended | `time_ns`, `stream`, `frames`, `reason`, `final_state`, `crc` |
+| `events` | anything else worth knowing | `time_ns`, `stream`, `seq`, `kind`, `detail`, `crc` |
+
+`header` holds one row for each fact about the engine: `key`, `value` (JSON), `crc`.
+
+* `stream` numbers one opening of a stream, from 1, and is never used again in the same file; `name` is what the
+  client called it, and may come again after a close.
+* A batch holds `size` frames as columns: `streams` is uint32 `[size]`, `seqs` uint64 `[size]`, `x` float32
+  `[size, features]` and `y` float32 `[size, outputs]`, all little-endian and without padding; row `i` of each belongs
+  to the same frame. `bucket` is the padded batch size of the step. `seqs` count the frames of a stream from 0, without
+  gaps.
+* `features` is that of the header's `description`; `outputs` is the size of the description's last layer after the
+  GRU, or the GRU's hidden size where there is none.
+* States are float32 `[layers, hidden size]`, little-endian. `initial_state` is NULL for zeros; `final_state` is NULL
+  where it was not known. `frames` is how many frames of the stream were applied.
+* `time_ns` is nanoseconds since 1970.
+* A stream without a row in `closings` was still open at the last commit.
+* The event of kind `end` is the last row of a recording that was closed in order. Without it the recording is still
+  being written, or its writer was killed; it is whole up to its last commit either way.
+* `crc` is the CRC-32 (zlib) of the row's other columns in the order above, `position` first: integers as
+  little-endian int64, text as UTF-8, blobs as they are, nothing for NULL. It finds damage, not forgery.
+
+While a recording is written it is in WAL mode: `FILE-wal` and `FILE-shm` lie beside it and belong to it. A
+closed recording is one file.
+
+All frames of one stream, in order, with nothing but SQL and numpy:
+
+    for streams, seqs, x, y in db.execute("SELECT streams, seqs, x, y FROM batches ORDER BY position"):
+        rows = np.flatnonzero(np.frombuffer(streams, "<u4") == stream)
+        frames += list(np.frombuffer(x, "<f4").reshape(-1, features)[rows])
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from instep.recording.errors import RecordingError
+
+FORMAT_VERSION: Final = 1
+APPLICATION_ID: Final = 0x696E7374
+PAGE_BYTES: Final = 16_384
+END_EVENT: Final = "end"
+
+HISTORY: Final[dict[str, dict[str, str]]] = {
+    "openings": {
+        "position": "INTEGER PRIMARY KEY",
+        "time_ns": "INTEGER NOT NULL",
+        "stream": "INTEGER NOT NULL UNIQUE",
+        "name": "TEXT NOT NULL",
+        "initial_state": "BLOB",
+    },
+    "batches": {
+        "position": "INTEGER PRIMARY KEY",
+        "time_ns": "INTEGER NOT NULL",
+        "bucket": "INTEGER NOT NULL",
+        "size": "INTEGER NOT NULL",
+        "streams": "BLOB NOT NULL",
+        "seqs": "BLOB NOT NULL",
+        "x": "BLOB NOT NULL",
+        "y": "BLOB NOT NULL",
+    },
+    "closings": {
+        "position": "INTEGER PRIMARY KEY",
+        "time_ns": "INTEGER NOT NULL",
+        "stream": "INTEGER NOT NULL UNIQUE",
+        "frames": "INTEGER NOT NULL",
+        "reason": "TEXT NOT NULL",
+        "final_state": "BLOB",
+    },
+    "events": {
+        "position": "INTEGER PRIMARY KEY",
+        "time_ns": "INTEGER NOT NULL",
+        "stream": "INTEGER",
+        "seq": "INTEGER",
+        "kind": "TEXT NOT NULL",
+        "detail": "TEXT NOT NULL",
+    },
+}
+"""The tables that share the count of positions, with their columns before `crc`."""
+
+_HEADER_TYPES: Final = {
+    "model_name": str,
+    "model_folder": str,
+    "model_fingerprint": str,
+    "description": dict,
+    "numerics": dict,
+    "exactness": str,
+}
+_PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
+
+
+def create_statements() -> list[str]:
+    """The statements that make the empty tables."""
+    header = "CREATE TABLE header (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID"
+    return [header, *(f"CREATE TABLE {table} ({_columns(columns)})" for table, columns in HISTORY.items())]
+
+
+def _columns(columns: dict[str, str]) -> str:
+    return ", ".join(f"{name} {declared}" for name, declared in {**columns, "crc": "INTEGER NOT NULL"}.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordingHeader:
+    """What a recording says of the engine that wrote it."""
+
+    format_version: int = FORMAT_VERSION
+    instep_version: str
+    created_ns: int
+    """Nanoseconds since 1970."""
+    model_name: str
+    model_folder: str
+    """Where the model lay: its folder, or its weights file where the description came from the config."""
+    description: dict[str, Any]
+    """The network's description as plain JSON values."""
+    model_fingerprint: str
+    """sha256 over the description and the weights, hex."""
+    numerics: dict[str, str]
+    """What the bits of a float depend on: library version, device, threads, flags."""
+    exactness: str
+    """`exact`, `tolerance` or `off`: what the engine had certified of itself."""
+    buckets: tuple[int, ...]
+    """Padded batch sizes in use."""
+    max_ulp: int
+    """The largest distance between buckets that certification saw, in units in the last place."""
+
+    @property
+    def features(self) -> int:
+        """Floats in a frame's input."""
+        return int(self.description["features"])
+
+    @property
+    def outputs(self) -> int:
+        """Floats in a frame's output."""
+        after = self.description["after"]
+        return int(after[-1]["size"]) if after else self.state_size
+
+    @property
+    def state_layers(self) -> int:
+        """First extent of a stream's state."""
+        return int(self.description["gru"]["num_layers"])
+
+    @property
+    def state_size(self) -> int:
+        """Second extent of a stream's state."""
+        return int(self.description["gru"]["hidden_size"])
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """The rows of the table `header`."""
+        values = ((key, json.dumps(value, sort_keys=True)) for key, value in asdict(self).items())
+        return [(key, value, row_crc(key, value)) for key, value in values]
+
+    @classmethod
+    def from_rows(cls, rows: list[tuple[Any, ...]]) -> RecordingHeader:
+        """Read the rows of the table `header` back.
+
+        Raises:
+            RecordingError: when one is damaged or missing.
+        """
+        try:
+            for key, value, crc in rows:
+                if crc != row_crc(key, value):
+                    raise RecordingError(f"the header {key!r} is damaged: its CRC does not match")
+            fields = {key: json.loads(value) for key, value, _ in rows}
+            fields["buckets"] = tuple(fields["buckets"])
+            header = cls(**fields)
+            for name, kind in _HEADER_TYPES.items():
+                if not isinstance(fields[name], kind):
+                    raise TypeError(f"{name} is not a {kind.__name__}")
+            if min(header.features, header.outputs, header.state_layers, header.state_size) < 1:
+                raise ValueError("a size is below 1")
+        except (TypeError, ValueError, LookupError, AttributeError, struct.error) as error:
+            raise RecordingError(f"the header is damaged or incomplete ({error})") from None
+        return header
+
+
+def row_crc(*columns: int | str | bytes | None) -> int:
+    """The CRC-32 of a row's columns: int64 little-endian, UTF-8, bytes as they are, nothing for None."""
+    crc = 0
+    for column in columns:
+        if isinstance(column, int):
+            crc = zlib.crc32(struct.pack("<q", column), crc)
+        elif isinstance(column, str):
+            crc = zlib.crc32(column.encode(), crc)
+        elif column is not None:
+            crc = zlib.crc32(column, crc)
+    return crc
+
+
+def row_is_sound(table: str, row: tuple[Any, ...]) -> bool:
+    """Whether a row of a history table, its CRC last, holds what its columns declare and matches its CRC."""
+    *columns, crc = row
+    for value, declared in zip(columns, HISTORY[table].values(), strict=True):
+        kind, *constraint = declared.split(maxsplit=1)
+        if not isinstance(value, _PYTHON_TYPES[kind]) and (value is not None or constraint):
+            return False
+    return bool(crc == row_crc(*columns))
