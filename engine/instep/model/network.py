@@ -1,0 +1,145 @@
+"""The network that is stepped: dense layers, the GRU, dense layers, on one device.
+
+Bits are part of the contract. The GRU is `torch.gru`, the very operation behind `nn.GRU`. A network without dense
+layers is not touched: its bits are those of the user's own `nn.GRU`. With dense layers, two things would make a row's
+bits depend on how many rows are beside it, and both are designed out: every dense layer is one `addmm` over contiguous
+2-D rows, stepping and over a whole sequence alike, and all widths are padded with zeros to multiples of 16, so that the
+same matrix kernels serve every number of rows. A padded hidden unit has zero weights and biases and stays exactly 0.
+(Where a dense layer overflows to infinity, 0 · inf makes its padded neighbours NaN: values beyond float32 are not
+promised.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
+
+import torch
+
+from instep.model.description import Activation, DenseLayer
+from instep.model.folder import Model
+
+WIDTH_MULTIPLE: Final = 16
+"""Widths of a network with dense layers are multiples of it."""
+DENSE_BUCKET: Final = 32
+"""Rows of a network with dense layers come in multiples of it: `sigmoid` treats the last elements of an array that
+does not fill its vectors with other code."""
+GRU_BUCKET: Final = 4
+"""Rows of a network without: fewer than four use matrix-vector kernels."""
+
+_InPlace: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+_ACTIVATIONS: Final[dict[Activation, _InPlace | None]] = {
+    "none": None,
+    "relu": torch.relu_,
+    "tanh": torch.tanh_,
+    "sigmoid": torch.sigmoid_,
+}
+_Dense: TypeAlias = tuple[torch.Tensor, torch.Tensor, _InPlace | None]
+
+
+class Network:
+    """A model on a device, for inference only; it holds no stream's state and may be used by one thread at a time.
+
+    Call `step` and `sequence` under `torch.inference_mode()` for speed; they build no graph without it either. Padded
+    columns of frames and states (those beyond `features` and `state_size`) must be zero when given, and come back zero
+    in states; those of outputs (beyond `outputs`) mean nothing.
+    """
+
+    def __init__(self, model: Model, device: torch.device) -> None:
+        description = model.description
+        padded = bool(description.before or description.after)
+        multiple = WIDTH_MULTIPLE if padded else 1
+        self.model = model
+        self.description = description
+        self.device = device
+        self.features = description.features
+        self.outputs = description.outputs
+        self.state_layers = description.state_layers
+        self.state_size = description.state_size
+        self.input_width = _up(self.features, multiple)
+        self.state_width = _up(self.state_size, multiple)
+        self.output_width = _up(self.outputs, multiple)
+        self.smallest_bucket = DENSE_BUCKET if padded else GRU_BUCKET
+        """Rows of a step or sequence should be a multiple of it; with others, bits may differ."""
+        gru = torch.nn.GRU(
+            _up(description.gru_input_size, multiple),
+            self.state_width,
+            self.state_layers,
+            bias=description.gru.bias,
+            device=device,
+        ).requires_grad_(False)
+        for name, parameter in gru.named_parameters():
+            parameter.copy_(_pad_gates(model.weights[f"gru.{name}"], self.state_size, parameter.shape))
+        self._gru_weights: list[torch.Tensor] = list(gru.parameters())
+        self._before = self._dense("before", description.before, self.input_width)
+        self._after = self._dense("after", description.after, self.state_width)
+
+    def step(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One frame of every row.
+
+        Args:
+            x: frames, float32 [B, input_width], contiguous.
+            h: states, float32 [state_layers, B, state_width], contiguous; not changed.
+
+        Returns:
+            Outputs [B, output_width] and the states after the frame, as `h`.
+        """
+        y, h = self._gru(_apply(self._before, x).unsqueeze(0), h)
+        return _apply(self._after, y.squeeze(0)), h
+
+    def sequence(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """T frames of every row in one call.
+
+        Args:
+            x: frames, float32 [T, R, input_width], contiguous.
+            h: states, float32 [state_layers, R, state_width], contiguous; not changed.
+
+        Returns:
+            Outputs [T, R, output_width] and the states after the last frame, as `h`.
+        """
+        steps, rows, _ = x.shape
+        flat = _apply(self._before, x.view(steps * rows, self.input_width))
+        y, h = self._gru(flat.view(steps, rows, -1), h)
+        return _apply(self._after, y.view(steps * rows, self.state_width)).view(steps, rows, self.output_width), h
+
+    def _gru(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # nn.GRU.forward ends in this call; its checks and bookkeeping cost as much again at small batches.
+        return torch.gru(
+            x, h, self._gru_weights, self.description.gru.bias, self.state_layers, 0.0, False, False, False
+        )
+
+    def _dense(self, place: str, layers: Sequence[DenseLayer], inputs: int) -> list[_Dense]:
+        built: list[_Dense] = []
+        for index, layer in enumerate(layers):
+            size = _up(layer.size, WIDTH_MULTIPLE)
+            weight = _pad(self.model.weights[f"{place}.{index}.weight"], (size, inputs)).to(self.device)
+            bias = torch.zeros(size)
+            if layer.bias:
+                bias = _pad(self.model.weights[f"{place}.{index}.bias"], (size,))
+            built.append((weight.t(), bias.to(self.device), _ACTIVATIONS[layer.activation]))
+            inputs = size
+        return built
+
+
+def _apply(layers: list[_Dense], rows: torch.Tensor) -> torch.Tensor:
+    for weight, bias, activate in layers:
+        rows = torch.addmm(bias, rows, weight)
+        if activate is not None:
+            activate(rows)
+    return rows
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _pad(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    padded = torch.zeros(shape, dtype=torch.float32)
+    padded[tuple(slice(extent) for extent in tensor.shape)] = tensor
+    return padded
+
+
+def _pad_gates(tensor: torch.Tensor, hidden: int, shape: Sequence[int]) -> torch.Tensor:
+    """A GRU tensor [3 · hidden, …] padded to `shape`, each of its three gates by itself."""
+    rows, *columns = shape
+    return _pad(tensor.unflatten(0, (3, hidden)), (3, rows // 3, *columns)).flatten(0, 1)
