@@ -1,0 +1,70 @@
+"""Which frames of a block may be applied: decided for all columns at once, before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from instep.core.streams import StreamTable
+from instep.core.typing import F32, I32, I64, U64
+from instep_client.codes import Code
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The verdict on a block of T × N frames, one entry a column."""
+
+    slots: I64
+    lengths: I64
+    """How many leading timesteps of the column are admitted: 0 … T."""
+    codes: I32
+    """Why timestep `lengths[n]` of the column is refused; 0 where all T are admitted."""
+    expected_seq: I64
+    """What the column's stream expects after the admitted frames; 0 where the stream is not the sender's."""
+
+
+def is_repeating(slots: I64, marks: I64) -> bool:
+    """Whether a slot stands in `slots` more than once.
+
+    Args:
+        slots: int64 [N].
+        marks: int64 scratch space with an entry a slot; overwritten.
+    """
+    order = np.arange(len(slots))
+    marks[slots] = order
+    return not np.array_equal(marks[slots], order)
+
+
+def finite_lengths(x: F32) -> I64:
+    """How many leading timesteps of each column hold finite values only: float32 [T, N, F] → int64 [N]."""
+    timesteps, columns = x.shape[:2]
+    finite = np.asarray(np.isfinite(x).all(axis=2))
+    if finite.all():
+        return np.full(columns, timesteps, np.int64)
+    lengths: I64 = np.where(finite.all(axis=0), timesteps, finite.argmin(axis=0))
+    return lengths
+
+
+def admit(table: StreamTable, owner: int, handles: U64, seqs: U64, x: F32) -> Admission:
+    """Judge a block; admit what may be applied and move the streams' expected seq past it.
+
+    Args:
+        table: the streams; `next_seq` is moved on for admitted frames, nothing else.
+        owner: who sent the block.
+        handles: uint64 [N], distinct.
+        seqs: uint64 [N], seq of each column's first timestep.
+        x: float32 [T, N, features].
+    """
+    timesteps = x.shape[0]
+    slots, codes = table.resolve(handles, owner)
+    own = codes == 0
+    expected = np.where(own, table.next_seq[slots], 0)
+    # Compared as uint64: a seq of 2^63 or more is a gap, not a negative number.
+    codes[own & (seqs > expected.astype(np.uint64))] = Code.SEQ_GAP
+    codes[own & (seqs < expected.astype(np.uint64))] = Code.SEQ_REPEATED
+    lengths = np.where(codes == 0, finite_lengths(x), 0)
+    codes[(codes == 0) & (lengths < timesteps)] = Code.NOT_FINITE
+    expected += lengths
+    table.next_seq[slots[own]] = expected[own]
+    return Admission(slots, lengths, codes, expected)

@@ -1,0 +1,98 @@
+"""Blocks that wait for their answer: what was asked, what is still missing, what failed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from instep.core.admission import Admission
+from instep.core.pending import NONE, PendingFrames
+from instep.core.typing import F32, I32, I64
+from instep_client.codes import Code
+
+
+@dataclass(slots=True)
+class Block:
+    """One STEP message on its way."""
+
+    client: int
+    request: int
+    rows: I32
+    """int32 [T, N], rows in the pool, `NONE` where a frame was not admitted."""
+    frames: int
+    """Frames admitted."""
+    codes: I32
+    """int32 [N], 0 where no frame of the column was refused or failed."""
+    lengths: I64
+    """int64 [N], timesteps of the column that were or will be applied."""
+    expected_seq: I64
+    """int64 [N], what the stream expects after those; counts only where `codes` is not 0."""
+    admitted_ns: int
+    queue_ns: int = 0
+    compute_ns: int = 0
+    stepped_ns: int = 0
+
+    def fail(self, row: int, code: Code, seq: int) -> None:
+        """The frame in `row` was not applied, nor was any after it in its column; its stream expects `seq`."""
+        timestep, column = (int(axis[0]) for axis in np.nonzero(self.rows == row))
+        if timestep < self.lengths[column]:
+            self.lengths[column] = timestep
+            self.codes[column] = code
+        self.expected_seq[column] = seq
+
+    def outputs(self, pending: PendingFrames) -> F32:
+        """The answer: float32 [T, N, outputs], NaN where a frame was not applied."""
+        y = pending.y[self.rows]
+        if self.codes.any():
+            y[np.arange(self.rows.shape[0])[:, None] >= self.lengths] = np.nan
+        return y
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """Blocks by number; frames of the pool point at them.
+
+    Args:
+        capacity: the most blocks at once (each has at least one admitted frame, so the pool's capacity is enough).
+    """
+
+    capacity: int
+    _blocks: dict[int, Block] = field(default_factory=dict)
+    _remaining: I32 = field(init=False)
+    _free: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._remaining = np.zeros(self.capacity, np.int32)
+        self._free = list(range(self.capacity - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, number: int) -> Block:
+        return self._blocks[number]
+
+    def reserve(self) -> int:
+        """A number for the next block."""
+        return self._free.pop()
+
+    def add(self, number: int, client: int, request: int, rows: I32, admission: Admission, now_ns: int) -> None:
+        """Keep a block until its frames are answered."""
+        frames = int(admission.lengths.sum())
+        self._remaining[number] = frames
+        self._blocks[number] = Block(
+            client, request, rows, frames, admission.codes, admission.lengths, admission.expected_seq, now_ns
+        )
+
+    def answered(self, numbers: I32) -> list[Block]:
+        """Frames of these blocks were answered, one entry a frame; the blocks that are complete now, taken out."""
+        np.subtract.at(self._remaining, numbers, 1)
+        complete = np.unique(numbers[self._remaining[numbers] == 0]).tolist()
+        self._free.extend(complete)
+        return [self._blocks.pop(number) for number in complete]
+
+
+def admitted_rows(block: Block) -> I32:
+    """The rows of the pool that a block holds: int32 [frames]."""
+    rows: I32 = block.rows[block.rows != NONE]
+    return rows

@@ -1,0 +1,106 @@
+"""Frames that were admitted and not yet answered: one pool of rows, one queue a stream."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from instep.core.typing import F32, I32, I64
+
+NONE = -1
+
+
+class PendingFrames:
+    """A pool of `capacity` frames, inputs and outputs side by side, and a first-in-first-out queue for each slot.
+
+    A frame is named by its row in the pool. Queues are linked through `_following`, so that admitting a block and
+    taking the heads of a batch are array operations, whatever the number of streams.
+
+    Args:
+        capacity: the most frames admitted and unanswered at once.
+        max_streams: slots run from 1 to this.
+        features: width of an input.
+        outputs: width of an output.
+    """
+
+    def __init__(self, capacity: int, max_streams: int, features: int, outputs: int) -> None:
+        self.capacity = capacity
+        self.x: F32 = np.zeros((capacity, features), np.float32)
+        self.y: F32 = np.zeros((capacity, outputs), np.float32)
+        self.slot: I64 = np.zeros(capacity, np.int64)
+        self.seq: I64 = np.zeros(capacity, np.int64)
+        self.block: I32 = np.zeros(capacity, np.int32)
+        self._following: I32 = np.full(capacity, NONE, np.int32)
+        self._head: I32 = np.full(max_streams + 1, NONE, np.int32)
+        self._tail: I32 = np.full(max_streams + 1, NONE, np.int32)
+        self._free = np.arange(capacity, dtype=np.int32)  # a stack
+        self.free_count = capacity
+
+    def append(self, slots: I64, seqs: I64, lengths: I64, x: F32, block: int) -> tuple[I32, I64]:
+        """Queue the admitted frames of a block behind what their streams have pending.
+
+        Args:
+            slots: int64 [N], distinct.
+            seqs: int64 [N], seq of each column's first timestep.
+            lengths: int64 [N], admitted timesteps of each column; the caller has checked that there is room.
+            x: float32 [T, N, features].
+            block: the block's number.
+
+        Returns:
+            rows: int32 [T, N], the frames' rows, `NONE` where a frame was not admitted.
+            first: int64 [≤ N], slots that had nothing pending before.
+        """
+        timesteps, columns = x.shape[:2]
+        admitted = np.arange(timesteps)[:, None] < lengths
+        count = int(lengths.sum())
+        assert count <= self.free_count, "the pool has no room for this block"
+        rows = np.full((timesteps, columns), NONE, np.int32)
+        flat = self._free[self.free_count - count : self.free_count].copy()
+        self.free_count -= count
+        rows[admitted] = flat
+        following = np.full_like(rows, NONE)
+        following[:-1] = rows[1:]
+        self._following[flat] = following[admitted]
+        self.x[flat] = x[admitted]
+        self.slot[flat] = np.broadcast_to(slots, rows.shape)[admitted]
+        self.seq[flat] = (seqs + np.arange(timesteps)[:, None])[admitted]
+        self.block[flat] = block
+
+        some = lengths > 0
+        slots = slots[some]
+        first_rows = rows[0, some]
+        last_rows = rows[lengths[some] - 1, np.flatnonzero(some)]
+        tails = self._tail[slots]
+        waiting = tails != NONE
+        self._following[tails[waiting]] = first_rows[waiting]
+        self._head[slots[~waiting]] = first_rows[~waiting]
+        self._tail[slots] = last_rows
+        return rows, slots[~waiting]
+
+    def take(self, slots: I64) -> tuple[I32, I64]:
+        """Take the oldest frame of each slot off its queue.
+
+        Returns:
+            rows: int32 [N].
+            more: int64 [≤ N], the slots that have further frames pending.
+        """
+        rows = self._head[slots]
+        assert (rows != NONE).all(), "a slot without pending frames was scheduled"
+        following = self._following[rows]
+        self._head[slots] = following
+        done = following == NONE
+        self._tail[slots[done]] = NONE
+        return rows, slots[~done]
+
+    def take_all(self, slots: I64) -> I32:
+        """Take every frame of these slots off their queues: int32 [frames]."""
+        taken = [np.empty(0, np.int32)]
+        slots = slots[self._head[slots] != NONE]
+        while len(slots):
+            rows, slots = self.take(slots)
+            taken.append(rows)
+        return np.concatenate(taken)
+
+    def free(self, rows: I32) -> None:
+        """Give rows back to the pool: int32 [frames]."""
+        self._free[self.free_count : self.free_count + len(rows)] = rows
+        self.free_count += len(rows)

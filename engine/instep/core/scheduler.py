@@ -1,0 +1,87 @@
+"""Which streams step next: at most one frame a stream, oldest first, clients by equal share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from instep.core.typing import I32, I64
+
+
+class Scheduler:
+    """The ready streams (those with a pending frame that is not in a step), and the order in which they step.
+
+    While everything that is ready fits into a batch, the batch is everything. Beyond that, order is by virtual time
+    (start-time fair queueing, Goyal, Vin and Cheng 1996): a frame's tag is its client's previous tag plus one, but not
+    less than the tag last served. Within a client that is oldest first; between clients it is an equal share, so that
+    a client that floods waits behind its own frames.
+
+    Args:
+        max_streams: slots run from 1 to this.
+        max_clients: client numbers run from 0 to this, exclusive.
+        max_batch_size: the most streams in one batch.
+        max_queue_delay_ns: how long a batch that is not full may be held, counted from when the first of its frames
+            was ready; 0 for never.
+    """
+
+    def __init__(self, max_streams: int, max_clients: int, max_batch_size: int, max_queue_delay_ns: int) -> None:
+        self.max_batch_size = max_batch_size
+        self.max_queue_delay_ns = max_queue_delay_ns
+        self.ready_count = 0
+        self._ready: I64 = np.zeros(max_streams + 1, np.int64)
+        self._tag: I64 = np.zeros(max_streams + 1, np.int64)
+        self._last_tag: I64 = np.zeros(max_clients, np.int64)
+        self._served_tag = 0
+        self._waiting_since_ns = 0
+
+    def add(self, slots: I64, clients: I32, now_ns: int) -> None:
+        """Streams became ready.
+
+        Args:
+            slots: int64 [N], distinct, none of them ready already.
+            clients: int32 [N] or [1], the clients that own them.
+            now_ns: any monotonic clock.
+        """
+        count = len(slots)
+        if count == 0:
+            return
+        if self.ready_count == 0:
+            self._waiting_since_ns = now_ns
+        start = np.maximum(self._last_tag[clients], self._served_tag)
+        self._last_tag[clients] = start
+        if len(clients) == 1:
+            start = start + np.arange(count)
+            self._last_tag[clients] += count
+        else:
+            np.add.at(self._last_tag, clients, 1)
+        self._tag[slots] = start
+        self._ready[self.ready_count : self.ready_count + count] = slots
+        self.ready_count += count
+
+    def remove(self, slots: I64) -> None:
+        """Streams are no longer ready, because their frames were taken back; others in `slots` are left alone."""
+        kept = self._ready[: self.ready_count]
+        kept = kept[~np.isin(kept, slots)]
+        self._ready[: len(kept)] = kept
+        self.ready_count = len(kept)
+
+    def hold_ns(self, now_ns: int, open_count: int) -> int:
+        """How much longer to wait for a fuller batch; 0 when one may be taken now."""
+        full = self.ready_count >= min(self.max_batch_size, open_count)
+        if full or self.max_queue_delay_ns == 0:
+            return 0
+        return max(0, self._waiting_since_ns + self.max_queue_delay_ns - now_ns)
+
+    def next_batch(self) -> I64:
+        """Take the streams that step next: int64 [0 … max_batch_size], in order of age."""
+        ready = self._ready[: self.ready_count]
+        if self.ready_count <= self.max_batch_size:
+            batch = ready.copy()
+            self.ready_count = 0
+        else:
+            order = np.argpartition(self._tag[ready], self.max_batch_size - 1)
+            batch = ready[order[: self.max_batch_size]]
+            self.ready_count -= self.max_batch_size
+            self._ready[: self.ready_count] = ready[order[self.max_batch_size :]]
+        if len(batch):
+            self._served_tag = max(self._served_tag, int(self._tag[batch].max()))
+        return batch

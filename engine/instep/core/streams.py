@@ -1,0 +1,115 @@
+"""Every open stream, one row a slot. State of streams lives here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from instep.core.slots import SCRATCH_SLOT, SlotAllocator
+from instep.core.typing import I32, I64, U64, Bool
+from instep_client.codes import Code
+
+NO_OWNER = -1
+
+
+class StreamTable:
+    """Columns over slots: owner, expected seq, frames pending, activity.
+
+    Args:
+        max_streams: how many may be open at once.
+        first_generation: see `SlotAllocator`.
+    """
+
+    def __init__(self, max_streams: int, first_generation: int = 1) -> None:
+        self.slots = SlotAllocator(max_streams, first_generation)
+        rows = max_streams + 1
+        self.owner: I32 = np.full(rows, NO_OWNER, np.int32)
+        self.next_seq: I64 = np.zeros(rows, np.int64)
+        """The seq the stream expects next, counting admitted frames."""
+        self.pending: I32 = np.zeros(rows, np.int32)
+        """Frames admitted and not yet answered."""
+        self.closing: Bool = np.zeros(rows, np.bool_)
+        self.lost: Bool = np.zeros(rows, np.bool_)
+        """Streams whose state can no longer be trusted; they are closing."""
+        self.last_active_ns: I64 = np.zeros(rows, np.int64)
+        self.recording_id: I64 = np.zeros(rows, np.int64)
+        """The stream's number in the recording."""
+        self._names: list[str | None] = [None] * rows
+        self._slot_of: dict[str, int] = {}
+
+    @property
+    def open_count(self) -> int:
+        """How many streams are open, those that are closing included."""
+        return len(self._slot_of)
+
+    def name(self, slot: int) -> str:
+        """The name of an open stream."""
+        name = self._names[slot]
+        assert name is not None, f"slot {slot} is free"
+        return name
+
+    def open(self, names: Sequence[str], owner: int, now_ns: int) -> tuple[I64, I32]:
+        """Open streams for one owner.
+
+        Returns:
+            slots: int64 [N], the scratch slot where refused.
+            codes: int32 [N], 0 or `NAME_IN_USE` or `TOO_MANY_STREAMS`.
+        """
+        slots = np.full(len(names), SCRATCH_SLOT, np.int64)
+        codes = np.zeros(len(names), np.int32)
+        fresh: dict[str, int] = {}
+        for index, name in enumerate(names):
+            if name in self._slot_of or name in fresh:
+                codes[index] = Code.NAME_IN_USE
+            else:
+                fresh[name] = index
+        granted = self.slots.allocate(len(fresh))
+        for position, (name, index) in enumerate(fresh.items()):
+            if position >= len(granted):
+                codes[index] = Code.TOO_MANY_STREAMS
+                continue
+            slot = int(granted[position])
+            slots[index] = slot
+            self._slot_of[name] = slot
+            self._names[slot] = name
+        self.owner[granted] = owner
+        self.next_seq[granted] = 0
+        self.pending[granted] = 0
+        self.closing[granted] = False
+        self.lost[granted] = False
+        self.last_active_ns[granted] = now_ns
+        return slots, codes
+
+    def release(self, slots: I64) -> None:
+        """Forget streams whose frames are all answered; their slots may be given out again."""
+        assert not self.pending[slots].any(), "a stream with pending frames may not be released"
+        for slot in slots.tolist():
+            del self._slot_of[self.name(slot)]
+            self._names[slot] = None
+        self.owner[slots] = NO_OWNER
+        self.closing[slots] = False
+        self.slots.release(slots)
+
+    def resolve(self, handles: U64, owner: int) -> tuple[I64, I32]:
+        """Slots of the handles that `owner` may use.
+
+        Returns:
+            slots: int64 [N].
+            codes: int32 [N], 0 or `UNKNOWN_STREAM` or `FOREIGN_STREAM`.
+        """
+        slots, current = self.slots.resolve(handles)
+        known = current & (self.owner[slots] != NO_OWNER) & ~self.closing[slots]
+        codes = np.where(known, 0, Code.UNKNOWN_STREAM).astype(np.int32)
+        codes[known & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM
+        return slots, codes
+
+    def owned_by(self, owner: int) -> I64:
+        """Slots of the owner's streams that are not closing already: int64 [N]."""
+        return np.flatnonzero((self.owner == owner) & ~self.closing)
+
+    def idle_since(self, before_ns: int) -> I64:
+        """Slots of streams with nothing pending that were last active before that time: int64 [N]."""
+        return np.flatnonzero(
+            (self.owner != NO_OWNER) & ~self.closing & (self.pending == 0) & (self.last_active_ns < before_ns)
+        )

@@ -1,0 +1,101 @@
+"""One step of the network over one batch: stage, gather, step, scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from instep.core.slots import SCRATCH_SLOT
+from instep.core.typing import F32, I32, I64
+from instep.model.network import Network
+from instep.runtime.state_cache import StateCache
+
+
+class StateLost(Exception):
+    """A step failed while states were written: the states of its streams can no longer be trusted."""
+
+
+class Stepper:
+    """The network, the states of all streams, and a staging buffer for each bucket.
+
+    Everything here runs in the step worker's thread.
+
+    Args:
+        network: what is stepped.
+        buckets: the padded batch sizes to use, rising.
+        max_streams: slots run from 1 to this.
+        device: where states and weights live.
+    """
+
+    def __init__(self, network: Network, buckets: Sequence[int], max_streams: int, device: torch.device) -> None:
+        self.network = network
+        self.buckets = np.asarray(buckets, np.int64)
+        self._device = device
+        self._cache = StateCache(max_streams, network.state_layers, network.state_width, device)
+        self._slots = {bucket: torch.zeros(bucket, dtype=torch.int64) for bucket in buckets}
+        self._x = {bucket: torch.zeros(bucket, network.input_width) for bucket in buckets}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state cache on the device."""
+        return self._cache.nbytes
+
+    def bucket(self, size: int) -> int:
+        """The smallest bucket that holds a batch of this size."""
+        return int(self.buckets[np.searchsorted(self.buckets, size)])
+
+    @torch.inference_mode()
+    def step(self, slots: I64, rows: I32, inputs: F32, outputs: F32) -> None:
+        """Step the streams in `slots` with one frame each.
+
+        Args:
+            slots: int64 [B], distinct.
+            rows: int32 [B], the frames' rows in `inputs` and `outputs`.
+            inputs: float32 [capacity, features].
+            outputs: float32 [capacity, outputs], written at `rows`.
+
+        Raises:
+            StateLost: when the states may have been written in part.
+            Exception: whatever the network raised; no state has changed.
+        """
+        size = len(slots)
+        bucket = self.bucket(size)
+        staged_slots, staged_x = self._slots[bucket], self._x[bucket]
+        slots_view, x_view = staged_slots.numpy(), staged_x.numpy()
+        slots_view[:size] = slots
+        slots_view[size:] = SCRATCH_SLOT
+        x_view[:size, : inputs.shape[1]] = inputs[rows]
+        x_view[size:] = 0.0
+        device_slots = staged_slots.to(self._device)
+        y, states = self.network.step(staged_x.to(self._device), self._cache.gather(device_slots))
+        answers = y[:size, : outputs.shape[1]].cpu().numpy()
+        try:
+            self._cache.scatter(device_slots, states)
+            if size < bucket:
+                self._cache.clear_scratch()
+        except Exception as error:
+            raise StateLost(str(error)) from error
+        outputs[rows] = answers
+
+    @torch.inference_mode()
+    def load(self, slots: I64, states: F32 | None) -> None:
+        """Give slots their initial state: zeros, or float32 [N, layers, state_size]."""
+        device_slots = torch.from_numpy(slots).to(self._device)
+        self._cache.clear(device_slots)
+        if states is not None:
+            size = self.network.state_size
+            padded = torch.zeros(self.network.state_layers, len(slots), self.network.state_width)
+            padded[:, :, :size] = torch.from_numpy(states.copy()).transpose(0, 1)
+            self._cache.scatter(device_slots, padded.to(self._device))
+
+    @torch.inference_mode()
+    def read(self, slots: I64) -> F32:
+        """The states of slots: float32 [N, layers, state_size], a copy."""
+        states = self._cache.gather(torch.from_numpy(slots).to(self._device)).transpose(0, 1)
+        return np.ascontiguousarray(states[:, :, : self.network.state_size].cpu().numpy())
+
+    def no_states(self, count: int) -> F32:
+        """NaN in the shape of `read`: float32 [count, layers, state_size]."""
+        return np.full((count, self.network.state_layers, self.network.state_size), np.nan, np.float32)

@@ -1,0 +1,69 @@
+"""What the server really takes: the configured limits, fitted to the model's sizes."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from instep.config import Config
+
+_FLOAT32_BYTES = 4
+_ENVELOPE_BYTES = 1024
+
+
+class LimitsError(Exception):
+    """The configured limits cannot serve this model."""
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveLimits:
+    """Limits in the units of the engine."""
+
+    max_streams: int
+    max_connections: int
+    max_batch_size: int
+    max_queue_delay_ns: int
+    max_block_frames: int
+    credit_frames: int
+    max_pending_frames: int
+    max_message_bytes: int
+    max_outbox_bytes: int
+    first_generation: int
+    """Where generations of slots begin: another value at each start, so that old handles are unknown."""
+
+
+def effective_limits(config: Config, max_batch_size: int, features: int, outputs: int) -> EffectiveLimits:
+    """Fit the limits of the configuration to a model.
+
+    A block's frames and their answer must both fit into one message of `transport.max_message_bytes`; a connection's
+    credit is bounded by the bytes its unread answers may take.
+
+    Args:
+        config: the configuration.
+        max_batch_size: the largest bucket in use.
+        features: floats a frame.
+        outputs: floats an answer.
+
+    Raises:
+        LimitsError: when not even one frame fits.
+    """
+    width_bytes = max(features, outputs) * _FLOAT32_BYTES
+    fitting = (config.transport.max_message_bytes - _ENVELOPE_BYTES) // (width_bytes + 24)
+    if fitting < 1:
+        raise LimitsError(
+            f"transport.max_message_bytes is {config.transport.max_message_bytes}, but one frame of this model takes "
+            f"{width_bytes + 24} bytes and {_ENVELOPE_BYTES} more; raise it"
+        )
+    max_outbox_bytes = 4 * config.transport.max_message_bytes
+    return EffectiveLimits(
+        max_streams=config.engine.max_streams,
+        max_connections=config.limits.max_connections,
+        max_batch_size=min(config.engine.max_batch_size, max_batch_size),
+        max_queue_delay_ns=config.engine.max_queue_delay_us * 1000,
+        max_block_frames=min(config.limits.max_block_frames, fitting),
+        credit_frames=min(config.limits.credit_frames, 2 * fitting),
+        max_pending_frames=config.limits.max_pending_frames,
+        max_message_bytes=config.transport.max_message_bytes,
+        max_outbox_bytes=max_outbox_bytes,
+        first_generation=1 + secrets.randbelow(2**31 - 1),
+    )

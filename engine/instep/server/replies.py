@@ -1,0 +1,103 @@
+"""Messages the server sends, built from arrays. Pure: values in, frames out."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from instep.core.blocks import Block
+from instep.core.typing import F32, I32, I64, U64
+from instep_client import wire
+from instep_client.wire import Code, Kind, Message
+
+
+def failures(codes: I32, timesteps: I64 | None = None, expected_seq: I64 | None = None) -> wire.FailureArray:
+    """One FAILURE entry for each column whose code is not 0."""
+    columns = np.flatnonzero(codes)
+    if len(columns) == 0:
+        return wire.NO_FAILURES
+    entries = np.zeros(len(columns), wire.FAILURE)
+    entries["column"] = columns
+    entries["code"] = codes[columns]
+    if timesteps is not None:
+        entries["timestep"] = timesteps[columns]
+    if expected_seq is not None:
+        entries["expected_seq"] = expected_seq[columns]
+    return entries
+
+
+def _sentences(entries: wire.FailureArray) -> list[tuple[int, str]]:
+    return [(code, wire.SENTENCES[Code(code)]) for code in np.unique(entries["code"]).tolist()]
+
+
+def welcome(request: int, info: wire.ServerInfo) -> Message:
+    """WELCOME: the fields of `ServerInfo` in order."""
+    fields = [getattr(info, name) for name in wire.ServerInfo.__slots__]
+    return [wire.pack_header(Kind.WELCOME, request, *fields)]
+
+
+def opened(request: int, handles: U64, codes: I32) -> Message:
+    """OPENED: handles uint64 [N], 0 where refused."""
+    refused = failures(codes)
+    header = wire.pack_header(Kind.OPENED, request, len(handles), _sentences(refused))
+    return [header, handles.tobytes(), refused.tobytes()]
+
+
+def stepped(block: Block, y: F32, now_ns: int) -> Message:
+    """STEPPED: the answer to a block, `y` float32 [T, N, outputs]."""
+    refused = failures(block.codes, block.lengths, block.expected_seq)
+    timesteps, columns = y.shape[:2]
+    send_us = (now_ns - block.stepped_ns) // 1000 if block.stepped_ns else 0
+    header = wire.pack_header(
+        Kind.STEPPED,
+        block.request,
+        timesteps,
+        columns,
+        block.queue_ns // 1000,
+        block.compute_ns // 1000,
+        send_us,
+        _sentences(refused) if len(refused) else (),
+    )
+    return [header, y.tobytes(), refused.tobytes()]
+
+
+def closed(request: int, states: F32, codes: I32) -> Message:
+    """CLOSED: final states float32 [N, layers × size], NaN where refused."""
+    refused = failures(codes)
+    header = wire.pack_header(Kind.CLOSED, request, len(states), _sentences(refused))
+    return [header, states.tobytes(), refused.tobytes()]
+
+
+def pong(request: int) -> Message:
+    """PONG; with request 0 the server's own probe."""
+    return [wire.pack_header(Kind.PONG, request)]
+
+
+def statistics(request: int, values: dict[str, float]) -> Message:
+    """STATISTICS: [[name, value], …]."""
+    return [wire.pack_header(Kind.STATISTICS, request, list(values.items()))]
+
+
+def evicted(code: Code, handles: U64) -> Message:
+    """EVICTED: the server ended these streams."""
+    return [wire.pack_header(Kind.EVICTED, 0, len(handles), int(code), wire.SENTENCES[code]), handles.tobytes()]
+
+
+def error(request: int, code: Code, sentence: str, retry_after_us: int = 0) -> Message:
+    """ERROR: the whole message was refused and nothing of it applied."""
+    return [wire.pack_header(Kind.ERROR, request, int(code), sentence[:900], retry_after_us)]
+
+
+def goodbye(sentence: str) -> Message:
+    """GOODBYE: the server ends; what it had admitted is answered."""
+    return [wire.pack_header(Kind.GOODBYE, 0, sentence[:900])]
+
+
+def size_bytes(message: Message) -> int:
+    """Bytes of all frames."""
+    return sum(len(frame) for frame in message)
+
+
+def rows_of_states(states: F32) -> npt.NDArray[np.float32]:
+    """[N, layers, size] as [N, layers × size]."""
+    return states.reshape(len(states), -1)

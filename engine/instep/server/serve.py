@@ -1,0 +1,242 @@
+"""From a configuration to a running server, and its exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import structlog
+import torch
+import zmq
+
+from instep.config import Config
+from instep.model.certify import Certification, candidate_buckets, certify
+from instep.model.errors import ModelError
+from instep.model.folder import Model, load_model, model_from_parts
+from instep.model.network import Network
+from instep.model.numerics import numerics
+from instep.recording.errors import RecordingError
+from instep.recording.schema import RecordingHeader
+from instep.recording.writer import RecordingWriter
+from instep.runtime.stepper import Stepper
+from instep.server.limits import LimitsError, effective_limits
+from instep.server.log import make_log
+from instep.server.server import Server
+from instep.server.transport import Router
+from instep_client.wire import PROTOCOL_VERSION, ServerInfo
+
+
+class CannotServe(Exception):
+    """The server cannot start; the message says whose fault it is and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that is decided before the socket is bound."""
+
+    model: Model
+    model_path: Path
+    network: Network
+    device: torch.device
+    certification: Certification
+
+
+def demo_model_folder() -> Path:
+    """The model that ships with the package, served when none is named."""
+    return Path(str(files("instep.demo") / "model"))
+
+
+def prepare(config: Config) -> Prepared:
+    """Load and check the model, choose the device, certify.
+
+    Raises:
+        CannotServe: with a sentence.
+    """
+    torch.set_num_threads(config.engine.threads)
+    try:
+        model, path = _load(config)
+    except ModelError as error:
+        raise CannotServe(str(error)) from None
+    device = _device(config.engine.device)
+    network = Network(model, device)
+    buckets = candidate_buckets(network, config.engine.max_batch_size)
+    if config.engine.exactness == "off":
+        certification = Certification("off", buckets, max_ulp=0, whole_sequence=False)
+    else:
+        certification = certify(network, buckets)
+    if config.engine.exactness == "require" and certification.exactness != "exact":
+        raise CannotServe(
+            f"engine.exactness is `require`, but on this machine batches differ by up to {certification.max_ulp} ULP "
+            "from one another; serve with `prefer` to get outputs within that tolerance"
+        )
+    return Prepared(model, path, network, device, certification)
+
+
+def _load(config: Config) -> tuple[Model, Path]:
+    if config.model.network is not None and config.model.weights is not None:
+        weights = config.model.weights
+        return model_from_parts(config.model.network, weights, weights.stem), weights.resolve()
+    folder = config.model.folder or demo_model_folder()
+    return load_model(folder), folder.resolve()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CannotServe(f"engine.device is {name}, but torch finds no CUDA device here; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CannotServe(f"engine.device is {name}, but there are only {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def recording_header(prepared: Prepared) -> RecordingHeader:
+    """What a recording of this server says of it."""
+    certification = prepared.certification
+    return RecordingHeader(
+        instep_version=version("instep"),
+        created_ns=time.time_ns(),
+        model_name=prepared.model.name,
+        model_folder=str(prepared.model_path),
+        description=prepared.model.description.model_dump(mode="json"),
+        model_fingerprint=prepared.model.fingerprint,
+        numerics=numerics(prepared.network),
+        exactness=certification.exactness,
+        buckets=certification.buckets,
+        max_ulp=certification.max_ulp,
+    )
+
+
+def server_info(config: Config, prepared: Prepared) -> ServerInfo:
+    """What WELCOME says."""
+    network, certification = prepared.network, prepared.certification
+    limits = effective_limits(config, certification.buckets[-1], network.features, network.outputs)
+    return ServerInfo(
+        protocol_version=PROTOCOL_VERSION,
+        boot_id=secrets.token_hex(8),
+        model=prepared.model.name,
+        fingerprint=prepared.model.fingerprint,
+        features=network.features,
+        outputs=network.outputs,
+        state_layers=network.state_layers,
+        state_size=network.state_size,
+        device=str(prepared.device),
+        exactness=certification.exactness,
+        buckets=certification.buckets,
+        max_streams=limits.max_streams,
+        max_message_bytes=limits.max_message_bytes,
+        max_block_frames=limits.max_block_frames,
+        credit_frames=limits.credit_frames,
+        max_idle_s=config.limits.max_idle_s,
+    )
+
+
+def make_server(
+    config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, stepper: Stepper | None = None
+) -> Server:
+    """A server that is bound and not yet serving; called inside the event loop.
+
+    Args:
+        config: the configuration.
+        prepared: what `prepare` made of it.
+        log: where the server says what it does.
+        stepper: another one than usual, for tests.
+
+    Raises:
+        CannotServe: when the endpoint, the recording or the limits do not allow it.
+    """
+    network, certification = prepared.network, prepared.certification
+    if stepper is None:
+        stepper = Stepper(network, certification.buckets, config.engine.max_streams, prepared.device)
+    try:
+        info = server_info(config, prepared)
+        router = Router(config.transport)
+    except LimitsError as error:
+        raise CannotServe(str(error)) from None
+    except zmq.ZMQError as error:
+        raise CannotServe(f"cannot bind {config.transport.endpoint}: {error}; is another server using it?") from None
+    try:
+        writer = None
+        if config.recording.file is not None:
+            writer = RecordingWriter.create(config.recording.file, recording_header(prepared))
+    except RecordingError as error:
+        router.close()
+        raise CannotServe(str(error)) from None
+    return Server(config, network, certification, router, stepper, info, writer, log)
+
+
+def exactness_sentence(certification: Certification) -> str:
+    """`exact in buckets 4 … 256`, `within 3 ULP, …` or `not certified, …`."""
+    buckets = f"in buckets {', '.join(map(str, certification.buckets))}"
+    if certification.exactness == "exact":
+        return f"exact {buckets}"
+    if certification.exactness == "tolerance":
+        return f"within {certification.max_ulp} ULP {buckets}"
+    return f"not certified {buckets}"
+
+
+async def _serve(config: Config, prepared: Prepared, on_ready: Callable[[str], None] | None) -> int:
+    log = make_log(config.log)
+    server = make_server(config, prepared, log)
+    loop = asyncio.get_running_loop()
+    signals = 0
+
+    def interrupted() -> None:
+        nonlocal signals
+        signals += 1
+        if signals == 1:
+            log.info("stopping", hint="finishing what was admitted; interrupt again to force")
+        server.stop(drain=signals == 1)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupted)
+    log.info(
+        "serving",
+        endpoint=server.endpoint,
+        model=prepared.model.name,
+        device=str(prepared.device),
+        capacity=f"{config.engine.max_streams} streams",
+        exactness=exactness_sentence(prepared.certification),
+        recording=str(config.recording.file or "none"),
+    )
+    if on_ready is not None:
+        on_ready(server.endpoint)
+    try:
+        await server.serve()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+    statistics = server.statistics
+    log.info(
+        "stopped",
+        frames=statistics.frames_total,
+        batches=statistics.batches_total,
+        blocks_unanswered=server.unanswered_blocks,
+    )
+    if server.failure is not None:
+        return 1
+    return 130 if signals > 1 else 0
+
+
+def run(config: Config, *, on_ready: Callable[[str], None] | None = None) -> int:
+    """Serve until interrupted.
+
+    Args:
+        config: the configuration.
+        on_ready: called with the endpoint once the socket is bound.
+
+    Returns:
+        0 after a clean end, 1 after a failure while serving, 130 when a second interrupt forced the end.
+
+    Raises:
+        CannotServe: when the server cannot start.
+    """
+    return asyncio.run(_serve(config, prepare(config), on_ready))

@@ -1,0 +1,206 @@
+"""The server: one loop that collects, schedules, steps and delivers, from bind to close."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+import structlog
+
+from instep.config import Config
+from instep.model.certify import Certification
+from instep.model.network import Network
+from instep.recording.recorder import Recorder
+from instep.recording.writer import RecordingWriter
+from instep.runtime.stepper import Stepper
+from instep.runtime.worker import Worker
+from instep.server import replies
+from instep.server.clients import ClientTable
+from instep.server.engine import Engine
+from instep.server.limits import effective_limits
+from instep.server.postbox import Postbox
+from instep.server.statistics import Statistics
+from instep.server.transport import Router
+from instep.server.verbs import Verbs
+from instep_client.wire import ServerInfo
+
+_BURST = 256
+"""Messages handled before other work of the loop gets its turn."""
+_TICK_S = 0.05
+_HOUSEKEEPING_TICKS = 10
+
+
+class Server:
+    """Everything between a bound socket and the step worker.
+
+    Args:
+        config: the configuration.
+        network: what is stepped.
+        certification: how exact it is, and in which buckets.
+        router: the bound socket; the server closes it.
+        stepper: the network with its states.
+        info: what WELCOME says.
+        writer: a new recording, or None.
+        log: where the server says what it does.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        network: Network,
+        certification: Certification,
+        router: Router,
+        stepper: Stepper,
+        info: ServerInfo,
+        writer: RecordingWriter | None,
+        log: structlog.stdlib.BoundLogger,
+    ) -> None:
+        self.config = config
+        self.info = info
+        self.statistics = Statistics()
+        self.failure: str | None = None
+        """Why the server had to stop, if it had to."""
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._limits = effective_limits(config, certification.buckets[-1], network.features, network.outputs)
+        self._router = router
+        self._worker = Worker(self._hand_back, lambda error: self.fail(f"the step worker died: {error!r}"))
+        self._recorder = self._start_recorder(writer)
+        self._clients = ClientTable(config.limits.max_connections)
+        self._postbox = Postbox(
+            self._router,
+            self._clients,
+            self._limits.max_outbox_bytes,
+            round(config.limits.unreachable_after_s * 1e9),
+            round(config.transport.heartbeat_s * 1e9),
+            on_gone=lambda client: self.engine.abandon(client),
+        )
+        self.engine = Engine(
+            stepper,
+            self._worker,
+            self._clients,
+            self._postbox,
+            self._recorder,
+            self._limits,
+            self.statistics,
+            self._step_failed,
+            self._loop.call_later,
+        )
+        self._verbs = Verbs(self.engine, self._clients, self._postbox, self.info, self._limits, self.statistics)
+        self.unanswered_blocks = 0
+        """Blocks that were admitted and never answered, because the end was forced or draining took too long."""
+        self._stopping = asyncio.Event()
+        self._drains = True
+        self._stopped = False
+        self._ticks = 0
+
+    @property
+    def endpoint(self) -> str:
+        """Where the server can be reached."""
+        return self._router.endpoint
+
+    # ── The loop ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def serve(self) -> None:
+        """Serve until `stop` or a failure; then drain, say goodbye and close."""
+        self._worker.start()
+        tasks = [self._loop.create_task(task) for task in (self._receive(), self._tick())]
+        try:
+            await self._stopping.wait()
+            await self._drain()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._close()
+
+    async def _receive(self) -> None:
+        while True:
+            await self._router.readable()
+            self._pump()
+            await asyncio.sleep(0)
+
+    def _pump(self) -> None:
+        """Collect what has arrived, then schedule.
+
+        Also called after anything else that used the socket: ZeroMQ signals an arrival once, and a send may have
+        taken the signal.
+        """
+        count = 0
+        for routing_id, *frames in self._router.receive(_BURST):
+            self._verbs.handle(routing_id, frames)
+            count += 1
+        self.engine.schedule()
+        if count == _BURST:
+            self._loop.call_soon(self._pump)
+
+    def _hand_back(self, finish: Callable[[], None]) -> None:
+        def run() -> None:
+            finish()
+            if not self._stopped:
+                self._pump()
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server was forced to end
+            self._loop.call_soon_threadsafe(run)
+
+    async def _tick(self) -> None:
+        max_idle_ns = round(self.config.limits.max_idle_s * 1e9)
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now_ns = time.monotonic_ns()
+            self._postbox.flush(now_ns)
+            self._ticks += 1
+            if self._ticks % _HOUSEKEEPING_TICKS == 0:
+                self._postbox.probe(now_ns)
+                if max_idle_ns:
+                    self.engine.evict_idle(max_idle_ns)
+            self._pump()
+
+    # ── Life ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def stop(self, *, drain: bool = True) -> None:
+        """Admit nothing more, finish what was admitted (unless `drain` is False), then end `serve`."""
+        self._verbs.draining = True
+        self._drains = self._drains and drain
+        self._stopping.set()
+
+    def fail(self, reason: str) -> None:
+        """Something the server cannot work without is broken: end `serve` at once."""
+        if self.failure is None:
+            self.failure = reason
+            self._log.error("failed", reason=reason)
+        self.stop(drain=False)
+
+    async def _drain(self) -> None:
+        deadline = self._loop.time() + self.config.shutdown.drain_timeout_s
+        while self._drains and not (self.engine.is_quiet and self._postbox.is_empty):
+            if self._loop.time() > deadline:
+                self._drains = False
+            await asyncio.sleep(0.005)
+        self.unanswered_blocks = len(self.engine.blocks)
+
+    def _close(self) -> None:
+        self._stopped = True
+        why = self.failure or "it was asked to"
+        self._postbox.broadcast(replies.goodbye(f"the server is shutting down: {why}"), time.monotonic_ns())
+        self._worker.stop()
+        if self._recorder is not None:
+            self._recorder.stop()
+            if self._recorder.failed is not None and self.failure is None:
+                self.failure = f"the recording failed: {self._recorder.failed}"
+        self._router.close()
+
+    def _start_recorder(self, writer: RecordingWriter | None) -> Recorder | None:
+        if writer is None:
+            return None
+        return Recorder(
+            writer,
+            self.config.recording.queue_batches,
+            on_room=lambda: self._hand_back(lambda: self.engine.schedule()),
+            on_failure=lambda error: self._hand_back(lambda: self.fail(f"the recording failed: {error}")),
+        )
+
+    def _step_failed(self, error: Exception | None, streams: int) -> None:
+        self._log.error("step failed", error=repr(error), streams=streams)

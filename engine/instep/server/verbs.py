@@ -1,0 +1,208 @@
+"""What a client may ask, one method a verb: check every field, then tell the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from instep.core.admission import is_repeating
+from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.server import replies
+from instep.server.clients import Client, ClientTable
+from instep.server.engine import Engine
+from instep.server.limits import EffectiveLimits
+from instep.server.postbox import Postbox
+from instep.server.statistics import Statistics
+from instep_client import wire
+from instep_client.errors import MalformedMessage
+from instep_client.wire import Code, Header, Kind, ServerInfo
+
+_BUSY_RETRY_US = 2000
+
+
+class Refusal(Exception):
+    """The whole message is refused, nothing of it applied."""
+
+    def __init__(self, code: Code, detail: str = "", retry_after_us: int = 0) -> None:
+        super().__init__(wire.SENTENCES[code] + (f": {detail}" if detail else ""))
+        self.code = code
+        self.retry_after_us = retry_after_us
+
+
+class Verbs:
+    """Reads messages, refuses what is wrong with them, hands the rest to the engine.
+
+    Args:
+        engine: streams and frames.
+        clients: connections.
+        postbox: where answers go.
+        info: what WELCOME says.
+        limits: what is taken.
+        statistics: what is counted.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        clients: ClientTable,
+        postbox: Postbox,
+        info: ServerInfo,
+        limits: EffectiveLimits,
+        statistics: Statistics,
+    ) -> None:
+        self._engine = engine
+        self._clients = clients
+        self._postbox = postbox
+        self._info = info
+        self._limits = limits
+        self._statistics = statistics
+        self.draining = False
+        """While True, nothing new is admitted."""
+        self._marks: I64 = np.zeros(limits.max_streams + 1, np.int64)
+        self._verbs: dict[Kind, Callable[[Client, Header, list[bytes]], None]] = {
+            Kind.OPEN: self._open,
+            Kind.STEP: self._step,
+            Kind.CLOSE: self._close,
+            Kind.PING: self._ping,
+            Kind.STATS: self._stats,
+        }
+
+    def handle(self, routing_id: bytes, frames: list[bytes]) -> None:
+        """One message of one connection; whatever it holds, the answer is a message and never an exception."""
+        request = 0
+        client = self._clients.by_routing_id(routing_id)
+        try:
+            header = wire.unpack_header(frames)
+            request = header.request
+            if header.kind is Kind.HELLO:
+                self._hello(routing_id, client, header)
+                return
+            if client is None:
+                raise Refusal(Code.HELLO_FIRST)
+            client.last_heard_ns = time.monotonic_ns()
+            verb = self._verbs.get(header.kind)
+            if verb is None:
+                raise MalformedMessage(f"{header.kind.name} is the server's to say")
+            verb(client, header, frames)
+        except MalformedMessage as error:
+            self._refuse(routing_id, client, request, Refusal(Code.MALFORMED, str(error)))
+        except Refusal as refusal:
+            self._refuse(routing_id, client, request, refusal)
+
+    def _refuse(self, routing_id: bytes, client: Client | None, request: int, refusal: Refusal) -> None:
+        self._statistics.refused_messages_total += 1
+        message = replies.error(request, refusal.code, str(refusal), refusal.retry_after_us)
+        if client is None:
+            self._postbox.send_unknown(routing_id, message)
+        else:
+            self._postbox.send(client, message, time.monotonic_ns())
+
+    def _hello(self, routing_id: bytes, client: Client | None, header: Header) -> None:
+        version, name = header.fields
+        if version != wire.PROTOCOL_VERSION:
+            raise Refusal(Code.WRONG_VERSION, f"the client speaks {version!r:.20}")
+        if type(name) is not str:
+            raise MalformedMessage("the client's name must be text")
+        if routing_id[0] != 0:
+            raise MalformedMessage("set no routing id (ZMQ_IDENTITY): the server names connections itself")
+        now_ns = time.monotonic_ns()
+        if client is None:
+            if self.draining:
+                raise Refusal(Code.SHUTTING_DOWN)
+            client = self._clients.add(routing_id, name, now_ns)
+            if client is None:
+                raise Refusal(Code.BUSY, "limits.max_connections connections are open", 1_000_000)
+        self._postbox.send(client, replies.welcome(header.request, self._info), now_ns)
+
+    def _open(self, client: Client, header: Header, frames: list[bytes]) -> None:
+        count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
+        has_states = wire.count_field(header.fields[1], "has_states", 1, at_least=0)
+        names = wire.unpack_names(frames[1], count)
+        states = self._initial_states(frames[2], count) if has_states else None
+        if not has_states and len(frames[2]):
+            raise MalformedMessage("the header says that no states follow, the states frame is not empty")
+        if self.draining:
+            raise Refusal(Code.SHUTTING_DOWN)
+        codes = np.array([0 if wire.name_is_good(name) else Code.BAD_NAME for name in names], np.int32)
+        if states is not None:
+            codes[(codes == 0) & ~np.isfinite(states).all(axis=(1, 2))] = Code.NOT_FINITE
+        good = codes == 0
+        handles = np.zeros(count, np.uint64)
+
+        def opened(granted: U64, refused: I32) -> None:
+            handles[good] = granted
+            codes[good] = refused
+            self._postbox.send(client, replies.opened(header.request, handles, codes), time.monotonic_ns())
+
+        good_names = [name for name, is_good in zip(names, good.tolist(), strict=True) if is_good]
+        self._engine.open(client, good_names, None if states is None else states[good], opened)
+
+    def _initial_states(self, frame: bytes, count: int) -> F32:
+        shape = (count, self._info.state_layers, self._info.state_size)
+        size = count * self._info.state_layers * self._info.state_size * 4
+        if len(frame) != size:
+            raise Refusal(Code.WRONG_SHAPE, f"initial states must be float32 {list(shape)}, {size} bytes")
+        states: F32 = wire.array_frame(frame, "<f4", shape, "states")
+        return states
+
+    def _step(self, client: Client, header: Header, frames: list[bytes]) -> None:
+        timesteps = wire.count_field(header.fields[0], "T", 2**31)
+        columns = wire.count_field(header.fields[1], "N", wire.MAX_BLOCK_STREAMS)
+        x = self._inputs(header.fields[2], header.fields[3], frames[2], timesteps, columns)
+        column = wire.array_frame(frames[1], wire.COLUMN, (columns,), "columns")
+        handles = np.ascontiguousarray(column["handle"])
+        slots, _ = self._engine.table.slots.resolve(handles)
+        if is_repeating(slots[slots != 0], self._marks):
+            raise Refusal(Code.REPEATED_STREAM)
+        if self.draining:
+            raise Refusal(Code.SHUTTING_DOWN)
+        frame_count = timesteps * columns
+        over_credit = client.frames_unanswered + frame_count > self._limits.credit_frames
+        if over_credit or frame_count > self._engine.pending.free_count:
+            self._statistics.busy_total += 1
+            raise Refusal(Code.BUSY, retry_after_us=_BUSY_RETRY_US)
+        self._engine.admit(client, header.request, handles, np.ascontiguousarray(column["seq"]), x)
+
+    def _inputs(self, features: Any, dtype: Any, frame: bytes, timesteps: int, columns: int) -> F32:
+        if dtype != wire.F32_NAME:
+            raise Refusal(Code.WRONG_DTYPE, f"this block says {dtype!r:.20}")
+        if type(features) is not int or features != self._info.features:
+            raise Refusal(Code.WRONG_SHAPE, f"the model takes {self._info.features} features, not {features!r:.20}")
+        if timesteps * columns > self._limits.max_block_frames:
+            raise Refusal(Code.TOO_LARGE, f"at most {self._limits.max_block_frames} frames a block")
+        x: F32 = wire.array_frame(frame, "<f4", (timesteps, columns, features), "x")
+        return x
+
+    def _close(self, client: Client, header: Header, frames: list[bytes]) -> None:
+        count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
+        state_bytes = self._info.state_layers * self._info.state_size * 4
+        if count * state_bytes > self._limits.max_message_bytes:
+            raise Refusal(Code.TOO_LARGE, "their final states do not fit into one message")
+        handles: U64 = wire.array_frame(frames[1], "<u8", (count,), "handles")
+        slots, codes = self._engine.table.resolve(handles, client.number)
+        if is_repeating(slots[slots != 0], self._marks):
+            raise Refusal(Code.REPEATED_STREAM)
+        good = codes == 0
+        states = np.full((count, state_bytes // 4), np.nan, np.float32)
+
+        def closed(final: F32, lost: Bool) -> None:
+            states[good] = replies.rows_of_states(final)
+            codes[good] = np.where(lost, Code.STATE_LOST, 0)
+            self._postbox.send(client, replies.closed(header.request, states, codes), time.monotonic_ns())
+
+        self._engine.close(slots[good], "closed", closed)
+
+    def _ping(self, client: Client, header: Header, _: list[bytes]) -> None:
+        self._postbox.send(client, replies.pong(header.request), time.monotonic_ns())
+
+    def _stats(self, client: Client, header: Header, _: list[bytes]) -> None:
+        values = {
+            **self._statistics.snapshot(),
+            "streams_open": float(self._engine.table.open_count),
+            "connections": float(len(self._clients)),
+            "frames_pending": float(self._engine.pending.capacity - self._engine.pending.free_count),
+        }
+        self._postbox.send(client, replies.statistics(header.request, values), time.monotonic_ns())
