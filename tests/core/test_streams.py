@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+
+from instep.core.streams import StreamTable
+from instep_client.codes import Code
+
+
+def test_opening_gives_distinct_slots_and_remembers_names_and_owner() -> None:
+    table = StreamTable(4)
+    slots, codes = table.open(["a", "b"], owner=3, now_ns=10)
+    assert codes.tolist() == [0, 0]
+    assert [table.name(slot) for slot in slots.tolist()] == ["a", "b"]
+    assert table.owner[slots].tolist() == [3, 3]
+    assert table.open_count == 2
+
+
+def test_a_name_can_be_open_once_only_within_a_request_and_across_owners() -> None:
+    table = StreamTable(4)
+    table.open(["a"], owner=0, now_ns=0)
+    slots, codes = table.open(["a", "b", "b"], owner=1, now_ns=0)
+    assert codes.tolist() == [Code.NAME_IN_USE, 0, Code.NAME_IN_USE]
+    assert slots.tolist()[0] == slots.tolist()[2] == 0
+
+
+def test_opening_beyond_the_capacity_refuses_the_rest() -> None:
+    table = StreamTable(2)
+    _, codes = table.open(["a", "b", "c"], owner=0, now_ns=0)
+    assert codes.tolist() == [0, 0, Code.TOO_MANY_STREAMS]
+    assert table.open_count == 2
+    table.release(np.array([1]))
+    assert table.open(["c"], owner=0, now_ns=0)[1].tolist() == [0]
+
+
+def test_resolving_tells_own_from_foreign_from_unknown() -> None:
+    table = StreamTable(4)
+    mine, _ = table.open(["mine"], owner=1, now_ns=0)
+    theirs, _ = table.open(["theirs"], owner=2, now_ns=0)
+    handles = np.concatenate([table.slots.handles(mine), table.slots.handles(theirs), np.array([12345], np.uint64)])
+    _, codes = table.resolve(handles, owner=1)
+    assert codes.tolist() == [0, Code.FOREIGN_STREAM, Code.UNKNOWN_STREAM]
+
+
+def test_closing_and_released_streams_are_unknown() -> None:
+    table = StreamTable(4)
+    slots, _ = table.open(["a"], owner=1, now_ns=0)
+    handles = table.slots.handles(slots)
+    table.closing[slots] = True
+    assert table.resolve(handles, 1)[1].tolist() == [Code.UNKNOWN_STREAM]
+    table.release(slots)
+    assert table.resolve(handles, 1)[1].tolist() == [Code.UNKNOWN_STREAM]
+
+
+def test_the_next_owner_of_a_slot_starts_afresh() -> None:
+    table = StreamTable(1)
+    slots, _ = table.open(["a"], owner=1, now_ns=0)
+    table.next_seq[slots] = 9
+    table.lost[slots] = True
+    table.release(slots)
+    again, _ = table.open(["b"], owner=2, now_ns=5)
+    assert again.tolist() == slots.tolist()
+    assert (table.next_seq[again[0]], table.lost[again[0]], table.last_active_ns[again[0]]) == (0, False, 5)
+
+
+def test_a_stream_with_pending_frames_is_never_released() -> None:
+    table = StreamTable(1)
+    slots, _ = table.open(["a"], owner=1, now_ns=0)
+    table.pending[slots] = 1
+    with pytest.raises(AssertionError, match="pending"):
+        table.release(slots)
+
+
+def test_idle_streams_are_those_silent_with_nothing_pending() -> None:
+    table = StreamTable(4)
+    slots, _ = table.open(["idle", "busy", "fresh", "closing"], owner=1, now_ns=0)
+    table.pending[slots[1]] = 1
+    table.last_active_ns[slots[2]] = 100
+    table.closing[slots[3]] = True
+    assert table.idle_since(50).tolist() == [slots[0]]
+    assert table.owned_by(1).tolist() == sorted(slots[:3].tolist())
