@@ -26,10 +26,7 @@ class _Commands(TyperGroup):
         except Exception as error:
             if not isinstance(error, _users_errors()):
                 raise
-            console = _console(stderr=True)
-            for sentence in str(error).splitlines():
-                console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from error
+            raise _failure(error) from error
 
 
 app = typer.Typer(
@@ -61,7 +58,8 @@ def _option(name: str, metavar: str, help: str) -> Any:
 @app.command()
 def serve(
     model: Annotated[
-        Path | None, typer.Argument(metavar="MODEL", help="Folder of the model.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="MODEL", help="Folder of the model; the demo's if not given.", show_default=False),
     ] = None,
     config: ConfigFile = None,
     endpoint: Annotated[str | None, _option("--endpoint", "ENDPOINT", "tcp://HOST:PORT or ipc://PATH.")] = None,
@@ -99,11 +97,15 @@ def serve(
         "log.format": log_format,
     }
     overrides = _overrides(settings, {path: text for path, text in named.items() if text is not None})
-    loaded = load_config(config, overrides, os.environ, needs_model=True)
+    loaded = load_config(config, overrides, os.environ)
 
-    from instep.server.serve import run
+    from instep.server.serve import CannotServe, run
 
-    raise typer.Exit(run(loaded))
+    try:
+        status = run(loaded)
+    except CannotServe as error:
+        raise _failure(error) from error
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -269,6 +271,14 @@ def _console(stderr: bool = False) -> Console:
 
 def _write_json(value: Any) -> None:
     typer.echo(jsonlib.dumps(value, indent=2))
+
+
+def _failure(error: Exception) -> typer.Exit:
+    """Say on standard error what went wrong, in red; the exit to raise."""
+    console = _console(stderr=True)
+    for sentence in str(error).splitlines():
+        console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(2)
 
 
 def _users_errors() -> tuple[type[Exception], ...]:

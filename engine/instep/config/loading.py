@@ -45,8 +45,6 @@ def load_config(
     file: Path | None = None,
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
-    *,
-    needs_model: bool = False,
 ) -> Config:
     """The configuration from a YAML file, an environment and flags, strongest last.
 
@@ -54,20 +52,17 @@ def load_config(
         file: a YAML file; relative paths in it are relative to its folder.
         overrides: flags, as text by `section.key`.
         environ: variables; those named `INSTEP_<SECTION>__<KEY>` count.
-        needs_model: whether it is a problem that no model is named.
 
     Raises:
         ConfigError: holding every problem.
     """
-    return explain_config(file, overrides, environ, needs_model=needs_model)[0]
+    return explain_config(file, overrides, environ)[0]
 
 
 def explain_config(
     file: Path | None = None,
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
-    *,
-    needs_model: bool = False,
 ) -> tuple[Config, dict[str, str]]:
     """As `load_config`, and for every `section.key` where its value came from.
 
@@ -75,56 +70,60 @@ def explain_config(
         ConfigError: holding every problem.
     """
     document, problems = read_yaml(file) if file else ({}, [])
+    given: list[_Given] = []
     if file:
         problems += _misplaced_sections(document, file)
-    given = [
-        *(_from_file(document, file) if file else ()),
-        *_from_environment(environ or {}),
-        *(_Given(path, text, "flag", "flag", Path()) for path, text in (overrides or {}).items()),
-    ]
-    values: dict[str, Any] = {}
-    taken: dict[str, _Given] = {}
-    broken: set[str] = set()
-    for each in given:
-        if each.path not in KEYS:
-            problems.append(_unknown_key(each))
-            continue
-        try:
-            value = _checked(each)
-        except ValidationError as error:
-            problems += _problems_of(each, error)
-            broken.add(each.path)
-            continue
-        except ValueError as error:
-            problems.append(Problem(each.path, each.source, f"it is not valid YAML: {error}", _default(each.path)))
-            broken.add(each.path)
-            continue
-        if value is not None:
-            for rival in _RIVALS.get(each.path, ()):
-                if rival in taken and taken[rival].layer != each.layer:
-                    del values[rival], taken[rival]
-        values[each.path], taken[each.path] = value, each
+        given += _from_file(document, file)
+    given += _from_environment(environ or {})
+    given += (_Given(path, text, "flag", "flag", Path()) for path, text in (overrides or {}).items())
 
-    sections = {name: _section(name, values) for name in _SECTIONS}
+    laid = _Layers()
+    for each in given:
+        laid.add(each)
+    sections = {name: _section(name, laid.values) for name in _SECTIONS}
+    sources = {path: laid.taken[path].source if path in laid.taken else "default" for path in KEYS}
     draft = Config().model_copy(update=sections)  # not validated
-    sources = {path: taken[path].source if path in taken else "default" for path in KEYS}
-    for found in contradictions(draft):
-        if broken.isdisjoint(found.paths):
-            path = found.paths[0]
-            problems.append(Problem(path, sources[path], found.message, found.suggestion))
-    model_paths = ("model.folder", "model.network", "model.weights")
-    if needs_model and broken.isdisjoint(model_paths) and not any(values.get(path) for path in model_paths):
-        problems.append(
-            Problem(
-                "model.folder",
-                sources["model.folder"],
-                "no model is named",
-                "name a model folder on the command line or in the file; `instep model make` makes one",
-            )
-        )
+    problems += laid.problems
+    problems += (
+        Problem(each.paths[0], sources[each.paths[0]], each.message, each.suggestion)
+        for each in contradictions(draft)
+        if laid.broken.isdisjoint(each.paths)
+    )
     if problems:
         raise ConfigError(problems)
     return Config.model_validate(sections), sources
+
+
+class _Layers:
+    """Values laid over each other, the weakest added first."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.taken: dict[str, _Given] = {}
+        self.broken: set[str] = set()
+        """Paths of which some value is wrong; what depends on them is not judged."""
+        self.problems: list[Problem] = []
+
+    def add(self, given: _Given) -> None:
+        if given.path not in KEYS:
+            self.problems.append(_unknown_key(given))
+            return
+        try:
+            value = _checked(given)
+        except ValidationError as error:
+            self.broken.add(given.path)
+            self.problems += _problems_of(given, error)
+            return
+        except ValueError as error:
+            self.broken.add(given.path)
+            message = f"it is not valid YAML: {error}"
+            self.problems.append(Problem(given.path, given.source, message, _default(given.path)))
+            return
+        if value is not None:
+            for rival in _RIVALS.get(given.path, ()):
+                if rival in self.taken and self.taken[rival].layer != given.layer:
+                    del self.values[rival], self.taken[rival]
+        self.values[given.path], self.taken[given.path] = value, given
 
 
 def _misplaced_sections(document: Mapping[str, Any], file: Path) -> Iterator[Problem]:
@@ -174,7 +173,10 @@ def _from_text(given: _Given) -> Any:
         return None
     if any(option in (str, Path) or isinstance(option, str) for option in options):
         return given.value
-    return parse_yaml(given.value)[0]
+    value, duplicates = parse_yaml(given.value)
+    if duplicates:
+        raise ValueError(duplicates[0])
+    return value
 
 
 def _section(name: str, values: Mapping[str, Any]) -> Section:

@@ -34,7 +34,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """What is served: a folder, or an inline description with its weights file; neither means nothing yet."""
+    """What is served: a folder, or an inline description with its weights; the demo's model if neither is given."""
 
     folder: Path | None = None
     network: NetworkDescription | None = None

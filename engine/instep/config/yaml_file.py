@@ -55,16 +55,14 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
     Raises:
         ValueError: naming the line, when it is not YAML or uses what is not allowed here.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         return loader.get_single_data(), loader.duplicates
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{where}{error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
-    finally:
-        loader.dispose()
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], list[Problem]]:

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from instep.cli import app
+from instep.config import Config
+from instep.model.errors import ModelError
+from instep.recording.errors import RecordingError
+
+RUNNER = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def instep(*arguments: str) -> Result:
+    return RUNNER.invoke(app, list(arguments))
+
+
+class CannotServe(Exception):
+    """The server's own, without importing torch."""
+
+
+class Stub:
+    """Stands in for a module's `run`: keeps what it was called with and answers as told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.answer: int | BaseException = 0
+        stub = ModuleType(module)
+        stub.__dict__.update(run=self.run, CannotServe=CannotServe)
+        monkeypatch.setitem(sys.modules, module, stub)
+
+    def run(self, *args: Any, **kwargs: Any) -> int:
+        self.calls.append((args, kwargs))
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    return Stub(monkeypatch, "instep.server.serve")
+
+
+@pytest.fixture
+def verifier(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    return Stub(monkeypatch, "instep.verify.command")
+
+
+class TestServe:
+    def test_every_flag_sets_its_key(self, server: Stub, tmp_path: Path) -> None:
+        result = instep(
+            *("serve", str(tmp_path), "--endpoint", "tcp://0.0.0.0:1", "--allow-plaintext", "--device", "cpu"),
+            *("--exactness", "off", "--max-streams", "5", "--max-batch-size", "6", "--max-queue-delay-us", "7"),
+            *("--max-idle-s", "8", "--record", str(tmp_path / "r"), "--log-level", "debug", "--log-format", "json"),
+            *("--set", "limits.max_connections=9", "--set", "shutdown.drain_timeout_s=10"),
+        )
+        assert result.exit_code == 0, result.output
+        (((config,), _),) = server.calls
+        default = Config().model_dump()
+        assert config.model_dump() == {
+            "model": {**default["model"], "folder": tmp_path.resolve()},
+            "engine": {
+                **default["engine"],
+                "device": "cpu",
+                "exactness": "off",
+                "max_streams": 5,
+                "max_batch_size": 6,
+                "max_queue_delay_us": 7,
+            },
+            "transport": {**default["transport"], "endpoint": "tcp://0.0.0.0:1", "allow_plaintext": True},
+            "limits": {**default["limits"], "max_idle_s": 8.0, "max_connections": 9},
+            "recording": {**default["recording"], "file": tmp_path.resolve() / "r"},
+            "shutdown": {"drain_timeout_s": 10.0},
+            "log": {"level": "debug", "format": "json"},
+        }
+
+    def test_reads_the_file_and_the_environment(
+        self, server: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "c.yaml").write_text("model: {folder: m}\nengine: {threads: 2, max_streams: 2}\n")
+        monkeypatch.setenv("INSTEP_ENGINE__THREADS", "3")
+        result = instep("serve", "--config", str(tmp_path / "c.yaml"), "--max-streams", "4")
+        assert result.exit_code == 0, result.output
+        (((config,), _),) = server.calls
+        assert (config.model.folder, config.engine.threads, config.engine.max_streams) == (
+            tmp_path.resolve() / "m",
+            3,
+            4,
+        )
+
+    def test_hands_on_the_exit_status(self, server: Stub) -> None:
+        server.answer = 3
+        assert instep("serve", "m").exit_code == 3
+
+    def test_without_a_model_leaves_the_choice_to_the_server(self, server: Stub) -> None:
+        assert instep("serve").exit_code == 0
+        (((config,), _),) = server.calls
+        assert config == Config()
+
+    def test_says_why_it_cannot(self, server: Stub) -> None:
+        server.answer = CannotServe("the endpoint is taken")
+        result = instep("serve")
+        assert (result.exit_code, result.stdout, result.stderr) == (2, "", "the endpoint is taken\n")
+
+    def test_reports_every_problem_a_line_each_and_serves_nothing(self, server: Stub) -> None:
+        result = instep("serve", "m", "--device", "gpu", "--max-streams", "0", "--set", "limits.max_idel_s=3")
+        assert result.exit_code == 2
+        assert [line.split(":")[0] for line in result.stderr.splitlines()] == [
+            "engine.device (flag)",
+            "engine.max_streams (flag)",
+            "limits.max_idel_s (flag)",
+        ]
+        assert result.stdout == ""
+        assert server.calls == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--set", "limits.max_idle_s"], "should look like"),
+            (["--set", "log.level=debug", "--set", "log.level=info"], "log.level is set twice"),
+            (["--log-level", "debug", "--set", "log.level=info"], "log.level is set twice"),
+        ],
+    )
+    def test_settings_that_cannot_be_meant(self, server: Stub, arguments: list[str], words: str) -> None:
+        result = instep("serve", "m", *arguments)
+        assert result.exit_code == 2
+        assert words in result.stderr
+        assert server.calls == []
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "error", [ModelError("the tensor [a] is missing"), RecordingError("the tensor [a] is missing")]
+    )
+    def test_of_users_are_one_sentence_and_status_2(self, server: Stub, error: Exception) -> None:
+        server.answer = error
+        result = instep("serve", "m")
+        assert (result.exit_code, result.stdout, result.stderr) == (2, "", "the tensor [a] is missing\n")
+
+    def test_are_red_on_a_terminal(self, server: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+        server.answer = ModelError("no")
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        result = CliRunner(env={"TERM": "xterm", "COLORTERM": "", "NO_COLOR": None}).invoke(
+            app, ["serve", "m"], color=True
+        )
+        assert "\x1b[31mno\x1b[0m" in result.stderr
+
+    def test_of_ours_are_not_hidden(self, server: Stub) -> None:
+        server.answer = ZeroDivisionError("a bug")
+        assert isinstance(instep("serve", "m").exception, ZeroDivisionError)
+
+    def test_ctrl_c_is_status_130(self, server: Stub) -> None:
+        server.answer = KeyboardInterrupt()
+        assert instep("serve", "m").exit_code == 130
+
+    @pytest.mark.parametrize(
+        ("typo", "meant"), [("srve", "serve"), ("verfy", "verify"), ("modle", "model"), ("confg", "config")]
+    )
+    def test_of_typing_are_answered_with_what_was_meant(self, typo: str, meant: str) -> None:
+        result = instep(typo)
+        assert result.exit_code == 2
+        assert f"Did you mean '{meant}'?" in result.stderr
+
+    def test_of_typing_in_the_model_commands_too(self) -> None:
+        assert "Did you mean 'make'?" in instep("model", "mkae").stderr
+
+
+class TestVerify:
+    def test_hands_everything_on(self, verifier: Stub) -> None:
+        verifier.answer = 1
+        result = instep("verify", "r.instep", "--model", "m", "--stream", "7", "--json")
+        assert result.exit_code == 1
+        ((args, kwargs),) = verifier.calls
+        kwargs.pop("console")
+        assert (args, kwargs) == ((Path("r.instep"),), {"model_folder": Path("m"), "stream": 7, "json": True})
+
+    def test_defaults(self, verifier: Stub) -> None:
+        assert instep("verify", "r.instep").exit_code == 0
+        ((_, kwargs),) = verifier.calls
+        assert (kwargs["model_folder"], kwargs["stream"], kwargs["json"]) == (None, None, False)
+
+
+class TestDemoAndBench:
+    def test_the_demo_is_the_speakers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        speakers = Stub(monkeypatch, "instep.demo.speakers")
+        speakers.answer = 1
+        assert instep("demo").exit_code == 1
+        assert instep("demo", "speakers", "--out", "there").exit_code == 1
+        assert [args[0] for args, _ in speakers.calls] == [Path("demo-out"), Path("there")]
+
+    def test_or_the_seed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seed = Stub(monkeypatch, "instep.demo.seed")
+        seed.answer = 4
+        assert instep("demo", "seed").exit_code == 4
+        assert len(seed.calls) == 1
+
+    def test_and_nothing_else(self) -> None:
+        assert instep("demo", "sead").exit_code == 2
+
+    def test_bench(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Stub(monkeypatch, "instep.bench")
+        bench.answer = 5
+        assert instep("bench").exit_code == 5
+        assert instep("bench", "--json").exit_code == 5
+        assert [args[1] for args, _ in bench.calls] == [False, True]
+
+
+class TestConfig:
+    def test_shows_every_value_and_where_it_came_from(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = tmp_path / "c.yaml"
+        file.write_text("engine: {threads: 2}\n")
+        monkeypatch.setenv("INSTEP_LOG__LEVEL", "debug")
+        result = instep("config", "--config", str(file), "--set", "log.format=json")
+        assert result.exit_code == 0, result.output
+        rows = {tuple(line.split(maxsplit=2)) for line in result.stdout.splitlines()}
+        assert rows >= {
+            ("engine.threads", "2", f"file {file}"),
+            ("log.level", '"debug"', "INSTEP_LOG__LEVEL"),
+            ("log.format", '"json"', "flag"),
+            ("transport.endpoint", '"tcp://127.0.0.1:5757"', "default"),
+            ("model.folder", "null", "default"),
+        }
+        assert len(rows) == sum(len(section) for section in Config().model_dump().values())
+
+    def test_as_json(self) -> None:
+        shown = json.loads(instep("config", "--json", "--set", "recording.file=/r").stdout)
+        assert shown["recording.file"] == {"value": "/r", "source": "flag"}
+        assert shown["limits.max_idle_s"] == {"value": 3600.0, "source": "default"}
+
+    def test_that_is_wrong(self) -> None:
+        result = instep("config", "--set", "log.level=loud")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "not 'loud'" in result.stderr
+
+
+class TestModel:
+    def test_make_and_info(self, tmp_path: Path) -> None:
+        folder = tmp_path / "made"
+        made = instep(
+            *("model", "make", str(folder), "--features", "3", "--hidden", "4", "--layers", "2"),
+            *("--before", "8:relu", "--before", "5:tanh", "--after", "2"),
+        )
+        assert made.exit_code == 0, made.output
+        words = "3 features → dense 8 relu → dense 5 tanh → GRU 4 × 2 layers → dense 2"
+        assert made.stdout == f"{folder}: {words}\n"
+        shown = instep("model", "info", str(folder)).stdout.splitlines()
+        assert shown[0] == f"made: {words}"
+        # dense 8·3+8, 5·8+5; GRU 12·(5+4)+24, 12·(4+4)+24; dense 2·4+2
+        assert shown[1].startswith("339 parameters; fingerprint ")
+        assert "  gru.weight_ih_l0 [12, 5]" in shown[2:]
+
+    def test_constant_weights_without_biases(self, tmp_path: Path) -> None:
+        from instep.model.folder import load_model
+
+        arguments = ["--features", "3", "--hidden", "4", "--no-bias", "--after", "2", "--name", "the seed's"]
+        result = instep("model", "make", str(tmp_path), *arguments, "--init", "constant", "--weight", "0.25")
+        assert result.exit_code == 0, result.output
+        model = load_model(tmp_path)
+        assert model.name == "the seed's"
+        assert set(model.weights) == {"gru.weight_ih_l0", "gru.weight_hh_l0", "after.0.weight"}
+        assert all(bool((tensor == 0.25).all()) for tensor in model.weights.values())
+
+    def test_the_same_seed_makes_the_same_weights(self, tmp_path: Path) -> None:
+        fingerprints = []
+        for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+            instep("model", "make", str(tmp_path / name), "--features", "3", "--hidden", "4", "--seed", seed)
+            fingerprints.append(
+                json.loads(instep("model", "info", str(tmp_path / name), "--json").stdout)["fingerprint"]
+            )
+        assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+    def test_info_as_json(self, tmp_path: Path) -> None:
+        instep("model", "make", str(tmp_path), "--features", "3", "--hidden", "4", "--bias", "1", "--init", "constant")
+        shown = json.loads(instep("model", "info", str(tmp_path), "--json").stdout)
+        assert shown["tensors"] == {
+            "gru.weight_ih_l0": [12, 3],
+            "gru.weight_hh_l0": [12, 4],
+            "gru.bias_ih_l0": [12],
+            "gru.bias_hh_l0": [12],
+        }
+        assert shown["parameters"] == 36 + 48 + 12 + 12
+        assert shown["description"]["gru"]["hidden_size"] == 4
+
+    def test_what_cannot_be_made(self, tmp_path: Path) -> None:
+        result = instep("model", "make", str(tmp_path / "m"), "--features", "0", "--hidden", "4", "--after", "x:rely")
+        assert (result.exit_code, result.stdout) == (2, "")
+        lines = result.stderr.splitlines()
+        assert [line.split(" ")[0] for line in lines] == ["features", "after.0.size", "after.0.activation"]
+        assert "'rely' is wrong" in lines[2]
+        assert not (tmp_path / "m").exists()
+
+    def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
+        result = instep("model", "info", str(tmp_path))
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"instep \d+\.\d+\.\d+\n", instep("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    "path", [[], ["serve"], ["verify"], ["demo"], ["bench"], ["config"], ["model"], ["model", "make"]]
+)
+def test_help_explains_every_command(path: list[str]) -> None:
+    result = instep(*path, "--help")
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout
+
+
+def test_help_is_light() -> None:
+    """What makes `--help` slow is what it imports: that is asserted, not the time."""
+    heavy = ["torch", "numpy", "zmq", "pydantic", "yaml", "structlog", "matplotlib", "instep.config", "instep.model"]
+    script = f"""
+import sys
+from instep.cli import app
+app(["--help"], standalone_mode=False)
+print([name for name in {heavy} if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_it_runs_as_a_module_and_as_a_program() -> None:
+    program = Path(sys.executable).with_name("instep")
+    for command in ([sys.executable, "-m", "instep"], [str(program)]):
+        result = subprocess.run([*command, "config", "--set", "a.b=1"], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == "a.b (flag): there is no such key; configs/default.yaml lists every key\n"

@@ -1,0 +1,459 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from instep.config import (
+    Config,
+    ConfigError,
+    EngineConfig,
+    LimitsConfig,
+    Problem,
+    TransportConfig,
+    explain_config,
+    load_config,
+)
+from instep.config.endpoint import is_loopback
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NETWORK = {"features": 3, "gru": {"hidden_size": 4}}
+
+
+def problems(
+    file: Path | None = None,
+    overrides: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> tuple[Problem, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, overrides, environ)
+    return caught.value.problems
+
+
+def written(folder: Path, text: str | Mapping[str, Any]) -> Path:
+    file = folder / "instep.yaml"
+    file.write_text(text if isinstance(text, str) else yaml.safe_dump(text), encoding="utf-8")
+    return file
+
+
+class TestTheManual:
+    text = (CONFIGS / "default.yaml").read_text(encoding="utf-8")
+
+    def test_lists_every_key_with_the_default_of_the_code_and_nothing_else(self) -> None:
+        manual = yaml.safe_load(self.text)
+        code = Config().model_dump(mode="json")
+        assert manual == code
+        assert [(name, list(keys)) for name, keys in manual.items()] == [
+            (name, list(keys)) for name, keys in code.items()
+        ]
+        for name, keys in code.items():  # 1 and 1.0 and true are equal to ==
+            assert {key: type(value) for key, value in manual[name].items()} == {
+                key: type(value) for key, value in keys.items()
+            }
+
+    def test_explains_every_key_in_the_lines_above_it(self) -> None:
+        lines = self.text.splitlines()
+        keys = [number for number, line in enumerate(lines) if re.match(r"  \w+:", line)]
+        assert len(keys) == sum(len(section) for section in Config().model_dump().values())
+        for number in keys:
+            assert lines[number - 1].startswith("  # "), lines[number]
+
+    def test_names_the_unit_where_the_key_has_one(self) -> None:
+        lines = self.text.splitlines()
+        units = {"_us": "Microseconds", "_s": "Seconds", "_bytes": "Bytes"}
+        found = 0
+        for number, line in enumerate(lines):
+            match = re.match(r"  \w+?(_us|_s|_bytes):", line)
+            if match:
+                above = lines[:number]
+                while above[-1].startswith("  #"):
+                    comment = above.pop()
+                assert comment.startswith(f"  # {units[match[1]]}"), line
+                found += 1
+        assert found == 7
+
+    def test_loads_as_the_defaults(self) -> None:
+        assert load_config(CONFIGS / "default.yaml") == Config() == load_config()
+
+    def test_the_network_in_its_comments_is_one(self, tmp_path: Path) -> None:
+        example = re.search(r"  #     network:\n(  #      .*\n)+", self.text)
+        assert example is not None
+        network = yaml.safe_load(re.sub(r"(?m)^  # {5}", "", example[0]))
+        file = written(tmp_path, {"model": {**network, "weights": "w"}})
+        loaded = load_config(file).model.network
+        assert loaded is not None
+        assert (loaded.features, loaded.gru.hidden_size, loaded.outputs) == (40, 128, 9)
+
+
+class TestShippedConfigs:
+    def test_seed_describes_its_network(self) -> None:
+        model = load_config(CONFIGS / "seed.yaml").model
+        assert model.folder is None
+        assert model.network is not None
+        assert (model.network.features, model.network.gru.hidden_size) == (3, 4)
+        assert model.weights == CONFIGS.parent / "engine/instep/demo/seed_model/weights.safetensors"
+
+    def test_demo_names_a_folder(self) -> None:
+        model = load_config(CONFIGS / "demo.yaml").model
+        assert (model.folder, model.network) == (CONFIGS.parent / "engine/instep/demo/model", None)
+
+
+class TestPrecedence:
+    def test_flag_over_environment_over_file_over_default(self, tmp_path: Path) -> None:
+        file = written(tmp_path, {"limits": {"max_idle_s": 1, "unreachable_after_s": 1, "max_connections": 1}})
+        environ = {"INSTEP_LIMITS__MAX_IDLE_S": "2", "INSTEP_LIMITS__UNREACHABLE_AFTER_S": "2"}
+        config, sources = explain_config(file, {"limits.max_idle_s": "3"}, environ)
+        limits = config.limits
+        assert (limits.max_idle_s, limits.unreachable_after_s, limits.max_connections) == (3.0, 2.0, 1)
+        assert sources["limits.max_idle_s"] == "flag"
+        assert sources["limits.unreachable_after_s"] == "INSTEP_LIMITS__UNREACHABLE_AFTER_S"
+        assert sources["limits.max_connections"] == f"file {file}"
+        assert sources["limits.credit_frames"] == "default"
+        assert len(sources) == sum(len(section) for section in config.model_dump().values())
+
+    def test_a_model_named_in_a_stronger_place_sets_the_weaker_one_aside(self, tmp_path: Path) -> None:
+        inline = written(tmp_path, {"model": {"network": NETWORK, "weights": "w"}})
+        config, sources = explain_config(inline, {"model.folder": "/models/a"})
+        assert config.model.model_dump() == {"folder": Path("/models/a"), "network": None, "weights": None}
+        assert sources["model.network"] == "default"
+
+    def test_a_network_given_by_flags_sets_the_folder_in_the_file_aside(self, tmp_path: Path) -> None:
+        folder = written(tmp_path, {"model": {"folder": "a"}})
+        flags = {"model.network": "{features: 3, gru: {hidden_size: 4}}", "model.weights": "/w"}
+        model = load_config(folder, flags).model
+        assert (model.folder, model.weights) == (None, Path("/w"))
+
+    def test_null_in_a_stronger_place_takes_a_value_back(self, tmp_path: Path) -> None:
+        file = written(tmp_path, {"recording": {"file": "a.instep"}, "model": {"folder": "a"}})
+        config = load_config(file, {"recording.file": "null"}, {"INSTEP_MODEL__FOLDER": ""})
+        assert (config.recording.file, config.model.folder) == (None, None)
+
+    def test_the_environment_of_the_process_is_not_read_unless_given(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("INSTEP_ENGINE__THREADS", "7")
+        assert load_config().engine.threads == 1
+
+    def test_variables_of_others_and_without_a_double_underscore_are_left_alone(self) -> None:
+        assert load_config(None, None, {"INSTEP_HOME": "x", "OTHER__KEY": "x", "XINSTEP_A__B": "x"}) == Config()
+
+
+class TestText:
+    @pytest.mark.parametrize(
+        ("path", "text", "value"),
+        [
+            ("engine.threads", "4", 4),
+            ("limits.max_idle_s", "1e-3", 0.001),
+            ("limits.max_idle_s", "5", 5.0),
+            ("transport.allow_plaintext", "true", True),
+            ("engine.exactness", "off", "off"),  # YAML would make False of it
+            ("recording.file", "/123", Path("/123")),
+            ("log.level", "debug", "debug"),
+            ("engine.device", "cuda:1", "cuda:1"),
+        ],
+    )
+    def test_becomes_the_type_of_the_key(self, path: str, text: str, value: object) -> None:
+        section, key = path.split(".")
+        variable = f"INSTEP_{section}__{key}".upper()
+        for config in (load_config(None, {path: text}), load_config(None, None, {variable: text})):
+            found = getattr(getattr(config, section), key)
+            assert found == value
+            assert isinstance(found, type(value))
+
+
+class TestPaths:
+    def test_in_a_file_are_relative_to_the_file(self, tmp_path: Path) -> None:
+        (tmp_path / "sub").mkdir()
+        file = written(tmp_path / "sub", {"model": {"folder": "../m"}, "recording": {"file": "/abs/r"}})
+        config = load_config(file)
+        assert (config.model.folder, config.recording.file) == (tmp_path.resolve() / "m", Path("/abs/r"))
+
+    def test_in_flags_and_environment_are_relative_to_the_current_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        config = load_config(None, {"model.folder": "m"}, {"INSTEP_RECORDING__FILE": "r"})
+        assert (config.model.folder, config.recording.file) == (tmp_path.resolve() / "m", tmp_path.resolve() / "r")
+
+    def test_may_begin_with_the_home_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/somebody")
+        assert load_config(None, {"model.folder": "~/m"}).model.folder == Path("/home/somebody/m")
+
+
+class TestProblems:
+    def test_are_all_reported_at_once_each_with_path_source_and_suggestion(self, tmp_path: Path) -> None:
+        file = written(
+            tmp_path,
+            {
+                "limts": {"max_idle_s": 1},
+                "endpoint": "tcp://127.0.0.1:1",
+                "log": "debug",
+                "model": {"folder": "f", "network": NETWORK},
+                "transport": {"endpoint": "tcp://0.0.0.0:5757", "handshake_timeout": 3},
+                "limits": {"max_pending_frames": 10, "max_idle_s": "soon", "max_connections": 1.5},
+            },
+        )
+        found = problems(file, {"engine.device": "gpu"}, {"INSTEP_ENGINE__THREDS": "2"})
+        where = f"file {file}"
+        assert {(each.path, each.source) for each in found} == {
+            ("limts", where),
+            ("endpoint", where),
+            ("log", where),
+            ("model.folder", where),
+            ("transport.endpoint", where),
+            ("transport.handshake_timeout", where),
+            ("limits.credit_frames", "default"),
+            ("limits.max_idle_s", where),
+            ("limits.max_connections", where),
+            ("engine.device", "flag"),
+            ("engine.threds", "INSTEP_ENGINE__THREDS"),
+        }
+        assert len(found) == 11
+        assert all(each.message and each.suggestion for each in found)
+        with pytest.raises(ConfigError) as caught:
+            load_config(file, {"engine.device": "gpu"}, {"INSTEP_ENGINE__THREDS": "2"})
+        assert str(caught.value).splitlines() == [str(each) for each in found]
+
+    @pytest.mark.parametrize(
+        ("path", "suggestion"),
+        [
+            ("limits.max_idel_s", "did you mean limits.max_idle_s?"),
+            ("engine.max_idle_s", "did you mean limits.max_idle_s?"),
+            ("threads", "did you mean engine.threads?"),
+            ("xyzzy", "configs/default.yaml lists every key"),
+        ],
+    )
+    def test_unknown_flags_say_what_was_meant(self, path: str, suggestion: str) -> None:
+        (found,) = problems(None, {path: "1"})
+        assert found == Problem(path, "flag", "there is no such key", suggestion)
+
+    @pytest.mark.parametrize(
+        ("document", "path", "suggestion"),
+        [
+            ({"limts": {}}, "limts", "did you mean limits?"),
+            ({"endpoint": "x"}, "endpoint", "did you mean transport.endpoint?"),
+            ({"limits": {"max_idle": 1}}, "limits.max_idle", "did you mean limits.max_idle_s?"),
+            (
+                {"model": {"network": {**NETWORK, "gru": {"hidden_size": 4, "num_layer": 2}}, "weights": "w"}},
+                "model.network.gru.num_layer",
+                "did you mean num_layers?",
+            ),
+            (
+                {"model": {"network": {**NETWORK, "after": [{"size": 4, "activations": "relu"}]}, "weights": "w"}},
+                "model.network.after.0.activations",
+                "did you mean activation?",
+            ),
+        ],
+    )
+    def test_unknown_keys_in_files_say_what_was_meant(
+        self, tmp_path: Path, document: dict[str, Any], path: str, suggestion: str
+    ) -> None:
+        (found,) = problems(written(tmp_path, document))
+        assert (found.path, found.suggestion) == (path, suggestion)
+
+    def test_unknown_variables_are_answered_with_a_variable(self) -> None:
+        (found,) = problems(None, None, {"INSTEP_LIMITS__MAX_IDEL_S": "1"})
+        assert (found.source, found.suggestion) == (
+            "INSTEP_LIMITS__MAX_IDEL_S",
+            "did you mean INSTEP_LIMITS__MAX_IDLE_S?",
+        )
+
+    @pytest.mark.parametrize(
+        ("section", "key", "value"),
+        [
+            ("engine", "threads", "1"),
+            ("engine", "threads", True),
+            ("engine", "threads", 1.0),
+            ("engine", "threads", 0),
+            ("engine", "threads", None),
+            ("engine", "max_batch_size", 4097),
+            ("engine", "exactness", False),
+            ("engine", "exactness", "exact"),
+            ("engine", "device", "gpu"),
+            ("engine", "device", "cuda:"),
+            ("engine", "max_queue_delay_us", -1),
+            ("transport", "allow_plaintext", "yes please"),
+            ("transport", "allow_plaintext", 1),
+            ("transport", "endpoint", "127.0.0.1:5757"),
+            ("transport", "endpoint", "tcp://127.0.0.1"),
+            ("transport", "endpoint", "tcp://127.0.0.1:0"),
+            ("transport", "endpoint", "tcp://127.0.0.1:65536"),
+            ("transport", "endpoint", "udp://127.0.0.1:1"),
+            ("transport", "endpoint", "ipc://"),
+            ("transport", "endpoint", "ipc://" + "x" * 108),
+            ("transport", "heartbeat_s", 0),
+            ("transport", "send_high_water_mark", 0),  # ZeroMQ's word for no bound
+            ("limits", "max_idle_s", float("nan")),
+            ("limits", "max_idle_s", float("inf")),
+            ("limits", "max_idle_s", "3600"),
+            ("limits", "max_connections", 10**30),
+            ("recording", "file", 5),
+            ("recording", "file", ["a"]),
+            ("log", "level", "warn"),
+            ("model", "network", "gru"),
+        ],
+    )
+    def test_wrong_values_in_files_are_named(self, tmp_path: Path, section: str, key: str, value: object) -> None:
+        (found,) = problems(written(tmp_path, {section: {key: value}}))
+        assert (found.path, found.source) == (f"{section}.{key}", f"file {tmp_path / 'instep.yaml'}")
+
+    def test_a_wrong_value_is_quoted_and_the_default_told(self) -> None:
+        (found,) = problems(None, {"limits.max_idle_s": "soon"})
+        assert str(found) == "limits.max_idle_s (flag): it should be a valid number, not 'soon'; the default is 3600.0"
+
+    def test_long_values_are_cut(self) -> None:
+        (found,) = problems(None, {"log.level": "x" * 1000})
+        assert len(str(found)) < 250
+
+    def test_a_wrong_value_is_a_problem_even_where_a_stronger_place_overrides_it(self, tmp_path: Path) -> None:
+        (found,) = problems(written(tmp_path, {"engine": {"threads": 0}}), {"engine.threads": "2"})
+        assert found.path == "engine.threads"
+
+    def test_text_that_is_not_yaml(self) -> None:
+        (found,) = problems(None, {"engine.threads": "[1"})
+        assert (found.path, "not valid YAML" in found.message) == ("engine.threads", True)
+
+    def test_text_with_a_key_twice(self) -> None:
+        (found,) = problems(None, {"model.network": "{features: 3, features: 4, gru: {hidden_size: 4}}"})
+        assert "the key 'features' stands twice" in found.message
+
+    def test_a_network_that_cannot_be(self, tmp_path: Path) -> None:
+        network = {"gru": {"hidden_size": 0, "bidirectional": True}}
+        found = problems(written(tmp_path, {"model": {"network": network, "weights": "w"}}))
+        assert [each.path for each in found] == [
+            "model.network.features",
+            "model.network.gru.hidden_size",
+            "model.network.gru.bidirectional",
+        ]
+        assert "cannot stream" in found[2].message
+        assert found[0].suggestion == "add features there"
+
+
+class TestFiles:
+    @pytest.mark.parametrize("text", ["", "# only a comment\n", "limits:\n", "---\n{}\n"])
+    def test_that_say_nothing_mean_the_defaults(self, tmp_path: Path, text: str) -> None:
+        assert load_config(written(tmp_path, text)) == Config()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("- a\n- b\n", "it holds a list, not sections with keys"),
+            ("limits\n", "it holds a str, not sections with keys"),
+            ("limits: {max_idle_s: 1\n", "line 2"),
+            ("limits:\n  max_idle_s: 1\n\tx: 2\n", "line 3"),
+            ("log: !!python/object/apply:os.getcwd []\n", "python/object"),
+            ("a: &x {b: 1}\nc: *x\n", "anchors and aliases"),
+            ("limits: {<<: {max_idle_s: 1}}\n", "line 1"),
+            ("5: {}\n", "the key 5 is not a word"),
+            ("on: {}\n", "the key True is not a word"),
+            ("limits: {max_idle_s: 2001-99-99}\n", "month"),
+            ("---\n{}\n---\n{}\n", "line 3"),
+            ("\x00", "special characters are not allowed"),
+        ],
+    )
+    def test_that_are_not_sections_of_keys_are_refused(self, tmp_path: Path, text: str, message: str) -> None:
+        (found,) = problems(written(tmp_path, text))
+        assert found.source == f"file {tmp_path / 'instep.yaml'}"
+        assert message in found.message
+
+    def test_with_a_key_twice_are_refused_with_both_lines_of_each(self, tmp_path: Path) -> None:
+        text = "limits:\n  max_idle_s: 1\n  max_idle_s: 2\nlog: {}\nlog: {}\n"
+        found = problems(written(tmp_path, text))
+        assert {each.message for each in found} == {
+            "the key 'max_idle_s' stands twice, in lines 2 and 3",
+            "the key 'log' stands twice, in lines 4 and 5",
+        }
+
+    def test_that_cannot_be_read(self, tmp_path: Path) -> None:
+        (missing,) = problems(tmp_path / "no.yaml")
+        assert "No such file" in missing.message
+        (folder,) = problems(tmp_path)
+        assert "cannot be read" in folder.message
+        (tmp_path / "latin.yaml").write_bytes(b"log: \xe9\xff\n")
+        (latin,) = problems(tmp_path / "latin.yaml")
+        assert latin.message == "it is not a text file"
+
+    def test_dates_are_not_numbers(self, tmp_path: Path) -> None:
+        (found,) = problems(written(tmp_path, "limits: {max_idle_s: 2001-01-01}\n"))
+        assert found.path == "limits.max_idle_s"
+
+
+class TestContradictions:
+    @pytest.mark.parametrize(
+        ("document", "path", "words"),
+        [
+            ({"model": {"folder": "f", "network": NETWORK, "weights": "w"}}, "model.folder", "not both"),
+            ({"model": {"folder": "f", "weights": "w"}}, "model.folder", "not both"),
+            ({"model": {"network": NETWORK}}, "model.weights", "weights are missing"),
+            ({"model": {"weights": "w"}}, "model.network", "not described"),
+            ({"transport": {"endpoint": "tcp://*:5757"}}, "transport.endpoint", "no encryption"),
+            ({"transport": {"endpoint": "tcp://10.0.0.1:5757"}}, "transport.endpoint", "other machines"),
+            ({"transport": {"endpoint": "tcp://eth0:5757"}}, "transport.endpoint", "other machines"),
+            ({"transport": {"endpoint": "tcp://[::]:5757"}}, "transport.endpoint", "other machines"),
+            ({"limits": {"credit_frames": 131_073}}, "limits.credit_frames", "131073 frames"),
+            ({"limits": {"max_block_frames": 16_385}}, "limits.max_block_frames", "16384 in flight"),
+        ],
+    )
+    def test_are_refused(self, tmp_path: Path, document: dict[str, Any], path: str, words: str) -> None:
+        (found,) = problems(written(tmp_path, document))
+        assert found.path == path
+        assert words in found.message
+
+    @pytest.mark.parametrize(
+        "document",
+        [
+            {"engine": {"max_streams": 4, "max_batch_size": 256}},
+            {"limits": {"max_block_frames": 5, "credit_frames": 5, "max_pending_frames": 5}},
+            {"transport": {"endpoint": "tcp://*:5757", "allow_plaintext": True}},
+            {"transport": {"allow_plaintext": True}},
+        ],
+    )
+    def test_what_merely_looks_odd_is_accepted(self, tmp_path: Path, document: dict[str, Any]) -> None:
+        dumped = load_config(written(tmp_path, document)).model_dump()
+        for section, keys in document.items():
+            assert dumped[section] == dumped[section] | keys
+
+    def test_keys_that_are_wrong_by_themselves_are_not_also_said_to_contradict(self, tmp_path: Path) -> None:
+        file = written(tmp_path, {"limits": {"max_pending_frames": 10, "credit_frames": "x", "max_block_frames": 1}})
+        assert [each.path for each in problems(file)] == ["limits.credit_frames"]
+
+    def test_cannot_be_made_in_python_either(self) -> None:
+        with pytest.raises(ValidationError, match="no encryption"):
+            Config(transport=TransportConfig(endpoint="tcp://0.0.0.0:1"))
+        with pytest.raises(ValidationError, match="in flight"):
+            Config(limits=LimitsConfig(max_pending_frames=1))
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().engine.threads = 2
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        EngineConfig.model_validate({"thread": 2})
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "expected"),
+    [
+        ("tcp://127.0.0.1:5757", True),
+        ("tcp://127.0.0.1:*", True),
+        ("tcp://127.255.3.4:1", True),
+        ("tcp://localhost:1", True),
+        ("tcp://LOCALHOST:1", True),
+        ("tcp://[::1]:1", True),
+        ("ipc:///run/instep.sock", True),
+        ("tcp://0.0.0.0:1", False),
+        ("tcp://*:1", False),
+        ("tcp://128.0.0.1:1", False),
+        ("tcp://localhost.example.org:1", False),
+        ("tcp://127.0.0.1.example.org:1", False),
+        ("tcp://[::]:1", False),
+        ("tcp://[fe80::1]:1", False),
+        ("tcp://lo:1", False),
+    ],
+)
+def test_loopback(endpoint: str, expected: bool) -> None:
+    assert TransportConfig(endpoint=endpoint).endpoint == endpoint
+    assert is_loopback(endpoint) is expected
