@@ -210,7 +210,7 @@ class TestDemoAndBench:
         bench.answer = 5
         assert instep("bench").exit_code == 5
         assert instep("bench", "--json").exit_code == 5
-        assert [args[1] for args, _ in bench.calls] == [False, True]
+        assert [kwargs for _, kwargs in bench.calls] == [{"as_json": False}, {"as_json": True}]
 
 
 class TestConfig:

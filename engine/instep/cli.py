@@ -154,7 +154,7 @@ def bench(json: Json = False) -> None:
     """Measure how fast streams are served here, against stepping them one by one."""
     from instep.bench import run
 
-    raise typer.Exit(run(_console(), json))
+    raise typer.Exit(run(_console(), as_json=json))
 
 
 @app.command("config")
