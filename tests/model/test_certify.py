@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+import torch
+
+from instep.model.certify import Certification, candidate_buckets, certify
+from instep.model.description import DenseLayer, GruLayers, NetworkDescription
+from instep.model.folder import make_model
+from instep.model.network import Network
+
+CPU = torch.device("cpu")
+CANDIDATES = (4, 8, 16, 24, 32, 48, 64)
+
+PLAIN = NetworkDescription(features=5, gru=GruLayers(hidden_size=8, num_layers=2))
+DENSE = NetworkDescription(features=5, gru=GruLayers(hidden_size=7), after=(DenseLayer(size=3, activation="sigmoid"),))
+
+Tamper: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Changes y and h' in place, given x and h."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Tampered(Network):
+    """A network whose steps, sequences, or both are changed; counts the rows it steps."""
+
+    def __init__(
+        self, description: NetworkDescription, step: Tamper | None = None, sequence: Tamper | None = None
+    ) -> None:
+        super().__init__(make_model(description, "random", name="tampered", seed=1), CPU)
+        self._tamper_step, self._tamper_sequence = step, sequence
+        self.rows: dict[int, int] = {}
+        self.sequences: list[tuple[int, int]] = []
+
+    def step(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, after = super().step(x, h)
+        self.rows[len(x)] = self.rows.get(len(x), 0) + len(x)
+        if self._tamper_step is not None:
+            y, after = y.clone(), after.clone()
+            self._tamper_step(y, after, x, h)
+        return y, after
+
+    def sequence(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, after = super().sequence(x, h)
+        self.sequences.append((x.shape[0], x.shape[1]))
+        if self._tamper_sequence is not None:
+            y, after = y.clone(), after.clone()
+            self._tamper_sequence(y, after, x, h)
+        return y, after
+
+
+def nudge(values: torch.Tensor) -> None:
+    """To the next float32 above, in place; NaN stays."""
+    values.copy_(torch.nextafter(values, torch.tensor(torch.inf)))
+
+
+def nudge_at(bucket: int, position: int, element: int, in_state: bool) -> Tamper:
+    def tamper(y: torch.Tensor, after: torch.Tensor, x: torch.Tensor, h: torch.Tensor) -> None:
+        if len(x) == bucket:
+            nudge(after[1, position, element : element + 1] if in_state else y[position, element : element + 1])
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("size", "dense", "expected"),
+    [
+        (256, False, (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)),
+        (100, False, (4, 8, 16, 24, 32, 48, 64, 96, 100)),
+        (97, False, (4, 8, 16, 24, 32, 48, 64, 96, 100)),
+        (96, False, (4, 8, 16, 24, 32, 48, 64, 96)),
+        (1, False, (4,)),
+        (5, False, (4, 8)),
+        (1, True, (32,)),
+        (33, True, (32, 64)),
+        (256, True, (32, 64, 96, 128, 192, 256)),
+        (1000, True, (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)),
+    ],
+)
+def test_candidates(size: int, dense: bool, expected: tuple[int, ...]) -> None:
+    assert candidate_buckets(Tampered(DENSE if dense else PLAIN), size) == expected
+
+
+def test_the_largest_batch_size_has_few_candidates() -> None:
+    candidates = candidate_buckets(Tampered(PLAIN), 4096)
+    assert candidates[-1] == 4096
+    assert len(candidates) < 20
+
+
+@pytest.mark.parametrize("description", [PLAIN, DENSE], ids=["plain", "dense"])
+def test_a_network_is_exact_in_all_its_candidates(description: NetworkDescription) -> None:
+    network = Tampered(description)
+    candidates = candidate_buckets(network, 96)
+    assert certify(network, candidates) == Certification("exact", candidates, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "position", "element", "in_state"),
+    [
+        (4, 0, 0, False),
+        (4, 3, 7, True),
+        (8, 4, 0, True),
+        (24, 13, 5, False),
+        (32, 31, 7, False),
+        (48, 16, 0, False),
+        (64, 0, 2, True),
+        (64, 37, 7, False),
+        (64, 63, 3, True),
+    ],
+)
+def test_one_ulp_at_one_place_of_one_bucket_drops_that_bucket(
+    bucket: int, position: int, element: int, in_state: bool
+) -> None:
+    network = Tampered(PLAIN, step=nudge_at(bucket, position, element, in_state))
+    rest = tuple(size for size in CANDIDATES if size != bucket)
+    assert certify(network, CANDIDATES) == Certification("exact", rest, 0, True)
+
+
+def test_a_bucket_with_other_bits_throughout_is_dropped_in_favour_of_the_rest() -> None:
+    for bucket in CANDIDATES:
+        network = Tampered(PLAIN, step=lambda y, after, x, h, bucket=bucket: nudge(y) if len(x) == bucket else None)
+        assert certify(network, CANDIDATES).buckets == tuple(size for size in CANDIDATES if size != bucket)
+
+
+def grouped(group_of: Callable[[int], int]) -> Tampered:
+    def tamper(y: torch.Tensor, after: torch.Tensor, x: torch.Tensor, h: torch.Tensor) -> None:
+        for _ in range(group_of(len(x))):
+            nudge(y)
+
+    return Tampered(PLAIN, step=tamper)
+
+
+def test_the_largest_group_that_agrees_stays() -> None:
+    assert certify(grouped(lambda rows: rows >= 24), CANDIDATES).buckets == (24, 32, 48, 64)
+    assert certify(grouped(lambda rows: rows >= 48), CANDIDATES).buckets == (4, 8, 16, 24, 32)
+
+
+def test_but_never_for_less_than_half_the_largest_batch() -> None:
+    assert certify(grouped(lambda rows: rows >= 32), CANDIDATES).buckets == (32, 48, 64)
+    alone = certify(grouped(CANDIDATES.index), CANDIDATES)
+    assert (alone.exactness, alone.buckets) == ("exact", (64,))
+
+
+def leak_of_a_neighbour(y: torch.Tensor, after: torch.Tensor, x: torch.Tensor, h: torch.Tensor) -> None:
+    neighbour = x.roll(1, 0)[:, :1]
+    y += torch.where(neighbour.abs() < 100, neighbour * 1e-6, 0)
+
+
+def leak_of_nan(y: torch.Tensor, after: torch.Tensor, x: torch.Tensor, h: torch.Tensor) -> None:
+    if bool(x[:-1].isnan().any()):
+        nudge(after[:, -1])
+
+
+def leak_of_huge_states(y: torch.Tensor, after: torch.Tensor, x: torch.Tensor, h: torch.Tensor) -> None:
+    if bool((h == 1e30).any()):
+        nudge(y)
+
+
+def leak_of_padding(y: torch.Tensor, after: torch.Tensor, x: torch.Tensor, h: torch.Tensor) -> None:
+    if not bool(x[-1].any()):
+        nudge(y)
+
+
+LEAKS = [leak_of_a_neighbour, leak_of_nan, leak_of_huge_states, leak_of_padding]
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_network_whose_rows_feel_each_other_is_not_exact(leak: Tamper) -> None:
+    result = certify(Tampered(PLAIN, step=leak), CANDIDATES)
+    assert (result.exactness, result.buckets, result.whole_sequence) == ("tolerance", CANDIDATES, False)
+    assert result.max_ulp > 0
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_bucket_whose_rows_feel_each_other_is_dropped(leak: Tamper) -> None:
+    def tamper(y: torch.Tensor, after: torch.Tensor, x: torch.Tensor, h: torch.Tensor) -> None:
+        if len(x) == 32:
+            leak(y, after, x, h)
+
+    assert certify(Tampered(PLAIN, step=tamper), CANDIDATES).buckets == (4, 8, 16, 24, 48, 64)
+
+
+def test_bits_that_depend_on_the_position_in_every_bucket_are_not_exact() -> None:
+    def tamper(y: torch.Tensor, after: torch.Tensor, x: torch.Tensor, h: torch.Tensor) -> None:
+        nudge(y[len(y) // 2 :])
+
+    assert certify(Tampered(PLAIN, step=tamper), CANDIDATES) == Certification("tolerance", CANDIDATES, 1, False)
+
+
+def test_the_distance_is_the_largest_of_any_two_buckets_measured() -> None:
+    def tamper(y: torch.Tensor, after: torch.Tensor, x: torch.Tensor, h: torch.Tensor) -> None:
+        first_half = y[: len(y) // 2]
+        for _ in range(5 if len(y) == 16 else 1):
+            nudge(first_half)
+
+    result = certify(Tampered(PLAIN, step=tamper), CANDIDATES)
+    assert (result.exactness, result.max_ulp) == ("tolerance", 5)
+
+
+@pytest.mark.parametrize("where", ["output", "state", "smallest bucket", "late"])
+def test_a_whole_sequence_with_other_bits_is_noticed(where: str) -> None:
+    def tamper(y: torch.Tensor, after: torch.Tensor, x: torch.Tensor, h: torch.Tensor) -> None:
+        if where == "output":
+            nudge(y[3, 2, 4:5])
+        elif where == "state":
+            nudge(after[0, 1, 3:4])
+        elif where == "late":
+            nudge(y[200:, 0, 0])
+        elif y.shape[1] == 4:
+            nudge(y[:, 0])
+
+    result = certify(Tampered(PLAIN, sequence=tamper), CANDIDATES)
+    assert result == Certification("exact", CANDIDATES, 1, False)
+
+
+def test_sequences_are_compared_over_row_numbers_that_are_left() -> None:
+    network = grouped(lambda rows: rows < 16 or rows == 64)
+    assert certify(network, CANDIDATES).buckets == (16, 24, 32, 48)
+    assert {rows for _, rows in network.sequences} == {16, 48}
+    assert max(steps for steps, _ in network.sequences) == 256
+
+
+def test_certifying_again_finds_the_same_and_leaves_torchs_and_numpys_randomness_alone() -> None:
+    network = grouped(CANDIDATES.index)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    results = [certify(network, CANDIDATES) for _ in range(2)]
+    assert results[0] == results[1]
+    after = torch.rand(1).item(), np.random.random()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert after == (torch.rand(1).item(), np.random.random())
+
+
+def test_every_bucket_compares_enough_values() -> None:
+    for description in (PLAIN, NetworkDescription(features=5, gru=GruLayers(hidden_size=300))):
+        network = Tampered(description)
+        certify(network, CANDIDATES)
+        for bucket in CANDIDATES:
+            assert network.rows[bucket] * network.state_size >= 2 * 4096
+
+
+def test_work_for_a_large_network_is_bounded() -> None:
+    description = NetworkDescription(features=64, gru=GruLayers(hidden_size=1024))
+    network = Tampered(description)
+    buckets = (4, 64, 128)
+    assert certify(network, buckets).exactness == "exact"
+    multiply_adds = 3 * 1024 * (64 + 1024) * sum(network.rows.values())
+    assert multiply_adds <= 4 * 3 * 1024 * (64 + 1024) * sum(buckets) + 2 * 3e9
