@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -93,3 +96,10 @@ def test_a_description_does_not_change() -> None:
     description = NetworkDescription(features=3, gru=GruLayers(hidden_size=4))
     with pytest.raises(ValidationError):
         description.features = 4
+
+
+def test_a_description_needs_no_torch() -> None:
+    code = (
+        "import sys, instep.model.description, instep.model.errors, instep.model.ulp; sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

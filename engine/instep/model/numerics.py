@@ -1,0 +1,59 @@
+"""What, besides the model, decides the bits of a step: library, processor, threads, switches."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from instep.model.network import Network
+
+
+def prepare(threads: int) -> None:
+    """Set this process up to step networks: torch's threads, and full float32 products on GPUs (no TF32).
+
+    The server and the verifier call it once, before they certify, so that both compute in the same way.
+    """
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def numerics(network: Network) -> dict[str, str]:
+    """By name, everything known to change the bits of a step; written to recordings.
+
+    A replay under equal numerics and the same model gives equal bits where certified; under others it need not.
+    """
+    found = {
+        "torch": torch.__version__,
+        "device": str(network.device),
+        "dtype": "float32",
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "mkl": str(torch.backends.mkl.is_available()),
+        "mkldnn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": str(torch.are_deterministic_algorithms_enabled()),
+    }
+    if network.device.type == "cuda":
+        found |= {
+            "gpu": torch.cuda.get_device_name(network.device),
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "tf32": str(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
+        }
+    return found
+
+
+def _processor() -> str:
+    """The processor's model: matrix libraries choose their kernels by it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or "unknown"

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from instep.model.description import GruLayers, NetworkDescription
+from instep.model.folder import make_model
+from instep.model.network import Network
+from instep.model.numerics import numerics, prepare
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    threads = torch.get_num_threads()
+    description = NetworkDescription(features=3, gru=GruLayers(hidden_size=4))
+    yield Network(make_model(description, "constant", name="n"), torch.device("cpu"))
+    torch.set_num_threads(threads)
+
+
+def test_what_decides_the_bits_is_named(network: Network) -> None:
+    prepare(1)
+    found = numerics(network)
+    assert found["torch"] == torch.__version__
+    assert found["device"] == "cpu"
+    assert found["dtype"] == "float32"
+    assert found["machine"] == platform.machine()
+    assert found["processor"]
+    assert found["threads"] == "1"
+    assert all(isinstance(value, str) for value in found.values())
+    assert numerics(network) == found
+
+
+def test_each_switch_shows(network: Network) -> None:
+    prepare(1)
+    before = numerics(network)
+    prepare(2)
+    assert changed(before, numerics(network)) == {"threads"}
+    prepare(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert changed(before, numerics(network)) == {"deterministic"}
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.backends.mkldnn.enabled = False
+    try:
+        expected = {"mkldnn"} if torch.backends.mkldnn.is_available() else set()
+        assert changed(before, numerics(network)) == expected
+    finally:
+        torch.backends.mkldnn.enabled = True
+    assert numerics(network) == before
+
+
+def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+
+
+def test_preparing_forbids_tf32() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    prepare(torch.get_num_threads())
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
