@@ -116,7 +116,7 @@ def verify(
         typer.Option(metavar="FOLDER", help="The model, when it is not where the recording says.", show_default=False),
     ] = None,
     stream: Annotated[
-        int | None, typer.Option(metavar="ID", help="Check only this stream.", show_default=False)
+        str | None, typer.Option(metavar="ID", help="Check only the stream of this name or number.", show_default=False)
     ] = None,
     json: Json = False,
 ) -> None:
