@@ -1,0 +1,144 @@
+"""One chunk of streams, computed again in three ways and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+
+from instep.core.typing import F32
+from instep.model.network import Network
+from instep.recording.reader import StreamInfo
+from instep.verify.bound import ErrorBound
+from instep.verify.chunks import Chunk
+from instep.verify.comparison import Comparison
+from instep.verify.conditions import Conditions
+from instep.verify.reference import Reference
+from instep.verify.replay import replay_stepped, replay_whole
+from instep.verify.report import StreamReport, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What computes. The two networks are one model twice, so that two threads can use them."""
+
+    stepped: Network
+    whole: Network
+    truth: Reference
+    """In float64."""
+    rounded: Reference
+    """In float32."""
+    conditions: Conditions
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A stream to check and what the index found wrong with it, if anything."""
+
+    info: StreamInfo
+    defect: str | None
+
+    @property
+    def final_state(self) -> F32 | None:
+        """The recorded final state; None also after a defect, where it is not that of the frames before."""
+        return self.info.final_state if self.defect is None else None
+
+
+class ChunkCheck:
+    """Checks the streams of a chunk.
+
+    Args:
+        ways: what computes.
+        chunk: their frames.
+        suspects: the streams, in the order of the chunk.
+        pool: computes the ways beside each other.
+    """
+
+    def __init__(self, ways: Ways, chunk: Chunk, suspects: Sequence[Suspect], pool: Executor) -> None:
+        rows = len(suspects)
+        self._ways = ways
+        self._chunk = chunk
+        self._suspects = suspects
+        self._pool = pool
+        self._bound = ErrorBound(rows)
+        self.stepped = Comparison("stepped", rows, ways.conditions.step_bits)
+        self.whole = Comparison("whole sequence", rows, ways.conditions.whole_bits)
+        self.truth = Comparison("float64 reference", rows, bits_required=False)
+
+    def run(self) -> list[StreamReport]:
+        """Check and report, in the order of the chunk."""
+        ways, buckets, submit = self._ways, self._ways.conditions.buckets, self._pool.submit
+        stepped_h = whole_h = rounded_h = self._initial_states()
+        truth_h = stepped_h.astype(np.float64)
+        for span in self._chunk.spans():
+            # The longest first, so that the others fit beside it.
+            truth = submit(ways.truth.run, span.x, truth_h, span.active)
+            rounded = submit(ways.rounded.run, span.x, rounded_h, span.active)
+            stepped = submit(replay_stepped, ways.stepped, buckets, span.x, stepped_h, span.active)
+            whole = submit(replay_whole, ways.whole, buckets, span.x, whole_h)
+            (stepped_y, stepped_h), (whole_y, whole_h) = stepped.result(), whole.result()
+            (rounded_y, rounded_h), (truth_y, truth_h) = rounded.result(), truth.result()
+            limit = self._bound.of_outputs(truth_y, rounded_y, span.valid)
+            self.stepped.add_replay(span.start, span.y, stepped_y, span.valid, 2 * limit)
+            self.whole.add_replay(span.start, span.y, whole_y, span.valid, 2 * limit)
+            self.truth.add_truth(span.start, span.y, truth_y, span.valid, limit)
+        limits = self._bound.of_states(truth_h, rounded_h).tolist()
+        for row, suspect in enumerate(self._suspects):
+            if (state := suspect.final_state) is not None:
+                frames = int(self._chunk.lengths[row])
+                self.stepped.add_replayed_state(row, frames, state, stepped_h[:, row], 2 * limits[row])
+                self.truth.add_true_state(row, frames, state, truth_h[:, row], limits[row])
+        return [self._report(row) for row in range(len(self._suspects))]
+
+    def _initial_states(self) -> F32:
+        """[layers, R, hidden size]."""
+        network = self._ways.stepped
+        states = np.zeros((network.state_layers, len(self._suspects), network.state_size), np.float32)
+        for row, suspect in enumerate(self._suspects):
+            if suspect.info.initial_state is not None:
+                states[:, row] = suspect.info.initial_state
+        return states
+
+    def _report(self, row: int) -> StreamReport:
+        suspect = self._suspects[row]
+        comparisons = (self.stepped, self.whole, self.truth)
+        problems = [] if suspect.defect is None else [suspect.defect]
+        problems += [comparison.first[row].sentence() for comparison in comparisons if comparison.wrong[row]]
+        verdict: Verdict = "exact"
+        if problems:
+            verdict = "mismatch"
+        elif self.stepped.differs[row] or self.whole.differs[row]:
+            verdict = "within tolerance"
+        wrong_first = sorted((item for item in comparisons if row in item.first), key=lambda item: not item.wrong[row])
+        return StreamReport(
+            stream=suspect.info.stream,
+            name=suspect.info.name,
+            frames=int(self._chunk.lengths[row]),
+            verdict=verdict,
+            problems=tuple(problems),
+            divergence=wrong_first[0].first[row] if wrong_first else None,
+            max_ulp=int(max(self.stepped.max_ulp[row], self.whole.max_ulp[row])),
+            max_error=float(self.truth.max_error[row]),
+        )
+
+
+def check_without_frames(suspect: Suspect) -> StreamReport:
+    """A stream without frames: its final state must be its initial one."""
+    problems = [] if suspect.defect is None else [suspect.defect]
+    final = suspect.final_state
+    if final is not None:
+        initial = np.zeros_like(final) if suspect.info.initial_state is None else suspect.info.initial_state
+        if final.tobytes() != initial.tobytes():
+            problems.append("it has no frames, but its final state is not its initial state")
+    return StreamReport(
+        stream=suspect.info.stream,
+        name=suspect.info.name,
+        frames=0,
+        verdict="mismatch" if problems else "empty",
+        problems=tuple(problems),
+        divergence=None,
+        max_ulp=0,
+        max_error=0.0,
+    )

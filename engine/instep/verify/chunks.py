@@ -1,0 +1,87 @@
+"""Which sequences are computed side by side, so that little is padded and memory stays bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+
+from instep.core.typing import F32, I64, Bool
+from instep.recording.sequences import Sequences
+
+LEAST_FILL: Final = 0.75
+"""A sequence shorter than this share of the longest one beside it goes into the next chunk."""
+
+
+def plan_chunks(lengths: I64, most_rows: int, least_rows: int, most_frames: int) -> Iterator[I64]:
+    """Split sequences into chunks of similar length.
+
+    Args:
+        lengths: frames of each sequence; those without frames are left out.
+        most_rows: of a chunk.
+        least_rows: below it nothing is gained by a smaller chunk, since rows are padded anyway.
+        most_frames: rows times the longest length, unless that leaves fewer than `least_rows`.
+
+    Yields:
+        Indices into `lengths`, the longest first.
+    """
+    order = np.argsort(-lengths, kind="stable").astype(np.int64)
+    order = order[lengths[order] > 0]
+    first = 0
+    while first < len(order):
+        longest = int(lengths[order[first]])
+        rows = max(min(most_rows, most_frames // longest), least_rows)
+        similar = int((lengths[order[first : first + rows]] >= LEAST_FILL * longest).sum())
+        rows = min(rows, max(similar, least_rows))
+        yield order[first : first + rows]
+        first += rows
+
+
+class Chunk:
+    """Some sequences side by side, the longest first, as spans of timesteps.
+
+    Args:
+        sequences: where they are.
+        members: which of them.
+        most_frames: of a span; a chunk of fewer frames is one span.
+    """
+
+    def __init__(self, sequences: Sequences, members: I64, most_frames: int) -> None:
+        self._sequences = sequences
+        self._start = sequences.offsets[members]
+        self.rows: I64 = sequences.rows[members]
+        self.lengths: I64 = (sequences.offsets[members + 1] - self._start).astype(np.int64)
+        self._steps = max(most_frames // len(members), 1)
+
+    def spans(self) -> Iterator[Span]:
+        """The timesteps in order."""
+        longest = int(self.lengths[0])
+        for start in range(0, longest, self._steps):
+            yield self._span(start, min(start + self._steps, longest))
+
+    def _span(self, start: int, end: int) -> Span:
+        timesteps = np.arange(start, end)[:, None]
+        valid: Bool = timesteps < self.lengths
+        at = np.where(valid, self._start + timesteps, 0)
+        x = np.where(valid[:, :, None], self._sequences.x[at], np.float32(0))
+        return Span(start, x, self._sequences.y[at], valid)
+
+
+class Span:
+    """Some timesteps of a chunk.
+
+    Attributes:
+        start: seq of the first timestep.
+        x: [T, R, features], zero where a row has no frame.
+        y: [T, R, outputs] as recorded, meaningless where a row has no frame.
+        valid: [T, R]: whether the row has a frame.
+        active: [T]: how many rows have one; they are the first ones.
+    """
+
+    def __init__(self, start: int, x: F32, y: F32, valid: Bool) -> None:
+        self.start = start
+        self.x = x
+        self.y = y
+        self.valid = valid
+        self.active: I64 = valid.sum(axis=1)

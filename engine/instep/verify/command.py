@@ -1,0 +1,74 @@
+"""The command `instep verify`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import dumps
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from instep.recording.errors import RecordingError
+from instep.recording.reader import RecordingReader
+from instep.verify import verifier
+from instep.verify.errors import CannotVerify
+from instep.verify.model_source import recorded_model
+from instep.verify.render import render
+from instep.verify.report import Report
+
+VERIFIED: Final = 0
+MISMATCH: Final = 1
+NOT_CHECKED: Final = 2
+
+
+def run(file: Path, *, model_folder: Path | None, stream: str | None, json: bool, console: Console) -> int:
+    """Verify a recording and say what was found.
+
+    Args:
+        file: the recording.
+        model_folder: the model; None for where the recording says.
+        stream: check only the streams of this name, or the one of this number.
+        json: write one JSON object to standard output and nothing else.
+        console: where everything else goes.
+
+    Returns:
+        The exit status: 0 only when everything that is there was checked and matched, 1 on a mismatch, 2 when it could
+        not be checked.
+    """
+    try:
+        with RecordingReader(file) as reader:
+            model = recorded_model(reader.header, model_folder)
+            with _progress(console, shown=not json) as on_progress:
+                report = verifier.verify(reader, model, stream, on_progress)
+    except (RecordingError, CannotVerify) as error:
+        if json:
+            _write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": str(error)})
+        else:
+            console.print(Text(f"not checked: {error}", "bold red"), soft_wrap=True)
+        return NOT_CHECKED
+    if json:
+        _write_json(report.as_json())
+    else:
+        render(report, console)
+    return _status(report)
+
+
+def _status(report: Report) -> int:
+    return MISMATCH if report.mismatches else VERIFIED
+
+
+def _write_json(fields: dict[str, object]) -> None:
+    sys.stdout.write(dumps(fields, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _progress(console: Console, shown: bool) -> Iterator[verifier.Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
+        tasks = {stage: bars.add_task(stage, total=1.0) for stage in verifier.STAGES}
+        yield lambda stage, share: bars.update(tasks[stage], completed=share)

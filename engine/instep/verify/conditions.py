@@ -1,0 +1,88 @@
+"""Under which conditions a recording is replayed here, and whether its bits must come out equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from instep.model.certify import candidate_buckets, certify
+from instep.model.network import Network
+from instep.model.numerics import numerics, prepare
+from instep.recording.schema import RecordingHeader
+
+MOST_ROWS: Final = 256
+"""Streams replayed side by side."""
+MOST_THREADS: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What was found out before the replay."""
+
+    buckets: tuple[int, ...]
+    """Batch sizes to replay in, ascending."""
+    step_notes: tuple[str, ...]
+    """Why stepping need not give the recorded bits; empty where it must."""
+    whole_notes: tuple[str, ...]
+    """Why the whole sequence in one call need not, on top of `step_notes`."""
+
+    @property
+    def step_bits(self) -> bool:
+        """Whether stepping must give the recorded bits."""
+        return not self.step_notes
+
+    @property
+    def whole_bits(self) -> bool:
+        """Whether the whole sequence in one call must give the recorded bits."""
+        return not self.step_notes and not self.whole_notes
+
+
+def find_conditions(header: RecordingHeader, network: Network) -> Conditions:
+    """Certify this machine and compare it with the one that recorded."""
+    recorded = [bucket for bucket in header.buckets if bucket <= MOST_ROWS]
+    fitting = all(bucket > 0 and bucket % network.smallest_bucket == 0 for bucket in recorded)
+    candidates = sorted(set(recorded)) if recorded and fitting else candidate_buckets(network, MOST_ROWS)
+    certification = certify(network, candidates)
+    step_notes = []
+    if header.exactness != "exact":
+        step_notes.append(f"the engine ran with exactness {header.exactness}, which promises no bits")
+    if differences := differing(header.numerics, numerics(network)):
+        step_notes.append(f"this machine computes otherwise than the one that recorded: {'; '.join(differences)}")
+    if certification.exactness != "exact":
+        step_notes.append("on this machine, a frame's bits depend on the batch size")
+    whole_notes = []
+    if not certification.whole_sequence:
+        whole_notes.append("on this machine, a whole sequence in one call has other bits than stepping it")
+    return Conditions(certification.buckets, tuple(step_notes), tuple(whole_notes))
+
+
+def differing(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """What is not the same, in words."""
+    return [
+        f"{key} {there.get(key, 'unknown')} there, {here.get(key, 'unknown')} here"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
+    ]
+
+
+def device_for(header: RecordingHeader) -> torch.device:
+    """The device that recorded where there is one of that name here, else the CPU."""
+    wanted = header.numerics.get("device", "cpu")
+    here = ("cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
+    return torch.device(wanted if torch.cuda.is_available() and wanted in here else "cpu")
+
+
+@contextmanager
+def recorded_threads(header: RecordingHeader) -> Iterator[None]:
+    """As many threads as the engine had, since bits can depend on it; the former number afterwards."""
+    before = torch.get_num_threads()
+    wanted = header.numerics.get("threads", "")
+    prepare(int(wanted) if wanted.isascii() and wanted.isdecimal() and 0 < int(wanted) <= MOST_THREADS else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

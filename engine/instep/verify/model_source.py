@@ -1,0 +1,51 @@
+"""Finding the model a recording was made with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from instep.model.description import NetworkDescription
+from instep.model.errors import ModelError
+from instep.model.folder import Model, load_model, model_from_parts
+from instep.recording.schema import RecordingHeader
+from instep.verify.errors import CannotVerify
+
+
+def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
+    """The model in `folder`, or where the recording says; it is the recorded one by its fingerprint.
+
+    Where the engine took a weights file and a description from its config, the recording names the file and holds the
+    description.
+
+    Raises:
+        CannotVerify: when it is not there, cannot be read, or is another one.
+    """
+    description = _recorded_description(header)
+    place = folder or Path(header.model_folder)
+    if folder is None and (not header.model_folder or not place.exists()):
+        raise CannotVerify(
+            f"the recording was made with the model {header.model_name!r}, and it is not there any more "
+            f"({header.model_folder or 'its place is not recorded'}); say where it is with --model"
+        )
+    try:
+        model = model_from_parts(description, place, header.model_name) if place.is_file() else load_model(place)
+    except ModelError as error:
+        raise CannotVerify(f"the model cannot be loaded: {error}") from None
+    if model.fingerprint != header.model_fingerprint or model.description != description:
+        raise CannotVerify(
+            f"the model in {place} is not the one the recording was made with (fingerprint {model.fingerprint[:12]}… "
+            f"instead of {header.model_fingerprint[:12]}…); say where that one is with --model"
+        )
+    return model
+
+
+def _recorded_description(header: RecordingHeader) -> NetworkDescription:
+    try:
+        return NetworkDescription.model_validate(header.description)
+    except ValidationError as error:
+        raise CannotVerify(
+            f"the recording's description of its network is not valid, so the file is damaged: "
+            f"{error.errors()[0]['msg']}"
+        ) from None
