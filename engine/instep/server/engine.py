@@ -50,7 +50,7 @@ class Engine:
         limits: what the model and the configuration allow.
         statistics: what is counted.
         log_failure: told of steps that failed.
-        call_later: `loop.call_later`, for batches that are held.
+        call_later: runs something after so many seconds, for batches that are held.
     """
 
     def __init__(

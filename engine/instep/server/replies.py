@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from instep.core.blocks import Block
 from instep.core.typing import F32, I32, I64, U64
@@ -62,7 +61,7 @@ def stepped(block: Block, y: F32, now_ns: int) -> Message:
 
 
 def closed(request: int, states: F32, codes: I32) -> Message:
-    """CLOSED: final states float32 [N, layers × size], NaN where refused."""
+    """CLOSED: final states float32 [N, layers, size], NaN where refused."""
     refused = failures(codes)
     header = wire.pack_header(Kind.CLOSED, request, len(states), _sentences(refused))
     return [header, states.tobytes(), refused.tobytes()]
@@ -96,8 +95,3 @@ def goodbye(sentence: str) -> Message:
 def size_bytes(message: Message) -> int:
     """Bytes of all frames."""
     return sum(len(frame) for frame in message)
-
-
-def rows_of_states(states: F32) -> npt.NDArray[np.float32]:
-    """[N, layers, size] as [N, layers × size]."""
-    return states.reshape(len(states), -1)

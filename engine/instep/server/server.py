@@ -86,7 +86,7 @@ class Server:
             self._limits,
             self.statistics,
             self._step_failed,
-            self._loop.call_later,
+            lambda delay_s, work: self._loop.call_later(delay_s, self._guarded, work),
         )
         self._verbs = Verbs(self.engine, self._clients, self._postbox, self.info, self._limits, self.statistics)
         self.unanswered_blocks = 0
@@ -119,8 +119,18 @@ class Server:
     async def _receive(self) -> None:
         while True:
             await self._router.readable()
-            self._pump()
+            self._guarded(self._pump)
             await asyncio.sleep(0)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Run work of the loop; what it raises is a bug that would leave clients waiting, so it ends the server."""
+        if self._stopped:
+            return
+        try:
+            work()
+        except Exception as error:
+            self._log.exception("bug in the server's loop")
+            self.fail(f"a bug in the server's loop: {error!r}")
 
     def _pump(self) -> None:
         """Collect what has arrived, then schedule.
@@ -134,29 +144,30 @@ class Server:
             count += 1
         self.engine.schedule()
         if count == _BURST:
-            self._loop.call_soon(self._pump)
+            self._loop.call_soon(self._guarded, self._pump)
 
     def _hand_back(self, finish: Callable[[], None]) -> None:
-        def run() -> None:
+        def finish_and_pump() -> None:
             finish()
-            if not self._stopped:
-                self._pump()
+            self._pump()
 
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server was forced to end
-            self._loop.call_soon_threadsafe(run)
+            self._loop.call_soon_threadsafe(self._guarded, finish_and_pump)
 
     async def _tick(self) -> None:
-        max_idle_ns = round(self.config.limits.max_idle_s * 1e9)
         while True:
             await asyncio.sleep(_TICK_S)
-            now_ns = time.monotonic_ns()
-            self._postbox.flush(now_ns)
-            self._ticks += 1
-            if self._ticks % _HOUSEKEEPING_TICKS == 0:
-                self._postbox.probe(now_ns)
-                if max_idle_ns:
-                    self.engine.evict_idle(max_idle_ns)
-            self._pump()
+            self._guarded(self._keep_house)
+
+    def _keep_house(self) -> None:
+        now_ns = time.monotonic_ns()
+        self._postbox.flush(now_ns)
+        self._ticks += 1
+        if self._ticks % _HOUSEKEEPING_TICKS == 0:
+            self._postbox.probe(now_ns)
+            if self.config.limits.max_idle_s:
+                self.engine.evict_idle(round(self.config.limits.max_idle_s * 1e9))
+        self._pump()
 
     # ── Life ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -142,7 +143,7 @@ class Verbs:
 
     def _initial_states(self, frame: bytes, count: int) -> F32:
         shape = (count, self._info.state_layers, self._info.state_size)
-        size = count * self._info.state_layers * self._info.state_size * 4
+        size = math.prod(shape) * 4
         if len(frame) != size:
             raise Refusal(Code.WRONG_SHAPE, f"initial states must be float32 {list(shape)}, {size} bytes")
         states: F32 = wire.array_frame(frame, "<f4", shape, "states")
@@ -178,18 +179,18 @@ class Verbs:
 
     def _close(self, client: Client, header: Header, frames: list[bytes]) -> None:
         count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
-        state_bytes = self._info.state_layers * self._info.state_size * 4
-        if count * state_bytes > self._limits.max_message_bytes:
+        shape = (count, self._info.state_layers, self._info.state_size)
+        if math.prod(shape) * 4 > self._limits.max_message_bytes:
             raise Refusal(Code.TOO_LARGE, "their final states do not fit into one message")
         handles: U64 = wire.array_frame(frames[1], "<u8", (count,), "handles")
         slots, codes = self._engine.table.resolve(handles, client.number)
         if is_repeating(slots[slots != 0], self._marks):
             raise Refusal(Code.REPEATED_STREAM)
         good = codes == 0
-        states = np.full((count, state_bytes // 4), np.nan, np.float32)
+        states = np.full(shape, np.nan, np.float32)
 
         def closed(final: F32, lost: Bool) -> None:
-            states[good] = replies.rows_of_states(final)
+            states[good] = final
             codes[good] = np.where(lost, Code.STATE_LOST, 0)
             self._postbox.send(client, replies.closed(header.request, states, codes), time.monotonic_ns())
 

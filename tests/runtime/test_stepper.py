@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+
+from instep.core.typing import F32, I64
+from instep.model.folder import Model
+from instep.model.network import Network
+from instep.runtime.stepper import Stepper
+from tests.support.models import SMALL, plain, whole, with_head
+from tests.support.running import CPU, prepared
+
+F, H = 5, 8
+
+
+def stepper(model: Model, max_streams: int = 64) -> Stepper:
+    ready = prepared(model, 64)
+    return Stepper(Network(model, CPU), ready.certification.buckets, max_streams, CPU)
+
+
+def step(steps: Stepper, slots: I64, x: F32) -> F32:
+    rows = np.arange(len(slots), dtype=np.int32)
+    y = np.full((len(slots), steps.network.outputs), np.nan, np.float32)
+    steps.step(slots, rows, x, y)
+    return y
+
+
+def test_streams_in_ever_other_batches_equal_their_whole_recording(rng: np.random.Generator) -> None:
+    model = plain(F, H, layers=2)
+    steps = stepper(model)
+    x = rng.standard_normal((9, 20, F)).astype(np.float32)
+    outputs = np.zeros((9, 20, H), np.float32)
+    at = np.zeros(20, np.int64)
+    while (at < 9).any():
+        chosen = rng.permutation(np.flatnonzero(at < 9))[: rng.integers(1, 21)]
+        outputs[at[chosen], chosen] = step(steps, chosen + 1, x[at[chosen], chosen])
+        at[chosen] += 1
+    for stream in range(20):
+        y, final = whole(model, x[:, stream])
+        np.testing.assert_array_equal(outputs[:, stream], y)
+        np.testing.assert_array_equal(steps.read(np.array([stream + 1]))[0], final)
+
+
+def test_padding_rows_touch_no_stream(rng: np.random.Generator) -> None:
+    steps = stepper(SMALL)
+    everyone = np.arange(1, 65)
+    steps.load(everyone, rng.standard_normal((64, 1, H)).astype(np.float32))
+    before = steps.read(everyone)
+    x = rng.standard_normal((1, F)).astype(np.float32)
+    step(steps, np.array([9]), x)
+    after = steps.read(everyone)
+    changed = np.flatnonzero((before != after).any(axis=(1, 2))) + 1
+    assert changed.tolist() == [9]
+    np.testing.assert_array_equal(after[8], whole(SMALL, x, before[8])[1])
+
+
+def test_what_padding_computes_never_grows(rng: np.random.Generator) -> None:
+    steps = stepper(SMALL)
+    for _ in range(3):
+        step(steps, np.array([1]), rng.standard_normal((1, F)).astype(np.float32))
+    assert not steps.read(np.array([0])).any()
+
+
+def test_loading_gives_zeros_or_the_given_state(rng: np.random.Generator) -> None:
+    steps = stepper(with_head(F, 10, 3))
+    slots = np.array([3, 1])
+    states = rng.standard_normal((2, 1, 10)).astype(np.float32)
+    steps.load(slots, states)
+    np.testing.assert_array_equal(steps.read(slots), states)
+    steps.load(slots[:1], None)
+    assert not steps.read(slots[:1]).any()
+    np.testing.assert_array_equal(steps.read(slots[1:]), states[1:])
+
+
+def test_a_step_that_raises_changes_no_state(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = stepper(SMALL)
+    slots = np.arange(1, 5)
+    steps.load(slots, rng.standard_normal((4, 1, H)).astype(np.float32))
+    before = steps.read(slots)
+
+    def fails(x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.network, "step", fails)
+        with pytest.raises(RuntimeError, match="injected"):
+            step(steps, slots, np.zeros((4, F), np.float32))
+    np.testing.assert_array_equal(steps.read(slots), before)
+
+
+def test_buckets_are_the_smallest_that_fit() -> None:
+    steps = stepper(SMALL)
+    assert [steps.bucket(size) for size in (1, 4, 5, 33, 64)] == [4, 4, 8, 48, 64]
+
+
+def test_the_state_cache_has_one_row_a_slot_and_the_scratch_row() -> None:
+    assert stepper(SMALL, max_streams=100).state_bytes == 101 * H * 4

@@ -1,0 +1,164 @@
+"""What breaks inside the server: the streams it touches are told, the others never notice."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+
+from instep.config import Config
+from instep.core.typing import F32, I32, I64
+from instep.runtime.stepper import StateLost, Stepper
+from instep.server.serve import Prepared
+from instep_client.wire import Code, Kind
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+
+F, H = 5, 8
+POISON = 1234.5
+"""A frame that begins with this makes the step raise."""
+
+
+class FaultyStepper(Stepper):
+    """Raises what it is told to when the poisonous frame is in the batch."""
+
+    fault: type[BaseException] = RuntimeError
+
+    def step(self, slots: I64, rows: I32, inputs: F32, outputs: F32) -> None:
+        if (inputs[rows, 0] == POISON).any():
+            raise self.fault("injected")
+        super().step(slots, rows, inputs, outputs)
+
+
+class LosingStepper(FaultyStepper):
+    fault = StateLost
+
+
+class DyingStepper(FaultyStepper):
+    fault = SystemExit
+
+
+def make(kind: type[Stepper]) -> object:
+    def build(ready: Prepared, config: Config) -> Stepper:
+        return kind(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
+
+    return build
+
+
+def poisoned(x: F32, timestep: int, column: int) -> F32:
+    bad = x.copy()
+    bad[timestep, column, 0] = POISON
+    return bad
+
+
+async def test_a_failed_step_is_answered_and_the_streams_go_on(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((6, 2, F)).astype(np.float32)
+    async with running(SMALL, stepper=make(FaultyStepper)) as server, RawClient(server.endpoint) as client:  # type: ignore[arg-type]
+        await client.hello()
+        handles = (await client.open("bad", "bystander")).handles()
+        bystander = [await client.step(handles[1:], [0], x[:3, 1:])]
+        reply = await client.step(handles[:1], [0], poisoned(x[:, :1], 3, 0))
+        assert reply.failures() == [(0, 3, Code.STEP_FAILED, 3)]
+        truth, _ = whole(SMALL, x[:, 0])
+        np.testing.assert_array_equal(reply.floats().reshape(6, H)[:3], truth[:3])
+        assert np.isnan(reply.floats().reshape(6, H)[3:]).all()
+        again = await client.step(handles[:1], [3], x[3:, :1])
+        np.testing.assert_array_equal(again.floats().reshape(3, H), truth[3:])
+        bystander.append(await client.step(handles[1:], [3], x[3:, 1:]))
+        served = np.concatenate([part.floats().reshape(3, H) for part in bystander])
+        np.testing.assert_array_equal(served, whole(SMALL, x[:, 1])[0])
+        assert server.statistics.step_failures_total == 1
+
+
+async def test_frames_pipelined_behind_a_failed_one_are_gaps(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((6, 1, F)).astype(np.float32)
+    async with running(SMALL, stepper=make(FaultyStepper)) as server, RawClient(server.endpoint) as client:  # type: ignore[arg-type]
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        await client.send(*client.step_message(handles, [0], poisoned(x[:3], 0, 0)))
+        await client.send(*client.step_message(handles, [3], x[3:]))
+        replies = [await client.receive() for _ in range(2)]
+        by_code = {reply.failures()[0][2]: reply.failures() for reply in replies}
+        assert by_code[Code.STEP_FAILED] == [(0, 0, Code.STEP_FAILED, 0)]
+        assert by_code[Code.SEQ_GAP] == [(0, 0, Code.SEQ_GAP, 0)]
+        again = await client.step(handles, [0], x)
+        np.testing.assert_array_equal(again.floats().reshape(6, H), whole(SMALL, x[:, 0])[0])
+        assert server.engine.pending.free_count == server.engine.pending.capacity
+
+
+async def test_a_stream_whose_state_is_lost_is_closed_and_told(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 2, F)).astype(np.float32)
+    async with running(SMALL, stepper=make(LosingStepper)) as server, RawClient(server.endpoint) as client:  # type: ignore[arg-type]
+        await client.hello()
+        handles = (await client.open("lost", "kept")).handles()
+        await client.send(*client.step_message(handles[:1], [0], poisoned(x[:1, :1], 0, 0)))
+        notice, reply = [await client.receive() for _ in range(2)]
+        assert (notice.kind, notice.header[3]) == (Kind.EVICTED, Code.STATE_LOST)
+        assert reply.failures() == [(0, 0, Code.STATE_LOST, 0)]
+        kept = await client.step(handles[1:], [0], x[:, 1:])
+        np.testing.assert_array_equal(kept.floats().reshape(2, H), whole(SMALL, x[:, 1])[0])
+        assert (await client.open("lost")).failures() == []
+
+
+async def test_a_stream_that_closes_while_its_state_is_lost_gets_no_state(rng: np.random.Generator) -> None:
+    async with running(SMALL, stepper=make(LosingStepper)) as server, RawClient(server.endpoint) as client:  # type: ignore[arg-type]
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        x = rng.standard_normal((1, 1, F)).astype(np.float32)
+        await client.send(*client.step_message(handles, [0], poisoned(x, 0, 0)))
+        await client.send(msgpack.packb([Kind.CLOSE, 50, 1]), handles.tobytes())
+        stepped, closed = sorted([await client.receive() for _ in range(2)], key=lambda reply: reply.request)
+        assert stepped.failures() == [(0, 0, Code.STATE_LOST, 0)]
+        assert closed.failures() == [(0, 0, Code.STATE_LOST, 0)]
+        assert np.isnan(closed.floats()).all()
+
+
+async def test_a_dead_worker_ends_the_server_with_a_reason(rng: np.random.Generator) -> None:
+    failure = "the step worker died: SystemExit('injected')"
+    async with running(SMALL, stepper=make(DyingStepper), failure=failure) as server:  # type: ignore[arg-type]
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            handles = (await client.open("s")).handles()
+            x = rng.standard_normal((1, 1, F)).astype(np.float32)
+            reply = await client.step(handles, [0], poisoned(x, 0, 0))
+            assert reply.kind is Kind.GOODBYE
+            assert "worker died" in reply.header[2]
+
+
+async def test_a_recording_that_fails_ends_the_server_with_a_reason(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, *args: object) -> None:
+        raise OSError("disk full, injected")
+
+    monkeypatch.setattr("instep.recording.writer.RecordingWriter.add_batch", full)
+    recording = {"file": tmp_path / "r.instep"}
+    failure = "the recording failed: disk full, injected"
+    async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        x = rng.standard_normal((1, 1, F)).astype(np.float32)
+        await client.send(*client.step_message(handles, [0], x))
+        kinds = [(await client.receive()).kind for _ in range(1)]
+        if kinds == [Kind.STEPPED]:
+            kinds = [(await client.receive()).kind]
+        assert kinds == [Kind.GOODBYE]
+
+
+async def test_a_bug_in_the_loop_ends_the_server_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = "a bug in the server's loop: ZeroDivisionError('injected')"
+    async with running(SMALL, failure=failure) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+
+        def buggy() -> None:
+            raise ZeroDivisionError("injected")
+
+        monkeypatch.setattr(server.engine, "schedule", buggy)
+        await client.send(msgpack.packb([Kind.PING, 9]))
+        kinds = [(await client.receive()).kind for _ in range(2)]
+        assert kinds == [Kind.PONG, Kind.GOODBYE]
+        await asyncio.sleep(0)

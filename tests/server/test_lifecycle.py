@@ -1,0 +1,137 @@
+"""Streams from open to close: initial and final states, order of closing, eviction, slots used again."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgpack
+import numpy as np
+import pytest
+
+from instep_client.wire import Code, Kind
+from tests.support.models import SMALL, plain, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+
+F, H = 5, 8
+
+
+async def test_an_initial_state_is_used_and_the_final_one_returned(rng: np.random.Generator) -> None:
+    model = plain(F, H, layers=2)
+    states = rng.standard_normal((3, 2, H)).astype(np.float32)
+    x = rng.standard_normal((6, 3, F)).astype(np.float32)
+    async with running(model) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("a", "b", "c", states=states)).handles()
+        y = (await client.step(handles, [0, 0, 0], x)).floats().reshape(6, 3, H)
+        final = (await client.close(handles)).floats().reshape(3, 2, H)
+    for column in range(3):
+        truth, state = whole(model, x[:, column], states[column])
+        np.testing.assert_array_equal(y[:, column], truth)
+        np.testing.assert_array_equal(final[column], state)
+
+
+async def test_the_next_stream_of_a_slot_starts_from_zeros(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((3, 1, F)).astype(np.float32)
+    async with running(SMALL, engine={"max_streams": 1}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        for name in ("first", "second"):
+            handles = (await client.open(name)).handles()
+            reply = await client.step(handles, [0], x)
+            np.testing.assert_array_equal(reply.floats().reshape(3, H), whole(SMALL, x[:, 0])[0])
+            await client.close(handles)
+
+
+async def test_close_waits_for_what_was_admitted_and_admits_nothing_after(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((40, 1, F)).astype(np.float32)
+    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        close = msgpack.packb([Kind.CLOSE, client.next_request(), 1])
+        await client.send(*client.step_message(handles, [0], x))
+        await client.send(close, handles.tobytes())
+        await client.send(*client.step_message(handles, [40], x[:1]))
+        late, stepped, closed = [await client.receive() for _ in range(3)]
+        assert late.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+        truth, state = whole(SMALL, x[:, 0])
+        np.testing.assert_array_equal(stepped.floats().reshape(40, H), truth)
+        np.testing.assert_array_equal(closed.floats(), state.ravel())
+
+
+async def test_an_idle_stream_is_evicted_and_its_owner_told() -> None:
+    async with running(SMALL, limits={"max_idle_s": 0.2}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        notice = await client.receive()
+        assert notice.kind is Kind.EVICTED
+        assert notice.header[3] == Code.IDLE
+        assert notice.handles().tolist() == handles.tolist()
+        reply = await client.step(handles, [0], np.zeros((1, 1, F), np.float32))
+        assert reply.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+        assert (await client.open("s")).failures() == []
+
+
+async def test_a_vanished_clients_streams_are_closed_and_its_names_free() -> None:
+    transport = {"heartbeat_s": 0.1}
+    async with running(SMALL, transport=transport) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        async with RawClient(server.endpoint) as gone:
+            await gone.hello()
+            await gone.open("s")
+        assert server.engine.table.open_count == 1
+        while server.engine.table.open_count:
+            await asyncio.sleep(0.02)
+        assert (await client.open("s")).failures() == []
+
+
+async def test_many_connections_come_and_go_through_few_numbers() -> None:
+    async with running(SMALL, transport={"heartbeat_s": 0.05}, limits={"max_connections": 2}) as server:
+        for index in range(6):
+            async with RawClient(server.endpoint) as client:
+                while True:
+                    reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 1, "raw"]))
+                    if reply.kind is Kind.WELCOME:
+                        break
+                    assert reply.code is Code.BUSY
+                    await asyncio.sleep(0.02)
+                assert (await client.open(f"s{index}")).failures() == []
+
+
+async def test_shutdown_answers_what_was_admitted_then_says_goodbye(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((500, 1, F)).astype(np.float32)
+    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        await client.send(*client.step_message(handles, [0], x))
+        while not len(server.engine.blocks):
+            await asyncio.sleep(0)
+        server.stop()
+        await client.send(*client.step_message(handles, [500], x[:1]))
+        replies = [await client.receive() for _ in range(3)]
+        by_kind = {reply.kind: reply for reply in replies}
+        assert by_kind[Kind.ERROR].code is Code.SHUTTING_DOWN
+        np.testing.assert_array_equal(by_kind[Kind.STEPPED].floats().reshape(500, H), whole(SMALL, x[:, 0])[0])
+        assert replies[-1].kind is Kind.GOODBYE
+
+
+async def test_a_forced_end_leaves_blocks_unanswered_and_counts_them() -> None:
+    x = np.zeros((16_000, 1, F), np.float32)
+    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        await client.send(*client.step_message(handles, [0], x))
+        while not len(server.engine.blocks):
+            await asyncio.sleep(0)
+        server.stop(drain=False)
+    assert server.unanswered_blocks == 1
+
+
+@pytest.mark.parametrize("delay_us", [0, 20_000])
+async def test_holding_batches_changes_no_output(delay_us: int, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((5, 2, F)).astype(np.float32)
+    async with running(SMALL, engine={"max_queue_delay_us": delay_us}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("a", "b", "silent")).handles()
+        y = (await client.step(handles[:2], [0, 0], x)).floats().reshape(5, 2, H)
+    for column in range(2):
+        np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:, column])[0])

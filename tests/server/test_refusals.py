@@ -1,0 +1,212 @@
+"""Everything a client can do wrong: a typed error and a sentence, no state changed, the connection usable."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import msgpack
+import numpy as np
+import pytest
+
+from instep.core.typing import F32, U64
+from instep.server.server import Server
+from instep_client.wire import Code, Kind
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+
+F, H = 5, 8
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    limits = {"max_block_frames": 64, "credit_frames": 64, "max_pending_frames": 256}
+    async with running(SMALL, engine={"max_streams": 4}, limits=limits) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[RawClient]:
+    async with RawClient(server.endpoint) as client:
+        await client.hello()
+        yield client
+
+
+def frames(rng: np.random.Generator, timesteps: int, columns: int = 1) -> F32:
+    return rng.standard_normal((timesteps, columns, F)).astype(np.float32)
+
+
+def header(kind: Kind, *fields: object) -> bytes:
+    return msgpack.packb([int(kind), 99, *fields])
+
+
+COLUMN = np.zeros(2, "<u8").tobytes()
+
+MALFORMED: list[tuple[list[bytes], Code, str]] = [
+    ([b""], Code.MALFORMED, "header"),
+    ([b"\xc1"], Code.MALFORMED, "msgpack"),
+    ([b"x" * 5000], Code.MALFORMED, "header"),
+    ([msgpack.packb({})], Code.MALFORMED, "array"),
+    ([msgpack.packb({1: 2})], Code.MALFORMED, "msgpack"),
+    ([msgpack.packb([77, 1])], Code.MALFORMED, "kind"),
+    ([msgpack.packb([True, 1])], Code.MALFORMED, "kind"),
+    ([msgpack.packb([Kind.PING, -1])], Code.MALFORMED, "request"),
+    ([msgpack.packb([Kind.PING, 1, 2])], Code.MALFORMED, "elements"),
+    ([msgpack.packb([Kind.PING, 1]), b""], Code.MALFORMED, "frames"),
+    ([msgpack.packb([Kind.PONG, 1])], Code.MALFORMED, "server's to say"),
+    ([header(Kind.STEP, 0, 1, F, "f4"), COLUMN, b""], Code.MALFORMED, "T must"),
+    ([header(Kind.STEP, 1, 2**20, F, "f4"), COLUMN, b""], Code.MALFORMED, "N must"),
+    ([header(Kind.STEP, 1, 1, F, "f4"), COLUMN, b"\0" * 19], Code.MALFORMED, "x must be 20 bytes"),
+    ([header(Kind.STEP, 1, 1, F, "f4"), COLUMN[:-1], b"\0" * 20], Code.MALFORMED, "columns must be 16 bytes"),
+    ([header(Kind.STEP, 1, 1, F + 1, "f4"), COLUMN, b"\0" * 24], Code.WRONG_SHAPE, "5 features, not 6"),
+    ([header(Kind.STEP, 1, 1, "5", "f4"), COLUMN, b"\0" * 20], Code.WRONG_SHAPE, "features"),
+    ([header(Kind.STEP, 1, 1, F, "f8"), COLUMN, b"\0" * 40], Code.WRONG_DTYPE, "float32"),
+    ([header(Kind.STEP, 65, 1, F, "f4"), COLUMN, b"\0" * 1300], Code.TOO_LARGE, "at most 64 frames"),
+    ([header(Kind.OPEN, 0, 0), b"", b""], Code.MALFORMED, "N must"),
+    ([header(Kind.OPEN, 1, 2), b"a", b""], Code.MALFORMED, "has_states"),
+    ([header(Kind.OPEN, 2, 0), b"a", b""], Code.MALFORMED, "2 names"),
+    ([header(Kind.OPEN, 1, 0), b"\xff", b""], Code.MALFORMED, "UTF-8"),
+    ([header(Kind.OPEN, 1, 0), b"a" * 2000, b""], Code.MALFORMED, "too long"),
+    ([header(Kind.OPEN, 1, 0), b"a", b"\0"], Code.MALFORMED, "no states"),
+    ([header(Kind.OPEN, 1, 1), b"a", b"\0" * 4], Code.WRONG_SHAPE, "float32"),
+    ([header(Kind.CLOSE, 1), b"\0" * 7], Code.MALFORMED, "handles must be 8 bytes"),
+    ([header(Kind.HELLO, 2, "x")], Code.WRONG_VERSION, "version"),
+    ([header(Kind.HELLO, 1, 5)], Code.MALFORMED, "name"),
+]
+
+
+@pytest.mark.parametrize(("message", "code", "part"), MALFORMED)
+async def test_a_bad_message_is_answered_and_the_connection_stays_usable(
+    client: RawClient, rng: np.random.Generator, message: list[bytes], code: Code, part: str
+) -> None:
+    handles = (await client.open("s")).handles()
+    x = frames(rng, 2)
+    first = await client.step(handles, [0], x[:1])
+    reply = await client.ask(*message)
+    assert reply.code is code
+    assert part in reply.sentence
+    second = await client.step(handles, [1], x[1:])
+    truth, _ = whole(SMALL, x[:, 0])
+    np.testing.assert_array_equal(np.concatenate([first.floats(), second.floats()]), truth.ravel())
+
+
+async def test_a_connection_that_did_not_say_hello_is_told_to(server: Server) -> None:
+    async with RawClient(server.endpoint) as client:
+        assert (await client.open("s")).code is Code.HELLO_FIRST
+        assert (await client.ask(b"\xc1")).code is Code.MALFORMED
+
+
+async def test_a_self_chosen_identity_is_refused(server: Server) -> None:
+    async with RawClient(server.endpoint, identity=b"alice") as client:
+        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 1, "raw"]))
+        assert reply.code is Code.MALFORMED
+        assert "routing id" in reply.sentence
+
+
+async def test_streams_beyond_the_capacity_are_refused_and_the_others_open(client: RawClient) -> None:
+    reply = await client.open("a", "b", "a", "", "x" * 201, "tab\t", "c", "d", "e")
+    assert [(column, code) for column, _, code, _ in reply.failures()] == [
+        (2, Code.NAME_IN_USE),
+        (3, Code.BAD_NAME),
+        (4, Code.BAD_NAME),
+        (5, Code.BAD_NAME),
+        (8, Code.TOO_MANY_STREAMS),
+    ]
+    assert np.flatnonzero(reply.handles()).tolist() == [0, 1, 6, 7]
+    assert dict(map(tuple, reply.header[3])).keys() == {Code.NAME_IN_USE, Code.BAD_NAME, Code.TOO_MANY_STREAMS}
+
+
+async def test_a_state_that_is_not_finite_is_refused(client: RawClient) -> None:
+    states = np.zeros((2, 1, H), np.float32)
+    states[1, 0, 3] = np.nan
+    reply = await client.open("a", "b", states=states)
+    assert reply.failures() == [(1, 0, Code.NOT_FINITE, 0)]
+
+
+async def test_one_bad_frame_in_a_block_leaves_the_others_alone(client: RawClient, rng: np.random.Generator) -> None:
+    handles = (await client.open("a", "b", "c")).handles()
+    x = frames(rng, 4, 3)
+    bad = x.copy()
+    bad[2, 1, 0] = np.inf
+    reply = await client.step(handles, [0, 0, 0], bad)
+    assert reply.failures() == [(1, 2, Code.NOT_FINITE, 2)]
+    y = reply.floats().reshape(4, 3, H)
+    for column in (0, 2):
+        np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:, column])[0])
+    truth = whole(SMALL, x[:, 1])[0]
+    np.testing.assert_array_equal(y[:2, 1], truth[:2])
+    assert np.isnan(y[2:, 1]).all()
+    again = await client.step(handles[1:2], [2], x[2:, 1:2])
+    np.testing.assert_array_equal(again.floats().reshape(2, H), truth[2:])
+
+
+async def test_wrong_seqs_unknown_and_foreign_streams(
+    server: Server, client: RawClient, rng: np.random.Generator
+) -> None:
+    async with RawClient(server.endpoint) as other:
+        await other.hello()
+        foreign = (await other.open("theirs")).handles()
+        mine = (await client.open("a", "b", "c")).handles()
+        x = frames(rng, 1, 5)
+        handles: U64 = np.concatenate([mine, foreign, np.array([12345], np.uint64)])
+        reply = await client.step(handles, [0, 1, 0, 0, 0], x)
+        assert reply.failures() == [
+            (1, 0, Code.SEQ_GAP, 0),
+            (3, 0, Code.FOREIGN_STREAM, 0),
+            (4, 0, Code.UNKNOWN_STREAM, 0),
+        ]
+        again = await client.step(mine[:1], [0], x[:, :1])
+        assert again.failures() == [(0, 0, Code.SEQ_REPEATED, 1)]
+        assert (await client.close(foreign)).failures() == [(0, 0, Code.FOREIGN_STREAM, 0)]
+        theirs = await other.step(foreign, [0], x[:, 3:4])
+        np.testing.assert_array_equal(theirs.floats(), whole(SMALL, x[:, 3])[0].ravel())
+
+
+async def test_a_stream_may_stand_only_once_in_a_block(client: RawClient, rng: np.random.Generator) -> None:
+    handles = (await client.open("a")).handles()
+    twice = np.repeat(handles, 2)
+    assert (await client.step(twice, [0, 1], frames(rng, 1, 2))).code is Code.REPEATED_STREAM
+    assert (await client.close(twice)).code is Code.REPEATED_STREAM
+    assert (await client.step(handles, [0], frames(rng, 1))).failures() == []
+
+
+async def test_more_than_the_credit_is_refused_whole_and_what_is_behind_it_is_a_gap(
+    client: RawClient, rng: np.random.Generator
+) -> None:
+    handles = (await client.open("a")).handles()
+    x = frames(rng, 64 * 3)
+    messages = [client.step_message(handles, [start], x[start : start + 64]) for start in (0, 64, 128)]
+    for message in messages:
+        await client.send(*message)
+    replies = [await client.receive() for _ in messages]
+    by_request = {reply.request: reply for reply in replies}
+    first, second, third = (by_request[msgpack.unpackb(message[0])[1]] for message in messages)
+    assert first.kind is Kind.STEPPED
+    assert second.code is Code.BUSY
+    assert second.header[4] > 0
+    if third.kind is Kind.ERROR:
+        assert third.code is Code.BUSY
+    else:
+        assert third.failures() == [(0, 0, Code.SEQ_GAP, 64)]
+    resent = await client.step(handles, [64], x[64:128])
+    np.testing.assert_array_equal(resent.floats().reshape(64, H), whole(SMALL, x[:128, 0])[0][64:])
+
+
+async def test_an_oversized_message_costs_the_connection_and_nobody_elses(
+    server: Server, client: RawClient, rng: np.random.Generator
+) -> None:
+    handles = (await client.open("a")).handles()
+    async with RawClient(server.endpoint) as big:
+        await big.hello()
+        await big.send(msgpack.packb([Kind.PING, 1]), b"\0" * (17 << 20))
+        reply = await client.step(handles, [0], frames(rng, 1))
+        assert reply.failures() == []
+
+
+async def test_no_more_connections_than_the_limit() -> None:
+    async with running(SMALL, limits={"max_connections": 1}) as server:
+        async with RawClient(server.endpoint) as first, RawClient(server.endpoint) as second:
+            await first.hello()
+            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 1, "raw"]))
+            assert reply.code is Code.BUSY
+            assert "max_connections" in reply.sentence

@@ -1,0 +1,56 @@
+"""The models that tests serve, and their truth: torch's own layers over whole recordings."""
+
+from __future__ import annotations
+
+import torch
+
+from instep.core.typing import F32
+from instep.model.description import DenseLayer, GruLayers, NetworkDescription
+from instep.model.folder import Model, make_model
+
+
+def plain(features: int, hidden: int, layers: int = 1, seed: int = 7) -> Model:
+    """A GRU without dense layers."""
+    description = NetworkDescription(features=features, gru=GruLayers(hidden_size=hidden, num_layers=layers))
+    return make_model(description, init="random", seed=seed, name=f"gru-{features}-{hidden}x{layers}")
+
+
+def with_head(features: int, hidden: int, outputs: int, seed: int = 7) -> Model:
+    """A GRU with a linear head."""
+    description = NetworkDescription(
+        features=features, gru=GruLayers(hidden_size=hidden), after=(DenseLayer(size=outputs),)
+    )
+    return make_model(description, init="random", seed=seed, name=f"gru-{features}-{hidden}-{outputs}")
+
+
+SEED_SIZED = plain(3, 4)
+SMALL = plain(5, 8)
+
+
+def torch_gru(model: Model) -> torch.nn.GRU:
+    """torch's own GRU with the weights of a model without dense layers."""
+    gru = model.description.gru
+    module = torch.nn.GRU(model.description.features, gru.hidden_size, gru.num_layers, bias=gru.bias)
+    module.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
+    return module.eval()
+
+
+@torch.inference_mode()
+def whole(model: Model, x: F32, h: F32 | None = None) -> tuple[F32, F32]:
+    """The truth for one recording of a model without dense layers, in one call of `nn.GRU`.
+
+    The recording stands in four equal rows: with fewer, torch's kernels give other bits.
+
+    Args:
+        model: without dense layers.
+        x: float32 [T, features].
+        h: initial state, float32 [layers, hidden].
+
+    Returns:
+        y float32 [T, hidden], final state float32 [layers, hidden].
+    """
+    module = torch_gru(model)
+    rows = torch.from_numpy(x.copy()).unsqueeze(1).repeat(1, 4, 1)
+    initial = None if h is None else torch.from_numpy(h.copy()).unsqueeze(1).repeat(1, 4, 1)
+    y, final = module(rows, initial)
+    return y[:, 0].numpy(), final[:, 0].numpy()

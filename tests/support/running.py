@@ -1,0 +1,81 @@
+"""A real server in the test's own event loop, bound to loopback, stopped with the test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from instep.config import Config
+from instep.model.certify import Certification, candidate_buckets, certify
+from instep.model.folder import Model
+from instep.model.network import Network
+from instep.runtime.stepper import Stepper
+from instep.server.serve import Prepared, make_server
+from instep.server.server import Server
+
+CPU = torch.device("cpu")
+
+
+@cache
+def certified(network_key: str, max_batch_size: int) -> Certification:
+    """Certification of a network seen before by its fingerprint; `prepared` fills the cache."""
+    network = _NETWORKS[network_key]
+    return certify(network, candidate_buckets(network, max_batch_size))
+
+
+_NETWORKS: dict[str, Network] = {}
+
+
+def prepared(model: Model, max_batch_size: int = 256) -> Prepared:
+    """The model, ready to be served; certified once for each test run."""
+    torch.set_num_threads(1)
+    network = _NETWORKS.setdefault(model.fingerprint, Network(model, CPU))
+    certification = certified(model.fingerprint, max_batch_size)
+    return Prepared(model, Path("model"), network, CPU, certification)
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    """A configuration for tests: any free port, quiet, and what the test asks for."""
+    transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
+    return Config.model_validate({"transport": transport, **sections})
+
+
+@contextlib.asynccontextmanager
+async def running(
+    model: Model,
+    *,
+    stepper: Callable[[Prepared, Config], Stepper] | None = None,
+    exactness: Certification | None = None,
+    failure: str | None = None,
+    **sections: dict[str, Any],
+) -> AsyncIterator[Server]:
+    """Serve `model` while the block runs; sections as in the configuration file.
+
+    Args:
+        model: what is served.
+        stepper: makes another stepper than usual.
+        exactness: serve as if certified so.
+        failure: why the server is expected to stop by itself.
+        sections: keys of the configuration by section.
+    """
+    settings = config(**sections)
+    ready = prepared(model, settings.engine.max_batch_size)
+    if exactness is not None:
+        ready = replace(ready, certification=exactness)
+    log: structlog.stdlib.BoundLogger = structlog.wrap_logger(structlog.ReturnLogger())
+    server = make_server(settings, ready, log, stepper(ready, settings) if stepper else None)
+    serving = asyncio.create_task(server.serve())
+    try:
+        yield server
+    finally:
+        server.stop()
+        await serving
+    assert server.failure == failure
