@@ -1,0 +1,25 @@
+"""Connecting, as all commands do it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from instep_client.aio import AsyncClient
+from instep_client.commands.terminal import Terminal
+
+
+@asynccontextmanager
+async def connected(endpoint: str, command: str, terminal: Terminal) -> AsyncIterator[AsyncClient]:
+    """A client of the server there, called after the command; it says so when the server takes its time.
+
+    Raises:
+        ConnectionFailed: nobody answers.
+    """
+    client = AsyncClient(endpoint, name=f"instep-client {command}")
+    async with terminal.waiting(f"waiting for a server at {endpoint}"):
+        await client.connect()
+    try:
+        yield client
+    finally:
+        await client.close()

@@ -1,0 +1,156 @@
+"""Sending live: arrays and signals as one group, lines each when it comes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from math import inf
+from typing import Final
+
+import numpy as np
+
+from instep_client.aio import AsyncClient, AsyncStream
+from instep_client.commands.answers import Answers, Sent
+from instep_client.commands.lines import BadLine, LineReader
+from instep_client.commands.living import step_living
+from instep_client.commands.pacing import Clock, Stop, wait_until
+from instep_client.commands.pipeline import pipeline
+from instep_client.commands.plan import Rows, cuts
+from instep_client.commands.sequences import I64, Sequences
+from instep_client.commands.terminal import Terminal
+from instep_client.errors import Refused, StreamRefused
+from instep_client.wire import F32
+
+ENDLESS: Final = int(np.iinfo(np.int64).max)
+CHUNK_STEPS: Final = 32
+"""Timesteps a block where no rate is kept."""
+
+LINES_ON_THE_WAY: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast and how long to send."""
+
+    rate_hz: float | None
+    """Frames a second for each stream; None for as fast as they are taken."""
+    frames: int | None
+    """The most frames of each stream."""
+    seconds: float | None
+    """The longest time."""
+
+    def due_s(self, frame: int) -> float:
+        """When a frame is due, in seconds after the start."""
+        return 0.0 if self.rate_hz is None else frame / self.rate_hz
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Frames that are there, or made, when they are asked for."""
+
+    lengths: I64
+    """[N] frames of each stream."""
+    part: Callable[[int, int, Rows], F32]
+    """`part(first, count, rows)`: frames [count, len(rows), features] of these streams."""
+
+
+def array_source(sequences: Sequences, streams: int) -> Source:
+    """Stream `i` sends sequence `i`, beginning again with the first sequence when there are more streams."""
+    which = np.arange(streams) % len(sequences)
+    starts = sequences.starts[which]
+
+    def part(first: int, count: int, rows: Rows) -> F32:
+        frames: F32 = sequences.frames[starts[rows] + np.arange(first, first + count)[:, None]]
+        return frames
+
+    return Source(sequences.lengths[which], part)
+
+
+class LiveRun:
+    """One connection of a live producer."""
+
+    def __init__(
+        self, client: AsyncClient, pace: Pace, answers: Answers, terminal: Terminal, stop: Stop, clock: Clock
+    ) -> None:
+        self.bad_lines = 0
+        self._client = client
+        self._pace = pace
+        self._answers = answers
+        self._terminal = terminal
+        self._stop = stop
+        self._clock = clock
+        self._start = clock.now()
+
+    async def send_arrays(self, names: list[str], source: Source) -> None:
+        """Send all streams as one group until they end, or it is enough; drain; close."""
+        group = await self._client.open_group(names)
+        lengths = source.lengths if self._pace.frames is None else np.minimum(source.lengths, self._pace.frames)
+        self._start = self._clock.now()
+        async with pipeline(self._answers.take) as send:
+            steps = CHUNK_STEPS if self._pace.rate_hz is None else 1
+            for cut in cuts(lengths, steps, self._client.info.max_block_frames):
+                if not await self._wait_for(cut.first):
+                    break
+                frames = source.part(cut.first, cut.count, cut.rows)
+                sent = Sent(tuple(names[row] for row in cut.rows), frames)
+                await send(sent, step_living(group, frames, cut.rows, self._client.info.outputs))
+        with suppress(Refused):  # told of when its frames were refused
+            await group.close()
+
+    async def send_lines(self, lines: AsyncIterator[tuple[int, bytes]], names: list[str], named: bool) -> int:
+        """Send every line when it comes, or when its stream's next frame is due; drain; close.
+
+        Gives the number of streams. Lines that name no stream go to the streams in turn. A bad line takes its turn: it
+        costs its stream this frame and the other streams nothing.
+        """
+        reader = LineReader(self._client.info.features, named)
+        streams: dict[str, AsyncStream | None] = {}
+        sent: Counter[str] = Counter()
+        turn = 0
+        async with pipeline(self._answers.take, LINES_ON_THE_WAY) as send:
+            self._start = self._clock.now()
+            async for number, text in lines:
+                try:
+                    line = reader.read(text.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except ValueError as error:
+                    self.bad_lines += 1
+                    reason = error if isinstance(error, BadLine) else "it is not UTF-8"
+                    self._terminal.error(f"line {number}: {reason}")
+                    turn += 1
+                    continue
+                if line is None:
+                    continue
+                name = names[turn % len(names)] if line.stream is None else line.stream
+                turn += 1
+                if name not in streams:
+                    streams[name] = await self._open(name)
+                stream = streams[name]
+                if stream is None or sent[name] == self._pace.frames:
+                    continue
+                if not await self._wait_for(sent[name]):
+                    break
+                sent[name] += 1
+                await send(Sent((name,), line.frame[None, None]), stream.step(line.frame[None]))
+        for stream in streams.values():
+            if stream is not None:
+                with suppress(Refused):  # told of when its frames were refused
+                    await stream.close()
+        return len(streams)
+
+    async def _open(self, name: str) -> AsyncStream | None:
+        try:
+            return await self._client.open(name)
+        except StreamRefused as refused:
+            self._terminal.error(f"{refused}; its lines are left out")
+            self._answers.refused += 1
+            return None
+
+    async def _wait_for(self, frame: int) -> bool:
+        """Wait until it is due; False when sending is over before."""
+        due = self._start + self._pace.due_s(frame)
+        end = self._start + (inf if self._pace.seconds is None else self._pace.seconds)
+        if max(due, self._clock.now()) >= end:
+            return False
+        return await wait_until(due, self._clock, self._stop)

@@ -1,0 +1,235 @@
+"""Load on a server from one process: closed loop, or open loop measured from the scheduled send time."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, Protocol
+
+import numpy as np
+
+from instep_client.commands.pacing import Clock, OpenLoop, Stop, wait_until
+from instep_client.commands.pipeline import task_group
+from instep_client.commands.samples import SampleArray, Samples
+from instep_client.errors import FramesRefused, Refused
+from instep_client.wire import F32, ServerInfo
+
+DRAIN_S: Final = 5.0
+"""How long after the last send the answers may still take; what comes later counts as unanswered."""
+
+LEAD_S: Final = 0.05
+"""From everything being open to the first send."""
+
+
+class Mode(StrEnum):
+    """How a load is made."""
+
+    CLOSED = "closed"
+    """The next block of a group goes out when the one before it is answered."""
+    OPEN = "open"
+    """Blocks go out when they are due, whatever the answers do."""
+
+
+class TimedAnswer(Protocol):
+    """An answered block and the server's split of its time."""
+
+    @property
+    def queue_us(self) -> int:
+        """Until its last step began."""
+        ...
+
+    @property
+    def compute_us(self) -> int:
+        """That step."""
+        ...
+
+    @property
+    def send_us(self) -> int:
+        """Until the reply was handed to the socket."""
+        ...
+
+
+class LoadGroup(Protocol):
+    """What the load needs of a group of streams."""
+
+    async def step_timed(self, x: F32, /) -> TimedAnswer:
+        """Send float32 [T, N, features] and wait for the answer."""
+        ...
+
+    async def close(self) -> object:
+        """Close its streams."""
+        ...
+
+
+class LoadClient(Protocol):
+    """What the load needs of a connection."""
+
+    @property
+    def info(self) -> ServerInfo:
+        """What the server said of itself."""
+        ...
+
+    async def open_group(self, names: Sequence[str], /) -> LoadGroup:
+        """Open streams."""
+        ...
+
+
+Connect = Callable[[], AbstractAsyncContextManager[LoadClient]]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPart:
+    """What one process does of a load test."""
+
+    name: str
+    """The streams are called after it."""
+    connections: tuple[tuple[int, ...], ...]
+    """For each connection the numbers of streams of its groups; each group sends one block at a time."""
+    steps: int
+    """Timesteps a block."""
+    mode: Mode
+    rate_hz: float
+    """Frames a second for each stream in an open loop."""
+    warmup_s: float
+    duration_s: float
+    offset: float = 0.0
+    """Where this process's sends lie between those of the others, see `OpenLoop`."""
+    drain_s: float = DRAIN_S
+
+
+@dataclass
+class PartResult:
+    """What one process measured."""
+
+    samples: SampleArray
+    """Of the blocks due after the warm-up."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Frames that were refused after the warm-up, by the code's name."""
+    unanswered: int = 0
+    """Frames that were due but not answered in time; in `samples` with the time they had waited by then."""
+    stopped: bool = False
+
+
+class Load:
+    """Runs one part. `answered` counts frames while it runs, the warm-up included."""
+
+    def __init__(self, part: LoadPart, connect: Connect, clock: Clock, stop: Stop) -> None:
+        self.answered = 0
+        self._part = part
+        self._connect = connect
+        self._clock = clock
+        self._stop = stop
+        self._start = 0.0
+        self._counted_from = 0.0
+        self._refused: Counter[str] = Counter()
+        self._samples = Samples(self._expected_samples())
+
+    async def run(self, ready: Callable[[], Awaitable[float]]) -> PartResult:
+        """Connect, open, call `ready` for the moment of the start, send, drain, close.
+
+        Raises:
+            InstepError: when nobody answers, a stream cannot be opened, or the connection is lost.
+        """
+        async with AsyncExitStack() as stack:
+            groups = await self._open(stack)
+            self._start = await ready()
+            self._counted_from = self._start + self._part.warmup_s
+            send = self._send_open_loop if self._part.mode is Mode.OPEN else self._send_closed_loop
+            async with task_group() as tasks:
+                unanswered = await send(groups, tasks)
+            if not unanswered:
+                for group, _ in groups:
+                    await group.close()
+        return PartResult(self._samples.array(), +self._refused, unanswered, self._stop.requested)
+
+    def _expected_samples(self) -> int:
+        groups = sum(len(sizes) for sizes in self._part.connections)
+        if self._part.mode is Mode.OPEN:
+            return int(groups * self._part.duration_s * self._part.rate_hz / self._part.steps) + groups
+        return 65_536
+
+    async def _open(self, stack: AsyncExitStack) -> list[tuple[LoadGroup, F32]]:
+        """All groups, those of different connections in turn, each with the block it sends."""
+        part = self._part
+        random = np.random.default_rng(0)
+        by_connection: list[list[tuple[LoadGroup, F32]]] = []
+        for connection, sizes in enumerate(part.connections):
+            client = await stack.enter_async_context(self._connect())
+            groups: list[tuple[LoadGroup, F32]] = []
+            first = 0
+            for size in sizes:
+                names = [f"{part.name}-{connection}-{number}" for number in range(first, first + size)]
+                first += size
+                shape = (part.steps, size, client.info.features)
+                groups.append((await client.open_group(names), random.standard_normal(shape, np.float32)))
+            by_connection.append(groups)
+        longest = max(len(groups) for groups in by_connection)
+        return [groups[turn] for turn in range(longest) for groups in by_connection if turn < len(groups)]
+
+    async def _send_open_loop(self, groups: list[tuple[LoadGroup, F32]], tasks: asyncio.TaskGroup) -> int:
+        part = self._part
+        schedule = OpenLoop(len(groups), part.steps / part.rate_hz, part.offset)
+        waiting: dict[asyncio.Task[None], tuple[float, int]] = {}
+        for number in range(schedule.count(part.warmup_s + part.duration_s)):
+            due = self._start + schedule.due_s(number)
+            if not await wait_until(due, self._clock, self._stop):
+                break
+            group, x = groups[schedule.sender(number)]
+            task = tasks.create_task(self._send(group, x, due))
+            waiting[task] = due, _frames(x)
+            task.add_done_callback(waiting.pop)
+        return await self._drain(waiting)
+
+    async def _drain(self, waiting: dict[asyncio.Task[None], tuple[float, int]]) -> int:
+        """Wait for the last answers; the number of frames that got none in time."""
+        if waiting:
+            await asyncio.wait(list(waiting), timeout=self._part.drain_s)
+        unanswered = 0
+        for task, (due, frames) in list(waiting.items()):
+            task.cancel()
+            if due >= self._counted_from:
+                unanswered += frames
+                self._sample(due, math.nan, math.nan, math.nan, math.nan, frames)
+        return unanswered
+
+    async def _send_closed_loop(self, groups: list[tuple[LoadGroup, F32]], tasks: asyncio.TaskGroup) -> int:
+        await wait_until(self._start, self._clock, self._stop)
+        await asyncio.wait([tasks.create_task(self._send_again_and_again(group, x)) for group, x in groups])
+        return 0
+
+    async def _send_again_and_again(self, group: LoadGroup, x: F32) -> None:
+        end = self._counted_from + self._part.duration_s
+        while not self._stop.requested and (now := self._clock.now()) < end:
+            await self._send(group, x, now)
+
+    async def _send(self, group: LoadGroup, x: F32, due: float) -> None:
+        counted = due >= self._counted_from
+        late_us = (self._clock.now() - due) * 1e6
+        try:
+            answer = await group.step_timed(x)
+        except FramesRefused as refused:
+            frames = int(np.isnan(refused.outputs).any(axis=-1).sum())
+            self._refused[refused.code.name] += frames * counted
+        except Refused as refused:
+            self._refused[refused.code.name] += _frames(x) * counted
+        else:
+            self.answered += _frames(x)
+            if counted:
+                self._sample(due, late_us, answer.queue_us, answer.compute_us, answer.send_us, _frames(x))
+
+    def _sample(
+        self, due: float, late_us: float, queue_us: float, compute_us: float, send_us: float, frames: int
+    ) -> None:
+        now = self._clock.now()
+        latency_us = (now - due) * 1e6
+        self._samples.add(now - self._counted_from, late_us, latency_us, queue_us, compute_us, send_us, frames)
+
+
+def _frames(x: F32) -> int:
+    steps, streams, _ = x.shape
+    return int(steps * streams)

@@ -1,0 +1,172 @@
+"""`instep-client loadtest`: how much a server does, and how fast."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from instep_client.commands import report
+from instep_client.commands.connect import connected
+from instep_client.commands.load_plan import LoadPlan, split
+from instep_client.commands.pacing import Clock, Stop
+from instep_client.commands.problems import CommandProblem, Exit
+from instep_client.commands.processes import run_parts
+from instep_client.commands.report import Measured
+from instep_client.commands.slo import largest_within
+from instep_client.commands.terminal import Terminal
+from instep_client.wire import ServerInfo
+
+
+class SearchStopped(Exception):
+    """Ctrl-C in a search."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTest:
+    """What to do."""
+
+    endpoint: str
+    plan: LoadPlan
+    slo_ms: float | None = None
+    """Search for the largest number of streams within it; `plan.streams` is the first one tried."""
+    plot: Path | None = None
+
+
+async def loadtest(test: LoadTest, terminal: Terminal, stop: Stop, clock: Clock | None = None) -> Exit:
+    """Run it and report.
+
+    Raises:
+        InstepError: as the client does.
+        CommandProblem: when the load does not fit the server, or the plot cannot be written.
+    """
+    if test.plot is not None and test.plot.suffix.lower() != ".png":
+        raise CommandProblem(f"the plot is a PNG: call it {test.plot.with_suffix('.png')}")
+    async with connected(test.endpoint, "loadtest", terminal) as client:
+        info = client.info
+    terminal.note(report.setting(info))
+    if test.slo_ms is None:
+        return await _measure_once(test, info, terminal, stop, clock)
+    return await _search(test, test.slo_ms, info, terminal, stop, clock)
+
+
+async def _measure_once(test: LoadTest, info: ServerInfo, terminal: Terminal, stop: Stop, clock: Clock | None) -> Exit:
+    result = await _measure(test, test.plan, info, terminal, stop, clock)
+    saved = _plot(test, result, info)
+    if terminal.as_json:
+        terminal.result({"server": _server(info), **report.as_json(result)})
+    elif len(result.samples):
+        terminal.out.print(report.table(result))
+    terminal.summary(
+        f"{result.frames_s:,.0f} frames/s, {result.answers_s:,.0f} answers/s, "
+        f"p50 {result.latencies['latency_us'].p50 / 1000:.3f} ms, p99 {result.p99_ms:.3f} ms"
+        f"{_problems(result)}{_interrupted(stop, result)}{saved}",
+        good=result.whole,
+    )
+    return Exit.OK if result.whole else Exit.FOUND_PROBLEMS
+
+
+async def _search(
+    test: LoadTest, slo_ms: float, info: ServerInfo, terminal: Terminal, stop: Stop, clock: Clock | None
+) -> Exit:
+    trials: list[Measured] = []
+
+    async def measure(streams: int) -> bool:
+        if stop.requested:
+            raise SearchStopped
+        connections = min(test.plan.connections, streams)
+        plan = replace(
+            test.plan, streams=streams, connections=connections, processes=min(test.plan.processes, connections)
+        )
+        trial = await _measure(test, plan, info, terminal, stop, clock)
+        if stop.requested:
+            raise SearchStopped
+        trials.append(trial)
+        met = report.meets(trial, slo_ms)
+        terminal.note(
+            f"{streams:,} streams: p99 {trial.p99_ms:.2f} ms{_problems(trial)}, {'met' if met else 'not met'}"
+        )
+        return met
+
+    if test.plan.streams > info.max_streams:
+        raise CommandProblem(f"the server keeps {info.max_streams} streams at most; begin the search with fewer")
+    stopped = limited = False
+    try:
+        limited = (await largest_within(measure, test.plan.streams, info.max_streams)).limited
+    except SearchStopped:
+        stopped = True
+    met = [trial for trial in trials if report.meets(trial, slo_ms)]
+    best = max(met, key=lambda trial: trial.plan.streams, default=None)
+    saved = "" if best is None else _plot(test, best, info)
+    if terminal.as_json:
+        terminal.result(
+            {
+                "server": _server(info),
+                "slo_ms": slo_ms,
+                "streams": 0 if best is None else best.plan.streams,
+                "limited_by_server": limited,
+                "stopped": stopped,
+                "best": None if best is None else report.as_json(best),
+                "trials": [report.as_json(trial) for trial in trials],
+            }
+        )
+    else:
+        terminal.out.print(report.trials_table(trials, slo_ms))
+        if best is not None:
+            terminal.out.print(report.table(best))
+    level = f"in real time at {test.plan.rate_hz:g} Hz within p99 of {slo_ms:g} ms"
+    if best is None:
+        terminal.summary(f"no stream was served {level}{' before it was stopped' if stopped else ''}", good=False)
+        return Exit.FOUND_PROBLEMS
+    end = ""
+    if limited:
+        end = "; that is all the server has room for"
+    elif stopped:
+        end = "; the search was stopped before its end"
+    terminal.summary(f"{best.plan.streams:,} streams {level} (p99 {best.p99_ms:.2f} ms){end}{saved}", good=not stopped)
+    return Exit.OK
+
+
+async def _measure(
+    test: LoadTest, plan: LoadPlan, info: ServerInfo, terminal: Terminal, stop: Stop, clock: Clock | None
+) -> Measured:
+    terminal.note(plan.sentence())
+    parts = split(plan, info, f"load-{secrets.token_hex(3)}")
+    started = time.monotonic()
+    seconds = plan.warmup_s + plan.duration_s
+    async with terminal.progress("measuring", seconds, "s", lambda: min(seconds, time.monotonic() - started)):
+        return report.measured(plan, await run_parts(parts, test.endpoint, stop, clock))
+
+
+def _plot(test: LoadTest, result: Measured, info: ServerInfo) -> str:
+    """Draw it where asked to; where it is, as the end of a sentence."""
+    if test.plot is None or not len(result.samples):
+        return ""
+    from instep_client.commands.plot import plot
+
+    plot(result, test.plot, f"{result.plan.sentence()}\n{report.setting(info)}")
+    return f"; drawn in {test.plot}"
+
+
+def _problems(result: Measured) -> str:
+    parts = [f"{frames:,} frames refused ({code})" for code, frames in result.refused.items()]
+    if result.unanswered:
+        parts.append(f"{result.unanswered:,} frames unanswered")
+    return "".join(f", {part}" for part in parts)
+
+
+def _interrupted(stop: Stop, result: Measured) -> str:
+    return f"; stopped after {result.seconds:.1f} s, all streams closed" if stop.requested else ""
+
+
+def _server(info: ServerInfo) -> dict[str, Any]:
+    return {
+        "model": info.model,
+        "fingerprint": info.fingerprint,
+        "features": info.features,
+        "outputs": info.outputs,
+        "device": info.device,
+        "exactness": info.exactness,
+    }

@@ -1,0 +1,123 @@
+"""When to send: clocks, and open-loop schedules that never wait for an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+LONGEST_NAP_S: Final = 0.1
+"""A wait looks at least this often whether it was asked to stop."""
+
+_LOOP_GRAIN_S: Final = 0.002
+"""asyncio rounds its waits up to whole milliseconds; the rest of a wait is slept in a thread, to some 0.1 ms."""
+
+
+class Clock(Protocol):
+    """What the commands know of time; tests bring their own."""
+
+    def now(self) -> float:
+        """Seconds since some fixed moment; never goes back."""
+        ...
+
+    async def sleep_until(self, moment: float) -> None:
+        """Return at `moment`, or at once if it has passed."""
+        ...
+
+
+class WallClock:
+    """The machine's monotonic clock, the same in all its processes. To be used in one event loop, in a `with` block."""
+
+    def __init__(self) -> None:
+        self._sleeper = ThreadPoolExecutor(1, "instep-client-clock")
+
+    def now(self) -> float:
+        """Seconds of `time.monotonic`."""
+        return time.monotonic()
+
+    async def sleep_until(self, moment: float) -> None:
+        """Return at `moment`, late by some 0.1 ms; one sleeper at a time."""
+        left = moment - time.monotonic()
+        if left > _LOOP_GRAIN_S:
+            await asyncio.sleep(left - _LOOP_GRAIN_S)
+            left = moment - time.monotonic()
+        if left > 0:
+            await asyncio.get_running_loop().run_in_executor(self._sleeper, time.sleep, left)
+
+    def __enter__(self) -> WallClock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._sleeper.shutdown()
+
+
+class Stop:
+    """Whether the command was asked to end: no new sends, then drain and close."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    @property
+    def requested(self) -> bool:
+        """Whether it was asked to end."""
+        return self._event.is_set()
+
+    def request(self) -> None:
+        """Ask it to end; asking again changes nothing. To be called in the event loop's thread."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Return when it was asked to end."""
+        await self._event.wait()
+
+
+async def wait_until(moment: float, clock: Clock, stop: Stop) -> bool:
+    """Wait for `moment`; True when it came, False when a stop was requested first. Always lets others run."""
+    await asyncio.sleep(0)
+    while not stop.requested:
+        left = moment - clock.now()
+        if left <= 0:
+            return True
+        await clock.sleep_until(moment if left <= LONGEST_NAP_S else clock.now() + LONGEST_NAP_S)
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLoop:
+    """An open-loop schedule: each of `senders` senders sends every `period_s` seconds, whatever the answers do.
+
+    The senders' phases are spread evenly over the period, as independent producers' are, so that all sends together are
+    `period_s / senders` apart. `offset` (0 to 1) shifts all of them by that part of this gap: several processes share
+    one schedule that way.
+    """
+
+    senders: int
+    period_s: float
+    offset: float = 0.0
+
+    def due_s(self, number: int) -> float:
+        """When send `number` (from 0, over all senders) is due, in seconds after the start."""
+        return (number + self.offset) * (self.period_s / self.senders)
+
+    def sender(self, number: int) -> int:
+        """Whose send it is."""
+        return number % self.senders
+
+    def count(self, duration_s: float) -> int:
+        """How many sends are due before `duration_s`."""
+        numbers = int(duration_s * self.senders / self.period_s) + 2
+        while numbers > 0 and self.due_s(numbers - 1) >= duration_s:
+            numbers -= 1
+        return numbers
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """The loop of uvloop where it is installed: it makes a faster load generator."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

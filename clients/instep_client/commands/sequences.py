@@ -1,0 +1,80 @@
+"""Recorded sequences in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from instep_client.wire import F32
+
+I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Whole sequences of frames, end to end in one array."""
+
+    names: tuple[str, ...]
+    """[R] what each sequence is called."""
+    lengths: I64
+    """[R] frames of each sequence, all at least 1."""
+    frames: F32
+    """[sum(lengths), features], finite, C-contiguous."""
+    outputs: F32 | None = None
+    """[sum(lengths), outputs]: what was answered when this was recorded."""
+    times_s: F64 | None = None
+    """[sum(lengths)] when each frame was sent; within a sequence they never go back."""
+    opened_s: F64 | None = None
+    """[R] when each stream was opened, on the clock of `times_s`; None where it is the time of its first frame."""
+    initial_states: Mapping[int, F32] = field(default_factory=dict)
+    """The initial states [state_layers, state_size] of the sequences that did not start from zeros."""
+    fingerprint: str | None = None
+    """Fingerprint of the model that gave `outputs`, where known."""
+
+    @property
+    def starts(self) -> I64:
+        """[R] where each sequence begins in `frames`."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    @property
+    def features(self) -> int:
+        """Numbers a frame."""
+        return int(self.frames.shape[1])
+
+    def keep(self, frames: npt.NDArray[np.bool_]) -> Sequences:
+        """Only these frames [sum], of the sequences that have any of them."""
+        lengths = np.add.reduceat(frames.astype(np.int64), self.starts)
+        kept = replace(
+            self,
+            lengths=lengths,
+            frames=self.frames[frames],
+            outputs=None if self.outputs is None else self.outputs[frames],
+            times_s=None if self.times_s is None else self.times_s[frames],
+        )
+        return kept.select(np.flatnonzero(lengths).tolist())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, which: Sequence[int]) -> Sequences:
+        """Only these sequences, in this order."""
+        rows = np.asarray(which, np.int64)
+        starts = self.starts
+        parts = [np.arange(starts[row], starts[row] + self.lengths[row]) for row in rows]
+        flat = np.concatenate([np.empty(0, np.int64), *parts])
+        return replace(
+            self,
+            names=tuple(self.names[row] for row in rows),
+            lengths=self.lengths[rows],
+            frames=self.frames[flat],
+            outputs=None if self.outputs is None else self.outputs[flat],
+            times_s=None if self.times_s is None else self.times_s[flat],
+            opened_s=None if self.opened_s is None else self.opened_s[rows],
+            initial_states={
+                new: self.initial_states[old] for new, old in enumerate(rows) if old in self.initial_states
+            },
+        )
