@@ -11,6 +11,8 @@ from instep.core.pending import NONE, PendingFrames
 from instep.core.typing import F32, I32, I64
 from instep_client.codes import Code
 
+_ONE = np.int32(1)
+
 
 @dataclass(slots=True)
 class Block:
@@ -84,10 +86,10 @@ class BlockTable:
             client, request, rows, frames, admission.codes, admission.lengths, admission.expected_seq, now_ns
         )
 
-    def answered(self, numbers: I32) -> list[Block]:
+    def answered(self, numbers: I64) -> list[Block]:
         """Frames of these blocks were answered, one entry a frame; the blocks that are complete now, taken out."""
-        np.subtract.at(self._remaining, numbers, 1)
-        complete = np.unique(numbers[self._remaining[numbers] == 0]).tolist()
+        np.subtract.at(self._remaining, numbers, _ONE)  # of the array's own type: another one is 20 times slower
+        complete = list(dict.fromkeys(numbers[self._remaining[numbers] == 0].tolist()))
         self._free.extend(complete)
         return [self._blocks.pop(number) for number in complete]
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from instep.core.typing import F32, I32, I64
 
@@ -28,7 +32,7 @@ class PendingFrames:
         self.y: F32 = np.zeros((capacity, outputs), np.float32)
         self.slot: I64 = np.zeros(capacity, np.int64)
         self.seq: I64 = np.zeros(capacity, np.int64)
-        self.block: I32 = np.zeros(capacity, np.int32)
+        self.block: I64 = np.zeros(capacity, np.int64)
         self._following: I32 = np.full(capacity, NONE, np.int32)
         self._head: I32 = np.full(max_streams + 1, NONE, np.int32)
         self._tail: I32 = np.full(max_streams + 1, NONE, np.int32)
@@ -49,32 +53,28 @@ class PendingFrames:
             rows: int32 [T, N], the frames' rows, `NONE` where a frame was not admitted.
             first: int64 [≤ N], slots that had nothing pending before.
         """
-        timesteps, columns = x.shape[:2]
-        admitted = np.arange(timesteps)[:, None] < lengths
         count = int(lengths.sum())
         assert count <= self.free_count, "the pool has no room for this block"
-        rows = np.full((timesteps, columns), NONE, np.int32)
         flat = self._free[self.free_count - count : self.free_count].copy()
         self.free_count -= count
-        rows[admitted] = flat
+        rows, pick = _layout(flat, lengths, *x.shape[:2])
         following = np.full_like(rows, NONE)
         following[:-1] = rows[1:]
-        self._following[flat] = following[admitted]
-        self.x[flat] = x[admitted]
-        self.slot[flat] = np.broadcast_to(slots, rows.shape)[admitted]
-        self.seq[flat] = (seqs + np.arange(timesteps)[:, None])[admitted]
+        self._following[flat] = pick(following)
+        self.x[flat] = pick(x)
+        self.slot[flat] = pick(np.broadcast_to(slots, rows.shape))
+        self.seq[flat] = pick(seqs + np.arange(len(rows))[:, None])
         self.block[flat] = block
 
-        some = lengths > 0
+        some = np.flatnonzero(lengths)
         slots = slots[some]
-        first_rows = rows[0, some]
-        last_rows = rows[lengths[some] - 1, np.flatnonzero(some)]
         tails = self._tail[slots]
         waiting = tails != NONE
-        self._following[tails[waiting]] = first_rows[waiting]
-        self._head[slots[~waiting]] = first_rows[~waiting]
-        self._tail[slots] = last_rows
-        return rows, slots[~waiting]
+        ready = slots[~waiting]
+        self._following[tails[waiting]] = rows[0, some[waiting]]
+        self._head[ready] = rows[0, some[~waiting]]
+        self._tail[slots] = rows[lengths[some] - 1, some]
+        return rows, ready
 
     def take(self, slots: I64) -> tuple[I32, I64]:
         """Take the oldest frame of each slot off its queue.
@@ -104,3 +104,13 @@ class PendingFrames:
         """Give rows back to the pool: int32 [frames]."""
         self._free[self.free_count : self.free_count + len(rows)] = rows
         self.free_count += len(rows)
+
+
+def _layout(flat: I32, lengths: I64, timesteps: int, columns: int) -> tuple[I32, Callable[[npt.NDArray[Any]], Any]]:
+    """Lay rows out as a block: int32 [T, N], and how to flatten another [T, N, …] array in the same order."""
+    if len(flat) == timesteps * columns:
+        return flat.reshape(timesteps, columns), lambda array: array.reshape(len(flat), *array.shape[2:])
+    admitted = np.arange(timesteps)[:, None] < lengths
+    rows = np.full((timesteps, columns), NONE, np.int32)
+    rows[admitted] = flat
+    return rows, lambda array: array[admitted]

@@ -11,6 +11,7 @@ from instep.core.typing import I32, I64, U64, Bool
 from instep_client.codes import Code
 
 NO_OWNER = -1
+_ONE = np.int64(1)
 
 
 class StreamTable:
@@ -27,7 +28,7 @@ class StreamTable:
         self.owner: I32 = np.full(rows, NO_OWNER, np.int32)
         self.next_seq: I64 = np.zeros(rows, np.int64)
         """The seq the stream expects next, counting admitted frames."""
-        self.pending: I32 = np.zeros(rows, np.int32)
+        self.pending: I64 = np.zeros(rows, np.int64)
         """Frames admitted and not yet answered."""
         self.closing: Bool = np.zeros(rows, np.bool_)
         self.lost: Bool = np.zeros(rows, np.bool_)
@@ -103,6 +104,15 @@ class StreamTable:
         codes = np.where(known, 0, Code.UNKNOWN_STREAM).astype(np.int32)
         codes[known & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM
         return slots, codes
+
+    def admitted(self, slots: I64, lengths: I64, now_ns: int) -> None:
+        """Frames were admitted: `lengths` int64 [N] for the distinct `slots`; those with none are left alone."""
+        self.pending[slots] += lengths
+        self.last_active_ns[slots[lengths > 0]] = now_ns
+
+    def answered(self, slots: I64) -> None:
+        """Frames were answered: one entry a frame, so a slot may repeat."""
+        np.subtract.at(self.pending, slots, _ONE)  # of the array's own type: another one is 20 times slower
 
     def owned_by(self, owner: int) -> I64:
         """Slots of the owner's streams that are not closing already: int64 [N]."""

@@ -117,9 +117,7 @@ class Engine:
             verdict.slots, verdict.expected_seq - verdict.lengths, verdict.lengths, x, number
         )
         self.blocks.add(number, client.number, request, rows, verdict, now_ns)
-        admitted = verdict.slots[verdict.lengths > 0]
-        self.table.pending[admitted] += verdict.lengths[verdict.lengths > 0].astype(np.int32)
-        self.table.last_active_ns[admitted] = now_ns
+        self.table.admitted(verdict.slots, verdict.lengths, now_ns)
         client.frames_unanswered += frames
         self.scheduler.add(ready, np.array([client.number], np.int32), now_ns)
 
@@ -193,7 +191,7 @@ class Engine:
     # ── Deliver ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _deliver(self, rows: I32, began_ns: int, ended_ns: int) -> None:
-        np.subtract.at(self.table.pending, self.pending.slot[rows], 1)
+        self.table.answered(self.pending.slot[rows])
         for block in self.blocks.answered(self.pending.block[rows]):
             block.queue_ns = max(0, began_ns - block.admitted_ns)
             block.compute_ns = ended_ns - began_ns
