@@ -1,0 +1,103 @@
+"""What users hand over, checked and copied into the arrays that are sent.
+
+Every function copies: what the caller does to its array afterwards changes nothing that was or will be sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from instep_client.errors import InvalidInput
+from instep_client.wire import F32
+
+Indices: TypeAlias = npt.NDArray[np.int64]
+
+
+def float32_copy(x: npt.ArrayLike, what: str) -> F32:
+    """A contiguous float32 copy of anything numpy reads as booleans, integers or real numbers.
+
+    NaN and infinity pass: whether they are taken is the server's to say.
+
+    Raises:
+        InvalidInput: for other kinds of values, and for finite ones that float32 cannot hold.
+    """
+    try:
+        raw = np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{what} must be an array of numbers: {error}") from None
+    if raw.dtype == np.float32:
+        return np.array(raw, np.float32, order="C")
+    if raw.dtype.kind not in "fiub":
+        raise InvalidInput(f"{what} must be real numbers that convert to float32, not {raw.dtype}")
+    with np.errstate(over="ignore"):
+        cast = np.array(raw, np.float32, order="C")
+    if raw.dtype.kind == "f" and bool(np.any(np.isinf(cast) & np.isfinite(raw))):
+        raise InvalidInput(f"{what} holds a finite number too large for float32")
+    return cast
+
+
+def stream_frames(x: npt.ArrayLike, features: int) -> tuple[F32, tuple[int, ...]]:
+    """One stream's frame [features] or chunk [T, features] as [T, 1, features], and the shape to answer in.
+
+    Raises:
+        InvalidInput: naming the shape.
+    """
+    frames = float32_copy(x, "a frame")
+    if frames.ndim not in (1, 2) or frames.shape[-1] != features or frames.size == 0:
+        raise InvalidInput(
+            f"a frame must have shape [{features}] and a chunk [T, {features}] with T of at least 1; "
+            f"this array has shape {list(frames.shape)}"
+        )
+    return frames.reshape(-1, 1, features), frames.shape[:-1]
+
+
+def group_frames(x: npt.ArrayLike, columns: int, features: int) -> tuple[F32, tuple[int, ...]]:
+    """A group's frames [N, features] or [T, N, features] as [T, N, features], and the shape to answer in.
+
+    Raises:
+        InvalidInput: naming the shape.
+    """
+    frames = float32_copy(x, "a group's frames")
+    if frames.ndim not in (2, 3) or frames.shape[-2:] != (columns, features) or frames.size == 0:
+        raise InvalidInput(
+            f"the frames of {columns} streams must have shape [{columns}, {features}] or "
+            f"[T, {columns}, {features}] with T of at least 1; this array has shape {list(frames.shape)}"
+        )
+    return frames.reshape(-1, columns, features), frames.shape[:-1]
+
+
+def states(x: npt.ArrayLike, shape: tuple[int, ...]) -> F32:
+    """Initial states of exactly that shape.
+
+    Raises:
+        InvalidInput: naming the shape.
+    """
+    array = float32_copy(x, "an initial state")
+    if array.shape != shape:
+        raise InvalidInput(f"initial states must have shape {list(shape)}; this array has shape {list(array.shape)}")
+    return array
+
+
+def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
+    """Which streams of a group of `count`: at least one distinct index from 0 to `count - 1`.
+
+    Raises:
+        InvalidInput: naming what is wrong.
+    """
+    try:
+        raw: npt.NDArray[Any] = np.asarray(rows)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"rows must be an array of indices: {error}") from None
+    if raw.ndim != 1 or raw.size == 0 or raw.dtype.kind not in "iu":
+        raise InvalidInput("rows must be a one-dimensional array of at least one integer index")
+    if int(raw.min()) < 0 or int(raw.max()) >= count:
+        raise InvalidInput(f"rows must be indices from 0 to {count - 1}")
+    indices = raw.astype(np.int64)
+    mark = np.zeros(count, np.bool_)
+    mark[indices] = True
+    if int(np.count_nonzero(mark)) != len(indices):
+        raise InvalidInput("rows names a stream twice; a stream may stand only once in one step")
+    return indices

@@ -1,0 +1,269 @@
+"""What the user asked for and how it ended: one object a call, filled in by the session.
+
+Call
+├── Greeting, Ping, Statistics   one request, one reply
+├── OpenCall, CloseCall          one request a part of the streams
+└── StepCall                     frames of one lane, sent as one block, as pieces of several, or as a column of one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from instep_client.arrays import Indices
+from instep_client.errors import FrameFailure, FramesRefused, InstepError, StreamEvicted
+from instep_client.wire import F32, U64, Code
+
+if TYPE_CHECKING:
+    from instep_client.streams import Lane
+
+R = TypeVar("R")
+
+ENDING: Final = frozenset({Code.IDLE, Code.CLIENT_GONE, Code.STATE_LOST, Code.UNKNOWN_STREAM, Code.FOREIGN_STREAM})
+"""Codes after which a stream can never be stepped again."""
+
+
+class Waiter(Protocol):
+    """What a driver hangs on a call to be woken; `asyncio.Future[None]` is one."""
+
+    def done(self) -> bool:
+        """Whether it was woken."""
+        ...
+
+    def set_result(self, result: None, /) -> None:
+        """Wake it."""
+        ...
+
+
+class Call(Generic[R]):
+    """Something asked of the session. `done` once, with a result or an error."""
+
+    __slots__ = ("_result", "done", "error", "waiter")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.error: InstepError | None = None
+        self.waiter: Waiter | None = None
+
+    def finish(self, result: R) -> None:
+        """End it with a result; the first end counts."""
+        if not self.done:
+            self._result = result
+            self.done = True
+
+    def fail(self, error: InstepError) -> None:
+        """End it with an error; the first end counts."""
+        if not self.done:
+            self.error = error
+            self.done = True
+
+    def result(self) -> R:
+        """The result of a call that is done.
+
+        Raises:
+            InstepError: whatever it failed with.
+        """
+        if self.error is not None:
+            raise self.error
+        return self._result
+
+
+class Ping(Call[float]):
+    """One round trip; the result is its seconds."""
+
+    __slots__ = ("sent_at",)
+
+    def __init__(self, now: float) -> None:
+        super().__init__()
+        self.sent_at = now
+
+
+class OpenCall(Call["Lane"]):
+    """The opening of one or many streams; the result is their lane. All are opened or none."""
+
+    __slots__ = ("abandoned", "handles", "names", "parts_left", "refusal", "single")
+
+    def __init__(self, names: Sequence[str], single: bool) -> None:
+        super().__init__()
+        self.names = names
+        self.single = single
+        self.handles: U64 = np.zeros(len(names), np.uint64)
+        self.parts_left = 0
+        self.refusal: tuple[int, Code, str] | None = None
+        """The first refused stream's index, with why."""
+        self.abandoned = False
+        """Whether nobody waits any more: what was opened is to be closed again."""
+
+
+class CloseCall(Call[F32]):
+    """The closing of a lane; the result is the final states float32 [N, state], NaN for streams that had ended."""
+
+    __slots__ = ("finals", "lane", "parts_left", "refusal")
+
+    def __init__(self, lane: Lane, state: int) -> None:
+        super().__init__()
+        self.lane = lane
+        self.finals: F32 = np.full((len(lane.rows), state), np.nan, np.float32)
+        self.parts_left = 0
+        self.refusal: tuple[int, Code, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The outputs of a step and where the server spent its time.
+
+    The three times are the server's, in microseconds; for a step that was sent as several blocks each is the longest of
+    any block.
+    """
+
+    outputs: F32
+    """[outputs], [T, outputs], [N, outputs] or [T, N, outputs], as the frames were given."""
+    queue_us: int
+    """From the block's admission until its last batch began to be computed."""
+    compute_us: int
+    """That batch's step."""
+    send_us: int
+    """From the end of that step until the answer was handed to the socket."""
+
+
+class Failed(NamedTuple):
+    """From frame `seq` on nothing of one column was applied."""
+
+    seq: int
+    code: Code
+    sentence: str
+    expected_seq: int
+
+
+class StepCall(Call[Answer]):
+    """Frames [T, N, features] for some rows of one lane."""
+
+    __slots__ = (
+        "_outputs",
+        "_prefix",
+        "failures",
+        "height",
+        "keep",
+        "lane",
+        "left",
+        "n",
+        "outputs_width",
+        "rows",
+        "sent",
+        "stamp",
+        "t",
+        "times",
+        "width",
+        "x",
+    )
+
+    def __init__(
+        self,
+        lane: Lane,
+        rows: Indices,
+        x: F32,
+        prefix: tuple[int, ...],
+        outputs_width: int,
+        stamp: int,
+        keep: bool,
+    ) -> None:
+        super().__init__()
+        self.lane = lane
+        self.rows = rows
+        self.x = x
+        self._prefix = prefix
+        self.outputs_width = outputs_width
+        self.stamp = stamp
+        """When it was made, on the session's counter: a stream set back later takes none of its frames."""
+        self.keep = keep
+        """Whether the outputs wait to be taken in order (a pipelined send)."""
+        self.sent = False
+        """Whether every frame was sent, or refused before it could be."""
+        self.left = self.frames
+        """Frames not answered for good."""
+        self.failures: dict[int, Failed] = {}
+        self.times = (0, 0, 0)
+        self._outputs: F32 | None = None
+        self.t = 0
+        self.n = 0
+        """`t` and `n` say where the next piece begins; `height` and `width` how large pieces are."""
+        self.height = 1
+        self.width = 1
+
+    @property
+    def frames(self) -> int:
+        """How many frames it carries, T × N."""
+        return int(self.x.shape[0]) * int(self.x.shape[1])
+
+    @property
+    def started(self) -> bool:
+        """Whether any of it was sent."""
+        return self.t > 0 or self.n > 0
+
+    def cut(self, most_frames: int, most_columns: int) -> None:
+        """Choose pieces within the limits: whole rows of streams where they fit, even parts of a row where not."""
+        columns = self.x.shape[1]
+        parts = -(-columns // most_columns)
+        self.width = -(-columns // parts)
+        self.height = max(1, most_frames // columns) if parts == 1 else 1
+
+    def next_piece(self) -> tuple[slice, slice]:
+        """The timesteps and columns of the next piece."""
+        return slice(self.t, min(self.t + self.height, self.x.shape[0])), slice(
+            self.n, min(self.n + self.width, self.x.shape[1])
+        )
+
+    def advance(self) -> None:
+        """The next piece was sent."""
+        self.n += self.width
+        if self.n >= self.x.shape[1]:
+            self.n = 0
+            self.t += self.height
+            self.sent = self.t >= self.x.shape[0]
+
+    def put_all(self, outputs: F32) -> None:
+        """Outputs for all of it, in an array that nobody else uses."""
+        self._outputs = outputs
+
+    def put(self, t: int, columns: slice | Indices, outputs: F32) -> None:
+        """Outputs of the timesteps from `t` on for some columns; they are copied."""
+        if outputs.shape[:2] == self.x.shape[:2]:
+            self._outputs = outputs.copy()
+            return
+        if self._outputs is None:
+            self._outputs = np.full((*self.x.shape[:2], self.outputs_width), np.nan, np.float32)
+        self._outputs[t : t + len(outputs), columns] = outputs
+
+    def took(self, times: tuple[int, int, int]) -> None:
+        """The server's split of one block of it."""
+        a, b = self.times, times
+        self.times = (max(a[0], b[0]), max(a[1], b[1]), max(a[2], b[2]))
+
+    def refuse(self, column: int, failed: Failed) -> None:
+        """Frames of a column were not applied; the earliest refusal of a column is the one that is told."""
+        known = self.failures.get(column)
+        if known is None or failed.seq < known.seq:
+            self.failures[column] = failed
+
+    def conclude(self) -> None:
+        """Every frame was answered: make the result of it."""
+        if self._outputs is None:
+            self._outputs = np.full((*self.x.shape[:2], self.outputs_width), np.nan, np.float32)
+        outputs = self._outputs.reshape(*self._prefix, self.outputs_width)
+        if not self.failures:
+            self.finish(Answer(outputs, *self.times))
+            return
+        ordered = sorted(self.failures.items())
+        first = ordered[0][1]
+        if self.lane.single and first.code in ENDING:
+            self.fail(StreamEvicted(first.code, first.sentence, self.lane.names[0]))
+            return
+        failures = tuple(
+            FrameFailure(self.lane.name_of(self.rows[column]), failed.seq, failed.code, failed.expected_seq)
+            for column, failed in ordered
+        )
+        self.fail(FramesRefused(first.code, first.sentence, failures, outputs))

@@ -1,0 +1,233 @@
+"""Socket, clock and tasks around a session, on one asyncio event loop.
+
+Everything happens in `_pump`: messages in, the session's rules, messages out, waiters woken. It runs when a message
+came, when a task asked for something (once for all tasks of one turn of the loop, which is how their frames come to
+share a block), and when the session's deadline has come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
+
+import zmq
+import zmq.asyncio
+
+from instep_client.calls import Call, StepCall
+from instep_client.errors import ClientClosed, ConnectionFailed
+from instep_client.openings import MAX_REPLY_BYTES
+from instep_client.session import Session
+from instep_client.streams import Lane
+from instep_client.wire import Message
+
+R = TypeVar("R")
+
+_log = logging.getLogger("instep_client")
+
+_RECEIVE_BURST: Final = 256
+"""Messages taken before other tasks get their turn."""
+_FAREWELL_S: Final = 1.0
+"""The longest that closing waits for the server to have read it."""
+_SOCKET_OPTIONS: Final = {
+    zmq.LINGER: 0,  # closing waits for the server's PONG instead, so that nothing ever blocks the event loop
+    zmq.MAXMSGSIZE: MAX_REPLY_BYTES,
+    zmq.RCVHWM: 65_536,  # replies: never more than the requests that the server's credit allows
+    zmq.HEARTBEAT_IVL: 5_000,
+    zmq.HEARTBEAT_TIMEOUT: 15_000,
+}
+
+
+class Driver:
+    """Runs one session over one socket. One event loop owns it, from `start` to `stop`."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._socket: zmq.asyncio.Socket | None = None
+        self._backlog: deque[Message] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._pump_is_due = False
+        self._stopped = False
+
+    async def start(self) -> None:
+        """Connect the socket; the session's greeting is on its way when this returns.
+
+        Raises:
+            ConnectionFailed: when the endpoint is none.
+            ClientClosed: when it was started or stopped before.
+        """
+        if self._socket is not None or self._stopped:
+            raise ClientClosed("this client was connected before; make a new one to connect again")
+        self._loop = asyncio.get_running_loop()
+        self._socket = _open_socket(self._loop)
+        # Sends and receives go through a plain socket over the same one: one call a message instead of a future.
+        self._plain: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)
+        for option, value in _SOCKET_OPTIONS.items():
+            self._plain.set(option, value)
+        try:
+            self._plain.connect(self._session.endpoint)
+        except zmq.ZMQError as error:
+            raise ConnectionFailed(f"{self._session.endpoint!r} is not an endpoint: {error}") from None
+        self._spawn(self._receive(self._socket))
+        self.wake()
+
+    async def stop(self) -> None:
+        """End the session, tell the server, close the socket. May be called twice."""
+        farewell = self._session.leave()
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._socket is None:
+            return
+        try:
+            self._pump()
+            if farewell is not None and not farewell.done:
+                farewell.waiter = waiter = self._loop.create_future()
+                await asyncio.wait((waiter,), timeout=_FAREWELL_S)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            for task in self._tasks:
+                task.cancel()
+            self._socket.close()
+            _give_back_context(self._loop)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def wait(self, call: Call[R]) -> R:
+        """The call's result. When the waiting task is cancelled, the session is told that nobody waits."""
+        await self._until_woken(call)
+        return call.result()
+
+    async def wait_sent(self, call: StepCall) -> None:
+        """Until the call was sent, or failed before it could be.
+
+        Raises:
+            InstepError: whatever it failed with.
+        """
+        await self._until_woken(call)
+        if not call.sent:
+            call.result()
+
+    async def wait_news(self, lane: Lane) -> None:
+        """Until the lane's outputs changed. Many tasks may wait for one lane."""
+        waiter = lane.waiter
+        if not isinstance(waiter, asyncio.Future) or waiter.done():
+            lane.waiter = waiter = self._loop.create_future()
+        await asyncio.wait((waiter,))
+
+    def wake(self) -> None:
+        """Have the pump run once in the next turn of the loop."""
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            self._loop.call_soon(self._pump)
+
+    async def _until_woken(self, call: Call[Any]) -> None:
+        if call.done:
+            return
+        call.waiter = waiter = self._loop.create_future()
+        self.wake()
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            self._session.cancel(call)
+            self.wake()
+            raise
+
+    def _pump(self) -> None:
+        self._pump_is_due = False
+        if self._socket is None or self._socket.closed:
+            return
+        try:
+            self._exchange(self._socket)
+        except Exception as error:  # a bug of ours must not leave callers waiting for ever
+            _log.exception("the client failed")
+            self._session.fail(ConnectionFailed, f"the client failed and gave the connection up: {error!r}")
+        for whom in self._session.take_woken():
+            waiter = whom.waiter
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+
+    def _exchange(self, socket: zmq.asyncio.Socket) -> None:
+        session, plain = self._session, self._plain
+        now = time.monotonic()
+        try:
+            for _ in range(_RECEIVE_BURST):
+                session.receive(plain.recv_multipart(zmq.NOBLOCK), now)
+        except zmq.Again:
+            pass
+        session.advance(now)
+        self._backlog.extend(session.take_messages())
+        try:
+            while self._backlog:
+                plain.send_multipart(self._backlog[0], zmq.NOBLOCK)
+                self._backlog.popleft()
+        except zmq.Again:
+            if not self._writing:
+                self._writing = True
+                self._spawn(self._write(socket))
+        deadline = session.deadline()
+        if deadline is not None and (self._timer is None or deadline < self._timer_at):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = deadline
+            self._timer = self._loop.call_later(max(0.0, deadline - now), self._on_timer)
+        # The socket's file descriptor is edge-triggered, and sending may have used up the edge of a message that came.
+        if int(plain.get(zmq.EVENTS)) & zmq.POLLIN:
+            self.wake()
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._pump()
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            await socket.poll()
+            self._pump()
+            await asyncio.sleep(0)  # a poll that is ready at once does not let other tasks run
+
+    async def _write(self, socket: zmq.asyncio.Socket) -> None:
+        poller = zmq.asyncio.Poller()
+        poller.register(socket, zmq.POLLOUT)
+        await poller.poll()
+        self._writing = False
+        self._pump()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+@dataclass(slots=True)
+class _Shared:
+    context: zmq.asyncio.Context
+    sockets: int = 0
+
+
+_contexts: WeakKeyDictionary[asyncio.AbstractEventLoop, _Shared] = WeakKeyDictionary()
+"""One context a loop, for all its clients (each costs two threads), as long as any of them is open."""
+
+
+def _open_socket(loop: asyncio.AbstractEventLoop) -> zmq.asyncio.Socket:
+    shared = _contexts.get(loop)
+    if shared is None:
+        shared = _contexts[loop] = _Shared(zmq.asyncio.Context())
+        shared.context.set(zmq.MAX_SOCKETS, int(shared.context.get(zmq.SOCKET_LIMIT)))
+    shared.sockets += 1
+    return shared.context.socket(zmq.DEALER)
+
+
+def _give_back_context(loop: asyncio.AbstractEventLoop) -> None:
+    shared = _contexts[loop]
+    shared.sockets -= 1
+    if shared.sockets == 0:
+        del _contexts[loop]
+        shared.context.term()

@@ -1,0 +1,63 @@
+"""What goes out of the rules: numbered requests and what each was about, and whom the driver has to wake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from instep_client import wire
+from instep_client.wire import F32, Frame, Kind, Message
+
+if TYPE_CHECKING:
+    from instep_client.arrays import Indices
+    from instep_client.blocks import Block
+    from instep_client.calls import Call
+    from instep_client.streams import Lane
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that waits for its one reply."""
+
+    kind: Kind
+    what: Call[Any] | Block | None
+    """The call or block that it belongs to; None when nobody waits."""
+    part: Indices | None = None
+    """Which of the call's streams it is about, for OPEN and CLOSE."""
+
+
+class Outbox:
+    """Requests of one connection."""
+
+    def __init__(self) -> None:
+        self.unanswered: dict[int, Asked] = {}
+        """By request number."""
+        self.messages: list[Message] = []
+        """To be sent, in order."""
+        self.woken: list[Call[Any] | Lane] = []
+        """Calls that ended or were sent, and lanes whose outputs changed."""
+        self._last_request = 0
+
+    def ask(
+        self,
+        kind: Kind,
+        what: Call[Any] | Block | None,
+        *fields: int | str,
+        frames: Sequence[Frame] = (),
+        part: Indices | None = None,
+    ) -> int:
+        """Send a request; its number."""
+        self._last_request += 1
+        self.unanswered[self._last_request] = Asked(kind, what, part)
+        self.messages.append([wire.pack_header(kind, self._last_request, *fields), *frames])
+        return self._last_request
+
+    def wake(self, whom: Call[Any] | Lane) -> None:
+        """Tell the driver that a call ended or was sent, or that a lane's outputs changed."""
+        self.woken.append(whom)
+
+
+def raw(array: F32) -> memoryview:
+    """A contiguous array's bytes, without a copy."""
+    return array.reshape(-1).view("u1").data

@@ -1,0 +1,169 @@
+"""What the server's messages say, checked field by field. Every function raises MalformedMessage, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from instep_client import wire
+from instep_client.errors import MalformedMessage
+from instep_client.wire import F32, U64, Code, Frame, Header, ServerInfo
+
+_MOST: Final = 2**63 - 1
+_CODES: Final = {int(code): code for code in Code}
+
+
+class Failure(NamedTuple):
+    """One failure entry, its code's sentence beside it."""
+
+    column: int
+    timestep: int
+    code: Code
+    sentence: str
+    expected_seq: int
+
+
+class Stepped(NamedTuple):
+    """STEPPED: read-only outputs [T, N, outputs], what failed, and (queue_us, compute_us, send_us)."""
+
+    outputs: F32
+    failures: list[Failure]
+    times: tuple[int, int, int]
+
+
+class Refusal(NamedTuple):
+    """ERROR."""
+
+    code: Code
+    sentence: str
+    retry_after_s: float
+
+
+def welcome(header: Header) -> ServerInfo:
+    """What the server says of itself."""
+    fields = header.fields
+    values: list[Any] = []
+    for (name, kind), value in zip(ServerInfo.__annotations__.items(), fields, strict=True):
+        if name == "buckets":
+            if type(value) is not tuple:
+                raise MalformedMessage("buckets must be an array")
+            values.append(tuple(wire.count_field(bucket, "a bucket", _MOST) for bucket in value))
+        elif kind == "int":
+            values.append(wire.count_field(value, name, _MOST))
+        elif kind == "float":
+            values.append(_number(value, name))
+        else:
+            values.append(_text(value, name))
+    return ServerInfo(*values)
+
+
+def opened(header: Header, frames: Sequence[Frame], count: int) -> tuple[U64, list[Failure]]:
+    """Handles [count], 0 where refused, and what was refused."""
+    _count(header.fields[0], count)
+    handles: U64 = wire.array_frame(frames[1], "<u8", (count,), "handles")
+    failures = _failures(frames[2], header.fields[1], count, 1)
+    if {failure.column for failure in failures} != set(np.flatnonzero(handles == 0).tolist()):
+        raise MalformedMessage("the refused streams are not those without a handle")
+    return handles, failures
+
+
+def stepped(header: Header, frames: Sequence[Frame], steps: int, columns: int, outputs: int) -> Stepped:
+    """The answer to a block of T × N frames."""
+    t, n, queue_us, compute_us, send_us, sentences = header.fields
+    if type(t) is not int or type(n) is not int or (t, n) != (steps, columns):
+        raise MalformedMessage(f"the block had {steps} x {columns} frames, the answer has another number")
+    times = (
+        wire.count_field(queue_us, "queue_us", _MOST, 0),
+        wire.count_field(compute_us, "compute_us", _MOST, 0),
+        wire.count_field(send_us, "send_us", _MOST, 0),
+    )
+    y: F32 = wire.array_frame(frames[1], "<f4", (steps, columns, outputs), "y")
+    failures = _failures(frames[2], sentences, columns, steps) if len(frames[2]) else []
+    return Stepped(y, failures, times)
+
+
+def closed(header: Header, frames: Sequence[Frame], count: int, state: int) -> tuple[F32, list[Failure]]:
+    """Final states [count, state], NaN where refused, and what was refused."""
+    _count(header.fields[0], count)
+    finals: F32 = wire.array_frame(frames[1], "<f4", (count, state), "final states")
+    return finals, _failures(frames[2], header.fields[1], count, 1)
+
+
+def statistics(header: Header) -> dict[str, float]:
+    """The server's numbers by name."""
+    pairs = header.fields[0]
+    if type(pairs) is not tuple:
+        raise MalformedMessage("statistics must be an array of [name, value]")
+    numbers: dict[str, float] = {}
+    for pair in pairs:
+        if type(pair) is not tuple or len(pair) != 2:
+            raise MalformedMessage("a statistic must be [name, value]")
+        numbers[_text(pair[0], "a statistic's name")] = _number(pair[1], "a statistic")
+    return numbers
+
+
+def error(header: Header) -> Refusal:
+    """Why a message was refused, and when to try again."""
+    code, sentence, retry_after_us = header.fields
+    wire.count_field(retry_after_us, "retry_after_us", 3_600_000_000, 0)
+    return Refusal(_code(code), _text(sentence, "the sentence"), retry_after_us / 1e6)
+
+
+def evicted(header: Header, frames: Sequence[Frame]) -> tuple[U64, Code, str]:
+    """Handles of streams that the server ended, and why."""
+    n, code, sentence = header.fields
+    count = wire.count_field(n, "N", _MOST)
+    handles: U64 = wire.array_frame(frames[1], "<u8", (count,), "handles")
+    return handles, _code(code), _text(sentence, "the sentence")
+
+
+def goodbye(header: Header) -> str:
+    """The server's last words."""
+    return _text(header.fields[0], "the sentence")
+
+
+def _failures(frame: Frame, sentences: Any, columns: int, steps: int) -> list[Failure]:
+    count, rest = divmod(len(frame), wire.FAILURE.itemsize)
+    if rest or count > columns:
+        raise MalformedMessage("the failures are not one entry a failed column")
+    if type(sentences) is not tuple:
+        raise MalformedMessage("sentences must be an array of [code, sentence]")
+    said: dict[Code, str] = {}
+    for pair in sentences:
+        if type(pair) is not tuple or len(pair) != 2:
+            raise MalformedMessage("a sentence must be [code, sentence]")
+        said[_code(pair[0])] = _text(pair[1], "a sentence")
+    failures: list[Failure] = []
+    for column, timestep, number, _, expected in np.frombuffer(frame, wire.FAILURE).tolist():
+        code = _code(number)
+        if column >= columns or timestep >= steps:
+            raise MalformedMessage("a failure names a frame outside the block")
+        failures.append(Failure(column, timestep, code, said.get(code, wire.SENTENCES[code]), expected))
+    if len({failure.column for failure in failures}) != count:
+        raise MalformedMessage("a column failed twice")
+    return failures
+
+
+def _count(value: Any, count: int) -> None:
+    if type(value) is not int or value != count:
+        raise MalformedMessage(f"{count} streams were asked about, the answer is about {value!r:.20}")
+
+
+def _code(value: Any) -> Code:
+    if type(value) is not int or value not in _CODES:
+        raise MalformedMessage(f"unknown code {value!r:.20}")
+    return _CODES[value]
+
+
+def _text(value: Any, name: str) -> str:
+    if type(value) is not str:
+        raise MalformedMessage(f"{name} must be text")
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    if type(value) not in (int, float):
+        raise MalformedMessage(f"{name} must be a number")
+    return float(value)

@@ -1,0 +1,149 @@
+"""Streams as the client knows them: one table with a row a stream, and a lane a handle of the user's.
+
+A `Stream` of the user's is a lane of one row, a `Group` a lane of many. Calls of one lane are sent in the order in
+which they were made; calls of different lanes know no order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from instep_client.arrays import Indices
+from instep_client.wire import U64, Code
+
+if TYPE_CHECKING:
+    from instep_client.calls import CloseCall, StepCall, Waiter
+
+HANDLE = 0
+SEQ = 1
+
+
+class Lane:
+    """The rows of one stream or group, its calls that wait to be sent, and what it has had answered."""
+
+    __slots__ = (
+        "calls",
+        "closed",
+        "closing",
+        "finished",
+        "has_ended",
+        "last_seqs",
+        "names",
+        "queued",
+        "results",
+        "rewound_at",
+        "rows",
+        "single",
+        "unanswered",
+        "unread",
+        "waiter",
+    )
+
+    def __init__(self, names: Sequence[str], rows: Indices, single: bool) -> None:
+        self.names = tuple(names)
+        self.rows = rows
+        self.single = single
+        self.calls: deque[StepCall | CloseCall] = deque()
+        """Calls not sent, or not sent completely; the first one's turn comes first."""
+        self.queued = False
+        """Whether the lane stands in line to send."""
+        self.unanswered = 0
+        """Frames sent and not answered for good (BUSY is not for good)."""
+        self.rewound_at = 0
+        """When the next seq of any of the rows was last set back, on the session's counter."""
+        self.has_ended = False
+        """Whether the server ended any of the streams."""
+        self.closing = False
+        self.closed = False
+        self.last_seqs: U64 | None = None
+        """The next seqs as they were when the rows were given back."""
+        self.finished = False
+        """Whether the user said that nothing more will be sent."""
+        self.results: deque[StepCall] = deque()
+        """Pipelined sends whose outputs were not taken, oldest first."""
+        self.unread = 0
+        """Frames in `results` that were sent."""
+        self.waiter: Waiter | None = None
+
+    def name_of(self, row: int | np.int64) -> str:
+        """The name of the stream in one of the lane's rows, which are in ascending order."""
+        return self.names[int(np.searchsorted(self.rows, row))]
+
+
+class StreamTable:
+    """What is known of every open stream, a row each; rows are reused after `remove`."""
+
+    def __init__(self) -> None:
+        self.columns: U64 = np.zeros((0, 2), np.uint64)
+        """(handle, next seq) of each row, laid out as `wire.COLUMN`; handle 0 marks a free row."""
+        self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        """When the next seq was last set back, on the session's counter."""
+        self.rewound_to: U64 = np.zeros(0, np.uint64)
+        self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether frames of the stream were answered BUSY and wait to be sent again."""
+        self.ended: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        """The code with which the server ended the stream, 0 while it is open."""
+        self.sentences: dict[int, str] = {}
+        """What the server said with each code in `ended`."""
+        self.lanes: list[Lane | None] = []
+        self._free: list[int] = []
+
+    def add(self, names: Sequence[str], handles: U64, single: bool) -> Lane:
+        """Rows for newly opened streams, and the lane over them."""
+        if len(self._free) < len(handles):
+            self._grow(len(handles) - len(self._free))
+        rows = np.array(sorted(self._free[-len(handles) :]), np.int64)
+        del self._free[-len(handles) :]
+        lane = Lane(names, rows, single)
+        self.columns[rows, HANDLE] = handles
+        self.columns[rows, SEQ] = 0
+        self.rewound_at[rows] = 0
+        self.rewound_to[rows] = 0
+        self.held[rows] = False
+        self.ended[rows] = 0
+        for row in rows.tolist():
+            self.lanes[row] = lane
+        return lane
+
+    def remove(self, lane: Lane) -> None:
+        """Give a lane's rows back; nothing of it may be waiting or unanswered."""
+        assert lane.unanswered == 0
+        lane.last_seqs = self.columns[lane.rows, SEQ]
+        lane.closed = True
+        self.columns[lane.rows, HANDLE] = 0
+        for row in lane.rows.tolist():
+            self.lanes[row] = None
+        self._free.extend(reversed(lane.rows.tolist()))
+
+    def next_seqs(self, lane: Lane) -> U64:
+        """The seq that each of a lane's streams sends next, as a copy."""
+        return self.columns[lane.rows, SEQ] if lane.last_seqs is None else lane.last_seqs.copy()
+
+    def rows_of(self, handles: U64) -> Indices:
+        """The rows of those of the handles that are open here."""
+        return np.flatnonzero(np.isin(self.columns[:, HANDLE], handles[handles != 0]))
+
+    def end(self, rows: Indices, code: Code, sentence: str) -> None:
+        """The server ended these streams."""
+        self.ended[rows] = code
+        self.sentences[int(code)] = sentence
+
+    def live_lanes(self) -> list[Lane]:
+        """Every lane that has rows."""
+        return list({id(lane): lane for lane in self.lanes if lane is not None}.values())
+
+    def _grow(self, at_least: int) -> None:
+        old = len(self.lanes)
+        more = max(at_least, old, 16)
+        self.columns = np.concatenate([self.columns, np.zeros((more, 2), np.uint64)])
+        self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])
+        self.rewound_to = np.concatenate([self.rewound_to, np.zeros(more, np.uint64)])
+        self.held = np.concatenate([self.held, np.zeros(more, np.bool_)])
+        self.ended = np.concatenate([self.ended, np.zeros(more, np.int64)])
+        self.lanes.extend([None] * more)
+        self._free = [*range(old + more - 1, old - 1, -1), *self._free]
