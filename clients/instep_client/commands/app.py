@@ -23,10 +23,13 @@ from instep_client.commands.terminal import Terminal, run_command
 from instep_client.wire import DEFAULT_ENDPOINT
 
 app: Final = typer.Typer(
+    name="instep-client",
     help="Send frames to an instep engine: live, recorded, or as a load test.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Endpoint = Annotated[
@@ -87,7 +90,7 @@ def produce_command(
     seconds: Annotated[float | None, typer.Option(callback=_positive, help="Send for at most so long.")] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="PREFIX", help="Call the streams PREFIX-0, …  [default: produce-PID]"),
+        typer.Option(metavar="PREFIX", help="Call the streams PREFIX-0, … (default: produce-PID)"),
     ] = None,
     named: Annotated[bool, typer.Option("--named", help="The first column of each line names its stream.")] = False,
     save: Save = None,
@@ -169,13 +172,13 @@ def loadtest_command(
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(metavar="HZ", callback=_positive, help="Open loop: frames a second for each.  [default: 100]"),
+        typer.Option(metavar="HZ", callback=_positive, help="Open loop: frames a second for each. (default: 100)"),
     ] = None,
     duration: Annotated[float, typer.Option(callback=_positive, help="Seconds to measure.")] = 10.0,
     warmup: Annotated[float, typer.Option(min=0, help="Seconds before that that do not count.")] = 2.0,
     block: Annotated[
         int | None,
-        typer.Option(min=1, help="At most so many streams a message.  [default: all of the connection's that fit]"),
+        typer.Option(min=1, help="At most so many streams a message. (default: all of the connection's that fit)"),
     ] = None,
     steps_per_block: Annotated[int, typer.Option(min=1, help="Timesteps a message.")] = 1,
     slo_ms: Annotated[

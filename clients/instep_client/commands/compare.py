@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from instep_client.commands.sequences import Sequences
+from instep_client.commands.words import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Comparison:
         note = "" if exactness == "exact" else f" (the server is not exact but {exactness!r})"
         return (
             f"{self.different:,} of {self.frames:,} frames differ from the recording, "
-            f"in {self.streams_different:,} streams{note}"
+            f"in {counted(self.streams_different, 'stream')}{note}"
         )
 
     def as_json(self) -> dict[str, Any]:

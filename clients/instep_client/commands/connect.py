@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
 from instep_client.aio import AsyncClient
 from instep_client.commands.terminal import Terminal
+
+PATIENCE_S: Final = 5.0
+"""How long a silent server is waited for."""
 
 
 @asynccontextmanager
@@ -16,7 +20,7 @@ async def connected(endpoint: str, command: str, terminal: Terminal) -> AsyncIte
     Raises:
         ConnectionFailed: nobody answers.
     """
-    client = AsyncClient(endpoint, name=f"instep-client {command}")
+    client = AsyncClient(endpoint, name=f"instep-client {command}", timeout_s=PATIENCE_S)
     async with terminal.waiting(f"waiting for a server at {endpoint}"):
         await client.connect()
     try:

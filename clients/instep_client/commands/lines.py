@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from instep_client.commands.words import counted
 from instep_client.wire import F32, MAX_NAME_BYTES, name_is_good
 
 STREAM_COLUMN = "stream"
@@ -66,7 +67,7 @@ class LineReader:
         if stream is not None and not name_is_good(stream):
             raise BadLine(f"{stream!r:.40} is no stream name: 1 to {MAX_NAME_BYTES} bytes of printable text")
         if self.features is not None and len(numbers) != self.features:
-            raise BadLine(f"it has {_count(len(numbers), 'number')}, a frame has {self.features}")
+            raise BadLine(f"it has {counted(len(numbers), 'number')}, a frame has {self.features}")
         if not numbers:
             raise BadLine("it holds no numbers")
         frame = _frame(numbers)
@@ -77,7 +78,7 @@ class LineReader:
         if self._header is None:
             return (fields[0], None, fields[1:]) if self.named else (None, None, fields)
         if len(fields) != len(self._header):
-            raise BadLine(f"it has {_count(len(fields), 'column')}, the header has {len(self._header)}")
+            raise BadLine(f"it has {counted(len(fields), 'column')}, the header has {len(self._header)}")
         stream: str | None = None
         time_s: float | None = None
         numbers: list[str] = []
@@ -118,7 +119,3 @@ def _frame(fields: list[str]) -> F32:
     if np.abs(frame).max() > np.finfo(np.float32).max:
         raise BadLine("a number is too large for float32")
     return frame.astype(np.float32)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

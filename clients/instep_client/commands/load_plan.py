@@ -7,6 +7,7 @@ from typing import Final
 
 from instep_client.commands.load import LoadPart, Mode
 from instep_client.commands.problems import CommandProblem
+from instep_client.commands.words import counted
 from instep_client.wire import MAX_BLOCK_STREAMS, ServerInfo
 
 REAL_TIME_RATE_HZ: Final = 100.0
@@ -38,10 +39,11 @@ class LoadPlan:
     def sentence(self) -> str:
         """The load in words."""
         loop = f"open loop at {self.rate_hz:g} Hz a stream" if self.mode is Mode.OPEN else "closed loop"
+        block = "" if self.block is None else f" of at most {counted(self.block, 'stream')}"
         return (
-            f"{_count(self.streams, 'stream')} on {_count(self.connections, 'connection')} "
-            f"from {_count(self.processes, 'process', 'processes')}, {loop}, "
-            f"{_count(self.steps, 'timestep')} a block, "
+            f"{counted(self.streams, 'stream')} on {counted(self.connections, 'connection')} "
+            f"from {counted(self.processes, 'process', 'processes')}, {loop}, "
+            f"{counted(self.steps, 'timestep')} a block{block}, "
             f"{self.duration_s:g} s after {self.warmup_s:g} s of warm-up"
         )
 
@@ -112,7 +114,3 @@ def _blocks(streams: int, block: int) -> tuple[int, ...]:
 def _evenly(number: int, parts: int) -> list[int]:
     """`number` as a sum of `parts` numbers that differ by 1 at most."""
     return [(number * (part + 1)) // parts - (number * part) // parts for part in range(parts)]
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

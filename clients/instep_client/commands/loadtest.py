@@ -17,6 +17,7 @@ from instep_client.commands.processes import run_parts
 from instep_client.commands.report import Measured
 from instep_client.commands.slo import largest_within
 from instep_client.commands.terminal import Terminal
+from instep_client.commands.words import counted
 from instep_client.wire import ServerInfo
 
 
@@ -86,7 +87,7 @@ async def _search(
         trials.append(trial)
         met = report.meets(trial, slo_ms)
         terminal.note(
-            f"{streams:,} streams: p99 {trial.p99_ms:.2f} ms{_problems(trial)}, {'met' if met else 'not met'}"
+            f"{counted(streams, 'stream')}: p99 {trial.p99_ms:.2f} ms{_problems(trial)}, {'met' if met else 'not met'}"
         )
         return met
 
@@ -125,7 +126,9 @@ async def _search(
         end = "; that is all the server has room for"
     elif stopped:
         end = "; the search was stopped before its end"
-    terminal.summary(f"{best.plan.streams:,} streams {level} (p99 {best.p99_ms:.2f} ms){end}{saved}", good=not stopped)
+    terminal.summary(
+        f"{counted(best.plan.streams, 'stream')} {level} (p99 {best.p99_ms:.2f} ms){end}{saved}", good=not stopped
+    )
     return Exit.OK
 
 
@@ -151,9 +154,9 @@ def _plot(test: LoadTest, result: Measured, info: ServerInfo) -> str:
 
 
 def _problems(result: Measured) -> str:
-    parts = [f"{frames:,} frames refused ({code})" for code, frames in result.refused.items()]
+    parts = [f"{counted(frames, 'frame')} refused ({code})" for code, frames in result.refused.items()]
     if result.unanswered:
-        parts.append(f"{result.unanswered:,} frames unanswered")
+        parts.append(f"{counted(result.unanswered, 'frame')} unanswered")
     return "".join(f", {part}" for part in parts)
 
 

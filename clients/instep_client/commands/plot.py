@@ -7,7 +7,9 @@ from typing import Final
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from instep_client.commands.problems import BadFile
 from instep_client.commands.report import Measured
@@ -44,10 +46,13 @@ def _histogram(axes: Axes, result: Measured, latency_ms: F64) -> None:
     edges = np.geomspace(latency_ms.min() * 0.99, latency_ms.max() * 1.01, LATENCY_BINS).tolist()
     axes.hist(latency_ms, edges, weights=result.samples["frames"], color=BLUE)
     latency = result.latencies["latency_us"]
-    for name, value in (("p50", latency.p50), ("p99", latency.p99), ("p99.9", latency.p999)):
+    for height, name, value in ((0.9, "p50", latency.p50), (0.8, "p99", latency.p99), (0.7, "p99.9", latency.p999)):
         axes.axvline(value / 1000, color=RED, linewidth=1)
-        axes.text(value / 1000, 0.9, f" {name}\n {value / 1000:.2f}", transform=axes.get_xaxis_transform(), fontsize=8)
+        axes.text(
+            value / 1000, height, f" {name}\n {value / 1000:.2f}", transform=axes.get_xaxis_transform(), fontsize=8
+        )
     axes.set(xscale="log", xlabel="latency, ms", ylabel="frames", title="Latency")
+    _plain_numbers(axes.xaxis)
 
 
 def _tail(axes: Axes, latency_ms: F64, frames: F64) -> None:
@@ -58,6 +63,7 @@ def _tail(axes: Axes, latency_ms: F64, frames: F64) -> None:
         xscale="log", yscale="log", xlabel="latency, ms", ylabel="% of frames slower", title="The tail of the latency"
     )
     axes.grid(alpha=0.3)
+    _plain_numbers(axes.xaxis)
 
 
 def _timeline(axes: Axes, rate: Axes, result: Measured, latency_ms: F64) -> None:
@@ -68,11 +74,19 @@ def _timeline(axes: Axes, rate: Axes, result: Measured, latency_ms: F64) -> None
     curves = np.array(
         [percentiles(latency_ms[bins == b], frames[bins == b], (50.0, 99.0, 100.0)) for b in range(TIME_BINS)]
     )
-    for curve, name, color in zip(curves.T, ("p50", "p99", "max"), (BLUE, RED, GREY), strict=True):
+    for curve, name, color in zip(curves.T[::-1], ("max", "p99", "p50"), (GREY, RED, BLUE), strict=True):
         axes.plot(middles, curve, label=name, color=color, marker=".", linewidth=1)
     axes.set(yscale="log", xlabel="s", ylabel="latency, ms", title="Latency over time")
     axes.legend()
+    _plain_numbers(axes.yaxis)
     per_bin = np.bincount(bins, frames, TIME_BINS)
     rate.step(middles, per_bin / (edges[1] - edges[0]), color=BLUE, where="mid")
     rate.set(xlabel="s", ylabel="frames/s", title="Frames answered over time")
     rate.set_ylim(bottom=0)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """0.5, 1, 2, 5, 10 and so on along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from instep_client.aio import AsyncClient
+from instep_client.commands.connect import PATIENCE_S
 from instep_client.commands.load import LEAD_S, Connect, Load, LoadClient, LoadPart, PartResult
 from instep_client.commands.pacing import Clock, Stop, WallClock, loop_factory
 from instep_client.commands.problems import CommandProblem
@@ -28,7 +29,7 @@ def connector(endpoint: str) -> Connect:
     """How a load connects to a real server."""
 
     def connect() -> AbstractAsyncContextManager[LoadClient]:
-        return AsyncClient(endpoint, name="instep-client loadtest")
+        return AsyncClient(endpoint, name="instep-client loadtest", timeout_s=PATIENCE_S)
 
     return connect
 

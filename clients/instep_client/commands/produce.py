@@ -21,6 +21,7 @@ from instep_client.commands.problems import BadFile, CommandProblem, Exit
 from instep_client.commands.sequences import Sequences
 from instep_client.commands.signals import Signal, make_signal
 from instep_client.commands.terminal import Terminal
+from instep_client.commands.words import counted
 from instep_client.wire import ServerInfo
 
 
@@ -91,9 +92,10 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
             }
         )
     terminal.summary(
-        f"{answers.frames:,} frames of {streams:,} streams sent and answered in {seconds:.1f} s ({rate:,.1f} frames/s)"
-        f"{f', {live.bad_lines:,} bad lines' if live.bad_lines else ''}"
-        f"{f', {answers.refused:,} frames refused' if answers.refused else ''}"
+        f"{counted(answers.frames, 'frame')} of {counted(streams, 'stream')} sent and answered in {seconds:.1f} s "
+        f"({rate:,.1f} frames/s)"
+        f"{', ' + counted(live.bad_lines, 'bad line') if live.bad_lines else ''}"
+        f"{', ' + counted(answers.refused, 'frame') + ' refused' if answers.refused else ''}"
         f"{'; stopped, all streams closed' if stop.requested else ''}{saved}",
         good=good,
     )

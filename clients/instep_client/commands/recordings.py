@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,17 @@ def read_recording(path: Path) -> Sequences:
         raise BadFile(f"{path} is no recording, or it is damaged: {error}") from None
 
 
+class _Opening(NamedTuple):
+    position: int
+    time_ns: int
+    stream: int
+    name: str
+    initial_state: bytes | None
+
+
+_OPENING: Final = ", ".join(_Opening._fields)
+
+
 @dataclass(frozen=True)
 class _Frames:
     """All frames of a recording, sorted by stream and seq."""
@@ -76,34 +87,32 @@ def _read(path: Path, database: sqlite3.Connection) -> Sequences:
     gru = header["description"]["gru"]
     state_shape = (int(gru["num_layers"]), int(gru["hidden_size"]))
     frames = _frames(path, database, int(header["description"]["features"]))
-    openings = _rows(path, database, "openings", "stream, position, time_ns, name, initial_state")
-    openings.sort(key=lambda row: row[1])
+    openings = [_Opening(*row) for row in _rows(path, database, "openings", _OPENING)]
     numbers, counts = np.unique(frames.streams, return_counts=True)
     place = {int(stream): at for at, stream in enumerate(numbers)}
-    used = [row for row in openings if row[0] in place]
+    used = [opening for opening in openings if opening.stream in place]
     if len(used) != len(numbers):
         raise BadFile(f"{path} holds frames of a stream that never opened")
     starts = np.cumsum(counts) - counts
-    _check_seqs(path, frames, {row[0]: row[3] for row in used}, starts)
-    first_ns = min(row[2] for row in used)
+    _check_seqs(path, frames, {opening.stream: opening.name for opening in used}, starts)
+    first_ns = used[0].time_ns
+    by_number = sorted(used, key=lambda opening: opening.stream)
     sorted_by_number = Sequences(
-        names=tuple(_by_number(used, 3)),
+        names=tuple(opening.name for opening in by_number),
         lengths=counts.astype(np.int64),
         frames=frames.x,
         outputs=frames.y,
         times_s=(frames.times_ns - first_ns) / 1e9,
-        opened_s=(np.array(_by_number(used, 2), np.int64) - first_ns) / 1e9,
+        opened_s=np.array([opening.time_ns - first_ns for opening in by_number]) / 1e9,
         initial_states={
-            place[row[0]]: np.frombuffer(row[4], "<f4").reshape(state_shape) for row in used if row[4] is not None
+            at: np.frombuffer(opening.initial_state, "<f4").reshape(state_shape)
+            for at, opening in enumerate(by_number)
+            if opening.initial_state is not None
         },
         fingerprint=str(header["model_fingerprint"]),
     )
-    in_order = [place[row[0]] for row in used]
+    in_order = [place[opening.stream] for opening in used]
     return sorted_by_number if in_order == sorted(in_order) else sorted_by_number.select(in_order)
-
-
-def _by_number(openings: Sequence[tuple[Any, ...]], column: int) -> list[Any]:
-    return [row[column] for row in sorted(openings)]
 
 
 def _frames(path: Path, database: sqlite3.Connection, features: int) -> _Frames:

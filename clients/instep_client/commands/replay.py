@@ -18,6 +18,7 @@ from instep_client.commands.recordings import is_recording, read_recording
 from instep_client.commands.replay_run import ReplayRun
 from instep_client.commands.sequences import Sequences
 from instep_client.commands.terminal import Terminal
+from instep_client.commands.words import counted
 from instep_client.wire import ServerInfo
 
 
@@ -104,10 +105,11 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
     elif comparison is not None and comparison.first is not None:
         terminal.out.print(comparison.first.sentence(), markup=False)
     rate = answered / done.seconds if done.seconds > 0 else 0.0
-    line = f"{answered:,} frames of {len(done.sequences):,} streams in {done.seconds:.1f} s ({rate:,.0f} frames/s)"
+    line = f"{counted(answered, 'frame')} of {counted(len(done.sequences), 'stream')} in {done.seconds:.1f} s"
+    line += f" ({rate:,.0f} frames/s)"
     if not done.whole:
         why = "stopped, all streams closed" if stop.requested else "the server refused them"
-        line += f"; {frames - answered:,} frames were not answered: {why}"
+        line += f"; {counted(frames - answered, 'frame')} got no answer: {why}"
     if comparison is not None:
         line += f"; {comparison.sentence(done.info.exactness)}"
     if what.save is not None:
