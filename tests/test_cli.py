@@ -206,8 +206,11 @@ class TestDemoAndBench:
         assert instep("demo", "sead").exit_code == 2
 
     def test_bench(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = Stub(monkeypatch, "instep.bench")
+        bench = Stub(monkeypatch, "instep.bench.throughput")
+        neighbours = Stub(monkeypatch, "instep.bench.neighbours")
         bench.answer = 5
+        neighbours.answer = 6
+        assert instep("bench", "neighbours").exit_code == 6
         assert instep("bench").exit_code == 5
         assert instep("bench", "--json").exit_code == 5
         assert [kwargs for _, kwargs in bench.calls] == [{"as_json": False}, {"as_json": True}]

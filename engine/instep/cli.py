@@ -150,11 +150,21 @@ def demo(
 
 
 @app.command()
-def bench(json: Json = False) -> None:
-    """Measure how fast streams are served here, against stepping them one by one."""
-    from instep.bench import run
+def bench(
+    what: Annotated[
+        Literal["throughput", "neighbours"],
+        typer.Argument(help="Frames a second, or the latency of others beside a client that dies or stops."),
+    ] = "throughput",
+    json: Json = False,
+) -> None:
+    """Measure how fast streams are served here, or what a dead or stopped client costs the others."""
+    if what == "neighbours":
+        from instep.bench.neighbours import run as run_neighbours
 
-    raise typer.Exit(run(_console(), as_json=json))
+        raise typer.Exit(run_neighbours(_console(), as_json=json))
+    from instep.bench.throughput import run as run_throughput
+
+    raise typer.Exit(run_throughput(_console(), as_json=json))
 
 
 @app.command("config")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from instep.bench.machine import machine
 from instep.model.description import GruLayers, NetworkDescription
 from instep.model.folder import Model, make_model, write_model
 from instep.server.child import ChildServer
@@ -67,7 +66,7 @@ def run(console: Console, *, as_json: bool = False) -> int:
     ratio = medians["served"] / medians["seed"]
     passed = ratio >= BAR_OVER_SEED and samples.wrong_streams == 0
     result: dict[str, Any] = {
-        "machine": _machine(),
+        "machine": machine(),
         "model": f"GRU {FEATURES}→{HIDDEN}, float32",
         "load": f"{STREAMS} streams in blocks of {BLOCK}, {ROUNDS} interleaved rounds of {SECONDS} s, medians",
         "frames_per_s": {name: round(value) for name, value in medians.items()},
@@ -171,13 +170,6 @@ def _torch_gru(model: Model) -> torch.nn.GRU:
     gru = torch.nn.GRU(FEATURES, HIDDEN)
     gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
     return gru.eval()
-
-
-def _machine() -> str:
-    return (
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, 1 torch thread"
-    )
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
