@@ -80,11 +80,11 @@ def save_sequences(path: Path, sequences: Sequences) -> None:
 
 
 def _from_numpy(path: Path) -> Sequences:
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return _from_array(path, path.stem, loaded)
-    with loaded as archive:
-        arrays: dict[str, Array] = {name: archive[name] for name in archive.files}
+    with path.open("rb") as file:  # numpy leaves a damaged file open that it opened itself
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return _from_array(path, path.stem, loaded)
+        arrays: dict[str, Array] = {name: loaded[name] for name in loaded.files}
     if "frames" in arrays and "lengths" in arrays:
         return _from_columns(path, arrays)
     if len(arrays) == 1:

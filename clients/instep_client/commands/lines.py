@@ -13,6 +13,7 @@ from instep_client.wire import F32, MAX_NAME_BYTES, name_is_good
 STREAM_COLUMN = "stream"
 TIME_COLUMN = "time_s"
 SEQ_COLUMN = "seq"
+_NOT_OF_THE_FRAME = (STREAM_COLUMN, TIME_COLUMN, SEQ_COLUMN)
 
 
 class BadLine(ValueError):
@@ -34,12 +35,13 @@ class Line:
 class LineReader:
     """Reads the lines of one text in order.
 
-    Empty lines and lines that start with `#` are skipped. A first line that holds no number is a header: its column
-    `stream` names the stream, `time_s` is the frame's time in seconds, `seq` is ignored, and all others are the frame.
+    Empty lines and lines that start with `#` are skipped. A first line that holds no number, and as many columns as a
+    frame, is a header: its column `stream` names the stream, `time_s` is the frame's time in seconds, `seq` is ignored,
+    and all others are the frame.
 
     Args:
         features: how many numbers a frame has; None to take it from the first good line.
-        named: whether the first column names the stream in a text without a header.
+        named: whether the first column names the stream; a header is skipped then.
     """
 
     def __init__(self, features: int | None = None, named: bool = False) -> None:
@@ -60,8 +62,8 @@ class LineReader:
         fields = [field.strip() for field in text.split(",")] if "," in text else text.split()
         if self._at_start:
             self._at_start = False
-            if _is_header(fields[1:] if self.named and len(fields) > 1 else fields):
-                self._header = fields
+            if self._is_header(fields):
+                self._header = None if self.named else fields
                 return None
         stream, time_s, numbers = self._columns(fields)
         if stream is not None and not name_is_good(stream):
@@ -73,6 +75,11 @@ class LineReader:
         frame = _frame(numbers)
         self.features = len(numbers)
         return Line(stream, time_s, frame)
+
+    def _is_header(self, fields: list[str]) -> bool:
+        columns = fields[1:] if self.named else [name for name in fields if name not in _NOT_OF_THE_FRAME]
+        fits = len(columns) == self.features if self.features is not None else bool(columns)
+        return fits and not any(_is_number(field) for field in fields[self.named :])
 
     def _columns(self, fields: list[str]) -> tuple[str | None, float | None, list[str]]:
         if self._header is None:
@@ -90,10 +97,6 @@ class LineReader:
             elif column != SEQ_COLUMN:
                 numbers.append(field)
         return stream, time_s, numbers
-
-
-def _is_header(fields: list[str]) -> bool:
-    return not any(_is_number(field) for field in fields)
 
 
 def _is_number(field: str) -> bool:
