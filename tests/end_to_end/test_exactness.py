@@ -1,0 +1,148 @@
+"""Three hundred streams at random, for five models: the bits of every answer are those of the whole recording."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from instep.core.typing import F32
+from instep.model.description import DenseLayer, GruLayers, NetworkDescription
+from instep.model.folder import Model, make_model
+from instep.model.network import Network
+from tests.support.models import SEED_SIZED, plain, torch_gru, with_head
+from tests.support.raw import RawClient
+from tests.support.running import CPU, prepared, running
+from tests.support.traffic import Producer, Recorded, assert_same_bits, make_recordings
+
+STREAMS = 300
+CONNECTIONS = 5
+
+DENSE = make_model(
+    NetworkDescription(
+        features=20,
+        before=(DenseLayer(size=50, activation="relu"), DenseLayer(size=30, activation="tanh")),
+        gru=GruLayers(hidden_size=400, num_layers=2),
+        after=(DenseLayer(size=37, activation="sigmoid"), DenseLayer(size=9)),
+    ),
+    init="random",
+    seed=7,
+    name="dense-400x2",
+)
+MODELS: dict[str, tuple[Model, list[int]]] = {
+    "3-4": (SEED_SIZED, [1, 90, 177, 300]),
+    "40-128": (plain(40, 128), [1, 50, 83, 150]),
+    "2x256": (plain(40, 256, layers=2), [1, 25, 50, 77]),
+    "2x400-dense": (DENSE, [1, 20, 37, 60]),
+    "12-64-head": (with_head(12, 64, 9), [1, 50, 83, 150]),
+}
+"""Each model with the lengths of recordings that it is given."""
+
+
+def has_dense(model: Model) -> bool:
+    return bool(model.description.before or model.description.after)
+
+
+def by_length(recordings: Sequence[Recorded]) -> Iterator[list[Recorded]]:
+    groups: dict[int, list[Recorded]] = defaultdict(list)
+    for recording in recordings:
+        groups[len(recording.x)].append(recording)
+    yield from groups.values()
+
+
+def stacked(model: Model, group: Sequence[Recorded]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Recordings of one length side by side: x [T, R, features] and initial states [L, R, H]."""
+    zeros = np.zeros((model.description.state_layers, model.description.state_size), np.float32)
+    initial = [zeros if recording.initial is None else recording.initial for recording in group]
+    x = np.stack([recording.x for recording in group], axis=1)
+    return torch.from_numpy(x), torch.from_numpy(np.stack(initial, axis=1))
+
+
+@torch.inference_mode()
+def whole_of_gru(model: Model, group: Sequence[Recorded]) -> tuple[F32, F32]:
+    """`nn.GRU` itself over whole recordings in one call; four rows at least, for torch's other kernels differ."""
+    x, h = stacked(model, [*group, *[group[0]] * 3])
+    y, final = torch_gru(model)(x, h)
+    return y.numpy(), final.numpy()
+
+
+@torch.inference_mode()
+def whole_as_served(model: Model, group: Sequence[Recorded]) -> tuple[F32, F32]:
+    """`nn.GRU` and the dense layers in the shapes that are served, over whole recordings in one call."""
+    network = Network(model, CPU)
+    x, h = stacked(model, [*group, *[group[0]] * (-len(group) % network.smallest_bucket)])
+    padded_x = torch.zeros(*x.shape[:2], network.input_width)
+    padded_x[:, :, : network.features] = x
+    padded_h = torch.zeros(*h.shape[:2], network.state_width)
+    padded_h[:, :, : network.state_size] = h
+    y, final = network.sequence(padded_x, padded_h)
+    return y[:, :, : network.outputs].numpy(), final[:, :, : network.state_size].numpy()
+
+
+@torch.inference_mode()
+def whole_of_modules(model: Model, group: Sequence[Recorded], dtype: torch.dtype) -> tuple[F32, F32]:
+    """torch's own modules, nothing padded, in any precision: a reference for tolerance."""
+    description = model.description
+    activations = {"none": nn.Identity(), "relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid()}
+
+    def dense(place: str, layers: Sequence[DenseLayer], inputs: int) -> nn.Module:
+        modules: list[nn.Module] = []
+        for index, layer in enumerate(layers):
+            linear = nn.Linear(inputs, layer.size)
+            linear.load_state_dict(
+                {name: model.weights[f"{place}.{index}.{name}"] for name in ("weight", "bias")},
+            )
+            modules += [linear, activations[layer.activation]]
+            inputs = layer.size
+        return nn.Sequential(*modules).to(dtype)
+
+    gru = nn.GRU(description.gru_input_size, description.gru.hidden_size, description.gru.num_layers)
+    gru.load_state_dict(
+        {name.removeprefix("gru."): each for name, each in model.weights.items() if name.startswith("gru.")}
+    )
+    x, h = stacked(model, group)
+    before = dense("before", description.before, description.features)
+    after = dense("after", description.after, description.gru.hidden_size)
+    y, final = gru.to(dtype)(before(x.to(dtype)), h.to(dtype))
+    return after(y).numpy(), final.numpy()
+
+
+@pytest.mark.parametrize("name", MODELS)
+async def test_what_is_streamed_is_what_the_network_computes_over_the_whole_recording(name: str) -> None:
+    model, lengths = MODELS[name]
+    ready = prepared(model, max_batch_size=64)
+    if not ready.certification.whole_sequence:
+        pytest.skip(f"not certified exact on this machine: {ready.certification}")
+    rng = np.random.default_rng(len(name))
+    recordings = make_recordings(rng, model, STREAMS, lengths)
+    # Fewer slots than streams, so that slots change hands; fewer rows than open streams, so that batches differ.
+    engine = {"max_streams": 20 * CONNECTIONS, "max_batch_size": 64}
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(running(model, engine=engine))
+        producers = []
+        for index in range(CONNECTIONS):
+            client = await stack.enter_async_context(RawClient(server.endpoint))
+            mine = recordings[index::CONNECTIONS]
+            producers.append(Producer(client, mine, model, np.random.default_rng(index), at_once=20))
+        await asyncio.gather(*(producer.run() for producer in producers))
+        assert server.statistics.frames_total == sum(len(recording.x) for recording in recordings)
+        assert server.engine.table.open_count == 0
+        assert server.engine.pending.free_count == server.engine.pending.capacity
+    assert sum(producer.refused for producer in producers) > STREAMS / 10
+
+    for group in by_length(recordings):
+        y, final = whole_as_served(model, group) if has_dense(model) else whole_of_gru(model, group)
+        for row, recording in enumerate(group):
+            assert recording.final is not None
+            assert_same_bits(recording.y, y[:, row], f"outputs of {recording.name}")
+            assert_same_bits(recording.final, final[:, row], f"final state of {recording.name}")
+        for dtype in (torch.float32, torch.float64):
+            close_y, close_final = whole_of_modules(model, group, dtype)
+            np.testing.assert_allclose(y[:, : len(group)], close_y, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(final[:, : len(group)], close_final, rtol=1e-4, atol=1e-5)
