@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,12 +45,11 @@ def test_each_switch_shows(network: Network) -> None:
         assert changed(before, numerics(network)) == {"deterministic"}
     finally:
         torch.use_deterministic_algorithms(False)
-    torch.backends.mkldnn.enabled = False
+    torch.set_float32_matmul_precision("medium")
     try:
-        expected = {"mkldnn"} if torch.backends.mkldnn.is_available() else set()
-        assert changed(before, numerics(network)) == expected
+        assert changed(before, numerics(network)) == {"matmul_precision"}
     finally:
-        torch.backends.mkldnn.enabled = True
+        torch.set_float32_matmul_precision("highest")
     assert numerics(network) == before
 
 
@@ -63,3 +63,14 @@ def test_preparing_forbids_tf32() -> None:
     prepare(torch.get_num_threads())
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_without_cpuinfo_the_platform_names_the_processor(
+    network: Network, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("instep.model.numerics.CPU_INFO", tmp_path / "nothing")
+    monkeypatch.setattr(platform, "processor", lambda: "z80")
+    assert numerics(network)["processor"] == "z80"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Z80 at 4 MHz\nflags: a:b\n")
+    monkeypatch.setattr("instep.model.numerics.CPU_INFO", tmp_path / "cpuinfo")
+    assert numerics(network)["processor"] == "Z80 at 4 MHz"

@@ -22,7 +22,7 @@ def from_bits(bits: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
 
 def test_known_distances() -> None:
     a = f4(1.0, 1.0, 0.0, -1.0, 2.0, 0.0, np.inf)
-    b = f4(1.0, 1.0 + 2**-23, 2.0**-149, -1.0 - 2**-23, 1.0, -0.0, np.finfo(np.float32).max)
+    b = f4(1.0, 1.0 + 2**-23, 2.0**-149, -1.0 - 2**-23, 1.0, -0.0, float(np.finfo(np.float32).max))
     assert ulp_distance(a, b).tolist() == [0, 1, 1, 1, 2**23, 1, 1]
     assert ulp_distance(f4(-np.inf), f4(np.inf)).tolist() == [2 * 0x7F800000 + 1]
 

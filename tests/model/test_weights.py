@@ -41,6 +41,12 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
+def test_saved_weights_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    save_weights(tmp_path / "w.safetensors", good_tensors())
+    (tmp_path / "other").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_later_change_of_the_file_does_not_reach_what_was_loaded(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file(good_tensors(), path)

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from instep.core.typing import F32, I64
 from instep.model.network import Network
 from instep.model.ulp import ulp_distance
 
 Exactness: TypeAlias = Literal["exact", "tolerance", "off"]
-_F32: TypeAlias = npt.NDArray[np.float32]
-_Index: TypeAlias = npt.NDArray[np.int64]
 
 _SIZES: Final = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 _HOSTILE: Final = (math.nan, math.inf, 1e30, -math.inf, -1e30)
+_PADDING: Final = 0.0
 _MULTIPLY_ADDS: Final = 3_000_000_000
 """About how much each half, buckets and sequences, may compute where the floors below do not ask for more: 0.1 to 0.2 s
 of one core."""
@@ -99,7 +98,7 @@ def certify(network: Network, candidates: Sequence[int]) -> Certification:
 
 @dataclass(frozen=True)
 class _Result:
-    answers: _F32
+    answers: F32
     """One answer of every probe: output and states in one row."""
     spread: int
     """The largest distance, in ULP, between two answers to one probe."""
@@ -112,10 +111,8 @@ class _Probes:
         self._network = network
         self._count = count
         random = np.random.default_rng(0)
-        x, h = _random_rows(network, random, count)
-        hostile = np.array(_HOSTILE, np.float32)[:, None]
-        zero = np.zeros((1, 1), np.float32)  # the last row: padding
-        beside = np.concatenate([hostile, zero])
+        x, h = _random_frames(network, random, count), _random_states(network, random, count)
+        beside = np.array([*_HOSTILE, _PADDING], np.float32)[:, None]
         beside_x = np.broadcast_to(beside, (len(beside), network.input_width))
         beside_h = np.broadcast_to(beside, (network.state_layers, len(beside), network.state_width))
         self._x = torch.from_numpy(np.concatenate([x, beside_x])).to(network.device)
@@ -136,7 +133,7 @@ class _Probes:
         answers[seen] = answered
         return _Result(answers, _distance(answered, answers[seen]))
 
-    def _batches(self, bucket: int) -> Iterator[_Index]:
+    def _batches(self, bucket: int) -> Iterator[I64]:
         position = np.arange(bucket)
         for block, start in enumerate(range(0, self._count, bucket)):
             probes = (start + position) % self._count
@@ -159,9 +156,8 @@ def _sequence_distance(network: Network, buckets: Sequence[int]) -> int:
 
 def _one_sequence_distance(network: Network, rows: int, steps: int) -> int:
     random = np.random.default_rng(1)
-    frames, states = _random_rows(network, random, steps * rows)
-    x = torch.from_numpy(frames.reshape(steps, rows, -1)).to(network.device)
-    h = torch.from_numpy(states[:, :rows].copy()).to(network.device)
+    x = torch.from_numpy(_random_frames(network, random, steps * rows)).to(network.device).view(steps, rows, -1)
+    h = torch.from_numpy(_random_states(network, random, rows)).to(network.device)
     whole_y, whole_h = network.sequence(x, h)
     outputs = []
     for frame in x:
@@ -173,24 +169,29 @@ def _one_sequence_distance(network: Network, rows: int, steps: int) -> int:
     )
 
 
-def _random_rows(network: Network, random: np.random.Generator, count: int) -> tuple[_F32, _F32]:
-    """Frames [count, input_width] and states [L, count, state_width] of several magnitudes, zero where padded."""
+def _random_frames(network: Network, random: np.random.Generator, count: int) -> F32:
+    """Frames [count, input_width] of several magnitudes, zero where padded."""
     x = np.zeros((count, network.input_width), np.float32)
-    h = np.zeros((network.state_layers, count, network.state_width), np.float32)
     scale = random.choice([0.1, 1, 1, 5], (count, 1))
     x[:, : network.features] = scale * random.standard_normal((count, network.features))
-    reach = random.choice([0, 0.1, 1, 1], (count, 1))
-    h[:, :, : network.state_size] = reach * random.uniform(-1, 1, (network.state_layers, count, network.state_size))
-    return x, h
+    return x
 
 
-def _joined(network: Network, y: torch.Tensor, h: torch.Tensor) -> _F32:
+def _random_states(network: Network, random: np.random.Generator, count: int) -> F32:
+    """States [L, count, state_width] of several magnitudes, some all zero, zero where padded."""
+    h = np.zeros((network.state_layers, count, network.state_width), np.float32)
+    scale = random.choice([0, 0.1, 1, 1], (count, 1))
+    h[:, :, : network.state_size] = scale * random.uniform(-1, 1, (network.state_layers, count, network.state_size))
+    return h
+
+
+def _joined(network: Network, y: torch.Tensor, h: torch.Tensor) -> F32:
     """Outputs and states as one row a frame, on the CPU."""
-    joined: _F32 = torch.cat([y[:, : network.outputs], h.transpose(0, 1).flatten(1)], dim=1).cpu().numpy()
+    joined: F32 = torch.cat([y[:, : network.outputs], h.transpose(0, 1).flatten(1)], dim=1).cpu().numpy()
     return joined
 
 
-def _distance(one: _F32, other: _F32) -> int:
+def _distance(one: F32, other: F32) -> int:
     if np.array_equal(one.view(np.int32), other.view(np.int32)):
         return 0
     return int(ulp_distance(one, other).max())

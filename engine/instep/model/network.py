@@ -142,4 +142,4 @@ def _pad(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 def _pad_gates(tensor: torch.Tensor, hidden: int, shape: Sequence[int]) -> torch.Tensor:
     """A GRU tensor [3 · hidden, …] padded to `shape`, each of its three gates by itself."""
     rows, *columns = shape
-    return _pad(tensor.unflatten(0, (3, hidden)), (3, rows // 3, *columns)).flatten(0, 1)
+    return _pad(tensor.view(3, hidden, *tensor.shape[1:]), (3, rows // 3, *columns)).flatten(0, 1)

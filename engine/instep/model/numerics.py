@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from instep.model.network import Network
+
+CPU_INFO: Final = Path("/proc/cpuinfo")
 
 
 def prepare(threads: int) -> None:
@@ -33,8 +36,8 @@ def numerics(network: Network) -> dict[str, str]:
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
-        "mkl": str(torch.backends.mkl.is_available()),
-        "mkldnn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
+        "mkl": str(torch.backends.mkl.is_available()),  # type: ignore[no-untyped-call]
+        "mkldnn": str(torch.backends.mkldnn.enabled),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
     }
@@ -42,7 +45,7 @@ def numerics(network: Network) -> dict[str, str]:
         found |= {
             "gpu": torch.cuda.get_device_name(network.device),
             "cuda": str(torch.version.cuda),
-            "cudnn": str(torch.backends.cudnn.version()),
+            "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
             "tf32": str(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
         }
     return found
@@ -50,9 +53,8 @@ def numerics(network: Network) -> dict[str, str]:
 
 def _processor() -> str:
     """The processor's model: matrix libraries choose their kernels by it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
+    if CPU_INFO.exists():
+        for line in CPU_INFO.read_text().splitlines():
             name, _, value = line.partition(":")
             if name.strip() == "model name":
                 return value.strip()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
+
+from instep.core.typing import F32, I64
 
 NOT_COMPARABLE: Final = 2**32
 """The distance between a NaN and anything that has other bits; no two numbers are as far apart."""
@@ -14,7 +15,7 @@ _SIGN: Final = np.int64(0x7FFF_FFFF)
 _INFINITY: Final = 0x7F80_0000
 
 
-def ulp_distance(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+def ulp_distance(a: F32, b: F32) -> I64:
     """How many float32 values apart, elementwise; 0 exactly where the bits are equal.
 
     So -0.0 and 0.0 are neighbours (1), NaNs of the same bits are 0 apart, and a NaN is `NOT_COMPARABLE` with the rest.
@@ -30,10 +31,10 @@ def ulp_distance(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.
     return np.where(not_a_number & (bits_a != bits_b), np.int64(NOT_COMPARABLE), distance)
 
 
-def _bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+def _bits(values: F32) -> I64:
     return np.ascontiguousarray(values).view(np.int32).astype(np.int64).reshape(values.shape)
 
 
-def _ordered(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _ordered(bits: I64) -> I64:
     """The rank of each value among all float32 values: floats of one sign are ordered as their bits are."""
     return np.where(bits < 0, -1 - (bits & _SIGN), bits)

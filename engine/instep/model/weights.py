@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from instep.model.description import NetworkDescription, Shape
 from instep.model.errors import ModelError
@@ -44,10 +44,11 @@ def save_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ModelError: when the file cannot be written.
     """
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"cannot write the weights {path}: {error}") from None
+        path.write_bytes(content)  # save_file would leave a file that only its owner can read
+    except OSError as error:
+        raise ModelError(f"cannot write the weights {path}: {error.strerror}") from None
 
 
 def check_weights(tensors: Mapping[str, torch.Tensor], description: NetworkDescription, source: str) -> None:
