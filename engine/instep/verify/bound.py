@@ -2,17 +2,18 @@
 
 The float64 reference is taken as the truth: its own rounding is 2^29 times finer. What float32 can reach is measured,
 not assumed: the reference runs a second time with every operation in float32. The served network and this run evaluate
-the same equations on the same frames with the same unit of rounding, only in another order, so at every frame their
-errors are of the same kind and size. At each frame a stream's bound is
+the same equations on the same frames with the same unit of rounding, only in another order, so their errors are of the
+same kind and size. With the scale of a stream, the largest value of it so far and at least 1, its bound at a frame is
 
-    32 · (largest error of the float32 run in the stream so far) + 64 · 2^-23 · (largest value so far, at least 1)
+    scale · (32 · (largest error of any float32 run beside it so far, relative to that run's scale) + 64 · 2^-23)
 
-The running maximum, because an error once made lives on in the state; 32, because one order of summation can be luckier
-than another; the last term for frames in which the float32 run happens to hit the truth. A fixed tolerance would be
-wrong both ways: a network that forgets keeps errors near 1e-7, and one that amplifies what it remembers may be far from
-float64 after a thousand frames without any fault.
+The largest so far, because an error once made lives on in the state; of any run beside it, and 32, because one order
+of summation can be luckier than another; the last term for frames in which float32 happens to hit the truth. A network
+that amplifies what it remembers multiplies luck too, so where fewer than 8 runs are side by side, there are copies
+whose inputs are one unit in the last place off. A fixed tolerance would be wrong both ways: a network that forgets
+keeps errors near 1e-7, and one that amplifies may be far from float64 after a thousand frames without any fault.
 
-A wrong weight, gate, order or state moves outputs by far more than that.
+A wrong weight, gate, order or state moves outputs by far more than float32 does.
 """
 
 from __future__ import annotations
@@ -22,12 +23,77 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from instep.core.typing import F32, Bool
+from instep.core.typing import F32, I64, Bool
+from instep.verify.reference import Reference
 
 F64: TypeAlias = npt.NDArray[np.float64]
 
 FACTOR: Final = 32.0
 FLOOR: Final = 64 * 2.0**-23
+LEAST_RUNS: Final = 8
+
+
+class ErrorBound:
+    """The bound of some streams, frame after frame.
+
+    Args:
+        rounded: the reference in float32.
+        h: initial states [layers, R, hidden size].
+    """
+
+    def __init__(self, rounded: Reference, h: F32) -> None:
+        rows = h.shape[1]
+        self._rounded = rounded
+        self._copies = -(-LEAST_RUNS // rows)
+        self._states: F32 = np.repeat(h, self._copies, axis=1)
+        self._random = np.random.default_rng(0)
+        self._relative_error = 0.0
+        self._scale: F64 = np.ones(rows)
+
+    def run(self, x: F32, active: I64) -> F32:
+        """Run float32 over the next timesteps.
+
+        Args:
+            x: frames [T, R, features].
+            active: [T], as in `Reference.run`.
+
+        Returns:
+            Outputs [T, R, copies, outputs].
+        """
+        frames = np.repeat(x[:, :, None], self._copies, axis=2)
+        others = frames[:, :, 1:]
+        others[...] = np.nextafter(others, self._random.choice(np.array([-np.inf, np.inf], np.float32), others.shape))
+        flat = frames.reshape(len(x), -1, x.shape[2])
+        y, self._states = self._rounded.run(flat, self._states, active * self._copies)
+        return y.reshape(*x.shape[:2], self._copies, -1)
+
+    def of_outputs(self, truth: F64, rounded: F32, valid: Bool) -> F64:
+        """The bounds of the timesteps that `run` gave.
+
+        Args:
+            truth: the reference's outputs in float64 [T, R, outputs].
+            rounded: what `run` returned.
+            valid: [T, R]: whether the row has a frame there.
+
+        Returns:
+            [T, R].
+        """
+        error = absolute_error(rounded, truth[:, :, None]).max(axis=(2, 3))
+        scales = np.maximum(np.maximum.accumulate(np.where(valid, _magnitude(truth).max(axis=2), 0)), self._scale)
+        relative = np.where(valid, error / scales, 0).max(axis=1)
+        relative = np.maximum(np.maximum.accumulate(relative), self._relative_error)
+        self._scale, self._relative_error = scales[-1], float(relative[-1])
+        return scales * (FACTOR * relative[:, None] + FLOOR)
+
+    def of_states(self, truth: F64) -> F64:
+        """The bounds of the final states [layers, R, hidden size], as [R]; after all outputs."""
+        layers, rows, size = truth.shape
+        rounded = self._states.reshape(layers, rows, self._copies, size)
+        error = absolute_error(rounded, truth[:, :, None]).max(axis=(0, 2, 3))
+        scale = np.maximum(_magnitude(truth).max(axis=(0, 2)), 1)
+        relative = max(float((error / scale).max()), self._relative_error)
+        bound: F64 = scale * (FACTOR * relative + FLOOR)
+        return bound
 
 
 def absolute_error(values: F32, truth: F64) -> F64:
@@ -36,7 +102,7 @@ def absolute_error(values: F32, truth: F64) -> F64:
         error: F64 = np.abs(values - truth)
     odd = ~np.isfinite(error)
     if odd.any():
-        value, nearest = values[odd], as_float32(truth[odd])
+        value, nearest = values[odd], as_float32(np.broadcast_to(truth, error.shape)[odd])
         same = (value == nearest) | (np.isnan(value) & np.isnan(nearest))
         error[odd] = np.where(same, 0, np.inf)
     return error
@@ -48,43 +114,6 @@ def as_float32(truth: F64) -> F32:
         return truth.astype(np.float32)
 
 
-class ErrorBound:
-    """The bound of some streams, frame after frame.
-
-    Args:
-        rows: how many streams.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self._error: F64 = np.zeros(rows)
-        self._scale: F64 = np.ones(rows)
-
-    def of_outputs(self, truth: F64, rounded: F32, valid: Bool) -> F64:
-        """Take the next timesteps in and give their bounds.
-
-        Args:
-            truth: the reference's outputs in float64 [T, R, outputs].
-            rounded: the same in float32.
-            valid: [T, R]: whether the row has a frame there.
-
-        Returns:
-            [T, R].
-        """
-        error = np.where(valid, absolute_error(rounded, truth).max(axis=2), 0)
-        scale = np.where(valid, _finite(truth).max(axis=2), 0)
-        errors = np.maximum(np.maximum.accumulate(error, axis=0), self._error)
-        scales = np.maximum(np.maximum.accumulate(scale, axis=0), self._scale)
-        self._error, self._scale = errors[-1], scales[-1]
-        return FACTOR * errors + FLOOR * scales
-
-    def of_states(self, truth: F64, rounded: F32) -> F64:
-        """The bound of final states [layers, R, hidden size], as [R]; after all outputs."""
-        error = np.maximum(absolute_error(rounded, truth).max(axis=(0, 2)), self._error)
-        scale = np.maximum(_finite(truth).max(axis=(0, 2)), 1)
-        bound: F64 = FACTOR * error + FLOOR * scale
-        return bound
-
-
-def _finite(values: F64) -> F64:
+def _magnitude(values: F64) -> F64:
     magnitude: F64 = np.where(np.isfinite(values), np.abs(values), 0)
     return magnitude

@@ -62,7 +62,8 @@ class ChunkCheck:
         self._chunk = chunk
         self._suspects = suspects
         self._pool = pool
-        self._bound = ErrorBound(rows)
+        self._initial_states = self._stack_initial_states()
+        self._bound = ErrorBound(ways.rounded, self._initial_states)
         self.stepped = Comparison("stepped", rows, ways.conditions.step_bits)
         self.whole = Comparison("whole sequence", rows, ways.conditions.whole_bits)
         self.truth = Comparison("float64 reference", rows, bits_required=False)
@@ -70,21 +71,21 @@ class ChunkCheck:
     def run(self) -> list[StreamReport]:
         """Check and report, in the order of the chunk."""
         ways, buckets, submit = self._ways, self._ways.conditions.buckets, self._pool.submit
-        stepped_h = whole_h = rounded_h = self._initial_states()
+        stepped_h = whole_h = self._initial_states
         truth_h = stepped_h.astype(np.float64)
         for span in self._chunk.spans():
             # The longest first, so that the others fit beside it.
             truth = submit(ways.truth.run, span.x, truth_h, span.active)
-            rounded = submit(ways.rounded.run, span.x, rounded_h, span.active)
+            rounded = submit(self._bound.run, span.x, span.active)
             stepped = submit(replay_stepped, ways.stepped, buckets, span.x, stepped_h, span.active)
             whole = submit(replay_whole, ways.whole, buckets, span.x, whole_h)
             (stepped_y, stepped_h), (whole_y, whole_h) = stepped.result(), whole.result()
-            (rounded_y, rounded_h), (truth_y, truth_h) = rounded.result(), truth.result()
-            limit = self._bound.of_outputs(truth_y, rounded_y, span.valid)
+            truth_y, truth_h = truth.result()
+            limit = self._bound.of_outputs(truth_y, rounded.result(), span.valid)
             self.stepped.add_replay(span.start, span.y, stepped_y, span.valid, 2 * limit)
             self.whole.add_replay(span.start, span.y, whole_y, span.valid, 2 * limit)
             self.truth.add_truth(span.start, span.y, truth_y, span.valid, limit)
-        limits = self._bound.of_states(truth_h, rounded_h).tolist()
+        limits = self._bound.of_states(truth_h).tolist()
         for row, suspect in enumerate(self._suspects):
             if (state := suspect.final_state) is not None:
                 frames = int(self._chunk.lengths[row])
@@ -92,7 +93,7 @@ class ChunkCheck:
                 self.truth.add_true_state(row, frames, state, truth_h[:, row], limits[row])
         return [self._report(row) for row in range(len(self._suspects))]
 
-    def _initial_states(self) -> F32:
+    def _stack_initial_states(self) -> F32:
         """[layers, R, hidden size]."""
         network = self._ways.stepped
         states = np.zeros((network.state_layers, len(self._suspects), network.state_size), np.float32)

@@ -9,6 +9,7 @@ import numpy as np
 
 from instep.core.typing import F32, I64, Bool
 from instep.recording.sequences import Sequences
+from instep.verify.bound import LEAST_RUNS
 
 LEAST_FILL: Final = 0.75
 """A sequence shorter than this share of the longest one beside it goes into the next chunk."""
@@ -44,7 +45,7 @@ class Chunk:
     Args:
         sequences: where they are.
         members: which of them.
-        most_frames: of a span; a chunk of fewer frames is one span.
+        most_frames: of a span, counting at least `LEAST_RUNS` rows; a chunk of fewer is one span.
     """
 
     def __init__(self, sequences: Sequences, members: I64, most_frames: int) -> None:
@@ -52,7 +53,7 @@ class Chunk:
         self._start = sequences.offsets[members]
         self.rows: I64 = sequences.rows[members]
         self.lengths: I64 = (sequences.offsets[members + 1] - self._start).astype(np.int64)
-        self._steps = max(most_frames // len(members), 1)
+        self._steps = max(most_frames // max(len(members), LEAST_RUNS), 1)
 
     def spans(self) -> Iterator[Span]:
         """The timesteps in order."""

@@ -19,7 +19,6 @@ from instep.verify import verifier
 from instep.verify.errors import CannotVerify
 from instep.verify.model_source import recorded_model
 from instep.verify.render import render
-from instep.verify.report import Report
 
 VERIFIED: Final = 0
 MISMATCH: Final = 1
@@ -43,7 +42,7 @@ def run(file: Path, *, model_folder: Path | None, stream: str | None, json: bool
     try:
         with RecordingReader(file) as reader:
             model = recorded_model(reader.header, model_folder)
-            with _progress(console, shown=not json) as on_progress:
+            with _progress(console, shown=console.is_terminal and not json) as on_progress:
                 report = verifier.verify(reader, model, stream, on_progress)
     except (RecordingError, CannotVerify) as error:
         if json:
@@ -55,10 +54,6 @@ def run(file: Path, *, model_folder: Path | None, stream: str | None, json: bool
         _write_json(report.as_json())
     else:
         render(report, console)
-    return _status(report)
-
-
-def _status(report: Report) -> int:
     return MISMATCH if report.mismatches else VERIFIED
 
 

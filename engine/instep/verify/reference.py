@@ -14,14 +14,18 @@ The weights of the three gates lie one under the other: W_ih = [W_ir; W_iz; W_in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Floats: TypeAlias = npt.NDArray[Any]
+"""float64 or float32, as the reference's dtype."""
 Counts: TypeAlias = npt.NDArray[np.int64]
+
+TILE_ROWS: Final = 32
+TILE_PRODUCTS: Final = 2**18
 
 
 class Reference:
@@ -36,11 +40,16 @@ class Reference:
     def __init__(
         self, description: Mapping[str, Any], weights: Mapping[str, npt.NDArray[np.float32]], dtype: npt.DTypeLike
     ) -> None:
-        self.dtype = np.dtype(dtype)
-        self._weights = {name: np.asarray(weight, self.dtype) for name, weight in weights.items()}
-        self._before: Sequence[Mapping[str, Any]] = description["before"]
-        self._after: Sequence[Mapping[str, Any]] = description["after"]
-        self._layers = int(description["gru"]["num_layers"])
+        self._dtype = np.dtype(dtype)
+        self._before = self._dense_layers("before", description["before"], weights)
+        self._after = self._dense_layers("after", description["after"], weights)
+        self._layers = [
+            (
+                self._affine(weights, f"gru.weight_ih_l{layer}", f"gru.bias_ih_l{layer}"),
+                self._affine(weights, f"gru.weight_hh_l{layer}", f"gru.bias_hh_l{layer}"),
+            )
+            for layer in range(description["gru"]["num_layers"])
+        ]
 
     def run(self, x: Floats, h: Floats, active: Counts) -> tuple[Floats, Floats]:
         """Run sequences of different lengths, the longest first.
@@ -53,53 +62,100 @@ class Reference:
         Returns:
             Outputs [T, R, outputs], meaningless where a row has no frame, and the states after each row's last frame.
         """
-        after = np.array(h, self.dtype)
+        steps, rows, _ = x.shape
+        states = np.array(h, self._dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # infinity is a value like any other here
-            rows = self._dense("before", self._before, np.asarray(x, self.dtype))
-            for layer in range(self._layers):
-                rows = self._gru_layer(layer, rows, after[layer], active)
-            return self._dense("after", self._after, rows), after
+            values = _dense(self._before, np.asarray(x.reshape(steps * rows, -1), self._dtype))
+            for (of_input, of_state), state in zip(self._layers, states, strict=True):
+                gates = of_input(values).reshape(steps, rows, -1)
+                values = _gru_layer(gates, of_state, state, active).reshape(steps * rows, -1)
+            return _dense(self._after, values).reshape(steps, rows, -1), states
 
-    def _gru_layer(self, layer: int, x: Floats, h: Floats, active: Counts) -> Floats:
-        """The states of one layer after each timestep [T, R, hidden size]; `h` [R, hidden size] goes along."""
-        size = h.shape[1]
-        zeros = np.zeros(3 * size, self.dtype)
-        bias_input = self._weights.get(f"gru.bias_ih_l{layer}", zeros)
-        bias_state = self._weights.get(f"gru.bias_hh_l{layer}", zeros)
-        of_state = self._weights[f"gru.weight_hh_l{layer}"].T
-        inputs = x @ self._weights[f"gru.weight_ih_l{layer}"].T + bias_input
-        states = np.zeros((*x.shape[:2], size), self.dtype)
-        for timestep, count in enumerate(active.tolist()):
-            before = h[:count]
-            from_input = inputs[timestep, :count]
-            from_state = before @ of_state + bias_state
-            gates = _sigmoid(from_input[:, : 2 * size] + from_state[:, : 2 * size])
-            reset, update = gates[:, :size], gates[:, size:]
-            new = np.tanh(from_input[:, 2 * size :] + reset * from_state[:, 2 * size :])
-            h[:count] = states[timestep, :count] = (1 - update) * new + update * before
-        return states
+    def _dense_layers(
+        self,
+        place: str,
+        layers: Sequence[Mapping[str, Any]],
+        weights: Mapping[str, npt.NDArray[np.float32]],
+    ) -> list[tuple[_Affine, str]]:
+        return [
+            (self._affine(weights, f"{place}.{index}.weight", f"{place}.{index}.bias"), layer["activation"])
+            for index, layer in enumerate(layers)
+        ]
 
-    def _dense(self, place: str, layers: Sequence[Mapping[str, Any]], rows: Floats) -> Floats:
-        for index, layer in enumerate(layers):
-            rows = rows @ self._weights[f"{place}.{index}.weight"].T
-            if layer["bias"]:
-                rows = rows + self._weights[f"{place}.{index}.bias"]
-            rows = _activate(layer["activation"], rows)
-        return rows
+    def _affine(self, weights: Mapping[str, npt.NDArray[np.float32]], weight: str, bias: str) -> _Affine:
+        offset = weights.get(bias)
+        if offset is None:
+            offset = np.zeros(len(weights[weight]), np.float32)
+        return _Affine(weights[weight].astype(self._dtype), offset.astype(self._dtype))
 
 
-def _activate(activation: str, rows: Floats) -> Floats:
-    if activation == "relu":
-        return np.maximum(rows, 0)
-    if activation == "tanh":
-        return np.tanh(rows)
-    if activation == "sigmoid":
-        return _sigmoid(rows)
-    if activation == "none":
-        return rows
-    raise ValueError(f"no such activation: {activation}")
+class _Affine:
+    """x W^T + b, in tiles too small for BLAS to start threads over: they would fight with torch's for the cores."""
+
+    def __init__(self, weight: Floats, bias: Floats) -> None:
+        self._bias = bias
+        outputs, inputs = weight.shape
+        columns = min(max(TILE_PRODUCTS // (TILE_ROWS * inputs), 1), outputs)
+        padded = np.zeros((inputs, -(-outputs // columns) * columns), weight.dtype)
+        padded[:, :outputs] = weight.T
+        self._tiles = np.ascontiguousarray(padded.reshape(inputs, -1, columns).transpose(1, 0, 2))
+
+    def __call__(self, rows: Floats) -> Floats:
+        """[R, inputs] to [R, outputs]."""
+        count, inputs = rows.shape
+        padded = np.zeros((-(-count // TILE_ROWS), 1, TILE_ROWS, inputs), rows.dtype)
+        padded.reshape(-1, inputs)[:count] = rows
+        product: Floats = (padded @ self._tiles).transpose(0, 2, 1, 3).reshape(len(padded) * TILE_ROWS, -1)
+        outputs: Floats = product[:count, : len(self._bias)] + self._bias
+        return outputs
+
+
+def _gru_layer(from_input: Floats, of_state: _Affine, h: Floats, active: Counts) -> Floats:
+    """One layer over time.
+
+    Args:
+        from_input: W_ih x + b_ih of every timestep [T, R, 3 * hidden size].
+        of_state: W_hh h + b_hh as a function of h.
+        h: states [R, hidden size]; goes along.
+        active: as in `Reference.run`.
+
+    Returns:
+        The states after each timestep [T, R, hidden size].
+    """
+    size = h.shape[1]
+    after = np.zeros((*from_input.shape[:2], size), h.dtype)
+    for timestep, count in enumerate(active.tolist()):
+        before = h[:count]
+        given, held = from_input[timestep, :count], of_state(before)
+        reset_update = _sigmoid(given[:, : 2 * size] + held[:, : 2 * size])
+        reset, update = reset_update[:, :size], reset_update[:, size:]
+        new = np.tanh(given[:, 2 * size :] + reset * held[:, 2 * size :])
+        h[:count] = after[timestep, :count] = (1 - update) * new + update * before
+    return after
+
+
+def _dense(layers: list[tuple[_Affine, str]], rows: Floats) -> Floats:
+    for affine, activation in layers:
+        rows = _ACTIVATIONS[activation](affine(rows))
+    return rows
 
 
 def _sigmoid(rows: Floats) -> Floats:
-    # 1 / (1 + exp(-x)) written so that nothing overflows.
+    # 1 / (1 + exp(-x)), written so that nothing overflows.
     return (np.tanh(rows / 2) + 1) / 2
+
+
+def _relu(rows: Floats) -> Floats:
+    return np.maximum(rows, 0)
+
+
+def _same(rows: Floats) -> Floats:
+    return rows
+
+
+_ACTIVATIONS: Final[dict[str, Callable[[Floats], Floats]]] = {
+    "none": _same,
+    "relu": _relu,
+    "tanh": np.tanh,
+    "sigmoid": _sigmoid,
+}

@@ -41,8 +41,8 @@ class Divergence:
         """In words."""
         where = f"frame {self.frame}" if self.place == "output" else "final state"
         apart = "one is not a number" if self.ulp >= NOT_COMPARABLE else f"{self.ulp:,} ULP apart"
-        recorded = np.float32(self.recorded)
-        other = self.replayed if self.way == "float64 reference" else np.float32(self.replayed)
+        recorded = str(np.float32(self.recorded))  # the fewest digits that name this float32
+        other = str(self.replayed if self.way == "float64 reference" else np.float32(self.replayed))
         return f"{where}, element {self.element}: recorded {recorded}, {self.way} {other} ({apart})"
 
     def as_json(self) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.recording.errors import RecordingError
+from instep.recording.reader import RecordingReader
+from instep.recording.writer import RecordingWriter
+from tests.support.recordings import Forger, gru_description, gru_step, make_gru, make_header, record
+
+GRU = make_gru(3, 4, layers=2)
+HEADER = make_header(gru_description(GRU))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "good.rec"
+    record(path, HEADER, gru_step(GRU), [5, 0, 9, 40], initial=[2], leave_open=[3])
+    return path
+
+
+def read_all(path: Path) -> None:
+    with RecordingReader(path) as reader:
+        reader.check_positions()
+        reader.streams()
+        list(reader.events())
+        list(reader.batches())
+
+
+def test_streams_come_back_with_their_states(path: Path) -> None:
+    with RecordingReader(path) as reader:
+        assert reader.header == HEADER
+        assert reader.finished
+        infos = reader.streams()
+    assert [info.stream for info in infos] == [1, 2, 3, 4]
+    assert [info.name for info in infos] == ["stream-1", "stream-2", "stream-3", "stream-4"]
+    assert [info.frames for info in infos] == [5, 0, 9, None]
+    assert [info.reason for info in infos] == ["closed by its client"] * 3 + [None]
+    assert (infos[3].closed_ns, infos[3].closed_position, infos[3].final_state) == (None, None, None)
+    assert infos[0].initial_state is None
+    assert infos[2].initial_state is not None
+    assert infos[2].initial_state.shape == (2, 4)
+    final = infos[1].final_state
+    assert final is not None
+    assert not final.any()
+
+
+def test_batches_come_back_in_order_and_by_range(path: Path) -> None:
+    with RecordingReader(path) as reader:
+        reader.check_positions()
+        batches = list(reader.batches())
+        assert sum(len(batch.seqs) for batch in batches) == 54
+        middle = batches[3]
+        assert [batch.position for batch in reader.batches(middle.position, middle.position + 1)] == [
+            middle.position,
+            middle.position + 1,
+        ]
+    assert [batch.position for batch in batches] == sorted(batch.position for batch in batches)
+    assert middle.x.shape == (len(middle.streams), 3)
+    assert middle.y.shape == (len(middle.streams), 4)
+    assert middle.bucket == 8
+
+
+def test_a_reader_shows_what_was_committed_when_it_opened(tmp_path: Path) -> None:
+    path = tmp_path / "live.rec"
+    writer = record(path, HEADER, gru_step(GRU), [3, 3], finish=False)
+    with RecordingReader(path) as early:
+        seen = early.last_position
+        writer.event(1, "later", None, None, "")
+        writer.open_stream(3, "late", 1, None)
+        writer.commit()
+        assert list(early.events()) == []
+        assert len(early.streams()) == 2
+        early.check_positions()
+        with RecordingReader(path) as late:
+            assert late.last_position == seen + 2
+            assert [event.kind for event in late.events()] == ["later"]
+            assert len(late.streams()) == 3
+    writer.close()
+
+
+def test_a_finished_recording_is_read_where_nothing_can_be_written(path: Path) -> None:
+    before = sorted(path.parent.iterdir())
+    read_all(path)
+    assert sorted(path.parent.iterdir()) == before, "reading left nothing behind"
+
+
+def test_names_that_look_like_queries_are_only_names(path: Path) -> None:
+    odd = path.parent / "what?mode=rw #1%20.rec"
+    shutil.copyfile(path, odd)
+    read_all(odd)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match=r"cannot read the recording .*No such file"):
+        RecordingReader(tmp_path / "missing.rec")
+    with pytest.raises(RecordingError, match=r"cannot read the recording .*directory"):
+        RecordingReader(tmp_path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("frames, frames, frames\n" * 100)
+    with pytest.raises(RecordingError, match="not a recording, or is damaged"):
+        RecordingReader(text)
+    (tmp_path / "empty").touch()
+    with pytest.raises(RecordingError, match="another kind of database, or empty"):
+        RecordingReader(tmp_path / "empty")
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("CREATE TABLE batches (position)")
+    other.close()
+    with pytest.raises(RecordingError, match="another kind of database"):
+        RecordingReader(tmp_path / "other.db")
+
+
+def test_another_format_version_is_refused(path: Path) -> None:
+    database = sqlite3.connect(path)
+    database.execute("PRAGMA user_version=2")
+    database.close()
+    with pytest.raises(RecordingError, match="format version 2, and this instep reads version 1"):
+        RecordingReader(path)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
+def test_a_truncated_file_is_damaged(path: Path, keep: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(RecordingError, match="damaged"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("table", ["openings", "batches", "closings", "events"])
+def test_a_changed_row_is_named(path: Path, table: str) -> None:
+    forger = Forger(path, path.parent / "forged.rec", fix_crc=False)
+    position = forger.rows(table)[-1]["position"]
+    forger.change(table, position, time_ns=5)
+    with pytest.raises(RecordingError, match=rf"position {position} \(of {table}\) does not match its CRC"):
+        read_all(forger.path)
+
+
+@pytest.mark.parametrize("table", ["openings", "batches", "closings", "events"])
+def test_a_lost_row_is_named(path: Path, table: str) -> None:
+    forger = Forger(path, path.parent / "forged.rec")
+    position = forger.rows(table)[0]["position"]
+    with RecordingReader(path) as whole:
+        last = whole.last_position
+    forger.remove(table, position)
+    if position == last:  # only the end was lost: a recording that was not closed
+        read_all(forger.path)
+        return
+    with pytest.raises(RecordingError, match=rf"row at position {position} is missing"):
+        read_all(forger.path)
+
+
+def test_columns_of_the_wrong_size_are_damage_even_with_the_right_crc(path: Path) -> None:
+    forger = Forger(path, path.parent / "forged.rec")
+    batch = forger.rows("batches")[0]
+    for name in ("streams", "seqs", "x", "y"):
+        forger = Forger(path, path.parent / "forged.rec")
+        forger.change("batches", batch["position"], **{name: batch[name][:-1]})
+        with pytest.raises(RecordingError, match="bytes where"):
+            read_all(forger.path)
+    forger = Forger(path, path.parent / "forged.rec")
+    forger.change("batches", batch["position"], bucket=batch["size"] - 1)
+    with pytest.raises(RecordingError, match="in a bucket of"):
+        read_all(forger.path)
+    forger = Forger(path, path.parent / "forged.rec")
+    forger.change("closings", forger.rows("closings")[0]["position"], final_state=b"1234")
+    with pytest.raises(RecordingError, match="holds 4 bytes where 32 belong"):
+        read_all(forger.path)
+
+
+def test_a_close_without_an_opening_is_damage(path: Path) -> None:
+    forger = Forger(path, path.parent / "forged.rec")
+    forger.change("closings", forger.rows("closings")[0]["position"], stream=77)
+    with pytest.raises(RecordingError, match="stream 77 was closed, but never opened"):
+        read_all(forger.path)
+
+
+def test_states_keep_their_bits(tmp_path: Path) -> None:
+    odd = np.array([[0.0, -0.0, 1e-45, np.pi]] * 2, np.float32)
+    writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
+    writer.open_stream(1, "a", 1, odd)
+    writer.close()
+    with RecordingReader(tmp_path / "a.rec") as reader:
+        (info,) = reader.streams()
+    assert info.initial_state is not None
+    assert info.initial_state.tobytes() == odd.tobytes()

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.recording.errors import RecordingError
+from instep.recording.reader import RecordingReader
+from instep.recording.recorder import SMALL_ROWS_PER_BATCH, Recorder
+from instep.recording.writer import RecordingWriter
+from tests.support.recordings import gru_description, make_gru, make_header
+
+HEADER = make_header(gru_description(make_gru(3, 4)))
+
+
+class HeldWriter(RecordingWriter):
+    """A writer whose commits wait for the test, count, and may fail."""
+
+    gate: threading.Event
+    failure: Exception | None = None
+    commits = 0
+    abandoned = False
+
+    def commit(self) -> None:
+        assert self.gate.wait(60)
+        if self.failure is not None:
+            raise self.failure
+        self.commits += self._in_transaction
+        super().commit()
+
+    def abandon(self) -> None:
+        self.abandoned = True
+        super().abandon()
+
+
+class Calls:
+    def __init__(self) -> None:
+        self.room = threading.Semaphore(0)
+        self.failures: list[Exception] = []
+        self.failed = threading.Event()
+
+    def on_room(self) -> None:
+        self.room.release()
+
+    def on_failure(self, error: Exception) -> None:
+        self.failures.append(error)
+        self.failed.set()
+
+
+def start(path: Path, queue_batches: int = 2) -> tuple[HeldWriter, Recorder, Calls]:
+    writer = HeldWriter.create(path, HEADER)
+    assert isinstance(writer, HeldWriter)
+    writer.gate = threading.Event()
+    calls = Calls()
+    return writer, Recorder(writer, queue_batches, calls.on_room, calls.on_failure), calls
+
+
+def add(recorder: Recorder, seq: int) -> None:
+    x, y = np.full((1, 3), seq, np.float32), np.zeros((1, 4), np.float32)
+    recorder.add_batch(seq, 4, np.array([1], np.uint32), np.array([seq], np.uint64), x, y)
+
+
+def test_everything_is_written_in_order(tmp_path: Path) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
+    writer.gate.set()
+    recorder.open_stream(1, "a", 1, None)
+    for seq in range(50):
+        add(recorder, seq)
+        if seq == 20:
+            recorder.event(2, "note", 1, seq, "half way")
+    recorder.close_stream(1, 3, "closed", 50, np.ones((1, 4), np.float32))
+    recorder.stop()
+    assert recorder.failed is None
+    assert calls.failures == []
+    with RecordingReader(tmp_path / "a.rec") as reader:
+        assert reader.finished
+        assert [int(batch.seqs[0]) for batch in reader.batches()] == list(range(50))
+        assert [event.position for event in reader.events()] == [23, 54]
+        (info,) = reader.streams()
+        assert (info.opened_position, info.closed_position, info.frames) == (1, 53, 50)
+
+
+def test_all_that_waits_becomes_one_commit(tmp_path: Path) -> None:
+    writer, recorder, _ = start(tmp_path / "a.rec", queue_batches=1000)
+    recorder.open_stream(1, "a", 1, None)
+    for seq in range(200):
+        add(recorder, seq)
+    writer.gate.set()
+    recorder.stop()
+    # The first commit took what was there when the thread woke, the second the rest, the third the end.
+    assert writer.commits <= 3
+
+
+def test_room_is_what_is_not_yet_committed(tmp_path: Path) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=2)
+    recorder.open_stream(1, "a", 1, None)
+    assert recorder.has_room
+    add(recorder, 0)
+    assert recorder.has_room
+    add(recorder, 1)
+    assert not recorder.has_room
+    assert recorder.waiting_batches == 2
+    assert not calls.room.acquire(timeout=0.05)
+    writer.gate.set()
+    assert calls.room.acquire(timeout=60)
+    assert recorder.has_room
+    recorder.stop()
+    assert not calls.room.acquire(timeout=0), "on_room is called once for one time without room"
+
+
+def test_small_rows_are_bounded_too(tmp_path: Path) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=1)
+    for number in range(SMALL_ROWS_PER_BATCH):
+        assert recorder.has_room
+        recorder.event(number, "note", None, None, "")
+    assert not recorder.has_room
+    writer.gate.set()
+    assert calls.room.acquire(timeout=60)
+    recorder.stop()
+
+
+@pytest.mark.parametrize("failure", [sqlite3.OperationalError("database or disk is full"), OSError("broken")])
+def test_a_failing_disk_ends_the_recording_aloud(tmp_path: Path, failure: Exception) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec")
+    writer.failure = failure
+    recorder.open_stream(1, "a", 1, None)
+    writer.gate.set()
+    assert calls.failed.wait(60)
+    assert recorder.failed is failure
+    with pytest.raises(RecordingError, match=f"failed and takes nothing more: {failure}"):
+        add(recorder, 0)
+    recorder.stop()
+    assert calls.failures == [failure]
+    assert writer.abandoned
+    with RecordingReader(tmp_path / "a.rec") as reader:
+        assert reader.last_position == 0
+
+
+def test_a_really_full_file_ends_the_recording(tmp_path: Path) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=1000)
+    (pages,) = writer._database.execute("PRAGMA page_count").fetchone()
+    writer._database.execute(f"PRAGMA max_page_count={pages + 1}")
+    writer.gate.set()
+    recorder.open_stream(1, "a", 1, None)
+    for seq in range(2000):
+        try:
+            add(recorder, seq)
+        except RecordingError:
+            break
+    assert calls.failed.wait(60)
+    recorder.stop()
+    assert isinstance(recorder.failed, sqlite3.OperationalError)
+    assert "full" in str(recorder.failed)
+    with RecordingReader(tmp_path / "a.rec") as reader:
+        reader.check_positions()
+        assert not reader.finished
+
+
+def test_after_stop_nothing_is_taken(tmp_path: Path) -> None:
+    writer, recorder, _ = start(tmp_path / "a.rec")
+    writer.gate.set()
+    recorder.stop()
+    with pytest.raises(RecordingError, match="was stopped"):
+        recorder.event(1, "late", None, None, "")

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Any
+
+import pytest
+
+from instep.recording.errors import RecordingError
+from instep.recording.schema import RecordingHeader, row_crc, row_is_sound
+from tests.support.recordings import make_header
+
+DESCRIPTION: dict[str, Any] = {
+    "features": 5,
+    "before": [{"size": 7, "activation": "relu", "bias": True}],
+    "gru": {"hidden_size": 6, "num_layers": 2, "bias": True, "bidirectional": False},
+    "after": [],
+}
+
+
+def test_crc_is_that_of_the_columns_bytes() -> None:
+    columns = struct.pack("<q", 3) + "größe".encode() + b"\x00\xff" + struct.pack("<q", -1)
+    assert row_crc(3, "größe", None, b"\x00\xff", -1) == zlib.crc32(columns)
+
+
+def test_header_survives_its_rows() -> None:
+    header = make_header(DESCRIPTION, buckets=(4, 32), numerics={"torch": "2.13"})
+    again = RecordingHeader.from_rows(header.rows())
+    assert again == header
+    assert again.buckets == (4, 32)
+
+
+def test_header_knows_the_sizes() -> None:
+    header = make_header(DESCRIPTION)
+    assert (header.features, header.outputs, header.state_layers, header.state_size) == (5, 6, 2, 6)
+    with_head = make_header({**DESCRIPTION, "after": [{"size": 8}, {"size": 9}]})
+    assert with_head.outputs == 9
+
+
+def test_header_with_a_flipped_bit_is_refused_by_name() -> None:
+    rows = [
+        (key, value.replace("ab", "ac", 1) if key == "model_fingerprint" else value, crc)
+        for key, value, crc in make_header(DESCRIPTION).rows()
+    ]
+    with pytest.raises(RecordingError, match="'model_fingerprint' is damaged"):
+        RecordingHeader.from_rows(rows)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("buckets", "7"),
+        ("numerics", "[]"),
+        ("exactness", "1"),
+        ("description", '{"features": 3}'),
+        ("description", '"gru"'),
+        ("model_name", "not json"),
+        ("surprise", "1"),
+    ],
+)
+def test_header_of_the_wrong_kind_is_refused(key: str, value: str) -> None:
+    rows = {row[0]: row for row in make_header(DESCRIPTION).rows()}
+    rows[key] = (key, value, row_crc(key, value))
+    with pytest.raises(RecordingError, match="damaged or incomplete"):
+        RecordingHeader.from_rows(list(rows.values()))
+
+
+def test_header_with_a_size_of_zero_is_refused() -> None:
+    with pytest.raises(RecordingError, match="below 1"):
+        RecordingHeader.from_rows(make_header({**DESCRIPTION, "features": 0}).rows())
+
+
+def test_header_with_a_missing_row_is_refused() -> None:
+    with pytest.raises(RecordingError, match="model_folder"):
+        RecordingHeader.from_rows([row for row in make_header(DESCRIPTION).rows() if row[0] != "model_folder"])
+
+
+@pytest.mark.parametrize(
+    ("row", "sound"),
+    [
+        ((1, 2, None, None, "kind", "detail"), True),
+        ((1, 2, 3, 4, "kind", "detail"), True),
+        ((1, 2, 3, 4, None, "detail"), False),
+        ((1, 2, "3", 4, "kind", "detail"), False),
+        ((1, 2, 3, 4, "kind", b"detail"), False),
+        ((1, 2, 3.5, 4, "kind", "detail"), False),
+    ],
+)
+def test_rows_hold_what_their_columns_declare(row: tuple[Any, ...], sound: bool) -> None:
+    crc = row_crc(*(column if not isinstance(column, float) else 3 for column in row))
+    assert row_is_sound("events", (*row, crc)) is sound
+    assert not row_is_sound("events", (*row, crc + 1))

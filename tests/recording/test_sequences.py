@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from instep.recording.errors import RecordingError
+from instep.recording.reader import RecordingReader
+from instep.recording.sequences import SequenceIndex
+from tests.support.recordings import Forger, gru_description, gru_step, make_gru, make_header, record
+
+GRU = make_gru(3, 4)
+HEADER = make_header(gru_description(GRU))
+LENGTHS = [5, 0, 9, 40, 7]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "good.rec"
+    record(path, HEADER, gru_step(GRU), LENGTHS, leave_open=[3])
+    return path
+
+
+def index_of(path: Path) -> SequenceIndex:
+    with RecordingReader(path) as reader:
+        return SequenceIndex(reader, lambda _: None)
+
+
+def test_sequences_are_what_the_gru_saw_and_said(path: Path) -> None:
+    shares: list[float] = []
+    with RecordingReader(path) as reader:
+        index = SequenceIndex(reader, shares.append)
+        assert index.frames.tolist() == LENGTHS
+        assert index.frames_present == 61
+        assert index.defects == {}
+        sequences = index.load(np.array([3, 1, 0]))
+    assert sequences.offsets.tolist() == [0, 40, 40, 45]
+    assert shares == sorted(shares)
+    assert 0.5 < shares[-1] <= 1
+    for first, last in ((0, 40), (40, 45)):
+        with torch.inference_mode():
+            y, _ = GRU(torch.from_numpy(sequences.x[first:last])[:, None])
+        np.testing.assert_allclose(sequences.y[first:last], y[:, 0].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("most_frames", "groups"),
+    [
+        (1000, [[0, 1, 2, 3, 4]]),
+        (14, [[0, 1, 2], [3], [4]]),
+        (1, [[0], [1, 2], [3], [4]]),
+    ],
+)
+def test_groups_hold_a_bounded_number_of_frames(path: Path, most_frames: int, groups: list[list[int]]) -> None:
+    index = index_of(path)
+    assert [group.tolist() for group in index.groups(np.arange(5), most_frames)] == groups
+    assert list(index.groups(np.arange(0), most_frames)) == []
+
+
+def forge_column(path: Path, stream: int, seq: int, name: str, value: int) -> Path:
+    forger = Forger(path, path.parent / "forged.rec")
+    batch, at = forger.find_frame(stream, seq)
+    column = forger.column(batch, name)
+    column[at] = value
+    forger.change("batches", batch["position"], **{name: column.tobytes()})
+    return forger.path
+
+
+@pytest.mark.parametrize(
+    ("seq", "value", "sentence", "frames"),
+    [
+        (4, 5, "frame 4 is missing: frame 5 was recorded in its place", 4),
+        (4, 3, "frame 3 was recorded again where frame 4 belongs", 4),
+        (0, 2**63, f"frame {-(2**63)} was recorded again where frame 0 belongs", 0),
+    ],
+)
+def test_wrong_seqs_are_named(path: Path, seq: int, value: int, sentence: str, frames: int) -> None:
+    index = index_of(forge_column(path, 3, seq, "seqs", value))
+    assert index.defects == {2: sentence}
+    assert index.frames.tolist() == [5, 0, frames, 40, 7]
+    assert index.frames_present == 61
+
+
+def test_only_the_frames_before_a_defect_are_loaded(path: Path) -> None:
+    with RecordingReader(path) as good, RecordingReader(forge_column(path, 3, 6, "seqs", 2)) as bad:
+        whole = SequenceIndex(good, lambda _: None).load(np.array([2]))
+        part = SequenceIndex(bad, lambda _: None).load(np.array([2]))
+    assert part.x.tobytes() == whole.x[:6].tobytes()
+    assert part.y.tobytes() == whole.y[:6].tobytes()
+
+
+def test_frames_of_a_stream_that_never_opened_are_damage(path: Path) -> None:
+    with pytest.raises(RecordingError, match="frames of a stream that was never opened"):
+        index_of(forge_column(path, 3, 4, "streams", 99))
+
+
+def test_frames_without_any_stream_are_damage(path: Path) -> None:
+    forger = Forger(path, path.parent / "forged.rec")
+    for table in ("closings", "openings"):
+        for row in forger.rows(table):
+            forger.remove(table, row["position"])
+    with pytest.raises(RecordingError, match="never opened"):
+        index_of(forger.path)
+
+
+def test_two_frames_of_a_stream_in_one_step_are_a_defect(path: Path) -> None:
+    forger = Forger(path, path.parent / "forged.rec")
+    batch = next(row for row in forger.rows("batches") if row["size"] >= 2)
+    numbers, seqs = forger.column(batch, "streams"), forger.column(batch, "seqs")
+    numbers[1], seqs[1] = numbers[0], seqs[0]
+    forger.change("batches", batch["position"], streams=numbers.tobytes(), seqs=seqs.tobytes())
+    index = index_of(forger.path)
+    row = int(numbers[0]) - 1
+    assert index.defects[row] == f"two frames were recorded in one step, at frame {seqs[0]}"
+    assert index.frames[row] == seqs[0]
+
+
+def test_frames_after_the_close_are_a_defect(path: Path) -> None:
+    forger = Forger(path, path.parent / "forged.rec")
+    opening = forger.rows("openings")[0]["position"]
+    closing = next(row for row in forger.rows("closings") if row["stream"] == 1)["position"]
+    assert (opening, closing) != (1, 1)
+    last, _ = forger.find_frame(1, 4)
+    # The close changes places with the batch of the last frame.
+    forger.move("closings", closing, last["position"])
+    forger.move("batches", last["position"], closing)
+    index = index_of(forger.path)
+    assert index.defects[0] == "frame 4 was recorded while the stream was not open"
+
+
+@pytest.mark.parametrize("claimed", [4, 6])
+def test_a_close_that_counts_other_frames_is_a_defect(path: Path, claimed: int) -> None:
+    forger = Forger(path, path.parent / "forged.rec")
+    forger.change("closings", forger.rows("closings")[0]["position"], frames=claimed)
+    index = index_of(forger.path)
+    assert index.defects == {0: f"the stream was closed after {claimed} frames, but 5 are recorded"}
+    assert index.frames[0] == 5

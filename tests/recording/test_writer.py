@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.recording.errors import RecordingError
+from instep.recording.reader import RecordingReader
+from instep.recording.schema import APPLICATION_ID, row_crc
+from instep.recording.writer import RecordingWriter
+from tests.support.recordings import START_NS, gru_description, make_gru, make_header
+
+HEADER = make_header(gru_description(make_gru(3, 4)))
+
+
+def small_batch(writer: RecordingWriter, seq: int = 0, streams: tuple[int, ...] = (1, 2)) -> None:
+    size = len(streams)
+    x = np.arange(size * 3, dtype=np.float32).reshape(size, 3)
+    y = (np.arange(size * 4) / 8).reshape(size, 4).astype(np.float32)
+    writer.add_batch(START_NS, 4, np.array(streams, np.uint32), np.full(size, seq, np.uint64), x, y)
+
+
+def test_plain_sql_reads_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    writer = RecordingWriter.create(path, HEADER)
+    writer.open_stream(1, "mic-1", 11, None)
+    writer.open_stream(2, "mic-2", 12, np.full((1, 4), 0.5, np.float32))
+    small_batch(writer)
+    writer.event(14, "note", 2, 0, "seen")
+    writer.close_stream(1, 15, "closed", 1, np.ones((1, 4), np.float32))
+    writer.close()
+
+    database = sqlite3.connect(path)
+    assert database.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+    assert database.execute("PRAGMA user_version").fetchone() == (1,)
+    assert database.execute("PRAGMA page_size").fetchone() == (16384,)
+    assert database.execute("SELECT position, stream, name, initial_state FROM openings").fetchall() == [
+        (1, 1, "mic-1", None),
+        (2, 2, "mic-2", np.full(4, 0.5, "<f4").tobytes()),
+    ]
+    (batch,) = database.execute("SELECT * FROM batches").fetchall()
+    assert batch[:4] == (3, START_NS, 4, 2)
+    assert batch[4:8] == (
+        np.array([1, 2], "<u4").tobytes(),
+        np.array([0, 0], "<u8").tobytes(),
+        np.arange(6, dtype="<f4").tobytes(),
+        (np.arange(8, dtype="<f4") / 8).tobytes(),
+    )
+    assert batch[8] == row_crc(*batch[:8])
+    events = database.execute("SELECT position, stream, seq, kind, detail FROM events").fetchall()
+    assert events[0] == (4, 2, 0, "note", "seen")
+    assert events[1][:4] == (6, None, None, "end")
+    assert database.execute("SELECT position, stream, frames, reason FROM closings").fetchall() == [(5, 1, 1, "closed")]
+    database.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.rec"]
+
+
+def test_it_is_wal_with_normal_synchronisation_while_written(tmp_path: Path) -> None:
+    writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
+    assert writer._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert writer._database.execute("PRAGMA synchronous").fetchone() == (1,)
+    writer.close()
+
+
+def test_numbers_of_numpy_are_taken(tmp_path: Path) -> None:
+    writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
+    writer.open_stream(int(np.int64(1)), "a", np.int64(5), None)  # type: ignore[arg-type]
+    writer.close_stream(np.int64(1), 6, "closed", np.uint64(0), None)  # type: ignore[arg-type]
+    writer.close()
+    with RecordingReader(tmp_path / "a.rec") as reader:
+        (info,) = reader.streams()
+    assert (info.opened_ns, info.frames) == (5, 0)
+
+
+def test_a_file_with_content_is_never_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    path.write_bytes(b"precious")
+    with pytest.raises(RecordingError, match="already exists"):
+        RecordingWriter.create(path, HEADER)
+    assert path.read_bytes() == b"precious"
+
+
+def test_an_empty_file_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    path.touch()
+    RecordingWriter.create(path, HEADER).close()
+    with RecordingReader(path) as reader:
+        assert reader.finished
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match="cannot create the recording"):
+        RecordingWriter.create(tmp_path / "missing" / "a.rec", HEADER)
+
+
+def test_a_disk_that_is_full_from_the_start_is_said_at_once() -> None:
+    with pytest.raises(RecordingError, match=r"cannot create the recording /dev/full: .*full"):
+        RecordingWriter.create(Path("/dev/full"), HEADER)
+
+
+def test_what_is_not_committed_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    writer = RecordingWriter.create(path, HEADER)
+    writer.open_stream(1, "a", 1, None)
+    writer.commit()
+    small_batch(writer, streams=(1,))
+    with RecordingReader(path) as reader:
+        assert reader.last_position == 1
+        assert not reader.finished
+    writer.abandon()
+    with RecordingReader(path) as reader:
+        assert reader.last_position == 1
+        assert list(reader.batches()) == []
+
+
+def test_committed_rows_survive_the_death_of_the_process(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from instep.recording.schema import RecordingHeader\n"
+        "from instep.recording.writer import RecordingWriter\n"
+        f"header = RecordingHeader.from_rows({HEADER.rows()!r})\n"
+        "writer = RecordingWriter.create(Path(sys.argv[1]), header)\n"
+        "writer.open_stream(1, 'a', 1, None)\n"
+        "writer.commit()\n"
+        "writer.open_stream(2, 'b', 1, None)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    path = tmp_path / "a.rec"
+    assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == -9
+    with RecordingReader(path) as reader:
+        assert [info.name for info in reader.streams()] == ["a"]
+        assert not reader.finished
+
+
+def test_closing_while_somebody_reads_leaves_a_whole_recording(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    writer = RecordingWriter.create(path, HEADER)
+    for stream in range(1, 4):
+        writer.open_stream(stream, "a", 1, None)
+    writer.commit()
+    with RecordingReader(path) as early:
+        rows = early._rows("openings")
+        next(rows)  # a statement under way keeps the file in WAL mode
+        writer._database.execute("PRAGMA busy_timeout=0")
+        writer.close()
+        assert len(list(rows)) == 2
+    with RecordingReader(path) as reader:
+        assert reader.finished
+        assert len(reader.streams()) == 3

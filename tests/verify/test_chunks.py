@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from instep.recording.sequences import Sequences
+from instep.verify.bound import LEAST_RUNS
+from instep.verify.chunks import LEAST_FILL, Chunk, plan_chunks
+
+
+def test_every_sequence_is_in_one_chunk_the_longest_first() -> None:
+    lengths = np.random.default_rng(0).integers(0, 300, 1000)
+    chunks = list(plan_chunks(lengths, 64, 4, 10_000))
+    assert sorted(np.concatenate(chunks).tolist()) == np.flatnonzero(lengths).tolist()
+    for chunk in chunks:
+        inside = lengths[chunk]
+        assert (np.diff(inside) <= 0).all()
+        assert len(chunk) <= 64
+        assert len(chunk) * inside[0] <= 10_000
+    full = [chunk for chunk in chunks if len(chunk) > 4]
+    assert all(lengths[chunk][-1] >= LEAST_FILL * lengths[chunk][0] for chunk in full)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chunks"),
+    [
+        ([], []),
+        ([0, 0], []),
+        ([5], [[0]]),
+        ([1, 100, 1, 100, 1, 1, 1], [[1, 3, 0, 2], [4, 5, 6]]),  # fewer than four rows gain nothing
+        ([9000] * 6, [[0, 1, 2, 3], [4, 5]]),  # nor does memory ask for less than four
+    ],
+)
+def test_small_plans(lengths: list[int], chunks: list[list[int]]) -> None:
+    plan = plan_chunks(np.array(lengths, np.int64), 64, 4, 10_000)
+    assert [chunk.tolist() for chunk in plan] == chunks
+
+
+@pytest.mark.parametrize("most_frames", [1, 24, 10_000])
+def test_spans_hold_every_frame_once(most_frames: int) -> None:
+    lengths = [3, 8, 5]
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    x = np.arange(32, dtype=np.float32).reshape(16, 2)
+    sequences = Sequences(np.array([10, 11, 12]), offsets, x, -x[:, :1])
+    chunk = Chunk(sequences, np.array([1, 2]), most_frames)
+    assert chunk.rows.tolist() == [11, 12]
+    assert chunk.lengths.tolist() == [8, 5]
+    seen: list[tuple[int, int, list[float], list[float]]] = []
+    for span in chunk.spans():
+        assert span.valid.sum(axis=1).tolist() == span.active.tolist()
+        assert not span.x[~span.valid].any()
+        assert len(span.active) * LEAST_RUNS <= max(most_frames, LEAST_RUNS)
+        for timestep, row in np.argwhere(span.valid).tolist():
+            seen.append((row, span.start + timestep, span.x[timestep, row].tolist(), span.y[timestep, row].tolist()))
+    expected = [
+        (row, frame, x[offsets[at] + frame].tolist(), (-x[offsets[at] + frame, :1]).tolist())
+        for row, at in enumerate((1, 2))
+        for frame in range(lengths[at])
+    ]
+    assert sorted(seen) == sorted(expected)

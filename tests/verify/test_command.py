@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import io
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from instep.verify.command import run
+from tests.support.recordings import Forger, Recorded, make_gru, record_gru
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Recorded:
+    return record_gru(tmp_path, make_gru(), [5, 0, 9])
+
+
+def verify(path: Path, **options: Any) -> tuple[int, str]:
+    file = io.StringIO()
+    arguments = {"model_folder": None, "stream": None, "json": False, **options}
+    status = run(path, console=Console(file=file, width=160), **arguments)
+    return status, file.getvalue()
+
+
+def test_a_good_recording(recorded: Recorded) -> None:
+    status, text = verify(recorded.path)
+    assert status == 0
+    assert text.splitlines()[-1].startswith("verified: 3 streams, 14 frames, exact, 0 mismatches (stepped, whole")
+
+
+def test_json_is_one_object_on_standard_output_and_nothing_else(
+    recorded: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text = verify(recorded.path, json=True)
+    assert status == 0
+    assert text == ""
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["verified"] is True
+    assert fields["file"] == str(recorded.path)
+    assert [stream["verdict"] for stream in fields["streams"]] == ["exact", "empty", "exact"]
+
+
+def test_json_of_what_could_not_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _ = verify(tmp_path / "missing.rec", json=True)
+    assert status == 2
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["verified"] is False
+    assert fields["verdict"] == "not checked"
+    assert "cannot read the recording" in fields["error"]
+
+
+def test_progress_is_shown_on_a_terminal(recorded: Recorded) -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=100, force_terminal=True)
+    assert run(recorded.path, model_folder=None, stream=None, json=False, console=console) == 0
+    assert "reading" in file.getvalue()
+    assert "replaying" in file.getvalue()
+
+
+def test_an_unknown_stream(recorded: Recorded) -> None:
+    status, text = verify(recorded.path, stream="stream-33")
+    assert status == 2
+    assert text.startswith("not checked: the recording has no stream 'stream-33'; did you mean 'stream-3'")
+
+
+def test_nothing_recorded(tmp_path: Path) -> None:
+    status, text = verify(record_gru(tmp_path, make_gru(), [0]).path)
+    assert status == 2
+    assert "nothing was recorded, so nothing can be verified" in text
+
+
+def test_files_that_are_no_recordings(recorded: Recorded, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello " * 1000)
+    content = recorded.path.read_bytes()
+    (tmp_path / "truncated").write_bytes(content[: len(content) // 2])
+    sqlite3.connect(tmp_path / "other").execute("CREATE TABLE a (b)").connection.close()
+    for name in ("text", "truncated", "other"):
+        status, text = verify(tmp_path / name)
+        assert status == 2, name
+        assert text.startswith("not checked: ")
+        assert len(text.splitlines()) == 1
+
+
+def test_a_mismatch(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+    forger = Forger(recorded.path, recorded.path.with_name("forged.rec"))
+    forger.change("closings", forger.rows("closings")[0]["position"], frames=4)
+    status, text = verify(forger.path)
+    assert status == 1
+    assert text.splitlines()[-1].startswith("not verified: 3 streams, 14 frames, 1 mismatch (")
+    assert verify(forger.path, json=True)[0] == 1
+    assert json.loads(capsys.readouterr().out)["mismatches"] == 1
+    assert verify(forger.path, stream="stream-3")[0] == 0, "the other streams are not touched by it"

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from instep.model.certify import Certification
+from instep.model.network import Network
+from instep.model.numerics import numerics
+from instep.recording.schema import RecordingHeader
+from instep.verify import conditions
+from instep.verify.conditions import device_for, differing, find_conditions, recorded_threads
+from tests.support.models import SEED_SIZED, with_head
+from tests.support.recordings import make_header
+
+NETWORK = Network(SEED_SIZED, torch.device("cpu"))
+
+
+def header(**changes: Any) -> RecordingHeader:
+    fields = {"numerics": numerics(NETWORK), **changes}
+    return make_header(SEED_SIZED.description.model_dump(mode="json"), **fields)
+
+
+def test_on_the_machine_that_recorded_bits_are_required() -> None:
+    found = find_conditions(header(buckets=(4, 16, 1024)), NETWORK)
+    assert found.step_bits
+    assert found.whole_bits
+    assert found.buckets == (4, 16), "those of the recording, up to a useful number of rows"
+
+
+@pytest.mark.parametrize("buckets", [(3, 8), (-4, 4), (0,), (), (1024,)])
+def test_buckets_that_fit_nothing_are_replaced(buckets: tuple[int, ...]) -> None:
+    found = find_conditions(header(buckets=buckets), NETWORK)
+    assert found.buckets[0] >= NETWORK.smallest_bucket
+    assert found.buckets[-1] <= conditions.MOST_ROWS
+    assert len(found.buckets) > 2
+
+
+def test_buckets_keep_to_the_network() -> None:
+    network = Network(with_head(3, 8, 2), torch.device("cpu"))
+    assert all(bucket % 32 == 0 for bucket in find_conditions(header(buckets=(4, 8)), network).buckets)
+
+
+@pytest.mark.parametrize("exactness", ["tolerance", "off"])
+def test_an_engine_that_promised_no_bits(exactness: str) -> None:
+    found = find_conditions(header(exactness=exactness), NETWORK)
+    assert found.step_notes == (f"the engine ran with exactness {exactness}, which promises no bits",)
+    assert not found.step_bits
+    assert not found.whole_bits
+
+
+def test_another_machine() -> None:
+    there = {**numerics(NETWORK), "torch": "1.9"}
+    (note,) = find_conditions(header(numerics=there), NETWORK).step_notes
+    assert note == (
+        f"this machine computes otherwise than the one that recorded: torch 1.9 there, {torch.__version__} here"
+    )
+
+
+def test_a_machine_that_does_not_certify(monkeypatch: pytest.MonkeyPatch) -> None:
+    uncertified = Certification("tolerance", (4,), 3, whole_sequence=False)
+    monkeypatch.setattr(conditions, "certify", lambda network, candidates: uncertified)
+    found = find_conditions(header(), NETWORK)
+    assert found.step_notes == ("on this machine, a frame's bits depend on the batch size",)
+    assert not found.step_bits
+    only_stepping = Certification("exact", (4,), 0, whole_sequence=False)
+    monkeypatch.setattr(conditions, "certify", lambda network, candidates: only_stepping)
+    found = find_conditions(header(), NETWORK)
+    assert found.step_bits
+    assert not found.whole_bits
+    assert found.whole_notes == ("on this machine, a whole sequence in one call has other bits than stepping it",)
+
+
+def test_differences_in_words() -> None:
+    assert differing({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "5"}) == [
+        "b 2 there, 4 here",
+        "c 3 there, unknown here",
+        "d unknown there, 5 here",
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:99", "cuda:x", "nonsense"])
+def test_a_device_that_is_not_here_is_the_cpu(device: str) -> None:
+    assert device_for(header(numerics={"device": device})) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "used"), [("1", 1), ("2", 2), ("0", 1), ("-3", 1), ("10000000", 1), ("²", 1), (None, 1)]
+)
+def test_as_many_threads_as_recorded(recorded: str | None, used: int) -> None:
+    before = torch.get_num_threads()
+    with recorded_threads(header(numerics={} if recorded is None else {"threads": recorded})):
+        assert torch.get_num_threads() == used
+    assert torch.get_num_threads() == before

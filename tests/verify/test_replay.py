@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from instep.core.typing import F32
+from instep.model.network import Network
+from instep.verify.replay import replay_stepped, replay_whole
+from tests.support.models import plain, torch_gru
+
+MODEL = plain(5, 16, layers=2)
+LENGTHS = np.array([40, 40, 38, 35, 33, 33, 30, 21, 17, 16, 5, 1])
+RANDOM = np.random.default_rng(0)
+X: F32 = RANDOM.standard_normal((40, len(LENGTHS), 5)).astype(np.float32)
+H: F32 = RANDOM.uniform(-1, 1, (2, len(LENGTHS), 16)).astype(np.float32)
+ACTIVE = (np.arange(40)[:, None] < LENGTHS).sum(axis=1)
+
+
+class CountingNetwork(Network):
+    """Notes how many rows it was given."""
+
+    rows: list[int]
+
+    def step(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert x.is_contiguous()
+        assert h.is_contiguous()
+        self.rows.append(len(x))
+        return super().step(x, h)
+
+    def sequence(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.rows.append(x.shape[1])
+        return super().sequence(x, h)
+
+
+@pytest.fixture
+def network() -> CountingNetwork:
+    network = CountingNetwork(MODEL, torch.device("cpu"))
+    network.rows = []
+    return network
+
+
+def truth(row: int) -> tuple[F32, F32]:
+    """torch's own GRU over one whole sequence, in four equal rows."""
+    length = LENGTHS[row]
+    x = torch.from_numpy(X[:length, row : row + 1].repeat(4, axis=1))
+    with torch.inference_mode():
+        y, h = torch_gru(MODEL)(x, torch.from_numpy(H[:, row : row + 1].repeat(4, axis=1)))
+    return y[:, 0].numpy(), h[:, 0].numpy()
+
+
+def test_stepping_takes_the_smallest_bucket_and_gives_torchs_bits(network: CountingNetwork) -> None:
+    given = H.copy()
+    y, h = replay_stepped(network, (4, 8, 16), X, H, ACTIVE)
+    assert (given == H).all(), "the given states are not changed"
+    assert network.rows == [4 if count <= 4 else 8 if count <= 8 else 16 for count in ACTIVE.tolist()]
+    assert set(network.rows) == {4, 8, 16}
+    for row, length in enumerate(LENGTHS):
+        true_y, true_h = truth(row)
+        assert y[:length, row].tobytes() == true_y.tobytes()
+        assert h[:, row].tobytes() == true_h.tobytes()
+
+
+def test_the_whole_sequence_is_one_call_with_torchs_bits(network: CountingNetwork) -> None:
+    y, h = replay_whole(network, (4, 8, 16), X, H)
+    assert network.rows == [16]
+    for row, length in enumerate(LENGTHS):
+        true_y, true_h = truth(row)
+        assert y[:length, row].tobytes() == true_y.tobytes()
+        if length == 40:
+            assert h[:, row].tobytes() == true_h.tobytes()
+
+
+def test_states_go_along_from_piece_to_piece(network: CountingNetwork) -> None:
+    first_y, h = replay_stepped(network, (4, 8, 16), X[:15], H, ACTIVE[:15])
+    second_y, h = replay_stepped(network, (4, 8, 16), X[15:], h, ACTIVE[15:])
+    whole_y, whole_h = replay_stepped(network, (4, 8, 16), X, H, ACTIVE)
+    assert h.tobytes() == whole_h.tobytes()
+    assert np.concatenate([first_y, second_y]).tobytes() == whole_y.tobytes()

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep.model.ulp import NOT_COMPARABLE
+from instep.verify.report import ULP_BINS, Divergence, Report, StreamReport, Verdict, ulp_bins, ulp_label
+
+
+def stream(number: int, verdict: Verdict, frames: int = 10, **changes: Any) -> StreamReport:
+    fields: dict[str, Any] = {
+        "problems": ("frame 3 is missing",) if verdict == "mismatch" else (),
+        "divergence": None,
+        "max_ulp": 0,
+        "max_error": 1.25e-7 * number,
+    }
+    return StreamReport(number, f"mic-{number}", frames, verdict, **{**fields, **changes})
+
+
+def report(*streams: StreamReport, **changes: Any) -> Report:
+    fields: dict[str, Any] = {
+        "file": Path("a.rec"),
+        "model_name": "m",
+        "fingerprint": "ab",
+        "finished": True,
+        "notes": (),
+        "buckets": (4, 8),
+        "seconds": 1.23456,
+    }
+    return Report(streams=streams, **{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("distance", "at", "label"),
+    [
+        (0, 0, "0"),
+        (1, 1, "1"),
+        (2, 2, "2"),
+        (3, 3, "3–4"),
+        (4, 3, "3–4"),
+        (5, 4, "5–8"),
+        (8, 4, "5–8"),
+        (9, 5, "9–16"),
+        (2**31, 32, "1,073,741,825–2,147,483,648"),
+        (2**32 - 1, 33, "2,147,483,649–4,294,967,296"),
+        (NOT_COMPARABLE, 34, "NaN"),
+    ],
+)
+def test_bins_of_ulp(distance: int, at: int, label: str) -> None:
+    counts = ulp_bins(np.array([distance, distance]))
+    assert counts.shape == (ULP_BINS,)
+    assert np.flatnonzero(counts).tolist() == [at]
+    assert counts[at] == 2
+    assert ulp_label(at) == label
+
+
+@pytest.mark.parametrize(
+    ("streams", "line"),
+    [
+        (
+            (stream(1, "exact", 5000), stream(2, "empty", 0), stream(10, "exact", 687)),
+            "verified: 3 streams, 5,687 frames, exact, 0 mismatches "
+            "(stepped, whole sequence; float64 reference: max error 1.2e-06)",
+        ),
+        (
+            (stream(1, "within tolerance", 1),),
+            "verified: 1 stream, 1 frame, within tolerance, 0 mismatches "
+            "(stepped, whole sequence; float64 reference: max error 1.2e-07)",
+        ),
+        (
+            (stream(1, "within tolerance"), stream(2, "mismatch"), stream(3, "exact")),
+            "not verified: 3 streams, 30 frames, 1 mismatch "
+            "(stepped, whole sequence; float64 reference: max error 3.8e-07)",
+        ),
+    ],
+)
+def test_summary(streams: tuple[StreamReport, ...], line: str) -> None:
+    assert report(*streams).summary() == line
+
+
+def test_a_divergence_in_words_tells_neighbouring_floats_apart() -> None:
+    one = float(np.float32(0.1))
+    next_one = float(np.nextafter(np.float32(0.1), np.float32(1)))
+    found = Divergence("stepped", "output", 7, 3, one, next_one, 1)
+    assert found.sentence() == "frame 7, element 3: recorded 0.1, stepped 0.10000001 (1 ULP apart)"
+    state = Divergence("float64 reference", "final state", 7, 3, one, 0.1000000123456, 1)
+    assert state.sentence() == ("final state, element 3: recorded 0.1, float64 reference 0.1000000123456 (1 ULP apart)")
+    nan = Divergence("whole sequence", "output", 0, 0, float("nan"), 1.0, NOT_COMPARABLE)
+    assert nan.sentence() == "frame 0, element 0: recorded nan, whole sequence 1.0 (one is not a number)"
+
+
+def test_json_holds_everything_even_what_json_cannot_say() -> None:
+    divergence = Divergence("stepped", "output", 7, 3, float("nan"), 0.5, NOT_COMPARABLE)
+    found = report(
+        stream(1, "mismatch", divergence=divergence, max_error=float("inf"), max_ulp=3),
+        stream(2, "exact"),
+        notes=("why",),
+        finished=False,
+        ulps={"stepped": ulp_bins(np.array([0, 0, 5])), "whole sequence": ulp_bins(np.array([0]))},
+    )
+    fields = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert fields["verified"] is False
+    assert fields["verdict"] == "mismatch"
+    assert fields["summary"] == found.summary()
+    assert (fields["frames"], fields["mismatches"], fields["finished"]) == (20, 1, False)
+    assert fields["max_error"] == "inf"
+    assert fields["notes"] == ["why"]
+    assert fields["seconds"] == 1.235
+    assert fields["ulp_histogram"] == {"stepped": {"0": 2, "5–8": 1}, "whole sequence": {"0": 1}}
+    assert fields["streams"][0]["first_divergence"] == {
+        "way": "stepped",
+        "place": "output",
+        "frame": 7,
+        "element": 3,
+        "recorded": "nan",
+        "replayed": 0.5,
+        "ulp": NOT_COMPARABLE,
+    }
+    assert fields["streams"][1] == {
+        "stream": 2,
+        "name": "mic-2",
+        "frames": 10,
+        "verdict": "exact",
+        "problems": [],
+        "first_divergence": None,
+        "max_ulp": 0,
+        "max_error": 2.5e-7,
+    }

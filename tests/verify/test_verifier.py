@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from instep.model.description import DenseLayer, GruLayers, NetworkDescription
+from instep.model.folder import Model, load_model, make_model
+from instep.model.network import Network
+from instep.recording.errors import RecordingError
+from instep.recording.reader import RecordingReader
+from instep.verify import verifier
+from instep.verify.errors import CannotVerify
+from instep.verify.replay import replay_stepped, replay_whole
+from instep.verify.report import Report
+from tests.support.recordings import (
+    Forger,
+    Recorded,
+    gru_step,
+    make_gru,
+    record,
+    record_gru,
+    record_model,
+)
+
+LENGTHS = [12, 0, 30, 1, 7, 30, 3]
+
+
+def ignore(stage: verifier.Stage, share: float) -> None:
+    assert stage in verifier.STAGES
+    assert 0 <= share <= 1
+
+
+def verify(recorded: Recorded, stream: str | None = None, model: Model | None = None) -> Report:
+    with RecordingReader(recorded.path) as reader:
+        return verifier.verify(reader, model or load_model(recorded.folder), stream, ignore)
+
+
+def verdicts(report: Report) -> list[str]:
+    return [stream.verdict for stream in report.streams]
+
+
+@pytest.mark.parametrize(
+    ("features", "hidden", "layers", "bias"), [(3, 4, 1, True), (5, 16, 2, False), (1, 2, 3, True), (40, 128, 1, True)]
+)
+def test_what_torch_streamed_is_exact(tmp_path: Path, features: int, hidden: int, layers: int, bias: bool) -> None:
+    gru = make_gru(features, hidden, layers, bias)
+    report = verify(record_gru(tmp_path, gru, LENGTHS, initial=[1, 2, 4], leave_open=[5]))
+    assert report.verdict == "exact"
+    assert verdicts(report) == ["exact", "empty", *["exact"] * 5]
+    assert [stream.frames for stream in report.streams] == LENGTHS
+    assert report.notes == ()
+    assert 0 < report.max_error < 1e-5
+    elements = sum(LENGTHS) * hidden
+    states = 5 * layers * hidden  # of the closed streams that have frames
+    assert report.ulps["stepped"].tolist() == [elements + states, *[0] * 34]
+    assert report.ulps["whole sequence"].tolist() == [elements, *[0] * 34]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "tanh", "sigmoid"])
+def test_dense_layers_are_exact_as_served(tmp_path: Path, activation: Any) -> None:
+    description = NetworkDescription(
+        features=5,
+        before=(DenseLayer(size=7, activation=activation),),
+        gru=GruLayers(hidden_size=9, num_layers=2),
+        after=(DenseLayer(size=6, activation=activation), DenseLayer(size=3, bias=False)),
+    )
+    model = make_model(description, "random", name="dense")
+    report = verify(record_model(tmp_path, model, LENGTHS, initial=[0]))
+    assert verdicts(report) == ["exact", "empty", *["exact"] * 5]
+    assert 0 < report.max_error < 1e-5
+
+
+def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = record_gru(tmp_path, make_gru(layers=2), [50, 49, 20, 20, 20, 3], initial=[0, 2])
+    whole = verify(recorded)
+    spans: list[int] = []
+
+    def counted(network: Network, buckets: tuple[int, ...], x: Any, h: Any) -> Any:
+        spans.append(x.shape[0] * x.shape[1])
+        return replay_whole(network, buckets, x, h)
+
+    monkeypatch.setattr("instep.verify.check.replay_whole", counted)
+    verify(recorded)
+    assert max(spans) > 100
+    spans.clear()
+    monkeypatch.setattr(verifier, "GROUP_BYTES", 60 * 4 * 7)
+    monkeypatch.setattr(verifier, "CHUNK_BYTES", 100 * 8 * 12)
+    pieces = verify(recorded)
+    assert len(spans) > 8
+    assert max(spans) <= 100
+    assert verdicts(pieces) == verdicts(whole) == ["exact"] * 6
+    assert pieces.max_error == whole.max_error
+    assert (pieces.ulps["stepped"] == whole.ulps["stepped"]).all()
+
+
+@pytest.mark.parametrize(("wanted", "streams"), [("stream-3", [3]), ("4", [4]), (None, [1, 2, 3, 4, 5, 6, 7])])
+def test_some_streams_only(tmp_path: Path, wanted: str | None, streams: list[int]) -> None:
+    report = verify(record_gru(tmp_path, make_gru(), LENGTHS), wanted)
+    assert [stream.stream for stream in report.streams] == streams
+    assert report.verdict == "exact"
+
+
+def test_nothing_recorded_is_not_a_pass(tmp_path: Path) -> None:
+    recorded = record_gru(tmp_path, make_gru(), [0, 0])
+    with pytest.raises(CannotVerify, match=r"holds no frames: nothing was recorded"):
+        verify(recorded)
+    with pytest.raises(CannotVerify, match=r"holds no frames: nothing was recorded"):
+        verify(recorded, "stream-1")
+
+
+def test_a_stream_without_frames_alone_is_not_a_pass(tmp_path: Path) -> None:
+    with pytest.raises(CannotVerify, match="stream 'stream-2' has no frames"):
+        verify(record_gru(tmp_path, make_gru(), LENGTHS), "stream-2")
+
+
+def test_a_recording_still_being_written_is_checked_up_to_its_last_commit(tmp_path: Path) -> None:
+    gru = make_gru()
+    recorded = record_gru(tmp_path, gru, [3])
+    live = tmp_path / "live.rec"
+    writer = record(live, recorded.header, gru_step(gru), [5, 6], leave_open=[0, 1], finish=False)
+    report = verify(Recorded(live, recorded.folder, recorded.header))
+    assert report.verdict == "exact"
+    assert report.frames == 11
+    assert not report.finished
+    writer.close()
+    assert verify(Recorded(live, recorded.folder, recorded.header)).finished
+
+
+def nudge_output(recorded: Recorded, stream: int, seq: int, ulps: int) -> Recorded:
+    forger = Forger(recorded.path, recorded.path.with_name("nudged.rec"))
+    batch, at = forger.find_frame(stream, seq)
+    y = forger.column(batch, "y")
+    y.view(np.int32)[at, 2] += ulps
+    forger.change("batches", batch["position"], y=y.tobytes())
+    return Recorded(forger.path, recorded.folder, recorded.header)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"exactness": "off"}, "the engine ran with exactness off, which promises no bits"),
+        ({"exactness": "tolerance"}, "the engine ran with exactness tolerance, which promises no bits"),
+        ({"numerics": {"torch": "0.1", "threads": "1"}}, "this machine computes otherwise than the one that recorded"),
+    ],
+)
+def test_within_tolerance_where_bits_are_not_promised(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+    recorded = record_gru(tmp_path, make_gru(), LENGTHS, changes=changes)
+    untouched = verify(recorded)
+    assert untouched.verdict == "exact", "equal bits are exact whatever was promised"
+    assert untouched.notes[0].startswith(why)
+    near = verify(nudge_output(recorded, 3, 8, ulps=2))
+    assert near.verdict == "within tolerance"
+    assert verdicts(near).count("within tolerance") == 1
+    bad = near.streams[2]
+    assert bad.divergence is not None
+    assert (bad.divergence.frame, bad.divergence.element, bad.divergence.ulp, bad.max_ulp) == (8, 2, 2, 2)
+    assert bad.problems == ()
+    far = verify(nudge_output(recorded, 3, 8, ulps=20_000))
+    assert verdicts(far).count("mismatch") == 1
+    assert len(far.streams[2].problems) == 3, "all three ways see it"
+
+
+def test_one_ulp_is_a_mismatch_where_bits_are_promised(tmp_path: Path) -> None:
+    report = verify(nudge_output(record_gru(tmp_path, make_gru(), LENGTHS), 3, 8, ulps=1))
+    assert verdicts(report) == ["exact", "empty", "mismatch", *["exact"] * 4]
+    stream = report.streams[2]
+    assert [problem.split(":")[0] for problem in stream.problems] == ["frame 8, element 2"] * 2
+    assert stream.divergence is not None
+    assert (stream.divergence.way, stream.divergence.ulp) == ("stepped", 1)
+
+
+def test_each_way_counts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = record_gru(tmp_path, make_gru(), LENGTHS)
+
+    def off_by_one_bit(run: Any) -> Any:
+        def wrong(*arguments: Any) -> Any:
+            y, h = run(*arguments)
+            y[2, 0].view(np.int32)[1] += 1
+            return y, h
+
+        return wrong
+
+    ways: list[tuple[Any, str]] = [(replay_stepped, "stepped"), (replay_whole, "whole sequence")]
+    for run, way in ways:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"instep.verify.check.{run.__name__}", off_by_one_bit(run))
+            report = verify(recorded)
+        wrong = [stream for stream in report.streams if stream.verdict == "mismatch"]
+        assert wrong
+        assert all(len(stream.problems) == 1 for stream in wrong)
+        assert all(f", {way} " in stream.problems[0] for stream in wrong)
+
+
+def test_the_reference_notices_when_server_and_replay_are_wrong_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The network swaps two gates: what it streams is what it replays, bit for bit, but it is not the model.
+    gru, swapped = make_gru(3, 4), make_gru(3, 4)
+    with torch.no_grad():
+        for parameter in swapped.parameters():
+            reset, update, new = parameter.chunk(3)
+            parameter.copy_(torch.cat([update, reset, new]))
+    recorded = record_gru(tmp_path, gru, [1])
+    record(tmp_path / "b.rec", recorded.header, gru_step(swapped), LENGTHS)
+    wrong_model = record_gru(tmp_path / "other", swapped, [1]).folder
+    monkeypatch.setattr(verifier, "Network", lambda model, device: Network(load_model(wrong_model), device))
+    report = verify(Recorded(tmp_path / "b.rec", recorded.folder, recorded.header))
+    assert verdicts(report) == ["mismatch", "empty", *["mismatch"] * 5]
+    for stream in report.streams:
+        assert all("float64 reference" in problem for problem in stream.problems)
+
+
+def test_final_states_are_compared(tmp_path: Path) -> None:
+    recorded = record_gru(tmp_path, make_gru(layers=2), LENGTHS)
+    for number, problems in ((3, 1), (2, 1)):
+        forger = Forger(recorded.path, tmp_path / "forged.rec")
+        closing = next(row for row in forger.rows("closings") if row["stream"] == number)
+        state = np.frombuffer(closing["final_state"], np.float32).copy()
+        state.view(np.int32)[5] ^= 1
+        forger.change("closings", closing["position"], final_state=state.tobytes())
+        report = verify(Recorded(forger.path, recorded.folder, recorded.header))
+        assert [stream.stream for stream in report.streams if stream.verdict == "mismatch"] == [number]
+        stream = report.streams[number - 1]
+        assert len(stream.problems) == problems
+        assert "final state" in stream.problems[0]
+
+
+def test_a_final_state_that_is_not_known_is_not_compared(tmp_path: Path) -> None:
+    recorded = record_gru(tmp_path, make_gru(), LENGTHS)
+    forger = Forger(recorded.path, tmp_path / "forged.rec")
+    forger.change("closings", forger.rows("closings")[0]["position"], final_state=None)
+    assert verify(Recorded(forger.path, recorded.folder, recorded.header)).verdict == "exact"
+
+
+def test_threads_of_the_process_are_given_back(tmp_path: Path) -> None:
+    recorded = record_gru(tmp_path, make_gru(), [4])
+    torch.set_num_threads(2)
+    try:
+        assert verify(recorded).verdict == "exact"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_forged_description_that_does_not_fit_the_batches_is_damage(tmp_path: Path) -> None:
+    recorded = record_gru(tmp_path, make_gru(3, 4), LENGTHS)
+    forger = Forger(recorded.path, tmp_path / "forged.rec")
+    forger.change_header("description", json.dumps({**recorded.header.description, "features": 5}))
+    with pytest.raises(RecordingError, match=r"holds \d+ bytes where \d+ belong"):
+        verify(Recorded(forger.path, recorded.folder, recorded.header))
