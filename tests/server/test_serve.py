@@ -1,0 +1,198 @@
+"""From a configuration to a running process and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from instep.config import Config
+from instep.model.certify import Certification
+from instep.model.folder import write_model
+from instep.server import serve
+from instep.server.child import ChildFailed, ChildServer
+from instep.server.limits import LimitsError, effective_limits
+from instep.server.serve import CannotServe, exactness_sentence, prepare
+from instep_client import Client
+from tests.support.models import SMALL, plain, whole
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    write_model(folder, SMALL)
+    return folder
+
+
+def configured(model: Path, **sections: dict[str, Any]) -> Config:
+    transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
+    return Config.model_validate({"model": {"folder": model}, "transport": transport, **sections})
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_with_the_tensors_name(model: Path) -> None:
+    (model / "weights.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(CannotServe, match="safetensors"):
+        prepare(configured(model))
+
+
+def test_a_model_may_be_described_in_the_configuration(model: Path) -> None:
+    parts = {"network": SMALL.description.model_dump(), "weights": model / "weights.safetensors"}
+    config = Config.model_validate({"model": parts})
+    ready = prepare(config)
+    assert ready.model.fingerprint == SMALL.fingerprint
+    assert ready.model_path == (model / "weights.safetensors").resolve()
+
+
+def test_without_a_model_the_demos_is_served() -> None:
+    ready = prepare(Config())
+    assert (ready.network.features, ready.network.outputs) == (12, 9)
+
+
+def test_a_cuda_device_that_is_not_there_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CannotServe, match="no CUDA device"):
+        prepare(configured(model, engine={"device": "cuda"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(CannotServe, match="only 1 CUDA"):
+        prepare(configured(model, engine={"device": "cuda:3"}))
+
+
+def test_exactness_may_be_required_preferred_or_off(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inexact = Certification("tolerance", (4, 8), max_ulp=3, whole_sequence=False)
+    monkeypatch.setattr(serve, "certify", lambda *_: inexact)
+    with pytest.raises(CannotServe, match="3 ULP"):
+        prepare(configured(model, engine={"exactness": "require"}))
+    preferred = prepare(configured(model, engine={"exactness": "prefer"})).certification
+    assert exactness_sentence(preferred) == "within 3 ULP in buckets 4, 8"
+    off = prepare(configured(model, engine={"exactness": "off", "max_batch_size": 8})).certification
+    assert off.exactness == "off"
+    assert exactness_sentence(off).startswith("not certified in buckets 4, 8")
+
+
+def test_limits_are_fitted_to_the_model() -> None:
+    config = Config.model_validate({"transport": {"max_message_bytes": 65_536}})
+    limits = effective_limits(config, 512, features=100, outputs=10)
+    assert limits.max_batch_size == 256
+    assert limits.max_block_frames * (100 * 4 + 24) <= 65_536
+    assert limits.credit_frames >= limits.max_block_frames
+    with pytest.raises(LimitsError, match="raise it"):
+        effective_limits(config, 512, features=20_000, outputs=1)
+
+
+@contextmanager
+def serving(model: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", "tcp://127.0.0.1:*"]
+    process = subprocess.Popen(
+        [*command, "--set", "log.format=json", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def first_line(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stderr is not None
+    line: dict[str, Any] = json.loads(process.stderr.readline())
+    return line
+
+
+def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(model: Path, tmp_path: Path) -> None:
+    recording = tmp_path / "r.instep"
+    with serving(model, "--record", str(recording)) as process:
+        line = first_line(process)
+        assert line["event"] == "serving"
+        assert line["model"] == SMALL.name
+        assert line["device"] == "cpu"
+        assert line["capacity"] == "4096 streams"
+        assert line["exactness"].startswith("exact in buckets 4, ")
+        assert line["recording"] == str(recording)
+        with Client(line["endpoint"]) as client:
+            x = np.ones((3, 5), np.float32)
+            np.testing.assert_array_equal(client.open("s").step(x), whole(SMALL, x)[0])
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr
+        assert stdout == ""
+        lines = [json.loads(line) for line in stderr.splitlines()]
+        assert [line["event"] for line in lines] == ["stopping", "stopped"]
+        assert lines[-1]["frames"] == 3
+        assert lines[-1]["blocks_unanswered"] == 0
+    assert recording.exists()
+
+
+def test_a_second_interrupt_forces_the_end(model: Path) -> None:
+    held = ["--set", "engine.max_queue_delay_us=10000000"]  # the frame below waits 10 s for the silent stream's
+    with serving(model, *held) as process:
+        with Client(first_line(process)["endpoint"]) as client:
+            client.open("silent")
+            client.open("s").send(np.zeros(5))
+            client.ping()
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr is not None
+            assert json.loads(process.stderr.readline())["event"] == "stopping"
+            process.send_signal(signal.SIGTERM)
+            stderr = process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+        assert json.loads(stderr.splitlines()[-1])["blocks_unanswered"] == 1
+
+
+def test_an_endpoint_in_use_is_refused(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(CannotServe, match="cannot bind"):
+            serve.run(configured(model, transport={"endpoint": endpoint}))
+
+
+def test_a_recording_is_never_written_over(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "r.instep"
+    file.write_bytes(b"mine")
+    with pytest.raises(CannotServe, match="already exists"):
+        serve.run(configured(model, recording={"file": file}))
+    assert file.read_bytes() == b"mine"
+
+
+def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "wide", plain(2000, 4))
+    with pytest.raises(CannotServe, match="max_message_bytes"):
+        serve.run(configured(tmp_path / "wide", transport={"max_message_bytes": 4096}))
+
+
+def test_a_child_server_says_why_it_did_not_start(tmp_path: Path) -> None:
+    with pytest.raises(ChildFailed, match="did not start"), ChildServer(tmp_path / "nothing"):
+        pass
+
+
+def test_a_child_server_that_dies_is_noticed(model: Path) -> None:
+    child = ChildServer(model)
+    with pytest.raises(ChildFailed, match="status -9"), child:
+        os.kill(child.pid, signal.SIGKILL)
+
+
+def test_run_in_process_serves_until_a_signal_and_returns_its_status(model: Path) -> None:
+    def ready(endpoint: str) -> None:
+        with Client(endpoint) as client:
+            assert client.info.model == SMALL.name
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def on_ready(endpoint: str) -> None:
+        threading.Thread(target=ready, args=(endpoint,)).start()
+
+    assert serve.run(configured(model), on_ready=on_ready) == 0
