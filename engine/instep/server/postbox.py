@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from instep.server import replies
 from instep.server.clients import Client, ClientTable
-from instep.server.transport import Router, Sent
+from instep.server.transport import Sender, Sent
 from instep_client.wire import Message
 
 
@@ -29,7 +29,7 @@ class Postbox:
 
     def __init__(
         self,
-        router: Router,
+        router: Sender,
         clients: ClientTable,
         max_outbox_bytes: int,
         unreachable_after_ns: int,

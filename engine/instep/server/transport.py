@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
+from typing import Protocol
 
 import zmq
 import zmq.asyncio
@@ -21,6 +22,13 @@ class Sent(Enum):
     """The peer's queue is at its high-water mark: it reads too slowly, or not at all."""
     GONE = "gone"
     """The peer's connection no longer exists."""
+
+
+class Sender(Protocol):
+    """What can hand messages to connections."""
+
+    def send(self, routing_id: bytes, message: Message) -> Sent:
+        """Hand a message to ZeroMQ, or say why it could not be."""
 
 
 class Router:

@@ -1,0 +1,172 @@
+"""Delivery to connections that read slowly, never, or are gone: with a router that answers as told."""
+
+from __future__ import annotations
+
+from instep.server import replies
+from instep.server.clients import Client, ClientTable
+from instep.server.postbox import Postbox
+from instep.server.transport import Sent
+from instep_client.wire import Message
+
+MESSAGE: Message = [b"x" * 100]
+
+
+class FakeRouter:
+    """A router whose peers are in the states the test puts them in."""
+
+    def __init__(self) -> None:
+        self.state: dict[bytes, Sent] = {}
+        self.taken: list[tuple[bytes, Message]] = []
+
+    def send(self, routing_id: bytes, message: Message) -> Sent:
+        sent = self.state.get(routing_id, Sent.HANDED_OVER)
+        if sent is Sent.HANDED_OVER:
+            self.taken.append((routing_id, message))
+        return sent
+
+
+class Rig:
+    """A postbox with two connections."""
+
+    def __init__(self) -> None:
+        self.router = FakeRouter()
+        self.clients = ClientTable(4)
+        self.gone: list[Client] = []
+        self.postbox = Postbox(
+            self.router,
+            self.clients,
+            max_outbox_bytes=1000,
+            unreachable_after_ns=100,
+            probe_after_ns=50,
+            on_gone=self.gone.append,
+        )
+        self.slow = self.add(b"\0slow")
+        self.fast = self.add(b"\0fast")
+
+    def add(self, routing_id: bytes) -> Client:
+        client = self.clients.add(routing_id, "", now_ns=0)
+        assert client is not None
+        return client
+
+
+def test_what_is_taken_leaves_the_account_and_what_is_not_stays_on_it() -> None:
+    rig = Rig()
+    rig.slow.frames_unanswered = rig.fast.frames_unanswered = 7
+    rig.router.state[b"\0slow"] = Sent.FULL
+    rig.postbox.send(rig.slow, MESSAGE, now_ns=0, frames=5)
+    rig.postbox.send(rig.fast, MESSAGE, now_ns=0, frames=5)
+    assert (rig.slow.frames_unanswered, rig.fast.frames_unanswered) == (7, 2)
+    assert not rig.postbox.is_empty
+    del rig.router.state[b"\0slow"]
+    rig.postbox.flush(now_ns=1)
+    assert rig.slow.frames_unanswered == 2
+    assert (rig.postbox.is_empty, rig.slow.outbox_bytes) == (True, 0)
+
+
+def test_messages_of_a_connection_keep_their_order() -> None:
+    rig = Rig()
+    messages: list[Message] = [[bytes([number])] for number in range(4)]
+    rig.router.state[b"\0slow"] = Sent.FULL
+    rig.postbox.send(rig.slow, messages[0], now_ns=0)
+    rig.postbox.send(rig.slow, messages[1], now_ns=0)
+    del rig.router.state[b"\0slow"]
+    rig.postbox.send(rig.slow, messages[2], now_ns=0)
+    rig.postbox.flush(now_ns=0)
+    rig.postbox.send(rig.slow, messages[3], now_ns=0)
+    assert [message for _, message in rig.router.taken] == messages
+
+
+def test_an_outbox_is_bounded_in_bytes_and_one_that_bursts_costs_only_its_connection() -> None:
+    rig = Rig()
+    rig.router.state[b"\0slow"] = Sent.FULL
+    for _ in range(11):
+        rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
+    assert rig.gone == [rig.slow]
+    assert rig.postbox.is_empty
+    assert rig.clients.by_routing_id(b"\0slow") is None
+    rig.postbox.send(rig.fast, MESSAGE, now_ns=0)
+    assert rig.router.taken == [(b"\0fast", MESSAGE)]
+
+
+def test_an_outbox_that_stands_still_for_too_long_is_given_up() -> None:
+    rig = Rig()
+    rig.router.state[b"\0slow"] = Sent.FULL
+    rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
+    rig.postbox.flush(now_ns=100)
+    assert not rig.gone
+    rig.postbox.flush(now_ns=101)
+    assert rig.gone == [rig.slow]
+
+
+def test_an_outbox_that_moves_is_not_given_up() -> None:
+    rig = Rig()
+    rig.router.state[b"\0slow"] = Sent.FULL
+    for _ in range(2):
+        rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
+
+    def takes_one(routing_id: bytes, message: Message) -> Sent:
+        rig.router.send = takes_none  # type: ignore[method-assign]
+        return Sent.HANDED_OVER
+
+    def takes_none(routing_id: bytes, message: Message) -> Sent:
+        return Sent.FULL
+
+    rig.router.send = takes_one  # type: ignore[method-assign]
+    rig.postbox.flush(now_ns=90)
+    rig.postbox.flush(now_ns=150)
+    assert not rig.gone
+
+
+def test_a_connection_that_is_gone_is_given_up_when_something_is_sent_and_then_sent_nothing() -> None:
+    rig = Rig()
+    rig.router.state[b"\0slow"] = Sent.GONE
+    rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
+    rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
+    assert rig.gone == [rig.slow]
+
+
+def test_a_connection_that_goes_while_it_is_stuck_is_given_up() -> None:
+    rig = Rig()
+    rig.router.state[b"\0slow"] = Sent.FULL
+    rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
+    rig.router.state[b"\0slow"] = Sent.GONE
+    rig.postbox.flush(now_ns=1)
+    assert rig.gone == [rig.slow]
+
+
+def test_silent_connections_are_probed_and_the_dead_among_them_found() -> None:
+    rig = Rig()
+    rig.fast.last_heard_ns = 60
+    rig.router.state[b"\0slow"] = Sent.GONE
+    rig.postbox.probe(now_ns=100)
+    assert rig.gone == [rig.slow]
+    assert rig.router.taken == []
+    rig.postbox.probe(now_ns=111)
+    rig.postbox.probe(now_ns=120)
+    assert rig.router.taken == [(b"\0fast", replies.pong(0))]
+
+
+def test_unknown_connections_are_answered_and_nothing_kept() -> None:
+    rig = Rig()
+    rig.router.state[b"\0new"] = Sent.FULL
+    rig.postbox.send_unknown(b"\0new", MESSAGE)
+    assert rig.postbox.is_empty
+
+
+def test_everybody_hears_a_broadcast() -> None:
+    rig = Rig()
+    rig.postbox.broadcast(MESSAGE, now_ns=0)
+    assert {routing_id for routing_id, _ in rig.router.taken} == {b"\0slow", b"\0fast"}
+
+
+def test_numbers_of_connections_are_used_again_only_when_freed() -> None:
+    clients = ClientTable(1)
+    first = clients.add(b"\0a", "", 0)
+    assert first is not None
+    assert clients.add(b"\0b", "", 0) is None
+    clients.forget(first)
+    assert clients.add(b"\0b", "", 0) is None
+    clients.free_number(first.number)
+    again = clients.add(b"\0b", "", 0)
+    assert again is not None
+    assert len(clients) == 1
