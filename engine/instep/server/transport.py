@@ -48,7 +48,7 @@ class Router:
         self._context = zmq.asyncio.Context()
         self._async = self._context.socket(zmq.ROUTER)
         sync: zmq.Socket[bytes] = zmq.Socket.shadow(self._async.underlying)
-        sync.setsockopt(zmq.IPV6, 1)
+        sync.setsockopt(zmq.IPV6, int("[" in config.endpoint))
         sync.setsockopt(zmq.LINGER, 1000)
         sync.setsockopt(zmq.ROUTER_MANDATORY, 1)
         sync.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)

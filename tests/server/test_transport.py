@@ -1,0 +1,25 @@
+import pytest
+import zmq
+
+from instep.config import TransportConfig
+from instep.server.transport import Router, Sent
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:*", "tcp://localhost:*", "tcp://[::1]:*"])
+async def test_any_loopback_endpoint_can_be_bound_and_is_told_as_written(endpoint: str) -> None:
+    try:
+        router = Router(TransportConfig(endpoint=endpoint))
+    except zmq.ZMQError:
+        if "[" in endpoint:
+            pytest.skip("no IPv6 on this machine")
+        raise
+    host = "127.0.0.1" if "localhost" in endpoint else endpoint[6:-2]
+    assert router.endpoint.startswith(f"tcp://{host}:")
+    router.close()
+
+
+async def test_a_peer_that_is_not_there_is_gone() -> None:
+    router = Router(TransportConfig(endpoint="tcp://127.0.0.1:*"))
+    assert router.send(b"\0nobody", [b"x"]) is Sent.GONE
+    assert list(router.receive(5)) == []
+    router.close()
