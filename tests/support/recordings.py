@@ -135,6 +135,7 @@ def record(
     initial: Sequence[int] = (),
     leave_open: Sequence[int] = (),
     mix_up: tuple[int, int, int] | None = None,
+    magnitude: float = 1.0,
     finish: bool = True,
 ) -> RecordingWriter:
     """Record streams of these lengths, several at a time in random company, as an engine would.
@@ -149,6 +150,7 @@ def record(
         initial: indices of streams that start from a random state.
         leave_open: indices of streams that are not closed.
         mix_up: (a, b, seq): stream a goes on from the state of b before its frame `seq`, as in an engine that is wrong.
+        magnitude: of the frames.
         finish: close the recording; otherwise the writer still has it open, everything committed.
     """
     rng = np.random.default_rng(seed)
@@ -164,7 +166,7 @@ def record(
     while len(pending := np.flatnonzero(done < np.asarray(lengths))):
         chosen = rng.permutation(pending)[: rng.integers(1, bucket + 1)]
         x = np.zeros((bucket, header.features), np.float32)
-        x[: len(chosen)] = rng.standard_normal((len(chosen), header.features))
+        x[: len(chosen)] = magnitude * rng.standard_normal((len(chosen), header.features))
         if mix_up is not None and mix_up[0] in chosen and done[mix_up[0]] == mix_up[2]:
             states[mix_up[0]] = states[mix_up[1]]
         h = np.zeros((layers, bucket, size), np.float32)

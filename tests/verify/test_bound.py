@@ -79,6 +79,15 @@ def test_few_streams_have_copies_one_unit_off(rows: int, copies: int) -> None:
     assert len(np.unique(frames.reshape(-1, 40), axis=0)) == rows * copies
 
 
+def test_an_overflow_beside_a_stream_does_not_widen_its_bound() -> None:
+    truth = np.array([[[1.0], [3e38]]])
+    bound = bound_of(Given([np.inf], state=np.inf), 2)
+    largest = np.finfo(np.float32).max
+    rounded = bound.run(np.full((1, 2, 3), largest, np.float32), np.array([2]))
+    assert bound.of_outputs(truth, rounded, np.ones((1, 2), np.bool_)).tolist() == [[FLOOR, FLOOR * 3e38]]
+    assert bound.of_states(np.array([[[1.0], [3e38]]])).tolist() == [FLOOR, FLOOR * 3e38]
+
+
 # Strength 1 is torch's own initialisation. At 3 and 8 a state is amplified: rounding grows until nothing of the
 # trajectory is left, which is no fault of anyone's, and the bound grows with it.
 @pytest.mark.parametrize("strength", [0.3, 1.0, 3.0, 8.0])

@@ -75,6 +75,26 @@ def test_dense_layers_are_exact_as_served(tmp_path: Path, activation: Any) -> No
     assert 0 < report.max_error < 1e-5
 
 
+@pytest.mark.parametrize("magnitude", [0.0, 1e-42, 1e-20, 1e20, 3e37])
+def test_frames_of_any_finite_magnitude(tmp_path: Path, magnitude: float) -> None:
+    assert verify(record_gru(tmp_path, make_gru(5, 16), LENGTHS, magnitude=magnitude)).verdict == "exact"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.finfo(np.float32).max])
+def test_forged_frames_of_any_value_are_mismatches(tmp_path: Path, value: float) -> None:
+    recorded = record_gru(tmp_path, make_gru(), LENGTHS)
+    for column in ("x", "y"):
+        forger = Forger(recorded.path, tmp_path / f"{column}.rec")
+        batch, at = forger.find_frame(3, 8)
+        values = forger.column(batch, column)
+        values[at] = value
+        forger.change("batches", batch["position"], **{column: values.tobytes()})
+        report = verify(Recorded(forger.path, recorded.folder, recorded.header))
+        assert [stream.stream for stream in report.streams if stream.verdict == "mismatch"] == [3]
+        assert len(report.streams[2].problems) == 3
+        json.dumps(report.as_json(), allow_nan=False)
+
+
 def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = record_gru(tmp_path, make_gru(layers=2), [50, 49, 20, 20, 20, 3], initial=[0, 2])
     whole = verify(recorded)

@@ -11,7 +11,8 @@ The largest so far, because an error once made lives on in the state; of any run
 of summation can be luckier than another; the last term for frames in which float32 happens to hit the truth. A network
 that amplifies what it remembers multiplies luck too, so where fewer than 8 runs are side by side, there are copies
 whose inputs are one unit in the last place off. A fixed tolerance would be wrong both ways: a network that forgets
-keeps errors near 1e-7, and one that amplifies may be far from float64 after a thousand frames without any fault.
+keeps errors near 1e-7, and one that amplifies may be far from float64 after a thousand frames without any fault. Where
+float32 overflows and the truth does not, no bound is promised and none widened: an overflow is a difference.
 
 A wrong weight, gate, order or state moves outputs by far more than float32 does.
 """
@@ -62,7 +63,9 @@ class ErrorBound:
         """
         frames = np.repeat(x[:, :, None], self._copies, axis=2)
         others = frames[:, :, 1:]
-        others[...] = np.nextafter(others, self._random.choice(np.array([-np.inf, np.inf], np.float32), others.shape))
+        towards = self._random.choice(np.array([-np.inf, np.inf], np.float32), others.shape)
+        with np.errstate(over="ignore"):  # the neighbour of the largest float32 is infinity
+            others[...] = np.nextafter(others, towards)
         flat = frames.reshape(len(x), -1, x.shape[2])
         y, self._states = self._rounded.run(flat, self._states, active * self._copies)
         return y.reshape(*x.shape[:2], self._copies, -1)
@@ -80,7 +83,7 @@ class ErrorBound:
         """
         error = absolute_error(rounded, truth[:, :, None]).max(axis=(2, 3))
         scales = np.maximum(np.maximum.accumulate(np.where(valid, _magnitude(truth).max(axis=2), 0)), self._scale)
-        relative = np.where(valid, error / scales, 0).max(axis=1)
+        relative = np.where(valid & np.isfinite(error), error / scales, 0).max(axis=1)
         relative = np.maximum(np.maximum.accumulate(relative), self._relative_error)
         self._scale, self._relative_error = scales[-1], float(relative[-1])
         return scales * (FACTOR * relative[:, None] + FLOOR)
@@ -91,7 +94,7 @@ class ErrorBound:
         rounded = self._states.reshape(layers, rows, self._copies, size)
         error = absolute_error(rounded, truth[:, :, None]).max(axis=(0, 2, 3))
         scale = np.maximum(_magnitude(truth).max(axis=(0, 2)), 1)
-        relative = max(float((error / scale).max()), self._relative_error)
+        relative = max(float((np.where(np.isfinite(error), error, 0) / scale).max()), self._relative_error)
         bound: F64 = scale * (FACTOR * relative + FLOOR)
         return bound
 

@@ -24,7 +24,7 @@ Floats: TypeAlias = npt.NDArray[Any]
 """float64 or float32, as the reference's dtype."""
 Counts: TypeAlias = npt.NDArray[np.int64]
 
-TILE_ROWS: Final = 32
+TILE_ROWS: Final = 16
 TILE_PRODUCTS: Final = 2**18
 
 
