@@ -1,0 +1,88 @@
+"""What the demos show on the console: sentences, a progress bar, tables."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Final
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from instep.core.typing import I32, I64, Bool
+from instep.demo.heard import Heard
+
+AFTER: Final = (1, 2, 3, 5, 7, 10, 15)
+"""After so many frames the table says how many decisions are right."""
+_DRAW_S: Final = 0.1
+
+
+def say(console: Console, sentence: str, style: str | None = None) -> None:
+    """A line, as it is."""
+    console.print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.asynccontextmanager
+async def progress(console: Console, heard: Heard, speakers: I32) -> AsyncIterator[None]:
+    """A bar on a terminal, nothing in a pipe or a file."""
+    columns = (
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("frames · {task.fields[finished]} streams finished · {task.fields[accuracy]:.1%} right by now"),
+    )
+    with Progress(
+        *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=int(heard.lengths.sum()), finished=0, accuracy=0.0)
+
+        async def show() -> None:
+            while True:
+                bar.update(
+                    task,
+                    completed=heard.frames,
+                    finished=heard.finished,
+                    accuracy=heard.accuracy_now(speakers),
+                    refresh=True,
+                )
+                await asyncio.sleep(_DRAW_S)
+
+        showing = asyncio.create_task(show())
+        try:
+            yield
+        finally:
+            showing.cancel()
+            await asyncio.gather(showing, return_exceptions=True)
+
+
+def accuracy_table(right: Bool) -> Table:
+    """How many decisions are right after some numbers of frames."""
+    recordings, longest = right.shape
+    shown = [count for count in AFTER if count < longest]
+    table = Table(title=f"right decisions about {recordings} speakers, by frames heard", box=box.SIMPLE)
+    table.add_column("heard")
+    for heading in (*map(str, shown), "all"):
+        table.add_column(heading, justify="right")
+    counts: I64 = right.sum(axis=0)[[*(count - 1 for count in shown), -1]]
+    table.add_row("right", *map(str, counts))
+    table.add_row("accuracy", *(f"{count / recordings:.1%}" for count in counts))
+    return table
+
+
+def speed_table(heard: Heard, seconds: float, stats: dict[str, float]) -> Table:
+    """Throughput, and latency as the producers saw it."""
+    latency_ms = np.concatenate(heard.latency_s) * 1000
+    table = Table(title="latency from when each frame was due, the producers' timers included", box=box.SIMPLE)
+    for heading in ("frames", "seconds", "frames/s", "frames a step", "p50", "p99", "slowest"):
+        table.add_column(heading, justify="right")
+    table.add_row(
+        f"{heard.frames:,}",
+        f"{seconds:.1f}",
+        f"{heard.frames / seconds:,.0f}",
+        f"{stats['batch_size_mean']:.1f}",
+        *(f"{value:.1f} ms" for value in np.percentile(latency_ms, (50, 99, 100))),
+    )
+    return table

@@ -1,0 +1,152 @@
+"""`instep demo`: recorded speech through a trained network, from hundreds of producers to the verifier's line."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from rich.console import Console
+
+from instep.core.typing import I32
+from instep.demo.heard import Heard, right_after
+from instep.demo.picture import draw
+from instep.demo.producers import Producer, connections_for, stream_all
+from instep.demo.show import accuracy_table, progress, say, speed_table
+from instep.demo.timetable import FASTEST_S, SLOWEST_S, most_at_once, timetable
+from instep.demo.train import SPEAKERS, accuracy, load_utterances
+from instep.model.folder import load_model
+from instep.recording.reader import RecordingReader
+from instep.recording.sequences import SequenceIndex
+from instep.server.child import ChildFailed, ChildServer
+from instep.server.serve import demo_model_folder
+from instep.verify.command import run as verify
+from instep_client import AsyncClient, InstepError
+
+FAILED: Final = 1
+
+
+def run(out: Path, console: Console, *, speed: float = 1.0) -> int:
+    """Serve, stream, show, draw, verify.
+
+    Args:
+        out: where the recording and the picture go; those of an earlier demo are replaced.
+        console: where everything is shown.
+        speed: 2 to have every producer send twice as fast.
+
+    Returns:
+        The verifier's exit status; `FAILED` also where it did not come so far.
+    """
+    try:
+        return _run(out, console, speed)
+    except (ChildFailed, InstepError) as error:
+        sentence = str(error)
+    except OSError as error:
+        sentence = f"cannot write into {out}: {error.strerror}; name another folder with --out"
+    say(console, sentence, "bold red")
+    return FAILED
+
+
+def _run(out: Path, console: Console, speed: float) -> int:
+    recording, picture = out / "speakers.recording", out / "speakers.png"
+    _make_room(recording)
+    utterances, folder = load_utterances("test"), demo_model_folder()
+    lengths = [len(frames) for frames in utterances.frames]
+    producers = [
+        Producer(f"utterance-{number}", frames, part)
+        for number, (frames, part) in enumerate(zip(utterances.frames, timetable(lengths, speed), strict=True), start=1)
+    ]
+    heard = Heard(lengths, SPEAKERS)
+    connections = connections_for(len(producers))  # before the engine starts, which inherits the limit of open files
+
+    say(console, f"starting the engine with the model in {folder}")
+    with ChildServer(folder, ["--record", str(recording)]) as server:
+        said = server.first_line
+        say(console, f"serving at {server.endpoint} on {said['device']}, {said['exactness']}")
+        say(console, _load(producers, connections, speed))
+        seconds, stats = asyncio.run(
+            _stream(server.endpoint, producers, connections, heard, utterances.speakers, console)
+        )
+
+    right = right_after(heard.outputs, utterances.speakers)
+    trained = accuracy(load_model(folder), utterances).last_frame
+    console.print(accuracy_table(right))
+    say(
+        console,
+        f"at the last frame, the model as trained names {trained:.2%} of these speakers right; "
+        f"as streamed here, {right[:, -1].mean():.2%}",
+    )
+    console.print(speed_table(heard, seconds, stats))
+    draw(heard, utterances.speakers, picture, f"{len(producers)} recordings of nine speakers, streamed frame by frame")
+    if not received_is_recorded(recording, producers, heard):
+        say(console, f"what the producers received is not what {recording} holds", "bold red")
+        return FAILED
+    say(console, "what the producers received is what was recorded, bit for bit")
+    say(
+        console,
+        f"picture: {picture} · recording: {recording} · to verify it again: "
+        f"{_command()} verify {shlex.quote(str(recording))}",
+    )
+    return show_verification(recording, console)
+
+
+def _make_room(recording: Path) -> None:
+    """Take away what an earlier demo recorded: the engine never writes over a recording by itself."""
+    recording.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("", "-wal", "-shm"):
+        recording.with_name(recording.name + suffix).unlink(missing_ok=True)
+
+
+def _load(producers: Sequence[Producer], connections: int, speed: float) -> str:
+    frames = sum(len(producer.frames) for producer in producers)
+    at_once = most_at_once([producer.part for producer in producers])
+    return (
+        f"streaming {len(producers)} recordings of nine speakers saying /ae/, {frames:,} frames: {len(producers)} "
+        f"producers over {connections} connections, {speed / SLOWEST_S:g} to {speed / FASTEST_S:g} frames a second "
+        f"each, up to {at_once} of them talking at once"
+    )
+
+
+async def _stream(
+    endpoint: str, producers: Sequence[Producer], connections: int, heard: Heard, speakers: I32, console: Console
+) -> tuple[float, dict[str, float]]:
+    """The seconds it took, and the server's own numbers after it."""
+    async with progress(console, heard, speakers):
+        seconds = await stream_all(endpoint, producers, connections, heard)
+    async with AsyncClient(endpoint, "demo") as client:
+        return seconds, await client.stats()
+
+
+def received_is_recorded(recording: Path, producers: Sequence[Producer], heard: Heard) -> bool:
+    """Whether the recording holds what every producer sent and received, bit for bit, and nothing else."""
+    with RecordingReader(recording) as reader:
+        index = SequenceIndex(reader, lambda share: None)
+        held = index.load(np.arange(len(index.streams)))
+    recorded = {
+        stream.name: (held.x[first:last].tobytes(), held.y[first:last].tobytes())
+        for stream, first, last in zip(index.streams, held.offsets[:-1], held.offsets[1:], strict=True)
+    }
+    return recorded == {
+        producer.name: (producer.frames.tobytes(), outputs.tobytes())
+        for producer, outputs in zip(producers, heard.outputs, strict=True)
+    }
+
+
+def show_verification(recording: Path, console: Console) -> int:
+    """Run the verifier; show its last line, or all it says where something is wrong."""
+    report = io.StringIO()
+    status = verify(recording, model_folder=None, stream=None, json=False, console=Console(file=report, width=100))
+    said = report.getvalue().strip()
+    say(console, said if status else said.splitlines()[-1], "bold red" if status else "bold green")
+    return status
+
+
+def _command() -> str:
+    """How to call this program here."""
+    return "instep" if shutil.which("instep") else f"{shlex.quote(sys.executable)} -m instep"

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import asyncio
+import io
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from instep.demo.heard import Heard
+from instep.demo.show import accuracy_table, progress, say, speed_table
+
+SPEAKERS = np.zeros(2, np.int32)
+
+
+def half_heard() -> Heard:
+    heard = Heard([2, 2], outputs=3)
+    heard.add(0, np.eye(3, dtype=np.float32)[[1, 0]], np.array([0.001, 0.003]))
+    heard.add(1, np.eye(3, dtype=np.float32)[[2]], np.array([0.002]))
+    return heard
+
+
+async def shown_by_progress(terminal: bool) -> str:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=120)
+    async with progress(console, half_heard(), SPEAKERS):
+        while terminal and "3/4" not in file.getvalue():
+            await asyncio.sleep(0)
+    return file.getvalue()
+
+
+async def test_progress_is_live_on_a_terminal() -> None:
+    shown = await shown_by_progress(terminal=True)
+    assert "3/4" in shown
+    assert "1 streams finished" in shown
+    assert "50.0% right by now" in shown
+
+
+async def test_progress_leaves_nothing_in_a_pipe() -> None:
+    assert await shown_by_progress(terminal=False) == ""
+
+
+def rows(table: Table) -> list[list[str]]:
+    file = io.StringIO()
+    Console(file=file, width=80).print(table)
+    return [line.split() for line in file.getvalue().splitlines()]
+
+
+def test_accuracy_by_frames_heard() -> None:
+    right = np.zeros((4, 12), np.bool_)
+    right[0] = True
+    right[1, 2:] = True
+    right[2, 6:] = True
+    right[3, 10] = True
+    shown = rows(accuracy_table(right))
+    assert ["heard", "1", "2", "3", "5", "7", "10", "all"] in shown
+    assert ["right", "1", "1", "2", "2", "3", "3", "3"] in shown
+    assert ["accuracy", "25.0%", "25.0%", "50.0%", "50.0%", "75.0%", "75.0%", "75.0%"] in shown
+
+
+def test_throughput_and_latency() -> None:
+    heard = half_heard()
+    heard.add(1, np.eye(3, dtype=np.float32)[[0]], np.array([0.1]))
+    shown = rows(speed_table(heard, 0.5, {"batch_size_mean": 1.25}))
+    assert ["4", "0.5", "8", "1.2", "2.5", "ms", "97.1", "ms", "100.0", "ms"] in shown
+
+
+def test_what_is_said_is_not_markup() -> None:
+    file = io.StringIO()
+    say(Console(file=file, width=10), "a [red]long[/] sentence of 12 words", "bold")
+    assert file.getvalue() == "a [red]long[/] sentence of 12 words\n"

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import io
+import re
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from rich.console import Console
+
+from instep.demo import speakers
+from instep.demo.heard import Heard
+from instep.demo.producers import Producer
+from instep.demo.speakers import received_is_recorded, show_verification
+from instep.demo.timetable import timetable
+from instep.demo.train import load_utterances
+from instep.model.folder import load_model
+from instep.recording.reader import RecordingReader
+from instep.recording.sequences import SequenceIndex
+from instep.server.child import ChildFailed
+from instep.server.serve import demo_model_folder
+
+VERIFIED = "verified: 370 streams, 5,687 frames, exact, 0 mismatches"
+
+
+@dataclass(frozen=True)
+class Shown:
+    status: int
+    text: str
+    out: Path
+
+    @property
+    def lines(self) -> list[str]:
+        return self.text.splitlines()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """The whole demo, four times as fast, in a folder that an earlier one has used."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    out.mkdir()
+    for name in ("speakers.recording", "speakers.recording-wal", "speakers.recording-shm", "speakers.png", "mine"):
+        (out / name).write_text("from before")
+    file = io.StringIO()
+    status = speakers.run(out, Console(file=file, width=80), speed=4.0)
+    return Shown(status, file.getvalue(), out)
+
+
+def test_it_ends_with_the_verifiers_line(demo: Shown) -> None:
+    assert demo.lines[-1].startswith(VERIFIED)
+    assert demo.status == 0
+
+
+def test_everything_comes_from_as_many_connections_as_recordings(demo: Shown) -> None:
+    assert any(
+        "5,687 frames: 370 producers over 370 connections, 16 to 800 frames a second" in line for line in demo.lines
+    )
+    with RecordingReader(demo.out / "speakers.recording") as reader:
+        assert len(reader.streams()) == 370
+        assert {stream.reason for stream in reader.streams()} == {"closed"}
+
+
+@torch.no_grad()
+def test_the_accuracy_is_that_of_torch_over_whole_recordings(demo: Shown) -> None:
+    weights = load_model(demo_model_folder()).weights
+    gru, head = torch.nn.GRU(12, 64), torch.nn.Linear(64, 9)
+    gru.load_state_dict({name.removeprefix("gru."): each for name, each in weights.items() if name.startswith("gru.")})
+    head.load_state_dict({name.rpartition(".")[2]: each for name, each in weights.items() if name.startswith("after.")})
+    utterances = load_utterances("test")
+    decisions = [head(gru(torch.from_numpy(frames))[0]).argmax(1).tolist() for frames in utterances.frames]
+    right = [
+        sum(each[min(count, len(each)) - 1] == who for each, who in zip(decisions, utterances.speakers, strict=True))
+        for count in (1, 2, 3, 5, 7, 10, 15, 29)
+    ]
+    assert ["right", *map(str, right)] in [line.split() for line in demo.lines]
+    share = f"{right[-1] / 370:.2%}"
+    assert f"the model as trained names {share} of these speakers right; as streamed here, {share}" in demo.text
+
+
+def test_what_it_leaves_is_named_and_replaces_an_earlier_demo(demo: Shown) -> None:
+    recording, picture = demo.out / "speakers.recording", demo.out / "speakers.png"
+    line = f"picture: {picture} · recording: {recording} · to verify it again: "
+    assert sum(each.startswith(line) and each.endswith(f"instep verify {recording}") for each in demo.lines) == 1
+    assert {path.name for path in demo.out.iterdir()} == {"speakers.recording", "speakers.png", "mine"}
+    height, width, _ = imread(picture).shape
+    assert width > height > 800
+
+
+def test_a_pipe_gets_neither_colours_nor_progress(demo: Shown) -> None:
+    assert "\x1b" not in demo.text
+    assert "\r" not in demo.text
+    assert "finished" not in demo.text
+
+
+def test_throughput_and_latency_are_shown(demo: Shown) -> None:
+    assert any(re.fullmatch(r" *5,687( +[\d.,]+){3}( +[\d.]+ ms){3} *", line) for line in demo.lines)
+
+
+def recorded(recording: Path) -> tuple[list[Producer], Heard]:
+    """What the recording holds, as if it had just been streamed."""
+    with RecordingReader(recording) as reader:
+        index = SequenceIndex(reader, lambda share: None)
+        held = index.load(np.arange(len(index.streams)))
+    lengths = index.frames.tolist()
+    heard = Heard(lengths, held.y.shape[1])
+    producers = []
+    for row, (stream, part) in enumerate(zip(index.streams, timetable(lengths), strict=True)):
+        own = slice(held.offsets[row], held.offsets[row + 1])
+        producers.append(Producer(stream.name, held.x[own], part))
+        heard.add(row, held.y[own], part.due_s)
+    return producers, heard
+
+
+class TestReceivedIsRecorded:
+    def test_one_bit(self, demo: Shown) -> None:
+        recording = demo.out / "speakers.recording"
+        producers, heard = recorded(recording)
+        assert received_is_recorded(recording, producers, heard)
+        heard.outputs[300].view(np.uint32)[-1, -1] ^= 1
+        assert not received_is_recorded(recording, producers, heard)
+        heard.outputs[300].view(np.uint32)[-1, -1] ^= 1
+        producers[5].frames.view(np.uint32)[0, 0] ^= 1
+        assert not received_is_recorded(recording, producers, heard)
+
+    def test_a_stream_that_only_the_recording_has(self, demo: Shown) -> None:
+        producers, heard = recorded(demo.out / "speakers.recording")
+        del heard.outputs[-1]
+        assert not received_is_recorded(demo.out / "speakers.recording", producers[:-1], heard)
+
+
+def test_what_the_verifier_finds_is_shown_in_full(demo: Shown, tmp_path: Path) -> None:
+    forged = tmp_path / "forged"
+    forged.write_bytes((demo.out / "speakers.recording").read_bytes())
+    with sqlite3.connect(forged) as database:
+        database.execute("DELETE FROM openings WHERE position = (SELECT max(position) FROM openings)")
+    database.close()
+    file = io.StringIO()
+    assert show_verification(forged, Console(file=file, width=80)) != 0
+    assert "missing" in file.getvalue()
+
+
+class NoServer:
+    def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
+        pass
+
+    def __enter__(self) -> NoServer:
+        raise ChildFailed("the server did not start: for this reason")
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class TestFailures:
+    def test_a_server_that_does_not_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(speakers, "ChildServer", NoServer)
+        file = io.StringIO()
+        assert speakers.run(tmp_path, Console(file=file)) == 1
+        assert file.getvalue().endswith("the server did not start: for this reason\n")
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        file = io.StringIO()
+        assert speakers.run(tmp_path / "file", Console(file=file)) == 1
+        assert file.getvalue() == (
+            f"cannot write into {tmp_path / 'file'}: File exists; name another folder with --out\n"
+        )
