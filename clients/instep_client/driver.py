@@ -75,6 +75,7 @@ class Driver:
         try:
             self._plain.connect(self._session.endpoint)
         except zmq.ZMQError as error:
+            await self.stop()
             raise ConnectionFailed(f"{self._session.endpoint!r} is not an endpoint: {error}") from None
         self._spawn(self._receive(self._socket))
         self.wake()

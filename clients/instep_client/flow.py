@@ -148,6 +148,9 @@ class Flow:
                     ended = call.rows[self._table.ended[call.rows] != 0]
                     if len(ended):
                         self._abort(call, StreamEvicted(code, sentence, lane.name_of(ended[0])))
+                elif lane.single:
+                    call.fail(StreamEvicted(code, sentence, lane.names[0]))
+                    self._outbox.wake(call)
             self._outbox.wake(lane)
         for block in [*self._on_the_way, *self._refused]:
             for step in block.calls:
@@ -309,24 +312,25 @@ class Flow:
             if code in ENDING:
                 ending.setdefault((code, sentence), []).append(row)
             else:
-                self._set_back(row, call.lane, expected, stale)
+                self._set_back(row, call, expected)
         for (code, sentence), rows in ending.items():
             self.end(np.array(rows, np.int64), code, sentence)
         return held
 
-    def _set_back(self, row: int, lane: Lane, expected: int, stale: bool) -> None:
+    def _set_back(self, row: int, call: StepCall, expected: int) -> None:
         """The stream goes on from the seq the server expects.
 
-        A failure of a frame from before the last set-back says nothing new, unless nothing was sent since and the
-        server had to go back further.
+        A failure of a frame that was asked for before the last set-back says nothing new, unless nothing was sent since
+        and the server had to go back further meanwhile.
         """
         table = self._table
-        if stale and not table.columns[row, SEQ] == table.rewound_to[row] > expected:
+        if call.stamp > table.rewound_at[row]:
+            table.rewound_before[row] = table.rewound_at[row]
+            table.rewound_at[row] = call.lane.rewound_at = self.stamp()
+        elif call.stamp < table.rewound_before[row] or not table.columns[row, SEQ] == table.rewound_to[row] > expected:
             return
         table.columns[row, SEQ] = expected
         table.rewound_to[row] = expected
-        if not stale:
-            table.rewound_at[row] = lane.rewound_at = self.stamp()
 
     def _conclude(self, calls: Iterable[StepCall]) -> None:
         """End the calls of which every frame was answered, and let their lanes go on."""

@@ -135,12 +135,12 @@ class Openings:
     def _end_close(self, call: CloseCall) -> None:
         lane = call.lane
         row = int(lane.rows[0])
-        if call.refusal is not None:
-            index, code, sentence = call.refusal
-            call.fail(StreamRefused(code, sentence, lane.names[index]))
-        elif lane.single and self._table.ended[row]:
+        if lane.single and self._table.ended[row]:
             code = Code(int(self._table.ended[row]))
             call.fail(StreamEvicted(code, self._table.sentences[code], lane.names[0]))
+        elif call.refusal is not None:
+            index, code, sentence = call.refusal
+            call.fail(StreamRefused(code, sentence, lane.names[index]))
         else:
             call.finish(call.finals)
         if call.refusal is not None and call.refusal[1] not in ENDING:

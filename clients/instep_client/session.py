@@ -165,6 +165,7 @@ class Session:
 
         Raises:
             ClientClosed: when it was closed before.
+            StreamEvicted: when it is one stream, and the server has ended it.
         """
         self._check_open()
         if lane.closing:
@@ -172,6 +173,8 @@ class Session:
         lane.closing = True
         call = CloseCall(lane, self.info.state_layers * self.info.state_size)
         self._flow.enqueue(lane, call)
+        if lane.single and lane.has_ended:
+            self._refuse_ended(lane, lane.rows)  # the call stays, to give the row back when nothing is unanswered
         return call
 
     def ping(self, now: float) -> Ping:

@@ -82,7 +82,9 @@ class StreamTable:
         self.columns: U64 = np.zeros((0, 2), np.uint64)
         """(handle, next seq) of each row, laid out as `wire.COLUMN`; handle 0 marks a free row."""
         self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        """When the next seq was last set back, on the session's counter."""
+        """When the next seq was last set back to what the server expects, on the session's counter."""
+        self.rewound_before: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        """When it was set back the time before."""
         self.rewound_to: U64 = np.zeros(0, np.uint64)
         self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether frames of the stream were answered BUSY and wait to be sent again."""
@@ -103,6 +105,7 @@ class StreamTable:
         self.columns[rows, HANDLE] = handles
         self.columns[rows, SEQ] = 0
         self.rewound_at[rows] = 0
+        self.rewound_before[rows] = 0
         self.rewound_to[rows] = 0
         self.held[rows] = False
         self.ended[rows] = 0
@@ -142,6 +145,7 @@ class StreamTable:
         more = max(at_least, old, 16)
         self.columns = np.concatenate([self.columns, np.zeros((more, 2), np.uint64)])
         self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])
+        self.rewound_before = np.concatenate([self.rewound_before, np.zeros(more, np.int64)])
         self.rewound_to = np.concatenate([self.rewound_to, np.zeros(more, np.uint64)])
         self.held = np.concatenate([self.held, np.zeros(more, np.bool_)])
         self.ended = np.concatenate([self.ended, np.zeros(more, np.int64)])

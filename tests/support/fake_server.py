@@ -10,8 +10,9 @@ It reads headers with msgpack alone, so that it does not share the client's read
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -254,6 +255,23 @@ class FakeServer:
     def release(self) -> None:
         """Send what was held."""
         self._order(self.rules.release)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Read nothing while the block runs."""
+        stands, goes_on = threading.Event(), threading.Event()
+
+        def stand() -> list[tuple[bytes, Message]]:
+            stands.set()
+            goes_on.wait()
+            return []
+
+        self._order(stand)
+        stands.wait()
+        try:
+            yield
+        finally:
+            goes_on.set()
 
     def evict(self, names: Sequence[str], code: Code = Code.IDLE) -> None:
         """End streams and tell every client."""

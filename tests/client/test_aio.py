@@ -1,0 +1,357 @@
+"""AsyncClient against a real ROUTER. Rules are tested without sockets elsewhere; here it is that they are driven."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import uvloop
+
+from instep_client import (
+    AsyncClient,
+    AsyncStream,
+    ClientClosed,
+    Code,
+    ConnectionFailed,
+    FramesRefused,
+    InstepError,
+    InvalidInput,
+    MalformedMessage,
+    Refused,
+    StreamEvicted,
+    StreamRefused,
+)
+from instep_client.wire import Kind
+from tests.support.fake_server import F32, INFO, FakeServer, Message, error, goodbye, reference
+
+X = np.arange(300, dtype=np.float32).reshape(100, 3)
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as running:
+        yield running
+    gc.collect()  # a socket that was not closed warns now, and warnings are errors
+
+
+def only(kind: Kind, *answers: Callable[[int], list[Message] | None]) -> Any:
+    """A fault for the first messages of a kind: what each answer makes of the request number."""
+    left = list(answers)
+
+    def fault(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+        return left.pop(0)(header[1]) if header[0] == kind and left else None
+
+    return fault
+
+
+def busy(request: int) -> list[Message]:
+    return [error(request, Code.BUSY, 100)]
+
+
+def silent(request: int) -> list[Message]:
+    return []
+
+
+async def read_all(stream: AsyncStream) -> list[list[float]]:
+    return [y.tolist() async for y in stream]
+
+
+async def every_verb(endpoint: str) -> None:
+    async with AsyncClient(endpoint, "tester") as client:
+        assert client.info == INFO
+        assert 0 < await client.ping() < 10
+        assert (await client.stats())["streams_open"] == 0
+        state = np.full((2, 2), 8, np.float32)
+        stream = await client.open("a", state)
+        outputs, final = reference(X[:20], state)
+        assert stream.name == "a"
+        assert (await stream.step(X[0])).tolist() == outputs[0].tolist()
+        assert (await stream.step(X[1:5])).tolist() == outputs[1:5].tolist()
+        answer = await stream.step_timed(X[5])
+        assert answer.outputs.tolist() == outputs[5].tolist()
+        assert (answer.queue_us, answer.compute_us, answer.send_us) == (7, 8, 9)
+        for x in X[6:20]:
+            await stream.send(x)
+        stream.finish()
+        assert await read_all(stream) == outputs[6:].tolist()
+        assert stream.next_seq == 20
+        assert (await stream.close()).tolist() == final.tolist()
+
+        group = await client.open_group(["b", "c", "d"], np.zeros((3, 2, 2)))
+        assert len(group) == 3
+        assert group.names == ("b", "c", "d")
+        assert (await group.step(X[:3])).shape == (3, 2)
+        assert (await group.step(X[:6].reshape(2, 3, 3))).shape == (2, 3, 2)
+        assert (await group.step_timed(X[:1], rows=[2])).outputs.shape == (1, 2)
+        assert group.next_seqs.tolist() == [3, 3, 4]
+        finals = await group.close()
+        assert finals[2].tolist() == reference(X[[2, 2, 5, 0]])[1].tolist()
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.SelectorEventLoop, uvloop.new_event_loop])
+def test_every_verb_on_both_loops(server: FakeServer, loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(every_verb(server.endpoint))
+    assert server.rules.names == {}
+
+
+async def test_what_many_tasks_step_in_the_same_turn_is_one_block(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        streams = [await client.open(f"s{i}") for i in range(50)]
+        for step in range(3):
+            outputs = await asyncio.gather(*[stream.step(x) for stream, x in zip(streams, X, strict=False)])
+            assert len(outputs) == 50
+            assert server.rules.blocks == [(1, 50)] * (step + 1)
+        for stream, x, y in zip(streams, X, outputs, strict=False):
+            assert y.tolist() == reference(np.stack([x] * 3))[0][2].tolist()
+            assert stream.next_seq == 3
+
+
+async def test_busy_is_waited_out(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        server.rules.fault = only(Kind.STEP, busy, lambda _: None, busy, busy)
+        outputs = await asyncio.gather(*[stream.step(x) for x in X[:20]])
+        assert np.stack(outputs).tolist() == reference(X[:20])[0].tolist()
+
+
+async def test_sends_wait_for_credit_and_nothing_queues_behind_them() -> None:
+    with FakeServer(replace(INFO, credit_frames=8)) as server:
+        async with AsyncClient(server.endpoint) as client:
+            stream = await client.open("a")
+            server.rules.holding = True
+            sender = asyncio.create_task(send_all(stream, X))
+            while len(server.rules.held) < 8:
+                await asyncio.sleep(0.001)
+            await client.ping()
+            assert stream.next_seq == 8
+            assert len(stream._lane.calls) == 1
+            server.release()
+            outputs = [await anext(stream) for _ in X]
+            await sender
+            assert np.stack(outputs).tolist() == reference(X)[0].tolist()
+
+
+async def send_all(stream: AsyncStream, x: F32) -> None:
+    for frame in x:
+        await stream.send(frame)
+
+
+async def test_refused_frames_are_raised_at_their_place_and_reading_goes_on(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        server.rules.holding = True
+        for x in (X[0], [np.nan, 0, 0], X[1]):
+            await stream.send(x)
+        server.release()
+        told = [(await anext(stream)).tolist()]
+        with pytest.raises(FramesRefused, match="NOT_FINITE"):
+            await read_all(stream)
+        with pytest.raises(FramesRefused, match="SEQ_GAP"):
+            await anext(stream)
+        await stream.send(X[2])
+        stream.finish()
+        assert told + await read_all(stream) == reference(X[[0, 2]])[0].tolist()
+
+
+async def test_many_tasks_may_read_one_stream(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        readers = [asyncio.create_task(read_all(stream)) for _ in range(3)]
+        gone = asyncio.create_task(read_all(stream))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await send_all(stream, X)
+        stream.finish()
+        read = [y for part in await asyncio.gather(*readers) for y in part]
+        assert sorted(read) == sorted(reference(X)[0].tolist())
+
+
+async def test_reading_ends_when_the_stream_is_closed(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        reader = asyncio.create_task(read_all(stream))
+        await stream.send(X[0])
+        await stream.close()
+        assert await reader == reference(X[:1])[0].tolist()
+        with pytest.raises(ClientClosed, match="was closed"):
+            await stream.step(X[0])
+
+
+async def test_a_cancelled_step_counts_as_sent(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        server.rules.holding = True
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await stream.step(X[0])
+        server.release()
+        assert (await stream.step(X[1])).tolist() == reference(X[:2])[0][1].tolist()
+        assert stream.next_seq == 2
+
+
+async def test_a_cancelled_open_leaves_nothing_open(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        opening = asyncio.create_task(client.open("a"))
+        await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        stream = await client.open("b")
+        await stream.step(X[0])
+        assert list(server.rules.names) == ["b"]
+
+
+async def test_refusals_and_bad_input(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        with pytest.raises(StreamRefused, match="NAME_IN_USE"):
+            await client.open("a")
+        for x in (np.zeros(2), ["a", "b", "c"], [1e39, 0, 0]):
+            with pytest.raises(InvalidInput):
+                await stream.step(x)
+        with pytest.raises(InvalidInput):
+            await client.open_group("ab")
+        assert (await stream.step(X[0])).tolist() == [3, 4]
+
+
+async def test_eviction_ends_calls_and_readers(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        server.rules.holding = True
+        step = asyncio.create_task(stream.step(X[0]))
+        reader = asyncio.create_task(read_all(stream))
+        while not server.rules.held:
+            await asyncio.sleep(0.001)
+        server.evict(["a"])
+        for work in (step, reader, stream.step(X[0]), stream.send(X[0]), stream.close()):
+            with pytest.raises(StreamEvicted, match="IDLE"):
+                await work
+        assert await client.ping() > 0
+
+
+async def test_goodbye(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        server.rules.holding = True
+        step = asyncio.create_task(stream.step(X[0]))
+        reader = asyncio.create_task(read_all(stream))
+        while not server.rules.held:
+            await asyncio.sleep(0.001)
+        server.push(goodbye())
+        for work in (step, reader, stream.step(X[0]), client.open("b"), client.ping()):
+            with pytest.raises(ConnectionFailed, match="the server is shutting down"):
+                await work
+
+
+async def test_a_malformed_message_is_never_a_hang(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        server.rules.fault = only(Kind.STEP, lambda request: [[b"\xff"]])
+        for _ in range(2):
+            with pytest.raises(MalformedMessage, match=server.endpoint):
+                await stream.step(X[0])
+
+
+async def test_a_server_that_falls_silent(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint, timeout_s=0.3) as client:
+        stream = await client.open("a")
+        server.rules.fault = lambda header, frames: []
+        with pytest.raises(ConnectionFailed, match=f"nobody answers at {server.endpoint}"):
+            await stream.step(X[0])
+        assert server.rules.kinds[-1] is Kind.PING
+
+
+async def test_a_server_that_is_slow_but_there(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint, timeout_s=0.2) as client:
+        stream = await client.open("a")
+        server.rules.holding = True
+        step = asyncio.create_task(stream.step(X[0]))
+        while server.rules.kinds.count(Kind.PING) < 3:
+            await asyncio.sleep(0.01)
+        server.release()
+        assert (await step).tolist() == [3, 4]
+
+
+async def test_a_restarted_server(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        server.rules.fault = only(Kind.STEP, lambda request: [error(request, Code.HELLO_FIRST)])
+        with pytest.raises(ConnectionFailed, match="was restarted"):
+            await stream.step(X[0])
+
+
+async def test_nobody_there() -> None:
+    with FakeServer() as server:
+        endpoint = server.endpoint
+    client = AsyncClient(endpoint, timeout_s=0.1)
+    with pytest.raises(ConnectionFailed, match=f"nobody answers at {endpoint}"):
+        await client.connect()
+    gc.collect()
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "tcp://127.0.0.1", "carrier-pigeon://roof"])
+async def test_an_endpoint_that_is_none(endpoint: str) -> None:
+    with pytest.raises(ConnectionFailed, match="is not an endpoint"):
+        async with AsyncClient(endpoint):
+            pass
+    gc.collect()
+
+
+async def test_a_server_that_does_not_want_us(server: FakeServer) -> None:
+    server.rules.fault = only(Kind.HELLO, busy)
+    with pytest.raises(Refused, match="BUSY"):
+        await AsyncClient(server.endpoint).connect()
+
+
+async def test_a_client_connects_once(server: FakeServer) -> None:
+    client = AsyncClient(server.endpoint)
+    with pytest.raises(ClientClosed, match="not connected"):
+        await client.open("a")
+    await client.connect()
+    with pytest.raises(ClientClosed, match="connected before"):
+        await client.connect()
+    await client.close()
+    await client.close()
+    with pytest.raises(ClientClosed, match="the client was closed"):
+        await client.ping()
+    never = AsyncClient(server.endpoint)
+    await never.close()
+    with pytest.raises(ClientClosed, match="connected before"):
+        await never.connect()
+
+
+async def test_closing_fails_what_waits_and_closes_the_streams(server: FakeServer) -> None:
+    client = AsyncClient(server.endpoint)
+    await client.connect()
+    stream = await client.open("a")
+    server.rules.holding = True
+    waiting = [asyncio.create_task(work) for work in (stream.step(X[0]), read_all(stream))]
+    await asyncio.sleep(0)
+    await client.close()
+    for task in waiting:
+        with pytest.raises(ClientClosed, match="the client was closed"):
+            await task
+    assert server.rules.names == {}
+
+
+async def test_closing_does_not_wait_long_for_a_server_that_hangs(server: FakeServer, monkeypatch: Any) -> None:
+    monkeypatch.setattr("instep_client.driver._FAREWELL_S", 0.05)
+    async with AsyncClient(server.endpoint) as client:
+        await client.open("a")
+        server.rules.fault = lambda header, frames: []
+    gc.collect()
+
+
+async def test_outputs_that_nobody_reads_are_an_error_not_a_hang() -> None:
+    with FakeServer(replace(INFO, credit_frames=4)) as server:
+        async with AsyncClient(server.endpoint, timeout_s=0.2) as client:
+            stream = await client.open("a")
+            with pytest.raises(InstepError, match="nobody reads the outputs of stream 'a'"):
+                await send_all(stream, X)
+            assert (await anext(stream)).tolist() == [3, 4]

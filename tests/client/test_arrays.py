@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep_client import arrays
+from instep_client.errors import InvalidInput
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        [1, 2, 3],
+        (1.0, 2.0, 3.0),
+        np.array([1, 2, 3], np.int64),
+        np.array([1, 2, 3], np.uint8),
+        np.array([1, 2, 3], np.float16),
+        np.array([1, 2, 3], np.float64),
+        np.array([1, 2, 3], ">f4"),
+        np.array([1, 0, 2, 0, 3, 0], np.float32)[::2],
+    ],
+)
+def test_numbers_become_a_contiguous_float32_copy(x: Any) -> None:
+    copy = arrays.float32_copy(x, "x")
+    assert copy.dtype == np.dtype("=f4")
+    assert copy.flags.c_contiguous
+    assert copy.flags.owndata
+    assert copy.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_the_copy_does_not_follow_the_original() -> None:
+    x = np.zeros(3, np.float32)
+    copy = arrays.float32_copy(x, "x")
+    x[:] = 7
+    assert copy.tolist() == [0, 0, 0]
+
+
+def test_booleans_are_numbers() -> None:
+    assert arrays.float32_copy([True, False], "x").tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("x", [[1j], ["a"], [object()], [2**80], np.array(["2020"], "M8[Y]"), [[1], [1, 2]], {"a": 1}])
+def test_what_is_not_real_numbers_is_refused(x: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"^x must be"):
+        arrays.float32_copy(x, "x")
+
+
+def test_what_numpy_cannot_read_is_refused() -> None:
+    class Elsewhere:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+            raise TypeError("this array is on a GPU")
+
+    with pytest.raises(InvalidInput, match="on a GPU"):
+        arrays.float32_copy(Elsewhere(), "x")
+
+
+def test_infinity_passes_but_not_when_float32_makes_it() -> None:
+    assert np.isinf(arrays.float32_copy([np.inf, 1.0], "x")[0])
+    assert np.isnan(arrays.float32_copy(np.array([np.nan]), "x")[0])
+    with pytest.raises(InvalidInput, match="too large"):
+        arrays.float32_copy([1e39], "x")
+    with pytest.raises(InvalidInput, match="too large"):
+        arrays.float32_copy([np.inf, -1e39], "x")
+
+
+@pytest.mark.parametrize(("shape", "prefix"), [((3,), ()), ((1, 3), (1,)), ((5, 3), (5,))])
+def test_a_streams_frames(shape: tuple[int, ...], prefix: tuple[int, ...]) -> None:
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    frames, answer = arrays.stream_frames(x, 3)
+    assert answer == prefix
+    assert frames.shape == (x.size // 3, 1, 3)
+    assert frames.ravel().tolist() == x.ravel().tolist()
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (4,), (2, 4), (0, 3), (1, 1, 3)])
+def test_other_shapes_of_a_stream_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match=r"shape \[3\] and a chunk \[T, 3\]") as caught:
+        arrays.stream_frames(np.zeros(shape), 3)
+    assert str(list(shape)) in str(caught.value)
+
+
+@pytest.mark.parametrize(("shape", "prefix"), [((2, 3), (2,)), ((1, 2, 3), (1, 2)), ((5, 2, 3), (5, 2))])
+def test_a_groups_frames(shape: tuple[int, ...], prefix: tuple[int, ...]) -> None:
+    frames, answer = arrays.group_frames(np.ones(shape), 2, 3)
+    assert answer == prefix
+    assert frames.shape == (int(np.prod(shape)) // 6, 2, 3)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 3), (2, 4), (0, 2, 3), (5, 3, 2), (1, 1, 2, 3)])
+def test_other_shapes_of_a_group_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match=r"2 streams must have shape \[2, 3\]"):
+        arrays.group_frames(np.zeros(shape), 2, 3)
+
+
+def test_states_have_exactly_their_shape() -> None:
+    assert arrays.states(np.ones((2, 4)), (2, 4)).tolist() == np.ones((2, 4)).tolist()
+    with pytest.raises(InvalidInput, match=r"shape \[2, 4\]; this array has shape \[4, 2\]"):
+        arrays.states(np.ones((4, 2)), (2, 4))
+
+
+def test_rows_are_distinct_indices() -> None:
+    assert arrays.row_indices([2, 0], 3).tolist() == [2, 0]
+    assert arrays.row_indices(np.array([1], np.uint8), 3).dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([], "at least one integer"),
+        ([[0]], "one-dimensional"),
+        ([0.0], "integer"),
+        ([True, False, True], "integer"),
+        ([3], "from 0 to 2"),
+        ([-1], "from 0 to 2"),
+        ([1, 1], "twice"),
+        ([[0], [1, 2]], "array of indices"),
+    ],
+)
+def test_other_rows_are_refused(rows: Any, complaint: str) -> None:
+    with pytest.raises(InvalidInput, match=complaint):
+        arrays.row_indices(rows, 3)

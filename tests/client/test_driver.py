@@ -1,0 +1,82 @@
+"""What only a real socket shows: a full one, a lost edge, many at once, and a bug that must not hang callers."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import zmq
+
+from instep_client import AsyncClient, ConnectionFailed, driver
+from tests.support.fake_server import INFO, FakeServer, reference
+
+X = np.arange(300, dtype=np.float32).reshape(100, 3)
+
+
+async def test_a_full_socket_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(driver._SOCKET_OPTIONS, zmq.SNDHWM, 1)
+    info = replace(INFO, features=2500, credit_frames=100_000, max_block_frames=100)
+    x = np.ones((100, 2500), np.float32)
+    with FakeServer(info) as server:
+        async with AsyncClient(server.endpoint) as client:
+            streams = [await client.open(f"s{i}") for i in range(40)]
+            with server.paused():
+                steps = [asyncio.create_task(stream.step(x)) for stream in streams]  # 40 MB, more than the kernel takes
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                assert len(client._driver._backlog) > 0
+            outputs = await asyncio.gather(*steps)
+    expected, _ = reference(x, info=info)
+    assert all(y.tolist() == expected.tolist() for y in outputs)
+
+
+async def test_no_answer_is_left_lying_in_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_RECEIVE_BURST", 2)
+    with FakeServer() as server:
+        async with AsyncClient(server.endpoint) as client:
+            streams = [await client.open(f"s{i}") for i in range(8)]
+
+            async def run(pause: int) -> None:
+                stream = streams[pause]
+                for x in X:
+                    await stream.step(x)
+                    for _ in range(pause):
+                        await asyncio.sleep(0)
+
+            await asyncio.gather(*[run(pause) for pause in range(8)])
+            assert [stream.next_seq for stream in streams] == [100] * 8
+
+
+async def test_a_thousand_and_more_clients_share_one_context() -> None:
+    with FakeServer() as server:
+        clients = [AsyncClient(server.endpoint) for _ in range(1100)]
+        await asyncio.gather(*[client.connect() for client in clients])
+        assert len(driver._contexts) == 1
+        await asyncio.gather(*[client.ping() for client in clients])
+        await asyncio.gather(*[client.close() for client in clients])
+        assert len(driver._contexts) == 0
+    gc.collect()
+
+
+async def test_a_bug_in_the_rules_fails_the_calls_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeServer() as server:
+        async with AsyncClient(server.endpoint) as client:
+            stream = await client.open("a")
+
+            def bug(now: float) -> None:
+                raise RuntimeError("bug")
+
+            monkeypatch.setattr(client._session, "advance", bug)
+            with (
+                caplog.at_level(logging.ERROR, "instep_client"),
+                pytest.raises(ConnectionFailed, match=r"the client failed.*RuntimeError\('bug'\)"),
+            ):
+                await stream.step(X[0])
+            assert "the client failed" in caplog.text
+            monkeypatch.undo()

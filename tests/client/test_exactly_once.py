@@ -1,0 +1,189 @@
+"""Whatever a server does with BUSY and failures, in whatever order it answers: frames are applied in order, once."""
+
+from __future__ import annotations
+
+from collections import deque
+from random import Random
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instep_client.calls import StepCall
+from instep_client.errors import FramesRefused, InstepError
+from instep_client.session import Session, State
+from instep_client.streams import Lane
+from tests.support.fake_server import F32, Message
+from tests.support.staged_server import StagedServer
+
+
+class Run:
+    """A session, a staged server, and dice that decide what happens next."""
+
+    def __init__(self, seed: int, credit_frames: int, busy: float, fails: float, bad: float, cancels: float) -> None:
+        self.dice = Random(seed)
+        self.server = StagedServer(self.dice, credit_frames, busy, fails)
+        self.session = Session("tcp://somewhere:1")
+        self.bad = bad
+        self.cancels = cancels
+        self.now = 0.0
+        self.to_server: deque[Message] = deque()
+        self.to_client: deque[Message] = deque()
+        self.numbers = 0
+        self.calls: list[StepCall] = []
+        self.cancelled: set[int] = set()
+        self.drain()
+        opened = [self.session.open([name], None, single=True) for name in ("a", "b", "c")]
+        opened.append(self.session.open(["d", "e", "f"], None, single=False))
+        self.drain()
+        self.lanes = [call.result() for call in opened]
+
+    def frames(self, timesteps: int, columns: int) -> F32:
+        """New frames, some of them bad."""
+        x = np.zeros((timesteps, columns, 2), np.float32)
+        for frame in x.reshape(-1, 2):
+            self.numbers += 1
+            frame[0] = self.numbers
+            frame[1] = np.nan if self.dice.random() < self.bad else 0
+        return x
+
+    def submit(self) -> None:
+        """The user steps a lane."""
+        lane = self.dice.choice(self.lanes)
+        timesteps = self.dice.choice([1, 1, 1, 2, 5])
+        if lane.single:
+            x = self.frames(timesteps, 1)[:, 0]
+            self.calls.append(self.session.step(lane, x if timesteps > 1 else x[0]))
+        else:
+            rows = self.dice.sample(range(3), self.dice.randint(1, 3))
+            self.calls.append(self.session.step(lane, self.frames(timesteps, len(rows)), rows))
+
+    def act(self) -> None:
+        """One thing happens somewhere."""
+        match self.dice.randrange(6):
+            case 0:
+                self.submit()
+                if self.dice.random() < self.cancels:
+                    call = self.dice.choice(self.calls)
+                    self.cancelled.add(id(call))
+                    self.session.cancel(call)
+            case 1:
+                self.advance()
+            case 2 if self.to_server:
+                self.server.receive(self.to_server.popleft())
+            case 3:
+                self.server.work()
+            case 4 if self.to_client:
+                self.session.receive(self.to_client.popleft(), self.now)
+            case _:
+                self.now += self.dice.choice([0.0, 0.001, 0.01])
+        self.to_client.extend(self.server.answers)
+        self.server.answers.clear()
+
+    def advance(self) -> None:
+        """The session acts."""
+        self.session.advance(self.now)
+        self.to_server.extend([bytes(frame) for frame in message] for message in self.session.take_messages())
+
+    def drain(self) -> None:
+        """Until everything is answered."""
+        for _ in range(10_000):
+            self.advance()
+            while self.to_server:
+                self.server.receive(self.to_server.popleft())
+            while self.server.work():
+                pass
+            self.to_client.extend(self.server.answers)
+            self.server.answers.clear()
+            if not self.to_client and self.session.deadline() is None:
+                return
+            while self.to_client:
+                self.session.receive(self.to_client.popleft(), self.now)
+            self.now += 0.001
+        raise AssertionError("the session never comes to rest")
+
+    def told(self, lane: Lane, row: int) -> tuple[list[int], list[float]]:
+        """What the calls say was applied of one stream: numbers and outputs, in the order of the calls."""
+        handle = int(self.session._table.columns[row, 0])
+        applied = self.server.streams[handle].applied if handle in self.server.streams else []
+        numbers: list[int] = []
+        outputs: list[float] = []
+        for call in self.calls:
+            if call.lane is not lane or row not in call.rows:
+                continue
+            column = int(np.flatnonzero(call.rows == row)[0])
+            sent = call.x[:, column, 0].astype(int).tolist()
+            if id(call) in self.cancelled and (call.error is not None or not call.done):
+                sent = [number for number in sent if number in applied]
+                numbers += sent
+                outputs += [np.nan] * len(sent)
+                continue
+            assert call.done
+            y = outputs_of(call).reshape(call.x.shape[0], -1)[:, column]
+            good = int(np.isfinite(y).sum())
+            assert np.isfinite(y[:good]).all(), "outputs after a refused frame"
+            numbers += sent[:good]
+            outputs += y[:good].tolist()
+        return numbers, outputs
+
+    def check(self) -> None:
+        """Calls and server tell the same story."""
+        assert self.session.state is State.OPEN
+        for lane in self.lanes:
+            for row in lane.rows.tolist():
+                handle = int(self.session._table.columns[row, 0])
+                stream = self.server.streams.get(handle)
+                numbers, outputs = self.told(lane, row)
+                assert numbers == (stream.applied if stream else [])
+                assert int(self.session._table.columns[row, 1]) == (stream.admitted if stream else 0)
+                for mine, theirs in zip(outputs, stream.outputs if stream else [], strict=True):
+                    assert np.isnan(mine) or mine == theirs
+
+
+def outputs_of(call: StepCall) -> F32:
+    """Outputs, of a refused call too."""
+    return call.error.outputs if isinstance(call.error, FramesRefused) else call.result().outputs
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    credit_frames=st.sampled_from([1, 3, 8, 40]),
+    busy=st.sampled_from([0.0, 0.2, 0.6]),
+)
+def test_with_busy_alone_every_frame_is_applied_in_order_once(seed: int, credit_frames: int, busy: float) -> None:
+    run = Run(seed, credit_frames, busy, fails=0.0, bad=0.0, cancels=0.0)
+    for _ in range(150):
+        run.act()
+    run.drain()
+    run.check()
+    sent = sum(call.frames for call in run.calls)
+    assert sum(len(stream.applied) for stream in run.server.streams.values()) == sent
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    credit_frames=st.sampled_from([1, 3, 8, 40]),
+    busy=st.sampled_from([0.0, 0.3]),
+    fails=st.sampled_from([0.0, 0.1]),
+    bad=st.sampled_from([0.0, 0.1, 0.4]),
+    cancels=st.sampled_from([0.0, 0.3]),
+)
+def test_failures_and_cancelled_calls_never_reorder_or_repeat_a_frame(
+    seed: int, credit_frames: int, busy: float, fails: float, bad: float, cancels: float
+) -> None:
+    run = Run(seed, credit_frames, busy, fails, bad, cancels)
+    for _ in range(150):
+        run.act()
+    run.drain()
+    run.check()
+
+
+def test_calls_fail_only_with_refused_frames_or_by_being_cancelled() -> None:
+    run = Run(5, credit_frames=8, busy=0.3, fails=0.1, bad=0.1, cancels=0.3)
+    for _ in range(600):
+        run.act()
+    run.drain()
+    kinds = {type(call.error) for call in run.calls}
+    assert kinds == {type(None), FramesRefused, InstepError}

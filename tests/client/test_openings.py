@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep_client.calls import OpenCall
+from instep_client.codes import Code
+from instep_client.errors import ClientClosed, InvalidInput, StreamEvicted, StreamRefused
+from instep_client.wire import Kind
+from tests.support.fake_server import INFO, Message, evicted, reference
+from tests.support.session_link import Link, headers, refuse
+
+X = np.arange(60, dtype=np.float32).reshape(20, 3)
+SMALL = replace(INFO, max_message_bytes=2 * 201)
+"""Room for two names, or for 25 states."""
+
+
+def sent(messages: list[Message]) -> list[tuple[Kind, bytes]]:
+    """Kind and first frame of messages."""
+    return [(header[0], message[1]) for header, message in zip(headers(messages), messages, strict=True)]
+
+
+def test_open_and_close_are_these_bytes() -> None:
+    link = Link()
+    opening = link.session.open(["a", "é"], np.arange(8).reshape(2, 2, 2), single=False)
+    [message] = link.advance()
+    assert message == [bytes.fromhex("9402020201"), b"a\n\xc3\xa9", np.arange(8, dtype="<f4").tobytes()]
+    lane = link.finish(opening)
+    link.session.close(lane)
+    assert link.advance() == [[bytes.fromhex("93040302"), bytes.fromhex("0100000000000000 0200000000000000")]]
+
+
+def test_a_stream_starts_from_its_state_and_ends_in_the_networks() -> None:
+    link = Link()
+    state = np.array([[1, 2], [3, 4]], np.float32)
+    lane = link.open("a", initial=state)
+    step = link.session.step(lane, X[:3])
+    final = link.finish(link.session.close(lane))
+    outputs, expected = reference(X[:3], state)
+    assert step.result().outputs.tolist() == outputs.tolist()
+    assert final.reshape(2, 2).tolist() == expected.tolist()
+    assert link.rules.names == {}
+    assert link.session.next_seqs(lane).tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("names", "states", "complaint"),
+    [
+        ([], None, "at least one name"),
+        ([""], None, "1 to 200 bytes"),
+        (["a\nb"], None, "1 to 200 bytes"),
+        ([b"a"], None, "1 to 200 bytes"),
+        ("abc", None, "not one string"),
+        (["a", "a"], None, "the same name"),
+        (["a", "b"], np.zeros((2, 2)), r"shape \[2, 2, 2\]"),
+        (["a"], np.zeros((2, 2)), r"shape \[1, 2, 2\]"),
+    ],
+)
+def test_bad_names_and_states_are_refused_before_anything_is_sent(
+    names: Sequence[Any], states: Any, complaint: str
+) -> None:
+    link = Link()
+    with pytest.raises(InvalidInput, match=complaint):
+        link.session.open(names, states, single=False)
+    assert link.advance() == []
+
+
+def test_all_of_a_group_are_opened_or_none() -> None:
+    link = Link()
+    taken = link.open("b")
+    opening = link.session.open(["a", "b", "c"], None, single=False)
+    link.settle()
+    with pytest.raises(StreamRefused, match=r"NAME_IN_USE.*\(stream 'b'\)"):
+        opening.result()
+    assert link.rules.names == {"b": 1}
+    assert link.finish(link.session.step(taken, X[0]))
+    assert len(link.open("a", "c").rows) == 2
+
+
+def test_a_refused_message_refuses_the_group() -> None:
+    link = Link()
+    opening = link.session.open(["a", "b"], None, single=False)
+    link.advance()
+    refuse(link, Code.SHUTTING_DOWN)
+    link.settle()
+    with pytest.raises(StreamRefused, match=r"SHUTTING_DOWN.*\(stream 'a'\)"):
+        opening.result()
+
+
+def test_large_groups_are_opened_and_closed_in_parts() -> None:
+    link = Link(SMALL)
+    states = np.arange(20).reshape(5, 2, 2)
+    opening = link.session.open(list("abcde"), states, single=False)
+    messages = link.advance()
+    assert sent(messages) == [(Kind.OPEN, b"a\nb"), (Kind.OPEN, b"c\nd"), (Kind.OPEN, b"e")]
+    assert b"".join(message[2] for message in messages) == states.astype("<f4").tobytes()
+    lane = link.finish(opening)
+    assert len(lane.rows) == 5
+    finals = link.finish(link.session.close(lane))
+    assert finals.tolist() == states.reshape(5, 4).tolist()
+
+    many = link.open(*[f"s{i}" for i in range(60)])
+    link.session.close(many)
+    assert [header[2] for header in headers(link.advance())] == [25, 25, 10]
+
+
+def test_one_refused_part_undoes_the_others() -> None:
+    link = Link(SMALL)
+    link.open("d")
+    opening = link.session.open(list("abcde"), None, single=False)
+    link.advance()
+    link.to_server.append(link.to_server.popleft())  # the parts may be answered in any order
+    refuse(link, Code.BUSY)
+    link.settle()
+    with pytest.raises(StreamRefused, match=r"BUSY.*\(stream 'c'\)"):
+        opening.result()
+    assert link.rules.names == {"d": 1}
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_streams_that_nobody_waits_for_are_closed_again(is_answered: bool) -> None:
+    link = Link()
+    opening = link.session.open(["a"], None, single=True)
+    link.advance()
+    if is_answered:
+        link.serve()
+        link.settle_client()
+    link.session.cancel(opening)
+    link.settle()
+    assert link.rules.names == {}
+    assert Kind.CLOSE in link.rules.kinds
+
+
+def test_a_refused_opening_that_nobody_waits_for_is_nothing() -> None:
+    link = Link()
+    opening = link.session.open(["a"], None, single=True)
+    link.advance()
+    refuse(link, Code.BUSY)
+    link.session.cancel(opening)
+    link.settle()
+    assert Kind.CLOSE not in link.rules.kinds
+    assert isinstance(opening, OpenCall)
+    link.session.cancel(opening)
+
+
+def test_closing_waits_until_everything_sent_was_answered() -> None:
+    link = Link(replace(INFO, credit_frames=2))
+    lane = link.open("a")
+    steps = [link.session.step(lane, x) for x in X[:3]]
+    closing = link.session.close(lane)
+    link.advance()
+    refuse(link, Code.BUSY)
+    link.serve()
+    link.settle_client()
+    assert link.advance(1.0) != []
+    final = link.finish(closing)
+    assert [kind for kind in link.rules.kinds if kind in (Kind.STEP, Kind.CLOSE)] == [*[Kind.STEP] * 4, Kind.CLOSE]
+    outputs, expected = reference(X[:3])
+    assert [step.result().outputs.tolist() for step in steps] == outputs.tolist()
+    assert final.reshape(2, 2).tolist() == expected.tolist()
+
+
+def test_a_closed_lane_takes_nothing_more() -> None:
+    link = Link()
+    lane = link.open("a")
+    closing = link.session.close(lane)
+    for call in (lambda: link.session.step(lane, X[0]), lambda: link.session.close(lane)):
+        with pytest.raises(ClientClosed, match="'a' was closed"):
+            call()
+    assert not link.session.outputs_end(lane)
+    link.finish(closing)
+    assert link.session.outputs_end(lane)
+
+
+def test_rows_are_used_again_and_start_afresh() -> None:
+    link = Link()
+    first = link.open("a")
+    link.finish(link.session.step(first, X[:2]))
+    bad = link.session.step(first, [np.nan] * 3)
+    link.settle()
+    assert bad.error
+    link.finish(link.session.close(first))
+    second = link.open("b")
+    assert second.rows.tolist() == first.rows.tolist()
+    assert link.session.next_seqs(second).tolist() == [0]
+    assert link.session.next_seqs(first).tolist() == [2]
+    assert link.finish(link.session.step(second, X[0])).outputs.tolist() == reference(X[:1])[0][0].tolist()
+    link.deliver(evicted([1]))  # the first one's handle
+    assert link.finish(link.session.step(second, X[1]))
+
+
+def test_the_table_grows() -> None:
+    link = Link()
+    lanes = [link.open(f"s{i}") for i in range(40)]
+    group = link.open(*[f"g{i}" for i in range(500)])
+    rows = [int(row) for lane in [*lanes, group] for row in lane.rows]
+    assert len(set(rows)) == 540
+    steps = [link.session.step(lane, X[0]) for lane in lanes]
+    many = link.session.step(group, np.ones((500, 3)))
+    link.settle()
+    assert {tuple(step.result().outputs.tolist()) for step in steps} == {(3.0, 4.0)}
+    assert many.result().outputs.shape == (500, 2)
+
+
+class TestEnded:
+    def test_closing_a_stream_that_was_evicted_says_so_and_sends_nothing(self) -> None:
+        link = Link()
+        lane = link.open("a")
+        link.deliver(evicted([1]))
+        with pytest.raises(StreamEvicted, match="IDLE"):
+            link.session.close(lane)
+        assert link.advance() == []
+        assert link.open("b").rows.tolist() == lane.rows.tolist()
+
+    @pytest.mark.parametrize("is_sent", [False, True])
+    def test_a_close_that_waits_when_the_stream_is_evicted_says_so(self, is_sent: bool) -> None:
+        link = Link()
+        lane = link.open("a")
+        step = link.session.step(lane, X[0])
+        closing = link.session.close(lane)
+        link.advance()
+        if is_sent:
+            link.serve()
+            link.settle_client()
+            link.advance()
+        link.rules.end([1])
+        link.deliver(evicted([1]))
+        assert closing.done is not is_sent
+        link.settle()
+        assert isinstance(closing.error, StreamEvicted)
+        assert isinstance(step.error, StreamEvicted) is not is_sent
+        assert link.open("b").rows.tolist() == lane.rows.tolist()
+
+    def test_a_group_gives_the_states_of_those_that_are_left(self) -> None:
+        link = Link()
+        group = link.open("a", "b", "c", initial=np.ones((3, 2, 2)))
+        link.rules.end([1, 2])
+        link.deliver(evicted([1]))  # the message about b is still on its way
+        closing = link.session.close(group)
+        assert headers(link.advance())[0][:3] == [Kind.CLOSE, 3, 2]
+        link.settle()
+        finals = closing.result()
+        assert np.isnan(finals[:2]).all()
+        assert finals[2].tolist() == [1, 1, 1, 1]
+
+    def test_a_stream_that_the_server_does_not_know_cannot_be_closed(self) -> None:
+        link = Link()
+        lane = link.open("a")
+        link.rules.end([1])
+        closing = link.session.close(lane)
+        link.settle()
+        with pytest.raises(StreamRefused, match="UNKNOWN_STREAM"):
+            closing.result()
+        assert link.session.outputs_end(lane)
+
+    def test_a_refused_close_may_be_tried_again(self) -> None:
+        link = Link()
+        lane = link.open("a")
+        closing = link.session.close(lane)
+        link.advance()
+        refuse(link, Code.SHUTTING_DOWN)
+        link.settle()
+        with pytest.raises(StreamRefused, match="SHUTTING_DOWN"):
+            closing.result()
+        assert link.finish(link.session.step(lane, X[0]))
+        assert link.finish(link.session.close(lane)).shape == (1, 4)
+
+    def test_a_close_on_its_way_fails_with_the_session(self) -> None:
+        link = Link(replace(INFO, credit_frames=1))
+        lane = link.open("a")
+        for x in X[:2]:
+            link.session.step(lane, x)
+        waiting = link.session.close(lane)
+        link.advance()
+        link.session.fail(ClientClosed, "over")
+        assert str(waiting.error) == "over"

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from instep_client import replies, wire
+from instep_client.codes import SENTENCES, Code
+from instep_client.errors import MalformedMessage
+from instep_client.wire import Kind
+from tests.support.fake_server import INFO, Message, error, evicted, pack, stepped, welcome
+
+SAID = [[int(Code.SEQ_GAP), "gap"]]
+
+
+def failures(*entries: tuple[int, int, int, int]) -> bytes:
+    return np.array([(column, t, code, 0, seq) for column, t, code, seq in entries], wire.FAILURE).tobytes()
+
+
+def read(message: Message, *expected: Any) -> Any:
+    """What the function for the message's kind makes of it."""
+    header = wire.unpack_header(message)
+    match header.kind:
+        case Kind.WELCOME:
+            return replies.welcome(header)
+        case Kind.OPENED:
+            return replies.opened(header, message, *(expected or (2,)))
+        case Kind.STEPPED:
+            return replies.stepped(header, message, *(expected or (2, 3, 2)))
+        case Kind.CLOSED:
+            return replies.closed(header, message, *(expected or (2, 4)))
+        case Kind.STATISTICS:
+            return replies.statistics(header)
+        case Kind.ERROR:
+            return replies.error(header)
+        case Kind.EVICTED:
+            return replies.evicted(header, message)
+        case Kind.GOODBYE:
+            return replies.goodbye(header)
+    raise AssertionError(header.kind)
+
+
+def test_welcome_is_server_info() -> None:
+    assert read(welcome(1, INFO)) == INFO
+
+
+@pytest.mark.parametrize(
+    ("index", "value"),
+    [(0, "1"), (0, 0), (1, 7), (4, True), (4, 0), (4, 2.0), (10, 4), (10, [0]), (10, ["a"]), (15, "1"), (15, None)],
+)
+def test_a_welcome_with_another_kind_of_field_is_malformed(index: int, value: Any) -> None:
+    fields = [getattr(INFO, name) for name in wire.ServerInfo.__dataclass_fields__]
+    fields[index] = value
+    with pytest.raises(MalformedMessage):
+        read([pack(Kind.WELCOME, 1, *fields)])
+
+
+def test_opened_gives_handles_and_refusals() -> None:
+    taken = [[int(Code.NAME_IN_USE), "taken"]]
+    message = [pack(Kind.OPENED, 1, 2, taken), np.array([9, 0], "<u8").tobytes(), failures((1, 0, 105, 0))]
+    handles, refused = read(message)
+    assert handles.tolist() == [9, 0]
+    assert refused == [(1, 0, Code.NAME_IN_USE, "taken", 0)]
+
+
+def test_stepped_gives_outputs_failures_and_times() -> None:
+    y = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+    answer = read(stepped(1, y, [(2, 1, Code.NOT_FINITE, 5)], (10, 20, 30)))
+    assert answer.outputs.tolist() == y.tolist()
+    assert answer.failures == [(2, 1, Code.NOT_FINITE, SENTENCES[Code.NOT_FINITE], 5)]
+    assert answer.times == (10, 20, 30)
+
+
+def test_a_code_without_a_sentence_gets_the_known_one() -> None:
+    message = [pack(Kind.STEPPED, 1, 1, 1, 0, 0, 0, []), b"\0" * 4, failures((0, 0, 101, 5))]
+    assert read(message, 1, 1, 1).failures == [(0, 0, Code.SEQ_GAP, SENTENCES[Code.SEQ_GAP], 5)]
+
+
+def test_closed_gives_states() -> None:
+    finals = np.arange(8, dtype=np.float32)
+    states, refused = read([pack(Kind.CLOSED, 1, 2, []), finals.tobytes(), b""])
+    assert states.tolist() == finals.reshape(2, 4).tolist()
+    assert refused == []
+
+
+def test_the_small_ones() -> None:
+    assert read([pack(Kind.STATISTICS, 1, [["a", 1], ["b", 0.5]])]) == {"a": 1.0, "b": 0.5}
+    assert read(error(1, Code.BUSY, 2000)) == (Code.BUSY, SENTENCES[Code.BUSY], 0.002)
+    handles, code, sentence = read(evicted([4, 5]))
+    assert (handles.tolist(), code, sentence) == ([4, 5], Code.IDLE, SENTENCES[Code.IDLE])
+    assert read([pack(Kind.GOODBYE, 0, "bye")]) == "bye"
+
+
+def step_message(**changes: Any) -> Message:
+    """A good STEPPED of 2 x 3 frames, 2 outputs, with some fields replaced."""
+    fields = {"t": 2, "n": 3, "queue": 1, "compute": 2, "send": 3, "sentences": SAID}
+    fields |= {name: value for name, value in changes.items() if name in fields}
+    y = changes.get("y", np.zeros((2, 3, 2), "<f4").tobytes())
+    return [pack(Kind.STEPPED, 1, *fields.values()), y, changes.get("failures", b"")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"t": 3},
+        {"t": 2.0},
+        {"n": True},
+        {"queue": -1},
+        {"compute": 1.5},
+        {"send": "3"},
+        {"y": b""},
+        {"failures": b"\0" * 23},
+        {"failures": failures((0, 0, 101, 0)) * 4},
+        {"failures": failures((0, 0, 101, 0), (0, 1, 101, 0))},
+        {"failures": failures((3, 0, 101, 0))},
+        {"failures": failures((0, 2, 101, 0))},
+        {"failures": failures((0, 0, 99, 0))},
+        {"failures": failures((0, 0, 101, 0)), "sentences": "gap"},
+        {"failures": failures((0, 0, 101, 0)), "sentences": [101]},
+        {"failures": failures((0, 0, 101, 0)), "sentences": [[101]]},
+        {"failures": failures((0, 0, 101, 0)), "sentences": [["101", "gap"]]},
+        {"failures": failures((0, 0, 101, 0)), "sentences": [[101, 5]]},
+    ],
+)
+def test_a_stepped_that_contradicts_itself_is_malformed(changes: dict[str, Any]) -> None:
+    assert len(read(step_message(failures=failures((0, 1, 101, 0)))).failures) == 1
+    with pytest.raises(MalformedMessage):
+        read(step_message(**changes))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        [pack(Kind.OPENED, 1, 3, []), b"\1" * 24, b""],
+        [pack(Kind.OPENED, 1, 2, []), b"\1" * 8, b""],
+        [pack(Kind.OPENED, 1, 2, []), b"\0" * 16, b""],
+        [pack(Kind.OPENED, 1, 2, []), b"\1" * 16, failures((1, 0, 105, 0))],
+        [pack(Kind.OPENED, 1, 2, []), b"\1" * 8 + b"\0" * 8, failures((1, 1, 105, 0))],
+        [pack(Kind.CLOSED, 1, 1, []), b"\0" * 32, b""],
+        [pack(Kind.CLOSED, 1, 2, []), b"\0" * 28, b""],
+        [pack(Kind.STATISTICS, 1, "a")],
+        [pack(Kind.STATISTICS, 1, [["a"]])],
+        [pack(Kind.STATISTICS, 1, [1])],
+        [pack(Kind.STATISTICS, 1, [[1, 1]])],
+        [pack(Kind.STATISTICS, 1, [["a", True]])],
+        [pack(Kind.ERROR, 1, 3.0, "x", 0)],
+        [pack(Kind.ERROR, 1, 12345, "x", 0)],
+        [pack(Kind.ERROR, 1, 200, 1, 0)],
+        [pack(Kind.ERROR, 1, 200, "x", -1)],
+        [pack(Kind.ERROR, 1, 200, "x", 2**40)],
+        [pack(Kind.EVICTED, 0, 0, 106, "x"), b""],
+        [pack(Kind.EVICTED, 0, 2, 106, "x"), b"\0" * 8],
+        [pack(Kind.EVICTED, 0, 2**62, 106, "x"), b"\0" * 8],
+        [pack(Kind.EVICTED, 0, 1, 0, "x"), b"\0" * 8],
+        [pack(Kind.GOODBYE, 0, 5)],
+    ],
+)
+def test_other_contradictions_are_malformed(message: Message) -> None:
+    with pytest.raises(MalformedMessage):
+        read(message)
+
+
+@given(st.data())
+def test_mutated_replies_are_read_or_malformed(data: st.DataObject) -> None:
+    message = data.draw(
+        st.sampled_from(
+            [
+                welcome(1, INFO),
+                [pack(Kind.OPENED, 1, 2, SAID), b"\1" * 8 + b"\0" * 8, failures((1, 0, 105, 0))],
+                step_message(failures=failures((1, 1, 101, 4))),
+                [pack(Kind.CLOSED, 1, 2, SAID), b"\0" * 32, failures((1, 0, 101, 0))],
+                [pack(Kind.STATISTICS, 1, [["a", 1.0], ["b", 2]])],
+                error(1, Code.BUSY, 5),
+                evicted([1, 2]),
+                [pack(Kind.GOODBYE, 0, "x")],
+            ]
+        )
+    )
+    frames = [bytearray(frame) for frame in message]
+    for _ in range(data.draw(st.integers(1, 4))):
+        frame = data.draw(st.sampled_from(frames))
+        at = data.draw(st.integers(0, len(frame)))
+        if data.draw(st.booleans()):
+            frame.insert(at, data.draw(st.integers(0, 255)))
+        elif at < len(frame):
+            frame[at] = data.draw(st.integers(0, 255))
+    mutated = [bytes(frame) for frame in frames]
+    try:
+        header = wire.unpack_header(mutated)
+        if header.kind in (Kind.PONG, *range(1, 7)):
+            return
+        read(mutated)
+    except MalformedMessage:
+        pass

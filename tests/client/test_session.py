@@ -1,0 +1,296 @@
+"""Greeting, silence, farewell, and what ends a session. Frames are test_flow's, opening and closing test_openings'."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep_client.calls import Call
+from instep_client.codes import Code
+from instep_client.errors import (
+    ClientClosed,
+    ConnectionFailed,
+    InstepError,
+    InvalidInput,
+    MalformedMessage,
+    Refused,
+    StreamEvicted,
+)
+from instep_client.session import Session, State
+from instep_client.wire import Kind
+from tests.support.fake_server import INFO, Message, error, evicted, goodbye, pack, stepped, welcome
+from tests.support.session_link import Link, headers, refuse
+
+X = np.ones(3, np.float32)
+
+
+def test_the_first_message_is_hello_and_its_answer_is_the_info() -> None:
+    link = Link(greet=False)
+    assert headers(link.advance()) == [[Kind.HELLO, 1, 1, "test"]]
+    with pytest.raises(ClientClosed, match="not connected"):
+        _ = link.session.info
+    with pytest.raises(ClientClosed, match="not connected"):
+        link.session.open(["a"], None, single=True)
+    link.settle()
+    assert link.session.state is State.OPEN
+    assert link.session.info == INFO
+
+
+@pytest.mark.parametrize(
+    ("name", "timeout_s"), [("a\nb", 1.0), ("a" * 201, 1.0), ("", 0.0), ("", -1.0), ("", float("nan"))]
+)
+def test_bad_names_and_timeouts_are_refused(name: str, timeout_s: float) -> None:
+    with pytest.raises(InvalidInput):
+        Session("tcp://somewhere:1", name, timeout_s)
+
+
+def test_a_refused_hello_says_why() -> None:
+    link = Link(greet=False)
+    link.advance()
+    refuse(link, Code.WRONG_VERSION)
+    link.deliver()
+    with pytest.raises(Refused, match="WRONG_VERSION"):
+        link.session.greeting.result()
+    with pytest.raises(ConnectionFailed, match="refused this client"):
+        link.session.open(["a"], None, single=True)
+
+
+def test_another_protocol_version_is_no_welcome() -> None:
+    link = Link(greet=False)
+    link.advance()
+    link.deliver(welcome(1, replace(INFO, protocol_version=2)))
+    with pytest.raises(MalformedMessage, match="protocol version 2, this client 1"):
+        link.session.greeting.result()
+
+
+def test_nobody_answers_hello() -> None:
+    link = Link(timeout_s=4.0, greet=False)
+    link.advance()
+    assert link.session.deadline() == link.now + 4.0
+    assert link.advance(3.9) == []
+    assert not link.session.greeting.done
+    link.advance(0.1)
+    with pytest.raises(ConnectionFailed, match=r"nobody answers at tcp://somewhere:1 \(waited 4 s\)"):
+        link.session.greeting.result()
+    assert link.session.deadline() is None
+
+
+def test_silence_is_probed_at_half_the_timeout_and_ends_the_session_at_all_of_it() -> None:
+    link = Link(timeout_s=4.0)
+    lane = link.open("a")
+    link.advance(1000.0)  # nothing is asked for: silence means nothing
+    assert link.session.deadline() is None
+    step = link.session.step(lane, X)
+    assert headers(link.advance())[0][0] is Kind.STEP
+    assert link.session.deadline() == link.now + 2.0
+    assert link.advance(1.9) == []
+    assert [header[0] for header in headers(link.advance(0.1))] == [Kind.PING]
+    assert link.session.deadline() == link.now + 2.0
+    assert link.advance(1.9) == []
+    assert not step.done
+    link.advance(0.1)
+    with pytest.raises(ConnectionFailed, match="nobody answers at tcp://somewhere:1"):
+        step.result()
+    with pytest.raises(ConnectionFailed, match="nobody answers"):
+        link.session.step(lane, X)
+
+
+@pytest.mark.parametrize("word", [[pack(Kind.PONG, 0)], [pack(Kind.PONG, 4)]])
+def test_any_word_of_the_server_starts_the_wait_anew(word: Message) -> None:
+    link = Link(timeout_s=4.0)
+    lane = link.open("a")
+    link.session.step(lane, X)
+    link.advance()
+    assert headers(link.advance(2.0)) == [[Kind.PING, 4]]
+    link.deliver(word)
+    link.advance(1.9)
+    link.advance(1.9)
+    assert link.session.deadline() is not None
+    link.advance(0.2)
+    assert link.session.state is State.ENDED
+
+
+def test_an_answered_probe_allows_the_next() -> None:
+    link = Link(timeout_s=4.0)
+    link.session.step(link.open("a"), X)
+    link.advance()
+    for probe in ([pack(Kind.PONG, 4)], error(5, Code.BUSY)):
+        assert headers(link.advance(2.0))[0][0] is Kind.PING
+        link.deliver(probe)
+    assert headers(link.advance(2.0)) == [[Kind.PING, 6]]
+
+
+def test_ping_measures_and_statistics_are_read() -> None:
+    link = Link()
+    ping, statistics = link.session.ping(link.now), link.session.statistics()
+    link.advance()
+    link.serve()
+    link.now += 0.25
+    link.settle()
+    assert ping.result() == 0.25
+    assert statistics.result() == {"streams_open": 0.0, "blocks": 0.0}
+
+
+def test_a_refused_question_raises_the_code() -> None:
+    link = Link()
+    statistics = link.session.statistics()
+    link.advance()
+    refuse(link, Code.BUSY)
+    link.settle()
+    with pytest.raises(Refused, match="BUSY"):
+        statistics.result()
+    assert link.session.state is State.OPEN
+
+
+def test_goodbye_ends_everything_that_was_not_answered_before_it() -> None:
+    link = Link()
+    lane = link.open("a")
+    answered, unanswered = link.session.step(lane, X), link.session.step(lane, X)
+    link.advance()
+    link.serve(1)
+    link.settle_client()
+    link.deliver(goodbye())
+    assert answered.result().outputs.tolist() == [3, 4]
+    for call in (lambda: unanswered.result(), lambda: link.session.step(lane, X), lambda: link.session.ping(0)):
+        with pytest.raises(ConnectionFailed, match="the server is shutting down"):
+            call()
+    link.deliver(stepped(4, np.zeros((1, 1, 2), np.float32)))  # too late: dropped
+    assert link.session.leave() is None
+
+
+def test_a_restarted_server_does_not_know_us() -> None:
+    link = Link()
+    step = link.session.step(link.open("a"), X)
+    link.advance()
+    link.deliver(error(0, Code.HELLO_FIRST))
+    with pytest.raises(ConnectionFailed, match="was restarted"):
+        step.result()
+
+
+def test_an_error_about_no_request_ends_the_session() -> None:
+    link = Link()
+    step = link.session.step(link.open("a"), X)
+    link.advance()
+    link.deliver(error(0, Code.MALFORMED))
+    with pytest.raises(ConnectionFailed, match=r"could not read a message of this client.*MALFORMED"):
+        step.result()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        [],
+        [b"\xc1"],
+        [b"\x00" * 5000],
+        [pack(Kind.HELLO, 1, 1, "x")],
+        [pack(Kind.PONG, 99)],
+        [pack(Kind.PONG, 3)],
+        [pack(Kind.STATISTICS, 3, [])],
+        stepped(3, np.zeros((1, 2, 2), np.float32)),
+        stepped(3, np.zeros((1, 1, 3), np.float32)),
+        stepped(2, np.zeros((1, 1, 2), np.float32)),
+        welcome(3, INFO),
+        [pack(Kind.ERROR, 3, 9999, "x", 0)],
+        [pack(Kind.EVICTED, 0, 1, 106, "x"), b"\0" * 7],
+        [pack(Kind.GOODBYE, 0, 1)],
+    ],
+)
+def test_a_malformed_message_fails_what_waits(message: Message) -> None:
+    link = Link()
+    lane = link.open("a")
+    step = link.session.step(lane, X)
+    link.advance()
+    ping = link.session.ping(0.0)
+    link.deliver(message)
+    for call in (step, ping):
+        assert isinstance(call, Call)
+        with pytest.raises(MalformedMessage, match="the server at tcp://somewhere:1 does not follow the protocol"):
+            call.result()
+    with pytest.raises(MalformedMessage):
+        link.session.step(lane, X)
+
+
+def test_eviction_fails_what_waits_and_what_comes_later_of_that_stream_alone() -> None:
+    link = Link()
+    mine, other = link.open("mine"), link.open("other")
+    kept = link.session.step(mine, X, keep=True)
+    step, well = link.session.step(mine, X), link.session.step(other, X)
+    link.advance()
+    link.deliver(evicted([1, 99]))
+    waiting = (lambda: step.result(), lambda: kept.result(), lambda: link.session.step(mine, X))
+    for call in waiting:
+        with pytest.raises(StreamEvicted, match=r"IDLE.*\(stream 'mine'\)"):
+            call()
+    assert link.session.take(mine) is kept
+    with pytest.raises(StreamEvicted):
+        link.session.outputs_end(mine)
+    link.settle()
+    assert well.result().outputs.tolist() == [3, 4]
+    assert link.session.step(other, X)
+
+
+def test_eviction_before_the_welcome_is_nobodys() -> None:
+    link = Link(greet=False)
+    link.advance()
+    link.deliver(evicted([1]))
+    link.settle()
+    assert link.session.state is State.OPEN
+
+
+def test_eviction_of_one_of_a_group_lets_the_others_step() -> None:
+    link = Link(replace(INFO, credit_frames=4))
+    group = link.open("a", "b", "c")
+    sent = link.session.step(group, np.ones((3, 3)))
+    waiting = link.session.step(group, np.ones((3, 3)))
+    unconcerned = link.session.step(group, np.ones((2, 3)), rows=[0, 2])
+    link.advance()
+    link.rules.end([2])
+    link.deliver(evicted([2], Code.STATE_LOST))
+    with pytest.raises(StreamEvicted, match=r"STATE_LOST.*\(stream 'b'\)"):
+        waiting.result()
+    with pytest.raises(StreamEvicted, match=r"\(stream 'b'\)"):
+        link.session.step(group, np.ones((3, 3)))
+    link.settle()
+    refused: Any = sent.error
+    assert [(f.stream, f.code) for f in refused.failures] == [("b", Code.UNKNOWN_STREAM)]
+    assert refused.outputs[[0, 2]].tolist() == [[3, 4], [3, 4]]
+    assert np.isnan(refused.outputs[1]).all()
+    assert unconcerned.result().outputs.shape == (2, 2)
+
+
+def test_leaving_closes_the_streams_and_hears_that_the_server_knows() -> None:
+    link = Link()
+    link.open("b", "c")
+    step = link.session.step(link.open("a"), X)
+    link.advance()
+    farewell = link.session.leave()
+    assert farewell is not None
+    assert [header[0] for header in headers(link.advance())] == [Kind.CLOSE, Kind.PING]
+    with pytest.raises(ClientClosed, match="the client was closed"):
+        step.result()
+    link.serve()
+    assert link.rules.names == {}
+    link.deliver(stepped(4, np.zeros((1, 1, 2), np.float32)))
+    link.settle_client()
+    assert farewell.done
+    assert link.session.leave() is None
+    with pytest.raises(ClientClosed):
+        link.session.ping(0.0)
+
+
+def test_leaving_without_streams_says_nothing() -> None:
+    link = Link()
+    assert link.session.leave() is None
+    assert link.advance() == []
+
+
+def test_every_failure_is_an_error_object_of_its_own() -> None:
+    link = Link()
+    calls = [link.session.ping(0.0), link.session.ping(0.0)]
+    link.session.fail(InstepError, "over")
+    link.session.fail(InstepError, "over again")
+    assert calls[0].error is not calls[1].error
+    assert [str(call.error) for call in calls] == ["over", "over"]

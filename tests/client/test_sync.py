@@ -1,0 +1,234 @@
+"""Client, from one thread, from many, and at the edges of a process."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep_client import Client, ClientClosed, Code, ConnectionFailed, FramesRefused, StreamRefused
+from instep_client.wire import Kind
+from tests.support.fake_server import INFO, FakeServer, reference
+
+X = np.arange(300, dtype=np.float32).reshape(100, 3)
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as running:
+        yield running
+    gc.collect()
+
+
+def test_every_verb(server: FakeServer) -> None:
+    with Client(server.endpoint, "tester") as client:
+        assert client.info == INFO
+        assert client.ping() > 0
+        assert client.stats()["streams_open"] == 0
+        state = np.full((2, 2), 8, np.float32)
+        stream = client.open("a", state)
+        outputs, final = reference(X[:9], state)
+        assert stream.name == "a"
+        assert stream.step(X[0]).tolist() == outputs[0].tolist()
+        assert stream.step_timed(X[1:5]).outputs.tolist() == outputs[1:5].tolist()
+        for x in X[5:9]:
+            stream.send(x)
+        stream.finish()
+        assert [y.tolist() for y in stream] == outputs[5:].tolist()
+        assert stream.next_seq == 9
+        assert stream.close().tolist() == final.tolist()
+        group = client.open_group(["b", "c"])
+        assert (len(group), group.names) == (2, ("b", "c"))
+        assert group.step(X[:2]).shape == (2, 2)
+        assert group.step_timed(X[:1], rows=[1]).compute_us == 8
+        assert group.next_seqs.tolist() == [1, 2]
+        assert group.close().shape == (2, 2, 2)
+    assert server.rules.names == {}
+
+
+def test_errors_reach_the_caller(server: FakeServer) -> None:
+    with Client(server.endpoint) as client:
+        stream = client.open("a")
+        with pytest.raises(StreamRefused):
+            client.open("a")
+        stream.send([np.nan, 0, 0])
+        stream.finish()
+        with pytest.raises(FramesRefused) as caught:
+            next(stream)
+        assert caught.value.code is Code.NOT_FINITE
+        assert list(stream) == []
+
+
+def test_many_threads_share_a_client(server: FakeServer) -> None:
+    with Client(server.endpoint) as client, ThreadPoolExecutor(8) as pool:
+
+        def run(number: int) -> list[list[float]]:
+            stream = client.open(f"s{number}")
+            return [stream.step(x).tolist() for x in X[number:]]
+
+        for number, outputs in enumerate(pool.map(run, range(8))):
+            assert outputs == reference(X[number:])[0].tolist()
+
+
+def test_one_thread_sends_while_another_reads(server: FakeServer) -> None:
+    with Client(server.endpoint) as client:
+        stream = client.open("a")
+        read: list[list[float]] = []
+        reader = threading.Thread(target=lambda: read.extend(y.tolist() for y in stream))
+        reader.start()
+        for x in X:
+            stream.send(x)
+        stream.finish()
+        reader.join()
+        assert read == reference(X)[0].tolist()
+
+
+def test_ctrl_c_leaves_a_client_that_can_be_used_and_closed(server: FakeServer) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def fault(header: list[Any], frames: list[bytes]) -> list[list[bytes]] | None:
+        if header[0] == Kind.STEP and server.rules.holding:
+            signal.pthread_kill(main, signal.SIGINT)
+        return None
+
+    with Client(server.endpoint) as client:
+        stream = client.open("a")
+        server.rules.holding = True
+        server.rules.fault = fault
+        with pytest.raises(KeyboardInterrupt):
+            stream.step(X[0])
+        server.release()
+        assert stream.step(X[1]).tolist() == reference(X[:2])[0][1].tolist()
+
+
+def test_closing_wakes_the_threads_that_wait(server: FakeServer) -> None:
+    with Client(server.endpoint) as client, ThreadPoolExecutor(2) as pool:
+        stream = client.open("a")
+        server.rules.holding = True
+        waiting = [pool.submit(stream.step, X[0]), pool.submit(next, stream)]
+        while not server.rules.held:
+            client.ping()
+        client.close()
+        for future in waiting:
+            with pytest.raises(ClientClosed):
+                future.result()
+        client.close()
+        for verb in (client.ping, lambda: stream.step(X[0])):
+            with pytest.raises(ClientClosed, match="the client was closed"):
+                verb()
+
+
+def test_a_client_connects_once(server: FakeServer) -> None:
+    client = Client(server.endpoint)
+    with pytest.raises(ClientClosed, match="not connected"):
+        client.ping()
+    client.connect()
+    with pytest.raises(ClientClosed, match="connected before"):
+        client.connect()
+    client.close()
+    with pytest.raises(ClientClosed, match="connected before"):
+        client.connect()
+    Client(server.endpoint).close()
+
+
+def test_nobody_there() -> None:
+    with FakeServer() as server:
+        endpoint = server.endpoint
+    with pytest.raises(ConnectionFailed, match="nobody answers"):
+        Client(endpoint, timeout_s=0.1).connect()
+
+
+def test_work_that_the_loop_gave_up_is_told_as_closed(server: FakeServer) -> None:
+    async def endless() -> None:
+        await asyncio.Event().wait()
+
+    with Client(server.endpoint) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client._thread.run, endless())
+        client.ping()
+        client.close()
+        with pytest.raises(ClientClosed, match="the client was closed"):
+            waiting.result()
+
+
+def test_a_client_that_nobody_holds_closes_itself(server: FakeServer) -> None:
+    client = Client(server.endpoint)
+    client.connect()
+    stream = client.open("a")
+    thread = client._thread._thread
+    gone = weakref.ref(client)
+    del client
+    gc.collect()
+    assert stream.step(X[0]).tolist() == [3, 4]  # a stream holds its client
+    del stream
+    gc.collect()
+    assert gone() is None
+    thread.join(10)
+    assert not thread.is_alive()
+    assert server.rules.names == {}
+
+
+def test_a_client_collected_in_its_own_thread_closes_itself(server: FakeServer) -> None:
+    client = Client(server.endpoint)
+    client.connect()
+    loop_thread = client._thread
+    assert loop_thread._loop is not None
+    loop_thread._loop.call_soon_threadsafe(loop_thread.stop)
+    loop_thread._thread.join(10)
+    assert not loop_thread._thread.is_alive()
+    client.close()
+
+
+def run_script(script: str, endpoint: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, endpoint], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_an_open_client_does_not_hold_up_the_interpreters_exit(server: FakeServer) -> None:
+    script = """
+import sys
+from instep_client import Client
+client = Client(sys.argv[1])
+client.connect()
+stream = client.open("a")
+stream.step([1, 2, 3])
+"""
+    done = run_script(script, server.endpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Kind.CLOSE in server.rules.kinds
+
+
+def test_a_forked_client_says_so_and_the_parents_works_on(server: FakeServer) -> None:
+    script = """
+import os, sys
+from instep_client import Client, ClientClosed
+client = Client(sys.argv[1])
+client.connect()
+stream = client.open("a")
+child = os.fork()
+if child == 0:
+    try:
+        stream.step([1, 2, 3])
+    except ClientClosed as error:
+        assert "forked" in str(error)
+        client.close()
+        sys.exit(7)
+    sys.exit(1)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 7, status
+assert stream.step([1, 2, 3]).tolist() == [6, 7]
+client.close()
+"""
+    done = run_script(script, server.endpoint)
+    assert (done.returncode, done.stderr) == (0, "")

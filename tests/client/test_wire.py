@@ -1,0 +1,198 @@
+"""The wire's bytes, written out by hand from the msgpack specification, and what happens to bytes that are not so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from instep_client import wire
+from instep_client.errors import MalformedMessage
+from instep_client.wire import Kind
+
+HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
+    (Kind.HELLO, 1, (1, "abc"), "94 01 01 01 a3 616263"),
+    (Kind.OPEN, 2, (3, 1), "94 02 02 03 01"),
+    (Kind.STEP, 7, (2, 3, 40, "f4"), "96 03 07 02 03 28 a2 6634"),
+    (Kind.STEP, 300, (1, 1024, 40, "f4"), "96 03 cd012c 01 cd0400 28 a2 6634"),
+    (Kind.CLOSE, 128, (65_535,), "93 04 cc80 cdffff"),
+    (Kind.PING, 1, (), "92 05 01"),
+    (Kind.STATS, 2**32, (), "92 06 cf0000000100000000"),
+    (Kind.OPENED, 2, (1, ((105, "no"),)), "94 42 02 01 91 92 69 a2 6e6f"),
+    (Kind.STEPPED, 7, (2, 3, 100, 200, 5, ()), "98 43 07 02 03 64 ccc8 05 90"),
+    (Kind.CLOSED, 9, (1, ()), "94 44 09 01 90"),
+    (Kind.PONG, 0, (), "92 45 00"),
+    (Kind.STATISTICS, 3, ((("a", 1.5),),), "93 46 03 91 92 a1 61 cb3ff8000000000000"),
+    (Kind.EVICTED, 0, (2, 106, "x"), "95 47 00 02 6a a1 78"),
+    (Kind.ERROR, 5, (200, "x", 2000), "95 48 05 ccc8 a1 78 cd07d0"),
+    (Kind.GOODBYE, 0, ("x",), "93 49 00 a1 78"),
+]
+
+
+def with_frames(kind: Kind, header: bytes) -> list[bytes]:
+    return [header, *[b""] * (wire.FRAME_COUNT[kind] - 1)]
+
+
+@pytest.mark.parametrize(("kind", "request_number", "fields", "expected"), HEADERS)
+def test_headers_are_these_bytes(kind: Kind, request_number: int, fields: tuple[Any, ...], expected: str) -> None:
+    header = bytes.fromhex(expected)
+    assert wire.pack_header(kind, request_number, *fields) == header
+    read = wire.unpack_header(with_frames(kind, header))
+    assert (read.kind, read.request, read.fields) == (kind, request_number, fields)
+
+
+def test_every_kind_but_welcome_is_in_the_table_and_welcome_has_every_field_of_server_info() -> None:
+    assert {row[0] for row in HEADERS} | {Kind.WELCOME} == set(Kind)
+    assert wire.HEADER_LENGTH[Kind.WELCOME] == 2 + len(wire.ServerInfo.__dataclass_fields__)
+    assert set(wire.HEADER_LENGTH) == set(wire.FRAME_COUNT) == set(Kind)
+
+
+def test_a_column_is_a_handle_and_a_seq() -> None:
+    columns = np.array([(1, 2), (0x0102030405060708, 255)], wire.COLUMN)
+    assert columns.tobytes().hex(" ", 8) == "0100000000000000 0200000000000000 0807060504030201 ff00000000000000"
+
+
+def test_a_failure_is_column_timestep_code_zero_expected_seq() -> None:
+    failure = np.array([(1, 2, 101, 0, 0x0102030405060708)], wire.FAILURE)
+    assert failure.tobytes().hex(" ", 4) == "01000000 02000000 65000000 00000000 08070605 04030201"
+
+
+GOOD = bytes.fromhex("94 02 02 03 01")
+
+
+@pytest.mark.parametrize(
+    ("frames", "complaint"),
+    [
+        ([], "1 to 4096 bytes"),
+        ([b"\xc0" * 4097], "1 to 4096 bytes"),
+        ([b""], "not msgpack"),
+        ([b"\x94\x02\x02\x03"], "not msgpack"),  # cut off
+        ([GOOD + b"\x00", b"", b""], "not msgpack"),  # something behind
+        ([b"\x80"], "array of at least"),  # an empty map
+        ([b"\x81\x01\x02"], "not msgpack"),  # a map
+        ([b"\x92\x05\xc4\x01\x00"], "not msgpack"),  # bytes
+        ([b"\x92\x05\xc7\x01\x05\x00"], "not msgpack"),  # an extension
+        ([b"\x92\x05\xdc\x01\x01" + b"\xc0" * 257], "not msgpack"),  # a long array
+        ([b"\x92\x05\xda\x04\x01" + b"a" * 1025], "not msgpack"),  # a long text
+        ([b"\x92\x05\xa1\xff"], "not msgpack"),  # not UTF-8
+        ([b"\x05"], "array of at least"),
+        ([b"\x91\x05"], "array of at least"),
+        ([b"\x92\x07\x01"], "unknown message kind 7"),
+        ([b"\x92\xc3\x01"], "unknown message kind True"),
+        ([b"\x92\xa1a\x01"], "unknown message kind 'a'"),
+        ([b"\x92\x05\xff"], "request number"),  # -1
+        ([b"\x92\x05\xc2"], "request number"),  # False
+        ([b"\x92\x05\xcf" + b"\xff" * 8], "request number"),
+        ([b"\x92\x05\xcb\x3f\xf0" + b"\x00" * 6], "request number"),  # 1.0
+        ([b"\x93\x05\x01\x01"], "a PING header has 2 elements, this one 3"),
+        ([GOOD], "an? OPEN message has 3 frames, this one 1"),
+        ([GOOD, b"", b"", b""], "an? OPEN message has 3 frames, this one 4"),
+    ],
+)
+def test_what_is_no_message_is_refused_by_name(frames: list[bytes], complaint: str) -> None:
+    with pytest.raises(MalformedMessage, match=complaint):
+        wire.unpack_header(frames)
+
+
+@given(st.lists(st.binary(max_size=60), max_size=4))
+def test_garbage_is_a_header_or_malformed_and_nothing_else(frames: list[bytes]) -> None:
+    read_or_malformed(frames)
+
+
+@given(
+    st.sampled_from(HEADERS),
+    st.lists(
+        st.tuples(st.sampled_from(["flip", "cut", "insert"]), st.integers(0, 80), st.integers(0, 255)), max_size=4
+    ),
+)
+def test_mutated_headers_are_headers_or_malformed(
+    row: tuple[Kind, int, Any, str], edits: list[tuple[str, int, int]]
+) -> None:
+    header = bytearray.fromhex(row[3])
+    for edit, at, value in edits:
+        at %= len(header) + 1
+        if edit == "flip" and at < len(header):
+            header[at] ^= value
+        elif edit == "cut":
+            del header[at:]
+        else:
+            header.insert(at, value)
+    read_or_malformed(with_frames(row[0], bytes(header)))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=3),
+        max_leaves=10,
+    )
+)
+def test_any_msgpack_value_is_a_header_or_malformed(value: Any) -> None:
+    read_or_malformed([msgpack.packb(value)])
+
+
+def read_or_malformed(frames: list[bytes]) -> None:
+    try:
+        read = wire.unpack_header(frames)
+    except MalformedMessage:
+        return
+    assert len(frames) == wire.FRAME_COUNT[read.kind]
+    assert len(read.fields) == wire.HEADER_LENGTH[read.kind] - 2
+    assert 0 <= read.request < 2**63
+
+
+@pytest.mark.parametrize("value", [0, 11, True, 1.0, "1", None, (1,)])
+def test_a_count_is_an_integer_within_its_bounds(value: Any) -> None:
+    assert wire.count_field(10, "N", 10) == 10
+    assert wire.count_field(0, "N", 10, at_least=0) == 0
+    with pytest.raises(MalformedMessage, match="N must be an integer from 1 to 10"):
+        wire.count_field(value, "N", 10)
+
+
+def test_an_array_frame_is_read_without_a_copy_and_only_at_its_exact_size() -> None:
+    data = np.arange(6, dtype="<f4").tobytes()
+    array = wire.array_frame(memoryview(data), "<f4", (2, 3), "x")
+    assert array.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert not array.flags.writeable
+    with pytest.raises(MalformedMessage, match=r"x must be 28 bytes for shape \[7\], it is 24"):
+        wire.array_frame(data, "<f4", (7,), "x")
+    with pytest.raises(MalformedMessage):
+        wire.array_frame(data, "<f4", (2**40, 2**40), "x")
+
+
+def test_names_are_lines() -> None:
+    assert wire.pack_names(["a", "é"]) == b"a\n\xc3\xa9"
+    assert wire.unpack_names(b"a\n\xc3\xa9", 2) == ["a", "é"]
+    assert wire.unpack_names(memoryview(b""), 1) == [""]
+
+
+@pytest.mark.parametrize(
+    ("frame", "count", "complaint"),
+    [(b"a\nb", 1, "holds 2"), (b"a", 2, "holds 1"), (b"\xff", 1, "not UTF-8"), (b"a" * 900, 1, "too long")],
+)
+def test_names_that_are_not_lines_are_refused(frame: bytes, count: int, complaint: str) -> None:
+    with pytest.raises(MalformedMessage, match=complaint):
+        wire.unpack_names(frame, count)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_good"),
+    [
+        ("a", True),
+        ("mic-7 left", True),
+        ("é" * 100, True),
+        ("é" * 101, False),
+        ("a" * 200, True),
+        ("a" * 201, False),
+        ("", False),
+        ("a\nb", False),
+        ("\x00", False),
+        ("\ud800", False),
+    ],
+)
+def test_a_good_name_is_printable_and_short(name: str, is_good: bool) -> None:
+    assert wire.name_is_good(name) is is_good

@@ -1,0 +1,85 @@
+"""A session and a server's rules joined by two queues in memory, with a clock that a test turns."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import msgpack
+
+from instep_client.calls import Call
+from instep_client.codes import Code
+from instep_client.session import Session
+from instep_client.streams import Lane
+from instep_client.wire import Kind, ServerInfo
+from tests.support.fake_server import INFO, FakeRules, Message, error
+
+R = TypeVar("R")
+PEER = b"peer"
+
+
+class Link:
+    """Session here, rules there. Nothing moves unless a test says so; `settle` moves everything."""
+
+    def __init__(self, info: ServerInfo = INFO, timeout_s: float = 10.0, greet: bool = True) -> None:
+        self.session = Session("tcp://somewhere:1", "test", timeout_s)
+        self.rules = FakeRules(info)
+        self.now = 1000.0
+        self.to_server: deque[Message] = deque()
+        self.to_client: deque[Message] = deque()
+        if greet:
+            self.settle()
+            assert self.session.greeting.result() == info
+
+    def advance(self, seconds: float = 0.0) -> list[Message]:
+        """Turn the clock and let the session act; what it sent."""
+        self.now += seconds
+        self.session.advance(self.now)
+        sent = [[bytes(frame) for frame in message] for message in self.session.take_messages()]
+        self.to_server.extend(sent)
+        return sent
+
+    def serve(self, count: int | None = None) -> None:
+        """The server reads messages, all or `count`."""
+        for _ in range(len(self.to_server) if count is None else count):
+            self.to_client.extend(answer for _, answer in self.rules.handle(PEER, self.to_server.popleft()))
+
+    def deliver(self, *messages: Message) -> None:
+        """The session receives messages; the next in the queue, if none are given."""
+        for message in messages or [self.to_client.popleft()]:
+            self.session.receive(message, self.now)
+
+    def settle_client(self) -> None:
+        """The session receives all that is on its way to it."""
+        while self.to_client:
+            self.deliver()
+
+    def settle(self) -> None:
+        """Until nobody has anything to say without the clock turning."""
+        while self.advance() or self.to_server or self.to_client:
+            self.serve()
+            self.settle_client()
+
+    def finish(self, call: Call[R]) -> R:
+        """Settle, and the result of a call."""
+        self.settle()
+        assert call.done
+        return call.result()
+
+    def open(self, *names: str, initial: Any = None) -> Lane:
+        """A lane: a stream for one name, a group for more."""
+        single = len(names) == 1
+        return self.finish(self.session.open(names, initial, single))
+
+
+def headers(messages: Sequence[Message]) -> list[list[Any]]:
+    """The headers of messages, with the kind as `Kind`."""
+    read = [msgpack.unpackb(message[0]) for message in messages]
+    return [[Kind(header[0]), *header[1:]] for header in read]
+
+
+def refuse(link: Link, code: Code, retry_after_us: int = 0) -> None:
+    """The server refuses the next message in the queue."""
+    request = msgpack.unpackb(link.to_server.popleft()[0])[1]
+    link.to_client.append(error(request, code, retry_after_us))
