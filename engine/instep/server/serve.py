@@ -22,6 +22,7 @@ from instep.model.errors import ModelError
 from instep.model.folder import Model, load_model, model_from_parts
 from instep.model.network import Network
 from instep.model.numerics import numerics
+from instep.model.numerics import prepare as prepare_numerics
 from instep.recording.errors import RecordingError
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
@@ -59,7 +60,7 @@ def prepare(config: Config) -> Prepared:
     Raises:
         CannotServe: with a sentence.
     """
-    torch.set_num_threads(config.engine.threads)
+    prepare_numerics(config.engine.threads)
     try:
         model, path = _load(config)
     except ModelError as error:
@@ -207,6 +208,9 @@ async def _serve(config: Config, prepared: Prepared, on_ready: Callable[[str], N
         exactness=exactness_sentence(prepared.certification),
         recording=str(config.recording.file or "none"),
     )
+    largest = prepared.certification.buckets[-1]
+    if largest < config.engine.max_batch_size:
+        log.warning("smaller batches", max_batch_size=largest, reason="larger ones do not give the same bits here")
     if on_ready is not None:
         on_ready(server.endpoint)
     try:
