@@ -76,13 +76,13 @@ def speed_table(heard: Heard, seconds: float, stats: dict[str, float]) -> Table:
     """Throughput, and latency as the producers saw it."""
     latency_ms = np.concatenate(heard.latency_s) * 1000
     table = Table(title="latency from when each frame was due, the producers' timers included", box=box.SIMPLE)
-    for heading in ("frames", "seconds", "frames/s", "frames a step", "p50", "p99", "slowest"):
+    for heading in ("frames", "seconds", "frames/s", "frames/step", "p50 ms", "p99 ms", "slowest ms"):
         table.add_column(heading, justify="right")
     table.add_row(
         f"{heard.frames:,}",
         f"{seconds:.1f}",
         f"{heard.frames / seconds:,.0f}",
         f"{stats['batch_size_mean']:.1f}",
-        *(f"{value:.1f} ms" for value in np.percentile(latency_ms, (50, 99, 100))),
+        *(f"{value:,.1f}" for value in np.percentile(latency_ms, (50, 99, 100))),
     )
     return table
