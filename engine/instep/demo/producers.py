@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Final
 from instep.core.typing import F32
 from instep.demo.heard import Heard
 from instep.demo.timetable import Part
+from instep.server.open_files import allow_open_files
 from instep_client import AsyncClient, AsyncStream
 
 DESCRIPTORS_A_CONNECTION: Final = 2
@@ -35,14 +35,7 @@ def connections_for(producers: int) -> int:
 
     Raises this process's soft limit of open files as far as is needed and allowed.
     """
-    wanted = producers * DESCRIPTORS_A_CONNECTION + DESCRIPTORS_BESIDE
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY not in (soft, hard):
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return connections_within(soft if soft != resource.RLIM_INFINITY else wanted, producers)
+    return connections_within(allow_open_files(producers * DESCRIPTORS_A_CONNECTION + DESCRIPTORS_BESIDE), producers)
 
 
 def connections_within(descriptors: int, producers: int) -> int:

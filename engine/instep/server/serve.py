@@ -29,9 +29,12 @@ from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.log import make_log
+from instep.server.open_files import allow_open_files
 from instep.server.server import Server
 from instep.server.transport import Router
 from instep_client.wire import PROTOCOL_VERSION, ServerInfo
+
+_FILES_BESIDE_CONNECTIONS = 100
 
 
 class CannotServe(Exception):
@@ -186,6 +189,11 @@ def exactness_sentence(certification: Certification) -> str:
 
 async def _serve(config: Config, prepared: Prepared, on_ready: Callable[[str], None] | None) -> int:
     log = make_log(config.log)
+    allowed = allow_open_files(config.limits.max_connections + _FILES_BESIDE_CONNECTIONS)
+    if allowed < config.limits.max_connections:
+        log.warning(
+            "fewer connections", open_files=allowed, reason="the hard limit of open files (ulimit -Hn) is lower"
+        )
     server = make_server(config, prepared, log)
     loop = asyncio.get_running_loop()
     signals = 0

@@ -1,0 +1,24 @@
+"""How many files (and so connections) this process may open."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+
+def allow_open_files(wanted: int) -> int:
+    """Raise this process's soft limit of open files to `wanted`, as far as the hard limit allows.
+
+    Returns:
+        What is allowed now.
+    """
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in _limits())
+    if soft >= min(wanted, hard):
+        return soft
+    allowed = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, _limits()[1]))
+    return allowed
+
+
+def _limits() -> tuple[int, int]:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
