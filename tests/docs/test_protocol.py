@@ -176,13 +176,16 @@ def test_the_section_of_a_kind_lists_its_header_and_frames(kind: Kind) -> None:
     header = PAGE.table(section, "header")
     assert len(header.rows) == wire.HEADER_LENGTH[kind]
     assert header.column("header")[:2] == ["kind", "request"]
-    assert header.column("value")[0] == str(kind.value)
+    assert header.column("value")[0].isdigit()
     frames = [table for table in PAGE.tables(section) if table.columns[0] == "frame"]
     listed = frames[0].numbers("frame") if frames else []
     assert listed == list(range(1, wire.FRAME_COUNT[kind]))
     types = {"integer": int, "string": str, "float64": float}
-    for value, said in zip(PAGE.examples[kind.name].said, header.column("type"), strict=True):
-        assert type(value) is (list if said.startswith("array") else types[said])
+    for shown, said, value in zip(
+        PAGE.examples[kind.name].said, header.column("type"), header.column("value"), strict=True
+    ):
+        assert type(shown) is (list if said.startswith("array") else types[said])
+        assert str(shown) == value or not value.isdigit()
 
 
 def test_the_fields_of_welcome() -> None:
