@@ -10,9 +10,10 @@ def main() -> None:
     try:
         from instep_client.commands.app import app
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("typer", "rich"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
             raise
-        sys.stderr.write(f"instep-client needs the package {error.name!r}, which is not installed: ")
+        sys.stderr.write(f"instep-client needs the package {package!r}, which is not installed: ")
         sys.stderr.write('pip install "instep[cli]"\n')
         raise SystemExit(2) from None
     app()

@@ -56,7 +56,9 @@ class Answers:
                 self._seqs[name] += count
 
     def _tell(self, sent: Sent, refused: Refused) -> None:
-        key = sent.names[0], int(refused.code)
-        if key not in self._told:
-            self._told.add(key)
+        keys = {(sent.names[0], int(refused.code))}
+        if isinstance(refused, FramesRefused):
+            keys = {(failure.stream, int(failure.code)) for failure in refused.failures}
+        if not keys <= self._told:
+            self._told |= keys
             self._terminal.error(str(refused))

@@ -74,7 +74,12 @@ def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False)
 @app.command("produce")
 def produce_command(
     file: Annotated[
-        Path | None, typer.Argument(help="NPZ, NPY, or text with one frame a line. None: lines from standard input.")
+        Path | None,
+        typer.Argument(
+            metavar="FILE",
+            show_default=False,
+            help="NPZ, NPY, or text with one frame a line. None: lines from standard input.",
+        ),
     ] = None,
     signal: Annotated[Signal | None, typer.Option(help="Send a generated signal instead.")] = None,
     streams: Annotated[int | None, typer.Option(min=1, help="How many. Arrays: one a sequence, else 1.")] = None,
@@ -124,7 +129,7 @@ def produce_command(
 
 @app.command("replay")
 def replay_command(
-    file: Annotated[Path, typer.Argument(help="NPZ, NPY, CSV, or an engine's recording.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="NPZ, NPY, CSV, or an engine's recording.")],
     speed: Annotated[
         float | None,
         typer.Option(

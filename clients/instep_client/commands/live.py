@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Final
 
@@ -95,7 +96,7 @@ class LiveRun:
                     break
                 frames = source.part(cut.first, cut.count, cut.rows)
                 sent = Sent(tuple(names[row] for row in cut.rows), frames)
-                await send(sent, step_living(group, frames, cut.rows, self._client.info.outputs))
+                await send(sent, partial(step_living, group, frames, cut.rows, self._client.info.outputs))
         with suppress(Refused):  # told of when its frames were refused
             await group.close()
 
@@ -127,12 +128,14 @@ class LiveRun:
                 if name not in streams:
                     streams[name] = await self._open(name)
                 stream = streams[name]
+                if sent[name] == self._pace.frames and all(sent[name] == self._pace.frames for name in names):
+                    break
                 if stream is None or sent[name] == self._pace.frames:
                     continue
                 if not await self._wait_for(sent[name]):
                     break
                 sent[name] += 1
-                await send(Sent((name,), line.frame[None, None]), stream.step(line.frame[None]))
+                await send(Sent((name,), line.frame[None, None]), partial(stream.step, line.frame[None]))
         for stream in streams.values():
             if stream is not None:
                 with suppress(Refused):  # told of when its frames were refused

@@ -12,7 +12,7 @@ from instep_client.commands import report
 from instep_client.commands.connect import connected
 from instep_client.commands.load_plan import LoadPlan, split
 from instep_client.commands.pacing import Clock, Stop
-from instep_client.commands.problems import CommandProblem, Exit
+from instep_client.commands.problems import BadFile, CommandProblem, Exit
 from instep_client.commands.processes import run_parts
 from instep_client.commands.report import Measured
 from instep_client.commands.slo import largest_within
@@ -43,8 +43,8 @@ async def loadtest(test: LoadTest, terminal: Terminal, stop: Stop, clock: Clock 
         InstepError: as the client does.
         CommandProblem: when the load does not fit the server, or the plot cannot be written.
     """
-    if test.plot is not None and test.plot.suffix.lower() != ".png":
-        raise CommandProblem(f"the plot is a PNG: call it {test.plot.with_suffix('.png')}")
+    if test.plot is not None:
+        _check_plot(test.plot)
     async with connected(test.endpoint, "loadtest", terminal) as client:
         info = client.info
     terminal.note(report.setting(info))
@@ -60,12 +60,12 @@ async def _measure_once(test: LoadTest, info: ServerInfo, terminal: Terminal, st
         terminal.result({"server": _server(info), **report.as_json(result)})
     elif len(result.samples):
         terminal.out.print(report.table(result))
-    terminal.summary(
-        f"{result.frames_s:,.0f} frames/s, {result.answers_s:,.0f} answers/s, "
-        f"p50 {result.latencies['latency_us'].p50 / 1000:.3f} ms, p99 {result.p99_ms:.3f} ms"
-        f"{_problems(result)}{_interrupted(stop, result)}{saved}",
-        good=result.whole,
-    )
+    numbers = "0 frames/s: nothing was answered"
+    if result.frames_s:
+        p50_ms = result.latencies["latency_us"].p50 / 1000
+        numbers = f"{result.frames_s:,.0f} frames/s, {result.answers_s:,.0f} answers/s, "
+        numbers += f"p50 {p50_ms:.3f} ms, p99 {result.p99_ms:.3f} ms"
+    terminal.summary(f"{numbers}{_problems(result)}{_interrupted(stop, result)}{saved}", good=result.whole)
     return Exit.OK if result.whole else Exit.FOUND_PROBLEMS
 
 
@@ -151,6 +151,16 @@ def _plot(test: LoadTest, result: Measured, info: ServerInfo) -> str:
 
     plot(result, test.plot, f"{result.plan.sentence()}\n{report.setting(info)}")
     return f"; drawn in {test.plot}"
+
+
+def _check_plot(path: Path) -> None:
+    """Find out before the work, not after it, whether it can be drawn there."""
+    if path.suffix.lower() != ".png":
+        raise CommandProblem(f"the plot is a PNG: call it {path.with_suffix('.png')}")
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _problems(result: Measured) -> str:

@@ -11,7 +11,7 @@ from instep_client.errors import Refused
 from instep_client.wire import F32
 
 Key = TypeVar("Key")
-Call = Coroutine[Any, Any, F32]
+Call = Callable[[], Coroutine[Any, Any, F32]]
 
 DEPTH: Final = 64
 """Blocks that may be on their way at once; sending waits when there are more."""
@@ -58,6 +58,6 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
 
 async def _outcome(call: Call) -> F32 | Refused:
     try:
-        return await call
+        return await call()
     except Refused as refused:
         return refused

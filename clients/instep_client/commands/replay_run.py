@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections import deque
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ class ReplayRun:
                 if start is None:  # the first streams open before the clock starts
                     start = self._clock.now() - block.due_s
                 frames = self._plan.sequences.frames[block.flat]
-                await send(block, step_living(group, frames, block.rows, self.outputs.shape[1]))
+                await send(block, partial(step_living, group, frames, block.rows, self.outputs.shape[1]))
                 if block.last:
                     del self._groups[block.cohort]
                     self._closing.append(closing.create_task(self._close(group, self._plan.cohorts[block.cohort])))

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep_client.commands.load import Mode, PartResult
+from instep_client.commands.load_plan import LoadPlan
+from instep_client.commands.plot import plot
+from instep_client.commands.problems import BadFile
+from instep_client.commands.report import Measured, as_json, measured, meets, setting, table, trials_table
+from instep_client.commands.samples import SAMPLE
+from tests.client_commands.helpers import RememberingTerminal, info_with
+
+PLAN = LoadPlan(
+    streams=4,
+    connections=1,
+    processes=1,
+    mode=Mode.OPEN,
+    rate_hz=50.0,
+    duration_s=10.0,
+    warmup_s=1.0,
+    block=None,
+    steps=1,
+)
+
+
+def result(rows: list[tuple[float, ...]], **changes: object) -> Measured:
+    fields = {"samples": np.array(rows, SAMPLE), **changes}
+    return measured(PLAN, PartResult(**fields))  # type: ignore[arg-type]
+
+
+#        at    late   latency  queue  compute send  frames
+GOOD: list[tuple[float, ...]] = [
+    (0.5, 100.0, 1000.0, 300.0, 200.0, 50.0, 4),
+    (9.5, 0.0, 3000.0, 500.0, 250.0, 70.0, 12),
+]
+
+
+def test_numbers() -> None:
+    found = result(GOOD)
+    assert (found.seconds, found.frames_s, found.answers_s) == (10, 1.6, 0.2)
+    assert (found.latencies["latency_us"].p50, found.latencies["latency_us"].max) == (3000, 3000)
+    assert found.latencies["queue_us"].p50 == 500
+    assert found.latencies["rest_us"].max == 3000 - 500 - 250 - 70
+    assert found.p99_ms == 3
+    assert found.whole
+
+
+def test_answers_after_the_end_are_no_throughput_but_latency() -> None:
+    found = result([*GOOD, (10.5, 0.0, 9000.0, 0.0, 0.0, 0.0, 4)])
+    assert found.frames_s == 1.6
+    assert found.latencies["latency_us"].max == 9000
+
+
+def test_unanswered_frames_count_as_latency_alone() -> None:
+    found = result([*GOOD, (9.0, math.nan, 80_000.0, math.nan, math.nan, math.nan, 4)], unanswered=4)
+    assert found.frames_s == 1.6
+    assert found.latencies["latency_us"].max == 80_000
+    assert found.latencies["queue_us"].max == 500
+    assert not found.whole
+    assert not meets(found, 1e9)
+
+
+def test_what_was_stopped_is_measured_up_to_then() -> None:
+    found = result(GOOD[:1], stopped=True)
+    assert (found.seconds, found.frames_s) == (0.5, 8)
+    found = result([], stopped=True)
+    assert (found.seconds, found.frames_s, found.answers_s) == (0, 0, 0)
+    assert not found.whole
+
+
+def test_a_level_is_met_by_the_99th_percentile_and_only_without_refusals() -> None:
+    assert meets(result(GOOD), 3.0)
+    assert not meets(result(GOOD), 2.99)
+    refused = result(GOOD, refused=Counter(BUSY=1))
+    assert not refused.whole
+    assert not meets(refused, 3.0)
+
+
+def test_the_tables_say_it_all() -> None:
+    terminal = RememberingTerminal()
+    terminal.out.print(table(result(GOOD)))
+    rows = {line.split("  ")[0]: line for line in terminal.said.splitlines()}
+    assert rows["latency, from when it was due"].split()[-5:] == ["3.000"] * 5
+    assert "server: queue" in terminal.said
+    terminal.out.print(trials_table([result(GOOD), result(GOOD, unanswered=1)], 3.0))
+    assert "200" in terminal.said
+    assert terminal.said.count("not met") == 1
+    assert terminal.said.splitlines()[-2].endswith("met    ")
+
+
+def test_json_holds_no_nan() -> None:
+    values = json.loads(json.dumps(as_json(result(GOOD, refused=Counter(BUSY=3))), allow_nan=False))
+    assert values["load"]["mode"] == "open"
+    assert values["latency_us"]["latency"]["p99"] == 3000
+    assert set(values["latency_us"]) == {"latency", "late", "queue", "compute", "send", "rest"}
+    assert values["refused_frames"] == {"BUSY": 3}
+    assert as_json(result([]))["latency_us"]["latency"]["p50"] is None
+
+
+def test_the_setting_names_machine_and_model() -> None:
+    assert "model 'halving' (3 to 2) on none, exact" in setting(info_with())
+    assert "CPUs, Python 3" in setting(info_with())
+
+
+@pytest.mark.parametrize("rows", [GOOD, GOOD[:1], GOOD * 500])
+def test_a_plot_is_a_picture(tmp_path: Path, rows: list[tuple[float, ...]]) -> None:
+    plot(result(rows), tmp_path / "p.png", "title")
+    data = (tmp_path / "p.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > 10_000
+
+
+def test_a_plot_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match=r"p.png cannot be written: No such file"):
+        plot(result(GOOD), tmp_path / "absent" / "p.png", "title")
