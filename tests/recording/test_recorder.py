@@ -107,6 +107,7 @@ def test_room_is_what_is_not_yet_committed(tmp_path: Path) -> None:
     writer.gate.set()
     assert calls.room.acquire(timeout=60)
     assert recorder.has_room
+    add(recorder, 2)
     recorder.stop()
     assert not calls.room.acquire(timeout=0), "on_room is called once for one time without room"
 

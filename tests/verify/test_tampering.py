@@ -85,6 +85,10 @@ def lose_a_frame(forger: Forger) -> None:
     drop_frame(forger, 17)
 
 
+def lose_the_first_frame(forger: Forger) -> None:
+    drop_frame(forger, 0)
+
+
 def lose_a_frame_and_count_again(forger: Forger) -> None:
     drop_frame(forger, 17)
     for seq in range(18, LENGTHS[STREAM - 1]):
@@ -111,6 +115,7 @@ TAMPERINGS = [
     swap_two_frames,
     swap_two_seqs,
     lose_a_frame,
+    lose_the_first_frame,
     lose_a_frame_and_count_again,
     lose_the_last_frame,
     start_from_anothers_state,
@@ -141,6 +146,7 @@ def test_with_the_crc_left_wrong_it_is_damaged(recorded: Recorded, tamper: Tampe
         (swap_two_frames, "frame 17, element 0: recorded"),
         (swap_two_seqs, "frame 17 is missing: frame 18 was recorded in its place"),
         (lose_a_frame, "frame 17 is missing: frame 18 was recorded in its place"),
+        (lose_the_first_frame, "frame 0 is missing: frame 1 was recorded in its place"),
         (lose_a_frame_and_count_again, "frame 17, element 0: recorded"),
         (lose_the_last_frame, "the stream was closed after 30 frames, but 29 are recorded"),
         (start_from_anothers_state, "frame 0, element 0: recorded"),
@@ -156,6 +162,16 @@ def test_with_the_crc_computed_again_it_is_a_mismatch_of_that_stream(
     assert f"first mismatch: stream {STREAM} (stream-{STREAM}): {sentence}" in text
     assert text.splitlines()[-1].startswith("not verified: 4 streams, ")
     assert ", 1 mismatch (" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("table", ["closings", "batches"])
+def test_a_row_that_is_gone_is_damage(recorded: Recorded, table: str) -> None:
+    forger = Forger(recorded.path, recorded.path.with_name("forged.rec"))
+    position = forger.rows(table)[1]["position"]
+    forger.remove(table, position)
+    status, text = verify(forger.path)
+    assert status == 2
+    assert f"is damaged: the row at position {position} is missing" in text
 
 
 @pytest.mark.parametrize("seq", [0, 5])
