@@ -96,7 +96,7 @@ async def test_a_stream_whose_state_is_lost_is_closed_and_told(rng: np.random.Ge
         await client.hello()
         handles = (await client.open("lost", "kept")).handles()
         await client.send(*client.step_message(handles[:1], [0], poisoned(x[:1, :1], 0, 0)))
-        notice, reply = [await client.receive() for _ in range(2)]
+        reply, notice = [await client.receive() for _ in range(2)]
         assert (notice.kind, notice.header[3]) == (Kind.EVICTED, Code.STATE_LOST)
         assert reply.failures() == [(0, 0, Code.STATE_LOST, 0)]
         kept = await client.step(handles[1:], [0], x[:, 1:])

@@ -58,6 +58,34 @@ async def test_close_waits_for_what_was_admitted_and_admits_nothing_after(rng: n
         np.testing.assert_array_equal(closed.floats(), state.ravel())
 
 
+async def test_closed_comes_after_the_answers_of_every_block_the_stream_was_in(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((30, 2, F)).astype(np.float32)
+    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("quick", "slow")).handles()
+        await client.send(*client.step_message(handles[1:], [0], x[:, 1:]))
+        await client.send(*client.step_message(handles, [0, 30], x[:1]))
+        await client.send(msgpack.packb([Kind.CLOSE, 77, 1]), handles[:1].tobytes())
+        kinds = [(await client.receive()).kind for _ in range(3)]
+        assert kinds == [Kind.STEPPED, Kind.STEPPED, Kind.CLOSED]
+
+
+async def test_a_gone_connections_number_is_free_also_when_a_stream_of_it_was_closing_before() -> None:
+    limits = {"max_connections": 1}
+    async with running(SMALL, transport={"heartbeat_s": 0.05}, limits=limits) as server:
+        async with RawClient(server.endpoint) as gone:
+            await gone.hello()
+            handles = (await gone.open("closing", "left")).handles()
+            x = np.zeros((400, 1, F), np.float32)
+            await gone.send(*gone.step_message(handles[:1], [0], x))
+            await gone.send(msgpack.packb([Kind.CLOSE, 77, 1]), handles[:1].tobytes())
+            while not server.engine.table.closing.any():
+                await asyncio.sleep(0)
+        async with RawClient(server.endpoint) as client:
+            while (await client.ask(msgpack.packb([Kind.HELLO, 1, 1, "raw"]))).kind is not Kind.WELCOME:
+                await asyncio.sleep(0.02)
+
+
 async def test_an_idle_stream_is_evicted_and_its_owner_told() -> None:
     async with running(SMALL, limits={"max_idle_s": 0.2}) as server, RawClient(server.endpoint) as client:
         await client.hello()
@@ -66,9 +94,9 @@ async def test_an_idle_stream_is_evicted_and_its_owner_told() -> None:
         assert notice.kind is Kind.EVICTED
         assert notice.header[3] == Code.IDLE
         assert notice.handles().tolist() == handles.tolist()
+        assert (await client.open("s")).failures() == []
         reply = await client.step(handles, [0], np.zeros((1, 1, F), np.float32))
         assert reply.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
-        assert (await client.open("s")).failures() == []
 
 
 async def test_a_vanished_clients_streams_are_closed_and_its_names_free() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import msgpack
+
 from instep.server import replies
 from instep.server.clients import Client, ClientTable
 from instep.server.postbox import Postbox
 from instep.server.transport import Sent
-from instep_client.wire import Message
+from instep_client.wire import Kind, Message
 
 MESSAGE: Message = [b"x" * 100]
+UNREAD = 1000
 
 
 class FakeRouter:
@@ -35,6 +38,7 @@ class Rig:
         self.postbox = Postbox(
             self.router,
             self.clients,
+            max_unread_bytes=UNREAD,
             max_outbox_bytes=1000,
             unreachable_after_ns=100,
             probe_after_ns=50,
@@ -143,7 +147,69 @@ def test_silent_connections_are_probed_and_the_dead_among_them_found() -> None:
     assert rig.router.taken == []
     rig.postbox.probe(now_ns=111)
     rig.postbox.probe(now_ns=120)
-    assert rig.router.taken == [(b"\0fast", replies.pong(0))]
+    assert rig.router.taken == [(b"\0fast", replies.ping(0))]
+
+
+def pings(rig: Rig, routing_id: bytes) -> list[int]:
+    """Numbers of the PINGs that a connection was sent."""
+    asked = [msgpack.unpackb(message[0]) for to, message in rig.router.taken if to == routing_id and message != MESSAGE]
+    assert all(header[0] == Kind.PING for header in asked)
+    return [header[1] for header in asked]
+
+
+def test_a_connection_that_never_says_it_reads_is_handed_no_more_than_the_bound() -> None:
+    rig = Rig()
+    for _ in range(15):
+        rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
+    assert sum(message == MESSAGE for _, message in rig.router.taken) == UNREAD // 100 + 1
+    assert pings(rig, b"\0slow") == [600]
+    assert len(rig.slow.outbox) == 4
+
+
+def test_a_connection_that_says_it_reads_is_handed_everything_in_order() -> None:
+    rig = Rig()
+    messages: list[Message] = [[bytes([number]) * 100] for number in range(60)]
+    for message in messages:
+        rig.postbox.send(rig.slow, message, now_ns=0)
+        asked = [header for header in map(_ping_number, rig.router.taken) if header is not None]
+        if asked:
+            rig.postbox.has_read(rig.slow, asked[-1], now_ns=0)
+    sent = [message for _, message in rig.router.taken if _ping_number((b"", message)) is None]
+    assert sent == messages
+    assert rig.postbox.is_empty
+
+
+def _ping_number(taken: tuple[bytes, Message]) -> int | None:
+    _, message = taken
+    return None if len(message[0]) == 100 else int(msgpack.unpackb(message[0])[1])
+
+
+def test_the_outbox_moves_on_as_soon_as_the_connection_says_it_reads() -> None:
+    rig = Rig()
+    for _ in range(15):
+        rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
+    (asked,) = pings(rig, b"\0slow")
+    for lie in (asked + 1, 2**60, 0):
+        rig.postbox.has_read(rig.slow, lie, now_ns=0)
+        assert len(rig.slow.outbox) == 4
+    rig.postbox.has_read(rig.slow, asked, now_ns=0)
+    assert not rig.slow.outbox
+    assert sum(message == MESSAGE for _, message in rig.router.taken) == 15
+
+
+def test_a_question_that_found_no_room_is_asked_again() -> None:
+    rig = Rig()
+
+    def refuses_pings(routing_id: bytes, message: Message) -> Sent:
+        return Sent.HANDED_OVER if message == MESSAGE else Sent.FULL
+
+    takes_all = rig.router.send
+    rig.router.send = refuses_pings  # type: ignore[method-assign]
+    for _ in range(12):
+        rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
+    rig.router.send = takes_all  # type: ignore[method-assign]
+    rig.postbox.flush(now_ns=1)
+    assert pings(rig, b"\0slow") == [1100]
 
 
 def test_unknown_connections_are_answered_and_nothing_kept() -> None:

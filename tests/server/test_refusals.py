@@ -53,7 +53,7 @@ MALFORMED: list[tuple[list[bytes], Code, str]] = [
     ([msgpack.packb([Kind.PING, -1])], Code.MALFORMED, "request"),
     ([msgpack.packb([Kind.PING, 1, 2])], Code.MALFORMED, "elements"),
     ([msgpack.packb([Kind.PING, 1]), b""], Code.MALFORMED, "frames"),
-    ([msgpack.packb([Kind.PONG, 1])], Code.MALFORMED, "server's to say"),
+    ([msgpack.packb([Kind.STATISTICS, 1, []])], Code.MALFORMED, "server's to say"),
     ([header(Kind.STEP, 0, 1, F, "f4"), COLUMN, b""], Code.MALFORMED, "T must"),
     ([header(Kind.STEP, 1, 2**20, F, "f4"), COLUMN, b""], Code.MALFORMED, "N must"),
     ([header(Kind.STEP, 1, 1, F, "f4"), COLUMN, b"\0" * 19], Code.MALFORMED, "x must be 20 bytes"),
@@ -168,6 +168,21 @@ async def test_a_stream_may_stand_only_once_in_a_block(client: RawClient, rng: n
     assert (await client.step(twice, [0, 1], frames(rng, 1, 2))).code is Code.REPEATED_STREAM
     assert (await client.close(twice)).code is Code.REPEATED_STREAM
     assert (await client.step(handles, [0], frames(rng, 1))).failures() == []
+
+
+async def test_a_stale_handle_beside_its_slots_next_stream_fails_its_own_column_only(
+    client: RawClient, rng: np.random.Generator
+) -> None:
+    old = (await client.open("old")).handles()
+    await client.close(old)
+    new = (await client.open("new")).handles()
+    assert int(old[0]) % 2**32 == int(new[0]) % 2**32
+    x = frames(rng, 1, 2)
+    reply = await client.step(np.concatenate([old, new]), [0, 0], x)
+    assert reply.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+    np.testing.assert_array_equal(reply.floats().reshape(2, H)[1], whole(SMALL, x[:, 1])[0].ravel())
+    closed = await client.close(np.concatenate([old, new]))
+    assert closed.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
 
 
 async def test_more_than_the_credit_is_refused_whole_and_what_is_behind_it_is_a_gap(

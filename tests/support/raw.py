@@ -78,11 +78,12 @@ class RawClient:
         await self.socket.send_multipart(list(frames))
 
     async def receive(self) -> Reply:
-        """The next message that is not one of the server's probes."""
+        """The next message; the server's PINGs are answered on the way."""
         while True:
             reply = Reply(await self.socket.recv_multipart())
-            if (reply.kind, reply.request) != (Kind.PONG, 0):
+            if reply.kind is not Kind.PING:
                 return reply
+            await self.send(msgpack.packb([Kind.PONG, reply.request]))
 
     async def ask(self, *frames: bytes) -> Reply:
         """Send, and the next message."""

@@ -24,6 +24,12 @@ class Client:
     stuck_since_ns: int = 0
     """When the outbox last moved; counts only while it holds something."""
     last_probed_ns: int = 0
+    sent_bytes: int = 0
+    """Bytes handed to ZeroMQ so far."""
+    asked_bytes: int = 0
+    """`sent_bytes` when the connection was last asked whether it reads."""
+    read_bytes: int = 0
+    """`sent_bytes` up to which it said that it has read."""
 
 
 class ClientTable:

@@ -83,6 +83,7 @@ class Engine:
         self._call_later = call_later
         self._closings: list[Closing] = []
         self._closings_under_way = 0
+        self._leaving: set[int] = set()
         self._opens_under_way = 0
         self._step_under_way = False
         self._hold_timer = False
@@ -178,7 +179,8 @@ class Engine:
         self.table.next_seq[slots] = seqs
         expected = dict(zip(slots.tolist(), seqs.tolist(), strict=True))
         code = Code.STATE_LOST if isinstance(error, StateLost) else Code.STEP_FAILED
-        for failed, why in ((rows, code), (behind, Code.SEQ_GAP)):
+        code_behind = Code.SEQ_GAP if code is Code.STEP_FAILED else code
+        for failed, why in ((rows, code), (behind, code_behind)):
             for row in failed.tolist():
                 block = self.blocks[int(self.pending.block[row])]
                 block.fail(row, why, expected[int(self.pending.slot[row])])
@@ -191,13 +193,14 @@ class Engine:
     # ── Deliver ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _deliver(self, rows: I32, began_ns: int, ended_ns: int) -> None:
-        self.table.answered(self.pending.slot[rows])
         for block in self.blocks.answered(self.pending.block[rows]):
             block.queue_ns = max(0, began_ns - block.admitted_ns)
             block.compute_ns = ended_ns - began_ns
             block.stepped_ns = ended_ns
             self._answer(block)
-            self.pending.free(admitted_rows(block))
+            answered = admitted_rows(block)
+            self.table.answered(self.pending.slot[answered])
+            self.pending.free(answered)
         self._close_what_is_done()
 
     def _answer(self, block: Block) -> None:
@@ -278,6 +281,7 @@ class Engine:
             states[lost] = np.nan
             self._tap.closed(slots, closing.reason, states, lost)
             self.table.release(slots)
+            self._free_numbers()
             closing.on_closed(states, lost)
 
         self._worker.submit(Job(lambda: self._stepper.read(slots), done))
@@ -294,19 +298,25 @@ class Engine:
         """A connection is gone: close its streams, then let its number be used again."""
         slots = self.table.owned_by(client.number)
         self._statistics.evicted_streams_total += len(slots)
-        self.close(slots, Code.CLIENT_GONE.name.lower(), lambda *_: self._free_number(client.number))
+        self._leaving.add(client.number)
+        self.close(slots, Code.CLIENT_GONE.name.lower(), lambda *_: None)
 
-    def _free_number(self, number: int) -> None:
-        if not (self.table.owner == number).any():
+    def _free_numbers(self) -> None:
+        """Numbers of gone connections are free once none of their streams is left, those closing before included."""
+        for number in [number for number in self._leaving if not (self.table.owner == number).any()]:
+            self._leaving.remove(number)
             self._clients.free_number(number)
 
     def _evict_slots(self, slots: I64, code: Code) -> None:
         self._statistics.evicted_streams_total += len(slots)
         handles = self.table.slots.handles(slots)
         owners = self.table.owner[slots]
-        self.close(slots, code.name.lower(), lambda *_: None)
-        now_ns = time.monotonic_ns()
-        for number in np.unique(owners).tolist():
-            owner = self._clients.by_number(number)
-            if owner is not None:
-                self._postbox.send(owner, replies.evicted(code, handles[owners == number]), now_ns)
+
+        def tell_owners(*_: object) -> None:
+            now_ns = time.monotonic_ns()
+            for number in np.unique(owners).tolist():
+                owner = self._clients.by_number(number)
+                if owner is not None:
+                    self._postbox.send(owner, replies.evicted(code, handles[owners == number]), now_ns)
+
+        self.close(slots, code.name.lower(), tell_owners)

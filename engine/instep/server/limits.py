@@ -27,7 +27,10 @@ class EffectiveLimits:
     credit_frames: int
     max_pending_frames: int
     max_message_bytes: int
+    max_unread_bytes: int
+    """Bytes of answers that ZeroMQ may hold for one connection."""
     max_outbox_bytes: int
+    """Bytes of answers that wait beside those."""
     first_generation: int
     """Where generations of slots begin: another value at each start, so that old handles are unknown."""
 
@@ -54,7 +57,6 @@ def effective_limits(config: Config, max_batch_size: int, features: int, outputs
             f"transport.max_message_bytes is {config.transport.max_message_bytes}, but one frame of this model takes "
             f"{width_bytes + 24} bytes and {_ENVELOPE_BYTES} more; raise it"
         )
-    max_outbox_bytes = 4 * config.transport.max_message_bytes
     return EffectiveLimits(
         max_streams=config.engine.max_streams,
         max_connections=config.limits.max_connections,
@@ -64,6 +66,7 @@ def effective_limits(config: Config, max_batch_size: int, features: int, outputs
         credit_frames=min(config.limits.credit_frames, 2 * fitting),
         max_pending_frames=config.limits.max_pending_frames,
         max_message_bytes=config.transport.max_message_bytes,
-        max_outbox_bytes=max_outbox_bytes,
+        max_unread_bytes=2 * config.transport.max_message_bytes,
+        max_outbox_bytes=4 * config.transport.max_message_bytes,
         first_generation=1 + secrets.randbelow(2**31 - 1),
     )

@@ -13,17 +13,22 @@ from instep_client.wire import Message
 class Postbox:
     """Sends replies without ever waiting for a peer.
 
-    A message that does not fit into its connection's queue is kept in the connection's outbox, in order. What an
-    outbox may hold is bounded by the connection's credit (frames stay on its account until ZeroMQ has taken their
-    answer) and by `max_outbox_bytes`; a connection that goes beyond, or whose outbox has not moved for
+    ZeroMQ counts the messages it keeps for a peer, not their bytes, and does not tell whether the peer reads them. So
+    the postbox counts bytes, and asks: a PING goes out with every half of `max_unread_bytes`, numbered by the bytes
+    sent so far, and the PONG that echoes it says that the connection has read up to there.
+
+    A message beyond `max_unread_bytes`, or one that ZeroMQ has no room for, is kept in the connection's outbox, in
+    order. What an outbox may hold is bounded by the connection's credit (frames stay on its account until ZeroMQ has
+    taken their answer) and by `max_outbox_bytes`; a connection that goes beyond, or whose outbox has not moved for
     `unreachable_after_ns`, is given up.
 
     Args:
         router: the socket.
         clients: the connections.
-        max_outbox_bytes: bytes kept for one connection.
+        max_unread_bytes: bytes handed to ZeroMQ for one connection that it may not have read.
+        max_outbox_bytes: bytes kept for one connection beside those.
         unreachable_after_ns: how long an outbox may stand still.
-        probe_after_ns: a connection not heard of for this long is sent a PONG, to learn whether it still exists.
+        probe_after_ns: a connection not heard of for this long is sent a PING, to learn whether it still exists.
         on_gone: called for a connection that was given up, after it is forgotten.
     """
 
@@ -31,6 +36,7 @@ class Postbox:
         self,
         router: Sender,
         clients: ClientTable,
+        max_unread_bytes: int,
         max_outbox_bytes: int,
         unreachable_after_ns: int,
         probe_after_ns: int,
@@ -38,6 +44,7 @@ class Postbox:
     ) -> None:
         self._router = router
         self._clients = clients
+        self._max_unread_bytes = max_unread_bytes
         self._max_outbox_bytes = max_outbox_bytes
         self._unreachable_after_ns = unreachable_after_ns
         self._probe_after_ns = probe_after_ns
@@ -56,7 +63,7 @@ class Postbox:
         """
         if self._clients.by_number(client.number) is not client:
             return
-        sent = Sent.FULL if client.outbox else self._router.send(client.routing_id, message)
+        sent = Sent.FULL if client.outbox else self._hand_over(client, message)
         if sent is Sent.HANDED_OVER:
             client.frames_unanswered -= frames
         elif sent is Sent.GONE:
@@ -69,6 +76,29 @@ class Postbox:
             client.outbox_bytes += replies.size_bytes(message)
             if client.outbox_bytes > self._max_outbox_bytes:
                 self.give_up(client)
+
+    def _hand_over(self, client: Client, message: Message) -> Sent:
+        if client.sent_bytes - client.read_bytes > self._max_unread_bytes:
+            if client.asked_bytes <= client.read_bytes:  # there was no room for the question when it was due
+                self._ask(client)
+            return Sent.FULL
+        sent = self._router.send(client.routing_id, message)
+        if sent is Sent.HANDED_OVER:
+            client.sent_bytes += replies.size_bytes(message)
+            if client.sent_bytes - client.asked_bytes > self._max_unread_bytes // 2:
+                self._ask(client)
+        return sent
+
+    def _ask(self, client: Client) -> None:
+        if self._router.send(client.routing_id, replies.ping(client.sent_bytes)) is Sent.HANDED_OVER:
+            client.asked_bytes = client.sent_bytes
+
+    def has_read(self, client: Client, sent_bytes: int, now_ns: int) -> None:
+        """A connection echoed a PING: it has read everything up to there."""
+        if client.read_bytes < sent_bytes <= client.asked_bytes:
+            client.read_bytes = sent_bytes
+            if client.outbox:
+                self._flush_one(client, now_ns)
 
     def send_unknown(self, routing_id: bytes, message: Message) -> None:
         """Send to a connection that never said HELLO, if it listens; nothing is kept for it."""
@@ -86,7 +116,7 @@ class Postbox:
     def _flush_one(self, client: Client, now_ns: int) -> None:
         while client.outbox:
             message, frames = client.outbox[0]
-            sent = self._router.send(client.routing_id, message)
+            sent = self._hand_over(client, message)
             if sent is Sent.FULL and now_ns - client.stuck_since_ns <= self._unreachable_after_ns:
                 return
             if sent is not Sent.HANDED_OVER:
@@ -104,7 +134,7 @@ class Postbox:
             silent_since = max(client.last_heard_ns, client.last_probed_ns)
             if now_ns - silent_since > self._probe_after_ns and not client.outbox:
                 client.last_probed_ns = now_ns
-                self.send(client, replies.pong(0), now_ns)
+                self.send(client, replies.ping(client.sent_bytes), now_ns)
 
     def broadcast(self, message: Message, now_ns: int) -> None:
         """Send to every connection."""

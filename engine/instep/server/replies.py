@@ -68,8 +68,13 @@ def closed(request: int, states: F32, codes: I32) -> Message:
 
 
 def pong(request: int) -> Message:
-    """PONG; with request 0 the server's own probe."""
+    """PONG: the answer to a PING."""
     return [wire.pack_header(Kind.PONG, request)]
+
+
+def ping(number: int) -> Message:
+    """PING: the server asks whether the connection is there and reads; a PONG of the same number answers."""
+    return [wire.pack_header(Kind.PING, number)]
 
 
 def statistics(request: int, values: dict[str, float]) -> Message:
@@ -88,7 +93,7 @@ def error(request: int, code: Code, sentence: str, retry_after_us: int = 0) -> M
 
 
 def goodbye(sentence: str) -> Message:
-    """GOODBYE: the server ends; what it had admitted is answered."""
+    """GOODBYE: the server ends; unless the end was forced or a failure, what it had admitted is answered."""
     return [wire.pack_header(Kind.GOODBYE, 0, sentence[:900])]
 
 

@@ -72,6 +72,7 @@ class Server:
         self._postbox = Postbox(
             self._router,
             self._clients,
+            self._limits.max_unread_bytes,
             self._limits.max_outbox_bytes,
             round(config.limits.unreachable_after_s * 1e9),
             round(config.transport.heartbeat_s * 1e9),

@@ -68,6 +68,7 @@ class Verbs:
             Kind.STEP: self._step,
             Kind.CLOSE: self._close,
             Kind.PING: self._ping,
+            Kind.PONG: self._pong,
             Kind.STATS: self._stats,
         }
 
@@ -155,8 +156,8 @@ class Verbs:
         x = self._inputs(header.fields[2], header.fields[3], frames[2], timesteps, columns)
         column = wire.array_frame(frames[1], wire.COLUMN, (columns,), "columns")
         handles = np.ascontiguousarray(column["handle"])
-        slots, _ = self._engine.table.slots.resolve(handles)
-        if is_repeating(slots[slots != 0], self._marks):
+        slots, current = self._engine.table.slots.resolve(handles)
+        if is_repeating(slots[current], self._marks):
             raise Refusal(Code.REPEATED_STREAM)
         if self.draining:
             raise Refusal(Code.SHUTTING_DOWN)
@@ -184,9 +185,9 @@ class Verbs:
             raise Refusal(Code.TOO_LARGE, "their final states do not fit into one message")
         handles: U64 = wire.array_frame(frames[1], "<u8", (count,), "handles")
         slots, codes = self._engine.table.resolve(handles, client.number)
-        if is_repeating(slots[slots != 0], self._marks):
-            raise Refusal(Code.REPEATED_STREAM)
         good = codes == 0
+        if is_repeating(slots[good], self._marks):
+            raise Refusal(Code.REPEATED_STREAM)
         states = np.full(shape, np.nan, np.float32)
 
         def closed(final: F32, lost: Bool) -> None:
@@ -198,6 +199,9 @@ class Verbs:
 
     def _ping(self, client: Client, header: Header, _: list[bytes]) -> None:
         self._postbox.send(client, replies.pong(header.request), time.monotonic_ns())
+
+    def _pong(self, client: Client, header: Header, _: list[bytes]) -> None:
+        self._postbox.has_read(client, header.request, time.monotonic_ns())
 
     def _stats(self, client: Client, header: Header, _: list[bytes]) -> None:
         values = {
