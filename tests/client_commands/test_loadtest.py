@@ -58,7 +58,7 @@ async def test_an_open_loop_against_a_server(tmp_path: Path) -> None:
     assert "latency, from when it was due" in run.terminal.said
     queue = next(line for line in run.terminal.said.splitlines() if "server: queue" in line)
     assert queue.split()[2:] == ["0.007"] * 5
-    assert " frames/s, " in run.terminal.said.splitlines()[-1]
+    assert " frames/s of 120 due, " in run.terminal.said.splitlines()[-1]
     assert run.terminal.said.strip().endswith(f"; drawn in {tmp_path / 'p.png'}")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "open loop at 20 Hz a stream" in run.terminal.complained
@@ -166,3 +166,9 @@ async def test_what_cannot_be_is_told(what: dict[str, Any], problem: str) -> Non
     with pytest.raises(CommandProblem, match=problem):
         await run(**what)
     assert Kind.STEP not in run.server.rules.kinds
+
+
+async def test_a_plot_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CommandProblem, match=r"'matplotlib', which is not installed: pip install .instep\[cli\]"):
+        await Run()(plot=Path("p.png"))

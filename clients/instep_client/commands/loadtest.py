@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import secrets
 import time
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 from instep_client.commands import report
 from instep_client.commands.connect import connected
+from instep_client.commands.load import Mode
 from instep_client.commands.load_plan import LoadPlan, split
 from instep_client.commands.pacing import Clock, Stop
 from instep_client.commands.problems import BadFile, CommandProblem, Exit
@@ -61,9 +63,10 @@ async def _measure_once(test: LoadTest, info: ServerInfo, terminal: Terminal, st
     elif len(result.samples):
         terminal.out.print(report.table(result))
     numbers = "0 frames/s: nothing was answered"
-    if result.frames_s:
+    if len(result.samples):
         p50_ms = result.latencies["latency_us"].p50 / 1000
-        numbers = f"{result.frames_s:,.0f} frames/s, {result.answers_s:,.0f} answers/s, "
+        due = f" of {test.plan.offered_frames_s:,.0f} due" if test.plan.mode is Mode.OPEN else ""
+        numbers = f"{result.frames_s:,.0f} frames/s{due}, {result.answers_s:,.0f} answers/s, "
         numbers += f"p50 {p50_ms:.3f} ms, p99 {result.p99_ms:.3f} ms"
     terminal.summary(f"{numbers}{_problems(result)}{_interrupted(stop, result)}{saved}", good=result.whole)
     return Exit.OK if result.whole else Exit.FOUND_PROBLEMS
@@ -75,8 +78,6 @@ async def _search(
     trials: list[Measured] = []
 
     async def measure(streams: int) -> bool:
-        if stop.requested:
-            raise SearchStopped
         connections = min(test.plan.connections, streams)
         plan = replace(
             test.plan, streams=streams, connections=connections, processes=min(test.plan.processes, connections)
@@ -98,7 +99,22 @@ async def _search(
         limited = (await largest_within(measure, test.plan.streams, info.max_streams)).limited
     except SearchStopped:
         stopped = True
-    met = [trial for trial in trials if report.meets(trial, slo_ms)]
+    return _report_search(test, slo_ms, info, terminal, Searched(trials, limited, stopped))
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What a search went through."""
+
+    trials: list[Measured]
+    limited: bool
+    """It ended at the most that the server has room for."""
+    stopped: bool
+    """It did not come to its end."""
+
+
+def _report_search(test: LoadTest, slo_ms: float, info: ServerInfo, terminal: Terminal, search: Searched) -> Exit:
+    met = [trial for trial in search.trials if report.meets(trial, slo_ms)]
     best = max(met, key=lambda trial: trial.plan.streams, default=None)
     saved = "" if best is None else _plot(test, best, info)
     if terminal.as_json:
@@ -107,28 +123,29 @@ async def _search(
                 "server": _server(info),
                 "slo_ms": slo_ms,
                 "streams": 0 if best is None else best.plan.streams,
-                "limited_by_server": limited,
-                "stopped": stopped,
+                "limited_by_server": search.limited,
+                "stopped": search.stopped,
                 "best": None if best is None else report.as_json(best),
-                "trials": [report.as_json(trial) for trial in trials],
+                "trials": [report.as_json(trial) for trial in search.trials],
             }
         )
     else:
-        terminal.out.print(report.trials_table(trials, slo_ms))
+        terminal.out.print(report.trials_table(search.trials, slo_ms))
         if best is not None:
             terminal.out.print(report.table(best))
     level = f"in real time at {test.plan.rate_hz:g} Hz within p99 of {slo_ms:g} ms"
     if best is None:
-        terminal.summary(f"no stream was served {level}{' before it was stopped' if stopped else ''}", good=False)
+        terminal.summary(
+            f"no stream was served {level}{' before it was stopped' if search.stopped else ''}", good=False
+        )
         return Exit.FOUND_PROBLEMS
     end = ""
-    if limited:
+    if search.limited:
         end = "; that is all the server has room for"
-    elif stopped:
+    elif search.stopped:
         end = "; the search was stopped before its end"
-    terminal.summary(
-        f"{counted(best.plan.streams, 'stream')} {level} (p99 {best.p99_ms:.2f} ms){end}{saved}", good=not stopped
-    )
+    found = f"{counted(best.plan.streams, 'stream')} {level} (p99 {best.p99_ms:.2f} ms)"
+    terminal.summary(f"{found}{end}{saved}", good=not search.stopped)
     return Exit.OK
 
 
@@ -157,6 +174,10 @@ def _check_plot(path: Path) -> None:
     """Find out before the work, not after it, whether it can be drawn there."""
     if path.suffix.lower() != ".png":
         raise CommandProblem(f"the plot is a PNG: call it {path.with_suffix('.png')}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandProblem(
+            "a plot needs the package 'matplotlib', which is not installed: pip install \"instep[cli]\""
+        )
     try:
         path.open("ab").close()
     except OSError as error:

@@ -25,7 +25,6 @@ class Signal(StrEnum):
 
 SINE_PERIOD_FRAMES = 50
 STEP_LENGTH_FRAMES = 20
-_NOISE_CHUNK_FRAMES = 64
 
 SignalPart = Callable[[int, int], F32]
 """Frames `first` to `first + count - 1` of every stream: float32 [count, streams, features]."""
@@ -54,11 +53,8 @@ def _sine(first: int, count: int, streams: int, features: int) -> F32:
 
 
 def _noise(first: int, count: int, streams: int, features: int, seed: int) -> F32:
-    chunks = range(first // _NOISE_CHUNK_FRAMES, -(-(first + count) // _NOISE_CHUNK_FRAMES))
-    shape = (_NOISE_CHUNK_FRAMES, streams, features)
-    noise = np.concatenate([_random(seed, chunk).standard_normal(shape, np.float32) for chunk in chunks])
-    start = first - chunks.start * _NOISE_CHUNK_FRAMES
-    return noise[start : start + count]
+    frames = range(first, first + count)
+    return np.stack([_random(seed, frame).standard_normal((streams, features), np.float32) for frame in frames])
 
 
 def _steps(first: int, count: int, streams: int, features: int, seed: int) -> F32:
