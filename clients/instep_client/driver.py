@@ -36,6 +36,7 @@ _FAREWELL_S: Final = 1.0
 """The longest that closing waits for the server to have read it."""
 _SOCKET_OPTIONS: Final = {
     zmq.LINGER: 0,  # closing waits for the server's PONG instead, so that nothing ever blocks the event loop
+    zmq.IPV6: 1,
     zmq.MAXMSGSIZE: MAX_REPLY_BYTES,
     zmq.RCVHWM: 65_536,  # replies: never more than the requests that the server's credit allows
     zmq.HEARTBEAT_IVL: 5_000,

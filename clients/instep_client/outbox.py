@@ -53,6 +53,10 @@ class Outbox:
         self.messages.append([wire.pack_header(kind, self._last_request, *fields), *frames])
         return self._last_request
 
+    def answer_ping(self, number: int) -> None:
+        """Tell the server, which asked, that we are here and have read everything up to its PING."""
+        self.messages.append([wire.pack_header(Kind.PONG, number)])
+
     def wake(self, whom: Call[Any] | Lane) -> None:
         """Tell the driver that a call ended or was sent, or that a lane's outputs changed."""
         self.woken.append(whom)

@@ -79,7 +79,6 @@ class Session:
         self._heard_at = float("-inf")
         self._waiting_since: float | None = None
         self._probing = False
-        self._farewell = 0
         self.greeting: Call[ServerInfo] = Call()
         """Ends with the server's welcome."""
         self._outbox.ask(Kind.HELLO, self.greeting, wire.PROTOCOL_VERSION, name)
@@ -118,6 +117,7 @@ class Session:
             ClientClosed: when the lane was closed, or finished and `keep` is set.
         """
         self._check_open()
+        info = self.info
         if lane.closing:
             raise ClientClosed(f"stream {lane.names[0]!r} was closed; open it again to send more")
         if keep and lane.finished:
@@ -126,12 +126,12 @@ class Session:
         if rows is not None:
             table_rows = lane.rows[arrays.row_indices(rows, len(lane.rows))]
         if lane.single:
-            frames, prefix = arrays.stream_frames(x, self.info.features)
+            frames, prefix = arrays.stream_frames(x, info.features)
         else:
-            frames, prefix = arrays.group_frames(x, len(table_rows), self.info.features)
+            frames, prefix = arrays.group_frames(x, len(table_rows), info.features)
         if lane.has_ended:
             self._refuse_ended(lane, table_rows)
-        call = StepCall(lane, table_rows, frames, prefix, self.info.outputs, self._flow.stamp(), keep)
+        call = StepCall(lane, table_rows, frames, prefix, info.outputs, self._flow.stamp(), keep)
         self._flow.submit(call)
         return call
 
@@ -212,7 +212,7 @@ class Session:
             return None
         self._openings.close_quietly(np.concatenate([lane.rows for lane in lanes]))
         call = Ping(0.0)
-        self._farewell = self._outbox.ask(Kind.PING, call)
+        self._outbox.ask(Kind.PING, call)
         return call
 
     # Time and messages.
@@ -300,7 +300,7 @@ class Session:
         kind, request = header.kind, header.request
         asked = self._outbox.unanswered.get(request)
         if self.state is State.ENDED:
-            if kind is Kind.PONG and request == self._farewell and asked is not None:
+            if kind is Kind.PONG and asked is not None and asked.kind is Kind.PING:
                 self._end(asked.what, 0.0)
         elif kind is Kind.ERROR:
             self._handle_error(request, asked, replies.error(header), now)
@@ -311,7 +311,9 @@ class Session:
             handles, code, sentence = replies.evicted(header, frames)
             if self.state is State.OPEN:
                 self._flow.end(self._table.rows_of(handles), code, sentence)
-        elif kind is not Kind.PONG or request != 0:  # a PONG nobody asked for only says that the server is there
+        elif kind is Kind.PING:
+            self._outbox.answer_ping(request)
+        else:
             if asked is None or _REPLY[asked.kind] is not kind:
                 raise MalformedMessage(f"{kind.name} with number {request} answers nothing that was asked")
             self._handle_reply(header, frames, asked, now)

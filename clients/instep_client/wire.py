@@ -74,7 +74,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.OPEN: 4,  # kind, request, N, whether initial states follow (0 or 1)
     Kind.STEP: 6,  # kind, request, T, N, features, dtype name ("f4")
     Kind.CLOSE: 3,  # kind, request, N
-    Kind.PING: 2,
+    Kind.PING: 2,  # either side may ask; the server's number says how many bytes it has sent
     Kind.STATS: 2,
     Kind.WELCOME: 18,  # see ServerInfo
     Kind.OPENED: 4,  # kind, request, N, sentences

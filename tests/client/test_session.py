@@ -98,7 +98,7 @@ def test_silence_is_probed_at_half_the_timeout_and_ends_the_session_at_all_of_it
         link.session.step(lane, X)
 
 
-@pytest.mark.parametrize("word", [[pack(Kind.PONG, 0)], [pack(Kind.PONG, 4)]])
+@pytest.mark.parametrize("word", [[pack(Kind.PING, 0)], [pack(Kind.PONG, 4)]])
 def test_any_word_of_the_server_starts_the_wait_anew(word: Message) -> None:
     link = Link(timeout_s=4.0)
     lane = link.open("a")
@@ -111,6 +111,16 @@ def test_any_word_of_the_server_starts_the_wait_anew(word: Message) -> None:
     assert link.session.deadline() is not None
     link.advance(0.2)
     assert link.session.state is State.ENDED
+
+
+@pytest.mark.parametrize("number", [0, 7, 2**62])
+def test_the_servers_ping_is_answered_with_its_own_number(number: int) -> None:
+    link = Link(timeout_s=4.0)
+    step = link.session.step(link.open("a"), X)
+    link.advance()
+    link.deliver([pack(Kind.PING, number)])
+    assert headers(link.advance()) == [[Kind.PONG, number]]
+    assert not step.done
 
 
 def test_an_answered_probe_allows_the_next() -> None:
@@ -142,7 +152,7 @@ def test_a_refused_question_raises_the_code() -> None:
     link.settle()
     with pytest.raises(Refused, match="BUSY"):
         statistics.result()
-    assert link.session.state is State.OPEN
+    assert link.session.deadline() is None
 
 
 def test_goodbye_ends_everything_that_was_not_answered_before_it() -> None:

@@ -2,7 +2,11 @@ import pytest
 import zmq
 
 from instep.config import TransportConfig
+from instep.server.serve import CannotServe
 from instep.server.transport import Router, Sent
+from instep_client import AsyncClient
+from tests.support.models import SMALL
+from tests.support.running import running
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:*", "tcp://localhost:*", "tcp://[::1]:*"])
@@ -23,3 +27,12 @@ async def test_a_peer_that_is_not_there_is_gone() -> None:
     assert router.send(b"\0nobody", [b"x"]) is Sent.GONE
     assert list(router.receive(5)) == []
     router.close()
+
+
+async def test_a_client_reaches_a_server_on_ipv6() -> None:
+    try:
+        async with running(SMALL, transport={"endpoint": "tcp://[::1]:*"}) as server:
+            async with AsyncClient(server.endpoint) as client:
+                assert client.info.features == 5
+    except CannotServe:
+        pytest.skip("no IPv6 on this machine")

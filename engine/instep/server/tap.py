@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import numpy as np
@@ -15,6 +16,9 @@ from instep.recording.recorder import Recorder
 
 class Tap:
     """Turns slots and rows into what a recording holds.
+
+    A recorder that has failed raises; the server is about to stop then, so what it would have recorded is let go, and
+    a batch that it did not take is not answered.
 
     Args:
         recorder: where it goes; None for nowhere.
@@ -41,7 +45,8 @@ class Tap:
             self._last_stream += 1
             self._table.recording_id[slot] = self._last_stream
             state = None if initial_states is None else initial_states[index]
-            self._recorder.open_stream(self._last_stream, self._table.name(slot), time.time_ns(), state)
+            with contextlib.suppress(RecordingError):
+                self._recorder.open_stream(self._last_stream, self._table.name(slot), time.time_ns(), state)
 
     def stepped(self, slots: I64, rows: I32, bucket: int) -> bool:
         """A batch was computed; False when it cannot be recorded any more, and so must not be answered."""
@@ -66,17 +71,19 @@ class Tap:
             return
         streams = self._table.recording_id[slots].tolist()
         for stream, seq in zip(streams, seqs.tolist(), strict=True):
-            self._recorder.event(time.time_ns(), kind, stream, seq, detail)
+            with contextlib.suppress(RecordingError):
+                self._recorder.event(time.time_ns(), kind, stream, seq, detail)
 
     def closed(self, slots: I64, reason: str, final_states: F32, lost: Bool) -> None:
         """Streams closed; final states float32 [N, layers, size], not recorded where `lost`."""
         if self._recorder is None:
             return
         for index, slot in enumerate(slots.tolist()):
-            self._recorder.close_stream(
-                int(self._table.recording_id[slot]),
-                time.time_ns(),
-                reason,
-                int(self._table.next_seq[slot]),
-                None if lost[index] else final_states[index],
-            )
+            with contextlib.suppress(RecordingError):
+                self._recorder.close_stream(
+                    int(self._table.recording_id[slot]),
+                    time.time_ns(),
+                    reason,
+                    int(self._table.next_seq[slot]),
+                    None if lost[index] else final_states[index],
+                )
