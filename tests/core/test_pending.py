@@ -24,13 +24,22 @@ def test_frames_come_out_in_the_order_they_went_in() -> None:
     pending = PendingFrames(CAPACITY, STREAMS, 1, 1)
     assert append(pending, [1, 2], [2, 1])[0] == [1, 2]
     assert append(pending, [1], [1], first=100)[0] == []
-    rows, more = pending.take(np.array([1, 2]))
-    assert pending.x[rows, 0].tolist() == [0, 1]
-    assert more.tolist() == [1]
-    rows, more = pending.take(np.array([1]))
-    assert (pending.x[rows, 0].tolist(), more.tolist()) == ([2], [1])
-    rows, more = pending.take(np.array([1]))
-    assert (pending.x[rows, 0].tolist(), more.tolist()) == ([100], [])
+    assert pending.x[pending.take(np.array([1, 2])), 0].tolist() == [0, 1]
+    assert pending.done(np.array([1, 2])).tolist() == [1]
+    assert pending.x[pending.take(np.array([1])), 0].tolist() == [2]
+    assert pending.done(np.array([1])).tolist() == [1]
+    assert pending.x[pending.take(np.array([1])), 0].tolist() == [100]
+    assert pending.done(np.array([1])).tolist() == []
+
+
+def test_a_stream_that_steps_is_not_ready_until_it_is_done() -> None:
+    pending = PendingFrames(CAPACITY, STREAMS, 1, 1)
+    append(pending, [1], [1])
+    pending.take(np.array([1]))
+    assert append(pending, [1, 2], [1, 1])[0] == [2]
+    with pytest.raises(AssertionError, match="stepping"):
+        pending.take(np.array([1]))
+    assert pending.done(np.array([1])).tolist() == [1]
 
 
 def test_frames_that_were_not_admitted_have_no_row() -> None:
@@ -54,7 +63,8 @@ def test_taking_everything_of_some_streams_leaves_the_others() -> None:
     append(pending, [1, 2], [3, 3])
     rows = pending.take_all(np.array([1, 3]))
     assert pending.slot[rows].tolist() == [1, 1, 1]
-    assert pending.take(np.array([2]))[1].tolist() == [2]
+    pending.take(np.array([2]))
+    assert pending.done(np.array([1, 2])).tolist() == [2]
     assert append(pending, [1], [1])[0] == [1]
 
 
@@ -87,9 +97,9 @@ def test_queues_behave_like_one_deque_a_stream(steps: list[list[tuple[int, int]]
     for step in steps:
         if isinstance(step, str):
             slots = np.array([slot for slot, queue in truth.items() if queue], np.int64)
-            rows, more = pending.take(slots)
+            rows = pending.take(slots)
             assert pending.x[rows, 0].tolist() == [truth[slot].popleft() for slot in slots.tolist()]
-            assert more.tolist() == [slot for slot in slots.tolist() if truth[slot]]
+            assert pending.done(slots).tolist() == [slot for slot in slots.tolist() if truth[slot]]
             pending.free(rows)
             continue
         if sum(length for _, length in step) > pending.free_count:

@@ -62,13 +62,6 @@ def test_streams_that_come_back_wait_their_turn() -> None:
     assert 3 in batch(rules)
 
 
-def test_removed_streams_are_not_taken() -> None:
-    rules = scheduler()
-    add(rules, 0, 1, 2, 3)
-    rules.remove(np.array([2, 9]))
-    assert batch(rules) == {1, 3}
-
-
 def test_a_batch_that_is_not_full_is_held_from_its_first_frame_on() -> None:
     rules = scheduler(max_batch_size=4, max_queue_delay_ns=100)
     add(rules, 0, 1, now_ns=1000)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from instep.core.typing import F32, I32, I64
+from instep.core.typing import F32, I32, I64, Bool
 
 NONE = -1
 
@@ -16,8 +16,9 @@ NONE = -1
 class PendingFrames:
     """A pool of `capacity` frames, inputs and outputs side by side, and a first-in-first-out queue for each slot.
 
-    A frame is named by its row in the pool. Queues are linked through `_following`, so that admitting a block and
-    taking the heads of a batch are array operations, whatever the number of streams.
+    A frame is named by its row in the pool. A stream has at most one frame in a step: from `take` to `done` it is
+    stepping, and what arrives for it meanwhile waits. Queues are linked through `_following`, so that admitting a block
+    and taking the heads of a batch are array operations, whatever the number of streams.
 
     Args:
         capacity: the most frames admitted and unanswered at once.
@@ -36,6 +37,7 @@ class PendingFrames:
         self._following: I32 = np.full(capacity, NONE, np.int32)
         self._head: I32 = np.full(max_streams + 1, NONE, np.int32)
         self._tail: I32 = np.full(max_streams + 1, NONE, np.int32)
+        self._stepping: Bool = np.zeros(max_streams + 1, np.bool_)
         self._free = np.arange(capacity, dtype=np.int32)  # a stack
         self.free_count = capacity
 
@@ -51,7 +53,7 @@ class PendingFrames:
 
         Returns:
             rows: int32 [T, N], the frames' rows, `NONE` where a frame was not admitted.
-            first: int64 [≤ N], slots that had nothing pending before.
+            ready: int64 [≤ N], slots that can step now: they had nothing pending and are not stepping.
         """
         count = int(lengths.sum())
         assert count <= self.free_count, "the pool has no room for this block"
@@ -70,35 +72,42 @@ class PendingFrames:
         slots = slots[some]
         tails = self._tail[slots]
         waiting = tails != NONE
-        ready = slots[~waiting]
+        first = slots[~waiting]
         self._following[tails[waiting]] = rows[0, some[waiting]]
-        self._head[ready] = rows[0, some[~waiting]]
+        self._head[first] = rows[0, some[~waiting]]
         self._tail[slots] = rows[lengths[some] - 1, some]
-        return rows, ready
+        return rows, first[~self._stepping[first]]
 
-    def take(self, slots: I64) -> tuple[I32, I64]:
-        """Take the oldest frame of each slot off its queue.
+    def take(self, slots: I64) -> I32:
+        """Take the oldest frame of each slot off its queue for a step; the streams are stepping until `done`.
 
         Returns:
             rows: int32 [N].
-            more: int64 [≤ N], the slots that have further frames pending.
         """
+        assert not self._stepping[slots].any(), "a stream that is stepping was scheduled"
+        self._stepping[slots] = True
+        return self._pop(slots)
+
+    def done(self, slots: I64) -> I64:
+        """The step of these slots has ended; those that can step again: int64 [≤ N]."""
+        self._stepping[slots] = False
+        again: I64 = slots[self._head[slots] != NONE]
+        return again
+
+    def take_all(self, slots: I64) -> I32:
+        """Take every frame of these slots off their queues: int32 [frames], each stream's in order."""
+        taken = [np.empty(0, np.int32)]
+        while len(slots := slots[self._head[slots] != NONE]):
+            taken.append(self._pop(slots))
+        return np.concatenate(taken)
+
+    def _pop(self, slots: I64) -> I32:
         rows = self._head[slots]
         assert (rows != NONE).all(), "a slot without pending frames was scheduled"
         following = self._following[rows]
         self._head[slots] = following
-        done = following == NONE
-        self._tail[slots[done]] = NONE
-        return rows, slots[~done]
-
-    def take_all(self, slots: I64) -> I32:
-        """Take every frame of these slots off their queues: int32 [frames]."""
-        taken = [np.empty(0, np.int32)]
-        slots = slots[self._head[slots] != NONE]
-        while len(slots):
-            rows, slots = self.take(slots)
-            taken.append(rows)
-        return np.concatenate(taken)
+        self._tail[slots[following == NONE]] = NONE
+        return rows
 
     def free(self, rows: I32) -> None:
         """Give rows back to the pool: int32 [frames]."""

@@ -57,13 +57,6 @@ class Scheduler:
         self._ready[self.ready_count : self.ready_count + count] = slots
         self.ready_count += count
 
-    def remove(self, slots: I64) -> None:
-        """Streams are no longer ready, because their frames were taken back; others in `slots` are left alone."""
-        kept = self._ready[: self.ready_count]
-        kept = kept[~np.isin(kept, slots)]
-        self._ready[: len(kept)] = kept
-        self.ready_count = len(kept)
-
     def hold_ns(self, now_ns: int, open_count: int) -> int:
         """How much longer to wait for a fuller batch; 0 when one may be taken now."""
         full = self.ready_count >= min(self.max_batch_size, open_count)

@@ -25,6 +25,9 @@ from instep.server.statistics import Statistics
 from instep.server.tap import Tap
 from instep_client.wire import Code
 
+_MOST_STEPS = 2
+"""One that the worker runs, and one that is ready when it has ended."""
+
 
 @dataclass(frozen=True, slots=True)
 class Closing:
@@ -85,7 +88,7 @@ class Engine:
         self._closings_under_way = 0
         self._leaving: set[int] = set()
         self._opens_under_way = 0
-        self._step_under_way = False
+        self._steps_under_way = 0
         self._hold_timer = False
 
     @property
@@ -125,25 +128,32 @@ class Engine:
     # ── Schedule and step ──────────────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> None:
-        """Give the worker a batch, if it is free and a batch is due."""
-        if self._step_under_way or self.scheduler.ready_count == 0:
-            return
-        if not self._tap.has_room:
-            return  # the recorder calls back when it has room again
-        hold_ns = self.scheduler.hold_ns(time.monotonic_ns(), self.table.open_count)
-        if hold_ns > 0:
-            self._hold(hold_ns)
-            return
-        slots = self.scheduler.next_batch()
-        rows, more = self.pending.take(slots)
-        began_ns = time.monotonic_ns()
-        self._step_under_way = True
-        self._worker.submit(
-            Job(
-                lambda: self._stepper.step(slots, rows, self.pending.x, self.pending.y),
-                lambda _, error: self._stepped(slots, rows, more, began_ns, error),
-            )
-        )
+        """Give the worker a batch if it is free and one is due, and a full one to go on with while it steps."""
+        while self._steps_under_way < _MOST_STEPS and self.scheduler.ready_count:
+            if self._steps_under_way and self.scheduler.ready_count < self.scheduler.max_batch_size:
+                return  # what arrives until the worker is free may still join this batch
+            if not self._tap.has_room:
+                return  # the recorder calls back when it has room again
+            hold_ns = self.scheduler.hold_ns(time.monotonic_ns(), self.table.open_count)
+            if hold_ns > 0:
+                self._hold(hold_ns)
+                return
+            self._step(self.scheduler.next_batch())
+
+    def _step(self, slots: I64) -> None:
+        rows = self.pending.take(slots)
+        submitted_ns = time.monotonic_ns()
+        self._steps_under_way += 1
+
+        def step() -> int:
+            began_ns = time.monotonic_ns()
+            self._stepper.step(slots, rows, self.pending.x, self.pending.y)
+            return began_ns
+
+        def done(began_ns: int | None, error: Exception | None) -> None:
+            self._stepped(slots, rows, began_ns or submitted_ns, error)
+
+        self._worker.submit(Job(step, done))
 
     def _hold(self, hold_ns: int) -> None:
         if not self._hold_timer:
@@ -154,26 +164,25 @@ class Engine:
         self._hold_timer = False
         self.schedule()
 
-    def _stepped(self, slots: I64, rows: I32, more: I64, began_ns: int, error: Exception | None) -> None:
+    def _stepped(self, slots: I64, rows: I32, began_ns: int, error: Exception | None) -> None:
         ended_ns = time.monotonic_ns()
-        self._step_under_way = False
+        self._steps_under_way -= 1
         if error is not None:
             rows = self._fail(slots, rows, error)
         else:
-            self.scheduler.add(more, self.table.owner[more], ended_ns)
             self._statistics.batches_total += 1
             self._statistics.frames_total += len(rows)
             if not self._tap.stepped(slots, rows, self._stepper.bucket(len(rows))):
                 return  # the recorder has failed, and the server is about to stop
-            self.schedule()
-        self._deliver(rows, began_ns, ended_ns)
+        again = self.pending.done(slots)
+        self.scheduler.add(again, self.table.owner[again], ended_ns)
         self.schedule()
+        self._deliver(rows, began_ns, ended_ns)
 
     def _fail(self, slots: I64, rows: I32, error: Exception) -> I32:
         """A step failed: none of its frames was applied, nor can the frames behind them be. Returns all of them."""
         self._statistics.step_failures_total += 1
         self._log_failure(error, len(slots))
-        self.scheduler.remove(slots)
         behind = self.pending.take_all(slots)
         seqs = self.pending.seq[rows]
         self.table.next_seq[slots] = seqs
