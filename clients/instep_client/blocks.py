@@ -16,7 +16,7 @@ from instep_client.wire import F32, U64
 class Block:
     """T timesteps of N streams: a piece of one call, or single frames of many calls side by side."""
 
-    __slots__ = ("calls", "columns", "order", "rows", "start", "where", "x")
+    __slots__ = ("calls", "columns", "request", "rows", "start", "where", "x")
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Block:
         """The call's timestep that is the block's first."""
         self.where = where
         """The call's columns that are the block's; None with one call a column."""
-        self.order = 0
-        """When it was first sent, counted in messages."""
+        self.request = 0
+        """The number it was last sent with; numbers grow."""
 
     @classmethod
     def of_piece(
@@ -82,7 +82,7 @@ class Block:
         return self.calls[0].stamp
 
     def take(self, columns: Indices) -> Block:
-        """A block of some of the columns, first sent when this one was."""
+        """A block of some of the columns, sent when this one was."""
         calls: Sequence[StepCall] = self.calls
         where: Indices | None = None
         if self.where is None:
@@ -93,7 +93,7 @@ class Block:
             where = self.where[columns]
         x = np.ascontiguousarray(self.x[:, columns])
         part = Block(calls, self.rows[columns], self.columns[columns], x, self.start, where)
-        part.order = self.order
+        part.request = self.request
         return part
 
     def deliver(self, answer: Stepped) -> None:

@@ -9,7 +9,6 @@ Call
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -112,8 +111,7 @@ class CloseCall(Call[F32]):
         self.refusal: tuple[int, Code, str] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """The outputs of a step and where the server spent its time.
 
     The three times are the server's, in microseconds; for a step that was sent as several blocks each is the longest of
@@ -146,10 +144,12 @@ class StepCall(Call[Answer]):
         "_outputs",
         "_prefix",
         "failures",
+        "frames",
         "height",
         "keep",
         "lane",
         "left",
+        "lone",
         "n",
         "outputs_width",
         "rows",
@@ -183,6 +183,10 @@ class StepCall(Call[Answer]):
         """Whether the outputs wait to be taken in order (a pipelined send)."""
         self.sent = False
         """Whether every frame was sent, or refused before it could be."""
+        self.frames = len(x) * len(rows)
+        """How many frames it carries, T × N."""
+        self.lone = lane.single and self.frames == 1
+        """Whether it is one frame of one stream, to be sent beside others."""
         self.left = self.frames
         """Frames not answered for good."""
         self.failures: dict[int, Failed] = {}
@@ -195,11 +199,6 @@ class StepCall(Call[Answer]):
         self.width = 1
 
     @property
-    def frames(self) -> int:
-        """How many frames it carries, T × N."""
-        return int(self.x.shape[0]) * int(self.x.shape[1])
-
-    @property
     def started(self) -> bool:
         """Whether any of it was sent."""
         return self.t > 0 or self.n > 0
@@ -210,6 +209,12 @@ class StepCall(Call[Answer]):
         parts = -(-columns // most_columns)
         self.width = -(-columns // parts)
         self.height = max(1, most_frames // columns) if parts == 1 else 1
+
+    def next_frames(self) -> int:
+        """How many frames the next piece has."""
+        if self.lone:
+            return 1
+        return min(self.height, len(self.x) - self.t) * min(self.width, len(self.rows) - self.n)
 
     def next_piece(self) -> tuple[slice, slice]:
         """The timesteps and columns of the next piece."""
@@ -240,8 +245,11 @@ class StepCall(Call[Answer]):
 
     def took(self, times: tuple[int, int, int]) -> None:
         """The server's split of one block of it."""
-        a, b = self.times, times
-        self.times = (max(a[0], b[0]), max(a[1], b[1]), max(a[2], b[2]))
+        if self.frames == 1:
+            self.times = times
+        else:
+            a, b = self.times, times
+            self.times = (max(a[0], b[0]), max(a[1], b[1]), max(a[2], b[2]))
 
     def refuse(self, column: int, failed: Failed) -> None:
         """Frames of a column were not applied; the earliest refusal of a column is the one that is told."""

@@ -2,7 +2,7 @@
 
 The server refuses a whole block with BUSY and, because a frame is then missing, fails later blocks of the same streams
 with SEQ_GAP. So on the first BUSY nothing new is sent until every block on its way was answered; then the refused
-frames go out once more in the order in which they were first sent, before anything new. A frame that was answered
+frames go out once more in the order in which they were sent, before anything new. A frame that was answered
 otherwise is never sent again.
 """
 
@@ -60,7 +60,8 @@ class Flow:
 
     def submit(self, call: StepCall) -> None:
         """A new step call; it is sent when its lane's turn comes."""
-        call.cut(self._most_frames, self._most_columns)
+        if not call.lone:
+            call.cut(self._most_frames, self._most_columns)
         if call.keep:
             call.lane.results.append(call)
         self.enqueue(call.lane, call)
@@ -203,24 +204,22 @@ class Flow:
                 self._pause(lane)
                 self._full_since[lane] = now
                 continue
-            timesteps, columns = call.next_piece()
-            frames = (timesteps.stop - timesteps.start) * (columns.stop - columns.start)
-            if frames > room:
+            if call.next_frames() > room:
                 break
             self._line.popleft()
             if begins:
                 lane.unread += call.frames
-            call.advance()
             moved = True
-            if lane.single and len(call.x) == 1 and lane.rewound_at < call.stamp:
+            if call.lone and lane.rewound_at < call.stamp:
                 singles.append(call)
+                call.advance()
                 lane.unanswered += 1
                 room -= 1
                 if len(singles) == self._most_columns:
                     self._post(Block.of_singles(self._table, singles))
                     singles = []
             else:
-                block = self._piece(call, timesteps, columns)
+                block = self._next_block(call)
                 if block is not None:
                     lane.unanswered += block.frames
                     room -= block.frames
@@ -229,7 +228,8 @@ class Flow:
                 lane.calls.popleft()
                 if call.keep:
                     self._outbox.wake(call)
-                self._conclude((call,))
+                if call.left == 0:
+                    self._conclude((call,))
             if lane.calls:
                 self._line.append(lane)
             else:
@@ -243,8 +243,10 @@ class Flow:
         self._line.popleft()
         lane.queued = False
 
-    def _piece(self, call: StepCall, timesteps: slice, columns: slice) -> Block | None:
-        """The block of a piece, without the streams that were set back since the call was made."""
+    def _next_block(self, call: StepCall) -> Block | None:
+        """The block of a call's next piece, without the streams that were set back since the call was made."""
+        timesteps, columns = call.next_piece()
+        call.advance()
         rows = call.rows[columns]
         x = call.x[timesteps, columns]
         where: Indices | slice = columns
@@ -263,8 +265,7 @@ class Flow:
 
     def _post(self, block: Block) -> None:
         frames: Message = [block.columns.tobytes(), raw(block.x)]
-        request = self._outbox.ask(Kind.STEP, block, *block.x.shape, F32_NAME, frames=frames)
-        block.order = block.order or request
+        block.request = self._outbox.ask(Kind.STEP, block, *block.x.shape, F32_NAME, frames=frames)
         self._on_the_way[block] = None
         self.unanswered_frames += block.frames
 
@@ -273,7 +274,7 @@ class Flow:
         self.unanswered_frames -= block.frames
 
     def _resend(self) -> None:
-        blocks = sorted(self._refused, key=lambda block: block.order)
+        blocks = sorted(self._refused, key=lambda block: block.request)
         self._refused = []
         self._table.held[:] = False
         self.congested = False
@@ -320,17 +321,13 @@ class Flow:
     def _set_back(self, row: int, call: StepCall, expected: int) -> None:
         """The stream goes on from the seq the server expects.
 
-        A failure of a frame that was asked for before the last set-back says nothing new, unless nothing was sent since
-        and the server had to go back further meanwhile.
+        What was asked for before the last set-back says nothing new. (Should a step on the server fail after a later
+        frame of the stream was refused, the stream's next frame is refused once more, and that sets it right.)
         """
         table = self._table
         if call.stamp > table.rewound_at[row]:
-            table.rewound_before[row] = table.rewound_at[row]
             table.rewound_at[row] = call.lane.rewound_at = self.stamp()
-        elif call.stamp < table.rewound_before[row] or not table.columns[row, SEQ] == table.rewound_to[row] > expected:
-            return
-        table.columns[row, SEQ] = expected
-        table.rewound_to[row] = expected
+            table.columns[row, SEQ] = expected
 
     def _conclude(self, calls: Iterable[StepCall]) -> None:
         """End the calls of which every frame was answered, and let their lanes go on."""

@@ -83,9 +83,6 @@ class StreamTable:
         """(handle, next seq) of each row, laid out as `wire.COLUMN`; handle 0 marks a free row."""
         self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """When the next seq was last set back to what the server expects, on the session's counter."""
-        self.rewound_before: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        """When it was set back the time before."""
-        self.rewound_to: U64 = np.zeros(0, np.uint64)
         self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether frames of the stream were answered BUSY and wait to be sent again."""
         self.ended: npt.NDArray[np.int64] = np.zeros(0, np.int64)
@@ -96,7 +93,10 @@ class StreamTable:
         self._free: list[int] = []
 
     def add(self, names: Sequence[str], handles: U64, single: bool) -> Lane:
-        """Rows for newly opened streams, and the lane over them."""
+        """Rows for newly opened streams, and the lane over them.
+
+        Set-backs of a row's former stream are older than any call of the new one, and need no clearing.
+        """
         if len(self._free) < len(handles):
             self._grow(len(handles) - len(self._free))
         rows = np.array(sorted(self._free[-len(handles) :]), np.int64)
@@ -104,10 +104,6 @@ class StreamTable:
         lane = Lane(names, rows, single)
         self.columns[rows, HANDLE] = handles
         self.columns[rows, SEQ] = 0
-        self.rewound_at[rows] = 0
-        self.rewound_before[rows] = 0
-        self.rewound_to[rows] = 0
-        self.held[rows] = False
         self.ended[rows] = 0
         for row in rows.tolist():
             self.lanes[row] = lane
@@ -129,7 +125,7 @@ class StreamTable:
 
     def rows_of(self, handles: U64) -> Indices:
         """The rows of those of the handles that are open here."""
-        return np.flatnonzero(np.isin(self.columns[:, HANDLE], handles[handles != 0]))
+        return np.flatnonzero(np.isin(self.columns[:, HANDLE], handles))
 
     def end(self, rows: Indices, code: Code, sentence: str) -> None:
         """The server ended these streams."""
@@ -145,8 +141,6 @@ class StreamTable:
         more = max(at_least, old, 16)
         self.columns = np.concatenate([self.columns, np.zeros((more, 2), np.uint64)])
         self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])
-        self.rewound_before = np.concatenate([self.rewound_before, np.zeros(more, np.int64)])
-        self.rewound_to = np.concatenate([self.rewound_to, np.zeros(more, np.uint64)])
         self.held = np.concatenate([self.held, np.zeros(more, np.bool_)])
         self.ended = np.concatenate([self.ended, np.zeros(more, np.int64)])
         self.lanes.extend([None] * more)

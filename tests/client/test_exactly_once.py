@@ -135,9 +135,22 @@ class Run:
                 stream = self.server.streams.get(handle)
                 numbers, outputs = self.told(lane, row)
                 assert numbers == (stream.applied if stream else [])
-                assert int(self.session._table.columns[row, 1]) == (stream.admitted if stream else 0)
+                if self.server.fails == 0:
+                    assert int(self.session._table.columns[row, 1]) == (stream.admitted if stream else 0)
                 for mine, theirs in zip(outputs, stream.outputs if stream else [], strict=True):
                     assert np.isnan(mine) or mine == theirs
+
+    def check_streams_are_usable(self) -> None:
+        """Of two more frames one at most is refused, because a failed step came to light late; then all is well."""
+        self.bad = self.server.fails = self.server.busy = 0.0
+        for _ in range(2):
+            frames = [self.frames(1, len(lane.rows)) for lane in self.lanes]
+            probes = [
+                self.session.step(lane, x[:, 0] if lane.single else x)
+                for lane, x in zip(self.lanes, frames, strict=True)
+            ]
+            self.drain()
+        assert all(probe.error is None for probe in probes)
 
 
 def outputs_of(call: StepCall) -> F32:
@@ -178,6 +191,7 @@ def test_failures_and_cancelled_calls_never_reorder_or_repeat_a_frame(
         run.act()
     run.drain()
     run.check()
+    run.check_streams_are_usable()
 
 
 def test_calls_fail_only_with_refused_frames_or_by_being_cancelled() -> None:

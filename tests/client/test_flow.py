@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from instep_client.calls import StepCall
-from instep_client.codes import Code
+from instep_client.codes import SENTENCES, Code
 from instep_client.errors import ClientClosed, FrameFailure, FramesRefused, InstepError, InvalidInput, StreamEvicted
 from instep_client.streams import Lane
 from instep_client.wire import COLUMN, Kind, ServerInfo
@@ -125,16 +125,22 @@ def test_large_calls_are_cut_into_blocks_within_the_limits_and_put_together_agai
 @pytest.mark.parametrize(
     ("info", "expected"),
     [
-        (replace(INFO, max_message_bytes=48), [(1, 3), (1, 2)]),  # 3 columns of 16 bytes
-        (replace(INFO, max_message_bytes=4), [(1, 1)] * 5),  # not even one frame: left for the server to refuse
-        (replace(INFO, outputs=2**24), [(1, 1)] * 5),  # answers of 64 MiB
-        (replace(INFO, credit_frames=8), [(1, 2), (1, 2), (1, 1)]),  # a quarter of the credit
+        (replace(INFO, max_message_bytes=48), [(1, 3), (1, 3), (1, 1)]),  # 3 columns of 16 bytes
+        (replace(INFO, max_message_bytes=4), [(1, 1)] * 7),  # not even one frame: left for the server to refuse
+        (replace(INFO, outputs=2**24), [(1, 1)] * 7),  # answers of 64 MiB
+        (replace(INFO, credit_frames=8), [(1, 2), (1, 2), (1, 2), (1, 1)]),  # a quarter of the credit
     ],
 )
 def test_blocks_stay_within_what_both_sides_take(info: ServerInfo, expected: list[tuple[int, int]]) -> None:
     link = Link(info)
-    link.session.step(link.open(*"abcde"), X[:5])
+    link.session.step(link.open(*"abcdefg"), X[:7])
     assert sizes(link.advance()) == expected
+
+
+def test_a_chunk_stays_within_the_largest_frame_too() -> None:
+    link = Link(replace(INFO, max_message_bytes=24))
+    link.session.step(link.open("a"), X[:5])
+    assert sizes(link.advance()) == [(2, 1), (2, 1), (1, 1)]
 
 
 def test_the_longest_of_each_time_is_told_of_several_blocks() -> None:
@@ -166,6 +172,14 @@ def test_nothing_is_sent_beyond_the_credit_and_lanes_take_turns() -> None:
     link.settle()
     assert chunk.result().outputs.tolist() == reference(X[:8])[0].tolist()
     assert frames[1].result()
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_many_lanes_share_the_credit(chunk: int) -> None:
+    link = limited(credit=4, block=1)
+    for lane in [link.open(f"s{i}") for i in range(6)]:
+        link.session.step(lane, X[:chunk])
+    assert sum(t * n for t, n in sizes(link.advance())) == 4
 
 
 def test_full_blocks_of_single_frames_are_sent_as_they_fill() -> None:
@@ -202,6 +216,58 @@ def test_frames_pipelined_behind_a_refused_one_are_refused_too_and_then_the_stre
     assert refusal(bad).failures == (FrameFailure("a", 1, Code.NOT_FINITE, 1),)
     assert refusal(behind).failures == (FrameFailure("a", 2, Code.SEQ_GAP, 1),)
     assert link.finish(link.session.step(lane, X[1])).outputs.tolist() == reference(X[:2])[0][1].tolist()
+
+
+class TestSetBack:
+    """Failures that come in an order in which only some of them say what the server expects now."""
+
+    Y: F32 = np.full((1, 1, 2), np.nan, np.float32)
+
+    def lane(self, count: int) -> tuple[Link, Lane]:
+        """A lane with frames 0 to count - 1 on their way, as requests 3 and up."""
+        link = Link()
+        lane = link.open("a")
+        for x in X[:count]:
+            link.session.step(lane, x)
+            link.advance()
+        return link, lane
+
+    def fail(self, link: Link, number: int, code: Code, expected: int) -> None:
+        link.deliver(stepped(number, self.Y, [(0, 0, code, expected)]))
+
+    def test_the_next_refusal_sets_right_what_an_earlier_one_could_not_know(self) -> None:
+        link, lane = self.lane(2)
+        self.fail(link, 4, Code.NOT_FINITE, 1)
+        assert link.session.next_seqs(lane).tolist() == [1]
+        self.fail(link, 3, Code.STEP_FAILED, 0)
+        assert link.session.next_seqs(lane).tolist() == [1]
+        link.session.step(lane, X[0])
+        link.advance()
+        self.fail(link, 5, Code.SEQ_GAP, 0)
+        assert link.session.next_seqs(lane).tolist() == [0]
+
+    def test_what_was_sent_before_says_nothing_of_what_was_sent_after(self) -> None:
+        link, lane = self.lane(2)
+        self.fail(link, 3, Code.NOT_FINITE, 0)
+        link.session.step(lane, X[0])
+        link.advance()
+        self.fail(link, 4, Code.SEQ_GAP, 0)
+        assert link.session.next_seqs(lane).tolist() == [1]
+
+    def test_nor_once_that_failed_as_well(self) -> None:
+        link, lane = self.lane(2)
+        self.fail(link, 3, Code.NOT_FINITE, 0)
+        link.session.step(lane, X[:2])
+        link.advance()
+        link.deliver(stepped(5, np.full((2, 1, 2), np.nan, np.float32), [(0, 1, Code.NOT_FINITE, 1)]))
+        assert link.session.next_seqs(lane).tolist() == [1]
+        self.fail(link, 4, Code.SEQ_GAP, 0)
+        assert link.session.next_seqs(lane).tolist() == [1]
+
+    def test_a_repeated_seq_sets_the_stream_forward(self) -> None:
+        link, lane = self.lane(1)
+        self.fail(link, 3, Code.SEQ_REPEATED, 7)
+        assert link.session.next_seqs(lane).tolist() == [7]
 
 
 def test_a_frame_that_waited_to_be_sent_behind_a_refused_one_is_not_sent() -> None:
@@ -345,6 +411,18 @@ class TestBusy:
         assert [refusal(call).code for call in calls] == [Code.NOT_FINITE, Code.SEQ_GAP, Code.SEQ_GAP]
         assert len(link.rules.blocks) == 2  # the refused frame and the last: the one answered BUSY was given up
 
+    def test_a_gap_after_all_is_well_again_is_told(self) -> None:
+        link = Link()
+        lane = link.open("a")
+        link.session.step(lane, X[0])
+        link.advance()
+        self.busy(link, 0)
+        link.settle()
+        step = link.session.step(lane, X[1])
+        link.advance()
+        link.deliver(stepped(5, np.full((1, 1, 2), np.nan, np.float32), [(0, 0, Code.SEQ_GAP, 0)]))
+        assert refusal(step).code is Code.SEQ_GAP
+
     def test_frames_of_a_stream_evicted_meanwhile_are_given_up(self) -> None:
         link = Link()
         group, lone = link.open("a", "b"), link.open("c")
@@ -358,6 +436,7 @@ class TestBusy:
         link.advance(1.0)
         link.settle()
         assert [(f.stream, f.code) for f in refusal(many).failures] == [("a", Code.IDLE)]
+        assert SENTENCES[Code.IDLE] in refusal(many).sentence
         assert refusal(many).outputs[1].tolist() == reference(X[1:2])[0][0].tolist()
         assert isinstance(one.error, StreamEvicted)
 
@@ -470,6 +549,7 @@ class TestWithdrawn:
         held_back = link.session.step(lane, X[1], keep=True)
         link.settle()
         link.session.cancel(held_back)
+        assert lane.unread == 1
         assert link.session.deadline() is None
         assert link.finish(link.session.step(lane, X[2])).outputs.tolist() == reference(X[[0, 2]])[0][1].tolist()
 

@@ -121,6 +121,17 @@ def test_one_refused_part_undoes_the_others() -> None:
     assert link.rules.names == {"d": 1}
 
 
+def test_the_first_refused_stream_is_named_whichever_part_is_answered_first() -> None:
+    link = Link(SMALL)
+    link.open("b", "d")
+    opening = link.session.open(list("abcd"), None, single=False)
+    link.advance()
+    link.to_server.reverse()
+    link.settle()
+    with pytest.raises(StreamRefused, match=r"\(stream 'b'\)"):
+        opening.result()
+
+
 @pytest.mark.parametrize("is_answered", [False, True])
 def test_streams_that_nobody_waits_for_are_closed_again(is_answered: bool) -> None:
     link = Link()
@@ -214,7 +225,10 @@ class TestEnded:
         with pytest.raises(StreamEvicted, match="IDLE"):
             link.session.close(lane)
         assert link.advance() == []
-        assert link.open("b").rows.tolist() == lane.rows.tolist()
+        other = link.open("b")
+        assert other.rows.tolist() == lane.rows.tolist()
+        assert link.finish(link.session.close(other)).tolist() == [[0, 0, 0, 0]]
+        assert link.rules.kinds[-1] is Kind.CLOSE
 
     @pytest.mark.parametrize("is_sent", [False, True])
     def test_a_close_that_waits_when_the_stream_is_evicted_says_so(self, is_sent: bool) -> None:
@@ -230,9 +244,13 @@ class TestEnded:
         link.rules.end([1])
         link.deliver(evicted([1]))
         assert closing.done is not is_sent
+        if not is_sent:
+            link.session.fail(ClientClosed, "over")
+            assert isinstance(closing.error, StreamEvicted)
+            return
         link.settle()
         assert isinstance(closing.error, StreamEvicted)
-        assert isinstance(step.error, StreamEvicted) is not is_sent
+        assert step.error is None
         assert link.open("b").rows.tolist() == lane.rows.tolist()
 
     def test_a_group_gives_the_states_of_those_that_are_left(self) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instep_client import replies, wire
@@ -163,6 +163,7 @@ def test_other_contradictions_are_malformed(message: Message) -> None:
         read(message)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_mutated_replies_are_read_or_malformed(data: st.DataObject) -> None:
     message = data.draw(

@@ -98,7 +98,7 @@ def test_ctrl_c_leaves_a_client_that_can_be_used_and_closed(server: FakeServer) 
     assert main is not None
 
     def fault(header: list[Any], frames: list[bytes]) -> list[list[bytes]] | None:
-        if header[0] == Kind.STEP and server.rules.holding:
+        if header[0] in (Kind.OPEN, Kind.STEP) and server.rules.holding:
             signal.pthread_kill(main, signal.SIGINT)
         return None
 
@@ -110,6 +110,13 @@ def test_ctrl_c_leaves_a_client_that_can_be_used_and_closed(server: FakeServer) 
             stream.step(X[0])
         server.release()
         assert stream.step(X[1]).tolist() == reference(X[:2])[0][1].tolist()
+        server.rules.holding = True
+        with pytest.raises(KeyboardInterrupt):
+            client.open("b")
+        server.release()
+        client.ping()  # the answer to the OPEN came before this one's
+        client.ping()  # and the CLOSE went out before this one
+        assert list(server.rules.names) == ["a"]
 
 
 def test_closing_wakes_the_threads_that_wait(server: FakeServer) -> None:
@@ -182,8 +189,11 @@ def test_a_client_collected_in_its_own_thread_closes_itself(server: FakeServer) 
     client = Client(server.endpoint)
     client.connect()
     loop_thread = client._thread
-    assert loop_thread._loop is not None
-    loop_thread._loop.call_soon_threadsafe(loop_thread.stop)
+
+    async def collect() -> None:
+        loop_thread.stop()
+
+    loop_thread.run(collect())
     loop_thread._thread.join(10)
     assert not loop_thread._thread.is_alive()
     client.close()

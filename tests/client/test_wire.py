@@ -7,7 +7,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instep_client import wire
@@ -98,11 +98,13 @@ def test_what_is_no_message_is_refused_by_name(frames: list[bytes], complaint: s
         wire.unpack_header(frames)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=60), max_size=4))
 def test_garbage_is_a_header_or_malformed_and_nothing_else(frames: list[bytes]) -> None:
     read_or_malformed(frames)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(HEADERS),
     st.lists(
@@ -124,6 +126,7 @@ def test_mutated_headers_are_headers_or_malformed(
     read_or_malformed(with_frames(row[0], bytes(header)))
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),

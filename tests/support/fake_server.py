@@ -102,7 +102,7 @@ class FakeRules:
         self.fault: Fault | None = None
         """Called first with (header, frames): its messages are the answer, None leaves it to the rules."""
         self.holding = False
-        """Whether answers to STEP are kept in `held`."""
+        """Whether answers to OPEN and STEP are kept in `held`."""
         self.held: list[tuple[bytes, Message]] = []
         self.blocks: list[tuple[int, int]] = []
         """(T, N) of every STEP seen."""
@@ -126,7 +126,7 @@ class FakeRules:
         if answers is None:
             answers = [getattr(self, f"_{kind.name.lower()}")(header, frames)]
         addressed = [(peer, answer) for answer in answers]
-        if kind is Kind.STEP and self.holding:
+        if kind in (Kind.OPEN, Kind.STEP) and self.holding:
             self.held += addressed
             return []
         return addressed

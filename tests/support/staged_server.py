@@ -60,8 +60,8 @@ class StagedServer:
         self.unanswered = 0
         self._rules = FakeRules(self.info)
         self._dice = dice
-        self._busy = busy
-        self._fails = fails
+        self.busy = busy
+        self.fails = fails
 
     def receive(self, frames: list[bytes]) -> None:
         """One message."""
@@ -75,7 +75,7 @@ class StagedServer:
         for number in x[:, :, 0].ravel().astype(int).tolist():
             last = self.outcomes.get(number, Code.BUSY)
             assert last in (Code.BUSY, Code.SEQ_GAP), f"frame {number} was sent again after {last}"
-        if self._dice.random() < self._busy:
+        if self._dice.random() < self.busy:
             for number in x[:, :, 0].ravel().astype(int).tolist():
                 self.outcomes[number] = Code.BUSY
             self.answers.append(error(request, Code.BUSY, self._dice.randint(1, 5000)))
@@ -93,7 +93,7 @@ class StagedServer:
             return False
         stream = self._dice.choice(busy)
         block, column, t, seq, x = stream.waiting.popleft()
-        if self._dice.random() < self._fails:
+        if self._dice.random() < self.fails:
             self._fail(stream, block, column, t, seq, x)
             return True
         stream.state = np.float32(0.5) * stream.state + np.float32(x.sum())
