@@ -80,3 +80,18 @@ async def test_a_bug_in_the_rules_fails_the_calls_and_is_logged(
                 await stream.step(X[0])
             assert "the client failed" in caplog.text
             monkeypatch.undo()
+
+
+async def test_a_call_that_has_ended_is_not_waited_for() -> None:
+    with FakeServer() as server:
+        async with AsyncClient(server.endpoint) as client:
+            assert await client._driver.wait(client._session.greeting) == INFO
+
+
+async def test_a_closed_client_may_still_be_told_to_do_nothing() -> None:
+    with FakeServer() as server:
+        async with AsyncClient(server.endpoint) as client:
+            stream = await client.open("a")
+        stream.finish()
+        await asyncio.sleep(0)
+        assert [y async for y in stream] == []
