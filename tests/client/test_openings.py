@@ -12,9 +12,8 @@ from instep_client.codes import Code
 from instep_client.errors import ClientClosed, InvalidInput, StreamEvicted, StreamRefused
 from instep_client.wire import Kind
 from tests.support.fake_server import INFO, Message, evicted, reference
-from tests.support.session_link import Link, headers, refuse
+from tests.support.session_link import Link, X, headers, refuse
 
-X = np.arange(60, dtype=np.float32).reshape(20, 3)
 SMALL = replace(INFO, max_message_bytes=2 * 201)
 """Room for two names, or for 25 states."""
 

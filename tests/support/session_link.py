@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgpack
+import numpy as np
 
-from instep_client.calls import Call
+from instep_client.calls import Call, StepCall
 from instep_client.codes import Code
+from instep_client.errors import FramesRefused
 from instep_client.session import Session
 from instep_client.streams import Lane
-from instep_client.wire import Kind, ServerInfo
-from tests.support.fake_server import INFO, FakeRules, Message, error
+from instep_client.wire import COLUMN, Kind, ServerInfo
+from tests.support.fake_server import F32, INFO, FakeRules, Message, error
 
 R = TypeVar("R")
 PEER = b"peer"
+X: F32 = np.arange(60, dtype=np.float32).reshape(20, 3)
+"""Frames."""
+BAD: F32 = np.array([np.nan, 0, 0], np.float32)
 
 
 class Link:
@@ -83,3 +89,29 @@ def refuse(link: Link, code: Code, retry_after_us: int = 0) -> None:
     """The server refuses the next message in the queue."""
     request = msgpack.unpackb(link.to_server.popleft()[0])[1]
     link.to_client.append(error(request, code, retry_after_us))
+
+
+def limited(credit: int = 16_384, block: int = 16_384) -> Link:
+    """A link to a server with these limits."""
+    return Link(replace(INFO, credit_frames=credit, max_block_frames=block))
+
+
+def blocks(messages: list[Message]) -> list[tuple[list[tuple[int, int]], list[Any]]]:
+    """The columns (handle, seq) and x of every STEP."""
+    read = []
+    for header, message in zip(headers(messages), messages, strict=True):
+        if header[0] is Kind.STEP:
+            x = np.frombuffer(message[2], "<f4").reshape(header[2:5])
+            read.append((np.frombuffer(message[1], COLUMN).tolist(), x[:, :, 0].tolist()))
+    return read
+
+
+def sizes(messages: list[Message]) -> list[tuple[int, int]]:
+    """(T, N) of every STEP."""
+    return [(header[2], header[3]) for header in headers(messages) if header[0] is Kind.STEP]
+
+
+def refusal(call: StepCall) -> FramesRefused:
+    """What a call failed with."""
+    assert isinstance(call.error, FramesRefused)
+    return call.error
