@@ -106,9 +106,10 @@ class StreamTable:
         return slots, codes
 
     def admitted(self, slots: I64, lengths: I64, now_ns: int) -> None:
-        """Frames were admitted: `lengths` int64 [N] for the distinct `slots`; those with none are left alone."""
-        self.pending[slots] += lengths
-        self.last_active_ns[slots[lengths > 0]] = now_ns
+        """Frames were admitted: `lengths` int64 [N]; slots with some are distinct, those with none are left alone."""
+        some = lengths > 0  # an old handle may have named the slot of a good one
+        self.pending[slots[some]] += lengths[some]
+        self.last_active_ns[slots[some]] = now_ns
 
     def answered(self, slots: I64) -> None:
         """Frames were answered: one entry a frame, so a slot may repeat."""
