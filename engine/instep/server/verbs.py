@@ -93,6 +93,8 @@ class Verbs:
             self._refuse(routing_id, client, request, Refusal(Code.MALFORMED, str(error)))
         except Refusal as refusal:
             self._refuse(routing_id, client, request, refusal)
+        except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
+            self._refuse(routing_id, client, request, Refusal(Code.MALFORMED, "the header is nested too deep"))
 
     def _refuse(self, routing_id: bytes, client: Client | None, request: int, refusal: Refusal) -> None:
         self._statistics.refused_messages_total += 1
