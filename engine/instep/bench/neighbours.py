@@ -28,6 +28,8 @@ NEIGHBOUR_STREAMS = 64
 ROUNDS = 5
 SECONDS = 3.0
 """Of each phase in each round; what happens to the neighbour happens after a third of it."""
+WARM_UP_S = 1.5
+"""Before each phase: the neighbour starts up and streams."""
 BAR = 1.5
 PHASES = ("alive", "killed", "stopped")
 
@@ -83,7 +85,7 @@ async def _measure(endpoint: str, advance: Callable[[], object]) -> dict[str, li
 async def _phase(endpoint: str, groups: list[AsyncGroup], features: int, phase: str, name: str) -> float:
     """The p99 latency, in milliseconds, of all measured clients during one phase."""
     with _neighbour(endpoint, name) as neighbour:
-        await asyncio.sleep(1.0)  # the neighbour starts up and streams
+        await asyncio.sleep(WARM_UP_S)
         loop = asyncio.get_running_loop()
         if phase == "killed":
             loop.call_later(SECONDS / 3, neighbour.kill)
