@@ -247,12 +247,15 @@ class Neighbours:
         self._y: list[list[F32]] = [[] for _ in range(count)]
         self._seqs = np.zeros(count, np.int64)
         self._stopped = False
+        self.handles: list[int] = []
+        """Of the streams, once they are open."""
 
     async def run(self) -> None:
         """Step until `stop`, close, and compare everything with `nn.GRU`."""
         await self._client.hello()
         opened = await self._client.open(*(f"neighbour-{index}" for index in range(len(self._x))))
         handles = opened.handles()
+        self.handles = handles.tolist()
         while not self._stopped:
             await self._round(handles)
             await asyncio.sleep(0.002)

@@ -1,0 +1,200 @@
+"""A million damaged messages: no crash, no growth, only documented answers, and the neighbours' bits as ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import psutil
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instep.model.folder import write_model
+from instep.server.child import ChildServer
+from instep_client.wire import Code, Kind
+from tests.support.fuzzing import FAILURES, INTERESTING_VALUES, REFUSALS, AnswerCheck, MessageMaker, is_answered
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+from tests.support.traffic import assert_same_bits, neighbours
+
+F, H = 5, 8
+MESSAGES = 1_000_000
+WARM_UP = 150_000
+A_CONNECTION = 50_000
+"""Messages that one connection of the fuzzer sends before it is replaced by another."""
+WINDOW = 900
+"""Messages sent and not answered yet; below the server's `send_high_water_mark`, so that no answer may be dropped."""
+BURST = 500
+ALLOWED_GROWTH_BYTES = 16 * 2**20
+"""Over all messages after the warm-up: 20 bytes a message, less than any one Python object that might be kept."""
+NEIGHBOURS = 4
+
+
+class Fuzzer(threading.Thread):
+    """Sends the messages through raw DEALERs and checks what comes back; `failure` says what was wrong."""
+
+    def __init__(self, endpoint: str, foreign: list[int], server: psutil.Process) -> None:
+        super().__init__(name="fuzzer")
+        self.failure: BaseException | None = None
+        self.sent = 0
+        self.grown_bytes = 0
+        self._endpoint = endpoint
+        self._server = server
+        self._maker = MessageMaker(1, F, H, foreign)
+        self._check = AnswerCheck(self._send, self._maker.learn)
+        self._due = 0
+
+    @property
+    def seen(self) -> set[Code]:
+        """Codes that came back."""
+        return set(self._check.seen)
+
+    def run(self) -> None:
+        try:
+            with zmq.Context() as context:
+                self._warm_bytes = 0
+                while self.sent < MESSAGES:
+                    with context.socket(zmq.DEALER) as self._socket:
+                        self._socket.setsockopt(zmq.LINGER, 0)
+                        self._socket.connect(self._endpoint)
+                        self._send_some()
+                    if self.sent == WARM_UP:
+                        self._warm_bytes = self._server.memory_info().rss
+            self.grown_bytes = self._server.memory_info().rss - self._warm_bytes
+        except BaseException as error:
+            self.failure = error
+
+    def _send(self, *frames: bytes) -> None:
+        self._socket.send_multipart(frames)
+
+    def _send_some(self) -> None:
+        self._send(msgpack.packb([Kind.PING, 1]))  # the server does not know the connection yet
+        self._send(msgpack.packb([Kind.HELLO, 2, 1, "fuzzer"]))
+        self._due += 2
+        self._maker.connected()
+        for _ in range(A_CONNECTION // BURST):
+            for _ in range(BURST):
+                frames = self._maker.make()
+                self._due += is_answered(frames)
+                self._socket.send_multipart(frames)
+            self.sent += BURST
+            self._drain(self._due - WINDOW)
+        self._drain(self._due)
+
+    def _drain(self, at_least: int) -> None:
+        """Take what is there, and wait until so many messages were answered."""
+        while True:
+            try:
+                self._check.take(self._socket.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                if self._check.answered >= at_least:
+                    break
+                assert self._socket.poll(30_000), f"{self._due - self._check.answered} messages were never answered"
+        assert self._check.answered <= self._due, "more answers than messages"
+
+
+@pytest.mark.timeout(600)
+async def test_a_million_damaged_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+        monkeypatch.delenv(name)  # measuring lines would take longer than everything else
+    write_model(tmp_path / "model", SMALL)
+    arguments = ["--set", "engine.max_streams=300", "--set", "transport.heartbeat_s=0.2"]
+    with ChildServer(tmp_path / "model", arguments) as server:
+        async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
+            fuzzer = Fuzzer(server.endpoint, others.handles, psutil.Process(server.pid))
+            fuzzer.start()
+            while fuzzer.is_alive():
+                await asyncio.sleep(0.05)
+            fuzzer.join()
+            if fuzzer.failure is not None:
+                raise fuzzer.failure
+            await others.progress()
+            await only_the_neighbours_are_left(server.endpoint)
+    assert fuzzer.sent == MESSAGES
+    assert fuzzer.grown_bytes < ALLOWED_GROWTH_BYTES
+    # The fuzzer came far enough to be refused for every reason that it can give.
+    assert fuzzer.seen >= (REFUSALS | FAILURES) - {Code.BUSY}
+
+
+async def only_the_neighbours_are_left(endpoint: str) -> None:
+    """Wait until the server has noticed that the fuzzer is gone, and released every stream it had opened."""
+    async with RawClient(endpoint) as client:
+        await client.hello()
+        while True:
+            reply = await client.ask(msgpack.packb([Kind.STATS, client.next_request()]))
+            statistics = dict(map(tuple, reply.header[2]))
+            if statistics["streams_open"] == NEIGHBOURS and statistics["connections"] == 2:
+                return
+            await asyncio.sleep(0.1)
+
+
+VALUES = st.one_of(
+    st.sampled_from(INTERESTING_VALUES),
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(),
+    st.text(max_size=8),
+    st.binary(max_size=8),
+    st.lists(st.integers(0, 3), max_size=3),
+)
+KINDS = st.sampled_from([int(kind) for kind in Kind])
+HEADERS = st.one_of(
+    st.binary(max_size=40),
+    st.builds(lambda kind, fields: msgpack.packb([kind, *fields]), KINDS, st.lists(VALUES, max_size=7)),
+    st.builds(
+        lambda kind, request, fields: msgpack.packb([kind, request, *fields]),
+        KINDS,
+        st.integers(1, 2**63 - 1),
+        st.lists(st.one_of(st.integers(0, 6), st.just("f4")), max_size=4),
+    ),
+)
+MESSAGE_LISTS = st.lists(st.tuples(HEADERS, st.lists(st.binary(max_size=64), max_size=3)), min_size=1, max_size=12)
+
+
+@settings(max_examples=250)
+@given(MESSAGE_LISTS)
+def test_any_message_is_answered_once_and_leaves_a_stream_alone(messages: list[tuple[bytes, list[bytes]]]) -> None:
+    asyncio.run(send_beside_a_stream([[header, *frames] for header, frames in messages]))
+
+
+async def send_beside_a_stream(messages: list[list[bytes]]) -> None:
+    x = np.random.default_rng(0).standard_normal((4, 1, F)).astype(np.float32)
+    async with running(SMALL) as server, RawClient(server.endpoint) as client, RawClient(server.endpoint) as other:
+        check = AnswerCheck(client.socket.send)
+        await other.hello()
+        handles = (await other.open("s")).handles()
+        before = await other.step(handles, [0], x[:2])
+        await client.hello()
+        for message in messages:
+            await client.send(*message)
+        while check.answered < sum(map(is_answered, messages)):
+            check.take(await client.socket.recv_multipart())
+        after = await other.step(handles, [2], x[2:])
+        served = np.concatenate([before.floats(), after.floats()]).reshape(4, H)
+        assert_same_bits(served, whole(SMALL, x[:, 0])[0], "the stream beside")
+
+
+NESTED = {
+    "kind": b"\x92{}\x01",
+    "version": b"\x94\x01\x01{}\xa1x",
+    "features": b"\x96\x03\x01\x01\x01{}\xa2f4",
+    "dtype": b"\x96\x03\x01\x01\x01\x05{}",
+}
+"""Headers with room for a value that is nested far too deep."""
+
+
+@pytest.mark.parametrize("place", NESTED)
+@pytest.mark.parametrize("depth", [500, 1000, 1020])
+async def test_a_deeply_nested_header_is_refused(place: str, depth: int) -> None:
+    header = NESTED[place].replace(b"{}", b"\x91" * depth + b"\x01")
+    frames = {"kind": 1, "version": 1}.get(place, 3)
+    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        reply = await client.ask(header, *[b"\0" * 20] * (frames - 1))
+        assert reply.code in (Code.MALFORMED, Code.WRONG_VERSION, Code.WRONG_SHAPE, Code.WRONG_DTYPE)
