@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import msgpack
@@ -11,6 +12,9 @@ import pytest
 
 from instep.config import Config
 from instep.core.typing import F32, I32, I64
+from instep.recording.errors import RecordingError
+from instep.recording.recorder import Recorder
+from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import StateLost, Stepper
 from instep.server.serve import Prepared
 from instep_client.wire import Code, Kind
@@ -162,3 +166,107 @@ async def test_a_bug_in_the_loop_ends_the_server_with_a_reason(monkeypatch: pyte
         kinds = [(await client.receive()).kind for _ in range(2)]
         assert kinds == [Kind.PONG, Kind.GOODBYE]
         await asyncio.sleep(0)
+
+
+class MemorylessStepper(Stepper):
+    """Can neither load nor read states."""
+
+    broken = True
+
+    def load(self, slots: I64, states: F32 | None) -> None:
+        if self.broken:
+            raise RuntimeError("injected")
+        super().load(slots, states)
+
+    def read(self, slots: I64) -> F32:
+        raise RuntimeError("injected")
+
+
+async def test_streams_that_cannot_be_loaded_are_refused_and_those_that_cannot_be_read_get_no_state() -> None:
+    steppers: list[MemorylessStepper] = []
+
+    def build(ready: Prepared, config: Config) -> Stepper:
+        steppers.append(
+            MemorylessStepper(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
+        )
+        return steppers[0]
+
+    async with running(SMALL, stepper=build, engine={"max_streams": 2}) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            for _ in range(3):
+                assert (await client.open("a", "b")).failures() == [
+                    (0, 0, Code.STEP_FAILED, 0),
+                    (1, 0, Code.STEP_FAILED, 0),
+                ]
+            steppers[0].broken = False
+            handles = (await client.open("a")).handles()
+            closed = await client.close(handles)
+            assert closed.failures() == [(0, 0, Code.STATE_LOST, 0)]
+            assert np.isnan(closed.floats()).all()
+            assert (await client.open("a")).failures() == []
+
+
+async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_commit = threading.Event()
+    commit = RecordingWriter.commit
+
+    def held(self: RecordingWriter) -> None:
+        may_commit.wait(60)
+        commit(self)
+
+    monkeypatch.setattr(RecordingWriter, "commit", held)
+    x = rng.standard_normal((30, 1, F)).astype(np.float32)
+    recording = {"file": tmp_path / "r.instep", "queue_batches": 2}
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        await client.send(*client.step_message(handles, [0], x))
+        await client.ask(msgpack.packb([Kind.PING, 500]))
+        while server.statistics.batches_total < 2:
+            await asyncio.sleep(0.001)
+        for _ in range(20):
+            await client.ask(msgpack.packb([Kind.PING, 501]))
+        assert server.statistics.batches_total == 2
+        may_commit.set()
+        reply = await client.receive()
+        np.testing.assert_array_equal(reply.floats().reshape(30, H), whole(SMALL, x[:, 0])[0])
+
+
+async def test_a_frame_is_not_answered_when_the_recorder_did_not_take_it(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(self: Recorder, *args: object) -> None:
+        raise RecordingError("injected")
+
+    for verb in ("open_stream", "add_batch", "close_stream", "event"):
+        monkeypatch.setattr(Recorder, verb, failed)
+    async with running(SMALL, recording={"file": tmp_path / "r.instep"}, stepper=make(FaultyStepper)) as server:  # type: ignore[arg-type]
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            handles = (await client.open("s", "failing", "closed")).handles()
+            assert (await client.close(handles[2:])).failures() == []
+            x = rng.standard_normal((1, 1, F)).astype(np.float32)
+            refused = await client.step(handles[1:2], [0], poisoned(x, 0, 0))
+            assert refused.failures() == [(0, 0, Code.STEP_FAILED, 0)]
+            await client.send(*client.step_message(handles[:1], [0], x))
+            while not server.statistics.batches_total:
+                await asyncio.sleep(0.001)
+            assert (await client.ask(msgpack.packb([Kind.PING, 9]))).kind is Kind.PONG
+            server.stop(drain=False)
+
+
+async def test_draining_ends_after_its_time_though_somebody_never_reads() -> None:
+    held = {"max_queue_delay_us": 10_000_000}
+    async with running(SMALL, engine=held, shutdown={"drain_timeout_s": 0.05}) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            handles = (await client.open("s", "silent")).handles()
+            await client.send(*client.step_message(handles[:1], [0], np.zeros((1, 1, F), np.float32)))
+            while not len(server.engine.blocks):
+                await asyncio.sleep(0)
+            server.stop()
+            assert (await client.receive()).kind is Kind.GOODBYE
+    assert server.unanswered_blocks == 1

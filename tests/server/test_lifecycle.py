@@ -163,3 +163,55 @@ async def test_holding_batches_changes_no_output(delay_us: int, rng: np.random.G
         y = (await client.step(handles[:2], [0, 0], x)).floats().reshape(5, 2, H)
     for column in range(2):
         np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:, column])[0])
+
+
+async def test_statistics_count_what_happened(rng: np.random.Generator) -> None:
+    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("a", "b")).handles()
+        await client.step(handles, [0, 0], rng.standard_normal((3, 2, F)).astype(np.float32))
+        reply = await client.ask(msgpack.packb([Kind.STATS, 9]))
+        values = dict(map(tuple, reply.header[2]))
+        assert (values["frames_total"], values["batches_total"], values["blocks_total"]) == (6, 3, 1)
+        assert (values["streams_open"], values["connections"], values["frames_pending"]) == (2, 1, 0)
+        assert values["batch_size_mean"] == 2
+
+
+async def test_a_connection_that_never_says_it_reads_is_given_up_and_costs_bounded_memory() -> None:
+    transport = {"max_message_bytes": 65_536}
+    async with running(SMALL, transport=transport, limits={"unreachable_after_s": 0.2}) as server:
+        async with RawClient(server.endpoint) as silent, RawClient(server.endpoint) as client:
+            await silent.hello()
+            await client.hello()
+            block = silent.step_message(range(1000), [0] * 1000, np.zeros((1, 1000, F), np.float32))
+            for _ in range(100):  # 100 answers of 32,000 bytes and 24 a failure
+                await silent.send(*block)
+            while len(server._clients) > 1:
+                await asyncio.sleep(0.01)
+            assert (await client.open("s")).failures() == []
+
+
+async def test_a_connection_that_reads_late_gets_every_answer_in_order() -> None:
+    transport = {"max_message_bytes": 65_536}
+    async with running(SMALL, transport=transport) as server, RawClient(server.endpoint) as late:
+        await late.hello()
+        block = late.step_message(range(1000), [0] * 1000, np.zeros((1, 1000, F), np.float32))
+        for _ in range(6):
+            await late.send(*block)
+        while server.statistics.blocks_total < 6:
+            await asyncio.sleep(0.01)
+        assert not server._postbox.is_empty
+        for _ in range(6):
+            assert len((await late.receive()).failures()) == 1000
+        assert server._postbox.is_empty
+
+
+async def test_a_connection_is_given_up_when_its_outbox_bursts() -> None:
+    transport = {"max_message_bytes": 65_536}
+    async with running(SMALL, transport=transport) as server, RawClient(server.endpoint) as silent:
+        await silent.hello()
+        block = silent.step_message(range(1000), [0] * 1000, np.zeros((1, 1000, F), np.float32))
+        for _ in range(30):
+            await silent.send(*block)
+        while len(server._clients):
+            await asyncio.sleep(0.01)
