@@ -107,21 +107,16 @@ class Server:
     async def serve(self) -> None:
         """Serve until `stop` or a failure; then drain, say goodbye and close."""
         self._worker.start()
-        tasks = [self._loop.create_task(task) for task in (self._receive(), self._tick())]
+        self._loop.add_reader(self._router.signal_fd, self._guarded, self._pump)
+        ticking = self._loop.create_task(self._tick())
         try:
             await self._stopping.wait()
             await self._drain()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._loop.remove_reader(self._router.signal_fd)
+            ticking.cancel()
+            await asyncio.gather(ticking, return_exceptions=True)
             self._close()
-
-    async def _receive(self) -> None:
-        while True:
-            await self._router.readable()
-            self._guarded(self._pump)
-            await asyncio.sleep(0)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """Run work of the loop; what it raises is a bug that would leave clients waiting, so it ends the server."""
@@ -136,8 +131,8 @@ class Server:
     def _pump(self) -> None:
         """Collect what has arrived, then schedule.
 
-        Also called after anything else that used the socket: ZeroMQ signals an arrival once, and a send may have
-        taken the signal.
+        Called when the socket signals an arrival, and after anything else that used it, since a send may have taken
+        the signal.
         """
         count = 0
         for routing_id, *frames in self._router.receive(_BURST):

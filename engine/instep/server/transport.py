@@ -7,7 +7,6 @@ from enum import Enum
 from typing import Protocol
 
 import zmq
-import zmq.asyncio
 
 from instep.config import TransportConfig
 from instep_client.wire import Message
@@ -45,44 +44,48 @@ class Router:
     """
 
     def __init__(self, config: TransportConfig) -> None:
-        self._context = zmq.asyncio.Context()
-        self._async = self._context.socket(zmq.ROUTER)
-        sync: zmq.Socket[bytes] = zmq.Socket.shadow(self._async.underlying)
-        sync.setsockopt(zmq.IPV6, int("[" in config.endpoint))
-        sync.setsockopt(zmq.LINGER, 1000)
-        sync.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        sync.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)
-        sync.setsockopt(zmq.SNDHWM, config.send_high_water_mark)
-        sync.setsockopt(zmq.RCVHWM, config.send_high_water_mark)
-        sync.setsockopt(zmq.HANDSHAKE_IVL, round(config.handshake_timeout_s * 1000))
-        sync.setsockopt(zmq.HEARTBEAT_IVL, round(config.heartbeat_s * 1000))
-        sync.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(config.heartbeat_s * 3000))
-        sync.setsockopt(zmq.BACKLOG, 4096)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.IPV6, int("[" in config.endpoint))
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)
+        socket.setsockopt(zmq.SNDHWM, config.send_high_water_mark)
+        socket.setsockopt(zmq.RCVHWM, config.send_high_water_mark)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, round(config.handshake_timeout_s * 1000))
+        socket.setsockopt(zmq.HEARTBEAT_IVL, round(config.heartbeat_s * 1000))
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(config.heartbeat_s * 3000))
+        socket.setsockopt(zmq.BACKLOG, 4096)
         try:
-            sync.bind(config.endpoint)
+            socket.bind(config.endpoint)
         except zmq.ZMQError:
-            self._async.close(linger=0)
+            socket.close(linger=0)
             self._context.term()
             raise
-        self._sync = sync
-        self.endpoint: str = sync.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._socket = socket
+        self.endpoint: str = socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    async def readable(self) -> None:
-        """Wait until something may be there to receive."""
-        await self._async.poll(1000)
+    @property
+    def signal_fd(self) -> int:
+        """Becomes readable when something has arrived.
+
+        It tells of each arrival once, and anything that is done with the socket may take the signal: whoever waits for
+        it must `receive` until nothing is left, each time, and after each `send` too.
+        """
+        return self._socket.fileno()
 
     def receive(self, at_most: int) -> Iterator[list[bytes]]:
         """What has arrived, a burst at most: [routing id, header, frames …] each."""
         for _ in range(at_most):
             try:
-                yield self._sync.recv_multipart(zmq.NOBLOCK)
+                yield self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
 
     def send(self, routing_id: bytes, message: Message) -> Sent:
         """Hand a message to ZeroMQ, or say why it could not be."""
         try:
-            self._sync.send_multipart([routing_id, *message], zmq.NOBLOCK)
+            self._socket.send_multipart([routing_id, *message], zmq.NOBLOCK)
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as error:
@@ -93,5 +96,5 @@ class Router:
 
     def close(self) -> None:
         """Close the socket; what was handed over is given a second to leave."""
-        self._async.close()
+        self._socket.close()
         self._context.term()
