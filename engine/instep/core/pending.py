@@ -64,7 +64,7 @@ class PendingFrames:
         following[:-1] = rows[1:]
         self._following[flat] = pick(following)
         self.x[flat] = pick(x)
-        self.slot[flat] = pick(np.broadcast_to(slots, rows.shape))
+        self.slot[flat] = pick(np.repeat(slots[None], len(rows), axis=0))
         self.seq[flat] = pick(seqs + np.arange(len(rows))[:, None])
         self.block[flat] = block
 

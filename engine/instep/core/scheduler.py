@@ -71,10 +71,11 @@ class Scheduler:
             batch = ready.copy()
             self.ready_count = 0
         else:
-            order = np.argpartition(self._tag[ready], self.max_batch_size - 1)
-            batch = ready[order[: self.max_batch_size]]
+            # Tags come in a few rising runs, which a stable sort merges in one pass.
+            ready = ready[np.argsort(self._tag[ready], kind="stable")]
+            batch = ready[: self.max_batch_size]
             self.ready_count -= self.max_batch_size
-            self._ready[: self.ready_count] = ready[order[self.max_batch_size :]]
+            self._ready[: self.ready_count] = ready[self.max_batch_size :]
         if len(batch):
             self._served_tag = max(self._served_tag, int(self._tag[batch].max()))
         return batch
