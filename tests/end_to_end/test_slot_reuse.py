@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import msgpack
 import numpy as np
 import pytest
 
-from instep.config import Config
-from instep.core.typing import F32, I32, I64
-from instep.runtime.stepper import Stepper
-from instep.server.serve import Prepared
 from instep_client.wire import Code, Kind
+from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
-from tests.support.raw import RawClient
+from tests.support.raw import RawClient, Reply
 from tests.support.running import running
 from tests.support.traffic import assert_same_bits
 
 F, H = 5, 8
-GATE_VALUE = 4321.5
-"""A frame that begins with this is stepped when the gate opens."""
-
-
-class GatedStepper(Stepper):
-    gate = threading.Event()
-
-    def step(self, slots: I64, rows: I32, inputs: F32, outputs: F32) -> None:
-        if (inputs[rows, 0] == GATE_VALUE).any():
-            assert self.gate.wait(60)
-        super().step(slots, rows, inputs, outputs)
-
-
-def gated(ready: Prepared, config: Config) -> Stepper:
-    return GatedStepper(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
 
 
 @pytest.mark.parametrize("old_first", [True, False])
@@ -56,15 +37,44 @@ async def test_an_old_handle_beside_its_slots_next_stream_does_not_touch_it(
     assert_same_bits(closed.floats().reshape(1, H), final, "final state")
 
 
+async def test_a_slot_is_not_given_on_while_frames_of_its_stream_are_pending(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 1, F)).astype(np.float32)
+    x[0, 0, 0] = GATE_VALUE
+    gate = Gate()
+    async with (
+        running(SMALL, stepper=gate.stepper, engine={"max_streams": 1}) as server,
+        RawClient(server.endpoint) as client,
+    ):
+        try:
+            await client.hello()
+            handles = (await client.open("first")).handles()
+            await client.send(*client.step_message(handles, [0], x))
+            await client.send(msgpack.packb([Kind.CLOSE, client.next_request(), 1]), handles.tobytes())
+            await client.send(msgpack.packb([Kind.OPEN, client.next_request(), 1, 0]), b"next", b"")
+            while not server.engine.table.closing.any():
+                await asyncio.sleep(0.01)
+        finally:
+            gate.open()
+        replies: dict[Kind, Reply] = {}
+        while replies.keys() != {Kind.STEPPED, Kind.CLOSED, Kind.OPENED}:
+            reply = await client.receive()
+            assert reply.kind is not Kind.GOODBYE, reply.header
+            replies[reply.kind] = reply
+    assert replies[Kind.OPENED].failures() == [(0, 0, Code.TOO_MANY_STREAMS, 0)]
+    y, final = whole(SMALL, x[:, 0])
+    assert_same_bits(replies[Kind.STEPPED].floats().reshape(2, H), y, "outputs")
+    assert_same_bits(replies[Kind.CLOSED].floats().reshape(1, H), final, "final state")
+
+
 async def test_a_late_answer_never_reaches_the_next_connection(rng: np.random.Generator) -> None:
     """A connection vanishes while its frame is being computed; another comes, and there is one number for both."""
     x = rng.standard_normal((2, 1, F)).astype(np.float32)
     late = x.copy()
     late[0, 0, 0] = GATE_VALUE
     transport, limits = {"heartbeat_s": 0.05}, {"max_connections": 2}
-    GatedStepper.gate.clear()
+    gate = Gate()
     async with (
-        running(SMALL, stepper=gated, transport=transport, limits=limits) as server,
+        running(SMALL, stepper=gate.stepper, transport=transport, limits=limits) as server,
         RawClient(server.endpoint) as watcher,
     ):
         try:
@@ -80,7 +90,7 @@ async def test_a_late_answer_never_reaches_the_next_connection(rng: np.random.Ge
             async with RawClient(server.endpoint) as following:
                 hello = msgpack.packb([Kind.HELLO, 1, 1, "raw"])
                 first = await following.ask(hello)
-                GatedStepper.gate.set()
+                gate.open()
                 while first.kind is not Kind.WELCOME:
                     assert first.code is Code.BUSY
                     first = await following.ask(hello)
@@ -90,7 +100,7 @@ async def test_a_late_answer_never_reaches_the_next_connection(rng: np.random.Ge
                 reply = await following.step(handles, [0], x)
                 assert_same_bits(reply.floats().reshape(2, H), whole(SMALL, x[:, 0])[0], "outputs")
         finally:
-            GatedStepper.gate.set()
+            gate.open()
 
 
 async def connections(client: RawClient) -> float:

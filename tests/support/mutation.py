@@ -1,0 +1,72 @@
+"""Copies of the engine with one rule broken, and tests run against them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NOT_THE_COPY = 70
+"""Exit status when the tests would have run against another engine than the copy."""
+_RUN = f"""
+import sys, instep, pytest
+if not instep.__file__.startswith(sys.argv[1]):
+    sys.exit({NOT_THE_COPY})
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One rule of the engine, broken.
+
+    Attributes:
+        name: what it does wrong.
+        file: below `engine/instep/`.
+        old: the text that keeps the rule; it stands in the file exactly once.
+        new: what stands there instead.
+        tests: some that must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def copy_engine(folder: Path, mutant: Mutant | None = None) -> None:
+    """Copy `engine/` into a new folder, with the mutant's change.
+
+    Raises:
+        ValueError: when the text to change is not there exactly once, because the engine has changed.
+    """
+    shutil.copytree(ROOT / "engine", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    if mutant is None:
+        return
+    file = folder / "instep" / mutant.file
+    text = file.read_text()
+    count = text.count(mutant.old)
+    if count != 1:
+        raise ValueError(f"{mutant.old!r} stands {count} times in {mutant.file}; fit the mutant to the engine")
+    file.write_text(text.replace(mutant.old, mutant.new))
+
+
+def run_tests(engine: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run tests in a process of its own that imports `instep` from this folder; it ends at the first failure."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE_", "PYTEST_"))}
+    environment |= {"PYTHONPATH": str(engine), "PYTHONDONTWRITEBYTECODE": "1"}
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=30"]
+    return subprocess.run(
+        [sys.executable, "-c", _RUN, str(engine), *options, *tests],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
