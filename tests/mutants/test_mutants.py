@@ -146,8 +146,8 @@ MUTANTS = [
     Mutant(
         "a client that floods is served first",
         "core/scheduler.py",
-        "batch = ready[order[: self.max_batch_size]]",
-        "batch = ready[: self.max_batch_size]",
+        'ready[np.argsort(self._tag[ready], kind="stable")]',
+        "ready",
         (f"{SCHEDULER}::test_a_client_that_floods_waits_behind_its_own_frames",),
     ),
 ]
