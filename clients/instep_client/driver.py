@@ -11,13 +11,11 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
 import zmq
-import zmq.asyncio
 
 from instep_client.calls import Call, StepCall
 from instep_client.errors import ClientClosed, ConnectionFailed
@@ -32,6 +30,8 @@ _log = logging.getLogger("instep_client")
 
 _RECEIVE_BURST: Final = 256
 """Messages taken before other tasks get their turn."""
+_READABLE: Final = int(zmq.POLLIN)
+_READABLE_OR_WRITABLE: Final = int(zmq.POLLIN | zmq.POLLOUT)
 _FAREWELL_S: Final = 1.0
 """The longest that closing waits for the server to have read it."""
 _SOCKET_OPTIONS: Final = {
@@ -49,10 +49,8 @@ class Driver:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._socket: zmq.asyncio.Socket | None = None
+        self._socket: zmq.Socket[bytes] | None = None
         self._backlog: deque[Message] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._writing = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._pump_is_due = False
@@ -68,17 +66,15 @@ class Driver:
         if self._socket is not None or self._stopped:
             raise ClientClosed("this client was connected before; make a new one to connect again")
         self._loop = asyncio.get_running_loop()
-        self._socket = _open_socket(self._loop)
-        # Sends and receives go through a plain socket over the same one: one call a message instead of a future.
-        self._plain: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)
+        self._socket = socket = _open_socket(self._loop)
         for option, value in _SOCKET_OPTIONS.items():
-            self._plain.set(option, value)
+            socket.set(option, value)
         try:
-            self._plain.connect(self._session.endpoint)
+            socket.connect(self._session.endpoint)
         except zmq.ZMQError as error:
             await self.stop()
             raise ConnectionFailed(f"{self._session.endpoint!r} is not an endpoint: {error}") from None
-        self._spawn(self._receive(self._socket))
+        self._loop.add_reader(socket.fileno(), self._pump)
         self.wake()
 
     async def stop(self) -> None:
@@ -97,11 +93,9 @@ class Driver:
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            for task in self._tasks:
-                task.cancel()
+            self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
             _give_back_context(self._loop)
-            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def wait(self, call: Call[R]) -> R:
         """The call's result. When the waiting task is cancelled, the session is told that nobody waits."""
@@ -157,12 +151,12 @@ class Driver:
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
 
-    def _exchange(self, socket: zmq.asyncio.Socket) -> None:
-        session, plain = self._session, self._plain
+    def _exchange(self, socket: zmq.Socket[bytes]) -> None:
+        session = self._session
         now = time.monotonic()
         try:
             for _ in range(_RECEIVE_BURST):
-                frames = plain.recv_multipart(zmq.NOBLOCK, copy=False)  # outputs are copied once, to the user's array
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)  # outputs are copied once, to the user's array
                 session.receive([frame.buffer for frame in frames], now)
         except zmq.Again:
             pass
@@ -170,48 +164,28 @@ class Driver:
         self._backlog.extend(session.take_messages())
         try:
             while self._backlog:
-                plain.send_multipart(self._backlog[0], zmq.NOBLOCK)
+                socket.send_multipart(self._backlog[0], zmq.NOBLOCK)
                 self._backlog.popleft()
         except zmq.Again:
-            if not self._writing:
-                self._writing = True
-                self._spawn(self._write(socket))
+            pass  # the socket signals when there is room again
         deadline = session.deadline()
         if deadline is not None and (self._timer is None or deadline < self._timer_at):
             if self._timer is not None:
                 self._timer.cancel()
             self._timer_at = deadline
             self._timer = self._loop.call_later(max(0.0, deadline - now), self._on_timer)
-        # The socket's file descriptor is edge-triggered, and sending may have used up the edge of a message that came.
-        if int(plain.get(zmq.EVENTS)) & zmq.POLLIN:
+        # The socket signals once, and what was done above may have used the signal up.
+        if int(socket.get(zmq.EVENTS)) & (_READABLE_OR_WRITABLE if self._backlog else _READABLE):
             self.wake()
 
     def _on_timer(self) -> None:
         self._timer = None
         self._pump()
 
-    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            await socket.poll()
-            self._pump()
-            await asyncio.sleep(0)  # a poll that is ready at once does not let other tasks run
-
-    async def _write(self, socket: zmq.asyncio.Socket) -> None:
-        poller = zmq.asyncio.Poller()
-        poller.register(socket, zmq.POLLOUT)
-        await poller.poll()
-        self._writing = False
-        self._pump()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
 
 @dataclass(slots=True)
 class _Shared:
-    context: zmq.asyncio.Context
+    context: zmq.Context[zmq.Socket[bytes]]
     sockets: int = 0
 
 
@@ -219,10 +193,10 @@ _contexts: WeakKeyDictionary[asyncio.AbstractEventLoop, _Shared] = WeakKeyDictio
 """One context a loop, for all its clients (each costs two threads), as long as any of them is open."""
 
 
-def _open_socket(loop: asyncio.AbstractEventLoop) -> zmq.asyncio.Socket:
+def _open_socket(loop: asyncio.AbstractEventLoop) -> zmq.Socket[bytes]:
     shared = _contexts.get(loop)
     if shared is None:
-        shared = _contexts[loop] = _Shared(zmq.asyncio.Context())
+        shared = _contexts[loop] = _Shared(zmq.Context())
         shared.context.set(zmq.MAX_SOCKETS, int(shared.context.get(zmq.SOCKET_LIMIT)))
     shared.sockets += 1
     return shared.context.socket(zmq.DEALER)
