@@ -96,7 +96,6 @@ async def test_a_flood_that_nobody_reads_takes_bounded_memory(tmp_path: Path) ->
     assert growth < 40 * MEBIBYTE, growth
 
 
-@pytest.mark.xfail(reason="the worker's queue and the answers of OPEN and CLOSE have no bound", strict=False)
 @pytest.mark.parametrize("kind", [Kind.OPEN, Kind.CLOSE])
 async def test_a_flood_of_the_largest_messages_takes_bounded_memory(tmp_path: Path, kind: Kind) -> None:
     write_model(tmp_path / "model", SMALL)

@@ -27,6 +27,8 @@ from instep_client.wire import Code
 
 _MOST_STEPS = 2
 """One that the worker runs, and one that is ready when it has ended."""
+_MOST_JOBS = 64
+"""Openings and closings that wait for the worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,11 @@ class Engine:
     def is_quiet(self) -> bool:
         """Whether nothing admitted waits for an answer."""
         return not (len(self.blocks) or self._closings or self._closings_under_way or self._opens_under_way)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether messages may be handled: False while too many openings and closings wait for the worker."""
+        return self._opens_under_way + self._closings_under_way < _MOST_JOBS
 
     # ── Admission ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -241,6 +248,9 @@ class Engine:
         slots, codes = self.table.open(names, client.number, time.monotonic_ns())
         granted = codes == 0
         opened = slots[granted]
+        if not len(opened):
+            on_opened(np.zeros(len(slots), np.uint64), codes)
+            return
         initial = None if states is None else states[granted]
         self._opens_under_way += 1
 

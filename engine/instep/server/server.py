@@ -27,7 +27,8 @@ from instep.server.verbs import Verbs
 from instep_client.wire import ServerInfo
 
 _BURST = 256
-"""Messages handled before other work of the loop gets its turn."""
+_BURST_NS = 2_000_000
+"""Messages, and time, handled before other work of the loop gets its turn."""
 _TICK_S = 0.05
 _HOUSEKEEPING_TICKS = 10
 
@@ -134,12 +135,14 @@ class Server:
         Called when the socket signals an arrival, and after anything else that used it, since a send may have taken
         the signal.
         """
-        count = 0
-        for routing_id, *frames in self._router.receive(_BURST):
+        deadline_ns = time.monotonic_ns() + _BURST_NS
+        for routing_id, *frames in self._router.receive(_BURST if self.engine.has_room else 0):
             self._verbs.handle(routing_id, frames)
-            count += 1
+            if time.monotonic_ns() > deadline_ns or not self.engine.has_room:
+                break
         self.engine.schedule()
-        if count == _BURST:
+        # Without room, the end of the next job pumps again.
+        if self.engine.has_room and self._router.is_readable:
             self._loop.call_soon(self._guarded, self._pump)
 
     def _hand_back(self, finish: Callable[[], None]) -> None:

