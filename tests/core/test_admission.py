@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from instep.core.admission import admit, finite_lengths, is_repeating
+from instep.core.admission import RepeatedStream, admit, finite_lengths, resolve_distinct
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, U64
 from instep_client.codes import Code
@@ -90,11 +90,14 @@ def test_seq_is_judged_before_values(table: StreamTable) -> None:
     assert admit(table, OWNER, handles, seqs(3), x).codes.tolist() == [Code.SEQ_GAP]
 
 
-def test_repeating_slots_are_found() -> None:
-    marks = np.zeros(10, np.int64)
-    assert not is_repeating(np.array([3, 1, 2]), marks)
-    assert is_repeating(np.array([3, 1, 3]), marks)
-    assert not is_repeating(np.array([], np.int64), marks)
+def test_a_stream_that_stands_twice_is_found_before_anything_changes(table: StreamTable) -> None:
+    slots, handles = opened(table, "a", "b", "c")
+    with pytest.raises(RepeatedStream):
+        admit(table, OWNER, handles[[0, 1, 0]], seqs(0, 0, 1), frames(1, 3))
+    assert table.next_seq[slots].tolist() == [0, 0, 0]
+    assert resolve_distinct(table, OWNER, handles)[0].tolist() == slots.tolist()
+    unknown = np.array([77, 77], np.uint64)
+    assert resolve_distinct(table, OWNER, unknown)[1].tolist() == [Code.UNKNOWN_STREAM] * 2
 
 
 def test_finite_lengths_counts_leading_good_timesteps() -> None:

@@ -24,16 +24,23 @@ class Admission:
     """What the column's stream expects after the admitted frames; 0 where the stream is not the sender's."""
 
 
-def is_repeating(slots: I64, marks: I64) -> bool:
-    """Whether a slot stands in `slots` more than once.
+class RepeatedStream(Exception):
+    """A stream stands more than once among the handles of one message."""
 
-    Args:
-        slots: int64 [N].
-        marks: int64 scratch space with an entry a slot; overwritten.
+
+def resolve_distinct(table: StreamTable, owner: int, handles: U64) -> tuple[I64, I32]:
+    """As `StreamTable.resolve`, for handles that must name different streams.
+
+    Raises:
+        RepeatedStream: when two of them name one stream of `owner`.
     """
-    order = np.arange(len(slots))
-    marks[slots] = order
-    return not np.array_equal(marks[slots], order)
+    slots, codes = table.resolve(handles, owner)
+    own = slots if not codes.any() else slots[codes == 0]
+    order = np.arange(len(own))
+    table.marks[own] = order
+    if (table.marks[own] != order).any():
+        raise RepeatedStream
+    return slots, codes
 
 
 def finite_lengths(x: F32) -> I64:
@@ -53,17 +60,21 @@ def admit(table: StreamTable, owner: int, handles: U64, seqs: U64, x: F32) -> Ad
     Args:
         table: the streams; `next_seq` is moved on for admitted frames, nothing else.
         owner: who sent the block.
-        handles: uint64 [N], distinct.
+        handles: uint64 [N].
         seqs: uint64 [N], seq of each column's first timestep.
         x: float32 [T, N, features].
+
+    Raises:
+        RepeatedStream: when a stream stands in it more than once; nothing has changed.
     """
     timesteps = x.shape[0]
-    slots, codes = table.resolve(handles, owner)
+    slots, codes = resolve_distinct(table, owner, handles)
     own = codes == 0
     expected = np.where(own, table.next_seq[slots], 0)
-    # Compared as uint64: a seq of 2^63 or more is a gap, not a negative number.
-    codes[own & (seqs > expected.astype(np.uint64))] = Code.SEQ_GAP
-    codes[own & (seqs < expected.astype(np.uint64))] = Code.SEQ_REPEATED
+    due = expected.astype(np.uint64)  # a seq of 2^63 or more is a gap, not a negative number
+    if (seqs != due).any():
+        codes[own & (seqs > due)] = Code.SEQ_GAP
+        codes[own & (seqs < due)] = Code.SEQ_REPEATED
     lengths = np.where(codes == 0, finite_lengths(x), 0)
     codes[(codes == 0) & (lengths < timesteps)] = Code.NOT_FINITE
     expected += lengths

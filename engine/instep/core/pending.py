@@ -59,24 +59,27 @@ class PendingFrames:
         assert count <= self.free_count, "the pool has no room for this block"
         flat = self._free[self.free_count - count : self.free_count].copy()
         self.free_count -= count
-        rows, pick = _layout(flat, lengths, *x.shape[:2])
-        following = np.full_like(rows, NONE)
-        following[:-1] = rows[1:]
-        self._following[flat] = pick(following)
+        timesteps, columns = x.shape[:2]
+        rows, pick = _layout(flat, lengths, timesteps, columns)
         self.x[flat] = pick(x)
-        self.slot[flat] = pick(np.repeat(slots[None], len(rows), axis=0))
-        self.seq[flat] = pick(seqs + np.arange(len(rows))[:, None])
+        self.slot[flat] = pick(np.repeat(slots[None], timesteps, axis=0))
+        self.seq[flat] = pick(seqs + np.arange(timesteps)[:, None])
         self.block[flat] = block
+        self._following[flat] = NONE
+        behind = rows[1:] != NONE
+        self._following[rows[:-1][behind]] = rows[1:][behind]
 
         some = np.flatnonzero(lengths)
         slots = slots[some]
+        first, last = rows[0, some], rows[lengths[some] - 1, some]
         tails = self._tail[slots]
+        self._tail[slots] = last
         waiting = tails != NONE
-        first = slots[~waiting]
-        self._following[tails[waiting]] = rows[0, some[waiting]]
-        self._head[first] = rows[0, some[~waiting]]
-        self._tail[slots] = rows[lengths[some] - 1, some]
-        return rows, first[~self._stepping[first]]
+        if waiting.any():
+            self._following[tails[waiting]] = first[waiting]
+            slots, first = slots[~waiting], first[~waiting]
+        self._head[slots] = first
+        return rows, slots[~self._stepping[slots]]
 
     def take(self, slots: I64) -> I32:
         """Take the oldest frame of each slot off its queue for a step; the streams are stepping until `done`.

@@ -34,6 +34,8 @@ class StreamTable:
         self.lost: Bool = np.zeros(rows, np.bool_)
         """Streams whose state can no longer be trusted; they are closing."""
         self.last_active_ns: I64 = np.zeros(rows, np.int64)
+        self.marks: I64 = np.zeros(rows, np.int64)
+        """Scratch space with an entry a slot, for whoever looks for repeated slots."""
         self.recording_id: I64 = np.zeros(rows, np.int64)
         """The stream's number in the recording."""
         self._names: list[str | None] = [None] * rows

@@ -65,9 +65,10 @@ class Stepper:
         staged_slots, staged_x = self._slots[bucket], self._x[bucket]
         slots_view, x_view = staged_slots.numpy(), staged_x.numpy()
         slots_view[:size] = slots
-        slots_view[size:] = SCRATCH_SLOT
         x_view[:size, : inputs.shape[1]] = inputs[rows]
-        x_view[size:] = 0.0
+        if size < bucket:
+            slots_view[size:] = SCRATCH_SLOT
+            x_view[size:] = 0.0
         device_slots = staged_slots.to(self._device)
         y, states = self.network.step(staged_x.to(self._device), self._cache.gather(device_slots))
         answers = y[:size, : outputs.shape[1]].cpu().numpy()

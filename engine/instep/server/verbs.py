@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from instep.core.admission import is_repeating
-from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.core.admission import RepeatedStream, resolve_distinct
+from instep.core.typing import F32, I32, U64, Bool
 from instep.server import replies
 from instep.server.clients import Client, ClientTable
 from instep.server.engine import Engine
@@ -62,7 +62,6 @@ class Verbs:
         self._statistics = statistics
         self.draining = False
         """While True, nothing new is admitted."""
-        self._marks: I64 = np.zeros(limits.max_streams + 1, np.int64)
         self._verbs: dict[Kind, Callable[[Client, Header, list[bytes]], None]] = {
             Kind.OPEN: self._open,
             Kind.STEP: self._step,
@@ -93,6 +92,8 @@ class Verbs:
             self._refuse(routing_id, client, request, Refusal(Code.MALFORMED, str(error)))
         except Refusal as refusal:
             self._refuse(routing_id, client, request, refusal)
+        except RepeatedStream:
+            self._refuse(routing_id, client, request, Refusal(Code.REPEATED_STREAM))
         except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
             self._refuse(routing_id, client, request, Refusal(Code.MALFORMED, "the header is nested too deep"))
 
@@ -158,9 +159,6 @@ class Verbs:
         x = self._inputs(header.fields[2], header.fields[3], frames[2], timesteps, columns)
         column = wire.array_frame(frames[1], wire.COLUMN, (columns,), "columns")
         handles = np.ascontiguousarray(column["handle"])
-        slots, current = self._engine.table.slots.resolve(handles)
-        if is_repeating(slots[current], self._marks):
-            raise Refusal(Code.REPEATED_STREAM)
         if self.draining:
             raise Refusal(Code.SHUTTING_DOWN)
         frame_count = timesteps * columns
@@ -186,10 +184,8 @@ class Verbs:
         if math.prod(shape) * 4 > self._limits.max_message_bytes:
             raise Refusal(Code.TOO_LARGE, "their final states do not fit into one message")
         handles: U64 = wire.array_frame(frames[1], "<u8", (count,), "handles")
-        slots, codes = self._engine.table.resolve(handles, client.number)
+        slots, codes = resolve_distinct(self._engine.table, client.number, handles)
         good = codes == 0
-        if is_repeating(slots[good], self._marks):
-            raise Refusal(Code.REPEATED_STREAM)
 
         def closed(final: F32, lost: Bool) -> None:
             states = np.full(shape, np.nan, np.float32)
