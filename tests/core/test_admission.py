@@ -11,7 +11,7 @@ OWNER = 1
 
 @pytest.fixture
 def table() -> StreamTable:
-    return StreamTable(8)
+    return StreamTable(8, max_owners=4)
 
 
 def opened(table: StreamTable, *names: str, owner: int = OWNER) -> tuple[I64, U64]:

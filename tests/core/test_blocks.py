@@ -46,8 +46,9 @@ def test_outputs_are_nan_from_the_first_frame_that_was_not_applied() -> None:
     blocks.add(number, 0, 0, rows, admission([2, 2, 1], [0, 0, Code.NOT_FINITE]), 0)
     block = blocks[number]
     assert np.isnan(block.outputs(pending)[:, :, 0]).tolist() == [[False, False, False], [False, False, True]]
-    block.fail(row=1, code=Code.STEP_FAILED, seq=10)
-    block.fail(row=4, code=Code.SEQ_GAP, seq=10)
+    why = np.zeros(8, np.int32)
+    why[1], why[4] = Code.STEP_FAILED, Code.SEQ_GAP
+    block.fail(why, np.full(8, 10))
     assert np.isnan(block.outputs(pending)[:, :, 0]).tolist() == [[False, True, False], [False, True, True]]
     assert block.codes.tolist() == [0, Code.STEP_FAILED, Code.NOT_FINITE]
     assert block.lengths.tolist() == [2, 0, 1]

@@ -53,6 +53,17 @@ def test_two_busy_clients_share_alike() -> None:
         assert abs(sum(slot > 100 for slot in taken) - 2) <= 1
 
 
+def test_a_client_that_was_alone_owes_nothing_to_one_that_joins() -> None:
+    rules = scheduler(max_batch_size=4)
+    for _ in range(100):
+        add(rules, 0, *range(1, 5))
+        batch(rules)
+    add(rules, 0, *range(1, 21))
+    add(rules, 1, *range(101, 121))
+    taken = batch(rules) | batch(rules)
+    assert sum(slot > 100 for slot in taken) == 4
+
+
 def test_streams_that_come_back_wait_their_turn() -> None:
     rules = scheduler(max_batch_size=2)
     add(rules, 0, 1, 2, 3)

@@ -6,7 +6,7 @@ from instep_client.codes import Code
 
 
 def test_opening_gives_distinct_slots_and_remembers_names_and_owner() -> None:
-    table = StreamTable(4)
+    table = StreamTable(4, max_owners=4)
     slots, codes = table.open(["a", "b"], owner=3, now_ns=10)
     assert codes.tolist() == [0, 0]
     assert [table.name(slot) for slot in slots.tolist()] == ["a", "b"]
@@ -15,7 +15,7 @@ def test_opening_gives_distinct_slots_and_remembers_names_and_owner() -> None:
 
 
 def test_a_name_can_be_open_once_only_within_a_request_and_across_owners() -> None:
-    table = StreamTable(4)
+    table = StreamTable(4, max_owners=4)
     table.open(["a"], owner=0, now_ns=0)
     slots, codes = table.open(["a", "b", "b"], owner=1, now_ns=0)
     assert codes.tolist() == [Code.NAME_IN_USE, 0, Code.NAME_IN_USE]
@@ -23,7 +23,7 @@ def test_a_name_can_be_open_once_only_within_a_request_and_across_owners() -> No
 
 
 def test_opening_beyond_the_capacity_refuses_the_rest() -> None:
-    table = StreamTable(2)
+    table = StreamTable(2, max_owners=4)
     _, codes = table.open(["a", "b", "c"], owner=0, now_ns=0)
     assert codes.tolist() == [0, 0, Code.TOO_MANY_STREAMS]
     assert table.open_count == 2
@@ -32,7 +32,7 @@ def test_opening_beyond_the_capacity_refuses_the_rest() -> None:
 
 
 def test_resolving_tells_own_from_foreign_from_unknown() -> None:
-    table = StreamTable(4)
+    table = StreamTable(4, max_owners=4)
     mine, _ = table.open(["mine"], owner=1, now_ns=0)
     theirs, _ = table.open(["theirs"], owner=2, now_ns=0)
     handles = np.concatenate([table.slots.handles(mine), table.slots.handles(theirs), np.array([12345], np.uint64)])
@@ -41,7 +41,7 @@ def test_resolving_tells_own_from_foreign_from_unknown() -> None:
 
 
 def test_closing_and_released_streams_are_unknown() -> None:
-    table = StreamTable(4)
+    table = StreamTable(4, max_owners=4)
     slots, _ = table.open(["a"], owner=1, now_ns=0)
     handles = table.slots.handles(slots)
     table.closing[slots] = True
@@ -51,7 +51,7 @@ def test_closing_and_released_streams_are_unknown() -> None:
 
 
 def test_the_next_owner_of_a_slot_starts_afresh() -> None:
-    table = StreamTable(1)
+    table = StreamTable(1, max_owners=4)
     slots, _ = table.open(["a"], owner=1, now_ns=0)
     table.next_seq[slots] = 9
     table.lost[slots] = True
@@ -62,7 +62,7 @@ def test_the_next_owner_of_a_slot_starts_afresh() -> None:
 
 
 def test_a_stream_with_pending_frames_is_never_released() -> None:
-    table = StreamTable(1)
+    table = StreamTable(1, max_owners=4)
     slots, _ = table.open(["a"], owner=1, now_ns=0)
     table.pending[slots] = 1
     with pytest.raises(AssertionError, match="pending"):
@@ -70,10 +70,28 @@ def test_a_stream_with_pending_frames_is_never_released() -> None:
 
 
 def test_idle_streams_are_those_silent_with_nothing_pending() -> None:
-    table = StreamTable(4)
+    table = StreamTable(4, max_owners=4)
     slots, _ = table.open(["idle", "busy", "fresh", "closing"], owner=1, now_ns=0)
     table.pending[slots[1]] = 1
     table.last_active_ns[slots[2]] = 100
     table.closing[slots[3]] = True
     assert table.idle_since(50).tolist() == [slots[0]]
     assert table.owned_by(1).tolist() == sorted(slots[:3].tolist())
+
+
+def test_activity_counts_against_idling() -> None:
+    table = StreamTable(4, max_owners=4)
+    slots, _ = table.open(["a", "b"], owner=1, now_ns=0)
+    table.admitted(slots, np.array([1, 0]), now_ns=100)
+    table.answered(slots[:1])
+    assert table.idle_since(50).tolist() == [slots[1]]
+
+
+def test_owners_are_told_how_many_streams_they_have() -> None:
+    table = StreamTable(4, max_owners=4)
+    slots, _ = table.open(["a", "b", "a"], owner=2, now_ns=0)
+    assert table.owned.tolist() == [0, 0, 2, 0]
+    table.closing[slots[0]] = True
+    assert table.owned[2] == 2
+    table.release(slots[:2])
+    assert table.owned.tolist() == [0, 0, 0, 0]

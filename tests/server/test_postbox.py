@@ -10,8 +10,9 @@ from instep.server.postbox import Postbox
 from instep.server.transport import Sent
 from instep_client.wire import Kind, Message
 
-MESSAGE: Message = [b"x" * 100]
-UNREAD = 1000
+MESSAGE: Message = [b"x" * 744]
+"""1,000 bytes, with the objects around it."""
+UNREAD = 10_000
 
 
 class FakeRouter:
@@ -39,7 +40,7 @@ class Rig:
             self.router,
             self.clients,
             max_unread_bytes=UNREAD,
-            max_outbox_bytes=1000,
+            max_outbox_bytes=10_000,
             unreachable_after_ns=100,
             probe_after_ns=50,
             on_gone=self.gone.append,
@@ -161,14 +162,14 @@ def test_a_connection_that_never_says_it_reads_is_handed_no_more_than_the_bound(
     rig = Rig()
     for _ in range(15):
         rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
-    assert sum(message == MESSAGE for _, message in rig.router.taken) == UNREAD // 100 + 1
-    assert pings(rig, b"\0slow") == [600]
+    assert sum(message == MESSAGE for _, message in rig.router.taken) == UNREAD // 1000 + 1
+    assert pings(rig, b"\0slow") == [6000]
     assert len(rig.slow.outbox) == 4
 
 
 def test_a_connection_that_says_it_reads_is_handed_everything_in_order() -> None:
     rig = Rig()
-    messages: list[Message] = [[bytes([number]) * 100] for number in range(60)]
+    messages: list[Message] = [[bytes([number]) * 744] for number in range(60)]
     for message in messages:
         rig.postbox.send(rig.slow, message, now_ns=0)
         asked = [header for header in map(_ping_number, rig.router.taken) if header is not None]
@@ -181,7 +182,7 @@ def test_a_connection_that_says_it_reads_is_handed_everything_in_order() -> None
 
 def _ping_number(taken: tuple[bytes, Message]) -> int | None:
     _, message = taken
-    return None if len(message[0]) == 100 else int(msgpack.unpackb(message[0])[1])
+    return None if len(message[0]) == 744 else int(msgpack.unpackb(message[0])[1])
 
 
 def test_the_outbox_moves_on_as_soon_as_the_connection_says_it_reads() -> None:
@@ -209,7 +210,7 @@ def test_a_question_that_found_no_room_is_asked_again() -> None:
         rig.postbox.send(rig.slow, MESSAGE, now_ns=0)
     rig.router.send = takes_all  # type: ignore[method-assign]
     rig.postbox.flush(now_ns=1)
-    assert pings(rig, b"\0slow") == [1100]
+    assert pings(rig, b"\0slow") == [11_000]
 
 
 def test_unknown_connections_are_answered_and_nothing_kept() -> None:

@@ -76,7 +76,7 @@ def test_exactness_may_be_required_preferred_or_off(model: Path, monkeypatch: py
     with pytest.raises(CannotServe, match="3 ULP"):
         prepare(configured(model, engine={"exactness": "require"}))
     preferred = prepare(configured(model, engine={"exactness": "prefer"})).certification
-    assert exactness_sentence(preferred) == "within 3 ULP in buckets 4, 8"
+    assert exactness_sentence(preferred) == "not exact, up to 3 ULP seen in a step, in buckets 4, 8"
     off = prepare(configured(model, engine={"exactness": "off", "max_batch_size": 8})).certification
     assert off.exactness == "off"
     assert exactness_sentence(off).startswith("not certified in buckets 4, 8")

@@ -9,7 +9,6 @@ import numpy as np
 from instep.core.admission import Admission
 from instep.core.pending import NONE, PendingFrames
 from instep.core.typing import F32, I32, I64
-from instep_client.codes import Code
 
 _ONE = np.int32(1)
 
@@ -35,13 +34,19 @@ class Block:
     compute_ns: int = 0
     stepped_ns: int = 0
 
-    def fail(self, row: int, code: Code, seq: int) -> None:
-        """The frame in `row` was not applied, nor was any after it in its column; its stream expects `seq`."""
-        timestep, column = (int(axis[0]) for axis in np.nonzero(self.rows == row))
-        if timestep < self.lengths[column]:
-            self.lengths[column] = timestep
-            self.codes[column] = code
-        self.expected_seq[column] = seq
+    def fail(self, why: I32, expected_seq: I64) -> None:
+        """Frames of this block were not applied, nor any after them in their columns.
+
+        Args:
+            why: int32 [pool], the code of each row that failed, 0 for the others.
+            expected_seq: int64 [pool], what the stream of each row expects now.
+        """
+        codes = np.where(self.rows != NONE, why[self.rows], 0)
+        columns = np.flatnonzero(codes.any(axis=0))
+        first = (codes[:, columns] != 0).argmax(axis=0)
+        self.expected_seq[columns] = expected_seq[self.rows[first, columns]]
+        self.codes[columns] = codes[first, columns]
+        self.lengths[columns] = first
 
     def outputs(self, pending: PendingFrames) -> F32:
         """The answer: float32 [T, N, outputs], NaN where a frame was not applied."""

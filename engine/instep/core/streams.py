@@ -19,13 +19,16 @@ class StreamTable:
 
     Args:
         max_streams: how many may be open at once.
+        max_owners: owners are numbered from 0 to this, exclusive.
         first_generation: see `SlotAllocator`.
     """
 
-    def __init__(self, max_streams: int, first_generation: int = 1) -> None:
+    def __init__(self, max_streams: int, max_owners: int, first_generation: int = 1) -> None:
         self.slots = SlotAllocator(max_streams, first_generation)
         rows = max_streams + 1
         self.owner: I32 = np.full(rows, NO_OWNER, np.int32)
+        self.owned: I64 = np.zeros(max_owners, np.int64)
+        """How many streams each owner has, those that are closing included."""
         self.next_seq: I64 = np.zeros(rows, np.int64)
         """The seq the stream expects next, counting admitted frames."""
         self.pending: I64 = np.zeros(rows, np.int64)
@@ -77,6 +80,7 @@ class StreamTable:
             self._slot_of[name] = slot
             self._names[slot] = name
         self.owner[granted] = owner
+        self.owned[owner] += len(granted)
         self.next_seq[granted] = 0
         self.pending[granted] = 0
         self.closing[granted] = False
@@ -90,6 +94,7 @@ class StreamTable:
         for slot in slots.tolist():
             del self._slot_of[self.name(slot)]
             self._names[slot] = None
+        np.subtract.at(self.owned, self.owner[slots], _ONE)
         self.owner[slots] = NO_OWNER
         self.closing[slots] = False
         self.slots.release(slots)

@@ -44,10 +44,10 @@ class Worker:
         """Queue a job; what is submitted first runs first. The caller bounds how many are under way."""
         self._jobs.put(job)
 
-    def stop(self) -> None:
-        """Run what is queued, then end the thread."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Run what is queued, then end the thread; after `timeout_s`, leave it to end with the process."""
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         try:

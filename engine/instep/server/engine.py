@@ -70,7 +70,7 @@ class Engine:
         log_failure: Callable[[Exception | None, int], None],
         call_later: Callable[[float, Callable[[], None]], object],
     ) -> None:
-        self.table = StreamTable(limits.max_streams, limits.first_generation)
+        self.table = StreamTable(limits.max_streams, limits.max_connections, limits.first_generation)
         self.pending = PendingFrames(
             limits.max_pending_frames, limits.max_streams, stepper.network.features, stepper.network.outputs
         )
@@ -100,8 +100,8 @@ class Engine:
 
     @property
     def has_room(self) -> bool:
-        """Whether messages may be handled: False while too many openings and closings wait for the worker."""
-        return self._opens_under_way + self._closings_under_way < _MOST_JOBS
+        """Whether messages may be handled: False while too much waits for the worker or the recorder."""
+        return self._opens_under_way + self._closings_under_way < _MOST_JOBS and self._tap.has_room
 
     # ── Admission ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -149,16 +149,16 @@ class Engine:
 
     def _step(self, slots: I64) -> None:
         rows = self.pending.take(slots)
-        submitted_ns = time.monotonic_ns()
         self._steps_under_way += 1
 
-        def step() -> int:
+        def step() -> tuple[int, int]:
             began_ns = time.monotonic_ns()
             self._stepper.step(slots, rows, self.pending.x, self.pending.y)
-            return began_ns
+            return began_ns, time.monotonic_ns()
 
-        def done(began_ns: int | None, error: Exception | None) -> None:
-            self._stepped(slots, rows, began_ns or submitted_ns, error)
+        def done(times_ns: tuple[int, int] | None, error: Exception | None) -> None:
+            now_ns = time.monotonic_ns()
+            self._stepped(slots, rows, *(times_ns or (now_ns, now_ns)), error)
 
         self._worker.submit(Job(step, done))
 
@@ -171,8 +171,7 @@ class Engine:
         self._hold_timer = False
         self.schedule()
 
-    def _stepped(self, slots: I64, rows: I32, began_ns: int, error: Exception | None) -> None:
-        ended_ns = time.monotonic_ns()
+    def _stepped(self, slots: I64, rows: I32, began_ns: int, ended_ns: int, error: Exception | None) -> None:
         self._steps_under_way -= 1
         if error is not None:
             rows = self._fail(slots, rows, error)
@@ -193,18 +192,19 @@ class Engine:
         behind = self.pending.take_all(slots)
         seqs = self.pending.seq[rows]
         self.table.next_seq[slots] = seqs
-        expected = dict(zip(slots.tolist(), seqs.tolist(), strict=True))
         code = Code.STATE_LOST if isinstance(error, StateLost) else Code.STEP_FAILED
-        code_behind = Code.SEQ_GAP if code is Code.STEP_FAILED else code
-        for failed, why in ((rows, code), (behind, code_behind)):
-            for row in failed.tolist():
-                block = self.blocks[int(self.pending.block[row])]
-                block.fail(row, why, expected[int(self.pending.slot[row])])
+        why = np.zeros(self.pending.capacity, np.int32)
+        why[rows] = code
+        why[behind] = Code.SEQ_GAP if code is Code.STEP_FAILED else code
+        failed = np.concatenate([rows, behind])
+        expected_seq = self.table.next_seq[self.pending.slot]
+        for number in np.unique(self.pending.block[failed]).tolist():
+            self.blocks[number].fail(why, expected_seq)
         if code is Code.STATE_LOST:
             self.table.lost[slots] = True
             self._evict_slots(slots[~self.table.closing[slots]], code)
         self._tap.failed(slots, seqs, code.name.lower(), str(error))
-        return np.concatenate([rows, behind])
+        return failed
 
     # ── Deliver ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -260,7 +260,8 @@ class Engine:
             if error is not None:
                 self._log_failure(error, len(opened))
                 codes[granted] = Code.STEP_FAILED
-                self.table.release(opened)
+                self.table.lost[opened] = True
+                self._release(opened[~self.table.closing[opened]])  # the others' closing releases them
             else:
                 handles[granted] = self.table.slots.handles(opened)
                 self._tap.opened(opened, initial)
@@ -299,8 +300,7 @@ class Engine:
                 lost[:] = True
             states[lost] = np.nan
             self._tap.closed(slots, closing.reason, states, lost)
-            self.table.release(slots)
-            self._free_numbers()
+            self._release(slots)
             closing.on_closed(states, lost)
 
         self._worker.submit(Job(lambda: self._stepper.read(slots), done))
@@ -318,13 +318,21 @@ class Engine:
         slots = self.table.owned_by(client.number)
         self._statistics.evicted_streams_total += len(slots)
         self._leaving.add(client.number)
-        self.close(slots, Code.CLIENT_GONE.name.lower(), lambda *_: None)
+        if len(slots):
+            self.close(slots, Code.CLIENT_GONE.name.lower(), lambda *_: None)
+        self._free_numbers({client.number})
 
-    def _free_numbers(self) -> None:
+    def _release(self, slots: I64) -> None:
+        owners = self.table.owner[slots]
+        self.table.release(slots)
+        self._free_numbers(self._leaving.intersection(owners.tolist()))
+
+    def _free_numbers(self, numbers: set[int]) -> None:
         """Numbers of gone connections are free once none of their streams is left, those closing before included."""
-        for number in [number for number in self._leaving if not (self.table.owner == number).any()]:
-            self._leaving.remove(number)
-            self._clients.free_number(number)
+        for number in numbers:
+            if not self.table.owned[number]:
+                self._leaving.remove(number)
+                self._clients.free_number(number)
 
     def _evict_slots(self, slots: I64, code: Code) -> None:
         self._statistics.evicted_streams_total += len(slots)

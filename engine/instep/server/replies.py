@@ -9,6 +9,8 @@ from instep.core.typing import F32, I32, I64, U64
 from instep_client import wire
 from instep_client.wire import Code, Kind, Message
 
+_OBJECTS_BYTES = 256
+
 
 def failures(codes: I32, timesteps: I64 | None = None, expected_seq: I64 | None = None) -> wire.FailureArray:
     """One FAILURE entry for each column whose code is not 0."""
@@ -98,5 +100,5 @@ def goodbye(sentence: str) -> Message:
 
 
 def size_bytes(message: Message) -> int:
-    """Bytes of all frames."""
-    return sum(len(frame) for frame in message)
+    """About what a message takes in memory: its frames, and the objects around them."""
+    return _OBJECTS_BYTES + sum(len(frame) for frame in message)

@@ -77,8 +77,8 @@ def prepare(config: Config) -> Prepared:
         certification = certify(network, buckets)
     if config.engine.exactness == "require" and certification.exactness != "exact":
         raise CannotServe(
-            f"engine.exactness is `require`, but on this machine batches differ by up to {certification.max_ulp} ULP "
-            "from one another; serve with `prefer` to get outputs within that tolerance"
+            f"engine.exactness is `require`, but on this machine batches differ from one another: up to "
+            f"{certification.max_ulp} ULP were seen in one step; `prefer` serves all the same, and says so"
         )
     return Prepared(model, path, network, device, certification)
 
@@ -183,7 +183,7 @@ def exactness_sentence(certification: Certification) -> str:
     if certification.exactness == "exact":
         return f"exact {buckets}"
     if certification.exactness == "tolerance":
-        return f"within {certification.max_ulp} ULP {buckets}"
+        return f"not exact, up to {certification.max_ulp} ULP seen in a step, {buckets}"
     return f"not certified {buckets}"
 
 

@@ -29,6 +29,8 @@ from instep_client.wire import ServerInfo
 _BURST = 256
 _BURST_NS = 2_000_000
 """Messages, and time, handled before other work of the loop gets its turn."""
+_FORCED_JOIN_S = 1.0
+"""How long a forced end waits for the step that is under way."""
 _TICK_S = 0.05
 _HOUSEKEEPING_TICKS = 10
 
@@ -96,6 +98,7 @@ class Server:
         self._stopping = asyncio.Event()
         self._drains = True
         self._stopped = False
+        self._pump_is_due = False
         self._ticks = 0
 
     @property
@@ -141,9 +144,14 @@ class Server:
             if time.monotonic_ns() > deadline_ns or not self.engine.has_room:
                 break
         self.engine.schedule()
-        # Without room, the end of the next job pumps again.
-        if self.engine.has_room and self._router.is_readable:
-            self._loop.call_soon(self._guarded, self._pump)
+        # Without room, the end of the next job pumps again. One continuation at most: each would renew itself.
+        if not self._pump_is_due and self.engine.has_room and self._router.is_readable:
+            self._pump_is_due = True
+            self._loop.call_soon(self._guarded, self._continue_pump)
+
+    def _continue_pump(self) -> None:
+        self._pump_is_due = False
+        self._pump()
 
     def _hand_back(self, finish: Callable[[], None]) -> None:
         def finish_and_pump() -> None:
@@ -187,7 +195,9 @@ class Server:
         deadline = self._loop.time() + self.config.shutdown.drain_timeout_s
         while self._drains and not (self.engine.is_quiet and self._postbox.is_empty):
             if self._loop.time() > deadline:
-                self._drains = False
+                self.fail(
+                    f"draining took longer than shutdown.drain_timeout_s = {self.config.shutdown.drain_timeout_s:g}"
+                )
             await asyncio.sleep(0.005)
         self.unanswered_blocks = len(self.engine.blocks)
 
@@ -195,7 +205,7 @@ class Server:
         self._stopped = True
         why = self.failure or "it was asked to"
         self._postbox.broadcast(replies.goodbye(f"the server is shutting down: {why}"), time.monotonic_ns())
-        self._worker.stop()
+        self._worker.stop(timeout_s=None if self._drains else _FORCED_JOIN_S)
         if self._recorder is not None:
             self._recorder.stop()
             if self._recorder.failed is not None and self.failure is None:
