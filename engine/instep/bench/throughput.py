@@ -57,11 +57,16 @@ def run(console: Console, *, as_json: bool = False) -> int:
     gru = _torch_gru(model)
     rng = np.random.default_rng(1)
     x = rng.standard_normal((TIMESTEPS, STREAMS, FEATURES)).astype(np.float32)
-    with tempfile.TemporaryDirectory() as folder, Progress(console=console, transient=True) as progress:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(console=console, transient=True, auto_refresh=False) as progress,
+    ):
         write_model(Path(folder) / "model", model)
         with ChildServer(Path(folder) / "model", ["--max-streams", str(STREAMS)]) as child:
             task = progress.add_task("measuring", total=ROUNDS)
-            samples = asyncio.run(_measure(child.endpoint, gru, x, lambda: progress.advance(task)))
+            samples = asyncio.run(
+                _measure(child.endpoint, gru, x, lambda: progress.update(task, advance=1, refresh=True))
+            )
     medians = {name: statistics.median(values) for name, values in samples.rates.items()}
     ratio = medians["served"] / medians["seed"]
     passed = ratio >= BAR_OVER_SEED and samples.wrong_streams == 0

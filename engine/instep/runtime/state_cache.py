@@ -1,4 +1,4 @@
-"""The hidden states of all streams: one tensor on the device, one row a slot."""
+"""The hidden states of all streams: one tensor on the device, one row a slot in each layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from instep.core.slots import SCRATCH_SLOT
 
 
 class StateCache:
-    """float32 [slots, layers, size] on the device, allocated once and changed in place.
+    """float32 [layers, slots, size] on the device, allocated once and changed in place.
 
     Slot 0 is scratch: padding rows read and write it, no stream ever does.
 
@@ -21,7 +21,7 @@ class StateCache:
     """
 
     def __init__(self, max_streams: int, layers: int, size: int, device: torch.device) -> None:
-        self._states = torch.zeros(max_streams + 1, layers, size, device=device)
+        self._states = torch.zeros(layers, max_streams + 1, size, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -30,16 +30,16 @@ class StateCache:
 
     def gather(self, slots: Tensor) -> Tensor:
         """States of the slots as the network takes them: int64 [B] → float32 [layers, B, size], contiguous."""
-        return self._states.index_select(0, slots).transpose(0, 1).contiguous()
+        return self._states.index_select(1, slots)
 
     def scatter(self, slots: Tensor, states: Tensor) -> None:
         """Write states back: int64 [B], float32 [layers, B, size]. Rows of the scratch slot may repeat."""
-        self._states.index_copy_(0, slots, states.transpose(0, 1))
+        self._states.index_copy_(1, slots, states)
 
     def clear(self, slots: Tensor) -> None:
         """Set slots to the initial state, zeros: int64 [N]."""
-        self._states.index_fill_(0, slots, 0.0)
+        self._states.index_fill_(1, slots, 0.0)
 
     def clear_scratch(self) -> None:
         """Set the scratch slot to zeros, so that what padding computes never grows."""
-        self._states[SCRATCH_SLOT].zero_()
+        self._states[:, SCRATCH_SLOT].zero_()

@@ -33,6 +33,7 @@ class Stepper:
         self.network = network
         self.buckets = np.asarray(buckets, np.int64)
         self._device = device
+        self._on_cpu = device.type == "cpu"
         self._cache = StateCache(max_streams, network.state_layers, network.state_width, device)
         self._slots = {bucket: torch.zeros(bucket, dtype=torch.int64) for bucket in buckets}
         self._x = {bucket: torch.zeros(bucket, network.input_width) for bucket in buckets}
@@ -69,16 +70,19 @@ class Stepper:
         if size < bucket:
             slots_view[size:] = SCRATCH_SLOT
             x_view[size:] = 0.0
-        device_slots = staged_slots.to(self._device)
-        y, states = self.network.step(staged_x.to(self._device), self._cache.gather(device_slots))
-        answers = y[:size, : outputs.shape[1]].cpu().numpy()
+        # Each call into torch gives up the interpreter's lock, and waits for it afterwards: no call that does nothing.
+        device_slots, device_x = staged_slots, staged_x
+        if not self._on_cpu:
+            device_slots, device_x = staged_slots.to(self._device), staged_x.to(self._device)
+        y, states = self.network.step(device_x, self._cache.gather(device_slots))
+        answers: F32 = y.numpy() if self._on_cpu else y.cpu().numpy()
         try:
             self._cache.scatter(device_slots, states)
             if size < bucket:
                 self._cache.clear_scratch()
         except Exception as error:
             raise StateLost(str(error)) from error
-        outputs[rows] = answers
+        outputs[rows] = answers[:size, : outputs.shape[1]]
 
     @torch.inference_mode()
     def load(self, slots: I64, states: F32 | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 import signal
 import time
@@ -251,4 +252,6 @@ def run(config: Config, *, on_ready: Callable[[str], None] | None = None) -> int
     Raises:
         CannotServe: when the server cannot start.
     """
-    return asyncio.run(_serve(config, prepare(config), on_ready))
+    prepared = prepare(config)
+    gc.freeze()  # what is loaded by now stays: collections need not look at it again
+    return asyncio.run(_serve(config, prepared, on_ready))
