@@ -27,15 +27,15 @@ MUTANTS = [
     Mutant(
         "two frames of a stream in one batch",
         "core/pending.py",
-        "return rows, first[~self._stepping[first]]",
-        "return rows, slots",
+        "return rows, slots[~self._stepping[slots]]",
+        "return rows, self.slot[rows[0, some]]",
         (f"{PENDING}::test_frames_come_out_in_the_order_they_went_in",),
     ),
     Mutant(
         "two frames of a stream in two steps at a time",
         "core/pending.py",
-        "return rows, first[~self._stepping[first]]",
-        "return rows, first",
+        "return rows, slots[~self._stepping[slots]]",
+        "return rows, slots",
         (PENDING,),
     ),
     Mutant(
@@ -69,14 +69,14 @@ MUTANTS = [
     Mutant(
         "a gap is accepted",
         "core/admission.py",
-        "codes[own & (seqs > expected.astype(np.uint64))] = Code.SEQ_GAP",
+        "codes[own & (seqs > due)] = Code.SEQ_GAP",
         "pass",
         (f"{REFUSALS}::test_wrong_seqs_unknown_and_foreign_streams",),
     ),
     Mutant(
         "a repeated frame is accepted",
         "core/admission.py",
-        "codes[own & (seqs < expected.astype(np.uint64))] = Code.SEQ_REPEATED",
+        "codes[own & (seqs < due)] = Code.SEQ_REPEATED",
         "pass",
         (f"{REFUSALS}::test_wrong_seqs_unknown_and_foreign_streams",),
     ),

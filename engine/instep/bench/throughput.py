@@ -35,15 +35,6 @@ SECONDS = 1.5
 BAR_OVER_SEED = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the result."""
-
-    name: str
-    frames_per_s: float
-    """Median over the rounds."""
-
-
 def run(console: Console, *, as_json: bool = False) -> int:
     """Measure, show, and judge.
 
