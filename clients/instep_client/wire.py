@@ -33,7 +33,6 @@ Frame: TypeAlias = bytes | memoryview
 Message: TypeAlias = list[Frame]
 F32: TypeAlias = npt.NDArray[np.float32]
 U64: TypeAlias = npt.NDArray[np.uint64]
-ColumnArray: TypeAlias = npt.NDArray[np.void]
 FailureArray: TypeAlias = npt.NDArray[np.void]
 
 COLUMN: Final = np.dtype([("handle", "<u8"), ("seq", "<u8")])

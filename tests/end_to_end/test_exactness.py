@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -117,7 +118,7 @@ def whole_of_modules(model: Model, group: Sequence[Recorded], dtype: torch.dtype
 async def test_what_is_streamed_is_what_the_network_computes_over_the_whole_recording(name: str) -> None:
     model, lengths = MODELS[name]
     ready = prepared(model, max_batch_size=64)
-    if not ready.certification.whole_sequence:
+    if not ready.certification.whole_sequence and platform.machine() != "x86_64":  # there it was always exact
         pytest.skip(f"not certified exact on this machine: {ready.certification}")
     rng = np.random.default_rng(len(name))
     recordings = make_recordings(rng, model, STREAMS, lengths)
