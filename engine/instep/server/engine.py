@@ -92,6 +92,8 @@ class Engine:
         self._opens_under_way = 0
         self._steps_under_way = 0
         self._hold_timer = False
+        self.draining = False
+        """While True, nothing more arrives that a batch could be held for."""
 
     @property
     def is_quiet(self) -> bool:
@@ -141,7 +143,7 @@ class Engine:
                 return  # what arrives until the worker is free may still join this batch
             if not self._tap.has_room:
                 return  # the recorder calls back when it has room again
-            hold_ns = self.scheduler.hold_ns(time.monotonic_ns(), self.table.open_count)
+            hold_ns = 0 if self.draining else self.scheduler.hold_ns(time.monotonic_ns(), self.table.open_count)
             if hold_ns > 0:
                 self._hold(hold_ns)
                 return

@@ -181,6 +181,7 @@ class Server:
     def stop(self, *, drain: bool = True) -> None:
         """Admit nothing more, finish what was admitted (unless `drain` is False), then end `serve`."""
         self._verbs.draining = True
+        self.engine.draining = True
         self._drains = self._drains and drain
         self._stopping.set()
 
@@ -193,6 +194,8 @@ class Server:
 
     async def _drain(self) -> None:
         deadline = self._loop.time() + self.config.shutdown.drain_timeout_s
+        if self._drains:
+            self._guarded(self._pump)  # a batch that was held goes now
         while self._drains and not (self.engine.is_quiet and self._postbox.is_empty):
             if self._loop.time() > deadline:
                 self.fail(
