@@ -19,10 +19,10 @@ from instep_client.blocks import Block
 from instep_client.calls import ENDING, CloseCall, Failed, StepCall
 from instep_client.errors import InstepError, StreamEvicted
 from instep_client.openings import MAX_REPLY_BYTES, Openings
-from instep_client.outbox import Outbox, raw
+from instep_client.outbox import Outbox
 from instep_client.replies import Failure, Refusal, Stepped
 from instep_client.streams import SEQ, Lane, StreamTable
-from instep_client.wire import F32_NAME, MAX_BLOCK_STREAMS, Code, Kind, Message, ServerInfo
+from instep_client.wire import F32_NAME, MAX_BLOCK_STREAMS, Code, Kind, Message, ServerInfo, raw
 
 BEHIND: Final = "an earlier frame of this stream was refused, so this one, which came after it, was not applied"
 

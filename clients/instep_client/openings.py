@@ -11,10 +11,10 @@ import numpy.typing as npt
 from instep_client import arrays, wire
 from instep_client.calls import ENDING, CloseCall, OpenCall
 from instep_client.errors import InvalidInput, StreamEvicted, StreamRefused
-from instep_client.outbox import Outbox, raw
+from instep_client.outbox import Outbox
 from instep_client.replies import Failure, Refusal
 from instep_client.streams import HANDLE, StreamTable
-from instep_client.wire import F32, MAX_BLOCK_STREAMS, U64, Code, Kind, Message, ServerInfo
+from instep_client.wire import F32, MAX_BLOCK_STREAMS, U64, Code, Kind, Message, ServerInfo, raw
 
 MAX_REPLY_BYTES: Final = 64 * 2**20
 """The largest frame the client lets the server send; requests are cut so that no honest reply is larger."""

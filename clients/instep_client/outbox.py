@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from instep_client import wire
-from instep_client.wire import F32, Frame, Kind, Message
+from instep_client.wire import Frame, Kind, Message
 
 if TYPE_CHECKING:
     from instep_client.arrays import Indices
@@ -60,8 +60,3 @@ class Outbox:
     def wake(self, whom: Call[Any] | Lane) -> None:
         """Tell the driver that a call ended or was sent, or that a lane's outputs changed."""
         self.woken.append(whom)
-
-
-def raw(array: F32) -> memoryview:
-    """A contiguous array's bytes, without a copy."""
-    return array.reshape(-1).view("u1").data

@@ -216,6 +216,11 @@ def array_frame(frame: Frame, dtype: npt.DTypeLike, shape: tuple[int, ...], name
     return np.frombuffer(frame, dtype).reshape(shape)
 
 
+def raw(array: F32) -> memoryview:
+    """A contiguous array's bytes as a raw frame, without a copy."""
+    return array.reshape(-1).view("u1").data
+
+
 def pack_names(names: Sequence[str]) -> bytes:
     r"""The names frame of OPEN: UTF-8, one name a line, `\n` between."""
     return "\n".join(names).encode()

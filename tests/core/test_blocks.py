@@ -52,4 +52,5 @@ def test_outputs_are_nan_from_the_first_frame_that_was_not_applied() -> None:
     assert np.isnan(block.outputs(pending)[:, :, 0]).tolist() == [[False, True, False], [False, True, True]]
     assert block.codes.tolist() == [0, Code.STEP_FAILED, Code.NOT_FINITE]
     assert block.lengths.tolist() == [2, 0, 1]
+    assert block.admission.lengths.tolist() == [2, 2, 1]
     assert block.expected_seq[1] == 10

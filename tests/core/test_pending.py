@@ -16,7 +16,7 @@ def append(
 ) -> tuple[list[int], list[list[int]]]:
     timesteps = max(lengths)
     x = np.arange(first, first + timesteps * len(slots), dtype=np.float32).reshape(timesteps, len(slots), 1)
-    rows, ready = pending.append(np.array(slots), np.zeros(len(slots), np.int64), np.array(lengths), x, block=0)
+    rows, ready = pending.append(np.array(slots), np.array(lengths), x, block=0)
     return ready.tolist(), rows.tolist()
 
 
@@ -50,19 +50,18 @@ def test_frames_that_were_not_admitted_have_no_row() -> None:
     assert pending.free_count == CAPACITY - 3
 
 
-def test_seq_and_block_are_kept_with_the_frame() -> None:
+def test_the_block_is_kept_with_the_frame() -> None:
     pending = PendingFrames(CAPACITY, STREAMS, 1, 1)
-    rows, _ = pending.append(np.array([4]), np.array([7]), np.array([3]), np.zeros((3, 1, 1), np.float32), block=9)
-    assert pending.seq[rows[:, 0]].tolist() == [7, 8, 9]
+    rows, _ = pending.append(np.array([4]), np.array([3]), np.zeros((3, 1, 1), np.float32), block=9)
     assert pending.block[rows[:, 0]].tolist() == [9, 9, 9]
-    assert pending.slot[rows[:, 0]].tolist() == [4, 4, 4]
 
 
 def test_taking_everything_of_some_streams_leaves_the_others() -> None:
     pending = PendingFrames(CAPACITY, STREAMS, 1, 1)
     append(pending, [1, 2], [3, 3])
-    rows = pending.take_all(np.array([1, 3]))
-    assert pending.slot[rows].tolist() == [1, 1, 1]
+    rows, slots = pending.take_all(np.array([1, 3]))
+    assert pending.x[rows, 0].tolist() == [0, 2, 4]
+    assert slots.tolist() == [1, 1, 1]
     pending.take(np.array([2]))
     assert pending.done(np.array([1, 2])).tolist() == [2]
     assert append(pending, [1], [1])[0] == [1]
@@ -113,6 +112,6 @@ def test_queues_behave_like_one_deque_a_stream(steps: list[list[tuple[int, int]]
                 truth[slot].append(counter)
                 counter += 1
         slots, lengths = (np.array(part, np.int64) for part in zip(*step, strict=True))
-        _, ready = pending.append(slots, np.zeros(len(step), np.int64), lengths, x, block=0)
+        _, ready = pending.append(slots, lengths, x, block=0)
         assert ready.tolist() == was_empty
     assert pending.free_count == CAPACITY - sum(len(queue) for queue in truth.values())

@@ -54,11 +54,13 @@ def test_the_next_owner_of_a_slot_starts_afresh() -> None:
     table = StreamTable(1, max_owners=4)
     slots, _ = table.open(["a"], owner=1, now_ns=0)
     table.next_seq[slots] = 9
+    table.step_seq[slots] = 9
     table.lost[slots] = True
     table.release(slots)
     again, _ = table.open(["b"], owner=2, now_ns=5)
     assert again.tolist() == slots.tolist()
-    assert (table.next_seq[again[0]], table.lost[again[0]], table.last_active_ns[again[0]]) == (0, False, 5)
+    assert (table.next_seq[again[0]], table.step_seq[again[0]]) == (0, 0)
+    assert (table.lost[again[0]], table.last_active_ns[again[0]]) == (False, 5)
 
 
 def test_a_stream_with_pending_frames_is_never_released() -> None:
@@ -83,8 +85,18 @@ def test_activity_counts_against_idling() -> None:
     table = StreamTable(4, max_owners=4)
     slots, _ = table.open(["a", "b"], owner=1, now_ns=0)
     table.admitted(slots, np.array([1, 0]), now_ns=100)
-    table.answered(slots[:1])
+    table.answered(slots, np.array([1, 0]))
     assert table.idle_since(50).tolist() == [slots[1]]
+
+
+def test_a_column_without_admitted_frames_may_name_the_slot_of_another() -> None:
+    table = StreamTable(4, max_owners=4)
+    slots, _ = table.open(["a"], owner=1, now_ns=0)
+    twice, lengths = np.concatenate([slots, slots]), np.array([3, 0])
+    table.admitted(twice, lengths, now_ns=100)
+    assert table.pending[slots].tolist() == [3]
+    table.answered(twice, lengths)
+    assert table.pending[slots].tolist() == [0]
 
 
 def test_owners_are_told_how_many_streams_they_have() -> None:

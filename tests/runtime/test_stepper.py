@@ -90,7 +90,3 @@ def test_a_step_that_raises_changes_no_state(rng: np.random.Generator, monkeypat
 def test_buckets_are_the_smallest_that_fit() -> None:
     steps = stepper(SMALL)
     assert [steps.bucket(size) for size in (1, 4, 5, 33, 64)] == [4, 4, 8, 48, 64]
-
-
-def test_the_state_cache_has_one_row_a_slot_and_the_scratch_row() -> None:
-    assert stepper(SMALL, max_streams=100).state_bytes == 101 * H * 4

@@ -69,14 +69,19 @@ def admit(table: StreamTable, owner: int, handles: U64, seqs: U64, x: F32) -> Ad
     """
     timesteps = x.shape[0]
     slots, codes = resolve_distinct(table, owner, handles)
+    expected = table.next_seq[slots]
+    lengths = finite_lengths(x)
+    due = expected.view(np.uint64)  # a seq of 2^63 or more is a gap, not a negative number
+    if not codes.any() and (seqs == due).all() and lengths.min() == timesteps:  # nearly always: nothing to refuse
+        expected += lengths
+        table.next_seq[slots] = expected
+        return Admission(slots, lengths, codes, expected)
     own = codes == 0
-    expected = np.where(own, table.next_seq[slots], 0)
-    due = expected.astype(np.uint64)  # a seq of 2^63 or more is a gap, not a negative number
-    if (seqs != due).any():
-        codes[own & (seqs > due)] = Code.SEQ_GAP
-        codes[own & (seqs < due)] = Code.SEQ_REPEATED
-    lengths = np.where(codes == 0, finite_lengths(x), 0)
+    codes[own & (seqs > due)] = Code.SEQ_GAP
+    codes[own & (seqs < due)] = Code.SEQ_REPEATED
+    lengths[codes != 0] = 0
     codes[(codes == 0) & (lengths < timesteps)] = Code.NOT_FINITE
     expected += lengths
+    expected[~own] = 0
     table.next_seq[slots[own]] = expected[own]
     return Admission(slots, lengths, codes, expected)

@@ -21,26 +21,33 @@ class Block:
     request: int
     rows: I32
     """int32 [T, N], rows in the pool, `NONE` where a frame was not admitted."""
+    admission: Admission
     frames: int
     """Frames admitted."""
-    codes: I32
-    """int32 [N], 0 where no frame of the column was refused or failed."""
-    lengths: I64
-    """int64 [N], timesteps of the column that were or will be applied."""
-    expected_seq: I64
-    """int64 [N], what the stream expects after those; counts only where `codes` is not 0."""
     admitted_ns: int
+    codes: I32 = field(init=False)
+    """int32 [N], 0 where no frame of the column was refused or failed."""
+    lengths: I64 = field(init=False)
+    """int64 [N], timesteps of the column that were or will be applied."""
+    expected_seq: I64 = field(init=False)
+    """int64 [N], what the stream expects after those; counts only where `codes` is not 0."""
     queue_ns: int = 0
     compute_ns: int = 0
     stepped_ns: int = 0
+
+    def __post_init__(self) -> None:
+        self.codes = self.admission.codes
+        self.lengths = self.admission.lengths
+        self.expected_seq = self.admission.expected_seq
 
     def fail(self, why: I32, expected_seq: I64) -> None:
         """Frames of this block were not applied, nor any after them in their columns.
 
         Args:
             why: int32 [pool], the code of each row that failed, 0 for the others.
-            expected_seq: int64 [pool], what the stream of each row expects now.
+            expected_seq: int64 [pool], what the stream of each row that failed expects now.
         """
+        self.lengths = self.lengths.copy()  # how many were admitted stays known
         codes = np.where(self.rows != NONE, why[self.rows], 0)
         columns = np.flatnonzero(codes.any(axis=0))
         first = (codes[:, columns] != 0).argmax(axis=0)
@@ -50,7 +57,7 @@ class Block:
 
     def outputs(self, pending: PendingFrames) -> F32:
         """The answer: float32 [T, N, outputs], NaN where a frame was not applied."""
-        y = pending.y[self.rows]
+        y = pending.y.take(self.rows, axis=0)
         if self.codes.any():
             y[np.arange(self.rows.shape[0])[:, None] >= self.lengths] = np.nan
         return y
@@ -67,10 +74,13 @@ class BlockTable:
     capacity: int
     _blocks: dict[int, Block] = field(default_factory=dict)
     _remaining: I32 = field(init=False)
+    _place: I64 = field(init=False)
+    """Scratch space: where a number stands last among those of a batch."""
     _free: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self._remaining = np.zeros(self.capacity, np.int32)
+        self._place = np.zeros(self.capacity, np.int64)
         self._free = list(range(self.capacity - 1, -1, -1))
 
     def __len__(self) -> int:
@@ -87,19 +97,20 @@ class BlockTable:
         """Keep a block until its frames are answered."""
         frames = int(admission.lengths.sum())
         self._remaining[number] = frames
-        self._blocks[number] = Block(
-            client, request, rows, frames, admission.codes, admission.lengths, admission.expected_seq, now_ns
-        )
+        self._blocks[number] = Block(client, request, rows, admission, frames, now_ns)
 
-    def answered(self, numbers: I64) -> list[Block]:
+    def answered(self, numbers: I32) -> list[Block]:
         """Frames of these blocks were answered, one entry a frame; the blocks that are complete now, taken out."""
         np.subtract.at(self._remaining, numbers, _ONE)  # of the array's own type: another one is 20 times slower
-        complete = list(dict.fromkeys(numbers[self._remaining[numbers] == 0].tolist()))
+        places = np.arange(len(numbers))
+        self._place[numbers] = places
+        distinct = numbers[self._place[numbers] == places]
+        complete = distinct[self._remaining[distinct] == 0].tolist()
         self._free.extend(complete)
         return [self._blocks.pop(number) for number in complete]
 
 
 def admitted_rows(block: Block) -> I32:
     """The rows of the pool that a block holds: int32 [frames]."""
-    rows: I32 = block.rows[block.rows != NONE]
-    return rows
+    rows: I32 = block.rows.reshape(-1)
+    return rows if block.frames == len(rows) else rows[rows != NONE]

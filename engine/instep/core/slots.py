@@ -57,6 +57,7 @@ class SlotAllocator:
             current: bool [N].
         """
         slots = (handles & _SLOT_MASK).astype(np.int64)
-        slots[slots > self.capacity] = SCRATCH_SLOT
+        if slots.max(initial=0) > self.capacity:
+            slots[slots > self.capacity] = SCRATCH_SLOT
         current = (self.generation[slots] == (handles >> _SLOT_BITS)) & (slots != SCRATCH_SLOT)
         return slots, current

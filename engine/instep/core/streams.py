@@ -31,6 +31,8 @@ class StreamTable:
         """How many streams each owner has, those that are closing included."""
         self.next_seq: I64 = np.zeros(rows, np.int64)
         """The seq the stream expects next, counting admitted frames."""
+        self.step_seq: I64 = np.zeros(rows, np.int64)
+        """The seq that the stream's next step applies."""
         self.pending: I64 = np.zeros(rows, np.int64)
         """Frames admitted and not yet answered."""
         self.closing: Bool = np.zeros(rows, np.bool_)
@@ -82,6 +84,7 @@ class StreamTable:
         self.owner[granted] = owner
         self.owned[owner] += len(granted)
         self.next_seq[granted] = 0
+        self.step_seq[granted] = 0
         self.pending[granted] = 0
         self.closing[granted] = False
         self.lost[granted] = False
@@ -107,20 +110,24 @@ class StreamTable:
             codes: int32 [N], 0 or `UNKNOWN_STREAM` or `FOREIGN_STREAM`.
         """
         slots, current = self.slots.resolve(handles)
-        known = current & (self.owner[slots] != NO_OWNER) & ~self.closing[slots]
-        codes = np.where(known, 0, Code.UNKNOWN_STREAM).astype(np.int32)
-        codes[known & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM
+        codes = np.zeros(len(slots), np.int32)
+        usable = current & (self.owner[slots] == owner) & ~self.closing[slots]
+        if not usable.all():
+            known = current & (self.owner[slots] != NO_OWNER) & ~self.closing[slots]
+            codes[~known] = Code.UNKNOWN_STREAM
+            codes[known & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM
         return slots, codes
 
     def admitted(self, slots: I64, lengths: I64, now_ns: int) -> None:
         """Frames were admitted: `lengths` int64 [N]; slots with some are distinct, those with none are left alone."""
-        some = lengths > 0  # an old handle may have named the slot of a good one
-        self.pending[slots[some]] += lengths[some]
-        self.last_active_ns[slots[some]] = now_ns
+        slots, lengths = _with_some(slots, lengths)
+        self.pending[slots] += lengths
+        self.last_active_ns[slots] = now_ns
 
-    def answered(self, slots: I64) -> None:
-        """Frames were answered: one entry a frame, so a slot may repeat."""
-        np.subtract.at(self.pending, slots, _ONE)  # of the array's own type: another one is 20 times slower
+    def answered(self, slots: I64, lengths: I64) -> None:
+        """Frames that were admitted in one go are answered: as for `admitted`."""
+        slots, lengths = _with_some(slots, lengths)
+        self.pending[slots] -= lengths
 
     def owned_by(self, owner: int) -> I64:
         """Slots of the owner's streams that are not closing already: int64 [N]."""
@@ -131,3 +138,9 @@ class StreamTable:
         return np.flatnonzero(
             (self.owner != NO_OWNER) & ~self.closing & (self.pending == 0) & (self.last_active_ns < before_ns)
         )
+
+
+def _with_some(slots: I64, lengths: I64) -> tuple[I64, I64]:
+    """Without the columns of length 0: an old handle may have named the slot of a good one."""
+    some = lengths > 0
+    return (slots, lengths) if some.all() else (slots[some], lengths[some])

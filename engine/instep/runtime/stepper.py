@@ -37,11 +37,7 @@ class Stepper:
         self._cache = StateCache(max_streams, network.state_layers, network.state_width, device)
         self._slots = {bucket: torch.zeros(bucket, dtype=torch.int64) for bucket in buckets}
         self._x = {bucket: torch.zeros(bucket, network.input_width) for bucket in buckets}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the state cache on the device."""
-        return self._cache.nbytes
+        self._h = {bucket: self._states_for(bucket) for bucket in buckets}
 
     def bucket(self, size: int) -> int:
         """The smallest bucket that holds a batch of this size."""
@@ -66,15 +62,16 @@ class Stepper:
         staged_slots, staged_x = self._slots[bucket], self._x[bucket]
         slots_view, x_view = staged_slots.numpy(), staged_x.numpy()
         slots_view[:size] = slots
-        x_view[:size, : inputs.shape[1]] = inputs[rows]
+        np.take(inputs, rows, 0, x_view[:size, : inputs.shape[1]], "clip")  # rows are good; "raise" would copy twice
         if size < bucket:
             slots_view[size:] = SCRATCH_SLOT
             x_view[size:] = 0.0
         # Each call into torch gives up the interpreter's lock, and waits for it afterwards: no call that does nothing.
-        device_slots, device_x = staged_slots, staged_x
+        device_slots, device_x, h = staged_slots, staged_x, self._h[bucket]
         if not self._on_cpu:
             device_slots, device_x = staged_slots.to(self._device), staged_x.to(self._device)
-        y, states = self.network.step(device_x, self._cache.gather(device_slots))
+        self._cache.gather(device_slots, h)
+        y, states = self.network.step(device_x, h)
         answers: F32 = y.numpy() if self._on_cpu else y.cpu().numpy()
         try:
             self._cache.scatter(device_slots, states)
@@ -98,8 +95,12 @@ class Stepper:
     @torch.inference_mode()
     def read(self, slots: I64) -> F32:
         """The states of slots: float32 [N, layers, state_size], a copy."""
-        states = self._cache.gather(torch.from_numpy(slots).to(self._device)).transpose(0, 1)
-        return np.ascontiguousarray(states[:, :, : self.network.state_size].cpu().numpy())
+        states = self._states_for(len(slots))
+        self._cache.gather(torch.from_numpy(slots).to(self._device), states)
+        return np.ascontiguousarray(states.transpose(0, 1)[:, :, : self.network.state_size].cpu().numpy())
+
+    def _states_for(self, count: int) -> torch.Tensor:
+        return torch.zeros(self.network.state_layers, count, self.network.state_width, device=self._device)
 
     def no_states(self, count: int) -> F32:
         """NaN in the shape of `read`: float32 [count, layers, state_size]."""

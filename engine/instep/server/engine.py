@@ -10,7 +10,7 @@ import numpy as np
 
 from instep.core.admission import admit
 from instep.core.blocks import Block, BlockTable, admitted_rows
-from instep.core.pending import PendingFrames
+from instep.core.pending import NONE, PendingFrames
 from instep.core.scheduler import Scheduler
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I32, I64, U64, Bool
@@ -121,14 +121,11 @@ class Engine:
         verdict = admit(self.table, client.number, handles, seqs, x)
         frames = int(verdict.lengths.sum())
         if frames == 0:
-            rows = np.full(x.shape[:2], -1, np.int32)
-            block = Block(client.number, request, rows, 0, verdict.codes, verdict.lengths, verdict.expected_seq, now_ns)
-            self._answer(block)
+            rows = np.full(x.shape[:2], NONE, np.int32)
+            self._answer(Block(client.number, request, rows, verdict, 0, now_ns))
             return
         number = self.blocks.reserve()
-        rows, ready = self.pending.append(
-            verdict.slots, verdict.expected_seq - verdict.lengths, verdict.lengths, x, number
-        )
+        rows, ready = self.pending.append(verdict.slots, verdict.lengths, x, number)
         self.blocks.add(number, client.number, request, rows, verdict, now_ns)
         self.table.admitted(verdict.slots, verdict.lengths, now_ns)
         client.frames_unanswered += frames
@@ -182,6 +179,7 @@ class Engine:
             self._statistics.frames_total += len(rows)
             if not self._tap.stepped(slots, rows, self._stepper.bucket(len(rows))):
                 return  # the recorder has failed, and the server is about to stop
+            self.table.step_seq[slots] += 1
         again = self.pending.done(slots)
         self.scheduler.add(again, self.table.owner[again], ended_ns)
         self.schedule()
@@ -191,15 +189,16 @@ class Engine:
         """A step failed: none of its frames was applied, nor can the frames behind them be. Returns all of them."""
         self._statistics.step_failures_total += 1
         self._log_failure(error, len(slots))
-        behind = self.pending.take_all(slots)
-        seqs = self.pending.seq[rows]
+        behind, owners = self.pending.take_all(slots)
+        seqs = self.table.step_seq[slots]
         self.table.next_seq[slots] = seqs
         code = Code.STATE_LOST if isinstance(error, StateLost) else Code.STEP_FAILED
         why = np.zeros(self.pending.capacity, np.int32)
         why[rows] = code
         why[behind] = Code.SEQ_GAP if code is Code.STEP_FAILED else code
         failed = np.concatenate([rows, behind])
-        expected_seq = self.table.next_seq[self.pending.slot]
+        expected_seq = np.zeros(self.pending.capacity, np.int64)
+        expected_seq[failed] = self.table.next_seq[np.concatenate([slots, owners])]
         for number in np.unique(self.pending.block[failed]).tolist():
             self.blocks[number].fail(why, expected_seq)
         if code is Code.STATE_LOST:
@@ -216,9 +215,8 @@ class Engine:
             block.compute_ns = ended_ns - began_ns
             block.stepped_ns = ended_ns
             self._answer(block)
-            answered = admitted_rows(block)
-            self.table.answered(self.pending.slot[answered])
-            self.pending.free(answered)
+            self.table.answered(block.admission.slots, block.admission.lengths)
+            self.pending.free(admitted_rows(block))
         self._close_what_is_done()
 
     def _answer(self, block: Block) -> None:

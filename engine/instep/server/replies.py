@@ -59,7 +59,7 @@ def stepped(block: Block, y: F32, now_ns: int) -> Message:
         send_us,
         _sentences(refused) if len(refused) else (),
     )
-    return [header, y.tobytes(), refused.tobytes()]
+    return [header, wire.raw(y), refused.tobytes()]
 
 
 def closed(request: int, states: F32, codes: I32) -> Message:

@@ -57,7 +57,7 @@ class Tap:
                 time.time_ns(),
                 bucket,
                 self._table.recording_id[slots].astype(np.uint32),
-                self._pending.seq[rows].astype(np.uint64),
+                self._table.step_seq[slots].astype(np.uint64),
                 self._pending.x[rows],
                 self._pending.y[rows],
             )
