@@ -18,6 +18,7 @@ from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import StateLost, Stepper
 from instep.server.serve import Prepared
 from instep_client.wire import Code, Kind
+from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -271,16 +272,18 @@ async def test_a_frame_is_not_answered_when_the_recorder_did_not_take_it(
             server.stop(drain=False)
 
 
-async def test_draining_ends_after_its_time_though_somebody_never_reads() -> None:
-    held = {"max_queue_delay_us": 10_000_000}
+async def test_draining_ends_after_its_time_though_a_step_never_ends() -> None:
+    gate = Gate()
+    shutdown = {"drain_timeout_s": 0.05}
     failure = "draining took longer than shutdown.drain_timeout_s = 0.05"
-    async with running(SMALL, engine=held, shutdown={"drain_timeout_s": 0.05}, failure=failure) as server:
+    async with running(SMALL, stepper=gate.stepper, shutdown=shutdown, failure=failure) as server:
         async with RawClient(server.endpoint) as client:
             await client.hello()
-            handles = (await client.open("s", "silent")).handles()
-            await client.send(*client.step_message(handles[:1], [0], np.zeros((1, 1, F), np.float32)))
+            handles = (await client.open("s")).handles()
+            await client.send(*client.step_message(handles, [0], np.full((1, 1, F), GATE_VALUE, np.float32)))
             while not len(server.engine.blocks):
                 await asyncio.sleep(0)
             server.stop()
             assert (await client.receive()).kind is Kind.GOODBYE
+    gate.open()
     assert server.unanswered_blocks == 1

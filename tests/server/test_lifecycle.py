@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from instep_client.wire import Code, Kind
+from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, plain, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -143,15 +144,32 @@ async def test_shutdown_answers_what_was_admitted_then_says_goodbye(rng: np.rand
 
 
 async def test_a_forced_end_leaves_blocks_unanswered_and_counts_them() -> None:
-    x = np.zeros((16_000, 1, F), np.float32)
-    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+    gate = Gate()
+    async with running(SMALL, stepper=gate.stepper) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("s")).handles()
-        await client.send(*client.step_message(handles, [0], x))
+        await client.send(*client.step_message(handles, [0], np.full((1, 1, F), GATE_VALUE, np.float32)))
         while not len(server.engine.blocks):
             await asyncio.sleep(0)
         server.stop(drain=False)
+    gate.open()
     assert server.unanswered_blocks == 1
+
+
+async def test_no_batch_is_held_while_the_server_drains(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 1, F)).astype(np.float32)
+    held = {"max_queue_delay_us": 10_000_000}
+    async with running(SMALL, engine=held, shutdown={"drain_timeout_s": 5}) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            handles = (await client.open("s", "silent")).handles()
+            await client.send(*client.step_message(handles[:1], [0], x))
+            while not len(server.engine.blocks):
+                await asyncio.sleep(0)
+            server.stop()
+            reply, goodbye = [await client.receive() for _ in range(2)]
+            np.testing.assert_array_equal(reply.floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
+            assert goodbye.kind is Kind.GOODBYE
 
 
 @pytest.mark.parametrize("delay_us", [0, 20_000])

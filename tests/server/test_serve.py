@@ -26,6 +26,7 @@ from instep.server.child import ChildFailed, ChildServer
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.serve import CannotServe, exactness_sentence, prepare
 from instep_client import Client
+from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, plain, whole
 
 
@@ -136,20 +137,27 @@ def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(mod
     assert recording.exists()
 
 
-def test_a_second_interrupt_forces_the_end(model: Path) -> None:
-    held = ["--set", "engine.max_queue_delay_us=10000000"]  # the frame below waits 10 s for the silent stream's
-    with serving(model, *held) as process:
-        with Client(first_line(process)["endpoint"]) as client:
-            client.open("silent")
-            client.open("s").send(np.zeros(5))
+def test_a_second_interrupt_forces_the_end(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = Gate()
+    monkeypatch.setattr(serve, "Stepper", gate.bare_stepper)
+
+    def leave_a_frame_unanswered(endpoint: str) -> None:
+        with Client(endpoint) as client:
+            client.open("s").send(np.full(5, GATE_VALUE))
             client.ping()
-            process.send_signal(signal.SIGTERM)
-            assert process.stderr is not None
-            assert json.loads(process.stderr.readline())["event"] == "stopping"
-            process.send_signal(signal.SIGTERM)
-            stderr = process.communicate(timeout=60)[1]
-        assert process.returncode == 130
-        assert json.loads(stderr.splitlines()[-1])["blocks_unanswered"] == 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_ready(endpoint: str) -> None:
+        threading.Thread(target=leave_a_frame_unanswered, args=(endpoint,)).start()
+
+    assert serve.run(configured(model, log={"format": "json"}), on_ready=on_ready) == 130
+    gate.open()
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines] == ["serving", "stopping", "stopped"]
+    assert lines[-1]["blocks_unanswered"] == 1
 
 
 def test_an_endpoint_in_use_is_refused(model: Path) -> None:

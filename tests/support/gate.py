@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
 
 from instep.config import Config
 from instep.core.typing import F32, I32, I64
+from instep.model.network import Network
 from instep.runtime.stepper import Stepper
 from instep.server.serve import Prepared
 
@@ -14,26 +19,50 @@ GATE_VALUE = 4321.5
 
 
 class Gate:
-    """Closed until it is opened; `running(model, stepper=gate.stepper)` puts it before the network."""
+    """Closed until it is opened; `running(model, stepper=gate.stepper)` puts it before the network.
 
-    def __init__(self) -> None:
+    Args:
+        before: what waits: steps of frames that begin with `GATE_VALUE`, or every load or read of states.
+    """
+
+    def __init__(self, before: Literal["step", "load", "read"] = "step") -> None:
+        self.before = before
         self._opened = threading.Event()
 
     def open(self) -> None:
         """Let everything through, from now on."""
         self._opened.set()
 
+    def wait(self, verb: str) -> None:
+        """What the stepper calls before it does something."""
+        if verb == self.before:
+            assert self._opened.wait(10), "the test never opened the gate"
+
     def stepper(self, ready: Prepared, config: Config) -> Stepper:
         """A stepper behind this gate."""
-        return _GatedStepper(self._opened, ready, config)
+        return self.bare_stepper(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
+
+    def bare_stepper(self, network: Network, buckets: Sequence[int], max_streams: int, device: torch.device) -> Stepper:
+        """The same, from what `Stepper` itself takes."""
+        return _GatedStepper(self, network, buckets, max_streams, device)
 
 
 class _GatedStepper(Stepper):
-    def __init__(self, opened: threading.Event, ready: Prepared, config: Config) -> None:
-        super().__init__(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
-        self._opened = opened
+    def __init__(
+        self, gate: Gate, network: Network, buckets: Sequence[int], max_streams: int, device: torch.device
+    ) -> None:
+        super().__init__(network, buckets, max_streams, device)
+        self._gate = gate
 
     def step(self, slots: I64, rows: I32, inputs: F32, outputs: F32) -> None:
         if (inputs[rows, 0] == GATE_VALUE).any():
-            assert self._opened.wait(10), "the test never opened the gate"
+            self._gate.wait("step")
         super().step(slots, rows, inputs, outputs)
+
+    def load(self, slots: I64, states: F32 | None) -> None:
+        self._gate.wait("load")
+        super().load(slots, states)
+
+    def read(self, slots: I64) -> F32:
+        self._gate.wait("read")
+        return super().read(slots)
