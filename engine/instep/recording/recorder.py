@@ -59,11 +59,6 @@ class Recorder:
         return self._batches < self._queue_batches and self._small_rows < self._queue_batches * SMALL_ROWS_PER_BATCH
 
     @property
-    def waiting_batches(self) -> int:
-        """Batches that were added and are not yet committed."""
-        return self._batches
-
-    @property
     def failed(self) -> Exception | None:
         """What ended the recording, if anything did."""
         return self._failed
