@@ -145,6 +145,14 @@ def test_a_changed_row_is_named(path: Path, table: str) -> None:
         read_all(forger.path)
 
 
+def test_a_bucket_that_the_engine_did_not_have_is_damage(path: Path) -> None:
+    forger = Forger(path, path.parent / "forged.rec")
+    position = forger.rows("batches")[2]["position"]
+    forger.change("batches", position, bucket=12)
+    with pytest.raises(RecordingError, match=rf"the batch at position {position} was stepped in a bucket of 12, which"):
+        read_all(forger.path)
+
+
 @pytest.mark.parametrize("table", ["openings", "batches", "closings", "events"])
 def test_a_lost_row_is_named(path: Path, table: str) -> None:
     forger = Forger(path, path.parent / "forged.rec")

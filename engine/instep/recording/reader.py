@@ -202,6 +202,10 @@ class RecordingReader:
         position, time_ns, bucket, size, streams, seqs, x, y = row
         if not 0 < size <= bucket:
             raise self._damaged(f"the batch at position {position} holds {size} frames in a bucket of {bucket}")
+        if bucket not in self.header.buckets:
+            raise self._damaged(
+                f"the batch at position {position} was stepped in a bucket of {bucket}, which is none of the engine's"
+            )
         self._check_bytes(streams, size * 4, position)
         self._check_bytes(seqs, size * 8, position)
         self._check_bytes(x, size * 4 * self.header.features, position)

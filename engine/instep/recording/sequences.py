@@ -64,6 +64,8 @@ class SequenceIndex:
         for batch in reader.batches():
             self._count(batch)
             on_progress(batch.position / reader.last_position)
+        for _ in reader.events():
+            pass  # nothing is compared with them, but each is checked against its CRC as it is read
         self._compare_with_closings()
 
     def load(self, rows: I64) -> Sequences:
