@@ -26,7 +26,7 @@ class AsyncClient:
 
         Args:
             endpoint: where the server listens, as ZeroMQ writes it.
-            name: what the server's log calls this client; may be empty.
+            name: told to the server in the greeting, which checks it and shows it nowhere; may be empty.
             timeout_s: how long a silent server is waited for, in seconds.
 
         Raises:

@@ -125,7 +125,10 @@ class Answer(NamedTuple):
     compute_us: int
     """That batch's step."""
     send_us: int
-    """From the end of that step until the answer was handed to the socket."""
+    """From the end of that step until the server began to make the answer; copying the outputs and sending come after.
+
+    0 where no frame of the block was admitted.
+    """
 
 
 class Failed(NamedTuple):
