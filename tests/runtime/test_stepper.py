@@ -81,7 +81,7 @@ def test_a_step_that_raises_changes_no_state(rng: np.random.Generator, monkeypat
         raise RuntimeError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps.network, "step", fails)
+        patch.setattr(steps.network, "sequence", fails)
         with pytest.raises(RuntimeError, match="injected"):
             step(steps, slots, np.zeros((4, F), np.float32))
     np.testing.assert_array_equal(steps.read(slots), before)

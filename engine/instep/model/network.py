@@ -75,7 +75,7 @@ class Network:
         self._after = self._dense("after", description.after, self.state_width)
 
     def step(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One frame of every row.
+        """One frame of every row: `sequence` without the axis of time.
 
         Args:
             x: frames, float32 [B, input_width], contiguous.
@@ -84,8 +84,8 @@ class Network:
         Returns:
             Outputs [B, output_width] and the states after the frame, as `h`.
         """
-        y, h = self._gru(_apply(self._before, x).unsqueeze(0), h)
-        return _apply(self._after, y.squeeze(0)), h
+        y, h = self._run(x.unsqueeze(0), h)
+        return y.squeeze(0), h
 
     def sequence(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """T frames of every row in one call.
@@ -97,16 +97,15 @@ class Network:
         Returns:
             Outputs [T, R, output_width] and the states after the last frame, as `h`.
         """
-        steps, rows, _ = x.shape
-        flat = _apply(self._before, x.view(steps * rows, self.input_width))
-        y, h = self._gru(flat.view(steps, rows, -1), h)
-        return _apply(self._after, y.view(steps * rows, self.state_width)).view(steps, rows, self.output_width), h
+        return self._run(x, h)
 
-    def _gru(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = _apply(self._before, x)
         # nn.GRU.forward ends in this call; its checks and bookkeeping cost as much again at small batches.
-        return torch.gru(
+        y, h = torch.gru(
             x, h, self._gru_weights, self.description.gru.bias, self.state_layers, 0.0, False, False, False
         )
+        return _apply(self._after, y), h
 
     def _dense(self, place: str, layers: Sequence[DenseLayer], inputs: int) -> list[_Dense]:
         built: list[_Dense] = []
@@ -121,12 +120,16 @@ class Network:
         return built
 
 
-def _apply(layers: list[_Dense], rows: torch.Tensor) -> torch.Tensor:
+def _apply(layers: list[_Dense], frames: torch.Tensor) -> torch.Tensor:
+    if not layers:
+        return frames
+    steps, count, width = frames.shape
+    rows = frames.view(steps * count, width)
     for weight, bias, activate in layers:
         rows = torch.addmm(bias, rows, weight)
         if activate is not None:
             activate(rows)
-    return rows
+    return rows.view(steps, count, -1)
 
 
 def _up(size: int, multiple: int) -> int:

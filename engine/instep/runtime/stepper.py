@@ -36,7 +36,8 @@ class Stepper:
         self._on_cpu = device.type == "cpu"
         self._cache = StateCache(max_streams, network.state_layers, network.state_width, device)
         self._slots = {bucket: torch.zeros(bucket, dtype=torch.int64) for bucket in buckets}
-        self._x = {bucket: torch.zeros(bucket, network.input_width) for bucket in buckets}
+        # float32 [1, B, features]: frames as `sequence` takes them.
+        self._x = {bucket: torch.zeros(1, bucket, network.input_width) for bucket in buckets}
         self._h = {bucket: self._states_for(bucket) for bucket in buckets}
 
     def bucket(self, size: int) -> int:
@@ -60,19 +61,19 @@ class Stepper:
         size = len(slots)
         bucket = self.bucket(size)
         staged_slots, staged_x = self._slots[bucket], self._x[bucket]
-        slots_view, x_view = staged_slots.numpy(), staged_x.numpy()
+        slots_view, x_view = staged_slots.numpy(), staged_x.numpy()[0]
         slots_view[:size] = slots
         np.take(inputs, rows, 0, x_view[:size, : inputs.shape[1]], "clip")  # rows are good; "raise" would copy twice
         if size < bucket:
             slots_view[size:] = SCRATCH_SLOT
             x_view[size:] = 0.0
-        # Each call into torch gives up the interpreter's lock, and waits for it afterwards: no call that does nothing.
+        # Each call into torch, a mere view included, gives up the interpreter's lock and may wait to get it back.
         device_slots, device_x, h = staged_slots, staged_x, self._h[bucket]
         if not self._on_cpu:
             device_slots, device_x = staged_slots.to(self._device), staged_x.to(self._device)
         self._cache.gather(device_slots, h)
-        y, states = self.network.step(device_x, h)
-        answers: F32 = y.numpy() if self._on_cpu else y.cpu().numpy()
+        y, states = self.network.sequence(device_x, h)
+        answers: F32 = (y.numpy() if self._on_cpu else y.cpu().numpy())[0]
         try:
             self._cache.scatter(device_slots, states)
             if size < bucket:
