@@ -27,15 +27,15 @@ MUTANTS = [
     Mutant(
         "two frames of a stream in one batch",
         "core/pending.py",
-        "return rows, slots[~self._stepping[slots]]",
-        "return rows, self.slot[rows[0, some]]",
+        "return rows, self._join(slots, first, last)",
+        "return rows, (self._join(slots, first, last), slots)[1]",
         (f"{PENDING}::test_frames_come_out_in_the_order_they_went_in",),
     ),
     Mutant(
         "two frames of a stream in two steps at a time",
         "core/pending.py",
-        "return rows, slots[~self._stepping[slots]]",
-        "return rows, slots",
+        "return slots[~self._stepping[slots]]",
+        "return slots",
         (PENDING,),
     ),
     Mutant(
@@ -90,15 +90,15 @@ MUTANTS = [
     Mutant(
         "one bad frame fails the whole block",
         "core/admission.py",
-        "np.where(codes == 0, finite_lengths(x), 0)",
-        "np.where(codes == 0, finite_lengths(x).min(), 0)",
+        "lengths = finite_lengths(x)",
+        "lengths = np.full(x.shape[1], finite_lengths(x).min())",
         (f"{REFUSALS}::test_one_bad_frame_in_a_block_leaves_the_others_alone",),
     ),
     Mutant(
         "a frame that is not finite is applied",
         "core/admission.py",
-        "lengths = np.where(codes == 0, finite_lengths(x), 0)",
-        "lengths = np.where(codes == 0, timesteps, 0)",
+        "lengths = finite_lengths(x)",
+        "lengths = np.full(x.shape[1], timesteps)",
         (f"{REFUSALS}::test_one_bad_frame_in_a_block_leaves_the_others_alone",),
     ),
     Mutant(
@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "frames behind a failed one are applied",
         "server/engine.py",
-        "behind = self.pending.take_all(slots)",
-        "behind = np.empty(0, np.int32)",
+        "behind, owners = self.pending.take_all(slots)",
+        "behind, owners = np.empty(0, np.int32), np.empty(0, np.int64)",
         (f"{FAULTS}::test_frames_pipelined_behind_a_failed_one_are_gaps",),
     ),
     Mutant(
