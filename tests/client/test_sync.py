@@ -168,6 +168,45 @@ def test_work_that_the_loop_gave_up_is_told_as_closed(server: FakeServer) -> Non
             waiting.result()
 
 
+def crash(client: Client) -> None:
+    def leave() -> None:
+        raise SystemExit("a callback left")
+
+    assert client._thread._loop is not None
+    client._thread._loop.call_soon_threadsafe(leave)
+
+
+def test_a_thread_that_crashed_leaves_nobody_waiting(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    client = Client(server.endpoint)
+    client.connect()
+    with ThreadPoolExecutor(2) as pool:
+        stream = client.open("a")
+        server.rules.holding = True
+        waiting = [pool.submit(stream.step, X[0]), pool.submit(next, stream)]
+        while not server.rules.held:
+            client.ping()
+        crash(client)
+        for future in waiting:
+            with pytest.raises(ConnectionFailed, match=r"thread failed .*a callback left.*; make a new client"):
+                future.result()
+    for verb in (client.ping, lambda: stream.step(X[1]), lambda: client.open("b")):
+        with pytest.raises(ConnectionFailed, match="a callback left"):
+            verb()
+    client.close()
+    client._thread._thread.join(10)
+    assert not client._thread._thread.is_alive()
+    assert "the client's thread failed" in caplog.messages
+
+
+def test_a_thread_that_crashed_still_closes_its_streams(server: FakeServer) -> None:
+    client = Client(server.endpoint)
+    client.connect()
+    client.open("a")
+    crash(client)
+    client._thread._thread.join(10)
+    assert server.rules.names == {}
+
+
 def test_a_client_that_nobody_holds_closes_itself(server: FakeServer) -> None:
     client = Client(server.endpoint)
     client.connect()
@@ -217,6 +256,58 @@ stream.step([1, 2, 3])
     done = run_script(script, server.endpoint)
     assert (done.returncode, done.stderr) == (0, "")
     assert Kind.CLOSE in server.rules.kinds
+
+
+def test_a_loop_that_cannot_even_be_ended_leaves_nobody_waiting(server: FakeServer) -> None:
+    script = """
+import sys
+from instep_client import Client, ConnectionFailed
+client = Client(sys.argv[1])
+client.connect()
+stream = client.open("a")
+loop = client._thread._loop
+
+def fail(timeout=None):
+    raise OSError("the selector is broken")
+
+def break_it():
+    loop._selector.select = fail
+
+loop.call_soon_threadsafe(loop.call_later, 0.2, break_it)
+for verb in (lambda: next(stream), client.ping):
+    try:
+        verb()
+    except ConnectionFailed as error:
+        assert "the selector is broken" in str(error), error
+    else:
+        sys.exit(1)
+client.close()
+print("done")
+"""
+    # What it leaves open is warned of on stderr.
+    assert run_script(script, server.endpoint).stdout == "done\n"
+
+
+def test_without_room_for_an_event_loop_connecting_fails() -> None:
+    script = """
+import os, resource, sys
+from instep_client import Client, ConnectionFailed
+client = Client(sys.argv[1])
+free = os.dup(0)
+os.close(free)
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+for verb in (client.connect, client.ping):
+    try:
+        verb()
+    except ConnectionFailed as error:
+        assert "Too many open files" in str(error), error
+    else:
+        sys.exit(1)
+client.close()
+print("done")
+"""
+    assert run_script(script, "tcp://127.0.0.1:1").stdout == "done\n"
 
 
 def test_a_forked_client_says_so_and_the_parents_works_on(server: FakeServer) -> None:
