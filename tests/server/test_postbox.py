@@ -49,7 +49,7 @@ class Rig:
         self.fast = self.add(b"\0fast")
 
     def add(self, routing_id: bytes) -> Client:
-        client = self.clients.add(routing_id, "", now_ns=0)
+        client = self.clients.add(routing_id, now_ns=0)
         assert client is not None
         return client
 
@@ -228,12 +228,12 @@ def test_everybody_hears_a_broadcast() -> None:
 
 def test_numbers_of_connections_are_used_again_only_when_freed() -> None:
     clients = ClientTable(1)
-    first = clients.add(b"\0a", "", 0)
+    first = clients.add(b"\0a", 0)
     assert first is not None
-    assert clients.add(b"\0b", "", 0) is None
+    assert clients.add(b"\0b", 0) is None
     clients.forget(first)
-    assert clients.add(b"\0b", "", 0) is None
+    assert clients.add(b"\0b", 0) is None
     clients.free_number(first.number)
-    again = clients.add(b"\0b", "", 0)
+    again = clients.add(b"\0b", 0)
     assert again is not None
     assert len(clients) == 1

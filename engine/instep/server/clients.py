@@ -14,7 +14,6 @@ class Client:
 
     number: int
     routing_id: bytes
-    name: str
     last_heard_ns: int
     frames_unanswered: int = 0
     """Frames admitted whose answer ZeroMQ has not taken yet."""
@@ -42,16 +41,24 @@ class ClientTable:
     def __init__(self, capacity: int) -> None:
         self._by_routing_id: dict[bytes, Client] = {}
         self._by_number: dict[int, Client] = {}
-        self._free = list(range(capacity - 1, -1, -1))
+        self._capacity = capacity
+        self._given_out = 0
+        self._free: list[int] = []
+        """Numbers below `_given_out` that may be used again."""
 
     def __len__(self) -> int:
         return len(self._by_number)
 
-    def add(self, routing_id: bytes, name: str, now_ns: int) -> Client | None:
+    def add(self, routing_id: bytes, now_ns: int) -> Client | None:
         """A new connection, or None when the table is full."""
-        if not self._free:
+        if self._free:
+            number = self._free.pop()
+        elif self._given_out < self._capacity:
+            number = self._given_out
+            self._given_out += 1
+        else:
             return None
-        client = Client(self._free.pop(), routing_id, name, now_ns)
+        client = Client(number, routing_id, now_ns)
         self._by_routing_id[routing_id] = client
         self._by_number[client.number] = client
         return client

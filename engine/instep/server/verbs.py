@@ -117,7 +117,7 @@ class Verbs:
         if client is None:
             if self.draining:
                 raise Refusal(Code.SHUTTING_DOWN)
-            client = self._clients.add(routing_id, name, now_ns)
+            client = self._clients.add(routing_id, now_ns)
             if client is None:
                 raise Refusal(Code.BUSY, "limits.max_connections connections are open", 1_000_000)
         self._postbox.send(client, replies.welcome(header.request, self._info), now_ns)
