@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -181,6 +182,31 @@ def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "wide", plain(2000, 4))
     with pytest.raises(CannotServe, match="max_message_bytes"):
         serve.run(configured(tmp_path / "wide", transport={"max_message_bytes": 4096}))
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("instep.server.serve.Stepper", RuntimeError("DefaultCPUAllocator: can't allocate memory\nin C++")),
+        ("instep.server.engine.PendingFrames", MemoryError("Unable to allocate 9 TiB")),
+        ("instep.server.engine.StreamTable", MemoryError()),
+    ],
+)
+def test_too_little_memory_is_said_and_leaves_no_recording_behind(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+) -> None:
+    def exhausted(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(place, exhausted)
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    why = (str(error) or "MemoryError").partition("\n")[0]
+    sentence = f"engine.max_streams = 99 and limits.max_pending_frames = 131072; lower one of them ({why})"
+    for recording in ({"file": folder / "r.instep"}, {}):
+        with pytest.raises(CannotServe, match=re.escape(sentence)):
+            serve.run(configured(model, engine={"max_streams": 99}, recording=recording))
+        assert list(folder.iterdir()) == []
 
 
 def test_a_child_server_says_why_it_did_not_start(tmp_path: Path) -> None:

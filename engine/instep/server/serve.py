@@ -156,16 +156,18 @@ def make_server(
         stepper: another one than usual, for tests.
 
     Raises:
-        CannotServe: when the endpoint, the recording or the limits do not allow it.
+        CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.
     """
     network, certification = prepared.network, prepared.certification
-    if stepper is None:
-        stepper = Stepper(network, certification.buckets, config.engine.max_streams, prepared.device)
     try:
         info = server_info(config, prepared)
+        if stepper is None:
+            stepper = Stepper(network, certification.buckets, config.engine.max_streams, prepared.device)
         router = Router(config.transport)
     except LimitsError as error:
         raise CannotServe(str(error)) from None
+    except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
+        raise _no_memory(config, error) from None
     except zmq.ZMQError as error:
         raise CannotServe(f"cannot bind {config.transport.endpoint}: {error}; is another server using it?") from None
     try:
@@ -175,7 +177,21 @@ def make_server(
     except RecordingError as error:
         router.close()
         raise CannotServe(str(error)) from None
-    return Server(config, network, certification, router, stepper, info, writer, log)
+    try:
+        return Server(config, network, certification, router, stepper, info, writer, log)
+    except MemoryError as error:
+        router.close()
+        if config.recording.file is not None:
+            config.recording.file.unlink()  # made a moment ago, and nothing was recorded
+        raise _no_memory(config, error) from None
+
+
+def _no_memory(config: Config, error: Exception) -> CannotServe:
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    return CannotServe(
+        f"no memory for engine.max_streams = {config.engine.max_streams} and limits.max_pending_frames = "
+        f"{config.limits.max_pending_frames}; lower one of them ({why})"
+    )
 
 
 def exactness_sentence(certification: Certification) -> str:

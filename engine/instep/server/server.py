@@ -47,6 +47,9 @@ class Server:
         info: what WELCOME says.
         writer: a new recording, or None.
         log: where the server says what it does.
+
+    Raises:
+        MemoryError: when the pools do not fit; the recording is closed then, the router is not.
     """
 
     def __init__(
@@ -81,17 +84,22 @@ class Server:
             round(config.transport.heartbeat_s * 1e9),
             on_gone=lambda client: self.engine.abandon(client),
         )
-        self.engine = Engine(
-            stepper,
-            self._worker,
-            self._clients,
-            self._postbox,
-            self._recorder,
-            self._limits,
-            self.statistics,
-            self._step_failed,
-            lambda delay_s, work: self._loop.call_later(delay_s, self._guarded, work),
-        )
+        try:
+            self.engine = Engine(
+                stepper,
+                self._worker,
+                self._clients,
+                self._postbox,
+                self._recorder,
+                self._limits,
+                self.statistics,
+                self._step_failed,
+                lambda delay_s, work: self._loop.call_later(delay_s, self._guarded, work),
+            )
+        except MemoryError:
+            if self._recorder is not None:
+                self._recorder.stop()
+            raise
         self._verbs = Verbs(self.engine, self._clients, self._postbox, self.info, self._limits, self.statistics)
         self.unanswered_blocks = 0
         """Blocks that were admitted and never answered, because the end was forced or draining took too long."""
