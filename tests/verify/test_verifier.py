@@ -250,6 +250,37 @@ def test_final_states_are_compared(tmp_path: Path) -> None:
         assert "final state" in stream.problems[0]
 
 
+def test_a_final_state_on_which_server_and_replay_agree_is_held_against_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Recording and replay hold the same wrong bits of the state and all outputs are right: only the truth can tell.
+    recorded = record_gru(tmp_path, make_gru(layers=2), LENGTHS)
+    forger = Forger(recorded.path, tmp_path / "forged.rec")
+    closing = next(row for row in forger.rows("closings") if row["stream"] == 5)
+    right = np.frombuffer(closing["final_state"], np.float32)
+    wrong = right.copy()
+    wrong[2] += 1e-4
+    forger.change("closings", closing["position"], final_state=wrong.tobytes())
+
+    def wrong_alike(*arguments: Any) -> Any:
+        y, h = replay_stepped(*arguments)
+        for row in range(h.shape[1]):
+            if np.array_equal(h[:, row].reshape(-1), right):
+                h[:, row] = wrong.reshape(h[:, row].shape)
+        return y, h
+
+    monkeypatch.setattr("instep.verify.check.replay_stepped", wrong_alike)
+    report = verify(Recorded(forger.path, recorded.folder, recorded.header))
+    assert verdicts(report) == ["exact", "empty", "exact", "exact", "mismatch", "exact", "exact"]
+    stream = report.streams[4]
+    (problem,) = stream.problems
+    assert problem.startswith("final state, element 2: recorded")
+    assert "float64 reference" in problem
+    assert stream.divergence is not None
+    assert stream.divergence.replayed == pytest.approx(right[2], abs=1e-5)
+    assert stream.max_error == pytest.approx(1e-4, rel=0.05)
+
+
 def test_a_final_state_that_is_not_known_is_not_compared(tmp_path: Path) -> None:
     recorded = record_gru(tmp_path, make_gru(), LENGTHS)
     forger = Forger(recorded.path, tmp_path / "forged.rec")
