@@ -152,8 +152,9 @@ class Server:
             if time.monotonic_ns() > deadline_ns or not self.engine.has_room:
                 break
         self.engine.schedule()
-        # Without room, the end of the next job pumps again. One continuation at most: each would renew itself.
-        if not self._pump_is_due and self.engine.has_room and self._router.is_readable:
+        # Asked first, since that takes the signal: without room, it would call this again and again until the end of
+        # the next job, which pumps anyway. One continuation at most: each would renew itself.
+        if not self._pump_is_due and self._router.is_readable and self.engine.has_room:
             self._pump_is_due = True
             self._loop.call_soon(self._guarded, self._continue_pump)
 
