@@ -22,6 +22,7 @@ import torch
 from instep.config import Config
 from instep.model.certify import Certification
 from instep.model.folder import write_model
+from instep.recording.writer import RecordingWriter
 from instep.server import serve
 from instep.server.child import ChildFailed, ChildServer
 from instep.server.limits import LimitsError, effective_limits
@@ -230,3 +231,15 @@ def test_run_in_process_serves_until_a_signal_and_returns_its_status(model: Path
         threading.Thread(target=ready, args=(endpoint,)).start()
 
     assert serve.run(configured(model), on_ready=on_ready) == 0
+
+
+def test_a_recording_that_cannot_be_closed_is_a_failure(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: RecordingWriter) -> None:
+        raise OSError("disk full, injected")
+
+    monkeypatch.setattr(RecordingWriter, "close", full)
+    recording = {"file": tmp_path / "r.instep"}
+    status = serve.run(configured(model, recording=recording), on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert status == 1
