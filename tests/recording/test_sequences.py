@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import resource
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from instep.recording import sequences
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex
@@ -35,28 +38,43 @@ def test_sequences_are_what_the_gru_saw_and_said(path: Path) -> None:
         assert index.frames.tolist() == LENGTHS
         assert index.frames_present == 61
         assert index.defects == {}
-        sequences = index.load(np.array([3, 1, 0]))
-    assert sequences.offsets.tolist() == [0, 40, 40, 45]
+        held = index.load(np.array([3, 1, 0]))
+    assert held.offsets.tolist() == [0, 40, 40, 45]
     assert shares == sorted(shares)
     assert 0.5 < shares[-1] <= 1
     for first, last in ((0, 40), (40, 45)):
         with torch.inference_mode():
-            y, _ = GRU(torch.from_numpy(sequences.x[first:last])[:, None])
-        np.testing.assert_allclose(sequences.y[first:last], y[:, 0].numpy(), atol=1e-6)
+            y, _ = GRU(torch.from_numpy(held.x[first:last])[:, None])
+        np.testing.assert_allclose(held.y[first:last], y[:, 0].numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("most_frames", "groups"),
-    [
-        (1000, [[0, 1, 2, 3, 4]]),
-        (14, [[0, 1, 2], [3], [4]]),
-        (1, [[0], [1, 2], [3], [4]]),
-    ],
-)
-def test_groups_hold_a_bounded_number_of_frames(path: Path, most_frames: int, groups: list[list[int]]) -> None:
-    index = index_of(path)
-    assert [group.tolist() for group in index.groups(np.arange(5), most_frames)] == groups
-    assert list(index.groups(np.arange(0), most_frames)) == []
+def test_many_frames_lie_in_a_temporary_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = path.parent / "temporary"
+    places.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(places))
+    wanted = np.array([3, 1, 0, 4])
+    with RecordingReader(path) as reader:
+        index = SequenceIndex(reader, lambda _: None)
+        held = index.load(wanted)
+        monkeypatch.setattr(sequences, "IN_MEMORY_BYTES", 52 * 4 * (3 + 4) - 1)
+        monkeypatch.setattr(sequences, "_zeros", None)
+        filed = index.load(wanted)
+    assert filed.offsets.tolist() == held.offsets.tolist() == [0, 40, 40, 45, 52]
+    assert (filed.x.tobytes(), filed.y.tobytes()) == (held.x.tobytes(), held.y.tobytes())
+    assert list(places.iterdir()) == []
+
+
+def test_without_room_for_the_temporary_file_it_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequences, "IN_MEMORY_BYTES", 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RecordingReader(path) as reader:
+        index = SequenceIndex(reader, lambda _: None)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            with pytest.raises(RecordingError, match=r"need 480 bytes in /.*File too large.*set TMPDIR"):
+                index.load(np.array([3]))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def forge_column(path: Path, stream: int, seq: int, name: str, value: int) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +13,11 @@ from instep.core.typing import F32, I64, U32, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordedBatch, RecordingReader, StreamInfo
 
+IN_MEMORY_BYTES: Final = 128 * 2**20
+"""Frames of more than this are held in a temporary file."""
+
 _NEVER: Final = np.iinfo(np.int64).max
+_ZEROS: Final = bytes(2**20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +74,19 @@ class SequenceIndex:
         self._compare_with_closings()
 
     def load(self, rows: I64) -> Sequences:
-        """The frames of these streams; it reads the part of the recording that holds them."""
+        """The frames of these streams, in one pass over the part of the recording that holds them.
+
+        More than `IN_MEMORY_BYTES` of them lie in a temporary file, which goes when the arrays do; the system reads and
+        writes it as memory allows.
+
+        Raises:
+            RecordingError: when there is no room for that file.
+        """
         offsets: I64 = np.concatenate(([0], np.cumsum(self.frames[rows]))).astype(np.int64)
-        header = self._reader.header
-        x = np.zeros((offsets[-1], header.features), np.float32)
-        y = np.zeros((offsets[-1], header.outputs), np.float32)
+        header, frames = self._reader.header, int(offsets[-1])
+        in_memory = 4 * frames * (header.features + header.outputs) <= IN_MEMORY_BYTES
+        new = _zeros if in_memory else self._zeros_in_a_file
+        x, y = new(frames, header.features), new(frames, header.outputs)
         start: I64 = np.full(len(self.streams), -1, np.int64)
         start[rows] = offsets[:-1]
         first, last = int(self._opened[rows].min()), int(self._last_at[rows].max())
@@ -85,16 +98,21 @@ class SequenceIndex:
             y[to] = batch.y[wanted]
         return Sequences(rows, offsets, x, y)
 
-    def groups(self, rows: I64, most_frames: int) -> Iterator[I64]:
-        """Split streams into runs of at most `most_frames` frames; a longer stream is a run of its own."""
-        first, frames = 0, 0
-        for at, length in enumerate(self.frames[rows].tolist()):
-            if frames and frames + length > most_frames:
-                yield rows[first:at]
-                first, frames = at, 0
-            frames += length
-        if first < len(rows):
-            yield rows[first:]
+    def _zeros_in_a_file(self, frames: int, width: int) -> F32:
+        """float32 [frames, width] in a temporary file."""
+        size = 4 * frames * width
+        try:
+            with tempfile.TemporaryFile(prefix="instep-") as file:
+                # All of it is written now: a disk that is full later, under a mapping, would kill the process.
+                for at in range(0, size, len(_ZEROS)):
+                    file.write(_ZEROS[: size - at])
+                file.flush()
+                return np.memmap(file, np.float32, "r+", shape=(frames, width)).view(np.ndarray)
+        except OSError as error:
+            raise RecordingError(
+                f"the frames of {self._reader.path} need {size:,} bytes in {tempfile.gettempdir()} while they are put "
+                f"in order, and cannot have them ({error.strerror}); make room there, or set TMPDIR to another place"
+            ) from None
 
     def _count(self, batch: RecordedBatch) -> None:
         rows = self._rows_of(batch.streams, batch.position)
@@ -148,3 +166,7 @@ class SequenceIndex:
             )
         rows: I64 = self._by_number[at]
         return rows
+
+
+def _zeros(frames: int, width: int) -> F32:
+    return np.zeros((frames, width), np.float32)

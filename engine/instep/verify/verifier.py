@@ -39,8 +39,6 @@ STAGES: Final[tuple[Stage, ...]] = ("reading", "replaying")
 Progress: TypeAlias = Callable[[Stage, float], None]
 """Called with what is being done and the share (0 to 1) of it that is done."""
 
-GROUP_BYTES: Final = 128 * 2**20
-"""Recorded frames held at once, about."""
 CHUNK_BYTES: Final = 64 * 2**20
 """The largest array computed at once, about."""
 
@@ -76,7 +74,6 @@ class _Verification:
         if not self._index.frames[self._rows].any() and self._index.defects.keys().isdisjoint(self._rows.tolist()):
             raise CannotVerify(f"stream {stream!r} has no frames: there is nothing to verify in it")
         header = reader.header
-        self._frame_bytes = 4 * (header.features + header.outputs)
         self._widest = max(header.features, header.outputs, 3 * header.state_size)
         self._ulps: dict[Way, I64] = {
             "stepped": np.zeros(ULP_BINS, np.int64),
@@ -124,11 +121,9 @@ class _Verification:
     def _chunks(self, buckets: tuple[int, ...]) -> Iterator[Chunk]:
         """All frames once, in bounded pieces."""
         most_frames = max(CHUNK_BYTES // (8 * self._widest), 1)
-        for group in self._index.groups(self._rows, max(GROUP_BYTES // self._frame_bytes, 1)):
-            sequences = self._index.load(group)
-            lengths = self._index.frames[group]
-            for members in plan_chunks(lengths, buckets[-1], buckets[0], most_frames):
-                yield Chunk(sequences, members, most_frames)
+        sequences, lengths = self._index.load(self._rows), self._index.frames[self._rows]
+        for members in plan_chunks(lengths, buckets[-1], buckets[0], most_frames):
+            yield Chunk(sequences, members, most_frames)
 
     def _check(self, ways: Ways, chunk: Chunk, pool: Executor) -> list[StreamReport]:
         check = ChunkCheck(ways, chunk, [self._suspect(row) for row in chunk.rows.tolist()], pool)
