@@ -156,22 +156,6 @@ async def test_a_forced_end_leaves_blocks_unanswered_and_counts_them() -> None:
     assert server.unanswered_blocks == 1
 
 
-async def test_no_batch_is_held_while_the_server_drains(rng: np.random.Generator) -> None:
-    x = rng.standard_normal((2, 1, F)).astype(np.float32)
-    held = {"max_queue_delay_us": 10_000_000}
-    async with running(SMALL, engine=held, shutdown={"drain_timeout_s": 5}) as server:
-        async with RawClient(server.endpoint) as client:
-            await client.hello()
-            handles = (await client.open("s", "silent")).handles()
-            await client.send(*client.step_message(handles[:1], [0], x))
-            while not len(server.engine.blocks):
-                await asyncio.sleep(0)
-            server.stop()
-            reply, goodbye = [await client.receive() for _ in range(2)]
-            np.testing.assert_array_equal(reply.floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
-            assert goodbye.kind is Kind.GOODBYE
-
-
 @pytest.mark.parametrize("delay_us", [0, 20_000])
 async def test_holding_batches_changes_no_output(delay_us: int, rng: np.random.Generator) -> None:
     x = rng.standard_normal((5, 2, F)).astype(np.float32)

@@ -61,6 +61,20 @@ async def test_each_batch_that_is_held_is_stepped_when_its_time_is_over() -> Non
             assert (await client.step(handles[:1], [seq], frame())).failures() == []
 
 
+async def test_no_batch_is_held_while_the_server_drains(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 1, F)).astype(np.float32)
+    held = {"max_queue_delay_us": 10_000_000}
+    async with served(SMALL, engine=held, shutdown={"drain_timeout_s": 5}) as (server, client):
+        handles = (await client.open("s", "silent")).handles()
+        await client.send(*client.step_message(handles[:1], [0], x))
+        while not len(server.engine.blocks):
+            await asyncio.sleep(0)
+        server.stop()
+        reply, goodbye = [await client.receive() for _ in range(2)]
+        assert (reply.kind, goodbye.kind) == (Kind.STEPPED, Kind.GOODBYE)
+        np.testing.assert_array_equal(reply.floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
+
+
 async def test_what_arrives_during_a_step_shares_the_next_unless_that_is_full() -> None:
     gate = Gate()
     async with served(SMALL, stepper=gate.stepper) as (server, client):
