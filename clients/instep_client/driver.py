@@ -60,13 +60,16 @@ class Driver:
         """Connect the socket; the session's greeting is on its way when this returns.
 
         Raises:
-            ConnectionFailed: when the endpoint is none.
+            ConnectionFailed: when the endpoint is none, or no socket can be made.
             ClientClosed: when it was started or stopped before.
         """
         if self._socket is not None or self._stopped:
             raise ClientClosed("this client was connected before; make a new one to connect again")
         self._loop = asyncio.get_running_loop()
-        self._socket = socket = _open_socket(self._loop)
+        try:
+            self._socket = socket = _open_socket(self._loop)
+        except zmq.ZMQError as error:
+            raise ConnectionFailed(f"this process cannot make a socket: {error}") from None
         for option, value in _SOCKET_OPTIONS.items():
             socket.set(option, value)
         try:
@@ -198,8 +201,15 @@ def _open_socket(loop: asyncio.AbstractEventLoop) -> zmq.Socket[bytes]:
     if shared is None:
         shared = _contexts[loop] = _Shared(zmq.Context())
         shared.context.set(zmq.MAX_SOCKETS, int(shared.context.get(zmq.SOCKET_LIMIT)))
+    try:
+        socket = shared.context.socket(zmq.DEALER)
+    except zmq.ZMQError:
+        if not shared.sockets:
+            del _contexts[loop]
+            shared.context.term()
+        raise
     shared.sockets += 1
-    return shared.context.socket(zmq.DEALER)
+    return socket
 
 
 def _give_back_context(loop: asyncio.AbstractEventLoop) -> None:

@@ -95,3 +95,17 @@ async def test_a_closed_client_may_still_be_told_to_do_nothing() -> None:
         stream.finish()
         await asyncio.sleep(0)
         assert [y async for y in stream] == []
+
+
+async def test_a_socket_that_cannot_be_made_is_a_failed_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+        raise zmq.ZMQError(zmq.EMFILE)
+
+    with FakeServer() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(zmq.Context, "socket", none_left)
+            with pytest.raises(ConnectionFailed, match="cannot make a socket"):
+                await AsyncClient(server.endpoint).connect()
+        assert not driver._contexts
+        async with AsyncClient(server.endpoint) as client:
+            await client.ping()
