@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 from dataclasses import replace
@@ -99,7 +100,7 @@ async def test_a_closed_client_may_still_be_told_to_do_nothing() -> None:
 
 async def test_a_socket_that_cannot_be_made_is_a_failed_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-        raise zmq.ZMQError(zmq.EMFILE)
+        raise zmq.ZMQError(errno.EMFILE)
 
     with FakeServer() as server:
         with monkeypatch.context() as patch:
