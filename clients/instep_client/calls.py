@@ -15,14 +15,25 @@ import numpy as np
 
 from instep_client.arrays import Indices
 from instep_client.errors import FrameFailure, FramesRefused, InstepError, StreamEvicted
-from instep_client.wire import F32, U64, Code
+from instep_client.wire import F32, GRANT, Code, GrantArray
 
 if TYPE_CHECKING:
     from instep_client.streams import Lane
 
 R = TypeVar("R")
 
-ENDING: Final = frozenset({Code.IDLE, Code.CLIENT_GONE, Code.STATE_LOST, Code.UNKNOWN_STREAM, Code.FOREIGN_STREAM})
+ENDING: Final = frozenset(
+    {
+        Code.IDLE,
+        Code.CLIENT_GONE,
+        Code.NEVER_USED,
+        Code.EXPIRED,
+        Code.FENCED,
+        Code.STATE_LOST,
+        Code.UNKNOWN_STREAM,
+        Code.FOREIGN_STREAM,
+    }
+)
 """Codes after which a stream can never be stepped again."""
 
 
@@ -84,13 +95,13 @@ class Ping(Call[float]):
 class OpenCall(Call["Lane"]):
     """The opening of one or many streams; the result is their lane. All are opened or none."""
 
-    __slots__ = ("abandoned", "handles", "names", "parts_left", "refusal", "single")
+    __slots__ = ("abandoned", "grants", "names", "parts_left", "refusal", "single")
 
     def __init__(self, names: Sequence[str], single: bool) -> None:
         super().__init__()
         self.names = names
         self.single = single
-        self.handles: U64 = np.zeros(len(names), np.uint64)
+        self.grants: GrantArray = np.zeros(len(names), GRANT)
         self.parts_left = 0
         self.refusal: tuple[int, Code, str] | None = None
         """The first refused stream's index, with why."""
@@ -206,18 +217,25 @@ class StepCall(Call[Answer]):
         """Whether any of it was sent."""
         return self.t > 0 or self.n > 0
 
-    def cut(self, most_frames: int, most_columns: int) -> None:
+    def cut(self, most_frames: int, most_columns: int, most_timesteps: int) -> None:
         """Choose pieces within the limits: whole rows of streams where they fit, even parts of a row where not."""
         columns = self.x.shape[1]
         parts = -(-columns // most_columns)
         self.width = -(-columns // parts)
-        self.height = max(1, most_frames // columns) if parts == 1 else 1
+        self.height = min(most_timesteps, max(1, most_frames // columns)) if parts == 1 else 1
 
     def next_frames(self) -> int:
         """How many frames the next piece has."""
         if self.lone:
             return 1
         return min(self.height, len(self.x) - self.t) * min(self.width, len(self.rows) - self.n)
+
+    def next_rows(self) -> tuple[Indices, int]:
+        """The streams of the next piece, and how many timesteps it has."""
+        if self.lone:
+            return self.rows, 1
+        timesteps, columns = self.next_piece()
+        return self.rows[columns], timesteps.stop - timesteps.start
 
     def next_piece(self) -> tuple[slice, slice]:
         """The timesteps and columns of the next piece."""

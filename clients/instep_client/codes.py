@@ -5,8 +5,10 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_NAME_BYTES: Final = 200
+HAVE_ALL: Final = 2**64 - 1
+"""Said by who resumes a stream and does not know how many outputs it has given."""
 
 
 class Code(IntEnum):
@@ -28,11 +30,22 @@ class Code(IntEnum):
     NAME_IN_USE = 105
     IDLE = 106
     CLIENT_GONE = 107
+    EXPIRED = 108
+    FENCED = 109
+    DATA_LOSS = 110
+    CONFLICT = 111
+    WINDOW_FULL = 112
+    OUTPUTS_GONE = 113
+    NUMERICS_CHANGED = 114
+    ACK_AHEAD = 115
+    NEVER_USED = 116
+    FRAMES_PENDING = 117
     BUSY = 200
     TOO_MANY_STREAMS = 201
     STEP_FAILED = 202
     STATE_LOST = 203
     SHUTTING_DOWN = 204
+    NOT_DURABLE = 205
 
 
 SENTENCES: Final[dict[Code, str]] = {
@@ -46,15 +59,27 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.BAD_NAME: f"a stream's name must be 1 to {MAX_NAME_BYTES} bytes of printable UTF-8",
     Code.NOT_FINITE: "the frame or state holds NaN or infinity; it was not applied and the stream's state is unchanged",
     Code.SEQ_GAP: "an earlier frame of this stream is missing; send from the expected seq",
-    Code.SEQ_REPEATED: "this frame was already applied; send from the expected seq",
+    Code.SEQ_REPEATED: "this frame was already applied, and its output is still being made or no longer kept",
     Code.UNKNOWN_STREAM: "no such stream is open: it was never opened, or it was closed or evicted",
     Code.FOREIGN_STREAM: "the stream belongs to another connection",
-    Code.NAME_IN_USE: "a stream of this name is already open",
+    Code.NAME_IN_USE: "a stream of this name is already open, or parked; a parked one is resumed, not opened",
     Code.IDLE: "the stream was evicted because it sent nothing for longer than limits.max_idle_s",
     Code.CLIENT_GONE: "the stream was evicted because its connection went away or stopped reading",
+    Code.EXPIRED: "the stream was parked for longer than the server keeps it (limits.park_s), and its state is gone",
+    Code.FENCED: "another connection has taken the stream over; this one may not use it any more",
+    Code.DATA_LOSS: "the server holds fewer frames of this stream than the client was given outputs for",
+    Code.CONFLICT: "a frame of this seq was applied with other values; it was not applied again",
+    Code.WINDOW_FULL: "the frame is beyond the stream's window; take and acknowledge earlier outputs first",
+    Code.OUTPUTS_GONE: "outputs after those that the client holds are no longer kept, and cannot be sent again",
+    Code.NUMERICS_CHANGED: "the server was restarted with other numerics: from here on the bits may differ; take the "
+    "stream over to go on all the same",
+    Code.ACK_AHEAD: "the message acknowledges an output that was not computed yet",
+    Code.NEVER_USED: "the stream was evicted because no frame came within limits.first_frame_s of its opening",
+    Code.FRAMES_PENDING: "frames of this stream are still being computed; ask again when they are answered",
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
     Code.TOO_MANY_STREAMS: "all limits.max_streams streams are open; close one or raise the limit",
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
     Code.STATE_LOST: "the stream's state was lost by a failed step and the stream was closed; see the server's log",
     Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",
+    Code.NOT_DURABLE: "the server cannot write its recording any more and acknowledges nothing; see its log",
 }

@@ -22,7 +22,7 @@ from instep_client.openings import MAX_REPLY_BYTES, Openings
 from instep_client.outbox import Outbox
 from instep_client.replies import Failure, Refusal, Stepped
 from instep_client.streams import SEQ, Lane, StreamTable
-from instep_client.wire import F32_NAME, MAX_BLOCK_STREAMS, Code, Kind, Message, ServerInfo, raw
+from instep_client.wire import COLUMN, F32_NAME, MAX_BLOCK_STREAMS, Code, Kind, Message, ServerInfo, raw
 
 BEHIND: Final = "an earlier frame of this stream was refused, so this one, which came after it, was not applied"
 
@@ -36,6 +36,7 @@ class Flow:
         self._openings = openings
         self._credit = info.credit_frames
         self._outputs = info.outputs
+        self._window = info.window_frames
         frame_bytes = 4 * max(info.features, 1)
         self._most_frames = max(
             1,
@@ -46,7 +47,9 @@ class Flow:
                 MAX_REPLY_BYTES // (4 * info.outputs),
             ),
         )
-        self._most_columns = max(1, min(self._most_frames, MAX_BLOCK_STREAMS, info.max_message_bytes // 16))
+        self._most_columns = max(
+            1, min(self._most_frames, MAX_BLOCK_STREAMS, info.max_message_bytes // COLUMN.itemsize)
+        )
         self._line: deque[Lane] = deque()
         self._clock = 0
         self._on_the_way: dict[Block, None] = {}
@@ -61,7 +64,7 @@ class Flow:
     def submit(self, call: StepCall) -> None:
         """A new step call; it is sent when its lane's turn comes."""
         if not call.lone:
-            call.cut(self._most_frames, self._most_columns)
+            call.cut(self._most_frames, self._most_columns, max(1, self._window // 2))
         if call.keep:
             call.lane.results.append(call)
         self.enqueue(call.lane, call)
@@ -107,6 +110,7 @@ class Flow:
     def answered(self, block: Block, answer: Stepped) -> None:
         """A block's STEPPED came."""
         self._leave(block)
+        self._acknowledge(block, answer.failures)
         whole = block
         if answer.failures:
             held = self._sort_failures(block, answer.failures)
@@ -117,6 +121,13 @@ class Flow:
                 answer = answer._replace(outputs=answer.outputs[:, rest])
         block.deliver(answer)
         self._conclude(whole.calls)
+
+    def _acknowledge(self, block: Block, failures: list[Failure]) -> None:
+        first = block.columns[:, SEQ]
+        end = first + np.uint64(len(block.x))
+        for failure in failures:
+            end[failure.column] = first[failure.column] + np.uint64(failure.timestep)
+        self._table.came(block.rows, first, end)
 
     def refused(self, block: Block, refusal: Refusal, now: float) -> None:
         """A block's ERROR came: nothing of it was applied."""
@@ -206,6 +217,9 @@ class Flow:
                 continue
             if call.next_frames() > room:
                 break
+            if not self._table.in_window(*call.next_rows(), self._window):
+                self._pause(lane)  # until some of its outputs have come
+                continue
             self._line.popleft()
             if begins:
                 lane.unread += call.frames
@@ -336,7 +350,7 @@ class Flow:
                 call.conclude()
                 self._tell(call)
             lane = call.lane
-            if lane.unanswered == 0 and lane.calls:
+            if lane.calls:
                 self.enqueue(lane)
 
     def _abort(self, call: StepCall | CloseCall, error: InstepError) -> None:

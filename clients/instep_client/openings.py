@@ -14,7 +14,7 @@ from instep_client.errors import InvalidInput, StreamEvicted, StreamRefused
 from instep_client.outbox import Outbox
 from instep_client.replies import Failure, Refusal
 from instep_client.streams import HANDLE, StreamTable
-from instep_client.wire import F32, MAX_BLOCK_STREAMS, U64, Code, Kind, Message, ServerInfo, raw
+from instep_client.wire import F32, MAX_BLOCK_STREAMS, Code, GrantArray, Kind, Message, ServerInfo, raw
 
 MAX_REPLY_BYTES: Final = 64 * 2**20
 """The largest frame the client lets the server send; requests are cut so that no honest reply is larger."""
@@ -52,14 +52,14 @@ class Openings:
         call = OpenCall(names, single)
         for part in _parts(len(names), self._most_opened):
             states = b"" if initial is None else raw(initial[part])
-            frames: Message = [wire.pack_names([names[index] for index in part]), states]
+            frames: Message = [wire.pack_names([names[index] for index in part]), states, b""]
             call.parts_left += 1
-            self._outbox.ask(Kind.OPEN, call, len(part), int(initial is not None), frames=frames, part=part)
+            self._outbox.ask(Kind.OPEN, call, len(part), int(initial is not None), 0, frames=frames, part=part)
         return call
 
-    def opened(self, call: OpenCall, part: arrays.Indices, handles: U64, failures: list[Failure]) -> None:
+    def opened(self, call: OpenCall, part: arrays.Indices, grants: GrantArray, failures: list[Failure]) -> None:
         """OPENED came for a part of a call."""
-        call.handles[part] = handles
+        call.grants[part] = grants
         for failure in failures[:1]:
             _note(call, int(part[failure.column]), failure.code, failure.sentence)
         self._part_opened(call)
@@ -113,13 +113,13 @@ class Openings:
         call.parts_left -= 1
         if call.parts_left:
             return
-        opened = call.handles != 0
+        opened = call.grants["handle"] != 0
         if call.refusal is None and not call.abandoned:
-            call.finish(self._table.add(call.names, call.handles, call.single))
+            call.finish(self._table.add(call.names, call.grants, call.single))
         else:
             if np.any(opened):
                 names = [name for name, is_open in zip(call.names, opened, strict=True) if is_open]
-                lane = self._table.add(names, call.handles[opened], single=False)
+                lane = self._table.add(names, call.grants[opened], single=False)
                 self.close_quietly(lane.rows)
                 self._table.remove(lane)
             if call.refusal is not None:

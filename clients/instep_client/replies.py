@@ -9,7 +9,7 @@ import numpy as np
 
 from instep_client import wire
 from instep_client.errors import MalformedMessage
-from instep_client.wire import F32, U64, Code, Frame, Header, ServerInfo
+from instep_client.wire import F32, U64, Code, Frame, GrantArray, Header, ServerInfo
 
 _MOST: Final = 2**63 - 1
 _CODES: Final = {int(code): code for code in Code}
@@ -59,14 +59,16 @@ def welcome(header: Header) -> ServerInfo:
     return ServerInfo(*values)
 
 
-def opened(header: Header, frames: Sequence[Frame], count: int) -> tuple[U64, list[Failure]]:
-    """Handles [count], 0 where refused, and what was refused."""
-    _count(header.fields[0], count)
-    handles: U64 = wire.array_frame(frames[1], "<u8", (count,), "handles")
-    failures = _failures(frames[2], header.fields[1], count, 1)
-    if {failure.column for failure in failures} != set(np.flatnonzero(handles == 0).tolist()):
+def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantArray, list[Failure]]:
+    """OPENED or RESUMED: grants [count], handle 0 where refused, and what was refused."""
+    n, durability, sentences = header.fields
+    _count(n, count)
+    _text(durability, "durability")
+    grants: GrantArray = wire.array_frame(frames[1], wire.GRANT, (count,), "grants")
+    failures = _failures(frames[2], sentences, count, 1)
+    if {failure.column for failure in failures} != set(np.flatnonzero(grants["handle"] == 0).tolist()):
         raise MalformedMessage("the refused streams are not those without a handle")
-    return handles, failures
+    return grants, failures
 
 
 def stepped(header: Header, frames: Sequence[Frame], steps: int, columns: int, outputs: int) -> Stepped:

@@ -327,7 +327,7 @@ class Session:
         elif header.kind is Kind.WELCOME:
             self._welcomed(replies.welcome(header))
         elif isinstance(what, OpenCall) and asked.part is not None:
-            self._openings.opened(what, asked.part, *replies.opened(header, frames, len(asked.part)))
+            self._openings.opened(what, asked.part, *replies.granted(header, frames, len(asked.part)))
         elif isinstance(what, CloseCall) and asked.part is not None:
             state = what.finals.shape[1]
             self._openings.closed(what, asked.part, *replies.closed(header, frames, len(asked.part), state))

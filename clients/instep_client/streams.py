@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from instep_client.arrays import Indices
-from instep_client.wire import U64, Code
+from instep_client.wire import U64, Code, GrantArray
 
 if TYPE_CHECKING:
     from instep_client.calls import CloseCall, StepCall, Waiter
 
 HANDLE = 0
 SEQ = 1
+ACKED = 2
 
 
 class Lane:
@@ -79,8 +80,13 @@ class StreamTable:
     """What is known of every open stream, a row each; rows are reused after `remove`."""
 
     def __init__(self) -> None:
-        self.columns: U64 = np.zeros((0, 2), np.uint64)
-        """(handle, next seq) of each row, laid out as `wire.COLUMN`; handle 0 marks a free row."""
+        self.columns: U64 = np.zeros((0, 3), np.uint64)
+        """(handle, next seq, seq before which every output has come) of each row, laid out as `wire.COLUMN`; handle 0
+        marks a free row."""
+        self.epoch: U64 = np.zeros(0, np.uint64)
+        """Under which each stream is held."""
+        self._early: list[tuple[Indices, U64, U64]] = []
+        """Outputs that came before earlier ones of their streams: rows, first seqs, seqs after the last."""
         self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """When the next seq was last set back to what the server expects, on the session's counter."""
         self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -92,18 +98,20 @@ class StreamTable:
         self.lanes: list[Lane | None] = []
         self._free: list[int] = []
 
-    def add(self, names: Sequence[str], handles: U64, single: bool) -> Lane:
+    def add(self, names: Sequence[str], grants: GrantArray, single: bool) -> Lane:
         """Rows for newly opened streams, and the lane over them.
 
         Set-backs of a row's former stream are older than any call of the new one, and need no clearing.
         """
-        if len(self._free) < len(handles):
-            self._grow(len(handles) - len(self._free))
-        rows = np.array(sorted(self._free[-len(handles) :]), np.int64)
-        del self._free[-len(handles) :]
+        if len(self._free) < len(grants):
+            self._grow(len(grants) - len(self._free))
+        rows = np.array(sorted(self._free[-len(grants) :]), np.int64)
+        del self._free[-len(grants) :]
         lane = Lane(names, rows, single)
-        self.columns[rows, HANDLE] = handles
-        self.columns[rows, SEQ] = 0
+        self.columns[rows, HANDLE] = grants["handle"]
+        self.columns[rows, SEQ] = grants["next_seq"]
+        self.columns[rows, ACKED] = grants["next_seq"]
+        self.epoch[rows] = grants["epoch"]
         self.ended[rows] = 0
         for row in rows.tolist():
             self.lanes[row] = lane
@@ -118,6 +126,22 @@ class StreamTable:
         for row in lane.rows.tolist():
             self.lanes[row] = None
         self._free.extend(reversed(lane.rows.tolist()))
+
+    def came(self, rows: Indices, first: U64, end: U64) -> None:
+        """Outputs of the seqs from `first` to `end`, uint64 [N] each, came for these rows."""
+        self._early.append((rows, first, end))
+        self._early = [part for part in self._early if not self._moved(*part)]
+
+    def _moved(self, rows: Indices, first: U64, end: U64) -> bool:
+        acked = self.columns[rows, ACKED]
+        due = first <= acked
+        self.columns[rows, ACKED] = np.where(due, np.maximum(acked, end), acked)
+        return bool(due.all())
+
+    def in_window(self, rows: Indices, timesteps: int, window: int) -> bool:
+        """Whether each of the rows may send so many frames more."""
+        columns = self.columns[rows]
+        return int((columns[:, SEQ] - columns[:, ACKED]).max()) <= window - timesteps
 
     def next_seqs(self, lane: Lane) -> U64:
         """The seq that each of a lane's streams sends next, as a copy."""
@@ -139,7 +163,8 @@ class StreamTable:
     def _grow(self, at_least: int) -> None:
         old = len(self.lanes)
         more = max(at_least, old, 16)
-        self.columns = np.concatenate([self.columns, np.zeros((more, 2), np.uint64)])
+        self.columns = np.concatenate([self.columns, np.zeros((more, 3), np.uint64)])
+        self.epoch = np.concatenate([self.epoch, np.zeros(more, np.uint64)])
         self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])
         self.held = np.concatenate([self.held, np.zeros(more, np.bool_)])
         self.ended = np.concatenate([self.ended, np.zeros(more, np.int64)])

@@ -18,6 +18,7 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from instep_client.codes import HAVE_ALL as HAVE_ALL
 from instep_client.codes import MAX_NAME_BYTES as MAX_NAME_BYTES
 from instep_client.codes import PROTOCOL_VERSION as PROTOCOL_VERSION
 from instep_client.codes import SENTENCES as SENTENCES
@@ -34,9 +35,19 @@ Message: TypeAlias = list[Frame]
 F32: TypeAlias = npt.NDArray[np.float32]
 U64: TypeAlias = npt.NDArray[np.uint64]
 FailureArray: TypeAlias = npt.NDArray[np.void]
+GrantArray: TypeAlias = npt.NDArray[np.void]
 
-COLUMN: Final = np.dtype([("handle", "<u8"), ("seq", "<u8")])
-"""One column of a STEP block: the stream's handle and the seq of the block's first timestep (16 bytes)."""
+COLUMN: Final = np.dtype([("handle", "<u8"), ("seq", "<u8"), ("acked", "<u8")])
+"""One column of a STEP block: the stream's handle, the seq of the block's first timestep, and the seq before which the
+client has received every output (24 bytes)."""
+
+GRANT: Final = np.dtype([("handle", "<u8"), ("epoch", "<u8"), ("next_seq", "<u8")])
+"""A stream as its owner gets it: the handle to use from now on (0 where refused), the epoch of this ownership, and the
+seq that the server expects next (24 bytes)."""
+
+CLAIM: Final = np.dtype([("have", "<u8"), ("epoch", "<u8")])
+"""A stream that is to be resumed: outputs the client holds (those of seqs below `have`; `HAVE_ALL` for as many as the
+server gave), and the epoch under which it had the stream (16 bytes)."""
 
 FAILURE: Final = np.dtype(
     [("column", "<u4"), ("timestep", "<u4"), ("code", "<u4"), ("reserved", "<u4"), ("expected_seq", "<u8")]
@@ -57,6 +68,10 @@ class Kind(IntEnum):
     CLOSE = 4
     PING = 5
     STATS = 6
+    RESUME = 7
+    PEEK = 8
+    RESET = 9
+    FORK = 10
     WELCOME = 65
     OPENED = 66
     STEPPED = 67
@@ -66,17 +81,24 @@ class Kind(IntEnum):
     EVICTED = 71
     ERROR = 72
     GOODBYE = 73
+    RESUMED = 74
+    PEEKED = 75
+    CHANGED = 76
 
 
 HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.HELLO: 4,  # kind, request, protocol version, client's name
-    Kind.OPEN: 4,  # kind, request, N, whether initial states follow (0 or 1)
+    Kind.OPEN: 5,  # kind, request, N, whether initial states follow (0 or 1), whether first seqs follow (0 or 1)
     Kind.STEP: 6,  # kind, request, T, N, features, dtype name ("f4")
     Kind.CLOSE: 3,  # kind, request, N
     Kind.PING: 2,  # either side may ask; the server's number says how many bytes it has sent
     Kind.STATS: 2,
-    Kind.WELCOME: 18,  # see ServerInfo
-    Kind.OPENED: 4,  # kind, request, N, sentences
+    Kind.RESUME: 4,  # kind, request, N, whether to take the streams over (0 or 1)
+    Kind.PEEK: 3,  # kind, request, N
+    Kind.RESET: 4,  # kind, request, N, whether states follow (0 or 1)
+    Kind.FORK: 3,  # kind, request, N
+    Kind.WELCOME: 21,  # see ServerInfo
+    Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.STEPPED: 8,  # kind, request, T, N, queue_us, compute_us, send_us, sentences
     Kind.CLOSED: 4,  # kind, request, N, sentences
     Kind.PONG: 2,
@@ -84,17 +106,24 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.EVICTED: 5,  # kind, request (0), N, code, sentence
     Kind.ERROR: 5,  # kind, request (0 when it could not be read), code, sentence, retry_after_us
     Kind.GOODBYE: 3,  # kind, request (0), sentence
+    Kind.RESUMED: 5,  # kind, request, N, durability, sentences
+    Kind.PEEKED: 4,  # kind, request, N, sentences
+    Kind.CHANGED: 4,  # kind, request, N, sentences
 }
 
 FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.HELLO: 1,
-    Kind.OPEN: 3,  # names (UTF-8, one a line), states float32 [N, state] or empty
+    Kind.OPEN: 4,  # names (UTF-8, one a line), states float32 [N, state] or empty, first seqs uint64 [N] or empty
     Kind.STEP: 3,  # columns [N], x float32 [T, N, features]
     Kind.CLOSE: 2,  # handles uint64 [N]
     Kind.PING: 1,
     Kind.STATS: 1,
+    Kind.RESUME: 3,  # names, claims [N]
+    Kind.PEEK: 2,  # handles uint64 [N]
+    Kind.RESET: 3,  # handles uint64 [N], states float32 [N, state] or empty
+    Kind.FORK: 3,  # handles uint64 [N], names of the copies
     Kind.WELCOME: 1,
-    Kind.OPENED: 3,  # handles uint64 [N] (0 where refused), failures
+    Kind.OPENED: 3,  # grants [N], failures
     Kind.STEPPED: 3,  # y float32 [T, N, outputs] (NaN where refused), failures
     Kind.CLOSED: 3,  # final states float32 [N, state] (NaN where refused), failures
     Kind.PONG: 1,
@@ -102,6 +131,9 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.EVICTED: 2,  # handles uint64 [N]
     Kind.ERROR: 1,
     Kind.GOODBYE: 1,
+    Kind.RESUMED: 3,  # grants [N], failures
+    Kind.PEEKED: 4,  # seqs uint64 [N], states float32 [N, state] (NaN where refused), failures
+    Kind.CHANGED: 2,  # failures
 }
 
 
@@ -134,6 +166,12 @@ class ServerInfo:
     """The most frames one connection may have sent and not yet had answered; beyond it the answer is BUSY."""
     max_idle_s: float
     """Seconds after which a silent stream is evicted; 0 for never."""
+    window_frames: int
+    """The most frames of one stream from the first unacknowledged output on, that one included."""
+    durability: str
+    """What an answer survives: `memory`, nothing; `commit`, the death of the process; `fsync`, the loss of power."""
+    park_s: float
+    """Seconds for which a stream is kept when its connection is gone; 0 for not at all."""
 
 
 @dataclass(frozen=True, slots=True)

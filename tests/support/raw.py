@@ -39,7 +39,13 @@ class Reply:
 
     def handles(self) -> U64:
         """The handles of an OPENED or EVICTED."""
-        return np.frombuffer(self.frames[0], "<u8")
+        if self.kind is Kind.EVICTED:
+            return np.frombuffer(self.frames[0], "<u8")
+        return self.grants()["handle"].copy()
+
+    def grants(self) -> wire.GrantArray:
+        """The grants of an OPENED or RESUMED."""
+        return np.frombuffer(self.frames[0], wire.GRANT)
 
     def floats(self) -> F32:
         """The floats of a STEPPED or CLOSED, flat."""
@@ -97,22 +103,25 @@ class RawClient:
 
     async def hello(self) -> Reply:
         """Say HELLO."""
-        reply = await self.ask(msgpack.packb([Kind.HELLO, self.next_request(), 1, "raw"]))
+        reply = await self.ask(msgpack.packb([Kind.HELLO, self.next_request(), 2, "raw"]))
         assert reply.kind is Kind.WELCOME, reply.header
         return reply
 
     async def open(self, *names: str, states: F32 | None = None) -> Reply:
         """Open streams."""
-        header = msgpack.packb([Kind.OPEN, self.next_request(), len(names), int(states is not None)])
-        return await self.ask(header, "\n".join(names).encode(), b"" if states is None else states.tobytes())
+        header = msgpack.packb([Kind.OPEN, self.next_request(), len(names), int(states is not None), 0])
+        return await self.ask(header, "\n".join(names).encode(), b"" if states is None else states.tobytes(), b"")
 
-    def step_message(self, handles: Sequence[int] | U64, seqs: Sequence[int], x: F32) -> list[bytes]:
-        """A STEP of x float32 [T, N, features]."""
+    def step_message(
+        self, handles: Sequence[int] | U64, seqs: Sequence[int], x: F32, acked: Sequence[int] | None = None
+    ) -> list[bytes]:
+        """A STEP of x float32 [T, N, features] that acknowledges nothing unless told what."""
         timesteps, columns, features = x.shape
         header = msgpack.packb([Kind.STEP, self.next_request(), timesteps, columns, features, "f4"])
         column = np.empty(columns, wire.COLUMN)
         column["handle"] = handles
         column["seq"] = seqs
+        column["acked"] = 0 if acked is None else acked
         return [header, column.tobytes(), x.astype("<f4").tobytes()]
 
     async def step(self, handles: Sequence[int] | U64, seqs: Sequence[int], x: F32) -> Reply:

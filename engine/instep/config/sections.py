@@ -67,6 +67,10 @@ class LimitsConfig(Section):
     """What is refused, and when a silent peer is given up."""
 
     max_idle_s: Seconds = 3600.0
+    first_frame_s: Seconds = 0.0
+    park_s: Seconds = 300.0
+    max_parked_streams: Count = 4096
+    window_frames: Annotated[int, Field(ge=1, le=65_536)] = 32
     max_block_frames: Count = 16_384
     max_pending_frames: Count = 131_072
     credit_frames: Count = 16_384

@@ -1,4 +1,9 @@
-"""Which frames of a block may be applied: decided for all columns at once, before anything is changed."""
+"""Which frames of a block may be applied: decided for all columns at once, before anything is changed.
+
+A column of a block holds T frames of one stream, seq by seq. Leading ones that were applied before are answered again
+with the same outputs, provided they hold the same inputs and the ring still has them. The rest is applied as far as it
+follows on, is finite, and lies within the window: at most `window` frames from the first unacknowledged one on.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I32, I64, U64
 from instep_client.codes import Code
@@ -16,8 +22,12 @@ class Admission:
     """The verdict on a block of T × N frames, one entry a column."""
 
     slots: I64
+    first_seqs: I64
+    """The seq of timestep 0; counts only where `lengths` is not 0."""
+    skipped: I64
+    """How many leading timesteps were applied before, and are only answered: 0 … `lengths`."""
     lengths: I64
-    """How many leading timesteps of the column are admitted: 0 … T."""
+    """How many leading timesteps of the column are answered with outputs: 0 … T."""
     codes: I32
     """Why timestep `lengths[n]` of the column is refused; 0 where all T are admitted."""
     expected_seq: I64
@@ -54,34 +64,67 @@ def finite_lengths(x: F32) -> I64:
     return lengths
 
 
-def admit(table: StreamTable, owner: int, handles: U64, seqs: U64, x: F32) -> Admission:
+def admit(table: StreamTable, rings: Rings, owner: int, handles: U64, seqs: U64, acked: U64, x: F32) -> Admission:
     """Judge a block; admit what may be applied and move the streams' expected seq past it.
 
     Args:
-        table: the streams; `next_seq` is moved on for admitted frames, nothing else.
+        table: the streams; `next_seq` is moved on for admitted frames, and `acked`, nothing else.
+        rings: what the streams were sent before; not changed.
         owner: who sent the block.
         handles: uint64 [N].
         seqs: uint64 [N], seq of each column's first timestep.
+        acked: uint64 [N], the seq before which the client has every output of the stream.
         x: float32 [T, N, features].
 
     Raises:
         RepeatedStream: when a stream stands in it more than once; nothing has changed.
     """
-    timesteps = x.shape[0]
+    timesteps, columns = x.shape[:2]
     slots, codes = resolve_distinct(table, owner, handles)
     expected = table.next_seq[slots]
     lengths = finite_lengths(x)
     due = expected.view(np.uint64)  # a seq of 2^63 or more is a gap, not a negative number
-    if not codes.any() and (seqs == due).all() and lengths.min() == timesteps:  # nearly always: nothing to refuse
-        expected += lengths
-        table.next_seq[slots] = expected
-        return Admission(slots, lengths, codes, expected)
+    ahead = acked > table.step_seq[slots].view(np.uint64)
+    if (
+        not codes.any()
+        and not ahead.any()
+        and (seqs == due).all()
+        and lengths.min() == timesteps
+        and int((seqs - acked).max()) <= rings.window - timesteps
+    ):  # nearly always: nothing to refuse
+        table.next_seq[slots] = expected + timesteps
+        table.acked[slots] = np.maximum(table.acked[slots], acked.view(np.int64))
+        return Admission(slots, expected, np.zeros(columns, np.int64), lengths, codes, expected + timesteps)
+
     own = codes == 0
-    codes[own & (seqs > due)] = Code.SEQ_GAP
-    codes[own & (seqs < due)] = Code.SEQ_REPEATED
+    codes[own & ahead] = Code.ACK_AHEAD
+    codes[(codes == 0) & (seqs > due)] = Code.SEQ_GAP
+    first = np.where(codes == 0, seqs, 0).astype(np.int64)
+    repeats = np.where(codes == 0, np.minimum(expected - first, timesteps), 0)
+    too_late = (repeats > 0) & ((table.pending[slots] > 0) | (first < _oldest(table, rings, slots)))
+    codes[too_late] = Code.SEQ_REPEATED
+    repeats[too_late] = 0
+    same = rings.holds_same(slots, first, repeats, x)
+    within = np.maximum(acked.astype(np.int64) + rings.window - first, 0)
+    lengths = np.minimum(lengths, within)
+    why = np.where(lengths < within, Code.NOT_FINITE, Code.WINDOW_FULL)
+    conflict = same < repeats
+    lengths[conflict] = np.minimum(lengths, same)[conflict]
+    why[conflict & (lengths == same)] = Code.CONFLICT
     lengths[codes != 0] = 0
-    codes[(codes == 0) & (lengths < timesteps)] = Code.NOT_FINITE
-    expected += lengths
+    short = (codes == 0) & (lengths < timesteps)
+    codes[short] = why[short]
+
+    moved = lengths > repeats
+    table.next_seq[slots[moved]] = (first + lengths)[moved]
+    known = own & ~ahead
+    table.acked[slots[known]] = np.maximum(table.acked[slots[known]], acked[known].astype(np.int64))
+    expected[moved] = (first + lengths)[moved]
     expected[~own] = 0
-    table.next_seq[slots[own]] = expected[own]
-    return Admission(slots, lengths, codes, expected)
+    return Admission(slots, first, np.minimum(repeats, lengths), lengths, codes, expected)
+
+
+def _oldest(table: StreamTable, rings: Rings, slots: I64) -> I64:
+    """The first seq of each stream whose frame the ring still holds."""
+    oldest: I64 = np.maximum(table.acked[slots], table.next_seq[slots] - rings.window)
+    return np.maximum(oldest, table.first_seq[slots])

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from instep.core.admission import Admission
-from instep.core.pending import NONE, PendingFrames
+from instep.core.rings import Rings
 from instep.core.typing import F32, I32, I64
 
 _ONE = np.int32(1)
 
+C = TypeVar("C")
+
 
 @dataclass(slots=True)
-class Block:
-    """One STEP message on its way."""
+class Block(Generic[C]):
+    """One STEP message on its way; `client` is whoever sent it."""
 
-    client: int
+    client: C
     request: int
-    rows: I32
-    """int32 [T, N], rows in the pool, `NONE` where a frame was not admitted."""
+    timesteps: int
     admission: Admission
-    frames: int
-    """Frames admitted."""
     admitted_ns: int
     codes: I32 = field(init=False)
     """int32 [N], 0 where no frame of the column was refused or failed."""
@@ -31,6 +31,10 @@ class Block:
     """int64 [N], timesteps of the column that were or will be applied."""
     expected_seq: I64 = field(init=False)
     """int64 [N], what the stream expects after those; counts only where `codes` is not 0."""
+    fresh: I64 = field(init=False)
+    """int64 [N], how many of them were admitted to be computed."""
+    frames: int = field(init=False)
+    """How many those are together."""
     queue_ns: int = 0
     compute_ns: int = 0
     stepped_ns: int = 0
@@ -39,78 +43,83 @@ class Block:
         self.codes = self.admission.codes
         self.lengths = self.admission.lengths
         self.expected_seq = self.admission.expected_seq
+        self.fresh = self.admission.lengths - self.admission.skipped
+        self.frames = int(self.fresh.sum())
 
-    def fail(self, why: I32, expected_seq: I64) -> None:
+    def fail(self, rings: Rings, failed_rows: I64, codes: I32, expected_seq: I64) -> None:
         """Frames of this block were not applied, nor any after them in their columns.
 
         Args:
-            why: int32 [pool], the code of each row that failed, 0 for the others.
-            expected_seq: int64 [pool], what the stream of each row that failed expects now.
+            rings: where the block's frames lie.
+            failed_rows: int64 [F], rising.
+            codes: int32 [F], why each failed.
+            expected_seq: int64 [F], what the stream of each expects now.
         """
+        timesteps = np.arange(self.timesteps)[:, None]
+        rows = rings.rows(self.admission.slots, self.admission.first_seqs + timesteps)
+        at = np.minimum(np.searchsorted(failed_rows, rows), len(failed_rows) - 1)
+        fresh = (timesteps >= self.admission.skipped) & (timesteps < self.admission.lengths)
+        failed = fresh & (failed_rows[at] == rows)
+        columns = np.flatnonzero(failed.any(axis=0))
+        first = failed[:, columns].argmax(axis=0)
+        which = at[first, columns]
         self.lengths = self.lengths.copy()  # how many were admitted stays known
-        codes = np.where(self.rows != NONE, why[self.rows], 0)
-        columns = np.flatnonzero(codes.any(axis=0))
-        first = (codes[:, columns] != 0).argmax(axis=0)
-        self.expected_seq[columns] = expected_seq[self.rows[first, columns]]
-        self.codes[columns] = codes[first, columns]
         self.lengths[columns] = first
+        self.codes[columns] = codes[which]
+        self.expected_seq[columns] = expected_seq[which]
 
-    def outputs(self, pending: PendingFrames) -> F32:
+    def outputs(self, rings: Rings) -> F32:
         """The answer: float32 [T, N, outputs], NaN where a frame was not applied."""
-        y = pending.y.take(self.rows, axis=0)
+        y = rings.outputs(self.admission.slots, self.admission.first_seqs, self.timesteps)
         if self.codes.any():
-            y[np.arange(self.rows.shape[0])[:, None] >= self.lengths] = np.nan
+            y[np.arange(self.timesteps)[:, None] >= self.lengths] = np.nan
         return y
 
 
 @dataclass(slots=True)
-class BlockTable:
-    """Blocks by number; frames of the pool point at them.
+class BlockTable(Generic[C]):
+    """Blocks by number; frames of the rings point at them.
 
     Args:
-        capacity: the most blocks at once (each has at least one admitted frame, so the pool's capacity is enough).
+        capacity: the most blocks at once; each has a pending frame, so as many as may be pending are enough.
     """
 
     capacity: int
-    _blocks: dict[int, Block] = field(default_factory=dict)
+    _blocks: dict[int, Block[C]] = field(default_factory=dict)
     _remaining: I32 = field(init=False)
     _place: I64 = field(init=False)
     """Scratch space: where a number stands last among those of a batch."""
-    _free: list[int] = field(init=False)
+    _free: I32 = field(init=False)
+    """A stack, of which the first `_free_count` count."""
+    _free_count: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._remaining = np.zeros(self.capacity, np.int32)
         self._place = np.zeros(self.capacity, np.int64)
-        self._free = list(range(self.capacity - 1, -1, -1))
+        self._free = np.arange(self.capacity - 1, -1, -1, dtype=np.int32)
+        self._free_count = self.capacity
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __getitem__(self, number: int) -> Block:
+    def __getitem__(self, number: int) -> Block[C]:
         return self._blocks[number]
 
-    def reserve(self) -> int:
-        """A number for the next block."""
-        return self._free.pop()
+    def add(self, block: Block[C]) -> int:
+        """Keep a block until its frames are answered; its number."""
+        self._free_count -= 1
+        number = int(self._free[self._free_count])
+        self._remaining[number] = block.frames
+        self._blocks[number] = block
+        return number
 
-    def add(self, number: int, client: int, request: int, rows: I32, admission: Admission, now_ns: int) -> None:
-        """Keep a block until its frames are answered."""
-        frames = int(admission.lengths.sum())
-        self._remaining[number] = frames
-        self._blocks[number] = Block(client, request, rows, admission, frames, now_ns)
-
-    def answered(self, numbers: I32) -> list[Block]:
+    def answered(self, numbers: I32) -> list[Block[C]]:
         """Frames of these blocks were answered, one entry a frame; the blocks that are complete now, taken out."""
         np.subtract.at(self._remaining, numbers, _ONE)  # of the array's own type: another one is 20 times slower
         places = np.arange(len(numbers))
         self._place[numbers] = places
         distinct = numbers[self._place[numbers] == places]
-        complete = distinct[self._remaining[distinct] == 0].tolist()
-        self._free.extend(complete)
-        return [self._blocks.pop(number) for number in complete]
-
-
-def admitted_rows(block: Block) -> I32:
-    """The rows of the pool that a block holds: int32 [frames]."""
-    rows: I32 = block.rows.reshape(-1)
-    return rows if block.frames == len(rows) else rows[rows != NONE]
+        complete = distinct[self._remaining[distinct] == 0]
+        self._free[self._free_count : self._free_count + len(complete)] = complete
+        self._free_count += len(complete)
+        return [self._blocks.pop(number) for number in complete.tolist()]

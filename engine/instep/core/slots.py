@@ -39,11 +39,15 @@ class SlotAllocator:
 
     def release(self, slots: I64) -> None:
         """Give slots back; their handles are void from now on."""
+        self.renew(slots)
+        self._free[self.free_count : self.free_count + len(slots)] = slots
+        self.free_count += len(slots)
+
+    def renew(self, slots: I64) -> None:
+        """Void the handles of slots that stay in use; `handles` gives new ones."""
         self.generation[slots] += np.uint32(1)
         # Generation 0 is skipped on wrap-around, so that handle 0 never names a stream.
         self.generation[slots] = np.maximum(self.generation[slots], np.uint32(1))
-        self._free[self.free_count : self.free_count + len(slots)] = slots
-        self.free_count += len(slots)
 
     def handles(self, slots: I64) -> U64:
         """The handles of slots in use: uint64 [N]."""

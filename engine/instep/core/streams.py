@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from instep.core.slots import SCRATCH_SLOT, SlotAllocator
-from instep.core.typing import I32, I64, U64, Bool
+from instep.core.typing import I32, I64, U32, U64, Bool
 from instep_client.codes import Code
 
 NO_OWNER = -1
@@ -15,29 +15,44 @@ _ONE = np.int64(1)
 
 
 class StreamTable:
-    """Columns over slots: owner, expected seq, frames pending, activity.
+    """Columns over slots: owner, epoch, expected seq, frames pending, activity.
+
+    An epoch is one ownership of one stream; epochs are unique in a server and only rise. A stream whose connection is
+    gone is parked: it belongs to `parked`, an owner that no connection is, until somebody resumes it.
 
     Args:
         max_streams: how many may be open at once.
-        max_owners: owners are numbered from 0 to this, exclusive.
+        max_owners: owners are numbered from 0 to this, exclusive; this number itself is `parked`.
         first_generation: see `SlotAllocator`.
+        last_epoch: epochs begin above it.
     """
 
-    def __init__(self, max_streams: int, max_owners: int, first_generation: int = 1) -> None:
+    def __init__(self, max_streams: int, max_owners: int, first_generation: int = 1, last_epoch: int = 0) -> None:
         self.slots = SlotAllocator(max_streams, first_generation)
         rows = max_streams + 1
+        self.parked = max_owners
+        self.last_epoch = last_epoch
         self.owner: I32 = np.full(rows, NO_OWNER, np.int32)
-        self.owned: I64 = np.zeros(max_owners, np.int64)
+        self.owned: I64 = np.zeros(max_owners + 1, np.int64)
         """How many streams each owner has, those that are closing included."""
+        self.epoch: U64 = np.zeros(rows, np.uint64)
+        self._first_generation: U32 = np.zeros(rows, np.uint32)
+        """The generation under which the slot's stream was opened; those from there to the present one are fenced."""
+        self.first_seq: I64 = np.zeros(rows, np.int64)
+        """The seq with which the stream began."""
         self.next_seq: I64 = np.zeros(rows, np.int64)
         """The seq the stream expects next, counting admitted frames."""
         self.step_seq: I64 = np.zeros(rows, np.int64)
         """The seq that the stream's next step applies."""
+        self.acked: I64 = np.zeros(rows, np.int64)
+        """The seq before which the client has every output."""
         self.pending: I64 = np.zeros(rows, np.int64)
         """Frames admitted and not yet answered."""
         self.closing: Bool = np.zeros(rows, np.bool_)
         self.lost: Bool = np.zeros(rows, np.bool_)
         """Streams whose state can no longer be trusted; they are closing."""
+        self.renumbered: Bool = np.zeros(rows, np.bool_)
+        """Streams that a restart with other numerics took from their owners."""
         self.last_active_ns: I64 = np.zeros(rows, np.int64)
         self.marks: I64 = np.zeros(rows, np.int64)
         """Scratch space with an entry a slot, for whoever looks for repeated slots."""
@@ -57,8 +72,12 @@ class StreamTable:
         assert name is not None, f"slot {slot} is free"
         return name
 
-    def open(self, names: Sequence[str], owner: int, now_ns: int) -> tuple[I64, I32]:
-        """Open streams for one owner.
+    def find(self, name: str) -> int | None:
+        """The slot of the open stream of that name."""
+        return self._slot_of.get(name)
+
+    def open(self, names: Sequence[str], owner: int, now_ns: int, first_seqs: I64 | None = None) -> tuple[I64, I32]:
+        """Open streams for one owner, whose first frames are of `first_seqs`, int64 [N], or 0.
 
         Returns:
             slots: int64 [N], the scratch slot where refused.
@@ -81,15 +100,43 @@ class StreamTable:
             slots[index] = slot
             self._slot_of[name] = slot
             self._names[slot] = name
+        first = 0 if first_seqs is None else first_seqs[codes == 0]
         self.owner[granted] = owner
         self.owned[owner] += len(granted)
-        self.next_seq[granted] = 0
-        self.step_seq[granted] = 0
+        self.first_seq[granted] = first
+        self.next_seq[granted] = first
+        self.step_seq[granted] = first
+        self.acked[granted] = first
         self.pending[granted] = 0
         self.closing[granted] = False
         self.lost[granted] = False
+        self.renumbered[granted] = False
         self.last_active_ns[granted] = now_ns
+        self._first_generation[granted] = self.slots.generation[granted]
+        self._new_epochs(granted)
         return slots, codes
+
+    def hand_over(self, slots: I64, owner: int, now_ns: int) -> None:
+        """Give streams to another owner, distinct slots: new epochs, and their handles so far are fenced."""
+        self.slots.renew(slots)
+        self._move(slots, owner)
+        self._new_epochs(slots)
+        self.renumbered[slots] = False
+        self.last_active_ns[slots] = now_ns
+
+    def park(self, slots: I64, now_ns: int) -> None:
+        """The connection of these streams is gone; they wait to be resumed."""
+        self._move(slots, self.parked)
+        self.last_active_ns[slots] = now_ns
+
+    def _move(self, slots: I64, owner: int) -> None:
+        np.subtract.at(self.owned, self.owner[slots], _ONE)
+        self.owner[slots] = owner
+        self.owned[owner] += len(slots)
+
+    def _new_epochs(self, slots: I64) -> None:
+        self.epoch[slots] = np.arange(self.last_epoch + 1, self.last_epoch + 1 + len(slots), dtype=np.uint64)
+        self.last_epoch += len(slots)
 
     def release(self, slots: I64) -> None:
         """Forget streams whose frames are all answered; their slots may be given out again."""
@@ -107,16 +154,24 @@ class StreamTable:
 
         Returns:
             slots: int64 [N].
-            codes: int32 [N], 0 or `UNKNOWN_STREAM` or `FOREIGN_STREAM`.
+            codes: int32 [N], 0 or `UNKNOWN_STREAM`, `FENCED` or `FOREIGN_STREAM`.
         """
         slots, current = self.slots.resolve(handles)
         codes = np.zeros(len(slots), np.int32)
         usable = current & (self.owner[slots] == owner) & ~self.closing[slots]
         if not usable.all():
-            known = current & (self.owner[slots] != NO_OWNER) & ~self.closing[slots]
-            codes[~known] = Code.UNKNOWN_STREAM
-            codes[known & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM
+            open_now = (self.owner[slots] != NO_OWNER) & ~self.closing[slots]
+            codes[~(current & open_now)] = Code.UNKNOWN_STREAM
+            codes[current & open_now & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM
+            codes[open_now & self._is_former(handles, slots)] = Code.FENCED
         return slots, codes
+
+    def _is_former(self, handles: U64, slots: I64) -> Bool:
+        """Whether handles are of a former ownership of the very stream that their slot holds now."""
+        first, now = self._first_generation[slots], self.slots.generation[slots]
+        age = (handles >> np.uint64(32)).astype(np.uint32) - first  # modulo 2^32, as generations count
+        former: Bool = (age < now - first) & (slots != SCRATCH_SLOT)
+        return former
 
     def admitted(self, slots: I64, lengths: I64, now_ns: int) -> None:
         """Frames were admitted: `lengths` int64 [N]; slots with some are distinct, those with none are left alone."""
@@ -134,10 +189,20 @@ class StreamTable:
         return np.flatnonzero((self.owner == owner) & ~self.closing)
 
     def idle_since(self, before_ns: int) -> I64:
-        """Slots of streams with nothing pending that were last active before that time: int64 [N]."""
-        return np.flatnonzero(
-            (self.owner != NO_OWNER) & ~self.closing & (self.pending == 0) & (self.last_active_ns < before_ns)
-        )
+        """Slots of connected streams with nothing pending that were last active before that time: int64 [N]."""
+        return self._silent(before_ns, (self.owner != NO_OWNER) & (self.owner != self.parked))
+
+    def parked_since(self, before_ns: int) -> I64:
+        """Slots of streams that were parked before that time: int64 [N]."""
+        return self._silent(before_ns, self.owner == self.parked)
+
+    def unused_since(self, before_ns: int) -> I64:
+        """Slots of connected streams that were opened before that time and have never sent a frame: int64 [N]."""
+        unused = (self.owner != NO_OWNER) & (self.owner != self.parked) & (self.next_seq == self.first_seq)
+        return self._silent(before_ns, unused)
+
+    def _silent(self, before_ns: int, among: Bool) -> I64:
+        return np.flatnonzero(among & ~self.closing & (self.pending == 0) & (self.last_active_ns < before_ns))
 
 
 def _with_some(slots: I64, lengths: I64) -> tuple[I64, I64]:

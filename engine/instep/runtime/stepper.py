@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from instep.core.slots import SCRATCH_SLOT
-from instep.core.typing import F32, I32, I64
+from instep.core.typing import F32, I64
 from instep.model.network import Network
 from instep.runtime.state_cache import StateCache
 
@@ -45,12 +45,12 @@ class Stepper:
         return int(self.buckets[np.searchsorted(self.buckets, size)])
 
     @torch.inference_mode()
-    def step(self, slots: I64, rows: I32, inputs: F32, outputs: F32) -> None:
+    def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
         """Step the streams in `slots` with one frame each.
 
         Args:
             slots: int64 [B], distinct.
-            rows: int32 [B], the frames' rows in `inputs` and `outputs`.
+            rows: int64 [B], the frames' rows in `inputs` and `outputs`.
             inputs: float32 [capacity, features].
             outputs: float32 [capacity, outputs], written at `rows`.
 

@@ -26,6 +26,7 @@ class EffectiveLimits:
     max_block_frames: int
     credit_frames: int
     max_pending_frames: int
+    window_frames: int
     max_message_bytes: int
     max_unread_bytes: int
     """Bytes of answers that ZeroMQ may hold for one connection."""
@@ -65,6 +66,7 @@ def effective_limits(config: Config, max_batch_size: int, features: int, outputs
         max_block_frames=min(config.limits.max_block_frames, fitting),
         credit_frames=min(config.limits.credit_frames, 2 * fitting),
         max_pending_frames=config.limits.max_pending_frames,
+        window_frames=config.limits.window_frames,
         max_message_bytes=config.transport.max_message_bytes,
         max_unread_bytes=2 * config.transport.max_message_bytes,
         max_outbox_bytes=4 * config.transport.max_message_bytes,

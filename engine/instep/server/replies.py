@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from instep.core.blocks import Block
@@ -37,14 +39,35 @@ def welcome(request: int, info: wire.ServerInfo) -> Message:
     return [wire.pack_header(Kind.WELCOME, request, *fields)]
 
 
-def opened(request: int, handles: U64, codes: I32) -> Message:
-    """OPENED: handles uint64 [N], 0 where refused."""
+def opened(request: int, grants: wire.GrantArray, codes: I32, durability: str) -> Message:
+    """OPENED: grants [N], handle 0 where refused."""
+    return _granted(Kind.OPENED, request, grants, failures(codes), durability)
+
+
+def resumed(request: int, grants: wire.GrantArray, codes: I32, expected_seq: I64, durability: str) -> Message:
+    """RESUMED: grants [N], handle 0 where refused."""
+    return _granted(Kind.RESUMED, request, grants, failures(codes, None, expected_seq), durability)
+
+
+def _granted(kind: Kind, request: int, grants: wire.GrantArray, refused: wire.FailureArray, durability: str) -> Message:
+    header = wire.pack_header(kind, request, len(grants), durability, _sentences(refused))
+    return [header, grants.tobytes(), refused.tobytes()]
+
+
+def peeked(request: int, seqs: I64, states: F32, codes: I32) -> Message:
+    """PEEKED: next seqs int64 [N] and states float32 [N, layers, size], NaN where refused."""
     refused = failures(codes)
-    header = wire.pack_header(Kind.OPENED, request, len(handles), _sentences(refused))
-    return [header, handles.tobytes(), refused.tobytes()]
+    header = wire.pack_header(Kind.PEEKED, request, len(seqs), _sentences(refused))
+    return [header, seqs.tobytes(), states.tobytes(), refused.tobytes()]
 
 
-def stepped(block: Block, y: F32, now_ns: int) -> Message:
+def changed(request: int, codes: I32) -> Message:
+    """CHANGED: what was not done, and why."""
+    refused = failures(codes)
+    return [wire.pack_header(Kind.CHANGED, request, len(codes), _sentences(refused)), refused.tobytes()]
+
+
+def stepped(block: Block[Any], y: F32, now_ns: int) -> Message:
     """STEPPED: the answer to a block, `y` float32 [T, N, outputs]."""
     refused = failures(block.codes, block.lengths, block.expected_seq)
     timesteps, columns = y.shape[:2]

@@ -141,6 +141,9 @@ def server_info(config: Config, prepared: Prepared) -> ServerInfo:
         max_block_frames=limits.max_block_frames,
         credit_frames=limits.credit_frames,
         max_idle_s=config.limits.max_idle_s,
+        window_frames=limits.window_frames,
+        durability="memory",
+        park_s=config.limits.park_s,
     )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import structlog
 
 from instep.config import Config
+from instep.core.rings import Rings
+from instep.core.streams import StreamTable
 from instep.model.certify import Certification
 from instep.model.network import Network
 from instep.recording.recorder import Recorder
@@ -19,12 +21,14 @@ from instep.runtime.worker import Worker
 from instep.server import replies
 from instep.server.clients import ClientTable
 from instep.server.engine import Engine
+from instep.server.lifecycle import Lifecycle
 from instep.server.limits import effective_limits
 from instep.server.postbox import Postbox
 from instep.server.statistics import Statistics
+from instep.server.tap import Tap
 from instep.server.transport import Router
 from instep.server.verbs import Verbs
-from instep_client.wire import ServerInfo
+from instep_client.wire import Code, ServerInfo
 
 _BURST = 256
 _BURST_NS = 2_000_000
@@ -82,15 +86,31 @@ class Server:
             self._limits.max_outbox_bytes,
             round(config.limits.unreachable_after_s * 1e9),
             round(config.transport.heartbeat_s * 1e9),
-            on_gone=lambda client: self.engine.abandon(client),
+            on_gone=lambda client: self.lifecycle.abandon(client),
         )
         try:
+            table = StreamTable(
+                self._limits.max_streams,
+                self._limits.max_connections,
+                self._limits.first_generation,
+                last_epoch=time.time_ns(),
+            )
+            rings = Rings(
+                table,
+                self._limits.window_frames,
+                self._limits.max_streams,
+                network.features,
+                network.outputs,
+                self._limits.max_pending_frames,
+            )
+            tap = Tap(self._recorder, table, rings)
             self.engine = Engine(
+                table,
+                rings,
                 stepper,
                 self._worker,
-                self._clients,
                 self._postbox,
-                self._recorder,
+                tap,
                 self._limits,
                 self.statistics,
                 self._step_failed,
@@ -100,7 +120,25 @@ class Server:
             if self._recorder is not None:
                 self._recorder.stop()
             raise
-        self._verbs = Verbs(self.engine, self._clients, self._postbox, self.info, self._limits, self.statistics)
+        self.lifecycle = Lifecycle(
+            table,
+            rings,
+            stepper,
+            self._worker,
+            self._clients,
+            self._postbox,
+            tap,
+            self.statistics,
+            self._step_failed,
+            parks=config.limits.park_s > 0,
+            max_parked=config.limits.max_parked_streams,
+        )
+        self.engine.on_answered = self.lifecycle.go_on
+        self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
+        self._tap = tap
+        self._verbs = Verbs(
+            self.engine, self.lifecycle, self._clients, self._postbox, self.info, self._limits, self.statistics
+        )
         self.unanswered_blocks = 0
         """Blocks that were admitted and never answered, because the end was forced or draining took too long."""
         self._stopping = asyncio.Event()
@@ -113,6 +151,16 @@ class Server:
     def endpoint(self) -> str:
         """Where the server can be reached."""
         return self._router.endpoint
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing admitted waits for an answer."""
+        return not len(self.engine.blocks) and self.lifecycle.is_quiet
+
+    @property
+    def has_room(self) -> bool:
+        """Whether messages may be handled: False while too much waits for the worker or the recorder."""
+        return self.lifecycle.has_room and self._tap.has_room
 
     # ── The loop ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,14 +195,14 @@ class Server:
         the signal.
         """
         deadline_ns = time.monotonic_ns() + _BURST_NS
-        for routing_id, *frames in self._router.receive(_BURST if self.engine.has_room else 0):
+        for routing_id, *frames in self._router.receive(_BURST if self.has_room else 0):
             self._verbs.handle(routing_id, frames)
-            if time.monotonic_ns() > deadline_ns or not self.engine.has_room:
+            if time.monotonic_ns() > deadline_ns or not self.has_room:
                 break
         self.engine.schedule()
         # Asked first, since that takes the signal: without room, it would call this again and again until the end of
         # the next job, which pumps anyway. One continuation at most: each would renew itself.
-        if not self._pump_is_due and self._router.is_readable and self.engine.has_room:
+        if not self._pump_is_due and self._router.is_readable and self.has_room:
             self._pump_is_due = True
             self._loop.call_soon(self._guarded, self._continue_pump)
 
@@ -181,9 +229,17 @@ class Server:
         self._ticks += 1
         if self._ticks % _HOUSEKEEPING_TICKS == 0:
             self._postbox.probe(now_ns)
-            if self.config.limits.max_idle_s:
-                self.engine.evict_idle(round(self.config.limits.max_idle_s * 1e9))
+            self._evict()
         self._pump()
+
+    def _evict(self) -> None:
+        limits, table, lifecycle = self.config.limits, self.engine.table, self.lifecycle
+        now_ns = time.monotonic_ns()
+        if limits.max_idle_s:
+            lifecycle.evict(table.idle_since(now_ns - round(limits.max_idle_s * 1e9)), Code.IDLE)
+        if limits.first_frame_s:
+            lifecycle.evict(table.unused_since(now_ns - round(limits.first_frame_s * 1e9)), Code.NEVER_USED)
+        lifecycle.expire(table.parked_since(now_ns - round(limits.park_s * 1e9)))
 
     # ── Life ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -205,7 +261,7 @@ class Server:
         deadline = self._loop.time() + self.config.shutdown.drain_timeout_s
         if self._drains:
             self._guarded(self._pump)  # a batch that was held goes now
-        while self._drains and not (self.engine.is_quiet and self._postbox.is_empty):
+        while self._drains and not (self.is_quiet and self._postbox.is_empty):
             if self._loop.time() > deadline:
                 self.fail(
                     f"draining took longer than shutdown.drain_timeout_s = {self.config.shutdown.drain_timeout_s:g}"

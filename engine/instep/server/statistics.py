@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from instep_client.codes import Code
+
 _WINDOW = 4096
 
 
@@ -18,6 +20,9 @@ class Statistics:
         self.busy_total = 0
         self.step_failures_total = 0
         self.evicted_streams_total = 0
+        self.parked_streams_total = 0
+        self.resumed_streams_total = 0
+        self.evicted_by_code: dict[str, int] = {}
         self._split_us = np.zeros((_WINDOW, 3))
 
     def block_answered(self, queue_ns: int, compute_ns: int, send_ns: int) -> None:
@@ -25,9 +30,16 @@ class Statistics:
         self._split_us[self.blocks_total % _WINDOW] = (queue_ns / 1000, compute_ns / 1000, send_ns / 1000)
         self.blocks_total += 1
 
+    def evicted(self, code: Code, streams: int) -> None:
+        """Streams were evicted for that reason."""
+        self.evicted_streams_total += streams
+        reason = code.name.lower()
+        self.evicted_by_code[reason] = self.evicted_by_code.get(reason, 0) + streams
+
     def snapshot(self) -> dict[str, float]:
         """Everything by name; times are microseconds over the last blocks."""
         values = {name: float(value) for name, value in vars(self).items() if name.endswith("_total")}
+        values |= {f"evicted_{reason}_total": float(count) for reason, count in self.evicted_by_code.items()}
         values["batch_size_mean"] = self.frames_total / max(1, self.batches_total)
         split = self._split_us[: min(self.blocks_total, _WINDOW)]
         for index, part in enumerate(("queue", "compute", "send")):

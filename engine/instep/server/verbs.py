@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from instep.core.admission import RepeatedStream, resolve_distinct
-from instep.core.typing import F32, I32, U64, Bool
+from instep.core.typing import F32, I32, I64, U64, Bool
 from instep.server import replies
 from instep.server.clients import Client, ClientTable
 from instep.server.engine import Engine
+from instep.server.lifecycle import Lifecycle
 from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
 from instep.server.statistics import Statistics
@@ -37,7 +38,8 @@ class Verbs:
     """Reads messages, refuses what is wrong with them, hands the rest to the engine.
 
     Args:
-        engine: streams and frames.
+        engine: frames.
+        lifecycle: streams.
         clients: connections.
         postbox: where answers go.
         info: what WELCOME says.
@@ -48,6 +50,7 @@ class Verbs:
     def __init__(
         self,
         engine: Engine,
+        lifecycle: Lifecycle,
         clients: ClientTable,
         postbox: Postbox,
         info: ServerInfo,
@@ -55,6 +58,7 @@ class Verbs:
         statistics: Statistics,
     ) -> None:
         self._engine = engine
+        self._lifecycle = lifecycle
         self._clients = clients
         self._postbox = postbox
         self._info = info
@@ -69,6 +73,10 @@ class Verbs:
             Kind.PING: self._ping,
             Kind.PONG: self._pong,
             Kind.STATS: self._stats,
+            Kind.RESUME: self._resume,
+            Kind.PEEK: self._peek,
+            Kind.RESET: self._reset,
+            Kind.FORK: self._fork,
         }
 
     def handle(self, routing_id: bytes, frames: list[bytes]) -> None:
@@ -124,32 +132,143 @@ class Verbs:
 
     def _open(self, client: Client, header: Header, frames: list[bytes]) -> None:
         count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
-        has_states = wire.count_field(header.fields[1], "has_states", 1, at_least=0)
         names = wire.unpack_names(frames[1], count)
-        states = self._initial_states(frames[2], count) if has_states else None
-        if not has_states and len(frames[2]):
-            raise MalformedMessage("the header says that no states follow, the states frame is not empty")
-        if self.draining:
-            raise Refusal(Code.SHUTTING_DOWN)
+        states = self._states(header.fields[1], frames[2], count)
+        first_seqs = self._first_seqs(header.fields[2], frames[3], count)
+        self._refuse_while_draining()
         codes = np.array([0 if wire.name_is_good(name) else Code.BAD_NAME for name in names], np.int32)
         if states is not None:
             codes[(codes == 0) & ~np.isfinite(states).all(axis=(1, 2))] = Code.NOT_FINITE
         good = codes == 0
-        handles = np.zeros(count, np.uint64)
+        grants = np.zeros(count, wire.GRANT)
 
-        def opened(granted: U64, refused: I32) -> None:
-            handles[good] = granted
+        def opened(granted: wire.GrantArray, refused: I32) -> None:
+            grants[good] = granted
             codes[good] = refused
-            self._postbox.send(client, replies.opened(header.request, handles, codes), time.monotonic_ns())
+            message = replies.opened(header.request, grants, codes, self._info.durability)
+            self._postbox.send(client, message, time.monotonic_ns())
 
-        good_names = [name for name, is_good in zip(names, good.tolist(), strict=True) if is_good]
-        self._engine.open(client, good_names, None if states is None else states[good], opened)
+        self._lifecycle.open(
+            client,
+            [name for name, is_good in zip(names, good.tolist(), strict=True) if is_good],
+            None if states is None else states[good],
+            None if first_seqs is None else first_seqs[good],
+            opened,
+        )
 
-    def _initial_states(self, frame: bytes, count: int) -> F32:
-        shape = (count, self._info.state_layers, self._info.state_size)
+    def _first_seqs(self, has_seqs: Any, frame: bytes, count: int) -> I64 | None:
+        if not wire.count_field(has_seqs, "has_seqs", 1, at_least=0):
+            if len(frame):
+                raise MalformedMessage("the header says that no first seqs follow, their frame is not empty")
+            return None
+        seqs: U64 = wire.array_frame(frame, "<u8", (count,), "first seqs")
+        if int(seqs.max()) >= 2**62:
+            raise MalformedMessage("a first seq must be below 2^62")
+        return seqs.astype(np.int64)
+
+    def _refuse_while_draining(self) -> None:
+        if self.draining:
+            raise Refusal(Code.SHUTTING_DOWN)
+
+    def _resume(self, client: Client, header: Header, frames: list[bytes]) -> None:
+        count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
+        take_over = wire.count_field(header.fields[1], "take_over", 1, at_least=0)
+        names = wire.unpack_names(frames[1], count)
+        claims = wire.array_frame(frames[2], wire.CLAIM, (count,), "claims")
+        self._refuse_while_draining()
+        if len(set(names)) < count:
+            raise Refusal(Code.REPEATED_STREAM)
+
+        def resumed(grants: wire.GrantArray, codes: I32, expected_seq: I64) -> None:
+            message = replies.resumed(header.request, grants, codes, expected_seq, self._info.durability)
+            self._postbox.send(client, message, time.monotonic_ns())
+
+        self._lifecycle.resume(client, names, claims["have"], claims["epoch"], bool(take_over), resumed)
+
+    def _peek(self, client: Client, header: Header, frames: list[bytes]) -> None:
+        count = self._count_with_states(header.fields[0])
+        slots, codes = self._own(client, frames[1], count)
+        good = codes == 0
+
+        def read(next_seqs: I64, found: F32, lost: Bool) -> None:
+            seqs, states = np.zeros(count, np.int64), np.full(self._state_shape(count), np.nan, np.float32)
+            seqs[good], states[good] = next_seqs, found
+            codes[good] = np.where(lost, Code.STATE_LOST, 0)
+            self._postbox.send(client, replies.peeked(header.request, seqs, states, codes), time.monotonic_ns())
+
+        if good.any():
+            self._lifecycle.peek(slots[good], read)
+        else:
+            read(np.empty(0, np.int64), np.empty(self._state_shape(0), np.float32), np.empty(0, np.bool_))
+
+    def _reset(self, client: Client, header: Header, frames: list[bytes]) -> None:
+        count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
+        states = self._states(header.fields[1], frames[2], count)
+        slots, codes = self._own(client, frames[1], count)
+        self._refuse_while_draining()
+        codes[(codes == 0) & (self._engine.table.pending[slots] > 0)] = Code.FRAMES_PENDING
+        if states is not None:
+            codes[(codes == 0) & ~np.isfinite(states).all(axis=(1, 2))] = Code.NOT_FINITE
+        good = codes == 0
+
+        def changed(is_done: bool) -> None:
+            if not is_done:
+                codes[good] = Code.STEP_FAILED
+            self._postbox.send(client, replies.changed(header.request, codes), time.monotonic_ns())
+
+        if good.any():
+            self._lifecycle.reset(slots[good], None if states is None else states[good], changed)
+        else:
+            changed(True)
+
+    def _fork(self, client: Client, header: Header, frames: list[bytes]) -> None:
+        count = self._count_with_states(header.fields[0])
+        names = wire.unpack_names(frames[2], count)
+        slots, codes = self._own(client, frames[1], count)
+        self._refuse_while_draining()
+        codes[(codes == 0) & ~np.array([wire.name_is_good(name) for name in names])] = Code.BAD_NAME
+        good = codes == 0
+        grants = np.zeros(count, wire.GRANT)
+
+        def opened(granted: wire.GrantArray, refused: I32) -> None:
+            grants[good] = granted
+            codes[good] = refused
+            message = replies.opened(header.request, grants, codes, self._info.durability)
+            self._postbox.send(client, message, time.monotonic_ns())
+
+        def read(next_seqs: I64, states: F32, lost: Bool) -> None:
+            codes[np.flatnonzero(good)[lost]] = Code.STATE_LOST
+            good[np.flatnonzero(good)[lost]] = False
+            copies = [name for name, is_good in zip(names, good.tolist(), strict=True) if is_good]
+            self._lifecycle.open(client, copies, states[~lost], next_seqs[~lost], opened)
+
+        if good.any():
+            self._lifecycle.peek(slots[good], read)
+        else:
+            opened(np.zeros(0, wire.GRANT), np.zeros(0, np.int32))
+
+    def _own(self, client: Client, frame: bytes, count: int) -> tuple[I64, I32]:
+        handles: U64 = wire.array_frame(frame, "<u8", (count,), "handles")
+        return resolve_distinct(self._engine.table, client.number, handles)
+
+    def _state_shape(self, count: int) -> tuple[int, int, int]:
+        return (count, self._info.state_layers, self._info.state_size)
+
+    def _count_with_states(self, field: Any) -> int:
+        count = wire.count_field(field, "N", wire.MAX_BLOCK_STREAMS)
+        if math.prod(self._state_shape(count)) * 4 > self._limits.max_message_bytes:
+            raise Refusal(Code.TOO_LARGE, "their states do not fit into one message")
+        return count
+
+    def _states(self, has_states: Any, frame: bytes, count: int) -> F32 | None:
+        if not wire.count_field(has_states, "has_states", 1, at_least=0):
+            if len(frame):
+                raise MalformedMessage("the header says that no states follow, the states frame is not empty")
+            return None
+        shape = self._state_shape(count)
         size = math.prod(shape) * 4
         if len(frame) != size:
-            raise Refusal(Code.WRONG_SHAPE, f"initial states must be float32 {list(shape)}, {size} bytes")
+            raise Refusal(Code.WRONG_SHAPE, f"states must be float32 {list(shape)}, {size} bytes")
         states: F32 = wire.array_frame(frame, "<f4", shape, "states")
         return states
 
@@ -159,14 +278,14 @@ class Verbs:
         x = self._inputs(header.fields[2], header.fields[3], frames[2], timesteps, columns)
         column = wire.array_frame(frames[1], wire.COLUMN, (columns,), "columns")
         handles = np.ascontiguousarray(column["handle"])
-        if self.draining:
-            raise Refusal(Code.SHUTTING_DOWN)
+        self._refuse_while_draining()
         frame_count = timesteps * columns
         over_credit = client.frames_unanswered + frame_count > self._limits.credit_frames
-        if over_credit or frame_count > self._engine.pending.free_count:
+        if over_credit or frame_count > self._engine.rings.room:
             self._statistics.busy_total += 1
             raise Refusal(Code.BUSY, retry_after_us=_BUSY_RETRY_US)
-        self._engine.admit(client, header.request, handles, np.ascontiguousarray(column["seq"]), x)
+        seqs, acked = np.ascontiguousarray(column["seq"]), np.ascontiguousarray(column["acked"])
+        self._engine.admit(client, header.request, handles, seqs, acked, x)
 
     def _inputs(self, features: Any, dtype: Any, frame: bytes, timesteps: int, columns: int) -> F32:
         if dtype != wire.F32_NAME:
@@ -179,24 +298,20 @@ class Verbs:
         return x
 
     def _close(self, client: Client, header: Header, frames: list[bytes]) -> None:
-        count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
-        shape = (count, self._info.state_layers, self._info.state_size)
-        if math.prod(shape) * 4 > self._limits.max_message_bytes:
-            raise Refusal(Code.TOO_LARGE, "their final states do not fit into one message")
-        handles: U64 = wire.array_frame(frames[1], "<u8", (count,), "handles")
-        slots, codes = resolve_distinct(self._engine.table, client.number, handles)
+        count = self._count_with_states(header.fields[0])
+        slots, codes = self._own(client, frames[1], count)
         good = codes == 0
 
         def closed(final: F32, lost: Bool) -> None:
-            states = np.full(shape, np.nan, np.float32)
+            states = np.full(self._state_shape(count), np.nan, np.float32)
             states[good] = final
             codes[good] = np.where(lost, Code.STATE_LOST, 0)
             self._postbox.send(client, replies.closed(header.request, states, codes), time.monotonic_ns())
 
         if good.any():
-            self._engine.close(slots[good], "closed", closed)
+            self._lifecycle.close(slots[good], "closed", closed)
         else:
-            closed(np.empty((0, *shape[1:]), np.float32), np.empty(0, np.bool_))
+            closed(np.empty(self._state_shape(0), np.float32), np.empty(0, np.bool_))
 
     def _ping(self, client: Client, header: Header, _: list[bytes]) -> None:
         self._postbox.send(client, replies.pong(header.request), time.monotonic_ns())
@@ -209,6 +324,7 @@ class Verbs:
             **self._statistics.snapshot(),
             "streams_open": float(self._engine.table.open_count),
             "connections": float(len(self._clients)),
-            "frames_pending": float(self._engine.pending.capacity - self._engine.pending.free_count),
+            "streams_parked": float(self._engine.table.owned[self._engine.table.parked]),
+            "frames_pending": float(self._engine.rings.pending_count),
         }
         self._postbox.send(client, replies.statistics(header.request, values), time.monotonic_ns())

@@ -1,0 +1,153 @@
+"""The frames of every stream: inputs that wait for their step, and outputs that may be asked for again."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from instep.core.streams import StreamTable
+from instep.core.typing import F32, I32, I64, Bool
+
+NONE = -1
+
+
+class Rings:
+    """One ring of `window` frames for each slot, found by seq: frame `seq` of a slot has one place, its row.
+
+    What is pending of a stream are the frames from `step_seq` to `next_seq` of the table; what was computed stays in
+    the ring until a later frame takes its place. A frame is admitted only when the client has acknowledged the one
+    whose place it takes (see `admission`), so an output that may still be asked for is never overwritten.
+
+    A stream has at most one frame in a step: from `take` to `done` it is stepping, and what arrives for it meanwhile
+    waits. Places of equal seq lie side by side, so streams that go in step are copied in one piece.
+
+    Args:
+        table: the streams.
+        window: frames a ring holds.
+        max_streams: slots run from 1 to this.
+        features: width of an input.
+        outputs: width of an output.
+        max_pending: the most frames admitted and not yet computed, of all streams together.
+    """
+
+    def __init__(
+        self, table: StreamTable, window: int, max_streams: int, features: int, outputs: int, max_pending: int
+    ) -> None:
+        self.window = window
+        self.max_pending = max_pending
+        self.pending_count = 0
+        """Frames admitted and not yet computed, of all streams together."""
+        self._table = table
+        self._stride = max_streams + 1
+        rows = window * self._stride
+        self.x: F32 = np.zeros((rows, features), np.float32)
+        self.y: F32 = np.zeros((rows, outputs), np.float32)
+        self.block: I32 = np.zeros(rows, np.int32)
+        """The number of the block that the frame of a row came in; counts while the frame is pending."""
+        self._stepping: Bool = np.zeros(self._stride, np.bool_)
+
+    @property
+    def room(self) -> int:
+        """How many more frames may be admitted now."""
+        return self.max_pending - self.pending_count
+
+    def rows(self, slots: I64, seqs: I64) -> I64:
+        """Where frames lie: slots and seqs of any shapes that go together → int64."""
+        return seqs % self.window * self._stride + slots
+
+    def append(self, slots: I64, first_seqs: I64, skipped: I64, lengths: I64, x: F32, block: int) -> I64:
+        """Put the admitted frames of a block into their places.
+
+        Args:
+            slots: int64 [N], distinct where `lengths` is not 0.
+            first_seqs: int64 [N], seq of timestep 0.
+            skipped: int64 [N], leading timesteps that were computed before and stay as they are.
+            lengths: int64 [N], timesteps admitted, those included; `next_seq` of the table has moved past them.
+            x: float32 [T, N, features].
+            block: the block's number.
+
+        Returns:
+            ready: int64 [≤ N], slots that can step now: they had nothing pending and are not stepping.
+        """
+        timesteps = np.arange(len(x))[:, None]
+        rows = self.rows(slots, first_seqs + timesteps)
+        fresh = lengths - skipped
+        count = int(fresh.sum())
+        assert count <= self.room, "more frames were admitted than there is room for"
+        if count == rows.size:
+            rows, x = rows.reshape(-1), x.reshape(count, -1)
+        else:
+            admitted = (timesteps >= skipped) & (timesteps < lengths)
+            rows, x = rows[admitted], x[admitted]
+        self.x[rows] = x
+        self.block[rows] = block
+        self.pending_count += count
+        had_nothing = self._table.step_seq[slots] == first_seqs + skipped
+        ready: I64 = slots[had_nothing & (fresh > 0) & ~self._stepping[slots]]
+        return ready
+
+    def take(self, slots: I64) -> I64:
+        """Take the oldest pending frame of each slot for a step; the streams are stepping until `done`.
+
+        Returns:
+            rows: int64 [N].
+        """
+        seqs = self._table.step_seq[slots]
+        assert not self._stepping[slots].any(), "a stream that is stepping was scheduled"
+        assert (seqs < self._table.next_seq[slots]).all(), "a slot without pending frames was scheduled"
+        self._stepping[slots] = True
+        return self.rows(slots, seqs)
+
+    def done(self, slots: I64) -> I64:
+        """The step of these slots was applied; those that can step again: int64 [≤ N]."""
+        table = self._table
+        seqs = table.step_seq[slots] + 1
+        table.step_seq[slots] = seqs
+        self._stepping[slots] = False
+        self.pending_count -= len(slots)
+        again: I64 = slots[table.next_seq[slots] > seqs]
+        return again
+
+    def failed(self, slots: I64) -> tuple[I64, I64]:
+        """The step of these slots was not applied, so nothing they have pending can be; it is taken out.
+
+        Returns:
+            rows: int64 [frames], of everything that was pending.
+            slots: int64 [frames], whose they are.
+        """
+        table = self._table
+        first = table.step_seq[slots]
+        counts = table.next_seq[slots] - first
+        whose = np.repeat(slots, counts)
+        place = np.arange(len(whose)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = self.rows(whose, np.repeat(first, counts) + place)
+        table.next_seq[slots] = first
+        self._stepping[slots] = False
+        self.pending_count -= len(rows)
+        return rows, whose
+
+    def is_busy(self, slots: I64) -> Bool:
+        """Whether slots have frames pending: bool [N]."""
+        busy: Bool = self._table.step_seq[slots] < self._table.next_seq[slots]
+        return busy
+
+    def outputs(self, slots: I64, first_seqs: I64, timesteps: int) -> F32:
+        """Outputs of `timesteps` frames of each slot: float32 [T, N, outputs], a copy."""
+        return self.y.take(self.rows(slots, first_seqs + np.arange(timesteps)[:, None]), axis=0)
+
+    def holds_same(self, slots: I64, first_seqs: I64, counts: I64, x: F32) -> I64:
+        """How many leading frames of each column are the very bytes that the ring holds.
+
+        Args:
+            slots: int64 [N].
+            first_seqs: int64 [N], seq of timestep 0; the ring still holds the first `counts` of them.
+            counts: int64 [N], how many of a column's frames to look at.
+            x: float32 [T, N, features].
+
+        Returns:
+            int64 [N], 0 … `counts`.
+        """
+        timesteps = np.arange(len(x))[:, None]
+        held = self.x.take(self.rows(slots, first_seqs + timesteps), axis=0)
+        differs = (held.view(np.uint32) != x.view(np.uint32)).any(axis=2) & (timesteps < counts)
+        same: I64 = np.where(differs.any(axis=0), differs.argmax(axis=0), counts)
+        return same

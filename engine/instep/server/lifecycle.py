@@ -1,0 +1,328 @@
+"""Streams from opening to end: opened, parked, resumed, looked at, changed, closed, evicted."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from instep.core.ownership import judge_claims
+from instep.core.rings import Rings
+from instep.core.streams import StreamTable
+from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.runtime.stepper import Stepper
+from instep.runtime.worker import Job, Worker
+from instep.server import replies
+from instep.server.clients import Client, ClientTable
+from instep.server.postbox import Postbox
+from instep.server.statistics import Statistics
+from instep.server.tap import Tap
+from instep_client.wire import GRANT, Code, GrantArray
+
+_MOST_JOBS = 64
+"""Openings, closings and the like that wait for the worker."""
+_TOMBSTONES = 65_536
+"""Names of expired streams that are remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """Something to do with streams as soon as nothing of theirs is pending."""
+
+    slots: I64
+    act: Callable[[], None]
+
+
+class Lifecycle:
+    """Everything that happens to streams but frames.
+
+    Args:
+        table: the streams.
+        rings: their frames.
+        stepper: the states.
+        worker: runs the stepper.
+        clients: connections, whose numbers own streams.
+        postbox: where notices go.
+        tap: where it is recorded.
+        statistics: what is counted.
+        log_failure: told of jobs of the worker that failed.
+        parks: whether streams of a connection that is gone are kept for a while.
+        max_parked: the most streams that are parked at once; beyond it the longest parked are evicted.
+    """
+
+    def __init__(
+        self,
+        table: StreamTable,
+        rings: Rings,
+        stepper: Stepper,
+        worker: Worker,
+        clients: ClientTable,
+        postbox: Postbox,
+        tap: Tap,
+        statistics: Statistics,
+        log_failure: Callable[[Exception | None, int], None],
+        *,
+        parks: bool,
+        max_parked: int,
+    ) -> None:
+        self._table = table
+        self._rings = rings
+        self._stepper = stepper
+        self._worker = worker
+        self._clients = clients
+        self._postbox = postbox
+        self._tap = tap
+        self._statistics = statistics
+        self._log_failure = log_failure
+        self._parks = parks
+        self._max_parked = max_parked
+        self._waiting: list[_Waiting] = []
+        self._jobs = 0
+        self._leaving: set[int] = set()
+        self._expired: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nobody waits for anything here."""
+        return not (self._waiting or self._jobs)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be asked for: False while too much waits for the worker."""
+        return self._jobs < _MOST_JOBS
+
+    def go_on(self) -> None:
+        """Frames were answered: do what waited for streams that have nothing pending now."""
+        if not self._waiting:
+            return
+        due, self._waiting = self._waiting, []
+        for waiting in due:
+            self._when_answered(waiting.slots, waiting.act)
+
+    def _when_answered(self, slots: I64, act: Callable[[], None]) -> None:
+        if self._table.pending[slots].any():
+            self._waiting.append(_Waiting(slots, act))
+        else:
+            act()
+
+    def _submit(self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]) -> None:
+        self._jobs += 1
+
+        def finished(result: F32 | None, error: Exception | None) -> None:
+            self._jobs -= 1
+            done(result, error)
+
+        self._worker.submit(Job(call, finished))
+
+    # ── Open ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def open(
+        self,
+        client: Client,
+        names: Sequence[str],
+        states: F32 | None,
+        first_seqs: I64 | None,
+        on_opened: Callable[[GrantArray, I32], None],
+    ) -> None:
+        """Open streams; `on_opened` gets grants [N] (handle 0 where refused) and codes int32 [N].
+
+        Args:
+            client: who will own them.
+            names: good names, some of which may be in use.
+            states: initial states, finite float32 [N, layers, size], or None for zeros.
+            first_seqs: the seqs of their first frames, int64 [N], or None for 0.
+            on_opened: called when the slots hold their initial states.
+        """
+        slots, codes = self._table.open(names, client.number, time.monotonic_ns(), first_seqs)
+        granted = codes == 0
+        opened = slots[granted]
+        if not len(opened):
+            on_opened(np.zeros(len(slots), GRANT), codes)
+            return
+        initial = None if states is None else states[granted]
+
+        def done(_: F32 | None, error: Exception | None) -> None:
+            grants = np.zeros(len(slots), GRANT)
+            ticket = 0
+            if error is not None:
+                self._log_failure(error, len(opened))
+                codes[granted] = Code.STEP_FAILED
+                self._table.lost[opened] = True
+                self._release(opened[~self._table.closing[opened]])  # the others' closing releases them
+            else:
+                grants[granted] = self._grants(opened)
+                ticket = self._tap.opened(opened, initial)
+            self._tap.when_durable(ticket, lambda: on_opened(grants, codes))
+
+        self._submit(lambda: self._stepper.load(opened, initial), done)
+
+    def _grants(self, slots: I64) -> GrantArray:
+        grants = np.zeros(len(slots), GRANT)
+        grants["handle"] = self._table.slots.handles(slots)
+        grants["epoch"] = self._table.epoch[slots]
+        grants["next_seq"] = self._table.next_seq[slots]
+        return grants
+
+    # ── Resume ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def resume(
+        self,
+        client: Client,
+        names: Sequence[str],
+        have: U64,
+        epochs: U64,
+        take_over: bool,
+        on_resumed: Callable[[GrantArray, I32, I64], None],
+    ) -> None:
+        """Give streams to a connection; `on_resumed` gets grants [N], codes int32 [N] and the expected seqs int64 [N].
+
+        The former owner's handles are fenced at once; the answer follows when nothing of the streams is pending, so
+        that what the new owner sends again is answered from the rings.
+
+        Args:
+            client: who claims them.
+            names: distinct names.
+            have: uint64 [N], outputs the client holds (seqs below it).
+            epochs: uint64 [N], under which it had the streams.
+            take_over: whether to take them from whoever owns them.
+            on_resumed: called once.
+        """
+        claims = judge_claims(self._table, self._rings.window, self._expired, names, have, epochs, take_over)
+        good = claims.codes == 0
+        slots = claims.slots[good]
+        self._tell_owners(slots, Code.FENCED, besides=client.number)
+        self._leave_owners(slots, client.number)
+        self._table.acked[slots] = np.maximum(self._table.acked[slots], claims.have[good])
+
+        def answered() -> None:
+            grants = np.zeros(len(names), GRANT)
+            current = self._table.owner[slots] == client.number  # somebody else may have taken them meanwhile
+            grants[good] = self._grants(slots)
+            grants["handle"][np.flatnonzero(good)[~current]] = 0
+            claims.codes[np.flatnonzero(good)[~current]] = Code.FENCED
+            self._statistics.resumed_streams_total += int(current.sum())
+            ticket = self._tap.resumed(slots, take_over)
+            self._tap.when_durable(ticket, lambda: on_resumed(grants, claims.codes, claims.expected_seq))
+
+        self._when_answered(slots, answered)
+
+    def _leave_owners(self, slots: I64, to: int) -> None:
+        former = set(self._table.owner[slots].tolist())
+        self._table.hand_over(slots, to, time.monotonic_ns())
+        self._free_numbers(self._leaving & former)
+
+    # ── Look at and change ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def peek(self, slots: I64, on_read: Callable[[I64, F32, Bool], None]) -> None:
+        """Read states; `on_read` gets the next seqs int64 [N], the states [N, layers, size] and which are lost (NaN).
+
+        A state is the one after every frame before its seq, whatever is pending.
+        """
+
+        def done(states: F32 | None, error: Exception | None) -> None:
+            lost = self._table.lost[slots]
+            if states is None:
+                self._log_failure(error, len(slots))
+                states = self._stepper.no_states(len(slots))
+                lost[:] = True
+            states[lost] = np.nan
+            # Steps that were submitted before have been handed back before, later ones will be later.
+            on_read(self._table.step_seq[slots], states, lost)
+
+        self._submit(lambda: self._stepper.read(slots), done)
+
+    def reset(self, slots: I64, states: F32 | None, on_reset: Callable[[bool], None]) -> None:
+        """Give streams with nothing pending another state, zeros where None; `on_reset` gets whether it was done."""
+
+        def done(_: F32 | None, error: Exception | None) -> None:
+            if error is not None:
+                self._log_failure(error, len(slots))
+                on_reset(False)
+                return
+            ticket = self._tap.reset(slots, states)
+            self._tap.when_durable(ticket, lambda: on_reset(True))
+
+        self._submit(lambda: self._stepper.load(slots, states), done)
+
+    # ── Close ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def close(self, slots: I64, reason: str, on_closed: Callable[[F32, Bool], None]) -> None:
+        """Close streams once what they have pending is answered; they take nothing more from now on.
+
+        `on_closed` gets the final states, float32 [N, layers, size], and which of them are lost (NaN): bool [N].
+        """
+        self._table.closing[slots] = True
+
+        def answered() -> None:
+            self.peek(slots, released)
+
+        def released(_: I64, states: F32, lost: Bool) -> None:
+            ticket = self._tap.closed(slots, reason, states, lost)
+            self._release(slots)
+            self._tap.when_durable(ticket, lambda: on_closed(states, lost))
+
+        self._when_answered(slots, answered)
+
+    def _release(self, slots: I64) -> None:
+        owners = self._table.owner[slots]
+        self._table.release(slots)
+        self._free_numbers(self._leaving.intersection(owners.tolist()))
+
+    def _free_numbers(self, numbers: set[int]) -> None:
+        """Numbers of gone connections are free once none of their streams is left, those closing before included."""
+        for number in numbers:
+            if not self._table.owned[number]:
+                self._leaving.remove(number)
+                self._clients.free_number(number)
+
+    # ── Park and evict ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def abandon(self, client: Client) -> None:
+        """A connection is gone: park its streams or close them, then let its number be used again."""
+        slots = self._table.owned_by(client.number)
+        self._leaving.add(client.number)
+        if self._parks:
+            self._table.park(slots, time.monotonic_ns())
+            self._tap.parked(slots)
+            self._statistics.parked_streams_total += len(slots)
+            self._evict_longest_parked()
+        elif len(slots):
+            self.evict(slots, Code.CLIENT_GONE)
+        self._free_numbers({client.number})
+
+    def _evict_longest_parked(self) -> None:
+        parked = self._table.parked_since(np.iinfo(np.int64).max)
+        excess = len(parked) - self._max_parked
+        if excess > 0:
+            self.expire(parked[np.argsort(self._table.last_active_ns[parked], kind="stable")[:excess]])
+
+    def expire(self, slots: I64) -> None:
+        """Evict parked streams; whoever asks for them later is told that they were here."""
+        for slot in slots.tolist():
+            self._expired[self._table.name(slot)] = None
+        while len(self._expired) > _TOMBSTONES:
+            self._expired.popitem(last=False)
+        self.evict(slots, Code.EXPIRED)
+
+    def evict(self, slots: I64, code: Code) -> None:
+        """Close streams for a reason, and tell their owners."""
+        if not len(slots):
+            return
+        self._statistics.evicted(code, len(slots))
+        owners, handles = self._table.owner[slots], self._table.slots.handles(slots)
+        self.close(slots, code.name.lower(), lambda *_: self._notify(owners, handles, code))
+
+    def _tell_owners(self, slots: I64, code: Code, besides: int) -> None:
+        owners = self._table.owner[slots]
+        others = (owners != besides) & (owners != self._table.parked)
+        self._notify(owners[others], self._table.slots.handles(slots[others]), code)
+
+    def _notify(self, owners: I32, handles: U64, code: Code) -> None:
+        now_ns = time.monotonic_ns()
+        for number in np.unique(owners).tolist():
+            owner = self._clients.by_number(number)
+            if owner is not None:
+                self._postbox.send(owner, replies.evicted(code, handles[owners == number]), now_ns)
