@@ -15,6 +15,8 @@ from instep.recording.reader import RecordedBatch, RecordingReader
 
 CHUNK_BYTES: Final = 16 * 2**20
 """Floats in a chunk, about; a chunk has as many frames as fit, and up to one batch more."""
+CHUNK_FRAMES: Final = 65_536
+"""The same for narrow frames: the arrays of many small batches weigh more than what is in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ class FrameTable:
         Raises:
             RecordingError: when the recording is damaged.
         """
-        most = max(CHUNK_BYTES // (4 * (self.features + self.outputs)), 1)
+        fit = CHUNK_BYTES // (4 * (self.features + self.outputs))
+        most = max(min(fit, CHUNK_FRAMES), 1)
         parts: list[Chunk] = []
         rows = 0
         for batch in self._reader.batches(self._first, self._last):
