@@ -42,6 +42,11 @@ def test_some_streams_by_name_and_by_number(tmp_path: Path) -> None:
     assert frames.stream_ids == [2, 3]
 
 
+def test_a_stream_that_is_still_open(tmp_path: Path) -> None:
+    written = write_recording(tmp_path)
+    assert exact(all_rows(written.path, "2")[1]) == exact(written.of(4))
+
+
 @pytest.mark.parametrize(("limit", "value"), [("CHUNK_BYTES", 4 * 5 * 10), ("CHUNK_FRAMES", 10)])
 def test_chunks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     monkeypatch.setattr(table, limit, value)
