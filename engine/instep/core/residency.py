@@ -84,7 +84,7 @@ class Residency:
     def free_rows(self, count: int) -> I64:
         """The rows to be occupied next: int64 [count ≤ free_count]. Nothing changes."""
         assert count <= self.free_count, "rows must be vacated first"
-        return self._free[self.free_count - count : self.free_count].copy()
+        return self._free[self.free_count - count : self.free_count][::-1].copy()
 
     def occupy(self, rows: I64, slots: I64) -> None:
         """The states of these slots are in these rows now, and most recently used.

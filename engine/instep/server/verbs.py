@@ -207,7 +207,7 @@ class Verbs:
     def _stats(self, client: Client, header: Header, _: list[bytes]) -> None:
         values = {
             **self._statistics.snapshot(),
-            "streams_open": float(self._engine.table.open_count),
+            **self._statistics.states(self._engine.table),
             "connections": float(len(self._clients)),
             "frames_pending": float(self._engine.pending.capacity - self._engine.pending.free_count),
         }
