@@ -130,6 +130,31 @@ def verify(
 
 
 @app.command()
+def export(
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
+    format: Annotated[
+        Literal["parquet", "npz", "csv", "mcap"] | None,
+        typer.Option(help="What to write; as the output's name ends, or parquet, if not given.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The new file; beside the recording if not given.", show_default=False),
+    ] = None,
+    stream: Annotated[
+        list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
+    ] = [],  # noqa: B006
+    json: Json = False,
+) -> None:
+    """Write a recording's frames and outputs as one table, for other tools.
+
+    Exit status 0: all of it was written. 2: nothing was.
+    """
+    from instep.export.command import run
+
+    raise typer.Exit(run(recording, format=format, output=output, streams=stream, json=json, console=_console()))
+
+
+@app.command()
 def demo(
     which: Annotated[
         Literal["speakers", "seed"],

@@ -18,6 +18,7 @@ import pytest
 import zmq.asyncio
 
 from instep.config import Config
+from instep.core.admission import Admission
 from instep.core.blocks import Block
 from instep.core.typing import F32, I32, I64, U64
 from instep.model.description import GruLayers, NetworkDescription
@@ -86,7 +87,8 @@ def step(request: int, seq: int, x: F32) -> Message:
 def stepped(request: int, shape: tuple[int, int], y: F32, codes: I32, lengths: I64, seqs: I64, times: I64) -> Message:
     queue_ns, compute_ns, send_ns = (1000 * times).tolist()
     frames = int(lengths.sum())
-    block = Block(0, request, np.zeros(shape, np.int32), frames, codes, lengths, seqs, 0, queue_ns, compute_ns, 1)
+    admission = Admission(np.zeros(shape[1], np.int64), lengths, codes, seqs)
+    block = Block(0, request, np.zeros(shape, np.int32), admission, frames, 0, queue_ns, compute_ns, 1)
     return replies.stepped(block, y.reshape(*shape, 4), 1 + send_ns)
 
 

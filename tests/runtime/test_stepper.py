@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 import pytest
 import torch
@@ -5,16 +8,33 @@ import torch
 from instep.core.typing import F32, I64
 from instep.model.folder import Model
 from instep.model.network import Network
-from instep.runtime.stepper import Stepper
+from instep.runtime.stepper import StateLost, Stepper
 from tests.support.models import SMALL, plain, whole, with_head
 from tests.support.running import CPU, prepared
 
 F, H = 5, 8
 
 
-def stepper(model: Model, max_streams: int = 64) -> Stepper:
-    ready = prepared(model, 64)
-    return Stepper(Network(model, CPU), ready.certification.buckets, max_streams, CPU)
+Make: TypeAlias = Callable[[Model], Stepper]
+
+
+@pytest.fixture(
+    name="stepper",
+    params=[(0, False), (20, False), (0, True), (20, True)],
+    ids=["all", "20", "copied-all", "copied-20"],
+)
+def _stepper(request: pytest.FixtureRequest) -> Make:
+    """Makes steppers with 64 slots: all on the device or 20 at once, and as if the device had memory of its own."""
+    device_streams, copied = request.param
+
+    def make(model: Model) -> Stepper:
+        steps = Stepper(Network(model, CPU), prepared(model, 64).certification.buckets, 64, CPU, device_streams)
+        if copied:
+            steps._on_cpu = False
+            steps._cache._array = None
+        return steps
+
+    return make
 
 
 def step(steps: Stepper, slots: I64, x: F32) -> F32:
@@ -24,7 +44,7 @@ def step(steps: Stepper, slots: I64, x: F32) -> F32:
     return y
 
 
-def test_streams_in_ever_other_batches_equal_their_whole_recording(rng: np.random.Generator) -> None:
+def test_streams_in_ever_other_batches_equal_their_whole_recording(stepper: Make, rng: np.random.Generator) -> None:
     model = plain(F, H, layers=2)
     steps = stepper(model)
     x = rng.standard_normal((9, 20, F)).astype(np.float32)
@@ -40,7 +60,7 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(rng: np.rando
         np.testing.assert_array_equal(steps.read(np.array([stream + 1]))[0], final)
 
 
-def test_padding_rows_touch_no_stream(rng: np.random.Generator) -> None:
+def test_padding_rows_touch_no_stream(stepper: Make, rng: np.random.Generator) -> None:
     steps = stepper(SMALL)
     everyone = np.arange(1, 65)
     steps.load(everyone, rng.standard_normal((64, 1, H)).astype(np.float32))
@@ -53,14 +73,14 @@ def test_padding_rows_touch_no_stream(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(after[8], whole(SMALL, x, before[8])[1])
 
 
-def test_what_padding_computes_never_grows(rng: np.random.Generator) -> None:
+def test_what_padding_computes_never_grows(stepper: Make, rng: np.random.Generator) -> None:
     steps = stepper(SMALL)
     for _ in range(3):
         step(steps, np.array([1]), rng.standard_normal((1, F)).astype(np.float32))
-    assert not steps.read(np.array([0])).any()
+    assert not steps._cache.read(np.array([0])).any()
 
 
-def test_loading_gives_zeros_or_the_given_state(rng: np.random.Generator) -> None:
+def test_loading_gives_zeros_or_the_given_state(stepper: Make, rng: np.random.Generator) -> None:
     steps = stepper(with_head(F, 10, 3))
     slots = np.array([3, 1])
     states = rng.standard_normal((2, 1, 10)).astype(np.float32)
@@ -71,7 +91,9 @@ def test_loading_gives_zeros_or_the_given_state(rng: np.random.Generator) -> Non
     np.testing.assert_array_equal(steps.read(slots[1:]), states[1:])
 
 
-def test_a_step_that_raises_changes_no_state(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_raises_changes_no_state(
+    stepper: Make, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = stepper(SMALL)
     slots = np.arange(1, 5)
     steps.load(slots, rng.standard_normal((4, 1, H)).astype(np.float32))
@@ -87,6 +109,34 @@ def test_a_step_that_raises_changes_no_state(rng: np.random.Generator, monkeypat
     np.testing.assert_array_equal(steps.read(slots), before)
 
 
-def test_buckets_are_the_smallest_that_fit() -> None:
+def test_a_step_that_raises_while_it_writes_loses_the_states_of_its_batch_only(
+    stepper: Make, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = stepper(SMALL)
+    everyone = np.arange(1, 65)
+    steps.load(everyone, rng.standard_normal((64, 1, H)).astype(np.float32))
+    for first in range(1, 64, 9):
+        step(steps, np.arange(first, first + 9), np.ones((9, F), np.float32))
+    before = steps.read(everyone)
+    batch = np.array([60, 2, 3, 50])
+
+    def fails(slots: torch.Tensor, states: torch.Tensor) -> None:
+        whole_write(slots[:2], states[:, :2])
+        raise RuntimeError("injected")
+
+    whole_write = steps._cache.scatter
+    with monkeypatch.context() as patch:
+        patch.setattr(steps._cache, "scatter", fails)
+        with pytest.raises(StateLost, match="injected"):
+            step(steps, batch, np.ones((4, F), np.float32))
+    changed = np.flatnonzero((steps.read(everyone) != before).any(axis=(1, 2))) + 1
+    assert changed.tolist() == [2, 60]
+    steps.load(batch, None)
+    assert not steps.read(batch).any()
+    y = step(steps, batch, np.ones((4, F), np.float32))
+    np.testing.assert_array_equal(y[0], whole(SMALL, np.ones((1, F), np.float32))[0][0])
+
+
+def test_buckets_are_the_smallest_that_fit(stepper: Make) -> None:
     steps = stepper(SMALL)
     assert [steps.bucket(size) for size in (1, 4, 5, 33, 64)] == [4, 4, 8, 48, 64]

@@ -42,16 +42,24 @@ class Gate:
         """A stepper behind this gate."""
         return self.bare_stepper(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
 
-    def bare_stepper(self, network: Network, buckets: Sequence[int], max_streams: int, device: torch.device) -> Stepper:
+    def bare_stepper(
+        self, network: Network, buckets: Sequence[int], max_streams: int, device: torch.device, device_streams: int = 0
+    ) -> Stepper:
         """The same, from what `Stepper` itself takes."""
-        return _GatedStepper(self, network, buckets, max_streams, device)
+        return _GatedStepper(self, network, buckets, max_streams, device, device_streams)
 
 
 class _GatedStepper(Stepper):
     def __init__(
-        self, gate: Gate, network: Network, buckets: Sequence[int], max_streams: int, device: torch.device
+        self,
+        gate: Gate,
+        network: Network,
+        buckets: Sequence[int],
+        max_streams: int,
+        device: torch.device,
+        device_streams: int = 0,
     ) -> None:
-        super().__init__(network, buckets, max_streams, device)
+        super().__init__(network, buckets, max_streams, device, device_streams)
         self._gate = gate
 
     def step(self, slots: I64, rows: I32, inputs: F32, outputs: F32) -> None:

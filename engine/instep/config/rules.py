@@ -25,7 +25,7 @@ def contradictions(config: Config) -> list[Contradiction]:
 
     `max_batch_size` above `max_streams` is none of it: such a batch is merely never full.
     """
-    return [*_model(config), *_transport(config), *_limits(config)]
+    return [*_model(config), *_engine(config), *_transport(config), *_limits(config)]
 
 
 def _model(config: Config) -> list[Contradiction]:
@@ -56,6 +56,21 @@ def _model(config: Config) -> list[Contradiction]:
             )
         )
     return found
+
+
+def _engine(config: Config) -> list[Contradiction]:
+    engine = config.engine
+    largest_batch = min(engine.max_batch_size, engine.max_streams)
+    if engine.device_streams == 0 or engine.device_streams >= largest_batch:
+        return []
+    return [
+        Contradiction(
+            ("engine.device_streams", "engine.max_batch_size", "engine.max_streams"),
+            f"the device would hold the states of {engine.device_streams} streams, but one batch may have "
+            f"{largest_batch} streams, whose states must all be there while it is stepped",
+            f"set it to at least {largest_batch}, or to 0 for all streams, or lower engine.max_batch_size",
+        )
+    ]
 
 
 def _transport(config: Config) -> list[Contradiction]:

@@ -1,4 +1,7 @@
-"""The hidden states of all streams: one tensor on the device, one row a slot in each layer."""
+"""Hidden states on the device: one tensor, one row a slot in each layer.
+
+With `Tiers` in front of it, not every slot is here, and the rows are numbered on their own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import torch
 from torch import Tensor
 
 from instep.core.slots import SCRATCH_SLOT
-from instep.core.typing import F32
+from instep.core.typing import F32, I64
 
 
 class StateCache:
@@ -16,14 +19,14 @@ class StateCache:
     Slot 0 is scratch: padding rows read and write it, no stream ever does.
 
     Args:
-        max_streams: slots beside the scratch slot.
+        rows: slots beside the scratch slot.
         layers: layers of the network.
         size: state of one layer, as the network keeps it (padding included).
         device: where the tensor lives.
     """
 
-    def __init__(self, max_streams: int, layers: int, size: int, device: torch.device) -> None:
-        self._states = torch.zeros(layers, max_streams + 1, size, device=device)
+    def __init__(self, rows: int, layers: int, size: int, device: torch.device) -> None:
+        self._states = torch.zeros(layers, rows + 1, size, device=device)
         # On the CPU numpy copies rows several times faster than torch, and without giving up the interpreter's lock.
         self._array: F32 | None = self._states.numpy() if device.type == "cpu" else None
 
@@ -40,6 +43,24 @@ class StateCache:
             self._array[:, slots.numpy()] = states.numpy()
         else:
             self._states.index_copy_(1, slots, states)
+
+    def read(self, slots: I64) -> F32:
+        """States of slots as the host keeps them: int64 [N] → float32 [N, layers, size], a copy."""
+        if self._array is not None:
+            return np.take(self._array, slots, 1).transpose(1, 0, 2)
+        there = torch.from_numpy(slots).to(self._states.device)
+        states: F32 = torch.index_select(self._states, 1, there).cpu().numpy()
+        return states.transpose(1, 0, 2)
+
+    def write(self, slots: I64, states: F32) -> None:
+        """Write states from the host: int64 [N], distinct, float32 [N, layers, size]."""
+        by_layer = states.transpose(1, 0, 2)
+        if self._array is not None:
+            self._array[:, slots] = by_layer
+        else:
+            there = torch.from_numpy(slots).to(self._states.device)
+            moved = torch.from_numpy(np.ascontiguousarray(by_layer)).to(self._states.device)
+            self._states.index_copy_(1, there, moved)
 
     def clear(self, slots: Tensor) -> None:
         """Set slots to the initial state, zeros: int64 [N]."""

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from instep.core.residency import Residency
 from instep.core.slots import SCRATCH_SLOT
 from instep.core.typing import F32, I64
 from instep.model.network import Network
 from instep.runtime.state_cache import StateCache
+from instep.runtime.tiers import Tiers
+from instep.runtime.warm_store import WarmStore
 
 
 class StateLost(Exception):
@@ -27,14 +30,29 @@ class Stepper:
         buckets: the padded batch sizes to use, rising.
         max_streams: slots run from 1 to this.
         device: where states and weights live.
+        device_streams: how many states the device holds, at least as many as the largest batch has streams; the others
+            are in host memory until they are stepped. 0, or `max_streams` and more: all of them.
     """
 
-    def __init__(self, network: Network, buckets: Sequence[int], max_streams: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        network: Network,
+        buckets: Sequence[int],
+        max_streams: int,
+        device: torch.device,
+        device_streams: int = 0,
+    ) -> None:
         self.network = network
         self.buckets = np.asarray(buckets, np.int64)
         self._device = device
         self._on_cpu = device.type == "cpu"
-        self._cache = StateCache(max_streams, network.state_layers, network.state_width, device)
+        rows = min(device_streams or max_streams, max_streams)
+        layers, width = network.state_layers, network.state_width
+        self._cache = StateCache(rows, layers, width, device)
+        self.tiers: Tiers | None = None
+        """Where states are; None when all are on the device, each in the row that has its slot's number."""
+        if rows < max_streams:
+            self.tiers = Tiers(self._cache, WarmStore(max_streams, layers, width), Residency(max_streams, rows))
         self._slots = {bucket: torch.zeros(bucket, dtype=torch.int64) for bucket in buckets}
         # float32 [1, B, features]: frames as `sequence` takes them.
         self._x = {bucket: torch.zeros(1, bucket, network.input_width) for bucket in buckets}
@@ -56,13 +74,13 @@ class Stepper:
 
         Raises:
             StateLost: when the states may have been written in part.
-            Exception: whatever the network raised; no state has changed.
+            Exception: whatever the network raised, or moving states to the device did; no state has changed.
         """
         size = len(slots)
         bucket = self.bucket(size)
         staged_slots, staged_x = self._slots[bucket], self._x[bucket]
         slots_view, x_view = staged_slots.numpy(), staged_x.numpy()[0]
-        slots_view[:size] = slots
+        slots_view[:size] = slots if self.tiers is None else self.tiers.make_hot(slots)
         np.take(inputs, rows, 0, x_view[:size, : inputs.shape[1]], "clip")  # rows are good; "raise" would copy twice
         if size < bucket:
             slots_view[size:] = SCRATCH_SLOT
@@ -85,20 +103,25 @@ class Stepper:
     @torch.inference_mode()
     def load(self, slots: I64, states: F32 | None) -> None:
         """Give slots their initial state: zeros, or float32 [N, layers, state_size]."""
+        padded = None if states is None else self._padded(states)
+        if self.tiers is not None:
+            self.tiers.load(slots, padded)
+            return
         device_slots = torch.from_numpy(slots).to(self._device)
         self._cache.clear(device_slots)
-        if states is not None:
-            size = self.network.state_size
-            padded = torch.zeros(self.network.state_layers, len(slots), self.network.state_width)
-            padded[:, :, :size] = torch.from_numpy(states.copy()).transpose(0, 1)
-            self._cache.scatter(device_slots, padded.to(self._device))
+        if padded is not None:
+            self._cache.write(slots, padded)
 
     @torch.inference_mode()
     def read(self, slots: I64) -> F32:
         """The states of slots: float32 [N, layers, state_size], a copy."""
-        states = self._states_for(len(slots))
-        self._cache.gather(torch.from_numpy(slots).to(self._device), states)
-        return np.ascontiguousarray(states.transpose(0, 1)[:, :, : self.network.state_size].cpu().numpy())
+        states = self._cache.read(slots) if self.tiers is None else self.tiers.read(slots)
+        return np.ascontiguousarray(states[:, :, : self.network.state_size])
+
+    def _padded(self, states: F32) -> F32:
+        padded = np.zeros((len(states), self.network.state_layers, self.network.state_width), np.float32)
+        padded[:, :, : self.network.state_size] = states
+        return padded
 
     def _states_for(self, count: int) -> torch.Tensor:
         return torch.zeros(self.network.state_layers, count, self.network.state_width, device=self._device)

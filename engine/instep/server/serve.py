@@ -165,7 +165,10 @@ def make_server(
     try:
         info = server_info(config, prepared)
         if stepper is None:
-            stepper = Stepper(network, certification.buckets, config.engine.max_streams, prepared.device)
+            engine = config.engine
+            stepper = Stepper(
+                network, certification.buckets, engine.max_streams, prepared.device, engine.device_streams
+            )
         router = Router(config.transport)
     except LimitsError as error:
         raise CannotServe(str(error)) from None
@@ -181,12 +184,14 @@ def make_server(
         router.close()
         raise CannotServe(str(error)) from None
     try:
-        return Server(config, network, certification, router, stepper, info, writer, log)
+        server = Server(config, network, certification, router, stepper, info, writer, log)
     except MemoryError as error:
         router.close()
         if config.recording.file is not None:
             config.recording.file.unlink()  # made a moment ago, and nothing was recorded
         raise _no_memory(config, error) from None
+    server.statistics.tiers = stepper.tiers
+    return server
 
 
 def _no_memory(config: Config, error: Exception) -> CannotServe:
@@ -205,6 +210,11 @@ def exactness_sentence(certification: Certification) -> str:
     if certification.exactness == "tolerance":
         return f"not exact, up to {certification.max_ulp} ULP seen in a step, {buckets}"
     return f"not certified {buckets}"
+
+
+def _capacity(config: Config) -> str:
+    streams, on_device = config.engine.max_streams, config.engine.device_streams
+    return f"{streams} streams" + (f", {on_device} on the device at once" if 0 < on_device < streams else "")
 
 
 async def _serve(config: Config, prepared: Prepared, on_ready: Callable[[str], None] | None) -> int:
@@ -232,7 +242,7 @@ async def _serve(config: Config, prepared: Prepared, on_ready: Callable[[str], N
         endpoint=server.endpoint,
         model=prepared.model.name,
         device=str(prepared.device),
-        capacity=f"{config.engine.max_streams} streams",
+        capacity=_capacity(config),
         exactness=exactness_sentence(prepared.certification),
         recording=str(config.recording.file or "none"),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from instep.core.streams import NO_OWNER, StreamTable
+from instep.runtime.tiers import Tiers
 from instep_client.codes import Code
 
 _WINDOW = 4096
@@ -23,6 +25,8 @@ class Statistics:
         self.parked_streams_total = 0
         self.resumed_streams_total = 0
         self.evicted_by_code: dict[str, int] = {}
+        self.tiers: Tiers | None = None
+        """Where states are; None when all are on the device."""
         self._split_us = np.zeros((_WINDOW, 3))
 
     def block_answered(self, queue_ns: int, compute_ns: int, send_ns: int) -> None:
@@ -47,3 +51,18 @@ class Statistics:
             values[f"{part}_us_p50"] = float(p50)
             values[f"{part}_us_p99"] = float(p99)
         return values
+
+    def states(self, table: StreamTable) -> dict[str, float]:
+        """Where the states of the open streams are, and how many were moved so far, by name."""
+        if self.tiers is None:
+            hot, loaded, spilled = table.open_count, 0, 0
+        else:
+            hot = int(np.count_nonzero(table.owner[self.tiers.hot_slots] != NO_OWNER))
+            loaded, spilled = self.tiers.states_loaded_total, self.tiers.states_spilled_total
+        return {
+            "streams_open": float(table.open_count),
+            "streams_hot": float(hot),
+            "streams_warm": float(table.open_count - hot),
+            "states_loaded_total": float(loaded),
+            "states_spilled_total": float(spilled),
+        }

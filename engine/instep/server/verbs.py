@@ -322,7 +322,7 @@ class Verbs:
     def _stats(self, client: Client, header: Header, _: list[bytes]) -> None:
         values = {
             **self._statistics.snapshot(),
-            "streams_open": float(self._engine.table.open_count),
+            **self._statistics.states(self._engine.table),
             "connections": float(len(self._clients)),
             "streams_parked": float(self._engine.table.owned[self._engine.table.parked]),
             "frames_pending": float(self._engine.rings.pending_count),

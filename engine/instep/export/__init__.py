@@ -1,0 +1,1 @@
+"""Frames and outputs of a recording as one table, for other tools."""

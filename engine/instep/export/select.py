@@ -1,0 +1,39 @@
+"""Which streams of a recording are meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from instep.export.errors import CannotExport
+from instep.recording.reader import StreamInfo
+
+
+def select_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list[int]:
+    """Indices of the streams meant, in order: all if none is wanted; every opening of a name, or the one of a number.
+
+    Raises:
+        CannotExport: when one is not there, with the nearest names there are.
+    """
+    if not wanted:
+        return list(range(len(streams)))
+    by_word: dict[str, list[int]] = {}
+    for at, info in enumerate(streams):
+        by_word.setdefault(info.name, []).append(at)
+    names = list(by_word)
+    for at, info in enumerate(streams):
+        by_word.setdefault(str(info.stream), [at])
+    for word in wanted:
+        if word not in by_word:
+            near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else _what_there_is(streams)
+            raise CannotExport(f"the recording has no stream {word!r}; {hint}")
+    return sorted({at for word in wanted for at in by_word[word]})
+
+
+def _what_there_is(streams: Sequence[StreamInfo]) -> str:
+    if not streams:
+        return "it has no streams at all"
+    if len(streams) == 1:
+        return f"its only stream is {streams[0].name!r}"
+    return f"it has {len(streams):,} streams, from {streams[0].name!r} to {streams[-1].name!r}"

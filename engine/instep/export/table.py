@@ -1,0 +1,142 @@
+"""The one source of rows: a recording's frames and outputs, as chunks of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from instep.core.typing import F32, I64, U32, U64
+from instep.export.select import select_streams
+from instep.recording.errors import RecordingError
+from instep.recording.reader import RecordedBatch, RecordingReader
+
+CHUNK_BYTES: Final = 16 * 2**20
+"""Floats in a chunk, about; a chunk has as many frames as fit, and up to one batch more."""
+CHUNK_FRAMES: Final = 65_536
+"""The same for narrow frames: the arrays of many small batches weigh more than what is in them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some rows of the table, as columns of the same length."""
+
+    names: I64
+    """Which name, as an index into `FrameTable.names`."""
+    stream_ids: U32
+    seqs: U64
+    times_ns: I64
+    """Nanoseconds since 1970, of the step."""
+    x: F32
+    """float32 [rows, features]."""
+    y: F32
+    """float32 [rows, outputs]."""
+
+    def __len__(self) -> int:
+        return len(self.seqs)
+
+
+class FrameTable:
+    """Every frame of some streams of a recording with its output, in the order they were stepped.
+
+    A frame whose outputs are all NaN was never answered, and is left out.
+
+    Args:
+        reader: an open recording.
+        wanted: names or numbers of streams; empty for all.
+        on_progress: called with the share (0 to 1) of the recording that was read.
+
+    Attributes:
+        features: floats in x.
+        outputs: floats in y.
+        names: of the streams, in the order they opened; one name may be there more than once.
+        stream_ids: their numbers.
+        frames: rows that `chunks` has given so far.
+        left_out: frames that it has left out so far.
+
+    Raises:
+        CannotExport: when there is no such stream.
+        RecordingError: when the recording is damaged.
+    """
+
+    def __init__(self, reader: RecordingReader, wanted: Sequence[str], on_progress: Callable[[float], None]) -> None:
+        self._reader = reader
+        self._on_progress = on_progress
+        opened = reader.streams()
+        selected = select_streams(opened, wanted)
+        ends = [opened[at].closed_position for at in selected]
+        self._first = min((opened[at].opened_position for at in selected), default=1)
+        self._last = max((end or reader.last_position for end in ends), default=0)
+        self._known: I64 = np.sort(np.array([info.stream for info in opened], np.int64))
+        self._selected: I64 = np.full(len(opened), -1, np.int64)
+        numbers = np.array([opened[at].stream for at in selected], np.int64)
+        self._selected[np.searchsorted(self._known, numbers)] = np.arange(len(selected))
+        self.features = reader.header.features
+        self.outputs = reader.header.outputs
+        self.names = [opened[at].name for at in selected]
+        self.stream_ids = numbers.tolist()
+        self.frames = 0
+        self.left_out = 0
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns where each float has its own."""
+        x = [f"x{at}" for at in range(self.features)]
+        y = [f"y{at}" for at in range(self.outputs)]
+        return ["stream", "stream_id", "seq", "time_ns", *x, *y]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All rows once, in bounded memory.
+
+        Raises:
+            RecordingError: when the recording is damaged.
+        """
+        fit = CHUNK_BYTES // (4 * (self.features + self.outputs))
+        most = max(min(fit, CHUNK_FRAMES), 1)
+        parts: list[Chunk] = []
+        rows = 0
+        for batch in self._reader.batches(self._first, self._last):
+            part = self._rows(batch)
+            if len(part):
+                parts.append(part)
+                rows += len(part)
+            if rows >= most:
+                yield self._joined(parts)
+                parts, rows = [], 0
+            self._on_progress((batch.position - self._first + 1) / (self._last - self._first + 1))
+        if parts:
+            yield self._joined(parts)
+
+    def _rows(self, batch: RecordedBatch) -> Chunk:
+        names = self._names_of(batch)
+        answered = ~np.isnan(batch.y).all(axis=1)
+        self.left_out += int(np.count_nonzero((names >= 0) & ~answered))
+        rows = np.flatnonzero((names >= 0) & answered)
+        times: I64 = np.full(len(rows), batch.time_ns, np.int64)
+        return Chunk(names[rows], batch.streams[rows], batch.seqs[rows], times, batch.x[rows], batch.y[rows])
+
+    def _names_of(self, batch: RecordedBatch) -> I64:
+        """Indices into `names`, -1 where the stream is not wanted."""
+        numbers = batch.streams.astype(np.int64)
+        at = np.minimum(np.searchsorted(self._known, numbers), len(self._known) - 1)
+        if not len(self._known) or (self._known[at] != numbers).any():
+            raise RecordingError(
+                f"{self._reader.path} is damaged: the batch at position {batch.position} holds frames of a stream that "
+                "was never opened"
+            )
+        names: I64 = self._selected[at]
+        return names
+
+    def _joined(self, parts: Sequence[Chunk]) -> Chunk:
+        chunk = Chunk(
+            names=np.concatenate([part.names for part in parts]),
+            stream_ids=np.concatenate([part.stream_ids for part in parts]),
+            seqs=np.concatenate([part.seqs for part in parts]),
+            times_ns=np.concatenate([part.times_ns for part in parts]),
+            x=np.concatenate([part.x for part in parts]),
+            y=np.concatenate([part.y for part in parts]),
+        )
+        self.frames += len(chunk)
+        return chunk

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import io
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from instep.cli import app
+from instep.export import command
+from instep.export.command import WRITERS, Format, run
+from instep.recording.reader import RecordedBatch, RecordingReader
+from tests.export.written import Written, write_recording
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Written:
+    return write_recording(tmp_path)
+
+
+def export(path: Path, **options: Any) -> tuple[int, str]:
+    file = io.StringIO()
+    arguments = {"format": None, "output": None, "streams": [], "json": False, **options}
+    status = run(path, console=Console(file=file, width=80), **arguments)
+    return status, file.getvalue()
+
+
+def names(folder: Path) -> set[str]:
+    return {each.name for each in folder.iterdir()}
+
+
+def test_one_line_says_what_was_written(written: Written) -> None:
+    status, text = export(written.path, format="csv")
+    output = written.path.with_name("a.csv")
+    assert status == 0
+    assert text == (
+        f"{output}: {len(written.rows)} frames of 5 streams, 3 inputs and 2 outputs each, "
+        f"{output.stat().st_size:,} bytes\n"
+    )
+    assert len(output.read_text().splitlines()) > len(written.rows)
+    assert names(written.path.parent) == {"a.rec", "a.csv"}
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"format": "npz"}, "a.npz"),
+        ({"output": "b.CSV"}, "b.CSV"),
+        ({"output": "b.npz"}, "b.npz"),
+        ({"output": "b.csv", "format": "npz"}, "b.csv"),
+        ({"output": "b", "format": "npz"}, "b"),
+    ],
+)
+def test_name_and_format(written: Written, options: dict[str, Any], name: str) -> None:
+    if "output" in options:
+        options = {**options, "output": written.path.with_name(options["output"])}
+    assert export(written.path, **options)[0] == 0
+    assert names(written.path.parent) == {"a.rec", name}
+    is_npz = (written.path.with_name(name)).read_bytes()[:2] == b"PK"
+    assert is_npz == ("npz" in (options.get("format"), name[-3:]))
+
+
+def test_parquet_when_nothing_is_said(written: Written) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    assert export(written.path)[0] == 0
+    assert written.path.with_name("a.parquet").read_bytes()[:4] == b"PAR1"
+
+
+def test_a_name_that_says_no_format(written: Written) -> None:
+    status, text = export(written.path, output=written.path.with_name("out.txt"))
+    assert status == 2
+    assert text == (
+        "not exported: the name 'out.txt' says no format: let it end in .parquet, .npz, .csv or .mcap, "
+        "or give --format\n"
+    )
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    written = write_recording(tmp_path, unanswered=[(1, 4), (2, 2)], finish=False)
+    status, text = export(written.path, format="npz")
+    assert status == 0
+    assert text.startswith(f"{tmp_path / 'a.npz'}: {len(written.rows)} frames of 5 streams, ")
+    assert text.endswith(
+        "; left out 2 frames whose outputs are not recorded; the recording was not closed: exported up to its last "
+        "commit\n"
+    )
+    with np.load(tmp_path / "a.npz") as file:
+        assert len(file["seq"]) == len(written.rows)
+
+
+def test_one_of_anything_is_not_many(written: Written) -> None:
+    assert ": 0 frames of 1 stream, 3 inputs" in export(written.path, format="csv", streams=["5"])[1]
+
+
+def test_json_is_one_object_on_standard_output_and_nothing_else(
+    written: Written, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = written.path.with_name("b.csv")
+    assert export(written.path, output=output, streams=["mic-1"], json=True) == (0, "")
+    assert json.loads(capsys.readouterr().out) == {
+        "file": str(written.path),
+        "exported": True,
+        "output": str(output),
+        "format": "csv",
+        "frames": len(written.of(1, 3)),
+        "streams": 2,
+        "features": 3,
+        "outputs": 2,
+        "left_out": 0,
+        "finished": True,
+        "bytes": output.stat().st_size,
+    }
+
+
+def test_json_of_what_could_not_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(tmp_path / "no.rec", format="csv", json=True) == (2, "")
+    fields = json.loads(capsys.readouterr().out)
+    assert fields.pop("error").startswith("cannot read the recording")
+    assert fields == {"file": str(tmp_path / "no.rec"), "exported": False}
+    assert names(tmp_path) == set()
+
+
+def test_a_stream_that_is_not_there(written: Written) -> None:
+    status, text = export(written.path, format="csv", streams=["mik-2"])
+    assert status == 2
+    assert text == "not exported: the recording has no stream 'mik-2'; did you mean 'mic-2' or 'mic-1'?\n"
+    assert names(written.path.parent) == {"a.rec"}
+
+
+def test_the_recording_is_not_written_over(written: Written) -> None:
+    before = written.path.read_bytes()
+    status, text = export(written.path, output=written.path, format="csv")
+    assert status == 2
+    assert "exists already and is not written over" in text
+    assert written.path.read_bytes() == before
+
+
+def test_a_library_that_is_missing(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    status, text = export(written.path)
+    assert status == 2
+    assert 'pip install "instep[export]"' in text
+    assert len(text.splitlines()) == 1
+    assert names(written.path.parent) == {"a.rec"}
+
+
+@pytest.fixture(params=WRITERS)
+def format(request: pytest.FixtureRequest) -> Format:
+    found: Format = request.param
+    for library in {"parquet": ["pyarrow"], "mcap": ["mcap", "google.protobuf"]}.get(found, []):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    return found
+
+
+def test_nothing_is_left_after_ctrl_c(written: Written, format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = RecordingReader.batches
+
+    def interrupted(self: RecordingReader, first: int = 1, last: int | None = None) -> Iterator[RecordedBatch]:
+        for batch in batches(self, first, last):
+            if batch.position > 30:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(RecordingReader, "batches", interrupted)
+    monkeypatch.setattr("instep.export.table.CHUNK_FRAMES", 8)
+    with pytest.raises(KeyboardInterrupt):
+        export(written.path, format=format)
+    assert names(written.path.parent) == {"a.rec"}
+
+
+def test_nothing_is_left_of_a_damaged_recording(
+    written: Written, format: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.export.table.CHUNK_FRAMES", 8)
+    content = bytearray(written.path.read_bytes())
+    at = content.rindex(np.array(written.rows[-1].x, "<f4").tobytes())
+    content[at] ^= 1
+    written.path.write_bytes(content)
+    status, text = export(written.path, format=format)
+    assert status == 2
+    assert "does not match its CRC" in text
+    assert names(written.path.parent) == {"a.rec"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX systems do")
+def test_nothing_is_left_when_there_is_no_room(written: Written, format: Format) -> None:
+    assert export(written.path, format=format, output=written.path.with_name("room"))[0] == 0
+    written.path.with_name("room").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
+    try:
+        status, text = export(written.path, format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2
+    assert text == f"not exported: cannot write {written.path.with_name(f'a.{format}')}: File too large\n"
+    assert names(written.path.parent) == {"a.rec"}
+
+
+@pytest.mark.parametrize(("patience_s", "shown"), [(0.0, True), (1e9, False)])
+def test_a_bar_for_what_takes_long(
+    written: Written, monkeypatch: pytest.MonkeyPatch, patience_s: float, shown: bool
+) -> None:
+    monkeypatch.setattr(command, "PATIENCE_S", patience_s)
+    file = io.StringIO()
+    console = Console(file=file, width=100, force_terminal=True)
+    assert run(written.path, format="csv", output=None, streams=[], json=False, console=console) == 0
+    assert ("exporting" in file.getvalue()) is shown
+
+
+def test_the_command_line(written: Written) -> None:
+    output = written.path.with_name("b.out")
+    arguments = ["export", str(written.path), "--format", "csv", "--output", str(output)]
+    result = CliRunner().invoke(app, [*arguments, "--stream", "1", "--stream", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["frames"] == len(written.of(1, 4))
+    assert output.exists()
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+def test_torch_is_not_needed(written: Written) -> None:
+    script = "import sys; sys.modules['torch'] = None; from instep.cli import main; main()"
+    command = [sys.executable, "-c", script, "export", str(written.path), "--format", "csv"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -1,0 +1,220 @@
+"""Each format, written by the code and read back by others': the standard library, numpy, pyarrow, mcap, protobuf."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep.export import mcap_file, table
+from instep.export.command import WRITERS, Format
+from instep.export.errors import CannotExport
+from instep.export.table import FrameTable
+from instep.recording.reader import RecordingReader
+from tests.export.written import FEATURES, NAMES, OUTPUTS, Row, Written, bits, exact, write_recording
+
+FLOATS = [*(f"x{at}" for at in range(FEATURES)), *(f"y{at}" for at in range(OUTPUTS))]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Written:
+    return write_recording(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "CHUNK_FRAMES", 16)
+
+
+def export(written: Written, format: Format, *streams: str) -> Path:
+    path = written.path.with_name(f"out.{format}")
+    with RecordingReader(written.path) as reader, path.open("wb") as file:
+        WRITERS[format](FrameTable(reader, streams, lambda share: None), file)
+    return path
+
+
+def read_csv(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        head, *lines = csv.reader(file)
+    assert head == ["stream", "stream_id", "seq", "time_ns", *FLOATS]
+    rows = []
+    for name, stream_id, seq, time_ns, *texts in lines:
+        floats = [float(np.float32(text)) for text in texts]
+        rows.append(Row(name, int(stream_id), int(seq), int(time_ns), floats[:FEATURES], floats[FEATURES:]))
+    return rows
+
+
+def read_npz(path: Path) -> list[Row]:
+    with np.load(path) as file:
+        columns = dict(file)
+    kinds = {name: column.dtype.str for name, column in columns.items()}
+    assert kinds.pop("stream").startswith("<U")
+    assert kinds == {
+        "stream_id": "<u4",
+        "seq": "<u8",
+        "time_ns": "<i8",
+        "x": "<f4",
+        "y": "<f4",
+    }
+    labels = (columns[name].tolist() for name in ("stream", "stream_id", "seq", "time_ns"))
+    rows = zip(*labels, columns["x"].tolist(), columns["y"].tolist(), strict=True)
+    return [Row(*values) for values in rows]
+
+
+def read_parquet(path: Path) -> list[Row]:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    found = parquet.read_table(path)
+    kinds = ["string", "uint32", "uint64", "int64", *["float"] * len(FLOATS)]
+    assert found.column_names == ["stream", "stream_id", "seq", "time_ns", *FLOATS]
+    assert list(map(str, found.schema.types)) == kinds
+    columns = zip(*(column.to_pylist() for column in found.columns), strict=True)
+    return [
+        Row(name, stream_id, seq, time_ns, floats[:FEATURES], floats[FEATURES:])
+        for name, stream_id, seq, time_ns, *floats in columns
+    ]
+
+
+def read_mcap(path: Path) -> list[Row]:
+    pytest.importorskip("mcap", reason="mcap is not installed")
+    pytest.importorskip("google.protobuf", reason="protobuf is not installed")
+    from google.protobuf.descriptor_pb2 import FileDescriptorSet
+    from google.protobuf.message_factory import GetMessages
+    from mcap.reader import make_reader
+
+    rows = []
+    with path.open("rb") as file:
+        for schema, channel, message in make_reader(file, validate_crcs=True).iter_messages(log_time_order=False):
+            assert schema is not None
+            assert (schema.name, schema.encoding, channel.message_encoding) == ("instep.Frame", "protobuf", "protobuf")
+            kinds: dict[str, Any] = GetMessages(FileDescriptorSet.FromString(schema.data).file)
+            frame = kinds[schema.name].FromString(message.data)
+            assert message.sequence == frame.seq
+            assert message.publish_time == message.log_time
+            stream_id = int(channel.metadata["stream_id"])
+            rows.append(Row(channel.topic, stream_id, frame.seq, message.log_time, list(frame.x), list(frame.y)))
+    return rows
+
+
+READERS: dict[Format, Callable[[Path], list[Row]]] = {
+    "csv": read_csv,
+    "npz": read_npz,
+    "parquet": read_parquet,
+    "mcap": read_mcap,
+}
+LIBRARIES: dict[Format, tuple[str, ...]] = {"csv": (), "npz": (), "parquet": ("pyarrow",), "mcap": ("mcap", "google")}
+
+
+@pytest.fixture(params=READERS)
+def format(request: pytest.FixtureRequest) -> Format:
+    found: Format = request.param
+    for library in LIBRARIES[found]:
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    return found
+
+
+def test_every_format_is_tested() -> None:
+    assert READERS.keys() == WRITERS.keys()
+
+
+def test_what_was_recorded_reads_back_bit_for_bit_and_in_order(written: Written, format: Format) -> None:
+    assert len(written.rows) > 60
+    assert exact(READERS[format](export(written, format))) == exact(written.rows)
+
+
+def test_only_some_streams(written: Written, format: Format) -> None:
+    found = READERS[format](export(written, format, "mic-1"))
+    assert exact(found) == exact(written.of(1, 3))
+
+
+def test_a_stream_without_frames(written: Written, format: Format) -> None:
+    path = export(written, format, "mic-2")
+    if format == "npz":
+        with np.load(path) as file:
+            assert {name: file[name].shape for name in file} == {
+                "stream": (0,),
+                "stream_id": (0,),
+                "seq": (0,),
+                "time_ns": (0,),
+                "x": (0, FEATURES),
+                "y": (0, OUTPUTS),
+            }
+    else:
+        assert READERS[format](path) == []
+
+
+def test_csv_has_no_more_digits_than_a_float32_needs(written: Written) -> None:
+    with export(written, "csv").open(encoding="utf-8", newline="") as file:
+        texts = {text for line in list(csv.reader(file))[1:] for text in line[4:]}
+    assert {"0.1", "-0.0", "1e-45", "3.4028235e+38", "0.33333334", "nan"} < texts
+    for text in texts - {"nan", "-0.0"}:
+        digits = len(text.split("e")[0].lstrip("-0.").replace(".", "").rstrip("0"))
+        value = np.float32(text)
+        assert digits == 1 or np.float32(f"{float(value):.{digits - 2}e}") != value, text
+
+
+def test_parquet_goes_through_memory_in_row_groups(written: Written) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    found = parquet.ParquetFile(export(written, "parquet")).metadata
+    sizes = [found.row_group(at).num_rows for at in range(found.num_row_groups)]
+    assert sum(sizes) == len(written.rows)
+    assert len(sizes) > 3
+    assert max(sizes) < 16 + 4
+
+
+def test_mcap_has_a_channel_for_each_stream_and_a_summary(written: Written) -> None:
+    pytest.importorskip("mcap", reason="mcap is not installed")
+    from mcap.reader import make_reader
+
+    with export(written, "mcap").open("rb") as file:
+        summary = make_reader(file).get_summary()
+    assert summary is not None
+    found = [(channel.topic, channel.metadata["stream_id"]) for channel in summary.channels.values()]
+    assert found == [(name, str(number)) for number, name in enumerate(NAMES, 1)]
+    assert summary.statistics is not None
+    assert summary.statistics.message_count == len(written.rows)
+    times = [row.time_ns for row in written.rows]
+    assert (summary.statistics.message_start_time, summary.statistics.message_end_time) == (times[0], times[-1])
+
+
+def test_an_mcap_payload_is_the_packed_bytes_of_protobuf(written: Written) -> None:
+    pytest.importorskip("mcap", reason="mcap is not installed")
+    from mcap.reader import make_reader
+
+    with export(written, "mcap", "2").open("rb") as file:
+        messages = [message.data for _, _, message in make_reader(file).iter_messages()]
+    row = written.of(4)[1]
+    x, y = (np.array(bits(floats), "<u4").tobytes() for floats in (row.x, row.y))
+    assert messages[1] == b"\x08\x01" + b"\x12\x0c" + x + b"\x1a\x08" + y
+
+
+def test_more_streams_than_mcap_has_channels(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mcap", reason="mcap is not installed")
+    monkeypatch.setattr(mcap_file, "MOST_CHANNELS", 4)
+    with pytest.raises(CannotExport, match="at most 4 channels, and these are 5 streams: name some with --stream"):
+        export(written, "mcap")
+    assert len(read_mcap(export(written, "mcap", NAMES[0], NAMES[1], NAMES[3]))) == len(written.rows)
+
+
+@pytest.mark.parametrize(
+    ("format", "library"), [("parquet", "pyarrow"), ("mcap", "mcap.writer"), ("mcap", "google.protobuf")]
+)
+def test_a_library_that_is_missing(
+    written: Written, format: Format, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name == library or name.startswith(f"{library}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(CannotExport) as caught:
+        export(written, format)
+    assert f'{format} needs a library that is missing here ({library}): pip install "instep[export]"' in str(
+        caught.value
+    )

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+
+from instep.export.errors import CannotExport
+from instep.export.select import select_streams
+from instep.recording.reader import StreamInfo
+
+
+def opened(*names: str) -> list[StreamInfo]:
+    return [StreamInfo(at, name, 0, at, None, None, None, None, None, None) for at, name in enumerate(names, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ([], [0, 1, 2, 3]),
+        (["a"], [0, 2]),
+        (["b", "a"], [0, 1, 2]),
+        (["2"], [1]),
+        (["1"], [3]),
+        (["a", "3", "a"], [0, 2]),
+    ],
+)
+def test_names_come_before_numbers(wanted: list[str], found: list[int]) -> None:
+    assert select_streams(opened("a", "b", "a", "1"), wanted) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ((), "the recording has no stream 'mic'; it has no streams at all"),
+        (("zzz",), "the recording has no stream 'mic'; its only stream is 'zzz'"),
+        (("xx", "yy", "zz"), "the recording has no stream 'mic'; it has 3 streams, from 'xx' to 'zz'"),
+        (("mic-1", "mic-1", "zz"), "the recording has no stream 'mic'; did you mean 'mic-1'?"),
+    ],
+)
+def test_one_that_is_not_there(names: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(CannotExport) as caught:
+        select_streams(opened(*names), ["mic"])
+    assert str(caught.value) == sentence

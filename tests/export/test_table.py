@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.export import table
+from instep.export.errors import CannotExport
+from instep.export.table import Chunk, FrameTable
+from instep.recording.errors import RecordingError
+from instep.recording.reader import RecordingReader
+from tests.export.written import NAMES, Row, exact, write_recording
+
+
+def rows_of(frames: FrameTable, chunk: Chunk) -> list[Row]:
+    labels = (chunk.stream_ids, chunk.seqs, chunk.times_ns, chunk.x, chunk.y)
+    names = [frames.names[at] for at in chunk.names]
+    return [Row(*values) for values in zip(names, *(column.tolist() for column in labels), strict=True)]
+
+
+def all_rows(path: Path, *wanted: str) -> tuple[FrameTable, list[Row]]:
+    with RecordingReader(path) as reader:
+        frames = FrameTable(reader, wanted, lambda share: None)
+        return frames, [row for chunk in frames.chunks() for row in rows_of(frames, chunk)]
+
+
+def test_every_frame_once_and_in_order(tmp_path: Path) -> None:
+    written = write_recording(tmp_path)
+    frames, rows = all_rows(written.path)
+    assert exact(rows) == exact(written.rows)
+    assert (frames.frames, frames.left_out) == (len(written.rows), 0)
+    assert frames.names == list(NAMES)
+    assert frames.stream_ids == [1, 2, 3, 4, 5]
+    assert frames.columns == ["stream", "stream_id", "seq", "time_ns", "x0", "x1", "x2", "y0", "y1"]
+
+
+def test_some_streams_by_name_and_by_number(tmp_path: Path) -> None:
+    written = write_recording(tmp_path)
+    frames, rows = all_rows(written.path, "3", NAMES[1])
+    assert exact(rows) == exact(written.of(2, 3))
+    assert frames.stream_ids == [2, 3]
+
+
+def test_a_stream_that_is_still_open(tmp_path: Path) -> None:
+    written = write_recording(tmp_path)
+    assert exact(all_rows(written.path, "2")[1]) == exact(written.of(4))
+
+
+@pytest.mark.parametrize(("limit", "value"), [("CHUNK_BYTES", 4 * 5 * 10), ("CHUNK_FRAMES", 10)])
+def test_chunks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
+    monkeypatch.setattr(table, limit, value)
+    written = write_recording(tmp_path)
+    with RecordingReader(written.path) as reader:
+        frames = FrameTable(reader, [], lambda share: None)
+        chunks = list(frames.chunks())
+    sizes = [len(chunk) for chunk in chunks]
+    assert sum(sizes) == len(written.rows)
+    assert min(sizes[:-1]) >= 10
+    assert max(sizes) < 10 + 4  # a batch has at most four frames here
+    assert exact([row for chunk in chunks for row in rows_of(frames, chunk)]) == exact(written.rows)
+
+
+def test_a_frame_wider_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "CHUNK_BYTES", 1)
+    written = write_recording(tmp_path)
+    assert exact(all_rows(written.path)[1]) == exact(written.rows)
+
+
+def test_frames_that_were_never_answered_are_left_out_and_counted(tmp_path: Path) -> None:
+    written = write_recording(tmp_path, unanswered=[(1, 3), (2, 0), (2, 5)])
+    frames, rows = all_rows(written.path)
+    assert exact(rows) == exact(written.rows)
+    assert any(np.isnan(row.y[0]) for row in rows), "one output that is NaN is no reason to leave a frame out"
+    assert frames.left_out == 3
+    assert all_rows(written.path, "1")[0].left_out == 1
+
+
+def test_a_recording_that_is_still_being_written(tmp_path: Path) -> None:
+    written = write_recording(tmp_path, finish=False)
+    assert exact(all_rows(written.path)[1]) == exact(written.rows)
+
+
+def test_a_frame_of_a_stream_that_was_never_opened(tmp_path: Path) -> None:
+    written = write_recording(tmp_path, stranger_at=20)
+    for wanted in ([], ["mic-1"]):
+        with pytest.raises(RecordingError, match="holds frames of a stream that was never opened"):
+            all_rows(written.path, *wanted)
+
+
+def test_progress_grows_to_one(tmp_path: Path) -> None:
+    written = write_recording(tmp_path)
+    for wanted in ([], ["mic-1"]):
+        shares: list[float] = []
+        with RecordingReader(written.path) as reader:
+            list(FrameTable(reader, wanted, shares.append).chunks())
+        assert shares == sorted(shares)
+        assert 0 < shares[0] < 0.25
+        assert 0.8 < shares[-1] <= 1
+
+
+def test_a_stream_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CannotExport, match="no stream 'mic-3'; did you mean 'mic-2' or 'mic-1'"):
+        all_rows(write_recording(tmp_path).path, "mic-1", "mic-3")
