@@ -20,9 +20,11 @@ from tests.support.staged_server import StagedServer
 class Run:
     """A session, a staged server, and dice that decide what happens next."""
 
-    def __init__(self, seed: int, credit_frames: int, busy: float, fails: float, bad: float, cancels: float) -> None:
+    def __init__(
+        self, seed: int, credit_frames: int, busy: float, fails: float, bad: float, cancels: float, window: int = 32
+    ) -> None:
         self.dice = Random(seed)
-        self.server = StagedServer(self.dice, credit_frames, busy, fails)
+        self.server = StagedServer(self.dice, credit_frames, busy, fails, window)
         self.session = Session("tcp://somewhere:1")
         self.bad = bad
         self.cancels = cancels
@@ -163,9 +165,12 @@ def outputs_of(call: StepCall) -> F32:
     seed=st.integers(0, 2**32),
     credit_frames=st.sampled_from([1, 3, 8, 40]),
     busy=st.sampled_from([0.0, 0.2, 0.6]),
+    window=st.sampled_from([1, 2, 5, 32]),
 )
-def test_with_busy_alone_every_frame_is_applied_in_order_once(seed: int, credit_frames: int, busy: float) -> None:
-    run = Run(seed, credit_frames, busy, fails=0.0, bad=0.0, cancels=0.0)
+def test_with_busy_alone_every_frame_is_applied_in_order_once(
+    seed: int, credit_frames: int, busy: float, window: int
+) -> None:
+    run = Run(seed, credit_frames, busy, fails=0.0, bad=0.0, cancels=0.0, window=window)
     for _ in range(150):
         run.act()
     run.drain()
@@ -182,11 +187,12 @@ def test_with_busy_alone_every_frame_is_applied_in_order_once(seed: int, credit_
     fails=st.sampled_from([0.0, 0.1]),
     bad=st.sampled_from([0.0, 0.1, 0.4]),
     cancels=st.sampled_from([0.0, 0.3]),
+    window=st.sampled_from([1, 2, 5, 32]),
 )
 def test_failures_and_cancelled_calls_never_reorder_or_repeat_a_frame(
-    seed: int, credit_frames: int, busy: float, fails: float, bad: float, cancels: float
+    seed: int, credit_frames: int, busy: float, fails: float, bad: float, cancels: float, window: int
 ) -> None:
-    run = Run(seed, credit_frames, busy, fails, bad, cancels)
+    run = Run(seed, credit_frames, busy, fails, bad, cancels, window)
     for _ in range(150):
         run.act()
     run.drain()

@@ -22,7 +22,7 @@ def test_a_step_is_these_bytes() -> None:
     [message] = link.advance()
     assert [frame.hex(" ", -4) for frame in message] == [
         "96030301 0103a266 34",
-        "01000000 00000000 00000000 00000000",
+        "01000000 00000000 00000000 00000000 00000000 00000000",
         "0000803f 00000040 00004040",
     ]
 
@@ -97,7 +97,7 @@ def test_large_calls_are_cut_into_blocks_within_the_limits_and_put_together_agai
 @pytest.mark.parametrize(
     ("info", "expected"),
     [
-        (replace(INFO, max_message_bytes=48), [(1, 3), (1, 3), (1, 1)]),  # 3 columns of 16 bytes
+        (replace(INFO, max_message_bytes=72), [(1, 3), (1, 3), (1, 1)]),  # 3 columns of 24 bytes
         (replace(INFO, max_message_bytes=4), [(1, 1)] * 7),  # not even one frame: left for the server to refuse
         (replace(INFO, outputs=2**24), [(1, 1)] * 7),  # answers of 64 MiB
         (replace(INFO, credit_frames=8), [(1, 2), (1, 2), (1, 2), (1, 1)]),  # a quarter of the credit

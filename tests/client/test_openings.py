@@ -27,7 +27,7 @@ def test_open_and_close_are_these_bytes() -> None:
     link = Link()
     opening = link.session.open(["a", "é"], np.arange(8).reshape(2, 2, 2), single=False)
     [message] = link.advance()
-    assert message == [bytes.fromhex("9402020201"), b"a\n\xc3\xa9", np.arange(8, dtype="<f4").tobytes()]
+    assert message == [bytes.fromhex("950202020100"), b"a\n\xc3\xa9", np.arange(8, dtype="<f4").tobytes(), b""]
     lane = link.finish(opening)
     link.session.close(lane)
     assert link.advance() == [[bytes.fromhex("93040302"), bytes.fromhex("0100000000000000 0200000000000000")]]

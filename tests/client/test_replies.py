@@ -26,8 +26,8 @@ def read(message: Message, *expected: Any) -> Any:
     match header.kind:
         case Kind.WELCOME:
             return replies.welcome(header)
-        case Kind.OPENED:
-            return replies.opened(header, message, *(expected or (2,)))
+        case Kind.OPENED | Kind.RESUMED:
+            return replies.granted(header, message, *(expected or (2,)))
         case Kind.STEPPED:
             return replies.stepped(header, message, *(expected or (2, 3, 2)))
         case Kind.CLOSED:
@@ -60,9 +60,9 @@ def test_a_welcome_with_another_kind_of_field_is_malformed(index: int, value: An
 
 def test_opened_gives_handles_and_refusals() -> None:
     taken = [[int(Code.NAME_IN_USE), "taken"]]
-    message = [pack(Kind.OPENED, 1, 2, taken), np.array([9, 0], "<u8").tobytes(), failures((1, 0, 105, 0))]
-    handles, refused = read(message)
-    assert handles.tolist() == [9, 0]
+    given = np.array([(9, 7, 3), (0, 0, 0)], wire.GRANT)
+    grants, refused = read([pack(Kind.OPENED, 1, 2, "fsync", taken), given.tobytes(), failures((1, 0, 105, 0))])
+    assert grants.tolist() == [(9, 7, 3), (0, 0, 0)]
     assert refused == [(1, 0, Code.NAME_IN_USE, "taken", 0)]
 
 
@@ -134,11 +134,12 @@ def test_a_stepped_that_contradicts_itself_is_malformed(changes: dict[str, Any])
 @pytest.mark.parametrize(
     "message",
     [
-        [pack(Kind.OPENED, 1, 3, []), b"\1" * 24, b""],
-        [pack(Kind.OPENED, 1, 2, []), b"\1" * 8, b""],
-        [pack(Kind.OPENED, 1, 2, []), b"\0" * 16, b""],
-        [pack(Kind.OPENED, 1, 2, []), b"\1" * 16, failures((1, 0, 105, 0))],
-        [pack(Kind.OPENED, 1, 2, []), b"\1" * 8 + b"\0" * 8, failures((1, 1, 105, 0))],
+        [pack(Kind.OPENED, 1, 3, "memory", []), b"\1" * 72, b""],
+        [pack(Kind.OPENED, 1, 2, 0, []), b"\1" * 48, b""],
+        [pack(Kind.OPENED, 1, 2, "memory", []), b"\1" * 24, b""],
+        [pack(Kind.OPENED, 1, 2, "memory", []), b"\0" * 48, b""],
+        [pack(Kind.RESUMED, 1, 2, "memory", []), b"\1" * 48, failures((1, 0, 105, 0))],
+        [pack(Kind.OPENED, 1, 2, "memory", []), b"\1" * 24 + b"\0" * 24, failures((1, 1, 105, 0))],
         [pack(Kind.CLOSED, 1, 1, []), b"\0" * 32, b""],
         [pack(Kind.CLOSED, 1, 2, []), b"\0" * 28, b""],
         [pack(Kind.STATISTICS, 1, "a")],
@@ -170,7 +171,7 @@ def test_mutated_replies_are_read_or_malformed(data: st.DataObject) -> None:
         st.sampled_from(
             [
                 welcome(1, INFO),
-                [pack(Kind.OPENED, 1, 2, SAID), b"\1" * 8 + b"\0" * 8, failures((1, 0, 105, 0))],
+                [pack(Kind.RESUMED, 1, 2, "memory", SAID), b"\1" * 24 + b"\0" * 24, failures((1, 0, 105, 0))],
                 step_message(failures=failures((1, 1, 101, 4))),
                 [pack(Kind.CLOSED, 1, 2, SAID), b"\0" * 32, failures((1, 0, 101, 0))],
                 [pack(Kind.STATISTICS, 1, [["a", 1.0], ["b", 2]])],
@@ -191,7 +192,7 @@ def test_mutated_replies_are_read_or_malformed(data: st.DataObject) -> None:
     mutated = [bytes(frame) for frame in frames]
     try:
         header = wire.unpack_header(mutated)
-        if header.kind in (Kind.PONG, *range(1, 7)):
+        if header.kind in (Kind.PONG, *range(1, 11)):
             return
         read(mutated)
     except MalformedMessage:

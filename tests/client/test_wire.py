@@ -15,14 +15,18 @@ from instep_client.errors import MalformedMessage
 from instep_client.wire import Kind
 
 HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
-    (Kind.HELLO, 1, (1, "abc"), "94 01 01 01 a3 616263"),
-    (Kind.OPEN, 2, (3, 1), "94 02 02 03 01"),
+    (Kind.HELLO, 1, (2, "abc"), "94 01 01 02 a3 616263"),
+    (Kind.OPEN, 2, (3, 1, 0), "95 02 02 03 01 00"),
     (Kind.STEP, 7, (2, 3, 40, "f4"), "96 03 07 02 03 28 a2 6634"),
     (Kind.STEP, 300, (1, 1024, 40, "f4"), "96 03 cd012c 01 cd0400 28 a2 6634"),
     (Kind.CLOSE, 128, (65_535,), "93 04 cc80 cdffff"),
     (Kind.PING, 1, (), "92 05 01"),
     (Kind.STATS, 2**32, (), "92 06 cf0000000100000000"),
-    (Kind.OPENED, 2, (1, ((105, "no"),)), "94 42 02 01 91 92 69 a2 6e6f"),
+    (Kind.RESUME, 4, (2, 1), "94 07 04 02 01"),
+    (Kind.PEEK, 5, (1,), "93 08 05 01"),
+    (Kind.RESET, 6, (2, 0), "94 09 06 02 00"),
+    (Kind.FORK, 8, (1,), "93 0a 08 01"),
+    (Kind.OPENED, 2, (1, "fsync", ((105, "no"),)), "95 42 02 01 a5 6673796e63 91 92 69 a2 6e6f"),
     (Kind.STEPPED, 7, (2, 3, 100, 200, 5, ()), "98 43 07 02 03 64 ccc8 05 90"),
     (Kind.CLOSED, 9, (1, ()), "94 44 09 01 90"),
     (Kind.PONG, 0, (), "92 45 00"),
@@ -30,6 +34,9 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.EVICTED, 0, (2, 106, "x"), "95 47 00 02 6a a1 78"),
     (Kind.ERROR, 5, (200, "x", 2000), "95 48 05 ccc8 a1 78 cd07d0"),
     (Kind.GOODBYE, 0, ("x",), "93 49 00 a1 78"),
+    (Kind.RESUMED, 4, (2, "memory", ()), "95 4a 04 02 a6 6d656d6f7279 90"),
+    (Kind.PEEKED, 5, (1, ()), "94 4b 05 01 90"),
+    (Kind.CHANGED, 6, (2, ()), "94 4c 06 02 90"),
 ]
 
 
@@ -51,9 +58,16 @@ def test_every_kind_but_welcome_is_in_the_table_and_welcome_has_every_field_of_s
     assert set(wire.HEADER_LENGTH) == set(wire.FRAME_COUNT) == set(Kind)
 
 
-def test_a_column_is_a_handle_and_a_seq() -> None:
-    columns = np.array([(1, 2), (0x0102030405060708, 255)], wire.COLUMN)
-    assert columns.tobytes().hex(" ", 8) == "0100000000000000 0200000000000000 0807060504030201 ff00000000000000"
+def test_a_column_is_a_handle_a_seq_and_what_is_acknowledged() -> None:
+    columns = np.array([(0x0102030405060708, 255, 3)], wire.COLUMN)
+    assert columns.tobytes().hex(" ", 8) == "0807060504030201 ff00000000000000 0300000000000000"
+
+
+def test_a_grant_is_handle_epoch_next_seq_and_a_claim_have_and_epoch() -> None:
+    grant = np.array([(1, 2, 0x0102030405060708)], wire.GRANT)
+    assert grant.tobytes().hex(" ", 8) == "0100000000000000 0200000000000000 0807060504030201"
+    claim = np.array([(wire.HAVE_ALL, 2)], wire.CLAIM)
+    assert claim.tobytes().hex(" ", 8) == "ffffffffffffffff 0200000000000000"
 
 
 def test_a_failure_is_column_timestep_code_zero_expected_seq() -> None:
@@ -61,7 +75,7 @@ def test_a_failure_is_column_timestep_code_zero_expected_seq() -> None:
     assert failure.tobytes().hex(" ", 4) == "01000000 02000000 65000000 00000000 08070605 04030201"
 
 
-GOOD = bytes.fromhex("94 02 02 03 01")
+GOOD = bytes.fromhex("95 02 02 03 01 00")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +95,7 @@ GOOD = bytes.fromhex("94 02 02 03 01")
         ([b"\x92\x05\xa1\xff"], "not msgpack"),  # not UTF-8
         ([b"\x05"], "array of at least"),
         ([b"\x91\x05"], "array of at least"),
-        ([b"\x92\x07\x01"], "unknown message kind 7"),
+        ([b"\x92\x0b\x01"], "unknown message kind 11"),
         ([b"\x92\xc3\x01"], "unknown message kind True"),
         ([b"\x92\xa1a\x01"], "unknown message kind 'a'"),
         ([b"\x92\x05\xff"], "request number"),  # -1
@@ -89,8 +103,8 @@ GOOD = bytes.fromhex("94 02 02 03 01")
         ([b"\x92\x05\xcf" + b"\xff" * 8], "request number"),
         ([b"\x92\x05\xcb\x3f\xf0" + b"\x00" * 6], "request number"),  # 1.0
         ([b"\x93\x05\x01\x01"], "a PING header has 2 elements, this one 3"),
-        ([GOOD], "an? OPEN message has 3 frames, this one 1"),
-        ([GOOD, b"", b"", b""], "an? OPEN message has 3 frames, this one 4"),
+        ([GOOD], "an? OPEN message has 4 frames, this one 1"),
+        ([GOOD, b"", b""], "an? OPEN message has 4 frames, this one 3"),
     ],
 )
 def test_what_is_no_message_is_refused_by_name(frames: list[bytes], complaint: str) -> None:

@@ -23,14 +23,14 @@ import numpy.typing as npt
 import zmq
 
 from instep_client.codes import SENTENCES, Code
-from instep_client.wire import COLUMN, FAILURE, Kind, ServerInfo
+from instep_client.wire import COLUMN, FAILURE, GRANT, Kind, ServerInfo
 
 F32: TypeAlias = npt.NDArray[np.float32]
 Message: TypeAlias = list[bytes]
 Fault: TypeAlias = Callable[[list[Any], list[bytes]], list[Message] | None]
 
 INFO = ServerInfo(
-    protocol_version=1,
+    protocol_version=2,
     boot_id="boot",
     model="halving",
     fingerprint="00",
@@ -46,6 +46,9 @@ INFO = ServerInfo(
     max_block_frames=16_384,
     credit_frames=16_384,
     max_idle_s=0.0,
+    window_frames=32_768,
+    durability="memory",
+    park_s=300.0,
 )
 
 
@@ -82,6 +85,13 @@ def stepped(
     entries = np.array([(column, t, int(code), 0, seq) for column, t, code, seq in failures], FAILURE)
     said = [[int(code), SENTENCES[code]] for code in sorted({failure[2] for failure in failures})]
     return [pack(Kind.STEPPED, request, *y.shape[:2], *times, said), y.astype("<f4").tobytes(), entries.tobytes()]
+
+
+def granted(kind: Kind, request: int, grants: npt.NDArray[np.void], refused: Sequence[Any] = ()) -> Message:
+    """OPENED or RESUMED; a refusal is (column, 0, code, 0, expected seq)."""
+    said = [[code, SENTENCES[Code(code)]] for code in sorted({entry[2] for entry in refused})]
+    entries = np.array(list(refused), FAILURE)
+    return [pack(kind, request, len(grants), "memory", said), grants.tobytes(), entries.tobytes()]
 
 
 def reference(x: F32, state: F32 | None = None, info: ServerInfo = INFO) -> tuple[F32, F32]:
@@ -160,18 +170,24 @@ class FakeRules:
             handles[index] = self.names[name] = self._next_handle
             self._is_open[self._next_handle] = True
             self._next_handle += 1
+        if header[4]:
+            self._expected[handles.astype(int)] = np.frombuffer(frames[3], "<u8")
         if header[3]:
             given = np.frombuffer(frames[2], "<f4").reshape(len(names), -1)
             self._state[handles.astype(int)] = given
         else:
             assert frames[2] == b""
-        said = [[int(Code.NAME_IN_USE), SENTENCES[Code.NAME_IN_USE]]] if refused else []
-        return [pack(Kind.OPENED, header[1], len(names), said), handles.tobytes(), np.array(refused, FAILURE).tobytes()]
+        grants = np.zeros(len(names), GRANT)
+        grants["handle"], grants["epoch"] = handles, handles + 1000
+        grants["next_seq"] = self._expected[handles.astype(int)]
+        return granted(Kind.OPENED, header[1], grants, refused)
 
     def _step(self, header: list[Any], frames: list[bytes]) -> Message:
         _, request, steps, columns, features, name = header
         assert (features, name) == (self.info.features, "f4")
         column = np.frombuffer(frames[1], COLUMN)
+        assert (column["acked"] <= column["seq"]).all()
+        assert (column["seq"] + steps <= column["acked"] + self.info.window_frames).all()
         x = np.frombuffer(frames[2], "<f4").reshape(steps, columns, features)
         slots = column["handle"].astype(np.int64)
         seqs = column["seq"].astype(np.int64)

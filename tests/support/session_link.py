@@ -102,7 +102,7 @@ def blocks(messages: list[Message]) -> list[tuple[list[tuple[int, int]], list[An
     for header, message in zip(headers(messages), messages, strict=True):
         if header[0] is Kind.STEP:
             x = np.frombuffer(message[2], "<f4").reshape(header[2:5])
-            read.append((np.frombuffer(message[1], COLUMN).tolist(), x[:, :, 0].tolist()))
+            read.append((np.frombuffer(message[1], COLUMN)[["handle", "seq"]].tolist(), x[:, :, 0].tolist()))
     return read
 
 

@@ -51,8 +51,8 @@ class StagedStream:
 class StagedServer:
     """Takes messages, gives answers in `answers`; `work` does one frame."""
 
-    def __init__(self, dice: Random, credit_frames: int, busy: float, fails: float) -> None:
-        self.info = replace(STAGED_INFO, credit_frames=credit_frames)
+    def __init__(self, dice: Random, credit_frames: int, busy: float, fails: float, window: int = 32) -> None:
+        self.info = replace(STAGED_INFO, credit_frames=credit_frames, window_frames=window)
         self.answers: list[Message] = []
         self.streams: dict[int, StagedStream] = {}
         self.outcomes: dict[int, Code | None] = {}
@@ -82,8 +82,11 @@ class StagedServer:
             return
         block = StagedBlock(request, np.full((steps, columns, 1), np.nan, np.float32))
         self.unanswered += block.frames
-        for column, (handle, seq) in enumerate(np.frombuffer(frames[1], COLUMN).tolist()):
-            self._admit(block, column, self.streams.setdefault(handle, StagedStream()), seq, x[:, column])
+        for column, (handle, seq, acked) in enumerate(np.frombuffer(frames[1], COLUMN).tolist()):
+            stream = self.streams.setdefault(handle, StagedStream())
+            assert acked <= len(stream.applied), "the client acknowledged outputs that were not computed"
+            assert seq + steps <= acked + self.info.window_frames, "the client sent beyond the window"
+            self._admit(block, column, stream, seq, x[:, column])
         self._answer(block)
 
     def work(self) -> bool:
