@@ -237,6 +237,8 @@ class Verbs:
             self._postbox.send(client, message, time.monotonic_ns())
 
         def read(next_seqs: I64, states: F32, lost: Bool) -> None:
+            if self._clients.by_number(client.number) is not client:
+                return  # gone meanwhile; its number may be another's now
             codes[np.flatnonzero(good)[lost]] = Code.STATE_LOST
             good[np.flatnonzero(good)[lost]] = False
             copies = [name for name, is_good in zip(names, good.tolist(), strict=True) if is_good]
