@@ -1,56 +1,81 @@
 import numpy as np
 
 from instep.core.admission import Admission
-from instep.core.blocks import BlockTable, admitted_rows
-from instep.core.pending import PendingFrames
+from instep.core.blocks import Block, BlockTable
+from instep.core.rings import Rings
+from instep.core.streams import StreamTable
+from instep.core.typing import I64
 from instep_client.codes import Code
 
 
-def admission(lengths: list[int], codes: list[int] | None = None) -> Admission:
+def ints(*values: int) -> I64:
+    return np.array(values, np.int64)
+
+
+def block(
+    lengths: list[int], skipped: list[int] | None = None, codes: list[int] | None = None, timesteps: int = 3
+) -> Block[str]:
     columns = len(lengths)
-    return Admission(
+    admission = Admission(
         slots=np.arange(1, columns + 1),
-        lengths=np.array(lengths, np.int64),
+        first_seqs=np.zeros(columns, np.int64),
+        skipped=ints(*(skipped or [0] * columns)),
+        lengths=ints(*lengths),
         codes=np.array(codes or [0] * columns, np.int32),
-        expected_seq=np.array(lengths, np.int64),
+        expected_seq=ints(*lengths),
     )
+    return Block("client", 77, timesteps, admission, admitted_ns=0)
 
 
 def test_a_block_is_complete_when_its_last_frame_is_answered() -> None:
-    blocks = BlockTable(8)
-    number = blocks.reserve()
-    rows = np.array([[3, 4], [5, -1]], np.int32)
-    blocks.add(number, client=1, request=77, rows=rows, admission=admission([2, 1]), now_ns=0)
+    blocks: BlockTable[str] = BlockTable(8)
+    number = blocks.add(block([2, 1]))
     assert blocks.answered(np.array([number, number], np.int32)) == []
-    (block,) = blocks.answered(np.array([number], np.int32))
-    assert (block.request, block.frames) == (77, 3)
-    assert admitted_rows(block).tolist() == [3, 4, 5]
+    assert len(blocks) == 1
+    (complete,) = blocks.answered(np.array([number], np.int32))
+    assert (complete.client, complete.request, complete.frames) == ("client", 77, 3)
     assert len(blocks) == 0
 
 
+def test_frames_that_were_applied_before_are_not_waited_for() -> None:
+    resent = block([3, 2], skipped=[2, 2])
+    assert (resent.frames, resent.fresh.tolist()) == (1, [1, 0])
+    blocks: BlockTable[str] = BlockTable(8)
+    number = blocks.add(resent)
+    assert blocks.answered(np.array([number], np.int32)) == [resent]
+
+
 def test_several_blocks_complete_in_one_batch_and_numbers_are_used_again() -> None:
-    blocks = BlockTable(2)
-    numbers = [blocks.reserve() for _ in range(2)]
-    for number in numbers:
-        blocks.add(number, 0, number, np.array([[number]], np.int32), admission([1]), 0)
-    assert {block.request for block in blocks.answered(np.array(numbers, np.int32))} == set(numbers)
-    assert {blocks.reserve(), blocks.reserve()} == set(numbers)
+    blocks: BlockTable[str] = BlockTable(2)
+    numbers = [blocks.add(block([1])) for _ in range(2)]
+    assert blocks[numbers[1]] is not blocks[numbers[0]]
+    assert len(blocks.answered(np.array(numbers, np.int32))) == 2
+    assert {blocks.add(block([1])) for _ in range(2)} == set(numbers)
 
 
 def test_outputs_are_nan_from_the_first_frame_that_was_not_applied() -> None:
-    pending = PendingFrames(8, 4, 1, 2)
-    pending.y[:] = 1.0
-    blocks = BlockTable(8)
-    number = blocks.reserve()
-    rows = np.array([[0, 1, 2], [3, 4, -1]], np.int32)
-    blocks.add(number, 0, 0, rows, admission([2, 2, 1], [0, 0, Code.NOT_FINITE]), 0)
-    block = blocks[number]
-    assert np.isnan(block.outputs(pending)[:, :, 0]).tolist() == [[False, False, False], [False, False, True]]
-    why = np.zeros(8, np.int32)
-    why[1], why[4] = Code.STEP_FAILED, Code.SEQ_GAP
-    block.fail(why, np.full(8, 10))
-    assert np.isnan(block.outputs(pending)[:, :, 0]).tolist() == [[False, True, False], [False, True, True]]
-    assert block.codes.tolist() == [0, Code.STEP_FAILED, Code.NOT_FINITE]
-    assert block.lengths.tolist() == [2, 0, 1]
-    assert block.admission.lengths.tolist() == [2, 2, 1]
-    assert block.expected_seq[1] == 10
+    rings = Rings(StreamTable(4, max_owners=1), 4, 4, 1, 2, max_pending=10)
+    rings.y[:] = 1.0
+    mixed = block([2, 2, 1], skipped=[0, 1, 0], codes=[0, 0, Code.NOT_FINITE], timesteps=2)
+    assert np.isnan(mixed.outputs(rings)[:, :, 0]).tolist() == [[False, False, False], [False, False, True]]
+    failed = [rings.rows(ints(slot), ints(1)).item() for slot in (1, 2)]
+    order = np.argsort(failed)
+    codes, expected = np.array([Code.STEP_FAILED, Code.SEQ_GAP], np.int32), ints(10, 20)
+    mixed.fail(rings, ints(*failed)[order], codes[order], expected[order])
+    assert np.isnan(mixed.outputs(rings)[:, :, 0]).tolist() == [[False, False, False], [True, True, True]]
+    assert mixed.codes.tolist() == [Code.STEP_FAILED, Code.SEQ_GAP, Code.NOT_FINITE]
+    assert mixed.lengths.tolist() == [1, 1, 1]
+    assert mixed.expected_seq.tolist() == [10, 20, 1]
+    assert mixed.admission.lengths.tolist() == [2, 2, 1]
+    assert mixed.frames == 4
+
+
+def test_a_frame_that_was_applied_before_does_not_fail_with_another_in_its_place() -> None:
+    """A window later, a frame of another block lies in the row of one that is answered again."""
+    rings = Rings(StreamTable(2, max_owners=1), 4, 2, 1, 1, max_pending=10)
+    rings.y[:] = 1.0
+    resent = block([2], skipped=[1], timesteps=2)
+    row = rings.rows(ints(1), ints(4))
+    resent.fail(rings, row, np.array([Code.STEP_FAILED], np.int32), ints(4))
+    assert resent.codes.tolist() == [0]
+    assert not np.isnan(resent.outputs(rings)).any()

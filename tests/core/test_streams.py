@@ -102,8 +102,104 @@ def test_a_column_without_admitted_frames_may_name_the_slot_of_another() -> None
 def test_owners_are_told_how_many_streams_they_have() -> None:
     table = StreamTable(4, max_owners=4)
     slots, _ = table.open(["a", "b", "a"], owner=2, now_ns=0)
-    assert table.owned.tolist() == [0, 0, 2, 0]
+    assert table.owned.tolist() == [0, 0, 2, 0, 0]
     table.closing[slots[0]] = True
     assert table.owned[2] == 2
     table.release(slots[:2])
-    assert table.owned.tolist() == [0, 0, 0, 0]
+    assert table.owned.tolist() == [0, 0, 0, 0, 0]
+
+
+def test_a_stream_may_begin_with_any_seq() -> None:
+    table = StreamTable(4, max_owners=4)
+    table.open(["a"], owner=0, now_ns=0)
+    slots, codes = table.open(["a", "b", "c"], owner=0, now_ns=0, first_seqs=np.array([7, 8, 2**62 - 1]))
+    assert codes.tolist() == [Code.NAME_IN_USE, 0, 0]
+    for column in (table.first_seq, table.next_seq, table.step_seq, table.acked):
+        assert column[slots[1:]].tolist() == [8, 2**62 - 1]
+
+
+def test_every_ownership_has_an_epoch_of_its_own_and_epochs_only_rise() -> None:
+    table = StreamTable(4, max_owners=4, last_epoch=41)
+    slots, _ = table.open(["a", "b"], owner=1, now_ns=0)
+    assert table.epoch[slots].tolist() == [42, 43]
+    table.hand_over(slots[:1], owner=2, now_ns=0)
+    assert table.epoch[slots].tolist() == [44, 43]
+    table.release(slots[1:])
+    again, _ = table.open(["b"], owner=1, now_ns=0)
+    assert table.epoch[again].tolist() == [45]
+    assert table.last_epoch == 45
+
+
+def test_handing_over_fences_former_handles_and_gives_new_ones() -> None:
+    table = StreamTable(4, max_owners=4)
+    slots, _ = table.open(["a", "b"], owner=1, now_ns=0)
+    handles = [table.slots.handles(slots)]
+    for owner in (2, 2, 3):
+        table.hand_over(slots, owner, now_ns=0)
+        handles.append(table.slots.handles(slots))
+    for former in handles[:-1]:
+        for owner in range(4):
+            assert table.resolve(former, owner)[1].tolist() == [Code.FENCED] * 2
+    assert table.resolve(handles[-1], 3)[1].tolist() == [0, 0]
+    assert table.resolve(handles[-1], 2)[1].tolist() == [Code.FOREIGN_STREAM] * 2
+    assert table.owned.tolist() == [0, 0, 0, 2, 0]
+
+
+def test_handles_from_before_the_slots_stream_are_unknown_rather_than_fenced() -> None:
+    table = StreamTable(1, max_owners=4)
+    slots, _ = table.open(["former"], owner=1, now_ns=0)
+    former = table.slots.handles(slots)
+    table.hand_over(slots, 1, now_ns=0)
+    handed_over = table.slots.handles(slots)
+    table.release(slots)
+    assert table.resolve(handed_over, 1)[1].tolist() == [Code.UNKNOWN_STREAM]
+    table.open(["present"], owner=1, now_ns=0)
+    table.hand_over(slots, 1, now_ns=0)
+    both = np.concatenate([former, handed_over, table.slots.handles(slots) + np.uint64(1 << 32)])
+    assert table.resolve(both, 1)[1].tolist() == [Code.UNKNOWN_STREAM] * 3
+
+
+def test_generations_that_wrap_round_still_tell_fenced_from_unknown() -> None:
+    table = StreamTable(1, max_owners=4, first_generation=2**32 - 2)
+    slots, _ = table.open(["a"], owner=1, now_ns=0)
+    fenced = []
+    for _ in range(3):
+        fenced.append(table.slots.handles(slots))
+        table.hand_over(slots, 1, now_ns=0)
+    before = fenced[0] - np.uint64(1 << 32)
+    codes = table.resolve(np.concatenate([*fenced, before, table.slots.handles(slots)]), 1)[1]
+    assert codes.tolist() == [Code.FENCED] * 3 + [Code.UNKNOWN_STREAM, 0]
+
+
+def test_a_parked_stream_is_nobodys_but_keeps_its_handle_and_epoch() -> None:
+    table = StreamTable(4, max_owners=4)
+    slots, _ = table.open(["a"], owner=1, now_ns=0)
+    handles, epoch = table.slots.handles(slots), table.epoch[slots].tolist()
+    table.park(slots, now_ns=5)
+    assert table.owned.tolist() == [0, 0, 0, 0, 1]
+    assert table.resolve(handles, 1)[1].tolist() == [Code.FOREIGN_STREAM]
+    assert (table.epoch[slots].tolist(), table.find("a")) == (epoch, slots[0])
+    assert table.owned_by(1).tolist() == []
+
+
+def test_parked_streams_do_not_idle_and_connected_ones_are_not_parked_too_long() -> None:
+    table = StreamTable(4, max_owners=4)
+    slots, _ = table.open(["parked", "connected", "busy", "closing"], owner=1, now_ns=0)
+    table.park(slots[[0, 2, 3]], now_ns=10)
+    table.pending[slots[2]] = 1
+    table.closing[slots[3]] = True
+    assert table.parked_since(10).tolist() == []
+    assert table.parked_since(11).tolist() == [slots[0]]
+    assert table.idle_since(11).tolist() == [slots[1]]
+    table.hand_over(slots[:1], 1, now_ns=20)
+    assert table.parked_since(100).tolist() == []
+    assert table.idle_since(20).tolist() == [slots[1]]
+
+
+def test_unused_streams_are_connected_ones_that_never_sent_a_frame() -> None:
+    table = StreamTable(4, max_owners=4)
+    slots, _ = table.open(["unused", "used", "parked"], owner=1, now_ns=0, first_seqs=np.array([9, 9, 9]))
+    table.next_seq[slots[1]] += 1
+    table.park(slots[2:], now_ns=0)
+    assert table.unused_since(1).tolist() == [slots[0]]
+    assert table.unused_since(0).tolist() == []

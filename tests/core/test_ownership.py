@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from instep.core.ownership import Claims, judge_claims
+from instep.core.streams import StreamTable
+from instep_client.codes import HAVE_ALL, Code
+from tests.support.core_streams import u64
+
+W = 4
+
+
+@pytest.fixture
+def table() -> StreamTable:
+    """Stream `s` of epoch 101: frames 10 … 29 were admitted, outputs before 27 acknowledged, all are computed."""
+    table = StreamTable(4, max_owners=4, last_epoch=100)
+    slots, _ = table.open(["s"], owner=1, now_ns=0, first_seqs=np.array([10]))
+    table.next_seq[slots] = table.step_seq[slots] = 30
+    table.acked[slots] = 27
+    return table
+
+
+def judged(table: StreamTable, have: int, epoch: int, *, take_over: bool = False, name: str = "s") -> Claims:
+    return judge_claims(table, W, {"expired"}, [name], u64(have), u64(epoch), take_over)
+
+
+@pytest.mark.parametrize("have", [27, 28, 30])
+@pytest.mark.parametrize("epoch", [101, 102, 2**64 - 1])
+def test_who_holds_the_present_epoch_or_a_later_one_is_the_owner(table: StreamTable, have: int, epoch: int) -> None:
+    claims = judged(table, have, epoch)
+    assert (claims.codes.tolist(), claims.slots.tolist()) == ([0], [table.find("s")])
+    assert (claims.have.tolist(), claims.expected_seq.tolist()) == ([have], [30])
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 100])
+def test_an_older_epoch_is_fenced_unless_it_takes_over(table: StreamTable, epoch: int) -> None:
+    refused = judged(table, 30, epoch)
+    assert (refused.codes.tolist(), refused.slots.tolist()) == ([Code.FENCED], [0])
+    assert refused.expected_seq.tolist() == [30]
+    assert judged(table, 30, epoch, take_over=True).codes.tolist() == [0]
+
+
+def test_an_older_epoch_is_fenced_before_it_learns_anything_else(table: StreamTable) -> None:
+    assert judged(table, 99, 100).codes.tolist() == [Code.FENCED]
+    assert judged(table, 0, 100).codes.tolist() == [Code.FENCED]
+
+
+def test_who_was_fenced_by_other_numerics_is_told_so(table: StreamTable) -> None:
+    table.renumbered[:] = True
+    assert judged(table, 30, 100).codes.tolist() == [Code.NUMERICS_CHANGED]
+    assert judged(table, 30, 100, take_over=True).codes.tolist() == [0]
+    assert judged(table, 30, 101).codes.tolist() == [0]
+
+
+@pytest.mark.parametrize("have", [31, 2**63, 2**64 - 2])
+def test_outputs_that_the_server_does_not_know_of_are_data_loss(table: StreamTable, have: int) -> None:
+    refused = judged(table, have, 101)
+    assert (refused.codes.tolist(), refused.expected_seq.tolist()) == ([Code.DATA_LOSS], [30])
+    taken = judged(table, have, 101, take_over=True)
+    assert (taken.codes.tolist(), taken.have.tolist()) == ([0], [30])
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+@pytest.mark.parametrize("have", [26, 0])
+def test_outputs_that_are_no_longer_kept_cannot_be_sent_again(table: StreamTable, have: int, take_over: bool) -> None:
+    refused = judged(table, have, 101, take_over=take_over)
+    assert (refused.codes.tolist(), refused.expected_seq.tolist()) == ([Code.OUTPUTS_GONE], [30])
+
+
+def test_outputs_beyond_the_ring_are_gone_though_they_were_not_acknowledged(table: StreamTable) -> None:
+    table.acked[:] = 0
+    assert judged(table, 26, 101).codes.tolist() == [0]
+    assert judged(table, 25, 101).codes.tolist() == [Code.OUTPUTS_GONE]
+
+
+def test_who_does_not_know_what_it_holds_gets_what_is_next(table: StreamTable) -> None:
+    claims = judged(table, HAVE_ALL, 101)
+    assert (claims.codes.tolist(), claims.have.tolist()) == ([0], [30])
+
+
+def test_streams_that_are_not_there_are_unknown_or_expired(table: StreamTable) -> None:
+    for take_over in (False, True):
+        claims = judge_claims(
+            table, W, {"expired", "s"}, ["expired", "never", "s"], u64(0, 0, 30), u64(0, 0, 101), take_over
+        )
+        assert claims.codes.tolist() == [Code.EXPIRED, Code.UNKNOWN_STREAM, 0]
+        assert claims.expected_seq.tolist() == [0, 0, 30]
+
+
+def test_a_stream_that_is_closing_is_there_no_more(table: StreamTable) -> None:
+    table.closing[table.find("s")] = True
+    assert judged(table, 30, 101).codes.tolist() == [Code.UNKNOWN_STREAM]
+    assert judge_claims(table, W, {"s"}, ["s"], u64(30), u64(101), True).codes.tolist() == [Code.EXPIRED]
+
+
+@given(
+    st.integers(0, 40), st.integers(0, 40), st.integers(0, 40), st.integers(0, 40), st.integers(99, 103), st.booleans()
+)
+def test_a_claim_is_granted_only_if_every_frame_after_it_can_be_answered(
+    first: int, length: int, acked: int, have: int, epoch: int, take_over: bool
+) -> None:
+    table = StreamTable(1, max_owners=1, last_epoch=100)
+    slots, _ = table.open(["s"], owner=0, now_ns=0, first_seqs=np.array([first]))
+    table.next_seq[slots] = table.step_seq[slots] = first + length
+    table.acked[slots] = first + min(acked, length)
+    claims = judge_claims(table, W, (), ["s"], u64(have), u64(epoch), take_over)
+    if claims.codes[0] == 0:
+        assert epoch >= 101 or take_over
+        assert first + length - W <= claims.have[0] <= first + length
+        assert claims.have[0] >= table.acked[slots[0]]
+        assert claims.have[0] == have or (take_over and have > first + length)
+    else:
+        assert claims.slots.tolist() == [0]
