@@ -292,6 +292,17 @@ class TestModel:
         assert shown["parameters"] == 36 + 48 + 12 + 12
         assert shown["description"]["gru"]["hidden_size"] == 4
 
+    def test_a_model_that_is_there_is_replaced_only_when_asked_to(self, tmp_path: Path) -> None:
+        make = ("model", "make", str(tmp_path / "m"), "--hidden", "4")
+        assert instep(*make, "--features", "3").exit_code == 0
+        again = instep(*make, "--features", "5")
+        assert (again.exit_code, again.stdout) == (2, "")
+        assert "holds a model already" in again.stderr
+        assert "--overwrite" in again.stderr
+        assert "3 features" in instep("model", "info", str(tmp_path / "m")).stdout
+        assert instep(*make, "--features", "5", "--overwrite").exit_code == 0
+        assert "5 features" in instep("model", "info", str(tmp_path / "m")).stdout
+
     def test_what_cannot_be_made(self, tmp_path: Path) -> None:
         result = instep("model", "make", str(tmp_path / "m"), "--features", "0", "--hidden", "4", "--after", "x:rely")
         assert (result.exit_code, result.stdout) == (2, "")

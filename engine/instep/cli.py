@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from instep.model.description import DenseLayer, NetworkDescription
+    from instep.model.description import NetworkDescription
 
 
 class _Commands(TyperGroup):
@@ -232,6 +232,7 @@ def make(
     name: Annotated[
         str | None, typer.Option(help="What clients are told; the folder's name if not given.", show_default=False)
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")] = False,
 ) -> None:
     """Make a model folder, with weights that are random or all the same: to try things out, not to be clever."""
     gru = {"hidden_size": hidden, "num_layers": layers, "bias": not no_bias}
@@ -244,8 +245,8 @@ def make(
     from instep.model.folder import make_model, write_model
 
     made = make_model(description, init, name=name or folder.resolve().name, seed=seed, weight=weight, bias=bias)
-    write_model(folder, made)
-    typer.echo(f"{folder}: {_in_words(description)}")
+    write_model(folder, made, overwrite=overwrite)
+    typer.echo(f"{folder}: {description.in_words()}")
 
 
 @model_app.command("info")
@@ -257,21 +258,20 @@ def info(
 
     model = load_model(folder)
     shapes = {name: list(tensor.shape) for name, tensor in model.weights.items()}
-    parameters = sum(tensor.numel() for tensor in model.weights.values())
     if json:
         described = model.description.model_dump(mode="json")
         _write_json(
             {
                 "name": model.name,
                 "fingerprint": model.fingerprint,
-                "parameters": parameters,
+                "parameters": model.parameters,
                 "description": described,
                 "tensors": shapes,
             }
         )
         return
-    typer.echo(f"{model.name}: {_in_words(model.description)}")
-    typer.echo(f"{parameters:,} parameters; fingerprint {model.fingerprint}")
+    typer.echo(f"{model.name}: {model.description.in_words()}")
+    typer.echo(f"{model.parameters:,} parameters; fingerprint {model.fingerprint}")
     for name, shape in shapes.items():
         typer.echo(f"  {name} {shape}")
 
@@ -365,16 +365,3 @@ def _description(keys: dict[str, Any]) -> NetworkDescription:
                 for found in error.errors(include_url=False)
             ]
         ) from None
-
-
-def _in_words(description: NetworkDescription) -> str:
-    gru = description.gru
-    parts = [f"{description.features} features"]
-    parts += [_dense_in_words(each) for each in description.before]
-    parts.append(f"GRU {gru.hidden_size}" + (f" × {gru.num_layers} layers" if gru.num_layers > 1 else ""))
-    parts += [_dense_in_words(each) for each in description.after]
-    return " → ".join(parts)
-
-
-def _dense_in_words(layer: DenseLayer) -> str:
-    return f"dense {layer.size}" if layer.activation == "none" else f"dense {layer.size} {layer.activation}"

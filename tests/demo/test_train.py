@@ -115,7 +115,7 @@ def test_another_gain_and_offset_of_the_frames_is_folded_away(tmp_path: Path) ->
     reached = []
     for data in (utterances, louder):
         gru, head = train(data, epochs=20)
-        reached.append(accuracy(save_model(tmp_path / "m", gru, after=[(head, "none")]), data))
+        reached.append(accuracy(save_model(tmp_path / "m", gru, after=[(head, "none")], overwrite=True), data))
     assert reached[0].all_frames > 0.5
     assert reached[1].all_frames == pytest.approx(reached[0].all_frames, abs=0.02)
 

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import instep.model
 from instep.model.description import DenseLayer, GruLayers, NetworkDescription
 from instep.model.errors import ModelError
 from instep.model.folder import Model, load_model, make_model, model_from_parts, save_model, write_model
@@ -82,9 +83,10 @@ def test_modules_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_pa
         save_model(folder, nn.GRU(3, 4), before=[(nn.Linear(2, 5), "none"), (nn.Linear(5, 6), "none")])
     with pytest.raises(ModelError, match=r"after\[0\] takes 5 values but the GRU gives 4;"):
         save_model(folder, nn.GRU(3, 4), after=[(nn.Linear(5, 6), "none")])
-    gelu: Any = "gelu"
-    with pytest.raises(ModelError, match=r"do not make a network: activation: .*'sigmoid'"):
-        save_model(folder, nn.GRU(3, 4), after=[(nn.Linear(4, 6), gelu)])
+    with pytest.warns(UserWarning, match="zero-element"):
+        nothing = nn.Linear(4, 0)
+    with pytest.raises(ModelError, match=r"do not make a network: size: "):
+        save_model(folder, nn.GRU(3, 4), after=[(nothing, "none")])
     with pytest.raises(ModelError, match=r"tensor gru\.weight_ih_l0 of the given modules is float64; convert"):
         save_model(folder, nn.GRU(3, 4).double())
     gru = nn.GRU(3, 4, 2)
@@ -95,6 +97,68 @@ def test_modules_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_pa
     with pytest.raises(ModelError, match="a model's name must be 1 to 100 printable characters, not ''"):
         save_model(folder, nn.GRU(3, 4), name="")
     assert not folder.exists()
+
+
+LINEAR = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        (nn.LSTM(3, 4), "an nn.LSTM is not a GRU"),
+        (nn.RNN(3, 4), "an nn.RNN is not a GRU"),
+        (
+            nn.GRUCell(3, 4),
+            r"an nn.GRUCell is one step of a GRU: make an nn.GRU .* \(weight_ih to weight_ih_l0, and so",
+        ),
+        (nn.Sequential(nn.GRU(3, 4)), "an nn.Sequential is not a GRU: give its nn.GRU as gru"),
+        ({}, "dict is not a GRU: give the network's torch.nn.GRU"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_gru_is_called_by_its_name(tmp_path: Path, module: Any, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        save_model(tmp_path / "m", module)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        (LINEAR, r"it is one Linear"),
+        ([LINEAR], r"after\[0\] is one Linear"),
+        ((LINEAR, "none"), r"after\[0\] is one Linear"),
+        ([(LINEAR, "none"), (LINEAR,)], r"after\[1\] is one tuple"),
+        ([("none", LINEAR)], r"after\[0\] begins with one str"),
+        ("ab", r"it is one str"),
+        ([(LINEAR, "gelu")], r"the activation of after\[0\] is 'gelu'; it must be one of 'none', 'relu', 'tanh', 'sig"),
+        ([(LINEAR, nn.ReLU())], r"the activation of after\[0\] is ReLU\(\); it must be one of"),
+    ],
+)
+def test_dense_layers_that_are_no_pairs_are_told_what_to_be(tmp_path: Path, layers: Any, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence) as refused:
+        save_model(tmp_path / "m", nn.GRU(3, 4), after=layers)
+    if "activation of" not in sentence:
+        assert str(refused.value).startswith(
+            "after must be a list of pairs of an nn.Linear and its activation, as in [("
+        )
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_model_shows_itself_in_one_line(tmp_path: Path) -> None:
+    model = make_model(DESCRIPTION, "constant", name="ears")
+    # before 5·2; GRU 9·(5+3)+18 and 9·(3+3)+18; after 4·3+4
+    assert repr(model) == (
+        "<Model 'ears': 2 features → dense 5 relu → GRU 3 × 2 layers → dense 4 tanh; "
+        f"{10 + 90 + 72 + 16} parameters, fingerprint {model.fingerprint[:12]}>"
+    )
+
+
+def test_the_two_for_users_are_in_the_package_and_take_text_as_a_folder(tmp_path: Path) -> None:
+    saved = instep.model.save_model(str(tmp_path / "m"), nn.GRU(3, 4))
+    assert same(instep.model.load_model(str(tmp_path / "m")), saved)
+    with pytest.raises(AttributeError, match=r"module 'instep\.model' has no attribute 'sav_model'"):
+        getattr(instep.model, "sav_model")  # noqa: B009 (a type checker refuses the other way)
 
 
 def test_constant_initialisation() -> None:
@@ -150,11 +214,23 @@ def test_the_parts_may_stand_apart(tmp_path: Path) -> None:
         model_from_parts(DESCRIPTION, tmp_path / "nothing.safetensors", "parts")
 
 
-def test_writing_replaces_a_model_that_is_there(tmp_path: Path) -> None:
-    write_model(tmp_path, make_model(DESCRIPTION, "random", name="old"))
+def test_writing_replaces_a_model_only_when_asked_to(tmp_path: Path) -> None:
+    old = make_model(DESCRIPTION, "random", name="old")
+    write_model(str(tmp_path), old)
     new = make_model(NetworkDescription(features=1, gru=GruLayers(hidden_size=1)), "random", name="neu é")
-    write_model(tmp_path, new)
+    with pytest.raises(
+        ModelError, match=r"holds a model already; choose another folder, or .*: overwrite=True, or --o"
+    ):
+        write_model(tmp_path, new)
+    with pytest.raises(ModelError, match="holds a model already"):
+        save_model(tmp_path, nn.GRU(3, 4))
+    assert same(load_model(tmp_path), old)
+    write_model(tmp_path, new, overwrite=True)
     assert same(load_model(tmp_path), new)
+    assert same(save_model(tmp_path, nn.GRU(3, 4), overwrite=True), load_model(tmp_path))
+    (tmp_path / "model.yaml").unlink()
+    with pytest.raises(ModelError, match="holds a model already"):  # half of one is somebody's, too
+        write_model(tmp_path, new)
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match="cannot write the model folder"):
         write_model(tmp_path / "file", new)

@@ -124,7 +124,9 @@ def accuracy(model: Model, utterances: Utterances) -> Accuracy:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, save, and say how well it does; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m instep.demo.train", description="Train the demo's model.")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write the model")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where to write the model, or replace it"
+    )
     out: Path = parser.parse_args(arguments).out
     prepare(threads=1)
 
@@ -134,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     gru, head = train(load_utterances("train"), progress=progress)
     try:
-        model = save_model(out, gru, after=[(head, "none")], name="speakers")
+        model = save_model(out, gru, after=[(head, "none")], name="speakers", overwrite=True)
     except ModelError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -29,6 +29,10 @@ class DenseLayer(_Frozen):
     activation: Activation = "none"
     bias: StrictBool = True
 
+    def in_words(self) -> str:
+        """`dense 64 relu`."""
+        return f"dense {self.size}" if self.activation == "none" else f"dense {self.size} {self.activation}"
+
 
 class GruLayers(_Frozen):
     """An `nn.GRU`: one direction, any number of layers."""
@@ -86,6 +90,12 @@ class NetworkDescription(_Frozen):
                 shapes[f"gru.bias_ih_l{layer}"] = (3 * hidden,)
                 shapes[f"gru.bias_hh_l{layer}"] = (3 * hidden,)
         return shapes | _dense_shapes("after", self.after, hidden)
+
+    def in_words(self) -> str:
+        """`40 features → GRU 128 → dense 10`."""
+        gru = f"GRU {self.gru.hidden_size}" + (f" × {self.gru.num_layers} layers" if self.gru.num_layers > 1 else "")
+        before, after = ([layer.in_words() for layer in layers] for layers in (self.before, self.after))
+        return " → ".join([f"{self.features} features", *before, gru, *after])
 
     def canonical_json(self) -> str:
         """The same text for equal descriptions, defaults written out."""

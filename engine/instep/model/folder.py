@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import torch
 import yaml
@@ -30,7 +30,7 @@ MAX_NAME_LENGTH: Final = 100
 DenseModules: TypeAlias = Sequence[tuple[nn.Linear, Activation]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A description with weights that were checked against it."""
 
@@ -41,13 +41,24 @@ class Model:
     fingerprint: str
     """sha256, hex, over the description and every tensor; the name does not count."""
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(tensor.numel() for tensor in self.weights.values())
 
-def load_model(folder: Path) -> Model:
+    def __repr__(self) -> str:
+        """One line, without the weights."""
+        words, short = self.description.in_words(), self.fingerprint[:12]
+        return f"<Model {self.name!r}: {words}; {self.parameters:,} parameters, fingerprint {short}>"
+
+
+def load_model(folder: str | Path) -> Model:
     """Read a model folder; its name is the folder's where `model.yaml` gives none.
 
     Raises:
         ModelError: naming the file, and the key or tensor that is wrong.
     """
+    folder = Path(folder)
     path = folder / DESCRIPTION_FILE
     try:
         fields = yaml.safe_load(path.read_bytes())
@@ -77,23 +88,35 @@ def model_from_parts(description: NetworkDescription, weights_path: Path, name: 
 
 
 def save_model(
-    folder: Path,
+    folder: str | Path,
     gru: nn.GRU,
     before: DenseModules = (),
     after: DenseModules = (),
     name: str | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Model:
     """Write torch modules as a model folder; each dense layer comes with the activation that follows it.
 
     The weights are copied. `batch_first` says nothing about the weights and is ignored, and so is `dropout`, which
     acts in training only.
 
+    Args:
+        folder: where to write it; made if it does not exist.
+        gru: an `nn.GRU` of one direction.
+        before: `(nn.Linear, activation)` for each dense layer before the GRU, in order.
+        after: the same for those after it.
+        name: what clients are told; the folder's name if None.
+        overwrite: replace a model that the folder holds.
+
     Raises:
-        ModelError: the GRU is bidirectional, layers do not fit each other, weights are not finite float32, or the
-            folder cannot be written.
+        ModelError: the modules are not of these kinds or do not fit each other, weights are not finite float32, the
+            folder holds a model, or it cannot be written.
     """
-    if gru.bidirectional:
-        raise ModelError(BIDIRECTIONAL)
+    folder = Path(folder)
+    _check_gru(gru)
+    _check_dense("before", before)
+    _check_dense("after", after)
     _check_chain(before, gru, after)
     try:
         description = NetworkDescription(
@@ -113,7 +136,7 @@ def save_model(
         weights[tensor_name] = getattr(modules[module], attribute).detach().cpu().clone()
     check_weights(weights, description, "the given modules")
     model = _model(_check_name(folder.resolve().name if name is None else name), description, weights)
-    write_model(folder, model)
+    write_model(folder, model, overwrite=overwrite)
     return model
 
 
@@ -149,14 +172,20 @@ def make_model(
     return _model(_check_name(name), description, weights)
 
 
-def write_model(folder: Path, model: Model) -> None:
-    """Write the model's two files, replacing those of a model that is there.
+def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
+    """Write the model's two files.
 
     Raises:
-        ModelError: when the folder cannot be written.
+        ModelError: when the folder holds a model and `overwrite` does not allow to replace it, or cannot be written.
     """
+    folder = Path(folder)
     fields = {"name": model.name} | model.description.model_dump(mode="json", exclude_defaults=True)
     try:
+        if not overwrite and any((folder / file).exists() for file in (DESCRIPTION_FILE, WEIGHTS_FILE)):
+            raise ModelError(
+                f"{folder} holds a model already; choose another folder, or allow to replace it: overwrite=True, or "
+                "--overwrite on the command line"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION_FILE).write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), "utf-8")
     except OSError as error:
@@ -178,6 +207,39 @@ def _check_name(name: object) -> str:
             f"give one as name in {DESCRIPTION_FILE}"
         )
     return name
+
+
+def _check_gru(gru: object) -> None:
+    if not isinstance(gru, nn.GRU):
+        kind = type(gru).__name__
+        raise ModelError(_NOT_GRUS.get(kind, f"{kind} is not a GRU: give the network's torch.nn.GRU itself"))
+    if gru.bidirectional:
+        raise ModelError(BIDIRECTIONAL)
+
+
+_NOT_GRUS: Final = {
+    "LSTM": "an nn.LSTM is not a GRU, and cannot be served yet: train a torch.nn.GRU",
+    "RNN": "an nn.RNN is not a GRU, and cannot be served yet: train a torch.nn.GRU",
+    "GRUCell": "an nn.GRUCell is one step of a GRU: make an nn.GRU of the same sizes and copy the cell's weights to it "
+    "(weight_ih to weight_ih_l0, and so on)",
+    "Sequential": "an nn.Sequential is not a GRU: give its nn.GRU as gru, and its nn.Linear layers in before and after",
+}
+
+
+def _check_dense(place: str, modules: Sequence[Any]) -> None:
+    """`modules` is what a user gave, who may not run a type checker."""
+    form = f'{place} must be a list of pairs of an nn.Linear and its activation, as in [(linear, "none")]'
+    if not isinstance(modules, Sequence) or isinstance(modules, str):
+        raise ModelError(f"{form}; it is one {type(modules).__name__}")
+    for index, pair in enumerate(modules):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ModelError(f"{form}; {place}[{index}] is one {type(pair).__name__}")
+        linear, activation = pair
+        if not isinstance(linear, nn.Linear):
+            raise ModelError(f"{form}; {place}[{index}] begins with one {type(linear).__name__}")
+        if activation not in get_args(Activation):
+            allowed = ", ".join(map(repr, get_args(Activation)))
+            raise ModelError(f"the activation of {place}[{index}] is {activation!r:.80}; it must be one of {allowed}")
 
 
 def _check_chain(before: DenseModules, gru: nn.GRU, after: DenseModules) -> None:
