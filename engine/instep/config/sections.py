@@ -83,6 +83,8 @@ class RecordingConfig(Section):
     """The durable log; no file means none is written."""
 
     file: Path | None = None
+    durability: Literal["memory", "commit", "fsync"] = "commit"
+    recovery_target_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     queue_batches: Count = 64
 
 

@@ -152,7 +152,7 @@ class Engine:
     def _stepped(self, slots: I64, rows: I64, numbers: I32, ticket: int, began_ns: int, ended_ns: int) -> None:
         self._statistics.batches_total += 1
         self._statistics.frames_total += len(rows)
-        self._tap.outputs(ticket, slots, rows)
+        self._tap.outputs(ticket, slots, rows, ended_ns - began_ns)
         again = self.rings.done(slots)
         if len(again):
             self.scheduler.add(again, self.table.owner[again], ended_ns)
@@ -177,7 +177,7 @@ class Engine:
         if code is Code.STATE_LOST:
             self.table.lost[slots] = True
             self.on_state_lost(slots[~self.table.closing[slots]])
-        ticket = self._tap.failed(ticket, slots, seqs, code.name.lower(), str(error))
+        ticket = self._tap.failed(ticket, f"{code.name.lower()}: {error}")
         self.schedule()
         self._tap.when_durable(ticket, lambda: self._deliver(numbers, now_ns, now_ns))
 

@@ -103,7 +103,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def recording_header(prepared: Prepared) -> RecordingHeader:
+def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
     """What a recording of this server says of it."""
     certification = prepared.certification
     return RecordingHeader(
@@ -117,6 +117,7 @@ def recording_header(prepared: Prepared) -> RecordingHeader:
         exactness=certification.exactness,
         buckets=certification.buckets,
         max_ulp=certification.max_ulp,
+        durability=config.recording.durability,
     )
 
 
@@ -142,7 +143,7 @@ def server_info(config: Config, prepared: Prepared) -> ServerInfo:
         credit_frames=limits.credit_frames,
         max_idle_s=config.limits.max_idle_s,
         window_frames=limits.window_frames,
-        durability="memory",
+        durability="memory" if config.recording.file is None else config.recording.durability,
         park_s=config.limits.park_s,
     )
 
@@ -179,7 +180,7 @@ def make_server(
     try:
         writer = None
         if config.recording.file is not None:
-            writer = RecordingWriter.create(config.recording.file, recording_header(prepared))
+            writer = RecordingWriter.create(config.recording.file, recording_header(prepared, config))
     except RecordingError as error:
         router.close()
         raise CannotServe(str(error)) from None

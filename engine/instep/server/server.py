@@ -24,6 +24,7 @@ from instep.server.engine import Engine
 from instep.server.lifecycle import Lifecycle
 from instep.server.limits import effective_limits
 from instep.server.postbox import Postbox
+from instep.server.snapshots import Snapshots
 from instep.server.statistics import Statistics
 from instep.server.tap import Tap
 from instep.server.transport import Router
@@ -77,7 +78,6 @@ class Server:
         self._limits = effective_limits(config, certification.buckets[-1], network.features, network.outputs)
         self._router = router
         self._worker = Worker(self._hand_back, lambda error: self.fail(f"the step worker died: {error!r}"))
-        self._recorder = self._start_recorder(writer)
         self._clients = ClientTable(config.limits.max_connections)
         self._postbox = Postbox(
             self._router,
@@ -103,7 +103,8 @@ class Server:
                 network.outputs,
                 self._limits.max_pending_frames,
             )
-            tap = Tap(self._recorder, table, rings)
+            self._recorder = self._start_recorder(writer)
+            tap = Tap(self._recorder, info.durability != "memory", table, rings)
             self.engine = Engine(
                 table,
                 rings,
@@ -117,8 +118,8 @@ class Server:
                 lambda delay_s, work: self._loop.call_later(delay_s, self._guarded, work),
             )
         except MemoryError:
-            if self._recorder is not None:
-                self._recorder.stop()
+            if writer is not None:
+                writer.abandon()
             raise
         self.lifecycle = Lifecycle(
             table,
@@ -136,6 +137,9 @@ class Server:
         self.engine.on_answered = self.lifecycle.go_on
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
         self._tap = tap
+        self._snapshots = Snapshots(
+            table, rings, stepper, self._worker, tap, round(config.recording.recovery_target_s * 1e9)
+        )
         self._verbs = Verbs(
             self.engine, self.lifecycle, self._clients, self._postbox, self.info, self._limits, self.statistics
         )
@@ -155,7 +159,7 @@ class Server:
     @property
     def is_quiet(self) -> bool:
         """Whether nothing admitted waits for an answer."""
-        return not len(self.engine.blocks) and self.lifecycle.is_quiet
+        return not len(self.engine.blocks) and self.lifecycle.is_quiet and self._tap.is_quiet
 
     @property
     def has_room(self) -> bool:
@@ -230,6 +234,8 @@ class Server:
         if self._ticks % _HOUSEKEEPING_TICKS == 0:
             self._postbox.probe(now_ns)
             self._evict()
+        if self._snapshots.is_due:
+            self._snapshots.take()
         self._pump()
 
     def _evict(self) -> None:
@@ -288,6 +294,7 @@ class Server:
             self.config.recording.queue_batches,
             on_room=lambda: self._hand_back(lambda: self.engine.schedule()),
             on_failure=lambda error: self._hand_back(lambda: self.fail(f"the recording failed: {error}")),
+            on_durable=lambda ticket: self._hand_back(lambda: self._tap.durable(ticket)),
         )
 
     def _step_failed(self, error: Exception | None, streams: int) -> None:

@@ -1,10 +1,11 @@
-"""What the engine tells the recording, if there is one."""
+"""What the engine tells the recording, if there is one, and what waits until the recording holds it."""
 
 from __future__ import annotations
 
-import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
+from typing import Any, Final
 
 import numpy as np
 
@@ -13,112 +14,169 @@ from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
+from instep.recording.writer import StateRows
+
+NEVER: Final = 2**63
+"""The ticket of what was not recorded, because the recording has failed."""
 
 
 class Tap:
-    """Turns slots and rows into what a recording holds.
+    """Turns slots and rows into what a recording holds, and lets answers go when that is durable.
 
-    A recorder that has failed raises; the server is about to stop then, so what it would have recorded is let go, and
-    a batch that it did not take is not answered.
+    Everything recorded gets a ticket, and tickets rise. Where answers wait, each waits for the ticket of what it tells: no client ever knows of something that a crash could undo. A recorder that has failed
+    takes nothing more; what would have waited for it is never done, and the server is about to stop.
 
     Args:
         recorder: where it goes; None for nowhere.
+        waits: whether answers wait until what they tell is durable.
         table: the streams.
         rings: their frames.
     """
 
-    def __init__(self, recorder: Recorder | None, table: StreamTable, rings: Rings) -> None:
+    def __init__(
+        self,
+        recorder: Recorder | None,
+        waits: bool,
+        table: StreamTable,
+        rings: Rings,
+    ) -> None:
         self._recorder = recorder
+        self._waits = waits and recorder is not None
         self._table = table
         self._rings = rings
-        self._last_stream = 0
-        self._last_ticket = 0
-        self._buckets: dict[int, int] = {}
+        self._durable = 0
+        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
+        self.last_stream = 0
+        """The newest stream's number in the recording."""
+        self.last_inputs = 0
+        """The ticket of the newest batch of inputs."""
+        self.dirty: Bool = np.zeros(len(table.owner), np.bool_)
+        """Slots whose state has changed since it was last in a snapshot."""
+        self.computed_ns = 0
+        """How long the steps since then took."""
 
     @property
     def has_room(self) -> bool:
         """Whether a batch may be stepped now: False while the recorder is behind, and after it failed."""
         return self._recorder is None or (self._recorder.has_room and self._recorder.failed is None)
 
-    def opened(self, slots: I64, initial_states: F32 | None) -> int:
-        """Streams opened; initial states float32 [N, layers, size], None for zeros."""
-        if self._recorder is None:
-            return 0
-        for index, slot in enumerate(slots.tolist()):
-            self._last_stream += 1
-            self._table.recording_id[slot] = self._last_stream
-            state = None if initial_states is None else initial_states[index]
-            with contextlib.suppress(RecordingError):
-                self._recorder.open_stream(self._last_stream, self._table.name(slot), time.time_ns(), state)
-        return 0
-
-    def inputs(self, slots: I64, rows: I64, bucket: int) -> int:
-        """A batch is about to be stepped; a ticket for what comes of it."""
-        self._last_ticket += 1
-        self._buckets[self._last_ticket] = bucket
-        return self._last_ticket
-
-    def outputs(self, ticket: int, slots: I64, rows: I64) -> None:
-        """The batch of that ticket was computed."""
-        bucket = self._buckets.pop(ticket)
-        if self._recorder is None:
-            return
-        with contextlib.suppress(RecordingError):
-            self._recorder.add_batch(
-                time.time_ns(),
-                bucket,
-                self._table.recording_id[slots].astype(np.uint32),
-                self._table.step_seq[slots].astype(np.uint64),
-                self._rings.x[rows],
-                self._rings.y[rows],
-            )
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing waits to be durable."""
+        return not self._waiting
 
     def when_durable(self, ticket: int, act: Callable[[], None]) -> None:
-        """Do something as soon as what the ticket stands for is as durable as it must be."""
-        if self._recorder is None or self._recorder.failed is None:
+        """Do something once what the ticket stands for is as durable as asked; in order of the calls."""
+        if ticket == NEVER:
+            return
+        if self._waits and (self._waiting or ticket > self._durable):
+            self._waiting.append((ticket, act))
+        else:
             act()
 
-    def failed(self, ticket: int, slots: I64, seqs: I64, kind: str, detail: str) -> int:
-        """The step of that ticket failed: one event a stream."""
-        self._buckets.pop(ticket)
+    def durable(self, ticket: int) -> None:
+        """Everything up to this ticket is durable now."""
+        self._durable = ticket
+        while self._waiting and self._waiting[0][0] <= ticket:
+            self._waiting.popleft()[1]()
+
+    # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def inputs(self, slots: I64, rows: I64, bucket: int) -> int:
+        """A batch is about to be stepped; its ticket."""
         if self._recorder is None:
             return 0
-        streams = self._table.recording_id[slots].tolist()
-        for stream, seq in zip(streams, seqs.tolist(), strict=True):
-            with contextlib.suppress(RecordingError):
-                self._recorder.event(time.time_ns(), kind, stream, seq, detail)
-        return 0
+        recorder, table = self._recorder, self._table
+        streams = table.recording_id[slots].astype(np.uint32)
+        seqs = table.step_seq[slots].astype(np.uint64)
+        x = self._rings.x[rows]
+        self.last_inputs = self._said(recorder.add_inputs, time.time_ns(), bucket, streams, seqs, x)
+        return self.last_inputs
+
+    def outputs(self, ticket: int, slots: I64, rows: I64, computed_ns: int) -> None:
+        """The batch of that ticket was computed."""
+        if self._recorder is None or ticket == NEVER:
+            return
+        recorder, y = self._recorder, self._rings.y[rows]
+        self.dirty[slots] = True
+        self.computed_ns += computed_ns
+        self._said(recorder.add_outputs, ticket, time.time_ns(), y)
+
+    def failed(self, ticket: int, detail: str) -> int:
+        """The step of that ticket failed: none of its frames was applied."""
+        if self._recorder is None or ticket == NEVER:
+            return ticket
+        recorder = self._recorder
+        return self._said(recorder.fail_batch, ticket, time.time_ns(), detail)
+
+    def snapshot(self, through: int, rows: StateRows) -> None:
+        """States that contain every batch up to the ticket `through`."""
+        if self._recorder is not None and through != NEVER:
+            self._said(self._recorder.snapshot, time.time_ns(), through, rows)
+
+    # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def opened(self, slots: I64, initial_states: F32 | None) -> int:
+        """Streams opened; initial states float32 [N, layers, size], None for zeros."""
+        ticket = 0
+        if self._recorder is None:
+            return ticket
+        recorder, table, now_ns = self._recorder, self._table, time.time_ns()
+        for index, slot in enumerate(slots.tolist()):
+            self.last_stream += 1
+            table.recording_id[slot] = self.last_stream
+            state = None if initial_states is None else initial_states[index]
+            fields = (self.last_stream, table.name(slot), int(table.epoch[slot]), int(table.first_seq[slot]), now_ns)
+            ticket = self._said(recorder.open_stream, *fields, state)
+        return ticket
 
     def resumed(self, slots: I64, taken_over: bool) -> int:
-        """Streams have new owners."""
-        return self._events(slots, "owner", "taken over" if taken_over else "resumed")
+        """Streams have new owners, and so new epochs."""
+        detail = "taken over" if taken_over else "resumed"
+        return self._events(slots, "owner", self._table.epoch[slots].tolist(), detail)
 
     def parked(self, slots: I64) -> int:
         """The connection of these streams is gone."""
-        return self._events(slots, "parked", "")
+        return self._events(slots, "parked", self._table.next_seq[slots].tolist(), "")
 
     def reset(self, slots: I64, states: F32 | None) -> int:
-        """Streams were given other states, zeros where None."""
-        return self._events(slots, "reset", "")
-
-    def _events(self, slots: I64, kind: str, detail: str) -> int:
-        if self._recorder is not None:
-            for slot in slots.tolist():
-                with contextlib.suppress(RecordingError):
-                    self._recorder.event(time.time_ns(), kind, int(self._table.recording_id[slot]), None, detail)
-        return 0
+        """Streams with nothing pending were given other states, float32 [N, layers, size], or zeros."""
+        self.dirty[slots] = True
+        return self._events(slots, "reset", self._table.step_seq[slots].tolist(), "", states)
 
     def closed(self, slots: I64, reason: str, final_states: F32, lost: Bool) -> int:
         """Streams closed; final states float32 [N, layers, size], not recorded where `lost`."""
+        ticket = 0
+        if self._recorder is None:
+            return ticket
+        recorder, table, now_ns = self._recorder, self._table, time.time_ns()
+        self.dirty[slots] = False
+        for index, slot in enumerate(slots.tolist()):
+            fields = (int(table.recording_id[slot]), now_ns, reason, int(table.next_seq[slot]))
+            state = None if lost[index] else final_states[index]
+            ticket = self._said(recorder.close_stream, *fields, state)
+        return ticket
+
+    def event(self, kind: str, detail: str) -> int:
+        """Something that concerns no one stream."""
         if self._recorder is None:
             return 0
-        for index, slot in enumerate(slots.tolist()):
-            with contextlib.suppress(RecordingError):
-                self._recorder.close_stream(
-                    int(self._table.recording_id[slot]),
-                    time.time_ns(),
-                    reason,
-                    int(self._table.next_seq[slot]),
-                    None if lost[index] else final_states[index],
-                )
-        return 0
+        recorder = self._recorder
+        return self._said(recorder.event, time.time_ns(), kind, None, None, detail, None)
+
+    def _events(self, slots: I64, kind: str, seqs: list[int], detail: str, states: F32 | None = None) -> int:
+        ticket = 0
+        if self._recorder is None:
+            return ticket
+        recorder, now_ns = self._recorder, time.time_ns()
+        streams = self._table.recording_id[slots].tolist()
+        for index, (stream, seq) in enumerate(zip(streams, seqs, strict=True)):
+            state = None if states is None else states[index]
+            ticket = self._said(recorder.event, now_ns, kind, stream, seq, detail, state)
+        return ticket
+
+    def _said(self, say: Callable[..., int], *values: Any) -> int:
+        try:
+            return say(*values)
+        except RecordingError:
+            return NEVER

@@ -1,0 +1,111 @@
+"""Snapshots: states that changed, written to the recording so that a restart has little to replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import numpy as np
+
+from instep.core.rings import Rings
+from instep.core.streams import StreamTable
+from instep.core.typing import F32, I64
+from instep.recording.writer import StateRows
+from instep.runtime.stepper import Stepper
+from instep.runtime.worker import Job, Worker
+from instep.server.tap import Tap
+
+_AT_ONCE = 4096
+"""States read in one job of the worker."""
+
+
+class Snapshots:
+    """Keeps what a restart would have to replay within a time.
+
+    A snapshot names the newest batch that every state in it contains. It takes several jobs of the worker, and streams
+    go on meanwhile: a state may contain later frames, which its seq tells, so replay leaves those out for it.
+
+    Args:
+        table: the streams.
+        rings: their frames.
+        stepper: the states.
+        worker: runs the stepper.
+        tap: what has changed, and where snapshots go.
+        target_ns: a snapshot is due when the steps since the last one took this long.
+    """
+
+    def __init__(
+        self,
+        table: StreamTable,
+        rings: Rings,
+        stepper: Stepper,
+        worker: Worker,
+        tap: Tap,
+        target_ns: int,
+    ) -> None:
+        self._table = table
+        self._rings = rings
+        self._stepper = stepper
+        self._worker = worker
+        self._tap = tap
+        self._target_ns = target_ns
+        self._is_under_way = False
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a restart would have to replay for longer than it should."""
+        return self._tap.computed_ns > self._target_ns and not self._is_under_way
+
+    def take(self, on_taken: Callable[[], None] = lambda: None) -> None:
+        """Read the states that changed since the last snapshot and have them recorded."""
+        self._is_under_way = True
+        tap = self._tap
+        through = tap.last_inputs
+        slots = np.flatnonzero(tap.dirty)
+        streams = self._table.recording_id[slots]
+        tap.dirty[slots] = False
+        tap.computed_ns = 0
+        parts: list[StateRows] = []
+
+        def read(first: int) -> None:
+            part = slice(first, first + _AT_ONCE)
+
+            def done(states: F32 | None, error: Exception | None) -> None:
+                if states is None:
+                    tap.dirty[slots] = True  # they stay due, and the older snapshot stays good
+                    end()
+                    return
+                parts.append(self._rows(slots[part], streams[part], states))
+                if part.stop < len(slots):
+                    read(part.stop)
+                else:
+                    tap.snapshot(through, _joined(parts))
+                    end()
+
+            self._worker.submit(Job(lambda: self._stepper.read(slots[part]), done))
+
+        def end() -> None:
+            self._is_under_way = False
+            on_taken()
+
+        if len(slots):
+            read(0)
+        else:
+            end()
+
+    def _rows(self, slots: I64, streams: I64, states: F32) -> StateRows:
+        table, rings = self._table, self._rings
+        good = (table.recording_id[slots] == streams) & ~table.closing[slots] & ~table.lost[slots]
+        slots = slots[good]
+        seqs = table.step_seq[slots]  # steps submitted before the reading have been handed back before it
+        first = np.maximum(np.maximum(table.acked[slots], seqs - rings.window), table.first_seq[slots])
+        counts = seqs - first
+        whose = np.repeat(slots, counts)
+        place = np.arange(len(whose)) - np.repeat(np.cumsum(counts) - counts, counts)
+        tail = rings.rows(whose, np.repeat(first, counts) + place)
+        return StateRows(streams[good], seqs, states[good], first, rings.x[tail], rings.y[tail])
+
+
+def _joined(parts: list[StateRows]) -> StateRows:
+    names = [field.name for field in fields(StateRows)]
+    return StateRows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
