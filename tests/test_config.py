@@ -75,7 +75,7 @@ class TestTheManual:
                     comment = above.pop()
                 assert comment.startswith(f"  # {units[match[1]]}"), line
                 found += 1
-        assert found == 7
+        assert found == 9
 
     def test_loads_as_the_defaults(self) -> None:
         assert load_config(CONFIGS / "default.yaml") == Config() == load_config()
@@ -398,6 +398,8 @@ class TestContradictions:
             ({"engine": {"device_streams": 9, "max_streams": 10}}, "engine.device_streams", "may have 10 streams"),
             ({"limits": {"credit_frames": 131_073}}, "limits.credit_frames", "131073 frames"),
             ({"limits": {"max_block_frames": 16_385}}, "limits.max_block_frames", "16384 in flight"),
+            ({"limits": {"first_frame_s": 3600.5}}, "limits.first_frame_s", "max_idle_s = 3600 s"),
+            ({"limits": {"first_frame_s": 3, "max_idle_s": 2.5}}, "limits.first_frame_s", "idle after"),
         ],
     )
     def test_are_refused(self, tmp_path: Path, document: dict[str, Any], path: str, words: str) -> None:
@@ -413,6 +415,10 @@ class TestContradictions:
             {"engine": {"max_streams": 300, "device_streams": 256}},
             {"engine": {"device_streams": 5000}},
             {"limits": {"max_block_frames": 5, "credit_frames": 5, "max_pending_frames": 5}},
+            {"limits": {"first_frame_s": 3600, "max_idle_s": 3600}},
+            {"limits": {"first_frame_s": 1e6, "max_idle_s": 0}},
+            {"limits": {"window_frames": 65_536, "max_block_frames": 5, "credit_frames": 5}},
+            {"engine": {"max_streams": 4, "max_batch_size": 4}, "limits": {"max_parked_streams": 5, "park_s": 0}},
             {"transport": {"endpoint": "tcp://*:5757", "allow_plaintext": True}},
             {"transport": {"allow_plaintext": True}},
         ],
