@@ -1,215 +1,178 @@
-"""Reading a recording: checked rows, up to the last commit at the time it was opened."""
+"""Reading a recording: what it holds, as values, up to the last commit at the time it was opened."""
 
 from __future__ import annotations
 
-import sqlite3
+import json
+from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
-from urllib.parse import quote
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from instep.core.typing import F32, U32, U64
-from instep.recording.errors import RecordingError
+from instep.recording.file import RecordingFile
+from instep.recording.records import (
+    Engine,
+    RecordedBatch,
+    RecordedEvent,
+    SnapshotMark,
+    StateReset,
+    StreamInfo,
+    StreamState,
+)
 from instep.recording.schema import (
-    APPLICATION_ID,
     END_EVENT,
-    FORMAT_VERSION,
-    HISTORY,
-    RecordingHeader,
-    row_is_sound,
+    ENGINE_EVENT,
+    FAILED_EVENT,
+    RECOVERED_EVENT,
+    RESET_EVENT,
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StreamInfo:
-    """One opening of a stream, from its opening to its close."""
+class RecordingReader(RecordingFile):
+    """The streams, batches and events of a recording; see `RecordingFile` for what it shows and raises."""
 
-    stream: int
-    name: str
-    opened_ns: int
-    opened_position: int
-    initial_state: F32 | None
-    """float32 [layers, hidden size]; None for zeros."""
-    closed_ns: int | None
-    """None where it was still open at the last commit; so are all the fields below."""
-    closed_position: int | None
-    reason: str | None
-    frames: int | None
-    """How many frames were applied, as counted at the close."""
-    final_state: F32 | None
-    """float32 [layers, hidden size]; None also where it was not known."""
+    @property
+    def finished(self) -> bool:
+        """Whether the recording was closed in order."""
+        return any(row[4] == END_EVENT for row in self.rows("events", self.last_position))
 
-
-@dataclass(frozen=True, slots=True)
-class RecordedBatch:
-    """One step, as read-only columns."""
-
-    position: int
-    time_ns: int
-    bucket: int
-    streams: U32
-    """uint32 [B]."""
-    seqs: U64
-    """uint64 [B]."""
-    x: F32
-    """float32 [B, features]."""
-    y: F32
-    """float32 [B, outputs]."""
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedEvent:
-    """Anything else the engine wrote down."""
-
-    position: int
-    time_ns: int
-    stream: int | None
-    seq: int | None
-    kind: str
-    detail: str
-
-
-class RecordingReader:
-    """Reads a recording that is finished or still being written; never writes to it.
-
-    What it shows is fixed when it opens: rows committed later are left out.
-
-    Attributes:
-        path: the file.
-        header: what the recording says of the engine that wrote it.
-        last_position: the newest row it shows; 0 for none.
-        finished: whether the recording was closed in order.
-
-    Raises:
-        RecordingError: from every method, when the file is not a recording, of another version, or damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb"):
-                pass
-        except OSError as error:
-            raise RecordingError(f"cannot read the recording {path}: {error.strerror}") from None
-        # Without a WAL beside it nobody writes the file, and it may lie where not even a lock can be written.
-        mode = "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
-        with self._reading():
-            uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
-            self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
-        try:
-            with self._reading():
-                self._open()
-        except RecordingError:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._database.close()
+    @cached_property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines that wrote it, in order."""
+        engines = [Engine(0, self.header)]
+        for event in self._marks:
+            if event.kind == ENGINE_EVENT:
+                changes = json.loads(event.detail)
+                changes["buckets"] = tuple(changes.get("buckets", engines[-1].header.buckets))
+                engines.append(Engine(event.position, replace(engines[-1].header, **changes)))
+        return tuple(engines)
 
     def streams(self) -> list[StreamInfo]:
         """Every opening, in the order they opened."""
-        closings = {row[2]: row for row in self._rows("closings")}
-        opened = [self._stream(row, closings.pop(row[2], None)) for row in self._rows("openings")]
+        closings = {row[2]: row for row in self.rows("closings")}
+        opened = [self._stream(row, closings.pop(row[2], None)) for row in self.rows("openings")]
         if closings:
-            raise self._damaged(f"stream {min(closings)} was closed, but never opened")
+            raise self.damaged(f"stream {min(closings)} was closed, but never opened")
         return opened
 
     def batches(self, first: int = 1, last: int | None = None) -> Iterator[RecordedBatch]:
-        """The batches at positions `first` to `last` (None: the newest), in order."""
-        return (self._batch(row) for row in self._rows("batches", first, last))
+        """The batches at positions `first` to `last` (None: the newest), in order, but those whose step failed.
 
-    def events(self) -> Iterator[RecordedEvent]:
-        """The events, in order."""
-        return (RecordedEvent(*row) for row in self._rows("events"))
-
-    def check_positions(self) -> None:
-        """Raise when a row of the history is missing or a position was given twice."""
-        with self._reading():
-            columns = [
-                np.fromiter((row[0] for row in self._database.execute(f"SELECT position FROM {table}")), np.int64)
-                for table in HISTORY
-            ]
-        found = np.sort(np.concatenate(columns))
-        found = found[found <= self.last_position]
-        wrong = np.flatnonzero(found != np.arange(1, len(found) + 1))
-        if len(wrong):
-            raise self._damaged(f"the row at position {wrong[0] + 1} is missing, or was written twice")
-
-    def _open(self) -> None:
-        if self._value("PRAGMA application_id") != APPLICATION_ID:
-            raise RecordingError(f"{self.path} is not a recording: it is another kind of database, or empty")
-        version = self._value("PRAGMA user_version")
-        if version != FORMAT_VERSION:
-            raise RecordingError(
-                f"{self.path} has format version {version}, and this instep reads version {FORMAT_VERSION}; "
-                "use the instep that wrote it"
-            )
-        rows = self._database.execute("SELECT key, value, crc FROM header").fetchall()
-        self.header = RecordingHeader.from_rows(rows)
-        # One statement sees one commit: positions only grow, so rows up to the newest are what was committed then.
-        newest = " UNION ALL ".join(f"SELECT max(position) FROM {table}" for table in HISTORY)
-        self.last_position: int = max(row[0] or 0 for row in self._database.execute(newest))
-        end = "SELECT count(*) FROM events WHERE position = ? AND kind = ?"
-        self.finished = bool(self._value(end, self.last_position, END_EVENT))
-
-    def _value(self, query: str, *values: object) -> Any:
-        return self._database.execute(query, values).fetchone()[0]
-
-    def _rows(self, table: str, first: int = 1, last: int | None = None) -> Iterator[tuple[Any, ...]]:
-        """Checked rows without their CRC, by position."""
-        until = self.last_position if last is None else min(last, self.last_position)
-        columns = ", ".join((*HISTORY[table], "crc"))
-        query = f"SELECT {columns} FROM {table} WHERE position BETWEEN ? AND ? ORDER BY position"
-        with self._reading():
-            for row in self._database.execute(query, (first, until)):
-                if not row_is_sound(table, row):
-                    raise self._damaged(f"the row at position {row[0]} (of {table}) does not match its CRC")
-                yield row[:-1]
-
-    def _stream(self, opening: tuple[Any, ...], closing: tuple[Any, ...] | None) -> StreamInfo:
-        opened_position, opened_ns, stream, name, state = opening
-        initial_state = self._state(state, opened_position)
-        if closing is None:
-            return StreamInfo(stream, name, opened_ns, opened_position, initial_state, *[None] * 5)
-        position, time_ns, _, frames, reason, state = closing
-        final_state = self._state(state, position)
-        return StreamInfo(
-            stream, name, opened_ns, opened_position, initial_state, time_ns, position, reason, frames, final_state
+        A batch without outputs may only be followed by others without, up to the end or to an event `recovered`.
+        """
+        outputs = self.rows("outputs", first)
+        output = next(outputs, None)
+        for row in self.rows("batches", first, last):
+            if row[0] in self._failed:
+                continue
+            while output is not None and output[2] < first:
+                output = next(outputs, None)
+            if output is not None and output[2] < row[0]:
+                break
+            y = None
+            if output is not None and output[2] == row[0]:
+                y, output = output[3], next(outputs, None)
+            else:
+                self._check_unanswered(row[0], None if output is None else output[2])
+            yield self._batch(row, y)
+        else:
+            if output is None or last is not None or output[2] < first:
+                return
+        raise self.damaged(
+            f"the outputs at position {output[0]} are said to be those of the batch at position {output[2]}, which "
+            "there is not, or not in this order"
         )
 
-    def _state(self, blob: bytes | None, position: int) -> F32 | None:
-        if blob is None:
-            return None
-        layers, size = self.header.state_layers, self.header.state_size
-        self._check_bytes(blob, layers * size * 4, position)
-        return np.frombuffer(blob, "<f4").reshape(layers, size)
+    def events(self, first: int = 1) -> Iterator[RecordedEvent]:
+        """The events from position `first` on, in order."""
+        for position, time_ns, stream, seq, kind, detail, state in self.rows("events", first):
+            yield RecordedEvent(position, time_ns, stream, seq, kind, detail, self.state(state, position))
 
-    def _batch(self, row: tuple[Any, ...]) -> RecordedBatch:
-        position, time_ns, bucket, size, streams, seqs, x, y = row
+    def resets(self, first: int = 1) -> Iterator[StateReset]:
+        """The resets of states from position `first` on, in order."""
+        for event in self.events(first):
+            if event.kind == RESET_EVENT:
+                if event.stream is None or event.seq is None:
+                    raise self.damaged(f"the event at position {event.position} resets no stream")
+                yield StateReset(event.position, event.stream, event.seq, event.state)
+
+    def snapshot(self) -> SnapshotMark | None:
+        """How far the states go; None when there was no snapshot yet."""
+        marks = [SnapshotMark(*row) for row in self.rows("snapshot", first=0)]
+        if len(marks) > 1:
+            raise self.damaged("it holds more than one newest snapshot")
+        return marks[0] if marks else None
+
+    def states(self) -> Iterator[StreamState]:
+        """The states of the newest snapshot, by stream; closed streams may be among them."""
+        for stream, position, seq, state, tail_seq, tail_x, tail_y in self.rows("states"):
+            if not 0 <= tail_seq <= seq:
+                raise self.damaged(f"the state of stream {stream} has a tail from {tail_seq} to {seq}")
+            for blob, width in ((tail_x, self.header.features), (tail_y, self.header.outputs)):
+                self.check_bytes(blob, (seq - tail_seq) * width * 4, position)
+            found = self.state(state, position)
+            assert found is not None, "the column is NOT NULL"
+            x, y = (np.frombuffer(blob, "<f4").reshape(seq - tail_seq, -1) for blob in (tail_x, tail_y))
+            yield StreamState(stream, position, seq, found, tail_seq, x, y)
+
+    @cached_property
+    def _marks(self) -> list[RecordedEvent]:
+        """The events that say how to read the others."""
+        kinds = (ENGINE_EVENT, FAILED_EVENT, RECOVERED_EVENT)
+        return [event for event in self.events() if event.kind in kinds]
+
+    @cached_property
+    def _failed(self) -> dict[int, None]:
+        """Positions of the failed batches, in order."""
+        return {event.seq: None for event in self._marks if event.kind == FAILED_EVENT and event.seq is not None}
+
+    @cached_property
+    def _failed_in_order(self) -> list[int]:
+        return list(self._failed)
+
+    @cached_property
+    def _recovered(self) -> list[int]:
+        """Positions of the events `recovered`."""
+        return [event.position for event in self._marks if event.kind == RECOVERED_EVENT]
+
+    @cached_property
+    def _buckets(self) -> frozenset[int]:
+        return frozenset(bucket for engine in self.engines for bucket in engine.header.buckets)
+
+    def _check_unanswered(self, position: int, next_computed: int | None) -> None:
+        """A batch has no outcome: no later one may have, unless another process went on in between."""
+        at = bisect_right(self._failed_in_order, position)
+        outcomes = [] if next_computed is None else [next_computed]
+        outcomes += self._failed_in_order[at : at + 1]
+        later = bisect_right(self._recovered, position)
+        went_on_at = self._recovered[later] if later < len(self._recovered) else self.last_position + 1
+        if outcomes and min(outcomes) < went_on_at:
+            raise self.damaged(f"the outputs of the batch at position {position} are missing")
+
+    def _stream(self, opening: tuple[Any, ...], closing: tuple[Any, ...] | None) -> StreamInfo:
+        opened_position, opened_ns, stream, name, epoch, first_seq, state = opening
+        initial = self.state(state, opened_position)
+        opened = (stream, name, epoch, first_seq, opened_ns, opened_position, initial)
+        if closing is None:
+            return StreamInfo(*opened, *[None] * 5)
+        position, time_ns, _, frames, reason, state = closing
+        return StreamInfo(*opened, time_ns, position, reason, frames, self.state(state, position))
+
+    def _batch(self, row: tuple[Any, ...], y: bytes | None) -> RecordedBatch:
+        position, time_ns, bucket, size, streams, seqs, x = row
         if not 0 < size <= bucket:
-            raise self._damaged(f"the batch at position {position} holds {size} frames in a bucket of {bucket}")
-        if bucket not in self.header.buckets:
-            raise self._damaged(
+            raise self.damaged(f"the batch at position {position} holds {size} frames in a bucket of {bucket}")
+        if bucket not in self._buckets:
+            raise self.damaged(
                 f"the batch at position {position} was stepped in a bucket of {bucket}, which is none of the engine's"
             )
-        self._check_bytes(streams, size * 4, position)
-        self._check_bytes(seqs, size * 8, position)
-        self._check_bytes(x, size * 4 * self.header.features, position)
-        self._check_bytes(y, size * 4 * self.header.outputs, position)
+        self.check_bytes(streams, size * 4, position)
+        self.check_bytes(seqs, size * 8, position)
+        self.check_bytes(x, size * 4 * self.header.features, position)
+        if y is not None:
+            self.check_bytes(y, size * 4 * self.header.outputs, position)
         return RecordedBatch(
             position,
             time_ns,
@@ -217,19 +180,5 @@ class RecordingReader:
             np.frombuffer(streams, "<u4"),
             np.frombuffer(seqs, "<u8"),
             np.frombuffer(x, "<f4").reshape(size, -1),
-            np.frombuffer(y, "<f4").reshape(size, -1),
+            None if y is None else np.frombuffer(y, "<f4").reshape(size, -1),
         )
-
-    def _check_bytes(self, blob: bytes, expected: int, position: int) -> None:
-        if len(blob) != expected:
-            raise self._damaged(f"the row at position {position} holds {len(blob)} bytes where {expected} belong")
-
-    def _damaged(self, what: str) -> RecordingError:
-        return RecordingError(f"{self.path} is damaged: {what}")
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise RecordingError(f"{self.path} is not a recording, or is damaged: {error}") from None

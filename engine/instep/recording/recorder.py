@@ -8,9 +8,10 @@ from typing import Final, TypeAlias
 
 from instep.core.typing import F32, U32, U64
 from instep.recording.errors import RecordingError
+from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 
-Write: TypeAlias = Callable[[], None]
+Write: TypeAlias = Callable[[], object]
 
 SMALL_ROWS_PER_BATCH: Final = 256
 """How many openings, closings and events may wait for each batch that may wait."""
@@ -19,17 +20,20 @@ SMALL_ROWS_PER_BATCH: Final = 256
 class Recorder:
     """Takes rows without blocking and writes them in order, each commit holding all that waited.
 
+    Every verb returns a ticket: the position its row will have in the recording. Tickets rise by one a verb.
+
     The queue is bounded by its user: whoever adds batches looks at `has_room` first and waits for `on_room` when
-    there is none. Batches and rows count as waiting until they are committed.
+    there is none. Batches and rows count as waiting until they are committed; a batch's outcome goes with the batch.
 
     Failure: when the disk is full or fails, `failed` is set, `on_failure` is called once, what was not committed is
-    given up, and every later verb raises. Nothing is written after a failure.
+    given up, and every later verb raises. Nothing is written or called durable after a failure.
 
     Args:
-        writer: a new recording; the recorder owns and closes it.
+        writer: a recording; the recorder owns and closes it.
         queue_batches: at most this many batches may wait.
         on_room: called in the recorder's thread when there is room again after there was none.
         on_failure: called once in the recorder's thread with what went wrong.
+        on_durable: called in the recorder's thread after each commit with the newest ticket in it.
     """
 
     def __init__(
@@ -38,13 +42,16 @@ class Recorder:
         queue_batches: int,
         on_room: Callable[[], None],
         on_failure: Callable[[Exception], None],
+        on_durable: Callable[[int], None],
     ) -> None:
         self._writer = writer
         self._queue_batches = queue_batches
         self._on_room = on_room
         self._on_failure = on_failure
+        self._on_durable = on_durable
         self._changed = threading.Condition()
         self._queue: list[Write] = []
+        self._ticket = writer.position
         self._batches = 0
         self._small_rows = 0
         self._was_full = False
@@ -63,25 +70,38 @@ class Recorder:
         """What ended the recording, if anything did."""
         return self._failed
 
-    def open_stream(self, stream: int, name: str, time_ns: int, initial_state: F32 | None) -> None:
-        """As `RecordingWriter.open_stream`; raises RecordingError after a failure."""
-        self._put(lambda: self._writer.open_stream(stream, name, time_ns, initial_state), small_rows=1)
+    def open_stream(
+        self, stream: int, name: str, epoch: int, first_seq: int, time_ns: int, initial_state: F32 | None
+    ) -> int:
+        """As `RecordingWriter.open_stream`; raises RecordingError after a failure, as every verb."""
+        fields = (stream, name, epoch, first_seq, time_ns, initial_state)
+        return self._put(lambda: self._writer.open_stream(*fields), small_rows=1)
 
-    def add_batch(self, time_ns: int, bucket: int, streams: U32, seqs: U64, x: F32, y: F32) -> None:
-        """As `RecordingWriter.add_batch`; the arrays belong to the recorder from now on.
+    def add_inputs(self, time_ns: int, bucket: int, streams: U32, seqs: U64, x: F32) -> int:
+        """As `RecordingWriter.add_inputs`; the arrays belong to the recorder from now on."""
+        return self._put(lambda: self._writer.add_inputs(time_ns, bucket, streams, seqs, x), batches=1)
 
-        Raises:
-            RecordingError: after a failure.
-        """
-        self._put(lambda: self._writer.add_batch(time_ns, bucket, streams, seqs, x, y), batches=1)
+    def add_outputs(self, ticket: int, time_ns: int, y: F32) -> int:
+        """As `RecordingWriter.add_outputs`, of the inputs with that ticket; the array belongs to the recorder."""
+        return self._put(lambda: self._writer.add_outputs(time_ns, ticket, y))
 
-    def close_stream(self, stream: int, time_ns: int, reason: str, frames: int, final_state: F32 | None) -> None:
-        """As `RecordingWriter.close_stream`; raises RecordingError after a failure."""
-        self._put(lambda: self._writer.close_stream(stream, time_ns, reason, frames, final_state), small_rows=1)
+    def fail_batch(self, ticket: int, time_ns: int, detail: str) -> int:
+        """As `RecordingWriter.fail_batch`, of the inputs with that ticket."""
+        return self._put(lambda: self._writer.fail_batch(time_ns, ticket, detail))
 
-    def event(self, time_ns: int, kind: str, stream: int | None, seq: int | None, detail: str) -> None:
-        """As `RecordingWriter.event`; raises RecordingError after a failure."""
-        self._put(lambda: self._writer.event(time_ns, kind, stream, seq, detail), small_rows=1)
+    def close_stream(self, stream: int, time_ns: int, reason: str, frames: int, final_state: F32 | None) -> int:
+        """As `RecordingWriter.close_stream`."""
+        return self._put(lambda: self._writer.close_stream(stream, time_ns, reason, frames, final_state), small_rows=1)
+
+    def event(
+        self, time_ns: int, kind: str, stream: int | None, seq: int | None, detail: str, state: F32 | None = None
+    ) -> int:
+        """As `RecordingWriter.event`."""
+        return self._put(lambda: self._writer.event(time_ns, kind, stream, seq, detail, state), small_rows=1)
+
+    def snapshot(self, time_ns: int, through: int, rows: StateRows) -> int:
+        """As `RecordingWriter.snapshot`, up to the ticket `through`; the arrays belong to the recorder."""
+        return self._put(lambda: self._writer.snapshot(time_ns, through, rows))
 
     def stop(self) -> None:
         """Write and commit what waits, close the file, end the thread; look at `failed` afterwards."""
@@ -90,7 +110,7 @@ class Recorder:
             self._changed.notify()
         self._thread.join()
 
-    def _put(self, write: Write, batches: int = 0, small_rows: int = 0) -> None:
+    def _put(self, write: Write, batches: int = 0, small_rows: int = 0) -> int:
         with self._changed:
             if self._failed is not None:
                 raise RecordingError(f"the recording {self._writer.path} failed and takes nothing more: {self._failed}")
@@ -100,7 +120,9 @@ class Recorder:
             self._batches += batches
             self._small_rows += small_rows
             self._was_full = self._was_full or not self.has_room
+            self._ticket += 1
             self._changed.notify()
+            return self._ticket
 
     def _run(self) -> None:
         try:
@@ -126,6 +148,7 @@ class Recorder:
         for write in writes:
             write()
         self._writer.commit()
+        self._on_durable(self._writer.position)
         with self._changed:
             self._batches -= batches
             self._small_rows -= small_rows

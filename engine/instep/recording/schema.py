@@ -1,43 +1,73 @@
 """The recording file: one SQLite database, readable with any SQL tool.
 
-`PRAGMA application_id` is 0x696E7374 (`inst`), `PRAGMA user_version` is the format version, 1.
+`PRAGMA application_id` is 0x696E7374 (`inst`), `PRAGMA user_version` is the format version, 2.
 
-Everything that happens gets the next **position**, counted from 1 over all tables but `header`: sorted by
-position, the rows of all tables are the one ordered history of the engine, and a missing position is a lost row. Rows
-are only ever added, so the rows up to any committed position are a consistent recording.
+Everything that happens gets the next **position**, counted from 1 over the tables of the history: sorted by position,
+the rows of all of them are the one ordered history of the engine, and a missing position is a lost row. Rows of the
+history are only ever added, so the rows up to any committed position are a consistent recording.
 
-| table | one row for | columns after `position` |
+| table of the history | one row for | columns after `position` |
 | --- | --- | --- |
-| `openings` | a stream that opened | `time_ns`, `stream`, `name`, `initial_state`, `crc` |
-| `batches` | a step: at most one frame a stream | `time_ns`, `bucket`, `size`, `streams`, `seqs`, `x`, `y`, `crc` |
+| `openings` | a stream that opened | `time_ns`, `stream`, `name`, `epoch`, `first_seq`, `initial_state`, `crc` |
+| `batches` | a step that begins | `time_ns`, `bucket`, `size`, `streams`, `seqs`, `x`, `crc` |
+| `outputs` | a step that was computed | `time_ns`, `batch`, `y`, `crc` |
 | `closings` | a stream that ended | `time_ns`, `stream`, `frames`, `reason`, `final_state`, `crc` |
-| `events` | anything else worth knowing | `time_ns`, `stream`, `seq`, `kind`, `detail`, `crc` |
+| `events` | anything else worth knowing | `time_ns`, `stream`, `seq`, `kind`, `detail`, `state`, `crc` |
 
-`header` holds one row for each fact about the engine: `key`, `value` (JSON), `crc`.
+| beside it | |
+| --- | --- |
+| `header` | one row for each fact about the engine that began the recording: `key`, `value` (JSON), `crc` |
+| `states` | a stream's state: `stream`, `position`, `seq`, `state`, `tail_seq`, `tail_x`, `tail_y`, `crc` |
+| `snapshot` | one row or none: how far `states` goes: `position`, `openings`, `closings`, `events`, `states`, `crc` |
+| `newest` | one row, the newest position of the history: `position`, `crc` |
 
 * `stream` numbers one opening of a stream, from 1, and is never used again in the same file; `name` is what the
-  client called it, and may come again after a close.
-* A batch holds `size` frames as columns: `streams` is uint32 `[size]`, `seqs` uint64 `[size]`, `x` float32
-  `[size, features]` and `y` float32 `[size, outputs]`, all little-endian and without padding; row `i` of each belongs
-  to the same frame. `bucket` is the padded batch size of the step. `seqs` count the frames of a stream from 0, without
-  gaps.
+  client called it, and may come again after a close. `epoch` numbers its first ownership.
+* A batch holds `size` frames, at most one a stream, as columns: `streams` is uint32 `[size]`, `seqs` uint64 `[size]`,
+  `x` float32 `[size, features]` and, in `outputs`, `y` float32 `[size, outputs]`, all little-endian and without padding;
+  row `i` of each belongs to the same frame. `bucket` is the padded batch size of the step. `seqs` count the frames of a stream
+  from `first_seq`, without gaps.
+* `batch` is the position of the batch whose outputs these are. Every batch ends in a row of `outputs` or in an event
+  `failed`, and these come in the order of the batches. A batch without either was under way when the engine was killed:
+  after it there is either no outcome of any batch, or first an event `recovered`. Its frames were applied. The frames
+  of a failed batch were not: they do not count.
 * `features` is that of the header's `description`; `outputs` is the size of the description's last layer after the
   GRU, or the GRU's hidden size where there is none.
-* States are float32 `[layers, hidden size]`, little-endian. `initial_state` is NULL for zeros; `final_state` is NULL
-  where it was not known. `frames` is how many frames of the stream were applied.
+* States are float32 `[layers, hidden size]`, little-endian. `initial_state` is that before the frame `first_seq`, NULL
+  for zeros; `final_state` is NULL where it was not known. `frames` is the seq that the stream's next frame would have
+  had: with a `first_seq` of 0, how many were applied.
 * `time_ns` is nanoseconds since 1970.
 * A stream without a row in `closings` was still open at the last commit.
-* The event of kind `end` is the last row of a recording that was closed in order. Without it the recording is still
-  being written, or its writer was killed; it is whole up to its last commit either way.
-* `crc` is the CRC-32 (zlib) of the row's other columns in the order above, `position` first: integers as
+* `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
+  have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the snapshot which
+  wrote the row. All states of one snapshot are replaced in one transaction with the row of `snapshot`: all batches and
+  resets up to its `position` are in them, and of a stream those up to its `seq`; open streams without a row have
+  changed nowhere before that position. Its other columns count the rows of three tables up to `position`, and those of
+  `states`. Rows of streams that have closed since may remain.
+* `crc` is the CRC-32 (zlib) of the row's other columns in the order above, the first one first: integers as
   little-endian int64, text as UTF-8, blobs as they are, nothing for NULL. It finds damage, not forgery.
 
-While a recording is written it is in WAL mode: `FILE-wal` and `FILE-shm` lie beside it and belong to it. A
-closed recording is one file.
+| event | `stream`, `seq` | means |
+| --- | --- | --- |
+| `failed` | NULL, position of a batch | its step failed, none of its frames was applied; `detail` says why |
+| `reset` | stream, seq | before this frame the stream's state became `state`, NULL for zeros |
+| `owner` | stream, epoch | the stream has a new owner; `detail` is `resumed` or `taken over` |
+| `parked` | stream, seq it expects | its connection is gone |
+| `snapshot` | NULL, position | `states` was brought up to this position |
+| `engine` | NULL | another engine wrote what follows; `detail` holds what differs from `header` before, as JSON |
+| `recovered` | NULL, last position before | another process went on with the recording |
+| `sealed` | NULL | the recording goes on in the file `detail` |
+| `end` | NULL | last row of a recording that was closed in order |
+
+Without an `end` the recording is still being written, or its writer was killed; it is whole up to its last commit
+either way. While a recording is written it is in WAL mode: `FILE-wal` and `FILE-shm` lie beside it and belong to it,
+and `FILE-lock` is held. A closed recording is one file.
 
 All frames of one stream, in order, with nothing but SQL and numpy:
 
-    for streams, seqs, x, y in db.execute("SELECT streams, seqs, x, y FROM batches ORDER BY position"):
+    for streams, seqs, x, y in db.execute(
+        "SELECT streams, seqs, x, y FROM batches JOIN outputs ON outputs.batch = batches.position ORDER BY batch"
+    ):
         rows = np.flatnonzero(np.frombuffer(streams, "<u4") == stream)
         frames += list(np.frombuffer(x, "<f4").reshape(-1, features)[rows])
 """
@@ -48,14 +78,22 @@ import json
 import struct
 import zlib
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from instep.recording.errors import RecordingError
 
-FORMAT_VERSION: Final = 1
+Durability: TypeAlias = Literal["memory", "commit", "fsync"]
+
+FORMAT_VERSION: Final = 2
 APPLICATION_ID: Final = 0x696E7374
 PAGE_BYTES: Final = 16_384
 END_EVENT: Final = "end"
+FAILED_EVENT: Final = "failed"
+RESET_EVENT: Final = "reset"
+OWNER_EVENT: Final = "owner"
+SNAPSHOT_EVENT: Final = "snapshot"
+ENGINE_EVENT: Final = "engine"
+RECOVERED_EVENT: Final = "recovered"
 
 HISTORY: Final[dict[str, dict[str, str]]] = {
     "openings": {
@@ -63,6 +101,8 @@ HISTORY: Final[dict[str, dict[str, str]]] = {
         "time_ns": "INTEGER NOT NULL",
         "stream": "INTEGER NOT NULL UNIQUE",
         "name": "TEXT NOT NULL",
+        "epoch": "INTEGER NOT NULL",
+        "first_seq": "INTEGER NOT NULL",
         "initial_state": "BLOB",
     },
     "batches": {
@@ -73,6 +113,11 @@ HISTORY: Final[dict[str, dict[str, str]]] = {
         "streams": "BLOB NOT NULL",
         "seqs": "BLOB NOT NULL",
         "x": "BLOB NOT NULL",
+    },
+    "outputs": {
+        "position": "INTEGER PRIMARY KEY",
+        "time_ns": "INTEGER NOT NULL",
+        "batch": "INTEGER NOT NULL",
         "y": "BLOB NOT NULL",
     },
     "closings": {
@@ -90,9 +135,35 @@ HISTORY: Final[dict[str, dict[str, str]]] = {
         "seq": "INTEGER",
         "kind": "TEXT NOT NULL",
         "detail": "TEXT NOT NULL",
+        "state": "BLOB",
     },
 }
 """The tables that share the count of positions, with their columns before `crc`."""
+
+BESIDE: Final[dict[str, dict[str, str]]] = {
+    "states": {
+        "stream": "INTEGER PRIMARY KEY",
+        "position": "INTEGER NOT NULL",
+        "seq": "INTEGER NOT NULL",
+        "state": "BLOB NOT NULL",
+        "tail_seq": "INTEGER NOT NULL",
+        "tail_x": "BLOB NOT NULL",
+        "tail_y": "BLOB NOT NULL",
+    },
+    "snapshot": {
+        "position": "INTEGER PRIMARY KEY",
+        "openings": "INTEGER NOT NULL",
+        "closings": "INTEGER NOT NULL",
+        "events": "INTEGER NOT NULL",
+        "states": "INTEGER NOT NULL",
+    },
+    "newest": {"position": "INTEGER PRIMARY KEY"},
+}
+"""The tables whose rows are replaced, with their columns before `crc`."""
+
+TABLES: Final = {**HISTORY, **BESIDE}
+COUNTED: Final = ("openings", "closings", "events")
+"""The tables whose rows a snapshot counts."""
 
 _HEADER_TYPES: Final = {
     "model_name": str,
@@ -101,6 +172,7 @@ _HEADER_TYPES: Final = {
     "description": dict,
     "numerics": dict,
     "exactness": str,
+    "durability": str,
 }
 _PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
 
@@ -108,7 +180,7 @@ _PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
 def create_statements() -> list[str]:
     """The statements that make the empty tables."""
     header = "CREATE TABLE header (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID"
-    return [header, *(f"CREATE TABLE {table} ({_columns(columns)})" for table, columns in HISTORY.items())]
+    return [header, *(f"CREATE TABLE {table} ({_columns(columns)})" for table, columns in TABLES.items())]
 
 
 def _columns(columns: dict[str, str]) -> str:
@@ -138,6 +210,8 @@ class RecordingHeader:
     """Padded batch sizes in use."""
     max_ulp: int
     """The largest distance between buckets that certification saw, in units in the last place."""
+    durability: Durability
+    """What answers waited for: `memory`, `commit` or `fsync`."""
 
     @property
     def features(self) -> int:
@@ -203,9 +277,9 @@ def row_crc(*columns: int | str | bytes | None) -> int:
 
 
 def row_is_sound(table: str, row: tuple[Any, ...]) -> bool:
-    """Whether a row of a history table, its CRC last, holds what its columns declare and matches its CRC."""
+    """Whether a row of a table, its CRC last, holds what its columns declare and matches its CRC."""
     *columns, crc = row
-    for value, declared in zip(columns, HISTORY[table].values(), strict=True):
+    for value, declared in zip(columns, TABLES[table].values(), strict=True):
         kind, *constraint = declared.split(maxsplit=1)
         if not isinstance(value, _PYTHON_TYPES[kind]) and (value is not None or constraint):
             return False

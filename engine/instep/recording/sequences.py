@@ -11,7 +11,8 @@ import numpy as np
 
 from instep.core.typing import F32, I64, U32, Bool
 from instep.recording.errors import RecordingError
-from instep.recording.reader import RecordedBatch, RecordingReader, StreamInfo
+from instep.recording.reader import RecordingReader
+from instep.recording.records import RecordedBatch, StreamInfo
 
 IN_MEMORY_BYTES: Final = 128 * 2**20
 """Frames of more than this are held in a temporary file."""

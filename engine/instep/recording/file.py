@@ -1,0 +1,174 @@
+"""The recording as an SQLite file: opened for reading only, every row checked."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import quote
+
+import numpy as np
+
+from instep.core.typing import F32, I64
+from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.schema import (
+    APPLICATION_ID,
+    FORMAT_VERSION,
+    HISTORY,
+    TABLES,
+    RecordingHeader,
+    row_is_sound,
+)
+
+_READ_VERSION_OFFSET: Final = 19
+_IN_WAL_MODE: Final = b"\x02"
+
+
+class RecordingFile:
+    """Checked rows of a recording that is finished or still being written; never writes to it.
+
+    What it shows is fixed when it opens: rows of the history committed later are left out.
+
+    Attributes:
+        path: the file.
+        header: what the recording says of the engine that began it.
+        last_position: the newest row it shows; 0 for none.
+
+    Raises:
+        RecordingError: from every method, when the file is not a recording or of another version.
+        DamagedRecording: when it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                start = file.read(_READ_VERSION_OFFSET + 1)
+        except OSError as error:
+            raise RecordingError(f"cannot read the recording {path}: {error.strerror}") from None
+        # Left in WAL mode and without a WAL, nobody writes it; it may lie where no file can be made beside it.
+        alone = start[_READ_VERSION_OFFSET:] == _IN_WAL_MODE and not Path(f"{path}-wal").exists()
+        with self._reading("is not a recording, or is damaged"):
+            uri = f"file:{quote(str(path.absolute()))}?mode={'ro&immutable=1' if alone else 'ro'}"
+            self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
+        try:
+            with self._reading("is not a recording, or is damaged"):
+                self._open()
+        except RecordingError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._database.close()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Read several tables as of one commit, the newest; `last_position` is that of it from then on."""
+        with self._reading("is damaged"):
+            self._database.execute("BEGIN")
+        try:
+            self.last_position = self._find_last_position()
+            yield
+        finally:
+            self._database.rollback()
+
+    def check_positions(self, first: int = 1) -> None:
+        """Raise when a row of the history from `first` on is missing or a position was given twice."""
+        with self._reading("is damaged"):
+            columns = [
+                np.fromiter(
+                    (
+                        row[0]
+                        for row in self._database.execute(f"SELECT position FROM {table} WHERE position >= {first}")
+                    ),
+                    np.int64,
+                )
+                for table in HISTORY
+            ]
+        found = np.sort(np.concatenate(columns))
+        found = found[found <= self.last_position]
+        expected: I64 = np.arange(first, self.last_position + 1)
+        if len(found) != len(expected) or (found != expected).any():
+            both = min(len(found), len(expected))
+            wrong = np.flatnonzero(found[:both] != expected[:both])
+            at = int(wrong[0]) if len(wrong) else both
+            raise self.damaged(f"the row at position {first + at} is missing, or was written twice")
+
+    def rows(self, table: str, first: int = 1, last: int | None = None) -> Iterator[tuple[Any, ...]]:
+        """Checked rows of a table without their CRC, by the first column; of the history at most to `last_position`."""
+        key, *_ = TABLES[table]
+        until = 2**63 - 1 if last is None else last
+        if table in HISTORY:
+            until = min(until, self.last_position)
+        columns = ", ".join((*TABLES[table], "crc"))
+        query = f"SELECT {columns} FROM {table} WHERE {key} BETWEEN ? AND ? ORDER BY {key}"
+        before = first - 1
+        try:
+            for row in self._database.execute(query, (first, until)):
+                if not row_is_sound(table, row):
+                    raise self.damaged(f"the row at {key} {row[0]} (of {table}) does not match its CRC")
+                before = row[0]
+                yield row[:-1]
+        except (sqlite3.Error, OverflowError) as error:
+            raise self.damaged(f"the rows after {key} {before} (of {table}) cannot be read: {error}") from None
+
+    def state(self, blob: bytes | None, position: int) -> F32 | None:
+        """A state [layers, hidden size], from the row at that position."""
+        if blob is None:
+            return None
+        layers, size = self.header.state_layers, self.header.state_size
+        self.check_bytes(blob, layers * size * 4, position)
+        return np.frombuffer(blob, "<f4").reshape(layers, size)
+
+    def check_bytes(self, blob: bytes, expected: int, position: int) -> None:
+        """Raise when a column of the row at that position is not as long as it should be."""
+        if len(blob) != expected:
+            raise self.damaged(f"the row at position {position} holds {len(blob)} bytes where {expected} belong")
+
+    def damaged(self, what: str) -> DamagedRecording:
+        """The error that says so."""
+        return DamagedRecording(f"{self.path} is damaged: {what}")
+
+    def _open(self) -> None:
+        if self._value("PRAGMA application_id") != APPLICATION_ID:
+            raise RecordingError(f"{self.path} is not a recording: it is another kind of database, or empty")
+        version = self._value("PRAGMA user_version")
+        if version != FORMAT_VERSION:
+            raise RecordingError(
+                f"{self.path} has format version {version}, and this instep reads version {FORMAT_VERSION}; "
+                "use the instep that wrote it"
+            )
+        try:
+            rows = self._database.execute("SELECT key, value, crc FROM header").fetchall()
+            self.header = RecordingHeader.from_rows(rows)
+        except RecordingError as error:
+            raise self.damaged(str(error)) from None
+        self.last_position = self._find_last_position()
+
+    def _find_last_position(self) -> int:
+        found = list(self.rows("newest", first=0))
+        if len(found) != 1:
+            raise self.damaged("the row that says which position is the newest is missing")
+        return int(found[0][0])
+
+    def _value(self, query: str) -> Any:
+        return self._database.execute(query).fetchone()[0]
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OverflowError) as error:
+            raise DamagedRecording(f"{self.path} {what}: {error}") from None

@@ -1,0 +1,113 @@
+"""What a recording holds, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from instep.core.typing import F32, U32, U64
+from instep.recording.schema import RecordingHeader
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """One opening of a stream, from its opening to its close."""
+
+    stream: int
+    name: str
+    epoch: int
+    """Of its first ownership."""
+    first_seq: int
+    """Of its first frame."""
+    opened_ns: int
+    opened_position: int
+    initial_state: F32 | None
+    """Before its first frame, float32 [layers, hidden size]; None for zeros."""
+    closed_ns: int | None
+    """None where it was still open at the last commit; so are all the fields below."""
+    closed_position: int | None
+    reason: str | None
+    frames: int | None
+    """The seq that its next frame would have had, as counted at the close."""
+    final_state: F32 | None
+    """float32 [layers, hidden size]; None also where it was not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedBatch:
+    """One step, as read-only columns."""
+
+    position: int
+    time_ns: int
+    bucket: int
+    streams: U32
+    """uint32 [B]."""
+    seqs: U64
+    """uint64 [B]."""
+    x: F32
+    """float32 [B, features]."""
+    y: F32 | None
+    """float32 [B, outputs]; None where the engine was killed, or is just now, between its inputs and its outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedEvent:
+    """Anything else the engine wrote down."""
+
+    position: int
+    time_ns: int
+    stream: int | None
+    seq: int | None
+    kind: str
+    detail: str
+    state: F32 | None
+    """float32 [layers, hidden size]; None for zeros, and where the kind has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateReset:
+    """A stream's state was replaced before its frame `seq`."""
+
+    position: int
+    stream: int
+    seq: int
+    state: F32 | None
+    """float32 [layers, hidden size]; None for zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One engine that wrote the recording: what followed it up to the next one."""
+
+    position: int
+    """Where it began; 0 for the first."""
+    header: RecordingHeader
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """The state of a stream at a snapshot."""
+
+    stream: int
+    position: int
+    """Of the snapshot that wrote it down."""
+    seq: int
+    """The state is that before this frame."""
+    state: F32
+    """float32 [layers, hidden size]."""
+    tail_seq: int
+    """The client may not have the outputs of the frames from here to `seq`."""
+    tail_x: F32
+    """float32 [seq - tail_seq, features]: those frames."""
+    tail_y: F32
+    """float32 [seq - tail_seq, outputs]: their outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotMark:
+    """How far the states go, and how many rows of the small tables there were then."""
+
+    position: int
+    openings: int
+    closings: int
+    events: int
+    states: int

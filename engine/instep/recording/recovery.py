@@ -1,0 +1,265 @@
+"""Going on with a recording: the newest states, and what has to be stepped again after them."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+
+from instep.core.typing import F32, I64, Bool
+from instep.recording.reader import RecordingReader
+from instep.recording.records import RecordedBatch, SnapshotMark, StateReset, StreamState
+from instep.recording.schema import COUNTED, OWNER_EVENT, SNAPSHOT_EVENT
+
+_NEVER: Final = np.iinfo(np.int64).max
+_UNKNOWN: Final = -1
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStream:
+    """A stream that was open when the recording ended, as of the snapshot."""
+
+    stream: int
+    name: str
+    epoch: int
+    """The last one it was given."""
+    first_seq: int
+    seq: int
+    """The state is that before this frame."""
+    state: F32 | None
+    """float32 [layers, hidden size]; None for zeros."""
+    tail_seq: int
+    """The client may not have the outputs of the frames from here to `seq`."""
+    tail_x: F32
+    """float32 [seq - tail_seq, features]: those frames."""
+    tail_y: F32
+    """float32 [seq - tail_seq, outputs]: their outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayStep:
+    """A batch to step again."""
+
+    batch: RecordedBatch
+    """Whole, so that the call can be the one that the engine made."""
+    applies: Bool
+    """bool [B]: False for frames that a state holds already, and for those of streams that have closed since."""
+
+
+class Recovered:
+    """What an engine needs to go on: streams as of the newest snapshot, and what happened since.
+
+    Everything here is checked: CRCs, that no position is missing, that every stream's frames follow each other. Of
+    what lies before the snapshot, only the rows of batches and outputs are not looked at.
+
+    Args:
+        path: the recording.
+        on_progress: called with the share (0 to 1) of the replay that was handed out.
+
+    Attributes:
+        path: the recording.
+        streams: those that are open at its end, in the order they opened.
+        last_stream: the highest stream number ever given, 0 for none.
+        last_epoch: the highest epoch ever given, 0 for none.
+        snapshot_position: `streams` are as of this position or later, those opened since as they opened; 0 for none.
+        last_position: the newest row.
+
+    Raises:
+        RecordingError: from every method, when the file cannot be read.
+        DamagedRecording: when anything that is needed is damaged.
+    """
+
+    def __init__(self, path: Path, on_progress: Callable[[float], None]) -> None:
+        self.path = path
+        self._on_progress = on_progress
+        self._reader = RecordingReader(path)
+        try:
+            with self._reader.at_once():
+                self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._reader.close()
+
+    def replay(self) -> Iterator[ReplayStep | StateReset]:
+        """What changed the states since the snapshot, in order; once, and to its end, or not all was checked.
+
+        Batches that failed are left out, and resets that a state holds already.
+        """
+        first = self.snapshot_position + 1
+        batches: Iterator[RecordedBatch | StateReset] = self._reader.batches(first)
+        for item in heapq.merge(batches, self._reader.resets(first), key=lambda item: item.position):
+            if isinstance(item, RecordedBatch):
+                yield ReplayStep(item, self._step(item))
+            elif self._reset(item):
+                yield item
+            self._on_progress(item.position / self.last_position)
+        self._check_ends()
+
+    def _read(self) -> None:
+        reader = self._reader
+        self.last_position = reader.last_position
+        mark = reader.snapshot() or SnapshotMark(0, 0, 0, 0, 0)
+        self.snapshot_position = mark.position
+        if not 0 <= mark.position <= self.last_position:
+            raise reader.damaged(f"its newest snapshot is of position {mark.position}, which there is not")
+        reader.check_positions(mark.position + 1)
+        openings, closings = list(reader.rows("openings")), list(reader.rows("closings"))
+        self._number(openings, closings)
+        epochs = {row[2]: int(row[4]) for row in openings}
+        positions = self._read_events(mark, epochs)
+        self.last_epoch = max(epochs.values(), default=0)
+        found = {
+            "openings": [row[0] for row in openings],
+            "closings": [row[0] for row in closings],
+            "events": positions,
+        }
+        for table in COUNTED:
+            count = sum(position <= mark.position for position in found[table])
+            if count != getattr(mark, table):
+                raise reader.damaged(
+                    f"up to position {mark.position} it holds {count:,} {table} instead of {getattr(mark, table):,}"
+                )
+        states = self._read_states(mark)
+        self.streams = [
+            self._open_stream(row, epochs[row[2]], states.get(row[2]))
+            for row in openings
+            if self._closed_at[row[2]] == _NEVER
+        ]
+
+    def _number(self, openings: list[tuple[Any, ...]], closings: list[tuple[Any, ...]]) -> None:
+        """Note by the streams' numbers where they open and close, and which frame comes next."""
+        self.last_stream = max((row[2] for row in openings), default=0)
+        if min((row[2] for row in openings), default=1) < 1 or self.last_stream >= 2**32:
+            raise self._reader.damaged("a stream has a number that no stream can have")
+        self._opened_at: I64 = np.full(self.last_stream + 1, _NEVER, np.int64)
+        self._closed_at: I64 = np.full(self.last_stream + 1, _NEVER, np.int64)
+        self._held: I64 = np.zeros(self.last_stream + 1, np.int64)
+        """The seq before which the frames are in the state."""
+        self._next: I64 = np.zeros(self.last_stream + 1, np.int64)
+        """The seq of the next frame, `_UNKNOWN` where it is one up to that of the state."""
+        for position, _, stream, _, _, first_seq, _ in openings:
+            if self._opened_at[stream] != _NEVER:
+                raise self._reader.damaged(f"stream {stream} opens again at position {position}")
+            self._opened_at[stream] = position
+            self._held[stream] = self._next[stream] = first_seq
+        self._ends: list[tuple[int, int, int]] = []
+        for position, _, stream, frames, _, _ in closings:
+            opened = 0 < stream <= self.last_stream and self._opened_at[stream] < position < self._closed_at[stream]
+            if not opened:
+                raise self._reader.damaged(f"stream {stream}, which is not open, closes at position {position}")
+            self._closed_at[stream] = position
+            if position > self.snapshot_position:
+                self._ends.append((position, stream, frames))
+
+    def _read_events(self, mark: SnapshotMark, epochs: dict[int, int]) -> list[int]:
+        """The events' positions; the newest owners go into `epochs`."""
+        positions, newest_snapshot = [], 0
+        for event in self._reader.events():
+            positions.append(event.position)
+            if event.kind == OWNER_EVENT:
+                if event.stream not in epochs or event.seq is None:
+                    raise self._reader.damaged(f"the event at position {event.position} is of no stream")
+                epochs[event.stream] = event.seq
+            elif event.kind == SNAPSHOT_EVENT:
+                newest_snapshot = event.seq or 0
+        if newest_snapshot != mark.position:
+            raise self._reader.damaged(
+                f"its newest snapshot should be of position {newest_snapshot}, and is of {mark.position}"
+            )
+        return positions
+
+    def _read_states(self, mark: SnapshotMark) -> dict[int, StreamState]:
+        states = {state.stream: state for state in self._reader.states()}
+        if len(states) != mark.states:
+            raise self._reader.damaged(f"it holds the states of {len(states):,} streams instead of {mark.states:,}")
+        for state in states.values():
+            known = 0 < state.stream <= self.last_stream and self._opened_at[state.stream] != _NEVER
+            if not known or state.position > mark.position or state.seq < self._held[state.stream]:
+                raise self._reader.damaged(f"the state of stream {state.stream} fits no stream")
+            self._held[state.stream] = state.seq
+            self._next[state.stream] = _UNKNOWN
+        return states
+
+    def _open_stream(self, opening: tuple[Any, ...], epoch: int, state: StreamState | None) -> OpenStream:
+        position, _, stream, name, _, first_seq, initial = opening
+        if state is not None:
+            tail = (state.tail_seq, state.tail_x, state.tail_y)
+            return OpenStream(stream, name, epoch, first_seq, state.seq, state.state, *tail)
+        header = self._reader.header
+        x, y = (np.zeros((0, width), np.float32) for width in (header.features, header.outputs))
+        found = self._reader.state(initial, position)
+        return OpenStream(stream, name, epoch, first_seq, first_seq, found, first_seq, x, y)
+
+    def _step(self, batch: RecordedBatch) -> Bool:
+        """Take note of a batch; which of its frames apply."""
+        streams, seqs = batch.streams.astype(np.int64), batch.seqs.astype(np.int64)
+        bad = (streams > self.last_stream) | (streams < 1)
+        if not bad.any():
+            expected, held = self._next[streams], self._held[streams]
+            bad = np.where(expected == _UNKNOWN, (seqs > held) | (seqs < 0), seqs != expected)
+            bad |= (self._opened_at[streams] > batch.position) | (self._closed_at[streams] < batch.position)
+            bad |= len(np.unique(streams)) < len(streams)
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise self._reader.damaged(
+                f"the batch at position {batch.position} holds frame {seqs[at]} of stream {streams[at]}, which does "
+                "not belong there"
+            )
+        self._next[streams] = seqs + 1
+        applies: Bool = (seqs >= held) & (self._closed_at[streams] == _NEVER)
+        return applies
+
+    def _reset(self, reset: StateReset) -> bool:
+        """Take note of a reset; whether it applies."""
+        stream = reset.stream
+        good = 0 < stream <= self.last_stream and self._opened_at[stream] < reset.position < self._closed_at[stream]
+        if good and self._next[stream] == _UNKNOWN:
+            good = reset.seq <= self._held[stream]
+            self._next[stream] = reset.seq
+        if not good or self._next[stream] != reset.seq:
+            raise self._reader.damaged(
+                f"the reset of stream {stream} at position {reset.position} does not belong there"
+            )
+        return bool(reset.seq >= self._held[stream] and self._closed_at[stream] == _NEVER)
+
+    def _check_ends(self) -> None:
+        """All frames that a state or a closing counts must have been there."""
+        self._next = np.where(self._next == _UNKNOWN, self._held, self._next)
+        for position, stream, frames in self._ends:
+            if self._next[stream] != frames:
+                raise self._reader.damaged(
+                    f"stream {stream} was closed before frame {frames} at position {position}, but frame "
+                    f"{self._next[stream]} would be the next one recorded"
+                )
+        missing = np.flatnonzero(self._next < self._held)
+        if len(missing):
+            raise self._reader.damaged(f"the state of stream {missing[0]} holds frames that were not recorded")
+
+
+def read_recovery(path: Path, on_progress: Callable[[float], None]) -> Recovered:
+    """Read what an engine needs to go on with a recording; see `Recovered`.
+
+    A WAL whose end is missing or torn is what a crash leaves: all of it before that counts.
+
+    Raises:
+        RecordingError: when the file cannot be read.
+        DamagedRecording: when anything that is needed is damaged.
+    """
+    return Recovered(path, on_progress)

@@ -1,0 +1,50 @@
+"""States of streams on their way into a recording."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from instep.core.typing import F32, I64
+from instep.recording.schema import row_crc
+
+
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """States of streams at some point, as columns."""
+
+    streams: I64
+    """int64 [N], distinct."""
+    seqs: I64
+    """int64 [N]: the states are those before these frames."""
+    states: F32
+    """float32 [N, layers, hidden size]."""
+    tail_seqs: I64
+    """int64 [N]: the client may not have the outputs of the frames from here to `seqs`."""
+    tail_x: F32
+    """float32 [sum(seqs - tail_seqs), features]: those frames, one stream after another."""
+    tail_y: F32
+    """float32 [sum(seqs - tail_seqs), outputs]: their outputs."""
+
+    def as_rows(self, position: int) -> Iterator[tuple[int | bytes | None, ...]]:
+        """The rows of the table `states`, of a snapshot at that position."""
+        lengths = self.seqs - self.tail_seqs
+        assert len(self.tail_x) == len(self.tail_y) == lengths.sum()
+        assert (lengths >= 0).all()
+        ends = np.cumsum(lengths).tolist()
+        columns = zip(self.streams.tolist(), self.seqs.tolist(), self.tail_seqs.tolist(), strict=True)
+        for at, (stream, seq, tail_seq) in enumerate(columns):
+            tail = slice(ends[at] - (seq - tail_seq), ends[at])
+            floats = (blob(array, "<f4") for array in (self.states[at], self.tail_x[tail], self.tail_y[tail]))
+            state, x, y = floats
+            row = (stream, position, seq, state, tail_seq, x, y)
+            yield (*row, row_crc(*row))
+
+
+def blob(array: npt.NDArray[Any] | None, dtype: str) -> bytes | None:
+    """The array's bytes in the file's byte order, None for None."""
+    return None if array is None else np.ascontiguousarray(array, dtype).tobytes()
