@@ -1,21 +1,12 @@
-"""instep's client: streams of frames to a server that steps a recurrent network for all of them at once."""
+"""instep's client: streams of frames to a server that steps a recurrent network for all of them at once.
 
-from instep_client.aio import AsyncClient, AsyncGroup, AsyncStream
-from instep_client.calls import Answer
-from instep_client.errors import (
-    ClientClosed,
-    ConnectionFailed,
-    FrameFailure,
-    FramesRefused,
-    InstepError,
-    InvalidInput,
-    MalformedMessage,
-    Refused,
-    StreamEvicted,
-    StreamRefused,
-)
-from instep_client.sync import Client, Group, Stream
-from instep_client.wire import Code, ServerInfo
+What is named here is imported when it is first asked for: a command can so be interrupted from its first moment, and
+those that need only a part do not wait for the rest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Answer",
@@ -38,3 +29,35 @@ __all__ = [
     "StreamEvicted",
     "StreamRefused",
 ]
+
+if TYPE_CHECKING:
+    from instep_client.aio import AsyncClient, AsyncGroup, AsyncStream
+    from instep_client.calls import Answer
+    from instep_client.errors import (
+        ClientClosed,
+        ConnectionFailed,
+        FrameFailure,
+        FramesRefused,
+        InstepError,
+        InvalidInput,
+        MalformedMessage,
+        Refused,
+        StreamEvicted,
+        StreamRefused,
+    )
+    from instep_client.sync import Client, Group, Stream
+    from instep_client.wire import Code, ServerInfo
+else:
+
+    def __getattr__(name: str) -> Any:
+        from importlib import import_module
+
+        modules = ("errors", "codes", "wire", "calls", "aio", "sync")
+        if name in modules:
+            return import_module(f"instep_client.{name}")
+        if name in __all__:
+            for module in modules:
+                found = getattr(import_module(f"instep_client.{module}"), name, None)
+                if found is not None:
+                    return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import instep_client
+
+
+def test_it_imports_nothing_before_it_is_asked_to() -> None:
+    """Else `instep-client` could not be interrupted quietly while numpy and ZeroMQ are imported."""
+    script = """
+import sys
+import instep_client
+print([name for name in ("numpy", "zmq", "msgpack", "asyncio") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_everything_it_names_is_there() -> None:
+    for name in instep_client.__all__:
+        assert getattr(instep_client, name).__name__ == name
+    assert instep_client.errors.InstepError is instep_client.InstepError
+    with pytest.raises(AttributeError, match=r"module 'instep_client' has no attribute 'Clinet'"):
+        getattr(instep_client, "Clinet")  # noqa: B009 (a type checker refuses the other way)
