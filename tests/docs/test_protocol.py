@@ -7,9 +7,7 @@ import asyncio
 import re
 import struct
 import sys
-import threading
 from asyncio.subprocess import Process
-from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
@@ -23,14 +21,13 @@ from instep.core.blocks import Block
 from instep.core.typing import F32, I32, I64, U64
 from instep.model.description import GruLayers, NetworkDescription
 from instep.model.folder import make_model
-from instep.runtime.stepper import Stepper
 from instep.server import replies
-from instep.server.serve import Prepared
 from instep_client import replies as readers
 from instep_client import wire
 from instep_client.errors import MalformedMessage
 from instep_client.wire import Code, Kind, Message, ServerInfo
 from tests.docs.support.page import Page
+from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain, whole
 from tests.support.raw import RawClient, Reply
 from tests.support.running import running
@@ -39,9 +36,12 @@ PAGE = Page("protocol.md")
 SEED = make_model(
     NetworkDescription(features=3, gru=GruLayers(hidden_size=4)), init="constant", weight=0.5, bias=0.0, name="seed"
 )
-MIC_1, MIC_2, MIC_3 = 0x1_0000_0001, 0x1_0000_0002, 0x1_0000_0003
+MIC_1, MIC_2, MIC_3, MIC_4 = 0x1_0000_0001, 0x1_0000_0002, 0x1_0000_0003, 0x1_0000_0004
+RESUMED_1, RESUMED_2 = 0x2_0000_0001, 0x2_0000_0002
+EPOCH = 0x187B_0000_0000_0000
+"""The page's epochs are this and those after it."""
 INFO = ServerInfo(
-    protocol_version=1,
+    protocol_version=2,
     boot_id="5f1d0c9a3b7e2468",
     model="seed",
     fingerprint=SEED.fingerprint,
@@ -57,6 +57,9 @@ INFO = ServerInfo(
     max_block_frames=16_384,
     credit_frames=16_384,
     max_idle_s=3600.0,
+    window_frames=32,
+    durability="memory",
+    park_s=300.0,
 )
 INITIAL: F32 = np.array([[0, 0, 0, 0], [0.5, 0.5, -0.5, -0.5]], np.float32)
 FIRST: F32 = np.array([[[1, 0.5, 0], [0, 0, -1]]], np.float32)
@@ -79,44 +82,70 @@ def i64(*values: int) -> I64:
     return np.array(values, np.int64)
 
 
-def step(request: int, seq: int, x: F32) -> Message:
-    columns = np.array([(MIC_1, seq), (MIC_2, seq)], wire.COLUMN)
+def step(request: int, seq: int, x: F32, first: int = MIC_1, second: int = MIC_2) -> Message:
+    columns = np.array([(first, seq, seq), (second, seq, seq)], wire.COLUMN)
     return [wire.pack_header(Kind.STEP, request, *x.shape, "f4"), columns.tobytes(), x.tobytes()]
 
 
-def stepped(request: int, shape: tuple[int, int], y: F32, codes: I32, lengths: I64, seqs: I64, times: I64) -> Message:
+def stepped(request: int, shape: tuple[int, int], codes: I32, lengths: I64, seqs: I64, times: I64) -> Message:
+    label = "STEPPED-partial" if codes.any() else "STEPPED"
     queue_ns, compute_ns, send_ns = (1000 * times).tolist()
-    frames = int(lengths.sum())
-    admission = Admission(np.zeros(shape[1], np.int64), lengths, codes, seqs)
-    block = Block(0, request, np.zeros(shape, np.int32), admission, frames, 0, queue_ns, compute_ns, 1)
-    return replies.stepped(block, y.reshape(*shape, 4), 1 + send_ns)
+    none = np.zeros(shape[1], np.int64)
+    block = Block(0, request, shape[0], Admission(none, none, none, lengths, codes, seqs), 0)
+    block.queue_ns, block.compute_ns, block.stepped_ns = queue_ns, compute_ns, 1
+    return replies.stepped(block, floats(label).reshape(*shape, 4), 1 + send_ns)
 
 
+def grants(*entries: tuple[int, int, int]) -> wire.GrantArray:
+    return np.array(list(entries), wire.GRANT)
+
+
+NONE_GRANTED = (0, 0, 0)
 WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "HELLO": [wire.pack_header(Kind.HELLO, 1, wire.PROTOCOL_VERSION, "demo")],
     "WELCOME": replies.welcome(1, INFO),
-    "OPEN": [wire.pack_header(Kind.OPEN, 2, 2, 0), wire.pack_names(["mic-1", "mic-2"]), b""],
-    "OPENED": replies.opened(2, u64(MIC_1, MIC_2), i32(0, 0)),
+    "OPEN": [wire.pack_header(Kind.OPEN, 2, 2, 0, 0), wire.pack_names(["mic-1", "mic-2"]), b"", b""],
+    "OPENED": replies.opened(2, grants((MIC_1, EPOCH + 1, 0), (MIC_2, EPOCH + 2, 0)), i32(0, 0), "memory"),
     "OPEN-states": [
-        wire.pack_header(Kind.OPEN, 3, 2, 1),
+        wire.pack_header(Kind.OPEN, 3, 2, 1, 1),
         wire.pack_names(["mic-1", "mic-3"]),
         INITIAL.tobytes(),
+        u64(0, 100).tobytes(),
     ],
-    "OPENED-refused": replies.opened(3, u64(0, MIC_3), i32(Code.NAME_IN_USE, 0)),
-    "STEP": step(4, 0, FIRST),
-    "STEPPED": stepped(4, (1, 2), floats("STEPPED"), i32(0, 0), i64(1, 1), i64(1, 1), i64(120, 480, 60)),
-    "STEP-partial": step(5, 1, SECOND),
-    "STEPPED-partial": stepped(
-        5, (2, 2), floats("STEPPED-partial"), i32(0, Code.NOT_FINITE), i64(2, 1), i64(3, 2), i64(95, 455, 40)
+    "OPENED-refused": replies.opened(
+        3, grants(NONE_GRANTED, (MIC_3, EPOCH + 3, 100)), i32(Code.NAME_IN_USE, 0), "memory"
     ),
+    "STEP": step(4, 0, FIRST),
+    "STEPPED": stepped(4, (1, 2), i32(0, 0), i64(1, 1), i64(1, 1), i64(120, 480, 60)),
+    "STEP-partial": step(5, 1, SECOND),
+    "STEPPED-partial": stepped(5, (2, 2), i32(0, Code.NOT_FINITE), i64(2, 1), i64(3, 2), i64(95, 455, 40)),
     "PING": [wire.pack_header(Kind.PING, 6)],
     "PONG": replies.pong(6),
     "STATS": [wire.pack_header(Kind.STATS, 7)],
     "STATISTICS": replies.statistics(7, {"frames_total": 5.0, "streams_open": 3.0}),
-    "CLOSE": [wire.pack_header(Kind.CLOSE, 8, 2), u64(MIC_1, MIC_2).tobytes()],
-    "CLOSED": replies.closed(8, floats("CLOSED").reshape(2, 1, 4), i32(0, 0)),
-    "ERROR": replies.error(9, Code.BUSY, wire.SENTENCES[Code.BUSY], 2000),
-    "EVICTED": replies.evicted(Code.IDLE, u64(MIC_3)),
+    "PEEK": [wire.pack_header(Kind.PEEK, 8, 2), u64(MIC_1, MIC_2).tobytes()],
+    "PEEKED": replies.peeked(8, i64(3, 2), floats("CLOSED").reshape(2, 1, 4), i32(0, 0)),
+    "FORK": [wire.pack_header(Kind.FORK, 9, 1), u64(MIC_1).tobytes(), b"mic-4"],
+    "OPENED-fork": replies.opened(9, grants((MIC_4, EPOCH + 4, 3)), i32(0), "memory"),
+    "RESET": [wire.pack_header(Kind.RESET, 10, 1, 0), u64(MIC_4).tobytes(), b""],
+    "CHANGED": replies.changed(10, i32(0)),
+    "RESUME": [
+        wire.pack_header(Kind.RESUME, 11, 3, 0),
+        wire.pack_names(["mic-1", "mic-2", "mic-9"]),
+        np.array([(1, EPOCH + 1), (1, EPOCH + 2), (7, EPOCH)], wire.CLAIM).tobytes(),
+    ],
+    "RESUMED": replies.resumed(
+        11,
+        grants((RESUMED_1, EPOCH + 5, 3), (RESUMED_2, EPOCH + 6, 2), NONE_GRANTED),
+        i32(0, 0, Code.UNKNOWN_STREAM),
+        i64(3, 2, 0),
+        "memory",
+    ),
+    "STEP-again": step(12, 1, SECOND, RESUMED_1, RESUMED_2),
+    "CLOSE": [wire.pack_header(Kind.CLOSE, 13, 2), u64(RESUMED_1, RESUMED_2).tobytes()],
+    "CLOSED": replies.closed(13, floats("CLOSED").reshape(2, 1, 4), i32(0, 0)),
+    "EVICTED": replies.evicted(Code.FENCED, u64(MIC_1, MIC_2)),
+    "ERROR": replies.error(14, Code.BUSY, wire.SENTENCES[Code.BUSY], 2000),
     "GOODBYE": replies.goodbye("the server is shutting down: it was asked to"),
 }
 
@@ -144,8 +173,12 @@ def test_an_example_is_what_the_code_writes_and_reads(label: str) -> None:
 def test_the_client_reads_what_the_examples_of_the_server_say() -> None:
     read = {label: (wire.unpack_header(example.frames), example.frames) for label, example in PAGE.examples.items()}
     assert readers.welcome(read["WELCOME"][0]) == INFO
-    handles, failures = readers.opened(*read["OPENED-refused"], 2)
-    assert (handles.tolist(), [failure[:3] for failure in failures]) == ([0, MIC_3], [(0, 0, Code.NAME_IN_USE)])
+    granted, failures = readers.granted(*read["OPENED-refused"], 2)
+    assert granted.tolist() == [NONE_GRANTED, (MIC_3, EPOCH + 3, 100)]
+    assert [failure[:3] for failure in failures] == [(0, 0, Code.NAME_IN_USE)]
+    granted, failures = readers.granted(*read["RESUMED"], 3)
+    assert granted.tolist() == [(RESUMED_1, EPOCH + 5, 3), (RESUMED_2, EPOCH + 6, 2), NONE_GRANTED]
+    assert [failure[:3] for failure in failures] == [(2, 0, Code.UNKNOWN_STREAM)]
     answer = readers.stepped(*read["STEPPED-partial"], 2, 2, 4)
     assert answer.times == (95, 455, 40)
     assert answer.failures == [(1, 1, Code.NOT_FINITE, wire.SENTENCES[Code.NOT_FINITE], 2)]
@@ -155,7 +188,7 @@ def test_the_client_reads_what_the_examples_of_the_server_say() -> None:
     assert readers.statistics(read["STATISTICS"][0]) == {"frames_total": 5.0, "streams_open": 3.0}
     assert readers.error(read["ERROR"][0]) == (Code.BUSY, wire.SENTENCES[Code.BUSY], 0.002)
     handles, code, _ = readers.evicted(*read["EVICTED"])
-    assert (handles.tolist(), code) == ([MIC_3], Code.IDLE)
+    assert (handles.tolist(), code) == ([MIC_1, MIC_2], Code.FENCED)
     assert "shutting down" in readers.goodbye(read["GOODBYE"][0])
 
 
@@ -213,7 +246,13 @@ def test_names_and_numbers_in_the_text_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "dtype"), [("STEP (3)", "column", wire.COLUMN), ("Failures", "failure", wire.FAILURE)]
+    ("section", "name", "dtype"),
+    [
+        ("OPENED (66)", "grant", wire.GRANT),
+        ("STEP (3)", "column", wire.COLUMN),
+        ("RESUME (7)", "claim", wire.CLAIM),
+        ("Failures", "failure", wire.FAILURE),
+    ],
 )
 def test_the_tables_of_offsets(section: str, name: str, dtype: np.dtype[np.void]) -> None:
     table = PAGE.table(section, "offset")
@@ -227,7 +266,7 @@ def test_the_tables_of_offsets(section: str, name: str, dtype: np.dtype[np.void]
 
 
 def test_the_limits_of_headers() -> None:
-    bytes_most, string, array, request, streams, name = PAGE.table("Messages", "rule").numbers("value")
+    bytes_most, string, array, request, streams, name, _ = PAGE.table("Messages", "rule").numbers("value")
     assert (bytes_most, streams, name) == (wire.MAX_HEADER_BYTES, wire.MAX_BLOCK_STREAMS, wire.MAX_NAME_BYTES)
     wire.unpack_header([wire.pack_header(Kind.HELLO, request, 1, "x" * string)])
     for header in (
@@ -249,7 +288,10 @@ def test_the_defaults_of_the_limits() -> None:
         "max_block_frames": config.limits.max_block_frames,
         "credit_frames": config.limits.credit_frames,
         "max_idle_s": config.limits.max_idle_s,
+        "window_frames": config.limits.window_frames,
+        "park_s": config.limits.park_s,
     }
+    assert str(wire.HAVE_ALL) in PAGE.sections["RESUME (7)"]
 
 
 def test_links_within_the_page_lead_somewhere() -> None:
@@ -277,10 +319,10 @@ def without(header: bytes, first: int, last: int) -> list[object]:
 async def test_the_examples_are_one_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("instep.server.limits.secrets.randbelow", lambda _: 0)  # the page's handles
     context = zmq.asyncio.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.linger = 0
+    first, second = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+    first.linger = second.linger = 0
 
-    async def ask(label: str) -> list[bytes]:
+    async def ask(label: str, socket: zmq.asyncio.Socket = first) -> list[bytes]:
         await socket.send_multipart(PAGE.examples[label].frames)
         return await receive(socket)
 
@@ -289,7 +331,9 @@ async def test_the_examples_are_one_conversation(monkeypatch: pytest.MonkeyPatch
 
     try:
         async with running(SEED) as server:
-            socket.connect(server.endpoint)
+            server.engine.table.last_epoch = EPOCH
+            first.connect(server.endpoint)
+            second.connect(server.endpoint)
             welcome = msgpack.unpackb((await ask("HELLO"))[0])
             varying = {"boot_id", "device", "exactness", "buckets"}
             for name, said, shown in zip(
@@ -299,6 +343,7 @@ async def test_the_examples_are_one_conversation(monkeypatch: pytest.MonkeyPatch
                 assert said == shown or name in varying, name
             assert await ask("OPEN") == expected("OPENED")
             assert await ask("OPEN-states") == expected("OPENED-refused")
+            y = b""
             for question, answer in (("STEP", "STEPPED"), ("STEP-partial", "STEPPED-partial")):
                 header, y, failures = await ask(question)
                 assert without(header, 4, 7) == without(expected(answer)[0], 4, 7)
@@ -310,15 +355,26 @@ async def test_the_examples_are_one_conversation(monkeypatch: pytest.MonkeyPatch
             assert {name: value for name, value in pairs if name in ("frames_total", "streams_open")} == dict(
                 PAGE.examples["STATISTICS"].said[2]
             )
-            header, states, failures = await ask("CLOSE")
+            header, seqs, states, failures = await ask("PEEK")
+            assert [header, seqs, failures] == [expected("PEEKED")[index] for index in (0, 1, 3)]
+            np.testing.assert_allclose(np.frombuffer(states, "<f4"), floats("CLOSED"), rtol=1e-5)
+            assert await ask("FORK") == expected("OPENED-fork")
+            assert await ask("RESET") == expected("CHANGED")
+
+            await ask("HELLO", second)
+            assert await ask("RESUME", second) == expected("RESUMED")
+            assert await receive(first) == expected("EVICTED")
+            header, again, failures = await ask("STEP-again", second)
+            assert msgpack.unpackb(header) == [67, 12, 2, 2, 0, 0, 0, PAGE.examples["STEPPED-partial"].said[7]]
+            assert [again, failures] == [y, expected("STEPPED-partial")[2]]
+            header, states, failures = await ask("CLOSE", second)
             assert [header, failures] == [expected("CLOSED")[0], expected("CLOSED")[2]]
             np.testing.assert_allclose(np.frombuffer(states, "<f4"), floats("CLOSED"), rtol=1e-5)
-            server.engine.evict_idle(0)
-            assert await receive(socket) == expected("EVICTED")
             server.stop()
-            assert await receive(socket) == expected("GOODBYE")
+            assert await receive(first) == await receive(second) == expected("GOODBYE")
     finally:
-        socket.close()
+        first.close()
+        second.close()
         context.term()
 
 
@@ -334,42 +390,24 @@ def test_the_numbers_in_the_examples_are_those_of_the_network() -> None:
 # ── BUSY ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Gate:
-    """A stepper that waits until the gate is open."""
-
-    def __init__(self) -> None:
-        self.opened = threading.Event()
-
-    def stepper(self) -> Callable[[Prepared, Config], Stepper]:
-        opened = self.opened
-
-        class Gated(Stepper):
-            def step(self, slots: I64, rows: I32, inputs: F32, outputs: F32) -> None:
-                opened.wait()
-                super().step(slots, rows, inputs, outputs)
-
-        return lambda ready, config: Gated(
-            ready.network, ready.certification.buckets, config.engine.max_streams, ready.device
-        )
-
-
 async def test_busy_and_going_back_are_as_the_page_says(rng: np.random.Generator) -> None:
     a = rng.standard_normal((8, 1, 3)).astype(np.float32)
     b = rng.standard_normal((1, 1, 3)).astype(np.float32)
+    a[0, 0, 0] = GATE_VALUE
     gate = Gate()
     limits = {"max_block_frames": 6, "credit_frames": 6, "max_pending_frames": 6}
-    async with running(SEED, stepper=gate.stepper(), limits=limits) as server, RawClient(server.endpoint) as client:
+    async with running(SEED, stepper=gate.stepper, limits=limits) as server, RawClient(server.endpoint) as client:
         try:
             await client.hello()
             handles = (await client.open("a", "b")).handles()
             await client.send(*client.step_message(handles[:1], [0], a[:4]))
             over = client.step_message(handles[:1], [4], a[4:7])
-            await client.send(wire.pack_header(Kind.STEP, 9, 3, 1, 3, "f4"), *over[1:])
+            await client.send(wire.pack_header(Kind.STEP, 14, 3, 1, 3, "f4"), *over[1:])
             assert await receive(client.socket) == PAGE.examples["ERROR"].frames
             await client.send(*client.step_message(handles, [7, 0], np.concatenate([a[7:], b], axis=1)))
-            assert (await client.ask(wire.pack_header(Kind.PING, 10))).kind is Kind.PONG  # overtakes both blocks
+            assert (await client.ask(wire.pack_header(Kind.PING, 15))).kind is Kind.PONG  # overtakes both blocks
         finally:
-            gate.opened.set()
+            gate.open()
         answers = sorted([await client.receive(), await client.receive()], key=lambda reply: reply.request)
         assert [answer.failures() for answer in answers] == [[], [(0, 0, Code.SEQ_GAP, 4)]]
         answers += [await client.step(handles[:1], [4], a[4:7]), await client.step(handles[:1], [7], a[7:])]
@@ -438,21 +476,21 @@ async def test_the_complete_client_waits_while_the_server_is_busy(script: Path, 
     x = rng.standard_normal((5, 1, 3)).astype(np.float32)
     gate = Gate()
     limits = {"max_block_frames": 4, "credit_frames": 4, "max_pending_frames": 4}
-    async with running(SEED, stepper=gate.stepper(), limits=limits) as server, RawClient(server.endpoint) as other:
+    async with running(SEED, stepper=gate.stepper, limits=limits) as server, RawClient(server.endpoint) as other:
         await other.hello()
         handles = (await other.open("other")).handles()
         process = await start(script, server.endpoint, 1)
         while server.engine.table.open_count < 2:  # it has opened its stream, and waits for frames to send
             await asyncio.sleep(0.005)
-        await other.send(*other.step_message(handles, [0], np.zeros((4, 1, 3), np.float32)))
-        while server.engine.pending.free_count:
+        await other.send(*other.step_message(handles, [0], np.full((4, 1, 3), GATE_VALUE, np.float32)))
+        while server.engine.rings.room:
             await asyncio.sleep(0.005)
         fed = asyncio.create_task(feed(process, x))
         try:
             while server.statistics.busy_total < 3 and not fed.done():
                 await asyncio.sleep(0.005)
         finally:
-            gate.opened.set()
+            gate.open()
         status, said, complained = await fed
         assert server.statistics.busy_total >= 3
     assert (status, complained) == (0, "")
