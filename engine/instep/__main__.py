@@ -1,5 +1,45 @@
-"""`python -m instep`."""
+"""`instep`, and `python -m instep`."""
 
-from instep.cli import main
+from __future__ import annotations
 
-main()
+import sys
+from typing import Final
+
+from instep import interrupts
+
+EXTRAS: Final = {
+    "matplotlib",
+    "pydantic",
+    "pydantic_core",
+    "rich",
+    "safetensors",
+    "structlog",
+    "torch",
+    "typer",
+    "yaml",
+}
+"""What `pip install instep` alone does not install."""
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit status."""
+    interrupts.end_at_once()
+    try:
+        from instep import cli
+
+        cli.main()
+    except KeyboardInterrupt:
+        raise SystemExit(interrupts.INTERRUPTED) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        sys.stderr.write(f"instep needs the package {package!r}, which is not installed: ")
+        sys.stderr.write('pip install "instep[engine]", or pip install -e ".[engine]" in a checkout\n')
+        raise SystemExit(2) from None
+    finally:
+        interrupts.change_nothing()
+
+
+if __name__ == "__main__":
+    main()

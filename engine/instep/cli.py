@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from instep import interrupts
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -74,7 +76,13 @@ def serve(
         str | None, _option("--max-queue-delay-us", "N", "Microseconds to wait for a fuller batch.")
     ] = None,
     max_idle_s: Annotated[str | None, _option("--max-idle-s", "N", "Seconds until a silent stream is closed.")] = None,
-    record: Annotated[str | None, _option("--record", "FILE", "Write a recording for `instep verify`.")] = None,
+    record: Annotated[str | None, _option("--record", "FILE", "Write a recording, or go on with it.")] = None,
+    durability: Annotated[
+        str | None, _option("--durability", "LEVEL", "What answers wait for: memory, commit or fsync.")
+    ] = None,
+    accept_numerics_change: Annotated[
+        bool, typer.Option("--accept-numerics-change", help="Go on with a recording though floats may differ now.")
+    ] = False,
     log_level: Annotated[str | None, _option("--log-level", "LEVEL", "debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, _option("--log-format", "FORMAT", "console or json.")] = None,
     settings: Settings = [],  # noqa: B006 (typer copies it)
@@ -93,6 +101,7 @@ def serve(
         "engine.max_queue_delay_us": max_queue_delay_us,
         "limits.max_idle_s": max_idle_s,
         "recording.file": record,
+        "recording.durability": durability,
         "log.level": log_level,
         "log.format": log_format,
     }
@@ -102,7 +111,7 @@ def serve(
     from instep.server.serve import CannotServe, run
 
     try:
-        status = run(loaded)
+        status = run(loaded, accept_numerics_change=accept_numerics_change)
     except CannotServe as error:
         raise _failure(error) from error
     raise typer.Exit(status)
@@ -126,6 +135,7 @@ def verify(
     """
     from instep.verify.command import run
 
+    interrupts.raise_again()
     raise typer.Exit(run(recording, model_folder=model, stream=stream, json=json, console=_console()))
 
 
@@ -151,6 +161,7 @@ def export(
     """
     from instep.export.command import run
 
+    interrupts.raise_again()
     raise typer.Exit(run(recording, format=format, output=output, streams=stream, json=json, console=_console()))
 
 
@@ -168,9 +179,11 @@ def demo(
     if which == "seed":
         from instep.demo.seed import run as run_seed
 
+        interrupts.raise_again()
         raise typer.Exit(run_seed(_console()))
     from instep.demo.speakers import run as run_speakers
 
+    interrupts.raise_again()
     raise typer.Exit(run_speakers(out, _console()))
 
 
@@ -186,9 +199,11 @@ def bench(
     if what == "neighbours":
         from instep.bench.neighbours import run as run_neighbours
 
+        interrupts.raise_again()
         raise typer.Exit(run_neighbours(_console(), as_json=json))
     from instep.bench.throughput import run as run_throughput
 
+    interrupts.raise_again()
     raise typer.Exit(run_throughput(_console(), as_json=json))
 
 
@@ -294,7 +309,7 @@ def _root(
 
 
 def main() -> None:
-    """The entry point; ends the process with the command's exit status."""
+    """Run the command line and end the process with the command's exit status; `instep.__main__` prepares for it."""
     app(prog_name="instep")
 
 
