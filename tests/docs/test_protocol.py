@@ -27,6 +27,7 @@ from instep_client import wire
 from instep_client.errors import MalformedMessage
 from instep_client.wire import Code, Kind, Message, ServerInfo
 from tests.docs.support.page import Page
+from tests.docs.support.proxy import Proxy
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain, whole
 from tests.support.raw import RawClient, Reply
@@ -506,3 +507,54 @@ async def test_the_complete_client_tells_what_was_refused(script: Path) -> None:
     assert status == 1
     assert complained == "column 1, timestep 0: code 100, expected seq 1\n"
     assert len(said) == struct.calcsize("<8f")
+
+
+async def test_the_complete_client_loses_and_doubles_nothing_when_its_connection_breaks(
+    script: Path, rng: np.random.Generator
+) -> None:
+    model = plain(5, 8, layers=2)
+    x = rng.standard_normal((30, 3, 5)).astype(np.float32)
+    async with running(model) as server:
+        counted = server.statistics
+        breaks = (
+            lambda: counted.frames_total >= 5 * 3,  # a STEPPED is lost,
+            lambda: counted.resumed_streams_total >= 3,  # the RESUMED after it,
+            lambda: counted.frames_total >= 20 * 3,  # and another STEPPED
+        )
+        async with Proxy(server.endpoint, *breaks) as proxy:
+            status, said, complained = await feed(await start(script, proxy.endpoint, 3), x)
+        assert (status, complained, proxy.breaks) == (0, "", [])
+        assert (counted.frames_total, counted.resumed_streams_total) == (30 * 3, 3 * 3)
+        assert server.engine.table.open_count == 0
+    values = np.frombuffer(said, "<f4")
+    y, states = values[: 30 * 3 * 8].reshape(30, 3, 8), values[30 * 3 * 8 :].reshape(3, 2, 8)
+    for column in range(3):
+        truth, final = whole(model, x[:, column])
+        np.testing.assert_array_equal(y[:, column], truth)
+        np.testing.assert_array_equal(states[column], final)
+
+
+@pytest.mark.parametrize(
+    ("is_known", "sentence"),
+    [
+        (False, "column 0, timestep 0: code 103, expected seq 0\n"),  # UNKNOWN_STREAM
+        (True, "column 0, timestep 0: code 110, expected seq 0\n"),  # DATA_LOSS
+    ],
+)
+async def test_the_complete_client_says_that_a_restarted_server_lost_its_streams(
+    script: Path, is_known: bool, sentence: str
+) -> None:
+    x = np.zeros((8, 1, 3), np.float32)
+    async with running(SEED) as server, running(SEED) as restarted, RawClient(restarted.endpoint) as former:
+        if is_known:
+            restarted.engine.table.last_epoch = 0
+            await former.hello()
+            await former.open("minimal-0")
+        async with Proxy(server.endpoint, lambda: server.statistics.frames_total >= 5) as proxy:
+            process = await start(script, proxy.endpoint, 1)
+            while server.engine.table.open_count == 0:
+                await asyncio.sleep(0.005)
+            proxy.target = restarted.endpoint
+            status, said, complained = await feed(process, x)
+    assert (status, complained) == (1, sentence)
+    assert len(said) == 4 * struct.calcsize("<4f")
