@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Final
 
 from instep import interrupts
 
-EXTRAS: Final = {
-    "matplotlib",
-    "pydantic",
-    "pydantic_core",
-    "rich",
-    "safetensors",
-    "structlog",
-    "torch",
-    "typer",
-    "yaml",
-}
+EXTRAS = ("matplotlib", "pydantic", "rich", "safetensors", "structlog", "torch", "typer", "yaml")
 """What `pip install instep` alone does not install."""
 
 

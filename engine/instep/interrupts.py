@@ -1,22 +1,17 @@
 """What Ctrl-C does: nothing but end the process at once, until a command handles it in order.
 
 Python's own way, an exception anywhere, is swallowed or printed at length when it comes while large packages are
-imported, or while the process ends.
+imported, or while the process ends. This is imported before anything else, so it imports next to nothing.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
-import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
-from typing import Final
 
-INTERRUPTED: Final = 130
+INTERRUPTED = 130
 """The exit status, as shells have it."""
 
 
@@ -34,33 +29,6 @@ def raise_again() -> None:
 def change_nothing() -> None:
     """From here on Ctrl-C does nothing: the work is done, the exit status decided, and the process ends by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def interrupts_call(interrupted: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM call `interrupted` in the running event loop.
-
-    asyncio's own handlers cannot be taken off without a moment in which Ctrl-C raises.
-    """
-    loop = asyncio.get_running_loop()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(interrupted)
-
-    waker, wakes = socket.socketpair()  # a signal that comes just before the loop sleeps must wake it
-    with waker, wakes:
-        waker.setblocking(False)
-        wakes.setblocking(False)
-        loop.add_reader(waker, waker.recv, 4096)
-        before_fd = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(before_fd)
-            loop.remove_reader(waker)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
