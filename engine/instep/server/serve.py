@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import secrets
-import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -18,6 +18,8 @@ import torch
 import zmq
 
 from instep.config import Config
+from instep.core.rings import Rings
+from instep.core.streams import StreamTable
 from instep.model.certify import Certification, candidate_buckets, certify
 from instep.model.errors import ModelError
 from instep.model.folder import Model, load_model, model_from_parts
@@ -31,7 +33,9 @@ from instep.runtime.stepper import Stepper
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.log import make_log
 from instep.server.open_files import allow_open_files
-from instep.server.server import Server
+from instep.server.recovery import Recovery, go_on
+from instep.server.server import Server, Streams
+from instep.server.signals import interrupts_call
 from instep.server.transport import Router
 from instep_client.wire import PROTOCOL_VERSION, ServerInfo
 
@@ -149,7 +153,12 @@ def server_info(config: Config, prepared: Prepared) -> ServerInfo:
 
 
 def make_server(
-    config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, stepper: Stepper | None = None
+    config: Config,
+    prepared: Prepared,
+    log: structlog.stdlib.BoundLogger,
+    stepper: Stepper | None = None,
+    *,
+    accept_numerics_change: bool = False,
 ) -> Server:
     """A server that is bound and not yet serving; called inside the event loop.
 
@@ -158,41 +167,71 @@ def make_server(
         prepared: what `prepare` made of it.
         log: where the server says what it does.
         stepper: another one than usual, for tests.
+        accept_numerics_change: whether to go on with a recording although floats may come out with other bits now.
 
     Raises:
         CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.
     """
     network, certification = prepared.network, prepared.certification
-    try:
-        info = server_info(config, prepared)
-        if stepper is None:
-            engine = config.engine
-            stepper = Stepper(
-                network, certification.buckets, engine.max_streams, prepared.device, engine.device_streams
-            )
-        router = Router(config.transport)
-    except LimitsError as error:
-        raise CannotServe(str(error)) from None
-    except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
-        raise _no_memory(config, error) from None
-    except zmq.ZMQError as error:
-        raise CannotServe(f"cannot bind {config.transport.endpoint}: {error}; is another server using it?") from None
-    try:
-        writer = None
-        if config.recording.file is not None:
-            writer = RecordingWriter.create(config.recording.file, recording_header(prepared, config))
-    except RecordingError as error:
-        router.close()
-        raise CannotServe(str(error)) from None
-    try:
-        server = Server(config, network, certification, router, stepper, info, writer, log)
-    except MemoryError as error:
-        router.close()
-        if config.recording.file is not None:
-            config.recording.file.unlink()  # made a moment ago, and nothing was recorded
-        raise _no_memory(config, error) from None
+    writer, recovery = None, None
+    with ExitStack() as undo:
+        try:
+            info = server_info(config, prepared)
+            if stepper is None:
+                engine = config.engine
+                stepper = Stepper(
+                    network, certification.buckets, engine.max_streams, prepared.device, engine.device_streams
+                )
+            streams = _streams(config, prepared)
+            router = Router(config.transport)
+            undo.callback(router.close)
+            if config.recording.file is not None:
+                writer, recovery = _recording(config, prepared, streams, stepper, accept_numerics_change)
+                undo.callback(writer.abandon)
+            server = Server(config, network, certification, router, stepper, info, streams, writer, log)
+        except (LimitsError, RecordingError) as error:
+            raise CannotServe(str(error)) from None
+        except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
+            raise _no_memory(config, error) from None
+        except zmq.ZMQError as error:
+            raise CannotServe(
+                f"cannot bind {config.transport.endpoint}: {error}; is another server using it?"
+            ) from None
+        undo.pop_all()
     server.statistics.tiers = stepper.tiers
+    server.recovery = recovery
     return server
+
+
+def _streams(config: Config, prepared: Prepared) -> Streams:
+    network = prepared.network
+    limits = effective_limits(config, prepared.certification.buckets[-1], network.features, network.outputs)
+    table = StreamTable(limits.max_streams, limits.max_connections, limits.first_generation, time.time_ns())
+    rings = Rings(
+        table,
+        limits.window_frames,
+        limits.max_streams,
+        network.features,
+        network.outputs,
+        limits.max_pending_frames,
+    )
+    return Streams(table, rings)
+
+
+def _recording(
+    config: Config, prepared: Prepared, streams: Streams, stepper: Stepper, accept_numerics_change: bool
+) -> tuple[RecordingWriter, Recovery | None]:
+    """A new recording, or the one that is there, with its streams put back."""
+    path = config.recording.file
+    assert path is not None
+    header = recording_header(prepared, config)
+    if not path.exists() or path.stat().st_size == 0:
+        return RecordingWriter.create(path, header), None
+    writer, recovery = go_on(
+        path, header, streams.table, streams.rings, stepper, accept_numerics_change=accept_numerics_change
+    )
+    streams.last_stream = recovery.last_stream
+    return writer, recovery
 
 
 def _no_memory(config: Config, error: Exception) -> CannotServe:
@@ -218,15 +257,16 @@ def _capacity(config: Config) -> str:
     return f"{streams} streams" + (f", {on_device} on the device at once" if 0 < on_device < streams else "")
 
 
-async def _serve(config: Config, prepared: Prepared, on_ready: Callable[[str], None] | None) -> int:
+async def _serve(
+    config: Config, prepared: Prepared, on_ready: Callable[[str], None] | None, accept_numerics_change: bool
+) -> int:
     log = make_log(config.log)
     allowed = allow_open_files(config.limits.max_connections + _FILES_BESIDE_CONNECTIONS)
     if allowed < config.limits.max_connections:
         log.warning(
             "fewer connections", open_files=allowed, reason="the hard limit of open files (ulimit -Hn) is lower"
         )
-    server = make_server(config, prepared, log)
-    loop = asyncio.get_running_loop()
+    server = make_server(config, prepared, log, accept_numerics_change=accept_numerics_change)
     signals = 0
 
     def interrupted() -> None:
@@ -236,45 +276,53 @@ async def _serve(config: Config, prepared: Prepared, on_ready: Callable[[str], N
             log.info("stopping", hint="finishing what was admitted; interrupt again to force")
         server.stop(drain=signals == 1)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupted)
-    log.info(
-        "serving",
-        endpoint=server.endpoint,
-        model=prepared.model.name,
-        device=str(prepared.device),
-        capacity=_capacity(config),
-        exactness=exactness_sentence(prepared.certification),
-        recording=str(config.recording.file or "none"),
-    )
-    largest = prepared.certification.buckets[-1]
-    if largest < config.engine.max_batch_size:
-        log.warning("smaller batches", max_batch_size=largest, reason="larger ones do not give the same bits here")
-    if on_ready is not None:
-        on_ready(server.endpoint)
-    try:
+    with interrupts_call(interrupted):
+        log.info(
+            "serving",
+            endpoint=server.endpoint,
+            model=prepared.model.name,
+            device=str(prepared.device),
+            capacity=_capacity(config),
+            exactness=exactness_sentence(prepared.certification),
+            recording=str(config.recording.file or "none"),
+            durability=server.info.durability,
+            **_recovered(server.recovery),
+        )
+        largest = prepared.certification.buckets[-1]
+        if largest < config.engine.max_batch_size:
+            log.warning("smaller batches", max_batch_size=largest, reason="larger ones do not give the same bits here")
+        if on_ready is not None:
+            on_ready(server.endpoint)
         await server.serve()
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-    statistics = server.statistics
-    log.info(
-        "stopped",
-        frames=statistics.frames_total,
-        batches=statistics.batches_total,
-        blocks_unanswered=server.unanswered_blocks,
-    )
+        statistics = server.statistics
+        log.info(
+            "stopped",
+            frames=statistics.frames_total,
+            batches=statistics.batches_total,
+            blocks_unanswered=server.unanswered_blocks,
+        )
     if server.failure is not None:
         return 1
     return 130 if signals > 1 else 0
 
 
-def run(config: Config, *, on_ready: Callable[[str], None] | None = None) -> int:
+def _recovered(recovery: Recovery | None) -> dict[str, object]:
+    if recovery is None:
+        return {}
+    return {
+        "streams_recovered": recovery.streams,
+        "frames_replayed": recovery.frames,
+        "recovery_s": round(recovery.seconds, 4),
+    }
+
+
+def run(config: Config, *, on_ready: Callable[[str], None] | None = None, accept_numerics_change: bool = False) -> int:
     """Serve until interrupted.
 
     Args:
         config: the configuration.
         on_ready: called with the endpoint once the socket is bound.
+        accept_numerics_change: whether to go on with a recording although floats may come out with other bits now.
 
     Returns:
         0 after a clean end, 1 after a failure while serving, 130 when a second interrupt forced the end.
@@ -284,4 +332,4 @@ def run(config: Config, *, on_ready: Callable[[str], None] | None = None) -> int
     """
     prepared = prepare(config)
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
-    return asyncio.run(_serve(config, prepared, on_ready))
+    return asyncio.run(_serve(config, prepared, on_ready, accept_numerics_change))

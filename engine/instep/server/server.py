@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
@@ -24,6 +25,7 @@ from instep.server.engine import Engine
 from instep.server.lifecycle import Lifecycle
 from instep.server.limits import effective_limits
 from instep.server.postbox import Postbox
+from instep.server.recovery import Recovery
 from instep.server.snapshots import Snapshots
 from instep.server.statistics import Statistics
 from instep.server.tap import Tap
@@ -40,6 +42,16 @@ _TICK_S = 0.05
 _HOUSEKEEPING_TICKS = 10
 
 
+@dataclass(slots=True)
+class Streams:
+    """The streams that a server begins with."""
+
+    table: StreamTable
+    rings: Rings
+    last_stream: int = 0
+    """The highest number of a stream in the recording."""
+
+
 class Server:
     """Everything between a bound socket and the step worker.
 
@@ -50,7 +62,8 @@ class Server:
         router: the bound socket; the server closes it.
         stepper: the network with its states.
         info: what WELCOME says.
-        writer: a new recording, or None.
+        streams: those that are open already, parked, and room for more.
+        writer: the recording, or None.
         log: where the server says what it does.
 
     Raises:
@@ -65,6 +78,7 @@ class Server:
         router: Router,
         stepper: Stepper,
         info: ServerInfo,
+        streams: Streams,
         writer: RecordingWriter | None,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
@@ -88,23 +102,11 @@ class Server:
             round(config.transport.heartbeat_s * 1e9),
             on_gone=lambda client: self.lifecycle.abandon(client),
         )
+        table, rings = streams.table, streams.rings
         try:
-            table = StreamTable(
-                self._limits.max_streams,
-                self._limits.max_connections,
-                self._limits.first_generation,
-                last_epoch=time.time_ns(),
-            )
-            rings = Rings(
-                table,
-                self._limits.window_frames,
-                self._limits.max_streams,
-                network.features,
-                network.outputs,
-                self._limits.max_pending_frames,
-            )
             self._recorder = self._start_recorder(writer)
             tap = Tap(self._recorder, info.durability != "memory", table, rings)
+            tap.last_stream = streams.last_stream
             self.engine = Engine(
                 table,
                 rings,
@@ -143,6 +145,8 @@ class Server:
         self._verbs = Verbs(
             self.engine, self.lifecycle, self._clients, self._postbox, self.info, self._limits, self.statistics
         )
+        self.recovery: Recovery | None = None
+        """What it took to go on with an older recording, where there was one."""
         self.unanswered_blocks = 0
         """Blocks that were admitted and never answered, because the end was forced or draining took too long."""
         self._stopping = asyncio.Event()
@@ -273,7 +277,19 @@ class Server:
                     f"draining took longer than shutdown.drain_timeout_s = {self.config.shutdown.drain_timeout_s:g}"
                 )
             await asyncio.sleep(0.005)
+        if self._drains:
+            await self._snapshot(deadline)
         self.unanswered_blocks = len(self.engine.blocks)
+
+    async def _snapshot(self, deadline: float) -> None:
+        """Leave a restart nothing to replay, if there is time."""
+        await self._no_snapshot_under_way(deadline)
+        self._guarded(self._snapshots.take)
+        await self._no_snapshot_under_way(deadline)
+
+    async def _no_snapshot_under_way(self, deadline: float) -> None:
+        while self._snapshots.is_under_way and self._loop.time() < deadline:
+            await asyncio.sleep(0.001)
 
     def _close(self) -> None:
         self._stopped = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
-from instep.recording.writer import StateRows
+from instep.recording.states import StateRows
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
 from instep.server.tap import Tap
@@ -49,16 +48,16 @@ class Snapshots:
         self._worker = worker
         self._tap = tap
         self._target_ns = target_ns
-        self._is_under_way = False
+        self.is_under_way = False
 
     @property
     def is_due(self) -> bool:
         """Whether a restart would have to replay for longer than it should."""
-        return self._tap.computed_ns > self._target_ns and not self._is_under_way
+        return self._tap.computed_ns > self._target_ns and not self.is_under_way
 
-    def take(self, on_taken: Callable[[], None] = lambda: None) -> None:
+    def take(self) -> None:
         """Read the states that changed since the last snapshot and have them recorded."""
-        self._is_under_way = True
+        self.is_under_way = True
         tap = self._tap
         through = tap.last_inputs
         slots = np.flatnonzero(tap.dirty)
@@ -73,25 +72,21 @@ class Snapshots:
             def done(states: F32 | None, error: Exception | None) -> None:
                 if states is None:
                     tap.dirty[slots] = True  # they stay due, and the older snapshot stays good
-                    end()
+                    self.is_under_way = False
                     return
                 parts.append(self._rows(slots[part], streams[part], states))
                 if part.stop < len(slots):
                     read(part.stop)
                 else:
                     tap.snapshot(through, _joined(parts))
-                    end()
+                    self.is_under_way = False
 
             self._worker.submit(Job(lambda: self._stepper.read(slots[part]), done))
-
-        def end() -> None:
-            self._is_under_way = False
-            on_taken()
 
         if len(slots):
             read(0)
         else:
-            end()
+            self.is_under_way = False
 
     def _rows(self, slots: I64, streams: I64, states: F32) -> StateRows:
         table, rings = self._table, self._rings

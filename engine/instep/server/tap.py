@@ -14,7 +14,7 @@ from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
-from instep.recording.writer import StateRows
+from instep.recording.states import StateRows
 
 NEVER: Final = 2**63
 """The ticket of what was not recorded, because the recording has failed."""
@@ -23,8 +23,9 @@ NEVER: Final = 2**63
 class Tap:
     """Turns slots and rows into what a recording holds, and lets answers go when that is durable.
 
-    Everything recorded gets a ticket, and tickets rise. Where answers wait, each waits for the ticket of what it tells: no client ever knows of something that a crash could undo. A recorder that has failed
-    takes nothing more; what would have waited for it is never done, and the server is about to stop.
+    Everything recorded gets a ticket, and tickets rise. Where answers wait, each waits for the ticket of what it
+    tells: no client ever knows of something that a crash could undo. A recorder that has failed takes nothing more;
+    what would have waited for it is never done, and the server is about to stop.
 
     Args:
         recorder: where it goes; None for nowhere.
