@@ -288,7 +288,9 @@ class Server:
         await self._no_snapshot_under_way(deadline)
 
     async def _no_snapshot_under_way(self, deadline: float) -> None:
-        while self._snapshots.is_under_way and self._loop.time() < deadline:
+        while self._snapshots.is_under_way:
+            if self._loop.time() > deadline:
+                return
             await asyncio.sleep(0.001)
 
     def _close(self) -> None:
