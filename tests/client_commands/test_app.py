@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ from instep_client.commands import connect
 from instep_client.commands.app import app
 from instep_client.wire import DEFAULT_ENDPOINT
 from tests.support.fake_server import FakeServer, reference
+from tests.support.interrupting import interrupted_at_every_moment
 
 MAIN = "from instep_client.commands import main; main()"
 
@@ -142,6 +146,42 @@ def test_help_names_every_command_and_the_endpoint() -> None:
         assert "INSTEP_ENDPOINT" in text
 
 
+@pytest.mark.parametrize("command", ["ping", "produce"])
+def test_it_ends_quietly_whenever_it_is_interrupted_while_nobody_answers(command: str, tmp_path: Path) -> None:
+    arguments = (command, "--endpoint", "tcp://127.0.0.1:1")
+    for ending in interrupted_at_every_moment("instep_client.commands", arguments, tmp_path, step_s=0.12, last_s=0.6):
+        assert (ending.status, ending.stderr) == (130, "")
+
+
+@pytest.fixture
+def handler_kept() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("handler_kept")
+def test_an_interrupt_that_nothing_else_handles_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("instep_client.commands.app.app", interrupted)
+    with pytest.raises(SystemExit) as end:
+        commands.main()
+    assert end.value.code == 130
+    signal.raise_signal(signal.SIGINT)  # changes nothing any more
+
+
+def test_until_it_handles_them_interrupts_end_it_and_a_terminals_line() -> None:
+    script = "import os, signal\nfrom instep_client import commands\nsignal.signal(2, commands._end_at_once)\n"
+    terminal, program = pty.openpty()
+    with os.fdopen(terminal, "rb", buffering=0) as screen, os.fdopen(program, "wb") as stderr:
+        command = [sys.executable, "-c", script + "os.kill(os.getpid(), 2)"]
+        assert subprocess.run(command, stderr=stderr, check=False).returncode == 130
+        assert screen.read(10) == b"\r\n"
+
+
+@pytest.mark.usefixtures("handler_kept")
 @pytest.mark.parametrize("package", ["typer", "rich"])
 def test_without_the_extra_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
@@ -155,16 +195,19 @@ def test_without_the_extra_it_says_what_to_install(
         commands.main()
     assert end.value.code == 2
     assert capsys.readouterr().err == (
-        f"instep-client needs the package '{package}', which is not installed: pip install \"instep[cli]\"\n"
+        f"instep-client needs the package '{package}', which is not installed: pip install \"instep[cli]\", "
+        'or pip install -e ".[cli]" in a checkout\n'
     )
 
 
+@pytest.mark.usefixtures("handler_kept")
 def test_other_missing_modules_are_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "instep_client.commands.app", None)
     with pytest.raises(ModuleNotFoundError, match=r"instep_client.commands.app"):
         commands.main()
 
 
+@pytest.mark.usefixtures("handler_kept")
 def test_main_runs_the_app(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["instep-client", "--help"])
     with pytest.raises(SystemExit) as end:

@@ -138,6 +138,7 @@ def test_ctrl_c_requests_a_stop_and_the_command_ends_in_order() -> None:
     ended: list[bool] = []
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
         signal.raise_signal(signal.SIGINT)
         await stop.wait()
         ended.append(True)
@@ -154,6 +155,7 @@ def test_a_second_ctrl_c_ends_it_at_once() -> None:
     terminal = RememberingTerminal()
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
         signal.raise_signal(signal.SIGINT)
         await stop.wait()
         signal.raise_signal(signal.SIGINT)
@@ -161,6 +163,24 @@ def test_a_second_ctrl_c_ends_it_at_once() -> None:
 
     assert run_command(command, terminal) == 130
     assert "stopped at once" in terminal.complained
+
+
+def test_ctrl_c_ends_a_command_at_once_that_has_no_connection_yet() -> None:
+    terminal = RememberingTerminal()
+    cleaned_up: list[bool] = []
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("not reached")
+        finally:
+            cleaned_up.append(True)
+
+    before = signal.getsignal(signal.SIGINT)
+    assert run_command(command, terminal) == 130
+    assert cleaned_up == [True]
+    assert terminal.complained == ""
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_stop_that_nobody_asked_for_from_outside_is_no_interrupt() -> None:

@@ -66,7 +66,7 @@ def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False)
     """Say in one line what runs at the endpoint: model, device, exactness, round trip."""
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await ping(endpoint, terminal)
+        return await ping(endpoint, terminal, stop)
 
     raise typer.Exit(run_command(command, Terminal(as_json)))
 

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from instep_client.aio import AsyncClient
+from instep_client.commands.pacing import Stop
 from instep_client.commands.terminal import Terminal
 
 PATIENCE_S: Final = 5.0
@@ -14,8 +15,10 @@ PATIENCE_S: Final = 5.0
 
 
 @asynccontextmanager
-async def connected(endpoint: str, command: str, terminal: Terminal) -> AsyncIterator[AsyncClient]:
+async def connected(endpoint: str, command: str, terminal: Terminal, stop: Stop) -> AsyncIterator[AsyncClient]:
     """A client of the server there, called after the command; it says so when the server takes its time.
+
+    Ctrl-C ends the command at once until there is a connection; from then on it requests a stop.
 
     Raises:
         ConnectionFailed: nobody answers.
@@ -23,6 +26,7 @@ async def connected(endpoint: str, command: str, terminal: Terminal) -> AsyncIte
     client = AsyncClient(endpoint, name=f"instep-client {command}", timeout_s=PATIENCE_S)
     async with terminal.waiting(f"waiting for a server at {endpoint}"):
         await client.connect()
+    stop.connected = True
     try:
         yield client
     finally:

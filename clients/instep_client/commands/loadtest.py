@@ -47,7 +47,7 @@ async def loadtest(test: LoadTest, terminal: Terminal, stop: Stop, clock: Clock 
     """
     if test.plot is not None:
         _check_plot(test.plot)
-    async with connected(test.endpoint, "loadtest", terminal) as client:
+    async with connected(test.endpoint, "loadtest", terminal, stop) as client:
         info = client.info
     terminal.note(report.setting(info))
     if test.slo_ms is None:

@@ -58,6 +58,8 @@ class Stop:
     """Whether the command was asked to end: no new sends, then drain and close."""
 
     def __init__(self) -> None:
+        self.connected = False
+        """Whether there ever was a connection, so that something may have been sent whose answers are waited for."""
         self._event = asyncio.Event()
 
     @property

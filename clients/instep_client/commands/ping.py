@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from instep_client.commands.connect import connected
+from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import Exit
 from instep_client.commands.terminal import Terminal
 
@@ -12,13 +13,13 @@ ROUND_TRIPS = 5
 """The first one still warms things up; the best one counts."""
 
 
-async def ping(endpoint: str, terminal: Terminal) -> Exit:
+async def ping(endpoint: str, terminal: Terminal, stop: Stop) -> Exit:
     """One line: model, device, exactness, round trip.
 
     Raises:
         ConnectionFailed: nobody answers.
     """
-    async with connected(endpoint, "ping", terminal) as client:
+    async with connected(endpoint, "ping", terminal, stop) as client:
         info = client.info
         round_trip_ms = min([await client.ping() for _ in range(ROUND_TRIPS)]) * 1000
     if terminal.as_json:

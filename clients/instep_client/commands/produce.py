@@ -61,7 +61,7 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
         descriptor = _descriptor(what.file, stack) if from_lines else None
         outputs = _outputs(what, terminal, stop)
         answers = Answers(outputs, terminal)
-        async with connected(what.endpoint, "produce", terminal) as client:
+        async with connected(what.endpoint, "produce", terminal, stop) as client:
             live = LiveRun(client, what.pace, answers, terminal, stop, clock)
             started = clock.now()
             if descriptor is not None:

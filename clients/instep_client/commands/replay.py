@@ -53,7 +53,7 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
         raise CommandProblem(f"{what.file} holds no outputs to compare with; only a recording or a saved NPZ does")
     if what.save is not None:
         check_output_path(what.save)
-    async with connected(what.endpoint, "replay", terminal) as client:
+    async with connected(what.endpoint, "replay", terminal, stop) as client:
         _check_fits(what, sequences, client.info)
         run = ReplayRun(client, _plan(sequences, speed, what.rate_hz, client.info), stop, clock)
         started = clock.now()

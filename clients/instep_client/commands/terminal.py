@@ -119,13 +119,18 @@ class Terminal:
                 await asyncio.sleep(DRAW_S)
 
 
+class StoppedBeforeSending(KeyboardInterrupt):
+    """Ctrl-C before there was a connection: nothing is lost, and nothing needs to be said."""
+
+
 Command = Callable[[Terminal, Stop], Awaitable[Exit]]
 
 
 def run_command(command: Command, terminal: Terminal) -> Exit:
     """Run a command in an event loop of its own and turn what ends it into one sentence and an exit status.
 
-    The first Ctrl-C requests a stop: the command drains and closes. The second one ends it at once.
+    The first Ctrl-C requests a stop: the command drains and closes. The second one ends it at once, and so does the
+    first one as long as nothing was sent because there is no connection.
     """
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -133,6 +138,8 @@ def run_command(command: Command, terminal: Terminal) -> Exit:
     except (CommandProblem, InstepError) as error:
         terminal.error(str(error))
         return Exit.COULD_NOT_RUN
+    except StoppedBeforeSending:
+        return Exit.INTERRUPTED
     except KeyboardInterrupt:
         terminal.note("stopped at once; what was sent may not have been answered")
         return Exit.INTERRUPTED
@@ -148,6 +155,8 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
         interrupted = True
+        if not stop.connected:
+            raise StoppedBeforeSending
         signal.signal(signal.SIGINT, signal.default_int_handler)
         terminal.note("stopping: waiting for the answers (Ctrl-C again ends at once)")
         loop.call_soon_threadsafe(stop.request)

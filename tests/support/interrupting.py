@@ -1,0 +1,64 @@
+"""Programs that are interrupted at every moment of their lives."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+LAUNCHER: Final = """
+import os, signal, sys
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # not of interest: what comes before the program's first line
+from {module} import main
+sys.argv[0] = "program"
+sys.stderr.write("first line\\n")
+sys.stderr.flush()
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a program ended that was interrupted so long after its first line."""
+
+    delay_s: float
+    status: int
+    stderr: str
+
+
+def interrupted_at_every_moment(
+    module: str, arguments: Sequence[str], cwd: Path, step_s: float, last_s: float, again_s: float | None = None
+) -> Iterator[Ending]:
+    """Start `module.main` again and again and send it a SIGINT later and later, until `last_s` after its first line.
+
+    Args:
+        module: whose `main` the program is.
+        arguments: of the program.
+        cwd: where it runs.
+        step_s: from one delay to the next.
+        last_s: the last delay.
+        again_s: how long after the first SIGINT to send a second one; None for none.
+    """
+    command = [sys.executable, "-c", LAUNCHER.format(module=module), *arguments]
+    steps = round(last_s / step_s)
+    for step in range(steps + 1):
+        process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "first line\n"
+            time.sleep(step * step_s)
+            process.send_signal(signal.SIGINT)
+            if again_s is not None:
+                time.sleep(again_s)
+                process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=60)[1]
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        yield Ending(step * step_s, process.returncode, said)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from instep import interrupts
+from tests.support.interrupting import interrupted_at_every_moment
+
+SERVE = ("serve", "--endpoint", "tcp://127.0.0.1:*")
+
+
+@pytest.fixture
+def handler_kept() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_serve_ends_quietly_whenever_it_is_interrupted(tmp_path: Path) -> None:
+    """From its first line until long after it serves: 130 before it serves, 0 after, and never a traceback."""
+    for ending in interrupted_at_every_moment("instep.__main__", SERVE, tmp_path, step_s=0.3, last_s=2.1):
+        assert "Traceback" not in ending.stderr, ending
+        assert ending.status == (0 if "stopped" in ending.stderr else 130), ending
+
+
+def test_serve_interrupted_twice_ends_quietly(tmp_path: Path) -> None:
+    for again_s in (0.01, 0.1):
+        for ending in interrupted_at_every_moment("instep.__main__", SERVE, tmp_path, 2.5, 2.5, again_s):
+            assert "Traceback" not in ending.stderr, ending
+            assert ending.status in (0, 130), ending
+
+
+def test_other_commands_end_quietly_too(tmp_path: Path) -> None:
+    for ending in interrupted_at_every_moment("instep.__main__", ["demo", "seed"], tmp_path, step_s=0.7, last_s=2.1):
+        assert "Traceback" not in ending.stderr, ending
+        assert ending.status in (0, 130), ending
+
+
+def test_a_line_ends_behind_what_the_terminal_echoes() -> None:
+    script = "import os, signal\nfrom instep import interrupts\ninterrupts.end_at_once()\nos.kill(os.getpid(), 2)"
+    terminal, program = pty.openpty()
+    with os.fdopen(terminal, "rb", buffering=0) as screen:
+        with os.fdopen(program, "wb") as stderr:
+            assert subprocess.run([sys.executable, "-c", script], stderr=stderr, check=False).returncode == 130
+            assert screen.read(10) == b"\r\n"
+
+
+@pytest.mark.usefixtures("handler_kept")
+def test_only_its_own_handler_is_taken_back() -> None:
+    def theirs(number: int, frame: object) -> None: ...
+
+    signal.signal(signal.SIGINT, theirs)
+    interrupts.raise_again()
+    assert signal.getsignal(signal.SIGINT) is theirs
+    interrupts.end_at_once()
+    interrupts.raise_again()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("handler_kept")
+def test_once_the_work_is_done_nothing_is_interrupted() -> None:
+    interrupts.change_nothing()
+    signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from instep import __main__, cli
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def handler_kept() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def ends(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> object:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "main", fail)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    return end.value.code
+
+
+@pytest.mark.parametrize("package", ["typer", "torch", "pydantic"])
+def test_without_the_extra_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
+) -> None:
+    assert ends(monkeypatch, ModuleNotFoundError(f"No module named '{package}.core'", name=f"{package}.core")) == 2
+    assert capsys.readouterr().err == (
+        f"instep needs the package '{package}', which is not installed: "
+        'pip install "instep[engine]", or pip install -e ".[engine]" in a checkout\n'
+    )
+
+
+def test_without_typer_even_the_help_says_so() -> None:
+    script = "import sys; sys.modules['typer'] = None; sys.argv = ['instep', '--help']\n"
+    script += "from instep.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert 'pip install "instep[engine]"' in result.stderr
+
+
+def test_other_missing_modules_are_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "main", lambda: exec("import instep.no_such_module"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        __main__.main()
+
+
+def test_an_interrupt_is_status_130_and_later_ones_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ends(monkeypatch, KeyboardInterrupt()) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_what_is_missing_is_told_for_every_package_of_the_extras() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = {name.partition(">")[0] for name in extras["cli"] + extras["engine"] if not name.startswith("instep")}
+    assert {{"pyyaml": "yaml"}.get(name, name) for name in packages} == set(__main__.EXTRAS)
+
+
+def test_the_program_begins_where_interrupts_are_handled_first() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"instep": "instep.__main__:main", "instep-client": "instep_client.commands:main"}
+    script = "import sys; before = set(sys.modules); import instep.__main__; print(*(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {"typer", "asyncio", "typing", "numpy"}.isdisjoint(result.stdout.split())
