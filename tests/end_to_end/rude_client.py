@@ -27,12 +27,12 @@ def main(endpoint: str, features: int, behaviour: str) -> None:
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.RCVHWM, 1000 if behaviour == "reads" else 1)
     socket.connect(endpoint)
-    socket.send(msgpack.packb([HELLO, 1, 1, "rude"]))
+    socket.send(msgpack.packb([HELLO, 1, 2, "rude"]))
     socket.recv()
     names = "\n".join(f"rude-{index}" for index in range(STREAMS))
-    socket.send_multipart([msgpack.packb([OPEN, 2, STREAMS, 0]), names.encode(), b""])
-    columns = np.zeros((STREAMS, 2), "<u8")
-    columns[:, 0] = np.frombuffer(socket.recv_multipart()[1], "<u8")
+    socket.send_multipart([msgpack.packb([OPEN, 2, STREAMS, 0, 0]), names.encode(), b"", b""])
+    columns = np.zeros((STREAMS, 3), "<u8")
+    columns[:, 0] = np.frombuffer(socket.recv_multipart()[1], "<u8").reshape(STREAMS, 3)[:, 0]
     x = np.zeros((TIMESTEPS, STREAMS, features), "<f4").tobytes()
     sent = answered = 0
     while True:
@@ -42,6 +42,7 @@ def main(endpoint: str, features: int, behaviour: str) -> None:
             header = msgpack.packb([STEP, 3 + sent, TIMESTEPS, STREAMS, features, "f4"])
             socket.send_multipart([header, columns.tobytes(), x])
             columns[:, 1] += TIMESTEPS
+            columns[:, 2] = TIMESTEPS * answered
             sent += 1
         else:
             kind, request, *_ = msgpack.unpackb(socket.recv_multipart()[0])

@@ -25,6 +25,9 @@ from tests.support.running import running
 from tests.support.traffic import neighbours
 
 NEIGHBOURS = 4
+LIMITS = {"park_s": 0, "window_frames": 128}
+"""Streams of a client that is given up are closed at once, and rude ones have room for what they send ahead."""
+SETTINGS = [f"limits.{name}={value}" for name, value in LIMITS.items()]
 RUDE_STREAMS = 40
 MEBIBYTE = 2**20
 
@@ -51,7 +54,7 @@ async def rude_client(endpoint: str, features: int, behaviour: str) -> AsyncIter
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_client_that_is_killed_or_stopped_leaves_the_others_alone(how: signal.Signals) -> None:
-    async with running(SMALL, transport={"heartbeat_s": 0.2}) as server:
+    async with running(SMALL, transport={"heartbeat_s": 0.2}, limits=LIMITS) as server:
         table = server.engine.table
         async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
             async with rude_client(server.endpoint, SMALL.description.features, "reads") as rude:
@@ -67,7 +70,7 @@ async def test_a_client_that_is_killed_or_stopped_leaves_the_others_alone(how: s
 async def test_a_client_that_is_stopped_while_its_connection_looks_alive_is_given_up() -> None:
     """With no heartbeat to fail, only its unread answers tell."""
     transport = {"max_message_bytes": 65_536, "heartbeat_s": 1000}
-    limits = {"unreachable_after_s": 0.5}
+    limits = {**LIMITS, "unreachable_after_s": 0.5}
     async with running(SMALL, transport=transport, limits=limits) as server:
         async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
             async with rude_client(server.endpoint, SMALL.description.features, "never-reads"):
@@ -80,7 +83,7 @@ async def test_a_client_that_is_stopped_while_its_connection_looks_alive_is_give
 async def test_a_flood_that_nobody_reads_takes_bounded_memory(tmp_path: Path) -> None:
     """Answers of ten times the bound would be waiting, were they kept."""
     write_model(tmp_path / "model", WIDE)
-    arguments = ["transport.max_message_bytes=1048576", "limits.unreachable_after_s=3"]
+    arguments = [*SETTINGS, "transport.max_message_bytes=1048576", "limits.unreachable_after_s=3"]
     with ChildServer(tmp_path / "model", [part for each in arguments for part in ("--set", each)]) as server:
         process = psutil.Process(server.pid)
         async with neighbours(server.endpoint, WIDE, NEIGHBOURS) as others:
@@ -118,15 +121,15 @@ async def test_a_flood_of_the_largest_messages_takes_bounded_memory(tmp_path: Pa
 def flood_with_columns(endpoint: str, kind: Kind, messages: int = 150, columns: int = 32_000) -> None:
     """Open, or close, as many streams as a message can name, again and again; none of them exists."""
     frames = {
-        Kind.OPEN: ["\n".join(f"n{index}" for index in range(columns)).encode(), b""],
+        Kind.OPEN: ["\n".join(f"n{index}" for index in range(columns)).encode(), b"", b""],
         Kind.CLOSE: [np.arange(1, columns + 1, dtype="<u8").tobytes()],
     }[kind]
-    fields = {Kind.OPEN: [columns, 0], Kind.CLOSE: [columns]}[kind]
+    fields = {Kind.OPEN: [columns, 0, 0], Kind.CLOSE: [columns]}[kind]
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 2)
         socket.connect(endpoint)
-        socket.send(msgpack.packb([Kind.HELLO, 1, 1, "flood"]))
+        socket.send(msgpack.packb([Kind.HELLO, 1, 2, "flood"]))
         for request in range(2, 2 + messages):
             socket.send_multipart([msgpack.packb([kind, request, *fields]), *frames])
 
@@ -134,5 +137,4 @@ def flood_with_columns(endpoint: str, kind: Kind, messages: int = 150, columns: 
 async def streams_open(endpoint: str) -> float:
     async with RawClient(endpoint) as client:
         await client.hello()
-        reply = await client.ask(msgpack.packb([Kind.STATS, client.next_request()]))
-        return float(dict(map(tuple, reply.header[2]))["streams_open"])
+        return (await client.statistics())["streams_open"]

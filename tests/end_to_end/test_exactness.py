@@ -134,7 +134,7 @@ async def test_what_is_streamed_is_what_the_network_computes_over_the_whole_reco
         await asyncio.gather(*(producer.run() for producer in producers))
         assert server.statistics.frames_total == sum(len(recording.x) for recording in recordings)
         assert server.engine.table.open_count == 0
-        assert server.engine.pending.free_count == server.engine.pending.capacity
+        assert server.engine.rings.pending_count == 0
     assert sum(producer.refused for producer in producers) > STREAMS / 10
 
     for group in by_length(recordings):

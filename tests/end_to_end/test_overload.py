@@ -14,7 +14,7 @@ from tests.support.running import running
 from tests.support.traffic import assert_same_bits
 
 F, H = 5, 8
-LIMITS = {"max_block_frames": 40, "credit_frames": 40, "max_pending_frames": 60}
+LIMITS = {"window_frames": 40, "max_block_frames": 40, "credit_frames": 40, "max_pending_frames": 60}
 
 
 async def test_a_block_that_the_whole_server_has_no_room_for_is_refused_whole(rng: np.random.Generator) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import msgpack
 import numpy as np
 import pytest
 
@@ -49,8 +48,8 @@ async def test_a_slot_is_not_given_on_while_frames_of_its_stream_are_pending(rng
             await client.hello()
             handles = (await client.open("first")).handles()
             await client.send(*client.step_message(handles, [0], x))
-            await client.send(msgpack.packb([Kind.CLOSE, client.next_request(), 1]), handles.tobytes())
-            await client.send(msgpack.packb([Kind.OPEN, client.next_request(), 1, 0]), b"next", b"")
+            await client.send(*client.close_message(handles))
+            await client.send(*client.open_message("next"))
             while not server.engine.table.closing.any():
                 await asyncio.sleep(0.01)
         finally:
@@ -66,12 +65,13 @@ async def test_a_slot_is_not_given_on_while_frames_of_its_stream_are_pending(rng
     assert_same_bits(replies[Kind.CLOSED].floats().reshape(1, H), final, "final state")
 
 
-async def test_a_late_answer_never_reaches_the_next_connection(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("park_s", [0, 300])
+async def test_a_late_answer_never_reaches_the_next_connection(rng: np.random.Generator, park_s: float) -> None:
     """A connection vanishes while its frame is being computed; another comes, and there is one number for both."""
     x = rng.standard_normal((2, 1, F)).astype(np.float32)
     late = x.copy()
     late[0, 0, 0] = GATE_VALUE
-    transport, limits = {"heartbeat_s": 0.05}, {"max_connections": 2}
+    transport, limits = {"heartbeat_s": 0.05}, {"max_connections": 2, "park_s": park_s}
     gate = Gate()
     async with (
         running(SMALL, stepper=gate.stepper, transport=transport, limits=limits) as server,
@@ -88,12 +88,12 @@ async def test_a_late_answer_never_reaches_the_next_connection(rng: np.random.Ge
             while await connections(watcher) > 1:
                 await asyncio.sleep(0.01)
             async with RawClient(server.endpoint) as following:
-                hello = msgpack.packb([Kind.HELLO, 1, 1, "raw"])
-                first = await following.ask(hello)
+                hello = following.hello_message()
+                first = await following.ask(*hello)
                 gate.open()
                 while first.kind is not Kind.WELCOME:
                     assert first.code is Code.BUSY
-                    first = await following.ask(hello)
+                    first = await following.ask(*hello)
                 while server.engine.blocks:
                     await asyncio.sleep(0.01)
                 handles = (await following.open("next")).handles()
@@ -104,5 +104,4 @@ async def test_a_late_answer_never_reaches_the_next_connection(rng: np.random.Ge
 
 
 async def connections(client: RawClient) -> float:
-    reply = await client.ask(msgpack.packb([Kind.STATS, client.next_request()]))
-    return float(dict(map(tuple, reply.header[2]))["connections"])
+    return (await client.statistics())["connections"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from instep.config import Config
-from instep.core.typing import F32, I32, I64
+from instep.core.typing import F32, I64
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
@@ -33,7 +33,7 @@ class FaultyStepper(Stepper):
 
     fault: type[BaseException] = RuntimeError
 
-    def step(self, slots: I64, rows: I32, inputs: F32, outputs: F32) -> None:
+    def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
         if (inputs[rows, 0] == POISON).any():
             raise self.fault("injected")
         super().step(slots, rows, inputs, outputs)
@@ -92,7 +92,7 @@ async def test_frames_pipelined_behind_a_failed_one_are_gaps(rng: np.random.Gene
         assert by_code[Code.SEQ_GAP] == [(0, 0, Code.SEQ_GAP, 0)]
         again = await client.step(handles, [0], x)
         np.testing.assert_array_equal(again.floats().reshape(6, H), whole(SMALL, x[:, 0])[0])
-        assert server.engine.pending.free_count == server.engine.pending.capacity
+        assert server.engine.rings.pending_count == 0
 
 
 async def test_a_stream_whose_state_is_lost_is_closed_and_told(rng: np.random.Generator) -> None:
@@ -115,7 +115,7 @@ async def test_a_stream_that_closes_while_its_state_is_lost_gets_no_state(rng: n
         handles = (await client.open("s")).handles()
         x = rng.standard_normal((1, 1, F)).astype(np.float32)
         await client.send(*client.step_message(handles, [0], poisoned(x, 0, 0)))
-        await client.send(msgpack.packb([Kind.CLOSE, 50, 1]), handles.tobytes())
+        await client.send(*client.close_message(handles))
         stepped, closed = sorted([await client.receive() for _ in range(2)], key=lambda reply: reply.request)
         assert stepped.failures() == [(0, 0, Code.STATE_LOST, 0)]
         assert closed.failures() == [(0, 0, Code.STATE_LOST, 0)]
@@ -169,14 +169,15 @@ async def test_a_bug_in_the_loop_ends_the_server_with_a_reason(monkeypatch: pyte
         await asyncio.sleep(0)
 
 
-async def test_streams_that_cannot_be_loaded_for_a_client_that_is_gone_are_released_once() -> None:
+@pytest.mark.parametrize("park_s", [0, 300])
+async def test_streams_that_cannot_be_loaded_for_a_client_that_is_gone_are_released_once(park_s: float) -> None:
     def build(ready: Prepared, config: Config) -> Stepper:
         return MemorylessStepper(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
 
-    async with running(SMALL, stepper=build) as server, RawClient(server.endpoint) as client:
+    async with running(SMALL, stepper=build, limits={"park_s": park_s}) as server, RawClient(server.endpoint) as client:
         await client.hello()
         (owner,) = server._clients.all()
-        server.engine.open(owner, ["a"], None, lambda *_: None)
+        server.lifecycle.open(owner, ["a"], None, None, lambda *_: None)
         server._postbox.give_up(owner)
         while server.engine.table.open_count:
             await asyncio.sleep(0.001)

@@ -44,18 +44,17 @@ async def test_the_next_stream_of_a_slot_starts_from_zeros(rng: np.random.Genera
 
 
 async def test_close_waits_for_what_was_admitted_and_admits_nothing_after(rng: np.random.Generator) -> None:
-    x = rng.standard_normal((40, 1, F)).astype(np.float32)
+    x = rng.standard_normal((30, 1, F)).astype(np.float32)
     async with running(SMALL) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("s")).handles()
-        close = msgpack.packb([Kind.CLOSE, client.next_request(), 1])
         await client.send(*client.step_message(handles, [0], x))
-        await client.send(close, handles.tobytes())
-        await client.send(*client.step_message(handles, [40], x[:1]))
+        await client.send(*client.close_message(handles))
+        await client.send(*client.step_message(handles, [30], x[:1]))
         late, stepped, closed = [await client.receive() for _ in range(3)]
         assert late.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
         truth, state = whole(SMALL, x[:, 0])
-        np.testing.assert_array_equal(stepped.floats().reshape(40, H), truth)
+        np.testing.assert_array_equal(stepped.floats().reshape(30, H), truth)
         np.testing.assert_array_equal(closed.floats(), state.ravel())
 
 
@@ -66,24 +65,25 @@ async def test_closed_comes_after_the_answers_of_every_block_the_stream_was_in(r
         handles = (await client.open("quick", "slow")).handles()
         await client.send(*client.step_message(handles[1:], [0], x[:, 1:]))
         await client.send(*client.step_message(handles, [0, 30], x[:1]))
-        await client.send(msgpack.packb([Kind.CLOSE, 77, 1]), handles[:1].tobytes())
+        await client.send(*client.close_message(handles[:1]))
         kinds = [(await client.receive()).kind for _ in range(3)]
         assert kinds == [Kind.STEPPED, Kind.STEPPED, Kind.CLOSED]
 
 
-async def test_a_gone_connections_number_is_free_also_when_a_stream_of_it_was_closing_before() -> None:
-    limits = {"max_connections": 1}
+@pytest.mark.parametrize("park_s", [0, 300])
+async def test_a_gone_connections_number_is_free_also_when_a_stream_of_it_was_closing_before(park_s: float) -> None:
+    limits = {"max_connections": 1, "park_s": park_s}
     async with running(SMALL, transport={"heartbeat_s": 0.05}, limits=limits) as server:
         async with RawClient(server.endpoint) as gone:
             await gone.hello()
             handles = (await gone.open("closing", "left")).handles()
-            x = np.zeros((400, 1, F), np.float32)
+            x = np.zeros((30, 1, F), np.float32)
             await gone.send(*gone.step_message(handles[:1], [0], x))
-            await gone.send(msgpack.packb([Kind.CLOSE, 77, 1]), handles[:1].tobytes())
+            await gone.send(*gone.close_message(handles[:1]))
             while not server.engine.table.closing.any():
                 await asyncio.sleep(0)
         async with RawClient(server.endpoint) as client:
-            while (await client.ask(msgpack.packb([Kind.HELLO, 1, 1, "raw"]))).kind is not Kind.WELCOME:
+            while (await client.ask(*client.hello_message())).kind is not Kind.WELCOME:
                 await asyncio.sleep(0.02)
 
 
@@ -102,7 +102,10 @@ async def test_an_idle_stream_is_evicted_and_its_owner_told() -> None:
 
 async def test_a_vanished_clients_streams_are_closed_and_its_names_free() -> None:
     transport = {"heartbeat_s": 0.1}
-    async with running(SMALL, transport=transport) as server, RawClient(server.endpoint) as client:
+    async with (
+        running(SMALL, transport=transport, limits={"park_s": 0}) as server,
+        RawClient(server.endpoint) as client,
+    ):
         await client.hello()
         async with RawClient(server.endpoint) as gone:
             await gone.hello()
@@ -118,7 +121,7 @@ async def test_many_connections_come_and_go_through_few_numbers() -> None:
         for index in range(6):
             async with RawClient(server.endpoint) as client:
                 while True:
-                    reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 1, "raw"]))
+                    reply = await client.ask(*client.hello_message())
                     if reply.kind is Kind.WELCOME:
                         break
                     assert reply.code is Code.BUSY
@@ -128,7 +131,7 @@ async def test_many_connections_come_and_go_through_few_numbers() -> None:
 
 async def test_shutdown_answers_what_was_admitted_then_says_goodbye(rng: np.random.Generator) -> None:
     x = rng.standard_normal((500, 1, F)).astype(np.float32)
-    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+    async with running(SMALL, limits={"window_frames": 500}) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("s")).handles()
         await client.send(*client.step_message(handles, [0], x))

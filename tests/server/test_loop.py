@@ -17,7 +17,6 @@ import pytest
 from instep.core.typing import F32
 from instep.model.folder import Model
 from instep.recording.writer import RecordingWriter
-from instep.server.engine import Engine
 from instep.server.server import Server
 from instep_client.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
@@ -109,11 +108,11 @@ async def test_the_end_waits_for_openings_and_closings(verb: Literal["load", "re
     gate = Gate(verb)
     async with served(SMALL, stepper=gate.stepper) as (server, client):
         if verb == "load":
-            await client.send(msgpack.packb([Kind.OPEN, 9, 1, 0]), b"s", b"")
+            await client.send(*client.open_message("s"))
         else:
             handles = (await client.open("s")).handles()
-            await client.send(msgpack.packb([Kind.CLOSE, 9, 1]), handles.tobytes())
-        while server.engine.is_quiet:
+            await client.send(*client.close_message(handles))
+        while server.is_quiet:
             await asyncio.sleep(0)
         server.stop()
         await other_work()
@@ -164,12 +163,12 @@ async def test_what_arrived_while_there_was_no_room_is_handled_when_a_job_ends(
     async with served(SMALL) as (server, client):
         (owner,) = server._clients.all()
         with monkeypatch.context() as without_room:
-            without_room.setattr(Engine, "has_room", False)
+            without_room.setattr(Server, "has_room", False)
             await client.send(msgpack.packb([Kind.PING, 9]))
             while not server._router.is_readable:
                 await asyncio.sleep(0)
             await other_work()
-        server.engine.open(owner, ["s"], None, lambda *_: None)
+        server.lifecycle.open(owner, ["s"], None, None, lambda *_: None)
         assert (await client.receive()).kind is Kind.PONG
 
 
@@ -186,13 +185,13 @@ async def test_an_arrival_does_not_keep_the_loop_busy_while_there_is_no_room(mon
 
         monkeypatch.setattr(server.engine, "schedule", counted)
         with monkeypatch.context() as without_room:
-            without_room.setattr(Engine, "has_room", False)
+            without_room.setattr(Server, "has_room", False)
             await client.send(msgpack.packb([Kind.PING, 9]))
             while not rounds:
                 await asyncio.sleep(0)
             await other_work()
             assert rounds < 20
-        server.engine.open(owner, ["s"], None, lambda *_: None)
+        server.lifecycle.open(owner, ["s"], None, None, lambda *_: None)
         assert (await client.receive()).kind is Kind.PONG
 
 

@@ -20,7 +20,7 @@ F, H = 5, 8
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
-    limits = {"max_block_frames": 64, "credit_frames": 64, "max_pending_frames": 256}
+    limits = {"max_block_frames": 64, "credit_frames": 64, "max_pending_frames": 256, "window_frames": 192}
     async with running(SMALL, engine={"max_streams": 4}, limits=limits) as server:
         yield server
 
@@ -40,7 +40,7 @@ def header(kind: Kind, *fields: object) -> bytes:
     return msgpack.packb([int(kind), 99, *fields])
 
 
-COLUMN = np.zeros(2, "<u8").tobytes()
+COLUMN = np.zeros(3, "<u8").tobytes()
 
 MALFORMED: list[tuple[list[bytes], Code, str]] = [
     ([b""], Code.MALFORMED, "header"),
@@ -57,21 +57,37 @@ MALFORMED: list[tuple[list[bytes], Code, str]] = [
     ([header(Kind.STEP, 0, 1, F, "f4"), COLUMN, b""], Code.MALFORMED, "T must"),
     ([header(Kind.STEP, 1, 2**20, F, "f4"), COLUMN, b""], Code.MALFORMED, "N must"),
     ([header(Kind.STEP, 1, 1, F, "f4"), COLUMN, b"\0" * 19], Code.MALFORMED, "x must be 20 bytes"),
-    ([header(Kind.STEP, 1, 1, F, "f4"), COLUMN[:-1], b"\0" * 20], Code.MALFORMED, "columns must be 16 bytes"),
+    ([header(Kind.STEP, 1, 1, F, "f4"), COLUMN[:-1], b"\0" * 20], Code.MALFORMED, "columns must be 24 bytes"),
     ([header(Kind.STEP, 1, 1, F + 1, "f4"), COLUMN, b"\0" * 24], Code.WRONG_SHAPE, "5 features, not 6"),
     ([header(Kind.STEP, 1, 1, "5", "f4"), COLUMN, b"\0" * 20], Code.WRONG_SHAPE, "features"),
     ([header(Kind.STEP, 1, 1, F, "f8"), COLUMN, b"\0" * 40], Code.WRONG_DTYPE, "float32"),
     ([header(Kind.STEP, 65, 1, F, "f4"), COLUMN, b"\0" * 1300], Code.TOO_LARGE, "at most 64 frames"),
-    ([header(Kind.OPEN, 0, 0), b"", b""], Code.MALFORMED, "N must"),
-    ([header(Kind.OPEN, 1, 2), b"a", b""], Code.MALFORMED, "has_states"),
-    ([header(Kind.OPEN, 2, 0), b"a", b""], Code.MALFORMED, "2 names"),
-    ([header(Kind.OPEN, 1, 0), b"\xff", b""], Code.MALFORMED, "UTF-8"),
-    ([header(Kind.OPEN, 1, 0), b"a" * 2000, b""], Code.MALFORMED, "too long"),
-    ([header(Kind.OPEN, 1, 0), b"a", b"\0"], Code.MALFORMED, "no states"),
-    ([header(Kind.OPEN, 1, 1), b"a", b"\0" * 4], Code.WRONG_SHAPE, "float32"),
+    ([header(Kind.OPEN, 0, 0, 0), b"", b"", b""], Code.MALFORMED, "N must"),
+    ([header(Kind.OPEN, 1, 2, 0), b"a", b"", b""], Code.MALFORMED, "has_states"),
+    ([header(Kind.OPEN, 1, 0, 2), b"a", b"", b""], Code.MALFORMED, "has_seqs"),
+    ([header(Kind.OPEN, 2, 0, 0), b"a", b"", b""], Code.MALFORMED, "2 names"),
+    ([header(Kind.OPEN, 1, 0, 0), b"\xff", b"", b""], Code.MALFORMED, "UTF-8"),
+    ([header(Kind.OPEN, 1, 0, 0), b"a" * 2000, b"", b""], Code.MALFORMED, "too long"),
+    ([header(Kind.OPEN, 1, 0, 0), b"a", b"\0", b""], Code.MALFORMED, "no states"),
+    ([header(Kind.OPEN, 1, 1, 0), b"a", b"\0" * 4, b""], Code.WRONG_SHAPE, "float32"),
+    ([header(Kind.OPEN, 1, 0, 0), b"a", b"", b"\0"], Code.MALFORMED, "no first seqs"),
+    ([header(Kind.OPEN, 1, 0, 1), b"a", b"", b"\0" * 7], Code.MALFORMED, "first seqs must be 8 bytes"),
+    ([header(Kind.OPEN, 1, 0, 1), b"a", b"", b"\0" * 7 + b"\x40"], Code.MALFORMED, "below 2^62"),
+    ([header(Kind.RESUME, 0, 0), b"", b""], Code.MALFORMED, "N must"),
+    ([header(Kind.RESUME, 1, 2), b"a", b"\0" * 16], Code.MALFORMED, "take_over"),
+    ([header(Kind.RESUME, 1, 0), b"a\nb", b"\0" * 16], Code.MALFORMED, "1 names"),
+    ([header(Kind.RESUME, 1, 0), b"a", b"\0" * 15], Code.MALFORMED, "claims must be 16 bytes"),
+    ([header(Kind.RESUME, 2, 0), b"a\na", b"\0" * 32], Code.REPEATED_STREAM, "only once"),
+    ([header(Kind.PEEK, 0), b""], Code.MALFORMED, "N must"),
+    ([header(Kind.PEEK, 1), b"\0" * 9], Code.MALFORMED, "handles must be 8 bytes"),
+    ([header(Kind.RESET, 1, 7), b"\0" * 8, b""], Code.MALFORMED, "has_states"),
+    ([header(Kind.RESET, 1, 0), b"\0" * 8, b"\0"], Code.MALFORMED, "no states"),
+    ([header(Kind.RESET, 1, 1), b"\0" * 8, b"\0" * 36], Code.WRONG_SHAPE, "float32"),
+    ([header(Kind.FORK, 1), b"\0" * 8, b"a\nb"], Code.MALFORMED, "1 names"),
+    ([header(Kind.FORK, 1), b"\0" * 7, b"a"], Code.MALFORMED, "handles must be 8 bytes"),
     ([header(Kind.CLOSE, 1), b"\0" * 7], Code.MALFORMED, "handles must be 8 bytes"),
-    ([header(Kind.HELLO, 2, "x")], Code.WRONG_VERSION, "version"),
-    ([header(Kind.HELLO, 1, 5)], Code.MALFORMED, "name"),
+    ([header(Kind.HELLO, 1, "x")], Code.WRONG_VERSION, "version"),
+    ([header(Kind.HELLO, 2, 5)], Code.MALFORMED, "name"),
 ]
 
 
@@ -98,7 +114,7 @@ async def test_a_connection_that_did_not_say_hello_is_told_to(server: Server) ->
 
 async def test_a_self_chosen_identity_is_refused(server: Server) -> None:
     async with RawClient(server.endpoint, identity=b"alice") as client:
-        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 1, "raw"]))
+        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 2, "raw"]))
         assert reply.code is Code.MALFORMED
         assert "routing id" in reply.sentence
 
@@ -113,7 +129,7 @@ async def test_streams_beyond_the_capacity_are_refused_and_the_others_open(clien
         (8, Code.TOO_MANY_STREAMS),
     ]
     assert np.flatnonzero(reply.handles()).tolist() == [0, 1, 6, 7]
-    assert dict(map(tuple, reply.header[3])).keys() == {Code.NAME_IN_USE, Code.BAD_NAME, Code.TOO_MANY_STREAMS}
+    assert dict(map(tuple, reply.header[4])).keys() == {Code.NAME_IN_USE, Code.BAD_NAME, Code.TOO_MANY_STREAMS}
 
 
 async def test_a_state_that_is_not_finite_is_refused(client: RawClient) -> None:
@@ -155,8 +171,8 @@ async def test_wrong_seqs_unknown_and_foreign_streams(
             (3, 0, Code.FOREIGN_STREAM, 0),
             (4, 0, Code.UNKNOWN_STREAM, 0),
         ]
-        again = await client.step(mine[:1], [0], x[:, :1])
-        assert again.failures() == [(0, 0, Code.SEQ_REPEATED, 1)]
+        changed = await client.step(mine[:1], [0], x[:, 1:2])
+        assert changed.failures() == [(0, 0, Code.CONFLICT, 1)]
         assert (await client.close(foreign)).failures() == [(0, 0, Code.FOREIGN_STREAM, 0)]
         theirs = await other.step(foreign, [0], x[:, 3:4])
         np.testing.assert_array_equal(theirs.floats(), whole(SMALL, x[:, 3])[0].ravel())
@@ -222,6 +238,6 @@ async def test_no_more_connections_than_the_limit() -> None:
     async with running(SMALL, limits={"max_connections": 1}) as server:
         async with RawClient(server.endpoint) as first, RawClient(server.endpoint) as second:
             await first.hello()
-            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 1, "raw"]))
+            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 2, "raw"]))
             assert reply.code is Code.BUSY
             assert "max_connections" in reply.sentence

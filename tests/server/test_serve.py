@@ -189,14 +189,14 @@ def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
     ("place", "error"),
     [
         ("instep.server.serve.Stepper", RuntimeError("DefaultCPUAllocator: can't allocate memory\nin C++")),
-        ("instep.server.engine.PendingFrames", MemoryError("Unable to allocate 9 TiB")),
-        ("instep.server.engine.StreamTable", MemoryError()),
+        ("instep.server.server.Rings", MemoryError("Unable to allocate 9 TiB")),
+        ("instep.server.server.StreamTable", MemoryError()),
     ],
 )
 def test_too_little_memory_is_said_and_leaves_no_recording_behind(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
 ) -> None:
-    def exhausted(*_: object) -> None:
+    def exhausted(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(place, exhausted)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from instep.config import Config
-from instep.core.typing import F32, I32, I64
+from instep.core.typing import F32, I64
 from instep.model.network import Network
 from instep.runtime.stepper import Stepper
 from instep.server.serve import Prepared
@@ -62,7 +62,7 @@ class _GatedStepper(Stepper):
         super().__init__(network, buckets, max_streams, device, device_streams)
         self._gate = gate
 
-    def step(self, slots: I64, rows: I32, inputs: F32, outputs: F32) -> None:
+    def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
         if (inputs[rows, 0] == GATE_VALUE).any():
             self._gate.wait("step")
         super().step(slots, rows, inputs, outputs)

@@ -38,7 +38,7 @@ class Reply:
         return str(self.header[3])
 
     def handles(self) -> U64:
-        """The handles of an OPENED or EVICTED."""
+        """The handles of an OPENED, RESUMED or EVICTED."""
         if self.kind is Kind.EVICTED:
             return np.frombuffer(self.frames[0], "<u8")
         return self.grants()["handle"].copy()
@@ -47,14 +47,27 @@ class Reply:
         """The grants of an OPENED or RESUMED."""
         return np.frombuffer(self.frames[0], wire.GRANT)
 
+    def epochs(self) -> list[int]:
+        """The epochs of an OPENED or RESUMED."""
+        return [int(epoch) for epoch in self.grants()["epoch"]]
+
+    def seqs(self) -> list[int]:
+        """The next seqs of an OPENED, RESUMED or PEEKED."""
+        seqs = np.frombuffer(self.frames[0], "<u8") if self.kind is Kind.PEEKED else self.grants()["next_seq"]
+        return [int(seq) for seq in seqs]
+
     def floats(self) -> F32:
-        """The floats of a STEPPED or CLOSED, flat."""
-        return np.frombuffer(self.frames[0], "<f4")
+        """The floats of a STEPPED, CLOSED or PEEKED, flat."""
+        return np.frombuffer(self.frames[1 if self.kind is Kind.PEEKED else 0], "<f4")
 
     def failures(self) -> list[tuple[int, int, Code, int]]:
-        """(column, timestep, code, expected seq) of each failure."""
-        entries = np.frombuffer(self.frames[1], wire.FAILURE)
+        """(column, timestep, code, expected seq) of each failure, in the last frame."""
+        entries = np.frombuffer(self.frames[-1], wire.FAILURE)
         return [(int(e["column"]), int(e["timestep"]), Code(int(e["code"])), int(e["expected_seq"])) for e in entries]
+
+    def codes(self) -> list[Code]:
+        """The codes of the failures."""
+        return [code for _, _, code, _ in self.failures()]
 
 
 class RawClient:
@@ -101,16 +114,27 @@ class RawClient:
         self._request += 1
         return self._request
 
+    def hello_message(self, version: int = 2) -> list[bytes]:
+        """A HELLO."""
+        return [msgpack.packb([Kind.HELLO, self.next_request(), version, "raw"])]
+
     async def hello(self) -> Reply:
         """Say HELLO."""
-        reply = await self.ask(msgpack.packb([Kind.HELLO, self.next_request(), 2, "raw"]))
+        reply = await self.ask(*self.hello_message())
         assert reply.kind is Kind.WELCOME, reply.header
         return reply
 
-    async def open(self, *names: str, states: F32 | None = None) -> Reply:
+    def open_message(
+        self, *names: str, states: F32 | None = None, first_seqs: Sequence[int] | None = None
+    ) -> list[bytes]:
+        """An OPEN."""
+        fields = [len(names), int(states is not None), int(first_seqs is not None)]
+        header = msgpack.packb([Kind.OPEN, self.next_request(), *fields])
+        return [header, _lines(names), _array(states, "<f4"), _array(first_seqs, "<u8")]
+
+    async def open(self, *names: str, states: F32 | None = None, first_seqs: Sequence[int] | None = None) -> Reply:
         """Open streams."""
-        header = msgpack.packb([Kind.OPEN, self.next_request(), len(names), int(states is not None), 0])
-        return await self.ask(header, "\n".join(names).encode(), b"" if states is None else states.tobytes(), b"")
+        return await self.ask(*self.open_message(*names, states=states, first_seqs=first_seqs))
 
     def step_message(
         self, handles: Sequence[int] | U64, seqs: Sequence[int], x: F32, acked: Sequence[int] | None = None
@@ -124,11 +148,68 @@ class RawClient:
         column["acked"] = 0 if acked is None else acked
         return [header, column.tobytes(), x.astype("<f4").tobytes()]
 
-    async def step(self, handles: Sequence[int] | U64, seqs: Sequence[int], x: F32) -> Reply:
+    async def step(
+        self, handles: Sequence[int] | U64, seqs: Sequence[int], x: F32, acked: Sequence[int] | None = None
+    ) -> Reply:
         """Step streams, and the answer."""
-        return await self.ask(*self.step_message(handles, seqs, x))
+        return await self.ask(*self.step_message(handles, seqs, x, acked))
+
+    def close_message(self, handles: Sequence[int] | U64) -> list[bytes]:
+        """A CLOSE."""
+        return [msgpack.packb([Kind.CLOSE, self.next_request(), len(handles)]), _array(handles, "<u8")]
 
     async def close(self, handles: Sequence[int] | U64) -> Reply:
         """Close streams."""
-        header = msgpack.packb([Kind.CLOSE, self.next_request(), len(handles)])
-        return await self.ask(header, np.asarray(handles, "<u8").tobytes())
+        return await self.ask(*self.close_message(handles))
+
+    def resume_message(
+        self, names: Sequence[str], have: Sequence[int], epochs: Sequence[int], *, take_over: bool = False
+    ) -> list[bytes]:
+        """A RESUME."""
+        claims = np.empty(len(names), wire.CLAIM)
+        claims["have"] = have
+        claims["epoch"] = epochs
+        header = msgpack.packb([Kind.RESUME, self.next_request(), len(names), int(take_over)])
+        return [header, _lines(names), claims.tobytes()]
+
+    async def resume(
+        self, names: Sequence[str], have: Sequence[int], epochs: Sequence[int], *, take_over: bool = False
+    ) -> Reply:
+        """Resume streams."""
+        return await self.ask(*self.resume_message(names, have, epochs, take_over=take_over))
+
+    async def peek(self, handles: Sequence[int] | U64) -> Reply:
+        """Look at states."""
+        header = msgpack.packb([Kind.PEEK, self.next_request(), len(handles)])
+        return await self.ask(header, _array(handles, "<u8"))
+
+    def reset_message(self, handles: Sequence[int] | U64, states: F32 | None = None) -> list[bytes]:
+        """A RESET."""
+        header = msgpack.packb([Kind.RESET, self.next_request(), len(handles), int(states is not None)])
+        return [header, _array(handles, "<u8"), _array(states, "<f4")]
+
+    async def reset(self, handles: Sequence[int] | U64, states: F32 | None = None) -> Reply:
+        """Give streams other states, or zeros."""
+        return await self.ask(*self.reset_message(handles, states))
+
+    def fork_message(self, handles: Sequence[int] | U64, names: Sequence[str]) -> list[bytes]:
+        """A FORK."""
+        header = msgpack.packb([Kind.FORK, self.next_request(), len(handles)])
+        return [header, _array(handles, "<u8"), _lines(names)]
+
+    async def fork(self, handles: Sequence[int] | U64, names: Sequence[str]) -> Reply:
+        """Copy streams."""
+        return await self.ask(*self.fork_message(handles, names))
+
+    async def statistics(self) -> dict[str, float]:
+        """What the server counts."""
+        reply = await self.ask(msgpack.packb([Kind.STATS, self.next_request()]))
+        return {name: float(value) for name, value in reply.header[2]}
+
+
+def _lines(names: Sequence[str]) -> bytes:
+    return "\n".join(names).encode()
+
+
+def _array(values: Sequence[int] | U64 | F32 | None, dtype: str) -> bytes:
+    return b"" if values is None else np.asarray(values, dtype).tobytes()

@@ -42,10 +42,19 @@ class Recorded:
     pace: float
     """The chance that the stream takes part in a round."""
     is_hostile: bool
-    """Whether it also sends NaN, infinities and wrong seqs, all of which must be refused."""
+    """Whether it also sends NaN, infinities, wrong seqs and other frames under old seqs, all of which must be refused,
+    and good frames again, which must be answered again."""
+    lag: int
+    """How many outputs that came back it leaves unacknowledged."""
     final: F32 | None = None
     handle: int = 0
     next_seq: int = 0
+    acked: int = 0
+    """The seq before which outputs are acknowledged by what it sends now."""
+    told: int = 0
+    """The seq before which they were acknowledged by what it has sent."""
+    is_under_way: bool = False
+    """Whether frames were sent that are not answered yet."""
 
     @property
     def remaining(self) -> int:
@@ -78,6 +87,7 @@ def make_recordings(
                 y=np.full((length, description.outputs), np.nan, np.float32),
                 pace=float(rng.choice([0.2, 0.5, 1.0])),
                 is_hostile=bool(rng.random() < hostile),
+                lag=int(rng.integers(9)),
             )
         )
     return recordings
@@ -110,6 +120,7 @@ class Producer:
     at_once: int
     """How many of its streams may be open at the same time."""
     longest_block: int = 8
+    """Three blocks and the longest lag fit into a stream's window."""
     refused: int = 0
     """Columns that were refused, as they had to be."""
     _waiting: list[Recorded] = field(init=False)
@@ -150,6 +161,9 @@ class Producer:
 
     def _round(self) -> list[list[bytes]]:
         """The messages of one round, in order."""
+        for stream in self._open:
+            stream.is_under_way = False
+            stream.acked = max(0, stream.next_seq - stream.lag)
         chosen = [stream for stream in self._open if self.rng.random() < stream.pace] or self._open[:1]
         self.rng.shuffle(chosen)
         messages = []
@@ -171,29 +185,48 @@ class Producer:
         x = np.stack([stream.x[stream.next_seq :][:timesteps] for stream in group], axis=1)
         columns = [self._column(stream, x[:, index]) for index, stream in enumerate(group)]
         handles = [stream.handle for stream in group]
+        acked = [stream.acked for stream in group]
         if self.rng.random() < 0.2:  # a neighbour in the same block that does not even exist
             columns.append(_Column(None, 0, 0, Code.UNKNOWN_STREAM, 0))
             handles.append(NO_STREAM)
+            acked.append(0)
             wild = np.full((timesteps, 1, x.shape[2]), self.rng.choice([*HOSTILE_VALUES, 1e30]), np.float32)
             x = np.concatenate([x, wild], axis=1)
-        message = self.client.step_message(handles, [column.seq for column in columns], x)
+        message = self.client.step_message(handles, [column.seq for column in columns], x, acked)
         self._expect(message, lambda reply: self._stepped(reply, columns, timesteps))
         return message
 
     def _column(self, stream: Recorded, x: F32) -> _Column:
         """Decide what a stream sends, spoil `x` [T, features] if so decided, and say what must come of it."""
         seq, timesteps = stream.next_seq, len(x)
-        fault = self.rng.choice(["none", "value", "gap", "repeat"]) if stream.is_hostile else "none"
+        told, stream.told = stream.told, stream.acked
+        fault = self.rng.choice(["none", "value", "gap", "late", "again", "other"]) if stream.is_hostile else "none"
         if fault == "gap":
             return _Column(stream, seq + 1 + int(self.rng.integers(3)), 0, Code.SEQ_GAP, seq)
-        if fault == "repeat" and seq > 0:
-            return _Column(stream, int(self.rng.integers(seq)), 0, Code.SEQ_REPEATED, seq)
+        if fault == "late" and told > 0:
+            return _Column(stream, int(self.rng.integers(told)), 0, Code.SEQ_REPEATED, seq)
+        if fault in ("again", "other") and stream.acked < seq and not stream.is_under_way:
+            return self._repeat(stream, x, is_other=fault == "other")
+        stream.is_under_way = True
         if fault == "value":
             applied = int(self.rng.integers(timesteps))
             x[applied, self.rng.integers(x.shape[1])] = self.rng.choice(HOSTILE_VALUES)
             stream.next_seq += applied
             return _Column(stream, seq, applied, Code.NOT_FINITE, stream.next_seq)
         stream.next_seq += timesteps
+        return _Column(stream, seq, timesteps, None, 0)
+
+    def _repeat(self, stream: Recorded, x: F32, *, is_other: bool) -> _Column:
+        """Frames that were answered before and those after them, unless one of the former is another now."""
+        due, timesteps = stream.next_seq, len(x)
+        seq = int(self.rng.integers(stream.acked, due))
+        x[:] = stream.x[seq:][:timesteps]
+        if is_other:
+            wrong = int(self.rng.integers(min(timesteps, due - seq)))
+            x[wrong, self.rng.integers(x.shape[1])] += np.float32(0.5)
+            return _Column(stream, seq, wrong, Code.CONFLICT, due)
+        stream.is_under_way = seq + timesteps > due
+        stream.next_seq = max(due, seq + timesteps)
         return _Column(stream, seq, timesteps, None, 0)
 
     def _stepped(self, reply: Reply, columns: Sequence[_Column], timesteps: int) -> None:
@@ -209,7 +242,11 @@ class Producer:
         for index, column in enumerate(columns):
             assert np.isnan(y[column.applied :, index]).all()
             if column.stream is not None:
-                column.stream.y[column.seq : column.seq + column.applied] = y[: column.applied, index]
+                kept = column.stream.y[column.seq : column.seq + column.applied]
+                known = ~np.isnan(kept).any(axis=1)
+                answered = y[: column.applied, index]
+                assert_same_bits(answered[known], kept[known], f"outputs of {column.stream.name}, answered again")
+                kept[:] = answered
 
     def _close(self, streams: Sequence[Recorded]) -> list[bytes]:
         header = msgpack.packb([Kind.CLOSE, self.client.next_request(), len(streams)])
@@ -271,7 +308,7 @@ class Neighbours:
         timesteps = int(self._rng.integers(1, 4))
         shape = (timesteps, len(chosen), self._model.description.features)
         x = self._rng.standard_normal(shape).astype(np.float32)
-        reply = await self._client.step(handles[chosen], self._seqs[chosen].tolist(), x)
+        reply = await self._client.step(handles[chosen], (seqs := self._seqs[chosen].tolist()), x, seqs)
         assert reply.kind is Kind.STEPPED, reply.header
         assert reply.failures() == []
         y = reply.floats().reshape(timesteps, len(chosen), -1)
