@@ -169,6 +169,22 @@ class TestErrors:
         assert result.exit_code == 2
         assert f"Did you mean '{meant}'?" in result.stderr
 
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["model", "make", "m", "--features", "abc"], ["--features", "'abc'"]),
+            (["model", "make", "m", "--features", "3", "--hidden", "4.5"], ["--hidden", "'4.5'"]),
+            (["demo", "sead"], ["'sead' is not one of"]),
+        ],
+    )
+    def test_of_values_name_the_flag_and_the_value_in_plain_words(self, arguments: list[str], words: list[str]) -> None:
+        result = instep(*arguments)
+        assert result.exit_code == 2
+        for word in words:
+            assert word in result.stderr
+        assert "Input should" not in result.stderr
+        assert "Value error" not in result.stderr
+
     def test_of_typing_in_the_model_commands_too(self) -> None:
         assert "Did you mean 'make'?" in instep("model", "mkae").stderr
 
@@ -307,8 +323,10 @@ class TestModel:
         result = instep("model", "make", str(tmp_path / "m"), "--features", "0", "--hidden", "4", "--after", "x:rely")
         assert (result.exit_code, result.stdout) == (2, "")
         lines = result.stderr.splitlines()
-        assert [line.split(" ")[0] for line in lines] == ["features", "after.0.size", "after.0.activation"]
+        assert [line.split(":")[0] for line in lines] == ["--features", "--after x", "--after x"]
         assert "'rely' is wrong" in lines[2]
+        others = instep("model", "make", str(tmp_path / "m"), "--features", "1", "--hidden", "0", "--layers", "-1")
+        assert [line.split(":")[0] for line in others.stderr.splitlines()] == ["--hidden", "--layers"]
         assert not (tmp_path / "m").exists()
 
     def test_a_folder_that_is_none(self, tmp_path: Path) -> None:

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from instep import interrupts
+from instep_client.commands.typed import PlainCommands
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from instep.model.description import NetworkDescription
 
-
-class _Commands(TyperGroup):
+class _Commands(PlainCommands):
     """Commands whose users' errors end in a red sentence each and exit status 2, not in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -250,12 +248,10 @@ def make(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")] = False,
 ) -> None:
     """Make a model folder, with weights that are random or all the same: to try things out, not to be clever."""
+    from instep.model_flags import described
+
     gru = {"hidden_size": hidden, "num_layers": layers, "bias": not no_bias}
-    dense = {
-        "before": [_dense(each, not no_bias) for each in before],
-        "after": [_dense(each, not no_bias) for each in after],
-    }
-    description = _description({"features": features, "gru": gru, **dense})
+    description = described(features, gru, {"before": before, "after": after}, bias=not no_bias)
 
     from instep.model.folder import make_model, write_model
 
@@ -351,32 +347,3 @@ def _overrides(settings: Sequence[str], named: dict[str, str]) -> dict[str, str]
             raise typer.BadParameter(f"{path} is set twice", param_hint="--set")
         overrides[path] = text
     return overrides
-
-
-def _dense(text: str, bias: bool) -> dict[str, Any]:
-    """`64:relu` or `64` as a dense layer's keys."""
-    size, _, activation = text.partition(":")
-    return {"size": int(size) if size.isdecimal() else size, "activation": activation or "none", "bias": bias}
-
-
-def _description(keys: dict[str, Any]) -> NetworkDescription:
-    """A checked description; what is wrong with it is reported as for a configuration."""
-    from pydantic import ValidationError
-
-    from instep.config import ConfigError, Problem
-    from instep.model.description import NetworkDescription
-
-    try:
-        return NetworkDescription.model_validate(keys)
-    except ValidationError as error:
-        raise ConfigError(
-            [
-                Problem(
-                    ".".join(map(str, found["loc"])),
-                    "flag",
-                    found["msg"].replace("Input should", f"{found['input']!r} is wrong, it should"),
-                    "see `instep model make --help`",
-                )
-                for found in error.errors(include_url=False)
-            ]
-        ) from None

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,7 @@ def test_loadtest(server: FakeServer) -> None:
     opened = run(*arguments, "--rate", "50", "--block", "3", "--steps-per-block", "2", "--json")
     load = json.loads(opened.stdout)["load"]
     assert (load["mode"], load["rate_hz"], load["block"], load["steps"]) == ("open", 50, 3, 2)
+    assert json.loads(run(*arguments, "--json").stdout)["load"]["rate_hz"] is None
     assert json.loads(run(*arguments, "--mode", "open", "--json").stdout)["load"]["rate_hz"] == 100
 
 
@@ -114,6 +116,10 @@ def test_loadtest(server: FakeServer) -> None:
         (["loadtst"], "Did you mean 'loadtest'?"),
         (["replay"], "Missing argument 'FILE'"),
         (["produce", "--rate", "0"], "it must be more than 0"),
+        (["produce", "--rate", "abc"], "'abc'"),
+        (["produce", "--signal", "sin"], "'sin' is not one of"),
+        (["ping", "-e", "127.0.0.1:5757"], "'127.0.0.1:5757' is not an endpoint: write tcp://127.0.0.1:5757"),
+        (["ping", "-e", "tcp://there"], "'tcp://there' is not an endpoint: write tcp://127.0.0.1:5757 or ipc:///path"),
         (["produce", "--rate", "inf"], "it must be more than 0"),
         (["produce", "--streams", "0"], "Invalid value for '--streams'"),
         (["replay", "x", "--speed", "fast"], "it must be 1 (real time), xN"),
@@ -125,7 +131,13 @@ def test_loadtest(server: FakeServer) -> None:
 def test_what_cannot_be_typed(arguments: list[str], said: str) -> None:
     result = run(*arguments, COLUMNS="300")
     assert result.exit_code == 2
+    assert "Input should" not in result.stderr
+    assert "Value error" not in result.stderr
     assert said in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"instep-client {version('instep')}\n"
 
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:

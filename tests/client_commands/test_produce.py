@@ -11,7 +11,7 @@ from instep_client.codes import Code
 from instep_client.commands.files import read_sequences
 from instep_client.commands.live import Pace
 from instep_client.commands.pacing import Stop
-from instep_client.commands.problems import CommandProblem, Exit
+from instep_client.commands.problems import BadFile, CommandProblem, Exit
 from instep_client.commands.produce import Produce, produce
 from instep_client.commands.signals import Signal, make_signal
 from instep_client.wire import F32, Kind
@@ -32,7 +32,7 @@ class Run:
 
     async def __call__(self, **what: Any) -> Exit:
         with self.server as server:
-            wanted = Produce(server.endpoint, **{"pace": FAST, **what})
+            wanted = Produce(server.endpoint, **{"pace": FAST, "name": "produce", **what})
             ending = await produce(wanted, self.terminal, self.stop, self.clock)
             assert server.rules.names == {}, "streams are left open"
         return ending
@@ -100,6 +100,64 @@ async def test_a_bad_line_costs_its_stream_one_frame_and_the_others_none(tmp_pat
     assert "error: line 8: it is not UTF-8" in run.terminal.complained
     assert "error: line 9: nan is not a finite number" in run.terminal.complained
     assert run.terminal.complained.splitlines()[-1].endswith("3 bad lines")
+
+
+@pytest.mark.parametrize(
+    ("separator", "name", "hint"),
+    [
+        (";", "", ": separate numbers by commas or white space, not by semicolons"),
+        (" ", "mic ", ": if 'mic' names the stream, give --named"),
+    ],
+)
+async def test_a_file_of_bad_lines_is_told_of_shortly_and_with_what_to_do(
+    tmp_path: Path, separator: str, name: str, hint: str
+) -> None:
+    good = "1 2 3\n"
+    bad = f"{name}1{separator}2{separator}3\n"
+    (tmp_path / "in").write_text(20 * bad + good + bad)
+    run = Run()
+    assert await run(file=tmp_path / "in") == Exit.FOUND_PROBLEMS
+    *told, summary = run.terminal.complained.splitlines()
+    assert [line.split(":")[1] for line in told] == [
+        *(f" line {number}" for number in range(1, 6)),
+        " and so on",
+        " line 22",
+    ]
+    assert all(line.endswith(f"a frame has 3{hint}") for line in [*told[:5], told[-1]])
+    assert "1 frame of 1 stream sent and answered" in summary
+    assert "21 bad lines" in summary
+
+
+async def test_an_input_without_frames_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty.csv").write_text("# nothing\n\n")
+    with pytest.raises(BadFile, match=r"there are no frames in .*empty\.csv$"):
+        await Run()(file=tmp_path / "empty.csv")
+    with (tmp_path / "empty.csv").open() as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        with pytest.raises(BadFile, match=r"there are no frames on standard input$"):
+            await Run()()
+    (tmp_path / "bad.csv").write_text("x\n")
+    assert await Run()(file=tmp_path / "bad.csv") == Exit.FOUND_PROBLEMS
+    stopped = Run()
+    stopped.stop.request()
+    assert await stopped(file=tmp_path / "empty.csv") == Exit.OK
+
+
+async def test_arrays_keep_their_names_where_each_is_one_stream(tmp_path: Path, frames: F32) -> None:
+    np.savez(tmp_path / "x.npz", left=frames, right=frames)
+    for streams, name, names in (
+        (None, None, ["left", "right"]),
+        (1, None, ["left"]),
+        (3, None, [f"produce-{os.getpid()}-{number}" for number in range(3)]),
+        (None, "mic", ["mic-0", "mic-1"]),
+    ):
+        run = Run()
+        assert await run(file=tmp_path / "x.npz", streams=streams, name=name) == Exit.OK
+        assert sorted(run.printed()) == names
+    np.savez(tmp_path / "twins.npz", names=np.array(["a", "a"]), lengths=[3, 4], frames=frames)
+    run = Run()
+    assert await run(file=tmp_path / "twins.npz", name=None) == Exit.OK
+    assert len(run.printed()) == 2
 
 
 async def test_the_first_column_names_the_stream(tmp_path: Path, frames: F32) -> None:

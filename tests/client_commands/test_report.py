@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from instep_client.commands.load import Mode, PartResult
 from instep_client.commands.load_plan import LoadPlan
-from instep_client.commands.plot import plot
+from instep_client.commands.plot import bin_width_s, plot
 from instep_client.commands.problems import BadFile
 from instep_client.commands.report import Measured, as_json, measured, meets, setting, table, trials_table
 from instep_client.commands.samples import SAMPLE
@@ -39,6 +40,41 @@ GOOD: list[tuple[float, ...]] = [
     (0.5, 100.0, 1000.0, 300.0, 200.0, 50.0, 4),
     (9.5, 0.0, 3000.0, 500.0, 250.0, 70.0, 12),
 ]
+
+
+CLOSED = replace(PLAN, mode=Mode.CLOSED)
+
+
+def test_in_a_closed_loop_nothing_is_due_and_no_rate_was_used() -> None:
+    found = measured(CLOSED, PartResult(np.array(GOOD, SAMPLE)))
+    assert as_json(found)["load"]["rate_hz"] is None
+    assert as_json(result(GOOD))["load"]["rate_hz"] == 50
+    for plan, titles in ((PLAN, ["from when it was due", "sent late"]), (CLOSED, ["from when it was sent"])):
+        terminal = RememberingTerminal()
+        terminal.out.print(table(measured(plan, PartResult(np.array(GOOD, SAMPLE)))))
+        assert [
+            title for title in ("from when it was due", "sent late", "from when it was sent") if title in terminal.said
+        ] == titles
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "steps", "seconds"), [(50.0, 1, 10.0), (7.0, 1, 10.0), (3.0, 4, 1.0), (33.3, 2, 7.0)]
+)
+def test_a_steady_load_has_as_many_answers_in_every_bin_of_its_picture(
+    rate_hz: float, steps: int, seconds: float
+) -> None:
+    plan = replace(PLAN, rate_hz=rate_hz, steps=steps, duration_s=seconds)
+    at_s = np.arange(0.001, seconds, steps / rate_hz)
+    found = measured(plan, PartResult(np.array([(at, 0, 1, 1, 1, 1, 4) for at in at_s], SAMPLE)))
+    width = bin_width_s(found)
+    whole = int(at_s[-1] / width)
+    assert len(set(np.bincount((at_s / width).astype(int))[:whole].tolist())) <= 1
+    assert width >= steps / rate_hz or whole == 0
+    assert whole <= 120
+
+
+def test_a_closed_loop_has_bins_of_any_width() -> None:
+    assert bin_width_s(measured(CLOSED, PartResult(np.array(GOOD, SAMPLE)))) == pytest.approx(10 / 60)
 
 
 def test_numbers() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -20,9 +19,12 @@ from instep_client.commands.produce import Produce, produce
 from instep_client.commands.replay import Replay, replay
 from instep_client.commands.signals import Signal
 from instep_client.commands.terminal import Terminal, run_command
+from instep_client.commands.typed import PlainCommands
+from instep_client.commands.typed import endpoint as checked_endpoint
 from instep_client.wire import DEFAULT_ENDPOINT
 
 app: Final = typer.Typer(
+    cls=PlainCommands,
     name="instep-client",
     help="Send frames to an instep engine: live, recorded, or as a load test.",
     no_args_is_help=True,
@@ -33,7 +35,15 @@ app: Final = typer.Typer(
 )
 
 Endpoint = Annotated[
-    str, typer.Option("--endpoint", "-e", envvar="INSTEP_ENDPOINT", help="Where the engine listens.", show_default=True)
+    str,
+    typer.Option(
+        "--endpoint",
+        "-e",
+        envvar="INSTEP_ENDPOINT",
+        callback=checked_endpoint,
+        help="Where the engine listens.",
+        show_default=True,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Save = Annotated[Path | None, typer.Option(help="Save the outputs in this .npz or .csv file.", dir_okay=False)]
@@ -59,6 +69,23 @@ def _speed(text: str) -> float:
     if not 0 < speed < math.inf:
         raise typer.BadParameter("it must be 1 (real time), xN (N times as fast) or max (as fast as possible)")
     return speed
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"instep-client {version('instep')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command("ping")
@@ -95,7 +122,9 @@ def produce_command(
     seconds: Annotated[float | None, typer.Option(callback=_positive, help="Send for at most so long.")] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="PREFIX", help="Call the streams PREFIX-0, … (default: produce-PID)"),
+        typer.Option(
+            metavar="PREFIX", help="Call the streams PREFIX-0, … (default: as the arrays of an NPZ, else produce-PID)"
+        ),
     ] = None,
     named: Annotated[bool, typer.Option("--named", help="The first column of each line names its stream.")] = False,
     save: Save = None,
@@ -115,7 +144,7 @@ def produce_command(
         file=file,
         signal=signal,
         streams=streams,
-        name=f"produce-{os.getpid()}" if name is None else name,
+        name=name,
         named=named,
         save=save,
     )

@@ -69,12 +69,21 @@ class LineReader:
         if stream is not None and not name_is_good(stream):
             raise BadLine(f"{stream!r:.40} is no stream name: 1 to {MAX_NAME_BYTES} bytes of printable text")
         if self.features is not None and len(numbers) != self.features:
-            raise BadLine(f"it has {counted(len(numbers), 'number')}, a frame has {self.features}")
+            hint = self._hint(text, numbers)
+            raise BadLine(f"it has {counted(len(numbers), 'number')}, a frame has {self.features}{hint}")
         if not numbers:
             raise BadLine("it holds no numbers")
         frame = _frame(numbers)
         self.features = len(numbers)
         return Line(stream, time_s, frame)
+
+    def _hint(self, text: str, fields: list[str]) -> str:
+        """What to do about a line of so many fields, where that can be guessed."""
+        if ";" in text:
+            return ": separate numbers by commas or white space, not by semicolons"
+        if not self.named and self._header is None and len(fields) - 1 == self.features and not _is_number(fields[0]):
+            return f": if {fields[0]!r:.40} names the stream, give --named"
+        return ""
 
     def _is_header(self, fields: list[str]) -> bool:
         columns = fields[1:] if self.named else [name for name in fields if name not in _NOT_OF_THE_FRAME]

@@ -30,6 +30,9 @@ CHUNK_STEPS: Final = 32
 
 LINES_ON_THE_WAY: Final = 1024
 
+BAD_LINES_NAMED: Final = 5
+"""How many bad lines one behind the other are named; then it is the file that is wrong, not a line."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:
@@ -109,7 +112,7 @@ class LiveRun:
         reader = LineReader(self._client.info.features, named)
         streams: dict[str, AsyncStream | None] = {}
         sent: Counter[str] = Counter()
-        turn = 0
+        turn = bad_together = 0
         async with pipeline(self._answers.take, LINES_ON_THE_WAY) as send:
             self._start = self._clock.now()
             async for number, text in lines:
@@ -117,12 +120,17 @@ class LiveRun:
                     line = reader.read(text.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except ValueError as error:
                     self.bad_lines += 1
-                    reason = error if isinstance(error, BadLine) else "it is not UTF-8"
-                    self._terminal.error(f"line {number}: {reason}")
+                    bad_together += 1
+                    if bad_together <= BAD_LINES_NAMED:
+                        reason = error if isinstance(error, BadLine) else "it is not UTF-8"
+                        self._terminal.error(f"line {number}: {reason}")
+                    elif bad_together == BAD_LINES_NAMED + 1:
+                        self._terminal.error("and so on: the bad lines that follow are counted, until a good one comes")
                     turn += 1
                     continue
                 if line is None:
                     continue
+                bad_together = 0
                 name = names[turn % len(names)] if line.stream is None else line.stream
                 turn += 1
                 if name not in streams:

@@ -65,7 +65,10 @@ def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
             "process needs a connection of its own, and every connection a stream"
         )
     if plan.streams > info.max_streams:
-        raise CommandProblem(f"the server keeps {info.max_streams} streams at most; ask for fewer, or raise its limit")
+        raise CommandProblem(
+            f"the server keeps {info.max_streams} streams at most; ask for fewer, or start it with "
+            f"--max-streams {plan.streams}"
+        )
     block = block_limit(plan.steps, info)
     if plan.block is not None:
         if plan.block > block:

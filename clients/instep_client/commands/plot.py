@@ -11,15 +11,17 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from instep_client.commands.load import Mode
 from instep_client.commands.problems import BadFile
 from instep_client.commands.report import Measured
 from instep_client.commands.samples import F64, percentiles
 
 TIME_BINS: Final = 60
+"""About so many."""
 LATENCY_BINS: Final = 80
 BLUE: Final = "#2b6cb0"
 RED: Final = "#c53030"
-GREY: Final = "#718096"
+BLACK: Final = "#1a202c"
 
 
 def plot(result: Measured, path: Path, title: str) -> None:
@@ -48,8 +50,14 @@ def _histogram(axes: Axes, result: Measured, latency_ms: F64) -> None:
     latency = result.latencies["latency_us"]
     for height, name, value in ((0.9, "p50", latency.p50), (0.8, "p99", latency.p99), (0.7, "p99.9", latency.p999)):
         axes.axvline(value / 1000, color=RED, linewidth=1)
+        beyond_the_middle = value / 1000 > np.sqrt(edges[0] * edges[-1])
         axes.text(
-            value / 1000, height, f" {name}\n {value / 1000:.2f}", transform=axes.get_xaxis_transform(), fontsize=8
+            value / 1000,
+            height,
+            f" {name} \n {value / 1000:.2f} ",
+            transform=axes.get_xaxis_transform(),
+            fontsize=8,
+            ha="right" if beyond_the_middle else "left",  # into the picture
         )
     axes.set(xscale="log", xlabel="latency, ms", ylabel="frames", title="Latency")
     _plain_numbers(axes.xaxis)
@@ -68,21 +76,33 @@ def _tail(axes: Axes, latency_ms: F64, frames: F64) -> None:
 
 def _timeline(axes: Axes, rate: Axes, result: Measured, latency_ms: F64) -> None:
     at_s, frames = result.samples["at_s"], result.samples["frames"]
-    edges = np.linspace(0, max(result.seconds, float(at_s.max())), TIME_BINS + 1)
-    middles = (edges[:-1] + edges[1:]) / 2
-    bins = np.clip(np.digitize(at_s, edges) - 1, 0, TIME_BINS - 1)
+    width = bin_width_s(result)
+    count = int(max(result.seconds, float(at_s.max())) / width) + 1
+    middles = (np.arange(count) + 0.5) * width
+    bins = np.minimum((at_s / width).astype(np.int64), count - 1)
     curves = np.array(
-        [percentiles(latency_ms[bins == b], frames[bins == b], (50.0, 99.0, 100.0)) for b in range(TIME_BINS)]
+        [percentiles(latency_ms[bins == b], frames[bins == b], (50.0, 99.0, 100.0)) for b in range(count)]
     )
-    for curve, name, color in zip(curves.T[::-1], ("max", "p99", "p50"), (GREY, RED, BLUE), strict=True):
-        axes.plot(middles, curve, label=name, color=color, marker=".", linewidth=1)
+    styles = (("p50", BLUE, "-"), ("p99", RED, "-"), ("max", BLACK, ":"))  # where two are equal, both are seen
+    for curve, (name, color, line) in zip(curves.T, styles, strict=True):
+        axes.plot(middles, curve, label=name, color=color, linestyle=line, marker=".", linewidth=1)
     axes.set(yscale="log", xlabel="s", ylabel="latency, ms", title="Latency over time")
     axes.legend()
     _plain_numbers(axes.yaxis)
-    per_bin = np.bincount(bins, frames, TIME_BINS)
-    rate.step(middles, per_bin / (edges[1] - edges[0]), color=BLUE, where="mid")
+    whole = max(1, int(result.seconds / width + 1e-9))  # what only began before the end looks like a drop
+    rate.step(middles[:whole], np.bincount(bins, frames, count)[:whole] / width, color=BLUE, where="mid")
     rate.set(xlabel="s", ylabel="frames/s", title="Frames answered over time")
     rate.set_ylim(bottom=0)
+
+
+def bin_width_s(result: Measured) -> float:
+    """The width of a bin in time: whole periods of an open loop, so that a steady load looks steady."""
+    plan = result.plan
+    width = max(result.seconds, 1e-3) / TIME_BINS
+    if plan.mode is not Mode.OPEN:
+        return width
+    period = plan.steps / plan.rate_hz
+    return max(1, round(width / period)) * period
 
 
 def _plain_numbers(axis: Axis) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ class Produce:
     signal: Signal | None = None
     streams: int | None = None
     """None: one; for arrays one a sequence."""
-    name: str = "produce"
-    """Streams are called NAME-0, NAME-1, …"""
+    name: str | None = None
+    """Streams are called NAME-0, NAME-1, …; None: as the arrays in the file, or else produce-PID-0, …"""
     named: bool = False
     """The first column of a line names its stream."""
     save: Path | None = None
@@ -65,7 +66,7 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
             live = LiveRun(client, what.pace, answers, terminal, stop, clock)
             started = clock.now()
             if descriptor is not None:
-                names = _names(what, what.streams or 1)
+                names = _names(what, None, what.streams or 1)
                 async with _progress(what, terminal, answers, math.inf):
                     streams = await live.send_lines(read_lines(descriptor, stop), names, what.named)
             else:
@@ -73,10 +74,12 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
                 streams = len(source.lengths)
                 total = float(np.minimum(source.lengths, what.pace.frames or ENDLESS).astype(float).sum())
                 async with _progress(what, terminal, answers, total if total < ENDLESS else math.inf):
-                    await live.send_arrays(_names(what, streams), source)
+                    await live.send_arrays(_names(what, sequences, streams), source)
             seconds = clock.now() - started
             fingerprint = client.info.fingerprint
         saved = outputs.finish(fingerprint)
+    if descriptor is not None and not (answers.frames or answers.refused or live.bad_lines or stop.requested):
+        raise BadFile(f"there are no frames {'on standard input' if what.file is None else f'in {what.file}'}")
     rate = answers.frames / seconds if seconds > 0 else 0.0
     good = not live.bad_lines and not answers.refused
     if terminal.as_json:
@@ -137,8 +140,12 @@ def _source(what: Produce, sequences: Sequences | None, info: ServerInfo) -> Sou
     return Source(np.full(streams, ENDLESS), lambda first, count, rows: signal(first, count)[:, rows])
 
 
-def _names(what: Produce, streams: int) -> list[str]:
-    return [f"{what.name}-{number}" for number in range(streams)]
+def _names(what: Produce, sequences: Sequences | None, streams: int) -> list[str]:
+    """What the streams are called: as the arrays that they send, where each sends one of its own."""
+    if what.name is None and sequences is not None and len(set(sequences.names)) == len(sequences) >= streams:
+        return list(sequences.names[:streams])
+    prefix = f"produce-{os.getpid()}" if what.name is None else what.name
+    return [f"{prefix}-{number}" for number in range(streams)]
 
 
 def _progress(what: Produce, terminal: Terminal, answers: Answers, total: float) -> AbstractAsyncContextManager[None]:

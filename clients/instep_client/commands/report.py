@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from rich.table import Table
 
-from instep_client.commands.load import PartResult
+from instep_client.commands.load import Mode, PartResult
 from instep_client.commands.load_plan import LoadPlan
 from instep_client.commands.samples import Distribution, SampleArray, distribution
 from instep_client.wire import ServerInfo
@@ -25,6 +25,11 @@ ROWS: Final = {
     "rest_us": "  wire and client",
 }
 """The parts of a latency and what the table calls them."""
+
+CLOSED_ROWS: Final = {name: title for name, title in ROWS.items() if name != "late_us"} | {
+    "latency_us": "latency, from when it was sent"
+}
+"""The same of a closed loop, in which nothing is due."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ def table(result: Measured) -> Table:
     rows = Table("ms", "p50", "p90", "p99", "p99.9", "max", box=None, pad_edge=False)
     for column in rows.columns[1:]:
         column.justify = "right"
-    for name, title in ROWS.items():
+    rows_of = ROWS if result.plan.mode is Mode.OPEN else CLOSED_ROWS
+    for name, title in rows_of.items():
         values = asdict(result.latencies[name]).values()
         rows.add_row(title, *(f"{value / 1000:.3f}" for value in values))
     return rows
@@ -128,7 +134,11 @@ def as_json(result: Measured) -> dict[str, Any]:
     """All that was found, as JSON values; latencies in microseconds."""
     plan = {field.name: getattr(result.plan, field.name) for field in fields(result.plan)}
     return {
-        "load": {**plan, "mode": result.plan.mode.value},
+        "load": {
+            **plan,
+            "mode": result.plan.mode.value,
+            "rate_hz": result.plan.rate_hz if result.plan.mode is Mode.OPEN else None,
+        },
         "seconds": result.seconds,
         "frames_per_second": result.frames_s,
         "answers_per_second": result.answers_s,

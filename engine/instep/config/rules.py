@@ -82,7 +82,8 @@ def _transport(config: Config) -> list[Contradiction]:
             ("transport.endpoint", "transport.allow_plaintext"),
             f"{transport.endpoint} can be reached from other machines, and there is no encryption and no check of "
             "who connects yet: anybody on that network could read the streams and send frames",
-            "use tcp://127.0.0.1:PORT, or set transport.allow_plaintext: true if you trust that network",
+            "use tcp://127.0.0.1:PORT, or set transport.allow_plaintext: true (--allow-plaintext) if you trust that "
+            "network",
         )
     ]
 
