@@ -45,7 +45,6 @@ class Code(IntEnum):
     STEP_FAILED = 202
     STATE_LOST = 203
     SHUTTING_DOWN = 204
-    NOT_DURABLE = 205
 
 
 SENTENCES: Final[dict[Code, str]] = {
@@ -81,5 +80,4 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
     Code.STATE_LOST: "the stream's state was lost by a failed step and the stream was closed; see the server's log",
     Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",
-    Code.NOT_DURABLE: "the server cannot write its recording any more and acknowledges nothing; see its log",
 }

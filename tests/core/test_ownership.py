@@ -41,6 +41,24 @@ def test_an_older_epoch_is_fenced_unless_it_takes_over(table: StreamTable, epoch
     assert judged(table, 30, epoch, take_over=True).codes.tolist() == [0]
 
 
+def test_the_former_epoch_is_good_until_a_frame_was_sent_under_the_present_one(table: StreamTable) -> None:
+    slots = np.array([table.find("s")])
+    table.hand_over(slots, 2, now_ns=0, former_epochs=u64(101))
+    again = judged(table, 30, 101)
+    assert (again.codes.tolist(), again.former_epochs.tolist()) == ([0], [101])
+    assert judged(table, 30, 100).codes.tolist() == [Code.FENCED]
+    table.next_seq[slots] += 1
+    assert judged(table, 30, 101).codes.tolist() == [Code.FENCED]
+
+
+def test_who_lost_a_stream_to_somebody_else_is_fenced_at_once(table: StreamTable) -> None:
+    taken = judged(table, 30, 0, take_over=True)
+    assert taken.former_epochs.tolist() == [0]
+    table.hand_over(taken.slots, 2, now_ns=0, former_epochs=taken.former_epochs)
+    assert judged(table, 30, 101).codes.tolist() == [Code.FENCED]
+    assert judged(table, 30, 0).codes.tolist() == [Code.FENCED]
+
+
 def test_an_older_epoch_is_fenced_before_it_learns_anything_else(table: StreamTable) -> None:
     assert judged(table, 99, 100).codes.tolist() == [Code.FENCED]
     assert judged(table, 0, 100).codes.tolist() == [Code.FENCED]

@@ -21,6 +21,8 @@ class Claims:
     codes: I32
     have: I64
     """Outputs that the claimant holds: those of seqs below it."""
+    former_epochs: U64
+    """The epoch that the claimant holds; 0 where it takes a stream from somebody."""
     expected_seq: I64
     """What the stream expects next; 0 where there is none."""
 
@@ -36,8 +38,10 @@ def judge_claims(
 ) -> Claims:
     """Judge claims to streams; nothing is changed.
 
-    Whoever holds the present epoch is the owner, though the server may still take its former connection for alive. An
-    epoch beyond the present one was given by a server that lost what it had not made durable: it is newer, and good.
+    Whoever holds the present epoch is the owner, though the server may still take its former connection for alive. So
+    is who gave the former epoch for it, until a frame was sent under the present one: the answer may have been lost on
+    its way. An epoch beyond the present one was given by a server that lost what it had not made durable: it is newer,
+    and good.
 
     Args:
         table: the streams.
@@ -51,6 +55,7 @@ def judge_claims(
     count = len(names)
     slots, codes = np.zeros(count, np.int64), np.zeros(count, np.int32)
     held, expected = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    former = np.zeros(count, np.uint64)
     for index, name in enumerate(names):
         slot = table.find(name)
         if slot is None or table.closing[slot]:
@@ -59,7 +64,9 @@ def judge_claims(
         next_seq = int(table.next_seq[slot])
         expected[index] = next_seq
         claimed = next_seq if int(have[index]) == HAVE_ALL else int(have[index])
-        if epochs[index] < table.epoch[slot] and not take_over:
+        unanswered = epochs[index] == table.former_epoch[slot] != 0 and next_seq <= table.granted_seq[slot]
+        is_owner = bool(epochs[index] >= table.epoch[slot] or unanswered)
+        if not is_owner and not take_over:
             codes[index] = Code.NUMERICS_CHANGED if table.renumbered[slot] else Code.FENCED
         elif claimed > next_seq and not take_over:
             codes[index] = Code.DATA_LOSS
@@ -67,4 +74,5 @@ def judge_claims(
             codes[index] = Code.OUTPUTS_GONE
         else:
             slots[index], held[index] = slot, min(claimed, next_seq)
-    return Claims(slots, codes, held, expected)
+            former[index] = epochs[index] if is_owner else 0
+    return Claims(slots, codes, held, former, expected)

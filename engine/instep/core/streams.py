@@ -36,6 +36,10 @@ class StreamTable:
         self.owned: I64 = np.zeros(max_owners + 1, np.int64)
         """How many streams each owner has, those that are closing included."""
         self.epoch: U64 = np.zeros(rows, np.uint64)
+        self.former_epoch: U64 = np.zeros(rows, np.uint64)
+        """The epoch that its holder gave for the present one; 0 where it was taken from somebody."""
+        self.granted_seq: I64 = np.zeros(rows, np.int64)
+        """What the stream expected next when the present epoch was given."""
         self._first_generation: U32 = np.zeros(rows, np.uint32)
         """The generation under which the slot's stream was opened; those from there to the present one are fenced."""
         self.first_seq: I64 = np.zeros(rows, np.int64)
@@ -113,14 +117,21 @@ class StreamTable:
         self.renumbered[granted] = False
         self.last_active_ns[granted] = now_ns
         self._first_generation[granted] = self.slots.generation[granted]
-        self._new_epochs(granted)
+        self._new_epochs(granted, None)
         return slots, codes
 
-    def hand_over(self, slots: I64, owner: int, now_ns: int) -> None:
-        """Give streams to another owner, distinct slots: new epochs, and their handles so far are fenced."""
+    def hand_over(self, slots: I64, owner: int, now_ns: int, former_epochs: U64 | None = None) -> None:
+        """Give streams to another owner: new epochs, and their handles so far are fenced.
+
+        Args:
+            slots: int64 [N], distinct.
+            owner: who gets them.
+            now_ns: any monotonic clock.
+            former_epochs: uint64 [N], the epoch that the new owner holds of each, 0 where it holds none; None for 0.
+        """
         self.slots.renew(slots)
         self._move(slots, owner)
-        self._new_epochs(slots)
+        self._new_epochs(slots, former_epochs)
         self.renumbered[slots] = False
         self.last_active_ns[slots] = now_ns
 
@@ -134,7 +145,9 @@ class StreamTable:
         self.owner[slots] = owner
         self.owned[owner] += len(slots)
 
-    def _new_epochs(self, slots: I64) -> None:
+    def _new_epochs(self, slots: I64, former_epochs: U64 | None) -> None:
+        self.former_epoch[slots] = 0 if former_epochs is None else former_epochs
+        self.granted_seq[slots] = self.next_seq[slots]
         self.epoch[slots] = np.arange(self.last_epoch + 1, self.last_epoch + 1 + len(slots), dtype=np.uint64)
         self.last_epoch += len(slots)
 

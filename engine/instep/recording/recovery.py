@@ -14,7 +14,7 @@ import numpy as np
 from instep.core.typing import F32, I64, Bool
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch, SnapshotMark, StateReset, StreamState
-from instep.recording.schema import COUNTED, OWNER_EVENT, SNAPSHOT_EVENT
+from instep.recording.schema import COUNTED, OWNER_EVENT, SNAPSHOT_EVENT, read_owner_detail
 
 _NEVER: Final = np.iinfo(np.int64).max
 _UNKNOWN: Final = -1
@@ -28,6 +28,10 @@ class OpenStream:
     name: str
     epoch: int
     """The last one it was given."""
+    former_epoch: int
+    """The one its owner held before, 0 for none or somebody else's."""
+    granted_seq: int
+    """The frame that was due next when it was given."""
     first_seq: int
     seq: int
     """The state is that before this frame."""
@@ -122,9 +126,9 @@ class Recovered:
         reader.check_positions(mark.position + 1)
         openings, closings = list(reader.rows("openings")), list(reader.rows("closings"))
         self._number(openings, closings)
-        epochs = {row[2]: int(row[4]) for row in openings}
+        epochs = {row[2]: (int(row[4]), 0, int(row[5])) for row in openings}
         positions = self._read_events(mark, epochs)
-        self.last_epoch = max(epochs.values(), default=0)
+        self.last_epoch = max((epoch for epoch, _, _ in epochs.values()), default=0)
         found = {
             "openings": [row[0] for row in openings],
             "closings": [row[0] for row in closings],
@@ -168,15 +172,18 @@ class Recovered:
             if position > self.snapshot_position:
                 self._ends.append((position, stream, frames))
 
-    def _read_events(self, mark: SnapshotMark, epochs: dict[int, int]) -> list[int]:
-        """The events' positions; the newest owners go into `epochs`."""
+    def _read_events(self, mark: SnapshotMark, epochs: dict[int, tuple[int, int, int]]) -> list[int]:
+        """The events' positions; the newest owners go into `epochs`: epoch, the one before, the frame due next."""
         positions, newest_snapshot = [], 0
         for event in self._reader.events():
             positions.append(event.position)
             if event.kind == OWNER_EVENT:
                 if event.stream not in epochs or event.seq is None:
                     raise self._reader.damaged(f"the event at position {event.position} is of no stream")
-                epochs[event.stream] = event.seq
+                try:
+                    epochs[event.stream] = (event.seq, *read_owner_detail(event.detail))
+                except ValueError:
+                    raise self._reader.damaged(f"the event at position {event.position} names no owner") from None
             elif event.kind == SNAPSHOT_EVENT:
                 newest_snapshot = event.seq or 0
         if newest_snapshot != mark.position:
@@ -197,15 +204,17 @@ class Recovered:
             self._next[state.stream] = _UNKNOWN
         return states
 
-    def _open_stream(self, opening: tuple[Any, ...], epoch: int, state: StreamState | None) -> OpenStream:
+    def _open_stream(
+        self, opening: tuple[Any, ...], owner: tuple[int, int, int], state: StreamState | None
+    ) -> OpenStream:
         position, _, stream, name, _, first_seq, initial = opening
         if state is not None:
             tail = (state.tail_seq, state.tail_x, state.tail_y)
-            return OpenStream(stream, name, epoch, first_seq, state.seq, state.state, *tail)
+            return OpenStream(stream, name, *owner, first_seq, state.seq, state.state, *tail)
         header = self._reader.header
         x, y = (np.zeros((0, width), np.float32) for width in (header.features, header.outputs))
         found = self._reader.state(initial, position)
-        return OpenStream(stream, name, epoch, first_seq, first_seq, found, first_seq, x, y)
+        return OpenStream(stream, name, *owner, first_seq, first_seq, found, first_seq, x, y)
 
     def _step(self, batch: RecordedBatch) -> Bool:
         """Take note of a batch; which of its frames apply."""

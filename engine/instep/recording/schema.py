@@ -24,9 +24,9 @@ history are only ever added, so the rows up to any committed position are a cons
 * `stream` numbers one opening of a stream, from 1, and is never used again in the same file; `name` is what the
   client called it, and may come again after a close. `epoch` numbers its first ownership.
 * A batch holds `size` frames, at most one a stream, as columns: `streams` is uint32 `[size]`, `seqs` uint64 `[size]`,
-  `x` float32 `[size, features]` and, in `outputs`, `y` float32 `[size, outputs]`, all little-endian and without padding;
-  row `i` of each belongs to the same frame. `bucket` is the padded batch size of the step. `seqs` count the frames of a stream
-  from `first_seq`, without gaps.
+  `x` float32 `[size, features]` and, in `outputs`, `y` float32 `[size, outputs]`, all little-endian and without
+  padding; row `i` of each belongs to the same frame. `bucket` is the padded batch size of the step. `seqs` count the
+  frames of a stream from `first_seq`, without gaps.
 * `batch` is the position of the batch whose outputs these are. Every batch ends in a row of `outputs` or in an event
   `failed`, and these come in the order of the batches. A batch without either was under way when the engine was killed:
   after it there is either no outcome of any batch, or first an event `recovered`. Its frames were applied. The frames
@@ -175,6 +175,21 @@ _HEADER_TYPES: Final = {
     "durability": str,
 }
 _PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
+
+
+def owner_detail(former_epoch: int, seq: int) -> str:
+    """The detail of an owner event: the epoch that the new owner held, 0 for none, and the frame it goes on with."""
+    return f"held {former_epoch}, goes on at {seq}"
+
+
+def read_owner_detail(detail: str) -> tuple[int, int]:
+    """Epoch and seq of an owner event's detail.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    held, _, seq = detail.removeprefix("held ").partition(", goes on at ")
+    return int(held), int(seq)
 
 
 def create_statements() -> list[str]:

@@ -153,6 +153,8 @@ class Lifecycle:
                 self._table.lost[opened] = True
                 self._release(opened[~self._table.closing[opened]])  # the others' closing releases them
             else:
+                for name in names:
+                    self._expired.pop(name, None)
                 grants[granted] = self._grants(opened)
                 ticket = self._tap.opened(opened, initial)
             self._tap.when_durable(ticket, lambda: on_opened(grants, codes))
@@ -194,7 +196,7 @@ class Lifecycle:
         good = claims.codes == 0
         slots = claims.slots[good]
         self._tell_owners(slots, Code.FENCED, besides=client.number)
-        self._leave_owners(slots, client.number)
+        self._hand_over(slots, client.number, claims.former_epochs[good])
         self._table.acked[slots] = np.maximum(self._table.acked[slots], claims.have[good])
 
         def answered() -> None:
@@ -204,15 +206,15 @@ class Lifecycle:
             grants["handle"][np.flatnonzero(good)[~current]] = 0
             claims.codes[np.flatnonzero(good)[~current]] = Code.FENCED
             self._statistics.resumed_streams_total += int(current.sum())
-            ticket = self._tap.resumed(slots, take_over)
+            ticket = self._tap.resumed(slots)
             self._tap.when_durable(ticket, lambda: on_resumed(grants, claims.codes, claims.expected_seq))
 
         self._when_answered(slots, answered)
 
-    def _leave_owners(self, slots: I64, to: int) -> None:
-        former = set(self._table.owner[slots].tolist())
-        self._table.hand_over(slots, to, time.monotonic_ns())
-        self._free_numbers(self._leaving & former)
+    def _hand_over(self, slots: I64, to: int, former_epochs: U64) -> None:
+        owners = set(self._table.owner[slots].tolist())
+        self._table.hand_over(slots, to, time.monotonic_ns(), former_epochs)
+        self._free_numbers(self._leaving & owners)
 
     # ── Look at and change ─────────────────────────────────────────────────────────────────────────────────────────
 

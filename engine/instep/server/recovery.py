@@ -15,7 +15,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StateReset
 from instep.recording.recovery import OpenStream, ReplayStep, read_recovery
-from instep.recording.schema import RecordingHeader
+from instep.recording.schema import OWNER_EVENT, RecordingHeader, owner_detail
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 
@@ -117,6 +117,8 @@ class _Replay:
         self._slot_of[numbers] = slots
         table.recording_id[slots] = numbers
         table.epoch[slots] = np.array([stream.epoch for stream in streams], np.uint64)
+        table.former_epoch[slots] = np.array([stream.former_epoch for stream in streams], np.uint64)
+        table.granted_seq[slots] = np.array([stream.granted_seq for stream in streams], np.int64)
         seqs = np.array([stream.seq for stream in streams], np.int64)
         table.step_seq[slots] = table.next_seq[slots] = seqs
         table.acked[slots] = np.array([stream.tail_seq for stream in streams], np.int64)
@@ -199,4 +201,5 @@ class _Replay:
         table.renumbered[slots] = True
         for slot in slots.tolist():
             stream, epoch = int(table.recording_id[slot]), int(table.epoch[slot])
-            writer.event(time.time_ns(), "owner", stream, epoch, "the numerics have changed")
+            seq = int(table.granted_seq[slot])
+            writer.event(time.time_ns(), OWNER_EVENT, stream, epoch, owner_detail(0, seq))

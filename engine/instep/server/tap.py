@@ -14,6 +14,7 @@ from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
+from instep.recording.schema import OWNER_EVENT, owner_detail
 from instep.recording.states import StateRows
 
 NEVER: Final = 2**63
@@ -131,19 +132,21 @@ class Tap:
             ticket = self._said(recorder.open_stream, *fields, state)
         return ticket
 
-    def resumed(self, slots: I64, taken_over: bool) -> int:
+    def resumed(self, slots: I64) -> int:
         """Streams have new owners, and so new epochs."""
-        detail = "taken over" if taken_over else "resumed"
-        return self._events(slots, "owner", self._table.epoch[slots].tolist(), detail)
+        table = self._table
+        former, seqs = table.former_epoch[slots].tolist(), table.granted_seq[slots].tolist()
+        details = [owner_detail(epoch, seq) for epoch, seq in zip(former, seqs, strict=True)]
+        return self._events(slots, OWNER_EVENT, table.epoch[slots].tolist(), details)
 
     def parked(self, slots: I64) -> int:
         """The connection of these streams is gone."""
-        return self._events(slots, "parked", self._table.next_seq[slots].tolist(), "")
+        return self._events(slots, "parked", self._table.next_seq[slots].tolist(), [""] * len(slots))
 
     def reset(self, slots: I64, states: F32 | None) -> int:
         """Streams with nothing pending were given other states, float32 [N, layers, size], or zeros."""
         self.dirty[slots] = True
-        return self._events(slots, "reset", self._table.step_seq[slots].tolist(), "", states)
+        return self._events(slots, "reset", self._table.step_seq[slots].tolist(), [""] * len(slots), states)
 
     def closed(self, slots: I64, reason: str, final_states: F32, lost: Bool) -> int:
         """Streams closed; final states float32 [N, layers, size], not recorded where `lost`."""
@@ -165,7 +168,7 @@ class Tap:
         recorder = self._recorder
         return self._said(recorder.event, time.time_ns(), kind, None, None, detail, None)
 
-    def _events(self, slots: I64, kind: str, seqs: list[int], detail: str, states: F32 | None = None) -> int:
+    def _events(self, slots: I64, kind: str, seqs: list[int], details: list[str], states: F32 | None = None) -> int:
         ticket = 0
         if self._recorder is None:
             return ticket
@@ -173,7 +176,7 @@ class Tap:
         streams = self._table.recording_id[slots].tolist()
         for index, (stream, seq) in enumerate(zip(streams, seqs, strict=True)):
             state = None if states is None else states[index]
-            ticket = self._said(recorder.event, now_ns, kind, stream, seq, detail, state)
+            ticket = self._said(recorder.event, now_ns, kind, stream, seq, details[index], state)
         return ticket
 
     def _said(self, say: Callable[..., int], *values: Any) -> int:
