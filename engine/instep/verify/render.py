@@ -71,7 +71,9 @@ def _streams(streams: tuple[StreamReport, ...]) -> RenderableType:
 
 def _histogram(stepped: I64, whole: I64) -> RenderableType:
     both = stepped + whole
-    table = Table(title="elements by distance from the recording", caption="bars are logarithmic")
+    table = Table(
+        title="elements by distance from the recording", caption="stepped counts final states, too; bars are logarithmic"
+    )
     table.add_column("ULP", justify="right")
     table.add_column("stepped", justify="right")
     table.add_column("whole sequence", justify="right")
