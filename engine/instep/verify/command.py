@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from json import dumps
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,9 @@ VERIFIED: Final = 0
 MISMATCH: Final = 1
 NOT_CHECKED: Final = 2
 
+LINE_S: Final = 5.0
+"""How often progress is told where it cannot be redrawn: in a file or a pipe."""
+
 
 def run(file: Path, *, model_folder: Path | None, stream: str | None, json: bool, console: Console) -> int:
     """Verify a recording and say what was found.
@@ -42,7 +46,7 @@ def run(file: Path, *, model_folder: Path | None, stream: str | None, json: bool
     try:
         with RecordingReader(file) as reader:
             model = recorded_model(reader.header, model_folder)
-            with _progress(console, shown=console.is_terminal and not json) as on_progress:
+            with _bars(console) if console.is_terminal and not json else nullcontext(_lines()) as on_progress:
                 report = verifier.verify(reader, model, stream, on_progress)
     except (RecordingError, CannotVerify) as error:
         if json:
@@ -62,8 +66,23 @@ def _write_json(fields: dict[str, object]) -> None:
 
 
 @contextmanager
-def _progress(console: Console, shown: bool) -> Iterator[verifier.Progress]:
+def _bars(console: Console) -> Iterator[verifier.Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks = {stage: bars.add_task(stage, total=1.0) for stage in verifier.STAGES}
         yield lambda stage, share: bars.update(tasks[stage], completed=share)
+
+
+def _lines() -> verifier.Progress:
+    """A line on standard error now and then."""
+    began = told = time.monotonic()
+
+    def tell(stage: verifier.Stage, share: float) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= LINE_S:
+            told = now
+            sys.stderr.write(f"{stage}: {share:.0%}, {now - began:.0f} s\n")
+            sys.stderr.flush()
+
+    return tell
