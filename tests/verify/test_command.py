@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from instep.verify import command
 from instep.verify.command import run
 from tests.support.recordings import Forger, Recorded, make_gru, record_gru
 
@@ -58,6 +61,20 @@ def test_progress_is_shown_on_a_terminal(recorded: Recorded) -> None:
     assert run(recorded.path, model_folder=None, stream=None, json=False, console=console) == 0
     assert "reading" in file.getvalue()
     assert "replaying" in file.getvalue()
+
+
+def test_progress_in_a_file_is_lines_on_standard_error_now_and_then(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "LINE_S", math.inf)
+    assert verify(recorded.path)[0] == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(command, "LINE_S", 0.0)
+    for json_too in (False, True):
+        assert verify(recorded.path, json=json_too)[0] == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(r"reading: \d+%, 0 s", lines[0])
+        assert lines[-1] == "replaying: 100%, 0 s"
 
 
 def test_an_unknown_stream(recorded: Recorded) -> None:
