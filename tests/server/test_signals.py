@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+
+from instep.server.signals import interrupts_call
+
+
+def handlers() -> list[object]:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+async def test_each_signal_is_a_call_in_the_loop_and_the_handlers_before_come_back() -> None:
+    before = handlers()
+    called = asyncio.Queue[asyncio.AbstractEventLoop]()
+    with interrupts_call(lambda: called.put_nowait(asyncio.get_running_loop())):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+            assert called.empty()
+            assert await called.get() is asyncio.get_running_loop()
+    assert handlers() == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+async def test_they_come_back_after_a_failure_too() -> None:
+    before = handlers()
+    with pytest.raises(ZeroDivisionError), interrupts_call(lambda: None):
+        raise ZeroDivisionError
+    assert handlers() == before
