@@ -84,13 +84,13 @@ def test_a_name_that_says_no_format(written: Written) -> None:
 
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
-    written = write_recording(tmp_path, unanswered=[(1, 4), (2, 2)], finish=False)
+    written = write_recording(tmp_path, unanswered=1, finish=False)
     status, text = export(written.path, format="npz")
     assert status == 0
     assert text.startswith(f"{tmp_path / 'a.npz'}: {len(written.rows)} frames of 5 streams, ")
     assert text.endswith(
-        "; left out 2 frames whose outputs are not recorded; the recording was not closed: exported up to its last "
-        "commit\n"
+        f"; left out {len(written.unanswered)} frames whose outputs are not recorded; the recording was not closed: "
+        "exported up to its last commit\n"
     )
     with np.load(tmp_path / "a.npz") as file:
         assert len(file["seq"]) == len(written.rows)

@@ -4,11 +4,11 @@ import pytest
 
 from instep.export.errors import CannotExport
 from instep.export.select import select_streams
-from instep.recording.reader import StreamInfo
+from instep.recording.records import StreamInfo
 
 
 def opened(*names: str) -> list[StreamInfo]:
-    return [StreamInfo(at, name, 0, at, None, None, None, None, None, None) for at, name in enumerate(names, start=1)]
+    return [StreamInfo(at, name, at, 0, 0, at, *[None] * 6) for at, name in enumerate(names, start=1)]
 
 
 @pytest.mark.parametrize(

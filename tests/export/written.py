@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from instep.recording.writer import RecordingWriter
-from tests.support.recordings import START_NS, make_header
+from tests.support.recordings import make_header
+from tests.support.scribe import START_NS
 
 FEATURES = 3
 OUTPUTS = 2
@@ -40,6 +41,7 @@ class Row:
 class Written:
     path: Path
     rows: list[Row] = field(default_factory=list)
+    unanswered: list[Row] = field(default_factory=list)
 
     def of(self, *stream_ids: int) -> list[Row]:
         return [row for row in self.rows if row.stream_id in stream_ids]
@@ -49,7 +51,7 @@ def write_recording(
     folder: Path,
     *,
     steps: int = 40,
-    unanswered: Sequence[tuple[int, int]] = (),
+    unanswered: int = 0,
     stranger_at: int | None = None,
     finish: bool = True,
 ) -> Written:
@@ -58,7 +60,7 @@ def write_recording(
     Args:
         folder: where `a.rec` goes.
         steps: batches.
-        unanswered: frames (stream, seq) whose outputs are NaN; they are not among the rows.
+        unanswered: how many of the last steps have no recorded outputs; their frames are not among the rows.
         stranger_at: a step that also holds a frame of a stream that was never opened.
         finish: close it.
     """
@@ -66,7 +68,7 @@ def write_recording(
     written = Written(folder / "a.rec")
     writer = RecordingWriter.create(written.path, make_header(DESCRIPTION))
     for stream, name in enumerate(NAMES, 1):
-        writer.open_stream(stream, name, START_NS, None)
+        writer.open_stream(stream, name, stream, 0, START_NS, None)
     done = np.zeros(len(NAMES), np.int64)
     for step in range(steps):
         chosen = rng.permutation(4)[: rng.integers(1, 5)]
@@ -75,15 +77,14 @@ def write_recording(
         y[:, 0] = rng.choice(ODD, len(chosen))
         time_ns = START_NS + 1_000_003 * step + 7
         for at, stream in enumerate((chosen + 1).tolist()):
-            seq = int(done[stream - 1])
-            if (stream, seq) in unanswered:
-                y[at] = np.nan
-                continue
-            written.rows.append(Row(NAMES[stream - 1], stream, seq, time_ns, x[at].tolist(), y[at].tolist()))
+            row = Row(NAMES[stream - 1], stream, int(done[stream - 1]), time_ns, x[at].tolist(), y[at].tolist())
+            (written.rows if step < steps - unanswered else written.unanswered).append(row)
         streams = chosen.astype(np.uint32) + 1
         if step == stranger_at:
             streams[0] = 77
-        writer.add_batch(time_ns, 8, streams.astype(np.uint32), done[chosen].astype(np.uint64), x, y)
+        batch = writer.add_inputs(time_ns, 8, streams.astype(np.uint32), done[chosen].astype(np.uint64), x)
+        if step < steps - unanswered:
+            writer.add_outputs(START_NS, batch, y)
         done[chosen] += 1
     for stream in range(1, 4):
         writer.close_stream(stream, START_NS, "closed by its client", int(done[stream - 1]), None)

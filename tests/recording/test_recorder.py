@@ -41,9 +41,13 @@ class Calls:
         self.room = threading.Semaphore(0)
         self.failures: list[Exception] = []
         self.failed = threading.Event()
+        self.durable: list[int] = []
 
     def on_room(self) -> None:
         self.room.release()
+
+    def on_durable(self, ticket: int) -> None:
+        self.durable.append(ticket)
 
     def on_failure(self, error: Exception) -> None:
         self.failures.append(error)
@@ -55,18 +59,19 @@ def start(path: Path, queue_batches: int = 2) -> tuple[HeldWriter, Recorder, Cal
     assert isinstance(writer, HeldWriter)
     writer.gate = threading.Event()
     calls = Calls()
-    return writer, Recorder(writer, queue_batches, calls.on_room, calls.on_failure), calls
+    return writer, Recorder(writer, queue_batches, calls.on_room, calls.on_failure, calls.on_durable), calls
 
 
-def add(recorder: Recorder, seq: int) -> None:
+def add(recorder: Recorder, seq: int) -> int:
     x, y = np.full((1, 3), seq, np.float32), np.zeros((1, 4), np.float32)
-    recorder.add_batch(seq, 4, np.array([1], np.uint32), np.array([seq], np.uint64), x, y)
+    ticket = recorder.add_inputs(seq, 4, np.array([1], np.uint32), np.array([seq], np.uint64), x)
+    return recorder.add_outputs(ticket, seq, y)
 
 
 def test_everything_is_written_in_order(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
     writer.gate.set()
-    recorder.open_stream(1, "a", 1, None)
+    recorder.open_stream(1, "a", 7, 0, 1, None)
     for seq in range(50):
         add(recorder, seq)
         if seq == 20:
@@ -78,14 +83,14 @@ def test_everything_is_written_in_order(tmp_path: Path) -> None:
     with RecordingReader(tmp_path / "a.rec") as reader:
         assert reader.finished
         assert [int(batch.seqs[0]) for batch in reader.batches()] == list(range(50))
-        assert [event.position for event in reader.events()] == [23, 54]
+        assert [event.position for event in reader.events()] == [44, 104]
         (info,) = reader.streams()
-        assert (info.opened_position, info.closed_position, info.frames) == (1, 53, 50)
+        assert (info.opened_position, info.closed_position, info.frames) == (1, 103, 50)
 
 
 def test_all_that_waits_becomes_one_commit(tmp_path: Path) -> None:
     writer, recorder, _ = start(tmp_path / "a.rec", queue_batches=1000)
-    recorder.open_stream(1, "a", 1, None)
+    recorder.open_stream(1, "a", 7, 0, 1, None)
     for seq in range(200):
         add(recorder, seq)
     writer.gate.set()
@@ -96,7 +101,7 @@ def test_all_that_waits_becomes_one_commit(tmp_path: Path) -> None:
 
 def test_room_is_what_is_not_yet_committed(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=2)
-    recorder.open_stream(1, "a", 1, None)
+    recorder.open_stream(1, "a", 7, 0, 1, None)
     assert recorder.has_room
     add(recorder, 0)
     assert recorder.has_room
@@ -126,7 +131,7 @@ def test_small_rows_are_bounded_too(tmp_path: Path) -> None:
 def test_a_failing_disk_ends_the_recording_aloud(tmp_path: Path, failure: Exception) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec")
     writer.failure = failure
-    recorder.open_stream(1, "a", 1, None)
+    recorder.open_stream(1, "a", 7, 0, 1, None)
     writer.gate.set()
     assert calls.failed.wait(60)
     assert recorder.failed is failure
@@ -144,7 +149,7 @@ def test_a_really_full_file_ends_the_recording(tmp_path: Path) -> None:
     (pages,) = writer._database.execute("PRAGMA page_count").fetchone()
     writer._database.execute(f"PRAGMA max_page_count={pages + 1}")
     writer.gate.set()
-    recorder.open_stream(1, "a", 1, None)
+    recorder.open_stream(1, "a", 7, 0, 1, None)
     for seq in range(2000):
         try:
             add(recorder, seq)

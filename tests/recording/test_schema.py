@@ -78,12 +78,12 @@ def test_header_with_a_missing_row_is_refused() -> None:
 @pytest.mark.parametrize(
     ("row", "sound"),
     [
-        ((1, 2, None, None, "kind", "detail"), True),
-        ((1, 2, 3, 4, "kind", "detail"), True),
-        ((1, 2, 3, 4, None, "detail"), False),
-        ((1, 2, "3", 4, "kind", "detail"), False),
-        ((1, 2, 3, 4, "kind", b"detail"), False),
-        ((1, 2, 3.5, 4, "kind", "detail"), False),
+        ((1, 2, None, None, "kind", "detail", None), True),
+        ((1, 2, 3, 4, "kind", "detail", None), True),
+        ((1, 2, 3, 4, None, "detail", None), False),
+        ((1, 2, "3", 4, "kind", "detail", None), False),
+        ((1, 2, 3, 4, "kind", b"detail", b"state"), False),
+        ((1, 2, 3.5, 4, "kind", "detail", None), False),
     ],
 )
 def test_rows_hold_what_their_columns_declare(row: tuple[Any, ...], sound: bool) -> None:

@@ -12,7 +12,8 @@ from instep.recording import sequences
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex
-from tests.support.recordings import Forger, gru_description, gru_step, make_gru, make_header, record
+from tests.support.forger import Forger
+from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record
 
 GRU = make_gru(3, 4)
 HEADER = make_header(gru_description(GRU))
@@ -82,7 +83,7 @@ def forge_column(path: Path, stream: int, seq: int, name: str, value: int) -> Pa
     batch, at = forger.find_frame(stream, seq)
     column = forger.column(batch, name)
     column[at] = value
-    forger.change("batches", batch["position"], **{name: column.tobytes()})
+    forger.change_batch(batch, **{name: column})
     return forger.path
 
 
@@ -128,7 +129,7 @@ def test_two_frames_of_a_stream_in_one_step_are_a_defect(path: Path) -> None:
     batch = next(row for row in forger.rows("batches") if row["size"] >= 2)
     numbers, seqs = forger.column(batch, "streams"), forger.column(batch, "seqs")
     numbers[1], seqs[1] = numbers[0], seqs[0]
-    forger.change("batches", batch["position"], streams=numbers.tobytes(), seqs=seqs.tobytes())
+    forger.change_batch(batch, streams=numbers, seqs=seqs)
     index = index_of(forger.path)
     row = int(numbers[0]) - 1
     assert index.defects[row] == f"two frames were recorded in one step, at frame {seqs[0]}"
@@ -153,5 +154,7 @@ def test_a_close_that_counts_other_frames_is_a_defect(path: Path, claimed: int) 
     forger = Forger(path, path.parent / "forged.rec")
     forger.change("closings", forger.rows("closings")[0]["position"], frames=claimed)
     index = index_of(forger.path)
-    assert index.defects == {0: f"the stream was closed after {claimed} frames, but 5 are recorded"}
+    assert index.defects == {
+        0: f"the stream was closed before frame {claimed}, but its recorded frames end before frame 5"
+    }
     assert index.frames[0] == 5

@@ -12,7 +12,8 @@ from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import APPLICATION_ID, row_crc
 from instep.recording.writer import RecordingWriter
-from tests.support.recordings import START_NS, gru_description, make_gru, make_header
+from tests.support.recordings import gru_description, make_gru, make_header
+from tests.support.scribe import START_NS
 
 HEADER = make_header(gru_description(make_gru(3, 4)))
 
@@ -21,14 +22,15 @@ def small_batch(writer: RecordingWriter, seq: int = 0, streams: tuple[int, ...] 
     size = len(streams)
     x = np.arange(size * 3, dtype=np.float32).reshape(size, 3)
     y = (np.arange(size * 4) / 8).reshape(size, 4).astype(np.float32)
-    writer.add_batch(START_NS, 4, np.array(streams, np.uint32), np.full(size, seq, np.uint64), x, y)
+    batch = writer.add_inputs(START_NS, 4, np.array(streams, np.uint32), np.full(size, seq, np.uint64), x)
+    writer.add_outputs(START_NS, batch, y)
 
 
 def test_plain_sql_reads_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     writer = RecordingWriter.create(path, HEADER)
-    writer.open_stream(1, "mic-1", 11, None)
-    writer.open_stream(2, "mic-2", 12, np.full((1, 4), 0.5, np.float32))
+    writer.open_stream(1, "mic-1", 100, 0, 11, None)
+    writer.open_stream(2, "mic-2", 101, 7, 12, np.full((1, 4), 0.5, np.float32))
     small_batch(writer)
     writer.event(14, "note", 2, 0, "seen")
     writer.close_stream(1, 15, "closed", 1, np.ones((1, 4), np.float32))
@@ -36,7 +38,7 @@ def test_plain_sql_reads_what_was_written(tmp_path: Path) -> None:
 
     database = sqlite3.connect(path)
     assert database.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
-    assert database.execute("PRAGMA user_version").fetchone() == (1,)
+    assert database.execute("PRAGMA user_version").fetchone() == (2,)
     assert database.execute("PRAGMA page_size").fetchone() == (16384,)
     assert database.execute("SELECT position, stream, name, initial_state FROM openings").fetchall() == [
         (1, 1, "mic-1", None),
@@ -68,7 +70,7 @@ def test_it_is_wal_with_normal_synchronisation_while_written(tmp_path: Path) -> 
 
 def test_numbers_of_numpy_are_taken(tmp_path: Path) -> None:
     writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
-    writer.open_stream(int(np.int64(1)), "a", np.int64(5), None)  # type: ignore[arg-type]
+    writer.open_stream(int(np.int64(1)), "a", 9, 0, np.int64(5), None)  # type: ignore[arg-type]
     writer.close_stream(np.int64(1), 6, "closed", np.uint64(0), None)  # type: ignore[arg-type]
     writer.close()
     with RecordingReader(tmp_path / "a.rec") as reader:
@@ -105,7 +107,7 @@ def test_a_disk_that_is_full_from_the_start_is_said_at_once() -> None:
 def test_what_is_not_committed_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     writer = RecordingWriter.create(path, HEADER)
-    writer.open_stream(1, "a", 1, None)
+    writer.open_stream(1, "a", 9, 0, 1, None)
     writer.commit()
     small_batch(writer, streams=(1,))
     with RecordingReader(path) as reader:
@@ -125,9 +127,9 @@ def test_committed_rows_survive_the_death_of_the_process(tmp_path: Path) -> None
         "from instep.recording.writer import RecordingWriter\n"
         f"header = RecordingHeader.from_rows({HEADER.rows()!r})\n"
         "writer = RecordingWriter.create(Path(sys.argv[1]), header)\n"
-        "writer.open_stream(1, 'a', 1, None)\n"
+        "writer.open_stream(1, 'a', 9, 0, 1, None)\n"
         "writer.commit()\n"
-        "writer.open_stream(2, 'b', 1, None)\n"
+        "writer.open_stream(2, 'b', 9, 0, 1, None)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     path = tmp_path / "a.rec"
@@ -141,7 +143,7 @@ def test_closing_while_somebody_reads_leaves_a_whole_recording(tmp_path: Path) -
     path = tmp_path / "a.rec"
     writer = RecordingWriter.create(path, HEADER)
     for stream in range(1, 4):
-        writer.open_stream(stream, "a", 1, None)
+        writer.open_stream(stream, "a", 9, 0, 1, None)
     writer.commit()
     with RecordingReader(path) as early:
         rows = early._rows("openings")

@@ -1,29 +1,21 @@
-"""Recordings made by torch's own nn.GRU, and forgers of them."""
+"""Recordings made by torch's own nn.GRU."""
 
 from __future__ import annotations
 
-import shutil
-import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from instep.model.folder import Model, save_model, write_model
 from instep.model.network import Network
 from instep.model.numerics import numerics
-from instep.recording.schema import HISTORY, RecordingHeader, row_crc
+from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
-
-F32: TypeAlias = npt.NDArray[np.float32]
-Step: TypeAlias = Callable[[F32, F32], tuple[F32, F32]]
-"""x [B, features], h [L, B, H] -> y [B, outputs], h' [L, B, H]."""
-
-START_NS = 1_700_000_000_000_000_000
+from tests.support.scribe import F32, START_NS, Scribe, Step
 
 
 def gru_description(gru: torch.nn.GRU) -> dict[str, Any]:
@@ -52,6 +44,7 @@ def make_header(description: dict[str, Any], **changes: Any) -> RecordingHeader:
         "exactness": "exact",
         "buckets": (4, 8, 16),
         "max_ulp": 0,
+        "durability": "commit",
     }
     return RecordingHeader(**{**fields, **changes})
 
@@ -153,93 +146,21 @@ def record(
         magnitude: of the frames.
         finish: close the recording; otherwise the writer still has it open, everything committed.
     """
-    rng = np.random.default_rng(seed)
     writer = RecordingWriter.create(path, header)
-    layers, size = header.state_layers, header.state_size
-    states = np.zeros((len(lengths), layers, size), np.float32)
+    scribe = Scribe(writer, step, bucket=bucket, seed=seed, magnitude=magnitude)
     for at in range(len(lengths)):
-        if at in initial:
-            states[at] = rng.uniform(-1, 1, (layers, size))
-        writer.open_stream(at + 1, f"stream-{at + 1}", START_NS + at, states[at] if at in initial else None)
+        scribe.open(at + 1, scribe.random_state() if at in initial else None)
     done = np.zeros(len(lengths), np.int64)
-    now = START_NS
     while len(pending := np.flatnonzero(done < np.asarray(lengths))):
-        chosen = rng.permutation(pending)[: rng.integers(1, bucket + 1)]
-        x = np.zeros((bucket, header.features), np.float32)
-        x[: len(chosen)] = magnitude * rng.standard_normal((len(chosen), header.features))
+        chosen = scribe.rng.permutation(pending)[: scribe.rng.integers(1, bucket + 1)]
         if mix_up is not None and mix_up[0] in chosen and done[mix_up[0]] == mix_up[2]:
-            states[mix_up[0]] = states[mix_up[1]]
-        h = np.zeros((layers, bucket, size), np.float32)
-        h[:, : len(chosen)] = states[chosen].transpose(1, 0, 2)
-        y, after = step(x, h)
-        states[chosen] = after[:, : len(chosen)].transpose(1, 0, 2)
-        rows = slice(0, len(chosen))
-        now += 1000
-        writer.add_batch(now, bucket, (chosen + 1).astype(np.uint32), done[chosen].astype(np.uint64), x[rows], y[rows])
+            scribe.states[mix_up[0] + 1] = scribe.states[mix_up[1] + 1]
+        scribe.step((chosen + 1).tolist())
         done[chosen] += 1
-    for at, length in enumerate(lengths):
+    for at in range(len(lengths)):
         if at not in leave_open:
-            writer.close_stream(at + 1, now + at, "closed by its client", length, states[at])
+            scribe.close(at + 1)
     writer.commit()
     if finish:
         writer.close()
     return writer
-
-
-class Forger:
-    """Changes rows of a copy of a recording, with their CRC recomputed or left as it was."""
-
-    def __init__(self, source: Path, target: Path, *, fix_crc: bool = True) -> None:
-        shutil.copyfile(source, target)
-        self.path = target
-        self.fix_crc = fix_crc
-
-    def rows(self, table: str) -> list[dict[str, Any]]:
-        with sqlite3.connect(self.path) as database:
-            database.row_factory = sqlite3.Row
-            rows = [dict(row) for row in database.execute(f"SELECT * FROM {table} ORDER BY position")]
-        database.close()
-        return rows
-
-    def change(self, table: str, position: int, **columns: Any) -> None:
-        self._change(table, position, columns)
-
-    def move(self, table: str, position: int, to: int) -> None:
-        self._change(table, position, {"position": to})
-
-    def remove(self, table: str, position: int) -> None:
-        self._run(f"DELETE FROM {table} WHERE position = ?", (position,))
-
-    def change_header(self, key: str, value: str) -> None:
-        crc = {"crc": row_crc(key, value)} if self.fix_crc else {}
-        assignments = ", ".join(f"{name} = :{name}" for name in ("value", *crc))
-        self._run(f"UPDATE header SET {assignments} WHERE key = :key", {"key": key, "value": value, **crc})
-
-    def find_frame(self, stream: int, seq: int) -> tuple[dict[str, Any], int]:
-        """The batch that holds a frame, and the frame's row in it."""
-        for row in self.rows("batches"):
-            numbers = np.frombuffer(row["streams"], "<u4")
-            seqs = np.frombuffer(row["seqs"], "<u8")
-            at = np.flatnonzero((numbers == stream) & (seqs == seq))
-            if len(at):
-                return row, int(at[0])
-        raise LookupError((stream, seq))
-
-    def column(self, batch: dict[str, Any], name: str) -> npt.NDArray[Any]:
-        """A writable copy of a batch's column, one row a frame."""
-        kind = {"streams": "<u4", "seqs": "<u8", "x": "<f4", "y": "<f4"}[name]
-        shape = (batch["size"],) if name in ("streams", "seqs") else (batch["size"], -1)
-        return np.frombuffer(batch[name], kind).reshape(shape).copy()
-
-    def _change(self, table: str, position: int, columns: dict[str, Any]) -> None:
-        (row,) = (row for row in self.rows(table) if row["position"] == position)
-        row.update(columns)
-        if self.fix_crc:
-            row["crc"] = row_crc(*(row[name] for name in HISTORY[table]))
-        assignments = ", ".join(f"{name} = :{name}" for name in row)
-        self._run(f"UPDATE {table} SET {assignments} WHERE position = :was", {**row, "was": position})
-
-    def _run(self, statement: str, values: Any) -> None:
-        with sqlite3.connect(self.path) as database:
-            assert database.execute(statement, values).rowcount == 1
-        database.close()

@@ -41,20 +41,25 @@ def test_spans_hold_every_frame_once(most_frames: int) -> None:
     lengths = [3, 8, 5]
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     x = np.arange(32, dtype=np.float32).reshape(16, 2)
-    sequences = Sequences(np.array([10, 11, 12]), offsets, x, -x[:, :1])
-    chunk = Chunk(sequences, np.array([1, 2]), most_frames)
+    answered = np.arange(16) % 5 != 0
+    sequences = Sequences(np.array([10, 11, 12]), offsets, x, -x[:, :1], answered)
+    chunk = Chunk(sequences, np.arange(13) * 100, np.array([1, 2]), most_frames)
     assert chunk.rows.tolist() == [11, 12]
     assert chunk.lengths.tolist() == [8, 5]
-    seen: list[tuple[int, int, list[float], list[float]]] = []
+    seen: list[tuple[int, int, list[float], list[float], bool]] = []
     for span in chunk.spans():
         assert span.valid.sum(axis=1).tolist() == span.active.tolist()
         assert not span.x[~span.valid].any()
+        assert not span.answered[~span.valid].any()
         assert len(span.active) * LEAST_RUNS <= max(most_frames, LEAST_RUNS)
         for timestep, row in np.argwhere(span.valid).tolist():
-            seen.append((row, span.start + timestep, span.x[timestep, row].tolist(), span.y[timestep, row].tolist()))
+            seq = int(span.starts[row]) + timestep
+            at = (timestep, row)
+            seen.append((row, seq, span.x[at].tolist(), span.y[at].tolist(), bool(span.answered[at])))
     expected = [
-        (row, frame, x[offsets[at] + frame].tolist(), (-x[offsets[at] + frame, :1]).tolist())
-        for row, at in enumerate((1, 2))
+        (row, first_seq + frame, x[place].tolist(), (-x[place, :1]).tolist(), bool(place % 5))
+        for row, at, first_seq in ((0, 1, 1100), (1, 2, 1200))
         for frame in range(lengths[at])
+        for place in [int(offsets[at]) + frame]
     ]
     assert sorted(seen) == sorted(expected)

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from instep.verify import command
 from instep.verify.command import run
-from tests.support.recordings import Forger, Recorded, make_gru, record_gru
+from tests.support.forger import Forger
+from tests.support.recordings import Recorded, make_gru, record_gru
 
 
 @pytest.fixture

@@ -11,6 +11,10 @@ VALID = np.arange(STEPS)[:, None] < np.array([5, 4, 2])
 LIMIT = np.full((STEPS, ROWS), 1e-3)
 
 
+def starts(seq: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    return np.full(ROWS, seq, np.int64)
+
+
 def nudged(*places: tuple[int, int, int], ulps: int = 1) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     values = RECORDED.copy()
     for place in places:
@@ -20,7 +24,7 @@ def nudged(*places: tuple[int, int, int], ulps: int = 1) -> np.ndarray[tuple[int
 
 def test_equal_bits() -> None:
     found = Comparison("stepped", ROWS, bits_required=True)
-    found.add_replay(0, RECORDED, nudged((4, 1, 0), (2, 2, 3)), VALID, LIMIT)  # only where there is no frame
+    found.add_replay(starts(0), RECORDED, nudged((4, 1, 0), (2, 2, 3)), VALID, LIMIT)  # only where there is no frame
     assert not found.differs.any()
     assert not found.wrong.any()
     assert found.ulps[0] == found.ulps.sum() == (5 + 4 + 2) * OUTPUTS
@@ -28,26 +32,28 @@ def test_equal_bits() -> None:
 
 def test_the_first_differing_element_of_each_row() -> None:
     found = Comparison("stepped", ROWS, bits_required=True)
-    found.add_replay(10, RECORDED, nudged((3, 0, 1), (1, 0, 2), (1, 0, 3), (0, 2, 0), ulps=3), VALID, LIMIT)
+    found.add_replay(
+        np.array([10, 0, 30]), RECORDED, nudged((3, 0, 1), (1, 0, 2), (1, 0, 3), (0, 2, 0), ulps=3), VALID, LIMIT
+    )
     assert found.wrong.tolist() == [True, False, True]
     assert (found.first[0].frame, found.first[0].element, found.first[0].ulp) == (11, 2, 3)
-    assert (found.first[2].frame, found.first[2].element) == (10, 0)
+    assert (found.first[2].frame, found.first[2].element) == (30, 0)
     assert found.first[0].recorded == RECORDED[1, 0, 2]
     assert found.max_ulp.tolist() == [3, 0, 3]
     assert found.ulps[3] == 4
-    found.add_replay(15, RECORDED, nudged((0, 0, 0)), VALID, LIMIT)
+    found.add_replay(np.array([15, 5, 35]), RECORDED, nudged((0, 0, 0)), VALID, LIMIT)
     assert found.first[0].frame == 11, "what comes later does not replace it"
 
 
 def test_within_its_limit_a_difference_is_not_wrong_unless_bits_are_required() -> None:
     found = Comparison("stepped", ROWS, bits_required=False)
-    found.add_replay(0, RECORDED, nudged((1, 0, 2)), VALID, LIMIT)
+    found.add_replay(starts(0), RECORDED, nudged((1, 0, 2)), VALID, LIMIT)
     assert found.differs.tolist() == [True, False, False]
     assert not found.wrong.any()
     assert found.first[0].frame == 1
     values = RECORDED.copy()
     values[3, 0, 1] += 0.002
-    found.add_replay(5, RECORDED, values, VALID, LIMIT)
+    found.add_replay(starts(5), RECORDED, values, VALID, LIMIT)
     assert found.wrong.tolist() == [True, False, False]
     assert (found.first[0].frame, found.first[0].element) == (8, 1), "a wrong element counts before one that differs"
     assert found.max_error[0] == pytest.approx(0.002, rel=1e-3)
@@ -58,11 +64,11 @@ def test_signs_of_zero_and_nan_are_bits_too() -> None:
     recorded = np.array([[[0.0, np.nan, 1.0, np.nan]]], np.float32)
     replayed = np.array([[[-0.0, np.nan, np.nan, 1.0]]], np.float32)
     one = np.ones((1, 1), np.bool_)
-    found.add_replay(0, recorded, replayed, one, np.ones((1, 1)))
+    found.add_replay(starts(0), recorded, replayed, one, np.ones((1, 1)))
     assert found.ulps[[0, 1, -1]].tolist() == [1, 1, 2]
     assert found.first[0].element == 0
     lenient = Comparison("stepped", 1, bits_required=False)
-    lenient.add_replay(0, recorded, replayed, one, np.ones((1, 1)))
+    lenient.add_replay(starts(0), recorded, replayed, one, np.ones((1, 1)))
     assert lenient.wrong.all(), "a NaN is within no tolerance"
     assert lenient.first[0].element == 2
 
@@ -88,7 +94,7 @@ def test_truth() -> None:
     truth[2, 1, 3] += 2e-3
     truth[3, 1, 0] += 9e-3
     truth[4, 2, 0] += 1  # no frame there
-    found.add_truth(20, RECORDED, truth, VALID, LIMIT)
+    found.add_truth(np.array([0, 20, 0]), RECORDED, truth, VALID, LIMIT)
     assert found.max_error == pytest.approx([5e-4, 9e-3, 0])
     assert found.wrong.tolist() == [False, True, False]
     assert (found.first[1].frame, found.first[1].element) == (22, 3)

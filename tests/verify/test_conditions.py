@@ -10,7 +10,7 @@ from instep.model.network import Network
 from instep.model.numerics import numerics
 from instep.recording.schema import RecordingHeader
 from instep.verify import conditions
-from instep.verify.conditions import device_for, differing, find_conditions, recorded_threads
+from instep.verify.conditions import device_for, find_conditions, recorded_threads
 from tests.support.models import SEED_SIZED, with_head
 from tests.support.recordings import make_header
 
@@ -23,7 +23,7 @@ def header(**changes: Any) -> RecordingHeader:
 
 
 def test_on_the_machine_that_recorded_bits_are_required() -> None:
-    found = find_conditions(header(buckets=(4, 16, 1024)), NETWORK)
+    found = find_conditions([header(buckets=(4, 16, 1024))], NETWORK)
     assert found.step_bits
     assert found.whole_bits
     assert found.buckets == (4, 16), "those of the recording, up to a useful number of rows"
@@ -31,7 +31,7 @@ def test_on_the_machine_that_recorded_bits_are_required() -> None:
 
 @pytest.mark.parametrize("buckets", [(3, 8), (-4, 4), (0,), (), (1024,)])
 def test_buckets_that_fit_nothing_are_replaced(buckets: tuple[int, ...]) -> None:
-    found = find_conditions(header(buckets=buckets), NETWORK)
+    found = find_conditions([header(buckets=buckets)], NETWORK)
     assert found.buckets[0] >= NETWORK.smallest_bucket
     assert found.buckets[-1] <= conditions.MOST_ROWS
     assert len(found.buckets) > 2
@@ -39,12 +39,12 @@ def test_buckets_that_fit_nothing_are_replaced(buckets: tuple[int, ...]) -> None
 
 def test_buckets_keep_to_the_network() -> None:
     network = Network(with_head(3, 8, 2), torch.device("cpu"))
-    assert all(bucket % 32 == 0 for bucket in find_conditions(header(buckets=(4, 8)), network).buckets)
+    assert all(bucket % 32 == 0 for bucket in find_conditions([header(buckets=(4, 8))], network).buckets)
 
 
 @pytest.mark.parametrize("exactness", ["tolerance", "off"])
 def test_an_engine_that_promised_no_bits(exactness: str) -> None:
-    found = find_conditions(header(exactness=exactness), NETWORK)
+    found = find_conditions([header(exactness=exactness)], NETWORK)
     assert found.step_notes == (f"the engine ran with exactness {exactness}, which promises no bits",)
     assert not found.step_bits
     assert not found.whole_bits
@@ -52,7 +52,7 @@ def test_an_engine_that_promised_no_bits(exactness: str) -> None:
 
 def test_another_machine() -> None:
     there = {**numerics(NETWORK), "torch": "1.9"}
-    (note,) = find_conditions(header(numerics=there), NETWORK).step_notes
+    (note,) = find_conditions([header(numerics=there)], NETWORK).step_notes
     assert note == (
         f"this machine computes otherwise than the one that recorded: torch 1.9 there, {torch.__version__} here"
     )
@@ -61,23 +61,24 @@ def test_another_machine() -> None:
 def test_a_machine_that_does_not_certify(monkeypatch: pytest.MonkeyPatch) -> None:
     uncertified = Certification("tolerance", (4,), 3, whole_sequence=False)
     monkeypatch.setattr(conditions, "certify", lambda network, candidates: uncertified)
-    found = find_conditions(header(), NETWORK)
+    found = find_conditions([header()], NETWORK)
     assert found.step_notes == ("on this machine, a frame's bits depend on the batch size",)
     assert not found.step_bits
     only_stepping = Certification("exact", (4,), 0, whole_sequence=False)
     monkeypatch.setattr(conditions, "certify", lambda network, candidates: only_stepping)
-    found = find_conditions(header(), NETWORK)
+    found = find_conditions([header()], NETWORK)
     assert found.step_bits
     assert not found.whole_bits
     assert found.whole_notes == ("on this machine, a whole sequence in one call has other bits than stepping it",)
 
 
-def test_differences_in_words() -> None:
-    assert differing({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "5"}) == [
-        "b 2 there, 4 here",
-        "c 3 there, unknown here",
-        "d unknown there, 5 here",
-    ]
+def test_every_engine_that_wrote_counts() -> None:
+    other = header(numerics={**numerics(NETWORK), "torch": "1.9"}, buckets=(4, 8, 64), exactness="off")
+    found = find_conditions([header(buckets=(4, 16)), other, other], NETWORK)
+    assert found.buckets == (4, 8, 16, 64)
+    assert len(found.step_notes) == 2
+    assert found.step_notes[0] == "the engine ran with exactness off, which promises no bits"
+    assert "torch 1.9 there" in found.step_notes[1]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:99", "cuda:x", "nonsense"])

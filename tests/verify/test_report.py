@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instep.model.ulp import NOT_COMPARABLE
-from instep.verify.report import ULP_BINS, Divergence, Report, StreamReport, Verdict, ulp_bins, ulp_label
+from instep.verify.report import ULP_BINS, Divergence, Report, StreamReport, Verdict, joined, ulp_bins, ulp_label
 
 
 def stream(number: int, verdict: Verdict, frames: int = 10, **changes: Any) -> StreamReport:
@@ -17,8 +17,9 @@ def stream(number: int, verdict: Verdict, frames: int = 10, **changes: Any) -> S
         "divergence": None,
         "max_ulp": 0,
         "max_error": 1.25e-7 * number,
+        "not_compared": 0,
     }
-    return StreamReport(number, f"mic-{number}", frames, verdict, **{**fields, **changes})
+    return StreamReport(number, f"mic-{number}", frames, verdict=verdict, **{**fields, **changes})
 
 
 def report(*streams: StreamReport, **changes: Any) -> Report:
@@ -97,7 +98,7 @@ def test_json_holds_everything_even_what_json_cannot_say() -> None:
     divergence = Divergence("stepped", "output", 7, 3, float("nan"), 0.5, NOT_COMPARABLE)
     found = report(
         stream(1, "mismatch", divergence=divergence, max_error=float("inf"), max_ulp=3),
-        stream(2, "exact"),
+        stream(2, "exact", not_compared=4),
         notes=("why",),
         finished=False,
         ulps={"stepped": ulp_bins(np.array([0, 0, 5])), "whole sequence": ulp_bins(np.array([0]))},
@@ -107,6 +108,7 @@ def test_json_holds_everything_even_what_json_cannot_say() -> None:
     assert fields["verdict"] == "mismatch"
     assert fields["summary"] == found.summary()
     assert (fields["frames"], fields["mismatches"], fields["finished"]) == (20, 1, False)
+    assert fields["not_compared"] == 4
     assert fields["max_error"] == "inf"
     assert fields["notes"] == ["why"]
     assert fields["seconds"] == 1.235
@@ -124,9 +126,26 @@ def test_json_holds_everything_even_what_json_cannot_say() -> None:
         "stream": 2,
         "name": "mic-2",
         "frames": 10,
+        "not_compared": 4,
         "verdict": "exact",
         "problems": [],
         "first_divergence": None,
         "max_ulp": 0,
         "max_error": 2.5e-7,
     }
+
+
+def test_stretches_of_a_stream_become_one() -> None:
+    near = Divergence("stepped", "output", 7, 3, 0.25, 0.5, 1)
+    far = Divergence("stepped", "output", 40, 3, 0.25, 0.5, 9)
+    parts = (
+        stream(5, "empty", 0),
+        stream(5, "within tolerance", 20, divergence=near, max_ulp=1),
+        stream(5, "mismatch", 10, divergence=far, max_ulp=9, not_compared=2, problems=("far",)),
+        stream(5, "exact", 3, not_compared=1, max_error=0.5),
+    )
+    assert joined(parts) == StreamReport(5, "mic-5", 33, 3, "mismatch", ("far",), far, 9, 0.5)
+    assert joined(parts[:2]).verdict == "within tolerance"
+    assert joined(parts[:2]).divergence is near
+    assert joined([parts[0], parts[3]]).verdict == "exact"
+    assert joined(parts[:1]) == parts[0]

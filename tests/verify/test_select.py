@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from instep.recording.reader import StreamInfo
+from instep.recording.records import StreamInfo
 from instep.verify.errors import CannotVerify
 from instep.verify.select import select_streams
 

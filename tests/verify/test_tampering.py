@@ -15,7 +15,8 @@ from rich.console import Console
 
 from instep.model.folder import load_model
 from instep.verify.command import run
-from tests.support.recordings import Forger, Recorded, make_gru, record_gru
+from tests.support.forger import Forger
+from tests.support.recordings import Recorded, make_gru, record_gru
 
 LENGTHS = [12, 30, 25, 30]
 STREAM = 2
@@ -38,7 +39,7 @@ def change_frame(forger: Forger, seq: int, column: str, change: Callable[[Values
     batch, at = forger.find_frame(STREAM, seq)
     values = forger.column(batch, column)
     change(values[at])
-    forger.change("batches", batch["position"], **{column: values.tobytes()})
+    forger.change_batch(batch, **{column: values})
 
 
 def flip_one_bit_of_an_output(forger: Forger) -> None:
@@ -62,8 +63,8 @@ def swap_two_frames(forger: Forger) -> None:
     for column in ("x", "y"):
         values, other_values = forger.column(one, column), forger.column(other, column)
         values[at], other_values[other_at] = other_values[other_at].copy(), values[at].copy()
-        forger.change("batches", one["position"], **{column: values.tobytes()})
-        forger.change("batches", other["position"], **{column: other_values.tobytes()})
+        forger.change_batch(one, **{column: values})
+        forger.change_batch(other, **{column: other_values})
 
 
 def swap_two_seqs(forger: Forger) -> None:
@@ -71,14 +72,14 @@ def swap_two_seqs(forger: Forger) -> None:
         batch, at = forger.find_frame(STREAM, seq)
         values = forger.column(batch, "seqs")
         values[at] = becomes
-        forger.change("batches", batch["position"], seqs=values.tobytes())
+        forger.change_batch(batch, seqs=values)
 
 
 def drop_frame(forger: Forger, seq: int) -> None:
     batch, at = forger.find_frame(STREAM, seq)
     kept = {name: np.delete(forger.column(batch, name), at, axis=0) for name in ("streams", "seqs", "x", "y")}
     assert batch["size"] > 1
-    forger.change("batches", batch["position"], size=batch["size"] - 1, **{name: kept[name].tobytes() for name in kept})
+    forger.change_batch(batch, **kept)
 
 
 def lose_a_frame(forger: Forger) -> None:
@@ -95,7 +96,7 @@ def lose_a_frame_and_count_again(forger: Forger) -> None:
         batch, at = forger.find_frame(STREAM, seq)
         values = forger.column(batch, "seqs")
         values[at] = seq - 1
-        forger.change("batches", batch["position"], seqs=values.tobytes())
+        forger.change_batch(batch, seqs=values)
     closing = next(row for row in forger.rows("closings") if row["stream"] == STREAM)
     forger.change("closings", closing["position"], frames=closing["frames"] - 1)
 
@@ -148,7 +149,7 @@ def test_with_the_crc_left_wrong_it_is_damaged(recorded: Recorded, tamper: Tampe
         (lose_a_frame, "frame 17 is missing: frame 18 was recorded in its place"),
         (lose_the_first_frame, "frame 0 is missing: frame 1 was recorded in its place"),
         (lose_a_frame_and_count_again, "frame 17, element 0: recorded"),
-        (lose_the_last_frame, "the stream was closed after 30 frames, but 29 are recorded"),
+        (lose_the_last_frame, "the stream was closed before frame 30, but its recorded frames end before frame 29"),
         (start_from_anothers_state, "frame 0, element 0: recorded"),
     ],
 )

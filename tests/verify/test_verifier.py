@@ -15,13 +15,14 @@ from instep.model.folder import Model, load_model, make_model
 from instep.model.network import Network
 from instep.recording import sequences
 from instep.recording.errors import RecordingError
-from instep.recording.reader import RecordedBatch, RecordingReader
+from instep.recording.reader import RecordingReader
+from instep.recording.records import RecordedBatch
 from instep.verify import verifier
 from instep.verify.errors import CannotVerify
 from instep.verify.replay import replay_stepped, replay_whole
 from instep.verify.report import Report
+from tests.support.forger import Forger
 from tests.support.recordings import (
-    Forger,
     Recorded,
     gru_step,
     make_gru,
@@ -91,7 +92,7 @@ def test_forged_frames_of_any_value_are_mismatches(tmp_path: Path, value: float)
         batch, at = forger.find_frame(3, 8)
         values = forger.column(batch, column)
         values[at] = value
-        forger.change("batches", batch["position"], **{column: values.tobytes()})
+        forger.change_batch(batch, **{column: values})
         report = verify(Recorded(forger.path, recorded.folder, recorded.header))
         assert [stream.stream for stream in report.streams if stream.verdict == "mismatch"] == [3]
         assert len(report.streams[2].problems) == 3
@@ -175,7 +176,7 @@ def nudge_output(recorded: Recorded, stream: int, seq: int, ulps: int) -> Record
     batch, at = forger.find_frame(stream, seq)
     y = forger.column(batch, "y")
     y.view(np.int32)[at, 2] += ulps
-    forger.change("batches", batch["position"], y=y.tobytes())
+    forger.change_batch(batch, y=y)
     return Recorded(forger.path, recorded.folder, recorded.header)
 
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from instep.export.errors import CannotExport
-from instep.recording.reader import StreamInfo
+from instep.recording.records import StreamInfo
 
 
 def select_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list[int]:

@@ -11,7 +11,8 @@ import numpy as np
 from instep.core.typing import F32, I64, U32, U64
 from instep.export.select import select_streams
 from instep.recording.errors import RecordingError
-from instep.recording.reader import RecordedBatch, RecordingReader
+from instep.recording.reader import RecordingReader
+from instep.recording.records import RecordedBatch
 
 CHUNK_BYTES: Final = 16 * 2**20
 """Floats in a chunk, about; a chunk has as many frames as fit, and up to one batch more."""
@@ -41,7 +42,7 @@ class Chunk:
 class FrameTable:
     """Every frame of some streams of a recording with its output, in the order they were stepped.
 
-    A frame whose outputs are all NaN was never answered, and is left out.
+    A frame whose outputs were not recorded, because the engine was killed as it computed them, is left out.
 
     Args:
         reader: an open recording.
@@ -111,11 +112,13 @@ class FrameTable:
 
     def _rows(self, batch: RecordedBatch) -> Chunk:
         names = self._names_of(batch)
-        answered = ~np.isnan(batch.y).all(axis=1)
-        self.left_out += int(np.count_nonzero((names >= 0) & ~answered))
-        rows = np.flatnonzero((names >= 0) & answered)
+        rows = np.flatnonzero(names >= 0)
+        if batch.y is None:
+            self.left_out += len(rows)
+            rows = rows[:0]
+        y = np.zeros((len(batch.seqs), self.outputs), np.float32) if batch.y is None else batch.y
         times: I64 = np.full(len(rows), batch.time_ns, np.int64)
-        return Chunk(names[rows], batch.streams[rows], batch.seqs[rows], times, batch.x[rows], batch.y[rows])
+        return Chunk(names[rows], batch.streams[rows], batch.seqs[rows], times, batch.x[rows], y[rows])
 
     def _names_of(self, batch: RecordedBatch) -> I64:
         """Indices into `names`, -1 where the stream is not wanted."""

@@ -149,6 +149,7 @@ class Recorder:
             write()
         self._writer.commit()
         self._on_durable(self._writer.position)
+        self._writer.checkpoint()
         with self._changed:
             self._batches -= batches
             self._small_rows -= small_rows

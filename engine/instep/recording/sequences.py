@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from instep.core.typing import F32, I64, U32, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedBatch, StreamInfo
+from instep.recording.records import RecordedBatch, StateReset, StreamInfo
 
 IN_MEMORY_BYTES: Final = 128 * 2**20
 """Frames of more than this are held in a temporary file."""
@@ -22,17 +23,32 @@ _ZEROS: Final = bytes(2**20)
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """Frames of one stream from its beginning, or from a reset of its state, up to the next reset or its end."""
+
+    row: int
+    """Which stream, as an index into `SequenceIndex.streams`."""
+    first_seq: int
+    initial_state: F32 | None
+    """Before the first frame, float32 [layers, hidden size]; None for zeros."""
+    final_state: F32 | None
+    """After the last frame; None where it was not recorded."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sequences:
-    """Whole sequences of some streams, one after another."""
+    """Whole sequences, one after another."""
 
     rows: I64
-    """Which streams, as indices into `SequenceIndex.streams`."""
+    """Which ones, as indices into `SequenceIndex.stretches`."""
     offsets: I64
     """[len(rows) + 1]: the frames of `rows[i]` are `offsets[i]` to `offsets[i + 1]`."""
     x: F32
     """float32 [frames, features]."""
     y: F32
     """float32 [frames, outputs]."""
+    answered: Bool
+    """bool [frames]: False where the outputs were not recorded, because the engine was killed."""
 
 
 class SequenceIndex:
@@ -41,12 +57,14 @@ class SequenceIndex:
     A stream with a defect counts only with its frames before it.
 
     Args:
-        reader: an open recording; every row of it is read and its CRC checked.
+        reader: an open recording; every row of its history is read and its CRC checked.
         on_progress: called with the share (0 to 1) of the recording that was read.
 
     Attributes:
         streams: every opening, in order.
-        frames: int64 [streams]: frames that follow each other without a gap from seq 0.
+        stretches: every stretch, those of one stream in order.
+        frames: int64 [stretches]: frames that follow each other without a gap.
+        unanswered: int64 [stretches]: how many of them have no recorded outputs.
         frames_present: all frames in the recording, those after a defect too.
         defects: by index of the stream, a sentence: a frame is missing, repeated, or out of order.
 
@@ -57,25 +75,41 @@ class SequenceIndex:
     def __init__(self, reader: RecordingReader, on_progress: Callable[[float], None]) -> None:
         self._reader = reader
         self.streams: list[StreamInfo] = reader.streams()
-        count = len(self.streams)
         self._numbers: I64 = np.array([info.stream for info in self.streams], np.int64)
         self._by_number: I64 = np.argsort(self._numbers, kind="stable").astype(np.int64)
         self._opened: I64 = np.array([info.opened_position for info in self.streams], np.int64)
         self._closed: I64 = np.array([info.closed_position or _NEVER for info in self.streams], np.int64)
-        self._defect_at: I64 = np.full(count, _NEVER, np.int64)
-        self._last_at: I64 = np.zeros(count, np.int64)
-        self.frames: I64 = np.zeros(count, np.int64)
+        self._next: I64 = np.array([info.first_seq for info in self.streams], np.int64)
+        self._defect_at: I64 = np.full(len(self.streams), _NEVER, np.int64)
+        self.stretches = [
+            Stretch(row, info.first_seq, info.initial_state, info.final_state) for row, info in enumerate(self.streams)
+        ]
+        self._stretch: I64 = np.arange(len(self.streams))
+        """Of each stream, the one that the next frame belongs to."""
+        # Nothing is compared with the other events, but each is checked against its CRC as it is read.
+        resets = list(reader.resets())
+        self._began: list[tuple[int, int, int]] = []
+        """Position, stream and index of every stretch that a reset began."""
+        counts = len(self.streams) + len(resets)
+        self._first_at: I64 = np.full(counts, _NEVER, np.int64)
+        self._last_at: I64 = np.zeros(counts, np.int64)
+        self.frames: I64 = np.zeros(counts, np.int64)
+        self.unanswered: I64 = np.zeros(counts, np.int64)
         self.frames_present = 0
         self.defects: dict[int, str] = {}
-        for batch in reader.batches():
-            self._count(batch)
-            on_progress(batch.position / reader.last_position)
-        for _ in reader.events():
-            pass  # nothing is compared with them, but each is checked against its CRC as it is read
+        items: Iterator[RecordedBatch | StateReset] = reader.batches()
+        for item in heapq.merge(items, resets, key=lambda item: item.position):
+            if isinstance(item, RecordedBatch):
+                self._count(item)
+                on_progress(item.position / reader.last_position)
+            else:
+                self._reset(item)
         self._compare_with_closings()
+        count = len(self.stretches)
+        self.frames, self.unanswered = self.frames[:count], self.unanswered[:count]
 
     def load(self, rows: I64) -> Sequences:
-        """The frames of these streams, in one pass over the part of the recording that holds them.
+        """The frames of these stretches, in one pass over the part of the recording that holds them.
 
         More than `IN_MEMORY_BYTES` of them lie in a temporary file, which goes when the arrays do; the system reads and
         writes it as memory allows.
@@ -88,16 +122,26 @@ class SequenceIndex:
         in_memory = 4 * frames * (header.features + header.outputs) <= IN_MEMORY_BYTES
         new = _zeros if in_memory else self._zeros_in_a_file
         x, y = new(frames, header.features), new(frames, header.outputs)
-        start: I64 = np.full(len(self.streams), -1, np.int64)
+        answered: Bool = np.zeros(frames, np.bool_)
+        start: I64 = np.full(len(self.stretches), -1, np.int64)
         start[rows] = offsets[:-1]
-        first, last = int(self._opened[rows].min()), int(self._last_at[rows].max())
+        first_seq: I64 = np.array([stretch.first_seq for stretch in self.stretches], np.int64)
+        first, last = int(self._first_at[rows].min()), int(self._last_at[rows].max())
+        current, began = np.arange(len(self.streams)), iter([*self._began, (_NEVER, 0, 0)])
+        position, row, stretch = next(began)
         for batch in self._reader.batches(first, last):
+            while position < batch.position:
+                current[row] = stretch
+                position, row, stretch = next(began)
             of = self._rows_of(batch.streams, batch.position)
-            wanted = np.flatnonzero((start[of] >= 0) & (batch.position < self._defect_at[of]))
-            to = start[of[wanted]] + batch.seqs[wanted].astype(np.int64)
-            x[to] = batch.x[wanted]
-            y[to] = batch.y[wanted]
-        return Sequences(rows, offsets, x, y)
+            found = np.flatnonzero((start[current[of]] >= 0) & (batch.position < self._defect_at[of]))
+            which = current[of[found]]
+            to = start[which] + batch.seqs[found].astype(np.int64) - first_seq[which]
+            x[to] = batch.x[found]
+            if batch.y is not None:
+                y[to] = batch.y[found]
+                answered[to] = True
+        return Sequences(rows, offsets, x, y, answered)
 
     def _zeros_in_a_file(self, frames: int, width: int) -> F32:
         """float32 [frames, width] in a temporary file."""
@@ -120,7 +164,7 @@ class SequenceIndex:
         # A seq of 2^63 or more turns negative here and is out of order like any other wrong one.
         seqs = batch.seqs.astype(np.int64)
         good = (
-            (seqs == self.frames[rows])
+            (seqs == self._next[rows])
             & (self._defect_at[rows] == _NEVER)
             & (batch.position > self._opened[rows])
             & (batch.position < self._closed[rows])
@@ -129,15 +173,34 @@ class SequenceIndex:
             good &= np.bincount(rows)[rows] == 1
         if not good.all():
             self._find_defects(batch.position, rows, seqs, good)
-        self.frames[rows[good]] += 1
+        stretches = self._stretch[rows[good]]
+        self._next[rows[good]] += 1
+        self.frames[stretches] += 1
+        if batch.y is None:
+            self.unanswered[stretches] += 1
         self.frames_present += len(rows)
-        self._last_at[rows] = batch.position
+        self._first_at[stretches] = np.minimum(self._first_at[stretches], batch.position)
+        self._last_at[stretches] = batch.position
+
+    def _reset(self, reset: StateReset) -> None:
+        (row,) = self._rows_of(np.array([reset.stream]), reset.position).tolist()
+        if row in self.defects:
+            return
+        if reset.seq != self._next[row] or not self._opened[row] < reset.position < self._closed[row]:
+            self.defects[row] = f"its state was reset before frame {reset.seq}, where frame {self._next[row]} belongs"
+            self._defect_at[row] = reset.position
+            return
+        index, last = len(self.stretches), int(self._stretch[row])
+        self.stretches.append(Stretch(row, reset.seq, reset.state, self.stretches[last].final_state))
+        self.stretches[last] = replace(self.stretches[last], final_state=None)
+        self._stretch[row] = index
+        self._began.append((reset.position, row, index))
 
     def _find_defects(self, position: int, rows: I64, seqs: I64, good: Bool) -> None:
         for row, seq in zip(rows[~good].tolist(), seqs[~good].tolist(), strict=True):
             if row in self.defects:
                 continue
-            expected = int(self.frames[row])
+            expected = int(self._next[row])
             if seq > expected:
                 sentence = f"frame {expected} is missing: frame {seq} was recorded in its place"
             elif seq < expected:
@@ -151,20 +214,20 @@ class SequenceIndex:
 
     def _compare_with_closings(self) -> None:
         for row, info in enumerate(self.streams):
-            present = int(self.frames[row])
+            present = int(self._next[row])
             if row not in self.defects and info.frames is not None and info.frames != present:
-                self.defects[row] = f"the stream was closed after {info.frames} frames, but {present} are recorded"
+                self.defects[row] = (
+                    f"the stream was closed before frame {info.frames}, but its recorded frames end before frame "
+                    f"{present}"
+                )
 
-    def _rows_of(self, streams: U32, position: int) -> I64:
+    def _rows_of(self, streams: U32 | I64, position: int) -> I64:
         """Indices into `streams` of stream numbers."""
         wanted = streams.astype(np.int64)
         known = self._numbers[self._by_number]
         at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
         if not len(known) or (known[at] != wanted).any():
-            raise RecordingError(
-                f"{self._reader.path} is damaged: the batch at position {position} holds frames of a stream that "
-                "was never opened"
-            )
+            raise self._reader.damaged(f"the row at position {position} is of a stream that was never opened")
         rows: I64 = self._by_number[at]
         return rows
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
 from instep.core.typing import F32, U32, U64
+from instep.recording.engines import changed_values, refuse_other_engine
 from instep.recording.errors import RecordingError
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
@@ -31,9 +31,12 @@ from instep.recording.schema import (
 )
 from instep.recording.states import StateRows, blob
 
+CHECKPOINT_BYTES: Final = 4 * 2**20
+"""The WAL is copied into the file when about so much is in it: a pause of some milliseconds, which grows with it."""
+
 _SYNCHRONOUS: Final[dict[Durability, str]] = {"memory": "NORMAL", "commit": "NORMAL", "fsync": "FULL"}
-_LATER_ENGINE: Final = ("instep_version", "numerics", "exactness", "buckets", "max_ulp", "durability")
-"""What may differ in an engine that goes on with a recording."""
+_PAGES_A_COMMIT: Final = 4
+"""Those that every commit touches, about."""
 
 
 class RecordingWriter:
@@ -66,6 +69,7 @@ class RecordingWriter:
         )
         self._guard.execute("SELECT count(*) FROM header").fetchone()
         self._in_transaction = False
+        self._bytes_in_wal = 0
         count = "SELECT count(*) FROM"
         self._counts = {table: int(database.execute(f"{count} {table}").fetchone()[0]) for table in COUNTED}
         self._with_state = {int(row[0]) for row in database.execute("SELECT stream FROM states")}
@@ -125,14 +129,13 @@ class RecordingWriter:
         try:
             with RecordingReader(path) as reader:
                 last, position = reader.engines[-1].header, reader.last_position
-            _refuse_others(path, last, header, accept_numerics_change)
+            refuse_other_engine(path, last, header, accept_numerics_change)
             database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
                 _set_up(database, header)
                 writer = cls(path, lock, database, header, position)
                 writer.event(time.time_ns(), RECOVERED_EVENT, None, position, "another process goes on")
-                before, after = asdict(last), asdict(header)
-                if changes := {key: after[key] for key in _LATER_ENGINE if after[key] != before[key]}:
+                if changes := changed_values(last, header):
                     writer.event(time.time_ns(), ENGINE_EVENT, None, None, dumps(changes, sort_keys=True))
             except BaseException:
                 database.close()
@@ -216,6 +219,7 @@ class RecordingWriter:
         self._with_state.difference_update(gone)
         self._closed_with_state = []
         self._database.executemany("REPLACE INTO states VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows.as_rows(int(through)))
+        self._bytes_in_wal += rows.states.nbytes + rows.tail_x.nbytes + rows.tail_y.nbytes
         self._with_state.update(rows.streams.tolist())
         row = (int(through), *counts.values(), len(self._with_state))
         self._database.execute("DELETE FROM snapshot")
@@ -228,6 +232,14 @@ class RecordingWriter:
             self._database.execute("INSERT INTO newest VALUES (?, ?)", (self.position, row_crc(self.position)))
             self._database.execute("COMMIT")
             self._in_transaction = False
+            self._bytes_in_wal += _PAGES_A_COMMIT * PAGE_BYTES
+
+    def checkpoint(self) -> None:
+        """Copy the WAL into the file, if it is large enough to be worth it; nothing becomes more durable by it."""
+        assert not self._in_transaction
+        if self._bytes_in_wal > CHECKPOINT_BYTES:
+            self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            self._bytes_in_wal = 0
 
     def close(self) -> None:
         """Mark the end, commit, and leave one file without a WAL beside it."""
@@ -256,6 +268,7 @@ class RecordingWriter:
         row = (self.position, int(time_ns), *columns)
         marks = ", ".join("?" * (len(row) + 1))
         self._database.execute(f"INSERT INTO {table} VALUES ({marks})", (*row, row_crc(*row)))
+        self._bytes_in_wal += sum(len(column) for column in columns if isinstance(column, bytes))
         if table in self._counts:
             self._counts[table] += 1
 
@@ -266,23 +279,5 @@ class RecordingWriter:
 
 def _set_up(database: sqlite3.Connection, header: RecordingHeader) -> None:
     database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA wal_autocheckpoint=0")  # answers would wait for it, since it comes within a commit
     database.execute(f"PRAGMA synchronous={_SYNCHRONOUS[header.durability]}")
-
-
-def _refuse_others(path: Path, last: RecordingHeader, now: RecordingHeader, accept_numerics_change: bool) -> None:
-    if now.model_fingerprint != last.model_fingerprint:
-        raise RecordingError(
-            f"{path} is a recording of the model {last.model_name!r} (fingerprint {last.model_fingerprint[:12]}…), and "
-            f"this engine serves {now.model_name!r} ({now.model_fingerprint[:12]}…); choose another file"
-        )
-    if now.numerics != last.numerics and not accept_numerics_change:
-        keys = sorted({*now.numerics, *last.numerics})
-        differing = [
-            f"{key} {last.numerics.get(key, 'unknown')} there, {now.numerics.get(key, 'unknown')} here"
-            for key in keys
-            if last.numerics.get(key) != now.numerics.get(key)
-        ]
-        raise RecordingError(
-            f"{path} was written where floats come out with other bits ({'; '.join(differing)}), so its streams would "
-            "not go on exactly; go on all the same with --accept-numerics-change, or choose another file"
-        )

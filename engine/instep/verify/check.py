@@ -10,7 +10,8 @@ import numpy as np
 
 from instep.core.typing import F32
 from instep.model.network import Network
-from instep.recording.reader import StreamInfo
+from instep.recording.records import StreamInfo
+from instep.recording.sequences import Stretch
 from instep.verify.bound import ErrorBound
 from instep.verify.chunks import Chunk
 from instep.verify.comparison import Comparison
@@ -35,24 +36,27 @@ class Ways:
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A stream to check and what the index found wrong with it, if anything."""
+    """A stretch of a stream to check and what the index found wrong with it, if anything."""
 
     info: StreamInfo
+    stretch: Stretch
+    unanswered: int
+    """How many of its frames have no recorded outputs."""
     defect: str | None
 
     @property
     def final_state(self) -> F32 | None:
         """The recorded final state; None also after a defect, where it is not that of the frames before."""
-        return self.info.final_state if self.defect is None else None
+        return self.stretch.final_state if self.defect is None else None
 
 
 class ChunkCheck:
-    """Checks the streams of a chunk.
+    """Checks the stretches of a chunk.
 
     Args:
         ways: what computes.
         chunk: their frames.
-        suspects: the streams, in the order of the chunk.
+        suspects: the stretches, in the order of the chunk.
         pool: computes the ways beside each other.
     """
 
@@ -82,15 +86,15 @@ class ChunkCheck:
             (stepped_y, stepped_h), (whole_y, whole_h) = stepped.result(), whole.result()
             truth_y, truth_h = truth.result()
             limit = self._bound.of_outputs(truth_y, rounded.result(), span.valid)
-            self.stepped.add_replay(span.start, span.y, stepped_y, span.valid, 2 * limit)
-            self.whole.add_replay(span.start, span.y, whole_y, span.valid, 2 * limit)
-            self.truth.add_truth(span.start, span.y, truth_y, span.valid, limit)
+            self.stepped.add_replay(span.starts, span.y, stepped_y, span.answered, 2 * limit)
+            self.whole.add_replay(span.starts, span.y, whole_y, span.answered, 2 * limit)
+            self.truth.add_truth(span.starts, span.y, truth_y, span.answered, limit)
         limits = self._bound.of_states(truth_h).tolist()
         for row, suspect in enumerate(self._suspects):
             if (state := suspect.final_state) is not None:
-                frames = int(self._chunk.lengths[row])
-                self.stepped.add_replayed_state(row, frames, state, stepped_h[:, row], 2 * limits[row])
-                self.truth.add_true_state(row, frames, state, truth_h[:, row], limits[row])
+                seq = int(self._chunk.first_seqs[row] + self._chunk.lengths[row])
+                self.stepped.add_replayed_state(row, seq, state, stepped_h[:, row], 2 * limits[row])
+                self.truth.add_true_state(row, seq, state, truth_h[:, row], limits[row])
         return [self._report(row) for row in range(len(self._suspects))]
 
     def _stack_initial_states(self) -> F32:
@@ -98,8 +102,8 @@ class ChunkCheck:
         network = self._ways.stepped
         states = np.zeros((network.state_layers, len(self._suspects), network.state_size), np.float32)
         for row, suspect in enumerate(self._suspects):
-            if suspect.info.initial_state is not None:
-                states[:, row] = suspect.info.initial_state
+            if suspect.stretch.initial_state is not None:
+                states[:, row] = suspect.stretch.initial_state
         return states
 
     def _report(self, row: int) -> StreamReport:
@@ -107,7 +111,8 @@ class ChunkCheck:
         comparisons = (self.stepped, self.whole, self.truth)
         problems = [] if suspect.defect is None else [suspect.defect]
         problems += [comparison.first[row].sentence() for comparison in comparisons if comparison.wrong[row]]
-        verdict: Verdict = "exact"
+        compared = int(self._chunk.lengths[row]) - suspect.unanswered
+        verdict: Verdict = "exact" if compared or suspect.final_state is not None else "empty"
         if problems:
             verdict = "mismatch"
         elif self.stepped.differs[row] or self.whole.differs[row]:
@@ -116,7 +121,8 @@ class ChunkCheck:
         return StreamReport(
             stream=suspect.info.stream,
             name=suspect.info.name,
-            frames=int(self._chunk.lengths[row]),
+            frames=compared,
+            not_compared=suspect.unanswered,
             verdict=verdict,
             problems=tuple(problems),
             divergence=wrong_first[0].first[row] if wrong_first else None,
@@ -126,17 +132,18 @@ class ChunkCheck:
 
 
 def check_without_frames(suspect: Suspect) -> StreamReport:
-    """A stream without frames: its final state must be its initial one."""
+    """A stretch without frames: its final state must be its initial one."""
     problems = [] if suspect.defect is None else [suspect.defect]
     final = suspect.final_state
     if final is not None:
-        initial = np.zeros_like(final) if suspect.info.initial_state is None else suspect.info.initial_state
+        initial = np.zeros_like(final) if suspect.stretch.initial_state is None else suspect.stretch.initial_state
         if final.tobytes() != initial.tobytes():
             problems.append("it has no frames, but its final state is not its initial state")
     return StreamReport(
         stream=suspect.info.stream,
         name=suspect.info.name,
         frames=0,
+        not_compared=0,
         verdict="mismatch" if problems else "empty",
         problems=tuple(problems),
         divergence=None,

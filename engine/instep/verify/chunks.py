@@ -44,14 +44,16 @@ class Chunk:
 
     Args:
         sequences: where they are.
+        first_seqs: of the first frames, by the index of the stretch.
         members: which of them.
         most_frames: of a span, counting at least `LEAST_RUNS` rows; a chunk of fewer is one span.
     """
 
-    def __init__(self, sequences: Sequences, members: I64, most_frames: int) -> None:
+    def __init__(self, sequences: Sequences, first_seqs: I64, members: I64, most_frames: int) -> None:
         self._sequences = sequences
         self._start = sequences.offsets[members]
         self.rows: I64 = sequences.rows[members]
+        self.first_seqs: I64 = first_seqs[self.rows]
         self.lengths: I64 = (sequences.offsets[members + 1] - self._start).astype(np.int64)
         self._steps = max(most_frames // max(len(members), LEAST_RUNS), 1)
 
@@ -66,23 +68,26 @@ class Chunk:
         valid: Bool = timesteps < self.lengths
         at = np.where(valid, self._start + timesteps, 0)
         x = np.where(valid[:, :, None], self._sequences.x[at], np.float32(0))
-        return Span(start, x, self._sequences.y[at], valid)
+        answered: Bool = valid & self._sequences.answered[at]
+        return Span(start + self.first_seqs, x, self._sequences.y[at], valid, answered)
 
 
 class Span:
     """Some timesteps of a chunk.
 
     Attributes:
-        start: seq of the first timestep.
+        starts: [R]: seqs of the first timestep.
         x: [T, R, features], zero where a row has no frame.
-        y: [T, R, outputs] as recorded, meaningless where a row has no frame.
+        y: [T, R, outputs] as recorded, meaningless where it was not.
         valid: [T, R]: whether the row has a frame.
+        answered: [T, R]: whether its outputs were recorded.
         active: [T]: how many rows have one; they are the first ones.
     """
 
-    def __init__(self, start: int, x: F32, y: F32, valid: Bool) -> None:
-        self.start = start
+    def __init__(self, starts: I64, x: F32, y: F32, valid: Bool, answered: Bool) -> None:
+        self.starts = starts
         self.x = x
         self.y = y
         self.valid = valid
+        self.answered = answered
         self.active: I64 = valid.sum(axis=1)

@@ -39,14 +39,14 @@ class Comparison:
         self.max_error: F64 = np.zeros(rows)
         self.ulps: I64 = np.zeros(ULP_BINS, np.int64)
 
-    def add_replay(self, start: int, recorded: F32, replayed: F32, valid: Bool, limit: F64) -> None:
+    def add_replay(self, starts: I64, recorded: F32, replayed: F32, valid: Bool, limit: F64) -> None:
         """Compare outputs with a replay's.
 
         Args:
-            start: seq of the first timestep.
+            starts: [R]: seqs of the first timestep.
             recorded: [T, R, outputs].
             replayed: [T, R, outputs].
-            valid: [T, R]: whether the row has a frame there.
+            valid: [T, R]: whether there is something to compare.
             limit: [T, R]: how far off an element may be.
         """
         unequal = (recorded.view(np.uint32) != replayed.view(np.uint32)) & valid[:, :, None]
@@ -54,35 +54,37 @@ class Comparison:
         for row in np.flatnonzero(unequal.any(axis=(0, 2))).tolist():
             at, elements = np.nonzero(unequal[:, row])
             values = recorded[at, row, elements], replayed[at, row, elements]
-            self._add(row, *values, limit[at, row], start + at, elements, "output")
+            self._add(row, *values, limit[at, row], starts[row] + at, elements, "output")
 
-    def add_replayed_state(self, row: int, frames: int, recorded: F32, replayed: F32, limit: float) -> None:
-        """Compare a stream's final state [layers, hidden size], after so many frames, with a replay's."""
+    def add_replayed_state(self, row: int, seq: int, recorded: F32, replayed: F32, limit: float) -> None:
+        """Compare a stream's final state [layers, hidden size], before the frame `seq`, with a replay's."""
         flat, other = recorded.reshape(-1), np.ascontiguousarray(replayed).reshape(-1)
         elements = np.flatnonzero(flat.view(np.uint32) != other.view(np.uint32))
         self.ulps[0] += flat.size - len(elements)
         if len(elements):
-            at, limits = np.full(len(elements), frames), np.full(len(elements), limit)
+            at, limits = np.full(len(elements), seq), np.full(len(elements), limit)
             self._add(row, flat[elements], other[elements], limits, at, elements, "final state")
 
-    def add_truth(self, start: int, recorded: F32, truth: F64, valid: Bool, limit: F64) -> None:
+    def add_truth(self, starts: I64, recorded: F32, truth: F64, valid: Bool, limit: F64) -> None:
         """Compare outputs with the float64 reference's; arguments as in `add_replay`."""
         error = np.where(valid[:, :, None], absolute_error(recorded, truth), 0)
         self.max_error = np.maximum(self.max_error, error.max(axis=(0, 2)))
         wrong = error > limit[:, :, None]
         for row in np.flatnonzero(wrong.any(axis=(0, 2))).tolist():
             at, element = (int(indices[0]) for indices in np.nonzero(wrong[:, row]))
-            self._miss(row, recorded[at, row, element], truth[at, row, element], start + at, element, "output")
+            self._miss(
+                row, recorded[at, row, element], truth[at, row, element], int(starts[row]) + at, element, "output"
+            )
 
-    def add_true_state(self, row: int, frames: int, recorded: F32, truth: F64, limit: float) -> None:
-        """Compare a stream's final state [layers, hidden size], after so many frames, with the float64 reference's."""
+    def add_true_state(self, row: int, seq: int, recorded: F32, truth: F64, limit: float) -> None:
+        """Compare a final state [layers, hidden size], before the frame `seq`, with the float64 reference's."""
         error = absolute_error(recorded, truth).reshape(-1)
         self.max_error[row] = max(self.max_error[row], error.max())
         wrong = np.flatnonzero(error > limit)
         if len(wrong):
             element = int(wrong[0])
             values = recorded.reshape(-1)[element], truth.reshape(-1)[element]
-            self._miss(row, *values, frames, element, "final state")
+            self._miss(row, *values, seq, element, "final state")
 
     def _add(
         self, row: int, recorded: F32, replayed: F32, limit: F64, frames: I64, elements: I64, place: Place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -12,6 +12,7 @@ import torch
 from instep.model.certify import candidate_buckets, certify
 from instep.model.network import Network
 from instep.model.numerics import numerics, prepare
+from instep.recording.engines import differing
 from instep.recording.schema import RecordingHeader
 
 MOST_ROWS: Final = 256
@@ -41,32 +42,24 @@ class Conditions:
         return not self.step_notes and not self.whole_notes
 
 
-def find_conditions(header: RecordingHeader, network: Network) -> Conditions:
-    """Certify this machine and compare it with the one that recorded."""
-    recorded = [bucket for bucket in header.buckets if bucket <= MOST_ROWS]
+def find_conditions(headers: Sequence[RecordingHeader], network: Network) -> Conditions:
+    """Certify this machine and compare it with those that recorded, one after another."""
+    recorded = [bucket for header in headers for bucket in header.buckets if bucket <= MOST_ROWS]
     fitting = all(bucket > 0 and bucket % network.smallest_bucket == 0 for bucket in recorded)
     candidates = sorted(set(recorded)) if recorded and fitting else candidate_buckets(network, MOST_ROWS)
     certification = certify(network, candidates)
     step_notes = []
-    if header.exactness != "exact":
-        step_notes.append(f"the engine ran with exactness {header.exactness}, which promises no bits")
-    if differences := differing(header.numerics, numerics(network)):
-        step_notes.append(f"this machine computes otherwise than the one that recorded: {'; '.join(differences)}")
+    for header in headers:
+        if header.exactness != "exact":
+            step_notes.append(f"the engine ran with exactness {header.exactness}, which promises no bits")
+        if differences := differing(header.numerics, numerics(network)):
+            step_notes.append(f"this machine computes otherwise than the one that recorded: {'; '.join(differences)}")
     if certification.exactness != "exact":
         step_notes.append("on this machine, a frame's bits depend on the batch size")
     whole_notes = []
     if not certification.whole_sequence:
         whole_notes.append("on this machine, a whole sequence in one call has other bits than stepping it")
-    return Conditions(certification.buckets, tuple(step_notes), tuple(whole_notes))
-
-
-def differing(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """What is not the same, in words."""
-    return [
-        f"{key} {there.get(key, 'unknown')} there, {here.get(key, 'unknown')} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
+    return Conditions(certification.buckets, tuple(dict.fromkeys(step_notes)), tuple(whole_notes))
 
 
 def device_for(header: RecordingHeader) -> torch.device:

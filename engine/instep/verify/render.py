@@ -39,6 +39,9 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield Text(f"first mismatch: stream {bad[0].stream} ({bad[0].name}): {bad[0].problems[0]}", "red")
     for note in report.notes:
         yield Text(f"bits were not required to be equal: {note}", "yellow")
+    if report.not_compared:
+        what = f"{report.not_compared:,} frame{'' if report.not_compared == 1 else 's'}"
+        yield Text(f"not compared: {what} whose outputs were not recorded, because the engine was killed", "yellow")
     if not report.finished:
         yield Text("the recording was not closed: it was checked up to its last commit", "yellow")
     yield Text(report.summary(), "bold red" if report.mismatches else "bold green")
@@ -72,7 +75,8 @@ def _streams(streams: tuple[StreamReport, ...]) -> RenderableType:
 def _histogram(stepped: I64, whole: I64) -> RenderableType:
     both = stepped + whole
     table = Table(
-        title="elements by distance from the recording", caption="stepped counts final states, too; bars are logarithmic"
+        title="elements by distance from the recording",
+        caption="stepped counts final states, too; bars are logarithmic",
     )
     table.add_column("ULP", justify="right")
     table.add_column("stepped", justify="right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -16,6 +17,8 @@ Verdict: TypeAlias = Literal["exact", "within tolerance", "mismatch", "empty"]
 Way: TypeAlias = Literal["stepped", "whole sequence", "float64 reference"]
 Place: TypeAlias = Literal["output", "final state"]
 
+_WORST_FIRST: Final[tuple[Verdict, ...]] = ("mismatch", "within tolerance", "exact", "empty")
+
 ULP_BINS: Final = 35
 """Bin 0 counts equal bits, bin 1 a distance of 1, bin k distances above 2^(k-2) up to 2^(k-1), the last bin those
 between a NaN and anything else."""
@@ -28,7 +31,7 @@ class Divergence:
     way: Way
     place: Place
     frame: int
-    """The frame's seq; for a final state, the number of frames before it."""
+    """The frame's seq; for a final state, that of the frame that would come next."""
     element: int
     """Index in the output, or in the state as one row [layers * hidden size]."""
     recorded: float
@@ -66,6 +69,8 @@ class StreamReport:
     name: str
     frames: int
     """Frames that were checked."""
+    not_compared: int
+    """Frames whose outputs were not recorded, because the engine was killed as it computed them."""
     verdict: Verdict
     problems: tuple[str, ...]
     """Why it is a mismatch, as sentences."""
@@ -82,12 +87,31 @@ class StreamReport:
             "stream": self.stream,
             "name": self.name,
             "frames": self.frames,
+            "not_compared": self.not_compared,
             "verdict": self.verdict,
             "problems": list(self.problems),
             "first_divergence": None if self.divergence is None else self.divergence.as_json(),
             "max_ulp": self.max_ulp,
             "max_error": _json_number(self.max_error),
         }
+
+
+def joined(parts: Sequence[StreamReport]) -> StreamReport:
+    """What was found in the stretches of one stream, in order, as one."""
+    divergences = [part.divergence for part in parts if part.divergence is not None]
+    wrong = [part.divergence for part in parts if part.divergence is not None and part.verdict == "mismatch"]
+    verdicts = {part.verdict for part in parts}
+    return StreamReport(
+        stream=parts[0].stream,
+        name=parts[0].name,
+        frames=sum(part.frames for part in parts),
+        not_compared=sum(part.not_compared for part in parts),
+        verdict=next(verdict for verdict in _WORST_FIRST if verdict in verdicts),
+        problems=tuple(problem for part in parts for problem in part.problems),
+        divergence=next(iter((*wrong, *divergences)), None),
+        max_ulp=max(part.max_ulp for part in parts),
+        max_error=max(part.max_error for part in parts),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +138,11 @@ class Report:
         return sum(stream.frames for stream in self.streams)
 
     @property
+    def not_compared(self) -> int:
+        """Frames whose outputs were not recorded, because the engine was killed as it computed them."""
+        return sum(stream.not_compared for stream in self.streams)
+
+    @property
     def mismatches(self) -> int:
         """Streams that are not what they should be."""
         return sum(stream.verdict == "mismatch" for stream in self.streams)
@@ -127,10 +156,7 @@ class Report:
     def verdict(self) -> Verdict:
         """The worst of any stream."""
         found = {stream.verdict for stream in self.streams}
-        for verdict in ("mismatch", "within tolerance"):
-            if verdict in found:
-                return verdict
-        return "exact"
+        return next((verdict for verdict in _WORST_FIRST[:2] if verdict in found), "exact")
 
     def summary(self) -> str:
         """One line."""
@@ -152,6 +178,7 @@ class Report:
             "fingerprint": self.fingerprint,
             "finished": self.finished,
             "frames": self.frames,
+            "not_compared": self.not_compared,
             "mismatches": self.mismatches,
             "max_error": _json_number(self.max_error),
             "notes": list(self.notes),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from instep.core.typing import I64
-from instep.recording.reader import StreamInfo
+from instep.recording.records import StreamInfo
 from instep.verify.errors import CannotVerify
 
 

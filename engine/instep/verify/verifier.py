@@ -9,7 +9,8 @@
 Bits must be equal in 1 and 2 where the engine had certified that they are and this machine computes as the engine's
 did; otherwise they must be within twice the bound, since each side may be off by one. Being within the bound of the
 reference is required always. Final states are compared in 1 and 3. Every frame of a stream must be there, once and in
-order.
+order. Where a stream's state was reset, it is checked from there as one of its own. Frames whose outputs were not
+recorded, because the engine was killed as it computed them, are replayed but not compared.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import device_for, find_conditions, recorded_threads
 from instep.verify.errors import CannotVerify
 from instep.verify.reference import Reference
-from instep.verify.report import ULP_BINS, Report, StreamReport, Way
+from instep.verify.report import ULP_BINS, Report, StreamReport, Way, joined
 from instep.verify.select import select_streams
 
 Stage: TypeAlias = Literal["reading", "replaying"]
@@ -71,8 +72,18 @@ class _Verification:
         if not self._index.frames_present:
             raise CannotVerify(f"{reader.path} holds no frames: nothing was recorded, so nothing can be verified")
         self._rows = select_streams(self._index.streams, stream)
-        if not self._index.frames[self._rows].any() and self._index.defects.keys().isdisjoint(self._rows.tolist()):
-            raise CannotVerify(f"stream {stream!r} has no frames: there is nothing to verify in it")
+        chosen = set(self._rows.tolist())
+        self._of_stream: dict[int, list[int]] = {row: [] for row in chosen}
+        for at, stretch in enumerate(self._index.stretches):
+            if stretch.row in chosen:
+                self._of_stream[stretch.row].append(at)
+        self._stretches: I64 = np.array(sorted(at for of in self._of_stream.values() for at in of), np.int64)
+        compared = self._index.frames[self._stretches] > self._index.unanswered[self._stretches]
+        if not compared.any() and self._index.defects.keys().isdisjoint(chosen):
+            raise CannotVerify(
+                f"{'the recording' if stream is None else f'stream {stream!r}'} has no frames with outputs: there is "
+                "nothing to verify in it"
+            )
         header = reader.header
         self._widest = max(header.features, header.outputs, 3 * header.state_size)
         self._ulps: dict[Way, I64] = {
@@ -82,22 +93,21 @@ class _Verification:
 
     def run(self) -> Report:
         ways = self._ways()
-        reports: dict[int, StreamReport] = {}
-        total, done = int(self._index.frames[self._rows].sum()), 0
+        parts: dict[int, StreamReport] = {}
+        total, done = int(self._index.frames[self._stretches].sum()), 0
         with ThreadPoolExecutor(4, "instep-verify") as pool:
             for chunk in self._chunks(ways.conditions.buckets):
-                for row, report in zip(chunk.rows.tolist(), self._check(ways, chunk, pool), strict=True):
-                    reports[row] = report
-                    done += report.frames
+                parts.update(zip(chunk.rows.tolist(), self._check(ways, chunk, pool), strict=True))
+                done += int(chunk.lengths.sum())
                 self._on_progress("replaying", done / total)
+        for at in self._stretches.tolist():
+            if at not in parts:
+                parts[at] = check_without_frames(self._suspect(at))
         return Report(
             file=self._reader.path,
             model_name=self._model.name,
             fingerprint=self._model.fingerprint,
-            streams=tuple(
-                reports[row] if row in reports else check_without_frames(self._suspect(row))
-                for row in self._rows.tolist()
-            ),
+            streams=tuple(joined([parts[at] for at in self._of_stream[row]]) for row in self._rows.tolist()),
             finished=self._reader.finished,
             notes=(*ways.conditions.step_notes, *ways.conditions.whole_notes),
             buckets=ways.conditions.buckets,
@@ -115,15 +125,16 @@ class _Verification:
             whole=Network(self._model, device),
             truth=Reference(description, weights, np.float64),
             rounded=Reference(description, weights, np.float32),
-            conditions=find_conditions(self._reader.header, network),
+            conditions=find_conditions([engine.header for engine in self._reader.engines], network),
         )
 
     def _chunks(self, buckets: tuple[int, ...]) -> Iterator[Chunk]:
         """All frames once, in bounded pieces."""
         most_frames = max(CHUNK_BYTES // (8 * self._widest), 1)
-        sequences, lengths = self._index.load(self._rows), self._index.frames[self._rows]
+        sequences, lengths = self._index.load(self._stretches), self._index.frames[self._stretches]
+        first_seqs: I64 = np.array([stretch.first_seq for stretch in self._index.stretches], np.int64)
         for members in plan_chunks(lengths, buckets[-1], buckets[0], most_frames):
-            yield Chunk(sequences, members, most_frames)
+            yield Chunk(sequences, first_seqs, members, most_frames)
 
     def _check(self, ways: Ways, chunk: Chunk, pool: Executor) -> list[StreamReport]:
         check = ChunkCheck(ways, chunk, [self._suspect(row) for row in chunk.rows.tolist()], pool)
@@ -132,5 +143,9 @@ class _Verification:
             self._ulps[comparison.way] += comparison.ulps
         return reports
 
-    def _suspect(self, row: int) -> Suspect:
-        return Suspect(self._index.streams[row], self._index.defects.get(row))
+    def _suspect(self, at: int) -> Suspect:
+        stretch = self._index.stretches[at]
+        # What is wrong with a stream is wrong where its frames end.
+        is_last = at == self._of_stream[stretch.row][-1]
+        defect = self._index.defects.get(stretch.row) if is_last else None
+        return Suspect(self._index.streams[stretch.row], stretch, int(self._index.unanswered[at]), defect)

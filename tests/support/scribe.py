@@ -1,0 +1,120 @@
+"""An engine of a few lines that records what it does, and remembers what that was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from instep.recording.states import StateRows
+from instep.recording.writer import RecordingWriter
+
+F32: TypeAlias = npt.NDArray[np.float32]
+Step: TypeAlias = Callable[[F32, F32], tuple[F32, F32]]
+"""x [B, features], h [L, B, H] -> y [B, outputs], h' [L, B, H]."""
+Outcome: TypeAlias = Literal["computed", "unanswered", "failed"]
+
+START_NS = 1_700_000_000_000_000_000
+
+
+class Scribe:
+    """Streams by their numbers, each with the state it has now.
+
+    Args:
+        writer: where it records.
+        step: what computes.
+        bucket: rows of every step, padded with zeros.
+        seed: of the frames.
+        magnitude: of the frames.
+    """
+
+    def __init__(
+        self, writer: RecordingWriter, step: Step, *, bucket: int = 8, seed: int = 0, magnitude: float = 1.0
+    ) -> None:
+        self.writer = writer
+        self.states: dict[int, F32] = {}
+        self.seqs: dict[int, int] = {}
+        self.y: dict[int, dict[int, F32]] = {}
+        """The outputs of every frame that was applied, by stream and seq."""
+        self.x: dict[int, dict[int, F32]] = {}
+        self.rng = np.random.default_rng(seed)
+        self._step = step
+        self._bucket = bucket
+        self._magnitude = magnitude
+        self._now = START_NS
+        self._dirty: set[int] = set()
+
+    @property
+    def now(self) -> int:
+        self._now += 1000
+        return self._now
+
+    def open(
+        self, stream: int, state: F32 | None = None, *, first_seq: int = 0, name: str = "", epoch: int = 0
+    ) -> None:
+        self.writer.open_stream(stream, name or f"stream-{stream}", epoch or 1000 + stream, first_seq, self.now, state)
+        header = self.writer.header
+        zeros = np.zeros((header.state_layers, header.state_size), np.float32)
+        self.states[stream] = zeros if state is None else state
+        self.seqs[stream] = first_seq
+        self.x[stream], self.y[stream] = {}, {}
+
+    def random_state(self) -> F32:
+        header = self.writer.header
+        return self.rng.uniform(-1, 1, (header.state_layers, header.state_size)).astype(np.float32)
+
+    def step(self, streams: Sequence[int], outcome: Outcome = "computed") -> int:
+        """One batch of these streams; its position."""
+        header, size = self.writer.header, len(streams)
+        x = np.zeros((self._bucket, header.features), np.float32)
+        x[:size] = self._magnitude * self.rng.standard_normal((size, header.features))
+        h = np.zeros((header.state_layers, self._bucket, header.state_size), np.float32)
+        h[:, :size] = np.stack([self.states[stream] for stream in streams], axis=1)
+        seqs = [self.seqs[stream] for stream in streams]
+        numbers = np.array(streams, np.uint32)
+        batch = self.writer.add_inputs(self.now, self._bucket, numbers, np.array(seqs, np.uint64), x[:size])
+        if outcome == "failed":
+            self.writer.fail_batch(self.now, batch, "step_failed: out of luck")
+            return batch
+        y, after = self._step(x, h)
+        if outcome == "computed":
+            self.writer.add_outputs(self.now, batch, y[:size])
+        for at, stream in enumerate(streams):
+            self.states[stream] = np.ascontiguousarray(after[:, at])
+            self.x[stream][seqs[at]], self.y[stream][seqs[at]] = x[at], y[at]
+            self.seqs[stream] += 1
+        self._dirty.update(streams)
+        return batch
+
+    def reset(self, stream: int, state: F32 | None = None) -> None:
+        self.writer.event(self.now, "reset", stream, self.seqs[stream], "", state)
+        self.states[stream] = np.zeros_like(self.states[stream]) if state is None else state
+        self._dirty.add(stream)
+
+    def snapshot(self, through: int, tail: int = 2) -> None:
+        """States of all streams that have changed, as they are now, with so many frames of each."""
+        streams = sorted(self._dirty & self.states.keys())
+        seqs = np.array([self.seqs[stream] for stream in streams], np.int64)
+        first = np.array([max(self.seqs[each] - tail, min(self.x[each], default=self.seqs[each])) for each in streams])
+        frames = [
+            (stream, seq)
+            for stream, begin, end in zip(streams, first.tolist(), seqs.tolist(), strict=True)
+            for seq in range(begin, end)
+        ]
+        header = self.writer.header
+        rows = StateRows(
+            np.array(streams, np.int64),
+            seqs,
+            np.stack([self.states[stream] for stream in streams]),
+            first.astype(np.int64),
+            np.array([self.x[stream][seq] for stream, seq in frames], np.float32).reshape(-1, header.features),
+            np.array([self.y[stream][seq] for stream, seq in frames], np.float32).reshape(-1, header.outputs),
+        )
+        self.writer.snapshot(self.now, through, rows)
+        self._dirty.clear()
+
+    def close(self, stream: int, time_ns: int | None = None) -> None:
+        state = self.states.pop(stream)
+        self.writer.close_stream(stream, time_ns or self.now, "closed by its client", self.seqs[stream], state)
