@@ -1,12 +1,13 @@
 # What a newcomer needs: `make demo` and `make test`. Each sets up .venv by itself; the second time it is quick.
 
 PYTHON ?= python3
+ROUNDS ?= 20
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench chaos clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +33,9 @@ format: $(READY)  ## Format the code and fix what can be fixed
 
 bench: $(READY)  ## Measure serving against stepping streams one by one
 	$(BIN)/instep bench
+
+chaos: $(READY)  ## Kill the server ROUNDS times under load and compare every output
+	$(BIN)/python -m tests.chaos --rounds $(ROUNDS)
 
 clean:  ## Remove .venv and everything made by the targets above
 	rm -rf $(VENV) demo-out build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

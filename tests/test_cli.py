@@ -231,6 +231,18 @@ class TestDemoAndBench:
         assert instep("bench", "--json").exit_code == 5
         assert [kwargs for _, kwargs in bench.calls] == [{"as_json": False}, {"as_json": True}]
 
+    def test_bench_durability(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        durability = Stub(monkeypatch, "instep.bench.durability")
+        durability.answer = 7
+        assert instep("bench", "durability").exit_code == 7
+        assert instep("bench", "durability", "--folder", str(tmp_path), "--json").exit_code == 7
+        assert [args[1:] for args, _ in durability.calls] == [(None,), (tmp_path,)]
+        assert [kwargs for _, kwargs in durability.calls] == [{"as_json": False}, {"as_json": True}]
+
+    def test_bench_folder_must_be_there_and_be_of_use(self, tmp_path: Path) -> None:
+        assert instep("bench", "durability", "--folder", str(tmp_path / "absent")).exit_code == 2
+        assert instep("bench", "--folder", str(tmp_path)).exit_code == 2
+
 
 class TestConfig:
     def test_shows_every_value_and_where_it_came_from(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

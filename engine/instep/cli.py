@@ -188,17 +188,32 @@ def demo(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["throughput", "neighbours"],
-        typer.Argument(help="Frames a second, or the latency of others beside a client that dies or stops."),
+        Literal["throughput", "durability", "neighbours"],
+        typer.Argument(
+            help="Frames a second, what recording them costs, or the latency of others beside a client that dies."
+        ),
     ] = "throughput",
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="durability: on whose disk to record; the temporary one's if not given.", exists=True
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Measure how fast streams are served here, or what a dead or stopped client costs the others."""
+    """Measure how fast streams are served here, what recording them costs, or what a dead client costs the others."""
+    if folder is not None and what != "durability":
+        raise typer.BadParameter(f"{what} records nothing", param_hint="--folder")
     if what == "neighbours":
         from instep.bench.neighbours import run as run_neighbours
 
         interrupts.raise_again()
         raise typer.Exit(run_neighbours(_console(), as_json=json))
+    if what == "durability":
+        from instep.bench.durability import run as run_durability
+
+        interrupts.raise_again()
+        raise typer.Exit(run_durability(_console(), folder, as_json=json))
     from instep.bench.throughput import run as run_throughput
 
     interrupts.raise_again()

@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from instep.bench import throughput
+from instep.bench import load, throughput
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,8 @@ def test_the_bar_decides(
 def test_a_wrong_state_fails_whatever_the_speed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = throughput._state_after
+    right = load.state_after
     monkeypatch.setattr(throughput, "BAR_OVER_SEED", 0.0)
-    monkeypatch.setattr(throughput, "_state_after", lambda *arguments: right(*arguments) + 1)
+    monkeypatch.setattr(load, "state_after", lambda *arguments: right(*arguments) + 1)
     assert throughput.run(Console(width=200)) == 1
-    assert f"{throughput.STREAMS} streams with a wrong final state" in capsys.readouterr().out
+    assert f"{load.STREAMS} streams with a wrong final state" in capsys.readouterr().out

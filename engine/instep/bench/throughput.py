@@ -13,22 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from instep.bench.load import BLOCK, FEATURES, HIDDEN, MODEL_IN_WORDS, STREAMS, TIMESTEPS, make_load, served
 from instep.bench.machine import machine
-from instep.model.description import GruLayers, NetworkDescription
-from instep.model.folder import Model, make_model, write_model
+from instep.core.typing import F32
+from instep.model.folder import write_model
 from instep.server.child import ChildServer
 from instep_client import AsyncClient
 
-FEATURES, HIDDEN = 40, 128
-STREAMS, BLOCK = 1024, 256
-TIMESTEPS = 64
-"""Different inputs; a longer run repeats them."""
 ROUNDS = 5
 SECONDS = 1.5
 """Of each measurement in each round."""
@@ -42,12 +38,7 @@ def run(console: Console, *, as_json: bool = False) -> int:
         0 when served throughput is at least `BAR_OVER_SEED` times the seed's way and every output was right, else 1.
     """
     torch.set_num_threads(1)
-    model = make_model(
-        NetworkDescription(features=FEATURES, gru=GruLayers(hidden_size=HIDDEN)), init="random", seed=1, name="bench"
-    )
-    gru = _torch_gru(model)
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal((TIMESTEPS, STREAMS, FEATURES)).astype(np.float32)
+    model, gru, x = make_load()
     with (
         tempfile.TemporaryDirectory() as folder,
         Progress(console=console, transient=True, auto_refresh=False) as progress,
@@ -63,7 +54,7 @@ def run(console: Console, *, as_json: bool = False) -> int:
     passed = ratio >= BAR_OVER_SEED and samples.wrong_streams == 0
     result: dict[str, Any] = {
         "machine": machine(),
-        "model": f"GRU {FEATURES}→{HIDDEN}, float32",
+        "model": MODEL_IN_WORDS,
         "load": f"{STREAMS} streams in blocks of {BLOCK}, {ROUNDS} interleaved rounds of {SECONDS} s, medians",
         "frames_per_s": {name: round(value) for name, value in medians.items()},
         "served_over_seed": round(ratio, 2),
@@ -87,13 +78,13 @@ class Samples:
     wrong_streams: int = 0
 
 
-async def _measure(endpoint: str, gru: torch.nn.GRU, x: np.ndarray[Any, Any], advance: Callable[[], object]) -> Samples:
+async def _measure(endpoint: str, gru: torch.nn.GRU, x: F32, advance: Callable[[], object]) -> Samples:
     samples = Samples({"seed": [], "bare": [], "served": []})
     async with AsyncClient(endpoint) as client:
         for round_number in range(ROUNDS):
             samples.rates["seed"].append(_seed_way(gru, x))
             samples.rates["bare"].append(_bare_loop(gru, x))
-            rate, wrong = await _served(client, gru, x, round_number)
+            rate, wrong = await served(client, gru, x, round_number, SECONDS)
             samples.rates["served"].append(rate)
             samples.wrong_streams += wrong
             advance()
@@ -101,7 +92,7 @@ async def _measure(endpoint: str, gru: torch.nn.GRU, x: np.ndarray[Any, Any], ad
 
 
 @torch.inference_mode()
-def _seed_way(gru: torch.nn.GRU, x: np.ndarray[Any, Any]) -> float:
+def _seed_way(gru: torch.nn.GRU, x: F32) -> float:
     """One stream at a time, one frame at a time, the state carried: as the experiment does it."""
     inputs = torch.from_numpy(x[:, 0])
     h = torch.zeros(1, 1, HIDDEN)
@@ -115,7 +106,7 @@ def _seed_way(gru: torch.nn.GRU, x: np.ndarray[Any, Any]) -> float:
 
 
 @torch.inference_mode()
-def _bare_loop(gru: torch.nn.GRU, x: np.ndarray[Any, Any]) -> float:
+def _bare_loop(gru: torch.nn.GRU, x: F32) -> float:
     """The same batch as served, in a loop around `nn.GRU` and nothing else."""
     inputs = torch.from_numpy(x[:, :BLOCK].copy())
     h = torch.zeros(1, BLOCK, HIDDEN)
@@ -126,46 +117,6 @@ def _bare_loop(gru: torch.nn.GRU, x: np.ndarray[Any, Any]) -> float:
             _, h = gru(inputs[timestep : timestep + 1], h)
         frames += TIMESTEPS * BLOCK
     return frames / elapsed
-
-
-async def _served(
-    client: AsyncClient, gru: torch.nn.GRU, x: np.ndarray[Any, Any], round_number: int
-) -> tuple[float, int]:
-    """Every stream in closed loop: a block of 256 streams sends its next frame when it has the answer to the last."""
-    parts = [slice(start, start + BLOCK) for start in range(0, STREAMS, BLOCK)]
-    groups = [await client.open_group([f"{round_number}-{index}" for index in range(STREAMS)[part]]) for part in parts]
-    blocks = [np.ascontiguousarray(x[:, part]) for part in parts]
-    steps = [0] * len(groups)
-    deadline = time.perf_counter() + SECONDS
-    start = time.perf_counter()
-
-    async def drive(index: int) -> None:
-        while time.perf_counter() < deadline:
-            await groups[index].step(blocks[index][steps[index] % TIMESTEPS])
-            steps[index] += 1
-
-    await asyncio.gather(*(drive(index) for index in range(len(groups))))
-    elapsed = time.perf_counter() - start
-    wrong = 0
-    for group, block, count in zip(groups, blocks, steps, strict=True):
-        truth = _state_after(gru, block, count)
-        wrong += int((await group.close() != truth).any(axis=(1, 2)).sum())
-    return sum(steps) * BLOCK / elapsed, wrong
-
-
-@torch.inference_mode()
-def _state_after(gru: torch.nn.GRU, block: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
-    inputs = torch.from_numpy(block)
-    h = torch.zeros(1, BLOCK, HIDDEN)
-    for step in range(count):
-        _, h = gru(inputs[step % TIMESTEPS].unsqueeze(0), h)
-    return h.transpose(0, 1).numpy()
-
-
-def _torch_gru(model: Model) -> torch.nn.GRU:
-    gru = torch.nn.GRU(FEATURES, HIDDEN)
-    gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
-    return gru.eval()
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
