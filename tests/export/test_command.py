@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from instep.cli import app
 from instep.export import command
 from instep.export.command import WRITERS, Format, run
-from instep.recording.reader import RecordedBatch, RecordingReader
+from instep.recording.reader import RecordingReader
+from instep.recording.records import RecordedBatch
 from tests.export.written import Written, write_recording
 
 

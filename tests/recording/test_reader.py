@@ -56,12 +56,12 @@ def test_batches_come_back_in_order_and_by_range(path: Path) -> None:
         batches = list(reader.batches())
         assert sum(len(batch.seqs) for batch in batches) == 54
         middle = batches[3]
-        assert [batch.position for batch in reader.batches(middle.position, middle.position + 1)] == [
-            middle.position,
-            middle.position + 1,
-        ]
+        part = list(reader.batches(middle.position, middle.position + 3))
+        assert [batch.position for batch in part] == [middle.position, middle.position + 2]
+        assert [batch.y is not None for batch in part] == [True, True]
     assert [batch.position for batch in batches] == sorted(batch.position for batch in batches)
     assert middle.x.shape == (len(middle.streams), 3)
+    assert middle.y is not None
     assert middle.y.shape == (len(middle.streams), 4)
     assert middle.bucket == 8
 

@@ -111,7 +111,7 @@ def test_only_the_frames_before_a_defect_are_loaded(path: Path) -> None:
 
 
 def test_frames_of_a_stream_that_never_opened_are_damage(path: Path) -> None:
-    with pytest.raises(RecordingError, match="frames of a stream that was never opened"):
+    with pytest.raises(RecordingError, match="the row at position .* is of a stream that was never opened"):
         index_of(forge_column(path, 3, 4, "streams", 99))
 
 
@@ -145,6 +145,8 @@ def test_frames_after_the_close_are_a_defect(path: Path) -> None:
     # The close changes places with the batch of the last frame.
     forger.move("closings", closing, last["position"])
     forger.move("batches", last["position"], closing)
+    forger.move("outputs", last["outputs"], closing + 1_000_000)
+    forger.change("outputs", closing + 1_000_000, batch=closing)
     index = index_of(forger.path)
     assert index.defects[0] == "frame 4 was recorded while the stream was not open"
 

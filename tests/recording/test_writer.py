@@ -40,23 +40,27 @@ def test_plain_sql_reads_what_was_written(tmp_path: Path) -> None:
     assert database.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
     assert database.execute("PRAGMA user_version").fetchone() == (2,)
     assert database.execute("PRAGMA page_size").fetchone() == (16384,)
-    assert database.execute("SELECT position, stream, name, initial_state FROM openings").fetchall() == [
-        (1, 1, "mic-1", None),
-        (2, 2, "mic-2", np.full(4, 0.5, "<f4").tobytes()),
+    openings = database.execute("SELECT position, stream, name, epoch, first_seq, initial_state FROM openings")
+    assert openings.fetchall() == [
+        (1, 1, "mic-1", 100, 0, None),
+        (2, 2, "mic-2", 101, 7, np.full(4, 0.5, "<f4").tobytes()),
     ]
     (batch,) = database.execute("SELECT * FROM batches").fetchall()
     assert batch[:4] == (3, START_NS, 4, 2)
-    assert batch[4:8] == (
+    assert batch[4:7] == (
         np.array([1, 2], "<u4").tobytes(),
         np.array([0, 0], "<u8").tobytes(),
         np.arange(6, dtype="<f4").tobytes(),
-        (np.arange(8, dtype="<f4") / 8).tobytes(),
     )
-    assert batch[8] == row_crc(*batch[:8])
-    events = database.execute("SELECT position, stream, seq, kind, detail FROM events").fetchall()
-    assert events[0] == (4, 2, 0, "note", "seen")
-    assert events[1][:4] == (6, None, None, "end")
-    assert database.execute("SELECT position, stream, frames, reason FROM closings").fetchall() == [(5, 1, 1, "closed")]
+    assert batch[7] == row_crc(*batch[:7])
+    (outputs,) = database.execute("SELECT * FROM outputs").fetchall()
+    assert outputs[:4] == (4, START_NS, 3, (np.arange(8, dtype="<f4") / 8).tobytes())
+    assert outputs[4] == row_crc(*outputs[:4])
+    events = database.execute("SELECT position, stream, seq, kind, detail, state FROM events").fetchall()
+    assert events[0] == (5, 2, 0, "note", "seen", None)
+    assert events[1][:4] == (7, None, None, "end")
+    assert database.execute("SELECT position, stream, frames, reason FROM closings").fetchall() == [(6, 1, 1, "closed")]
+    assert database.execute("SELECT * FROM newest").fetchall() == [(7, row_crc(7))]
     database.close()
     assert [file.name for file in tmp_path.iterdir()] == ["a.rec"]
 
@@ -146,7 +150,7 @@ def test_closing_while_somebody_reads_leaves_a_whole_recording(tmp_path: Path) -
         writer.open_stream(stream, "a", 9, 0, 1, None)
     writer.commit()
     with RecordingReader(path) as early:
-        rows = early._rows("openings")
+        rows = early.rows("openings")
         next(rows)  # a statement under way keeps the file in WAL mode
         writer._database.execute("PRAGMA busy_timeout=0")
         writer.close()

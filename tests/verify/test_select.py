@@ -9,7 +9,7 @@ from instep.verify.select import select_streams
 
 def infos(*names: str) -> list[StreamInfo]:
     return [
-        StreamInfo(number, name, 0, number, None, None, None, None, None, None)
+        StreamInfo(number, name, number, 0, 0, number, *[None] * 6)
         for number, name in enumerate(names, start=1)
     ]
 

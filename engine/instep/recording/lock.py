@@ -16,19 +16,17 @@ class WriterLock:
         path: the recording; the lock is the file `path` + `-lock`.
 
     Raises:
-        RecordingError: when another process, or another writer in this one, holds it, or it cannot be made.
+        RecordingError: when another process, or another writer in this one, holds it.
+        OSError: when it cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = lock_path(path)
         while True:
-            try:
-                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except OSError as error:
-                raise RecordingError(f"cannot write the recording {path}: {error}") from None
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 holder = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "unknown"
                 os.close(self._file)
                 raise RecordingError(
@@ -66,7 +64,7 @@ def is_being_written(path: Path) -> bool:
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return True
     finally:
         os.close(file)

@@ -83,16 +83,18 @@ class RecordingWriter:
         Raises:
             RecordingError: when the file already holds something, or cannot be made.
         """
-        lock = WriterLock(path)
+        try:
+            lock = WriterLock(path)
+        except OSError as error:
+            raise RecordingError(f"cannot create the recording {path}: {error}") from None
         try:
             if path.exists() and path.stat().st_size > 0:
                 raise RecordingError(f"{path} already exists; a recording is never written over: choose another name")
             database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        except RecordingError:
+        except (RecordingError, OSError, sqlite3.Error) as error:
             lock.release()
-            raise
-        except (OSError, sqlite3.Error) as error:
-            lock.release()
+            if isinstance(error, RecordingError):
+                raise
             raise RecordingError(f"cannot create the recording {path}: {error}") from None
         try:
             database.execute(f"PRAGMA page_size={PAGE_BYTES}")
@@ -125,7 +127,10 @@ class RecordingWriter:
         Raises:
             RecordingError: when it is being written, damaged, of another model or of other numerics.
         """
-        lock = WriterLock(path)
+        try:
+            lock = WriterLock(path)
+        except OSError as error:
+            raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
         try:
             with RecordingReader(path) as reader:
                 last, position = reader.engines[-1].header, reader.last_position
