@@ -17,42 +17,50 @@ __all__ = [
     "ClientClosed",
     "Code",
     "ConnectionFailed",
+    "DataLoss",
     "FrameFailure",
     "FramesRefused",
     "Group",
     "InstepError",
     "InvalidInput",
     "MalformedMessage",
+    "NumericsChanged",
     "Refused",
     "ServerInfo",
     "Stream",
     "StreamEvicted",
     "StreamRefused",
+    "StreamSnapshot",
 ]
 
 if TYPE_CHECKING:
-    from instep_client.aio import AsyncClient, AsyncGroup, AsyncStream
+    from instep_client.aio import AsyncClient
+    from instep_client.aio_streams import AsyncGroup, AsyncStream
     from instep_client.calls import Answer
     from instep_client.errors import (
         ClientClosed,
         ConnectionFailed,
+        DataLoss,
         FrameFailure,
         FramesRefused,
         InstepError,
         InvalidInput,
         MalformedMessage,
+        NumericsChanged,
         Refused,
         StreamEvicted,
         StreamRefused,
     )
-    from instep_client.sync import Client, Group, Stream
+    from instep_client.snapshots import StreamSnapshot
+    from instep_client.sync import Client
+    from instep_client.sync_streams import Group, Stream
     from instep_client.wire import Code, ServerInfo
 else:
 
     def __getattr__(name: str) -> Any:
         from importlib import import_module
 
-        modules = ("errors", "codes", "wire", "calls", "aio", "sync")
+        modules = ("errors", "codes", "wire", "calls", "snapshots", "aio", "aio_streams", "sync", "sync_streams")
         if name in modules:
             return import_module(f"instep_client.{name}")
         if name in __all__:

@@ -8,31 +8,40 @@ from types import TracebackType
 
 import numpy.typing as npt
 
-from instep_client.calls import Answer
+from instep_client.aio_streams import AsyncGroup, AsyncStream
 from instep_client.driver import Driver
 from instep_client.session import Session
-from instep_client.streams import Lane
-from instep_client.wire import DEFAULT_ENDPOINT, F32, U64, ServerInfo
+from instep_client.snapshots import StreamSnapshot
+from instep_client.wire import DEFAULT_ENDPOINT, ServerInfo
 
 
 class AsyncClient:
     """A connection to one server. One event loop owns it; use it as `async with AsyncClient() as client`.
 
     Whatever many tasks send in the same turn of the event loop travels in one message.
+
+    When the connection is lost, or the server is restarted, the client connects again, resumes its streams and sends
+    again what was not answered. Calls that wait just take longer: every frame is applied once, and every output comes
+    once and in order. Only what a person must decide is raised: that a stream has ended meanwhile (StreamEvicted), that
+    the server lost frames (DataLoss), that it computes other bits now (NumericsChanged), that an opening is in doubt or
+    that no server came back in time (ConnectionFailed).
     """
 
-    def __init__(self, endpoint: str = DEFAULT_ENDPOINT, name: str = "", timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, endpoint: str = DEFAULT_ENDPOINT, name: str = "", timeout_s: float = 10.0, reconnect_s: float = 30.0
+    ) -> None:
         """Nothing is sent before `connect` or `async with`.
 
         Args:
             endpoint: where the server listens, as ZeroMQ writes it.
             name: told to the server in the greeting, which checks it and shows it nowhere; may be empty.
             timeout_s: how long a silent server is waited for, in seconds.
+            reconnect_s: how long to try for another connection when one is lost, in seconds; 0 for not at all.
 
         Raises:
-            InvalidInput: for a bad name or timeout.
+            InvalidInput: for a bad name or time.
         """
-        self._session = Session(endpoint, name, timeout_s)
+        self._session = Session(endpoint, name, timeout_s, reconnect_s)
         self._driver = Driver(self._session)
 
     async def __aenter__(self) -> AsyncClient:
@@ -71,14 +80,17 @@ class AsyncClient:
         """
         return self._session.info
 
-    async def open(self, name: str, initial_state: npt.ArrayLike | None = None) -> AsyncStream:
+    async def open(self, name: str, initial_state: npt.ArrayLike | None = None, first_seq: int = 0) -> AsyncStream:
         """Open one stream; its state is float32 [state_layers, state_size], zeros unless given.
+
+        Its first frame has the seq `first_seq`.
 
         Raises:
             StreamRefused: when the server refuses it.
-            InvalidInput: for a bad name or a state of another shape.
+            ConnectionFailed: when the connection was lost meanwhile and the stream may be open.
+            InvalidInput: for a bad name or seq, or a state of another shape.
         """
-        call = self._session.open([name], initial_state, single=True)
+        call = self._session.open([name], initial_state, single=True, first_seqs=first_seq or None)
         return AsyncStream(self._session, self._driver, await self._driver.wait(call))
 
     async def open_group(self, names: Sequence[str], initial_states: npt.ArrayLike | None = None) -> AsyncGroup:
@@ -93,6 +105,55 @@ class AsyncClient:
         call = self._session.open(names, initial_states, single=False)
         return AsyncGroup(self._session, self._driver, await self._driver.wait(call))
 
+    async def resume(self, name: str, have: int | None = None, epoch: int = 0, take_over: bool = False) -> AsyncStream:
+        """Go on with a stream that is parked, or that another client has.
+
+        The stream goes on from `have`: the frames from there on are to be sent. Those that the server has applied are
+        answered as before, provided they are the same; it keeps the last `info.window_frames` outputs.
+
+        Args:
+            name: the stream's name.
+            have: outputs that the user holds, those of seqs below it; None: go on after all that were computed.
+            epoch: the number under which the user had the stream (`AsyncStream.epoch`).
+            take_over: take the stream whoever has it since, and go on from what the server holds of it, be that less.
+
+        Raises:
+            StreamRefused: UNKNOWN_STREAM or EXPIRED when there is none, FENCED when its epoch is newer.
+            DataLoss: when the server holds less than the user, or no longer what comes next.
+            NumericsChanged: when the server was restarted with other numerics.
+            ConnectionFailed: when the connection was lost meanwhile and the stream may have been resumed.
+            InvalidInput: for a bad name or number.
+        """
+        call = self._session.resume([name], have, epoch, take_over, single=True)
+        return AsyncStream(self._session, self._driver, await self._driver.wait(call))
+
+    async def resume_group(
+        self,
+        names: Sequence[str],
+        have: npt.ArrayLike | None = None,
+        epochs: npt.ArrayLike = 0,
+        take_over: bool = False,
+    ) -> AsyncGroup:
+        """Go on with many streams as one group; `have` and `epochs` are numbers for all, or uint64 [N].
+
+        When one is refused nothing is given; the others are this client's then, and can be taken with `take_over`.
+
+        Raises:
+            Refused: as `resume`, naming the first stream that the server refuses.
+        """
+        call = self._session.resume(names, have, epochs, take_over, single=False)
+        return AsyncGroup(self._session, self._driver, await self._driver.wait(call))
+
+    async def restore(self, snapshot: StreamSnapshot, name: str | None = None) -> AsyncStream:
+        """Open a stream that goes on from a snapshot, under the snapshot's name unless another is given.
+
+        Raises:
+            InvalidInput: when the snapshot is of another model.
+            StreamRefused: when the server refuses it.
+        """
+        snapshot.check(self.info)
+        return await self.open(snapshot.name if name is None else name, snapshot.state, snapshot.seq)
+
     async def ping(self) -> float:
         """The seconds that a message takes to the server and back."""
         return await self._driver.wait(self._session.ping(time.monotonic()))
@@ -100,145 +161,3 @@ class AsyncClient:
     async def stats(self) -> dict[str, float]:
         """The server's numbers by name."""
         return await self._driver.wait(self._session.statistics())
-
-
-class AsyncStream:
-    """One stream: frames in, outputs out, in order.
-
-    Frames are sent in the order in which `step` and `send` were called. A frame that the server refuses leaves the
-    stream as it was; frames that were sent behind it before the refusal came are refused too, with SEQ_GAP. A call that
-    is cancelled while its frames wait for credit takes them back; frames that were sent count as sent (`next_seq`
-    tells).
-
-    Every method raises StreamEvicted once the server has ended the stream, ConnectionFailed once the server is gone,
-    and ClientClosed after `close`.
-    """
-
-    def __init__(self, session: Session, driver: Driver, lane: Lane) -> None:
-        """Made by `AsyncClient.open`."""
-        self._session = session
-        self._driver = driver
-        self._lane = lane
-
-    @property
-    def name(self) -> str:
-        """The name it was opened by."""
-        return self._lane.names[0]
-
-    @property
-    def next_seq(self) -> int:
-        """The seq of the next frame that is sent; with nothing on its way, the number of frames applied."""
-        return int(self._session.next_seqs(self._lane)[0])
-
-    async def step(self, x: npt.ArrayLike) -> F32:
-        """Send a frame [features] or a chunk [T, features]; its outputs, [outputs] or [T, outputs].
-
-        Raises:
-            FramesRefused: when some of it was not applied.
-            InvalidInput: for another shape, or values that float32 cannot hold.
-        """
-        return (await self.step_timed(x)).outputs
-
-    async def step_timed(self, x: npt.ArrayLike) -> Answer:
-        """Like `step`, with the server's times beside the outputs."""
-        return await self._driver.wait(self._session.step(self._lane, x))
-
-    async def send(self, x: npt.ArrayLike) -> None:
-        """Send a frame or chunk without waiting for its outputs, which iterating over the stream gives.
-
-        Waits while the server's credit is used up, and while as many frames as that credit wait here to be read.
-
-        Raises:
-            InvalidInput: for another shape, or values that float32 cannot hold.
-            InstepError: when outputs wait and nobody reads any of them for the client's `timeout_s`.
-        """
-        await self._driver.wait_sent(self._session.step(self._lane, x, keep=True))
-
-    def finish(self) -> None:
-        """Nothing more will be sent with `send`: iterating ends after the last output."""
-        self._session.finish(self._lane)
-        self._driver.wake()
-
-    def __aiter__(self) -> AsyncStream:
-        return self
-
-    async def __anext__(self) -> F32:
-        """The outputs of the next `send`, in the shape that `step` would give.
-
-        Raises:
-            FramesRefused: in place of outputs; iterating may go on.
-        """
-        outputs = await self.next_outputs()
-        if outputs is None:
-            raise StopAsyncIteration
-        return outputs
-
-    async def next_outputs(self) -> F32 | None:
-        """What iterating gives next, or None at its end."""
-        while True:
-            call = self._session.take(self._lane)
-            if call is not None:
-                self._driver.wake()
-                return call.result().outputs
-            if self._session.outputs_end(self._lane):
-                return None
-            await self._driver.wait_news(self._lane)
-
-    async def close(self) -> F32:
-        """Close it once everything sent was answered; its final state, float32 [state_layers, state_size].
-
-        Raises:
-            StreamRefused: when the server refuses.
-        """
-        info = self._session.info
-        final = await self._driver.wait(self._session.close(self._lane))
-        return final.reshape(info.state_layers, info.state_size)
-
-
-class AsyncGroup:
-    """Many streams stepped by one array; each is a stream of its own, and may be refused or evicted alone."""
-
-    def __init__(self, session: Session, driver: Driver, lane: Lane) -> None:
-        """Made by `AsyncClient.open_group`."""
-        self._session = session
-        self._driver = driver
-        self._lane = lane
-
-    def __len__(self) -> int:
-        return len(self._lane.names)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names they were opened by."""
-        return self._lane.names
-
-    @property
-    def next_seqs(self) -> U64:
-        """The seq of the next frame of each stream, uint64 [N]."""
-        return self._session.next_seqs(self._lane)
-
-    async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
-        """Send one frame for each stream, or T: [N, features] or [T, N, features]; outputs in the same form.
-
-        With `rows`, distinct indices, only those streams take a step, and N is their number.
-
-        Raises:
-            FramesRefused: when some were not applied; its `outputs` hold the others'.
-            StreamEvicted: when one of the streams has ended; nothing is sent then. Leave it out with `rows`.
-            InvalidInput: for another shape, bad rows, or values that float32 cannot hold.
-        """
-        return (await self.step_timed(x, rows)).outputs
-
-    async def step_timed(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> Answer:
-        """Like `step`, with the server's times beside the outputs."""
-        return await self._driver.wait(self._session.step(self._lane, x, rows))
-
-    async def close(self) -> F32:
-        """Close all; their final states, float32 [N, state_layers, state_size], NaN for those that had ended.
-
-        Raises:
-            StreamRefused: when the server refuses one that is open.
-        """
-        info = self._session.info
-        finals = await self._driver.wait(self._session.close(self._lane))
-        return finals.reshape(len(self), info.state_layers, info.state_size)

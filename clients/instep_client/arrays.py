@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instep_client.errors import InvalidInput
-from instep_client.wire import F32
+from instep_client.wire import F32, U64
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 
@@ -101,3 +101,18 @@ def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
     if int(np.count_nonzero(mark)) != len(indices):
         raise InvalidInput("rows names a stream twice; a stream may stand only once in one step")
     return indices
+
+
+def counts(x: npt.ArrayLike, count: int, what: str) -> U64:
+    """One number from 0 to 2^64 - 1 for all of `count` streams, or one for each: uint64 [count].
+
+    Raises:
+        InvalidInput: naming what is wrong.
+    """
+    try:
+        numbers = np.asarray(x)
+        if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (count,)) or int(numbers.min()) < 0:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput(f"{what} must be one integer of at least 0, or {count} of them") from None
+    return np.broadcast_to(numbers.astype(np.uint64), (count,))

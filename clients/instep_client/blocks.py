@@ -9,7 +9,7 @@ import numpy as np
 from instep_client.arrays import Indices
 from instep_client.calls import StepCall
 from instep_client.replies import Stepped
-from instep_client.streams import SEQ, StreamTable
+from instep_client.streams import ACKED, HANDLE, SEQ, StreamTable
 from instep_client.wire import F32, U64
 
 
@@ -31,7 +31,7 @@ class Block:
         """The one call, or one call a column."""
         self.rows = rows
         self.columns = columns
-        """(handle, seq of the first timestep) of each column, as sent."""
+        """(handle, seq of the first timestep, seq before which every output has come) of each column, as sent."""
         self.x = x
         """float32 [T, N, features], contiguous."""
         self.start = start
@@ -95,6 +95,12 @@ class Block:
         part = Block(calls, self.rows[columns], self.columns[columns], x, self.start, where)
         part.request = self.request
         return part
+
+    def renew(self, table: StreamTable) -> None:
+        """It is sent again: under the present handles, with what has come until now."""
+        present = table.columns[self.rows]
+        self.columns[:, HANDLE] = present[:, HANDLE]
+        self.columns[:, ACKED] = np.minimum(present[:, ACKED], self.columns[:, SEQ])
 
     def deliver(self, answer: Stepped) -> None:
         """Every column was answered for good: give each call its outputs."""

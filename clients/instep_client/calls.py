@@ -2,20 +2,19 @@
 
 Call
 ├── Greeting, Ping, Statistics   one request, one reply
-├── OpenCall, CloseCall          one request a part of the streams
+├── those of `requests.py`       one request a part of the streams
 └── StepCall                     frames of one lane, sent as one block, as pieces of several, or as a column of one
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from instep_client.arrays import Indices
 from instep_client.errors import FrameFailure, FramesRefused, InstepError, StreamEvicted
-from instep_client.wire import F32, GRANT, Code, GrantArray
+from instep_client.wire import F32, Code
 
 if TYPE_CHECKING:
     from instep_client.streams import Lane
@@ -32,6 +31,9 @@ ENDING: Final = frozenset(
         Code.STATE_LOST,
         Code.UNKNOWN_STREAM,
         Code.FOREIGN_STREAM,
+        Code.DATA_LOSS,
+        Code.OUTPUTS_GONE,
+        Code.NUMERICS_CHANGED,
     }
 )
 """Codes after which a stream can never be stepped again."""
@@ -92,34 +94,10 @@ class Ping(Call[float]):
         self.sent_at = now
 
 
-class OpenCall(Call["Lane"]):
-    """The opening of one or many streams; the result is their lane. All are opened or none."""
+class Statistics(Call[dict[str, float]]):
+    """The server's numbers by name."""
 
-    __slots__ = ("abandoned", "grants", "names", "parts_left", "refusal", "single")
-
-    def __init__(self, names: Sequence[str], single: bool) -> None:
-        super().__init__()
-        self.names = names
-        self.single = single
-        self.grants: GrantArray = np.zeros(len(names), GRANT)
-        self.parts_left = 0
-        self.refusal: tuple[int, Code, str] | None = None
-        """The first refused stream's index, with why."""
-        self.abandoned = False
-        """Whether nobody waits any more: what was opened is to be closed again."""
-
-
-class CloseCall(Call[F32]):
-    """The closing of a lane; the result is the final states float32 [N, state], NaN for streams that had ended."""
-
-    __slots__ = ("finals", "lane", "parts_left", "refusal")
-
-    def __init__(self, lane: Lane, state: int) -> None:
-        super().__init__()
-        self.lane = lane
-        self.finals: F32 = np.full((len(lane.rows), state), np.nan, np.float32)
-        self.parts_left = 0
-        self.refusal: tuple[int, Code, str] | None = None
+    __slots__ = ()
 
 
 class Answer(NamedTuple):

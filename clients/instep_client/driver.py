@@ -1,8 +1,8 @@
 """Socket, clock and tasks around a session, on one asyncio event loop.
 
-Everything happens in `_pump`: messages in, the session's rules, messages out, waiters woken. It runs when a message
-came, when a task asked for something (once for all tasks of one turn of the loop, which is how their frames come to
-share a block), and when the session's deadline has come.
+Everything happens in `_pump`: messages in, the session's rules, a new socket if they want one, messages out, waiters
+woken. It runs when a message came, when a task asked for something (once for all tasks of one turn of the loop, which
+is how their frames come to share a block), and when the session's deadline has come.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import zmq
 
 from instep_client.calls import Call, StepCall
 from instep_client.errors import ClientClosed, ConnectionFailed
-from instep_client.openings import MAX_REPLY_BYTES
+from instep_client.outbox import MAX_REPLY_BYTES
 from instep_client.session import Session
 from instep_client.streams import Lane
 from instep_client.wire import Message
@@ -67,17 +67,10 @@ class Driver:
             raise ClientClosed("this client was connected before; make a new one to connect again")
         self._loop = asyncio.get_running_loop()
         try:
-            self._socket = socket = _open_socket(self._loop)
-        except zmq.ZMQError as error:
-            raise ConnectionFailed(f"this process cannot make a socket: {error}") from None
-        for option, value in _SOCKET_OPTIONS.items():
-            socket.set(option, value)
-        try:
-            socket.connect(self._session.endpoint)
-        except zmq.ZMQError as error:
+            self._connect()
+        except ConnectionFailed:
             await self.stop()
-            raise ConnectionFailed(f"{self._session.endpoint!r} is not an endpoint: {error}") from None
-        self._loop.add_reader(socket.fileno(), self._pump)
+            raise
         self.wake()
 
     async def stop(self) -> None:
@@ -96,9 +89,7 @@ class Driver:
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            self._loop.remove_reader(self._socket.fileno())
-            self._socket.close()
-            _give_back_context(self._loop)
+            self._close(self._socket)
 
     async def wait(self, call: Call[R]) -> R:
         """The call's result. When the waiting task is cancelled, the session is told that nobody waits."""
@@ -127,6 +118,34 @@ class Driver:
         if not self._pump_is_due:
             self._pump_is_due = True
             self._loop.call_soon(self._pump)
+
+    def _connect(self) -> None:
+        try:
+            self._socket = socket = _open_socket(self._loop)
+        except zmq.ZMQError as error:
+            raise ConnectionFailed(f"this process cannot make a socket: {error}") from None
+        for option, value in _SOCKET_OPTIONS.items():
+            socket.set(option, value)
+        try:
+            socket.connect(self._session.endpoint)
+        except zmq.ZMQError as error:
+            raise ConnectionFailed(f"{self._session.endpoint!r} is not an endpoint: {error}") from None
+        self._loop.add_reader(socket.fileno(), self._pump)
+
+    def _close(self, socket: zmq.Socket[bytes]) -> None:
+        self._loop.remove_reader(socket.fileno())
+        socket.close()
+        _give_back_context(self._loop)
+
+    def _reconnect(self, former: zmq.Socket[bytes]) -> None:
+        """Another socket in place of the one whose connection is lost; what was not sent will be asked anew."""
+        self._backlog.clear()
+        try:
+            self._connect()
+        except ConnectionFailed as error:
+            self._session.fail(ConnectionFailed, str(error))
+        else:
+            self._close(former)
 
     async def _until_woken(self, call: Call[Any]) -> None:
         if call.done:
@@ -164,6 +183,10 @@ class Driver:
         except zmq.Again:
             pass
         session.advance(now)
+        if session.take_reconnect():
+            _log.info("connecting to %s again: %s", session.endpoint, session.loss)
+            self._reconnect(socket)
+            socket = self._socket or socket
         self._backlog.extend(session.take_messages())
         try:
             while self._backlog:

@@ -6,11 +6,14 @@
     ├── ClientClosed              the client, stream or group was used after it was closed
     ├── InvalidInput              an argument of the wrong shape or kind; nothing was sent
     └── Refused                   the server answered with a code; `code` and `sentence` say why
-        ├── StreamRefused         an OPEN or CLOSE of a stream was refused
+        ├── StreamRefused         opening, resuming, changing or closing a stream was refused
         ├── FramesRefused         frames of a step were not applied; `failures` says which, `outputs` holds the rest
-        └── StreamEvicted         the server ended the stream: idle, connection gone, or its state was lost
+        └── StreamEvicted         the stream has ended here: idle, expired, taken over, or its state was lost
+            ├── DataLoss          the server does not hold what this client was given, or not what it still misses
+            └── NumericsChanged   the server was restarted with other numerics
 
-Every message is a sentence that says whose fault it is and what to do.
+A connection that is lost is made anew without any of these, for as long as the client's `reconnect_s` says; what is
+raised then is what a person must decide. Every message is a sentence that says whose fault it is and what to do.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ class Refused(InstepError):
 
 
 class StreamRefused(Refused):
-    """An OPEN or CLOSE of a stream was refused; `stream` is its name."""
+    """Opening, resuming, changing or closing a stream was refused; `stream` is its name."""
 
     def __init__(self, code: Code, sentence: str, stream: str) -> None:
         super().__init__(code, f"{sentence} (stream {stream!r})")
@@ -101,8 +104,41 @@ class FramesRefused(Refused):
 
 
 class StreamEvicted(Refused):
-    """The server ended the stream: it was idle, its connection was gone, or its state was lost."""
+    """The stream has ended here: it was idle, parked for too long, taken over, or its state was lost."""
 
     def __init__(self, code: Code, sentence: str, stream: str) -> None:
         super().__init__(code, f"{sentence} (stream {stream!r})")
         self.stream = stream
+
+
+class DataLoss(StreamEvicted):
+    """What the server holds of the stream and what the client was given do not meet.
+
+    Resume it with `take_over` to go on from what the server holds all the same.
+
+    Attributes:
+        have: outputs that the client was given: those of seqs below it.
+        server_has: frames that the server has applied: those of seqs below it. Less than `have`: the server lost some.
+            Otherwise outputs from `have` on were computed and are no longer kept.
+    """
+
+    def __init__(self, code: Code, sentence: str, stream: str, have: int, server_has: int) -> None:
+        super().__init__(code, f"{sentence}; the client has {have}, the server {server_has}", stream)
+        self.have = have
+        self.server_has = server_has
+
+
+class NumericsChanged(StreamEvicted):
+    """The server was restarted with other numerics, and the bits of coming outputs may differ.
+
+    Resume the stream with `take_over` to go on all the same.
+    """
+
+
+def stream_ended(code: Code, sentence: str, stream: str, have: int, server_has: int) -> StreamEvicted:
+    """The exception that says why a stream has ended."""
+    if code.name in ("DATA_LOSS", "OUTPUTS_GONE"):
+        return DataLoss(code, sentence, stream, have, server_has)
+    if code.name == "NUMERICS_CHANGED":
+        return NumericsChanged(code, sentence, stream)
+    return StreamEvicted(code, sentence, stream)

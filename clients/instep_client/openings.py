@@ -1,162 +1,205 @@
-"""Opening and closing streams: in as many messages as it takes, and all of a group or none."""
+"""How streams come to this client: opened, resumed or forked, in as many messages as it takes, all of a call or none.
+
+What was asked and not answered when the connection was lost is asked again. An OPEN or FORK that is then refused
+because the name is in use, or a RESUME because the stream was taken over, may have been granted over the lost
+connection, and fails with ConnectionFailed, which says so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from instep_client import arrays, wire
-from instep_client.calls import ENDING, CloseCall, OpenCall
-from instep_client.errors import InvalidInput, StreamEvicted, StreamRefused
-from instep_client.outbox import Outbox
-from instep_client.replies import Failure, Refusal
-from instep_client.streams import HANDLE, StreamTable
-from instep_client.wire import F32, MAX_BLOCK_STREAMS, Code, GrantArray, Kind, Message, ServerInfo, raw
+from instep_client.errors import ConnectionFailed, InstepError, InvalidInput, StreamRefused, stream_ended
+from instep_client.outbox import Outbox, parts
+from instep_client.replies import Failure
+from instep_client.requests import ForkCall, OpenCall, ResumeCall
+from instep_client.streams import HANDLE, Lane, StreamTable
+from instep_client.wire import CLAIM, HAVE_ALL, U64, Code, GrantArray, Kind, Message, ServerInfo, raw
 
-MAX_REPLY_BYTES: Final = 64 * 2**20
-"""The largest frame the client lets the server send; requests are cut so that no honest reply is larger."""
+_IN_DOUBT: Final = {Code.NAME_IN_USE: "opened", Code.FENCED: "resumed"}
+"""What may have been done over a lost connection when asking again is refused with these codes."""
+_SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE, Code.NUMERICS_CHANGED})
 
 
 class Openings:
-    """The OPEN and CLOSE requests of one connection."""
+    """The OPEN, RESUME and FORK requests of one session.
 
-    def __init__(self, table: StreamTable, info: ServerInfo, outbox: Outbox) -> None:
+    Args:
+        table: where the streams are put.
+        info: what the server takes.
+        outbox: where requests go.
+        discard: closes a lane that nobody holds.
+        answered: told of a lane for which a FORK was answered.
+    """
+
+    def __init__(
+        self,
+        table: StreamTable,
+        info: ServerInfo,
+        outbox: Outbox,
+        discard: Callable[[Lane], None],
+        answered: Callable[[Lane], None],
+    ) -> None:
         self._table = table
-        self._info = info
         self._outbox = outbox
+        self._discard = discard
+        self._answered = answered
+        self._state_shape = (info.state_layers, info.state_size)
         self._state = info.state_layers * info.state_size
-        self._most_opened = info.max_message_bytes // max(wire.MAX_NAME_BYTES + 1, 4 * self._state)
-        self._most_closed = min(
-            info.max_message_bytes // (4 * max(2, self._state)), MAX_REPLY_BYTES // (4 * self._state)
-        )
+        name_bytes = wire.MAX_NAME_BYTES + 1
+        self._most_opened = info.max_message_bytes // max(name_bytes, 4 * self._state)
+        self._most_resumed = info.max_message_bytes // max(name_bytes, wire.GRANT.itemsize)
 
-    def open(self, names: Sequence[str], initial_states: npt.ArrayLike | None, single: bool) -> OpenCall:
-        """Ask for streams; see `Session.open`."""
-        if isinstance(names, str):
-            raise InvalidInput("a group's names must be a sequence of strings, not one string")
-        names = tuple(names)
-        if not names or not all(isinstance(name, str) and wire.name_is_good(name) for name in names):
-            raise InvalidInput(
-                f"there must be at least one name, and each 1 to {wire.MAX_NAME_BYTES} bytes of printable UTF-8"
-            )
-        if len(set(names)) != len(names):
-            raise InvalidInput("two streams of a group may not have the same name")
-        initial: F32 | None = None
+    def open(
+        self, names: Sequence[str], initial_states: npt.ArrayLike | None, single: bool, first_seqs: U64 | None = None
+    ) -> OpenCall:
+        """A call that opens streams; see `Session.open`."""
+        names = _good_names(names)
+        initial = None
         if initial_states is not None:
-            shape = (self._info.state_layers, self._info.state_size)
-            initial = arrays.states(initial_states, shape if single else (len(names), *shape))
-            initial = initial.reshape(len(names), self._state)
-        call = OpenCall(names, single)
-        for part in _parts(len(names), self._most_opened):
-            states = b"" if initial is None else raw(initial[part])
-            frames: Message = [wire.pack_names([names[index] for index in part]), states, b""]
-            call.parts_left += 1
-            self._outbox.ask(Kind.OPEN, call, len(part), int(initial is not None), 0, frames=frames, part=part)
-        return call
+            shape = self._state_shape if single else (len(names), *self._state_shape)
+            initial = arrays.states(initial_states, shape).reshape(len(names), self._state)
+        return OpenCall(names, single, initial, first_seqs)
+
+    def resume(
+        self,
+        names: Sequence[str],
+        have: npt.ArrayLike | None,
+        epochs: npt.ArrayLike,
+        take_over: bool,
+        single: bool,
+    ) -> ResumeCall:
+        """A call that resumes streams; see `Session.resume`."""
+        names = _good_names(names)
+        claims = np.zeros(len(names), CLAIM)
+        claims["have"] = HAVE_ALL if have is None else arrays.counts(have, len(names), "have")
+        claims["epoch"] = arrays.counts(epochs, len(names), "epochs")
+        return ResumeCall(names, single, claims, take_over)
+
+    def fork(self, lane: Lane, names: Sequence[str]) -> ForkCall:
+        """A call that copies a lane's streams; see `Session.fork`."""
+        names = _good_names(names)
+        if len(names) != len(lane.rows):
+            raise InvalidInput(f"{len(lane.rows)} streams are copied, there are names for {len(names)}")
+        return ForkCall(names, lane)
+
+    def ask(self, call: OpenCall) -> None:
+        """Ask for the streams of a call; again, when it was asked before over a connection that is lost."""
+        if call.abandoned:
+            self._end(call, InstepError("the call was cancelled"))
+            return
+        kind, most = Kind.OPEN, self._most_opened
+        if isinstance(call, ResumeCall):
+            kind, most = Kind.RESUME, self._most_resumed
+            held = call.grants["handle"] != 0  # over a connection that is lost
+            call.claims["epoch"][held] = call.grants["epoch"][held]
+        elif isinstance(call, ForkCall):
+            kind = Kind.FORK
+        call.grants[:] = 0
+        pieces = parts(len(call.names), most)
+        call.begin(len(pieces))
+        for part in pieces:
+            names = wire.pack_names([call.names[index] for index in part])
+            self._outbox.ask(
+                kind, call, len(part), *self._fields(call), frames=self._frames(call, names, part), part=part
+            )
+
+    def _fields(self, call: OpenCall) -> tuple[int, ...]:
+        if isinstance(call, ResumeCall):
+            return (int(call.take_over),)
+        if isinstance(call, ForkCall):
+            return ()
+        return int(call.initial is not None), int(call.first_seqs is not None)
+
+    def _frames(self, call: OpenCall, names: bytes, part: arrays.Indices) -> Message:
+        if isinstance(call, ResumeCall):
+            return [names, call.claims[part].tobytes()]
+        if isinstance(call, ForkCall):
+            return [self._table.columns[call.lane.rows[part], HANDLE].tobytes(), names]
+        states = b"" if call.initial is None else raw(call.initial[part])
+        return [names, states, b"" if call.first_seqs is None else call.first_seqs[part].tobytes()]
 
     def opened(self, call: OpenCall, part: arrays.Indices, grants: GrantArray, failures: list[Failure]) -> None:
-        """OPENED came for a part of a call."""
+        """OPENED or RESUMED came for a part of a call."""
         call.grants[part] = grants
         for failure in failures[:1]:
-            _note(call, int(part[failure.column]), failure.code, failure.sentence)
-        self._part_opened(call)
+            call.note(int(part[failure.column]), failure.code, failure.sentence, failure.expected_seq)
+        self.part_answered(call)
+
+    def part_answered(self, call: OpenCall) -> None:
+        """A part of a call was answered, or refused."""
+        if not call.part_answered():
+            return
+        opened = call.grants["handle"] != 0
+        if call.refusal is None and not call.abandoned:
+            call.finish(self._add(call))
+            self._end(call)
+            return
+        if np.any(opened) and not isinstance(call, ResumeCall):  # a stream that was there before stays
+            names = [name for name, is_open in zip(call.names, opened, strict=True) if is_open]
+            self._discard(self._table.add(names, call.grants[opened], single=False))
+        self._end(call, InstepError("the call was cancelled") if call.refusal is None else _error(call))
+
+    def _end(self, call: OpenCall, error: InstepError | None = None) -> None:
+        if error is not None:
+            call.fail(error)
+        self._outbox.wake(call)
+        if isinstance(call, ForkCall):
+            self._answered(call.lane)
 
     def cancel(self, call: OpenCall) -> None:
         """Nobody wants the streams any more."""
         call.abandoned = True
-        if call.done and call.error is None:
-            self.close_quietly(call.result().rows)
+        if call.done and call.error is None and not isinstance(call, ResumeCall):
+            self._discard(call.result())
 
-    def close(self, call: CloseCall) -> None:
-        """Close a lane's streams, of which nothing is unanswered; those that the server has ended need no closing."""
-        lane = call.lane
-        live = np.flatnonzero(self._table.ended[lane.rows] == 0)
-        parts = _parts(len(live), self._most_closed)
-        call.parts_left = len(parts)
-        for part in parts:
-            self._ask_close(lane.rows[live[part]], call, live[part])
-        if not parts:
-            self._end_close(call)
+    def lost(self, call: OpenCall) -> bool:
+        """The connection is lost; whether the call may be asked again. Its parts that were opened cannot be told."""
+        call.again = True
+        if isinstance(call, ResumeCall) or not np.any(call.grants["handle"] != 0):
+            return True
+        self._end(call, _in_doubt(call.names[0], "opened"))
+        return False
 
-    def close_quietly(self, rows: arrays.Indices) -> None:
-        """Close streams that nobody holds any more."""
-        live = rows[self._table.ended[rows] == 0]
-        for part in _parts(len(live), self._most_closed):
-            self._ask_close(live[part], None, None)
-
-    def closed(self, call: CloseCall, part: arrays.Indices, finals: F32, failures: list[Failure]) -> None:
-        """CLOSED came for a part of a call."""
-        call.finals[part] = finals
-        for column, _, code, sentence, _ in failures:
-            index = int(part[column])
-            call.finals[index] = np.nan
-            if call.lane.single or code not in ENDING:
-                _note(call, index, code, sentence)
-        self._part_closed(call)
-
-    def refused(self, call: OpenCall | CloseCall, part: arrays.Indices, refusal: Refusal) -> None:
-        """ERROR came for a part of a call."""
-        _note(call, int(part[0]), refusal.code, refusal.sentence)
-        if isinstance(call, OpenCall):
-            self._part_opened(call)
-        else:
-            self._part_closed(call)
-
-    def _ask_close(self, rows: arrays.Indices, call: CloseCall | None, part: arrays.Indices | None) -> None:
-        handles = self._table.columns[rows, HANDLE].tobytes()
-        self._outbox.ask(Kind.CLOSE, call, len(rows), frames=[handles], part=part)
-
-    def _part_opened(self, call: OpenCall) -> None:
-        call.parts_left -= 1
-        if call.parts_left:
-            return
-        opened = call.grants["handle"] != 0
-        if call.refusal is None and not call.abandoned:
-            call.finish(self._table.add(call.names, call.grants, call.single))
-        else:
-            if np.any(opened):
-                names = [name for name, is_open in zip(call.names, opened, strict=True) if is_open]
-                lane = self._table.add(names, call.grants[opened], single=False)
-                self.close_quietly(lane.rows)
-                self._table.remove(lane)
-            if call.refusal is not None:
-                index, code, sentence = call.refusal
-                call.fail(StreamRefused(code, sentence, call.names[index]))
-        self._outbox.wake(call)
-
-    def _part_closed(self, call: CloseCall) -> None:
-        call.parts_left -= 1
-        if call.parts_left == 0:
-            self._end_close(call)
-
-    def _end_close(self, call: CloseCall) -> None:
-        lane = call.lane
-        row = int(lane.rows[0])
-        if lane.single and self._table.ended[row]:
-            code = Code(int(self._table.ended[row]))
-            call.fail(StreamEvicted(code, self._table.sentences[code], lane.names[0]))
-        elif call.refusal is not None:
-            index, code, sentence = call.refusal
-            call.fail(StreamRefused(code, sentence, lane.names[index]))
-        else:
-            call.finish(call.finals)
-        if call.refusal is not None and call.refusal[1] not in ENDING:
-            lane.closing = False  # the streams are as they were: the user may try again
-        else:
-            self._table.remove(lane)
-        self._outbox.wake(call)
-        self._outbox.wake(lane)
+    def _add(self, call: OpenCall) -> Lane:
+        grants = call.grants
+        if isinstance(call, ResumeCall):  # what comes next is what the user has not
+            grants["next_seq"] = np.minimum(call.claims["have"], grants["next_seq"])
+        return self._table.add(call.names, grants, call.single)
 
 
-def _note(call: OpenCall | CloseCall, index: int, code: Code, sentence: str) -> None:
-    if call.refusal is None or index < call.refusal[0]:
-        call.refusal = (index, code, sentence)
+def _good_names(names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise InvalidInput("a group's names must be a sequence of strings, not one string")
+    names = tuple(names)
+    if not names or not all(isinstance(name, str) and wire.name_is_good(name) for name in names):
+        raise InvalidInput(
+            f"there must be at least one name, and each 1 to {wire.MAX_NAME_BYTES} bytes of printable UTF-8"
+        )
+    if len(set(names)) != len(names):
+        raise InvalidInput("two streams of a group may not have the same name")
+    return names
 
 
-def _parts(count: int, most: int) -> list[arrays.Indices]:
-    """The numbers below `count` in parts of at most `most`, and of what one message may carry."""
-    most = max(1, min(most, MAX_BLOCK_STREAMS))
-    return [np.arange(start, min(start + most, count)) for start in range(0, count, most)]
+def _error(call: OpenCall) -> InstepError:
+    """Why a call failed."""
+    assert call.refusal is not None
+    index, code, sentence, expected_seq = call.refusal
+    name = call.names[index]
+    if call.again and code in _IN_DOUBT:
+        return _in_doubt(name, _IN_DOUBT[code])
+    if isinstance(call, ResumeCall) and code in _SAID:
+        return stream_ended(code, sentence, name, int(call.claims["have"][index]), expected_seq)
+    return StreamRefused(code, sentence, name)
+
+
+def _in_doubt(name: str, done: str) -> ConnectionFailed:
+    return ConnectionFailed(
+        f"the connection was lost while stream {name!r} was asked for, which may have been {done} over it; "
+        "resume it with take_over=True"
+    )

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from instep_client import wire
-from instep_client.wire import Frame, Kind, Message
+from instep_client.wire import MAX_BLOCK_STREAMS, Frame, Kind, Message
 
 if TYPE_CHECKING:
     from instep_client.arrays import Indices
     from instep_client.blocks import Block
     from instep_client.calls import Call
     from instep_client.streams import Lane
+
+MAX_REPLY_BYTES: Final = 64 * 2**20
+"""The largest frame the client lets the server send; requests are cut so that no honest reply is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,7 @@ class Asked:
     what: Call[Any] | Block | None
     """The call or block that it belongs to; None when nobody waits."""
     part: Indices | None = None
-    """Which of the call's streams it is about, for OPEN and CLOSE."""
+    """Which of the call's streams it is about, when it is about streams."""
 
 
 class Outbox:
@@ -53,6 +58,13 @@ class Outbox:
         self.messages.append([wire.pack_header(kind, self._last_request, *fields), *frames])
         return self._last_request
 
+    def forget(self) -> list[Asked]:
+        """The connection is lost: nothing of what was asked will be answered; what that was, in order."""
+        asked = list(self.unanswered.values())
+        self.unanswered.clear()
+        self.messages.clear()
+        return asked
+
     def answer_ping(self, number: int) -> None:
         """Tell the server, which asked, that we are here and have read everything up to its PING."""
         self.messages.append([wire.pack_header(Kind.PONG, number)])
@@ -60,3 +72,9 @@ class Outbox:
     def wake(self, whom: Call[Any] | Lane) -> None:
         """Tell the driver that a call ended or was sent, or that a lane's outputs changed."""
         self.woken.append(whom)
+
+
+def parts(count: int, most: int) -> list[Indices]:
+    """The numbers below `count` in parts of at most `most`, and of what one message may carry."""
+    most = max(1, min(most, MAX_BLOCK_STREAMS))
+    return [np.arange(start, min(start + most, count)) for start in range(0, count, most)]

@@ -93,6 +93,20 @@ def closed(header: Header, frames: Sequence[Frame], count: int, state: int) -> t
     return finals, _failures(frames[2], header.fields[1], count, 1)
 
 
+def peeked(header: Header, frames: Sequence[Frame], count: int, state: int) -> tuple[U64, F32, list[Failure]]:
+    """Next seqs [count] and states [count, state], NaN where refused, and what was refused."""
+    _count(header.fields[0], count)
+    seqs: U64 = wire.array_frame(frames[1], "<u8", (count,), "seqs")
+    states: F32 = wire.array_frame(frames[2], "<f4", (count, state), "states")
+    return seqs, states, _failures(frames[3], header.fields[1], count, 1)
+
+
+def changed(header: Header, frames: Sequence[Frame], count: int) -> list[Failure]:
+    """What was not changed."""
+    _count(header.fields[0], count)
+    return _failures(frames[1], header.fields[1], count, 1)
+
+
 def statistics(header: Header) -> dict[str, float]:
     """The server's numbers by name."""
     pairs = header.fields[0]

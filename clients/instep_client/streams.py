@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from instep_client.arrays import Indices
+from instep_client.errors import StreamEvicted, stream_ended
 from instep_client.wire import U64, Code, GrantArray
 
 if TYPE_CHECKING:
-    from instep_client.calls import CloseCall, StepCall, Waiter
+    from instep_client.calls import StepCall, Waiter
+    from instep_client.requests import LaneCall
 
 HANDLE = 0
 SEQ = 1
@@ -28,11 +30,13 @@ class Lane:
     """The rows of one stream or group, its calls that wait to be sent, and what it has had answered."""
 
     __slots__ = (
+        "asking",
         "calls",
         "closed",
         "closing",
         "finished",
         "has_ended",
+        "last_epochs",
         "last_seqs",
         "names",
         "queued",
@@ -49,8 +53,10 @@ class Lane:
         self.names = tuple(names)
         self.rows = rows
         self.single = single
-        self.calls: deque[StepCall | CloseCall] = deque()
+        self.calls: deque[StepCall | LaneCall] = deque()
         """Calls not sent, or not sent completely; the first one's turn comes first."""
+        self.asking = False
+        """Whether something else than frames is on its way, until whose answer nothing more is sent."""
         self.queued = False
         """Whether the lane stands in line to send."""
         self.unanswered = 0
@@ -62,7 +68,8 @@ class Lane:
         self.closing = False
         self.closed = False
         self.last_seqs: U64 | None = None
-        """The next seqs as they were when the rows were given back."""
+        self.last_epochs: U64 | None = None
+        """The next seqs and the epochs as they were when the rows were given back."""
         self.finished = False
         """Whether the user said that nothing more will be sent."""
         self.results: deque[StepCall] = deque()
@@ -85,8 +92,10 @@ class StreamTable:
         marks a free row."""
         self.epoch: U64 = np.zeros(0, np.uint64)
         """Under which each stream is held."""
-        self._early: list[tuple[Indices, U64, U64]] = []
-        """Outputs that came before earlier ones of their streams: rows, first seqs, seqs after the last."""
+        self.server_has: U64 = np.zeros(0, np.uint64)
+        """The seq that the server expected when the stream was ended, of those that it refused to resume."""
+        self._early: dict[int, list[tuple[int, int]]] = {}
+        """Outputs that came before earlier ones of their streams, by row: first seqs, and seqs after the last."""
         self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """When the next seq was last set back to what the server expects, on the session's counter."""
         self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -97,6 +106,12 @@ class StreamTable:
         """What the server said with each code in `ended`."""
         self.lanes: list[Lane | None] = []
         self._free: list[int] = []
+        self._clock = 0
+
+    def stamp(self) -> int:
+        """The next number of the counter by which calls and set-backs are ordered."""
+        self._clock += 1
+        return self._clock
 
     def add(self, names: Sequence[str], grants: GrantArray, single: bool) -> Lane:
         """Rows for newly opened streams, and the lane over them.
@@ -120,23 +135,47 @@ class StreamTable:
     def remove(self, lane: Lane) -> None:
         """Give a lane's rows back; nothing of it may be waiting or unanswered."""
         assert lane.unanswered == 0
-        lane.last_seqs = self.columns[lane.rows, SEQ]
+        lane.last_seqs, lane.last_epochs = self.next_seqs(lane), self.epochs(lane)
         lane.closed = True
         self.columns[lane.rows, HANDLE] = 0
         for row in lane.rows.tolist():
             self.lanes[row] = None
+            self._early.pop(row, None)
         self._free.extend(reversed(lane.rows.tolist()))
 
     def came(self, rows: Indices, first: U64, end: U64) -> None:
         """Outputs of the seqs from `first` to `end`, uint64 [N] each, came for these rows."""
-        self._early.append((rows, first, end))
-        self._early = [part for part in self._early if not self._moved(*part)]
-
-    def _moved(self, rows: Indices, first: U64, end: U64) -> bool:
         acked = self.columns[rows, ACKED]
         due = first <= acked
         self.columns[rows, ACKED] = np.where(due, np.maximum(acked, end), acked)
-        return bool(due.all())
+        if not due.all():
+            for index in np.flatnonzero(~due & (end > first)).tolist():
+                self._early.setdefault(int(rows[index]), []).append((int(first[index]), int(end[index])))
+        if self._early:
+            for row in self._early.keys() & set(rows.tolist()):
+                self._catch_up(row)
+
+    def _catch_up(self, row: int) -> None:
+        acked = int(self.columns[row, ACKED])
+        waiting: list[tuple[int, int]] = []
+        for first, end in sorted(self._early.pop(row)):
+            if first <= acked:
+                acked = max(acked, end)
+            else:
+                waiting.append((first, end))
+        self.columns[row, ACKED] = acked
+        if waiting:
+            self._early[row] = waiting
+
+    def set_back(self, row: int, expected: int, outputs_are_gone: bool) -> None:
+        """The stream's next frame is of that seq; outputs before it have come or, if they are gone, never will."""
+        acked = int(self.columns[row, ACKED])
+        self.columns[row, SEQ] = expected
+        self.columns[row, ACKED] = expected if outputs_are_gone else min(acked, expected)
+
+    def given(self, row: int) -> int:
+        """The seq before which the server must have computed everything: the last output that came says so."""
+        return max([int(self.columns[row, ACKED]), *(end for _, end in self._early.get(row, ()))])
 
     def in_window(self, rows: Indices, timesteps: int, window: int) -> bool:
         """Whether each of the rows may send so many frames more."""
@@ -147,14 +186,43 @@ class StreamTable:
         """The seq that each of a lane's streams sends next, as a copy."""
         return self.columns[lane.rows, SEQ] if lane.last_seqs is None else lane.last_seqs.copy()
 
+    def epochs(self, lane: Lane) -> U64:
+        """The epoch under which each of a lane's streams is held, as a copy."""
+        return self.epoch[lane.rows] if lane.last_epochs is None else lane.last_epochs.copy()
+
     def rows_of(self, handles: U64) -> Indices:
         """The rows of those of the handles that are open here."""
         return np.flatnonzero(np.isin(self.columns[:, HANDLE], handles))
+
+    def live_rows(self) -> Indices:
+        """The rows of the streams that are open."""
+        return np.flatnonzero((self.columns[:, HANDLE] != 0) & (self.ended == 0))
+
+    def resumed(self, rows: Indices, grants: GrantArray) -> None:
+        """The streams go on under new handles and epochs; the next seqs stay what they were."""
+        self.columns[rows, HANDLE] = grants["handle"]
+        self.epoch[rows] = grants["epoch"]
 
     def end(self, rows: Indices, code: Code, sentence: str) -> None:
         """The server ended these streams."""
         self.ended[rows] = code
         self.sentences[int(code)] = sentence
+
+    def why_ended(self, row: int) -> StreamEvicted:
+        """The exception that says why the stream of a row was ended, a new one each time."""
+        lane, code = self.lanes[row], Code(int(self.ended[row]))
+        assert lane is not None
+        return stream_ended(code, self.sentences[code], lane.name_of(row), self.given(row), int(self.server_has[row]))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no stream, open or ended."""
+        return len(self._free) == len(self.lanes)
+
+    def names(self, rows: Indices) -> list[str]:
+        """The names of the streams in these rows."""
+        lanes = [self.lanes[row] for row in rows.tolist()]
+        return [lane.name_of(row) for lane, row in zip(lanes, rows, strict=True) if lane is not None]
 
     def live_lanes(self) -> list[Lane]:
         """Every lane that has rows."""
@@ -165,6 +233,7 @@ class StreamTable:
         more = max(at_least, old, 16)
         self.columns = np.concatenate([self.columns, np.zeros((more, 3), np.uint64)])
         self.epoch = np.concatenate([self.epoch, np.zeros(more, np.uint64)])
+        self.server_has = np.concatenate([self.server_has, np.zeros(more, np.uint64)])
         self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])
         self.held = np.concatenate([self.held, np.zeros(more, np.bool_)])
         self.ended = np.concatenate([self.ended, np.zeros(more, np.int64)])

@@ -238,7 +238,7 @@ async def test_eviction_ends_calls_and_readers(server: FakeServer) -> None:
 
 
 async def test_goodbye(server: FakeServer) -> None:
-    async with AsyncClient(server.endpoint) as client:
+    async with AsyncClient(server.endpoint, reconnect_s=0) as client:
         stream = await client.open("a")
         server.rules.holding = True
         step = asyncio.create_task(stream.step(X[0]))
@@ -261,7 +261,7 @@ async def test_a_malformed_message_is_never_a_hang(server: FakeServer) -> None:
 
 
 async def test_a_server_that_falls_silent(server: FakeServer) -> None:
-    async with AsyncClient(server.endpoint, timeout_s=0.3) as client:
+    async with AsyncClient(server.endpoint, timeout_s=0.3, reconnect_s=0) as client:
         stream = await client.open("a")
         server.rules.fault = lambda header, frames: []
         with pytest.raises(ConnectionFailed, match=f"nobody answers at {server.endpoint}"):
@@ -281,7 +281,7 @@ async def test_a_server_that_is_slow_but_there(server: FakeServer) -> None:
 
 
 async def test_a_restarted_server(server: FakeServer) -> None:
-    async with AsyncClient(server.endpoint) as client:
+    async with AsyncClient(server.endpoint, reconnect_s=0) as client:
         stream = await client.open("a")
         server.rules.fault = only(Kind.STEP, lambda request: [error(request, Code.HELLO_FIRST)])
         with pytest.raises(ConnectionFailed, match="was restarted"):

@@ -25,7 +25,7 @@ class Run:
     ) -> None:
         self.dice = Random(seed)
         self.server = StagedServer(self.dice, credit_frames, busy, fails, window)
-        self.session = Session("tcp://somewhere:1")
+        self.session = Session("tcp://somewhere:1", reconnect_s=0.0)
         self.bad = bad
         self.cancels = cancels
         self.now = 0.0

@@ -29,7 +29,7 @@ class Link:
     """Session here, rules there. Nothing moves unless a test says so; `settle` moves everything."""
 
     def __init__(self, info: ServerInfo = INFO, timeout_s: float = 10.0, greet: bool = True) -> None:
-        self.session = Session("tcp://somewhere:1", "test", timeout_s)
+        self.session = Session("tcp://somewhere:1", "test", timeout_s, reconnect_s=0.0)
         self.rules = FakeRules(info)
         self.now = 1000.0
         self.to_server: deque[Message] = deque()

@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from instep_client.aio import AsyncClient, AsyncStream
+from instep_client.aio import AsyncClient
+from instep_client.aio_streams import AsyncStream
 from instep_client.commands.answers import Answers, Sent
 from instep_client.commands.lines import BadLine, LineReader
 from instep_client.commands.living import step_living

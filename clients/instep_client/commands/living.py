@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.aio import AsyncGroup
+from instep_client.aio_streams import AsyncGroup
 from instep_client.commands.plan import Rows
 from instep_client.errors import FrameFailure, FramesRefused, Refused, StreamEvicted
 from instep_client.wire import F32

@@ -11,7 +11,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.aio import AsyncClient, AsyncGroup
+from instep_client.aio import AsyncClient
+from instep_client.aio_streams import AsyncGroup
 from instep_client.commands.living import step_living
 from instep_client.commands.pacing import Clock, Stop, wait_until
 from instep_client.commands.pipeline import pipeline, task_group

@@ -1,0 +1,223 @@
+"""Streams and groups of `aio.AsyncClient`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy.typing as npt
+
+from instep_client.calls import Answer
+from instep_client.driver import Driver
+from instep_client.session import Session
+from instep_client.snapshots import StreamSnapshot
+from instep_client.streams import Lane
+from instep_client.wire import F32, U64
+
+
+class AsyncStream:
+    """One stream: frames in, outputs out, in order.
+
+    Frames are sent in the order in which `step` and `send` were called. A frame that the server refuses leaves the
+    stream as it was; frames that were sent behind it before the refusal came are refused too, with SEQ_GAP. A call that
+    is cancelled while its frames wait for credit takes them back; frames that were sent count as sent (`next_seq`
+    tells).
+
+    A connection that is lost is made anew (see `AsyncClient`): calls just take longer, and every frame is applied once.
+
+    Every method raises StreamEvicted once the stream has ended (DataLoss and NumericsChanged are of that kind),
+    ConnectionFailed once the server is gone for good, and ClientClosed after `close`.
+    """
+
+    def __init__(self, session: Session, driver: Driver, lane: Lane) -> None:
+        """Made by `AsyncClient.open`."""
+        self._session = session
+        self._driver = driver
+        self._lane = lane
+
+    @property
+    def name(self) -> str:
+        """The name it was opened by."""
+        return self._lane.names[0]
+
+    @property
+    def next_seq(self) -> int:
+        """The seq of the next frame that is sent; with nothing on its way, that of the next frame applied."""
+        return int(self._session.next_seqs(self._lane)[0])
+
+    @property
+    def epoch(self) -> int:
+        """The number of this ownership of the stream, by which it can be resumed; a new one with each connection."""
+        return int(self._session.epochs(self._lane)[0])
+
+    async def step(self, x: npt.ArrayLike) -> F32:
+        """Send a frame [features] or a chunk [T, features]; its outputs, [outputs] or [T, outputs].
+
+        Raises:
+            FramesRefused: when some of it was not applied.
+            InvalidInput: for another shape, or values that float32 cannot hold.
+        """
+        return (await self.step_timed(x)).outputs
+
+    async def step_timed(self, x: npt.ArrayLike) -> Answer:
+        """Like `step`, with the server's times beside the outputs."""
+        return await self._driver.wait(self._session.step(self._lane, x))
+
+    async def send(self, x: npt.ArrayLike) -> None:
+        """Send a frame or chunk without waiting for its outputs, which iterating over the stream gives.
+
+        Waits while the server's credit is used up, and while as many frames as that credit wait here to be read.
+
+        Raises:
+            InvalidInput: for another shape, or values that float32 cannot hold.
+            InstepError: when outputs wait and nobody reads any of them for the client's `timeout_s`.
+        """
+        await self._driver.wait_sent(self._session.step(self._lane, x, keep=True))
+
+    def finish(self) -> None:
+        """Nothing more will be sent with `send`: iterating ends after the last output."""
+        self._session.finish(self._lane)
+        self._driver.wake()
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> F32:
+        """The outputs of the next `send`, in the shape that `step` would give.
+
+        Raises:
+            FramesRefused: in place of outputs; iterating may go on.
+        """
+        outputs = await self.next_outputs()
+        if outputs is None:
+            raise StopAsyncIteration
+        return outputs
+
+    async def next_outputs(self) -> F32 | None:
+        """What iterating gives next, or None at its end."""
+        while True:
+            call = self._session.take(self._lane)
+            if call is not None:
+                self._driver.wake()
+                return call.result().outputs
+            if self._session.outputs_end(self._lane):
+                return None
+            await self._driver.wait_news(self._lane)
+
+    async def peek(self) -> tuple[int, F32]:
+        """The state as it is now and the seq of the frame that comes next: float32 [state_layers, state_size].
+
+        What was sent and is not applied yet is not in it.
+        """
+        info = self._session.info
+        seqs, states = await self._driver.wait(self._session.peek(self._lane))
+        return int(seqs[0]), states.reshape(info.state_layers, info.state_size)
+
+    async def reset(self, state: npt.ArrayLike | None = None) -> None:
+        """Set the state once everything sent was answered, to zeros unless given; seqs go on.
+
+        Raises:
+            StreamRefused: when the server refuses.
+            InvalidInput: for a state of another shape.
+        """
+        await self._driver.wait(self._session.reset(self._lane, state))
+
+    async def fork(self, name: str) -> AsyncStream:
+        """A new stream that begins with this one's state and seq, once everything sent was answered.
+
+        Raises:
+            StreamRefused: when the server refuses the new stream.
+            ConnectionFailed: when the connection was lost and the new stream may be open.
+            InvalidInput: for a bad name.
+        """
+        lane = await self._driver.wait(self._session.fork(self._lane, [name]))
+        return AsyncStream(self._session, self._driver, lane)
+
+    async def snapshot(self) -> StreamSnapshot:
+        """What `peek` gives, and of which model: it can be saved, and restored on any server of that model."""
+        info = self._session.info
+        seq, state = await self.peek()
+        return StreamSnapshot(self.name, seq, state, info.fingerprint, info.model)
+
+    async def close(self) -> F32:
+        """Close it once everything sent was answered; its final state, float32 [state_layers, state_size].
+
+        Raises:
+            StreamRefused: when the server refuses.
+        """
+        info = self._session.info
+        final = await self._driver.wait(self._session.close(self._lane))
+        return final.reshape(info.state_layers, info.state_size)
+
+
+class AsyncGroup:
+    """Many streams stepped by one array; each is a stream of its own, and may be refused or evicted alone."""
+
+    def __init__(self, session: Session, driver: Driver, lane: Lane) -> None:
+        """Made by `AsyncClient.open_group`."""
+        self._session = session
+        self._driver = driver
+        self._lane = lane
+
+    def __len__(self) -> int:
+        return len(self._lane.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names they were opened by."""
+        return self._lane.names
+
+    @property
+    def next_seqs(self) -> U64:
+        """The seq of the next frame of each stream, uint64 [N]."""
+        return self._session.next_seqs(self._lane)
+
+    @property
+    def epochs(self) -> U64:
+        """The numbers of these ownerships, uint64 [N]; see `AsyncStream.epoch`."""
+        return self._session.epochs(self._lane)
+
+    async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
+        """Send one frame for each stream, or T: [N, features] or [T, N, features]; outputs in the same form.
+
+        With `rows`, distinct indices, only those streams take a step, and N is their number.
+
+        Raises:
+            FramesRefused: when some were not applied; its `outputs` hold the others'.
+            StreamEvicted: when one of the streams has ended; nothing is sent then. Leave it out with `rows`.
+            InvalidInput: for another shape, bad rows, or values that float32 cannot hold.
+        """
+        return (await self.step_timed(x, rows)).outputs
+
+    async def step_timed(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> Answer:
+        """Like `step`, with the server's times beside the outputs."""
+        return await self._driver.wait(self._session.step(self._lane, x, rows))
+
+    async def peek(self) -> tuple[U64, F32]:
+        """Seqs uint64 [N] and states float32 [N, state_layers, state_size] as they are now; see `AsyncStream.peek`."""
+        info = self._session.info
+        seqs, states = await self._driver.wait(self._session.peek(self._lane))
+        return seqs, states.reshape(len(self), info.state_layers, info.state_size)
+
+    async def reset(self, states: npt.ArrayLike | None = None) -> None:
+        """Set all states, float32 [N, state_layers, state_size], once everything sent was answered; zeros unless given.
+
+        Raises:
+            StreamRefused: naming the first stream that the server refuses; others may have been reset.
+            InvalidInput: for states of another shape.
+        """
+        await self._driver.wait(self._session.reset(self._lane, states))
+
+    async def fork(self, names: Sequence[str]) -> AsyncGroup:
+        """New streams, one for each of these, that begin with their states and seqs; see `AsyncStream.fork`."""
+        lane = await self._driver.wait(self._session.fork(self._lane, names))
+        return AsyncGroup(self._session, self._driver, lane)
+
+    async def close(self) -> F32:
+        """Close all; their final states, float32 [N, state_layers, state_size], NaN for those that had ended.
+
+        Raises:
+            StreamRefused: when the server refuses one that is open.
+        """
+        info = self._session.info
+        finals = await self._driver.wait(self._session.close(self._lane))
+        return finals.reshape(len(self), info.state_layers, info.state_size)

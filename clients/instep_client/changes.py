@@ -1,0 +1,121 @@
+"""What is asked of streams besides frames: their states, other states for them, and their end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from instep_client import arrays
+from instep_client.calls import ENDING
+from instep_client.errors import StreamEvicted, StreamRefused
+from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
+from instep_client.replies import Failure
+from instep_client.requests import CloseCall, PeekCall, ResetCall
+from instep_client.streams import HANDLE, Lane, StreamTable
+from instep_client.wire import F32, U64, Kind, ServerInfo, raw
+
+
+class Changes:
+    """The PEEK, RESET and CLOSE requests of one session.
+
+    Args:
+        table: the streams.
+        info: what the server takes.
+        outbox: where requests go.
+        answered: told of a lane for which a RESET or CLOSE was answered.
+    """
+
+    def __init__(self, table: StreamTable, info: ServerInfo, outbox: Outbox, answered: Callable[[Lane], None]) -> None:
+        self._table = table
+        self._outbox = outbox
+        self._answered = answered
+        self._state = info.state_layers * info.state_size
+        self._most = min(info.max_message_bytes // (4 * max(2, self._state)), MAX_REPLY_BYTES // (4 * self._state))
+
+    def ask(self, call: PeekCall | ResetCall | CloseCall) -> None:
+        """Ask for what a call wants; again, when it was asked before over a connection that is lost."""
+        lane = call.lane
+        wanted = np.arange(len(lane.rows))
+        if isinstance(call, CloseCall):  # those that the server has ended or closed need no closing
+            wanted = np.flatnonzero((self._table.ended[lane.rows] == 0) & (self._table.columns[lane.rows, HANDLE] != 0))
+        pieces = [wanted[part] for part in parts(len(wanted), self._most)]
+        call.begin(len(pieces))
+        for part in pieces:
+            self._ask(call, part)
+        if not pieces:
+            self._end(call)
+
+    def _ask(self, call: PeekCall | ResetCall | CloseCall, part: arrays.Indices) -> None:
+        handles = self._table.columns[call.lane.rows[part], HANDLE].tobytes()
+        if isinstance(call, ResetCall):
+            states = b"" if call.states is None else raw(call.states[part])
+            has_states = int(call.states is not None)
+            self._outbox.ask(Kind.RESET, call, len(part), has_states, frames=[handles, states], part=part)
+        else:
+            kind = Kind.PEEK if isinstance(call, PeekCall) else Kind.CLOSE
+            self._outbox.ask(kind, call, len(part), frames=[handles], part=part)
+
+    def farewell(self) -> None:
+        """Close every stream there is; nobody waits for the answer."""
+        live = self._table.live_rows()
+        for part in parts(len(live), self._most):
+            handles = self._table.columns[live[part], HANDLE].tobytes()
+            self._outbox.ask(Kind.CLOSE, None, len(part), frames=[handles])
+
+    def peeked(self, call: PeekCall, part: arrays.Indices, seqs: U64, states: F32, failures: list[Failure]) -> None:
+        """PEEKED came for a part of a call."""
+        call.seqs[part], call.states[part] = seqs, states
+        self.changed(call, part, failures)
+
+    def changed(self, call: PeekCall | ResetCall, part: arrays.Indices, failures: list[Failure]) -> None:
+        """CHANGED came for a part of a call, or PEEKED."""
+        for column, _, code, sentence, _ in failures[:1]:
+            call.note(int(part[column]), code, sentence)
+        self.part_answered(call)
+
+    def closed(self, call: CloseCall, part: arrays.Indices, finals: F32, failures: list[Failure]) -> None:
+        """CLOSED came for a part of a call."""
+        call.finals[part] = finals
+        is_closed = np.ones(len(part), np.bool_)
+        for column, _, code, sentence, _ in failures:
+            index = int(part[column])
+            call.finals[index] = np.nan
+            is_closed[column] = code in ENDING
+            if call.lane.single or code not in ENDING:
+                call.note(index, code, sentence)
+        self._table.columns[call.lane.rows[part[is_closed]], HANDLE] = 0
+        self.part_answered(call)
+
+    def part_answered(self, call: PeekCall | ResetCall | CloseCall) -> None:
+        """A part of a call was answered, or refused."""
+        if call.part_answered():
+            self._end(call)
+
+    def _end(self, call: PeekCall | ResetCall | CloseCall) -> None:
+        lane = call.lane
+        row = int(lane.rows[0])
+        if isinstance(call, CloseCall) and lane.single and self._table.ended[row]:
+            call.fail(self._table.why_ended(row))
+        elif call.refusal is not None:
+            index, code, sentence, _ = call.refusal
+            has_ended = code in ENDING and not isinstance(call, CloseCall)
+            call.fail((StreamEvicted if has_ended else StreamRefused)(code, sentence, lane.names[index]))
+        elif isinstance(call, CloseCall):
+            call.finish(call.finals)
+        elif isinstance(call, PeekCall):
+            call.finish((call.seqs, call.states))
+        else:
+            call.finish(None)
+        if isinstance(call, CloseCall):
+            self._close(lane, call.refusal is not None and call.refusal.code not in ENDING)
+        if not isinstance(call, PeekCall):
+            self._answered(lane)
+        self._outbox.wake(call)
+        self._outbox.wake(lane)
+
+    def _close(self, lane: Lane, was_refused: bool) -> None:
+        if was_refused:
+            lane.closing = False  # the streams are as they were: the user may try again
+        else:
+            self._table.remove(lane)

@@ -1,0 +1,262 @@
+"""One connection after another to a server, as rules: time, silence, loss and recovery."""
+
+from __future__ import annotations
+
+from enum import Enum
+from random import Random
+from typing import Any
+
+from instep_client import wire
+from instep_client.calls import Call, Ping, Statistics
+from instep_client.changes import Changes
+from instep_client.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput
+from instep_client.flow import Flow
+from instep_client.openings import Openings
+from instep_client.outbox import Outbox
+from instep_client.recovery import Phase, Recovery
+from instep_client.requests import CloseCall, ForkCall, LaneCall, OpenCall, PeekCall, ResetCall
+from instep_client.streams import Lane, StreamTable
+from instep_client.wire import Kind, Message, ServerInfo
+
+
+class State(Enum):
+    """Where the session stands."""
+
+    GREETING = "HELLO is on its way"
+    OPEN = "the server has welcomed us"
+    RECONNECTING = "the connection was lost; there will be another"
+    ENDED = "everything has failed or was closed"
+
+
+class Connection:
+    """What a session has of a connection; `listener.Listener` adds what messages mean, `session.Session` the verbs."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        name: str = "",
+        timeout_s: float = 10.0,
+        reconnect_s: float = 30.0,
+        dice: Random | None = None,
+    ) -> None:
+        """A session whose HELLO waits to be sent.
+
+        Args:
+            endpoint: where the driver connects to.
+            name: told to the server.
+            timeout_s: how long a silent server is waited for.
+            reconnect_s: for how long another connection is tried for when one is lost; 0 for not at all.
+            dice: what the delays between attempts are drawn from.
+
+        Raises:
+            InvalidInput: for a bad name or time.
+        """
+        if name and not wire.name_is_good(name):
+            raise InvalidInput(f"a client's name must be at most {wire.MAX_NAME_BYTES} bytes of printable UTF-8")
+        if not timeout_s > 0:
+            raise InvalidInput("timeout_s must be more than 0 seconds")
+        if not reconnect_s >= 0:
+            raise InvalidInput("reconnect_s must be 0 seconds or more")
+        self.endpoint = endpoint
+        self.state = State.GREETING
+        self._name = name
+        self._timeout_s = timeout_s
+        self._outbox = Outbox()
+        self._table = StreamTable()
+        self._recovery = Recovery(self._table, self._outbox, reconnect_s, timeout_s, dice or Random())
+        self._info: ServerInfo | None = None
+        self._failure: tuple[type[InstepError], str] = (ClientClosed, "the client is not connected")
+        self._heard_at = float("-inf")
+        self._waiting_since: float | None = None
+        self._probing = False
+        self._wants_socket = False
+        self._postponed: dict[Call[Any], None] = {}
+        """What is to be asked, or asked again, over the next connection."""
+        self._openings: Openings
+        self._changes: Changes
+        self._flow: Flow
+        self.greeting: Call[ServerInfo] = Call()
+        """Ends with the server's welcome."""
+        self._outbox.ask(Kind.HELLO, self.greeting, wire.PROTOCOL_VERSION, name)
+
+    @property
+    def info(self) -> ServerInfo:
+        """What the server said of itself.
+
+        Raises:
+            InstepError: before the welcome.
+        """
+        if self._info is None:
+            raise self._failure[0](self._failure[1])
+        return self._info
+
+    @property
+    def loss(self) -> str:
+        """How the connection was lost, while another one is tried for."""
+        return self._recovery.why
+
+    def advance(self, now: float) -> None:
+        """Send what may be sent; watch for silence; try for another connection when one was lost."""
+        if self.state is State.RECONNECTING:
+            self._recover(now)
+        if self.state is State.OPEN:
+            self._flow.advance(now, self._timeout_s)
+        self._watch(now)
+
+    def deadline(self) -> float | None:
+        """When `advance` is to be called though nothing happens; None for never."""
+        if self.state is State.ENDED:
+            return None
+        times = [self._recovery.deadline()]
+        if self.state is State.OPEN:
+            times.append(self._flow.deadline(self._timeout_s))
+            if self._keeps_alive():
+                times.append(self._heard_at + self.info.park_s / 2)
+        if self._waiting_since is not None:
+            patience_s = self._timeout_s / 2 if self._may_probe() else self._timeout_s
+            times.append(max(self._heard_at, self._waiting_since) + patience_s)
+        return min((time for time in times if time is not None), default=None)
+
+    def take_messages(self) -> list[Message]:
+        """What is to be sent, in order."""
+        messages, self._outbox.messages = self._outbox.messages, []
+        return messages
+
+    def take_woken(self) -> list[Call[Any] | Lane]:
+        """Calls that ended or were sent, and lanes whose outputs changed."""
+        woken, self._outbox.woken = self._outbox.woken, []
+        return woken
+
+    def take_reconnect(self) -> bool:
+        """Whether to close the socket, drop what was not sent through it, and connect a new one now."""
+        wanted, self._wants_socket = self._wants_socket, False
+        return wanted
+
+    def fail(self, error: type[InstepError], sentence: str) -> None:
+        """End the session: every call fails with that error, now and later."""
+        if self.state is State.ENDED:
+            return
+        was_welcomed = self.state is not State.GREETING
+        self.state = State.ENDED
+        self._failure = (error, sentence)
+        for call in [*(asked.what for asked in self._outbox.forget()), *self._postponed]:
+            if isinstance(call, Call):
+                call.fail(error(sentence))
+                self._outbox.wake(call)
+        self._postponed.clear()
+        if was_welcomed:
+            self._flow.fail(error, sentence)
+
+    def leave(self) -> Ping | None:
+        """End the session: what waits fails, open streams are closed. The Ping ends when the server has read that.
+
+        Without a connection nothing can be closed: the server parks the streams, and forgets them in time.
+        """
+        reachable = self.state is State.OPEN
+        self.fail(ClientClosed, "the client was closed")
+        if not reachable or not len(self._table.live_rows()):
+            return None
+        self._changes.farewell()
+        call = Ping(0.0)
+        self._outbox.ask(Kind.PING, call)
+        return call
+
+    def _check_open(self) -> None:
+        if self.state not in (State.OPEN, State.RECONNECTING):
+            raise self._failure[0](self._failure[1])
+
+    def _ask(self, call: Call[Any], now: float = 0.0) -> None:
+        """Ask for what a call wants, now or when there is a connection again."""
+        if self.state is State.RECONNECTING:
+            self._postponed[call] = None
+        elif isinstance(call, Ping):
+            call.sent_at = max(call.sent_at, now)
+            self._outbox.ask(Kind.PING, call)
+        elif isinstance(call, Statistics):
+            self._outbox.ask(Kind.STATS, call)
+        elif isinstance(call, ForkCall | PeekCall | ResetCall) and call.lane.has_ended:
+            row = int(call.lane.rows[self._table.ended[call.lane.rows] != 0][0])
+            call.fail(self._table.why_ended(row))
+            self._outbox.wake(call)
+            if not isinstance(call, PeekCall):
+                self._flow.answered(call.lane)
+        elif isinstance(call, OpenCall):
+            self._openings.ask(call)
+        elif isinstance(call, PeekCall | ResetCall | CloseCall):
+            self._changes.ask(call)
+
+    def _ask_in_turn(self, call: LaneCall) -> None:
+        self._flow.enqueue(call.lane, call)
+
+    def _discard(self, lane: Lane) -> None:
+        """Close a lane that nobody holds."""
+        lane.closing = True
+        self._ask_in_turn(CloseCall(lane, self.info.state_layers * self.info.state_size))
+
+    # Silence, loss and recovery.
+
+    def _watch(self, now: float) -> None:
+        if self.state is State.ENDED or not self._outbox.unanswered:
+            self._waiting_since = None
+            if self._keeps_alive() and now >= self._heard_at + self.info.park_s / 2:
+                self._probe()
+            return
+        if self._waiting_since is None:
+            self._waiting_since = now
+        if self._recovery.phase is Phase.GREETING:
+            return  # it has a patience of its own
+        quiet_since = max(self._heard_at, self._waiting_since)
+        if now >= quiet_since + self._timeout_s:
+            self._lose(
+                now, f"nobody answers at {self.endpoint} (waited {self._timeout_s:g} s); is the server running there?"
+            )
+        elif now >= quiet_since + self._timeout_s / 2 and self._may_probe():
+            self._probe()
+
+    def _probe(self) -> None:
+        self._probing = True
+        self._outbox.ask(Kind.PING, None)
+
+    def _may_probe(self) -> bool:
+        return self.state is State.OPEN and not self._probing
+
+    def _keeps_alive(self) -> bool:
+        """Whether silence alone calls for a word: a connection that was lost unnoticed has its streams parked."""
+        return (
+            self.state is State.OPEN
+            and self._recovery.reconnect_s > 0
+            and self.info.park_s > 0
+            and not self._outbox.unanswered
+            and not self._table.is_empty
+        )
+
+    def _lose(self, now: float, sentence: str) -> None:
+        """The connection is lost: there will be another, or it is the end of the session."""
+        if self.state is State.GREETING:
+            self.fail(ConnectionFailed, sentence)
+            return
+        if not self._recovery.lost(now, sentence):
+            self._give_up()
+            return
+        if self.state is State.OPEN:
+            self.state = State.RECONNECTING
+            self._flow.transit.lost()
+        for asked in self._outbox.forget():
+            call = asked.what
+            if isinstance(call, Call) and not (isinstance(call, OpenCall) and not self._openings.lost(call)):
+                self._postponed[call] = None
+        self._probing = False
+        self._waiting_since = None
+
+    def _give_up(self) -> None:
+        tried = f"; connecting again failed for {self._recovery.reconnect_s:g} s" if self._recovery.reconnect_s else ""
+        self.fail(ConnectionFailed, self._recovery.why + tried)
+
+    def _recover(self, now: float) -> None:
+        if self._recovery.is_over(now):
+            self._give_up()
+        elif self._recovery.is_unheard(now):
+            self._lose(now, "")
+        elif self._recovery.is_due(now):
+            self._wants_socket = True
+            self._outbox.ask(Kind.HELLO, None, wire.PROTOCOL_VERSION, self._name)

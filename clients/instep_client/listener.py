@@ -1,0 +1,205 @@
+"""What the server's messages mean to a session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from instep_client import replies, wire
+from instep_client.arrays import Indices
+from instep_client.blocks import Block
+from instep_client.calls import Call, Ping
+from instep_client.changes import Changes
+from instep_client.connection import Connection, State
+from instep_client.errors import ConnectionFailed, MalformedMessage, Refused
+from instep_client.flow import Flow
+from instep_client.openings import Openings
+from instep_client.outbox import Asked
+from instep_client.recovery import Phase
+from instep_client.requests import CloseCall, OpenCall, PeekCall, Request, ResetCall
+from instep_client.wire import Code, Frame, Header, Kind, ServerInfo
+
+_REPLY: Final = {
+    Kind.HELLO: Kind.WELCOME,
+    Kind.OPEN: Kind.OPENED,
+    Kind.STEP: Kind.STEPPED,
+    Kind.CLOSE: Kind.CLOSED,
+    Kind.PING: Kind.PONG,
+    Kind.STATS: Kind.STATISTICS,
+    Kind.RESUME: Kind.RESUMED,
+    Kind.PEEK: Kind.PEEKED,
+    Kind.RESET: Kind.CHANGED,
+    Kind.FORK: Kind.OPENED,
+}
+_SAME: Final = ("fingerprint", "features", "outputs", "state_layers", "state_size")
+_NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
+_PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN})
+"""Why a HELLO or RESUME is refused that may be granted a little later."""
+
+
+class Listener(Connection):
+    """A connection whose messages are read."""
+
+    def receive(self, frames: Sequence[Frame], now: float) -> None:
+        """A message came. One that does not follow the protocol ends the session."""
+        if self._recovery.phase is Phase.LOST:
+            return  # of the connection that was given up
+        self._heard_at = now
+        try:
+            self._handle(frames, now)
+        except MalformedMessage as error:
+            self.fail(
+                MalformedMessage,
+                f"the server at {self.endpoint} does not follow the protocol, the connection was given up: {error}",
+            )
+
+    def _handle(self, frames: Sequence[Frame], now: float) -> None:
+        header = wire.unpack_header(frames)
+        kind, request = header.kind, header.request
+        asked = self._outbox.unanswered.get(request)
+        if self.state is State.ENDED:
+            if kind is Kind.PONG and asked is not None and asked.kind is Kind.PING:
+                self._end(asked.what, 0.0)
+        elif kind is Kind.ERROR:
+            self._handle_error(request, asked, replies.error(header), now)
+        elif kind is Kind.GOODBYE:
+            replies.goodbye(header)
+            self._lose(now, "the server is shutting down")
+        elif kind is Kind.EVICTED:
+            handles, code, sentence = replies.evicted(header, frames)
+            if self.state is not State.GREETING:
+                self._flow.end(self._table.rows_of(handles), code, sentence)
+        elif kind is Kind.PING:
+            self._outbox.answer_ping(request)
+        else:
+            if asked is None or _REPLY[asked.kind] is not kind:
+                raise MalformedMessage(f"{kind.name} with number {request} answers nothing that was asked")
+            del self._outbox.unanswered[request]
+            if self.state is State.OPEN:
+                self._recovery.worked()
+            try:
+                self._handle_reply(header, frames, asked, now)
+            except MalformedMessage:
+                self._outbox.unanswered[request] = asked  # it fails with the others
+                raise
+
+    def _handle_reply(self, header: Header, frames: Sequence[Frame], asked: Asked, now: float) -> None:
+        what, part = asked.what, asked.part
+        if isinstance(what, Block):
+            steps, columns, _ = what.x.shape
+            self._flow.transit.answered(what, replies.stepped(header, frames, steps, columns, self.info.outputs))
+        elif header.kind is Kind.WELCOME:
+            self._welcomed(replies.welcome(header), now)
+        elif part is not None:
+            self._handle_part(header, frames, asked, part, now)
+        elif header.kind is Kind.STATISTICS:
+            self._end(what, replies.statistics(header))
+        elif isinstance(what, Ping):
+            self._end(what, now - what.sent_at)
+        elif header.kind is Kind.PONG:
+            self._probing = False
+
+    def _handle_part(self, header: Header, frames: Sequence[Frame], asked: Asked, part: Indices, now: float) -> None:
+        what, count, state = asked.what, len(part), self.info.state_layers * self.info.state_size
+        if isinstance(what, OpenCall):
+            self._openings.opened(what, part, *replies.granted(header, frames, count))
+        elif isinstance(what, CloseCall):
+            self._changes.closed(what, part, *replies.closed(header, frames, count, state))
+        elif isinstance(what, PeekCall):
+            self._changes.peeked(what, part, *replies.peeked(header, frames, count, state))
+        elif isinstance(what, ResetCall):
+            self._changes.changed(what, part, replies.changed(header, frames, count))
+        else:
+            ended = self._recovery.resumed(part, *replies.granted(header, frames, count))
+            for (code, sentence), rows in ended.items():
+                self._flow.end(np.array(rows, np.int64), code, sentence)
+            self._go_on(now)
+
+    def _handle_error(self, request: int, asked: Asked | None, refusal: replies.Refusal, now: float) -> None:
+        if refusal.code is Code.HELLO_FIRST:
+            self._lose(
+                now, f"the server at {self.endpoint} was restarted and knows nothing of this connection; connect again"
+            )
+            return
+        if asked is None:
+            self.fail(
+                ConnectionFailed,
+                f"the server at {self.endpoint} could not read a message of this client, the connection was given up: "
+                f"{refusal.code.name}: {refusal.sentence}",
+            )
+            return
+        what = asked.what
+        del self._outbox.unanswered[request]
+        if isinstance(what, Block):
+            self._flow.transit.refused(what, refusal, now)
+        elif isinstance(what, Request) and asked.part is not None:
+            what.note(int(asked.part[0]), refusal.code, refusal.sentence)
+            if isinstance(what, OpenCall):
+                self._openings.part_answered(what)
+            elif isinstance(what, PeekCall | ResetCall | CloseCall):
+                self._changes.part_answered(what)
+        elif isinstance(what, Call):
+            what.fail(Refused(refusal.code, refusal.sentence))
+            self._outbox.wake(what)
+            if what is self.greeting:
+                self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
+        elif asked.kind is Kind.PING:
+            self._probing = False
+        elif refusal.code in _PASSES:
+            self._lose(now, refusal.sentence)
+        elif self.state is State.RECONNECTING:
+            self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
+
+    def _welcomed(self, info: ServerInfo, now: float) -> None:
+        if info.protocol_version != wire.PROTOCOL_VERSION:
+            raise MalformedMessage(
+                f"it speaks protocol version {info.protocol_version}, this client {wire.PROTOCOL_VERSION}"
+            )
+        if self._info is not None:
+            self._welcomed_again(self._info, info, now)
+            return
+        self._info = info
+        outlasts = self._recovery.reconnect_s > 0
+        self._flow = Flow(self._table, info, self._outbox, self._ask, outlasts)
+        self._openings = Openings(self._table, info, self._outbox, self._discard, self._flow.answered)
+        self._changes = Changes(self._table, info, self._outbox, self._flow.answered)
+        self.state = State.OPEN
+        self._end(self.greeting, info)
+
+    def _welcomed_again(self, former: ServerInfo, info: ServerInfo, now: float) -> None:
+        for name in _SAME:
+            if getattr(info, name) != getattr(former, name):
+                self.fail(
+                    ConnectionFailed,
+                    f"the server at {self.endpoint} was restarted with another model ({info.model!r}); connect again",
+                )
+                return
+        for name in _NOT_LESS:
+            if getattr(info, name) < getattr(former, name):
+                self.fail(
+                    ConnectionFailed,
+                    f"the server at {self.endpoint} was restarted with a smaller {name}; connect again",
+                )
+                return
+        self._info = info
+        self._recovery.claim(info)
+        self._go_on(now)
+
+    def _go_on(self, now: float) -> None:
+        """When every claim was answered: what was on its way goes out again, and what was asked is asked again."""
+        if not self._recovery.is_complete():
+            return
+        self.state = State.OPEN
+        self._flow.transit.resumed()
+        postponed, self._postponed = self._postponed, {}
+        for call in postponed:
+            self._ask(call, now)
+        if not self._outbox.unanswered:
+            self._recovery.worked()
+
+    def _end(self, what: Call[Any] | Block | None, result: object) -> None:
+        assert isinstance(what, Call)
+        what.finish(result)
+        self._outbox.wake(what)

@@ -1,0 +1,146 @@
+"""What happens between the loss of a connection and the moment when every stream is this client's again.
+
+    LOST ── after a delay ──► GREETING ── WELCOME ──► RESUMING ── every RESUMED ──► NONE
+     ▲                           │                       │
+     └────── no answer, or a refusal that will pass ─────┘
+
+Delays double from attempt to attempt and are drawn at random, so that a thousand clients of a server that was restarted
+do not come back in one moment.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from random import Random
+from typing import Final
+
+import numpy as np
+
+from instep_client import wire
+from instep_client.arrays import Indices
+from instep_client.outbox import Outbox, parts
+from instep_client.replies import Failure
+from instep_client.streams import ACKED, StreamTable
+from instep_client.wire import CLAIM, Code, GrantArray, Kind, ServerInfo
+
+LEAST_DELAY_S: Final = 0.05
+MOST_DELAY_S: Final = 2.0
+MOST_PATIENCE_S: Final = 2.0
+"""The longest that one attempt waits for its WELCOME; the next one uses another socket."""
+
+
+class Phase(Enum):
+    """Where the recovery stands."""
+
+    NONE = "the connection is well"
+    LOST = "the connection is lost, and the next attempt waits for its time"
+    GREETING = "HELLO is on its way"
+    RESUMING = "the streams were claimed"
+
+
+class Recovery:
+    """The attempts at another connection.
+
+    Args:
+        table: the streams.
+        outbox: where requests go.
+        reconnect_s: how long attempts are made after the loss; 0 for not at all.
+        timeout_s: the longest that any attempt waits for its WELCOME.
+        dice: what delays are drawn from.
+    """
+
+    def __init__(self, table: StreamTable, outbox: Outbox, reconnect_s: float, timeout_s: float, dice: Random) -> None:
+        self._table = table
+        self._outbox = outbox
+        self.reconnect_s = reconnect_s
+        self._patience_s = min(timeout_s, MOST_PATIENCE_S)
+        self._dice = dice
+        self.phase = Phase.NONE
+        self.why = ""
+        """How the connection was lost, as a sentence."""
+        self._lost_at: float | None = None
+        self._attempts = 0
+        self._next_at = 0.0
+        self._parts_left = 0
+
+    def lost(self, now: float, why: str) -> bool:
+        """The connection is lost, or an attempt failed; whether there is time for another one."""
+        if self._lost_at is None:
+            self._lost_at, self._attempts, self.why = now, 0, why
+        if now >= self._lost_at + self.reconnect_s:
+            return False
+        self.phase = Phase.LOST
+        delay_s = min(MOST_DELAY_S, LEAST_DELAY_S * 2.0**self._attempts)
+        self._next_at = now + delay_s * self._dice.uniform(0.5, 1.0)
+        self._attempts += 1
+        return True
+
+    def is_over(self, now: float) -> bool:
+        """Whether the time for attempts is over."""
+        waits = self.phase in (Phase.LOST, Phase.GREETING)
+        return waits and self._lost_at is not None and now >= self._lost_at + self.reconnect_s
+
+    def is_due(self, now: float) -> bool:
+        """Whether to connect now; HELLO is to be sent then."""
+        if self.phase is not Phase.LOST or now < self._next_at:
+            return False
+        self.phase = Phase.GREETING
+        self._next_at = now + self._patience_s
+        return True
+
+    def is_unheard(self, now: float) -> bool:
+        """Whether the attempt has waited for its WELCOME for long enough."""
+        return self.phase is Phase.GREETING and now >= self._next_at
+
+    def deadline(self) -> float | None:
+        """When something is to be done though no message comes."""
+        if self.phase not in (Phase.LOST, Phase.GREETING) or self._lost_at is None:
+            return None
+        return min(self._next_at, self._lost_at + self.reconnect_s)
+
+    def claim(self, info: ServerInfo) -> None:
+        """The server has welcomed us: claim every stream, saying what has come of it."""
+        self.phase = Phase.RESUMING
+        rows = self._table.live_rows()
+        pieces = parts(len(rows), info.max_message_bytes // max(wire.MAX_NAME_BYTES + 1, CLAIM.itemsize))
+        self._parts_left = len(pieces)
+        for piece in pieces:
+            part = rows[piece]
+            claims = np.zeros(len(part), CLAIM)
+            claims["have"] = self._table.columns[part, ACKED]
+            claims["epoch"] = self._table.epoch[part]
+            names = wire.pack_names(self._table.names(part))
+            self._outbox.ask(Kind.RESUME, None, len(part), 0, frames=[names, claims.tobytes()], part=part)
+
+    def resumed(self, part: Indices, grants: GrantArray, failures: list[Failure]) -> dict[tuple[Code, str], list[int]]:
+        """RESUMED came for some streams: take their handles; the rows of those that have ended, by reason.
+
+        A server that has less of a stream than was given of it is refused here when it did not notice: of frames whose
+        outputs came out of order only the first missing one was named in the claim.
+        """
+        self._parts_left -= 1
+        table = self._table
+        ended: dict[tuple[Code, str], list[int]] = {}
+        for failure in failures:
+            row = int(part[failure.column])
+            table.server_has[row] = failure.expected_seq
+            ended.setdefault((failure.code, failure.sentence), []).append(row)
+        granted = grants["handle"] != 0
+        rows = part[granted]
+        table.resumed(rows, grants[granted])
+        for row, next_seq in zip(rows.tolist(), grants["next_seq"][granted].tolist(), strict=True):
+            if next_seq < table.given(row):
+                table.server_has[row] = next_seq
+                ended.setdefault((Code.DATA_LOSS, wire.SENTENCES[Code.DATA_LOSS]), []).append(row)
+        return ended
+
+    def is_complete(self) -> bool:
+        """Whether every claim was answered; the recovery is at its end then."""
+        if self.phase is not Phase.RESUMING or self._parts_left:
+            return False
+        self.phase = Phase.NONE
+        return True
+
+    def worked(self) -> None:
+        """Something was answered over the new connection: the next loss is one of its own."""
+        self._lost_at = None

@@ -1,0 +1,145 @@
+"""Calls about streams that are asked in as many messages as it takes, one for each part of the streams.
+
+Request
+├── OpenCall                 gives a lane: all its streams are opened or none
+│   ├── ResumeCall           … resumed
+│   └── ForkCall             … opened as copies of another lane's
+├── PeekCall                 looks at a lane's states
+├── ResetCall                gives a lane's streams other states
+└── CloseCall                closes a lane
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+
+from instep_client.calls import Call
+from instep_client.wire import F32, GRANT, U64, Code, FailureArray, GrantArray
+
+if TYPE_CHECKING:
+    from instep_client.streams import Lane
+
+R = TypeVar("R")
+
+
+class Objection(NamedTuple):
+    """Which stream of a call was refused, and why."""
+
+    which: int
+    code: Code
+    sentence: str
+    expected_seq: int
+
+
+class Request(Call[R]):
+    """A call that ends when every part of it was answered."""
+
+    __slots__ = ("again", "parts_left", "refusal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts_left = 0
+        self.refusal: Objection | None = None
+        """The first refused stream."""
+        self.again = False
+        """Whether it was asked before over a connection that was lost, and may have been done then."""
+
+    def begin(self, parts: int) -> None:
+        """It is asked in so many parts; what was answered before is forgotten."""
+        self.parts_left = parts
+        self.refusal = None
+
+    def note(self, index: int, code: Code, sentence: str, expected_seq: int = 0) -> None:
+        """A stream was refused."""
+        if self.refusal is None or index < self.refusal.which:
+            self.refusal = Objection(index, code, sentence, expected_seq)
+
+    def part_answered(self) -> bool:
+        """A part was answered; whether that was the last."""
+        self.parts_left -= 1
+        return self.parts_left == 0
+
+
+class OpenCall(Request["Lane"]):
+    """The opening of one or many streams; the result is their lane. All are opened or none."""
+
+    __slots__ = ("abandoned", "first_seqs", "grants", "initial", "names", "single")
+
+    def __init__(
+        self, names: Sequence[str], single: bool, initial: F32 | None = None, first_seqs: U64 | None = None
+    ) -> None:
+        super().__init__()
+        self.names = names
+        self.single = single
+        self.initial = initial
+        """float32 [N, state]; None for zeros."""
+        self.first_seqs = first_seqs
+        """uint64 [N]; None for 0."""
+        self.grants: GrantArray = np.zeros(len(names), GRANT)
+        self.abandoned = False
+        """Whether nobody waits any more: what was opened is to be closed again."""
+
+
+class ResumeCall(OpenCall):
+    """The resuming of streams by name."""
+
+    __slots__ = ("claims", "take_over")
+
+    def __init__(self, names: Sequence[str], single: bool, claims: FailureArray, take_over: bool) -> None:
+        super().__init__(names, single)
+        self.claims = claims
+        """`wire.CLAIM` [N]."""
+        self.take_over = take_over
+
+
+class ForkCall(OpenCall):
+    """The copying of a lane's streams to new ones."""
+
+    __slots__ = ("lane",)
+
+    def __init__(self, names: Sequence[str], lane: Lane) -> None:
+        super().__init__(names, lane.single)
+        self.lane = lane
+        """What is copied."""
+
+
+class PeekCall(Request[tuple[U64, F32]]):
+    """A look at a lane's states; the result is the next seqs uint64 [N] and the states float32 [N, state]."""
+
+    __slots__ = ("lane", "seqs", "states")
+
+    def __init__(self, lane: Lane, state: int) -> None:
+        super().__init__()
+        self.lane = lane
+        self.seqs: U64 = np.zeros(len(lane.rows), np.uint64)
+        self.states: F32 = np.zeros((len(lane.rows), state), np.float32)
+
+
+class ResetCall(Request[None]):
+    """Other states for a lane's streams."""
+
+    __slots__ = ("lane", "states")
+
+    def __init__(self, lane: Lane, states: F32 | None) -> None:
+        super().__init__()
+        self.lane = lane
+        self.states = states
+        """float32 [N, state]; None for zeros."""
+
+
+class CloseCall(Request[F32]):
+    """The closing of a lane; the result is the final states float32 [N, state], NaN for streams that had ended."""
+
+    __slots__ = ("finals", "lane")
+
+    def __init__(self, lane: Lane, state: int) -> None:
+        super().__init__()
+        self.lane = lane
+        self.finals: F32 = np.full((len(lane.rows), state), np.nan, np.float32)
+
+
+LaneCall: TypeAlias = ForkCall | ResetCall | CloseCall
+"""What is asked once everything sent through its lane was answered, before anything that comes later."""

@@ -1,0 +1,107 @@
+"""A stream's state in a file that any server of the same model can go on from.
+
+The file is a safetensors file: the length of a JSON header as a little-endian 64-bit number, the header, and the data.
+It holds one tensor, `state`, and says in `__metadata__` what it is of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from instep_client.errors import InvalidInput
+from instep_client.wire import F32, ServerInfo
+
+_FORMAT: Final = "instep stream snapshot 1"
+_LENGTH_BYTES: Final = 8
+_MOST_HEADER_BYTES: Final = 65_536
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StreamSnapshot:
+    """A stream's state before the frame `seq`."""
+
+    name: str
+    seq: int
+    state: F32
+    """float32 [state_layers, state_size]."""
+    fingerprint: str
+    """Of the model, see `ServerInfo`."""
+    model: str
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a safetensors file, in place of whatever file is there.
+
+        Raises:
+            OSError: as the file system says.
+        """
+        state = np.ascontiguousarray(self.state, "<f4")
+        header = {
+            "__metadata__": {
+                "format": _FORMAT,
+                "name": self.name,
+                "seq": str(self.seq),
+                "fingerprint": self.fingerprint,
+                "model": self.model,
+            },
+            "state": {"dtype": "F32", "shape": list(state.shape), "data_offsets": [0, state.nbytes]},
+        }
+        text = json.dumps(header, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % _LENGTH_BYTES)  # the data is aligned
+        target = Path(path)
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        try:
+            part.write_bytes(len(text).to_bytes(_LENGTH_BYTES, "little") + text + state.tobytes())
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StreamSnapshot:
+        """Read one from a file.
+
+        Raises:
+            InvalidInput: when the file is none.
+            OSError: as the file system says.
+        """
+        content = Path(path).read_bytes()
+        try:
+            return cls._read(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"{path} is no snapshot of a stream: {error}") from None
+
+    @classmethod
+    def _read(cls, content: bytes) -> StreamSnapshot:
+        length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+        start = _LENGTH_BYTES + length
+        if length > _MOST_HEADER_BYTES or start > len(content):
+            raise ValueError("it does not begin as a safetensors file of one does")
+        header: dict[str, Any] = json.loads(content[_LENGTH_BYTES:start])
+        about, tensor = header["__metadata__"], header["state"]
+        if about["format"] != _FORMAT or len(header) != 2:
+            raise ValueError("it is a safetensors file of something else")
+        layers, size = tensor["shape"]
+        if tensor["dtype"] != "F32" or tensor["data_offsets"] != [0, len(content) - start]:
+            raise ValueError("its state is cut off, or no float32")
+        state = np.frombuffer(content, "<f4", offset=start).reshape(int(layers), int(size)).astype(np.float32)
+        seq = int(about["seq"])
+        if not 0 <= seq < 2**62:
+            raise ValueError("its seq is out of range")
+        return cls(str(about["name"]), seq, state, str(about["fingerprint"]), str(about["model"]))
+
+    def check(self, info: ServerInfo) -> None:
+        """Whether a server can go on from it.
+
+        Raises:
+            InvalidInput: when it serves another model.
+        """
+        if self.fingerprint != info.fingerprint:
+            raise InvalidInput(
+                f"the snapshot is of model {self.model!r} (fingerprint {self.fingerprint[:12]}), the server runs "
+                f"{info.model!r} ({info.fingerprint[:12]}); a state goes on only with the weights that made it"
+            )
