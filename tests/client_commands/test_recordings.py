@@ -11,6 +11,7 @@ from instep.recording.schema import RecordingHeader, row_crc
 from instep.recording.writer import RecordingWriter
 from instep_client.commands.problems import BadFile
 from instep_client.commands.recordings import is_recording, read_recording
+from instep_client.wire import F32
 
 START_NS = 1_700_000_000_000_000_000
 MS = 1_000_000
@@ -29,20 +30,31 @@ def header(features: int = 2, hidden: int = 3) -> RecordingHeader:
         exactness="exact",
         buckets=(4,),
         max_ulp=0,
+        durability="commit",
     )
 
 
-def batch(writer: RecordingWriter, ms: int, frames: list[tuple[int, int, float]]) -> None:
-    """Frames as (stream, seq, value): x is [value, value + 0.5], y is [value, -value, 0]."""
+def begin(writer: RecordingWriter, ms: int, frames: list[tuple[int, int, float]]) -> int:
+    """Frames as (stream, seq, value): x is [value, value + 0.5]."""
     value = np.array([frame[2] for frame in frames], np.float32)
-    writer.add_batch(
+    return writer.add_inputs(
         START_NS + ms * MS,
         4,
         np.array([frame[0] for frame in frames], np.uint32),
         np.array([frame[1] for frame in frames], np.uint64),
         np.stack([value, value + 0.5], axis=1),
-        np.stack([value, -value, 0 * value], axis=1),
     )
+
+
+def batch(writer: RecordingWriter, ms: int, frames: list[tuple[int, int, float]]) -> None:
+    """The same, answered with y [value, -value, 0]."""
+    value = np.array([frame[2] for frame in frames], np.float32)
+    position = begin(writer, ms, frames)
+    writer.add_outputs(START_NS + ms * MS, position, np.stack([value, -value, 0 * value], axis=1))
+
+
+def opened(writer: RecordingWriter, stream: int, name: str, ms: int, state: F32 | None = None, first: int = 0) -> None:
+    writer.open_stream(stream, name, 10 + stream, first, START_NS + ms * MS, state)
 
 
 @pytest.fixture
@@ -53,13 +65,13 @@ def writer(tmp_path: Path) -> RecordingWriter:
 def write_three(writer: RecordingWriter) -> None:
     """Streams 1 and 3 are called `mic` one after the other, 2 is `tap`; 4 sends nothing."""
     state = np.arange(6, dtype=np.float32).reshape(2, 3)
-    writer.open_stream(2, "tap", START_NS, None)
-    writer.open_stream(1, "mic", START_NS + 5 * MS, state)
+    opened(writer, 2, "tap", 0)
+    opened(writer, 1, "mic", 5, state)
     batch(writer, 10, [(1, 0, 10.0), (2, 0, 20.0)])
     batch(writer, 20, [(2, 1, 21.0)])
     writer.close_stream(1, START_NS + 25 * MS, "closed", 1, state)
-    writer.open_stream(3, "mic", START_NS + 30 * MS, None)
-    writer.open_stream(4, "silent", START_NS + 30 * MS, None)
+    opened(writer, 3, "mic", 30)
+    opened(writer, 4, "silent", 30)
     batch(writer, 40, [(3, 0, 30.0), (2, 2, 22.0)])
     writer.commit()
 
@@ -91,6 +103,51 @@ def test_a_recording_being_written_is_read_up_to_its_last_commit(tmp_path: Path,
     writer.close()
 
 
+def test_frames_of_a_failed_step_do_not_count(tmp_path: Path, writer: RecordingWriter) -> None:
+    opened(writer, 1, "a", 0)
+    failed = begin(writer, 1, [(1, 0, 5.0)])
+    writer.fail_batch(START_NS + MS, failed, "out of memory")
+    batch(writer, 2, [(1, 0, 6.0)])
+    writer.close()
+    assert read_recording(tmp_path / "r.db").frames[:, 0].tolist() == [6]
+
+
+def test_frames_whose_outputs_were_not_recorded_are_there_without_them(tmp_path: Path, writer: RecordingWriter) -> None:
+    opened(writer, 1, "a", 0, first=7)
+    batch(writer, 1, [(1, 7, 5.0)])
+    begin(writer, 2, [(1, 8, 6.0)])
+    writer.commit()  # and the engine was killed
+    batch(writer, 3, [(1, 9, 7.0)])
+    writer.close()
+    read = read_recording(tmp_path / "r.db")
+    assert read.frames[:, 0].tolist() == [5, 6, 7]
+    assert read.answered is not None
+    assert read.answered.tolist() == [True, False, True]
+    assert read.outputs is not None
+    assert read.outputs[[0, 2], 0].tolist() == [5, 7]
+    assert np.isnan(read.outputs[1]).all()
+
+
+def test_a_reset_begins_a_sequence_of_its_own(tmp_path: Path, writer: RecordingWriter) -> None:
+    states = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    opened(writer, 1, "a", 0, states[0])
+    opened(writer, 2, "b", 1)
+    batch(writer, 10, [(1, 0, 1.0), (2, 0, 2.0)])
+    for ms, state in ((20, None), (21, states[1])):  # the second one counts
+        writer.event(START_NS + ms * MS, "reset", 1, 1, "", state)
+    batch(writer, 30, [(1, 1, 3.0)])
+    writer.event(START_NS + 40 * MS, "reset", 1, 2, "", None)  # nothing follows
+    writer.close()
+    read = read_recording(tmp_path / "r.db")
+    assert read.names == ("a", "b", "a")
+    assert read.lengths.tolist() == [1, 1, 1]
+    assert read.frames[:, 0].tolist() == [1, 2, 3]
+    assert read.opened_s is not None
+    np.testing.assert_allclose(read.opened_s, [0, 0.001, 0.021])
+    assert list(read.initial_states) == [0, 2]
+    np.testing.assert_array_equal(read.initial_states[2], states[1])
+
+
 def test_it_is_told_by_its_first_bytes(tmp_path: Path, writer: RecordingWriter) -> None:
     writer.close()
     assert is_recording(tmp_path / "r.db")
@@ -111,16 +168,17 @@ def sql(*statements: str) -> Callable[[sqlite3.Connection], None]:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (sql("UPDATE batches SET y = zeroblob(length(y)) WHERE position = 4"), "CRC of row 4 of table batches"),
+        (sql("UPDATE outputs SET y = zeroblob(length(y)) WHERE batch = 5"), "CRC of row 6 of table outputs"),
+        (sql("UPDATE batches SET x = zeroblob(length(x)) WHERE position = 5"), "CRC of row 5 of table batches"),
         (sql("UPDATE openings SET name = 'mike' WHERE stream = 1"), "CRC of row 2 of table openings"),
         (sql("UPDATE header SET value = '{}' WHERE key = 'description'"), "table header does not match"),
         (sql("DELETE FROM header WHERE key = 'description'"), "it is damaged: 'description'"),
-        (sql("DELETE FROM batches WHERE position = 4"), "stream 'tap' holds seq 2 where 1 is expected"),
+        (sql("DELETE FROM batches WHERE position = 5"), "stream 'tap' holds seq 2 where 1 is expected"),
         (sql("DELETE FROM batches"), "holds no frames"),
         (sql("DELETE FROM openings WHERE stream = 3"), "a stream that never opened"),
         (sql("DROP TABLE openings"), "no such table"),
         (sql("PRAGMA application_id = 1"), "no recording of an instep engine"),
-        (sql("PRAGMA user_version = 2"), "has format version 2; this client reads version 1"),
+        (sql("PRAGMA user_version = 3"), "has format version 3; this client reads version 2"),
     ],
 )
 def test_damage_is_found(
@@ -137,7 +195,7 @@ def test_damage_is_found(
 
 
 def test_columns_of_different_lengths(tmp_path: Path, writer: RecordingWriter) -> None:
-    writer.open_stream(1, "a", START_NS, None)
+    opened(writer, 1, "a", 0)
     batch(writer, 1, [(1, 0, 1.0)])
     writer.close()
     database = sqlite3.connect(tmp_path / "r.db", isolation_level=None)

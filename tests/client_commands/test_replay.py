@@ -157,6 +157,7 @@ def write_recording(path: Path, rng: np.random.Generator, forge: Callable[[F32],
         exactness="exact",
         buckets=(4,),
         max_ulp=0,
+        durability="memory",
     )
     writer = RecordingWriter.create(path, header)
     x = rng.integers(-5, 6, (8, 3)).astype(np.float32)
@@ -168,9 +169,10 @@ def write_recording(path: Path, rng: np.random.Generator, forge: Callable[[F32],
         stream, seq = 1 + frame // 4, frame % 4
         time_ns = START_NS + frame * 100_000_000
         if seq == 0:
-            writer.open_stream(stream, "mic", time_ns, state if stream == 2 else None)
+            writer.open_stream(stream, "mic", stream, 0, time_ns, state if stream == 2 else None)
         ids, seqs = np.array([stream], np.uint32), np.array([seq], np.uint64)
-        writer.add_batch(time_ns, 4, ids, seqs, x[frame : frame + 1], y[frame : frame + 1])
+        batch = writer.add_inputs(time_ns, 4, ids, seqs, x[frame : frame + 1])
+        writer.add_outputs(time_ns, batch, y[frame : frame + 1])
         if seq == 3:
             writer.close_stream(stream, time_ns, "closed", 4, None)
     writer.close()

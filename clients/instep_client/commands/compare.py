@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from instep_client.commands.sequences import Sequences
 from instep_client.commands.words import counted
+from instep_client.wire import F32
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +60,22 @@ class Comparison:
         return asdict(self)
 
 
-def compare(recorded: Sequences, now: Sequences) -> Comparison:
-    """Compare the outputs of the same sequences as bits: NaN equals only the same NaN, and -0 is not 0."""
-    if recorded.outputs is None or now.outputs is None:
-        raise ValueError("both must have outputs")
-    bits_differ = recorded.outputs.view(np.uint32) != now.outputs.view(np.uint32)
+def compare(recorded: Sequences, outputs: F32, which: npt.NDArray[np.bool_]) -> Comparison:
+    """Compare outputs with the recorded ones as bits: NaN equals only the same NaN, and -0 is not 0.
+
+    Args:
+        recorded: what was answered when it was recorded.
+        outputs: what was answered now, float32 [sum, outputs].
+        which: bool [sum], the frames that were answered now; those that were not recorded are left out, too.
+    """
+    if recorded.outputs is None:
+        raise ValueError("there must be recorded outputs")
+    both = which if recorded.answered is None else which & recorded.answered
+    bits_differ = (recorded.outputs.view(np.uint32) != outputs.view(np.uint32)) & both[:, None]
+    compared = int(both.sum())
     frames = np.flatnonzero(bits_differ.any(axis=1))
     if not len(frames):
-        return Comparison(len(bits_differ), 0, 0, None)
+        return Comparison(compared, 0, 0, None)
     rows = np.searchsorted(recorded.starts, frames, side="right") - 1
     flat, row = int(frames[0]), int(rows[0])
     element = int(np.argmax(bits_differ[flat]))
@@ -74,6 +84,6 @@ def compare(recorded: Sequences, now: Sequences) -> Comparison:
         frame=flat - int(recorded.starts[row]),
         element=element,
         recorded=float(recorded.outputs[flat, element]),
-        now=float(now.outputs[flat, element]),
+        now=float(outputs[flat, element]),
     )
-    return Comparison(len(bits_differ), len(frames), len(np.unique(rows)), first)
+    return Comparison(compared, len(frames), len(np.unique(rows)), first)

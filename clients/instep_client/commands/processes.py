@@ -90,7 +90,7 @@ async def _run_processes(parts: Sequence[LoadPart], endpoint: str, stop: Stop) -
         async def receive(pipe: Connection[Any, Any]) -> Any:
             try:
                 message = await loop.run_in_executor(threads, pipe.recv)
-            except EOFError:
+            except (EOFError, ConnectionError):  # the latter when it had not read all that it was told
                 raise CommandProblem("a process of the load test was killed") from None
             if isinstance(message, Exception):
                 raise message

@@ -19,7 +19,7 @@ from instep_client.commands.sequences import I64, Sequences
 from instep_client.wire import F32
 
 APPLICATION_ID: Final = 0x696E7374
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _SQLITE_MAGIC: Final = b"SQLite format 3\0"
 
 
@@ -39,7 +39,8 @@ def is_recording(path: Path) -> bool:
 def read_recording(path: Path) -> Sequences:
     """All streams of a recording, in the order in which they opened; of one still being written, up to its last commit.
 
-    Streams without a frame are left out. `times_s` and `opened_s` count from the first opening.
+    Where the state of a stream was reset, what follows is a sequence of its own. Sequences without a frame are left
+    out, and so are the frames of steps that failed. `times_s` and `opened_s` count from the first opening.
 
     Raises:
         BadFile: it is no recording, it is damaged, or it holds no frames.
@@ -60,10 +61,21 @@ class _Opening(NamedTuple):
     time_ns: int
     stream: int
     name: str
+    epoch: int
+    first_seq: int
     initial_state: bytes | None
 
 
-_OPENING: Final = ", ".join(_Opening._fields)
+class _Stretch(NamedTuple):
+    """What is replayed as one sequence: from an opening or a reset to the next reset or the end."""
+
+    position: int
+    time_ns: int
+    name: str
+    state: bytes | None
+    start: int
+    """Where its frames begin, sorted by stream and seq."""
+    end: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ class _Frames:
     times_ns: I64
     x: F32
     y: F32
+    answered: npt.NDArray[np.bool_]
+
+
+_OPENING: Final = ", ".join(_Opening._fields)
+_EVENT: Final = "position, time_ns, stream, seq, kind, detail, state"
 
 
 def _read(path: Path, database: sqlite3.Connection) -> Sequences:
@@ -84,63 +101,89 @@ def _read(path: Path, database: sqlite3.Connection) -> Sequences:
     if version != FORMAT_VERSION:
         raise BadFile(f"{path} has format version {version}; this client reads version {FORMAT_VERSION}")
     header = {key: json.loads(value) for key, value in _rows(path, database, "header", "key, value")}
-    gru = header["description"]["gru"]
+    description = header["description"]
+    gru = description["gru"]
     state_shape = (int(gru["num_layers"]), int(gru["hidden_size"]))
-    frames = _frames(path, database, int(header["description"]["features"]))
+    outputs = int(description["after"][-1]["size"]) if description["after"] else state_shape[1]
+    events = _rows(path, database, "events", _EVENT)
+    failed = {seq for _, _, _, seq, kind, *_ in events if kind == "failed"}
+    frames = _frames(path, database, int(description["features"]), outputs, failed)
     openings = [_Opening(*row) for row in _rows(path, database, "openings", _OPENING)]
-    numbers, counts = np.unique(frames.streams, return_counts=True)
-    place = {int(stream): at for at, stream in enumerate(numbers)}
-    used = [opening for opening in openings if opening.stream in place]
-    if len(used) != len(numbers):
-        raise BadFile(f"{path} holds frames of a stream that never opened")
-    starts = np.cumsum(counts) - counts
-    _check_seqs(path, frames, {opening.stream: opening.name for opening in used}, starts)
-    first_ns = used[0].time_ns
-    by_number = sorted(used, key=lambda opening: opening.stream)
-    sorted_by_number = Sequences(
-        names=tuple(opening.name for opening in by_number),
-        lengths=counts.astype(np.int64),
+    resets = [
+        (stream, seq, at, time_ns, state) for at, time_ns, stream, seq, kind, _, state in events if kind == "reset"
+    ]
+    stretches = _stretches(path, frames, openings, sorted(resets, key=lambda reset: reset[:3]))
+    first_ns = min(stretch.time_ns for stretch in stretches)
+    in_file = Sequences(
+        names=tuple(stretch.name for stretch in stretches),
+        lengths=np.array([stretch.end - stretch.start for stretch in stretches], np.int64),
         frames=frames.x,
         outputs=frames.y,
+        answered=None if frames.answered.all() else frames.answered,
         times_s=(frames.times_ns - first_ns) / 1e9,
-        opened_s=np.array([opening.time_ns - first_ns for opening in by_number]) / 1e9,
+        opened_s=np.array([stretch.time_ns - first_ns for stretch in stretches]) / 1e9,
         initial_states={
-            at: np.frombuffer(opening.initial_state, "<f4").reshape(state_shape)
-            for at, opening in enumerate(by_number)
-            if opening.initial_state is not None
+            row: np.frombuffer(stretch.state, "<f4").reshape(state_shape)
+            for row, stretch in enumerate(stretches)
+            if stretch.state is not None
         },
         fingerprint=str(header["model_fingerprint"]),
     )
-    in_order = [place[opening.stream] for opening in used]
-    return sorted_by_number if in_order == sorted(in_order) else sorted_by_number.select(in_order)
+    order = sorted(range(len(stretches)), key=lambda row: stretches[row].position)
+    return in_file if order == list(range(len(stretches))) else in_file.select(order)
 
 
-def _frames(path: Path, database: sqlite3.Connection, features: int) -> _Frames:
-    rows = _rows(path, database, "batches", "position, time_ns, bucket, size, streams, seqs, x, y")
+def _frames(path: Path, database: sqlite3.Connection, features: int, outputs: int, failed: set[int]) -> _Frames:
+    rows = _rows(path, database, "batches", "position, time_ns, bucket, size, streams, seqs, x")
+    rows = [row for row in rows if row[0] not in failed]
     if not rows:
         raise BadFile(f"{path} holds no frames")
+    answers = {batch: y for _, _, batch, y in _rows(path, database, "outputs", "position, time_ns, batch, y")}
     sizes = np.array([row[3] for row in rows])
+    nothing = np.full((int(sizes.max()), outputs), np.nan, "<f4").tobytes()
     streams = np.frombuffer(b"".join(row[4] for row in rows), "<u4").astype(np.int64)
     seqs = np.frombuffer(b"".join(row[5] for row in rows), "<u8")
     x = np.frombuffer(b"".join(row[6] for row in rows), "<f4").reshape(-1, features)
-    y = np.frombuffer(b"".join(row[7] for row in rows), "<f4").reshape(len(x), -1)
+    y = b"".join(answers.get(row[0], nothing[: 4 * row[3] * outputs]) for row in rows)
     times_ns = np.repeat(np.array([row[1] for row in rows], np.int64), sizes)
-    if not len(streams) == len(seqs) == len(x) == len(times_ns):
+    answered = np.repeat(np.array([row[0] in answers for row in rows]), sizes)
+    if not len(streams) == len(seqs) == len(x) == len(times_ns) == len(y) / (4 * outputs):
         raise BadFile(f"{path} is damaged: the columns of a batch differ in length")
     order = np.lexsort((seqs, streams))
-    return _Frames(streams[order], seqs[order], times_ns[order], x[order], y[order])
+    in_columns = np.frombuffer(y, "<f4").reshape(-1, outputs)
+    return _Frames(streams[order], seqs[order], times_ns[order], x[order], in_columns[order], answered[order])
 
 
-def _check_seqs(path: Path, frames: _Frames, names: dict[int, str], starts: I64) -> None:
-    """Every stream must hold frames 0, 1, 2, …: a stream with a hole cannot be run again."""
-    counts = np.diff(np.append(starts, len(frames.streams)))
-    expected = np.arange(len(frames.streams)) - np.repeat(starts, counts)
-    wrong = np.flatnonzero(frames.seqs != expected.astype(np.uint64))
+def _stretches(
+    path: Path, frames: _Frames, openings: list[_Opening], resets: list[tuple[int, int, int, int, bytes | None]]
+) -> list[_Stretch]:
+    """Those with frames, in the order of the frames."""
+    numbers, starts, counts = np.unique(frames.streams, return_index=True, return_counts=True)
+    by_number = {opening.stream: opening for opening in openings}
+    if not by_number.keys() >= set(numbers.tolist()):
+        raise BadFile(f"{path} holds frames of a stream that never opened")
+    found = []
+    for stream, start, count in zip(numbers.tolist(), starts.tolist(), counts.tolist(), strict=True):
+        opening = by_number[stream]
+        _check_seqs(path, opening, frames.seqs[start : start + count])
+        begins = [(opening.position, opening.time_ns, opening.initial_state, opening.first_seq)]
+        begins += [(at, time_ns, state, seq) for of, seq, at, time_ns, state in resets if of == stream]
+        ends = [seq for *_, seq in begins[1:]] + [opening.first_seq + count]
+        for (at, time_ns, state, first), end in zip(begins, ends, strict=True):
+            if end > first:
+                where = start - opening.first_seq
+                found.append(_Stretch(at, time_ns, opening.name, state, where + first, where + end))
+    return found
+
+
+def _check_seqs(path: Path, opening: _Opening, seqs: npt.NDArray[np.uint64]) -> None:
+    """A stream must hold all frames from its first one: a stream with a hole cannot be run again."""
+    expected = opening.first_seq + np.arange(len(seqs))
+    wrong = np.flatnonzero(seqs != expected.astype(np.uint64))
     if len(wrong):
         at = int(wrong[0])
-        name = names[int(frames.streams[at])]
         raise BadFile(
-            f"{path} is damaged: stream {name!r} holds seq {frames.seqs[at]} where {expected[at]} is expected"
+            f"{path} is damaged: stream {opening.name!r} holds seq {seqs[at]} where {expected[at]} is expected"
         )
 
 

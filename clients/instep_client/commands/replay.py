@@ -61,10 +61,10 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
             await run.run()
         seconds = clock.now() - started
         info = client.info
-    replayed = replace(sequences, outputs=run.outputs, fingerprint=info.fingerprint).keep(run.done)
+    replayed = replace(sequences, outputs=run.outputs, answered=None, fingerprint=info.fingerprint).keep(run.done)
     if what.save is not None:
         save_outputs(what.save, replayed)
-    comparison = compare(sequences.keep(run.done), replayed) if what.check else None
+    comparison = compare(sequences, run.outputs, run.done) if what.check else None
     return _report(what, terminal, stop, Replayed(sequences, run, seconds, comparison, info))
 
 

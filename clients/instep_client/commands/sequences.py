@@ -26,6 +26,8 @@ class Sequences:
     """[sum(lengths), features], finite, C-contiguous."""
     outputs: F32 | None = None
     """[sum(lengths), outputs]: what was answered when this was recorded."""
+    answered: npt.NDArray[np.bool_] | None = None
+    """[sum(lengths)] whose `outputs` were recorded, those of others are NaN; None for all."""
     times_s: F64 | None = None
     """[sum(lengths)] when each frame was sent; within a sequence they never go back."""
     opened_s: F64 | None = None
@@ -53,6 +55,7 @@ class Sequences:
             lengths=lengths,
             frames=self.frames[frames],
             outputs=None if self.outputs is None else self.outputs[frames],
+            answered=None if self.answered is None else self.answered[frames],
             times_s=None if self.times_s is None else self.times_s[frames],
         )
         return kept.select(np.flatnonzero(lengths).tolist())
@@ -72,6 +75,7 @@ class Sequences:
             lengths=self.lengths[rows],
             frames=self.frames[flat],
             outputs=None if self.outputs is None else self.outputs[flat],
+            answered=None if self.answered is None else self.answered[flat],
             times_s=None if self.times_s is None else self.times_s[flat],
             opened_s=None if self.opened_s is None else self.opened_s[rows],
             initial_states={
