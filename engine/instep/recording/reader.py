@@ -110,11 +110,15 @@ class RecordingReader(RecordingFile):
         for stream, position, seq, state, tail_seq, tail_x, tail_y in self.rows("states"):
             if not 0 <= tail_seq <= seq:
                 raise self.damaged(f"the state of stream {stream} has a tail from {tail_seq} to {seq}")
-            for blob, width in ((tail_x, self.header.features), (tail_y, self.header.outputs)):
+            widths = (self.header.features, self.header.outputs)
+            for blob, width in zip((tail_x, tail_y), widths, strict=True):
                 self.check_bytes(blob, (seq - tail_seq) * width * 4, position)
             found = self.state(state, position)
             assert found is not None, "the column is NOT NULL"
-            x, y = (np.frombuffer(blob, "<f4").reshape(seq - tail_seq, -1) for blob in (tail_x, tail_y))
+            x, y = (
+                np.frombuffer(blob, "<f4").reshape(-1, width)
+                for blob, width in zip((tail_x, tail_y), widths, strict=True)
+            )
             yield StreamState(stream, position, seq, found, tail_seq, x, y)
 
     @cached_property
