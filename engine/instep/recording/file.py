@@ -124,6 +124,13 @@ class RecordingFile:
         except (sqlite3.Error, OverflowError) as error:
             raise self.damaged(f"the rows after {key} {before} (of {table}) cannot be read: {error}") from None
 
+    def totals(self) -> tuple[int, int]:
+        """How many batches there are, those that failed included, and frames in them; nothing is checked."""
+        with self._reading("is damaged"):
+            query = "SELECT count(*), ifnull(sum(size), 0) FROM batches WHERE position <= ?"
+            batches, frames = self._database.execute(query, (self.last_position,)).fetchone()
+        return int(batches), int(frames)
+
     def state(self, blob: bytes | None, position: int) -> F32 | None:
         """A state [layers, hidden size], from the row at that position."""
         if blob is None:

@@ -6,7 +6,7 @@ Everything that happens gets the next **position**, counted from 1 over the tabl
 the rows of all of them are the one ordered history of the engine, and a missing position is a lost row. Rows of the
 history are only ever added, so the rows up to any committed position are a consistent recording.
 
-| table of the history | one row for | columns after `position` |
+| history | one row for | columns after `position` |
 | --- | --- | --- |
 | `openings` | a stream that opened | `time_ns`, `stream`, `name`, `epoch`, `first_seq`, `initial_state`, `crc` |
 | `batches` | a step that begins | `time_ns`, `bucket`, `size`, `streams`, `seqs`, `x`, `crc` |
@@ -36,8 +36,7 @@ history are only ever added, so the rows up to any committed position are a cons
 * States are float32 `[layers, hidden size]`, little-endian. `initial_state` is that before the frame `first_seq`, NULL
   for zeros; `final_state` is NULL where it was not known. `frames` is the seq that the stream's next frame would have
   had: with a `first_seq` of 0, how many were applied.
-* `time_ns` is nanoseconds since 1970.
-* A stream without a row in `closings` was still open at the last commit.
+* `time_ns` is nanoseconds since 1970. A stream without a row in `closings` was still open at the last commit.
 * `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
   have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the snapshot which
   wrote the row. All states of one snapshot are replaced in one transaction with the row of `snapshot`: all batches and
@@ -53,10 +52,10 @@ history are only ever added, so the rows up to any committed position are a cons
 | `reset` | stream, seq | before this frame the stream's state became `state`, NULL for zeros |
 | `owner` | stream, epoch | the stream has a new owner; `detail` is `resumed` or `taken over` |
 | `parked` | stream, seq it expects | its connection is gone |
-| `snapshot` | NULL, position | `states` was brought up to this position |
+| `snapshot` | NULL, position | `states` was brought up to this position; 0: all states were given up |
 | `engine` | NULL | another engine wrote what follows; `detail` holds what differs from `header` before, as JSON |
 | `recovered` | NULL, last position before | another process went on with the recording |
-| `sealed` | NULL | the recording goes on in the file `detail` |
+| `repaired` | NULL | what came before was saved from a damaged recording; `detail` says what was left out |
 | `end` | NULL | last row of a recording that was closed in order |
 
 Without an `end` the recording is still being written, or its writer was killed; it is whole up to its last commit
@@ -94,6 +93,7 @@ OWNER_EVENT: Final = "owner"
 SNAPSHOT_EVENT: Final = "snapshot"
 ENGINE_EVENT: Final = "engine"
 RECOVERED_EVENT: Final = "recovered"
+REPAIRED_EVENT: Final = "repaired"
 
 HISTORY: Final[dict[str, dict[str, str]]] = {
     "openings": {
@@ -160,7 +160,6 @@ BESIDE: Final[dict[str, dict[str, str]]] = {
     "newest": {"position": "INTEGER PRIMARY KEY"},
 }
 """The tables whose rows are replaced, with their columns before `crc`."""
-
 TABLES: Final = {**HISTORY, **BESIDE}
 COUNTED: Final = ("openings", "closings", "events")
 """The tables whose rows a snapshot counts."""

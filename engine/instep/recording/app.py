@@ -1,0 +1,67 @@
+"""The commands `instep recordings`, as typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, help="Look after recordings: check, show, list, repair.")
+
+Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
+
+
+@app.command()
+def check(recording: Recording) -> None:
+    """Read all of a recording and say whether it is whole.
+
+    Exit status 0: it is. 1: it is damaged. 2: it could not be read.
+    """
+    from instep.recording import commands
+
+    raise typer.Exit(commands.check(recording, _console()))
+
+
+@app.command()
+def info(recording: Recording) -> None:
+    """Show what a recording is."""
+    from instep.recording import commands
+
+    raise typer.Exit(commands.info(recording, _console()))
+
+
+@app.command("list")
+def list_folder(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look; not in folders inside it.")] = Path(),
+) -> None:
+    """List the recordings in a folder."""
+    from instep.recording import commands
+
+    raise typer.Exit(commands.list_folder(folder, _console()))
+
+
+@app.command()
+def repair(
+    recording: Recording,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The new file; beside the damaged one if not given.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a new recording with everything before the first damage; the damaged one stays as it is.
+
+    Exit status 0: it was written. 2: nothing could be saved.
+    """
+    from instep.recording import commands
+
+    raise typer.Exit(commands.repair(recording, output, _console()))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()

@@ -1,0 +1,72 @@
+"""Looking through a whole recording for damage, and saying what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from instep.recording.lock import is_being_written
+from instep.recording.reader import RecordingReader
+from instep.recording.recovery import read_recovery
+from instep.recording.schema import RECOVERED_EVENT
+from instep.recording.sequences import SequenceIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a recording without damage holds."""
+
+    streams: int
+    open_streams: int
+    frames: int
+    unanswered: int
+    """How many of them have no recorded outputs."""
+    restarts: int
+    """How often another process went on with it."""
+    positions: int
+    snapshot_position: int
+    """How far the newest states go; 0 for no snapshot."""
+    ending: str
+    """How it ends, in words."""
+
+
+def inspect(path: Path, on_progress: Callable[[float], None]) -> Inspection:
+    """Read every row of a recording: CRCs, positions, that streams' frames follow each other, states.
+
+    Args:
+        path: the recording.
+        on_progress: called with the share (0 to 1) of it that was read.
+
+    Raises:
+        RecordingError: when it cannot be read.
+        DamagedRecording: when anything is wrong.
+    """
+    with RecordingReader(path) as reader:
+        reader.check_positions()
+        index = SequenceIndex(reader, on_progress)
+        for row, defect in sorted(index.defects.items()):
+            info = index.streams[row]
+            raise reader.damaged(f"in stream {info.stream} ({info.name!r}), {defect}")
+        restarts = sum(event.kind == RECOVERED_EVENT for event in reader.events())
+        ending = how_it_ends(reader)
+    with read_recovery(path, lambda _: None) as recovered:
+        for _ in recovered.replay():
+            pass  # what a restart would use is checked as it is read
+    return Inspection(
+        streams=len(index.streams),
+        open_streams=sum(info.closed_position is None for info in index.streams),
+        frames=int(index.frames.sum()),
+        unanswered=int(index.unanswered.sum()),
+        restarts=restarts,
+        positions=reader.last_position,
+        snapshot_position=recovered.snapshot_position,
+        ending=ending,
+    )
+
+
+def how_it_ends(reader: RecordingReader) -> str:
+    """In words."""
+    if is_being_written(reader.path):
+        return "being written"
+    return "closed in order" if reader.finished else "not closed: its engine was killed"

@@ -1,0 +1,181 @@
+"""Saving what a damaged recording holds before its first damage."""
+
+from __future__ import annotations
+
+import heapq
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+from urllib.parse import quote
+
+from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.inspection import inspect
+from instep.recording.schema import (
+    APPLICATION_ID,
+    FORMAT_VERSION,
+    HISTORY,
+    PAGE_BYTES,
+    REPAIRED_EVENT,
+    SNAPSHOT_EVENT,
+    TABLES,
+    RecordingHeader,
+    create_statements,
+    row_crc,
+    row_is_sound,
+)
+
+Row: TypeAlias = tuple[Any, ...]
+"""Of a table, its CRC last."""
+
+_KIND: Final = list(HISTORY["events"]).index("kind")
+_SEQ: Final = list(HISTORY["events"]).index("seq")
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What was saved."""
+
+    positions: int
+    """Rows of the history, all that come before the first damage."""
+    left_out: str
+    """What was not, in words; empty where nothing was missing."""
+
+
+def repair(source: Path, target: Path) -> Repaired:
+    """Write a new recording that holds everything of a damaged one up to its first damage.
+
+    The damaged one is only read. The new one can be verified, exported and gone on with; streams that go on start from
+    where the damage was, which their clients are told.
+
+    Raises:
+        RecordingError: when nothing can be saved, or the new file exists or cannot be written.
+    """
+    if target.exists():
+        raise RecordingError(f"{target} already exists; a recording is never written over: choose another name")
+    salvage = _Salvage(source)
+    try:
+        database = sqlite3.connect(target, isolation_level=None)
+        try:
+            repaired = _write(salvage, database)
+        finally:
+            database.close()
+        inspect(target, lambda _: None)
+    except (sqlite3.Error, OSError) as error:
+        target.unlink(missing_ok=True)
+        raise RecordingError(f"cannot write the recording {target}: {error}") from None
+    except DamagedRecording as error:
+        target.unlink(missing_ok=True)
+        raise RecordingError(f"{source} cannot be repaired, it is not only damaged but inconsistent: {error}") from None
+    finally:
+        salvage.close()
+    return repaired
+
+
+class _Salvage:
+    """Rows of a recording that may be damaged anywhere."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise RecordingError(f"cannot read the recording {path}: there is no such file")
+        self.damage: dict[str, str] = {}
+        """By table, why reading it ended early."""
+        self._database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, isolation_level=None)
+        try:
+            self._database.execute("PRAGMA writable_schema=ON")  # so that a file that was cut off is read at all
+            (application,) = self._database.execute("PRAGMA application_id").fetchone()
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if (application, version) != (APPLICATION_ID, FORMAT_VERSION):
+                raise RecordingError(f"{path} is not a recording of format version {FORMAT_VERSION}")
+            self.header = self._database.execute("SELECT key, value, crc FROM header").fetchall()
+            RecordingHeader.from_rows(self.header)
+        except (sqlite3.Error, RecordingError) as error:
+            self.close()
+            raise RecordingError(f"nothing of {path} can be saved: {error}") from None
+
+    def close(self) -> None:
+        self._database.close()
+
+    def rows(self, table: str) -> Iterator[Row]:
+        """Sound rows in order, up to the first that is not."""
+        key, *_ = TABLES[table]
+        columns = ", ".join((*TABLES[table], "crc"))
+        before = 0
+        try:
+            for row in self._database.execute(f"SELECT {columns} FROM {table} ORDER BY {key}"):
+                if not row_is_sound(table, row):
+                    self.damage[table] = f"the row at {key} {row[0]} (of {table}) does not match its CRC"
+                    return
+                before = row[0]
+                yield row
+        except (sqlite3.Error, OverflowError) as error:
+            self.damage[table] = f"the rows after {key} {before} (of {table}) cannot be read: {error}"
+
+    def history(self) -> Iterator[tuple[str, Row]]:
+        """Rows of all tables, by position, up to the first that is missing."""
+        tables = (((row, table) for row in self.rows(table)) for table in HISTORY)
+        for position, (row, table) in enumerate(heapq.merge(*tables, key=_position), start=1):
+            if row[0] != position:
+                return
+            yield table, row
+
+
+def _position(item: tuple[Row, str]) -> int:
+    return int(item[0][0])
+
+
+def _write(salvage: _Salvage, database: sqlite3.Connection) -> Repaired:
+    database.execute(f"PRAGMA page_size={PAGE_BYTES}")
+    database.execute("BEGIN")
+    database.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    database.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+    for statement in create_statements():
+        database.execute(statement)
+    _insert(database, "header", *salvage.header)
+    positions = snapshot_event = snapshot_position = 0
+    for table, row in salvage.history():
+        _insert(database, table, row)
+        positions += 1
+        if table == "events" and row[_KIND] == SNAPSHOT_EVENT:
+            snapshot_event, snapshot_position = positions, row[_SEQ]
+    newest = [row[0] for row in salvage.rows("newest")]
+    left_out = []
+    if not newest or newest[0] > positions:
+        until = f"{newest[0]:,}" if newest else "the last"
+        left_out.append(f"positions {positions + 1:,} to {until}")
+    last = positions
+    if snapshot_event and not _copy_states(salvage, database, snapshot_position):
+        left_out.append("the states of the newest snapshot, which everything before it makes up for")
+        last = _add_event(database, last, SNAPSHOT_EVENT, 0, "the states were lost")
+    damage = sorted(salvage.damage.values())
+    said = "; ".join(left_out) + (f" ({'; '.join(damage)})" if damage else "")
+    if left_out:
+        last = _add_event(database, last, REPAIRED_EVENT, None, f"left out {said}")
+    _insert(database, "newest", (last, row_crc(last)))
+    database.execute("COMMIT")
+    return Repaired(positions, said if left_out else "")
+
+
+def _copy_states(salvage: _Salvage, database: sqlite3.Connection, position: int) -> bool:
+    """Take the states over if they are whole and those of the newest snapshot that was saved."""
+    marks, states = list(salvage.rows("snapshot")), list(salvage.rows("states"))
+    if [mark[0] for mark in marks] != [position] or "states" in salvage.damage or len(states) != marks[0][-2]:
+        return position == 0 and not marks
+    _insert(database, "snapshot", *marks)
+    _insert(database, "states", *states)
+    return True
+
+
+def _add_event(database: sqlite3.Connection, last: int, kind: str, seq: int | None, detail: str) -> int:
+    """The position of the new event."""
+    row = (last + 1, time.time_ns(), None, seq, kind, detail, None)
+    _insert(database, "events", (*row, row_crc(*row)))
+    return last + 1
+
+
+def _insert(database: sqlite3.Connection, table: str, *rows: Row) -> None:
+    if rows:
+        database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
