@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,24 @@ class Outcome:
 
 
 class Victim:
-    """A server process on one port and one recording, started and killed again and again."""
+    """A server process on one port and one recording, started and killed again and again.
 
-    def __init__(self, folder: Path, durability: str) -> None:
+    Args:
+        folder: for its model, its recording and its log.
+        durability: what answers wait for.
+        arguments: further arguments of `instep serve`.
+    """
+
+    def __init__(
+        self, folder: Path, durability: str, arguments: Sequence[str] = ("--set", "recording.recovery_target_s=0.05")
+    ) -> None:
         write_model(folder / "model", SMALL)
         self.recording = folder / "recording.db"
         self.endpoint = f"tcp://127.0.0.1:{_free_port()}"
         self._command = [
             *(sys.executable, "-m", "instep", "serve", str(folder / "model"), "--endpoint", self.endpoint),
             *("--record", str(self.recording), "--durability", durability, "--set", "log.format=json"),
-            *("--set", "recording.recovery_target_s=0.05"),
+            *arguments,
         ]
         self._log = folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
