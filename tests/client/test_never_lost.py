@@ -1,0 +1,140 @@
+"""Whatever breaks, and wherever: outputs come once, in order, and are those of the network."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instep_client.calls import Answer, StepCall
+from instep_client.session import State
+from instep_client.streams import Lane
+from tests.support.fake_server import F32, reference
+from tests.support.ring_link import RingLink
+from tests.support.ring_server import RING_INFO, RingServer, replace
+
+
+class Run:
+    """A session, a server, and dice that decide what happens next."""
+
+    def __init__(self, seed: int, window: int, faults: float, busy: float) -> None:
+        self.dice = Random(seed)
+        self.server = RingServer(replace(RING_INFO, window_frames=window, credit_frames=40))
+        self.link = RingLink(self.server, seed, reconnect_s=1e6)
+        self.faults = faults
+        self.busy = busy
+        self.calls: list[StepCall] = []
+        self.kept: dict[Lane, list[Answer]] = {}
+        session = self.link.session
+        opened = [session.open([name], None, single=True) for name in ("a", "b", "c")]
+        opened.append(session.open(["d", "e", "f"], None, single=False))
+        self.link.run(*opened)
+        self.lanes = [call.result() for call in opened]
+
+    def submit(self) -> None:
+        """The user steps a lane."""
+        lane = self.dice.choice(self.lanes)
+        timesteps = self.dice.choice([1, 1, 1, 2, 5])
+        generator = np.random.default_rng(self.dice.randrange(2**32))
+        rows = None if lane.single else self.dice.sample(range(3), self.dice.randint(1, 3))
+        columns = 1 if rows is None else len(rows)
+        x = generator.standard_normal((timesteps, columns, 3)).astype(np.float32)
+        keep = rows is None and self.dice.random() < 0.3
+        self.calls.append(self.link.session.step(lane, x[:, 0] if lane.single else x, rows, keep))
+
+    def fault(self) -> None:
+        """Something breaks."""
+        link = self.link
+        match self.dice.randrange(6):
+            case 0:
+                link.cut(noticed=False)
+            case 1:
+                link.cut()
+            case 2:
+                self.server.restart()
+            case 3:
+                self.server.restart()
+                link.to_client.clear()
+                link.to_server[link.peer].clear()
+            case 4:
+                if not self.server.draining:
+                    link.send(self.server.shut_down())
+                else:
+                    self.server.restart()
+            case 5:
+                self.server.drop(self.dice.choice(list(link.to_server)))
+
+    def act(self) -> None:
+        """One thing happens somewhere."""
+        link = self.link
+        if self.dice.random() < self.faults:
+            self.fault()
+            return
+        if self.dice.random() < self.busy:
+            self.server.busy.append(True)
+        match self.dice.randrange(7):
+            case 0:
+                self.submit()
+            case 1 | 2:
+                link.advance()
+            case 3 | 4:
+                waiting = [peer for peer, messages in link.to_server.items() if messages]
+                if waiting:  # those of a former socket may arrive late
+                    link.serve(self.dice.choice(waiting))
+            case 5 if link.to_client:
+                link.deliver()
+            case _:
+                link.advance(self.dice.choice([0.0, 0.01, 0.1, 1.0, 11.0]))
+        for lane in self.lanes:
+            while (call := link.session.take(lane)) is not None:
+                self.kept.setdefault(lane, []).append(call.result())
+
+    def drain(self) -> None:
+        """Nothing breaks any more, and everything is answered."""
+        self.server.busy.clear()
+        if self.server.draining:
+            self.server.restart()
+        self.link.run(*self.calls)
+
+    def check(self) -> None:
+        """Every frame was applied once, in order, and its output given once, in order."""
+        assert self.link.session.state is State.OPEN
+        assert all(call.done and call.error is None for call in self.calls)
+        for lane in self.lanes:
+            for row, name in zip(lane.rows.tolist(), lane.names, strict=True):
+                sent: list[F32] = []
+                came: list[F32] = []
+                for call in self.calls:
+                    if call.lane is lane and row in call.rows:
+                        column = call.rows.tolist().index(row)
+                        sent += list(call.x[:, column])
+                        outputs = call.result().outputs.reshape(len(call.x), len(call.rows), 2)
+                        came += list(outputs[:, column])
+                expected, _ = reference(np.array(sent, np.float32).reshape(-1, 3))
+                assert np.array_equal(
+                    np.array(self.server.streams[name].applied).reshape(-1, 3), np.array(sent).reshape(-1, 3)
+                )
+                assert np.array_equal(np.array(came, np.float32).reshape(-1, 2), expected)
+        assert int(self.link.session._table.columns[:, 1].sum()) == int(self.link.session._table.columns[:, 2].sum())
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    window=st.sampled_from([1, 2, 5, 16]),
+    faults=st.sampled_from([0.02, 0.1, 0.3]),
+    busy=st.sampled_from([0.0, 0.1]),
+)
+def test_no_fault_of_connections_or_servers_is_seen_by_the_calls(
+    seed: int, window: int, faults: float, busy: float
+) -> None:
+    run = Run(seed, window, faults, busy)
+    for _ in range(200):
+        run.act()
+    run.drain()
+    run.check()
+    for lane, answers in run.kept.items():
+        kept = [call for call in run.calls if call.lane is lane and call.keep]
+        assert all(a is call.result() for a, call in zip(answers, kept, strict=False))
