@@ -171,6 +171,9 @@ class Recovered:
             self._closed_at[stream] = position
             if position > self.snapshot_position:
                 self._ends.append((position, stream, frames))
+                if self._opened_at[stream] <= self.snapshot_position:
+                    # Its frames up to there are in no state, if it closed before the states were read.
+                    self._held[stream], self._next[stream] = _NEVER, _UNKNOWN
 
     def _read_events(self, mark: SnapshotMark, epochs: dict[int, tuple[int, int, int]]) -> list[int]:
         """The events' positions; the newest owners go into `epochs`: epoch, the one before, the frame due next."""
@@ -198,8 +201,12 @@ class Recovered:
             raise self._reader.damaged(f"it holds the states of {len(states):,} streams instead of {mark.states:,}")
         for state in states.values():
             known = 0 < state.stream <= self.last_stream and self._opened_at[state.stream] != _NEVER
-            if not known or state.position > mark.position or state.seq < self._held[state.stream]:
+            if not known or state.position > mark.position:
                 raise self._reader.damaged(f"the state of stream {state.stream} fits no stream")
+            if self._closed_at[state.stream] != _NEVER:
+                continue
+            if state.seq < self._held[state.stream]:
+                raise self._reader.damaged(f"the state of stream {state.stream} is from before its first frame")
             self._held[state.stream] = state.seq
             self._next[state.stream] = _UNKNOWN
         return states
@@ -250,14 +257,14 @@ class Recovered:
 
     def _check_ends(self) -> None:
         """All frames that a state or a closing counts must have been there."""
-        self._next = np.where(self._next == _UNKNOWN, self._held, self._next)
         for position, stream, frames in self._ends:
-            if self._next[stream] != frames:
+            if self._next[stream] not in (frames, _UNKNOWN):
                 raise self._reader.damaged(
                     f"stream {stream} was closed before frame {frames} at position {position}, but frame "
                     f"{self._next[stream]} would be the next one recorded"
                 )
-        missing = np.flatnonzero(self._next < self._held)
+        is_open = self._closed_at == _NEVER
+        missing = np.flatnonzero(is_open & (self._next != _UNKNOWN) & (self._next < self._held))
         if len(missing):
             raise self._reader.damaged(f"the state of stream {missing[0]} holds frames that were not recorded")
 

@@ -50,7 +50,7 @@ history are only ever added, so the rows up to any committed position are a cons
 | --- | --- | --- |
 | `failed` | NULL, position of a batch | its step failed, none of its frames was applied; `detail` says why |
 | `reset` | stream, seq | before this frame the stream's state became `state`, NULL for zeros |
-| `owner` | stream, epoch | the stream has a new owner; `detail` is `resumed` or `taken over` |
+| `owner` | stream, epoch | the stream has a new owner; `detail`: which epoch it held, 0 for none, and its next frame |
 | `parked` | stream, seq it expects | its connection is gone |
 | `snapshot` | NULL, position | `states` was brought up to this position; 0: all states were given up |
 | `engine` | NULL | another engine wrote what follows; `detail` holds what differs from `header` before, as JSON |

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.recording.errors import DamagedRecording
+from instep.recording.records import StateReset
+from instep.recording.recovery import OpenStream, ReplayStep, read_recovery
+from instep.recording.schema import owner_detail
+from instep.recording.states import StateRows
+from instep.recording.writer import RecordingWriter
+from tests.support.forger import Forger
+from tests.support.recordings import gru_description, gru_step, make_gru, make_header
+from tests.support.replaying import replay
+from tests.support.scribe import Scribe
+
+GRU = make_gru(3, 4, layers=2)
+HEADER = make_header(gru_description(GRU))
+
+
+def scribe_on(path: Path) -> Scribe:
+    return Scribe(RecordingWriter.create(path, HEADER), gru_step(GRU))
+
+
+def busy(path: Path, *, with_snapshot: bool = True) -> Scribe:
+    """Streams 1 to 6 with everything that may happen; a killed engine's recording, of which all was committed."""
+    scribe = scribe_on(path)
+    for stream in (1, 2, 3):
+        scribe.open(stream)
+    scribe.open(4, scribe.random_state(), first_seq=100, name="restored")
+    for _ in range(5):
+        scribe.step([3, 1, 4])
+    scribe.step([1, 2], "failed")
+    through = scribe.step([2, 1])
+    scribe.reset(3, scribe.random_state())
+    scribe.close(2)
+    if with_snapshot:
+        scribe.snapshot(through)
+    scribe.open(5, epoch=5000)
+    scribe.step([1, 5, 3])
+    scribe.reset(1)
+    scribe.step([3, 1], "failed")
+    scribe.step([3, 1, 4])
+    scribe.close(5)
+    scribe.writer.event(scribe.now, "owner", 4, 7000, owner_detail(1004, 106))
+    scribe.open(6, scribe.random_state(), epoch=6000)
+    scribe.step([1, 6], "unanswered")
+    scribe.step([4, 3], "unanswered")
+    scribe.writer.commit()
+    scribe.writer.abandon()
+    return scribe
+
+
+@pytest.mark.parametrize("with_snapshot", [True, False])
+def test_replayed_the_states_are_those_the_engine_had(tmp_path: Path, with_snapshot: bool) -> None:
+    scribe = busy(tmp_path / "a.rec", with_snapshot=with_snapshot)
+    shares: list[float] = []
+    with read_recovery(tmp_path / "a.rec", shares.append) as recovered:
+        found = replay(recovered, gru_step(GRU))
+        assert [stream.stream for stream in recovered.streams] == [1, 3, 4, 6]
+        assert [stream.name for stream in recovered.streams] == ["stream-1", "stream-3", "restored", "stream-6"]
+        assert [stream.epoch for stream in recovered.streams] == [1001, 1003, 7000, 6000]
+        assert [stream.former_epoch for stream in recovered.streams] == [0, 0, 1004, 0]
+        assert [stream.granted_seq for stream in recovered.streams] == [0, 0, 106, 0]
+        assert [stream.first_seq for stream in recovered.streams] == [0, 0, 100, 0]
+        assert (recovered.last_stream, recovered.last_epoch) == (6, 7000)
+        assert (recovered.snapshot_position > 0) is with_snapshot
+        tails = {stream.stream: stream for stream in recovered.streams}
+    assert {stream: found.seqs[stream] for stream in found.seqs} == {stream: scribe.seqs[stream] for stream in (1, 3, 4, 6)}
+    for stream in (1, 3, 4, 6):
+        assert found.states[stream].tobytes() == scribe.states[stream].tobytes()
+    assert shares == sorted(shares)
+    assert shares[-1] <= 1
+    assert found.unanswered == 4
+    if with_snapshot:
+        tail = tails[4]
+        assert (tail.tail_seq, tail.seq) == (103, 105)
+        assert tail.tail_x.tobytes() == np.stack([scribe.x[4][103], scribe.x[4][104]]).tobytes()
+        assert tail.tail_y.tobytes() == np.stack([scribe.y[4][103], scribe.y[4][104]]).tobytes()
+
+
+def test_outputs_come_with_the_batches(tmp_path: Path) -> None:
+    scribe = busy(tmp_path / "a.rec", with_snapshot=False)
+    answered = 0
+    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+        for item in recovered.replay():
+            if isinstance(item, ReplayStep) and item.batch.y is not None:
+                frames = zip(item.batch.streams.tolist(), item.batch.seqs.tolist(), strict=True)
+                for at, (stream, seq) in enumerate(frames):
+                    assert item.batch.x[at].tobytes() == scribe.x[stream][seq].tobytes()
+                    assert item.batch.y[at].tobytes() == scribe.y[stream][seq].tobytes()
+                    answered += 1
+    assert answered == 5 * 3 + 2 + 3 + 3
+
+
+def test_an_empty_recording_has_nothing_to_go_on_with(tmp_path: Path) -> None:
+    RecordingWriter.create(tmp_path / "a.rec", HEADER).close()
+    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+        assert (recovered.streams, recovered.last_stream, recovered.last_epoch) == ([], 0, 0)
+        assert list(recovered.replay()) == []
+
+
+def test_a_state_may_hold_frames_from_after_the_snapshots_position(tmp_path: Path) -> None:
+    # Snapshots are read while streams go on: what a state holds already is left out of the replay.
+    scribe = scribe_on(tmp_path / "a.rec")
+    scribe.open(1)
+    scribe.open(2)
+    through = scribe.step([1, 2])
+    scribe.step([1])
+    scribe.reset(1, scribe.random_state())
+    scribe.step([2, 1])
+    scribe.snapshot(through)
+    scribe.step([1, 2])
+    scribe.writer.commit()
+    scribe.writer.abandon()
+    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+        assert [stream.seq for stream in recovered.streams] == [3, 2]
+        items = list(recovered.replay())
+        assert not any(isinstance(item, StateReset) for item in items)
+        applies = [item.applies.tolist() for item in items if isinstance(item, ReplayStep)]
+    assert applies == [[False], [False, False], [True, True]]
+    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+        found = replay(recovered, gru_step(GRU))
+    for stream in (1, 2):
+        assert found.states[stream].tobytes() == scribe.states[stream].tobytes()
+
+
+def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_path: Path) -> None:
+    scribe = scribe_on(tmp_path / "a.rec")
+    for stream in (1, 2, 3):
+        scribe.open(stream)
+    scribe.snapshot(scribe.step([1, 2, 3]))
+    scribe.close(2)
+    scribe.snapshot(scribe.step([3]))
+    scribe.writer.commit()
+    scribe.writer.abandon()
+    assert [row["stream"] for row in Forger(tmp_path / "a.rec", tmp_path / "b.rec").rows("states")] in ([], [1, 3])
+    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+        assert [(stream.stream, stream.seq) for stream in recovered.streams] == [(1, 1), (3, 2)]
+        assert list(recovered.replay()) == []
+    writer = RecordingWriter.resume(tmp_path / "a.rec", HEADER)
+    writer.close_stream(3, 1, "closed", 2, None)
+    nothing = np.zeros((0, 3), np.float32), np.zeros((0, 4), np.float32)
+    state = np.ones((1, 2, 4), np.float32)
+    writer.snapshot(1, writer.position, StateRows(np.array([1]), np.array([1]), state, np.array([1]), *nothing))
+    writer.close()
+    assert [row["stream"] for row in Forger(tmp_path / "a.rec", tmp_path / "b.rec").rows("states")] == [1]
+    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+        (stream,) = recovered.streams
+        assert stream.state is not None
+        assert (stream.stream, float(stream.state[1, 3])) == (1, 1.0)
+
+
+def closed(path: Path) -> Path:
+    """As `busy`, in one file: gone on with and closed."""
+    busy(path)
+    RecordingWriter.resume(path, HEADER).close()
+    return path
+
+
+def read(path: Path) -> list[OpenStream]:
+    with read_recovery(path, lambda _: None) as recovered:
+        list(recovered.replay())
+        return recovered.streams
+
+
+@pytest.mark.parametrize(
+    ("table", "which", "columns", "why"),
+    [
+        ("states", 0, {"seq": 4, "tail_seq": 2}, r"the batch at position \d+ holds frame 6 of stream 1, which does not belong"),
+        ("states", 0, {"seq": 99}, r"tail|bytes"),
+        ("states", 1, {"stream": 77}, "the state of stream 77 fits no stream"),
+        ("states", 2, {"seq": 99, "tail_seq": 97}, "the state of stream 4 is from before its first frame"),
+        ("states", 0, {"tail_seq": 7}, "has a tail from 7 to 6"),
+        ("snapshot", 0, {"openings": 3}, "4 openings instead of 3"),
+        ("snapshot", 0, {"closings": 1}, "0 closings instead of 1"),
+        ("snapshot", 0, {"states": 9}, "the states of 3 streams instead of 9"),
+        ("snapshot", 0, {"position": 4}, r"newest snapshot should be of position \d+, and is of 4"),
+        ("snapshot", 0, {"position": 4000}, "of position 4000, which there is not"),
+        ("openings", 4, {"stream": 0}, "a number that no stream can have"),
+        ("closings", 0, {"stream": 77}, "stream 77, which is not open, closes"),
+        ("closings", 1, {"frames": 77}, "stream 5 was closed before frame 77"),
+        ("events", 3, {"seq": 12}, "the reset of stream 1 at position .* does not belong there"),
+        ("events", 3, {"stream": None}, "resets no stream"),
+        ("events", 5, {"stream": 99}, "is of no stream"),
+        ("events", 5, {"detail": "resumed"}, "names no owner"),
+        ("newest", 0, {"position": 8}, "newest snapshot is of position 17, which there is not"),
+    ],
+)
+def test_what_does_not_fit_is_refused_even_with_the_right_crc(
+    tmp_path: Path, table: str, which: int, columns: dict[str, int | None], why: str
+) -> None:
+    forger = Forger(closed(tmp_path / "a.rec"), tmp_path / "b.rec")
+    row = forger.rows(table)[which]
+    key = next(iter(row))
+    forger.change(table, row[key], **columns)
+    with pytest.raises(DamagedRecording, match=why):
+        read(forger.path)
+
+
+@pytest.mark.parametrize("table", ["states", "snapshot", "newest"])
+def test_rows_beside_the_history_that_are_gone(tmp_path: Path, table: str) -> None:
+    forger = Forger(closed(tmp_path / "a.rec"), tmp_path / "b.rec")
+    row = forger.rows(table)[0]
+    forger.remove(table, row[next(iter(row))])
+    with pytest.raises(DamagedRecording, match="instead of|should be|is missing"):
+        read(forger.path)
+
+
+def test_a_state_that_claims_frames_nobody_recorded(tmp_path: Path) -> None:
+    scribe = scribe_on(tmp_path / "a.rec")
+    scribe.open(1)
+    through = scribe.step([1])
+    scribe.step([1])
+    scribe.seqs[1] = 5
+    scribe.snapshot(through, tail=0)
+    scribe.writer.close()
+    with pytest.raises(DamagedRecording, match="the state of stream 1 holds frames that were not recorded"):
+        read(tmp_path / "a.rec")
