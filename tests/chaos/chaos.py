@@ -104,6 +104,12 @@ class Victim:
         self._process.kill()
         self._process.wait()
 
+    def close(self) -> None:
+        """See that it is gone, whatever became of it."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
     def stop(self) -> None:
         """Ask it to end, and wait."""
         assert self._process is not None
