@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from instep import interrupts
+from instep.recording.app import app as recordings_app
 from instep_client.commands.typed import PlainCommands
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(no_args_is_help=True, help="Make a model folder, or look into one.")
 app.add_typer(model_app, name="model")
+app.add_typer(recordings_app, name="recordings")
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML; configs/default.yaml is the manual.")
@@ -106,7 +108,8 @@ def serve(
     overrides = _overrides(settings, {path: text for path, text in named.items() if text is not None})
     loaded = load_config(config, overrides, os.environ)
 
-    from instep.server.serve import CannotServe, run
+    from instep.server.preparation import CannotServe
+    from instep.server.serve import run
 
     try:
         status = run(loaded, accept_numerics_change=accept_numerics_change)

@@ -23,7 +23,7 @@ from instep.model.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex
 from instep.server.child import ChildFailed
-from instep.server.serve import demo_model_folder
+from instep.server.preparation import demo_model_folder
 
 VERIFIED = "verified: 370 streams, 5,687 frames, exact, 0 mismatches"
 

@@ -2,7 +2,7 @@ import pytest
 import zmq
 
 from instep.config import TransportConfig
-from instep.server.serve import CannotServe
+from instep.server.preparation import CannotServe
 from instep.server.transport import Router, Sent
 from instep_client import AsyncClient
 from tests.support.models import SMALL

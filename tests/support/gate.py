@@ -12,7 +12,7 @@ from instep.config import Config
 from instep.core.typing import F32, I64
 from instep.model.network import Network
 from instep.runtime.stepper import Stepper
-from instep.server.serve import Prepared
+from instep.server.preparation import Prepared
 
 GATE_VALUE = 4321.5
 """A frame that begins with this is stepped when the gate opens."""

@@ -18,7 +18,8 @@ from instep.model.certify import Certification, candidate_buckets, certify
 from instep.model.folder import Model
 from instep.model.network import Network
 from instep.runtime.stepper import Stepper
-from instep.server.serve import Prepared, make_server
+from instep.server.assembly import make_server
+from instep.server.preparation import Prepared
 from instep.server.server import Server
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from instep.bench.machine import machine
 from instep.server.child import ChildServer
-from instep.server.serve import demo_model_folder
+from instep.server.preparation import demo_model_folder
 from instep_client import AsyncClient, AsyncGroup
 
 CLIENTS, STREAMS_EACH, RATE_HZ = 8, 8, 50

@@ -25,7 +25,7 @@ from instep.model.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex
 from instep.server.child import ChildFailed, ChildServer
-from instep.server.serve import demo_model_folder
+from instep.server.preparation import demo_model_folder
 from instep.verify.command import run as verify
 from instep_client import AsyncClient, InstepError
 

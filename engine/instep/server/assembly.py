@@ -1,0 +1,161 @@
+"""From what was prepared to a server: sizes, states, socket and recording, in an order that can be undone."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from contextlib import ExitStack
+from importlib.metadata import version
+
+import structlog
+import zmq
+
+from instep.config import Config
+from instep.core.rings import Rings
+from instep.core.streams import StreamTable
+from instep.model.numerics import numerics
+from instep.recording.errors import RecordingError
+from instep.recording.schema import RecordingHeader
+from instep.recording.writer import RecordingWriter
+from instep.runtime.stepper import Stepper
+from instep.server.limits import LimitsError, effective_limits
+from instep.server.preparation import CannotServe, Prepared
+from instep.server.recovery import Recovery, go_on
+from instep.server.server import Server, Streams
+from instep.server.transport import Router
+from instep_client.wire import PROTOCOL_VERSION, ServerInfo
+
+
+def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
+    """What a recording of this server says of it."""
+    certification = prepared.certification
+    return RecordingHeader(
+        instep_version=version("instep"),
+        created_ns=time.time_ns(),
+        model_name=prepared.model.name,
+        model_folder=str(prepared.model_path),
+        description=prepared.model.description.model_dump(mode="json"),
+        model_fingerprint=prepared.model.fingerprint,
+        numerics=numerics(prepared.network),
+        exactness=certification.exactness,
+        buckets=certification.buckets,
+        max_ulp=certification.max_ulp,
+        durability=config.recording.durability,
+    )
+
+
+def server_info(config: Config, prepared: Prepared) -> ServerInfo:
+    """What WELCOME says."""
+    network, certification = prepared.network, prepared.certification
+    limits = effective_limits(config, certification.buckets[-1], network.features, network.outputs)
+    return ServerInfo(
+        protocol_version=PROTOCOL_VERSION,
+        boot_id=secrets.token_hex(8),
+        model=prepared.model.name,
+        fingerprint=prepared.model.fingerprint,
+        features=network.features,
+        outputs=network.outputs,
+        state_layers=network.state_layers,
+        state_size=network.state_size,
+        device=str(prepared.device),
+        exactness=certification.exactness,
+        buckets=certification.buckets,
+        max_streams=limits.max_streams,
+        max_message_bytes=limits.max_message_bytes,
+        max_block_frames=limits.max_block_frames,
+        credit_frames=limits.credit_frames,
+        max_idle_s=config.limits.max_idle_s,
+        window_frames=limits.window_frames,
+        durability="memory" if config.recording.file is None else config.recording.durability,
+        park_s=config.limits.park_s,
+    )
+
+
+def make_server(
+    config: Config,
+    prepared: Prepared,
+    log: structlog.stdlib.BoundLogger,
+    stepper: Stepper | None = None,
+    *,
+    accept_numerics_change: bool = False,
+) -> Server:
+    """A server that is bound and not yet serving; called inside the event loop.
+
+    Args:
+        config: the configuration.
+        prepared: what `prepare` made of it.
+        log: where the server says what it does.
+        stepper: another one than usual, for tests.
+        accept_numerics_change: whether to go on with a recording although floats may come out with other bits now.
+
+    Raises:
+        CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.
+    """
+    network, certification = prepared.network, prepared.certification
+    writer, recovery = None, None
+    with ExitStack() as undo:
+        try:
+            info = server_info(config, prepared)
+            if stepper is None:
+                engine = config.engine
+                stepper = Stepper(
+                    network, certification.buckets, engine.max_streams, prepared.device, engine.device_streams
+                )
+            streams = _streams(config, prepared)
+            router = Router(config.transport)
+            undo.callback(router.close)
+            if config.recording.file is not None:
+                writer, recovery = _recording(config, prepared, streams, stepper, accept_numerics_change)
+                undo.callback(writer.abandon)
+            server = Server(config, network, certification, router, stepper, info, streams, writer, log)
+        except (LimitsError, RecordingError) as error:
+            raise CannotServe(str(error)) from None
+        except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
+            raise _no_memory(config, error) from None
+        except zmq.ZMQError as error:
+            raise CannotServe(
+                f"cannot bind {config.transport.endpoint}: {error}; is another server using it?"
+            ) from None
+        undo.pop_all()
+    server.statistics.tiers = stepper.tiers
+    server.recovery = recovery
+    return server
+
+
+def _streams(config: Config, prepared: Prepared) -> Streams:
+    network = prepared.network
+    limits = effective_limits(config, prepared.certification.buckets[-1], network.features, network.outputs)
+    table = StreamTable(limits.max_streams, limits.max_connections, limits.first_generation, time.time_ns())
+    rings = Rings(
+        table,
+        limits.window_frames,
+        limits.max_streams,
+        network.features,
+        network.outputs,
+        limits.max_pending_frames,
+    )
+    return Streams(table, rings)
+
+
+def _recording(
+    config: Config, prepared: Prepared, streams: Streams, stepper: Stepper, accept_numerics_change: bool
+) -> tuple[RecordingWriter, Recovery | None]:
+    """A new recording, or the one that is there, with its streams put back."""
+    path = config.recording.file
+    assert path is not None
+    header = recording_header(prepared, config)
+    if not path.exists() or path.stat().st_size == 0:
+        return RecordingWriter.create(path, header), None
+    writer, recovery = go_on(
+        path, header, streams.table, streams.rings, stepper, accept_numerics_change=accept_numerics_change
+    )
+    streams.last_stream = recovery.last_stream
+    return writer, recovery
+
+
+def _no_memory(config: Config, error: Exception) -> CannotServe:
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    return CannotServe(
+        f"no memory for engine.max_streams = {config.engine.max_streams} and limits.max_pending_frames = "
+        f"{config.limits.max_pending_frames}; lower one of them ({why})"
+    )

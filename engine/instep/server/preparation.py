@@ -1,0 +1,81 @@
+"""What is decided before the socket is bound: the model, the device, and how exact it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from instep.config import Config
+from instep.model.certify import Certification, candidate_buckets, certify
+from instep.model.errors import ModelError
+from instep.model.folder import Model, load_model, model_from_parts
+from instep.model.network import Network
+from instep.model.numerics import prepare as prepare_numerics
+
+
+class CannotServe(Exception):
+    """The server cannot start; the message says whose fault it is and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that is decided before the socket is bound."""
+
+    model: Model
+    model_path: Path
+    network: Network
+    device: torch.device
+    certification: Certification
+
+
+def demo_model_folder() -> Path:
+    """The model that ships with the package, served when none is named."""
+    return Path(str(files("instep.demo") / "model"))
+
+
+def prepare(config: Config) -> Prepared:
+    """Load and check the model, choose the device, certify.
+
+    Raises:
+        CannotServe: with a sentence.
+    """
+    prepare_numerics(config.engine.threads)
+    try:
+        model, path = _load(config)
+    except ModelError as error:
+        raise CannotServe(str(error)) from None
+    device = _device(config.engine.device)
+    network = Network(model, device)
+    buckets = candidate_buckets(network, config.engine.max_batch_size)
+    if config.engine.exactness == "off":
+        certification = Certification("off", buckets, max_ulp=0, whole_sequence=False)
+    else:
+        certification = certify(network, buckets)
+    if config.engine.exactness == "require" and certification.exactness != "exact":
+        raise CannotServe(
+            f"engine.exactness is `require`, but on this machine batches differ from one another: up to "
+            f"{certification.max_ulp} ULP were seen in one step; `prefer` serves all the same, and says so"
+        )
+    return Prepared(model, path, network, device, certification)
+
+
+def _load(config: Config) -> tuple[Model, Path]:
+    if config.model.network is not None and config.model.weights is not None:
+        weights = config.model.weights
+        return model_from_parts(config.model.network, weights, weights.stem), weights.resolve()
+    folder = config.model.folder or demo_model_folder()
+    return load_model(folder), folder.resolve()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CannotServe(f"engine.device is {name}, but torch finds no CUDA device here; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CannotServe(f"engine.device is {name}, but there are only {torch.cuda.device_count()} CUDA devices")
+    return device
