@@ -74,3 +74,10 @@ def test_the_program_begins_where_interrupts_are_handled_first() -> None:
     script = "import sys; before = set(sys.modules); import instep.__main__; print(*(set(sys.modules) - before))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert {"typer", "asyncio", "typing", "numpy"}.isdisjoint(result.stdout.split())
+
+
+def test_every_module_of_the_client_library_is_held_light() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (light,) = (each for each in contracts if each["name"].startswith("The client library is light"))
+    modules = {path.stem for path in (ROOT / "clients" / "instep_client").glob("*.py")} - {"__init__"}
+    assert set(light["source_modules"]) == {f"instep_client.{module}" for module in modules}

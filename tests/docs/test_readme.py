@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,14 +40,16 @@ def test_the_make_targets_it_opens_with_exist() -> None:
 
 
 def test_what_is_installed_is_what_it_says() -> None:
-    pip = next(command for command in commands() if command[0] == "pip")
-    assert pip[:2] == ["pip", "install"]
-    assert pip[2] == "instep[engine]"
+    installed = next(command for command in commands() if command[0] == "pip")
+    assert installed == ["pip", "install", "-e", ".[engine]"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r'"\.\[([\w,]+)\]"', README)
+    assert {extra for names in named for extra in names.split(",")} == {"engine", "cli", "export"} <= extras.keys()
 
 
 def test_its_commands_and_its_code_run_as_written(tmp_path: Path) -> None:
     make_model, serve, verify = (command for command in commands() if command[0] == "instep")
-    code = next(body for language, body in BLOCKS if language == "python")
+    code, own_network = (body for language, body in BLOCKS if language == "python")
     made = run(make_model, tmp_path)
     assert made.returncode == 0, made.stderr
     server = subprocess.Popen(
@@ -73,6 +76,10 @@ def test_its_commands_and_its_code_run_as_written(tmp_path: Path) -> None:
         if server.poll() is None:
             server.kill()
             server.communicate()
+    (tmp_path / "network.py").write_text(own_network)
+    saved = run(["python", "network.py"], tmp_path)
+    assert saved.returncode == 0, saved.stderr
+    assert "GRU 128 → dense 10" in run(["instep", "model", "info", "my-network"], tmp_path).stdout
     verified = run(verify, tmp_path)
     assert verified.returncode == 0, verified.stdout + verified.stderr
     assert re.search(r"1 stream, 100 frames, exact, 0 mismatches", verified.stdout), verified.stdout

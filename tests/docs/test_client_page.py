@@ -1,0 +1,75 @@
+"""What the page on the Python client shows is run here, against one server."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import instep_client
+from instep.model.description import GruLayers, NetworkDescription
+from instep.model.folder import make_model, write_model
+from instep.server.child import ChildServer
+from instep_client import AsyncClient, AsyncGroup, AsyncStream, Client
+from tests.docs.support.page import Page
+
+PAGE = Page("client.md")
+PRINTED = [
+    "mic-7 51 True 50\n",
+    "64 64 (10, 64) [11 12]\n",
+    "1000\n",
+    "NOT_FINITE [(1, 1)]\n1 1\n",
+    "5 True\n",
+    f"{[100] * 8}\n",
+]
+"""By the code blocks in order."""
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("model") / "small"
+    write_model(
+        folder, make_model(NetworkDescription(features=3, gru=GruLayers(hidden_size=4)), "random", name="small")
+    )
+    with ChildServer(folder) as server:
+        yield server.endpoint
+
+
+@pytest.mark.parametrize("number", range(len(PRINTED)))
+def test_its_code_runs_and_prints_what_it_should(endpoint: str, tmp_path: Path, number: int) -> None:
+    blocks = PAGE.blocks("python")
+    assert len(blocks) == len(PRINTED)
+    code = blocks[number][1]
+    assert "tcp://127.0.0.1:5757" in code
+    script = tmp_path / "script.py"
+    script.write_text(code.replace("tcp://127.0.0.1:5757", endpoint))
+    result = subprocess.run(
+        [sys.executable, "-W", "error", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, PRINTED[number], "")
+
+
+def test_it_names_every_error_and_nothing_that_is_not_there() -> None:
+    errors = {name for name in instep_client.__all__ if isinstance(getattr(instep_client, name), type)}
+    errors = {name for name in errors if issubclass(getattr(instep_client, name), instep_client.InstepError)}
+    named = set(re.findall(r"`([A-Z]\w+)`", PAGE.prose))
+    assert named >= errors
+    assert all(hasattr(instep_client, name) or name in ("ValueError", "ConnectionError") for name in named)
+
+
+def test_the_methods_it_calls_are_in_both_clients() -> None:
+    calls = [node for _, code in PAGE.blocks("python") for node in ast.walk(ast.parse(code))]
+    used = {node.attr for node in calls if isinstance(node, ast.Attribute)}
+    for name in ("open", "open_group", "restore"):
+        assert name in used
+        assert hasattr(AsyncClient, name)
+        assert hasattr(Client, name)
+    for name in ("step", "close", "send", "finish", "peek", "reset", "fork", "snapshot"):
+        assert f"`{name}" in PAGE.text or name in used
+        assert hasattr(AsyncStream, name)
+        assert hasattr(AsyncGroup, name) or name in ("send", "finish", "snapshot")
