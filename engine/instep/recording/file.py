@@ -23,6 +23,9 @@ from instep.recording.schema import (
     row_is_sound,
 )
 
+UNREADABLE: Final = (sqlite3.Error, OverflowError, UnicodeDecodeError)
+"""What Python's sqlite3 raises on a damaged file."""
+
 _READ_VERSION_OFFSET: Final = 19
 _IN_WAL_MODE: Final = b"\x02"
 
@@ -121,7 +124,7 @@ class RecordingFile:
                     raise self.damaged(f"the row at {key} {row[0]} (of {table}) does not match its CRC")
                 before = row[0]
                 yield row[:-1]
-        except (sqlite3.Error, OverflowError) as error:
+        except UNREADABLE as error:
             raise self.damaged(f"the rows after {key} {before} (of {table}) cannot be read: {error}") from None
 
     def totals(self) -> tuple[int, int]:
@@ -177,5 +180,5 @@ class RecordingFile:
     def _reading(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OverflowError) as error:
+        except UNREADABLE as error:
             raise DamagedRecording(f"{self.path} {what}: {error}") from None

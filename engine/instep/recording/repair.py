@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 from urllib.parse import quote
 
 from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.file import UNREADABLE
 from instep.recording.inspection import inspect
 from instep.recording.schema import (
     APPLICATION_ID,
@@ -92,7 +93,7 @@ class _Salvage:
                 raise RecordingError(f"{path} is not a recording of format version {FORMAT_VERSION}")
             self.header = self._database.execute("SELECT key, value, crc FROM header").fetchall()
             RecordingHeader.from_rows(self.header)
-        except (sqlite3.Error, RecordingError) as error:
+        except (*UNREADABLE, RecordingError) as error:
             self.close()
             raise RecordingError(f"nothing of {path} can be saved: {error}") from None
 
@@ -111,7 +112,7 @@ class _Salvage:
                     return
                 before = row[0]
                 yield row
-        except (sqlite3.Error, OverflowError) as error:
+        except UNREADABLE as error:
             self.damage[table] = f"the rows after {key} {before} (of {table}) cannot be read: {error}"
 
     def history(self) -> Iterator[tuple[str, Row]]:

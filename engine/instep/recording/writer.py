@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from instep.core.typing import F32, U32, U64
 from instep.recording.engines import changed_values, refuse_other_engine
-from instep.recording.errors import RecordingError
+from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import (
@@ -70,11 +70,10 @@ class RecordingWriter:
         self._guard.execute("SELECT count(*) FROM header").fetchone()
         self._in_transaction = False
         self._bytes_in_wal = 0
-        count = "SELECT count(*) FROM"
-        self._counts = {table: int(database.execute(f"{count} {table}").fetchone()[0]) for table in COUNTED}
-        self._with_state = {int(row[0]) for row in database.execute("SELECT stream FROM states")}
+        self._counts = {table: self._numbers(table, f"SELECT count(*) FROM {table}")[0] for table in COUNTED}
+        self._with_state = set(self._numbers("states", "SELECT stream FROM states"))
         closed = "SELECT states.stream FROM states JOIN closings USING (stream)"
-        self._closed_with_state = [int(row[0]) for row in database.execute(closed)] if self._with_state else []
+        self._closed_with_state = self._numbers("closings", closed) if self._with_state else []
 
     @classmethod
     def create(cls, path: Path, header: RecordingHeader) -> RecordingWriter:
@@ -108,7 +107,7 @@ class RecordingWriter:
             database.execute("COMMIT")
             _set_up(database, header)
             return cls(path, lock, database, header, 0)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, DamagedRecording) as error:
             database.close()
             lock.release()
             raise RecordingError(f"cannot create the recording {path}: {error}") from None
@@ -276,6 +275,12 @@ class RecordingWriter:
         self._bytes_in_wal += sum(len(column) for column in columns if isinstance(column, bytes))
         if table in self._counts:
             self._counts[table] += 1
+
+    def _numbers(self, table: str, query: str) -> list[int]:
+        try:
+            return [int(row[0]) for row in self._database.execute(query)]
+        except sqlite3.DatabaseError as error:
+            raise DamagedRecording(f"{self.path} is damaged: the table {table} cannot be read: {error}") from None
 
     def _count_until(self, table: str, position: int) -> int:
         later = f"SELECT count(*) FROM {table} WHERE position > ?"
