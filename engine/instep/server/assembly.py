@@ -6,6 +6,7 @@ import secrets
 import time
 from contextlib import ExitStack
 from importlib.metadata import version
+from pathlib import Path
 
 import structlog
 import zmq
@@ -105,6 +106,8 @@ def make_server(
             router = Router(config.transport)
             undo.callback(router.close)
             if config.recording.file is not None:
+                if not config.recording.file.exists():
+                    undo.callback(_remove, config.recording.file)
                 writer, recovery = _recording(config, prepared, streams, stepper, accept_numerics_change)
                 undo.callback(writer.abandon)
             server = Server(config, network, certification, router, stepper, info, streams, writer, log)
@@ -120,6 +123,12 @@ def make_server(
     server.statistics.tiers = stepper.tiers
     server.recovery = recovery
     return server
+
+
+def _remove(recording: Path) -> None:
+    """A recording that was made a moment ago, in which nothing was recorded."""
+    for suffix in ("", "-wal", "-shm", "-lock"):
+        Path(f"{recording}{suffix}").unlink(missing_ok=True)
 
 
 def _streams(config: Config, prepared: Prepared) -> Streams:

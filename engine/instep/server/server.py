@@ -103,26 +103,19 @@ class Server:
             on_gone=lambda client: self.lifecycle.abandon(client),
         )
         table, rings = streams.table, streams.rings
-        try:
-            self._recorder = self._start_recorder(writer)
-            tap = Tap(self._recorder, info.durability != "memory", table, rings)
-            tap.last_stream = streams.last_stream
-            self.engine = Engine(
-                table,
-                rings,
-                stepper,
-                self._worker,
-                self._postbox,
-                tap,
-                self._limits,
-                self.statistics,
-                self._step_failed,
-                lambda delay_s, work: self._loop.call_later(delay_s, self._guarded, work),
-            )
-        except MemoryError:
-            if writer is not None:
-                writer.abandon()
-            raise
+        self._tap = tap = Tap(table, rings)
+        self.engine = Engine(
+            table,
+            rings,
+            stepper,
+            self._worker,
+            self._postbox,
+            tap,
+            self._limits,
+            self.statistics,
+            self._step_failed,
+            lambda delay_s, work: self._loop.call_later(delay_s, self._guarded, work),
+        )
         self.lifecycle = Lifecycle(
             table,
             rings,
@@ -138,7 +131,6 @@ class Server:
         )
         self.engine.on_answered = self.lifecycle.go_on
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
-        self._tap = tap
         self._snapshots = Snapshots(
             table, rings, stepper, self._worker, tap, round(config.recording.recovery_target_s * 1e9)
         )
@@ -154,6 +146,9 @@ class Server:
         self._stopped = False
         self._pump_is_due = False
         self._ticks = 0
+        self._recorder = self._start_recorder(writer)
+        if self._recorder is not None:
+            tap.record(self._recorder, streams.last_stream, waits=info.durability != "memory")
 
     @property
     def endpoint(self) -> str:

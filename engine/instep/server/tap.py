@@ -29,33 +29,36 @@ class Tap:
     what would have waited for it is never done, and the server is about to stop.
 
     Args:
-        recorder: where it goes; None for nowhere.
-        waits: whether answers wait until what they tell is durable.
         table: the streams.
         rings: their frames.
     """
 
-    def __init__(
-        self,
-        recorder: Recorder | None,
-        waits: bool,
-        table: StreamTable,
-        rings: Rings,
-    ) -> None:
-        self._recorder = recorder
-        self._waits = waits and recorder is not None
+    def __init__(self, table: StreamTable, rings: Rings) -> None:
+        self._recorder: Recorder | None = None
+        self._waits = False
         self._table = table
         self._rings = rings
         self._durable = 0
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
-        self.last_stream = 0
-        """The newest stream's number in the recording."""
+        self._last_stream = 0
         self.last_inputs = 0
         """The ticket of the newest batch of inputs."""
         self.dirty: Bool = np.zeros(len(table.owner), np.bool_)
         """Slots whose state has changed since it was last in a snapshot."""
         self.computed_ns = 0
         """How long the steps since then took."""
+
+    def record(self, recorder: Recorder, last_stream: int, *, waits: bool) -> None:
+        """From now on, tell a recorder.
+
+        Args:
+            recorder: where everything goes.
+            last_stream: the highest number that a stream of the recording has.
+            waits: whether answers wait until what they tell is durable.
+        """
+        self._recorder = recorder
+        self._last_stream = last_stream
+        self._waits = waits
 
     @property
     def has_room(self) -> bool:
@@ -125,10 +128,10 @@ class Tap:
             return ticket
         recorder, table, now_ns = self._recorder, self._table, time.time_ns()
         for index, slot in enumerate(slots.tolist()):
-            self.last_stream += 1
-            table.recording_id[slot] = self.last_stream
+            self._last_stream += 1
+            table.recording_id[slot] = self._last_stream
             state = None if initial_states is None else initial_states[index]
-            fields = (self.last_stream, table.name(slot), int(table.epoch[slot]), int(table.first_seq[slot]), now_ns)
+            fields = (self._last_stream, table.name(slot), int(table.epoch[slot]), int(table.first_seq[slot]), now_ns)
             ticket = self._said(recorder.open_stream, *fields, state)
         return ticket
 
