@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -13,7 +14,7 @@ from instep_client.session import State
 from instep_client.streams import Lane
 from tests.support.fake_server import F32, reference
 from tests.support.ring_link import RingLink
-from tests.support.ring_server import RING_INFO, RingServer, replace
+from tests.support.ring_server import RING_INFO, RingServer
 
 
 class Run:

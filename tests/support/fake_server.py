@@ -27,6 +27,7 @@ from instep_client.wire import COLUMN, FAILURE, GRANT, Kind, ServerInfo
 
 F32: TypeAlias = npt.NDArray[np.float32]
 Message: TypeAlias = list[bytes]
+Handler: TypeAlias = Callable[[bytes, list[bytes]], list[tuple[bytes, Message]]]
 Fault: TypeAlias = Callable[[list[Any], list[bytes]], list[Message] | None]
 
 INFO = ServerInfo(
@@ -238,10 +239,11 @@ class FakeRules:
 
 
 class FakeServer:
-    """`FakeRules` behind a ROUTER on loopback, in a thread; `with FakeServer() as server`."""
+    """`FakeRules` behind a ROUTER on loopback, in a thread; `with FakeServer() as server`. Other rules may be given."""
 
-    def __init__(self, info: ServerInfo = INFO) -> None:
+    def __init__(self, info: ServerInfo = INFO, handle: Handler | None = None) -> None:
         self.rules = FakeRules(info)
+        self._handle = handle or self.rules.handle
         self.endpoint = ""
         self._orders: SimpleQueue[Callable[[], list[tuple[bytes, Message]]] | None] = SimpleQueue()
         self._context = zmq.Context()
@@ -267,6 +269,15 @@ class FakeServer:
     def push(self, *messages: Message) -> None:
         """Send messages to every client that was heard."""
         self._order(lambda: [(peer, message) for message in messages for peer in self._peers])
+
+    def do(self, what: Callable[[], object]) -> None:
+        """Have something done between two messages."""
+
+        def done() -> list[tuple[bytes, Message]]:
+            what()
+            return []
+
+        self._order(done)
 
     def release(self) -> None:
         """Send what was held."""
@@ -326,7 +337,7 @@ class FakeServer:
             if router in ready:
                 peer, *frames = router.recv_multipart()
                 self._peers[peer] = None
-                outgoing += self.rules.handle(peer, frames)
+                outgoing += self._handle(peer, frames)
             for peer, message in outgoing:
                 router.send_multipart([peer, *message])
         router.close()

@@ -18,12 +18,15 @@ R = TypeVar("R")
 class RingLink:
     """Session here, server there; each socket of the session is a peer of its own at the server."""
 
-    def __init__(self, server: RingServer | None = None, seed: int = 0, reconnect_s: float = 1000.0) -> None:
+    def __init__(
+        self, server: RingServer | None = None, seed: int = 0, reconnect_s: float = 1000.0, name: str = "peer"
+    ) -> None:
         self.server = server or RingServer()
         self.session = Session("tcp://somewhere:1", "test", 10.0, reconnect_s, Random(seed))
         self.now = 1000.0
         self.sockets = 0
-        self.to_server: dict[bytes, deque[Message]] = {b"peer 0": deque()}
+        self._name = name
+        self.to_server: dict[bytes, deque[Message]] = {self.peer: deque()}
         """By peer; those of former sockets may still arrive."""
         self.to_client: deque[Message] = deque()
         self.run()
@@ -31,7 +34,7 @@ class RingLink:
     @property
     def peer(self) -> bytes:
         """The present socket."""
-        return b"peer %d" % self.sockets
+        return f"{self._name} {self.sockets}".encode()
 
     def advance(self, seconds: float = 0.0) -> None:
         """Turn the clock and let the session act."""

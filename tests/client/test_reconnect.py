@@ -1,0 +1,189 @@
+"""Both clients over real sockets, to a server that forgets connections and keeps streams; and every verb on states."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from instep_client import AsyncClient, Client, ConnectionFailed, DataLoss, InvalidInput, StreamEvicted, StreamSnapshot
+from tests.support.fake_server import F32, FakeServer, reference
+from tests.support.ring_server import RingServer
+
+X: F32 = np.random.default_rng(3).standard_normal((400, 3)).astype(np.float32)
+
+
+class Rings:
+    """A ring server and the socket before it."""
+
+    def __init__(self) -> None:
+        self.rules = RingServer()
+        self.server = FakeServer(handle=self.rules.handle)
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens."""
+        return self.server.endpoint
+
+    def restart(self) -> None:
+        """It forgets every connection."""
+        self.server.do(self.rules.restart)
+
+
+@pytest.fixture
+def rings() -> Iterator[Rings]:
+    made = Rings()
+    with made.server:
+        yield made
+
+
+async def test_steps_go_on_over_restarts(rings: Rings, caplog: pytest.LogCaptureFixture) -> None:
+    async with AsyncClient(rings.endpoint) as client:
+        stream = await client.open("a")
+        outputs = []
+        with caplog.at_level(logging.INFO, "instep_client"):
+            for index, x in enumerate(X[:40]):
+                if index % 10 == 5:
+                    rings.restart()
+                outputs.append(await stream.step(x))
+        assert np.array_equal(np.array(outputs), reference(X[:40])[0])
+        assert len(rings.rules.streams["a"].applied) == 40
+        assert f"connecting to {rings.endpoint} again: the server at" in caplog.text
+        assert client.info.boot_id == "boot 4"
+
+
+async def test_pipelined_sends_go_on_over_restarts(rings: Rings) -> None:
+    async with AsyncClient(rings.endpoint) as client:
+        stream = await client.open("a")
+
+        async def send() -> None:
+            for index, x in enumerate(X):
+                if index % 100 == 50:
+                    rings.restart()
+                await stream.send(x)
+            stream.finish()
+
+        sending = asyncio.create_task(send())
+        outputs = [y async for y in stream]
+        await sending
+        assert np.array_equal(np.array(outputs), reference(X)[0])
+        final = await stream.close()
+        assert np.array_equal(final, reference(X)[1])
+
+
+def test_threads_go_on_over_restarts(rings: Rings) -> None:
+    with Client(rings.endpoint) as client:
+        group = client.open_group(["a", "b"])
+        epochs = group.epochs.tolist()
+        first = group.step(X[:20].reshape(10, 2, 3))
+        rings.restart()
+        second = group.step(X[20:40].reshape(10, 2, 3))
+        outputs = np.concatenate([first, second])
+        for column in range(2):
+            assert np.array_equal(outputs[:, column], reference(X[column:40:2])[0])
+        assert (group.epochs > epochs).all()
+
+
+async def test_a_server_that_never_comes_back_is_given_up(rings: Rings) -> None:
+    async with AsyncClient(rings.endpoint, timeout_s=0.2, reconnect_s=0.3) as client:
+        stream = await client.open("a")
+        with rings.server.paused(), pytest.raises(ConnectionFailed, match=r"connecting again failed for 0\.3 s"):
+            await stream.step(X[0])
+
+
+async def test_without_room_for_another_socket_the_connection_has_failed(
+    rings: Rings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    async with AsyncClient(rings.endpoint) as client:
+        stream = await client.open("a")
+        rings.restart()
+        monkeypatch.setattr(zmq.Context, "socket", none_left)
+        with pytest.raises(ConnectionFailed, match="cannot make a socket"):
+            await stream.step(X[0])
+        monkeypatch.undo()
+
+
+async def test_a_stream_moves_from_client_to_client(rings: Rings) -> None:
+    async with AsyncClient(rings.endpoint) as one, AsyncClient(rings.endpoint) as two:
+        stream = await one.open("a")
+        await stream.step(X[:5])
+        taken = await two.resume("a", have=3, take_over=True)
+        assert (taken.next_seq, taken.name) == (3, "a")
+        assert np.array_equal(await taken.step(X[3:8]), reference(X[:8])[0][3:])
+        with pytest.raises(StreamEvicted, match="FENCED"):
+            await stream.step(X[5])
+        epoch = taken.epoch
+        with pytest.raises(DataLoss) as caught:
+            await one.resume("a", have=20, epoch=epoch)
+        assert (caught.value.have, caught.value.server_has) == (20, 8)
+        back = await one.resume_group(["a"], have=[8], epochs=[epoch])
+        assert back.next_seqs.tolist() == [8]
+
+
+async def test_states_are_looked_at_reset_copied_saved_and_restored(rings: Rings, tmp_path: Path) -> None:
+    async with AsyncClient(rings.endpoint) as client:
+        stream = await client.open("a")
+        await stream.step(X[:5])
+        seq, state = await stream.peek()
+        assert seq == 5
+        assert np.array_equal(state, reference(X[:5])[1])
+        (await stream.snapshot()).save(tmp_path / "a.safetensors")
+        copy = await stream.fork("b")
+        await stream.reset()
+        assert np.array_equal(await stream.step(X[5]), reference(X[5:6])[0][0])
+        await stream.reset(state)
+        restored = await client.restore(StreamSnapshot.load(tmp_path / "a.safetensors"), "c")
+        assert (copy.next_seq, restored.next_seq) == (5, 5)
+        for other in (stream, copy, restored):
+            assert np.array_equal(await other.step(X[5]), reference(X[:6])[0][5])
+        foreign = StreamSnapshot("d", 0, state, "another", "model")
+        with pytest.raises(InvalidInput, match="another"):
+            await client.restore(foreign)
+        assert (await client.open("e", first_seq=9)).next_seq == 9
+
+
+def test_the_same_in_threads(rings: Rings) -> None:
+    with Client(rings.endpoint) as client:
+        stream = client.open("a", first_seq=2)
+        stream.step(X[:5])
+        seq, state = stream.peek()
+        assert seq == stream.next_seq == 7
+        restored = client.restore(stream.snapshot(), "b")
+        copy = stream.fork("c")
+        stream.reset(state)
+        for other in (stream, restored, copy):
+            assert np.array_equal(other.step(X[5]), reference(X[:6])[0][5])
+        taken = client.resume("a", epoch=stream.epoch)
+        assert taken.next_seq == 8
+        group = client.open_group(["d", "e"])
+        group.step(X[:2])
+        seqs, states = group.peek()
+        assert seqs.tolist() == [1, 1]
+        copies = group.fork(["f", "g"])
+        group.reset()
+        group.reset(states)
+        assert np.array_equal(group.step(X[2:4]), copies.step(X[2:4]))
+        again = client.resume_group(["d", "e"], epochs=group.epochs)
+        assert again.next_seqs.tolist() == [2, 2]
+
+
+async def test_groups_have_the_same_verbs(rings: Rings) -> None:
+    async with AsyncClient(rings.endpoint) as client:
+        group = await client.open_group(["a", "b"])
+        await group.step(X[:2])
+        seqs, states = await group.peek()
+        assert seqs.tolist() == [1, 1]
+        assert states.shape == (2, 2, 2)
+        copies = await group.fork(["c", "d"])
+        await group.reset()
+        await group.reset(states)
+        assert np.array_equal(await group.step(X[2:4]), await copies.step(X[2:4]))

@@ -1,0 +1,103 @@
+"""A snapshot's file, byte by byte, and files that are none."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instep_client import StreamSnapshot
+from instep_client.errors import InvalidInput
+from tests.support.fake_server import INFO
+
+STATE = np.array([[1.5, -2.0], [0.0, 3.0e-41]], np.float32)
+SNAPSHOT = StreamSnapshot("mic é", 2**40, STATE, "00", "halving")
+
+
+def test_the_file_is_a_length_a_header_and_the_data(tmp_path: Path) -> None:
+    SNAPSHOT.save(tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(content[8 : 8 + length])
+    assert header["state"] == {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    assert header["__metadata__"] == {
+        "format": "instep stream snapshot 1",
+        "name": "mic é",
+        "seq": str(2**40),
+        "fingerprint": "00",
+        "model": "halving",
+    }
+    assert content[8 + length :] == STATE.astype("<f4").tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("something else")
+    SNAPSHOT.save(path)
+    loaded = StreamSnapshot.load(str(path))
+    assert (loaded.name, loaded.seq, loaded.fingerprint, loaded.model) == ("mic é", 2**40, "00", "halving")
+    assert loaded.state.tobytes() == STATE.tobytes()
+    assert loaded.state.flags.writeable
+
+
+def test_another_model_is_refused() -> None:
+    SNAPSHOT.check(INFO)
+    with pytest.raises(InvalidInput, match="the snapshot is of model 'halving'"):
+        SNAPSHOT.check(replace(INFO, fingerprint="01"))
+
+
+def edited(content: bytes, old: bytes, new: bytes) -> bytes:
+    """A file with something of the header replaced by something as long."""
+    assert len(old) == len(new)
+    assert old in content
+    return content.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"F32"', b'"F16"'),
+        (b"[0, 16]", b"[0, 12]"),
+        (b"[2, 2]", b"[2, 3]"),
+        (b"[2, 2]", b"[2,22]"),
+        (b"snapshot 1", b"snapshot 9"),
+        (b'"state"', b'"stale"'),
+        (b'"1099511627776"', b'"-099511627776"'),
+        (b'"1099511627776"', b'"1x99511627776"'),
+        (b'"format"', b'"farmot"'),
+        (b"{", b"["),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
+    path = tmp_path / "a"
+    SNAPSHOT.save(path)
+    path.write_bytes(edited(path.read_bytes(), old, new))
+    with pytest.raises(InvalidInput, match="is no snapshot of a stream"):
+        StreamSnapshot.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"\xff\xff"])
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(InvalidInput, match="is no snapshot of a stream"):
+        StreamSnapshot.load(tmp_path / "a")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 10_000), st.integers(0, 255))
+def test_a_changed_byte_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, at: int, value: int) -> None:
+    path = tmp_path_factory.mktemp("snapshot") / "a"
+    SNAPSHOT.save(path)
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] = value
+    path.write_bytes(content)
+    with contextlib.suppress(InvalidInput):
+        assert StreamSnapshot.load(path).state.shape in ((2, 2), (1, 4), (4, 1))

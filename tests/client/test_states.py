@@ -1,0 +1,214 @@
+"""Resuming by name, and looking at, resetting and copying states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep_client.calls import Call
+from instep_client.codes import Code
+from instep_client.errors import ClientClosed, DataLoss, FramesRefused, InvalidInput, StreamEvicted, StreamRefused
+from instep_client.wire import CLAIM, HAVE_ALL, Kind
+from tests.support.fake_server import evicted, reference
+from tests.support.ring_link import RingLink
+from tests.support.ring_server import RING_INFO, RingServer
+from tests.support.session_link import X, headers
+
+STATE = np.array([[1, 2], [3, 4]], np.float32)
+
+
+class TestResume:
+    def test_its_bytes(self) -> None:
+        link = RingLink()
+        link.session.resume(["a", "b"], [3, 4], 5, True, False)
+        link.advance()
+        [message] = link.to_server[link.peer]
+        assert headers([message]) == [[Kind.RESUME, 2, 2, 1]]
+        assert message[1] == b"a\nb"
+        assert np.frombuffer(message[2], CLAIM).tolist() == [(3, 5), (4, 5)]
+
+    @pytest.mark.parametrize(("have", "first"), [(None, 4), (2, 2), (4, 4)])
+    def test_another_process_goes_on_where_its_outputs_end(self, have: int | None, first: int) -> None:
+        link = RingLink()
+        lane = link.open("a")
+        link.finish(link.session.step(lane, X[:4]))
+        other = RingLink(link.server, name="other")
+        taken = other.finish(other.session.resume(["a"], have, 0, True, True))
+        assert other.session.next_seqs(taken).tolist() == [first]
+        outputs = other.finish(other.session.step(taken, X[first:7])).outputs
+        assert outputs.tolist() == reference(X[:7])[0][first:].tolist()
+        step = link.session.step(lane, X[4])
+        link.run(step)
+        assert isinstance(step.error, StreamEvicted)
+
+    def test_other_values_for_a_frame_that_was_applied_are_a_conflict(self) -> None:
+        link = RingLink()
+        link.finish(link.session.step(link.open("a"), X[:4]))
+        other = RingLink(link.server, name="other")
+        taken = other.finish(other.session.resume(["a"], 2, 0, True, True))
+        step = other.session.step(taken, X[7])
+        other.run(step)
+        assert isinstance(step.error, FramesRefused)
+        assert step.error.code is Code.CONFLICT
+        assert other.finish(other.session.step(taken, X[2])).outputs.tolist() == reference(X[:3])[0][2].tolist()
+
+    @pytest.mark.parametrize(
+        ("name", "have", "epoch", "error", "code"),
+        [
+            ("none", None, 0, StreamRefused, Code.UNKNOWN_STREAM),
+            ("a", None, 0, StreamRefused, Code.FENCED),
+            ("a", 9, 2**63, DataLoss, Code.DATA_LOSS),
+        ],
+    )
+    def test_refusals(self, name: str, have: int | None, epoch: int, error: Any, code: Code) -> None:
+        link = RingLink()
+        link.finish(link.session.step(link.open("a"), X[:4]))
+        resume = link.session.resume([name], have, epoch, False, True)
+        link.run(resume)
+        assert isinstance(resume.error, error)
+        assert resume.error.code is code
+
+    def test_a_group_is_given_whole_or_not(self) -> None:
+        link = RingLink()
+        link.open("a", "b")
+        other = RingLink(link.server, name="other")
+        resume = other.session.resume(["a", "none"], None, 0, True, False)
+        other.run(resume)
+        assert isinstance(resume.error, StreamRefused)
+        assert resume.error.stream == "none"
+        assert set(link.server.streams) == {"a", "b"}  # what was there before is not closed
+        assert len(other.finish(other.session.resume(["a", "b"], None, 0, True, False)).rows) == 2
+
+    def test_a_resume_that_nobody_waits_for_leaves_the_stream(self) -> None:
+        link = RingLink()
+        link.open("a")
+        other = RingLink(link.server, name="other")
+        resume = other.session.resume(["a"], None, 0, True, True)
+        other.advance()
+        other.session.cancel(resume)
+        other.run(resume)
+        assert "a" in link.server.streams
+
+    @pytest.mark.parametrize(("have", "epoch"), [(-1, 0), (0.5, 0), ([1, 2], 0), (0, 2**64), (None, "x"), ([[1]], 0)])
+    def test_bad_numbers(self, have: Any, epoch: Any) -> None:
+        with pytest.raises(InvalidInput, match="one integer of at least 0"):
+            RingLink().session.resume(["a"], have, epoch, False, True)
+
+    def test_have_all_is_said_as_such(self) -> None:
+        link = RingLink()
+        link.session.resume(["a"], None, 0, False, True)
+        link.advance()
+        assert np.frombuffer(link.to_server[link.peer][0][2], CLAIM)["have"].tolist() == [HAVE_ALL]
+
+
+class TestStates:
+    def test_a_stream_is_opened_at_a_seq(self) -> None:
+        link = RingLink()
+        lane = link.finish(link.session.open(["a"], STATE, True, first_seqs=7))
+        assert link.session.next_seqs(lane).tolist() == [7]
+        outputs = link.finish(link.session.step(lane, X[:3])).outputs
+        assert outputs.tolist() == reference(X[:3], STATE)[0].tolist()
+        assert link.server.streams["a"].next_seq == 10
+
+    def test_a_peek_is_a_seq_and_a_state(self) -> None:
+        link = RingLink()
+        group = link.open("a", "b")
+        link.finish(link.session.step(group, X[:2].reshape(2, 1, 3), rows=[1]))
+        seqs, states = link.finish(link.session.peek(group))
+        assert seqs.tolist() == [0, 2]
+        assert states[1].reshape(2, 2).tolist() == reference(X[:2])[1].tolist()
+
+    def test_a_reset_waits_for_what_was_sent_and_holds_back_what_comes(self) -> None:
+        link = RingLink()
+        lane = link.open("a")
+        before = link.session.step(lane, X[:2])
+        reset = link.session.reset(lane, STATE)
+        after = link.session.step(lane, X[2:4])
+        link.advance()
+        assert [header[0] for header in headers(list(link.to_server[link.peer]))] == [Kind.STEP]
+        link.run(before, reset, after)
+        assert reset.error is None
+        assert after.result().outputs.tolist() == reference(X[2:4], STATE)[0].tolist()
+        assert link.session.next_seqs(lane).tolist() == [4]
+
+    def test_a_reset_without_states_is_to_zeros(self) -> None:
+        link = RingLink()
+        group = link.open("a", "b", initial=np.ones((2, 2, 2)))
+        link.finish(link.session.reset(group, None))
+        assert not link.finish(link.session.peek(group))[1].any()
+
+    def test_a_fork_goes_on_from_where_its_source_is(self) -> None:
+        link = RingLink()
+        group = link.open("a", "b")
+        link.session.step(group, X[:4].reshape(2, 2, 3))
+        fork = link.session.fork(group, ["c", "d"])
+        step = link.session.step(group, X[4:6])
+        copies = link.finish(fork)
+        outputs = link.finish(link.session.step(copies, X[4:6])).outputs
+        assert link.session.next_seqs(copies).tolist() == [3, 3]
+        assert outputs.tolist() == link.finish(step).outputs.tolist()
+
+    def test_a_fork_that_nobody_waits_for_is_not_made_or_closed_again(self) -> None:
+        link = RingLink()
+        lane = link.open("a")
+        link.session.step(lane, X[0])
+        waiting = link.session.fork(lane, ["b"])
+        link.session.cancel(waiting)
+        link.run(waiting)
+        asked = link.session.fork(lane, ["c"])
+        link.advance()
+        link.session.cancel(asked)
+        link.run(asked)
+        link.finish(link.session.step(lane, X[0]))
+        link.finish(link.session.ping(0.0))
+        assert set(link.server.streams) == {"a"}
+
+    def test_a_refused_fork_or_reset_leaves_the_source(self) -> None:
+        link = RingLink()
+        lane = link.open("a")
+        fork = link.session.fork(lane, ["a"])
+        link.run(fork)
+        assert isinstance(fork.error, StreamRefused)
+        link.server.draining = True
+        reset = link.session.reset(lane, None)
+        link.run(reset)
+        assert isinstance(reset.error, StreamRefused)
+        link.server.draining = False
+        assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
+
+    def test_what_waits_for_its_turn_ends_with_the_stream(self) -> None:
+        link = RingLink()
+        lane = link.open("a")
+        link.session.step(lane, X[0])
+        waiting: list[Call[Any]] = [link.session.reset(lane, None), link.session.fork(lane, ["b"])]
+        link.advance()
+        link.send([(link.peer, evicted([1]))])
+        link.deliver()
+        for call in waiting:
+            with pytest.raises(StreamEvicted, match="IDLE"):
+                call.result()
+        with pytest.raises(StreamEvicted, match="IDLE"):
+            link.session.peek(lane)
+
+    def test_bad_input(self) -> None:
+        link = RingLink()
+        lane = link.open("a")
+        with pytest.raises(InvalidInput, match="shape"):
+            link.session.reset(lane, np.zeros(3))
+        with pytest.raises(InvalidInput, match="1 streams are copied, there are names for 2"):
+            link.session.fork(lane, ["b", "c"])
+        link.session.close(lane)
+        for ask in (lambda: link.session.peek(lane), lambda: link.session.reset(lane, None)):
+            with pytest.raises(ClientClosed):
+                ask()
+
+    def test_many_states_are_asked_for_in_parts(self) -> None:
+        link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=2 * 201)))
+        group = link.open(*[f"s{i}" for i in range(60)])
+        states = np.arange(240, dtype=np.float32).reshape(60, 2, 2)
+        link.finish(link.session.reset(group, states))
+        assert link.finish(link.session.peek(group))[1].tolist() == states.reshape(60, 4).tolist()
+        assert link.server.kinds.count(Kind.RESET) == link.server.kinds.count(Kind.PEEK) == 3
