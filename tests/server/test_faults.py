@@ -16,7 +16,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import StateLost, Stepper
-from instep.server.serve import Prepared
+from instep.server.preparation import Prepared
 from instep_client.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
@@ -134,24 +134,23 @@ async def test_a_dead_worker_ends_the_server_with_a_reason(rng: np.random.Genera
             assert "worker died" in reply.header[2]
 
 
-async def test_a_recording_that_fails_ends_the_server_with_a_reason(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("verb", ["add_inputs", "commit"])
+async def test_a_recording_that_fails_ends_the_server_with_a_reason_and_nothing_is_answered_any_more(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     def full(self: object, *args: object) -> None:
         raise OSError("disk full, injected")
 
-    monkeypatch.setattr("instep.recording.writer.RecordingWriter.add_batch", full)
     recording = {"file": tmp_path / "r.instep"}
     failure = "the recording failed: disk full, injected"
     async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("s")).handles()
+        monkeypatch.setattr(RecordingWriter, verb, full)
         x = rng.standard_normal((1, 1, F)).astype(np.float32)
-        await client.send(*client.step_message(handles, [0], x))
-        kinds = [(await client.receive()).kind for _ in range(1)]
-        if kinds == [Kind.STEPPED]:
-            kinds = [(await client.receive()).kind]
-        assert kinds == [Kind.GOODBYE]
+        reply = await client.step(handles, [0], x)
+        assert reply.kind is Kind.GOODBYE
+        assert failure in reply.header[2]
 
 
 async def test_a_bug_in_the_loop_ends_the_server_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +234,7 @@ async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(
 
     monkeypatch.setattr(RecordingWriter, "commit", held)
     x = rng.standard_normal((30, 1, F)).astype(np.float32)
-    recording = {"file": tmp_path / "r.instep", "queue_batches": 2}
+    recording = {"file": tmp_path / "r.instep", "queue_batches": 2, "durability": "memory"}
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("s")).handles()
@@ -250,27 +249,61 @@ async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(
         np.testing.assert_array_equal(reply.floats().reshape(30, H), whole(SMALL, x[:, 0])[0])
 
 
+@pytest.mark.parametrize("durability", ["memory", "commit"])
+@pytest.mark.parametrize("is_poisoned", [False, True])
 async def test_a_frame_is_not_answered_when_the_recorder_did_not_take_it(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, durability: str, is_poisoned: bool
 ) -> None:
     def failed(self: Recorder, *args: object) -> None:
         raise RecordingError("injected")
 
-    for verb in ("open_stream", "add_batch", "close_stream", "event"):
-        monkeypatch.setattr(Recorder, verb, failed)
-    async with running(SMALL, recording={"file": tmp_path / "r.instep"}, stepper=make(FaultyStepper)) as server:  # type: ignore[arg-type]
+    recording = {"file": tmp_path / "r.instep", "durability": durability}
+    async with running(SMALL, recording=recording, stepper=make(FaultyStepper)) as server:  # type: ignore[arg-type]
         async with RawClient(server.endpoint) as client:
             await client.hello()
-            handles = (await client.open("s", "failing", "closed")).handles()
-            assert (await client.close(handles[2:])).failures() == []
+            handles = (await client.open("s", "other")).handles()
+            for verb in ("open_stream", "add_inputs", "add_outputs", "fail_batch", "close_stream", "event"):
+                monkeypatch.setattr(Recorder, verb, failed)
             x = rng.standard_normal((1, 1, F)).astype(np.float32)
-            refused = await client.step(handles[1:2], [0], poisoned(x, 0, 0))
-            assert refused.failures() == [(0, 0, Code.STEP_FAILED, 0)]
-            await client.send(*client.step_message(handles[:1], [0], x))
-            while not server.statistics.batches_total:
+            await client.send(*client.step_message(handles[:1], [0], poisoned(x, 0, 0) if is_poisoned else x))
+            while not server.statistics.batches_total + server.statistics.step_failures_total:
                 await asyncio.sleep(0.001)
+            other = handles[1:]
+            for message in (client.open_message("t"), client.reset_message(other), client.close_message(other)):
+                await client.send(*message)
             assert (await client.ask(msgpack.packb([Kind.PING, 9]))).kind is Kind.PONG
             server.stop(drain=False)
+
+
+@pytest.mark.parametrize("durability", ["commit", "fsync"])
+async def test_nothing_is_answered_before_the_recording_has_it(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, durability: str
+) -> None:
+    may_commit = threading.Event()
+    commit = RecordingWriter.commit
+
+    def held(self: RecordingWriter) -> None:
+        may_commit.wait(60)
+        commit(self)
+
+    recording = {"file": tmp_path / "r.instep", "durability": durability}
+    x = rng.standard_normal((2, 1, F)).astype(np.float32)
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        assert (await client.hello()).header[-2] == durability
+        handles = (await client.open("s")).handles()
+        monkeypatch.setattr(RecordingWriter, "commit", held)
+        await client.send(*client.step_message(handles, [0], x))
+        await client.send(*client.open_message("t"))
+        while server.statistics.batches_total < 2 or server.engine.table.open_count < 2:
+            await asyncio.sleep(0.001)
+        pong = await client.ask(msgpack.packb([Kind.PING, 9]))
+        assert pong.kind is Kind.PONG
+        repeated = await client.step(handles, [0], x)
+        assert repeated.codes() == [Code.SEQ_REPEATED]
+        may_commit.set()
+        replies = {reply.kind: reply for reply in [await client.receive() for _ in range(2)]}
+        np.testing.assert_array_equal(replies[Kind.STEPPED].floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
+        assert replies[Kind.OPENED].header[3] == durability
 
 
 async def test_draining_ends_after_its_time_though_a_step_never_ends() -> None:

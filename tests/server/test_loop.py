@@ -145,7 +145,7 @@ async def test_a_recorder_that_has_room_again_sets_the_steps_going(
 
     monkeypatch.setattr(RecordingWriter, "commit", held)
     x = rng.standard_normal((30, 1, F)).astype(np.float32)
-    recording = {"file": tmp_path / "r.instep", "queue_batches": 2}
+    recording = {"file": tmp_path / "r.instep", "queue_batches": 2, "durability": "memory"}
     async with served(SMALL, recording=recording) as (server, client):
         handles = (await client.open("s")).handles()
         await client.send(*client.step_message(handles, [0], x))

@@ -26,7 +26,8 @@ from instep.recording.writer import RecordingWriter
 from instep.server import serve
 from instep.server.child import ChildFailed, ChildServer
 from instep.server.limits import LimitsError, effective_limits
-from instep.server.serve import CannotServe, exactness_sentence, prepare
+from instep.server.preparation import CannotServe, prepare
+from instep.server.serve import exactness_sentence
 from instep_client import Client
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, plain, whole
@@ -75,7 +76,7 @@ def test_a_cuda_device_that_is_not_there_is_refused(model: Path, monkeypatch: py
 
 def test_exactness_may_be_required_preferred_or_off(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inexact = Certification("tolerance", (4, 8), max_ulp=3, whole_sequence=False)
-    monkeypatch.setattr(serve, "certify", lambda *_: inexact)
+    monkeypatch.setattr("instep.server.preparation.certify", lambda *_: inexact)
     with pytest.raises(CannotServe, match="3 ULP"):
         prepare(configured(model, engine={"exactness": "require"}))
     preferred = prepare(configured(model, engine={"exactness": "prefer"})).certification
@@ -143,7 +144,7 @@ def test_a_second_interrupt_forces_the_end(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gate = Gate()
-    monkeypatch.setattr(serve, "Stepper", gate.bare_stepper)
+    monkeypatch.setattr("instep.server.assembly.Stepper", gate.bare_stepper)
 
     def leave_a_frame_unanswered(endpoint: str) -> None:
         with Client(endpoint) as client:
@@ -171,10 +172,10 @@ def test_an_endpoint_in_use_is_refused(model: Path) -> None:
             serve.run(configured(model, transport={"endpoint": endpoint}))
 
 
-def test_a_recording_is_never_written_over(model: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_recording_is_left_alone(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "r.instep"
     file.write_bytes(b"mine")
-    with pytest.raises(CannotServe, match="already exists"):
+    with pytest.raises(CannotServe, match="not a recording"):
         serve.run(configured(model, recording={"file": file}))
     assert file.read_bytes() == b"mine"
 
@@ -188,9 +189,10 @@ def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("instep.server.serve.Stepper", RuntimeError("DefaultCPUAllocator: can't allocate memory\nin C++")),
-        ("instep.server.server.Rings", MemoryError("Unable to allocate 9 TiB")),
-        ("instep.server.server.StreamTable", MemoryError()),
+        ("instep.server.assembly.Stepper", RuntimeError("DefaultCPUAllocator: can't allocate memory\nin C++")),
+        ("instep.server.assembly.Rings", MemoryError("Unable to allocate 9 TiB")),
+        ("instep.server.assembly.StreamTable", MemoryError()),
+        ("instep.server.engine.BlockTable", MemoryError("Unable to allocate 3 GiB")),
     ],
 )
 def test_too_little_memory_is_said_and_leaves_no_recording_behind(
