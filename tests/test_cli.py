@@ -46,6 +46,7 @@ class Stub:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    Stub(monkeypatch, "instep.server.preparation")
     return Stub(monkeypatch, "instep.server.serve")
 
 

@@ -80,12 +80,12 @@ async def test_refusals_are_told_and_are_no_success() -> None:
     run = Run()
 
     def refuse(header: list[Any], frames: list[bytes]) -> list[Message] | None:
-        return [error(header[1], Code.SHUTTING_DOWN)] if header[0] == Kind.STEP else None
+        return [error(header[1], Code.TOO_LARGE)] if header[0] == Kind.STEP else None
 
     run.server.rules.fault = refuse
     assert await run() == Exit.FOUND_PROBLEMS
     assert run.terminal.said.startswith("0 frames/s: nothing was answered, ")
-    assert "refused (SHUTTING_DOWN)" in run.terminal.said
+    assert "refused (TOO_LARGE)" in run.terminal.said
 
 
 async def test_a_stop_in_the_warm_up() -> None:

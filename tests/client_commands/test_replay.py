@@ -251,11 +251,11 @@ async def test_whole_blocks_that_are_refused(file: Path) -> None:
     rules = run.server.rules
 
     def refuse(header: list[Any], frames: list[bytes]) -> list[Message] | None:
-        return [error(header[1], Code.SHUTTING_DOWN)] if header[0] == Kind.STEP else None
+        return [error(header[1], Code.TOO_LARGE)] if header[0] == Kind.STEP else None
 
     rules.fault = refuse
     assert await run(file) == Exit.FOUND_PROBLEMS
-    assert "SHUTTING_DOWN" in run.terminal.complained
+    assert "TOO_LARGE" in run.terminal.complained
     assert "0 frames of 4 streams" in run.terminal.said
 
 
