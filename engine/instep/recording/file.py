@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from instep.recording.schema import (
     APPLICATION_ID,
     FORMAT_VERSION,
     HISTORY,
+    PAGE_BYTES,
     TABLES,
     RecordingHeader,
     row_is_sound,
@@ -26,8 +28,9 @@ from instep.recording.schema import (
 UNREADABLE: Final = (sqlite3.Error, OverflowError, UnicodeDecodeError)
 """What Python's sqlite3 raises on a damaged file."""
 
+_START_BYTES: Final = 32
 _READ_VERSION_OFFSET: Final = 19
-_IN_WAL_MODE: Final = b"\x02"
+_IN_WAL_MODE: Final = 2
 
 
 class RecordingFile:
@@ -49,11 +52,15 @@ class RecordingFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                start = file.read(_READ_VERSION_OFFSET + 1)
+                start = file.read(_START_BYTES).ljust(_START_BYTES, b"\0")
+                length = file.seek(0, os.SEEK_END)
         except OSError as error:
             raise RecordingError(f"cannot read the recording {path}: {error.strerror}") from None
         # Left in WAL mode and without a WAL, nobody writes it; it may lie where no file can be made beside it.
-        alone = start[_READ_VERSION_OFFSET:] == _IN_WAL_MODE and not Path(f"{path}-wal").exists()
+        alone = start[_READ_VERSION_OFFSET] == _IN_WAL_MODE and not Path(f"{path}-wal").exists()
+        expected = int.from_bytes(start[28:32]) * PAGE_BYTES
+        if alone and length < expected and int.from_bytes(start[16:18]) == PAGE_BYTES:
+            raise self.damaged(f"it ends after {length:,} of {expected:,} bytes")
         with self._reading("is not a recording, or is damaged"):
             uri = f"file:{quote(str(path.absolute()))}?mode={'ro&immutable=1' if alone else 'ro'}"
             self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
@@ -89,18 +96,7 @@ class RecordingFile:
 
     def check_positions(self, first: int = 1) -> None:
         """Raise when a row of the history from `first` on is missing or a position was given twice."""
-        with self._reading("is damaged"):
-            columns = [
-                np.fromiter(
-                    (
-                        row[0]
-                        for row in self._database.execute(f"SELECT position FROM {table} WHERE position >= {first}")
-                    ),
-                    np.int64,
-                )
-                for table in HISTORY
-            ]
-        found = np.sort(np.concatenate(columns))
+        found = np.sort(np.concatenate([self._positions(table, first) for table in HISTORY]))
         found = found[found <= self.last_position]
         expected: I64 = np.arange(first, self.last_position + 1)
         if len(found) != len(expected) or (found != expected).any():
@@ -172,6 +168,11 @@ class RecordingFile:
         if len(found) != 1:
             raise self.damaged("the row that says which position is the newest is missing")
         return int(found[0][0])
+
+    def _positions(self, table: str, first: int) -> I64:
+        with self._reading(f"is damaged: the table {table} cannot be read"):
+            query = f"SELECT position FROM {table} WHERE position >= {first}"
+            return np.fromiter((row[0] for row in self._database.execute(query)), np.int64)
 
     def _value(self, query: str) -> Any:
         return self._database.execute(query).fetchone()[0]

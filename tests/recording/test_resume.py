@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep.recording.errors import RecordingError
+from instep.recording.lock import is_being_written, lock_path
+from instep.recording.reader import RecordingReader
+from instep.recording.recovery import read_recovery
+from instep.recording.writer import CHECKPOINT_BYTES, RecordingWriter
+from tests.support.recordings import gru_description, gru_step, make_gru, make_header
+from tests.support.scribe import Scribe
+
+GRU = make_gru(3, 4, layers=2)
+HEADER = make_header(gru_description(GRU))
+
+
+def header(**changes: Any) -> Any:
+    return make_header(gru_description(GRU), **changes)
+
+
+def begun(path: Path, *, close: bool) -> Scribe:
+    scribe = Scribe(RecordingWriter.create(path, HEADER), gru_step(GRU))
+    scribe.open(1)
+    scribe.step([1])
+    scribe.writer.commit()
+    if close:
+        scribe.writer.close()
+    else:
+        scribe.writer.event(1, "never committed", None, None, "")
+        scribe.writer.abandon()
+    return scribe
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_it_goes_on_after_the_last_committed_row(tmp_path: Path, close: bool) -> None:
+    path = tmp_path / "a.rec"
+    scribe = begun(path, close=close)
+    last = 4 if close else 3
+    scribe.writer = RecordingWriter.resume(path, HEADER)
+    assert scribe.writer.position == last + 1
+    scribe.step([1])
+    scribe.writer.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.rec"]
+    with RecordingReader(path) as reader:
+        reader.check_positions()
+        assert reader.finished
+        assert [batch.seqs.tolist() for batch in reader.batches()] == [[0], [1]]
+        events = [(event.position, event.kind, event.seq) for event in reader.events()]
+        assert events[-2] == (last + 1, "recovered", last)
+        assert events[-1][1] == "end"
+        assert [engine.position for engine in reader.engines] == [0]
+
+
+def test_given_up_before_the_first_commit_it_leaves_no_trace(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    begun(path, close=False)
+    RecordingWriter.resume(path, HEADER).abandon()
+    with RecordingReader(path) as reader:
+        assert list(reader.events()) == []
+        assert reader.last_position == 3
+
+
+def test_another_model_or_other_numerics_are_refused_and_the_lock_is_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    begun(path, close=True)
+    before = path.read_bytes()
+    with pytest.raises(RecordingError, match="is a recording of the model"):
+        RecordingWriter.resume(path, header(model_fingerprint="cd" * 32), accept_numerics_change=True)
+    with pytest.raises(RecordingError, match="--accept-numerics-change"):
+        RecordingWriter.resume(path, header(numerics={"torch": "1.9"}))
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.rec"]
+
+
+def test_another_engine_is_noted_and_the_first_one_stays_in_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    scribe = begun(path, close=True)
+    other = header(numerics={"torch": "1.9"}, buckets=(4, 32), durability="fsync")
+    scribe.writer = RecordingWriter.resume(path, other, accept_numerics_change=True)
+    scribe._bucket = 32
+    scribe.step([1])
+    scribe.writer.close()
+    with RecordingReader(path) as reader:
+        assert reader.header == HEADER
+        assert [engine.position for engine in reader.engines] == [0, 6]
+        assert reader.engines[1].header == other
+        assert [batch.bucket for batch in reader.batches()] == [8, 32]
+    with pytest.raises(RecordingError, match=r"torch 1\.9 there"):
+        RecordingWriter.resume(path, HEADER)
+    RecordingWriter.resume(path, other).close()
+    with RecordingReader(path) as reader:
+        assert len(reader.engines) == 2
+
+
+def test_only_recordings_are_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match="cannot read the recording"):
+        RecordingWriter.resume(tmp_path / "missing.rec", HEADER)
+    (tmp_path / "text.rec").write_text("frames" * 100)
+    with pytest.raises(RecordingError, match="not a recording"):
+        RecordingWriter.resume(tmp_path / "text.rec", HEADER)
+    with pytest.raises(RecordingError, match="cannot go on with the recording"):
+        RecordingWriter.resume(tmp_path / "no folder" / "a.rec", HEADER)
+    assert [file.name for file in tmp_path.iterdir()] == ["text.rec"]
+
+
+def test_there_is_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    assert not is_being_written(path)
+    writer = RecordingWriter.create(path, HEADER)
+    assert is_being_written(path)
+    for again in (RecordingWriter.create, RecordingWriter.resume):
+        with pytest.raises(RecordingError, match=rf"a\.rec is being written by another instep \(pid {os.getpid()}\)"):
+            again(path, HEADER)
+    writer.abandon()
+    assert not is_being_written(path)
+    RecordingWriter.resume(path, HEADER).close()
+    assert not lock_path(path).exists()
+
+
+def test_the_lock_of_a_dead_process_holds_nobody_up(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    begun(path, close=True)
+    lock_path(path).write_text("99999999")
+    assert not is_being_written(path)
+    RecordingWriter.resume(path, HEADER).close()
+
+
+PROGRAM = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+from instep.recording.recorder import Recorder
+from instep.recording.schema import RecordingHeader
+from instep.recording.writer import RecordingWriter
+header = RecordingHeader.from_rows({rows!r})
+writer = RecordingWriter.create(Path(sys.argv[1]), header)
+
+def durable(ticket):
+    sys.stdout.write(f"{{ticket}}\\n")
+    sys.stdout.flush()
+
+room = threading.Semaphore(0)
+recorder = Recorder(writer, 8, room.release, lambda error: None, durable)
+recorder.open_stream(1, "a", 1, 0, 1, None)
+seq = 0
+while True:
+    while not recorder.has_room:
+        room.acquire(timeout=1)
+    x = np.full((1, 3), seq, np.float32)
+    ticket = recorder.add_inputs(1, 8, np.array([1], np.uint32), np.array([seq], np.uint64), x)
+    recorder.add_outputs(ticket, 1, np.full((1, 4), seq, np.float32))
+    seq += 1
+"""
+
+
+@pytest.mark.parametrize(("durability", "lines"), [("commit", 1), ("commit", 40), ("commit", 300), ("fsync", 25)])
+def test_what_was_called_durable_survives_kill_9(tmp_path: Path, durability: str, lines: int) -> None:
+    path = tmp_path / "a.rec"
+    program = PROGRAM.format(rows=header(durability=durability).rows())
+    durable = 0
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True) as writing:
+        try:
+            assert writing.stdout is not None
+            for _ in range(lines):
+                durable = int(writing.stdout.readline())
+            assert is_being_written(path)
+            with pytest.raises(RecordingError, match=rf"is being written by another instep \(pid {writing.pid}\)"):
+                RecordingWriter.resume(path, HEADER)
+        finally:
+            writing.send_signal(signal.SIGKILL)
+        said = [int(line) for line in writing.stdout.read().splitlines() if re.fullmatch(r"\d+", line)]
+        durable = max([durable, *said[:-1]])  # the last line may be torn
+    with read_recovery(path, lambda _: None) as recovered:
+        assert recovered.last_position >= durable > 0
+        batches = [item.batch for item in recovered.replay()]  # type: ignore[union-attr]
+    assert [batch.seqs.tolist() for batch in batches] == [[seq] for seq in range(len(batches))]
+    assert all((batch.x == batch.seqs[0]).all() for batch in batches)
+    assert all(batch.y is not None and (batch.y == batch.seqs[0]).all() for batch in batches[:-1])
+    RecordingWriter.resume(path, header(durability=durability)).close()
+
+
+def test_fsync_waits_for_the_disk(tmp_path: Path) -> None:
+    for durability, level in (("memory", 1), ("commit", 1), ("fsync", 2)):
+        writer = RecordingWriter.create(tmp_path / f"{durability}.rec", header(durability=durability))
+        assert writer._database.execute("PRAGMA synchronous").fetchone() == (level,)
+        writer.close()
+
+
+def test_the_wal_stays_small(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    writer = RecordingWriter.create(path, HEADER)
+    writer.open_stream(1, "a", 1, 0, 1, None)
+    for seq in range(10):
+        writer.event(1, "state", 1, seq, "", np.zeros(CHECKPOINT_BYTES // 12, np.float32))
+        writer.commit()
+        writer.checkpoint()
+    size = Path(f"{path}-wal").stat().st_size
+    assert size < 2 * CHECKPOINT_BYTES
+    assert path.stat().st_size > CHECKPOINT_BYTES
+    writer.close()
+
+
+def test_after_a_failure_the_wal_is_left_alone(tmp_path: Path) -> None:
+    # Closing the last connection would copy the WAL into the file: writing, after writing has failed.
+    path = tmp_path / "a.rec"
+    begun(path, close=False)
+    before = path.read_bytes(), Path(f"{path}-wal").read_bytes()
+    writer = RecordingWriter.resume(path, HEADER)
+    writer.event(1, "not committed", None, None, "")
+    writer.abandon()
+    assert (path.read_bytes(), Path(f"{path}-wal").read_bytes()) == before
