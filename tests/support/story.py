@@ -86,13 +86,15 @@ class Story:
     Args:
         writer: of an empty recording.
         seed: of everything that happens.
+        snapshots: whether there are any.
     """
 
-    def __init__(self, writer: RecordingWriter, seed: int) -> None:
+    def __init__(self, writer: RecordingWriter, seed: int, *, snapshots: bool = True) -> None:
         self.writer = writer
         self.durable: list[int] = []
         """The newest position of each commit."""
         self._rng = np.random.default_rng(seed)
+        self._snapshots = snapshots
         self._lives: dict[int, _Life] = {}
         self._epoch = 1000
         self._now_ns = _BEGAN_NS
@@ -143,7 +145,7 @@ class Story:
                 self.own(stream)
             case roll if roll < 93:
                 self.fail(stream)
-            case _:
+            case _ if self._snapshots:
                 self.snapshot()
 
     def open(self, first_seq: int | None = None) -> int:
