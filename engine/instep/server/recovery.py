@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,9 @@ def go_on(
             writer.commit()
             seconds = time.perf_counter() - began
             return writer, Recovery(len(recovered.streams), replay.frames, seconds, recovered.last_stream)
+    except sqlite3.Error as error:
+        writer.abandon()
+        raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
     except BaseException:
         writer.abandon()
         raise
