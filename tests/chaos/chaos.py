@@ -87,7 +87,7 @@ class Victim:
     async def start(self) -> dict[str, Any]:
         """Start it; what it says of itself when it is ready."""
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)  # noqa: ASYNC220 (a fork takes no time)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline and self._process.poll() is None:
             for line in self._log.read_text().splitlines():
