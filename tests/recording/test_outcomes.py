@@ -40,9 +40,9 @@ def test_outputs_may_come_after_the_next_inputs(scribe: Scribe) -> None:
         scribe.writer.add_outputs(1, batch, scribe.y[stream][0][None])
     scribe.writer.commit()
     with RecordingReader(scribe.writer.path) as reader:
-        for batch, stream in zip(reader.batches(), (1, 2), strict=True):
-            assert batch.y is not None
-            assert batch.y.tobytes() == scribe.y[stream][0].tobytes()
+        for found, stream in zip(reader.batches(), (1, 2), strict=True):
+            assert found.y is not None
+            assert found.y.tobytes() == scribe.y[stream][0].tobytes()
     assert answered(scribe.writer.path, second) == [(second, True)]
     assert answered(scribe.writer.path, 1, first) == [(first, True)]
     scribe.writer.close()
@@ -129,7 +129,7 @@ def give_to_an_earlier_position(forger: Forger) -> None:
 )
 def test_outputs_of_another_batch_are_damage(scribe: Scribe, tamper: Callable[[Forger], None]) -> None:
     for outcome in ("computed", "computed", "failed", "computed"):
-        scribe.step([1], outcome)  # type: ignore[arg-type]
+        scribe.step([1], outcome)
     scribe.writer.close()
     forger = Forger(scribe.writer.path, scribe.writer.path.with_name("b.rec"))
     tamper(forger)

@@ -68,7 +68,9 @@ def test_replayed_the_states_are_those_the_engine_had(tmp_path: Path, with_snaps
         assert (recovered.last_stream, recovered.last_epoch) == (6, 7000)
         assert (recovered.snapshot_position > 0) is with_snapshot
         tails = {stream.stream: stream for stream in recovered.streams}
-    assert {stream: found.seqs[stream] for stream in found.seqs} == {stream: scribe.seqs[stream] for stream in (1, 3, 4, 6)}
+    assert {stream: found.seqs[stream] for stream in found.seqs} == {
+        stream: scribe.seqs[stream] for stream in (1, 3, 4, 6)
+    }
     for stream in (1, 3, 4, 6):
         assert found.states[stream].tobytes() == scribe.states[stream].tobytes()
     assert shares == sorted(shares)
@@ -148,9 +150,9 @@ def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_pat
     writer.close()
     assert [row["stream"] for row in Forger(tmp_path / "a.rec", tmp_path / "b.rec").rows("states")] == [1]
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
-        (stream,) = recovered.streams
-        assert stream.state is not None
-        assert (stream.stream, float(stream.state[1, 3])) == (1, 1.0)
+        (found,) = recovered.streams
+        assert found.state is not None
+        assert (found.stream, float(found.state[1, 3])) == (1, 1.0)
 
 
 def closed(path: Path) -> Path:
@@ -169,7 +171,12 @@ def read(path: Path) -> list[OpenStream]:
 @pytest.mark.parametrize(
     ("table", "which", "columns", "why"),
     [
-        ("states", 0, {"seq": 4, "tail_seq": 2}, r"the batch at position \d+ holds frame 6 of stream 1, which does not belong"),
+        (
+            "states",
+            0,
+            {"seq": 4, "tail_seq": 2},
+            r"the batch at position \d+ holds frame 6 of stream 1, which does not belong",
+        ),
         ("states", 0, {"seq": 99}, r"tail|bytes"),
         ("states", 1, {"stream": 77}, "the state of stream 77 fits no stream"),
         ("states", 2, {"seq": 99, "tail_seq": 97}, "the state of stream 4 is from before its first frame"),
@@ -205,7 +212,7 @@ def test_rows_beside_the_history_that_are_gone(tmp_path: Path, table: str) -> No
     forger = Forger(closed(tmp_path / "a.rec"), tmp_path / "b.rec")
     row = forger.rows(table)[0]
     forger.remove(table, row[next(iter(row))])
-    with pytest.raises(DamagedRecording, match="instead of|should be|is missing"):
+    with pytest.raises(DamagedRecording, match=r"instead of|should be|is missing"):
         read(forger.path)
 
 

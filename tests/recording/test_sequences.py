@@ -111,7 +111,7 @@ def test_only_the_frames_before_a_defect_are_loaded(path: Path) -> None:
 
 
 def test_frames_of_a_stream_that_never_opened_are_damage(path: Path) -> None:
-    with pytest.raises(RecordingError, match="the row at position .* is of a stream that was never opened"):
+    with pytest.raises(RecordingError, match=r"the row at position .* is of a stream that was never opened"):
         index_of(forge_column(path, 3, 4, "streams", 99))
 
 

@@ -8,10 +8,7 @@ from instep.verify.select import select_streams
 
 
 def infos(*names: str) -> list[StreamInfo]:
-    return [
-        StreamInfo(number, name, number, 0, 0, number, *[None] * 6)
-        for number, name in enumerate(names, start=1)
-    ]
+    return [StreamInfo(number, name, number, 0, 0, number, *[None] * 6) for number, name in enumerate(names, start=1)]
 
 
 @pytest.mark.parametrize(

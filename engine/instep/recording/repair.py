@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import quote
@@ -117,15 +118,15 @@ class _Salvage:
 
     def history(self) -> Iterator[tuple[str, Row]]:
         """Rows of all tables, by position, up to the first that is missing."""
-        tables = (((row, table) for row in self.rows(table)) for table in HISTORY)
-        for position, (row, table) in enumerate(heapq.merge(*tables, key=_position), start=1):
+        tables = (zip(repeat(table), self.rows(table), strict=False) for table in HISTORY)
+        for position, (table, row) in enumerate(heapq.merge(*tables, key=_position), start=1):
             if row[0] != position:
                 return
             yield table, row
 
 
-def _position(item: tuple[Row, str]) -> int:
-    return int(item[0][0])
+def _position(item: tuple[str, Row]) -> int:
+    return int(item[1][0])
 
 
 def _write(salvage: _Salvage, database: sqlite3.Connection) -> Repaired:

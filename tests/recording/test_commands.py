@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import io
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from instep.recording import commands
+from instep.recording.app import app
+from instep.recording.reader import RecordingReader
+from instep.recording.recovery import read_recovery
+from instep.recording.writer import RecordingWriter
+from tests.support.forger import Forger
+from tests.support.recordings import gru_description, gru_step, make_gru, make_header
+from tests.support.replaying import replay
+from tests.support.scribe import Scribe
+
+GRU = make_gru(3, 4, layers=2)
+HEADER = make_header(gru_description(GRU), model_folder="/models/test")
+
+
+def record(path: Path, *, close: bool = True) -> Scribe:
+    scribe = Scribe(RecordingWriter.create(path, HEADER), gru_step(GRU))
+    scribe.open(1)
+    scribe.open(2, scribe.random_state())
+    for _ in range(3):
+        scribe.step([1, 2])
+    scribe.snapshot(scribe.step([2]))
+    scribe.step([1, 2], "unanswered")
+    scribe.writer.commit()
+    scribe.writer.abandon()
+    scribe.writer = RecordingWriter.resume(path, HEADER)
+    scribe.step([2, 1])
+    scribe.writer.commit()
+    if close:
+        scribe.close(1)
+        scribe.writer.close()
+    return scribe
+
+
+def said(command: Any, *arguments: Any) -> tuple[int, str]:
+    file = io.StringIO()
+    status = command(*arguments, Console(file=file, width=300))
+    return status, file.getvalue()
+
+
+def test_check_says_in_one_line_what_is_there(tmp_path: Path) -> None:
+    record(tmp_path / "a.rec")
+    assert said(commands.check, tmp_path / "a.rec") == (
+        0,
+        "whole: 2 streams (1 open), 11 frames, 17 positions; closed in order; 2 frames without outputs; 1 restart; "
+        "states up to position 9\n",
+    )
+
+
+def test_check_of_one_being_written_and_of_one_that_was_killed(tmp_path: Path) -> None:
+    scribe = record(tmp_path / "a.rec", close=False)
+    status, text = said(commands.check, tmp_path / "a.rec")
+    assert status == 0
+    assert "; being written; " in text
+    scribe.writer.abandon()
+    assert "; not closed: its engine was killed; " in said(commands.check, tmp_path / "a.rec")[1]
+
+
+def test_check_of_damage_and_of_what_is_no_recording(tmp_path: Path) -> None:
+    record(tmp_path / "a.rec")
+    forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec", fix_crc=False)
+    forger.change("batches", 5, time_ns=7)
+    status, text = said(commands.check, forger.path)
+    assert status == 1
+    assert text == f"{forger.path} is damaged: the row at position 5 (of batches) does not match its CRC\n"
+    forger = Forger(tmp_path / "a.rec", tmp_path / "c.rec")
+    forger.change("states", 2, seq=3, tail_seq=1)
+    assert said(commands.check, forger.path)[0] == 1
+    batch, at = Forger(tmp_path / "a.rec", tmp_path / "d.rec").find_frame(2, 1)
+    forger = Forger(tmp_path / "a.rec", tmp_path / "d.rec")
+    seqs = forger.column(batch, "seqs")
+    seqs[at] = 3
+    forger.change_batch(batch, seqs=seqs)
+    status, text = said(commands.check, forger.path)
+    assert status == 1
+    assert "in stream 2 ('stream-2'), frame 1 is missing: frame 3 was recorded in its place" in text
+    assert said(commands.check, tmp_path / "nothing.rec")[0] == 2
+    (tmp_path / "empty.rec").touch()
+    status, text = said(commands.check, tmp_path / "empty.rec")
+    assert status == 2
+    assert text.startswith("not read: ")
+
+
+def test_info_shows_what_it_is(tmp_path: Path) -> None:
+    record(tmp_path / "a.rec")
+    status, text = said(commands.info, tmp_path / "a.rec")
+    assert status == 0
+    for expected in (
+        "2023-11-14 22:13:20 UTC",
+        "closed in order",
+        "test (3 → 4)",
+        "/models/test",
+        "ab" * 32,
+        "instep 0.1.0",
+        "commit",
+        "2, 1 of them open",
+        "6, with 11 frames",
+        "up to position 9",
+    ):
+        assert expected in text
+    assert said(commands.info, tmp_path / "nothing.rec")[0] == 2
+
+
+def test_list_shows_recordings_and_nothing_else(tmp_path: Path) -> None:
+    record(tmp_path / "b.rec")
+    record(tmp_path / "a.rec", close=False).writer.abandon()
+    (tmp_path / "notes.txt").write_text("hello")
+    database = sqlite3.connect(tmp_path / "other.db")
+    database.execute("CREATE TABLE t (a)")
+    database.close()
+    Forger(tmp_path / "b.rec", tmp_path / "c.rec", fix_crc=False).change("newest", 17, position=3)
+    old = Forger(tmp_path / "b.rec", tmp_path / "old.rec")
+    database = sqlite3.connect(old.path)
+    database.execute("PRAGMA user_version=1")
+    database.close()
+    status, text = said(commands.list_folder, tmp_path)
+    assert status == 0
+    lines = [line.split("│") for line in text.splitlines() if ".rec" in line]
+    cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
+    assert [cell[0] for cell in cells] == ["a.rec", "b.rec", "c.rec", "old.rec"]
+    assert [cell[3] for cell in cells] == [
+        "not closed: its engine was killed",
+        "closed in order",
+        "damaged",
+        "of another version",
+    ]
+    assert cells[1][4:7] == ["2", "1", "11"]
+    assert "notes" not in text
+    assert "other.db" not in text
+    (tmp_path / "empty").mkdir()
+    assert said(commands.list_folder, tmp_path / "empty") == (0, f"{tmp_path / 'empty'} holds no recordings\n")
+    assert said(commands.list_folder, tmp_path / "missing")[0] == 2
+
+
+def history(path: Path) -> list[Any]:
+    """Rows of all kinds, by position."""
+    with RecordingReader(path) as reader:
+        rows = [row for table in ("openings", "batches", "outputs", "closings", "events") for row in reader.rows(table)]
+    return sorted(rows, key=lambda row: int(row[0]))
+
+
+def test_repair_keeps_everything_before_the_damage(tmp_path: Path) -> None:
+    record(tmp_path / "a.rec")
+    rows = history(tmp_path / "a.rec")
+    forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec", fix_crc=False)
+    forger.change("outputs", 15, time_ns=7)
+    before = forger.path.read_bytes()
+    status, text = said(commands.repair, forger.path, None)
+    assert status == 0
+    repaired = tmp_path / "b.repaired.rec"
+    assert text == (
+        f"{repaired}: 14 positions saved; left out: positions 15 to 17 (the row at position 15 (of outputs) does not "
+        "match its CRC)\n"
+    )
+    assert forger.path.read_bytes() == before
+    assert history(repaired)[:14] == rows[:14]
+    assert [row[4] for row in history(repaired)[14:]] == ["repaired"]
+    assert said(commands.check, repaired)[0] == 0
+    with read_recovery(repaired, lambda _: None) as recovered:
+        assert recovered.snapshot_position == 9
+        found = replay(recovered, gru_step(GRU))
+    assert found.seqs == {1: 5, 2: 6}
+
+
+def test_repair_gives_up_states_that_are_damaged_and_keeps_the_history(tmp_path: Path) -> None:
+    scribe = record(tmp_path / "a.rec", close=False)
+    scribe.writer.close()
+    forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec", fix_crc=False)
+    forger.change("states", 2, seq=1)
+    assert said(commands.check, forger.path)[0] == 1
+    status, text = said(commands.repair, forger.path, tmp_path / "c.rec")
+    assert status == 0
+    assert "16 positions saved; left out: the states of the newest snapshot, which everything before it makes" in text
+    with read_recovery(tmp_path / "c.rec", lambda _: None) as recovered:
+        assert recovered.snapshot_position == 0
+        found = replay(recovered, gru_step(GRU))
+    for stream in (1, 2):
+        assert found.states[stream].tobytes() == scribe.states[stream].tobytes()
+    RecordingWriter.resume(tmp_path / "c.rec", HEADER).close()
+    assert said(commands.check, tmp_path / "c.rec")[0] == 0
+
+
+@pytest.mark.parametrize("keep", [0.7, 0.9, 0.98])
+def test_repair_of_a_file_that_was_cut_off(tmp_path: Path, keep: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("instep.recording.writer.PAGE_BYTES", 1024)
+        scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", HEADER), gru_step(GRU))
+    scribe.open(1)
+    for _ in range(300):
+        scribe.step([1])
+    scribe.writer.close()
+    rows = history(tmp_path / "a.rec")
+    content = (tmp_path / "a.rec").read_bytes()
+    (tmp_path / "b.rec").write_bytes(content[: int(len(content) * keep)])
+    assert said(commands.check, tmp_path / "b.rec")[0] in (1, 2)
+    status, text = said(commands.repair, tmp_path / "b.rec", tmp_path / "c.rec")
+    assert status == 0, text
+    saved = history(tmp_path / "c.rec")
+    assert saved[:-1] == rows[: len(saved) - 1]
+    assert len(saved) > 10
+    assert "left out: positions" in text
+
+
+def test_repair_of_what_is_whole_is_a_copy(tmp_path: Path) -> None:
+    record(tmp_path / "a.rec")
+    status, text = said(commands.repair, tmp_path / "a.rec", tmp_path / "b.rec")
+    assert (status, text) == (0, f"{tmp_path / 'b.rec'}: 17 positions saved; nothing was damaged\n")
+    assert history(tmp_path / "b.rec") == history(tmp_path / "a.rec")
+
+
+def test_repair_of_what_cannot_be_saved(tmp_path: Path) -> None:
+    record(tmp_path / "a.rec")
+    for path, why in (
+        (tmp_path / "missing.rec", "no such file"),
+        (tmp_path / "header.rec", "nothing of .* can be saved: the header 'model_name' is damaged"),
+        (tmp_path / "text.rec", "can be saved"),
+        (tmp_path / "forged.rec", "not only damaged but inconsistent"),
+    ):
+        if path.name == "header.rec":
+            Forger(tmp_path / "a.rec", path, fix_crc=False).change_header("model_name", '"x"')
+        elif path.name == "text.rec":
+            path.write_text("frames" * 100)
+        elif path.name == "forged.rec":
+            Forger(tmp_path / "a.rec", path).change("batches", 3, bucket=5)
+        status, text = said(commands.repair, path, tmp_path / "new.rec")
+        assert status in (1, 2)
+        assert re.search(why, text), text
+        assert not (tmp_path / "new.rec").exists()
+    status, text = said(commands.repair, tmp_path / "a.rec", tmp_path / "a.rec")
+    assert status == 2
+    assert "never written over" in text
+    status, text = said(commands.repair, tmp_path / "a.rec", tmp_path / "no folder" / "b.rec")
+    assert status == 2
+    assert "cannot write the recording" in text
+
+
+def test_as_typed(tmp_path: Path) -> None:
+    record(tmp_path / "a.rec")
+    runner = CliRunner()
+    assert runner.invoke(app, ["check", str(tmp_path / "a.rec")]).exit_code == 0
+    assert runner.invoke(app, ["info", str(tmp_path / "a.rec")]).exit_code == 0
+    assert runner.invoke(app, ["list", str(tmp_path)]).exit_code == 0
+    assert runner.invoke(app, ["repair", str(tmp_path / "a.rec"), "--output", str(tmp_path / "b.rec")]).exit_code == 0
+    assert runner.invoke(app, ["check", str(tmp_path / "missing.rec")]).exit_code == 2
