@@ -143,21 +143,24 @@ class Lifecycle:
             on_opened(np.zeros(len(slots), GRANT), codes)
             return
         initial = None if states is None else states[granted]
+        # Noted down at once: the streams can be parked or taken over before the worker has loaded their states.
+        ticket = self._tap.opened(opened, initial)
+        grants = np.zeros(len(slots), GRANT)
+        grants[granted] = self._grants(opened)
 
         def done(_: F32 | None, error: Exception | None) -> None:
-            grants = np.zeros(len(slots), GRANT)
-            ticket = 0
-            if error is not None:
-                self._log_failure(error, len(opened))
-                codes[granted] = Code.STEP_FAILED
-                self._table.lost[opened] = True
-                self._release(opened[~self._table.closing[opened]])  # the others' closing releases them
-            else:
+            if error is None:
                 for name in names:
                     self._expired.pop(name, None)
-                grants[granted] = self._grants(opened)
-                ticket = self._tap.opened(opened, initial)
-            self._tap.when_durable(ticket, lambda: on_opened(grants, codes))
+                self._tap.when_durable(ticket, lambda: on_opened(grants, codes))
+                return
+            self._log_failure(error, len(opened))
+            codes[granted] = Code.STEP_FAILED
+            self._table.lost[opened] = True
+            failed = opened[~self._table.closing[opened]]  # the others' closing releases them
+            last = self._tap.closed(failed, "failed", self._stepper.no_states(len(failed)), self._table.lost[failed])
+            self._release(failed)
+            self._tap.when_durable(last, lambda: on_opened(np.zeros(len(slots), GRANT), codes))
 
         self._submit(lambda: self._stepper.load(opened, initial), done)
 
@@ -197,7 +200,6 @@ class Lifecycle:
         slots = claims.slots[good]
         self._tell_owners(slots, Code.FENCED, besides=client.number)
         self._hand_over(slots, client.number, claims.former_epochs[good])
-        self._table.acked[slots] = np.maximum(self._table.acked[slots], claims.have[good])
 
         def answered() -> None:
             grants = np.zeros(len(names), GRANT)
@@ -205,6 +207,9 @@ class Lifecycle:
             grants[good] = self._grants(slots)
             grants["handle"][np.flatnonzero(good)[~current]] = 0
             claims.codes[np.flatnonzero(good)[~current]] = Code.FENCED
+            # Not before: what is pending is no output yet, and its step may fail.
+            have = np.minimum(claims.have[good], self._table.next_seq[slots])[current]
+            self._table.acked[slots[current]] = np.maximum(self._table.acked[slots[current]], have)
             self._statistics.resumed_streams_total += int(current.sum())
             ticket = self._tap.resumed(slots)
             self._tap.when_durable(ticket, lambda: on_resumed(grants, claims.codes, claims.expected_seq))
