@@ -296,7 +296,7 @@ class Server:
         if self._recorder is not None:
             self._recorder.stop()
             if self._recorder.failed is not None and self.failure is None:
-                self.failure = f"the recording failed: {self._recorder.failed}"
+                self._recording_failed(self._recorder.failed)
         self._router.close()
 
     def _start_recorder(self, writer: RecordingWriter | None) -> Recorder | None:
@@ -306,9 +306,12 @@ class Server:
             writer,
             self.config.recording.queue_batches,
             on_room=lambda: self._hand_back(lambda: self.engine.schedule()),
-            on_failure=lambda error: self._hand_back(lambda: self.fail(f"the recording failed: {error}")),
+            on_failure=lambda error: self._hand_back(lambda: self._recording_failed(error)),
             on_durable=lambda ticket: self._hand_back(lambda: self._tap.durable(ticket)),
         )
+
+    def _recording_failed(self, error: Exception) -> None:
+        self.fail(f"the recording {self.config.recording.file} failed: {error}")
 
     def _step_failed(self, error: Exception | None, streams: int) -> None:
         self._log.error("step failed", error=repr(error), streams=streams)
