@@ -14,29 +14,25 @@ from tests.support.mutation import Mutant, copy_engine, run_tests
 
 AT_ONCE = 2
 ADMISSION = "tests/core/test_admission.py"
-PENDING = "tests/core/test_pending.py"
+OWNERSHIP = "tests/core/test_ownership.py"
+RINGS = "tests/core/test_rings.py"
 SCHEDULER = "tests/core/test_scheduler.py"
 STEPPER = "tests/runtime/test_stepper.py"
+DELIVERY = "tests/server/test_delivery.py"
 FAULTS = "tests/server/test_faults.py"
 LIFECYCLE = "tests/server/test_lifecycle.py"
 REFUSALS = "tests/server/test_refusals.py"
+RESUME = "tests/server/test_resume.py"
 OVERLOAD = "tests/end_to_end/test_overload.py"
 REUSE = "tests/end_to_end/test_slot_reuse.py"
 
 MUTANTS = [
     Mutant(
         "two frames of a stream in one batch",
-        "core/pending.py",
-        "return rows, self._join(slots, first, last)",
-        "return rows, (self._join(slots, first, last), slots)[1]",
-        (f"{PENDING}::test_frames_come_out_in_the_order_they_went_in",),
-    ),
-    Mutant(
-        "two frames of a stream in two steps at a time",
-        "core/pending.py",
-        "return slots[~self._stepping[slots]]",
-        "return slots",
-        (PENDING,),
+        "core/rings.py",
+        "slots[had_nothing & (fresh > 0)",
+        "slots[(fresh > 0)",
+        (f"{RINGS}::test_frames_come_out_in_the_order_they_went_in",),
     ),
     Mutant(
         "a slot is used again without being cleared",
@@ -47,15 +43,22 @@ MUTANTS = [
     ),
     Mutant(
         "a late answer is delivered to the connection that has the number now",
-        "server/engine.py",
-        "self._leaving.add(client.number)",
-        "self._clients.free_number(client.number)",
+        "server/postbox.py",
+        "if self._clients.by_number(client.number) is not client:",
+        "client = self._clients.by_number(client.number) or client\n        if client.number < 0:",
+        (f"{REUSE}::test_a_late_answer_never_reaches_the_next_connection",),
+    ),
+    Mutant(
+        "a connection's number is given on while streams of it are closing",
+        "server/lifecycle.py",
+        "if not self._table.owned[number]:",
+        "if number >= 0:",
         (f"{REUSE}::test_a_late_answer_never_reaches_the_next_connection",),
     ),
     Mutant(
         "a slot is given to its next owner while frames of the former one are pending",
-        "server/engine.py",
-        "if self.table.pending[closing.slots].any():",
+        "server/lifecycle.py",
+        "if self._table.pending[slots].any():",
         "if False:",
         (f"{REUSE}::test_a_slot_is_not_given_on_while_frames_of_its_stream_are_pending",),
     ),
@@ -69,21 +72,105 @@ MUTANTS = [
     Mutant(
         "a gap is accepted",
         "core/admission.py",
-        "codes[own & (seqs > due)] = Code.SEQ_GAP",
+        "codes[(codes == 0) & (seqs > due)] = Code.SEQ_GAP",
         "pass",
-        (f"{REFUSALS}::test_wrong_seqs_unknown_and_foreign_streams",),
+        (f"{DELIVERY}::test_a_gap_is_refused_with_the_seq_that_is_expected",),
     ),
     Mutant(
-        "a repeated frame is accepted",
+        "a frame that is sent again is computed again",
         "core/admission.py",
-        "codes[own & (seqs < due)] = Code.SEQ_REPEATED",
+        "repeats = np.where(codes == 0, np.minimum(expected - first, timesteps), 0)",
+        "repeats = np.zeros(columns, np.int64)",
+        (f"{ADMISSION}::test_a_duplicate_is_answered_from_the_ring_and_not_admitted_again",),
+    ),
+    Mutant(
+        "another frame under the seq of an old one goes unnoticed",
+        "core/admission.py",
+        "conflict = same < repeats",
+        "conflict = same < 0",
+        (f"{DELIVERY}::test_the_same_seq_with_another_bit_is_a_conflict_and_changes_nothing",),
+    ),
+    Mutant(
+        "the ring is smaller than the window",
+        "core/rings.py",
+        "return seqs % self.window * self._stride + slots",
+        "return seqs % (self.window - 1) * self._stride + slots",
+        (f"{DELIVERY}::test_frames_sent_again_are_answered_with_the_same_bytes_and_not_computed_again",),
+    ),
+    Mutant(
+        "the window moves with what was computed",
+        "core/admission.py",
+        "ahead = acked > table.step_seq[slots].view(np.uint64)",
+        "acked = table.step_seq[slots].view(np.uint64)\n    ahead = acked > acked",
+        (f"{ADMISSION}::test_the_window_moves_with_what_was_acknowledged_not_with_what_was_computed",),
+    ),
+    Mutant(
+        "an output is acknowledged that was never computed",
+        "core/rings.py",
+        "table.acked[slots] = np.minimum(table.acked[slots], first)",
         "pass",
-        (f"{REFUSALS}::test_wrong_seqs_unknown_and_foreign_streams",),
+        (f"{RESUME}::test_a_step_that_fails_while_its_connection_is_gone_is_as_if_its_frames_were_never_sent",),
+    ),
+    Mutant(
+        "an older epoch resumes a stream",
+        "core/ownership.py",
+        "if not is_owner and not take_over:",
+        "if False:",
+        (f"{RESUME}::test_an_older_epoch_gets_nothing_unless_it_takes_over",),
+    ),
+    Mutant(
+        "the former owner is not fenced",
+        "core/streams.py",
+        "        self.slots.renew(slots)\n",
+        "",
+        (f"{RESUME}::test_who_resumes_by_the_present_epoch_fences_a_connection_that_still_looks_alive",),
+    ),
+    Mutant(
+        "a former epoch is good for ever",
+        "core/ownership.py",
+        " and next_seq <= table.granted_seq[slot]",
+        "",
+        (f"{OWNERSHIP}::test_the_former_epoch_is_good_until_a_frame_was_sent_under_the_present_one",),
+    ),
+    Mutant(
+        "a stream is resumed one frame too late",
+        "server/lifecycle.py",
+        'grants["next_seq"] = self._table.next_seq[slots]',
+        'grants["next_seq"] = self._table.next_seq[slots] + 1',
+        (f"{RESUME}::test_a_resumed_stream_goes_on_as_if_nothing_had_happened",),
+    ),
+    Mutant(
+        "an output more than the claimant holds is given up",
+        "core/ownership.py",
+        "min(claimed, next_seq)",
+        "min(claimed + 1, next_seq)",
+        (f"{RESUME}::test_frames_that_were_under_way_are_answered_once_and_computed_once",),
+    ),
+    Mutant(
+        "lost frames are passed over in silence",
+        "core/ownership.py",
+        "elif claimed > next_seq and not take_over:",
+        "elif False:",
+        (f"{RESUME}::test_who_holds_more_than_the_server_is_told_and_may_go_on_from_there",),
+    ),
+    Mutant(
+        "a parked stream belongs to whoever gets its connection's number",
+        "core/streams.py",
+        "        self._move(slots, self.parked)\n",
+        "",
+        (f"{RESUME}::test_a_number_that_is_used_again_while_streams_of_it_are_parked_does_not_own_them",),
+    ),
+    Mutant(
+        "an answer goes before the recording has its inputs",
+        "server/tap.py",
+        "if self._waits and (self._waiting or ticket > self._durable):",
+        "if False:",
+        (f"{FAULTS}::test_nothing_is_answered_before_the_recording_has_it",),
     ),
     Mutant(
         "another connection's stream is stepped",
         "core/streams.py",
-        "codes[known & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM",
+        "codes[current & open_now & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM",
         "pass",
         (f"{REFUSALS}::test_wrong_seqs_unknown_and_foreign_streams",),
     ),
@@ -118,29 +205,29 @@ MUTANTS = [
     Mutant(
         "the room of the whole server is not checked",
         "server/verbs.py",
-        "if over_credit or frame_count > self._engine.pending.free_count:",
+        "if over_credit or frame_count > self._engine.rings.room:",
         "if over_credit:",
         (f"{OVERLOAD}::test_a_block_that_the_whole_server_has_no_room_for_is_refused_whole",),
     ),
     Mutant(
         "a closing stream gets another slot's final state",
-        "server/engine.py",
+        "server/lifecycle.py",
         "self._stepper.read(slots)",
         "self._stepper.read(slots[::-1].copy())",
         (f"{LIFECYCLE}::test_an_initial_state_is_used_and_the_final_one_returned",),
     ),
     Mutant(
         "the expected seq is not moved back after a failed step",
-        "server/engine.py",
-        "        self.table.next_seq[slots] = seqs\n",
+        "core/rings.py",
+        "        table.next_seq[slots] = first\n",
         "",
         (f"{FAULTS}::test_a_failed_step_is_answered_and_the_streams_go_on",),
     ),
     Mutant(
         "frames behind a failed one are applied",
-        "server/engine.py",
-        "behind, owners = self.pending.take_all(slots)",
-        "behind, owners = np.empty(0, np.int32), np.empty(0, np.int64)",
+        "core/rings.py",
+        "counts = table.next_seq[slots] - first",
+        "counts = np.ones_like(first)",
         (f"{FAULTS}::test_frames_pipelined_behind_a_failed_one_are_gaps",),
     ),
     Mutant(

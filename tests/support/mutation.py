@@ -60,7 +60,8 @@ def copy_engine(folder: Path, mutant: Mutant | None = None) -> None:
 def run_tests(engine: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run tests in a process of its own that imports `instep` from this folder; it ends at the first failure."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE_", "PYTEST_"))}
-    environment |= {"PYTHONPATH": str(engine), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join([str(engine), str(ROOT / "clients")])
+    environment |= {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=30"]
     return subprocess.run(
         [sys.executable, "-c", _RUN, str(engine), *options, *tests],
