@@ -10,6 +10,7 @@ import pytest
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import SMALL_ROWS_PER_BATCH, Recorder
+from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, make_gru, make_header
 
@@ -170,3 +171,50 @@ def test_after_stop_nothing_is_taken(tmp_path: Path) -> None:
     recorder.stop()
     with pytest.raises(RecordingError, match="was stopped"):
         recorder.event(1, "late", None, None, "")
+
+
+def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
+    opened = recorder.open_stream(1, "a", 7, 0, 1, None)
+    inputs = recorder.add_inputs(1, 4, np.array([1], np.uint32), np.array([0], np.uint64), np.zeros((1, 3), np.float32))
+    failed = recorder.fail_batch(inputs, 1, "step_failed")
+    outputs = add(recorder, 0)
+    nothing = np.zeros((0, 3), np.float32), np.zeros((0, 4), np.float32)
+    rows = StateRows(np.array([1]), np.array([1]), np.ones((1, 1, 4), np.float32), np.array([1]), *nothing)
+    snapshot = recorder.snapshot(1, outputs, rows)
+    assert [opened, inputs, failed, outputs, snapshot] == [1, 2, 3, 5, 6]
+    assert calls.durable == []
+    writer.gate.set()
+    recorder.stop()
+    assert calls.durable[-1] == 6
+    assert calls.durable == sorted(calls.durable)
+    with RecordingReader(tmp_path / "a.rec") as reader:
+        assert [batch.position for batch in reader.batches()] == [4]
+        (mark,) = reader.rows("snapshot")
+        assert mark == (outputs, 1, 0, 1, 1)
+        (state,) = reader.states()
+        assert (state.stream, state.position, state.seq) == (1, outputs, 1)
+
+
+def test_after_a_failure_nothing_is_called_durable(tmp_path: Path) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
+    writer.failure = OSError("broken")
+    recorder.open_stream(1, "a", 7, 0, 1, None)
+    writer.gate.set()
+    assert calls.failed.wait(60)
+    recorder.stop()
+    assert calls.durable == []
+
+
+def test_it_goes_on_counting_where_the_recording_ended(tmp_path: Path) -> None:
+    writer, recorder, _ = start(tmp_path / "a.rec")
+    writer.gate.set()
+    recorder.open_stream(1, "a", 7, 0, 1, None)
+    recorder.stop()
+    again = Calls()
+    resumed = Recorder(
+        RecordingWriter.resume(tmp_path / "a.rec", HEADER), 2, again.on_room, again.on_failure, again.on_durable
+    )
+    assert resumed.event(1, "note", None, None, "") == 4  # after the opening, the end and what says that it goes on
+    resumed.stop()
+    assert again.durable[-1] == 4
