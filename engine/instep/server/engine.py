@@ -152,7 +152,7 @@ class Engine:
     def _stepped(self, slots: I64, rows: I64, numbers: I32, ticket: int, began_ns: int, ended_ns: int) -> None:
         self._statistics.batches_total += 1
         self._statistics.frames_total += len(rows)
-        self._tap.outputs(ticket, slots, rows, ended_ns - began_ns)
+        self._tap.outputs(ticket, rows, ended_ns - began_ns)
         again = self.rings.done(slots)
         if len(again):
             self.scheduler.add(again, self.table.owner[again], ended_ns)

@@ -44,7 +44,7 @@ class Tap:
         self.last_inputs = 0
         """The ticket of the newest batch of inputs."""
         self.dirty: Bool = np.zeros(len(table.owner), np.bool_)
-        """Slots whose state has changed since it was last in a snapshot."""
+        """Slots whose state has changed since it was last in a snapshot, or is about to."""
         self.computed_ns = 0
         """How long the steps since then took."""
 
@@ -92,18 +92,18 @@ class Tap:
         if self._recorder is None:
             return 0
         recorder, table = self._recorder, self._table
+        self.dirty[slots] = True  # now: a snapshot taken during the step says that it contains it
         streams = table.recording_id[slots].astype(np.uint32)
         seqs = table.step_seq[slots].astype(np.uint64)
         x = self._rings.x[rows]
         self.last_inputs = self._said(recorder.add_inputs, time.time_ns(), bucket, streams, seqs, x)
         return self.last_inputs
 
-    def outputs(self, ticket: int, slots: I64, rows: I64, computed_ns: int) -> None:
+    def outputs(self, ticket: int, rows: I64, computed_ns: int) -> None:
         """The batch of that ticket was computed."""
         if self._recorder is None or ticket == NEVER:
             return
         recorder, y = self._recorder, self._rings.y[rows]
-        self.dirty[slots] = True
         self.computed_ns += computed_ns
         self._said(recorder.add_outputs, ticket, time.time_ns(), y)
 
