@@ -59,22 +59,19 @@ history are only ever added, so the rows up to any committed position are a cons
 | `end` | NULL | last row of a recording that was closed in order |
 
 Without an `end` the recording is still being written, or its writer was killed; it is whole up to its last commit
-either way. While a recording is written it is in WAL mode: `FILE-wal` and `FILE-shm` lie beside it and belong to it,
-and `FILE-lock` is held. A closed recording is one file.
+either way. While it is written, `FILE-wal` and `FILE-shm` lie beside it (WAL mode) and belong to it, and `FILE-lock`
+is held. A closed recording is one file.
 
 All frames of one stream, in order, with nothing but SQL and numpy:
 
-    for streams, seqs, x, y in db.execute(
-        "SELECT streams, seqs, x, y FROM batches JOIN outputs ON outputs.batch = batches.position ORDER BY batch"
-    ):
-        rows = np.flatnonzero(np.frombuffer(streams, "<u4") == stream)
-        frames += list(np.frombuffer(x, "<f4").reshape(-1, features)[rows])
+    both = "SELECT streams, x, y FROM batches JOIN outputs ON outputs.batch = batches.position ORDER BY batch"
+    for streams, x, y in db.execute(both):
+        frames += list(np.frombuffer(x, "<f4").reshape(-1, features)[np.frombuffer(streams, "<u4") == stream])
 """
 
 from __future__ import annotations
 
 import json
-import struct
 import zlib
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, TypeAlias
@@ -174,6 +171,10 @@ _HEADER_TYPES: Final = {
     "durability": str,
 }
 _PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
+_TYPES: Final = {
+    table: [(_PYTHON_TYPES[kind.split()[0]], *(() if " " in kind else (type(None),))) for kind in columns.values()]
+    for table, columns in TABLES.items()
+}
 
 
 def owner_detail(former_epoch: int, seq: int) -> str:
@@ -272,7 +273,7 @@ class RecordingHeader:
                     raise TypeError(f"{name} is not a {kind.__name__}")
             if min(header.features, header.outputs, header.state_layers, header.state_size) < 1:
                 raise ValueError("a size is below 1")
-        except (TypeError, ValueError, LookupError, AttributeError, struct.error) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
             raise RecordingError(f"the header is damaged or incomplete ({error})") from None
         return header
 
@@ -282,7 +283,7 @@ def row_crc(*columns: int | str | bytes | None) -> int:
     crc = 0
     for column in columns:
         if isinstance(column, int):
-            crc = zlib.crc32(struct.pack("<q", column), crc)
+            crc = zlib.crc32(column.to_bytes(8, "little", signed=True), crc)
         elif isinstance(column, str):
             crc = zlib.crc32(column.encode(), crc)
         elif column is not None:
@@ -293,8 +294,6 @@ def row_crc(*columns: int | str | bytes | None) -> int:
 def row_is_sound(table: str, row: tuple[Any, ...]) -> bool:
     """Whether a row of a table, its CRC last, holds what its columns declare and matches its CRC."""
     *columns, crc = row
-    for value, declared in zip(columns, TABLES[table].values(), strict=True):
-        kind, *constraint = declared.split(maxsplit=1)
-        if not isinstance(value, _PYTHON_TYPES[kind]) and (value is not None or constraint):
-            return False
+    if any(type(value) not in types for value, types in zip(columns, _TYPES[table], strict=True)):
+        return False
     return bool(crc == row_crc(*columns))
