@@ -78,6 +78,8 @@ class Connection:
         self.greeting: Call[ServerInfo] = Call()
         """Ends with the server's welcome."""
         self._outbox.ask(Kind.HELLO, self.greeting, wire.PROTOCOL_VERSION, name)
+        self._is_new = True
+        """Whether the server has yet to say that it does not know the connection that the socket has just made."""
 
     @property
     def info(self) -> ServerInfo:
@@ -259,4 +261,5 @@ class Connection:
             self._lose(now, "")
         elif self._recovery.is_due(now):
             self._wants_socket = True
+            self._is_new = True
             self._outbox.ask(Kind.HELLO, None, wire.PROTOCOL_VERSION, self._name)

@@ -26,7 +26,7 @@ class Flow:
         info: what the server takes.
         outbox: where blocks go.
         ask: asks for what a call wants whose turn has come.
-        outlasts_shutdown: as for `Transit`.
+        shutdown_s: as for `Transit`.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Flow:
         info: ServerInfo,
         outbox: Outbox,
         ask: Callable[[LaneCall], None],
-        outlasts_shutdown: bool,
+        shutdown_s: float,
     ) -> None:
         self._table = table
         self._outbox = outbox
@@ -56,7 +56,7 @@ class Flow:
             1, min(self._most_frames, MAX_BLOCK_STREAMS, info.max_message_bytes // COLUMN.itemsize)
         )
         self._line: deque[Lane] = deque()
-        self.transit = Transit(table, outbox, info.outputs, outlasts_shutdown, self._conclude, self.end)
+        self.transit = Transit(table, outbox, info.outputs, shutdown_s, self._conclude, self.end)
         self._full_since: dict[Lane, float] = {}
 
     def submit(self, call: StepCall) -> None:

@@ -118,9 +118,12 @@ class Listener(Connection):
             self._go_on(now)
 
     def _handle_error(self, request: int, asked: Asked | None, refusal: replies.Refusal, now: float) -> None:
+        if refusal.code is Code.HELLO_FIRST and request == 0 and self._is_new:
+            self._is_new = False  # ZeroMQ announced the connection before our HELLO, as it does each time it makes one
+            return
         if refusal.code is Code.HELLO_FIRST:
             self._lose(
-                now, f"the server at {self.endpoint} was restarted and knows nothing of this connection; connect again"
+                now, f"the connection to {self.endpoint} broke, or the server there was restarted; connect again"
             )
             return
         if asked is None:
@@ -153,6 +156,7 @@ class Listener(Connection):
             self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
 
     def _welcomed(self, info: ServerInfo, now: float) -> None:
+        self._is_new = False
         if info.protocol_version != wire.PROTOCOL_VERSION:
             raise MalformedMessage(
                 f"it speaks protocol version {info.protocol_version}, this client {wire.PROTOCOL_VERSION}"
@@ -161,8 +165,7 @@ class Listener(Connection):
             self._welcomed_again(self._info, info, now)
             return
         self._info = info
-        outlasts = self._recovery.reconnect_s > 0
-        self._flow = Flow(self._table, info, self._outbox, self._ask, outlasts)
+        self._flow = Flow(self._table, info, self._outbox, self._ask, self._recovery.reconnect_s)
         self._openings = Openings(self._table, info, self._outbox, self._discard, self._flow.answered)
         self._changes = Changes(self._table, info, self._outbox, self._flow.answered)
         self.state = State.OPEN

@@ -35,7 +35,7 @@ class Transit:
         table: the streams.
         outbox: where blocks go.
         outputs: width of an output.
-        outlasts_shutdown: whether what a server refuses because it shuts down waits for the next one.
+        shutdown_s: how long what a server refuses because it shuts down waits for its end and the next one.
         settled: told of the calls of which frames were answered for good.
         end: told of streams that an answer says have ended.
     """
@@ -45,14 +45,15 @@ class Transit:
         table: StreamTable,
         outbox: Outbox,
         outputs: int,
-        outlasts_shutdown: bool,
+        shutdown_s: float,
         settled: Callable[[Iterable[StepCall]], None],
         end: Callable[[Indices, Code, str], None],
     ) -> None:
         self._table = table
         self._outbox = outbox
         self._outputs = outputs
-        self._waits_for = frozenset({Code.BUSY, Code.SHUTTING_DOWN} if outlasts_shutdown else {Code.BUSY})
+        self._shutdown_s = shutdown_s
+        self._shutting_down_since: float | None = None
         self._settled = settled
         self._end = end
         self._on_the_way: dict[Block, None] = {}
@@ -76,6 +77,7 @@ class Transit:
     def answered(self, block: Block, answer: Stepped) -> None:
         """A block's STEPPED came."""
         self._leave(block)
+        self._shutting_down_since = None
         self._acknowledge(block, answer.failures)
         whole = block
         if answer.failures:
@@ -90,7 +92,7 @@ class Transit:
 
     def refused(self, block: Block, refusal: Refusal, now: float) -> None:
         """A block's ERROR came: nothing of it was applied."""
-        if refusal.code not in self._waits_for:
+        if not self._passes(refusal.code, now):
             failures = [
                 Failure(column, 0, refusal.code, refusal.sentence, int(seq))
                 for column, seq in enumerate(block.columns[:, SEQ])
@@ -104,6 +106,14 @@ class Transit:
         self._resend_at = max(self._resend_at, now + wait_s)
         self._table.held[block.rows] = True
         self._refused.append(block)
+
+    def _passes(self, code: Code, now: float) -> bool:
+        """Whether what was refused with this code may be taken later."""
+        if code is not Code.SHUTTING_DOWN:
+            return code is Code.BUSY
+        if self._shutting_down_since is None:
+            self._shutting_down_since = now
+        return now < self._shutting_down_since + self._shutdown_s
 
     def is_free(self, now: float) -> bool:
         """Whether new blocks may be sent; what waits to be sent again is, when its time has come."""
@@ -121,6 +131,7 @@ class Transit:
         """The connection is lost."""
         self._refused = self.blocks()
         self._on_the_way.clear()
+        self._shutting_down_since = None
         self.unanswered_frames = 0
 
     def resumed(self) -> None:

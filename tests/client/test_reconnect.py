@@ -54,7 +54,7 @@ async def test_steps_go_on_over_restarts(rings: Rings, caplog: pytest.LogCapture
                 outputs.append(await stream.step(x))
         assert np.array_equal(np.array(outputs), reference(X[:40])[0])
         assert len(rings.rules.streams["a"].applied) == 40
-        assert f"connecting to {rings.endpoint} again: the server at" in caplog.text
+        assert f"connecting to {rings.endpoint} again: the connection to" in caplog.text
         assert client.info.boot_id == "boot 4"
 
 

@@ -68,6 +68,20 @@ class TestLoss:
         assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
         assert link.session.info.boot_id == "boot 1"
 
+    def test_a_connection_that_zeromq_made_anew(self) -> None:
+        link = RingLink()
+        lane = link.open("a")
+        link.cut()
+        link.to_client.append(error(0, Code.HELLO_FIRST))  # the answer to ZeroMQ's empty message
+        link.deliver()
+        assert is_lost(link)
+        assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
+
+    def test_a_connection_that_zeromq_made_for_the_first_time(self) -> None:
+        session = Session("tcp://somewhere:1")
+        session.receive(error(0, Code.HELLO_FIRST), 0.0)
+        assert session.state is State.GREETING
+
     def test_goodbye(self) -> None:
         link = RingLink()
         step = link.session.step(link.open("a"), X[0])
@@ -88,6 +102,18 @@ class TestLoss:
         assert not step.done
         link.server.restart()
         assert link.finish(step).outputs.shape == (2,)
+
+    def test_frames_that_a_server_refuses_for_longer_are_refused(self) -> None:
+        link = RingLink(reconnect_s=30.0)
+        lane = link.open("a")
+        link.server.draining = True
+        began, step = link.now, link.session.step(lane, X[0])
+        link.run(step)
+        assert isinstance(step.error, FramesRefused)
+        assert step.error.code is Code.SHUTTING_DOWN
+        assert began + 30.0 <= link.now < began + 31.0
+        link.server.draining = False
+        assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
 
     def test_the_first_connection_is_not_tried_for(self) -> None:
         session = Session("tcp://somewhere:1", timeout_s=1.0)

@@ -337,7 +337,8 @@ class FakeServer:
             if router in ready:
                 peer, *frames = router.recv_multipart()
                 self._peers[peer] = None
-                outgoing += self._handle(peer, frames)
+                if frames != [b""]:  # what ZeroMQ sends when it has made a connection
+                    outgoing += self._handle(peer, frames)
             for peer, message in outgoing:
                 router.send_multipart([peer, *message])
         router.close()
