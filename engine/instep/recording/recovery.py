@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from instep.recording.schema import COUNTED, OWNER_EVENT, SNAPSHOT_EVENT, read_o
 
 _NEVER: Final = np.iinfo(np.int64).max
 _UNKNOWN: Final = -1
+_Owner: TypeAlias = tuple[int, int, int, bool]
+"""Epoch, the one it held before, the frame that was due next, whether other numerics took the stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class OpenStream:
     """The one its owner held before, 0 for none or somebody else's."""
     granted_seq: int
     """The frame that was due next when it was given."""
+    renumbered: bool
+    """Whether a restart with other numerics took it from its owner, and nobody has taken it over since."""
     first_seq: int
     seq: int
     """The state is that before this frame."""
@@ -126,9 +130,9 @@ class Recovered:
         reader.check_positions(mark.position + 1)
         openings, closings = list(reader.rows("openings")), list(reader.rows("closings"))
         self._number(openings, closings)
-        epochs = {row[2]: (int(row[4]), 0, int(row[5])) for row in openings}
+        epochs = {row[2]: (int(row[4]), 0, int(row[5]), False) for row in openings}
         positions = self._read_events(mark, epochs)
-        self.last_epoch = max((epoch for epoch, _, _ in epochs.values()), default=0)
+        self.last_epoch = max((epoch for epoch, *_ in epochs.values()), default=0)
         found = {
             "openings": [row[0] for row in openings],
             "closings": [row[0] for row in closings],
@@ -175,8 +179,8 @@ class Recovered:
                     # Its frames up to there are in no state, if it closed before the states were read.
                     self._held[stream], self._next[stream] = _NEVER, _UNKNOWN
 
-    def _read_events(self, mark: SnapshotMark, epochs: dict[int, tuple[int, int, int]]) -> list[int]:
-        """The events' positions; the newest owners go into `epochs`: epoch, the one before, the frame due next."""
+    def _read_events(self, mark: SnapshotMark, epochs: dict[int, _Owner]) -> list[int]:
+        """The events' positions; the newest owners go into `epochs`."""
         positions, newest_snapshot = [], 0
         for event in self._reader.events():
             positions.append(event.position)
@@ -211,9 +215,7 @@ class Recovered:
             self._next[state.stream] = _UNKNOWN
         return states
 
-    def _open_stream(
-        self, opening: tuple[Any, ...], owner: tuple[int, int, int], state: StreamState | None
-    ) -> OpenStream:
+    def _open_stream(self, opening: tuple[Any, ...], owner: _Owner, state: StreamState | None) -> OpenStream:
         position, _, stream, name, _, first_seq, initial = opening
         if state is not None:
             tail = (state.tail_seq, state.tail_x, state.tail_y)

@@ -50,7 +50,7 @@ history are only ever added, so the rows up to any committed position are a cons
 | --- | --- | --- |
 | `failed` | NULL, position of a batch | its step failed, none of its frames was applied; `detail` says why |
 | `reset` | stream, seq | before this frame the stream's state became `state`, NULL for zeros |
-| `owner` | stream, epoch | the stream has a new owner; `detail`: which epoch it held, 0 for none, and its next frame |
+| `owner` | stream, epoch | a new owner, or none after other numerics; `detail`: the epoch it held or 0, its next frame |
 | `parked` | stream, seq it expects | its connection is gone |
 | `snapshot` | NULL, position | `states` was brought up to this position; 0: all states were given up |
 | `engine` | NULL | another engine wrote what follows; `detail` holds what differs from `header` before, as JSON |
@@ -170,6 +170,7 @@ _HEADER_TYPES: Final = {
     "exactness": str,
     "durability": str,
 }
+_RENUMBERED: Final = " with other numerics"
 _PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
 _TYPES: Final = {
     table: [(_PYTHON_TYPES[kind.split()[0]], *(() if " " in kind else (type(None),))) for kind in columns.values()]
@@ -177,19 +178,22 @@ _TYPES: Final = {
 }
 
 
-def owner_detail(former_epoch: int, seq: int) -> str:
-    """The detail of an owner event: the epoch that the new owner held, 0 for none, and the frame it goes on with."""
-    return f"held {former_epoch}, goes on at {seq}"
+def owner_detail(former_epoch: int, seq: int, renumbered: bool = False) -> str:
+    """The detail of an owner event: the epoch that the new owner held, 0 for none, and the frame it goes on with.
+
+    With `renumbered` the stream has no owner: a restart with other numerics took it.
+    """
+    return f"held {former_epoch}, goes on at {seq}{_RENUMBERED if renumbered else ''}"
 
 
-def read_owner_detail(detail: str) -> tuple[int, int]:
-    """Epoch and seq of an owner event's detail.
+def read_owner_detail(detail: str) -> tuple[int, int, bool]:
+    """What an owner event's detail was made of.
 
     Raises:
         ValueError: when it is none.
     """
-    held, _, seq = detail.removeprefix("held ").partition(", goes on at ")
-    return int(held), int(seq)
+    held, _, seq = detail.removeprefix("held ").removesuffix(_RENUMBERED).partition(", goes on at ")
+    return int(held), int(seq), detail.endswith(_RENUMBERED)
 
 
 def create_statements() -> list[str]:

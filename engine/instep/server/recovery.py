@@ -123,6 +123,7 @@ class _Replay:
         table.epoch[slots] = np.array([stream.epoch for stream in streams], np.uint64)
         table.former_epoch[slots] = np.array([stream.former_epoch for stream in streams], np.uint64)
         table.granted_seq[slots] = np.array([stream.granted_seq for stream in streams], np.int64)
+        table.renumbered[slots] = np.array([stream.renumbered for stream in streams], np.bool_)
         seqs = np.array([stream.seq for stream in streams], np.int64)
         table.step_seq[slots] = table.next_seq[slots] = seqs
         table.acked[slots] = np.array([stream.tail_seq for stream in streams], np.int64)
@@ -206,4 +207,4 @@ class _Replay:
         for slot in slots.tolist():
             stream, epoch = int(table.recording_id[slot]), int(table.epoch[slot])
             seq = int(table.granted_seq[slot])
-            writer.event(time.time_ns(), OWNER_EVENT, stream, epoch, owner_detail(0, seq))
+            writer.event(time.time_ns(), OWNER_EVENT, stream, epoch, owner_detail(0, seq, renumbered=True))

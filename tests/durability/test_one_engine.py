@@ -1,0 +1,128 @@
+"""A recording is written by one engine at a time, of one model, and floats change their bits only when asked to."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import instep.model.numerics
+from instep.model.folder import write_model
+from instep.recording.lock import WriterLock
+from instep.recording.reader import RecordingReader
+from instep.server import assembly
+from instep.server.preparation import CannotServe
+from instep.server.server import Server
+from instep_client.wire import HAVE_ALL, Code
+from tests.support.models import SMALL, plain, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+
+F, H = 5, 8
+
+
+async def refusal(model: object, path: Path) -> str:
+    """Why a server is not started on a recording."""
+    with pytest.raises(CannotServe) as refused:
+        async with running(model, recording={"file": path}):  # type: ignore[arg-type]
+            pass
+    return str(refused.value)
+
+
+async def opened_and_stepped(server: Server, x: np.ndarray) -> int:
+    """Stream frames float32 [T, features]; the epoch."""
+    async with RawClient(server.endpoint) as client:
+        await client.hello()
+        opened = await client.open("s")
+        assert (await client.step(opened.handles(), [0], x[:, None])).failures() == []
+    return opened.epochs()[0]
+
+
+async def test_a_second_server_on_a_recording_is_refused_until_the_first_has_ended(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path = tmp_path / "r.db"
+    x = rng.standard_normal((3, F)).astype(np.float32)
+    async with running(SMALL, recording={"file": path}) as first:
+        said = await refusal(SMALL, path)
+        assert re.fullmatch(rf"{path} is being written by another instep \(pid \d+\); stop that one, .*", said)
+        epoch = await opened_and_stepped(first, x)
+    async with running(SMALL, recording={"file": path}) as second, RawClient(second.endpoint) as client:
+        await client.hello()
+        assert (await client.resume(["s"], [3], [epoch])).seqs() == [3]
+        assert "is being written" in await refusal(SMALL, path)
+
+
+def test_a_second_process_on_a_recording_ends_with_a_sentence_and_status_1(tmp_path: Path) -> None:
+    path = tmp_path / "r.db"
+    write_model(tmp_path / "model", SMALL)
+    command = [sys.executable, "-m", "instep", "serve", str(tmp_path / "model"), "--endpoint", "tcp://127.0.0.1:*"]
+    lock = WriterLock(path)
+    try:
+        served = subprocess.run(
+            [*command, "--record", str(path)], capture_output=True, text=True, timeout=60, check=False
+        )
+    finally:
+        lock.release()
+    assert served.returncode not in (0, 130)
+    assert "is being written by another instep" in " ".join((served.stderr + served.stdout).split())
+    assert "Traceback" not in served.stderr
+    assert not path.exists()
+
+
+async def test_a_recording_of_another_model_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "r.db"
+    async with running(SMALL, recording={"file": path}) as server:
+        await opened_and_stepped(server, np.ones((3, F), np.float32))
+    before = path.read_bytes()
+    for other in (plain(5, 8, seed=8), plain(5, 12)):
+        said = await refusal(other, path)
+        assert f"{path} is a recording of the model" in said
+        assert SMALL.fingerprint[:12] in said
+        assert other.fingerprint[:12] in said
+    assert path.read_bytes() == before
+
+
+async def test_other_numerics_are_refused_unless_accepted_and_then_clients_are_told_until_they_take_over(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, recording = tmp_path / "r.db", {"file": tmp_path / "r.db"}
+    x = rng.standard_normal((8, F)).astype(np.float32)
+    truth, _ = whole(SMALL, x)
+    async with running(SMALL, recording=recording) as server:
+        epoch = await opened_and_stepped(server, x[:4])
+
+    monkeypatch.setattr(
+        "instep.server.assembly.numerics", lambda network: instep.model.numerics.numerics(network) | {"torch": "9.9"}
+    )
+    before = path.read_bytes()
+    said = await refusal(SMALL, path)
+    assert re.search(r"other bits \(torch .* there, 9\.9 here\).*--accept-numerics-change", said)
+    assert path.read_bytes() == before
+
+    make_server = assembly.make_server
+    monkeypatch.setattr(
+        "tests.support.running.make_server", lambda *args: make_server(*args, accept_numerics_change=True)
+    )
+    for _ in range(2):  # a restart changes nothing about it
+        async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+            await client.hello()
+            assert (await client.resume(["s"], [4], [epoch])).codes() == [Code.NUMERICS_CHANGED]
+            assert (await client.resume(["s"], [4], [0])).codes() == [Code.NUMERICS_CHANGED]
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        taken = await client.resume(["s"], [HAVE_ALL], [epoch], take_over=True)
+        assert (taken.codes(), taken.seqs()) == ([], [4])
+        assert taken.epochs()[0] > epoch
+        reply = await client.step(taken.handles(), [4], x[4:, None], [4])
+        np.testing.assert_array_equal(reply.floats().reshape(4, H), truth[4:])
+        async with RawClient(server.endpoint) as other:
+            await other.hello()
+            assert (await other.resume(["s"], [4], [epoch])).codes() == [Code.FENCED]
+            assert (await other.resume(["s"], [8], taken.epochs())).codes() == []
+    with RecordingReader(path) as reader:
+        assert [engine.header.numerics["torch"] for engine in reader.engines][1:] == ["9.9"]
