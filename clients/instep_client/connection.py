@@ -13,7 +13,7 @@ from instep_client.errors import ClientClosed, ConnectionFailed, InstepError, In
 from instep_client.flow import Flow
 from instep_client.openings import Openings
 from instep_client.outbox import Outbox
-from instep_client.recovery import Phase, Recovery
+from instep_client.recovery import Recovery
 from instep_client.requests import CloseCall, ForkCall, LaneCall, OpenCall, PeekCall, ResetCall
 from instep_client.streams import Lane, StreamTable
 from instep_client.wire import Kind, Message, ServerInfo
@@ -205,8 +205,6 @@ class Connection:
             return
         if self._waiting_since is None:
             self._waiting_since = now
-        if self._recovery.phase is Phase.GREETING:
-            return  # it has a patience of its own
         quiet_since = max(self._heard_at, self._waiting_since)
         if now >= quiet_since + self._timeout_s:
             self._lose(
