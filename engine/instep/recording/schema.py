@@ -50,7 +50,7 @@ history are only ever added, so the rows up to any committed position are a cons
 | --- | --- | --- |
 | `failed` | NULL, position of a batch | its step failed, none of its frames was applied; `detail` says why |
 | `reset` | stream, seq | before this frame the stream's state became `state`, NULL for zeros |
-| `owner` | stream, epoch | a new owner, or none after other numerics; `detail`: the epoch it held or 0, its next frame |
+| `owner` | stream, epoch | a new owner, none after other numerics; `detail`: the epoch it held or 0, its next frame |
 | `parked` | stream, seq it expects | its connection is gone |
 | `snapshot` | NULL, position | `states` was brought up to this position; 0: all states were given up |
 | `engine` | NULL | another engine wrote what follows; `detail` holds what differs from `header` before, as JSON |

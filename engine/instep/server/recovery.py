@@ -65,7 +65,7 @@ def go_on(
     writer = RecordingWriter.resume(path, header, accept_numerics_change)
     try:
         with read_recovery(path, lambda _: None) as recovered:
-            replay = _Replay(table, rings, stepper, check_outputs=not changed)
+            replay = _Replay(path, table, rings, stepper, check_outputs=not changed)
             replay.open(recovered.streams)
             table.last_epoch = max(table.last_epoch, recovered.last_epoch)
             for item in recovered.replay():
@@ -92,7 +92,8 @@ def go_on(
 class _Replay:
     """Steps recorded inputs again, several batches in one step where no stream stands in two of them."""
 
-    def __init__(self, table: StreamTable, rings: Rings, stepper: Stepper, *, check_outputs: bool) -> None:
+    def __init__(self, path: Path, table: StreamTable, rings: Rings, stepper: Stepper, *, check_outputs: bool) -> None:
+        self._path = path
         self._table = table
         self._rings = rings
         self._stepper = stepper
@@ -113,7 +114,7 @@ class _Replay:
         slots, codes = table.open([stream.name for stream in streams], table.parked, time.monotonic_ns(), first_seqs)
         if codes.any():
             raise RecordingError(
-                f"the recording holds {len(streams)} open streams, but engine.max_streams is "
+                f"{self._path} holds {len(streams)} open streams, but engine.max_streams is "
                 f"{len(table.owner) - 1}; raise it"
             )
         numbers = np.array([stream.stream for stream in streams], np.int64)
@@ -186,16 +187,20 @@ class _Replay:
         batch = step.batch
         if batch.y is None:
             if not step.applies.all():
-                raise RecordingError(f"the batch at position {batch.position} has no outputs, and a state holds them")
+                raise RecordingError(
+                    f"{self._path} is damaged: the batch at position {batch.position} has no outputs, and a state "
+                    "holds its frames"
+                )
             self.missing.append((batch.position, y))
         elif self._check_outputs:
             differs = (y.view(np.uint32) != batch.y[step.applies].view(np.uint32)).any(axis=1)
             if differs.any():
                 which = np.flatnonzero(step.applies)[differs][0]
                 raise RecordingError(
-                    f"stepping the batch at position {batch.position} again gives other outputs than were recorded, "
-                    f"first for frame {batch.seqs[which]} of stream {batch.streams[which]}: the machine is another, or "
-                    "the recording is damaged; --accept-numerics-change goes on all the same, and clients are told"
+                    f"stepping the batch at position {batch.position} of {self._path} again gives other outputs than "
+                    f"were recorded, first for frame {batch.seqs[which]} of stream {batch.streams[which]}: the machine "
+                    "is another, or the recording is damaged; --accept-numerics-change goes on all the same, and "
+                    "clients are told"
                 )
 
     def renumber(self, writer: RecordingWriter) -> None:
