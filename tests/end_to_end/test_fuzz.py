@@ -76,7 +76,7 @@ class Fuzzer(threading.Thread):
 
     def _send_some(self) -> None:
         self._send(msgpack.packb([Kind.PING, 1]))  # the server does not know the connection yet
-        self._send(msgpack.packb([Kind.HELLO, 2, 1, "fuzzer"]))
+        self._send(msgpack.packb([Kind.HELLO, 2, 2, "fuzzer"]))
         self._due += 2
         self._maker.connected()
         for _ in range(A_CONNECTION // BURST):
@@ -105,7 +105,8 @@ async def test_a_million_damaged_messages(tmp_path: Path, monkeypatch: pytest.Mo
     for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
         monkeypatch.delenv(name)  # measuring lines would take longer than everything else
     write_model(tmp_path / "model", SMALL)
-    arguments = ["--set", "engine.max_streams=300", "--set", "transport.heartbeat_s=0.2"]
+    settings = ["engine.max_streams=300", "transport.heartbeat_s=0.2", "limits.park_s=1"]
+    arguments = [part for setting in settings for part in ("--set", setting)]
     with ChildServer(tmp_path / "model", arguments) as server:
         async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
             fuzzer = Fuzzer(server.endpoint, others.handles, psutil.Process(server.pid))
@@ -128,8 +129,7 @@ async def only_the_neighbours_are_left(endpoint: str) -> None:
     async with RawClient(endpoint) as client:
         await client.hello()
         while True:
-            reply = await client.ask(msgpack.packb([Kind.STATS, client.next_request()]))
-            statistics = dict(map(tuple, reply.header[2]))
+            statistics = await client.statistics()
             if statistics["streams_open"] == NEIGHBOURS and statistics["connections"] == 2:
                 return
             await asyncio.sleep(0.1)

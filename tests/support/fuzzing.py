@@ -27,21 +27,26 @@ REFUSALS = frozenset(
 FAILURES = frozenset(
     {
         *(Code.BAD_NAME, Code.NOT_FINITE, Code.SEQ_GAP, Code.SEQ_REPEATED, Code.UNKNOWN_STREAM, Code.FOREIGN_STREAM),
-        *(Code.NAME_IN_USE, Code.TOO_MANY_STREAMS),
+        *(Code.NAME_IN_USE, Code.TOO_MANY_STREAMS, Code.FENCED, Code.DATA_LOSS, Code.CONFLICT, Code.WINDOW_FULL),
+        *(Code.OUTPUTS_GONE, Code.ACK_AHEAD, Code.FRAMES_PENDING, Code.EXPIRED),
     }
 )
 """Why one column may be."""
 ANSWERS = {
-    Kind.WELCOME: 18,
-    Kind.OPENED: 4,
+    Kind.WELCOME: 21,
+    Kind.OPENED: 5,
     Kind.STEPPED: 8,
     Kind.CLOSED: 4,
     Kind.PING: 2,
     Kind.PONG: 2,
     Kind.STATISTICS: 3,
     Kind.ERROR: 5,
+    Kind.RESUMED: 5,
+    Kind.PEEKED: 4,
+    Kind.CHANGED: 4,
 }
 """What a healthy server says, and how many elements its header has."""
+WITH_FAILURES = (Kind.OPENED, Kind.RESUMED, Kind.STEPPED, Kind.CLOSED, Kind.PEEKED, Kind.CHANGED)
 
 INTERESTING_BYTES = bytes([0x00, 0x01, 0x7F, 0x80, 0x90, 0x93, 0xC0, 0xC1, 0xC6, 0xD9, 0xDC, 0xDD, 0xFF])
 INTERESTING_VALUES: list[Any] = [
@@ -96,7 +101,7 @@ class AnswerCheck:
             assert reply.sentence, reply.header
             assert (reply.header[4] > 0) == (reply.code is Code.BUSY), reply.header
             self.seen[reply.code] += 1
-        elif reply.kind in (Kind.OPENED, Kind.STEPPED, Kind.CLOSED):
+        elif reply.kind in WITH_FAILURES:
             codes = {code for _, _, code, _ in reply.failures()}
             assert codes <= FAILURES, reply.header
             assert {code for code, _ in reply.header[-1]} == codes, reply.header
@@ -121,9 +126,16 @@ class MessageMaker:
         self._foreign = list(foreign)
         self._own: list[int] = []
         self._seqs: dict[int, int] = {}
+        self._former: list[int] = []
+        """Handles of streams that were resumed under others since."""
+        self._handle_of: dict[str, int] = {}
+        self._epochs: dict[str, int] = {}
+        """Of every stream that was ever granted, parked and expired ones included."""
         self._asked: dict[int, list[int]] = {}
+        self._named: dict[int, list[str]] = {}
         self._kinds = [
-            *(self._hello, self._open, self._open, *[self._step] * 6, self._close, self._ping, self._servers_own)
+            *(self._hello, self._open, self._open, *[self._step] * 8, self._close, self._ping, self._servers_own),
+            *(self._resume, self._resume, self._peek, self._reset, self._fork),
         ]
         self._damages = [
             *(self._change_byte, self._change_byte, self._cut, self._extend, self._drop, self._double, self._insert),
@@ -136,26 +148,41 @@ class MessageMaker:
 
     def learn(self, reply: Reply) -> None:
         """Take from an answer which streams are the sender's own, and which seqs they expect."""
-        if reply.kind is Kind.OPENED:
-            opened = [handle for handle in reply.handles().tolist() if handle]
-            self._own = (self._own + opened)[-300:]
-            self._seqs.update(dict.fromkeys(opened, 0))
+        if reply.kind in (Kind.OPENED, Kind.RESUMED):
+            self._granted(reply)
+            return
+        if reply.kind not in (Kind.STEPPED, Kind.CLOSED):
             return
         handles = self._asked.pop(reply.request, [])
         ended = set(handles) if reply.kind is Kind.CLOSED else set()
         for column, _, code, expected in reply.failures():
             if column < len(handles):
                 self._seqs[handles[column]] = expected
-                if code is Code.UNKNOWN_STREAM:
+                if code in (Code.UNKNOWN_STREAM, Code.FENCED):
                     ended.add(handles[column])
         if ended:
             self._own = [handle for handle in self._own if handle not in ended]
 
+    def _granted(self, reply: Reply) -> None:
+        names = self._named.pop(reply.request, [])
+        for name, grant in zip(names, reply.grants().tolist(), strict=False):  # damage may have changed the number
+            handle, epoch, next_seq = grant
+            if handle:
+                former = self._handle_of.get(name)
+                if former in self._own:
+                    self._own.remove(former)
+                    self._former = [*self._former[-19:], former]
+                self._own = [*self._own[-299:], handle]
+                self._handle_of[name], self._epochs[name], self._seqs[handle] = handle, epoch, next_seq
+
     def connected(self) -> None:
         """A new connection: nothing is the sender's own."""
         self._own.clear()
+        self._former.clear()
         self._seqs.clear()
+        self._handle_of.clear()
         self._asked.clear()
+        self._named.clear()
 
     def make(self) -> list[bytes]:
         """The next message."""
@@ -180,18 +207,53 @@ class MessageMaker:
     def _handles(self, count: int) -> list[int]:
         if len(self._own) >= count and self._random.random() < 0.8:
             return self._random.sample(self._own, count)
-        known = [*self._own, *self._foreign, 0, 1, self._below(2**64)]
+        known = [*self._own, *self._former, *self._foreign, 0, 1, self._below(2**64)]
         return [self._one_of(known) for _ in range(count)]
 
     def _hello(self) -> list[bytes]:
-        return [self._header(Kind.HELLO, 1, "fuzzer")]
+        return [self._header(Kind.HELLO, 2, "fuzzer")]
 
     def _open(self) -> list[bytes]:
         count = 1 + self._below(3)
         has_states = self._below(2)
-        names = "\n".join(f"fuzzed-{self._below(400)}" for _ in range(count))
+        request, names = self._names_for(count)
         states = self._some_floats(count * self._state_size) if has_states else b""
-        return [self._header(Kind.OPEN, count, has_states), names.encode(), states]
+        seqs = struct.pack(f"<{count}Q", *[self._below(2**40)] * count) if (has_seqs := self._below(2)) else b""
+        return [msgpack.packb([Kind.OPEN, request, count, has_states, has_seqs]), names, states, seqs]
+
+    def _names_for(self, count: int) -> tuple[int, bytes]:
+        """A request number, and names whose grants it will bring."""
+        request = 1 + self._below(2**31)
+        names = [f"fuzzed-{self._below(400)}" for _ in range(count)]
+        if len(self._named) < 1000:  # what damage leaves without an answer is let go
+            self._named[request] = names
+        else:
+            self._named.clear()
+        return request, "\n".join(names).encode()
+
+    def _resume(self) -> list[bytes]:
+        request = 1 + self._below(2**31)
+        name = self._one_of(list(self._epochs) or ["fuzzed-0"]) if self._below(4) else f"fuzzed-{self._below(400)}"
+        self._named[request] = [name]
+        epoch = max(0, self._epochs.get(name, 0) + self._one_of((-1, 0, 0, 0, 1)))
+        seq = self._seqs.get(self._handle_of.get(name, 0), 0)
+        have = self._one_of((0, seq, seq, seq + 5, wire.HAVE_ALL))
+        take_over = int(self._below(5) == 0)
+        header = msgpack.packb([Kind.RESUME, request, 1, take_over])
+        return [header, name.encode(), struct.pack("<2Q", have, epoch)]
+
+    def _peek(self) -> list[bytes]:
+        count = 1 + self._below(2)
+        return [self._header(Kind.PEEK, count), struct.pack(f"<{count}Q", *self._handles(count))]
+
+    def _reset(self) -> list[bytes]:
+        has_states = self._below(2)
+        states = self._some_floats(self._state_size) if has_states else b""
+        return [self._header(Kind.RESET, 1, has_states), struct.pack("<Q", *self._handles(1)), states]
+
+    def _fork(self) -> list[bytes]:
+        request, names = self._names_for(1)
+        return [msgpack.packb([Kind.FORK, request, 1]), struct.pack("<Q", *self._handles(1)), names]
 
     def _step(self) -> list[bytes]:
         timesteps, columns = 1 + self._below(3), 1 + self._below(3)
@@ -199,13 +261,14 @@ class MessageMaker:
         words = []
         for handle in handles:
             seq = self._seqs.get(handle, 0)
-            words += [handle, self._one_of((0, seq, seq, seq, 2**64 - 1))]
+            words += [handle, self._one_of((0, seq, seq, seq, seq, max(0, seq - 1), 2**64 - 1))]
+            words.append(self._one_of((0, seq, max(0, seq - 3), max(0, seq - 20), max(0, seq - 20), 2**64 - 1)))
             self._seqs[handle] = seq + timesteps  # if all goes well; a failure says otherwise
         request = 1 + self._below(2**31)
         self._asked[request] = handles
         header = msgpack.packb([Kind.STEP, request, timesteps, columns, self._features, "f4"])
         x = self._some_floats(timesteps * columns * self._features)
-        return [header, struct.pack(f"<{2 * columns}Q", *words), x]
+        return [header, struct.pack(f"<{3 * columns}Q", *words), x]
 
     def _close(self) -> list[bytes]:
         count = 1 + self._below(2)
