@@ -40,8 +40,8 @@ def judge_claims(
 
     Whoever holds the present epoch is the owner, though the server may still take its former connection for alive. So
     is who gave the former epoch for it, until a frame was sent under the present one: the answer may have been lost on
-    its way. An epoch beyond the present one was given by a server that lost what it had not made durable: it is newer,
-    and good.
+    its way. An epoch beyond the present one was given by a server that lost what it had not made durable. It may have
+    lost more than that: the end of this stream, and another of the same name. So that is data loss.
 
     Args:
         table: the streams.
@@ -68,7 +68,7 @@ def judge_claims(
         is_owner = bool(epochs[index] >= table.epoch[slot] or unanswered)
         if not is_owner and not take_over:
             codes[index] = Code.NUMERICS_CHANGED if table.renumbered[slot] else Code.FENCED
-        elif claimed > next_seq and not take_over:
+        elif (claimed > next_seq or epochs[index] > table.epoch[slot]) and not take_over:
             codes[index] = Code.DATA_LOSS
         elif claimed < max(int(table.acked[slot]), next_seq - window):
             codes[index] = Code.OUTPUTS_GONE
