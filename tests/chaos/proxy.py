@@ -53,7 +53,7 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
-        patience = self._random.randint(20, 400)  # chunks until the connection breaks
+        patience = self._random.randint(5, 60)  # chunks until the connection breaks
         pumps = [
             asyncio.create_task(self._pump(reader, back, patience)),
             asyncio.create_task(self._pump(there, writer, patience)),

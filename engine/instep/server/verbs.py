@@ -84,6 +84,8 @@ class Verbs:
         request = 0
         client = self._clients.by_routing_id(routing_id)
         try:
+            if client is None and frames == [b""]:  # ZMQ_PROBE_ROUTER: a connection was made, perhaps again
+                raise Refusal(Code.HELLO_FIRST)
             header = wire.unpack_header(frames)
             request = header.request
             if header.kind is Kind.HELLO:
