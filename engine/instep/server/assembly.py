@@ -158,7 +158,7 @@ def _recording(
     writer, recovery = go_on(
         path, header, streams.table, streams.rings, stepper, accept_numerics_change=accept_numerics_change
     )
-    streams.last_stream = recovery.last_stream
+    streams.last_stream, streams.changed = recovery.last_stream, recovery.changed
     return writer, recovery
 
 

@@ -34,6 +34,8 @@ class Recovery:
     seconds: float
     last_stream: int
     """The highest number that a stream of the recording has."""
+    changed: I64
+    """Slots whose states are newer than those in the recording: int64 [N]."""
 
 
 def go_on(
@@ -80,7 +82,10 @@ def go_on(
                 writer.add_outputs(time.time_ns(), position, y)
             writer.commit()
             seconds = time.perf_counter() - began
-            return writer, Recovery(len(recovered.streams), replay.frames, seconds, recovered.last_stream)
+            changed_slots = np.flatnonzero(replay.changed)
+            return writer, Recovery(
+                len(recovered.streams), replay.frames, seconds, recovered.last_stream, changed_slots
+            )
     except sqlite3.Error as error:
         writer.abandon()
         raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
@@ -103,6 +108,7 @@ class _Replay:
         self._steps: list[ReplayStep] = []
         self._size = 0
         self._taken = np.zeros(len(table.owner), np.bool_)
+        self.changed = np.zeros(len(table.owner), np.bool_)
         self.frames = 0
         self.missing: list[tuple[int, F32]] = []
         """Batches, by position, whose outputs were not recorded any more, with the outputs."""
@@ -146,6 +152,7 @@ class _Replay:
         """A stream was given another state."""
         self.flush()
         slots = self._slot_of[reset.stream : reset.stream + 1]
+        self.changed[slots] = True
         self._stepper.load(slots, None if reset.state is None else reset.state[None])
 
     def add(self, step: ReplayStep) -> None:
@@ -174,6 +181,7 @@ class _Replay:
         if len(slots):
             rings.x[rows] = np.concatenate([step.batch.x[step.applies] for step in steps])
             self._stepper.step(slots, rows, rings.x, rings.y)
+            self.changed[slots] = True
             table.step_seq[slots] += 1
             table.next_seq[slots] = table.step_seq[slots]
             self.frames += len(slots)

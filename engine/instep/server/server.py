@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import structlog
 
 from instep.config import Config
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
+from instep.core.typing import I64
 from instep.model.certify import Certification
 from instep.model.network import Network
 from instep.recording.recorder import Recorder
@@ -50,6 +52,8 @@ class Streams:
     rings: Rings
     last_stream: int = 0
     """The highest number of a stream in the recording."""
+    changed: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Slots whose states are newer than those in the recording: int64 [N]."""
 
 
 class Server:
@@ -146,9 +150,11 @@ class Server:
         self._stopped = False
         self._pump_is_due = False
         self._ticks = 0
+        last_row = 0 if writer is None else writer.position
         self._recorder = self._start_recorder(writer)
         if self._recorder is not None:
-            tap.record(self._recorder, streams.last_stream, waits=info.durability != "memory")
+            waits = info.durability != "memory"
+            tap.record(self._recorder, streams.last_stream, last_row, streams.changed, waits=waits)
 
     @property
     def endpoint(self) -> str:

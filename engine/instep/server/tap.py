@@ -42,22 +42,26 @@ class Tap:
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._last_stream = 0
         self.last_inputs = 0
-        """The ticket of the newest batch of inputs."""
+        """The ticket of the newest batch of inputs, or of the newest row that was there before."""
         self.dirty: Bool = np.zeros(len(table.owner), np.bool_)
         """Slots whose state has changed since it was last in a snapshot, or is about to."""
         self.computed_ns = 0
         """How long the steps since then took."""
 
-    def record(self, recorder: Recorder, last_stream: int, *, waits: bool) -> None:
+    def record(self, recorder: Recorder, last_stream: int, last_row: int, changed: I64, *, waits: bool) -> None:
         """From now on, tell a recorder.
 
         Args:
             recorder: where everything goes.
             last_stream: the highest number that a stream of the recording has.
+            last_row: the newest position of the recording; the streams are as of it.
+            changed: slots whose states are newer than those in the recording, int64 [N].
             waits: whether answers wait until what they tell is durable.
         """
         self._recorder = recorder
         self._last_stream = last_stream
+        self.last_inputs = last_row
+        self.dirty[changed] = True
         self._waits = waits
 
     @property
