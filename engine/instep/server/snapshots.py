@@ -7,8 +7,8 @@ from dataclasses import fields
 import numpy as np
 
 from instep.core.rings import Rings
-from instep.core.streams import StreamTable
-from instep.core.typing import F32, I64
+from instep.core.streams import NO_OWNER, StreamTable
+from instep.core.typing import F32, I64, Bool
 from instep.recording.states import StateRows
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
@@ -70,7 +70,8 @@ class Snapshots:
             part = slice(first, first + _AT_ONCE)
 
             def done(states: F32 | None, error: Exception | None) -> None:
-                if states is None:
+                is_lost = self._table.lost[slots] & self._are_open(slots, streams)
+                if states is None or is_lost.any():  # what is lost is about to close
                     tap.dirty[slots] = True  # they stay due, and the older snapshot stays good
                     self.is_under_way = False
                     return
@@ -88,9 +89,15 @@ class Snapshots:
         else:
             self.is_under_way = False
 
+    def _are_open(self, slots: I64, streams: I64) -> Bool:
+        """Whether the streams are still there, those that are closing included: their end is not recorded yet."""
+        table = self._table
+        there: Bool = (table.recording_id[slots] == streams) & (table.owner[slots] != NO_OWNER)
+        return there
+
     def _rows(self, slots: I64, streams: I64, states: F32) -> StateRows:
         table, rings = self._table, self._rings
-        good = (table.recording_id[slots] == streams) & ~table.closing[slots] & ~table.lost[slots]
+        good = self._are_open(slots, streams)
         slots = slots[good]
         seqs = table.step_seq[slots]  # steps submitted before the reading have been handed back before it
         first = np.maximum(np.maximum(table.acked[slots], seqs - rings.window), table.first_seq[slots])
