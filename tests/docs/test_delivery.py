@@ -56,7 +56,7 @@ class Client(RawClient):
     async def send_block(self, handle: int, seq: int, x: F32, acked: int) -> Reply:
         return await self.ask(*self.step_message([handle], [seq], x, [acked]))
 
-    async def resume(self, *claims: tuple[str, int, int], take_over: int = 0) -> Reply:
+    async def claim(self, *claims: tuple[str, int, int], take_over: int = 0) -> Reply:
         held = np.array([claim[1:] for claim in claims], np.uint64)
         names = "\n".join(name for name, _, _ in claims).encode()
         return await self.say(Kind.RESUME, len(claims), take_over, frames=(names, held.tobytes()))
@@ -192,7 +192,7 @@ async def test_the_largest_first_seq_and_states_that_fit_no_message() -> None:
             assert (
                 await client.about(kind, twice * (await handle_of(server, "s")), *rest)
             ).code is Code.REPEATED_STREAM
-        assert (await client.resume(("s", 0, 0), ("s", 0, 0))).code is Code.REPEATED_STREAM
+        assert (await client.claim(("s", 0, 0), ("s", 0, 0))).code is Code.REPEATED_STREAM
 
 
 async def handle_of(server: Server, name: str) -> np.uint64:
@@ -217,8 +217,8 @@ async def test_one_owner_and_whoever_had_the_stream_before_is_fenced() -> None:
         assert await owner.everywhere(int(old["handle"])) == {Code.FOREIGN_STREAM}
         assert await owner.everywhere(NOBODY) == {Code.UNKNOWN_STREAM}
 
-        assert refusal(await owner.resume(("s", 0, 0))) == (Code.FENCED, 2)
-        (new,) = (await owner.resume(("s", 1, int(old["epoch"])))).grants()  # though the former one is there
+        assert refusal(await owner.claim(("s", 0, 0))) == (Code.FENCED, 2)
+        (new,) = (await owner.claim(("s", 1, int(old["epoch"])))).grants()  # though the former one is there
         assert (new["next_seq"], new["epoch"] > old["epoch"]) == (2, True)
         told = await former.receive()
         assert (told.header[3], told.handles().tolist()) == (Code.FENCED, [old["handle"]])
@@ -226,8 +226,8 @@ async def test_one_owner_and_whoever_had_the_stream_before_is_fenced() -> None:
         np.testing.assert_array_equal((await owner.send_block(int(new["handle"]), 1, x[1:], 1)).floats(), y[1:].ravel())
 
         # The answer to that RESUME might have been lost: its epoch is an old one then.
-        assert refusal(await former.resume(("s", 1, int(old["epoch"])))) == (Code.FENCED, 3)
-        (last,) = (await former.resume(("s", wire.HAVE_ALL, 0), take_over=1)).grants()
+        assert refusal(await former.claim(("s", 1, int(old["epoch"])))) == (Code.FENCED, 3)
+        (last,) = (await former.claim(("s", wire.HAVE_ALL, 0), take_over=1)).grants()
         assert last["next_seq"] == 3
 
 
@@ -239,15 +239,15 @@ async def test_what_is_owed_and_held_decides_a_resume() -> None:
         for seq in range(0, 2 * W, 2):
             await client.send_block(int(grant["handle"]), seq, x[seq : seq + 2], max(0, seq - 1))
         epoch = int(grant["epoch"])
-        assert refusal(await client.resume(("s", 2 * W + 1, epoch))) == (Code.DATA_LOSS, 2 * W)
-        assert refusal(await client.resume(("s", 2 * W - 4, epoch))) == (Code.OUTPUTS_GONE, 2 * W)  # acknowledged
-        (ahead,) = (await client.resume(("s", 2 * W + 1, epoch), take_over=1)).grants()
+        assert refusal(await client.claim(("s", 2 * W + 1, epoch))) == (Code.DATA_LOSS, 2 * W)
+        assert refusal(await client.claim(("s", 2 * W - 4, epoch))) == (Code.OUTPUTS_GONE, 2 * W)  # acknowledged
+        (ahead,) = (await client.claim(("s", 2 * W + 1, epoch), take_over=1)).grants()
         assert ahead["next_seq"] == 2 * W
         server.engine.table.renumbered[:] = True  # as after a restart with other numerics
-        assert refusal(await client.resume(("s", 2 * W, epoch))) == (Code.NUMERICS_CHANGED, 2 * W)
-        (on,) = (await client.resume(("s", 2 * W, epoch), take_over=1)).grants()
+        assert refusal(await client.claim(("s", 2 * W, epoch))) == (Code.NUMERICS_CHANGED, 2 * W)
+        (on,) = (await client.claim(("s", 2 * W, epoch), take_over=1)).grants()
         assert on["next_seq"] == 2 * W
-        assert last_failures(await client.resume(("other", 0, 0))) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+        assert last_failures(await client.claim(("other", 0, 0))) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
 
 
 async def test_the_answer_of_a_resume_waits_for_what_is_pending() -> None:
@@ -265,7 +265,7 @@ async def test_the_answer_of_a_resume_waits_for_what_is_pending() -> None:
             (grant,) = (await former.open("s")).grants()
             await former.send(*former.step_message([int(grant["handle"])], [0], x))
             await until(lambda: server.engine.rings.pending_count)
-            resuming = asyncio.create_task(client.resume(("s", 0, int(grant["epoch"]))))
+            resuming = asyncio.create_task(client.claim(("s", 0, int(grant["epoch"]))))
             assert (await former.receive()).kind is Kind.EVICTED  # at once
             assert not resuming.done()
         finally:
@@ -292,16 +292,16 @@ async def test_streams_without_a_connection_are_parked_for_a_while(park_s: float
             await until(lambda: not table.open_count)
             assert server.statistics.evicted_by_code == {"client_gone": 1}
             assert WHERE[Code.CLIENT_GONE] == ["not on the wire"]
-            assert refusal(await client.resume(("s", 0, int(grant["epoch"])))) == (Code.UNKNOWN_STREAM, 0)
+            assert refusal(await client.claim(("s", 0, int(grant["epoch"])))) == (Code.UNKNOWN_STREAM, 0)
             return
         await until(lambda: table.owned[table.parked])
         assert refusal(await client.open("s")) == (Code.NAME_IN_USE, 0)
-        (new,) = (await client.resume(("s", 0, int(grant["epoch"])))).grants()
+        (new,) = (await client.claim(("s", 0, int(grant["epoch"])))).grants()
         slots = table.owned_by(int(table.owner[int(new["handle"]) & 0xFFFF_FFFF]))
         table.park(slots, 0)
         server.lifecycle.expire(slots)
         await until(lambda: not table.open_count)
-        assert refusal(await client.resume(("s", 0, int(new["epoch"])))) == (Code.EXPIRED, 0)
+        assert refusal(await client.claim(("s", 0, int(new["epoch"])))) == (Code.EXPIRED, 0)
 
 
 def parked_more_than(server: Server, count: int) -> bool:
@@ -319,7 +319,7 @@ async def test_the_longest_parked_goes_when_too_many_are() -> None:
                 parked_before = server.statistics.parked_streams_total
             await until(partial(parked_more_than, server, parked_before))
         await until(lambda: server.engine.table.open_count == 1)
-        claims = await here.resume(("first", 0, 0), ("second", wire.HAVE_ALL, 0), take_over=1)
+        claims = await here.claim(("first", 0, 0), ("second", wire.HAVE_ALL, 0), take_over=1)
         assert last_failures(claims) == [(0, 0, Code.EXPIRED, 0)]
 
 
@@ -346,7 +346,7 @@ async def test_a_server_that_ends_takes_nothing_new() -> None:
             for reply in (
                 await client.open("u"),
                 await client.send_block(other, 0, frames(1), 0),
-                await client.resume(("s", 0, 0)),
+                await client.claim(("s", 0, 0)),
                 await client.about(Kind.RESET, handles, b""),
                 await client.about(Kind.FORK, handles, b"copy"),
                 await client.say(Kind.HELLO, 2, "again"),

@@ -38,7 +38,7 @@ def _stepper(request: pytest.FixtureRequest) -> Make:
 
 
 def step(steps: Stepper, slots: I64, x: F32) -> F32:
-    rows = np.arange(len(slots), dtype=np.int32)
+    rows = np.arange(len(slots))
     y = np.full((len(slots), steps.network.outputs), np.nan, np.float32)
     steps.step(slots, rows, x, y)
     return y
