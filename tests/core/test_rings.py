@@ -117,16 +117,6 @@ def test_a_failed_step_takes_out_everything_pending_of_its_streams_only() -> Non
     assert append(table, kept, 1, 99) == [1]
 
 
-def test_outputs_that_will_never_be_are_not_acknowledged_either() -> None:
-    table, kept = rings()
-    append(table, kept, 1, 10, 11)
-    append(table, kept, 2, 20)
-    table.acked[[1, 2]] = (2, 0)  # as after a resume by somebody who wants nothing of what is pending
-    kept.take(ints(1, 2))
-    kept.failed(ints(1, 2))
-    assert table.acked[[1, 2]].tolist() == [0, 0]
-
-
 def test_outputs_are_found_by_seq_until_a_window_later() -> None:
     table, kept = rings()
     for seq in range(2 * WINDOW + 1):

@@ -106,9 +106,9 @@ MUTANTS = [
     ),
     Mutant(
         "an output is acknowledged that was never computed",
-        "core/rings.py",
-        "table.acked[slots] = np.minimum(table.acked[slots], first)",
-        "pass",
+        "server/lifecycle.py",
+        "have = np.minimum(claims.have[good], self._table.next_seq[slots])[current]",
+        "have = claims.have[good][current]",
         (f"{RESUME}::test_a_step_that_fails_while_its_connection_is_gone_is_as_if_its_frames_were_never_sent",),
     ),
     Mutant(
@@ -149,7 +149,7 @@ MUTANTS = [
     Mutant(
         "lost frames are passed over in silence",
         "core/ownership.py",
-        "elif claimed > next_seq and not take_over:",
+        "elif (claimed > next_seq or epochs[index] > table.epoch[slot]) and not take_over:",
         "elif False:",
         (f"{RESUME}::test_who_holds_more_than_the_server_is_told_and_may_go_on_from_there",),
     ),

@@ -121,7 +121,6 @@ class Rings:
         place = np.arange(len(whose)) - np.repeat(np.cumsum(counts) - counts, counts)
         rows = self.rows(whose, np.repeat(first, counts) + place)
         table.next_seq[slots] = first
-        table.acked[slots] = np.minimum(table.acked[slots], first)  # who resumed it may have left some to others
         self._stepping[slots] = False
         self.pending_count -= len(rows)
         return rows, whose
