@@ -1,0 +1,264 @@
+"""A disk that forgets what was not synced, and the recording on it: rows in memory, read and written by the real rules.
+
+Transactions reach the system one by one (a killed process loses none of those) and the platters when they are synced
+(power loss takes back any number of the others, the newest first). Only SQLite is replaced: the recorder, the rows and
+their CRCs, the reader's checks and the recovery are the engine's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+from unittest import mock
+
+import numpy as np
+
+from instep.core.typing import F32
+from instep.recording import file as recording_file
+from instep.recording import recovery as recording_recovery
+from instep.recording.reader import RecordingReader
+from instep.recording.recorder import Recorder
+from instep.recording.schema import (
+    COUNTED,
+    FAILED_EVENT,
+    HISTORY,
+    OWNER_EVENT,
+    RECOVERED_EVENT,
+    SNAPSHOT_EVENT,
+    TABLES,
+    Durability,
+    RecordingHeader,
+    row_crc,
+)
+from instep.recording.states import StateRows, blob
+from instep.recording.writer import RecordingWriter
+from instep.server import recovery as server_recovery
+
+Row: TypeAlias = tuple[Any, ...]
+Change: TypeAlias = tuple[str, int, Row | None]
+"""Table, key, and the row that is there from now on (None: none)."""
+Image: TypeAlias = dict[str, dict[int, Row]]
+
+QUEUE_BATCHES = 2
+
+
+class DiskFull(OSError):
+    """What a failing disk raises."""
+
+
+class Disk:
+    """Transactions in order; `synced` of them are on the platters."""
+
+    def __init__(self, durability: Durability) -> None:
+        self.durability = durability
+        self.transactions: list[list[Change]] = []
+        self.synced = 0
+        self.broken = False
+        self._rebuild()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.transactions
+
+    def commit(self, changes: list[Change]) -> None:
+        if self.broken:
+            raise DiskFull("no space left on device")
+        self.transactions.append(changes)
+        self._apply(changes)
+        if self.durability == "fsync":
+            self.sync()
+
+    def sync(self) -> None:
+        self.synced = len(self.transactions)
+
+    def lose_power(self, lost: int) -> None:
+        """The newest `lost` transactions are gone, but none that was synced."""
+        del self.transactions[max(self.synced, len(self.transactions) - lost) :]
+        self._rebuild()
+
+    def next_seqs(self) -> dict[int, int]:
+        """What each stream that is open expects next, counted from the rows of batches alone."""
+        failed = {row[3] for row in self.image["events"].values() if row[4] == FAILED_EVENT}
+        expected = {row[2]: row[5] for row in self.image["openings"].values()}
+        for position, row in sorted(self.image["batches"].items()):
+            if position not in failed:
+                for stream, seq in zip(np.frombuffer(row[4], "<u4"), np.frombuffer(row[5], "<u8"), strict=True):
+                    expected[int(stream)] = int(seq) + 1
+        for row in self.image["closings"].values():
+            del expected[row[2]]
+        return expected
+
+    def _rebuild(self) -> None:
+        self.image: Image = {table: {} for table in TABLES}
+        self.frames: dict[tuple[int, int], bytes] = {}
+        """Inputs that are committed: by number of the stream and seq."""
+        self.epochs: set[int] = set()
+        """Epochs whose giving is committed."""
+        for changes in self.transactions:
+            self._apply(changes)
+
+    def _apply(self, changes: list[Change]) -> None:
+        for table, key, row in changes:
+            if row is None:
+                self.image[table].pop(key, None)
+                continue
+            self.image[table][key] = row
+            if table == "openings":
+                self.epochs.add(row[4])
+            elif table == "events" and row[4] == OWNER_EVENT:
+                self.epochs.add(row[3])
+            elif table == "batches":
+                streams, seqs, width = np.frombuffer(row[4], "<u4"), np.frombuffer(row[5], "<u8"), len(row[6]) // row[3]
+                for at, (stream, seq) in enumerate(zip(streams.tolist(), seqs.tolist(), strict=True)):
+                    self.frames[stream, seq] = row[6][at * width : (at + 1) * width]
+
+
+class MemoryReader(RecordingReader):
+    """The engine's reader over a `Disk`."""
+
+    def __init__(self, disk: Any, header: RecordingHeader | None = None) -> None:
+        self.path = disk
+        self.header = HEADER[0] if header is None else header
+        self._image: Image = disk.image
+        self.last_position = self._find_last_position()
+
+    def close(self) -> None:
+        pass
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        yield
+
+    def check_positions(self, first: int = 1) -> None:
+        found = sorted(key for table in HISTORY for key in self._image[table] if first <= key <= self.last_position)
+        if found != list(range(first, self.last_position + 1)):
+            raise self.damaged("a row is missing, or was written twice")
+
+    def rows(self, table: str, first: int = 1, last: int | None = None) -> Iterator[Row]:
+        until = 2**63 - 1 if last is None else last
+        if table in HISTORY:
+            until = min(until, self.last_position)
+        for key, row in sorted(self._image[table].items()):
+            if first <= key <= until:
+                if not recording_file.row_is_sound(table, row):
+                    raise self.damaged(f"the row {key} (of {table}) does not match its CRC")
+                yield row[:-1]
+
+
+class MemoryWriter(RecordingWriter):
+    """The engine's writer onto a `Disk`."""
+
+    def __init__(self, disk: Any, header: RecordingHeader) -> None:
+        newest = disk.image["newest"].values()
+        self.path = disk
+        self.header = header
+        self.position = next(iter(newest))[0] if newest else 0
+        self._disk: Disk = disk
+        self._changes: list[Change] = []
+        self._positions = {table: sorted(disk.image[table]) for table in COUNTED}
+        self._states = set(disk.image["states"])
+        self._closed = [row[2] for row in disk.image["closings"].values() if row[2] in self._states]
+
+    @classmethod
+    def create(cls, path: Any, header: RecordingHeader) -> MemoryWriter:
+        HEADER[0] = header
+        path.commit([("newest", 0, (0, row_crc(0)))])
+        return cls(path, header)
+
+    @classmethod
+    def resume(cls, path: Any, header: RecordingHeader, accept_numerics_change: bool = False) -> MemoryWriter:
+        writer = cls(path, header)
+        writer.event(0, RECOVERED_EVENT, None, writer.position, "another process goes on")
+        return writer
+
+    def close_stream(self, stream: int, time_ns: int, reason: str, frames: int, final_state: F32 | None) -> None:
+        self._insert("closings", time_ns, int(stream), int(frames), reason, blob(final_state, "<f4"))
+        if int(stream) in self._states:
+            self._closed.append(int(stream))
+
+    def snapshot(self, time_ns: int, through: int, rows: StateRows) -> None:
+        counts = [sum(position <= through for position in self._positions[table]) for table in COUNTED]
+        self.event(time_ns, SNAPSHOT_EVENT, None, through, "")
+        self._changes += [("states", stream, None) for stream in self._closed]
+        self._states.difference_update(self._closed)
+        self._closed = []
+        self._changes += [("states", int(str(row[0])), row) for row in rows.as_rows(int(through))]
+        self._states.update(rows.streams.tolist())
+        mark = (int(through), *counts, len(self._states))
+        self._changes += [("snapshot", 0, (*mark, row_crc(*mark)))]
+
+    def commit(self) -> None:
+        if self._changes:
+            changes, self._changes = self._changes, []
+            self._disk.commit([*changes, ("newest", 0, (self.position, row_crc(self.position)))])
+
+    def checkpoint(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.commit()
+
+    def abandon(self) -> None:
+        self._changes = []
+
+    def _insert(self, table: str, time_ns: int, *columns: int | str | bytes | None) -> None:
+        self.position += 1
+        row = (self.position, 0, *columns)
+        self._changes.append((table, self.position, (*row, row_crc(*row))))
+        if table in self._positions:
+            self._positions[table].append(self.position)
+
+
+HEADER: list[RecordingHeader] = [
+    RecordingHeader(
+        instep_version="0",
+        created_ns=0,
+        model_name="exact",
+        model_folder="nowhere",
+        description={"features": 1, "after": [], "gru": {"num_layers": 1, "hidden_size": 1}},
+        model_fingerprint="f",
+        numerics={},
+        exactness="exact",
+        buckets=(4,),
+        max_ulp=0,
+        durability="commit",
+    )
+]
+"""Of the engine under test; all of them are alike."""
+
+
+class HandRecorder(Recorder):
+    """The engine's recorder without its thread: it writes when told."""
+
+    def __init__(
+        self, writer: RecordingWriter, on_failure: Callable[[Exception], None], on_durable: Callable[[int], None]
+    ) -> None:
+        with mock.patch.object(threading.Thread, "start"):
+            super().__init__(writer, QUEUE_BATCHES, lambda: None, on_failure, on_durable)
+
+    def commit(self) -> None:
+        """Write all that waits, as the thread does."""
+        if self._queue and self._failed is None:
+            self._stopping = True  # so that nothing waits for more
+            try:
+                self._write_what_waits()
+            except DiskFull as error:
+                self._failed = error
+                self._queue.clear()
+                self._writer.abandon()
+                self._on_failure(error)
+            finally:
+                self._stopping = False
+
+
+@contextmanager
+def files_in_memory() -> Iterator[None]:
+    """Within, the engine's recovery reads and writes a `Disk` where it was given a path."""
+    with (
+        mock.patch.object(server_recovery, "RecordingReader", MemoryReader),
+        mock.patch.object(server_recovery, "RecordingWriter", MemoryWriter),
+        mock.patch.object(recording_recovery, "RecordingReader", MemoryReader),
+    ):
+        yield

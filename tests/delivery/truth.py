@@ -1,0 +1,287 @@
+"""What outputs must be, and what the server may say: kept from what clients sent and were told, never from its state.
+
+A `Line` is a stream's frames in order as one ownership sees them. A grant with the next seq k begins a new line: the
+former one up to k, and what its owner sends from there on. So every output that any client may ever see is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from instep_client import wire
+from instep_client.wire import Kind, Message
+from tests.delivery.disk import Disk
+from tests.delivery.network import Connection
+from tests.delivery.node import Node, recur
+
+_SLOT = 0xFFFF_FFFF
+
+
+class Violation(AssertionError):
+    """A rule of delivery was broken."""
+
+
+def require(holds: object, what: str) -> None:
+    """Raise a Violation unless it holds."""
+    if not holds:
+        raise Violation(what)
+
+
+class Line:
+    """Frames in order, and the state before each."""
+
+    def __init__(self, xs: list[int]) -> None:
+        self.xs: list[int] = []
+        self.states = [0]
+        for x in xs:
+            self.append(x)
+
+    def __len__(self) -> int:
+        return len(self.xs)
+
+    def append(self, x: int) -> None:
+        self.xs.append(x)
+        self.states.append(recur(self.states[-1], x))
+
+    def cut(self, length: int) -> Line:
+        return Line(self.xs[:length])
+
+
+@dataclass
+class Life:
+    """One opening of a stream."""
+
+    number: int
+    name: str
+    line: Line
+    """Of the newest grant that left the server."""
+    holder: int
+    """The client that got it."""
+    epoch: int = 0
+    lines: dict[int, Line] = field(default_factory=dict)
+    given: dict[int, int] = field(default_factory=dict)
+    """Outputs that have left the server and were not declared lost, by seq."""
+    acked: int = 0
+    is_contended: bool = False
+    """Another client has asked for it, or a message of a connection that was left behind has."""
+    has_ended: bool = False
+    """Somebody closed it, or it expired, or its state was lost."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request of a client: what it says, one entry a stream."""
+
+    kind: Kind
+    names: list[str]
+    lives: list[Life] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+    first_seqs: list[int] = field(default_factory=list)
+    acked: list[int] = field(default_factory=list)
+    timesteps: int = 0
+    have: list[int] = field(default_factory=list)
+    takes_over: bool = False
+    is_conflict: bool = False
+    """It repeats an answered frame with another value: no output may come."""
+
+
+class Truth:
+    """Judges every message that leaves the server, and the server after every step.
+
+    Args:
+        disk: what is durable.
+        window: frames that a stream may have unacknowledged.
+    """
+
+    def __init__(self, disk: Disk, window: int) -> None:
+        self.disk = disk
+        self.window = window
+        self.node: Node | None = None
+        self.asked: dict[tuple[int, int], Asked] = {}
+        self.lives: dict[int, Life] = {}
+        self.owner_of_epoch: dict[int, tuple[int, int]] = {}
+        self.is_lossy = False
+        """Whether a crash so far may have taken back what clients were told."""
+        self.values = count(1)
+        self.seen: set[str] = set()
+        """What has happened so far, in words, for whoever counts what examples reach."""
+
+    # ── What leaves the server ─────────────────────────────────────────────────────────────────────────────────────
+
+    def leaves(self, connection: Connection, message: Message) -> None:
+        """A message was handed to the network."""
+        header = wire.unpack_header(message)
+        asked = self.asked.get((connection.owner, header.request))
+        if header.kind is Kind.STEPPED and asked is not None:
+            self._outputs_leave(asked, message)
+        elif header.kind in (Kind.OPENED, Kind.RESUMED) and asked is not None:
+            self._grants_leave(connection.owner, asked, message)
+
+    def _outputs_leave(self, asked: Asked, message: Message) -> None:
+        good = [asked.timesteps] * len(asked.names)
+        for failure in np.frombuffer(message[2], wire.FAILURE):
+            good[int(failure["column"])] = int(failure["timestep"])
+        y = np.frombuffer(message[1], "<f4").reshape(asked.timesteps, len(asked.names))
+        for column, length in enumerate(good):
+            life, line, first = asked.lives[column], asked.lines[column], asked.first_seqs[column]
+            require(not (length and asked.is_conflict), f"frame {first} was answered for other inputs")
+            require(np.isnan(y[length:, column]).all(), "a frame that was refused has an output")
+            for timestep in range(length):
+                seq = first + timestep
+                expected = line.states[seq + 1]
+                require(y[timestep, column] == expected, f"the output of frame {seq} is not that of frames 0 to {seq}")
+                require(life.given.setdefault(seq, expected) == expected, f"frame {seq} has two outputs")
+                if self.disk.durability != "memory":
+                    x = np.float32(line.xs[seq]).tobytes()
+                    require(
+                        self.disk.frames.get((life.number, seq)) == x,
+                        f"the output of frame {seq} left before its inputs were durable",
+                    )
+
+    def _grants_leave(self, client: int, asked: Asked, message: Message) -> None:
+        assert self.node is not None
+        for column, grant in enumerate(np.frombuffer(message[1], wire.GRANT)):
+            handle, epoch, next_seq = (int(value) for value in grant)
+            if handle == 0:
+                continue
+            life = self.lives[int(self.node.table.recording_id[handle & _SLOT])]
+            require(life.name == asked.names[column], "another stream than the one asked for was given")
+            if asked.kind is Kind.RESUME and not asked.takes_over:
+                require(asked.have[column] <= next_seq, "a client has outputs the server does not know of")
+            self._grant_leaves(life, client, epoch, next_seq)
+            if asked.kind is Kind.RESUME:
+                life.acked = max(life.acked, min(asked.have[column], next_seq))
+
+    def _grant_leaves(self, life: Life, client: int, epoch: int, next_seq: int) -> None:
+        if self.disk.durability != "memory":
+            require(epoch in self.disk.epochs, "an epoch was given before it was durable")
+        require(
+            self.owner_of_epoch.setdefault(epoch, (client, life.number)) == (client, life.number),
+            "an epoch was given to two owners",
+        )
+        require(next_seq <= len(life.line), "the server expects a frame after one that nobody sent")
+        require(all(seq < next_seq for seq in life.given), "the stream was set back behind outputs that were given")
+        if epoch in life.lines:
+            return
+        line = life.lines[epoch] = life.line.cut(next_seq)
+        if epoch > life.epoch:  # the answer to an opening may come after a takeover
+            life.line, life.epoch, life.holder = line, epoch, client
+        if next_seq:
+            self.seen.add("resumed after frames")
+
+    # ── What the server takes ──────────────────────────────────────────────────────────────────────────────────────
+
+    def before_step(self, asked: Asked) -> list[tuple[Life, tuple[int, int, int] | None, bool]]:
+        """Where the streams of a STEP stand, and whether its sender is fenced."""
+        return [
+            (life, self._stand(life), life.epoch != epoch)
+            for life, epoch in zip(asked.lives, asked.epochs, strict=True)
+        ]
+
+    def after_step(self, asked: Asked, before: list[tuple[Life, tuple[int, int, int] | None, bool]]) -> None:
+        """The server has taken a STEP: a fenced sender has changed nothing."""
+        for column, (life, stood, is_fenced) in enumerate(before):
+            stands = self._stand(life)
+            if is_fenced:
+                self.seen.add("a fenced owner sends")
+                require(stands == stood, "a fenced owner changed the stream")
+            elif stands is not None:
+                life.acked = max(life.acked, min(asked.acked[column], stands[2]))
+
+    def after_open(self, client: int, asked: Asked) -> None:
+        """The server has taken an OPEN."""
+        assert self.node is not None
+        for name in asked.names:
+            slot = self.node.table.find(name)
+            if slot is not None:
+                number = int(self.node.table.recording_id[slot])
+                self.lives.setdefault(number, Life(number, name, Line([]), client))
+
+    def before_resume(self, connection: Connection, asked: Asked, *, is_copy: bool) -> None:
+        """The server is about to take a RESUME."""
+        for life in self._open_lives(asked.names):
+            life.is_contended |= is_copy or connection.is_left or connection.owner != life.holder
+
+    def _open_lives(self, names: list[str]) -> list[Life]:
+        assert self.node is not None
+        slots = [slot for slot in map(self.node.table.find, names) if slot is not None]
+        return [self.lives[int(self.node.table.recording_id[slot])] for slot in slots]
+
+    def _stand(self, life: Life) -> tuple[int, int, int] | None:
+        slot = self._slot(life)
+        if slot is None:
+            return None
+        table = self.node.table if self.node else None
+        assert table is not None
+        return int(table.next_seq[slot]), int(table.epoch[slot]), int(table.acked[slot])
+
+    def _slot(self, life: Life) -> int | None:
+        assert self.node is not None
+        slot = self.node.table.find(life.name)
+        if slot is None or int(self.node.table.recording_id[slot]) != life.number:
+            return None
+        return slot
+
+    # ── The server itself ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def check_rings(self) -> None:
+        """The window is kept, and all that may be asked for again is in the rings."""
+        node = self.node
+        if node is None:
+            return
+        table, rings = node.table, node.rings
+        for slot in node.open_slots():
+            next_seq, step_seq = int(table.next_seq[slot]), int(table.step_seq[slot])
+            life = self.lives.get(int(table.recording_id[slot]))
+            if next_seq == 0 or life is None:
+                continue
+            require(next_seq <= life.acked + self.window, "more frames than the window were taken")
+            require(next_seq <= len(life.line), "a frame was taken that nobody sent")
+            first = min(life.acked, step_seq)
+            rows = rings.rows(np.full(next_seq - first, slot), np.arange(first, next_seq))
+            for seq, row in enumerate(rows.tolist(), first):
+                require(rings.x[row, 0] == life.line.xs[seq], f"the ring has lost the inputs of frame {seq}")
+                if seq < step_seq:
+                    require(
+                        rings.y[row, 0] == life.line.states[seq + 1], f"the ring has lost the output of frame {seq}"
+                    )
+
+    def crashed(self, *, may_lose: bool) -> None:
+        """The server is gone. What a lossy crash took back is not held against it afterwards."""
+        self.node = None
+        self.is_lossy |= may_lose
+        left = self.disk.next_seqs()
+        opened = {row[2] for row in self.disk.image["openings"].values()}
+        for number, life in list(self.lives.items()):
+            if number not in opened:
+                del self.lives[number]  # its number is given again
+            elif number in left:
+                life.has_ended = False
+                if may_lose and any(seq >= left[number] for seq in life.given):
+                    self.seen.add("given outputs were lost")
+                    life.given = {seq: y for seq, y in life.given.items() if seq < left[number]}
+                if may_lose:
+                    life.acked = min(life.acked, left[number])
+
+    def started(self, node: Node, expected: dict[int, int]) -> None:
+        """A server has started on what was durable: every stream stands where its durable frames end, to the bit."""
+        self.node = node
+        slots = node.open_slots()
+        require(sorted(expected) == sorted(int(node.table.recording_id[slot]) for slot in slots), "streams are missing")
+        states: Any = node.stepper.read(np.array(slots, np.int64))[:, 0, 0]
+        for state, slot in zip(states, slots, strict=True):
+            number = int(node.table.recording_id[slot])
+            life, seq = self.lives[number], int(node.table.next_seq[slot])
+            require(seq == expected[number], "a stream does not stand where its durable frames end")
+            require(seq <= len(life.line), "a stream holds frames that nobody sent")
+            require(state == life.line.states[seq], "a stream came back with another state")
+
+
+def is_fenced_rightly(truth: Truth, life: Life | None) -> bool:
+    """Whether FENCED may be said to somebody who had this stream."""
+    return life is None or life.is_contended or life.has_ended or truth.is_lossy

@@ -1,0 +1,301 @@
+"""Clients, network, server and disk together, moved step by step; checked after each."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from instep.recording.errors import RecordingError
+from instep.recording.schema import Durability
+from instep.runtime.stepper import StateLost
+from instep_client import wire
+from instep_client.wire import Kind
+from tests.delivery.client import Is, Lane, ModelClient
+from tests.delivery.disk import Disk
+from tests.delivery.network import Connection, Network
+from tests.delivery.node import Node, Sizes, StepFailure
+from tests.delivery.truth import Truth, Violation
+
+CLIENTS = 2
+_ROUNDS = 80
+_QUIET_ROUNDS = 200
+
+
+class World:
+    """One example.
+
+    Args:
+        durability: what the server promises.
+        sizes: of the server.
+    """
+
+    def __init__(self, durability: Durability, sizes: Sizes) -> None:
+        self.disk = Disk(durability)
+        self.network = Network()
+        self.truth = Truth(self.disk, sizes.window)
+        self.network.on_sent = lambda connection, message: self.truth.leaves(connection, message)
+        self._sizes = sizes
+        self._lives = count(1)
+        self._copies: list[list[bytes]] = []
+        self.node: Node | None = None
+        self.start()
+        self.clients = [ModelClient(number, self.truth, self.network) for number in range(CLIENTS)]
+
+    # ── The network ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def deliver_to_server(self, connection: Connection, at_most: int = 99) -> bool:
+        """Whether anything was delivered."""
+        delivered = False
+        for _ in range(at_most):
+            if self.node is None or connection.is_partitioned or not connection.to_server or not self.node.has_room:
+                break
+            self._handle(self.node, connection, connection.to_server.popleft())
+            delivered = True
+        if delivered and self.node is not None:
+            self.node.schedule()
+        return delivered
+
+    def _handle(self, node: Node, connection: Connection, message: list[bytes]) -> None:
+        truth, header = self.truth, wire.unpack_header(message)
+        asked = truth.asked.get((connection.owner, header.request))
+        is_copy = any(message is copy for copy in self._copies)
+        if asked is None:
+            node.handle(connection, message)
+        elif header.kind is Kind.STEP:
+            before = truth.before_step(asked)
+            node.handle(connection, message)
+            truth.after_step(asked, before)
+        elif header.kind is Kind.OPEN:
+            node.handle(connection, message)
+            truth.after_open(connection.owner, asked)
+        elif header.kind is Kind.RESUME:
+            truth.before_resume(connection, asked, is_copy=is_copy)
+            node.handle(connection, message)
+        else:
+            node.handle(connection, message)
+            self._note_ends(node)
+
+    def _note_ends(self, node: Node) -> None:
+        for life in self.truth.lives.values():
+            slot = node.table.find(life.name)
+            if slot is None or node.table.closing[slot] or node.table.lost[slot]:
+                life.has_ended = True
+
+    def deliver_to_client(self, connection: Connection, at_most: int = 99) -> bool:
+        """Whether anything was delivered."""
+        delivered = False
+        for _ in range(at_most):
+            if connection.is_partitioned or not connection.to_client:
+                break
+            message = connection.to_client.popleft()
+            delivered = True
+            client = self.clients[connection.owner]
+            if connection is client.connection:
+                client.receive([bytes(frame) for frame in message])
+        return delivered
+
+    def drop(self, connection: Connection, *, of_server: bool) -> None:
+        """The oldest message on its way is lost."""
+        queue = connection.to_client if of_server else connection.to_server
+        if queue:
+            queue.popleft()
+            self.truth.seen.add("dropped")
+
+    def duplicate(self, connection: Connection, *, of_server: bool) -> None:
+        """The oldest message on its way arrives once more, now or behind the others."""
+        if of_server:
+            if connection.to_client:
+                connection.to_client.append(list(connection.to_client[0]))
+        elif connection.to_server:
+            copy = list(connection.to_server[0])
+            self._copies.append(copy)
+            connection.to_server.append(copy)
+
+    def cut(self, connection: Connection, *, server_notices: bool) -> None:
+        """The connection breaks; its client connects again when it does."""
+        connection.cut()
+        if server_notices and self.node is not None:
+            self.node.notice_gone(connection)
+
+    # ── The server ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def work(self, jobs: int) -> None:
+        """The worker does some jobs, and the loop learns of all that has happened."""
+        for _ in range(jobs):
+            if self.node is not None:
+                self.node.worker.work()
+        self.turn()
+
+    def turn(self) -> bool:
+        """The loop does what was handed back; whether it was anything."""
+        turned = False
+        while self.node is not None and self.node.turn():
+            turned = True
+            self._note_failure()
+        return turned
+
+    def commit(self, *, is_told: bool) -> None:
+        """The recorder writes what waits; the loop learns of it now or later."""
+        if self.node is not None:
+            self.node.recorder.commit()
+            if is_told:
+                self.turn()
+            self._note_failure()
+
+    def fail_next_step(self, *, loses_state: bool) -> None:
+        if self.node is not None:
+            self.node.stepper.failure = StateLost("lost") if loses_state else StepFailure("failed")
+
+    def expire(self) -> None:
+        """All parked streams have waited too long."""
+        if self.node is not None:
+            self.node.expire_parked()
+            self._note_ends(self.node)
+
+    def snapshot(self) -> None:
+        if self.node is not None:
+            self.node.snapshot()
+
+    def _note_failure(self) -> None:
+        """A server whose recorder has failed ends; one that has lost states closes their streams."""
+        if self.node is None:
+            return
+        if self.node.has_failed:
+            self.truth.seen.add("the disk was full")
+            self.crash(power_lost=0)
+            self.disk.broken = False
+        elif self.node.table.lost.any():
+            self._note_ends(self.node)
+
+    def all_goes_well(self) -> None:
+        """All messages are delivered and answered, but for what takes longer than usual."""
+        for connection in list(self.network.connections):
+            self.deliver_to_server(connection)
+        self.work(3)
+        self.commit(is_told=True)
+        for connection in list(self.network.connections):
+            self.deliver_to_client(connection)
+
+    # ── Crash and start ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def crash(self, power_lost: int) -> None:
+        """The server dies; with it the machine, and the newest transactions, where `power_lost` is not 0."""
+        if self.node is None:
+            return
+        self.truth.seen.add("power lost" if power_lost else "killed")
+        self.node = None
+        if power_lost:
+            self.disk.lose_power(power_lost)
+        durability = self.disk.durability
+        may_lose = durability == "memory" or (durability == "commit" and power_lost > 0)
+        self.truth.crashed(may_lose=may_lose)
+        for connection in self.network.connections:
+            connection.rename()
+
+    def start(self) -> None:
+        """Start the server, unless it runs."""
+        if self.node is None:
+            self.node = Node(next(self._lives), self.disk, self.network, self._sizes)
+            self.truth.started(self.node, self.disk.next_seqs())
+
+    def start_damaged(self, where: int, bit: int) -> None:
+        """One bit on the disk turns over; the server does not start, or nobody can tell."""
+        if self.node is not None:
+            return
+        rows = [(table, key) for table, found in sorted(self.disk.image.items()) for key in found]
+        if not rows:
+            return
+        table, key = rows[where % len(rows)]
+        row = self.disk.image[table][key]
+        blobs = [at for at, column in enumerate(row) if isinstance(column, bytes) and column]
+        damaged = list(row)
+        at = blobs[bit % len(blobs)] if blobs else 0
+        if blobs:
+            damaged[at] = bytearray(damaged[at])
+            damaged[at][bit // 8 % len(damaged[at])] ^= 1 << bit % 8
+            damaged[at] = bytes(damaged[at])
+        else:
+            at = len(row) - 2
+            damaged[at] = damaged[at] + "?" if isinstance(damaged[at], str) else (damaged[at] or 0) ^ 1
+        expected = self.disk.next_seqs()
+        self.disk.image[table][key] = tuple(damaged)
+        try:
+            self.node = Node(next(self._lives), self.disk, self.network, self._sizes)
+        except RecordingError:
+            self.truth.seen.add("damage was refused")
+        else:
+            self.truth.seen.add("damage was harmless")
+        finally:
+            self.disk.image[table][key] = row
+        if self.node is None:
+            self.start()
+        else:
+            self.truth.started(self.node, expected)
+
+    # ── In the end ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def check(self) -> None:
+        """What holds after every step."""
+        self.truth.check_rings()
+
+    def settle(self) -> None:
+        """The faults are over: everything that was sent is answered.
+
+        Raises:
+            Violation: when it is not.
+        """
+        self.disk.broken = False
+        self.start()
+        for connection in self.network.connections:
+            connection.is_partitioned = False
+        for _ in range(_ROUNDS):
+            self._until_quiet()
+            self.check()
+            if self._is_settled():
+                return
+            for client in self.clients:
+                self._go_on(client)
+        states = [
+            (lane.name, lane.state, lane.have, len(lane.line))
+            for client in self.clients
+            for lane in client.lanes.values()
+        ]
+        raise Violation(f"not everything was answered: {states}")
+
+    def _until_quiet(self) -> None:
+        for _ in range(_QUIET_ROUNDS):
+            moved = False
+            self.start()
+            assert self.node is not None
+            self.node.stepper.failure = None
+            for connection in list(self.network.connections):
+                moved |= self.deliver_to_server(connection)
+                moved |= self.deliver_to_client(connection)
+            moved |= bool(self.node.worker.jobs)
+            self.node.postbox.flush(0)
+            self.work(2)
+            self.commit(is_told=True)
+            if not moved:
+                return
+        raise Violation("the server and its clients never come to rest")
+
+    def _is_settled(self) -> bool:
+        return all(self._lane_is_settled(lane) for client in self.clients for lane in client.lanes.values())
+
+    def _lane_is_settled(self, lane: Lane) -> bool:
+        if lane.state is Is.OPEN:
+            return lane.is_answered
+        return lane.state is Is.NOTHING or (lane.state is Is.REFUSED and self._is_held(lane.name))
+
+    def _is_held(self, name: str) -> bool:
+        return any(client.lanes[name].state is Is.OPEN for client in self.clients)
+
+    def _go_on(self, client: ModelClient) -> None:
+        lanes = client.lanes.values()
+        if client.connection.is_cut or any(lane.state not in (Is.NOTHING, Is.OPEN, Is.REFUSED) for lane in lanes):
+            client.reconnect()
+            return
+        for lane in lanes:
+            if lane.state is Is.OPEN:
+                client.send([lane], self._sizes.window, anew=True, politely=True)
+            elif lane.state is Is.REFUSED and not self._is_held(lane.name):
+                client.take_over(lane)
