@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench chaos clean
+.PHONY: help demo test test-long check format bench chaos clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ test: check  ## Run the checks, then all tests with their coverage
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
+
+test-long: $(READY)  ## Run the tests that take minutes: chaos, delivery under every fault, scale
+	$(BIN)/python -m pytest -m long
 
 check: $(READY)  ## Check format, style, types and the direction of imports
 	$(BIN)/ruff format --check .

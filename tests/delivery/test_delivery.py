@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.delivery.machine import Faults, numbers, run
 
+pytestmark = pytest.mark.long
+
 STEPS = 60
 EXAMPLES = 800
 REACHED = Counter[str]()

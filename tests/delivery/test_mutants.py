@@ -16,6 +16,8 @@ from instep.server.tap import Tap
 from tests.delivery.machine import Faults, numbers, run
 from tests.delivery.mutants import Change, broken
 
+pytestmark = pytest.mark.long
+
 STEPS = 60
 EXAMPLES = 800
 """As many as the property test tries in each of its settings."""

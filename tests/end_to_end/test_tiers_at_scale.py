@@ -19,6 +19,8 @@ from tests.support.models import SMALL, torch_gru
 from tests.support.raw import RawClient, Reply
 from tests.support.traffic import assert_same_bits
 
+pytestmark = pytest.mark.long
+
 F, H = 5, 8
 STREAMS, DEVICE_STREAMS = 100_000, 1_000
 ENGINE = ("--max-streams", str(STREAMS), "--set", f"engine.device_streams={DEVICE_STREAMS}")
