@@ -20,6 +20,8 @@ from tests.delivery.network import Connection
 from tests.delivery.node import Sizes
 from tests.delivery.world import CLIENTS, World
 
+_BYTES: Final = 3
+"""Of a number."""
 _CHOICES: Final = (NAMES, *((name,) for name in NAMES))
 
 
@@ -50,17 +52,28 @@ def _lanes(client: ModelClient, digits: Digits) -> list[Lane]:
     return [client.lanes[name] for name in _CHOICES[digits.below(len(_CHOICES))]]
 
 
+def _sender(world: World, digits: Digits) -> ModelClient:
+    """Any client that can send something, or any."""
+    first = digits.below(CLIENTS)
+    clients = world.clients[first:] + world.clients[:first]
+    able = [client for client in clients if any(lane.state is Is.OPEN for lane in client.lanes.values())]
+    return (able or clients)[0]
+
+
 def _connection(world: World, digits: Digits) -> Connection:
-    """Any; mostly one of the newest."""
+    """Any; one of the newest, mostly, and one that has something to deliver, if there is one."""
     connections = world.network.connections
-    return connections[-1 - min(digits.below(4), len(connections) - 1)]
+    busy = [connection for connection in connections if connection.to_server or connection.to_client]
+    among = busy or connections
+    return among[-1 - min(digits.below(4), len(among) - 1)]
 
 
 # ── Steps of clients ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _all_goes_well(world: World, _: Digits) -> None:
-    world.all_goes_well()
+def _all_goes_well(world: World, digits: Digits) -> None:
+    for _ in range(1 + digits.below(3)):
+        world.all_goes_well()
 
 
 def _open(world: World, digits: Digits) -> None:
@@ -71,7 +84,7 @@ def _open(world: World, digits: Digits) -> None:
 
 
 def _send(world: World, digits: Digits) -> None:
-    client = _client(world, digits)
+    client = _sender(world, digits)
     lanes, timesteps = _lanes(client, digits), 1 + digits.below(3)
     client.send(lanes, timesteps, anew=digits.flag and digits.flag, politely=digits.flag)
     if digits.flag:
@@ -79,17 +92,17 @@ def _send(world: World, digits: Digits) -> None:
 
 
 def _send_again(world: World, digits: Digits) -> None:
-    client = _client(world, digits)
+    client = _sender(world, digits)
     client.send(_lanes(client, digits), 1 + digits.below(3), anew=True, politely=True)
 
 
 def _contradict(world: World, digits: Digits) -> None:
-    client = _client(world, digits)
+    client = _sender(world, digits)
     client.contradict(_lane(client, digits))
 
 
 def _close(world: World, digits: Digits) -> None:
-    client = _client(world, digits)
+    client = _sender(world, digits)
     client.close(_lane(client, digits))
 
 
@@ -220,8 +233,9 @@ def steps_of(faults: Faults, which: int) -> list[Step]:
 
 
 def numbers(most: int) -> st.SearchStrategy[list[int]]:
-    """An example of at most so many steps, as `run` takes it."""
-    return st.lists(st.integers(0, 2**24 - 1), min_size=most // 3, max_size=most)
+    """An example of at most so many steps, as `run` takes it. Bytes are drawn at once, and evenly."""
+    drawn = st.binary(min_size=most // 3 * _BYTES, max_size=most * _BYTES)
+    return drawn.map(lambda data: [int.from_bytes(data[at : at + _BYTES], "big") for at in range(0, len(data), _BYTES)])
 
 
 def run(faults: Faults, example: list[int]) -> World:

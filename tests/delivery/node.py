@@ -157,11 +157,13 @@ class Node:
         path: Any = disk
         writer: RecordingWriter
         last_stream, changed = 0, np.zeros(0, np.int64)
+        stepper: Any = self.stepper
+        worker: Any = self.worker
         if disk.is_empty:
             writer = MemoryWriter.create(path, header)
         else:
             with files_in_memory():
-                writer, recovery = go_on(path, header, table, rings, self.stepper, accept_numerics_change=False)
+                writer, recovery = go_on(path, header, table, rings, stepper, accept_numerics_change=False)
             last_stream, changed = recovery.last_stream, recovery.changed
         last_row = writer.position
         self.recorder = HandRecorder(
@@ -182,8 +184,8 @@ class Node:
         self.engine = Engine(
             table,
             rings,
-            self.stepper,
-            self.worker,
+            stepper,
+            worker,
             self.postbox,
             tap,
             limits,
@@ -194,8 +196,8 @@ class Node:
         self.lifecycle = Lifecycle(
             table,
             rings,
-            self.stepper,
-            self.worker,
+            stepper,
+            worker,
             self.clients,
             self.postbox,
             tap,
@@ -206,7 +208,7 @@ class Node:
         )
         self.engine.on_answered = self.lifecycle.go_on
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
-        self.snapshots = Snapshots(table, rings, self.stepper, self.worker, tap, 0)
+        self.snapshots = Snapshots(table, rings, stepper, worker, tap, 0)
         self.verbs = Verbs(
             self.engine, self.lifecycle, self.clients, self.postbox, _info(number, limits), limits, statistics
         )
