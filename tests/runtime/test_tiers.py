@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
@@ -134,6 +135,35 @@ def test_each_copy_can_fail_and_is_made_the_next_time(place: str) -> None:
     moved.check()
     moved.step(np.array([9, 2, 8]))
     moved.check()
+
+
+def test_a_hot_state_outlives_a_load_that_fails() -> None:
+    moved = Moved(12, 4)
+    moved.step(np.arange(1, 5))
+    moved.fault.place = "warm write"
+    with pytest.raises(RuntimeError, match="warm write"):
+        moved.tiers.load(np.array([2, 3, 7, 8]), np.ones((4, LAYERS, SIZE), np.float32))
+    np.testing.assert_array_equal(moved.tiers.read(np.arange(1, 5)), moved.states[1:5])
+
+
+class Torn(np.ndarray[tuple[int, ...], np.dtype[np.float32]]):
+    """Writes half of the rows, then raises."""
+
+    def __setitem__(self, slots: Any, states: Any) -> None:
+        self.view(np.ndarray)[slots[: len(slots) // 2]] = states[: len(slots) // 2]
+        raise MemoryError
+
+
+def test_what_a_torn_write_left_is_cleared() -> None:
+    warm = WarmStore(4, LAYERS, SIZE)
+    intact, slots = warm._states, np.array([1, 3, 4])
+    warm._states = intact.view(Torn)
+    with pytest.raises(MemoryError):
+        warm.write(slots, np.ones((3, LAYERS, SIZE), np.float32))
+    warm._states = intact
+    assert warm.read(slots).any()
+    warm.clear(slots)
+    assert not warm.read(slots).any()
 
 
 def test_moves_are_counted_and_what_is_there_already_is_not_moved() -> None:
