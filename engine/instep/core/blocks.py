@@ -35,6 +35,9 @@ class Block(Generic[C]):
     """int64 [N], how many of them were admitted to be computed."""
     frames: int = field(init=False)
     """How many those are together."""
+    repeated: F32 | None = None
+    """float32 [≤ T, N, outputs] where leading timesteps were applied before: their outputs, as the ring had them on
+    admission. The client may acknowledge them before this block is answered, and later frames take their places."""
     queue_ns: int = 0
     compute_ns: int = 0
     stepped_ns: int = 0
@@ -71,6 +74,9 @@ class Block(Generic[C]):
     def outputs(self, rings: Rings) -> F32:
         """The answer: float32 [T, N, outputs], NaN where a frame was not applied."""
         y = rings.outputs(self.admission.slots, self.admission.first_seqs, self.timesteps)
+        if self.repeated is not None:
+            are_repeated = np.arange(len(self.repeated))[:, None] < self.admission.skipped
+            y[: len(self.repeated)][are_repeated] = self.repeated[are_repeated]
         if self.codes.any():
             y[np.arange(self.timesteps)[:, None] >= self.lengths] = np.nan
         return y

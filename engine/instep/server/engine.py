@@ -99,6 +99,8 @@ class Engine:
         if block.frames == 0:
             self._answer(block)
             return
+        if block.frames < int(verdict.lengths.sum()):
+            block.repeated = self.rings.outputs(verdict.slots, verdict.first_seqs, int(verdict.skipped.max()))
         number = self.blocks.add(block)
         ready = self.rings.append(verdict.slots, verdict.first_seqs, verdict.skipped, verdict.lengths, x, number)
         self.table.admitted(verdict.slots, block.fresh, now_ns)
