@@ -21,7 +21,7 @@ test: check  ## Run the checks, then all tests with their coverage
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 
-test-long: $(READY)  ## Run the tests that take minutes: chaos, delivery under every fault, scale
+test-long: $(READY)  ## Run the tests that take minutes: chaos, mutants, faults, scale
 	$(BIN)/python -m pytest -m long
 
 check: $(READY)  ## Check format, style, types and the direction of imports

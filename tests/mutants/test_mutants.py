@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.mutation import Mutant, copy_engine, run_tests
 
+pytestmark = pytest.mark.long
+
 AT_ONCE = 2
 ADMISSION = "tests/core/test_admission.py"
 OWNERSHIP = "tests/core/test_ownership.py"
