@@ -11,12 +11,15 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from tests.delivery.client import Is, Lane
 from tests.delivery.machine import Faults, numbers, run
+from tests.delivery.node import Sizes
+from tests.delivery.world import World
 
 pytestmark = pytest.mark.long
 
 STEPS = 60
-EXAMPLES = 800
+EXAMPLES = 1000
 REACHED = Counter[str]()
 """What the examples of all settings have reached."""
 
@@ -72,3 +75,27 @@ def test_the_examples_reach_what_they_are_for() -> None:
         "STATE_LOST",
         "UNKNOWN_STREAM",
     }
+
+
+def test_a_stream_that_ends_while_its_resume_waits_is_not_taken_for_the_next_in_its_slot() -> None:
+    """Too rare for chance: one of two streams that are resumed loses its state while the other is still computed."""
+    world = World("memory", Sizes(window=2, batch=1))
+    client = world.clients[0]
+    client.open(list(client.lanes.values()))
+    world.all_goes_well()
+    lost, slow = client.lanes.values()
+    client.send([lost], 1, anew=False, politely=True)
+    client.send([slow], 2, anew=False, politely=True)
+    world.deliver_to_server(client.connection)
+    world.commit(is_told=True)
+    client.reconnect()
+    world.deliver_to_server(client.connection)
+    world.fail_next_step(loses_state=True)
+    for _ in range(3):
+        world.work(1)
+        world.commit(is_told=True)
+    client.lanes["c"] = Lane("c")
+    client.open([client.lanes["c"]])
+    world.deliver_to_server(client.connection)
+    world.settle()
+    assert [lane.state for lane in client.lanes.values()] == [Is.NOTHING, Is.OPEN, Is.OPEN]

@@ -66,6 +66,9 @@ class Life:
     given: dict[int, int] = field(default_factory=dict)
     """Outputs that have left the server and were not declared lost, by seq."""
     acked: int = 0
+    """What the client that sends has acknowledged."""
+    claimed: int = 0
+    """What clients that asked for the stream said they have."""
     is_contended: bool = False
     """Another client has asked for it, or a message of a connection that was left behind has."""
     has_ended: bool = False
@@ -149,13 +152,22 @@ class Truth:
             handle, epoch, next_seq = (int(value) for value in grant)
             if handle == 0:
                 continue
-            life = self.lives[int(self.node.table.recording_id[handle & _SLOT])]
+            life = self._granted_life(handle, asked.names[column])
             require(life.name == asked.names[column], "another stream than the one asked for was given")
             if asked.kind is Kind.RESUME and not asked.takes_over:
                 require(asked.have[column] <= next_seq, "a client has outputs the server does not know of")
             self._grant_leaves(life, client, epoch, next_seq)
             if asked.kind is Kind.RESUME:
                 life.acked = max(life.acked, min(asked.have[column], next_seq))
+
+    def _granted_life(self, handle: int, name: str) -> Life:
+        """Which life a handle is of: that in its slot, or one that has ended while the answer waited to be durable."""
+        assert self.node is not None
+        slot, generation = handle & _SLOT, handle >> 32
+        present = self.lives[int(self.node.table.recording_id[slot])]
+        if generation >= int(self.node.table.openings(np.array([slot]))[0]):
+            return present
+        return max((life for life in self.lives.values() if life.name == name and life is not present), key=_number)
 
     def _grant_leaves(self, life: Life, client: int, epoch: int, next_seq: int) -> None:
         if self.disk.durability != "memory":
@@ -204,8 +216,11 @@ class Truth:
 
     def before_resume(self, connection: Connection, asked: Asked, *, is_copy: bool) -> None:
         """The server is about to take a RESUME."""
-        for life in self._open_lives(asked.names):
-            life.is_contended |= is_copy or connection.is_left or connection.owner != life.holder
+        assert self.node is not None
+        for name, have in zip(asked.names, asked.have, strict=True):
+            for life in self._open_lives([name]):
+                life.is_contended |= is_copy or connection.is_left or connection.owner != life.holder
+                life.claimed = max(life.claimed, min(have, int(self.node.table.next_seq[self._slot(life)])))
 
     def _open_lives(self, names: list[str]) -> list[Life]:
         assert self.node is not None
@@ -240,9 +255,10 @@ class Truth:
             life = self.lives.get(int(table.recording_id[slot]))
             if next_seq == 0 or life is None:
                 continue
-            require(next_seq <= life.acked + self.window, "more frames than the window were taken")
+            acked = max(life.acked, min(life.claimed, int(table.acked[slot])))
+            require(next_seq <= acked + self.window, "more frames than the window were taken")
             require(next_seq <= len(life.line), "a frame was taken that nobody sent")
-            first = min(life.acked, step_seq)
+            first = min(acked, step_seq)
             rows = rings.rows(np.full(next_seq - first, slot), np.arange(first, next_seq))
             for seq, row in enumerate(rows.tolist(), first):
                 require(rings.x[row, 0] == life.line.xs[seq], f"the ring has lost the inputs of frame {seq}")
@@ -266,7 +282,15 @@ class Truth:
                     self.seen.add("given outputs were lost")
                     life.given = {seq: y for seq, y in life.given.items() if seq < left[number]}
                 if may_lose:
-                    life.acked = min(life.acked, left[number])
+                    life.acked, life.claimed = min(life.acked, left[number]), min(life.claimed, left[number])
+                    self._take_from_disk(life, left[number])
+
+    def _take_from_disk(self, life: Life, length: int) -> None:
+        """That a step failed may be forgotten, too: its frame counts again then, whatever came instead of it."""
+        frames = [self.disk.frames[life.number, seq] for seq in range(length)]
+        xs = [int(np.frombuffer(frame, "<f4")[0]) for frame in frames]
+        if life.line.xs[:length] != xs:
+            life.line = Line(xs)
 
     def started(self, node: Node, expected: dict[int, int]) -> None:
         """A server has started on what was durable: every stream stands where its durable frames end, to the bit."""
@@ -285,3 +309,7 @@ class Truth:
 def is_fenced_rightly(truth: Truth, life: Life | None) -> bool:
     """Whether FENCED may be said to somebody who had this stream."""
     return life is None or life.is_contended or life.has_ended or truth.is_lossy
+
+
+def _number(life: Life) -> int:
+    return life.number

@@ -120,6 +120,11 @@ class StreamTable:
         self._new_epochs(granted, None)
         return slots, codes
 
+    def openings(self, slots: I64) -> U32:
+        """Which opening of its slot each open stream is, uint32 [N]: another number for the slot's next stream."""
+        numbers: U32 = self._first_generation[slots]
+        return numbers
+
     def hand_over(self, slots: I64, owner: int, now_ns: int, former_epochs: U64 | None = None) -> None:
         """Give streams to another owner: new epochs, and their handles so far are fenced.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from instep.core.ownership import judge_claims
 from instep.core.rings import Rings
-from instep.core.streams import StreamTable
+from instep.core.streams import NO_OWNER, StreamTable
 from instep.core.typing import F32, I32, I64, U64, Bool
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
@@ -200,18 +200,21 @@ class Lifecycle:
         slots = claims.slots[good]
         self._tell_owners(slots, Code.FENCED, besides=client.number)
         self._hand_over(slots, client.number, claims.former_epochs[good])
+        table, openings = self._table, self._table.openings(slots)
 
         def answered() -> None:
+            # Meanwhile somebody else may have taken them, or they have ended and others are in their slots.
+            is_there = (table.openings(slots) == openings) & (table.owner[slots] != NO_OWNER)
+            is_own = is_there & (table.owner[slots] == client.number)
+            own = slots[is_own]
             grants = np.zeros(len(names), GRANT)
-            current = self._table.owner[slots] == client.number  # somebody else may have taken them meanwhile
-            grants[good] = self._grants(slots)
-            grants["handle"][np.flatnonzero(good)[~current]] = 0
-            claims.codes[np.flatnonzero(good)[~current]] = Code.FENCED
+            grants[np.flatnonzero(good)[is_own]] = self._grants(own)
+            claims.codes[good] = np.where(is_own, 0, np.where(is_there, Code.FENCED, Code.UNKNOWN_STREAM))
             # Not before: what is pending is no output yet, and its step may fail.
-            have = np.minimum(claims.have[good], self._table.next_seq[slots])[current]
-            self._table.acked[slots[current]] = np.maximum(self._table.acked[slots[current]], have)
-            self._statistics.resumed_streams_total += int(current.sum())
-            ticket = self._tap.resumed(slots)
+            have = np.minimum(claims.have[good][is_own], table.next_seq[own])
+            table.acked[own] = np.maximum(table.acked[own], have)
+            self._statistics.resumed_streams_total += len(own)
+            ticket = self._tap.resumed(own)
             self._tap.when_durable(ticket, lambda: on_resumed(grants, claims.codes, claims.expected_seq))
 
         self._when_answered(slots, answered)
