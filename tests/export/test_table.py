@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from instep.export import table
-from instep.export.errors import CannotExport
 from instep.export.table import Chunk, FrameTable
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
@@ -103,5 +102,5 @@ def test_progress_grows_to_one(tmp_path: Path) -> None:
 
 
 def test_a_stream_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CannotExport, match="no stream 'mic-3'; did you mean 'mic-2' or 'mic-1'"):
+    with pytest.raises(RecordingError, match="no stream 'mic-3'; did you mean 'mic-2' or 'mic-1'"):
         all_rows(write_recording(tmp_path).path, "mic-1", "mic-3")

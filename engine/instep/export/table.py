@@ -9,10 +9,10 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import F32, I64, U32, U64
-from instep.export.select import select_streams
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch
+from instep.recording.select import select_streams
 
 CHUNK_BYTES: Final = 16 * 2**20
 """Floats in a chunk, about; a chunk has as many frames as fit, and up to one batch more."""

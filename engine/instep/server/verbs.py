@@ -142,21 +142,24 @@ class Verbs:
         if states is not None:
             codes[(codes == 0) & ~np.isfinite(states).all(axis=(1, 2))] = Code.NOT_FINITE
         good = codes == 0
-        grants = np.zeros(count, wire.GRANT)
+        states = None if states is None else states[good]
+        self._open_good(client, header.request, names, codes, states, None if first_seqs is None else first_seqs[good])
+
+    def _open_good(
+        self, client: Client, request: int, names: list[str], codes: I32, states: F32 | None, first_seqs: I64 | None
+    ) -> None:
+        """Open the streams of the names whose code is 0, from states and seqs that are of those alone, and answer."""
+        good = codes == 0
+        grants = np.zeros(len(names), wire.GRANT)
 
         def opened(granted: wire.GrantArray, refused: I32) -> None:
             grants[good] = granted
             codes[good] = refused
-            message = replies.opened(header.request, grants, codes, self._info.durability)
+            message = replies.opened(request, grants, codes, self._info.durability)
             self._postbox.send(client, message, time.monotonic_ns())
 
-        self._lifecycle.open(
-            client,
-            [name for name, is_good in zip(names, good.tolist(), strict=True) if is_good],
-            None if states is None else states[good],
-            None if first_seqs is None else first_seqs[good],
-            opened,
-        )
+        good_names = [name for name, is_good in zip(names, good.tolist(), strict=True) if is_good]
+        self._lifecycle.open(client, good_names, states, first_seqs, opened)
 
     def _first_seqs(self, has_seqs: Any, frame: bytes, count: int) -> I64 | None:
         if not wire.count_field(has_seqs, "has_seqs", 1, at_least=0):
@@ -230,26 +233,17 @@ class Verbs:
         self._refuse_while_draining()
         codes[(codes == 0) & ~np.array([wire.name_is_good(name) for name in names])] = Code.BAD_NAME
         good = codes == 0
-        grants = np.zeros(count, wire.GRANT)
-
-        def opened(granted: wire.GrantArray, refused: I32) -> None:
-            grants[good] = granted
-            codes[good] = refused
-            message = replies.opened(header.request, grants, codes, self._info.durability)
-            self._postbox.send(client, message, time.monotonic_ns())
 
         def read(next_seqs: I64, states: F32, lost: Bool) -> None:
             if self._clients.by_number(client.number) is not client:
                 return  # gone meanwhile; its number may be another's now
             codes[np.flatnonzero(good)[lost]] = Code.STATE_LOST
-            good[np.flatnonzero(good)[lost]] = False
-            copies = [name for name, is_good in zip(names, good.tolist(), strict=True) if is_good]
-            self._lifecycle.open(client, copies, states[~lost], next_seqs[~lost], opened)
+            self._open_good(client, header.request, names, codes, states[~lost], next_seqs[~lost])
 
         if good.any():
             self._lifecycle.peek(slots[good], read)
         else:
-            opened(np.zeros(0, wire.GRANT), np.zeros(0, np.int32))
+            self._open_good(client, header.request, names, codes, None, None)
 
     def _own(self, client: Client, frame: bytes, count: int) -> tuple[I64, I32]:
         handles: U64 = wire.array_frame(frame, "<u8", (count,), "handles")

@@ -26,6 +26,7 @@ from instep.core.typing import I64
 from instep.model.folder import Model
 from instep.model.network import Network
 from instep.recording.reader import RecordingReader
+from instep.recording.select import select_streams
 from instep.recording.sequences import SequenceIndex
 from instep.verify.check import ChunkCheck, Suspect, Ways, check_without_frames
 from instep.verify.chunks import Chunk, plan_chunks
@@ -33,7 +34,6 @@ from instep.verify.conditions import device_for, find_conditions, recorded_threa
 from instep.verify.errors import CannotVerify
 from instep.verify.reference import Reference
 from instep.verify.report import ULP_BINS, Report, StreamReport, Way, joined
-from instep.verify.select import select_streams
 
 Stage: TypeAlias = Literal["reading", "replaying"]
 STAGES: Final[tuple[Stage, ...]] = ("reading", "replaying")
@@ -55,7 +55,7 @@ def verify(reader: RecordingReader, model: Model, stream: str | None, on_progres
 
     Raises:
         CannotVerify: when there is nothing to check.
-        RecordingError: when the recording is damaged.
+        RecordingError: when the recording is damaged, or has no such stream.
     """
     with recorded_threads(reader.header):
         return _Verification(reader, model, stream, on_progress).run()
@@ -71,7 +71,7 @@ class _Verification:
         self._index = SequenceIndex(reader, lambda share: on_progress("reading", share))
         if not self._index.frames_present:
             raise CannotVerify(f"{reader.path} holds no frames: nothing was recorded, so nothing can be verified")
-        self._rows = select_streams(self._index.streams, stream)
+        self._rows = np.array(select_streams(self._index.streams, [] if stream is None else [stream]), np.int64)
         chosen = set(self._rows.tolist())
         self._of_stream: dict[int, list[int]] = {row: [] for row in chosen}
         for at, stretch in enumerate(self._index.stretches):

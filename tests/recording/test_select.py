@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from instep.export.errors import CannotExport
-from instep.export.select import select_streams
+from instep.recording.errors import RecordingError
 from instep.recording.records import StreamInfo
+from instep.recording.select import select_streams
 
 
 def opened(*names: str) -> list[StreamInfo]:
@@ -19,6 +19,7 @@ def opened(*names: str) -> list[StreamInfo]:
         (["b", "a"], [0, 1, 2]),
         (["2"], [1]),
         (["1"], [3]),
+        (["4"], [3]),
         (["a", "3", "a"], [0, 2]),
     ],
 )
@@ -36,6 +37,21 @@ def test_names_come_before_numbers(wanted: list[str], found: list[int]) -> None:
     ],
 )
 def test_one_that_is_not_there(names: tuple[str, ...], sentence: str) -> None:
-    with pytest.raises(CannotExport) as caught:
+    with pytest.raises(RecordingError) as caught:
         select_streams(opened(*names), ["mic"])
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "sentence"),
+    [
+        (("left", "right"), "rihgt", "the recording has no stream 'rihgt'; did you mean 'right'?"),
+        (("mic-1", "mic-2", "x"), "mic1", "did you mean 'mic-1' or 'mic-2'?"),
+        (("left", "right"), "zzz", "it has 2 streams, from 'left' to 'right'"),
+        (("left",), "99", "its only stream is 'left'"),
+    ],
+)
+def test_what_is_near_is_named(names: tuple[str, ...], wanted: str, sentence: str) -> None:
+    with pytest.raises(RecordingError) as caught:
+        select_streams(opened(*names), ["left", wanted] if "left" in names else [wanted])
+    assert sentence in str(caught.value)
