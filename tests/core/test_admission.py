@@ -118,7 +118,7 @@ def test_a_duplicate_is_answered_from_the_ring_and_not_admitted_again(core: Core
     verdict = core.admit(handles, u64(1), frames([2, 3]))
     assert (verdict.skipped.tolist(), verdict.lengths.tolist(), verdict.codes.tolist()) == ([2], [2], [0])
     assert core.rings.outputs(verdict.slots, verdict.first_seqs, 2).ravel().tolist() == [3, 6]
-    assert not core.rings.is_busy(slots).any()
+    assert core.table.step_seq[slots].tolist() == [3]
     assert core.table.next_seq[slots].tolist() == [3]
 
 

@@ -207,7 +207,7 @@ MUTANTS = [
     Mutant(
         "the room of the whole server is not checked",
         "server/verbs.py",
-        "if over_credit or frame_count > self._engine.rings.room:",
+        "if over_credit or frame_count > self._engine.rings.room or self._engine.blocks.is_full:",
         "if over_credit:",
         (f"{OVERLOAD}::test_a_block_that_the_whole_server_has_no_room_for_is_refused_whole",),
     ),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import sqlite3
 import threading
 from pathlib import Path
@@ -143,6 +144,22 @@ def test_a_failing_disk_ends_the_recording_aloud(tmp_path: Path, failure: Except
     assert writer.abandoned
     with RecordingReader(tmp_path / "a.rec") as reader:
         assert reader.last_position == 0
+
+
+def test_a_failure_is_told_though_the_folder_cannot_be_written_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    writer, recorder, calls = start(tmp_path / "a.rec")
+    writer.failure = OSError(errno.EIO, "broken")
+    monkeypatch.setattr(Path, "unlink", read_only)
+    recorder.open_stream(1, "a", 7, 0, 1, None)
+    writer.gate.set()
+    assert calls.failed.wait(60)
+    recorder.stop()
+    assert calls.failures == [writer.failure]
 
 
 def test_a_really_full_file_ends_the_recording(tmp_path: Path) -> None:

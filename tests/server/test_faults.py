@@ -296,14 +296,49 @@ async def test_nothing_is_answered_before_the_recording_has_it(
         await client.send(*client.open_message("t"))
         while server.statistics.batches_total < 2 or server.engine.table.open_count < 2:
             await asyncio.sleep(0.001)
+        await client.send(*client.peek_message(handles))
         pong = await client.ask(msgpack.packb([Kind.PING, 9]))
         assert pong.kind is Kind.PONG
         repeated = await client.step(handles, [0], x)
         assert repeated.codes() == [Code.SEQ_REPEATED]
         may_commit.set()
-        replies = {reply.kind: reply for reply in [await client.receive() for _ in range(2)]}
+        replies = {reply.kind: reply for reply in [await client.receive() for _ in range(3)]}
+        assert replies[Kind.PEEKED].seqs() == [2]
         np.testing.assert_array_equal(replies[Kind.STEPPED].floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
         assert replies[Kind.OPENED].header[3] == durability
+
+
+async def test_more_blocks_than_can_wait_to_be_durable_are_refused(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block outlasts its frames: its answer waits for the recording."""
+    may_commit = threading.Event()
+    commit = RecordingWriter.commit
+
+    def held(self: RecordingWriter) -> None:
+        may_commit.wait(60)
+        commit(self)
+
+    x = rng.standard_normal((1, 1, F)).astype(np.float32)
+    recording = {"file": tmp_path / "r.instep", "durability": "commit"}
+    limits = {"max_pending_frames": 2, "max_block_frames": 1, "credit_frames": 2}
+    async with running(SMALL, recording=recording, limits=limits) as server:
+        async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as other:
+            await client.hello()
+            await other.hello()
+            mine, theirs = (await client.open("a", "b")).handles(), (await other.open("c")).handles()
+            monkeypatch.setattr(RecordingWriter, "commit", held)
+            for handle in mine:
+                await client.send(*client.step_message([handle], [0], x))
+            while server.statistics.frames_total < 2:
+                await asyncio.sleep(0.001)
+            assert server.engine.rings.pending_count == 0
+            assert (await other.step(theirs, [0], x)).code is Code.BUSY
+            may_commit.set()
+            for _ in mine:
+                reply = await client.receive()
+                np.testing.assert_array_equal(reply.floats().reshape(1, H), whole(SMALL, x[:, 0])[0])
+            assert (await other.step(theirs, [0], x)).failures() == []
 
 
 async def test_draining_ends_after_its_time_though_a_step_never_ends() -> None:

@@ -22,6 +22,7 @@ import torch
 from instep.config import Config
 from instep.model.certify import Certification
 from instep.model.folder import write_model
+from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
 from instep.server.child import ChildFailed, ChildServer
@@ -180,6 +181,15 @@ def test_a_file_that_is_no_recording_is_left_alone(model: Path, tmp_path: Path) 
     assert file.read_bytes() == b"mine"
 
 
+def test_what_belongs_to_another_server_is_left_alone(model: Path, tmp_path: Path) -> None:
+    """The other one has just begun: there is a lock, and no file yet."""
+    lock = WriterLock(tmp_path / "r.instep")
+    with pytest.raises(CannotServe, match="is being written by another"):
+        serve.run(configured(model, recording={"file": tmp_path / "r.instep"}))
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["r.instep-lock"]
+    lock.release()
+
+
 def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "wide", plain(2000, 4))
     with pytest.raises(CannotServe, match="max_message_bytes"):
@@ -205,7 +215,10 @@ def test_too_little_memory_is_said_and_leaves_no_recording_behind(
     folder = tmp_path / "recordings"
     folder.mkdir()
     why = (str(error) or "MemoryError").partition("\n")[0]
-    sentence = f"engine.max_streams = 99 and limits.max_pending_frames = 131072; lower one of them ({why})"
+    sentence = (
+        "engine.max_streams = 99, limits.window_frames = 32 and limits.max_pending_frames = 131072; "
+        f"lower one of them ({why})"
+    )
     for recording in ({"file": folder / "r.instep"}, {}):
         with pytest.raises(CannotServe, match=re.escape(sentence)):
             serve.run(configured(model, engine={"max_streams": 99}, recording=recording))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -11,6 +12,8 @@ import pytest
 
 from instep.config import Config
 from instep.core.typing import F32, I64, U64
+from instep.recording.inspection import inspect
+from instep.recording.recovery import read_recovery
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
 from instep_client.wire import Code, Kind
@@ -274,3 +277,31 @@ async def test_nothing_is_changed_any_more_while_the_server_drains() -> None:
         assert (await client.resume(["s"], [0], [0])).code is Code.SHUTTING_DOWN
         assert (await client.open("t")).code is Code.SHUTTING_DOWN
         gate.open()
+
+
+async def test_frames_that_come_before_a_reset_is_done_are_applied_and_recorded_behind_it(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    x = frames(rng, 5)
+    gate = Gate(before="load")
+    gate.open()
+    file = tmp_path / "r.instep"
+    async with running(MODEL, stepper=gate.stepper, recording={"file": file}) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            handles = (await client.open("s")).handles()
+            await client.step(handles, [0], x[:2])
+            gate.close()
+            await client.send(*client.reset_message(handles))
+            await client.send(*client.step_message(handles, [2], x[2:]))
+            while not server.engine.rings.pending_count:
+                await asyncio.sleep(0.001)
+            assert not server.engine.scheduler.ready_count
+            gate.open()
+            changed, stepped = await client.receive(), await client.receive()
+            assert (changed.kind, changed.frames[0]) == (Kind.CHANGED, b"")
+            np.testing.assert_array_equal(stepped.floats().reshape(3, H), whole(MODEL, x[2:, 0])[0])
+    inspect(file, lambda _: None)
+    with read_recovery(file, lambda _: None) as recovered:
+        assert [stream.seq for stream in recovered.streams] == [5]
+        assert list(recovered.replay()) == []

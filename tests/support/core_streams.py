@@ -69,6 +69,6 @@ class CoreStreams:
     def compute(self, slots: I64) -> None:
         """Compute and answer everything that is pending of these slots."""
         busy = slots
-        while len(busy := busy[self.rings.is_busy(busy)]):
+        while len(busy := busy[self.table.next_seq[busy] > self.table.step_seq[busy]]):
             self.step(busy)
         self.table.pending[slots] = 0

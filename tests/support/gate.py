@@ -33,6 +33,10 @@ class Gate:
         """Let everything through, from now on."""
         self._opened.set()
 
+    def close(self) -> None:
+        """Hold what comes from now on, as in the beginning."""
+        self._opened.clear()
+
     def wait(self, verb: str) -> None:
         """What the stepper calls before it does something."""
         if verb == self.before:

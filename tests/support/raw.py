@@ -178,10 +178,13 @@ class RawClient:
         """Resume streams."""
         return await self.ask(*self.resume_message(names, have, epochs, take_over=take_over))
 
+    def peek_message(self, handles: Sequence[int] | U64) -> list[bytes]:
+        """A PEEK."""
+        return [msgpack.packb([Kind.PEEK, self.next_request(), len(handles)]), _array(handles, "<u8")]
+
     async def peek(self, handles: Sequence[int] | U64) -> Reply:
         """Look at states."""
-        header = msgpack.packb([Kind.PEEK, self.next_request(), len(handles)])
-        return await self.ask(header, _array(handles, "<u8"))
+        return await self.ask(*self.peek_message(handles))
 
     def reset_message(self, handles: Sequence[int] | U64, states: F32 | None = None) -> list[bytes]:
         """A RESET."""

@@ -87,7 +87,7 @@ class BlockTable(Generic[C]):
     """Blocks by number; frames of the rings point at them.
 
     Args:
-        capacity: the most blocks at once; each has a pending frame, so as many as may be pending are enough.
+        capacity: the most blocks at once. A block stays until its answer may go, so it can outlast its frames.
     """
 
     capacity: int
@@ -108,11 +108,17 @@ class BlockTable(Generic[C]):
     def __len__(self) -> int:
         return len(self._blocks)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no block can be added now."""
+        return self._free_count == 0
+
     def __getitem__(self, number: int) -> Block[C]:
         return self._blocks[number]
 
     def add(self, block: Block[C]) -> int:
         """Keep a block until its frames are answered; its number."""
+        assert not self.is_full, "there is no number for another block"
         self._free_count -= 1
         number = int(self._free[self._free_count])
         self._remaining[number] = block.frames

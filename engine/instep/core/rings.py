@@ -7,8 +7,6 @@ import numpy as np
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I32, I64, Bool
 
-NONE = -1
-
 
 class Rings:
     """One ring of `window` frames for each slot, found by seq: frame `seq` of a slot has one place, its row.
@@ -53,6 +51,12 @@ class Rings:
     def rows(self, slots: I64, seqs: I64) -> I64:
         """Where frames lie: slots and seqs of any shapes that go together → int64."""
         return seqs % self.window * self._stride + slots
+
+    def stretches(self, slots: I64, first_seqs: I64, counts: I64) -> tuple[I64, I64]:
+        """Where `counts` frames of each slot lie, one slot after another, and whose each is: both int64 [frames]."""
+        whose = np.repeat(slots, counts)
+        place = np.arange(len(whose)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.rows(whose, np.repeat(first_seqs, counts) + place), whose
 
     def append(self, slots: I64, first_seqs: I64, skipped: I64, lengths: I64, x: F32, block: int) -> I64:
         """Put the admitted frames of a block into their places.
@@ -99,13 +103,19 @@ class Rings:
 
     def done(self, slots: I64) -> I64:
         """The step of these slots was applied; those that can step again: int64 [≤ N]."""
-        table = self._table
-        seqs = table.step_seq[slots] + 1
-        table.step_seq[slots] = seqs
-        self._stepping[slots] = False
+        self._table.step_seq[slots] += 1
         self.pending_count -= len(slots)
-        again: I64 = slots[table.next_seq[slots] > seqs]
-        return again
+        return self.let_go(slots)
+
+    def hold(self, slots: I64) -> None:
+        """Let slots with nothing pending wait like those that are stepping, until `let_go`."""
+        self._stepping[slots] = True
+
+    def let_go(self, slots: I64) -> I64:
+        """Slots were held; those that can step now: int64 [≤ N]."""
+        self._stepping[slots] = False
+        ready: I64 = slots[self._table.next_seq[slots] > self._table.step_seq[slots]]
+        return ready
 
     def failed(self, slots: I64) -> tuple[I64, I64]:
         """The step of these slots was not applied, so nothing they have pending can be; it is taken out.
@@ -117,18 +127,11 @@ class Rings:
         table = self._table
         first = table.step_seq[slots]
         counts = table.next_seq[slots] - first
-        whose = np.repeat(slots, counts)
-        place = np.arange(len(whose)) - np.repeat(np.cumsum(counts) - counts, counts)
-        rows = self.rows(whose, np.repeat(first, counts) + place)
+        rows, whose = self.stretches(slots, first, counts)
         table.next_seq[slots] = first
         self._stepping[slots] = False
         self.pending_count -= len(rows)
         return rows, whose
-
-    def is_busy(self, slots: I64) -> Bool:
-        """Whether slots have frames pending: bool [N]."""
-        busy: Bool = self._table.step_seq[slots] < self._table.next_seq[slots]
-        return busy
 
     def outputs(self, slots: I64, first_seqs: I64, timesteps: int) -> F32:
         """Outputs of `timesteps` frames of each slot: float32 [T, N, outputs], a copy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -39,8 +40,9 @@ class WriterLock:
         os.pwrite(self._file, str(os.getpid()).encode(), 0)
 
     def release(self) -> None:
-        """Let others write, and take the file away."""
-        self.path.unlink(missing_ok=True)
+        """Let others write, and take the file away, if the folder can still be written."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
         os.close(self._file)
 
     def _is_in_place(self) -> bool:

@@ -133,8 +133,10 @@ class Recorder:
             with self._changed:
                 self._failed = error
                 self._queue.clear()
-            self._writer.abandon()
-            self._on_failure(error)
+            try:
+                self._writer.abandon()
+            finally:
+                self._on_failure(error)
 
     def _write_what_waits(self) -> bool:
         """Wait for work and commit it as one transaction; False when stopped and nothing waits."""

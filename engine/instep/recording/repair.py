@@ -65,11 +65,12 @@ def repair(source: Path, target: Path) -> Repaired:
         finally:
             database.close()
         inspect(target, lambda _: None)
-    except (sqlite3.Error, OSError) as error:
+    except BaseException as error:
         target.unlink(missing_ok=True)
-        raise RecordingError(f"cannot write the recording {target}: {error}") from None
-    except DamagedRecording as error:
-        target.unlink(missing_ok=True)
+        if isinstance(error, sqlite3.Error | OSError):
+            raise RecordingError(f"cannot write the recording {target}: {error}") from None
+        if not isinstance(error, DamagedRecording):
+            raise
         raise RecordingError(f"{source} cannot be repaired, it is not only damaged but inconsistent: {error}") from None
     finally:
         salvage.close()

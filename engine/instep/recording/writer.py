@@ -264,6 +264,14 @@ class RecordingWriter:
         self._guard.close()
         self._lock.release()
 
+    def discard(self) -> None:
+        """Let go of a recording that was just made and holds nothing, and take it away while it is still ours."""
+        self._database.close()
+        self._guard.close()
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        self._lock.release()
+
     def _insert(self, table: str, time_ns: int, *columns: int | str | bytes | None) -> None:
         if not self._in_transaction:
             self._database.execute("BEGIN IMMEDIATE")

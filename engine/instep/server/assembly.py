@@ -6,7 +6,6 @@ import secrets
 import time
 from contextlib import ExitStack
 from importlib.metadata import version
-from pathlib import Path
 
 import structlog
 import zmq
@@ -14,12 +13,13 @@ import zmq
 from instep.config import Config
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
+from instep.model.network import Network
 from instep.model.numerics import numerics
 from instep.recording.errors import RecordingError
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
-from instep.server.limits import LimitsError, effective_limits
+from instep.server.limits import EffectiveLimits, LimitsError, effective_limits
 from instep.server.preparation import CannotServe, Prepared
 from instep.server.recovery import Recovery, go_on
 from instep.server.server import Server, Streams
@@ -45,10 +45,9 @@ def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
     )
 
 
-def server_info(config: Config, prepared: Prepared) -> ServerInfo:
+def server_info(config: Config, prepared: Prepared, limits: EffectiveLimits) -> ServerInfo:
     """What WELCOME says."""
     network, certification = prepared.network, prepared.certification
-    limits = effective_limits(config, certification.buckets[-1], network.features, network.outputs)
     return ServerInfo(
         protocol_version=PROTOCOL_VERSION,
         boot_id=secrets.token_hex(8),
@@ -96,21 +95,20 @@ def make_server(
     writer, recovery = None, None
     with ExitStack() as undo:
         try:
-            info = server_info(config, prepared)
+            limits = effective_limits(config, certification.buckets[-1], network.features, network.outputs)
+            info = server_info(config, prepared, limits)
             if stepper is None:
                 engine = config.engine
                 stepper = Stepper(
                     network, certification.buckets, engine.max_streams, prepared.device, engine.device_streams
                 )
-            streams = _streams(config, prepared)
+            streams = _streams(limits, network)
             router = Router(config.transport)
             undo.callback(router.close)
             if config.recording.file is not None:
-                if not config.recording.file.exists():
-                    undo.callback(_remove, config.recording.file)
                 writer, recovery = _recording(config, prepared, streams, stepper, accept_numerics_change)
-                undo.callback(writer.abandon)
-            server = Server(config, network, certification, router, stepper, info, streams, writer, log)
+                undo.callback(writer.discard if recovery is None else writer.abandon)
+            server = Server(config, router, stepper, info, streams, writer, log)
         except (LimitsError, RecordingError) as error:
             raise CannotServe(str(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
@@ -125,15 +123,7 @@ def make_server(
     return server
 
 
-def _remove(recording: Path) -> None:
-    """A recording that was made a moment ago, in which nothing was recorded."""
-    for suffix in ("", "-wal", "-shm", "-lock"):
-        Path(f"{recording}{suffix}").unlink(missing_ok=True)
-
-
-def _streams(config: Config, prepared: Prepared) -> Streams:
-    network = prepared.network
-    limits = effective_limits(config, prepared.certification.buckets[-1], network.features, network.outputs)
+def _streams(limits: EffectiveLimits, network: Network) -> Streams:
     table = StreamTable(limits.max_streams, limits.max_connections, limits.first_generation, time.time_ns())
     rings = Rings(
         table,
@@ -143,7 +133,7 @@ def _streams(config: Config, prepared: Prepared) -> Streams:
         network.outputs,
         limits.max_pending_frames,
     )
-    return Streams(table, rings)
+    return Streams(limits, table, rings)
 
 
 def _recording(
@@ -165,6 +155,7 @@ def _recording(
 def _no_memory(config: Config, error: Exception) -> CannotServe:
     why = (str(error) or type(error).__name__).splitlines()[0]
     return CannotServe(
-        f"no memory for engine.max_streams = {config.engine.max_streams} and limits.max_pending_frames = "
-        f"{config.limits.max_pending_frames}; lower one of them ({why})"
+        f"no memory for engine.max_streams = {config.engine.max_streams}, limits.window_frames = "
+        f"{config.limits.window_frames} and limits.max_pending_frames = {config.limits.max_pending_frames}; "
+        f"lower one of them ({why})"
     )

@@ -107,6 +107,12 @@ class Engine:
         client.frames_unanswered += block.frames
         self.scheduler.add(ready, np.array([client.number], np.int32), now_ns)
 
+    def make_ready(self, slots: I64) -> None:
+        """Streams with pending frames can step again: int64 [N]."""
+        if len(slots):
+            self.scheduler.add(slots, self.table.owner[slots], time.monotonic_ns())
+        self.schedule()
+
     # ── Schedule and step ──────────────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> None:
@@ -136,7 +142,7 @@ class Engine:
         def done(times_ns: tuple[int, int] | None, error: Exception | None) -> None:
             self._steps_under_way -= 1
             if times_ns is None:
-                self._failed(slots, numbers, ticket, error)
+                self._failed(slots, ticket, error)
             else:
                 self._stepped(slots, rows, numbers, ticket, *times_ns)
 
@@ -155,13 +161,10 @@ class Engine:
         self._statistics.batches_total += 1
         self._statistics.frames_total += len(rows)
         self._tap.outputs(ticket, rows, ended_ns - began_ns)
-        again = self.rings.done(slots)
-        if len(again):
-            self.scheduler.add(again, self.table.owner[again], ended_ns)
-        self.schedule()
+        self.make_ready(self.rings.done(slots))
         self._tap.when_durable(ticket, lambda: self._deliver(numbers, began_ns, ended_ns))
 
-    def _failed(self, slots: I64, numbers: I32, ticket: int, error: Exception | None) -> None:
+    def _failed(self, slots: I64, ticket: int, error: Exception | None) -> None:
         """A step failed: none of its frames was applied, nor can the frames behind them be."""
         now_ns = time.monotonic_ns()
         self._statistics.step_failures_total += 1

@@ -83,6 +83,8 @@ class Lifecycle:
         self._jobs = 0
         self._leaving: set[int] = set()
         self._expired: OrderedDict[str, None] = OrderedDict()
+        self.on_ready: Callable[[I64], None] = lambda slots: None
+        """Called with slots that can step again, int64 [N]."""
 
     @property
     def is_quiet(self) -> bool:
@@ -157,10 +159,8 @@ class Lifecycle:
             self._log_failure(error, len(opened))
             codes[granted] = Code.STEP_FAILED
             self._table.lost[opened] = True
-            failed = opened[~self._table.closing[opened]]  # the others' closing releases them
-            last = self._tap.closed(failed, "failed", self._stepper.no_states(len(failed)), self._table.lost[failed])
-            self._release(failed)
-            self._tap.when_durable(last, lambda: on_opened(np.zeros(len(slots), GRANT), codes))
+            failed = opened[~self._table.closing[opened]]  # the others are on their way out already
+            self.close(failed, "failed", lambda *_: on_opened(np.zeros(len(slots), GRANT), codes))
 
         self._submit(lambda: self._stepper.load(opened, initial), done)
 
@@ -229,9 +229,16 @@ class Lifecycle:
     def peek(self, slots: I64, on_read: Callable[[I64, F32, Bool], None]) -> None:
         """Read states; `on_read` gets the next seqs int64 [N], the states [N, layers, size] and which are lost (NaN).
 
-        A state is the one after every frame before its seq, whatever is pending.
+        A state is the one after every frame before its seq, whatever is pending. It is told when everything that it
+        rests on is durable.
         """
 
+        def read(seqs: I64, states: F32, lost: Bool) -> None:
+            self._tap.when_durable(self._tap.newest, lambda: on_read(seqs, states, lost))
+
+        self._read(slots, read)
+
+    def _read(self, slots: I64, on_read: Callable[[I64, F32, Bool], None]) -> None:
         def done(states: F32 | None, error: Exception | None) -> None:
             lost = self._table.lost[slots]
             if states is None:
@@ -245,15 +252,20 @@ class Lifecycle:
         self._submit(lambda: self._stepper.read(slots), done)
 
     def reset(self, slots: I64, states: F32 | None, on_reset: Callable[[bool], None]) -> None:
-        """Give streams with nothing pending another state, zeros where None; `on_reset` gets whether it was done."""
+        """Give streams with nothing pending another state, zeros where None; `on_reset` gets whether it was done.
+
+        Frames that come meanwhile wait, so that the recording has the change before them.
+        """
+        self._rings.hold(slots)
 
         def done(_: F32 | None, error: Exception | None) -> None:
-            if error is not None:
+            if error is None:
+                ticket = self._tap.reset(slots, states)
+                self._tap.when_durable(ticket, lambda: on_reset(True))
+            else:
                 self._log_failure(error, len(slots))
                 on_reset(False)
-                return
-            ticket = self._tap.reset(slots, states)
-            self._tap.when_durable(ticket, lambda: on_reset(True))
+            self.on_ready(self._rings.let_go(slots))
 
         self._submit(lambda: self._stepper.load(slots, states), done)
 
@@ -267,7 +279,7 @@ class Lifecycle:
         self._table.closing[slots] = True
 
         def answered() -> None:
-            self.peek(slots, released)
+            self._read(slots, released)
 
         def released(_: I64, states: F32, lost: Bool) -> None:
             ticket = self._tap.closed(slots, reason, states, lost)

@@ -15,8 +15,6 @@ from instep.config import Config
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import I64
-from instep.model.certify import Certification
-from instep.model.network import Network
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
@@ -25,7 +23,7 @@ from instep.server import replies
 from instep.server.clients import ClientTable
 from instep.server.engine import Engine
 from instep.server.lifecycle import Lifecycle
-from instep.server.limits import effective_limits
+from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
 from instep.server.recovery import Recovery
 from instep.server.snapshots import Snapshots
@@ -48,6 +46,7 @@ _HOUSEKEEPING_TICKS = 10
 class Streams:
     """The streams that a server begins with."""
 
+    limits: EffectiveLimits
     table: StreamTable
     rings: Rings
     last_stream: int = 0
@@ -61,8 +60,6 @@ class Server:
 
     Args:
         config: the configuration.
-        network: what is stepped.
-        certification: how exact it is, and in which buckets.
         router: the bound socket; the server closes it.
         stepper: the network with its states.
         info: what WELCOME says.
@@ -71,14 +68,12 @@ class Server:
         log: where the server says what it does.
 
     Raises:
-        MemoryError: when the pools do not fit; the recording is closed then, the router is not.
+        MemoryError: when the table of blocks does not fit; router and recording are the caller's to close then.
     """
 
     def __init__(
         self,
         config: Config,
-        network: Network,
-        certification: Certification,
         router: Router,
         stepper: Stepper,
         info: ServerInfo,
@@ -93,7 +88,7 @@ class Server:
         """Why the server had to stop, if it had to."""
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._limits = effective_limits(config, certification.buckets[-1], network.features, network.outputs)
+        self._limits = streams.limits
         self._router = router
         self._worker = Worker(self._hand_back, lambda error: self.fail(f"the step worker died: {error!r}"))
         self._clients = ClientTable(config.limits.max_connections)
@@ -134,10 +129,10 @@ class Server:
             max_parked=config.limits.max_parked_streams,
         )
         self.engine.on_answered = self.lifecycle.go_on
+        self.lifecycle.on_ready = self.engine.make_ready
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
-        self._snapshots = Snapshots(
-            table, rings, stepper, self._worker, tap, round(config.recording.recovery_target_s * 1e9)
-        )
+        target_ns = round(config.recording.recovery_target_s * 1e9)
+        self._snapshots = Snapshots(table, rings, stepper, self._worker, tap, self._step_failed, target_ns)
         self._verbs = Verbs(
             self.engine, self.lifecycle, self._clients, self._postbox, self.info, self._limits, self.statistics
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import numpy as np
@@ -30,6 +31,7 @@ class Snapshots:
         stepper: the states.
         worker: runs the stepper.
         tap: what has changed, and where snapshots go.
+        log_failure: told of states that could not be read.
         target_ns: a snapshot is due when the steps since the last one took this long.
     """
 
@@ -40,6 +42,7 @@ class Snapshots:
         stepper: Stepper,
         worker: Worker,
         tap: Tap,
+        log_failure: Callable[[Exception | None, int], None],
         target_ns: int,
     ) -> None:
         self._table = table
@@ -47,6 +50,7 @@ class Snapshots:
         self._stepper = stepper
         self._worker = worker
         self._tap = tap
+        self._log_failure = log_failure
         self._target_ns = target_ns
         self.is_under_way = False
 
@@ -70,6 +74,8 @@ class Snapshots:
             part = slice(first, first + _AT_ONCE)
 
             def done(states: F32 | None, error: Exception | None) -> None:
+                if states is None:
+                    self._log_failure(error, len(slots[part]))
                 is_lost = self._table.lost[slots] & self._are_open(slots, streams)
                 if states is None or is_lost.any():  # what is lost is about to close
                     tap.dirty[slots] = True  # they stay due, and the older snapshot stays good
@@ -79,7 +85,8 @@ class Snapshots:
                 if part.stop < len(slots):
                     read(part.stop)
                 else:
-                    tap.snapshot(through, _joined(parts))
+                    still_open = streams[self._are_open(slots, streams)]
+                    tap.snapshot(through, _joined(parts).only(still_open))
                     self.is_under_way = False
 
             self._worker.submit(Job(lambda: self._stepper.read(slots[part]), done))
@@ -101,10 +108,7 @@ class Snapshots:
         slots = slots[good]
         seqs = table.step_seq[slots]  # steps submitted before the reading have been handed back before it
         first = np.maximum(np.maximum(table.acked[slots], seqs - rings.window), table.first_seq[slots])
-        counts = seqs - first
-        whose = np.repeat(slots, counts)
-        place = np.arange(len(whose)) - np.repeat(np.cumsum(counts) - counts, counts)
-        tail = rings.rows(whose, np.repeat(first, counts) + place)
+        tail, _ = rings.stretches(slots, first, seqs - first)
         return StateRows(streams[good], seqs, states[good], first, rings.x[tail], rings.y[tail])
 
 

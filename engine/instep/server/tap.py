@@ -14,7 +14,7 @@ from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
-from instep.recording.schema import OWNER_EVENT, owner_detail
+from instep.recording.schema import OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
 from instep.recording.states import StateRows
 
 NEVER: Final = 2**63
@@ -25,8 +25,9 @@ class Tap:
     """Turns slots and rows into what a recording holds, and lets answers go when that is durable.
 
     Everything recorded gets a ticket, and tickets rise. Where answers wait, each waits for the ticket of what it
-    tells: no client ever knows of something that a crash could undo. A recorder that has failed takes nothing more;
-    what would have waited for it is never done, and the server is about to stop.
+    tells: no client is given an output, a state, a stream or its end that a crash could undo. (Refusals and notices do
+    not wait.) A recorder that has failed takes nothing more; what would have waited for it is never done, and the
+    server is about to stop.
 
     Args:
         table: the streams.
@@ -43,6 +44,8 @@ class Tap:
         self._last_stream = 0
         self.last_inputs = 0
         """The ticket of the newest batch of inputs, or of the newest row that was there before."""
+        self.newest = 0
+        """The ticket of whatever was recorded last."""
         self.dirty: Bool = np.zeros(len(table.owner), np.bool_)
         """Slots whose state has changed since it was last in a snapshot, or is about to."""
         self.computed_ns = 0
@@ -148,12 +151,13 @@ class Tap:
 
     def parked(self, slots: I64) -> int:
         """The connection of these streams is gone."""
-        return self._events(slots, "parked", self._table.next_seq[slots].tolist(), [""] * len(slots))
+        return self._events(slots, PARKED_EVENT, self._table.next_seq[slots].tolist(), [""] * len(slots))
 
     def reset(self, slots: I64, states: F32 | None) -> int:
         """Streams with nothing pending were given other states, float32 [N, layers, size], or zeros."""
-        self.dirty[slots] = True
-        return self._events(slots, "reset", self._table.step_seq[slots].tolist(), [""] * len(slots), states)
+        if self._recorder is not None:
+            self.dirty[slots] = True
+        return self._events(slots, RESET_EVENT, self._table.step_seq[slots].tolist(), [""] * len(slots), states)
 
     def closed(self, slots: I64, reason: str, final_states: F32, lost: Bool) -> int:
         """Streams closed; final states float32 [N, layers, size], not recorded where `lost`."""
@@ -188,6 +192,7 @@ class Tap:
 
     def _said(self, say: Callable[..., int], *values: Any) -> int:
         try:
-            return say(*values)
+            self.newest = say(*values)
         except RecordingError:
-            return NEVER
+            self.newest = NEVER
+        return self.newest

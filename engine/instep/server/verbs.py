@@ -279,7 +279,7 @@ class Verbs:
         self._refuse_while_draining()
         frame_count = timesteps * columns
         over_credit = client.frames_unanswered + frame_count > self._limits.credit_frames
-        if over_credit or frame_count > self._engine.rings.room:
+        if over_credit or frame_count > self._engine.rings.room or self._engine.blocks.is_full:
             self._statistics.busy_total += 1
             raise Refusal(Code.BUSY, retry_after_us=_BUSY_RETRY_US)
         seqs, acked = np.ascontiguousarray(column["seq"]), np.ascontiguousarray(column["acked"])
