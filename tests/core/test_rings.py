@@ -57,6 +57,18 @@ def test_a_stream_that_steps_is_not_ready_until_it_is_done() -> None:
     assert kept.done(ints(1)).tolist() == [1]
 
 
+def test_a_stream_that_is_held_twice_is_ready_when_it_was_let_go_twice() -> None:
+    table, kept = rings()
+    kept.hold(ints(1, 2))
+    kept.hold(ints(1))
+    assert append(table, kept, 1, 10) == []
+    assert append(table, kept, 2, 20) == []
+    assert kept.let_go(ints(1, 2)).tolist() == [2]
+    with pytest.raises(AssertionError, match="held"):
+        kept.take(ints(1))
+    assert kept.let_go(ints(1)).tolist() == [1]
+
+
 def test_a_slot_without_pending_frames_is_never_taken() -> None:
     _, kept = rings()
     with pytest.raises(AssertionError, match="without pending"):

@@ -305,3 +305,22 @@ async def test_frames_that_come_before_a_reset_is_done_are_applied_and_recorded_
     with read_recovery(file, lambda _: None) as recovered:
         assert [stream.seq for stream in recovered.streams] == [5]
         assert list(recovered.replay()) == []
+
+
+async def test_frames_between_two_resets_under_way_are_stepped_once(rng: np.random.Generator) -> None:
+    x = frames(rng, 4)
+    gate = Gate(before="load")
+    gate.open()
+    async with running(MODEL, stepper=gate.stepper) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        gate.close()
+        await client.send(*client.reset_message(handles, np.ones((1, LAYERS, H), np.float32)))
+        await client.send(*client.reset_message(handles))
+        await client.send(*client.step_message(handles, [0], x))
+        while not server.engine.rings.pending_count:
+            await asyncio.sleep(0.001)
+        gate.open()
+        replies = [await client.receive() for _ in range(3)]
+        assert [reply.kind for reply in replies] == [Kind.CHANGED, Kind.CHANGED, Kind.STEPPED]
+        np.testing.assert_array_equal(replies[2].floats().reshape(4, H), whole(MODEL, x[:, 0])[0])

@@ -41,7 +41,8 @@ class Rings:
         self.y: F32 = np.zeros((rows, outputs), np.float32)
         self.block: I32 = np.zeros(rows, np.int32)
         """The number of the block that the frame of a row came in; counts while the frame is pending."""
-        self._stepping: Bool = np.zeros(self._stride, np.bool_)
+        self._holds: I32 = np.zeros(self._stride, np.int32)
+        """Why a slot may not step now: it is stepping, or its state is being changed, once or several times over."""
 
     @property
     def room(self) -> int:
@@ -86,7 +87,7 @@ class Rings:
         self.block[rows] = block
         self.pending_count += count
         had_nothing = self._table.step_seq[slots] == first_seqs + skipped
-        ready: I64 = slots[had_nothing & (fresh > 0) & ~self._stepping[slots]]
+        ready: I64 = slots[had_nothing & (fresh > 0) & (self._holds[slots] == 0)]
         return ready
 
     def take(self, slots: I64) -> I64:
@@ -96,9 +97,9 @@ class Rings:
             rows: int64 [N].
         """
         seqs = self._table.step_seq[slots]
-        assert not self._stepping[slots].any(), "a stream that is stepping was scheduled"
+        assert not self._holds[slots].any(), "a stream that is stepping or held was scheduled"
         assert (seqs < self._table.next_seq[slots]).all(), "a slot without pending frames was scheduled"
-        self._stepping[slots] = True
+        self._holds[slots] = 1
         return self.rows(slots, seqs)
 
     def done(self, slots: I64) -> I64:
@@ -108,13 +109,14 @@ class Rings:
         return self.let_go(slots)
 
     def hold(self, slots: I64) -> None:
-        """Let slots with nothing pending wait like those that are stepping, until `let_go`."""
-        self._stepping[slots] = True
+        """Let distinct slots with nothing pending wait, until as many `let_go` as `hold`."""
+        self._holds[slots] += 1
 
     def let_go(self, slots: I64) -> I64:
         """Slots were held; those that can step now: int64 [≤ N]."""
-        self._stepping[slots] = False
-        ready: I64 = slots[self._table.next_seq[slots] > self._table.step_seq[slots]]
+        self._holds[slots] -= 1
+        has_pending = self._table.next_seq[slots] > self._table.step_seq[slots]
+        ready: I64 = slots[has_pending & (self._holds[slots] == 0)]
         return ready
 
     def failed(self, slots: I64) -> tuple[I64, I64]:
@@ -129,7 +131,7 @@ class Rings:
         counts = table.next_seq[slots] - first
         rows, whose = self.stretches(slots, first, counts)
         table.next_seq[slots] = first
-        self._stepping[slots] = False
+        self._holds[slots] = 0
         self.pending_count -= len(rows)
         return rows, whose
 
