@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, Bool
+from instep.core.typing import F32, I32, I64
 
 
 class Rings:
