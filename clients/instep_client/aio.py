@@ -33,13 +33,13 @@ class AsyncClient:
         """Nothing is sent before `connect` or `async with`.
 
         Args:
-            endpoint: where the server listens, as ZeroMQ writes it.
+            endpoint: where the server listens, `tcp://HOST:PORT` or `ipc://PATH`.
             name: told to the server in the greeting, which checks it and shows it nowhere; may be empty.
             timeout_s: how long a silent server is waited for, in seconds.
             reconnect_s: how long to try for another connection when one is lost, in seconds; 0 for not at all.
 
         Raises:
-            InvalidInput: for a bad name or time.
+            InvalidInput: for a bad endpoint, name or time.
         """
         self._session = Session(endpoint, name, timeout_s, reconnect_s)
         self._driver = Driver(self._session)

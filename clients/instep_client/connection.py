@@ -9,6 +9,7 @@ from typing import Any
 from instep_client import wire
 from instep_client.calls import Call, Ping, Statistics
 from instep_client.changes import Changes
+from instep_client.endpoint import checked_endpoint
 from instep_client.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput
 from instep_client.flow import Flow
 from instep_client.openings import Openings
@@ -42,22 +43,22 @@ class Connection:
         """A session whose HELLO waits to be sent.
 
         Args:
-            endpoint: where the driver connects to.
+            endpoint: where the driver connects to, `tcp://HOST:PORT` or `ipc://PATH`.
             name: told to the server.
             timeout_s: how long a silent server is waited for.
             reconnect_s: for how long another connection is tried for when one is lost; 0 for not at all.
             dice: what the delays between attempts are drawn from.
 
         Raises:
-            InvalidInput: for a bad name or time.
+            InvalidInput: for a bad endpoint, name or time.
         """
+        self.endpoint = checked_endpoint(endpoint)
         if name and not wire.name_is_good(name):
             raise InvalidInput(f"a client's name must be at most {wire.MAX_NAME_BYTES} bytes of printable UTF-8")
         if not timeout_s > 0:
             raise InvalidInput("timeout_s must be more than 0 seconds")
         if not reconnect_s >= 0:
             raise InvalidInput("reconnect_s must be 0 seconds or more")
-        self.endpoint = endpoint
         self.state = State.GREETING
         self._name = name
         self._timeout_s = timeout_s

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import zmq
 
 from instep_client.calls import Call, StepCall
+from instep_client.endpoint import EXAMPLES
 from instep_client.errors import ClientClosed, ConnectionFailed
 from instep_client.outbox import MAX_REPLY_BYTES
 from instep_client.session import Session
@@ -130,7 +131,9 @@ class Driver:
         try:
             socket.connect(self._session.endpoint)
         except zmq.ZMQError as error:
-            raise ConnectionFailed(f"{self._session.endpoint!r} is not an endpoint: {error}") from None
+            raise ConnectionFailed(
+                f"{self._session.endpoint!r} is no endpoint that can be reached ({error}): write {EXAMPLES}"
+            ) from None
         self._loop.add_reader(socket.fileno(), self._pump)
 
     def _close(self, socket: zmq.Socket[bytes]) -> None:

@@ -39,7 +39,7 @@ def test_plain_words(cause: Exception | None, words: str) -> None:
 
 @pytest.mark.parametrize(
     "good",
-    ["tcp://127.0.0.1:5757", "tcp://host:1", "tcp://[::1]:5757", "ipc:///tmp/x", "ipc://@abstract", "inproc://x"],
+    ["tcp://127.0.0.1:5757", "tcp://host:1", "tcp://[::1]:5757", "ipc:///tmp/x", "ipc://@abstract"],
 )
 def test_endpoints(good: str) -> None:
     assert endpoint(good) == good
@@ -52,6 +52,8 @@ def test_endpoints(good: str) -> None:
         ("http:host:5757", "tcp://127.0.0.1:5757 or ipc:///path"),
         ("tcp:/host:5757", "tcp://127.0.0.1:5757 or ipc:///path"),
         ("tcp://host", "tcp://127.0.0.1:5757 or ipc:///path"),
+        ("http://host:5757", "tcp://host:5757"),
+        ("inproc://x", "tcp://127.0.0.1:5757 or ipc:///path"),
         ("", "tcp://127.0.0.1:5757 or ipc:///path"),
     ],
 )

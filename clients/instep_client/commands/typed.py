@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final
 
 import typer
 from typer.core import TyperGroup
+
+from instep_client.endpoint import checked_endpoint
+from instep_client.errors import InvalidInput
 
 _PLAIN: Final = {
     "int_parsing": "{value!r} is not a whole number",
@@ -42,13 +44,12 @@ def in_plain_words(error: typer.BadParameter) -> str:
 
 
 def endpoint(text: str) -> str:
-    """The text, when ZeroMQ may connect to it.
+    """The text, when a client may connect to it.
 
     Raises:
         typer.BadParameter: saying what to write instead.
     """
-    if re.fullmatch(r"tcp://.+:\d+|(?!tcp:)[a-z]+://.+", text):
-        return text
-    address = text.partition("://")[2] or text
-    example = f"tcp://{address}" if re.fullmatch(r"[^:/]+:\d+", address) else "tcp://127.0.0.1:5757 or ipc:///path"
-    raise typer.BadParameter(f"{text!r} is not an endpoint: write {example}")
+    try:
+        return checked_endpoint(text)
+    except InvalidInput as error:
+        raise typer.BadParameter(str(error)) from None
