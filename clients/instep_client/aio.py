@@ -96,7 +96,8 @@ class AsyncClient:
     async def open_group(self, names: Sequence[str], initial_states: npt.ArrayLike | None = None) -> AsyncGroup:
         """Open many streams to be stepped by one array; states are float32 [N, state_layers, state_size].
 
-        Either all are opened or none.
+        Either all are opened or none: those that were opened before one was refused are closed again, and their names
+        free, when this raises.
 
         Raises:
             StreamRefused: naming the first stream that the server refuses.

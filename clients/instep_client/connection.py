@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from random import Random
 from typing import Any
@@ -191,10 +192,10 @@ class Connection:
     def _ask_in_turn(self, call: LaneCall) -> None:
         self._flow.enqueue(call.lane, call)
 
-    def _discard(self, lane: Lane) -> None:
-        """Close a lane that nobody holds."""
+    def _discard(self, lane: Lane, on_end: Callable[[], None] | None = None) -> None:
+        """Close a lane that nobody holds; `on_end` is called when that was done or failed."""
         lane.closing = True
-        self._ask_in_turn(CloseCall(lane, self.info.state_layers * self.info.state_size))
+        self._ask_in_turn(CloseCall(lane, self.info.state_layers * self.info.state_size, on_end))
 
     # Silence, loss and recovery.
 

@@ -33,7 +33,7 @@ class Openings:
         table: where the streams are put.
         info: what the server takes.
         outbox: where requests go.
-        discard: closes a lane that nobody holds.
+        discard: closes a lane that nobody holds, and calls what it is given when that has ended.
         answered: told of a lane for which a FORK was answered.
     """
 
@@ -42,7 +42,7 @@ class Openings:
         table: StreamTable,
         info: ServerInfo,
         outbox: Outbox,
-        discard: Callable[[Lane], None],
+        discard: Callable[[Lane, Callable[[], None] | None], None],
         answered: Callable[[Lane], None],
     ) -> None:
         self._table = table
@@ -140,10 +140,13 @@ class Openings:
             call.finish(self._add(call))
             self._end(call)
             return
+        error = InstepError("the call was cancelled") if call.refusal is None else _error(call)
         if np.any(opened) and not isinstance(call, ResumeCall):  # a stream that was there before stays
             names = [name for name, is_open in zip(call.names, opened, strict=True) if is_open]
-            self._discard(self._table.add(names, call.grants[opened], single=False))
-        self._end(call, InstepError("the call was cancelled") if call.refusal is None else _error(call))
+            lane = self._table.add(names, call.grants[opened], single=False)
+            self._discard(lane, lambda: self._end(call, error))  # the user may ask for the same names then
+        else:
+            self._end(call, error)
 
     def _end(self, call: OpenCall, error: InstepError | None = None) -> None:
         if error is not None:
@@ -156,7 +159,7 @@ class Openings:
         """Nobody wants the streams any more."""
         call.abandoned = True
         if call.done and call.error is None and not isinstance(call, ResumeCall):
-            self._discard(call.result())
+            self._discard(call.result(), None)
 
     def lost(self, call: OpenCall) -> bool:
         """The connection is lost; whether the call may be asked again. Its parts that were opened cannot be told."""

@@ -11,12 +11,13 @@ Request
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from instep_client.calls import Call
+from instep_client.errors import InstepError
 from instep_client.wire import F32, GRANT, U64, Code, FailureArray, GrantArray
 
 if TYPE_CHECKING:
@@ -133,12 +134,28 @@ class ResetCall(Request[None]):
 class CloseCall(Request[F32]):
     """The closing of a lane; the result is the final states float32 [N, state], NaN for streams that had ended."""
 
-    __slots__ = ("finals", "lane")
+    __slots__ = ("_on_end", "finals", "lane")
 
-    def __init__(self, lane: Lane, state: int) -> None:
+    def __init__(self, lane: Lane, state: int, on_end: Callable[[], None] | None = None) -> None:
         super().__init__()
         self.lane = lane
         self.finals: F32 = np.full((len(lane.rows), state), np.nan, np.float32)
+        self._on_end = on_end
+
+    def finish(self, result: F32) -> None:
+        """End it with the final states."""
+        super().finish(result)
+        self._tell()
+
+    def fail(self, error: InstepError) -> None:
+        """End it with an error."""
+        super().fail(error)
+        self._tell()
+
+    def _tell(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end()
 
 
 LaneCall: TypeAlias = ForkCall | ResetCall | CloseCall

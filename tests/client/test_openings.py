@@ -80,6 +80,40 @@ def test_all_of_a_group_are_opened_or_none() -> None:
     assert len(link.open("a", "c").rows) == 2
 
 
+def test_a_group_is_refused_when_those_of_it_that_were_opened_are_closed_again() -> None:
+    link = Link()
+    link.open("b")
+    opening = link.session.open(["a", "b", "c"], None, single=False)
+    link.advance()
+    link.serve()
+    link.settle_client()
+    assert not opening.done
+    assert headers(link.advance())[0][:1] == [Kind.CLOSE]
+    link.serve()
+    assert not opening.done
+    link.settle_client()
+    assert opening in link.session.take_woken()
+    with pytest.raises(StreamRefused, match=r"NAME_IN_USE.*\(stream 'b'\)"):
+        opening.result()
+    assert len(link.open("a", "c").rows) == 2
+
+
+@pytest.mark.parametrize("is_closing", [False, True])
+def test_a_refused_group_is_refused_though_the_session_ends_before_it_is_closed_again(is_closing: bool) -> None:
+    link = Link()
+    link.open("b")
+    opening = link.session.open(["a", "b"], None, single=False)
+    link.advance()
+    link.serve()
+    link.settle_client()
+    if is_closing:
+        link.advance()
+    link.session.fail(ClientClosed, "over")
+    assert opening in link.session.take_woken()
+    with pytest.raises(StreamRefused, match="NAME_IN_USE"):
+        opening.result()
+
+
 def test_a_refused_message_refuses_the_group() -> None:
     link = Link()
     opening = link.session.open(["a", "b"], None, single=False)

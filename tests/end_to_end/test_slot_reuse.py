@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from instep_client import AsyncClient, StreamRefused
 from instep_client.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
@@ -105,3 +106,13 @@ async def test_a_late_answer_never_reaches_the_next_connection(rng: np.random.Ge
 
 async def connections(client: RawClient) -> float:
     return (await client.statistics())["connections"]
+
+
+async def test_names_and_slots_of_a_group_that_was_refused_in_part_are_free_at_once() -> None:
+    async with running(SMALL, engine={"max_streams": 3}) as server, AsyncClient(server.endpoint) as client:
+        await client.open("taken")
+        for _ in range(3):
+            with pytest.raises(StreamRefused, match=r"NAME_IN_USE.*'taken'"):
+                await client.open_group(["a", "b", "taken"])
+            assert server.engine.table.open_count == 1
+        assert len(await client.open_group(["a", "b"])) == 2
