@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 from instep_client import commands
 from instep_client.commands import connect
 from instep_client.commands.app import app
-from instep_client.wire import DEFAULT_ENDPOINT
-from tests.support.fake_server import FakeServer, reference
+from instep_client.wire import DEFAULT_ENDPOINT, SENTENCES, Code, Kind
+from tests.support.fake_server import FakeServer, error, goodbye, reference
 from tests.support.interrupting import interrupted_at_every_moment
 
 MAIN = "from instep_client.commands import main; main()"
@@ -37,12 +37,54 @@ def run(*arguments: str | Path, **environment: str) -> Result:
 def test_ping(server: FakeServer) -> None:
     result = run("ping", "--endpoint", server.endpoint)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout.startswith(f"{server.endpoint}: model halving (3 to 2, 00) on none, exact, round trip 0.")
+    assert result.stdout.startswith(
+        f"{server.endpoint}: ready, model halving (3 to 2, 00) on none, exact, round trip 0."
+    )
     assert len(result.stdout.splitlines()) == 1
     result = run("ping", "--json", INSTEP_ENDPOINT=server.endpoint)
     values = json.loads(result.stdout)
     assert values["server"]["buckets"] == [4, 8]
     assert values["round_trip_ms"] > 0
+    assert (values["ready"], values["why"]) == (True, None)
+
+
+def test_ping_of_a_server_that_takes_nothing_new(server: FakeServer) -> None:
+    server.rules.ready = 0.0
+    result = run("ping", "--endpoint", server.endpoint)
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert result.stdout == (
+        f"{server.endpoint}: not ready: the server takes nothing new: "
+        "it is shutting down, or its recording has failed\n"
+    )
+    values = json.loads(run("ping", "--json", "-e", server.endpoint).stdout)
+    assert (values["ready"], values["server"]["model"]) == (False, "halving")
+
+
+@pytest.mark.parametrize(("code", "status"), [(Code.SHUTTING_DOWN, 1), (Code.BUSY, 1), (Code.WRONG_VERSION, 2)])
+def test_ping_of_a_server_that_takes_no_connection(server: FakeServer, code: Code, status: int) -> None:
+    server.rules.fault = lambda header, frames: [error(header[1], code)] if header[0] == Kind.HELLO else None
+    result = run("ping", "--endpoint", server.endpoint)
+    assert result.exit_code == status
+    if status == 1:
+        assert (result.stdout, result.stderr) == (f"{server.endpoint}: not ready: {SENTENCES[code]}\n", "")
+        values = json.loads(run("ping", "--json", "-e", server.endpoint).stdout)
+        assert values == {
+            "endpoint": server.endpoint,
+            "ready": False,
+            "why": SENTENCES[code],
+            "round_trip_ms": None,
+            "server": None,
+        }
+    else:
+        assert (result.stdout, result.stderr) == ("", f"error: {code.name}: {SENTENCES[code]}\n")
+
+
+@pytest.mark.parametrize("kind", [Kind.PING, Kind.STATS])
+def test_ping_of_a_server_that_ends_meanwhile_does_not_wait_for_another(server: FakeServer, kind: Kind) -> None:
+    server.rules.fault = lambda header, frames: [goodbye()] if header[0] == kind else None
+    result = run("ping", "--endpoint", server.endpoint)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: the server is shutting down\n"
 
 
 def test_produce(server: FakeServer, tmp_path: Path) -> None:

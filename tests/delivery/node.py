@@ -211,12 +211,12 @@ class Node:
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
         self.snapshots = Snapshots(table, rings, stepper, worker, tap, lambda error, streams: None, 0)
         self.verbs = Verbs(
-            self.engine, self.lifecycle, self.clients, self.postbox, _info(number, limits), limits, statistics
+            self.engine, self.lifecycle, tap, self.clients, self.postbox, _info(number, limits), limits, statistics
         )
 
     @property
     def has_room(self) -> bool:
-        return self.lifecycle.has_room and self.tap.has_room
+        return self.lifecycle.has_room and (self.tap.has_room or self.tap.has_failed)
 
     def handle(self, connection: Connection, message: list[bytes]) -> None:
         """One message of one connection, as the server's pump takes it."""

@@ -115,6 +115,8 @@ class FakeRules:
         self.holding = False
         """Whether answers to OPEN and STEP are kept in `held`."""
         self.held: list[tuple[bytes, Message]] = []
+        self.ready = 1.0
+        """What STATS says of it."""
         self.blocks: list[tuple[int, int]] = []
         """(T, N) of every STEP seen."""
         self.kinds: list[Kind] = []
@@ -234,7 +236,11 @@ class FakeRules:
 
     def _stats(self, header: list[Any], frames: list[bytes]) -> Message:
         return [
-            pack(Kind.STATISTICS, header[1], [["streams_open", float(len(self.names))], ["blocks", len(self.blocks)]])
+            pack(
+                Kind.STATISTICS,
+                header[1],
+                [["ready", self.ready], ["streams_open", float(len(self.names))], ["blocks", len(self.blocks)]],
+            )
         ]
 
 

@@ -90,7 +90,11 @@ def _root(
 
 @app.command("ping")
 def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
-    """Say in one line what runs at the endpoint: model, device, exactness, round trip."""
+    """Say in one line whether the server is ready, and what it runs: model, device, exactness, round trip.
+
+    The exit status is 0 when it is ready: it serves, and takes new connections, streams and frames. It is 1 when it
+    answers and is not ready, and 2 when nobody answers.
+    """
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await ping(endpoint, terminal, stop)

@@ -12,18 +12,23 @@ from instep_client.commands.terminal import Terminal
 
 PATIENCE_S: Final = 5.0
 """How long a silent server is waited for."""
+RECONNECT_S: Final = 30.0
+"""For how long another connection is tried for when one is lost."""
 
 
 @asynccontextmanager
-async def connected(endpoint: str, command: str, terminal: Terminal, stop: Stop) -> AsyncIterator[AsyncClient]:
+async def connected(
+    endpoint: str, command: str, terminal: Terminal, stop: Stop, reconnect_s: float = RECONNECT_S
+) -> AsyncIterator[AsyncClient]:
     """A client of the server there, called after the command; it says so when the server takes its time.
 
     Ctrl-C ends the command at once until there is a connection; from then on it requests a stop.
 
     Raises:
         ConnectionFailed: nobody answers.
+        Refused: the server does not take this client.
     """
-    client = AsyncClient(endpoint, name=f"instep-client {command}", timeout_s=PATIENCE_S)
+    client = AsyncClient(endpoint, f"instep-client {command}", PATIENCE_S, reconnect_s)
     async with terminal.waiting(f"waiting for a server at {endpoint}"):
         await client.connect()
     stop.connected = True

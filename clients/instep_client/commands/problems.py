@@ -10,7 +10,7 @@ class Exit(IntEnum):
 
     OK = 0
     FOUND_PROBLEMS = 1
-    """It ran to the end, and something was refused, malformed or different."""
+    """It ran to the end, and something was refused, malformed or different; or the server is not ready."""
     COULD_NOT_RUN = 2
     """Nobody answers, a file cannot be used, or the arguments do not fit together."""
     INTERRUPTED = 130

@@ -134,7 +134,7 @@ class Server:
         target_ns = round(config.recording.recovery_target_s * 1e9)
         self._snapshots = Snapshots(table, rings, stepper, self._worker, tap, self._step_failed, target_ns)
         self._verbs = Verbs(
-            self.engine, self.lifecycle, self._clients, self._postbox, self.info, self._limits, self.statistics
+            self.engine, self.lifecycle, tap, self._clients, self._postbox, self.info, self._limits, self.statistics
         )
         self.recovery: Recovery | None = None
         """What it took to go on with an older recording, where there was one."""
@@ -163,8 +163,11 @@ class Server:
 
     @property
     def has_room(self) -> bool:
-        """Whether messages may be handled: False while too much waits for the worker or the recorder."""
-        return self.lifecycle.has_room and self._tap.has_room
+        """Whether messages may be handled: False while too much waits for the worker or the recorder.
+
+        When the recorder has failed they are, so that whoever asks is told that nothing new is taken.
+        """
+        return self.lifecycle.has_room and (self._tap.has_room or self._tap.has_failed)
 
     # ── The loop ───────────────────────────────────────────────────────────────────────────────────────────────────
 

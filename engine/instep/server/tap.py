@@ -70,7 +70,12 @@ class Tap:
     @property
     def has_room(self) -> bool:
         """Whether a batch may be stepped now: False while the recorder is behind, and after it failed."""
-        return self._recorder is None or (self._recorder.has_room and self._recorder.failed is None)
+        return self._recorder is None or (self._recorder.has_room and not self.has_failed)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the recorder has failed, so that the server is about to stop."""
+        return self._recorder is not None and self._recorder.failed is not None
 
     @property
     def is_quiet(self) -> bool:

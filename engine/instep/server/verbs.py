@@ -18,6 +18,7 @@ from instep.server.lifecycle import Lifecycle
 from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
 from instep.server.statistics import Statistics
+from instep.server.tap import Tap
 from instep_client import wire
 from instep_client.errors import MalformedMessage
 from instep_client.wire import Code, Header, Kind, ServerInfo
@@ -40,6 +41,7 @@ class Verbs:
     Args:
         engine: frames.
         lifecycle: streams.
+        tap: whether what is admitted can still be recorded.
         clients: connections.
         postbox: where answers go.
         info: what WELCOME says.
@@ -51,6 +53,7 @@ class Verbs:
         self,
         engine: Engine,
         lifecycle: Lifecycle,
+        tap: Tap,
         clients: ClientTable,
         postbox: Postbox,
         info: ServerInfo,
@@ -59,6 +62,7 @@ class Verbs:
     ) -> None:
         self._engine = engine
         self._lifecycle = lifecycle
+        self._tap = tap
         self._clients = clients
         self._postbox = postbox
         self._info = info
@@ -125,8 +129,7 @@ class Verbs:
             raise MalformedMessage("set no routing id (ZMQ_IDENTITY): the server names connections itself")
         now_ns = time.monotonic_ns()
         if client is None:
-            if self.draining:
-                raise Refusal(Code.SHUTTING_DOWN)
+            self._refuse_what_is_new()
             client = self._clients.add(routing_id, now_ns)
             if client is None:
                 raise Refusal(Code.BUSY, "limits.max_connections connections are open", 1_000_000)
@@ -137,7 +140,7 @@ class Verbs:
         names = wire.unpack_names(frames[1], count)
         states = self._states(header.fields[1], frames[2], count)
         first_seqs = self._first_seqs(header.fields[2], frames[3], count)
-        self._refuse_while_draining()
+        self._refuse_what_is_new()
         codes = np.array([0 if wire.name_is_good(name) else Code.BAD_NAME for name in names], np.int32)
         if states is not None:
             codes[(codes == 0) & ~np.isfinite(states).all(axis=(1, 2))] = Code.NOT_FINITE
@@ -171,16 +174,20 @@ class Verbs:
             raise MalformedMessage("a first seq must be below 2^62")
         return seqs.astype(np.int64)
 
-    def _refuse_while_draining(self) -> None:
-        if self.draining:
-            raise Refusal(Code.SHUTTING_DOWN)
+    @property
+    def _is_ready(self) -> bool:
+        return not (self.draining or self._tap.has_failed)
+
+    def _refuse_what_is_new(self) -> None:
+        if not self._is_ready:
+            raise Refusal(Code.SHUTTING_DOWN, "its recording has failed" if self._tap.has_failed else "")
 
     def _resume(self, client: Client, header: Header, frames: list[bytes]) -> None:
         count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
         take_over = wire.count_field(header.fields[1], "take_over", 1, at_least=0)
         names = wire.unpack_names(frames[1], count)
         claims = wire.array_frame(frames[2], wire.CLAIM, (count,), "claims")
-        self._refuse_while_draining()
+        self._refuse_what_is_new()
         if len(set(names)) < count:
             raise Refusal(Code.REPEATED_STREAM)
 
@@ -210,7 +217,7 @@ class Verbs:
         count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
         states = self._states(header.fields[1], frames[2], count)
         slots, codes = self._own(client, frames[1], count)
-        self._refuse_while_draining()
+        self._refuse_what_is_new()
         codes[(codes == 0) & (self._engine.table.pending[slots] > 0)] = Code.FRAMES_PENDING
         if states is not None:
             codes[(codes == 0) & ~np.isfinite(states).all(axis=(1, 2))] = Code.NOT_FINITE
@@ -230,7 +237,7 @@ class Verbs:
         count = self._count_with_states(header.fields[0])
         names = wire.unpack_names(frames[2], count)
         slots, codes = self._own(client, frames[1], count)
-        self._refuse_while_draining()
+        self._refuse_what_is_new()
         codes[(codes == 0) & ~np.array([wire.name_is_good(name) for name in names])] = Code.BAD_NAME
         good = codes == 0
 
@@ -276,7 +283,7 @@ class Verbs:
         x = self._inputs(header.fields[2], header.fields[3], frames[2], timesteps, columns)
         column = wire.array_frame(frames[1], wire.COLUMN, (columns,), "columns")
         handles = np.ascontiguousarray(column["handle"])
-        self._refuse_while_draining()
+        self._refuse_what_is_new()
         frame_count = timesteps * columns
         over_credit = client.frames_unanswered + frame_count > self._limits.credit_frames
         if over_credit or frame_count > self._engine.rings.room or self._engine.blocks.is_full:
@@ -319,6 +326,7 @@ class Verbs:
 
     def _stats(self, client: Client, header: Header, _: list[bytes]) -> None:
         values = {
+            "ready": float(self._is_ready),
             **self._statistics.snapshot(),
             **self._statistics.states(self._engine.table),
             "connections": float(len(self._clients)),
