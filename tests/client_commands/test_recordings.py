@@ -12,6 +12,7 @@ from instep.recording.writer import RecordingWriter
 from instep_client.commands.problems import BadFile
 from instep_client.commands.recordings import is_recording, read_recording
 from instep_client.wire import F32
+from tests.support.rows import close_stream, open_stream, stream_event
 
 START_NS = 1_700_000_000_000_000_000
 MS = 1_000_000
@@ -54,7 +55,7 @@ def batch(writer: RecordingWriter, ms: int, frames: list[tuple[int, int, float]]
 
 
 def opened(writer: RecordingWriter, stream: int, name: str, ms: int, state: F32 | None = None, first: int = 0) -> None:
-    writer.open_stream(stream, name, 10 + stream, first, START_NS + ms * MS, state)
+    open_stream(writer, stream, name, 10 + stream, first, START_NS + ms * MS, state)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def write_three(writer: RecordingWriter) -> None:
     opened(writer, 1, "mic", 5, state)
     batch(writer, 10, [(1, 0, 10.0), (2, 0, 20.0)])
     batch(writer, 20, [(2, 1, 21.0)])
-    writer.close_stream(1, START_NS + 25 * MS, "closed", 1, state)
+    close_stream(writer, 1, START_NS + 25 * MS, "closed", 1, state)
     opened(writer, 3, "mic", 30)
     opened(writer, 4, "silent", 30)
     batch(writer, 40, [(3, 0, 30.0), (2, 2, 22.0)])
@@ -134,9 +135,9 @@ def test_a_reset_begins_a_sequence_of_its_own(tmp_path: Path, writer: RecordingW
     opened(writer, 2, "b", 1)
     batch(writer, 10, [(1, 0, 1.0), (2, 0, 2.0)])
     for ms, state in ((20, None), (21, states[1])):  # the second one counts
-        writer.event(START_NS + ms * MS, "reset", 1, 1, "", state)
+        stream_event(writer, START_NS + ms * MS, "reset", 1, 1, "", state)
     batch(writer, 30, [(1, 1, 3.0)])
-    writer.event(START_NS + 40 * MS, "reset", 1, 2, "", None)  # nothing follows
+    stream_event(writer, START_NS + 40 * MS, "reset", 1, 2, "", None)  # nothing follows
     writer.close()
     read = read_recording(tmp_path / "r.db")
     assert read.names == ("a", "b", "a")

@@ -20,6 +20,7 @@ from instep_client.commands.sequences import Sequences
 from instep_client.wire import F32, Kind, ServerInfo
 from tests.client_commands.helpers import JumpingClock, RememberingTerminal, info_with
 from tests.support.fake_server import FakeServer, Message, error, evicted, reference
+from tests.support.rows import close_stream, open_stream
 
 LENGTHS = [4, 1, 6, 3]
 NAMES = ("mic-1", "mic-2", "tap-1", "tap-2")
@@ -169,12 +170,12 @@ def write_recording(path: Path, rng: np.random.Generator, forge: Callable[[F32],
         stream, seq = 1 + frame // 4, frame % 4
         time_ns = START_NS + frame * 100_000_000
         if seq == 0:
-            writer.open_stream(stream, "mic", stream, 0, time_ns, state if stream == 2 else None)
+            open_stream(writer, stream, "mic", stream, 0, time_ns, state if stream == 2 else None)
         ids, seqs = np.array([stream], np.uint32), np.array([seq], np.uint64)
         batch = writer.add_inputs(time_ns, 4, ids, seqs, x[frame : frame + 1])
         writer.add_outputs(time_ns, batch, y[frame : frame + 1])
         if seq == 3:
-            writer.close_stream(stream, time_ns, "closed", 4, None)
+            close_stream(writer, stream, time_ns, "closed", 4, None)
     writer.close()
 
 

@@ -8,14 +8,13 @@ their CRCs, the reader's checks and the recovery are the engine's own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 from unittest import mock
 
 import numpy as np
 
-from instep.core.typing import F32
 from instep.recording import file as recording_file
 from instep.recording import recovery as recording_recovery
 from instep.recording.reader import RecordingReader
@@ -28,11 +27,12 @@ from instep.recording.schema import (
     RECOVERED_EVENT,
     SNAPSHOT_EVENT,
     TABLES,
+    Column,
     Durability,
     RecordingHeader,
     row_crc,
 )
-from instep.recording.states import StateRows, blob
+from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from instep.server import recovery as server_recovery
 
@@ -157,9 +157,10 @@ class MemoryWriter(RecordingWriter):
         self.position = next(iter(newest))[0] if newest else 0
         self._disk: Disk = disk
         self._changes: list[Change] = []
+        self._bytes_in_wal = 0
         self._positions = {table: sorted(disk.image[table]) for table in COUNTED}
-        self._states = set(disk.image["states"])
-        self._closed = [row[2] for row in disk.image["closings"].values() if row[2] in self._states]
+        self._with_state = set(disk.image["states"])
+        self._closed_with_state = [row[2] for row in disk.image["closings"].values() if row[2] in self._with_state]
 
     @classmethod
     def create(cls, path: Any, header: RecordingHeader) -> MemoryWriter:
@@ -170,23 +171,18 @@ class MemoryWriter(RecordingWriter):
     @classmethod
     def resume(cls, path: Any, header: RecordingHeader, accept_numerics_change: bool = False) -> MemoryWriter:
         writer = cls(path, header)
-        writer.event(0, RECOVERED_EVENT, None, writer.position, "another process goes on")
+        writer.event(0, RECOVERED_EVENT, writer.position, "another process goes on")
         return writer
-
-    def close_stream(self, stream: int, time_ns: int, reason: str, frames: int, final_state: F32 | None) -> None:
-        self._insert("closings", time_ns, int(stream), int(frames), reason, blob(final_state, "<f4"))
-        if int(stream) in self._states:
-            self._closed.append(int(stream))
 
     def snapshot(self, time_ns: int, through: int, rows: StateRows) -> None:
         counts = [sum(position <= through for position in self._positions[table]) for table in COUNTED]
-        self.event(time_ns, SNAPSHOT_EVENT, None, through, "")
-        self._changes += [("states", stream, None) for stream in self._closed]
-        self._states.difference_update(self._closed)
-        self._closed = []
+        self.event(time_ns, SNAPSHOT_EVENT, through, "")
+        self._changes += [("states", stream, None) for stream in self._closed_with_state]
+        self._with_state.difference_update(self._closed_with_state)
+        self._closed_with_state = []
         self._changes += [("states", int(str(row[0])), row) for row in rows.as_rows(int(through))]
-        self._states.update(rows.streams.tolist())
-        mark = (int(through), *counts, len(self._states))
+        self._with_state.update(rows.streams.tolist())
+        mark = (int(through), *counts, len(self._with_state))
         self._changes += [("snapshot", 0, (*mark, row_crc(*mark)))]
 
     def commit(self) -> None:
@@ -203,12 +199,11 @@ class MemoryWriter(RecordingWriter):
     def abandon(self) -> None:
         self._changes = []
 
-    def _insert(self, table: str, time_ns: int, *columns: int | str | bytes | None) -> None:
-        self.position += 1
-        row = (self.position, 0, *columns)
-        self._changes.append((table, self.position, (*row, row_crc(*row))))
+    def _insert_rows(self, table: str, time_ns: int, *columns: Iterable[Column]) -> None:
+        before = self.position
+        self._changes += [(table, int(str(row[0])), row) for row in self._rows(0, columns)]
         if table in self._positions:
-            self._positions[table].append(self.position)
+            self._positions[table] += range(before + 1, self.position + 1)
 
 
 HEADER: list[RecordingHeader] = [

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import make_header
+from tests.support.rows import close_stream, open_stream
 from tests.support.scribe import START_NS
 
 FEATURES = 3
@@ -68,7 +69,7 @@ def write_recording(
     written = Written(folder / "a.rec")
     writer = RecordingWriter.create(written.path, make_header(DESCRIPTION))
     for stream, name in enumerate(NAMES, 1):
-        writer.open_stream(stream, name, stream, 0, START_NS, None)
+        open_stream(writer, stream, name, stream, 0, START_NS, None)
     done = np.zeros(len(NAMES), np.int64)
     for step in range(steps):
         chosen = rng.permutation(4)[: rng.integers(1, 5)]
@@ -87,7 +88,7 @@ def write_recording(
             writer.add_outputs(START_NS, batch, y)
         done[chosen] += 1
     for stream in range(1, 4):
-        writer.close_stream(stream, START_NS, "closed by its client", int(done[stream - 1]), None)
+        close_stream(writer, stream, START_NS, "closed by its client", int(done[stream - 1]), None)
     writer.commit()
     if finish:
         writer.close()

@@ -16,6 +16,7 @@ from instep.recording.recovery import read_recovery
 from instep.recording.schema import owner_detail
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
+from tests.support.rows import stream_event
 from tests.support.scribe import Scribe
 
 GRU = make_gru(3, 4, layers=2)
@@ -68,7 +69,7 @@ def scribble(path: Path, commits: list[list[Any]] | None = None) -> RecordingWri
             scribe.reset(2, scribe.random_state())
             scribe.close(4)
             scribe.open(7, name="late")
-            writer.event(scribe.now, "owner", 3, 7000, owner_detail(1003, 16))
+            stream_event(writer, scribe.now, "owner", 3, 7000, owner_detail(1003, 16))
         if turn in (6, 12):
             scribe.snapshot(through)
         assert through > batch

@@ -12,6 +12,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record
+from tests.support.rows import open_stream
 
 GRU = make_gru(3, 4, layers=2)
 HEADER = make_header(gru_description(GRU))
@@ -71,11 +72,11 @@ def test_a_reader_shows_what_was_committed_when_it_opened(tmp_path: Path) -> Non
     writer = record(path, HEADER, gru_step(GRU), [3, 3], finish=False)
     with RecordingReader(path) as early:
         seen = early.last_position
-        writer.event(1, "later", None, None, "")
-        writer.open_stream(3, "late", 1, 0, 1, None)
+        writer.event(1, "later", None, "")
+        open_stream(writer, 3, "late", 1, 0, 1, None)
         writer.commit()
         writer.position += 5  # as if a commit came between the tables: what is later may look torn
-        writer.event(1, "latest", None, None, "")
+        writer.event(1, "latest", None, "")
         writer.commit()
         assert list(early.events()) == []
         assert len(early.streams()) == 2
@@ -196,7 +197,7 @@ def test_a_close_without_an_opening_is_damage(path: Path) -> None:
 def test_states_keep_their_bits(tmp_path: Path) -> None:
     odd = np.array([[0.0, -0.0, 1e-45, np.pi]] * 2, np.float32)
     writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
-    writer.open_stream(1, "a", 1, 0, 1, odd)
+    open_stream(writer, 1, "a", 1, 0, 1, odd)
     writer.close()
     with RecordingReader(tmp_path / "a.rec") as reader:
         (info,) = reader.streams()

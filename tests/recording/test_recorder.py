@@ -14,6 +14,7 @@ from instep.recording.recorder import SMALL_ROWS_PER_BATCH, Recorder
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, make_gru, make_header
+from tests.support.rows import close_stream, open_stream, stream_event
 
 HEADER = make_header(gru_description(make_gru(3, 4)))
 
@@ -73,12 +74,12 @@ def add(recorder: Recorder, seq: int) -> int:
 def test_everything_is_written_in_order(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
     writer.gate.set()
-    recorder.open_stream(1, "a", 7, 0, 1, None)
+    open_stream(recorder, 1, "a", 7, 0, 1, None)
     for seq in range(50):
         add(recorder, seq)
         if seq == 20:
-            recorder.event(2, "note", 1, seq, "half way")
-    recorder.close_stream(1, 3, "closed", 50, np.ones((1, 4), np.float32))
+            stream_event(recorder, 2, "note", 1, seq, "half way")
+    close_stream(recorder, 1, 3, "closed", 50, np.ones((1, 4), np.float32))
     recorder.stop()
     assert recorder.failed is None
     assert calls.failures == []
@@ -92,7 +93,7 @@ def test_everything_is_written_in_order(tmp_path: Path) -> None:
 
 def test_all_that_waits_becomes_one_commit(tmp_path: Path) -> None:
     writer, recorder, _ = start(tmp_path / "a.rec", queue_batches=1000)
-    recorder.open_stream(1, "a", 7, 0, 1, None)
+    open_stream(recorder, 1, "a", 7, 0, 1, None)
     for seq in range(200):
         add(recorder, seq)
     writer.gate.set()
@@ -103,7 +104,7 @@ def test_all_that_waits_becomes_one_commit(tmp_path: Path) -> None:
 
 def test_room_is_what_is_not_yet_committed(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=2)
-    recorder.open_stream(1, "a", 7, 0, 1, None)
+    open_stream(recorder, 1, "a", 7, 0, 1, None)
     assert recorder.has_room
     add(recorder, 0)
     assert recorder.has_room
@@ -122,18 +123,37 @@ def test_small_rows_are_bounded_too(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=1)
     for number in range(SMALL_ROWS_PER_BATCH):
         assert recorder.has_room
-        recorder.event(number, "note", None, None, "")
+        stream_event(recorder, number, "note", 1, 0)
     assert not recorder.has_room
     writer.gate.set()
     assert calls.room.acquire(timeout=60)
     recorder.stop()
 
 
+def test_rows_given_together_are_one_entry_with_a_ticket_each(tmp_path: Path) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=2)
+    count = 2 * SMALL_ROWS_PER_BATCH
+    numbers, zeros = np.arange(1, count + 1), np.zeros(count, np.int64)
+    assert recorder.open_streams(1, numbers, ["a"] * count, numbers.astype(np.uint64), zeros, None) == count
+    assert not recorder.has_room, "each row counts"
+    assert recorder.stream_events(1, "parked", numbers, zeros, [""] * count) == 2 * count
+    lost = np.ones(count, np.bool_)
+    assert recorder.close_streams(1, numbers, "closed", zeros, np.zeros((count, 1, 4), np.float32), lost) == 3 * count
+    assert len(recorder._queue) <= 3  # the thread may have taken some
+    writer.gate.set()
+    assert calls.room.acquire(timeout=60)
+    recorder.stop()
+    with RecordingReader(tmp_path / "a.rec") as reader:
+        reader.check_positions()
+        assert reader.last_position == 3 * count + 1
+        assert [info.closed_position for info in reader.streams()] == list(range(2 * count + 1, 3 * count + 1))
+
+
 @pytest.mark.parametrize("failure", [sqlite3.OperationalError("database or disk is full"), OSError("broken")])
 def test_a_failing_disk_ends_the_recording_aloud(tmp_path: Path, failure: Exception) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec")
     writer.failure = failure
-    recorder.open_stream(1, "a", 7, 0, 1, None)
+    open_stream(recorder, 1, "a", 7, 0, 1, None)
     writer.gate.set()
     assert calls.failed.wait(60)
     assert recorder.failed is failure
@@ -155,7 +175,7 @@ def test_a_failure_is_told_though_the_folder_cannot_be_written_any_more(
     writer, recorder, calls = start(tmp_path / "a.rec")
     writer.failure = OSError(errno.EIO, "broken")
     monkeypatch.setattr(Path, "unlink", read_only)
-    recorder.open_stream(1, "a", 7, 0, 1, None)
+    open_stream(recorder, 1, "a", 7, 0, 1, None)
     writer.gate.set()
     assert calls.failed.wait(60)
     recorder.stop()
@@ -167,7 +187,7 @@ def test_a_really_full_file_ends_the_recording(tmp_path: Path) -> None:
     (pages,) = writer._database.execute("PRAGMA page_count").fetchone()
     writer._database.execute(f"PRAGMA max_page_count={pages + 1}")
     writer.gate.set()
-    recorder.open_stream(1, "a", 7, 0, 1, None)
+    open_stream(recorder, 1, "a", 7, 0, 1, None)
     for seq in range(2000):
         try:
             add(recorder, seq)
@@ -187,12 +207,12 @@ def test_after_stop_nothing_is_taken(tmp_path: Path) -> None:
     writer.gate.set()
     recorder.stop()
     with pytest.raises(RecordingError, match="was stopped"):
-        recorder.event(1, "late", None, None, "")
+        stream_event(recorder, 1, "late", 1, 0)
 
 
 def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
-    opened = recorder.open_stream(1, "a", 7, 0, 1, None)
+    opened = open_stream(recorder, 1, "a", 7, 0, 1, None)
     inputs = recorder.add_inputs(1, 4, np.array([1], np.uint32), np.array([0], np.uint64), np.zeros((1, 3), np.float32))
     failed = recorder.fail_batch(inputs, 1, "step_failed")
     outputs = add(recorder, 0)
@@ -216,7 +236,7 @@ def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> No
 def test_after_a_failure_nothing_is_called_durable(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
     writer.failure = OSError("broken")
-    recorder.open_stream(1, "a", 7, 0, 1, None)
+    open_stream(recorder, 1, "a", 7, 0, 1, None)
     writer.gate.set()
     assert calls.failed.wait(60)
     recorder.stop()
@@ -226,12 +246,12 @@ def test_after_a_failure_nothing_is_called_durable(tmp_path: Path) -> None:
 def test_it_goes_on_counting_where_the_recording_ended(tmp_path: Path) -> None:
     writer, recorder, _ = start(tmp_path / "a.rec")
     writer.gate.set()
-    recorder.open_stream(1, "a", 7, 0, 1, None)
+    open_stream(recorder, 1, "a", 7, 0, 1, None)
     recorder.stop()
     again = Calls()
     resumed = Recorder(
         RecordingWriter.resume(tmp_path / "a.rec", HEADER), 2, again.on_room, again.on_failure, again.on_durable
     )
-    assert resumed.event(1, "note", None, None, "") == 4  # after the opening, the end and what says that it goes on
+    assert stream_event(resumed, 1, "note", 1, 0) == 4  # after the opening, the end and what says that it goes on
     resumed.stop()
     assert again.durable[-1] == 4

@@ -14,6 +14,7 @@ from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
 from tests.support.replaying import replay
+from tests.support.rows import close_stream, stream_event
 from tests.support.scribe import Scribe
 
 GRU = make_gru(3, 4, layers=2)
@@ -44,7 +45,7 @@ def busy(path: Path, *, with_snapshot: bool = True) -> Scribe:
     scribe.step([3, 1], "failed")
     scribe.step([3, 1, 4])
     scribe.close(5)
-    scribe.writer.event(scribe.now, "owner", 4, 7000, owner_detail(1004, 106))
+    stream_event(scribe.writer, scribe.now, "owner", 4, 7000, owner_detail(1004, 106))
     scribe.open(6, scribe.random_state(), epoch=6000)
     scribe.step([1, 6], "unanswered")
     scribe.step([4, 3], "unanswered")
@@ -143,7 +144,7 @@ def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_pat
         assert [(stream.stream, stream.seq) for stream in recovered.streams] == [(1, 1), (3, 2)]
         assert list(recovered.replay()) == []
     writer = RecordingWriter.resume(tmp_path / "a.rec", HEADER)
-    writer.close_stream(3, 1, "closed", 2, None)
+    close_stream(writer, 3, 1, "closed", 2, None)
     nothing = np.zeros((0, 3), np.float32), np.zeros((0, 4), np.float32)
     state = np.ones((1, 2, 4), np.float32)
     writer.snapshot(1, writer.position, StateRows(np.array([1]), np.array([1]), state, np.array([1]), *nothing))

@@ -17,6 +17,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.recovery import read_recovery
 from instep.recording.writer import CHECKPOINT_BYTES, RecordingWriter
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
+from tests.support.rows import open_stream, stream_event
 from tests.support.scribe import Scribe
 
 GRU = make_gru(3, 4, layers=2)
@@ -35,7 +36,7 @@ def begun(path: Path, *, close: bool) -> Scribe:
     if close:
         scribe.writer.close()
     else:
-        scribe.writer.event(1, "never committed", None, None, "")
+        scribe.writer.event(1, "never committed", None, "")
         scribe.writer.abandon()
     return scribe
 
@@ -150,7 +151,8 @@ def durable(ticket):
 
 room = threading.Semaphore(0)
 recorder = Recorder(writer, 8, room.release, lambda error: None, durable)
-recorder.open_stream(1, "a", 1, 0, 1, None)
+one = np.array([1])
+recorder.open_streams(1, one, ["a"], one.astype(np.uint64), one - 1, None)
 seq = 0
 while True:
     while not recorder.has_room:
@@ -198,9 +200,9 @@ def test_fsync_waits_for_the_disk(tmp_path: Path) -> None:
 def test_the_wal_stays_small(tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     writer = RecordingWriter.create(path, HEADER)
-    writer.open_stream(1, "a", 1, 0, 1, None)
+    open_stream(writer, 1, "a", 1, 0, 1, None)
     for seq in range(10):
-        writer.event(1, "state", 1, seq, "", np.zeros(CHECKPOINT_BYTES // 12, np.float32))
+        stream_event(writer, 1, "state", 1, seq, "", np.zeros(CHECKPOINT_BYTES // 12, np.float32))
         writer.commit()
         writer.checkpoint()
     size = Path(f"{path}-wal").stat().st_size
@@ -215,6 +217,6 @@ def test_after_a_failure_the_wal_is_left_alone(tmp_path: Path) -> None:
     begun(path, close=False)
     before = path.read_bytes(), Path(f"{path}-wal").read_bytes()
     writer = RecordingWriter.resume(path, HEADER)
-    writer.event(1, "not committed", None, None, "")
+    writer.event(1, "not committed", None, "")
     writer.abandon()
     assert (path.read_bytes(), Path(f"{path}-wal").read_bytes()) == before

@@ -13,6 +13,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.schema import APPLICATION_ID, row_crc
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, make_gru, make_header
+from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.scribe import START_NS
 
 HEADER = make_header(gru_description(make_gru(3, 4)))
@@ -29,11 +30,11 @@ def small_batch(writer: RecordingWriter, seq: int = 0, streams: tuple[int, ...] 
 def test_plain_sql_reads_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     writer = RecordingWriter.create(path, HEADER)
-    writer.open_stream(1, "mic-1", 100, 0, 11, None)
-    writer.open_stream(2, "mic-2", 101, 7, 12, np.full((1, 4), 0.5, np.float32))
+    open_stream(writer, 1, "mic-1", 100, 0, 11, None)
+    open_stream(writer, 2, "mic-2", 101, 7, 12, np.full((1, 4), 0.5, np.float32))
     small_batch(writer)
-    writer.event(14, "note", 2, 0, "seen")
-    writer.close_stream(1, 15, "closed", 1, np.ones((1, 4), np.float32))
+    stream_event(writer, 14, "note", 2, 0, "seen")
+    close_stream(writer, 1, 15, "closed", 1, np.ones((1, 4), np.float32))
     writer.close()
 
     database = sqlite3.connect(path)
@@ -72,14 +73,36 @@ def test_it_is_wal_with_normal_synchronisation_while_written(tmp_path: Path) -> 
     writer.close()
 
 
-def test_numbers_of_numpy_are_taken(tmp_path: Path) -> None:
-    writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
-    writer.open_stream(int(np.int64(1)), "a", 9, 0, np.int64(5), None)  # type: ignore[arg-type]
-    writer.close_stream(np.int64(1), 6, "closed", np.uint64(0), None)  # type: ignore[arg-type]
-    writer.close()
-    with RecordingReader(tmp_path / "a.rec") as reader:
-        (info,) = reader.streams()
-    assert (info.opened_ns, info.frames) == (5, 0)
+def test_rows_written_together_are_those_written_one_by_one(tmp_path: Path) -> None:
+    states = np.arange(12, dtype=np.float32).reshape(3, 1, 4)
+    numbers, seqs, lost = np.array([1, 2, 3]), np.array([7, 0, 9]), np.array([False, True, False])
+    together = RecordingWriter.create(tmp_path / "together.rec", HEADER)
+    together.open_streams(5, numbers, ["a", "b", "c"], np.array([2**62, 2, 3], np.uint64), seqs, states)
+    together.stream_events(6, "reset", numbers, seqs, ["", "x", ""], states)
+    together.stream_events(7, "parked", numbers[:0], seqs[:0], [])
+    together.stream_events(8, "parked", numbers, seqs, iter(["", "", ""]))
+    together.close_streams(9, numbers, "closed", seqs, states, lost)
+    assert together.position == 12
+    together.close()
+    single = RecordingWriter.create(tmp_path / "single.rec", HEADER)
+    for at, (name, epoch) in enumerate([("a", 2**62), ("b", 2), ("c", 3)]):
+        open_stream(single, at + 1, name, epoch, int(seqs[at]), 5, states[at])
+    for at, detail in enumerate(["", "x", ""]):
+        stream_event(single, 6, "reset", at + 1, int(seqs[at]), detail, states[at])
+    for at in range(3):
+        stream_event(single, 8, "parked", at + 1, int(seqs[at]))
+    for at in range(3):
+        close_stream(single, at + 1, 9, "closed", int(seqs[at]), None if lost[at] else states[at])
+    single.close()
+    for table in ("openings", "closings", "events", "newest"):
+        found = [
+            sqlite3.connect(tmp_path / file).execute(f"SELECT * FROM {table} WHERE position < 13").fetchall()
+            for file in ("together.rec", "single.rec")
+        ]
+        assert found[0] == found[1], table
+    with RecordingReader(tmp_path / "together.rec") as reader:
+        reader.check_positions()
+        assert [info.final_state is None for info in reader.streams()] == lost.tolist()
 
 
 def test_a_file_with_content_is_never_written_over(tmp_path: Path) -> None:
@@ -111,7 +134,7 @@ def test_a_disk_that_is_full_from_the_start_is_said_at_once() -> None:
 def test_what_is_not_committed_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     writer = RecordingWriter.create(path, HEADER)
-    writer.open_stream(1, "a", 9, 0, 1, None)
+    open_stream(writer, 1, "a", 9, 0, 1, None)
     writer.commit()
     small_batch(writer, streams=(1,))
     with RecordingReader(path) as reader:
@@ -131,15 +154,15 @@ def test_committed_rows_survive_the_death_of_the_process(tmp_path: Path) -> None
         "from instep.recording.writer import RecordingWriter\n"
         f"header = RecordingHeader.from_rows({HEADER.rows()!r})\n"
         "writer = RecordingWriter.create(Path(sys.argv[1]), header)\n"
-        "writer.open_stream(1, 'a', 9, 0, 1, None)\n"
+        "writer.event(1, 'note', None, '')\n"
         "writer.commit()\n"
-        "writer.open_stream(2, 'b', 9, 0, 1, None)\n"
+        "writer.event(2, 'note', None, '')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     path = tmp_path / "a.rec"
     assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == -9
     with RecordingReader(path) as reader:
-        assert [info.name for info in reader.streams()] == ["a"]
+        assert [event.time_ns for event in reader.events()] == [1]
         assert not reader.finished
 
 
@@ -147,7 +170,7 @@ def test_closing_while_somebody_reads_leaves_a_whole_recording(tmp_path: Path) -
     path = tmp_path / "a.rec"
     writer = RecordingWriter.create(path, HEADER)
     for stream in range(1, 4):
-        writer.open_stream(stream, "a", 9, 0, 1, None)
+        open_stream(writer, stream, "a", 9, 0, 1, None)
     writer.commit()
     with RecordingReader(path) as early:
         rows = early.rows("openings")

@@ -262,7 +262,7 @@ async def test_a_frame_is_not_answered_when_the_recorder_did_not_take_it(
         async with RawClient(server.endpoint) as client:
             await client.hello()
             handles = (await client.open("s", "other")).handles()
-            for verb in ("open_stream", "add_inputs", "add_outputs", "fail_batch", "close_stream", "event"):
+            for verb in ("open_streams", "add_inputs", "add_outputs", "fail_batch", "close_streams", "stream_events"):
                 monkeypatch.setattr(Recorder, verb, failed)
             x = rng.standard_normal((1, 1, F)).astype(np.float32)
             await client.send(*client.step_message(handles[:1], [0], poisoned(x, 0, 0) if is_poisoned else x))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
+from tests.support.rows import close_stream, open_stream, stream_event
 
 F32: TypeAlias = npt.NDArray[np.float32]
 Step: TypeAlias = Callable[[F32, F32], tuple[F32, F32]]
@@ -54,7 +55,7 @@ class Scribe:
     def open(
         self, stream: int, state: F32 | None = None, *, first_seq: int = 0, name: str = "", epoch: int = 0
     ) -> None:
-        self.writer.open_stream(stream, name or f"stream-{stream}", epoch or 1000 + stream, first_seq, self.now, state)
+        open_stream(self.writer, stream, name or f"stream-{stream}", epoch or 1000 + stream, first_seq, self.now, state)
         header = self.writer.header
         zeros = np.zeros((header.state_layers, header.state_size), np.float32)
         self.states[stream] = zeros if state is None else state
@@ -89,7 +90,7 @@ class Scribe:
         return batch
 
     def reset(self, stream: int, state: F32 | None = None) -> None:
-        self.writer.event(self.now, "reset", stream, self.seqs[stream], "", state)
+        stream_event(self.writer, self.now, "reset", stream, self.seqs[stream], "", state)
         self.states[stream] = np.zeros_like(self.states[stream]) if state is None else state
         self._dirty.add(stream)
 
@@ -117,4 +118,4 @@ class Scribe:
 
     def close(self, stream: int, time_ns: int | None = None) -> None:
         state = self.states.pop(stream)
-        self.writer.close_stream(stream, time_ns or self.now, "closed by its client", self.seqs[stream], state)
+        close_stream(self.writer, stream, time_ns or self.now, "closed by its client", self.seqs[stream], state)

@@ -17,6 +17,7 @@ from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server.assembly import recording_header
 from tests.support.models import SMALL, whole
+from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.running import CPU, config, prepared
 
 FEATURES, HIDDEN = 5, 8
@@ -156,7 +157,7 @@ class Story:
             first_seq = int(self._rng.choice([0, 0, 1000]))
         initial = self._random_state() if has_state else np.zeros((1, HIDDEN), np.float32)
         name, epoch = f"stream-{number}", self._next_epoch()
-        self.writer.open_stream(number, name, epoch, first_seq, self._now(), initial if has_state else None)
+        open_stream(self.writer, number, name, epoch, first_seq, self._now(), initial if has_state else None)
         at = self.writer.position
         self._lives[number] = _Life(name, at, first_seq, initial, [(at, epoch, 0, first_seq)], acked=first_seq)
         self._y[number] = []
@@ -189,7 +190,7 @@ class Story:
         self._answer()
         is_zero = bool(self._rng.random() < 0.5)
         state = np.zeros((1, HIDDEN), np.float32) if is_zero else self._random_state()
-        self.writer.event(self._now(), "reset", stream, self._seq(stream), "", None if is_zero else state)
+        stream_event(self.writer, self._now(), "reset", stream, self._seq(stream), "", None if is_zero else state)
         self._lives[stream].resets.append((self.writer.position, len(self._y[stream]), state))
         self._stepper.load(np.array([stream]), state[None])
         self._dirty.add(stream)
@@ -199,14 +200,14 @@ class Story:
         self._answer()
         life, epoch, seq = self._lives[stream], self._next_epoch(), self._seq(stream)
         former = life.owners[-1][1] if self._rng.random() < 0.5 else 0
-        self.writer.event(self._now(), "owner", stream, epoch, owner_detail(former, seq))
+        stream_event(self.writer, self._now(), "owner", stream, epoch, owner_detail(former, seq))
         life.owners.append((self.writer.position, epoch, former, seq))
 
     def close(self, stream: int) -> None:
         """A stream ends."""
         self._answer()
         state = self._stepper.read(np.array([stream]))[0]
-        self.writer.close_stream(stream, self._now(), "closed by its client", self._seq(stream), state)
+        close_stream(self.writer, stream, self._now(), "closed by its client", self._seq(stream), state)
         self._lives[stream].closed_at = self.writer.position
         self._dirty.discard(stream)
 

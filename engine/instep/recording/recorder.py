@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
-from instep.core.typing import F32, U32, U64
+from instep.core.typing import F32, I64, U32, U64, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
@@ -20,7 +20,9 @@ SMALL_ROWS_PER_BATCH: Final = 256
 class Recorder:
     """Takes rows without blocking and writes them in order, each commit holding all that waited.
 
-    Every verb returns a ticket: the position its row will have in the recording. Tickets rise by one a verb.
+    Every verb returns a ticket: the position that its row, or the last of its rows, will have in the recording. Tickets
+    rise by one a row. Arrays and whatever else a verb is given belong to the recorder from then on: it looks at them in
+    its own thread.
 
     The queue is bounded by its user: whoever adds batches looks at `has_room` first and waits for `on_room` when
     there is none. Batches and rows count as waiting until they are committed; a batch's outcome goes with the batch.
@@ -70,37 +72,45 @@ class Recorder:
         """What ended the recording, if anything did."""
         return self._failed
 
-    def open_stream(
-        self, stream: int, name: str, epoch: int, first_seq: int, time_ns: int, initial_state: F32 | None
+    def open_streams(
+        self,
+        time_ns: int,
+        streams: I64,
+        names: Sequence[str],
+        epochs: U64,
+        first_seqs: I64,
+        initial_states: F32 | None,
     ) -> int:
-        """As `RecordingWriter.open_stream`; raises RecordingError after a failure, as every verb."""
-        fields = (stream, name, epoch, first_seq, time_ns, initial_state)
-        return self._put(lambda: self._writer.open_stream(*fields), small_rows=1)
+        """As `RecordingWriter.open_streams`; raises RecordingError after a failure, as every verb."""
+        fields = (time_ns, streams, names, epochs, first_seqs, initial_states)
+        return self._put_rows(lambda: self._writer.open_streams(*fields), len(streams))
 
     def add_inputs(self, time_ns: int, bucket: int, streams: U32, seqs: U64, x: F32) -> int:
-        """As `RecordingWriter.add_inputs`; the arrays belong to the recorder from now on."""
+        """As `RecordingWriter.add_inputs`."""
         return self._put(lambda: self._writer.add_inputs(time_ns, bucket, streams, seqs, x), batches=1)
 
     def add_outputs(self, ticket: int, time_ns: int, y: F32) -> int:
-        """As `RecordingWriter.add_outputs`, of the inputs with that ticket; the array belongs to the recorder."""
+        """As `RecordingWriter.add_outputs`, of the inputs with that ticket."""
         return self._put(lambda: self._writer.add_outputs(time_ns, ticket, y))
 
     def fail_batch(self, ticket: int, time_ns: int, detail: str) -> int:
         """As `RecordingWriter.fail_batch`, of the inputs with that ticket."""
         return self._put(lambda: self._writer.fail_batch(time_ns, ticket, detail))
 
-    def close_stream(self, stream: int, time_ns: int, reason: str, frames: int, final_state: F32 | None) -> int:
-        """As `RecordingWriter.close_stream`."""
-        return self._put(lambda: self._writer.close_stream(stream, time_ns, reason, frames, final_state), small_rows=1)
+    def close_streams(self, time_ns: int, streams: I64, reason: str, frames: I64, final_states: F32, lost: Bool) -> int:
+        """As `RecordingWriter.close_streams`."""
+        fields = (time_ns, streams, reason, frames, final_states, lost)
+        return self._put_rows(lambda: self._writer.close_streams(*fields), len(streams))
 
-    def event(
-        self, time_ns: int, kind: str, stream: int | None, seq: int | None, detail: str, state: F32 | None = None
+    def stream_events(
+        self, time_ns: int, kind: str, streams: I64, seqs: I64, details: Iterable[str], states: F32 | None = None
     ) -> int:
-        """As `RecordingWriter.event`."""
-        return self._put(lambda: self._writer.event(time_ns, kind, stream, seq, detail, state), small_rows=1)
+        """As `RecordingWriter.stream_events`."""
+        fields = (time_ns, kind, streams, seqs, details, states)
+        return self._put_rows(lambda: self._writer.stream_events(*fields), len(streams))
 
     def snapshot(self, time_ns: int, through: int, rows: StateRows) -> int:
-        """As `RecordingWriter.snapshot`, up to the ticket `through`; the arrays belong to the recorder."""
+        """As `RecordingWriter.snapshot`, up to the ticket `through`."""
         return self._put(lambda: self._writer.snapshot(time_ns, through, rows))
 
     def stop(self) -> None:
@@ -110,7 +120,11 @@ class Recorder:
             self._changed.notify()
         self._thread.join()
 
-    def _put(self, write: Write, batches: int = 0, small_rows: int = 0) -> int:
+    def _put_rows(self, write: Write, count: int) -> int:
+        """Several small rows: one entry of the queue, and a ticket each."""
+        return self._put(write, tickets=count, small_rows=count)
+
+    def _put(self, write: Write, *, tickets: int = 1, batches: int = 0, small_rows: int = 0) -> int:
         with self._changed:
             if self._failed is not None:
                 raise RecordingError(f"the recording {self._writer.path} failed and takes nothing more: {self._failed}")
@@ -120,7 +134,7 @@ class Recorder:
             self._batches += batches
             self._small_rows += small_rows
             self._was_full = self._was_full or not self.has_room
-            self._ticket += 1
+            self._ticket += tickets
             self._changed.notify()
             return self._ticket
 

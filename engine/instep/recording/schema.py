@@ -79,6 +79,8 @@ from typing import Any, Final, Literal, TypeAlias
 from instep.recording.errors import RecordingError
 
 Durability: TypeAlias = Literal["memory", "commit", "fsync"]
+Column: TypeAlias = int | str | bytes | None
+"""A value of a row."""
 
 FORMAT_VERSION: Final = 2
 APPLICATION_ID: Final = 0x696E7374
@@ -283,7 +285,7 @@ class RecordingHeader:
         return header
 
 
-def row_crc(*columns: int | str | bytes | None) -> int:
+def row_crc(*columns: Column) -> int:
     """The CRC-32 of a row's columns: int64 little-endian, UTF-8, bytes as they are, nothing for None."""
     crc = 0
     for column in columns:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from instep.core.typing import F32, I64
-from instep.recording.schema import row_crc
+from instep.recording.schema import Column, row_crc
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class StateRows:
             self.tail_y[of_tail],
         )
 
-    def as_rows(self, position: int) -> Iterator[tuple[int | bytes | None, ...]]:
+    def as_rows(self, position: int) -> Iterator[tuple[Column, ...]]:
         """The rows of the table `states`, of a snapshot at that position."""
         lengths = self.seqs - self.tail_seqs
         assert len(self.tail_x) == len(self.tail_y) == lengths.sum()
@@ -60,6 +61,11 @@ class StateRows:
             yield (*row, row_crc(*row))
 
 
-def blob(array: npt.NDArray[Any] | None, dtype: str) -> bytes | None:
-    """The array's bytes in the file's byte order, None for None."""
-    return None if array is None else np.ascontiguousarray(array, dtype).tobytes()
+def blob(array: npt.NDArray[Any], dtype: str) -> bytes:
+    """The array's bytes in the file's byte order."""
+    return np.ascontiguousarray(array, dtype).tobytes()
+
+
+def state_blobs(states: F32 | None, count: int) -> Iterator[bytes | None]:
+    """The blobs of `count` states, float32 [N, layers, hidden size]; None for each where there are none."""
+    return repeat(None, count) if states is None else (blob(state, "<f4") for state in states)

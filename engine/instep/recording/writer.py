@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from json import dumps
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from instep.core.typing import F32, U32, U64
+from instep.core.typing import F32, I64, U32, U64, Bool
 from instep.recording.engines import changed_values, refuse_other_engine
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import WriterLock
@@ -24,12 +26,14 @@ from instep.recording.schema import (
     PAGE_BYTES,
     RECOVERED_EVENT,
     SNAPSHOT_EVENT,
+    TABLES,
+    Column,
     Durability,
     RecordingHeader,
     create_statements,
     row_crc,
 )
-from instep.recording.states import StateRows, blob
+from instep.recording.states import StateRows, blob, state_blobs
 
 CHECKPOINT_BYTES: Final = 4 * 2**20
 """The WAL is copied into the file when about so much is in it: a pause of some milliseconds, which grows with it."""
@@ -37,6 +41,8 @@ CHECKPOINT_BYTES: Final = 4 * 2**20
 _SYNCHRONOUS: Final[dict[Durability, str]] = {"memory": "NORMAL", "commit": "NORMAL", "fsync": "FULL"}
 _PAGES_A_COMMIT: Final = 4
 """Those that every commit touches, about."""
+_ROW_BYTES: Final = 64
+"""What a row takes beside its blobs, about."""
 
 
 class RecordingWriter:
@@ -138,9 +144,9 @@ class RecordingWriter:
             try:
                 _set_up(database, header)
                 writer = cls(path, lock, database, header, position)
-                writer.event(time.time_ns(), RECOVERED_EVENT, None, position, "another process goes on")
+                writer.event(time.time_ns(), RECOVERED_EVENT, position, "another process goes on")
                 if changes := changed_values(last, header):
-                    writer.event(time.time_ns(), ENGINE_EVENT, None, None, dumps(changes, sort_keys=True))
+                    writer.event(time.time_ns(), ENGINE_EVENT, None, dumps(changes, sort_keys=True))
             except BaseException:
                 database.close()
                 raise
@@ -152,20 +158,27 @@ class RecordingWriter:
             lock.release()
             raise
 
-    def open_stream(
-        self, stream: int, name: str, epoch: int, first_seq: int, time_ns: int, initial_state: F32 | None
+    def open_streams(
+        self,
+        time_ns: int,
+        streams: I64,
+        names: Sequence[str],
+        epochs: U64,
+        first_seqs: I64,
+        initial_states: F32 | None,
     ) -> None:
-        """A stream opened.
+        """Streams opened.
 
         Args:
-            stream: number of this opening, from 1, new in this recording.
-            name: what the client calls it.
-            epoch: of its first ownership.
-            first_seq: of its first frame.
             time_ns: nanoseconds since 1970.
-            initial_state: before that frame, float32 [layers, hidden size]; None for zeros.
+            streams: int64 [N], numbers of these openings, from 1, new in this recording.
+            names: what the client calls them.
+            epochs: uint64 [N], of their first ownerships.
+            first_seqs: int64 [N], of their first frames.
+            initial_states: before those frames, float32 [N, layers, hidden size]; None for zeros.
         """
-        self._insert("openings", time_ns, int(stream), name, int(epoch), int(first_seq), blob(initial_state, "<f4"))
+        columns = (streams.tolist(), names, epochs.tolist(), first_seqs.tolist())
+        self._insert_rows("openings", time_ns, *columns, state_blobs(initial_states, len(streams)))
 
     def add_inputs(self, time_ns: int, bucket: int, streams: U32, seqs: U64, x: F32) -> int:
         """A step begins; its outcome follows, in the order of the steps.
@@ -193,20 +206,40 @@ class RecordingWriter:
 
     def fail_batch(self, time_ns: int, batch: int, detail: str) -> None:
         """The step of the batch at that position failed: none of its frames was applied."""
-        self.event(time_ns, FAILED_EVENT, None, batch, detail)
+        self.event(time_ns, FAILED_EVENT, int(batch), detail)
 
-    def close_stream(self, stream: int, time_ns: int, reason: str, frames: int, final_state: F32 | None) -> None:
-        """A stream ended before the frame `frames`, in `final_state` (None where it is not known)."""
-        self._insert("closings", time_ns, int(stream), int(frames), reason, blob(final_state, "<f4"))
-        if int(stream) in self._with_state:
-            self._closed_with_state.append(int(stream))
-
-    def event(
-        self, time_ns: int, kind: str, stream: int | None, seq: int | None, detail: str, state: F32 | None = None
+    def close_streams(
+        self, time_ns: int, streams: I64, reason: str, frames: I64, final_states: F32, lost: Bool
     ) -> None:
-        """Anything else worth knowing later; what the kinds mean is in `schema`."""
-        which = (None if stream is None else int(stream), None if seq is None else int(seq))
-        self._insert("events", time_ns, *which, kind, detail, blob(state, "<f4"))
+        """Streams ended.
+
+        Args:
+            time_ns: nanoseconds since 1970.
+            streams: int64 [N].
+            reason: of them all.
+            frames: int64 [N], the seqs that their next frames would have had.
+            final_states: float32 [N, layers, hidden size].
+            lost: bool [N], whose state is not known, and not recorded.
+        """
+        states = (
+            None if is_lost else found
+            for is_lost, found in zip(lost.tolist(), state_blobs(final_states, len(streams)), strict=True)
+        )
+        numbers = streams.tolist()
+        self._insert_rows("closings", time_ns, numbers, frames.tolist(), repeat(reason, len(numbers)), states)
+        self._closed_with_state += [number for number in numbers if number in self._with_state]
+
+    def stream_events(
+        self, time_ns: int, kind: str, streams: I64, seqs: I64, details: Iterable[str], states: F32 | None = None
+    ) -> None:
+        """Something happened to streams, int64 [N], at `seqs`, int64 [N]; what the kinds mean is in `schema`."""
+        count = len(streams)
+        columns = (streams.tolist(), seqs.tolist(), repeat(kind, count), details, state_blobs(states, count))
+        self._insert_rows("events", time_ns, *columns)
+
+    def event(self, time_ns: int, kind: str, seq: int | None, detail: str) -> None:
+        """Something happened that concerns no one stream; what the kinds mean is in `schema`."""
+        self._insert("events", time_ns, None, seq, kind, detail, None)
 
     def snapshot(self, time_ns: int, through: int, rows: StateRows) -> None:
         """Bring the table of states up to a position.
@@ -217,7 +250,7 @@ class RecordingWriter:
             rows: of the streams that have changed since the last snapshot and are open.
         """
         counts = {table: self._count_until(table, through) for table in COUNTED}
-        self.event(time_ns, SNAPSHOT_EVENT, None, through, f"{len(rows.streams):,} states")
+        self.event(time_ns, SNAPSHOT_EVENT, int(through), f"{len(rows.streams):,} states")
         gone = self._closed_with_state
         self._database.executemany("DELETE FROM states WHERE stream = ?", ((stream,) for stream in gone))
         self._with_state.difference_update(gone)
@@ -247,7 +280,7 @@ class RecordingWriter:
 
     def close(self) -> None:
         """Mark the end, commit, and leave one file without a WAL beside it."""
-        self.event(time.time_ns(), END_EVENT, None, None, "the recording was closed in order")
+        self.event(time.time_ns(), END_EVENT, None, "the recording was closed in order")
         self.commit()
         self._guard.close()
         try:
@@ -272,17 +305,26 @@ class RecordingWriter:
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
         self._lock.release()
 
-    def _insert(self, table: str, time_ns: int, *columns: int | str | bytes | None) -> None:
+    def _insert(self, table: str, time_ns: int, *columns: Column) -> None:
+        self._insert_rows(table, time_ns, *((column,) for column in columns))
+
+    def _insert_rows(self, table: str, time_ns: int, *columns: Iterable[Column]) -> None:
+        """Rows of one table, one after another: columns of one length, those after `time_ns`."""
         if not self._in_transaction:
             self._database.execute("BEGIN IMMEDIATE")
             self._in_transaction = True
-        self.position += 1
-        row = (self.position, int(time_ns), *columns)
-        marks = ", ".join("?" * (len(row) + 1))
-        self._database.execute(f"INSERT INTO {table} VALUES ({marks})", (*row, row_crc(*row)))
-        self._bytes_in_wal += sum(len(column) for column in columns if isinstance(column, bytes))
+        before = self.position
+        marks = ", ".join("?" * len(TABLES[table]))
+        self._database.executemany(f"INSERT INTO {table} VALUES ({marks}, ?)", self._rows(int(time_ns), columns))
         if table in self._counts:
-            self._counts[table] += 1
+            self._counts[table] += self.position - before
+
+    def _rows(self, time_ns: int, columns: tuple[Iterable[Column], ...]) -> Iterator[tuple[Column, ...]]:
+        for values in zip(*columns, strict=True):
+            self.position += 1
+            row = (self.position, time_ns, *values)
+            self._bytes_in_wal += _ROW_BYTES + sum(len(value) for value in values if isinstance(value, bytes))
+            yield (*row, row_crc(*row))
 
     def _numbers(self, table: str, query: str) -> list[int]:
         try:

@@ -24,6 +24,8 @@ from instep_client.wire import GRANT, Code, GrantArray
 
 _MOST_JOBS = 64
 """Openings, closings and the like that wait for the worker."""
+AT_ONCE = 4096
+"""Streams that are parked or evicted in one turn of the loop, which others wait for meanwhile."""
 _TOMBSTONES = 65_536
 """Names of expired streams that are remembered."""
 
@@ -82,6 +84,9 @@ class Lifecycle:
         self._waiting: list[_Waiting] = []
         self._jobs = 0
         self._leaving: set[int] = set()
+        """Numbers of gone connections that have streams yet."""
+        self._departing: set[int] = set()
+        """Those of them with streams that are not parked or closing yet."""
         self._expired: OrderedDict[str, None] = OrderedDict()
         self.on_ready: Callable[[I64], None] = lambda slots: None
         """Called with slots that can step again, int64 [N]."""
@@ -146,7 +151,8 @@ class Lifecycle:
             return
         initial = None if states is None else states[granted]
         # Noted down at once: the streams can be parked or taken over before the worker has loaded their states.
-        ticket = self._tap.opened(opened, initial)
+        granted_names = [name for name, is_granted in zip(names, granted.tolist(), strict=True) if is_granted]
+        ticket = self._tap.opened(opened, granted_names, initial)
         grants = np.zeros(len(slots), GRANT)
         grants[granted] = self._grants(opened)
 
@@ -298,28 +304,52 @@ class Lifecycle:
         for number in numbers:
             if not self._table.owned[number]:
                 self._leaving.remove(number)
+                self._departing.discard(number)
                 self._clients.free_number(number)
 
     # ── Park and evict ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def abandon(self, client: Client) -> None:
-        """A connection is gone: park its streams or close them, then let its number be used again."""
-        slots = self._table.owned_by(client.number)
+        """A connection is gone: park its streams or close them, then let its number be used again.
+
+        Many streams take several turns of the loop, those of `tidy`. Until its turn comes a stream belongs to the
+        number, which no other connection gets; it can be resumed all the same.
+        """
         self._leaving.add(client.number)
+        self._departing.add(client.number)
+        self._depart(client.number)
+
+    def tidy(self) -> None:
+        """Go on with what takes several turns; called now and then."""
+        if self._departing:
+            self._depart(next(iter(self._departing)))
+        self._evict_longest_parked()
+
+    def _depart(self, number: int) -> None:
+        owned = self._table.owned_by(number)
+        slots = owned[:AT_ONCE]
+        if len(slots) == len(owned):
+            self._departing.remove(number)
         if self._parks:
             self._table.park(slots, time.monotonic_ns())
             self._tap.parked(slots)
             self._statistics.parked_streams_total += len(slots)
             self._evict_longest_parked()
-        elif len(slots):
+        else:
             self.evict(slots, Code.CLIENT_GONE)
-        self._free_numbers({client.number})
+        self._free_numbers({number})
 
     def _evict_longest_parked(self) -> None:
-        parked = self._table.parked_since(np.iinfo(np.int64).max)
-        excess = len(parked) - self._max_parked
-        if excess > 0:
-            self.expire(parked[np.argsort(self._table.last_active_ns[parked], kind="stable")[:excess]])
+        table = self._table
+        if table.owned[table.parked] <= self._max_parked:
+            return
+        parked = table.parked_since(np.iinfo(np.int64).max)
+        excess = min(len(parked) - self._max_parked, AT_ONCE)
+        if excess <= 0:
+            return
+        since_ns = table.last_active_ns[parked]
+        oldest = parked[since_ns <= np.partition(since_ns, excess - 1)[excess - 1]]  # all of them: many have one time
+        self.expire(oldest[np.argsort(table.last_active_ns[oldest], kind="stable")[:excess]])
 
     def expire(self, slots: I64) -> None:
         """Evict parked streams; whoever asks for them later is told that they were here."""

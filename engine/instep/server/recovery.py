@@ -217,7 +217,6 @@ class _Replay:
         slots = np.flatnonzero(table.owner == table.parked)
         table.hand_over(slots, table.parked, time.monotonic_ns())
         table.renumbered[slots] = True
-        for slot in slots.tolist():
-            stream, epoch = int(table.recording_id[slot]), int(table.epoch[slot])
-            seq = int(table.granted_seq[slot])
-            writer.event(time.time_ns(), OWNER_EVENT, stream, epoch, owner_detail(0, seq, renumbered=True))
+        details = (owner_detail(0, seq, renumbered=True) for seq in table.granted_seq[slots].tolist())
+        columns = (table.recording_id[slots], table.epoch[slots].astype(np.int64), details)
+        writer.stream_events(time.time_ns(), OWNER_EVENT, *columns)

@@ -22,7 +22,7 @@ from instep.runtime.worker import Worker
 from instep.server import replies
 from instep.server.clients import ClientTable
 from instep.server.engine import Engine
-from instep.server.lifecycle import Lifecycle
+from instep.server.lifecycle import AT_ONCE, Lifecycle
 from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
 from instep.server.recovery import Recovery
@@ -145,6 +145,7 @@ class Server:
         self._stopped = False
         self._pump_is_due = False
         self._ticks = 0
+        self._evicts_more = False
         last_row = 0 if writer is None else writer.position
         self._recorder = self._start_recorder(writer)
         if self._recorder is not None:
@@ -233,22 +234,30 @@ class Server:
     def _keep_house(self) -> None:
         now_ns = time.monotonic_ns()
         self._postbox.flush(now_ns)
+        self.lifecycle.tidy()
         self._ticks += 1
         if self._ticks % _HOUSEKEEPING_TICKS == 0:
             self._postbox.probe(now_ns)
+        if self._ticks % _HOUSEKEEPING_TICKS == 0 or self._evicts_more:
             self._evict()
         if self._snapshots.is_due:
             self._snapshots.take()
         self._pump()
 
     def _evict(self) -> None:
+        """End streams that were silent for too long; where there are many, some now and more at the next tick."""
         limits, table, lifecycle = self.config.limits, self.engine.table, self.lifecycle
         now_ns = time.monotonic_ns()
+        idle, unused = np.zeros(0, np.int64), np.zeros(0, np.int64)
         if limits.max_idle_s:
-            lifecycle.evict(table.idle_since(now_ns - round(limits.max_idle_s * 1e9)), Code.IDLE)
+            idle = table.idle_since(now_ns - round(limits.max_idle_s * 1e9))
+            lifecycle.evict(idle[:AT_ONCE], Code.IDLE)
         if limits.first_frame_s:
-            lifecycle.evict(table.unused_since(now_ns - round(limits.first_frame_s * 1e9)), Code.NEVER_USED)
-        lifecycle.expire(table.parked_since(now_ns - round(limits.park_s * 1e9)))
+            unused = table.unused_since(now_ns - round(limits.first_frame_s * 1e9))
+            lifecycle.evict(unused[:AT_ONCE], Code.NEVER_USED)
+        parked = table.parked_since(now_ns - round(limits.park_s * 1e9))
+        lifecycle.expire(parked[:AT_ONCE])
+        self._evicts_more = max(len(idle), len(unused), len(parked)) > AT_ONCE
 
     # ── Life ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any, Final
 
 import numpy as np
@@ -133,67 +134,47 @@ class Tap:
 
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def opened(self, slots: I64, initial_states: F32 | None) -> int:
-        """Streams opened; initial states float32 [N, layers, size], None for zeros."""
-        ticket = 0
+    def opened(self, slots: I64, names: Sequence[str], initial_states: F32 | None) -> int:
+        """Streams opened under those names; initial states float32 [N, layers, size], None for zeros."""
         if self._recorder is None:
-            return ticket
-        recorder, table, now_ns = self._recorder, self._table, time.time_ns()
-        for index, slot in enumerate(slots.tolist()):
-            self._last_stream += 1
-            table.recording_id[slot] = self._last_stream
-            state = None if initial_states is None else initial_states[index]
-            fields = (self._last_stream, table.name(slot), int(table.epoch[slot]), int(table.first_seq[slot]), now_ns)
-            ticket = self._said(recorder.open_stream, *fields, state)
-        return ticket
+            return 0
+        recorder, table = self._recorder, self._table
+        streams = np.arange(self._last_stream + 1, self._last_stream + 1 + len(slots))
+        self._last_stream += len(slots)
+        table.recording_id[slots] = streams
+        columns = (streams, names, table.epoch[slots], table.first_seq[slots])
+        return self._said(recorder.open_streams, time.time_ns(), *columns, initial_states)
 
     def resumed(self, slots: I64) -> int:
         """Streams have new owners, and so new epochs."""
         table = self._table
-        former, seqs = table.former_epoch[slots].tolist(), table.granted_seq[slots].tolist()
-        details = [owner_detail(epoch, seq) for epoch, seq in zip(former, seqs, strict=True)]
-        return self._events(slots, OWNER_EVENT, table.epoch[slots].tolist(), details)
+        details = map(owner_detail, table.former_epoch[slots].tolist(), table.granted_seq[slots].tolist())
+        return self._events(slots, OWNER_EVENT, table.epoch[slots].astype(np.int64), details)
 
     def parked(self, slots: I64) -> int:
         """The connection of these streams is gone."""
-        return self._events(slots, PARKED_EVENT, self._table.next_seq[slots].tolist(), [""] * len(slots))
+        return self._events(slots, PARKED_EVENT, self._table.next_seq[slots], repeat("", len(slots)))
 
     def reset(self, slots: I64, states: F32 | None) -> int:
         """Streams with nothing pending were given other states, float32 [N, layers, size], or zeros."""
         if self._recorder is not None:
             self.dirty[slots] = True
-        return self._events(slots, RESET_EVENT, self._table.step_seq[slots].tolist(), [""] * len(slots), states)
+        return self._events(slots, RESET_EVENT, self._table.step_seq[slots], repeat("", len(slots)), states)
 
     def closed(self, slots: I64, reason: str, final_states: F32, lost: Bool) -> int:
         """Streams closed; final states float32 [N, layers, size], not recorded where `lost`."""
-        ticket = 0
-        if self._recorder is None:
-            return ticket
-        recorder, table, now_ns = self._recorder, self._table, time.time_ns()
-        self.dirty[slots] = False
-        for index, slot in enumerate(slots.tolist()):
-            fields = (int(table.recording_id[slot]), now_ns, reason, int(table.next_seq[slot]))
-            state = None if lost[index] else final_states[index]
-            ticket = self._said(recorder.close_stream, *fields, state)
-        return ticket
-
-    def event(self, kind: str, detail: str) -> int:
-        """Something that concerns no one stream."""
-        if self._recorder is None:
+        if self._recorder is None or not len(slots):
             return 0
-        recorder = self._recorder
-        return self._said(recorder.event, time.time_ns(), kind, None, None, detail, None)
+        recorder, table = self._recorder, self._table
+        self.dirty[slots] = False
+        streams, frames = table.recording_id[slots], table.next_seq[slots]
+        return self._said(recorder.close_streams, time.time_ns(), streams, reason, frames, final_states, lost)
 
-    def _events(self, slots: I64, kind: str, seqs: list[int], details: list[str], states: F32 | None = None) -> int:
-        ticket = 0
-        if self._recorder is None:
-            return ticket
-        recorder, now_ns = self._recorder, time.time_ns()
-        streams = self._table.recording_id[slots].tolist()
-        for index, (stream, seq) in enumerate(zip(streams, seqs, strict=True)):
-            state = None if states is None else states[index]
-            ticket = self._said(recorder.event, now_ns, kind, stream, seq, details[index], state)
-        return ticket
+    def _events(self, slots: I64, kind: str, seqs: I64, details: Iterable[str], states: F32 | None = None) -> int:
+        if self._recorder is None or not len(slots):
+            return 0
+        recorder, streams = self._recorder, self._table.recording_id[slots]
+        return self._said(recorder.stream_events, time.time_ns(), kind, streams, seqs, details, states)
 
     def _said(self, say: Callable[..., int], *values: Any) -> int:
         try:

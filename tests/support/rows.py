@@ -1,0 +1,47 @@
+"""One row at a time for a recording's writer, or for its recorder."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from instep.recording.recorder import Recorder
+from instep.recording.writer import RecordingWriter
+
+F32 = npt.NDArray[np.float32]
+
+
+def open_stream(
+    to: RecordingWriter | Recorder,
+    stream: int,
+    name: str,
+    epoch: int,
+    first_seq: int,
+    time_ns: int,
+    initial_state: F32 | None,
+) -> int | None:
+    states = None if initial_state is None else initial_state[None]
+    columns = (np.array([stream]), [name], np.array([epoch], np.uint64), np.array([first_seq]))
+    return to.open_streams(time_ns, *columns, states)
+
+
+def close_stream(
+    to: RecordingWriter | Recorder, stream: int, time_ns: int, reason: str, frames: int, final_state: F32 | None
+) -> int | None:
+    state = np.zeros((1, 1, 1), np.float32) if final_state is None else final_state[None]
+    return to.close_streams(
+        time_ns, np.array([stream]), reason, np.array([frames]), state, np.array([final_state is None])
+    )
+
+
+def stream_event(
+    to: RecordingWriter | Recorder,
+    time_ns: int,
+    kind: str,
+    stream: int,
+    seq: int,
+    detail: str = "",
+    state: F32 | None = None,
+) -> int | None:
+    states = None if state is None else state[None]
+    return to.stream_events(time_ns, kind, np.array([stream]), np.array([seq]), [detail], states)
