@@ -17,12 +17,12 @@ demo: $(READY)  ## Stream recorded speech through the engine and verify every ou
 
 test: check  ## Run the checks, then all tests with their coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -n 2 --dist loadgroup
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 
-test-long: $(READY)  ## Run the tests that take minutes: chaos, mutants, faults, scale
-	$(BIN)/python -m pytest -m long
+test-long: $(READY)  ## Run the tests that take minutes: long chaos, all mutants, scale
+	$(BIN)/python -m pytest -m long -n 2 --dist loadgroup
 
 check: $(READY)  ## Check format, style, types and the direction of imports
 	$(BIN)/ruff format --check .

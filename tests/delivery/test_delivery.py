@@ -17,7 +17,7 @@ from tests.delivery.machine import Faults, numbers, run
 from tests.delivery.node import Sizes
 from tests.delivery.world import World
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.xdist_group("delivery")  # what the examples reach is counted in one process
 
 STEPS = 60
 EXAMPLES = 1000

@@ -16,8 +16,6 @@ from instep.server.tap import Tap
 from tests.delivery.machine import Faults, numbers, run
 from tests.delivery.mutants import Change, broken
 
-pytestmark = pytest.mark.long
-
 STEPS = 60
 EXAMPLES = 1000
 """As many as the property test tries in each of its settings."""

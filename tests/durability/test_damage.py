@@ -18,8 +18,6 @@ from instep.recording.writer import RecordingWriter
 from instep.server.recovery import go_on
 from tests.support.story import Story, assert_restored, new_engine, story_header
 
-pytestmark = pytest.mark.long
-
 PLACES = 260
 """In each of two recordings."""
 WAL_PLACES = 100

@@ -21,8 +21,6 @@ from instep_client.wire import Code
 from tests.support.disk import Disk, Operation, after_power_loss
 from tests.support.story import WINDOW, Story, Truth, assert_restored, new_engine, story_header
 
-pytestmark = pytest.mark.long
-
 ROUNDS = 60
 CRASHES = 220
 CHECKPOINT_BYTES = 400_000

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from subprocess import CompletedProcess
-from typing import cast
 
 import pytest
 
 from tests.support.mutation import Mutant, copy_engine, run_tests
 
-AT_ONCE = 2
 ADMISSION = "tests/core/test_admission.py"
 OWNERSHIP = "tests/core/test_ownership.py"
 RINGS = "tests/core/test_rings.py"
@@ -258,26 +253,6 @@ PARAMETERS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[CompletedProcess[str]]]]:
-    """The runs of the mutants that were asked for, some at a time, by name."""
-    asked: list[Mutant] = [
-        cast(Mutant, item.callspec.params["mutant"])
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.module is request.module and "mutant" in item.fixturenames
-    ]
-
-    def run(mutant: Mutant) -> CompletedProcess[str]:
-        engine = tmp_path_factory.mktemp("mutant") / "engine"
-        copy_engine(engine, mutant)
-        return run_tests(engine, mutant.tests)
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {mutant.name: pool.submit(run, mutant) for mutant in asked}
-
-
 @pytest.mark.parametrize("names", [ALWAYS, pytest.param({mutant.name for mutant in MUTANTS}, marks=pytest.mark.long)])
 def test_the_engine_as_it_is_passes_the_same_tests(tmp_path: Path, names: set[str]) -> None:
     copy_engine(tmp_path / "engine")
@@ -287,8 +262,9 @@ def test_the_engine_as_it_is_passes_the_same_tests(tmp_path: Path, names: set[st
 
 
 @pytest.mark.parametrize("mutant", PARAMETERS)
-def test_a_mutant_is_killed(mutant: Mutant, runs: dict[str, Future[CompletedProcess[str]]]) -> None:
-    run = runs[mutant.name].result()
+def test_a_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
+    copy_engine(tmp_path / "engine", mutant)
+    run = run_tests(tmp_path / "engine", mutant.tests)
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
 
 

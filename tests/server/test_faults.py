@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgpack
@@ -26,6 +29,24 @@ from tests.support.running import running
 F, H = 5, 8
 POISON = 1234.5
 """A frame that begins with this makes the step raise."""
+
+
+@contextlib.asynccontextmanager
+async def held_commits() -> AsyncIterator[threading.Event]:
+    """Commits wait while this event is set, and no longer than the block runs."""
+    held, commit = threading.Event(), RecordingWriter.commit
+
+    def waiting_commit(self: RecordingWriter) -> None:
+        while held.is_set():
+            time.sleep(0.001)
+        commit(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordingWriter, "commit", waiting_commit)
+        try:
+            yield held
+        finally:
+            held.clear()
 
 
 class FaultyStepper(Stepper):
@@ -223,20 +244,17 @@ async def test_streams_that_cannot_be_loaded_are_refused_and_those_that_cannot_b
 
 
 async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    may_commit = threading.Event()
-    commit = RecordingWriter.commit
-
-    def held(self: RecordingWriter) -> None:
-        may_commit.wait(60)
-        commit(self)
-
-    monkeypatch.setattr(RecordingWriter, "commit", held)
     x = rng.standard_normal((30, 1, F)).astype(np.float32)
     recording = {"file": tmp_path / "r.instep", "queue_batches": 2, "durability": "memory"}
-    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+    async with (
+        running(SMALL, recording=recording) as server,
+        RawClient(server.endpoint) as client,
+        held_commits() as held,
+    ):
         await client.hello()
+        held.set()
         handles = (await client.open("s")).handles()
         await client.send(*client.step_message(handles, [0], x))
         while server.statistics.batches_total < 2:
@@ -244,7 +262,7 @@ async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(
         for _ in range(200):
             await asyncio.sleep(0)
         assert server.statistics.batches_total == 2
-        may_commit.set()
+        held.clear()
         reply = await client.receive()
         np.testing.assert_array_equal(reply.floats().reshape(30, H), whole(SMALL, x[:, 0])[0])
 
@@ -277,21 +295,18 @@ async def test_a_frame_is_not_answered_when_the_recorder_did_not_take_it(
 
 @pytest.mark.parametrize("durability", ["commit", "fsync"])
 async def test_nothing_is_answered_before_the_recording_has_it(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, durability: str
+    tmp_path: Path, rng: np.random.Generator, durability: str
 ) -> None:
-    may_commit = threading.Event()
-    commit = RecordingWriter.commit
-
-    def held(self: RecordingWriter) -> None:
-        may_commit.wait(60)
-        commit(self)
-
     recording = {"file": tmp_path / "r.instep", "durability": durability}
     x = rng.standard_normal((2, 1, F)).astype(np.float32)
-    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+    async with (
+        running(SMALL, recording=recording) as server,
+        RawClient(server.endpoint) as client,
+        held_commits() as held,
+    ):
         assert (await client.hello()).header[-2] == durability
         handles = (await client.open("s")).handles()
-        monkeypatch.setattr(RecordingWriter, "commit", held)
+        held.set()
         await client.send(*client.step_message(handles, [0], x))
         await client.send(*client.open_message("t"))
         while server.statistics.batches_total < 2 or server.engine.table.open_count < 2:
@@ -301,40 +316,31 @@ async def test_nothing_is_answered_before_the_recording_has_it(
         assert pong.kind is Kind.PONG
         repeated = await client.step(handles, [0], x)
         assert repeated.codes() == [Code.SEQ_REPEATED]
-        may_commit.set()
+        held.clear()
         replies = {reply.kind: reply for reply in [await client.receive() for _ in range(3)]}
         assert replies[Kind.PEEKED].seqs() == [2]
         np.testing.assert_array_equal(replies[Kind.STEPPED].floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
         assert replies[Kind.OPENED].header[3] == durability
 
 
-async def test_more_blocks_than_can_wait_to_be_durable_are_refused(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_more_blocks_than_can_wait_to_be_durable_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     """A block outlasts its frames: its answer waits for the recording."""
-    may_commit = threading.Event()
-    commit = RecordingWriter.commit
-
-    def held(self: RecordingWriter) -> None:
-        may_commit.wait(60)
-        commit(self)
-
     x = rng.standard_normal((1, 1, F)).astype(np.float32)
     recording = {"file": tmp_path / "r.instep", "durability": "commit"}
     limits = {"max_pending_frames": 2, "max_block_frames": 1, "credit_frames": 2}
     async with running(SMALL, recording=recording, limits=limits) as server:
-        async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as other:
+        async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as other, held_commits() as held:
             await client.hello()
             await other.hello()
             mine, theirs = (await client.open("a", "b")).handles(), (await other.open("c")).handles()
-            monkeypatch.setattr(RecordingWriter, "commit", held)
+            held.set()
             for handle in mine:
                 await client.send(*client.step_message([handle], [0], x))
             while server.statistics.frames_total < 2:
                 await asyncio.sleep(0.001)
             assert server.engine.rings.pending_count == 0
             assert (await other.step(theirs, [0], x)).code is Code.BUSY
-            may_commit.set()
+            held.clear()
             for _ in mine:
                 reply = await client.receive()
                 np.testing.assert_array_equal(reply.floats().reshape(1, H), whole(SMALL, x[:, 0])[0])

@@ -62,7 +62,7 @@ def run_tests(engine: Path, tests: Sequence[str]) -> subprocess.CompletedProcess
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE_", "PYTEST_"))}
     path = os.pathsep.join([str(engine), str(ROOT / "clients")])
     environment |= {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=30"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=15"]
     return subprocess.run(
         [sys.executable, "-c", _RUN, str(engine), *options, *tests],
         cwd=ROOT,
