@@ -39,6 +39,8 @@ _SOCKET_OPTIONS: Final = {
     zmq.LINGER: 0,  # closing waits for the server's PONG instead, so that nothing ever blocks the event loop
     zmq.IPV6: 1,
     zmq.PROBE_ROUTER: 1,  # ZeroMQ reconnects in silence; the server answers its first message with HELLO_FIRST
+    zmq.IMMEDIATE: 1,  # without it only the first connection begins with that message
+    zmq.RECONNECT_IVL: 50,  # milliseconds, and up to as many again, drawn at random
     zmq.MAXMSGSIZE: MAX_REPLY_BYTES,
     zmq.RCVHWM: 65_536,  # replies: never more than the requests that the server's credit allows
     zmq.HEARTBEAT_IVL: 5_000,

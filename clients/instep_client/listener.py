@@ -119,7 +119,10 @@ class Listener(Connection):
 
     def _handle_error(self, request: int, asked: Asked | None, refusal: replies.Refusal, now: float) -> None:
         if refusal.code is Code.HELLO_FIRST and request == 0 and self._is_new:
-            self._is_new = False  # ZeroMQ announced the connection before our HELLO, as it does each time it makes one
+            # ZeroMQ announced the connection before our HELLO, as it does each time it makes one. Perhaps it made one
+            # before and lost our HELLO with it: then the server will not know who sends this PING, and say so.
+            self._is_new = False
+            self._outbox.ask(Kind.PING, None)
             return
         if refusal.code is Code.HELLO_FIRST:
             self._lose(

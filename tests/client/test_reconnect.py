@@ -13,7 +13,9 @@ import pytest
 import zmq
 
 from instep_client import AsyncClient, Client, ConnectionFailed, DataLoss, InvalidInput, StreamEvicted, StreamSnapshot
-from tests.support.fake_server import F32, FakeServer, reference
+from instep_client.wire import Kind
+from tests.support.fake_server import F32, FakeServer, Message, reference
+from tests.support.relay import Relay
 from tests.support.ring_server import RingServer
 
 X: F32 = np.random.default_rng(3).standard_normal((400, 3)).astype(np.float32)
@@ -88,6 +90,27 @@ def test_threads_go_on_over_restarts(rings: Rings) -> None:
         for column in range(2):
             assert np.array_equal(outputs[:, column], reference(X[column:40:2])[0])
         assert (group.epochs > epochs).all()
+
+
+async def test_an_answer_that_was_lost_with_its_connection_comes_over_the_next_without_a_timeout() -> None:
+    rules, loop, breaks = RingServer(), asyncio.get_running_loop(), 0
+
+    def handle(peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
+        nonlocal breaks
+        answers = rules.handle(peer, frames)
+        if rules.kinds[-1] is Kind.STEP and len(rules.streams["a"].applied) > breaks:
+            breaks += 1
+            loop.call_soon_threadsafe(relay.cut)
+            return []
+        return answers
+
+    with FakeServer(handle=handle) as server:
+        async with Relay(server.endpoint) as relay, AsyncClient(relay.endpoint, timeout_s=3600.0) as client:
+            stream = await client.open("a")
+            async with asyncio.timeout(60):
+                outputs = [await stream.step(x) for x in X[:3]]
+            assert np.array_equal(np.array(outputs), reference(X[:3])[0])
+            assert breaks == len(rules.streams["a"].applied) == 3
 
 
 async def test_a_server_that_never_comes_back_is_given_up(rings: Rings) -> None:

@@ -26,7 +26,7 @@ class TestResume:
         link.session.resume(["a", "b"], [3, 4], 5, True, False)
         link.advance()
         [message] = link.to_server[link.peer]
-        assert headers([message]) == [[Kind.RESUME, 2, 2, 1]]
+        assert headers([message]) == [[Kind.RESUME, 3, 2, 1]]
         assert message[1] == b"a\nb"
         assert np.frombuffer(message[2], CLAIM).tolist() == [(3, 5), (4, 5)]
 

@@ -343,7 +343,9 @@ class FakeServer:
             if router in ready:
                 peer, *frames = router.recv_multipart()
                 self._peers[peer] = None
-                if frames != [b""]:  # what ZeroMQ sends when it has made a connection
+                if frames == [b""]:  # what ZeroMQ sends when it has made a connection
+                    outgoing.append((peer, error(0, Code.HELLO_FIRST)))
+                else:
                     outgoing += self._handle(peer, frames)
             for peer, message in outgoing:
                 router.send_multipart([peer, *message])

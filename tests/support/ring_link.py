@@ -13,6 +13,8 @@ from tests.support.fake_server import Message
 from tests.support.ring_server import RingServer
 
 R = TypeVar("R")
+_PROBE: Message = [b""]
+"""What ZeroMQ sends first on every connection that it makes."""
 
 
 class RingLink:
@@ -26,7 +28,7 @@ class RingLink:
         self.now = 1000.0
         self.sockets = 0
         self._name = name
-        self.to_server: dict[bytes, deque[Message]] = {self.peer: deque()}
+        self.to_server: dict[bytes, deque[Message]] = {self.peer: deque([_PROBE])}
         """By peer; those of former sockets may still arrive."""
         self.to_client: deque[Message] = deque()
         self.run()
@@ -48,7 +50,7 @@ class RingLink:
     def new_socket(self) -> None:
         """What is on its way to the client is lost; what is on its way to the server may arrive."""
         self.sockets += 1
-        self.to_server[self.peer] = deque()
+        self.to_server[self.peer] = deque([_PROBE])
         self.to_client.clear()
 
     def serve(self, peer: bytes | None = None) -> None:

@@ -62,6 +62,8 @@ class RingServer:
 
     def handle(self, peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
         """One message; what goes out because of it."""
+        if frames == [b""]:  # what ZeroMQ sends when it has made a connection
+            return [(peer, error(0, Code.HELLO_FIRST))]
         header: list[Any] = msgpack.unpackb(frames[0])
         kind, request = Kind(header[0]), header[1]
         self.kinds.append(kind)
