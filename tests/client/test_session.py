@@ -141,7 +141,7 @@ def test_ping_measures_and_statistics_are_read() -> None:
     link.now += 0.25
     link.settle()
     assert ping.result() == 0.25
-    assert statistics.result() == {"streams_open": 0.0, "blocks": 0.0}
+    assert statistics.result() == {"streams_open": 0.0, "blocks": 0.0, "ready": 1.0}
 
 
 def test_a_refused_question_raises_the_code() -> None:
