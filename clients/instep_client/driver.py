@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import zmq
 
+from instep_client import multipart
 from instep_client.calls import Call, StepCall
 from instep_client.endpoint import EXAMPLES
 from instep_client.errors import ClientClosed, ConnectionFailed
@@ -31,8 +32,6 @@ _log = logging.getLogger("instep_client")
 
 _RECEIVE_BURST: Final = 256
 """Messages taken before other tasks get their turn."""
-_READABLE: Final = int(zmq.POLLIN)
-_READABLE_OR_WRITABLE: Final = int(zmq.POLLIN | zmq.POLLOUT)
 _FAREWELL_S: Final = 1.0
 """The longest that closing waits for the server to have read it."""
 _SOCKET_OPTIONS: Final = {
@@ -184,7 +183,9 @@ class Driver:
         now = time.monotonic()
         try:
             for _ in range(_RECEIVE_BURST):
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)  # outputs are copied once, to the user's array
+                frames = socket.recv_multipart(
+                    multipart.NOW, copy=False
+                )  # outputs are copied once, to the user's array
                 session.receive([frame.buffer for frame in frames], now)
         except zmq.Again:
             pass
@@ -196,7 +197,7 @@ class Driver:
         self._backlog.extend(session.take_messages())
         try:
             while self._backlog:
-                socket.send_multipart(self._backlog[0], zmq.NOBLOCK)
+                multipart.send_now(socket, self._backlog[0])
                 self._backlog.popleft()
         except zmq.Again:
             pass  # the socket signals when there is room again
@@ -207,7 +208,7 @@ class Driver:
             self._timer_at = deadline
             self._timer = self._loop.call_later(max(0.0, deadline - now), self._on_timer)
         # The socket signals once, and what was done above may have used the signal up.
-        if int(socket.get(zmq.EVENTS)) & (_READABLE_OR_WRITABLE if self._backlog else _READABLE):
+        if multipart.events(socket) & (multipart.READABLE_OR_WRITABLE if self._backlog else multipart.READABLE):
             self.wake()
 
     def _on_timer(self) -> None:
