@@ -1,7 +1,7 @@
 """Messages of several frames through a ZeroMQ socket, now or not at all.
 
-pyzmq's flags are `enum.IntFlag`: combining two of them takes several times as long as sending a frame does. (Measured with
-pyzmq 27.3 and Python 3.11: 43 µs for `send_multipart` of three frames with `zmq.NOBLOCK`, 6 µs with plain numbers.)
+pyzmq's flags are `enum.IntFlag`: combining two of them takes several times as long as sending a frame does. (Measured
+with pyzmq 27.3, Python 3.11: 43 µs for `send_multipart` of three frames with `zmq.NOBLOCK`, 6 µs with plain numbers.)
 """
 
 from __future__ import annotations
