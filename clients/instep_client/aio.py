@@ -12,7 +12,7 @@ from instep_client.aio_streams import AsyncGroup, AsyncStream
 from instep_client.driver import Driver
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
-from instep_client.wire import DEFAULT_ENDPOINT, ServerInfo
+from instep_client.wire import DEFAULT_ENDPOINT, F32, ServerInfo
 
 
 class AsyncClient:
@@ -67,9 +67,13 @@ class AsyncClient:
             await self._driver.stop()
             raise
 
-    async def close(self) -> None:
-        """Close the open streams and the connection; what waits fails with ClientClosed. May be called twice."""
-        await self._driver.stop()
+    async def close(self, park: bool = False) -> None:
+        """Close the open streams and the connection; what waits fails with ClientClosed. May be called twice.
+
+        With `park` the streams are left open: the server parks them as if the connection was lost, and for
+        `info.park_s` seconds they can be resumed.
+        """
+        await self._driver.stop(park)
 
     @property
     def info(self) -> ServerInfo:
@@ -144,6 +148,26 @@ class AsyncClient:
         """
         call = self._session.resume(names, have, epochs, take_over, single=False)
         return AsyncGroup(self._session, self._driver, await self._driver.wait(call))
+
+    async def peek(self, name: str) -> tuple[int, F32]:
+        """Look at any stream of the server, whoever has it, and parked ones: its owner notices nothing.
+
+        Returns:
+            The seq of the stream's next frame, and its state, float32 [state_layers, state_size].
+
+        Raises:
+            StreamRefused: UNKNOWN_STREAM or EXPIRED when there is none.
+            InvalidInput: for a bad name.
+        """
+        info = self.info
+        seqs, states = await self._driver.wait(self._session.look([name]))
+        return int(seqs[0]), states.reshape(info.state_layers, info.state_size)
+
+    async def snapshot(self, name: str) -> StreamSnapshot:
+        """What `peek` gives, and of which model: it can be saved, and restored on any server of that model."""
+        info = self.info
+        seq, state = await self.peek(name)
+        return StreamSnapshot(name, seq, state, info.fingerprint, info.model)
 
     async def restore(self, snapshot: StreamSnapshot, name: str | None = None) -> AsyncStream:
         """Open a stream that goes on from a snapshot, under the snapshot's name unless another is given.

@@ -13,10 +13,11 @@ from instep_client.changes import Changes
 from instep_client.endpoint import checked_endpoint
 from instep_client.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput
 from instep_client.flow import Flow
+from instep_client.looks import Looks
 from instep_client.openings import Openings
 from instep_client.outbox import Outbox
 from instep_client.recovery import Recovery
-from instep_client.requests import CloseCall, ForkCall, LaneCall, OpenCall, PeekCall, ResetCall
+from instep_client.requests import CloseCall, ForkCall, LaneCall, LookCall, OpenCall, PeekCall, ResetCall
 from instep_client.streams import Lane, StreamTable
 from instep_client.wire import Kind, Message, ServerInfo
 
@@ -76,6 +77,7 @@ class Connection:
         """What is to be asked, or asked again, over the next connection."""
         self._openings: Openings
         self._changes: Changes
+        self._looks: Looks
         self._flow: Flow
         self.greeting: Call[ServerInfo] = Call()
         """Ends with the server's welcome."""
@@ -151,14 +153,15 @@ class Connection:
         if was_welcomed:
             self._flow.fail(error, sentence)
 
-    def leave(self) -> Ping | None:
+    def leave(self, park: bool = False) -> Ping | None:
         """End the session: what waits fails, open streams are closed. The Ping ends when the server has read that.
 
-        Without a connection nothing can be closed: the server parks the streams, and forgets them in time.
+        With `park`, and without a connection, nothing is closed: the server parks the streams, and forgets them in
+        time.
         """
         reachable = self.state is State.OPEN
         self.fail(ClientClosed, "the client was closed")
-        if not reachable or not len(self._table.live_rows()):
+        if park or not reachable or not len(self._table.live_rows()):
             return None
         self._changes.farewell()
         call = Ping(0.0)
@@ -186,6 +189,8 @@ class Connection:
                 self._flow.answered(call.lane)
         elif isinstance(call, OpenCall):
             self._openings.ask(call)
+        elif isinstance(call, LookCall):
+            self._looks.ask(call)
         elif isinstance(call, PeekCall | ResetCall | CloseCall):
             self._changes.ask(call)
 

@@ -76,9 +76,12 @@ class Driver:
             raise
         self.wake()
 
-    async def stop(self) -> None:
-        """End the session, tell the server, close the socket. May be called twice."""
-        farewell = self._session.leave()
+    async def stop(self, park: bool = False) -> None:
+        """End the session, tell the server unless its streams are to be parked, close the socket.
+
+        May be called twice.
+        """
+        farewell = self._session.leave(park)
         if self._stopped:
             return
         self._stopped = True

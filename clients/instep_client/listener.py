@@ -15,10 +15,11 @@ from instep_client.changes import Changes
 from instep_client.connection import Connection, State
 from instep_client.errors import ConnectionFailed, MalformedMessage, Refused
 from instep_client.flow import Flow
+from instep_client.looks import Looks
 from instep_client.openings import Openings
 from instep_client.outbox import Asked
 from instep_client.recovery import Phase
-from instep_client.requests import CloseCall, OpenCall, PeekCall, Request, ResetCall
+from instep_client.requests import CloseCall, LookCall, OpenCall, PeekCall, Request, ResetCall
 from instep_client.wire import Code, Frame, Header, Kind, ServerInfo
 
 _REPLY: Final = {
@@ -32,6 +33,7 @@ _REPLY: Final = {
     Kind.PEEK: Kind.PEEKED,
     Kind.RESET: Kind.CHANGED,
     Kind.FORK: Kind.OPENED,
+    Kind.LOOK: Kind.PEEKED,
 }
 _SAME: Final = ("fingerprint", "features", "outputs", "state_layers", "state_size")
 _NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
@@ -109,6 +111,8 @@ class Listener(Connection):
             self._changes.closed(what, part, *replies.closed(header, frames, count, state))
         elif isinstance(what, PeekCall):
             self._changes.peeked(what, part, *replies.peeked(header, frames, count, state))
+        elif isinstance(what, LookCall):
+            self._looks.looked(what, part, *replies.peeked(header, frames, count, state))
         elif isinstance(what, ResetCall):
             self._changes.changed(what, part, replies.changed(header, frames, count))
         else:
@@ -144,6 +148,8 @@ class Listener(Connection):
             what.note(int(asked.part[0]), refusal.code, refusal.sentence)
             if isinstance(what, OpenCall):
                 self._openings.part_answered(what)
+            elif isinstance(what, LookCall):
+                self._looks.part_answered(what)
             elif isinstance(what, PeekCall | ResetCall | CloseCall):
                 self._changes.part_answered(what)
         elif isinstance(what, Call):
@@ -170,6 +176,7 @@ class Listener(Connection):
         self._info = info
         self._flow = Flow(self._table, info, self._outbox, self._ask, self._recovery.reconnect_s)
         self._openings = Openings(self._table, info, self._outbox, self._discard, self._flow.answered)
+        self._looks = Looks(info, self._outbox)
         self._changes = Changes(self._table, info, self._outbox, self._flow.answered)
         self.state = State.OPEN
         self._end(self.greeting, info)

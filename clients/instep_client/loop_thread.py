@@ -32,6 +32,8 @@ class LoopThread:
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
+        self.parks = False
+        """Whether closing the client leaves its streams to be parked."""
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -132,4 +134,4 @@ class LoopThread:
         self._is_up.set()
         with suppress(asyncio.CancelledError):  # the loop failed, and what can still be closed is
             await self._stop.wait()
-        await self._client.close()
+        await self._client.close(self.parks)

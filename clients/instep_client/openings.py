@@ -59,7 +59,7 @@ class Openings:
         self, names: Sequence[str], initial_states: npt.ArrayLike | None, single: bool, first_seqs: U64 | None = None
     ) -> OpenCall:
         """A call that opens streams; see `Session.open`."""
-        names = _good_names(names)
+        names = good_names(names)
         initial = None
         if initial_states is not None:
             shape = self._state_shape if single else (len(names), *self._state_shape)
@@ -75,7 +75,7 @@ class Openings:
         single: bool,
     ) -> ResumeCall:
         """A call that resumes streams; see `Session.resume`."""
-        names = _good_names(names)
+        names = good_names(names)
         claims = np.zeros(len(names), CLAIM)
         claims["have"] = HAVE_ALL if have is None else arrays.counts(have, len(names), "have")
         claims["epoch"] = arrays.counts(epochs, len(names), "epochs")
@@ -83,7 +83,7 @@ class Openings:
 
     def fork(self, lane: Lane, names: Sequence[str]) -> ForkCall:
         """A call that copies a lane's streams; see `Session.fork`."""
-        names = _good_names(names)
+        names = good_names(names)
         if len(names) != len(lane.rows):
             raise InvalidInput(f"{len(lane.rows)} streams are copied, there are names for {len(names)}")
         return ForkCall(names, lane)
@@ -176,7 +176,12 @@ class Openings:
         return self._table.add(call.names, grants, call.single)
 
 
-def _good_names(names: Sequence[str]) -> tuple[str, ...]:
+def good_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of distinct streams.
+
+    Raises:
+        InvalidInput: when there are none, or bad or repeated ones.
+    """
     if isinstance(names, str):
         raise InvalidInput("a group's names must be a sequence of strings, not one string")
     names = tuple(names)

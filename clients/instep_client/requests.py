@@ -5,6 +5,7 @@ Request
 │   ├── ResumeCall           … resumed
 │   └── ForkCall             … opened as copies of another lane's
 ├── PeekCall                 looks at a lane's states
+├── LookCall                 looks at states by name, whoever has the streams
 ├── ResetCall                gives a lane's streams other states
 └── CloseCall                closes a lane
 """
@@ -117,6 +118,18 @@ class PeekCall(Request[tuple[U64, F32]]):
         self.lane = lane
         self.seqs: U64 = np.zeros(len(lane.rows), np.uint64)
         self.states: F32 = np.zeros((len(lane.rows), state), np.float32)
+
+
+class LookCall(Request[tuple[U64, F32]]):
+    """A look at states by name; the result is the next seqs uint64 [N] and the states float32 [N, state]."""
+
+    __slots__ = ("names", "seqs", "states")
+
+    def __init__(self, names: Sequence[str], state: int) -> None:
+        super().__init__()
+        self.names = names
+        self.seqs: U64 = np.zeros(len(names), np.uint64)
+        self.states: F32 = np.zeros((len(names), state), np.float32)
 
 
 class ResetCall(Request[None]):

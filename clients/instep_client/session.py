@@ -9,7 +9,7 @@ A driver (`driver.py` is one) does five things and nothing else:
 5. wakes what `take_woken` gives: calls that ended or were sent, and lanes whose outputs changed.
 
 `now` is any monotonic clock in seconds. The rules of sending frames are in `flow.py` and `transit.py`, those of other
-requests in `openings.py` and `changes.py`, those of a lost connection in `connection.py` and `recovery.py`.
+requests in `openings.py`, `changes.py` and `looks.py`, those of a lost connection in `connection.py` and `recovery.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from instep_client.calls import Call, Ping, Statistics, StepCall
 from instep_client.connection import State as State
 from instep_client.errors import ClientClosed
 from instep_client.listener import Listener
-from instep_client.requests import CloseCall, ForkCall, OpenCall, PeekCall, ResetCall
+from instep_client.requests import CloseCall, ForkCall, LookCall, OpenCall, PeekCall, ResetCall
 from instep_client.streams import Lane
 from instep_client.wire import F32, U64
 
@@ -148,6 +148,17 @@ class Session(Listener):
         """
         self._check_lane(lane)
         call = PeekCall(lane, self._state_width)
+        self._ask(call)
+        return call
+
+    def look(self, names: Sequence[str]) -> LookCall:
+        """Look at the states of streams, whoever has them.
+
+        Raises:
+            InvalidInput: for bad or repeated names.
+        """
+        self._check_open()
+        call = self._looks.look(names)
         self._ask(call)
         return call
 

@@ -16,7 +16,7 @@ from instep_client.aio import AsyncClient
 from instep_client.loop_thread import LoopThread
 from instep_client.snapshots import StreamSnapshot
 from instep_client.sync_streams import Group, Stream
-from instep_client.wire import DEFAULT_ENDPOINT, ServerInfo
+from instep_client.wire import DEFAULT_ENDPOINT, F32, ServerInfo
 
 
 class Client:
@@ -67,8 +67,9 @@ class Client:
             self.close()
             raise
 
-    def close(self) -> None:
-        """Close the open streams and the connection; what waits fails with ClientClosed. May be called twice."""
+    def close(self, park: bool = False) -> None:
+        """Close the connection and its streams, or leave them to be parked; see `AsyncClient.close`."""
+        self._thread.parks = park
         self._finalizer()
 
     @property
@@ -102,6 +103,14 @@ class Client:
         """Go on with many streams as one group; see `AsyncClient.resume_group`."""
         group = self._thread.run(self._client.resume_group(names, have, epochs, take_over))
         return Group(self, self._thread, group)
+
+    def peek(self, name: str) -> tuple[int, F32]:
+        """Look at any stream of the server, whoever has it; see `AsyncClient.peek`."""
+        return self._thread.run(self._client.peek(name))
+
+    def snapshot(self, name: str) -> StreamSnapshot:
+        """The state of any stream of the server, to be saved and restored; see `AsyncClient.snapshot`."""
+        return self._thread.run(self._client.snapshot(name))
 
     def restore(self, snapshot: StreamSnapshot, name: str | None = None) -> Stream:
         """Open a stream that goes on from a snapshot; see `AsyncClient.restore`."""

@@ -72,6 +72,7 @@ class Kind(IntEnum):
     PEEK = 8
     RESET = 9
     FORK = 10
+    LOOK = 11
     WELCOME = 65
     OPENED = 66
     STEPPED = 67
@@ -97,6 +98,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.PEEK: 3,  # kind, request, N
     Kind.RESET: 4,  # kind, request, N, whether states follow (0 or 1)
     Kind.FORK: 3,  # kind, request, N
+    Kind.LOOK: 3,  # kind, request, N
     Kind.WELCOME: 21,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.STEPPED: 8,  # kind, request, T, N, queue_us, compute_us, send_us, sentences
@@ -122,6 +124,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.PEEK: 2,  # handles uint64 [N]
     Kind.RESET: 3,  # handles uint64 [N], states float32 [N, state] or empty
     Kind.FORK: 3,  # handles uint64 [N], names of the copies
+    Kind.LOOK: 2,  # names
     Kind.WELCOME: 1,
     Kind.OPENED: 3,  # grants [N], failures
     Kind.STEPPED: 3,  # y float32 [T, N, outputs] (NaN where refused), failures

@@ -212,3 +212,70 @@ class TestStates:
         link.finish(link.session.reset(group, states))
         assert link.finish(link.session.peek(group))[1].tolist() == states.reshape(60, 4).tolist()
         assert link.server.kinds.count(Kind.RESET) == link.server.kinds.count(Kind.PEEK) == 3
+
+
+class TestLook:
+    def test_its_bytes(self) -> None:
+        link = RingLink()
+        link.session.look(["a", "\u00e9"])
+        link.advance()
+        [message] = link.to_server[link.peer]
+        assert headers([message]) == [[Kind.LOOK, 3, 2]]
+        assert message[1:] == [b"a\n\xc3\xa9"]
+
+    def test_it_shows_what_others_have_and_takes_nothing(self) -> None:
+        link = RingLink()
+        lane = link.open("a")
+        link.finish(link.session.step(lane, X[:4]))
+        epoch = link.server.streams["a"].epoch
+        other = RingLink(link.server, name="other")
+        seqs, states = other.finish(other.session.look(["a"]))
+        assert (seqs.tolist(), states.tolist()) == ([4], [reference(X[:4])[1].ravel().tolist()])
+        assert (link.server.streams["a"].owner, link.server.streams["a"].epoch) == (link.peer, epoch)
+        assert link.finish(link.session.step(lane, X[4])).outputs.tolist() == reference(X[:5])[0][4].tolist()
+
+    def test_the_first_stream_that_is_not_there_is_named_and_a_refused_message_too(self) -> None:
+        link = RingLink()
+        link.open("a", "b")
+        link.server.expire("b")
+        looks = [link.session.look(["a", "b", "c"]), link.session.look(["a", "c", "b"])]
+        link.run(*looks)
+        for look, code, name in zip(looks, (Code.EXPIRED, Code.UNKNOWN_STREAM), ("b", "c"), strict=True):
+            assert isinstance(look.error, StreamRefused)
+            assert (look.error.code, look.error.stream) == (code, name)
+        link.server.draining = True  # this server, unlike others, refuses it then
+        refused = link.session.look(["a"])
+        link.run(refused)
+        assert isinstance(refused.error, StreamRefused)
+        assert refused.error.code is Code.SHUTTING_DOWN
+
+    def test_many_are_asked_for_in_parts(self) -> None:
+        link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=2 * 201)))
+        states = np.arange(20, dtype=np.float32).reshape(5, 2, 2)
+        link.finish(link.session.open(list("abcde"), states, single=False))
+        seqs, found = link.finish(link.session.look(list("edcba")))
+        assert seqs.tolist() == [0] * 5
+        assert found.tolist() == states[::-1].reshape(5, 4).tolist()
+        assert link.server.kinds.count(Kind.LOOK) == 3
+
+    def test_it_is_asked_again_over_the_next_connection(self) -> None:
+        link = RingLink()
+        link.finish(link.session.open(["a"], STATE, single=True))
+        look = link.session.look(["a"])
+        link.advance()
+        link.cut()
+        assert link.finish(look)[1].tolist() == [[1, 2, 3, 4]]
+
+    @pytest.mark.parametrize("names", [[], [""], ["a", "a"], "abc"])
+    def test_bad_names(self, names: Any) -> None:
+        with pytest.raises(InvalidInput):
+            RingLink().session.look(names)
+
+
+def test_a_session_that_leaves_may_leave_its_streams() -> None:
+    link = RingLink()
+    link.open("a")
+    assert link.session.leave(park=True) is None
+    link.advance()
+    assert not link.to_server[link.peer]
+    assert set(link.server.streams) == {"a"}

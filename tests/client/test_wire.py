@@ -15,7 +15,7 @@ from instep_client.errors import MalformedMessage
 from instep_client.wire import Kind
 
 HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
-    (Kind.HELLO, 1, (2, "abc"), "94 01 01 02 a3 616263"),
+    (Kind.HELLO, 1, (3, "abc"), "94 01 01 03 a3 616263"),
     (Kind.OPEN, 2, (3, 1, 0), "95 02 02 03 01 00"),
     (Kind.STEP, 7, (2, 3, 40, "f4"), "96 03 07 02 03 28 a2 6634"),
     (Kind.STEP, 300, (1, 1024, 40, "f4"), "96 03 cd012c 01 cd0400 28 a2 6634"),
@@ -26,6 +26,7 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.PEEK, 5, (1,), "93 08 05 01"),
     (Kind.RESET, 6, (2, 0), "94 09 06 02 00"),
     (Kind.FORK, 8, (1,), "93 0a 08 01"),
+    (Kind.LOOK, 9, (2,), "93 0b 09 02"),
     (Kind.OPENED, 2, (1, "fsync", ((105, "no"),)), "95 42 02 01 a5 6673796e63 91 92 69 a2 6e6f"),
     (Kind.STEPPED, 7, (2, 3, 100, 200, 5, ()), "98 43 07 02 03 64 ccc8 05 90"),
     (Kind.CLOSED, 9, (1, ()), "94 44 09 01 90"),
@@ -95,7 +96,7 @@ GOOD = bytes.fromhex("95 02 02 03 01 00")
         ([b"\x92\x05\xa1\xff"], "not msgpack"),  # not UTF-8
         ([b"\x05"], "array of at least"),
         ([b"\x91\x05"], "array of at least"),
-        ([b"\x92\x0b\x01"], "unknown message kind 11"),
+        ([b"\x92\x0c\x01"], "unknown message kind 12"),
         ([b"\x92\xc3\x01"], "unknown message kind True"),
         ([b"\x92\xa1a\x01"], "unknown message kind 'a'"),
         ([b"\x92\x05\xff"], "request number"),  # -1

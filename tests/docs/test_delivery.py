@@ -186,6 +186,8 @@ async def test_the_largest_first_seq_and_states_that_fit_no_message() -> None:
         many = np.arange(1, 4096 // (4 * H) + 2, dtype=np.uint64)
         for kind, rest in ((Kind.PEEK, ()), (Kind.CLOSE, ()), (Kind.FORK, (b"",))):
             assert (await client.about(kind, many, *rest)).code is Code.TOO_LARGE
+        names = "\n".join(map(str, many)).encode()
+        assert (await client.say(Kind.LOOK, len(many), frames=(names,))).code is Code.TOO_LARGE
         twice = np.ones(2, np.uint64)
         for kind, rest in ((Kind.PEEK, ()), (Kind.CLOSE, ()), (Kind.FORK, (b"\n",)), (Kind.RESET, (b"",))):
             await client.open("t")
@@ -350,7 +352,7 @@ async def test_a_server_that_ends_takes_nothing_new() -> None:
                 await client.claim(("s", 0, 0)),
                 await client.about(Kind.RESET, handles, b""),
                 await client.about(Kind.FORK, handles, b"copy"),
-                await client.say(Kind.HELLO, 2, "again"),
+                await client.say(Kind.HELLO, 3, "again"),
             ):
                 assert reply.kind is Kind.WELCOME or reply.code is Code.SHUTTING_DOWN
         finally:

@@ -42,7 +42,7 @@ RESUMED_1, RESUMED_2 = 0x2_0000_0001, 0x2_0000_0002
 EPOCH = 0x187B_0000_0000_0000
 """The page's epochs are this and those after it."""
 INFO = ServerInfo(
-    protocol_version=2,
+    protocol_version=3,
     boot_id="5f1d0c9a3b7e2468",
     model="seed",
     fingerprint=SEED.fingerprint,
@@ -145,8 +145,10 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "STEP-again": step(12, 1, SECOND, RESUMED_1, RESUMED_2),
     "CLOSE": [wire.pack_header(Kind.CLOSE, 13, 2), u64(RESUMED_1, RESUMED_2).tobytes()],
     "CLOSED": replies.closed(13, floats("CLOSED").reshape(2, 1, 4), i32(0, 0)),
+    "LOOK": [wire.pack_header(Kind.LOOK, 14, 1), b"mic-4"],
+    "PEEKED-look": replies.peeked(14, i64(3), np.zeros((1, 1, 4), np.float32), i32(0)),
     "EVICTED": replies.evicted(Code.FENCED, u64(MIC_1, MIC_2)),
-    "ERROR": replies.error(14, Code.BUSY, wire.SENTENCES[Code.BUSY], 2000),
+    "ERROR": replies.error(15, Code.BUSY, wire.SENTENCES[Code.BUSY], 2000),
     "GOODBYE": replies.goodbye("the server is shutting down: it was asked to"),
 }
 
@@ -371,6 +373,7 @@ async def test_the_examples_are_one_conversation(monkeypatch: pytest.MonkeyPatch
             header, states, failures = await ask("CLOSE", second)
             assert [header, failures] == [expected("CLOSED")[0], expected("CLOSED")[2]]
             np.testing.assert_allclose(np.frombuffer(states, "<f4"), floats("CLOSED"), rtol=1e-5)
+            assert await ask("LOOK", second) == expected("PEEKED-look")
             server.stop()
             assert await receive(first) == await receive(second) == expected("GOODBYE")
     finally:
@@ -403,10 +406,10 @@ async def test_busy_and_going_back_are_as_the_page_says(rng: np.random.Generator
             handles = (await client.open("a", "b")).handles()
             await client.send(*client.step_message(handles[:1], [0], a[:4]))
             over = client.step_message(handles[:1], [4], a[4:7])
-            await client.send(wire.pack_header(Kind.STEP, 14, 3, 1, 3, "f4"), *over[1:])
+            await client.send(wire.pack_header(Kind.STEP, 15, 3, 1, 3, "f4"), *over[1:])
             assert await receive(client.socket) == PAGE.examples["ERROR"].frames
             await client.send(*client.step_message(handles, [7, 0], np.concatenate([a[7:], b], axis=1)))
-            assert (await client.ask(wire.pack_header(Kind.PING, 15))).kind is Kind.PONG  # overtakes both blocks
+            assert (await client.ask(wire.pack_header(Kind.PING, 16))).kind is Kind.PONG  # overtakes both blocks
         finally:
             gate.open()
         answers = sorted([await client.receive(), await client.receive()], key=lambda reply: reply.request)

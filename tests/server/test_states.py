@@ -98,6 +98,62 @@ async def test_only_ones_own_streams_are_seen_changed_or_copied(rng: np.random.G
         np.testing.assert_array_equal((await other.close(theirs)).floats(), whole(MODEL, x[:, 0])[1].ravel())
 
 
+async def test_a_look_shows_anybodys_state_and_nobody_notices(rng: np.random.Generator) -> None:
+    x = frames(rng, 7)
+    y, _ = whole(MODEL, x[:, 0])
+    async with running(MODEL) as server, RawClient(server.endpoint) as other:
+        await other.hello()
+        async with RawClient(server.endpoint) as owner:
+            await owner.hello()
+            opened = await owner.open("theirs", "fresh")
+            theirs = opened.handles()[:1]
+            before = (await owner.step(theirs, [0], x[:4])).floats().reshape(4, H)
+            looked = await other.look(["fresh", "none", "theirs"])
+            assert (looked.kind, looked.seqs()) == (Kind.PEEKED, [0, 0, 4])
+            assert looked.failures() == [(1, 0, Code.UNKNOWN_STREAM, 0)]
+            states = looked.floats().reshape(3, LAYERS, H)
+            assert not states[0].any()
+            assert np.isnan(states[1]).all()
+            np.testing.assert_array_equal(states[2], whole(MODEL, x[:4, 0])[1])
+            after = await owner.step(theirs, [4], x[4:6])
+            assert after.failures() == []  # with the handle that it had
+            np.testing.assert_array_equal(np.concatenate([before, after.floats().reshape(2, H)]), y[:6])
+            server._postbox.give_up(*server._clients.all()[1:])
+        assert server.engine.table.owned[server.engine.table.parked] == 2
+        assert (await other.look(["theirs"])).seqs() == [6]
+        epoch = int(opened.grants()["epoch"][0])
+        resumed = await other.resume(["theirs"], [6], [epoch])  # the owner's epoch is still the present one
+        assert resumed.failures() == []
+        rest = await other.step(resumed.handles(), [6], x[6:])
+        np.testing.assert_array_equal(rest.floats().reshape(1, H), y[6:])
+
+
+async def test_a_look_at_streams_that_are_not_there_any_more_says_why(rng: np.random.Generator) -> None:
+    gate = Gate()
+    x = frames(rng, 1)
+    x[0, 0, 0] = GATE_VALUE
+    async with running(MODEL, stepper=gate.stepper) as server, RawClient(server.endpoint) as client:
+        try:
+            await client.hello()
+            handles = (await client.open("closing", "closed", "expired")).handles()
+            await client.close(handles[1:2])
+            await client.send(*client.step_message(handles[:1], [0], x))
+            await client.send(*client.close_message(handles[:1]))
+            while not server.engine.table.closing.any():
+                await asyncio.sleep(0)
+            slot = server.engine.table.find("expired")
+            assert slot is not None
+            server.lifecycle.expire(np.array([slot]))
+            looked = await client.look(["closing", "closed", "expired", "a\tb", ""])
+            assert looked.codes() == [
+                *(Code.UNKNOWN_STREAM, Code.UNKNOWN_STREAM, Code.EXPIRED, Code.UNKNOWN_STREAM, Code.UNKNOWN_STREAM)
+            ]
+            assert np.isnan(looked.floats()).all()
+            assert (await client.look(["x", "x"])).code is Code.REPEATED_STREAM
+        finally:
+            gate.open()
+
+
 @pytest.mark.parametrize("to_zeros", [True, False])
 async def test_a_reset_stream_goes_on_from_the_new_state_and_from_its_seq(
     rng: np.random.Generator, to_zeros: bool

@@ -135,7 +135,7 @@ class MessageMaker:
         self._named: dict[int, list[str]] = {}
         self._kinds = [
             *(self._hello, self._open, self._open, *[self._step] * 8, self._close, self._ping, self._servers_own),
-            *(self._resume, self._resume, self._peek, self._reset, self._fork),
+            *(self._resume, self._resume, self._peek, self._look, self._reset, self._fork),
         ]
         self._damages = [
             *(self._change_byte, self._change_byte, self._cut, self._extend, self._drop, self._double, self._insert),
@@ -211,7 +211,7 @@ class MessageMaker:
         return [self._one_of(known) for _ in range(count)]
 
     def _hello(self) -> list[bytes]:
-        return [self._header(Kind.HELLO, 2, "fuzzer")]
+        return [self._header(Kind.HELLO, 3, "fuzzer")]
 
     def _open(self) -> list[bytes]:
         count = 1 + self._below(3)
@@ -245,6 +245,10 @@ class MessageMaker:
     def _peek(self) -> list[bytes]:
         count = 1 + self._below(2)
         return [self._header(Kind.PEEK, count), struct.pack(f"<{count}Q", *self._handles(count))]
+
+    def _look(self) -> list[bytes]:
+        names = [f"fuzzed-{self._below(400)}", self._one_of(list(self._epochs) or ["fuzzed-0"])][: 1 + self._below(2)]
+        return [self._header(Kind.LOOK, len(names)), "\n".join(names).encode()]
 
     def _reset(self) -> list[bytes]:
         has_states = self._below(2)

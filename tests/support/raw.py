@@ -114,7 +114,7 @@ class RawClient:
         self._request += 1
         return self._request
 
-    def hello_message(self, version: int = 2) -> list[bytes]:
+    def hello_message(self, version: int = 3) -> list[bytes]:
         """A HELLO."""
         return [msgpack.packb([Kind.HELLO, self.next_request(), version, "raw"])]
 
@@ -185,6 +185,14 @@ class RawClient:
     async def peek(self, handles: Sequence[int] | U64) -> Reply:
         """Look at states."""
         return await self.ask(*self.peek_message(handles))
+
+    def look_message(self, names: Sequence[str]) -> list[bytes]:
+        """A LOOK."""
+        return [msgpack.packb([Kind.LOOK, self.next_request(), len(names)]), _lines(names)]
+
+    async def look(self, names: Sequence[str]) -> Reply:
+        """Look at states by name."""
+        return await self.ask(*self.look_message(names))
 
     def reset_message(self, handles: Sequence[int] | U64, states: F32 | None = None) -> list[bytes]:
         """A RESET."""

@@ -236,6 +236,17 @@ class RingServer:
         arrays = [seqs.tobytes(), self._states(found).tobytes()]
         return self._answer(Kind.PEEKED, header[1], len(found), arrays, refused)
 
+    def _look(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
+        names = frames[1].decode().split("\n")
+        assert len(names) == header[2]
+        found = [self.streams.get(name) for name in names]
+        missing = (Code.EXPIRED if name in self.expired else Code.UNKNOWN_STREAM for name in names)
+        refused = [(i, 0, int(code), 0, 0) for i, code in enumerate(missing) if found[i] is None]
+        seqs = np.array([0 if stream is None else stream.next_seq for stream in found], "<u8")
+        return self._answer(
+            Kind.PEEKED, header[1], len(found), [seqs.tobytes(), self._states(found).tobytes()], refused
+        )
+
     def _reset(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         found, refused = self._find(peer, frames[1])
         states = np.zeros((len(found), self.info.state_layers * self.info.state_size), np.float32)

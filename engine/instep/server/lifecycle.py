@@ -232,6 +232,17 @@ class Lifecycle:
 
     # ── Look at and change ─────────────────────────────────────────────────────────────────────────────────────────
 
+    def find(self, names: Sequence[str]) -> tuple[I64, I32]:
+        """Open streams, whoever has them: slots int64 [N], and codes int32 [N], 0 where there is such a stream."""
+        slots, codes = np.zeros(len(names), np.int64), np.zeros(len(names), np.int32)
+        for index, name in enumerate(names):
+            slot = self._table.find(name)
+            if slot is None or self._table.closing[slot]:
+                codes[index] = Code.EXPIRED if name in self._expired else Code.UNKNOWN_STREAM
+            else:
+                slots[index] = slot
+        return slots, codes
+
     def peek(self, slots: I64, on_read: Callable[[I64, F32, Bool], None]) -> None:
         """Read states; `on_read` gets the next seqs int64 [N], the states [N, layers, size] and which are lost (NaN).
 

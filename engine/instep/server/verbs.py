@@ -81,6 +81,7 @@ class Verbs:
             Kind.PEEK: self._peek,
             Kind.RESET: self._reset,
             Kind.FORK: self._fork,
+            Kind.LOOK: self._look,
         }
 
     def handle(self, routing_id: bytes, frames: list[bytes]) -> None:
@@ -200,13 +201,24 @@ class Verbs:
     def _peek(self, client: Client, header: Header, frames: list[bytes]) -> None:
         count = self._count_with_states(header.fields[0])
         slots, codes = self._own(client, frames[1], count)
-        good = codes == 0
+        self._show(client, header.request, slots, codes)
+
+    def _look(self, client: Client, header: Header, frames: list[bytes]) -> None:
+        count = self._count_with_states(header.fields[0])
+        names = wire.unpack_names(frames[1], count)
+        if len(set(names)) < count:
+            raise Refusal(Code.REPEATED_STREAM)
+        self._show(client, header.request, *self._lifecycle.find(names))
+
+    def _show(self, client: Client, request: int, slots: I64, codes: I32) -> None:
+        """Answer with the states of the slots whose code is 0."""
+        count, good = len(slots), codes == 0
 
         def read(next_seqs: I64, found: F32, lost: Bool) -> None:
             seqs, states = np.zeros(count, np.int64), np.full(self._state_shape(count), np.nan, np.float32)
             seqs[good], states[good] = next_seqs, found
             codes[good] = np.where(lost, Code.STATE_LOST, 0)
-            self._postbox.send(client, replies.peeked(header.request, seqs, states, codes), time.monotonic_ns())
+            self._postbox.send(client, replies.peeked(request, seqs, states, codes), time.monotonic_ns())
 
         if good.any():
             self._lifecycle.peek(slots[good], read)
