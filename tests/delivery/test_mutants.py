@@ -128,7 +128,7 @@ MUTANTS = {
     ),
     "an epoch that the server lost is taken for that of the stream it has": (
         POWER,
-        Change(lifecycle, "judge_claims", ((" or epochs[index] > table.epoch[slot]", ""),)),
+        Change(lifecycle, "judge_claims", ((" | (epochs > table.epoch[slots])", ""),)),
     ),
     "a resume acknowledges frames that are pending": (
         KILL,

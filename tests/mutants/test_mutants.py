@@ -109,8 +109,8 @@ MUTANTS = [
     Mutant(
         "an older epoch resumes a stream",
         "core/ownership.py",
-        "if not is_owner and not take_over:",
-        "if False:",
+        "codes[~is_owner] = np.where(table.renumbered[slots], Code.NUMERICS_CHANGED, Code.FENCED)[~is_owner]",
+        "pass",
         (f"{RESUME}::test_an_older_epoch_gets_nothing_unless_it_takes_over",),
     ),
     Mutant(
@@ -123,7 +123,7 @@ MUTANTS = [
     Mutant(
         "a former epoch is good for ever",
         "core/ownership.py",
-        " and next_seq <= table.granted_seq[slot]",
+        " & (next_seq <= table.granted_seq[slots])",
         "",
         (f"{OWNERSHIP}::test_the_former_epoch_is_good_until_a_frame_was_sent_under_the_present_one",),
     ),
@@ -137,15 +137,15 @@ MUTANTS = [
     Mutant(
         "an output more than the claimant holds is given up",
         "core/ownership.py",
-        "min(claimed, next_seq)",
-        "min(claimed + 1, next_seq)",
+        "np.minimum(claimed, due)",
+        "np.minimum(claimed + np.uint64(1), due)",
         (f"{RESUME}::test_frames_that_were_under_way_are_answered_once_and_computed_once",),
     ),
     Mutant(
         "lost frames are passed over in silence",
         "core/ownership.py",
-        "elif (claimed > next_seq or epochs[index] > table.epoch[slot]) and not take_over:",
-        "elif False:",
+        "codes[holds_more] = Code.DATA_LOSS",
+        "pass",
         (f"{RESUME}::test_who_holds_more_than_the_server_is_told_and_may_go_on_from_there",),
     ),
     Mutant(

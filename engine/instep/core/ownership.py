@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from instep.core.slots import SCRATCH_SLOT
 from instep.core.streams import StreamTable
 from instep.core.typing import I32, I64, U64
 from instep_client.codes import HAVE_ALL, Code
@@ -52,27 +53,28 @@ def judge_claims(
         epochs: uint64 [N], under which the claimant had the streams; 0 for never.
         take_over: whether to take streams from whoever owns them, and to go on from where they are.
     """
-    count = len(names)
-    slots, codes = np.zeros(count, np.int64), np.zeros(count, np.int32)
-    held, expected = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    former = np.zeros(count, np.uint64)
-    for index, name in enumerate(names):
-        slot = table.find(name)
-        if slot is None or table.closing[slot]:
-            codes[index] = Code.EXPIRED if name in expired else Code.UNKNOWN_STREAM
-            continue
-        next_seq = int(table.next_seq[slot])
-        expected[index] = next_seq
-        claimed = next_seq if int(have[index]) == HAVE_ALL else int(have[index])
-        unanswered = epochs[index] == table.former_epoch[slot] != 0 and next_seq <= table.granted_seq[slot]
-        is_owner = bool(epochs[index] >= table.epoch[slot] or unanswered)
-        if not is_owner and not take_over:
-            codes[index] = Code.NUMERICS_CHANGED if table.renumbered[slot] else Code.FENCED
-        elif (claimed > next_seq or epochs[index] > table.epoch[slot]) and not take_over:
-            codes[index] = Code.DATA_LOSS
-        elif claimed < max(int(table.acked[slot]), next_seq - window):
-            codes[index] = Code.OUTPUTS_GONE
-        else:
-            slots[index], held[index] = slot, min(claimed, next_seq)
-            former[index] = epochs[index] if is_owner else 0
-    return Claims(slots, codes, held, former, expected)
+    slots = table.find_all(names)
+    is_there = (slots != SCRATCH_SLOT) & ~table.closing[slots]
+    next_seq = table.next_seq[slots]
+    due = next_seq.view(np.uint64)
+    claimed = np.where(have == np.uint64(HAVE_ALL), due, have)
+    former = table.former_epoch[slots]
+    unanswered = (epochs == former) & (former != 0) & (next_seq <= table.granted_seq[slots])
+    is_owner = (epochs >= table.epoch[slots]) | unanswered
+    holds_more = (claimed > due) | (epochs > table.epoch[slots])
+    oldest = np.maximum(table.acked[slots], next_seq - window).view(np.uint64)
+    codes = np.zeros(len(slots), np.int32)
+    codes[claimed < oldest] = Code.OUTPUTS_GONE
+    if not take_over:
+        codes[holds_more] = Code.DATA_LOSS
+        codes[~is_owner] = np.where(table.renumbered[slots], Code.NUMERICS_CHANGED, Code.FENCED)[~is_owner]
+    for index in np.flatnonzero(~is_there).tolist():
+        codes[index] = Code.EXPIRED if names[index] in expired else Code.UNKNOWN_STREAM
+    good = codes == 0
+    return Claims(
+        np.where(good, slots, SCRATCH_SLOT),
+        codes,
+        np.where(good, np.minimum(claimed, due), 0).astype(np.int64),
+        np.where(good & is_owner, epochs, 0).astype(np.uint64),
+        np.where(is_there, next_seq, 0),
+    )

@@ -80,6 +80,11 @@ class StreamTable:
         """The slot of the open stream of that name."""
         return self._slot_of.get(name)
 
+    def find_all(self, names: Sequence[str]) -> I64:
+        """The slots of the open streams of those names, the scratch slot where there is none: int64 [N]."""
+        find = self._slot_of.get
+        return np.array([find(name, SCRATCH_SLOT) for name in names], np.int64)
+
     def open(self, names: Sequence[str], owner: int, now_ns: int, first_seqs: I64 | None = None) -> tuple[I64, I32]:
         """Open streams for one owner, whose first frames are of `first_seqs`, int64 [N], or 0.
 
