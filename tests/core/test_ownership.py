@@ -21,8 +21,10 @@ def table() -> StreamTable:
     return table
 
 
-def judged(table: StreamTable, have: int, epoch: int, *, take_over: bool = False, name: str = "s") -> Claims:
-    return judge_claims(table, W, {"expired"}, [name], u64(have), u64(epoch), take_over)
+def judged(
+    table: StreamTable, have: int, epoch: int, *, take_over: bool = False, name: str = "s", arrival: int = 9
+) -> Claims:
+    return judge_claims(table, W, {"expired"}, [name], u64(have), u64(epoch), take_over, arrival)
 
 
 @pytest.mark.parametrize("have", [27, 28, 30])
@@ -56,6 +58,34 @@ def test_the_former_epoch_is_good_until_a_frame_was_sent_under_the_present_one(t
     assert judged(table, 30, 100).codes.tolist() == [Code.FENCED]
     table.next_seq[slots] += 1
     assert judged(table, 30, 101).codes.tolist() == [Code.FENCED]
+
+
+def test_an_older_connection_that_names_the_former_epoch_is_late(table: StreamTable) -> None:
+    slots = np.array([table.find("s")])
+    table.hand_over(slots, 2, now_ns=0, former_epochs=u64(101), arrival=5)
+    late = judged(table, 30, 101, arrival=4)
+    assert (late.codes.tolist(), late.slots.tolist()) == ([Code.FENCED], [0])
+    for arrival in (5, 6):
+        assert judged(table, 30, 101, arrival=arrival).codes.tolist() == [0]
+    table.park(slots, now_ns=1)
+    assert judged(table, 30, 101, arrival=4).codes.tolist() == [Code.FENCED]
+    assert judged(table, 30, 102, arrival=4).codes.tolist() == [0], "the present epoch is the owner's on any connection"
+    assert judged(table, 30, 101, arrival=4, take_over=True).codes.tolist() == [0]
+
+
+def test_after_a_restart_no_connection_is_older(table: StreamTable) -> None:
+    slots = np.array([table.find("s")])
+    table.former_epoch[slots] = 77
+    table.granted_seq[slots] = 30
+    assert judged(table, 30, 77, arrival=1).codes.tolist() == [0]
+
+
+def test_the_next_stream_of_a_slot_was_given_to_nobody_before(table: StreamTable) -> None:
+    slots = np.array([table.find("s")])
+    table.hand_over(slots, 2, now_ns=0, former_epochs=u64(101), arrival=5)
+    table.release(slots)
+    assert table.open(["s"], owner=1, now_ns=0)[0] == slots
+    assert table.granted_to[slots] == 0
 
 
 def test_who_lost_a_stream_to_somebody_else_is_fenced_at_once(table: StreamTable) -> None:
@@ -107,7 +137,7 @@ def test_who_does_not_know_what_it_holds_gets_what_is_next(table: StreamTable) -
 def test_streams_that_are_not_there_are_unknown_or_expired(table: StreamTable) -> None:
     for take_over in (False, True):
         claims = judge_claims(
-            table, W, {"expired", "s"}, ["expired", "never", "s"], u64(0, 0, 30), u64(0, 0, 101), take_over
+            table, W, {"expired", "s"}, ["expired", "never", "s"], u64(0, 0, 30), u64(0, 0, 101), take_over, 9
         )
         assert claims.codes.tolist() == [Code.EXPIRED, Code.UNKNOWN_STREAM, 0]
         assert claims.expected_seq.tolist() == [0, 0, 30]
@@ -116,7 +146,7 @@ def test_streams_that_are_not_there_are_unknown_or_expired(table: StreamTable) -
 def test_a_stream_that_is_closing_is_there_no_more(table: StreamTable) -> None:
     table.closing[table.find("s")] = True
     assert judged(table, 30, 101).codes.tolist() == [Code.UNKNOWN_STREAM]
-    assert judge_claims(table, W, {"s"}, ["s"], u64(30), u64(101), True).codes.tolist() == [Code.EXPIRED]
+    assert judge_claims(table, W, {"s"}, ["s"], u64(30), u64(101), True, 9).codes.tolist() == [Code.EXPIRED]
 
 
 @given(
@@ -129,7 +159,7 @@ def test_a_claim_is_granted_only_if_every_frame_after_it_can_be_answered(
     slots, _ = table.open(["s"], owner=0, now_ns=0, first_seqs=np.array([first]))
     table.next_seq[slots] = table.step_seq[slots] = first + length
     table.acked[slots] = first + min(acked, length)
-    claims = judge_claims(table, W, (), ["s"], u64(have), u64(epoch), take_over)
+    claims = judge_claims(table, W, (), ["s"], u64(have), u64(epoch), take_over, 1)
     if claims.codes[0] == 0:
         assert epoch == 101 or take_over
         assert first + length - W <= claims.have[0] <= first + length

@@ -124,7 +124,7 @@ def assert_told(table: StreamTable, given: dict[str, Truth], left: dict[str, Tru
     told = 0
     for name, had in given.items():
         claims = judge_claims(
-            table, WINDOW, (), [name], np.array([had.seq], np.uint64), np.array([had.epoch], np.uint64), False
+            table, WINDOW, (), [name], np.array([had.seq], np.uint64), np.array([had.epoch], np.uint64), False, 1
         )
         if name not in left:
             assert claims.codes[0] == Code.UNKNOWN_STREAM

@@ -128,6 +128,13 @@ MUTANTS = [
         (f"{OWNERSHIP}::test_the_former_epoch_is_good_until_a_frame_was_sent_under_the_present_one",),
     ),
     Mutant(
+        "a resume that comes late over an older connection is granted",
+        "core/ownership.py",
+        "unanswered &= table.granted_to[slots] <= arrival",
+        "pass",
+        (f"{OWNERSHIP}::test_an_older_connection_that_names_the_former_epoch_is_late",),
+    ),
+    Mutant(
         "a stream is resumed one frame too late",
         "server/lifecycle.py",
         'grants["next_seq"] = self._table.next_seq[slots]',

@@ -217,7 +217,7 @@ async def test_of_two_who_claim_a_stream_at_once_the_later_gets_it(rng: np.rando
 async def test_a_stream_whose_new_owner_vanishes_before_it_was_told_is_parked_again(rng: np.random.Generator) -> None:
     x = gated(rng, 3)
     gate = Gate()
-    async with served(stepper=gate.stepper) as (server, client):
+    async with served(stepper=gate.stepper) as (server, _):
         async with RawClient(server.endpoint) as gone:
             await gone.hello()
             opened = await gone.open("s")
@@ -230,10 +230,12 @@ async def test_a_stream_whose_new_owner_vanishes_before_it_was_told_is_parked_ag
             await parked(server, 0)
         await parked(server, 1)
         gate.open()
-        resumed = await client.resume(["s"], [0], opened.epochs())
-        assert (resumed.failures(), resumed.seqs()) == ([], [2])  # the epoch that it never learned of was never used
-        y = await client.step(resumed.handles(), [0], x)
-        np.testing.assert_array_equal(y.floats().reshape(3, H), whole(SMALL, x[:, 0])[0])
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            resumed = await client.resume(["s"], [0], opened.epochs())
+            assert (resumed.failures(), resumed.seqs()) == ([], [2])  # the epoch it never learned of was never used
+            y = await client.step(resumed.handles(), [0], x)
+            np.testing.assert_array_equal(y.floats().reshape(3, H), whole(SMALL, x[:, 0])[0])
 
 
 async def test_a_number_that_is_used_again_while_streams_of_it_are_parked_does_not_own_them(
@@ -350,6 +352,20 @@ async def test_a_step_that_fails_while_its_connection_is_gone_is_as_if_its_frame
         assert again.frames == y.frames
         np.testing.assert_array_equal(y.floats().reshape(5, H), whole(SMALL, x[:, 0])[0][3:])
         assert server.statistics.step_failures_total == 1
+
+
+async def test_a_resume_that_comes_late_over_an_older_connection_takes_nothing_from_the_newer_one(
+    rng: np.random.Generator,
+) -> None:
+    x = frames(rng, 2)
+    async with served() as (server, older):
+        opened = await left_behind(server, "s")
+        async with RawClient(server.endpoint) as newer:
+            await newer.hello()
+            resumed = await newer.resume(["s"], [0], opened.epochs())
+            assert refused(await older.resume(["s"], [0], opened.epochs())) == ([(0, 0, Code.FENCED, 0)], [0])
+            y = await newer.step(resumed.handles(), [0], x)
+            np.testing.assert_array_equal(y.floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
 
 
 # ── How long ───────────────────────────────────────────────────────────────────────────────────────────────────────

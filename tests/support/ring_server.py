@@ -192,7 +192,7 @@ class RingServer:
     def _judge(self, peer: bytes, stream: RingStream | None, name: str, have: int, epoch: int, take_over: bool) -> int:
         if stream is None:
             return Code.EXPIRED if name in self.expired else Code.UNKNOWN_STREAM
-        is_former = 0 < epoch == stream.former_epoch and self.peers[peer] > stream.hello
+        is_former = 0 < epoch == stream.former_epoch and self.peers[peer] >= stream.hello
         if epoch < stream.epoch and not take_over and not is_former:
             return Code.FENCED
         claimed = stream.next_seq if have == HAVE_ALL else have

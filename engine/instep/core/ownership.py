@@ -36,13 +36,15 @@ def judge_claims(
     have: U64,
     epochs: U64,
     take_over: bool,
+    arrival: int,
 ) -> Claims:
     """Judge claims to streams; nothing is changed.
 
-    Whoever holds the present epoch is the owner, though the server may still take its former connection for alive. So
-    is who gave the former epoch for it, until a frame was sent under the present one: the answer may have been lost on
-    its way. An epoch beyond the present one was given by a server that lost what it had not made durable. It may have
-    lost more than that: the end of this stream, and another of the same name. So that is data loss.
+    Whoever holds the present epoch is the owner, though the server may still take its former connection for alive.
+    So is who gave the former epoch for it, until a frame was sent under the present one: the answer may have been
+    lost on its way. But who lost it asks on a connection that is no older: what an older one says was late. An
+    epoch beyond the present one was given by a server that lost what it had not made durable. It may have lost more
+    than that: the end of this stream, and another of the same name. So that is data loss.
 
     Args:
         table: the streams.
@@ -52,6 +54,7 @@ def judge_claims(
         have: uint64 [N], outputs that the claimant holds (seqs below it), `HAVE_ALL` for as many as were computed.
         epochs: uint64 [N], under which the claimant had the streams; 0 for never.
         take_over: whether to take streams from whoever owns them, and to go on from where they are.
+        arrival: of the claimant's connection, see `StreamTable.hand_over`.
     """
     slots = table.find_all(names)
     is_there = (slots != SCRATCH_SLOT) & ~table.closing[slots]
@@ -60,6 +63,7 @@ def judge_claims(
     claimed = np.where(have == np.uint64(HAVE_ALL), due, have)
     former = table.former_epoch[slots]
     unanswered = (epochs == former) & (former != 0) & (next_seq <= table.granted_seq[slots])
+    unanswered &= table.granted_to[slots] <= arrival
     is_owner = (epochs >= table.epoch[slots]) | unanswered
     holds_more = (claimed > due) | (epochs > table.epoch[slots])
     oldest = np.maximum(table.acked[slots], next_seq - window).view(np.uint64)

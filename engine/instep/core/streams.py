@@ -40,6 +40,8 @@ class StreamTable:
         """The epoch that its holder gave for the present one; 0 where it was taken from somebody."""
         self.granted_seq: I64 = np.zeros(rows, np.int64)
         """What the stream expected next when the present epoch was given."""
+        self.granted_to: I64 = np.zeros(rows, np.int64)
+        """The arrival of the connection to which it was given; 0 for none that is known."""
         self._first_generation: U32 = np.zeros(rows, np.uint32)
         """The generation under which the slot's stream was opened; those from there to the present one are fenced."""
         self.first_seq: I64 = np.zeros(rows, np.int64)
@@ -123,6 +125,7 @@ class StreamTable:
         self.last_active_ns[granted] = now_ns
         self._first_generation[granted] = self.slots.generation[granted]
         self._new_epochs(granted, None)
+        self.granted_to[granted] = 0
         return slots, codes
 
     def openings(self, slots: I64) -> U32:
@@ -130,7 +133,9 @@ class StreamTable:
         numbers: U32 = self._first_generation[slots]
         return numbers
 
-    def hand_over(self, slots: I64, owner: int, now_ns: int, former_epochs: U64 | None = None) -> None:
+    def hand_over(
+        self, slots: I64, owner: int, now_ns: int, former_epochs: U64 | None = None, arrival: int = 0
+    ) -> None:
         """Give streams to another owner: new epochs, and their handles so far are fenced.
 
         Args:
@@ -138,10 +143,12 @@ class StreamTable:
             owner: who gets them.
             now_ns: any monotonic clock.
             former_epochs: uint64 [N], the epoch that the new owner holds of each, 0 where it holds none; None for 0.
+            arrival: connections arrive in the order of these numbers, from 1; that of the new owner's.
         """
         self.slots.renew(slots)
         self._move(slots, owner)
         self._new_epochs(slots, former_epochs)
+        self.granted_to[slots] = arrival
         self.renumbered[slots] = False
         self.last_active_ns[slots] = now_ns
 

@@ -13,6 +13,8 @@ class Client:
     """One connection."""
 
     number: int
+    arrival: int
+    """How many connections had said HELLO when it did, this one included."""
     routing_id: bytes
     last_heard_ns: int
     frames_unanswered: int = 0
@@ -42,6 +44,7 @@ class ClientTable:
         self._by_routing_id: dict[bytes, Client] = {}
         self._by_number: dict[int, Client] = {}
         self._capacity = capacity
+        self._arrived = 0
         self._given_out = 0
         self._free: list[int] = []
         """Numbers below `_given_out` that may be used again."""
@@ -58,7 +61,8 @@ class ClientTable:
             self._given_out += 1
         else:
             return None
-        client = Client(number, routing_id, now_ns)
+        self._arrived += 1
+        client = Client(number, self._arrived, routing_id, now_ns)
         self._by_routing_id[routing_id] = client
         self._by_number[client.number] = client
         return client

@@ -201,11 +201,12 @@ class Lifecycle:
             take_over: whether to take them from whoever owns them.
             on_resumed: called once.
         """
-        claims = judge_claims(self._table, self._rings.window, self._expired, names, have, epochs, take_over)
+        window, arrival = self._rings.window, client.arrival
+        claims = judge_claims(self._table, window, self._expired, names, have, epochs, take_over, arrival)
         good = claims.codes == 0
         slots = claims.slots[good]
         self._tell_owners(slots, Code.FENCED, besides=client.number)
-        self._hand_over(slots, client.number, claims.former_epochs[good])
+        self._hand_over(slots, client, claims.former_epochs[good])
         table, openings = self._table, self._table.openings(slots)
 
         def answered() -> None:
@@ -225,9 +226,9 @@ class Lifecycle:
 
         self._when_answered(slots, answered)
 
-    def _hand_over(self, slots: I64, to: int, former_epochs: U64) -> None:
+    def _hand_over(self, slots: I64, to: Client, former_epochs: U64) -> None:
         owners = set(self._table.owner[slots].tolist())
-        self._table.hand_over(slots, to, time.monotonic_ns(), former_epochs)
+        self._table.hand_over(slots, to.number, time.monotonic_ns(), former_epochs, to.arrival)
         self._free_numbers(self._leaving & owners)
 
     # ── Look at and change ─────────────────────────────────────────────────────────────────────────────────────────
