@@ -24,6 +24,8 @@ from instep.config.endpoint import is_loopback
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORK = {"features": 3, "gru": {"hidden_size": 4}}
 
+RECORDED = {"recording": {"file": "r.instep"}}
+
 
 def problems(
     file: Path | None = None,
@@ -271,6 +273,7 @@ class TestProblems:
             ("engine", "threads", None),
             ("engine", "max_batch_size", 4097),
             ("engine", "device_streams", -1),
+            ("engine", "host_streams", -1),
             ("engine", "exactness", False),
             ("engine", "exactness", "exact"),
             ("engine", "device", "gpu"),
@@ -396,6 +399,17 @@ class TestContradictions:
             ({"transport": {"endpoint": "tcp://[::]:5757"}}, "transport.endpoint", "other machines"),
             ({"engine": {"device_streams": 255}}, "engine.device_streams", "one batch may have 256 streams"),
             ({"engine": {"device_streams": 9, "max_streams": 10}}, "engine.device_streams", "may have 10 streams"),
+            ({"engine": {"host_streams": 300, "device_streams": 256}}, "engine.host_streams", "no recording"),
+            (
+                {"engine": {"host_streams": 300}, **RECORDED},
+                "engine.host_streams",
+                "the device holds the states of all",
+            ),
+            (
+                {"engine": {"host_streams": 256, "device_streams": 257}, **RECORDED},
+                "engine.host_streams",
+                "room for the 257 that are on the device",
+            ),
             ({"limits": {"credit_frames": 131_073}}, "limits.credit_frames", "131073 frames"),
             ({"limits": {"max_block_frames": 16_385}}, "limits.max_block_frames", "16384 in flight"),
             ({"limits": {"first_frame_s": 3600.5}}, "limits.first_frame_s", "max_idle_s = 3600 s"),
@@ -414,6 +428,7 @@ class TestContradictions:
             {"engine": {"max_streams": 4, "device_streams": 4}},
             {"engine": {"max_streams": 300, "device_streams": 256}},
             {"engine": {"device_streams": 5000}},
+            {"engine": {"host_streams": 4096}},
             {"limits": {"max_block_frames": 5, "credit_frames": 5, "max_pending_frames": 5}},
             {"limits": {"first_frame_s": 3600, "max_idle_s": 3600}},
             {"limits": {"first_frame_s": 1e6, "max_idle_s": 0}},
@@ -427,6 +442,10 @@ class TestContradictions:
         dumped = load_config(written(tmp_path, document)).model_dump()
         for section, keys in document.items():
             assert dumped[section] == dumped[section] | keys
+
+    def test_host_memory_may_hold_as_few_states_as_the_device(self, tmp_path: Path) -> None:
+        file = written(tmp_path, {"engine": {"device_streams": 256, "host_streams": 256}, **RECORDED})
+        assert load_config(file).engine.host_streams == 256
 
     def test_keys_that_are_wrong_by_themselves_are_not_also_said_to_contradict(self, tmp_path: Path) -> None:
         file = written(tmp_path, {"limits": {"max_pending_frames": 10, "credit_frames": "x", "max_block_frames": 1}})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from instep.core.residency import NO_ROW, Residency
 from instep.core.slots import SCRATCH_SLOT
-from instep.core.typing import I64
+from instep.core.typing import I64, Bool
 
 ROWS, STREAMS = 5, 16
 SLOTS = st.lists(st.integers(1, STREAMS), unique=True, max_size=ROWS)
@@ -111,6 +111,20 @@ def test_looking_for_rows_changes_nothing() -> None:
     assert residency.slot[first].tolist() == [3, 4, 1]
     assert residency.least_recently_used(3).tolist() == first.tolist()
     assert residency.row[:6].tolist() == [NO_ROW, 1, 2, 3, 4, NO_ROW]
+
+
+def test_rows_are_looked_for_among_some_slots_only() -> None:
+    residency = Residency(5000, 3000)
+    bring(residency, np.arange(1, 3001))
+    bring(residency, np.arange(1, 3))
+
+    def late(slots: I64) -> Bool:
+        are_late: Bool = (slots > 2500) | (slots == 1)
+        return are_late
+
+    assert residency.slot[residency.least_recently_used(3, late)].tolist() == [2501, 2502, 2503]
+    assert residency.slot[residency.least_recently_used(600, late)].tolist() == [*range(2501, 3001), 1]
+    assert residency.slot[residency.least_recently_used(2)].tolist() == [3, 4], "those that may not are still there"
 
 
 def test_a_batch_with_more_streams_than_rows_is_a_bug_of_the_caller() -> None:

@@ -19,7 +19,7 @@ from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
 from instep.recording.writer import RecordingWriter
-from instep.runtime.stepper import StateLost
+from instep.runtime.errors import StateLost
 from instep.runtime.worker import Job
 from instep.server.clients import ClientTable
 from instep.server.engine import Engine
@@ -156,7 +156,7 @@ class Node:
         header = replace(HEADER[0], durability=disk.durability, buckets=(sizes.batch,))
         path: Any = disk
         writer: RecordingWriter
-        last_stream, changed = 0, np.zeros(0, np.int64)
+        last_stream = 0
         stepper: Any = self.stepper
         worker: Any = self.worker
         if disk.is_empty:
@@ -164,13 +164,13 @@ class Node:
         else:
             with files_in_memory():
                 writer, recovery = go_on(path, header, table, rings, stepper, accept_numerics_change=False)
-            last_stream, changed = recovery.last_stream, recovery.changed
+            last_stream = recovery.last_stream
         last_row = writer.position
         self.recorder = HandRecorder(
             writer, self._fail, lambda ticket: self.events.append(lambda: self._durable(ticket))
         )
         self.tap = tap = Tap(table, rings)
-        tap.record(self.recorder, last_stream, last_row, changed, waits=disk.durability != "memory")
+        tap.record(self.recorder, last_stream, last_row, waits=disk.durability != "memory")
         statistics = Statistics()
         self.postbox = Postbox(
             network,

@@ -9,7 +9,7 @@ from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.recording import file as recording_file
 from instep.recording.errors import RecordingError
-from instep.server import engine, lifecycle
+from instep.server import engine, lifecycle, recovery
 from instep.server.engine import Engine
 from instep.server.lifecycle import Lifecycle
 from instep.server.tap import Tap
@@ -115,7 +115,7 @@ MUTANTS = {
         Change(
             Tap,
             "inputs",
-            (("self.dirty[slots] = True", "self.dirty[slots[self._table.step_seq[slots] > 0]] = True"),),
+            (("table.keeping.changed(slots)", "table.keeping.changed(slots[self._table.step_seq[slots] > 0])"),),
         ),
     ),
     "a repeated frame is answered with what is in its place by then": (
@@ -124,7 +124,7 @@ MUTANTS = {
     ),
     "a snapshot forgets what a restart replayed": (
         KILL,
-        Change(Tap, "record", (("self.dirty[changed] = True", "pass"),)),
+        Change(recovery._Replay, "flush", (("self._about_to_change(slots)", "pass"),)),
     ),
     "an epoch that the server lost is taken for that of the stream it has": (
         POWER,

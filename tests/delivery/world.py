@@ -6,7 +6,7 @@ from itertools import count
 
 from instep.recording.errors import RecordingError
 from instep.recording.schema import Durability
-from instep.runtime.stepper import StateLost
+from instep.runtime.errors import StateLost
 from instep_client import wire
 from instep_client.wire import Kind
 from tests.delivery.client import Is, Lane, ModelClient

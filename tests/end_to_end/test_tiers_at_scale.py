@@ -22,7 +22,7 @@ from tests.support.traffic import assert_same_bits
 pytestmark = pytest.mark.long
 
 F, H = 5, 8
-STREAMS, DEVICE_STREAMS = 100_000, 1_000
+STREAMS, DEVICE_STREAMS, HOST_STREAMS = 100_000, 1_000, 5_000
 ENGINE = ("--max-streams", str(STREAMS), "--set", f"engine.device_streams={DEVICE_STREAMS}")
 BLOCK, BLOCKS = 2_000, 120
 MOST_FRAMES = 32
@@ -95,6 +95,14 @@ class Fleet:
         self._is_idle[columns] = False
         await client.send(*message)
 
+    async def visit(self, client: RawClient) -> None:
+        """One frame of every stream, in blocks of random ones."""
+        for columns in self._rng.permutation(STREAMS).reshape(-1, BLOCK):
+            if len(self._on_their_way) == AT_ONCE:
+                await self._answer(client)
+            await self._send(client, 1, columns)
+        await self.settle(client)
+
     async def settle(self, client: RawClient) -> None:
         """Wait for the answers."""
         while self._on_their_way:
@@ -164,6 +172,34 @@ async def test_a_hundred_thousand_streams_go_on_after_a_kill(rng: np.random.Gene
             await fleet.resume(client)
             await fleet.step(client, BLOCKS // 2)
             await fleet.settle(client)
+            await fleet.compare(client)
+        victim.stop()
+
+
+async def test_a_hundred_thousand_streams_of_which_memory_holds_a_few(rng: np.random.Generator, tmp_path: Path) -> None:
+    fleet = Fleet(rng)
+    host, parked = f"engine.host_streams={HOST_STREAMS}", f"limits.max_parked_streams={STREAMS}"
+    with contextlib.closing(Victim(tmp_path, "commit", (*ENGINE, "--set", host, "--set", parked))) as victim:
+        await victim.start()
+        async with RawClient(victim.endpoint) as client:
+            await client.hello()
+            await fleet.open(client)
+            await fleet.visit(client)
+            counted = await client.statistics()
+            victim.kill()
+        assert counted["streams_hot"] == DEVICE_STREAMS
+        assert counted["streams_cold"] >= STREAMS - DEVICE_STREAMS - HOST_STREAMS
+        ready = await victim.start()
+        assert ready["streams_recovered"] == STREAMS
+        async with RawClient(victim.endpoint) as client:
+            await client.hello()
+            counted = await client.statistics()
+            assert counted["streams_cold"] >= STREAMS - DEVICE_STREAMS - HOST_STREAMS, "no more was loaded than fits"
+            await fleet.resume(client)
+            await fleet.visit(client)
+            counted = await client.statistics()
+            assert counted["states_fetched_total"] >= STREAMS - DEVICE_STREAMS - HOST_STREAMS
+            assert counted["step_failures_total"] == 0
             await fleet.compare(client)
         victim.stop()
 

@@ -8,7 +8,8 @@ import torch
 from instep.core.typing import F32, I64
 from instep.model.folder import Model
 from instep.model.network import Network
-from instep.runtime.stepper import StateLost, Stepper
+from instep.runtime.errors import StateLost
+from instep.runtime.stepper import Stepper
 from tests.support.models import SMALL, plain, whole, with_head
 from tests.support.running import CPU, prepared
 

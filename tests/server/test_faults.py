@@ -18,7 +18,8 @@ from instep.core.typing import F32, I64
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
-from instep.runtime.stepper import StateLost, Stepper
+from instep.runtime.errors import StateLost
+from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
 from instep_client.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate

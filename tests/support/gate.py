@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -47,10 +47,10 @@ class Gate:
         return self.bare_stepper(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
 
     def bare_stepper(
-        self, network: Network, buckets: Sequence[int], max_streams: int, device: torch.device, device_streams: int = 0
+        self, network: Network, buckets: Sequence[int], max_streams: int, device: torch.device, *tiers: Any
     ) -> Stepper:
         """The same, from what `Stepper` itself takes."""
-        return _GatedStepper(self, network, buckets, max_streams, device, device_streams)
+        return _GatedStepper(self, network, buckets, max_streams, device, *tiers)
 
 
 class _GatedStepper(Stepper):
@@ -61,9 +61,9 @@ class _GatedStepper(Stepper):
         buckets: Sequence[int],
         max_streams: int,
         device: torch.device,
-        device_streams: int = 0,
+        *tiers: Any,
     ) -> None:
-        super().__init__(network, buckets, max_streams, device, device_streams)
+        super().__init__(network, buckets, max_streams, device, *tiers)
         self._gate = gate
 
     def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:

@@ -25,7 +25,7 @@ def contradictions(config: Config) -> list[Contradiction]:
 
     `max_batch_size` above `max_streams` is none of it: such a batch is merely never full.
     """
-    return [*_model(config), *_engine(config), *_transport(config), *_limits(config)]
+    return [*_model(config), *_engine(config), *_host_streams(config), *_transport(config), *_limits(config)]
 
 
 def _model(config: Config) -> list[Contradiction]:
@@ -71,6 +71,40 @@ def _engine(config: Config) -> list[Contradiction]:
             f"set it to at least {largest_batch}, or to 0 for all streams, or lower engine.max_batch_size",
         )
     ]
+
+
+def _host_streams(config: Config) -> list[Contradiction]:
+    engine = config.engine
+    if engine.host_streams == 0 or engine.host_streams >= engine.max_streams:
+        return []
+    found = []
+    if config.recording.file is None:
+        found.append(
+            Contradiction(
+                ("engine.host_streams", "engine.max_streams", "recording.file"),
+                f"host memory would hold the states of {engine.host_streams} of {engine.max_streams} streams, and there"
+                " is no recording to hold the others",
+                "set it to 0 for all streams, or name a recording.file (--record FILE)",
+            )
+        )
+    if not 0 < engine.device_streams < engine.max_streams:
+        found.append(
+            Contradiction(
+                ("engine.host_streams", "engine.device_streams"),
+                "it bounds the states in host memory, but the device holds the states of all streams",
+                "set it to 0, or engine.device_streams to at most engine.host_streams",
+            )
+        )
+    elif engine.host_streams < engine.device_streams:
+        found.append(
+            Contradiction(
+                ("engine.host_streams", "engine.device_streams"),
+                f"host memory would hold {engine.host_streams} states, but it must have room for the "
+                f"{engine.device_streams} that are on the device and may have changed since the last snapshot",
+                f"set it to at least {engine.device_streams}, or to 0 for all streams, or lower engine.device_streams",
+            )
+        )
+    return found
 
 
 def _transport(config: Config) -> list[Contradiction]:

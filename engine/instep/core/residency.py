@@ -1,16 +1,17 @@
-"""Rows of the device: which slot's state is in which, when there are fewer rows than slots."""
+"""Rows of a memory: which slot's state is in which, when there are fewer rows than slots."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 
 from instep.core.slots import SCRATCH_SLOT
-from instep.core.typing import I64
+from instep.core.typing import I64, Bool
 
 NO_ROW: Final = 0
-"""The row of a slot whose state is not on the device. Row 0 itself is scratch, as slot 0 is: no stream's."""
+"""The row of a slot whose state is not there. Row 0 itself is scratch, as slot 0 is: no stream's."""
 
 _NOWHERE: Final = -1
 _SCAN: Final = 1024
@@ -56,21 +57,28 @@ class Residency:
         self._enqueue(rows if rows.all() else rows[rows != NO_ROW])
         return rows
 
-    def least_recently_used(self, count: int) -> I64:
+    def least_recently_used(self, count: int, among: Callable[[I64], Bool] | None = None) -> I64:
         """Rows to be vacated next, longest unused first: int64 [count]. Nothing changes.
 
         Right after `use`, none of them is the batch's as long as batch and rows add up: count ≤ rows − batch's rows.
+
+        Args:
+            count: how many.
+            among: which slots, int64 [N], may lose their rows, bool [N]; then there may be fewer than `count`.
         """
         found = np.empty(0, np.int64)
-        at = self._head
+        at, scan = self._head, _SCAN
         while len(found) < count:
-            entries = self._queue[at : min(at + _SCAN, self._tail)]
+            entries = self._queue[at : min(at + scan, self._tail)]
+            if among is not None and not len(entries):
+                break
             assert len(entries), "a batch has more streams than the device has rows"
             last = entries[self._place[entries] == np.arange(at, at + len(entries))]
+            if not len(last) and at == self._head:
+                self._head = at + len(entries)  # entries that no longer count need not be looked at again
             at += len(entries)
-            found = np.concatenate([found, last])
-            if not len(found):
-                self._head = at  # entries that no longer count need not be looked at again
+            scan *= 2  # rows that may not be taken can stand in the way by the thousand
+            found = np.concatenate([found, last if among is None else last[among(self.slot[last])]])
         return found[:count]
 
     def vacate(self, rows: I64) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from instep.core.keeping import Keeping
 from instep.core.slots import SCRATCH_SLOT, SlotAllocator
 from instep.core.typing import I32, I64, U32, U64, Bool
 from instep_client.codes import Code
@@ -25,9 +26,18 @@ class StreamTable:
         max_owners: owners are numbered from 0 to this, exclusive; this number itself is `parked`.
         first_generation: see `SlotAllocator`.
         last_epoch: epochs begin above it.
+        max_changed: see `Keeping`.
     """
 
-    def __init__(self, max_streams: int, max_owners: int, first_generation: int = 1, last_epoch: int = 0) -> None:
+    def __init__(
+        self,
+        max_streams: int,
+        max_owners: int,
+        first_generation: int = 1,
+        last_epoch: int = 0,
+        max_changed: int | None = None,
+    ) -> None:
+        self.keeping = Keeping(max_streams, max_changed)
         self.slots = SlotAllocator(max_streams, first_generation)
         rows = max_streams + 1
         self.parked = max_owners

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Final, TypeAlias
 
 from instep.core.typing import F32, I64, U32, U64, Bool
@@ -61,6 +62,11 @@ class Recorder:
         self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="instep-recorder", daemon=True)
         self._thread.start()
+
+    @property
+    def path(self) -> Path:
+        """The file that is written now."""
+        return self._writer.path
 
     @property
     def has_room(self) -> bool:

@@ -11,13 +11,11 @@ from instep.core.residency import Residency
 from instep.core.slots import SCRATCH_SLOT
 from instep.core.typing import F32, I64
 from instep.model.network import Network
+from instep.runtime.bounded_store import BoundedStore, ColdStates
+from instep.runtime.errors import StateLost
 from instep.runtime.state_cache import StateCache
 from instep.runtime.tiers import Tiers
 from instep.runtime.warm_store import WarmStore
-
-
-class StateLost(Exception):
-    """A step failed while states were written: the states of its streams can no longer be trusted."""
 
 
 class Stepper:
@@ -32,6 +30,9 @@ class Stepper:
         device: where states and weights live.
         device_streams: how many states the device holds, at least as many as the largest batch has streams; the others
             are in host memory until they are stepped. 0, or `max_streams` and more: all of them.
+        host_streams: how many states host memory holds, at least as many as the device; 0, or `max_streams` and more:
+            all that are not on the device.
+        cold: the recording, which holds the others; without one, host memory holds all.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class Stepper:
         max_streams: int,
         device: torch.device,
         device_streams: int = 0,
+        host_streams: int = 0,
+        cold: ColdStates | None = None,
     ) -> None:
         self.network = network
         self.buckets = np.asarray(buckets, np.int64)
@@ -52,7 +55,10 @@ class Stepper:
         self.tiers: Tiers | None = None
         """Where states are; None when all are on the device, each in the row that has its slot's number."""
         if rows < max_streams:
-            self.tiers = Tiers(self._cache, WarmStore(max_streams, layers, width), Residency(max_streams, rows))
+            warm: WarmStore | BoundedStore = WarmStore(max_streams, layers, width)
+            if cold is not None and 0 < host_streams < max_streams:
+                warm = BoundedStore(max_streams, host_streams, layers, width, cold)
+            self.tiers = Tiers(self._cache, warm, Residency(max_streams, rows))
         self._slots = {bucket: torch.zeros(bucket, dtype=torch.int64) for bucket in buckets}
         # float32 [1, B, features]: frames as `sequence` takes them.
         self._x = {bucket: torch.zeros(1, bucket, network.input_width) for bucket in buckets}
@@ -73,7 +79,7 @@ class Stepper:
             outputs: float32 [capacity, outputs], written at `rows`.
 
         Raises:
-            StateLost: when the states may have been written in part.
+            StateLost: when states may have been written in part, or are gone.
             Exception: whatever the network raised, or moving states to the device did; no state has changed.
         """
         size = len(slots)
@@ -97,7 +103,7 @@ class Stepper:
             if size < bucket:
                 self._cache.clear_scratch()
         except Exception as error:
-            raise StateLost(str(error)) from error
+            raise StateLost(str(error), slots) from error
         outputs[rows] = answers[:size, : outputs.shape[1]]
 
     @torch.inference_mode()
@@ -112,9 +118,19 @@ class Stepper:
         if padded is not None:
             self._cache.write(slots, padded)
 
+    def leave_cold(self, slots: I64) -> None:
+        """The recording holds the initial states of slots; only where host memory has a bound."""
+        assert self.tiers is not None, "all states are on the device"
+        self.tiers.leave_cold(slots)
+
     @torch.inference_mode()
     def read(self, slots: I64) -> F32:
-        """The states of slots: float32 [N, layers, state_size], a copy."""
+        """The states of slots: float32 [N, layers, state_size], a copy.
+
+        Raises:
+            StateLost: when the recording does not hold states that it should.
+            Exception: when it cannot be read.
+        """
         states = self._cache.read(slots) if self.tiers is None else self.tiers.read(slots)
         return np.ascontiguousarray(states[:, :, : self.network.state_size])
 

@@ -26,6 +26,10 @@ class WarmStore:
         """States of slots: float32 [N, layers, size], a copy."""
         return np.take(self._states, slots, 0)
 
+    def fetch(self, slots: I64) -> F32:
+        """States of slots that are about to be stepped: as `read`."""
+        return self.read(slots)
+
     def write(self, slots: I64, states: F32) -> None:
         """Keep states: int64 [N], distinct, float32 [N, layers, size]."""
         self._written[slots] = True
@@ -36,3 +40,6 @@ class WarmStore:
         written = slots[self._written[slots]]
         self._states[written] = 0.0
         self._written[written] = False
+
+    def leave(self, slots: I64) -> None:
+        """The states are on the device now: int64 [N]. What is here stays as it is, since there is room for all."""

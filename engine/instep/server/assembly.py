@@ -19,6 +19,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
+from instep.server.cold import RecordedStates
 from instep.server.limits import EffectiveLimits, LimitsError, effective_limits
 from instep.server.preparation import CannotServe, Prepared
 from instep.server.recovery import Recovery, go_on
@@ -97,12 +98,18 @@ def make_server(
         try:
             limits = effective_limits(config, certification.buckets[-1], network.features, network.outputs)
             info = server_info(config, prepared, limits)
+            streams = _streams(config, limits, network)
             if stepper is None:
                 engine = config.engine
                 stepper = Stepper(
-                    network, certification.buckets, engine.max_streams, prepared.device, engine.device_streams
+                    network,
+                    certification.buckets,
+                    engine.max_streams,
+                    prepared.device,
+                    engine.device_streams,
+                    engine.host_streams,
+                    streams.cold,
                 )
-            streams = _streams(limits, network)
             router = Router(config.transport)
             undo.callback(router.close)
             if config.recording.file is not None:
@@ -123,8 +130,16 @@ def make_server(
     return server
 
 
-def _streams(limits: EffectiveLimits, network: Network) -> Streams:
-    table = StreamTable(limits.max_streams, limits.max_connections, limits.first_generation, time.time_ns())
+def _streams(config: Config, limits: EffectiveLimits, network: Network) -> Streams:
+    path, host_streams = config.recording.file, config.engine.host_streams
+    is_bounded = path is not None and 0 < host_streams < limits.max_streams
+    table = StreamTable(
+        limits.max_streams,
+        limits.max_connections,
+        limits.first_generation,
+        time.time_ns(),
+        max_changed=host_streams if is_bounded else None,
+    )
     rings = Rings(
         table,
         limits.window_frames,
@@ -133,7 +148,10 @@ def _streams(limits: EffectiveLimits, network: Network) -> Streams:
         network.outputs,
         limits.max_pending_frames,
     )
-    return Streams(limits, table, rings)
+    streams = Streams(limits, table, rings)
+    if path is not None and is_bounded:
+        streams.cold = RecordedStates(table, network.state_layers, network.state_size, lambda: path)
+    return streams
 
 
 def _recording(
@@ -148,7 +166,7 @@ def _recording(
     writer, recovery = go_on(
         path, header, streams.table, streams.rings, stepper, accept_numerics_change=accept_numerics_change
     )
-    streams.last_stream, streams.changed = recovery.last_stream, recovery.changed
+    streams.last_stream = recovery.last_stream
     return writer, recovery
 
 

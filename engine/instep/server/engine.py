@@ -12,8 +12,9 @@ from instep.core.blocks import Block, BlockTable
 from instep.core.rings import Rings
 from instep.core.scheduler import Scheduler
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, U64
-from instep.runtime.stepper import StateLost, Stepper
+from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.runtime.errors import StateLost
+from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
 from instep.server import replies
 from instep.server.clients import Client
@@ -79,6 +80,10 @@ class Engine:
         """Called after blocks were answered: streams may have nothing pending any more."""
         self.on_state_lost: Callable[[I64], None] = lambda slots: None
         """Called with the slots whose state was lost by a failed step."""
+        self.on_changed: Callable[[], None] = lambda: None
+        """Called when states are about to change: a snapshot may be due."""
+        self.on_no_room: Callable[[], None] = lambda: None
+        """Called when a step waits until the recording holds the states of others: a snapshot is due."""
 
     # ── Admission ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -122,6 +127,9 @@ class Engine:
                 return  # what arrives until the worker is free may still join this batch
             if not self._tap.has_room:
                 return  # the recorder calls back when it has room again
+            if not self.table.keeping.has_room(min(self.scheduler.ready_count, self.scheduler.max_batch_size)):
+                self.on_no_room()
+                return  # whatever the snapshot does, it calls back
             hold_ns = self.scheduler.hold_ns(time.monotonic_ns(), self.table.open_count)
             if hold_ns > 0 and not self.draining:
                 self._hold(hold_ns)
@@ -131,6 +139,7 @@ class Engine:
     def _step(self, slots: I64) -> None:
         rows = self.rings.take(slots)
         numbers = self.rings.block[rows]
+        were_kept = self.table.keeping.is_kept(slots)
         ticket = self._tap.inputs(slots, rows, self._stepper.bucket(len(slots)))
         self._steps_under_way += 1
 
@@ -142,11 +151,12 @@ class Engine:
         def done(times_ns: tuple[int, int] | None, error: Exception | None) -> None:
             self._steps_under_way -= 1
             if times_ns is None:
-                self._failed(slots, ticket, error)
+                self._failed(slots, were_kept, ticket, error)
             else:
                 self._stepped(slots, rows, numbers, ticket, *times_ns)
 
         self._worker.submit(Job(step, done))
+        self.on_changed()  # after that: a snapshot says that it contains what it finds recorded
 
     def _hold(self, hold_ns: int) -> None:
         if not self._hold_timer:
@@ -164,25 +174,29 @@ class Engine:
         self.make_ready(self.rings.done(slots))
         self._tap.when_durable(ticket, lambda: self._deliver(numbers, began_ns, ended_ns))
 
-    def _failed(self, slots: I64, ticket: int, error: Exception | None) -> None:
+    def _failed(self, slots: I64, were_kept: Bool, ticket: int, error: Exception | None) -> None:
         """A step failed: none of its frames was applied, nor can the frames behind them be."""
         now_ns = time.monotonic_ns()
         self._statistics.step_failures_total += 1
         self._log_failure(error, len(slots))
-        code = Code.STATE_LOST if isinstance(error, StateLost) else Code.STEP_FAILED
+        lost: I64 = np.empty(0, np.int64)
+        if isinstance(error, StateLost):
+            lost = slots if error.slots is None else error.slots
+        self.table.keeping.kept(slots[were_kept & ~np.isin(slots, lost)])  # unchanged, so they still are
         rows, whose = self.rings.failed(slots)
         seqs = self.table.step_seq[slots]
         of_step = np.isin(rows, self.rings.rows(slots, seqs))
-        codes = np.where(of_step | (code is Code.STATE_LOST), code, Code.SEQ_GAP).astype(np.int32)
+        codes = np.where(of_step, Code.STEP_FAILED, Code.SEQ_GAP).astype(np.int32)
+        codes[np.isin(whose, lost)] = Code.STATE_LOST
         order = np.argsort(rows)
         rows, whose, codes = rows[order], whose[order], codes[order]
         numbers = self.rings.block[rows]
         for number in np.unique(numbers).tolist():
             self.blocks[number].fail(self.rings, rows, codes, self.table.step_seq[whose])
-        if code is Code.STATE_LOST:
-            self.table.lost[slots] = True
-            self.on_state_lost(slots[~self.table.closing[slots]])
-        ticket = self._tap.failed(ticket, f"{code.name.lower()}: {error}")
+        if len(lost):
+            self.table.lost[lost] = True
+            self.on_state_lost(lost[~self.table.closing[lost]])
+        ticket = self._tap.failed(ticket, f"{'state_lost' if len(lost) else 'step_failed'}: {error}")
         self.schedule()
         self._tap.when_durable(ticket, lambda: self._deliver(numbers, now_ns, now_ns))
 

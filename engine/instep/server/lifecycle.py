@@ -13,6 +13,7 @@ from instep.core.ownership import judge_claims
 from instep.core.rings import Rings
 from instep.core.streams import NO_OWNER, StreamTable
 from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.runtime.errors import StateLost
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
 from instep.server import replies
@@ -90,16 +91,19 @@ class Lifecycle:
         self._expired: OrderedDict[str, None] = OrderedDict()
         self.on_ready: Callable[[I64], None] = lambda slots: None
         """Called with slots that can step again, int64 [N]."""
+        self.on_no_room: Callable[[], None] = lambda: None
+        """Called when a change waits until the recording holds the states of others: a snapshot is due."""
+        self._for_room: list[tuple[int, Callable[[], None]]] = []
 
     @property
     def is_quiet(self) -> bool:
         """Whether nobody waits for anything here."""
-        return not (self._waiting or self._jobs)
+        return not (self._waiting or self._jobs or self._for_room)
 
     @property
     def has_room(self) -> bool:
         """Whether more may be asked for: False while too much waits for the worker."""
-        return self._jobs < _MOST_JOBS
+        return self._jobs + len(self._for_room) < _MOST_JOBS
 
     def go_on(self) -> None:
         """Frames were answered: do what waited for streams that have nothing pending now."""
@@ -114,6 +118,19 @@ class Lifecycle:
             self._waiting.append(_Waiting(slots, act))
         else:
             act()
+
+    def room_again(self) -> None:
+        """More states may change than a moment ago: do what waited for that."""
+        due, self._for_room = self._for_room, []
+        for count, act in due:
+            self._when_room(count, act)
+
+    def _when_room(self, count: int, act: Callable[[], None]) -> None:
+        if self._table.keeping.has_room(count):
+            act()
+        else:
+            self._for_room.append((count, act))
+            self.on_no_room()
 
     def _submit(self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]) -> None:
         self._jobs += 1
@@ -150,6 +167,8 @@ class Lifecycle:
             on_opened(np.zeros(len(slots), GRANT), codes)
             return
         initial = None if states is None else states[granted]
+        # With a bound on memory, states that were given are read from the recording when they are needed first.
+        is_cold = initial is not None and self._table.keeping.max_changed is not None
         # Noted down at once: the streams can be parked or taken over before the worker has loaded their states.
         granted_names = [name for name, is_granted in zip(names, granted.tolist(), strict=True) if is_granted]
         ticket = self._tap.opened(opened, granted_names, initial)
@@ -160,7 +179,8 @@ class Lifecycle:
             if error is None:
                 for name in names:
                     self._expired.pop(name, None)
-                self._tap.when_durable(ticket, lambda: on_opened(grants, codes))
+                when = self._tap.when_committed if is_cold else self._tap.when_durable
+                when(ticket, lambda: on_opened(grants, codes))
                 return
             self._log_failure(error, len(opened))
             codes[granted] = Code.STEP_FAILED
@@ -168,7 +188,13 @@ class Lifecycle:
             failed = opened[~self._table.closing[opened]]  # the others are on their way out already
             self.close(failed, "failed", lambda *_: on_opened(np.zeros(len(slots), GRANT), codes))
 
-        self._submit(lambda: self._stepper.load(opened, initial), done)
+        def load() -> None:
+            if is_cold:
+                self._stepper.leave_cold(opened)
+            else:
+                self._stepper.load(opened, initial)
+
+        self._submit(load, done)
 
     def _grants(self, slots: I64) -> GrantArray:
         grants = np.zeros(len(slots), GRANT)
@@ -257,24 +283,47 @@ class Lifecycle:
         self._read(slots, read)
 
     def _read(self, slots: I64, on_read: Callable[[I64, F32, Bool], None]) -> None:
-        def done(states: F32 | None, error: Exception | None) -> None:
+        readable = ~self._table.lost[slots]
+
+        def done(found: F32 | None, error: Exception | None) -> None:
             lost = self._table.lost[slots]
-            if states is None:
+            states = self._stepper.no_states(len(slots))
+            if found is not None:
+                states[readable] = found
+            else:
                 self._log_failure(error, len(slots))
-                states = self._stepper.no_states(len(slots))
+                if isinstance(error, StateLost) and error.slots is not None:
+                    self._lose(error.slots)
+                    self._read(slots, on_read)  # the others
+                    return
                 lost[:] = True
             states[lost] = np.nan
             # Steps that were submitted before have been handed back before, later ones will be later.
             on_read(self._table.step_seq[slots], states, lost)
 
-        self._submit(lambda: self._stepper.read(slots), done)
+        self._submit(lambda: self._stepper.read(slots[readable]), done)
+
+    def _lose(self, slots: I64) -> None:
+        """The states of these slots are gone."""
+        self._table.lost[slots] = True
+        self.evict(slots[~self._table.closing[slots]], Code.STATE_LOST)
 
     def reset(self, slots: I64, states: F32 | None, on_reset: Callable[[bool], None]) -> None:
         """Give streams with nothing pending another state, zeros where None; `on_reset` gets whether it was done.
 
-        Frames that come meanwhile wait, so that the recording has the change before them.
+        Frames that come meanwhile wait, so that the recording has the change before them. With a bound on memory, more
+        streams than it holds cannot be reset at once.
         """
+        keeping = self._table.keeping
+        if keeping.max_changed is not None and len(slots) > keeping.max_changed:
+            on_reset(False)
+            return
         self._rings.hold(slots)
+
+        def begin() -> None:
+            if self._tap.is_recording:
+                keeping.changed(slots)
+            self._submit(lambda: self._stepper.load(slots, states), done)
 
         def done(_: F32 | None, error: Exception | None) -> None:
             if error is None:
@@ -285,7 +334,7 @@ class Lifecycle:
                 on_reset(False)
             self.on_ready(self._rings.let_go(slots))
 
-        self._submit(lambda: self._stepper.load(slots, states), done)
+        self._when_room(len(slots), begin)
 
     # ── Close ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

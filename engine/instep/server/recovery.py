@@ -34,8 +34,6 @@ class Recovery:
     seconds: float
     last_stream: int
     """The highest number that a stream of the recording has."""
-    changed: I64
-    """Slots whose states are newer than those in the recording: int64 [N]."""
 
 
 def go_on(
@@ -66,7 +64,7 @@ def go_on(
         changed = reader.engines[-1].header.numerics != header.numerics
     writer = RecordingWriter.resume(path, header, accept_numerics_change)
     try:
-        with read_recovery(path, lambda _: None) as recovered:
+        with read_recovery(path, lambda _: None, with_states=table.keeping.max_changed is None) as recovered:
             replay = _Replay(path, table, rings, stepper, check_outputs=not changed)
             replay.open(recovered.streams)
             table.last_epoch = max(table.last_epoch, recovered.last_epoch)
@@ -82,10 +80,7 @@ def go_on(
                 writer.add_outputs(time.time_ns(), position, y)
             writer.commit()
             seconds = time.perf_counter() - began
-            changed_slots = np.flatnonzero(replay.changed)
-            return writer, Recovery(
-                len(recovered.streams), replay.frames, seconds, recovered.last_stream, changed_slots
-            )
+            return writer, Recovery(len(recovered.streams), replay.frames, seconds, recovered.last_stream)
     except sqlite3.Error as error:
         writer.abandon()
         raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
@@ -108,7 +103,6 @@ class _Replay:
         self._steps: list[ReplayStep] = []
         self._size = 0
         self._taken = np.zeros(len(table.owner), np.bool_)
-        self.changed = np.zeros(len(table.owner), np.bool_)
         self.frames = 0
         self.missing: list[tuple[int, F32]] = []
         """Batches, by position, whose outputs were not recorded any more, with the outputs."""
@@ -136,6 +130,8 @@ class _Replay:
         table.acked[slots] = np.array([stream.tail_seq for stream in streams], np.int64)
         for slot, stream in zip(slots.tolist(), streams, strict=True):
             self._fill_ring(slot, stream)
+        if table.keeping.max_changed is not None:
+            return  # they stay in the recording until they are needed
         zeros = np.zeros((self._stepper.network.state_layers, self._stepper.network.state_size), np.float32)
         for first in range(0, len(slots), _LOAD_AT_ONCE):
             part = slice(first, first + _LOAD_AT_ONCE)
@@ -152,7 +148,7 @@ class _Replay:
         """A stream was given another state."""
         self.flush()
         slots = self._slot_of[reset.stream : reset.stream + 1]
-        self.changed[slots] = True
+        self._about_to_change(slots)
         self._stepper.load(slots, None if reset.state is None else reset.state[None])
 
     def add(self, step: ReplayStep) -> None:
@@ -164,6 +160,15 @@ class _Replay:
         self._steps.append(step)
         self._size += len(slots)
         self._taken[slots] = True
+
+    def _about_to_change(self, slots: I64) -> None:
+        keeping = self._table.keeping
+        keeping.changed(slots)
+        if not keeping.has_room(0):
+            raise RecordingError(
+                f"more than {keeping.max_changed} states have changed since the last snapshot in {self._path}, and "
+                "host memory would hold no more; raise engine.host_streams, at least until the next snapshot"
+            )
 
     def _slots(self, step: ReplayStep) -> I64:
         slots: I64 = self._slot_of[step.batch.streams[step.applies].astype(np.int64)]
@@ -180,8 +185,8 @@ class _Replay:
         rows = rings.rows(slots, table.step_seq[slots])
         if len(slots):
             rings.x[rows] = np.concatenate([step.batch.x[step.applies] for step in steps])
+            self._about_to_change(slots)
             self._stepper.step(slots, rows, rings.x, rings.y)
-            self.changed[slots] = True
             table.step_seq[slots] += 1
             table.next_seq[slots] = table.step_seq[slots]
             self.frames += len(slots)

@@ -29,8 +29,10 @@ def exactness_sentence(certification: Certification) -> str:
 
 
 def _capacity(config: Config) -> str:
-    streams, on_device = config.engine.max_streams, config.engine.device_streams
-    return f"{streams} streams" + (f", {on_device} on the device at once" if 0 < on_device < streams else "")
+    engine, streams = config.engine, config.engine.max_streams
+    on_device = f", {engine.device_streams} on the device at once" if 0 < engine.device_streams < streams else ""
+    in_memory = f", {engine.host_streams} more in memory" if 0 < engine.host_streams < streams else ""
+    return f"{streams} streams{on_device}{in_memory}"
 
 
 async def _serve(

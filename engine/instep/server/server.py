@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import structlog
@@ -14,13 +14,13 @@ import structlog
 from instep.config import Config
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
-from instep.core.typing import I64
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Worker
 from instep.server import replies
 from instep.server.clients import ClientTable
+from instep.server.cold import RecordedStates
 from instep.server.engine import Engine
 from instep.server.lifecycle import AT_ONCE, Lifecycle
 from instep.server.limits import EffectiveLimits
@@ -51,8 +51,8 @@ class Streams:
     rings: Rings
     last_stream: int = 0
     """The highest number of a stream in the recording."""
-    changed: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Slots whose states are newer than those in the recording: int64 [N]."""
+    cold: RecordedStates | None = None
+    """States that are in the recording alone; None where memory holds all."""
 
 
 class Server:
@@ -133,6 +133,10 @@ class Server:
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
         target_ns = round(config.recording.recovery_target_s * 1e9)
         self._snapshots = Snapshots(table, rings, stepper, self._worker, tap, self._step_failed, target_ns)
+        self._snapshots.on_committed = self.lifecycle.room_again
+        self.engine.on_changed = self._snapshots.take_if_due
+        self.engine.on_no_room = self.lifecycle.on_no_room = self._snapshots.take_now
+        self._cold = streams.cold
         self._verbs = Verbs(
             self.engine, self.lifecycle, tap, self._clients, self._postbox, self.info, self._limits, self.statistics
         )
@@ -150,7 +154,10 @@ class Server:
         self._recorder = self._start_recorder(writer)
         if self._recorder is not None:
             waits = info.durability != "memory"
-            tap.record(self._recorder, streams.last_stream, last_row, streams.changed, waits=waits)
+            tap.record(self._recorder, streams.last_stream, last_row, waits=waits)
+            if self._cold is not None:
+                recorder = self._recorder
+                self._cold.live = lambda: recorder.path
 
     @property
     def endpoint(self) -> str:
@@ -240,8 +247,7 @@ class Server:
             self._postbox.probe(now_ns)
         if self._ticks % _HOUSEKEEPING_TICKS == 0 or self._evicts_more:
             self._evict()
-        if self._snapshots.is_due:
-            self._snapshots.take()
+        self._snapshots.take_if_due()
         self._pump()
 
     def _evict(self) -> None:
@@ -296,7 +302,7 @@ class Server:
         await self._no_snapshot_under_way(deadline)
 
     async def _no_snapshot_under_way(self, deadline: float) -> None:
-        while self._snapshots.is_under_way:
+        while self._snapshots.is_under_way and self.failure is None:
             if self._loop.time() > deadline:
                 return
             await asyncio.sleep(0.001)
@@ -306,6 +312,8 @@ class Server:
         why = self.failure or "it was asked to"
         self._postbox.broadcast(replies.goodbye(f"the server is shutting down: {why}"), time.monotonic_ns())
         self._worker.stop(timeout_s=None if self._drains else _FORCED_JOIN_S)
+        if self._cold is not None:
+            self._cold.close()
         if self._recorder is not None:
             self._recorder.stop()
             if self._recorder.failed is not None and self.failure is None:

@@ -53,22 +53,29 @@ class Snapshots:
         self._log_failure = log_failure
         self._target_ns = target_ns
         self.is_under_way = False
+        """Until the recording holds it."""
+        self.on_committed: Callable[[], None] = lambda: None
+        """Called when the recording holds a snapshot: states may leave memory, so others may change."""
 
     @property
     def is_due(self) -> bool:
-        """Whether a restart would have to replay for longer than it should."""
-        return self._tap.computed_ns > self._target_ns and not self.is_under_way
+        """Whether a restart would have to replay for longer than it should, or memory needs states to be kept."""
+        return (self._tap.computed_ns > self._target_ns or self._table.keeping.is_pressed) and not self.is_under_way
 
     def take(self) -> None:
         """Read the states that changed since the last snapshot and have them recorded."""
         self.is_under_way = True
-        tap = self._tap
+        tap, keeping = self._tap, self._table.keeping
         through = tap.last_inputs
-        slots = np.flatnonzero(tap.dirty)
+        slots = keeping.take()
         streams = self._table.recording_id[slots]
-        tap.dirty[slots] = False
         tap.computed_ns = 0
         parts: list[StateRows] = []
+
+        def committed() -> None:
+            keeping.committed(slots)
+            self.is_under_way = False
+            self.on_committed()
 
         def read(first: int) -> None:
             part = slice(first, first + _AT_ONCE)
@@ -78,7 +85,7 @@ class Snapshots:
                     self._log_failure(error, len(slots[part]))
                 is_lost = self._table.lost[slots] & self._are_open(slots, streams)
                 if states is None or is_lost.any():  # what is lost is about to close
-                    tap.dirty[slots] = True  # they stay due, and the older snapshot stays good
+                    keeping.failed(slots)  # they stay due, and the older snapshot stays good
                     self.is_under_way = False
                     return
                 parts.append(self._rows(slots[part], streams[part], states))
@@ -86,8 +93,7 @@ class Snapshots:
                     read(part.stop)
                 else:
                     still_open = streams[self._are_open(slots, streams)]
-                    tap.snapshot(through, _joined(parts).only(still_open))
-                    self.is_under_way = False
+                    tap.when_committed(tap.snapshot(through, _joined(parts).only(still_open)), committed)
 
             self._worker.submit(Job(lambda: self._stepper.read(slots[part]), done))
 
@@ -95,6 +101,16 @@ class Snapshots:
             read(0)
         else:
             self.is_under_way = False
+
+    def take_if_due(self) -> None:
+        """Take one, if it is due."""
+        if self.is_due:
+            self.take()
+
+    def take_now(self) -> None:
+        """Take one, unless one is under way."""
+        if not self.is_under_way:
+            self.take()
 
     def _are_open(self, slots: I64, streams: I64) -> Bool:
         """Whether the streams are still there, those that are closing included: their end is not recorded yet."""

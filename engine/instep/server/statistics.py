@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from instep.core.streams import NO_OWNER, StreamTable
+from instep.core.typing import I64
 from instep.runtime.tiers import Tiers
 from instep_client.codes import Code
 
@@ -54,15 +55,23 @@ class Statistics:
 
     def states(self, table: StreamTable) -> dict[str, float]:
         """Where the states of the open streams are, and how many were moved so far, by name."""
-        if self.tiers is None:
-            hot, loaded, spilled = table.open_count, 0, 0
-        else:
-            hot = int(np.count_nonzero(table.owner[self.tiers.hot_slots] != NO_OWNER))
-            loaded, spilled = self.tiers.states_loaded_total, self.tiers.states_spilled_total
-        return {
-            "streams_open": float(table.open_count),
-            "streams_hot": float(hot),
-            "streams_warm": float(table.open_count - hot),
-            "states_loaded_total": float(loaded),
-            "states_spilled_total": float(spilled),
+        tiers = self.tiers
+        bounded = None if tiers is None else tiers.bounded
+        count = table.open_count
+        hot = count if tiers is None else _open_among(table, tiers.hot_slots)
+        warm = count - hot if bounded is None else _open_among(table, bounded.slots)
+        values = {
+            "streams_open": count,
+            "streams_hot": hot,
+            "streams_warm": warm,
+            "streams_cold": count - hot - warm,
+            "states_loaded_total": 0 if tiers is None else tiers.states_loaded_total,
+            "states_spilled_total": 0 if tiers is None else tiers.states_spilled_total,
+            "states_fetched_total": 0 if bounded is None else bounded.states_fetched_total,
+            "states_dropped_total": 0 if bounded is None else bounded.states_dropped_total,
         }
+        return {name: float(value) for name, value in values.items()}
+
+
+def _open_among(table: StreamTable, slots: I64) -> int:
+    return int(np.count_nonzero(table.owner[slots] != NO_OWNER))

@@ -42,30 +42,27 @@ class Tap:
         self._rings = rings
         self._durable = 0
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
+        self._uncommitted: deque[tuple[int, Callable[[], None]]] = deque()
         self._last_stream = 0
         self.last_inputs = 0
         """The ticket of the newest batch of inputs, or of the newest row that was there before."""
         self.newest = 0
         """The ticket of whatever was recorded last."""
-        self.dirty: Bool = np.zeros(len(table.owner), np.bool_)
-        """Slots whose state has changed since it was last in a snapshot, or is about to."""
         self.computed_ns = 0
         """How long the steps since then took."""
 
-    def record(self, recorder: Recorder, last_stream: int, last_row: int, changed: I64, *, waits: bool) -> None:
+    def record(self, recorder: Recorder, last_stream: int, last_row: int, *, waits: bool) -> None:
         """From now on, tell a recorder.
 
         Args:
             recorder: where everything goes.
             last_stream: the highest number that a stream of the recording has.
             last_row: the newest position of the recording; the streams are as of it.
-            changed: slots whose states are newer than those in the recording, int64 [N].
             waits: whether answers wait until what they tell is durable.
         """
         self._recorder = recorder
         self._last_stream = last_stream
         self.last_inputs = last_row
-        self.dirty[changed] = True
         self._waits = waits
 
     @property
@@ -77,6 +74,11 @@ class Tap:
     def has_failed(self) -> bool:
         """Whether the recorder has failed, so that the server is about to stop."""
         return self._recorder is not None and self._recorder.failed is not None
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether there is a recording."""
+        return self._recorder is not None
 
     @property
     def is_quiet(self) -> bool:
@@ -92,9 +94,20 @@ class Tap:
         else:
             act()
 
+    def when_committed(self, ticket: int, act: Callable[[], None]) -> None:
+        """Do something once the recording holds what the ticket stands for, whether answers wait or not."""
+        if ticket == NEVER:
+            return
+        if self._uncommitted or ticket > self._durable:
+            self._uncommitted.append((ticket, act))
+        else:
+            act()
+
     def durable(self, ticket: int) -> None:
         """Everything up to this ticket is durable now."""
         self._durable = ticket
+        while self._uncommitted and self._uncommitted[0][0] <= ticket:
+            self._uncommitted.popleft()[1]()
         while self._waiting and self._waiting[0][0] <= ticket:
             self._waiting.popleft()[1]()
 
@@ -105,7 +118,7 @@ class Tap:
         if self._recorder is None:
             return 0
         recorder, table = self._recorder, self._table
-        self.dirty[slots] = True  # now: a snapshot taken during the step says that it contains it
+        table.keeping.changed(slots)  # now: a snapshot taken during the step says that it contains it
         streams = table.recording_id[slots].astype(np.uint32)
         seqs = table.step_seq[slots].astype(np.uint64)
         x = self._rings.x[rows]
@@ -127,10 +140,11 @@ class Tap:
         recorder = self._recorder
         return self._said(recorder.fail_batch, ticket, time.time_ns(), detail)
 
-    def snapshot(self, through: int, rows: StateRows) -> None:
+    def snapshot(self, through: int, rows: StateRows) -> int:
         """States that contain every batch up to the ticket `through`."""
-        if self._recorder is not None and through != NEVER:
-            self._said(self._recorder.snapshot, time.time_ns(), through, rows)
+        if self._recorder is None or through == NEVER:
+            return NEVER
+        return self._said(self._recorder.snapshot, time.time_ns(), through, rows)
 
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -158,7 +172,7 @@ class Tap:
     def reset(self, slots: I64, states: F32 | None) -> int:
         """Streams with nothing pending were given other states, float32 [N, layers, size], or zeros."""
         if self._recorder is not None:
-            self.dirty[slots] = True
+            self._table.keeping.changed(slots)  # again: a snapshot may have taken them since the change began
         return self._events(slots, RESET_EVENT, self._table.step_seq[slots], repeat("", len(slots)), states)
 
     def closed(self, slots: I64, reason: str, final_states: F32, lost: Bool) -> int:
@@ -166,7 +180,7 @@ class Tap:
         if self._recorder is None or not len(slots):
             return 0
         recorder, table = self._recorder, self._table
-        self.dirty[slots] = False
+        table.keeping.kept(slots)
         streams, frames = table.recording_id[slots], table.next_seq[slots]
         return self._said(recorder.close_streams, time.time_ns(), streams, reason, frames, final_states, lost)
 
