@@ -324,6 +324,34 @@ async def test_nothing_is_answered_before_the_recording_has_it(
         assert replies[Kind.OPENED].header[3] == durability
 
 
+@pytest.mark.parametrize("end", ["expired", "closed"])
+async def test_nobody_is_told_that_a_stream_is_no_more_before_the_recording_has_its_end(
+    tmp_path: Path, end: str
+) -> None:
+    recording = {"file": tmp_path / "r.instep", "durability": "commit"}
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        async with RawClient(server.endpoint) as owner, held_commits() as held:
+            await owner.hello()
+            opened = await owner.open("s", "other")
+            held.set()
+            table, lifecycle = server.engine.table, server.lifecycle
+            if end == "closed":
+                await owner.send(*owner.close_message(opened.handles()[:1]))
+            elif end == "expired":
+                gone = server._clients.all()[1]
+                server._postbox.give_up(gone)
+                lifecycle.expire(table.find_all(["s"]))
+            while table.open_count > 1:
+                await asyncio.sleep(0.001)
+            await client.send(*client.resume_message(["s"], [0], opened.epochs()[:1]))
+            pong = await client.ask(msgpack.packb([Kind.PING, 9]))
+            assert pong.kind is Kind.PONG
+            held.clear()
+            code = Code.EXPIRED if end == "expired" else Code.UNKNOWN_STREAM
+            assert (await client.receive()).codes() == [code]
+
+
 async def test_more_blocks_than_can_wait_to_be_durable_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     """A block outlasts its frames: its answer waits for the recording."""
     x = rng.standard_normal((1, 1, F)).astype(np.float32)

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -436,10 +437,12 @@ async def test_a_stream_that_closes_when_its_connection_goes_is_not_parked(rng: 
                 await asyncio.sleep(0.005)
         while len(server._clients) > 1:
             await asyncio.sleep(0.005)
-        assert (await client.resume(["s"], [0], opened.epochs())).codes() == [Code.UNKNOWN_STREAM]
+        await client.send(*client.resume_message(["s"], [0], opened.epochs()))
+        pong = await client.ask(msgpack.packb([Kind.PING, 9]))
+        assert pong.kind is Kind.PONG, "its end is not told before it has ended"
         gate.open()
-        while server.engine.table.open_count:
-            await asyncio.sleep(0.005)
+        assert (await client.receive()).codes() == [Code.UNKNOWN_STREAM]
+        assert server.engine.table.open_count == 0
         assert (await client.statistics())["parked_streams_total"] == 0
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from instep.core.ownership import judge_claims
 from instep.core.rings import Rings
 from instep.core.streams import NO_OWNER, StreamTable
-from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.core.typing import F32, I32, I64, U32, U64, Bool
 from instep.runtime.errors import StateLost
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
@@ -36,6 +36,15 @@ class _Waiting:
     """Something to do with streams as soon as nothing of theirs is pending."""
 
     slots: I64
+    act: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """Something to do as soon as streams that are closing have ended."""
+
+    slots: I64
+    openings: U32
     act: Callable[[], None]
 
 
@@ -83,6 +92,7 @@ class Lifecycle:
         self._parks = parks
         self._max_parked = max_parked
         self._waiting: list[_Waiting] = []
+        self._ending: list[_Ending] = []
         self._jobs = 0
         self._leaving: set[int] = set()
         """Numbers of gone connections that have streams yet."""
@@ -131,6 +141,13 @@ class Lifecycle:
         else:
             self._for_room.append((count, act))
             self.on_no_room()
+
+    def _when_ended(self, ending: _Ending) -> None:
+        table = self._table
+        if (table.closing[ending.slots] & (table.openings(ending.slots) == ending.openings)).any():
+            self._ending.append(ending)
+        else:
+            ending.act()
 
     def _submit(self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]) -> None:
         self._jobs += 1
@@ -217,7 +234,8 @@ class Lifecycle:
         """Give streams to a connection; `on_resumed` gets grants [N], codes int32 [N] and the expected seqs int64 [N].
 
         The former owner's handles are fenced at once; the answer follows when nothing of the streams is pending, so
-        that what the new owner sends again is answered from the rings.
+        that what the new owner sends again is answered from the rings. Nobody is told that a stream is no more before
+        its end is as durable as an output would be: a crash could undo it.
 
         Args:
             client: who claims them.
@@ -247,10 +265,13 @@ class Lifecycle:
             have = np.minimum(claims.have[good][is_own], table.next_seq[own])
             table.acked[own] = np.maximum(table.acked[own], have)
             self._statistics.resumed_streams_total += len(own)
-            ticket = self._tap.resumed(own)
-            self._tap.when_durable(ticket, lambda: on_resumed(grants, claims.codes, claims.expected_seq))
+            self._tap.resumed(own)
+            newest = self._tap.newest  # that, or what a refusal rests on
+            self._tap.when_durable(newest, lambda: on_resumed(grants, claims.codes, claims.expected_seq))
 
-        self._when_answered(slots, answered)
+        named = table.find_all(names)
+        closing = named[table.closing[named]]
+        self._when_ended(_Ending(closing, table.openings(closing), lambda: self._when_answered(slots, answered)))
 
     def _hand_over(self, slots: I64, to: Client, former_epochs: U64) -> None:
         owners = set(self._table.owner[slots].tolist())
@@ -352,6 +373,9 @@ class Lifecycle:
             ticket = self._tap.closed(slots, reason, states, lost)
             self._release(slots)
             self._tap.when_durable(ticket, lambda: on_closed(states, lost))
+            due, self._ending = self._ending, []
+            for ending in due:
+                self._when_ended(ending)
 
         self._when_answered(slots, answered)
 

@@ -26,9 +26,9 @@ class Tap:
     """Turns slots and rows into what a recording holds, and lets answers go when that is durable.
 
     Everything recorded gets a ticket, and tickets rise. Where answers wait, each waits for the ticket of what it
-    tells: no client is given an output, a state, a stream or its end that a crash could undo. (Refusals and notices do
-    not wait.) A recorder that has failed takes nothing more; what would have waited for it is never done, and the
-    server is about to stop.
+    tells: no client is given an output, a state, a stream or its end that a crash could undo. (Refusals of frames
+    and messages do not wait, those of a resume do.) A recorder that has failed takes nothing more; what would have
+    waited for it is never done, and the server is about to stop.
 
     Args:
         table: the streams.
