@@ -175,3 +175,19 @@ async def test_beyond_the_most_that_are_kept_the_longest_parked_go_some_at_a_tim
         resumed = await client.resume(NAMES, [0] * COUNT, epochs)
         kept = [name for name, handle in zip(NAMES, resumed.handles(), strict=True) if handle]
         assert kept == NAMES[-2:], "those that were parked last"
+
+
+async def test_after_a_restart_no_more_are_parked_than_are_kept(tmp_path: Path, turns: Turns) -> None:
+    path = tmp_path / "r.instep"
+    async with left_behind(recording={"file": path}) as (server, _, epochs):
+        await until_parked(server, COUNT)
+    async with running(SMALL, recording={"file": path}, limits={"max_parked_streams": 2}) as server:
+        await until_parked(server, 2)
+        assert server.statistics.evicted_by_code == {"expired": COUNT - 2}
+        assert turns.closed == [3, 3, 2]
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            resumed = await client.resume(NAMES, [0] * COUNT, epochs)
+            assert [code for _, _, code, _ in resumed.failures()] == [Code.EXPIRED] * (COUNT - 2)
+    with RecordingReader(path) as reader:
+        assert [info.reason for info in reader.streams()] == ["expired"] * (COUNT - 2) + [None] * 2
