@@ -6,10 +6,12 @@ It holds one tensor, `state`, and says in `__metadata__` what it is of.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Final
 
 import numpy as np
@@ -34,10 +36,11 @@ class StreamSnapshot:
     """Of the model, see `ServerInfo`."""
     model: str
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a safetensors file, in place of whatever file is there.
+    def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> None:
+        """Write it as a safetensors file, which appears when it is complete and on the disk.
 
         Raises:
+            FileExistsError: when there is such a file already and it may not be written over.
             OSError: as the file system says.
         """
         state = np.ascontiguousarray(self.state, "<f4")
@@ -54,10 +57,16 @@ class StreamSnapshot:
         text = json.dumps(header, ensure_ascii=False).encode()
         text += b" " * (-len(text) % _LENGTH_BYTES)  # the data is aligned
         target = Path(path)
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        part = target.with_name(f".{target.name}.{token_hex(4)}.part")
         try:
-            part.write_bytes(len(text).to_bytes(_LENGTH_BYTES, "little") + text + state.tobytes())
-            part.replace(target)
+            with part.open("xb") as file:
+                file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text + state.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            if overwrite:
+                part.replace(target)
+            else:
+                _rename_to_new(part, target)
         finally:
             part.unlink(missing_ok=True)
 
@@ -105,3 +114,19 @@ class StreamSnapshot:
                 f"the snapshot is of model {self.model!r} (fingerprint {self.fingerprint[:12]}), the server runs "
                 f"{info.model!r} ({info.fingerprint[:12]}); a state goes on only with the weights that made it"
             )
+
+
+def _rename_to_new(part: Path, target: Path) -> None:
+    """Give a file its name unless there is one of that name.
+
+    Raises:
+        FileExistsError: when there is.
+    """
+    try:
+        target.hardlink_to(part)  # refuses what is there by itself, at no moment too late
+    except FileExistsError:
+        raise
+    except OSError:  # no links here
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        part.rename(target)

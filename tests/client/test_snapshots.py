@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from instep_client import StreamSnapshot
 from instep_client.errors import InvalidInput
@@ -46,6 +51,74 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert (loaded.name, loaded.seq, loaded.fingerprint, loaded.model) == ("mic é", 2**40, "00", "halving")
     assert loaded.state.tobytes() == STATE.tobytes()
     assert loaded.state.flags.writeable
+
+
+def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    SNAPSHOT.save(path)
+    tensors = load_file(path)
+    assert list(tensors) == ["state"]
+    assert tensors["state"].shape == (2, 2)
+    assert tensors["state"].dtype == np.float32
+    assert tensors["state"].tobytes() == STATE.tobytes()
+    with safe_open(path, "np") as file:
+        assert file.metadata() == {
+            "format": "instep stream snapshot 1",
+            "name": "mic é",
+            "seq": str(2**40),
+            "fingerprint": "00",
+            "model": "halving",
+        }
+        assert file.get_tensor("state").tobytes() == STATE.tobytes()
+
+
+def test_what_the_safetensors_library_writes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    about = {"name": "mic", "seq": "7", "fingerprint": "00", "model": "halving", "format": "instep stream snapshot 1"}
+    save_file({"state": STATE}, path, {**about, "note": "made elsewhere"})
+    loaded = StreamSnapshot.load(path)
+    assert (loaded.name, loaded.seq, loaded.fingerprint, loaded.model) == ("mic", 7, "00", "halving")
+    assert loaded.state.tobytes() == STATE.tobytes()
+    save_file({"state": STATE, "more": STATE}, path, about)
+    with pytest.raises(InvalidInput, match="something else"):
+        StreamSnapshot.load(path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("there", ["a file", "a link to nowhere", "nothing"])
+def test_a_file_that_is_there_may_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, links: bool
+) -> None:
+    def none(self: Path, target: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", none)
+    path = tmp_path / "a"
+    if there == "a file":
+        path.write_text("something else")
+    elif there == "a link to nowhere":
+        path.symlink_to(tmp_path / "b")
+    if there == "nothing":
+        SNAPSHOT.save(path, overwrite=False)
+        assert StreamSnapshot.load(path).seq == SNAPSHOT.seq
+    else:
+        with pytest.raises(FileExistsError):
+            SNAPSHOT.save(path, overwrite=False)
+        assert path.is_symlink() or path.read_text() == "something else"
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "full, injected")
+
+    (tmp_path / "a").write_text("something else")
+    monkeypatch.setattr(os, "fsync", full)
+    for name in ("a", "b"):
+        with pytest.raises(OSError, match="full, injected"):
+            SNAPSHOT.save(tmp_path / name)
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["something else"]
 
 
 def test_another_model_is_refused() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import instep_client
@@ -52,6 +55,32 @@ def test_its_code_runs_and_prints_what_it_should(endpoint: str, tmp_path: Path, 
         [sys.executable, "-W", "error", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, PRINTED[number], "")
+
+
+def test_its_commands_run_as_written(endpoint: str, tmp_path: Path) -> None:
+    ((_, text),) = PAGE.blocks("bash")
+    commands = [shlex.split(line, comments=True) for line in text.splitlines()]
+    assert [command[:3] for command in commands] == [
+        ["instep-client", "state", verb] for verb in ("peek", "snapshot", "restore", "fork", "reset")
+    ]
+    main = [sys.executable, "-W", "error", "-m", "instep_client.commands"]
+    with Client(endpoint) as client:
+        client.open("mic-7").step(np.ones((5, 3)))
+        for command in commands:
+            result = subprocess.run(
+                [*main, *command[1:]],
+                cwd=tmp_path,
+                env={**os.environ, "INSTEP_ENDPOINT": endpoint},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert (result.returncode, result.stderr) == (0, "")
+        for name in ("mic-7", "mic-7-again", "mic-7-copy"):  # the streams that were made or taken are there
+            stream = client.resume(name, take_over=True)
+            assert stream.next_seq == 5
+            stream.close()
 
 
 def test_it_names_every_error_and_nothing_that_is_not_there() -> None:

@@ -1,4 +1,4 @@
-"""The commands of `instep-client`: produce, replay, loadtest, ping. They need the extra `cli`; the library does not.
+"""The commands of `instep-client`: produce, replay, loadtest, ping, state. They need the extra `cli`.
 
 This is imported before anything else, so that Ctrl-C ends the process quietly from the first moment, and not with
 whatever was being imported; hence it imports next to nothing.

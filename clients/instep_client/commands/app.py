@@ -12,21 +12,22 @@ from instep_client.commands.live import Pace
 from instep_client.commands.load import Mode
 from instep_client.commands.load_plan import REAL_TIME_RATE_HZ, LoadPlan
 from instep_client.commands.loadtest import LoadTest, loadtest
+from instep_client.commands.options import AsJson, Endpoint
 from instep_client.commands.pacing import Stop, WallClock
 from instep_client.commands.ping import ping
 from instep_client.commands.problems import Exit
 from instep_client.commands.produce import Produce, produce
 from instep_client.commands.replay import Replay, replay
 from instep_client.commands.signals import Signal
+from instep_client.commands.state_app import app as state_app
 from instep_client.commands.terminal import Terminal, run_command
 from instep_client.commands.typed import PlainCommands
-from instep_client.commands.typed import endpoint as checked_endpoint
 from instep_client.wire import DEFAULT_ENDPOINT
 
 app: Final = typer.Typer(
     cls=PlainCommands,
     name="instep-client",
-    help="Send frames to an instep engine: live, recorded, or as a load test.",
+    help="Send frames to an instep engine: live, recorded, or as a load test; and look after its streams' states.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -34,18 +35,8 @@ app: Final = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Endpoint = Annotated[
-    str,
-    typer.Option(
-        "--endpoint",
-        "-e",
-        envvar="INSTEP_ENDPOINT",
-        callback=checked_endpoint,
-        help="Where the engine listens.",
-        show_default=True,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+app.add_typer(state_app, name="state")
+
 Save = Annotated[Path | None, typer.Option(help="Save the outputs in this .npz or .csv file.", dir_okay=False)]
 
 SIGNAL_RATE_HZ: Final = 10.0

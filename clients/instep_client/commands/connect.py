@@ -18,9 +18,16 @@ RECONNECT_S: Final = 30.0
 
 @asynccontextmanager
 async def connected(
-    endpoint: str, command: str, terminal: Terminal, stop: Stop, reconnect_s: float = RECONNECT_S
+    endpoint: str,
+    command: str,
+    terminal: Terminal,
+    stop: Stop,
+    reconnect_s: float = RECONNECT_S,
+    park: bool = False,
 ) -> AsyncIterator[AsyncClient]:
     """A client of the server there, called after the command; it says so when the server takes its time.
+
+    Its streams are closed at the end, or with `park` left to the server to be parked, whatever happens.
 
     Ctrl-C ends the command at once until there is a connection; from then on it requests a stop.
 
@@ -35,4 +42,4 @@ async def connected(
     try:
         yield client
     finally:
-        await client.close()
+        await client.close(park)
