@@ -324,9 +324,10 @@ async def test_nothing_is_answered_before_the_recording_has_it(
         assert replies[Kind.OPENED].header[3] == durability
 
 
+@pytest.mark.parametrize("verb", ["resume", "look", "look at another too"])
 @pytest.mark.parametrize("end", ["expired", "closed"])
 async def test_nobody_is_told_that_a_stream_is_no_more_before_the_recording_has_its_end(
-    tmp_path: Path, end: str
+    tmp_path: Path, end: str, verb: str
 ) -> None:
     recording = {"file": tmp_path / "r.instep", "durability": "commit"}
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
@@ -344,7 +345,10 @@ async def test_nobody_is_told_that_a_stream_is_no_more_before_the_recording_has_
                 lifecycle.expire(table.find_all(["s"]))
             while table.open_count > 1:
                 await asyncio.sleep(0.001)
-            await client.send(*client.resume_message(["s"], [0], opened.epochs()[:1]))
+            if verb == "resume":
+                await client.send(*client.resume_message(["s"], [0], opened.epochs()[:1]))
+            else:
+                await client.send(*client.look_message(["s", "other"][: 1 + (verb != "look")]))
             pong = await client.ask(msgpack.packb([Kind.PING, 9]))
             assert pong.kind is Kind.PONG
             held.clear()

@@ -141,17 +141,19 @@ async def test_a_look_at_streams_that_are_not_there_any_more_says_why(rng: np.ra
             await client.send(*client.close_message(handles[:1]))
             while not server.engine.table.closing.any():
                 await asyncio.sleep(0)
-            slot = server.engine.table.find("expired")
-            assert slot is not None
-            server.lifecycle.expire(np.array([slot]))
-            looked = await client.look(["closing", "closed", "expired", "a\tb", ""])
-            assert looked.codes() == [
-                *(Code.UNKNOWN_STREAM, Code.UNKNOWN_STREAM, Code.EXPIRED, Code.UNKNOWN_STREAM, Code.UNKNOWN_STREAM)
-            ]
-            assert np.isnan(looked.floats()).all()
+            server.lifecycle.expire(server.engine.table.find_all(["expired"]))
+            await client.send(*client.look_message(["closing", "closed", "expired", "a\tb", ""]))
             assert (await client.look(["x", "x"])).code is Code.REPEATED_STREAM
+            pong = await client.ask(msgpack.packb([Kind.PING, 9]))
+            assert pong.kind is Kind.PONG, "the end of the first is not told before it has ended"
         finally:
             gate.open()
+        replies = {reply.kind: reply for reply in [await client.receive() for _ in range(4)]}  # and EVICTED
+        looked = replies[Kind.PEEKED]
+        assert looked.codes() == [
+            *(Code.UNKNOWN_STREAM, Code.UNKNOWN_STREAM, Code.EXPIRED, Code.UNKNOWN_STREAM, Code.UNKNOWN_STREAM)
+        ]
+        assert np.isnan(looked.floats()).all()
 
 
 @pytest.mark.parametrize("to_zeros", [True, False])

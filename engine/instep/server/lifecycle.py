@@ -11,6 +11,7 @@ import numpy as np
 
 from instep.core.ownership import judge_claims
 from instep.core.rings import Rings
+from instep.core.slots import SCRATCH_SLOT
 from instep.core.streams import NO_OWNER, StreamTable
 from instep.core.typing import F32, I32, I64, U32, U64, Bool
 from instep.runtime.errors import StateLost
@@ -280,16 +281,20 @@ class Lifecycle:
 
     # ── Look at and change ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def find(self, names: Sequence[str]) -> tuple[I64, I32]:
-        """Open streams, whoever has them: slots int64 [N], and codes int32 [N], 0 where there is such a stream."""
-        slots, codes = np.zeros(len(names), np.int64), np.zeros(len(names), np.int32)
-        for index, name in enumerate(names):
-            slot = self._table.find(name)
-            if slot is None or self._table.closing[slot]:
-                codes[index] = Code.EXPIRED if name in self._expired else Code.UNKNOWN_STREAM
-            else:
-                slots[index] = slot
-        return slots, codes
+    def find(self, names: Sequence[str], on_found: Callable[[I64, I32], None]) -> None:
+        """Find streams, whoever has them, once those of them that are closing have ended.
+
+        `on_found` gets their slots int64 [N], and codes int32 [N], 0 where there is such a stream.
+        """
+        slots, codes = self._table.find_all(names), np.zeros(len(names), np.int32)
+        closing = slots[self._table.closing[slots]]
+        if len(closing):
+            again = _Ending(closing, self._table.openings(closing), lambda: self.find(names, on_found))
+            self._when_ended(again)
+            return
+        for index in np.flatnonzero(slots == SCRATCH_SLOT).tolist():
+            codes[index] = Code.EXPIRED if names[index] in self._expired else Code.UNKNOWN_STREAM
+        on_found(slots, codes)
 
     def peek(self, slots: I64, on_read: Callable[[I64, F32, Bool], None]) -> None:
         """Read states; `on_read` gets the next seqs int64 [N], the states [N, layers, size] and which are lost (NaN).

@@ -208,7 +208,14 @@ class Verbs:
         names = wire.unpack_names(frames[1], count)
         if len(set(names)) < count:
             raise Refusal(Code.REPEATED_STREAM)
-        self._show(client, header.request, *self._lifecycle.find(names))
+
+        def found(slots: I64, codes: I32) -> None:
+            if codes.all():  # what is shown of streams waits for all that this could
+                self._tap.when_durable(self._tap.newest, lambda: self._show(client, header.request, slots, codes))
+            else:
+                self._show(client, header.request, slots, codes)
+
+        self._lifecycle.find(names, found)
 
     def _show(self, client: Client, request: int, slots: I64, codes: I32) -> None:
         """Answer with the states of the slots whose code is 0."""
