@@ -25,7 +25,7 @@ def bring(residency: Residency, slots: I64) -> I64:
     if lacking > 0:
         residency.vacate(residency.least_recently_used(lacking))
     residency.occupy(residency.free_rows(len(missing)), missing)
-    return residency.row[slots]
+    return residency.rows(slots)
 
 
 class Dictionary:

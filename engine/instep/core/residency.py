@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from instep.core.slots import SCRATCH_SLOT
-from instep.core.typing import I64, Bool
+from instep.core.typing import I64, U32, Bool
 
 NO_ROW: Final = 0
 """The row of a slot whose state is not there. Row 0 itself is scratch, as slot 0 is: no stream's."""
@@ -33,7 +33,7 @@ class Residency:
     """
 
     def __init__(self, max_streams: int, rows: int) -> None:
-        self.row: I64 = np.full(max_streams + 1, NO_ROW, np.int64)
+        self.row: U32 = np.full(max_streams + 1, NO_ROW, np.uint32)
         """The row of each slot, or `NO_ROW`."""
         self.slot: I64 = np.full(rows + 1, SCRATCH_SLOT, np.int64)
         """The slot of each row, or the scratch slot when the row is free."""
@@ -53,9 +53,13 @@ class Residency:
         Returns:
             Their rows, int64 [B], `NO_ROW` where a slot has none.
         """
-        rows = self.row[slots]
+        rows = self.rows(slots)
         self._enqueue(rows if rows.all() else rows[rows != NO_ROW])
         return rows
+
+    def rows(self, slots: I64) -> I64:
+        """The rows of slots, `NO_ROW` where a slot has none: int64 [N]."""
+        return self.row[slots].astype(np.int64)
 
     def least_recently_used(self, count: int, among: Callable[[I64], Bool] | None = None) -> I64:
         """Rows to be vacated next, longest unused first: int64 [count]. Nothing changes.
@@ -108,7 +112,7 @@ class Residency:
 
     def forget(self, slots: I64) -> None:
         """The states of these slots, wherever they were, are elsewhere now: int64 [N], distinct."""
-        rows = self.row[slots]
+        rows = self.rows(slots)
         self.vacate(rows[rows != NO_ROW])
 
     def _enqueue(self, rows: I64) -> None:

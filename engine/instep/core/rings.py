@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64
+from instep.core.typing import F32, I32, I64, U8
 
 
 class Rings:
@@ -41,8 +41,9 @@ class Rings:
         self.y: F32 = np.zeros((rows, outputs), np.float32)
         self.block: I32 = np.zeros(rows, np.int32)
         """The number of the block that the frame of a row came in; counts while the frame is pending."""
-        self._holds: I32 = np.zeros(self._stride, np.int32)
-        """Why a slot may not step now: it is stepping, or its state is being changed, once or several times over."""
+        self._holds: U8 = np.zeros(self._stride, np.uint8)
+        """Why a slot may not step now: it is stepping, or its state is being changed, once or several times over (as
+        often as changes may wait for the step worker, which is less than 100 times)."""
 
     @property
     def room(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from instep.core.typing import I32, I64
+from instep.core.typing import I32, I64, U32
 
 _ONE = np.int64(1)
 
@@ -29,7 +29,7 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_queue_delay_ns = max_queue_delay_ns
         self.ready_count = 0
-        self._ready: I64 = np.zeros(max_streams + 1, np.int64)
+        self._ready: U32 = np.zeros(max_streams + 1, np.uint32)
         self._tag: I64 = np.zeros(max_streams + 1, np.int64)
         self._last_tag: I64 = np.zeros(max_clients, np.int64)
         self._served_tag = 0
@@ -70,9 +70,9 @@ class Scheduler:
 
     def next_batch(self) -> I64:
         """Take the streams that step next: int64 [0 … max_batch_size], in order of age."""
-        ready = self._ready[: self.ready_count]
+        ready = self._ready[: self.ready_count].astype(np.int64)
         if self.ready_count <= self.max_batch_size:
-            batch = ready.copy()
+            batch = ready
             self.ready_count = 0
         else:
             # Tags come in a few rising runs, which a stable sort merges in one pass.

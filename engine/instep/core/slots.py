@@ -27,13 +27,13 @@ class SlotAllocator:
     def __init__(self, capacity: int, first_generation: int = 1) -> None:
         self.capacity = capacity
         self.generation: U32 = np.full(capacity + 1, first_generation, np.uint32)
-        self._free = np.arange(capacity, 0, -1, dtype=np.int64)  # a stack; slot 1 on top
+        self._free = np.arange(capacity, 0, -1, dtype=np.uint32)  # a stack; slot 1 on top
         self.free_count = capacity
 
     def allocate(self, count: int) -> I64:
         """Take `count` slots, fewer when fewer are free: int64 [≤ count]."""
         taken = min(count, self.free_count)
-        slots = self._free[self.free_count - taken : self.free_count][::-1].copy()
+        slots = self._free[self.free_count - taken : self.free_count][::-1].astype(np.int64)
         self.free_count -= taken
         return slots
 

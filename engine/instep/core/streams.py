@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from instep.core.keeping import Keeping
+from instep.core.names import Names
 from instep.core.slots import SCRATCH_SLOT, SlotAllocator
 from instep.core.typing import I32, I64, U32, U64, Bool
 from instep_client.codes import Code
@@ -62,7 +63,7 @@ class StreamTable:
         """The seq that the stream's next step applies."""
         self.acked: I64 = np.zeros(rows, np.int64)
         """The seq before which the client has every output."""
-        self.pending: I64 = np.zeros(rows, np.int64)
+        self.pending: I32 = np.zeros(rows, np.int32)
         """Frames admitted and not yet answered."""
         self.closing: Bool = np.zeros(rows, np.bool_)
         self.lost: Bool = np.zeros(rows, np.bool_)
@@ -70,32 +71,28 @@ class StreamTable:
         self.renumbered: Bool = np.zeros(rows, np.bool_)
         """Streams that a restart with other numerics took from their owners."""
         self.last_active_ns: I64 = np.zeros(rows, np.int64)
-        self.marks: I64 = np.zeros(rows, np.int64)
+        self.marks: I32 = np.zeros(rows, np.int32)
         """Scratch space with an entry a slot, for whoever looks for repeated slots."""
-        self.recording_id: I64 = np.zeros(rows, np.int64)
-        """The stream's number in the recording."""
-        self._names: list[str | None] = [None] * rows
-        self._slot_of: dict[str, int] = {}
+        self.recording_id: U32 = np.zeros(rows, np.uint32)
+        """The stream's number in the recording; see `numbers`."""
+        self._names = Names(max_streams)
 
     @property
     def open_count(self) -> int:
         """How many streams are open, those that are closing included."""
-        return len(self._slot_of)
+        return len(self._names)
 
     def name(self, slot: int) -> str:
         """The name of an open stream."""
-        name = self._names[slot]
-        assert name is not None, f"slot {slot} is free"
-        return name
+        return self._names.name(slot)
 
     def find(self, name: str) -> int | None:
         """The slot of the open stream of that name."""
-        return self._slot_of.get(name)
+        return self._names.find(name) or None
 
     def find_all(self, names: Sequence[str]) -> I64:
         """The slots of the open streams of those names, the scratch slot where there is none: int64 [N]."""
-        find = self._slot_of.get
-        return np.array([find(name, SCRATCH_SLOT) for name in names], np.int64)
+        return np.array([self._names.find(name) for name in names], np.int64)
 
     def open(self, names: Sequence[str], owner: int, now_ns: int, first_seqs: I64 | None = None) -> tuple[I64, I32]:
         """Open streams for one owner, whose first frames are of `first_seqs`, int64 [N], or 0.
@@ -108,7 +105,7 @@ class StreamTable:
         codes = np.zeros(len(names), np.int32)
         fresh: dict[str, int] = {}
         for index, name in enumerate(names):
-            if name in self._slot_of or name in fresh:
+            if name in fresh or self._names.find(name) != SCRATCH_SLOT:
                 codes[index] = Code.NAME_IN_USE
             else:
                 fresh[name] = index
@@ -119,8 +116,7 @@ class StreamTable:
                 continue
             slot = int(granted[position])
             slots[index] = slot
-            self._slot_of[name] = slot
-            self._names[slot] = name
+            self._names.add(name, slot)
         first = 0 if first_seqs is None else first_seqs[codes == 0]
         self.owner[granted] = owner
         self.owned[owner] += len(granted)
@@ -137,6 +133,10 @@ class StreamTable:
         self._new_epochs(granted, None)
         self.granted_to[granted] = 0
         return slots, codes
+
+    def numbers(self, slots: I64) -> I64:
+        """The streams' numbers in the recording: int64 [N]."""
+        return self.recording_id[slots].astype(np.int64)
 
     def openings(self, slots: I64) -> U32:
         """Which opening of its slot each open stream is, uint32 [N]: another number for the slot's next stream."""
@@ -182,8 +182,7 @@ class StreamTable:
         """Forget streams whose frames are all answered; their slots may be given out again."""
         assert not self.pending[slots].any(), "a stream with pending frames may not be released"
         for slot in slots.tolist():
-            del self._slot_of[self.name(slot)]
-            self._names[slot] = None
+            self._names.remove(slot)
         np.subtract.at(self.owned, self.owner[slots], _ONE)
         self.owner[slots] = NO_OWNER
         self.closing[slots] = False

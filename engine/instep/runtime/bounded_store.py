@@ -65,7 +65,7 @@ class BoundedStore:
         Raises:
             Exception: as `ColdStates.read`.
         """
-        rows = self._residency.row[slots]
+        rows = self._residency.rows(slots)
         states: F32 = np.take(self._states, rows, 0)
         cold = np.flatnonzero((rows == NO_ROW) & ~self._blank[slots])
         if len(cold):

@@ -98,7 +98,7 @@ class Tiers:
             StateLost: when the recording does not hold states that it should.
             Exception: when it cannot be read.
         """
-        rows = self._residency.row[slots]
+        rows = self._residency.rows(slots)
         is_hot = rows != NO_ROW
         if not is_hot.any():
             return self._warm.read(slots)

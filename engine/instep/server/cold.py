@@ -43,7 +43,7 @@ class RecordedStates:
             sqlite3.Error: when the file cannot be read now.
         """
         stored = self._open(self.live())
-        states, found = stored.read(self._table.recording_id[slots], self._table.step_seq[slots])
+        states, found = stored.read(self._table.numbers(slots), self._table.step_seq[slots])
         if not found.all():
             gone = slots[~found]
             raise StateLost(

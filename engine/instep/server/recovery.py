@@ -223,5 +223,5 @@ class _Replay:
         table.hand_over(slots, table.parked, time.monotonic_ns())
         table.renumbered[slots] = True
         details = (owner_detail(0, seq, renumbered=True) for seq in table.granted_seq[slots].tolist())
-        columns = (table.recording_id[slots], table.epoch[slots].astype(np.int64), details)
+        columns = (table.numbers(slots), table.epoch[slots].astype(np.int64), details)
         writer.stream_events(time.time_ns(), OWNER_EVENT, *columns)

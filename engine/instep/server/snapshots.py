@@ -68,7 +68,7 @@ class Snapshots:
         tap, keeping = self._tap, self._table.keeping
         through = tap.last_inputs
         slots = keeping.take()
-        streams = self._table.recording_id[slots]
+        streams = self._table.numbers(slots)
         tap.computed_ns = 0
         parts: list[StateRows] = []
 

@@ -181,13 +181,13 @@ class Tap:
             return 0
         recorder, table = self._recorder, self._table
         table.keeping.kept(slots)
-        streams, frames = table.recording_id[slots], table.next_seq[slots]
+        streams, frames = table.numbers(slots), table.next_seq[slots]
         return self._said(recorder.close_streams, time.time_ns(), streams, reason, frames, final_states, lost)
 
     def _events(self, slots: I64, kind: str, seqs: I64, details: Iterable[str], states: F32 | None = None) -> int:
         if self._recorder is None or not len(slots):
             return 0
-        recorder, streams = self._recorder, self._table.recording_id[slots]
+        recorder, streams = self._recorder, self._table.numbers(slots)
         return self._said(recorder.stream_events, time.time_ns(), kind, streams, seqs, details, states)
 
     def _said(self, say: Callable[..., int], *values: Any) -> int:
