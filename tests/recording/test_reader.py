@@ -127,7 +127,7 @@ def test_another_format_version_is_refused(path: Path) -> None:
     database.execute("PRAGMA user_version=1")
     database.close()
     with pytest.raises(
-        RecordingError, match="format version 1, and this instep reads version 2; use the instep that wrote it"
+        RecordingError, match="format version 1, and this instep reads versions 2 and 3; use the instep that wrote it"
     ):
         RecordingReader(path)
 

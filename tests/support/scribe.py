@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from instep.recording.carried import Carried
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.rows import close_stream, open_stream, stream_event
@@ -46,6 +47,8 @@ class Scribe:
         self._magnitude = magnitude
         self._now = START_NS
         self._dirty: set[int] = set()
+        self._opened: dict[int, tuple[str, int, int]] = {}
+        """Name, epoch and first seq."""
 
     @property
     def now(self) -> int:
@@ -55,7 +58,9 @@ class Scribe:
     def open(
         self, stream: int, state: F32 | None = None, *, first_seq: int = 0, name: str = "", epoch: int = 0
     ) -> None:
-        open_stream(self.writer, stream, name or f"stream-{stream}", epoch or 1000 + stream, first_seq, self.now, state)
+        opened = (name or f"stream-{stream}", epoch or 1000 + stream, first_seq)
+        open_stream(self.writer, stream, *opened, self.now, state)
+        self._opened[stream] = opened
         header = self.writer.header
         zeros = np.zeros((header.state_layers, header.state_size), np.float32)
         self.states[stream] = zeros if state is None else state
@@ -96,7 +101,32 @@ class Scribe:
 
     def snapshot(self, through: int, tail: int = 2) -> None:
         """States of all streams that have changed, as they are now, with so many frames of each."""
-        streams = sorted(self._dirty & self.states.keys())
+        self.writer.snapshot(self.now, through, self._rows(sorted(self._dirty & self.states.keys()), tail))
+        self._dirty.clear()
+
+    def rotate(self, tail: int = 2) -> None:
+        """Go on in another file."""
+        self.writer = self.writer.follow(self.now, self.carried(tail))
+        self._dirty.clear()
+
+    def carried(self, tail: int = 2) -> Carried:
+        """All that is open, with so many frames of each stream."""
+        streams = sorted(self.states)
+        count = len(streams)
+        opened = [self._opened[stream] for stream in streams]
+        return Carried(
+            self._rows(streams, tail),
+            [name for name, _, _ in opened],
+            np.array([epoch for _, epoch, _ in opened], np.uint64),
+            np.zeros(count, np.uint64),
+            np.array([first_seq for _, _, first_seq in opened], np.int64),
+            np.zeros(count, np.bool_),
+            np.array([first_seq for _, _, first_seq in opened], np.int64),
+            max(self._opened, default=0),
+            max((epoch for _, epoch, _ in self._opened.values()), default=0),
+        )
+
+    def _rows(self, streams: Sequence[int], tail: int) -> StateRows:
         seqs = np.array([self.seqs[stream] for stream in streams], np.int64)
         first = np.array([max(self.seqs[each] - tail, min(self.x[each], default=self.seqs[each])) for each in streams])
         frames = [
@@ -105,16 +135,17 @@ class Scribe:
             for seq in range(begin, end)
         ]
         header = self.writer.header
-        rows = StateRows(
+        states = np.zeros((len(streams), header.state_layers, header.state_size), np.float32)
+        for at, stream in enumerate(streams):
+            states[at] = self.states[stream]
+        return StateRows(
             np.array(streams, np.int64),
             seqs,
-            np.stack([self.states[stream] for stream in streams]),
+            states,
             first.astype(np.int64),
             np.array([self.x[stream][seq] for stream, seq in frames], np.float32).reshape(-1, header.features),
             np.array([self.y[stream][seq] for stream, seq in frames], np.float32).reshape(-1, header.outputs),
         )
-        self.writer.snapshot(self.now, through, rows)
-        self._dirty.clear()
 
     def close(self, stream: int, time_ns: int | None = None) -> None:
         state = self.states.pop(stream)

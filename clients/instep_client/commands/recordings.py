@@ -19,7 +19,7 @@ from instep_client.commands.sequences import I64, Sequences
 from instep_client.wire import F32
 
 APPLICATION_ID: Final = 0x696E7374
-FORMAT_VERSION: Final = 2
+READABLE_VERSIONS: Final = (2, 3)
 _SQLITE_MAGIC: Final = b"SQLite format 3\0"
 
 
@@ -98,8 +98,9 @@ def _read(path: Path, database: sqlite3.Connection) -> Sequences:
     if database.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise BadFile(f"{path} is a database, but no recording of an instep engine")
     version = database.execute("PRAGMA user_version").fetchone()[0]
-    if version != FORMAT_VERSION:
-        raise BadFile(f"{path} has format version {version}; this client reads version {FORMAT_VERSION}")
+    if version not in READABLE_VERSIONS:
+        versions = " and ".join(map(str, READABLE_VERSIONS))
+        raise BadFile(f"{path} has format version {version}; this client reads versions {versions}")
     header = {key: json.loads(value) for key, value in _rows(path, database, "header", "key, value")}
     description = header["description"]
     gru = description["gru"]

@@ -25,7 +25,14 @@ def contradictions(config: Config) -> list[Contradiction]:
 
     `max_batch_size` above `max_streams` is none of it: such a batch is merely never full.
     """
-    return [*_model(config), *_engine(config), *_host_streams(config), *_transport(config), *_limits(config)]
+    return [
+        *_model(config),
+        *_engine(config),
+        *_host_streams(config),
+        *_transport(config),
+        *_limits(config),
+        *_recording(config),
+    ]
 
 
 def _model(config: Config) -> list[Contradiction]:
@@ -153,3 +160,19 @@ def _limits(config: Config) -> list[Contradiction]:
             )
         )
     return found
+
+
+def _recording(config: Config) -> list[Contradiction]:
+    recording = config.recording
+    if recording.max_bytes or recording.max_age_s:
+        return []
+    return [
+        Contradiction(
+            (f"recording.{key}", "recording.max_bytes", "recording.max_age_s"),
+            f"recording.{key} removes files that others follow, but with recording.max_bytes and recording.max_age_s "
+            "both 0 none ever follows: the recording would grow without end",
+            "set recording.max_bytes or recording.max_age_s, or set this to 0",
+        )
+        for key in ("keep_bytes", "keep_s")
+        if getattr(recording, key)
+    ]

@@ -16,6 +16,7 @@ from instep.config.rules import contradictions
 from instep.model.description import NetworkDescription
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Bytes = Annotated[int, Field(ge=0, le=2**62)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 TimerSeconds = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 """What libzmq keeps as a timer: never off, and within its 16-bit deciseconds."""
@@ -87,6 +88,10 @@ class RecordingConfig(Section):
     durability: Literal["memory", "commit", "fsync"] = "commit"
     recovery_target_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     queue_batches: Count = 64
+    max_bytes: Bytes = 0
+    max_age_s: Seconds = 0.0
+    keep_bytes: Bytes = 0
+    keep_s: Seconds = 0.0
 
 
 class ShutdownConfig(Section):

@@ -16,7 +16,7 @@ from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.inspection import how_it_ends, inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.repair import repair as save
-from instep.recording.schema import APPLICATION_ID, RECOVERED_EVENT
+from instep.recording.schema import APPLICATION_ID, RECOVERED_EVENT, RecordingHeader
 
 WHOLE: Final = 0
 DAMAGED: Final = 1
@@ -109,6 +109,7 @@ def _facts(reader: RecordingReader) -> dict[str, str]:
         "file": str(reader.path),
         "began": _when(header.created_ns),
         "ends": how_it_ends(reader),
+        "part": _part(header),
         "model": f"{header.model_name} ({header.features} → {header.outputs})",
         "model's place": header.model_folder,
         "fingerprint": header.model_fingerprint,
@@ -120,9 +121,15 @@ def _facts(reader: RecordingReader) -> dict[str, str]:
         "batches": f"{batches:,}, with {frames:,} frames",
         "restarts": f"{sum(event.kind == RECOVERED_EVENT for event in events):,}",
         "states": f"up to position {snapshot.position:,}" if snapshot else "none",
-        "positions": f"{reader.last_position:,}",
+        "positions": f"{header.first_position:,} to {reader.last_position:,}",
         "bytes": f"{_bytes(reader.path):,}",
     }
+
+
+def _part(header: RecordingHeader) -> str:
+    if header.number == 1:
+        return "file 1"
+    return f"file {header.number:,} of the recording that began {_when(header.family)}"
 
 
 def _line(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from instep.recording.family import base_of
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import read_recovery
@@ -59,7 +60,7 @@ def inspect(path: Path, on_progress: Callable[[float], None]) -> Inspection:
         frames=int(index.frames.sum()),
         unanswered=int(index.unanswered.sum()),
         restarts=restarts,
-        positions=reader.last_position,
+        positions=reader.last_position - reader.header.first_position + 1,
         snapshot_position=recovered.snapshot_position,
         ending=ending,
     )
@@ -67,6 +68,8 @@ def inspect(path: Path, on_progress: Callable[[float], None]) -> Inspection:
 
 def how_it_ends(reader: RecordingReader) -> str:
     """In words."""
-    if is_being_written(reader.path):
+    if (follower := reader.followed_by) is not None and reader.path.with_name(follower).exists():
+        return f"goes on in {follower}"
+    if any(is_being_written(path) for path in {reader.path, base_of(reader.path)}):
         return "being written"
     return "closed in order" if reader.finished else "not closed: its engine was killed"

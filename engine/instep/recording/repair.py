@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import quote
 
+from instep.recording.carried import make_tables
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.file import UNREADABLE
 from instep.recording.inspection import inspect
 from instep.recording.schema import (
     APPLICATION_ID,
-    FORMAT_VERSION,
     HISTORY,
-    PAGE_BYTES,
+    READABLE_VERSIONS,
     REPAIRED_EVENT,
     SNAPSHOT_EVENT,
     TABLES,
     RecordingHeader,
-    create_statements,
     row_crc,
     row_is_sound,
 )
@@ -91,10 +90,12 @@ class _Salvage:
             self._database.execute("PRAGMA writable_schema=ON")  # so that a file that was cut off is read at all
             (application,) = self._database.execute("PRAGMA application_id").fetchone()
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if (application, version) != (APPLICATION_ID, FORMAT_VERSION):
-                raise RecordingError(f"{path} is not a recording of format version {FORMAT_VERSION}")
+            if application != APPLICATION_ID or version not in READABLE_VERSIONS:
+                versions = " or ".join(map(str, READABLE_VERSIONS))
+                raise RecordingError(f"{path} is not a recording of format version {versions}")
+            self.version = int(version)
             self.header = self._database.execute("SELECT key, value, crc FROM header").fetchall()
-            RecordingHeader.from_rows(self.header)
+            self.first_position = RecordingHeader.from_rows(self.header).first_position
         except (*UNREADABLE, RecordingError) as error:
             self.close()
             raise RecordingError(f"nothing of {path} can be saved: {error}") from None
@@ -120,7 +121,7 @@ class _Salvage:
     def history(self) -> Iterator[tuple[str, Row]]:
         """Rows of all tables, by position, up to the first that is missing."""
         tables = (zip(repeat(table), self.rows(table), strict=False) for table in HISTORY)
-        for position, (table, row) in enumerate(heapq.merge(*tables, key=_position), start=1):
+        for position, (table, row) in enumerate(heapq.merge(*tables, key=_position), start=self.first_position):
             if row[0] != position:
                 return
             yield table, row
@@ -131,25 +132,20 @@ def _position(item: tuple[str, Row]) -> int:
 
 
 def _write(salvage: _Salvage, database: sqlite3.Connection) -> Repaired:
-    database.execute(f"PRAGMA page_size={PAGE_BYTES}")
-    database.execute("BEGIN")
-    database.execute(f"PRAGMA application_id={APPLICATION_ID}")
-    database.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-    for statement in create_statements():
-        database.execute(statement)
+    make_tables(database, salvage.version)
     _insert(database, "header", *salvage.header)
-    positions = snapshot_event = snapshot_position = 0
+    last, snapshot_event, snapshot_position = salvage.first_position - 1, 0, 0
     for table, row in salvage.history():
         _insert(database, table, row)
-        positions += 1
+        last = row[0]
         if table == "events" and row[_KIND] == SNAPSHOT_EVENT:
-            snapshot_event, snapshot_position = positions, row[_SEQ]
+            snapshot_event, snapshot_position = last, row[_SEQ]
+    positions = last - salvage.first_position + 1
     newest = [row[0] for row in salvage.rows("newest")]
     left_out = []
-    if not newest or newest[0] > positions:
+    if not newest or newest[0] > last:
         until = f"{newest[0]:,}" if newest else "the last"
-        left_out.append(f"positions {positions + 1:,} to {until}")
-    last = positions
+        left_out.append(f"positions {last + 1:,} to {until}")
     if snapshot_event and not _copy_states(salvage, database, snapshot_position):
         left_out.append("the states of the newest snapshot, which everything before it makes up for")
         last = _add_event(database, last, SNAPSHOT_EVENT, 0, "the states were lost")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import repeat
 from json import dumps
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Final
 from urllib.parse import quote
 
 from instep.core.typing import F32, I64, U32, U64, Bool
+from instep.recording import family
+from instep.recording.carried import Carried, file_bytes, make_tables, write_following
 from instep.recording.engines import changed_values, refuse_other_engine
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import (
-    APPLICATION_ID,
     COUNTED,
     END_EVENT,
     ENGINE_EVENT,
@@ -25,12 +27,12 @@ from instep.recording.schema import (
     FORMAT_VERSION,
     PAGE_BYTES,
     RECOVERED_EVENT,
+    ROTATED_EVENT,
     SNAPSHOT_EVENT,
     TABLES,
     Column,
     Durability,
     RecordingHeader,
-    create_statements,
     row_crc,
 )
 from instep.recording.states import StateRows, blob, state_blobs
@@ -46,7 +48,7 @@ _ROW_BYTES: Final = 64
 
 
 class RecordingWriter:
-    """Appends to a recording; one thread at a time may use it, and one writer in the world.
+    """Appends to the newest file of a recording; one thread at a time may use it, and one writer in the world.
 
     Durability: what was committed survives the death of the process (`kill -9`). With `fsync` it also survives the
     death of the machine (WAL with `synchronous=FULL`); otherwise that may cost the last commits, never more than the
@@ -55,16 +57,29 @@ class RecordingWriter:
     Errors of SQLite (`sqlite3.Error`: disk full, input/output error) come out of every method as they are.
 
     Attributes:
-        path: the file.
+        base: the recording's first file, or where that was.
+        path: the file that is written.
         header: of the engine that writes.
+        began: the header of the file.
         position: of the newest row, committed or not.
+        grown_bytes: what was written since the file began, as of the last commit.
+        numerics_changed: whether floats come out with other bits than in what was there when it was gone on with.
     """
 
     def __init__(
-        self, path: Path, lock: WriterLock, database: sqlite3.Connection, header: RecordingHeader, position: int
+        self,
+        base: Path,
+        path: Path,
+        lock: WriterLock,
+        database: sqlite3.Connection,
+        header: RecordingHeader,
+        began: RecordingHeader,
+        position: int,
     ) -> None:
+        self.base = base
         self.path = path
         self.header = header
+        self.began = began
         self.position = position
         self._lock = lock
         self._database = database
@@ -74,12 +89,14 @@ class RecordingWriter:
             f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
         )
         self._guard.execute("SELECT count(*) FROM header").fetchone()
+        self.numerics_changed = False
         self._in_transaction = False
         self._bytes_in_wal = 0
         self._counts = {table: self._numbers(table, f"SELECT count(*) FROM {table}")[0] for table in COUNTED}
         self._with_state = set(self._numbers("states", "SELECT stream FROM states"))
         closed = "SELECT states.stream FROM states JOIN closings USING (stream)"
         self._closed_with_state = self._numbers("closings", closed) if self._with_state else []
+        self.grown_bytes = self._grown_bytes()
 
     @classmethod
     def create(cls, path: Path, header: RecordingHeader) -> RecordingWriter:
@@ -102,60 +119,111 @@ class RecordingWriter:
                 raise
             raise RecordingError(f"cannot create the recording {path}: {error}") from None
         try:
-            database.execute(f"PRAGMA page_size={PAGE_BYTES}")
-            database.execute("BEGIN")
-            database.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            database.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-            for statement in create_statements():
-                database.execute(statement)
+            make_tables(database, FORMAT_VERSION)
             database.executemany("INSERT INTO header VALUES (?, ?, ?)", header.rows())
             database.execute("INSERT INTO newest VALUES (0, ?)", (row_crc(0),))
             database.execute("COMMIT")
             _set_up(database, header)
-            return cls(path, lock, database, header, 0)
+            return cls(path, path, lock, database, header, header, 0)
         except (sqlite3.Error, DamagedRecording) as error:
             database.close()
             lock.release()
             raise RecordingError(f"cannot create the recording {path}: {error}") from None
 
     @classmethod
-    def resume(cls, path: Path, header: RecordingHeader, accept_numerics_change: bool = False) -> RecordingWriter:
-        """Go on with a recording, after its last committed row.
+    def resume(cls, base: Path, header: RecordingHeader, accept_numerics_change: bool = False) -> RecordingWriter:
+        """Go on with the newest file of a recording, after its last committed row.
 
         The first rows, `recovered` and, when this engine is not as the last one, `engine`, go into the first commit.
 
         Args:
-            path: the recording.
-            header: of the engine that goes on; the recording keeps that of the first one.
+            base: the recording's first file, or where that was.
+            header: of the engine that goes on; the file keeps that of the first one.
             accept_numerics_change: go on also where floats may come out with other bits.
 
         Raises:
             RecordingError: when it is being written, damaged, of another model or of other numerics.
         """
         try:
-            lock = WriterLock(path)
+            lock = WriterLock(base)
         except OSError as error:
-            raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
+            raise RecordingError(f"cannot go on with the recording {base}: {error}") from None
         try:
+            family.remove_unfinished(base)
+            *sealed, path = [member.path for member in family.members(base, may_be_damaged=True)] or [base]
             with RecordingReader(path) as reader:
-                last, position = reader.engines[-1].header, reader.last_position
+                began, last, position = reader.header, reader.engines[-1].header, reader.last_position
+            _refuse_a_part(base, began)
             refuse_other_engine(path, last, header, accept_numerics_change)
+            for older in sealed:
+                _without_wal(older)
             database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
                 _set_up(database, header)
-                writer = cls(path, lock, database, header, position)
+                writer = cls(base, path, lock, database, header, began, position)
                 writer.event(time.time_ns(), RECOVERED_EVENT, position, "another process goes on")
                 if changes := changed_values(last, header):
+                    writer.numerics_changed = "numerics" in changes
                     writer.event(time.time_ns(), ENGINE_EVENT, None, dumps(changes, sort_keys=True))
             except BaseException:
                 database.close()
                 raise
             return writer
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             lock.release()
-            raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
+            raise RecordingError(f"cannot go on with the recording {base}: {error}") from None
         except BaseException:
             lock.release()
+            raise
+
+    def follow(self, time_ns: int, carried: Carried) -> RecordingWriter:
+        """Go on in another file, that begins with what is carried; this one is sealed and takes nothing more.
+
+        A crash leaves this file the newest, or the other one complete. After an error this one is to be abandoned.
+
+        Args:
+            time_ns: nanoseconds since 1970.
+            carried: every open stream, as of this moment.
+
+        Returns:
+            The writer of the new file, which holds the lock from now on.
+
+        Raises:
+            RecordingError: when a file is in the way of the new one.
+            OSError: when the disk does not take it; so does `sqlite3.Error`.
+        """
+        number = self.began.number + 1
+        path = family.member_path(self.base, number)
+        unfinished = family.unfinished_path(path)
+        first = self.position + 2  # after the row that seals this file
+        header = replace(
+            self.header,
+            created_ns=time_ns,
+            number=number,
+            first_position=first,
+            begun_ns=self.began.family,
+            last_stream=carried.last_stream,
+            last_epoch=carried.last_epoch,
+        )
+        self.commit()
+        self._tidy_up()
+        write_following(unfinished, header, time_ns, carried)
+        try:
+            self.event(time_ns, ROTATED_EVENT, None, path.name)
+            self._seal()
+            family.put_in_place(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        with RecordingReader(path) as reader:
+            began = reader.header
+        database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            _set_up(database, header)
+            last = first + carried.positions - 1
+            return RecordingWriter(self.base, path, self._lock, database, self.header, began, last)
+        except BaseException:
+            database.close()
             raise
 
     def open_streams(
@@ -270,6 +338,7 @@ class RecordingWriter:
             self._database.execute("COMMIT")
             self._in_transaction = False
             self._bytes_in_wal += _PAGES_A_COMMIT * PAGE_BYTES
+            self.grown_bytes = self._grown_bytes()
 
     def checkpoint(self) -> None:
         """Copy the WAL into the file, if it is large enough to be worth it; nothing becomes more durable by it."""
@@ -281,15 +350,28 @@ class RecordingWriter:
     def close(self) -> None:
         """Mark the end, commit, and leave one file without a WAL beside it."""
         self.event(time.time_ns(), END_EVENT, None, "the recording was closed in order")
+        try:
+            self._seal()
+            self._tidy_up()
+        finally:
+            self._lock.release()
+
+    def _tidy_up(self) -> None:
+        """Make the file before this one a single file, if somebody had it open as it was sealed."""
+        if self.began.number > 1:
+            _without_wal(family.member_path(self.base, self.began.number - 1))
+
+    def _seal(self) -> None:
+        """Commit, and leave one file without a WAL beside it."""
         self.commit()
         self._guard.close()
+        self._database.execute("PRAGMA wal_checkpoint(FULL)").fetchall()  # so that all is in it, whoever has it open
         try:
             self._database.execute("PRAGMA journal_mode=DELETE")
         except sqlite3.OperationalError:
             pass  # somebody is reading it just now; the WAL stays beside it, which every reader understands
         finally:
             self._database.close()
-            self._lock.release()
 
     def abandon(self) -> None:
         """Let go of the file after a failure, writing nothing: what was committed stays, the rest is rolled back."""
@@ -332,9 +414,32 @@ class RecordingWriter:
         except sqlite3.DatabaseError as error:
             raise DamagedRecording(f"{self.path} is damaged: the table {table} cannot be read: {error}") from None
 
+    def _grown_bytes(self) -> int:
+        return file_bytes(self._database) - self.began.carried_bytes
+
     def _count_until(self, table: str, position: int) -> int:
         later = f"SELECT count(*) FROM {table} WHERE position > ?"
         return self._counts[table] - int(self._database.execute(later, (int(position),)).fetchone()[0])
+
+
+def _refuse_a_part(base: Path, began: RecordingHeader) -> None:
+    """Raise when a following file was named as if it were a recording: its writer's lock has another name."""
+    first = family.base_of(base)
+    if first != base and family.member_path(first, began.number) == base:
+        raise RecordingError(f"{base} is file {began.number} of the recording {first}; name that, there or not")
+
+
+def _without_wal(path: Path) -> None:
+    """Make an older file one file again: somebody had it open as it was sealed, or the machine went down."""
+    if not path.exists() or not Path(f"{path}-wal").exists():
+        return
+    database = sqlite3.connect(path, isolation_level=None)
+    try:
+        database.execute("PRAGMA journal_mode=DELETE")
+    except sqlite3.OperationalError:
+        pass  # it is being read again; the next start will do
+    finally:
+        database.close()
 
 
 def _set_up(database: sqlite3.Connection, header: RecordingHeader) -> None:

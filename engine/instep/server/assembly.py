@@ -15,6 +15,7 @@ from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.model.network import Network
 from instep.model.numerics import numerics
+from instep.recording import family
 from instep.recording.errors import RecordingError
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
@@ -161,8 +162,11 @@ def _recording(
     path = config.recording.file
     assert path is not None
     header = recording_header(prepared, config)
-    if not path.exists() or path.stat().st_size == 0:
+    files = family.members(path, may_be_damaged=True)
+    if not files:
         return RecordingWriter.create(path, header), None
+    if streams.cold is not None:
+        streams.cold.live = lambda: files[-1].path
     writer, recovery = go_on(
         path, header, streams.table, streams.rings, stepper, accept_numerics_change=accept_numerics_change
     )

@@ -13,7 +13,6 @@ from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
 from instep.recording.errors import RecordingError
-from instep.recording.reader import RecordingReader
 from instep.recording.records import StateReset
 from instep.recording.recovery import OpenStream, ReplayStep, read_recovery
 from instep.recording.schema import OWNER_EVENT, RecordingHeader, owner_detail
@@ -48,7 +47,7 @@ def go_on(
     """Put the open streams of a recording into an engine that serves nobody yet, and go on writing it.
 
     Args:
-        path: the recording.
+        path: the recording's first file, or where that was; the newest is gone on with.
         header: what the engine says of itself now.
         table: the streams, none open.
         rings: their frames.
@@ -60,9 +59,8 @@ def go_on(
             streams than fit, or the replay gives other outputs than were recorded.
     """
     began = time.perf_counter()
-    with RecordingReader(path) as reader:
-        changed = reader.engines[-1].header.numerics != header.numerics
     writer = RecordingWriter.resume(path, header, accept_numerics_change)
+    path, changed = writer.path, writer.numerics_changed
     try:
         with read_recovery(path, lambda _: None, with_states=table.keeping.max_changed is None) as recovered:
             replay = _Replay(path, table, rings, stepper, check_outputs=not changed)

@@ -14,7 +14,9 @@ import structlog
 from instep.config import Config
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
+from instep.recording import family
 from instep.recording.recorder import Recorder
+from instep.recording.retention import Retention
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Worker
@@ -26,6 +28,7 @@ from instep.server.lifecycle import AT_ONCE, Lifecycle
 from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
 from instep.server.recovery import Recovery
+from instep.server.rotation import Rotation
 from instep.server.snapshots import Snapshots
 from instep.server.statistics import Statistics
 from instep.server.tap import Tap
@@ -133,10 +136,23 @@ class Server:
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
         target_ns = round(config.recording.recovery_target_s * 1e9)
         self._snapshots = Snapshots(table, rings, stepper, self._worker, tap, self._step_failed, target_ns)
-        self._snapshots.on_committed = self.lifecycle.room_again
+        self._snapshots.on_committed = self._snapshot_committed
         self.engine.on_changed = self._snapshots.take_if_due
         self.engine.on_no_room = self.lifecycle.on_no_room = self._snapshots.take_now
         self._cold = streams.cold
+        self._rotation = Rotation(
+            table,
+            rings,
+            stepper,
+            self._worker,
+            tap,
+            self._snapshots,
+            self._step_failed,
+            config.recording.max_bytes,
+            round(config.recording.max_age_s * 1e9),
+            began_ns=time.monotonic_ns() - _age_ns(writer),
+        )
+        self._rotation.on_state_lost = self.engine.on_state_lost
         self._verbs = Verbs(
             self.engine, self.lifecycle, tap, self._clients, self._postbox, self.info, self._limits, self.statistics
         )
@@ -247,8 +263,17 @@ class Server:
             self._postbox.probe(now_ns)
         if self._ticks % _HOUSEKEEPING_TICKS == 0 or self._evicts_more:
             self._evict()
+        self._rotate_if_due(now_ns)
         self._snapshots.take_if_due()
         self._pump()
+
+    def _rotate_if_due(self, now_ns: int) -> None:
+        if self._rotation.is_due(now_ns) and not self.engine.draining:
+            self._rotation.begin(now_ns)
+
+    def _snapshot_committed(self) -> None:
+        self._rotate_if_due(time.monotonic_ns())  # before the next snapshot, where one comes after the other
+        self.lifecycle.room_again()
 
     def _evict(self) -> None:
         """End streams that were silent for too long; where there are many, some now and more at the next tick."""
@@ -329,6 +354,21 @@ class Server:
             on_room=lambda: self._hand_back(lambda: self.engine.schedule()),
             on_failure=lambda error: self._hand_back(lambda: self._recording_failed(error)),
             on_durable=lambda ticket: self._hand_back(lambda: self._tap.durable(ticket)),
+            retention=self._retention(writer),
+            on_rotated=lambda path: self._log.info("recording goes on", file=str(path)),
+        )
+
+    def _retention(self, writer: RecordingWriter) -> Retention | None:
+        recording = self.config.recording
+        if not (recording.keep_bytes or recording.keep_s):
+            return None
+        return Retention(
+            family.members(writer.base, may_be_damaged=True),
+            recording.keep_bytes,
+            round(recording.keep_s * 1e9),
+            time.time_ns,
+            on_removed=lambda path, size: self._log.info("recording removed", file=str(path), bytes=size),
+            on_kept=lambda path, error: self._log.warning("recording not removed", file=str(path), error=str(error)),
         )
 
     def _recording_failed(self, error: Exception) -> None:
@@ -336,3 +376,8 @@ class Server:
 
     def _step_failed(self, error: Exception | None, streams: int) -> None:
         self._log.error("step failed", error=repr(error), streams=streams)
+
+
+def _age_ns(writer: RecordingWriter | None) -> int:
+    """How long ago the newest file of the recording began."""
+    return 0 if writer is None else max(time.time_ns() - writer.began.created_ns, 0)

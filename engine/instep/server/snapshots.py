@@ -119,13 +119,19 @@ class Snapshots:
         return there
 
     def _rows(self, slots: I64, streams: I64, states: F32) -> StateRows:
-        table, rings = self._table, self._rings
         good = self._are_open(slots, streams)
-        slots = slots[good]
-        seqs = table.step_seq[slots]  # steps submitted before the reading have been handed back before it
-        first = np.maximum(np.maximum(table.acked[slots], seqs - rings.window), table.first_seq[slots])
-        tail, _ = rings.stretches(slots, first, seqs - first)
-        return StateRows(streams[good], seqs, states[good], first, rings.x[tail], rings.y[tail])
+        return state_rows(self._table, self._rings, slots[good], states[good])
+
+
+def state_rows(table: StreamTable, rings: Rings, slots: I64, states: F32) -> StateRows:
+    """States that were just read, float32 [N, layers, size], of the open streams in `slots`, with what belongs to them.
+
+    Steps that were submitted before the reading have been handed back before it.
+    """
+    seqs = table.step_seq[slots]
+    first = np.maximum(np.maximum(table.acked[slots], seqs - rings.window), table.first_seq[slots])
+    tail, _ = rings.stretches(slots, first, seqs - first)
+    return StateRows(table.recording_id[slots], seqs, states, first, rings.x[tail], rings.y[tail])
 
 
 def _joined(parts: list[StateRows]) -> StateRows:

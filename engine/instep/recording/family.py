@@ -1,0 +1,127 @@
+"""The files of one recording: the first has its name, those that follow it carry their number beside it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from instep.recording.errors import RecordingError
+from instep.recording.reader import RecordingReader
+from instep.recording.schema import RecordingHeader
+
+_UNFINISHED: Final = "-new"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of a recording."""
+
+    path: Path
+    header: RecordingHeader
+
+
+def member_path(base: Path, number: int) -> Path:
+    """Where the file of that number lies: `r.instep`, then `r-000002.instep`, `r-000003.instep` and so on."""
+    return base if number == 1 else base.with_name(f"{base.stem}-{number:06d}{base.suffix}")
+
+
+def base_of(path: Path) -> Path:
+    """The name of the first file where the name of this one carries a number; else its own."""
+    stem, dash, digits = path.stem.rpartition("-")
+    if not (stem and dash and digits.isascii() and digits.isdecimal()):
+        return path
+    base = path.with_name(f"{stem}{path.suffix}")
+    number = _number_in(path, base)
+    return base if number > 1 and member_path(base, number) == path else path
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where a following file lies until it is complete."""
+    return Path(f"{path}{_UNFINISHED}")
+
+
+def members(base: Path, *, may_be_damaged: bool = False) -> list[Member]:
+    """The files of the recording of that name that are there, in order.
+
+    A file is one of them when its header says so; that another recording is called alike does not matter.
+
+    Args:
+        base: the name of the first.
+        may_be_damaged: leave out files that cannot be read, unless one of them would be the newest.
+
+    Raises:
+        RecordingError: when one cannot be read, or files of two recordings have the names of one.
+    """
+    found, unreadable = [], []
+    for path in _names(base):
+        try:
+            with RecordingReader(path) as reader:
+                member = Member(path, reader.header)
+        except RecordingError as error:
+            unreadable.append((path, error))
+        else:
+            if path == base or member_path(base, member.header.number) == path:
+                found.append(member)
+    found.sort(key=lambda member: member.header.number)
+    newest = found[-1].header.number if found else 0
+    for path, problem in reversed(unreadable):
+        if not may_be_damaged or _number_in(path, base) > newest:
+            raise problem
+    for member in found[1:]:
+        if member.header.family != found[0].header.family:
+            raise RecordingError(
+                f"{member.path} and {found[0].path} are files of different recordings, though their names are those of "
+                "one; move one of them to another folder"
+            )
+    return found
+
+
+def remove_unfinished(base: Path) -> None:
+    """Remove what a crash left of following files that were not complete; only for who holds the writer's lock."""
+    for path in _beside(base):
+        of = path.with_name(path.name.removesuffix(_UNFINISHED))
+        if of not in (path, base) and base_of(of) == base:
+            path.unlink()
+
+
+def put_in_place(unfinished: Path, path: Path) -> None:
+    """Give a complete file its name, so that a loss of power leaves all of it there or none.
+
+    Raises:
+        RecordingError: when another file has that name.
+        OSError: when the disk does not do it.
+    """
+    _sync(unfinished, os.O_RDWR)
+    if path.exists():
+        raise RecordingError(f"the recording cannot go on in {path}, which is another file; move that away")
+    unfinished.rename(path)
+    _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    file = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _number_in(path: Path, base: Path) -> int:
+    """The number in the name of a file of the recording."""
+    return 1 if path == base else int(path.stem.rpartition("-")[2])
+
+
+def _names(base: Path) -> list[Path]:
+    """Files that may be of the recording, by their names."""
+    numbered = [path for path in _beside(base) if path != base and base_of(path) == base and path.is_file()]
+    # A file that was just created is empty: nobody has recorded anything in it.
+    return [base, *numbered] if base.is_file() and base.stat().st_size else numbered
+
+
+def _beside(base: Path) -> list[Path]:
+    try:
+        return sorted(path for path in base.parent.iterdir() if path.name.startswith(base.stem))
+    except OSError:
+        return []  # whoever opens the file says why it cannot be

@@ -1,0 +1,153 @@
+"""Rotation: the recording goes on in another file, cut exactly between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from instep.core.rings import Rings
+from instep.core.streams import NO_OWNER, StreamTable
+from instep.core.typing import F32, I64
+from instep.runtime.errors import StateLost
+from instep.runtime.stepper import Stepper
+from instep.runtime.worker import Job, Worker
+from instep.server.snapshots import Snapshots, state_rows
+from instep.server.tap import Tap
+
+_AT_ONCE = 4096
+"""States read in one job of the worker."""
+AGAIN_NS: Final = 10**9
+"""After states could not be read, it is tried again so much later."""
+
+
+class Rotation:
+    """Cuts the recording when the newest file is large or old enough.
+
+    From `begin` on no step is submitted, and no message is handled. Steps under way are handed back before the first
+    states, since the worker does one job after another, so a state that was read stays true, but for resets that were
+    under way. Once the states of all open streams have been read, they are handed over in one go: what was recorded
+    before is the old file, and the new one begins with them. Until the recording holds it, it counts as a snapshot that
+    is under way, since it is one of all states.
+
+    Args:
+        table: the streams.
+        rings: their frames.
+        stepper: the states.
+        worker: runs the stepper.
+        tap: what is paused, and where the states go.
+        snapshots: of which none may be under way.
+        log_failure: told of states that could not be read.
+        max_bytes: the file is due when so much was written since it began; 0 for never.
+        max_age_ns: it is due when it began so long ago; 0 for never.
+        began_ns: when it began, on the clock that `is_due` is asked with.
+    """
+
+    def __init__(
+        self,
+        table: StreamTable,
+        rings: Rings,
+        stepper: Stepper,
+        worker: Worker,
+        tap: Tap,
+        snapshots: Snapshots,
+        log_failure: Callable[[Exception | None, int], None],
+        max_bytes: int,
+        max_age_ns: int,
+        began_ns: int,
+    ) -> None:
+        self._table = table
+        self._rings = rings
+        self._stepper = stepper
+        self._worker = worker
+        self._tap = tap
+        self._snapshots = snapshots
+        self._log_failure = log_failure
+        self._max_bytes = max_bytes
+        self._max_age_ns = max_age_ns
+        self._began_ns = began_ns
+        self._not_before_ns = began_ns
+        self._cut_at = 0
+        """The ticket of the newest file's first rows; nothing was added to it while that is the newest ticket."""
+        self.on_state_lost: Callable[[I64], None] = lambda slots: None
+        """Called with the slots of open streams whose states turned out to be gone."""
+
+    def is_due(self, now_ns: int) -> bool:
+        """Whether the newest file is large or old enough, something was added to it, and no snapshot is under way."""
+        if self._snapshots.is_under_way or self._tap.newest == self._cut_at or now_ns < self._not_before_ns:
+            return False
+        is_old = 0 < self._max_age_ns <= now_ns - self._began_ns
+        return is_old or 0 < self._max_bytes <= self._tap.grown_bytes
+
+    def begin(self, now_ns: int) -> None:
+        """Pause, read, cut."""
+        self._snapshots.is_under_way = self._tap.is_paused = True
+        table, tap, network = self._table, self._tap, self._stepper.network
+        read_of = np.zeros(len(table.owner), np.int64)
+        """By slot, the number of the stream whose state was read."""
+        states: F32 = np.empty((len(table.owner), network.state_layers, network.state_size), np.float32)
+
+        def forget(slots: I64) -> None:
+            read_of[slots] = 0
+
+        def go_on() -> None:
+            open_now = np.flatnonzero(table.owner != NO_OWNER)
+            missing = open_now[read_of[open_now] != table.recording_id[open_now]][:_AT_ONCE]
+            if table.lost[open_now].any():  # it is about to close; the file goes on until the next time
+                self._give_up(now_ns)
+            elif len(missing):
+                read(missing)
+            else:
+                self._cut(open_now, states, now_ns)
+
+        def read(slots: I64) -> None:
+            streams = table.recording_id[slots]
+
+            def done(found: F32 | None, error: Exception | None) -> None:
+                if found is None:
+                    self._log_failure(error, len(slots))
+                    self._give_up(now_ns)
+                    self._lose(error)
+                    return
+                states[slots], read_of[slots] = found, streams
+                go_on()
+
+            # States that were given at an opening may be in the recording alone, once it is committed.
+            tap.when_committed(tap.newest, lambda: self._worker.submit(Job(lambda: self._stepper.read(slots), done)))
+
+        tap.on_reset = forget
+        go_on()
+
+    def _cut(self, slots: I64, states: F32, now_ns: int) -> None:
+        slots = slots[np.argsort(self._table.recording_id[slots], kind="stable")]
+        keeping, tap = self._table.keeping, self._tap
+        changed = keeping.take()
+        tap.rotate(slots, state_rows(self._table, self._rings, slots, states[slots]))
+        self._cut_at = tap.newest
+        self._began_ns = now_ns
+        self._go_on()
+
+        def committed() -> None:
+            keeping.committed(changed)
+            self._snapshots.is_under_way = False
+            self._snapshots.on_committed()
+
+        tap.when_committed(tap.newest, committed)
+
+    def _give_up(self, now_ns: int) -> None:
+        """Nothing was cut."""
+        self._not_before_ns = now_ns + AGAIN_NS
+        self._snapshots.is_under_way = False
+        self._go_on()
+        self._snapshots.on_committed()  # what waits for one asks for another
+
+    def _lose(self, error: Exception | None) -> None:
+        """The recording does not hold states that it alone should."""
+        if isinstance(error, StateLost) and error.slots is not None:
+            self._table.lost[error.slots] = True
+            self.on_state_lost(error.slots[~self._table.closing[error.slots]])
+
+    def _go_on(self) -> None:
+        self._tap.on_reset = lambda slots: None
+        self._tap.is_paused = False
