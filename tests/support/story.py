@@ -11,6 +11,7 @@ import numpy as np
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
+from instep.recording.carried import Carried
 from instep.recording.schema import Durability, RecordingHeader, owner_detail
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
@@ -220,6 +221,32 @@ class Story:
         if self._rng.random() < 0.5:
             self.step(self._open())
         self._answer()
+        self.writer.snapshot(self._now(), through, self._states(streams))
+
+    def rotate(self) -> None:
+        """It goes on in another file."""
+        self._answer()
+        streams = self._open()
+        owners = [self._lives[stream].owners[-1] for stream in streams]
+        self.writer = self.writer.follow(
+            self._now(),
+            Carried(
+                self._states(streams),
+                [self._lives[stream].name for stream in streams],
+                np.array([epoch for _, epoch, _, _ in owners], np.uint64),
+                np.array([former for _, _, former, _ in owners], np.uint64),
+                np.array([granted for _, _, _, granted in owners], np.int64),
+                np.zeros(len(streams), np.bool_),
+                np.array([self._lives[stream].first_seq for stream in streams], np.int64),
+                len(self._lives),
+                self._epoch,
+            ),
+        )
+        self._dirty.clear()
+        self._last_inputs = self.writer.position
+
+    def _states(self, streams: list[int]) -> StateRows:
+        """With the frames that their clients may not have."""
         seqs = np.array([self._seq(stream) for stream in streams], np.int64)
         first = []
         for stream, seq in zip(streams, seqs.tolist(), strict=True):
@@ -233,17 +260,13 @@ class Story:
         ]
         x = np.array([frame.x for good, _, tail in tails for frame in good[tail]], np.float32)
         y = np.array([row for _, rows, tail in tails for row in rows[tail]], np.float32)
-        self.writer.snapshot(
-            self._now(),
-            through,
-            StateRows(
-                np.array(streams, np.int64),
-                seqs,
-                self._stepper.read(np.array(streams, np.int64)),
-                np.array(first, np.int64),
-                x.reshape(-1, FEATURES),
-                y.reshape(-1, HIDDEN),
-            ),
+        return StateRows(
+            np.array(streams, np.int64),
+            seqs,
+            self._stepper.read(np.array(streams, np.int64)),
+            np.array(first, np.int64),
+            x.reshape(-1, FEATURES),
+            y.reshape(-1, HIDDEN),
         )
 
     def _inputs(self, streams: list[int]) -> F32:

@@ -57,12 +57,15 @@ class RecordingFile:
         except OSError as error:
             raise RecordingError(f"cannot read the recording {path}: {error.strerror}") from None
         # Left in WAL mode and without a WAL, nobody writes it; it may lie where no file can be made beside it.
-        alone = start[_READ_VERSION_OFFSET] == _IN_WAL_MODE and not Path(f"{path}-wal").exists()
+        beside = any(Path(f"{path}{suffix}").exists() for suffix in ("-wal", "-journal"))
+        alone = start[_READ_VERSION_OFFSET] == _IN_WAL_MODE and not beside
         expected = int.from_bytes(start[28:32]) * PAGE_BYTES
         if alone and length < expected and int.from_bytes(start[16:18]) == PAGE_BYTES:
             raise self.damaged(f"it ends after {length:,} of {expected:,} bytes")
         with self._reading("is not a recording, or is damaged"):
-            uri = f"file:{quote(str(path.absolute()))}?mode={'ro&immutable=1' if alone else 'ro'}"
+            # A writer that was killed as it put the WAL away left a journal, which SQLite undoes before anything else.
+            writable = "rw" if Path(f"{path}-journal").exists() else "ro"
+            uri = f"file:{quote(str(path.absolute()))}?mode={'ro&immutable=1' if alone else writable}"
             self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
         try:
             with self._reading("is not a recording, or is damaged"):
