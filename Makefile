@@ -1,7 +1,8 @@
 # What a newcomer needs: `make demo` and `make test`. Each sets up .venv by itself; the second time it is quick.
 
 PYTHON ?= python3
-ROUNDS ?= 20
+ROUNDS ?= 200
+RESETS ?= 100
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -37,8 +38,9 @@ format: $(READY)  ## Format the code and fix what can be fixed
 bench: $(READY)  ## Measure serving against stepping streams one by one
 	$(BIN)/instep bench
 
-chaos: $(READY)  ## Kill the server ROUNDS times under load and compare every output
-	$(BIN)/python -m tests.chaos --rounds $(ROUNDS)
+chaos: $(READY)  ## Kill the server ROUNDS times and break RESETS connections under load, and compare every output
+	$(BIN)/python -m tests.chaos --kills $(ROUNDS)
+	$(BIN)/python -m tests.chaos --resets $(RESETS)
 
 clean:  ## Remove .venv and everything made by the targets above
 	rm -rf $(VENV) demo-out build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

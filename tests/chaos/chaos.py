@@ -1,35 +1,34 @@
-"""Kill -9 under load: a server that dies at random, clients that go on, and a verdict on every output.
+"""A server that dies at random, connections that break in the middle of a message, and a verdict on every output.
 
-`run` streams to a server in a process of its own, kills that process at random moments, starts it again on the same
-recording and the same port, and at the end compares everything with `nn.GRU` over the whole of what was sent.
+`run` streams to a server in a process of its own, kills that process at random moments and starts it again on the same
+recording and the same port, or breaks connections, and at the end holds everything that clients got against `nn.GRU`
+over the whole of what they sent, and against what the recording says that they sent.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import random
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from instep.core.typing import F32
-from instep.model.folder import write_model
-from instep_client import AsyncClient, AsyncGroup
+from instep.recording.reader import RecordingReader
+from instep_client import AsyncClient
+from tests.chaos.load import Kept, Load
 from tests.chaos.proxy import Proxy
+from tests.chaos.repeater import Repeater
+from tests.chaos.victim import Victim
 from tests.support.models import SMALL, whole
+from tests.support.warm import warm_instep
 
-GROUPS, STREAMS = 4, 8
 LEAST_STEPS = 5
 """Steps that every group must make between two kills."""
-_START_TIMEOUT_S = 60.0
+MOST_RECOVERY_S = 1.0
 _PROGRESS_TIMEOUT_S = 60.0
 
 
@@ -37,202 +36,180 @@ _PROGRESS_TIMEOUT_S = 60.0
 class Outcome:
     """What a run found."""
 
-    rounds: int = 0
-    frames: int = 0
+    kills: int = 0
     resets: int = 0
-    wrong_outputs: int = 0
+    outputs: int = 0
+    """Outputs that clients got."""
+    lost: int = 0
+    """Frames that were answered and that the recording, or a server that was started again, does not have."""
+    differing: int = 0
+    """Outputs that are not those of `nn.GRU` over all that was sent."""
+    repeated: int = 0
+    """Outputs that came more than once."""
+    repeated_otherwise: int = 0
+    """Those of them that were others then."""
     wrong_states: int = 0
+    """Final states that are not those of `nn.GRU`."""
     recovery_s: list[float] = field(default_factory=list)
-    verify_status: int = -1
+    """What each start took to load and to replay the recording."""
+    away_s: list[float] = field(default_factory=list)
+    """From each kill until every group had an answer again."""
+    verify_status: int | None = None
 
     @property
     def passed(self) -> bool:
         """Whether nothing was lost, nothing differs, and the recording verifies."""
-        return self.wrong_outputs == 0 and self.wrong_states == 0 and self.verify_status == 0
+        wrong = self.lost + self.differing + self.repeated_otherwise + self.wrong_states
+        return wrong == 0 and self.outputs > 0 and self.repeated > 0 and self.verify_status == 0
+
+    @property
+    def recovery_p99_s(self) -> float:
+        """The 99th percentile of `recovery_s`; 0 without kills."""
+        return _p99(self.recovery_s)
 
     def line(self) -> str:
         """One line of summary."""
-        p99 = float(np.percentile(self.recovery_s, 99)) if self.recovery_s else 0.0
-        verdict = "passed" if self.passed else "FAILED"
+        times = ""
+        if self.kills:
+            times = (
+                f"recovery p99 {self.recovery_p99_s:.3f} s, answers again p99 {_p99(self.away_s):.2f} s after a kill; "
+            )
         return (
-            f"{verdict}: {self.rounds} kills, {self.resets} connections reset, {self.frames} frames answered, "
-            f"{self.wrong_outputs} outputs differ from nn.GRU over the whole recording, {self.wrong_states} final "
-            f"states differ, recovery p99 {p99:.3f} s, instep verify exits {self.verify_status}"
+            f"{'passed' if self.passed else 'FAILED'}: {self.kills} kills, {self.resets} connections reset; of "
+            f"{self.outputs} outputs {self.lost} lost, {self.differing} differ from the replay of the whole; of "
+            f"{self.repeated} that came again {self.repeated_otherwise} differ; {self.wrong_states} final states "
+            f"differ; {times}instep verify exits {self.verify_status}"
         )
-
-
-class Victim:
-    """A server process on one port and one recording, started and killed again and again.
-
-    Args:
-        folder: for its model, its recording and its log.
-        durability: what answers wait for.
-        arguments: further arguments of `instep serve`.
-    """
-
-    def __init__(
-        self, folder: Path, durability: str, arguments: Sequence[str] = ("--set", "recording.recovery_target_s=0.05")
-    ) -> None:
-        write_model(folder / "model", SMALL)
-        self.recording = folder / "recording.db"
-        self.endpoint = f"tcp://127.0.0.1:{_free_port()}"
-        self._command = [
-            *(sys.executable, "-m", "instep", "serve", str(folder / "model"), "--endpoint", self.endpoint),
-            *("--record", str(self.recording), "--durability", durability, "--set", "log.format=json"),
-            *arguments,
-        ]
-        self._log = folder / "server.log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    async def start(self) -> dict[str, Any]:
-        """Start it; what it says of itself when it is ready."""
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)  # noqa: ASYNC220 (a fork takes no time)
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            for line in self._log.read_text().splitlines():
-                if line.startswith("{") and (said := json.loads(line))["event"] == "serving":
-                    ready: dict[str, Any] = said
-                    return ready
-            await asyncio.sleep(0.01)
-        raise RuntimeError(f"the server did not start: {self._log.read_text()}")
-
-    def kill(self) -> None:
-        """Kill -9."""
-        assert self._process is not None
-        assert self._process.poll() is None, self._log.read_text()
-        self._process.kill()
-        self._process.wait()
-
-    def close(self) -> None:
-        """See that it is gone, whatever became of it."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-
-    def stop(self) -> None:
-        """Ask it to end, and wait."""
-        assert self._process is not None
-        self._process.terminate()
-        status = self._process.wait(timeout=_START_TIMEOUT_S)
-        assert status == 0, self._log.read_text()
-
-
-class Load:
-    """Groups of streams in closed loop, each output kept."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._groups: list[AsyncGroup] = []
-        self._sent: list[list[F32]] = [[] for _ in range(GROUPS)]
-        self._got: list[list[F32]] = [[] for _ in range(GROUPS)]
-        self._stops = False
-
-    @property
-    def steps(self) -> list[int]:
-        """Steps that each group has had answered."""
-        return [len(got) for got in self._got]
-
-    async def open(self, client: AsyncClient) -> None:
-        """Open the streams."""
-        for index in range(GROUPS):
-            self._groups.append(await client.open_group([f"{index}-{number}" for number in range(STREAMS)]))
-
-    async def run(self) -> None:
-        """Send until `stop`."""
-        await asyncio.gather(*(self._drive(index) for index in range(GROUPS)))
-
-    async def _drive(self, index: int) -> None:
-        timesteps = index + 1  # blocks of one timestep and of several
-        while not self._stops:
-            x = self._rng.standard_normal((timesteps, STREAMS, 5)).astype(np.float32)
-            self._sent[index].append(x)
-            self._got[index].append(await self._groups[index].step(x))
-
-    def stop(self) -> None:
-        """Let every group end with the step it is in."""
-        self._stops = True
-
-    async def compare(self, outcome: Outcome) -> None:
-        """Close the streams; hold outputs and final states against `nn.GRU` over everything that was sent."""
-        for group, sent, got in zip(self._groups, self._sent, self._got, strict=True):
-            finals = await group.close()
-            x, y = np.concatenate(sent), np.concatenate(got)
-            outcome.frames += x.shape[0] * x.shape[1]
-            for column in range(STREAMS):
-                expected, final = whole(SMALL, x[:, column])
-                outcome.wrong_outputs += int((expected != y[:, column]).any(axis=1).sum())
-                outcome.wrong_states += int((final != finals[column]).any())
 
 
 async def run(
     folder: Path,
-    rounds: int,
+    kills: int,
     seed: int,
     *,
     durability: str = "commit",
     resets: int = 0,
-    on_round: Callable[[], object] = lambda: None,
+    on_event: Callable[[], object] = lambda: None,
 ) -> Outcome:
-    """Kill the server `rounds` times under load, and with `resets` break that many connections on the way.
+    """Kill the server `kills` times under load, then break at least `resets` connections.
+
+    Args:
+        folder: for everything.
+        kills: how often to kill.
+        seed: decides when.
+        durability: what answers wait for.
+        resets: how many connections to break.
+        on_event: called after each of them.
 
     Raises:
-        AssertionError: when a group makes no progress between two kills.
+        AssertionError: when a group makes no progress between two kills or resets, or anything is refused.
     """
     random_ = random.Random(seed)
-    outcome, victim, load = Outcome(), Victim(folder, durability), Load(seed)
-    await victim.start()
-    async with Proxy(victim.endpoint, random_, enabled=resets > 0) as proxy:
-        async with AsyncClient(proxy.endpoint, timeout_s=5.0, reconnect_s=_PROGRESS_TIMEOUT_S) as client:
-            await load.open(client)
-            running = asyncio.create_task(load.run())
-            try:
-                while outcome.rounds < rounds:
-                    await _progress(load, running)
-                    await asyncio.sleep(random_.uniform(0, 0.15))
-                    victim.kill()
-                    outcome.rounds += 1
-                    ready = await victim.start()
-                    outcome.recovery_s.append(float(ready["recovery_s"]))
-                    on_round()
-                while proxy.resets < resets:
-                    await _progress(load, running)
-                    on_round()
-                await _progress(load, running)
-            finally:
-                load.stop()
-            proxy.behave()
-            await running
-            await load.compare(outcome)
-        outcome.resets = proxy.resets
-    victim.stop()
-    verify = [sys.executable, "-m", "instep", "verify", str(victim.recording)]
-    outcome.verify_status = (await _wait(verify))[0]
+    outcome, load, repeater = Outcome(), Load(seed), Repeater(seed)
+    with contextlib.closing(Victim(folder, durability)) as victim:
+        await victim.start()
+        async with Proxy(victim.endpoint, random_) as proxy:
+            endpoint = proxy.endpoint if resets else victim.endpoint
+            async with AsyncClient(endpoint, timeout_s=5.0, reconnect_s=_PROGRESS_TIMEOUT_S) as client:
+                await load.open(client)
+                await repeater.open(endpoint)
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(load.run())
+                    group.create_task(repeater.run(endpoint))
+                    await _kill(victim, kills, random_, load, repeater, outcome, on_event)
+                    proxy.misbehave()
+                    while proxy.resets < resets:
+                        broken = proxy.resets
+                        await _progress(load, repeater)
+                        for _ in range(broken, proxy.resets):
+                            on_event()
+                    proxy.behave()
+                    await _progress(load, repeater)
+                    load.stop()
+                    repeater.stop()
+            outcome.resets = proxy.resets
+        victim.stop()
+        _judge([*load.kept, repeater.kept], victim.recording, outcome)
+    outcome.lost += repeater.lost
+    outcome.repeated, outcome.repeated_otherwise = repeater.repeated, repeater.differing
+    outcome.verify_status = await _verify(victim.recording, folder / "verify.log")
     return outcome
 
 
-async def _progress(load: Load, running: Awaitable[None]) -> None:
+async def _kill(
+    victim: Victim,
+    kills: int,
+    random_: random.Random,
+    load: Load,
+    repeater: Repeater,
+    outcome: Outcome,
+    on_event: Callable[[], object],
+) -> None:
+    for _ in range(kills):
+        await _progress(load, repeater)
+        await asyncio.sleep(random_.uniform(0, 0.15))
+        victim.kill()
+        killed = time.monotonic()
+        outcome.kills += 1
+        ready = await victim.start()
+        outcome.recovery_s.append(float(ready["recovery_s"]))
+        await _progress(load, repeater, steps=1)
+        outcome.away_s.append(time.monotonic() - killed)
+        on_event()
+
+
+async def _progress(load: Load, repeater: Repeater, steps: int = LEAST_STEPS) -> None:
     """Until every group has made some steps more."""
-    assert isinstance(running, asyncio.Task)
-    target = [steps + LEAST_STEPS for steps in load.steps]
+    target = [made + steps for made in _steps(load, repeater)]
     deadline = time.monotonic() + _PROGRESS_TIMEOUT_S
-    while any(steps < least for steps, least in zip(load.steps, target, strict=True)):
-        if running.done():
-            running.result()
-        assert time.monotonic() < deadline, f"no progress: {load.steps} steps, {target} were expected"
+    while any(made < least for made, least in zip(_steps(load, repeater), target, strict=True)):
+        assert time.monotonic() < deadline, f"no progress: {_steps(load, repeater)} steps, {target} were expected"
         await asyncio.sleep(0.002)
 
 
-async def _wait(command: list[str]) -> tuple[int, bytes]:
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    said = (await process.communicate())[0]
-    assert process.returncode is not None
-    return process.returncode, said
+def _steps(load: Load, repeater: Repeater) -> list[int]:
+    return [*load.steps, len(repeater.kept.got)]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _judge(all_kept: list[Kept], recording: Path, outcome: Outcome) -> None:
+    """Hold what clients sent and got against `nn.GRU` and against the recording."""
+    recorded = _recorded(recording)
+    for kept in all_kept:
+        sent, got = np.concatenate(kept.sent), np.concatenate(kept.got)
+        assert len(sent) == len(got)
+        assert kept.finals is not None
+        for column, name in enumerate(kept.names):
+            expected, final = whole(SMALL, sent[:, column])
+            outcome.outputs += len(got)
+            outcome.differing += int((expected.view(np.int32) != got[:, column].view(np.int32)).any(axis=1).sum())
+            outcome.wrong_states += int((final.view(np.int32) != kept.finals[column].view(np.int32)).any())
+            frames = recorded.get(name, {})
+            outcome.lost += sum(frames.get(seq) != x.tobytes() for seq, x in enumerate(sent[:, column]))
+            assert len(frames) <= len(sent), f"stream {name!r} has frames in the recording that nobody sent"
+
+
+def _recorded(recording: Path) -> dict[str, dict[int, bytes]]:
+    """The inputs in a recording by stream and seq.
+
+    Raises:
+        AssertionError: when a frame is there twice.
+    """
+    frames: dict[str, dict[int, bytes]] = {}
+    with RecordingReader(recording) as reader:
+        names = {info.stream: info.name for info in reader.streams()}
+        for batch in reader.batches():
+            for stream, seq, x in zip(batch.streams.tolist(), batch.seqs.tolist(), batch.x, strict=True):
+                of_stream = frames.setdefault(names[stream], {})
+                assert seq not in of_stream, f"frame {seq} of stream {names[stream]!r} was applied twice"
+                of_stream[seq] = x.tobytes()
+    return frames
+
+
+async def _verify(recording: Path, log: Path) -> int | None:
+    process = await asyncio.to_thread(warm_instep, ("verify", str(recording)), log)
+    await asyncio.to_thread(process.join)
+    return process.exitcode
+
+
+def _p99(values: list[float]) -> float:
+    return float(np.percentile(values, 99)) if values else 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from instep.core.typing import F32, U64
-from tests.chaos.chaos import Victim
+from tests.chaos.victim import Victim
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 

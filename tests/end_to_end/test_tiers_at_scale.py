@@ -14,7 +14,7 @@ import torch
 from instep.core.typing import F32, I64, U64
 from instep.model.folder import write_model
 from instep.server.child import ChildServer
-from tests.chaos.chaos import Victim
+from tests.chaos.victim import Victim
 from tests.support.models import SMALL, torch_gru
 from tests.support.raw import RawClient, Reply
 from tests.support.traffic import assert_same_bits

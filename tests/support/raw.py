@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -73,11 +73,15 @@ class Reply:
 class RawClient:
     """One connection."""
 
-    def __init__(self, endpoint: str, *, identity: bytes | None = None) -> None:
+    def __init__(
+        self, endpoint: str, *, identity: bytes | None = None, options: Mapping[zmq.SocketOption, int] | None = None
+    ) -> None:
         self._context = zmq.asyncio.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)
+        for option, value in (options or {}).items():
+            self.socket.setsockopt(option, value)
         if identity is not None:
             self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.connect(endpoint)

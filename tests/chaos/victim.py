@@ -1,0 +1,91 @@
+"""A server that is killed and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from instep.model.folder import write_model
+from tests.support.models import SMALL
+from tests.support.warm import warm_instep
+
+_PATIENCE_S = 60.0
+
+
+class Victim:
+    """A server process on one port and one recording, started and killed again and again.
+
+    Args:
+        folder: for its model, its recording and its log.
+        durability: what answers wait for.
+        arguments: further arguments of `instep serve`.
+    """
+
+    def __init__(
+        self, folder: Path, durability: str, arguments: Sequence[str] = ("--set", "recording.recovery_target_s=0.05")
+    ) -> None:
+        write_model(folder / "model", SMALL)
+        self.recording = folder / "recording.db"
+        self._held = _held_port()
+        self.endpoint = f"tcp://127.0.0.1:{self._held.getsockname()[1]}"
+        self._arguments = [
+            *("serve", str(folder / "model"), "--endpoint", self.endpoint),
+            *("--record", str(self.recording), "--durability", durability, "--set", "log.format=json"),
+            *arguments,
+        ]
+        self._log = folder / "server.log"
+        self._process: ForkServerProcess | None = None
+
+    async def start(self) -> dict[str, Any]:
+        """Start it; what it says of itself when it is ready."""
+        self._log.unlink(missing_ok=True)  # what is there is of its former life
+        self._process = process = await asyncio.to_thread(warm_instep, self._arguments, self._log)
+        deadline = time.monotonic() + _PATIENCE_S
+        while process.exitcode is None and time.monotonic() < deadline:
+            for line in self._said().splitlines(keepends=True):
+                if line.startswith("{") and line.endswith("\n") and (said := json.loads(line))["event"] == "serving":
+                    ready: dict[str, Any] = said
+                    return ready
+            await asyncio.sleep(0.005)
+        raise RuntimeError(f"the server did not start: {self._said()}")
+
+    def kill(self) -> None:
+        """Kill -9."""
+        assert self._process is not None
+        assert self._process.exitcode is None, self._said()
+        self._process.kill()
+        self._process.join()
+
+    def stop(self) -> None:
+        """Ask it to end, and wait."""
+        assert self._process is not None
+        self._process.terminate()
+        self._process.join(_PATIENCE_S)
+        assert self._process.exitcode == 0, self._said()
+
+    def close(self) -> None:
+        """See that it is gone, whatever became of it."""
+        if self._process is not None and self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+        self._held.close()
+
+    def _said(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+
+def _held_port() -> socket.socket:
+    """A port that nobody else is given while the server is down, and that a server can listen on all the same.
+
+    Nor can a client that tries for the dead server be given it, and so be connected with itself.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
