@@ -131,7 +131,8 @@ def state_rows(table: StreamTable, rings: Rings, slots: I64, states: F32) -> Sta
     seqs = table.step_seq[slots]
     first = np.maximum(np.maximum(table.acked[slots], seqs - rings.window), table.first_seq[slots])
     tail, _ = rings.stretches(slots, first, seqs - first)
-    return StateRows(table.recording_id[slots], seqs, states, first, rings.x[tail], rings.y[tail])
+    streams = table.recording_id[slots].astype(np.int64)
+    return StateRows(streams, seqs, states, first, rings.x[tail], rings.y[tail])
 
 
 def _joined(parts: list[StateRows]) -> StateRows:
