@@ -211,6 +211,20 @@ def test_the_wal_stays_small(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_the_wal_stays_small_over_writers_that_are_killed(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    writer = RecordingWriter.create(path, HEADER)
+    for _ in range(16):  # each writes less than is worth a checkpoint
+        writer.event(1, "long", None, "x" * (CHECKPOINT_BYTES // 4))
+        writer.commit()
+        writer.checkpoint()
+        writer.abandon()
+        assert Path(f"{path}-wal").stat().st_size < 2 * CHECKPOINT_BYTES
+        writer = RecordingWriter.resume(path, HEADER)
+    assert path.stat().st_size > CHECKPOINT_BYTES
+    writer.close()
+
+
 def test_after_a_failure_the_wal_is_left_alone(tmp_path: Path) -> None:
     # Closing the last connection would copy the WAL into the file: writing, after writing has failed.
     path = tmp_path / "a.rec"

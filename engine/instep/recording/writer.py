@@ -91,7 +91,8 @@ class RecordingWriter:
         self._guard.execute("SELECT count(*) FROM header").fetchone()
         self.numerics_changed = False
         self._in_transaction = False
-        self._bytes_in_wal = 0
+        wal = Path(f"{path}-wal")  # what a killed writer left counts too: each start has to read it
+        self._bytes_in_wal = wal.stat().st_size if wal.exists() else 0
         self._counts = {table: self._numbers(table, f"SELECT count(*) FROM {table}")[0] for table in COUNTED}
         self._with_state = set(self._numbers("states", "SELECT stream FROM states"))
         closed = "SELECT states.stream FROM states JOIN closings USING (stream)"
@@ -161,6 +162,7 @@ class RecordingWriter:
             try:
                 _set_up(database, header)
                 writer = cls(base, path, lock, database, header, began, position)
+                writer.checkpoint()  # before anything is written: SQLite begins a WAL anew only if all of it was copied
                 writer.event(time.time_ns(), RECOVERED_EVENT, position, "another process goes on")
                 if changes := changed_values(last, header):
                     writer.numerics_changed = "numerics" in changes
