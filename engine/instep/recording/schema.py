@@ -85,7 +85,10 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
+from struct import Struct
 from typing import Any, Final, Literal, TypeAlias
 
 from instep.recording.errors import RecordingError
@@ -197,9 +200,21 @@ _HEADER_TYPES: Final = {
 _SINCE_VERSION_3: Final = {"number", "first_position", "begun_ns", "last_stream", "last_epoch", "carried_bytes"}
 _RENUMBERED: Final = " with other numerics"
 _PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
-_TYPES: Final = {
-    table: [(_PYTHON_TYPES[kind.split()[0]], *(() if " " in kind else (type(None),))) for kind in columns.values()]
-    for table, columns in TABLES.items()
+
+
+def _types(declared: str) -> tuple[type, ...]:
+    """What a column holds that is declared so: it may be NULL where nothing follows its type."""
+    kind, *constraints = declared.split()
+    return (_PYTHON_TYPES[kind],) if constraints else (_PYTHON_TYPES[kind], type(None))
+
+
+_TYPES: Final = {table: set(product(*map(_types, columns.values()))) for table, columns in TABLES.items()}
+"""All types that the columns of a row may have together, by table."""
+_BYTES: Final[dict[type, Callable[[Any], bytes]]] = {
+    int: Struct("<q").pack,
+    str: str.encode,
+    bytes: bytes,
+    type(None): lambda _: b"",
 }
 
 
@@ -330,20 +345,10 @@ class RecordingHeader:
 
 def row_crc(*columns: Column) -> int:
     """The CRC-32 of a row's columns: int64 little-endian, UTF-8, bytes as they are, nothing for None."""
-    crc = 0
-    for column in columns:
-        if isinstance(column, int):
-            crc = zlib.crc32(column.to_bytes(8, "little", signed=True), crc)
-        elif isinstance(column, str):
-            crc = zlib.crc32(column.encode(), crc)
-        elif column is not None:
-            crc = zlib.crc32(column, crc)
-    return crc
+    return zlib.crc32(b"".join([_BYTES[type(column)](column) for column in columns]))
 
 
 def row_is_sound(table: str, row: tuple[Any, ...]) -> bool:
     """Whether a row of a table, its CRC last, holds what its columns declare and matches its CRC."""
-    *columns, crc = row
-    if any(type(value) not in types for value, types in zip(columns, _TYPES[table], strict=True)):
-        return False
-    return bool(crc == row_crc(*columns))
+    columns = row[:-1]
+    return tuple(map(type, columns)) in _TYPES[table] and bool(row[-1] == row_crc(*columns))
