@@ -25,7 +25,6 @@ from instep.recording.schema import (
     HISTORY,
     OWNER_EVENT,
     RECOVERED_EVENT,
-    SNAPSHOT_EVENT,
     TABLES,
     Column,
     Durability,
@@ -159,6 +158,7 @@ class MemoryWriter(RecordingWriter):
         self._changes: list[Change] = []
         self._bytes_in_wal = 0
         self._positions = {table: sorted(disk.image[table]) for table in COUNTED}
+        self._mark = next(iter(disk.image["snapshot"].values()), (0, 0, 0, 0))[:4]
         self._with_state = set(disk.image["states"])
         self._closed_with_state = [row[2] for row in disk.image["closings"].values() if row[2] in self._with_state]
 
@@ -174,15 +174,16 @@ class MemoryWriter(RecordingWriter):
         writer.event(0, RECOVERED_EVENT, writer.position, "another process goes on")
         return writer
 
-    def snapshot(self, time_ns: int, through: int, rows: StateRows) -> None:
-        counts = [sum(position <= through for position in self._positions[table]) for table in COUNTED]
-        self.event(time_ns, SNAPSHOT_EVENT, through, "")
+    def _count_until(self, table: str, position: int) -> int:
+        return sum(at <= position for at in self._positions[table])
+
+    def _replace_states(self, through: int, rows: StateRows) -> None:
         self._changes += [("states", stream, None) for stream in self._closed_with_state]
         self._with_state.difference_update(self._closed_with_state)
         self._closed_with_state = []
-        self._changes += [("states", int(str(row[0])), row) for row in rows.as_rows(int(through))]
+        self._changes += [("states", int(str(row[0])), row) for row in rows.as_rows(through)]
         self._with_state.update(rows.streams.tolist())
-        mark = (int(through), *counts, len(self._with_state))
+        mark = (*self._mark, len(self._with_state))
         self._changes += [("snapshot", 0, (*mark, row_crc(*mark)))]
 
     def commit(self) -> None:

@@ -209,7 +209,7 @@ class Node:
         self.engine.on_answered = self.lifecycle.go_on
         self.lifecycle.on_ready = self.engine.make_ready
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
-        self.snapshots = Snapshots(table, rings, stepper, worker, tap, lambda error, streams: None, 0)
+        self.snapshots = Snapshots(table, rings, stepper, worker, tap, lambda error, streams: None, 0, at_once=1)
         self.verbs = Verbs(
             self.engine, self.lifecycle, tap, self.clients, self.postbox, _info(number, limits), limits, statistics
         )

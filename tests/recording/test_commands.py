@@ -191,6 +191,30 @@ def test_repair_gives_up_states_that_are_damaged_and_keeps_the_history(tmp_path:
     assert said(commands.check, tmp_path / "c.rec")[0] == 0
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_repair_takes_newer_states_of_a_snapshot_under_way_only_with_the_whole_history(
+    tmp_path: Path, is_damaged: bool
+) -> None:
+    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", HEADER), gru_step(GRU))
+    scribe.open(1)
+    scribe.open(2)
+    older = scribe.step([1, 2])
+    scribe.snapshot(older)
+    newer = scribe.step([1, 2])
+    scribe.snapshot(newer, only=[1], is_part=True)
+    scribe.writer.close()
+    forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec", fix_crc=False)
+    if is_damaged:
+        forger.change("batches", newer, time_ns=7)
+    status, text = said(commands.repair, forger.path, tmp_path / "c.rec")
+    assert status == 0
+    assert ("the states of the newest snapshot" in text) == is_damaged
+    with read_recovery(tmp_path / "c.rec", lambda _: None) as recovered:
+        assert [stream.seq for stream in recovered.streams] == ([0, 0] if is_damaged else [2, 1])
+        found = replay(recovered, gru_step(GRU))
+    assert found.seqs == ({1: 1, 2: 1} if is_damaged else {1: 2, 2: 2})
+
+
 @pytest.mark.parametrize("keep", [0.7, 0.9, 0.98])
 def test_repair_of_a_file_that_was_cut_off(tmp_path: Path, keep: float) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -156,6 +156,57 @@ def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_pat
         assert (found.stream, float(found.state[1, 3])) == (1, 1.0)
 
 
+@pytest.mark.parametrize("has_older", [False, True])
+def test_a_snapshot_that_was_not_finished_leaves_the_older_one_good_and_some_states_newer(
+    tmp_path: Path, has_older: bool
+) -> None:
+    scribe = scribe_on(tmp_path / "a.rec")
+    for stream in (1, 2, 3):
+        scribe.open(stream)
+    older = scribe.step([1, 2, 3])
+    if has_older:
+        scribe.snapshot(older)
+    through = scribe.step([1, 2])
+    scribe.writer.commit()
+    scribe.open(4)
+    scribe.step([1, 4])
+    scribe.snapshot(through, only=[1, 4], is_part=True)
+    scribe.writer.commit()
+    scribe.step([1, 2, 3])
+    scribe.writer.commit()
+    scribe.writer.abandon()
+    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+        assert recovered.snapshot_position == (older if has_older else 0)
+        assert [stream.seq for stream in recovered.streams] == [3, *([1, 1] if has_older else [0, 0]), 1]
+        applies = [item.applies.tolist() for item in recovered.replay() if isinstance(item, ReplayStep)]
+    before = [] if has_older else [[False, True, True]]
+    assert applies == [*before, [False, True], [False, False], [True, True, True]]
+    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+        found = replay(recovered, gru_step(GRU))
+    for stream, state in scribe.states.items():
+        assert found.states[stream].tobytes() == state.tobytes()
+
+    scribe.writer = RecordingWriter.resume(tmp_path / "a.rec", HEADER)
+    scribe.close(4)
+    scribe.snapshot(scribe.step([2]))
+    scribe.writer.close()
+    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+        assert list(recovered.replay()) == []
+        assert [(stream.stream, stream.seq) for stream in recovered.streams] == [(1, 4), (2, 4), (3, 2)]
+
+
+def test_states_of_a_snapshot_that_was_not_finished_are_counted(tmp_path: Path) -> None:
+    scribe = scribe_on(tmp_path / "a.rec")
+    scribe.open(1)
+    scribe.open(2)
+    scribe.snapshot(scribe.step([1, 2]), only=[1], is_part=True)
+    scribe.writer.close()
+    forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec")
+    forger.remove("states", 1)
+    with pytest.raises(DamagedRecording, match="the states of 0 streams instead of 1"):
+        read(forger.path)
+
+
 def closed(path: Path) -> Path:
     """As `busy`, in one file: gone on with and closed."""
     busy(path)

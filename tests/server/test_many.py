@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pytest
 from instep.core.typing import I64
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
+from instep.recording.recovery import read_recovery
+from instep.recording.states import StateRows
+from instep.recording.writer import RecordingWriter
 from instep.server import lifecycle as lifecycle_module
 from instep.server import server as server_module
 from instep.server.lifecycle import Lifecycle
@@ -191,3 +195,35 @@ async def test_after_a_restart_no_more_are_parked_than_are_kept(tmp_path: Path, 
             assert [code for _, _, code, _ in resumed.failures()] == [Code.EXPIRED] * (COUNT - 2)
     with RecordingReader(path) as reader:
         assert [info.reason for info in reader.streams()] == ["expired"] * (COUNT - 2) + [None] * 2
+
+
+async def test_a_snapshot_of_many_states_takes_as_many_transactions_as_answers_should_not_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    replace, commit = RecordingWriter._replace_states, RecordingWriter.commit
+
+    def replaced(writer: RecordingWriter, through: int, rows: StateRows) -> None:
+        told.append(len(rows.streams))
+        replace(writer, through, rows)
+
+    def committed(writer: RecordingWriter) -> None:
+        commit(writer)
+        told.append(0)
+
+    path = tmp_path / "r.instep"
+    async with running(SMALL, recording={"file": path}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open(*NAMES)).handles()
+        await client.step(handles, [0] * COUNT, np.ones((1, COUNT, 5), np.float32))
+        monkeypatch.setattr(RecordingWriter, "_replace_states", replaced)
+        monkeypatch.setattr(RecordingWriter, "commit", committed)
+        monkeypatch.setattr(server._snapshots, "_at_once", AT_ONCE)
+        server._snapshots.take()
+        while server._snapshots.is_under_way:
+            await asyncio.sleep(0.001)
+        assert [count for count in told if count] == [3, 3, 3, 1]
+        assert all(first == 0 or second == 0 for first, second in itertools.pairwise(told)), "each in its own commit"
+    with read_recovery(path, lambda _: None) as recovered:
+        assert list(recovered.replay()) == []
+        assert [stream.seq for stream in recovered.streams] == [1] * COUNT

@@ -221,7 +221,16 @@ class Story:
         if self._rng.random() < 0.5:
             self.step(self._open())
         self._answer()
-        self.writer.snapshot(self._now(), through, self._states(streams))
+        cut = int(self._rng.integers(len(streams))) if self._rng.random() < 0.5 else 0
+        if cut:  # in two transactions
+            self.writer.add_states(self._now(), through, self._states(streams[:cut]))
+            self.commit()
+            self.step(self._open())
+            self._answer()
+            if self._rng.random() < 0.3:
+                self._dirty.update(streams[cut:])  # or never finished
+                return
+        self.writer.snapshot(self._now(), through, self._states(streams[cut:]))
 
     def rotate(self) -> None:
         """It goes on in another file."""

@@ -120,7 +120,7 @@ def _facts(reader: RecordingReader) -> dict[str, str]:
         "streams": f"{len(streams):,}, {len(streams) - closed:,} of them open",
         "batches": f"{batches:,}, with {frames:,} frames",
         "restarts": f"{sum(event.kind == RECOVERED_EVENT for event in events):,}",
-        "states": f"up to position {snapshot.position:,}" if snapshot else "none",
+        "states": f"up to position {snapshot.position:,}" if snapshot and snapshot.position else "none",
         "positions": f"{header.first_position:,} to {reader.last_position:,}",
         "bytes": f"{_bytes(reader.path):,}",
     }

@@ -131,6 +131,10 @@ class Recorder:
         fields = (time_ns, kind, streams, seqs, details, states)
         return self._put_rows(lambda: self._writer.stream_events(*fields), len(streams))
 
+    def add_states(self, time_ns: int, through: int, rows: StateRows) -> int:
+        """As `RecordingWriter.add_states`, up to the ticket `through`."""
+        return self._put(lambda: self._writer.add_states(time_ns, through, rows))
+
     def snapshot(self, time_ns: int, through: int, rows: StateRows) -> int:
         """As `RecordingWriter.snapshot`, up to the ticket `through`."""
         return self._put(lambda: self._writer.snapshot(time_ns, through, rows))

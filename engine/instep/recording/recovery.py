@@ -213,7 +213,7 @@ class Recovered:
             raise self._reader.damaged(f"it holds the states of {len(states):,} streams instead of {mark.states:,}")
         for state in states.values():
             known = 0 < state.stream <= self.last_stream and self._opened_at[state.stream] != _NEVER
-            if not known or state.position > mark.position:
+            if not known or state.position > self.last_position:
                 raise self._reader.damaged(f"the state of stream {state.stream} fits no stream")
             if self._closed_at[state.stream] != _NEVER:
                 continue

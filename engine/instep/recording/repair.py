@@ -18,6 +18,7 @@ from instep.recording.file import UNREADABLE
 from instep.recording.inspection import inspect
 from instep.recording.schema import (
     APPLICATION_ID,
+    BESIDE,
     HISTORY,
     READABLE_VERSIONS,
     REPAIRED_EVENT,
@@ -32,6 +33,7 @@ Row: TypeAlias = tuple[Any, ...]
 """Of a table, its CRC last."""
 
 _KIND: Final = list(HISTORY["events"]).index("kind")
+_STATE_POSITION: Final = list(BESIDE["states"]).index("position")
 _SEQ: Final = list(HISTORY["events"]).index("seq")
 
 
@@ -146,7 +148,7 @@ def _write(salvage: _Salvage, database: sqlite3.Connection) -> Repaired:
     if not newest or newest[0] > last:
         until = f"{newest[0]:,}" if newest else "the last"
         left_out.append(f"positions {last + 1:,} to {until}")
-    if snapshot_event and not _copy_states(salvage, database, snapshot_position):
+    if snapshot_event and not _copy_states(salvage, database, snapshot_position, is_whole=not left_out):
         left_out.append("the states of the newest snapshot, which everything before it makes up for")
         last = _add_event(database, last, SNAPSHOT_EVENT, 0, "the states were lost")
     damage = sorted(salvage.damage.values())
@@ -158,11 +160,16 @@ def _write(salvage: _Salvage, database: sqlite3.Connection) -> Repaired:
     return Repaired(positions, said if left_out else "")
 
 
-def _copy_states(salvage: _Salvage, database: sqlite3.Connection, position: int) -> bool:
-    """Take the states over if they are whole and those of the newest snapshot that was saved."""
+def _copy_states(salvage: _Salvage, database: sqlite3.Connection, position: int, *, is_whole: bool) -> bool:
+    """Take the states over if they are whole and those of the newest snapshot that was saved.
+
+    Those of a snapshot that was not finished are newer, perhaps than what was saved of a history that is not whole.
+    """
     marks, states = list(salvage.rows("snapshot")), list(salvage.rows("states"))
     if [mark[0] for mark in marks] != [position] or "states" in salvage.damage or len(states) != marks[0][-2]:
         return position == 0 and not marks
+    if not is_whole and any(state[_STATE_POSITION] > position for state in states):
+        return False
     _insert(database, "snapshot", *marks)
     _insert(database, "states", *states)
     return True

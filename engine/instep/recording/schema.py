@@ -40,10 +40,12 @@ history are only ever added, so the rows up to any committed position are a cons
 * `time_ns` is nanoseconds since 1970. A stream without a row in `closings` was still open at the last commit.
 * `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
   have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the snapshot which
-  wrote the row. All states of one snapshot are replaced in one transaction with the row of `snapshot`: all batches and
-  resets up to its `position` are in them, and of a stream those up to its `seq`; open streams without a row have
-  changed nowhere before that position. Its other columns count the rows of three tables up to `position`, and those of
-  `states`. Rows of streams that have closed since may remain.
+  wrote the row. The states of a snapshot are replaced in one transaction or several; the last one brings the row of
+  `snapshot` up to its `position`. All batches and resets up to there are in the states, and of a stream those up to its
+  `seq`; open streams without a row have changed nowhere before that position. Where a `position` in `states` is beyond
+  that of `snapshot` (0 where there was none before), a snapshot was under way: the row is newer and as good. The other
+  columns of `snapshot` count the rows of three tables up to its `position`, and those of `states`, at every commit.
+  Rows of streams that have closed since may remain.
 * `crc` is the CRC-32 (zlib) of the row's other columns in the order above, the first one first: integers as
   little-endian int64, text as UTF-8, blobs as they are, nothing for NULL. It finds damage, not forgery.
 
@@ -54,6 +56,7 @@ history are only ever added, so the rows up to any committed position are a cons
 | `carried` | stream, seq it began with | it was open in the file before; `detail`: as that of `owner`, of its `epoch` |
 | `owner` | stream, epoch | a new owner, none after other numerics; `detail`: the epoch it held or 0, its next frame |
 | `parked` | stream, seq it expects | its connection is gone |
+| `states` | NULL, position | part of `states` was brought up to this position or later, the rest follows |
 | `snapshot` | NULL, position | `states` was brought up to this position; 0: all states were given up |
 | `engine` | NULL | another engine wrote what follows; `detail` holds what differs from `header` before, as JSON |
 | `recovered` | NULL, last position before | another process went on with the recording |
@@ -108,6 +111,7 @@ FAILED_EVENT: Final = "failed"
 RESET_EVENT: Final = "reset"
 OWNER_EVENT: Final = "owner"
 PARKED_EVENT: Final = "parked"
+STATES_EVENT: Final = "states"
 SNAPSHOT_EVENT: Final = "snapshot"
 ENGINE_EVENT: Final = "engine"
 RECOVERED_EVENT: Final = "recovered"

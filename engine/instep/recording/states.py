@@ -31,21 +31,6 @@ class StateRows:
     tail_y: F32
     """float32 [sum(seqs - tail_seqs), outputs]: their outputs."""
 
-    def only(self, streams: I64) -> StateRows:
-        """Those of some streams."""
-        kept = np.isin(self.streams, streams)
-        if kept.all():
-            return self
-        of_tail = np.repeat(kept, self.seqs - self.tail_seqs)
-        return StateRows(
-            self.streams[kept],
-            self.seqs[kept],
-            self.states[kept],
-            self.tail_seqs[kept],
-            self.tail_x[of_tail],
-            self.tail_y[of_tail],
-        )
-
     def as_rows(self, position: int) -> Iterator[tuple[Column, ...]]:
         """The rows of the table `states`, of a snapshot at that position."""
         lengths = self.seqs - self.tail_seqs

@@ -29,6 +29,7 @@ from instep.recording.schema import (
     RECOVERED_EVENT,
     ROTATED_EVENT,
     SNAPSHOT_EVENT,
+    STATES_EVENT,
     TABLES,
     Column,
     Durability,
@@ -94,6 +95,8 @@ class RecordingWriter:
         wal = Path(f"{path}-wal")  # what a killed writer left counts too: each start has to read it
         self._bytes_in_wal = wal.stat().st_size if wal.exists() else 0
         self._counts = {table: self._numbers(table, f"SELECT count(*) FROM {table}")[0] for table in COUNTED}
+        mark = [self._numbers("snapshot", f"SELECT {column} FROM snapshot") for column in ("position", *COUNTED)]
+        self._mark = tuple(column[0] if column else 0 for column in mark)
         self._with_state = set(self._numbers("states", "SELECT stream FROM states"))
         closed = "SELECT states.stream FROM states JOIN closings USING (stream)"
         self._closed_with_state = self._numbers("closings", closed) if self._with_state else []
@@ -317,18 +320,30 @@ class RecordingWriter:
         Args:
             time_ns: nanoseconds since 1970.
             through: a position: every batch up to it is in the states, here or of an earlier snapshot, and none after.
-            rows: of the streams that have changed since the last snapshot and are open.
+            rows: of the streams that have changed since the last snapshot and are open, those that `add_states` was
+                given for this one left out.
         """
-        counts = {table: self._count_until(table, through) for table in COUNTED}
+        self._mark = (int(through), *(self._count_until(table, through) for table in COUNTED))
         self.event(time_ns, SNAPSHOT_EVENT, int(through), f"{len(rows.streams):,} states")
+        self._replace_states(int(through), rows)
+
+    def add_states(self, time_ns: int, through: int, rows: StateRows) -> None:
+        """Part of the next snapshot, as for `snapshot`: it may be committed before the rest.
+
+        The states are newer then than the snapshot before, which stays the one that counts.
+        """
+        self.event(time_ns, STATES_EVENT, int(through), f"{len(rows.streams):,} states")
+        self._replace_states(int(through), rows)
+
+    def _replace_states(self, through: int, rows: StateRows) -> None:
         gone = self._closed_with_state
         self._database.executemany("DELETE FROM states WHERE stream = ?", ((stream,) for stream in gone))
         self._with_state.difference_update(gone)
         self._closed_with_state = []
-        self._database.executemany("REPLACE INTO states VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows.as_rows(int(through)))
+        self._database.executemany("REPLACE INTO states VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows.as_rows(through))
         self._bytes_in_wal += rows.states.nbytes + rows.tail_x.nbytes + rows.tail_y.nbytes
         self._with_state.update(rows.streams.tolist())
-        row = (int(through), *counts.values(), len(self._with_state))
+        row = (*self._mark, len(self._with_state))
         self._database.execute("DELETE FROM snapshot")
         self._database.execute("INSERT INTO snapshot VALUES (?, ?, ?, ?, ?, ?)", (*row, row_crc(*row)))
 

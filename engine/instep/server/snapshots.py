@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import numpy as np
 
@@ -15,15 +14,15 @@ from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
 from instep.server.tap import Tap
 
-_AT_ONCE = 4096
-"""States read in one job of the worker."""
+AT_ONCE = 1024
 
 
 class Snapshots:
     """Keeps what a restart would have to replay within a time.
 
-    A snapshot names the newest batch that every state in it contains. It takes several jobs of the worker, and streams
-    go on meanwhile: a state may contain later frames, which its seq tells, so replay leaves those out for it.
+    A snapshot names the newest batch that every state in it contains. It takes several jobs of the worker, each with a
+    transaction of the recorder after it, and streams go on meanwhile: a state may contain later frames, which its seq
+    tells, so replay leaves those out for it. The last transaction makes the snapshot the one that counts.
 
     Args:
         table: the streams.
@@ -33,6 +32,7 @@ class Snapshots:
         tap: what has changed, and where snapshots go.
         log_failure: told of states that could not be read.
         target_ns: a snapshot is due when the steps since the last one took this long.
+        at_once: states read in one job of the worker, and written in one transaction, for which answers may wait.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Snapshots:
         tap: Tap,
         log_failure: Callable[[Exception | None, int], None],
         target_ns: int,
+        at_once: int = AT_ONCE,
     ) -> None:
         self._table = table
         self._rings = rings
@@ -52,10 +53,11 @@ class Snapshots:
         self._tap = tap
         self._log_failure = log_failure
         self._target_ns = target_ns
+        self._at_once = at_once
         self.is_under_way = False
         """Until the recording holds it."""
         self.on_committed: Callable[[], None] = lambda: None
-        """Called when the recording holds a snapshot: states may leave memory, so others may change."""
+        """Called when the recording holds a part of a snapshot: states may leave memory, so others may change."""
 
     @property
     def is_due(self) -> bool:
@@ -70,15 +72,17 @@ class Snapshots:
         slots = keeping.take()
         streams = self._table.numbers(slots)
         tap.computed_ns = 0
-        parts: list[StateRows] = []
-
-        def committed() -> None:
-            keeping.committed(slots)
-            self.is_under_way = False
-            self.on_committed()
 
         def read(first: int) -> None:
-            part = slice(first, first + _AT_ONCE)
+            part = slice(first, first + self._at_once)
+            is_last = part.stop >= len(slots)
+
+            def committed() -> None:
+                keeping.committed(slots[part])
+                self.is_under_way = not is_last
+                self.on_committed()
+                if not is_last:
+                    read(part.stop)
 
             def done(states: F32 | None, error: Exception | None) -> None:
                 if states is None:
@@ -88,12 +92,9 @@ class Snapshots:
                     keeping.failed(slots)  # they stay due, and the older snapshot stays good
                     self.is_under_way = False
                     return
-                parts.append(self._rows(slots[part], streams[part], states))
-                if part.stop < len(slots):
-                    read(part.stop)
-                else:
-                    still_open = streams[self._are_open(slots, streams)]
-                    tap.when_committed(tap.snapshot(through, _joined(parts).only(still_open)), committed)
+                rows = self._rows(slots[part], streams[part], states)
+                record = tap.snapshot if is_last else tap.states
+                tap.when_committed(record(through, rows), committed)
 
             self._worker.submit(Job(lambda: self._stepper.read(slots[part]), done))
 
@@ -133,8 +134,3 @@ def state_rows(table: StreamTable, rings: Rings, slots: I64, states: F32) -> Sta
     tail, _ = rings.stretches(slots, first, seqs - first)
     streams = table.recording_id[slots].astype(np.int64)
     return StateRows(streams, seqs, states, first, rings.x[tail], rings.y[tail])
-
-
-def _joined(parts: list[StateRows]) -> StateRows:
-    names = [field.name for field in fields(StateRows)]
-    return StateRows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))

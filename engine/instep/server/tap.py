@@ -150,6 +150,12 @@ class Tap:
         recorder = self._recorder
         return self._said(recorder.fail_batch, ticket, time.time_ns(), detail)
 
+    def states(self, through: int, rows: StateRows) -> int:
+        """Part of the next snapshot; its ticket."""
+        if self._recorder is None or through == NEVER:
+            return NEVER
+        return self._said(self._recorder.add_states, time.time_ns(), through, rows)
+
     def snapshot(self, through: int, rows: StateRows) -> int:
         """States that contain every batch up to the ticket `through`."""
         if self._recorder is None or through == NEVER:
