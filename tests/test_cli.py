@@ -197,7 +197,7 @@ class TestVerify:
         assert result.exit_code == 1
         ((args, kwargs),) = verifier.calls
         kwargs.pop("console")
-        assert (args, kwargs) == ((Path("r.instep"),), {"model_folder": Path("m"), "stream": "7", "json": True})
+        assert (args, kwargs) == (([Path("r.instep")],), {"model_folder": Path("m"), "stream": "7", "json": True})
 
     def test_defaults(self, verifier: Stub) -> None:
         assert instep("verify", "r.instep").exit_code == 0

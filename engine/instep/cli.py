@@ -120,7 +120,10 @@ def serve(
 
 @app.command()
 def verify(
-    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
+    recording: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="The recording: its first file for all, or some of its files."),
+    ],
     model: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="The model, when it is not where the recording says.", show_default=False),

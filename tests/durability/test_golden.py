@@ -133,7 +133,7 @@ def test_it_is_verified() -> None:
     assert (inspection.streams, inspection.open_streams, inspection.unanswered, inspection.restarts) == (5, 4, 1, 2)
     said = io.StringIO()
     console = Console(file=said, width=160)
-    assert run(RECORDING, model_folder=MODEL_FOLDER, stream=None, json=False, console=console) == 0, said.getvalue()
+    assert run([RECORDING], model_folder=MODEL_FOLDER, stream=None, json=False, console=console) == 0, said.getvalue()
 
 
 def test_an_engine_goes_on_with_it_to_the_bit(recording: Path, header: RecordingHeader) -> None:

@@ -37,6 +37,11 @@ def base_of(path: Path) -> Path:
     return base if number > 1 and member_path(base, number) == path else path
 
 
+def is_first(path: Path) -> bool:
+    """Whether the name is that of a first file."""
+    return base_of(path) == path
+
+
 def unfinished_path(path: Path) -> Path:
     """Where a following file lies until it is complete."""
     return Path(f"{path}{_UNFINISHED}")
@@ -76,6 +81,13 @@ def members(base: Path, *, may_be_damaged: bool = False) -> list[Member]:
                 "one; move one of them to another folder"
             )
     return found
+
+
+def refuse_part(base: Path, header: RecordingHeader) -> None:
+    """Raise RecordingError when a following file is named as if it were a recording: its lock has another name."""
+    first = base_of(base)
+    if first != base and member_path(first, header.number) == base:
+        raise RecordingError(f"{base} is file {header.number} of the recording {first}; name that, there or not")
 
 
 def remove_unfinished(base: Path) -> None:

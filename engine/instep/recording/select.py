@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from instep.recording.errors import RecordingError
+from instep.recording.errors import NoSuchStream
 from instep.recording.records import StreamInfo
 
 
@@ -13,7 +13,7 @@ def select_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list
     """Indices of the streams meant, in order: all if none is wanted; every opening of a name, or the one of a number.
 
     Raises:
-        RecordingError: when one is not there, with the nearest names there are.
+        NoSuchStream: when one is not there, with the nearest names there are.
     """
     if not wanted:
         return list(range(len(streams)))
@@ -27,7 +27,7 @@ def select_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list
         if word not in by_word:
             near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else _what_there_is(streams)
-            raise RecordingError(f"the recording has no stream {word!r}; {hint}")
+            raise NoSuchStream(f"the recording has no stream {word!r}; {hint}")
     return sorted({at for word in wanted for at in by_word[word]})
 
 

@@ -18,6 +18,7 @@ from instep.recording.carried import Carried, file_bytes, make_tables, write_fol
 from instep.recording.engines import changed_values, refuse_other_engine
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import WriterLock
+from instep.recording.one_file import put_wal_away, without_wal
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import (
     COUNTED,
@@ -157,10 +158,10 @@ class RecordingWriter:
             *sealed, path = [member.path for member in family.members(base, may_be_damaged=True)] or [base]
             with RecordingReader(path) as reader:
                 began, last, position = reader.header, reader.engines[-1].header, reader.last_position
-            _refuse_a_part(base, began)
+            family.refuse_part(base, began)
             refuse_other_engine(path, last, header, accept_numerics_change)
             for older in sealed:
-                _without_wal(older)
+                without_wal(older)
             database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
                 _set_up(database, header)
@@ -365,28 +366,23 @@ class RecordingWriter:
             self._bytes_in_wal = 0
 
     def close(self) -> None:
-        """Mark the end, commit, and leave one file without a WAL beside it."""
+        """Mark the end, commit, and leave one file without a WAL beside it; after an error it is to be abandoned."""
         self.event(time.time_ns(), END_EVENT, None, "the recording was closed in order")
-        try:
-            self._seal()
-            self._tidy_up()
-        finally:
-            self._lock.release()
+        self._seal()
+        self._tidy_up()
+        self._lock.release()
 
     def _tidy_up(self) -> None:
         """Make the file before this one a single file, if somebody had it open as it was sealed."""
         if self.began.number > 1:
-            _without_wal(family.member_path(self.base, self.began.number - 1))
+            without_wal(family.member_path(self.base, self.began.number - 1))
 
     def _seal(self) -> None:
-        """Commit, and leave one file without a WAL beside it."""
+        """Commit, and leave one file without a WAL beside it, if nobody else has it open."""
         self.commit()
         self._guard.close()
-        self._database.execute("PRAGMA wal_checkpoint(FULL)").fetchall()  # so that all is in it, whoever has it open
         try:
-            self._database.execute("PRAGMA journal_mode=DELETE")
-        except sqlite3.OperationalError:
-            pass  # somebody is reading it just now; the WAL stays beside it, which every reader understands
+            put_wal_away(self._database)
         finally:
             self._database.close()
 
@@ -437,26 +433,6 @@ class RecordingWriter:
     def _count_until(self, table: str, position: int) -> int:
         later = f"SELECT count(*) FROM {table} WHERE position > ?"
         return self._counts[table] - int(self._database.execute(later, (int(position),)).fetchone()[0])
-
-
-def _refuse_a_part(base: Path, began: RecordingHeader) -> None:
-    """Raise when a following file was named as if it were a recording: its writer's lock has another name."""
-    first = family.base_of(base)
-    if first != base and family.member_path(first, began.number) == base:
-        raise RecordingError(f"{base} is file {began.number} of the recording {first}; name that, there or not")
-
-
-def _without_wal(path: Path) -> None:
-    """Make an older file one file again: somebody had it open as it was sealed, or the machine went down."""
-    if not path.exists() or not Path(f"{path}-wal").exists():
-        return
-    database = sqlite3.connect(path, isolation_level=None)
-    try:
-        database.execute("PRAGMA journal_mode=DELETE")
-    except sqlite3.OperationalError:
-        pass  # it is being read again; the next start will do
-    finally:
-        database.close()
 
 
 def _set_up(database: sqlite3.Connection, header: RecordingHeader) -> None:

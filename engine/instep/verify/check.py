@@ -18,7 +18,7 @@ from instep.verify.comparison import Comparison
 from instep.verify.conditions import Conditions
 from instep.verify.reference import Reference
 from instep.verify.replay import replay_stepped, replay_whole
-from instep.verify.report import StreamReport, Verdict
+from instep.verify.report import Place, StreamReport, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,20 @@ class Suspect:
     unanswered: int
     """How many of its frames have no recorded outputs."""
     defect: str | None
+    carried_state: F32 | None = None
+    """The state with which it goes on in the next file; None where it does not."""
 
     @property
     def final_state(self) -> F32 | None:
-        """The recorded final state; None also after a defect, where it is not that of the frames before."""
-        return self.stretch.final_state if self.defect is None else None
+        """The recorded last state; None also after a defect, where it is not that of the frames before."""
+        if self.defect is not None:
+            return None
+        return self.stretch.final_state if self.carried_state is None else self.carried_state
+
+    @property
+    def place(self) -> Place:
+        """Where that was recorded."""
+        return "final state" if self.carried_state is None else "state in the next file"
 
 
 class ChunkCheck:
@@ -93,8 +102,8 @@ class ChunkCheck:
         for row, suspect in enumerate(self._suspects):
             if (state := suspect.final_state) is not None:
                 seq = int(self._chunk.first_seqs[row] + self._chunk.lengths[row])
-                self.stepped.add_replayed_state(row, seq, state, stepped_h[:, row], 2 * limits[row])
-                self.truth.add_true_state(row, seq, state, truth_h[:, row], limits[row])
+                self.stepped.add_replayed_state(row, seq, state, stepped_h[:, row], 2 * limits[row], suspect.place)
+                self.truth.add_true_state(row, seq, state, truth_h[:, row], limits[row], suspect.place)
         return [self._report(row) for row in range(len(self._suspects))]
 
     def _stack_initial_states(self) -> F32:
@@ -138,7 +147,7 @@ def check_without_frames(suspect: Suspect) -> StreamReport:
     if final is not None:
         initial = np.zeros_like(final) if suspect.stretch.initial_state is None else suspect.stretch.initial_state
         if final.tobytes() != initial.tobytes():
-            problems.append("it has no frames, but its final state is not its initial state")
+            problems.append(f"it has no frames, but its {suspect.place} is not its initial state")
     return StreamReport(
         stream=suspect.info.stream,
         name=suspect.info.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from json import dumps
 from pathlib import Path
@@ -14,12 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from instep.recording.errors import RecordingError
+from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep.verify.errors import CannotVerify
+from instep.verify.files import Chosen, choose
+from instep.verify.joints import Following
 from instep.verify.model_source import recorded_model
-from instep.verify.render import render
+from instep.verify.render import render, render_all
+from instep.verify.report import Report, Reports
 
 VERIFIED: Final = 0
 MISMATCH: Final = 1
@@ -29,11 +32,11 @@ LINE_S: Final = 5.0
 """How often progress is told where it cannot be redrawn: in a file or a pipe."""
 
 
-def run(file: Path, *, model_folder: Path | None, stream: str | None, json: bool, console: Console) -> int:
-    """Verify a recording and say what was found.
+def run(wanted: Sequence[Path], *, model_folder: Path | None, stream: str | None, json: bool, console: Console) -> int:
+    """Verify a recording, or some files of it, and say what was found.
 
     Args:
-        file: the recording.
+        wanted: files; the first of a recording alone means all that are there.
         model_folder: the model; None for where the recording says.
         stream: check only the streams of this name, or the one of this number.
         json: write one JSON object to standard output and nothing else.
@@ -43,22 +46,61 @@ def run(file: Path, *, model_folder: Path | None, stream: str | None, json: bool
         The exit status: 0 only when everything that is there was checked and matched, 1 on a mismatch, 2 when it could
         not be checked.
     """
+    file = wanted[0]
     try:
-        with RecordingReader(file) as reader:
-            model = recorded_model(reader.header, model_folder)
-            with _bars(console) if console.is_terminal and not json else nullcontext(_lines()) as on_progress:
-                report = verifier.verify(reader, model, stream, on_progress)
+        chosen = choose(wanted)
+        with _bars(console) if console.is_terminal and not json else nullcontext(_lines()) as on_progress:
+            reports = _verify(chosen, model_folder, stream, on_progress)
     except (RecordingError, CannotVerify) as error:
         if json:
             _write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": str(error)})
         else:
             console.print(Text(f"not checked: {error}", "bold red"), soft_wrap=True)
         return NOT_CHECKED
-    if json:
-        _write_json(report.as_json())
+    if len(chosen.files) == 1:
+        if json:
+            _write_json({**reports.reports[0].as_json(), "not_looked_at": list(reports.notes)})
+        else:
+            render(reports.reports[0], console, reports.notes)
+    elif json:
+        _write_json(reports.as_json())
     else:
-        render(report, console)
-    return MISMATCH if report.mismatches else VERIFIED
+        render_all(reports, console)
+    if reports.mismatches:
+        return MISMATCH
+    return VERIFIED if reports.is_complete else NOT_CHECKED
+
+
+def _verify(chosen: Chosen, model_folder: Path | None, stream: str | None, on_progress: verifier.Progress) -> Reports:
+    """Every file, and where the next one is there, the joint between them."""
+    files, reports = chosen.files, list[Report]()
+    missing: NoSuchStream | None = None
+    for at, file in enumerate(files):
+
+        def tell(stage: verifier.Stage, share: float, at: int = at) -> None:
+            on_progress(stage, (at + share) / len(files))
+
+        with RecordingReader(file) as reader:
+            model = recorded_model(reader.header, model_folder)
+            following = _following(reader, files[at + 1]) if at + 1 < len(files) else None
+            try:
+                reports.append(verifier.verify(reader, model, stream, tell, following, is_alone=len(files) == 1))
+            except NoSuchStream as error:
+                missing = missing or error
+    if missing is not None and not reports:
+        raise missing
+    if not sum(report.frames for report in reports) and not sum(report.mismatches for report in reports):
+        raise CannotVerify("no file holds frames with outputs: there is nothing to verify")
+    return Reports(tuple(reports), chosen.notes, chosen.is_complete)
+
+
+def _following(reader: RecordingReader, file: Path) -> Following | None:
+    """What a file begins with, if it follows the one that is read."""
+    with RecordingReader(file) as next_reader:
+        header, after = reader.header, next_reader.header
+        if (after.family, after.number) != (header.family, header.number + 1):
+            return None
+        return Following.read(next_reader)
 
 
 def _write_json(fields: dict[str, object]) -> None:

@@ -56,14 +56,16 @@ class Comparison:
             values = recorded[at, row, elements], replayed[at, row, elements]
             self._add(row, *values, limit[at, row], starts[row] + at, elements, "output")
 
-    def add_replayed_state(self, row: int, seq: int, recorded: F32, replayed: F32, limit: float) -> None:
-        """Compare a stream's final state [layers, hidden size], before the frame `seq`, with a replay's."""
+    def add_replayed_state(
+        self, row: int, seq: int, recorded: F32, replayed: F32, limit: float, place: Place = "final state"
+    ) -> None:
+        """Compare a stream's last state [layers, hidden size], before the frame `seq`, with a replay's."""
         flat, other = recorded.reshape(-1), np.ascontiguousarray(replayed).reshape(-1)
         elements = np.flatnonzero(flat.view(np.uint32) != other.view(np.uint32))
         self.ulps[0] += flat.size - len(elements)
         if len(elements):
             at, limits = np.full(len(elements), seq), np.full(len(elements), limit)
-            self._add(row, flat[elements], other[elements], limits, at, elements, "final state")
+            self._add(row, flat[elements], other[elements], limits, at, elements, place)
 
     def add_truth(self, starts: I64, recorded: F32, truth: F64, valid: Bool, limit: F64) -> None:
         """Compare outputs with the float64 reference's; arguments as in `add_replay`."""
@@ -76,15 +78,17 @@ class Comparison:
                 row, recorded[at, row, element], truth[at, row, element], int(starts[row]) + at, element, "output"
             )
 
-    def add_true_state(self, row: int, seq: int, recorded: F32, truth: F64, limit: float) -> None:
-        """Compare a final state [layers, hidden size], before the frame `seq`, with the float64 reference's."""
+    def add_true_state(
+        self, row: int, seq: int, recorded: F32, truth: F64, limit: float, place: Place = "final state"
+    ) -> None:
+        """Compare a last state [layers, hidden size], before the frame `seq`, with the float64 reference's."""
         error = absolute_error(recorded, truth).reshape(-1)
         self.max_error[row] = max(self.max_error[row], error.max())
         wrong = np.flatnonzero(error > limit)
         if len(wrong):
             element = int(wrong[0])
             values = recorded.reshape(-1)[element], truth.reshape(-1)[element]
-            self._miss(row, *values, seq, element, "final state")
+            self._miss(row, *values, seq, element, place)
 
     def _add(
         self, row: int, recorded: F32, replayed: F32, limit: F64, frames: I64, elements: I64, place: Place

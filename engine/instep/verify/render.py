@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from rich.console import Console, RenderableType
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from instep.core.typing import I64
-from instep.verify.report import Report, StreamReport, Verdict, ulp_label
+from instep.verify.report import Report, Reports, StreamReport, Verdict, ulp_label
 
 FIRST_STREAMS: Final = 20
 """So many streams are shown even when nothing is wrong with them."""
@@ -24,10 +24,21 @@ _STYLES: Final[dict[Verdict, str]] = {
 }
 
 
-def render(report: Report, console: Console) -> None:
+def render(report: Report, console: Console, not_looked_at: Sequence[str] = ()) -> None:
     """Print verdicts, histogram, first divergence and notes, and one summary line at the end."""
-    for part in _parts(report):
+    for part in (*(Text(note, "yellow") for note in not_looked_at), *_parts(report)):
         console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
+
+
+def render_all(reports: Reports, console: Console) -> None:
+    """Print every file's report under its name, what was not looked at, and one summary line at the end."""
+    for report in reports.reports:
+        console.print(Text(str(report.file), "bold"), soft_wrap=True, highlight=False)
+        render(report, console)
+    for note in reports.notes:
+        console.print(Text(note, "yellow"), soft_wrap=True, highlight=False)
+    good = not reports.mismatches and reports.is_complete
+    console.print(Text(reports.summary(), "bold green" if good else "bold red"), soft_wrap=True, highlight=False)
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:
@@ -37,6 +48,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     bad = [stream for stream in report.streams if stream.verdict == "mismatch"]
     if bad:
         yield Text(f"first mismatch: stream {bad[0].stream} ({bad[0].name}): {bad[0].problems[0]}", "red")
+    for problem in report.problems:
+        yield Text(problem, "red")
     for note in report.notes:
         yield Text(f"bits were not required to be equal: {note}", "yellow")
     if report.not_compared:

@@ -15,7 +15,7 @@ from instep.model.ulp import NOT_COMPARABLE
 
 Verdict: TypeAlias = Literal["exact", "within tolerance", "mismatch", "empty"]
 Way: TypeAlias = Literal["stepped", "whole sequence", "float64 reference"]
-Place: TypeAlias = Literal["output", "final state"]
+Place: TypeAlias = Literal["output", "final state", "state in the next file"]
 
 _WORST_FIRST: Final[tuple[Verdict, ...]] = ("mismatch", "within tolerance", "exact", "empty")
 
@@ -31,7 +31,7 @@ class Divergence:
     way: Way
     place: Place
     frame: int
-    """The frame's seq; for a final state, that of the frame that would come next."""
+    """The frame's seq; for a state, that of the frame that would come next."""
     element: int
     """Index in the output, or in the state as one row [layers * hidden size]."""
     recorded: float
@@ -42,7 +42,7 @@ class Divergence:
 
     def sentence(self) -> str:
         """In words."""
-        where = f"frame {self.frame}" if self.place == "output" else "final state"
+        where = f"frame {self.frame}" if self.place == "output" else self.place
         apart = "one is not a number" if self.ulp >= NOT_COMPARABLE else f"{self.ulp:,} ULP apart"
         recorded = str(np.float32(self.recorded))  # the fewest digits that name this float32
         other = str(self.replayed if self.way == "float64 reference" else np.float32(self.replayed))
@@ -116,7 +116,7 @@ def joined(parts: Sequence[StreamReport]) -> StreamReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found in a recording."""
+    """What was found in a file of a recording."""
 
     file: Path
     model_name: str
@@ -131,6 +131,8 @@ class Report:
     seconds: float
     ulps: dict[Way, I64] = field(default_factory=dict)
     """Elements by their distance in ULP, for both replays; see `ULP_BINS`."""
+    problems: tuple[str, ...] = ()
+    """What is wrong between this file and the next, beside its streams, as sentences."""
 
     @property
     def frames(self) -> int:
@@ -144,8 +146,8 @@ class Report:
 
     @property
     def mismatches(self) -> int:
-        """Streams that are not what they should be."""
-        return sum(stream.verdict == "mismatch" for stream in self.streams)
+        """Streams that are not what they should be, and other problems."""
+        return sum(stream.verdict == "mismatch" for stream in self.streams) + len(self.problems)
 
     @property
     def max_error(self) -> float:
@@ -155,6 +157,8 @@ class Report:
     @property
     def verdict(self) -> Verdict:
         """The worst of any stream."""
+        if self.problems:
+            return "mismatch"
         found = {stream.verdict for stream in self.streams}
         return next((verdict for verdict in _WORST_FIRST[:2] if verdict in found), "exact")
 
@@ -180,6 +184,7 @@ class Report:
             "frames": self.frames,
             "not_compared": self.not_compared,
             "mismatches": self.mismatches,
+            "problems": list(self.problems),
             "max_error": _json_number(self.max_error),
             "notes": list(self.notes),
             "buckets": list(self.buckets),
@@ -189,6 +194,51 @@ class Report:
                 for way, counts in self.ulps.items()
             },
             "streams": [stream.as_json() for stream in self.streams],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """What was found in several files, each checked by itself and against the one before it."""
+
+    reports: tuple[Report, ...]
+    notes: tuple[str, ...]
+    """What was not looked at, as sentences."""
+    is_complete: bool
+    """Whether everything was looked at that was meant to be."""
+
+    @property
+    def mismatches(self) -> int:
+        """Of all files."""
+        return sum(report.mismatches for report in self.reports)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of any file."""
+        found = {report.verdict for report in self.reports}
+        return next(verdict for verdict in _WORST_FIRST if verdict in found)
+
+    def summary(self) -> str:
+        """One line."""
+        streams = len({(report.fingerprint, stream.stream) for report in self.reports for stream in report.streams})
+        frames = sum(report.frames for report in self.reports)
+        checked = f"{_count(len(self.reports), 'file')}, {_count(streams, 'stream')}, {_count(frames, 'frame')}"
+        mismatches = f"{self.mismatches:,} mismatch{'' if self.mismatches == 1 else 'es'}"
+        if self.verdict == "mismatch":
+            return f"not verified: {checked}, {mismatches}"
+        if not self.is_complete:
+            return f"not all checked: {checked}, {self.verdict}, {mismatches}; {'; '.join(self.notes)}"
+        return f"verified: {checked}, {self.verdict}, {mismatches}"
+
+    def as_json(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "verified": self.verdict != "mismatch" and self.is_complete,
+            "verdict": self.verdict,
+            "summary": self.summary(),
+            "mismatches": self.mismatches,
+            "not_looked_at": list(self.notes),
+            "files": [report.as_json() for report in self.reports],
         }
 
 

@@ -8,7 +8,8 @@
 
 Bits must be equal in 1 and 2 where the engine had certified that they are and this machine computes as the engine's
 did; otherwise they must be within twice the bound, since each side may be off by one. Being within the bound of the
-reference is required always. Final states are compared in 1 and 3. Every frame of a stream must be there, once and in
+reference is required always. Final states are compared in 1 and 3, and so is the state with which a stream goes on in
+the next file of the recording, where that is verified, too. Every frame of a stream must be there, once and in
 order. Where a stream's state was reset, it is checked from there as one of its own. Frames whose outputs were not
 recorded, because the engine was killed as it computed them, are replayed but not compared.
 """
@@ -32,6 +33,7 @@ from instep.verify.check import ChunkCheck, Suspect, Ways, check_without_frames
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import device_for, find_conditions, recorded_threads
 from instep.verify.errors import CannotVerify
+from instep.verify.joints import Following
 from instep.verify.reference import Reference
 from instep.verify.report import ULP_BINS, Report, StreamReport, Way, joined
 
@@ -44,32 +46,53 @@ CHUNK_BYTES: Final = 64 * 2**20
 """The largest array computed at once, about."""
 
 
-def verify(reader: RecordingReader, model: Model, stream: str | None, on_progress: Progress) -> Report:
-    """Check every stream of a recording, or those of one name or number.
+def verify(
+    reader: RecordingReader,
+    model: Model,
+    stream: str | None,
+    on_progress: Progress,
+    following: Following | None = None,
+    *,
+    is_alone: bool = True,
+) -> Report:
+    """Check every stream of a file of a recording, or those of one name or number.
 
     Args:
         reader: the recording.
         model: what it should be an output of; whether it is the one that the header names is the caller's to check.
         stream: a name, a number, or None.
         on_progress: see `Progress`.
+        following: the file after it, if the joint is to be checked.
+        is_alone: whether it is all that is verified; else there may be no frames in it.
 
     Raises:
         CannotVerify: when there is nothing to check.
         RecordingError: when the recording is damaged, or has no such stream.
     """
     with recorded_threads(reader.header):
-        return _Verification(reader, model, stream, on_progress).run()
+        return _Verification(reader, model, stream, on_progress, following, is_alone=is_alone).run()
 
 
 class _Verification:
-    def __init__(self, reader: RecordingReader, model: Model, stream: str | None, on_progress: Progress) -> None:
+    def __init__(
+        self,
+        reader: RecordingReader,
+        model: Model,
+        stream: str | None,
+        on_progress: Progress,
+        following: Following | None,
+        *,
+        is_alone: bool,
+    ) -> None:
+        self._following = following
+        self._is_about_all = stream is None
         self._began = time.monotonic()
         self._reader = reader
         self._model = model
         self._on_progress = on_progress
         reader.check_positions()
         self._index = SequenceIndex(reader, lambda share: on_progress("reading", share))
-        if not self._index.frames_present:
+        if is_alone and not self._index.frames_present:
             raise CannotVerify(f"{reader.path} holds no frames: nothing was recorded, so nothing can be verified")
         self._rows = np.array(select_streams(self._index.streams, [] if stream is None else [stream]), np.int64)
         chosen = set(self._rows.tolist())
@@ -79,11 +102,12 @@ class _Verification:
                 self._of_stream[stretch.row].append(at)
         self._stretches: I64 = np.array(sorted(at for of in self._of_stream.values() for at in of), np.int64)
         compared = self._index.frames[self._stretches] > self._index.unanswered[self._stretches]
-        if not compared.any() and self._index.defects.keys().isdisjoint(chosen):
+        if is_alone and not compared.any() and self._index.defects.keys().isdisjoint(chosen):
             raise CannotVerify(
                 f"{'the recording' if stream is None else f'stream {stream!r}'} has no frames with outputs: there is "
                 "nothing to verify in it"
             )
+        self._check_joints()
         header = reader.header
         self._widest = max(header.features, header.outputs, 3 * header.state_size)
         self._ulps: dict[Way, I64] = {
@@ -96,7 +120,7 @@ class _Verification:
         parts: dict[int, StreamReport] = {}
         total, done = int(self._index.frames[self._stretches].sum()), 0
         with ThreadPoolExecutor(4, "instep-verify") as pool:
-            for chunk in self._chunks(ways.conditions.buckets):
+            for chunk in self._chunks(ways.conditions.buckets) if total else ():
                 parts.update(zip(chunk.rows.tolist(), self._check(ways, chunk, pool), strict=True))
                 done += int(chunk.lengths.sum())
                 self._on_progress("replaying", done / total)
@@ -113,7 +137,25 @@ class _Verification:
             buckets=ways.conditions.buckets,
             ulps=self._ulps,
             seconds=time.monotonic() - self._began,
+            problems=self._problems(),
         )
+
+    def _check_joints(self) -> None:
+        """Note what is wrong with how streams go on in the next file, but for their states, which are compared."""
+        if self._following is None:
+            return
+        for row, info in enumerate(self._index.streams):
+            if row in self._index.defects or row not in self._of_stream:
+                continue
+            at = self._of_stream[row][-1]
+            next_seq = self._index.stretches[at].first_seq + int(self._index.frames[at])
+            if (defect := self._following.defect(info, next_seq)) is not None:
+                self._index.defects[row] = defect
+
+    def _problems(self) -> tuple[str, ...]:
+        if self._following is None or not self._is_about_all:
+            return ()
+        return self._following.problems(self._reader.last_position, {info.stream for info in self._index.streams})
 
     def _ways(self) -> Ways:
         device = device_for(self._reader.header)
@@ -148,4 +190,8 @@ class _Verification:
         # What is wrong with a stream is wrong where its frames end.
         is_last = at == self._of_stream[stretch.row][-1]
         defect = self._index.defects.get(stretch.row) if is_last else None
-        return Suspect(self._index.streams[stretch.row], stretch, int(self._index.unanswered[at]), defect)
+        info, unanswered = self._index.streams[stretch.row], int(self._index.unanswered[at])
+        carried = None
+        if is_last and self._following is not None and info.stream in self._following.streams:
+            carried = self._following.state(info.stream)
+        return Suspect(info, stretch, unanswered, defect, carried)

@@ -1,0 +1,66 @@
+"""Which files are verified, and what belongs to them and is not looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from instep.recording import family
+from instep.recording.family import Member
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What is looked at."""
+
+    files: tuple[Path, ...]
+    """In order."""
+    notes: tuple[str, ...]
+    """What of the same recording is not, in sentences."""
+    is_complete: bool
+    """False where a file is missing between others, although all were meant."""
+
+
+def choose(wanted: Sequence[Path]) -> Chosen:
+    """The files that are meant: those that are named, or all of a recording when its first one is named alone.
+
+    The first one may have been removed; its name is that of the recording all the same.
+
+    Raises:
+        RecordingError: when a file of the recording cannot be read, or is one of another recording.
+    """
+    if len(wanted) > 1:
+        return Chosen(tuple(dict.fromkeys(wanted)), (), True)
+    (path,) = wanted
+    if path.exists() and not family.is_first(path):
+        return Chosen((path,), _others(path), True)
+    members = family.members(path)
+    if not members:
+        return Chosen((path,), (), True)
+    holes = [_hole(path, before, after) for before, after in pairwise(members)]
+    gone = members[0].header.number - 1
+    notes = (f"the first {gone:,} files of {path.name} are not there any more",) if gone and not path.exists() else ()
+    said = tuple(hole for hole in holes if hole)
+    return Chosen(tuple(member.path for member in members), (*notes, *said), not said)
+
+
+def _others(path: Path) -> tuple[str, ...]:
+    """What is said of the other files of the recording that one is of."""
+    first = family.base_of(path)
+    there = [member.path for member in family.members(first, may_be_damaged=True)]
+    if path not in there or len(there) == 1:
+        return ()
+    count = f"{len(there) - 1:,} other file{'' if len(there) == 2 else 's'}"
+    return (f"only {path.name} was looked at; `instep verify {first}` looks at the {count} of the recording, too",)
+
+
+def _hole(base: Path, before: Member, after: Member) -> str:
+    """What is missing between two files, in words; empty where nothing is."""
+    first, last = before.header.number + 1, after.header.number - 1
+    if first > last:
+        return ""
+    if first == last:
+        return f"{family.member_path(base, first).name} is missing"
+    return f"{family.member_path(base, first).name} to {family.member_path(base, last).name} are missing"
