@@ -151,8 +151,9 @@ class MemoryWriter(RecordingWriter):
 
     def __init__(self, disk: Any, header: RecordingHeader) -> None:
         newest = disk.image["newest"].values()
-        self.path = disk
-        self.header = header
+        self.base = self.path = disk
+        self.header = self.began = header
+        self.numerics_changed = False
         self.position = next(iter(newest))[0] if newest else 0
         self._disk: Disk = disk
         self._changes: list[Change] = []
@@ -253,7 +254,6 @@ class HandRecorder(Recorder):
 def files_in_memory() -> Iterator[None]:
     """Within, the engine's recovery reads and writes a `Disk` where it was given a path."""
     with (
-        mock.patch.object(server_recovery, "RecordingReader", MemoryReader),
         mock.patch.object(server_recovery, "RecordingWriter", MemoryWriter),
         mock.patch.object(recording_recovery, "RecordingReader", MemoryReader),
     ):

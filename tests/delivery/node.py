@@ -179,7 +179,7 @@ class Node:
             limits.max_outbox_bytes,
             unreachable_after_ns=10**18,
             probe_after_ns=10**18,
-            on_gone=lambda client: self.lifecycle.abandon(client),
+            on_gone=lambda client: self.lifecycle.departures.abandon(client),
         )
         self.engine = Engine(
             table,
@@ -206,7 +206,7 @@ class Node:
             parks=True,
             max_parked=MAX_STREAMS,
         )
-        self.engine.on_answered = self.lifecycle.go_on
+        self.engine.on_answered = self.lifecycle.waits.answered
         self.lifecycle.on_ready = self.engine.make_ready
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
         self.snapshots = Snapshots(table, rings, stepper, worker, tap, lambda error, streams: None, 0, at_once=1)
@@ -216,7 +216,7 @@ class Node:
 
     @property
     def has_room(self) -> bool:
-        return self.lifecycle.has_room and (self.tap.has_room or self.tap.has_failed)
+        return self.lifecycle.waits.has_room and (self.tap.has_room or self.tap.has_failed)
 
     def handle(self, connection: Connection, message: list[bytes]) -> None:
         """One message of one connection, as the server's pump takes it."""

@@ -369,11 +369,11 @@ async def test_a_fork_for_a_connection_that_went_away_opens_nothing() -> None:
                 await gone.hello()
                 handles = (await gone.open("s")).handles()
                 await gone.send(msgpack.packb([Kind.FORK, gone.next_request(), 1]), handles.tobytes(), b"copy")
-                await until(lambda: not server.lifecycle.is_quiet)
+                await until(lambda: not server.lifecycle.waits.is_quiet)
             await until(lambda: table.owned[table.parked])
         finally:
             gate.open()
-        await until(lambda: server.lifecycle.is_quiet)
+        await until(lambda: server.lifecycle.waits.is_quiet)
         assert table.find("copy") is None
 
 

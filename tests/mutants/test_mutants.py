@@ -45,14 +45,14 @@ MUTANTS = [
     ),
     Mutant(
         "a connection's number is given on while streams of it are closing",
-        "server/lifecycle.py",
+        "server/departures.py",
         "if not self._table.owned[number]:",
         "if number >= 0:",
         (f"{REUSE}::test_a_late_answer_never_reaches_the_next_connection",),
     ),
     Mutant(
         "a slot is given to its next owner while frames of the former one are pending",
-        "server/lifecycle.py",
+        "server/waits.py",
         "if self._table.pending[slots].any():",
         "if False:",
         (f"{REUSE}::test_a_slot_is_not_given_on_while_frames_of_its_stream_are_pending",),

@@ -18,8 +18,9 @@ from instep.recording.recorder import Recorder
 from instep.recording.recovery import read_recovery
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
-from instep.server import lifecycle as lifecycle_module
+from instep.server import departures as departures_module
 from instep.server import server as server_module
+from instep.server.departures import Departures
 from instep.server.lifecycle import Lifecycle
 from instep.server.server import Server
 from instep.server.tap import Tap
@@ -62,7 +63,7 @@ class Turns:
 
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
-    for module in (lifecycle_module, server_module):
+    for module in (departures_module, server_module):
         monkeypatch.setattr(module, "AT_ONCE", AT_ONCE)
     return Turns(monkeypatch)
 
@@ -113,8 +114,8 @@ async def test_streams_end_some_at_a_time_with_their_connection_where_none_are_k
 async def test_a_stream_whose_turn_to_be_parked_has_not_come_is_resumed_or_refused_as_any_other(
     monkeypatch: pytest.MonkeyPatch, turns: Turns
 ) -> None:
-    tidy = Lifecycle.tidy
-    monkeypatch.setattr(Lifecycle, "tidy", lambda self: None)
+    tidy = Departures.tidy
+    monkeypatch.setattr(Departures, "tidy", lambda self: None)
     async with left_behind() as (server, client, epochs):
         table = server.engine.table
         assert table.owned[table.parked] == AT_ONCE
@@ -122,7 +123,7 @@ async def test_a_stream_whose_turn_to_be_parked_has_not_come_is_resumed_or_refus
         assert {code for _, _, code, _ in older.failures()} == {Code.FENCED}
         resumed = await client.resume(NAMES[:8], [0] * 8, epochs[:8])
         assert resumed.failures() == []
-        tidy(server.lifecycle)
+        tidy(server.lifecycle.departures)
         own = table.owned_by(1)
         assert sorted(table.name(slot) for slot in own.tolist()) == NAMES[:8]
         assert turns.parked == [3, 2]
@@ -134,8 +135,8 @@ async def test_a_stream_whose_turn_to_be_parked_has_not_come_is_resumed_or_refus
 async def test_a_connection_that_gets_the_number_of_one_that_is_gone_keeps_its_streams(
     monkeypatch: pytest.MonkeyPatch, turns: Turns
 ) -> None:
-    tidy = Lifecycle.tidy
-    monkeypatch.setattr(Lifecycle, "tidy", lambda self: None)
+    tidy = Departures.tidy
+    monkeypatch.setattr(Departures, "tidy", lambda self: None)
     async with left_behind() as (server, client, epochs):
         resumed = await client.resume(NAMES, [0] * COUNT, epochs)
         assert server._clients._free == [0], "its last stream was taken before its turn to be parked came"
@@ -144,7 +145,7 @@ async def test_a_connection_that_gets_the_number_of_one_that_is_gone_keeps_its_s
             taken = await heir.resume(NAMES, [0] * COUNT, resumed.epochs())
             assert server.engine.table.owned[0] == COUNT
             for _ in range(COUNT):
-                tidy(server.lifecycle)
+                tidy(server.lifecycle.departures)
             assert turns.parked == [3]
             assert (await heir.step(taken.handles(), [0] * COUNT, np.zeros((1, COUNT, 5), np.float32))).failures() == []
 

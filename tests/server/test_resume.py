@@ -114,7 +114,7 @@ async def test_frames_that_were_under_way_are_answered_once_and_computed_once(
                 await asyncio.sleep(0.005)
         await client.send(*client.resume_message(["s"], [0], opened.epochs()))
         if not computed_when_resumed:
-            while server.lifecycle.is_quiet:
+            while server.lifecycle.waits.is_quiet:
                 await asyncio.sleep(0.005)
             gate.open()
         resumed = await client.receive()
@@ -202,7 +202,7 @@ async def test_of_two_who_claim_a_stream_at_once_the_later_gets_it(rng: np.rando
             await under_way(server)
         await parked(server)
         await first.send(*first.resume_message(["s"], [0], opened.epochs()))
-        while server.lifecycle.is_quiet:
+        while server.lifecycle.waits.is_quiet:
             await asyncio.sleep(0.005)
         await second.send(*second.resume_message(["s"], [0], [0], take_over=True))
         notice = await first.receive()
@@ -342,7 +342,7 @@ async def test_a_step_that_fails_while_its_connection_is_gone_is_as_if_its_frame
             await under_way(server)
         await parked(server)
         await client.send(*client.resume_message(["s"], [have], opened.epochs()))
-        while server.lifecycle.is_quiet:
+        while server.lifecycle.waits.is_quiet:
             await asyncio.sleep(0.005)
         steppers[0].gate.open()
         resumed = await client.receive()
@@ -433,7 +433,7 @@ async def test_a_stream_that_closes_when_its_connection_goes_is_not_parked(rng: 
             opened = await gone.open("s")
             await gone.send(*gone.step_message(opened.handles(), [0], gated(rng, 2)))
             await gone.send(*gone.close_message(opened.handles()))
-            while server.lifecycle.is_quiet:
+            while server.lifecycle.waits.is_quiet:
                 await asyncio.sleep(0.005)
         while len(server._clients) > 1:
             await asyncio.sleep(0.005)

@@ -63,7 +63,7 @@ async def test_a_peek_during_a_step_shows_the_state_after_the_frame_before_its_s
         while not len(server.engine.blocks):
             await asyncio.sleep(0)
         await client.send(msgpack.packb([Kind.PEEK, client.next_request(), 1]), handles.tobytes())
-        while server.lifecycle.is_quiet:
+        while server.lifecycle.waits.is_quiet:
             await asyncio.sleep(0)
         gate.open()
         replies = {reply.kind: reply for reply in [await client.receive() for _ in range(2)]}
@@ -189,7 +189,7 @@ async def test_a_reset_is_refused_while_frames_are_pending_and_with_a_state_that
         await client.send(*client.step_message(handles[:1], [0], x))
         await client.send(*client.reset_message(handles, states))
         await client.send(*client.reset_message(handles[:1]))
-        while server.lifecycle.is_quiet:
+        while server.lifecycle.waits.is_quiet:
             await asyncio.sleep(0)
         gate.open()
         replies = [await client.receive() for _ in range(3)]
@@ -238,14 +238,14 @@ async def test_a_fork_whose_connection_has_gone_leaves_no_stream_behind() -> Non
             await client.hello()
             handles = (await client.open("source")).handles()
             await client.send(*client.fork_message(handles, ["copy"]))
-            while server.lifecycle.is_quiet:
+            while server.lifecycle.waits.is_quiet:
                 await asyncio.sleep(0)
             (owner,) = server._clients.all()
             server._postbox.give_up(owner)
         async with RawClient(server.endpoint) as following:
             await following.hello()
             gate.open()
-            while not server.lifecycle.is_quiet:
+            while not server.lifecycle.waits.is_quiet:
                 await asyncio.sleep(0)
             assert (await following.open("copy")).failures() == []
 

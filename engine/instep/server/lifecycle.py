@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,40 +12,21 @@ from instep.core.ownership import judge_claims
 from instep.core.rings import Rings
 from instep.core.slots import SCRATCH_SLOT
 from instep.core.streams import NO_OWNER, StreamTable
-from instep.core.typing import F32, I32, I64, U32, U64, Bool
+from instep.core.typing import F32, I32, I64, U64, Bool
 from instep.runtime.errors import StateLost
 from instep.runtime.stepper import Stepper
-from instep.runtime.worker import Job, Worker
+from instep.runtime.worker import Worker
 from instep.server import replies
 from instep.server.clients import Client, ClientTable
+from instep.server.departures import Departures
 from instep.server.postbox import Postbox
 from instep.server.statistics import Statistics
 from instep.server.tap import Tap
+from instep.server.waits import Waits
 from instep_client.wire import GRANT, Code, GrantArray
 
-_MOST_JOBS = 64
-"""Openings, closings and the like that wait for the worker."""
-AT_ONCE = 4096
-"""Streams that are parked or evicted in one turn of the loop, which others wait for meanwhile."""
 _TOMBSTONES = 65_536
 """Names of expired streams that are remembered."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    """Something to do with streams as soon as nothing of theirs is pending."""
-
-    slots: I64
-    act: Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    """Something to do as soon as streams that are closing have ended."""
-
-    slots: I64
-    openings: U32
-    act: Callable[[], None]
 
 
 class Lifecycle:
@@ -84,80 +64,20 @@ class Lifecycle:
         self._table = table
         self._rings = rings
         self._stepper = stepper
-        self._worker = worker
         self._clients = clients
         self._postbox = postbox
         self._tap = tap
         self._statistics = statistics
         self._log_failure = log_failure
-        self._parks = parks
-        self._max_parked = max_parked
-        self._waiting: list[_Waiting] = []
-        self._ending: list[_Ending] = []
-        self._jobs = 0
-        self._leaving: set[int] = set()
-        """Numbers of gone connections that have streams yet."""
-        self._departing: set[int] = set()
-        """Those of them with streams that are not parked or closing yet."""
+        self.waits = Waits(table, worker)
+        """What waits for frames, for the worker, for room, for other streams to end."""
+        self.departures = Departures(
+            table, clients, tap, statistics, self.evict, self.expire, parks=parks, max_parked=max_parked
+        )
+        """Connections that are gone."""
         self._expired: OrderedDict[str, None] = OrderedDict()
         self.on_ready: Callable[[I64], None] = lambda slots: None
         """Called with slots that can step again, int64 [N]."""
-        self.on_no_room: Callable[[], None] = lambda: None
-        """Called when a change waits until the recording holds the states of others: a snapshot is due."""
-        self._for_room: list[tuple[int, Callable[[], None]]] = []
-
-    @property
-    def is_quiet(self) -> bool:
-        """Whether nobody waits for anything here."""
-        return not (self._waiting or self._jobs or self._for_room)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether more may be asked for: False while too much waits for the worker."""
-        return self._jobs + len(self._for_room) < _MOST_JOBS
-
-    def go_on(self) -> None:
-        """Frames were answered: do what waited for streams that have nothing pending now."""
-        if not self._waiting:
-            return
-        due, self._waiting = self._waiting, []
-        for waiting in due:
-            self._when_answered(waiting.slots, waiting.act)
-
-    def _when_answered(self, slots: I64, act: Callable[[], None]) -> None:
-        if self._table.pending[slots].any():
-            self._waiting.append(_Waiting(slots, act))
-        else:
-            act()
-
-    def room_again(self) -> None:
-        """More states may change than a moment ago: do what waited for that."""
-        due, self._for_room = self._for_room, []
-        for count, act in due:
-            self._when_room(count, act)
-
-    def _when_room(self, count: int, act: Callable[[], None]) -> None:
-        if self._table.keeping.has_room(count):
-            act()
-        else:
-            self._for_room.append((count, act))
-            self.on_no_room()
-
-    def _when_ended(self, ending: _Ending) -> None:
-        table = self._table
-        if (table.closing[ending.slots] & (table.openings(ending.slots) == ending.openings)).any():
-            self._ending.append(ending)
-        else:
-            ending.act()
-
-    def _submit(self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]) -> None:
-        self._jobs += 1
-
-        def finished(result: F32 | None, error: Exception | None) -> None:
-            self._jobs -= 1
-            done(result, error)
-
-        self._worker.submit(Job(call, finished))
 
     # ── Open ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -212,7 +132,7 @@ class Lifecycle:
             else:
                 self._stepper.load(opened, initial)
 
-        self._submit(load, done)
+        self.waits.submit(load, done)
 
     def _grants(self, slots: I64) -> GrantArray:
         grants = np.zeros(len(slots), GRANT)
@@ -272,12 +192,12 @@ class Lifecycle:
 
         named = table.find_all(names)
         closing = named[table.closing[named]]
-        self._when_ended(_Ending(closing, table.openings(closing), lambda: self._when_answered(slots, answered)))
+        self.waits.when_ended(closing, lambda: self.waits.when_answered(slots, answered))
 
     def _hand_over(self, slots: I64, to: Client, former_epochs: U64) -> None:
         owners = set(self._table.owner[slots].tolist())
         self._table.hand_over(slots, to.number, time.monotonic_ns(), former_epochs, to.arrival)
-        self._free_numbers(self._leaving & owners)
+        self.departures.may_have_left(owners)
 
     # ── Look at and change ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -289,8 +209,7 @@ class Lifecycle:
         slots, codes = self._table.find_all(names), np.zeros(len(names), np.int32)
         closing = slots[self._table.closing[slots]]
         if len(closing):
-            again = _Ending(closing, self._table.openings(closing), lambda: self.find(names, on_found))
-            self._when_ended(again)
+            self.waits.when_ended(closing, lambda: self.find(names, on_found))
             return
         for index in np.flatnonzero(slots == SCRATCH_SLOT).tolist():
             codes[index] = Code.EXPIRED if names[index] in self._expired else Code.UNKNOWN_STREAM
@@ -327,7 +246,7 @@ class Lifecycle:
             # Steps that were submitted before have been handed back before, later ones will be later.
             on_read(self._table.step_seq[slots], states, lost)
 
-        self._submit(lambda: self._stepper.read(slots[readable]), done)
+        self.waits.submit(lambda: self._stepper.read(slots[readable]), done)
 
     def _lose(self, slots: I64) -> None:
         """The states of these slots are gone."""
@@ -349,7 +268,7 @@ class Lifecycle:
         def begin() -> None:
             if self._tap.is_recording:
                 keeping.changed(slots)
-            self._submit(lambda: self._stepper.load(slots, states), done)
+            self.waits.submit(lambda: self._stepper.load(slots, states), done)
 
         def done(_: F32 | None, error: Exception | None) -> None:
             if error is None:
@@ -360,7 +279,7 @@ class Lifecycle:
                 on_reset(False)
             self.on_ready(self._rings.let_go(slots))
 
-        self._when_room(len(slots), begin)
+        self.waits.when_room(len(slots), begin)
 
     # ── Close ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -378,68 +297,16 @@ class Lifecycle:
             ticket = self._tap.closed(slots, reason, states, lost)
             self._release(slots)
             self._tap.when_durable(ticket, lambda: on_closed(states, lost))
-            due, self._ending = self._ending, []
-            for ending in due:
-                self._when_ended(ending)
+            self.waits.ended()
 
-        self._when_answered(slots, answered)
+        self.waits.when_answered(slots, answered)
 
     def _release(self, slots: I64) -> None:
         owners = self._table.owner[slots]
         self._table.release(slots)
-        self._free_numbers(self._leaving.intersection(owners.tolist()))
+        self.departures.may_have_left(set(owners.tolist()))
 
-    def _free_numbers(self, numbers: set[int]) -> None:
-        """Numbers of gone connections are free once none of their streams is left, those closing before included."""
-        for number in numbers:
-            if not self._table.owned[number]:
-                self._leaving.remove(number)
-                self._departing.discard(number)
-                self._clients.free_number(number)
-
-    # ── Park and evict ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def abandon(self, client: Client) -> None:
-        """A connection is gone: park its streams or close them, then let its number be used again.
-
-        Many streams take several turns of the loop, those of `tidy`. Until its turn comes a stream belongs to the
-        number, which no other connection gets; it can be resumed all the same.
-        """
-        self._leaving.add(client.number)
-        self._departing.add(client.number)
-        self._depart(client.number)
-
-    def tidy(self) -> None:
-        """Go on with what takes several turns; called now and then."""
-        if self._departing:
-            self._depart(next(iter(self._departing)))
-        self._evict_longest_parked()
-
-    def _depart(self, number: int) -> None:
-        owned = self._table.owned_by(number)
-        slots = owned[:AT_ONCE]
-        if len(slots) == len(owned):
-            self._departing.remove(number)
-        if self._parks:
-            self._table.park(slots, time.monotonic_ns())
-            self._tap.parked(slots)
-            self._statistics.parked_streams_total += len(slots)
-            self._evict_longest_parked()
-        else:
-            self.evict(slots, Code.CLIENT_GONE)
-        self._free_numbers({number})
-
-    def _evict_longest_parked(self) -> None:
-        table = self._table
-        if table.owned[table.parked] <= self._max_parked:
-            return
-        parked = table.parked_since(np.iinfo(np.int64).max)
-        excess = min(len(parked) - self._max_parked, AT_ONCE)
-        if excess <= 0:
-            return
-        since_ns = table.last_active_ns[parked]
-        oldest = parked[since_ns <= np.partition(since_ns, excess - 1)[excess - 1]]  # all of them: many have one time
-        self.expire(oldest[np.argsort(table.last_active_ns[oldest], kind="stable")[:excess]])
+    # ── Evict ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def expire(self, slots: I64) -> None:
         """Evict parked streams; whoever asks for them later is told that they were here."""

@@ -23,8 +23,9 @@ from instep.runtime.worker import Worker
 from instep.server import replies
 from instep.server.clients import ClientTable
 from instep.server.cold import RecordedStates
+from instep.server.departures import AT_ONCE
 from instep.server.engine import Engine
-from instep.server.lifecycle import AT_ONCE, Lifecycle
+from instep.server.lifecycle import Lifecycle
 from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
 from instep.server.recovery import Recovery
@@ -102,7 +103,7 @@ class Server:
             self._limits.max_outbox_bytes,
             round(config.limits.unreachable_after_s * 1e9),
             round(config.transport.heartbeat_s * 1e9),
-            on_gone=lambda client: self.lifecycle.abandon(client),
+            on_gone=lambda client: self.lifecycle.departures.abandon(client),
         )
         table, rings = streams.table, streams.rings
         self._tap = tap = Tap(table, rings)
@@ -131,14 +132,14 @@ class Server:
             parks=config.limits.park_s > 0,
             max_parked=config.limits.max_parked_streams,
         )
-        self.engine.on_answered = self.lifecycle.go_on
+        self.engine.on_answered = self.lifecycle.waits.answered
         self.lifecycle.on_ready = self.engine.make_ready
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
         target_ns = round(config.recording.recovery_target_s * 1e9)
         self._snapshots = Snapshots(table, rings, stepper, self._worker, tap, self._step_failed, target_ns)
         self._snapshots.on_committed = self._snapshot_committed
         self.engine.on_changed = self._snapshots.take_if_due
-        self.engine.on_no_room = self.lifecycle.on_no_room = self._snapshots.take_now
+        self.engine.on_no_room = self.lifecycle.waits.on_no_room = self._snapshots.take_now
         self._cold = streams.cold
         self._rotation = Rotation(
             table,
@@ -183,7 +184,7 @@ class Server:
     @property
     def is_quiet(self) -> bool:
         """Whether nothing admitted waits for an answer."""
-        return not len(self.engine.blocks) and self.lifecycle.is_quiet and self._tap.is_quiet
+        return not len(self.engine.blocks) and self.lifecycle.waits.is_quiet and self._tap.is_quiet
 
     @property
     def has_room(self) -> bool:
@@ -191,7 +192,7 @@ class Server:
 
         When the recorder has failed they are, so that whoever asks is told that nothing new is taken.
         """
-        return self.lifecycle.has_room and (self._tap.has_room or self._tap.has_failed)
+        return self.lifecycle.waits.has_room and (self._tap.has_room or self._tap.has_failed)
 
     # ── The loop ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -257,7 +258,7 @@ class Server:
     def _keep_house(self) -> None:
         now_ns = time.monotonic_ns()
         self._postbox.flush(now_ns)
-        self.lifecycle.tidy()
+        self.lifecycle.departures.tidy()
         self._ticks += 1
         if self._ticks % _HOUSEKEEPING_TICKS == 0:
             self._postbox.probe(now_ns)
@@ -273,7 +274,7 @@ class Server:
 
     def _snapshot_committed(self) -> None:
         self._rotate_if_due(time.monotonic_ns())  # before the next snapshot, where one comes after the other
-        self.lifecycle.room_again()
+        self.lifecycle.waits.room_again()
 
     def _evict(self) -> None:
         """End streams that were silent for too long; where there are many, some now and more at the next tick."""

@@ -1,0 +1,115 @@
+"""What waits: for frames to be answered, for the worker, for room in memory, for other streams to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from instep.core.streams import StreamTable
+from instep.core.typing import F32, I64, U32
+from instep.runtime.worker import Job, Worker
+
+_MOST_JOBS = 64
+"""Openings, closings and the like that wait for the worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answering:
+    """Something to do with streams as soon as nothing of theirs is pending."""
+
+    slots: I64
+    act: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """Something to do as soon as streams that are closing have ended."""
+
+    slots: I64
+    openings: U32
+    act: Callable[[], None]
+
+
+class Waits:
+    """Things to do with streams, each as soon as what it waits for has come.
+
+    Args:
+        table: the streams.
+        worker: does what has to do with states.
+    """
+
+    def __init__(self, table: StreamTable, worker: Worker) -> None:
+        self._table = table
+        self._worker = worker
+        self._answering: list[_Answering] = []
+        self._ending: list[_Ending] = []
+        self._for_room: list[tuple[int, Callable[[], None]]] = []
+        self._jobs = 0
+        self.on_no_room: Callable[[], None] = lambda: None
+        """Called when a change waits until the recording holds the states of others: a snapshot is due."""
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing waits, but for streams to end."""
+        return not (self._answering or self._jobs or self._for_room)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be asked for: False while too much waits for the worker."""
+        return self._jobs + len(self._for_room) < _MOST_JOBS
+
+    def submit(self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]) -> None:
+        """Call in the worker; `done` gets the result, or what was raised."""
+        self._jobs += 1
+
+        def finished(result: F32 | None, error: Exception | None) -> None:
+            self._jobs -= 1
+            done(result, error)
+
+        self._worker.submit(Job(call, finished))
+
+    def when_answered(self, slots: I64, act: Callable[[], None]) -> None:
+        """Do something as soon as nothing of these streams is pending."""
+        if self._table.pending[slots].any():
+            self._answering.append(_Answering(slots, act))
+        else:
+            act()
+
+    def answered(self) -> None:
+        """Frames were answered: do what waited for that."""
+        if not self._answering:
+            return
+        due, self._answering = self._answering, []
+        for waiting in due:
+            self.when_answered(waiting.slots, waiting.act)
+
+    def when_room(self, count: int, act: Callable[[], None]) -> None:
+        """Do something as soon as so many more states may change."""
+        if self._table.keeping.has_room(count):
+            act()
+        else:
+            self._for_room.append((count, act))
+            self.on_no_room()
+
+    def room_again(self) -> None:
+        """More states may change than a moment ago: do what waited for that."""
+        due, self._for_room = self._for_room, []
+        for count, act in due:
+            self.when_room(count, act)
+
+    def when_ended(self, slots: I64, act: Callable[[], None]) -> None:
+        """Do something as soon as those of these streams that are closing now have ended."""
+        self._when_ended(_Ending(slots, self._table.openings(slots), act))
+
+    def ended(self) -> None:
+        """Streams have ended: do what waited for that."""
+        due, self._ending = self._ending, []
+        for ending in due:
+            self._when_ended(ending)
+
+    def _when_ended(self, ending: _Ending) -> None:
+        table = self._table
+        if (table.closing[ending.slots] & (table.openings(ending.slots) == ending.openings)).any():
+            self._ending.append(ending)
+        else:
+            ending.act()
