@@ -113,7 +113,7 @@ async def test_a_million_damaged_messages(tmp_path: Path, monkeypatch: pytest.Mo
     for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
         monkeypatch.delenv(name)  # measuring lines would take longer than everything else
     write_model(tmp_path / "model", SMALL)
-    settings = ["engine.max_streams=300", "transport.heartbeat_s=0.2", "limits.park_s=1"]
+    settings = ["engine.max_streams=300", "transport.heartbeat_s=2", "limits.park_s=1"]
     arguments = [part for setting in settings for part in ("--set", setting)]
     with ChildServer(tmp_path / "model", arguments) as server:
         async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:

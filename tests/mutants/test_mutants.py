@@ -264,7 +264,7 @@ PARAMETERS = [
 def test_the_engine_as_it_is_passes_the_same_tests(tmp_path: Path, names: set[str]) -> None:
     copy_engine(tmp_path / "engine")
     tests = sorted({test for mutant in MUTANTS if mutant.name in names for test in mutant.tests})
-    run = run_tests(tmp_path / "engine", tests)
+    run = run_tests(tmp_path / "engine", tests, timeout_s=100)
     assert run.returncode == pytest.ExitCode.OK, run.stdout + run.stderr
 
 

@@ -57,12 +57,15 @@ def copy_engine(folder: Path, mutant: Mutant | None = None) -> None:
     file.write_text(text.replace(mutant.old, mutant.new))
 
 
-def run_tests(engine: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run tests in a process of its own that imports `instep` from this folder; it ends at the first failure."""
+def run_tests(engine: Path, tests: Sequence[str], timeout_s: int = 15) -> subprocess.CompletedProcess[str]:
+    """Run tests in a process of its own that imports `instep` from this folder; it ends at the first failure.
+
+    A test that takes longer than `timeout_s` fails: what is broken on purpose often waits for ever.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE_", "PYTEST_"))}
     path = os.pathsep.join([str(engine), str(ROOT / "clients")])
     environment |= {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=15"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", f"--timeout={timeout_s}"]
     return subprocess.run(
         [sys.executable, "-c", _RUN, str(engine), *options, *tests],
         cwd=ROOT,
