@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -88,6 +89,23 @@ def refuse_part(base: Path, header: RecordingHeader) -> None:
     first = base_of(base)
     if first != base and member_path(first, header.number) == base:
         raise RecordingError(f"{base} is file {header.number} of the recording {first}; name that, there or not")
+
+
+def settle(base: Path) -> None:
+    """Undo what a writer left that died as it made the first file: SQLite finds what to undo in the journal beside it.
+
+    Raises:
+        RecordingError: when the file cannot be read or written.
+    """
+    if not (Path(f"{base}-journal").exists() and base.is_file()):
+        return
+    database = sqlite3.connect(base, isolation_level=None)
+    try:
+        database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        raise RecordingError(f"cannot go on with the recording {base}: {error}") from None
+    finally:
+        database.close()
 
 
 def remove_unfinished(base: Path) -> None:

@@ -162,6 +162,7 @@ def _recording(
     path = config.recording.file
     assert path is not None
     header = recording_header(prepared, config)
+    family.settle(path)
     files = family.members(path, may_be_damaged=True)
     if not files:
         return RecordingWriter.create(path, header), None
