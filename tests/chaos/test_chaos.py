@@ -7,6 +7,7 @@ from tests.chaos.chaos import run
 pytestmark = pytest.mark.xdist_group("chaos")  # they share the process that their servers are forked from
 
 
+@pytest.mark.timeout(300)  # some 15 s of CPU time
 async def test_nothing_is_lost_when_the_server_is_killed(tmp_path: Path) -> None:
     outcome = await run(tmp_path, kills=20, seed=1)
     assert outcome.passed, outcome.line()
