@@ -21,7 +21,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.writer import RecordingWriter
 from instep.server.recovery import go_on
 from instep.server.server import Server
-from instep_client.wire import Kind
+from instep_client.wire import Code, Kind
 from tests.support.disk import Disk, Fault, Operation
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient, Reply
@@ -74,6 +74,10 @@ async def stream_until_goodbye(client: RawClient, given: Given, has_failed: Call
         given.x.append(x)
         have = [given.frames] * STREAMS
         reply = await client.step(opened.handles(), have, x, have)
+        if reply.kind is Kind.ERROR:  # sent between the fault and the end
+            assert reply.code is Code.SHUTTING_DOWN
+            reply = await client.receive()
+            assert reply.kind is Kind.GOODBYE
         if reply.kind is Kind.GOODBYE:
             return reply
         assert reply.kind is Kind.STEPPED

@@ -132,12 +132,22 @@ async def test_a_stream_whose_state_is_lost_is_closed_and_told(rng: np.random.Ge
 
 
 async def test_a_stream_that_closes_while_its_state_is_lost_gets_no_state(rng: np.random.Generator) -> None:
-    async with running(SMALL, stepper=make(LosingStepper)) as server, RawClient(server.endpoint) as client:  # type: ignore[arg-type]
+    may_fail = threading.Event()
+
+    class WaitingStepper(LosingStepper):
+        def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
+            assert may_fail.wait(60)
+            super().step(slots, rows, inputs, outputs)
+
+    async with running(SMALL, stepper=make(WaitingStepper)) as server, RawClient(server.endpoint) as client:  # type: ignore[arg-type]
         await client.hello()
         handles = (await client.open("s")).handles()
         x = rng.standard_normal((1, 1, F)).astype(np.float32)
         await client.send(*client.step_message(handles, [0], poisoned(x, 0, 0)))
         await client.send(*client.close_message(handles))
+        while not server.engine.table.closing.any():
+            await asyncio.sleep(0.001)
+        may_fail.set()
         stepped, closed = sorted([await client.receive() for _ in range(2)], key=lambda reply: reply.request)
         assert stepped.failures() == [(0, 0, Code.STATE_LOST, 0)]
         assert closed.failures() == [(0, 0, Code.STATE_LOST, 0)]
