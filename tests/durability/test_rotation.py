@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -15,8 +16,12 @@ from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.writer import RecordingWriter
 from instep.server.recovery import go_on
+from instep_client.wire import Kind
 from tests.support.disk import Disk, Fault, Operation, after_power_loss
-from tests.support.story import Story, assert_restored, new_engine, story_header
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+from tests.support.story import FEATURES, Story, assert_restored, new_engine, story_header
 
 SEED = 5
 
@@ -151,3 +156,33 @@ def test_after_a_loss_of_power_around_rotations_nothing_reported_at_fsync_is_los
         newest.add(writer.path.name)
         writer.abandon()
     assert newest == {"r.db", "r-000002.db", "r-000003.db", "r-000004.db"}
+
+
+async def test_a_server_whose_disk_is_full_as_its_recording_goes_on_ends_and_a_restart_has_all_that_was_answered(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.db"
+    disk.on_operation = lambda operation: "full" if operation.file.startswith("r-000003") else None
+    recording = {"file": path, "max_age_s": 1e-6}
+    x = np.random.default_rng(2).standard_normal((400, 1, FEATURES)).astype(np.float32)
+    answered = 0
+    failure = f"the recording {path} failed: database or disk is full"
+    async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        opened = await client.open("s")
+        while True:
+            reply = await client.step(opened.handles(), [answered], x[answered : answered + 1], [answered])
+            if reply.kind is not Kind.STEPPED or reply.failures():
+                break
+            answered += 1
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("r-000003")]
+    monkeypatch.undo()
+    async with running(SMALL, recording={"file": path}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        resumed = await client.resume(["s"], [answered], opened.epochs())
+        assert resumed.codes() == []
+        (seq,) = resumed.seqs()
+        assert seq >= answered
+        reply = await client.step(resumed.handles(), [answered], x[answered : answered + 2], [answered])
+        truth, _ = whole(SMALL, x[: answered + 2, 0])
+        np.testing.assert_array_equal(reply.floats().reshape(2, -1), truth[answered:])

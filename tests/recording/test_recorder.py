@@ -267,7 +267,7 @@ def test_a_rotation_takes_a_ticket_for_each_row_and_what_follows_is_in_the_new_f
     scribe.open(2)
     recorder = Recorder(
         *(scribe.writer, 8, lambda: None, lambda error: None, durable.append),
-        on_rotated=lambda file: files.append(file),
+        on_rotated=lambda file, seconds: files.append(file),
     )
     before = scribe.writer.position
     x, one = np.ones((1, 3), np.float32), np.array([1], np.uint32)

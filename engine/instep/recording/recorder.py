@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -40,7 +41,7 @@ class Recorder:
         on_failure: called once in the recorder's thread with what went wrong.
         on_durable: called in the recorder's thread after each commit with the newest ticket in it.
         retention: what removes older files; None for nothing.
-        on_rotated: called in the recorder's thread when a new file is written, with its path.
+        on_rotated: called in the recorder's thread when a new file is written, with its path and the seconds it took.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Recorder:
         on_failure: Callable[[Exception], None],
         on_durable: Callable[[int], None],
         retention: Retention | None = None,
-        on_rotated: Callable[[Path], None] = lambda path: None,
+        on_rotated: Callable[[Path, float], None] = lambda path, seconds: None,
     ) -> None:
         self._writer = writer
         self._retention = retention
@@ -217,11 +218,11 @@ class Recorder:
     def _rotate(self, time_ns: int, carried: Carried) -> None:
         self._writer.commit()
         self._on_durable(self._writer.position)  # answers need not wait until the new file is made
-        sealed = self._writer.path
+        sealed, began = self._writer.path, time.monotonic()
         self._writer = self._writer.follow(time_ns, carried)
         with self._changed:
             self._rotations -= 1
-        self._on_rotated(self._writer.path)
+        self._on_rotated(self._writer.path, time.monotonic() - began)
         if self._retention is not None:
             self._retention.add(sealed, time_ns)
             self._retains = True

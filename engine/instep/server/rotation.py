@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -70,6 +71,9 @@ class Rotation:
         self._not_before_ns = began_ns
         self._cut_at = 0
         """The ticket of the newest file's first rows; nothing was added to it while that is the newest ticket."""
+        self.paused_ns = 0
+        """How long steps paused for the last one."""
+        self._paused_at_ns = 0
         self.on_state_lost: Callable[[I64], None] = lambda slots: None
         """Called with the slots of open streams whose states turned out to be gone."""
 
@@ -83,6 +87,7 @@ class Rotation:
     def begin(self, now_ns: int) -> None:
         """Pause, read, cut."""
         self._snapshots.is_under_way = self._tap.is_paused = True
+        self._paused_at_ns = time.monotonic_ns()
         table, tap, network = self._table, self._tap, self._stepper.network
         read_of = np.zeros(len(table.owner), np.int64)
         """By slot, the number of the stream whose state was read."""
@@ -149,5 +154,6 @@ class Rotation:
             self.on_state_lost(error.slots[~self._table.closing[error.slots]])
 
     def _go_on(self) -> None:
+        self.paused_ns = time.monotonic_ns() - self._paused_at_ns
         self._tap.on_reset = lambda slots: None
         self._tap.is_paused = False

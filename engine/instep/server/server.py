@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import structlog
@@ -356,8 +357,12 @@ class Server:
             on_failure=lambda error: self._hand_back(lambda: self._recording_failed(error)),
             on_durable=lambda ticket: self._hand_back(lambda: self._tap.durable(ticket)),
             retention=self._retention(writer),
-            on_rotated=lambda path: self._log.info("recording goes on", file=str(path)),
+            on_rotated=self._rotated,
         )
+
+    def _rotated(self, path: Path, seconds: float) -> None:
+        paused_s = round(self._rotation.paused_ns / 1e9, 4)
+        self._log.info("recording goes on", file=str(path), steps_paused_s=paused_s, written_s=round(seconds, 4))
 
     def _retention(self, writer: RecordingWriter) -> Retention | None:
         recording = self.config.recording

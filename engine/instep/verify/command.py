@@ -17,6 +17,7 @@ from rich.text import Text
 from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
+from instep.verify.check import Ways
 from instep.verify.errors import CannotVerify
 from instep.verify.files import Chosen, choose
 from instep.verify.joints import Following
@@ -75,6 +76,7 @@ def _verify(chosen: Chosen, model_folder: Path | None, stream: str | None, on_pr
     """Every file, and where the next one is there, the joint between them."""
     files, reports = chosen.files, list[Report]()
     missing: NoSuchStream | None = None
+    found_before: dict[str, Ways] = {}
     for at, file in enumerate(files):
 
         def tell(stage: verifier.Stage, share: float, at: int = at) -> None:
@@ -84,7 +86,11 @@ def _verify(chosen: Chosen, model_folder: Path | None, stream: str | None, on_pr
             model = recorded_model(reader.header, model_folder)
             following = _following(reader, files[at + 1]) if at + 1 < len(files) else None
             try:
-                reports.append(verifier.verify(reader, model, stream, tell, following, is_alone=len(files) == 1))
+                reports.append(
+                    verifier.verify(
+                        reader, model, stream, tell, following, is_alone=len(files) == 1, found_before=found_before
+                    )
+                )
             except NoSuchStream as error:
                 missing = missing or error
     if missing is not None and not reports:

@@ -19,7 +19,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Final, Literal, TypeAlias
+from dataclasses import replace
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -42,6 +43,11 @@ STAGES: Final[tuple[Stage, ...]] = ("reading", "replaying")
 Progress: TypeAlias = Callable[[Stage, float], None]
 """Called with what is being done and the share (0 to 1) of it that is done."""
 
+_SAME: Final[dict[str, Any]] = dict.fromkeys(
+    ("created_ns", "number", "first_position", "begun_ns", "last_stream", "last_epoch", "carried_bytes"), 0
+)
+"""What headers of one engine differ in from file to file."""
+
 CHUNK_BYTES: Final = 64 * 2**20
 """The largest array computed at once, about."""
 
@@ -54,6 +60,7 @@ def verify(
     following: Following | None = None,
     *,
     is_alone: bool = True,
+    found_before: dict[str, Ways] | None = None,
 ) -> Report:
     """Check every stream of a file of a recording, or those of one name or number.
 
@@ -64,13 +71,15 @@ def verify(
         on_progress: see `Progress`.
         following: the file after it, if the joint is to be checked.
         is_alone: whether it is all that is verified; else there may be no frames in it.
+        found_before: what computes, as found out for other files of the same engines; what is new goes into it.
 
     Raises:
         CannotVerify: when there is nothing to check.
         RecordingError: when the recording is damaged, or has no such stream.
     """
     with recorded_threads(reader.header):
-        return _Verification(reader, model, stream, on_progress, following, is_alone=is_alone).run()
+        verification = _Verification(reader, model, stream, on_progress, following, is_alone=is_alone)
+        return verification.run({} if found_before is None else found_before)
 
 
 class _Verification:
@@ -115,8 +124,11 @@ class _Verification:
             "whole sequence": np.zeros(ULP_BINS, np.int64),
         }
 
-    def run(self) -> Report:
-        ways = self._ways()
+    def run(self, found_before: dict[str, Ways]) -> Report:
+        key = repr((self._model.fingerprint, [replace(engine.header, **_SAME) for engine in self._reader.engines]))
+        if key not in found_before:
+            found_before[key] = self._ways()
+        ways = found_before[key]
         parts: dict[int, StreamReport] = {}
         total, done = int(self._index.frames[self._stretches].sum()), 0
         with ThreadPoolExecutor(4, "instep-verify") as pool:
