@@ -41,7 +41,7 @@ def test_what_a_failed_snapshot_had_taken_is_in_the_next_one() -> None:
     keeping.changed(slots(2, 3, 5))
     taken = keeping.take()
     keeping.kept(slots(5))
-    keeping.failed(taken)
+    keeping.failed(taken, is_awaited=False)
     assert keeping.take().tolist() == [2, 3]
 
 
@@ -60,12 +60,14 @@ def test_room_is_what_is_left_of_the_bound() -> None:
     assert not keeping.is_pressed
 
 
-def test_after_a_failed_snapshot_nobody_waits_until_the_next_one_begins() -> None:
+def test_who_waited_in_vain_for_a_snapshot_may_go_once() -> None:
     keeping = Keeping(6, max_changed=2)
     keeping.changed(slots(1, 2))
-    keeping.failed(keeping.take())
+    keeping.failed(keeping.take(), is_awaited=False)
+    assert not keeping.has_room(1)
+    keeping.failed(keeping.take(), is_awaited=True)
     assert keeping.has_room(2)
-    keeping.take()
+    keeping.changed(slots(3, 4))
     assert not keeping.has_room(1)
 
 
@@ -99,7 +101,7 @@ def test_the_rules_of_three_sets_hold(events: list[tuple[str, list[int]]]) -> No
             keeping.committed(under_way)
             taken, under_way = set(), None
         elif event == "failed" and under_way is not None:
-            keeping.failed(under_way)
+            keeping.failed(under_way, is_awaited=False)
             changed, taken, under_way = changed | taken, set(), None
         assert keeping.changed_count == len(changed | taken)
         assert set(kept(keeping)) == set(range(1, 7)) - changed - taken

@@ -95,7 +95,7 @@ class Moved:
 
 
 CHOSEN = st.lists(st.integers(1, STREAMS), unique=True, min_size=1, max_size=HOT)
-EVENTS = st.sampled_from(["step", "step", "step", "snapshot", "zeros", "states", "fails", "cold"])
+EVENTS = st.sampled_from(["step", "step", "step", "snapshot", "zeros", "states", "fails"])
 
 
 @given(st.lists(st.tuples(EVENTS, CHOSEN), max_size=40))
@@ -109,10 +109,6 @@ def test_no_state_is_mixed_up_or_lost(events: list[tuple[str, list[int]]]) -> No
             moved.load(slots, None)
         elif event == "states":
             moved.load(slots, -1.0 - turn)
-        elif event == "cold":
-            moved.book.states[slots] = moved.states[slots] = 100.0 + turn
-            moved.book.kept[slots] = True
-            moved.tiers.leave_cold(slots)
         elif event == "fails":
             moved.book.fails = True
             with contextlib.suppress(OSError):

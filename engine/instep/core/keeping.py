@@ -31,7 +31,7 @@ class Keeping:
         self.max_changed = max_changed
         self.changed_count = 0
         """States that are not kept."""
-        self._snapshot_failed = False
+        self._waited_in_vain = False
         self._standing: U8 = np.zeros(max_streams + 1, np.uint8)
 
     def is_kept(self, slots: I64) -> Bool:
@@ -47,15 +47,17 @@ class Keeping:
     def has_room(self, count: int) -> bool:
         """Whether so many more states may change now.
 
-        After a snapshot that failed they may: what has no room then fails by itself, rather than wait for ever.
+        Once after a snapshot that somebody waited for and that failed they may: what has no room then fails by itself,
+        rather than wait for ever.
         """
         free = self.max_changed is None or self.changed_count + count <= self.max_changed
-        return free or self._snapshot_failed
+        return free or self._waited_in_vain
 
     def changed(self, slots: I64) -> None:
         """The states are about to change: int64 [N], distinct."""
         self.changed_count += int(np.count_nonzero(self.is_kept(slots)))
         self._standing[slots] = _CHANGED
+        self._waited_in_vain = False
 
     def kept(self, slots: I64) -> None:
         """The recording holds the states as they are, or never needs to: int64 [N], distinct."""
@@ -66,14 +68,13 @@ class Keeping:
         """Slots whose states a snapshot has to hold that begins now: int64 [N]. One snapshot at a time."""
         slots = np.flatnonzero(self._standing == _CHANGED)
         self._standing[slots] = _IN_SNAPSHOT
-        self._snapshot_failed = False
         return slots
 
     def committed(self, slots: I64) -> None:
         """The snapshot of these slots, int64 [N], is in the recording; those that changed meanwhile are not kept."""
         self.kept(slots[self._standing[slots] == _IN_SNAPSHOT])
 
-    def failed(self, slots: I64) -> None:
-        """The snapshot of these slots, int64 [N], will not be in the recording."""
+    def failed(self, slots: I64, *, is_awaited: bool) -> None:
+        """The snapshot of these slots, int64 [N], will not be in the recording; somebody may have waited for it."""
         self._standing[slots[self._standing[slots] == _IN_SNAPSHOT]] = _CHANGED
-        self._snapshot_failed = True
+        self._waited_in_vain = is_awaited

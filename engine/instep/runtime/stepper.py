@@ -119,7 +119,7 @@ class Stepper:
             self._cache.write(slots, padded)
 
     def leave_cold(self, slots: I64) -> None:
-        """The recording holds the initial states of slots; only where host memory has a bound."""
+        """The recording holds the states of slots; only where it may hold some alone."""
         assert self.tiers is not None, "all states are on the device"
         self.tiers.leave_cold(slots)
 

@@ -87,7 +87,7 @@ class Tiers:
         self._residency.forget(slots)
 
     def leave_cold(self, slots: I64) -> None:
-        """The recording holds the states of slots, and memory nothing of them yet: int64 [N], distinct."""
+        """The recording holds the states of slots, and memory nothing of them: int64 [N], distinct."""
         self._warm.leave(slots)
         self._residency.forget(slots)
 

@@ -12,7 +12,7 @@ from instep.core.ownership import judge_claims
 from instep.core.rings import Rings
 from instep.core.slots import SCRATCH_SLOT
 from instep.core.streams import NO_OWNER, StreamTable
-from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.core.typing import F32, I32, I64, U32, U64, Bool
 from instep.runtime.errors import StateLost
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Worker
@@ -105,20 +105,19 @@ class Lifecycle:
             on_opened(np.zeros(len(slots), GRANT), codes)
             return
         initial = None if states is None else states[granted]
-        # With a bound on memory, states that were given are read from the recording when they are needed first.
-        is_cold = initial is not None and self._table.keeping.max_changed is not None
         # Noted down at once: the streams can be parked or taken over before the worker has loaded their states.
         granted_names = [name for name, is_granted in zip(names, granted.tolist(), strict=True) if is_granted]
         ticket = self._tap.opened(opened, granted_names, initial)
         grants = np.zeros(len(slots), GRANT)
         grants[granted] = self._grants(opened)
+        self._rings.hold(opened)
 
         def done(_: F32 | None, error: Exception | None) -> None:
+            self.on_ready(self._rings.let_go(opened))
             if error is None:
                 for name in names:
                     self._expired.pop(name, None)
-                when = self._tap.when_committed if is_cold else self._tap.when_durable
-                when(ticket, lambda: on_opened(grants, codes))
+                self._tap.when_durable(ticket, lambda: on_opened(grants, codes))
                 return
             self._log_failure(error, len(opened))
             codes[granted] = Code.STEP_FAILED
@@ -126,13 +125,11 @@ class Lifecycle:
             failed = opened[~self._table.closing[opened]]  # the others are on their way out already
             self.close(failed, "failed", lambda *_: on_opened(np.zeros(len(slots), GRANT), codes))
 
-        def load() -> None:
-            if is_cold:
-                self._stepper.leave_cold(opened)
-            else:
-                self._stepper.load(opened, initial)
-
-        self.waits.submit(load, done)
+        is_changed = initial is not None and self._tap.is_recording  # zeros take no room
+        if is_changed and self._table.keeping.max_changed is not None:
+            # Until there is room, who looks finds them in the recording, and not what is left of the slots' last ones.
+            self.waits.submit(lambda: self._stepper.leave_cold(opened), lambda *_: None)
+        self.waits.submit(lambda: self._stepper.load(opened, initial), done, opened if is_changed else None)
 
     def _grants(self, slots: I64) -> GrantArray:
         grants = np.zeros(len(slots), GRANT)
@@ -227,11 +224,12 @@ class Lifecycle:
 
         self._read(slots, read)
 
-    def _read(self, slots: I64, on_read: Callable[[I64, F32, Bool], None]) -> None:
+    def _read(self, slots: I64, on_read: Callable[[I64, F32, Bool], None], openings: U32 | None = None) -> None:
         readable = ~self._table.lost[slots]
+        streams = self._table.openings(slots) if openings is None else openings
 
         def done(found: F32 | None, error: Exception | None) -> None:
-            lost = self._table.lost[slots]
+            lost = self._table.lost[slots] | (self._table.openings(slots) != streams)
             states = self._stepper.no_states(len(slots))
             if found is not None:
                 states[readable] = found
@@ -239,7 +237,7 @@ class Lifecycle:
                 self._log_failure(error, len(slots))
                 if isinstance(error, StateLost) and error.slots is not None:
                     self._lose(error.slots)
-                    self._read(slots, on_read)  # the others
+                    self._read(slots, on_read, streams)  # the others
                     return
                 lost[:] = True
             states[lost] = np.nan
@@ -256,19 +254,9 @@ class Lifecycle:
     def reset(self, slots: I64, states: F32 | None, on_reset: Callable[[bool], None]) -> None:
         """Give streams with nothing pending another state, zeros where None; `on_reset` gets whether it was done.
 
-        Frames that come meanwhile wait, so that the recording has the change before them. With a bound on memory, more
-        streams than it holds cannot be reset at once.
+        Frames that come meanwhile wait, so that the recording has the change before them.
         """
-        keeping = self._table.keeping
-        if keeping.max_changed is not None and len(slots) > keeping.max_changed:
-            on_reset(False)
-            return
         self._rings.hold(slots)
-
-        def begin() -> None:
-            if self._tap.is_recording:
-                keeping.changed(slots)
-            self.waits.submit(lambda: self._stepper.load(slots, states), done)
 
         def done(_: F32 | None, error: Exception | None) -> None:
             if error is None:
@@ -279,7 +267,7 @@ class Lifecycle:
                 on_reset(False)
             self.on_ready(self._rings.let_go(slots))
 
-        self.waits.when_room(len(slots), begin)
+        self.waits.submit(lambda: self._stepper.load(slots, states), done, slots if self._tap.is_recording else None)
 
     # ── Close ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -56,8 +56,11 @@ class Snapshots:
         self._at_once = at_once
         self.is_under_way = False
         """Until the recording holds it."""
+        self._is_awaited = False
+        """Whether somebody waits until the recording holds it, or would wait for the next one."""
         self.on_committed: Callable[[], None] = lambda: None
-        """Called when the recording holds a part of a snapshot: states may leave memory, so others may change."""
+        """Called when the recording holds a part of a snapshot, so that states may leave memory and others may change,
+        and when it will not hold one, so that nobody waits for it."""
 
     @property
     def is_due(self) -> bool:
@@ -80,6 +83,7 @@ class Snapshots:
             def committed() -> None:
                 keeping.committed(slots[part])
                 self.is_under_way = not is_last
+                self._is_awaited = self._is_awaited and not is_last
                 self.on_committed()
                 if not is_last:
                     read(part.stop)
@@ -89,8 +93,10 @@ class Snapshots:
                     self._log_failure(error, len(slots[part]))
                 is_lost = self._table.lost[slots] & self._are_open(slots, streams)
                 if states is None or is_lost.any():  # what is lost is about to close
-                    keeping.failed(slots)  # they stay due, and the older snapshot stays good
                     self.is_under_way = False
+                    keeping.failed(slots, is_awaited=self._is_awaited)  # they stay due, the older snapshot stays good
+                    self._is_awaited = False
+                    self.on_committed()
                     return
                 rows = self._rows(slots[part], streams[part], states)
                 record = tap.snapshot if is_last else tap.states
@@ -101,7 +107,7 @@ class Snapshots:
         if len(slots):
             read(0)
         else:
-            self.is_under_way = False
+            self.is_under_way = self._is_awaited = False
 
     def take_if_due(self) -> None:
         """Take one, if it is due."""
@@ -109,7 +115,8 @@ class Snapshots:
             self.take()
 
     def take_now(self) -> None:
-        """Take one, unless one is under way."""
+        """Take one, unless one is under way: somebody waits for it."""
+        self._is_awaited = True
         if not self.is_under_way:
             self.take()
 

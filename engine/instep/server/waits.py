@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ class Waits:
         self._worker = worker
         self._answering: list[_Answering] = []
         self._ending: list[_Ending] = []
-        self._for_room: list[tuple[int, Callable[[], None]]] = []
+        self._for_room: deque[tuple[int, Callable[[], None]]] = deque()
+        """Jobs that are not the worker's yet, with how many states each changes."""
         self._jobs = 0
         self.on_no_room: Callable[[], None] = lambda: None
         """Called when a change waits until the recording holds the states of others: a snapshot is due."""
@@ -51,22 +53,49 @@ class Waits:
     @property
     def is_quiet(self) -> bool:
         """Whether nothing waits, but for streams to end."""
-        return not (self._answering or self._jobs or self._for_room)
+        return not (self._answering or self._jobs)
 
     @property
     def has_room(self) -> bool:
         """Whether more may be asked for: False while too much waits for the worker."""
-        return self._jobs + len(self._for_room) < _MOST_JOBS
+        return self._jobs < _MOST_JOBS
 
-    def submit(self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]) -> None:
-        """Call in the worker; `done` gets the result, or what was raised."""
-        self._jobs += 1
+    def submit(
+        self,
+        call: Callable[[], F32 | None],
+        done: Callable[[F32 | None, Exception | None], None],
+        changing: I64 | None = None,
+    ) -> None:
+        """Call in the worker, in order; `done` gets the result, or what was raised.
+
+        Args:
+            call: what to do.
+            done: called on the loop.
+            changing: slots, int64 [N], whose states it changes; it waits until so many more may change.
+        """
 
         def finished(result: F32 | None, error: Exception | None) -> None:
             self._jobs -= 1
             done(result, error)
 
-        self._worker.submit(Job(call, finished))
+        def begin() -> None:
+            if changing is not None:
+                self._table.keeping.changed(changing)
+            self._worker.submit(Job(call, finished))
+
+        self._jobs += 1
+        self._for_room.append((0 if changing is None else len(changing), begin))
+        self.room_again()
+
+    def room_again(self) -> None:
+        """More states may change than a moment ago, perhaps: do what waited for that, and what waits behind it."""
+        while self._for_room:
+            count, begin = self._for_room[0]
+            if count and not self._table.keeping.has_room(count):
+                self.on_no_room()
+                return
+            self._for_room.popleft()
+            begin()
 
     def when_answered(self, slots: I64, act: Callable[[], None]) -> None:
         """Do something as soon as nothing of these streams is pending."""
@@ -82,20 +111,6 @@ class Waits:
         due, self._answering = self._answering, []
         for waiting in due:
             self.when_answered(waiting.slots, waiting.act)
-
-    def when_room(self, count: int, act: Callable[[], None]) -> None:
-        """Do something as soon as so many more states may change."""
-        if self._table.keeping.has_room(count):
-            act()
-        else:
-            self._for_room.append((count, act))
-            self.on_no_room()
-
-    def room_again(self) -> None:
-        """More states may change than a moment ago: do what waited for that."""
-        due, self._for_room = self._for_room, []
-        for count, act in due:
-            self.when_room(count, act)
 
     def when_ended(self, slots: I64, act: Callable[[], None]) -> None:
         """Do something as soon as those of these streams that are closing now have ended."""
