@@ -398,6 +398,29 @@ async def test_until_there_is_room_states_that_are_given_are_in_the_recording(
             assert (await client.receive()).kind is Kind.OPENED
 
 
+def files_in(folder: Path) -> int:
+    return len(list(folder.glob("*.instep")))
+
+
+async def test_cold_states_are_found_in_the_file_that_a_rotation_began(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    rotating = {**recording(tmp_path), "max_bytes": 100_000}
+    async with running(SMALL, engine=ENGINE, recording=rotating) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        truth = await opened(client, rng)
+        while files_in(tmp_path) < 4:
+            await visit(truth, client, 3)
+        assert (await client.statistics())["step_failures_total"] == 0
+        truth.check(list(range(STREAMS)), (await client.peek(truth.handles)).floats())
+    async with running(SMALL, engine=ENGINE, recording=rotating) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        reply = await client.resume(truth.names, truth.seqs.tolist(), truth.epochs.tolist())
+        truth.handles[:] = reply.handles()
+        await visit(truth, client)
+        truth.check(list(range(STREAMS)), (await client.close(truth.handles)).floats())
+
+
 async def test_nothing_waits_for_snapshots_that_fail(
     rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
