@@ -14,6 +14,7 @@ import pytest
 from instep.recording import family
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
+from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.server.recovery import go_on
 from instep_client.wire import Kind
@@ -78,6 +79,10 @@ def test_after_a_crash_before_anything_that_a_rotation_does_to_the_disk_there_is
     assert verbs >= {"create", "write", "sync", "rename"}
     newest = []
     for _, image in images:
+        files = family.members(image / "r.db")
+        for older in files[:-1]:
+            with RecordingReader(older.path) as reader:
+                assert reader.followed_by == "r-000002.db", "the old file was not sealed before the new one was there"
         writer, moment = restore(image / "r.db", story)
         newest.append(writer.path.name)
         writer.close()

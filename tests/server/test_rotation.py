@@ -259,6 +259,21 @@ class FakeTap:
         self.cuts += 1
 
 
+def test_states_are_read_once_all_that_was_recorded_before_is_committed() -> None:
+    """Those that an opening gave may be in the recording alone."""
+    tap, waiting, jobs = FakeTap(), list[Any](), list[Any]()
+    tap.newest = 7
+    tap.when_committed = lambda ticket, act: waiting.append((ticket, act))  # type: ignore[method-assign]
+    rotation = idle_rotation(tap, max_age_ns=1)
+    rotation._table.recording_id[rotation._table.open(["s"], 0, 0)[0]] = 1
+    rotation._worker.submit = jobs.append  # type: ignore[assignment]
+    rotation.begin(SECOND_NS)
+    ((ticket, act),) = waiting
+    assert (ticket, jobs) == (7, [])
+    act()
+    assert len(jobs) == 1
+
+
 def test_by_age_a_file_is_due_when_it_is_so_old_and_something_was_added() -> None:
     tap = FakeTap()
     rotation = idle_rotation(tap, max_age_ns=10 * SECOND_NS)
