@@ -47,7 +47,7 @@ def trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     disk = Disk(f"power-{durability}")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("instep.recording.writer.sqlite3", disk)
-        monkeypatch.setattr("instep.recording.writer.CHECKPOINT_BYTES", CHECKPOINT_BYTES)
+        monkeypatch.setattr("instep.recording.rows.CHECKPOINT_BYTES", CHECKPOINT_BYTES)
         path = tmp_path_factory.mktemp(durability) / "r.db"
         writer = RecordingWriter.create(path, story_header(durability))
         began = len(disk.operations)

@@ -218,7 +218,7 @@ def test_repair_takes_newer_states_of_a_snapshot_under_way_only_with_the_whole_h
 @pytest.mark.parametrize("keep", [0.7, 0.9, 0.98])
 def test_repair_of_a_file_that_was_cut_off(tmp_path: Path, keep: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("instep.recording.writer.PAGE_BYTES", 1024)
+        patch.setattr("instep.recording.carried.PAGE_BYTES", 1024)
         scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", HEADER), gru_step(GRU))
     scribe.open(1)
     for _ in range(300):

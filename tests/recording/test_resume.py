@@ -15,7 +15,8 @@ from instep.recording.errors import RecordingError
 from instep.recording.lock import is_being_written, lock_path
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import read_recovery
-from instep.recording.writer import CHECKPOINT_BYTES, RecordingWriter
+from instep.recording.rows import CHECKPOINT_BYTES
+from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
 from tests.support.rows import open_stream, stream_event
 from tests.support.scribe import Scribe
