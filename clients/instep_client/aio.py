@@ -173,7 +173,7 @@ class AsyncClient:
         """Open a stream that goes on from a snapshot, under the snapshot's name unless another is given.
 
         Raises:
-            InvalidInput: when the snapshot is of another model.
+            InvalidInput: when the snapshot is of another model, or its state holds NaN or infinity.
             StreamRefused: when the server refuses it.
         """
         snapshot.check(self.info)

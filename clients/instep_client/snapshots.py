@@ -107,12 +107,22 @@ class StreamSnapshot:
         """Whether a server can go on from it.
 
         Raises:
-            InvalidInput: when it serves another model.
+            InvalidInput: when it serves another model, or no stream can have this state.
         """
         if self.fingerprint != info.fingerprint:
             raise InvalidInput(
                 f"the snapshot is of model {self.model!r} (fingerprint {self.fingerprint[:12]}), the server runs "
                 f"{info.model!r} ({info.fingerprint[:12]}); a state goes on only with the weights that made it"
+            )
+        if self.state.shape != (info.state_layers, info.state_size):
+            raise InvalidInput(
+                f"the snapshot's state has shape {list(self.state.shape)}, and those of model {info.model!r} have "
+                f"{[info.state_layers, info.state_size]}: it was changed since it was taken"
+            )
+        if not np.isfinite(self.state).all():
+            raise InvalidInput(
+                f"the snapshot's state, before frame {self.seq} of stream {self.name!r}, holds NaN or infinity, which "
+                "no server takes: go on from an earlier one, or from zeros"
             )
 
 

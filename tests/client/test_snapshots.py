@@ -127,6 +127,20 @@ def test_another_model_is_refused() -> None:
         SNAPSHOT.check(replace(INFO, fingerprint="01"))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_state_that_no_server_takes_is_refused(bad: float) -> None:
+    state = STATE.copy()
+    state[1, 0] = bad
+    with pytest.raises(InvalidInput, match="holds NaN or infinity"):
+        replace(SNAPSHOT, state=state).check(INFO)
+
+
+def test_a_state_of_another_shape_is_refused() -> None:
+    for shape in ((1, 4), (4, 1), (2, 3)):
+        with pytest.raises(InvalidInput, match=r"have \[2, 2\]"):
+            replace(SNAPSHOT, state=np.zeros(shape, np.float32)).check(INFO)
+
+
 def edited(content: bytes, old: bytes, new: bytes) -> bytes:
     """A file with something of the header replaced by something as long."""
     assert len(old) == len(new)

@@ -23,8 +23,9 @@ from instep_client.commands.app import app
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import CommandProblem, Exit
 from instep_client.errors import InvalidInput
+from instep_client.wire import Kind
 from tests.client_commands.helpers import RememberingTerminal
-from tests.support.fake_server import FakeServer, reference
+from tests.support.fake_server import FakeServer, error, reference
 from tests.support.models import SEED_SIZED, SMALL, whole
 from tests.support.ring_server import RING_INFO, RingServer
 from tests.support.running import running
@@ -189,6 +190,33 @@ def test_what_is_no_snapshot_of_this_model_is_not_restored(place: Place, owner: 
         StreamSnapshot("kept", 5, STATE, "01" * 32, "doubling").save(path)
         said = place.refused(*arguments)
         assert said.startswith(f"{path}: the snapshot is of model 'doubling' (fingerprint 010101010101), the server ")
+
+
+def test_a_stream_is_not_taken_for_a_state_that_no_server_takes(place: Place, owner: Client, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for bad, said in (
+        (np.array([[0, np.nan], [0, 0]], np.float32), "holds NaN or infinity"),
+        (np.zeros((1, 4), np.float32), "has shape [1, 4]"),
+    ):
+        StreamSnapshot("kept", 5, bad, "00", "halving").save(path)
+        assert said in place.refused("reset", "mic", "--take-over", "--state", path)
+        assert said in place.refused("restore", path)
+    assert place.ring.kinds.count(Kind.RESUME) == 0
+
+
+def test_a_reset_that_fails_says_that_the_stream_was_taken(
+    place: Place, owner: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(peer: bytes, header: list[Any], frames: list[bytes]) -> list[bytes]:
+        return error(header[1], Code.TOO_LARGE)
+
+    monkeypatch.setattr(place.ring, "_reset", refuse)
+    result = place.run("reset", "mic", "--take-over")
+    assert (result.exit_code, result.stdout) == (2, "")
+    note, problem = result.stderr.splitlines()
+    assert note.startswith("stream 'mic' was taken from its owner")
+    assert note.endswith(f"client.resume('mic', epoch={place.ring.streams['mic'].epoch})")
+    assert problem.startswith("error: TOO_LARGE: ")
 
 
 def test_a_fork_outlives_the_command_and_its_source_does_not_notice(place: Place, owner: Client) -> None:

@@ -88,7 +88,7 @@ async def restore(endpoint: str, file: Path, name: str | None, terminal: Termina
     """
     taken = _load(file)
     async with _leaving(endpoint, "restore", terminal, stop) as client:
-        _check_model(file, taken, client.info)
+        _check(file, taken, client.info)
         try:
             stream = await client.restore(taken, name)
         except StreamRefused as refused:
@@ -117,12 +117,12 @@ async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, te
 
     Raises:
         InstepError: as the client does.
-        CommandProblem: when it may not be taken, or the file is none, or of another model.
+        CommandProblem: when it may not be taken, or the file is none, or of another model, or its state cannot be used.
     """
     taken = None if file is None else _load(file)
     async with _leaving(endpoint, "reset", terminal, stop) as client:
         if file is not None and taken is not None:
-            _check_model(file, taken, client.info)
+            _check(file, taken, client.info)  # while its owner still has the stream
         if not take_over:
             await client.peek(name)  # or there is no such stream
             raise CommandProblem(
@@ -130,7 +130,14 @@ async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, te
                 "its own; with --take-over the stream is reset all the same, and its owner is told that it was taken"
             )
         stream = await client.resume(name, take_over=True)
-        await stream.reset(None if taken is None else taken.state)
+        try:
+            await stream.reset(None if taken is None else taken.state)
+        except BaseException:  # an interrupt, too
+            terminal.note(
+                f"stream {name!r} was taken from its owner before this; as long as the server keeps it, a producer "
+                f"goes on with it: client.resume({name!r}, epoch={stream.epoch})"
+            )
+            raise
         state = "zeros" if file is None else f"the state in {file}"
         _tell_parked(
             terminal,
@@ -182,7 +189,7 @@ def _load(file: Path) -> StreamSnapshot:
         raise BadFile(f"{file} cannot be read: {error.strerror}") from None
 
 
-def _check_model(file: Path, taken: StreamSnapshot, info: ServerInfo) -> None:
+def _check(file: Path, taken: StreamSnapshot, info: ServerInfo) -> None:
     try:
         taken.check(info)
     except InvalidInput as error:
