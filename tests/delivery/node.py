@@ -208,6 +208,7 @@ class Node:
         )
         self.engine.on_answered = self.lifecycle.waits.answered
         self.lifecycle.on_ready = self.engine.make_ready
+        self.lifecycle.on_not_loaded = self.engine.without_state
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
         self.snapshots = Snapshots(table, rings, stepper, worker, tap, lambda error, streams: None, 0, at_once=1)
         self.verbs = Verbs(

@@ -19,6 +19,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
 from instep.runtime.errors import StateLost
+from instep.runtime.state_cache import StateCache
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
 from instep_client.wire import Code, Kind
@@ -252,6 +253,79 @@ async def test_streams_that_cannot_be_loaded_are_refused_and_those_that_cannot_b
             assert closed.failures() == [(0, 0, Code.STATE_LOST, 0)]
             assert np.isnan(closed.floats()).all()
             assert (await client.open("a")).failures() == []
+
+
+async def test_frames_for_a_stream_that_cannot_be_loaded_are_not_computed_on_what_its_slot_held_before(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Who takes it over can send frames before its opener is told that it is open."""
+    gate, x = Gate("load"), rng.standard_normal((2, 1, F)).astype(np.float32)
+    gate.open()
+    async with running(SMALL, stepper=gate.stepper, engine={"max_streams": 2}) as server:
+        table, rings = server.engine.table, server.engine.rings
+        async with RawClient(server.endpoint) as opener, RawClient(server.endpoint) as taker:
+            await opener.hello()
+            await taker.hello()
+            handles = (await opener.open("former", "beside")).handles()
+            await opener.step(handles[:1], [0], x[:1])
+            await opener.close(handles[:1])  # its state is left in the slot
+            gate.close()
+            with monkeypatch.context() as patch:
+                patch.setattr(StateCache, "clear", broken)
+                await opener.send(*opener.open_message("s"))
+                while table.find("s") is None:
+                    await asyncio.sleep(0)
+                taken = await taker.resume(["s"], [0], [0], take_over=True)
+                await taker.send(*taker.step_message(taken.handles(), [0], x))
+                while not rings.pending_count:
+                    await asyncio.sleep(0)
+                gate.open()
+                stepped, evicted = await taker.receive(), await taker.receive()
+            assert stepped.failures() == [(0, 0, Code.STATE_LOST, 0)]
+            assert np.isnan(stepped.floats()).all()
+            assert (evicted.kind, evicted.header[3]) == (Kind.EVICTED, Code.STATE_LOST)
+            assert evicted.handles().tolist() == taken.handles().tolist()
+            while (reply := await opener.receive()).kind is not Kind.OPENED:
+                assert reply.header[3] == Code.FENCED
+            assert reply.failures() == [(0, 0, Code.STEP_FAILED, 0)]
+            assert not rings.pending_count
+            assert server.statistics.frames_total == 1
+            y = await opener.step(handles[1:], [0], x)
+            np.testing.assert_array_equal(y.floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
+            again = (await taker.open("s")).handles()
+            y = await taker.step(again, [0], x)
+            np.testing.assert_array_equal(y.floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
+
+
+async def test_a_slot_whose_stream_was_reset_while_it_could_not_be_loaded_steps_its_next_stream(
+    rng: np.random.Generator,
+) -> None:
+    x = rng.standard_normal((2, 1, F)).astype(np.float32)
+    gate = Gate("load")
+    async with running(SMALL, stepper=gate.stepper, engine={"max_streams": 1}) as server:
+        async with RawClient(server.endpoint) as opener, RawClient(server.endpoint) as taker:
+            await opener.hello()
+            await taker.hello()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(StateCache, "clear", broken)
+                await opener.send(*opener.open_message("s"))
+                while not server.engine.table.open_count:
+                    await asyncio.sleep(0)
+                taken = (await taker.resume(["s"], [0], [0], take_over=True)).handles()
+                await taker.send(*taker.reset_message(taken))
+                await taker.send(*taker.step_message(taken, [0], x))
+                while not server.engine.rings.pending_count:
+                    await asyncio.sleep(0)
+                gate.open()
+                replies = [await taker.receive() for _ in range(3)]
+            assert {reply.kind for reply in replies} == {Kind.STEPPED, Kind.CHANGED, Kind.EVICTED}
+            again = (await taker.open("s")).handles()
+            stepped = await taker.step(again, [0], x)
+            np.testing.assert_array_equal(stepped.floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("injected")
 
 
 async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(

@@ -121,7 +121,9 @@ class Rings:
         return ready
 
     def failed(self, slots: I64) -> tuple[I64, I64]:
-        """The step of these slots was not applied, so nothing they have pending can be; it is taken out.
+        """What these slots were held for, a step or a change of their states, went wrong; each was held for it once.
+
+        So nothing they have pending can be applied; it is taken out.
 
         Returns:
             rows: int64 [frames], of everything that was pending.
@@ -132,7 +134,7 @@ class Rings:
         counts = table.next_seq[slots] - first
         rows, whose = self.stretches(slots, first, counts)
         table.next_seq[slots] = first
-        self._holds[slots] = 0
+        self._holds[slots] -= 1
         self.pending_count -= len(rows)
         return rows, whose
 

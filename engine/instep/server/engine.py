@@ -188,17 +188,29 @@ class Engine:
         of_step = np.isin(rows, self.rings.rows(slots, seqs))
         codes = np.where(of_step, Code.STEP_FAILED, Code.SEQ_GAP).astype(np.int32)
         codes[np.isin(whose, lost)] = Code.STATE_LOST
-        order = np.argsort(rows)
-        rows, whose, codes = rows[order], whose[order], codes[order]
-        numbers = self.rings.block[rows]
-        for number in np.unique(numbers).tolist():
-            self.blocks[number].fail(self.rings, rows, codes, self.table.step_seq[whose])
+        numbers = self._refuse(rows, whose, codes)
         if len(lost):
             self.table.lost[lost] = True
             self.on_state_lost(lost[~self.table.closing[lost]])
         ticket = self._tap.failed(ticket, f"{'state_lost' if len(lost) else 'step_failed'}: {error}")
         self.schedule()
         self._tap.when_durable(ticket, lambda: self._deliver(numbers, now_ns, now_ns))
+
+    def without_state(self, slots: I64) -> None:
+        """Held streams, int64 [N], have no state to step, as it could not be loaded: what came for them is refused."""
+        now_ns = time.monotonic_ns()
+        rows, whose = self.rings.failed(slots)
+        numbers = self._refuse(rows, whose, np.full(len(rows), Code.STATE_LOST, np.int32))
+        self._tap.when_durable(self._tap.newest, lambda: self._deliver(numbers, now_ns, now_ns))
+
+    def _refuse(self, rows: I64, whose: I64, codes: I32) -> I32:
+        """Frames that were taken out fail for these reasons, int32 [F]; the blocks of each: int32 [F]."""
+        order = np.argsort(rows)
+        rows, whose, codes = rows[order], whose[order], codes[order]
+        numbers = self.rings.block[rows]
+        for number in np.unique(numbers).tolist():
+            self.blocks[number].fail(self.rings, rows, codes, self.table.step_seq[whose])
+        return numbers
 
     # ── Deliver ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -78,6 +78,8 @@ class Lifecycle:
         self._expired: OrderedDict[str, None] = OrderedDict()
         self.on_ready: Callable[[I64], None] = lambda slots: None
         """Called with slots that can step again, int64 [N]."""
+        self.on_not_loaded: Callable[[I64], None] = lambda slots: None
+        """Called with slots that were held for a state that could not be loaded, int64 [N]; they are closing."""
 
     # ── Open ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -113,8 +115,8 @@ class Lifecycle:
         self._rings.hold(opened)
 
         def done(_: F32 | None, error: Exception | None) -> None:
-            self.on_ready(self._rings.let_go(opened))
             if error is None:
+                self.on_ready(self._rings.let_go(opened))
                 for name in names:
                     self._expired.pop(name, None)
                 self._tap.when_durable(ticket, lambda: on_opened(grants, codes))
@@ -122,8 +124,16 @@ class Lifecycle:
             self._log_failure(error, len(opened))
             codes[granted] = Code.STEP_FAILED
             self._table.lost[opened] = True
-            failed = opened[~self._table.closing[opened]]  # the others are on their way out already
-            self.close(failed, "failed", lambda *_: on_opened(np.zeros(len(slots), GRANT), codes))
+            is_left = ~self._table.closing[opened]  # the others are on their way out already
+            taken = opened[is_left & (self._table.epoch[opened] != grants["epoch"][granted])]
+            owners, handles = self._table.owner[taken], self._table.slots.handles(taken)
+
+            def closed(_: F32, __: Bool) -> None:
+                on_opened(np.zeros(len(slots), GRANT), codes)
+                self._notify(owners, handles, Code.STATE_LOST)
+
+            self.close(opened[is_left], "failed", closed)
+            self.on_not_loaded(opened)  # somebody who took a stream over may have sent frames
 
         is_changed = initial is not None and self._tap.is_recording  # zeros take no room
         if is_changed and self._table.keeping.max_changed is not None:

@@ -135,6 +135,7 @@ class Server:
         )
         self.engine.on_answered = self.lifecycle.waits.answered
         self.lifecycle.on_ready = self.engine.make_ready
+        self.lifecycle.on_not_loaded = self.engine.without_state
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
         target_ns = round(config.recording.recovery_target_s * 1e9)
         self._snapshots = Snapshots(table, rings, stepper, self._worker, tap, self._step_failed, target_ns)
