@@ -440,6 +440,24 @@ async def test_nobody_is_told_that_a_stream_is_no_more_before_the_recording_has_
             assert (await client.receive()).codes() == [code]
 
 
+async def test_who_has_the_number_of_an_owner_that_is_gone_is_not_told_of_the_end_of_its_streams(tmp_path: Path) -> None:
+    recording = {"file": tmp_path / "r.instep"}
+    async with held_commits() as held, running(SMALL, recording=recording, limits={"max_connections": 1}) as server:
+        async with RawClient(server.endpoint) as gone, RawClient(server.endpoint) as heir:
+            await gone.hello()
+            await gone.open("s", "t")
+            (owner,) = server._clients.all()
+            held.set()
+            server.lifecycle.evict(server.engine.table.owned_by(owner.number), Code.IDLE)
+            server._postbox.give_up(owner)
+            while server.engine.table.open_count:
+                await asyncio.sleep(0.001)
+            await heir.hello()
+            assert server._clients.all()[0].number == owner.number
+            held.clear()
+            assert (await heir.open("s")).kind is Kind.OPENED
+
+
 async def test_more_blocks_than_can_wait_to_be_durable_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     """A block outlasts its frames: its answer waits for the recording."""
     x = rng.standard_normal((1, 1, F)).astype(np.float32)

@@ -263,6 +263,37 @@ async def test_a_number_that_is_used_again_while_streams_of_it_are_parked_does_n
 # ── What is lost ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_the_late_answer_of_a_resume_acknowledges_nothing_for_who_has_the_number_by_then(
+    rng: np.random.Generator,
+) -> None:
+    x = frames(rng, 4)
+    x[3, 0, 0] = GATE_VALUE
+    gate = Gate()
+    async with served(stepper=gate.stepper) as (server, client):
+        opened = await client.open("s")
+        await client.step(opened.handles(), [0], x[:3])
+        await client.send(*client.step_message(opened.handles(), [3], x[3:]))
+        await under_way(server)
+        async with RawClient(server.endpoint) as gone:
+            await gone.hello()
+            await gone.send(*gone.resume_message(["s"], [3], opened.epochs()))
+            assert (await client.receive()).header[3] == Code.FENCED
+            server._postbox.give_up(server._clients.all()[1])
+        while not server._clients._free:
+            await asyncio.sleep(0.005)
+        async with RawClient(server.endpoint) as heir:
+            await heir.hello()
+            await heir.send(*heir.resume_message(["s"], [0], [0], take_over=True))
+            await parked(server, 0)
+            gate.open()
+            resumed = await heir.receive()
+            assert (resumed.failures(), resumed.seqs()) == ([], [4])
+            assert server.statistics.resumed_streams_total == 1
+            y = await heir.step(resumed.handles(), [0], x)
+            assert y.failures() == []
+            np.testing.assert_array_equal(y.floats().reshape(4, H), whole(SMALL, x[:, 0])[0])
+
+
 async def test_who_holds_more_than_the_server_is_told_and_may_go_on_from_there(rng: np.random.Generator) -> None:
     x = frames(rng, 5)
     async with served() as (server, client):

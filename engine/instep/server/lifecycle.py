@@ -126,11 +126,11 @@ class Lifecycle:
             self._table.lost[opened] = True
             is_left = ~self._table.closing[opened]  # the others are on their way out already
             taken = opened[is_left & (self._table.epoch[opened] != grants["epoch"][granted])]
-            owners, handles = self._table.owner[taken], self._table.slots.handles(taken)
+            owners = self._owners(taken)
 
             def closed(_: F32, __: Bool) -> None:
                 on_opened(np.zeros(len(slots), GRANT), codes)
-                self._notify(owners, handles, Code.STATE_LOST)
+                self._notify(owners, Code.STATE_LOST)
 
             self.close(opened[is_left], "failed", closed)
             self.on_not_loaded(opened)  # somebody who took a stream over may have sent frames
@@ -182,6 +182,8 @@ class Lifecycle:
         table, openings = self._table, self._table.openings(slots)
 
         def answered() -> None:
+            if self._clients.by_number(client.number) is not client:
+                return  # gone meanwhile; its number may be another's now
             # Meanwhile somebody else may have taken them, or they have ended and others are in their slots.
             is_there = (table.openings(slots) == openings) & (table.owner[slots] != NO_OWNER)
             is_own = is_there & (table.owner[slots] == client.number)
@@ -319,17 +321,28 @@ class Lifecycle:
         if not len(slots):
             return
         self._statistics.evicted(code, len(slots))
-        owners, handles = self._table.owner[slots], self._table.slots.handles(slots)
-        self.close(slots, code.name.lower(), lambda *_: self._notify(owners, handles, code))
+        owners = self._owners(slots)
+        self.close(slots, code.name.lower(), lambda *_: self._notify(owners, code))
 
     def _tell_owners(self, slots: I64, code: Code, besides: int) -> None:
         owners = self._table.owner[slots]
         others = (owners != besides) & (owners != self._table.parked)
-        self._notify(owners[others], self._table.slots.handles(slots[others]), code)
+        self._notify(self._owners(slots[others]), code)
 
-    def _notify(self, owners: I32, handles: U64, code: Code) -> None:
+    def _owners(self, slots: I64) -> list[tuple[Client, U64]]:
+        """The connections that own streams and are not gone, each with the handles of those that it owns.
+
+        Connections and not their numbers, since a number may be another's by the time that they are told.
+        """
+        slots = slots[np.argsort(self._table.owner[slots], kind="stable")]
+        numbers, handles = self._table.owner[slots], self._table.slots.handles(slots)
+        first = np.flatnonzero(np.diff(numbers, prepend=NO_OWNER))
+        owners = map(self._clients.by_number, numbers[first].tolist())
+        return [
+            (owner, own) for owner, own in zip(owners, np.split(handles, first[1:]), strict=False) if owner is not None
+        ]
+
+    def _notify(self, owners: list[tuple[Client, U64]], code: Code) -> None:
         now_ns = time.monotonic_ns()
-        for number in np.unique(owners).tolist():
-            owner = self._clients.by_number(number)
-            if owner is not None:
-                self._postbox.send(owner, replies.evicted(code, handles[owners == number]), now_ns)
+        for owner, handles in owners:
+            self._postbox.send(owner, replies.evicted(code, handles), now_ns)
