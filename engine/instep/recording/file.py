@@ -50,18 +50,13 @@ class RecordingFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        beside = any(Path(f"{path}{suffix}").exists() for suffix in ("-wal", "-journal"))
+        # Left in WAL mode and without a WAL, nobody writes it; it may lie where no file can be made beside it.
         try:
-            with path.open("rb") as file:
-                start = file.read(_START_BYTES).ljust(_START_BYTES, b"\0")
-                length = file.seek(0, os.SEEK_END)
+            path.stat()
+            alone = not beside and self._is_left_in_wal_mode()
         except OSError as error:
             raise RecordingError(f"cannot read the recording {path}: {error.strerror}") from None
-        # Left in WAL mode and without a WAL, nobody writes it; it may lie where no file can be made beside it.
-        beside = any(Path(f"{path}{suffix}").exists() for suffix in ("-wal", "-journal"))
-        alone = start[_READ_VERSION_OFFSET] == _IN_WAL_MODE and not beside
-        expected = int.from_bytes(start[28:32]) * PAGE_BYTES
-        if alone and length < expected and int.from_bytes(start[16:18]) == PAGE_BYTES:
-            raise self.damaged(f"it ends after {length:,} of {expected:,} bytes")
         with self._reading("is not a recording, or is damaged"):
             # A writer that was killed as it put the WAL away left a journal, which SQLite undoes before anything else.
             writable = "rw" if Path(f"{path}-journal").exists() else "ro"
@@ -150,6 +145,22 @@ class RecordingFile:
     def damaged(self, what: str) -> DamagedRecording:
         """The error that says so."""
         return DamagedRecording(f"{self.path} is damaged: {what}")
+
+    def _is_left_in_wal_mode(self) -> bool:
+        """Whether the header of a file that has nothing beside it says so.
+
+        Closing a file ends every lock that its process has on it. So it is not opened but by SQLite while a WAL is
+        there: it may be the one that this process writes, and another that opened and closed it then would remove the
+        WAL.
+        """
+        with self.path.open("rb") as file:
+            start = file.read(_START_BYTES).ljust(_START_BYTES, b"\0")
+            length = file.seek(0, os.SEEK_END)
+        alone = start[_READ_VERSION_OFFSET] == _IN_WAL_MODE
+        expected = int.from_bytes(start[28:32]) * PAGE_BYTES
+        if alone and length < expected and int.from_bytes(start[16:18]) == PAGE_BYTES:
+            raise self.damaged(f"it ends after {length:,} of {expected:,} bytes")
+        return alone
 
     def _open(self) -> None:
         if self._value("PRAGMA application_id") != APPLICATION_ID:

@@ -14,6 +14,7 @@ from instep.recording import family
 from instep.recording.carried import Carried, make_tables, write_following
 from instep.recording.engines import changed_values, refuse_other_engine
 from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.family import Member
 from instep.recording.lock import WriterLock
 from instep.recording.one_file import put_wal_away, without_wal
 from instep.recording.reader import RecordingReader
@@ -45,6 +46,7 @@ class RecordingWriter(RowWriter):
 
     Attributes:
         base: the recording's first file, or where that was.
+        files: of the recording, in order, as they were when this writer began; the last is the one it went on with.
         numerics_changed: whether floats come out with other bits than in what was there when it was gone on with.
     """
 
@@ -59,6 +61,7 @@ class RecordingWriter(RowWriter):
         position: int,
     ) -> None:
         self.base = base
+        self.files = [Member(path, began)]
         self.numerics_changed = False
         self._lock = lock
         # SQLite copies the WAL into the file when its last connection closes. After an error nothing may be written
@@ -121,7 +124,8 @@ class RecordingWriter(RowWriter):
             raise RecordingError(f"cannot go on with the recording {base}: {error}") from None
         try:
             family.remove_unfinished(base)
-            *sealed, path = [member.path for member in family.members(base, may_be_damaged=True)] or [base]
+            files = family.members(base, may_be_damaged=True)
+            *sealed, path = [member.path for member in files] or [base]
             with RecordingReader(path) as reader:
                 began, last, position = reader.header, reader.engines[-1].header, reader.last_position
             family.refuse_part(base, began)
@@ -132,6 +136,7 @@ class RecordingWriter(RowWriter):
             try:
                 _set_up(database, header)
                 writer = cls(base, path, lock, database, header, began, position)
+                writer.files = files
                 writer.checkpoint()  # before anything is written: SQLite begins a WAL anew only if all of it was copied
                 writer.event(time.time_ns(), RECOVERED_EVENT, position, "another process goes on")
                 if changes := changed_values(last, header):

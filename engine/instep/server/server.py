@@ -15,7 +15,6 @@ import structlog
 from instep.config import Config
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
-from instep.recording import family
 from instep.recording.recorder import Recorder
 from instep.recording.retention import Retention
 from instep.recording.writer import RecordingWriter
@@ -370,7 +369,7 @@ class Server:
         if not (recording.keep_bytes or recording.keep_s):
             return None
         return Retention(
-            family.members(writer.base, may_be_damaged=True),
+            writer.files,
             recording.keep_bytes,
             round(recording.keep_s * 1e9),
             time.time_ns,

@@ -1,0 +1,80 @@
+"""Whoever else opens the file that a server writes, and closes it, takes nothing away from it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep.recording import family
+from instep.recording.recovery import ReplayStep, read_recovery
+from tests.support.models import SMALL
+from tests.support.raw import RawClient
+from tests.support.running import running
+
+F = 5
+LOOK = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1])
+database.execute("SELECT count(*) FROM events").fetchone()
+database.close()
+"""
+
+
+async def looked_at(path: Path) -> None:
+    """Another process opens a file to read and write, reads, and closes it: the last one to do so removes the WAL."""
+    outsider = await asyncio.create_subprocess_exec(sys.executable, "-c", LOOK, str(path))
+    assert await outsider.wait() == 0
+
+
+def frames_after_a_kill(path: Path, image: Path) -> int:
+    """Of stream `s`, how many the files on the disk hold now."""
+    image.mkdir()
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{path}{suffix}", image)
+    with read_recovery(image / path.name, lambda _: None) as recovered:
+        (stream,) = (stream for stream in recovered.streams if stream.name == "s")
+        seqs = [stream.seq - 1]
+        for item in recovered.replay():
+            assert isinstance(item, ReplayStep)
+            seqs += item.batch.seqs[item.batch.streams == stream.stream].tolist()
+    return seqs[-1] + 1
+
+
+@pytest.mark.parametrize("retention", [{}, {"keep_bytes": 10**9}], ids=["", "with retention"])
+@pytest.mark.parametrize("when", ["new", "gone on with", "after a rotation", "rotated and gone on with"])
+async def test_the_wal_stays_when_another_process_opens_and_closes_the_file_that_is_written(
+    tmp_path: Path, when: str, retention: dict[str, Any]
+) -> None:
+    base = path = tmp_path / "r.instep"
+    settings = {"file": base, "max_age_s": 1e6, **retention}
+    if "gone on with" in when:
+        before = {**settings, "max_age_s": 1e-6} if "rotated" in when else settings
+        async with running(SMALL, recording=before) as server, RawClient(server.endpoint) as client:
+            await client.hello()
+            await client.open("old")
+            while "rotated" in when and not family.member_path(base, 2).exists():
+                await asyncio.sleep(0.002)
+        path = family.members(base)[-1].path
+    async with running(SMALL, recording=settings) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        opened = await client.open("s")
+        if when == "after a rotation":
+            server._rotation._max_age_ns = 1
+            while not server._rotation._cut_at:
+                await asyncio.sleep(0.002)
+            server._rotation._max_age_ns = 0
+            path = family.member_path(base, 2)
+        for seq in range(6):
+            reply = await client.step(opened.handles(), [seq], np.ones((1, 1, F), np.float32), [seq])
+            assert reply.failures() == []
+            if seq == 2:
+                await looked_at(path)
+                assert f"{path.name}-wal" in os.listdir(tmp_path)
+        assert frames_after_a_kill(path, tmp_path / "image") == 6
