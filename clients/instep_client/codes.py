@@ -76,7 +76,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.NEVER_USED: "the stream was evicted because no frame came within limits.first_frame_s of its opening",
     Code.FRAMES_PENDING: "frames of this stream are still being computed; ask again when they are answered",
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
-    Code.TOO_MANY_STREAMS: "all limits.max_streams streams are open; close one or raise the limit",
+    Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included; close one, or raise it",
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
     Code.STATE_LOST: "the stream's state was lost by a failed step and the stream was closed; see the server's log",
     Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",

@@ -256,8 +256,11 @@ class Connection:
         self._waiting_since = None
 
     def _give_up(self) -> None:
-        tried = f"; connecting again failed for {self._recovery.reconnect_s:g} s" if self._recovery.reconnect_s else ""
-        self.fail(ConnectionFailed, self._recovery.why + tried)
+        why, reconnect_s = self._recovery.why, self._recovery.reconnect_s
+        if reconnect_s:
+            why += " " if why.endswith("?") else "; "
+            why += f"this client tried to connect again for {reconnect_s:g} s and has given up: make another one"
+        self.fail(ConnectionFailed, why)
 
     def _recover(self, now: float) -> None:
         if self._recovery.is_over(now):

@@ -23,6 +23,10 @@ from instep_client.wire import CLAIM, HAVE_ALL, U64, Code, GrantArray, Kind, Mes
 
 _IN_DOUBT: Final = {Code.NAME_IN_USE: "opened", Code.FENCED: "resumed"}
 """What may have been done over a lost connection when asking again is refused with these codes."""
+_HINTS: Final = {
+    Code.FENCED: ", unless it gives the epoch it was granted last (epoch=…) or takes over (take_over=True)"
+}
+"""What more to say where resuming is refused."""
 _SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE, Code.NUMERICS_CHANGED})
 
 
@@ -187,7 +191,7 @@ def good_names(names: Sequence[str]) -> tuple[str, ...]:
     names = tuple(names)
     if not names or not all(isinstance(name, str) and wire.name_is_good(name) for name in names):
         raise InvalidInput(
-            f"there must be at least one name, and each 1 to {wire.MAX_NAME_BYTES} bytes of printable UTF-8"
+            f"there must be at least one name, and each a string of 1 to {wire.MAX_NAME_BYTES} bytes of printable UTF-8"
         )
     if len(set(names)) != len(names):
         raise InvalidInput("two streams of a group may not have the same name")
@@ -203,7 +207,8 @@ def _error(call: OpenCall) -> InstepError:
         return _in_doubt(name, _IN_DOUBT[code])
     if isinstance(call, ResumeCall) and code in _SAID:
         return stream_ended(code, sentence, name, int(call.claims["have"][index]), expected_seq)
-    return StreamRefused(code, sentence, name)
+    hint = _HINTS.get(code, "") if isinstance(call, ResumeCall) else ""
+    return StreamRefused(code, sentence + hint, name)
 
 
 def _in_doubt(name: str, done: str) -> ConnectionFailed:

@@ -70,6 +70,7 @@ class TestResume:
         link.run(resume)
         assert isinstance(resume.error, error)
         assert resume.error.code is code
+        assert ("take_over=True" in str(resume.error)) == (code is Code.FENCED)  # what can be done about it
 
     def test_a_group_is_given_whole_or_not(self) -> None:
         link = RingLink()
