@@ -206,6 +206,29 @@ async def test_what_opens_and_is_reset_while_states_are_read_is_in_the_file_it_b
             np.testing.assert_array_equal(info.initial_state, states[at])
 
 
+async def test_a_state_that_changes_behind_the_reading_is_not_kept_by_the_cut(tmp_path: Path) -> None:
+    path, gate = tmp_path / "r.instep", Gate("load")
+    gate.open()
+    async with running(SMALL, stepper=gate.stepper, recording={"file": path}) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            await client.open("a")
+            while server._tap._durable < server._tap.newest:
+                await asyncio.sleep(0.001)
+            gate.close()
+            slots = np.array([server.engine.table.find("a")])
+            server._rotation.begin(SECOND_NS)
+            are_done: list[bool] = []
+            server.lifecycle.reset(slots, np.ones((1, 1, H), np.float32), are_done.append)
+            await followed(path, 2)
+            while server._snapshots.is_under_way:
+                await asyncio.sleep(0.001)
+            assert not server.engine.table.keeping.is_kept(slots).any()
+            gate.open()
+            while not are_done:
+                await asyncio.sleep(0.001)
+
+
 async def test_states_that_cannot_be_read_leave_the_recording_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "r.instep"
     fails = True

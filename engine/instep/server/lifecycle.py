@@ -135,11 +135,15 @@ class Lifecycle:
             self.close(opened[is_left], "failed", closed)
             self.on_not_loaded(opened)  # somebody who took a stream over may have sent frames
 
-        is_changed = initial is not None and self._tap.is_recording  # zeros take no room
-        if is_changed and self._table.keeping.max_changed is not None:
-            # Until there is room, who looks finds them in the recording, and not what is left of the slots' last ones.
-            self.waits.submit(lambda: self._stepper.leave_cold(opened), lambda *_: None)
-        self.waits.submit(lambda: self._stepper.load(opened, initial), done, opened if is_changed else None)
+        # Whoever reads the slots from now on, a rotation above all, must not find what is left of their last streams.
+        # Nothing that waits has to do with slots that were free, so this does not wait behind it.
+        if initial is None:
+            self.waits.submit_at_once(lambda: self._stepper.load(opened, None), done)  # zeros take no room
+            return
+        if self._table.keeping.max_changed is not None:
+            # Until there is room, they are found in the recording.
+            self.waits.submit_at_once(lambda: self._stepper.leave_cold(opened), lambda *_: None)
+        self.waits.submit(lambda: self._stepper.load(opened, initial), done, opened if self._tap.is_recording else None)
 
     def _grants(self, slots: I64) -> GrantArray:
         grants = np.zeros(len(slots), GRANT)

@@ -74,6 +74,8 @@ class Rotation:
         self.paused_ns = 0
         """How long steps paused for the last one."""
         self._paused_at_ns = 0
+        self._taken: I64 = np.empty(0, np.int64)
+        """Slots whose states had changed when the present one began."""
         self.on_state_lost: Callable[[I64], None] = lambda slots: None
         """Called with the slots of open streams whose states turned out to be gone."""
 
@@ -89,6 +91,8 @@ class Rotation:
         self._snapshots.is_under_way = self._tap.is_paused = True
         self._paused_at_ns = time.monotonic_ns()
         table, tap, network = self._table, self._tap, self._stepper.network
+        # What changes from now on stays so: it may be later than what is read, and no step follows that would tell.
+        self._taken = table.keeping.take()
         read_of = np.zeros(len(table.owner), np.int64)
         """By slot, the number of the stream whose state was read."""
         states: F32 = np.empty((len(table.owner), network.state_layers, network.state_size), np.float32)
@@ -127,7 +131,7 @@ class Rotation:
     def _cut(self, slots: I64, states: F32, now_ns: int) -> None:
         slots = slots[np.argsort(self._table.recording_id[slots], kind="stable")]
         keeping, tap = self._table.keeping, self._tap
-        changed = keeping.take()
+        changed = self._taken
         tap.rotate(slots, state_rows(self._table, self._rings, slots, states[slots]))
         self._cut_at = tap.newest
         self._began_ns = now_ns
@@ -143,6 +147,7 @@ class Rotation:
     def _give_up(self, now_ns: int) -> None:
         """Nothing was cut."""
         self._not_before_ns = now_ns + AGAIN_NS
+        self._table.keeping.failed(self._taken, is_awaited=False)
         self._snapshots.is_under_way = False
         self._go_on()
         self._snapshots.on_committed()  # what waits for one asks for another

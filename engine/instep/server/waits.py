@@ -73,19 +73,29 @@ class Waits:
             done: called on the loop.
             changing: slots, int64 [N], whose states it changes; it waits until so many more may change.
         """
-
-        def finished(result: F32 | None, error: Exception | None) -> None:
-            self._jobs -= 1
-            done(result, error)
+        job = self._job(call, done)
 
         def begin() -> None:
             if changing is not None:
                 self._table.keeping.changed(changing)
-            self._worker.submit(Job(call, finished))
+            self._worker.submit(job)
 
-        self._jobs += 1
         self._for_room.append((0 if changing is None else len(changing), begin))
         self.room_again()
+
+    def submit_at_once(
+        self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]
+    ) -> None:
+        """As `submit`, before what waits for room: of streams that nothing which waits has to do with."""
+        self._worker.submit(self._job(call, done))
+
+    def _job(self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]) -> Job:
+        def finished(result: F32 | None, error: Exception | None) -> None:
+            self._jobs -= 1
+            done(result, error)
+
+        self._jobs += 1
+        return Job(call, finished)
 
     def room_again(self) -> None:
         """More states may change than a moment ago, perhaps: do what waited for that, and what waits behind it."""
