@@ -325,6 +325,8 @@ class Server:
     async def _snapshot(self, deadline: float) -> None:
         """Leave a restart nothing to replay, if there is time."""
         await self._no_snapshot_under_way(deadline)
+        if self._snapshots.is_under_way:
+            return  # its states are half there: another one would say that all are
         self._guarded(self._snapshots.take)
         await self._no_snapshot_under_way(deadline)
 

@@ -68,7 +68,8 @@ class Snapshots:
         return (self._tap.computed_ns > self._target_ns or self._table.keeping.is_pressed) and not self.is_under_way
 
     def take(self) -> None:
-        """Read the states that changed since the last snapshot and have them recorded."""
+        """Read the states that changed since the last snapshot and have them recorded; none is under way."""
+        assert not self.is_under_way, "a second snapshot would count without what the first has not written yet"
         self.is_under_way = True
         tap, keeping = self._tap, self._table.keeping
         through = tap.last_inputs

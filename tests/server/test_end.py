@@ -1,0 +1,72 @@
+"""The end of a server: what was answered stays answered, however little time there is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.recording.writer import RecordingWriter
+from instep.runtime.worker import Worker
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+
+F, H = 5, 8
+
+
+async def test_a_snapshot_that_is_not_ready_when_time_is_up_does_not_count(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_commit = threading.Event()
+    may_commit.set()
+    commit, stop = RecordingWriter.commit, Worker.stop
+
+    def held(self: RecordingWriter) -> None:
+        assert may_commit.wait(60)
+        commit(self)
+
+    def release_and_stop(self: Worker, timeout_s: float | None = None) -> None:
+        may_commit.set()
+        stop(self, timeout_s)
+
+    monkeypatch.setattr(RecordingWriter, "commit", held)
+    monkeypatch.setattr(Worker, "stop", release_and_stop)
+    x = rng.standard_normal((3, 3, F)).astype(np.float32)
+    names = ["a", "b", "c"]
+    recording = {"file": tmp_path / "r.instep", "durability": "memory"}
+    async with running(SMALL, recording=recording, shutdown={"drain_timeout_s": 0.0}) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            opened = await client.open(*names)
+            await client.step(opened.handles(), [0] * 3, x[:1])
+            while server._tap._durable < server._tap.newest:
+                await asyncio.sleep(0.001)
+            may_commit.clear()
+            server._snapshots._at_once = 1
+            server._snapshots.take()
+            await client.step(opened.handles()[:1], [1], x[1:2, :1], [1])
+            while not (server.is_quiet and server._postbox.is_empty):
+                await asyncio.sleep(0.001)
+            assert server._snapshots.is_under_way
+            server.stop()
+            assert (await client.receive()).kind.name == "GOODBYE"
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        resumed = await client.resume(names, [2, 1, 1], opened.epochs())
+        assert (resumed.codes(), resumed.seqs()) == ([], [2, 1, 1])
+        for column, seq in enumerate([2, 1, 1]):
+            y = await client.step(resumed.handles()[column : column + 1], [seq], x[seq : seq + 1, column : column + 1])
+            truth, _ = whole(SMALL, x[: seq + 1, column])
+            np.testing.assert_array_equal(y.floats(), truth[seq])
+
+
+async def test_a_snapshot_is_not_taken_while_one_is_under_way(tmp_path: Path) -> None:
+    async with running(SMALL, recording={"file": tmp_path / "r.instep"}) as server:
+        server._snapshots.is_under_way = True
+        with pytest.raises(AssertionError, match="second snapshot"):
+            server._snapshots.take()
+        server._snapshots.is_under_way = False
