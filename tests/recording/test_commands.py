@@ -73,7 +73,10 @@ def test_check_of_damage_and_of_what_is_no_recording(tmp_path: Path) -> None:
     forger.change("batches", 5, time_ns=7)
     status, text = said(commands.check, forger.path)
     assert status == 1
-    assert text == f"{forger.path} is damaged: the row at position 5 (of batches) does not match its CRC\n"
+    assert text == (
+        f"{forger.path} is damaged: the row at position 5 (of batches) does not match its CRC; what comes before the "
+        f"damage is saved by: instep recordings repair {forger.path}\n"
+    )
     forger = Forger(tmp_path / "a.rec", tmp_path / "c.rec")
     forger.change("states", 2, seq=3, tail_seq=1)
     assert said(commands.check, forger.path)[0] == 1

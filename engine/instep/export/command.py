@@ -18,7 +18,7 @@ from instep.export import csv_file, mcap_file, npz_file, parquet_file
 from instep.export.errors import CannotExport
 from instep.export.new_file import new_file
 from instep.export.table import FrameTable
-from instep.recording.errors import RecordingError
+from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 
 Format: TypeAlias = Literal["parquet", "npz", "csv", "mcap"]
@@ -62,9 +62,9 @@ def run(
             finished = reader.finished
     except (RecordingError, CannotExport) as error:
         if json:
-            _write_json({"file": str(file), "exported": False, "error": str(error)})
+            _write_json({"file": str(file), "exported": False, "error": with_advice(error)})
         else:
-            console.print(Text(f"not exported: {error}", "bold red"), soft_wrap=True)
+            console.print(Text(f"not exported: {with_advice(error)}", "bold red"), soft_wrap=True)
         return NOT_EXPORTED
     if json:
         _write_json(_as_json(file, path, kind, table, finished))

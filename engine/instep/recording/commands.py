@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.errors import DamagedRecording, RecordingError, with_advice
 from instep.recording.inspection import how_it_ends, inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.repair import repair as save
@@ -169,7 +169,7 @@ def _count(number: int, noun: str) -> str:
 
 def _failed(error: RecordingError, console: Console) -> int:
     damaged = isinstance(error, DamagedRecording)
-    _say(console, str(error) if damaged else f"not read: {error}", "bold red")
+    _say(console, with_advice(error) if damaged else f"not read: {error}", "bold red")
     return DAMAGED if damaged else NOT_READ
 
 

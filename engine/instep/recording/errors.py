@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 
 class RecordingError(Exception):
     """A recording cannot be written or read; the message is a sentence saying why and what to do."""
@@ -12,4 +15,19 @@ class NoSuchStream(RecordingError):
 
 
 class DamagedRecording(RecordingError):
-    """A recording holds something else than what was written; the message says where."""
+    """A recording holds something else than what was written; the message says where.
+
+    Attributes:
+        path: the damaged file.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def with_advice(error: Exception) -> str:
+    """The message of an error and, where a recording is damaged, what can be done about it."""
+    if not isinstance(error, DamagedRecording):
+        return str(error)
+    return f"{error}; what comes before the damage is saved by: instep recordings repair {shlex.quote(str(error.path))}"

@@ -144,7 +144,7 @@ class RecordingFile:
 
     def damaged(self, what: str) -> DamagedRecording:
         """The error that says so."""
-        return DamagedRecording(f"{self.path} is damaged: {what}")
+        return DamagedRecording(f"{self.path} is damaged: {what}", self.path)
 
     def _is_left_in_wal_mode(self) -> bool:
         """Whether the header of a file that has nothing beside it says so.
@@ -197,4 +197,4 @@ class RecordingFile:
         try:
             yield
         except UNREADABLE as error:
-            raise DamagedRecording(f"{self.path} {what}: {error}") from None
+            raise DamagedRecording(f"{self.path} {what}: {error}", self.path) from None

@@ -227,7 +227,9 @@ class RowWriter:
         try:
             return [int(row[0]) for row in self._database.execute(query)]
         except sqlite3.DatabaseError as error:
-            raise DamagedRecording(f"{self.path} is damaged: the table {table} cannot be read: {error}") from None
+            raise DamagedRecording(
+                f"{self.path} is damaged: the table {table} cannot be read: {error}", self.path
+            ) from None
 
     def _grown_bytes(self) -> int:
         return file_bytes(self._database) - self.began.carried_bytes

@@ -16,7 +16,7 @@ from instep.core.streams import StreamTable
 from instep.model.network import Network
 from instep.model.numerics import numerics
 from instep.recording import family
-from instep.recording.errors import RecordingError
+from instep.recording.errors import RecordingError, with_advice
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
@@ -118,7 +118,7 @@ def make_server(
                 undo.callback(writer.discard if recovery is None else writer.abandon)
             server = Server(config, router, stepper, info, streams, writer, log)
         except (LimitsError, RecordingError) as error:
-            raise CannotServe(str(error)) from None
+            raise CannotServe(with_advice(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
             raise _no_memory(config, error) from None
         except zmq.ZMQError as error:

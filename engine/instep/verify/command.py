@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from instep.recording.errors import NoSuchStream, RecordingError
+from instep.recording.errors import NoSuchStream, RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep.verify.check import Ways
@@ -54,9 +54,9 @@ def run(wanted: Sequence[Path], *, model_folder: Path | None, stream: str | None
             reports = _verify(chosen, model_folder, stream, on_progress)
     except (RecordingError, CannotVerify) as error:
         if json:
-            _write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": str(error)})
+            _write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
         else:
-            console.print(Text(f"not checked: {error}", "bold red"), soft_wrap=True)
+            console.print(Text(f"not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
         return NOT_CHECKED
     if len(chosen.files) == 1:
         if json:
