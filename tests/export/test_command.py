@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,6 +189,34 @@ def test_nothing_is_left_of_a_damaged_recording(
     status, text = export(written.path, format=format)
     assert status == 2
     assert "does not match its CRC" in text
+    assert text.endswith(f"; what comes before the damage is saved by: instep recordings repair {written.path}\n")
+    assert names(written.path.parent) == {"a.rec"}
+
+
+def lost(path: Path, query: str) -> None:
+    """Rows go as damage to a page takes them: without a trace."""
+    database = sqlite3.connect(path, isolation_level=None)
+    assert database.execute(query).rowcount > 0
+    database.close()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM outputs",
+        "DELETE FROM outputs WHERE batch >= 40",
+        "DELETE FROM batches WHERE position >= 40",
+        "DELETE FROM batches WHERE position >= 40 AND position <= 44",
+        "DELETE FROM openings WHERE stream = 5",
+        "DELETE FROM events",
+    ],
+)
+def test_rows_that_are_missing_are_damage_and_nothing_is_written(written: Written, query: str) -> None:
+    lost(written.path, query)
+    status, text = export(written.path, format="csv")
+    assert status == 2
+    assert f"{written.path} is damaged: " in text
+    assert "instep recordings repair" in text
     assert names(written.path.parent) == {"a.rec"}
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from instep.export import table
 from instep.export.table import Chunk, FrameTable
-from instep.recording.errors import RecordingError
+from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.reader import RecordingReader
 from tests.export.written import NAMES, Row, exact, write_recording
+from tests.support.forger import Forger
 
 
 def rows_of(frames: FrameTable, chunk: Chunk) -> list[Row]:
@@ -88,6 +89,35 @@ def test_a_frame_of_a_stream_that_was_never_opened(tmp_path: Path) -> None:
     for wanted in ([], ["mic-1"]):
         with pytest.raises(RecordingError, match="holds frames of a stream that was never opened"):
             all_rows(written.path, *wanted)
+
+
+def test_frames_that_do_not_follow_each_other_are_damage(tmp_path: Path) -> None:
+    written = write_recording(tmp_path)
+    forger = Forger(written.path, tmp_path / "b.rec")
+    batch, at = forger.find_frame(2, 3)
+    seqs = forger.column(batch, "seqs")
+    seqs[at] = 4
+    forger.change_batch(batch, seqs=seqs)
+    said = rf"the batch at position {batch['position']} holds frame 4 of stream 2 \(.*\) where frame 3 belongs"
+    with pytest.raises(DamagedRecording, match=said):
+        all_rows(forger.path)
+    forger = Forger(written.path, tmp_path / "c.rec")
+    batch = next(row for row in forger.rows("batches") if row["size"] > 1)
+    streams, seqs = np.frombuffer(batch["streams"], "<u4").copy(), np.frombuffer(batch["seqs"], "<u8").copy()
+    streams[1], seqs[1] = streams[0], seqs[0]
+    forger.change_batch(batch, streams=streams, seqs=seqs)
+    with pytest.raises(DamagedRecording, match="two frames of one stream"):
+        all_rows(forger.path)
+
+
+def test_a_stream_that_ends_before_its_close_counts_is_damage(tmp_path: Path) -> None:
+    written = write_recording(tmp_path)
+    forger = Forger(written.path, tmp_path / "b.rec")
+    closing = forger.rows("closings")[0]
+    forger.change("closings", closing["position"], frames=closing["frames"] + 1)
+    with pytest.raises(DamagedRecording, match=r"stream 1 \('mic-1'\) was closed before frame"):
+        all_rows(forger.path, "1")
+    assert exact(all_rows(forger.path, "2")[1]) == exact(written.of(4))
 
 
 def test_progress_grows_to_one(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import F32, I64, U32, U64
-from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch
 from instep.recording.select import select_streams
@@ -42,7 +41,8 @@ class Chunk:
 class FrameTable:
     """Every frame of some streams of a recording with its output, in the order they were stepped.
 
-    A frame whose outputs were not recorded, because the engine was killed as it computed them, is left out.
+    A frame whose outputs were not recorded, because the engine was killed as it computed them, is left out. Any other
+    that is missing is damage.
 
     Args:
         reader: an open recording.
@@ -59,7 +59,7 @@ class FrameTable:
 
     Raises:
         CannotExport: when there is no such stream.
-        RecordingError: when the recording is damaged.
+        DamagedRecording: when the recording is damaged.
     """
 
     def __init__(self, reader: RecordingReader, wanted: Sequence[str], on_progress: Callable[[float], None]) -> None:
@@ -74,6 +74,9 @@ class FrameTable:
         self._selected: I64 = np.full(len(opened), -1, np.int64)
         numbers = np.array([opened[at].stream for at in selected], np.int64)
         self._selected[np.searchsorted(self._known, numbers)] = np.arange(len(selected))
+        self._next: I64 = np.array([opened[at].first_seq for at in selected], np.int64)
+        """The seq of each stream's next frame."""
+        self._counted = [opened[at].frames for at in selected]
         self.features = reader.header.features
         self.outputs = reader.header.outputs
         self.names = [opened[at].name for at in selected]
@@ -92,8 +95,9 @@ class FrameTable:
         """All rows once, in bounded memory.
 
         Raises:
-            RecordingError: when the recording is damaged.
+            DamagedRecording: when a row is missing or damaged, or a frame of a stream is missing or in another place.
         """
+        self._reader.check_positions()
         fit = CHUNK_BYTES // (4 * (self.features + self.outputs))
         most = max(min(fit, CHUNK_FRAMES), 1)
         parts: list[Chunk] = []
@@ -107,12 +111,14 @@ class FrameTable:
                 yield self._joined(parts)
                 parts, rows = [], 0
             self._on_progress((batch.position - self._first + 1) / (self._last - self._first + 1))
+        self._check_closings()
         if parts:
             yield self._joined(parts)
 
     def _rows(self, batch: RecordedBatch) -> Chunk:
         names = self._names_of(batch)
         rows = np.flatnonzero(names >= 0)
+        self._check_seqs(batch, names[rows], batch.seqs[rows].astype(np.int64))
         if batch.y is None:
             self.left_out += len(rows)
             rows = rows[:0]
@@ -125,12 +131,35 @@ class FrameTable:
         numbers = batch.streams.astype(np.int64)
         at = np.minimum(np.searchsorted(self._known, numbers), len(self._known) - 1)
         if not len(self._known) or (self._known[at] != numbers).any():
-            raise RecordingError(
-                f"{self._reader.path} is damaged: the batch at position {batch.position} holds frames of a stream that "
-                "was never opened"
+            raise self._reader.damaged(
+                f"the batch at position {batch.position} holds frames of a stream that was never opened"
             )
         names: I64 = self._selected[at]
         return names
+
+    def _check_seqs(self, batch: RecordedBatch, names: I64, seqs: I64) -> None:
+        """Every stream goes on with its next frame, and stands once in a batch."""
+        wrong = np.flatnonzero(seqs != self._next[names])
+        if not len(wrong) and len(np.unique(names)) == len(names):
+            self._next[names] += 1
+            return
+        if not len(wrong):
+            raise self._reader.damaged(f"the batch at position {batch.position} holds two frames of one stream")
+        name, seq = names[wrong[0]], seqs[wrong[0]]
+        raise self._reader.damaged(
+            f"the batch at position {batch.position} holds frame {seq} of stream {self.stream_ids[name]} "
+            f"({self.names[name]!r}) where frame {self._next[name]} belongs"
+        )
+
+    def _check_closings(self) -> None:
+        for stream, name, counted, found in zip(
+            self.stream_ids, self.names, self._counted, self._next.tolist(), strict=True
+        ):
+            if counted is not None and counted != found:
+                raise self._reader.damaged(
+                    f"stream {stream} ({name!r}) was closed before frame {counted}, but its recorded frames end before "
+                    f"frame {found}"
+                )
 
     def _joined(self, parts: Sequence[Chunk]) -> Chunk:
         chunk = Chunk(
