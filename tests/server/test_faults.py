@@ -440,7 +440,9 @@ async def test_nobody_is_told_that_a_stream_is_no_more_before_the_recording_has_
             assert (await client.receive()).codes() == [code]
 
 
-async def test_who_has_the_number_of_an_owner_that_is_gone_is_not_told_of_the_end_of_its_streams(tmp_path: Path) -> None:
+async def test_who_has_the_number_of_an_owner_that_is_gone_is_not_told_of_the_end_of_its_streams(
+    tmp_path: Path,
+) -> None:
     recording = {"file": tmp_path / "r.instep"}
     async with held_commits() as held, running(SMALL, recording=recording, limits={"max_connections": 1}) as server:
         async with RawClient(server.endpoint) as gone, RawClient(server.endpoint) as heir:

@@ -68,7 +68,7 @@ class Disk:
         try:
             return _Connection(apsw.Connection(str(path), flags=flags, vfs=self._name))
         except apsw.Error as error:
-            raise sqlite3.OperationalError(_SAYS.get(type(error), str(error))) from error
+            raise _as_sqlite3(error) from error
 
     def mount(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Everything that a recording's writer does to files goes through here."""
@@ -140,7 +140,7 @@ class _Connection:
         try:
             return run()
         except apsw.Error as error:
-            raise sqlite3.OperationalError(_SAYS.get(type(error), str(error))) from error
+            raise _as_sqlite3(error) from error
 
 
 class _Vfs(apsw.VFS):
@@ -181,6 +181,13 @@ class _File(apsw.VFSFile):
         operation = Operation("sync", self._file, is_lasting=self._is_new)
         self._disk.perform(operation, lambda: super(_File, self).xSync(flags))
         self._is_new = False
+
+
+def _as_sqlite3(error: apsw.Error) -> sqlite3.OperationalError:
+    translated = sqlite3.OperationalError(_SAYS.get(type(error), str(error)))
+    # What was injected here comes back without a code.
+    translated.sqlite_errorcode = getattr(error, "extendedresult", sqlite3.SQLITE_IOERR)
+    return translated
 
 
 def _suffix(path: str) -> str:

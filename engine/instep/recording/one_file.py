@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -10,14 +9,24 @@ from pathlib import Path
 def put_wal_away(database: sqlite3.Connection) -> None:
     """Copy the WAL into the file and remove it.
 
-    Where somebody else has the file open the WAL stays beside it, copied, which every reader understands.
+    Where somebody reads the file just now, the WAL stays beside it, with what could not be copied; every reader
+    understands that. Nobody is waited for.
 
     Raises:
         sqlite3.Error: when the disk is full or fails.
     """
+    database.execute("PRAGMA busy_timeout=0")
     database.execute("PRAGMA wal_checkpoint(FULL)").fetchall()
-    with contextlib.suppress(sqlite3.OperationalError):
+    try:
         database.execute("PRAGMA journal_mode=DELETE")
+    except sqlite3.OperationalError as error:
+        if not is_in_use(error):
+            raise
+
+
+def is_in_use(error: sqlite3.Error) -> bool:
+    """Whether SQLite failed for no other reason than that somebody else has the file open."""
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def without_wal(path: Path) -> None:
