@@ -3,8 +3,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,23 @@ def test_given_up_before_the_first_commit_it_leaves_no_trace(tmp_path: Path) -> 
     with RecordingReader(path) as reader:
         assert list(reader.events()) == []
         assert reader.last_position == 3
+
+
+def test_who_reads_a_closed_recording_for_long_is_said_and_may_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.rec"
+    begun(path, close=True)
+    reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM events").fetchall()
+    with monkeypatch.context() as patched:
+        patched.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0))
+        with pytest.raises(RecordingError, match=r"a\.rec: another program is reading it .*; start again when that"):
+            RecordingWriter.resume(path, HEADER)
+    assert reader.execute("SELECT count(*) FROM batches").fetchone() == (1,)
+    reader.close()
+    RecordingWriter.resume(path, HEADER).close()
 
 
 def test_another_model_or_other_numerics_are_refused_and_the_lock_is_let_go(tmp_path: Path) -> None:

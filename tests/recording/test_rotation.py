@@ -265,3 +265,66 @@ def test_a_following_file_says_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "r-000002.rec").unlink()
     with RecordingReader(tmp_path / "r.rec") as reader:
         assert how_it_ends(reader) == "closed in order"
+
+
+def reading(path: Path) -> sqlite3.Connection:
+    """Somebody in the middle of reading."""
+    reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM events").fetchall()
+    return reader
+
+
+def test_a_reader_of_the_new_file_from_its_first_moment_on_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = []
+    put_in_place = family.put_in_place
+
+    def put_and_read(unfinished: Path, path: Path) -> None:
+        assert [file.name for file in tmp_path.iterdir() if "-new" in file.name] == ["r-000002.rec-new"]
+        put_in_place(unfinished, path)
+        readers.append(reading(path))
+
+    monkeypatch.setattr(family, "put_in_place", put_and_read)
+    scribe = begun(tmp_path / "r.rec")
+    scribe.rotate()
+    scribe.step([1])
+    scribe.writer.commit()
+    assert readers[0].execute("SELECT count(*) FROM batches").fetchone() == (0,)
+    assert rows(tmp_path / "r-000002.rec", "SELECT count(*) FROM batches") == [(1,)]
+    readers[0].close()
+    scribe.writer.close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["r-000002.rec", "r.rec"]
+
+
+@pytest.mark.parametrize("when", ["before it began", "while it was written"])
+def test_what_a_killed_writer_left_of_the_next_file_is_in_nobodys_way(tmp_path: Path, when: str) -> None:
+    left = [tmp_path / f"r-000002.rec-new{suffix}" for suffix in ("", "-wal", "-shm", "-journal")]
+    mine = tmp_path / "r-000002.rec-newer"
+    scribe = begun(tmp_path / "r.rec") if when == "while it was written" else None
+    for path in (*left, mine):
+        path.write_bytes(b"left")
+    if scribe is None:
+        scribe = begun(tmp_path / "r.rec")
+        assert not any(path.exists() for path in left)
+    scribe.rotate()
+    assert not any(path.exists() for path in left)
+    assert mine.read_bytes() == b"left"
+    scribe.step([1])
+    scribe.writer.close()
+    assert inspect(tmp_path / "r-000002.rec", lambda _: None).frames == 1
+
+
+def test_a_copied_part_is_not_taken_for_the_file_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scribe = begun(tmp_path / "r.rec")
+    scribe.rotate()
+    scribe.writer.close()
+    copy = tmp_path / "copy.rec"
+    copy.write_bytes((tmp_path / "r-000002.rec").read_bytes())
+    tidied = list[Path]()
+    monkeypatch.setattr("instep.recording.writer.without_wal", tidied.append)
+    scribe.writer = RecordingWriter.resume(copy, HEADER)
+    scribe.rotate()
+    assert tidied == []
+    scribe.writer.close()

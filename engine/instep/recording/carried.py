@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from instep.core.typing import I64, U64, Bool
+from instep.recording.one_file import remove_with_all_beside
 from instep.recording.schema import (
     APPLICATION_ID,
     CARRIED_EVENT,
@@ -81,10 +82,11 @@ def write_following(path: Path, header: RecordingHeader, time_ns: int, carried: 
     """Make a file that goes on from where another one ends, all in it and closed.
 
     Nobody may look at it before `family.put_in_place`, so its rows need no journal and nothing is synced. What there is
-    of it goes when it fails.
+    of it goes when it fails. It is left in WAL mode: from then on somebody may read it at any moment, which would keep
+    a writer from changing that.
 
     Args:
-        path: where; nothing may be there.
+        path: where; what a killed writer left there is removed.
         header: of the file; the first row gets its `first_position`, and its `carried_bytes` is filled in.
         time_ns: nanoseconds since 1970.
         carried: the open streams.
@@ -94,6 +96,7 @@ def write_following(path: Path, header: RecordingHeader, time_ns: int, carried: 
     """
     first, count = header.first_position, len(carried.names)
     snapshot = first + 2 * count - 1
+    remove_with_all_beside(path)
     try:
         database = sqlite3.connect(path, isolation_level=None)
         try:
@@ -109,10 +112,12 @@ def write_following(path: Path, header: RecordingHeader, time_ns: int, carried: 
             header = replace(header, carried_bytes=file_bytes(database))
             _insert(database, "header", header.rows(), 3)
             database.execute("COMMIT")
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
             database.close()
     except BaseException:
-        path.unlink(missing_ok=True)
+        remove_with_all_beside(path)
         raise
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from instep.recording.errors import RecordingError
+from instep.recording.one_file import BESIDE
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 
@@ -111,9 +112,11 @@ def settle(base: Path) -> None:
 def remove_unfinished(base: Path) -> None:
     """Remove what a crash left of following files that were not complete; only for who holds the writer's lock."""
     for path in _beside(base):
-        of = path.with_name(path.name.removesuffix(_UNFINISHED))
-        if of not in (path, base) and base_of(of) == base:
-            path.unlink()
+        name, _, suffix = path.name.rpartition(_UNFINISHED)
+        if name and suffix in ("", *BESIDE):
+            of = path.with_name(name)
+            if of != base and base_of(of) == base:
+                path.unlink()
 
 
 def put_in_place(unfinished: Path, path: Path) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from typing import Final
+
+BESIDE: Final = ("-wal", "-shm", "-journal")
+"""What the names of files that SQLite makes beside a database have beyond its own."""
 
 
 def put_wal_away(database: sqlite3.Connection) -> None:
@@ -26,7 +30,8 @@ def put_wal_away(database: sqlite3.Connection) -> None:
 
 def is_in_use(error: sqlite3.Error) -> bool:
     """Whether SQLite failed for no other reason than that somebody else has the file open."""
-    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)  # what sqlite3 refuses by itself has none
+    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def without_wal(path: Path) -> None:
@@ -42,3 +47,15 @@ def without_wal(path: Path) -> None:
         put_wal_away(database)
     finally:
         database.close()
+
+
+def remove_with_all_beside(path: Path) -> None:
+    """Remove a file, if it is there, and what SQLite made beside it.
+
+    The file goes first: whatever dies in between leaves no file that lacks what is in its WAL.
+
+    Raises:
+        OSError: when it cannot be removed.
+    """
+    for suffix in ("", *BESIDE):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)

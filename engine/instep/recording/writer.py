@@ -16,7 +16,7 @@ from instep.recording.engines import changed_values, refuse_other_engine
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.family import Member
 from instep.recording.lock import WriterLock
-from instep.recording.one_file import put_wal_away, without_wal
+from instep.recording.one_file import is_in_use, put_wal_away, remove_with_all_beside, without_wal
 from instep.recording.reader import RecordingReader
 from instep.recording.rows import RowWriter
 from instep.recording.schema import (
@@ -86,6 +86,7 @@ class RecordingWriter(RowWriter):
         try:
             if path.exists() and path.stat().st_size > 0:
                 raise RecordingError(f"{path} already exists; a recording is never written over: choose another name")
+            family.remove_unfinished(path)
             database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except (RecordingError, OSError, sqlite3.Error) as error:
             lock.release()
@@ -148,6 +149,11 @@ class RecordingWriter(RowWriter):
             return writer
         except (OSError, sqlite3.Error) as error:
             lock.release()
+            if isinstance(error, sqlite3.Error) and is_in_use(error):
+                raise RecordingError(
+                    f"cannot go on with the recording {base}: another program is reading it and has been for seconds; "
+                    "start again when that is done"
+                ) from None
             raise RecordingError(f"cannot go on with the recording {base}: {error}") from None
         except BaseException:
             lock.release()
@@ -190,7 +196,7 @@ class RecordingWriter(RowWriter):
             self._seal()
             family.put_in_place(unfinished, path)
         except BaseException:
-            unfinished.unlink(missing_ok=True)
+            remove_with_all_beside(unfinished)
             raise
         with RecordingReader(path) as reader:
             began = reader.header
@@ -212,8 +218,9 @@ class RecordingWriter(RowWriter):
 
     def _tidy_up(self) -> None:
         """Make the file before this one a single file, if somebody had it open as it was sealed."""
-        if self.began.number > 1:
-            without_wal(family.member_path(self.base, self.began.number - 1))
+        older = family.member_path(self.base, self.began.number - 1)
+        if self.began.number > 1 and older != self.path:  # of a part that was copied, this one has the first one's name
+            without_wal(older)
 
     def _seal(self) -> None:
         """Commit, and leave one file without a WAL beside it, if nobody else has it open."""
@@ -234,8 +241,7 @@ class RecordingWriter(RowWriter):
         """Let go of a recording that was just made and holds nothing, and take it away while it is still ours."""
         self._database.close()
         self._guard.close()
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        remove_with_all_beside(self.path)
         self._lock.release()
 
 
