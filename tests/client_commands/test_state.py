@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from instep_client.commands.problems import CommandProblem, Exit
 from instep_client.errors import InvalidInput
 from instep_client.wire import Kind
 from tests.client_commands.helpers import RememberingTerminal
-from tests.support.fake_server import FakeServer, error, reference
+from tests.support.fake_server import FakeServer, Message, error, reference
 from tests.support.models import SEED_SIZED, SMALL, whole
 from tests.support.ring_server import RING_INFO, RingServer
 from tests.support.running import running
@@ -217,6 +219,37 @@ def test_a_reset_that_fails_says_that_the_stream_was_taken(
     assert note.startswith("stream 'mic' was taken from its owner")
     assert note.endswith(f"client.resume('mic', epoch={place.ring.streams['mic'].epoch})")
     assert problem.startswith("error: TOO_LARGE: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "said"),
+    [
+        (["peek", "mic"], Kind.LOOK, ""),
+        (["fork", "mic", "copy"], Kind.OPEN, ""),
+        (["reset", "mic", "--take-over"], Kind.RESUME, "stream 'mic' may have been taken from its owner"),
+        (["reset", "mic", "--take-over"], Kind.RESET, "stream 'mic' was taken from its owner before this"),
+    ],
+)
+def test_ctrl_c_ends_a_command_whose_server_has_fallen_silent(arguments: list[str], kind: Kind, said: str) -> None:
+    ring, main = RingServer(), threading.main_thread().ident
+    assert main is not None
+
+    def handle(peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
+        answers = ring.handle(peer, frames)
+        if not interrupts or ring.kinds[-1] is not kind:
+            return answers
+        signal.pthread_kill(main, signal.SIGINT)
+        return []
+
+    interrupts = False
+    with FakeServer(RING_INFO, handle) as server, Client(server.endpoint) as owner:
+        owner.open("mic").step(X[:5])
+        interrupts = True
+        result = Place(ring, server.endpoint).run(*arguments)
+        interrupts = False
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr.startswith(said)
+    assert len(result.stderr.splitlines()) == bool(said)
 
 
 def test_a_fork_outlives_the_command_and_its_source_does_not_notice(place: Place, owner: Client) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from instep_client.commands import terminal as terminal_module
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import CommandProblem, Exit
-from instep_client.commands.terminal import Terminal, run_command
+from instep_client.commands.terminal import Terminal, run_command, run_undrained
 from instep_client.errors import ConnectionFailed
 from tests.client_commands.helpers import RememberingTerminal
 
@@ -149,6 +149,47 @@ def test_ctrl_c_requests_a_stop_and_the_command_ends_in_order() -> None:
     assert ended == [True]
     assert "stopping: waiting for the answers" in terminal.complained
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("error", [CommandProblem("no such file"), ConnectionFailed("nobody there")])
+def test_a_command_that_fails_after_ctrl_c_was_interrupted(error: Exception) -> None:
+    terminal = RememberingTerminal()
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(signal.SIGINT)
+        await stop.wait()
+        raise error
+
+    assert run_command(command, terminal) == 130
+    assert terminal.complained.splitlines()[1:] == [f"error: {error}"]
+
+
+def test_ctrl_c_cancels_a_command_that_has_nothing_to_drain() -> None:
+    terminal = RememberingTerminal()
+    cleaned_up: list[bool] = []
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # it may still close what it opened
+            cleaned_up.append(True)
+        return Exit.OK
+
+    assert run_undrained(command, terminal) == 130
+    assert cleaned_up == [True]
+    assert terminal.complained == ""
+
+
+def test_a_cancellation_that_nobody_asked_for_is_no_interrupt() -> None:
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        run_undrained(command, RememberingTerminal())
 
 
 def test_a_second_ctrl_c_ends_it_at_once() -> None:

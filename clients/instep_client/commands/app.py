@@ -20,7 +20,7 @@ from instep_client.commands.produce import Produce, produce
 from instep_client.commands.replay import Replay, replay
 from instep_client.commands.signals import Signal
 from instep_client.commands.state_app import app as state_app
-from instep_client.commands.terminal import Terminal, run_command
+from instep_client.commands.terminal import Terminal, run_command, run_undrained
 from instep_client.commands.typed import PlainCommands
 from instep_client.wire import DEFAULT_ENDPOINT
 
@@ -90,7 +90,7 @@ def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False)
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await ping(endpoint, terminal, stop)
 
-    raise typer.Exit(run_command(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
 @app.command("produce")

@@ -60,6 +60,8 @@ class Stop:
     def __init__(self) -> None:
         self.connected = False
         """Whether there ever was a connection, so that something may have been sent whose answers are waited for."""
+        self.drains = True
+        """Whether the command waits for answers when it is asked to end."""
         self._event = asyncio.Event()
 
     @property

@@ -6,6 +6,7 @@ when told to. Streams that a command has opened or taken are left to the server,
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -129,7 +130,11 @@ async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, te
                 f"stream {name!r} has an owner, connected or expected back, who would go on from a state that is not "
                 "its own; with --take-over the stream is reset all the same, and its owner is told that it was taken"
             )
-        stream = await client.resume(name, take_over=True)
+        try:
+            stream = await client.resume(name, take_over=True)
+        except asyncio.CancelledError:
+            terminal.note(f"stream {name!r} may have been taken from its owner, and was not reset")
+            raise
         try:
             await stream.reset(None if taken is None else taken.state)
         except BaseException:  # an interrupt, too

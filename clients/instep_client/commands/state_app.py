@@ -11,7 +11,7 @@ from instep_client.commands import state
 from instep_client.commands.options import AsJson, Endpoint
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import Exit
-from instep_client.commands.terminal import Terminal, run_command
+from instep_client.commands.terminal import Terminal, run_undrained
 from instep_client.commands.typed import PlainCommands
 from instep_client.wire import DEFAULT_ENDPOINT
 
@@ -35,7 +35,7 @@ def peek_command(name: Name, endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJ
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await state.peek(endpoint, name, terminal, stop)
 
-    raise typer.Exit(run_command(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
 @app.command("snapshot")
@@ -52,7 +52,7 @@ def snapshot_command(
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await state.snapshot(endpoint, name, to, terminal, stop)
 
-    raise typer.Exit(run_command(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
 @app.command("restore")
@@ -73,7 +73,7 @@ def restore_command(
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await state.restore(endpoint, file, name, terminal, stop)
 
-    raise typer.Exit(run_command(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
 @app.command("fork")
@@ -91,7 +91,7 @@ def fork_command(
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await state.fork(endpoint, name, copy, terminal, stop)
 
-    raise typer.Exit(run_command(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
 @app.command("reset")
@@ -117,4 +117,4 @@ def reset_command(
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await state.reset(endpoint, name, file, take_over, terminal, stop)
 
-    raise typer.Exit(run_command(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))

@@ -130,7 +130,8 @@ def run_command(command: Command, terminal: Terminal) -> Exit:
     """Run a command in an event loop of its own and turn what ends it into one sentence and an exit status.
 
     The first Ctrl-C requests a stop: the command drains and closes. The second one ends it at once, and so does the
-    first one as long as nothing was sent because there is no connection.
+    first one as long as nothing was sent because there is no connection. An interrupted command is INTERRUPTED, also
+    when it ends with an error, which is said.
     """
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -145,12 +146,38 @@ def run_command(command: Command, terminal: Terminal) -> Exit:
         return Exit.INTERRUPTED
 
 
+def run_undrained(command: Command, terminal: Terminal) -> Exit:
+    """`run_command` for a command that has nothing to drain: the first Ctrl-C cancels it, whatever it waits for."""
+
+    async def until_stopped(terminal: Terminal, stop: Stop) -> Exit:
+        stop.drains = False
+        task = asyncio.current_task()
+        assert task is not None
+        canceller = asyncio.create_task(_cancel_at(stop, task))
+        try:
+            return await command(terminal, stop)
+        except asyncio.CancelledError:
+            if not stop.requested:
+                raise
+            task.uncancel()
+            return Exit.INTERRUPTED
+        finally:
+            canceller.cancel()
+
+    return run_command(until_stopped, terminal)
+
+
+async def _cancel_at(stop: Stop, task: asyncio.Task[Exit]) -> None:
+    await stop.wait()
+    task.cancel()
+
+
 async def _with_stop(command: Command, terminal: Terminal) -> Exit:
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         return await command(terminal, stop)
     loop = asyncio.get_running_loop()
-    interrupted = False
+    interrupted, exit_status = False, Exit.INTERRUPTED
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
@@ -158,12 +185,17 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
         if not stop.connected:
             raise StoppedBeforeSending
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        terminal.note("stopping: waiting for the answers (Ctrl-C again ends at once)")
+        if stop.drains:
+            terminal.note("stopping: waiting for the answers (Ctrl-C again ends at once)")
         loop.call_soon_threadsafe(stop.request)
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         exit_status = await command(terminal, stop)
+    except (CommandProblem, InstepError) as error:
+        if not interrupted:
+            raise
+        terminal.error(str(error))
     finally:
         signal.signal(signal.SIGINT, before)
     return Exit.INTERRUPTED if interrupted else exit_status
