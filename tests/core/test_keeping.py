@@ -71,6 +71,25 @@ def test_who_waited_in_vain_for_a_snapshot_may_go_once() -> None:
     assert not keeping.has_room(1)
 
 
+def test_who_found_no_room_first_has_the_next_turn() -> None:
+    keeping = Keeping(6, max_changed=3)
+    assert keeping.may_begin("step", 2)
+    keeping.changed(slots(1, 2))
+    assert not keeping.may_begin("request", 3)
+    assert not keeping.may_begin("step", 1), "or it would never end"
+    keeping.committed(keeping.take())
+    assert not keeping.may_begin("step", 1)
+    assert keeping.may_begin("request", 3)
+    keeping.changed(slots(3, 4, 5))
+    assert not keeping.may_begin("request", 1)
+    keeping.committed(keeping.take())
+    assert not keeping.may_begin("request", 1), "the step was there before it"
+    assert keeping.may_begin("step", 1)
+    keeping.changed(slots(1))
+    assert keeping.may_begin("request", 2)
+    assert keeping.may_begin("step", 2)
+
+
 def test_without_a_bound_there_is_always_room() -> None:
     keeping = Keeping(6)
     keeping.changed(np.arange(1, 7))

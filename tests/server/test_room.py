@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from instep.core.keeping import Keeping
+from instep.core.typing import F32, I64
 from instep.recording import family
 from instep.recording.reader import RecordingReader
+from instep.recording.writer import RecordingWriter
+from instep.runtime.stepper import Stepper
 from instep.server.server import Server
 from instep_client.wire import Kind
 from tests.support.models import SMALL, whole
@@ -68,3 +73,56 @@ async def test_a_rotation_finds_the_state_of_a_stream_that_opens_behind_a_change
         assert carried.initial_state is None
     else:
         np.testing.assert_array_equal(carried.initial_state, state[0])
+
+
+async def test_steps_and_changes_that_wait_for_room_take_turns(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_commit = threading.Event()
+    may_commit.set()
+    commit, step, load = RecordingWriter.commit, Stepper.step, Stepper.load
+    turns: list[str] = []
+
+    def held(self: RecordingWriter) -> None:
+        assert may_commit.wait(60)
+        commit(self)
+
+    def stepping(self: Stepper, slots: I64, *rest: Any) -> None:
+        turns.append("step")
+        step(self, slots, *rest)
+
+    def loading(self: Stepper, slots: I64, states: F32 | None) -> None:
+        turns.append("load")
+        load(self, slots, states)
+
+    monkeypatch.setattr(RecordingWriter, "commit", held)
+    recording = {"file": tmp_path / "r.instep", "durability": "memory"}
+    async with running(SMALL, engine=ENGINE, recording=recording) as server:
+        async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as other:
+            await client.hello()
+            await other.hello()
+            handles = (await client.open(*(f"s{number}" for number in range(40)))).handles()
+            stepped = (await other.open("t")).handles()
+            monkeypatch.setattr(Stepper, "step", stepping)
+            monkeypatch.setattr(Stepper, "load", loading)
+            await all_is_kept(server)
+            may_commit.clear()
+            x = rng.standard_normal((5, 1, F)).astype(np.float32)
+            assert (await other.step(stepped, [0], x[:1])).codes() == []
+            for first in (0, 12, 24):
+                await client.send(*client.reset_message(handles[first : first + 12]))
+            while server.lifecycle.waits._jobs < 3:
+                await asyncio.sleep(0.001)
+            await other.send(*other.step_message(stepped, [1], x[1:]))
+            while not server.engine.rings.pending_count:
+                await asyncio.sleep(0.001)
+            async with RawClient(server.endpoint) as third:
+                await third.hello()
+                for _ in range(20):
+                    await third.statistics()
+            assert turns == ["step"], "there would be room for it, but the change that was there before has none"
+            may_commit.set()
+            for _ in range(3):
+                assert (await client.receive()).kind is Kind.CHANGED
+            assert (await other.receive()).kind is Kind.STEPPED
+    assert turns[:6] == ["step", "load", "step", "load", "step", "load"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from instep.core.typing import I64, U8, Bool
 _KEPT: Final = 0
 _IN_SNAPSHOT: Final = 1
 _CHANGED: Final = 2
+
+Kind: TypeAlias = Literal["step", "request"]
+"""What changes states: steps, and changes that a client asked for."""
 
 
 class Keeping:
@@ -32,6 +35,8 @@ class Keeping:
         self.changed_count = 0
         """States that are not kept."""
         self._waited_in_vain = False
+        self._waiting: list[Kind] = []
+        """Who was told that there is no room, in that order."""
         self._standing: U8 = np.zeros(max_streams + 1, np.uint8)
 
     def is_kept(self, slots: I64) -> Bool:
@@ -52,6 +57,20 @@ class Keeping:
         """
         free = self.max_changed is None or self.changed_count + count <= self.max_changed
         return free or self._waited_in_vain
+
+    def may_begin(self, kind: Kind, count: int) -> bool:
+        """Whether a change of so many more states begins now; whoever is told so begins it.
+
+        Who is refused has the next turn: until then the other kind begins nothing, though there may be room for it. So
+        neither, however much of it comes, leaves the other without room for ever. What was refused
+        asks again, after each snapshot and whenever the other kind has begun something, until it begins.
+        """
+        if self._waiting[:1] in ([], [kind]) and self.has_room(count):
+            self._waiting = self._waiting[1:]
+            return True
+        if kind not in self._waiting:
+            self._waiting.append(kind)
+        return False
 
     def changed(self, slots: I64) -> None:
         """The states are about to change: int64 [N], distinct."""

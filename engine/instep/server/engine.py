@@ -81,7 +81,7 @@ class Engine:
         self.on_state_lost: Callable[[I64], None] = lambda slots: None
         """Called with the slots whose state was lost by a failed step."""
         self.on_changed: Callable[[], None] = lambda: None
-        """Called when states are about to change: a snapshot may be due."""
+        """Called when states are about to change: a snapshot may be due, and it may be the turn of what waits."""
         self.on_no_room: Callable[[], None] = lambda: None
         """Called when a step waits until the recording holds the states of others: a snapshot is due."""
 
@@ -127,13 +127,13 @@ class Engine:
                 return  # what arrives until the worker is free may still join this batch
             if not self._tap.has_room:
                 return  # the recorder calls back when it has room again
-            if not self.table.keeping.has_room(min(self.scheduler.ready_count, self.scheduler.max_batch_size)):
-                self.on_no_room()
-                return  # whatever the snapshot does, it calls back
             hold_ns = self.scheduler.hold_ns(time.monotonic_ns(), self.table.open_count)
             if hold_ns > 0 and not self.draining:
                 self._hold(hold_ns)
                 return
+            if not self.table.keeping.may_begin("step", min(self.scheduler.ready_count, self.scheduler.max_batch_size)):
+                self.on_no_room()
+                return  # whatever the snapshot does, it calls back
             self._step(self.scheduler.next_batch())
 
     def _step(self, slots: I64) -> None:

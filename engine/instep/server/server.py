@@ -139,7 +139,7 @@ class Server:
         target_ns = round(config.recording.recovery_target_s * 1e9)
         self._snapshots = Snapshots(table, rings, stepper, self._worker, tap, self._step_failed, target_ns)
         self._snapshots.on_committed = self._snapshot_committed
-        self.engine.on_changed = self._snapshots.take_if_due
+        self.engine.on_changed = self._step_begun
         self.engine.on_no_room = self.lifecycle.waits.on_no_room = self._snapshots.take_now
         self._cold = streams.cold
         self._rotation = Rotation(
@@ -272,6 +272,10 @@ class Server:
     def _rotate_if_due(self, now_ns: int) -> None:
         if self._rotation.is_due(now_ns) and not self.engine.draining:
             self._rotation.begin(now_ns)
+
+    def _step_begun(self) -> None:
+        self._snapshots.take_if_due()
+        self.lifecycle.waits.room_again()
 
     def _snapshot_committed(self) -> None:
         self._rotate_if_due(time.monotonic_ns())  # before the next snapshot, where one comes after the other

@@ -101,7 +101,7 @@ class Waits:
         """More states may change than a moment ago, perhaps: do what waited for that, and what waits behind it."""
         while self._for_room:
             count, begin = self._for_room[0]
-            if count and not self._table.keeping.has_room(count):
+            if count and not self._table.keeping.may_begin("request", count):
                 self.on_no_room()
                 return
             self._for_room.popleft()
