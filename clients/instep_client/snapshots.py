@@ -12,16 +12,19 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
 from instep_client.errors import InvalidInput
+from instep_client.outbox import MAX_REPLY_BYTES
 from instep_client.wire import F32, ServerInfo
 
 _FORMAT: Final = "instep stream snapshot 1"
 _LENGTH_BYTES: Final = 8
 _MOST_HEADER_BYTES: Final = 65_536
+_MOST_STATE_BYTES: Final = MAX_REPLY_BYTES
+"""No server could have sent a larger one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +40,7 @@ class StreamSnapshot:
     model: str
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> None:
-        """Write it as a safetensors file, which appears when it is complete and on the disk.
+        """Write it as a safetensors file, which appears when it is complete; file and name are on the disk then.
 
         Raises:
             FileExistsError: when there is such a file already and it may not be written over.
@@ -69,6 +72,7 @@ class StreamSnapshot:
                 _rename_to_new(part, target)
         finally:
             part.unlink(missing_ok=True)
+        _sync_folder(target.parent)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamSnapshot:
@@ -78,26 +82,31 @@ class StreamSnapshot:
             InvalidInput: when the file is none.
             OSError: as the file system says.
         """
-        content = Path(path).read_bytes()
         try:
-            return cls._read(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            with Path(path).open("rb") as file:
+                return cls._read(file)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise InvalidInput(f"{path} is no snapshot of a stream: {error}") from None
 
     @classmethod
-    def _read(cls, content: bytes) -> StreamSnapshot:
-        length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-        start = _LENGTH_BYTES + length
-        if length > _MOST_HEADER_BYTES or start > len(content):
+    def _read(cls, file: BinaryIO) -> StreamSnapshot:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if length > _MOST_HEADER_BYTES:
             raise ValueError("it does not begin as a safetensors file of one does")
-        header: dict[str, Any] = json.loads(content[_LENGTH_BYTES:start])
+        text = file.read(length)
+        if len(text) < length:
+            raise ValueError("it does not begin as a safetensors file of one does")
+        header: dict[str, Any] = json.loads(text)
         about, tensor = header["__metadata__"], header["state"]
         if about["format"] != _FORMAT or len(header) != 2:
             raise ValueError("it is a safetensors file of something else")
-        layers, size = tensor["shape"]
-        if tensor["dtype"] != "F32" or tensor["data_offsets"] != [0, len(content) - start]:
+        layers, size = (int(length) for length in tensor["shape"])
+        if not (layers >= 0 and size >= 0 and layers * size * 4 <= _MOST_STATE_BYTES):
+            raise ValueError("its state has no shape of a state")
+        data = file.read(layers * size * 4 + 1)  # one byte more than there should be
+        if tensor["dtype"] != "F32" or tensor["data_offsets"] != [0, len(data)] or len(data) != layers * size * 4:
             raise ValueError("its state is cut off, or no float32")
-        state = np.frombuffer(content, "<f4", offset=start).reshape(int(layers), int(size)).astype(np.float32)
+        state = np.frombuffer(data, "<f4").reshape(layers, size).astype(np.float32)
         seq = int(about["seq"])
         if not 0 <= seq < 2**62:
             raise ValueError("its seq is out of range")
@@ -124,6 +133,17 @@ class StreamSnapshot:
                 f"the snapshot's state, before frame {self.seq} of stream {self.name!r}, holds NaN or infinity, which "
                 "no server takes: go on from an earlier one, or from zeros"
             )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk; without it, a new name may not outlive the loss of power."""
+    if os.name == "nt":  # folders cannot be opened there, and names need no syncing
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _rename_to_new(part: Path, target: Path) -> None:

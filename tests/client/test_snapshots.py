@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import stat
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,69 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(InvalidInput, match="is no snapshot of a stream"):
         StreamSnapshot.load(tmp_path / "a")
+
+
+def header_with(shape: str, seq: str = "0") -> bytes:
+    """A file that is all header."""
+    about = {"format": "instep stream snapshot 1", "name": "a", "seq": seq, "fingerprint": "00", "model": "m"}
+    tensor = f'{{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 0]}}'
+    return f'{{"__metadata__": {json.dumps(about)}, "state": {tensor}}}'.encode()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 60_000,
+        header_with("[Infinity, 1]"),
+        header_with("[NaN, 1]"),
+        header_with("[-1, 0]"),
+        header_with("[-1, -1]"),
+        header_with("[1000000000000, 1000000000000]"),
+        header_with("[1e300, 1]"),
+        header_with("[0, 0]", seq="9" * 5000),
+        header_with("[1, 1]"),
+    ],
+    ids=range(9),
+)
+def test_headers_that_are_hostile_are_refused(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InvalidInput, match="is no snapshot of a stream"):
+        StreamSnapshot.load(tmp_path / "a")
+
+
+def test_no_more_is_read_than_a_snapshot_can_have(tmp_path: Path) -> None:
+    for content in (b"\xff" * 8, (1).to_bytes(8, "little"), None):
+        path = tmp_path / "a"
+        if content is None:
+            SNAPSHOT.save(path)
+        else:
+            path.write_bytes(content)
+        with path.open("r+b") as file:
+            file.truncate(2**27)
+        tracemalloc.start()
+        try:
+            with pytest.raises(InvalidInput, match="is no snapshot of a stream"):
+                StreamSnapshot.load(path)
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
+        path.unlink()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_the_name_is_on_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
+    synced: list[tuple[bool, list[str]]] = []
+    fsync = os.fsync
+
+    def remember(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append((is_folder, [path.name for path in tmp_path.iterdir()]))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    SNAPSHOT.save(tmp_path / "a", overwrite=overwrite)
+    assert [is_folder for is_folder, _ in synced] == [False, True]
+    assert synced[1][1] == ["a"]
 
 
 @settings(deadline=None, max_examples=200)
