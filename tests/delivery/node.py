@@ -21,7 +21,7 @@ from instep.core.typing import F32, I64
 from instep.recording.writer import RecordingWriter
 from instep.runtime.errors import StateLost
 from instep.runtime.worker import Job
-from instep.server.clients import ClientTable
+from instep.server.clients import Client, ClientTable
 from instep.server.engine import Engine
 from instep.server.lifecycle import Lifecycle
 from instep.server.limits import EffectiveLimits
@@ -179,7 +179,7 @@ class Node:
             limits.max_outbox_bytes,
             unreachable_after_ns=10**18,
             probe_after_ns=10**18,
-            on_gone=lambda client: self.lifecycle.departures.abandon(client),
+            on_gone=self._gone,
         )
         self.engine = Engine(
             table,
@@ -244,6 +244,10 @@ class Node:
         if client is not None:
             self.postbox.give_up(client)
             self.schedule()
+
+    def _gone(self, client: Client) -> None:
+        self.lifecycle.departures.abandon(client)
+        self.events.append(self.lifecycle.departures.tidy)  # as the next tick does
 
     def expire_parked(self) -> list[int]:
         """The time of all that are parked is up; their slots."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instep.core.streams import StreamTable
 from instep.core.typing import I64
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
@@ -22,6 +24,7 @@ from instep.server import departures as departures_module
 from instep.server import server as server_module
 from instep.server.departures import Departures
 from instep.server.lifecycle import Lifecycle
+from instep.server.postbox import Postbox
 from instep.server.server import Server
 from instep.server.tap import Tap
 from instep_client.wire import HAVE_ALL, Code
@@ -118,6 +121,8 @@ async def test_a_stream_whose_turn_to_be_parked_has_not_come_is_resumed_or_refus
     monkeypatch.setattr(Departures, "tidy", lambda self: None)
     async with left_behind() as (server, client, epochs):
         table = server.engine.table
+        assert not turns.parked
+        tidy(server.lifecycle.departures)
         assert table.owned[table.parked] == AT_ONCE
         older = await client.resume(NAMES, [0] * COUNT, [epoch - 1 for epoch in epochs])
         assert {code for _, _, code, _ in older.failures()} == {Code.FENCED}
@@ -138,6 +143,7 @@ async def test_a_connection_that_gets_the_number_of_one_that_is_gone_keeps_its_s
     tidy = Departures.tidy
     monkeypatch.setattr(Departures, "tidy", lambda self: None)
     async with left_behind() as (server, client, epochs):
+        tidy(server.lifecycle.departures)
         resumed = await client.resume(NAMES, [0] * COUNT, epochs)
         assert server._clients._free == [0], "its last stream was taken before its turn to be parked came"
         async with RawClient(server.endpoint) as heir:
@@ -148,6 +154,53 @@ async def test_a_connection_that_gets_the_number_of_one_that_is_gone_keeps_its_s
                 tidy(server.lifecycle.departures)
             assert turns.parked == [3]
             assert (await heir.step(taken.handles(), [0] * COUNT, np.zeros((1, COUNT, 5), np.float32))).failures() == []
+
+
+@pytest.mark.parametrize("park_s", [0, 300])
+async def test_connections_that_go_at_once_take_a_turn_no_longer_than_one_of_them(
+    monkeypatch: pytest.MonkeyPatch, turns: Turns, park_s: float
+) -> None:
+    """In each turn, so many streams of all of them together, after one look through the table."""
+    scans, of_turns = Counter[str](), list[Counter[str]]()
+    tidy = Departures.tidy
+
+    def counted(name: str) -> Any:
+        scan = getattr(StreamTable, name)
+
+        def counting(*arguments: Any) -> Any:
+            scans[name] += 1
+            return scan(*arguments)
+
+        return counting
+
+    def turn(departures: Departures) -> None:
+        scans.clear()
+        tidy(departures)
+        of_turns.append(scans.copy())
+
+    kept = 4 if park_s else 0
+    async with running(SMALL, limits={"park_s": park_s, "max_parked_streams": 4}) as server:
+        for name in ("owned_by", "parked_since"):
+            monkeypatch.setattr(StreamTable, name, counted(name))
+        monkeypatch.setattr(Departures, "tidy", turn)
+        table, clients = server.engine.table, server._clients
+        for number in range(COUNT):
+            client = clients.add(b"\0%d" % number, 0)
+            assert client is not None
+            table.open([f"{number}-a", f"{number}-b"], client.number, 0)
+        for client in clients.all():
+            server._postbox.give_up(client)
+        assert not scans
+        assert not turns.parked
+        assert not turns.closed
+        while table.open_count > kept or table.closing.any():
+            await asyncio.sleep(0.005)
+        assert sorted(clients._free) == list(range(COUNT))
+        assert turns.parked == ([3] * 6 + [2] if park_s else [])
+        assert sum(turns.closed) == 2 * COUNT - kept
+        assert max(turns.closed) <= AT_ONCE
+        assert {count for turn in of_turns for count in turn.values()} == {1}
+        assert sum("owned_by" in turn for turn in of_turns) == 7
 
 
 async def test_parked_streams_expire_some_at_a_time(turns: Turns) -> None:
@@ -168,6 +221,28 @@ async def test_silent_streams_are_evicted_some_at_a_time(turns: Turns) -> None:
             await asyncio.sleep(0.005)
         assert sum(turns.closed) == COUNT
         assert max(turns.closed) <= AT_ONCE
+
+
+async def test_streams_that_are_not_parked_yet_are_not_taken_for_silent_ones(
+    monkeypatch: pytest.MonkeyPatch, turns: Turns
+) -> None:
+    tidy, probe, ticks = Departures.tidy, Postbox.probe, list[int]()
+    monkeypatch.setattr(Departures, "tidy", lambda self: None)
+
+    def probing(postbox: Postbox, now_ns: int) -> None:
+        ticks.append(now_ns)
+        probe(postbox, now_ns)
+
+    monkeypatch.setattr(Postbox, "probe", probing)
+    async with left_behind(limits={"max_idle_s": 60, "first_frame_s": 60}) as (server, _, _):
+        server.engine.table.last_active_ns[:] = -(10**12)
+        ticks.clear()
+        while len(ticks) < 2:
+            await asyncio.sleep(0.005)
+        assert not turns.closed
+        monkeypatch.setattr(Departures, "tidy", tidy)
+        await until_parked(server, COUNT)
+        assert not server.statistics.evicted_by_code
 
 
 async def test_beyond_the_most_that_are_kept_the_longest_parked_go_some_at_a_time(turns: Turns) -> None:

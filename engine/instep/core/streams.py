@@ -223,9 +223,11 @@ class StreamTable:
         slots, lengths = _with_some(slots, lengths)
         self.pending[slots] -= lengths
 
-    def owned_by(self, owner: int) -> I64:
-        """Slots of the owner's streams that are not closing already: int64 [N]."""
-        return np.flatnonzero((self.owner == owner) & ~self.closing)
+    def owned_by(self, *owners: int) -> I64:
+        """Slots of the owners' streams that are not closing already: int64 [N], rising."""
+        is_theirs = np.zeros(self.parked + 2, np.bool_)  # the last one is `NO_OWNER`
+        is_theirs[list(owners)] = True
+        return np.flatnonzero(is_theirs[self.owner] & ~self.closing)
 
     def idle_since(self, before_ns: int) -> I64:
         """Slots of connected streams with nothing pending that were last active before that time: int64 [N]."""

@@ -15,7 +15,7 @@ from instep.server.tap import Tap
 from instep_client.wire import Code
 
 AT_ONCE = 4096
-"""Streams that are parked or evicted in one turn of the loop, which others wait for meanwhile."""
+"""Streams that are parked or evicted in one turn of the loop, of however many connections; others wait meanwhile."""
 
 
 class Departures:
@@ -55,41 +55,45 @@ class Departures:
         self._leaving: set[int] = set()
         """Numbers of gone connections that have streams yet."""
         self._departing: set[int] = set()
-        """Those of them with streams that are not parked or closing yet."""
+        """Those of them that may have streams which are not parked or closing yet."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether streams of connections that are gone may not be parked or closing yet."""
+        return bool(self._departing)
 
     def abandon(self, client: Client) -> None:
-        """A connection is gone: park its streams or close them, then let its number be used again.
+        """A connection is gone: from the next `tidy` on its streams are parked or closed, then its number is free.
 
-        Many streams take several turns of the loop, those of `tidy`. Until its turn comes a stream belongs to the
-        number, which no other connection gets; it can be resumed all the same.
+        Thousands of connections may go in one turn of the loop, so nothing is done for each but to note it down. Until
+        its turn comes a stream belongs to the number, which no other connection gets; it can be resumed all the same.
         """
         self._leaving.add(client.number)
         self._departing.add(client.number)
-        self._depart(client.number)
+        self._free_numbers({client.number})
 
     def tidy(self) -> None:
-        """Go on with what takes several turns; called now and then."""
+        """Do what is due, so much of it that others do not wait for long; called now and then."""
         if self._departing:
-            self._depart(next(iter(self._departing)))
+            self._depart()
         self._evict_longest_parked()
 
     def may_have_left(self, numbers: set[int]) -> None:
         """These numbers have fewer streams than before; connections that are gone may have none left."""
         self._free_numbers(self._leaving & numbers)
 
-    def _depart(self, number: int) -> None:
-        owned = self._table.owned_by(number)
-        slots = owned[:AT_ONCE]
-        if len(slots) == len(owned):
-            self._departing.remove(number)
+    def _depart(self) -> None:
+        owned = self._table.owned_by(*self._departing)
+        slots, rest = owned[:AT_ONCE], owned[AT_ONCE:]
+        departing = set(self._table.owner[slots].tolist())
+        self._departing = set(self._table.owner[rest].tolist())
         if self._parks:
             self._table.park(slots, time.monotonic_ns())
             self._tap.parked(slots)
             self._statistics.parked_streams_total += len(slots)
-            self._evict_longest_parked()
+            self._free_numbers(departing)
         else:
             self._evict(slots, Code.CLIENT_GONE)
-        self._free_numbers({number})
 
     def _free_numbers(self, numbers: set[int]) -> None:
         """Numbers of gone connections are free once none of their streams is left, those closing before included."""

@@ -259,10 +259,10 @@ class Server:
     def _keep_house(self) -> None:
         now_ns = time.monotonic_ns()
         self._postbox.flush(now_ns)
-        self.lifecycle.departures.tidy()
         self._ticks += 1
         if self._ticks % _HOUSEKEEPING_TICKS == 0:
             self._postbox.probe(now_ns)
+        self.lifecycle.departures.tidy()
         if self._ticks % _HOUSEKEEPING_TICKS == 0 or self._evicts_more:
             self._evict()
         self._rotate_if_due(now_ns)
@@ -285,6 +285,8 @@ class Server:
         """End streams that were silent for too long; where there are many, some now and more at the next tick."""
         limits, table, lifecycle = self.config.limits, self.engine.table, self.lifecycle
         now_ns = time.monotonic_ns()
+        if lifecycle.departures.is_busy:
+            return  # streams that are not parked yet look silent; they have park_s
         idle, unused = np.zeros(0, np.int64), np.zeros(0, np.int64)
         if limits.max_idle_s:
             idle = table.idle_since(now_ns - round(limits.max_idle_s * 1e9))
