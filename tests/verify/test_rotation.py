@@ -15,11 +15,11 @@ from rich.console import Console
 
 from instep.model.folder import load_model
 from instep.recording import family
+from instep.recording.joints import Following
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.verify import verifier
 from instep.verify.command import run
-from instep.verify.joints import Following
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, gru_step, make_gru, record_gru
 from tests.support.scribe import Scribe
@@ -98,7 +98,7 @@ def test_the_first_file_stands_for_all_that_are_there(base: Path) -> None:
 def test_a_file_in_the_middle_is_verified_alone_from_the_states_it_begins_with(base: Path, tmp_path: Path) -> None:
     status, text = verify(base.with_name(FILES[1]))
     assert status == 0
-    assert f"only {FILES[1]} was looked at; `instep verify {base}` looks at the 3 other files" in text
+    assert f"only {FILES[1]} was looked at; {base} stands for the whole recording, which has 3 other files" in text
     assert text.splitlines()[-1].startswith("verified: 4 streams, 6 frames, exact, 0 mismatches")
     shutil.copy(base.with_name(FILES[1]), tmp_path / "elsewhere.rec")
     status, text = verify(tmp_path / "elsewhere.rec")

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import F32, I64, U32, U64
-from instep.recording.reader import RecordingReader
+from instep.export.parts import Parts
 from instep.recording.records import RecordedBatch
 from instep.recording.select import select_streams
 
@@ -45,7 +45,7 @@ class FrameTable:
     that is missing is damage.
 
     Args:
-        reader: an open recording.
+        parts: the files of a recording.
         wanted: names or numbers of streams; empty for all.
         on_progress: called with the share (0 to 1) of the recording that was read.
 
@@ -62,23 +62,23 @@ class FrameTable:
         DamagedRecording: when the recording is damaged.
     """
 
-    def __init__(self, reader: RecordingReader, wanted: Sequence[str], on_progress: Callable[[float], None]) -> None:
-        self._reader = reader
+    def __init__(self, parts: Parts, wanted: Sequence[str], on_progress: Callable[[float], None]) -> None:
+        self._parts = parts
         self._on_progress = on_progress
-        opened = reader.streams()
+        opened = parts.streams
         selected = select_streams(opened, wanted)
         ends = [opened[at].closed_position for at in selected]
         self._first = min((opened[at].opened_position for at in selected), default=1)
-        self._last = max((end or reader.last_position for end in ends), default=0)
+        self._last = max((end or parts.last_position for end in ends), default=0)
         self._known: I64 = np.sort(np.array([info.stream for info in opened], np.int64))
         self._selected: I64 = np.full(len(opened), -1, np.int64)
         numbers = np.array([opened[at].stream for at in selected], np.int64)
         self._selected[np.searchsorted(self._known, numbers)] = np.arange(len(selected))
         self._next: I64 = np.array([opened[at].first_seq for at in selected], np.int64)
         """The seq of each stream's next frame."""
-        self._counted = [opened[at].frames for at in selected]
-        self.features = reader.header.features
-        self.outputs = reader.header.outputs
+        self._closings = [(opened[at].closed_position, opened[at].frames) for at in selected]
+        self.features = parts.header.features
+        self.outputs = parts.header.outputs
         self.names = [opened[at].name for at in selected]
         self.stream_ids = numbers.tolist()
         self.frames = 0
@@ -97,23 +97,22 @@ class FrameTable:
         Raises:
             DamagedRecording: when a row is missing or damaged, or a frame of a stream is missing or in another place.
         """
-        self._reader.check_positions()
         fit = CHUNK_BYTES // (4 * (self.features + self.outputs))
         most = max(min(fit, CHUNK_FRAMES), 1)
-        parts: list[Chunk] = []
+        pieces: list[Chunk] = []
         rows = 0
-        for batch in self._reader.batches(self._first, self._last):
+        for batch in self._parts.batches(self._first, self._last):
             part = self._rows(batch)
             if len(part):
-                parts.append(part)
+                pieces.append(part)
                 rows += len(part)
             if rows >= most:
-                yield self._joined(parts)
-                parts, rows = [], 0
+                yield self._joined(pieces)
+                pieces, rows = [], 0
             self._on_progress((batch.position - self._first + 1) / (self._last - self._first + 1))
         self._check_closings()
-        if parts:
-            yield self._joined(parts)
+        if pieces:
+            yield self._joined(pieces)
 
     def _rows(self, batch: RecordedBatch) -> Chunk:
         names = self._names_of(batch)
@@ -131,8 +130,8 @@ class FrameTable:
         numbers = batch.streams.astype(np.int64)
         at = np.minimum(np.searchsorted(self._known, numbers), len(self._known) - 1)
         if not len(self._known) or (self._known[at] != numbers).any():
-            raise self._reader.damaged(
-                f"the batch at position {batch.position} holds frames of a stream that was never opened"
+            raise self._parts.damaged(
+                batch.position, f"the batch at position {batch.position} holds frames of a stream that was never opened"
             )
         names: I64 = self._selected[at]
         return names
@@ -144,31 +143,33 @@ class FrameTable:
             self._next[names] += 1
             return
         if not len(wrong):
-            raise self._reader.damaged(f"the batch at position {batch.position} holds two frames of one stream")
+            raise self._parts.damaged(
+                batch.position, f"the batch at position {batch.position} holds two frames of one stream"
+            )
         name, seq = names[wrong[0]], seqs[wrong[0]]
-        raise self._reader.damaged(
+        raise self._parts.damaged(
+            batch.position,
             f"the batch at position {batch.position} holds frame {seq} of stream {self.stream_ids[name]} "
-            f"({self.names[name]!r}) where frame {self._next[name]} belongs"
+            f"({self.names[name]!r}) where frame {self._next[name]} belongs",
         )
 
     def _check_closings(self) -> None:
-        for stream, name, counted, found in zip(
-            self.stream_ids, self.names, self._counted, self._next.tolist(), strict=True
-        ):
-            if counted is not None and counted != found:
-                raise self._reader.damaged(
-                    f"stream {stream} ({name!r}) was closed before frame {counted}, but its recorded frames end before "
-                    f"frame {found}"
+        for at, (position, frames) in enumerate(self._closings):
+            if position is not None and frames != self._next[at]:
+                raise self._parts.damaged(
+                    position,
+                    f"stream {self.stream_ids[at]} ({self.names[at]!r}) was closed before frame {frames}, but its "
+                    f"recorded frames end before frame {self._next[at]}",
                 )
 
-    def _joined(self, parts: Sequence[Chunk]) -> Chunk:
+    def _joined(self, pieces: Sequence[Chunk]) -> Chunk:
         chunk = Chunk(
-            names=np.concatenate([part.names for part in parts]),
-            stream_ids=np.concatenate([part.stream_ids for part in parts]),
-            seqs=np.concatenate([part.seqs for part in parts]),
-            times_ns=np.concatenate([part.times_ns for part in parts]),
-            x=np.concatenate([part.x for part in parts]),
-            y=np.concatenate([part.y for part in parts]),
+            names=np.concatenate([part.names for part in pieces]),
+            stream_ids=np.concatenate([part.stream_ids for part in pieces]),
+            seqs=np.concatenate([part.seqs for part in pieces]),
+            times_ns=np.concatenate([part.times_ns for part in pieces]),
+            x=np.concatenate([part.x for part in pieces]),
+            y=np.concatenate([part.y for part in pieces]),
         )
         self.frames += len(chunk)
         return chunk

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from instep.recording.choice import Chosen, choose
 from instep.recording.errors import NoSuchStream, RecordingError, with_advice
+from instep.recording.joints import Following
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep.verify.check import Ways
 from instep.verify.errors import CannotVerify
-from instep.verify.files import Chosen, choose
-from instep.verify.joints import Following
 from instep.verify.model_source import recorded_model
 from instep.verify.render import render, render_all
 from instep.verify.report import Report, Reports

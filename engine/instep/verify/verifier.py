@@ -27,6 +27,7 @@ import numpy as np
 from instep.core.typing import I64
 from instep.model.folder import Model
 from instep.model.network import Network
+from instep.recording.joints import Following
 from instep.recording.reader import RecordingReader
 from instep.recording.select import select_streams
 from instep.recording.sequences import SequenceIndex
@@ -34,7 +35,6 @@ from instep.verify.check import ChunkCheck, Suspect, Ways, check_without_frames
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import device_for, find_conditions, recorded_threads
 from instep.verify.errors import CannotVerify
-from instep.verify.joints import Following
 from instep.verify.reference import Reference
 from instep.verify.report import ULP_BINS, Report, StreamReport, Way, joined
 

@@ -1,4 +1,4 @@
-"""Which files are verified, and what belongs to them and is not looked at."""
+"""Which files of a recording are meant by what is named: the same rule for every command."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from instep.recording import family
+from instep.recording.errors import RecordingError
 from instep.recording.family import Member
 
 
@@ -41,7 +42,7 @@ def choose(wanted: Sequence[Path]) -> Chosen:
         return Chosen((path,), (), True)
     holes = [_hole(path, before, after) for before, after in pairwise(members)]
     gone = members[0].header.number - 1
-    notes = (f"the first {gone:,} files of {path.name} are not there any more",) if gone and not path.exists() else ()
+    notes = () if path.exists() or not gone else (_gone(gone, path),)
     said = tuple(hole for hole in holes if hole)
     return Chosen(tuple(member.path for member in members), (*notes, *said), not said)
 
@@ -49,11 +50,20 @@ def choose(wanted: Sequence[Path]) -> Chosen:
 def _others(path: Path) -> tuple[str, ...]:
     """What is said of the other files of the recording that one is of."""
     first = family.base_of(path)
-    there = [member.path for member in family.members(first, may_be_damaged=True)]
+    try:
+        there = [member.path for member in family.members(first, may_be_damaged=True)]
+    except RecordingError:
+        return ()  # the others are not what was asked about
     if path not in there or len(there) == 1:
         return ()
-    count = f"{len(there) - 1:,} other file{'' if len(there) == 2 else 's'}"
-    return (f"only {path.name} was looked at; `instep verify {first}` looks at the {count} of the recording, too",)
+    others = f"{len(there) - 1:,} other file{'' if len(there) == 2 else 's'}"
+    return (f"only {path.name} was looked at; {first} stands for the whole recording, which has {others}",)
+
+
+def _gone(count: int, base: Path) -> str:
+    if count == 1:
+        return f"the first file of {base.name} is not there any more"
+    return f"the first {count:,} files of {base.name} are not there any more"
 
 
 def _hole(base: Path, before: Member, after: Member) -> str:
