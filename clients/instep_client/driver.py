@@ -152,7 +152,7 @@ class Driver:
             self._connect()
         except ConnectionFailed as error:
             self._session.fail(ConnectionFailed, str(error))
-        else:
+        if self._socket is not former:  # also where the other one was made and could not be connected
             self._close(former)
 
     async def _until_woken(self, call: Call[Any]) -> None:

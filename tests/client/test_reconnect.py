@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import zmq
 
-from instep_client import AsyncClient, Client, ConnectionFailed, DataLoss, InvalidInput, StreamEvicted, StreamSnapshot
+from instep_client import (
+    AsyncClient,
+    Client,
+    ConnectionFailed,
+    DataLoss,
+    InvalidInput,
+    StreamEvicted,
+    StreamSnapshot,
+    driver,
+)
 from instep_client.wire import Kind
 from tests.support.fake_server import F32, FakeServer, Message, reference
 from tests.support.relay import Relay
@@ -133,6 +142,26 @@ async def test_without_room_for_another_socket_the_connection_has_failed(
         with pytest.raises(ConnectionFailed, match="cannot make a socket"):
             await stream.step(X[0])
         monkeypatch.undo()
+
+
+async def test_another_socket_that_cannot_be_connected_leaves_none_open(
+    rings: Rings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(socket: zmq.Socket[bytes], endpoint: str) -> None:
+        raise zmq.ZMQError(errno.ENODEV)
+
+    async with AsyncClient(rings.endpoint) as client:
+        stream = await client.open("a")
+        former = client._driver._socket
+        rings.restart()
+        monkeypatch.setattr(zmq.Socket, "connect", unreachable)
+        with pytest.raises(ConnectionFailed, match="no endpoint that can be reached"):
+            await stream.step(X[0])
+        monkeypatch.undo()
+        assert former is not None
+        assert former.closed
+    assert client._driver._socket is not former
+    assert not driver._contexts
 
 
 async def test_a_stream_moves_from_client_to_client(rings: Rings) -> None:
