@@ -32,8 +32,7 @@ class LoopThread:
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
-        self.parks = False
-        """Whether closing the client leaves its streams to be parked."""
+        self._parks = False
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -82,13 +81,19 @@ class LoopThread:
         finally:
             self._waiting.discard(future)
 
-    def stop(self) -> None:
-        """Close the client and end the thread, if this is the process that has it."""
+    def stop(self, park: bool = False) -> None:
+        """Close the client and end the thread, if this is the process that has it; only the first call does anything.
+
+        Args:
+            park: leave its streams to be parked.
+        """
         if os.getpid() != self._process:
             return
         with self._lock:
-            was_stopping, self._stopping = self._stopping, True
-            if was_stopping or self._loop is None or self._stop is None:
+            if self._stopping:
+                return
+            self._stopping, self._parks = True, park
+            if self._loop is None or self._stop is None:
                 return
             self._loop.call_soon_threadsafe(self._stop.set)
         if threading.current_thread() is not self._thread:
@@ -134,4 +139,4 @@ class LoopThread:
         self._is_up.set()
         with suppress(asyncio.CancelledError):  # the loop failed, and what can still be closed is
             await self._stop.wait()
-        await self._client.close(self.parks)
+        await self._client.close(self._parks)

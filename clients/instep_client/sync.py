@@ -68,9 +68,11 @@ class Client:
             raise
 
     def close(self, park: bool = False) -> None:
-        """Close the connection and its streams, or leave them to be parked; see `AsyncClient.close`."""
-        self._thread.parks = park
-        self._finalizer()
+        """Close the connection and its streams, or leave them to be parked; see `AsyncClient.close`.
+
+        May be called twice; the first call decides.
+        """
+        self._thread.stop(park)
 
     @property
     def info(self) -> ServerInfo:

@@ -136,6 +136,24 @@ def test_closing_wakes_the_threads_that_wait(server: FakeServer) -> None:
                 verb()
 
 
+def test_closing_again_does_not_change_how_it_is_closed(server: FakeServer) -> None:
+    client = Client(server.endpoint)
+    client.connect()
+    client.open("a")
+    goes_on = threading.Event()
+    assert client._thread._loop is not None
+    client._thread._loop.call_soon_threadsafe(goes_on.wait)
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(client.close, park=True)
+        while not client._thread._stopping:
+            assert not closing.done()
+        client.close()
+        goes_on.set()
+        closing.result()
+    assert Kind.CLOSE not in server.rules.kinds
+    assert list(server.rules.names) == ["a"]
+
+
 def test_a_client_connects_once(server: FakeServer) -> None:
     client = Client(server.endpoint)
     with pytest.raises(ClientClosed, match="not connected"):
