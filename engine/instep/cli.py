@@ -145,7 +145,9 @@ def verify(
 
 @app.command()
 def export(
-    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording: its first file for all, or one of its files.")],
+    recording: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The recording: its first file for all, or one of its files.")
+    ],
     format: Annotated[
         Literal["parquet", "npz", "csv", "mcap"] | None,
         typer.Option(help="What to write; as the output's name ends, or parquet, if not given.", show_default=False),

@@ -264,7 +264,10 @@ def test_a_following_file_says_what_it_is(tmp_path: Path) -> None:
         assert how_it_ends(reader) == "goes on in r-000002.rec"
     (tmp_path / "r-000002.rec").unlink()
     with RecordingReader(tmp_path / "r.rec") as reader:
-        assert how_it_ends(reader) == "closed in order"
+        assert how_it_ends(reader) == "goes on in r-000002.rec, which is not there"
+        # Before a following file has its name, its writer may die.
+        (tmp_path / "r-000002.rec-new").touch()
+        assert how_it_ends(reader) == "not closed: its engine was killed"
 
 
 def reading(path: Path) -> sqlite3.Connection:

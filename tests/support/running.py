@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -56,6 +56,7 @@ async def running(
     stepper: Callable[[Prepared, Config], Stepper] | None = None,
     exactness: Certification | None = None,
     failure: str | None = None,
+    told: list[dict[str, Any]] | None = None,
     **sections: dict[str, Any],
 ) -> AsyncIterator[Server]:
     """Serve `model` while the block runs; sections as in the configuration file.
@@ -65,13 +66,16 @@ async def running(
         stepper: makes another stepper than usual.
         exactness: serve as if certified so.
         failure: why the server is expected to stop by itself.
+        told: what the server logs is put there, with its level.
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
     ready = prepared(model, settings.engine.max_batch_size)
     if exactness is not None:
         ready = replace(ready, certification=exactness)
-    log: structlog.stdlib.BoundLogger = structlog.wrap_logger(structlog.ReturnLogger())
+    log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        structlog.ReturnLogger(), [_into([] if told is None else told)]
+    )
     server = make_server(settings, ready, log, stepper(ready, settings) if stepper else None)
     serving = asyncio.create_task(server.serve())
     try:
@@ -80,3 +84,13 @@ async def running(
         server.stop()
         await serving
     assert server.failure == failure
+
+
+def _into(told: list[dict[str, Any]]) -> Callable[[Any, str, MutableMapping[str, Any]], str]:
+    """The end of a chain of structlog's processors that keeps what is logged."""
+
+    def note(_: Any, level: str, fields: MutableMapping[str, Any]) -> str:
+        told.append({"level": level, **fields})
+        return ""
+
+    return note

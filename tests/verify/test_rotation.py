@@ -16,6 +16,7 @@ from rich.console import Console
 from instep.model.folder import load_model
 from instep.recording import family
 from instep.recording.joints import Following
+from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.verify import verifier
@@ -204,6 +205,28 @@ def test_files_that_are_missing_are_said(base: Path) -> None:
     assert "a-000002.rec is missing" in text
     base.with_name(FILES[2]).unlink()
     assert "a-000002.rec to a-000003.rec are missing" in verify(base)[1]
+
+
+@pytest.mark.parametrize("gone", [1, 2, 3])
+def test_the_newest_files_that_are_missing_are_said(base: Path, gone: int) -> None:
+    *_, last = FILES[:-gone]
+    for name in FILES[-gone:]:
+        base.with_name(name).unlink()
+    missing = f"{last} goes on in {FILES[-gone]}, which is not there"
+    status, text = verify(base)
+    assert status == 2, text
+    assert text.splitlines()[-1].startswith("not all checked: ")
+    assert text.splitlines()[-1].endswith(f"0 mismatches; {missing}")
+    found = verify_json(base)
+    assert (found["verified"], found["not_looked_at"]) == (False, [missing])
+    lock = WriterLock(base)  # between two files nothing is missing
+    assert verify(base)[0] == 0
+    lock.release()
+    copy = base.with_name("copy.rec")
+    shutil.copy(base.with_name(last), copy)
+    assert (verify(copy)[0] == 0) is (last != FILES[2])  # there, nothing happened
+    base.with_name(f"{FILES[-gone]}-new").touch()  # its writer died as it made it
+    assert verify(base)[0] == 0
 
 
 def test_the_oldest_may_be_gone(base: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from instep.recording import family
 from instep.recording.errors import RecordingError
 from instep.recording.family import Member
+from instep.recording.lock import is_being_written
+from instep.recording.reader import RecordingReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Chosen:
     notes: tuple[str, ...]
     """What of the same recording is not, in sentences."""
     is_complete: bool
-    """False where a file is missing between others, although all were meant."""
+    """False where a file is missing between others or after them, although all were meant."""
 
 
 def choose(wanted: Sequence[Path]) -> Chosen:
@@ -43,7 +45,7 @@ def choose(wanted: Sequence[Path]) -> Chosen:
     holes = [_hole(path, before, after) for before, after in pairwise(members)]
     gone = members[0].header.number - 1
     notes = () if path.exists() or not gone else (_gone(gone, path),)
-    said = tuple(hole for hole in holes if hole)
+    said = tuple(part for part in (*holes, _missing_end(path, members[-1])) if part)
     return Chosen(tuple(member.path for member in members), (*notes, *said), not said)
 
 
@@ -64,6 +66,20 @@ def _gone(count: int, base: Path) -> str:
     if count == 1:
         return f"the first file of {base.name} is not there any more"
     return f"the first {count:,} files of {base.name} are not there any more"
+
+
+def _missing_end(base: Path, newest: Member) -> str:
+    """What is missing after the newest file that is there, in words; empty where nothing is.
+
+    A file that was copied from among others to another name is looked at for itself.
+    """
+    if is_being_written(base):
+        return ""
+    with RecordingReader(newest.path) as reader:
+        missing = family.missing_follower(reader)
+    if missing != family.member_path(base, newest.header.number + 1).name:
+        return ""
+    return f"{newest.path.name} goes on in {missing}, which is not there"
 
 
 def _hole(base: Path, before: Member, after: Member) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -49,7 +50,9 @@ def unfinished_path(path: Path) -> Path:
     return Path(f"{path}{_UNFINISHED}")
 
 
-def members(base: Path, *, may_be_damaged: bool = False) -> list[Member]:
+def members(
+    base: Path, *, may_be_damaged: bool = False, on_damaged: Callable[[RecordingError], None] = lambda error: None
+) -> list[Member]:
     """The files of the recording of that name that are there, in order.
 
     A file is one of them when its header says so; that another recording is called alike does not matter.
@@ -57,6 +60,7 @@ def members(base: Path, *, may_be_damaged: bool = False) -> list[Member]:
     Args:
         base: the name of the first.
         may_be_damaged: leave out files that cannot be read, unless one of them would be the newest.
+        on_damaged: told of each that is left out, and why.
 
     Raises:
         RecordingError: when one cannot be read, or files of two recordings have the names of one.
@@ -76,6 +80,7 @@ def members(base: Path, *, may_be_damaged: bool = False) -> list[Member]:
     for path, problem in reversed(unreadable):
         if not may_be_damaged or _number_in(path, base) > newest:
             raise problem
+        on_damaged(problem)
     for member in found[1:]:
         if member.header.family != found[0].header.family:
             raise RecordingError(
@@ -83,6 +88,17 @@ def members(base: Path, *, may_be_damaged: bool = False) -> list[Member]:
                 "one; move one of them to another folder"
             )
     return found
+
+
+def missing_follower(reader: RecordingReader) -> str | None:
+    """The name of the file in which the recording goes on, if that is not there; None where none is missing.
+
+    None is missing where it was not complete, because its writer died as it made it.
+    """
+    if (name := reader.followed_by) is None:
+        return None
+    path = reader.path.with_name(name)
+    return None if path.exists() or unfinished_path(path).exists() else name
 
 
 def refuse_part(base: Path, header: RecordingHeader) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from instep.recording.family import base_of
+from instep.recording.family import base_of, missing_follower
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import read_recovery
@@ -72,4 +72,6 @@ def how_it_ends(reader: RecordingReader) -> str:
         return f"goes on in {follower}"
     if any(is_being_written(path) for path in {reader.path, base_of(reader.path)}):
         return "being written"
-    return "closed in order" if reader.finished else "not closed: its engine was killed"
+    if (missing := missing_follower(reader)) is not None:
+        return f"goes on in {missing}, which is not there"
+    return "closed in order" if reader.finished and follower is None else "not closed: its engine was killed"

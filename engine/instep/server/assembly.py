@@ -17,6 +17,7 @@ from instep.model.network import Network
 from instep.model.numerics import numerics
 from instep.recording import family
 from instep.recording.errors import RecordingError, with_advice
+from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
@@ -114,7 +115,7 @@ def make_server(
             router = Router(config.transport)
             undo.callback(router.close)
             if config.recording.file is not None:
-                writer, recovery = _recording(config, prepared, streams, stepper, accept_numerics_change)
+                writer, recovery = _recording(config, prepared, streams, stepper, log, accept_numerics_change)
                 undo.callback(writer.discard if recovery is None else writer.abandon)
             server = Server(config, router, stepper, info, streams, writer, log)
         except (LimitsError, RecordingError) as error:
@@ -156,16 +157,34 @@ def _streams(config: Config, limits: EffectiveLimits, network: Network) -> Strea
 
 
 def _recording(
-    config: Config, prepared: Prepared, streams: Streams, stepper: Stepper, accept_numerics_change: bool
+    config: Config,
+    prepared: Prepared,
+    streams: Streams,
+    stepper: Stepper,
+    log: structlog.stdlib.BoundLogger,
+    accept_numerics_change: bool,
 ) -> tuple[RecordingWriter, Recovery | None]:
     """A new recording, or the one that is there, with its streams put back."""
     path = config.recording.file
     assert path is not None
     header = recording_header(prepared, config)
     family.settle(path)
-    files = family.members(path, may_be_damaged=True)
+
+    def on_damaged(error: RecordingError) -> None:
+        log.warning("damaged file kept", reason=str(error), hint="it is not needed to go on, and not removed by itself")
+
+    files = family.members(path, may_be_damaged=True, on_damaged=on_damaged)
     if not files:
         return RecordingWriter.create(path, header), None
+    with RecordingReader(files[-1].path) as reader:
+        missing = family.missing_follower(reader)
+    if missing is not None:  # a loss of power in the middle of a rotation leaves the same, so it is gone on
+        log.warning(
+            "newest file missing",
+            file=str(files[-1].path),
+            reason=f"the recording goes on in {missing}, which is not there; what that held is not served again",
+            hint="if it was moved, stop at once and put it back",
+        )
     if streams.cold is not None:
         streams.cold.live = lambda: files[-1].path
     writer, recovery = go_on(

@@ -58,7 +58,7 @@ def run(wanted: Sequence[Path], *, model_folder: Path | None, stream: str | None
         else:
             console.print(Text(f"not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
         return NOT_CHECKED
-    if len(chosen.files) == 1:
+    if len(chosen.files) == 1 and chosen.is_complete:
         if json:
             _write_json({**reports.reports[0].as_json(), "not_looked_at": list(reports.notes)})
         else:
