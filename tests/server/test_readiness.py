@@ -82,7 +82,7 @@ async def test_between_the_recorders_failure_and_the_servers_end_nothing_new_is_
             injected.setattr(Server, "_recording_failed", lambda _, error: failed.append(error))
             injected.setattr(RecordingWriter, "commit", full)
             await client.send(*client.step_message(handles[:1], [0], np.zeros((1, 1, F), np.float32)))
-            while not server._tap.has_failed:
+            while not server._tap.has_failed or server.engine.rings.pending_count:
                 await asyncio.sleep(0.001)
             if durability == "memory":  # which waits for nothing, so this may be answered, before the failure or after
                 assert (await client.receive()).kind is Kind.STEPPED
