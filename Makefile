@@ -18,7 +18,7 @@ demo: $(READY)  ## Stream recorded speech through the engine and verify every ou
 
 test: check  ## Run the checks, then all tests with their coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist loadgroup
+	$(BIN)/coverage run -m pytest -n 2 --dist loadgroup --durations=15
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 
