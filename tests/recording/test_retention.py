@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -113,17 +114,70 @@ def test_what_cannot_be_removed_is_said_and_keeps_what_follows(tmp_path: Path, m
     assert [name for name, _ in told.removed] == ["r.rec", "r-000002.rec"]
 
 
-def test_a_recorder_removes_after_its_first_commit_and_after_each_rotation(tmp_path: Path) -> None:
+def test_a_recorder_removes_at_its_start_and_after_each_rotation(tmp_path: Path) -> None:
     path, told = tmp_path / "r.rec", Told()
     rotated(path, 1).writer.close()
     writer = RecordingWriter.resume(path, HEADER)
     scribe = Scribe(writer, gru_step(GRU))
-    recorder = Recorder(
-        writer, 4, lambda: None, lambda error: None, lambda ticket: None, told.retention(path, 1, 0, START_NS)
-    )
+    writer.commit()
+    retention = told.retention(path, 1, 0, START_NS)
+    recorder = Recorder(writer, 4, lambda: None, lambda error: None, lambda ticket: None, retention)
+    recorder.stop()
+    assert [name for name, _ in told.removed] == ["r.rec"], "nothing was recorded"
+    writer = RecordingWriter.resume(path, HEADER)
+    retention = told.retention(path, 1, 0, START_NS)
+    recorder = Recorder(writer, 4, lambda: None, lambda error: None, lambda ticket: None, retention)
     recorder.rotate(START_NS, scribe.carried())
     recorder.rotate(START_NS, scribe.carried())
     recorder.stop()
     assert recorder.failed is None
     assert [name for name, _ in told.removed] == ["r.rec", "r-000002.rec", "r-000003.rec"]
     assert [member.path.name for member in family.members(path)] == ["r-000004.rec"]
+
+
+def sealed_with_a_wal(path: Path) -> None:
+    """Two files, the first of which somebody had open as it was sealed; its writer was killed."""
+    scribe = rotated(path, 0)
+    scribe.step([1])
+    scribe.writer.commit()
+    reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM batches").fetchall()
+    scribe.step([1])
+    scribe.rotate()
+    scribe.writer.abandon()
+    reader.close()
+
+
+def test_the_wal_of_a_file_counts_and_goes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, told = tmp_path / "r.rec", Told()
+    sealed_with_a_wal(path)
+    wal = tmp_path / "r.rec-wal"
+    both = path.stat().st_size + wal.stat().st_size
+    assert wal.stat().st_size
+    told.retention(path, both, 0, START_NS).run()
+    assert told.removed == []
+    unlink, gone = Path.unlink, list[str]()
+
+    def die_after_the_first(self: Path, missing_ok: bool = False) -> None:
+        if gone:
+            raise KeyboardInterrupt
+        gone.append(self.name)
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", die_after_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            told.retention(path, both - 1, 0, START_NS).run()
+    assert gone == ["r.rec"], "what is left is a file without its WAL"
+    others = [tmp_path / "r-000009.rec-wal", tmp_path / "r.recorder-wal", tmp_path / "other.rec-wal"]
+    for other in others:
+        other.write_bytes(b"mine")
+    RecordingWriter.resume(path, HEADER).close()
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "r-000002.rec", *others])
+    sealed = tmp_path / "s.rec"
+    sealed_with_a_wal(sealed)
+    both = sealed.stat().st_size + Path(f"{sealed}-wal").stat().st_size
+    told.retention(sealed, both - 1, 0, START_NS).run()
+    assert told.removed == [("s.rec", both)]
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith("s.")) == []

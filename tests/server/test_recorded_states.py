@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -32,4 +33,22 @@ def test_it_reads_the_file_that_is_live_now(tmp_path: Path) -> None:
         cold.read(slots)
     assert lost.value.slots is not None
     assert lost.value.slots.tolist() == [slots[1]]
+    cold.close()
+
+
+def test_a_file_that_is_followed_and_removed_as_it_is_opened_is_given_up_for_the_live_one(tmp_path: Path) -> None:
+    table = StreamTable(4, 1)
+    slots, _ = table.open(["a"], 0, 0)
+    table.recording_id[slots], table.step_seq[slots] = 7, 3
+    live = tmp_path / "live.instep"
+    written = Table(live)
+    written.state(7, 3, some(1))
+    written.database.close()
+    answers = [tmp_path / "removed.instep", live]
+    cold = RecordedStates(table, LAYERS, SIZE, lambda: answers.pop(0))
+    np.testing.assert_array_equal(cold.read(slots), np.stack([some(1)]))
+    answers = [tmp_path / "removed.instep"] * 2
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        cold.read(slots)
+    assert answers == []
     cold.close()

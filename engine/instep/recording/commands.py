@@ -14,6 +14,7 @@ from rich.text import Text
 
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
 from instep.recording.inspection import how_it_ends, inspect
+from instep.recording.one_file import bytes_on_disk
 from instep.recording.reader import RecordingReader
 from instep.recording.repair import repair as save
 from instep.recording.schema import APPLICATION_ID, RECOVERED_EVENT, RecordingHeader
@@ -122,7 +123,7 @@ def _facts(reader: RecordingReader) -> dict[str, str]:
         "restarts": f"{sum(event.kind == RECOVERED_EVENT for event in events):,}",
         "states": f"up to position {snapshot.position:,}" if snapshot and snapshot.position else "none",
         "positions": f"{header.first_position:,} to {reader.last_position:,}",
-        "bytes": f"{_bytes(reader.path):,}",
+        "bytes": f"{bytes_on_disk(reader.path):,}",
     }
 
 
@@ -141,22 +142,16 @@ def _line(path: Path) -> list[str]:
             numbers = [f"{number:,}" for number in (len(streams), is_open, reader.totals()[1])]
             header = reader.header
             names = [path.name, _when(header.created_ns), header.model_name, how_it_ends(reader)]
-            return [*names, *numbers, f"{_bytes(path):,}"]
+            return [*names, *numbers, f"{bytes_on_disk(path):,}"]
     except RecordingError as error:
         what = "damaged" if isinstance(error, DamagedRecording) else "of another version"
-        return [path.name, "", "", what, "", "", "", f"{_bytes(path):,}"]
+        return [path.name, "", "", what, "", "", "", f"{bytes_on_disk(path):,}"]
 
 
 def _looks_like_one(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(_APPLICATION_ID_OFFSET + 4)
     return start.startswith(_SQLITE_MAGIC) and start[_APPLICATION_ID_OFFSET:] == struct.pack(">I", APPLICATION_ID)
-
-
-def _bytes(path: Path) -> int:
-    """Of the file and its WAL."""
-    wal = Path(f"{path}-wal")
-    return path.stat().st_size + (wal.stat().st_size if wal.exists() else 0)
 
 
 def _when(time_ns: int) -> str:

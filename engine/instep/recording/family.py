@@ -135,6 +135,19 @@ def remove_unfinished(base: Path) -> None:
                 path.unlink()
 
 
+def remove_orphans(base: Path, first: int) -> None:
+    """Remove what lies beside the names of files before that number that are gone: their remover died before it did.
+
+    Only for who holds the writer's lock.
+    """
+    for path in _beside(base):
+        for suffix in BESIDE:
+            of = path.with_name(path.name.removesuffix(suffix) or path.name)
+            is_ours = of != path and base in (of, base_of(of))
+            if is_ours and not of.exists() and _number_in(of, base) < first:
+                path.unlink()
+
+
 def put_in_place(unfinished: Path, path: Path) -> None:
     """Give a complete file its name, so that a loss of power leaves all of it there or none.
 

@@ -59,3 +59,8 @@ def remove_with_all_beside(path: Path) -> None:
     """
     for suffix in ("", *BESIDE):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+def bytes_on_disk(path: Path) -> int:
+    """How large a file is, with the WAL beside it; 0 where there is none."""
+    return sum(there.stat().st_size for there in (path, Path(f"{path}-wal")) if there.exists())

@@ -58,7 +58,7 @@ class Recorder:
         self._retention = retention
         self._on_rotated = on_rotated
         self._retains = True
-        """Whether older files may be more than is kept: after the first commit, and after each rotation."""
+        """Whether older files may be more than is kept: at the start, and after each rotation."""
         self._rotations = 0
         self._queue_batches = queue_batches
         self._on_room = on_room
@@ -177,6 +177,7 @@ class Recorder:
 
     def _run(self) -> None:
         try:
+            self._remove_surplus()
             while self._write_what_waits():
                 pass
             self._writer.close()
@@ -203,9 +204,7 @@ class Recorder:
         self._writer.commit()
         self._on_durable(self._writer.position)
         self._writer.checkpoint()
-        if self._retention is not None and self._retains:
-            self._retention.run()
-            self._retains = False
+        self._remove_surplus()
         with self._changed:
             self._batches -= batches
             self._small_rows -= small_rows
@@ -214,6 +213,11 @@ class Recorder:
         if room_again:
             self._on_room()
         return True
+
+    def _remove_surplus(self) -> None:
+        if self._retention is not None and self._retains:
+            self._retention.run()
+            self._retains = False
 
     def _rotate(self, time_ns: int, carried: Carried) -> None:
         self._writer.commit()

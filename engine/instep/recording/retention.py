@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from instep.recording.family import Member
+from instep.recording.one_file import bytes_on_disk, remove_with_all_beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class Sealed:
 
     path: Path
     bytes: int
+    """With the WAL beside it, where somebody had it open as it was sealed."""
     sealed_ns: int
     """When the following one began, nanoseconds since 1970."""
 
@@ -42,8 +44,8 @@ def surplus(files: Sequence[Sealed], keep_bytes: int, keep_ns: int, now_ns: int)
 class Retention:
     """Removes the oldest sealed files of a recording; the file that is written is none of them.
 
-    Used in the recorder's thread, when the newest file has been gone on with and after each rotation: the newest is
-    complete then, and recovery needs no other.
+    Used in the recorder's thread, at its start and after each rotation: the newest file is complete then, and recovery
+    needs no other.
 
     Args:
         files: of the recording, in order, the one that is written last.
@@ -74,15 +76,14 @@ class Retention:
 
     def add(self, path: Path, sealed_ns: int) -> None:
         """A file was sealed."""
-        self._sealed.append(Sealed(path, path.stat().st_size if path.exists() else 0, sealed_ns))
+        self._sealed.append(Sealed(path, bytes_on_disk(path), sealed_ns))
 
     def run(self) -> None:
         """Remove what is more than is kept; one that cannot be removed keeps those after it."""
         for _ in range(surplus(self._sealed, self._keep_bytes, self._keep_ns, self._clock_ns())):
             file = self._sealed[0]
             try:
-                for suffix in ("-wal", "-shm", ""):
-                    Path(f"{file.path}{suffix}").unlink(missing_ok=True)
+                remove_with_all_beside(file.path)
             except OSError as error:
                 self._on_kept(file.path, error)
                 return

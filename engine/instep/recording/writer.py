@@ -131,6 +131,7 @@ class RecordingWriter(RowWriter):
                 began, last, position = reader.header, reader.engines[-1].header, reader.last_position
             family.refuse_part(base, began)
             refuse_other_engine(path, last, header, accept_numerics_change)
+            family.remove_orphans(base, began.number)
             for older in sealed:
                 without_wal(older)
             database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,8 +43,7 @@ class RecordedStates:
             StateLost: with the slots whose states are missing or damaged.
             sqlite3.Error: when the file cannot be read now.
         """
-        stored = self._open(self.live())
-        states, found = stored.read(self._table.numbers(slots), self._table.step_seq[slots])
+        stored, (states, found) = self._read(slots)
         if not found.all():
             gone = slots[~found]
             raise StateLost(
@@ -52,6 +52,18 @@ class RecordedStates:
                 gone,
             )
         return states
+
+    def _read(self, slots: I64) -> tuple[StoredStates, tuple[F32, Bool]]:
+        """Out of the newest file. One that is followed in the meantime may be removed under the reader's hands."""
+        streams, seqs, path = self._table.numbers(slots), self._table.step_seq[slots], self.live()
+        try:
+            stored = self._open(path)
+            return stored, stored.read(streams, seqs)
+        except sqlite3.Error:
+            if (newest := self.live()) == path:
+                raise
+            stored = self._open(newest)
+            return stored, stored.read(streams, seqs)
 
     def close(self) -> None:
         """Let go of the file."""
