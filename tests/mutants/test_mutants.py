@@ -16,6 +16,7 @@ STEPPER = "tests/runtime/test_stepper.py"
 DELIVERY = "tests/server/test_delivery.py"
 FAULTS = "tests/server/test_faults.py"
 LIFECYCLE = "tests/server/test_lifecycle.py"
+MANY = "tests/server/test_many.py"
 REFUSALS = "tests/server/test_refusals.py"
 RESUME = "tests/server/test_resume.py"
 OVERLOAD = "tests/end_to_end/test_overload.py"
@@ -44,11 +45,11 @@ MUTANTS = [
         (f"{REUSE}::test_a_late_answer_never_reaches_the_next_connection",),
     ),
     Mutant(
-        "a connection's number is given on while streams of it are closing",
+        "a connection's number is given on while it has streams",
         "server/departures.py",
         "if not self._table.owned[number]:",
         "if number >= 0:",
-        (f"{REUSE}::test_a_late_answer_never_reaches_the_next_connection",),
+        (f"{MANY}::test_a_stream_whose_turn_to_be_parked_has_not_come_is_resumed_or_refused_as_any_other",),
     ),
     Mutant(
         "a slot is given to its next owner while frames of the former one are pending",
