@@ -22,6 +22,7 @@ from instep.runtime.errors import StateLost
 from instep.runtime.state_cache import StateCache
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
+from instep.server.waits import MOST_JOBS
 from instep_client.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
@@ -458,6 +459,41 @@ async def test_who_has_the_number_of_an_owner_that_is_gone_is_not_told_of_the_en
             assert server._clients.all()[0].number == owner.number
             held.clear()
             assert (await heir.open("s")).kind is Kind.OPENED
+
+
+@pytest.mark.parametrize("verb", ["peek", "look", "look in vain", "resume in vain"])
+async def test_while_a_commit_takes_long_only_so_many_answers_that_are_not_recorded_wait_for_it(
+    tmp_path: Path, verb: str
+) -> None:
+    count = 3 * MOST_JOBS
+    async with held_commits() as held, running(SMALL, recording={"file": tmp_path / "r.instep"}) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            opened = await client.open("s")
+            held.set()
+            await client.send(*client.open_message("t"))
+            while not len(server._tap._waiting):
+                await asyncio.sleep(0)
+            for _ in range(count):
+                match verb:
+                    case "peek":
+                        message = client.peek_message(opened.handles())
+                    case "look":
+                        message = client.look_message(["s"])
+                    case "look in vain":
+                        message = client.look_message(["nobody"])
+                    case _:
+                        message = client.resume_message(["nobody"], [0], [1])
+                await client.send(*message)
+            while server.has_room:
+                await asyncio.sleep(0)
+            while not server._router.is_readable:
+                await asyncio.sleep(0)
+            assert len(server._tap._waiting) <= 1 + MOST_JOBS
+            held.clear()
+            for _ in range(1 + count):
+                assert (await client.receive()).kind in (Kind.OPENED, Kind.PEEKED, Kind.RESUMED)
+            assert server.has_room
 
 
 async def test_more_blocks_than_can_wait_to_be_durable_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -200,8 +200,8 @@ class Lifecycle:
             table.acked[own] = np.maximum(table.acked[own], have)
             self._statistics.resumed_streams_total += len(own)
             self._tap.resumed(own)
-            newest = self._tap.newest  # that, or what a refusal rests on
-            self._tap.when_durable(newest, lambda: on_resumed(grants, claims.codes, claims.expected_seq))
+            # That, or what a refusal rests on.
+            self.when_all_is_durable(lambda: on_resumed(grants, claims.codes, claims.expected_seq))
 
         named = table.find_all(names)
         closing = named[table.closing[named]]
@@ -236,9 +236,16 @@ class Lifecycle:
         """
 
         def read(seqs: I64, states: F32, lost: Bool) -> None:
-            self._tap.when_durable(self._tap.newest, lambda: on_read(seqs, states, lost))
+            self.when_all_is_durable(lambda: on_read(seqs, states, lost))
 
         self._read(slots, read)
+
+    def when_all_is_durable(self, act: Callable[[], None]) -> None:
+        """Tell somebody something once everything that was recorded so far is as durable as an output would be.
+
+        What is told is not recorded itself, so the recorder's queue does not bound how much of it waits: `waits` does.
+        """
+        self._tap.when_durable(self._tap.newest, self.waits.until_told(act))
 
     def _read(self, slots: I64, on_read: Callable[[I64, F32, Bool], None], openings: U32 | None = None) -> None:
         readable = ~self._table.lost[slots]

@@ -213,7 +213,7 @@ class Verbs:
 
         def found(slots: I64, codes: I32) -> None:
             if codes.all():  # what is shown of streams waits for all that this could
-                self._tap.when_durable(self._tap.newest, lambda: self._show(client, header.request, slots, codes))
+                self._lifecycle.when_all_is_durable(lambda: self._show(client, header.request, slots, codes))
             else:
                 self._show(client, header.request, slots, codes)
 

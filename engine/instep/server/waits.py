@@ -10,7 +10,7 @@ from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, U32
 from instep.runtime.worker import Job, Worker
 
-_MOST_JOBS = 64
+MOST_JOBS = 64
 """Openings, closings and the like that wait for the worker."""
 
 
@@ -50,6 +50,16 @@ class Waits:
         self.on_no_room: Callable[[], None] = lambda: None
         """Called when a change waits until the recording holds the states of others: a snapshot is due."""
 
+    def until_told(self, act: Callable[[], None]) -> Callable[[], None]:
+        """`act`, which somebody will call later; what it tells counts as a job until then, since it is in memory."""
+        self._jobs += 1
+
+        def told() -> None:
+            self._jobs -= 1
+            act()
+
+        return told
+
     @property
     def is_quiet(self) -> bool:
         """Whether nothing waits, but for streams to end."""
@@ -58,7 +68,7 @@ class Waits:
     @property
     def has_room(self) -> bool:
         """Whether more may be asked for: False while too much waits for the worker."""
-        return self._jobs < _MOST_JOBS
+        return self._jobs < MOST_JOBS
 
     def submit(
         self,
