@@ -127,8 +127,8 @@ def test_a_file_that_is_missing_in_the_middle(base: Path, tmp_path: Path) -> Non
     status, text = export(base, tmp_path / "all.npz")
     assert status == 2
     assert text == (
-        "not exported: a-000003.rec is missing: the files that are there can be exported one by one, by their own "
-        "names\n"
+        "not exported: a-000003.rec is missing; each file that is there can be exported for itself, by its own name, "
+        "the first as a copy under another\n"
     )
     assert not (tmp_path / "all.npz").exists()
 

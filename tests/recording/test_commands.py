@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -129,21 +131,137 @@ def test_list_shows_recordings_and_nothing_else(tmp_path: Path) -> None:
     database.close()
     status, text = said(commands.list_folder, tmp_path)
     assert status == 0
-    lines = [line.split("│") for line in text.splitlines() if ".rec" in line]
-    cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
-    assert [cell[0] for cell in cells] == ["a.rec", "b.rec", "c.rec", "old.rec"]
-    assert [cell[3] for cell in cells] == [
-        "not closed: its engine was killed",
-        "closed in order",
-        "damaged",
-        "of another version",
-    ]
-    assert cells[1][4:7] == ["2", "1", "11"]
+    assert [line.split("  ")[0] for line in text.splitlines()] == ["file", "a.rec", "b.rec", "c.rec", "old.rec"]
+    for line, ending in zip(
+        text.splitlines()[1:],
+        ["not closed: its engine was killed", "closed in order", "damaged", "of another version"],
+        strict=True,
+    ):
+        assert f"  {ending}  " in line
+    assert re.search(r" 2 +1 +11 +[\d,]+$", text.splitlines()[2])
     assert "notes" not in text
     assert "other.db" not in text
     (tmp_path / "empty").mkdir()
     assert said(commands.list_folder, tmp_path / "empty") == (0, f"{tmp_path / 'empty'} holds no recordings\n")
     assert said(commands.list_folder, tmp_path / "missing")[0] == 2
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Three files, the last one not closed, and a recording that is called like one of them."""
+    path = tmp_path / "r" / "rec.instep"
+    path.parent.mkdir()
+    scribe = Scribe(RecordingWriter.create(path, HEADER), gru_step(GRU))
+    scribe.open(1)
+    scribe.open(2, scribe.random_state())
+    scribe.step([1, 2])
+    scribe.step([1])
+    scribe.rotate()
+    scribe.close(1)
+    scribe.open(3)
+    scribe.step([2, 3])
+    scribe.rotate()
+    scribe.step([3])
+    scribe.writer.commit()
+    scribe.writer.abandon()
+    return path
+
+
+def said_json(capsys: pytest.CaptureFixture[str], command: Any, *arguments: Any) -> tuple[int, Any]:
+    file = io.StringIO()
+    status = command(*arguments, Console(file=file), json=True)
+    assert file.getvalue() == ""
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_check_of_all_files(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = said(commands.check, base)
+    assert status == 0, text
+    assert text.startswith("whole: 3 files, 3 streams (2 open), 6 frames, ")
+    assert text.endswith("; not closed: its engine was killed; states up to position 21\n")
+    status, text = said(commands.check, base.with_name("rec-000002.instep"))
+    assert status == 0
+    assert text.startswith("whole: 3 streams (2 open), 2 frames, ")
+    assert f"; only rec-000002.instep was looked at; {base} stands for the whole recording" in text
+    status, found = said_json(capsys, commands.check, base)
+    assert (status, found["whole"], found["files"][2]) == (0, True, str(base.with_name("rec-000003.instep")))
+    assert (found["streams"], found["open_streams"], found["frames"]) == (3, 2, 6)
+
+
+def test_check_when_a_file_is_gone(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base.with_name("rec-000002.instep").rename(base.with_name("away"))
+    status, text = said(commands.check, base)
+    assert status == 1
+    assert text.startswith("not whole: rec-000002.instep is missing; the files that are there: 2 files, ")
+    assert said_json(capsys, commands.check, base)[1]["whole"] is False
+    base.with_name("away").rename(base.with_name("rec-000002.instep"))
+    base.unlink()
+    status, text = said(commands.check, base)
+    assert status == 0
+    assert "; the first file of rec.instep is not there any more" in text
+    assert said(commands.info, base)[0] == 0
+
+
+def test_check_of_damage_in_a_later_file_and_at_a_joint(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    second = base.with_name("rec-000002.instep")
+    whole = second.read_bytes()
+    shutil.copy(second, base.with_name("copy"))
+    forger = Forger(base.with_name("copy"), second, fix_crc=False)
+    forger.change("batches", forger.rows("batches")[0]["position"], time_ns=7)
+    status, text = said(commands.check, base)
+    assert status == 1
+    assert text.startswith(f"{second} is damaged: the row at position ")
+    assert text.endswith(f"instep recordings repair {second}\n")
+    status, found = said_json(capsys, commands.check, base)
+    assert (status, found["whole"]) == (1, False)
+    second.write_bytes(whole)
+    forger = Forger(base.with_name("copy"), second)
+    (row,) = (row for row in forger.rows("openings") if row["stream"] == 2)
+    forger.change("openings", row["position"], name="other")
+    status, text = said(commands.check, base)
+    assert status == 1
+    assert f"{base} is damaged: in stream 2 ('stream-2'), it is called 'other' in rec-000002.instep" in text
+
+
+def test_info_of_all_files(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = said(commands.info, base)
+    assert status == 0
+    for expected in (
+        "3, rec.instep to rec-000003.instep",
+        "3, 2 of them open",
+        "4, with 6 frames",
+        "not closed: its engine was killed",
+        f"{sum(file.stat().st_size for file in base.parent.iterdir() if file.suffix != '.instep-shm'):,}",
+    ):
+        assert expected in text, text
+    assert "file 2 of the recording" in said(commands.info, base.with_name("rec-000002.instep"))[1]
+    assert said_json(capsys, commands.info, base)[1]["frames"] == 6
+
+
+def test_list_has_a_line_for_each_recording_and_cuts_nothing(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = base.with_name(f"{'a-very-long-name' * 5}.instep")
+    RecordingWriter.create(long, HEADER).close()
+    shutil.copy(long, base.with_name("rec-000007.instep"))  # called like one of its files, and none
+    file = io.StringIO()
+    assert commands.list_folder(base.parent, Console(file=file, width=40)) == 0
+    lines = file.getvalue().splitlines()
+    assert [line.split()[0] for line in lines] == ["file", long.name, "rec.instep", "rec-000007.instep"]
+    assert re.search(r" 3 +2 +6 +[\d,]+$", lines[2])
+    status, found = said_json(capsys, commands.list_folder, base.parent)
+    assert status == 0
+    assert [(Path(each["file"]).name, len(each["files"])) for each in found] == [
+        (long.name, 1),
+        ("rec.instep", 3),
+        ("rec-000007.instep", 1),
+    ]
+    damaged = base.with_name("rec-000002.instep")
+    forger = Forger(damaged, base.with_name("x"), fix_crc=False)
+    forger.change("newest", forger.rows("newest")[0]["position"], position=3)
+    base.with_name("x").rename(damaged)
+    lines = said(commands.list_folder, base.parent)[1].splitlines()
+    names = ["rec.instep", "rec-000002.instep", "rec-000003.instep", "rec-000007.instep"]
+    assert [line.split()[0] for line in lines[2:]] == names
+    assert "  damaged  " in lines[3]
 
 
 def history(path: Path) -> list[Any]:

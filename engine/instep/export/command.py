@@ -59,7 +59,8 @@ def run(
         chosen = choose([file])
         if not chosen.is_complete:
             raise CannotExport(
-                f"{'; '.join(chosen.notes)}: the files that are there can be exported one by one, by their own names"
+                f"{'; '.join(chosen.notes)}; each file that is there can be exported for itself, by its own name, the "
+                "first as a copy under another"
             )
         with Parts(chosen.files) as parts, new_file(path) as target:
             with _progress(console, shown=console.is_terminal and not json) as on_progress:

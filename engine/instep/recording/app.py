@@ -12,36 +12,40 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Look after recordings: check, show, list, repair.")
 
-Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
+Recording = Annotated[
+    Path, typer.Argument(metavar="FILE", help="The recording: its first file for all, or one of its files.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 @app.command()
-def check(recording: Recording) -> None:
+def check(recording: Recording, json: Json = False) -> None:
     """Read all of a recording and say whether it is whole.
 
-    Exit status 0: it is. 1: it is damaged. 2: it could not be read.
+    Exit status 0: it is. 1: it is damaged, or one of its files is missing. 2: it could not be read.
     """
     from instep.recording import commands
 
-    raise typer.Exit(commands.check(recording, _console()))
+    raise typer.Exit(commands.check(recording, _console(), json=json))
 
 
 @app.command()
-def info(recording: Recording) -> None:
+def info(recording: Recording, json: Json = False) -> None:
     """Show what a recording is."""
     from instep.recording import commands
 
-    raise typer.Exit(commands.info(recording, _console()))
+    raise typer.Exit(commands.info(recording, _console(), json=json))
 
 
 @app.command("list")
 def list_folder(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look; not in folders inside it.")] = Path(),
+    json: Json = False,
 ) -> None:
-    """List the recordings in a folder."""
+    """List the recordings in a folder, each with all its files in one line."""
     from instep.recording import commands
 
-    raise typer.Exit(commands.list_folder(folder, _console()))
+    raise typer.Exit(commands.list_folder(folder, _console(), json=json))
 
 
 @app.command()

@@ -2,84 +2,86 @@
 
 from __future__ import annotations
 
-import struct
-from datetime import UTC, datetime
+import json as jsonlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from rich.table import Table
 from rich.text import Text
 
+from instep.recording.choice import choose
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
-from instep.recording.inspection import how_it_ends, inspect
-from instep.recording.one_file import bytes_on_disk
-from instep.recording.reader import RecordingReader
+from instep.recording.inspection import Inspection, inspect_all
+from instep.recording.listing import Listed, list_recordings
+from instep.recording.overview import Overview, look_over
 from instep.recording.repair import repair as save
-from instep.recording.schema import APPLICATION_ID, RECOVERED_EVENT, RecordingHeader
 
 WHOLE: Final = 0
 DAMAGED: Final = 1
 NOT_READ: Final = 2
 
-_SQLITE_MAGIC: Final = b"SQLite format 3\0"
-_APPLICATION_ID_OFFSET: Final = 68
+_HEADINGS: Final = ("file", "files", "began", "model", "ends", "streams", "open", "frames", "bytes")
+_NUMBERS: Final = ("files", "streams", "open", "frames", "bytes")
 
 
-def check(file: Path, console: Console) -> int:
-    """Read all of a recording and say in one line whether it is whole; 0, 1 when it is damaged, 2 when not readable."""
+def check(file: Path, console: Console, *, json: bool = False) -> int:
+    """Read all of a recording and say in one line whether it is whole.
+
+    Returns:
+        0 when it is, 1 when it is damaged or a file is missing between others, 2 when it cannot be read.
+    """
     columns = (TextColumn("checking"), BarColumn(), TaskProgressColumn())
+    shown = console.is_terminal and not json
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        chosen = choose([file])
+        with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
             task = bars.add_task("checking", total=1.0)
-            found = inspect(file, lambda share: bars.update(task, completed=share))
+            found = inspect_all(chosen.files, lambda share: bars.update(task, completed=share))
     except RecordingError as error:
-        return _failed(error, console)
-    parts = [
-        f"whole: {_count(found.streams, 'stream')} ({found.open_streams:,} open), {_count(found.frames, 'frame')}, "
-        f"{_count(found.positions, 'position')}",
-        found.ending,
-    ]
-    if found.unanswered:
-        parts.append(f"{_count(found.unanswered, 'frame')} without outputs")
-    if found.restarts:
-        parts.append(_count(found.restarts, "restart"))
-    if found.snapshot_position:
-        parts.append(f"states up to position {found.snapshot_position:,}")
-    _say(console, "; ".join(parts), "bold green")
-    return WHOLE
+        return _failed(file, error, console, "whole", json=json)
+    if json:
+        names = [str(each) for each in chosen.files]
+        of = {"file": str(file), "whole": chosen.is_complete, "notes": list(chosen.notes)}
+        _write_json({**of, **asdict(found), "files": names})
+    elif chosen.is_complete:
+        _say(console, "; ".join((f"whole: {_holds(found)}", *chosen.notes)), "bold green")
+    else:
+        _say(console, f"not whole: {'; '.join(chosen.notes)}; the files that are there: {_holds(found)}", "bold red")
+    return WHOLE if chosen.is_complete else DAMAGED
 
 
-def info(file: Path, console: Console) -> int:
+def info(file: Path, console: Console, *, json: bool = False) -> int:
     """Say what a recording is, without reading all of it."""
     try:
-        with RecordingReader(file) as reader:
-            facts = _facts(reader)
+        chosen = choose([file])
+        found = look_over(file, chosen.files)
     except RecordingError as error:
-        return _failed(error, console)
-    table = Table(show_header=False)
-    for name, value in facts.items():
-        table.add_row(name, Text(value))
-    console.print(table, highlight=False)
+        return _failed(file, error, console, "read", json=json)
+    if json:
+        _write_json({**asdict(found), "notes": list(chosen.notes)})
+        return WHOLE
+    facts = _facts(found, chosen.notes)
+    for line in _in_columns([[name, value] for name, value in facts.items()], ()):
+        _say(console, line, "")
     return WHOLE
 
 
-def list_folder(folder: Path, console: Console) -> int:
-    """Say which recordings a folder holds."""
+def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
+    """Say which recordings a folder holds, each in one line, whatever the width of the terminal."""
     try:
-        files = sorted(path for path in folder.iterdir() if path.is_file() and _looks_like_one(path))
-    except OSError as error:
-        return _failed(RecordingError(f"cannot read the folder {folder}: {error.strerror}"), console)
-    table = Table()
-    for heading in ("file", "began", "model", "ends"):
-        table.add_column(heading)
-    for heading in ("streams", "open", "frames", "bytes"):
-        table.add_column(heading, justify="right")
-    for path in files:
-        table.add_row(*(Text(value) for value in _line(path)))
-    if files:
-        console.print(table, highlight=False)
+        found = list_recordings(folder)
+    except RecordingError as error:
+        return _failed(folder, error, console, "read", json=json)
+    if json:
+        _write_json([_as_json(listed) for listed in found])
+    elif found:
+        right = [_HEADINGS.index(name) for name in _NUMBERS]
+        for line in _in_columns([_HEADINGS, *map(_line, found)], right):
+            _say(console, line, "")
     else:
         _say(console, f"{folder} holds no recordings", "yellow")
     return WHOLE
@@ -91,7 +93,7 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
     try:
         found = save(file, target)
     except RecordingError as error:
-        return _failed(error, console)
+        return _failed(file, error, console, "repaired", json=False)
     kept = f"{target}: {_count(found.positions, 'position')} saved"
     if found.left_out:
         _say(console, f"{kept}; left out: {found.left_out}", "bold yellow")
@@ -100,72 +102,94 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
     return WHOLE
 
 
-def _facts(reader: RecordingReader) -> dict[str, str]:
-    streams, events = reader.streams(), list(reader.events())
-    batches, frames = reader.totals()
-    header, snapshot = reader.header, reader.snapshot()
-    engine = reader.engines[-1].header
-    closed = sum(info.closed_position is not None for info in streams)
-    return {
-        "file": str(reader.path),
-        "began": _when(header.created_ns),
-        "ends": how_it_ends(reader),
-        "part": _part(header),
-        "model": f"{header.model_name} ({header.features} → {header.outputs})",
-        "model's place": header.model_folder,
-        "fingerprint": header.model_fingerprint,
-        "written by": f"instep {engine.instep_version}",
-        "durability": engine.durability,
-        "exactness": engine.exactness,
-        "numerics": ", ".join(f"{key} {value}" for key, value in sorted(engine.numerics.items())),
-        "streams": f"{len(streams):,}, {len(streams) - closed:,} of them open",
-        "batches": f"{batches:,}, with {frames:,} frames",
-        "restarts": f"{sum(event.kind == RECOVERED_EVENT for event in events):,}",
-        "states": f"up to position {snapshot.position:,}" if snapshot and snapshot.position else "none",
-        "positions": f"{header.first_position:,} to {reader.last_position:,}",
-        "bytes": f"{bytes_on_disk(reader.path):,}",
+def _holds(found: Inspection) -> str:
+    parts = [
+        f"{_count(found.streams, 'stream')} ({found.open_streams:,} open), {_count(found.frames, 'frame')}, "
+        f"{_count(found.positions, 'position')}",
+        found.ending,
+    ]
+    if found.files > 1:
+        parts[0] = f"{_count(found.files, 'file')}, {parts[0]}"
+    if found.unanswered:
+        parts.append(f"{_count(found.unanswered, 'frame')} without outputs")
+    if found.restarts:
+        parts.append(_count(found.restarts, "restart"))
+    if found.snapshot_position:
+        parts.append(f"states up to position {found.snapshot_position:,}")
+    return "; ".join(parts)
+
+
+def _facts(found: Overview, notes: Sequence[str]) -> dict[str, str]:
+    facts = {
+        "file": found.file,
+        "files": _which(found),
+        "began": found.began,
+        "ends": found.ends,
+        "model": f"{found.model} ({found.features} → {found.outputs})",
+        "model's place": found.model_folder,
+        "fingerprint": found.fingerprint,
+        "written by": f"instep {found.instep_version}",
+        "durability": found.durability,
+        "exactness": found.exactness,
+        "numerics": ", ".join(f"{key} {value}" for key, value in sorted(found.numerics.items())),
+        "streams": f"{found.streams:,}, {found.open_streams:,} of them open",
+        "batches": f"{found.batches:,}, with {found.frames:,} frames",
+        "restarts": f"{found.restarts:,}",
+        "states": f"up to position {found.states_position:,}" if found.states_position else "none",
+        "positions": f"{found.first_position:,} to {found.last_position:,}",
+        "bytes": f"{found.bytes:,}",
     }
+    return facts | ({"note": "; ".join(notes)} if notes else {})
 
 
-def _part(header: RecordingHeader) -> str:
-    if header.number == 1:
-        return "file 1"
-    return f"file {header.number:,} of the recording that began {_when(header.family)}"
+def _which(found: Overview) -> str:
+    if len(found.files) == 1:
+        return f"file {found.first_number:,} of the recording"
+    return f"{len(found.files):,}, {Path(found.files[0]).name} to {Path(found.files[-1]).name}"
 
 
-def _line(path: Path) -> list[str]:
+def _line(listed: Listed) -> list[str]:
     """A row of the list."""
-    try:
-        with RecordingReader(path) as reader:
-            streams = reader.streams()
-            is_open = sum(info.closed_position is None for info in streams)
-            numbers = [f"{number:,}" for number in (len(streams), is_open, reader.totals()[1])]
-            header = reader.header
-            names = [path.name, _when(header.created_ns), header.model_name, how_it_ends(reader)]
-            return [*names, *numbers, f"{bytes_on_disk(path):,}"]
-    except RecordingError as error:
-        what = "damaged" if isinstance(error, DamagedRecording) else "of another version"
-        return [path.name, "", "", what, "", "", "", f"{bytes_on_disk(path):,}"]
+    found = listed.overview
+    if found is None:
+        return [listed.path.name, "", "", "", listed.problem, "", "", "", f"{listed.bytes:,}"]
+    numbers = [f"{number:,}" for number in (found.streams, found.open_streams, found.frames, found.bytes)]
+    return [listed.path.name, f"{len(found.files):,}", found.began, found.model, found.ends, *numbers]
 
 
-def _looks_like_one(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(_APPLICATION_ID_OFFSET + 4)
-    return start.startswith(_SQLITE_MAGIC) and start[_APPLICATION_ID_OFFSET:] == struct.pack(">I", APPLICATION_ID)
+def _as_json(listed: Listed) -> dict[str, Any]:
+    if listed.overview is None:
+        return {"file": str(listed.path), "error": listed.problem, "bytes": listed.bytes}
+    return asdict(listed.overview)
 
 
-def _when(time_ns: int) -> str:
-    return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+def _in_columns(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+    """Rows as aligned lines, whole however long: a terminal breaks them, a pipe gets them in one piece."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if at in right else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _failed(error: RecordingError, console: Console) -> int:
+def _failed(file: Path, error: RecordingError, console: Console, what: str, *, json: bool) -> int:
     damaged = isinstance(error, DamagedRecording)
-    _say(console, with_advice(error) if damaged else f"not read: {error}", "bold red")
+    if json:
+        _write_json({"file": str(file), what: False, "error": with_advice(error)})
+    else:
+        _say(console, with_advice(error) if damaged else f"not read: {error}", "bold red")
     return DAMAGED if damaged else NOT_READ
+
+
+def _write_json(value: Any) -> None:
+    sys.stdout.write(jsonlib.dumps(value, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def _say(console: Console, sentence: str, style: str) -> None:

@@ -23,6 +23,19 @@ class Following:
     """By their numbers."""
 
     @classmethod
+    def after(cls, path: Path, following: Path) -> Following | None:
+        """What a file begins with, if it is the one that follows another.
+
+        Raises:
+            RecordingError: when one cannot be read.
+        """
+        with RecordingReader(path) as reader, RecordingReader(following) as next_reader:
+            header, after = reader.header, next_reader.header
+            if (after.family, after.number) != (header.family, header.number + 1):
+                return None
+            return cls.read(next_reader)
+
+    @classmethod
     def read(cls, reader: RecordingReader) -> Following:
         """What a file begins with.
 

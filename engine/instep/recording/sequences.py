@@ -108,6 +108,12 @@ class SequenceIndex:
         count = len(self.stretches)
         self.frames, self.unanswered = self.frames[:count], self.unanswered[:count]
 
+    @property
+    def next_seqs(self) -> list[int]:
+        """The seq that each stream's next frame would have, in the order of `streams`."""
+        found: list[int] = self._next.tolist()
+        return found
+
     def load(self, rows: I64) -> Sequences:
         """The frames of these stretches, in one pass over the part of the recording that holds them.
 

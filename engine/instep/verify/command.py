@@ -84,7 +84,7 @@ def _verify(chosen: Chosen, model_folder: Path | None, stream: str | None, on_pr
 
         with RecordingReader(file) as reader:
             model = recorded_model(reader.header, model_folder)
-            following = _following(reader, files[at + 1]) if at + 1 < len(files) else None
+            following = Following.after(file, files[at + 1]) if at + 1 < len(files) else None
             try:
                 reports.append(
                     verifier.verify(
@@ -98,15 +98,6 @@ def _verify(chosen: Chosen, model_folder: Path | None, stream: str | None, on_pr
     if not sum(report.frames for report in reports) and not sum(report.mismatches for report in reports):
         raise CannotVerify("no file holds frames with outputs: there is nothing to verify")
     return Reports(tuple(reports), chosen.notes, chosen.is_complete)
-
-
-def _following(reader: RecordingReader, file: Path) -> Following | None:
-    """What a file begins with, if it follows the one that is read."""
-    with RecordingReader(file) as next_reader:
-        header, after = reader.header, next_reader.header
-        if (after.family, after.number) != (header.family, header.number + 1):
-            return None
-        return Following.read(next_reader)
 
 
 def _write_json(fields: dict[str, object]) -> None:
