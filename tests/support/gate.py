@@ -40,7 +40,7 @@ class Gate:
     def wait(self, verb: str) -> None:
         """What the stepper calls before it does something."""
         if verb == self.before:
-            assert self._opened.wait(10), "the test never opened the gate"
+            assert self._opened.wait(60), "the test never opened the gate"
 
     def stepper(self, ready: Prepared, config: Config) -> Stepper:
         """A stepper behind this gate."""
