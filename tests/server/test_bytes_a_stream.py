@@ -1,7 +1,12 @@
-"""What a stream costs beside its state and its frames, counted allocation by allocation."""
+"""What a stream costs beside its state and its frames, counted allocation by allocation.
+
+The count is the same in every run to some hundredths of a byte, but most of it is the sizes of Python's own objects
+(strings, numbers, the table of a dict), which belong to a version of CPython.
+"""
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,8 @@ from tests.support.running import prepared, running
 STREAMS, FEW, ROWS = 44_000, 1_000, 256
 """With so many streams, what finds them by name is at its largest for each: it has just doubled."""
 MOST_BYTES = 200
+MEASURED_ON = ((3, 11),)
+"""The versions of CPython for which the number was measured: 189, and 193 with a bound of states in host memory."""
 
 
 async def bytes_of(tmp_path: Path, streams: int, has_bound: bool) -> int:
@@ -42,6 +49,10 @@ def beside(server: Server, streams: int, has_bound: bool) -> int:
     return rings.x.nbytes + rings.y.nbytes + rings.block.nbytes + state_bytes
 
 
+@pytest.mark.skipif(
+    sys.implementation.name != "cpython" or sys.version_info[:2] not in MEASURED_ON,
+    reason="the bytes are those of CPython 3.11's objects; measure on this version, and add it to MEASURED_ON",
+)
 @pytest.mark.parametrize("has_bound", [False, True])
 async def test_a_stream_costs_at_most_two_hundred_bytes(tmp_path: Path, has_bound: bool) -> None:
     async with running(SMALL):
