@@ -66,7 +66,7 @@ def test_check_of_one_being_written_and_of_one_that_was_killed(tmp_path: Path) -
     assert status == 0
     assert "; being written; " in text
     scribe.writer.abandon()
-    assert "; not closed: its engine was killed; " in said(commands.check, tmp_path / "a.rec")[1]
+    assert "; not closed: its engine ended without closing it; " in said(commands.check, tmp_path / "a.rec")[1]
 
 
 def test_check_of_damage_and_of_what_is_no_recording(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_list_shows_recordings_and_nothing_else(tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in text.splitlines()] == ["file", "a.rec", "b.rec", "c.rec", "old.rec"]
     for line, ending in zip(
         text.splitlines()[1:],
-        ["not closed: its engine was killed", "closed in order", "damaged", "of another version"],
+        ["not closed: its engine ended without closing it", "closed in order", "damaged", "of another version"],
         strict=True,
     ):
         assert f"  {ending}  " in line
@@ -178,7 +178,7 @@ def test_check_of_all_files(base: Path, capsys: pytest.CaptureFixture[str]) -> N
     status, text = said(commands.check, base)
     assert status == 0, text
     assert text.startswith("whole: 3 files, 3 streams (2 open), 6 frames, ")
-    assert text.endswith("; not closed: its engine was killed; states up to position 21\n")
+    assert text.endswith("; not closed: its engine ended without closing it; states up to position 21\n")
     status, text = said(commands.check, base.with_name("rec-000002.instep"))
     assert status == 0
     assert text.startswith("whole: 3 streams (2 open), 2 frames, ")
@@ -230,7 +230,7 @@ def test_info_of_all_files(base: Path, capsys: pytest.CaptureFixture[str]) -> No
         "3, rec.instep to rec-000003.instep",
         "3, 2 of them open",
         "4, with 6 frames",
-        "not closed: its engine was killed",
+        "not closed: its engine ended without closing it",
         f"{sum(file.stat().st_size for file in base.parent.iterdir() if file.suffix != '.instep-shm'):,}",
     ):
         assert expected in text, text

@@ -267,7 +267,7 @@ def test_a_following_file_says_what_it_is(tmp_path: Path) -> None:
         assert how_it_ends(reader) == "goes on in r-000002.rec, which is not there"
         # Before a following file has its name, its writer may die.
         (tmp_path / "r-000002.rec-new").touch()
-        assert how_it_ends(reader) == "not closed: its engine was killed"
+        assert how_it_ends(reader) == "not closed: its engine ended without closing it"
 
 
 def reading(path: Path) -> sqlite3.Connection:

@@ -119,4 +119,6 @@ def how_it_ends(reader: RecordingReader) -> str:
         return "being written"
     if (missing := missing_follower(reader)) is not None:
         return f"goes on in {missing}, which is not there"
-    return "closed in order" if reader.finished and follower is None else "not closed: its engine was killed"
+    return (
+        "closed in order" if reader.finished and follower is None else "not closed: its engine ended without closing it"
+    )
