@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 from rich.console import Console
@@ -48,6 +49,10 @@ def test_why_it_says_less_than_exact_is_said() -> None:
     text = text_of(report(stream(1, "within tolerance"), notes=("torch 2.4 there, 2.5 here",), finished=False))
     assert "bits were not required to be equal: torch 2.4 there, 2.5 here" in text
     assert "the recording was not closed: it was checked up to its last commit" in text
+
+
+def test_one_stream_is_not_many() -> None:
+    assert " 1 stream\n" in re.sub(r" +\n", "\n", text_of(report(stream(1, "exact"))))
 
 
 def test_names_are_only_names() -> None:

@@ -92,8 +92,33 @@ def test_the_first_file_stands_for_all_that_are_there(base: Path) -> None:
     status, text = verify(base)
     assert status == 0, text
     assert text.splitlines()[-1] == "verified: 4 files, 5 streams, 28 frames, exact, 0 mismatches"
-    for name in FILES:
-        assert f"/{name}" in text
+    lines = text.splitlines()
+    assert len(lines) == len(FILES) + 1, "a line for each file"
+    for name, line in zip(FILES, lines[:-1], strict=True):
+        assert line.startswith(f"{base.with_name(name)}: verified: ")
+
+
+def test_only_a_bad_file_has_tables(base: Path) -> None:
+    forger = forge(base.with_name(FILES[3]))
+    batch = forger.rows("batches")[0]
+    x = np.frombuffer(batch["x"], "<f4").copy()
+    x[0] += 1
+    forger.change("batches", batch["position"], x=x.tobytes())
+    status, text = verify(base)
+    assert status == 1
+    good, _, bad = text.partition(f"\n{forger.path}\n")
+    assert [line.split(": ")[0] for line in good.splitlines()] == [str(base.with_name(name)) for name in FILES[:3]]
+    assert "│" not in good
+    assert "│" in bad
+    assert text.splitlines()[-1].startswith("not verified: 4 files, 5 streams, 28 frames, 1 mismatch")
+
+
+def test_files_of_two_recordings_are_counted_as_such(base: Path, tmp_path: Path) -> None:
+    other = record_gru(tmp_path / "other", GRU, [5], changes={"created_ns": 7})
+    status, text = verify(base.with_name(FILES[3]), other.path)
+    assert (status, text.splitlines()[-1][:46]) == (0, "verified: 2 recordings, 5 streams, 14 frames, ")
+    status, text = verify(base, base.with_name(FILES[1]), other.path)
+    assert (status, text.splitlines()[-1][:47]) == (0, "verified: 3 files of 2 recordings, 6 streams, 2")
 
 
 def test_a_file_in_the_middle_is_verified_alone_from_the_states_it_begins_with(base: Path, tmp_path: Path) -> None:

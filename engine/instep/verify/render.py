@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from instep.core.typing import I64
-from instep.verify.report import Report, Reports, StreamReport, Verdict, ulp_label
+from instep.verify.report import Report, Reports, StreamReport, Verdict, counted, ulp_label
 
 FIRST_STREAMS: Final = 20
 """So many streams are shown even when nothing is wrong with them."""
@@ -31,14 +31,28 @@ def render(report: Report, console: Console, not_looked_at: Sequence[str] = ()) 
 
 
 def render_all(reports: Reports, console: Console) -> None:
-    """Print every file's report under its name, what was not looked at, and one summary line at the end."""
+    """Print a line for every good file, the report of every other, what was not looked at, and one summary line."""
     for report in reports.reports:
-        console.print(Text(str(report.file), "bold"), soft_wrap=True, highlight=False)
-        render(report, console)
-    for note in reports.notes:
+        if report.mismatches:
+            console.print(Text(str(report.file), "bold"), soft_wrap=True, highlight=False)
+            render(report, console)
+        else:
+            console.print(Text(_line(report), "green"), soft_wrap=True, highlight=False)
+    why = dict.fromkeys(note for report in reports.reports if not report.mismatches for note in report.notes)
+    for note in (*(f"bits were not required to be equal: {each}" for each in why), *reports.notes):
         console.print(Text(note, "yellow"), soft_wrap=True, highlight=False)
     good = not reports.mismatches and reports.is_complete
     console.print(Text(reports.summary(), "bold green" if good else "bold red"), soft_wrap=True, highlight=False)
+
+
+def _line(report: Report) -> str:
+    """A file in which everything matched."""
+    parts = [f"{report.file}: {report.summary()}"]
+    if report.not_compared:
+        parts.append(f"not compared: {counted(report.not_compared, 'frame')} without outputs")
+    if not report.finished:
+        parts.append("checked up to its last commit")
+    return "; ".join(parts)
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:
@@ -53,7 +67,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     for note in report.notes:
         yield Text(f"bits were not required to be equal: {note}", "yellow")
     if report.not_compared:
-        what = f"{report.not_compared:,} frame{'' if report.not_compared == 1 else 's'}"
+        what = counted(report.not_compared, "frame")
         yield Text(f"not compared: {what} whose outputs were not recorded, because the engine was killed", "yellow")
     if not report.finished:
         yield Text("the recording was not closed: it was checked up to its last commit", "yellow")
@@ -64,7 +78,7 @@ def _streams(streams: tuple[StreamReport, ...]) -> RenderableType:
     shown = [stream for at, stream in enumerate(streams) if at < FIRST_STREAMS or stream.verdict == "mismatch"]
     left_out = len(streams) - len(shown)
     table = Table(
-        title=f"{len(streams):,} streams", caption=f"and {left_out:,} more without a mismatch" if left_out else None
+        title=counted(len(streams), "stream"), caption=f"and {left_out:,} more without a mismatch" if left_out else None
     )
     for heading in ("stream", "frames", "max ULP", "max error"):
         table.add_column(heading, justify="right")

@@ -133,6 +133,8 @@ class Report:
     """Elements by their distance in ULP, for both replays; see `ULP_BINS`."""
     problems: tuple[str, ...] = ()
     """What is wrong between this file and the next, beside its streams, as sentences."""
+    family: int = 0
+    """Which recording it is of: its files have it in common."""
 
     @property
     def frames(self) -> int:
@@ -164,7 +166,7 @@ class Report:
 
     def summary(self) -> str:
         """One line."""
-        checked = f"{_count(len(self.streams), 'stream')}, {_count(self.frames, 'frame')}"
+        checked = f"{counted(len(self.streams), 'stream')}, {counted(self.frames, 'frame')}"
         mismatches = f"{self.mismatches:,} mismatch{'' if self.mismatches == 1 else 'es'}"
         ways = f"stepped, whole sequence; float64 reference: max error {self.max_error:.1e}"
         if self.verdict == "mismatch":
@@ -220,9 +222,14 @@ class Reports:
 
     def summary(self) -> str:
         """One line."""
-        streams = len({(report.fingerprint, stream.stream) for report in self.reports for stream in report.streams})
+        recordings = len({(report.fingerprint, report.family) for report in self.reports})
+        streams = len({(of.fingerprint, of.family, stream.stream) for of in self.reports for stream in of.streams})
         frames = sum(report.frames for report in self.reports)
-        checked = f"{_count(len(self.reports), 'file')}, {_count(streams, 'stream')}, {_count(frames, 'frame')}"
+        files = counted(len(self.reports), "file")
+        if recordings > 1:
+            what = counted(recordings, "recording")
+            files = what if recordings == len(self.reports) else f"{files} of {what}"
+        checked = f"{files}, {counted(streams, 'stream')}, {counted(frames, 'frame')}"
         mismatches = f"{self.mismatches:,} mismatch{'' if self.mismatches == 1 else 'es'}"
         if self.verdict == "mismatch":
             return f"not verified: {checked}, {mismatches}"
@@ -261,7 +268,8 @@ def ulp_label(at: int) -> str:
     return f"{2 ** (at - 2) + 1:,}–{2 ** (at - 1):,}"
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """A number of them, in words."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

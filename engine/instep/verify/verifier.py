@@ -150,6 +150,7 @@ class _Verification:
             ulps=self._ulps,
             seconds=time.monotonic() - self._began,
             problems=self._problems(),
+            family=self._reader.header.family,
         )
 
     def _check_joints(self) -> None:
