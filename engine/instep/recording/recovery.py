@@ -148,39 +148,58 @@ class Recovered:
                     f"up to position {mark.position} it holds {count:,} {table} instead of {getattr(mark, table):,}"
                 )
         states = self._read_states(mark)
+        places, _ = self._find(np.array([row[2] for row in openings], np.int64))
+        are_open = (self._closed_at[places] == _NEVER).tolist()
         self.streams = [
             self._open_stream(row, epochs[row[2]], states.get(row[2]))
-            for row in openings
-            if self._closed_at[row[2]] == _NEVER
+            for row, is_open in zip(openings, are_open, strict=True)
+            if is_open
         ]
 
     def _number(self, openings: list[tuple[Any, ...]], closings: list[tuple[Any, ...]]) -> None:
-        """Note by the streams' numbers where they open and close, and which frame comes next."""
+        """Note of every stream where it opens and closes, and which frame comes next."""
         self.last_stream = max((self._reader.header.last_stream, *(row[2] for row in openings)))
         if min((row[2] for row in openings), default=1) < 1 or self.last_stream >= 2**32:
             raise self._reader.damaged("a stream has a number that no stream can have")
-        self._opened_at: I64 = np.full(self.last_stream + 1, _NEVER, np.int64)
-        self._closed_at: I64 = np.full(self.last_stream + 1, _NEVER, np.int64)
-        self._held: I64 = np.zeros(self.last_stream + 1, np.int64)
+        # By the numbers in this file, not by all that were ever given: a recording goes on for ever.
+        numbers: I64 = np.array([row[2] for row in openings], np.int64)
+        order = np.argsort(numbers, kind="stable")
+        self._numbers: I64 = numbers[order]
+        """The numbers of the streams that open here, rising: what follows is by the place of each in it."""
+        twice = np.flatnonzero(self._numbers[1:] == self._numbers[:-1])
+        if len(twice):
+            position, _, stream, *_ = openings[order[twice[0] + 1]]
+            raise self._reader.damaged(f"stream {stream} opens again at position {position}")
+        self._opened_at: I64 = np.array([row[0] for row in openings], np.int64)[order]
+        self._closed_at: I64 = np.full(len(numbers), _NEVER, np.int64)
+        first_seqs: I64 = np.array([row[5] for row in openings], np.int64)[order]
+        self._held: I64 = first_seqs.copy()
         """The seq before which the frames are in the state."""
-        self._next: I64 = np.zeros(self.last_stream + 1, np.int64)
+        self._next: I64 = first_seqs
         """The seq of the next frame, `_UNKNOWN` where it is one up to that of the state."""
-        for position, _, stream, _, _, first_seq, _ in openings:
-            if self._opened_at[stream] != _NEVER:
-                raise self._reader.damaged(f"stream {stream} opens again at position {position}")
-            self._opened_at[stream] = position
-            self._held[stream] = self._next[stream] = first_seq
         self._ends: list[tuple[int, int, int]] = []
-        for position, _, stream, frames, _, _ in closings:
-            opened = 0 < stream <= self.last_stream and self._opened_at[stream] < position < self._closed_at[stream]
-            if not opened:
+        """Of streams that close after the snapshot: position, place, and the seq that the next frame would have."""
+        places, are_known = self._find(np.array([row[2] for row in closings], np.int64))
+        for (position, _, stream, frames, _, _), at, is_known in zip(
+            closings, places.tolist(), are_known.tolist(), strict=True
+        ):
+            if not is_known or not self._opened_at[at] < position < self._closed_at[at]:
                 raise self._reader.damaged(f"stream {stream}, which is not open, closes at position {position}")
-            self._closed_at[stream] = position
+            self._closed_at[at] = position
             if position > self.snapshot_position:
-                self._ends.append((position, stream, frames))
-                if self._opened_at[stream] <= self.snapshot_position:
+                self._ends.append((position, at, frames))
+                if self._opened_at[at] <= self.snapshot_position:
                     # Its frames up to there are in no state, if it closed before the states were read.
-                    self._held[stream], self._next[stream] = _NEVER, _UNKNOWN
+                    self._held[at], self._next[at] = _NEVER, _UNKNOWN
+
+    def _find(self, streams: I64) -> tuple[I64, Bool]:
+        """The places of streams, and which of them open here at all: int64 [N] → int64 [N], bool [N]."""
+        places: I64 = np.searchsorted(self._numbers, streams).astype(np.int64)
+        are_known: Bool = np.zeros(len(streams), np.bool_)
+        if len(self._numbers):
+            places = np.minimum(places, len(self._numbers) - 1)
+            are_known = self._numbers[places] == streams
+        return places, are_known
 
     def _read_events(self, mark: SnapshotMark, epochs: dict[int, _Owner]) -> list[int]:
         """The events' positions; the newest owners go into `epochs`."""
@@ -211,16 +230,16 @@ class Recovered:
         states = {state.stream: self._kept_part(state) for state in self._reader.states()}
         if len(states) != mark.states:
             raise self._reader.damaged(f"it holds the states of {len(states):,} streams instead of {mark.states:,}")
-        for state in states.values():
-            known = 0 < state.stream <= self.last_stream and self._opened_at[state.stream] != _NEVER
-            if not known or state.position > self.last_position:
+        places, are_known = self._find(np.array(list(states), np.int64))
+        for state, at, is_known in zip(states.values(), places.tolist(), are_known.tolist(), strict=True):
+            if not is_known or state.position > self.last_position:
                 raise self._reader.damaged(f"the state of stream {state.stream} fits no stream")
-            if self._closed_at[state.stream] != _NEVER:
+            if self._closed_at[at] != _NEVER:
                 continue
-            if state.seq < self._held[state.stream]:
+            if state.seq < self._held[at]:
                 raise self._reader.damaged(f"the state of stream {state.stream} is from before its first frame")
-            self._held[state.stream] = state.seq
-            self._next[state.stream] = _UNKNOWN
+            self._held[at] = state.seq
+            self._next[at] = _UNKNOWN
         return states
 
     def _kept_part(self, state: StreamState) -> StreamState:
@@ -241,11 +260,12 @@ class Recovered:
     def _step(self, batch: RecordedBatch) -> Bool:
         """Take note of a batch; which of its frames apply."""
         streams, seqs = batch.streams.astype(np.int64), batch.seqs.astype(np.int64)
-        bad = (streams > self.last_stream) | (streams < 1)
+        places, are_known = self._find(streams)
+        bad = ~are_known
         if not bad.any():
-            expected, held = self._next[streams], self._held[streams]
+            expected, held = self._next[places], self._held[places]
             bad = np.where(expected == _UNKNOWN, (seqs > held) | (seqs < 0), seqs != expected)
-            bad |= (self._opened_at[streams] > batch.position) | (self._closed_at[streams] < batch.position)
+            bad |= (self._opened_at[places] > batch.position) | (self._closed_at[places] < batch.position)
             bad |= len(np.unique(streams)) < len(streams)
         if bad.any():
             at = int(np.argmax(bad))
@@ -253,35 +273,37 @@ class Recovered:
                 f"the batch at position {batch.position} holds frame {seqs[at]} of stream {streams[at]}, which does "
                 "not belong there"
             )
-        self._next[streams] = seqs + 1
-        applies: Bool = (seqs >= held) & (self._closed_at[streams] == _NEVER)
+        self._next[places] = seqs + 1
+        applies: Bool = (seqs >= held) & (self._closed_at[places] == _NEVER)
         return applies
 
     def _reset(self, reset: StateReset) -> bool:
         """Take note of a reset; whether it applies."""
-        stream = reset.stream
-        good = 0 < stream <= self.last_stream and self._opened_at[stream] < reset.position < self._closed_at[stream]
-        if good and self._next[stream] == _UNKNOWN:
-            good = reset.seq <= self._held[stream]
-            self._next[stream] = reset.seq
-        if not good or self._next[stream] != reset.seq:
+        places, are_known = self._find(np.array([reset.stream], np.int64))
+        at = int(places[0])
+        good = bool(are_known[0]) and bool(self._opened_at[at] < reset.position < self._closed_at[at])
+        if good and self._next[at] == _UNKNOWN:
+            good = bool(reset.seq <= self._held[at])
+            self._next[at] = reset.seq
+        if not good or self._next[at] != reset.seq:
             raise self._reader.damaged(
-                f"the reset of stream {stream} at position {reset.position} does not belong there"
+                f"the reset of stream {reset.stream} at position {reset.position} does not belong there"
             )
-        return bool(reset.seq >= self._held[stream] and self._closed_at[stream] == _NEVER)
+        return bool(reset.seq >= self._held[at] and self._closed_at[at] == _NEVER)
 
     def _check_ends(self) -> None:
         """All frames that a state or a closing counts must have been there."""
-        for position, stream, frames in self._ends:
-            if self._next[stream] not in (frames, _UNKNOWN):
+        for position, at, frames in self._ends:
+            if self._next[at] not in (frames, _UNKNOWN):
                 raise self._reader.damaged(
-                    f"stream {stream} was closed before frame {frames} at position {position}, but frame "
-                    f"{self._next[stream]} would be the next one recorded"
+                    f"stream {self._numbers[at]} was closed before frame {frames} at position {position}, but frame "
+                    f"{self._next[at]} would be the next one recorded"
                 )
         is_open = self._closed_at == _NEVER
         missing = np.flatnonzero(is_open & (self._next != _UNKNOWN) & (self._next < self._held))
         if len(missing):
-            raise self._reader.damaged(f"the state of stream {missing[0]} holds frames that were not recorded")
+            stream = self._numbers[missing[0]]
+            raise self._reader.damaged(f"the state of stream {stream} holds frames that were not recorded")
 
 
 def read_recovery(path: Path, on_progress: Callable[[float], None], *, with_states: bool = True) -> Recovered:

@@ -96,8 +96,9 @@ class _Replay:
         self._rings = rings
         self._stepper = stepper
         self._check_outputs = check_outputs
-        self._slot_of: I64 = np.zeros(1, np.int64)
-        """The slot of each stream's number, the scratch slot where it is not open."""
+        self._numbers: I64 = np.zeros(0, np.int64)
+        """Of the open streams, rising."""
+        self._slots_of_numbers: I64 = np.zeros(0, np.int64)
         self._steps: list[ReplayStep] = []
         self._size = 0
         self._taken = np.zeros(len(table.owner), np.bool_)
@@ -116,8 +117,8 @@ class _Replay:
                 f"{len(table.owner) - 1}; raise it"
             )
         numbers = np.array([stream.stream for stream in streams], np.int64)
-        self._slot_of = np.zeros(int(numbers.max(initial=0)) + 1, np.int64)
-        self._slot_of[numbers] = slots
+        order = np.argsort(numbers)
+        self._numbers, self._slots_of_numbers = numbers[order], slots[order]
         table.recording_id[slots] = numbers
         table.epoch[slots] = np.array([stream.epoch for stream in streams], np.uint64)
         table.former_epoch[slots] = np.array([stream.former_epoch for stream in streams], np.uint64)
@@ -145,13 +146,13 @@ class _Replay:
     def reset(self, reset: StateReset) -> None:
         """A stream was given another state."""
         self.flush()
-        slots = self._slot_of[reset.stream : reset.stream + 1]
+        slots = self._slots(np.array([reset.stream], np.int64))
         self._about_to_change(slots)
         self._stepper.load(slots, None if reset.state is None else reset.state[None])
 
     def add(self, step: ReplayStep) -> None:
         """A batch was stepped."""
-        slots = self._slots(step)
+        slots = self._slots_of_step(step)
         most = int(self._stepper.buckets[-1])
         if self._size + len(slots) > most or self._taken[slots].any():
             self.flush()
@@ -168,16 +169,19 @@ class _Replay:
                 "host memory would hold no more; raise engine.host_streams, at least until the next snapshot"
             )
 
-    def _slots(self, step: ReplayStep) -> I64:
-        slots: I64 = self._slot_of[step.batch.streams[step.applies].astype(np.int64)]
-        return slots
+    def _slots(self, streams: I64) -> I64:
+        """Of streams that are open."""
+        return self._slots_of_numbers[np.searchsorted(self._numbers, streams)]
+
+    def _slots_of_step(self, step: ReplayStep) -> I64:
+        return self._slots(step.batch.streams[step.applies].astype(np.int64))
 
     def flush(self) -> None:
         """Step what was added."""
         steps, self._steps, self._size = self._steps, [], 0
         if not steps:
             return
-        slots = np.concatenate([self._slots(step) for step in steps])
+        slots = np.concatenate([self._slots_of_step(step) for step in steps])
         self._taken[slots] = False
         table, rings = self._table, self._rings
         rows = rings.rows(slots, table.step_seq[slots])
