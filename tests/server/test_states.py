@@ -243,6 +243,8 @@ async def test_a_fork_whose_connection_has_gone_leaves_no_stream_behind() -> Non
                 await asyncio.sleep(0)
             (owner,) = server._clients.all()
             server._postbox.give_up(owner)
+        while not server._clients._free:
+            await asyncio.sleep(0.005)
         async with RawClient(server.endpoint) as following:
             await following.hello()
             gate.open()
