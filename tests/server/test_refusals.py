@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import msgpack
 import numpy as np
 import pytest
+import zmq
 
 from instep.core.typing import F32, U64
 from instep.server.server import Server
@@ -244,3 +245,14 @@ async def test_no_more_connections_than_the_limit() -> None:
             reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 3, "raw"]))
             assert reply.code is Code.BUSY
             assert "max_connections" in reply.sentence
+
+
+async def test_the_empty_message_that_begins_a_connection_is_answered_and_not_counted_as_refused() -> None:
+    async with running(SMALL) as server, RawClient(server.endpoint, options={zmq.PROBE_ROUTER: 1}) as client:
+        assert (await client.receive()).code is Code.HELLO_FIRST
+        assert server.statistics.refused_messages_total == 0
+        await client.send(b"")
+        assert (await client.receive()).code is Code.HELLO_FIRST
+        await client.send(b"nonsense")
+        assert (await client.receive()).code is Code.MALFORMED
+        assert server.statistics.refused_messages_total == 1

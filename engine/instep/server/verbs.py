@@ -90,7 +90,8 @@ class Verbs:
         client = self._clients.by_routing_id(routing_id)
         try:
             if client is None and frames == [b""]:  # ZMQ_PROBE_ROUTER: a connection was made, perhaps again
-                raise Refusal(Code.HELLO_FIRST)
+                self._answer_refused(routing_id, client, request, Refusal(Code.HELLO_FIRST))
+                return  # it is no message that was refused: every client's connection begins with one
             header = wire.unpack_header(frames)
             request = header.request
             if header.kind is Kind.HELLO:
@@ -114,6 +115,9 @@ class Verbs:
 
     def _refuse(self, routing_id: bytes, client: Client | None, request: int, refusal: Refusal) -> None:
         self._statistics.refused_messages_total += 1
+        self._answer_refused(routing_id, client, request, refusal)
+
+    def _answer_refused(self, routing_id: bytes, client: Client | None, request: int, refusal: Refusal) -> None:
         message = replies.error(request, refusal.code, str(refusal), refusal.retry_after_us)
         if client is None:
             self._postbox.send_unknown(routing_id, message)
