@@ -12,6 +12,8 @@ from instep.runtime.worker import Job, Worker
 
 MOST_JOBS = 64
 """Openings, closings and the like that wait for the worker."""
+MOST_WAITING = 256
+"""Closings, resumes and looks that wait for answers or for ends of streams: each batch goes through all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,8 @@ class Waits:
 
     @property
     def has_room(self) -> bool:
-        """Whether more may be asked for: False while too much waits for the worker."""
-        return self._jobs < MOST_JOBS
+        """Whether more may be asked for: False while too much waits for the worker, frames or ends."""
+        return self._jobs < MOST_JOBS and len(self._answering) + len(self._ending) < MOST_WAITING
 
     def submit(
         self,
