@@ -37,6 +37,7 @@ class Repeater:
         self._stops = False
         self._epochs: list[int] = []
         self._acked = 0
+        self._takes_over = False
         self.kept = Kept([f"again-{number}" for number in range(STREAMS)])
         self.repeated = 0
         """Outputs that came again."""
@@ -70,9 +71,11 @@ class Repeater:
         assert announced.code is Code.HELLO_FIRST
         await self._ask(client, client.hello_message(), Kind.WELCOME)
         names, have = self.kept.names, [self._acked] * STREAMS
-        resumed = await self._ask(
-            client, client.resume_message(names, have, self._epochs, take_over=True), Kind.RESUMED
-        )
+        # Else its epoch counts, also after a resume whose answer was lost, unless that took the streams over.
+        self._takes_over = self._takes_over or bool(self._rng.random() < 0.5)
+        resume = client.resume_message(names, have, self._epochs, take_over=self._takes_over)
+        resumed = await self._ask(client, resume, Kind.RESUMED)
+        self._takes_over = False
         assert resumed.failures() == []
         self._epochs = resumed.epochs()
         self.lost += sum(max(0, len(self.kept.got) - seq) for seq in resumed.seqs())
