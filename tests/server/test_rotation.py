@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
@@ -229,14 +230,15 @@ async def test_a_state_that_changes_behind_the_reading_is_not_kept_by_the_cut(tm
                 await asyncio.sleep(0.001)
 
 
-async def test_states_that_cannot_be_read_leave_the_recording_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+async def test_states_that_cannot_be_read_leave_the_recording_as_it_is(tmp_path: Path, error: type[Exception]) -> None:
     path = tmp_path / "r.instep"
     fails = True
 
     class Failing(Stepper):
         def read(self, slots: I64) -> F32:
             if fails:
-                raise RuntimeError("no")
+                raise error("no")
             return super().read(slots)
 
     def stepper(ready: Any, config: Any) -> Stepper:
@@ -261,6 +263,7 @@ def idle_rotation(tap: Any, *, max_bytes: int = 0, max_age_ns: int = 0) -> Rotat
     rings = Rings(table, 2, 4, F, H, 100)
     stepper = Stepper(ready.network, ready.certification.buckets, 4, CPU)
     worker = Worker(lambda finish: finish(), lambda error: None)
+    worker.submit = lambda job: job.done(job.call(), None)  # type: ignore[method-assign]
     snapshots = Snapshots(table, rings, stepper, worker, tap, lambda error, count: None, 10**18)
     limits = (max_bytes, max_age_ns)
     return Rotation(table, rings, stepper, worker, tap, snapshots, lambda error, count: None, *limits, began_ns=0)
@@ -275,9 +278,9 @@ class FakeTap:
         assert ticket == self.newest
         act()
 
-    def rotate(self, slots: I64, states: StateRows) -> None:
+    def rotate(self, slots: I64, names: list[str], states: list[StateRows]) -> None:
         assert self.is_paused
-        assert len(slots) == len(states.streams) == 0
+        assert len(slots) == len(names) == len(states) == 0
         self.newest += 2
         self.cuts += 1
 
@@ -291,6 +294,8 @@ def test_states_are_read_once_all_that_was_recorded_before_is_committed() -> Non
     rotation._table.recording_id[rotation._table.open(["s"], 0, 0)[0]] = 1
     rotation._worker.submit = jobs.append  # type: ignore[assignment]
     rotation.begin(SECOND_NS)
+    behind_steps = jobs.pop()
+    behind_steps.done(behind_steps.call(), None)
     ((ticket, act),) = waiting
     assert (ticket, jobs) == (7, [])
     act()

@@ -119,7 +119,7 @@ class Scribe:
         count = len(streams)
         opened = [self._opened[stream] for stream in streams]
         return Carried(
-            self._rows(streams, tail),
+            [self._rows(streams, tail)],
             [name for name, _, _ in opened],
             np.array([epoch for _, epoch, _ in opened], np.uint64),
             np.zeros(count, np.uint64),

@@ -240,7 +240,7 @@ class Story:
         self.writer = self.writer.follow(
             self._now(),
             Carried(
-                self._states(streams),
+                [self._states(streams)],
                 [self._lives[stream].name for stream in streams],
                 np.array([epoch for _, epoch, _, _ in owners], np.uint64),
                 np.array([former for _, _, former, _ in owners], np.uint64),

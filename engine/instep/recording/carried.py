@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,8 +32,8 @@ _Row: TypeAlias = tuple[Any, ...]
 class Carried:
     """Everything that goes on in the next file: the open streams at one moment, as columns."""
 
-    states: StateRows
-    """Of all of them, streams rising; nothing of theirs is under way."""
+    parts: Sequence[StateRows]
+    """Of all of them, streams rising from part to part; nothing of theirs is under way."""
     names: list[str]
     epochs: U64
     """uint64 [N]: of their present ownerships."""
@@ -57,18 +57,22 @@ class Carried:
 
     def openings(self, first_position: int, time_ns: int) -> Iterator[_Row]:
         """Their rows of the table `openings`."""
-        states = self.states
-        columns = (states.streams.tolist(), self.names, self.epochs.tolist(), states.seqs.tolist())
-        is_zero = ~np.any(states.states.view(np.uint32), axis=(1, 2)).astype(np.bool_)
-        for at, (stream, name, epoch, seq) in enumerate(zip(*columns, strict=True)):
-            state = None if is_zero[at] else blob(states.states[at], "<f4")
-            row = (first_position + at, time_ns, stream, name, epoch, seq, state)
-            yield (*row, row_crc(*row))
+        at = 0
+        for part in self.parts:
+            epochs = self.epochs[at : at + len(part.streams)].tolist()
+            is_zero = ~np.any(part.states.view(np.uint32), axis=(1, 2)).astype(np.bool_)
+            columns = (part.streams.tolist(), epochs, part.seqs.tolist(), part.states, is_zero.tolist())
+            for stream, epoch, seq, state, is_blank in zip(*columns, strict=True):
+                initial = None if is_blank else blob(state, "<f4")
+                row = (first_position + at, time_ns, stream, self.names[at], epoch, seq, initial)
+                yield (*row, row_crc(*row))
+                at += 1
 
     def events(self, first_position: int, time_ns: int) -> Iterator[_Row]:
         """Their rows of the table `events`, the one of the snapshot last."""
-        columns = (self.states.streams, self.first_seqs, self.former_epochs, self.granted_seqs, self.renumbered)
-        each = zip(*(column.tolist() for column in columns), strict=True)
+        streams = (stream for part in self.parts for stream in part.streams.tolist())
+        columns = (self.first_seqs, self.former_epochs, self.granted_seqs, self.renumbered)
+        each = zip(streams, *(column.tolist() for column in columns), strict=True)
         for at, (stream, first_seq, former, granted, renumbered) in enumerate(each):
             detail = owner_detail(former, granted, renumbered)
             row = (first_position + at, time_ns, stream, first_seq, CARRIED_EVENT, detail, None)
@@ -105,7 +109,8 @@ def write_following(path: Path, header: RecordingHeader, time_ns: int, carried: 
             make_tables(database, FORMAT_VERSION)
             _insert(database, "openings", carried.openings(first, time_ns), 8)
             _insert(database, "events", carried.events(first + count, time_ns), 8)
-            _insert(database, "states", carried.states.as_rows(snapshot), 8)
+            for part in carried.parts:
+                _insert(database, "states", part.as_rows(snapshot), 8)
             mark = (snapshot, count, 0, count, count)
             _insert(database, "snapshot", [(*mark, row_crc(*mark))], 6)
             _insert(database, "newest", [(snapshot + 1, row_crc(snapshot + 1))], 2)

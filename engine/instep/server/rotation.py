@@ -10,15 +10,15 @@ import numpy as np
 
 from instep.core.rings import Rings
 from instep.core.streams import NO_OWNER, StreamTable
-from instep.core.typing import F32, I64
+from instep.core.typing import I64
+from instep.recording.states import StateRows
 from instep.runtime.errors import StateLost
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
-from instep.server.snapshots import Snapshots, state_rows
+from instep.server.gathering import Gathered, Gathering
+from instep.server.snapshots import AT_ONCE, Snapshots
 from instep.server.tap import Tap
 
-_AT_ONCE = 4096
-"""States read in one job of the worker."""
 AGAIN_NS: Final = 10**9
 """After states could not be read, it is tried again so much later."""
 
@@ -27,10 +27,11 @@ class Rotation:
     """Cuts the recording when the newest file is large or old enough.
 
     From `begin` on no step is submitted, and no message is handled. Steps under way are handed back before the first
-    states, since the worker does one job after another, so a state that was read stays true, but for resets that were
-    under way. Once the states of all open streams have been read, they are handed over in one go: what was recorded
-    before is the old file, and the new one begins with them. Until the recording holds it, it counts as a snapshot that
-    is under way, since it is one of all states.
+    states are read, since the worker does one job after another, so a state that was read stays true, but for resets
+    that were under way. States and frames are gathered some at a time, by the worker, so the loop does not stop. Once
+    those of all open streams have been read, they are handed over in one go: what was recorded before is the old file,
+    and the new one begins with them. Until the recording holds it, it counts as a snapshot that is under way, since it
+    is one of all states.
 
     Args:
         table: the streams.
@@ -90,49 +91,44 @@ class Rotation:
         """Pause, read, cut."""
         self._snapshots.is_under_way = self._tap.is_paused = True
         self._paused_at_ns = time.monotonic_ns()
-        table, tap, network = self._table, self._tap, self._stepper.network
+        table, tap = self._table, self._tap
         # What changes from now on stays so: it may be later than what is read, and no step follows that would tell.
         self._taken = table.keeping.take()
-        read_of = np.zeros(len(table.owner), np.int64)
-        """By slot, the number of the stream whose state was read."""
-        states: F32 = np.empty((len(table.owner), network.state_layers, network.state_size), np.float32)
-
-        def forget(slots: I64) -> None:
-            read_of[slots] = 0
+        gathering = Gathering(table, self._rings)
 
         def go_on() -> None:
-            open_now = np.flatnonzero(table.owner != NO_OWNER)
-            missing = open_now[read_of[open_now] != table.recording_id[open_now]][:_AT_ONCE]
-            if table.lost[open_now].any():  # it is about to close; the file goes on until the next time
+            slots = gathering.next_slots(AT_ONCE)
+            if (table.lost & (table.owner != NO_OWNER)).any():  # about to close; the file goes on until the next time
                 self._give_up(now_ns)
-            elif len(missing):
-                read(missing)
+            elif len(slots):
+                read(slots)
             else:
-                self._cut(open_now, states, now_ns)
+                self._cut(gathering.all(), now_ns)
 
         def read(slots: I64) -> None:
-            streams = table.recording_id[slots]
+            extents = gathering.extents(slots)
 
-            def done(found: F32 | None, error: Exception | None) -> None:
-                if found is None:
+            def done(rows: StateRows | None, error: Exception | None) -> None:
+                if rows is None:
                     self._log_failure(error, len(slots))
                     self._give_up(now_ns)
                     self._lose(error)
                     return
-                states[slots], read_of[slots] = found, streams
+                gathering.add(slots, rows)
                 go_on()
 
+            # In the worker, since they are many bytes; nothing of them changes while steps pause.
+            job = Job(lambda: extents.rows(self._rings, self._stepper.read(slots)), done)
             # States that were given at an opening may be in the recording alone, once it is committed.
-            tap.when_committed(tap.newest, lambda: self._worker.submit(Job(lambda: self._stepper.read(slots), done)))
+            tap.when_committed(tap.newest, lambda: self._worker.submit(job))
 
-        tap.on_reset = forget
-        go_on()
+        tap.on_reset = gathering.forget
+        self._worker.submit(Job(lambda: None, lambda *_: go_on()))  # behind the steps that are under way
 
-    def _cut(self, slots: I64, states: F32, now_ns: int) -> None:
-        slots = slots[np.argsort(self._table.recording_id[slots], kind="stable")]
+    def _cut(self, gathered: Gathered, now_ns: int) -> None:
         keeping, tap = self._table.keeping, self._tap
         changed = self._taken
-        tap.rotate(slots, state_rows(self._table, self._rings, slots, states[slots]))
+        tap.rotate(gathered.slots, gathered.names, gathered.parts)
         self._cut_at = tap.newest
         self._began_ns = now_ns
         self._go_on()

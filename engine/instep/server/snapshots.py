@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -137,8 +138,30 @@ def state_rows(table: StreamTable, rings: Rings, slots: I64, states: F32) -> Sta
 
     Steps that were submitted before the reading have been handed back before it.
     """
+    return extents(table, rings, slots).rows(rings, states)
+
+
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """Which states are read, and which frames belong to them."""
+
+    slots: I64
+    """int64 [N]."""
+    streams: I64
+    """int64 [N]: their numbers."""
+    seqs: I64
+    """int64 [N]: of the next steps."""
+    first: I64
+    """int64 [N]: the client may not have the outputs of the frames from here on."""
+
+    def rows(self, rings: Rings, states: F32) -> StateRows:
+        """With the states, float32 [N, layers, size], and the frames, which have not changed since."""
+        tail, _ = rings.stretches(self.slots, self.first, self.seqs - self.first)
+        return StateRows(self.streams, self.seqs, states, self.first, rings.x[tail], rings.y[tail])
+
+
+def extents(table: StreamTable, rings: Rings, slots: I64) -> Extents:
+    """What the states of the open streams in `slots` are, as of now."""
     seqs = table.step_seq[slots]
     first = np.maximum(np.maximum(table.acked[slots], seqs - rings.window), table.first_seq[slots])
-    tail, _ = rings.stretches(slots, first, seqs - first)
-    streams = table.recording_id[slots].astype(np.int64)
-    return StateRows(streams, seqs, states, first, rings.x[tail], rings.y[tail])
+    return Extents(slots, table.recording_id[slots].astype(np.int64), seqs, first)

@@ -162,19 +162,20 @@ class Tap:
             return NEVER
         return self._said(self._recorder.snapshot, time.time_ns(), through, rows)
 
-    def rotate(self, slots: I64, states: StateRows) -> None:
+    def rotate(self, slots: I64, names: Sequence[str], states: Sequence[StateRows]) -> None:
         """From here on, everything goes into another file, which begins with all open streams in these states.
 
         Args:
             slots: of all of them, int64 [N].
-            states: theirs, as of now, in the same order.
+            names: theirs.
+            states: theirs, as of now, in the same order, in parts.
         """
         if self._recorder is None:
             return
         table = self._table
         carried = Carried(
             states,
-            [table.name(slot) for slot in slots.tolist()],
+            list(names),
             table.epoch[slots],
             table.former_epoch[slots],
             table.granted_seq[slots],
