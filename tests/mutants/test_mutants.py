@@ -279,6 +279,12 @@ def test_a_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
     assert is_killed(mutant, run), run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_fits_the_engine(mutant: Mutant, tmp_path: Path) -> None:
+    """Those as well that are run in `make test-long` only."""
+    copy_engine(tmp_path / "engine", mutant)
+
+
 def test_a_mutant_that_no_longer_fits_the_engine_is_an_error(tmp_path: Path) -> None:
     mutant = Mutant("gone", "core/admission.py", "this text is nowhere", "", ())
     with pytest.raises(ValueError, match="stands 0 times"):
