@@ -400,6 +400,9 @@ class TestContradictions:
             ({"engine": {"device_streams": 255}}, "engine.device_streams", "one batch may have 256 streams"),
             ({"engine": {"device_streams": 9, "max_streams": 10}}, "engine.device_streams", "may have 10 streams"),
             ({"engine": {"host_streams": 300, "device_streams": 256}}, "engine.host_streams", "no recording"),
+            ({"recording": {"max_bytes": 1000}}, "recording.max_bytes", "nothing is recorded"),
+            ({"recording": {"keep_s": 9.0}}, "recording.keep_s", "nothing is recorded"),
+            ({"recording": {"file": "a", "keep_s": 9.0}}, "recording.keep_s", "none ever follows"),
             (
                 {"engine": {"host_streams": 300}, **RECORDED},
                 "engine.host_streams",

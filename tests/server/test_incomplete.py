@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from instep.recording import family
+from instep.server.preparation import CannotServe
 from tests.support.models import SMALL
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -56,3 +59,17 @@ async def test_an_older_file_that_cannot_be_read_is_said(tmp_path: Path, damage:
     said = await warnings_of_a_start(path, epochs)
     assert [each["event"] for each in said] == (["damaged file kept"] if damage else [])
     assert all("r-000002.instep is not a recording" in each["reason"] for each in said)
+
+
+async def test_a_place_where_no_recording_can_be(tmp_path: Path) -> None:
+    for path, said in (
+        (tmp_path, f"{tmp_path} is a folder: name a file for the recording, like {tmp_path / 'r.instep'}"),
+        (
+            tmp_path / "nodir" / "x.instep",
+            f"there is no folder {tmp_path / 'nodir'} for the recording x.instep: make it",
+        ),
+    ):
+        with pytest.raises(CannotServe, match=re.escape(said)):
+            async with running(SMALL, recording={"file": path}):
+                pass
+    assert not os.listdir(tmp_path)

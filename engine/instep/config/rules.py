@@ -164,6 +164,16 @@ def _limits(config: Config) -> list[Contradiction]:
 
 def _recording(config: Config) -> list[Contradiction]:
     recording = config.recording
+    if recording.file is None:
+        return [
+            Contradiction(
+                (f"recording.{key}", "recording.file"),
+                f"recording.{key} is about the files of a recording, and nothing is recorded",
+                "name a recording.file (--record FILE), or set this to 0",
+            )
+            for key in ("max_bytes", "max_age_s", "keep_bytes", "keep_s")
+            if getattr(recording, key)
+        ]
     if recording.max_bytes or recording.max_age_s:
         return []
     return [

@@ -66,7 +66,7 @@ def members(
         RecordingError: when one cannot be read, or files of two recordings have the names of one.
     """
     found, unreadable = [], []
-    for path in _names(base):
+    for path in named_alike(base):
         try:
             with RecordingReader(path) as reader:
                 member = Member(path, reader.header)
@@ -106,6 +106,16 @@ def refuse_part(base: Path, header: RecordingHeader) -> None:
     first = base_of(base)
     if first != base and member_path(first, header.number) == base:
         raise RecordingError(f"{base} is file {header.number} of the recording {first}; name that, there or not")
+
+
+def refuse_place(base: Path) -> None:
+    """Raise RecordingError where no recording can be."""
+    if base.is_dir():
+        raise RecordingError(f"{base} is a folder: name a file for the recording, like {base / 'r.instep'}")
+    if not base.parent.is_dir():
+        raise RecordingError(
+            f"there is no folder {base.parent} for the recording {base.name}: make it, or name another"
+        )
 
 
 def settle(base: Path) -> None:
@@ -175,8 +185,8 @@ def _number_in(path: Path, base: Path) -> int:
     return 1 if path == base else int(path.stem.rpartition("-")[2])
 
 
-def _names(base: Path) -> list[Path]:
-    """Files that may be of the recording, by their names."""
+def named_alike(base: Path) -> list[Path]:
+    """Files that may be of the recording of that name, by their own names."""
     numbered = [path for path in _beside(base) if path != base and base_of(path) == base and path.is_file()]
     # A file that was just created is empty: nobody has recorded anything in it.
     return [base, *numbered] if base.is_file() and base.stat().st_size else numbered

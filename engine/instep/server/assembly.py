@@ -168,6 +168,7 @@ def _recording(
     path = config.recording.file
     assert path is not None
     header = recording_header(prepared, config)
+    family.refuse_place(path)
     family.settle(path)
 
     def on_damaged(error: RecordingError) -> None:
