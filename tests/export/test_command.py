@@ -57,7 +57,8 @@ def test_one_line_says_what_was_written(written: Written) -> None:
         ({"format": "npz"}, "a.npz"),
         ({"output": "b.CSV"}, "b.CSV"),
         ({"output": "b.npz"}, "b.npz"),
-        ({"output": "b.csv", "format": "npz"}, "b.csv"),
+        ({"output": "b.NPZ", "format": "npz"}, "b.NPZ"),
+        ({"output": "b.data", "format": "npz"}, "b.data"),
         ({"output": "b", "format": "npz"}, "b"),
     ],
 )
@@ -68,6 +69,13 @@ def test_name_and_format(written: Written, options: dict[str, Any], name: str) -
     assert names(written.path.parent) == {"a.rec", name}
     is_npz = (written.path.with_name(name)).read_bytes()[:2] == b"PK"
     assert is_npz == ("npz" in (options.get("format"), name[-3:]))
+
+
+def test_a_name_that_says_another_format(written: Written) -> None:
+    status, text = export(written.path, output=written.path.with_name("k.CSV"), format="npz")
+    assert status == 2
+    assert text == "not exported: the name 'k.CSV' says another format than --format npz: leave one of them out\n"
+    assert names(written.path.parent) == {"a.rec"}
 
 
 def test_parquet_when_nothing_is_said(written: Written) -> None:

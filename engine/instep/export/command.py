@@ -54,7 +54,11 @@ def run(
         The exit status: 0, or 2 when it could not be exported.
     """
     try:
-        kind = format or _format_of(output)
+        kind = _format_of(output) if format is None else format
+        if output is not None and output.suffix.lower().removeprefix(".") in WRITERS.keys() - {kind}:
+            raise CannotExport(
+                f"the name {output.name!r} says another format than --format {kind}: leave one of them out"
+            )
         path = output or file.with_suffix(f".{kind}")
         chosen = choose([file])
         if not chosen.is_complete:
