@@ -16,6 +16,7 @@ from instep.recording import commands
 from instep.recording.app import app
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import read_recovery
+from instep.recording.repair import repair as save
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
@@ -91,6 +92,10 @@ def test_check_of_damage_and_of_what_is_no_recording(tmp_path: Path) -> None:
     assert status == 1
     assert "in stream 2 ('stream-2'), frame 1 is missing: frame 3 was recorded in its place" in text
     assert said(commands.check, tmp_path / "nothing.rec")[0] == 2
+    (tmp_path / "h.py").write_text("print('hello')\n" * 100)
+    status, text = said(commands.check, tmp_path / "h.py")
+    assert status == 2
+    assert text.startswith(f"not read: {tmp_path / 'h.py'} is not a recording: it is no SQLite database, or its first")
     (tmp_path / "empty.rec").touch()
     status, text = said(commands.check, tmp_path / "empty.rec")
     assert status == 2
@@ -281,8 +286,8 @@ def test_repair_keeps_everything_before_the_damage(tmp_path: Path) -> None:
     assert status == 0
     repaired = tmp_path / "b.repaired.rec"
     assert text == (
-        f"{repaired}: 14 positions saved; left out: positions 15 to 17 (the row at position 15 (of outputs) does not "
-        "match its CRC)\n"
+        f"{repaired}: saved 11 frames of 2 streams (14 positions); left out: positions 15 to 17 (the row at position "
+        "15 (of outputs) does not match its CRC)\n"
     )
     assert forger.path.read_bytes() == before
     assert history(repaired)[:14] == rows[:14]
@@ -302,7 +307,7 @@ def test_repair_gives_up_states_that_are_damaged_and_keeps_the_history(tmp_path:
     assert said(commands.check, forger.path)[0] == 1
     status, text = said(commands.repair, forger.path, tmp_path / "c.rec")
     assert status == 0
-    assert "16 positions saved; left out: the states of the newest snapshot, which everything before it makes" in text
+    assert "(16 positions); left out: the states of the newest snapshot, which everything before it makes" in text
     with read_recovery(tmp_path / "c.rec", lambda _: None) as recovered:
         assert recovered.snapshot_position == 0
         found = replay(recovered, gru_step(GRU))
@@ -327,9 +332,8 @@ def test_repair_takes_newer_states_of_a_snapshot_under_way_only_with_the_whole_h
     forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec", fix_crc=False)
     if is_damaged:
         forger.change("batches", newer, time_ns=7)
-    status, text = said(commands.repair, forger.path, tmp_path / "c.rec")
-    assert status == 0
-    assert ("the states of the newest snapshot" in text) == is_damaged
+    found_left_out = save(forger.path, tmp_path / "c.rec").left_out
+    assert ("the states of the newest snapshot" in found_left_out) == is_damaged
     with read_recovery(tmp_path / "c.rec", lambda _: None) as recovered:
         assert [stream.seq for stream in recovered.streams] == ([0, 0] if is_damaged else [2, 1])
         found = replay(recovered, gru_step(GRU))
@@ -357,11 +361,38 @@ def test_repair_of_a_file_that_was_cut_off(tmp_path: Path, keep: float) -> None:
     assert "left out: positions" in text
 
 
-def test_repair_of_what_is_whole_is_a_copy(tmp_path: Path) -> None:
+def test_repair_of_what_is_whole_writes_nothing(tmp_path: Path, base: Path) -> None:
     record(tmp_path / "a.rec")
     status, text = said(commands.repair, tmp_path / "a.rec", tmp_path / "b.rec")
-    assert (status, text) == (0, f"{tmp_path / 'b.rec'}: 17 positions saved; nothing was damaged\n")
-    assert history(tmp_path / "b.rec") == history(tmp_path / "a.rec")
+    assert (status, text) == (0, f"{tmp_path / 'a.rec'} is whole: nothing to repair, and nothing was written\n")
+    assert not (tmp_path / "b.rec").exists()
+    status, text = said(commands.repair, base, tmp_path / "b.rec")
+    assert (status, text) == (
+        0,
+        f"each of the 3 files of {base} is whole: nothing to repair, and nothing was written\n",
+    )
+    assert not (tmp_path / "b.rec").exists()
+
+
+def test_repair_of_several_files_is_of_the_damaged_one(base: Path) -> None:
+    damaged = [base.with_name("rec-000002.instep"), base]
+    for count, path in enumerate(damaged, 1):
+        shutil.move(path, path.with_suffix(".was"))
+        forger = Forger(path.with_suffix(".was"), path, fix_crc=False)
+        forger.change("outputs", forger.rows("outputs")[0]["position"], time_ns=7)
+        status, text = said(commands.repair, base, None)
+        if count == 1:
+            assert status == 0
+            new = base.with_name("rec-000002.repaired.instep")
+            assert text.startswith(
+                f"{new}: saved 2 frames of 3 streams (8 positions) of rec-000002.instep, the damaged one"
+            )
+            new.unlink()
+        else:
+            assert status == 2
+            assert f"{base}, {damaged[0]} are damaged; they are repaired one by one: name one" in text
+    assert said(commands.repair, damaged[0], None)[0] == 0
+    assert said(commands.check, base.with_name("rec-000002.repaired.instep"))[0] == 0
 
 
 def test_repair_of_what_cannot_be_saved(tmp_path: Path) -> None:
@@ -382,10 +413,12 @@ def test_repair_of_what_cannot_be_saved(tmp_path: Path) -> None:
         assert status in (1, 2)
         assert re.search(why, text), text
         assert not (tmp_path / "new.rec").exists()
-    status, text = said(commands.repair, tmp_path / "a.rec", tmp_path / "a.rec")
+    forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec", fix_crc=False)
+    forger.change("outputs", 15, time_ns=7)
+    status, text = said(commands.repair, forger.path, tmp_path / "a.rec")
     assert status == 2
     assert "never written over" in text
-    status, text = said(commands.repair, tmp_path / "a.rec", tmp_path / "no folder" / "b.rec")
+    status, text = said(commands.repair, forger.path, tmp_path / "no folder" / "b.rec")
     assert status == 2
     assert "cannot write the recording" in text
 

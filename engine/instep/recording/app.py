@@ -56,9 +56,10 @@ def repair(
         typer.Option(metavar="FILE", help="The new file; beside the damaged one if not given.", show_default=False),
     ] = None,
 ) -> None:
-    """Write a new recording with everything before the first damage; the damaged one stays as it is.
+    """Write a new file with everything before the first damage of another, which stays as it is.
 
-    Exit status 0: it was written. 2: nothing could be saved.
+    Of a recording of several files, the one that is damaged is repaired. Exit status 0: it was written, or nothing is
+    damaged. 1 or 2: nothing could be saved.
     """
     from instep.recording import commands
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from instep.recording import family
 from instep.recording.choice import choose
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
-from instep.recording.inspection import Inspection, inspect_all
+from instep.recording.inspection import Inspection, inspect, inspect_all
 from instep.recording.listing import Listed, list_recordings
 from instep.recording.overview import Overview, look_over
 from instep.recording.repair import repair as save
@@ -88,18 +89,48 @@ def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
 
 
 def repair(file: Path, output: Path | None, console: Console) -> int:
-    """Save what comes before the first damage into a new file, beside the damaged one unless told otherwise."""
-    target = output or file.with_name(f"{file.stem}.repaired{file.suffix}")
+    """Save what comes before the first damage of a file into a new one, beside it unless told otherwise.
+
+    Of a recording of several files, the one that is damaged is meant; what is whole is left alone.
+
+    Returns:
+        0 when something was saved or nothing is damaged, 1 or 2 when nothing could be saved.
+    """
     try:
-        found = save(file, target)
+        files = _files_to_repair(file)
+        damaged = [each for each in files if not _is_whole(each)]
+        if not damaged:
+            what = f"{file} is whole" if len(files) == 1 else f"each of the {len(files)} files of {file} is whole"
+            _say(console, f"{what}: nothing to repair, and nothing was written", "bold green")
+            return WHOLE
+        if len(damaged) > 1:
+            raise RecordingError(f"{', '.join(map(str, damaged))} are damaged; they are repaired one by one: name one")
+        (source,) = damaged
+        target = output or source.with_name(f"{source.stem}.repaired{source.suffix}")
+        found = save(source, target)
     except RecordingError as error:
         return _failed(file, error, console, "repaired", json=False)
-    kept = f"{target}: {_count(found.positions, 'position')} saved"
-    if found.left_out:
-        _say(console, f"{kept}; left out: {found.left_out}", "bold yellow")
-    else:
-        _say(console, f"{kept}; nothing was damaged", "bold green")
+    kept = (
+        f"{target}: saved {_count(found.frames, 'frame')} of {_count(found.streams, 'stream')} "
+        f"({_count(found.positions, 'position')})"
+    )
+    if len(files) > 1:
+        kept += f" of {source.name}, the damaged one of {len(files)} files"
+    _say(console, f"{kept}; left out: {found.left_out}" if found.left_out else kept, "bold yellow")
     return WHOLE
+
+
+def _files_to_repair(file: Path) -> list[Path]:
+    """The one of that name, or all that may be of a recording, by their names: a damaged one may not say what it is."""
+    return (family.named_alike(file) if family.is_first(file) else []) or [file]
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        inspect(file, lambda _: None)
+    except RecordingError:
+        return False  # whoever repairs it says why, where it cannot be
+    return True
 
 
 def _holds(found: Inspection) -> str:

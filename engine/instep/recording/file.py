@@ -197,4 +197,8 @@ class RecordingFile:
         try:
             yield
         except UNREADABLE as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+                raise RecordingError(
+                    f"{self.path} is not a recording: it is no SQLite database, or its first bytes are damaged"
+                ) from None
             raise DamagedRecording(f"{self.path} {what}: {error}", self.path) from None

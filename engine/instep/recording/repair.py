@@ -6,7 +6,7 @@ import heapq
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -43,6 +43,8 @@ class Repaired:
 
     positions: int
     """Rows of the history, all that come before the first damage."""
+    frames: int
+    streams: int
     left_out: str
     """What was not, in words; empty where nothing was missing."""
 
@@ -65,7 +67,8 @@ def repair(source: Path, target: Path) -> Repaired:
             repaired = _write(salvage, database)
         finally:
             database.close()
-        inspect(target, lambda _: None)
+        found = inspect(target, lambda _: None)
+        repaired = replace(repaired, frames=found.frames, streams=found.streams)
     except BaseException as error:
         target.unlink(missing_ok=True)
         if isinstance(error, sqlite3.Error | OSError):
@@ -157,7 +160,7 @@ def _write(salvage: _Salvage, database: sqlite3.Connection) -> Repaired:
         last = _add_event(database, last, REPAIRED_EVENT, None, f"left out {said}")
     _insert(database, "newest", (last, row_crc(last)))
     database.execute("COMMIT")
-    return Repaired(positions, said if left_out else "")
+    return Repaired(positions, 0, 0, said if left_out else "")
 
 
 def _copy_states(salvage: _Salvage, database: sqlite3.Connection, position: int, *, is_whole: bool) -> bool:
