@@ -11,6 +11,7 @@ import pytest
 
 from instep.recording.writer import RecordingWriter
 from instep.runtime.worker import Worker
+from instep_client.wire import Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -26,7 +27,7 @@ async def test_a_snapshot_that_is_not_ready_when_time_is_up_does_not_count(
     commit, stop = RecordingWriter.commit, Worker.stop
 
     def held(self: RecordingWriter) -> None:
-        assert may_commit.wait(60)
+        assert may_commit.wait(10)
         commit(self)
 
     def release_and_stop(self: Worker, timeout_s: float | None = None) -> None:
@@ -53,7 +54,7 @@ async def test_a_snapshot_that_is_not_ready_when_time_is_up_does_not_count(
                 await asyncio.sleep(0.001)
             assert server._snapshots.is_under_way
             server.stop()
-            assert (await client.receive()).kind.name == "GOODBYE"
+            assert (await client.receive()).kind is Kind.GOODBYE
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         await client.hello()
         resumed = await client.resume(names, [2, 1, 1], opened.epochs())
@@ -70,3 +71,38 @@ async def test_a_snapshot_is_not_taken_while_one_is_under_way(tmp_path: Path) ->
         with pytest.raises(AssertionError, match="second snapshot"):
             server._snapshots.take()
         server._snapshots.is_under_way = False
+
+
+async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_goodbye(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_commit = threading.Event()
+    commit = RecordingWriter.commit
+
+    def held(self: RecordingWriter) -> None:
+        assert may_commit.wait(10)
+        commit(self)
+
+    state = rng.standard_normal((1, 1, H)).astype(np.float32)
+    engine = {"max_streams": 40, "device_streams": 8, "host_streams": 12, "max_batch_size": 8}
+    recording = {"file": tmp_path / "r.instep"}
+    async with running(SMALL, engine=engine, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        with monkeypatch.context() as patch:
+            patch.setattr(RecordingWriter, "commit", held)
+            await client.send(*client.open_message("s", states=state))
+            while server.engine.table.find("s") is None:
+                await asyncio.sleep(0.001)
+            server.stop()
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            assert not server.is_quiet
+            may_commit.set()
+            opened = await client.receive()
+            assert (opened.kind, opened.codes()) == (Kind.OPENED, [])
+            assert (await client.receive()).kind is Kind.GOODBYE
+    async with running(SMALL, engine=engine, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        resumed = await client.resume(["s"], [0], opened.epochs())
+        assert resumed.codes() == []
+        np.testing.assert_array_equal((await client.peek(resumed.handles())).floats(), state.ravel())

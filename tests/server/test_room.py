@@ -84,7 +84,7 @@ async def test_steps_and_changes_that_wait_for_room_take_turns(
     turns: list[str] = []
 
     def held(self: RecordingWriter) -> None:
-        assert may_commit.wait(60)
+        assert may_commit.wait(10)
         commit(self)
 
     def stepping(self: Stepper, slots: I64, *rest: Any) -> None:
@@ -126,3 +126,38 @@ async def test_steps_and_changes_that_wait_for_room_take_turns(
                 assert (await client.receive()).kind is Kind.CHANGED
             assert (await other.receive()).kind is Kind.STEPPED
     assert turns[:6] == ["step", "load", "step", "load", "step", "load"]
+
+
+async def test_who_looks_at_a_stream_behind_its_opening_sees_the_state_it_opens_with(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_commit = threading.Event()
+    commit = RecordingWriter.commit
+
+    def held(self: RecordingWriter) -> None:
+        assert may_commit.wait(10)
+        commit(self)
+
+    monkeypatch.setattr(RecordingWriter, "commit", held)
+    states = rng.standard_normal((2, 12, 1, H)).astype(np.float32)
+    x = rng.standard_normal((1, 1, F)).astype(np.float32)
+    names = [f"s{number}" for number in range(12)]
+    recording = {"file": tmp_path / "r.instep", "durability": "memory"}
+    async with running(SMALL, engine=ENGINE, recording=recording) as server:
+        async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as other:
+            await client.hello()
+            await other.hello()
+            await client.open(*(f"first{number}" for number in range(12)), states=states[0])
+            await client.send(*client.open_message(*names, states=states[1]))
+            await client.send(*client.look_message(names))
+            while (await other.statistics())["streams_open"] < 24:
+                pass
+            for _ in range(20):
+                await other.statistics()
+            may_commit.set()
+            replies = {reply.kind: reply for reply in [await client.receive(), await client.receive()]}
+            assert replies.keys() == {Kind.OPENED, Kind.PEEKED}
+            assert replies[Kind.OPENED].codes() == replies[Kind.PEEKED].codes() == []
+            np.testing.assert_array_equal(replies[Kind.PEEKED].floats(), states[1].ravel())
+            y = (await client.step(replies[Kind.OPENED].handles()[3:4], [0], x)).floats()
+            np.testing.assert_array_equal(y, whole(SMALL, x[:, 0], states[1, 3])[0][0])
