@@ -33,8 +33,8 @@ MUTANTS = [
     Mutant(
         "a slot is used again without being cleared",
         "runtime/stepper.py",
-        "        self._cache.clear(device_slots)\n",
-        "",
+        "self._cache.clear(torch.from_numpy(slots).to(self._device))",
+        "pass",
         (f"{LIFECYCLE}::test_the_next_stream_of_a_slot_starts_from_zeros",),
     ),
     Mutant(

@@ -9,7 +9,9 @@ from instep.core.typing import F32, I64
 from instep.model.folder import Model
 from instep.model.network import Network
 from instep.runtime.errors import StateLost
+from instep.runtime.state_cache import StateCache
 from instep.runtime.stepper import Stepper
+from instep.runtime.warm_store import WarmStore
 from tests.support.models import SMALL, plain, whole, with_head
 from tests.support.running import CPU, prepared
 
@@ -90,6 +92,24 @@ def test_loading_gives_zeros_or_the_given_state(stepper: Make, rng: np.random.Ge
     steps.load(slots[:1], None)
     assert not steps.read(slots[:1]).any()
     np.testing.assert_array_equal(steps.read(slots[1:]), states[1:])
+
+
+def test_a_loading_that_raises_changes_no_state(
+    stepper: Make, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = stepper(SMALL)
+    slots = np.arange(1, 5)
+    step(steps, slots, rng.standard_normal((4, F)).astype(np.float32))
+    before = steps.read(slots)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    for store in (StateCache, WarmStore):
+        monkeypatch.setattr(store, "write", fails)
+    with pytest.raises(RuntimeError, match="injected"):
+        steps.load(slots, np.ones((4, 1, H), np.float32))
+    np.testing.assert_array_equal(steps.read(slots), before)
 
 
 def test_a_step_that_raises_changes_no_state(

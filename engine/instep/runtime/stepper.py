@@ -113,10 +113,10 @@ class Stepper:
         if self.tiers is not None:
             self.tiers.load(slots, padded)
             return
-        device_slots = torch.from_numpy(slots).to(self._device)
-        self._cache.clear(device_slots)
         if padded is not None:
-            self._cache.write(slots, padded)
+            self._cache.write(slots, padded)  # at once, so that a write that fails has not cleared them
+        else:
+            self._cache.clear(torch.from_numpy(slots).to(self._device))
 
     def leave_cold(self, slots: I64) -> None:
         """The recording holds the states of slots; only where it may hold some alone."""
