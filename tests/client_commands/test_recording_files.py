@@ -61,9 +61,7 @@ def test_one_file_is_read_alone_by_its_own_name(tmp_path: Path, scribe: Scribe) 
 def test_the_first_may_be_gone_and_one_in_the_middle_may_not(tmp_path: Path, scribe: Scribe) -> None:
     scribe.writer.close()
     (tmp_path / FILES[1]).rename(tmp_path / "away")
-    with pytest.raises(
-        BadFile, match=r"a file of .*a\.rec is missing: one ends at position 8, and the next begins at"
-    ):
+    with pytest.raises(BadFile, match=r"a file of .*a\.rec is missing: one ends at position 8, and the next begins at"):
         read_recording(tmp_path / "a.rec")
     (tmp_path / "away").rename(tmp_path / FILES[1])
     (tmp_path / "a.rec").unlink()

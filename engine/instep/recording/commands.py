@@ -175,7 +175,7 @@ def _facts(found: Overview, notes: Sequence[str]) -> dict[str, str]:
 
 def _which(found: Overview) -> str:
     if len(found.files) == 1:
-        return f"file {found.first_number:,} of the recording"
+        return "1" if found.first_number == 1 else f"file {found.first_number:,} of the recording"
     return f"{len(found.files):,}, {Path(found.files[0]).name} to {Path(found.files[-1]).name}"
 
 
@@ -215,7 +215,8 @@ def _failed(file: Path, error: RecordingError, console: Console, what: str, *, j
     if json:
         _write_json({"file": str(file), what: False, "error": with_advice(error)})
     else:
-        _say(console, with_advice(error) if damaged else f"not read: {error}", "bold red")
+        said = "not repaired" if what == "repaired" else "not read"
+        _say(console, with_advice(error) if damaged else f"{said}: {error}", "bold red")
     return DAMAGED if damaged else NOT_READ
 
 
