@@ -18,12 +18,19 @@ from instep.core.typing import F32, I64
 from instep.model.folder import load_model
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
-from instep.recording.schema import RecordingHeader
+from instep.recording.schema import FORMAT_VERSION, RecordingHeader
 from instep.recording.sequences import SequenceIndex
 from instep.runtime.stepper import Stepper
 from instep.server.recovery import go_on
 from instep.verify.command import run
-from tests.support.golden import EXPECTED, FEATURES, HIDDEN, MODEL_FOLDER, RECORDING, by_hand
+from tests.support.golden import (
+    FEATURES,
+    FORMATS,
+    HIDDEN,
+    MODEL_FOLDER,
+    by_hand,
+    golden_recording,
+)
 from tests.support.raw import RawClient
 from tests.support.running import CPU, prepared, running
 
@@ -51,8 +58,15 @@ class Known:
         return np.concatenate(parts)
 
 
-def known() -> dict[str, Known]:
-    with np.load(EXPECTED) as file:
+@pytest.fixture(params=FORMATS)
+def golden(request: pytest.FixtureRequest) -> Path:
+    """The recording of each format in turn."""
+    return golden_recording(request.param)
+
+
+@pytest.fixture
+def streams(golden: Path) -> dict[str, Known]:
+    with np.load(golden.with_suffix(".npz")) as file:
         names = sorted({key.split("/")[0] for key in file.files})
         return {
             name: Known(
@@ -67,14 +81,14 @@ def known() -> dict[str, Known]:
 
 
 @pytest.fixture
-def recording(tmp_path: Path) -> Path:
-    return Path(shutil.copyfile(RECORDING, tmp_path / "r.db"))
+def recording(golden: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copyfile(golden, tmp_path / "r.db"))
 
 
 @pytest.fixture
-def header() -> RecordingHeader:
+def header(golden: Path) -> RecordingHeader:
     """Of an engine like the one that wrote it last; the bits do not depend on the machine."""
-    with RecordingReader(RECORDING) as reader:
+    with RecordingReader(golden) as reader:
         return reader.engines[-1].header
 
 
@@ -89,8 +103,11 @@ def assert_same(one: F32, other: F32, what: str) -> None:
     np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32), what)
 
 
-def test_what_was_served_can_be_worked_out_by_hand() -> None:
-    streams = known()
+def test_the_present_format_has_one() -> None:
+    assert FORMATS[-1] == FORMAT_VERSION
+
+
+def test_what_was_served_can_be_worked_out_by_hand(streams: dict[str, Known]) -> None:
     assert streams.keys() == OPEN | {"closed"}
     for name, stream in streams.items():
         assert len(stream.x) - len(stream.y) == (name == "late")
@@ -99,8 +116,8 @@ def test_what_was_served_can_be_worked_out_by_hand() -> None:
     assert streams["late"].first_seq == 100
 
 
-def test_it_holds_every_kind_of_row() -> None:
-    database = sqlite3.connect(f"file:{RECORDING}?mode=ro&immutable=1", uri=True)
+def test_it_holds_every_kind_of_row(golden: Path) -> None:
+    database = sqlite3.connect(f"file:{golden}?mode=ro&immutable=1", uri=True)
     kinds = {kind for (kind,) in database.execute("SELECT DISTINCT kind FROM events")}
     tables = ("openings", "batches", "outputs", "closings", "states", "snapshot")
     rows = {table: database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables}
@@ -110,9 +127,8 @@ def test_it_holds_every_kind_of_row() -> None:
     assert rows["batches"] > rows["outputs"]
 
 
-def test_it_is_read_to_the_very_frames_and_outputs() -> None:
-    streams = known()
-    with RecordingReader(RECORDING) as reader:
+def test_it_is_read_to_the_very_frames_and_outputs(golden: Path, streams: dict[str, Known]) -> None:
+    with RecordingReader(golden) as reader:
         index = SequenceIndex(reader, lambda _: None)
         assert not index.defects
         sequences = index.load(np.arange(len(index.stretches)))
@@ -128,21 +144,23 @@ def test_it_is_read_to_the_very_frames_and_outputs() -> None:
         assert first_seqs == tuple(stream.first_seq + int(at) for at in stream.starts[:, 0])
 
 
-def test_it_is_verified() -> None:
-    inspection = inspect(RECORDING, lambda _: None)
+def test_it_is_verified(golden: Path) -> None:
+    inspection = inspect(golden, lambda _: None)
     assert (inspection.streams, inspection.open_streams, inspection.unanswered, inspection.restarts) == (5, 4, 1, 2)
     said = io.StringIO()
     console = Console(file=said, width=160)
-    assert run([RECORDING], model_folder=MODEL_FOLDER, stream=None, json=False, console=console) == 0, said.getvalue()
+    assert run([golden], model_folder=MODEL_FOLDER, stream=None, json=False, console=console) == 0, said.getvalue()
 
 
-def test_an_engine_goes_on_with_it_to_the_bit(recording: Path, header: RecordingHeader) -> None:
+def test_an_engine_goes_on_with_it_to_the_bit(
+    recording: Path, header: RecordingHeader, streams: dict[str, Known]
+) -> None:
     table, rings, stepper = new_engine()
     writer, recovery = go_on(recording, header, table, rings, stepper, accept_numerics_change=False)
     writer.close()
     assert recovery.streams == len(OPEN)
     assert recovery.frames > 0
-    for name, stream in known().items():
+    for name, stream in streams.items():
         slot = table.find(name)
         if name not in OPEN:
             assert slot is None
@@ -160,10 +178,10 @@ def test_an_engine_goes_on_with_it_to_the_bit(recording: Path, header: Recording
 
 
 async def test_its_clients_go_on_with_it(
-    recording: Path, header: RecordingHeader, monkeypatch: pytest.MonkeyPatch
+    recording: Path, header: RecordingHeader, streams: dict[str, Known], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("instep.server.assembly.numerics", lambda _: dict(header.numerics))
-    model, streams = load_model(MODEL_FOLDER), known()
+    model = load_model(MODEL_FOLDER)
     assert header.model_fingerprint == model.fingerprint
     names = sorted(OPEN)
     have = [streams[name].first_seq + len(streams[name].y) for name in names]

@@ -15,10 +15,18 @@ import numpy as np
 
 from instep.core.typing import F32
 from instep.model.folder import load_model
+from instep.recording.schema import FORMAT_VERSION
 from instep.server.server import Server
 from instep_client.wire import Kind
 from tests.support.gate import GATE_VALUE, Gate
-from tests.support.golden import EXPECTED, FEATURES, HIDDEN, MODEL_FOLDER, RECORDING, make_golden_model
+from tests.support.golden import (
+    FEATURES,
+    HIDDEN,
+    MODEL_FOLDER,
+    golden_expectation,
+    golden_recording,
+    make_golden_model,
+)
 from tests.support.raw import RawClient, Reply
 from tests.support.running import running
 
@@ -126,15 +134,18 @@ async def write(folder: Path) -> None:
             await clients.send_and_be_killed(client, server, "plain", first, second)
             gate.open()
 
-    async with running(model, recording={"file": second}) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        names = ["plain", "given", "fork"]
-        await clients.resume(client, names)
-        have = clients.seqs(["plain"])
-        again = await client.step([clients.handles["plain"]], have, np.stack(clients.x["plain"][-1:])[None], have)
-        clients.y["plain"].append(again.floats())
-        clients.opened(await client.open("late", states=short[2:], first_seqs=[100]), ["late"], short[2:])
-        await clients.step(client, [*names, "late"], 3)
+    async with running(model, recording={"file": second}, transport={"heartbeat_s": 0.05}) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            names = ["plain", "given", "fork"]
+            await clients.resume(client, names)
+            have = clients.seqs(["plain"])
+            again = await client.step([clients.handles["plain"]], have, np.stack(clients.x["plain"][-1:])[None], have)
+            clients.y["plain"].append(again.floats())
+            clients.opened(await client.open("late", states=short[2:], first_seqs=[100]), ["late"], short[2:])
+            await clients.step(client, [*names, "late"], 3)
+        while not rows(second, "events WHERE kind = 'parked'"):
+            await asyncio.sleep(0.01)
 
     gate = Gate()
     async with running(model, stepper=gate.stepper, recording={"file": second}) as server:
@@ -150,14 +161,14 @@ async def write(folder: Path) -> None:
     database = sqlite3.connect(third, isolation_level=None)
     database.execute("PRAGMA journal_mode=DELETE")
     database.close()
-    shutil.copyfile(third, RECORDING)
+    shutil.copyfile(third, golden_recording(FORMAT_VERSION))
     known: dict[str, F32 | np.uint64 | np.int64] = {}
     for name, x in clients.x.items():
         known[f"{name}/x"], known[f"{name}/y"] = np.array(x), np.array(clients.y[name])
         known[f"{name}/first_seq"] = np.int64(clients.first_seq[name])
         known[f"{name}/epoch"] = np.uint64(clients.epochs[name])
         known[f"{name}/starts"] = np.array([[at, *state] for at, state in clients.starts[name]], np.float32)
-    np.savez_compressed(EXPECTED, **known)  # type: ignore[arg-type]
+    np.savez_compressed(golden_expectation(FORMAT_VERSION), **known)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
