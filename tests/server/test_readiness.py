@@ -77,6 +77,8 @@ async def test_between_the_recorders_failure_and_the_servers_end_nothing_new_is_
     async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("a", "b")).handles()
+        while server._tap._durable < server._tap.newest:  # nothing may fail before the step
+            await asyncio.sleep(0.001)
         failed: list[Exception] = []
         with monkeypatch.context() as injected:
             injected.setattr(Server, "_recording_failed", lambda _, error: failed.append(error))

@@ -19,9 +19,10 @@ from instep.recording.reader import RecordingReader
 from instep.recording.states import StateRows
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Worker
+from instep.server.gathering import Gathering
 from instep.server.rotation import Rotation
 from instep.server.server import Server
-from instep.server.snapshots import Snapshots
+from instep.server.snapshots import Extents, Snapshots
 from instep.server.tap import Tap
 from instep_client.wire import Kind
 from tests.support.gate import GATE_VALUE, Gate
@@ -207,10 +208,21 @@ async def test_what_opens_and_is_reset_while_states_are_read_is_in_the_file_it_b
             np.testing.assert_array_equal(info.initial_state, states[at])
 
 
-async def test_a_state_that_changes_behind_the_reading_is_not_kept_by_the_cut(tmp_path: Path) -> None:
+async def test_a_state_that_changes_behind_the_reading_is_not_kept_by_the_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, gate = tmp_path / "r.instep", Gate("load")
     gate.open()
+    extents, are_done = Gathering.extents, list[bool]()
     async with running(SMALL, stepper=gate.stepper, recording={"file": path}) as server:
+
+        def reset() -> None:
+            server.lifecycle.reset(slots, np.ones((1, 1, H), np.float32), are_done.append)
+
+        def extents_then_reset(gathering: Gathering, asked: I64) -> Extents:
+            asyncio.get_running_loop().call_soon(reset)  # so that its job is behind the reading
+            return extents(gathering, asked)
+
         async with RawClient(server.endpoint) as client:
             await client.hello()
             await client.open("a")
@@ -218,9 +230,8 @@ async def test_a_state_that_changes_behind_the_reading_is_not_kept_by_the_cut(tm
                 await asyncio.sleep(0.001)
             gate.close()
             slots = np.array([server.engine.table.find("a")])
+            monkeypatch.setattr(Gathering, "extents", extents_then_reset)
             server._rotation.begin(SECOND_NS)
-            are_done: list[bool] = []
-            server.lifecycle.reset(slots, np.ones((1, 1, H), np.float32), are_done.append)
             await followed(path, 2)
             while server._snapshots.is_under_way:
                 await asyncio.sleep(0.001)
@@ -228,6 +239,7 @@ async def test_a_state_that_changes_behind_the_reading_is_not_kept_by_the_cut(tm
             gate.open()
             while not are_done:
                 await asyncio.sleep(0.001)
+            assert are_done == [True]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
