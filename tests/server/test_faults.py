@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -36,20 +35,20 @@ POISON = 1234.5
 
 @contextlib.asynccontextmanager
 async def held_commits() -> AsyncIterator[threading.Event]:
-    """Commits wait while this event is set, and no longer than the block runs."""
-    held, commit = threading.Event(), RecordingWriter.commit
+    """Commits wait while this event is cleared, and no longer than the block runs."""
+    may_commit, commit = threading.Event(), RecordingWriter.commit
+    may_commit.set()
 
     def waiting_commit(self: RecordingWriter) -> None:
-        while held.is_set():
-            time.sleep(0.001)
+        may_commit.wait()
         commit(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecordingWriter, "commit", waiting_commit)
         try:
-            yield held
+            yield may_commit
         finally:
-            held.clear()
+            may_commit.set()
 
 
 class FaultyStepper(Stepper):
@@ -337,10 +336,10 @@ async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(
     async with (
         running(SMALL, recording=recording) as server,
         RawClient(server.endpoint) as client,
-        held_commits() as held,
+        held_commits() as may_commit,
     ):
         await client.hello()
-        held.set()
+        may_commit.clear()
         handles = (await client.open("s")).handles()
         await client.send(*client.step_message(handles, [0], x))
         while server.statistics.batches_total < 2:
@@ -348,7 +347,7 @@ async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(
         for _ in range(200):
             await asyncio.sleep(0)
         assert server.statistics.batches_total == 2
-        held.clear()
+        may_commit.set()
         reply = await client.receive()
         np.testing.assert_array_equal(reply.floats().reshape(30, H), whole(SMALL, x[:, 0])[0])
 
@@ -388,11 +387,11 @@ async def test_nothing_is_answered_before_the_recording_has_it(
     async with (
         running(SMALL, recording=recording) as server,
         RawClient(server.endpoint) as client,
-        held_commits() as held,
+        held_commits() as may_commit,
     ):
         assert (await client.hello()).header[-2] == durability
         handles = (await client.open("s")).handles()
-        held.set()
+        may_commit.clear()
         await client.send(*client.step_message(handles, [0], x))
         await client.send(*client.open_message("t"))
         while server.statistics.batches_total < 2 or server.engine.table.open_count < 2:
@@ -402,7 +401,7 @@ async def test_nothing_is_answered_before_the_recording_has_it(
         assert pong.kind is Kind.PONG
         repeated = await client.step(handles, [0], x)
         assert repeated.codes() == [Code.SEQ_REPEATED]
-        held.clear()
+        may_commit.set()
         replies = {reply.kind: reply for reply in [await client.receive() for _ in range(3)]}
         assert replies[Kind.PEEKED].seqs() == [2]
         np.testing.assert_array_equal(replies[Kind.STEPPED].floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
@@ -417,10 +416,10 @@ async def test_nobody_is_told_that_a_stream_is_no_more_before_the_recording_has_
     recording = {"file": tmp_path / "r.instep", "durability": "commit"}
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         await client.hello()
-        async with RawClient(server.endpoint) as owner, held_commits() as held:
+        async with RawClient(server.endpoint) as owner, held_commits() as may_commit:
             await owner.hello()
             opened = await owner.open("s", "other")
-            held.set()
+            may_commit.clear()
             table, lifecycle = server.engine.table, server.lifecycle
             if end == "closed":
                 await owner.send(*owner.close_message(opened.handles()[:1]))
@@ -436,7 +435,7 @@ async def test_nobody_is_told_that_a_stream_is_no_more_before_the_recording_has_
                 await client.send(*client.look_message(["s", "other"][: 1 + (verb != "look")]))
             pong = await client.ask(msgpack.packb([Kind.PING, 9]))
             assert pong.kind is Kind.PONG
-            held.clear()
+            may_commit.set()
             code = Code.EXPIRED if end == "expired" else Code.UNKNOWN_STREAM
             assert (await client.receive()).codes() == [code]
 
@@ -445,19 +444,22 @@ async def test_who_has_the_number_of_an_owner_that_is_gone_is_not_told_of_the_en
     tmp_path: Path,
 ) -> None:
     recording = {"file": tmp_path / "r.instep"}
-    async with held_commits() as held, running(SMALL, recording=recording, limits={"max_connections": 1}) as server:
+    async with (
+        held_commits() as may_commit,
+        running(SMALL, recording=recording, limits={"max_connections": 1}) as server,
+    ):
         async with RawClient(server.endpoint) as gone, RawClient(server.endpoint) as heir:
             await gone.hello()
             await gone.open("s", "t")
             (owner,) = server._clients.all()
-            held.set()
+            may_commit.clear()
             server.lifecycle.evict(server.engine.table.owned_by(owner.number), Code.IDLE)
             server._postbox.give_up(owner)
             while server.engine.table.open_count:
                 await asyncio.sleep(0.001)
             await heir.hello()
             assert server._clients.all()[0].number == owner.number
-            held.clear()
+            may_commit.set()
             assert (await heir.open("s")).kind is Kind.OPENED
 
 
@@ -466,11 +468,11 @@ async def test_while_a_commit_takes_long_only_so_many_answers_that_are_not_recor
     tmp_path: Path, verb: str
 ) -> None:
     count = 3 * MOST_JOBS
-    async with held_commits() as held, running(SMALL, recording={"file": tmp_path / "r.instep"}) as server:
+    async with held_commits() as may_commit, running(SMALL, recording={"file": tmp_path / "r.instep"}) as server:
         async with RawClient(server.endpoint) as client:
             await client.hello()
             opened = await client.open("s")
-            held.set()
+            may_commit.clear()
             await client.send(*client.open_message("t"))
             while not len(server._tap._waiting):
                 await asyncio.sleep(0)
@@ -490,7 +492,7 @@ async def test_while_a_commit_takes_long_only_so_many_answers_that_are_not_recor
             while not server._router.is_readable:
                 await asyncio.sleep(0)
             assert len(server._tap._waiting) <= 1 + MOST_JOBS
-            held.clear()
+            may_commit.set()
             for _ in range(1 + count):
                 assert (await client.receive()).kind in (Kind.OPENED, Kind.PEEKED, Kind.RESUMED)
             assert server.has_room
@@ -502,18 +504,22 @@ async def test_more_blocks_than_can_wait_to_be_durable_are_refused(tmp_path: Pat
     recording = {"file": tmp_path / "r.instep", "durability": "commit"}
     limits = {"max_pending_frames": 2, "max_block_frames": 1, "credit_frames": 2}
     async with running(SMALL, recording=recording, limits=limits) as server:
-        async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as other, held_commits() as held:
+        async with (
+            RawClient(server.endpoint) as client,
+            RawClient(server.endpoint) as other,
+            held_commits() as may_commit,
+        ):
             await client.hello()
             await other.hello()
             mine, theirs = (await client.open("a", "b")).handles(), (await other.open("c")).handles()
-            held.set()
+            may_commit.clear()
             for handle in mine:
                 await client.send(*client.step_message([handle], [0], x))
             while server.statistics.frames_total < 2:
                 await asyncio.sleep(0.001)
             assert server.engine.rings.pending_count == 0
             assert (await other.step(theirs, [0], x)).code is Code.BUSY
-            held.clear()
+            may_commit.set()
             for _ in mine:
                 reply = await client.receive()
                 np.testing.assert_array_equal(reply.floats().reshape(1, H), whole(SMALL, x[:, 0])[0])
