@@ -20,6 +20,7 @@ from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job
 from instep.server.preparation import CannotServe
 from instep_client.wire import Code, Kind
+from tests.support.commits import held_commits
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -177,19 +178,11 @@ async def test_zeros_are_not_read(rng: np.random.Generator, tmp_path: Path) -> N
         assert (await client.statistics())["states_fetched_total"] == 0
 
 
-async def test_steps_wait_while_no_state_may_leave_memory(
-    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    may_commit = threading.Event()
-    may_commit.set()
-    commit = RecordingWriter.commit
-
-    def held(self: RecordingWriter) -> None:
-        assert may_commit.wait(60)
-        commit(self)
-
-    monkeypatch.setattr(RecordingWriter, "commit", held)
-    async with running(SMALL, engine=ENGINE, recording=recording(tmp_path, "memory")) as server:
+async def test_steps_wait_while_no_state_may_leave_memory(rng: np.random.Generator, tmp_path: Path) -> None:
+    async with (
+        running(SMALL, engine=ENGINE, recording=recording(tmp_path, "memory")) as server,
+        held_commits() as may_commit,
+    ):
         async with RawClient(server.endpoint) as client:
             await client.hello()
             truth = await opened(client, rng, are_given=False)
@@ -302,19 +295,11 @@ async def test_more_states_than_memory_holds_cannot_be_given_at_once(rng: np.ran
         truth.check(list(range(STREAMS)), (await client.close(truth.handles)).floats())
 
 
-async def test_a_change_that_waits_for_room_keeps_its_place(
-    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    may_commit = threading.Event()
-    may_commit.set()
-    commit = RecordingWriter.commit
-
-    def held(self: RecordingWriter) -> None:
-        assert may_commit.wait(60)
-        commit(self)
-
-    monkeypatch.setattr(RecordingWriter, "commit", held)
-    async with running(SMALL, engine=ENGINE, recording=recording(tmp_path, "memory")) as server:
+async def test_a_change_that_waits_for_room_keeps_its_place(rng: np.random.Generator, tmp_path: Path) -> None:
+    async with (
+        running(SMALL, engine=ENGINE, recording=recording(tmp_path, "memory")) as server,
+        held_commits() as may_commit,
+    ):
         async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as other:
             await client.hello()
             await other.hello()

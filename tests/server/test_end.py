@@ -27,7 +27,7 @@ async def test_a_snapshot_that_is_not_ready_when_time_is_up_does_not_count(
     commit, stop = RecordingWriter.commit, Worker.stop
 
     def held(self: RecordingWriter) -> None:
-        assert may_commit.wait(10)
+        assert may_commit.wait(60)
         commit(self)
 
     def release_and_stop(self: Worker, timeout_s: float | None = None) -> None:
@@ -80,7 +80,7 @@ async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_go
     commit = RecordingWriter.commit
 
     def held(self: RecordingWriter) -> None:
-        assert may_commit.wait(10)
+        assert may_commit.wait(60)
         commit(self)
 
     state = rng.standard_normal((1, 1, H)).astype(np.float32)

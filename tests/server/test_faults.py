@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgpack
@@ -23,6 +21,7 @@ from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
 from instep.server.waits import MOST_JOBS
 from instep_client.wire import Code, Kind
+from tests.support.commits import held_commits
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
@@ -31,24 +30,6 @@ from tests.support.running import running
 F, H = 5, 8
 POISON = 1234.5
 """A frame that begins with this makes the step raise."""
-
-
-@contextlib.asynccontextmanager
-async def held_commits() -> AsyncIterator[threading.Event]:
-    """Commits wait while this event is cleared, and no longer than the block runs."""
-    may_commit, commit = threading.Event(), RecordingWriter.commit
-    may_commit.set()
-
-    def waiting_commit(self: RecordingWriter) -> None:
-        may_commit.wait()
-        commit(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RecordingWriter, "commit", waiting_commit)
-        try:
-            yield may_commit
-        finally:
-            may_commit.set()
 
 
 class FaultyStepper(Stepper):

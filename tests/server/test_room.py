@@ -84,7 +84,7 @@ async def test_steps_and_changes_that_wait_for_room_take_turns(
     turns: list[str] = []
 
     def held(self: RecordingWriter) -> None:
-        assert may_commit.wait(10)
+        assert may_commit.wait(60)
         commit(self)
 
     def stepping(self: Stepper, slots: I64, *rest: Any) -> None:
@@ -135,7 +135,7 @@ async def test_who_looks_at_a_stream_behind_its_opening_sees_the_state_it_opens_
     commit = RecordingWriter.commit
 
     def held(self: RecordingWriter) -> None:
-        assert may_commit.wait(10)
+        assert may_commit.wait(60)
         commit(self)
 
     monkeypatch.setattr(RecordingWriter, "commit", held)
