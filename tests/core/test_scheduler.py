@@ -90,6 +90,21 @@ def test_a_full_batch_is_not_held_nor_one_with_every_open_stream() -> None:
     assert rules.hold_ns(now_ns=0, open_count=100) == 0
 
 
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 9))
+def test_streams_of_several_clients_that_are_ready_together_stand_as_if_one_came_after_the_other(
+    clients: list[int], max_batch_size: int
+) -> None:
+    together, one_by_one = scheduler(max_batch_size), scheduler(max_batch_size)
+    for first in (1, 101):  # the second time, clients have tags already
+        slots = np.arange(first, first + len(clients))
+        together.add(slots, np.array(clients, np.int32), 0)
+        for slot, client in zip(slots.tolist(), clients, strict=True):
+            add(one_by_one, client, slot)
+        assert together.next_batch().tolist() == one_by_one.next_batch().tolist()
+    for _ in range(80):
+        assert together.next_batch().tolist() == one_by_one.next_batch().tolist()
+
+
 @given(
     st.lists(st.one_of(st.tuples(st.integers(0, 3), st.integers(1, 40)), st.just("step")), max_size=80),
     st.integers(1, 9),

@@ -239,7 +239,7 @@ MUTANTS = [
     Mutant(
         "a client that floods is served first",
         "core/scheduler.py",
-        'ready[np.argsort(self._tag[ready], kind="stable")]',
+        'ready[self._tag[ready].argsort(kind="stable")]',
         "ready",
         (f"{SCHEDULER}::test_a_client_that_floods_waits_behind_its_own_frames",),
     ),

@@ -6,8 +6,6 @@ import numpy as np
 
 from instep.core.typing import I32, I64, U32
 
-_ONE = np.int64(1)
-
 
 class Scheduler:
     """The ready streams (those with a pending frame that is not in a step), and the order in which they step.
@@ -48,16 +46,15 @@ class Scheduler:
             return
         if self.ready_count == 0:
             self._waiting_since_ns = now_ns
-        if len(clients) == 1:
-            client = int(clients[0])
+        client = clients[0]
+        if np.count_nonzero(clients == client) == len(clients):
             first = max(int(self._last_tag[client]), self._served_tag)
             self._tag[slots] = np.arange(first, first + count)
             self._last_tag[client] = first + count
         else:
-            start = np.maximum(self._last_tag[clients], self._served_tag)
-            self._last_tag[clients] = start
-            np.add.at(self._last_tag, clients, _ONE)  # of the array's own type: another one is 20 times slower
-            self._tag[slots] = start
+            tags = np.maximum(self._last_tag[clients], self._served_tag) + _former(clients)
+            self._tag[slots] = tags
+            self._last_tag[clients] = tags + 1  # of a client's entries the last one counts, and is the highest
         self._ready[self.ready_count : self.ready_count + count] = slots
         self.ready_count += count
 
@@ -76,10 +73,21 @@ class Scheduler:
             self.ready_count = 0
         else:
             # Tags come in a few rising runs, which a stable sort merges in one pass.
-            ready = ready[np.argsort(self._tag[ready], kind="stable")]
+            ready = ready[self._tag[ready].argsort(kind="stable")]
             batch = ready[: self.max_batch_size]
             self.ready_count -= self.max_batch_size
             self._ready[: self.ready_count] = ready[self.max_batch_size :]
         if len(batch):
             self._served_tag = max(self._served_tag, int(self._tag[batch].max()))
         return batch
+
+
+def _former(clients: I32) -> I64:
+    """How many entries before each one are of the same client: int32 [N] → int64 [N]."""
+    order = clients.argsort(kind="stable")
+    ordered, places = clients[order], np.arange(len(clients))
+    begins = np.zeros_like(places)
+    begins[1:] = np.where(ordered[1:] != ordered[:-1], places[1:], 0)
+    former = np.empty_like(places)
+    former[order] = places - np.maximum.accumulate(begins)
+    return former
