@@ -9,8 +9,10 @@ from instep.core.typing import I64, U32, U64, Bool
 SCRATCH_SLOT = 0
 """The slot that padding rows read and write; never given to a stream."""
 
-_SLOT_BITS = np.uint64(32)
-_SLOT_MASK = np.uint64(0xFFFF_FFFF)
+# Arrays, not scalars: numpy takes twice as long to join a scalar with a small array.
+_SLOT_BITS = np.array(32, np.uint64)
+_SLOT_MASK = np.array(0xFFFF_FFFF, np.uint64)
+_SCRATCH = np.array(SCRATCH_SLOT)
 
 
 class SlotAllocator:
@@ -60,8 +62,9 @@ class SlotAllocator:
             slots: int64 [N], the scratch slot where a handle names no slot.
             current: bool [N].
         """
-        slots = (handles & _SLOT_MASK).astype(np.int64)
-        if slots.max(initial=0) > self.capacity:
-            slots[slots > self.capacity] = SCRATCH_SLOT
-        current = (self.generation[slots] == (handles >> _SLOT_BITS)) & (slots != SCRATCH_SLOT)
+        slots = (handles & _SLOT_MASK).view(np.int64)
+        beyond = slots > self.capacity
+        if np.count_nonzero(beyond):
+            slots[beyond] = SCRATCH_SLOT
+        current = (self.generation[slots] == (handles >> _SLOT_BITS)) & (slots != _SCRATCH)
         return slots, current

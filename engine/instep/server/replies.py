@@ -16,9 +16,9 @@ _OBJECTS_BYTES = 256
 
 def failures(codes: I32, timesteps: I64 | None = None, expected_seq: I64 | None = None) -> wire.FailureArray:
     """One FAILURE entry for each column whose code is not 0."""
-    columns = np.flatnonzero(codes)
-    if len(columns) == 0:
+    if not np.count_nonzero(codes):
         return wire.NO_FAILURES
+    columns = np.flatnonzero(codes)
     entries = np.zeros(len(columns), wire.FAILURE)
     entries["column"] = columns
     entries["code"] = codes[columns]
@@ -82,7 +82,7 @@ def stepped(block: Block[Any], y: F32, now_ns: int) -> Message:
         send_us,
         _sentences(refused) if len(refused) else (),
     )
-    return [header, wire.raw(y), refused.tobytes()]
+    return [header, y.data.cast("B"), refused.tobytes()]
 
 
 def closed(request: int, states: F32, codes: I32) -> Message:
@@ -124,4 +124,4 @@ def goodbye(sentence: str) -> Message:
 
 def size_bytes(message: Message) -> int:
     """About what a message takes in memory: its frames, and the objects around them."""
-    return _OBJECTS_BYTES + sum(len(frame) for frame in message)
+    return _OBJECTS_BYTES + sum(map(len, message))

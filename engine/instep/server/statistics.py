@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 
 from instep.core.streams import NO_OWNER, StreamTable
@@ -28,11 +30,11 @@ class Statistics:
         self.evicted_by_code: dict[str, int] = {}
         self.tiers: Tiers | None = None
         """Where states are; None when all are on the device."""
-        self._split_us = np.zeros((_WINDOW, 3))
+        self._split_ns: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW)
 
     def block_answered(self, queue_ns: int, compute_ns: int, send_ns: int) -> None:
         """A block was answered; nanoseconds it waited, was computed, and took to be handed to the socket."""
-        self._split_us[self.blocks_total % _WINDOW] = (queue_ns / 1000, compute_ns / 1000, send_ns / 1000)
+        self._split_ns.append((queue_ns, compute_ns, send_ns))
         self.blocks_total += 1
 
     def evicted(self, code: Code, streams: int) -> None:
@@ -46,9 +48,9 @@ class Statistics:
         values = {name: float(value) for name, value in vars(self).items() if name.endswith("_total")}
         values |= {f"evicted_{reason}_total": float(count) for reason, count in self.evicted_by_code.items()}
         values["batch_size_mean"] = self.frames_total / max(1, self.batches_total)
-        split = self._split_us[: min(self.blocks_total, _WINDOW)]
+        split_us = np.array(self._split_ns).reshape(-1, 3) / 1000
         for index, part in enumerate(("queue", "compute", "send")):
-            p50, p99 = np.percentile(split[:, index], (50, 99)) if len(split) else (0.0, 0.0)
+            p50, p99 = np.percentile(split_us[:, index], (50, 99)) if len(split_us) else (0.0, 0.0)
             values[f"{part}_us_p50"] = float(p50)
             values[f"{part}_us_p99"] = float(p99)
         return values
