@@ -99,6 +99,16 @@ def test_a_column_without_admitted_frames_may_name_the_slot_of_another() -> None
     assert table.pending[slots].tolist() == [0]
 
 
+def test_frames_of_a_stream_from_several_blocks_are_answered_at_once() -> None:
+    """When a step fails, what is pending behind its frames is answered with them."""
+    table = StreamTable(2, max_owners=4)
+    slots, _ = table.open(["a", "b"], owner=1, now_ns=0)
+    for lengths in ([2, 1], [3, 0]):
+        table.admitted(slots, np.array(lengths), now_ns=0)
+    table.answered(slots[[0, 1, 0, 1]], np.array([2, 1, 3, 0]))
+    assert table.pending[slots].tolist() == [0, 0]
+
+
 def test_owners_are_told_how_many_streams_they_have() -> None:
     table = StreamTable(4, max_owners=4)
     slots, _ = table.open(["a", "b", "a"], owner=2, now_ns=0)

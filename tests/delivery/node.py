@@ -221,7 +221,8 @@ class Node:
 
     def handle(self, connection: Connection, message: list[bytes]) -> None:
         """One message of one connection, as the server's pump takes it."""
-        self.verbs.handle(connection.routing_id, message)
+        self.verbs.take(connection.routing_id, message)
+        self.verbs.admit_taken()
 
     def schedule(self) -> None:
         self.engine.schedule()

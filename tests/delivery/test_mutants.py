@@ -55,7 +55,7 @@ MUTANTS = {
             ),
         ),
     ),
-    "small ring": (KILL, Change(Rings, "rows", (("% self.window", "% max(1, self.window - 1)"),))),
+    "small ring": (KILL, Change(Rings, "rows", (("% self._window", "% max(1, self.window - 1)"),))),
     "window from the server's progress": (
         KILL,
         Change(
@@ -120,7 +120,7 @@ MUTANTS = {
     ),
     "a repeated frame is answered with what is in its place by then": (
         KILL,
-        Change(Engine, "admit", (("if block.frames < int(verdict.lengths.sum()):", "if False:"),)),
+        Change(Engine, "_expect", (("if np.count_nonzero(admission.skipped):", "if False:"),)),
     ),
     "a snapshot forgets what a restart replayed": (
         KILL,

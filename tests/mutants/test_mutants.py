@@ -90,8 +90,8 @@ MUTANTS = [
     Mutant(
         "the ring is smaller than the window",
         "core/rings.py",
-        "return seqs % self.window * self._stride + slots",
-        "return seqs % (self.window - 1) * self._stride + slots",
+        "seqs % self._window * self._stride + slots",
+        "seqs % (self._window - 1) * self._stride + slots",
         (f"{DELIVERY}::test_frames_sent_again_are_answered_with_the_same_bytes_and_not_computed_again",),
     ),
     Mutant(
@@ -203,15 +203,15 @@ MUTANTS = [
     Mutant(
         "the credit of a connection is not enforced",
         "server/verbs.py",
-        "over_credit = client.frames_unanswered + frame_count > self._limits.credit_frames",
+        "over_credit = client.frames_unanswered + burst.frames_of(client) + asked.frames > self._limits.credit_frames",
         "over_credit = False",
         (f"{REFUSALS}::test_more_than_the_credit_is_refused_whole_and_what_is_behind_it_is_a_gap",),
     ),
     Mutant(
         "the room of the whole server is not checked",
         "server/verbs.py",
-        "if over_credit or frame_count > self._engine.rings.room or self._engine.blocks.is_full:",
-        "if over_credit:",
+        "over_room = burst.frames + asked.frames > engine.rings.room or len(burst) >= engine.blocks.room",
+        "over_room = False",
         (f"{OVERLOAD}::test_a_block_that_the_whole_server_has_no_room_for_is_refused_whole",),
     ),
     Mutant(

@@ -7,7 +7,7 @@ follows on, is finite, and lies within the window: at most `window` frames from 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,9 +17,9 @@ from instep.core.typing import F32, I32, I64, U64
 from instep_client.codes import Code
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Admission:
-    """The verdict on a block of T × N frames, one entry a column."""
+    """The verdict on T × N frames, one entry a column: on a block, or on several beside each other."""
 
     slots: I64
     first_seqs: I64
@@ -32,23 +32,39 @@ class Admission:
     """Why timestep `lengths[n]` of the column is refused; 0 where all T are admitted."""
     expected_seq: I64
     """What the column's stream expects after the admitted frames; 0 where the stream is not the sender's."""
+    fresh: I64 = field(init=False)
+    """How many timesteps of the column were admitted to be computed."""
+
+    def __post_init__(self) -> None:
+        self.fresh = self.lengths - self.skipped
+
+    def of(self, columns: slice) -> Admission:
+        """The verdict on some of the columns, in the same memory."""
+        return Admission(
+            self.slots[columns],
+            self.first_seqs[columns],
+            self.skipped[columns],
+            self.lengths[columns],
+            self.codes[columns],
+            self.expected_seq[columns],
+        )
 
 
 class RepeatedStream(Exception):
-    """A stream stands more than once among the handles of one message."""
+    """A stream stands more than once among handles that must name different ones."""
 
 
-def resolve_distinct(table: StreamTable, owner: int, handles: U64) -> tuple[I64, I32]:
+def resolve_distinct(table: StreamTable, owner: int | I32, handles: U64) -> tuple[I64, I32]:
     """As `StreamTable.resolve`, for handles that must name different streams.
 
     Raises:
-        RepeatedStream: when two of them name one stream of `owner`.
+        RepeatedStream: when two of them name one stream of its owner.
     """
     slots, codes = table.resolve(handles, owner)
-    own = slots if not codes.any() else slots[codes == 0]
-    order = np.arange(len(own))
+    own = slots if not np.count_nonzero(codes) else slots[codes == 0]
+    order = np.arange(len(own), dtype=np.int32)
     table.marks[own] = order
-    if (table.marks[own] != order).any():
+    if np.count_nonzero(table.marks[own] != order):
         raise RepeatedStream
     return slots, codes
 
@@ -57,20 +73,22 @@ def finite_lengths(x: F32) -> I64:
     """How many leading timesteps of each column hold finite values only: float32 [T, N, F] → int64 [N]."""
     timesteps, columns = x.shape[:2]
     finite_values = np.isfinite(x)
-    if finite_values.all():  # several times faster than looking at each frame, and nearly always so
+    if (
+        np.count_nonzero(finite_values) == x.size
+    ):  # several times faster than looking at each frame, and nearly always so
         return np.full(columns, timesteps, np.int64)
     finite = np.asarray(finite_values.all(axis=2))
     lengths: I64 = np.where(finite.all(axis=0), timesteps, finite.argmin(axis=0))
     return lengths
 
 
-def admit(table: StreamTable, rings: Rings, owner: int, handles: U64, seqs: U64, acked: U64, x: F32) -> Admission:
-    """Judge a block; admit what may be applied and move the streams' expected seq past it.
+def admit(table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs: U64, acked: U64, x: F32) -> Admission:
+    """Judge a block, or several beside each other; admit what may be applied and move the streams' expected seq on.
 
     Args:
         table: the streams; `next_seq` is moved on for admitted frames, and `acked`, nothing else.
         rings: what the streams were sent before; not changed.
-        owner: who sent the block.
+        owner: who sent the block, or int32 [N], who sent each column.
         handles: uint64 [N].
         seqs: uint64 [N], seq of each column's first timestep.
         acked: uint64 [N], the seq before which the client has every output of the stream.
@@ -86,15 +104,15 @@ def admit(table: StreamTable, rings: Rings, owner: int, handles: U64, seqs: U64,
     due = expected.view(np.uint64)  # a seq of 2^63 or more is a gap, not a negative number
     ahead = acked > table.step_seq[slots].view(np.uint64)
     if (
-        not codes.any()
-        and not ahead.any()
-        and (seqs == due).all()
-        and lengths.min() == timesteps
+        not np.count_nonzero(codes)
+        and not np.count_nonzero(ahead | (seqs != due))
+        and np.count_nonzero(lengths == timesteps) == columns
         and int((seqs - acked).max()) <= rings.window - timesteps
     ):  # nearly always: nothing to refuse
-        table.next_seq[slots] = expected + timesteps
+        following = expected + lengths
+        table.next_seq[slots] = following
         table.acked[slots] = np.maximum(table.acked[slots], acked.view(np.int64))
-        return Admission(slots, expected, np.zeros(columns, np.int64), lengths, codes, expected + timesteps)
+        return Admission(slots, expected, np.zeros(columns, np.int64), lengths, codes, following)
 
     own = codes == 0
     codes[own & ahead] = Code.ACK_AHEAD

@@ -46,8 +46,8 @@ class Block(Generic[C]):
         self.codes = self.admission.codes
         self.lengths = self.admission.lengths
         self.expected_seq = self.admission.expected_seq
-        self.fresh = self.admission.lengths - self.admission.skipped
-        self.frames = int(self.fresh.sum())
+        self.fresh = self.admission.fresh
+        self.frames = int(np.add.reduce(self.fresh))
 
     def fail(self, rings: Rings, failed_rows: I64, codes: I32, expected_seq: I64) -> None:
         """Frames of this block were not applied, nor any after them in their columns.
@@ -73,11 +73,14 @@ class Block(Generic[C]):
 
     def outputs(self, rings: Rings) -> F32:
         """The answer: float32 [T, N, outputs], NaN where a frame was not applied."""
-        y = rings.outputs(self.admission.slots, self.admission.first_seqs, self.timesteps)
+        return self.answer(rings.outputs(self.admission.slots, self.admission.first_seqs, self.timesteps))
+
+    def answer(self, y: F32) -> F32:
+        """What of the rings' outputs is answered: float32 [T, N, outputs], changed in place."""
         if self.repeated is not None:
             are_repeated = np.arange(len(self.repeated))[:, None] < self.admission.skipped
             y[: len(self.repeated)][are_repeated] = self.repeated[are_repeated]
-        if self.codes.any():
+        if np.count_nonzero(self.codes):
             y[np.arange(self.timesteps)[:, None] >= self.lengths] = np.nan
         return y
 
@@ -109,16 +112,16 @@ class BlockTable(Generic[C]):
         return len(self._blocks)
 
     @property
-    def is_full(self) -> bool:
-        """Whether no block can be added now."""
-        return self._free_count == 0
+    def room(self) -> int:
+        """How many more blocks can be added now."""
+        return self._free_count
 
     def __getitem__(self, number: int) -> Block[C]:
         return self._blocks[number]
 
     def add(self, block: Block[C]) -> int:
         """Keep a block until its frames are answered; its number."""
-        assert not self.is_full, "there is no number for another block"
+        assert self.room, "there is no number for another block"
         self._free_count -= 1
         number = int(self._free[self._free_count])
         self._remaining[number] = block.frames
@@ -127,10 +130,11 @@ class BlockTable(Generic[C]):
 
     def answered(self, numbers: I32) -> list[Block[C]]:
         """Frames of these blocks were answered, one entry a frame; the blocks that are complete now, taken out."""
-        np.subtract.at(self._remaining, numbers, _ONE)  # of the array's own type: another one is 20 times slower
-        places = np.arange(len(numbers))
-        self._place[numbers] = places
-        distinct = numbers[self._place[numbers] == places]
+        at = numbers.astype(np.int64)  # once: numpy does it each time that something else is an index
+        np.subtract.at(self._remaining, at, _ONE)  # of the array's own type: another one is 20 times slower
+        places = np.arange(len(at))
+        self._place[at] = places
+        distinct = at[self._place[at] == places]
         complete = distinct[self._remaining[distinct] == 0]
         self._free[self._free_count : self._free_count + len(complete)] = complete
         self._free_count += len(complete)

@@ -7,6 +7,10 @@ import numpy as np
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I32, I64, U8
 
+# Arrays, not numbers: numpy takes twice as long to join a number with a small array.
+_ONE = np.array(1)
+_ONCE, _NOT = np.array(1, np.uint8), np.array(0, np.uint8)
+
 
 class Rings:
     """One ring of `window` frames for each slot, found by seq: frame `seq` of a slot has one place, its row.
@@ -35,13 +39,15 @@ class Rings:
         self.pending_count = 0
         """Frames admitted and not yet computed, of all streams together."""
         self._table = table
-        self._stride = max_streams + 1
-        rows = window * self._stride
+        stride = max_streams + 1
+        rows = window * stride
+        self._window: I64 = np.array(window)
+        self._stride: I64 = np.array(stride)
         self.x: F32 = np.zeros((rows, features), np.float32)
         self.y: F32 = np.zeros((rows, outputs), np.float32)
         self.block: I32 = np.zeros(rows, np.int32)
         """The number of the block that the frame of a row came in; counts while the frame is pending."""
-        self._holds: U8 = np.zeros(self._stride, np.uint8)
+        self._holds: U8 = np.zeros(stride, np.uint8)
         """Why a slot may not step now: it is stepping, or its state is being changed, once or several times over (as
         often as changes may wait for the step worker, which is less than 100 times)."""
 
@@ -52,7 +58,8 @@ class Rings:
 
     def rows(self, slots: I64, seqs: I64) -> I64:
         """Where frames lie: slots and seqs of any shapes that go together → int64."""
-        return seqs % self.window * self._stride + slots
+        rows: I64 = seqs % self._window * self._stride + slots
+        return rows
 
     def stretches(self, slots: I64, first_seqs: I64, counts: I64) -> tuple[I64, I64]:
         """Where `counts` frames of each slot lie, one slot after another, and whose each is: both int64 [frames]."""
@@ -60,8 +67,8 @@ class Rings:
         place = np.arange(len(whose)) - np.repeat(np.cumsum(counts) - counts, counts)
         return self.rows(whose, np.repeat(first_seqs, counts) + place), whose
 
-    def append(self, slots: I64, first_seqs: I64, skipped: I64, lengths: I64, x: F32, block: int) -> I64:
-        """Put the admitted frames of a block into their places.
+    def append(self, slots: I64, first_seqs: I64, skipped: I64, lengths: I64, x: F32, block: int | I32) -> I64:
+        """Put the admitted frames of a block, or of several beside each other, into their places.
 
         Args:
             slots: int64 [N], distinct where `lengths` is not 0.
@@ -69,27 +76,30 @@ class Rings:
             skipped: int64 [N], leading timesteps that were computed before and stay as they are.
             lengths: int64 [N], timesteps admitted, those included; `next_seq` of the table has moved past them.
             x: float32 [T, N, features].
-            block: the block's number.
+            block: the block's number, or int32 [N], that of each column's.
 
         Returns:
             ready: int64 [≤ N], slots that can step now: they had nothing pending and are not stepping.
         """
-        timesteps = np.arange(len(x))[:, None]
-        rows = self.rows(slots, first_seqs + timesteps)
+        rows = self._rows_of(slots, first_seqs, len(x))
         fresh = lengths - skipped
-        count = int(fresh.sum())
+        count = int(np.add.reduce(fresh))
         assert count <= self.room, "more frames were admitted than there is room for"
-        if count == rows.size:
-            rows, x = rows.reshape(-1), x.reshape(count, -1)
-        else:
+        if count < rows.size:
+            timesteps = np.arange(len(x))[:, None]
             admitted = (timesteps >= skipped) & (timesteps < lengths)
+            block = np.broadcast_to(block, rows.shape)[admitted]
             rows, x = rows[admitted], x[admitted]
-        self.x[rows] = x
         self.block[rows] = block
+        self.x[rows.reshape(-1)] = x.reshape(-1, x.shape[-1])  # with one index for each frame, numpy copies them faster
         self.pending_count += count
         had_nothing = self._table.step_seq[slots] == first_seqs + skipped
-        ready: I64 = slots[had_nothing & (fresh > 0) & (self._holds[slots] == 0)]
+        ready: I64 = slots[had_nothing & (fresh > 0) & (self._holds[slots] == _NOT)]
         return ready
+
+    def _rows_of(self, slots: I64, first_seqs: I64, timesteps: int) -> I64:
+        """Where `timesteps` frames of each slot lie: int64 [T, N]."""
+        return self.rows(slots, first_seqs + np.arange(timesteps)[:, None])
 
     def take(self, slots: I64) -> I64:
         """Take the oldest pending frame of each slot for a step; the streams are stepping until `done`.
@@ -98,14 +108,14 @@ class Rings:
             rows: int64 [N].
         """
         seqs = self._table.step_seq[slots]
-        assert not self._holds[slots].any(), "a stream that is stepping or held was scheduled"
-        assert (seqs < self._table.next_seq[slots]).all(), "a slot without pending frames was scheduled"
+        assert not np.count_nonzero(self._holds[slots]), "a stream that is stepping or held was scheduled"
+        assert not np.count_nonzero(seqs >= self._table.next_seq[slots]), "a slot without pending frames was scheduled"
         self._holds[slots] = 1
         return self.rows(slots, seqs)
 
     def done(self, slots: I64) -> I64:
         """The step of these slots was applied; those that can step again: int64 [≤ N]."""
-        self._table.step_seq[slots] += 1
+        self._table.step_seq[slots] += _ONE
         self.pending_count -= len(slots)
         return self.let_go(slots)
 
@@ -115,9 +125,10 @@ class Rings:
 
     def let_go(self, slots: I64) -> I64:
         """Slots were held; those that can step now: int64 [≤ N]."""
-        self._holds[slots] -= 1
+        holds = self._holds[slots] - _ONCE
+        self._holds[slots] = holds
         has_pending = self._table.next_seq[slots] > self._table.step_seq[slots]
-        ready: I64 = slots[has_pending & (self._holds[slots] == 0)]
+        ready: I64 = slots[has_pending & (holds == _NOT)]
         return ready
 
     def failed(self, slots: I64) -> tuple[I64, I64]:
@@ -140,7 +151,7 @@ class Rings:
 
     def outputs(self, slots: I64, first_seqs: I64, timesteps: int) -> F32:
         """Outputs of `timesteps` frames of each slot: float32 [T, N, outputs], a copy."""
-        return self.y.take(self.rows(slots, first_seqs + np.arange(timesteps)[:, None]), axis=0)
+        return self.y.take(self._rows_of(slots, first_seqs, timesteps), axis=0)
 
     def holds_same(self, slots: I64, first_seqs: I64, counts: I64, x: F32) -> I64:
         """How many leading frames of each column are the very bytes that the ring holds.

@@ -188,8 +188,8 @@ class StreamTable:
         self.closing[slots] = False
         self.slots.release(slots)
 
-    def resolve(self, handles: U64, owner: int) -> tuple[I64, I32]:
-        """Slots of the handles that `owner` may use.
+    def resolve(self, handles: U64, owner: int | I32) -> tuple[I64, I32]:
+        """Slots of the handles that `owner` may use, one for all or int32 [N].
 
         Returns:
             slots: int64 [N].
@@ -198,7 +198,7 @@ class StreamTable:
         slots, current = self.slots.resolve(handles)
         codes = np.zeros(len(slots), np.int32)
         usable = current & (self.owner[slots] == owner) & ~self.closing[slots]
-        if not usable.all():
+        if np.count_nonzero(usable) < len(usable):
             open_now = (self.owner[slots] != NO_OWNER) & ~self.closing[slots]
             codes[~(current & open_now)] = Code.UNKNOWN_STREAM
             codes[current & open_now & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM
@@ -214,14 +214,15 @@ class StreamTable:
 
     def admitted(self, slots: I64, lengths: I64, now_ns: int) -> None:
         """Frames were admitted: `lengths` int64 [N]; slots with some are distinct, those with none are left alone."""
-        slots, lengths = _with_some(slots, lengths)
+        some = lengths > 0
+        if np.count_nonzero(some) < len(some):  # an old handle may have named the slot of a good one
+            slots, lengths = slots[some], lengths[some]
         self.pending[slots] += lengths
         self.last_active_ns[slots] = now_ns
 
     def answered(self, slots: I64, lengths: I64) -> None:
-        """Frames that were admitted in one go are answered: as for `admitted`."""
-        slots, lengths = _with_some(slots, lengths)
-        self.pending[slots] -= lengths
+        """Frames are answered: `lengths` int64 [N] of `slots`, which may stand there several times."""
+        np.subtract.at(self.pending, slots, lengths.astype(np.int32))  # another type than its own takes 20 times longer
 
     def owned_by(self, *owners: int) -> I64:
         """Slots of the owners' streams that are not closing already: int64 [N], rising."""
@@ -244,9 +245,3 @@ class StreamTable:
 
     def _silent(self, before_ns: int, among: Bool) -> I64:
         return np.flatnonzero(among & ~self.closing & (self.pending == 0) & (self.last_active_ns < before_ns))
-
-
-def _with_some(slots: I64, lengths: I64) -> tuple[I64, I64]:
-    """Without the columns of length 0: an old handle may have named the slot of a good one."""
-    some = lengths > 0
-    return (slots, lengths) if some.all() else (slots[some], lengths[some])

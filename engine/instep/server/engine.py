@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 
@@ -12,11 +14,12 @@ from instep.core.blocks import Block, BlockTable
 from instep.core.rings import Rings
 from instep.core.scheduler import Scheduler
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.core.typing import F32, I32, I64, Bool
 from instep.runtime.errors import StateLost
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
 from instep.server import replies
+from instep.server.burst import Asked, join, of_columns
 from instep.server.clients import Client
 from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
@@ -87,30 +90,41 @@ class Engine:
 
     # ── Admission ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def admit(self, client: Client, request: int, handles: U64, seqs: U64, acked: U64, x: F32) -> None:
-        """Admit a block's good frames; the answer follows when they are computed.
+    def admit(self, asked: list[Asked]) -> None:
+        """Admit the good frames of messages, a block each, as one after the other would; answers follow by themselves.
 
         Args:
-            client: who sent it; within its credit, and the rings have room.
-            request: what the answer refers to.
-            handles: uint64 [N], distinct.
-            seqs: uint64 [N], of the first timestep.
-            acked: uint64 [N], the seq before which the client has every output.
-            x: float32 [T, N, features].
+            asked: at least one, of equally many timesteps, each within the credit of its client; there is room for all.
+
+        Raises:
+            RepeatedStream: when a stream stands in them more than once; nothing has changed.
         """
         now_ns = time.monotonic_ns()
-        verdict = admit(self.table, self.rings, client.number, handles, seqs, acked, x)
-        block = Block(client, request, len(x), verdict, now_ns)
+        owners, handles, seqs, acked, x = join(asked)
+        verdict = admit(self.table, self.rings, owners, handles, seqs, acked, x)
+        blocks, end = [], 0
+        for message in asked:
+            start, end = end, end + message.columns
+            admission = verdict if len(asked) == 1 else verdict.of(slice(start, end))
+            blocks.append(Block(message.client, message.request, message.timesteps, admission, now_ns))
+        numbers = of_columns(asked, [self._expect(block) for block in blocks])
+        ready = self.rings.append(verdict.slots, verdict.first_seqs, verdict.skipped, verdict.lengths, x, numbers)
+        self.table.admitted(verdict.slots, verdict.fresh, now_ns)
+        self.scheduler.add(ready, self.table.owner[ready], now_ns)
+        for block in blocks:
+            if block.frames == 0:
+                self._answer(block, block.outputs(self.rings))
+
+    def _expect(self, block: Block[Client]) -> int:
+        """Keep a block whose frames are about to be admitted; its number, which is nothing where it has none."""
         if block.frames == 0:
-            self._answer(block)
-            return
-        if block.frames < int(verdict.lengths.sum()):
-            block.repeated = self.rings.outputs(verdict.slots, verdict.first_seqs, int(verdict.skipped.max()))
-        number = self.blocks.add(block)
-        ready = self.rings.append(verdict.slots, verdict.first_seqs, verdict.skipped, verdict.lengths, x, number)
-        self.table.admitted(verdict.slots, block.fresh, now_ns)
-        client.frames_unanswered += block.frames
-        self.scheduler.add(ready, np.array([client.number], np.int32), now_ns)
+            return 0
+        admission = block.admission
+        if np.count_nonzero(admission.skipped):
+            most = int(admission.skipped.max())
+            block.repeated = self.rings.outputs(admission.slots, admission.first_seqs, most)
+        block.client.frames_unanswered += block.frames
+        return self.blocks.add(block)
 
     def make_ready(self, slots: I64) -> None:
         """Streams with pending frames can step again: int64 [N]."""
@@ -215,16 +229,26 @@ class Engine:
     # ── Deliver ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _deliver(self, numbers: I32, began_ns: int, ended_ns: int) -> None:
-        for block in self.blocks.answered(numbers):
+        for _, group in groupby(self.blocks.answered(numbers), attrgetter("timesteps")):
+            self._complete(list(group), began_ns, ended_ns)
+        self.on_answered()
+
+    def _complete(self, blocks: list[Block[Client]], began_ns: int, ended_ns: int) -> None:
+        """Answer blocks of equally many timesteps whose last frames were stepped between those times."""
+        slots = np.concatenate([block.admission.slots for block in blocks])
+        first_seqs = np.concatenate([block.admission.first_seqs for block in blocks])
+        y, end = self.rings.outputs(slots, first_seqs, blocks[0].timesteps), 0
+        for block in blocks:
+            start, end = end, end + len(block.codes)
             block.queue_ns = max(0, began_ns - block.admitted_ns)
             block.compute_ns = ended_ns - began_ns
             block.stepped_ns = ended_ns
-            self._answer(block)
-            self.table.answered(block.admission.slots, block.fresh)
-        self.on_answered()
+            # A copy: in an outbox, the answer of one may not keep those of all.
+            self._answer(block, block.answer(y if len(blocks) == 1 else y[:, start:end].copy()))
+        self.table.answered(slots, np.concatenate([block.fresh for block in blocks]))
 
-    def _answer(self, block: Block[Client]) -> None:
+    def _answer(self, block: Block[Client], y: F32) -> None:
         now_ns = time.monotonic_ns()
-        message = replies.stepped(block, block.outputs(self.rings), now_ns)
+        message = replies.stepped(block, y, now_ns)
         self._statistics.block_answered(block.queue_ns, block.compute_ns, max(0, now_ns - block.stepped_ns))
         self._postbox.send(block.client, message, now_ns, block.frames)

@@ -229,9 +229,10 @@ class Server:
         """
         deadline_ns = time.monotonic_ns() + _BURST_NS
         for routing_id, *frames in self._router.receive(_BURST if self.has_room else 0):
-            self._verbs.handle(routing_id, frames)
+            self._verbs.take(routing_id, frames)
             if time.monotonic_ns() > deadline_ns or not self.has_room:
                 break
+        self._verbs.admit_taken()
         self.engine.schedule()
         # Asked first, since that takes the signal: without room, it would call this again and again until the end of
         # the next job, which pumps anyway. One continuation at most: each would renew itself.

@@ -12,6 +12,7 @@ import numpy as np
 from instep.core.admission import RepeatedStream, resolve_distinct
 from instep.core.typing import F32, I32, I64, U64, Bool
 from instep.server import replies
+from instep.server.burst import Asked, Burst
 from instep.server.clients import Client, ClientTable
 from instep.server.engine import Engine
 from instep.server.lifecycle import Lifecycle
@@ -68,6 +69,7 @@ class Verbs:
         self._info = info
         self._limits = limits
         self._statistics = statistics
+        self._burst = Burst()
         self.draining = False
         """While True, nothing new is admitted."""
         self._verbs: dict[Kind, Callable[[Client, Header, list[bytes]], None]] = {
@@ -84,16 +86,21 @@ class Verbs:
             Kind.LOOK: self._look,
         }
 
-    def handle(self, routing_id: bytes, frames: list[bytes]) -> None:
-        """One message of one connection; whatever it holds, the answer is a message and never an exception."""
+    def take(self, routing_id: bytes, frames: list[bytes]) -> None:
+        """One message of one connection; whatever it holds, the answer is a message and never an exception.
+
+        A STEP that is good by itself is only gathered, until `admit_taken` or until something else comes.
+        """
         request = 0
-        client = self._clients.by_routing_id(routing_id)
         try:
-            if client is None and frames == [b""]:  # ZMQ_PROBE_ROUTER: a connection was made, perhaps again
-                self._answer_refused(routing_id, client, request, Refusal(Code.HELLO_FIRST))
+            if frames == [b""] and self._clients.by_routing_id(routing_id) is None:  # ZMQ_PROBE_ROUTER
+                self._answer_refused(routing_id, request, Refusal(Code.HELLO_FIRST))
                 return  # it is no message that was refused: every client's connection begins with one
             header = wire.unpack_header(frames)
             request = header.request
+            if header.kind is not Kind.STEP:
+                self.admit_taken()
+            client = self._clients.by_routing_id(routing_id)
             if header.kind is Kind.HELLO:
                 self._hello(routing_id, client, header)
                 return
@@ -105,20 +112,38 @@ class Verbs:
                 raise MalformedMessage(f"{header.kind.name} is the server's to say")
             verb(client, header, frames)
         except MalformedMessage as error:
-            self._refuse(routing_id, client, request, Refusal(Code.MALFORMED, str(error)))
+            self._refuse(routing_id, request, Refusal(Code.MALFORMED, str(error)))
         except Refusal as refusal:
-            self._refuse(routing_id, client, request, refusal)
+            self._refuse(routing_id, request, refusal)
         except RepeatedStream:
-            self._refuse(routing_id, client, request, Refusal(Code.REPEATED_STREAM))
+            self._refuse(routing_id, request, Refusal(Code.REPEATED_STREAM))
         except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
-            self._refuse(routing_id, client, request, Refusal(Code.MALFORMED, "the header is nested too deep"))
+            self._refuse(routing_id, request, Refusal(Code.MALFORMED, "the header is nested too deep"))
 
-    def _refuse(self, routing_id: bytes, client: Client | None, request: int, refusal: Refusal) -> None:
+    def admit_taken(self) -> None:
+        """Hand the STEP messages that were gathered to the engine."""
+        if len(self._burst):
+            self._admit(self._burst.take())
+
+    def _admit(self, asked: list[Asked]) -> None:
+        try:
+            self._engine.admit(asked)
+        except RepeatedStream:
+            if len(asked) == 1:
+                self._refuse(asked[0].client.routing_id, asked[0].request, Refusal(Code.REPEATED_STREAM))
+                return
+            middle = len(asked) // 2  # one stream in two messages: each is judged after the other
+            self._admit(asked[:middle])
+            self._admit(asked[middle:])
+
+    def _refuse(self, routing_id: bytes, request: int, refusal: Refusal) -> None:
         self._statistics.refused_messages_total += 1
-        self._answer_refused(routing_id, client, request, refusal)
+        self._answer_refused(routing_id, request, refusal)
 
-    def _answer_refused(self, routing_id: bytes, client: Client | None, request: int, refusal: Refusal) -> None:
+    def _answer_refused(self, routing_id: bytes, request: int, refusal: Refusal) -> None:
+        self.admit_taken()  # what came before it is answered before it
         message = replies.error(request, refusal.code, str(refusal), refusal.retry_after_us)
+        client = self._clients.by_routing_id(routing_id)
         if client is None:
             self._postbox.send_unknown(routing_id, message)
         else:
@@ -313,16 +338,23 @@ class Verbs:
         timesteps = wire.count_field(header.fields[0], "T", 2**31)
         columns = wire.count_field(header.fields[1], "N", wire.MAX_BLOCK_STREAMS)
         x = self._inputs(header.fields[2], header.fields[3], frames[2], timesteps, columns)
-        column = wire.array_frame(frames[1], wire.COLUMN, (columns,), "columns")
-        handles = np.ascontiguousarray(column["handle"])
+        wire.array_frame(frames[1], wire.COLUMN, (columns,), "columns")  # checked here, read when it is admitted
+        asked = Asked(client, header.request, timesteps, columns, timesteps * columns, frames[1], x)
         self._refuse_what_is_new()
-        frame_count = timesteps * columns
-        over_credit = client.frames_unanswered + frame_count > self._limits.credit_frames
-        if over_credit or frame_count > self._engine.rings.room or self._engine.blocks.is_full:
-            self._statistics.busy_total += 1
-            raise Refusal(Code.BUSY, retry_after_us=_BUSY_RETRY_US)
-        seqs, acked = np.ascontiguousarray(column["seq"]), np.ascontiguousarray(column["acked"])
-        self._engine.admit(client, header.request, handles, seqs, acked, x)
+        # Of what was gathered, frames may yet be refused: whether they leave room is known when they are admitted.
+        if not self._burst.goes_with(asked) or not self._has_room(asked):
+            self.admit_taken()
+            if not self._has_room(asked):
+                self._statistics.busy_total += 1
+                raise Refusal(Code.BUSY, retry_after_us=_BUSY_RETRY_US)
+        self._burst.add(asked)
+
+    def _has_room(self, asked: Asked) -> bool:
+        """Whether a message can be admitted beside those that were gathered."""
+        burst, engine, client = self._burst, self._engine, asked.client
+        over_credit = client.frames_unanswered + burst.frames_of(client) + asked.frames > self._limits.credit_frames
+        over_room = burst.frames + asked.frames > engine.rings.room or len(burst) >= engine.blocks.room
+        return not (over_credit or over_room)
 
     def _inputs(self, features: Any, dtype: Any, frame: bytes, timesteps: int, columns: int) -> F32:
         if dtype != wire.F32_NAME:

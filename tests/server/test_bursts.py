@@ -1,0 +1,189 @@
+"""STEP messages that arrive together are judged as if each had come by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instep.core.typing import F32, I32, I64
+from instep_client import wire
+from instep_client.wire import Code, Kind
+from tests.support.models import SMALL, whole
+from tests.support.turning import Turning
+
+F, WINDOW, STREAMS = 5, 3, 3
+LIMITS = {"window_frames": WINDOW, "credit_frames": 6, "max_block_frames": 6, "max_pending_frames": 10}
+
+
+def made(**limits: int) -> tuple[Turning, list[Any]]:
+    """A server with two clients, and the handles of the three streams of each."""
+    turning = Turning(SMALL, engine={"max_streams": 2 * STREAMS, "max_batch_size": 4}, limits={**LIMITS, **limits})
+    return turning, [turning.opens(client, STREAMS) for client in (0, 1)]
+
+
+def one(value: float = 1.0) -> F32:
+    return np.full((1, 1, F), value, np.float32)
+
+
+def codes(frames: list[bytes]) -> list[Code]:
+    return [Code(int(entry["code"])) for entry in np.frombuffer(frames[1], wire.FAILURE)]
+
+
+def kinds(turning: Turning) -> list[tuple[int, int, Kind, list[Code]]]:
+    """Client, request, kind and codes of each answer."""
+    return [
+        (client, header[1], Kind(header[0]), [Code(header[2])] if header[0] == Kind.ERROR else codes(frames))
+        for client, header, frames in turning.answers()
+    ]
+
+
+def one_batch(turning: Turning) -> int:
+    """How many frames the next batch has."""
+    before = turning.server.statistics.frames_total
+    job = turning.jobs.popleft()
+    job.done(job.call(), None)
+    return turning.server.statistics.frames_total - before
+
+
+async def test_messages_of_two_clients_step_in_one_batch_and_each_is_answered() -> None:
+    turning, (of_one, of_other) = made()
+    for value, (client, handles) in enumerate([(0, of_one), (1, of_other), (0, of_one[1:])]):
+        turning.steps(client, handles[:1], [0], one(value), [0])
+    turning.take()
+    assert one_batch(turning) == 3
+    for value, (client, header, frames) in enumerate(turning.answers()):
+        assert (client, *header[:2]) == (value % 2, Kind.STEPPED, 1 + value)
+        truth, _ = whole(SMALL, one(value)[0])
+        np.testing.assert_array_equal(np.frombuffer(frames[0], "<f4"), truth[0])
+
+
+async def test_a_stream_that_stands_in_two_messages_is_judged_in_their_order() -> None:
+    turning, (handles, _) = made()
+    turning.steps(0, handles[:1], [0], one(), [0])
+    turning.steps(0, handles[:2], [1, 0], np.ones((1, 2, F), np.float32), [0, 0])
+    turning.steps(0, handles[:1], [1], one(), [0])
+    turning.turn()
+    assert kinds(turning) == [(0, 3, Kind.STEPPED, [Code.SEQ_REPEATED]), *((0, n, Kind.STEPPED, []) for n in (1, 2))]
+    assert turning.server.engine.table.next_seq[1:3].tolist() == [2, 1]
+
+
+async def test_a_stream_twice_in_one_message_refuses_that_message_alone() -> None:
+    turning, (handles, _) = made()
+    turning.steps(0, handles[:1], [0], one(), [0])
+    turning.steps(0, handles[[1, 1]], [0, 1], np.ones((1, 2, F), np.float32), [0, 0])
+    turning.steps(0, handles[2:], [0], one(), [0])
+    turning.turn()
+    assert sorted(kinds(turning)) == [
+        (0, 1, Kind.STEPPED, []),
+        (0, 2, Kind.ERROR, [Code.REPEATED_STREAM]),
+        (0, 3, Kind.STEPPED, []),
+    ]
+
+
+async def test_a_bad_message_among_good_ones_is_refused_alone() -> None:
+    turning, (handles, others) = made()
+    turning.steps(0, handles[:1], [0], one(), [0])
+    turning.steps(0, handles[1:2], [0], one(np.nan), [0])
+    turning.steps(0, others[:1], [0], one(), [0])
+    turning.steps(0, handles[1:2], [0], np.ones((1, 1, F + 1), np.float32), [0])
+    turning.steps(0, handles[2:], [0], one(), [0])
+    turning.turn()
+    assert kinds(turning) == [
+        (0, 2, Kind.STEPPED, [Code.NOT_FINITE]),
+        (0, 3, Kind.STEPPED, [Code.FOREIGN_STREAM]),
+        (0, 4, Kind.ERROR, [Code.WRONG_SHAPE]),
+        (0, 1, Kind.STEPPED, []),
+        (0, 5, Kind.STEPPED, []),
+    ]
+
+
+async def test_credit_that_ends_within_a_burst_refuses_what_is_beyond_it() -> None:
+    turning, (handles, others) = made(credit_frames=2, max_block_frames=2)
+    for number in range(3):
+        turning.steps(0, handles[number : number + 1], [0], one(), [0])
+    turning.steps(1, others[:1], [0], one(), [0])
+    turning.turn()
+    assert sorted(kinds(turning)) == [
+        *((0, n, Kind.STEPPED, []) for n in (1, 2)),
+        (0, 3, Kind.ERROR, [Code.BUSY]),
+        (1, 4, Kind.STEPPED, []),
+    ]
+
+
+async def test_room_that_ends_within_a_burst_refuses_what_is_beyond_it() -> None:
+    turning, (handles, others) = made()
+    for client, whose in ((0, handles), (1, others)):
+        turning.steps(client, whose, [0] * STREAMS, np.ones((2, STREAMS, F), np.float32), [0] * STREAMS)
+    turning.turn()
+    assert sorted(kinds(turning)) == [(0, 1, Kind.STEPPED, []), (1, 2, Kind.ERROR, [Code.BUSY])]
+
+
+async def test_frames_that_were_refused_take_no_credit_from_what_comes_behind_them() -> None:
+    turning, (handles, _) = made(credit_frames=2, max_block_frames=2)
+    for number, value in enumerate((np.nan, 1.0, 1.0)):
+        turning.steps(0, handles[number : number + 1], [0], one(value), [0])
+    turning.turn()
+    assert [found[-1] for found in sorted(kinds(turning))] == [[Code.NOT_FINITE], [], []]
+
+
+async def test_what_comes_behind_steps_finds_them_admitted() -> None:
+    turning, (handles, _) = made()
+    turning.steps(0, handles[:1], [0], one(), [0])
+    turning.says(0, wire.pack_header(Kind.RESET, 99, 1, 0), handles[:1].tobytes(), b"")
+    turning.turn()
+    (_, header, frames), _ = turning.answers()
+    assert Kind(header[0]) is Kind.CHANGED
+    assert np.frombuffer(frames[0], wire.FAILURE)["code"].tolist() == [Code.FRAMES_PENDING]
+
+
+COLUMNS = st.tuples(st.integers(0, 2 * STREAMS - 1), st.sampled_from([0, 0, 0, -1, 1]), st.sampled_from([0, 0, 1, -1]))
+"""A stream, how far its seq is from what it would be, and how far what is acknowledged."""
+STEPS = st.tuples(
+    st.integers(0, 1),
+    st.lists(COLUMNS, min_size=1, max_size=3),
+    st.sampled_from([1, 1, 1, 2]),
+    st.sampled_from([1, np.nan]),
+)
+MESSAGES = st.lists(st.one_of(STEPS, STEPS, STEPS, st.sampled_from(["turn", "turn", "ping", "bad"])), max_size=25)
+
+
+def outcome(messages: list[Any], at_once: int) -> list[Any]:
+    """All answers and what the server knows in the end, where it takes so many messages at once."""
+
+    async def run() -> list[Any]:
+        turning, (of_one, of_other) = made()
+        handles, server = np.concatenate([of_one, of_other]), turning.server
+        table, seen = server.engine.table, []
+        for message in [*messages, "turn"]:
+            if message == "turn":
+                turning.turn(at_once)
+                answers = turning.answers()
+                seen += [
+                    (client, header, frames[:1], codes(frames) if frames else []) for client, header, frames in answers
+                ]
+            elif message == "ping":
+                turning.says(0, wire.pack_header(Kind.PING, 77))
+            elif message == "bad":
+                turning.says(1, b"\xc1")
+            else:
+                client, columns, timesteps, value = message
+                slots = 1 + np.array([stream for stream, _, _ in columns])
+                seqs = np.maximum(table.next_seq[slots] + [seq for _, seq, _ in columns], 0)
+                acked = np.maximum(table.step_seq[slots] + [acked for _, _, acked in columns], 0)
+                x = np.full((timesteps, len(columns), F), value, np.float32)
+                turning.steps(client, handles[slots - 1], seqs, x, acked)
+        known: list[I64 | I32] = [table.next_seq, table.step_seq, table.acked, table.pending]
+        of_clients = [client.frames_unanswered for client in server._clients.all()]
+        return [*seen, *(column.tolist() for column in known), server.engine.rings.pending_count, of_clients]
+
+    return asyncio.run(run())
+
+
+@settings(max_examples=60, deadline=None)
+@given(MESSAGES)
+def test_a_burst_comes_to_the_same_as_its_messages_one_by_one(messages: list[Any]) -> None:
+    assert outcome(messages, at_once=256) == outcome(messages, at_once=1)
