@@ -18,6 +18,7 @@ from instep.server.engine import Engine
 from instep.server.lifecycle import Lifecycle
 from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
+from instep.server.refusal import Refusal
 from instep.server.statistics import Statistics
 from instep.server.tap import Tap
 from instep_client import wire
@@ -25,15 +26,6 @@ from instep_client.errors import MalformedMessage
 from instep_client.wire import Code, Header, Kind, ServerInfo
 
 _BUSY_RETRY_US = 2000
-
-
-class Refusal(Exception):
-    """The whole message is refused, nothing of it applied."""
-
-    def __init__(self, code: Code, detail: str = "", retry_after_us: int = 0) -> None:
-        super().__init__(wire.SENTENCES[code] + (f": {detail}" if detail else ""))
-        self.code = code
-        self.retry_after_us = retry_after_us
 
 
 class Verbs:
