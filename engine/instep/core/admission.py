@@ -73,9 +73,7 @@ def finite_lengths(x: F32) -> I64:
     """How many leading timesteps of each column hold finite values only: float32 [T, N, F] → int64 [N]."""
     timesteps, columns = x.shape[:2]
     finite_values = np.isfinite(x)
-    if (
-        np.count_nonzero(finite_values) == x.size
-    ):  # several times faster than looking at each frame, and nearly always so
+    if np.count_nonzero(finite_values) == x.size:  # nearly always, and found several times faster than frame by frame
         return np.full(columns, timesteps, np.int64)
     finite = np.asarray(finite_values.all(axis=2))
     lengths: I64 = np.where(finite.all(axis=0), timesteps, finite.argmin(axis=0))
