@@ -124,7 +124,7 @@ def test_a_step_that_raises_changes_no_state(
         raise RuntimeError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps.network, "sequence", fails)
+        patch.setattr(steps.network, "advance", fails)
         with pytest.raises(RuntimeError, match="injected"):
             step(steps, slots, np.zeros((4, F), np.float32))
     np.testing.assert_array_equal(steps.read(slots), before)

@@ -60,8 +60,7 @@ class Stepper:
                 warm = BoundedStore(max_streams, host_streams, layers, width, cold)
             self.tiers = Tiers(self._cache, warm, Residency(max_streams, rows))
         self._slots = {bucket: torch.zeros(bucket, dtype=torch.int64) for bucket in buckets}
-        # float32 [1, B, features]: frames as `sequence` takes them.
-        self._x = {bucket: torch.zeros(1, bucket, network.input_width) for bucket in buckets}
+        self._x = {bucket: torch.zeros(bucket, network.input_width) for bucket in buckets}
         self._h = {bucket: self._states_for(bucket) for bucket in buckets}
 
     def bucket(self, size: int) -> int:
@@ -85,7 +84,7 @@ class Stepper:
         size = len(slots)
         bucket = self.bucket(size)
         staged_slots, staged_x = self._slots[bucket], self._x[bucket]
-        slots_view, x_view = staged_slots.numpy(), staged_x.numpy()[0]
+        slots_view, x_view = staged_slots.numpy(), staged_x.numpy()
         slots_view[:size] = slots if self.tiers is None else self.tiers.make_hot(slots)
         np.take(inputs, rows, 0, x_view[:size, : inputs.shape[1]], "clip")  # rows are good; "raise" would copy twice
         if size < bucket:
@@ -96,10 +95,10 @@ class Stepper:
         if not self._on_cpu:
             device_slots, device_x = staged_slots.to(self._device), staged_x.to(self._device)
         self._cache.gather(device_slots, h)
-        y, states = self.network.sequence(device_x, h)
-        answers: F32 = (y.numpy() if self._on_cpu else y.cpu().numpy())[0]
+        y = self.network.advance(device_x, h)
+        answers: F32 = y.numpy() if self._on_cpu else y.cpu().numpy()
         try:
-            self._cache.scatter(device_slots, states)
+            self._cache.scatter(device_slots, h)
             if size < bucket:
                 self._cache.clear_scratch()
         except Exception as error:
