@@ -44,9 +44,10 @@ def prepared(model: Model, max_batch_size: int = 256) -> Prepared:
 
 
 def config(**sections: dict[str, Any]) -> Config:
-    """A configuration for tests: any free port, quiet, and what the test asks for."""
+    """A configuration for tests: any free port, steps in a thread, and what the test asks for."""
+    engine = {"steps_in": "thread", **sections.pop("engine", {})}
     transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
-    return Config.model_validate({"transport": transport, **sections})
+    return Config.model_validate({"transport": transport, "engine": engine, **sections})
 
 
 @contextlib.asynccontextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, U8
+from instep.core.typing import F32, I32, I64, U8, float32_zeros
 
 
 class Rings:
@@ -25,10 +27,18 @@ class Rings:
         features: width of an input.
         outputs: width of an output.
         max_pending: the most frames admitted and not yet computed, of all streams together.
+        zeros: makes the arrays of inputs and outputs; others than numpy's may be in memory that is shared.
     """
 
     def __init__(
-        self, table: StreamTable, window: int, max_streams: int, features: int, outputs: int, max_pending: int
+        self,
+        table: StreamTable,
+        window: int,
+        max_streams: int,
+        features: int,
+        outputs: int,
+        max_pending: int,
+        zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
     ) -> None:
         self.window = window
         self.max_pending = max_pending
@@ -37,8 +47,8 @@ class Rings:
         self._table = table
         self._stride = max_streams + 1
         rows = window * self._stride
-        self.x: F32 = np.zeros((rows, features), np.float32)
-        self.y: F32 = np.zeros((rows, outputs), np.float32)
+        self.x = zeros((rows, features))
+        self.y = zeros((rows, outputs))
         self.block: I32 = np.zeros(rows, np.int32)
         """The number of the block that the frame of a row came in; counts while the frame is pending."""
         self._holds: U8 = np.zeros(self._stride, np.uint8)

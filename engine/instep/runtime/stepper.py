@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from instep.core.residency import Residency
 from instep.core.slots import SCRATCH_SLOT
-from instep.core.typing import F32, I64
+from instep.core.typing import F32, I64, float32_zeros
 from instep.model.network import Network
 from instep.runtime.bounded_store import BoundedStore, ColdStates
 from instep.runtime.errors import StateLost
@@ -33,6 +33,7 @@ class Stepper:
         host_streams: how many states host memory holds, at least as many as the device; 0, or `max_streams` and more:
             all that are not on the device.
         cold: the recording, which holds the others; without one, host memory holds all.
+        zeros: see `StateCache`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Stepper:
         device_streams: int = 0,
         host_streams: int = 0,
         cold: ColdStates | None = None,
+        zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
     ) -> None:
         self.network = network
         self.buckets = np.asarray(buckets, np.int64)
@@ -51,7 +53,7 @@ class Stepper:
         self._on_cpu = device.type == "cpu"
         rows = min(device_streams or max_streams, max_streams)
         layers, width = network.state_layers, network.state_width
-        self._cache = StateCache(rows, layers, width, device)
+        self._cache = StateCache(rows, layers, width, device, zeros)
         self.tiers: Tiers | None = None
         """Where states are; None when all are on the device, each in the row that has its slot's number."""
         if rows < max_streams:

@@ -155,7 +155,7 @@ class Engine:
             else:
                 self._stepped(slots, rows, numbers, ticket, *times_ns)
 
-        self._worker.submit(Job(step, done))
+        self._worker.submit(Job(step, done, (slots, rows)))
         self.on_changed()  # after that: a snapshot says that it contains what it finds recorded
 
     def _hold(self, hold_ns: int) -> None:
