@@ -67,8 +67,8 @@ def stacked(model: Model, group: Sequence[Recorded]) -> tuple[torch.Tensor, torc
 
 @torch.inference_mode()
 def whole_of_gru(model: Model, group: Sequence[Recorded]) -> tuple[F32, F32]:
-    """`nn.GRU` itself over whole recordings in one call; four rows at least, for torch's other kernels differ."""
-    x, h = stacked(model, [*group, *[group[0]] * 3])
+    """`nn.GRU` itself over whole recordings in one call; 32 rows at least, for torch's kernels for few rows differ."""
+    x, h = stacked(model, [*group, *[group[0]] * 31])
     y, final = torch_gru(model)(x, h)
     return y.numpy(), final.numpy()
 
