@@ -33,7 +33,6 @@ def _stepper(request: pytest.FixtureRequest) -> Make:
     def make(model: Model) -> Stepper:
         steps = Stepper(Network(model, CPU), prepared(model, 64).certification.buckets, 64, CPU, device_streams)
         if copied:
-            steps._on_cpu = False
             steps._cache._array = None
         return steps
 
