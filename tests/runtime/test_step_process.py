@@ -13,8 +13,9 @@ import pytest
 
 from instep.core.typing import F32, I64
 from instep.runtime.errors import StateLost
+from instep.runtime.runs import MOST_STEPS, Ended
 from instep.runtime.shared_memory import shared_zeros
-from instep.runtime.step_process import PLACES, Ended, StepFailed, StepProcess
+from instep.runtime.step_process import PLACES, StepFailed, StepProcess
 
 DEADLINE_S = 60
 
@@ -56,7 +57,7 @@ def stepped() -> Iterator[Callable[..., Stepped]]:
 def test_what_a_step_writes_is_seen_here(stepped: Callable[..., Stepped]) -> None:
     one = stepped()
     before = time.monotonic_ns()
-    one.process.begin(np.array([3, 1, 7]), np.array([30, 10, 70]))
+    one.process.begin(np.array([3, 1, 7]), np.array([[30, 10, 70]]))
     (ended,) = one.wait(1)
     assert ended.error is None
     assert before <= ended.began_ns <= ended.ended_ns <= time.monotonic_ns()
@@ -67,7 +68,7 @@ def test_what_a_step_writes_is_seen_here(stepped: Callable[..., Stepped]) -> Non
 def test_steps_run_in_order_and_places_are_used_again(stepped: Callable[..., Stepped]) -> None:
     one = stepped()
     for number in range(3 * PLACES):
-        one.process.begin(np.array([2, 5])[: 1 + number % 2], np.array([number, -number])[: 1 + number % 2])
+        one.process.begin(np.array([2, 5])[: 1 + number % 2], np.array([[number, -number]])[:, : 1 + number % 2])
         if number % (PLACES - 1) == PLACES - 2:
             one.wait(PLACES - 1)
     assert one.seen[2].tolist() == [3 * PLACES - 1, 3 * PLACES]
@@ -86,9 +87,9 @@ def test_what_a_step_raises_is_told_and_the_next_one_runs(stepped: Callable[...,
             raise StateLost("half written", slots)
 
     one = stepped(also)
-    one.process.begin(np.array([1]), np.array([13]))
-    one.process.begin(np.array([4, 2]), np.array([14, 14]))
-    one.process.begin(np.array([1]), np.array([15]))
+    one.process.begin(np.array([1]), np.array([[13]]))
+    one.process.begin(np.array([4, 2]), np.array([[14, 14]]))
+    one.process.begin(np.array([1]), np.array([[15]]))
     failed, lost, fine = [ended.error for ended in one.wait(3)]
     assert isinstance(failed, StepFailed)
     assert str(failed).startswith("ValueError: thirteen: µµµ")
@@ -100,6 +101,21 @@ def test_what_a_step_raises_is_told_and_the_next_one_runs(stepped: Callable[...,
     assert one.seen[1].tolist() == [15, 1]
 
 
+def test_a_run_of_steps_ends_with_the_first_that_fails(stepped: Callable[..., Stepped]) -> None:
+    def also(slots: I64, rows: I64) -> None:
+        if 13 in rows.tolist():
+            raise ValueError
+
+    one = stepped(also)
+    one.process.begin(np.array([1, 2]), np.arange(2 * MOST_STEPS).reshape(MOST_STEPS, 2))
+    one.process.begin(np.array([3]), np.arange(20, 23)[:, None])
+    failed, fine = one.wait(2)
+    assert (failed.steps, fine.steps) == (6, 3)
+    assert isinstance(failed.error, StepFailed)
+    assert fine.error is None
+    assert one.seen[1:4].tolist() == [[10, 6], [11, 6], [22, 3]]
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, None])
 def test_a_process_that_dies_is_noticed(stepped: Callable[..., Stepped], end: signal.Signals | None) -> None:
     def also(slots: I64, rows: I64) -> None:
@@ -108,10 +124,10 @@ def test_a_process_that_dies_is_noticed(stepped: Callable[..., Stepped], end: si
         os.kill(os.getpid(), end)
 
     one = stepped(also)
-    one.process.begin(np.array([1]), np.array([1]))
+    one.process.begin(np.array([1]), np.array([[1]]))
     with pytest.raises(EOFError, match="is gone"):
         one.wait(1)
-    one.process.begin(np.array([1]), np.array([1]))  # nobody is there to take it, which is no error here
+    one.process.begin(np.array([1]), np.array([[1]]))  # nobody is there to take it, which is no error here
 
 
 def test_interrupts_are_the_servers_business(stepped: Callable[..., Stepped]) -> None:
@@ -120,14 +136,14 @@ def test_interrupts_are_the_servers_business(stepped: Callable[..., Stepped]) ->
             os.kill(os.getpid(), number)
 
     one = stepped(also)
-    one.process.begin(np.array([1]), np.array([1]))
+    one.process.begin(np.array([1]), np.array([[1]]))
     assert one.wait(1)[0].error is None
 
 
 def test_stopping_finishes_what_has_begun(stepped: Callable[..., Stepped]) -> None:
     one = stepped()
     for number in range(3):
-        one.process.begin(np.array([1]), np.array([number]))
+        one.process.begin(np.array([1]), np.array([[number]]))
     one.process.stop()
     one.process.stop()
     assert one.seen[1].tolist() == [2, 3]
@@ -135,7 +151,7 @@ def test_stopping_finishes_what_has_begun(stepped: Callable[..., Stepped]) -> No
 
 def test_a_step_that_never_ends_is_killed(stepped: Callable[..., Stepped]) -> None:
     one = stepped(lambda slots, rows: time.sleep(10 * DEADLINE_S))
-    one.process.begin(np.array([1]), np.array([1]))
+    one.process.begin(np.array([1]), np.array([[1]]))
     one.process.stop(timeout_s=0.01)
     assert one.seen[1].tolist() == [0, 0]
 
@@ -147,7 +163,7 @@ def test_nothing_that_the_server_has_open_is_held_open(stepped: Callable[..., St
     assert select.select([reading], [], [], DEADLINE_S)[0]
     assert os.read(reading, 1) == b""  # the only end that was open is closed
     os.close(reading)
-    one.process.begin(np.array([1]), np.array([1]))
+    one.process.begin(np.array([1]), np.array([[1]]))
     one.wait(1)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instep.core.typing import I64
-from instep.runtime.step_process import Ended
+from instep.runtime.runs import Ended
 from instep.runtime.worker import Job, Worker
 
 
@@ -112,7 +112,7 @@ class StepCaller(Caller):
 
     def step(self, number: int) -> None:
         slots = np.array([number])
-        self.worker.submit(Job(self.never, lambda *result: self.log.append((number, *result)), (slots, slots)))
+        self.worker.submit(Job(self.never, lambda *result: self.log.append((number, *result)), (slots, slots[None])))
 
     def job(self, name: str) -> None:
         self.worker.submit(Job(lambda: name, lambda *result: self.log.append(result)))
@@ -131,9 +131,9 @@ def test_steps_go_to_the_process_and_their_times_come_back() -> None:
     caller.step(1)
     caller.step(2)
     assert caller.process.begun == [1, 2]
-    failure = ValueError("no")
-    caller.end(Ended(10, 20, None), Ended(20, 25, failure))
-    assert caller.log == [(1, (10, 20), None), (2, None, failure)]
+    ended = [Ended(10, 20, 1, None), Ended(20, 25, 0, ValueError("no"))]
+    caller.end(*ended)
+    assert caller.log == [(1, ended[0], None), (2, ended[1], None)]
     caller.worker.stop(3.0)
     assert caller.process.stopped_after == [3.0]
 
@@ -148,17 +148,18 @@ def test_a_job_waits_for_the_steps_before_it_and_a_step_for_the_jobs_before_it()
     caller.job("third")
     assert caller.process.begun == [1]
     assert caller.handed_back.empty()
-    caller.end(Ended(0, 1, None))
+    caller.end(Ended(0, 1, 1, None))
     caller.take(1)
     assert caller.process.begun == [1], "a step began before the jobs in front of it had ended"
     caller.take(1)
     assert caller.process.begun == [1, 2, 3]
-    caller.end(Ended(1, 2, None))
+    caller.end(Ended(1, 2, 1, None))
     assert caller.handed_back.empty()
-    caller.end(Ended(2, 3, None))
+    caller.end(Ended(2, 3, 1, None))
     caller.take(1)
     jobs = [("first", None), ("second", None)]
-    assert caller.log == [(1, (0, 1), None), *jobs, (2, (1, 2), None), (3, (2, 3), None), ("third", None)]
+    steps = [(number, Ended(number - 1, number, 1, None), None) for number in (1, 2, 3)]
+    assert caller.log == [steps[0], *jobs, *steps[1:], ("third", None)]
     caller.worker.stop()
 
 

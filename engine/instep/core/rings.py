@@ -17,7 +17,7 @@ class Rings:
     the ring until a later frame takes its place. A frame is admitted only when the client has acknowledged the one
     whose place it takes (see `admission`), so an output that may still be asked for is never overwritten.
 
-    A stream has at most one frame in a step: from `take` to `done` it is stepping, and what arrives for it meanwhile
+    A stream has at most one frame in a step: from `take` to `let_go` it is stepping, and what arrives for it meanwhile
     waits. Places of equal seq lie side by side, so streams that go in step are copied in one piece.
 
     Args:
@@ -101,23 +101,22 @@ class Rings:
         ready: I64 = slots[had_nothing & (fresh > 0) & (self._holds[slots] == 0)]
         return ready
 
-    def take(self, slots: I64) -> I64:
-        """Take the oldest pending frame of each slot for a step; the streams are stepping until `done`.
+    def take(self, slots: I64, steps: int = 1) -> I64:
+        """Take the oldest pending frames of each slot for a run of steps; the streams are stepping until `let_go`.
 
         Returns:
-            rows: int64 [N].
+            rows: int64 [steps, N].
         """
         seqs = self._table.step_seq[slots]
         assert not self._holds[slots].any(), "a stream that is stepping or held was scheduled"
-        assert (seqs < self._table.next_seq[slots]).all(), "a slot without pending frames was scheduled"
+        assert (seqs + steps <= self._table.next_seq[slots]).all(), "more was scheduled than is pending"
         self._holds[slots] = 1
-        return self.rows(slots, seqs)
+        return self.rows(slots, seqs + np.arange(steps)[:, None])
 
-    def done(self, slots: I64) -> I64:
-        """The step of these slots was applied; those that can step again: int64 [≤ N]."""
-        self._table.step_seq[slots] += 1
-        self.pending_count -= len(slots)
-        return self.let_go(slots)
+    def applied(self, slots: I64, steps: int = 1) -> None:
+        """So many steps of a run of these slots were applied; the run is over with `let_go` or `failed`."""
+        self._table.step_seq[slots] += steps
+        self.pending_count -= len(slots) * steps
 
     def hold(self, slots: I64) -> None:
         """Let distinct slots with nothing pending wait, until as many `let_go` as `hold`."""

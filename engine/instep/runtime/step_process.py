@@ -15,16 +15,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, NoReturn
 
 from instep.core.typing import I64
 from instep.runtime.errors import StateLost
+from instep.runtime.runs import MOST_STEPS, Ended, run_steps
 from instep.runtime.shared_memory import shared_zeros
 
 PLACES: Final = 4
-"""Steps that may be under way at once."""
+"""Runs that may be under way at once."""
 _TEXT_BYTES: Final = 1024
 _FAILED: Final = 1
 _LOST: Final = 2
@@ -33,15 +33,6 @@ _POLL_S: Final = 0.005
 
 class StepFailed(Exception):
     """A step raised something; the message is its name and words. No state has changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A step that has ended, applied unless there is an error."""
-
-    began_ns: int
-    ended_ns: int
-    error: Exception | None
 
 
 class StepProcess:
@@ -58,10 +49,11 @@ class StepProcess:
 
     def __init__(self, step: Callable[[I64, I64], None], most: int) -> None:
         self._slots: I64 = shared_zeros((PLACES, most), "i8")
-        self._rows: I64 = shared_zeros((PLACES, most), "i8")
-        self._sizes: I64 = shared_zeros((PLACES,), "i8")
-        self._outcome: I64 = shared_zeros((PLACES, 3), "i8")
-        """When the step began and ended, in ns of the monotonic clock, and what went wrong."""
+        self._rows: I64 = shared_zeros((PLACES, MOST_STEPS, most), "i8")
+        self._sizes: I64 = shared_zeros((PLACES, 2), "i8")
+        """How many steps, and of how many streams."""
+        self._outcome: I64 = shared_zeros((PLACES, 4), "i8")
+        """When the run began and ended, in ns of the monotonic clock, how many steps it made, and what went wrong."""
         self._text = shared_zeros((PLACES, _TEXT_BYTES), "u1")
         self._next = 0
         commands, self._commands = os.pipe()
@@ -77,17 +69,17 @@ class StepProcess:
         os.set_blocking(self.signal_fd, False)
 
     def begin(self, slots: I64, rows: I64) -> None:
-        """Step a batch, int64 [B] each, after those before it; fewer than `PLACES` are under way."""
-        place, size = self._next, len(slots)
+        """Step streams, int64 [B], with frames, int64 [steps, B], after what has begun; that is less than `PLACES`."""
+        place, (steps, size) = self._next, rows.shape
         self._next = (place + 1) % PLACES
         self._slots[place, :size] = slots
-        self._rows[place, :size] = rows
-        self._sizes[place] = size
+        self._rows[place, :steps, :size] = rows
+        self._sizes[place] = steps, size
         with contextlib.suppress(BrokenPipeError):  # it has died, which `ended` tells
             os.write(self._commands, bytes((place,)))
 
     def ended(self) -> Iterator[Ended]:
-        """Steps that have ended since the last call, in order.
+        """Runs that have ended since the last call, in order.
 
         Raises:
             EOFError: when the process has ended.
@@ -99,13 +91,13 @@ class StepProcess:
         if not places:
             raise EOFError("the process that steps is gone")
         for place in places:
-            began_ns, ended_ns, outcome = self._outcome[place].tolist()
-            yield Ended(began_ns, ended_ns, self._error(place) if outcome else None)
+            began_ns, ended_ns, steps, outcome = self._outcome[place].tolist()
+            yield Ended(began_ns, ended_ns, steps, self._error(place, outcome) if outcome else None)
 
-    def _error(self, place: int) -> Exception:
+    def _error(self, place: int, outcome: int) -> Exception:
         text = self._text[place].tobytes().rstrip(b"\0").decode(errors="replace")
-        if self._outcome[place, 2] == _LOST:
-            return StateLost(text, self._slots[place, : self._sizes[place]].copy())
+        if outcome == _LOST:
+            return StateLost(text, self._slots[place, : self._sizes[place, 1]].copy())
         return StepFailed(text)
 
     def stop(self, timeout_s: float | None = None) -> None:
@@ -134,7 +126,7 @@ class StepProcess:
             _close_all_but(0, 1, 2, commands, endings)
             while places := os.read(commands, PLACES):
                 for place in places:
-                    self._step(step, place)
+                    self._run(step, place)
                     os.write(endings, bytes((place,)))
             status = 0
         except BrokenPipeError:
@@ -145,20 +137,17 @@ class StepProcess:
         finally:
             os._exit(status)
 
-    def _step(self, step: Callable[[I64, I64], None], place: int) -> None:
-        size, outcome = int(self._sizes[place]), self._outcome[place]
-        outcome[0] = time.monotonic_ns()
-        outcome[2] = 0
-        try:
-            step(self._slots[place, :size], self._rows[place, :size])
-        except Exception as error:
+    def _run(self, step: Callable[[I64, I64], None], place: int) -> None:
+        steps, size = self._sizes[place].tolist()
+        ended = run_steps(step, self._slots[place, :size], self._rows[place, :steps, :size])
+        outcome = 0
+        if (error := ended.error) is not None:
             is_lost = isinstance(error, StateLost)
-            text = str(error) if is_lost else f"{type(error).__name__}: {error}"
-            told = text.encode()[:_TEXT_BYTES]
+            outcome = _LOST if is_lost else _FAILED
+            told = (str(error) if is_lost else f"{type(error).__name__}: {error}").encode()[:_TEXT_BYTES]
             self._text[place] = 0
             self._text[place, : len(told)] = list(told)
-            outcome[2] = _LOST if is_lost else _FAILED
-        outcome[1] = time.monotonic_ns()
+        self._outcome[place] = ended.began_ns, ended.ended_ns, ended.steps, outcome
 
 
 def _close_all_but(*kept: int) -> None:

@@ -21,7 +21,7 @@ class Job:
     done: Callable[[Any, Exception | None], None]
     """Called with the result, or with None and what the call raised."""
     step: tuple[I64, I64] | None = None
-    """The slots and rows of a step, which `call` would do: int64 [B] each. Its result is when it began and ended."""
+    """The slots, int64 [B], and rows, int64 [steps, B], of the run that `call` would do; the result is an `Ended`."""
 
 
 class Worker:
@@ -84,11 +84,7 @@ class Worker:
         assert self.process is not None
         try:
             for ended in self.process.ended():
-                job = self._stepping.popleft()
-                if ended.error is None:
-                    job.done((ended.began_ns, ended.ended_ns), None)
-                else:
-                    job.done(None, ended.error)
+                self._stepping.popleft().done(ended, None)
         except EOFError as error:
             self._on_death(error)
             return
