@@ -34,17 +34,22 @@ def append(table: StreamTable, kept: Rings, slot: int, *values: float, block: in
     return [int(each) for each in ready]
 
 
+def done(kept: Rings, slots: I64) -> I64:
+    kept.applied(slots)
+    return kept.let_go(slots)
+
+
 def test_frames_come_out_in_the_order_they_went_in() -> None:
     table, kept = rings()
     assert append(table, kept, 1, 10, 11) == [1]
     assert append(table, kept, 2, 20) == [2]
     assert append(table, kept, 1, 12) == []
-    assert kept.x[kept.take(ints(1, 2)), 0].tolist() == [10, 20]
-    assert kept.done(ints(1, 2)).tolist() == [1]
-    assert kept.x[kept.take(ints(1)), 0].tolist() == [11]
-    assert kept.done(ints(1)).tolist() == [1]
-    assert kept.x[kept.take(ints(1)), 0].tolist() == [12]
-    assert kept.done(ints(1)).tolist() == []
+    assert kept.x[kept.take(ints(1, 2))[0], 0].tolist() == [10, 20]
+    assert done(kept, ints(1, 2)).tolist() == [1]
+    assert kept.x[kept.take(ints(1))[0], 0].tolist() == [11]
+    assert done(kept, ints(1)).tolist() == [1]
+    assert kept.x[kept.take(ints(1))[0], 0].tolist() == [12]
+    assert done(kept, ints(1)).tolist() == []
 
 
 def test_a_stream_that_steps_is_not_ready_until_it_is_done() -> None:
@@ -54,7 +59,7 @@ def test_a_stream_that_steps_is_not_ready_until_it_is_done() -> None:
     assert append(table, kept, 1, 11) == []
     with pytest.raises(AssertionError, match="stepping"):
         kept.take(ints(1))
-    assert kept.done(ints(1)).tolist() == [1]
+    assert done(kept, ints(1)).tolist() == [1]
 
 
 def test_a_stream_that_is_held_twice_is_ready_when_it_was_let_go_twice() -> None:
@@ -71,7 +76,7 @@ def test_a_stream_that_is_held_twice_is_ready_when_it_was_let_go_twice() -> None
 
 def test_a_slot_without_pending_frames_is_never_taken() -> None:
     _, kept = rings()
-    with pytest.raises(AssertionError, match="without pending"):
+    with pytest.raises(AssertionError, match="than is pending"):
         kept.take(ints(1))
 
 
@@ -80,7 +85,7 @@ def test_only_the_frames_between_skipped_and_length_are_written() -> None:
     append(table, kept, 1, 10, 11)
     for _ in range(2):
         kept.take(ints(1))
-        kept.done(ints(1))
+        done(kept, ints(1))
     table.next_seq[[1, 2]] = (3, 1)
     x = np.array([[[90], [20], [80]], [[91], [81], [82]], [[12], [83], [84]], [[92], [85], [86]]], np.float32)
     ready = kept.append(ints(1, 2, 3), ints(0, 0, 0), ints(2, 0, 0), ints(3, 1, 0), x, block=0)
@@ -99,7 +104,7 @@ def test_the_room_is_for_all_streams_together_and_is_given_back() -> None:
     with pytest.raises(AssertionError, match="room"):
         append(table, kept, 3, 30, 31)
     kept.take(ints(1, 2))
-    kept.done(ints(1, 2))
+    done(kept, ints(1, 2))
     assert (kept.room, kept.pending_count) == (3, 2)
 
 
@@ -118,7 +123,7 @@ def test_a_failed_step_takes_out_everything_pending_of_its_streams_only() -> Non
     append(table, kept, 2, 20, 21)
     append(table, kept, 3, 30)
     kept.take(ints(1))
-    kept.done(ints(1))
+    done(kept, ints(1))
     kept.take(ints(1, 3))
     rows, whose = kept.failed(ints(1, 3))
     assert kept.x[rows, 0].tolist() == [11, 12, 30]
@@ -133,8 +138,8 @@ def test_outputs_are_found_by_seq_until_a_window_later() -> None:
     table, kept = rings()
     for seq in range(2 * WINDOW + 1):
         append(table, kept, 1, seq)
-        kept.y[kept.take(ints(1)), 0] = 100 + seq
-        kept.done(ints(1))
+        kept.y[kept.take(ints(1))[0], 0] = 100 + seq
+        done(kept, ints(1))
     assert kept.outputs(ints(1), ints(WINDOW + 1), WINDOW)[:, 0, 0].tolist() == [105, 106, 107, 108]
 
 
@@ -203,13 +208,13 @@ def test_rings_behave_like_dictionaries_by_seq(
             verb, chosen = event
             busy = [slot for slot in chosen if truth[slot].pending]
             slots = np.array(busy, np.int64)
-            rows = kept.take(slots)
+            (rows,) = kept.take(slots)
             assert kept.x[rows, 0].tolist() == [truth[slot].inputs[truth[slot].pending[0]] for slot in busy]
             if verb == "step":
                 for row, slot in zip(rows.tolist(), busy, strict=True):
                     value += 1
                     kept.y[row] = truth[slot].outputs[truth[slot].pending.pop(0)] = value
-                assert kept.done(slots).tolist() == [slot for slot in busy if truth[slot].pending]
+                assert done(kept, slots).tolist() == [slot for slot in busy if truth[slot].pending]
             else:
                 taken, whose = kept.failed(slots)
                 assert whose.tolist() == [slot for slot in busy for _ in truth[slot].pending]
@@ -224,3 +229,28 @@ def test_rings_behave_like_dictionaries_by_seq(
             assert kept.outputs(ints(slot), ints(seq), 1).item() == output
             assert kept.x[kept.rows(ints(slot), ints(seq)), 0].item() == stream.inputs[seq]
     assert kept.pending_count == sum(len(stream.pending) for stream in truth.values())
+
+
+def test_a_run_takes_several_frames_of_each_stream() -> None:
+    table, kept = rings()
+    append(table, kept, 1, 10, 11, 12)
+    append(table, kept, 2, 20, 21)
+    rows = kept.take(ints(2, 1), 2)
+    assert kept.x[rows, 0].tolist() == [[20, 10], [21, 11]]
+    kept.applied(ints(2, 1), 2)
+    assert kept.pending_count == 1
+    assert table.step_seq[[1, 2]].tolist() == [2, 2]
+    assert kept.let_go(ints(2, 1)).tolist() == [1]
+    with pytest.raises(AssertionError, match="more was scheduled than is pending"):
+        kept.take(ints(1), 2)
+
+
+def test_a_run_that_fails_after_some_steps_takes_out_the_rest() -> None:
+    table, kept = rings()
+    append(table, kept, 1, 10, 11, 12)
+    rows = kept.take(ints(1), 2)
+    kept.applied(ints(1), 1)
+    failed, whose = kept.failed(ints(1))
+    assert failed.tolist() == [rows[1, 0], kept.rows(ints(1), ints(2))[0]]
+    assert whose.tolist() == [1, 1]
+    assert (kept.pending_count, int(table.next_seq[1])) == (0, 1)

@@ -20,6 +20,7 @@ from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
 from instep.recording.writer import RecordingWriter
 from instep.runtime.errors import StateLost
+from instep.runtime.runs import Ended
 from instep.runtime.worker import Job
 from instep.server.clients import Client, ClientTable
 from instep.server.engine import Engine
@@ -67,12 +68,15 @@ class Recurrence:
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
-        states = (self._states[slots] * _FACTOR + inputs[rows, 0].astype(np.int64) * 7 + 1) % PRIME
+        with np.errstate(invalid="ignore"):  # damaged frames are wrong ones
+            x = inputs[rows, 0].astype(np.int64)
+        states = (self._states[slots] * _FACTOR + x * 7 + 1) % PRIME
         self._states[slots] = states
         outputs[rows, 0] = states
 
     def load(self, slots: I64, states: F32 | None) -> None:
-        self._states[slots] = 0 if states is None else states[:, 0, 0].astype(np.int64)
+        with np.errstate(invalid="ignore"):  # and so are damaged states
+            self._states[slots] = 0 if states is None else states[:, 0, 0].astype(np.int64)
 
     def read(self, slots: I64) -> F32:
         return self._states[slots].astype(np.float32).reshape(-1, 1, 1)
@@ -96,6 +100,8 @@ class HandWorker:
             job = self.jobs.popleft()
             try:
                 result, error = job.call(), None
+                if isinstance(result, Ended) and isinstance(result.error, AssertionError):
+                    raise result.error
             except (StateLost, StepFailure) as failure:
                 result, error = None, failure
             self._events.append(lambda: job.done(result, error))

@@ -100,11 +100,13 @@ MUTANTS = {
             "_step",
             (
                 (
-                    "    rows = self.rings.take(slots)\n",
-                    "    rows = self.rings.take(slots)\n"
-                    "    more = slots[self.table.next_seq[slots] > self.table.step_seq[slots] + 1]\n"
-                    "    rows = np.concatenate([rows, self.rings.rows(more, self.table.step_seq[more] + 1)])\n"
-                    "    slots = np.concatenate([slots, more])\n",
+                    "    rows = self.rings.take(slots, steps)\n",
+                    "    rows = self.rings.take(slots, steps)\n"
+                    "    more = slots[self.table.next_seq[slots] > self.table.step_seq[slots] + steps]\n"
+                    "    late = self.rings.rows(more, self.table.step_seq[more] + steps)\n"
+                    "    rows = np.concatenate([rows, np.repeat(late[None], steps, 0)], axis=1)\n"
+                    "    slots = np.concatenate([slots, more])\n"
+                    "    seqs = np.concatenate([seqs, seqs[:, :len(more)]], axis=1)\n",
                 ),
             ),
         ),

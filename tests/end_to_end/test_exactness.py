@@ -67,8 +67,8 @@ def stacked(model: Model, group: Sequence[Recorded]) -> tuple[torch.Tensor, torc
 
 @torch.inference_mode()
 def whole_of_gru(model: Model, group: Sequence[Recorded]) -> tuple[F32, F32]:
-    """`nn.GRU` itself over whole recordings in one call; four rows at least, for torch's other kernels differ."""
-    x, h = stacked(model, [*group, *[group[0]] * 3])
+    """`nn.GRU` itself over whole recordings in one call; 32 rows at least, for torch's kernels for few rows differ."""
+    x, h = stacked(model, [*group, *[group[0]] * 31])
     y, final = torch_gru(model)(x, h)
     return y.numpy(), final.numpy()
 
@@ -123,7 +123,7 @@ async def test_what_is_streamed_is_what_the_network_computes_over_the_whole_reco
     rng = np.random.default_rng(len(name))
     recordings = make_recordings(rng, model, STREAMS, lengths)
     # Fewer slots than streams, so that slots change hands; fewer rows than open streams, so that batches differ.
-    engine = {"max_streams": 20 * CONNECTIONS, "max_batch_size": 64}
+    engine = {"max_streams": 20 * CONNECTIONS, "max_batch_size": 64, "steps_in": "process"}
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(running(model, engine=engine))
         producers = []

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from instep.model.certify import Certification, candidate_buckets, certify
 from instep.model.description import DenseLayer, GruLayers, NetworkDescription
 from instep.model.folder import make_model
+from instep.model.fused import FusedGru
 from instep.model.network import Network
 
 CPU = torch.device("cpu")
@@ -253,3 +254,34 @@ def test_work_for_a_large_network_is_bounded() -> None:
     assert certify(network, buckets).exactness == "exact"
     multiply_adds = 3 * 1024 * (64 + 1024) * sum(network.rows.values())
     assert multiply_adds <= 4 * 3 * 1024 * (64 + 1024) * sum(buckets) + 2 * 3e9
+
+
+@pytest.mark.parametrize("bucket", [4, 32, 64])
+def test_a_fused_step_with_other_bits_is_left_out(monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
+    network = Network(make_model(PLAIN, "random", name="fused", seed=1), CPU)
+    advance = FusedGru.advance
+
+    def other(self: FusedGru, x: torch.Tensor, h: Sequence[torch.Tensor]) -> torch.Tensor:
+        y = advance(self, x, h)
+        if len(x) == bucket:
+            nudge(y[bucket - 1, -1:])
+        return y
+
+    expected = certify(network, CANDIDATES)
+    monkeypatch.setattr(FusedGru, "advance", other)
+    assert certify(network, CANDIDATES) == expected
+    assert not network.uses_fused
+
+
+def test_the_fused_step_is_used_where_its_bits_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(make_model(PLAIN, "random", name="fused", seed=1), CPU)
+
+    def same(self: FusedGru, x: torch.Tensor, h: Sequence[torch.Tensor]) -> torch.Tensor:
+        _, states = torch.gru(x[None], torch.stack(list(h)), network._gru_weights, True, 2, 0.0, False, False, False)
+        for state, after in zip(h, states, strict=True):
+            state.copy_(after)
+        return h[-1]
+
+    monkeypatch.setattr(FusedGru, "advance", same)
+    certify(network, CANDIDATES)
+    assert network.uses_fused

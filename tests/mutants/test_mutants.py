@@ -196,8 +196,8 @@ MUTANTS = [
     Mutant(
         "a padding row leaks into a stream's slot",
         "runtime/stepper.py",
-        "slots_view[size:] = SCRATCH_SLOT",
-        "slots_view[size:] = slots[-1]",
+        "batch.slots[size:] = SCRATCH_SLOT",
+        "batch.slots[size:] = slots[-1]",
         (f"{STEPPER}::test_padding_rows_touch_no_stream",),
     ),
     Mutant(

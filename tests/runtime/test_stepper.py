@@ -33,7 +33,6 @@ def _stepper(request: pytest.FixtureRequest) -> Make:
     def make(model: Model) -> Stepper:
         steps = Stepper(Network(model, CPU), prepared(model, 64).certification.buckets, 64, CPU, device_streams)
         if copied:
-            steps._on_cpu = False
             steps._cache._array = None
         return steps
 
@@ -124,7 +123,7 @@ def test_a_step_that_raises_changes_no_state(
         raise RuntimeError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps.network, "sequence", fails)
+        patch.setattr(steps.network, "advance", fails)
         with pytest.raises(RuntimeError, match="injected"):
             step(steps, slots, np.zeros((4, F), np.float32))
     np.testing.assert_array_equal(steps.read(slots), before)

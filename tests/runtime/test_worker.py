@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
+from instep.core.typing import I64
+from instep.runtime.runs import Ended
 from instep.runtime.worker import Job, Worker
 
 
@@ -71,3 +74,100 @@ def test_stopping_runs_what_is_queued() -> None:
     caller.worker.stop()
     caller.take(1)
     assert caller.results == [(1, None)]
+
+
+class HandProcess:
+    """A step process whose steps the test ends."""
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.over: list[Ended] = []
+        self.is_gone = False
+        self.stopped_after: list[float | None] = []
+
+    def begin(self, slots: I64, rows: I64) -> None:
+        self.begun.append(int(slots[0]))
+
+    def ended(self) -> Iterator[Ended]:
+        if self.is_gone:
+            raise EOFError("gone")
+        over, self.over = self.over, []
+        return iter(over)
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        self.stopped_after.append(timeout_s)
+
+
+class StepCaller(Caller):
+    """A caller whose steps go to a process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worker.stop()
+        process: Any = HandProcess()
+        self.process = process
+        self.worker = Worker(self.handed_back.put, self.deaths.append, process)
+        self.worker.start()
+        self.log: list[Any] = []
+
+    def step(self, number: int) -> None:
+        slots = np.array([number])
+        self.worker.submit(Job(self.never, lambda *result: self.log.append((number, *result)), (slots, slots[None])))
+
+    def job(self, name: str) -> None:
+        self.worker.submit(Job(lambda: name, lambda *result: self.log.append(result)))
+
+    def end(self, *endings: Ended) -> None:
+        self.process.over += endings
+        self.worker.collect()
+
+    @staticmethod
+    def never() -> None:
+        raise AssertionError("a step ran in the thread")
+
+
+def test_steps_go_to_the_process_and_their_times_come_back() -> None:
+    caller = StepCaller()
+    caller.step(1)
+    caller.step(2)
+    assert caller.process.begun == [1, 2]
+    ended = [Ended(10, 20, 1, None), Ended(20, 25, 0, ValueError("no"))]
+    caller.end(*ended)
+    assert caller.log == [(1, ended[0], None), (2, ended[1], None)]
+    caller.worker.stop(3.0)
+    assert caller.process.stopped_after == [3.0]
+
+
+def test_a_job_waits_for_the_steps_before_it_and_a_step_for_the_jobs_before_it() -> None:
+    caller = StepCaller()
+    caller.step(1)
+    caller.job("first")
+    caller.job("second")
+    caller.step(2)
+    caller.step(3)
+    caller.job("third")
+    assert caller.process.begun == [1]
+    assert caller.handed_back.empty()
+    caller.end(Ended(0, 1, 1, None))
+    caller.take(1)
+    assert caller.process.begun == [1], "a step began before the jobs in front of it had ended"
+    caller.take(1)
+    assert caller.process.begun == [1, 2, 3]
+    caller.end(Ended(1, 2, 1, None))
+    assert caller.handed_back.empty()
+    caller.end(Ended(2, 3, 1, None))
+    caller.take(1)
+    jobs = [("first", None), ("second", None)]
+    steps = [(number, Ended(number - 1, number, 1, None), None) for number in (1, 2, 3)]
+    assert caller.log == [steps[0], *jobs, *steps[1:], ("third", None)]
+    caller.worker.stop()
+
+
+def test_the_death_of_the_process_is_told() -> None:
+    caller = StepCaller()
+    caller.step(1)
+    caller.process.is_gone = True
+    caller.worker.collect()
+    assert [str(death) for death in caller.deaths] == ["gone"]
+    assert caller.log == []
+    caller.worker.stop()

@@ -61,10 +61,11 @@ class CoreStreams:
 
     def step(self, slots: I64) -> I64:
         """Compute one pending frame of each slot; the slots that have more."""
-        rows = self.rings.take(slots)
+        (rows,) = self.rings.take(slots)
         self._state[slots] += self.rings.x[rows, 0]
         self.rings.y[rows, 0] = self._state[slots]
-        return self.rings.done(slots)
+        self.rings.applied(slots)
+        return self.rings.let_go(slots)
 
     def compute(self, slots: I64) -> None:
         """Compute and answer everything that is pending of these slots."""

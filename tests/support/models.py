@@ -39,7 +39,7 @@ def torch_gru(model: Model) -> torch.nn.GRU:
 def whole(model: Model, x: F32, h: F32 | None = None) -> tuple[F32, F32]:
     """The truth for one recording of a model without dense layers, in one call of `nn.GRU`.
 
-    The recording stands in four equal rows: with fewer, torch's kernels give other bits.
+    The recording stands in 32 equal rows: with fewer, torch's kernels may give other bits, on some processors with 8.
 
     Args:
         model: without dense layers.
@@ -50,7 +50,7 @@ def whole(model: Model, x: F32, h: F32 | None = None) -> tuple[F32, F32]:
         y float32 [T, hidden], final state float32 [layers, hidden].
     """
     module = torch_gru(model)
-    rows = torch.from_numpy(x.copy()).unsqueeze(1).repeat(1, 4, 1)
-    initial = None if h is None else torch.from_numpy(h.copy()).unsqueeze(1).repeat(1, 4, 1)
+    rows = torch.from_numpy(x.copy()).unsqueeze(1).repeat(1, 32, 1)
+    initial = None if h is None else torch.from_numpy(h.copy()).unsqueeze(1).repeat(1, 32, 1)
     y, final = module(rows, initial)
     return y[:, 0].numpy(), final[:, 0].numpy()

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @cache
 def certified(network_key: str, max_batch_size: int) -> Certification:
-    """Certification of a network seen before by its fingerprint; `prepared` fills the cache."""
+    """Certification of a network seen before, by its fingerprint and device; `prepared` fills the cache."""
     network = _NETWORKS[network_key]
     return certify(network, candidate_buckets(network, max_batch_size))
 
@@ -35,18 +35,20 @@ def certified(network_key: str, max_batch_size: int) -> Certification:
 _NETWORKS: dict[str, Network] = {}
 
 
-def prepared(model: Model, max_batch_size: int = 256) -> Prepared:
+def prepared(model: Model, max_batch_size: int = 256, device: torch.device = CPU) -> Prepared:
     """The model, ready to be served; certified once for each test run."""
     torch.set_num_threads(1)
-    network = _NETWORKS.setdefault(model.fingerprint, Network(model, CPU))
-    certification = certified(model.fingerprint, max_batch_size)
-    return Prepared(model, Path("model"), network, CPU, certification)
+    key = f"{model.fingerprint} {device}"
+    network = _NETWORKS.setdefault(key, Network(model, device))
+    certification = certified(key, max_batch_size)
+    return Prepared(model, Path("model"), network, device, certification)
 
 
 def config(**sections: dict[str, Any]) -> Config:
-    """A configuration for tests: any free port, quiet, and what the test asks for."""
+    """A configuration for tests: any free port, steps in a thread, and what the test asks for."""
+    engine = {"steps_in": "thread", **sections.pop("engine", {})}
     transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
-    return Config.model_validate({"transport": transport, **sections})
+    return Config.model_validate({"transport": transport, "engine": engine, **sections})
 
 
 @contextlib.asynccontextmanager
@@ -57,6 +59,7 @@ async def running(
     exactness: Certification | None = None,
     failure: str | None = None,
     told: list[dict[str, Any]] | None = None,
+    device: torch.device = CPU,
     **sections: dict[str, Any],
 ) -> AsyncIterator[Server]:
     """Serve `model` while the block runs; sections as in the configuration file.
@@ -67,10 +70,11 @@ async def running(
         exactness: serve as if certified so.
         failure: why the server is expected to stop by itself.
         told: what the server logs is put there, with its level.
+        device: where the network is.
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
-    ready = prepared(model, settings.engine.max_batch_size)
+    ready = prepared(model, settings.engine.max_batch_size, device)
     if exactness is not None:
         ready = replace(ready, certification=exactness)
     log: structlog.stdlib.BoundLogger = structlog.wrap_logger(

@@ -52,6 +52,7 @@ class EngineConfig(Section):
     device_streams: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     host_streams: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 256
+    steps_in: Literal["auto", "process", "thread"] = "auto"
     max_queue_delay_us: Annotated[int, Field(ge=0, le=10_000_000)] = 0
 
 

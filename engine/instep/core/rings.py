@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, U8
+from instep.core.typing import F32, I32, I64, U8, float32_zeros
 
 # Arrays, not numbers: numpy takes twice as long to join a number with a small array.
-_ONE = np.array(1)
 _ONCE, _NOT = np.array(1, np.uint8), np.array(0, np.uint8)
 
 
@@ -19,7 +20,7 @@ class Rings:
     the ring until a later frame takes its place. A frame is admitted only when the client has acknowledged the one
     whose place it takes (see `admission`), so an output that may still be asked for is never overwritten.
 
-    A stream has at most one frame in a step: from `take` to `done` it is stepping, and what arrives for it meanwhile
+    A stream has at most one frame in a step: from `take` to `let_go` it is stepping, and what arrives for it meanwhile
     waits. Places of equal seq lie side by side, so streams that go in step are copied in one piece.
 
     Args:
@@ -29,10 +30,18 @@ class Rings:
         features: width of an input.
         outputs: width of an output.
         max_pending: the most frames admitted and not yet computed, of all streams together.
+        zeros: makes the arrays of inputs and outputs; others than numpy's may be in memory that is shared.
     """
 
     def __init__(
-        self, table: StreamTable, window: int, max_streams: int, features: int, outputs: int, max_pending: int
+        self,
+        table: StreamTable,
+        window: int,
+        max_streams: int,
+        features: int,
+        outputs: int,
+        max_pending: int,
+        zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
     ) -> None:
         self.window = window
         self.max_pending = max_pending
@@ -43,8 +52,8 @@ class Rings:
         rows = window * stride
         self._window: I64 = np.array(window)
         self._stride: I64 = np.array(stride)
-        self.x: F32 = np.zeros((rows, features), np.float32)
-        self.y: F32 = np.zeros((rows, outputs), np.float32)
+        self.x = zeros((rows, features))
+        self.y = zeros((rows, outputs))
         self.block: I32 = np.zeros(rows, np.int32)
         """The number of the block that the frame of a row came in; counts while the frame is pending."""
         self._holds: U8 = np.zeros(stride, np.uint8)
@@ -101,23 +110,23 @@ class Rings:
         """Where `timesteps` frames of each slot lie: int64 [T, N]."""
         return self.rows(slots, first_seqs + np.arange(timesteps)[:, None])
 
-    def take(self, slots: I64) -> I64:
-        """Take the oldest pending frame of each slot for a step; the streams are stepping until `done`.
+    def take(self, slots: I64, steps: int = 1) -> I64:
+        """Take the oldest pending frames of each slot for a run of steps; the streams are stepping until `let_go`.
 
         Returns:
-            rows: int64 [N].
+            rows: int64 [steps, N].
         """
         seqs = self._table.step_seq[slots]
         assert not np.count_nonzero(self._holds[slots]), "a stream that is stepping or held was scheduled"
-        assert not np.count_nonzero(seqs >= self._table.next_seq[slots]), "a slot without pending frames was scheduled"
+        beyond = seqs + steps > self._table.next_seq[slots]
+        assert not np.count_nonzero(beyond), "more was scheduled than is pending"
         self._holds[slots] = 1
-        return self.rows(slots, seqs)
+        return self._rows_of(slots, seqs, steps)
 
-    def done(self, slots: I64) -> I64:
-        """The step of these slots was applied; those that can step again: int64 [≤ N]."""
-        self._table.step_seq[slots] += _ONE
-        self.pending_count -= len(slots)
-        return self.let_go(slots)
+    def applied(self, slots: I64, steps: int = 1) -> None:
+        """So many steps of a run of these slots were applied; the run is over with `let_go` or `failed`."""
+        self._table.step_seq[slots] += steps
+        self.pending_count -= len(slots) * steps
 
     def hold(self, slots: I64) -> None:
         """Let distinct slots with nothing pending wait, until as many `let_go` as `hold`."""

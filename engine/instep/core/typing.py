@@ -1,4 +1,4 @@
-"""Array types of the core, in one place."""
+"""Array types of the core, and the array that most things begin with, in one place."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 U32: TypeAlias = npt.NDArray[np.uint32]
 U64: TypeAlias = npt.NDArray[np.uint64]
 Bool: TypeAlias = npt.NDArray[np.bool_]
+
+
+def float32_zeros(shape: tuple[int, ...]) -> F32:
+    """Zeros; pages that nobody touches take no memory."""
+    return np.zeros(shape, np.float32)

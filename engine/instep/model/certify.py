@@ -73,7 +73,11 @@ def certify(network: Network, candidates: Sequence[int]) -> Certification:
 
     Keeps the largest group of buckets that agree, but rather a smaller group than less than half the largest batch.
     Where no bucket agrees even with itself, all candidates stay, under `tolerance`.
+
+    The network steps with `FusedGru` from here on where that gave the bits of `torch.gru` in every candidate. (What
+    they agree in may still depend on the bucket: the rest is found out with whichever is used.)
     """
+    network.uses_fused = all(_fused_is_same(network, bucket) for bucket in candidates)
     probes = _Probes(network, _probe_count(network, candidates))
     results = {bucket: probes.through(bucket) for bucket in candidates}
     groups: dict[bytes, list[int]] = {}
@@ -94,6 +98,18 @@ def certify(network: Network, candidates: Sequence[int]) -> Certification:
         max_ulp=max(stepping_ulp, sequence_ulp),
         whole_sequence=bool(groups) and sequence_ulp == 0,
     )
+
+
+def _fused_is_same(network: Network, bucket: int) -> bool:
+    random = np.random.default_rng(2)
+    x = torch.from_numpy(_random_frames(network, random, bucket)).to(network.device)
+    before = torch.from_numpy(_random_states(network, random, bucket)).to(network.device)
+    answers = []
+    for fused in (False, True):
+        network.uses_fused = fused
+        h = before.clone()
+        answers.append(_joined(network, network.advance(x, h), h))
+    return _distance(*answers) == 0
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """The network that is stepped: dense layers, the GRU, dense layers, on one device.
 
-Bits are part of the contract. The GRU is `torch.gru`, the very operation behind `nn.GRU`. A network without dense
-layers is not touched: its bits are those of the user's own `nn.GRU`. With dense layers, two things would make a row's
-bits depend on how many rows are beside it, and both are designed out: every dense layer is one `addmm` over contiguous
-2-D rows, stepping and over a whole sequence alike, and all widths are padded with zeros to multiples of 16, so that the
-same matrix kernels serve every number of rows. A padded hidden unit has zero weights and biases and stays exactly 0.
-(Where a dense layer overflows to infinity, 0 · inf makes its padded neighbours NaN: values beyond float32 are not
-promised.)
+Bits are part of the contract. The GRU is `torch.gru`, the very operation behind `nn.GRU`, or, one frame at a time and
+where certification found the same bits, `FusedGru`. A network without dense layers is not touched: its bits are those
+of the user's own `nn.GRU`. With dense layers, two things would make a row's bits depend on how many rows are beside it,
+and both are designed out: every dense layer is one `addmm` over contiguous 2-D rows, stepping and over a whole sequence
+alike, and all widths are padded with zeros to multiples of 16, so that the same matrix kernels serve every number of
+rows. A padded hidden unit has zero weights and biases and stays exactly 0. (Where a dense layer overflows to infinity,
+0 · inf makes its padded neighbours NaN: values beyond float32 are not promised.)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from instep.model.description import Activation, DenseLayer
 from instep.model.folder import Model
+from instep.model.fused import FusedGru
 
 WIDTH_MULTIPLE: Final = 16
 """Widths of a network with dense layers are multiples of it."""
@@ -40,9 +41,9 @@ _Dense: TypeAlias = tuple[torch.Tensor, torch.Tensor, _InPlace | None]
 class Network:
     """A model on a device, for inference only; it holds no stream's state and may be used by one thread at a time.
 
-    Call `step` and `sequence` under `torch.inference_mode()` for speed; they build no graph without it either. Padded
-    columns of frames and states (those beyond `features` and `state_size`) must be zero when given, and come back zero
-    in states; those of outputs (beyond `outputs`) mean nothing.
+    Call `advance`, `step` and `sequence` under `torch.inference_mode()` for speed; they build no graph without it
+    either. Padded columns of frames and states (those beyond `features` and `state_size`) must be zero when given, and
+    come back zero in states; those of outputs (beyond `outputs`) mean nothing.
     """
 
     def __init__(self, model: Model, device: torch.device) -> None:
@@ -71,21 +72,34 @@ class Network:
         for name, parameter in gru.named_parameters():
             parameter.copy_(_pad_gates(model.weights[f"gru.{name}"], self.state_size, parameter.shape))
         self._gru_weights: list[torch.Tensor] = list(gru.parameters())
+        self.uses_fused = False
+        """Whether `advance` uses `FusedGru`; `certify`, which finds out whether its bits are the same, sets it."""
+        self._fused = FusedGru(self._gru_weights, self.state_layers, bias=description.gru.bias)
         self._before = self._dense("before", description.before, self.input_width)
         self._after = self._dense("after", description.after, self.state_width)
 
-    def step(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One frame of every row: `sequence` without the axis of time.
+    def advance(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """One frame of every row, in place.
 
         Args:
             x: frames, float32 [B, input_width], contiguous.
-            h: states, float32 [state_layers, B, state_width], contiguous; not changed.
+            h: states, float32 [state_layers, B, state_width], contiguous; changed to those after the frame.
 
         Returns:
-            Outputs [B, output_width] and the states after the frame, as `h`.
+            Outputs [B, output_width]; without dense layers behind the GRU, they are `h[-1]` itself.
         """
-        y, h = self._run(x.unsqueeze(0), h)
-        return y.squeeze(0), h
+        x = _apply(self._before, x)
+        if self.uses_fused:
+            y = self._fused.advance(x, h.unbind())
+        else:
+            _, states = self._gru(x.unsqueeze(0), h)
+            y = h.copy_(states)[-1]
+        return _apply(self._after, y)
+
+    def step(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `advance`, but `h` is not changed: outputs, and the states after the frame."""
+        states = h.clone()
+        return self.advance(x, states).clone(), states
 
     def sequence(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """T frames of every row in one call.
@@ -97,15 +111,16 @@ class Network:
         Returns:
             Outputs [T, R, output_width] and the states after the last frame, as `h`.
         """
-        return self._run(x, h)
+        steps, count, width = x.shape
+        rows = _apply(self._before, x.view(steps * count, width))
+        y, h = self._gru(rows.view(steps, count, -1), h)
+        return _apply(self._after, y.view(steps * count, -1)).view(steps, count, -1), h
 
-    def _run(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = _apply(self._before, x)
+    def _gru(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # nn.GRU.forward ends in this call; its checks and bookkeeping cost as much again at small batches.
-        y, h = torch.gru(
+        return torch.gru(
             x, h, self._gru_weights, self.description.gru.bias, self.state_layers, 0.0, False, False, False
         )
-        return _apply(self._after, y), h
 
     def _dense(self, place: str, layers: Sequence[DenseLayer], inputs: int) -> list[_Dense]:
         built: list[_Dense] = []
@@ -120,16 +135,13 @@ class Network:
         return built
 
 
-def _apply(layers: list[_Dense], frames: torch.Tensor) -> torch.Tensor:
-    if not layers:
-        return frames
-    steps, count, width = frames.shape
-    rows = frames.view(steps * count, width)
+def _apply(layers: list[_Dense], rows: torch.Tensor) -> torch.Tensor:
+    """Dense layers on rows [R, width], contiguous."""
     for weight, bias, activate in layers:
         rows = torch.addmm(bias, rows, weight)
         if activate is not None:
             activate(rows)
-    return rows.view(steps, count, -1)
+    return rows
 
 
 def _up(size: int, multiple: int) -> int:

@@ -83,7 +83,13 @@ class Recorder:
     @property
     def has_room(self) -> bool:
         """Whether another batch may be added now."""
-        return self._batches < self._queue_batches and self._small_rows < self._queue_batches * SMALL_ROWS_PER_BATCH
+        return self.room > 0
+
+    @property
+    def room(self) -> int:
+        """How many more batches may be added now; 0 or less for none."""
+        is_full = self._small_rows >= self._queue_batches * SMALL_ROWS_PER_BATCH
+        return 0 if is_full else self._queue_batches - self._batches
 
     @property
     def failed(self) -> Exception | None:

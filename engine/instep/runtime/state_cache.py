@@ -5,12 +5,14 @@ With `Tiers` in front of it, not every slot is here, and the rows are numbered o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from instep.core.slots import SCRATCH_SLOT
-from instep.core.typing import F32, I64
+from instep.core.typing import F32, I64, float32_zeros
 
 
 class StateCache:
@@ -23,12 +25,24 @@ class StateCache:
         layers: layers of the network.
         size: state of one layer, as the network keeps it (padding included).
         device: where the tensor lives.
+        zeros: makes the array that the tensor is on the CPU; another than numpy's may be in memory that is shared.
     """
 
-    def __init__(self, rows: int, layers: int, size: int, device: torch.device) -> None:
-        self._states = torch.zeros(layers, rows + 1, size, device=device)
+    def __init__(
+        self,
+        rows: int,
+        layers: int,
+        size: int,
+        device: torch.device,
+        zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
+    ) -> None:
         # On the CPU numpy copies rows several times faster than torch, and without giving up the interpreter's lock.
-        self._array: F32 | None = self._states.numpy() if device.type == "cpu" else None
+        self._array: F32 | None = None
+        if device.type == "cpu":
+            self._array = zeros((layers, rows + 1, size))
+            self._states = torch.from_numpy(self._array)
+        else:
+            self._states = torch.zeros(layers, rows + 1, size, device=device)
 
     def gather(self, slots: Tensor, out: Tensor) -> None:
         """States of the slots as the network takes them: int64 [B] → `out` float32 [layers, B, size], contiguous."""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from instep.core.residency import Residency
 from instep.core.slots import SCRATCH_SLOT
-from instep.core.typing import F32, I64
+from instep.core.typing import F32, I64, float32_zeros
 from instep.model.network import Network
 from instep.runtime.bounded_store import BoundedStore, ColdStates
 from instep.runtime.errors import StateLost
+from instep.runtime.graph_batch import GraphBatch
+from instep.runtime.host_batch import HostBatch
 from instep.runtime.state_cache import StateCache
 from instep.runtime.tiers import Tiers
 from instep.runtime.warm_store import WarmStore
 
 
 class Stepper:
-    """The network, the states of all streams, and a staging buffer for each bucket.
+    """The network, the states of all streams, and room for a batch of each bucket.
 
     Everything here runs in the step worker's thread.
 
@@ -33,6 +35,7 @@ class Stepper:
         host_streams: how many states host memory holds, at least as many as the device; 0, or `max_streams` and more:
             all that are not on the device.
         cold: the recording, which holds the others; without one, host memory holds all.
+        zeros: see `StateCache`.
     """
 
     def __init__(
@@ -44,14 +47,14 @@ class Stepper:
         device_streams: int = 0,
         host_streams: int = 0,
         cold: ColdStates | None = None,
+        zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
     ) -> None:
         self.network = network
         self.buckets = np.asarray(buckets, np.int64)
         self._device = device
-        self._on_cpu = device.type == "cpu"
         rows = min(device_streams or max_streams, max_streams)
         layers, width = network.state_layers, network.state_width
-        self._cache = StateCache(rows, layers, width, device)
+        self._cache = StateCache(rows, layers, width, device, zeros)
         self.tiers: Tiers | None = None
         """Where states are; None when all are on the device, each in the row that has its slot's number."""
         if rows < max_streams:
@@ -59,10 +62,12 @@ class Stepper:
             if cold is not None and 0 < host_streams < max_streams:
                 warm = BoundedStore(max_streams, host_streams, layers, width, cold)
             self.tiers = Tiers(self._cache, warm, Residency(max_streams, rows))
-        self._slots = {bucket: torch.zeros(bucket, dtype=torch.int64) for bucket in buckets}
-        # float32 [1, B, features]: frames as `sequence` takes them.
-        self._x = {bucket: torch.zeros(1, bucket, network.input_width) for bucket in buckets}
-        self._h = {bucket: self._states_for(bucket) for bucket in buckets}
+        self._batches: dict[int, HostBatch | GraphBatch]
+        if device.type == "cuda":
+            pool = torch.cuda.graph_pool_handle()
+            self._batches = {bucket: GraphBatch(network, self._cache, bucket, pool) for bucket in buckets}
+        else:
+            self._batches = {bucket: HostBatch(network, self._cache, bucket) for bucket in buckets}
 
     def bucket(self, size: int) -> int:
         """The smallest bucket that holds a batch of this size."""
@@ -83,28 +88,17 @@ class Stepper:
             Exception: whatever the network raised, or moving states to the device did; no state has changed.
         """
         size = len(slots)
-        bucket = self.bucket(size)
-        staged_slots, staged_x = self._slots[bucket], self._x[bucket]
-        slots_view, x_view = staged_slots.numpy(), staged_x.numpy()[0]
-        slots_view[:size] = slots if self.tiers is None else self.tiers.make_hot(slots)
-        np.take(inputs, rows, 0, x_view[:size, : inputs.shape[1]], "clip")  # rows are good; "raise" would copy twice
-        if size < bucket:
-            slots_view[size:] = SCRATCH_SLOT
-            x_view[size:] = 0.0
-        # Each call into torch, a mere view included, gives up the interpreter's lock and may wait to get it back.
-        device_slots, device_x, h = staged_slots, staged_x, self._h[bucket]
-        if not self._on_cpu:
-            device_slots, device_x = staged_slots.to(self._device), staged_x.to(self._device)
-        self._cache.gather(device_slots, h)
-        y, states = self.network.sequence(device_x, h)
-        answers: F32 = (y.numpy() if self._on_cpu else y.cpu().numpy())[0]
+        batch = self._batches[self.bucket(size)]
+        batch.slots[:size] = slots if self.tiers is None else self.tiers.make_hot(slots)
+        batch.slots[size:] = SCRATCH_SLOT
+        # Rows are good; "raise" would copy twice.
+        np.take(inputs, rows, 0, batch.x[:size, : inputs.shape[1]], "clip")
+        batch.x[size:] = 0.0
         try:
-            self._cache.scatter(device_slots, states)
-            if size < bucket:
-                self._cache.clear_scratch()
-        except Exception as error:
+            y = batch.run()
+        except StateLost as error:
             raise StateLost(str(error), slots) from error
-        outputs[rows] = answers[:size, : outputs.shape[1]]
+        outputs[rows] = y[:size, : outputs.shape[1]]
 
     @torch.inference_mode()
     def load(self, slots: I64, states: F32 | None) -> None:
@@ -138,9 +132,6 @@ class Stepper:
         padded = np.zeros((len(states), self.network.state_layers, self.network.state_width), np.float32)
         padded[:, :, : self.network.state_size] = states
         return padded
-
-    def _states_for(self, count: int) -> torch.Tensor:
-        return torch.zeros(self.network.state_layers, count, self.network.state_width, device=self._device)
 
     def no_states(self, count: int) -> F32:
         """NaN in the shape of `read`: float32 [count, layers, state_size]."""

@@ -1,12 +1,16 @@
-"""The step worker: one thread that runs the device's work in order, and never dies in silence."""
+"""The step worker: runs the device's work in order, and never dies in silence."""
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from instep.core.typing import I64
+from instep.runtime.step_process import StepProcess
 
 
 @dataclass(slots=True)
@@ -16,23 +20,37 @@ class Job:
     call: Callable[[], Any]
     done: Callable[[Any, Exception | None], None]
     """Called with the result, or with None and what the call raised."""
+    step: tuple[I64, I64] | None = None
+    """The slots, int64 [B], and rows, int64 [steps, B], of the run that `call` would do; the result is an `Ended`."""
 
 
 class Worker:
-    """Runs jobs one after another in a thread of its own.
+    """Runs jobs one after another, in a thread of its own.
+
+    With a process for steps, those run there, up to two at a time, and other jobs in the thread; a job of one kind
+    waits until those of the other kind before it have ended.
 
     Args:
         hand_back: takes a function to run on the caller's thread (`loop.call_soon_threadsafe`).
         on_death: called on the caller's thread when the worker stops although nobody asked it to.
+        process: where steps run, if not in the thread. Its owner calls `collect` when its `signal_fd` is readable.
     """
 
     def __init__(
         self,
         hand_back: Callable[[Callable[[], None]], object],
         on_death: Callable[[BaseException], None],
+        process: StepProcess | None = None,
     ) -> None:
         self._hand_back = hand_back
         self._on_death = on_death
+        self.process = process
+        self._line: deque[Job] = deque()
+        """Jobs that wait for those of the other kind."""
+        self._stepping: deque[Job] = deque()
+        """Those that the process has."""
+        self._threaded = 0
+        """How many the thread has."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="instep-step-worker", daemon=True)
 
@@ -42,26 +60,61 @@ class Worker:
 
     def submit(self, job: Job) -> None:
         """Queue a job; what is submitted first runs first. The caller bounds how many are under way."""
-        self._jobs.put(job)
+        self._line.append(job)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin what may begin now, in order."""
+        while self._line:
+            job = self._line[0]
+            if self.process is not None and job.step is not None:
+                if self._threaded:
+                    return
+                self._stepping.append(job)
+                self.process.begin(*job.step)
+            else:
+                if self._stepping:
+                    return
+                self._threaded += 1
+                self._jobs.put(job)
+            self._line.popleft()
+
+    def collect(self) -> None:
+        """Steps of the process have ended, or it has."""
+        assert self.process is not None
+        try:
+            for ended in self.process.ended():
+                self._stepping.popleft().done(ended, None)
+        except EOFError as error:
+            self._on_death(error)
+            return
+        self._begin()
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """Run what is queued, then end the thread; after `timeout_s`, leave it to end with the process."""
+        """Run what has begun, then end thread and process; after `timeout_s`, leave it to end with the process."""
         self._jobs.put(None)
         self._thread.join(timeout_s)
+        if self.process is not None:
+            self.process.stop(timeout_s)
 
     def _run(self) -> None:
         try:
             while (job := self._jobs.get()) is not None:
-                self._hand_back(_finish(job))
+                self._hand_back(self._finish(job))
         except BaseException as error:
             reason = error
             self._hand_back(lambda: self._on_death(reason))
 
+    def _finish(self, job: Job) -> Callable[[], None]:
+        result, error = None, None
+        try:
+            result = job.call()
+        except Exception as failure:
+            error = failure
 
-def _finish(job: Job) -> Callable[[], None]:
-    try:
-        result = job.call()
-    except Exception as error:
-        failure = error
-        return lambda: job.done(None, failure)
-    return lambda: job.done(result, None)
+        def finish() -> None:
+            self._threaded -= 1
+            self._begin()
+            job.done(result, error)
+
+        return finish

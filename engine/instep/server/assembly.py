@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 
 import structlog
+import torch
 import zmq
 
-from instep.config import Config
+from instep.config import Config, EngineConfig
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
+from instep.core.typing import F32, I64, float32_zeros
 from instep.model.network import Network
 from instep.model.numerics import numerics
 from instep.recording import family
@@ -20,6 +24,8 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
+from instep.runtime.shared_memory import shared_zeros
+from instep.runtime.step_process import StepProcess
 from instep.runtime.stepper import Stepper
 from instep.server.cold import RecordedStates
 from instep.server.limits import EffectiveLimits, LimitsError, effective_limits
@@ -100,7 +106,10 @@ def make_server(
         try:
             limits = effective_limits(config, certification.buckets[-1], network.features, network.outputs)
             info = server_info(config, prepared, limits)
-            streams = _streams(config, limits, network)
+            apart = stepper is None and steps_apart(config.engine, prepared.device)
+            zeros = shared_zeros if apart else float32_zeros
+            streams = _streams(config, limits, network, zeros)
+            process = None
             if stepper is None:
                 engine = config.engine
                 stepper = Stepper(
@@ -111,13 +120,17 @@ def make_server(
                     engine.device_streams,
                     engine.host_streams,
                     streams.cold,
+                    zeros,
                 )
+            if apart:
+                process = _step_process(stepper, streams.rings)  # before the socket: ZeroMQ's threads are not forked
+                undo.callback(process.stop)
             router = Router(config.transport)
             undo.callback(router.close)
             if config.recording.file is not None:
                 writer, recovery = _recording(config, prepared, streams, stepper, log, accept_numerics_change)
                 undo.callback(writer.discard if recovery is None else writer.abandon)
-            server = Server(config, router, stepper, info, streams, writer, log)
+            server = Server(config, router, stepper, info, streams, writer, process, log)
         except (LimitsError, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
@@ -132,7 +145,39 @@ def make_server(
     return server
 
 
-def _streams(config: Config, limits: EffectiveLimits, network: Network) -> Streams:
+def steps_apart(engine: EngineConfig, device: torch.device) -> bool:
+    """Whether steps get a process of their own.
+
+    Raises:
+        CannotServe: when they were to, and cannot.
+    """
+    obstacles = {
+        f"the device is {device}": device.type != "cpu",
+        "this system has no fork": not hasattr(os, "fork"),
+        "engine.threads is above 1, and threads are lost in a fork": engine.threads > 1,
+        "engine.device_streams is below engine.max_streams": 0 < engine.device_streams < engine.max_streams,
+    }
+    if engine.steps_in == "process":
+        for obstacle, is_there in obstacles.items():
+            if is_there:
+                raise CannotServe(f"engine.steps_in is process, but {obstacle}; use auto or thread")
+        return True
+    return engine.steps_in == "auto" and not any(obstacles.values()) and (os.cpu_count() or 1) > 1
+
+
+def _step_process(stepper: Stepper, rings: Rings) -> StepProcess:
+    def step(slots: I64, rows: I64) -> None:
+        stepper.step(slots, rows, rings.x, rings.y)
+
+    try:
+        return StepProcess(step, int(stepper.buckets[-1]))
+    except OSError as error:
+        raise CannotServe(f"no process for the steps can be started ({error}); set engine.steps_in to thread") from None
+
+
+def _streams(
+    config: Config, limits: EffectiveLimits, network: Network, zeros: Callable[[tuple[int, ...]], F32]
+) -> Streams:
     path, host_streams = config.recording.file, config.engine.host_streams
     is_bounded = path is not None and 0 < host_streams < limits.max_streams
     table = StreamTable(
@@ -149,6 +194,7 @@ def _streams(config: Config, limits: EffectiveLimits, network: Network) -> Strea
         network.features,
         network.outputs,
         limits.max_pending_frames,
+        zeros,
     )
     streams = Streams(limits, table, rings)
     if path is not None and is_bounded:

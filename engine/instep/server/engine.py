@@ -16,6 +16,7 @@ from instep.core.scheduler import Scheduler
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I32, I64, Bool
 from instep.runtime.errors import StateLost
+from instep.runtime.runs import MOST_STEPS, Ended, run_steps
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
 from instep.server import replies
@@ -27,7 +28,7 @@ from instep.server.statistics import Statistics
 from instep.server.tap import Tap
 from instep_client.wire import Code
 
-_MOST_STEPS = 2
+_MOST_RUNS = 2
 """One that the worker runs, and one that is ready when it has ended."""
 
 
@@ -75,8 +76,12 @@ class Engine:
         self._statistics = statistics
         self._log_failure = log_failure
         self._call_later = call_later
-        self._steps_under_way = 0
+        self._runs_under_way = 0
+        self._step_ns = 0
+        """How long each of the newest steps took."""
         self._hold_timer = False
+        self.longest_run_ns = 1_000_000
+        """How long, about, somebody who comes may wait for a run that is longer than one step."""
         self.draining = False
         """While True, nothing more arrives that a batch could be held for."""
         self.on_answered: Callable[[], None] = lambda: None
@@ -136,8 +141,8 @@ class Engine:
 
     def schedule(self) -> None:
         """Give the worker a batch if it is free and one is due, and a full one to go on with while it steps."""
-        while self._steps_under_way < _MOST_STEPS and self.scheduler.ready_count:
-            if self._steps_under_way and self.scheduler.ready_count < self.scheduler.max_batch_size:
+        while self._runs_under_way < _MOST_RUNS and self.scheduler.ready_count:
+            if self._runs_under_way and self.scheduler.ready_count < self.scheduler.max_batch_size:
                 return  # what arrives until the worker is free may still join this batch
             if not self._tap.has_room:
                 return  # the recorder calls back when it has room again
@@ -151,26 +156,30 @@ class Engine:
             self._step(self.scheduler.next_batch())
 
     def _step(self, slots: I64) -> None:
-        rows = self.rings.take(slots)
-        numbers = self.rings.block[rows]
+        """Begin a run: one step, or as many as these streams have frames for where nobody else waits."""
+        steps = self._run_length(slots)
+        seqs = self.table.step_seq[slots] + np.arange(steps)[:, None]
+        rows = self.rings.take(slots, steps)
         were_kept = self.table.keeping.is_kept(slots)
-        ticket = self._tap.inputs(slots, rows, self._stepper.bucket(len(slots)))
-        self._steps_under_way += 1
+        bucket = self._stepper.bucket(len(slots))
+        tickets = [self._tap.inputs(slots, *frames, bucket) for frames in zip(seqs, rows, strict=True)]
+        self._runs_under_way += 1
 
-        def step() -> tuple[int, int]:
-            began_ns = time.monotonic_ns()
+        def step(slots: I64, rows: I64) -> None:
             self._stepper.step(slots, rows, self.rings.x, self.rings.y)
-            return began_ns, time.monotonic_ns()
 
-        def done(times_ns: tuple[int, int] | None, error: Exception | None) -> None:
-            self._steps_under_way -= 1
-            if times_ns is None:
-                self._failed(slots, were_kept, ticket, error)
-            else:
-                self._stepped(slots, rows, numbers, ticket, *times_ns)
+        def done(ended: Ended, _: Exception | None) -> None:
+            self._runs_under_way -= 1
+            self._ended(slots, rows, tickets, were_kept, ended)
 
-        self._worker.submit(Job(step, done))
+        self._worker.submit(Job(lambda: run_steps(step, slots, rows), done, (slots, rows)))
         self.on_changed()  # after that: a snapshot says that it contains what it finds recorded
+
+    def _run_length(self, slots: I64) -> int:
+        if self.scheduler.ready_count:
+            return 1  # somebody else's turn comes after each step
+        pending = int((self.table.next_seq[slots] - self.table.step_seq[slots]).min())
+        return max(1, min(pending, MOST_STEPS, self._tap.room, self.longest_run_ns // max(self._step_ns, 1)))
 
     def _hold(self, hold_ns: int) -> None:
         if not self._hold_timer:
@@ -181,14 +190,26 @@ class Engine:
         self._hold_timer = False
         self.schedule()
 
-    def _stepped(self, slots: I64, rows: I64, numbers: I32, ticket: int, began_ns: int, ended_ns: int) -> None:
-        self._statistics.batches_total += 1
-        self._statistics.frames_total += len(rows)
-        self._tap.outputs(ticket, rows, ended_ns - began_ns)
-        self.make_ready(self.rings.done(slots))
-        self._tap.when_durable(ticket, lambda: self._deliver(numbers, began_ns, ended_ns))
+    def _ended(self, slots: I64, rows: I64, tickets: list[int], were_kept: Bool, ended: Ended) -> None:
+        """A run over rows, int64 [steps, B], has ended, each step under its ticket."""
+        steps = ended.steps
+        numbers = self.rings.block[rows[:steps]].reshape(-1)
+        self.rings.applied(slots, steps)
+        if steps:
+            self._step_ns = (ended.ended_ns - ended.began_ns) // steps
+            self._statistics.batches_total += steps
+            self._statistics.frames_total += len(numbers)
+            for ticket, rows_of_step in zip(tickets, rows[:steps], strict=False):
+                self._tap.outputs(ticket, rows_of_step, self._step_ns)
+        if ended.error is None:
+            self.make_ready(self.rings.let_go(slots))
+        if steps:
+            times_ns = ended.ended_ns - self._step_ns, ended.ended_ns
+            self._tap.when_durable(tickets[steps - 1], lambda: self._deliver(numbers, *times_ns))
+        if ended.error is not None:
+            self._failed(slots, were_kept & (steps == 0), tickets[steps:], ended.error)
 
-    def _failed(self, slots: I64, were_kept: Bool, ticket: int, error: Exception | None) -> None:
+    def _failed(self, slots: I64, were_kept: Bool, tickets: list[int], error: Exception) -> None:
         """A step failed: none of its frames was applied, nor can the frames behind them be."""
         now_ns = time.monotonic_ns()
         self._statistics.step_failures_total += 1
@@ -206,9 +227,10 @@ class Engine:
         if len(lost):
             self.table.lost[lost] = True
             self.on_state_lost(lost[~self.table.closing[lost]])
-        ticket = self._tap.failed(ticket, f"{'state_lost' if len(lost) else 'step_failed'}: {error}")
+        detail = f"{'state_lost' if len(lost) else 'step_failed'}: {error}"
+        newest = [self._tap.failed(ticket, detail) for ticket in tickets][-1]
         self.schedule()
-        self._tap.when_durable(ticket, lambda: self._deliver(numbers, now_ns, now_ns))
+        self._tap.when_durable(newest, lambda: self._deliver(numbers, now_ns, now_ns))
 
     def without_state(self, slots: I64) -> None:
         """Held streams, int64 [N], have no state to step, as it could not be loaded: what came for them is refused."""

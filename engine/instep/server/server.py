@@ -18,6 +18,7 @@ from instep.core.streams import StreamTable
 from instep.recording.recorder import Recorder
 from instep.recording.retention import Retention
 from instep.recording.writer import RecordingWriter
+from instep.runtime.step_process import StepProcess
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Worker
 from instep.server import replies
@@ -69,6 +70,7 @@ class Server:
         info: what WELCOME says.
         streams: those that are open already, parked, and room for more.
         writer: the recording, or None.
+        process: where steps run, if not in the worker's thread.
         log: where the server says what it does.
 
     Raises:
@@ -83,6 +85,7 @@ class Server:
         info: ServerInfo,
         streams: Streams,
         writer: RecordingWriter | None,
+        process: StepProcess | None,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.config = config
@@ -94,7 +97,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._limits = streams.limits
         self._router = router
-        self._worker = Worker(self._hand_back, lambda error: self.fail(f"the step worker died: {error!r}"))
+        self._worker = Worker(self._hand_back, lambda error: self.fail(f"the step worker died: {error!r}"), process)
         self._clients = ClientTable(config.limits.max_connections)
         self._postbox = Postbox(
             self._router,
@@ -201,12 +204,16 @@ class Server:
         """Serve until `stop` or a failure; then drain, say goodbye and close."""
         self._worker.start()
         self._loop.add_reader(self._router.signal_fd, self._guarded, self._pump)
+        if (process := self._worker.process) is not None:
+            self._loop.add_reader(process.signal_fd, self._guarded, self._steps_ended)
         ticking = self._loop.create_task(self._tick())
         try:
             await self._stopping.wait()
             await self._drain()
         finally:
             self._loop.remove_reader(self._router.signal_fd)
+            if process is not None:
+                self._loop.remove_reader(process.signal_fd)
             ticking.cancel()
             await asyncio.gather(ticking, return_exceptions=True)
             self._close()
@@ -242,6 +249,10 @@ class Server:
 
     def _continue_pump(self) -> None:
         self._pump_is_due = False
+        self._pump()
+
+    def _steps_ended(self) -> None:
+        self._worker.collect()
         self._pump()
 
     def _hand_back(self, finish: Callable[[], None]) -> None:

@@ -18,6 +18,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
 from instep.recording.schema import OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
 from instep.recording.states import StateRows
+from instep.runtime.runs import MOST_STEPS
 
 NEVER: Final = 2**63
 """The ticket of what was not recorded, because the recording has failed."""
@@ -76,6 +77,11 @@ class Tap:
         return self._recorder is None or (not self.is_paused and self._recorder.has_room and not self.has_failed)
 
     @property
+    def room(self) -> int:
+        """How many batches may be stepped before asking `has_room` again."""
+        return MOST_STEPS if self._recorder is None else self._recorder.room
+
+    @property
     def has_failed(self) -> bool:
         """Whether the recorder has failed, so that the server is about to stop."""
         return self._recorder is not None and self._recorder.failed is not None
@@ -123,16 +129,16 @@ class Tap:
 
     # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def inputs(self, slots: I64, rows: I64, bucket: int) -> int:
-        """A batch is about to be stepped; its ticket."""
+    def inputs(self, slots: I64, seqs: I64, rows: I64, bucket: int) -> int:
+        """A batch is about to be stepped, frames of these slots, seqs and rows, int64 [B] each; its ticket."""
         if self._recorder is None:
             return 0
         recorder, table = self._recorder, self._table
         table.keeping.changed(slots)  # now: a snapshot taken during the step says that it contains it
         streams = table.recording_id[slots].astype(np.uint32)
-        seqs = table.step_seq[slots].astype(np.uint64)
         x = self._rings.x[rows]
-        self.last_inputs = self._said(recorder.add_inputs, time.time_ns(), bucket, streams, seqs, x)
+        frames = streams, seqs.astype(np.uint64), x
+        self.last_inputs = self._said(recorder.add_inputs, time.time_ns(), bucket, *frames)
         return self.last_inputs
 
     def outputs(self, ticket: int, rows: I64, computed_ns: int) -> None:

@@ -1,0 +1,158 @@
+"""Steps in a process of their own, so that they and the event loop never wait for one interpreter's lock.
+
+The process is forked, so it has the network, and with it certification, just as the server has them; states and rings
+are shared memory (`shared_zeros`). What goes between the two are pipes with a byte a step, the number of a place in
+shared memory where the batch stands. Closing the pipe ends the process, also when the server is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Final, NoReturn
+
+from instep.core.typing import I64
+from instep.runtime.errors import StateLost
+from instep.runtime.runs import MOST_STEPS, Ended, run_steps
+from instep.runtime.shared_memory import shared_zeros
+
+PLACES: Final = 4
+"""Runs that may be under way at once."""
+_TEXT_BYTES: Final = 1024
+_FAILED: Final = 1
+_LOST: Final = 2
+_POLL_S: Final = 0.005
+
+
+class StepFailed(Exception):
+    """A step raised something; the message is its name and words. No state has changed."""
+
+
+class StepProcess:
+    """A forked process that steps one batch after another.
+
+    Args:
+        step: steps the streams of slots, int64 [B], with the frames of rows, int64 [B]; everything it changes that the
+            server reads is shared memory.
+        most: the largest batch.
+
+    Raises:
+        OSError: when there can be no other process.
+    """
+
+    def __init__(self, step: Callable[[I64, I64], None], most: int) -> None:
+        self._slots: I64 = shared_zeros((PLACES, most), "i8")
+        self._rows: I64 = shared_zeros((PLACES, MOST_STEPS, most), "i8")
+        self._sizes: I64 = shared_zeros((PLACES, 2), "i8")
+        """How many steps, and of how many streams."""
+        self._outcome: I64 = shared_zeros((PLACES, 4), "i8")
+        """When the run began and ended, in ns of the monotonic clock, how many steps it made, and what went wrong."""
+        self._text = shared_zeros((PLACES, _TEXT_BYTES), "u1")
+        self._next = 0
+        commands, self._commands = os.pipe()
+        self.signal_fd, endings = os.pipe()
+        """Becomes readable when a step has ended, and when the process has."""
+        with warnings.catch_warnings():  # Python 3.12 warns of threads, as numpy's BLAS has; the child starts none
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
+        if self._pid == 0:
+            self._live(step, commands, endings)
+        os.close(commands)
+        os.close(endings)
+        os.set_blocking(self.signal_fd, False)
+
+    def begin(self, slots: I64, rows: I64) -> None:
+        """Step streams, int64 [B], with frames, int64 [steps, B], after what has begun; that is less than `PLACES`."""
+        place, (steps, size) = self._next, rows.shape
+        self._next = (place + 1) % PLACES
+        self._slots[place, :size] = slots
+        self._rows[place, :steps, :size] = rows
+        self._sizes[place] = steps, size
+        with contextlib.suppress(BrokenPipeError):  # it has died, which `ended` tells
+            os.write(self._commands, bytes((place,)))
+
+    def ended(self) -> Iterator[Ended]:
+        """Runs that have ended since the last call, in order.
+
+        Raises:
+            EOFError: when the process has ended.
+        """
+        try:
+            places = os.read(self.signal_fd, PLACES)
+        except BlockingIOError:
+            return
+        if not places:
+            raise EOFError("the process that steps is gone")
+        for place in places:
+            began_ns, ended_ns, steps, outcome = self._outcome[place].tolist()
+            yield Ended(began_ns, ended_ns, steps, self._error(place, outcome) if outcome else None)
+
+    def _error(self, place: int, outcome: int) -> Exception:
+        text = self._text[place].tobytes().rstrip(b"\0").decode(errors="replace")
+        if outcome == _LOST:
+            return StateLost(text, self._slots[place, : self._sizes[place, 1]].copy())
+        return StepFailed(text)
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Let it finish what has begun, then end; after `timeout_s` it is killed. May be called twice."""
+        if self._pid == 0:
+            return
+        os.close(self._commands)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not os.waitpid(self._pid, 0 if deadline is None else os.WNOHANG)[0]:
+            if deadline is not None and time.monotonic() > deadline:
+                os.kill(self._pid, signal.SIGKILL)
+                deadline = None
+            else:
+                time.sleep(_POLL_S)
+        os.close(self.signal_fd)
+        self._pid = 0
+
+    # ── In the other process ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _live(self, step: Callable[[I64, I64], None], commands: int, endings: int) -> NoReturn:
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # the server says when it is over
+            _close_all_but(0, 1, 2, commands, endings)
+            while places := os.read(commands, PLACES):
+                for place in places:
+                    self._run(step, place)
+                    os.write(endings, bytes((place,)))
+            status = 0
+        except BrokenPipeError:
+            pass  # the server is gone
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+    def _run(self, step: Callable[[I64, I64], None], place: int) -> None:
+        steps, size = self._sizes[place].tolist()
+        ended = run_steps(step, self._slots[place, :size], self._rows[place, :steps, :size])
+        outcome = 0
+        if (error := ended.error) is not None:
+            is_lost = isinstance(error, StateLost)
+            outcome = _LOST if is_lost else _FAILED
+            told = (str(error) if is_lost else f"{type(error).__name__}: {error}").encode()[:_TEXT_BYTES]
+            self._text[place] = 0
+            self._text[place, : len(told)] = list(told)
+        self._outcome[place] = ended.began_ns, ended.ended_ns, ended.steps, outcome
+
+
+def _close_all_but(*kept: int) -> None:
+    """So that sockets and files which the server closes are closed."""
+    bounds = [-1, *sorted(kept), os.sysconf("SC_OPEN_MAX")]
+    for last_kept, next_kept in pairwise(bounds):
+        if last_kept + 1 < next_kept:  # of an empty range Python 3.11 makes all there are
+            os.closerange(last_kept + 1, next_kept)

@@ -1,0 +1,108 @@
+"""The same on a GPU; where there is none, nothing here is known."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import pytest
+import torch
+
+from instep.core.typing import F32
+from instep.model.certify import candidate_buckets, certify
+from instep.model.description import DenseLayer, GruLayers, NetworkDescription
+from instep.model.folder import Model, make_model
+from instep.model.network import Network
+from instep.model.numerics import prepare
+from instep.runtime.stepper import Stepper
+from tests.support.models import plain
+from tests.support.raw import RawClient
+from tests.support.running import running
+from tests.support.traffic import Producer, make_recordings
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+
+CUDA: Final = torch.device("cuda", 0)
+DENSE = make_model(
+    NetworkDescription(
+        features=6,
+        before=(DenseLayer(size=9, activation="relu"),),
+        gru=GruLayers(hidden_size=24, num_layers=2),
+        after=(DenseLayer(size=3, activation="sigmoid"),),
+    ),
+    init="random",
+    seed=3,
+    name="dense",
+)
+MODELS = {"plain": plain(6, 16), "two layers": plain(6, 32, layers=2), "dense": DENSE}
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> Model:
+    prepare(1)
+    return MODELS[request.param]
+
+
+def whole(model: Model, x: F32) -> tuple[F32, F32]:
+    """One call of the network over whole sequences, on the GPU: x [T, R, features]."""
+    network = Network(model, CUDA)
+    rows = -(-x.shape[1] // network.smallest_bucket) * network.smallest_bucket
+    padded = torch.zeros(len(x), rows, network.input_width)
+    padded[:, : x.shape[1], : x.shape[2]] = torch.from_numpy(x)
+    h = torch.zeros(network.state_layers, rows, network.state_width, device=CUDA)
+    y, final = network.sequence(padded.to(CUDA), h)
+    states = final[:, : x.shape[1], : network.state_size].transpose(0, 1)
+    return y[:, : x.shape[1], : network.outputs].cpu().numpy(), states.cpu().numpy()
+
+
+def test_streams_in_ever_other_batches_equal_their_whole_recording(model: Model, rng: np.random.Generator) -> None:
+    network = Network(model, CUDA)
+    found = certify(network, candidate_buckets(network, 64))
+    steps = Stepper(network, found.buckets, 64, CUDA)
+    x = rng.standard_normal((9, 20, network.features)).astype(np.float32)
+    y = np.zeros((9, 20, network.outputs), np.float32)
+    at = np.zeros(20, np.int64)
+    while (at < 9).any():
+        chosen = rng.permutation(np.flatnonzero(at < 9))[: rng.integers(1, 21)]
+        answers = np.zeros((len(chosen), network.outputs), np.float32)
+        steps.step(chosen + 1, np.arange(len(chosen)), x[at[chosen], chosen], answers)
+        y[at[chosen], chosen] = answers
+        at[chosen] += 1
+    truth_y, truth_h = whole(model, x)
+    if found.exactness == "exact" and found.whole_sequence:
+        np.testing.assert_array_equal(y, truth_y)
+        np.testing.assert_array_equal(steps.read(np.arange(1, 21)), truth_h)
+    np.testing.assert_allclose(y, truth_y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(steps.read(np.arange(1, 21)), truth_h, rtol=1e-5, atol=1e-6)
+
+
+def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generator) -> None:
+    model = MODELS["plain"]
+    prepare(1)
+    steps = Stepper(Network(model, CUDA), (16, 32), 40, CUDA, device_streams=32)
+    states = rng.uniform(-1, 1, (40, 1, 16)).astype(np.float32)
+    slots = np.arange(1, 41)
+    steps.load(slots, states)
+    x = rng.standard_normal((40, 6)).astype(np.float32)
+    for part in (slots[:20], slots[20:]):  # the second batch pushes states of the first away
+        steps.step(part, part - 1, x, np.zeros((40, 16), np.float32))
+    gru = torch.nn.GRU(6, 16)
+    gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
+    with torch.inference_mode():
+        _, expected = gru(torch.from_numpy(x)[None], torch.from_numpy(states[:, 0])[None])
+    np.testing.assert_allclose(steps.read(slots)[:, 0], expected[0].numpy(), rtol=1e-5, atol=1e-6)
+    steps.load(slots[:3], None)
+    assert not steps.read(slots[:3]).any()
+
+
+async def test_what_is_streamed_is_what_the_network_computes(model: Model, rng: np.random.Generator) -> None:
+    recordings = make_recordings(rng, model, 40, [1, 5, 12])
+    async with (
+        running(model, device=CUDA, engine={"device": "cuda", "max_batch_size": 32}) as server,
+        RawClient(server.endpoint) as client,
+    ):
+        await Producer(client, recordings, model, rng, at_once=20).run()
+    for recording in recordings:
+        if recording.initial is None:
+            truth, _ = whole(model, recording.x[:, None].repeat(32, axis=1))
+            np.testing.assert_allclose(recording.y, truth[:, 0], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from instep.core.typing import F32, I64
+from instep.runtime.errors import StateLost
+from instep.runtime.runs import MOST_STEPS, Ended
+from instep.runtime.shared_memory import shared_zeros
+from instep.runtime.step_process import PLACES, StepFailed, StepProcess
+
+DEADLINE_S = 60
+
+
+class Stepped:
+    """A step process over one shared array, in which it notes what it was given."""
+
+    def __init__(self, also: Callable[[I64, I64], None] = lambda slots, rows: None) -> None:
+        self.seen: F32 = shared_zeros((16, 2))
+
+        def step(slots: I64, rows: I64) -> None:
+            also(slots, rows)
+            self.seen[slots, 0] = rows
+            self.seen[slots, 1] += 1
+
+        self.process = StepProcess(step, 8)
+
+    def wait(self, count: int) -> list[Ended]:
+        ended: list[Ended] = []
+        while len(ended) < count:
+            assert select.select([self.process.signal_fd], [], [], DEADLINE_S)[0], "no step ended"
+            ended += self.process.ended()
+        return ended
+
+
+@pytest.fixture
+def stepped() -> Iterator[Callable[..., Stepped]]:
+    made: list[Stepped] = []
+
+    def make(also: Callable[[I64, I64], None] = lambda slots, rows: None) -> Stepped:
+        made.append(Stepped(also))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.process.stop(timeout_s=DEADLINE_S)
+
+
+def test_what_a_step_writes_is_seen_here(stepped: Callable[..., Stepped]) -> None:
+    one = stepped()
+    before = time.monotonic_ns()
+    one.process.begin(np.array([3, 1, 7]), np.array([[30, 10, 70]]))
+    (ended,) = one.wait(1)
+    assert ended.error is None
+    assert before <= ended.began_ns <= ended.ended_ns <= time.monotonic_ns()
+    assert one.seen[[1, 3, 7]].tolist() == [[10, 1], [30, 1], [70, 1]]
+    assert one.seen[:, 1].sum() == 3
+
+
+def test_steps_run_in_order_and_places_are_used_again(stepped: Callable[..., Stepped]) -> None:
+    one = stepped()
+    for number in range(3 * PLACES):
+        one.process.begin(np.array([2, 5])[: 1 + number % 2], np.array([[number, -number]])[:, : 1 + number % 2])
+        if number % (PLACES - 1) == PLACES - 2:
+            one.wait(PLACES - 1)
+    assert one.seen[2].tolist() == [3 * PLACES - 1, 3 * PLACES]
+    assert one.seen[5].tolist() == [-(3 * PLACES - 1), 3 * PLACES / 2]
+
+
+def test_nothing_has_ended_before_it_has(stepped: Callable[..., Stepped]) -> None:
+    assert list(stepped().process.ended()) == []
+
+
+def test_what_a_step_raises_is_told_and_the_next_one_runs(stepped: Callable[..., Stepped]) -> None:
+    def also(slots: I64, rows: I64) -> None:
+        if rows[0] == 13:
+            raise ValueError("thirteen: " + "µ" * 2000)
+        if rows[0] == 14:
+            raise StateLost("half written", slots)
+
+    one = stepped(also)
+    one.process.begin(np.array([1]), np.array([[13]]))
+    one.process.begin(np.array([4, 2]), np.array([[14, 14]]))
+    one.process.begin(np.array([1]), np.array([[15]]))
+    failed, lost, fine = [ended.error for ended in one.wait(3)]
+    assert isinstance(failed, StepFailed)
+    assert str(failed).startswith("ValueError: thirteen: µµµ")
+    assert isinstance(lost, StateLost)
+    assert str(lost) == "half written"
+    assert lost.slots is not None
+    assert lost.slots.tolist() == [4, 2]
+    assert fine is None
+    assert one.seen[1].tolist() == [15, 1]
+
+
+def test_a_run_of_steps_ends_with_the_first_that_fails(stepped: Callable[..., Stepped]) -> None:
+    def also(slots: I64, rows: I64) -> None:
+        if 13 in rows.tolist():
+            raise ValueError
+
+    one = stepped(also)
+    one.process.begin(np.array([1, 2]), np.arange(2 * MOST_STEPS).reshape(MOST_STEPS, 2))
+    one.process.begin(np.array([3]), np.arange(20, 23)[:, None])
+    failed, fine = one.wait(2)
+    assert (failed.steps, fine.steps) == (6, 3)
+    assert isinstance(failed.error, StepFailed)
+    assert fine.error is None
+    assert one.seen[1:4].tolist() == [[10, 6], [11, 6], [22, 3]]
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, None])
+def test_a_process_that_dies_is_noticed(stepped: Callable[..., Stepped], end: signal.Signals | None) -> None:
+    def also(slots: I64, rows: I64) -> None:
+        if end is None:
+            raise KeyboardInterrupt  # nothing that a step may raise
+        os.kill(os.getpid(), end)
+
+    one = stepped(also)
+    one.process.begin(np.array([1]), np.array([[1]]))
+    with pytest.raises(EOFError, match="is gone"):
+        one.wait(1)
+    one.process.begin(np.array([1]), np.array([[1]]))  # nobody is there to take it, which is no error here
+
+
+def test_interrupts_are_the_servers_business(stepped: Callable[..., Stepped]) -> None:
+    def also(slots: I64, rows: I64) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+    one = stepped(also)
+    one.process.begin(np.array([1]), np.array([[1]]))
+    assert one.wait(1)[0].error is None
+
+
+def test_stopping_finishes_what_has_begun(stepped: Callable[..., Stepped]) -> None:
+    one = stepped()
+    for number in range(3):
+        one.process.begin(np.array([1]), np.array([[number]]))
+    one.process.stop()
+    one.process.stop()
+    assert one.seen[1].tolist() == [2, 3]
+
+
+def test_a_step_that_never_ends_is_killed(stepped: Callable[..., Stepped]) -> None:
+    one = stepped(lambda slots, rows: time.sleep(10 * DEADLINE_S))
+    one.process.begin(np.array([1]), np.array([[1]]))
+    one.process.stop(timeout_s=0.01)
+    assert one.seen[1].tolist() == [0, 0]
+
+
+def test_nothing_that_the_server_has_open_is_held_open(stepped: Callable[..., Stepped]) -> None:
+    reading, writing = os.pipe()
+    one = stepped()
+    os.close(writing)
+    assert select.select([reading], [], [], DEADLINE_S)[0]
+    assert os.read(reading, 1) == b""  # the only end that was open is closed
+    os.close(reading)
+    one.process.begin(np.array([1]), np.array([[1]]))
+    one.wait(1)
+
+
+SERVER = """
+import os, signal, numpy as np
+from instep.runtime.step_process import StepProcess
+process = StepProcess(lambda slots, rows: None, 4)
+print(process._pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_it_ends_when_the_server_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        output = server.stdout.read()  # ends when nobody is left who could write: the process holds it open, too
+        assert int(output) > 0
+    assert server.returncode == -signal.SIGKILL
+
+
+def test_what_does_not_fit_is_a_memory_error() -> None:
+    for shape in ((2**60, 2), (2**45,), (2**70,)):
+        with pytest.raises(MemoryError, match="no memory for an array of shape"):
+            shared_zeros(shape)
+    assert shared_zeros((0, 3)).shape == (0, 3)
+    zeros = shared_zeros((4, 3), "i8")
+    assert zeros.dtype == np.int64
+    assert zeros.sum() == 0
+    zeros[1] = 5
+    assert zeros.tolist()[1] == [5, 5, 5]

@@ -1,0 +1,85 @@
+"""Several steps in a row where nobody else waits: the same answers, fewer words with the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.runtime.runs import MOST_STEPS
+from instep.runtime.worker import Job
+from instep.server.server import Server
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+
+F, H = 5, 8
+FOREVER_NS = 10**18
+
+
+@pytest.fixture
+def runs() -> Callable[[Server], list[tuple[int, ...]]]:
+    """Notes of every run of a server how many steps of how many streams it has."""
+
+    def noting(server: Server) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+        submit = server._worker.submit
+
+        def noted(job: Job) -> None:
+            if job.step is not None:
+                shapes.append(job.step[1].shape)
+            submit(job)
+
+        server._worker.submit = noted  # type: ignore[method-assign]
+        return shapes
+
+    return noting
+
+
+async def test_a_chunk_is_stepped_in_runs(
+    rng: np.random.Generator, runs: Callable[[Server], list[tuple[int, ...]]], tmp_path: Path
+) -> None:
+    x = rng.standard_normal((2 * MOST_STEPS + 3, 2, F)).astype(np.float32)
+    recording = {"file": tmp_path / "r.instep", "queue_batches": 100}
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        server.engine.longest_run_ns = FOREVER_NS
+        await client.hello()
+        handles = (await client.open("a", "b")).handles()
+        shapes = runs(server)
+        y = (await client.step(handles, [0, 0], x)).floats().reshape(len(x), 2, H)
+        for column in range(2):
+            np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:, column])[0])
+        assert shapes == [(MOST_STEPS, 2), (MOST_STEPS, 2), (3, 2)]
+        assert server.statistics.batches_total == len(x)
+        assert server.statistics.frames_total == x.shape[0] * 2
+
+
+async def test_a_run_is_no_longer_than_others_may_wait(
+    rng: np.random.Generator, runs: Callable[[Server], list[tuple[int, ...]]]
+) -> None:
+    x = rng.standard_normal((5, 1, F)).astype(np.float32)
+    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+        server.engine.longest_run_ns = 0
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        shapes = runs(server)
+        await client.step(handles, [0], x)
+        assert shapes == [(1, 1)] * 5
+
+
+async def test_there_are_no_runs_while_others_wait(
+    rng: np.random.Generator, runs: Callable[[Server], list[tuple[int, ...]]]
+) -> None:
+    x = rng.standard_normal((6, 4, F)).astype(np.float32)
+    async with running(SMALL, engine={"max_batch_size": 2}) as server, RawClient(server.endpoint) as client:
+        server.engine.longest_run_ns = FOREVER_NS
+        await client.hello()
+        handles = (await client.open("a", "b", "c", "d")).handles()
+        shapes = runs(server)
+        y = (await client.step(handles, [0] * 4, x)).floats().reshape(6, 4, H)
+        for column in range(4):
+            np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:, column])[0])
+        assert shapes[0] == (1, 2)
+        assert sum(steps * streams for steps, streams in shapes) == 24

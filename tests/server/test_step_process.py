@@ -1,0 +1,106 @@
+"""Steps in a process of their own: what a client sees is the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from instep.config import EngineConfig
+from instep.model.network import Network
+from instep.server.assembly import steps_apart
+from instep.server.preparation import CannotServe
+from instep_client.wire import Code
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import CPU, running
+
+F, H = 5, 8
+POISON = 1234.5
+APART = {"steps_in": "process"}
+
+
+async def test_frames_and_changes_of_states_keep_their_order(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((9, F)).astype(np.float32)
+    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        first = (await client.step(handles, [0], x[:4, None])).floats().reshape(4, H)
+        np.testing.assert_array_equal(first, whole(SMALL, x[:4])[0])
+        state = (await client.peek(handles)).floats()
+        np.testing.assert_array_equal(state.reshape(1, H), whole(SMALL, x[:4])[1])
+        await client.reset(handles)
+        second = (await client.step(handles, [4], x[4:, None])).floats().reshape(5, H)
+        np.testing.assert_array_equal(second, whole(SMALL, x[4:])[0])
+        assert server._worker.process is not None
+
+
+async def test_a_failed_step_is_answered_and_the_streams_go_on(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = Network.advance
+
+    def fails(self: Network, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        if bool((x[:, 0] == POISON).any()):
+            raise RuntimeError("injected")
+        return advance(self, x, h)
+
+    monkeypatch.setattr(Network, "advance", fails)  # the process is forked with it
+    x = rng.standard_normal((6, 2, F)).astype(np.float32)
+    bad = x.copy()
+    bad[3, 0, 0] = POISON
+    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("bad", "bystander")).handles()
+        reply = await client.step(handles[:1], [0], bad[:, :1])
+        assert reply.failures() == [(0, 3, Code.STEP_FAILED, 3)]
+        again = await client.step(handles[:1], [3], x[3:, :1])
+        np.testing.assert_array_equal(again.floats().reshape(3, H), whole(SMALL, x[:, 0])[0][3:])
+        other = await client.step(handles[1:], [0], x[:, 1:])
+        np.testing.assert_array_equal(other.floats().reshape(6, H), whole(SMALL, x[:, 1])[0])
+        assert server.statistics.step_failures_total == 1
+
+
+async def test_the_death_of_the_process_ends_the_server() -> None:
+    failure = "the step worker died: EOFError('the process that steps is gone')"
+    async with running(SMALL, engine=APART, failure=failure) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        process = server._worker.process
+        assert process is not None
+        os.kill(process._pid, signal.SIGKILL)
+        goodbye = await client.receive()
+        assert "the step worker died" in str(goodbye.header)
+
+
+def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert steps_apart(EngineConfig(), CPU)
+    assert not steps_apart(EngineConfig(steps_in="thread"), CPU)
+    obstacles = [
+        (EngineConfig(), torch.device("cuda:0"), "the device is cuda:0"),
+        (EngineConfig(threads=2), CPU, "engine.threads is above 1"),
+        (EngineConfig(device_streams=256), CPU, "engine.device_streams is below engine.max_streams"),
+    ]
+    for engine, device, why in obstacles:
+        assert not steps_apart(engine, device)
+        with pytest.raises(CannotServe, match=f"engine.steps_in is process, but {why}.*use auto or thread"):
+            steps_apart(engine.model_copy(update={"steps_in": "process"}), device)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert not steps_apart(EngineConfig(), CPU)
+    assert steps_apart(EngineConfig(steps_in="process"), CPU)
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(CannotServe, match="this system has no fork"):
+        steps_apart(EngineConfig(steps_in="process"), CPU)
+
+
+async def test_no_process_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(CannotServe, match=r"no process for the steps can be started .*set engine.steps_in to thread"):
+        async with running(SMALL, engine=APART):
+            pass
