@@ -54,6 +54,7 @@ async def test_messages_of_two_clients_step_in_one_batch_and_each_is_answered() 
     for value, (client, handles) in enumerate([(0, of_one), (1, of_other), (0, of_one[1:])]):
         turning.steps(client, handles[:1], [0], one(value), [0])
     turning.take()
+    turning.server.engine.schedule()
     assert one_batch(turning) == 3
     for value, (client, header, frames) in enumerate(turning.answers()):
         assert (client, *header[:2]) == (value % 2, Kind.STEPPED, 1 + value)

@@ -80,16 +80,16 @@ class Turning:
     # ── As the loop ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def take(self, at_once: int = 256) -> None:
-        """Take what has arrived, so many messages as one burst, and schedule: what the pump does, if it has time."""
+        """Take what has arrived, so many messages as one burst: what the pump does, if it has time."""
         while self.arrived:
             for _ in range(min(at_once, len(self.arrived))):
                 self.server._verbs.take(*self.arrived.popleft())
             self.server._verbs.admit_taken()
-        self.server.engine.schedule()
 
     def turn(self, at_once: int = 256, *, steps: bool = True) -> None:
         """Take what has arrived, and go on until all is answered; without `steps`, as if the worker had done them."""
         self.take(at_once)
+        self.server.engine.schedule()
         while self.jobs:
             job = self.jobs.popleft()
             job.done(job.call() if steps else (0, 0), None)
