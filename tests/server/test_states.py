@@ -57,6 +57,7 @@ async def test_a_peek_during_a_step_shows_the_state_after_the_frame_before_its_s
     x[0, 0, 0] = GATE_VALUE
     gate = Gate()
     async with running(MODEL, stepper=gate.stepper) as server, RawClient(server.endpoint) as client:
+        server.engine.longest_run_ns = 0
         await client.hello()
         handles = (await client.open("s")).handles()
         await client.send(*client.step_message(handles, [0], x))
