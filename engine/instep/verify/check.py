@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,8 @@ from instep.core.typing import F32
 from instep.model.network import Network
 from instep.recording.records import StreamInfo
 from instep.recording.sequences import Stretch
-from instep.verify.bound import ErrorBound
-from instep.verify.chunks import Chunk
+from instep.verify.bound import F64, ErrorBound
+from instep.verify.chunks import Chunk, Span
 from instep.verify.comparison import Comparison
 from instep.verify.conditions import Conditions
 from instep.verify.reference import Reference
@@ -59,6 +59,17 @@ class Suspect:
         return "final state" if self.carried_state is None else "state in the next file"
 
 
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """A span and what comes out of it: outputs and the states after it, but for the bound, which keeps its states."""
+
+    span: Span
+    truth: Future[tuple[F64, F64]]
+    rounded: Future[F32]
+    stepped: Future[tuple[F32, F32]]
+    whole: Future[tuple[F32, F32]]
+
+
 class ChunkCheck:
     """Checks the stretches of a chunk.
 
@@ -66,7 +77,7 @@ class ChunkCheck:
         ways: what computes.
         chunk: their frames.
         suspects: the stretches, in the order of the chunk.
-        pool: computes the ways beside each other.
+        pool: computes the ways beside each other; it begins what it is given in that order.
     """
 
     def __init__(self, ways: Ways, chunk: Chunk, suspects: Sequence[Suspect], pool: Executor) -> None:
@@ -83,21 +94,16 @@ class ChunkCheck:
 
     def run(self) -> list[StreamReport]:
         """Check and report, in the order of the chunk."""
-        ways, buckets, submit = self._ways, self._ways.conditions.buckets, self._pool.submit
-        stepped_h = whole_h = self._initial_states
-        truth_h = stepped_h.astype(np.float64)
+        pending: _Answers | None = None
         for span in self._chunk.spans():
-            # The longest first, so that the others fit beside it.
-            truth = submit(ways.truth.run, span.x, truth_h, span.active)
-            rounded = submit(self._bound.run, span.x, span.active)
-            stepped = submit(replay_stepped, ways.stepped, buckets, span.x, stepped_h, span.active)
-            whole = submit(replay_whole, ways.whole, buckets, span.x, whole_h)
-            (stepped_y, stepped_h), (whole_y, whole_h) = stepped.result(), whole.result()
-            truth_y, truth_h = truth.result()
-            limit = self._bound.of_outputs(truth_y, rounded.result(), span.valid)
-            self.stepped.add_replay(span.starts, span.y, stepped_y, span.answered, 2 * limit)
-            self.whole.add_replay(span.starts, span.y, whole_y, span.answered, 2 * limit)
-            self.truth.add_truth(span.starts, span.y, truth_y, span.answered, limit)
+            # While this span is computed, the one before it is compared.
+            following = self._submit(span, pending)
+            if pending is not None:
+                self._compare(pending)
+            pending = following
+        assert pending is not None, "a chunk has frames"
+        self._compare(pending)
+        (_, stepped_h), (_, truth_h) = pending.stepped.result(), pending.truth.result()
         limits = self._bound.of_states(truth_h).tolist()
         for row, suspect in enumerate(self._suspects):
             if (state := suspect.final_state) is not None:
@@ -105,6 +111,39 @@ class ChunkCheck:
                 self.stepped.add_replayed_state(row, seq, state, stepped_h[:, row], 2 * limits[row], suspect.place)
                 self.truth.add_true_state(row, seq, state, truth_h[:, row], limits[row], suspect.place)
         return [self._report(row) for row in range(len(self._suspects))]
+
+    def _submit(self, span: Span, before: _Answers | None) -> _Answers:
+        """Have a span computed in every way, each as soon as it has done the span before."""
+        ways, buckets, submit = self._ways, self._ways.conditions.buckets, self._pool.submit
+        initial = self._initial_states
+
+        def truth() -> tuple[F64, F64]:
+            h = initial if before is None else before.truth.result()[1]
+            return ways.truth.run(span.x, h, span.active)
+
+        def rounded() -> F32:
+            if before is not None:
+                before.rounded.result()
+            return self._bound.run(span.x, span.active)
+
+        def stepped() -> tuple[F32, F32]:
+            h = initial if before is None else before.stepped.result()[1]
+            return replay_stepped(ways.stepped, buckets, span.x, h, span.active)
+
+        def whole() -> tuple[F32, F32]:
+            h = initial if before is None else before.whole.result()[1]
+            return replay_whole(ways.whole, buckets, span.x, h)
+
+        # The longest first, so that the others fit beside it.
+        return _Answers(span, submit(truth), submit(rounded), submit(stepped), submit(whole))
+
+    def _compare(self, answers: _Answers) -> None:
+        span = answers.span
+        truth_y, _ = answers.truth.result()
+        limit = self._bound.of_outputs(truth_y, answers.rounded.result(), span.valid)
+        self.truth.add_truth(span.starts, span.y, truth_y, span.answered, limit)
+        self.stepped.add_replay(span.starts, span.y, answers.stepped.result()[0], span.answered, 2 * limit)
+        self.whole.add_replay(span.starts, span.y, answers.whole.result()[0], span.answered, 2 * limit)
 
     def _stack_initial_states(self) -> F32:
         """[layers, R, hidden size]."""

@@ -16,6 +16,7 @@ recorded, because the engine was killed as it computed them, are replayed but no
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -48,6 +49,8 @@ _SAME: Final[dict[str, Any]] = dict.fromkeys(
 )
 """What headers of one engine differ in from file to file."""
 
+WAYS: Final = 4
+"""Threads that compute at most. More than there are cores would only take their caches from each other."""
 CHUNK_BYTES: Final = 64 * 2**20
 """The largest array computed at once, about."""
 
@@ -131,7 +134,7 @@ class _Verification:
         ways = found_before[key]
         parts: dict[int, StreamReport] = {}
         total, done = int(self._index.frames[self._stretches].sum()), 0
-        with ThreadPoolExecutor(4, "instep-verify") as pool:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, WAYS), "instep-verify") as pool:
             for chunk in self._chunks(ways.conditions.buckets) if total else ():
                 parts.update(zip(chunk.rows.tolist(), self._check(ways, chunk, pool), strict=True))
                 done += int(chunk.lengths.sum())
