@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -12,13 +14,18 @@ from instep.core.typing import F32
 from instep.model.network import Network
 from instep.recording.records import StreamInfo
 from instep.recording.sequences import Stretch
-from instep.verify.bound import F64, ErrorBound
+from instep.verify.bound import F64, LEAST_RUNS, ErrorBound
 from instep.verify.chunks import Chunk, Span
 from instep.verify.comparison import Comparison
 from instep.verify.conditions import Conditions
 from instep.verify.reference import Reference
 from instep.verify.replay import replay_stepped, replay_whole
 from instep.verify.report import Place, StreamReport, Verdict
+
+PART_FRAMES: Final = 4096
+"""What is computed frame by frame is computed and compared in parts of about so many, whose values stay in a cache."""
+AHEAD: Final = 2
+"""Parts that are computed or wait for it while an earlier one is compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +68,12 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """A span and what comes out of it: outputs and the states after it, but for the bound, which keeps its states."""
+    """A part of a span and what comes out of it: outputs and states, but for the bound, which keeps its states."""
 
-    span: Span
+    part: Span
     truth: Future[tuple[F64, F64]]
     rounded: Future[F32]
     stepped: Future[tuple[F32, F32]]
-    whole: Future[tuple[F32, F32]]
 
 
 class ChunkCheck:
@@ -86,6 +92,7 @@ class ChunkCheck:
         self._chunk = chunk
         self._suspects = suspects
         self._pool = pool
+        self._part_steps = max(PART_FRAMES // max(rows, LEAST_RUNS), 1)
         self._initial_states = self._stack_initial_states()
         self._bound = ErrorBound(ways.rounded, self._initial_states)
         self.stepped = Comparison("stepped", rows, ways.conditions.step_bits)
@@ -94,16 +101,22 @@ class ChunkCheck:
 
     def run(self) -> list[StreamReport]:
         """Check and report, in the order of the chunk."""
-        pending: _Answers | None = None
+        whole: Future[tuple[F32, F32]] | None = None
+        last: _Answers | None = None
         for span in self._chunk.spans():
-            # While this span is computed, the one before it is compared.
-            following = self._submit(span, pending)
-            if pending is not None:
-                self._compare(pending)
-            pending = following
-        assert pending is not None, "a chunk has frames"
-        self._compare(pending)
-        (_, stepped_h), (_, truth_h) = pending.stepped.result(), pending.truth.result()
+            whole = self._submit_whole(span, whole)
+            limits, waiting = list[F64](), deque[_Answers]()
+            for part in span.parts(self._part_steps):
+                # While a part is computed, the one before it is compared.
+                last = self._submit(part, last)
+                waiting.append(last)
+                if len(waiting) > AHEAD:
+                    limits.append(self._compare(waiting.popleft()))
+            limits += [self._compare(answers) for answers in waiting]
+            limit = 2 * np.concatenate(limits)
+            self.whole.add_replay(span.starts, span.y, whole.result()[0], span.answered, limit)
+        assert last is not None, "a chunk has frames"
+        (_, stepped_h), (_, truth_h) = last.stepped.result(), last.truth.result()
         limits = self._bound.of_states(truth_h).tolist()
         for row, suspect in enumerate(self._suspects):
             if (state := suspect.final_state) is not None:
@@ -112,38 +125,43 @@ class ChunkCheck:
                 self.truth.add_true_state(row, seq, state, truth_h[:, row], limits[row], suspect.place)
         return [self._report(row) for row in range(len(self._suspects))]
 
-    def _submit(self, span: Span, before: _Answers | None) -> _Answers:
-        """Have a span computed in every way, each as soon as it has done the span before."""
-        ways, buckets, submit = self._ways, self._ways.conditions.buckets, self._pool.submit
-        initial = self._initial_states
+    def _submit_whole(self, span: Span, before: Future[tuple[F32, F32]] | None) -> Future[tuple[F32, F32]]:
+        """Have a span computed in one call, as soon as that for the span before is done."""
+        network, buckets = self._ways.whole, self._ways.conditions.buckets
+
+        def whole() -> tuple[F32, F32]:
+            return replay_whole(
+                network, buckets, span.x, self._initial_states if before is None else before.result()[1]
+            )
+
+        return self._pool.submit(whole)
+
+    def _submit(self, part: Span, before: _Answers | None) -> _Answers:
+        """Have a part of a span computed in the other ways, each as soon as it has done the part before."""
+        ways, submit, initial = self._ways, self._pool.submit, self._initial_states
 
         def truth() -> tuple[F64, F64]:
-            h = initial if before is None else before.truth.result()[1]
-            return ways.truth.run(span.x, h, span.active)
+            return ways.truth.run(part.x, initial if before is None else before.truth.result()[1], part.active)
 
         def rounded() -> F32:
             if before is not None:
                 before.rounded.result()
-            return self._bound.run(span.x, span.active)
+            return self._bound.run(part.x, part.active)
 
         def stepped() -> tuple[F32, F32]:
             h = initial if before is None else before.stepped.result()[1]
-            return replay_stepped(ways.stepped, buckets, span.x, h, span.active)
-
-        def whole() -> tuple[F32, F32]:
-            h = initial if before is None else before.whole.result()[1]
-            return replay_whole(ways.whole, buckets, span.x, h)
+            return replay_stepped(ways.stepped, ways.conditions.buckets, part.x, h, part.active)
 
         # The longest first, so that the others fit beside it.
-        return _Answers(span, submit(truth), submit(rounded), submit(stepped), submit(whole))
+        return _Answers(part, submit(truth), submit(rounded), submit(stepped))
 
-    def _compare(self, answers: _Answers) -> None:
-        span = answers.span
-        truth_y, _ = answers.truth.result()
-        limit = self._bound.of_outputs(truth_y, answers.rounded.result(), span.valid)
-        self.truth.add_truth(span.starts, span.y, truth_y, span.answered, limit)
-        self.stepped.add_replay(span.starts, span.y, answers.stepped.result()[0], span.answered, 2 * limit)
-        self.whole.add_replay(span.starts, span.y, answers.whole.result()[0], span.answered, 2 * limit)
+    def _compare(self, answers: _Answers) -> F64:
+        """Compare a part; the bounds of its timesteps."""
+        part, (truth_y, _) = answers.part, answers.truth.result()
+        limit = self._bound.of_outputs(truth_y, answers.rounded.result(), part.valid)
+        self.truth.add_truth(part.starts, part.y, truth_y, part.answered, limit)
+        self.stepped.add_replay(part.starts, part.y, answers.stepped.result()[0], part.answered, 2 * limit)
+        return limit
 
     def _stack_initial_states(self) -> F32:
         """[layers, R, hidden size]."""

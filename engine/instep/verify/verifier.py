@@ -51,8 +51,8 @@ _SAME: Final[dict[str, Any]] = dict.fromkeys(
 
 WAYS: Final = 4
 """Threads that compute at most. More than there are cores would only take their caches from each other."""
-CHUNK_BYTES: Final = 64 * 2**20
-"""The largest array computed at once, about."""
+CHUNK_BYTES: Final = 192 * 2**20
+"""What the gates of a chunk would take in float64, about: one call computes them all, in float32."""
 
 
 def verify(
