@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from typing import Final
 
@@ -77,7 +77,7 @@ class _Answers:
 
 
 class ChunkCheck:
-    """Checks the stretches of a chunk.
+    """Checks the stretches of a chunk; call `start`, `advance` and `finish`.
 
     Args:
         ways: what computes.
@@ -94,29 +94,44 @@ class ChunkCheck:
         self._pool = pool
         self._part_steps = max(PART_FRAMES // max(rows, LEAST_RUNS), 1)
         self._initial_states = self._stack_initial_states()
+        self._spans = chunk.spans()
+        self._whole: Future[tuple[F32, F32]] | None = None
+        """Of the newest span."""
+        self._last: _Answers | None = None
+        """The newest part."""
+        self._waiting: deque[_Answers] = deque()
+        """Parts that are not compared yet."""
         self._bound = ErrorBound(ways.rounded, self._initial_states)
         self.stepped = Comparison("stepped", rows, ways.conditions.step_bits)
         self.whole = Comparison("whole sequence", rows, ways.conditions.whole_bits)
         self.truth = Comparison("float64 reference", rows, bits_required=False)
 
-    def run(self) -> list[StreamReport]:
-        """Check and report, in the order of the chunk."""
-        whole: Future[tuple[F32, F32]] | None = None
-        last: _Answers | None = None
-        for span in self._chunk.spans():
-            whole = self._submit_whole(span, whole)
-            limits, waiting = list[F64](), deque[_Answers]()
-            for part in span.parts(self._part_steps):
+    def start(self) -> None:
+        """Begin to compute; once all of an earlier chunk is submitted."""
+        self._begin_span(next(self._spans))
+
+    def advance(self) -> None:
+        """Have everything computed, and compare all of it but the end."""
+        while True:
+            for part in self._span.parts(self._part_steps):
                 # While a part is computed, the one before it is compared.
-                last = self._submit(part, last)
-                waiting.append(last)
-                if len(waiting) > AHEAD:
-                    limits.append(self._compare(waiting.popleft()))
-            limits += [self._compare(answers) for answers in waiting]
-            limit = 2 * np.concatenate(limits)
-            self.whole.add_replay(span.starts, span.y, whole.result()[0], span.answered, limit)
-        assert last is not None, "a chunk has frames"
-        (_, stepped_h), (_, truth_h) = last.stepped.result(), last.truth.result()
+                self._last = self._submit(part, self._last)
+                self._waiting.append(self._last)
+                if len(self._waiting) > AHEAD:
+                    self._compare(self._waiting.popleft())
+            span = next(self._spans, None)
+            if span is None:
+                break
+            self._end_span()
+            self._begin_span(span)
+        assert self._whole is not None, "a span was begun"
+        wait([self._whole])  # the next chunk's call is of the same network, which is for one thread at a time
+
+    def finish(self) -> list[StreamReport]:
+        """Compare the rest and report, in the order of the chunk."""
+        self._end_span()
+        assert self._last is not None, "a chunk has frames"
+        (_, stepped_h), (_, truth_h) = self._last.stepped.result(), self._last.truth.result()
         limits = self._bound.of_states(truth_h).tolist()
         for row, suspect in enumerate(self._suspects):
             if (state := suspect.final_state) is not None:
@@ -124,6 +139,18 @@ class ChunkCheck:
                 self.stepped.add_replayed_state(row, seq, state, stepped_h[:, row], 2 * limits[row], suspect.place)
                 self.truth.add_true_state(row, seq, state, truth_h[:, row], limits[row], suspect.place)
         return [self._report(row) for row in range(len(self._suspects))]
+
+    def _begin_span(self, span: Span) -> None:
+        self._span = span
+        self._limits = list[F64]()
+        self._whole = self._submit_whole(span, self._whole)
+
+    def _end_span(self) -> None:
+        while self._waiting:
+            self._compare(self._waiting.popleft())
+        assert self._whole is not None, "a span was begun"
+        span, (whole_y, _) = self._span, self._whole.result()
+        self.whole.add_replay(span.starts, span.y, whole_y, span.answered, 2 * np.concatenate(self._limits))
 
     def _submit_whole(self, span: Span, before: Future[tuple[F32, F32]] | None) -> Future[tuple[F32, F32]]:
         """Have a span computed in one call, as soon as that for the span before is done."""
@@ -155,13 +182,12 @@ class ChunkCheck:
         # The longest first, so that the others fit beside it.
         return _Answers(part, submit(truth), submit(rounded), submit(stepped))
 
-    def _compare(self, answers: _Answers) -> F64:
-        """Compare a part; the bounds of its timesteps."""
+    def _compare(self, answers: _Answers) -> None:
         part, (truth_y, _) = answers.part, answers.truth.result()
         limit = self._bound.of_outputs(truth_y, answers.rounded.result(), part.valid)
         self.truth.add_truth(part.starts, part.y, truth_y, part.answered, limit)
         self.stepped.add_replay(part.starts, part.y, answers.stepped.result()[0], part.answered, 2 * limit)
-        return limit
+        self._limits.append(limit)
 
     def _stack_initial_states(self) -> F32:
         """[layers, R, hidden size]."""

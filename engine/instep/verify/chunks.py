@@ -71,9 +71,10 @@ class Chunk:
         timesteps = np.arange(start, end)[:, None]
         valid: Bool = timesteps < self.lengths
         at = np.where(valid, self._start + timesteps, 0)
-        x = np.where(valid[:, :, None], self._sequences.x[at], np.float32(0))
+        x: F32 = self._sequences.x.take(at, axis=0)
+        x[~valid] = 0
         answered: Bool = valid & self._sequences.answered[at]
-        return Span(start + self.first_seqs, x, self._sequences.y[at], valid, answered)
+        return Span(start + self.first_seqs, x, self._sequences.y.take(at, axis=0), valid, answered)
 
 
 class Span:
