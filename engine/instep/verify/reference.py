@@ -148,17 +148,14 @@ class _GruLayer:
             if timestep % block == 0:
                 frames = x[timestep : timestep + block].reshape(-1, inputs)
                 given = self._of_input(frames, given_room[: len(frames)]).reshape(-1, rows, 3 * size)
-            given_gates, given_new = (
-                given[timestep % block, :count, : 2 * size],
-                given[timestep % block, :count, 2 * size :],
-            )
+            from_input = given[timestep % block, :count]
             gates = self._of_state.product(before[:count], gates_room[:count])
-            gates += given_gates
+            gates += from_input[:, : 2 * size]
             _sigmoid(gates)
             new = self._of_state_in_new.product(before[:count], new_room[:count])
             new += self._of_state_in_new.bias
             new *= gates[:, :size]
-            new += given_new
+            new += from_input[:, 2 * size :]
             np.tanh(new, out=new)
             # (1 - z) * n + z * h, with one product less.
             now = np.subtract(before[:count], new, out=after[timestep, :count])
