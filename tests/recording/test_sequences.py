@@ -12,8 +12,10 @@ from instep.recording import sequences
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex
+from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record
+from tests.support.scribe import Scribe
 
 GRU = make_gru(3, 4)
 HEADER = make_header(gru_description(GRU))
@@ -47,6 +49,43 @@ def test_sequences_are_what_the_gru_saw_and_said(path: Path) -> None:
         with torch.inference_mode():
             y, _ = GRU(torch.from_numpy(held.x[first:last])[:, None])
         np.testing.assert_allclose(held.y[first:last], y[:, 0].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("group_bytes", [1, 300, 2**20])
+def test_frames_are_found_however_many_batches_are_read_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_bytes: int
+) -> None:
+    monkeypatch.setattr(sequences, "GROUP_BYTES", group_bytes)
+    writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
+    scribe = Scribe(writer, gru_step(GRU))
+    for stream in (7, 3, 5):
+        scribe.open(stream, first_seq=stream)
+    for turn in range(20):
+        scribe.step([3, 7] if turn % 3 else [5, 7, 3])
+        if turn == 11:
+            scribe.reset(3)
+            scribe.reset(7, scribe.random_state())
+    for _ in range(2):
+        scribe.step([7, 5], "unanswered")
+    writer.commit()
+    writer.close()
+    index = index_of(tmp_path / "a.rec")
+    assert index.defects == {}
+    # Of each stretch: its stream, first frame and number of frames, and how many of them have no outputs.
+    expected = [(7, 7, 12, 0), (3, 3, 12, 0), (5, 5, 9, 2), (3, 15, 8, 0), (7, 19, 10, 2)]
+    streams = [index.streams[stretch.row].stream for stretch in index.stretches]
+    firsts = [stretch.first_seq for stretch in index.stretches]
+    assert list(zip(streams, firsts, index.frames, index.unanswered, strict=True)) == expected
+    with RecordingReader(tmp_path / "a.rec") as reader:
+        held = SequenceIndex(reader, lambda _: None).load(np.arange(5))
+    for at, (stream, first, count, unanswered) in enumerate(expected):
+        x = np.stack([scribe.x[stream][seq] for seq in range(first, first + count)])
+        y = np.stack([scribe.y[stream][seq] for seq in range(first, first + count)])
+        of = slice(held.offsets[at], held.offsets[at + 1])
+        assert held.x[of].tobytes() == x.tobytes()
+        answered = held.answered[of]
+        assert answered.tolist() == [True] * (count - unanswered) + [False] * unanswered
+        assert held.y[of][answered].tobytes() == y[answered].tobytes()
 
 
 def test_many_frames_lie_in_a_temporary_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +163,15 @@ def test_frames_without_any_stream_are_damage(path: Path) -> None:
         index_of(forger.path)
 
 
-def test_two_frames_of_a_stream_in_one_step_are_a_defect(path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_two_frames_of_a_stream_in_one_step_are_a_defect(
+    path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    monkeypatch.setattr(sequences, "GROUP_BYTES", 1)  # the stream whose frame is gone is noticed by itself
     forger = Forger(path, path.parent / "forged.rec")
     batch = next(row for row in forger.rows("batches") if row["size"] >= 2)
     numbers, seqs = forger.column(batch, "streams"), forger.column(batch, "seqs")
-    numbers[1], seqs[1] = numbers[0], seqs[0]
+    numbers[1], seqs[1] = numbers[0], seqs[0] + ahead
     forger.change_batch(batch, streams=numbers, seqs=seqs)
     index = index_of(forger.path)
     row = int(numbers[0]) - 1

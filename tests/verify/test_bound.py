@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from instep.model.ulp import ulp_distance
-from instep.verify.bound import FACTOR, FLOOR, ErrorBound, absolute_error
+from instep.verify import bound as bounds
+from instep.verify.bound import FACTOR, FLOOR, ErrorBound, absolute_error, largest_errors
 from instep.verify.reference import Reference
 from tests.support.recordings import gru_description
 
@@ -31,6 +32,24 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_absolute_error(value: float, truth: float, error: float) -> None:
     assert absolute_error(np.array([value], np.float32), np.array([truth])).tolist() == [error]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 200, 2**20])
+def test_the_largest_error_of_each_frame(monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+    monkeypatch.setattr(bounds, "BLOCK_BYTES", block_bytes)
+    random = np.random.default_rng(0)
+    truth = random.standard_normal((7, 3, 4))
+    values = (truth + random.uniform(-1e-3, 1e-3, truth.shape)).astype(np.float32)
+    values[1, 2, 3], values[2, 0, 0], truth[2, 0, 0] = NAN, INF, 1e39
+    values[4, 1, 1] = truth[4, 1, 1] = NAN
+    truth[5, 0, 2] = -INF
+    expected = [[max(map(single_error, values[t, row], truth[t, row])) for row in range(3)] for t in range(7)]
+    assert largest_errors(values, truth).tolist() == expected
+    assert np.isinf(expected).sum() == 2
+
+
+def single_error(value: np.float32, truth: np.float64) -> float:
+    return float(absolute_error(np.array([value]), np.array([truth]))[0])
 
 
 class Given:

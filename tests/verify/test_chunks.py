@@ -36,6 +36,24 @@ def test_small_plans(lengths: list[int], chunks: list[list[int]]) -> None:
     assert [chunk.tolist() for chunk in plan] == chunks
 
 
+def test_large_chunks_fill_buckets_where_sequences_are_left() -> None:
+    plan = plan_chunks(np.full(250, 100, np.int64), 256, 4, 7_000)
+    assert [len(chunk) for chunk in plan] == [64, 64, 64, 58]
+
+
+def test_parts_hold_every_timestep_once() -> None:
+    offsets = np.array([0, 8, 13])
+    x = np.arange(26, dtype=np.float32).reshape(13, 2)
+    chunk = Chunk(Sequences(np.arange(2), offsets, x, -x, np.ones(13, np.bool_)), np.array([5, 9]), np.arange(2), 1000)
+    (span,) = chunk.spans()
+    parts = list(span.parts(3))
+    assert [part.starts.tolist() for part in parts] == [[5, 9], [8, 12], [11, 15]]
+    assert [part.active.tolist() for part in parts] == [[2, 2, 2], [2, 2, 1], [1, 1]]
+    for field in ("x", "y", "valid", "answered"):
+        joined = np.concatenate([getattr(part, field) for part in parts])
+        assert joined.tobytes() == getattr(span, field).tobytes()
+
+
 @pytest.mark.parametrize("most_frames", [1, 24, 10_000])
 def test_spans_hold_every_frame_once(most_frames: int) -> None:
     lengths = [3, 8, 5]

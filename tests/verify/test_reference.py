@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from instep.verify import reference as reference_module
 from instep.verify.reference import Reference
 
 Dense = list[tuple[torch.nn.Linear, str]]
@@ -64,6 +65,27 @@ def test_it_is_torch_in_float64(layers: int, bias: bool, activation: str) -> Non
         for layer, name in after:
             values = ACTIVATIONS[name](layer.double()(values))
     np.testing.assert_allclose(y, values.numpy(), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(final, expected_final.numpy(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("tile_bytes", "block_bytes"), [(1, 1), (37 * 8 * 20, 4 * 10**4), (2**20, 2**20)])
+def test_tiles_and_blocks_of_any_size_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, tile_bytes: int, block_bytes: int
+) -> None:
+    monkeypatch.setattr(reference_module, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(reference_module, "BLOCK_BYTES", block_bytes)
+    torch.manual_seed(0)
+    gru = torch.nn.GRU(37, 33, num_layers=2)
+    x = torch.randn(11, 71, 37, dtype=torch.float64)
+    h = torch.rand(2, 71, 33, dtype=torch.float64) * 2 - 1
+    reference = Reference(description(gru, [], []), weights_of(gru, [], []), np.float64)
+    lengths = torch.arange(71, 0, -1).clamp(3, 11)
+    y, final = reference.run(x.numpy(), h.numpy(), (np.arange(11)[:, None] < lengths.numpy()).sum(axis=1))
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
+    with torch.inference_mode():
+        expected, expected_final = gru.double()(packed, h)
+    padded, _ = torch.nn.utils.rnn.pad_packed_sequence(expected)
+    np.testing.assert_allclose(y, padded.numpy(), rtol=0, atol=1e-13)
     np.testing.assert_allclose(final, expected_final.numpy(), rtol=0, atol=1e-13)
 
 

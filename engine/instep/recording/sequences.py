@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -17,6 +17,9 @@ from instep.recording.records import RecordedBatch, StateReset, StreamInfo
 
 IN_MEMORY_BYTES: Final = 128 * 2**20
 """Frames of more than this are held in a temporary file."""
+
+GROUP_BYTES: Final = 2**20
+"""Of frames that are put in order together: little enough for a cache, many enough that no step costs Python time."""
 
 _NEVER: Final = np.iinfo(np.int64).max
 _ZEROS: Final = bytes(2**20)
@@ -97,13 +100,14 @@ class SequenceIndex:
         self.unanswered: I64 = np.zeros(counts, np.int64)
         self.frames_present = 0
         self.defects: dict[int, str] = {}
-        items: Iterator[RecordedBatch | StateReset] = reader.batches()
-        for item in heapq.merge(items, resets, key=lambda item: item.position):
-            if isinstance(item, RecordedBatch):
-                self._count(item)
-                on_progress(item.position / reader.last_position)
-            else:
-                self._reset(item)
+        waiting = deque(resets)
+        for batches in _groups(reader.batches(), [reset.position for reset in resets]):
+            while waiting and waiting[0].position < batches[0].position:
+                self._reset(waiting.popleft())
+            self._count_all(batches)
+            on_progress(batches[-1].position / reader.last_position)
+        for reset in waiting:
+            self._reset(reset)
         self._compare_with_closings()
         count = len(self.stretches)
         self.frames, self.unanswered = self.frames[:count], self.unanswered[:count]
@@ -135,17 +139,20 @@ class SequenceIndex:
         first, last = int(self._first_at[rows].min()), int(self._last_at[rows].max())
         current, began = np.arange(len(self.streams)), iter([*self._began, (_NEVER, 0, 0)])
         position, row, stretch = next(began)
-        for batch in self._reader.batches(first, last):
-            while position < batch.position:
+        for batches in _groups(self._reader.batches(first, last), [position for position, _, _ in self._began]):
+            while position < batches[0].position:
                 current[row] = stretch
                 position, row, stretch = next(began)
-            of = self._rows_of(batch.streams, batch.position)
-            found = np.flatnonzero((start[current[of]] >= 0) & (batch.position < self._defect_at[of]))
+            columns = _Columns(batches)
+            of = self._rows_of(columns.streams, batches[0].position)
+            wanted = (start[current[of]] >= 0) & (columns.positions < self._defect_at[of])
+            found = slice(None) if wanted.all() else wanted
             which = current[of[found]]
-            to = start[which] + batch.seqs[found].astype(np.int64) - first_seq[which]
-            x[to] = batch.x[found]
-            if batch.y is not None:
-                y[to] = batch.y[found]
+            to = start[which] + columns.seqs[found] - first_seq[which]
+            x[to] = np.concatenate([batch.x for batch in batches])[found]
+            outputs = [batch.y for batch in batches if batch.y is not None]
+            if outputs:
+                y[to] = np.concatenate(outputs)[found]
                 answered[to] = True
         return Sequences(rows, offsets, x, y, answered)
 
@@ -164,6 +171,38 @@ class SequenceIndex:
                 f"the frames of {self._reader.path} need {size:,} bytes in {tempfile.gettempdir()} while they are put "
                 f"in order, and cannot have them ({error.strerror}); make room there, or set TMPDIR to another place"
             ) from None
+
+    def _count_all(self, batches: list[RecordedBatch]) -> None:
+        """Count some batches between which no state was reset."""
+        columns = _Columns(batches)
+        known = self._numbers[self._by_number]
+        at = np.searchsorted(known, columns.streams)
+        if len(known) and (known[np.minimum(at, len(known) - 1)] == columns.streams).all():
+            order = np.argsort(at, kind="stable")
+            rows, seqs, positions = self._by_number[at[order]], columns.seqs[order], columns.positions[order]
+            is_first = np.append(True, rows[1:] != rows[:-1])
+            first = np.flatnonzero(is_first)
+            counts = np.diff(np.append(first, len(rows)))
+            expected = self._next[rows] + np.arange(len(rows)) - np.repeat(first, counts)
+            good = (
+                (seqs == expected)
+                & (self._defect_at[rows] == _NEVER)
+                & (positions > self._opened[rows])
+                & (positions < self._closed[rows])
+                & (is_first | (positions > np.append(0, positions[:-1])))
+            )
+            if good.all():
+                of, stretches = rows[first], self._stretch[rows[first]]
+                self._next[of] += counts
+                self.frames[stretches] += counts
+                if batches[0].y is None:
+                    self.unanswered[stretches] += counts
+                self.frames_present += len(rows)
+                self._first_at[stretches] = np.minimum(self._first_at[stretches], positions[first])
+                self._last_at[stretches] = positions[first + counts - 1]
+                return
+        for batch in batches:
+            self._count(batch)
 
     def _count(self, batch: RecordedBatch) -> None:
         rows = self._rows_of(batch.streams, batch.position)
@@ -236,6 +275,39 @@ class SequenceIndex:
             raise self._reader.damaged(f"the row at position {position} is of a stream that was never opened")
         rows: I64 = self._by_number[at]
         return rows
+
+
+class _Columns:
+    """Some batches as one.
+
+    Attributes:
+        streams: int64 [frames].
+        seqs: int64 [frames]; one of 2^63 or more is negative here, and out of order like any other wrong one.
+        positions: int64 [frames]: of their batches.
+    """
+
+    def __init__(self, batches: list[RecordedBatch]) -> None:
+        self.streams: I64 = np.concatenate([batch.streams for batch in batches]).astype(np.int64)
+        self.seqs: I64 = np.concatenate([batch.seqs for batch in batches]).astype(np.int64)
+        positions = np.array([batch.position for batch in batches], np.int64)
+        self.positions: I64 = np.repeat(positions, [len(batch.streams) for batch in batches])
+
+
+def _groups(batches: Iterator[RecordedBatch], ends: Sequence[int]) -> Iterator[list[RecordedBatch]]:
+    """Batches in groups of about `GROUP_BYTES`, all with outputs or all without, none across one of the positions."""
+    group: list[RecordedBatch] = []
+    size, later = 0, iter([*ends, _NEVER])
+    end = next(later)
+    for batch in batches:
+        if group and (batch.position > end or size >= GROUP_BYTES or (batch.y is None) != (group[0].y is None)):
+            yield group
+            group, size = [], 0
+        while batch.position > end:
+            end = next(later)
+        group.append(batch)
+        size += batch.x.nbytes + (0 if batch.y is None else batch.y.nbytes)
+    if group:
+        yield group
 
 
 def _zeros(frames: int, width: int) -> F32:

@@ -19,6 +19,7 @@ A wrong weight, gate, order or state moves outputs by far more than float32 does
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -32,6 +33,8 @@ F64: TypeAlias = npt.NDArray[np.float64]
 FACTOR: Final = 32.0
 FLOOR: Final = 64 * 2.0**-23
 LEAST_RUNS: Final = 8
+BLOCK_BYTES: Final = 2**18
+"""Of the differences that are looked at together."""
 
 
 class ErrorBound:
@@ -81,8 +84,10 @@ class ErrorBound:
         Returns:
             [T, R].
         """
-        error = absolute_error(rounded, truth[:, :, None]).max(axis=(2, 3))
-        scales = np.maximum(np.maximum.accumulate(np.where(valid, _magnitude(truth).max(axis=2), 0)), self._scale)
+        error = largest_errors(rounded[:, :, 0], truth)
+        for copy in range(1, self._copies):
+            error = np.maximum(error, largest_errors(rounded[:, :, copy], truth))
+        scales = np.maximum(np.maximum.accumulate(np.where(valid, _magnitudes(truth), 0)), self._scale)
         relative = np.where(valid & np.isfinite(error), error / scales, 0).max(axis=1)
         relative = np.maximum(np.maximum.accumulate(relative), self._relative_error)
         self._scale, self._relative_error = scales[-1], float(relative[-1])
@@ -93,7 +98,7 @@ class ErrorBound:
         layers, rows, size = truth.shape
         rounded = self._states.reshape(layers, rows, self._copies, size)
         error = absolute_error(rounded, truth[:, :, None]).max(axis=(0, 2, 3))
-        scale = np.maximum(_magnitude(truth).max(axis=(0, 2)), 1)
+        scale = np.maximum(_magnitudes(truth).max(axis=0), 1)
         relative = max(float((np.where(np.isfinite(error), error, 0) / scale).max()), self._relative_error)
         bound: F64 = scale * (FACTOR * relative + FLOOR)
         return bound
@@ -111,12 +116,48 @@ def absolute_error(values: F32, truth: F64) -> F64:
     return error
 
 
+def largest_errors(values: F32, truth: F64) -> F64:
+    """The largest `absolute_error` of each frame.
+
+    Args:
+        values: [T, R, outputs].
+        truth: [T, R, outputs].
+
+    Returns:
+        [T, R].
+    """
+    largest: F64 = np.empty(truth.shape[:2])
+    for part, room in _blocks(truth):
+        with np.errstate(invalid="ignore"):
+            np.subtract(values[part], truth[part], out=room)
+        np.abs(room, out=room).max(axis=2, out=largest[part])
+    odd = ~np.isfinite(largest)
+    if odd.any():
+        largest[odd] = absolute_error(values[odd], truth[odd]).max(axis=1)
+    return largest
+
+
 def as_float32(truth: F64) -> F32:
     """Rounded to float32; infinity beyond its range."""
     with np.errstate(over="ignore"):
         return truth.astype(np.float32)
 
 
-def _magnitude(values: F64) -> F64:
-    magnitude: F64 = np.where(np.isfinite(values), np.abs(values), 0)
-    return magnitude
+def _magnitudes(values: F64) -> F64:
+    """The largest |value| of each frame that is finite, 0 where none is: [T, R, size] to [T, R]."""
+    largest: F64 = np.empty(values.shape[:2])
+    for part, room in _blocks(values):
+        np.abs(values[part], out=room).max(axis=2, out=largest[part])
+    odd = ~np.isfinite(largest)
+    if odd.any():
+        largest[odd] = np.where(np.isfinite(values[odd]), np.abs(values[odd]), 0).max(axis=1)
+    return largest
+
+
+def _blocks(values: F64) -> Iterator[tuple[slice, F64]]:
+    """Split timesteps into blocks that stay in a cache, each with room for its values, which is used again."""
+    steps = max(BLOCK_BYTES // max(values[:1].nbytes, 1), 1)
+    room: F64 = np.empty((steps, *values.shape[1:]))
+    for start in range(0, len(values), steps):
+        part = slice(start, min(start + steps, len(values)))
+        yield part, room[: part.stop - start]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -12,13 +14,18 @@ from instep.core.typing import F32
 from instep.model.network import Network
 from instep.recording.records import StreamInfo
 from instep.recording.sequences import Stretch
-from instep.verify.bound import ErrorBound
-from instep.verify.chunks import Chunk
+from instep.verify.bound import F64, LEAST_RUNS, ErrorBound
+from instep.verify.chunks import Chunk, Span
 from instep.verify.comparison import Comparison
 from instep.verify.conditions import Conditions
 from instep.verify.reference import Reference
 from instep.verify.replay import replay_stepped, replay_whole
 from instep.verify.report import Place, StreamReport, Verdict
+
+PART_FRAMES: Final = 4096
+"""What is computed frame by frame is computed and compared in parts of about so many, whose values stay in a cache."""
+AHEAD: Final = 2
+"""Parts that are computed or wait for it while an earlier one is compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +66,24 @@ class Suspect:
         return "final state" if self.carried_state is None else "state in the next file"
 
 
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """A part of a span and what comes out of it: outputs and states, but for the bound, which keeps its states."""
+
+    part: Span
+    truth: Future[tuple[F64, F64]]
+    rounded: Future[F32]
+    stepped: Future[tuple[F32, F32]]
+
+
 class ChunkCheck:
-    """Checks the stretches of a chunk.
+    """Checks the stretches of a chunk; call `start`, `advance` and `finish`.
 
     Args:
         ways: what computes.
         chunk: their frames.
         suspects: the stretches, in the order of the chunk.
-        pool: computes the ways beside each other.
+        pool: computes the ways beside each other; it begins what it is given in that order.
     """
 
     def __init__(self, ways: Ways, chunk: Chunk, suspects: Sequence[Suspect], pool: Executor) -> None:
@@ -75,29 +92,46 @@ class ChunkCheck:
         self._chunk = chunk
         self._suspects = suspects
         self._pool = pool
+        self._part_steps = max(PART_FRAMES // max(rows, LEAST_RUNS), 1)
         self._initial_states = self._stack_initial_states()
+        self._spans = chunk.spans()
+        self._whole: Future[tuple[F32, F32]] | None = None
+        """Of the newest span."""
+        self._last: _Answers | None = None
+        """The newest part."""
+        self._waiting: deque[_Answers] = deque()
+        """Parts that are not compared yet."""
         self._bound = ErrorBound(ways.rounded, self._initial_states)
         self.stepped = Comparison("stepped", rows, ways.conditions.step_bits)
         self.whole = Comparison("whole sequence", rows, ways.conditions.whole_bits)
         self.truth = Comparison("float64 reference", rows, bits_required=False)
 
-    def run(self) -> list[StreamReport]:
-        """Check and report, in the order of the chunk."""
-        ways, buckets, submit = self._ways, self._ways.conditions.buckets, self._pool.submit
-        stepped_h = whole_h = self._initial_states
-        truth_h = stepped_h.astype(np.float64)
-        for span in self._chunk.spans():
-            # The longest first, so that the others fit beside it.
-            truth = submit(ways.truth.run, span.x, truth_h, span.active)
-            rounded = submit(self._bound.run, span.x, span.active)
-            stepped = submit(replay_stepped, ways.stepped, buckets, span.x, stepped_h, span.active)
-            whole = submit(replay_whole, ways.whole, buckets, span.x, whole_h)
-            (stepped_y, stepped_h), (whole_y, whole_h) = stepped.result(), whole.result()
-            truth_y, truth_h = truth.result()
-            limit = self._bound.of_outputs(truth_y, rounded.result(), span.valid)
-            self.stepped.add_replay(span.starts, span.y, stepped_y, span.answered, 2 * limit)
-            self.whole.add_replay(span.starts, span.y, whole_y, span.answered, 2 * limit)
-            self.truth.add_truth(span.starts, span.y, truth_y, span.answered, limit)
+    def start(self) -> None:
+        """Begin to compute; once all of an earlier chunk is submitted."""
+        self._begin_span(next(self._spans))
+
+    def advance(self) -> None:
+        """Have everything computed, and compare all of it but the end."""
+        while True:
+            for part in self._span.parts(self._part_steps):
+                # While a part is computed, the one before it is compared.
+                self._last = self._submit(part, self._last)
+                self._waiting.append(self._last)
+                if len(self._waiting) > AHEAD:
+                    self._compare(self._waiting.popleft())
+            span = next(self._spans, None)
+            if span is None:
+                break
+            self._end_span()
+            self._begin_span(span)
+        assert self._whole is not None, "a span was begun"
+        wait([self._whole])  # the next chunk's call is of the same network, which is for one thread at a time
+
+    def finish(self) -> list[StreamReport]:
+        """Compare the rest and report, in the order of the chunk."""
+        self._end_span()
+        assert self._last is not None, "a chunk has frames"
+        (_, stepped_h), (_, truth_h) = self._last.stepped.result(), self._last.truth.result()
         limits = self._bound.of_states(truth_h).tolist()
         for row, suspect in enumerate(self._suspects):
             if (state := suspect.final_state) is not None:
@@ -105,6 +139,55 @@ class ChunkCheck:
                 self.stepped.add_replayed_state(row, seq, state, stepped_h[:, row], 2 * limits[row], suspect.place)
                 self.truth.add_true_state(row, seq, state, truth_h[:, row], limits[row], suspect.place)
         return [self._report(row) for row in range(len(self._suspects))]
+
+    def _begin_span(self, span: Span) -> None:
+        self._span = span
+        self._limits = list[F64]()
+        self._whole = self._submit_whole(span, self._whole)
+
+    def _end_span(self) -> None:
+        while self._waiting:
+            self._compare(self._waiting.popleft())
+        assert self._whole is not None, "a span was begun"
+        span, (whole_y, _) = self._span, self._whole.result()
+        self.whole.add_replay(span.starts, span.y, whole_y, span.answered, 2 * np.concatenate(self._limits))
+
+    def _submit_whole(self, span: Span, before: Future[tuple[F32, F32]] | None) -> Future[tuple[F32, F32]]:
+        """Have a span computed in one call, as soon as that for the span before is done."""
+        network, buckets = self._ways.whole, self._ways.conditions.buckets
+
+        def whole() -> tuple[F32, F32]:
+            return replay_whole(
+                network, buckets, span.x, self._initial_states if before is None else before.result()[1]
+            )
+
+        return self._pool.submit(whole)
+
+    def _submit(self, part: Span, before: _Answers | None) -> _Answers:
+        """Have a part of a span computed in the other ways, each as soon as it has done the part before."""
+        ways, submit, initial = self._ways, self._pool.submit, self._initial_states
+
+        def truth() -> tuple[F64, F64]:
+            return ways.truth.run(part.x, initial if before is None else before.truth.result()[1], part.active)
+
+        def rounded() -> F32:
+            if before is not None:
+                before.rounded.result()
+            return self._bound.run(part.x, part.active)
+
+        def stepped() -> tuple[F32, F32]:
+            h = initial if before is None else before.stepped.result()[1]
+            return replay_stepped(ways.stepped, ways.conditions.buckets, part.x, h, part.active)
+
+        # The longest first, so that the others fit beside it.
+        return _Answers(part, submit(truth), submit(rounded), submit(stepped))
+
+    def _compare(self, answers: _Answers) -> None:
+        part, (truth_y, _) = answers.part, answers.truth.result()
+        limit = self._bound.of_outputs(truth_y, answers.rounded.result(), part.valid)
+        self.truth.add_truth(part.starts, part.y, truth_y, part.answered, limit)
+        self.stepped.add_replay(part.starts, part.y, answers.stepped.result()[0], part.answered, 2 * limit)
+        self._limits.append(limit)
 
     def _stack_initial_states(self) -> F32:
         """[layers, R, hidden size]."""

@@ -11,6 +11,8 @@ from instep.core.typing import F32, I64, Bool
 from instep.recording.sequences import Sequences
 from instep.verify.bound import LEAST_RUNS
 
+WHOLE_ROWS: Final = 16
+"""Larger chunks are a multiple of it, where sequences are left for the next: most are padded to one anyway."""
 LEAST_FILL: Final = 0.75
 """A sequence shorter than this share of the longest one beside it goes into the next chunk."""
 
@@ -35,6 +37,8 @@ def plan_chunks(lengths: I64, most_rows: int, least_rows: int, most_frames: int)
         rows = max(min(most_rows, most_frames // longest), least_rows)
         similar = int((lengths[order[first : first + rows]] >= LEAST_FILL * longest).sum())
         rows = min(rows, max(similar, least_rows))
+        if rows > WHOLE_ROWS and first + rows < len(order):
+            rows = rows // WHOLE_ROWS * WHOLE_ROWS
         yield order[first : first + rows]
         first += rows
 
@@ -67,9 +71,10 @@ class Chunk:
         timesteps = np.arange(start, end)[:, None]
         valid: Bool = timesteps < self.lengths
         at = np.where(valid, self._start + timesteps, 0)
-        x = np.where(valid[:, :, None], self._sequences.x[at], np.float32(0))
+        x: F32 = self._sequences.x.take(at, axis=0)
+        x[~valid] = 0
         answered: Bool = valid & self._sequences.answered[at]
-        return Span(start + self.first_seqs, x, self._sequences.y[at], valid, answered)
+        return Span(start + self.first_seqs, x, self._sequences.y.take(at, axis=0), valid, answered)
 
 
 class Span:
@@ -91,3 +96,9 @@ class Span:
         self.valid = valid
         self.answered = answered
         self.active: I64 = valid.sum(axis=1)
+
+    def parts(self, steps: int) -> Iterator[Span]:
+        """The same in pieces of so many timesteps, in order; views."""
+        for start in range(0, len(self.valid), steps):
+            of = slice(start, start + steps)
+            yield Span(self.starts + start, self.x[of], self.y[of], self.valid[of], self.answered[of])

@@ -6,7 +6,7 @@ import numpy as np
 
 from instep.core.typing import F32, I64, Bool
 from instep.model.ulp import ulp_distance
-from instep.verify.bound import F64, absolute_error, as_float32
+from instep.verify.bound import F64, absolute_error, as_float32, largest_errors
 from instep.verify.report import ULP_BINS, Divergence, Place, Way, ulp_bins
 
 
@@ -49,10 +49,12 @@ class Comparison:
             valid: [T, R]: whether there is something to compare.
             limit: [T, R]: how far off an element may be.
         """
-        unequal = (recorded.view(np.uint32) != replayed.view(np.uint32)) & valid[:, :, None]
-        self.ulps[0] += int(valid.sum()) * recorded.shape[2] - int(np.count_nonzero(unequal))
-        for row in np.flatnonzero(unequal.any(axis=(0, 2))).tolist():
-            at, elements = np.nonzero(unequal[:, row])
+        unequal = recorded.view(np.uint32) != replayed.view(np.uint32)
+        frames = unequal.any(axis=2) & valid
+        self.ulps[0] += int(valid.sum()) * recorded.shape[2]
+        for row in np.flatnonzero(frames.any(axis=0)).tolist():
+            at, elements = np.nonzero(unequal[:, row] & valid[:, row, None])
+            self.ulps[0] -= len(elements)
             values = recorded[at, row, elements], replayed[at, row, elements]
             self._add(row, *values, limit[at, row], starts[row] + at, elements, "output")
 
@@ -69,14 +71,14 @@ class Comparison:
 
     def add_truth(self, starts: I64, recorded: F32, truth: F64, valid: Bool, limit: F64) -> None:
         """Compare outputs with the float64 reference's; arguments as in `add_replay`."""
-        error = np.where(valid[:, :, None], absolute_error(recorded, truth), 0)
-        self.max_error = np.maximum(self.max_error, error.max(axis=(0, 2)))
-        wrong = error > limit[:, :, None]
-        for row in np.flatnonzero(wrong.any(axis=(0, 2))).tolist():
-            at, element = (int(indices[0]) for indices in np.nonzero(wrong[:, row]))
-            self._miss(
-                row, recorded[at, row, element], truth[at, row, element], int(starts[row]) + at, element, "output"
-            )
+        error = np.where(valid, largest_errors(recorded, truth), 0)
+        self.max_error = np.maximum(self.max_error, error.max(axis=0))
+        wrong = error > limit
+        for row in np.flatnonzero(wrong.any(axis=0)).tolist():
+            at = int(np.argmax(wrong[:, row]))
+            values, nearest = recorded[at, row], truth[at, row]
+            element = int(np.argmax(absolute_error(values, nearest) > limit[at, row]))
+            self._miss(row, values[element], nearest[element], int(starts[row]) + at, element, "output")
 
     def add_true_state(
         self, row: int, seq: int, recorded: F32, truth: F64, limit: float, place: Place = "final state"

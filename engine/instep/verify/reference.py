@@ -23,9 +23,15 @@ import numpy.typing as npt
 Floats: TypeAlias = npt.NDArray[Any]
 """float64 or float32, as the reference's dtype."""
 Counts: TypeAlias = npt.NDArray[np.int64]
+_Weights: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
 
-TILE_ROWS: Final = 16
-TILE_PRODUCTS: Final = 2**18
+TILE_ROWS: Final = 32
+TILE_BYTES: Final = 2**15
+"""Of the weights of a tile: they stay in the nearest cache while they are used for a tile's rows."""
+WHOLE_COLUMNS: Final = 16
+"""Columns of a tile, where there are so many, are a multiple of it: BLAS is slower over the rest."""
+BLOCK_BYTES: Final = 2**19
+"""Of what the input adds to the gates: it is computed for some timesteps at once, still in a cache when it is used."""
 
 
 class Reference:
@@ -37,19 +43,12 @@ class Reference:
         dtype: numpy's float64 or float32: everything is computed in it.
     """
 
-    def __init__(
-        self, description: Mapping[str, Any], weights: Mapping[str, npt.NDArray[np.float32]], dtype: npt.DTypeLike
-    ) -> None:
+    def __init__(self, description: Mapping[str, Any], weights: _Weights, dtype: npt.DTypeLike) -> None:
         self._dtype = np.dtype(dtype)
-        self._before = self._dense_layers("before", description["before"], weights)
-        self._after = self._dense_layers("after", description["after"], weights)
-        self._layers = [
-            (
-                self._affine(weights, f"gru.weight_ih_l{layer}", f"gru.bias_ih_l{layer}"),
-                self._affine(weights, f"gru.weight_hh_l{layer}", f"gru.bias_hh_l{layer}"),
-            )
-            for layer in range(description["gru"]["num_layers"])
-        ]
+        given = {name: values.astype(self._dtype) for name, values in weights.items()}
+        self._before = _dense_layers("before", description["before"], given)
+        self._after = _dense_layers("after", description["after"], given)
+        self._layers = [_GruLayer(given, layer) for layer in range(description["gru"]["num_layers"])]
 
     def run(self, x: Floats, h: Floats, active: Counts) -> tuple[Floats, Floats]:
         """Run sequences of different lengths, the longest first.
@@ -65,97 +64,150 @@ class Reference:
         steps, rows, _ = x.shape
         states = np.array(h, self._dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # infinity is a value like any other here
-            values = _dense(self._before, np.asarray(x.reshape(steps * rows, -1), self._dtype))
-            for (of_input, of_state), state in zip(self._layers, states, strict=True):
-                gates = of_input(values).reshape(steps, rows, -1)
-                values = _gru_layer(gates, of_state, state, active).reshape(steps * rows, -1)
+            values = _dense(self._before, x.reshape(steps * rows, -1))
+            for layer, state in zip(self._layers, states, strict=True):
+                after = layer.run(values.reshape(steps, rows, -1), state, active)
+                values = after.reshape(steps * rows, -1)
             return _dense(self._after, values).reshape(steps, rows, -1), states
-
-    def _dense_layers(
-        self,
-        place: str,
-        layers: Sequence[Mapping[str, Any]],
-        weights: Mapping[str, npt.NDArray[np.float32]],
-    ) -> list[tuple[_Affine, str]]:
-        return [
-            (self._affine(weights, f"{place}.{index}.weight", f"{place}.{index}.bias"), layer["activation"])
-            for index, layer in enumerate(layers)
-        ]
-
-    def _affine(self, weights: Mapping[str, npt.NDArray[np.float32]], weight: str, bias: str) -> _Affine:
-        offset = weights.get(bias)
-        if offset is None:
-            offset = np.zeros(len(weights[weight]), np.float32)
-        return _Affine(weights[weight].astype(self._dtype), offset.astype(self._dtype))
 
 
 class _Affine:
-    """x W^T + b, in tiles too small for BLAS to start threads over: they would fight with torch's for the cores."""
-
-    def __init__(self, weight: Floats, bias: Floats) -> None:
-        self._bias = bias
-        outputs, inputs = weight.shape
-        columns = min(max(TILE_PRODUCTS // (TILE_ROWS * inputs), 1), outputs)
-        padded = np.zeros((inputs, -(-outputs // columns) * columns), weight.dtype)
-        padded[:, :outputs] = weight.T
-        self._tiles = np.ascontiguousarray(padded.reshape(inputs, -1, columns).transpose(1, 0, 2))
-
-    def __call__(self, rows: Floats) -> Floats:
-        """[R, inputs] to [R, outputs]."""
-        count, inputs = rows.shape
-        padded = np.zeros((-(-count // TILE_ROWS), 1, TILE_ROWS, inputs), rows.dtype)
-        padded.reshape(-1, inputs)[:count] = rows
-        product: Floats = (padded @ self._tiles).transpose(0, 2, 1, 3).reshape(len(padded) * TILE_ROWS, -1)
-        outputs: Floats = product[:count, : len(self._bias)] + self._bias
-        return outputs
-
-
-def _gru_layer(from_input: Floats, of_state: _Affine, h: Floats, active: Counts) -> Floats:
-    """One layer over time.
+    """x W^T + b, in tiles too small for BLAS to start threads over: they would fight with torch's for the cores.
 
     Args:
-        from_input: W_ih x + b_ih of every timestep [T, R, 3 * hidden size].
-        of_state: W_hh h + b_hh as a function of h.
-        h: states [R, hidden size]; goes along.
-        active: as in `Reference.run`.
-
-    Returns:
-        The states after each timestep [T, R, hidden size].
+        weight: [outputs, inputs].
+        bias: [outputs].
     """
-    size = h.shape[1]
-    after = np.zeros((*from_input.shape[:2], size), h.dtype)
-    for timestep, count in enumerate(active.tolist()):
-        before = h[:count]
-        given, held = from_input[timestep, :count], of_state(before)
-        reset_update = _sigmoid(given[:, : 2 * size] + held[:, : 2 * size])
-        reset, update = reset_update[:, :size], reset_update[:, size:]
-        new = np.tanh(given[:, 2 * size :] + reset * held[:, 2 * size :])
-        h[:count] = after[timestep, :count] = (1 - update) * new + update * before
-    return after
+
+    def __init__(self, weight: Floats, bias: Floats) -> None:
+        self.bias = bias
+        outputs, inputs = weight.shape
+        columns = max(TILE_BYTES // (inputs * weight.itemsize), 1)
+        self._columns = min(columns if columns < WHOLE_COLUMNS else columns // WHOLE_COLUMNS * WHOLE_COLUMNS, outputs)
+        padded = np.zeros((inputs, -(-outputs // self._columns) * self._columns), weight.dtype)
+        padded[:, :outputs] = weight.T
+        self._tiles = np.ascontiguousarray(padded.reshape(inputs, -1, self._columns).transpose(1, 0, 2))
+
+    def __call__(self, rows: Floats, room: Floats | None = None) -> Floats:
+        """[R, inputs] to [R, outputs]; `room` as in `product`."""
+        outputs = self.product(rows, self.room(len(rows)) if room is None else room)
+        outputs += self.bias
+        return outputs
+
+    def room(self, rows: int) -> Floats:
+        """Where `product` can write for so many rows: [R, outputs padded to tiles]."""
+        return np.empty((rows, len(self._tiles) * self._columns), self.bias.dtype)
+
+    def product(self, rows: Floats, room: Floats) -> Floats:
+        """Multiply [R, inputs] by W^T into `room`; the part of it that holds the outputs, [R, outputs]."""
+        rows = rows.astype(room.dtype, copy=False)
+        whole = len(rows) // TILE_ROWS * TILE_ROWS
+        for part, height in ((slice(whole), TILE_ROWS), (slice(whole, None), len(rows) - whole)):
+            if len(rows[part]):
+                tiles = rows[part].reshape(-1, 1, height, rows.shape[1])
+                places = room[part].reshape(-1, height, len(self._tiles), self._columns).transpose(0, 2, 1, 3)
+                np.matmul(tiles, self._tiles, out=places)
+        return room[:, : len(self.bias)]
+
+
+class _GruLayer:
+    """One layer: the equations above, with the gates r and z side by side."""
+
+    def __init__(self, weights: _Weights, layer: int) -> None:
+        of_input, of_state = weights[f"gru.weight_ih_l{layer}"], weights[f"gru.weight_hh_l{layer}"]
+        size = of_state.shape[1]
+        nothing = np.zeros(len(of_state), of_state.dtype)
+        input_bias = weights.get(f"gru.bias_ih_l{layer}", nothing)
+        state_bias = weights.get(f"gru.bias_hh_l{layer}", nothing)
+        # Both biases of r and z are only added up; that of n, b_hn, is multiplied by r first.
+        bias = np.concatenate([input_bias[: 2 * size] + state_bias[: 2 * size], input_bias[2 * size :]])
+        self._size = size
+        self._of_input = _Affine(of_input, bias)
+        self._of_state = _Affine(of_state[: 2 * size], nothing[: 2 * size])
+        self._of_state_in_new = _Affine(of_state[2 * size :], state_bias[2 * size :])
+
+    def run(self, x: Floats, h: Floats, active: Counts) -> Floats:
+        """Run over time.
+
+        Args:
+            x: what the layer is given [T, R, inputs].
+            h: states [R, hidden size]; goes along.
+            active: as in `Reference.run`.
+
+        Returns:
+            The states after each timestep [T, R, hidden size].
+        """
+        steps, rows, inputs = x.shape
+        size, counts = self._size, [*active.tolist(), 0]
+        block = max(BLOCK_BYTES // (3 * rows * size * h.itemsize), 1)
+        given_room = self._of_input.room(block * rows)
+        gates_room, new_room = self._of_state.room(rows), self._of_state_in_new.room(rows)
+        after = np.zeros((steps, rows, size), h.dtype)
+        before = h
+        for timestep, count in enumerate(counts[:-1]):
+            if timestep % block == 0:
+                frames = x[timestep : timestep + block].reshape(-1, inputs)
+                given = self._of_input(frames, given_room[: len(frames)]).reshape(-1, rows, 3 * size)
+            from_input = given[timestep % block, :count]
+            gates = self._of_state.product(before[:count], gates_room[:count])
+            gates += from_input[:, : 2 * size]
+            _sigmoid(gates)
+            new = self._of_state_in_new.product(before[:count], new_room[:count])
+            new += self._of_state_in_new.bias
+            new *= gates[:, :size]
+            new += from_input[:, 2 * size :]
+            np.tanh(new, out=new)
+            # (1 - z) * n + z * h, with one product less.
+            now = np.subtract(before[:count], new, out=after[timestep, :count])
+            now *= gates[:, size:]
+            now += new
+            before, left = now, counts[timestep + 1]
+            h[left:count] = now[left:]
+        return after
+
+
+def _dense_layers(
+    place: str, layers: Sequence[Mapping[str, Any]], weights: Mapping[str, Floats]
+) -> list[tuple[_Affine, str]]:
+    built = []
+    for index, layer in enumerate(layers):
+        weight = weights[f"{place}.{index}.weight"]
+        bias = weights.get(f"{place}.{index}.bias", np.zeros(len(weight), weight.dtype))
+        built.append((_Affine(weight, bias), layer["activation"]))
+    return built
 
 
 def _dense(layers: list[tuple[_Affine, str]], rows: Floats) -> Floats:
     for affine, activation in layers:
-        rows = _ACTIVATIONS[activation](affine(rows))
+        rows = affine(rows)
+        _ACTIVATIONS[activation](rows)
     return rows
 
 
-def _sigmoid(rows: Floats) -> Floats:
-    # 1 / (1 + exp(-x)), written so that nothing overflows.
-    return (np.tanh(rows / 2) + 1) / 2
+def _sigmoid(rows: Floats) -> None:
+    # 1 / (1 + exp(-x)): where exp overflows to infinity, the result is the 0 that it should be.
+    np.negative(rows, out=rows)
+    np.exp(rows, out=rows)
+    rows += 1
+    np.reciprocal(rows, out=rows)
 
 
-def _relu(rows: Floats) -> Floats:
-    return np.maximum(rows, 0)
+def _relu(rows: Floats) -> None:
+    np.maximum(rows, 0, out=rows)
 
 
-def _same(rows: Floats) -> Floats:
-    return rows
+def _tanh(rows: Floats) -> None:
+    np.tanh(rows, out=rows)
 
 
-_ACTIVATIONS: Final[dict[str, Callable[[Floats], Floats]]] = {
-    "none": _same,
+def _none(rows: Floats) -> None:
+    pass
+
+
+_ACTIVATIONS: Final[dict[str, Callable[[Floats], None]]] = {
+    "none": _none,
     "relu": _relu,
-    "tanh": np.tanh,
+    "tanh": _tanh,
     "sigmoid": _sigmoid,
 }
+"""In place."""

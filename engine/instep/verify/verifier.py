@@ -16,6 +16,7 @@ recorded, because the engine was killed as it computed them, are replayed but no
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -29,6 +30,7 @@ from instep.model.folder import Model
 from instep.model.network import Network
 from instep.recording.joints import Following
 from instep.recording.reader import RecordingReader
+from instep.recording.schema import RecordingHeader
 from instep.recording.select import select_streams
 from instep.recording.sequences import SequenceIndex
 from instep.verify.check import ChunkCheck, Suspect, Ways, check_without_frames
@@ -48,8 +50,10 @@ _SAME: Final[dict[str, Any]] = dict.fromkeys(
 )
 """What headers of one engine differ in from file to file."""
 
-CHUNK_BYTES: Final = 64 * 2**20
-"""The largest array computed at once, about."""
+MOST_THREADS: Final = 4
+"""Threads that compute at most. More than there are cores would only take their caches from each other."""
+CHUNK_BYTES: Final = 192 * 2**20
+"""What the gates of a chunk would take in float64, about: one call computes them all, in float32."""
 
 
 def verify(
@@ -77,9 +81,19 @@ def verify(
         CannotVerify: when there is nothing to check.
         RecordingError: when the recording is damaged, or has no such stream.
     """
-    with recorded_threads(reader.header):
+    with (
+        recorded_threads(reader.header),
+        ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS), "instep-verify") as pool,
+    ):
+        reader.check_positions()
+        found = {} if found_before is None else found_before
+        key = repr((model.fingerprint, [replace(engine.header, **_SAME) for engine in reader.engines]))
+        # This machine is certified while the recording is read.
+        ways = None if key in found else pool.submit(_ways, model, [engine.header for engine in reader.engines])
         verification = _Verification(reader, model, stream, on_progress, following, is_alone=is_alone)
-        return verification.run({} if found_before is None else found_before)
+        if ways is not None:
+            found[key] = ways.result()
+        return verification.run(found[key], pool)
 
 
 class _Verification:
@@ -99,7 +113,6 @@ class _Verification:
         self._reader = reader
         self._model = model
         self._on_progress = on_progress
-        reader.check_positions()
         self._index = SequenceIndex(reader, lambda share: on_progress("reading", share))
         if is_alone and not self._index.frames_present:
             raise CannotVerify(f"{reader.path} holds no frames: nothing was recorded, so nothing can be verified")
@@ -124,18 +137,20 @@ class _Verification:
             "whole sequence": np.zeros(ULP_BINS, np.int64),
         }
 
-    def run(self, found_before: dict[str, Ways]) -> Report:
-        key = repr((self._model.fingerprint, [replace(engine.header, **_SAME) for engine in self._reader.engines]))
-        if key not in found_before:
-            found_before[key] = self._ways()
-        ways = found_before[key]
+    def run(self, ways: Ways, pool: Executor) -> Report:
         parts: dict[int, StreamReport] = {}
         total, done = int(self._index.frames[self._stretches].sum()), 0
-        with ThreadPoolExecutor(4, "instep-verify") as pool:
-            for chunk in self._chunks(ways.conditions.buckets) if total else ():
-                parts.update(zip(chunk.rows.tolist(), self._check(ways, chunk, pool), strict=True))
-                done += int(chunk.lengths.sum())
-                self._on_progress("replaying", done / total)
+        chunks = self._chunks(ways.conditions.buckets) if total else iter(())
+        begun = self._begin(ways, next(chunks, None), pool)
+        while begun is not None:
+            chunk, check = begun
+            check.advance()
+            begun = self._begin(ways, next(chunks, None), pool)
+            parts.update(zip(chunk.rows.tolist(), check.finish(), strict=True))
+            for comparison in (check.stepped, check.whole):
+                self._ulps[comparison.way] += comparison.ulps
+            done += int(chunk.lengths.sum())
+            self._on_progress("replaying", done / total)
         for at in self._stretches.tolist():
             if at not in parts:
                 parts[at] = check_without_frames(self._suspect(at))
@@ -170,19 +185,6 @@ class _Verification:
             return ()
         return self._following.problems(self._reader.last_position, {info.stream for info in self._index.streams})
 
-    def _ways(self) -> Ways:
-        device = device_for(self._reader.header)
-        network = Network(self._model, device)
-        description = self._model.description.model_dump(mode="json")
-        weights = {name: tensor.numpy() for name, tensor in self._model.weights.items()}
-        return Ways(
-            stepped=network,
-            whole=Network(self._model, device),
-            truth=Reference(description, weights, np.float64),
-            rounded=Reference(description, weights, np.float32),
-            conditions=find_conditions([engine.header for engine in self._reader.engines], network),
-        )
-
     def _chunks(self, buckets: tuple[int, ...]) -> Iterator[Chunk]:
         """All frames once, in bounded pieces."""
         most_frames = max(CHUNK_BYTES // (8 * self._widest), 1)
@@ -191,12 +193,12 @@ class _Verification:
         for members in plan_chunks(lengths, buckets[-1], buckets[0], most_frames):
             yield Chunk(sequences, first_seqs, members, most_frames)
 
-    def _check(self, ways: Ways, chunk: Chunk, pool: Executor) -> list[StreamReport]:
+    def _begin(self, ways: Ways, chunk: Chunk | None, pool: Executor) -> tuple[Chunk, ChunkCheck] | None:
+        if chunk is None:
+            return None
         check = ChunkCheck(ways, chunk, [self._suspect(row) for row in chunk.rows.tolist()], pool)
-        reports = check.run()
-        for comparison in (check.stepped, check.whole):
-            self._ulps[comparison.way] += comparison.ulps
-        return reports
+        check.start()
+        return chunk, check
 
     def _suspect(self, at: int) -> Suspect:
         stretch = self._index.stretches[at]
@@ -208,3 +210,17 @@ class _Verification:
         if is_last and self._following is not None and info.stream in self._following.streams:
             carried = self._following.state(info.stream)
         return Suspect(info, stretch, unanswered, defect, carried)
+
+
+def _ways(model: Model, headers: list[RecordingHeader]) -> Ways:
+    device = device_for(headers[0])
+    network = Network(model, device)
+    description = model.description.model_dump(mode="json")
+    weights = {name: tensor.numpy() for name, tensor in model.weights.items()}
+    return Ways(
+        stepped=network,
+        whole=Network(model, device),
+        truth=Reference(description, weights, np.float64),
+        rounded=Reference(description, weights, np.float32),
+        conditions=find_conditions(headers, network),
+    )
