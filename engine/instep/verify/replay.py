@@ -36,7 +36,7 @@ def replay_stepped(network: Network, buckets: tuple[int, ...], x: F32, h: F32, a
             if (smaller := _bucket(buckets, count)) < bucket:
                 bucket = smaller
                 states = states[:, :bucket].contiguous()
-            y, states = network.step(frames[timestep, :bucket], states)
+            y = network.advance(frames[timestep, :bucket], states)
             outputs[timestep, :count] = y[:count, : network.outputs]
             left = counts[timestep + 1] if timestep + 1 < steps else 0
             if left < count:
