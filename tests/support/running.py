@@ -57,6 +57,7 @@ async def running(
     exactness: Certification | None = None,
     failure: str | None = None,
     told: list[dict[str, Any]] | None = None,
+    folder: Path = Path("model"),
     **sections: dict[str, Any],
 ) -> AsyncIterator[Server]:
     """Serve `model` while the block runs; sections as in the configuration file.
@@ -67,10 +68,11 @@ async def running(
         exactness: serve as if certified so.
         failure: why the server is expected to stop by itself.
         told: what the server logs is put there, with its level.
+        folder: where recordings are told that the model is.
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
-    ready = prepared(model, settings.engine.max_batch_size)
+    ready = replace(prepared(model, settings.engine.max_batch_size), model_path=folder)
     if exactness is not None:
         ready = replace(ready, certification=exactness)
     log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
