@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from instep.bench.choice import NAMES
 from instep.cli import app
 from instep.config import Config
 from instep.model.errors import ModelError
@@ -222,15 +223,28 @@ class TestDemoAndBench:
     def test_and_nothing_else(self) -> None:
         assert instep("demo", "sead").exit_code == 2
 
-    def test_bench(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = Stub(monkeypatch, "instep.bench.throughput")
+    def test_bench(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        suite = Stub(monkeypatch, "instep.bench.suite")
         neighbours = Stub(monkeypatch, "instep.bench.neighbours")
-        bench.answer = 5
+        suite.answer = 5
         neighbours.answer = 6
         assert instep("bench", "neighbours").exit_code == 6
         assert instep("bench").exit_code == 5
-        assert instep("bench", "--json").exit_code == 5
-        assert [kwargs for _, kwargs in bench.calls] == [{"as_json": False}, {"as_json": True}]
+        some = ("--rows", "start,blocks-bare", "--quick", "--out", str(tmp_path), "--json")
+        assert instep("bench", *some).exit_code == 5
+        assert [kwargs for _, kwargs in suite.calls] == [
+            {"rows": NAMES, "quick": False, "out": Path("bench-out"), "as_json": False},
+            {"rows": ("blocks-bare", "start"), "quick": True, "out": tmp_path, "as_json": True},
+        ]
+
+    def test_bench_says_which_row_was_meant(self) -> None:
+        result = instep("bench", "--rows", "pacd")
+        assert result.exit_code == 2
+        assert "did you mean paced?" in result.stderr
+
+    @pytest.mark.parametrize("option", [("--rows", "paced"), ("--quick",), ("--out", "folder")])
+    def test_only_the_suite_has_rows(self, option: tuple[str, ...]) -> None:
+        assert instep("bench", "neighbours", *option).exit_code == 2
 
     def test_bench_durability(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         durability = Stub(monkeypatch, "instep.bench.durability")

@@ -196,11 +196,20 @@ def demo(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["throughput", "durability", "neighbours"],
+        Literal["suite", "durability", "neighbours"],
         typer.Argument(
-            help="Frames a second, what recording them costs, or the latency of others beside a client that dies."
+            help="Every row with its bar, what recording costs, or the latency of others beside a client that dies."
         ),
-    ] = "throughput",
+    ] = "suite",
+    rows: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME", help="suite: only these rows; all if not given.", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="suite: try it out in seconds; no verdict.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="suite: where JSON and plot go; bench-out if not given."),
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
@@ -209,9 +218,14 @@ def bench(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure how fast streams are served here, what recording them costs, or what a dead client costs the others."""
+    """Measure what serving costs beyond the network, what recording costs, or what a dead client costs the others.
+
+    Exit status 0: every bar was reached. 1: one was not, or an output was wrong.
+    """
     if folder is not None and what != "durability":
-        raise typer.BadParameter(f"{what} records nothing", param_hint="--folder")
+        raise typer.BadParameter(f"{what} records nothing there", param_hint="--folder")
+    if what != "suite" and (rows is not None or quick or out is not None):
+        raise typer.BadParameter(f"{what} has no rows and writes no files", param_hint="--rows, --quick, --out")
     if what == "neighbours":
         from instep.bench.neighbours import run as run_neighbours
 
@@ -222,10 +236,17 @@ def bench(
 
         interrupts.raise_again()
         raise typer.Exit(run_durability(_console(), folder, as_json=json))
-    from instep.bench.throughput import run as run_throughput
+    from instep.bench.choice import NoSuchRow, chosen
+
+    try:
+        names = chosen(rows)
+    except NoSuchRow as error:
+        raise typer.BadParameter(str(error), param_hint="--rows") from None
+    from instep.bench.suite import run as run_suite
 
     interrupts.raise_again()
-    raise typer.Exit(run_throughput(_console(), as_json=json))
+    out = Path("bench-out") if out is None else out
+    raise typer.Exit(run_suite(_console(stderr=json), rows=names, quick=quick, out=out, as_json=json))
 
 
 @app.command("config")

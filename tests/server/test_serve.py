@@ -82,9 +82,10 @@ def test_exactness_may_be_required_preferred_or_off(model: Path, monkeypatch: py
         prepare(configured(model, engine={"exactness": "require"}))
     preferred = prepare(configured(model, engine={"exactness": "prefer"})).certification
     assert exactness_sentence(preferred) == "not exact, up to 3 ULP seen in a step, in buckets 4, 8"
-    off = prepare(configured(model, engine={"exactness": "off", "max_batch_size": 8})).certification
-    assert off.exactness == "off"
-    assert exactness_sentence(off).startswith("not certified in buckets 4, 8")
+    off = prepare(configured(model, engine={"exactness": "off", "max_batch_size": 8}))
+    assert off.certification.exactness == "off"
+    assert off.certified_s == 0
+    assert exactness_sentence(off.certification).startswith("not certified in buckets 4, 8")
 
 
 def test_limits_are_fitted_to_the_model() -> None:
@@ -126,6 +127,7 @@ def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(mod
         assert line["device"] == "cpu"
         assert line["capacity"] == "4096 streams"
         assert line["exactness"].startswith("exact in buckets 4, ")
+        assert line["certified_s"] > 0
         assert line["recording"] == str(recording)
         with Client(line["endpoint"]) as client:
             x = np.ones((3, 5), np.float32)

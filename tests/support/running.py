@@ -60,6 +60,7 @@ async def running(
     failure: str | None = None,
     told: list[dict[str, Any]] | None = None,
     device: torch.device = CPU,
+    folder: Path = Path("model"),
     **sections: dict[str, Any],
 ) -> AsyncIterator[Server]:
     """Serve `model` while the block runs; sections as in the configuration file.
@@ -71,10 +72,11 @@ async def running(
         failure: why the server is expected to stop by itself.
         told: what the server logs is put there, with its level.
         device: where the network is.
+        folder: where recordings are told that the model is.
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
-    ready = prepared(model, settings.engine.max_batch_size, device)
+    ready = replace(prepared(model, settings.engine.max_batch_size, device), model_path=folder)
     if exactness is not None:
         ready = replace(ready, certification=exactness)
     log: structlog.stdlib.BoundLogger = structlog.wrap_logger(

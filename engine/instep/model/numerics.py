@@ -33,7 +33,7 @@ def numerics(network: Network) -> dict[str, str]:
         "device": str(network.device),
         "dtype": "float32",
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "mkl": str(torch.backends.mkl.is_available()),  # type: ignore[no-untyped-call]
@@ -51,7 +51,7 @@ def numerics(network: Network) -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's model: matrix libraries choose their kernels by it."""
     if CPU_INFO.exists():
         for line in CPU_INFO.read_text().splitlines():

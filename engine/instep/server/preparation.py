@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +30,8 @@ class Prepared:
     network: Network
     device: torch.device
     certification: Certification
+    certified_s: float = 0.0
+    """Seconds that certification took; 0 where it is off."""
 
 
 def demo_model_folder() -> Path:
@@ -51,15 +54,17 @@ def prepare(config: Config) -> Prepared:
     network = Network(model, device)
     buckets = candidate_buckets(network, config.engine.max_batch_size)
     if config.engine.exactness == "off":
-        certification = Certification("off", buckets, max_ulp=0, whole_sequence=False)
+        certification, certified_s = Certification("off", buckets, max_ulp=0, whole_sequence=False), 0.0
     else:
+        began = time.perf_counter()
         certification = certify(network, buckets)
+        certified_s = time.perf_counter() - began
     if config.engine.exactness == "require" and certification.exactness != "exact":
         raise CannotServe(
             f"engine.exactness is `require`, but on this machine batches differ from one another: up to "
             f"{certification.max_ulp} ULP were seen in one step; `prefer` serves all the same, and says so"
         )
-    return Prepared(model, path, network, device, certification)
+    return Prepared(model, path, network, device, certification, certified_s)
 
 
 def _load(config: Config) -> tuple[Model, Path]:

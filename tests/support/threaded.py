@@ -1,0 +1,56 @@
+"""A real server in a thread of the test's process, in the place of `instep serve` in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from instep.config import load_config
+from instep.model.folder import load_model
+from tests.support.running import running
+
+FLAGS = {
+    "--max-streams": "engine.max_streams",
+    "--exactness": "engine.exactness",
+    "--record": "recording.file",
+}
+
+
+class ThreadedServer:
+    """As `ChildServer`, but for its process: a model is certified once a test run."""
+
+    def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
+        overrides = {}
+        for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
+            key, _, value = value.partition("=") if flag == "--set" else (FLAGS[flag], "", value)
+            overrides[key] = value
+        self._sections = load_config(None, overrides, {}).model_dump(exclude={"model"})
+        self._sections["transport"]["endpoint"] = "tcp://127.0.0.1:*"
+        self._folder = model
+        self._ready: Future[str] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self.first_line: dict[str, Any] = {"certified_s": 0.5}
+
+    async def _serve(self) -> None:
+        self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        try:
+            async with running(load_model(self._folder), folder=self._folder, **self._sections) as server:
+                self._ready.set_result(server.endpoint)
+                await self._stop.wait()
+        except Exception as error:
+            if self._ready.done():
+                raise
+            self._ready.set_exception(error)
+
+    def __enter__(self) -> ThreadedServer:
+        self._thread.start()
+        self.endpoint = self._ready.result()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
