@@ -79,6 +79,22 @@ def test_nothing_has_ended_before_it_has(stepped: Callable[..., Stepped]) -> Non
     assert list(stepped().process.ended()) == []
 
 
+@pytest.mark.parametrize("spin_ns", [0, 10**12])
+def test_steps_are_taken_awake_or_asleep(spin_ns: int) -> None:
+    seen: F32 = shared_zeros((2,))
+
+    def step(slots: I64, rows: I64) -> None:
+        seen[slots] += rows
+
+    process = StepProcess(step, 1, spin_ns)
+    for _ in range(3):
+        process.begin(np.array([1]), np.array([[5]]))
+        assert select.select([process.signal_fd], [], [], DEADLINE_S)[0]
+        assert [ended.error for ended in process.ended()] == [None]
+    process.stop()
+    assert seen.tolist() == [0, 15]
+
+
 def test_what_a_step_raises_is_told_and_the_next_one_runs(stepped: Callable[..., Stepped]) -> None:
     def also(slots: I64, rows: I64) -> None:
         if rows[0] == 13:

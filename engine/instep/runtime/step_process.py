@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import time
@@ -42,12 +43,13 @@ class StepProcess:
         step: steps the streams of slots, int64 [B], with the frames of rows, int64 [B]; everything it changes that the
             server reads is shared memory.
         most: the largest batch.
+        spin_ns: for how long after a step it looks for the next one, rather than sleep and be woken; see `Vigil`.
 
     Raises:
         OSError: when there can be no other process.
     """
 
-    def __init__(self, step: Callable[[I64, I64], None], most: int) -> None:
+    def __init__(self, step: Callable[[I64, I64], None], most: int, spin_ns: int = 0) -> None:
         self._slots: I64 = shared_zeros((PLACES, most), "i8")
         self._rows: I64 = shared_zeros((PLACES, MOST_STEPS, most), "i8")
         self._sizes: I64 = shared_zeros((PLACES, 2), "i8")
@@ -63,7 +65,7 @@ class StepProcess:
             warnings.simplefilter("ignore", DeprecationWarning)
             self._pid = os.fork()
         if self._pid == 0:
-            self._live(step, commands, endings)
+            self._live(step, commands, endings, spin_ns)
         os.close(commands)
         os.close(endings)
         os.set_blocking(self.signal_fd, False)
@@ -117,14 +119,15 @@ class StepProcess:
 
     # ── In the other process ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _live(self, step: Callable[[I64, I64], None], commands: int, endings: int) -> NoReturn:
+    def _live(self, step: Callable[[I64, I64], None], commands: int, endings: int, spin_ns: int) -> NoReturn:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)  # the server says when it is over
             _close_all_but(0, 1, 2, commands, endings)
-            while places := os.read(commands, PLACES):
+            os.set_blocking(commands, False)
+            while places := _read(commands, spin_ns):
                 for place in places:
                     self._run(step, place)
                     os.write(endings, bytes((place,)))
@@ -148,6 +151,18 @@ class StepProcess:
             self._text[place] = 0
             self._text[place, : len(told)] = list(told)
         self._outcome[place] = ended.began_ns, ended.ended_ns, ended.steps, outcome
+
+
+def _read(commands: int, spin_ns: int) -> bytes:
+    until_ns = time.monotonic_ns() + spin_ns
+    while True:
+        try:
+            return os.read(commands, PLACES)
+        except BlockingIOError:
+            if time.monotonic_ns() < until_ns:
+                os.sched_yield()
+            else:
+                select.select([commands], [], [])
 
 
 def _close_all_but(*kept: int) -> None:

@@ -79,16 +79,19 @@ class Worker:
                 self._jobs.put(job)
             self._line.popleft()
 
-    def collect(self) -> None:
-        """Steps of the process have ended, or it has."""
+    def collect(self) -> bool:
+        """Take what the process has stepped, if anything; whether there was something. It may have died."""
         assert self.process is not None
+        has_ended = False
         try:
             for ended in self.process.ended():
+                has_ended = True
                 self._stepping.popleft().done(ended, None)
         except EOFError as error:
             self._on_death(error)
-            return
+            return False
         self._begin()
+        return has_ended
 
     def stop(self, timeout_s: float | None = None) -> None:
         """Run what has begun, then end thread and process; after `timeout_s`, leave it to end with the process."""

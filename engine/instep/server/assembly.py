@@ -123,7 +123,8 @@ def make_server(
                     zeros,
                 )
             if apart:
-                process = _step_process(stepper, streams.rings)  # before the socket: ZeroMQ's threads are not forked
+                # Before the socket: ZeroMQ's threads are not forked.
+                process = _step_process(stepper, streams.rings, config.engine.spin_us)
                 undo.callback(process.stop)
             router = Router(config.transport)
             undo.callback(router.close)
@@ -165,12 +166,13 @@ def steps_apart(engine: EngineConfig, device: torch.device) -> bool:
     return engine.steps_in == "auto" and not any(obstacles.values()) and (os.cpu_count() or 1) > 1
 
 
-def _step_process(stepper: Stepper, rings: Rings) -> StepProcess:
+def _step_process(stepper: Stepper, rings: Rings, spin_us: int) -> StepProcess:
     def step(slots: I64, rows: I64) -> None:
         stepper.step(slots, rows, rings.x, rings.y)
 
     try:
-        return StepProcess(step, int(stepper.buckets[-1]))
+        # It waits for the loop, so it stays awake for longer.
+        return StepProcess(step, int(stepper.buckets[-1]), 2 * spin_us * 1000)
     except OSError as error:
         raise CannotServe(f"no process for the steps can be started ({error}); set engine.steps_in to thread") from None
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import structlog
@@ -36,7 +37,10 @@ from instep.server.statistics import Statistics
 from instep.server.tap import Tap
 from instep.server.transport import Router
 from instep.server.verbs import Verbs
+from instep.server.vigil import Vigil
 from instep_client.wire import Code, ServerInfo
+
+T = TypeVar("T")
 
 _BURST = 256
 _BURST_NS = 2_000_000
@@ -165,6 +169,8 @@ class Server:
         """What it took to go on with an older recording, where there was one."""
         self.unanswered_blocks = 0
         """Blocks that were admitted and never answered, because the end was forced or draining took too long."""
+        spin_ns = config.engine.spin_us * 1000 if process is not None else 0  # a thread for steps would lack the lock
+        self._vigil = Vigil(self._loop, lambda: bool(self._guarded(self._look)), spin_ns)
         self._stopping = asyncio.Event()
         self._drains = True
         self._stopped = False
@@ -218,15 +224,16 @@ class Server:
             await asyncio.gather(ticking, return_exceptions=True)
             self._close()
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _guarded(self, work: Callable[[], T]) -> T | None:
         """Run work of the loop; what it raises is a bug that would leave clients waiting, so it ends the server."""
         if self._stopped:
-            return
+            return None
         try:
-            work()
+            return work()
         except Exception as error:
             self._log.exception("bug in the server's loop")
             self.fail(f"a bug in the server's loop: {error!r}")
+            return None
 
     def _pump(self) -> None:
         """Collect what has arrived, then schedule.
@@ -235,12 +242,15 @@ class Server:
         the signal.
         """
         deadline_ns = time.monotonic_ns() + _BURST_NS
+        frames = []
         for routing_id, *frames in self._router.receive(_BURST if self.has_room else 0):
             self._verbs.take(routing_id, frames)
             if time.monotonic_ns() > deadline_ns or not self.has_room:
                 break
         self._verbs.admit_taken()
         self.engine.schedule()
+        if frames:
+            self._vigil.stay()
         # Asked first, since that takes the signal: without room, it would call this again and again until the end of
         # the next job, which pumps anyway. One continuation at most: each would renew itself.
         if not self._pump_is_due and self._router.is_readable and self.has_room:
@@ -251,9 +261,20 @@ class Server:
         self._pump_is_due = False
         self._pump()
 
-    def _steps_ended(self) -> None:
-        self._worker.collect()
-        self._pump()
+    def _steps_ended(self) -> bool:
+        """Take what the process has stepped; whether there was anything."""
+        has_ended = self._worker.collect()
+        if has_ended:
+            self._pump()
+            self._vigil.stay()
+        return has_ended
+
+    def _look(self) -> bool:
+        """Do what would be signalled next; whether there was anything."""
+        if self._router.is_readable and self.has_room:
+            self._pump()
+            return True
+        return self._steps_ended()
 
     def _hand_back(self, finish: Callable[[], None]) -> None:
         def finish_and_pump() -> None:

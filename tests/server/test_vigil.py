@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from instep.server.vigil import Vigil
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+
+
+class Clock:
+    """Monotonic time that passes by one look."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, look_ns: int) -> None:
+        self.now_ns = 0
+        self.look_ns = look_ns
+        monkeypatch.setattr("instep.server.vigil.time.monotonic_ns", lambda: self.now_ns)
+
+    def looking(self, looks: list[int], until: int = -1) -> Callable[[], bool]:
+        def look() -> bool:
+            looks.append(self.now_ns)
+            self.now_ns += self.look_ns
+            return len(looks) == until
+
+        return look
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_it_looks_until_the_time_is_up_and_lets_others_have_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, looks = Clock(monkeypatch, 20_000), list[int]()
+    vigil = Vigil(asyncio.get_running_loop(), clock.looking(looks), 100_000)
+    vigil.stay()
+    vigil.stay()
+    assert looks == []
+    await turns(1)
+    assert looks == [0, 20_000, 40_000], "a slice, and then the others' turn"
+    await turns(5)
+    assert looks == [0, 20_000, 40_000, 60_000, 80_000]
+    vigil.stay()
+    await turns(5)
+    assert len(looks) == 10, "it can be asked again"
+
+
+async def test_what_happens_prolongs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, looks = Clock(monkeypatch, 20_000), list[int]()
+    look = clock.looking(looks, until=2)
+
+    def look_and_stay() -> bool:
+        found = look()
+        if found:
+            vigil.stay()
+        return found
+
+    vigil = Vigil(asyncio.get_running_loop(), look_and_stay, 100_000)
+    vigil.stay()
+    await turns(1)
+    assert len(looks) == 2, "it goes on after what it found in a turn of its own"
+    await turns(9)
+    assert looks[-1] == 120_000
+
+
+async def test_without_a_time_it_never_looks() -> None:
+    looks: list[int] = []
+    vigil = Vigil(asyncio.get_running_loop(), lambda: bool(looks.append(1)), 0)
+    vigil.stay()
+    await turns(3)
+    assert looks == []
+
+
+async def test_a_server_that_stays_awake_gives_the_same_answers(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((30, 5)).astype(np.float32)
+    engine = {"steps_in": "process", "spin_us": 2000}
+    async with running(SMALL, engine=engine) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        replies = [await client.step(handles, [seq], x[seq : seq + 1, None]) for seq in range(30)]
+    y = np.concatenate([reply.floats() for reply in replies]).reshape(30, 8)
+    np.testing.assert_array_equal(y, whole(SMALL, x)[0])
