@@ -35,7 +35,7 @@ format: $(READY)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## Measure serving against stepping streams one by one
+bench: $(READY)  ## Hold serving against the network alone, a bare echo and fixed bars
 	$(BIN)/instep bench
 
 chaos: $(READY)  ## Kill the server ROUNDS times and break RESETS connections under load, and compare every output
@@ -43,7 +43,7 @@ chaos: $(READY)  ## Kill the server ROUNDS times and break RESETS connections un
 	$(BIN)/python -m tests.chaos --resets $(RESETS)
 
 clean:  ## Remove .venv and everything made by the targets above
-	rm -rf $(VENV) demo-out build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo-out bench-out build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find clients engine tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml

@@ -17,7 +17,7 @@ from instep.bench.echo import Echo
 from instep.bench.lanes import Feed, Lane, opened
 from instep.bench.producer import closed_loop, open_loop, round_trips
 from instep.bench.reference import WrongOutput, check_and_close, truth
-from instep.core.typing import F32
+from instep.core.typing import F32, U64
 from instep_client import wire
 from instep_client.wire import Kind
 from tests.support.models import SMALL, torch_gru, whole
@@ -75,6 +75,17 @@ async def test_more_lanes_than_are_on_their_way_take_their_turns() -> None:
     await driven(drive)
 
 
+async def test_the_next_round_goes_on_with_the_lane_whose_turn_it_is() -> None:
+    def drive(connection: Connection) -> None:
+        lanes = opened(connection, [Feed.of(inputs(9, 4))], "turn", lanes=10)
+        for _ in range(5):
+            closed_loop(connection, lanes, 2, 0.0)  # what is on its way at once, and no more
+        assert [lane.answered for lane in lanes] == [1] * 10
+        check_and_close(connection, lanes, GRU)
+
+    await driven(drive)
+
+
 async def test_single_frames_in_closed_loop() -> None:
     def drive(connection: Connection) -> None:
         lanes = opened(connection, of_each(inputs(7, 20)), "single")
@@ -127,8 +138,8 @@ async def test_latencies_count_from_when_a_frame_was_due() -> None:
     await driven(drive)
 
 
-@pytest.mark.parametrize("what", ["weights", "inputs", "newest"])
-async def test_a_wrong_bit_is_noticed(what: str) -> None:
+@pytest.mark.parametrize("what", ["weights", "inputs", "newest", "states"])
+async def test_a_wrong_bit_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def drive(connection: Connection) -> None:
         x = inputs(7, 16)
         lanes = opened(connection, [Feed.of(x[:, :8]), Feed.of(x[:, 8:])], "wrong")
@@ -139,6 +150,15 @@ async def test_a_wrong_bit_is_noticed(what: str) -> None:
                 next(gru.parameters())[0] += 1e-3
         elif what == "inputs":
             lanes[1].feed.x[0, 3, 0] += 1e-3
+        elif what == "states":
+            close = connection.close
+
+            def with_another_bit(handles: U64) -> F32:
+                states = close(handles).copy()
+                states.view(np.int32)[3, 0, 0] ^= 1
+                return states
+
+            monkeypatch.setattr(connection, "close", with_another_bit)
         else:
             newest = lanes[1].outputs(HIDDEN).copy()
             newest.view(np.int32)[0, 3, 0] ^= 1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from instep.bench.connection import Connection
+from instep.bench.lanes import Lane
+from instep.bench.reference import check_and_close
 from instep.bench.rounds import Run
-from instep.bench.rows import chunks
+from instep.bench.rows import chunks, many_open
 from instep.bench.suite import MEASUREMENTS, Measurement
 from tests.support.threaded import ThreadedServer
 
@@ -40,6 +44,20 @@ def test_a_row_measures_each_of_its_ways_in_every_round(measurement: Measurement
             assert len(values) == 2
             assert min(values) > 0
     assert len(advanced) == 3
+
+
+def test_many_are_open_on_one_side_and_few_on_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+
+    def check(connection: Connection, lanes: Sequence[Lane], gru: torch.nn.GRU) -> None:
+        checked.append(sum(len(lane.handles) for lane in lanes))
+        assert min(lane.answered for lane in lanes) >= many_open.WINDOW_FRAMES
+        check_and_close(connection, lanes, gru)
+
+    monkeypatch.setattr(many_open, "check_and_close", check)
+    [row] = many_open.many_open(Run(tmp_path, rounds=1, seconds=0.0, scale=40))
+    assert checked == [1024, 2304]
+    assert list(row.samples) == ["1,024 open, frames/s", "2,304 open, frames/s"]
 
 
 def test_recordings_are_of_whole_chunks_and_of_several_lengths() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+import numpy as np
+
 from instep.bench.connection import Connection
 from instep.bench.lanes import Feed, opened
 from instep.bench.producer import closed_loop
@@ -92,5 +94,6 @@ def _measured(run: Run, subject: Subject, *, with_seed: bool) -> Samples:
             BARE: lambda: stepped(subject.gru, block, run.seconds),
         }
         if with_seed:
-            ways[SEED] = lambda: stepped(subject.gru, block[:, :1], run.seconds)
+            one = np.ascontiguousarray(block[:, :1])
+            ways[SEED] = lambda: stepped(subject.gru, one, run.seconds)
         return in_turn(run, ways)
