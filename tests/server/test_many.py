@@ -21,7 +21,7 @@ from instep.recording.recovery import read_recovery
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from instep.server import departures as departures_module
-from instep.server import server as server_module
+from instep.server import evictions as evictions_module
 from instep.server.departures import Departures
 from instep.server.lifecycle import Lifecycle
 from instep.server.postbox import Postbox
@@ -66,7 +66,7 @@ class Turns:
 
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
-    for module in (departures_module, server_module):
+    for module in (departures_module, evictions_module):
         monkeypatch.setattr(module, "AT_ONCE", AT_ONCE)
     return Turns(monkeypatch)
 

@@ -31,7 +31,8 @@ from instep.server.cold import RecordedStates
 from instep.server.limits import EffectiveLimits, LimitsError, effective_limits
 from instep.server.preparation import CannotServe, Prepared
 from instep.server.recovery import Recovery, go_on
-from instep.server.server import Server, Streams
+from instep.server.server import Server
+from instep.server.streams import Streams
 from instep.server.transport import Router
 from instep_client.wire import PROTOCOL_VERSION, ServerInfo
 

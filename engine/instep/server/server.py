@@ -6,16 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import structlog
 
 from instep.config import Config
-from instep.core.rings import Rings
-from instep.core.streams import StreamTable
 from instep.recording.recorder import Recorder
 from instep.recording.retention import Retention
 from instep.recording.writer import RecordingWriter
@@ -24,16 +20,15 @@ from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Worker
 from instep.server import replies
 from instep.server.clients import ClientTable
-from instep.server.cold import RecordedStates
-from instep.server.departures import AT_ONCE
 from instep.server.engine import Engine
+from instep.server.evictions import Evictions
 from instep.server.lifecycle import Lifecycle
-from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
 from instep.server.recovery import Recovery
 from instep.server.rotation import Rotation
 from instep.server.snapshots import Snapshots
 from instep.server.statistics import Statistics
+from instep.server.streams import Streams
 from instep.server.tap import Tap
 from instep.server.transport import Router
 from instep.server.verbs import Verbs
@@ -48,20 +43,6 @@ _BURST_NS = 2_000_000
 _FORCED_JOIN_S = 1.0
 """How long a forced end waits for the step that is under way."""
 _TICK_S = 0.05
-_HOUSEKEEPING_TICKS = 10
-
-
-@dataclass(slots=True)
-class Streams:
-    """The streams that a server begins with."""
-
-    limits: EffectiveLimits
-    table: StreamTable
-    rings: Rings
-    last_stream: int = 0
-    """The highest number of a stream in the recording."""
-    cold: RecordedStates | None = None
-    """States that are in the recording alone; None where memory holds all."""
 
 
 class Server:
@@ -175,8 +156,7 @@ class Server:
         self._drains = True
         self._stopped = False
         self._pump_is_due = False
-        self._ticks = 0
-        self._evicts_more = False
+        self._evictions = Evictions(table, self.lifecycle, config.limits)
         last_row = 0 if writer is None else writer.position
         self._recorder = self._start_recorder(writer)
         if self._recorder is not None:
@@ -292,12 +272,10 @@ class Server:
     def _keep_house(self) -> None:
         now_ns = time.monotonic_ns()
         self._postbox.flush(now_ns)
-        self._ticks += 1
-        if self._ticks % _HOUSEKEEPING_TICKS == 0:
-            self._postbox.probe(now_ns)
         self.lifecycle.departures.tidy()
-        if self._ticks % _HOUSEKEEPING_TICKS == 0 or self._evicts_more:
-            self._evict()
+        self._evictions.tick(now_ns)
+        if self._evictions.is_due:
+            self._postbox.probe(now_ns)
         self._rotate_if_due(now_ns)
         self._snapshots.take_if_due()
         self._pump()
@@ -313,23 +291,6 @@ class Server:
     def _snapshot_committed(self) -> None:
         self._rotate_if_due(time.monotonic_ns())  # before the next snapshot, where one comes after the other
         self.lifecycle.waits.room_again()
-
-    def _evict(self) -> None:
-        """End streams that were silent for too long; where there are many, some now and more at the next tick."""
-        limits, table, lifecycle = self.config.limits, self.engine.table, self.lifecycle
-        now_ns = time.monotonic_ns()
-        if lifecycle.departures.is_busy:
-            return  # streams that are not parked yet look silent; they have park_s
-        idle, unused = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        if limits.max_idle_s:
-            idle = table.idle_since(now_ns - round(limits.max_idle_s * 1e9))
-            lifecycle.evict(idle[:AT_ONCE], Code.IDLE)
-        if limits.first_frame_s:
-            unused = table.unused_since(now_ns - round(limits.first_frame_s * 1e9))
-            lifecycle.evict(unused[:AT_ONCE], Code.NEVER_USED)
-        parked = table.parked_since(now_ns - round(limits.park_s * 1e9))
-        lifecycle.expire(parked[:AT_ONCE])
-        self._evicts_more = max(len(idle), len(unused), len(parked)) > AT_ONCE
 
     # ── Life ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
