@@ -17,12 +17,42 @@ DELIVERY = "tests/server/test_delivery.py"
 FAULTS = "tests/server/test_faults.py"
 LIFECYCLE = "tests/server/test_lifecycle.py"
 MANY = "tests/server/test_many.py"
+RUNS = "tests/server/test_runs.py"
+WORKER = "tests/runtime/test_worker.py"
 REFUSALS = "tests/server/test_refusals.py"
 RESUME = "tests/server/test_resume.py"
 OVERLOAD = "tests/end_to_end/test_overload.py"
 REUSE = "tests/end_to_end/test_slot_reuse.py"
 
 MUTANTS = [
+    Mutant(
+        "a state is read before the steps that were there before it",
+        "runtime/worker.py",
+        "if self._stepping:",
+        "if not self._line:",
+        (f"{WORKER}::test_a_job_waits_for_the_steps_before_it_and_a_step_for_the_jobs_before_it",),
+    ),
+    Mutant(
+        "a run has more steps than one of its streams has frames",
+        "server/engine.py",
+        "self.table.step_seq[slots]).min())",
+        "self.table.step_seq[slots]).max())",
+        (f"{RUNS}::test_streams_with_fewer_frames_bound_a_run",),
+    ),
+    Mutant(
+        "a run goes on while others wait",
+        "server/engine.py",
+        "if self.scheduler.ready_count:\n            return 1",
+        "if self.scheduler.ready_count < 0:\n            return 1",
+        (f"{RUNS}::test_there_are_no_runs_while_others_wait",),
+    ),
+    Mutant(
+        "a fused step with other bits is used",
+        "model/certify.py",
+        "return _distance(*answers) == 0",
+        "return True",
+        ("tests/model/test_certify.py::test_a_fused_step_with_other_bits_is_left_out",),
+    ),
     Mutant(
         "two frames of a stream in one batch",
         "core/rings.py",

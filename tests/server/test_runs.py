@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from instep.runtime.runs import MOST_STEPS
 from instep.runtime.worker import Job
 from instep.server.server import Server
+from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -83,3 +85,35 @@ async def test_there_are_no_runs_while_others_wait(
             np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:, column])[0])
         assert shapes[0] == (1, 2)
         assert sum(steps * streams for steps, streams in shapes) == 24
+
+
+async def test_streams_with_fewer_frames_bound_a_run(
+    rng: np.random.Generator, runs: Callable[[Server], list[tuple[int, ...]]]
+) -> None:
+    x = rng.standard_normal((7, 2, F)).astype(np.float32)
+    gate = Gate()
+    x[0, 0, 0] = GATE_VALUE
+    async with (
+        running(SMALL, stepper=gate.stepper) as server,
+        RawClient(server.endpoint) as client,
+        RawClient(server.endpoint) as other,
+    ):
+        server.engine.longest_run_ns = FOREVER_NS
+        await client.hello()
+        await other.hello()
+        handles = (await client.open("first", "long")).handles()
+        short = (await other.open("short")).handles()
+        shapes = runs(server)
+        await client.send(*client.step_message(handles[:1], [0], x[:1, :1]))  # holds the worker
+        while not server.engine.rings.pending_count:
+            await asyncio.sleep(0)
+        await client.send(*client.step_message(handles[1:], [0], x[:, 1:]))
+        await other.send(*other.step_message(short, [0], x[:3, 1:]))
+        while server.engine.rings.pending_count < 11:
+            await asyncio.sleep(0)
+        gate.open()
+        replies = {reply.request: reply for reply in [await client.receive() for _ in range(2)]}
+        y = replies[max(replies)].floats().reshape(7, H)
+        np.testing.assert_array_equal(y, whole(SMALL, x[:, 1])[0])
+        np.testing.assert_array_equal((await other.receive()).floats().reshape(3, H), y[:3])
+        assert shapes == [(1, 1), (3, 2), (4, 1)]
