@@ -147,14 +147,14 @@ def test_a_job_waits_for_the_steps_before_it_and_a_step_for_the_jobs_before_it()
     caller.step(3)
     caller.job("third")
     assert caller.process.begun == [1]
-    assert caller.handed_back.empty()
+    assert caller.worker._threaded == 0, "a job began before the step in front of it had ended"
     caller.end(Ended(0, 1, 1, None))
     caller.take(1)
     assert caller.process.begun == [1], "a step began before the jobs in front of it had ended"
     caller.take(1)
     assert caller.process.begun == [1, 2, 3]
     caller.end(Ended(1, 2, 1, None))
-    assert caller.handed_back.empty()
+    assert caller.worker._threaded == 0
     caller.end(Ended(2, 3, 1, None))
     caller.take(1)
     jobs = [("first", None), ("second", None)]
