@@ -36,9 +36,12 @@ class Evictions:
         """Whether it is time to look."""
         return self._ticks % _EVERY_TICKS == 0
 
-    def tick(self, now_ns: int) -> None:
-        """A tick has passed: look, if it is time."""
+    def tick(self) -> None:
+        """A tick has passed."""
         self._ticks += 1
+
+    def look(self, now_ns: int) -> None:
+        """Look, if it is time or there was more than could be ended at once."""
         if self.is_due or self._has_more:
             self._evict(now_ns)
 

@@ -272,10 +272,11 @@ class Server:
     def _keep_house(self) -> None:
         now_ns = time.monotonic_ns()
         self._postbox.flush(now_ns)
-        self.lifecycle.departures.tidy()
-        self._evictions.tick(now_ns)
+        self._evictions.tick()
         if self._evictions.is_due:
-            self._postbox.probe(now_ns)
+            self._postbox.probe(now_ns)  # first: streams of a connection that is gone are parked, not idle
+        self.lifecycle.departures.tidy()
+        self._evictions.look(now_ns)
         self._rotate_if_due(now_ns)
         self._snapshots.take_if_due()
         self._pump()
