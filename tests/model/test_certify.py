@@ -16,7 +16,7 @@ from instep.model.network import Network
 CPU = torch.device("cpu")
 CANDIDATES = (4, 8, 16, 24, 32, 48, 64)
 
-PLAIN = NetworkDescription(features=5, gru=GruLayers(hidden_size=8, num_layers=2))
+PLAIN = NetworkDescription(features=5, gru=GruLayers(hidden_size=16, num_layers=2))
 DENSE = NetworkDescription(features=5, gru=GruLayers(hidden_size=7), after=(DenseLayer(size=3, activation="sigmoid"),))
 
 Tamper: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32, I64
-from instep.model.network import Network
+from instep.model.network import WIDTH_MULTIPLE, Network
 from instep.model.ulp import ulp_distance
 
 Exactness: TypeAlias = Literal["exact", "tolerance", "off"]
@@ -77,7 +77,9 @@ def certify(network: Network, candidates: Sequence[int]) -> Certification:
     The network steps with `FusedGru` from here on where that gave the bits of `torch.gru` in every candidate. (What
     they agree in may still depend on the bucket: the rest is found out with whichever is used.)
     """
-    network.uses_fused = all(_fused_is_same(network, bucket) for bucket in candidates)
+    network.uses_fused = network.state_width % WIDTH_MULTIPLE == 0 and all(
+        _fused_is_same(network, bucket) for bucket in candidates
+    )  # in other widths, `sigmoid` over two gates at once ends its vectors elsewhere: few rows may not show it
     probes = _Probes(network, _probe_count(network, candidates))
     results = {bucket: probes.through(bucket) for bucket in candidates}
     groups: dict[bytes, list[int]] = {}

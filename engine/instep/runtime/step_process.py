@@ -108,7 +108,7 @@ class StepProcess:
             return
         os.close(self._commands)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not os.waitpid(self._pid, 0 if deadline is None else os.WNOHANG)[0]:
+        while not _has_ended(self._pid, wait=deadline is None):
             if deadline is not None and time.monotonic() > deadline:
                 os.kill(self._pid, signal.SIGKILL)
                 deadline = None
@@ -151,6 +151,13 @@ class StepProcess:
             self._text[place] = 0
             self._text[place, : len(told)] = list(told)
         self._outcome[place] = ended.began_ns, ended.ended_ns, ended.steps, outcome
+
+
+def _has_ended(pid: int, *, wait: bool) -> bool:
+    try:
+        return os.waitpid(pid, 0 if wait else os.WNOHANG)[0] != 0
+    except ChildProcessError:  # where SIGCHLD is ignored, the system has taken it away
+        return True
 
 
 def _read(commands: int, spin_ns: int) -> bytes:

@@ -341,7 +341,7 @@ class Server:
         self._stopped = True
         why = self.failure or "it was asked to"
         self._postbox.broadcast(replies.goodbye(f"the server is shutting down: {why}"), time.monotonic_ns())
-        self._worker.stop(timeout_s=None if self._drains else _FORCED_JOIN_S)
+        self._worker.stop(self.config.shutdown.drain_timeout_s if self._drains else _FORCED_JOIN_S)
         if self._cold is not None:
             self._cold.close()
         if self._recorder is not None:
