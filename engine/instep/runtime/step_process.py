@@ -1,7 +1,7 @@
 """Steps in a process of their own, so that they and the event loop never wait for one interpreter's lock.
 
 The process is forked, so it has the network, and with it certification, just as the server has them; states and rings
-are shared memory (`shared_zeros`). What goes between the two are pipes with a byte a step, the number of a place in
+are shared memory (`shared_zeros`). What goes between the two are pipes with a byte a run, the number of a place in
 shared memory where the batch stands. Closing the pipe ends the process, also when the server is killed.
 """
 

@@ -23,7 +23,7 @@ from instep.runtime.warm_store import WarmStore
 class Stepper:
     """The network, the states of all streams, and room for a batch of each bucket.
 
-    Everything here runs in the step worker's thread.
+    Steps run in the worker's thread or in the process for steps; everything else in that thread.
 
     Args:
         network: what is stepped.

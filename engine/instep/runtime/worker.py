@@ -94,7 +94,7 @@ class Worker:
         return has_ended
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """Run what has begun, then end thread and process; after `timeout_s`, leave it to end with the process."""
+        """Run what has begun, then end both; after `timeout_s` the thread is left alone and the process is killed."""
         self._jobs.put(None)
         self._thread.join(timeout_s)
         if self.process is not None:
