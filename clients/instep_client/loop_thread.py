@@ -65,13 +65,14 @@ class LoopThread:
         if os.getpid() != self._process:
             work.close()
             raise ClientClosed("this client belongs to the process that was forked; make a new one in this process")
-        with self._lock:
-            if self._stopping or self._loop is None:
-                work.close()
-                raise self._ended("the client was closed or is not connected")
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-            self._waiting.add(future)
-        try:
+        future: concurrent.futures.Future[R] = concurrent.futures.Future()
+        try:  # from here on, since an interrupt may come as soon as the loop knows of the work
+            with self._lock:
+                if self._stopping or self._loop is None:
+                    work.close()
+                    raise self._ended("the client was closed or is not connected")
+                self._waiting.add(future)
+                self._loop.call_soon_threadsafe(_begin, self._loop, work, future)
             return future.result()
         except concurrent.futures.CancelledError:
             raise self._ended("the client was closed") from None
@@ -140,3 +141,32 @@ class LoopThread:
         with suppress(asyncio.CancelledError):  # the loop failed, and what can still be closed is
             await self._stop.wait()
         await self._client.close(self._parks)
+
+
+def _begin(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, R], future: concurrent.futures.Future[R]) -> None:
+    """Start work whose result a thread waits for; when the thread cancels its future, the work is cancelled.
+
+    As `asyncio.run_coroutine_threadsafe`, which makes the future itself: a thread interrupted before it has that
+    future cannot cancel anything.
+    """
+    if future.cancelled():
+        work.close()
+        return
+    task = loop.create_task(work)
+
+    def settle(task: asyncio.Task[R]) -> None:
+        with suppress(concurrent.futures.InvalidStateError):  # cancelled meanwhile
+            if task.cancelled():
+                future.cancel()
+            elif (error := task.exception()) is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(task.result())
+
+    def withdraw(future: concurrent.futures.Future[R]) -> None:
+        if future.cancelled():
+            with suppress(RuntimeError):  # the loop is closed, and has cancelled its tasks
+                loop.call_soon_threadsafe(task.cancel)
+
+    task.add_done_callback(settle)
+    future.add_done_callback(withdraw)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -117,6 +117,37 @@ def test_ctrl_c_leaves_a_client_that_can_be_used_and_closed(server: FakeServer) 
         client.ping()  # the answer to the OPEN came before this one's
         client.ping()  # and the CLOSE went out before this one
         assert list(server.rules.names) == ["a"]
+
+
+def test_an_interrupt_before_the_wait_has_begun_cancels_as_well(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(server.endpoint) as client:
+        loop = client._thread._loop
+        assert loop is not None
+        seen = threading.Event()
+
+        def fault(header: list[Any], frames: list[bytes]) -> list[list[bytes]] | None:
+            if header[0] == Kind.OPEN:
+                seen.set()
+            return None
+
+        server.rules.fault = fault
+
+        def interrupted(begin: Callable[..., object], *arguments: Any) -> None:
+            monkeypatch.undo()
+            loop.call_soon_threadsafe(begin, *arguments)
+            seen.wait()
+            raise KeyboardInterrupt
+
+        server.rules.holding = True
+        monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.open("b")
+        server.release()
+        client.ping()  # the answer to the OPEN came before this one's
+        client.ping()  # and the CLOSE went out before this one
+        assert list(server.rules.names) == []
 
 
 def test_closing_wakes_the_threads_that_wait(server: FakeServer) -> None:
