@@ -37,7 +37,7 @@ class Echo:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.terminate()
+        self._process.kill()  # it has nothing to lose; a handler for less might never run while it waits for ZeroMQ
         self._process.communicate()
 
 
