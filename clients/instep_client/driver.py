@@ -184,14 +184,8 @@ class Driver:
     def _exchange(self, socket: zmq.Socket[bytes]) -> None:
         session = self._session
         now = time.monotonic()
-        try:
-            for _ in range(_RECEIVE_BURST):
-                frames = socket.recv_multipart(
-                    multipart.NOW, copy=False
-                )  # outputs are copied once, to the user's array
-                session.receive([frame.buffer for frame in frames], now)
-        except zmq.Again:
-            pass
+        for frames in multipart.received(socket, _RECEIVE_BURST):  # outputs are copied once, to the user's array
+            session.receive([frame.buffer for frame in frames], now)
         session.advance(now)
         if session.take_reconnect():
             _log.info("connecting to %s again: %s", session.endpoint, session.loss)

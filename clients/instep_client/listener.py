@@ -59,6 +59,13 @@ class Listener(Connection):
 
     def _handle(self, frames: Sequence[Frame], now: float) -> None:
         header = wire.unpack_header(frames)
+        if header.kind is Kind.STEPPED:
+            for one, its_frames in replies.apart(header, frames):
+                self._handle_one(one, its_frames, now)
+        else:
+            self._handle_one(header, frames, now)
+
+    def _handle_one(self, header: Header, frames: Sequence[Frame], now: float) -> None:
         kind, request = header.kind, header.request
         asked = self._outbox.unanswered.get(request)
         if self.state is State.ENDED:

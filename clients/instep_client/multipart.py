@@ -6,7 +6,7 @@ with pyzmq 27.3, Python 3.11: 43 µs for `send_multipart` of three frames with `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import zmq
@@ -16,6 +16,7 @@ _NOW_AND_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 READABLE: Final = int(zmq.POLLIN)
 READABLE_OR_WRITABLE: Final = int(zmq.POLLIN | zmq.POLLOUT)
 _EVENTS: Final = int(zmq.EVENTS)
+_FEW: Final = 5
 
 
 def send_now(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) -> None:
@@ -28,6 +29,27 @@ def send_now(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) ->
     last = len(frames) - 1
     for index, frame in enumerate(frames):
         socket.send(frame, _NOW_AND_MORE if index < last else NOW)
+
+
+def received(socket: zmq.Socket[bytes], at_most: int) -> Iterator[list[zmq.Frame]]:
+    """The messages that are there, so many at most; what their frames hold is not copied.
+
+    `Socket.recv_multipart` asks the socket after each frame whether there is more, which costs more than the frame (3.7
+    µs for four of them, here 2.2); frames know it. And an empty socket raises, which costs as much as asking it five
+    times: so of few messages each is asked for, and of many not.
+    """
+    for count in range(at_most):
+        if count < _FEW and not events(socket) & READABLE:
+            return
+        try:
+            frame = socket.recv(NOW, False)
+        except zmq.Again:
+            return
+        frames = [frame]
+        while frame.more:
+            frame = socket.recv(NOW, False)
+            frames.append(frame)
+        yield frames
 
 
 def events(socket: zmq.Socket[bytes]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -71,10 +72,38 @@ def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantA
     return grants, failures
 
 
+def apart(header: Header, frames: Sequence[Frame]) -> list[tuple[Header, Sequence[Frame]]]:
+    """STEPPED as messages of one request each."""
+    t, n, *times_and_sentences, also = header.fields
+    if also == ():
+        return [(header, frames)]
+    steps, columns = wire.count_field(t, "T", _MOST), wire.count_field(n, "N", _MOST)
+    if type(also) is not tuple or len(also) % 2 or len(also) > 2 * wire.MAX_ALSO:
+        raise MalformedMessage(f"also must be an array of at most {wire.MAX_ALSO} requests and first columns")
+    requests = [header.request, *(wire.count_field(request, "a request", _MOST) for request in also[::2])]
+    bounds = [0, *(wire.count_field(column, "a first column", columns - 1) for column in also[1::2]), columns]
+    if any(start >= end for start, end in pairwise(bounds)):
+        raise MalformedMessage("the first columns of also must rise")
+    outputs, rest = divmod(len(frames[1]), 4 * steps * columns)
+    if rest or len(frames[2]) % wire.FAILURE.itemsize:
+        raise MalformedMessage("y or the failures have another number of bytes than the header says")
+    y = np.frombuffer(frames[1], "<f4").reshape(steps, columns, outputs)
+    failures = np.frombuffer(frames[2], wire.FAILURE)
+    if np.any(failures["column"] >= columns):
+        raise MalformedMessage("a failure names a frame outside the block")
+    answers: list[tuple[Header, Sequence[Frame]]] = []
+    for request, (start, end) in zip(requests, pairwise(bounds), strict=True):
+        own = failures[(failures["column"] >= start) & (failures["column"] < end)]
+        own["column"] -= start
+        one = Header(header.kind, request, (t, end - start, *times_and_sentences, ()))
+        answers.append((one, [frames[0], y[:, start:end].tobytes(), own.tobytes()]))
+    return answers
+
+
 def stepped(header: Header, frames: Sequence[Frame], steps: int, columns: int, outputs: int) -> Stepped:
-    """The answer to a block of T × N frames."""
-    t, n, queue_us, compute_us, send_us, sentences = header.fields
-    if type(t) is not int or type(n) is not int or (t, n) != (steps, columns):
+    """The answer to a block of T × N frames, and to no other; see `apart`."""
+    t, n, queue_us, compute_us, send_us, sentences, also = header.fields
+    if type(t) is not int or type(n) is not int or (t, n, also) != (steps, columns, ()):
         raise MalformedMessage(f"the block had {steps} x {columns} frames, the answer has another number")
     times = (
         wire.count_field(queue_us, "queue_us", _MOST, 0),

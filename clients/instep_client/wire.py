@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgpack
 import numpy as np
@@ -30,6 +30,10 @@ MAX_HEADER_BYTES: Final = 4096
 MAX_BLOCK_STREAMS: Final = 65_535
 """The most columns one OPEN, STEP or CLOSE may carry."""
 
+MAX_ALSO: Final = 127
+"""The most requests that one STEPPED answers beside its first: `also` is [request, first column, …], two integers for
+each of them; up to the first of these columns N is the first request's."""
+
 Frame: TypeAlias = bytes | memoryview
 Message: TypeAlias = list[Frame]
 F32: TypeAlias = npt.NDArray[np.float32]
@@ -40,6 +44,8 @@ GrantArray: TypeAlias = npt.NDArray[np.void]
 COLUMN: Final = np.dtype([("handle", "<u8"), ("seq", "<u8"), ("acked", "<u8")])
 """One column of a STEP block: the stream's handle, the seq of the block's first timestep, and the seq before which the
 client has received every output (24 bytes)."""
+
+COLUMN_BYTES: Final = COLUMN.itemsize
 
 GRANT: Final = np.dtype([("handle", "<u8"), ("epoch", "<u8"), ("next_seq", "<u8")])
 """A stream as its owner gets it: the handle to use from now on (0 where refused), the epoch of this ownership, and the
@@ -101,7 +107,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.LOOK: 3,  # kind, request, N
     Kind.WELCOME: 21,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
-    Kind.STEPPED: 8,  # kind, request, T, N, queue_us, compute_us, send_us, sentences
+    Kind.STEPPED: 9,  # kind, request, T, N, queue_us, compute_us, send_us, sentences, also (see `MAX_ALSO`)
     Kind.CLOSED: 4,  # kind, request, N, sentences
     Kind.PONG: 2,
     Kind.STATISTICS: 3,  # kind, request, [[name, value], …]
@@ -177,8 +183,7 @@ class ServerInfo:
     """Seconds for which a stream is kept when its connection is gone; 0 for not at all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """A checked header: its kind, request number and the fields after them."""
 
     kind: Kind
@@ -249,12 +254,21 @@ def array_frame(frame: Frame, dtype: npt.DTypeLike, shape: tuple[int, ...], name
         MalformedMessage: when the frame has another number of bytes.
     """
     dtype = np.dtype(dtype)
-    size = dtype.itemsize
+    check_size(frame, dtype.itemsize, shape, name)
+    return np.frombuffer(frame, dtype).reshape(shape)
+
+
+def check_size(frame: Frame, itemsize: int, shape: tuple[int, ...], name: str) -> None:
+    """Refuse a raw frame that is no array of that shape.
+
+    Raises:
+        MalformedMessage: when it has another number of bytes.
+    """
+    size = itemsize
     for extent in shape:
         size *= extent
     if len(frame) != size:
         raise MalformedMessage(f"{name} must be {size} bytes for shape {list(shape)}, it is {len(frame)}")
-    return np.frombuffer(frame, dtype).reshape(shape)
 
 
 def raw(array: F32) -> memoryview:

@@ -75,7 +75,7 @@ def test_stepped_gives_outputs_failures_and_times() -> None:
 
 
 def test_a_code_without_a_sentence_gets_the_known_one() -> None:
-    message = [pack(Kind.STEPPED, 1, 1, 1, 0, 0, 0, []), b"\0" * 4, failures((0, 0, 101, 5))]
+    message = [pack(Kind.STEPPED, 1, 1, 1, 0, 0, 0, [], []), b"\0" * 4, failures((0, 0, 101, 5))]
     assert read(message, 1, 1, 1).failures == [(0, 0, Code.SEQ_GAP, SENTENCES[Code.SEQ_GAP], 5)]
 
 
@@ -96,10 +96,69 @@ def test_the_small_ones() -> None:
 
 def step_message(**changes: Any) -> Message:
     """A good STEPPED of 2 x 3 frames, 2 outputs, with some fields replaced."""
-    fields = {"t": 2, "n": 3, "queue": 1, "compute": 2, "send": 3, "sentences": SAID}
+    fields = {"t": 2, "n": 3, "queue": 1, "compute": 2, "send": 3, "sentences": SAID, "also": []}
     fields |= {name: value for name, value in changes.items() if name in fields}
     y = changes.get("y", np.zeros((2, 3, 2), "<f4").tobytes())
     return [pack(Kind.STEPPED, 1, *fields.values()), y, changes.get("failures", b"")]
+
+
+def test_a_stepped_of_several_requests_falls_apart_into_one_of_each() -> None:
+    y = np.arange(2 * 4 * 2, dtype=np.float32).reshape(2, 4, 2)
+    message = [
+        pack(Kind.STEPPED, 9, 2, 4, 10, 20, 30, SAID, [5, 1, 2**40, 3]),
+        y.astype("<f4").tobytes(),
+        failures((0, 1, 101, 7), (2, 0, 101, 8)),
+    ]
+    alone = replies.apart(wire.unpack_header(message), message)
+    assert [header.request for header, _ in alone] == [9, 5, 2**40]
+    answers = [
+        replies.stepped(header, frames, 2, columns, 2)
+        for (header, frames), columns in zip(alone, (1, 2, 1), strict=True)
+    ]
+    assert np.concatenate([answer.outputs for answer in answers], axis=1).tolist() == y.tolist()
+    assert [[failure[:3] for failure in answer.failures] for answer in answers] == [
+        [(0, 1, Code.SEQ_GAP)],
+        [(1, 0, Code.SEQ_GAP)],
+        [],
+    ]
+    assert [failure.expected_seq for answer in answers for failure in answer.failures] == [7, 8]
+    assert {answer.times for answer in answers} == {(10, 20, 30)}
+
+
+def test_a_stepped_of_one_request_is_as_it_came() -> None:
+    message = step_message()
+    header = wire.unpack_header(message)
+    assert replies.apart(header, message) == [(header, message)]
+    with pytest.raises(MalformedMessage):
+        read(step_message(also=[2, 1]), 2, 3, 2)  # whose columns are not all the block's
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"also": 1},
+        {"also": [2]},
+        {"also": [2, 0]},
+        {"also": [2, 3]},
+        {"also": [2, 1, 3, 1]},
+        {"also": [2, 2, 3, 1]},
+        {"also": [0, 1]},
+        {"also": [-1, 1]},
+        {"also": ["2", 1]},
+        {"also": [2, 1.0]},
+        {"also": [2, 1] * (wire.MAX_ALSO + 1)},
+        {"t": 0, "also": [2, 1]},
+        {"n": "3", "also": [2, 1]},
+        {"y": bytes(4 * 6 + 4), "also": [2, 1]},
+        {"failures": bytes(23), "also": [2, 1]},
+        {"failures": failures((3, 0, 101, 0)), "also": [2, 1]},
+    ],
+)
+def test_requests_and_columns_that_cannot_be_are_malformed(changes: dict[str, Any]) -> None:
+    assert len(replies.apart(wire.unpack_header(step_message(also=[2, 1])), step_message(also=[2, 1]))) == 2
+    message = step_message(**changes)
+    with pytest.raises(MalformedMessage):
+        replies.apart(wire.unpack_header(message), message)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def block(
         codes=np.array(codes or [0] * columns, np.int32),
         expected_seq=ints(*lengths),
     )
-    return Block("client", 77, timesteps, admission, admitted_ns=0)
+    return Block("client", 77, (), timesteps, admission, admitted_ns=0)
 
 
 def test_a_block_is_complete_when_its_last_frame_is_answered() -> None:

@@ -8,12 +8,13 @@ from instep.recording.errors import RecordingError
 from instep.recording.schema import Durability
 from instep.runtime.errors import StateLost
 from instep_client import wire
-from instep_client.wire import Kind
+from instep_client.wire import Kind, Message
 from tests.delivery.client import Is, Lane, ModelClient
 from tests.delivery.disk import Disk
 from tests.delivery.network import Connection, Network
 from tests.delivery.node import Node, Sizes, StepFailure
 from tests.delivery.truth import Truth, Violation
+from tests.support.apart import apart
 
 CLIENTS = 2
 _ROUNDS = 80
@@ -32,13 +33,17 @@ class World:
         self.disk = Disk(durability)
         self.network = Network()
         self.truth = Truth(self.disk, sizes.window)
-        self.network.on_sent = lambda connection, message: self.truth.leaves(connection, message)
+        self.network.on_sent = self._leaves
         self._sizes = sizes
         self._lives = count(1)
         self._copies: list[list[bytes]] = []
         self.node: Node | None = None
         self.start()
         self.clients = [ModelClient(number, self.truth, self.network) for number in range(CLIENTS)]
+
+    def _leaves(self, connection: Connection, message: Message) -> None:
+        for one in apart([bytes(frame) for frame in message]):
+            self.truth.leaves(connection, [*one])
 
     # ── The network ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -90,7 +95,8 @@ class World:
             delivered = True
             client = self.clients[connection.owner]
             if connection is client.connection:
-                client.receive([bytes(frame) for frame in message])
+                for one in apart([bytes(frame) for frame in message]):
+                    client.receive([*one])
         return delivered
 
     def drop(self, connection: Connection, *, of_server: bool) -> None:

@@ -42,7 +42,7 @@ RESUMED_1, RESUMED_2 = 0x2_0000_0001, 0x2_0000_0002
 EPOCH = 0x187B_0000_0000_0000
 """The page's epochs are this and those after it."""
 INFO = ServerInfo(
-    protocol_version=3,
+    protocol_version=4,
     boot_id="5f1d0c9a3b7e2468",
     model="seed",
     fingerprint=SEED.fingerprint,
@@ -88,11 +88,13 @@ def step(request: int, seq: int, x: F32, first: int = MIC_1, second: int = MIC_2
     return [wire.pack_header(Kind.STEP, request, *x.shape, "f4"), columns.tobytes(), x.tobytes()]
 
 
-def stepped(request: int, shape: tuple[int, int], codes: I32, lengths: I64, seqs: I64, times: I64) -> Message:
+def stepped(
+    request: int, shape: tuple[int, int], codes: I32, lengths: I64, seqs: I64, times: I64, also: tuple[int, ...] = ()
+) -> Message:
     label = "STEPPED-partial" if codes.any() else "STEPPED"
     queue_ns, compute_ns, send_ns = (1000 * times).tolist()
     none = np.zeros(shape[1], np.int64)
-    block = Block(0, request, shape[0], Admission(none, none, none, lengths, codes, seqs), 0)
+    block = Block(0, request, also, shape[0], Admission(none, none, none, lengths, codes, seqs), 0)
     block.queue_ns, block.compute_ns, block.stepped_ns = queue_ns, compute_ns, 1
     return replies.stepped(block, floats(label).reshape(*shape, 4), 1 + send_ns)
 
@@ -118,6 +120,7 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     ),
     "STEP": step(4, 0, FIRST),
     "STEPPED": stepped(4, (1, 2), i32(0, 0), i64(1, 1), i64(1, 1), i64(120, 480, 60)),
+    "STEPPED-also": stepped(16, (1, 2), i32(0, 0), i64(1, 1), i64(1, 1), i64(120, 480, 60), also=(17, 1)),
     "STEP-partial": step(5, 1, SECOND),
     "STEPPED-partial": stepped(5, (2, 2), i32(0, Code.NOT_FINITE), i64(2, 1), i64(3, 2), i64(95, 455, 40)),
     "PING": [wire.pack_header(Kind.PING, 6)],
@@ -186,6 +189,13 @@ def test_the_client_reads_what_the_examples_of_the_server_say() -> None:
     assert answer.times == (95, 455, 40)
     assert answer.failures == [(1, 1, Code.NOT_FINITE, wire.SENTENCES[Code.NOT_FINITE], 2)]
     assert np.isnan(answer.outputs).tolist() == [[[False] * 4, [False] * 4], [[False] * 4, [True] * 4]]
+    alone = [
+        (header.request, *readers.stepped(header, frames, 1, 1, 4))
+        for header, frames in readers.apart(*read["STEPPED-also"])
+    ]
+    both = readers.stepped(*read["STEPPED"], 1, 2, 4).outputs
+    assert [request for request, *_ in alone] == [16, 17]
+    assert np.concatenate([outputs for _, outputs, *_ in alone], axis=1).tolist() == both.tolist()
     finals, failures = readers.closed(*read["CLOSED"], 2, 4)
     assert (finals.shape, failures) == ((2, 4), [])
     assert readers.statistics(read["STATISTICS"][0]) == {"frames_total": 5.0, "streams_open": 3.0}
@@ -368,7 +378,7 @@ async def test_the_examples_are_one_conversation(monkeypatch: pytest.MonkeyPatch
             assert await ask("RESUME", second) == expected("RESUMED")
             assert await receive(first) == expected("EVICTED")
             header, again, failures = await ask("STEP-again", second)
-            assert msgpack.unpackb(header) == [67, 12, 2, 2, 0, 0, 0, PAGE.examples["STEPPED-partial"].said[7]]
+            assert msgpack.unpackb(header) == [67, 12, 2, 2, 0, 0, 0, *PAGE.examples["STEPPED-partial"].said[7:]]
             assert [again, failures] == [y, expected("STEPPED-partial")[2]]
             header, states, failures = await ask("CLOSE", second)
             assert [header, failures] == [expected("CLOSED")[0], expected("CLOSED")[2]]

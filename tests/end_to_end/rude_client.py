@@ -27,7 +27,7 @@ def main(endpoint: str, features: int, behaviour: str) -> None:
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.RCVHWM, 1000 if behaviour == "reads" else 1)
     socket.connect(endpoint)
-    socket.send(msgpack.packb([HELLO, 1, 3, "rude"]))
+    socket.send(msgpack.packb([HELLO, 1, 4, "rude"]))
     socket.recv()
     names = "\n".join(f"rude-{index}" for index in range(STREAMS))
     socket.send_multipart([msgpack.packb([OPEN, 2, STREAMS, 0, 0]), names.encode(), b"", b""])
@@ -45,10 +45,10 @@ def main(endpoint: str, features: int, behaviour: str) -> None:
             columns[:, 2] = TIMESTEPS * answered
             sent += 1
         else:
-            kind, request, *_ = msgpack.unpackb(socket.recv_multipart()[0])
+            kind, request, *said = msgpack.unpackb(socket.recv_multipart()[0])
             if kind == PING:
                 socket.send(msgpack.packb([PONG, request]))
-            answered += kind == STEPPED
+            answered += 1 + len(said[-1]) // 2 if kind == STEPPED else 0
         if sent == 3 * AHEAD:
             sys.stdout.write("under way\n")
             sys.stdout.flush()

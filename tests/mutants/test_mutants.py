@@ -13,6 +13,7 @@ OWNERSHIP = "tests/core/test_ownership.py"
 RINGS = "tests/core/test_rings.py"
 SCHEDULER = "tests/core/test_scheduler.py"
 STEPPER = "tests/runtime/test_stepper.py"
+BURSTS = "tests/server/test_bursts.py"
 DELIVERY = "tests/server/test_delivery.py"
 FAULTS = "tests/server/test_faults.py"
 LIFECYCLE = "tests/server/test_lifecycle.py"
@@ -232,16 +233,30 @@ MUTANTS = [
         (f"{STEPPER}::test_padding_rows_touch_no_stream",),
     ),
     Mutant(
+        "an answer waits for another message's frames from before it",
+        "server/engine.py",
+        "waits = self.table.pending[verdict.slots] > 0",
+        "waits = self.table.pending[verdict.slots] < 0",
+        (f"{BURSTS}::test_a_message_that_waits_for_frames_before_it_holds_no_other_answer_up",),
+    ),
+    Mutant(
+        "a stream that stands in two messages is judged in both at once",
+        "server/burst.py",
+        "return not repeats and self._handles.isdisjoint(handles)",
+        "return not repeats",
+        (f"{BURSTS}::test_a_stream_that_stands_in_two_messages_is_judged_in_their_order",),
+    ),
+    Mutant(
         "the credit of a connection is not enforced",
         "server/verbs.py",
-        "over_credit = client.frames_unanswered + burst.frames_of(client) + asked.frames > self._limits.credit_frames",
+        "over_credit = client.frames_unanswered + burst.frames_of(client) + frames > self._limits.credit_frames",
         "over_credit = False",
         (f"{REFUSALS}::test_more_than_the_credit_is_refused_whole_and_what_is_behind_it_is_a_gap",),
     ),
     Mutant(
         "the room of the whole server is not checked",
         "server/verbs.py",
-        "over_room = burst.frames + asked.frames > engine.rings.room or len(burst) >= engine.blocks.room",
+        "over_room = burst.frames + frames > engine.rings.room or burst.messages >= engine.blocks.room",
         "over_room = False",
         (f"{OVERLOAD}::test_a_block_that_the_whole_server_has_no_room_for_is_refused_whole",),
     ),

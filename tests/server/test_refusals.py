@@ -91,7 +91,7 @@ MALFORMED: list[tuple[list[bytes], Code, str]] = [
     ([header(Kind.FORK, 1), b"\0" * 7, b"a"], Code.MALFORMED, "handles must be 8 bytes"),
     ([header(Kind.CLOSE, 1), b"\0" * 7], Code.MALFORMED, "handles must be 8 bytes"),
     ([header(Kind.HELLO, 1, "x")], Code.WRONG_VERSION, "version"),
-    ([header(Kind.HELLO, 3, 5)], Code.MALFORMED, "name"),
+    ([header(Kind.HELLO, 4, 5)], Code.MALFORMED, "name"),
 ]
 
 
@@ -118,7 +118,7 @@ async def test_a_connection_that_did_not_say_hello_is_told_to(server: Server) ->
 
 async def test_a_self_chosen_identity_is_refused(server: Server) -> None:
     async with RawClient(server.endpoint, identity=b"alice") as client:
-        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 3, "raw"]))
+        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 4, "raw"]))
         assert reply.code is Code.MALFORMED
         assert "routing id" in reply.sentence
 
@@ -242,7 +242,7 @@ async def test_no_more_connections_than_the_limit() -> None:
     async with running(SMALL, limits={"max_connections": 1}) as server:
         async with RawClient(server.endpoint) as first, RawClient(server.endpoint) as second:
             await first.hello()
-            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 3, "raw"]))
+            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 4, "raw"]))
             assert reply.code is Code.BUSY
             assert "max_connections" in reply.sentence
 

@@ -5,7 +5,7 @@ def test_the_split_is_over_the_last_blocks_in_microseconds() -> None:
     statistics = Statistics()
     assert statistics.snapshot()["queue_us_p99"] == 0.0
     for index in range(5000):
-        statistics.block_answered(queue_ns=1000 * index, compute_ns=2_000_000, send_ns=3000)
+        statistics.answered(1, queue_ns=1000 * index, compute_ns=2_000_000, send_ns=3000)
     values = statistics.snapshot()
     assert values["blocks_total"] == 5000
     assert values["compute_us_p50"] == values["compute_us_p99"] == 2000.0

@@ -31,7 +31,7 @@ Handler: TypeAlias = Callable[[bytes, list[bytes]], list[tuple[bytes, Message]]]
 Fault: TypeAlias = Callable[[list[Any], list[bytes]], list[Message] | None]
 
 INFO = ServerInfo(
-    protocol_version=3,
+    protocol_version=4,
     boot_id="boot",
     model="halving",
     fingerprint="00",
@@ -85,7 +85,7 @@ def stepped(
     """STEPPED; a failure is (column, timestep, code, expected seq)."""
     entries = np.array([(column, t, int(code), 0, seq) for column, t, code, seq in failures], FAILURE)
     said = [[int(code), SENTENCES[code]] for code in sorted({failure[2] for failure in failures})]
-    return [pack(Kind.STEPPED, request, *y.shape[:2], *times, said), y.astype("<f4").tobytes(), entries.tobytes()]
+    return [pack(Kind.STEPPED, request, *y.shape[:2], *times, said, []), y.astype("<f4").tobytes(), entries.tobytes()]
 
 
 def granted(kind: Kind, request: int, grants: npt.NDArray[np.void], refused: Sequence[Any] = ()) -> Message:

@@ -13,6 +13,7 @@ import numpy as np
 
 from instep_client import wire
 from instep_client.wire import Code, Kind
+from tests.support.apart import apart
 from tests.support.raw import Reply
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ FAILURES = frozenset(
 ANSWERS = {
     Kind.WELCOME: 21,
     Kind.OPENED: 5,
-    Kind.STEPPED: 8,
+    Kind.STEPPED: 9,
     Kind.CLOSED: 4,
     Kind.PING: 2,
     Kind.PONG: 2,
@@ -95,7 +96,8 @@ class AnswerCheck:
         if reply.kind is Kind.PING:
             self._answer(msgpack.packb([Kind.PONG, reply.request]))
             return
-        self.answered += 1
+        alone = [Reply(message) for message in apart(frames)]
+        self.answered += len(alone)
         if reply.kind is Kind.ERROR:
             assert reply.code in REFUSALS, reply.header
             assert reply.sentence, reply.header
@@ -104,9 +106,11 @@ class AnswerCheck:
         elif reply.kind in WITH_FAILURES:
             codes = {code for _, _, code, _ in reply.failures()}
             assert codes <= FAILURES, reply.header
-            assert {code for code, _ in reply.header[-1]} == codes, reply.header
+            said = reply.header[7 if reply.kind is Kind.STEPPED else -1]
+            assert {code for code, _ in said} == codes, reply.header
             self.seen.update(codes)
-            self._learn(reply)
+            for one in alone:
+                self._learn(one)
 
 
 class MessageMaker:
@@ -211,7 +215,7 @@ class MessageMaker:
         return [self._one_of(known) for _ in range(count)]
 
     def _hello(self) -> list[bytes]:
-        return [self._header(Kind.HELLO, 3, "fuzzer")]
+        return [self._header(Kind.HELLO, 4, "fuzzer")]
 
     def _open(self) -> list[bytes]:
         count = 1 + self._below(3)

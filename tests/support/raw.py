@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ import zmq.asyncio
 from instep.core.typing import F32, U64
 from instep_client import wire
 from instep_client.wire import Code, Kind
+from tests.support.apart import apart
 
 
 class Reply:
@@ -86,6 +88,7 @@ class RawClient:
             self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.connect(endpoint)
         self._request = 0
+        self._came: deque[list[bytes]] = deque()
 
     async def __aenter__(self) -> RawClient:
         return self
@@ -101,9 +104,11 @@ class RawClient:
         await self.socket.send_multipart(list(frames))
 
     async def receive(self) -> Reply:
-        """The next message; the server's PINGs are answered on the way."""
+        """The next message, one for each request that is answered; the server's PINGs are answered on the way."""
         while True:
-            reply = Reply(await self.socket.recv_multipart())
+            if not self._came:
+                self._came.extend(apart(await self.socket.recv_multipart()))
+            reply = Reply(self._came.popleft())
             if reply.kind is not Kind.PING:
                 return reply
             await self.send(msgpack.packb([Kind.PONG, reply.request]))
@@ -118,7 +123,7 @@ class RawClient:
         self._request += 1
         return self._request
 
-    def hello_message(self, version: int = 3) -> list[bytes]:
+    def hello_message(self, version: int = 4) -> list[bytes]:
         """A HELLO."""
         return [msgpack.packb([Kind.HELLO, self.next_request(), version, "raw"])]
 

@@ -18,6 +18,7 @@ from instep.server.assembly import make_server
 from instep.server.transport import Sent
 from instep_client import wire
 from instep_client.wire import Kind, Message
+from tests.support.apart import apart
 from tests.support.running import config, prepared
 
 
@@ -97,8 +98,10 @@ class Turning:
             self.server.engine.schedule()
 
     def answers(self) -> list[tuple[int, list[Any], list[bytes]]]:
-        """What was sent since the last time, [client, header, frames] each; without times."""
-        answers = [(client, msgpack.unpackb(message[0]), message[1:]) for client, message in self.sent]
+        """What was sent since the last time, [client, header, frames] for each request; without times."""
+        answers = [
+            (client, msgpack.unpackb(one[0]), one[1:]) for client, message in self.sent for one in apart(message)
+        ]
         self.sent.clear()
         for _, header, _ in answers:
             if header[0] == Kind.STEPPED:

@@ -6,7 +6,8 @@ the engine's. What is measured with this is the engine, ZeroMQ, and next to noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final, NoReturn, TypeAlias
 
@@ -15,6 +16,7 @@ import numpy as np
 import zmq
 
 from instep_client import replies, wire
+from instep_client.multipart import READABLE, events
 from instep_client.wire import F32, U64, Code, Header, Kind, ServerInfo
 
 SILENT_MS: Final = 30_000
@@ -54,6 +56,7 @@ class Connection:
         self._send, self._recv = socket.send, socket.recv
         self._copies = output_bytes < LARGE_BYTES
         self._request = 0
+        self._came: deque[Reply] = deque()
         self.info: ServerInfo
         """What the server says of itself; there after `hello`."""
 
@@ -99,13 +102,15 @@ class Connection:
         send(x)
 
     def receive(self) -> Reply:
-        """The next answer to a STEP, whatever has to be waited for.
+        """The next answer to a STEP, whatever has to be waited for; see `is_readable`.
 
         Raises:
             Refused: when it is a refusal, in whole or in part, or another message that ends the measurement.
         """
-        recv = self._recv
+        recv, came = self._recv, self._came
         while True:
+            if came:
+                return came.popleft()
             header = self._next()
             # A kind below 128 is the byte after that of the array. What only sends back says STEPPED, too.
             if header[1] != _STEPPED:
@@ -117,7 +122,14 @@ class Connection:
             if failures:
                 self._failed(fields, failures)
             request: int = fields[1]
-            return request, y
+            if not fields[-1]:
+                return request, y
+            self._came.extend(_apart(request, y, fields))
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether `receive` has something at once: answers that came in one message are given out one by one."""
+        return bool(self._came or events(self.socket) & READABLE)
 
     def _next(self) -> bytes:
         try:
@@ -153,8 +165,17 @@ class Connection:
 
     def _failed(self, fields: Sequence[Any], failures: bytes) -> NoReturn:
         code = int(np.frombuffer(failures, wire.FAILURE)["code"][0])
-        said = dict(fields[-1])
+        said = dict(fields[-2])
         raise Refused(f"a frame was refused: {said.get(code, wire.SENTENCES[Code(code)])}")
+
+
+def _apart(first: int, y: bytes | zmq.Frame, fields: Sequence[Any]) -> Iterator[Reply]:
+    """Answers that came in one message."""
+    timesteps, columns, also = fields[2], fields[3], fields[-1]
+    outputs = np.frombuffer(y if isinstance(y, bytes) else y.buffer, "<f4").reshape(timesteps, columns, -1)
+    requests, starts = [first, *also[::2]], [0, *also[1::2], columns]
+    for request, start, end in zip(requests, starts, starts[1:], strict=False):
+        yield request, outputs[:, start:end].tobytes()
 
 
 def _nothing(failures: Sequence[replies.Failure]) -> None:

@@ -44,7 +44,7 @@ class Echo:
 def answer(header: bytes) -> bytes:
     """The header of the answer to a STEP."""
     _, request, steps, streams, *_ = msgpack.unpackb(header)
-    return wire.pack_header(Kind.STEPPED, request, steps, streams, *_TIMES_US, [])
+    return wire.pack_header(Kind.STEPPED, request, steps, streams, *_TIMES_US, [], [])
 
 
 def serve(output_bytes: int, messages: int | None = None) -> None:

@@ -18,7 +18,6 @@ import zmq
 
 from instep.bench.connection import Connection
 from instep.bench.lanes import Lane
-from instep_client.multipart import READABLE, events
 
 F64: TypeAlias = npt.NDArray[np.float64]
 
@@ -96,7 +95,7 @@ def open_loop(connection: Connection, lanes: Sequence[Lane], rate_hz: float, sec
     start = now() + between
     while True:
         # Receiving after every send: ZeroMQ signals an arrival once, and a send may take the signal.
-        while events(socket) & READABLE:
+        while connection.is_readable:
             request, y = receive()
             lane = lanes[(request - 1) % len(lanes)]
             lane.last = y

@@ -18,10 +18,12 @@ C = TypeVar("C")
 
 @dataclass(slots=True)
 class Block(Generic[C]):
-    """One STEP message on its way; `client` is whoever sent it."""
+    """What is answered together: one STEP message, or several of one client beside each other."""
 
     client: C
     request: int
+    also: tuple[int, ...]
+    """Requests after the first, and the first column of each, by turns."""
     timesteps: int
     admission: Admission
     admitted_ns: int

@@ -9,7 +9,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from instep.core.admission import admit
+from instep.core.admission import Admission, admit
 from instep.core.blocks import Block, BlockTable
 from instep.core.rings import Rings
 from instep.core.scheduler import Scheduler
@@ -20,7 +20,7 @@ from instep.runtime.runs import MOST_STEPS, Ended, run_steps
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
 from instep.server import replies
-from instep.server.burst import Asked, join, of_columns
+from instep.server.burst import Step, join, of_columns
 from instep.server.clients import Client
 from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
@@ -95,30 +95,40 @@ class Engine:
 
     # ── Admission ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def admit(self, asked: list[Asked]) -> None:
-        """Admit the good frames of messages, a block each, as one after the other would; answers follow by themselves.
+    def admit(self, steps: list[Step]) -> None:
+        """Admit the good frames of messages, as one after the other would; answers follow by themselves.
 
         Args:
-            asked: at least one, of equally many timesteps, each within the credit of its client; there is room for all.
+            steps: at least one, of equally many timesteps, each within the credit of its client; there is room for all.
 
         Raises:
             RepeatedStream: when a stream stands in them more than once; nothing has changed.
         """
         now_ns = time.monotonic_ns()
-        owners, handles, seqs, acked, x = join(asked)
+        owners, handles, seqs, acked, x = join(steps, self.rings.x.shape[1])
         verdict = admit(self.table, self.rings, owners, handles, seqs, acked, x)
-        blocks, end = [], 0
-        for message in asked:
-            start, end = end, end + message.columns
-            admission = verdict if len(asked) == 1 else verdict.of(slice(start, end))
-            blocks.append(Block(message.client, message.request, message.timesteps, admission, now_ns))
-        numbers = of_columns(asked, [self._expect(block) for block in blocks])
+        blocks = self._blocks(steps, verdict, now_ns)
+        numbers = of_columns([self._expect(block) for block in blocks], [len(block.codes) for block in blocks])
         ready = self.rings.append(verdict.slots, verdict.first_seqs, verdict.skipped, verdict.lengths, x, numbers)
         self.table.admitted(verdict.slots, verdict.fresh, now_ns)
         self.scheduler.add(ready, self.table.owner[ready], now_ns)
         for block in blocks:
             if block.frames == 0:
                 self._answer(block, block.outputs(self.rings))
+
+    def _blocks(self, steps: list[Step], verdict: Admission, now_ns: int) -> list[Block[Client]]:
+        """What is answered together: each client's messages, unless one of them would wait for frames before it."""
+        if len(steps) == 1 and not steps[0].also:
+            return [Block(steps[0].client, steps[0].request, (), steps[0].timesteps, verdict, now_ns)]
+        waits = self.table.pending[verdict.slots] > 0
+        blocks, end = [], 0
+        for step in steps:
+            start, end = end, end + step.columns
+            for part in step.apart() if step.also and np.count_nonzero(waits[start:end]) else (step,):
+                columns = slice(start, start := start + part.columns)
+                also = tuple(part.also)
+                blocks.append(Block(part.client, part.request, also, part.timesteps, verdict.of(columns), now_ns))
+        return blocks
 
     def _expect(self, block: Block[Client]) -> int:
         """Keep a block whose frames are about to be admitted; its number, which is nothing where it has none."""
@@ -272,5 +282,6 @@ class Engine:
     def _answer(self, block: Block[Client], y: F32) -> None:
         now_ns = time.monotonic_ns()
         message = replies.stepped(block, y, now_ns)
-        self._statistics.block_answered(block.queue_ns, block.compute_ns, max(0, now_ns - block.stepped_ns))
+        send_ns = max(0, now_ns - block.stepped_ns)
+        self._statistics.answered(1 + len(block.also) // 2, block.queue_ns, block.compute_ns, send_ns)
         self._postbox.send(block.client, message, now_ns, block.frames)

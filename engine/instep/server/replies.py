@@ -81,6 +81,7 @@ def stepped(block: Block[Any], y: F32, now_ns: int) -> Message:
         block.compute_ns // 1000,
         send_us,
         _sentences(refused) if len(refused) else (),
+        block.also,
     )
     return [header, y.data.cast("B"), refused.tobytes()]
 

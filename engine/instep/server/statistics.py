@@ -32,10 +32,10 @@ class Statistics:
         """Where states are; None when all are on the device."""
         self._split_ns: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW)
 
-    def block_answered(self, queue_ns: int, compute_ns: int, send_ns: int) -> None:
-        """A block was answered; nanoseconds it waited, was computed, and took to be handed to the socket."""
+    def answered(self, messages: int, queue_ns: int, compute_ns: int, send_ns: int) -> None:
+        """STEP messages were answered; nanoseconds they waited, were computed, and took to be handed to the socket."""
         self._split_ns.append((queue_ns, compute_ns, send_ns))
-        self.blocks_total += 1
+        self.blocks_total += messages
 
     def evicted(self, code: Code, streams: int) -> None:
         """Streams were evicted for that reason."""

@@ -12,7 +12,7 @@ import numpy as np
 from instep.core.admission import RepeatedStream, resolve_distinct
 from instep.core.typing import F32, I32, I64, U64, Bool
 from instep.server import replies
-from instep.server.burst import Asked, Burst
+from instep.server.burst import Burst, Step
 from instep.server.clients import Client, ClientTable
 from instep.server.engine import Engine
 from instep.server.lifecycle import Lifecycle
@@ -61,7 +61,7 @@ class Verbs:
         self._info = info
         self._limits = limits
         self._statistics = statistics
-        self._burst = Burst()
+        self._burst = Burst(limits.max_batch_size)
         self.draining = False
         """While True, nothing new is admitted."""
         self._verbs: dict[Kind, Callable[[Client, Header, list[bytes]], None]] = {
@@ -114,19 +114,13 @@ class Verbs:
 
     def admit_taken(self) -> None:
         """Hand the STEP messages that were gathered to the engine."""
-        if len(self._burst):
-            self._admit(self._burst.take())
-
-    def _admit(self, asked: list[Asked]) -> None:
+        if not self._burst.messages:
+            return
+        steps = self._burst.take()
         try:
-            self._engine.admit(asked)
-        except RepeatedStream:
-            if len(asked) == 1:
-                self._refuse(asked[0].client.routing_id, asked[0].request, Refusal(Code.REPEATED_STREAM))
-                return
-            middle = len(asked) // 2  # one stream in two messages: each is judged after the other
-            self._admit(asked[:middle])
-            self._admit(asked[middle:])
+            self._engine.admit(steps)
+        except RepeatedStream:  # a message that is by itself: others are not joined where a stream stands twice
+            self._refuse(steps[0].client.routing_id, steps[0].request, Refusal(Code.REPEATED_STREAM))
 
     def _refuse(self, routing_id: bytes, request: int, refusal: Refusal) -> None:
         self._statistics.refused_messages_total += 1
@@ -327,36 +321,34 @@ class Verbs:
         return states
 
     def _step(self, client: Client, header: Header, frames: list[bytes]) -> None:
-        timesteps = wire.count_field(header.fields[0], "T", 2**31)
-        columns = wire.count_field(header.fields[1], "N", wire.MAX_BLOCK_STREAMS)
-        x = self._inputs(header.fields[2], header.fields[3], frames[2], timesteps, columns)
-        wire.array_frame(frames[1], wire.COLUMN, (columns,), "columns")  # checked here, read when it is admitted
-        asked = Asked(client, header.request, timesteps, columns, timesteps * columns, frames[1], x)
-        self._refuse_what_is_new()
-        # Of what was gathered, frames may yet be refused: whether they leave room is known when they are admitted.
-        if not self._burst.goes_with(asked) or not self._has_room(asked):
-            self.admit_taken()
-            if not self._has_room(asked):
-                self._statistics.busy_total += 1
-                raise Refusal(Code.BUSY, retry_after_us=_BUSY_RETRY_US)
-        self._burst.add(asked)
-
-    def _has_room(self, asked: Asked) -> bool:
-        """Whether a message can be admitted beside those that were gathered."""
-        burst, engine, client = self._burst, self._engine, asked.client
-        over_credit = client.frames_unanswered + burst.frames_of(client) + asked.frames > self._limits.credit_frames
-        over_room = burst.frames + asked.frames > engine.rings.room or len(burst) >= engine.blocks.room
-        return not (over_credit or over_room)
-
-    def _inputs(self, features: Any, dtype: Any, frame: bytes, timesteps: int, columns: int) -> F32:
+        timesteps, columns, features, dtype = header.fields
+        wire.count_field(timesteps, "T", 2**31)
+        wire.count_field(columns, "N", wire.MAX_BLOCK_STREAMS)
         if dtype != wire.F32_NAME:
             raise Refusal(Code.WRONG_DTYPE, f"this block says {dtype!r:.20}")
         if type(features) is not int or features != self._info.features:
             raise Refusal(Code.WRONG_SHAPE, f"the model takes {self._info.features} features, not {features!r:.20}")
         if timesteps * columns > self._limits.max_block_frames:
             raise Refusal(Code.TOO_LARGE, f"at most {self._limits.max_block_frames} frames a block")
-        x: F32 = wire.array_frame(frame, "<f4", (timesteps, columns, features), "x")
-        return x
+        # Sizes are checked here, and what the frames hold is read when they are admitted.
+        wire.check_size(frames[2], 4, (timesteps, columns, features), "x")
+        wire.check_size(frames[1], wire.COLUMN_BYTES, (columns,), "columns")
+        self._refuse_what_is_new()
+        step = Step(client, header.request, timesteps, columns, [frames[1]], [frames[2]], [])
+        # Of what was gathered, frames may yet be refused: whether they leave room is known when they are admitted.
+        if not self._burst.goes_with(step) or not self._has_room(step):
+            self.admit_taken()
+            if not self._has_room(step):
+                self._statistics.busy_total += 1
+                raise Refusal(Code.BUSY, retry_after_us=_BUSY_RETRY_US)
+        self._burst.add(step)
+
+    def _has_room(self, step: Step) -> bool:
+        """Whether a message can be admitted beside those that were gathered."""
+        burst, engine, client, frames = self._burst, self._engine, step.client, step.frames
+        over_credit = client.frames_unanswered + burst.frames_of(client) + frames > self._limits.credit_frames
+        over_room = burst.frames + frames > engine.rings.room or burst.messages >= engine.blocks.room
+        return not (over_credit or over_room)
 
     def _close(self, client: Client, header: Header, frames: list[bytes]) -> None:
         count = self._count_with_states(header.fields[0])
