@@ -225,9 +225,12 @@ class Node:
     def has_room(self) -> bool:
         return self.lifecycle.waits.has_room and (self.tap.has_room or self.tap.has_failed)
 
-    def handle(self, connection: Connection, message: list[bytes]) -> None:
+    def take(self, connection: Connection, message: list[bytes]) -> None:
         """One message of one connection, as the server's pump takes it."""
         self.verbs.take(connection.routing_id, message)
+
+    def admit_taken(self) -> None:
+        """As the pump does after a burst."""
         self.verbs.admit_taken()
 
     def schedule(self) -> None:

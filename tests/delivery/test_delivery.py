@@ -70,6 +70,7 @@ def test_the_examples_reach_what_they_are_for() -> None:
         "closed",
         "damage was refused",
         "dropped",
+        "several STEPs at once",
         "killed",
         "power lost",
         "the disk was full",

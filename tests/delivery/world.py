@@ -13,7 +13,7 @@ from tests.delivery.client import Is, Lane, ModelClient
 from tests.delivery.disk import Disk
 from tests.delivery.network import Connection, Network
 from tests.delivery.node import Node, Sizes, StepFailure
-from tests.delivery.truth import Truth, Violation
+from tests.delivery.truth import Asked, Life, Truth, Violation
 from tests.support.apart import apart
 
 CLIENTS = 2
@@ -37,6 +37,7 @@ class World:
         self._sizes = sizes
         self._lives = count(1)
         self._copies: list[list[bytes]] = []
+        self._taken: list[tuple[Asked, list[tuple[Life, tuple[int, int, int] | None, bool]]]] = []
         self.node: Node | None = None
         self.start()
         self.clients = [ModelClient(number, self.truth, self.network) for number in range(CLIENTS)]
@@ -53,31 +54,43 @@ class World:
         for _ in range(at_most):
             if self.node is None or connection.is_partitioned or not connection.to_server or not self.node.has_room:
                 break
-            self._handle(self.node, connection, connection.to_server.popleft())
+            self._take(self.node, connection, connection.to_server.popleft())
             delivered = True
         if delivered and self.node is not None:
+            self._admit_taken(self.node)
             self.node.schedule()
         return delivered
 
-    def _handle(self, node: Node, connection: Connection, message: list[bytes]) -> None:
+    def _take(self, node: Node, connection: Connection, message: list[bytes]) -> None:
         truth, header = self.truth, wire.unpack_header(message)
         asked = truth.asked.get((connection.owner, header.request))
         is_copy = any(message is copy for copy in self._copies)
-        if asked is None:
-            node.handle(connection, message)
-        elif header.kind is Kind.STEP:
-            before = truth.before_step(asked)
-            node.handle(connection, message)
-            truth.after_step(asked, before)
-        elif header.kind is Kind.OPEN:
-            node.handle(connection, message)
-            truth.after_open(connection.owner, asked)
-        elif header.kind is Kind.RESUME:
+        if asked is not None and header.kind is Kind.STEP:
+            if any(life is taken for life in asked.lives for other, _ in self._taken for taken in other.lives):
+                self._admit_taken(node)
+            self._taken.append((asked, truth.before_step(asked)))
+            node.take(connection, message)
+            if len(self._taken) > 1:
+                truth.seen.add("several STEPs at once")
+            return
+        self._admit_taken(node)
+        if asked is not None and header.kind is Kind.RESUME:
             truth.before_resume(connection, asked, is_copy=is_copy)
-            node.handle(connection, message)
-        else:
-            node.handle(connection, message)
+        node.take(connection, message)
+        node.admit_taken()
+        if asked is None:
+            return
+        if header.kind is Kind.OPEN:
+            truth.after_open(connection.owner, asked)
+        elif header.kind is not Kind.RESUME:
             self._note_ends(node)
+
+    def _admit_taken(self, node: Node) -> None:
+        """STEPs were taken one after the other, and are admitted together, as in a burst."""
+        node.admit_taken()
+        for asked, before in self._taken:
+            self.truth.after_step(asked, before)
+        self._taken.clear()
 
     def _note_ends(self, node: Node) -> None:
         for life in self.truth.lives.values():
