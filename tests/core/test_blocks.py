@@ -16,15 +16,16 @@ def block(
     lengths: list[int], skipped: list[int] | None = None, codes: list[int] | None = None, timesteps: int = 3
 ) -> Block[str]:
     columns = len(lengths)
-    admission = Admission(
+    verdict = Admission(
         slots=np.arange(1, columns + 1),
         first_seqs=np.zeros(columns, np.int64),
         skipped=ints(*(skipped or [0] * columns)),
         lengths=ints(*lengths),
         codes=np.array(codes or [0] * columns, np.int32),
         expected_seq=ints(*lengths),
+        fresh=ints(*lengths) - ints(*(skipped or [0] * columns)),
     )
-    return Block("client", 77, (), timesteps, admission, admitted_ns=0)
+    return Block("client", 77, timesteps, verdict, slice(0, columns), int(verdict.fresh.sum()), admitted_ns=0)
 
 
 def test_a_block_is_complete_when_its_last_frame_is_answered() -> None:
@@ -39,7 +40,7 @@ def test_a_block_is_complete_when_its_last_frame_is_answered() -> None:
 
 def test_frames_that_were_applied_before_are_not_waited_for() -> None:
     resent = block([3, 2], skipped=[2, 2])
-    assert (resent.frames, resent.fresh.tolist()) == (1, [1, 0])
+    assert resent.frames == 1
     blocks: BlockTable[str] = BlockTable(8)
     number = blocks.add(resent)
     assert blocks.answered(np.array([number], np.int32)) == [resent]
@@ -53,29 +54,36 @@ def test_several_blocks_complete_in_one_batch_and_numbers_are_used_again() -> No
     assert {blocks.add(block([1])) for _ in range(2)} == set(numbers)
 
 
-def test_outputs_are_nan_from_the_first_frame_that_was_not_applied() -> None:
+def test_a_column_fails_from_the_first_frame_that_was_not_applied() -> None:
     rings = Rings(StreamTable(4, max_owners=1), 4, 4, 1, 2, max_pending=10)
-    rings.y[:] = 1.0
     mixed = block([2, 2, 1], skipped=[0, 1, 0], codes=[0, 0, Code.NOT_FINITE], timesteps=2)
-    assert np.isnan(mixed.outputs(rings)[:, :, 0]).tolist() == [[False, False, False], [False, False, True]]
     failed = [rings.rows(ints(slot), ints(1)).item() for slot in (1, 2)]
     order = np.argsort(failed)
     codes, expected = np.array([Code.STEP_FAILED, Code.SEQ_GAP], np.int32), ints(10, 20)
     mixed.fail(rings, ints(*failed)[order], codes[order], expected[order])
-    assert np.isnan(mixed.outputs(rings)[:, :, 0]).tolist() == [[False, False, False], [True, True, True]]
-    assert mixed.codes.tolist() == [Code.STEP_FAILED, Code.SEQ_GAP, Code.NOT_FINITE]
-    assert mixed.lengths.tolist() == [1, 1, 1]
-    assert mixed.expected_seq.tolist() == [10, 20, 1]
-    assert mixed.admission.lengths.tolist() == [2, 2, 1]
+    verdict = mixed.verdict
+    assert verdict.codes.tolist() == [Code.STEP_FAILED, Code.SEQ_GAP, Code.NOT_FINITE]
+    assert verdict.lengths.tolist() == [1, 1, 1]
+    assert verdict.expected_seq.tolist() == [10, 20, 1]
+    assert verdict.fresh.tolist() == [2, 1, 1]
     assert mixed.frames == 4
+
+
+def test_a_block_fails_in_its_own_columns_of_a_verdict_only() -> None:
+    rings = Rings(StreamTable(4, max_owners=1), 4, 4, 1, 2, max_pending=10)
+    both = block([1, 1], timesteps=1)
+    behind = Block("client", 78, 1, both.verdict, slice(1, 2), 1, admitted_ns=0)
+    rows = np.sort(np.concatenate([rings.rows(ints(slot), ints(0)) for slot in (1, 2)]))
+    behind.fail(rings, rows, np.full(2, Code.STEP_FAILED, np.int32), ints(5, 5))
+    assert both.verdict.codes.tolist() == [0, Code.STEP_FAILED]
+    assert both.verdict.expected_seq.tolist() == [1, 5]
+    assert (behind.width, both.width) == (1, 2)
 
 
 def test_a_frame_that_was_applied_before_does_not_fail_with_another_in_its_place() -> None:
     """A window later, a frame of another block lies in the row of one that is answered again."""
     rings = Rings(StreamTable(2, max_owners=1), 4, 2, 1, 1, max_pending=10)
-    rings.y[:] = 1.0
     resent = block([2], skipped=[1], timesteps=2)
     row = rings.rows(ints(1), ints(4))
     resent.fail(rings, row, np.array([Code.STEP_FAILED], np.int32), ints(4))
-    assert resent.codes.tolist() == [0]
-    assert not np.isnan(resent.outputs(rings)).any()
+    assert (resent.verdict.codes.tolist(), resent.verdict.lengths.tolist()) == ([0], [2])

@@ -16,12 +16,11 @@ import pytest
 import zmq.asyncio
 
 from instep.config import Config
-from instep.core.admission import Admission
-from instep.core.blocks import Block
 from instep.core.typing import F32, I32, I64, U64
 from instep.model.description import GruLayers, NetworkDescription
 from instep.model.folder import make_model
 from instep.server import replies
+from instep.server.answers import Answer
 from instep_client import replies as readers
 from instep_client import wire
 from instep_client.errors import MalformedMessage
@@ -94,9 +93,9 @@ def stepped(
     label = "STEPPED-partial" if codes.any() else "STEPPED"
     queue_ns, compute_ns, send_ns = (1000 * times).tolist()
     none = np.zeros(shape[1], np.int64)
-    block = Block(0, request, also, shape[0], Admission(none, none, none, lengths, codes, seqs), 0)
-    block.queue_ns, block.compute_ns, block.stepped_ns = queue_ns, compute_ns, 1
-    return replies.stepped(block, floats(label).reshape(*shape, 4), 1 + send_ns)
+    answer = Answer(none, none, codes, lengths, seqs, floats(label).reshape(*shape, 4))
+    columns = [1, 1] if also else [shape[1]]
+    return replies.stepped([request, *also[::2]], columns, answer, (queue_ns, compute_ns, send_ns))
 
 
 def grants(*entries: tuple[int, int, int]) -> wire.GrantArray:

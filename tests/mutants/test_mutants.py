@@ -233,11 +233,18 @@ MUTANTS = [
         (f"{STEPPER}::test_padding_rows_touch_no_stream",),
     ),
     Mutant(
-        "an answer waits for another message's frames from before it",
-        "server/engine.py",
-        "waits = self.table.pending[verdict.slots] > 0",
-        "waits = self.table.pending[verdict.slots] < 0",
-        (f"{BURSTS}::test_a_message_that_waits_for_frames_before_it_holds_no_other_answer_up",),
+        "an answer goes to another client in the same batch",
+        "server/answers.py",
+        "message = newest.get(number)",
+        "message = next(iter(newest.values()), None)",
+        (f"{BURSTS}::test_what_one_client_asks_together_is_answered_in_one_message",),
+    ),
+    Mutant(
+        "an answer has the outputs of the message beside it",
+        "server/answers.py",
+        "yield verdict.of(slice(start, end))\n            verdict, start",
+        "yield verdict.of(slice(0, end - start))\n            verdict, start",
+        ("tests/server/test_answers.py::test_an_answer_has_the_outputs_of_each_column_in_order",),
     ),
     Mutant(
         "a stream that stands in two messages is judged in both at once",
@@ -256,7 +263,7 @@ MUTANTS = [
     Mutant(
         "the room of the whole server is not checked",
         "server/verbs.py",
-        "over_room = burst.frames + frames > engine.rings.room or burst.messages >= engine.blocks.room",
+        "over_room = burst.frames + frames > engine.rings.room or len(burst) >= engine.blocks.room",
         "over_room = False",
         (f"{OVERLOAD}::test_a_block_that_the_whole_server_has_no_room_for_is_refused_whole",),
     ),

@@ -84,36 +84,58 @@ async def test_what_one_client_asks_together_is_answered_in_one_message() -> Non
         assert codes(frames) == ([Code.NOT_FINITE] if header[1] == 3 else [])
 
 
-async def test_a_message_that_waits_for_frames_before_it_holds_no_other_answer_up() -> None:
+async def test_no_answer_waits_for_another_ones_frames() -> None:
     turning, (handles, _) = made(window_frames=8, credit_frames=8)
     turning.steps(0, handles[:1], [0], np.ones((3, 1, F), np.float32), [0])
     turning.take()
     turning.server.engine.schedule()
     turning.steps(0, handles[:1], [3], np.ones((2, 1, F), np.float32), [0])
     turning.take()
-    turning.steps(0, handles[:1], [5], one(), [0])
+    turning.steps(0, handles[:1], [5], one(), [0])  # behind others of its stream
     turning.steps(0, handles[1:2], [0], one(), [0])
+    turning.steps(0, handles[2:], [0], one(np.nan), [0])  # nothing to compute
     turning.take()
+    assert sent(turning) == [(0, 5, [])]
     assert one_batch(turning) == 3  # of the one stream, before the others came
     turning.server.engine.schedule()
     assert one_batch(turning) == 2
-    assert sent(turning) == [(0, 1, []), (0, 4, [])]
+    assert sent(turning)[1:] == [(0, 1, []), (0, 4, [])]
     turning.turn()
-    assert sent(turning)[2:] == [(0, 2, []), (0, 3, [])]
+    assert sent(turning)[3:] == [(0, 2, []), (0, 3, [])]
 
 
-async def test_what_is_answered_together_fits_into_one_batch_and_one_header() -> None:
-    for most, streams, sizes in ((2, 5, [2, 2, 1]), (512, 300, [128, 128, 44])):
-        limits = {"credit_frames": 512, "max_block_frames": 512, "max_pending_frames": 1024}
-        turning = Turning(SMALL, engine={"max_streams": streams, "max_batch_size": most}, limits=limits)
-        handles = turning.opens(0, streams)
-        for number in range(streams):
-            turning.steps(0, handles[number : number + 1], [0], one(number), [0])
-        turning.turn(at_once=streams)
-        messages = sent(turning)
-        assert sorted((1 + len(also) // 2 for _, _, also in messages), reverse=True) == sizes
-        assert sorted(header[1] for _, header, _ in turning.answers()) == list(range(1, streams + 1))
-        assert turning.server.statistics.blocks_total == streams
+async def test_no_answer_waits_for_the_next_batch() -> None:
+    turning = Turning(SMALL, engine={"max_streams": 2 * STREAMS, "max_batch_size": 2}, limits=LIMITS)
+    handles, others = turning.opens(0, STREAMS), turning.opens(1, STREAMS)
+    turning.steps(1, others[:1], [0], one(), [0])
+    for number in (0, 1):
+        turning.steps(0, handles[number : number + 1], [0], one(), [0])
+    turning.take()
+    turning.server.engine.schedule()
+    assert one_batch(turning) == 2
+    assert sorted(sent(turning)) == [(0, 2, []), (1, 1, [])]
+
+
+async def test_no_answer_waits_for_a_stream_that_is_held() -> None:
+    turning, (handles, _) = made()
+    turning.says(0, wire.pack_header(Kind.RESET, 99, 1, 0), handles[:1].tobytes(), b"")
+    turning.take()
+    for number in (0, 1):
+        turning.steps(0, handles[number : number + 1], [0], one(), [0])
+    turning.take()
+    turning.server.engine.schedule()
+    step = next(job for job in turning.jobs if job.step is not None)
+    step.done(step.call(), None)
+    assert sent(turning) == [(0, 2, [])]
+
+
+async def test_an_answer_is_no_larger_than_a_block_may_be() -> None:
+    turning, (handles, _) = made(max_block_frames=4)
+    for number in range(3):
+        turning.steps(0, handles[number : number + 1], [0], np.ones((2, 1, F), np.float32), [0])
+    turning.turn()
+    assert sorted(sent(turning)) == [(0, 1, [2, 1]), (0, 3, [])]
+    assert turning.server.statistics.blocks_total == 3
 
 
 async def test_a_stream_that_stands_in_two_messages_is_judged_in_their_order() -> None:

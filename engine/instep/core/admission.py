@@ -7,7 +7,8 @@ follows on, is finite, and lies within the window: at most `window` frames from 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,16 +28,13 @@ class Admission:
     skipped: I64
     """How many leading timesteps were applied before, and are only answered: 0 … `lengths`."""
     lengths: I64
-    """How many leading timesteps of the column are answered with outputs: 0 … T."""
+    """How many leading timesteps of the column are answered with outputs: 0 … T; fewer when a step fails later."""
     codes: I32
     """Why timestep `lengths[n]` of the column is refused; 0 where all T are admitted."""
     expected_seq: I64
     """What the column's stream expects after the admitted frames; 0 where the stream is not the sender's."""
-    fresh: I64 = field(init=False)
+    fresh: I64
     """How many timesteps of the column were admitted to be computed."""
-
-    def __post_init__(self) -> None:
-        self.fresh = self.lengths - self.skipped
 
     def of(self, columns: slice) -> Admission:
         """The verdict on some of the columns, in the same memory."""
@@ -47,7 +45,13 @@ class Admission:
             self.lengths[columns],
             self.codes[columns],
             self.expected_seq[columns],
+            self.fresh[columns],
         )
+
+    @classmethod
+    def beside(cls, verdicts: Sequence[Admission]) -> Admission:
+        """Verdicts beside each other, copied."""
+        return cls(*(np.concatenate([getattr(verdict, name) for verdict in verdicts]) for name in cls.__slots__))
 
 
 class RepeatedStream(Exception):
@@ -110,7 +114,7 @@ def admit(table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs
         following = expected + lengths
         table.next_seq[slots] = following
         table.acked[slots] = np.maximum(table.acked[slots], acked.view(np.int64))
-        return Admission(slots, expected, np.zeros(columns, np.int64), lengths, codes, following)
+        return Admission(slots, expected, np.zeros(columns, np.int64), lengths, codes, following, lengths.copy())
 
     own = codes == 0
     codes[own & ahead] = Code.ACK_AHEAD
@@ -137,7 +141,8 @@ def admit(table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs
     table.acked[slots[known]] = np.maximum(table.acked[slots[known]], acked[known].astype(np.int64))
     expected[moved] = (first + lengths)[moved]
     expected[~own] = 0
-    return Admission(slots, first, np.minimum(repeats, lengths), lengths, codes, expected)
+    skipped = np.minimum(repeats, lengths)
+    return Admission(slots, first, skipped, lengths, codes, expected, lengths - skipped)
 
 
 def _oldest(table: StreamTable, rings: Rings, slots: I64) -> I64:

@@ -18,41 +18,30 @@ C = TypeVar("C")
 
 @dataclass(slots=True)
 class Block(Generic[C]):
-    """What is answered together: one STEP message, or several of one client beside each other."""
+    """One STEP message on its way; `client` is whoever sent it."""
 
     client: C
     request: int
-    also: tuple[int, ...]
-    """Requests after the first, and the first column of each, by turns."""
     timesteps: int
-    admission: Admission
+    verdict: Admission
+    """On this message, and on those that were admitted with it."""
+    columns: slice
+    """Its own in the verdict."""
+    frames: int
+    """How many were admitted to be computed."""
     admitted_ns: int
-    codes: I32 = field(init=False)
-    """int32 [N], 0 where no frame of the column was refused or failed."""
-    lengths: I64 = field(init=False)
-    """int64 [N], timesteps of the column that were or will be applied."""
-    expected_seq: I64 = field(init=False)
-    """int64 [N], what the stream expects after those; counts only where `codes` is not 0."""
-    fresh: I64 = field(init=False)
-    """int64 [N], how many of them were admitted to be computed."""
-    frames: int = field(init=False)
-    """How many those are together."""
     repeated: F32 | None = None
     """float32 [≤ T, N, outputs] where leading timesteps were applied before: their outputs, as the ring had them on
     admission. The client may acknowledge them before this block is answered, and later frames take their places."""
-    queue_ns: int = 0
-    compute_ns: int = 0
-    stepped_ns: int = 0
 
-    def __post_init__(self) -> None:
-        self.codes = self.admission.codes
-        self.lengths = self.admission.lengths
-        self.expected_seq = self.admission.expected_seq
-        self.fresh = self.admission.fresh
-        self.frames = int(np.add.reduce(self.fresh))
+    @property
+    def width(self) -> int:
+        """N."""
+        width: int = self.columns.stop - self.columns.start
+        return width
 
     def fail(self, rings: Rings, failed_rows: I64, codes: I32, expected_seq: I64) -> None:
-        """Frames of this block were not applied, nor any after them in their columns.
+        """Frames of this block were not applied, nor any after them in their columns; the verdict says so then.
 
         Args:
             rings: where the block's frames lie.
@@ -60,31 +49,18 @@ class Block(Generic[C]):
             codes: int32 [F], why each failed.
             expected_seq: int64 [F], what the stream of each expects now.
         """
+        verdict = self.verdict.of(self.columns)
         timesteps = np.arange(self.timesteps)[:, None]
-        rows = rings.rows(self.admission.slots, self.admission.first_seqs + timesteps)
+        rows = rings.rows(verdict.slots, verdict.first_seqs + timesteps)
         at = np.minimum(np.searchsorted(failed_rows, rows), len(failed_rows) - 1)
-        fresh = (timesteps >= self.admission.skipped) & (timesteps < self.admission.lengths)
+        fresh = (timesteps >= verdict.skipped) & (timesteps < verdict.lengths)
         failed = fresh & (failed_rows[at] == rows)
         columns = np.flatnonzero(failed.any(axis=0))
         first = failed[:, columns].argmax(axis=0)
         which = at[first, columns]
-        self.lengths = self.lengths.copy()  # how many were admitted stays known
-        self.lengths[columns] = first
-        self.codes[columns] = codes[which]
-        self.expected_seq[columns] = expected_seq[which]
-
-    def outputs(self, rings: Rings) -> F32:
-        """The answer: float32 [T, N, outputs], NaN where a frame was not applied."""
-        return self.answer(rings.outputs(self.admission.slots, self.admission.first_seqs, self.timesteps))
-
-    def answer(self, y: F32) -> F32:
-        """What of the rings' outputs is answered: float32 [T, N, outputs], changed in place."""
-        if self.repeated is not None:
-            are_repeated = np.arange(len(self.repeated))[:, None] < self.admission.skipped
-            y[: len(self.repeated)][are_repeated] = self.repeated[are_repeated]
-        if np.count_nonzero(self.codes):
-            y[np.arange(self.timesteps)[:, None] >= self.lengths] = np.nan
-        return y
+        verdict.lengths[columns] = first
+        verdict.codes[columns] = codes[which]
+        verdict.expected_seq[columns] = expected_seq[which]
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import attrgetter
 
 import numpy as np
@@ -14,12 +14,13 @@ from instep.core.blocks import Block, BlockTable
 from instep.core.rings import Rings
 from instep.core.scheduler import Scheduler
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, Bool
+from instep.core.typing import I32, I64, Bool
 from instep.runtime.errors import StateLost
 from instep.runtime.runs import MOST_STEPS, Ended, run_steps
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
 from instep.server import replies
+from instep.server.answers import Answer, answer, together
 from instep.server.burst import Step, join, of_columns
 from instep.server.clients import Client
 from instep.server.limits import EffectiveLimits
@@ -76,6 +77,7 @@ class Engine:
         self._statistics = statistics
         self._log_failure = log_failure
         self._call_later = call_later
+        self._most_answered = limits.max_block_frames
         self._runs_under_way = 0
         self._step_ns = 0
         """How long each of the newest steps took."""
@@ -108,36 +110,33 @@ class Engine:
         owners, handles, seqs, acked, x = join(steps, self.rings.x.shape[1])
         verdict = admit(self.table, self.rings, owners, handles, seqs, acked, x)
         blocks = self._blocks(steps, verdict, now_ns)
-        numbers = of_columns([self._expect(block) for block in blocks], [len(block.codes) for block in blocks])
+        numbers = of_columns(steps, [self._expect(block) for block in blocks])
         ready = self.rings.append(verdict.slots, verdict.first_seqs, verdict.skipped, verdict.lengths, x, numbers)
         self.table.admitted(verdict.slots, verdict.fresh, now_ns)
         self.scheduler.add(ready, self.table.owner[ready], now_ns)
-        for block in blocks:
-            if block.frames == 0:
-                self._answer(block, block.outputs(self.rings))
+        if not all(block.frames for block in blocks):
+            self._complete([block for block in blocks if not block.frames], None)
 
     def _blocks(self, steps: list[Step], verdict: Admission, now_ns: int) -> list[Block[Client]]:
-        """What is answered together: each client's messages, unless one of them would wait for frames before it."""
-        if len(steps) == 1 and not steps[0].also:
-            return [Block(steps[0].client, steps[0].request, (), steps[0].timesteps, verdict, now_ns)]
-        waits = self.table.pending[verdict.slots] > 0
-        blocks, end = [], 0
-        for step in steps:
-            start, end = end, end + step.columns
-            for part in step.apart() if step.also and np.count_nonzero(waits[start:end]) else (step,):
-                columns = slice(start, start := start + part.columns)
-                also = tuple(part.also)
-                blocks.append(Block(part.client, part.request, also, part.timesteps, verdict.of(columns), now_ns))
+        """The messages that were judged together, each as a block."""
+        ends = list(accumulate(step.columns for step in steps))
+        starts = [0, *ends[:-1]]
+        blocks = [
+            Block(step.client, step.request, step.timesteps, verdict, slice(start, end), frames, now_ns)
+            for step, start, end, frames in zip(
+                steps, starts, ends, np.add.reduceat(verdict.fresh, starts).tolist(), strict=True
+            )
+        ]
+        if np.count_nonzero(verdict.skipped):
+            for block in blocks:
+                own = verdict.of(block.columns)
+                block.repeated = self.rings.outputs(own.slots, own.first_seqs, int(own.skipped.max()))
         return blocks
 
     def _expect(self, block: Block[Client]) -> int:
         """Keep a block whose frames are about to be admitted; its number, which is nothing where it has none."""
         if block.frames == 0:
             return 0
-        admission = block.admission
-        if np.count_nonzero(admission.skipped):
-            most = int(admission.skipped.max())
-            block.repeated = self.rings.outputs(admission.slots, admission.first_seqs, most)
         block.client.frames_unanswered += block.frames
         return self.blocks.add(block)
 
@@ -262,26 +261,27 @@ class Engine:
 
     def _deliver(self, numbers: I32, began_ns: int, ended_ns: int) -> None:
         for _, group in groupby(self.blocks.answered(numbers), attrgetter("timesteps")):
-            self._complete(list(group), began_ns, ended_ns)
+            self._complete(list(group), (began_ns, ended_ns))
         self.on_answered()
 
-    def _complete(self, blocks: list[Block[Client]], began_ns: int, ended_ns: int) -> None:
-        """Answer blocks of equally many timesteps whose last frames were stepped between those times."""
-        slots = np.concatenate([block.admission.slots for block in blocks])
-        first_seqs = np.concatenate([block.admission.first_seqs for block in blocks])
-        y, end = self.rings.outputs(slots, first_seqs, blocks[0].timesteps), 0
-        for block in blocks:
-            start, end = end, end + len(block.codes)
-            block.queue_ns = max(0, began_ns - block.admitted_ns)
-            block.compute_ns = ended_ns - began_ns
-            block.stepped_ns = ended_ns
-            # A copy: in an outbox, the answer of one may not keep those of all.
-            self._answer(block, block.answer(y if len(blocks) == 1 else y[:, start:end].copy()))
-        self.table.answered(slots, np.concatenate([block.fresh for block in blocks]))
+    def _complete(self, blocks: list[Block[Client]], stepped_ns: tuple[int, int] | None) -> None:
+        """Answer blocks of equally many timesteps whose last frames were stepped between those times, if any were."""
+        messages, end = together(blocks, self._most_answered), 0
+        whole = answer([block for message in messages for block in message], self.rings)
+        for message in messages:
+            start, end = end, end + sum(block.width for block in message)
+            self._answer(message, whole if len(messages) == 1 else whole.of(slice(start, end)), stepped_ns)
+        self.table.answered(whole.slots, whole.fresh)
 
-    def _answer(self, block: Block[Client], y: F32) -> None:
+    def _answer(self, blocks: list[Block[Client]], answer: Answer, stepped_ns: tuple[int, int] | None) -> None:
         now_ns = time.monotonic_ns()
-        message = replies.stepped(block, y, now_ns)
-        send_ns = max(0, now_ns - block.stepped_ns)
-        self._statistics.answered(1 + len(block.also) // 2, block.queue_ns, block.compute_ns, send_ns)
-        self._postbox.send(block.client, message, now_ns, block.frames)
+        queue_ns = compute_ns = send_ns = 0
+        if stepped_ns is not None:
+            began_ns, ended_ns = stepped_ns
+            queue_ns, compute_ns, send_ns = began_ns - blocks[0].admitted_ns, ended_ns - began_ns, now_ns - ended_ns
+        times_ns = max(0, queue_ns), compute_ns, max(0, send_ns)
+        self._statistics.answered(len(blocks), *times_ns)
+        message = replies.stepped(
+            [block.request for block in blocks], [block.width for block in blocks], answer, times_ns
+        )
+        self._postbox.send(blocks[0].client, message, now_ns, sum(block.frames for block in blocks))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
-from instep.core.blocks import Block
 from instep.core.typing import F32, I32, I64, U64
+from instep.server.answers import Answer
 from instep_client import wire
 from instep_client.wire import Code, Kind, Message
 
@@ -67,23 +68,25 @@ def changed(request: int, codes: I32) -> Message:
     return [wire.pack_header(Kind.CHANGED, request, len(codes), _sentences(refused)), refused.tobytes()]
 
 
-def stepped(block: Block[Any], y: F32, now_ns: int) -> Message:
-    """STEPPED: the answer to a block, `y` float32 [T, N, outputs]."""
-    refused = failures(block.codes, block.lengths, block.expected_seq)
-    timesteps, columns = y.shape[:2]
-    send_us = (now_ns - block.stepped_ns) // 1000 if block.stepped_ns else 0
+def stepped(requests: Sequence[int], columns: Sequence[int], answer: Answer, times_ns: Sequence[int]) -> Message:
+    """STEPPED: the answer to the messages of these requests, of so many columns each, beside each other.
+
+    `times_ns` is how long they waited, were computed, and took to be sent.
+    """
+    refused = failures(answer.codes, answer.lengths, answer.expected_seq)
+    also: list[int] = []
+    if len(requests) > 1:
+        for request, first in zip(requests[1:], accumulate(columns), strict=False):
+            also += request, first
     header = wire.pack_header(
         Kind.STEPPED,
-        block.request,
-        timesteps,
-        columns,
-        block.queue_ns // 1000,
-        block.compute_ns // 1000,
-        send_us,
+        requests[0],
+        *answer.y.shape[:2],
+        *(time_ns // 1000 for time_ns in times_ns),
         _sentences(refused) if len(refused) else (),
-        block.also,
+        also,
     )
-    return [header, y.data.cast("B"), refused.tobytes()]
+    return [header, answer.y.data.cast("B"), refused.tobytes()]
 
 
 def closed(request: int, states: F32, codes: I32) -> Message:

@@ -34,7 +34,7 @@ class Statistics:
 
     def answered(self, messages: int, queue_ns: int, compute_ns: int, send_ns: int) -> None:
         """STEP messages were answered; nanoseconds they waited, were computed, and took to be handed to the socket."""
-        self._split_ns.append((queue_ns, compute_ns, send_ns))
+        self._split_ns.extend([(queue_ns, compute_ns, send_ns)] * messages)
         self.blocks_total += messages
 
     def evicted(self, code: Code, streams: int) -> None:

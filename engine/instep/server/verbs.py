@@ -61,7 +61,7 @@ class Verbs:
         self._info = info
         self._limits = limits
         self._statistics = statistics
-        self._burst = Burst(limits.max_batch_size)
+        self._burst = Burst()
         self.draining = False
         """While True, nothing new is admitted."""
         self._verbs: dict[Kind, Callable[[Client, Header, list[bytes]], None]] = {
@@ -114,7 +114,7 @@ class Verbs:
 
     def admit_taken(self) -> None:
         """Hand the STEP messages that were gathered to the engine."""
-        if not self._burst.messages:
+        if not len(self._burst):
             return
         steps = self._burst.take()
         try:
@@ -334,7 +334,7 @@ class Verbs:
         wire.check_size(frames[2], 4, (timesteps, columns, features), "x")
         wire.check_size(frames[1], wire.COLUMN_BYTES, (columns,), "columns")
         self._refuse_what_is_new()
-        step = Step(client, header.request, timesteps, columns, [frames[1]], [frames[2]], [])
+        step = Step(client, header.request, timesteps, columns, frames[1], frames[2])
         # Of what was gathered, frames may yet be refused: whether they leave room is known when they are admitted.
         if not self._burst.goes_with(step) or not self._has_room(step):
             self.admit_taken()
@@ -347,7 +347,7 @@ class Verbs:
         """Whether a message can be admitted beside those that were gathered."""
         burst, engine, client, frames = self._burst, self._engine, step.client, step.frames
         over_credit = client.frames_unanswered + burst.frames_of(client) + frames > self._limits.credit_frames
-        over_room = burst.frames + frames > engine.rings.room or burst.messages >= engine.blocks.room
+        over_room = burst.frames + frames > engine.rings.room or len(burst) >= engine.blocks.room
         return not (over_credit or over_room)
 
     def _close(self, client: Client, header: Header, frames: list[bytes]) -> None:
