@@ -85,7 +85,7 @@ def apart(header: Header, frames: Sequence[Frame]) -> list[tuple[Header, Sequenc
     if any(start >= end for start, end in pairwise(bounds)):
         raise MalformedMessage("the first columns of also must rise")
     outputs, rest = divmod(len(frames[1]), 4 * steps * columns)
-    if rest or len(frames[2]) % wire.FAILURE.itemsize:
+    if rest or not outputs or len(frames[2]) % wire.FAILURE.itemsize:
         raise MalformedMessage("y or the failures have another number of bytes than the header says")
     y = np.frombuffer(frames[1], "<f4").reshape(steps, columns, outputs)
     failures = np.frombuffer(frames[2], wire.FAILURE)

@@ -150,6 +150,8 @@ def test_a_stepped_of_one_request_is_as_it_came() -> None:
         {"t": 0, "also": [2, 1]},
         {"n": "3", "also": [2, 1]},
         {"y": bytes(4 * 6 + 4), "also": [2, 1]},
+        {"t": 1, "n": 2**40, "also": [2, 2**39]},
+        {"t": 2**62, "n": 2, "y": b"", "also": [2, 1]},
         {"failures": bytes(23), "also": [2, 1]},
         {"failures": failures((3, 0, 101, 0)), "also": [2, 1]},
     ],

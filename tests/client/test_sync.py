@@ -137,7 +137,7 @@ def test_an_interrupt_before_the_wait_has_begun_cancels_as_well(
         def interrupted(begin: Callable[..., object], *arguments: Any) -> None:
             monkeypatch.undo()
             loop.call_soon_threadsafe(begin, *arguments)
-            seen.wait()
+            assert seen.wait(10)
             raise KeyboardInterrupt
 
         server.rules.holding = True

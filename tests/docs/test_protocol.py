@@ -277,6 +277,10 @@ def test_the_tables_of_offsets(section: str, name: str, dtype: np.dtype[np.void]
     assert f"{dtype.itemsize} bytes" in PAGE.sections[section]
 
 
+def test_the_version_is_said_first() -> None:
+    assert PAGE.text.startswith(f"# The protocol\n\nVersion {wire.PROTOCOL_VERSION}. ")
+
+
 def test_the_limits_of_headers() -> None:
     bytes_most, string, array, request, streams, name, _ = PAGE.table("Messages", "rule").numbers("value")
     assert (bytes_most, streams, name) == (wire.MAX_HEADER_BYTES, wire.MAX_BLOCK_STREAMS, wire.MAX_NAME_BYTES)
