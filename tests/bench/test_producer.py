@@ -7,7 +7,6 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from instep.bench import connection as connection_module
 from instep.bench.connection import Connection, Refused
 from instep.bench.echo import Echo
 from instep.bench.lanes import Feed, Lane, opened
-from instep.bench.producer import closed_loop, open_loop, round_trips, wake_on_time
+from instep.bench.producer import closed_loop, open_loop, round_trips, waking_on_time
 from instep.bench.reference import WrongOutput, check_and_close, truth
 from instep.core.typing import F32, U64
 from instep_client import wire
@@ -267,13 +266,11 @@ def test_the_truth_is_that_of_each_stream_after_its_own_count() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets sleeps last longer")
-def test_a_thread_that_is_to_wake_on_time_has_no_slack() -> None:
-    def slack_ns() -> list[int]:
-        path = Path(f"/proc/{threading.get_native_id()}/timerslack_ns")
-        before = int(path.read_text())
-        wake_on_time()
-        return [before, int(path.read_text())]
+def test_sleeps_end_on_time_while_frames_are_due_and_as_ever_afterwards() -> None:
+    def slack_ns() -> int:
+        return int(Path(f"/proc/{threading.get_native_id()}/timerslack_ns").read_text())
 
-    with ThreadPoolExecutor(1) as pool:
-        before, after = pool.submit(slack_ns).result()
-    assert before > after == 1
+    before = slack_ns()
+    with waking_on_time():
+        assert slack_ns() == 1
+    assert slack_ns() == before

@@ -11,7 +11,8 @@ import select
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -92,37 +93,45 @@ def open_loop(connection: Connection, lanes: Sequence[Lane], rate_hz: float, sec
     """
     now, receive = time.perf_counter, connection.receive
     fd = int(connection.socket.get(zmq.FD))
-    wake_on_time()
     count = max(1, round(seconds * rate_hz)) * len(lanes)
     between = 1 / (rate_hz * len(lanes))
     latencies = np.zeros(count)
     sent = answered = 0
     start = now() + between
-    while True:
-        # Receiving after every send: ZeroMQ signals an arrival once, and a send may take the signal.
-        while connection.is_readable:
-            request, y = receive()
-            lane = lanes[(request - 1) % len(lanes)]
-            lane.last = y
-            lane.answered += 1
-            latencies[request - 1] = now() - (start + (request - 1) * between)
-            answered += 1
-        if answered == count:
-            return latencies
-        lane = lanes[sent % len(lanes)]
-        may_send = sent < count and lane.sent - lane.answered < MOST_BEHIND
-        wait_s = start + sent * between - now() if may_send else 1.0
-        if wait_s > 0:
-            _wait(fd, wait_s)
-        else:
-            lane.send_also(connection, sent + 1)
-            sent += 1
+    with waking_on_time():
+        while True:
+            # Receiving after every send: ZeroMQ signals an arrival once, and a send may take the signal.
+            while connection.is_readable:
+                request, y = receive()
+                lane = lanes[(request - 1) % len(lanes)]
+                lane.last = y
+                lane.answered += 1
+                latencies[request - 1] = now() - (start + (request - 1) * between)
+                answered += 1
+            if answered == count:
+                return latencies
+            lane = lanes[sent % len(lanes)]
+            may_send = sent < count and lane.sent - lane.answered < MOST_BEHIND
+            wait_s = start + sent * between - now() if may_send else 1.0
+            if wait_s > 0:
+                _wait(fd, wait_s)
+            else:
+                lane.send_also(connection, sent + 1)
+                sent += 1
 
 
-def wake_on_time() -> None:
-    """Have this thread's sleeps end when they are to: by default Linux lets each last 50 µs longer."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)  # nanoseconds; it is no loss where that is refused
+@contextmanager
+def waking_on_time() -> Iterator[None]:
+    """Within, this thread's sleeps end when they are to: by default Linux lets each last 50 µs longer."""
+    if sys.platform != "linux":
+        yield
+        return
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)  # nanoseconds; it is no loss where that is refused
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_TIMERSLACK, 0, 0, 0, 0)  # back to what the thread began with
 
 
 def _wait(fd: int, seconds: float) -> None:
