@@ -34,13 +34,10 @@ def send_now(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) ->
 def received(socket: zmq.Socket[bytes], at_most: int) -> Iterator[list[zmq.Frame]]:
     """The messages that are there, so many at most; what their frames hold is not copied.
 
-    `Socket.recv_multipart` asks the socket after each frame whether there is more, which costs more than the frame (3.7
-    µs for four of them, here 2.2); frames know it. And an empty socket raises, which costs as much as asking it five
-    times: so of few messages each is asked for, and of many not.
+    `Socket.recv_multipart` asks the socket after each frame whether there is more, which costs more than the frame;
+    frames know it.
     """
-    for count in range(at_most):
-        if count < _FEW and not events(socket) & READABLE:
-            return
+    for _ in _awaiting(socket, at_most):
         try:
             frame = socket.recv(NOW, False)
         except zmq.Again:
@@ -50,6 +47,34 @@ def received(socket: zmq.Socket[bytes], at_most: int) -> Iterator[list[zmq.Frame
             frame = socket.recv(NOW, False)
             frames.append(frame)
         yield frames
+
+
+def received_from(router: zmq.Socket[bytes], at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
+    """As `received`, of a ROUTER: who sent a message, and its frames, copied.
+
+    The routing id never comes alone, so it is not asked whether there is more. (Four frames, the last three of 9, 24
+    and 160 bytes: 2.2 µs; with frames for all four 3.2, with `recv_multipart` 4.5.)
+    """
+    recv = router.recv
+    for _ in _awaiting(router, at_most):
+        try:
+            routing_id = recv(NOW)
+        except zmq.Again:
+            return
+        frame = recv(NOW, False)
+        frames = [frame.bytes]
+        while frame.more:
+            frame = recv(NOW, False)
+            frames.append(frame.bytes)
+        yield routing_id, frames
+
+
+def _awaiting(socket: zmq.Socket[bytes], at_most: int) -> Iterator[None]:
+    """So often a message may be there: an empty socket raises, which costs as much as asking it five times."""
+    for count in range(at_most):
+        if count < _FEW and not events(socket) & READABLE:
+            return
+        yield
 
 
 def events(socket: zmq.Socket[bytes]) -> int:

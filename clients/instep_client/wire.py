@@ -223,17 +223,17 @@ def unpack_header(frames: Sequence[Frame], max_bytes: int = MAX_HEADER_BYTES) ->
     kind_number, request = header[0], header[1]
     if type(kind_number) is not int or kind_number not in _KINDS:
         raise MalformedMessage(f"unknown message kind {kind_number!r:.40}")
-    kind = _KINDS[kind_number]
+    kind, elements, count = _KINDS[kind_number]
     if type(request) is not int or not 0 <= request < 2**63:
         raise MalformedMessage("the request number must be an integer from 0 to 2^63 - 1")
-    if len(header) != HEADER_LENGTH[kind]:
-        raise MalformedMessage(f"a {kind.name} header has {HEADER_LENGTH[kind]} elements, this one {len(header)}")
-    if len(frames) != FRAME_COUNT[kind]:
-        raise MalformedMessage(f"a {kind.name} message has {FRAME_COUNT[kind]} frames, this one {len(frames)}")
+    if len(header) != elements:
+        raise MalformedMessage(f"a {kind.name} header has {elements} elements, this one {len(header)}")
+    if len(frames) != count:
+        raise MalformedMessage(f"a {kind.name} message has {count} frames, this one {len(frames)}")
     return Header(kind, request, header[2:])
 
 
-_KINDS: Final[dict[int, Kind]] = {int(kind): kind for kind in Kind}
+_KINDS: Final = {int(kind): (kind, HEADER_LENGTH[kind], FRAME_COUNT[kind]) for kind in Kind}
 
 
 def count_field(value: Any, name: str, at_most: int, at_least: int = 1) -> int:

@@ -25,12 +25,12 @@ def block(
         expected_seq=ints(*lengths),
         fresh=ints(*lengths) - ints(*(skipped or [0] * columns)),
     )
-    return Block("client", 77, timesteps, verdict, slice(0, columns), int(verdict.fresh.sum()), admitted_ns=0)
+    return Block("client", 77, timesteps, verdict, 0, columns, int(verdict.fresh.sum()), admitted_ns=0)
 
 
 def test_a_block_is_complete_when_its_last_frame_is_answered() -> None:
     blocks: BlockTable[str] = BlockTable(8)
-    number = blocks.add(block([2, 1]))
+    (number,) = blocks.add([block([2, 1])]).tolist()
     assert blocks.answered(np.array([number, number], np.int32)) == []
     assert len(blocks) == 1
     (complete,) = blocks.answered(np.array([number], np.int32))
@@ -42,16 +42,16 @@ def test_frames_that_were_applied_before_are_not_waited_for() -> None:
     resent = block([3, 2], skipped=[2, 2])
     assert resent.frames == 1
     blocks: BlockTable[str] = BlockTable(8)
-    number = blocks.add(resent)
+    (number,) = blocks.add([resent]).tolist()
     assert blocks.answered(np.array([number], np.int32)) == [resent]
 
 
 def test_several_blocks_complete_in_one_batch_and_numbers_are_used_again() -> None:
     blocks: BlockTable[str] = BlockTable(2)
-    numbers = [blocks.add(block([1])) for _ in range(2)]
+    numbers = blocks.add([block([1]) for _ in range(2)]).tolist()
     assert blocks[numbers[1]] is not blocks[numbers[0]]
     assert len(blocks.answered(np.array(numbers, np.int32))) == 2
-    assert {blocks.add(block([1])) for _ in range(2)} == set(numbers)
+    assert {blocks.add([block([1])]).item() for _ in range(2)} == set(numbers)
 
 
 def test_a_column_fails_from_the_first_frame_that_was_not_applied() -> None:
@@ -72,12 +72,12 @@ def test_a_column_fails_from_the_first_frame_that_was_not_applied() -> None:
 def test_a_block_fails_in_its_own_columns_of_a_verdict_only() -> None:
     rings = Rings(StreamTable(4, max_owners=1), 4, 4, 1, 2, max_pending=10)
     both = block([1, 1], timesteps=1)
-    behind = Block("client", 78, 1, both.verdict, slice(1, 2), 1, admitted_ns=0)
+    behind = Block("client", 78, 1, both.verdict, 1, 1, 1, admitted_ns=0)
     rows = np.sort(np.concatenate([rings.rows(ints(slot), ints(0)) for slot in (1, 2)]))
     behind.fail(rings, rows, np.full(2, Code.STEP_FAILED, np.int32), ints(5, 5))
     assert both.verdict.codes.tolist() == [0, Code.STEP_FAILED]
     assert both.verdict.expected_seq.tolist() == [1, 5]
-    assert (behind.width, both.width) == (1, 2)
+    assert (behind.columns, both.columns) == (slice(1, 2), slice(0, 2))
 
 
 def test_a_frame_that_was_applied_before_does_not_fail_with_another_in_its_place() -> None:

@@ -122,7 +122,7 @@ MUTANTS = {
     ),
     "a repeated frame is answered with what is in its place by then": (
         KILL,
-        Change(Engine, "_expect", (("if np.count_nonzero(admission.skipped):", "if False:"),)),
+        Change(Engine, "_blocks", (("if np.count_nonzero(verdict.skipped):", "if False:"),)),
     ),
     "a snapshot forgets what a restart replayed": (
         KILL,

@@ -29,7 +29,7 @@ def verdict(columns: int, first_slot: int = 1) -> Admission:
 def blocks_of(verdict: Admission, *widths: int, client: Client = CLIENTS[0]) -> list[Block[Client]]:
     ends = np.cumsum(widths).tolist()
     return [
-        Block(client, number, 2, verdict, slice(end - width, end), 2 * width, admitted_ns=0)
+        Block(client, number, 2, verdict, end - width, width, 2 * width, admitted_ns=0)
         for number, (width, end) in enumerate(zip(widths, ends, strict=True))
     ]
 
@@ -96,7 +96,7 @@ def test_each_block_is_answered_once_with_others_of_its_client_and_within_bounds
 ) -> None:
     one = verdict(3)
     blocks = [
-        Block(CLIENTS[client], number, 2, one, slice(0, width), 2 * width, admitted_ns=0)
+        Block(CLIENTS[client], number, 2, one, 0, width, 2 * width, admitted_ns=0)
         for number, (client, width) in enumerate(sent)
     ]
     messages = together(blocks, most_frames)
@@ -113,5 +113,5 @@ def test_blocks_of_a_client_are_in_as_few_messages_as_there_may_be() -> None:
     blocks = blocks_of(verdict(3), 1, 1, 1)
     assert [len(message) for message in together(blocks, 100)] == [3]
     assert [len(message) for message in together(blocks, 4)] == [2, 1]
-    many = [Block(CLIENTS[0], number, 1, verdict(1), slice(0, 1), 1, 0) for number in range(200)]
+    many = [Block(CLIENTS[0], number, 1, verdict(1), 0, 1, 1, 0) for number in range(200)]
     assert [len(message) for message in together(many, 1000)] == [128, 72]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -25,8 +26,10 @@ class Block(Generic[C]):
     timesteps: int
     verdict: Admission
     """On this message, and on those that were admitted with it."""
-    columns: slice
-    """Its own in the verdict."""
+    first: int
+    """Its own first column in the verdict."""
+    width: int
+    """N."""
     frames: int
     """How many were admitted to be computed."""
     admitted_ns: int
@@ -35,10 +38,9 @@ class Block(Generic[C]):
     admission. The client may acknowledge them before this block is answered, and later frames take their places."""
 
     @property
-    def width(self) -> int:
-        """N."""
-        width: int = self.columns.stop - self.columns.start
-        return width
+    def columns(self) -> slice:
+        """Its own in the verdict."""
+        return slice(self.first, self.first + self.width)
 
     def fail(self, rings: Rings, failed_rows: I64, codes: I32, expected_seq: I64) -> None:
         """Frames of this block were not applied, nor any after them in their columns; the verdict says so then.
@@ -97,14 +99,14 @@ class BlockTable(Generic[C]):
     def __getitem__(self, number: int) -> Block[C]:
         return self._blocks[number]
 
-    def add(self, block: Block[C]) -> int:
-        """Keep a block until its frames are answered; its number."""
-        assert self.room, "there is no number for another block"
-        self._free_count -= 1
-        number = int(self._free[self._free_count])
-        self._remaining[number] = block.frames
-        self._blocks[number] = block
-        return number
+    def add(self, blocks: Sequence[Block[C]]) -> I32:
+        """Keep blocks until their frames are answered; the number of each: int32 [blocks]."""
+        assert len(blocks) <= self.room, "there is no number for another block"
+        self._free_count -= len(blocks)
+        numbers: I32 = self._free[self._free_count : self._free_count + len(blocks)].copy()
+        self._remaining[numbers] = [block.frames for block in blocks]
+        self._blocks.update(zip(numbers.tolist(), blocks, strict=True))
+        return numbers
 
     def answered(self, numbers: I32) -> list[Block[C]]:
         """Frames of these blocks were answered, one entry a frame; the blocks that are complete now, taken out."""

@@ -79,12 +79,12 @@ def answer(blocks: Sequence[Block[Client]], rings: Rings) -> Answer:
 
 def _pieces(blocks: Sequence[Block[Client]]) -> Iterator[Admission]:
     """The verdicts on blocks, those that lie side by side in one in one piece."""
-    verdict, start, end = blocks[0].verdict, blocks[0].columns.start, blocks[0].columns.start
+    verdict, start, end = blocks[0].verdict, blocks[0].first, blocks[0].first
     for block in blocks:
-        if block.verdict is not verdict or block.columns.start != end:
+        if block.verdict is not verdict or block.first != end:
             yield verdict.of(slice(start, end))
-            verdict, start = block.verdict, block.columns.start
-        end = block.columns.stop
+            verdict, start = block.verdict, block.first
+        end = block.first + block.width
     yield verdict.of(slice(start, end))
 
 

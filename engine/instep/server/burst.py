@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,22 +22,12 @@ class Step:
     request: int
     timesteps: int
     columns: int
+    frames: int
+    """T × N."""
     column: bytes
     """`wire.COLUMN` [N]."""
     x: bytes
     """float32 [T, N, features]."""
-
-    @property
-    def frames(self) -> int:
-        """T × N."""
-        return self.timesteps * self.columns
-
-    def handles(self) -> list[int]:
-        """Of each column."""
-        if self.columns == 1:
-            return [int.from_bytes(self.column[:8], "little")]
-        handles: list[int] = np.frombuffer(self.column, "<u8")[::3].tolist()
-        return handles
 
 
 def join(steps: list[Step], features: int) -> tuple[int | I32, U64, U64, U64, F32]:
@@ -51,7 +42,7 @@ def join(steps: list[Step], features: int) -> tuple[int | I32, U64, U64, U64, F3
     """
     columns = np.frombuffer(b"".join([step.column for step in steps]), "<u8")
     handles, seqs, acked = columns.reshape(-1, 3).T.copy()
-    owners = of_columns(steps, [step.client.number for step in steps])
+    owners = of_columns(steps, np.array([step.client.number for step in steps], np.int32))
     timesteps = steps[0].timesteps
     if len(steps) == 1:
         x = np.frombuffer(steps[0].x, "<f4").reshape(timesteps, -1, features)
@@ -63,11 +54,34 @@ def join(steps: list[Step], features: int) -> tuple[int | I32, U64, U64, U64, F3
     return owners, handles, seqs, acked, x
 
 
-def of_columns(steps: list[Step], numbers: list[int]) -> int | I32:
+def of_columns(steps: list[Step], numbers: I32) -> int | I32:
     """For the columns of messages beside each other, the number of its message: the one there is, or int32 [N]."""
     if len(steps) == 1:
-        return numbers[0]
-    return np.repeat(np.array(numbers, np.int32), [step.columns for step in steps])
+        return int(numbers[0])
+    columns = [step.columns for step in steps]
+    return numbers if len(numbers) == sum(columns) else np.repeat(numbers, columns)
+
+
+def apart(steps: list[Step]) -> Iterator[list[Step]]:
+    """Messages that a stream stands in more than once, in the longest pieces that it does not.
+
+    A message that it stands in twice by itself is a piece by itself.
+    """
+    piece: list[Step] = []
+    handles: set[int] = set()
+    for step in steps:
+        own = np.frombuffer(step.column, "<u8")[::3].tolist()
+        distinct = set(own)
+        if piece and (len(distinct) < len(own) or not handles.isdisjoint(distinct)):
+            yield piece
+            piece, handles = [], set()
+        piece.append(step)
+        handles |= distinct
+        if len(distinct) < len(own):
+            yield piece
+            piece, handles = [], set()
+    if piece:
+        yield piece
 
 
 class Burst:
@@ -78,8 +92,6 @@ class Burst:
         """Frames of all messages together."""
         self._steps: list[Step] = []
         self._frames_of: dict[int, int] = {}
-        self._handles: set[int] = set()
-        """Of all messages, once there are two."""
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -89,26 +101,13 @@ class Burst:
         return self._frames_of.get(client.number, 0)
 
     def goes_with(self, message: Step) -> bool:
-        """Whether a message may be joined with those that are here, if any are.
-
-        It must be of as many timesteps, and no stream stand in them twice: its frames are judged one after the other.
-        """
-        if not self._steps:
-            return True
-        first = self._steps[0]
-        if message.timesteps != first.timesteps or self.frames + message.frames > _MOST_FRAMES:
-            return False
-        if not self._handles:
-            self._handles.update(first.handles())
-        handles = message.handles()
-        repeats = len(self._handles) < first.columns or len(set(handles)) < len(handles)
-        return not repeats and self._handles.isdisjoint(handles)
+        """Whether a message may be joined with those that are here, if any are: it is of as many timesteps."""
+        steps = self._steps
+        return not steps or (message.timesteps == steps[0].timesteps and self.frames + message.frames <= _MOST_FRAMES)
 
     def add(self, message: Step) -> None:
         """Gather a message that goes with the others."""
         frames, number = message.frames, message.client.number
-        if self._steps:
-            self._handles.update(message.handles())
         self._steps.append(message)
         self.frames += frames
         self._frames_of[number] = self._frames_of.get(number, 0) + frames
@@ -118,5 +117,4 @@ class Burst:
         steps, self._steps = self._steps, []
         self.frames = 0
         self._frames_of.clear()
-        self._handles.clear()
         return steps

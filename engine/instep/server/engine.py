@@ -110,22 +110,19 @@ class Engine:
         owners, handles, seqs, acked, x = join(steps, self.rings.x.shape[1])
         verdict = admit(self.table, self.rings, owners, handles, seqs, acked, x)
         blocks = self._blocks(steps, verdict, now_ns)
-        numbers = of_columns(steps, [self._expect(block) for block in blocks])
+        numbers = of_columns(steps, self._expect(blocks))
         ready = self.rings.append(verdict.slots, verdict.first_seqs, verdict.skipped, verdict.lengths, x, numbers)
         self.table.admitted(verdict.slots, verdict.fresh, now_ns)
         self.scheduler.add(ready, self.table.owner[ready], now_ns)
-        if not all(block.frames for block in blocks):
-            self._complete([block for block in blocks if not block.frames], None)
+        if done := [block for block in blocks if not block.frames]:
+            self._complete(done, None)
 
     def _blocks(self, steps: list[Step], verdict: Admission, now_ns: int) -> list[Block[Client]]:
         """The messages that were judged together, each as a block."""
-        ends = list(accumulate(step.columns for step in steps))
-        starts = [0, *ends[:-1]]
+        firsts = list(accumulate([step.columns for step in steps[:-1]], initial=0))
         blocks = [
-            Block(step.client, step.request, step.timesteps, verdict, slice(start, end), frames, now_ns)
-            for step, start, end, frames in zip(
-                steps, starts, ends, np.add.reduceat(verdict.fresh, starts).tolist(), strict=True
-            )
+            Block(step.client, step.request, step.timesteps, verdict, first, step.columns, frames, now_ns)
+            for step, first, frames in zip(steps, firsts, np.add.reduceat(verdict.fresh, firsts).tolist(), strict=True)
         ]
         if np.count_nonzero(verdict.skipped):
             for block in blocks:
@@ -133,12 +130,17 @@ class Engine:
                 block.repeated = self.rings.outputs(own.slots, own.first_seqs, int(own.skipped.max()))
         return blocks
 
-    def _expect(self, block: Block[Client]) -> int:
-        """Keep a block whose frames are about to be admitted; its number, which is nothing where it has none."""
-        if block.frames == 0:
-            return 0
-        block.client.frames_unanswered += block.frames
-        return self.blocks.add(block)
+    def _expect(self, blocks: list[Block[Client]]) -> I32:
+        """Keep blocks whose frames are about to be admitted; the number of each, which is nothing where it has none."""
+        expected = [block for block in blocks if block.frames]
+        for block in expected:
+            block.client.frames_unanswered += block.frames
+        numbers = self.blocks.add(expected)
+        if len(expected) == len(blocks):
+            return numbers
+        of_all = np.zeros(len(blocks), np.int32)
+        of_all[[block.frames > 0 for block in blocks]] = numbers
+        return of_all
 
     def make_ready(self, slots: I64) -> None:
         """Streams with pending frames can step again: int64 [N]."""

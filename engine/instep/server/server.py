@@ -222,10 +222,10 @@ class Server:
         the signal.
         """
         deadline_ns = time.monotonic_ns() + _BURST_NS
-        frames = []
-        for routing_id, *frames in self._router.receive(_BURST if self.has_room else 0):
-            self._verbs.take(routing_id, frames)
-            if time.monotonic_ns() > deadline_ns or not self.has_room:
+        frames: list[bytes] = []
+        for routing_id, frames in self._router.receive(_BURST if self.has_room else 0):
+            only_gathered = self._verbs.take(routing_id, frames)
+            if not only_gathered and (time.monotonic_ns() > deadline_ns or not self.has_room):
                 break
         self._verbs.admit_taken()
         self.engine.schedule()

@@ -80,10 +80,9 @@ class Router:
         """Whether a message is there now; where it is not, the next arrival will be signalled."""
         return bool(multipart.events(self._socket) & multipart.READABLE)
 
-    def receive(self, at_most: int) -> Iterator[list[bytes]]:
-        """What has arrived, a burst at most: [routing id, header, frames …] each."""
-        for frames in multipart.received(self._socket, at_most):
-            yield [frame.bytes for frame in frames]
+    def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
+        """What has arrived, a burst at most: routing id, and [header, frames …] each."""
+        return multipart.received_from(self._socket, at_most)
 
     def send(self, routing_id: bytes, message: Message) -> Sent:
         """Hand a message to ZeroMQ, or say why it could not be."""

@@ -12,7 +12,7 @@ import numpy as np
 from instep.core.admission import RepeatedStream, resolve_distinct
 from instep.core.typing import F32, I32, I64, U64, Bool
 from instep.server import replies
-from instep.server.burst import Burst, Step
+from instep.server.burst import Burst, Step, apart
 from instep.server.clients import Client, ClientTable
 from instep.server.engine import Engine
 from instep.server.lifecycle import Lifecycle
@@ -66,7 +66,6 @@ class Verbs:
         """While True, nothing new is admitted."""
         self._verbs: dict[Kind, Callable[[Client, Header, list[bytes]], None]] = {
             Kind.OPEN: self._open,
-            Kind.STEP: self._step,
             Kind.CLOSE: self._close,
             Kind.PING: self._ping,
             Kind.PONG: self._pong,
@@ -78,31 +77,33 @@ class Verbs:
             Kind.LOOK: self._look,
         }
 
-    def take(self, routing_id: bytes, frames: list[bytes]) -> None:
+    def take(self, routing_id: bytes, frames: list[bytes]) -> bool:
         """One message of one connection; whatever it holds, the answer is a message and never an exception.
 
-        A STEP that is good by itself is only gathered, until `admit_taken` or until something else comes.
+        Returns:
+            Whether it was only gathered, as a STEP is that is good by itself, until `admit_taken` or something else.
         """
         request = 0
         try:
             if frames == [b""] and self._clients.by_routing_id(routing_id) is None:  # ZMQ_PROBE_ROUTER
                 self._answer_refused(routing_id, request, Refusal(Code.HELLO_FIRST))
-                return  # it is no message that was refused: every client's connection begins with one
-            header = wire.unpack_header(frames)
-            request = header.request
-            if header.kind is not Kind.STEP:
-                self.admit_taken()
+                return False  # it is no message that was refused: every client's connection begins with one
+            kind, request, _ = header = wire.unpack_header(frames)
             client = self._clients.by_routing_id(routing_id)
-            if header.kind is Kind.HELLO:
+            if kind is Kind.STEP and client is not None:
+                client.last_heard_ns = time.monotonic_ns()
+                return self._step(client, header, frames)
+            self.admit_taken()
+            if kind is Kind.HELLO:
                 self._hello(routing_id, client, header)
-                return
-            if client is None:
+            elif client is None:
                 raise Refusal(Code.HELLO_FIRST)
-            client.last_heard_ns = time.monotonic_ns()
-            verb = self._verbs.get(header.kind)
-            if verb is None:
-                raise MalformedMessage(f"{header.kind.name} is the server's to say")
-            verb(client, header, frames)
+            else:
+                client.last_heard_ns = time.monotonic_ns()
+                verb = self._verbs.get(kind)
+                if verb is None:
+                    raise MalformedMessage(f"{kind.name} is the server's to say")
+                verb(client, header, frames)
         except MalformedMessage as error:
             self._refuse(routing_id, request, Refusal(Code.MALFORMED, str(error)))
         except Refusal as refusal:
@@ -111,6 +112,7 @@ class Verbs:
             self._refuse(routing_id, request, Refusal(Code.REPEATED_STREAM))
         except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
             self._refuse(routing_id, request, Refusal(Code.MALFORMED, "the header is nested too deep"))
+        return False
 
     def admit_taken(self) -> None:
         """Hand the STEP messages that were gathered to the engine."""
@@ -119,7 +121,14 @@ class Verbs:
         steps = self._burst.take()
         try:
             self._engine.admit(steps)
-        except RepeatedStream:  # a message that is by itself: others are not joined where a stream stands twice
+        except RepeatedStream:
+            for piece in apart(steps):
+                self._admit_piece(piece)
+
+    def _admit_piece(self, steps: list[Step]) -> None:
+        try:
+            self._engine.admit(steps)
+        except RepeatedStream:  # one message, that a stream stands in twice
             self._refuse(steps[0].client.routing_id, steps[0].request, Refusal(Code.REPEATED_STREAM))
 
     def _refuse(self, routing_id: bytes, request: int, refusal: Refusal) -> None:
@@ -320,7 +329,8 @@ class Verbs:
         states: F32 = wire.array_frame(frame, "<f4", shape, "states")
         return states
 
-    def _step(self, client: Client, header: Header, frames: list[bytes]) -> None:
+    def _step(self, client: Client, header: Header, frames: list[bytes]) -> bool:
+        """Gather a message; whether nothing else was done."""
         timesteps, columns, features, dtype = header.fields
         wire.count_field(timesteps, "T", 2**31)
         wire.count_field(columns, "N", wire.MAX_BLOCK_STREAMS)
@@ -328,20 +338,23 @@ class Verbs:
             raise Refusal(Code.WRONG_DTYPE, f"this block says {dtype!r:.20}")
         if type(features) is not int or features != self._info.features:
             raise Refusal(Code.WRONG_SHAPE, f"the model takes {self._info.features} features, not {features!r:.20}")
-        if timesteps * columns > self._limits.max_block_frames:
+        block_frames = timesteps * columns
+        if block_frames > self._limits.max_block_frames:
             raise Refusal(Code.TOO_LARGE, f"at most {self._limits.max_block_frames} frames a block")
         # Sizes are checked here, and what the frames hold is read when they are admitted.
         wire.check_size(frames[2], 4, (timesteps, columns, features), "x")
         wire.check_size(frames[1], wire.COLUMN_BYTES, (columns,), "columns")
         self._refuse_what_is_new()
-        step = Step(client, header.request, timesteps, columns, frames[1], frames[2])
+        step = Step(client, header.request, timesteps, columns, block_frames, frames[1], frames[2])
         # Of what was gathered, frames may yet be refused: whether they leave room is known when they are admitted.
-        if not self._burst.goes_with(step) or not self._has_room(step):
+        goes_with = self._burst.goes_with(step) and self._has_room(step)
+        if not goes_with:
             self.admit_taken()
             if not self._has_room(step):
                 self._statistics.busy_total += 1
                 raise Refusal(Code.BUSY, retry_after_us=_BUSY_RETRY_US)
         self._burst.add(step)
+        return goes_with
 
     def _has_room(self, step: Step) -> bool:
         """Whether a message can be admitted beside those that were gathered."""
