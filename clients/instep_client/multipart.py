@@ -16,7 +16,6 @@ _NOW_AND_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 READABLE: Final = int(zmq.POLLIN)
 READABLE_OR_WRITABLE: Final = int(zmq.POLLIN | zmq.POLLOUT)
 _EVENTS: Final = int(zmq.EVENTS)
-_FEW: Final = 5
 
 
 def send_now(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) -> None:
@@ -35,16 +34,17 @@ def received(socket: zmq.Socket[bytes], at_most: int) -> Iterator[list[zmq.Frame
     """The messages that are there, so many at most; what their frames hold is not copied.
 
     `Socket.recv_multipart` asks the socket after each frame whether there is more, which costs more than the frame;
-    frames know it.
+    frames know it. (That an empty socket raises costs 3.5 µs, to ask it before each message 1.6 for each.)
     """
-    for _ in _awaiting(socket, at_most):
+    recv = socket.recv
+    for _ in range(at_most):
         try:
-            frame = socket.recv(NOW, False)
+            frame = recv(NOW, False)
         except zmq.Again:
             return
         frames = [frame]
         while frame.more:
-            frame = socket.recv(NOW, False)
+            frame = recv(NOW, False)
             frames.append(frame)
         yield frames
 
@@ -56,7 +56,7 @@ def received_from(router: zmq.Socket[bytes], at_most: int) -> Iterator[tuple[byt
     and 160 bytes: 2.2 µs; with frames for all four 3.2, with `recv_multipart` 4.5.)
     """
     recv = router.recv
-    for _ in _awaiting(router, at_most):
+    for _ in range(at_most):
         try:
             routing_id = recv(NOW)
         except zmq.Again:
@@ -67,14 +67,6 @@ def received_from(router: zmq.Socket[bytes], at_most: int) -> Iterator[tuple[byt
             frame = recv(NOW, False)
             frames.append(frame.bytes)
         yield routing_id, frames
-
-
-def _awaiting(socket: zmq.Socket[bytes], at_most: int) -> Iterator[None]:
-    """So often a message may be there: an empty socket raises, which costs as much as asking it five times."""
-    for count in range(at_most):
-        if count < _FEW and not events(socket) & READABLE:
-            return
-        yield
 
 
 def events(socket: zmq.Socket[bytes]) -> int:
