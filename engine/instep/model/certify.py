@@ -3,7 +3,8 @@
 torch promises none of this, so it is measured at start. Probe rows, each a random frame with a random state, go through
 every candidate bucket: at every position, beside hostile neighbours (NaN, infinity, huge values), beside other probes,
 and above rows of padding. A bucket in which one probe got two answers is out. Of the others, those that give every
-probe the same bits belong together. Then whole sequences in one call are compared with stepping.
+probe the same bits belong together. Before that the fused step is compared with torch's, over as many rows in every
+bucket; after it, whole sequences in one call with stepping.
 
 It is a measurement, not a proof: it notices every difference that these rows show, in any bit of any output or state.
 Its numbers are seeded, so a start repeats what the last one found.
@@ -29,8 +30,8 @@ _SIZES: Final = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 102
 _HOSTILE: Final = (math.nan, math.inf, 1e30, -math.inf, -1e30)
 _PADDING: Final = 0.0
 _MULTIPLY_ADDS: Final = 3_000_000_000
-"""About how much each half, buckets and sequences, may compute where the floors below do not ask for more: 0.1 to 0.2 s
-of one core."""
+"""About how much each part, buckets and sequences, may compute where the floors below do not ask for more: 0.1 to 0.2 s
+of one core. The fused step is compared over fewer rows than the buckets."""
 _ENOUGH_PROBES: Final = 512
 _LEAST_ELEMENTS: Final = 4096
 """The least probes times hidden units: a kernel that differs shows in some of so many values."""
@@ -77,10 +78,11 @@ def certify(network: Network, candidates: Sequence[int]) -> Certification:
     The network steps with `FusedGru` from here on where that gave the bits of `torch.gru` in every candidate. (What
     they agree in may still depend on the bucket: the rest is found out with whichever is used.)
     """
+    count = _probe_count(network, candidates)
     network.uses_fused = network.state_width % WIDTH_MULTIPLE == 0 and all(
-        _fused_is_same(network, bucket) for bucket in candidates
-    )  # in other widths, `sigmoid` over two gates at once ends its vectors elsewhere: few rows may not show it
-    probes = _Probes(network, _probe_count(network, candidates))
+        _fused_is_same(network, bucket, count) for bucket in candidates
+    )  # in other widths, `sigmoid` over two gates at once ends its vectors elsewhere: not worth the time of trying
+    probes = _Probes(network, count)
     results = {bucket: probes.through(bucket) for bucket in candidates}
     groups: dict[bytes, list[int]] = {}
     for bucket, result in results.items():
@@ -102,16 +104,20 @@ def certify(network: Network, candidates: Sequence[int]) -> Certification:
     )
 
 
-def _fused_is_same(network: Network, bucket: int) -> bool:
+def _fused_is_same(network: Network, bucket: int, count: int) -> bool:
+    """Whether both steps give at least `count` rows, ever other ones in batches of this bucket, the same bits."""
     random = np.random.default_rng(2)
-    x = torch.from_numpy(_random_frames(network, random, bucket)).to(network.device)
-    before = torch.from_numpy(_random_states(network, random, bucket)).to(network.device)
-    answers = []
-    for fused in (False, True):
-        network.uses_fused = fused
-        h = before.clone()
-        answers.append(_joined(network, network.advance(x, h), h))
-    return _distance(*answers) == 0
+    for _ in range(0, count, bucket):
+        x = torch.from_numpy(_random_frames(network, random, bucket)).to(network.device)
+        before = torch.from_numpy(_random_states(network, random, bucket)).to(network.device)
+        answers = []
+        for fused in (False, True):
+            network.uses_fused = fused
+            h = before.clone()
+            answers.append(_joined(network, network.advance(x, h), h))
+        if _distance(*answers) != 0:
+            return False
+    return True
 
 
 @dataclass(frozen=True)
