@@ -315,3 +315,35 @@ def test_a_fused_step_whose_bits_seldom_differ_is_left_out(monkeypatch: pytest.M
     monkeypatch.setattr(FusedGru, "advance", other)
     certify(network, CANDIDATES)
     assert not network.uses_fused
+
+
+@pytest.mark.parametrize("hidden_size", [1, 8, 15, 17, 24, 31, 33])
+def test_in_widths_that_do_not_fill_vectors_the_fused_step_is_left_out_untried(
+    monkeypatch: pytest.MonkeyPatch, hidden_size: int
+) -> None:
+    def tried(self: FusedGru, x: torch.Tensor, h: Sequence[torch.Tensor]) -> torch.Tensor:
+        raise AssertionError
+
+    monkeypatch.setattr(FusedGru, "advance", tried)
+    network = Network(make_model(of_size(hidden_size), "random", name="fused", seed=1), CPU)
+    certify(network, CANDIDATES)
+    assert not network.uses_fused
+
+
+@pytest.mark.parametrize("hidden_size", [16, 32, 48, 64])
+def test_in_other_widths_it_is_used_only_where_no_row_of_many_others_differs(hidden_size: int) -> None:
+    network = Network(make_model(of_size(hidden_size), "random", name="fused", seed=1), CPU)
+    certify(network, CANDIDATES)
+    was_certified = network.uses_fused
+    random = torch.Generator().manual_seed(7)
+    x = torch.randn(200, 64, 5, generator=random)
+    h = torch.rand(200, 1, 64, hidden_size, generator=random) * 2 - 1
+    answers = []
+    for fused in (False, True):
+        network.uses_fused = fused
+        answers.append(torch.stack([network.step(*rows)[0] for rows in zip(x, h, strict=True)]))
+    assert torch.equal(*answers) or not was_certified
+
+
+def of_size(hidden_size: int) -> NetworkDescription:
+    return NetworkDescription(features=5, gru=GruLayers(hidden_size=hidden_size))

@@ -81,7 +81,7 @@ def certify(network: Network, candidates: Sequence[int]) -> Certification:
     count = _probe_count(network, candidates)
     network.uses_fused = network.state_width % WIDTH_MULTIPLE == 0 and all(
         _fused_is_same(network, bucket, count) for bucket in candidates
-    )  # in other widths, `sigmoid` over two gates at once ends its vectors elsewhere: not worth the time of trying
+    )  # in other widths, `sigmoid` over two gates at once ends its vectors elsewhere: trying would be in vain
     probes = _Probes(network, count)
     results = {bucket: probes.through(bucket) for bucket in candidates}
     groups: dict[bytes, list[int]] = {}
