@@ -22,6 +22,7 @@ import torch
 from instep.config import Config
 from instep.model.certify import Certification
 from instep.model.folder import write_model
+from instep.model.network import Network
 from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
@@ -127,6 +128,7 @@ def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(mod
         assert line["device"] == "cpu"
         assert line["capacity"] == "4096 streams"
         assert line["exactness"].startswith("exact in buckets 4, ")
+        assert line["step"] == "torch"
         assert line["certified_s"] > 0
         assert line["recording"] == str(recording)
         with Client(line["endpoint"]) as client:
@@ -141,6 +143,20 @@ def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(mod
         assert lines[-1]["frames"] == 3
         assert lines[-1]["blocks_unanswered"] == 0
     assert recording.exists()
+
+
+@pytest.mark.parametrize(("fused", "step"), [(True, "fused"), (False, "torch")])
+def test_the_first_line_says_which_step_is_used(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fused: bool, step: str
+) -> None:
+    def certified(network: Network, _: object) -> Certification:
+        network.uses_fused = fused
+        return Certification("exact", (4, 8), max_ulp=0, whole_sequence=True)
+
+    monkeypatch.setattr("instep.server.preparation.certify", certified)
+    config = configured(model, log={"format": "json"}, engine={"max_batch_size": 8})
+    assert serve.run(config, on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT)) == 0
+    assert json.loads(capsys.readouterr().err.splitlines()[0])["step"] == step
 
 
 def test_a_second_interrupt_forces_the_end(

@@ -62,6 +62,7 @@ async def _serve(
             device=str(prepared.device),
             capacity=_capacity(config),
             exactness=exactness_sentence(prepared.certification),
+            step="fused" if prepared.network.uses_fused else "torch",
             certified_s=round(prepared.certified_s, 4),
             recording=str(config.recording.file or "none"),
             durability=server.info.durability,
