@@ -157,6 +157,29 @@ def test_a_step_that_raises_while_it_writes_loses_the_states_of_its_batch_only(
     np.testing.assert_array_equal(y[0], whole(SMALL, np.ones((1, F), np.float32))[0][0])
 
 
+def test_a_step_whose_outputs_cannot_be_written_loses_the_states_of_its_batch(stepper: Make) -> None:
+    steps = stepper(SMALL)
+    slots, x = np.array([3, 1]), np.ones((2, F), np.float32)
+    outputs = np.zeros((2, H), np.float32)
+    outputs.flags.writeable = False
+    with pytest.raises(StateLost, match=r"outputs could not be written: .*read-only") as raised:
+        steps.step(slots, np.arange(2), x, outputs)
+    assert raised.value.slots is not None
+    assert raised.value.slots.tolist() == [3, 1]
+    assert steps.read(slots).all(), "they have gone on"
+
+
+def test_outputs_that_are_no_array_are_found_before_a_state_changes(
+    stepper: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = stepper(SMALL)
+    slots = np.arange(1, 5)
+    monkeypatch.setattr(steps.network, "advance", lambda x, h: h.fill_(1.0)[-1].to_sparse())
+    with pytest.raises((TypeError, RuntimeError)):
+        step(steps, slots, np.ones((4, F), np.float32))
+    assert not steps.read(slots).any()
+
+
 def test_buckets_are_the_smallest_that_fit(stepper: Make) -> None:
     steps = stepper(SMALL)
     assert [steps.bucket(size) for size in (1, 4, 5, 33, 64)] == [4, 4, 8, 48, 64]

@@ -36,16 +36,15 @@ class HostBatch:
 
         Raises:
             StateLost: when states may have been written in part.
-            Exception: whatever the network raised; no state has changed.
+            Exception: whatever went wrong before that; no state has changed.
         """
         # Each call into torch, a mere view included, gives up the interpreter's lock and may wait to get it back.
         self._cache.gather(self._slots, self._h)
-        y = self._network.advance(self._x, self._h)
+        outputs: F32 = self._network.advance(self._x, self._h).numpy()
         try:
             self._cache.scatter(self._slots, self._h)
             if self.slots[-1] == SCRATCH_SLOT:
                 self._cache.clear_scratch()
         except Exception as error:
             raise StateLost(str(error)) from error
-        outputs: F32 = y.numpy()
         return outputs

@@ -84,7 +84,7 @@ class Stepper:
             outputs: float32 [capacity, outputs], written at `rows`.
 
         Raises:
-            StateLost: when states may have been written in part, or are gone.
+            StateLost: when states may have been written in part, are gone, or have gone on without their outputs.
             Exception: whatever the network raised, or moving states to the device did; no state has changed.
         """
         size = len(slots)
@@ -98,7 +98,10 @@ class Stepper:
             y = batch.run()
         except StateLost as error:
             raise StateLost(str(error), slots) from error
-        outputs[rows] = y[:size, : outputs.shape[1]]
+        try:
+            outputs[rows] = y[:size, : outputs.shape[1]]
+        except Exception as error:
+            raise StateLost(f"the outputs could not be written: {error}", slots) from error
 
     @torch.inference_mode()
     def load(self, slots: I64, states: F32 | None) -> None:
