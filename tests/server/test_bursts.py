@@ -85,7 +85,10 @@ async def test_what_one_client_asks_together_is_answered_in_one_message() -> Non
 
 
 async def test_no_answer_waits_for_another_ones_frames() -> None:
-    turning, (handles, _) = made(window_frames=8, credit_frames=8)
+    turning, (handles, others) = made(window_frames=8, credit_frames=8)
+    turning.steps(1, others[:1], [0], one(), [0])
+    turning.turn(steps=False)  # now it is known that steps take no time, and there are runs
+    turning.sent.clear()
     turning.steps(0, handles[:1], [0], np.ones((3, 1, F), np.float32), [0])
     turning.take()
     turning.server.engine.schedule()
@@ -95,13 +98,13 @@ async def test_no_answer_waits_for_another_ones_frames() -> None:
     turning.steps(0, handles[1:2], [0], one(), [0])
     turning.steps(0, handles[2:], [0], one(np.nan), [0])  # nothing to compute
     turning.take()
-    assert sent(turning) == [(0, 5, [])]
+    assert sent(turning) == [(0, 6, [])]
     assert one_batch(turning) == 3  # of the one stream, before the others came
     turning.server.engine.schedule()
     assert one_batch(turning) == 2
-    assert sent(turning)[1:] == [(0, 1, []), (0, 4, [])]
+    assert sent(turning)[1:] == [(0, 2, []), (0, 5, [])]
     turning.turn()
-    assert sent(turning)[3:] == [(0, 2, []), (0, 3, [])]
+    assert sent(turning)[3:] == [(0, 3, []), (0, 4, [])]
 
 
 async def test_no_answer_waits_for_the_next_batch() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from instep.runtime.runs import MOST_STEPS
+from instep.runtime.runs import MOST_STEPS, Ended
 from instep.runtime.worker import Job
 from instep.server.server import Server
 from tests.support.gate import GATE_VALUE, Gate
@@ -43,7 +44,7 @@ def runs() -> Callable[[Server], list[tuple[int, ...]]]:
 async def test_a_chunk_is_stepped_in_runs(
     rng: np.random.Generator, runs: Callable[[Server], list[tuple[int, ...]]], tmp_path: Path
 ) -> None:
-    x = rng.standard_normal((2 * MOST_STEPS + 3, 2, F)).astype(np.float32)
+    x = rng.standard_normal((1 + 2 * MOST_STEPS + 3, 2, F)).astype(np.float32)
     recording = {"file": tmp_path / "r.instep", "queue_batches": 100}
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         server.engine.longest_run_ns = FOREVER_NS
@@ -53,7 +54,7 @@ async def test_a_chunk_is_stepped_in_runs(
         y = (await client.step(handles, [0, 0], x)).floats().reshape(len(x), 2, H)
         for column in range(2):
             np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:, column])[0])
-        assert shapes == [(MOST_STEPS, 2), (MOST_STEPS, 2), (3, 2)]
+        assert shapes == [(1, 2), (MOST_STEPS, 2), (MOST_STEPS, 2), (3, 2)], "the first step tells how long they take"
         assert server.statistics.batches_total == len(x)
         assert server.statistics.frames_total == x.shape[0] * 2
 
@@ -69,6 +70,42 @@ async def test_a_run_is_no_longer_than_others_may_wait(
         shapes = runs(server)
         await client.step(handles, [0], x)
         assert shapes == [(1, 1)] * 5
+
+
+async def test_the_length_of_a_run_comes_from_steps_of_its_own_size(
+    rng: np.random.Generator, runs: Callable[[Server], list[tuple[int, ...]]]
+) -> None:
+    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+        server.engine.longest_run_ns = 1000
+        await client.hello()
+        handles = (await client.open(*"abcdef")).handles()
+        shapes = runs(server)
+        submit = server._worker.submit
+
+        def timed(job: Job) -> None:
+            done, (_, streams) = job.done, shapes_of(job)
+
+            def done_after(ended: Ended, error: Exception | None) -> None:
+                step_ns = 10 if streams <= 4 else 1_000_000
+                done(replace(ended, ended_ns=ended.began_ns + ended.steps * step_ns), error)
+
+            job.done = done_after
+            submit(job)
+
+        server._worker.submit = timed  # type: ignore[method-assign]
+        small, large = [1, MOST_STEPS], [1, 1, 1]
+        for turn in range(2):
+            x = rng.standard_normal((1 + MOST_STEPS, 1, F)).astype(np.float32)
+            await client.step(handles[:1], [turn * len(x)], x)
+            await client.step(handles[1:], [turn * 3] * 5, rng.standard_normal((3, 5, F)).astype(np.float32))
+            assert shapes == [(steps, 1) for steps in small] + [(steps, 5) for steps in large]
+            shapes.clear()
+            small.reverse()
+
+
+def shapes_of(job: Job) -> tuple[int, ...]:
+    assert job.step is not None
+    return job.step[1].shape
 
 
 async def test_there_are_no_runs_while_others_wait(

@@ -79,8 +79,8 @@ class Engine:
         self._call_later = call_later
         self._most_answered = limits.max_block_frames
         self._runs_under_way = 0
-        self._step_ns = 0
-        """How long each of the newest steps took."""
+        self._step_ns: dict[int, int] = {}
+        """By bucket, how long each step of its newest run took."""
         self._hold_timer = False
         self.longest_run_ns = 1_000_000
         """How long, about, somebody who comes may wait for a run that is longer than one step."""
@@ -168,11 +168,11 @@ class Engine:
 
     def _step(self, slots: I64) -> None:
         """Begin a run: one step, or as many as these streams have frames for where nobody else waits."""
-        steps = self._run_length(slots)
+        bucket = self._stepper.bucket(len(slots))
+        steps = self._run_length(slots, bucket)
         seqs = self.table.step_seq[slots] + np.arange(steps)[:, None]
         rows = self.rings.take(slots, steps)
         were_kept = self.table.keeping.is_kept(slots)
-        bucket = self._stepper.bucket(len(slots))
         tickets = [self._tap.inputs(slots, *frames, bucket) for frames in zip(seqs, rows, strict=True)]
         self._runs_under_way += 1
 
@@ -181,16 +181,17 @@ class Engine:
 
         def done(ended: Ended, _: Exception | None) -> None:
             self._runs_under_way -= 1
-            self._ended(slots, rows, tickets, were_kept, ended)
+            self._ended(slots, rows, bucket, tickets, were_kept, ended)
 
         self._worker.submit(Job(lambda: run_steps(step, slots, rows), done, (slots, rows)))
         self.on_changed()  # after that: a snapshot says that it contains what it finds recorded
 
-    def _run_length(self, slots: I64) -> int:
+    def _run_length(self, slots: I64, bucket: int) -> int:
         if self.scheduler.ready_count:
             return 1  # somebody else's turn comes after each step
         pending = int((self.table.next_seq[slots] - self.table.step_seq[slots]).min())
-        return max(1, min(pending, MOST_STEPS, self._tap.room, self.longest_run_ns // max(self._step_ns, 1)))
+        step_ns = self._step_ns.get(bucket, self.longest_run_ns)  # one step, to see how long they take
+        return max(1, min(pending, MOST_STEPS, self._tap.room, self.longest_run_ns // max(step_ns, 1)))
 
     def _hold(self, hold_ns: int) -> None:
         if not self._hold_timer:
@@ -201,21 +202,21 @@ class Engine:
         self._hold_timer = False
         self.schedule()
 
-    def _ended(self, slots: I64, rows: I64, tickets: list[int], were_kept: Bool, ended: Ended) -> None:
+    def _ended(self, slots: I64, rows: I64, bucket: int, tickets: list[int], were_kept: Bool, ended: Ended) -> None:
         """A run over rows, int64 [steps, B], has ended, each step under its ticket."""
         steps = ended.steps
         numbers = self.rings.block[rows[:steps]].reshape(-1)
         self.rings.applied(slots, steps)
         if steps:
-            self._step_ns = (ended.ended_ns - ended.began_ns) // steps
+            self._step_ns[bucket] = step_ns = (ended.ended_ns - ended.began_ns) // steps
             self._statistics.batches_total += steps
             self._statistics.frames_total += len(numbers)
             for ticket, rows_of_step in zip(tickets, rows[:steps], strict=False):
-                self._tap.outputs(ticket, rows_of_step, self._step_ns)
+                self._tap.outputs(ticket, rows_of_step, step_ns)
         if ended.error is None:
             self.make_ready(self.rings.let_go(slots))
         if steps:
-            times_ns = ended.ended_ns - self._step_ns, ended.ended_ns
+            times_ns = ended.ended_ns - step_ns, ended.ended_ns
             self._tap.when_durable(tickets[steps - 1], lambda: self._deliver(numbers, *times_ns))
         if ended.error is not None:
             self._failed(slots, were_kept & (steps == 0), tickets[steps:], ended.error)
