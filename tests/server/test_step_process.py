@@ -11,6 +11,7 @@ import torch
 
 from instep.config import EngineConfig
 from instep.model.network import Network
+from instep.server import assembly
 from instep.server.assembly import steps_apart
 from instep.server.preparation import CannotServe
 from instep_client.wire import Code
@@ -76,7 +77,7 @@ async def test_the_death_of_the_process_ends_the_server() -> None:
 
 
 def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(assembly, "usable_cores", lambda: 2)
     assert steps_apart(EngineConfig(), CPU)
     assert not steps_apart(EngineConfig(steps_in="thread"), CPU)
     obstacles = [
@@ -88,7 +89,7 @@ def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -
         assert not steps_apart(engine, device)
         with pytest.raises(CannotServe, match=f"engine.steps_in is process, but {why}.*use auto or thread"):
             steps_apart(engine.model_copy(update={"steps_in": "process"}), device)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(assembly, "usable_cores", lambda: 1)
     assert not steps_apart(EngineConfig(), CPU)
     assert steps_apart(EngineConfig(steps_in="process"), CPU)
     monkeypatch.delattr(os, "fork")

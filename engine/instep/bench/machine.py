@@ -12,6 +12,7 @@ import torch
 import zmq
 
 from instep.model.numerics import processor
+from instep.runtime.cores import usable_cores
 
 
 def machine() -> str:
@@ -42,11 +43,6 @@ def facts() -> dict[str, Any]:
         },
         "threads": {"torch_of_engine": 1, "torch_of_bare_loops": torch.get_num_threads(), "producers": 1},
     }
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_average() -> list[float]:

@@ -24,6 +24,7 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
+from instep.runtime.cores import usable_cores
 from instep.runtime.shared_memory import shared_zeros
 from instep.runtime.step_process import StepProcess
 from instep.runtime.stepper import Stepper
@@ -164,7 +165,7 @@ def steps_apart(engine: EngineConfig, device: torch.device) -> bool:
             if is_there:
                 raise CannotServe(f"engine.steps_in is process, but {obstacle}; use auto or thread")
         return True
-    return engine.steps_in == "auto" and not any(obstacles.values()) and (os.cpu_count() or 1) > 1
+    return engine.steps_in == "auto" and not any(obstacles.values()) and usable_cores() > 1
 
 
 def _step_process(stepper: Stepper, rings: Rings, spin_us: int) -> StepProcess:

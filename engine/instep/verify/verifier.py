@@ -16,7 +16,6 @@ recorded, because the engine was killed as it computed them, are replayed but no
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -33,6 +32,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.recording.select import select_streams
 from instep.recording.sequences import SequenceIndex
+from instep.runtime.cores import usable_cores
 from instep.verify.check import ChunkCheck, Suspect, Ways, check_without_frames
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import device_for, find_conditions, recorded_threads
@@ -83,7 +83,7 @@ def verify(
     """
     with (
         recorded_threads(reader.header),
-        ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS), "instep-verify") as pool,
+        ThreadPoolExecutor(min(usable_cores(), MOST_THREADS), "instep-verify") as pool,
     ):
         reader.check_positions()
         found = {} if found_before is None else found_before
