@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import psutil
 import pytest
 
 from instep.core.typing import F32, I64
@@ -16,8 +18,17 @@ from instep.runtime.errors import StateLost
 from instep.runtime.runs import MOST_STEPS, Ended
 from instep.runtime.shared_memory import shared_zeros
 from instep.runtime.step_process import PLACES, StepFailed, StepProcess
+from instep.server.open_files import allow_open_files
 
 DEADLINE_S = 60
+MANY = 1024
+"""The first number of a file that `select` does not take."""
+
+
+def is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(DEADLINE_S * 1000))
 
 
 class Stepped:
@@ -36,7 +47,7 @@ class Stepped:
     def wait(self, count: int) -> list[Ended]:
         ended: list[Ended] = []
         while len(ended) < count:
-            assert select.select([self.process.signal_fd], [], [], DEADLINE_S)[0], "no step ended"
+            assert is_readable(self.process.signal_fd), "no step ended"
             ended += self.process.ended()
         return ended
 
@@ -89,10 +100,35 @@ def test_steps_are_taken_awake_or_asleep(spin_ns: int) -> None:
     process = StepProcess(step, 1, spin_ns)
     for _ in range(3):
         process.begin(np.array([1]), np.array([[5]]))
-        assert select.select([process.signal_fd], [], [], DEADLINE_S)[0]
+        assert is_readable(process.signal_fd)
         assert [ended.error for ended in process.ended()] == [None]
     process.stop()
     assert seen.tolist() == [0, 15]
+
+
+def test_a_server_with_many_files_open_has_a_process_as_well(
+    stepped: Callable[..., Stepped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, soft = os.pipe, allow_open_files(MANY + 100)
+    if soft < MANY + 100:
+        pytest.skip(f"no more than {soft} files may be open here")
+
+    def high_pipe() -> tuple[int, ...]:
+        low = pipe()
+        high = tuple(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, MANY) for fd in low)
+        for fd in low:
+            os.close(fd)
+        return high
+
+    monkeypatch.setattr(os, "pipe", high_pipe)
+    one = stepped()
+    assert one.process.signal_fd >= MANY
+    for _ in range(2):
+        process = psutil.Process(one.process._pid)
+        while process.status() not in (psutil.STATUS_SLEEPING, psutil.STATUS_ZOMBIE):
+            time.sleep(0)
+        one.process.begin(np.array([1]), np.array([[5]]))
+        assert [ended.error for ended in one.wait(1)] == [None]
 
 
 def test_what_a_step_raises_is_told_and_the_next_one_runs(stepped: Callable[..., Stepped]) -> None:
@@ -176,7 +212,7 @@ def test_nothing_that_the_server_has_open_is_held_open(stepped: Callable[..., St
     reading, writing = os.pipe()
     one = stepped()
     os.close(writing)
-    assert select.select([reading], [], [], DEADLINE_S)[0]
+    assert is_readable(reading)
     assert os.read(reading, 1) == b""  # the only end that was open is closed
     os.close(reading)
     one.process.begin(np.array([1]), np.array([[1]]))

@@ -169,7 +169,9 @@ def _read(commands: int, spin_ns: int) -> bytes:
             if time.monotonic_ns() < until_ns:
                 os.sched_yield()
             else:
-                select.select([commands], [], [])
+                waiting = select.poll()  # `select` takes no number above 1023
+                waiting.register(commands, select.POLLIN)
+                waiting.poll()
 
 
 def _close_all_but(*kept: int) -> None:
