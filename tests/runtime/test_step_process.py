@@ -208,6 +208,44 @@ def test_a_step_that_never_ends_is_killed(stepped: Callable[..., Stepped]) -> No
     assert one.seen[1].tolist() == [0, 0]
 
 
+@pytest.fixture
+def _no_zombies() -> Iterator[None]:
+    """The system takes ended processes away by itself, so nobody can wait for them."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("_no_zombies")
+@pytest.mark.parametrize("timeout_s", [None, DEADLINE_S])
+def test_it_is_stopped_where_ended_processes_leave_no_trace(
+    stepped: Callable[..., Stepped], timeout_s: float | None
+) -> None:
+    one = stepped()
+    pid = one.process._pid
+    one.process.begin(np.array([1]), np.array([[7]]))
+    one.process.stop(timeout_s)
+    assert one.seen[1].tolist() == [7, 1]
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.usefixtures("_no_zombies")
+def test_one_that_ends_just_before_it_is_killed_is_stopped_as_well(
+    stepped: Callable[..., Stepped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill = os.kill
+
+    def kill_too_late(pid: int, number: int) -> None:
+        while True:
+            kill(pid, number)  # until nobody is there
+
+    one = stepped(lambda slots, rows: time.sleep(10 * DEADLINE_S))
+    one.process.begin(np.array([1]), np.array([[1]]))
+    monkeypatch.setattr(os, "kill", kill_too_late)
+    one.process.stop(timeout_s=0.01)
+    assert one.seen[1].tolist() == [0, 0]
+
+
 def test_nothing_that_the_server_has_open_is_held_open(stepped: Callable[..., Stepped]) -> None:
     reading, writing = os.pipe()
     one = stepped()

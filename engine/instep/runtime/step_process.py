@@ -110,7 +110,8 @@ class StepProcess:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not _has_ended(self._pid, wait=deadline is None):
             if deadline is not None and time.monotonic() > deadline:
-                os.kill(self._pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # where SIGCHLD is ignored, it may be gone by now
+                    os.kill(self._pid, signal.SIGKILL)
                 deadline = None
             else:
                 time.sleep(_POLL_S)
