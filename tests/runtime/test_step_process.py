@@ -255,21 +255,32 @@ def test_nothing_that_the_server_has_open_is_held_open(stepped: Callable[..., St
     os.close(reading)
     one.process.begin(np.array([1]), np.array([[1]]))
     one.wait(1)
+    assert psutil.Process(one.process._pid).num_fds() == 3 + 2  # and its ends of the two pipes
 
 
 SERVER = """
-import os, signal, numpy as np
+import os, signal, sys, time, numpy as np
 from instep.runtime.step_process import StepProcess
-process = StepProcess(lambda slots, rows: None, 4)
+
+def step(slots, rows):
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+process = StepProcess(step, 4)
 print(process._pid, flush=True)
+if sys.argv[1] == "in a step":
+    process.begin(np.array([1]), np.array([[1]]))
+    time.sleep(600)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_it_ends_when_the_server_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        output = server.stdout.read()  # ends when nobody is left who could write: the process holds it open, too
+@pytest.mark.parametrize("when", ["at rest", "in a step"])
+def test_it_ends_when_the_server_is_killed(when: str) -> None:
+    if when == "in a step" and sys.platform != "linux":
+        pytest.skip("only Linux tells a process of the death of another")
+    with subprocess.Popen([sys.executable, "-c", SERVER, when], stdout=subprocess.PIPE, text=True) as server:
+        output, _ = server.communicate(timeout=DEADLINE_S)  # ends when nobody is left who could write, the process too
         assert int(output) > 0
     assert server.returncode == -signal.SIGKILL
 

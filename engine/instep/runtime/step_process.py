@@ -2,12 +2,14 @@
 
 The process is forked, so it has the network, and with it certification, just as the server has them; states and rings
 are shared memory (`shared_zeros`). What goes between the two are pipes with a byte a run, the number of a place in
-shared memory where the batch stands. Closing the pipe ends the process, also when the server is killed.
+shared memory where the batch stands. Closing the pipe ends the process after the run that is under way, so it ends when
+the server is killed; on Linux at once, also where a step never ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -30,6 +32,7 @@ _TEXT_BYTES: Final = 1024
 _FAILED: Final = 1
 _LOST: Final = 2
 _POLL_S: Final = 0.005
+_PR_SET_PDEATHSIG: Final = 1
 
 
 class StepFailed(Exception):
@@ -126,6 +129,7 @@ class StepProcess:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)  # the server says when it is over
+            _die_with_the_server()
             _close_all_but(0, 1, 2, commands, endings)
             os.set_blocking(commands, False)
             while places := _read(commands, spin_ns):
@@ -173,6 +177,12 @@ def _read(commands: int, spin_ns: int) -> bytes:
                 waiting = select.poll()  # `select` takes no number above 1023
                 waiting.register(commands, select.POLLIN)
                 waiting.poll()
+
+
+def _die_with_the_server() -> None:
+    """Strictly, with the thread that forked: the one of the server's loop, which ends after this process."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _close_all_but(*kept: int) -> None:
