@@ -246,6 +246,47 @@ def test_one_that_ends_just_before_it_is_killed_is_stopped_as_well(
     assert one.seen[1].tolist() == [0, 0]
 
 
+def test_one_that_does_not_answer_is_killed(stepped: Callable[..., Stepped]) -> None:
+    one = stepped()
+    pid = one.process._pid
+    os.kill(pid, signal.SIGSTOP)
+    one.process.stop(timeout_s=0.01)
+    assert not psutil.pid_exists(pid)
+
+
+def test_an_interrupted_stop_is_not_repeated_on_what_others_have_opened_since(
+    stepped: Callable[..., Stepped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = stepped(lambda slots, rows: time.sleep(10 * DEADLINE_S))
+    pid = one.process._pid
+
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    one.process.begin(np.array([1]), np.array([[1]]))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.process.stop(timeout_s=DEADLINE_S)
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
+    one.process.stop()
+    for fd in others:
+        os.close(fd)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_where_there_can_be_no_process_nothing_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", fork)
+    before = psutil.Process().num_fds()
+    with pytest.raises(BlockingIOError):
+        StepProcess(lambda slots, rows: None, 4)
+    assert psutil.Process().num_fds() == before
+
+
 def test_nothing_that_the_server_has_open_is_held_open(stepped: Callable[..., Stepped]) -> None:
     reading, writing = os.pipe()
     one = stepped()

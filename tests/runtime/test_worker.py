@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -160,6 +160,23 @@ def test_a_job_waits_for_the_steps_before_it_and_a_step_for_the_jobs_before_it()
     jobs = [("first", None), ("second", None)]
     steps = [(number, Ended(number - 1, number, 1, None), None) for number in (1, 2, 3)]
     assert caller.log == [steps[0], *jobs, *steps[1:], ("third", None)]
+    caller.worker.stop()
+
+
+def test_the_process_is_stopped_whatever_becomes_of_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    never_started = HandProcess()
+    Worker(lambda _: None, lambda _: None, cast(Any, never_started)).stop(3.0)
+    assert never_started.stopped_after == [3.0]
+    caller = StepCaller()
+
+    def interrupted(_: float | None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caller.worker._thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            caller.worker.stop(3.0)
+    assert caller.process.stopped_after == [3.0]
     caller.worker.stop()
 
 

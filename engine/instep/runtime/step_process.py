@@ -64,9 +64,14 @@ class StepProcess:
         commands, self._commands = os.pipe()
         self.signal_fd, endings = os.pipe()
         """Becomes readable when a step has ended, and when the process has."""
-        with warnings.catch_warnings():  # Python 3.12 warns of threads, as numpy's BLAS has; the child starts none
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._pid = os.fork()
+        try:
+            with warnings.catch_warnings():  # Python 3.12 warns of threads, as numpy's BLAS has; the child starts none
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._pid = os.fork()
+        except OSError:
+            for fd in (commands, self._commands, self.signal_fd, endings):
+                os.close(fd)
+            raise
         if self._pid == 0:
             self._live(step, commands, endings, spin_ns)
         os.close(commands)
@@ -109,17 +114,19 @@ class StepProcess:
         """Let it finish what has begun, then end; after `timeout_s` it is killed. May be called twice."""
         if self._pid == 0:
             return
+        pid, self._pid = self._pid, 0
         os.close(self._commands)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not _has_ended(self._pid, wait=deadline is None):
-            if deadline is not None and time.monotonic() > deadline:
-                with contextlib.suppress(ProcessLookupError):  # where SIGCHLD is ignored, it may be gone by now
-                    os.kill(self._pid, signal.SIGKILL)
-                deadline = None
-            else:
-                time.sleep(_POLL_S)
-        os.close(self.signal_fd)
-        self._pid = 0
+        try:
+            while not _has_ended(pid, wait=deadline is None):
+                if deadline is not None and time.monotonic() > deadline:
+                    with contextlib.suppress(ProcessLookupError):  # where SIGCHLD is ignored, it may be gone by now
+                        os.kill(pid, signal.SIGKILL)
+                    deadline = None
+                else:
+                    time.sleep(_POLL_S)
+        finally:
+            os.close(self.signal_fd)
 
     # ── In the other process ───────────────────────────────────────────────────────────────────────────────────────
 

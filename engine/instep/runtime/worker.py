@@ -95,10 +95,13 @@ class Worker:
 
     def stop(self, timeout_s: float | None = None) -> None:
         """Run what has begun, then end both; after `timeout_s` the thread is left alone and the process is killed."""
-        self._jobs.put(None)
-        self._thread.join(timeout_s)
-        if self.process is not None:
-            self.process.stop(timeout_s)
+        try:
+            if self._thread.ident is not None:  # it was started
+                self._jobs.put(None)
+                self._thread.join(timeout_s)
+        finally:
+            if self.process is not None:
+                self.process.stop(timeout_s)
 
     def _run(self) -> None:
         try:

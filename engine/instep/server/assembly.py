@@ -127,7 +127,7 @@ def make_server(
             if apart:
                 # Before the socket: ZeroMQ's threads are not forked.
                 process = _step_process(stepper, streams.rings, config.engine.spin_us)
-                undo.callback(process.stop)
+                undo.callback(process.stop, 0.0)  # it has nothing to finish
             router = Router(config.transport)
             undo.callback(router.close)
             if config.recording.file is not None:
