@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
 from instep.runtime.worker import Worker
+from instep.server.cold import RecordedStates
+from instep.server.postbox import Postbox
+from instep.server.transport import Router
 from instep_client.wire import Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
@@ -63,6 +67,40 @@ async def test_a_snapshot_that_is_not_ready_when_time_is_up_does_not_count(
             y = await client.step(resumed.handles()[column : column + 1], [seq], x[seq : seq + 1, column : column + 1])
             truth, _ = whole(SMALL, x[: seq + 1, column])
             np.testing.assert_array_equal(y.floats(), truth[seq])
+
+
+CLOSINGS: list[tuple[type, str]] = [
+    (Postbox, "broadcast"),
+    (Worker, "stop"),
+    (RecordedStates, "close"),
+    (Recorder, "stop"),
+    (Router, "close"),
+]
+
+
+@pytest.mark.parametrize("failing", range(len(CLOSINGS)))
+async def test_what_cannot_be_closed_leaves_nothing_else_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    closed: list[str] = []
+
+    def note(kind: type, verb: str, is_failing: bool) -> None:
+        close = getattr(kind, verb)
+
+        def noted(*arguments: object) -> None:
+            close(*arguments)
+            closed.append(f"{kind.__name__}.{verb}")
+            if is_failing:
+                raise RuntimeError("injected")
+
+        monkeypatch.setattr(kind, verb, noted)
+
+    engine = {"max_streams": 40, "device_streams": 8, "host_streams": 12, "max_batch_size": 8}
+    failure = "a bug in the server's loop: RuntimeError('injected')"
+    async with running(SMALL, engine=engine, recording={"file": tmp_path / "r.instep"}, failure=failure):
+        for number, (kind, verb) in enumerate(CLOSINGS):
+            note(kind, verb, number == failing)
+    assert closed == [f"{kind.__name__}.{verb}" for kind, verb in CLOSINGS]
 
 
 async def test_a_snapshot_is_not_taken_while_one_is_under_way(tmp_path: Path) -> None:

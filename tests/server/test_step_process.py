@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from instep.config import EngineConfig
 from instep.model.network import Network
+from instep.runtime.worker import Worker
 from instep.server import assembly
+from instep.server import server as server_module
 from instep.server.assembly import steps_apart
 from instep.server.preparation import CannotServe
 from instep_client.wire import Code
@@ -74,6 +79,60 @@ async def test_the_death_of_the_process_ends_the_server() -> None:
         os.kill(process._pid, signal.SIGKILL)
         goodbye = await client.receive()
         assert "the step worker died" in str(goodbye.header)
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+async def test_a_step_that_never_ends_ends_with_the_server(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    def hangs(self: Network, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        time.sleep(600)
+        raise AssertionError
+
+    monkeypatch.setattr(Network, "advance", hangs)
+    monkeypatch.setattr(server_module, "_FORCED_JOIN_S", 0.05)
+    failure = "draining took longer than shutdown.drain_timeout_s = 0.05"
+    if is_killed:
+        failure = "the step worker died: EOFError('the process that steps is gone')"
+    x = rng.standard_normal((1, 1, F)).astype(np.float32)
+    shutdown = {"drain_timeout_s": 0.05}
+    async with (
+        running(SMALL, engine=APART, failure=failure, shutdown=shutdown) as server,
+        RawClient(server.endpoint) as client,
+    ):
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        process = server._worker.process
+        assert process is not None
+        pid = process._pid
+        await client.send(*client.step_message(handles, [0], x))
+        while not server.engine._runs_under_way:
+            await asyncio.sleep(0.001)
+        if is_killed:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            server.stop()
+        assert failure in str((await client.receive()).header)
+    assert not psutil.pid_exists(pid)
+    assert server.unanswered_blocks == 1
+
+
+async def test_without_a_thread_for_the_rest_there_is_no_server_and_nothing_stays_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(self: Worker) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Worker, "start", start)
+    serving = running(SMALL, engine=APART)
+    server = await serving.__aenter__()
+    process = server._worker.process
+    assert process is not None
+    pid = process._pid
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        await serving.__aexit__(None, None, None)
+    assert not psutil.pid_exists(pid)
+    assert server._router._socket.closed
 
 
 def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from instep.core.rings import Rings
 from instep.core.streams import NO_OWNER, StreamTable
 from instep.core.typing import I64
 from instep.recording.states import StateRows
+from instep.recording.writer import RecordingWriter
 from instep.runtime.errors import StateLost
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
@@ -158,3 +159,8 @@ class Rotation:
         self.paused_ns = time.monotonic_ns() - self._paused_at_ns
         self._tap.on_reset = lambda slots: None
         self._tap.is_paused = False
+
+
+def age_ns(writer: RecordingWriter | None) -> int:
+    """How long ago the newest file of the recording began."""
+    return 0 if writer is None else max(time.time_ns() - writer.began.created_ns, 0)

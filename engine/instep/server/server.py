@@ -25,7 +25,7 @@ from instep.server.evictions import Evictions
 from instep.server.lifecycle import Lifecycle
 from instep.server.postbox import Postbox
 from instep.server.recovery import Recovery
-from instep.server.rotation import Rotation
+from instep.server.rotation import Rotation, age_ns
 from instep.server.snapshots import Snapshots
 from instep.server.statistics import Statistics
 from instep.server.streams import Streams
@@ -140,7 +140,7 @@ class Server:
             self._step_failed,
             config.recording.max_bytes,
             round(config.recording.max_age_s * 1e9),
-            began_ns=time.monotonic_ns() - _age_ns(writer),
+            began_ns=time.monotonic_ns() - age_ns(writer),
         )
         self._rotation.on_state_lost = self.engine.on_state_lost
         self._verbs = Verbs(
@@ -188,12 +188,13 @@ class Server:
 
     async def serve(self) -> None:
         """Serve until `stop` or a failure; then drain, say goodbye and close."""
-        self._worker.start()
-        self._loop.add_reader(self._router.signal_fd, self._guarded, self._pump)
-        if (process := self._worker.process) is not None:
-            self._loop.add_reader(process.signal_fd, self._guarded, self._steps_ended)
+        process = self._worker.process
         ticking = self._loop.create_task(self._tick())
         try:
+            self._worker.start()
+            self._loop.add_reader(self._router.signal_fd, self._guarded, self._pump)
+            if process is not None:
+                self._loop.add_reader(process.signal_fd, self._guarded, self._steps_ended)
             await self._stopping.wait()
             await self._drain()
         finally:
@@ -201,8 +202,8 @@ class Server:
             if process is not None:
                 self._loop.remove_reader(process.signal_fd)
             ticking.cancel()
-            await asyncio.gather(ticking, return_exceptions=True)
             self._close()
+            await asyncio.gather(ticking, return_exceptions=True)
 
     def _guarded(self, work: Callable[[], T]) -> T | None:
         """Run work of the loop; what it raises is a bug that would leave clients waiting, so it ends the server."""
@@ -211,9 +212,12 @@ class Server:
         try:
             return work()
         except Exception as error:
-            self._log.exception("bug in the server's loop")
-            self.fail(f"a bug in the server's loop: {error!r}")
+            self._bug(error)
             return None
+
+    def _bug(self, error: Exception) -> None:
+        self._log.exception("bug in the server's loop")
+        self.fail(f"a bug in the server's loop: {error!r}")
 
     def _pump(self) -> None:
         """Collect what has arrived, then schedule.
@@ -339,16 +343,24 @@ class Server:
 
     def _close(self) -> None:
         self._stopped = True
-        why = self.failure or "it was asked to"
-        self._postbox.broadcast(replies.goodbye(f"the server is shutting down: {why}"), time.monotonic_ns())
-        self._worker.stop(self.config.shutdown.drain_timeout_s if self._drains else _FORCED_JOIN_S)
-        if self._cold is not None:
-            self._cold.close()
-        if self._recorder is not None:
-            self._recorder.stop()
-            if self._recorder.failed is not None and self.failure is None:
-                self._recording_failed(self._recorder.failed)
-        self._router.close()
+        timeout_s = self.config.shutdown.drain_timeout_s if self._drains else _FORCED_JOIN_S
+        goodbye = replies.goodbye(f"the server is shutting down: {self.failure or 'it was asked to'}")
+        try:
+            with contextlib.ExitStack() as closing:  # from the last to the first, each whatever the others raise
+                closing.callback(self._router.close)
+                if self._recorder is not None:
+                    closing.callback(self._stop_recorder, self._recorder)
+                if self._cold is not None:
+                    closing.callback(self._cold.close)
+                closing.callback(self._worker.stop, timeout_s)
+                closing.callback(self._postbox.broadcast, goodbye, time.monotonic_ns())
+        except Exception as error:
+            self._bug(error)
+
+    def _stop_recorder(self, recorder: Recorder) -> None:
+        recorder.stop()
+        if recorder.failed is not None and self.failure is None:
+            self._recording_failed(recorder.failed)
 
     def _start_recorder(self, writer: RecordingWriter | None) -> Recorder | None:
         if writer is None:
@@ -385,8 +397,3 @@ class Server:
 
     def _step_failed(self, error: Exception | None, streams: int) -> None:
         self._log.error("step failed", error=repr(error), streams=streams)
-
-
-def _age_ns(writer: RecordingWriter | None) -> int:
-    """How long ago the newest file of the recording began."""
-    return 0 if writer is None else max(time.time_ns() - writer.began.created_ns, 0)
