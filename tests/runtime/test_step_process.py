@@ -17,7 +17,7 @@ from instep.core.typing import F32, I64
 from instep.runtime.errors import StateLost
 from instep.runtime.runs import MOST_STEPS, Ended
 from instep.runtime.shared_memory import shared_zeros
-from instep.runtime.step_process import PLACES, StepFailed, StepProcess
+from instep.runtime.step_process import PLACES, StepFailed, StepProcess, _Commands
 from instep.server.open_files import allow_open_files
 
 DEADLINE_S = 60
@@ -336,3 +336,39 @@ def test_what_does_not_fit_is_a_memory_error() -> None:
     assert zeros.sum() == 0
     zeros[1] = 5
     assert zeros.tolist()[1] == [5, 5, 5]
+
+
+def test_it_looks_for_the_next_run_only_while_they_come_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands, to_it = os.pipe()
+    runs, now, due, looks = _Commands(commands, spin_ns=10), 0, 0, 0
+
+    def look() -> None:
+        nonlocal now, looks
+        now, looks = now + 1, looks + 1
+        if now == due:
+            os.write(to_it, b"\1")
+
+    class Asleep:
+        def poll(self) -> None:
+            nonlocal now
+            now = due
+            os.write(to_it, b"\1")
+
+    def looks_for(wait: int) -> int:
+        """How often it looked for a run that comes so late."""
+        nonlocal due, looks
+        due, looks = now + wait, 0
+        assert runs.read() == b"\1"
+        return looks
+
+    monkeypatch.setattr(runs, "_signal", Asleep())
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now)
+    monkeypatch.setattr(os, "sched_yield", look)
+    try:
+        assert [looks_for(5) for _ in range(3)] == [5, 5, 5]
+        assert [looks_for(100) for _ in range(10)] == [10] * 8 + [0, 0]
+        assert looks_for(5) == 0  # this one it would have seen
+        assert [looks_for(5), looks_for(100), looks_for(100)] == [5, 10, 10]
+    finally:
+        os.close(commands)
+        os.close(to_it)

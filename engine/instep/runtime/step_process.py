@@ -32,6 +32,7 @@ _TEXT_BYTES: Final = 1024
 _FAILED: Final = 1
 _LOST: Final = 2
 _POLL_S: Final = 0.005
+_ENOUGH_LONG_WAITS: Final = 8
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -138,8 +139,8 @@ class StepProcess:
                 signal.signal(number, signal.SIG_IGN)  # the server says when it is over
             _die_with_the_server()
             _close_all_but(0, 1, 2, commands, endings)
-            os.set_blocking(commands, False)
-            while places := _read(commands, spin_ns):
+            runs = _Commands(commands, spin_ns)
+            while places := runs.read():
                 for place in places:
                     self._run(step, place)
                     os.write(endings, bytes((place,)))
@@ -172,18 +173,34 @@ def _has_ended(pid: int, *, wait: bool) -> bool:
         return True
 
 
-def _read(commands: int, spin_ns: int) -> bytes:
-    until_ns = time.monotonic_ns() + spin_ns
-    while True:
-        try:
-            return os.read(commands, PLACES)
-        except BlockingIOError:
-            if time.monotonic_ns() < until_ns:
-                os.sched_yield()
-            else:
-                waiting = select.poll()  # `select` takes no number above 1023
-                waiting.register(commands, select.POLLIN)
-                waiting.poll()
+class _Commands:
+    """Runs as they come. It looks for the next one for a while, unless the last ones all came later than that."""
+
+    def __init__(self, fd: int, spin_ns: int) -> None:
+        self._fd = fd
+        self._spin_ns = spin_ns
+        self._long_waits = 0
+        """How many of the last waits were longer than it looks."""
+        self._signal = select.poll()  # `select.select` takes no number above 1023
+        self._signal.register(fd, select.POLLIN)
+        os.set_blocking(fd, False)
+
+    def read(self) -> bytes:
+        """The places of runs, at least one; nothing when there will be none."""
+        began_ns = time.monotonic_ns()
+        until_ns = began_ns + (self._spin_ns if self._long_waits < _ENOUGH_LONG_WAITS else 0)
+        while True:
+            try:
+                places = os.read(self._fd, PLACES)
+                break
+            except BlockingIOError:
+                if time.monotonic_ns() < until_ns:
+                    os.sched_yield()
+                else:
+                    self._signal.poll()
+        is_long = time.monotonic_ns() - began_ns > self._spin_ns
+        self._long_waits = self._long_waits + 1 if is_long else 0
+        return places
 
 
 def _die_with_the_server() -> None:
