@@ -199,6 +199,7 @@ class Node:
             lambda error, streams: None,
             lambda delay_s, work: None,
         )
+        self.engine._step_ns[sizes.batch] = 0  # so that there are runs from the first step on
         self.lifecycle = Lifecycle(
             table,
             rings,

@@ -299,7 +299,7 @@ def test_the_fused_step_is_used_where_its_bits_are_those_of_torch(monkeypatch: p
 
 @pytest.mark.parametrize("bucket", [4, 32, 64])
 def test_a_fused_step_whose_bits_seldom_differ_is_left_out(monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
-    """So seldom that it shows in no more values than a bucket of the largest size has."""
+    """The first batches of a bucket do not show it."""
     network = Network(make_model(PLAIN, "random", name="fused", seed=1), CPU)
     advance, values = like_torch(network), 0
 

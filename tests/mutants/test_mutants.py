@@ -56,6 +56,20 @@ MUTANTS = [
         ("tests/model/test_certify.py::test_a_fused_step_with_other_bits_is_left_out",),
     ),
     Mutant(
+        "a small bucket of the fused step is compared over one batch",
+        "model/certify.py",
+        "for _ in range(0, count, bucket):",
+        "for _ in range(1):",
+        ("tests/model/test_certify.py::test_a_fused_step_whose_bits_seldom_differ_is_left_out",),
+    ),
+    Mutant(
+        "a stream goes on from a state whose output nobody got",
+        "runtime/stepper.py",
+        'raise StateLost(f"the outputs could not be written: {error}", slots) from error',
+        "raise",
+        (f"{STEPPER}::test_a_step_whose_outputs_cannot_be_written_loses_the_states_of_its_batch",),
+    ),
+    Mutant(
         "two frames of a stream in one batch",
         "core/rings.py",
         "slots[had_nothing & (fresh > 0)",

@@ -3,8 +3,8 @@
 torch promises none of this, so it is measured at start. Probe rows, each a random frame with a random state, go through
 every candidate bucket: at every position, beside hostile neighbours (NaN, infinity, huge values), beside other probes,
 and above rows of padding. A bucket in which one probe got two answers is out. Of the others, those that give every
-probe the same bits belong together. Before that the fused step is compared with torch's, over as many rows in every
-bucket; after it, whole sequences in one call with stepping.
+probe the same bits belong together. Before that the fused step is compared with torch's, over as many rows in a small
+bucket as in a large one; after it, whole sequences in one call with stepping.
 
 It is a measurement, not a proof: it notices every difference that these rows show, in any bit of any output or state.
 Its numbers are seeded, so a start repeats what the last one found.
@@ -105,7 +105,7 @@ def certify(network: Network, candidates: Sequence[int]) -> Certification:
 
 
 def _fused_is_same(network: Network, bucket: int, count: int) -> bool:
-    """Whether both steps give at least `count` rows, ever other ones in batches of this bucket, the same bits."""
+    """Whether both steps give at least `count` rows, in ever other batches of this size, the same bits."""
     random = np.random.default_rng(2)
     for _ in range(0, count, bucket):
         x = torch.from_numpy(_random_frames(network, random, bucket)).to(network.device)
