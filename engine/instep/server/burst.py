@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from instep.core.blocks import BlockTable
+from instep.core.rings import Rings
 from instep.core.typing import F32, I32, U64
 from instep.server.clients import Client
 
@@ -85,36 +87,50 @@ def apart(steps: list[Step]) -> Iterator[list[Step]]:
 
 
 class Burst:
-    """Gathers messages until they are taken; what it holds has no place in rings and blocks yet."""
+    """Gathers messages until they are taken; what it holds has no place in rings and blocks yet.
 
-    def __init__(self) -> None:
-        self.frames = 0
-        """Frames of all messages together."""
+    From the first message that it holds until they are taken nothing else may be admitted, stepped or answered.
+
+    Args:
+        rings: whose room there must be.
+        blocks: whose room there must be.
+        credit_frames: how many unanswered frames a client may have.
+    """
+
+    def __init__(self, rings: Rings, blocks: BlockTable[Client], credit_frames: int) -> None:
+        self._rings = rings
+        self._blocks = blocks
+        self._credit_frames = credit_frames
         self._steps: list[Step] = []
-        self._frames_of: dict[int, int] = {}
+        self._frames = self._room_frames = self._room_blocks = 0
+        self._credit_of: dict[int, int] = {}
+        """What is left of it, by the client's number."""
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def frames_of(self, client: Client) -> int:
-        """Frames of one client's messages."""
-        return self._frames_of.get(client.number, 0)
-
-    def goes_with(self, message: Step) -> bool:
-        """Whether a message may be joined with those that are here, if any are: it is of as many timesteps."""
-        steps = self._steps
-        return not steps or (message.timesteps == steps[0].timesteps and self.frames + message.frames <= _MOST_FRAMES)
-
-    def add(self, message: Step) -> None:
-        """Gather a message that goes with the others."""
-        frames, number = message.frames, message.client.number
-        self._steps.append(message)
-        self.frames += frames
-        self._frames_of[number] = self._frames_of.get(number, 0) + frames
+    def takes(self, message: Step) -> bool:
+        """Gather a message, if there is room for it and it goes with those that are here: of as many timesteps."""
+        steps, frames, number = self._steps, message.frames, message.client.number
+        if not steps:
+            self._room_frames, self._room_blocks = self._rings.room, self._blocks.room
+        elif message.timesteps != steps[0].timesteps or self._frames + frames > _MOST_FRAMES:
+            return False
+        credit = self._credit_of.get(number)
+        if credit is None:
+            credit = self._credit_frames - message.client.frames_unanswered
+        over_credit = frames > credit
+        over_room = self._frames + frames > self._room_frames or len(steps) >= self._room_blocks
+        if over_credit or over_room:
+            return False
+        self._credit_of[number] = credit - frames
+        self._frames += frames
+        steps.append(message)
+        return True
 
     def take(self) -> list[Step]:
         """All messages, in the order in which they came; none are left."""
         steps, self._steps = self._steps, []
-        self.frames = 0
-        self._frames_of.clear()
+        self._frames = 0
+        self._credit_of.clear()
         return steps

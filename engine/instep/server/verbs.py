@@ -61,7 +61,7 @@ class Verbs:
         self._info = info
         self._limits = limits
         self._statistics = statistics
-        self._burst = Burst()
+        self._burst = Burst(engine.rings, engine.blocks, limits.credit_frames)
         self.draining = False
         """While True, nothing new is admitted."""
         self._verbs: dict[Kind, Callable[[Client, Header, list[bytes]], None]] = {
@@ -346,22 +346,13 @@ class Verbs:
         wire.check_size(frames[1], wire.COLUMN_BYTES, (columns,), "columns")
         self._refuse_what_is_new()
         step = Step(client, header.request, timesteps, columns, block_frames, frames[1], frames[2])
-        # Of what was gathered, frames may yet be refused: whether they leave room is known when they are admitted.
-        goes_with = self._burst.goes_with(step) and self._has_room(step)
-        if not goes_with:
-            self.admit_taken()
-            if not self._has_room(step):
-                self._statistics.busy_total += 1
-                raise Refusal(Code.BUSY, retry_after_us=_BUSY_RETRY_US)
-        self._burst.add(step)
-        return goes_with
-
-    def _has_room(self, step: Step) -> bool:
-        """Whether a message can be admitted beside those that were gathered."""
-        burst, engine, client, frames = self._burst, self._engine, step.client, step.frames
-        over_credit = client.frames_unanswered + burst.frames_of(client) + frames > self._limits.credit_frames
-        over_room = burst.frames + frames > engine.rings.room or len(burst) >= engine.blocks.room
-        return not (over_credit or over_room)
+        if self._burst.takes(step):
+            return True
+        self.admit_taken()  # frames of what was gathered may be refused, and leave room
+        if not self._burst.takes(step):
+            self._statistics.busy_total += 1
+            raise Refusal(Code.BUSY, retry_after_us=_BUSY_RETRY_US)
+        return False
 
     def _close(self, client: Client, header: Header, frames: list[bytes]) -> None:
         count = self._count_with_states(header.fields[0])
