@@ -9,7 +9,7 @@ import torch
 
 from instep.model.ulp import ulp_distance
 from instep.verify import bound as bounds
-from instep.verify.bound import FACTOR, FLOOR, ErrorBound, absolute_error, largest_errors
+from instep.verify.bound import FACTOR, FLOOR, ErrorBound, LeastBound, absolute_error, largest_errors
 from instep.verify.reference import Reference
 from tests.support.recordings import gru_description
 
@@ -83,6 +83,25 @@ def test_the_bound_is_as_stated() -> None:
     assert later[:, 0].tolist() == [limits[1, 0]] * 2, "errors last, and rows without a frame do not count"
     assert bound.of_states(np.full((1, 1, 1), 8.0)).tolist() == [8 * (FACTOR * relative + FLOOR)]
     assert bound.of_states(np.full((1, 1, 1), 16.0)).tolist() == [16 * (FACTOR * 0.5 + FLOOR)]
+
+
+def test_the_least_bound_is_that_of_runs_without_an_error() -> None:
+    truth = np.array([[1.0, -4.0], [NAN, 8.0], [-2.0, 16.0], [0.25, 0.0]])[:, :, None]
+    valid = np.array([[True, True], [True, True], [True, False], [True, False]])
+    least = LeastBound(2)
+    first, second = least.of_outputs(truth[:2], valid[:2]), least.of_outputs(truth[2:], valid[2:])
+    assert (np.concatenate([first, second]) / FLOOR).tolist() == [[1, 4], [1, 8], [2, 8], [2, 8]]
+    assert (least.of_states(np.array([[[0.5], [3.0]], [[-2.0], [INF]]])) / FLOOR).tolist() == [2, 3]
+
+
+def test_the_least_bound_is_never_above_the_bound() -> None:
+    truth = np.random.default_rng(0).standard_normal((50, 9, 4)) * np.arange(1, 51)[:, None, None]
+    valid = np.ones((50, 9), np.bool_)
+    bound = bound_of(Given([0.0] * 50, state=0.0), 9)
+    rounded = (truth + 1e-6).astype(np.float32)[:, :, None]
+    assert (LeastBound(9).of_outputs(truth, valid) < bound.of_outputs(truth, rounded, valid)).all()
+    state = truth[:1]
+    assert (LeastBound(9).of_states(state) < bound.of_states(np.zeros((1, 9, 1)) + state[:, :, :1])).all()
 
 
 @pytest.mark.parametrize(("rows", "copies"), [(1, 8), (3, 3), (7, 2), (8, 1), (100, 1)])

@@ -37,6 +37,37 @@ BLOCK_BYTES: Final = 2**18
 """Of the differences that are looked at together."""
 
 
+class LeastBound:
+    """What the bound is at least, whatever float32 does with the frames: the last term alone, found without a run.
+
+    What is within it is within the bound. What is not may be within the bound all the same.
+
+    Args:
+        rows: how many streams.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._scale: F64 = np.ones(rows)
+
+    def of_outputs(self, truth: F64, valid: Bool) -> F64:
+        """The least bounds of the next timesteps.
+
+        Args:
+            truth: the reference's outputs in float64 [T, R, outputs].
+            valid: [T, R]: whether the row has a frame there.
+
+        Returns:
+            [T, R].
+        """
+        scales = _scales(truth, valid, self._scale)
+        self._scale = scales[-1]
+        return scales * FLOOR
+
+    def of_states(self, truth: F64) -> F64:
+        """The least bounds of the final states [layers, R, hidden size], as [R]."""
+        return _state_scale(truth) * FLOOR
+
+
 class ErrorBound:
     """The bound of some streams, frame after frame.
 
@@ -87,7 +118,7 @@ class ErrorBound:
         error = largest_errors(rounded[:, :, 0], truth)
         for copy in range(1, self._copies):
             error = np.maximum(error, largest_errors(rounded[:, :, copy], truth))
-        scales = np.maximum(np.maximum.accumulate(np.where(valid, _magnitudes(truth), 0)), self._scale)
+        scales = _scales(truth, valid, self._scale)
         relative = np.where(valid & np.isfinite(error), error / scales, 0).max(axis=1)
         relative = np.maximum(np.maximum.accumulate(relative), self._relative_error)
         self._scale, self._relative_error = scales[-1], float(relative[-1])
@@ -98,7 +129,7 @@ class ErrorBound:
         layers, rows, size = truth.shape
         rounded = self._states.reshape(layers, rows, self._copies, size)
         error = absolute_error(rounded, truth[:, :, None]).max(axis=(0, 2, 3))
-        scale = np.maximum(_magnitudes(truth).max(axis=0), 1)
+        scale = _state_scale(truth)
         relative = max(float((np.where(np.isfinite(error), error, 0) / scale).max()), self._relative_error)
         bound: F64 = scale * (FACTOR * relative + FLOOR)
         return bound
@@ -141,6 +172,18 @@ def as_float32(truth: F64) -> F32:
     """Rounded to float32; infinity beyond its range."""
     with np.errstate(over="ignore"):
         return truth.astype(np.float32)
+
+
+def _scales(truth: F64, valid: Bool, before: F64) -> F64:
+    """The scales [T, R] of outputs [T, R, outputs], from those before them [R]."""
+    scales: F64 = np.maximum(np.maximum.accumulate(np.where(valid, _magnitudes(truth), 0)), before)
+    return scales
+
+
+def _state_scale(truth: F64) -> F64:
+    """The scales of final states [layers, R, hidden size], as [R]."""
+    scale: F64 = np.maximum(_magnitudes(truth).max(axis=0), 1)
+    return scale
 
 
 def _magnitudes(values: F64) -> F64:

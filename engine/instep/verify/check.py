@@ -1,12 +1,18 @@
-"""One chunk of streams, computed again in three ways and compared."""
+"""One chunk of streams, computed again in three ways, each by itself, and compared.
+
+Each way is computed and compared from the first frame to the last without waiting for another, in a thread of the pool,
+with `LeastBound` as the limit. That settles a chunk unless something is farther off. Then it is checked once more, all
+ways side by side, with the bound itself (see `bound`), for which the reference has to run in float32, too. A limit that
+decides nothing need not be known: the result is the same.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future, wait
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -14,26 +20,28 @@ from instep.core.typing import F32
 from instep.model.network import Network
 from instep.recording.records import StreamInfo
 from instep.recording.sequences import Stretch
-from instep.verify.bound import F64, LEAST_RUNS, ErrorBound
+from instep.verify.bound import F64, FLOOR, LEAST_RUNS, ErrorBound, LeastBound
 from instep.verify.chunks import Chunk, Span
 from instep.verify.comparison import Comparison
 from instep.verify.conditions import Conditions
+from instep.verify.networks import Networks
 from instep.verify.reference import Reference
 from instep.verify.replay import replay_stepped, replay_whole
-from instep.verify.report import Place, StreamReport, Verdict
+from instep.verify.report import Place, StreamReport, Verdict, Way
 
 PART_FRAMES: Final = 4096
 """What is computed frame by frame is computed and compared in parts of about so many, whose values stay in a cache."""
-AHEAD: Final = 2
-"""Parts that are computed or wait for it while an earlier one is compared."""
+
+_Found: TypeAlias = tuple[Comparison, Comparison, Comparison]
+"""Stepped, whole sequence, float64 reference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What computes. The two networks are one model twice, so that two threads can use them."""
+    """What computes."""
 
-    stepped: Network
-    whole: Network
+    networks: Networks
+    """For stepping and for whole sequences."""
     truth: Reference
     """In float64."""
     rounded: Reference
@@ -66,132 +74,165 @@ class Suspect:
         return "final state" if self.carried_state is None else "state in the next file"
 
 
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    """A part of a span and what comes out of it: outputs and states, but for the bound, which keeps its states."""
-
-    part: Span
-    truth: Future[tuple[F64, F64]]
-    rounded: Future[F32]
-    stepped: Future[tuple[F32, F32]]
-
-
 class ChunkCheck:
-    """Checks the stretches of a chunk; call `start`, `advance` and `finish`.
+    """Checks the stretches of a chunk, from when it is made; `finish` waits for the end.
 
     Args:
         ways: what computes.
         chunk: their frames.
         suspects: the stretches, in the order of the chunk.
-        pool: computes the ways beside each other; it begins what it is given in that order.
+        pool: where it is done.
+        at_least: whether to try `LeastBound` first.
     """
 
-    def __init__(self, ways: Ways, chunk: Chunk, suspects: Sequence[Suspect], pool: Executor) -> None:
-        rows = len(suspects)
+    def __init__(
+        self, ways: Ways, chunk: Chunk, suspects: Sequence[Suspect], pool: Executor, *, at_least: bool
+    ) -> None:
         self._ways = ways
         self._chunk = chunk
         self._suspects = suspects
         self._pool = pool
-        self._part_steps = max(PART_FRAMES // max(rows, LEAST_RUNS), 1)
+        self._part_steps = max(PART_FRAMES // max(len(suspects), LEAST_RUNS), 1)
         self._initial_states = self._stack_initial_states()
-        self._spans = chunk.spans()
-        self._whole: Future[tuple[F32, F32]] | None = None
-        """Of the newest span."""
-        self._last: _Answers | None = None
-        """The newest part."""
-        self._waiting: deque[_Answers] = deque()
-        """Parts that are not compared yet."""
-        self._bound = ErrorBound(ways.rounded, self._initial_states)
-        self.stepped = Comparison("stepped", rows, ways.conditions.step_bits)
-        self.whole = Comparison("whole sequence", rows, ways.conditions.whole_bits)
-        self.truth = Comparison("float64 reference", rows, bits_required=False)
-
-    def start(self) -> None:
-        """Begin to compute; once all of an earlier chunk is submitted."""
-        self._begin_span(next(self._spans))
-
-    def advance(self) -> None:
-        """Have everything computed, and compare all of it but the end."""
-        while True:
-            for part in self._span.parts(self._part_steps):
-                # While a part is computed, the one before it is compared.
-                self._last = self._submit(part, self._last)
-                self._waiting.append(self._last)
-                if len(self._waiting) > AHEAD:
-                    self._compare(self._waiting.popleft())
-            span = next(self._spans, None)
-            if span is None:
-                break
-            self._end_span()
-            self._begin_span(span)
-        assert self._whole is not None, "a span was begun"
-        wait([self._whole])  # the next chunk's call is of the same network, which is for one thread at a time
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._by_itself: list[Future[Comparison]] = []
+        self._with_bound: Future[_Found] | None = None
+        if at_least:
+            # The longest first, so that the shortest ends the work.
+            truth, whole, stepped = map(pool.submit, (self._check_truth, self._check_whole, self._check_stepped))
+            self._by_itself = [stepped, whole, truth]
+        else:
+            self._ask_for_bound()
 
     def finish(self) -> list[StreamReport]:
-        """Compare the rest and report, in the order of the chunk."""
-        self._end_span()
-        assert self._last is not None, "a chunk has frames"
-        (_, stepped_h), (_, truth_h) = self._last.stepped.result(), self._last.truth.result()
-        limits = self._bound.of_states(truth_h).tolist()
+        """Wait for all of it, and report in the order of the chunk."""
+        found = [way.result() for way in self._by_itself]
+        if self._with_bound is not None:
+            found = list(self._with_bound.result())
+        self.stepped, self.whole, self.truth = found
+        return [self._report(row) for row in range(len(self._suspects))]
+
+    @property
+    def needed_bound(self) -> bool:
+        """Whether `LeastBound` did not settle it."""
+        return self._with_bound is not None
+
+    def stop(self) -> None:
+        """Have it end soon, wherever it is; nobody will ask what it found."""
+        self._stopped = True
+
+    def _check_truth(self) -> Comparison:
+        comparison, h = self._comparison("float64 reference"), self._initial_states.astype(np.float64)
+        bound = LeastBound(len(self._suspects))
+        for part in self._parts():
+            y, h = self._ways.truth.run(part.x, h, part.active)
+            comparison.add_truth(part.starts, part.y, y, part.answered, bound.of_outputs(y, part.valid))
+            self._check_settled(comparison)
+        self._add_true_states(comparison, h, bound.of_states(h))
+        return self._check_settled(comparison)
+
+    def _check_stepped(self) -> Comparison:
+        comparison, h = self._comparison("stepped"), self._initial_states
+        with self._ways.networks.one() as network:
+            for part in self._parts():
+                y, h = self._step(network, part, h)
+                comparison.add_replay(part.starts, part.y, y, part.answered, _least(part))
+                self._check_settled(comparison)
+        self._add_states(comparison, h, np.full(len(self._suspects), 2 * FLOOR))
+        return self._check_settled(comparison)
+
+    def _check_whole(self) -> Comparison:
+        comparison, h = self._comparison("whole sequence"), self._initial_states
+        with self._ways.networks.one() as network:
+            for span in self._chunk.spans():
+                if self._stopped or self.needed_bound:
+                    break
+                y, h = replay_whole(network, self._ways.conditions.buckets, span.x, h)
+                self._compare_whole(comparison, span, y, map(_least, span.parts(self._part_steps)))
+                self._check_settled(comparison)
+        return comparison
+
+    def _check_with_bound(self) -> _Found:
+        """All ways side by side, since what is a difference in one depends on another."""
+        stepped, whole = self._comparison("stepped"), self._comparison("whole sequence")
+        truth = self._comparison("float64 reference")
+        bound = ErrorBound(self._ways.rounded, self._initial_states)
+        true_h, stepped_h = self._initial_states.astype(np.float64), self._initial_states
+        whole_h = stepped_h
+        with self._ways.networks.one() as network:
+            for span in self._chunk.spans():
+                limits = list[F64]()
+                for part in span.parts(self._part_steps):
+                    if self._stopped:
+                        return stepped, whole, truth
+                    x, recorded = part.x, part.y
+                    true_y, true_h = self._ways.truth.run(x, true_h, part.active)
+                    limit = bound.of_outputs(true_y, bound.run(x, part.active), part.valid)
+                    truth.add_truth(part.starts, recorded, true_y, part.answered, limit)
+                    y, stepped_h = self._step(network, part, stepped_h)
+                    # Each side may be off by the bound.
+                    limits.append(2 * limit)
+                    stepped.add_replay(part.starts, recorded, y, part.answered, limits[-1])
+                y, whole_h = replay_whole(network, self._ways.conditions.buckets, span.x, whole_h)
+                self._compare_whole(whole, span, y, iter(limits))
+        limit = bound.of_states(true_h)
+        self._add_true_states(truth, true_h, limit)
+        self._add_states(stepped, stepped_h, 2 * limit)
+        return stepped, whole, truth
+
+    def _ask_for_bound(self) -> None:
+        with self._lock:  # one of three threads, once
+            if self._with_bound is None:
+                self._with_bound = self._pool.submit(self._check_with_bound)
+
+    def _check_settled(self, comparison: Comparison) -> Comparison:
+        """Where bits are required, no limit counts; else what is beyond the least one may not be beyond the bound."""
+        if comparison.wrong.any() and not comparison.bits_required:
+            self._ask_for_bound()
+        return comparison
+
+    def _parts(self) -> Iterator[Span]:
+        """The timesteps in order, until there is no need to go on."""
+        for span in self._chunk.spans():
+            for part in span.parts(self._part_steps):
+                if self._stopped or self.needed_bound:
+                    return
+                yield part
+
+    def _step(self, network: Network, part: Span, h: F32) -> tuple[F32, F32]:
+        return replay_stepped(network, self._ways.conditions.buckets, part.x, h, part.active)
+
+    def _compare_whole(self, comparison: Comparison, span: Span, y: F32, limits: Iterator[F64]) -> None:
+        """In parts, with their limits, so that what was recorded need not be put together at once."""
+        start = 0
+        for part, limit in zip(span.parts(self._part_steps), limits, strict=True):
+            comparison.add_replay(part.starts, part.y, y[start : start + len(part)], part.answered, limit)
+            start += len(part)
+
+    def _comparison(self, way: Way) -> Comparison:
+        conditions = self._ways.conditions
+        required = {"stepped": conditions.step_bits, "whole sequence": conditions.whole_bits}.get(way, False)
+        return Comparison(way, len(self._suspects), required)
+
+    def _add_states(self, stepped: Comparison, h: F32, limits: F64) -> None:
+        for row, seq, state, place in self._last_states():
+            stepped.add_replayed_state(row, seq, state, h[:, row], float(limits[row]), place)
+
+    def _add_true_states(self, truth: Comparison, h: F64, limits: F64) -> None:
+        for row, seq, state, place in self._last_states():
+            truth.add_true_state(row, seq, state, h[:, row], float(limits[row]), place)
+
+    def _last_states(self) -> Iterator[tuple[int, int, F32, Place]]:
+        """Of rows whose last state was recorded: row, seq, state and where that is."""
         for row, suspect in enumerate(self._suspects):
             if (state := suspect.final_state) is not None:
                 seq = int(self._chunk.first_seqs[row] + self._chunk.lengths[row])
-                self.stepped.add_replayed_state(row, seq, state, stepped_h[:, row], 2 * limits[row], suspect.place)
-                self.truth.add_true_state(row, seq, state, truth_h[:, row], limits[row], suspect.place)
-        return [self._report(row) for row in range(len(self._suspects))]
-
-    def _begin_span(self, span: Span) -> None:
-        self._span = span
-        self._limits = list[F64]()
-        self._whole = self._submit_whole(span, self._whole)
-
-    def _end_span(self) -> None:
-        while self._waiting:
-            self._compare(self._waiting.popleft())
-        assert self._whole is not None, "a span was begun"
-        span, (whole_y, _) = self._span, self._whole.result()
-        self.whole.add_replay(span.starts, span.y, whole_y, span.answered, 2 * np.concatenate(self._limits))
-
-    def _submit_whole(self, span: Span, before: Future[tuple[F32, F32]] | None) -> Future[tuple[F32, F32]]:
-        """Have a span computed in one call, as soon as that for the span before is done."""
-        network, buckets = self._ways.whole, self._ways.conditions.buckets
-
-        def whole() -> tuple[F32, F32]:
-            return replay_whole(
-                network, buckets, span.x, self._initial_states if before is None else before.result()[1]
-            )
-
-        return self._pool.submit(whole)
-
-    def _submit(self, part: Span, before: _Answers | None) -> _Answers:
-        """Have a part of a span computed in the other ways, each as soon as it has done the part before."""
-        ways, submit, initial = self._ways, self._pool.submit, self._initial_states
-
-        def truth() -> tuple[F64, F64]:
-            return ways.truth.run(part.x, initial if before is None else before.truth.result()[1], part.active)
-
-        def rounded() -> F32:
-            if before is not None:
-                before.rounded.result()
-            return self._bound.run(part.x, part.active)
-
-        def stepped() -> tuple[F32, F32]:
-            h = initial if before is None else before.stepped.result()[1]
-            return replay_stepped(ways.stepped, ways.conditions.buckets, part.x, h, part.active)
-
-        # The longest first, so that the others fit beside it.
-        return _Answers(part, submit(truth), submit(rounded), submit(stepped))
-
-    def _compare(self, answers: _Answers) -> None:
-        part, (truth_y, _) = answers.part, answers.truth.result()
-        limit = self._bound.of_outputs(truth_y, answers.rounded.result(), part.valid)
-        self.truth.add_truth(part.starts, part.y, truth_y, part.answered, limit)
-        self.stepped.add_replay(part.starts, part.y, answers.stepped.result()[0], part.answered, 2 * limit)
-        self._limits.append(limit)
+                yield row, seq, state, suspect.place
 
     def _stack_initial_states(self) -> F32:
         """[layers, R, hidden size]."""
-        network = self._ways.stepped
+        network = self._ways.networks
         states = np.zeros((network.state_layers, len(self._suspects), network.state_size), np.float32)
         for row, suspect in enumerate(self._suspects):
             if suspect.stretch.initial_state is not None:
@@ -242,3 +283,8 @@ def check_without_frames(suspect: Suspect) -> StreamReport:
         max_ulp=0,
         max_error=0.0,
     )
+
+
+def _least(part: Span) -> F64:
+    """Limits [T, R] of replays that settle what is within them: each side may be off by the bound, at any scale."""
+    return np.broadcast_to(2 * FLOOR, part.valid.shape)

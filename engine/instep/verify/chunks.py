@@ -70,35 +70,52 @@ class Chunk:
     def _span(self, start: int, end: int) -> Span:
         timesteps = np.arange(start, end)[:, None]
         valid: Bool = timesteps < self.lengths
-        at = np.where(valid, self._start + timesteps, 0)
-        x: F32 = self._sequences.x.take(at, axis=0)
-        x[~valid] = 0
-        answered: Bool = valid & self._sequences.answered[at]
-        return Span(start + self.first_seqs, x, self._sequences.y.take(at, axis=0), valid, answered)
+        at: I64 = np.where(valid, self._start + timesteps, 0)
+        return Span(self._sequences, start + self.first_seqs, at, valid)
 
 
 class Span:
-    """Some timesteps of a chunk.
+    """Some timesteps of a chunk; what was recorded in them is put together when it is asked for.
+
+    Args:
+        sequences: where they are.
+        starts: see below.
+        at: [T, R]: where the frames are in `sequences`; 0 where a row has none.
+        valid: see below.
 
     Attributes:
         starts: [R]: seqs of the first timestep.
-        x: [T, R, features], zero where a row has no frame.
-        y: [T, R, outputs] as recorded, meaningless where it was not.
         valid: [T, R]: whether the row has a frame.
         answered: [T, R]: whether its outputs were recorded.
         active: [T]: how many rows have one; they are the first ones.
     """
 
-    def __init__(self, starts: I64, x: F32, y: F32, valid: Bool, answered: Bool) -> None:
+    def __init__(self, sequences: Sequences, starts: I64, at: I64, valid: Bool) -> None:
+        self._sequences = sequences
+        self._at = at
         self.starts = starts
-        self.x = x
-        self.y = y
         self.valid = valid
-        self.answered = answered
+        self.answered: Bool = valid & sequences.answered[at]
         self.active: I64 = valid.sum(axis=1)
 
+    def __len__(self) -> int:
+        """T."""
+        return len(self.valid)
+
+    @property
+    def x(self) -> F32:
+        """[T, R, features], zero where a row has no frame; put together anew each time."""
+        x: F32 = self._sequences.x.take(self._at, axis=0)
+        x[~self.valid] = 0
+        return x
+
+    @property
+    def y(self) -> F32:
+        """[T, R, outputs] as recorded, meaningless where it was not; put together anew each time."""
+        return self._sequences.y.take(self._at, axis=0)
+
     def parts(self, steps: int) -> Iterator[Span]:
-        """The same in pieces of so many timesteps, in order; views."""
-        for start in range(0, len(self.valid), steps):
+        """The same in pieces of so many timesteps, in order."""
+        for start in range(0, len(self), steps):
             of = slice(start, start + steps)
-            yield Span(self.starts + start, self.x[of], self.y[of], self.valid[of], self.answered[of])
+            yield Span(self._sequences, self.starts + start, self._at[of], self.valid[of])

@@ -17,9 +17,12 @@ recorded, because the engine was killed as it computed them, are replayed but no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -37,6 +40,7 @@ from instep.verify.check import ChunkCheck, Suspect, Ways, check_without_frames
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import device_for, find_conditions, recorded_threads
 from instep.verify.errors import CannotVerify
+from instep.verify.networks import Networks
 from instep.verify.reference import Reference
 from instep.verify.report import ULP_BINS, Report, StreamReport, Way, joined
 
@@ -52,6 +56,8 @@ _SAME: Final[dict[str, Any]] = dict.fromkeys(
 
 MOST_THREADS: Final = 4
 """Threads that compute at most. More than there are cores would only take their caches from each other."""
+AHEAD: Final = 2
+"""Chunks that are computed or wait for it beside the one that is to be finished next."""
 CHUNK_BYTES: Final = 192 * 2**20
 """What the gates of a chunk would take in float64, about: one call computes them all, in float32."""
 
@@ -83,7 +89,7 @@ def verify(
     """
     with (
         recorded_threads(reader.header),
-        ThreadPoolExecutor(min(usable_cores(), MOST_THREADS), "instep-verify") as pool,
+        ThreadPoolExecutor(_threads(), "instep-verify") as pool,
     ):
         reader.check_positions()
         found = {} if found_before is None else found_before
@@ -141,16 +147,13 @@ class _Verification:
         parts: dict[int, StreamReport] = {}
         total, done = int(self._index.frames[self._stretches].sum()), 0
         chunks = self._chunks(ways.conditions.buckets) if total else iter(())
-        begun = self._begin(ways, next(chunks, None), pool)
-        while begun is not None:
-            chunk, check = begun
-            check.advance()
-            begun = self._begin(ways, next(chunks, None), pool)
-            parts.update(zip(chunk.rows.tolist(), check.finish(), strict=True))
-            for comparison in (check.stepped, check.whole):
-                self._ulps[comparison.way] += comparison.ulps
-            done += int(chunk.lengths.sum())
-            self._on_progress("replaying", done / total)
+        with closing(self._checks(ways, chunks, pool)) as checks:
+            for chunk, check in checks:
+                parts.update(zip(chunk.rows.tolist(), check.finish(), strict=True))
+                for comparison in (check.stepped, check.whole):
+                    self._ulps[comparison.way] += comparison.ulps
+                done += int(chunk.lengths.sum())
+                self._on_progress("replaying", done / total)
         for at in self._stretches.tolist():
             if at not in parts:
                 parts[at] = check_without_frames(self._suspect(at))
@@ -193,12 +196,26 @@ class _Verification:
         for members in plan_chunks(lengths, buckets[-1], buckets[0], most_frames):
             yield Chunk(sequences, first_seqs, members, most_frames)
 
-    def _begin(self, ways: Ways, chunk: Chunk | None, pool: Executor) -> tuple[Chunk, ChunkCheck] | None:
-        if chunk is None:
-            return None
-        check = ChunkCheck(ways, chunk, [self._suspect(row) for row in chunk.rows.tolist()], pool)
-        check.start()
-        return chunk, check
+    def _checks(
+        self, ways: Ways, chunks: Iterator[Chunk], pool: Executor
+    ) -> Generator[tuple[Chunk, ChunkCheck], None, None]:
+        """Each chunk to finish, in order, some of those after it begun."""
+        begun: deque[tuple[Chunk, ChunkCheck]] = deque()
+        at_least = True
+        try:
+            while True:
+                for chunk in islice(chunks, AHEAD + 1 - len(begun)):
+                    suspects = [self._suspect(row) for row in chunk.rows.tolist()]
+                    begun.append((chunk, ChunkCheck(ways, chunk, suspects, pool, at_least=at_least)))
+                if not begun:
+                    break
+                yield begun[0]
+                _, finished = begun.popleft()
+                # A network whose errors grow in some streams does so in others.
+                at_least = at_least and not finished.needed_bound
+        finally:
+            for _, check in begun:
+                check.stop()
 
     def _suspect(self, at: int) -> Suspect:
         stretch = self._index.stretches[at]
@@ -212,15 +229,21 @@ class _Verification:
         return Suspect(info, stretch, unanswered, defect, carried)
 
 
+def _threads() -> int:
+    return min(usable_cores(), MOST_THREADS)
+
+
 def _ways(model: Model, headers: list[RecordingHeader]) -> Ways:
     device = device_for(headers[0])
-    network = Network(model, device)
+    networks = [Network(model, device) for _ in range(_threads())]
+    conditions = find_conditions(headers, networks[0])
+    for network in networks:
+        network.uses_fused = networks[0].uses_fused
     description = model.description.model_dump(mode="json")
     weights = {name: tensor.numpy() for name, tensor in model.weights.items()}
     return Ways(
-        stepped=network,
-        whole=Network(model, device),
+        networks=Networks(networks),
         truth=Reference(description, weights, np.float64),
         rounded=Reference(description, weights, np.float32),
-        conditions=find_conditions(headers, network),
+        conditions=conditions,
     )
