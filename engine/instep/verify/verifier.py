@@ -97,6 +97,7 @@ def verify(
         # This machine is certified while the recording is read.
         ways = None if key in found else pool.submit(_ways, model, [engine.header for engine in reader.engines])
         verification = _Verification(reader, model, stream, on_progress, following, is_alone=is_alone)
+        verification.load()
         if ways is not None:
             found[key] = ways.result()
         return verification.run(found[key], pool)
@@ -142,6 +143,11 @@ class _Verification:
             "stepped": np.zeros(ULP_BINS, np.int64),
             "whole sequence": np.zeros(ULP_BINS, np.int64),
         }
+
+    def load(self) -> None:
+        """Read the frames; before `run`."""
+        if self._index.frames[self._stretches].any():
+            self._sequences = self._index.load(self._stretches)
 
     def run(self, ways: Ways, pool: Executor) -> Report:
         parts: dict[int, StreamReport] = {}
@@ -191,10 +197,10 @@ class _Verification:
     def _chunks(self, buckets: tuple[int, ...]) -> Iterator[Chunk]:
         """All frames once, in bounded pieces."""
         most_frames = max(CHUNK_BYTES // (8 * self._widest), 1)
-        sequences, lengths = self._index.load(self._stretches), self._index.frames[self._stretches]
+        lengths = self._index.frames[self._stretches]
         first_seqs: I64 = np.array([stretch.first_seq for stretch in self._index.stretches], np.int64)
         for members in plan_chunks(lengths, buckets[-1], buckets[0], most_frames):
-            yield Chunk(sequences, first_seqs, members, most_frames)
+            yield Chunk(self._sequences, first_seqs, members, most_frames)
 
     def _checks(
         self, ways: Ways, chunks: Iterator[Chunk], pool: Executor
