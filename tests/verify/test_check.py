@@ -14,7 +14,7 @@ import torch
 
 from instep.model.folder import load_model
 from instep.recording.reader import RecordingReader
-from instep.verify import check, verifier
+from instep.verify import verifier, ways
 from instep.verify.bound import FLOOR, ErrorBound
 from instep.verify.check import ChunkCheck
 from instep.verify.replay import replay_stepped
@@ -101,7 +101,7 @@ def test_what_is_within_the_bound_alone_is_within_tolerance(tmp_path: Path, roun
 def test_the_report_is_that_of_the_bound_whatever_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], by: float, grows: bool
 ) -> None:
-    monkeypatch.setattr(check, "PART_FRAMES", 40)
+    monkeypatch.setattr(ways, "PART_FRAMES", 40)
     recorded = nudged(record_gru(tmp_path, amplifying() if grows else make_gru(), LENGTHS, changes=changes), by)
     found = report_of(recorded)
     begin = ChunkCheck.__init__
@@ -115,8 +115,7 @@ def test_the_report_is_that_of_the_bound_whatever_is_wrong(
 
 def test_an_interrupt_ends_what_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = record_gru(tmp_path, make_gru(), [20] * 40)
-    monkeypatch.setattr(check, "PART_FRAMES", 8)  # a frame a part
-    monkeypatch.setattr(verifier, "CHUNK_BYTES", 8 * 12 * 80)  # four streams a chunk
+    monkeypatch.setattr(ways, "PART_FRAMES", 8)  # a frame a part
     finished, stopped = threading.Event(), threading.Event()
     stop = ChunkCheck.stop
     parts: list[int] = []
@@ -136,7 +135,7 @@ def test_an_interrupt_ends_what_has_begun(tmp_path: Path, monkeypatch: pytest.Mo
         stop(self)
         stopped.set()
 
-    monkeypatch.setattr(check, "replay_stepped", step)
+    monkeypatch.setattr(ways, "replay_stepped", step)
     monkeypatch.setattr(ChunkCheck, "stop", stopping)
     with RecordingReader(recorded.path) as reader, pytest.raises(KeyboardInterrupt):
         verifier.verify(reader, load_model(recorded.folder), None, told)

@@ -10,13 +10,12 @@ from instep.verify.chunks import LEAST_FILL, Chunk, plan_chunks
 
 def test_every_sequence_is_in_one_chunk_the_longest_first() -> None:
     lengths = np.random.default_rng(0).integers(0, 300, 1000)
-    chunks = list(plan_chunks(lengths, 64, 4, 10_000))
+    chunks = list(plan_chunks(lengths, 64, 4))
     assert sorted(np.concatenate(chunks).tolist()) == np.flatnonzero(lengths).tolist()
     for chunk in chunks:
         inside = lengths[chunk]
         assert (np.diff(inside) <= 0).all()
         assert len(chunk) <= 64
-        assert len(chunk) * inside[0] <= 10_000
     full = [chunk for chunk in chunks if len(chunk) > 4]
     assert all(lengths[chunk][-1] >= LEAST_FILL * lengths[chunk][0] for chunk in full)
 
@@ -28,17 +27,45 @@ def test_every_sequence_is_in_one_chunk_the_longest_first() -> None:
         ([0, 0], []),
         ([5], [[0]]),
         ([1, 100, 1, 100, 1, 1, 1], [[1, 3, 0, 2], [4, 5, 6]]),  # fewer than four rows gain nothing
-        ([9000] * 6, [[0, 1, 2, 3], [4, 5]]),  # nor does memory ask for less than four
+        ([9000] * 65, [[*range(64)], [64]]),
     ],
 )
 def test_small_plans(lengths: list[int], chunks: list[list[int]]) -> None:
-    plan = plan_chunks(np.array(lengths, np.int64), 64, 4, 10_000)
+    plan = plan_chunks(np.array(lengths, np.int64), 64, 4)
     assert [chunk.tolist() for chunk in plan] == chunks
 
 
 def test_large_chunks_fill_buckets_where_sequences_are_left() -> None:
-    plan = plan_chunks(np.full(250, 100, np.int64), 256, 4, 7_000)
+    plan = plan_chunks(np.full(250, 100, np.int64), 70, 4)
     assert [len(chunk) for chunk in plan] == [64, 64, 64, 58]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most_frames", "blocks"),
+    [
+        ([9, 8, 8, 7], 100, [4]),
+        ([9, 8, 8, 7, 7, 7], 18, [2, 2, 2]),
+        ([9, 8, 8, 7, 7, 7, 1], 5, [2, 2, 2, 1]),  # too long for a span: then the least
+        ([5] * 40, 170, [32, 8]),
+        ([5] * 40, 100, [16, 16, 8]),
+    ],
+)
+def test_blocks_are_the_rows_of_a_chunk_as_far_as_they_fit(
+    lengths: list[int], most_frames: int, blocks: list[int]
+) -> None:
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    x = np.arange(offsets[-1], dtype=np.float32)[:, None]
+    sequences = Sequences(np.arange(len(lengths)), offsets, x, -x, np.ones(len(x), np.bool_))
+    first_seqs = np.arange(len(lengths)) * 100
+    chunk = Chunk(sequences, first_seqs, np.arange(len(lengths)), most_frames)
+    found = list(chunk.blocks(2))
+    assert [len(block.rows) for _, block in found] == blocks
+    for of, block in found:
+        assert block.rows.tolist() == chunk.rows[of].tolist()
+        assert block.lengths.tolist() == lengths[of]
+        assert block.first_seqs.tolist() == first_seqs[of].tolist()
+        span = next(block.spans())
+        assert span.x[0, :, 0].tolist() == offsets[:-1][of].tolist()
 
 
 def test_parts_hold_every_timestep_once() -> None:

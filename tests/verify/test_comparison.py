@@ -104,3 +104,20 @@ def test_truth() -> None:
     assert not found.wrong[0]
     found.add_true_state(2, 5, state, np.where(np.arange(6).reshape(2, 3) == 4, 2.0, 1.0), 1e-8)
     assert (found.first[2].place, found.first[2].element, found.max_error[2]) == ("final state", 4, 1.0)
+
+
+def test_rows_that_were_compared_apart_are_as_if_they_were_not() -> None:
+    random = np.random.default_rng(0)
+    recorded = random.standard_normal((6, 5, 3)).astype(np.float32)
+    replayed = recorded.copy()
+    replayed[2, 1, 0], replayed[4, 3, 2], replayed[5, 3, 0] = 9, np.nan, recorded[5, 3, 0] * 2
+    first_seqs, valid, limit = np.arange(5), np.ones((6, 5), np.bool_), np.full((6, 5), 1e-3)
+    together = Comparison("whole sequence", 5, bits_required=False)
+    together.add_replay(first_seqs, recorded, replayed, valid, limit)
+    apart = []
+    for of in (slice(0, 2), slice(2, 5)):
+        apart.append(Comparison("whole sequence", of.stop - of.start, bits_required=False))
+        apart[-1].add_replay(first_seqs[of], recorded[:, of], replayed[:, of].copy(), valid[:, of], limit[:, of])
+    joined = Comparison.side_by_side(apart)
+    assert joined.first.keys() == {1, 3}
+    assert repr(vars(joined)) == repr(vars(together))

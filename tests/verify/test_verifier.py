@@ -108,12 +108,12 @@ def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pyt
         spans.append(x.shape[0] * x.shape[1])
         return replay_whole(network, buckets, x, h)
 
-    monkeypatch.setattr("instep.verify.check.replay_whole", counted)
+    monkeypatch.setattr("instep.verify.ways.replay_whole", counted)
     verify(recorded)
     assert max(spans) > 100
     spans.clear()
     monkeypatch.setattr(sequences, "IN_MEMORY_BYTES", 60 * 4 * 7)
-    monkeypatch.setattr(verifier, "CHUNK_BYTES", 100 * 8 * 12)
+    monkeypatch.setattr(verifier, "CALL_BYTES", 100 * 8 * 12)
     pieces = verify(recorded)
     assert len(spans) > 5
     assert max(spans) <= 100
@@ -228,7 +228,7 @@ def test_each_way_counts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ways: list[tuple[Any, str]] = [(replay_stepped, "stepped"), (replay_whole, "whole sequence")]
     for run, way in ways:
         with monkeypatch.context() as patch:
-            patch.setattr(f"instep.verify.check.{run.__name__}", off_by_one_bit(run))
+            patch.setattr(f"instep.verify.ways.{run.__name__}", off_by_one_bit(run))
             report = verify(recorded)
         wrong = [stream for stream in report.streams if stream.verdict == "mismatch"]
         assert wrong
@@ -289,7 +289,7 @@ def test_a_final_state_on_which_server_and_replay_agree_is_held_against_the_refe
                 h[:, row] = wrong.reshape(h[:, row].shape)
         return y, h
 
-    monkeypatch.setattr("instep.verify.check.replay_stepped", wrong_alike)
+    monkeypatch.setattr("instep.verify.ways.replay_stepped", wrong_alike)
     report = verify(Recorded(forger.path, recorded.folder, recorded.header))
     assert verdicts(report) == ["exact", "empty", "exact", "exact", "mismatch", "exact", "exact"]
     stream = report.streams[4]

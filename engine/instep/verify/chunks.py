@@ -17,14 +17,13 @@ LEAST_FILL: Final = 0.75
 """A sequence shorter than this share of the longest one beside it goes into the next chunk."""
 
 
-def plan_chunks(lengths: I64, most_rows: int, least_rows: int, most_frames: int) -> Iterator[I64]:
+def plan_chunks(lengths: I64, most_rows: int, least_rows: int) -> Iterator[I64]:
     """Split sequences into chunks of similar length.
 
     Args:
         lengths: frames of each sequence; those without frames are left out.
         most_rows: of a chunk.
         least_rows: below it nothing is gained by a smaller chunk, since rows are padded anyway.
-        most_frames: rows times the longest length, unless that leaves fewer than `least_rows`.
 
     Yields:
         Indices into `lengths`, the longest first.
@@ -34,13 +33,16 @@ def plan_chunks(lengths: I64, most_rows: int, least_rows: int, most_frames: int)
     first = 0
     while first < len(order):
         longest = int(lengths[order[first]])
-        rows = max(min(most_rows, most_frames // longest), least_rows)
-        similar = int((lengths[order[first : first + rows]] >= LEAST_FILL * longest).sum())
-        rows = min(rows, max(similar, least_rows))
-        if rows > WHOLE_ROWS and first + rows < len(order):
-            rows = rows // WHOLE_ROWS * WHOLE_ROWS
+        similar = int((lengths[order[first : first + most_rows]] >= LEAST_FILL * longest).sum())
+        rows = min(most_rows, max(similar, least_rows))
+        if first + rows < len(order):
+            rows = _rounded(rows)
         yield order[first : first + rows]
         first += rows
+
+
+def _rounded(rows: int) -> int:
+    return rows // WHOLE_ROWS * WHOLE_ROWS if rows > WHOLE_ROWS else rows
 
 
 class Chunk:
@@ -55,11 +57,23 @@ class Chunk:
 
     def __init__(self, sequences: Sequences, first_seqs: I64, members: I64, most_frames: int) -> None:
         self._sequences = sequences
+        self._given = first_seqs
+        self._members = members
+        self._most_frames = most_frames
         self._start = sequences.offsets[members]
         self.rows: I64 = sequences.rows[members]
         self.first_seqs: I64 = first_seqs[self.rows]
         self.lengths: I64 = (sequences.offsets[members + 1] - self._start).astype(np.int64)
         self._steps = max(most_frames // max(len(members), LEAST_RUNS), 1)
+
+    def blocks(self, least_rows: int) -> Iterator[tuple[slice, Chunk]]:
+        """The same in pieces of rows that are one span each; a sequence too long for that is one of `least_rows`."""
+        first = 0
+        while first < len(self._members):
+            rows = _rounded(max(self._most_frames // int(self.lengths[first]), least_rows))
+            of = slice(first, min(first + rows, len(self._members)))
+            yield of, Chunk(self._sequences, self._given, self._members[of], self._most_frames)
+            first = of.stop
 
     def spans(self) -> Iterator[Span]:
         """The timesteps in order."""

@@ -19,11 +19,11 @@ from instep.recording.errors import NoSuchStream, RecordingError, with_advice
 from instep.recording.joints import Following
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
-from instep.verify.check import Ways
 from instep.verify.errors import CannotVerify
 from instep.verify.model_source import recorded_model
 from instep.verify.render import render, render_all
 from instep.verify.report import Report, Reports
+from instep.verify.ways import Ways
 
 VERIFIED: Final = 0
 MISMATCH: Final = 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from instep.core.typing import F32, I64, Bool
@@ -38,6 +40,20 @@ class Comparison:
         self.max_ulp: I64 = np.zeros(rows, np.int64)
         self.max_error: F64 = np.zeros(rows)
         self.ulps: I64 = np.zeros(ULP_BINS, np.int64)
+
+    @classmethod
+    def side_by_side(cls, blocks: Sequence[Comparison]) -> Comparison:
+        """Those of some rows each, of one way, as one."""
+        joined = cls(blocks[0].way, sum(len(block.wrong) for block in blocks), blocks[0].bits_required)
+        first = 0
+        for block in blocks:
+            of = slice(first, first + len(block.wrong))
+            joined.differs[of], joined.wrong[of] = block.differs, block.wrong
+            joined.max_ulp[of], joined.max_error[of] = block.max_ulp, block.max_error
+            joined.first |= {first + row: divergence for row, divergence in block.first.items()}
+            joined.ulps += block.ulps
+            first = of.stop
+        return joined
 
     def add_replay(self, starts: I64, recorded: F32, replayed: F32, valid: Bool, limit: F64) -> None:
         """Compare outputs with a replay's.

@@ -36,13 +36,15 @@ from instep.recording.schema import RecordingHeader
 from instep.recording.select import select_streams
 from instep.recording.sequences import SequenceIndex
 from instep.runtime.cores import usable_cores
-from instep.verify.check import ChunkCheck, Suspect, Ways, check_without_frames
+from instep.verify.check import ChunkCheck
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import device_for, find_conditions, recorded_threads
 from instep.verify.errors import CannotVerify
 from instep.verify.networks import Networks
 from instep.verify.reference import Reference
 from instep.verify.report import ULP_BINS, Report, StreamReport, Way, joined
+from instep.verify.suspects import Suspect, check_without_frames
+from instep.verify.ways import Ways
 
 Stage: TypeAlias = Literal["reading", "replaying"]
 STAGES: Final[tuple[Stage, ...]] = ("reading", "replaying")
@@ -58,8 +60,10 @@ MOST_THREADS: Final = 4
 """Threads that compute at most. More than there are cores would only take their caches from each other."""
 AHEAD: Final = 2
 """Chunks that are computed or wait for it beside the one that is to be finished next."""
-CHUNK_BYTES: Final = 192 * 2**20
-"""What the gates of a chunk would take in float64, about: one call computes them all, in float32."""
+LEAST_SHARE: Final = 64
+"""Streams are shared out among threads down to so many a chunk: fewer would cost more than they gain."""
+CALL_BYTES: Final = 192 * 2**20
+"""What the gates of a whole sequence in one call would take in float64, about; they are in float32."""
 
 
 def verify(
@@ -196,10 +200,11 @@ class _Verification:
 
     def _chunks(self, buckets: tuple[int, ...]) -> Iterator[Chunk]:
         """All frames once, in bounded pieces."""
-        most_frames = max(CHUNK_BYTES // (8 * self._widest), 1)
+        most_frames = max(CALL_BYTES // (8 * self._widest), 1)
         lengths = self._index.frames[self._stretches]
         first_seqs: I64 = np.array([stretch.first_seq for stretch in self._index.stretches], np.int64)
-        for members in plan_chunks(lengths, buckets[-1], buckets[0], most_frames):
+        share = max(len(lengths) // _threads(), LEAST_SHARE)
+        for members in plan_chunks(lengths, min(buckets[-1], share), buckets[0]):
             yield Chunk(self._sequences, first_seqs, members, most_frames)
 
     def _checks(
