@@ -75,3 +75,17 @@ def test_states_go_along_from_piece_to_piece(network: CountingNetwork) -> None:
     whole_y, whole_h = replay_stepped(network, (4, 8, 16), X, H, ACTIVE)
     assert h.tobytes() == whole_h.tobytes()
     assert np.concatenate([first_y, second_y]).tobytes() == whole_y.tobytes()
+
+
+def test_frames_that_fill_a_bucket_give_the_same_and_are_not_changed(network: CountingNetwork) -> None:
+    x, h, active = X[:, :8].copy(), H[:, :8].copy(), np.minimum(ACTIVE, 8)
+    for replay, padded in (
+        (replay_stepped(network, (8,), x, h, active), replay_stepped(network, (16,), x, h, active)),
+        (replay_whole(network, (8,), x, h), replay_whole(network, (16,), x, h)),
+    ):
+        assert network.rows[-1] == 16
+        assert 8 in network.rows
+        for got, expected in zip(replay, padded, strict=True):
+            assert (got[:16] == expected[:16]).all()
+    assert x.tobytes() == X[:, :8].tobytes()
+    assert h.tobytes() == H[:, :8].tobytes()

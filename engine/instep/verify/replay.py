@@ -63,7 +63,9 @@ def _bucket(buckets: tuple[int, ...], rows: int) -> int:
 
 
 def _frames(network: Network, x: F32, bucket: int) -> torch.Tensor:
-    """Frames on the device, padded with zeros to the bucket and the network's width."""
+    """Frames on the device, padded with zeros to the bucket and the network's width where they do not fill them."""
+    if x.shape[1:] == (bucket, network.input_width):
+        return torch.from_numpy(x).to(network.device)
     padded = np.zeros((x.shape[0], bucket, network.input_width), np.float32)
     padded[:, : x.shape[1], : x.shape[2]] = x
     return torch.from_numpy(padded).to(network.device)
