@@ -62,8 +62,9 @@ AHEAD: Final = 2
 """Chunks that are computed or wait for it beside the one that is to be finished next."""
 LEAST_SHARE: Final = 64
 """Streams are shared out among threads down to so many a chunk: fewer would cost more than they gain."""
-CALL_BYTES: Final = 192 * 2**20
-"""What the gates of a whole sequence in one call would take in float64, about; they are in float32."""
+CALL_BYTES: Final = 96 * 2**20
+"""What the gates of whole sequences in one call would take in float64, about; they are in float32. Every thread may be
+at such a call."""
 
 
 def verify(
