@@ -62,7 +62,7 @@ MUTANTS = {
             engine,
             "admit",
             (
-                ("int((seqs - acked).max())", "int((expected - table.step_seq[slots]).max())"),
+                ("(seqs - acked <= ", "(expected - table.step_seq[slots] <= "),
                 ("acked.astype(np.int64) + rings.window - first", "table.step_seq[slots] + rings.window - first"),
             ),
         ),

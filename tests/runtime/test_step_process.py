@@ -366,9 +366,9 @@ def test_it_looks_for_the_next_run_only_while_they_come_soon(monkeypatch: pytest
     monkeypatch.setattr(os, "sched_yield", look)
     try:
         assert [looks_for(5) for _ in range(3)] == [5, 5, 5]
-        assert [looks_for(100) for _ in range(10)] == [10] * 8 + [0, 0]
-        assert looks_for(5) == 0  # this one it would have seen
-        assert [looks_for(5), looks_for(100), looks_for(100)] == [5, 10, 10]
+        assert [looks_for(21) for _ in range(10)] == [10] * 8 + [0, 0]
+        assert looks_for(20) == 0  # awake, it might have seen this one
+        assert [looks_for(5), looks_for(20), *(looks_for(21) for _ in range(9))] == [5, *[10] * 9, 0]
     finally:
         os.close(commands)
         os.close(to_it)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, U8, float32_zeros
+from instep.core.typing import F32, I32, I64, U8, float32_zeros, timesteps
 
 # Arrays, not numbers: numpy takes twice as long to join a number with a small array.
 _ONCE, _NOT = np.array(1, np.uint8), np.array(0, np.uint8)
@@ -95,8 +95,8 @@ class Rings:
         count = int(np.add.reduce(fresh))
         assert count <= self.room, "more frames were admitted than there is room for"
         if count < rows.size:
-            timesteps = np.arange(len(x))[:, None]
-            admitted = (timesteps >= skipped) & (timesteps < lengths)
+            at = timesteps(len(x))
+            admitted = (at >= skipped) & (at < lengths)
             block = np.broadcast_to(block, rows.shape)[admitted]
             rows, x = rows[admitted], x[admitted]
         self.block[rows] = block
@@ -106,9 +106,9 @@ class Rings:
         ready: I64 = slots[had_nothing & (fresh > 0) & (self._holds[slots] == _NOT)]
         return ready
 
-    def _rows_of(self, slots: I64, first_seqs: I64, timesteps: int) -> I64:
-        """Where `timesteps` frames of each slot lie: int64 [T, N]."""
-        return self.rows(slots, first_seqs + np.arange(timesteps)[:, None])
+    def _rows_of(self, slots: I64, first_seqs: I64, count: int) -> I64:
+        """Where `count` frames of each slot lie: int64 [count, N]."""
+        return self.rows(slots, first_seqs + timesteps(count))
 
     def take(self, slots: I64, steps: int = 1) -> I64:
         """Take the oldest pending frames of each slot for a run of steps; the streams are stepping until `let_go`.
@@ -158,9 +158,9 @@ class Rings:
         self.pending_count -= len(rows)
         return rows, whose
 
-    def outputs(self, slots: I64, first_seqs: I64, timesteps: int) -> F32:
-        """Outputs of `timesteps` frames of each slot: float32 [T, N, outputs], a copy."""
-        return self.y.take(self._rows_of(slots, first_seqs, timesteps), axis=0)
+    def outputs(self, slots: I64, first_seqs: I64, count: int) -> F32:
+        """Outputs of `count` frames of each slot: float32 [count, N, outputs], a copy."""
+        return self.y.take(self._rows_of(slots, first_seqs, count), axis=0)
 
     def holds_same(self, slots: I64, first_seqs: I64, counts: I64, x: F32) -> I64:
         """How many leading frames of each column are the very bytes that the ring holds.
@@ -174,8 +174,8 @@ class Rings:
         Returns:
             int64 [N], 0 … `counts`.
         """
-        timesteps = np.arange(len(x))[:, None]
-        held = self.x.take(self.rows(slots, first_seqs + timesteps), axis=0)
-        differs = (held.view(np.uint32) != x.view(np.uint32)).any(axis=2) & (timesteps < counts)
+        at = timesteps(len(x))
+        held = self.x.take(self.rows(slots, first_seqs + at), axis=0)
+        differs = (held.view(np.uint32) != x.view(np.uint32)).any(axis=2) & (at < counts)
         same: I64 = np.where(differs.any(axis=0), differs.argmax(axis=0), counts)
         return same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -50,7 +51,7 @@ class Stepper:
         zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
     ) -> None:
         self.network = network
-        self.buckets = np.asarray(buckets, np.int64)
+        self.buckets = tuple(buckets)
         self._device = device
         rows = min(device_streams or max_streams, max_streams)
         layers, width = network.state_layers, network.state_width
@@ -71,7 +72,7 @@ class Stepper:
 
     def bucket(self, size: int) -> int:
         """The smallest bucket that holds a batch of this size."""
-        return int(self.buckets[np.searchsorted(self.buckets, size)])
+        return self.buckets[bisect_left(self.buckets, size)]
 
     @torch.inference_mode()
     def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from instep.core.admission import Admission
 from instep.core.blocks import Block
 from instep.core.rings import Rings
-from instep.core.typing import F32, I32, I64
+from instep.core.typing import F32, I32, I64, timesteps
 from instep.server.clients import Client
 from instep_client import wire
 
@@ -73,7 +73,7 @@ def answer(blocks: Sequence[Block[Client]], rings: Rings) -> Answer:
     if np.count_nonzero(verdict.skipped):
         _repeat(blocks, y)
     if np.count_nonzero(verdict.codes):
-        y[np.arange(len(y))[:, None] >= verdict.lengths] = np.nan
+        y[timesteps(len(y)) >= verdict.lengths] = np.nan
     return Answer(verdict.slots, verdict.fresh, verdict.codes, verdict.lengths, verdict.expected_seq, y)
 
 
@@ -85,7 +85,7 @@ def _pieces(blocks: Sequence[Block[Client]]) -> Iterator[Admission]:
             yield verdict.of(slice(start, end))
             verdict, start = block.verdict, block.first
         end = block.first + block.width
-    yield verdict.of(slice(start, end))
+    yield verdict if end - start == len(verdict.slots) else verdict.of(slice(start, end))
 
 
 def _repeat(blocks: Sequence[Block[Client]], y: F32) -> None:
@@ -95,5 +95,5 @@ def _repeat(blocks: Sequence[Block[Client]], y: F32) -> None:
         start, end = end, end + block.width
         if block.repeated is not None:
             skipped = block.verdict.skipped[block.columns]
-            are_repeated = np.arange(len(block.repeated))[:, None] < skipped
+            are_repeated = timesteps(len(block.repeated)) < skipped
             y[: len(block.repeated), start:end][are_repeated] = block.repeated[are_repeated]

@@ -174,7 +174,7 @@ def _step_process(stepper: Stepper, rings: Rings, spin_us: int) -> StepProcess:
 
     try:
         # It waits for the loop, so it stays awake for longer.
-        return StepProcess(step, int(stepper.buckets[-1]), 2 * spin_us * 1000)
+        return StepProcess(step, stepper.buckets[-1], 2 * spin_us * 1000)
     except OSError as error:
         raise CannotServe(f"no process for the steps can be started ({error}); set engine.steps_in to thread") from None
 

@@ -14,7 +14,7 @@ from instep.core.blocks import Block, BlockTable
 from instep.core.rings import Rings
 from instep.core.scheduler import Scheduler
 from instep.core.streams import StreamTable
-from instep.core.typing import I32, I64, Bool
+from instep.core.typing import I32, I64, Bool, timesteps
 from instep.runtime.errors import StateLost
 from instep.runtime.runs import MOST_STEPS, Ended, run_steps
 from instep.runtime.stepper import Stepper
@@ -170,7 +170,7 @@ class Engine:
         """Begin a run: one step, or as many as these streams have frames for where nobody else waits."""
         bucket = self._stepper.bucket(len(slots))
         steps = self._run_length(slots, bucket)
-        seqs = self.table.step_seq[slots] + np.arange(steps)[:, None]
+        seqs = self.table.step_seq[slots] + timesteps(steps)
         rows = self.rings.take(slots, steps)
         were_kept = self.table.keeping.is_kept(slots)
         tickets = [self._tap.inputs(slots, *frames, bucket) for frames in zip(seqs, rows, strict=True)]

@@ -153,7 +153,7 @@ class _Replay:
     def add(self, step: ReplayStep) -> None:
         """A batch was stepped."""
         slots = self._slots_of_step(step)
-        most = int(self._stepper.buckets[-1])
+        most = self._stepper.buckets[-1]
         if self._size + len(slots) > most or self._taken[slots].any():
             self.flush()
         self._steps.append(step)
