@@ -37,9 +37,9 @@ from instep_client.wire import Code, ServerInfo
 
 T = TypeVar("T")
 
-_BURST = 256
+_BURST = 128
 _BURST_NS = 2_000_000
-"""Messages, and time, handled before other work of the loop gets its turn."""
+"""Messages, and time, handled before other work of the loop gets its turn: what came first is stepped meanwhile."""
 _FORCED_JOIN_S = 1.0
 """How long a forced end waits for the step that is under way."""
 _TICK_S = 0.05
