@@ -249,9 +249,23 @@ MUTANTS = [
     Mutant(
         "an answer goes to another client in the same batch",
         "server/answers.py",
-        "message = newest.get(number)",
+        "message = newest.get(client)",
         "message = next(iter(newest.values()), None)",
         (f"{BURSTS}::test_what_one_client_asks_together_is_answered_in_one_message",),
+    ),
+    Mutant(
+        "an answer goes to the client that has the number now",
+        "server/answers.py",
+        "client, width = block.client.arrival",
+        "client, width = block.client.number",
+        (f"{BURSTS}::test_a_client_gets_no_answers_of_the_gone_one_that_had_its_number",),
+    ),
+    Mutant(
+        "of what is answered in one message, the credit of the first alone is given back",
+        "server/engine.py",
+        "sum(block.frames for block in blocks)",
+        "blocks[0].frames",
+        (f"{BURSTS}::test_an_answer_is_no_larger_than_a_block_may_be",),
     ),
     Mutant(
         "an answer has the outputs of the message beside it",

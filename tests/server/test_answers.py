@@ -16,7 +16,8 @@ from instep.server.clients import Client
 from instep_client import wire
 from instep_client.codes import Code
 
-CLIENTS = [Client(number, number, b"", 0) for number in range(3)]
+CLIENTS = [Client(number=0, arrival=1 + arrival, routing_id=b"", last_heard_ns=0) for arrival in range(3)]
+"""Each had its number when the one before was gone, whose blocks are answered nevertheless."""
 STREAMS, WINDOW, OUTPUTS = 12, 4, 2
 
 
@@ -101,7 +102,7 @@ def test_each_block_is_answered_once_with_others_of_its_client_and_within_bounds
     ]
     messages = together(blocks, most_frames)
     for message in messages:
-        assert len({block.client.number for block in message}) == 1
+        assert len({block.client.arrival for block in message}) == 1
         assert 1 <= len(message) <= 1 + wire.MAX_ALSO
         assert len(message) == 1 or 2 * sum(block.width for block in message) <= most_frames
     for client in CLIENTS:

@@ -7,10 +7,12 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instep.core.typing import F32, I32, I64
+from instep.runtime.runs import Ended
 from instep_client import wire
 from instep_client.wire import Code, Kind
 from tests.support.models import SMALL, whole
@@ -77,6 +79,7 @@ async def test_what_one_client_asks_together_is_answered_in_one_message() -> Non
     turning.steps(0, of_one[1:], [0, 0], np.array([[[3] * F, [np.nan] * F]], np.float32), [0, 0])
     turning.turn()
     assert sorted(sent(turning)) == [(0, 1, [3, 1]), (1, 2, [])]
+    assert [client.frames_unanswered for client in turning.server._clients.all()] == [0, 0]
     truths = {value: whole(SMALL, one(value)[0])[0][0] for value in (1, 2, 3)}
     for client, header, frames in turning.answers():
         y = np.frombuffer(frames[0], "<f4").reshape(-1, SMALL.description.gru.hidden_size)
@@ -105,6 +108,46 @@ async def test_no_answer_waits_for_another_ones_frames() -> None:
     assert sent(turning)[1:] == [(0, 2, []), (0, 5, [])]
     turning.turn()
     assert sent(turning)[3:] == [(0, 3, []), (0, 4, [])]
+
+
+async def test_a_client_gets_no_answers_of_the_gone_one_that_had_its_number() -> None:
+    engine = {"max_streams": 4, "max_batch_size": 4, "max_queue_delay_us": 10**7}
+    turning = Turning(SMALL, engine=engine, limits=LIMITS)
+    handles, clients = turning.opens(0, 1), turning.server._clients
+    turning.steps(0, handles, [0], one(1), [0])
+    turning.take()
+    gone = clients.all()[0]
+    turning.server._postbox.give_up(gone)
+    turning.server.lifecycle.departures.tidy()
+    others = turning.opens(1, 1)
+    came = clients.all()[0]
+    assert came.number == gone.number
+    turning.steps(1, others, [0], one(2), [0])
+    turning.take()
+    turning.server.engine.draining = True  # nothing is held any more
+    turning.server.engine.schedule()
+    assert one_batch(turning) == 2
+    assert sent(turning) == [(1, 2, [])]
+    ((_, _, frames),) = turning.answers()
+    np.testing.assert_array_equal(np.frombuffer(frames[0], "<f4"), whole(SMALL, one(2)[0])[0][0])
+    assert came.frames_unanswered == 0
+
+
+async def test_the_times_of_a_message_are_those_of_its_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    turning, (handles, _) = made()
+    now_ns = 10**9
+    monkeypatch.setattr("instep.server.engine.time.monotonic_ns", lambda: now_ns)
+    for number in (0, 1):
+        turning.steps(0, handles[number : number + 1], [0], one(), [0])
+        turning.take()
+        now_ns += 7_000_000
+    turning.server.engine.schedule()
+    job = turning.jobs.popleft()
+    job.done(Ended(now_ns, now_ns + 2_000_000, 1, None), None)
+    ((_, frames),) = turning.sent
+    header = msgpack.unpackb(frames[0])
+    assert (header[1], header[-1]) == (1, [2, 1])
+    assert header[4:7] == [14_000, 2_000, 0]
 
 
 async def test_no_answer_waits_for_the_next_batch() -> None:
@@ -138,6 +181,7 @@ async def test_an_answer_is_no_larger_than_a_block_may_be() -> None:
         turning.steps(0, handles[number : number + 1], [0], np.ones((2, 1, F), np.float32), [0])
     turning.turn()
     assert sorted(sent(turning)) == [(0, 1, [2, 1]), (0, 3, [])]
+    assert [client.frames_unanswered for client in turning.server._clients.all()] == [0, 0]
     assert turning.server.statistics.blocks_total == 3
 
 
@@ -256,9 +300,11 @@ def outcome(messages: list[Any], at_once: int) -> list[Any]:
                 acked = np.maximum(table.step_seq[slots] + [acked for _, _, acked in columns], 0)
                 x = np.full((timesteps, len(columns), F), value, np.float32)
                 turning.steps(client, handles[slots - 1], seqs, x, acked)
-        known: list[I64 | I32] = [table.next_seq, table.step_seq, table.acked, table.pending]
-        of_clients = [client.frames_unanswered for client in server._clients.all()]
-        return [*seen, *(column.tolist() for column in known), server.engine.rings.pending_count, of_clients]
+        assert not table.pending.any()
+        assert [client.frames_unanswered for client in server._clients.all()] == [0, 0]
+        assert (server.engine.rings.pending_count, len(server.engine.blocks)) == (0, 0)
+        known: list[I64 | I32] = [table.next_seq, table.step_seq, table.acked]
+        return [*seen, *(column.tolist() for column in known)]
 
     return asyncio.run(run())
 

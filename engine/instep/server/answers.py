@@ -54,14 +54,15 @@ def together(blocks: Sequence[Block[Client]], most_frames: int) -> list[list[Blo
     columns: dict[int, int] = {}
     most_columns = most_frames // blocks[0].timesteps
     for block in blocks:
-        number, width = block.client.number, block.width
-        message = newest.get(number)
-        if message is None or len(message) > wire.MAX_ALSO or columns[number] + width > most_columns:
-            message = newest[number] = []
+        # Not the number: that of a client that is gone, whose blocks are still to be answered, may be another's now.
+        client, width = block.client.arrival, block.width
+        message = newest.get(client)
+        if message is None or len(message) > wire.MAX_ALSO or columns[client] + width > most_columns:
+            message = newest[client] = []
             messages.append(message)
-            columns[number] = 0
+            columns[client] = 0
         message.append(block)
-        columns[number] += width
+        columns[client] += width
     return messages
 
 

@@ -278,13 +278,12 @@ class Engine:
 
     def _answer(self, blocks: list[Block[Client]], answer: Answer, stepped_ns: tuple[int, int] | None) -> None:
         now_ns = time.monotonic_ns()
-        queue_ns = compute_ns = send_ns = 0
+        queue_ns, compute_ns, send_ns = [0] * len(blocks), 0, 0
         if stepped_ns is not None:
             began_ns, ended_ns = stepped_ns
-            queue_ns, compute_ns, send_ns = began_ns - blocks[0].admitted_ns, ended_ns - began_ns, now_ns - ended_ns
-        times_ns = max(0, queue_ns), compute_ns, max(0, send_ns)
-        self._statistics.answered(len(blocks), *times_ns)
-        message = replies.stepped(
-            [block.request for block in blocks], [block.width for block in blocks], answer, times_ns
-        )
+            queue_ns = [max(0, began_ns - block.admitted_ns) for block in blocks]
+            compute_ns, send_ns = ended_ns - began_ns, max(0, now_ns - ended_ns)
+        self._statistics.answered(queue_ns, compute_ns, send_ns)
+        requests, columns = [block.request for block in blocks], [block.width for block in blocks]
+        message = replies.stepped(requests, columns, answer, (queue_ns[0], compute_ns, send_ns))
         self._postbox.send(blocks[0].client, message, now_ns, sum(block.frames for block in blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,10 +33,10 @@ class Statistics:
         """Where states are; None when all are on the device."""
         self._split_ns: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW)
 
-    def answered(self, messages: int, queue_ns: int, compute_ns: int, send_ns: int) -> None:
-        """STEP messages were answered; nanoseconds they waited, were computed, and took to be handed to the socket."""
-        self._split_ns.extend([(queue_ns, compute_ns, send_ns)] * messages)
-        self.blocks_total += messages
+    def answered(self, queue_ns: Sequence[int], compute_ns: int, send_ns: int) -> None:
+        """STEP messages were answered: nanoseconds that each waited, were computed, and took to reach the socket."""
+        self._split_ns.extend([(waited_ns, compute_ns, send_ns) for waited_ns in queue_ns])
+        self.blocks_total += len(queue_ns)
 
     def evicted(self, code: Code, streams: int) -> None:
         """Streams were evicted for that reason."""
