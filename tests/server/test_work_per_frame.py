@@ -13,8 +13,8 @@ from tests.support.models import SMALL
 from tests.support.turning import Turning
 
 F = 5
-MOST_FOR_A_MESSAGE = 185
-"""Lines and calls for one message of one frame in a burst, from the socket to the answer: 171, and some room."""
+MOST_FOR_A_MESSAGE = 175
+"""Lines and calls for one message of one frame in a burst, from the socket to the answer: 162, and some room."""
 
 
 def work(act: Callable[[], None]) -> int:

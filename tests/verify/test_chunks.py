@@ -47,6 +47,7 @@ def test_large_chunks_fill_buckets_where_sequences_are_left() -> None:
         ([9, 8, 8, 7, 7, 7], 18, [2, 2, 2]),
         ([9, 8, 8, 7, 7, 7, 1], 5, [2, 2, 2, 1]),  # too long for a span: then the least
         ([5] * 40, 170, [32, 8]),
+        ([5] * 40, 200, [40]),
         ([5] * 40, 100, [16, 16, 8]),
     ],
 )

@@ -84,6 +84,18 @@ def test_an_unknown_stream(recorded: Recorded) -> None:
     assert text.startswith("not checked: the recording has no stream 'stream-33'; did you mean 'stream-3'")
 
 
+def test_what_breaks_down_is_no_mismatch(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*arguments: Any, **options: Any) -> None:
+        raise MemoryError("12 GB")
+
+    monkeypatch.setattr("instep.verify.verifier.verify", no_memory)
+    status, _ = verify(recorded.path)
+    assert status == 2
+    assert "MemoryError: 12 GB" in capsys.readouterr().err
+
+
 def test_nothing_recorded(tmp_path: Path) -> None:
     status, text = verify(record_gru(tmp_path, make_gru(), [0]).path)
     assert status == 2

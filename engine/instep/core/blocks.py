@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from instep.core.admission import Admission
-from instep.core.rings import Rings
-from instep.core.typing import F32, I32, I64, timesteps
+from instep.core.rings import Rings, timesteps
+from instep.core.typing import F32, I32, I64
 
 _ONE = np.int32(1)
 

@@ -7,10 +7,19 @@ from collections.abc import Callable
 import numpy as np
 
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, U8, float32_zeros, timesteps
+from instep.core.typing import F32, I32, I64, U8, float32_zeros
 
 # Arrays, not numbers: numpy takes twice as long to join a number with a small array.
 _ONCE, _NOT = np.array(1, np.uint8), np.array(0, np.uint8)
+
+
+_TIMESTEPS: I64 = np.arange(64)[:, None]
+_TIMESTEPS.flags.writeable = False
+
+
+def timesteps(count: int) -> I64:
+    """0 … `count`, to be joined with an entry a column: int64 [count, 1], not to be changed."""
+    return _TIMESTEPS[:count] if count <= len(_TIMESTEPS) else np.arange(count)[:, None]
 
 
 class Rings:

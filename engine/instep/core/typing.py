@@ -16,15 +16,6 @@ U64: TypeAlias = npt.NDArray[np.uint64]
 Bool: TypeAlias = npt.NDArray[np.bool_]
 
 
-_TIMESTEPS: I64 = np.arange(64)[:, None]
-_TIMESTEPS.flags.writeable = False
-
-
-def timesteps(count: int) -> I64:
-    """0 … `count`, to be joined with an entry a column: int64 [count, 1], read-only."""
-    return _TIMESTEPS[:count] if count <= len(_TIMESTEPS) else np.arange(count)[:, None]
-
-
 def float32_zeros(shape: tuple[int, ...]) -> F32:
     """Zeros; pages that nobody touches take no memory."""
     return np.zeros(shape, np.float32)

@@ -9,8 +9,8 @@ import numpy as np
 
 from instep.core.admission import Admission
 from instep.core.blocks import Block
-from instep.core.rings import Rings
-from instep.core.typing import F32, I32, I64, timesteps
+from instep.core.rings import Rings, timesteps
+from instep.core.typing import F32, I32, I64
 from instep.server.clients import Client
 from instep_client import wire
 

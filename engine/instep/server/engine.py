@@ -11,10 +11,10 @@ import numpy as np
 
 from instep.core.admission import Admission, admit
 from instep.core.blocks import Block, BlockTable
-from instep.core.rings import Rings
+from instep.core.rings import Rings, timesteps
 from instep.core.scheduler import Scheduler
 from instep.core.streams import StreamTable
-from instep.core.typing import I32, I64, Bool, timesteps
+from instep.core.typing import I32, I64, Bool
 from instep.runtime.errors import StateLost
 from instep.runtime.runs import MOST_STEPS, Ended, run_steps
 from instep.runtime.stepper import Stepper

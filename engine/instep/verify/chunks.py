@@ -67,10 +67,15 @@ class Chunk:
         self._steps = max(most_frames // max(len(members), LEAST_RUNS), 1)
 
     def blocks(self, least_rows: int) -> Iterator[tuple[slice, Chunk]]:
-        """The same in pieces of rows that are one span each; a sequence too long for that is one of `least_rows`."""
+        """The same in pieces of as many rows as fit into a span beside each other, `least_rows` at least.
+
+        A piece of fewer than `LEAST_RUNS` rows, or of one that is too long, may still be several spans.
+        """
         first = 0
         while first < len(self._members):
-            rows = _rounded(max(self._most_frames // int(self.lengths[first]), least_rows))
+            rows = max(self._most_frames // int(self.lengths[first]), least_rows)
+            if first + rows < len(self._members):
+                rows = max(_rounded(rows), least_rows)
             of = slice(first, min(first + rows, len(self._members)))
             yield of, Chunk(self._sequences, self._given, self._members[of], self._most_frames)
             first = of.stop

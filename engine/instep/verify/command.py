@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from json import dumps
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from instep.model.errors import ModelError
 from instep.recording.choice import Chosen, choose
 from instep.recording.errors import NoSuchStream, RecordingError, with_advice
 from instep.recording.joints import Following
@@ -57,6 +59,11 @@ def run(wanted: Sequence[Path], *, model_folder: Path | None, stream: str | None
             _write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
         else:
             console.print(Text(f"not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
+        return NOT_CHECKED
+    except ModelError:
+        raise
+    except Exception:  # a bug, or no memory: Python's own status for it would say that something differs
+        traceback.print_exc()
         return NOT_CHECKED
     if len(chosen.files) == 1 and chosen.is_complete:
         if json:

@@ -56,7 +56,7 @@ _SAME: Final[dict[str, Any]] = dict.fromkeys(
 )
 """What headers of one engine differ in from file to file."""
 
-MOST_THREADS: Final = 4
+MOST_AT_ONCE: Final = 4
 """Threads that compute at most. More than there are cores would only take their caches from each other."""
 AHEAD: Final = 2
 """Chunks that are computed or wait for it beside the one that is to be finished next."""
@@ -242,7 +242,7 @@ class _Verification:
 
 
 def _threads() -> int:
-    return min(usable_cores(), MOST_THREADS)
+    return min(usable_cores(), MOST_AT_ONCE)
 
 
 def _ways(model: Model, headers: list[RecordingHeader]) -> Ways:

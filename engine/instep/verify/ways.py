@@ -1,9 +1,9 @@
 """The three ways to compute a chunk again, each compared from the first frame to the last.
 
-By itself, a way is compared with `LeastBound` as the limit. That settles it unless something is farther off where bits
-need not be equal; then it ends at once. `check_with_bound` goes all three ways side by side, with the bound itself (see
-`bound`), for which the reference has to run in float32, too. A limit that decides nothing need not be known: what it
-finds where everything was settled is the same.
+By itself, the reference is compared with `LeastBound` as the limit, and a replay with twice the floor of it. That
+settles it unless something is farther off where bits need not be equal; then it ends at once. `check_with_bound` goes
+all three ways side by side, with the bound itself (see `bound`), for which the reference has to run in float32, too. A
+limit that decides nothing need not be known: what it finds where everything was settled is the same.
 """
 
 from __future__ import annotations
