@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import zmq
 
@@ -20,6 +22,17 @@ async def test_any_loopback_endpoint_can_be_bound_and_is_told_as_written(endpoin
     host = "127.0.0.1" if "localhost" in endpoint else endpoint[6:-2]
     assert router.endpoint.startswith(f"tcp://{host}:")
     router.close()
+
+
+async def test_a_path_that_somebody_listens_at_is_not_taken_away(tmp_path: Path) -> None:
+    config = TransportConfig(endpoint=f"ipc://{tmp_path / 'socket'}")
+    router = Router(config)
+    with pytest.raises(zmq.ZMQError) as refused:
+        Router(config)
+    assert refused.value.errno == zmq.EADDRINUSE
+    router.close()
+    assert (tmp_path / "socket").is_socket(), "what is left of one that is gone is in nobody's way"
+    Router(config).close()
 
 
 async def test_a_peer_that_is_not_there_is_gone() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket as socketlib
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Protocol
 
 import zmq
@@ -58,6 +60,7 @@ class Router:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(config.heartbeat_s * 3000))
         socket.setsockopt(zmq.BACKLOG, 4096)
         try:
+            _refuse_path_in_use(config.endpoint)
             socket.bind(config.endpoint)
         except zmq.ZMQError:
             socket.close(linger=0)
@@ -100,3 +103,13 @@ class Router:
         """Close the socket; what was handed over is given a second to leave."""
         self._socket.close()
         self._context.term()
+
+
+def _refuse_path_in_use(endpoint: str) -> None:
+    """ZeroMQ takes the path of an `ipc://` endpoint from whoever listens there; whoever is gone has left it."""
+    scheme, _, path = endpoint.partition("://")
+    if scheme != "ipc" or not Path(path).is_socket():
+        return
+    with socketlib.socket(socketlib.AF_UNIX) as probe:
+        if probe.connect_ex(path) == 0:
+            raise zmq.ZMQError(zmq.EADDRINUSE)
