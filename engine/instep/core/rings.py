@@ -18,7 +18,7 @@ _TIMESTEPS.flags.writeable = False
 
 
 def timesteps(count: int) -> I64:
-    """0 … `count`, to be joined with an entry a column: int64 [count, 1], not to be changed."""
+    """0 … `count` - 1, to be joined with an entry a column: int64 [count, 1], not to be changed."""
     return _TIMESTEPS[:count] if count <= len(_TIMESTEPS) else np.arange(count)[:, None]
 
 
