@@ -76,6 +76,8 @@ class LoopThread:
             return future.result()
         except concurrent.futures.CancelledError:
             raise self._ended("the client was closed") from None
+        except ClientClosed as error:  # by the failure, if the work began only after it
+            raise error if self._failure is None else self._ended("") from None
         except BaseException:
             future.cancel()
             raise

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -245,6 +246,29 @@ def test_a_thread_that_crashed_leaves_nobody_waiting(server: FakeServer, caplog:
     client._thread._thread.join(10)
     assert not client._thread._thread.is_alive()
     assert "the client's thread failed" in caplog.messages
+
+
+def test_work_that_begins_only_after_the_crash_is_told_of_it(server: FakeServer) -> None:
+    client = Client(server.endpoint)
+    client.connect()
+    thread = client._thread
+    release = threading.Event()
+
+    def leave() -> None:
+        release.wait()
+        raise SystemExit("a callback left")
+
+    with ThreadPoolExecutor(1) as pool:
+        stream = client.open("a")
+        assert thread._loop is not None
+        thread._loop.call_soon_threadsafe(leave)
+        waiting = pool.submit(next, stream)
+        while not thread._waiting:
+            time.sleep(0.001)
+        with thread._lock:  # the work is in the loop's queue, behind the crash
+            release.set()
+        with pytest.raises(ConnectionFailed, match="a callback left"):
+            waiting.result()
 
 
 def test_a_thread_that_crashed_still_closes_its_streams(server: FakeServer) -> None:
