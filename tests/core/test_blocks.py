@@ -25,7 +25,7 @@ def block(
         expected_seq=ints(*lengths),
         fresh=ints(*lengths) - ints(*(skipped or [0] * columns)),
     )
-    return Block("client", 77, timesteps, verdict, 0, columns, int(verdict.fresh.sum()), admitted_ns=0)
+    return Block("client", 77, timesteps, verdict, 0, columns, int(verdict.fresh.sum()), came_ns=0)
 
 
 def test_a_block_is_complete_when_its_last_frame_is_answered() -> None:
@@ -72,7 +72,7 @@ def test_a_column_fails_from_the_first_frame_that_was_not_applied() -> None:
 def test_a_block_fails_in_its_own_columns_of_a_verdict_only() -> None:
     rings = Rings(StreamTable(4, max_owners=1), 4, 4, 1, 2, max_pending=10)
     both = block([1, 1], timesteps=1)
-    behind = Block("client", 78, 1, both.verdict, 1, 1, 1, admitted_ns=0)
+    behind = Block("client", 78, 1, both.verdict, 1, 1, 1, came_ns=0)
     rows = np.sort(np.concatenate([rings.rows(ints(slot), ints(0)) for slot in (1, 2)]))
     behind.fail(rings, rows, np.full(2, Code.STEP_FAILED, np.int32), ints(5, 5))
     assert both.verdict.codes.tolist() == [0, Code.STEP_FAILED]

@@ -30,7 +30,7 @@ def verdict(columns: int, first_slot: int = 1) -> Admission:
 def blocks_of(verdict: Admission, *widths: int, client: Client = CLIENTS[0]) -> list[Block[Client]]:
     ends = np.cumsum(widths).tolist()
     return [
-        Block(client, number, 2, verdict, end - width, width, 2 * width, admitted_ns=0)
+        Block(client, number, 2, verdict, end - width, width, 2 * width, came_ns=0)
         for number, (width, end) in enumerate(zip(widths, ends, strict=True))
     ]
 
@@ -97,7 +97,7 @@ def test_each_block_is_answered_once_with_others_of_its_client_and_within_bounds
 ) -> None:
     one = verdict(3)
     blocks = [
-        Block(CLIENTS[client], number, 2, one, 0, width, 2 * width, admitted_ns=0)
+        Block(CLIENTS[client], number, 2, one, 0, width, 2 * width, came_ns=0)
         for number, (client, width) in enumerate(sent)
     ]
     messages = together(blocks, most_frames)

@@ -16,7 +16,7 @@ CLIENT = Client(0, 1, b"", 0)
 def step(request: int, handles: list[int]) -> Step:
     columns = np.zeros(len(handles), wire.COLUMN)
     columns["handle"] = handles
-    return Step(CLIENT, request, 1, len(handles), len(handles), columns.tobytes(), b"")
+    return Step(CLIENT, request, 1, len(handles), len(handles), columns.tobytes(), b"", 0)
 
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), max_size=12))

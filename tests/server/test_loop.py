@@ -80,12 +80,38 @@ async def test_what_arrives_during_a_step_shares_the_next_unless_that_is_full() 
         handles = (await client.open("first", "a", "b")).handles()
         for index, value in enumerate((GATE_VALUE, 0.5, 0.5)):
             await client.send(*client.step_message(handles[index : index + 1], [0], frame(value)))
-            while len(server.engine.blocks) <= index:
+            while server._verbs.taken_blocks + len(server.engine.blocks) <= index:
                 await asyncio.sleep(0)
             await other_work()
+        assert len(server.engine.blocks) == 1  # the others are admitted in one go
         gate.open()
         assert {(await client.receive()).kind for _ in range(3)} == {Kind.STEPPED}
         assert server.statistics.batches_total == 2
+
+
+async def test_the_end_waits_for_what_is_not_even_admitted() -> None:
+    gate = Gate()
+    async with served(SMALL, stepper=gate.stepper, shutdown={"drain_timeout_s": 5}) as (server, client):
+        handles = (await client.open("first", "a")).handles()
+        for index, value in enumerate((GATE_VALUE, 0.5)):
+            await client.send(*client.step_message(handles[index : index + 1], [0], frame(value)))
+            while server._verbs.taken_blocks + len(server.engine.blocks) <= index:
+                await asyncio.sleep(0)
+        server.stop()
+        gate.open()
+        assert [(await client.receive()).kind for _ in range(3)] == [Kind.STEPPED, Kind.STEPPED, Kind.GOODBYE]
+
+
+async def test_a_refusal_does_not_wait_for_a_step_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instep.server.server._TICK_S", 0.01)
+    gate = Gate()
+    async with served(SMALL, stepper=gate.stepper) as (_, client):
+        handles = (await client.open("first", "a")).handles()
+        await client.send(*client.step_message(handles[:1], [0], frame(GATE_VALUE)))
+        await client.send(*client.step_message(handles[1:], [7], frame()))
+        assert (await client.receive()).codes() == [Code.SEQ_GAP]
+        gate.open()
+        assert (await client.receive()).failures() == []
 
 
 async def test_a_full_batch_goes_to_the_worker_during_a_step() -> None:

@@ -32,7 +32,8 @@ class Block(Generic[C]):
     """N."""
     frames: int
     """How many were admitted to be computed."""
-    admitted_ns: int
+    came_ns: int
+    """When, on the monotonic clock."""
     repeated: F32 | None = None
     """float32 [≤ T, N, outputs] where leading timesteps were applied before: their outputs, as the ring had them on
     admission. The client may acknowledge them before this block is answered, and later frames take their places."""

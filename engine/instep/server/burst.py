@@ -30,6 +30,8 @@ class Step:
     """`wire.COLUMN` [N]."""
     x: bytes
     """float32 [T, N, features]."""
+    came_ns: int
+    """When, on the monotonic clock."""
 
 
 def join(steps: list[Step], features: int) -> tuple[int | I32, U64, U64, U64, F32]:
@@ -89,7 +91,8 @@ def apart(steps: list[Step]) -> Iterator[list[Step]]:
 class Burst:
     """Gathers messages until they are taken; what it holds has no place in rings and blocks yet.
 
-    From the first message that it holds until they are taken nothing else may be admitted, stepped or answered.
+    From the first message that it holds until they are taken nothing else may be admitted. What is stepped and answered
+    meanwhile makes more room than it counts on: a message that it does not take may find room once these are taken.
 
     Args:
         rings: whose room there must be.
@@ -103,6 +106,8 @@ class Burst:
         self._credit_frames = credit_frames
         self._steps: list[Step] = []
         self._frames = self._room_frames = self._room_blocks = 0
+        self.columns = 0
+        """Of all messages together."""
         self._credit_of: dict[int, int] = {}
         """What is left of it, by the client's number."""
 
@@ -125,12 +130,13 @@ class Burst:
             return False
         self._credit_of[number] = credit - frames
         self._frames += frames
+        self.columns += message.columns
         steps.append(message)
         return True
 
     def take(self) -> list[Step]:
         """All messages, in the order in which they came; none are left."""
         steps, self._steps = self._steps, []
-        self._frames = 0
+        self._frames = self.columns = 0
         self._credit_of.clear()
         return steps

@@ -88,6 +88,8 @@ class Engine:
         """While True, nothing more arrives that a batch could be held for."""
         self.on_answered: Callable[[], None] = lambda: None
         """Called after blocks were answered: streams may have nothing pending any more."""
+        self.on_run_ended: Callable[[], None] = lambda: None
+        """Called before the next run begins: what came meanwhile may join it."""
         self.on_state_lost: Callable[[I64], None] = lambda slots: None
         """Called with the slots whose state was lost by a failed step."""
         self.on_changed: Callable[[], None] = lambda: None
@@ -109,7 +111,7 @@ class Engine:
         now_ns = time.monotonic_ns()
         owners, handles, seqs, acked, x = join(steps, self.rings.x.shape[1])
         verdict = admit(self.table, self.rings, owners, handles, seqs, acked, x)
-        blocks = self._blocks(steps, verdict, now_ns)
+        blocks = self._blocks(steps, verdict)
         numbers = of_columns(steps, self._expect(blocks))
         ready = self.rings.append(verdict.slots, verdict.first_seqs, verdict.skipped, verdict.lengths, x, numbers)
         self.table.admitted(verdict.slots, verdict.fresh, now_ns)
@@ -117,11 +119,11 @@ class Engine:
         if done := [block for block in blocks if not block.frames]:
             self._complete(done, None)
 
-    def _blocks(self, steps: list[Step], verdict: Admission, now_ns: int) -> list[Block[Client]]:
+    def _blocks(self, steps: list[Step], verdict: Admission) -> list[Block[Client]]:
         """The messages that were judged together, each as a block."""
         firsts = list(accumulate([step.columns for step in steps[:-1]], initial=0))
         blocks = [
-            Block(step.client, step.request, step.timesteps, verdict, first, step.columns, frames, now_ns)
+            Block(step.client, step.request, step.timesteps, verdict, first, step.columns, frames, step.came_ns)
             for step, first, frames in zip(steps, firsts, np.add.reduceat(verdict.fresh, firsts).tolist(), strict=True)
         ]
         if np.count_nonzero(verdict.skipped):
@@ -149,6 +151,11 @@ class Engine:
         self.schedule()
 
     # ── Schedule and step ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def would_wait(self, columns: int) -> bool:
+        """Whether as many more ready streams would begin nothing before a run ends that is under way."""
+        runs, ready = self._runs_under_way, self.scheduler.ready_count + columns
+        return runs == _MOST_RUNS or (runs > 0 and ready < self.scheduler.max_batch_size)
 
     def schedule(self) -> None:
         """Give the worker a batch if it is free and one is due, and a full one to go on with while it steps."""
@@ -207,6 +214,7 @@ class Engine:
         steps = ended.steps
         numbers = self.rings.block[rows[:steps]].reshape(-1)
         self.rings.applied(slots, steps)
+        self.on_run_ended()
         if steps:
             self._step_ns[bucket] = step_ns = (ended.ended_ns - ended.began_ns) // steps
             self._statistics.batches_total += steps
@@ -281,7 +289,7 @@ class Engine:
         queue_ns, compute_ns, send_ns = [0] * len(blocks), 0, 0
         if stepped_ns is not None:
             began_ns, ended_ns = stepped_ns
-            queue_ns = [max(0, began_ns - block.admitted_ns) for block in blocks]
+            queue_ns = [max(0, began_ns - block.came_ns) for block in blocks]
             compute_ns, send_ns = ended_ns - began_ns, max(0, now_ns - ended_ns)
         self._statistics.answered(queue_ns, compute_ns, send_ns)
         requests, columns = [block.request for block in blocks], [block.width for block in blocks]

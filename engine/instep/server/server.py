@@ -146,6 +146,7 @@ class Server:
         self._verbs = Verbs(
             self.engine, self.lifecycle, tap, self._clients, self._postbox, self.info, self._limits, self.statistics
         )
+        self.engine.on_run_ended = self._verbs.admit_taken
         self.recovery: Recovery | None = None
         """What it took to go on with an older recording, where there was one."""
         self.unanswered_blocks = 0
@@ -173,8 +174,9 @@ class Server:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nothing admitted waits for an answer."""
-        return not len(self.engine.blocks) and self.lifecycle.waits.is_quiet and self._tap.is_quiet
+        """Whether nothing that was taken waits for an answer."""
+        is_answered = not (self._verbs.taken_blocks or len(self.engine.blocks))
+        return is_answered and self.lifecycle.waits.is_quiet and self._tap.is_quiet
 
     @property
     def has_room(self) -> bool:
@@ -231,7 +233,7 @@ class Server:
             only_gathered = self._verbs.take(routing_id, frames)
             if not only_gathered and (time.monotonic_ns() > deadline_ns or not self.has_room):
                 break
-        self._verbs.admit_taken()
+        self._verbs.admit_if_due()
         self.engine.schedule()
         if frames:
             self._vigil.stay()
@@ -275,6 +277,7 @@ class Server:
 
     def _keep_house(self) -> None:
         now_ns = time.monotonic_ns()
+        self._verbs.admit_taken()  # however long the run under way takes
         self._postbox.flush(now_ns)
         self._evictions.tick()
         if self._evictions.is_due:
@@ -325,7 +328,7 @@ class Server:
             await asyncio.sleep(0.005)
         if self._drains:
             await self._snapshot(deadline)
-        self.unanswered_blocks = len(self.engine.blocks)
+        self.unanswered_blocks = self._verbs.taken_blocks + len(self.engine.blocks)
 
     async def _snapshot(self, deadline: float) -> None:
         """Leave a restart nothing to replay, if there is time."""

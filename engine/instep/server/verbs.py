@@ -114,6 +114,16 @@ class Verbs:
             self._refuse(routing_id, request, Refusal(Code.MALFORMED, "the header is nested too deep"))
         return False
 
+    @property
+    def taken_blocks(self) -> int:
+        """How many STEP messages are gathered."""
+        return len(self._burst)
+
+    def admit_if_due(self) -> None:
+        """As `admit_taken`, unless they would only wait for the run under way: more may join them until its end."""
+        if not self._engine.would_wait(self._burst.columns):
+            self.admit_taken()
+
     def admit_taken(self) -> None:
         """Hand the STEP messages that were gathered to the engine."""
         if not len(self._burst):
@@ -345,7 +355,9 @@ class Verbs:
         wire.check_size(frames[2], 4, (timesteps, columns, features), "x")
         wire.check_size(frames[1], wire.COLUMN_BYTES, (columns,), "columns")
         self._refuse_what_is_new()
-        step = Step(client, header.request, timesteps, columns, block_frames, frames[1], frames[2])
+        step = Step(
+            client, header.request, timesteps, columns, block_frames, frames[1], frames[2], client.last_heard_ns
+        )
         if self._burst.takes(step):
             return True
         self.admit_taken()  # frames of what was gathered may be refused, and leave room
