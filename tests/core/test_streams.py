@@ -84,7 +84,7 @@ def test_idle_streams_are_those_silent_with_nothing_pending() -> None:
 def test_activity_counts_against_idling() -> None:
     table = StreamTable(4, max_owners=4)
     slots, _ = table.open(["a", "b"], owner=1, now_ns=0)
-    table.admitted(slots, np.array([1, 0]), now_ns=100)
+    table.admitted(slots[:1], np.array([1]), now_ns=100)
     table.answered(slots, np.array([1, 0]))
     assert table.idle_since(50).tolist() == [slots[1]]
 
@@ -92,11 +92,18 @@ def test_activity_counts_against_idling() -> None:
 def test_a_column_without_admitted_frames_may_name_the_slot_of_another() -> None:
     table = StreamTable(4, max_owners=4)
     slots, _ = table.open(["a"], owner=1, now_ns=0)
-    twice, lengths = np.concatenate([slots, slots]), np.array([3, 0])
-    table.admitted(twice, lengths, now_ns=100)
+    table.admitted(slots, np.array([3]), now_ns=100)
     assert table.pending[slots].tolist() == [3]
-    table.answered(twice, lengths)
+    table.answered(np.concatenate([slots, slots]), np.array([3, 0]))
     assert table.pending[slots].tolist() == [0]
+
+
+def test_distinct_slots_are_answered_as_any_others() -> None:
+    table = StreamTable(4, max_owners=4)
+    slots, _ = table.open(["a", "b"], owner=1, now_ns=0)
+    table.admitted(slots, np.array([3, 2]), now_ns=100)
+    table.answered(slots, np.array([1, 2]), are_distinct=True)
+    assert table.pending[slots].tolist() == [2, 0]
 
 
 def test_frames_of_a_stream_from_several_blocks_are_answered_at_once() -> None:

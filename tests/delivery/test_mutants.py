@@ -100,13 +100,13 @@ MUTANTS = {
             "_step",
             (
                 (
-                    "    rows = self.rings.take(slots, steps)\n",
-                    "    rows = self.rings.take(slots, steps)\n"
+                    "    rows = self.rings.take(slots, self._most_steps(bucket))\n",
+                    "    rows = self.rings.take(slots, self._most_steps(bucket))\n"
+                    "    steps = len(rows)\n"
                     "    more = slots[self.table.next_seq[slots] > self.table.step_seq[slots] + steps]\n"
                     "    late = self.rings.rows(more, self.table.step_seq[more] + steps)\n"
                     "    rows = np.concatenate([rows, np.repeat(late[None], steps, 0)], axis=1)\n"
-                    "    slots = np.concatenate([slots, more])\n"
-                    "    seqs = np.concatenate([seqs, seqs[:, :len(more)]], axis=1)\n",
+                    "    slots = np.concatenate([slots, more])\n",
                 ),
             ),
         ),
@@ -122,7 +122,7 @@ MUTANTS = {
     ),
     "a repeated frame is answered with what is in its place by then": (
         KILL,
-        Change(Engine, "_blocks", (("if np.count_nonzero(verdict.skipped):", "if False:"),)),
+        Change(Engine, "_blocks", (("block.repeated = self.rings.outputs(own.rows[: own.skipped.max()])", "pass"),)),
     ),
     "a snapshot forgets what a restart replayed": (
         KILL,

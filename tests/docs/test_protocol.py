@@ -93,7 +93,7 @@ def stepped(
     label = "STEPPED-partial" if codes.any() else "STEPPED"
     queue_ns, compute_ns, send_ns = (1000 * times).tolist()
     none = np.zeros(shape[1], np.int64)
-    answer = Answer(none, none, codes, lengths, seqs, floats(label).reshape(*shape, 4))
+    answer = Answer(none, none, codes, lengths, seqs, floats(label).reshape(*shape, 4), are_distinct=False)
     columns = [1, 1] if also else [shape[1]]
     return replies.stepped([request, *also[::2]], columns, answer, (queue_ns, compute_ns, send_ns))
 

@@ -35,9 +35,9 @@ MUTANTS = [
     ),
     Mutant(
         "a run has more steps than one of its streams has frames",
-        "server/engine.py",
-        "self.table.step_seq[slots]).min())",
-        "self.table.step_seq[slots]).max())",
+        "core/rings.py",
+        "int(np.minimum.reduce(",
+        "int(np.maximum.reduce(",
         (f"{RUNS}::test_streams_with_fewer_frames_bound_a_run",),
         hangs=True,
     ),
@@ -72,8 +72,8 @@ MUTANTS = [
     Mutant(
         "two frames of a stream in one batch",
         "core/rings.py",
-        "slots[had_nothing & (fresh > 0)",
-        "slots[(fresh > 0)",
+        "slots[had_nothing & (",
+        "slots[(",
         (f"{RINGS}::test_frames_come_out_in_the_order_they_went_in",),
     ),
     Mutant(
@@ -108,8 +108,8 @@ MUTANTS = [
     Mutant(
         "a late frame is applied to the slot's next owner",
         "core/slots.py",
-        "self.generation[slots] += np.uint32(1)",
-        "self.generation[slots] += np.uint32(0)",
+        "self.generations(slots) + np.uint32(1)",
+        "self.generations(slots) + np.uint32(0)",
         (f"{REFUSALS}::test_a_stale_handle_beside_its_slots_next_stream_fails_its_own_column_only",),
     ),
     Mutant(
@@ -143,8 +143,8 @@ MUTANTS = [
     Mutant(
         "the window moves with what was computed",
         "core/admission.py",
-        "ahead = acked > table.step_seq[slots].view(np.uint64)",
-        "acked = table.step_seq[slots].view(np.uint64)\n    ahead = acked > acked",
+        "ahead = acked > computed",
+        "acked = computed\n    ahead = acked > acked",
         (f"{ADMISSION}::test_the_window_moves_with_what_was_acknowledged_not_with_what_was_computed",),
     ),
     Mutant(
@@ -228,15 +228,15 @@ MUTANTS = [
     Mutant(
         "one bad frame fails the whole block",
         "core/admission.py",
-        "lengths = finite_lengths(x)",
-        "lengths = np.full(x.shape[1], finite_lengths(x).min())",
+        "np.minimum(finite_lengths(finite_values), within)",
+        "np.minimum(finite_lengths(finite_values).min(), within)",
         (f"{REFUSALS}::test_one_bad_frame_in_a_block_leaves_the_others_alone",),
     ),
     Mutant(
         "a frame that is not finite is applied",
         "core/admission.py",
-        "lengths = finite_lengths(x)",
-        "lengths = np.full(x.shape[1], timesteps)",
+        "finite_values = np.isfinite(x)",
+        "finite_values = np.ones(x.shape, np.bool_)",
         (f"{REFUSALS}::test_one_bad_frame_in_a_block_leaves_the_others_alone",),
     ),
     Mutant(

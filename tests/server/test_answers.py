@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instep.core.admission import Admission
 from instep.core.blocks import Block
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32
+from instep.core.verdict import Admission
 from instep.server.answers import answer, together
 from instep.server.clients import Client
 from instep_client import wire
@@ -24,7 +24,8 @@ STREAMS, WINDOW, OUTPUTS = 12, 4, 2
 def verdict(columns: int, first_slot: int = 1) -> Admission:
     """All of so many columns of 2 timesteps is to be computed."""
     slots, none, two = np.arange(first_slot, first_slot + columns), np.zeros(columns, np.int64), np.full(columns, 2)
-    return Admission(slots, none.copy(), none.copy(), two.copy(), np.zeros(columns, np.int32), two.copy(), two.copy())
+    rows, codes = rings().rows(slots, np.arange(2)[:, None]), np.zeros(columns, np.int32)
+    return Admission(slots, rows, none, two.copy(), codes, two.copy(), two.copy(), is_whole=True)
 
 
 def blocks_of(verdict: Admission, *widths: int, client: Client = CLIENTS[0]) -> list[Block[Client]]:
@@ -65,7 +66,7 @@ def test_an_answer_has_the_outputs_of_each_column_in_order() -> None:
 def test_what_was_not_applied_is_nan() -> None:
     made, one = rings(), verdict(3)
     one.codes[:] = [0, Code.NOT_FINITE, Code.SEQ_GAP]
-    one.lengths[:] = [2, 1, 0]
+    one.lengths[:], one.is_whole = [2, 1, 0], False
     found = answer(blocks_of(one, 1, 2), made)
     assert np.isnan(found.y[:, :, 0]).tolist() == [[False, False, True], [False, True, True]]
     assert (found.codes.tolist(), found.lengths.tolist()) == ([0, Code.NOT_FINITE, Code.SEQ_GAP], [2, 1, 0])
@@ -73,7 +74,7 @@ def test_what_was_not_applied_is_nan() -> None:
 
 def test_frames_that_were_applied_before_have_the_outputs_of_then() -> None:
     made, one = rings(), verdict(3)
-    one.skipped[:] = [0, 1, 2]
+    one.skipped[:], one.is_whole = [0, 1, 2], False
     blocks = blocks_of(one, 1, 2)
     blocks[1].repeated = np.full((2, 2, OUTPUTS), -1, np.float32)
     found = answer(blocks[::-1], made)

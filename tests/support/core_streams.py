@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from instep.core.admission import Admission, admit
+from instep.core.admission import admit
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, U64
+from instep.core.verdict import Admission
 
 OWNER = 1
 FEATURES = 2
@@ -55,8 +56,8 @@ class CoreStreams:
         """Judge a block that acknowledges nothing unless told what; what is admitted is pending then."""
         acked = np.zeros(len(handles), np.uint64) if acked is None else acked
         verdict = admit(self.table, self.rings, owner, handles, seqs, acked, x)
-        self.rings.append(verdict.slots, verdict.first_seqs, verdict.skipped, verdict.lengths, x, block=0)
-        self.table.admitted(verdict.slots, verdict.lengths - verdict.skipped, now_ns=0)
+        self.rings.append(verdict, x, block=0)
+        self.table.admitted(*verdict.admitted, now_ns=0)
         return verdict
 
     def step(self, slots: I64) -> I64:

@@ -7,51 +7,13 @@ follows on, is finite, and lies within the window: at most `window` frames from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, U64
+from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.core.verdict import Admission
 from instep_client.codes import Code
-
-
-@dataclass(slots=True)
-class Admission:
-    """The verdict on T × N frames, one entry a column: on a block, or on several beside each other."""
-
-    slots: I64
-    first_seqs: I64
-    """The seq of timestep 0; counts only where `lengths` is not 0."""
-    skipped: I64
-    """How many leading timesteps were applied before, and are only answered: 0 … `lengths`."""
-    lengths: I64
-    """How many leading timesteps of the column are answered with outputs: 0 … T; fewer when a step fails later."""
-    codes: I32
-    """Why timestep `lengths[n]` of the column is refused; 0 where all T are admitted."""
-    expected_seq: I64
-    """What the column's stream expects after the admitted frames; 0 where the stream is not the sender's."""
-    fresh: I64
-    """How many timesteps of the column were admitted to be computed."""
-
-    def of(self, columns: slice) -> Admission:
-        """The verdict on some of the columns, in the same memory."""
-        return Admission(
-            self.slots[columns],
-            self.first_seqs[columns],
-            self.skipped[columns],
-            self.lengths[columns],
-            self.codes[columns],
-            self.expected_seq[columns],
-            self.fresh[columns],
-        )
-
-    @classmethod
-    def beside(cls, verdicts: Sequence[Admission]) -> Admission:
-        """Verdicts beside each other, copied."""
-        return cls(*(np.concatenate([getattr(verdict, name) for verdict in verdicts]) for name in cls.__slots__))
 
 
 class RepeatedStream(Exception):
@@ -75,16 +37,10 @@ def resolve_distinct(table: StreamTable, owner: int | I32, handles: U64) -> tupl
     return slots, codes
 
 
-def finite_lengths(x: F32) -> I64:
-    """How many leading timesteps of each column hold finite values only: float32 [T, N, F] → int64 [N]."""
-    timesteps, columns = x.shape[:2]
-    finite_values = np.isfinite(x)
-    if np.count_nonzero(finite_values) == x.size:  # nearly always, and found several times faster than frame by frame
-        all_of_them = np.empty(columns, np.int64)
-        all_of_them.fill(timesteps)  # `np.full` takes several times as long
-        return all_of_them
+def finite_lengths(finite_values: Bool) -> I64:
+    """How many leading timesteps of each column hold finite values only: bool [T, N, F] → int64 [N]."""
     finite = np.asarray(finite_values.all(axis=2))
-    lengths: I64 = np.where(finite.all(axis=0), timesteps, finite.argmin(axis=0))
+    lengths: I64 = np.where(finite.all(axis=0), len(finite), finite.argmin(axis=0))
     return lengths
 
 
@@ -106,21 +62,26 @@ def admit(table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs
     timesteps, columns = x.shape[:2]
     slots, codes = resolve_distinct(table, owner, handles)
     expected = table.next_seq[slots]
-    lengths = finite_lengths(x)
+    finite_values = np.isfinite(x)
     due = expected.view(np.uint64)  # a seq of 2^63 or more is a gap, not a negative number
-    ahead = acked > table.step_seq[slots].view(np.uint64)
-    good = (seqs == due) & (lengths == timesteps) & (seqs - acked <= max(0, rings.window - timesteps))
-    if (
+    computed = table.step_seq[slots].view(np.uint64)
+    good = (seqs == due) & (acked <= computed) & (seqs - acked <= max(0, rings.window - timesteps))
+    is_whole = (
         timesteps <= rings.window
         and np.count_nonzero(good) == columns
-        and not np.count_nonzero(ahead)
+        and np.count_nonzero(finite_values) == x.size  # found several times faster than frame by frame
         and not np.count_nonzero(codes)
-    ):  # nearly always: nothing to refuse
-        following = expected + lengths
+    )
+    if is_whole:  # nearly always: nothing to refuse
+        rows = rings.rows_of(slots, expected, timesteps)
+        following = expected + timesteps
         table.next_seq[slots] = following
         table.acked[slots] = np.maximum(table.acked[slots], acked.view(np.int64))
-        return Admission(slots, expected, np.zeros(columns, np.int64), lengths, codes, following, lengths.copy())
+        lengths: I64 = np.empty(columns, np.int64)
+        lengths.fill(timesteps)  # `np.full` takes several times as long
+        return Admission(slots, rows, np.zeros(columns, np.int64), lengths, codes, following, lengths.copy(), is_whole)
 
+    ahead = acked > computed
     own = codes == 0
     codes[own & ahead] = Code.ACK_AHEAD
     codes[(codes == 0) & (seqs > due)] = Code.SEQ_GAP
@@ -131,7 +92,7 @@ def admit(table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs
     repeats[too_late] = 0
     same = rings.holds_same(slots, first, repeats, x)
     within = np.maximum(acked.astype(np.int64) + rings.window - first, 0)
-    lengths = np.minimum(lengths, within)
+    lengths = np.minimum(finite_lengths(finite_values), within)
     why = np.where(lengths < within, Code.NOT_FINITE, Code.WINDOW_FULL)
     conflict = same < repeats
     lengths[conflict] = np.minimum(lengths, same)[conflict]
@@ -147,7 +108,8 @@ def admit(table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs
     expected[moved] = (first + lengths)[moved]
     expected[~own] = 0
     skipped = np.minimum(repeats, lengths)
-    return Admission(slots, first, skipped, lengths, codes, expected, lengths - skipped)
+    rows = rings.rows_of(slots, first, timesteps)
+    return Admission(slots, rows, skipped, lengths, codes, expected, lengths - skipped, is_whole)
 
 
 def _oldest(table: StreamTable, rings: Rings, slots: I64) -> I64:

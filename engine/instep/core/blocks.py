@@ -8,9 +8,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from instep.core.admission import Admission
-from instep.core.rings import Rings, timesteps
+from instep.core.rings import timesteps
 from instep.core.typing import F32, I32, I64
+from instep.core.verdict import Admission
 
 _ONE = np.int32(1)
 
@@ -43,18 +43,17 @@ class Block(Generic[C]):
         """Its own in the verdict."""
         return slice(self.first, self.first + self.width)
 
-    def fail(self, rings: Rings, failed_rows: I64, codes: I32, expected_seq: I64) -> None:
+    def fail(self, failed_rows: I64, codes: I32, expected_seq: I64) -> None:
         """Frames of this block were not applied, nor any after them in their columns; the verdict says so then.
 
         Args:
-            rings: where the block's frames lie.
             failed_rows: int64 [F], rising.
             codes: int32 [F], why each failed.
             expected_seq: int64 [F], what the stream of each expects now.
         """
+        self.verdict.is_whole = False
         verdict = self.verdict.of(self.columns)
-        seq = timesteps(self.timesteps)
-        rows = rings.rows(verdict.slots, verdict.first_seqs + seq)
+        seq, rows = timesteps(self.timesteps), verdict.rows
         at = np.minimum(np.searchsorted(failed_rows, rows), len(failed_rows) - 1)
         fresh = (seq >= verdict.skipped) & (seq < verdict.lengths)
         failed = fresh & (failed_rows[at] == rows)
@@ -105,8 +104,9 @@ class BlockTable(Generic[C]):
         assert len(blocks) <= self.room, "there is no number for another block"
         self._free_count -= len(blocks)
         numbers: I32 = self._free[self._free_count : self._free_count + len(blocks)].copy()
-        self._remaining[numbers] = [block.frames for block in blocks]
-        self._blocks.update(zip(numbers.tolist(), blocks, strict=True))
+        for number, block in zip(numbers.tolist(), blocks, strict=True):
+            self._remaining[number] = block.frames
+            self._blocks[number] = block
         return numbers
 
     def answered(self, numbers: I32) -> list[Block[C]]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I32, I64, U8, float32_zeros
+from instep.core.verdict import Admission
 
 # Arrays, not numbers: numpy takes twice as long to join a number with a small array.
 _ONCE, _NOT = np.array(1, np.uint8), np.array(0, np.uint8)
@@ -85,52 +86,52 @@ class Rings:
         place = np.arange(len(whose)) - np.repeat(np.cumsum(counts) - counts, counts)
         return self.rows(whose, np.repeat(first_seqs, counts) + place), whose
 
-    def append(self, slots: I64, first_seqs: I64, skipped: I64, lengths: I64, x: F32, block: int | I32) -> I64:
+    def append(self, verdict: Admission, x: F32, block: int | I32) -> I64:
         """Put the admitted frames of a block, or of several beside each other, into their places.
 
         Args:
-            slots: int64 [N], distinct where `lengths` is not 0.
-            first_seqs: int64 [N], seq of timestep 0.
-            skipped: int64 [N], leading timesteps that were computed before and stay as they are.
-            lengths: int64 [N], timesteps admitted, those included; `next_seq` of the table has moved past them.
+            verdict: on them; `next_seq` of the table has moved past what it admits.
             x: float32 [T, N, features].
             block: the block's number, or int32 [N], that of each column's.
 
         Returns:
             ready: int64 [≤ N], slots that can step now: they had nothing pending and are not stepping.
         """
-        rows = self._rows_of(slots, first_seqs, len(x))
-        fresh = lengths - skipped
-        count = int(np.add.reduce(fresh))
-        assert count <= self.room, "more frames were admitted than there is room for"
-        if count < rows.size:
+        (slots, fresh), rows = verdict.admitted, verdict.rows
+        if not verdict.is_whole:
             at = timesteps(len(x))
-            admitted = (at >= skipped) & (at < lengths)
+            admitted = (at >= verdict.skipped) & (at < verdict.lengths)
             block = np.broadcast_to(block, rows.shape)[admitted]
             rows, x = rows[admitted], x[admitted]
+        count = rows.size
+        assert count <= self.room, "more frames were admitted than there is room for"
         self.block[rows] = block
         self.x[rows.reshape(-1)] = x.reshape(-1, x.shape[-1])  # with one index for each frame, numpy copies them faster
         self.pending_count += count
-        had_nothing = self._table.step_seq[slots] == first_seqs + skipped
-        ready: I64 = slots[had_nothing & (fresh > 0) & (self._holds[slots] == _NOT)]
+        had_nothing = self._table.next_seq[slots] - self._table.step_seq[slots] == fresh
+        ready: I64 = slots[had_nothing & (self._holds[slots] == _NOT)]
         return ready
 
-    def _rows_of(self, slots: I64, first_seqs: I64, count: int) -> I64:
+    def rows_of(self, slots: I64, first_seqs: I64, count: int) -> I64:
         """Where `count` frames of each slot lie: int64 [count, N]."""
-        return self.rows(slots, first_seqs + timesteps(count))
+        return self.rows(slots, first_seqs[None] if count == 1 else first_seqs + timesteps(count))
 
-    def take(self, slots: I64, steps: int = 1) -> I64:
+    def take(self, slots: I64, at_most: int = 1) -> I64:
         """Take the oldest pending frames of each slot for a run of steps; the streams are stepping until `let_go`.
+
+        Args:
+            slots: int64 [N], each with something pending.
+            at_most: how many steps; fewer where a stream has fewer frames.
 
         Returns:
             rows: int64 [steps, N].
         """
         seqs = self._table.step_seq[slots]
+        pending = int(np.minimum.reduce(self._table.next_seq[slots] - seqs))
+        assert pending > 0, "a stream with nothing pending was scheduled"
         assert not np.count_nonzero(self._holds[slots]), "a stream that is stepping or held was scheduled"
-        beyond = seqs + steps > self._table.next_seq[slots]
-        assert not np.count_nonzero(beyond), "more was scheduled than is pending"
         self._holds[slots] = 1
-        return self._rows_of(slots, seqs, steps)
+        return self.rows_of(slots, seqs, min(pending, at_most))
 
     def applied(self, slots: I64, steps: int = 1) -> None:
         """So many steps of a run of these slots were applied; the run is over with `let_go` or `failed`."""
@@ -167,9 +168,9 @@ class Rings:
         self.pending_count -= len(rows)
         return rows, whose
 
-    def outputs(self, slots: I64, first_seqs: I64, count: int) -> F32:
-        """Outputs of `count` frames of each slot: float32 [count, N, outputs], a copy."""
-        return self.y.take(self._rows_of(slots, first_seqs, count), axis=0)
+    def outputs(self, rows: I64) -> F32:
+        """Outputs of frames, int64 [count, N]: float32 [count, N, outputs], a copy."""
+        return self.y.take(rows, axis=0)
 
     def holds_same(self, slots: I64, first_seqs: I64, counts: I64, x: F32) -> I64:
         """How many leading frames of each column are the very bytes that the ring holds.

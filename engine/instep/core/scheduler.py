@@ -31,14 +31,15 @@ class Scheduler:
         self._tag: I64 = np.zeros(max_streams + 1, np.int64)
         self._last_tag: I64 = np.zeros(max_clients, np.int64)
         self._served_tag = 0
+        self._highest_tag = 0
         self._waiting_since_ns = 0
 
-    def add(self, slots: I64, clients: I32, now_ns: int) -> None:
+    def add(self, slots: I64, clients: int | I32, now_ns: int) -> None:
         """Streams became ready.
 
         Args:
             slots: int64 [N], distinct, none of them ready already.
-            clients: int32 [N] or [1], the clients that own them.
+            clients: the client that owns them, or int32 [N], of each.
             now_ns: any monotonic clock.
         """
         count = len(slots)
@@ -46,15 +47,19 @@ class Scheduler:
             return
         if self.ready_count == 0:
             self._waiting_since_ns = now_ns
-        client = clients[0]
-        if np.count_nonzero(clients == client) == len(clients):
-            first = max(int(self._last_tag[client]), self._served_tag)
+        if not isinstance(clients, int) and np.count_nonzero(clients == clients[0]) == len(clients):
+            clients = int(clients[0])
+        if isinstance(clients, int):
+            first = max(int(self._last_tag[clients]), self._served_tag)
             self._tag[slots] = np.arange(first, first + count)
-            self._last_tag[client] = first + count
+            self._last_tag[clients] = first + count
+            highest = first + count - 1
         else:
             tags = np.maximum(self._last_tag[clients], self._served_tag) + _former(clients)
             self._tag[slots] = tags
             self._last_tag[clients] = tags + 1  # of a client's entries the last one counts, and is the highest
+            highest = int(tags.max())
+        self._highest_tag = max(self._highest_tag, highest)
         self._ready[self.ready_count : self.ready_count + count] = slots
         self.ready_count += count
 
@@ -69,16 +74,15 @@ class Scheduler:
         """Take the streams that step next: int64 [0 … max_batch_size], in order of age."""
         ready = self._ready[: self.ready_count].astype(np.int64)
         if self.ready_count <= self.max_batch_size:
-            batch = ready
-            self.ready_count = 0
+            batch, self.ready_count = ready, 0
+            self._served_tag = self._highest_tag  # which it has, or a batch before it had
         else:
             # Tags come in a few rising runs, which a stable sort merges in one pass.
             ready = ready[self._tag[ready].argsort(kind="stable")]
             batch = ready[: self.max_batch_size]
             self.ready_count -= self.max_batch_size
             self._ready[: self.ready_count] = ready[self.max_batch_size :]
-        if len(batch):
-            self._served_tag = max(self._served_tag, int(self._tag[batch].max()))
+            self._served_tag = max(self._served_tag, int(self._tag[batch[-1]]))
         return batch
 
 

@@ -12,7 +12,6 @@ SCRATCH_SLOT = 0
 # Arrays, not scalars: numpy takes twice as long to join a scalar with a small array.
 _SLOT_BITS = np.array(32, np.uint64)
 _SLOT_MASK = np.array(0xFFFF_FFFF, np.uint64)
-_SCRATCH = np.array(SCRATCH_SLOT)
 
 
 class SlotAllocator:
@@ -28,7 +27,12 @@ class SlotAllocator:
 
     def __init__(self, capacity: int, first_generation: int = 1) -> None:
         self.capacity = capacity
-        self.generation: U32 = np.full(capacity + 1, first_generation, np.uint32)
+        self._last = np.array(capacity, np.uint64)
+        self._handle: U64 = np.full(capacity + 1, first_generation, np.uint64) << _SLOT_BITS | np.arange(
+            capacity + 1, dtype=np.uint64
+        )
+        """Of the present generation of each slot; that of the scratch slot names another one, so that none is its."""
+        self._handle[SCRATCH_SLOT] = ~np.uint64(0)
         self._free = np.arange(capacity, 0, -1, dtype=np.uint32)  # a stack; slot 1 on top
         self.free_count = capacity
 
@@ -47,24 +51,32 @@ class SlotAllocator:
 
     def renew(self, slots: I64) -> None:
         """Void the handles of slots that stay in use; `handles` gives new ones."""
-        self.generation[slots] += np.uint32(1)
         # Generation 0 is skipped on wrap-around, so that handle 0 never names a stream.
-        self.generation[slots] = np.maximum(self.generation[slots], np.uint32(1))
+        generations = np.maximum(self.generations(slots) + np.uint32(1), np.uint32(1))
+        self._handle[slots] = (generations.astype(np.uint64) << _SLOT_BITS) | slots.astype(np.uint64)
+
+    def generations(self, slots: I64) -> U32:
+        """The present generations of slots: uint32 [N]."""
+        return (self._handle[slots] >> _SLOT_BITS).astype(np.uint32)
 
     def handles(self, slots: I64) -> U64:
         """The handles of slots in use: uint64 [N]."""
-        return (self.generation[slots].astype(np.uint64) << _SLOT_BITS) | slots.astype(np.uint64)
+        handles: U64 = self._handle[slots]
+        return handles
+
+    def named(self, handles: U64) -> I64:
+        """The slot that each handle names, of whatever generation: int64 [N], the scratch slot where there is none."""
+        slots = (handles & _SLOT_MASK).view(np.int64)
+        slots[slots > self.capacity] = SCRATCH_SLOT
+        return slots
 
     def resolve(self, handles: U64) -> tuple[I64, Bool]:
-        """Slots of handles, and whether each handle's generation is the slot's present one.
+        """Slots of handles, and whether each handle is the slot's present one.
 
         Returns:
-            slots: int64 [N], the scratch slot where a handle names no slot.
+            slots: int64 [N], any where a handle is not.
             current: bool [N].
         """
-        slots = (handles & _SLOT_MASK).view(np.int64)
-        beyond = slots > self.capacity
-        if np.count_nonzero(beyond):
-            slots[beyond] = SCRATCH_SLOT
-        current = (self.generation[slots] == (handles >> _SLOT_BITS)) & (slots != _SCRATCH)
+        slots = np.minimum(handles & _SLOT_MASK, self._last).view(np.int64)
+        current: Bool = self._handle[slots] == handles
         return slots, current

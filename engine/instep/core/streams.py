@@ -129,7 +129,7 @@ class StreamTable:
         self.lost[granted] = False
         self.renumbered[granted] = False
         self.last_active_ns[granted] = now_ns
-        self._first_generation[granted] = self.slots.generation[granted]
+        self._first_generation[granted] = self.slots.generations(granted)
         self._new_epochs(granted, None)
         self.granted_to[granted] = 0
         return slots, codes
@@ -199,6 +199,7 @@ class StreamTable:
         codes = np.zeros(len(slots), np.int32)
         usable = current & (self.owner[slots] == owner) & ~self.closing[slots]
         if np.count_nonzero(usable) < len(usable):
+            slots = self.slots.named(handles)
             open_now = (self.owner[slots] != NO_OWNER) & ~self.closing[slots]
             codes[~(current & open_now)] = Code.UNKNOWN_STREAM
             codes[current & open_now & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM
@@ -207,22 +208,22 @@ class StreamTable:
 
     def _is_former(self, handles: U64, slots: I64) -> Bool:
         """Whether handles are of a former ownership of the very stream that their slot holds now."""
-        first, now = self._first_generation[slots], self.slots.generation[slots]
+        first, now = self._first_generation[slots], self.slots.generations(slots)
         age = (handles >> np.uint64(32)).astype(np.uint32) - first  # modulo 2^32, as generations count
         former: Bool = (age < now - first) & (slots != SCRATCH_SLOT)
         return former
 
     def admitted(self, slots: I64, lengths: I64, now_ns: int) -> None:
-        """Frames were admitted: `lengths` int64 [N]; slots with some are distinct, those with none are left alone."""
-        some = lengths > 0
-        if np.count_nonzero(some) < len(some):  # an old handle may have named the slot of a good one
-            slots, lengths = slots[some], lengths[some]
+        """Frames were admitted: `lengths` int64 [N] of `slots`, which are distinct."""
         self.pending[slots] += lengths
         self.last_active_ns[slots] = now_ns
 
-    def answered(self, slots: I64, lengths: I64) -> None:
-        """Frames are answered: `lengths` int64 [N] of `slots`, which may stand there several times."""
-        np.subtract.at(self.pending, slots, lengths.astype(np.int32))  # another type than its own takes 20 times longer
+    def answered(self, slots: I64, lengths: I64, *, are_distinct: bool = False) -> None:
+        """Frames are answered: `lengths` int64 [N] of `slots`, which may stand there several times if not distinct."""
+        if are_distinct:
+            self.pending[slots] -= lengths
+        else:
+            np.subtract.at(self.pending, slots, lengths.astype(np.int32))  # of another type: 20 times longer
 
     def owned_by(self, *owners: int) -> I64:
         """Slots of the owners' streams that are not closing already: int64 [N], rising."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from instep.core.admission import Admission
 from instep.core.blocks import Block
 from instep.core.rings import Rings, timesteps
 from instep.core.typing import F32, I32, I64
+from instep.core.verdict import Admission
 from instep.server.clients import Client
 from instep_client import wire
 
@@ -27,6 +27,8 @@ class Answer:
     expected_seq: I64
     y: F32
     """float32 [T, N, outputs], NaN where a frame was not applied."""
+    are_distinct: bool
+    """Whether the slots are known to be."""
 
     def of(self, columns: slice) -> Answer:
         """That of some columns; their outputs copied, as in an outbox the answer of one may not keep those of all."""
@@ -37,6 +39,7 @@ class Answer:
             self.lengths[columns],
             self.expected_seq[columns],
             self.y[:, columns].copy(),
+            self.are_distinct,
         )
 
 
@@ -70,12 +73,12 @@ def answer(blocks: Sequence[Block[Client]], rings: Rings) -> Answer:
     """What blocks of equally many timesteps are answered with, beside each other."""
     pieces = list(_pieces(blocks))
     verdict = pieces[0] if len(pieces) == 1 else Admission.beside(pieces)
-    y = rings.outputs(verdict.slots, verdict.first_seqs, blocks[0].timesteps)
-    if np.count_nonzero(verdict.skipped):
+    y = rings.outputs(verdict.rows)
+    if not verdict.is_whole:
         _repeat(blocks, y)
-    if np.count_nonzero(verdict.codes):
         y[timesteps(len(y)) >= verdict.lengths] = np.nan
-    return Answer(verdict.slots, verdict.fresh, verdict.codes, verdict.lengths, verdict.expected_seq, y)
+    are_distinct = verdict.is_whole and len(pieces) == 1
+    return Answer(verdict.slots, verdict.fresh, verdict.codes, verdict.lengths, verdict.expected_seq, y, are_distinct)
 
 
 def _pieces(blocks: Sequence[Block[Client]]) -> Iterator[Admission]:

@@ -38,7 +38,7 @@ def join(steps: list[Step], features: int) -> tuple[int | I32, U64, U64, U64, F3
     """Messages of equally many timesteps beside each other, as one block of N columns.
 
     Returns:
-        owner: the number of the client where there is one message, else int32 [N], of each column's.
+        owner: the number of the client where all are of one, else int32 [N], of each column's.
         handles: uint64 [N].
         seqs: uint64 [N].
         acked: uint64 [N].
@@ -46,7 +46,9 @@ def join(steps: list[Step], features: int) -> tuple[int | I32, U64, U64, U64, F3
     """
     columns = np.frombuffer(b"".join([step.column for step in steps]), "<u8")
     handles, seqs, acked = columns[::3], columns[1::3], columns[2::3]
-    owners = of_columns(steps, np.array([step.client.number for step in steps], np.int32))
+    clients = [step.client.number for step in steps]
+    is_one = clients.count(clients[0]) == len(clients)
+    owners = clients[0] if is_one else of_columns(steps, np.array(clients, np.int32))
     timesteps = steps[0].timesteps
     if len(steps) == 1:
         x = np.frombuffer(steps[0].x, "<f4").reshape(timesteps, -1, features)

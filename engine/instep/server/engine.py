@@ -9,12 +9,13 @@ from operator import attrgetter
 
 import numpy as np
 
-from instep.core.admission import Admission, admit
+from instep.core.admission import admit
 from instep.core.blocks import Block, BlockTable
-from instep.core.rings import Rings, timesteps
+from instep.core.rings import Rings
 from instep.core.scheduler import Scheduler
 from instep.core.streams import StreamTable
 from instep.core.typing import I32, I64, Bool
+from instep.core.verdict import Admission
 from instep.runtime.errors import StateLost
 from instep.runtime.runs import MOST_STEPS, Ended, run_steps
 from instep.runtime.stepper import Stepper
@@ -113,23 +114,24 @@ class Engine:
         verdict = admit(self.table, self.rings, owners, handles, seqs, acked, x)
         blocks = self._blocks(steps, verdict)
         numbers = of_columns(steps, self._expect(blocks))
-        ready = self.rings.append(verdict.slots, verdict.first_seqs, verdict.skipped, verdict.lengths, x, numbers)
-        self.table.admitted(verdict.slots, verdict.fresh, now_ns)
-        self.scheduler.add(ready, self.table.owner[ready], now_ns)
+        ready = self.rings.append(verdict, x, numbers)
+        self.table.admitted(*verdict.admitted, now_ns)
+        self._ready(ready, owners if isinstance(owners, int) else None, now_ns)
         if done := [block for block in blocks if not block.frames]:
             self._complete(done, None)
 
     def _blocks(self, steps: list[Step], verdict: Admission) -> list[Block[Client]]:
         """The messages that were judged together, each as a block."""
-        firsts = list(accumulate([step.columns for step in steps[:-1]], initial=0))
+        firsts = accumulate([step.columns for step in steps], initial=0)
         blocks = [
-            Block(step.client, step.request, step.timesteps, verdict, first, step.columns, frames, step.came_ns)
-            for step, first, frames in zip(steps, firsts, np.add.reduceat(verdict.fresh, firsts).tolist(), strict=True)
+            Block(step.client, step.request, step.timesteps, verdict, first, step.columns, step.frames, step.came_ns)
+            for step, first in zip(steps, firsts, strict=False)
         ]
-        if np.count_nonzero(verdict.skipped):
+        if not verdict.is_whole:
             for block in blocks:
                 own = verdict.of(block.columns)
-                block.repeated = self.rings.outputs(own.slots, own.first_seqs, int(own.skipped.max()))
+                block.frames = int(own.fresh.sum())
+                block.repeated = self.rings.outputs(own.rows[: own.skipped.max()])
         return blocks
 
     def _expect(self, blocks: list[Block[Client]]) -> I32:
@@ -147,8 +149,12 @@ class Engine:
     def make_ready(self, slots: I64) -> None:
         """Streams with pending frames can step again: int64 [N]."""
         if len(slots):
-            self.scheduler.add(slots, self.table.owner[slots], time.monotonic_ns())
+            self._ready(slots, None, time.monotonic_ns())
         self.schedule()
+
+    def _ready(self, slots: I64, owner: int | None, now_ns: int) -> None:
+        """Streams, int64 [N], are ready to step; `owner` where they have one that is known."""
+        self.scheduler.add(slots, self.table.owner[slots] if owner is None else owner, now_ns)
 
     # ── Schedule and step ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -176,11 +182,9 @@ class Engine:
     def _step(self, slots: I64) -> None:
         """Begin a run: one step, or as many as these streams have frames for where nobody else waits."""
         bucket = self._stepper.bucket(len(slots))
-        steps = self._run_length(slots, bucket)
-        seqs = self.table.step_seq[slots] + timesteps(steps)
-        rows = self.rings.take(slots, steps)
-        were_kept = self.table.keeping.is_kept(slots)
-        tickets = [self._tap.inputs(slots, *frames, bucket) for frames in zip(seqs, rows, strict=True)]
+        rows = self.rings.take(slots, self._most_steps(bucket))
+        were_kept = self.table.keeping.is_kept(slots) if self._tap.is_recording else None
+        tickets = self._tap.inputs(slots, rows, bucket)
         self._runs_under_way += 1
 
         def step(slots: I64, rows: I64) -> None:
@@ -193,12 +197,12 @@ class Engine:
         self._worker.submit(Job(lambda: run_steps(step, slots, rows), done, (slots, rows)))
         self.on_changed()  # after that: a snapshot says that it contains what it finds recorded
 
-    def _run_length(self, slots: I64, bucket: int) -> int:
+    def _most_steps(self, bucket: int) -> int:
+        """How long a run may be, whatever its streams have."""
         if self.scheduler.ready_count:
             return 1  # somebody else's turn comes after each step
-        pending = int((self.table.next_seq[slots] - self.table.step_seq[slots]).min())
         step_ns = self._step_ns.get(bucket, self.longest_run_ns)  # one step, to see how long they take
-        return max(1, min(pending, MOST_STEPS, self._tap.room, self.longest_run_ns // max(step_ns, 1)))
+        return max(1, min(MOST_STEPS, self._tap.room, self.longest_run_ns // max(step_ns, 1)))
 
     def _hold(self, hold_ns: int) -> None:
         if not self._hold_timer:
@@ -209,7 +213,9 @@ class Engine:
         self._hold_timer = False
         self.schedule()
 
-    def _ended(self, slots: I64, rows: I64, bucket: int, tickets: list[int], were_kept: Bool, ended: Ended) -> None:
+    def _ended(
+        self, slots: I64, rows: I64, bucket: int, tickets: list[int], were_kept: Bool | None, ended: Ended
+    ) -> None:
         """A run over rows, int64 [steps, B], has ended, each step under its ticket."""
         steps = ended.steps
         numbers = self.rings.block[rows[:steps]].reshape(-1)
@@ -227,9 +233,9 @@ class Engine:
             times_ns = ended.ended_ns - step_ns, ended.ended_ns
             self._tap.when_durable(tickets[steps - 1], lambda: self._deliver(numbers, *times_ns))
         if ended.error is not None:
-            self._failed(slots, were_kept & (steps == 0), tickets[steps:], ended.error)
+            self._failed(slots, None if steps else were_kept, tickets[steps:], ended.error)
 
-    def _failed(self, slots: I64, were_kept: Bool, tickets: list[int], error: Exception) -> None:
+    def _failed(self, slots: I64, were_kept: Bool | None, tickets: list[int], error: Exception) -> None:
         """A step failed: none of its frames was applied, nor can the frames behind them be."""
         now_ns = time.monotonic_ns()
         self._statistics.step_failures_total += 1
@@ -237,7 +243,8 @@ class Engine:
         lost: I64 = np.empty(0, np.int64)
         if isinstance(error, StateLost):
             lost = slots if error.slots is None else error.slots
-        self.table.keeping.kept(slots[were_kept & ~np.isin(slots, lost)])  # unchanged, so they still are
+        if were_kept is not None:
+            self.table.keeping.kept(slots[were_kept & ~np.isin(slots, lost)])  # unchanged, so they still are
         rows, whose = self.rings.failed(slots)
         seqs = self.table.step_seq[slots]
         of_step = np.isin(rows, self.rings.rows(slots, seqs))
@@ -265,7 +272,7 @@ class Engine:
         rows, whose, codes = rows[order], whose[order], codes[order]
         numbers = self.rings.block[rows]
         for number in np.unique(numbers).tolist():
-            self.blocks[number].fail(self.rings, rows, codes, self.table.step_seq[whose])
+            self.blocks[number].fail(rows, codes, self.table.step_seq[whose])
         return numbers
 
     # ── Deliver ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -282,7 +289,7 @@ class Engine:
         for message in messages:
             start, end = end, end + sum(block.width for block in message)
             self._answer(message, whole if len(messages) == 1 else whole.of(slice(start, end)), stepped_ns)
-        self.table.answered(whole.slots, whole.fresh)
+        self.table.answered(whole.slots, whole.fresh, are_distinct=whole.are_distinct)
 
     def _answer(self, blocks: list[Block[Client]], answer: Answer, stepped_ns: tuple[int, int] | None) -> None:
         now_ns = time.monotonic_ns()

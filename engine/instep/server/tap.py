@@ -129,17 +129,20 @@ class Tap:
 
     # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def inputs(self, slots: I64, seqs: I64, rows: I64, bucket: int) -> int:
-        """A batch is about to be stepped, frames of these slots, seqs and rows, int64 [B] each; its ticket."""
+    def inputs(self, slots: I64, rows: I64, bucket: int) -> list[int]:
+        """A run is about to begin, of these slots, int64 [B], and rows, int64 [steps, B]; the ticket of each step."""
         if self._recorder is None:
-            return 0
+            return [0] * len(rows)
         recorder, table = self._recorder, self._table
-        table.keeping.changed(slots)  # now: a snapshot taken during the step says that it contains it
+        table.keeping.changed(slots)  # now: a snapshot taken during the run says that it contains it
         streams = table.recording_id[slots].astype(np.uint32)
-        x = self._rings.x[rows]
-        frames = streams, seqs.astype(np.uint64), x
-        self.last_inputs = self._said(recorder.add_inputs, time.time_ns(), bucket, *frames)
-        return self.last_inputs
+        seqs = table.step_seq[slots].astype(np.uint64)
+        tickets = []
+        for at, rows_of_step in enumerate(rows):
+            frames = streams, seqs + np.uint64(at), self._rings.x[rows_of_step]
+            tickets.append(self._said(recorder.add_inputs, time.time_ns(), bucket, *frames))
+        self.last_inputs = tickets[-1]
+        return tickets
 
     def outputs(self, ticket: int, rows: I64, computed_ns: int) -> None:
         """The batch of that ticket was computed."""
