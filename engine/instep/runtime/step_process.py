@@ -1,8 +1,8 @@
 """Steps in a process of their own, so that they and the event loop never wait for one interpreter's lock.
 
 The process is forked, so it has the network, and with it certification, just as the server has them; states and rings
-are shared memory (`shared_zeros`). What goes between the two are pipes with a byte a run, the number of a place in
-shared memory where the batch stands. Closing the pipe ends the process after the run that is under way, so it ends when
+are shared memory (`shared_zeros`). What goes between the two are pipes with a few bytes a run: the number of a place in
+shared memory where the batch stands and its size, and what became of it. Closing the pipe ends the process after the run that is under way, so it ends when
 the server is killed; on Linux at once, also where a step never ends.
 """
 
@@ -13,6 +13,7 @@ import ctypes
 import os
 import select
 import signal
+import struct
 import sys
 import time
 import traceback
@@ -31,6 +32,10 @@ PLACES: Final = 4
 _TEXT_BYTES: Final = 1024
 _FAILED: Final = 1
 _LOST: Final = 2
+_COMMAND: Final = struct.Struct("=BBI")
+"""Place, steps and streams of a run. Pipes take it, and `_OUTCOME`, in one piece, so no piece of one is ever read."""
+_OUTCOME: Final = struct.Struct("=BqqBB")
+"""Place of a run, when it began and ended, in ns of the monotonic clock, how many steps it made, what went wrong."""
 _POLL_S: Final = 0.005
 _ENOUGH_LONG_WAITS: Final = 8
 _PR_SET_PDEATHSIG: Final = 1
@@ -56,10 +61,8 @@ class StepProcess:
     def __init__(self, step: Callable[[I64, I64], None], most: int, spin_ns: int = 0) -> None:
         self._slots: I64 = shared_zeros((PLACES, most), "i8")
         self._rows: I64 = shared_zeros((PLACES, MOST_STEPS, most), "i8")
-        self._sizes: I64 = shared_zeros((PLACES, 2), "i8")
-        """How many steps, and of how many streams."""
-        self._outcome: I64 = shared_zeros((PLACES, 4), "i8")
-        """When the run began and ended, in ns of the monotonic clock, how many steps it made, and what went wrong."""
+        self._sizes = [0] * PLACES
+        """Of how many streams."""
         self._text = shared_zeros((PLACES, _TEXT_BYTES), "u1")
         self._next = 0
         commands, self._commands = os.pipe()
@@ -85,9 +88,9 @@ class StepProcess:
         self._next = (place + 1) % PLACES
         self._slots[place, :size] = slots
         self._rows[place, :steps, :size] = rows
-        self._sizes[place] = steps, size
+        self._sizes[place] = size
         with contextlib.suppress(BrokenPipeError):  # it has died, which `ended` tells
-            os.write(self._commands, bytes((place,)))
+            os.write(self._commands, _COMMAND.pack(place, steps, size))
 
     def ended(self) -> Iterator[Ended]:
         """Runs that have ended since the last call, in order.
@@ -96,19 +99,18 @@ class StepProcess:
             EOFError: when the process has ended.
         """
         try:
-            places = os.read(self.signal_fd, PLACES)
+            outcomes = os.read(self.signal_fd, PLACES * _OUTCOME.size)
         except BlockingIOError:
             return
-        if not places:
+        if not outcomes:
             raise EOFError("the process that steps is gone")
-        for place in places:
-            began_ns, ended_ns, steps, outcome = self._outcome[place].tolist()
+        for place, began_ns, ended_ns, steps, outcome in _OUTCOME.iter_unpack(outcomes):
             yield Ended(began_ns, ended_ns, steps, self._error(place, outcome) if outcome else None)
 
     def _error(self, place: int, outcome: int) -> Exception:
         text = self._text[place].tobytes().rstrip(b"\0").decode(errors="replace")
         if outcome == _LOST:
-            return StateLost(text, self._slots[place, : self._sizes[place, 1]].copy())
+            return StateLost(text, self._slots[place, : self._sizes[place]].copy())
         return StepFailed(text)
 
     def stop(self, timeout_s: float | None = None) -> None:
@@ -140,10 +142,9 @@ class StepProcess:
             _die_with_the_server()
             _close_all_but(0, 1, 2, commands, endings)
             runs = _Commands(commands, spin_ns)
-            while places := runs.read():
-                for place in places:
-                    self._run(step, place)
-                    os.write(endings, bytes((place,)))
+            while commands_read := runs.read():
+                for place, steps, size in _COMMAND.iter_unpack(commands_read):
+                    os.write(endings, self._run(step, place, steps, size))
             status = 0
         except BrokenPipeError:
             pass  # the server is gone
@@ -153,8 +154,7 @@ class StepProcess:
         finally:
             os._exit(status)
 
-    def _run(self, step: Callable[[I64, I64], None], place: int) -> None:
-        steps, size = self._sizes[place].tolist()
+    def _run(self, step: Callable[[I64, I64], None], place: int, steps: int, size: int) -> bytes:
         ended = run_steps(step, self._slots[place, :size], self._rows[place, :steps, :size])
         outcome = 0
         if (error := ended.error) is not None:
@@ -163,7 +163,7 @@ class StepProcess:
             told = (str(error) if is_lost else f"{type(error).__name__}: {error}").encode()[:_TEXT_BYTES]
             self._text[place] = 0
             self._text[place, : len(told)] = list(told)
-        self._outcome[place] = ended.began_ns, ended.ended_ns, ended.steps, outcome
+        return _OUTCOME.pack(place, ended.began_ns, ended.ended_ns, ended.steps, outcome)
 
 
 def _has_ended(pid: int, *, wait: bool) -> bool:
@@ -186,12 +186,12 @@ class _Commands:
         os.set_blocking(fd, False)
 
     def read(self) -> bytes:
-        """The places of runs, at least one; nothing when there will be none."""
+        """Runs as `_COMMAND`, at least one; nothing when there will be none."""
         began_ns = time.monotonic_ns()
         until_ns = began_ns + (self._spin_ns if self._long_waits < _ENOUGH_LONG_WAITS else 0)
         while True:
             try:
-                places = os.read(self._fd, PLACES)
+                runs = os.read(self._fd, PLACES * _COMMAND.size)
                 break
             except BlockingIOError:
                 if time.monotonic_ns() < until_ns:
@@ -200,7 +200,7 @@ class _Commands:
                     self._signal.poll()
         is_long = time.monotonic_ns() - began_ns > 2 * self._spin_ns  # twice: being woken makes every wait longer
         self._long_waits = self._long_waits + 1 if is_long else 0
-        return places
+        return runs
 
 
 def _die_with_the_server() -> None:
