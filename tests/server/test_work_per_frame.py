@@ -13,11 +13,11 @@ from tests.support.models import SMALL
 from tests.support.turning import Turning
 
 F = 5
-MOST_FOR_A_MESSAGE = 175
-"""Lines and calls for one message of one frame in a burst, from the socket to the answer: 162, and some room."""
+MOST_FOR_A_MESSAGE = 140
+"""Lines and calls for one message of one frame in a burst, from the socket to the answer: 130, and some room."""
 
-MOST_FOR_A_LONE_MESSAGE = 770
-"""The same for one that comes by itself, so that nothing is shared: 743, and some room."""
+MOST_FOR_A_LONE_MESSAGE = 730
+"""The same for one that comes by itself, so that nothing is shared: 703, and some room."""
 
 
 def work(act: Callable[[], None]) -> int:

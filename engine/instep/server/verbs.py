@@ -20,6 +20,7 @@ from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
 from instep.server.refusal import Refusal
 from instep.server.statistics import Statistics
+from instep.server.step_messages import StepMessages
 from instep.server.tap import Tap
 from instep_client import wire
 from instep_client.errors import MalformedMessage
@@ -61,6 +62,7 @@ class Verbs:
         self._info = info
         self._limits = limits
         self._statistics = statistics
+        self._steps = StepMessages(info.features, limits.max_block_frames)
         self._burst = Burst(engine.rings, engine.blocks, limits.credit_frames)
         self.draining = False
         """While True, nothing new is admitted."""
@@ -84,22 +86,25 @@ class Verbs:
             Whether it was only gathered, as a STEP is that is good by itself, until `admit_taken` or something else.
         """
         request = 0
+        client = self._clients.by_routing_id(routing_id)
+        if client is not None:
+            client.last_heard_ns = time.monotonic_ns()
         try:
-            if frames == [b""] and self._clients.by_routing_id(routing_id) is None:  # ZMQ_PROBE_ROUTER
+            if client is not None and (step := self._steps.alike(client, frames)) is not None:
+                request = step.request
+                return self._gather(step)
+            if frames == [b""] and client is None:  # ZMQ_PROBE_ROUTER
                 self._answer_refused(routing_id, request, Refusal(Code.HELLO_FIRST))
                 return False  # it is no message that was refused: every client's connection begins with one
             kind, request, _ = header = wire.unpack_header(frames)
-            client = self._clients.by_routing_id(routing_id)
             if kind is Kind.STEP and client is not None:
-                client.last_heard_ns = time.monotonic_ns()
-                return self._step(client, header, frames)
+                return self._gather(self._steps.read(client, header, frames))
             self.admit_taken()
             if kind is Kind.HELLO:
                 self._hello(routing_id, client, header)
             elif client is None:
                 raise Refusal(Code.HELLO_FIRST)
             else:
-                client.last_heard_ns = time.monotonic_ns()
                 verb = self._verbs.get(kind)
                 if verb is None:
                     raise MalformedMessage(f"{kind.name} is the server's to say")
@@ -339,25 +344,9 @@ class Verbs:
         states: F32 = wire.array_frame(frame, "<f4", shape, "states")
         return states
 
-    def _step(self, client: Client, header: Header, frames: list[bytes]) -> bool:
+    def _gather(self, step: Step) -> bool:
         """Gather a message; whether nothing else was done."""
-        timesteps, columns, features, dtype = header.fields
-        wire.count_field(timesteps, "T", 2**31)
-        wire.count_field(columns, "N", wire.MAX_BLOCK_STREAMS)
-        if dtype != wire.F32_NAME:
-            raise Refusal(Code.WRONG_DTYPE, f"this block says {dtype!r:.20}")
-        if type(features) is not int or features != self._info.features:
-            raise Refusal(Code.WRONG_SHAPE, f"the model takes {self._info.features} features, not {features!r:.20}")
-        block_frames = timesteps * columns
-        if block_frames > self._limits.max_block_frames:
-            raise Refusal(Code.TOO_LARGE, f"at most {self._limits.max_block_frames} frames a block")
-        # Sizes are checked here, and what the frames hold is read when they are admitted.
-        wire.check_size(frames[2], 4, (timesteps, columns, features), "x")
-        wire.check_size(frames[1], wire.COLUMN_BYTES, (columns,), "columns")
         self._refuse_what_is_new()
-        step = Step(
-            client, header.request, timesteps, columns, block_frames, frames[1], frames[2], client.last_heard_ns
-        )
         if self._burst.takes(step):
             return True
         self.admit_taken()  # frames of what was gathered may be refused, and leave room
