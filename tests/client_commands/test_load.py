@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from instep_client.codes import SENTENCES, Code
 from instep_client.commands.load import Load, LoadPart, Mode, PartResult
 from instep_client.commands.pacing import Stop
-from instep_client.errors import ConnectionFailed, FrameFailure, FramesRefused, Refused
+from instep_client.errors import ConnectionFailed, FrameFailure, FramesRefused, Refused, StreamEvicted
 from tests.client_commands.helpers import JumpingClock, ModelServer
 
 
@@ -157,6 +158,27 @@ async def test_refused_frames_are_counted_by_code(warmup_s: float, refused: dict
     result = await run(part(Mode.OPEN, warmup_s=warmup_s), ModelServer(clock, refuse_some), clock)
     assert result.refused == refused
     assert len(result.samples) == (8 if refused else 10)
+
+
+def lose_the_stream(number: int) -> float:
+    if number == 4:
+        raise StreamEvicted(Code.UNKNOWN_STREAM, SENTENCES[Code.UNKNOWN_STREAM], "b")
+    return 0.01
+
+
+def lose_one_of_a_block(number: int) -> float:
+    if number == 4:
+        failures = (FrameFailure("a", 4, Code.SEQ_GAP, 0), FrameFailure("b", 4, Code.STATE_LOST, 0))
+        raise FramesRefused(Code.SEQ_GAP, SENTENCES[Code.SEQ_GAP], failures, np.zeros((1, 2, 2), np.float32))
+    return 0.01
+
+
+@pytest.mark.parametrize("lose", [lose_the_stream, lose_one_of_a_block])
+@pytest.mark.parametrize("mode", list(Mode))
+async def test_a_stream_that_has_ended_at_the_server_ends_the_test(mode: Mode, lose: Callable[[int], float]) -> None:
+    clock = JumpingClock()
+    with pytest.raises(Refused, match=r"UNKNOWN_STREAM|SEQ_GAP"):
+        await run(part(mode), ModelServer(clock, lose), clock)
 
 
 def lose_the_server(number: int) -> float:

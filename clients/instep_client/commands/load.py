@@ -13,6 +13,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from instep_client.calls import ENDING
 from instep_client.commands.pacing import Clock, OpenLoop, Stop, wait_until
 from instep_client.commands.pipeline import task_group
 from instep_client.commands.samples import SampleArray, Samples
@@ -133,7 +134,8 @@ class Load:
         """Connect, open, call `ready` for the moment of the start, send, drain, close.
 
         Raises:
-            InstepError: when nobody answers, a stream cannot be opened, or the connection is lost.
+            InstepError: when nobody answers, a stream cannot be opened, the connection is lost, or a stream has ended
+                at the server, as all have when it was started anew: there is nothing left to measure then.
         """
         async with AsyncExitStack() as stack:
             groups = await self._open(stack)
@@ -213,9 +215,13 @@ class Load:
         try:
             answer = await group.step_timed(x)
         except FramesRefused as refused:
+            if any(failure.code in ENDING for failure in refused.failures):
+                raise
             frames = int(np.isnan(refused.outputs).any(axis=-1).sum())
             self._refused[refused.code.name] += frames * counted
         except Refused as refused:
+            if refused.code in ENDING:
+                raise
             self._refused[refused.code.name] += _frames(x) * counted
         else:
             self.answered += _frames(x)
