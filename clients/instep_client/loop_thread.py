@@ -77,7 +77,9 @@ class LoopThread:
         except concurrent.futures.CancelledError:
             raise self._ended("the client was closed") from None
         except ClientClosed as error:  # by the failure, if the work began only after it
-            raise error if self._failure is None else self._ended("") from None
+            if self._failure is None:
+                raise
+            raise self._ended("") from error
         except BaseException:
             future.cancel()
             raise

@@ -95,12 +95,13 @@ def test_streams_of_several_clients_that_are_ready_together_stand_as_if_one_came
     clients: list[int], max_batch_size: int
 ) -> None:
     together, one_by_one = scheduler(max_batch_size), scheduler(max_batch_size)
-    for first in (1, 101):  # the second time, clients have tags already
+    for first, shift in ((1, 0), (101, 1)):  # the second time, clients have tags already, but for one that is new
         slots = np.arange(first, first + len(clients))
-        together.add(slots, np.array(clients, np.int32), 0)
+        together.add(slots, np.array(clients, np.int32) + np.int32(shift), 0)
         for slot, client in zip(slots.tolist(), clients, strict=True):
-            add(one_by_one, client, slot)
-        assert together.next_batch().tolist() == one_by_one.next_batch().tolist()
+            add(one_by_one, client + shift, slot)
+        for _ in range(40 if first == 1 else 1):
+            assert together.next_batch().tolist() == one_by_one.next_batch().tolist()
     for _ in range(80):
         assert together.next_batch().tolist() == one_by_one.next_batch().tolist()
 

@@ -200,6 +200,7 @@ class Node:
             lambda delay_s, work: None,
         )
         self.engine._step_ns[sizes.batch] = 0  # so that there are runs from the first step on
+        self.engine.longest_run_ns = 10**18  # however long a step takes here, so that an example is always the same
         self.lifecycle = Lifecycle(
             table,
             rings,
@@ -230,9 +231,23 @@ class Node:
         """One message of one connection, as the server's pump takes it."""
         self.verbs.take(connection.routing_id, message)
 
-    def admit_taken(self) -> None:
+    def admit_if_due(self) -> None:
         """As the pump does after a burst."""
+        self.verbs.admit_if_due()
+
+    def admit_taken(self) -> None:
+        """As the next tick does."""
         self.verbs.admit_taken()
+
+    def around_admission(self, around: Callable[[Callable[[], None]], None]) -> None:
+        """Call something with what admits, whoever lets it be done."""
+        admit = self.verbs.admit_taken
+
+        def admitted() -> None:
+            around(admit)
+
+        self.verbs.admit_taken = admitted  # type: ignore[method-assign]
+        self.engine.on_run_ended = admitted
 
     def schedule(self) -> None:
         self.engine.schedule()

@@ -71,6 +71,7 @@ def test_the_examples_reach_what_they_are_for() -> None:
         "damage was refused",
         "dropped",
         "several STEPs at once",
+        "STEPs wait for a run to end",
         "killed",
         "power lost",
         "the disk was full",

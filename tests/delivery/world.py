@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 
 from instep.recording.errors import RecordingError
@@ -13,7 +14,7 @@ from tests.delivery.client import Is, Lane, ModelClient
 from tests.delivery.disk import Disk
 from tests.delivery.network import Connection, Network
 from tests.delivery.node import Node, Sizes, StepFailure
-from tests.delivery.truth import Asked, Life, Truth, Violation
+from tests.delivery.truth import Asked, Truth, Violation
 from tests.support.apart import apart
 
 CLIENTS = 2
@@ -37,7 +38,8 @@ class World:
         self._sizes = sizes
         self._lives = count(1)
         self._copies: list[list[bytes]] = []
-        self._taken: list[tuple[Asked, list[tuple[Life, tuple[int, int, int] | None, bool]]]] = []
+        self._taken: list[Asked] = []
+        """STEPs that the server has taken and not judged yet."""
         self.node: Node | None = None
         self.start()
         self.clients = [ModelClient(number, self.truth, self.network) for number in range(CLIENTS)]
@@ -57,8 +59,10 @@ class World:
             self._take(self.node, connection, connection.to_server.popleft())
             delivered = True
         if delivered and self.node is not None:
-            self._admit_taken(self.node)
+            self.node.admit_if_due()
             self.node.schedule()
+            if self._taken:
+                self.truth.seen.add("STEPs wait for a run to end")
         return delivered
 
     def _take(self, node: Node, connection: Connection, message: list[bytes]) -> None:
@@ -66,14 +70,14 @@ class World:
         asked = truth.asked.get((connection.owner, header.request))
         is_copy = any(message is copy for copy in self._copies)
         if asked is not None and header.kind is Kind.STEP:
-            if any(life is taken for life in asked.lives for other, _ in self._taken for taken in other.lives):
-                self._admit_taken(node)
-            self._taken.append((asked, truth.before_step(asked)))
+            if any(life is taken for life in asked.lives for other in self._taken for taken in other.lives):
+                node.admit_taken()
             node.take(connection, message)
+            self._taken.append(asked)
             if len(self._taken) > 1:
                 truth.seen.add("several STEPs at once")
             return
-        self._admit_taken(node)
+        node.admit_taken()
         if asked is not None and header.kind is Kind.RESUME:
             truth.before_resume(connection, asked, is_copy=is_copy)
         node.take(connection, message)
@@ -85,12 +89,13 @@ class World:
         elif header.kind is not Kind.RESUME:
             self._note_ends(node)
 
-    def _admit_taken(self, node: Node) -> None:
+    def _admitting(self, admit: Callable[[], None]) -> None:
         """STEPs were taken one after the other, and are admitted together, as in a burst."""
-        node.admit_taken()
-        for asked, before in self._taken:
-            self.truth.after_step(asked, before)
-        self._taken.clear()
+        taken, self._taken = self._taken, []
+        before = [self.truth.before_step(asked) for asked in taken]
+        admit()
+        for asked, stood in zip(taken, before, strict=True):
+            self.truth.after_step(asked, stood)
 
     def _note_ends(self, node: Node) -> None:
         for life in self.truth.lives.values():
@@ -206,6 +211,7 @@ class World:
             self.disk.lose_power(power_lost)
         durability = self.disk.durability
         may_lose = durability == "memory" or (durability == "commit" and power_lost > 0)
+        self._taken.clear()
         self.truth.crashed(may_lose=may_lose)
         for connection in self.network.connections:
             connection.rename()
@@ -214,6 +220,7 @@ class World:
         """Start the server, unless it runs."""
         if self.node is None:
             self.node = Node(next(self._lives), self.disk, self.network, self._sizes)
+            self.node.around_admission(self._admitting)
             self.truth.started(self.node, self.disk.next_seqs())
 
     def start_damaged(self, where: int, bit: int) -> None:
@@ -243,6 +250,7 @@ class World:
             self.truth.seen.add("damage was refused")
         else:
             self.truth.seen.add("damage was harmless")
+            self.node.around_admission(self._admitting)
         finally:
             self.disk.image[table][key] = row
         if self.node is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import msgpack
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from instep.core.typing import F32, I32, I64
 from instep.runtime.runs import Ended
+from instep.runtime.worker import Job
 from instep_client import wire
 from instep_client.wire import Code, Kind
 from tests.support.models import SMALL, whole
@@ -313,3 +315,52 @@ def outcome(messages: list[Any], at_once: int) -> list[Any]:
 @given(MESSAGES)
 def test_a_burst_comes_to_the_same_as_its_messages_one_by_one(messages: list[Any]) -> None:
     assert outcome(messages, at_once=256) == outcome(messages, at_once=1)
+
+
+async def test_frames_of_one_stream_that_a_run_answers_together_are_all_pending_no_more() -> None:
+    turning = Turning(SMALL, engine={"max_streams": 2}, limits={"window_frames": 64})
+    handles = turning.opens(0, 1)
+    for turn in range(3):
+        for seq in range(5 * turn, 5 * turn + 5):
+            turning.steps(0, handles[:1], [seq], one(seq), [5 * turn])
+        turning.turn()
+        assert len(turning.answers()) == 5
+        assert not turning.server.engine.table.pending.any()
+
+
+async def test_an_output_that_is_still_computed_cannot_be_acknowledged() -> None:
+    """It would be written over by the next frame, which may be computed before the output is sent."""
+    turning, (handles, _) = made(window_frames=1)
+    turning.steps(0, handles[:1], [0], one(1), [0])
+    turning.take()
+    turning.server.engine.schedule()
+    turning.steps(0, handles[:1], [1], one(2), [1])
+    turning.server._verbs.take(*turning.arrived.popleft())
+    turning.server._verbs.admit_if_due()
+    assert turning.server._verbs.taken_blocks == 1
+    job = turning.jobs.popleft()
+    ran = job.call()
+
+    def at_once(job: Job) -> None:
+        turning.jobs.append(job)
+        job.call()
+
+    turning.server._worker.submit = at_once  # type: ignore[method-assign]
+    job.done(ran, None)
+    found = {header[1]: (codes(frames), np.frombuffer(frames[0], "<f4")) for _, header, frames in turning.answers()}
+    assert found[2][0] == [Code.ACK_AHEAD]
+    np.testing.assert_array_equal(found[1][1], whole(SMALL, one(1)[0])[0][0])
+
+
+async def test_a_batch_is_held_from_when_its_first_frame_came_not_from_its_admission() -> None:
+    turning = Turning(SMALL, engine={"max_streams": 4, "max_queue_delay_us": 1000})
+    handles = turning.opens(0, 2)
+    turning.steps(0, handles[:1], [0], one(1), [0])
+    before_ns = time.monotonic_ns()
+    turning.server._verbs.take(*turning.arrived.popleft())
+    after_ns = time.monotonic_ns()
+    await asyncio.sleep(0.002)
+    turning.server._verbs.admit_taken()
+    scheduler = turning.server.engine.scheduler
+    assert scheduler.hold_ns(before_ns, open_count=99) >= 1_000_000
+    assert scheduler.hold_ns(after_ns + 1_000_000, open_count=99) == 0

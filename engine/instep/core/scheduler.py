@@ -34,19 +34,19 @@ class Scheduler:
         self._highest_tag = 0
         self._waiting_since_ns = 0
 
-    def add(self, slots: I64, clients: int | I32, now_ns: int) -> None:
+    def add(self, slots: I64, clients: int | I32, since_ns: int) -> None:
         """Streams became ready.
 
         Args:
             slots: int64 [N], distinct, none of them ready already.
             clients: the client that owns them, or int32 [N], of each.
-            now_ns: any monotonic clock.
+            since_ns: when the first of their frames came, on any monotonic clock.
         """
         count = len(slots)
         if count == 0:
             return
         if self.ready_count == 0:
-            self._waiting_since_ns = now_ns
+            self._waiting_since_ns = since_ns
         if not isinstance(clients, int) and np.count_nonzero(clients == clients[0]) == len(clients):
             clients = int(clients[0])
         if isinstance(clients, int):

@@ -110,6 +110,8 @@ class Burst:
         self._frames = self._room_frames = self._room_blocks = 0
         self.columns = 0
         """Of all messages together."""
+        self._firsts: set[bytes] = set()
+        """The first stream of each message."""
         self._credit_of: dict[int, int] = {}
         """What is left of it, by the client's number."""
 
@@ -117,11 +119,15 @@ class Burst:
         return len(self._steps)
 
     def takes(self, message: Step) -> bool:
-        """Gather a message, if there is room for it and it goes with those that are here: of as many timesteps."""
-        steps, frames, number = self._steps, message.frames, message.client.number
+        """Gather a message, if there is room for it and it goes with those that are here.
+
+        That is, it has as many timesteps, and begins with another stream. (Streams that stand in several messages
+        behind others are found when these are admitted, which then takes longer; see `apart`.)
+        """
+        steps, frames, number, first = self._steps, message.frames, message.client.number, message.column[:8]
         if not steps:
             self._room_frames, self._room_blocks = self._rings.room, self._blocks.room
-        elif message.timesteps != steps[0].timesteps or self._frames + frames > _MOST_FRAMES:
+        elif message.timesteps != steps[0].timesteps or self._frames + frames > _MOST_FRAMES or first in self._firsts:
             return False
         credit = self._credit_of.get(number)
         if credit is None:
@@ -131,6 +137,7 @@ class Burst:
         if over_credit or over_room:
             return False
         self._credit_of[number] = credit - frames
+        self._firsts.add(first)
         self._frames += frames
         self.columns += message.columns
         steps.append(message)
@@ -141,4 +148,5 @@ class Burst:
         steps, self._steps = self._steps, []
         self._frames = self.columns = 0
         self._credit_of.clear()
+        self._firsts.clear()
         return steps

@@ -116,7 +116,7 @@ class Engine:
         numbers = of_columns(steps, self._expect(blocks))
         ready = self.rings.append(verdict, x, numbers)
         self.table.admitted(*verdict.admitted, now_ns)
-        self._ready(ready, owners if isinstance(owners, int) else None, now_ns)
+        self._ready(ready, owners if isinstance(owners, int) else None, steps[0].came_ns)
         if done := [block for block in blocks if not block.frames]:
             self._complete(done, None)
 
@@ -152,9 +152,9 @@ class Engine:
             self._ready(slots, None, time.monotonic_ns())
         self.schedule()
 
-    def _ready(self, slots: I64, owner: int | None, now_ns: int) -> None:
+    def _ready(self, slots: I64, owner: int | None, since_ns: int) -> None:
         """Streams, int64 [N], are ready to step; `owner` where they have one that is known."""
-        self.scheduler.add(slots, self.table.owner[slots] if owner is None else owner, now_ns)
+        self.scheduler.add(slots, self.table.owner[slots] if owner is None else owner, since_ns)
 
     # ── Schedule and step ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -219,8 +219,8 @@ class Engine:
         """A run over rows, int64 [steps, B], has ended, each step under its ticket."""
         steps = ended.steps
         numbers = self.rings.block[rows[:steps]].reshape(-1)
+        self.on_run_ended()  # before they count as computed: nobody has these outputs yet, to acknowledge them
         self.rings.applied(slots, steps)
-        self.on_run_ended()
         if steps:
             self._step_ns[bucket] = step_ns = (ended.ended_ns - ended.began_ns) // steps
             self._statistics.batches_total += steps

@@ -150,7 +150,7 @@ class Server:
         self.recovery: Recovery | None = None
         """What it took to go on with an older recording, where there was one."""
         self.unanswered_blocks = 0
-        """Blocks that were admitted and never answered, because the end was forced or draining took too long."""
+        """Blocks that were taken and never answered, because the end was forced or draining took too long."""
         spin_ns = config.engine.spin_us * 1000 if process is not None else 0  # a thread for steps would lack the lock
         self._vigil = Vigil(self._loop, lambda: bool(self._guarded(self._look)), spin_ns)
         self._stopping = asyncio.Event()
@@ -175,8 +175,8 @@ class Server:
     @property
     def is_quiet(self) -> bool:
         """Whether nothing that was taken waits for an answer."""
-        is_answered = not (self._verbs.taken_blocks or len(self.engine.blocks))
-        return is_answered and self.lifecycle.waits.is_quiet and self._tap.is_quiet
+        # What is gathered waits for a run, which has blocks until it is admitted.
+        return not len(self.engine.blocks) and self.lifecycle.waits.is_quiet and self._tap.is_quiet
 
     @property
     def has_room(self) -> bool:
@@ -303,7 +303,7 @@ class Server:
     # ── Life ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def stop(self, *, drain: bool = True) -> None:
-        """Admit nothing more, finish what was admitted (unless `drain` is False), then end `serve`."""
+        """Take nothing more, finish what was taken (unless `drain` is False), then end `serve`."""
         self._verbs.draining = True
         self.engine.draining = True
         self._drains = self._drains and drain
