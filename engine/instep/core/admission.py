@@ -79,7 +79,9 @@ def admit(table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs
         table.acked[slots] = np.maximum(table.acked[slots], acked.view(np.int64))
         lengths: I64 = np.empty(columns, np.int64)
         lengths.fill(timesteps)  # `np.full` takes several times as long
-        return Admission(slots, rows, np.zeros(columns, np.int64), lengths, codes, following, lengths.copy(), is_whole)
+        return Admission(
+            slots, rows, np.zeros(columns, np.int64), lengths, codes, following, lengths.copy(), is_whole=True
+        )
 
     ahead = acked > computed
     own = codes == 0
@@ -109,7 +111,7 @@ def admit(table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs
     expected[~own] = 0
     skipped = np.minimum(repeats, lengths)
     rows = rings.rows_of(slots, first, timesteps)
-    return Admission(slots, rows, skipped, lengths, codes, expected, lengths - skipped, is_whole)
+    return Admission(slots, rows, skipped, lengths, codes, expected, lengths - skipped, is_whole=False)
 
 
 def _oldest(table: StreamTable, rings: Rings, slots: I64) -> I64:

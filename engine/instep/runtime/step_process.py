@@ -3,8 +3,7 @@
 The process is forked, so it has the network, and with it certification, just as the server has them; states and rings
 are shared memory (`shared_zeros`). What goes between the two are pipes with a few bytes a run: the number of a place in
 shared memory where the batch stands and its size, and what became of it. Closing the pipe ends the process after the
-run that is under way, so it ends when
-the server is killed; on Linux at once, also where a step never ends.
+run that is under way, so it ends when the server is killed; on Linux at once, also where a step never ends.
 """
 
 from __future__ import annotations

@@ -155,14 +155,12 @@ class Server:
         self._vigil = Vigil(self._loop, lambda: bool(self._guarded(self._look)), spin_ns)
         self._stopping = asyncio.Event()
         self._drains = True
-        self._stopped = False
-        self._pump_is_due = False
+        self._stopped = self._pump_is_due = False
         self._evictions = Evictions(table, self.lifecycle, config.limits)
         last_row = 0 if writer is None else writer.position
         self._recorder = self._start_recorder(writer)
         if self._recorder is not None:
-            waits = info.durability != "memory"
-            tap.record(self._recorder, streams.last_stream, last_row, waits=waits)
+            tap.record(self._recorder, streams.last_stream, last_row, waits=info.durability != "memory")
             if self._cold is not None:
                 recorder = self._recorder
                 self._cold.live = lambda: recorder.path
@@ -174,8 +172,7 @@ class Server:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nothing that was taken waits for an answer."""
-        # What is gathered waits for a run, which has blocks until it is admitted.
+        """Whether nothing that was taken waits for an answer; what is gathered waits for a run, and that has blocks."""
         return not len(self.engine.blocks) and self.lifecycle.waits.is_quiet and self._tap.is_quiet
 
     @property
