@@ -1,14 +1,14 @@
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
-import torch
 
 from instep.core.typing import F32, I64
 from instep.model.folder import Model
 from instep.model.network import Network
 from instep.runtime.errors import StateLost
+from instep.runtime.host_batch import HostBatch
 from instep.runtime.state_cache import StateCache
 from instep.runtime.stepper import Stepper
 from instep.runtime.warm_store import WarmStore
@@ -119,7 +119,7 @@ def test_a_step_that_raises_changes_no_state(
     steps.load(slots, rng.standard_normal((4, 1, H)).astype(np.float32))
     before = steps.read(slots)
 
-    def fails(x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fails(*_: object) -> None:
         raise RuntimeError("injected")
 
     with monkeypatch.context() as patch:
@@ -127,6 +127,15 @@ def test_a_step_that_raises_changes_no_state(
         with pytest.raises(RuntimeError, match="injected"):
             step(steps, slots, np.zeros((4, F), np.float32))
     np.testing.assert_array_equal(steps.read(slots), before)
+
+
+class Failing(np.ndarray[Any, np.dtype[np.float32]]):
+    """States of which two are written, and the others not."""
+
+    def __setitem__(self, place: Any, states: Any) -> None:
+        layers, slots = place
+        super().__setitem__((layers, slots[:2]), states[:, :2])
+        raise RuntimeError("injected")
 
 
 def test_a_step_that_raises_while_it_writes_loses_the_states_of_its_batch_only(
@@ -140,13 +149,10 @@ def test_a_step_that_raises_while_it_writes_loses_the_states_of_its_batch_only(
     before = steps.read(everyone)
     batch = np.array([60, 2, 3, 50])
 
-    def fails(slots: torch.Tensor, states: torch.Tensor) -> None:
-        whole_write(slots[:2], states[:, :2])
-        raise RuntimeError("injected")
-
-    whole_write = steps._cache.scatter
+    stands_in = steps._batches[4]
+    assert isinstance(stands_in, HostBatch)
     with monkeypatch.context() as patch:
-        patch.setattr(steps._cache, "scatter", fails)
+        patch.setattr(stands_in, "_cache", stands_in._cache.view(Failing))
         with pytest.raises(StateLost, match="injected"):
             step(steps, batch, np.ones((4, F), np.float32))
     changed = np.flatnonzero((steps.read(everyone) != before).any(axis=(1, 2))) + 1
@@ -174,7 +180,7 @@ def test_outputs_that_are_no_array_are_found_before_a_state_changes(
 ) -> None:
     steps = stepper(SMALL)
     slots = np.arange(1, 5)
-    monkeypatch.setattr(steps.network, "advance", lambda x, h: h.fill_(1.0)[-1].to_sparse())
+    monkeypatch.setattr(steps.network, "advance", lambda x, h, *_: h.fill_(1.0)[-1].to_sparse())
     with pytest.raises((TypeError, RuntimeError)):
         step(steps, slots, np.ones((4, F), np.float32))
     assert not steps.read(slots).any()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from typing import Any
 
 import numpy as np
 import psutil
@@ -49,10 +50,10 @@ async def test_a_failed_step_is_answered_and_the_streams_go_on(
 ) -> None:
     advance = Network.advance
 
-    def fails(self: Network, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    def fails(self: Network, x: torch.Tensor, *h: Any) -> torch.Tensor:
         if bool((x[:, 0] == POISON).any()):
             raise RuntimeError("injected")
-        return advance(self, x, h)
+        return advance(self, x, *h)
 
     monkeypatch.setattr(Network, "advance", fails)  # the process is forked with it
     x = rng.standard_normal((6, 2, F)).astype(np.float32)
@@ -85,7 +86,7 @@ async def test_the_death_of_the_process_ends_the_server() -> None:
 async def test_a_step_that_never_ends_ends_with_the_server(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, is_killed: bool
 ) -> None:
-    def hangs(self: Network, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    def hangs(*_: object) -> torch.Tensor:
         time.sleep(600)
         raise AssertionError
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,9 @@ class CountingNetwork(Network):
 
     rows: list[int]
 
-    def advance(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    def advance(self, x: torch.Tensor, h: torch.Tensor, *of_layers: Any) -> torch.Tensor:
         self.rows.append(len(x))
-        return super().advance(x, h)
+        return super().advance(x, h, *of_layers)
 
     def sequence(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.rows.append(x.shape[1])

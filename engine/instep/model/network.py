@@ -78,19 +78,22 @@ class Network:
         self._before = self._dense("before", description.before, self.input_width)
         self._after = self._dense("after", description.after, self.state_width)
 
-    def advance(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    def advance(
+        self, x: torch.Tensor, h: torch.Tensor, of_layers: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """One frame of every row, in place.
 
         Args:
             x: frames, float32 [B, input_width], contiguous.
             h: states, float32 [state_layers, B, state_width], contiguous; changed to those after the frame.
+            of_layers: `h.unbind()`, where it is at hand.
 
         Returns:
             Outputs [B, output_width]; without dense layers behind the GRU, they are `h[-1]` itself.
         """
         x = _apply(self._before, x)
         if self.uses_fused:
-            y = self._fused.advance(x, h.unbind())
+            y = self._fused.advance(x, of_layers or h.unbind())
         else:
             _, states = self._gru(x.unsqueeze(0), h)
             y = h.copy_(states)[-1]

@@ -63,7 +63,7 @@ class GraphBatch:
         self._cache.clear_scratch()
         self._host_y.copy_(y, non_blocking=True)
 
-    def run(self) -> F32:
+    def run(self, rows: int) -> F32:
         """As `HostBatch.run`.
 
         Raises:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from instep.core.slots import SCRATCH_SLOT
 from instep.core.typing import F32, I64
 from instep.model.network import Network
 from instep.runtime.errors import StateLost
@@ -22,29 +22,33 @@ class HostBatch:
 
     def __init__(self, network: Network, cache: StateCache, size: int) -> None:
         self._network = network
-        self._cache = cache
-        slots, self._x = torch.zeros(size, dtype=torch.int64), torch.zeros(size, network.input_width)
+        self._cache: F32 = cache.array
+        self._x = torch.zeros(size, network.input_width)
         self._h = torch.zeros(network.state_layers, size, network.state_width)
-        self._slots = slots
-        self.slots: I64 = slots.numpy()
+        self._layers = self._h.unbind()
+        self._states: F32 = self._h.numpy()
+        self.slots: I64 = np.zeros(size, np.int64)
         """int64 [size], rows of the cache: to be set before `run`, the scratch slot for padding."""
         self.x: F32 = self._x.numpy()
         """float32 [size, input_width], frames: to be set before `run`, zeros for padding."""
 
-    def run(self) -> F32:
+    def run(self, rows: int) -> F32:
         """Step; the outputs, float32 [size, output_width], until the next call.
+
+        Args:
+            rows: how many are not padding; their states are changed.
 
         Raises:
             StateLost: when states may have been written in part.
             Exception: whatever went wrong before that; no state has changed.
         """
-        # Each call into torch, a mere view included, gives up the interpreter's lock and may wait to get it back.
-        self._cache.gather(self._slots, self._h)
-        outputs: F32 = self._network.advance(self._x, self._h).numpy()
+        # Each call into torch, a mere view included, costs a small step several microseconds, and may wait for the
+        # interpreter's lock.
+        self._cache.take(self.slots, 1, self._states, "clip")  # slots are good; "raise" would copy twice
+        y = self._network.advance(self._x, self._h, self._layers)
+        outputs: F32 = self._states[-1] if y is self._layers[-1] else y.numpy()
         try:
-            self._cache.scatter(self._slots, self._h)
-            if self.slots[-1] == SCRATCH_SLOT:
-                self._cache.clear_scratch()
+            self._cache[:, self.slots[:rows]] = self._states[:, :rows]
         except Exception as error:
             raise StateLost(str(error)) from error
         return outputs

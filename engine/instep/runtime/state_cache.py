@@ -46,17 +46,17 @@ class StateCache:
 
     def gather(self, slots: Tensor, out: Tensor) -> None:
         """States of the slots as the network takes them: int64 [B] → `out` float32 [layers, B, size], contiguous."""
-        if self._array is not None:
-            np.take(self._array, slots.numpy(), 1, out.numpy(), "clip")  # slots are good; "raise" would copy `out`
-        else:
-            torch.index_select(self._states, 1, slots, out=out)
+        torch.index_select(self._states, 1, slots, out=out)
 
     def scatter(self, slots: Tensor, states: Tensor) -> None:
         """Write states back: int64 [B], float32 [layers, B, size]. Rows of the scratch slot may repeat."""
-        if self._array is not None:
-            self._array[:, slots.numpy()] = states.numpy()
-        else:
-            self._states.index_copy_(1, slots, states)
+        self._states.index_copy_(1, slots, states)
+
+    @property
+    def array(self) -> F32:
+        """The states themselves, float32 [layers, slots, size], on the CPU."""
+        assert self._array is not None, "the states are on another device"
+        return self._array
 
     def read(self, slots: I64) -> F32:
         """States of slots as the host keeps them: int64 [N] → float32 [N, layers, size], a copy."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
@@ -176,6 +177,7 @@ class _Replay:
     def _slots_of_step(self, step: ReplayStep) -> I64:
         return self._slots(step.batch.streams[step.applies].astype(np.int64))
 
+    @torch.inference_mode()
     def flush(self) -> None:
         """Step what was added."""
         steps, self._steps, self._size = self._steps, [], 0
