@@ -92,7 +92,7 @@ def test_exactness_may_be_required_preferred_or_off(model: Path, monkeypatch: py
 def test_limits_are_fitted_to_the_model() -> None:
     config = Config.model_validate({"transport": {"max_message_bytes": 65_536}})
     limits = effective_limits(config, 512, features=100, outputs=10)
-    assert limits.max_batch_size == 256
+    assert limits.max_batch_size == 512
     assert limits.max_block_frames * (100 * 4 + 24) <= 65_536
     assert limits.credit_frames >= limits.max_block_frames
     with pytest.raises(LimitsError, match="raise it"):

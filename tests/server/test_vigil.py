@@ -85,3 +85,19 @@ async def test_a_server_that_stays_awake_gives_the_same_answers(rng: np.random.G
         replies = [await client.step(handles, [seq], x[seq : seq + 1, None]) for seq in range(30)]
     y = np.concatenate([reply.floats() for reply in replies]).reshape(30, 8)
     np.testing.assert_array_equal(y, whole(SMALL, x)[0])
+
+
+async def test_a_server_does_not_stay_awake_for_a_step_that_takes_longer(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 1, 1, 5)).astype(np.float32)
+    async with running(SMALL, engine={"steps_in": "process", "spin_us": 1000}) as server:
+        stays = list[bool]()
+        server._vigil.stay = lambda: stays.append(True)  # type: ignore[method-assign]
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            handles = (await client.open("s")).handles()
+            await client.step(handles, [0], x[0])
+            assert stays, "nothing is known to be under way"
+            server.engine._step_ns = dict.fromkeys(server.engine._stepper.buckets, 2_000_000)
+            stays.clear()
+            await client.step(handles, [1], x[1])
+            assert len(stays) == 1, "when it has ended, and not while it was under way"

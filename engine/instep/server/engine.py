@@ -82,6 +82,8 @@ class Engine:
         self._runs_under_way = 0
         self._step_ns: dict[int, int] = {}
         """By bucket, how long each step of its newest run took."""
+        self._newest_run_ns = 0
+        """How long the run that was begun last is expected to take."""
         self._hold_timer = False
         self.longest_run_ns = 1_000_000
         """How long, about, somebody who comes may wait for a run that is longer than one step."""
@@ -156,6 +158,10 @@ class Engine:
         """Streams, int64 [N], are ready to step; `owner` where they have one that is known."""
         self.scheduler.add(slots, self.table.owner[slots] if owner is None else owner, since_ns)
 
+    def is_idle_within(self, ns: int) -> bool:
+        """Whether what comes waits less than that for the run that is under way, if one is."""
+        return not self._runs_under_way or self._newest_run_ns < ns
+
     # ── Schedule and step ──────────────────────────────────────────────────────────────────────────────────────────
 
     def would_wait(self, columns: int) -> bool:
@@ -186,6 +192,7 @@ class Engine:
         were_kept = self.table.keeping.is_kept(slots) if self._tap.is_recording else None
         tickets = self._tap.inputs(slots, rows, bucket)
         self._runs_under_way += 1
+        self._newest_run_ns = len(rows) * self._step_ns.get(bucket, 0)
 
         def step(slots: I64, rows: I64) -> None:
             self._stepper.step(slots, rows, self.rings.x, self.rings.y)

@@ -28,7 +28,7 @@ from instep.server.server import Server
 
 STREAMS: Final = 44_000
 """With so many, what finds streams by name is at its largest for each: it has just doubled."""
-_FEW, _ROWS = 1_000, 256
+_FEW, _ROWS = 1_000, 512
 MOST_BYTES: Final = 200
 MEMORY, BOUND = "states in memory, bytes", "with a bound of states in memory, bytes"
 
