@@ -5,6 +5,7 @@ ROUNDS ?= 200
 RESETS ?= 100
 VENV := .venv
 BIN := $(VENV)/bin
+TOGETHER := -n 3 --dist loadgroup --durations=15
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -18,12 +19,12 @@ demo: $(READY)  ## Stream recorded speech through the engine and verify every ou
 
 test: check  ## Run the checks, then all tests with their coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist loadgroup --durations=15
+	$(BIN)/coverage run -m pytest $(TOGETHER)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 
 test-long: $(READY)  ## Run the tests that take minutes: long chaos, all mutants, scale
-	$(BIN)/python -m pytest -m long -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m long $(TOGETHER)
 
 check: $(READY)  ## Check format, style, types and the direction of imports
 	$(BIN)/ruff format --check .

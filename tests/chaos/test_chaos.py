@@ -4,7 +4,10 @@ import pytest
 
 from tests.chaos.chaos import run
 
-pytestmark = pytest.mark.xdist_group("chaos")  # they share the process that their servers are forked from
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.xdist_group("chaos"),
+]  # they share the process that their servers are forked from
 
 
 @pytest.mark.timeout(300)  # some 15 s of CPU time

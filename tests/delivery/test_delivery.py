@@ -17,7 +17,10 @@ from tests.delivery.machine import Faults, numbers, run
 from tests.delivery.node import Sizes
 from tests.delivery.world import World
 
-pytestmark = pytest.mark.xdist_group("delivery")  # what the examples reach is counted in one process
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.xdist_group("delivery"),
+]  # what the examples reach is counted in one process
 
 STEPS = 60
 EXAMPLES = 1000

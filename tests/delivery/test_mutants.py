@@ -16,6 +16,8 @@ from instep.server.tap import Tap
 from tests.delivery.machine import Faults, numbers, run
 from tests.delivery.mutants import Change, broken
 
+pytestmark = pytest.mark.heavy
+
 STEPS = 60
 EXAMPLES = 1000
 """As many as the property test tries in each of its settings."""

@@ -22,6 +22,8 @@ from tests.support.raw import RawClient
 from tests.support.running import CPU, prepared, running
 from tests.support.traffic import Producer, Recorded, assert_same_bits, make_recordings
 
+pytestmark = pytest.mark.heavy
+
 STREAMS = 300
 CONNECTIONS = 5
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.mutation import ROOT, Mutant, copy_engine, is_killed, run_tests
 
+pytestmark = pytest.mark.heavy
+
 ADMISSION = "tests/core/test_admission.py"
 OWNERSHIP = "tests/core/test_ownership.py"
 RINGS = "tests/core/test_rings.py"
@@ -241,9 +243,9 @@ MUTANTS = [
     ),
     Mutant(
         "a padding row leaks into a stream's slot",
-        "runtime/stepper.py",
-        "batch.slots[size:] = SCRATCH_SLOT",
-        "batch.slots[size:] = slots[-1]",
+        "runtime/host_batch.py",
+        "= self._states[:, :rows]",
+        "= self._states[:, -rows:]",
         (f"{STEPPER}::test_padding_rows_touch_no_stream",),
     ),
     Mutant(

@@ -49,17 +49,12 @@ def run(console: Console, folder: Path | None = None, *, as_json: bool = False) 
         0 when `commit` and `fsync` reach their `BARS` and every output was right, else 1.
     """
     torch.set_num_threads(1)
-    model, gru, x = make_load()
     with (
         tempfile.TemporaryDirectory(dir=folder) as below,
         Progress(console=console, transient=True, auto_refresh=False) as progress,
-        ExitStack() as children,
     ):
-        write_model(Path(below) / "model", model)
-        endpoints = {way: children.enter_context(_server(Path(below), way)).endpoint for way in WAYS}
         task = progress.add_task("measuring", total=ROUNDS * len(WAYS))
-        advance = lambda: progress.update(task, advance=1, refresh=True)  # noqa: E731
-        samples = asyncio.run(_measure(endpoints, Path(below), gru, x, advance))
+        samples = measure(Path(below), lambda: progress.update(task, advance=1, refresh=True))
     medians = {way: statistics.median(values) for way, values in samples.rates.items()}
     over_memory = {way: medians[way] / medians["memory"] for way in WAYS}
     missed = [way for way, bar in BARS.items() if over_memory[way] < bar]
@@ -96,6 +91,15 @@ class Samples:
     rates: dict[str, list[float]]
     fsync_ms: list[float]
     wrong_streams: int = 0
+
+
+def measure(folder: Path, advance: Callable[[], object]) -> Samples:
+    """Measure every way, with its server, in every round; the recordings are written into the folder."""
+    model, gru, x = make_load()
+    write_model(folder / "model", model)
+    with ExitStack() as children:
+        endpoints = {way: children.enter_context(_server(folder, way)).endpoint for way in WAYS}
+        return asyncio.run(_measure(endpoints, folder, gru, x, advance))
 
 
 async def _measure(
