@@ -23,7 +23,7 @@ test: check  ## Run the checks, then all tests with their coverage
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 
-test-long: $(READY)  ## Run the tests that take minutes: long chaos, all mutants, scale
+test-long: $(READY)  ## Run the tests that take minutes: long chaos, all mutants, a million damaged messages, scale
 	$(BIN)/python -m pytest -m long $(TOGETHER)
 
 check: $(READY)  ## Check format, style, types and the direction of imports

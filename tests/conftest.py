@@ -17,13 +17,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for name in [name for name in os.environ if name.startswith("INSTEP_")]:
     del os.environ[name]
 
-# Lines are measured in the processes that run tests; one that they start would take a second longer, each time.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
-        del os.environ[name]
-
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure lines in the processes that run tests: one that they start would take a second longer, each time."""
+    starts_workers = not hasattr(config, "workerinput") and config.getoption("numprocesses", None)
+    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+        if not starts_workers:
+            del os.environ[name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
