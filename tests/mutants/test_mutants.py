@@ -249,6 +249,13 @@ MUTANTS = [
         (f"{STEPPER}::test_padding_rows_touch_no_stream",),
     ),
     Mutant(
+        "padding rows stand where the rows of the batch before did",
+        "runtime/stepper.py",
+        "batch.slots[size:] = SCRATCH_SLOT",
+        "pass",
+        (f"{STEPPER}::test_padding_rows_stand_at_the_scratch_slot",),
+    ),
+    Mutant(
         "an answer goes to another client in the same batch",
         "server/answers.py",
         "message = newest.get(client)",

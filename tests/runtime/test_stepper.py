@@ -27,7 +27,7 @@ Make: TypeAlias = Callable[[Model], Stepper]
     ids=["all", "20", "copied-all", "copied-20"],
 )
 def _stepper(request: pytest.FixtureRequest) -> Make:
-    """Makes steppers with 64 slots: all on the device or 20 at once, and as if the device had memory of its own."""
+    """Makes steppers with 64 slots: all on the device or 20 at once, and with states read and written as on a GPU."""
     device_streams, copied = request.param
 
     def make(model: Model) -> Stepper:
@@ -60,6 +60,28 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(stepper: Make
         y, final = whole(model, x[:, stream])
         np.testing.assert_array_equal(outputs[:, stream], y)
         np.testing.assert_array_equal(steps.read(np.array([stream + 1]))[0], final)
+
+
+def test_every_layer_has_its_own_state(stepper: Make, rng: np.random.Generator) -> None:
+    model = plain(F, 16, layers=2)
+    steps = stepper(model)
+    steps.network.uses_fused = prepared(model, 64).network.uses_fused  # whose outputs are one of the states
+    x = rng.standard_normal((3, 2, F)).astype(np.float32)
+    y = np.stack([step(steps, np.array([7, 4]), frames) for frames in x])
+    for stream, slot in enumerate((7, 4)):
+        expected, final = whole(model, x[:, stream])
+        np.testing.assert_array_equal(y[:, stream], expected)
+        np.testing.assert_array_equal(steps.read(np.array([slot]))[0], final)
+
+
+def test_padding_rows_stand_at_the_scratch_slot(stepper: Make) -> None:
+    steps = stepper(SMALL)
+    for slots in ([5, 6, 7, 8], [9, 5]):
+        step(steps, np.array(slots), np.ones((len(slots), F), np.float32))
+    batch = steps._batches[4]
+    assert (batch.slots[2:] == 0).all()
+    assert not batch.x[2:].any()
+    assert (batch.slots[:2] > 0).all()
 
 
 def test_padding_rows_touch_no_stream(stepper: Make, rng: np.random.Generator) -> None:

@@ -10,6 +10,7 @@ from instep.server.vigil import Vigil
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.turning import Turning
 
 
 class Clock:
@@ -101,3 +102,19 @@ async def test_a_server_does_not_stay_awake_for_a_step_that_takes_longer(rng: np
             stays.clear()
             await client.step(handles, [1], x[1])
             assert len(stays) == 1, "when it has ended, and not while it was under way"
+
+
+async def test_what_is_under_way_is_expected_to_take_as_long_as_all_its_steps() -> None:
+    turning = Turning(SMALL)
+    engine = turning.server.engine
+    engine._step_ns = dict.fromkeys(engine._stepper.buckets, 100_000)
+    engine.longest_run_ns = 1_000_000
+    handles = turning.opens(0, 1)
+    assert engine.is_idle_within(1)
+    turning.steps(0, handles, [0], np.ones((3, 1, 5), np.float32), [0])
+    turning.take()
+    engine.schedule()
+    assert not engine.is_idle_within(300_000)
+    assert engine.is_idle_within(300_001)
+    turning.turn()
+    assert engine.is_idle_within(1), "nothing is under way any more"

@@ -18,7 +18,7 @@ from instep.core.typing import F32, I64, float32_zeros
 class StateCache:
     """float32 [layers, slots, size] on the device, allocated once and changed in place.
 
-    Slot 0 is scratch: padding rows read and write it, no stream ever does.
+    Slot 0 is scratch: padding rows read it, and `GraphBatch` writes and clears it; no stream ever does either.
 
     Args:
         rows: slots beside the scratch slot.

@@ -144,7 +144,7 @@ class StepProcess:
             _die_with_the_server()
             _close_all_but(0, 1, 2, commands, endings)
             runs = _Commands(commands, spin_ns)
-            with torch.inference_mode():  # once: to enter it takes a tenth of the time of a small step
+            with torch.inference_mode():  # once, not for each step, which would be longer by it
                 while commands_read := runs.read():
                     for place, steps, size in _COMMAND.iter_unpack(commands_read):
                         os.write(endings, self._run(step, place, steps, size))

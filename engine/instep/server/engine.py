@@ -82,8 +82,8 @@ class Engine:
         self._runs_under_way = 0
         self._step_ns: dict[int, int] = {}
         """By bucket, how long each step of its newest run took."""
-        self._newest_run_ns = 0
-        """How long the run that was begun last is expected to take."""
+        self._expected_ns = 0
+        """How long the runs under way are expected to take, from their beginning."""
         self._hold_timer = False
         self.longest_run_ns = 1_000_000
         """How long, about, somebody who comes may wait for a run that is longer than one step."""
@@ -159,8 +159,8 @@ class Engine:
         self.scheduler.add(slots, self.table.owner[slots] if owner is None else owner, since_ns)
 
     def is_idle_within(self, ns: int) -> bool:
-        """Whether what comes waits less than that for the run that is under way, if one is."""
-        return not self._runs_under_way or self._newest_run_ns < ns
+        """Whether the runs that are under way, if any are, are expected to take less than that from their beginning."""
+        return self._expected_ns < ns
 
     # ── Schedule and step ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -192,13 +192,15 @@ class Engine:
         were_kept = self.table.keeping.is_kept(slots) if self._tap.is_recording else None
         tickets = self._tap.inputs(slots, rows, bucket)
         self._runs_under_way += 1
-        self._newest_run_ns = len(rows) * self._step_ns.get(bucket, 0)
+        expected_ns = len(rows) * self._step_ns.get(bucket, 0)
+        self._expected_ns += expected_ns
 
         def step(slots: I64, rows: I64) -> None:
             self._stepper.step(slots, rows, self.rings.x, self.rings.y)
 
         def done(ended: Ended, _: Exception | None) -> None:
             self._runs_under_way -= 1
+            self._expected_ns -= expected_ns
             self._ended(slots, rows, bucket, tickets, were_kept, ended)
 
         self._worker.submit(Job(lambda: run_steps(step, slots, rows), done, (slots, rows)))

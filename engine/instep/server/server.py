@@ -254,7 +254,7 @@ class Server:
         return has_ended
 
     def _stay_awake(self) -> None:
-        if self.engine.is_idle_within(self._spin_ns):  # else what comes waits longer than it takes to be woken
+        if self.engine.is_idle_within(self._spin_ns):  # else what comes waits for the run, and not for being woken
             self._vigil.stay()
 
     def _look(self) -> bool:
