@@ -30,6 +30,11 @@ class Clock:
         return look
 
 
+def idle() -> int:
+    """Nothing is under way."""
+    return 0
+
+
 async def turns(count: int) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
@@ -37,7 +42,7 @@ async def turns(count: int) -> None:
 
 async def test_it_looks_until_the_time_is_up_and_lets_others_have_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, looks = Clock(monkeypatch, 20_000), list[int]()
-    vigil = Vigil(asyncio.get_running_loop(), clock.looking(looks), 100_000)
+    vigil = Vigil(asyncio.get_running_loop(), clock.looking(looks), idle, 100_000)
     vigil.stay()
     vigil.stay()
     assert looks == []
@@ -60,7 +65,7 @@ async def test_what_happens_prolongs_it(monkeypatch: pytest.MonkeyPatch) -> None
             vigil.stay()
         return found
 
-    vigil = Vigil(asyncio.get_running_loop(), look_and_stay, 100_000)
+    vigil = Vigil(asyncio.get_running_loop(), look_and_stay, idle, 100_000)
     vigil.stay()
     await turns(1)
     assert len(looks) == 2, "it goes on after what it found in a turn of its own"
@@ -72,9 +77,21 @@ async def test_without_a_time_it_never_looks() -> None:
     def look() -> bool:
         raise AssertionError("it looked")
 
-    vigil = Vigil(asyncio.get_running_loop(), look, 0)
+    vigil = Vigil(asyncio.get_running_loop(), look, idle, 0)
     vigil.stay()
     await turns(3)
+
+
+async def test_it_sleeps_while_what_is_under_way_takes_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, looks, expected = Clock(monkeypatch, 20_000), list[int](), [100_000]
+    vigil = Vigil(asyncio.get_running_loop(), clock.looking(looks), lambda: expected[0], 100_000)
+    vigil.stay()
+    await turns(3)
+    assert not looks
+    expected[0] -= 1
+    vigil.stay()
+    await turns(1)
+    assert looks
 
 
 async def test_a_server_that_stays_awake_gives_the_same_answers(rng: np.random.Generator) -> None:
@@ -88,20 +105,18 @@ async def test_a_server_that_stays_awake_gives_the_same_answers(rng: np.random.G
     np.testing.assert_array_equal(y, whole(SMALL, x)[0])
 
 
-async def test_a_server_does_not_stay_awake_for_a_step_that_takes_longer(rng: np.random.Generator) -> None:
+async def test_a_server_knows_of_a_step_that_takes_longer(rng: np.random.Generator) -> None:
     x = rng.standard_normal((2, 1, 1, 5)).astype(np.float32)
     async with running(SMALL, engine={"steps_in": "process", "spin_us": 1000}) as server:
-        stays = list[bool]()
-        server._vigil.stay = lambda: stays.append(True)  # type: ignore[method-assign]
         async with RawClient(server.endpoint) as client:
             await client.hello()
             handles = (await client.open("s")).handles()
             await client.step(handles, [0], x[0])
-            assert stays, "nothing is known to be under way"
             server.engine._step_ns = dict.fromkeys(server.engine._stepper.buckets, 2_000_000)
-            stays.clear()
+            waits, ask = list[int](), server._vigil._expected_ns
+            server._vigil._expected_ns = lambda: waits.append(ask()) or waits[-1]  # type: ignore[func-returns-value]
             await client.step(handles, [1], x[1])
-            assert len(stays) == 1, "when it has ended, and not while it was under way"
+    assert waits[:2] == [2_000_000, 0], "when it has begun, and when it has ended"
 
 
 async def test_what_is_under_way_is_expected_to_take_as_long_as_all_its_steps() -> None:
@@ -110,11 +125,10 @@ async def test_what_is_under_way_is_expected_to_take_as_long_as_all_its_steps() 
     engine._step_ns = dict.fromkeys(engine._stepper.buckets, 100_000)
     engine.longest_run_ns = 1_000_000
     handles = turning.opens(0, 1)
-    assert engine.is_idle_within(1)
+    assert engine.expected_ns == 0
     turning.steps(0, handles, [0], np.ones((3, 1, 5), np.float32), [0])
     turning.take()
     engine.schedule()
-    assert not engine.is_idle_within(300_000)
-    assert engine.is_idle_within(300_001)
+    assert engine.expected_ns == 300_000
     turning.turn()
-    assert engine.is_idle_within(1), "nothing is under way any more"
+    assert engine.expected_ns == 0, "nothing is under way any more"

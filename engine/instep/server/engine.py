@@ -82,7 +82,7 @@ class Engine:
         self._runs_under_way = 0
         self._step_ns: dict[int, int] = {}
         """By bucket, how long each step of its newest run took."""
-        self._expected_ns = 0
+        self.expected_ns = 0
         """How long the runs under way are expected to take, from their beginning."""
         self._hold_timer = False
         self.longest_run_ns = 1_000_000
@@ -158,10 +158,6 @@ class Engine:
         """Streams, int64 [N], are ready to step; `owner` where they have one that is known."""
         self.scheduler.add(slots, self.table.owner[slots] if owner is None else owner, since_ns)
 
-    def is_idle_within(self, ns: int) -> bool:
-        """Whether the runs that are under way, if any are, are expected to take less than that from their beginning."""
-        return self._expected_ns < ns
-
     # ── Schedule and step ──────────────────────────────────────────────────────────────────────────────────────────
 
     def would_wait(self, columns: int) -> bool:
@@ -193,14 +189,14 @@ class Engine:
         tickets = self._tap.inputs(slots, rows, bucket)
         self._runs_under_way += 1
         expected_ns = len(rows) * self._step_ns.get(bucket, 0)
-        self._expected_ns += expected_ns
+        self.expected_ns += expected_ns
 
         def step(slots: I64, rows: I64) -> None:
             self._stepper.step(slots, rows, self.rings.x, self.rings.y)
 
         def done(ended: Ended, _: Exception | None) -> None:
             self._runs_under_way -= 1
-            self._expected_ns -= expected_ns
+            self.expected_ns -= expected_ns
             self._ended(slots, rows, bucket, tickets, were_kept, ended)
 
         self._worker.submit(Job(lambda: run_steps(step, slots, rows), done, (slots, rows)))

@@ -151,9 +151,8 @@ class Server:
         """What it took to go on with an older recording, where there was one."""
         self.unanswered_blocks = 0
         """Blocks that were taken and never answered, because the end was forced or draining took too long."""
-        # A thread for steps would lack the lock.
-        self._spin_ns = config.engine.spin_us * 1000 if process is not None else 0
-        self._vigil = Vigil(self._loop, lambda: bool(self._guarded(self._look)), self._spin_ns)
+        spin_ns = config.engine.spin_us * 1000 if process is not None else 0  # a thread for steps would lack the lock
+        self._vigil = Vigil(self._loop, lambda: self._guarded(self._look), lambda: self.engine.expected_ns, spin_ns)
         self._stopping = asyncio.Event()
         self._drains = True
         self._stopped = self._pump_is_due = False
@@ -234,7 +233,7 @@ class Server:
         self._verbs.admit_if_due()
         self.engine.schedule()
         if frames:
-            self._stay_awake()
+            self._vigil.stay()
         # Asked first, since that takes the signal: without room, it would call this again and again until the end of
         # the next job, which pumps anyway. One continuation at most: each would renew itself.
         if not self._pump_is_due and self._router.is_readable and self.has_room:
@@ -250,12 +249,8 @@ class Server:
         has_ended = self._worker.collect()
         if has_ended:
             self._pump()
-            self._stay_awake()
-        return has_ended
-
-    def _stay_awake(self) -> None:
-        if self.engine.is_idle_within(self._spin_ns):  # else what comes waits for the run, and not for being woken
             self._vigil.stay()
+        return has_ended
 
     def _look(self) -> bool:
         """Do what would be signalled next; whether there was anything."""

@@ -22,20 +22,29 @@ class Vigil:
 
     Args:
         loop: the loop.
-        look: does what there is to do; False where there is nothing.
+        look: does what there is to do; nothing true where there is nothing.
+        expected_ns: how long what is under way is expected to take; what comes meanwhile waits for it anyway, so
+            there is no staying awake where that is as long as `spin_ns`.
         spin_ns: how long to stay awake; 0 for not at all.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, look: Callable[[], bool], spin_ns: int) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        look: Callable[[], bool | None],
+        expected_ns: Callable[[], int],
+        spin_ns: int,
+    ) -> None:
         self._loop = loop
         self._look = look
+        self._expected_ns = expected_ns
         self._spin_ns = spin_ns
         self._until_ns = 0
         self._is_kept = False
 
     def stay(self) -> None:
         """Something happened: look for more from now on."""
-        if not self._spin_ns:
+        if self._expected_ns() >= self._spin_ns:
             return
         self._until_ns = time.monotonic_ns() + self._spin_ns
         if not self._is_kept:
