@@ -53,11 +53,11 @@ class Refused(InstepError):
 
     Attributes:
         code: why, as a `wire.Code`.
-        sentence: why, and what to do, in words.
+        sentence: why, and what to do, in words; the message names the stream behind it, the sentence does not.
     """
 
-    def __init__(self, code: Code, sentence: str) -> None:
-        super().__init__(f"{code.name}: {sentence}")
+    def __init__(self, code: Code, sentence: str, where: str = "") -> None:
+        super().__init__(f"{code.name}: {sentence}{where}")
         self.code = code
         self.sentence = sentence
 
@@ -66,7 +66,7 @@ class StreamRefused(Refused):
     """Opening, resuming, changing or closing a stream was refused; `stream` is its name."""
 
     def __init__(self, code: Code, sentence: str, stream: str) -> None:
-        super().__init__(code, f"{sentence} (stream {stream!r})")
+        super().__init__(code, sentence, f" (stream {stream!r})")
         self.stream = stream
 
 
@@ -97,7 +97,8 @@ class FramesRefused(Refused):
         more = f", and {len(failures) - 1} more streams" if len(failures) > 1 else ""
         super().__init__(
             code,
-            f"{sentence} (stream {first.stream!r}, seq {first.seq}, expected {first.expected_seq}{more})",
+            sentence,
+            f" (stream {first.stream!r}, seq {first.seq}, expected {first.expected_seq}{more})",
         )
         self.failures = failures
         self.outputs = outputs
@@ -107,7 +108,7 @@ class StreamEvicted(Refused):
     """The stream has ended here: it was idle, parked for too long, taken over, or its state was lost."""
 
     def __init__(self, code: Code, sentence: str, stream: str) -> None:
-        super().__init__(code, f"{sentence} (stream {stream!r})")
+        super().__init__(code, sentence, f" (stream {stream!r})")
         self.stream = stream
 
 

@@ -22,7 +22,7 @@ def test_every_code_has_a_sentence() -> None:
 
 def test_refusals_say_the_code_the_reason_and_the_stream() -> None:
     refused = errors.StreamRefused(Code.NAME_IN_USE, "taken", "mic")
-    assert (refused.code, refused.sentence, refused.stream) == (Code.NAME_IN_USE, "taken (stream 'mic')", "mic")
+    assert (refused.code, refused.sentence, refused.stream) == (Code.NAME_IN_USE, "taken", "mic")
     assert str(refused) == "NAME_IN_USE: taken (stream 'mic')"
     evicted = errors.StreamEvicted(Code.IDLE, "idle", "mic")
     assert (str(evicted), evicted.stream) == ("IDLE: idle (stream 'mic')", "mic")
@@ -33,6 +33,7 @@ def test_refused_frames_name_the_first_stream_and_count_the_others(count: int, m
     failures = tuple(FrameFailure(f"s{i}", 7, Code.NOT_FINITE, 7) for i in range(count))
     refused = FramesRefused(Code.NOT_FINITE, "bad", failures, np.zeros(2, np.float32))
     assert str(refused) == f"NOT_FINITE: bad (stream 's0', seq 7, expected 7{more})"
+    assert refused.sentence == "bad"
     assert refused.failures == failures
     assert refused.outputs.shape == (2,)
 

@@ -67,3 +67,19 @@ async def test_frames_refused_beside_streams_that_ended(rng: np.random.Generator
     refused = failure.value
     assert [(entry.stream, entry.code) for entry in refused.failures] == [("a", Code.IDLE), ("c", Code.NOT_FINITE)]
     assert np.isnan(refused.outputs).all(axis=2).tolist() == [[True, False, True, False]]
+    assert str(refused).endswith("(stream 'a', seq 0, expected 0, and 1 more streams)")
+    assert str(refused).count("(stream") == 1
+
+
+async def test_a_refused_frame_is_told_of_as_a_step_tells(rng: np.random.Generator) -> None:
+    x = blocks(rng, 1)[0]
+    x[0, 2, 0] = np.nan
+    with FakeServer() as server:
+        async with AsyncClient(server.endpoint) as client:
+            group = await client.open_group(NAMES)
+            with pytest.raises(FramesRefused) as living:
+                await step_living(group, x, np.arange(4), 2)
+            group = await client.open_group([f"{name}-again" for name in NAMES])
+            with pytest.raises(FramesRefused) as step:
+                await group.step(x)
+    assert str(living.value) == str(step.value).replace("-again", "")

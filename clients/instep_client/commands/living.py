@@ -38,7 +38,7 @@ async def step_living(group: AsyncGroup, x: F32, rows: Rows, outputs: int) -> F3
             living[np.flatnonzero(rows == row)] = False
             seq = int(group.next_seqs[row])
             failures += (FrameFailure(ended.stream, seq, ended.code, seq),)
-            why = why or Refused(ended.code, ended.sentence.removesuffix(f" (stream {ended.stream!r})"))
+            why = why or ended
             continue  # nothing was sent: the others go without it, before anything else is sent
         except FramesRefused as refused:
             y[:, living] = refused.outputs
