@@ -224,7 +224,6 @@ class Engine:
         """A run over rows, int64 [steps, B], has ended, each step under its ticket."""
         steps = ended.steps
         numbers = self.rings.block[rows[:steps]].reshape(-1)
-        self.on_run_ended()  # before they count as computed: nobody has these outputs yet, to acknowledge them
         self.rings.applied(slots, steps)
         if steps:
             self._step_ns[bucket] = step_ns = (ended.ended_ns - ended.began_ns) // steps
@@ -232,12 +231,12 @@ class Engine:
             self._statistics.frames_total += len(numbers)
             for ticket, rows_of_step in zip(tickets, rows[:steps], strict=False):
                 self._tap.outputs(ticket, rows_of_step, step_ns)
-        if ended.error is None:
-            self.make_ready(self.rings.let_go(slots))
-        if steps:
             times_ns = ended.ended_ns - step_ns, ended.ended_ns
             self._tap.when_durable(tickets[steps - 1], lambda: self._deliver(numbers, *times_ns))
-        if ended.error is not None:
+        self.on_run_ended()  # after that: those who have waited longer are answered first
+        if ended.error is None:
+            self.make_ready(self.rings.let_go(slots))
+        else:
             self._failed(slots, None if steps else were_kept, tickets[steps:], ended.error)
 
     def _failed(self, slots: I64, were_kept: Bool | None, tickets: list[int], error: Exception) -> None:
