@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from instep.core import admission
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.recording import file as recording_file
@@ -33,8 +34,8 @@ MUTANTS = {
     "no dedup": (
         KILL,
         Change(
-            engine,
-            "admit",
+            admission,
+            "_admit_in_part",
             (
                 (
                     "np.where(codes == 0, seqs, 0)",
@@ -46,8 +47,8 @@ MUTANTS = {
     "gap accepted": (
         KILL,
         Change(
-            engine,
-            "admit",
+            admission,
+            "_admit_in_part",
             (
                 ("codes[(codes == 0) & (seqs > due)] = Code.SEQ_GAP", "pass"),
                 (
@@ -63,10 +64,7 @@ MUTANTS = {
         Change(
             engine,
             "admit",
-            (
-                ("(seqs - acked <= ", "(expected - table.step_seq[slots] <= "),
-                ("acked.astype(np.int64) + rings.window - first", "table.step_seq[slots] + rings.window - first"),
-            ),
+            (("(seqs - acked <= ", "(line.next_seq - line.step_seq <= "),),
         ),
     ),
     "no fence": (

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from instep.core.typing import I64
 from instep.runtime.runs import Ended
@@ -114,6 +115,17 @@ class StepCaller(Caller):
         slots = np.array([number])
         self.worker.submit(Job(self.never, lambda *result: self.log.append((number, *result)), (slots, slots[None])))
 
+    def short(self, number: int) -> None:
+        """A short step, which ends at that time where it is done here."""
+        slots = np.array([number])
+
+        def call() -> Ended:
+            assert torch.is_inference_mode_enabled()
+            return Ended(0, number, 1, None)
+
+        done = lambda *result: self.log.append((number, *result))  # noqa: E731
+        self.worker.submit(Job(call, done, (slots, slots[None]), is_short=True))
+
     def job(self, name: str) -> None:
         self.worker.submit(Job(lambda: name, lambda *result: self.log.append(result)))
 
@@ -160,6 +172,52 @@ def test_a_job_waits_for_the_steps_before_it_and_a_step_for_the_jobs_before_it()
     jobs = [("first", None), ("second", None)]
     steps = [(number, Ended(number - 1, number, 1, None), None) for number in (1, 2, 3)]
     assert caller.log == [steps[0], *jobs, *steps[1:], ("third", None)]
+    caller.worker.stop()
+
+
+def test_a_short_step_is_done_here_and_told_of_when_it_is_collected() -> None:
+    caller = StepCaller()
+    assert not caller.worker.has_ended
+    caller.short(1)
+    assert (caller.process.begun, caller.log, caller.worker.has_ended) == ([], [], True)
+    assert caller.worker.collect()
+    assert (caller.log, caller.worker.has_ended) == ([(1, Ended(0, 1, 1, None), None)], False)
+    assert not caller.worker.collect()
+    caller.worker.stop()
+
+
+def test_a_short_step_keeps_its_place_among_steps_and_jobs() -> None:
+    caller = StepCaller()
+    caller.step(1)
+    caller.short(2)
+    assert caller.process.begun == [1, 2], "it would have been done before the step in front of it"
+    ends = [Ended(0, 9, 1, None), Ended(9, 10, 1, None)]
+    caller.end(*ends)
+    caller.short(3)
+    caller.step(4)
+    caller.job("between")
+    caller.short(5)
+    assert caller.process.begun == [1, 2, 4]
+    caller.worker.collect()
+    assert caller.worker._threaded == 0, "a job began before the step in front of it had ended"
+    caller.end(ends[0])
+    assert not caller.worker.has_ended, "a step was done before the job in front of it"
+    caller.take(1)
+    assert caller.worker.has_ended
+    caller.worker.collect()
+    steps = [(1, ends[0], None), (2, ends[1], None), (3, Ended(0, 3, 1, None), None), (4, ends[0], None)]
+    assert caller.log == [*steps, ("between", None), (5, Ended(0, 5, 1, None), None)]
+    caller.worker.stop()
+
+
+def test_a_short_step_does_not_wait_for_the_process_to_die() -> None:
+    caller = StepCaller()
+    caller.process.is_gone = True
+    caller.short(1)
+    caller.worker.collect()
+    assert caller.log == [(1, Ended(0, 1, 1, None), None)]
+    caller.worker.collect()
+    assert [str(death) for death in caller.deaths] == ["gone"]
     caller.worker.stop()
 
 

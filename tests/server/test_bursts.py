@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from instep.core.typing import F32, I32, I64
 from instep.runtime.runs import Ended
-from instep.runtime.worker import Job
 from instep_client import wire
 from instep_client.wire import Code, Kind
 from tests.support.models import SMALL, whole

@@ -20,6 +20,7 @@ from instep.server import assembly
 from instep.server import server as server_module
 from instep.server.assembly import steps_apart
 from instep.server.preparation import CannotServe
+from instep.server.server import Server
 from instep_client.wire import Code
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
@@ -43,6 +44,92 @@ async def test_frames_and_changes_of_states_keep_their_order(rng: np.random.Gene
         second = (await client.step(handles, [4], x[4:, None])).floats().reshape(5, H)
         np.testing.assert_array_equal(second, whole(SMALL, x[4:])[0])
         assert server._worker.process is not None
+
+
+@pytest.fixture
+def _all_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a run of the smallest bucket takes, the next one counts as short."""
+    monkeypatch.setattr("instep.server.engine._SHORT_NS", 10**15)
+
+
+def begun(server: Server) -> list[int]:
+    """Of how many streams the runs are that are handed to the process from now on."""
+    process, sizes = server._worker.process, list[int]()
+    assert process is not None
+    begin = process.begin
+    process.begin = lambda slots, rows: sizes.append(len(slots)) or begin(slots, rows)  # type: ignore[method-assign, func-returns-value]
+    return sizes
+
+
+@pytest.mark.usefixtures("_all_are_short")
+async def test_short_runs_are_done_by_the_loop_bit_for_bit(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((30, 7, F)).astype(np.float32)
+    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open(*"abcdefg")).handles()
+        sizes, y = begun(server), np.zeros((30, 7, H), np.float32)
+        small = server.engine._stepper.buckets[0]
+        assert small < 7
+        for seq in range(30):  # alone, together, and again alone: each finds the states that the other has left
+            parts = [slice(0, 7)] if seq % 3 == 1 else [slice(0, 1), slice(1, small), slice(small, 7)]
+            for part in parts:
+                reply = await client.step(handles[part], [seq] * len(handles[part]), x[seq : seq + 1, part])
+                y[seq, part] = reply.floats().reshape(-1, H)
+    for stream in range(7):
+        np.testing.assert_array_equal(y[:, stream], whole(SMALL, x[:, stream])[0])
+    assert sizes == [1, *[7] * 10], "the first one, as nobody knew how long it takes, and those of a larger bucket"
+
+
+@pytest.mark.usefixtures("_all_are_short")
+async def test_frames_of_one_stream_that_wait_together_are_short_runs_one_after_the_other(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.server.server._TICK_S", 1e6)  # it would hide what was forgotten
+    x = rng.standard_normal((20, F)).astype(np.float32)
+    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s", "other")).handles()
+        await client.step(handles[1:], [0], x[:1, None])
+        sizes = begun(server)
+        server.engine.longest_run_ns = 1  # each run is one step
+        await client.send(*client.step_message(handles[:1], [0], x[:, None]))
+        await client.send(*client.step_message(handles[1:], [1], x[1:2, None]))
+        async with asyncio.timeout(30):
+            answers = [(await client.receive()).floats() for _ in range(2)]
+    by_size = {answer.size: answer.reshape(-1, H) for answer in answers}
+    np.testing.assert_array_equal(by_size[20 * H], whole(SMALL, x)[0])
+    np.testing.assert_array_equal(by_size[H], whole(SMALL, x[:2])[0][1:])
+    assert sizes == []
+
+
+@pytest.mark.usefixtures("_all_are_short")
+async def test_a_short_run_that_fails_is_answered_and_the_streams_go_on(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = rng.standard_normal((4, F)).astype(np.float32)
+    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        first = (await client.step(handles, [0], x[:1, None])).floats()
+        with monkeypatch.context() as patch:  # the process does not know of it
+            patch.setattr(Network, "advance", lambda *_: 1 / 0)
+            assert (await client.step(handles, [1], x[1:2, None])).codes() == [Code.STEP_FAILED]
+        rest = (await client.step(handles, [1], x[1:, None])).floats()
+    np.testing.assert_array_equal(np.concatenate([first, rest]).reshape(4, H), whole(SMALL, x)[0])
+
+
+@pytest.mark.usefixtures("_all_are_short")
+async def test_a_held_batch_that_is_short_is_answered_without_the_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instep.server.server._TICK_S", 1e6)
+    engine = {**APART, "max_queue_delay_us": 20_000}
+    async with running(SMALL, engine=engine) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s", "silent")).handles()
+        sizes = begun(server)
+        async with asyncio.timeout(30):
+            for seq in range(3):
+                assert (await client.step(handles[:1], [seq], np.ones((1, 1, F), np.float32))).failures() == []
+    assert sizes == [1]
 
 
 async def test_a_failed_step_is_answered_and_the_streams_go_on(

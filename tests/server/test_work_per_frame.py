@@ -16,8 +16,8 @@ F = 5
 MOST_FOR_A_MESSAGE = 140
 """Lines and calls for one message of one frame in a burst, from the socket to the answer: 130, and some room."""
 
-MOST_FOR_A_LONE_MESSAGE = 730
-"""The same for one that comes by itself, so that nothing is shared: 703, and some room."""
+MOST_FOR_A_LONE_MESSAGE = 725
+"""The same for one that comes by itself, so that nothing is shared: 705, and some room."""
 
 
 def work(act: Callable[[], None]) -> int:

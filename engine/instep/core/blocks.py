@@ -113,10 +113,12 @@ class BlockTable(Generic[C]):
         """Frames of these blocks were answered, one entry a frame; the blocks that are complete now, taken out."""
         if not len(numbers):
             return []
-        first = int(numbers[0])
-        if np.count_nonzero(numbers == first) == len(numbers):  # a batch of one block, as many are
-            self._remaining[first] -= len(numbers)
-            return [] if self._remaining[first] else self._complete(numbers[:1])
+        count = len(numbers)
+        if count == 1 or np.count_nonzero(numbers == numbers[:1]) == count:  # a batch of one block, as many are
+            first = numbers.item(0)
+            left = self._remaining.item(first) - count
+            self._remaining[first] = left
+            return [] if left else self._complete(numbers[:1])
         at = numbers.astype(np.int64)  # once: numpy does it each time that something else is an index
         np.subtract.at(self._remaining, at, _ONE)  # of the array's own type: another one is 20 times slower
         places = np.arange(len(at))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from instep.core.typing import I64
+from instep.runtime.runs import Ended
 from instep.runtime.step_process import StepProcess
 
 
@@ -24,18 +25,22 @@ class Job:
     """Called with the result, or with None and what the call raised."""
     step: tuple[I64, I64] | None = None
     """The slots, int64 [B], and rows, int64 [steps, B], of the run that `call` would do; the result is an `Ended`."""
+    is_short: bool = False
+    """Whether to hand the run over, and be told of its end, takes longer than it does itself."""
 
 
 class Worker:
     """Runs jobs one after another, in a thread of its own.
 
     With a process for steps, those run there, up to two at a time, and other jobs in the thread; a job of one kind
-    waits until those of the other kind before it have ended.
+    waits until those of the other kind before it have ended. A short run is done at once by the caller's thread, if
+    nothing else is under way.
 
     Args:
         hand_back: takes a function to run on the caller's thread (`loop.call_soon_threadsafe`).
         on_death: called on the caller's thread when the worker stops although nobody asked it to.
-        process: where steps run, if not in the thread. Its owner calls `collect` when its `signal_fd` is readable.
+        process: where steps run, if not in the thread. Its owner calls `collect` when its `signal_fd` is readable, and
+            soon after `submit` where `has_ended`.
     """
 
     def __init__(
@@ -50,7 +55,9 @@ class Worker:
         self._line: deque[Job] = deque()
         """Jobs that wait for those of the other kind."""
         self._stepping: deque[Job] = deque()
-        """Those that the process has."""
+        """Those that the process has, or that were short and have ended."""
+        self._ended: list[Ended] = []
+        """What became of those that were short; they come before any that the process has."""
         self._threaded = 0
         """How many the thread has."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -72,8 +79,11 @@ class Worker:
             if self.process is not None and job.step is not None:
                 if self._threaded:
                     return
+                if job.is_short and not self._stepping:
+                    self._ended.append(_run_here(job))
+                else:
+                    self.process.begin(*job.step)
                 self._stepping.append(job)
-                self.process.begin(*job.step)
             else:
                 if self._stepping:
                     return
@@ -81,12 +91,18 @@ class Worker:
                 self._jobs.put(job)
             self._line.popleft()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether a short run waits for `collect`."""
+        return bool(self._ended)
+
     def collect(self) -> bool:
-        """Take what the process has stepped, if anything; whether there was something. It may have died."""
+        """Take what was stepped, if anything; whether there was something. The process may have died."""
         assert self.process is not None
         has_ended = False
         try:
-            for ended in self.process.ended():
+            short, self._ended = self._ended, []
+            for ended in short or self.process.ended():
                 has_ended = True
                 self._stepping.popleft().done(ended, None)
         except EOFError as error:
@@ -127,3 +143,9 @@ class Worker:
             job.done(result, error)
 
         return finish
+
+
+def _run_here(job: Job) -> Ended:
+    with torch.inference_mode():
+        ended: Ended = job.call()
+    return ended

@@ -44,20 +44,22 @@ def join(steps: list[Step], features: int) -> tuple[int | I32, U64, U64, U64, F3
         acked: uint64 [N].
         x: float32 [T, N, features].
     """
-    columns = np.frombuffer(b"".join([step.column for step in steps]), "<u8")
-    handles, seqs, acked = columns[::3], columns[1::3], columns[2::3]
-    clients = [step.client.number for step in steps]
-    is_one = clients.count(clients[0]) == len(clients)
-    owners = clients[0] if is_one else of_columns(steps, np.array(clients, np.int32))
-    timesteps = steps[0].timesteps
+    first = steps[0]
+    timesteps = first.timesteps
     if len(steps) == 1:
-        x = np.frombuffer(steps[0].x, "<f4").reshape(timesteps, -1, features)
-    elif timesteps == 1:
-        x = np.frombuffer(b"".join([step.x for step in steps]), "<f4").reshape(timesteps, -1, features)
+        owners: int | I32 = first.client.number
+        columns, x = np.frombuffer(first.column, "<u8"), np.frombuffer(first.x, "<f4")
     else:
-        parts = [np.frombuffer(step.x, "<f4").reshape(timesteps, -1, features) for step in steps]
-        x = np.concatenate(parts, axis=1)
-    return owners, handles, seqs, acked, x
+        clients = [step.client.number for step in steps]
+        is_one = clients.count(clients[0]) == len(clients)
+        owners = clients[0] if is_one else of_columns(steps, np.array(clients, np.int32))
+        columns = np.frombuffer(b"".join([step.column for step in steps]), "<u8")
+        if timesteps == 1:
+            x = np.frombuffer(b"".join([step.x for step in steps]), "<f4")
+        else:
+            parts = [np.frombuffer(step.x, "<f4").reshape(timesteps, -1, features) for step in steps]
+            x = np.concatenate(parts, axis=1)
+    return owners, columns[::3], columns[1::3], columns[2::3], x.reshape(timesteps, -1, features)
 
 
 def of_columns(steps: list[Step], numbers: I32) -> int | I32:

@@ -68,7 +68,7 @@ def changed(request: int, codes: I32) -> Message:
     return [wire.pack_header(Kind.CHANGED, request, len(codes), _sentences(refused)), refused.tobytes()]
 
 
-def stepped(requests: Sequence[int], columns: Sequence[int], answer: Answer, times_ns: Sequence[int]) -> Message:
+def stepped(requests: Sequence[int], columns: Sequence[int], answer: Answer, times_ns: tuple[int, int, int]) -> Message:
     """STEPPED: the answer to the messages of these requests, of so many columns each, beside each other.
 
     `times_ns` is how long they waited, were computed, and took to be sent.
@@ -78,14 +78,11 @@ def stepped(requests: Sequence[int], columns: Sequence[int], answer: Answer, tim
     if len(requests) > 1:
         for request, first in zip(requests[1:], accumulate(columns), strict=False):
             also += request, first
-    header = wire.pack_header(
-        Kind.STEPPED,
-        requests[0],
-        *answer.y.shape[:2],
-        *(time_ns // 1000 for time_ns in times_ns),
-        _sentences(refused) if len(refused) else (),
-        also,
-    )
+    timesteps, width, _ = answer.y.shape
+    queue_ns, compute_ns, send_ns = times_ns
+    times_us = queue_ns // 1000, compute_ns // 1000, send_ns // 1000
+    sentences = _sentences(refused) if len(refused) else ()
+    header = wire.pack_header(Kind.STEPPED, requests[0], timesteps, width, *times_us, sentences, also)
     return [header, answer.y.data.cast("B"), refused.tobytes()]
 
 

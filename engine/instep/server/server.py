@@ -105,7 +105,7 @@ class Server:
             self._limits,
             self.statistics,
             self._step_failed,
-            lambda delay_s, work: self._loop.call_later(delay_s, self._guarded, work),
+            lambda delay_s, work: self._loop.call_later(delay_s, self._hand_back, work),
         )
         self.lifecycle = Lifecycle(
             table,
@@ -157,10 +157,9 @@ class Server:
         self._drains = True
         self._stopped = self._pump_is_due = False
         self._evictions = Evictions(table, self.lifecycle, config.limits)
-        last_row = 0 if writer is None else writer.position
         self._recorder = self._start_recorder(writer)
-        if self._recorder is not None:
-            tap.record(self._recorder, streams.last_stream, last_row, waits=info.durability != "memory")
+        if self._recorder is not None and writer is not None:
+            tap.record(self._recorder, streams.last_stream, writer.position, waits=info.durability != "memory")
             if self._cold is not None:
                 recorder = self._recorder
                 self._cold.live = lambda: recorder.path
@@ -232,11 +231,14 @@ class Server:
                 break
         self._verbs.admit_if_due()
         self.engine.schedule()
+        if self._worker.has_ended:
+            self._worker.collect()
         if frames:
             self._vigil.stay()
-        # Asked first, since that takes the signal: without room, it would call this again and again until the end of
+        # The socket first, as that takes the signal: without room, it would call this again and again until the end of
         # the next job, which pumps anyway. One continuation at most: each would renew itself.
-        if not self._pump_is_due and self._router.is_readable and self.has_room:
+        has_more = (self._router.is_readable and self.has_room) or self._worker.has_ended
+        if has_more and not self._pump_is_due:
             self._pump_is_due = True
             self._loop.call_soon(self._guarded, self._continue_pump)
 
@@ -246,8 +248,7 @@ class Server:
 
     def _steps_ended(self) -> bool:
         """Take what the process has stepped; whether there was anything."""
-        has_ended = self._worker.collect()
-        if has_ended:
+        if has_ended := self._worker.collect():
             self._pump()
             self._vigil.stay()
         return has_ended
@@ -314,14 +315,13 @@ class Server:
         self.stop(drain=False)
 
     async def _drain(self) -> None:
-        deadline = self._loop.time() + self.config.shutdown.drain_timeout_s
+        timeout_s = self.config.shutdown.drain_timeout_s
+        deadline = self._loop.time() + timeout_s
         if self._drains:
             self._guarded(self._pump)  # a batch that was held goes now
         while self._drains and not (self.is_quiet and self._postbox.is_empty):
             if self._loop.time() > deadline:
-                self.fail(
-                    f"draining took longer than shutdown.drain_timeout_s = {self.config.shutdown.drain_timeout_s:g}"
-                )
+                self.fail(f"draining took longer than shutdown.drain_timeout_s = {timeout_s:g}")
             await asyncio.sleep(0.005)
         if self._drains:
             await self._snapshot(deadline)
