@@ -28,6 +28,7 @@ class _Good:
     x_bytes: int
     timesteps: int
     columns: int
+    frames: int
 
 
 class StepMessages:
@@ -45,20 +46,21 @@ class StepMessages:
     def __init__(self, features: int, max_block_frames: int) -> None:
         self._features = features
         self._max_block_frames = max_block_frames
-        self._good = _Good(b"", -1, -1, 0, 0)
+        self._good = _Good(b"", -1, -1, 0, 0, 0)
         """The newest one that was checked."""
 
     def alike(self, client: Client, frames: Sequence[bytes]) -> Step | None:
         """A message that is like the newest one that was checked, and so good by itself; None for any other."""
         good = self._good
-        if len(frames) != 3 or len(frames[1]) != good.column_bytes or len(frames[2]) != good.x_bytes:
+        if len(frames) != 3:
             return None
-        header = frames[0]
-        end = len(header) - len(good.fields)
-        if header[:2] != _HEAD or header[end:] != good.fields:
+        header, column, x = frames
+        fields = good.fields
+        if len(column) != good.column_bytes or len(x) != good.x_bytes or not header.endswith(fields):
             return None
-        request = _request(header[2:end])
-        return None if request is None else self._step(client, request, good, frames)
+        if not header.startswith(_HEAD) or (request := _request(header[2 : len(header) - len(fields)])) is None:
+            return None
+        return Step(client, request, good.timesteps, good.columns, good.frames, column, x, client.last_heard_ns)
 
     def read(self, client: Client, header: Header, frames: Sequence[bytes]) -> Step:
         """Any message, with its header as `wire.unpack_header` read it.
@@ -78,12 +80,9 @@ class StepMessages:
         wire.check_size(frames[2], 4, (timesteps, columns, features), "x")
         wire.check_size(frames[1], wire.COLUMN_BYTES, (columns,), "columns")
         packed = wire.pack_header(Kind.STEP, 0, *header.fields)  # this one may be written in another way
-        self._good = _Good(packed[len(_HEAD) + 1 :], len(frames[1]), len(frames[2]), timesteps, columns)
-        return self._step(client, header.request, self._good, frames)
-
-    def _step(self, client: Client, request: int, good: _Good, frames: Sequence[bytes]) -> Step:
-        size = good.timesteps * good.columns
-        return Step(client, request, good.timesteps, good.columns, size, frames[1], frames[2], client.last_heard_ns)
+        size = timesteps * columns
+        self._good = _Good(packed[len(_HEAD) + 1 :], len(frames[1]), len(frames[2]), timesteps, columns, size)
+        return Step(client, header.request, timesteps, columns, size, frames[1], frames[2], client.last_heard_ns)
 
 
 def _request(packed: bytes) -> int | None:
