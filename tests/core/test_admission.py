@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep.core.admission import RepeatedStream, admit, finite_lengths, resolve_distinct
+from instep.core.admission import RepeatedStream, finite_lengths, resolve_distinct
 from instep.core.typing import F32
 from instep_client.codes import Code
 from tests.support.core_streams import FEATURES, OWNER, CoreStreams, frames, u64
@@ -106,18 +106,6 @@ def test_a_stream_that_stands_twice_with_the_frame_it_expects_is_refused(core: C
     with pytest.raises(RepeatedStream):
         core.admit(handles[[0, 1, 0]], u64(0, 0, 0), ones(1, 3))
     assert core.table.next_seq[slots].tolist() == [0, 0]
-    assert core.table.pending[slots].tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("second", [1.0, math.nan])
-def test_who_sends_a_frame_is_active(core: CoreStreams, second: float) -> None:
-    """Whether all of the block is good or not."""
-    slots, handles = core.open("a", "b")
-    x = ones(1, 2)
-    x[0, 1] = second
-    admit(core.table, core.rings, OWNER, handles, u64(0, 0), u64(0, 0), x, now_ns=7)
-    assert core.table.last_active_ns[slots].tolist() == [7, 7 if second == 1 else 0]
-    assert core.table.pending[slots].tolist() == [1, int(second == 1)]
 
 
 def test_finite_lengths_counts_leading_good_timesteps() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from instep.core import admission
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.recording import file as recording_file
@@ -34,8 +33,8 @@ MUTANTS = {
     "no dedup": (
         KILL,
         Change(
-            admission,
-            "_admit_in_part",
+            engine,
+            "admit",
             (
                 (
                     "np.where(codes == 0, seqs, 0)",
@@ -47,8 +46,8 @@ MUTANTS = {
     "gap accepted": (
         KILL,
         Change(
-            admission,
-            "_admit_in_part",
+            engine,
+            "admit",
             (
                 ("codes[(codes == 0) & (seqs > due)] = Code.SEQ_GAP", "pass"),
                 (
@@ -64,7 +63,10 @@ MUTANTS = {
         Change(
             engine,
             "admit",
-            (("(seqs - acked <= ", "(line.next_seq - line.step_seq <= "),),
+            (
+                ("(seqs - acked <= ", "(expected - table.step_seq[slots] <= "),
+                ("acked.astype(np.int64) + rings.window - first", "table.step_seq[slots] + rings.window - first"),
+            ),
         ),
     ),
     "no fence": (

@@ -125,7 +125,7 @@ MUTANTS = [
         "a frame that is sent again is computed again",
         "core/admission.py",
         "repeats = np.where(codes == 0, np.minimum(expected - first, timesteps), 0)",
-        "repeats = np.zeros(len(seqs), np.int64)",
+        "repeats = np.zeros(columns, np.int64)",
         (f"{ADMISSION}::test_a_duplicate_is_answered_from_the_ring_and_not_admitted_again",),
     ),
     Mutant(

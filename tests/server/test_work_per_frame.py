@@ -14,10 +14,10 @@ from tests.support.turning import Turning
 
 F = 5
 MOST_FOR_A_MESSAGE = 140
-"""Lines and calls for one message of one frame in a burst, from the socket to the answer: 130, and some room."""
+"""Lines and calls for one message of one frame in a burst, from the socket to the answer: 128, and some room."""
 
-MOST_FOR_A_LONE_MESSAGE = 725
-"""The same for one that comes by itself, so that nothing is shared: 705, and some room."""
+MOST_FOR_A_LONE_MESSAGE = 700
+"""The same for one that comes by itself, so that nothing is shared: 680, and some room."""
 
 
 def work(act: Callable[[], None]) -> int:

@@ -55,8 +55,9 @@ class CoreStreams:
     def admit(self, handles: U64, seqs: U64, x: F32, acked: U64 | None = None, owner: int = OWNER) -> Admission:
         """Judge a block that acknowledges nothing unless told what; what is admitted is pending then."""
         acked = np.zeros(len(handles), np.uint64) if acked is None else acked
-        verdict = admit(self.table, self.rings, owner, handles, seqs, acked, x, now_ns=0)
+        verdict = admit(self.table, self.rings, owner, handles, seqs, acked, x)
         self.rings.append(verdict, x, block=0)
+        self.table.admitted(*verdict.admitted, now_ns=0)
         return verdict
 
     def step(self, slots: I64) -> I64:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from instep.core.lines import constant
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I32, I64, U64, Bool
@@ -28,15 +27,14 @@ def resolve_distinct(table: StreamTable, owner: int | I32, handles: U64) -> tupl
         RepeatedStream: when two of them name one stream of its owner.
     """
     slots, codes = table.resolve(handles, owner)
-    _refuse_repeated(table, slots if not np.count_nonzero(codes) else slots[codes == 0])
-    return slots, codes
-
-
-def _refuse_repeated(table: StreamTable, slots: I64) -> None:
-    order = np.arange(len(slots), dtype=np.int32)
-    table.marks[slots] = order
-    if np.count_nonzero(table.marks[slots] != order):
+    if len(slots) == 1:
+        return slots, codes
+    own = slots if not np.count_nonzero(codes) else slots[codes == 0]
+    order = np.arange(len(own), dtype=np.int32)
+    table.marks[own] = order
+    if np.count_nonzero(table.marks[own] != order):
         raise RepeatedStream
+    return slots, codes
 
 
 def finite_lengths(finite_values: Bool) -> I64:
@@ -46,82 +44,45 @@ def finite_lengths(finite_values: Bool) -> I64:
     return lengths
 
 
-def admit(
-    table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs: U64, acked: U64, x: F32, now_ns: int
-) -> Admission:
+def admit(table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs: U64, acked: U64, x: F32) -> Admission:
     """Judge a block, or several beside each other; admit what may be applied and move the streams' expected seq on.
 
     Args:
-        table: the streams; `next_seq`, `acked`, `pending` and `last_active_ns` are changed, nothing else.
+        table: the streams; `next_seq` is moved on for admitted frames, and `acked`, nothing else.
         rings: what the streams were sent before; not changed.
         owner: who sent the block, or int32 [N], who sent each column.
         handles: uint64 [N].
         seqs: uint64 [N], seq of each column's first timestep.
         acked: uint64 [N], the seq before which the client has every output of the stream.
         x: float32 [T, N, features].
-        now_ns: any monotonic clock.
 
     Raises:
         RepeatedStream: when a stream stands in it more than once; nothing has changed.
     """
     timesteps, columns = x.shape[:2]
-    slots = table.slots.within(handles)
-    line = table.lines.gather(slots)
+    slots, codes = resolve_distinct(table, owner, handles)
+    expected = table.next_seq[slots]
     finite_values = np.isfinite(x)
-    good = (
-        (line.handle == handles)
-        & (line.owner == (constant(owner, np.int32) if isinstance(owner, int) else owner))
-        & (seqs == line.next_seq)
-        & (acked <= line.step_seq)
-        & (seqs - acked <= constant(max(0, rings.window - timesteps), np.uint64))
-    )
+    due = expected.view(np.uint64)  # a seq of 2^63 or more is a gap, not a negative number
+    computed = table.step_seq[slots].view(np.uint64)
+    good = (seqs == due) & (acked <= computed) & (seqs - acked <= max(0, rings.window - timesteps))
     is_whole = (
         timesteps <= rings.window
         and np.count_nonzero(good) == columns
         and np.count_nonzero(finite_values) == x.size  # found several times faster than frame by frame
-        and not np.count_nonzero(line.closing)
+        and not np.count_nonzero(codes)
     )
-    if not is_whole:
-        return _admit_in_part(table, rings, owner, handles, seqs, acked, x, finite_values, now_ns)
-    if columns > 1:
-        _refuse_repeated(table, slots)
-    rows = rings.rows_of(slots, line.next_seq.view(np.int64), timesteps)
-    following = line.next_seq + constant(timesteps, np.uint64)
-    line.next_seq[:] = following
-    line.acked[:] = np.maximum(line.acked, acked)
-    line.pending += constant(timesteps, np.int32)
-    line.last_active_ns[:] = now_ns
-    table.lines.scatter(slots, line)
-    lengths: I64 = np.empty(columns, np.int64)
-    lengths.fill(timesteps)  # `np.full` takes several times as long
-    return Admission(
-        slots,
-        rows,
-        np.zeros(columns, np.int64),
-        lengths,
-        np.zeros(columns, np.int32),
-        following.view(np.int64),
-        lengths.copy(),
-        is_whole=True,
-    )
+    if is_whole:  # nearly always: nothing to refuse
+        rows = rings.rows_of(slots, expected, timesteps)
+        following = expected + timesteps
+        table.next_seq[slots] = following
+        table.acked[slots] = np.maximum(table.acked[slots], acked.view(np.int64))
+        lengths: I64 = np.empty(columns, np.int64)
+        lengths.fill(timesteps)  # `np.full` takes several times as long
+        return Admission(
+            slots, rows, np.zeros(columns, np.int64), lengths, codes, following, lengths.copy(), is_whole=True
+        )
 
-
-def _admit_in_part(
-    table: StreamTable,
-    rings: Rings,
-    owner: int | I32,
-    handles: U64,
-    seqs: U64,
-    acked: U64,
-    x: F32,
-    finite_values: Bool,
-    now_ns: int,
-) -> Admission:
-    timesteps = len(x)
-    slots, codes = resolve_distinct(table, owner, handles)
-    expected = table.next_seq[slots]
-    due = expected.view(np.uint64)  # a seq of 2^63 or more is a gap, not a negative number
-    computed = table.step_seq[slots].view(np.uint64)
     ahead = acked > computed
     own = codes == 0
     codes[own & ahead] = Code.ACK_AHEAD
@@ -150,9 +111,7 @@ def _admit_in_part(
     expected[~own] = 0
     skipped = np.minimum(repeats, lengths)
     rows = rings.rows_of(slots, first, timesteps)
-    verdict = Admission(slots, rows, skipped, lengths, codes, expected, lengths - skipped, is_whole=False)
-    table.admitted(*verdict.admitted, now_ns)
-    return verdict
+    return Admission(slots, rows, skipped, lengths, codes, expected, lengths - skipped, is_whole=False)
 
 
 def _oldest(table: StreamTable, rings: Rings, slots: I64) -> I64:

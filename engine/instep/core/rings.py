@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 import numpy as np
 
-from instep.core.lines import constant
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, float32_zeros
+from instep.core.typing import F32, I32, I64, U8, float32_zeros
 from instep.core.verdict import Admission
 
-_NONE: Final = constant(0, np.uint8)
-_ONE: Final = constant(1, np.uint8)
+# Arrays, not numbers: numpy takes twice as long to join a number with a small array.
+_ONCE, _NOT = np.array(1, np.uint8), np.array(0, np.uint8)
+
+
 _TIMESTEPS: I64 = np.arange(64)[:, None]
 _TIMESTEPS.flags.writeable = False
 
@@ -66,6 +66,9 @@ class Rings:
         self.y = zeros((rows, outputs))
         self.block: I32 = np.zeros(rows, np.int32)
         """The number of the block that the frame of a row came in; counts while the frame is pending."""
+        self._holds: U8 = np.zeros(stride, np.uint8)
+        """Why a slot may not step now: it is stepping, or its state is being changed, once or several times over (as
+        often as changes may wait for the step worker, which is less than 100 times)."""
 
     @property
     def room(self) -> int:
@@ -105,9 +108,8 @@ class Rings:
         self.block[rows] = block
         self.x[rows.reshape(-1)] = x.reshape(-1, x.shape[-1])  # with one index for each frame, numpy copies them faster
         self.pending_count += count
-        line = self._table.lines.gather(slots)
-        had_nothing = line.next_seq - line.step_seq == fresh.view(np.uint64)
-        ready: I64 = slots[had_nothing & (line.holds == _NONE)]
+        had_nothing = self._table.next_seq[slots] - self._table.step_seq[slots] == fresh
+        ready: I64 = slots[had_nothing & (self._holds[slots] == _NOT)]
         return ready
 
     def rows_of(self, slots: I64, first_seqs: I64, count: int) -> I64:
@@ -124,28 +126,28 @@ class Rings:
         Returns:
             rows: int64 [steps, N].
         """
-        line = self._table.lines.gather(slots)
-        pending = int(np.minimum.reduce(line.next_seq - line.step_seq))
+        seqs = self._table.step_seq[slots]
+        pending = int(np.minimum.reduce(self._table.next_seq[slots] - seqs))
         assert pending > 0, "a stream with nothing pending was scheduled"
-        assert not np.count_nonzero(line.holds), "a stream that is stepping or held was scheduled"
-        self._table.holds[slots] = 1
-        return self.rows_of(slots, line.step_seq.view(np.int64), min(pending, at_most))
+        assert not np.count_nonzero(self._holds[slots]), "a stream that is stepping or held was scheduled"
+        self._holds[slots] = 1
+        return self.rows_of(slots, seqs, min(pending, at_most))
 
     def applied(self, slots: I64, steps: int = 1) -> None:
         """So many steps of a run of these slots were applied; the run is over with `let_go` or `failed`."""
-        self._table.step_seq[slots] += constant(steps, np.int64)
+        self._table.step_seq[slots] += steps
         self.pending_count -= len(slots) * steps
 
     def hold(self, slots: I64) -> None:
         """Let distinct slots with nothing pending wait, until as many `let_go` as `hold`."""
-        self._table.holds[slots] += 1
+        self._holds[slots] += 1
 
     def let_go(self, slots: I64) -> I64:
         """Slots were held; those that can step now: int64 [≤ N]."""
-        line = self._table.lines.gather(slots)
-        line.holds -= _ONE
-        self._table.lines.scatter(slots, line)
-        ready: I64 = slots[(line.next_seq > line.step_seq) & (line.holds == _NONE)]
+        holds = self._holds[slots] - _ONCE
+        self._holds[slots] = holds
+        has_pending = self._table.next_seq[slots] > self._table.step_seq[slots]
+        ready: I64 = slots[has_pending & (holds == _NOT)]
         return ready
 
     def failed(self, slots: I64) -> tuple[I64, I64]:
@@ -162,7 +164,7 @@ class Rings:
         counts = table.next_seq[slots] - first
         rows, whose = self.stretches(slots, first, counts)
         table.next_seq[slots] = first
-        table.holds[slots] -= 1
+        self._holds[slots] -= 1
         self.pending_count -= len(rows)
         return rows, whose
 

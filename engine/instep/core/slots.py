@@ -23,16 +23,15 @@ class SlotAllocator:
     Args:
         capacity: the number of slots beside the scratch slot.
         first_generation: where generations begin (1 … 2^31); another value after a restart makes old handles unknown.
-        handles: uint64 [capacity + 1], where the present handle of each slot is kept; None for an array of its own.
     """
 
-    def __init__(self, capacity: int, first_generation: int = 1, handles: U64 | None = None) -> None:
+    def __init__(self, capacity: int, first_generation: int = 1) -> None:
         self.capacity = capacity
         self._last = np.array(capacity, np.uint64)
-        self._handle: U64 = np.zeros(capacity + 1, np.uint64) if handles is None else handles
-        """That of the scratch slot names another one, so that none is its."""
-        self._handle[:] = np.full(capacity + 1, first_generation, np.uint64) << _SLOT_BITS
-        self._handle |= np.arange(capacity + 1, dtype=np.uint64)
+        self._handle: U64 = np.full(capacity + 1, first_generation, np.uint64) << _SLOT_BITS | np.arange(
+            capacity + 1, dtype=np.uint64
+        )
+        """Of the present generation of each slot; that of the scratch slot names another one, so that none is its."""
         self._handle[SCRATCH_SLOT] = ~np.uint64(0)
         self._free = np.arange(capacity, 0, -1, dtype=np.uint32)  # a stack; slot 1 on top
         self.free_count = capacity
@@ -71,11 +70,6 @@ class SlotAllocator:
         slots[slots > self.capacity] = SCRATCH_SLOT
         return slots
 
-    def within(self, handles: U64) -> I64:
-        """A slot for each handle, which is its own if it has one: int64 [N]."""
-        slots: I64 = np.minimum(handles & _SLOT_MASK, self._last).view(np.int64)
-        return slots
-
     def resolve(self, handles: U64) -> tuple[I64, Bool]:
         """Slots of handles, and whether each handle is the slot's present one.
 
@@ -83,6 +77,6 @@ class SlotAllocator:
             slots: int64 [N], any where a handle is not.
             current: bool [N].
         """
-        slots = self.within(handles)
+        slots = np.minimum(handles & _SLOT_MASK, self._last).view(np.int64)
         current: Bool = self._handle[slots] == handles
         return slots, current

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from instep.core.keeping import Keeping
-from instep.core.lines import Lines
 from instep.core.names import Names
 from instep.core.slots import SCRATCH_SLOT, SlotAllocator
-from instep.core.typing import I32, I64, U8, U32, U64, Bool
+from instep.core.typing import I32, I64, U32, U64, Bool
 from instep_client.codes import Code
 
 NO_OWNER = -1
@@ -40,15 +39,11 @@ class StreamTable:
         max_changed: int | None = None,
     ) -> None:
         self.keeping = Keeping(max_streams, max_changed)
+        self.slots = SlotAllocator(max_streams, first_generation)
         rows = max_streams + 1
-        self.lines = Lines(rows)
-        """The columns that every frame has to do with, as rows."""
-        table = self.lines.table
-        self.slots = SlotAllocator(max_streams, first_generation, table["handle"])
         self.parked = max_owners
         self.last_epoch = last_epoch
-        self.owner: I32 = table["owner"]
-        self.owner[:] = NO_OWNER
+        self.owner: I32 = np.full(rows, NO_OWNER, np.int32)
         self.owned: I64 = np.zeros(max_owners + 1, np.int64)
         """How many streams each owner has, those that are closing included."""
         self.epoch: U64 = np.zeros(rows, np.uint64)
@@ -62,24 +57,21 @@ class StreamTable:
         """The generation under which the slot's stream was opened; those from there to the present one are fenced."""
         self.first_seq: I64 = np.zeros(rows, np.int64)
         """The seq with which the stream began."""
-        self.next_seq: I64 = table["next_seq"]
+        self.next_seq: I64 = np.zeros(rows, np.int64)
         """The seq the stream expects next, counting admitted frames."""
-        self.step_seq: I64 = table["step_seq"]
+        self.step_seq: I64 = np.zeros(rows, np.int64)
         """The seq that the stream's next step applies."""
-        self.acked: I64 = table["acked"]
+        self.acked: I64 = np.zeros(rows, np.int64)
         """The seq before which the client has every output."""
-        self.pending: I32 = table["pending"]
+        self.pending: I32 = np.zeros(rows, np.int32)
         """Frames admitted and not yet answered."""
-        self.holds: U8 = table["holds"]
-        """Why a stream may not step now: it is stepping, or its state is being changed, once or several times over (as
-        often as changes may wait for the step worker, which is less than 100 times)."""
-        self.closing: Bool = table["closing"]
-        self.lost: Bool = table["lost"]
+        self.closing: Bool = np.zeros(rows, np.bool_)
+        self.lost: Bool = np.zeros(rows, np.bool_)
         """Streams whose state can no longer be trusted; they are closing."""
-        self.renumbered: Bool = table["renumbered"]
+        self.renumbered: Bool = np.zeros(rows, np.bool_)
         """Streams that a restart with other numerics took from their owners."""
-        self.last_active_ns: I64 = table["last_active_ns"]
-        self.marks: I32 = table["marks"]
+        self.last_active_ns: I64 = np.zeros(rows, np.int64)
+        self.marks: I32 = np.zeros(rows, np.int32)
         """Scratch space with an entry a slot, for whoever looks for repeated slots."""
         self.recording_id: U32 = np.zeros(rows, np.uint32)
         """The stream's number in the recording; see `numbers`."""

@@ -116,10 +116,11 @@ class Engine:
         """
         now_ns = time.monotonic_ns()
         owners, handles, seqs, acked, x = join(steps, self.rings.x.shape[1])
-        verdict = admit(self.table, self.rings, owners, handles, seqs, acked, x, now_ns)
+        verdict = admit(self.table, self.rings, owners, handles, seqs, acked, x)
         blocks = self._blocks(steps, verdict)
         numbers = of_columns(steps, self._expect(blocks))
         ready = self.rings.append(verdict, x, numbers)
+        self.table.admitted(*verdict.admitted, now_ns)
         self._ready(ready, owners if isinstance(owners, int) else None, steps[0].came_ns)
         if done := [block for block in blocks if not block.frames]:
             self._complete(done, None)
