@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from instep import interrupts
+from instep.bench.choice import NAMES, NoSuchRow, chosen
 from instep.recording.app import app as recordings_app
 from instep_client.commands.typed import PlainCommands
 
@@ -203,7 +204,7 @@ def bench(
     ] = "suite",
     rows: Annotated[
         str | None,
-        typer.Option(metavar="NAME,NAME", help="suite: only these rows; all if not given.", show_default=False),
+        typer.Option(metavar="NAME,NAME", help=f"suite: only these of {', '.join(NAMES)}.", show_default=False),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="suite: try it out in seconds; no verdict.")] = False,
     out: Annotated[
@@ -236,8 +237,6 @@ def bench(
 
         interrupts.raise_again()
         raise typer.Exit(run_durability(_console(), folder, as_json=json))
-    from instep.bench.choice import NoSuchRow, chosen
-
     try:
         names = chosen(rows)
     except NoSuchRow as error:
