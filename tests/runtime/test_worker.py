@@ -210,13 +210,16 @@ def test_a_short_step_keeps_its_place_among_steps_and_jobs() -> None:
     caller.worker.stop()
 
 
-def test_a_short_step_does_not_wait_for_the_process_to_die() -> None:
+def test_the_death_of_the_process_is_told_behind_a_short_step() -> None:
     caller = StepCaller()
     caller.process.is_gone = True
     caller.short(1)
+    assert caller.worker.collect_short()
+    assert not caller.worker.collect_short()
+    assert (caller.log, caller.deaths) == ([(1, Ended(0, 1, 1, None), None)], []), "it was not asked"
+    caller.short(2)
     caller.worker.collect()
-    assert caller.log == [(1, Ended(0, 1, 1, None), None)]
-    caller.worker.collect()
+    assert caller.log == [(number, Ended(0, number, 1, None), None) for number in (1, 2)]
     assert [str(death) for death in caller.deaths] == ["gone"]
     caller.worker.stop()
 

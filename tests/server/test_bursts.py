@@ -327,8 +327,20 @@ async def test_frames_of_one_stream_that_a_run_answers_together_are_all_pending_
         assert not turning.server.engine.table.pending.any()
 
 
+async def test_what_a_run_computed_is_answered_before_what_came_meanwhile_is_admitted() -> None:
+    turning, (handles, _) = made(window_frames=4)
+    turning.steps(0, handles[:1], [0], one(1), [0])
+    turning.take()
+    turning.server.engine.schedule()
+    turning.steps(0, handles[:1], [7], one(2), [0])  # a gap, and so refused at once
+    turning.server._verbs.take(*turning.arrived.popleft())
+    turning.server._verbs.admit_if_due()
+    turning.turn()
+    assert [codes(frames) for _, _, frames in turning.answers()] == [[], [Code.SEQ_GAP]]
+
+
 async def test_an_output_is_sent_before_the_frame_that_takes_its_place_is_computed() -> None:
-    """Though the client says that it has it when it is still computed: that is judged when it is."""
+    """Where nothing has to be durable first; though the client says that it has it when it is still computed."""
     turning, (handles, _) = made(window_frames=1)
     turning.steps(0, handles[:1], [0], one(1), [0])
     turning.take()

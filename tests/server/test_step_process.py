@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,18 @@ async def test_frames_of_one_stream_that_wait_together_are_short_runs_one_after_
     np.testing.assert_array_equal(by_size[20 * H], whole(SMALL, x)[0])
     np.testing.assert_array_equal(by_size[H], whole(SMALL, x[:2])[0][1:])
     assert sizes == []
+
+
+@pytest.mark.usefixtures("_all_are_short")
+async def test_beside_a_recorder_the_process_has_all_runs(tmp_path: Path) -> None:
+    async with running(SMALL, engine=APART, recording={"file": tmp_path / "r.instep"}) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            handles = (await client.open("s")).handles()
+            sizes = begun(server)
+            for seq in range(5):
+                assert (await client.step(handles, [seq], np.ones((1, 1, F), np.float32))).failures() == []
+    assert sizes == [1] * 5
 
 
 @pytest.mark.usefixtures("_all_are_short")

@@ -24,7 +24,8 @@ from instep.runtime.warm_store import WarmStore
 class Stepper:
     """The network, the states of all streams, and room for a batch of each bucket.
 
-    Steps run in the worker's thread or in the process for steps; everything else in that thread.
+    Steps run in the worker's thread, or in the process for steps and short ones in the loop's thread; everything else
+    in the worker's thread.
 
     Args:
         network: what is stepped.

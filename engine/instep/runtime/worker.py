@@ -40,7 +40,7 @@ class Worker:
         hand_back: takes a function to run on the caller's thread (`loop.call_soon_threadsafe`).
         on_death: called on the caller's thread when the worker stops although nobody asked it to.
         process: where steps run, if not in the thread. Its owner calls `collect` when its `signal_fd` is readable, and
-            soon after `submit` where `has_ended`.
+            `collect_short` soon after `submit`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Worker:
         self._stepping: deque[Job] = deque()
         """Those that the process has, or that were short and have ended."""
         self._ended: list[Ended] = []
-        """What became of those that were short; they come before any that the process has."""
+        """What became of the short one, which comes before any that the process has."""
         self._threaded = 0
         """How many the thread has."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -93,16 +93,15 @@ class Worker:
 
     @property
     def has_ended(self) -> bool:
-        """Whether a short run waits for `collect`."""
+        """Whether a short run waits to be told of."""
         return bool(self._ended)
 
     def collect(self) -> bool:
         """Take what was stepped, if anything; whether there was something. The process may have died."""
         assert self.process is not None
-        has_ended = False
+        has_ended = self.collect_short()
         try:
-            short, self._ended = self._ended, []
-            for ended in short or self.process.ended():
+            for ended in self.process.ended():
                 has_ended = True
                 self._stepping.popleft().done(ended, None)
         except EOFError as error:
@@ -110,6 +109,14 @@ class Worker:
             return False
         self._begin()
         return has_ended
+
+    def collect_short(self) -> bool:
+        """Take the short run that has ended, if one has, without asking the process; whether one had."""
+        if not self._ended:
+            return False
+        self._stepping.popleft().done(self._ended.pop(), None)
+        self._begin()
+        return True
 
     def stop(self, timeout_s: float | None = None) -> None:
         """Run what has begun, then end both; after `timeout_s` the thread is left alone and the process is killed."""

@@ -31,8 +31,8 @@ from instep.server.tap import Tap
 from instep_client.wire import Code
 
 _SHORT_NS = 300_000
-"""A run of the smallest bucket that is expected to take less is done by the loop itself, if nothing is under way:
-to hand it over costs the loop a tenth of that, and keeps a second core busy that clients may need."""
+"""A run of the smallest bucket that is expected to take less is done by the loop itself, if nothing is under way: one
+core less is busy then, which clients may need. Not beside a recorder, which needs the interpreter's lock as well."""
 _MOST_RUNS = 2
 """One that the worker runs, and one that is ready when it has ended."""
 
@@ -40,7 +40,7 @@ _MOST_RUNS = 2
 class Engine:
     """Frames between admission and answer.
 
-    All methods run on the event loop's thread; only `Stepper` runs in the worker's.
+    All methods run on the event loop's thread; `Stepper` runs wherever the worker lets it.
 
     Args:
         table: the streams.
@@ -202,7 +202,7 @@ class Engine:
             self.expected_ns -= expected_ns
             self._ended(slots, rows, bucket, tickets, were_kept, ended)
 
-        is_short = bucket == self._stepper.buckets[0] and 0 < expected_ns < _SHORT_NS
+        is_short = bucket == self._stepper.buckets[0] and 0 < expected_ns < _SHORT_NS and not self._tap.is_recording
         self._worker.submit(Job(lambda: run_steps(step, slots, rows), done, (slots, rows), is_short))
         self.on_changed()  # after that: a snapshot says that it contains what it finds recorded
 

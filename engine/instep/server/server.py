@@ -231,9 +231,7 @@ class Server:
                 break
         self._verbs.admit_if_due()
         self.engine.schedule()
-        if self._worker.has_ended:
-            self._worker.collect()
-        if frames:
+        if self._worker.collect_short() or frames:
             self._vigil.stay()
         # The socket first, as that takes the signal: without room, it would call this again and again until the end of
         # the next job, which pumps anyway. One continuation at most: each would renew itself.
