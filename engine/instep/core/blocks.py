@@ -104,8 +104,9 @@ class BlockTable(Generic[C]):
         assert len(blocks) <= self.room, "there is no number for another block"
         self._free_count -= len(blocks)
         numbers: I32 = self._free[self._free_count : self._free_count + len(blocks)].copy()
-        self._remaining[numbers] = [block.frames for block in blocks]
-        self._blocks.update(zip(numbers.tolist(), blocks, strict=True))
+        for number, block in zip(numbers.tolist(), blocks, strict=True):
+            self._remaining[number] = block.frames
+            self._blocks[number] = block
         return numbers
 
     def answered(self, numbers: I32) -> list[Block[C]]:
