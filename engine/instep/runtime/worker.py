@@ -34,7 +34,7 @@ class Worker:
 
     With a process for steps, those run there, up to two at a time, and other jobs in the thread; a job of one kind
     waits until those of the other kind before it have ended. A short run is done at once by the caller's thread, if
-    nothing else is under way.
+    nothing else is under way; that is quicker under `torch.inference_mode()`.
 
     Args:
         hand_back: takes a function to run on the caller's thread (`loop.call_soon_threadsafe`).
@@ -80,7 +80,7 @@ class Worker:
                 if self._threaded:
                     return
                 if job.is_short and not self._stepping:
-                    self._ended.append(_run_here(job))
+                    self._ended.append(job.call())
                 else:
                     self.process.begin(*job.step)
                 self._stepping.append(job)
@@ -150,9 +150,3 @@ class Worker:
             job.done(result, error)
 
         return finish
-
-
-def _run_here(job: Job) -> Ended:
-    with torch.inference_mode():
-        ended: Ended = job.call()
-    return ended

@@ -6,6 +6,8 @@ import asyncio
 import gc
 from collections.abc import Callable
 
+import torch
+
 from instep.config import Config
 from instep.model.certify import Certification
 from instep.server.assembly import make_server
@@ -73,7 +75,8 @@ async def _serve(
             log.warning("smaller batches", max_batch_size=largest, reason="larger ones do not give the same bits here")
         if on_ready is not None:
             on_ready(server.endpoint)
-        await server.serve()
+        with torch.inference_mode():  # of the loop's thread, once: each short run would be longer by it
+            await server.serve()
         statistics = server.statistics
         log.info(
             "stopped",
