@@ -26,7 +26,7 @@ class Job:
     step: tuple[I64, I64] | None = None
     """The slots, int64 [B], and rows, int64 [steps, B], of the run that `call` would do; the result is an `Ended`."""
     is_short: bool = False
-    """Whether to hand the run over, and be told of its end, takes longer than it does itself."""
+    """Whether the caller's thread does the run itself, if nothing else is under way."""
 
 
 class Worker:
