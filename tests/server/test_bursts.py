@@ -189,7 +189,7 @@ async def test_an_answer_is_no_larger_than_a_block_may_be() -> None:
 async def test_a_stream_that_stands_in_two_messages_is_judged_in_their_order() -> None:
     turning, (handles, _) = made()
     turning.steps(0, handles[:1], [0], one(), [0])
-    turning.steps(0, handles[:2], [1, 0], np.ones((1, 2, F), np.float32), [0, 0])
+    turning.steps(0, handles[[1, 0]], [0, 1], np.ones((1, 2, F), np.float32), [0, 0])
     turning.steps(0, handles[:1], [1], one(), [0])
     turning.turn()
     assert kinds(turning) == [(0, 3, Kind.STEPPED, [Code.SEQ_REPEATED]), *((0, n, Kind.STEPPED, []) for n in (1, 2))]
