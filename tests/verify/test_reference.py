@@ -121,6 +121,19 @@ def test_shorter_sequences_keep_the_state_of_their_last_frame() -> None:
         np.testing.assert_allclose(final[:, row], alone[:, 0], rtol=0, atol=1e-15)
 
 
+def test_tanh_is_near_the_truth_however_small_the_value() -> None:
+    x = np.concatenate([[0.0], np.geomspace(1e-300, 800, 200_000)])
+    x = np.concatenate([x, -x])
+    weights = {f"gru.{name}_l0": np.zeros((3, 1), np.float32) for name in ("weight_ih", "weight_hh")}
+    weights["gru.bias_ih_l0"] = np.array([0, -np.inf, 0], np.float32)  # the new state is n alone
+    weights["gru.weight_ih_l0"][2] = 1
+    parts: dict[str, Any] = {"before": [], "gru": {"num_layers": 1}, "after": []}
+    y, _ = Reference(parts, weights, np.float64).run(x[None, :, None], np.zeros((1, len(x), 1)), np.array([len(x)]))
+    exact = np.tanh(x.astype(np.longdouble))
+    assert np.finfo(np.longdouble).eps < np.finfo(np.float64).eps / 1000
+    assert (np.abs(y[0, :, 0] - exact) <= 2.0**-44 * np.abs(exact)).all()
+
+
 def test_in_float32_it_rounds() -> None:
     torch.manual_seed(0)
     gru = torch.nn.GRU(3, 4)
