@@ -21,7 +21,7 @@ from instep.demo.timetable import timetable
 from instep.demo.train import load_utterances
 from instep.model.folder import load_model
 from instep.recording.reader import RecordingReader
-from instep.recording.sequences import SequenceIndex
+from instep.recording.sequences import SequenceIndex, all_frames
 from instep.server.child import ChildFailed
 from instep.server.preparation import demo_model_folder
 
@@ -104,13 +104,13 @@ def test_throughput_and_latency_are_shown(demo: Shown) -> None:
 def recorded(recording: Path) -> tuple[list[Producer], Heard]:
     """What the recording holds, as if it had just been streamed."""
     with RecordingReader(recording) as reader:
-        index = SequenceIndex(reader, lambda share: None)
-        held = index.load(np.arange(len(index.streams)))
+        index = SequenceIndex(reader, lambda share: None, all_frames)
+        held = index.sequences(index.kept)
     lengths = index.frames.tolist()
     heard = Heard(lengths, held.y.shape[1])
     producers = []
     for row, (stream, part) in enumerate(zip(index.streams, timetable(lengths), strict=True)):
-        own = slice(held.offsets[row], held.offsets[row + 1])
+        own = held.places(row)
         producers.append(Producer(stream.name, held.x[own], part))
         heard.add(row, held.y[own], part.due_s)
     return producers, heard

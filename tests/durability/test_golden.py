@@ -19,7 +19,7 @@ from instep.model.folder import load_model
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import FORMAT_VERSION, RecordingHeader
-from instep.recording.sequences import SequenceIndex
+from instep.recording.sequences import SequenceIndex, all_frames
 from instep.runtime.stepper import Stepper
 from instep.server.recovery import go_on
 from instep.verify.command import run
@@ -129,14 +129,14 @@ def test_it_holds_every_kind_of_row(golden: Path) -> None:
 
 def test_it_is_read_to_the_very_frames_and_outputs(golden: Path, streams: dict[str, Known]) -> None:
     with RecordingReader(golden) as reader:
-        index = SequenceIndex(reader, lambda _: None)
+        index = SequenceIndex(reader, lambda _: None, all_frames)
         assert not index.defects
-        sequences = index.load(np.arange(len(index.stretches)))
+        sequences = index.sequences(np.arange(len(index.stretches)))
     read: dict[str, list[tuple[F32, F32, int]]] = {name: [] for name in streams}
-    for stretch, begin, end in zip(index.stretches, sequences.offsets[:-1], sequences.offsets[1:], strict=True):
-        answered = int(sequences.answered[begin:end].sum())
-        name = index.streams[stretch.row].name
-        read[name].append((sequences.x[begin:end], sequences.y[begin : begin + answered], stretch.first_seq))
+    for at, stretch in enumerate(index.stretches):
+        places = sequences.places(at)
+        answered = places[: int(sequences.answered[places].sum())]
+        read[index.streams[stretch.row].name].append((sequences.x[places], sequences.y[answered], stretch.first_seq))
     for name, stream in streams.items():
         x, y, first_seqs = zip(*read[name], strict=True)
         assert_same(np.concatenate(x), stream.x, name)

@@ -16,7 +16,7 @@ from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import read_recovery
 from instep.recording.repair import repair
-from instep.recording.sequences import SequenceIndex
+from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
 from tests.support.rows import stream_event
@@ -102,12 +102,12 @@ def test_a_file_in_the_middle_is_whole_by_itself(tmp_path: Path) -> None:
         assert found.ending == ending
         assert found.restarts == 0
     with RecordingReader(tmp_path / "r-000003.rec") as reader:
-        index = SequenceIndex(reader, lambda _: None)
+        index = SequenceIndex(reader, lambda _: None, all_frames)
         assert [(info.stream, info.first_seq) for info in index.streams] == [(1, 3), (3, 8)]
-        sequences = index.load(np.arange(2))
+        sequences = index.sequences(index.kept)
         for at, stream in enumerate((1, 3)):
             seq = index.streams[at].first_seq
-            np.testing.assert_array_equal(sequences.y[at], scribe.y[stream][seq])
+            np.testing.assert_array_equal(sequences.y[sequences.places(at)], [scribe.y[stream][seq]])
 
 
 def test_recovery_reads_the_newest_file_alone(tmp_path: Path) -> None:

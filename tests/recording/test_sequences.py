@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import resource
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 from instep.recording import sequences
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
-from instep.recording.sequences import SequenceIndex
+from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record
@@ -37,18 +35,19 @@ def index_of(path: Path) -> SequenceIndex:
 def test_sequences_are_what_the_gru_saw_and_said(path: Path) -> None:
     shares: list[float] = []
     with RecordingReader(path) as reader:
-        index = SequenceIndex(reader, shares.append)
+        index = SequenceIndex(reader, shares.append, all_frames)
         assert index.frames.tolist() == LENGTHS
         assert index.frames_present == 61
         assert index.defects == {}
-        held = index.load(np.array([3, 1, 0]))
-    assert held.offsets.tolist() == [0, 40, 40, 45]
+        held = index.sequences(np.array([3, 1, 0]))
+    assert held.lengths.tolist() == [40, 0, 5]
     assert shares == sorted(shares)
     assert 0.5 < shares[-1] <= 1
-    for first, last in ((0, 40), (40, 45)):
+    assert len(held.places(1)) == 0
+    for places in (held.places(0), held.places(2)):
         with torch.inference_mode():
-            y, _ = GRU(torch.from_numpy(held.x[first:last])[:, None])
-        np.testing.assert_allclose(held.y[first:last], y[:, 0].numpy(), atol=1e-6)
+            y, _ = GRU(torch.from_numpy(held.x[places])[:, None])
+        np.testing.assert_allclose(held.y[places], y[:, 0].numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("group_bytes", [1, 300, 2**20])
@@ -77,44 +76,28 @@ def test_frames_are_found_however_many_batches_are_read_together(
     firsts = [stretch.first_seq for stretch in index.stretches]
     assert list(zip(streams, firsts, index.frames, index.unanswered, strict=True)) == expected
     with RecordingReader(tmp_path / "a.rec") as reader:
-        held = SequenceIndex(reader, lambda _: None).load(np.arange(5))
+        held = SequenceIndex(reader, lambda _: None, all_frames).sequences(np.arange(5))
     for at, (stream, first, count, unanswered) in enumerate(expected):
         x = np.stack([scribe.x[stream][seq] for seq in range(first, first + count)])
         y = np.stack([scribe.y[stream][seq] for seq in range(first, first + count)])
-        of = slice(held.offsets[at], held.offsets[at + 1])
+        of = held.places(at)
         assert held.x[of].tobytes() == x.tobytes()
         answered = held.answered[of]
         assert answered.tolist() == [True] * (count - unanswered) + [False] * unanswered
         assert held.y[of][answered].tobytes() == y[answered].tobytes()
 
 
-def test_many_frames_lie_in_a_temporary_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = path.parent / "temporary"
-    places.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(places))
-    wanted = np.array([3, 1, 0, 4])
+def test_frames_of_the_chosen_streams_alone_are_kept(path: Path) -> None:
     with RecordingReader(path) as reader:
-        index = SequenceIndex(reader, lambda _: None)
-        held = index.load(wanted)
-        monkeypatch.setattr(sequences, "IN_MEMORY_BYTES", 52 * 4 * (3 + 4) - 1)
-        monkeypatch.setattr(sequences, "_zeros", None)
-        filed = index.load(wanted)
-    assert filed.offsets.tolist() == held.offsets.tolist() == [0, 40, 40, 45, 52]
-    assert (filed.x.tobytes(), filed.y.tobytes()) == (held.x.tobytes(), held.y.tobytes())
-    assert list(places.iterdir()) == []
-
-
-def test_without_room_for_the_temporary_file_it_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequences, "IN_MEMORY_BYTES", 0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with RecordingReader(path) as reader:
-        index = SequenceIndex(reader, lambda _: None)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-        try:
-            with pytest.raises(RecordingError, match=r"need 480 bytes in /.*File too large.*set TMPDIR"):
-                index.load(np.array([3]))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        everything = SequenceIndex(reader, lambda _: None, all_frames)
+        some = SequenceIndex(reader, lambda _: None, lambda streams: [0, 3])
+        none = SequenceIndex(reader, lambda _: None)
+        whole, held = everything.sequences(np.array([0, 3])), some.sequences(some.kept)
+    assert len(held.x) == len(held.y) == len(held.answered) == 45
+    for at in range(2):
+        assert held.x[held.places(at)].tobytes() == whole.x[whole.places(at)].tobytes()
+    assert len(none.sequences(none.kept).x) == 0
+    assert some.frames.tolist() == none.frames.tolist() == LENGTHS, "all are counted and checked"
 
 
 def forge_column(path: Path, stream: int, seq: int, name: str, value: int) -> Path:
@@ -143,10 +126,10 @@ def test_wrong_seqs_are_named(path: Path, seq: int, value: int, sentence: str, f
 
 def test_only_the_frames_before_a_defect_are_loaded(path: Path) -> None:
     with RecordingReader(path) as good, RecordingReader(forge_column(path, 3, 6, "seqs", 2)) as bad:
-        whole = SequenceIndex(good, lambda _: None).load(np.array([2]))
-        part = SequenceIndex(bad, lambda _: None).load(np.array([2]))
-    assert part.x.tobytes() == whole.x[:6].tobytes()
-    assert part.y.tobytes() == whole.y[:6].tobytes()
+        whole = SequenceIndex(good, lambda _: None, all_frames).sequences(np.array([2]))
+        part = SequenceIndex(bad, lambda _: None, all_frames).sequences(np.array([2]))
+    assert part.x[part.places(0)].tobytes() == whole.x[whole.places(0)[:6]].tobytes()
+    assert part.y[part.places(0)].tobytes() == whole.y[whole.places(0)[:6]].tobytes()
 
 
 def test_frames_of_a_stream_that_never_opened_are_damage(path: Path) -> None:

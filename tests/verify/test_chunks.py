@@ -3,9 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from instep.recording.sequences import Sequences
+from instep.core.typing import F32, I64, Bool
+from instep.recording.frames import Sequences
 from instep.verify.bound import LEAST_RUNS
 from instep.verify.chunks import LEAST_FILL, Chunk, plan_chunks
+
+
+def stored(rows: I64, lengths: list[int], x: F32, y: F32, answered: Bool) -> Sequences:
+    """Sequences of such frames, one after another, which lie anywhere."""
+    order = np.random.default_rng(0).permutation(len(x))
+    by_place = np.argsort(order)
+    counts: I64 = np.array(lengths, np.int64)
+    return Sequences(rows, np.cumsum(counts) - counts, counts, order, x[by_place], y[by_place], answered[by_place])
 
 
 def test_every_sequence_is_in_one_chunk_the_longest_first() -> None:
@@ -56,7 +65,7 @@ def test_blocks_are_the_rows_of_a_chunk_as_far_as_they_fit(
 ) -> None:
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     x = np.arange(offsets[-1], dtype=np.float32)[:, None]
-    sequences = Sequences(np.arange(len(lengths)), offsets, x, -x, np.ones(len(x), np.bool_))
+    sequences = stored(np.arange(len(lengths)), lengths, x, -x, np.ones(len(x), np.bool_))
     first_seqs = np.arange(len(lengths)) * 100
     chunk = Chunk(sequences, first_seqs, np.arange(len(lengths)), most_frames)
     found = list(chunk.blocks(2))
@@ -70,9 +79,9 @@ def test_blocks_are_the_rows_of_a_chunk_as_far_as_they_fit(
 
 
 def test_parts_hold_every_timestep_once() -> None:
-    offsets = np.array([0, 8, 13])
     x = np.arange(26, dtype=np.float32).reshape(13, 2)
-    chunk = Chunk(Sequences(np.arange(2), offsets, x, -x, np.ones(13, np.bool_)), np.array([5, 9]), np.arange(2), 1000)
+    sequences = stored(np.arange(2), [8, 5], x, -x, np.arange(13) != 7)
+    chunk = Chunk(sequences, np.array([5, 9]), np.arange(2), 1000)
     (span,) = chunk.spans()
     parts = list(span.parts(3))
     assert [part.starts.tolist() for part in parts] == [[5, 9], [8, 12], [11, 15]]
@@ -88,7 +97,7 @@ def test_spans_hold_every_frame_once(most_frames: int) -> None:
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     x = np.arange(32, dtype=np.float32).reshape(16, 2)
     answered = np.arange(16) % 5 != 0
-    sequences = Sequences(np.array([10, 11, 12]), offsets, x, -x[:, :1], answered)
+    sequences = stored(np.array([10, 11, 12]), lengths, x, -x[:, :1], answered)
     chunk = Chunk(sequences, np.arange(13) * 100, np.array([1, 2]), most_frames)
     assert chunk.rows.tolist() == [11, 12]
     assert chunk.lengths.tolist() == [8, 5]

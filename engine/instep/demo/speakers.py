@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from rich.console import Console
 
 from instep.core.typing import I32
@@ -23,7 +22,7 @@ from instep.demo.timetable import FASTEST_S, SLOWEST_S, most_at_once, timetable
 from instep.demo.train import SPEAKERS, accuracy, load_utterances
 from instep.model.folder import load_model
 from instep.recording.reader import RecordingReader
-from instep.recording.sequences import SequenceIndex
+from instep.recording.sequences import SequenceIndex, all_frames
 from instep.server.child import ChildFailed, ChildServer
 from instep.server.preparation import demo_model_folder
 from instep.verify.command import run as verify
@@ -126,11 +125,11 @@ async def _stream(
 def received_is_recorded(recording: Path, producers: Sequence[Producer], heard: Heard) -> bool:
     """Whether the recording holds what every producer sent and received, bit for bit, and nothing else."""
     with RecordingReader(recording) as reader:
-        index = SequenceIndex(reader, lambda share: None)
-        held = index.load(np.arange(len(index.streams)))
+        index = SequenceIndex(reader, lambda share: None, all_frames)
+        held = index.sequences(index.kept)
     recorded = {
-        stream.name: (held.x[first:last].tobytes(), held.y[first:last].tobytes())
-        for stream, first, last in zip(index.streams, held.offsets[:-1], held.offsets[1:], strict=True)
+        stream.name: (held.x[places].tobytes(), held.y[places].tobytes())
+        for stream, places in zip(index.streams, map(held.places, index.kept), strict=True)
     }
     return recorded == {
         producer.name: (producer.frames.tobytes(), outputs.tobytes())

@@ -1,8 +1,7 @@
-"""A recording stream by stream: what is in it, what is missing, and whole sequences in bounded memory."""
+"""A recording stream by stream: what is in it, what is missing, and whole sequences."""
 
 from __future__ import annotations
 
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,18 +10,14 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import F32, I64, U32, Bool
-from instep.recording.errors import RecordingError
+from instep.recording.frames import FrameStore, Sequences
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch, StateReset, StreamInfo
 
-IN_MEMORY_BYTES: Final = 128 * 2**20
-"""Frames of more than this are held in a temporary file."""
-
 GROUP_BYTES: Final = 2**20
-"""Of frames that are put in order together: little enough for a cache, many enough that no step costs Python time."""
+"""Of frames that are counted together: little enough for a cache, many enough that no step costs Python time."""
 
 _NEVER: Final = np.iinfo(np.int64).max
-_ZEROS: Final = bytes(2**20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +33,14 @@ class Stretch:
     """After the last frame; None where it was not recorded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """Whole sequences, one after another."""
+def no_frames(streams: Sequence[StreamInfo]) -> Sequence[int]:
+    """Keep none: for who only wants to know what there is."""
+    return ()
 
-    rows: I64
-    """Which ones, as indices into `SequenceIndex.stretches`."""
-    offsets: I64
-    """[len(rows) + 1]: the frames of `rows[i]` are `offsets[i]` to `offsets[i + 1]`."""
-    x: F32
-    """float32 [frames, features]."""
-    y: F32
-    """float32 [frames, outputs]."""
-    answered: Bool
-    """bool [frames]: False where the outputs were not recorded, because the engine was killed."""
+
+def all_frames(streams: Sequence[StreamInfo]) -> Sequence[int]:
+    """Keep those of every stream."""
+    return range(len(streams))
 
 
 class SequenceIndex:
@@ -62,9 +51,11 @@ class SequenceIndex:
     Args:
         reader: an open recording; every row of its history is read and its CRC checked.
         on_progress: called with the share (0 to 1) of the recording that was read.
+        keep: of which streams, as indices into all of them, the frames are kept for `sequences`.
 
     Attributes:
         streams: every opening, in order.
+        kept: which streams' frames are kept.
         stretches: every stretch, those of one stream in order.
         frames: int64 [stretches]: frames that follow each other without a gap.
         unanswered: int64 [stretches]: how many of them have no recorded outputs.
@@ -72,12 +63,21 @@ class SequenceIndex:
         defects: by index of the stream, a sentence: a frame is missing, repeated, or out of order.
 
     Raises:
-        RecordingError: when the recording is damaged.
+        RecordingError: when the recording is damaged, or there is no room for the frames that are kept.
     """
 
-    def __init__(self, reader: RecordingReader, on_progress: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        reader: RecordingReader,
+        on_progress: Callable[[float], None],
+        keep: Callable[[Sequence[StreamInfo]], Sequence[int]] = no_frames,
+    ) -> None:
         self._reader = reader
         self.streams: list[StreamInfo] = reader.streams()
+        self.kept: I64 = np.array(keep(self.streams), np.int64)
+        self._is_kept: Bool = np.zeros(len(self.streams), np.bool_)
+        self._is_kept[self.kept] = True
+        self._store = FrameStore(reader.path, reader.header.features, reader.header.outputs)
         self._numbers: I64 = np.array([info.stream for info in self.streams], np.int64)
         self._by_number: I64 = np.argsort(self._numbers, kind="stable").astype(np.int64)
         self._opened: I64 = np.array([info.opened_position for info in self.streams], np.int64)
@@ -91,11 +91,7 @@ class SequenceIndex:
         """Of each stream, the one that the next frame belongs to."""
         # Nothing is compared with the other events, but each is checked against its CRC as it is read.
         resets = list(reader.resets())
-        self._began: list[tuple[int, int, int]] = []
-        """Position, stream and index of every stretch that a reset began."""
         counts = len(self.streams) + len(resets)
-        self._first_at: I64 = np.full(counts, _NEVER, np.int64)
-        self._last_at: I64 = np.zeros(counts, np.int64)
         self.frames: I64 = np.zeros(counts, np.int64)
         self.unanswered: I64 = np.zeros(counts, np.int64)
         self.frames_present = 0
@@ -118,59 +114,27 @@ class SequenceIndex:
         found: list[int] = self._next.tolist()
         return found
 
-    def load(self, rows: I64) -> Sequences:
-        """The frames of these stretches, in one pass over the part of the recording that holds them.
-
-        More than `IN_MEMORY_BYTES` of them lie in a temporary file, which goes when the arrays do; the system reads and
-        writes it as memory allows.
+    def sequences(self, rows: I64) -> Sequences:
+        """The frames of these stretches, of streams whose frames are kept.
 
         Raises:
-            RecordingError: when there is no room for that file.
+            RecordingError: when there is no room for them.
         """
-        offsets: I64 = np.concatenate(([0], np.cumsum(self.frames[rows]))).astype(np.int64)
-        header, frames = self._reader.header, int(offsets[-1])
-        in_memory = 4 * frames * (header.features + header.outputs) <= IN_MEMORY_BYTES
-        new = _zeros if in_memory else self._zeros_in_a_file
-        x, y = new(frames, header.features), new(frames, header.outputs)
-        answered: Bool = np.zeros(frames, np.bool_)
-        start: I64 = np.full(len(self.stretches), -1, np.int64)
-        start[rows] = offsets[:-1]
-        first_seq: I64 = np.array([stretch.first_seq for stretch in self.stretches], np.int64)
-        first, last = int(self._first_at[rows].min()), int(self._last_at[rows].max())
-        current, began = np.arange(len(self.streams)), iter([*self._began, (_NEVER, 0, 0)])
-        position, row, stretch = next(began)
-        for batches in _groups(self._reader.batches(first, last), [position for position, _, _ in self._began]):
-            while position < batches[0].position:
-                current[row] = stretch
-                position, row, stretch = next(began)
-            columns = _Columns(batches)
-            of = self._rows_of(columns.streams, batches[0].position)
-            wanted = (start[current[of]] >= 0) & (columns.positions < self._defect_at[of])
-            found = slice(None) if wanted.all() else wanted
-            which = current[of[found]]
-            to = start[which] + columns.seqs[found] - first_seq[which]
-            x[to] = np.concatenate([batch.x for batch in batches])[found]
-            outputs = [batch.y for batch in batches if batch.y is not None]
-            if outputs:
-                y[to] = np.concatenate(outputs)[found]
-                answered[to] = True
-        return Sequences(rows, offsets, x, y, answered)
+        of_kept = self._is_kept[np.array([stretch.row for stretch in self.stretches], np.int64)]
+        return self._store.sequences(rows, np.where(of_kept, self.frames, 0))
 
-    def _zeros_in_a_file(self, frames: int, width: int) -> F32:
-        """float32 [frames, width] in a temporary file."""
-        size = 4 * frames * width
-        try:
-            with tempfile.TemporaryFile(prefix="instep-") as file:
-                # All of it is written now: a disk that is full later, under a mapping, would kill the process.
-                for at in range(0, size, len(_ZEROS)):
-                    file.write(_ZEROS[: size - at])
-                file.flush()
-                return np.memmap(file, np.float32, "r+", shape=(frames, width)).view(np.ndarray)
-        except OSError as error:
-            raise RecordingError(
-                f"the frames of {self._reader.path} need {size:,} bytes in {tempfile.gettempdir()} while they are put "
-                f"in order, and cannot have them ({error.strerror}); make room there, or set TMPDIR to another place"
-            ) from None
+    def _keep(self, batches: list[RecordedBatch], rows: I64, good: Bool) -> None:
+        """Keep those of the good frames of some batches, all with outputs or all without, that are to be kept."""
+        wanted = self._is_kept[rows] & good
+        if not wanted.any():
+            return
+        found = slice(None) if wanted.all() else wanted
+        outputs = [batch.y for batch in batches if batch.y is not None]
+        self._store.append(
+            self._stretch[rows[found]],
+            np.concatenate([batch.x for batch in batches])[found],
+            np.concatenate(outputs)[found] if outputs else None,
+        )
 
     def _count_all(self, batches: list[RecordedBatch]) -> None:
         """Count some batches between which no state was reset."""
@@ -198,8 +162,7 @@ class SequenceIndex:
                 if batches[0].y is None:
                     self.unanswered[stretches] += counts
                 self.frames_present += len(rows)
-                self._first_at[stretches] = np.minimum(self._first_at[stretches], positions[first])
-                self._last_at[stretches] = positions[first + counts - 1]
+                self._keep(batches, self._by_number[at], good)
                 return
         for batch in batches:
             self._count(batch)
@@ -224,8 +187,7 @@ class SequenceIndex:
         if batch.y is None:
             self.unanswered[stretches] += 1
         self.frames_present += len(rows)
-        self._first_at[stretches] = np.minimum(self._first_at[stretches], batch.position)
-        self._last_at[stretches] = batch.position
+        self._keep([batch], rows, good)
 
     def _reset(self, reset: StateReset) -> None:
         (row,) = self._rows_of(np.array([reset.stream]), reset.position).tolist()
@@ -239,7 +201,6 @@ class SequenceIndex:
         self.stretches.append(Stretch(row, reset.seq, reset.state, self.stretches[last].final_state))
         self.stretches[last] = replace(self.stretches[last], final_state=None)
         self._stretch[row] = index
-        self._began.append((reset.position, row, index))
 
     def _find_defects(self, position: int, rows: I64, seqs: I64, good: Bool) -> None:
         for row, seq in zip(rows[~good].tolist(), seqs[~good].tolist(), strict=True):
@@ -308,7 +269,3 @@ def _groups(batches: Iterator[RecordedBatch], ends: Sequence[int]) -> Iterator[l
         size += batch.x.nbytes + (0 if batch.y is None else batch.y.nbytes)
     if group:
         yield group
-
-
-def _zeros(frames: int, width: int) -> F32:
-    return np.zeros((frames, width), np.float32)

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import F32, I64, Bool
-from instep.recording.sequences import Sequences
+from instep.recording.frames import Sequences
 from instep.verify.bound import LEAST_RUNS
 
 WHOLE_ROWS: Final = 16
@@ -60,10 +60,10 @@ class Chunk:
         self._given = first_seqs
         self._members = members
         self._most_frames = most_frames
-        self._start = sequences.offsets[members]
+        self._start = sequences.starts[members]
         self.rows: I64 = sequences.rows[members]
         self.first_seqs: I64 = first_seqs[self.rows]
-        self.lengths: I64 = (sequences.offsets[members + 1] - self._start).astype(np.int64)
+        self.lengths: I64 = sequences.lengths[members]
         self._steps = max(most_frames // max(len(members), LEAST_RUNS), 1)
 
     def blocks(self, least_rows: int) -> Iterator[tuple[slice, Chunk]]:
@@ -89,7 +89,7 @@ class Chunk:
     def _span(self, start: int, end: int) -> Span:
         timesteps = np.arange(start, end)[:, None]
         valid: Bool = timesteps < self.lengths
-        at: I64 = np.where(valid, self._start + timesteps, 0)
+        at: I64 = np.where(valid, self._sequences.order.take(np.where(valid, self._start + timesteps, 0)), 0)
         return Span(self._sequences, start + self.first_seqs, at, valid)
 
 

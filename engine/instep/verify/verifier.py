@@ -102,7 +102,6 @@ def verify(
         # This machine is certified while the recording is read.
         ways = None if key in found else pool.submit(_ways, model, [engine.header for engine in reader.engines])
         verification = _Verification(reader, model, stream, on_progress, following, is_alone=is_alone)
-        verification.load()
         if ways is not None:
             found[key] = ways.result()
         return verification.run(found[key], pool)
@@ -125,11 +124,13 @@ class _Verification:
         self._reader = reader
         self._model = model
         self._on_progress = on_progress
-        self._index = SequenceIndex(reader, lambda share: on_progress("reading", share))
+        wanted = [] if stream is None else [stream]
+        self._index = SequenceIndex(
+            reader, lambda share: on_progress("reading", share), lambda streams: select_streams(streams, wanted)
+        )
         if is_alone and not self._index.frames_present:
             raise CannotVerify(f"{reader.path} holds no frames: nothing was recorded, so nothing can be verified")
-        self._rows = np.array(select_streams(self._index.streams, [] if stream is None else [stream]), np.int64)
-        chosen = set(self._rows.tolist())
+        chosen = set(self._index.kept.tolist())
         self._of_stream: dict[int, list[int]] = {row: [] for row in chosen}
         for at, stretch in enumerate(self._index.stretches):
             if stretch.row in chosen:
@@ -142,17 +143,14 @@ class _Verification:
                 "nothing to verify in it"
             )
         self._check_joints()
+        if self._index.frames[self._stretches].any():
+            self._sequences = self._index.sequences(self._stretches)
         header = reader.header
         self._widest = max(header.features, header.outputs, 3 * header.state_size)
         self._ulps: dict[Way, I64] = {
             "stepped": np.zeros(ULP_BINS, np.int64),
             "whole sequence": np.zeros(ULP_BINS, np.int64),
         }
-
-    def load(self) -> None:
-        """Read the frames; before `run`."""
-        if self._index.frames[self._stretches].any():
-            self._sequences = self._index.load(self._stretches)
 
     def run(self, ways: Ways, pool: Executor) -> Report:
         parts: dict[int, StreamReport] = {}
@@ -172,7 +170,7 @@ class _Verification:
             file=self._reader.path,
             model_name=self._model.name,
             fingerprint=self._model.fingerprint,
-            streams=tuple(joined([parts[at] for at in self._of_stream[row]]) for row in self._rows.tolist()),
+            streams=tuple(joined([parts[at] for at in self._of_stream[row]]) for row in self._index.kept.tolist()),
             finished=self._reader.finished,
             notes=(*ways.conditions.step_notes, *ways.conditions.whole_notes),
             buckets=ways.conditions.buckets,
