@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from instep.verify.comparison import Comparison
+from instep.verify.errors import Refuted
 
 STEPS, ROWS, OUTPUTS = 5, 3, 4
 RECORDED = np.random.default_rng(0).standard_normal((STEPS, ROWS, OUTPUTS)).astype(np.float32)
@@ -43,6 +44,17 @@ def test_the_first_differing_element_of_each_row() -> None:
     assert found.ulps[3] == 4
     found.add_replay(np.array([15, 5, 35]), RECORDED, nudged((0, 0, 0)), VALID, LIMIT)
     assert found.first[0].frame == 11, "what comes later does not replace it"
+
+
+def test_a_presumption_ends_with_the_first_difference() -> None:
+    found = Comparison("stepped", ROWS, bits_required=True, is_presumed=True)
+    found.add_replay(starts(0), RECORDED, nudged((4, 1, 0), (2, 2, 3)), VALID, LIMIT)  # only where there is no frame
+    found.add_replayed_state(1, 4, RECORDED[3, 1], RECORDED[3, 1], 1e-3)
+    assert found.ulps[0] == found.ulps.sum() == (5 + 4 + 2 + 1) * OUTPUTS
+    with pytest.raises(Refuted):
+        found.add_replay(starts(0), RECORDED, nudged((1, 0, 2)), VALID, LIMIT)
+    with pytest.raises(Refuted):
+        found.add_replayed_state(1, 4, RECORDED[3, 1], nudged((3, 1, 2))[3, 1], 1e-3)
 
 
 def test_within_its_limit_a_difference_is_not_wrong_unless_bits_are_required() -> None:

@@ -10,8 +10,8 @@ from instep.model.network import Network
 from instep.model.numerics import numerics
 from instep.recording.schema import RecordingHeader
 from instep.verify import conditions
-from instep.verify.conditions import device_for, find_conditions, recorded_threads
-from tests.support.models import SEED_SIZED, with_head
+from instep.verify.conditions import Conditions, device_for, find_conditions, presume_conditions, recorded_threads
+from tests.support.models import SEED_SIZED, plain, with_head
 from tests.support.recordings import make_header
 
 NETWORK = Network(SEED_SIZED, torch.device("cpu"))
@@ -79,6 +79,27 @@ def test_every_engine_that_wrote_counts() -> None:
     assert len(found.step_notes) == 2
     assert found.step_notes[0] == "the engine ran with exactness off, which promises no bits"
     assert "torch 1.9 there" in found.step_notes[1]
+
+
+@pytest.mark.parametrize(("features", "hidden", "fused"), [(3, 4, False), (3, 16, True)])
+def test_a_machine_like_the_one_that_recorded_is_not_certified(
+    monkeypatch: pytest.MonkeyPatch, features: int, hidden: int, fused: bool
+) -> None:
+    monkeypatch.setattr(conditions, "certify", None)
+    network = Network(plain(features, hidden), torch.device("cpu"))
+    found = presume_conditions([header(buckets=(4, 16, 1024)), header(buckets=(8,))], network)
+    assert found == Conditions((4, 8, 16), (), (), is_presumed=True)
+    assert found.step_bits
+    assert found.whole_bits
+    assert network.uses_fused == fused
+
+
+@pytest.mark.parametrize("changes", [{"exactness": "off"}, {"numerics": {**numerics(NETWORK), "torch": "1.9"}}])
+def test_nothing_is_presumed_of_another_machine_or_of_steps_that_promised_nothing(changes: dict[str, Any]) -> None:
+    headers = [header(), header(**changes)]
+    found = presume_conditions(headers, NETWORK)
+    assert found == find_conditions(headers, NETWORK)
+    assert not found.is_presumed
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:99", "cuda:x", "nonsense"])

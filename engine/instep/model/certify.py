@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32, I64
-from instep.model.network import WIDTH_MULTIPLE, Network
+from instep.model.network import Network
 from instep.model.ulp import ulp_distance
 
 Exactness: TypeAlias = Literal["exact", "tolerance", "off"]
@@ -79,9 +79,7 @@ def certify(network: Network, candidates: Sequence[int]) -> Certification:
     they agree in may still depend on the bucket: the rest is found out with whichever is used.)
     """
     count = _probe_count(network, candidates)
-    network.uses_fused = network.state_width % WIDTH_MULTIPLE == 0 and all(
-        _fused_is_same(network, bucket, count) for bucket in candidates
-    )  # in other widths, `sigmoid` over two gates at once ends its vectors elsewhere: trying would be in vain
+    network.uses_fused = network.may_fuse and all(_fused_is_same(network, bucket, count) for bucket in candidates)
     probes = _Probes(network, count)
     results = {bucket: probes.through(bucket) for bucket in candidates}
     groups: dict[bytes, list[int]] = {}

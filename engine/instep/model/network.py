@@ -74,6 +74,8 @@ class Network:
         self._gru_weights: list[torch.Tensor] = list(gru.parameters())
         self.uses_fused = False
         """Whether `advance` uses `FusedGru`; `certify`, which finds out whether its bits are the same, sets it."""
+        self.may_fuse = self.state_width % WIDTH_MULTIPLE == 0
+        """Whether it is worth trying: in other widths, `sigmoid` over two gates at once ends its vectors elsewhere."""
         self._fused = FusedGru(self._gru_weights, self.state_layers, bias=description.gru.bias)
         self._before = self._dense("before", description.before, self.input_width)
         self._after = self._dense("after", description.after, self.state_width)

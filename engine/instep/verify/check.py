@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
+from typing import TypeVar
 
 from instep.verify.chunks import Chunk
 from instep.verify.comparison import Comparison
@@ -24,6 +25,8 @@ from instep.verify.ways import (
     check_with_bound,
     is_settled,
 )
+
+_T = TypeVar("_T")
 
 
 class ChunkCheck:
@@ -73,10 +76,14 @@ class ChunkCheck:
         return bool(self._with_bound)
 
     def finish(self) -> list[StreamReport]:
-        """Wait for all of it, and report in the order of the chunk."""
-        alone = [way.result() for way in self._by_itself]
+        """Wait for all of it, and report in the order of the chunk.
+
+        Raises:
+            Refuted: at once where a bit differs that was only presumed to be the same.
+        """
+        alone = _results(self._by_itself)
         if self._with_bound:
-            found = zip(*(block.result() for block in self._with_bound), strict=True)
+            found = zip(*_results(self._with_bound), strict=True)
             self.stepped, self.whole, self.truth = map(Comparison.side_by_side, found)
         else:
             self.truth, self.stepped, *blocks = alone
@@ -126,3 +133,11 @@ class ChunkCheck:
             max_ulp=int(max(self.stepped.max_ulp[row], self.whole.max_ulp[row])),
             max_error=float(self.truth.max_error[row]),
         )
+
+
+def _results(futures: Sequence[Future[_T]]) -> list[_T]:
+    """Those of all, or the first exception as soon as there is one."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in done:
+        future.result()
+    return [future.result() for future in futures]

@@ -30,6 +30,8 @@ class Conditions:
     """Why stepping need not give the recorded bits; empty where it must."""
     whole_notes: tuple[str, ...]
     """Why the whole sequence in one call need not, on top of `step_notes`."""
+    is_presumed: bool = False
+    """Whether that bits are the same is only to be expected: this machine was not certified."""
 
     @property
     def step_bits(self) -> bool:
@@ -42,24 +44,45 @@ class Conditions:
         return not self.step_notes and not self.whole_notes
 
 
+def presume_conditions(headers: Sequence[RecordingHeader], network: Network) -> Conditions:
+    """Certify this machine only if it is not such a one as recorded, in exact steps.
+
+    On one that is, bits that come out as recorded need no certificate, and those that do not are no proof without one.
+    """
+    if _differences(headers, network):
+        return find_conditions(headers, network)
+    network.uses_fused = network.may_fuse
+    return Conditions(_buckets(headers, network), (), (), is_presumed=True)
+
+
 def find_conditions(headers: Sequence[RecordingHeader], network: Network) -> Conditions:
     """Certify this machine and compare it with those that recorded, one after another."""
-    recorded = [bucket for header in headers for bucket in header.buckets if bucket <= MOST_ROWS]
-    fitting = all(bucket > 0 and bucket % network.smallest_bucket == 0 for bucket in recorded)
-    candidates = sorted(set(recorded)) if recorded and fitting else candidate_buckets(network, MOST_ROWS)
-    certification = certify(network, candidates)
-    step_notes = []
-    for header in headers:
-        if header.exactness != "exact":
-            step_notes.append(f"the engine ran with exactness {header.exactness}, which promises no bits")
-        if differences := differing(header.numerics, numerics(network)):
-            step_notes.append(f"this machine computes otherwise than the one that recorded: {'; '.join(differences)}")
+    certification = certify(network, _buckets(headers, network))
+    step_notes = _differences(headers, network)
     if certification.exactness != "exact":
         step_notes.append("on this machine, a frame's bits depend on the batch size")
     whole_notes = []
     if not certification.whole_sequence:
         whole_notes.append("on this machine, a whole sequence in one call has other bits than stepping it")
     return Conditions(certification.buckets, tuple(dict.fromkeys(step_notes)), tuple(whole_notes))
+
+
+def _buckets(headers: Sequence[RecordingHeader], network: Network) -> tuple[int, ...]:
+    """Those of the recording, where they are of use; ascending."""
+    recorded = [bucket for header in headers for bucket in header.buckets if bucket <= MOST_ROWS]
+    fitting = all(bucket > 0 and bucket % network.smallest_bucket == 0 for bucket in recorded)
+    return tuple(sorted(set(recorded))) if recorded and fitting else candidate_buckets(network, MOST_ROWS)
+
+
+def _differences(headers: Sequence[RecordingHeader], network: Network) -> list[str]:
+    """Why what was recorded need not have the bits that are computed here, whatever this machine can do."""
+    notes = []
+    for header in headers:
+        if header.exactness != "exact":
+            notes.append(f"the engine ran with exactness {header.exactness}, which promises no bits")
+        if differences := differing(header.numerics, numerics(network)):
+            notes.append(f"this machine computes otherwise than the one that recorded: {'; '.join(differences)}")
+    return notes
 
 
 def device_for(header: RecordingHeader) -> torch.device:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -38,8 +38,8 @@ from instep.recording.sequences import SequenceIndex
 from instep.runtime.cores import usable_cores
 from instep.verify.check import ChunkCheck
 from instep.verify.chunks import Chunk, plan_chunks
-from instep.verify.conditions import device_for, find_conditions, recorded_threads
-from instep.verify.errors import CannotVerify
+from instep.verify.conditions import Conditions, device_for, find_conditions, presume_conditions, recorded_threads
+from instep.verify.errors import CannotVerify, Refuted
 from instep.verify.networks import Networks
 from instep.verify.reference import Reference
 from instep.verify.report import ULP_BINS, Report, StreamReport, Way, joined
@@ -98,13 +98,18 @@ def verify(
     ):
         reader.check_positions()
         found = {} if found_before is None else found_before
-        key = repr((model.fingerprint, [replace(engine.header, **_SAME) for engine in reader.engines]))
-        # This machine is certified while the recording is read.
-        ways = None if key in found else pool.submit(_ways, model, [engine.header for engine in reader.engines])
+        headers = [engine.header for engine in reader.engines]
+        key = repr((model.fingerprint, [replace(header, **_SAME) for header in headers]))
+        # Where this machine has to be certified, it is while the recording is read.
+        ways = None if key in found else pool.submit(_ways, model, headers, presume_conditions)
         verification = _Verification(reader, model, stream, on_progress, following, is_alone=is_alone)
         if ways is not None:
             found[key] = ways.result()
-        return verification.run(found[key], pool)
+        try:
+            return verification.run(found[key], pool)
+        except Refuted:
+            found[key] = _ways(model, headers, find_conditions)
+            return verification.run(found[key], pool)
 
 
 class _Verification:
@@ -243,10 +248,12 @@ def _threads() -> int:
     return min(usable_cores(), MOST_AT_ONCE)
 
 
-def _ways(model: Model, headers: list[RecordingHeader]) -> Ways:
+def _ways(
+    model: Model, headers: list[RecordingHeader], find: Callable[[Sequence[RecordingHeader], Network], Conditions]
+) -> Ways:
     device = device_for(headers[0])
     networks = [Network(model, device) for _ in range(_threads())]
-    conditions = find_conditions(headers, networks[0])
+    conditions = find(headers, networks[0])
     for network in networks:
         network.uses_fused = networks[0].uses_fused
     description = model.description.model_dump(mode="json")

@@ -161,11 +161,13 @@ def check_with_bound(task: Task) -> Found:
 
 
 def _stepped(task: Task) -> Comparison:
-    return Comparison("stepped", task.rows, task.ways.conditions.step_bits)
+    conditions = task.ways.conditions
+    return Comparison("stepped", task.rows, conditions.step_bits, is_presumed=conditions.is_presumed)
 
 
 def _whole(task: Task) -> Comparison:
-    return Comparison("whole sequence", task.rows, task.ways.conditions.whole_bits)
+    conditions = task.ways.conditions
+    return Comparison("whole sequence", task.rows, conditions.whole_bits, is_presumed=conditions.is_presumed)
 
 
 def _truth(task: Task) -> Comparison:
