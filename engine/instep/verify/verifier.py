@@ -1,13 +1,14 @@
 """Verification: replay whole recordings in three ways and compare with what was served.
 
-1. **Stepped**: frame by frame in a certified bucket, from the recorded initial state. Streams are replayed side by
-   side: rows are certified to be independent of each other.
+1. **Stepped**: frame by frame in buckets of the engine's, from the recorded initial state, streams side by side.
 2. **Whole sequence**: one call over all frames of a stream, as in the first experiment; the network as it is served.
    (A sequence too long for memory goes in several calls, the state carried.)
 3. **float64 reference**: written independently, from the original weights; it bounds the true error (see `bound`).
 
-Bits must be equal in 1 and 2 where the engine had certified that they are and this machine computes as the engine's
-did; otherwise they must be within twice the bound, since each side may be off by one. Being within the bound of the
+Bits must be equal in 1 and 2 where the engine had certified that they are and this machine is certified to do the same;
+otherwise they must be within twice the bound, since each side may be off by one. A machine that looks like the one that
+recorded is presumed to do the same, since bits that are equal need no certificate. With the first that is not, the
+presumption ends: the machine is certified, and the file checked again from its beginning. Being within the bound of the
 reference is required always. Final states are compared in 1 and 3, and so is the state with which a stream goes on in
 the next file of the recording, where that is verified, too. Every frame of a stream must be there, once and in
 order. Where a stream's state was reset, it is checked from there as one of its own. Frames whose outputs were not
