@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +77,32 @@ def test_without_cpuinfo_the_platform_names_the_processor(
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Z80 at 4 MHz\nflags: a:b\n")
     monkeypatch.setattr("instep.model.numerics.CPU_INFO", tmp_path / "cpuinfo")
     assert numerics(network)["processor"] == "Z80 at 4 MHz"
+
+
+PRODUCT_IN_A_THREAD = """
+import os, sys, threading
+import numpy as np, torch
+from instep.model.numerics import threads_as_here
+
+torch.set_num_threads(1)
+arrays = [torch.from_numpy(np.ones(shape, np.float32)) for shape in ((128, 128), (128, 384), (128, 384))]
+
+def multiply(set_up):
+    set_up()
+    before = len(os.listdir("/proc/self/task"))
+    torch.mm(arrays[0], arrays[1], out=arrays[2])
+    print(len(os.listdir("/proc/self/task")) - before)
+
+thread = threading.Thread(target=multiply, args=[threads_as_here()])
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
+def test_a_new_thread_shares_its_products_out_no_more_than_the_one_that_made_it() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    begun = subprocess.run(
+        [sys.executable, "-c", PRODUCT_IN_A_THREAD], env=environment, capture_output=True, text=True, check=True
+    )
+    assert begun.stdout == "0\n"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from instep.core.typing import I64
+from instep.runtime import worker
 from instep.runtime.runs import Ended
 from instep.runtime.worker import Job, Worker
 
@@ -53,6 +55,16 @@ def test_a_job_that_raises_is_reported_and_the_next_one_runs() -> None:
     assert isinstance(error, ValueError)
     assert fine == ("fine", None)
     caller.worker.stop()
+
+
+def test_torch_is_set_up_in_its_thread_before_the_first_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(worker, "threads_as_here", lambda: lambda: events.append(threading.current_thread().name))
+    caller = Caller()
+    caller.submit(lambda: events.append("job"))
+    caller.take(1)
+    caller.worker.stop()
+    assert events == ["instep-step-worker", "job"]
 
 
 @pytest.mark.parametrize("death", [SystemExit, KeyboardInterrupt])

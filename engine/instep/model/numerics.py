@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +23,15 @@ def prepare(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+def threads_as_here() -> Callable[[], None]:
+    """What a new thread calls first, so that products use as many threads there as in this one.
+
+    torch sets a thread up with its first loop that it would share out; a product before that takes all cores, which
+    wait for each other where they are busy, and may have other bits.
+    """
+    return partial(torch.set_num_threads, torch.get_num_threads())
 
 
 def numerics(network: Network) -> dict[str, str]:

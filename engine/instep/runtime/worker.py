@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from instep.core.typing import I64
+from instep.model.numerics import threads_as_here
 from instep.runtime.runs import Ended
 from instep.runtime.step_process import StepProcess
 
@@ -61,6 +62,7 @@ class Worker:
         self._threaded = 0
         """How many the thread has."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._set_threads = threads_as_here()
         self._thread = threading.Thread(target=self._run, name="instep-step-worker", daemon=True)
 
     def start(self) -> None:
@@ -130,6 +132,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            self._set_threads()
             with torch.inference_mode():  # once, not for each job, which would be longer by it
                 while (job := self._jobs.get()) is not None:
                     self._hand_back(self._finish(job))
