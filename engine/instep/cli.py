@@ -130,8 +130,8 @@ def verify(
         typer.Option(metavar="FOLDER", help="The model, when it is not where the recording says.", show_default=False),
     ] = None,
     stream: Annotated[
-        str | None, typer.Option(metavar="ID", help="Check only the stream of this name or number.", show_default=False)
-    ] = None,
+        list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
+    ] = [],  # noqa: B006
     json: Json = False,
 ) -> None:
     """Replay a recording and compare it, bit for bit.
@@ -141,7 +141,7 @@ def verify(
     from instep.verify.command import run
 
     interrupts.raise_again()
-    raise typer.Exit(run(recording, model_folder=model, stream=stream, json=json, console=_console()))
+    raise typer.Exit(run(recording, model_folder=model, streams=stream, json=json, console=_console()))
 
 
 @app.command()

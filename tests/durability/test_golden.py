@@ -149,7 +149,7 @@ def test_it_is_verified(golden: Path) -> None:
     assert (inspection.streams, inspection.open_streams, inspection.unanswered, inspection.restarts) == (5, 4, 1, 2)
     said = io.StringIO()
     console = Console(file=said, width=160)
-    assert run([golden], model_folder=MODEL_FOLDER, stream=None, json=False, console=console) == 0, said.getvalue()
+    assert run([golden], model_folder=MODEL_FOLDER, streams=[], json=False, console=console) == 0, said.getvalue()
 
 
 def test_an_engine_goes_on_with_it_to_the_bit(

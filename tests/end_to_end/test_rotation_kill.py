@@ -57,6 +57,6 @@ async def test_killed_in_the_middle_of_rotations_it_loses_nothing_and_all_files_
     assert len(family.members(base)) > LIVES
     assert not list(base.parent.glob("*-new*"))
     said = io.StringIO()
-    assert run([base], model_folder=None, stream=None, json=False, console=Console(file=said, width=160)) == 0
+    assert run([base], model_folder=None, streams=[], json=False, console=Console(file=said, width=160)) == 0
     frames = STREAMS * LIVES * ROUNDS
     assert f"{STREAMS} streams, {frames:,} frames, exact, 0 mismatches" in said.getvalue().splitlines()[-1]

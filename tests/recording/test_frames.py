@@ -4,6 +4,7 @@ import gc
 import re
 import resource
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,21 @@ def test_what_is_in_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
         store.append(np.zeros(2**11, np.int64), x, x)
         with pytest.raises(RecordingError):
             store.append(np.zeros(2**11, np.int64), x, x)
+
+
+def test_what_lies_in_a_file_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(frames, "IN_MEMORY_BYTES", 2**20)
+    tracemalloc.start()
+    try:
+        store = FrameStore(Path("a.instep"), 64, 64)
+        x = np.ones((2**11, 64), np.float32)
+        for _ in range(4):
+            store.append(np.zeros(2**11, np.int64), x, x)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < x.nbytes + 3 * 2**20 + 2**16, "what is not of x and y is small, and still in memory"
 
 
 def test_nothing_at_all() -> None:

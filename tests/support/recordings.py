@@ -54,6 +54,15 @@ def make_gru(features: int = 3, hidden: int = 4, layers: int = 1, bias: bool = T
     return torch.nn.GRU(features, hidden, num_layers=layers, bias=bias)
 
 
+def make_amplifying_gru() -> torch.nn.GRU:
+    """A network in which rounding grows until nothing of the trajectory is left."""
+    gru = make_gru(8, 24, 3)
+    with torch.no_grad():
+        for parameter in gru.parameters():
+            parameter.mul_(8)
+    return gru
+
+
 def gru_step(gru: torch.nn.GRU) -> Step:
     """One timestep of torch's own nn.GRU."""
 

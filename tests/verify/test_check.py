@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from instep.model.folder import load_model
 from instep.recording.reader import RecordingReader
@@ -19,19 +18,10 @@ from instep.verify.bound import FLOOR, ErrorBound
 from instep.verify.check import ChunkCheck
 from instep.verify.replay import replay_stepped
 from tests.support.forger import Forger
-from tests.support.recordings import Recorded, make_gru, record_gru
+from tests.support.recordings import Recorded, make_amplifying_gru, make_gru, record_gru
 
 LENGTHS = [12, 0, 30, 1, 7, 30, 3]
 NO_BITS = {"exactness": "off"}
-
-
-def amplifying() -> torch.nn.GRU:
-    """A network in which rounding grows until nothing of the trajectory is left."""
-    gru = make_gru(8, 24, 3)
-    with torch.no_grad():
-        for parameter in gru.parameters():
-            parameter.mul_(8)
-    return gru
 
 
 def nudged(recorded: Recorded, by: float, seq: int = 8) -> Recorded:
@@ -45,7 +35,7 @@ def nudged(recorded: Recorded, by: float, seq: int = 8) -> Recorded:
 
 def report_of(recorded: Recorded) -> dict[str, Any]:
     with RecordingReader(recorded.path) as reader:
-        report = verifier.verify(reader, load_model(recorded.folder), None, lambda stage, share: None)
+        report = verifier.verify(reader, load_model(recorded.folder), [], lambda stage, share: None)
     found: dict[str, Any] = json.loads(json.dumps(report.as_json()))
     del found["seconds"]
     return found
@@ -100,14 +90,14 @@ def test_a_replay_that_is_off_by_more_than_both_sides_may_be_is_held_against_the
 
 
 def test_what_is_not_is_held_against_the_bound(tmp_path: Path, rounds: Rounds) -> None:
-    found = report_of(record_gru(tmp_path, amplifying(), [200, 150]))
+    found = report_of(record_gru(tmp_path, make_amplifying_gru(), [200, 150]))
     assert found["verdict"] == "exact"
     assert found["max_error"] > 100 * FLOOR
     assert rounds.count > 0
 
 
 def test_what_is_within_the_bound_alone_is_within_tolerance(tmp_path: Path, rounds: Rounds) -> None:
-    recorded = record_gru(tmp_path, amplifying(), [5, 5, 200], changes=NO_BITS)
+    recorded = record_gru(tmp_path, make_amplifying_gru(), [5, 5, 200], changes=NO_BITS)
     found = report_of(nudged(recorded, 1000 * FLOOR, seq=199))
     assert found["verdict"] == "within tolerance"
     assert rounds.count > 0
@@ -120,7 +110,9 @@ def test_the_report_is_that_of_the_bound_whatever_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], by: float, grows: bool
 ) -> None:
     monkeypatch.setattr(ways, "PART_FRAMES", 40)
-    recorded = nudged(record_gru(tmp_path, amplifying() if grows else make_gru(), LENGTHS, changes=changes), by)
+    recorded = nudged(
+        record_gru(tmp_path, make_amplifying_gru() if grows else make_gru(), LENGTHS, changes=changes), by
+    )
     found = report_of(recorded)
     begin = ChunkCheck.__init__
 
@@ -129,6 +121,20 @@ def test_the_report_is_that_of_the_bound_whatever_is_wrong(
 
     monkeypatch.setattr(ChunkCheck, "__init__", with_bound)
     assert found == report_of(recorded)
+
+
+def test_torch_is_set_up_in_every_thread_that_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up, computing = set[str](), set[str]()
+    monkeypatch.setattr(verifier, "threads_as_here", lambda: lambda: set_up.add(threading.current_thread().name))
+
+    def step(*arguments: Any) -> Any:
+        computing.add(threading.current_thread().name)
+        return replay_stepped(*arguments)
+
+    monkeypatch.setattr(ways, "replay_stepped", step)
+    assert report_of(record_gru(tmp_path, make_gru(), LENGTHS))["verdict"] == "exact"
+    assert computing
+    assert computing <= set_up
 
 
 def test_an_interrupt_ends_what_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,5 +162,5 @@ def test_an_interrupt_ends_what_has_begun(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ways, "replay_stepped", step)
     monkeypatch.setattr(ChunkCheck, "stop", stopping)
     with RecordingReader(recorded.path) as reader, pytest.raises(KeyboardInterrupt):
-        verifier.verify(reader, load_model(recorded.folder), None, told)
+        verifier.verify(reader, load_model(recorded.folder), [], told)
     assert len(parts) <= verifier.MOST_AT_ONCE, "each thread ends the part that it is at"

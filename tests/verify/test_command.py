@@ -24,7 +24,7 @@ def recorded(tmp_path: Path) -> Recorded:
 
 def verify(path: Path, **options: Any) -> tuple[int, str]:
     file = io.StringIO()
-    arguments = {"model_folder": None, "stream": None, "json": False, **options}
+    arguments = {"model_folder": None, "streams": [], "json": False, **options}
     status = run([path], console=Console(file=file, width=160), **arguments)
     return status, file.getvalue()
 
@@ -59,7 +59,7 @@ def test_json_of_what_could_not_be_checked(tmp_path: Path, capsys: pytest.Captur
 def test_progress_is_shown_on_a_terminal(recorded: Recorded) -> None:
     file = io.StringIO()
     console = Console(file=file, width=100, force_terminal=True)
-    assert run([recorded.path], model_folder=None, stream=None, json=False, console=console) == 0
+    assert run([recorded.path], model_folder=None, streams=[], json=False, console=console) == 0
     assert "reading" in file.getvalue()
     assert "replaying" in file.getvalue()
 
@@ -79,7 +79,7 @@ def test_progress_in_a_file_is_lines_on_standard_error_now_and_then(
 
 
 def test_an_unknown_stream(recorded: Recorded) -> None:
-    status, text = verify(recorded.path, stream="stream-33")
+    status, text = verify(recorded.path, streams=["stream-33"])
     assert status == 2
     assert text.startswith("not checked: the recording has no stream 'stream-33'; did you mean 'stream-3'")
 
@@ -122,4 +122,4 @@ def test_a_mismatch(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> N
     assert text.splitlines()[-1].startswith("not verified: 3 streams, 14 frames, 1 mismatch (")
     assert verify(forger.path, json=True)[0] == 1
     assert json.loads(capsys.readouterr().out)["mismatches"] == 1
-    assert verify(forger.path, stream="stream-3")[0] == 0, "the other streams are not touched by it"
+    assert verify(forger.path, streams=["stream-3"])[0] == 0, "the other streams are not touched by it"

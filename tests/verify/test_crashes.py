@@ -35,9 +35,9 @@ def scribe(tmp_path: Path, model: Recorded) -> Scribe:
     return Scribe(RecordingWriter.create(tmp_path / "a.rec", model.header), gru_step(GRU))
 
 
-def verify(path: Path, model: Recorded, stream: str | None = None) -> Report:
+def verify(path: Path, model: Recorded, *wanted: str) -> Report:
     with RecordingReader(path) as reader:
-        return verifier.verify(reader, load_model(model.folder), stream, lambda stage, share: None)
+        return verifier.verify(reader, load_model(model.folder), wanted, lambda stage, share: None)
 
 
 def kill(scribe: Scribe, model: Recorded) -> None:
@@ -99,7 +99,7 @@ def test_what_was_not_compared_is_said(scribe: Scribe, model: Recorded) -> None:
     lively(scribe, model)
     file = io.StringIO()
     status = run(
-        [scribe.writer.path], model_folder=model.folder, stream=None, json=False, console=Console(file=file, width=200)
+        [scribe.writer.path], model_folder=model.folder, streams=[], json=False, console=Console(file=file, width=200)
     )
     assert status == 0
     assert "not compared: 4 frames whose outputs were not recorded, because the engine was killed" in file.getvalue()
@@ -209,9 +209,7 @@ def test_tampering_is_caught(
     forger = Forger(scribe.writer.path, tmp_path / "b.rec")
     tamper(forger)
     file = io.StringIO()
-    found = run(
-        [forger.path], model_folder=model.folder, stream=None, json=False, console=Console(file=file, width=250)
-    )
+    found = run([forger.path], model_folder=model.folder, streams=[], json=False, console=Console(file=file, width=250))
     assert found == status, file.getvalue()
     assert sentence in file.getvalue()
 
@@ -221,9 +219,9 @@ def test_a_recording_of_which_no_output_was_recorded_is_not_a_pass(scribe: Scrib
     scribe.open(2)
     scribe.step([1], "unanswered")
     scribe.writer.close()
-    for stream, why in ((None, "the recording has no frames with outputs"), ("1", "stream '1' has no frames with")):
+    for wanted, why in (([], "the recording has no frames with outputs"), (["1"], "stream '1' has no frames with")):
         with pytest.raises(CannotVerify, match=why):
-            verify(scribe.writer.path, model, stream)
+            verify(scribe.writer.path, model, *wanted)
 
 
 def test_a_final_state_after_a_reset_without_frames(scribe: Scribe, model: Recorded, tmp_path: Path) -> None:

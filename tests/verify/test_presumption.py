@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,34 +16,52 @@ import pytest
 
 from instep.model.certify import certify
 from instep.model.folder import load_model
+from instep.recording.frames import FrameStore
 from instep.recording.reader import RecordingReader
 from instep.verify import check, conditions, verifier, ways
 from instep.verify.comparison import Comparison
-from instep.verify.replay import replay_whole
+from instep.verify.replay import replay_stepped, replay_whole
 from instep.verify.ways import Task, Ways
 from tests.support.forger import Forger
-from tests.support.recordings import Recorded, make_gru, record_gru
+from tests.support.recordings import Recorded, make_amplifying_gru, make_gru, record_gru
 
 LENGTHS = [12, 0, 30, 1, 7, 30, 3]
+"""Those of streams 1, 3, 5 and 6 are one chunk, those of 4 and 7 another."""
 
 
 def report_of(recorded: Recorded, found: dict[str, Ways] | None = None) -> dict[str, Any]:
     with RecordingReader(recorded.path) as reader:
-        report = verifier.verify(
-            reader, load_model(recorded.folder), None, lambda stage, share: None, found_before=found
-        )
+        report = verifier.verify(reader, load_model(recorded.folder), [], lambda stage, share: None, found_before=found)
     as_json: dict[str, Any] = json.loads(json.dumps(report.as_json()))
     del as_json["seconds"]
     return as_json
 
 
-def nudged(recorded: Recorded) -> Recorded:
-    """With one output one unit in the last place off."""
-    forger = Forger(recorded.path, recorded.path.with_name("nudged.rec"))
-    batch, at = forger.find_frame(3, 8)
+def as_it_is(recorded: Recorded) -> Recorded:
+    return recorded
+
+
+def with_another_output(recorded: Recorded, stream: int = 3, seq: int = 8) -> Recorded:
+    """One unit in the last place off."""
+    forger = Forger(recorded.path, recorded.path.with_name("forged.rec"))
+    batch, at = forger.find_frame(stream, seq)
     y = forger.column(batch, "y")
     y.view(np.int32)[at, 2] += 1
     forger.change_batch(batch, y=y)
+    return Recorded(forger.path, recorded.folder, recorded.header)
+
+
+def with_another_output_in_the_last_chunk(recorded: Recorded) -> Recorded:
+    return with_another_output(recorded, 7, 1)
+
+
+def with_another_final_state(recorded: Recorded) -> Recorded:
+    """One unit in the last place off; only stepping compares it."""
+    forger = Forger(recorded.path, recorded.path.with_name("forged.rec"))
+    closing = next(row for row in forger.rows("closings") if row["stream"] == 3)
+    state = np.frombuffer(closing["final_state"], np.int32).copy()
+    state[2] += 1
+    forger.change("closings", closing["position"], final_state=state.tobytes())
     return Recorded(forger.path, recorded.folder, recorded.header)
 
 
@@ -66,20 +86,25 @@ def certified(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "times", "verdict"), [(lambda recorded: recorded, 0, "exact"), (nudged, 1, "mismatch")]
+    ("forge", "times"),
+    [
+        (as_it_is, 0),
+        (with_another_output, 1),
+        (with_another_output_in_the_last_chunk, 1),
+        (with_another_final_state, 1),
+    ],
 )
 def test_this_machine_is_certified_where_a_bit_differs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     certified: list[int],
-    break_it: Callable[[Recorded], Recorded],
+    forge: Callable[[Recorded], Recorded],
     times: int,
-    verdict: str,
 ) -> None:
-    recorded = break_it(record_gru(tmp_path, make_gru(3, 16), LENGTHS))
+    recorded = forge(record_gru(tmp_path, make_gru(3, 16), LENGTHS))
     found: dict[str, Ways] = {}
     report = report_of(recorded, found)
-    assert report["verdict"] == verdict
+    assert report["verdict"] == ("mismatch" if times else "exact")
     assert len(certified) == times
     assert [each.conditions.is_presumed for each in found.values()] == [not times]
     report_of(recorded, found)
@@ -89,19 +114,51 @@ def test_this_machine_is_certified_where_a_bit_differs(
     assert len(certified) == times + 1
 
 
-def test_a_machine_whose_whole_sequences_have_other_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_it_is_not_where_float32_alone_is_far_from_the_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, certified: list[int], threads: int
+) -> None:
+    monkeypatch.setattr(verifier, "_threads", lambda: threads)
+    monkeypatch.setattr(ways, "PART_FRAMES", 8)  # a frame a part
+    found = report_of(record_gru(tmp_path, make_amplifying_gru(), [200, 150, 120]))
+    assert found["verdict"] == "exact"
+    assert not certified
+
+
+@pytest.mark.parametrize(
+    ("way", "replay", "claims", "notes"),
+    [
+        (
+            "replay_stepped",
+            replay_stepped,
+            {"exactness": "tolerance"},
+            ["on this machine, a frame's bits depend on the batch size"],
+        ),
+        (
+            "replay_whole",
+            replay_whole,
+            {"whole_sequence": False},
+            ["on this machine, a whole sequence in one call has other bits than stepping it"],
+        ),
+    ],
+)
+def test_a_machine_that_computes_other_bits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    replay: Callable[..., Any],
+    claims: dict[str, Any],
+    notes: list[str],
+) -> None:
     def otherwise(*arguments: Any) -> Any:
-        y, h = replay_whole(*arguments)
+        y, h = replay(*arguments)
         return np.nextafter(y, np.float32(2)), h
 
-    def honestly(*arguments: Any) -> Any:
-        return replace(certify(*arguments), whole_sequence=False)
-
-    monkeypatch.setattr(ways, "replay_whole", otherwise)
-    monkeypatch.setattr(conditions, "certify", honestly)
+    monkeypatch.setattr(ways, way, otherwise)
+    monkeypatch.setattr(conditions, "certify", lambda *arguments: replace(certify(*arguments), **claims))
     report = report_of(record_gru(tmp_path, make_gru(), LENGTHS))
     assert report["verdict"] == "within tolerance"
-    assert report["notes"] == ["on this machine, a whole sequence in one call has other bits than stepping it"]
+    assert report["notes"] == notes
 
 
 def test_where_a_bit_differs_the_other_ways_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +171,26 @@ def test_where_a_bit_differs_the_other_ways_end(tmp_path: Path, monkeypatch: pyt
         return check_truth(task)
 
     monkeypatch.setattr(check, "check_truth", as_long_as_it_may)
-    assert report_of(nudged(record_gru(tmp_path, make_gru(), LENGTHS)))["verdict"] == "mismatch"
+    recorded = with_another_output(record_gru(tmp_path, make_gru(), LENGTHS))
+    assert report_of(recorded)["verdict"] == "mismatch"
     assert ended
     assert all(ended)
+
+
+def test_nothing_of_a_refuted_check_is_held_on_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores: list[weakref.ref[FrameStore]] = []
+    begin = FrameStore.__init__
+
+    def watched(self: FrameStore, *arguments: Any) -> None:
+        stores.append(weakref.ref(self))
+        begin(self, *arguments)
+
+    monkeypatch.setattr(FrameStore, "__init__", watched)
+    recorded = with_another_output(record_gru(tmp_path, make_gru(), LENGTHS))
+    gc.collect()
+    gc.disable()
+    try:
+        assert report_of(recorded)["verdict"] == "mismatch"
+        assert [store() for store in stores] == [None]
+    finally:
+        gc.enable()

@@ -134,6 +134,18 @@ def test_tanh_is_near_the_truth_however_small_the_value() -> None:
     assert (np.abs(y[0, :, 0] - exact) <= 2.0**-44 * np.abs(exact)).all()
 
 
+def test_tanh_in_float32_loses_no_more_than_float32_does() -> None:
+    x = np.geomspace(1e-30, 20, 100_000).astype(np.float32)
+    weights = {f"gru.{name}_l0": np.zeros((3, 1), np.float32) for name in ("weight_ih", "weight_hh")}
+    weights["gru.bias_ih_l0"] = np.array([0, -np.inf, 0], np.float32)
+    weights["gru.weight_ih_l0"][2] = 1
+    parts: dict[str, Any] = {"before": [], "gru": {"num_layers": 1}, "after": []}
+    h = np.zeros((1, len(x), 1), np.float32)
+    y, _ = Reference(parts, weights, np.float32).run(x[None, :, None], h, np.array([len(x)]))
+    exact = np.tanh(x.astype(np.float64))
+    assert (np.abs(y[0, :, 0] - exact) <= 2.0**-22 * exact).all()
+
+
 def test_in_float32_it_rounds() -> None:
     torch.manual_seed(0)
     gru = torch.nn.GRU(3, 4)

@@ -71,7 +71,7 @@ def base(tmp_path: Path, model: Recorded) -> Path:
 
 def verify(*files: Path, **options: Any) -> tuple[int, str]:
     said = io.StringIO()
-    arguments = {"model_folder": None, "stream": None, "json": False, **options}
+    arguments = {"model_folder": None, "streams": [], "json": False, **options}
     status = run(files, console=Console(file=said, width=160), **arguments)
     return status, said.getvalue()
 
@@ -192,7 +192,7 @@ def test_what_goes_on_otherwise_than_it_ended_is_a_mismatch(
         forger.change("events", event["position"], stream=77)
     with RecordingReader(base) as reader, RecordingReader(forger.path) as after:
         following = Following.read(after)
-        report = verifier.verify(reader, load_model(model.folder), None, lambda stage, share: None, following)
+        report = verifier.verify(reader, load_model(model.folder), [], lambda stage, share: None, following)
     assert [(each.stream, each.problems) for each in report.streams if each.problems] == [(1, (said,))]
     unknown = "a-000002.rec begins with streams that the file before it does not hold (1), first stream 77 ('stream-1')"
     assert report.problems == ((unknown,) if "stream" in columns else ())
@@ -265,14 +265,30 @@ def test_the_oldest_may_be_gone(base: Path) -> None:
 
 
 def test_one_stream_is_looked_for_in_all_files(base: Path) -> None:
-    status, text = verify(base, stream="stream-3")
+    status, text = verify(base, streams=["stream-3"])
     assert (status, text.splitlines()[-1][:41]) == (0, "verified: 1 file, 1 stream, 4 frames, exa")
-    status, text = verify(base, stream="stream-4")
+    status, text = verify(base, streams=["stream-4"])
     assert status == 0
     assert "verified: 3 files, 1 stream, 5 frames" in text
-    status, text = verify(base, stream="nobody")
+    status, text = verify(base, streams=["nobody"])
     assert status == 2
     assert text.startswith("not checked: the recording has no stream 'nobody'")
+    status, text = verify(base, streams=["stream-3", "nobody"])
+    assert status == 2
+    assert text.startswith("not checked: the recording has no stream 'nobody'")
+    status, text = verify(base, streams=["stream-3", "stream-4"])
+    assert (status, text.splitlines()[-1][:43]) == (0, "verified: 4 files, 2 streams, 9 frames, exa")
+
+
+def test_files_without_the_stream_are_read_to_their_end(base: Path) -> None:
+    forger = forge(base.with_name(FILES[-1]))
+    forger.fix_crc = False
+    batch = forger.rows("batches")[-1]
+    forger.change("batches", batch["position"], x=bytes(len(batch["x"])))
+    assert verify(base)[0] == 2
+    status, text = verify(base, streams=["stream-3"])
+    assert status == 2
+    assert f"{FILES[-1]} is damaged" in text
 
 
 def test_several_files_without_a_frame_are_not_verified(tmp_path: Path, model: Recorded) -> None:

@@ -14,7 +14,7 @@ from instep.model.description import DenseLayer, GruLayers, NetworkDescription
 from instep.model.folder import Model, load_model, make_model
 from instep.model.network import Network
 from instep.recording import frames
-from instep.recording.errors import RecordingError
+from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch
 from instep.verify import verifier
@@ -39,9 +39,9 @@ def ignore(stage: verifier.Stage, share: float) -> None:
     assert 0 <= share <= 1
 
 
-def verify(recorded: Recorded, stream: str | None = None, model: Model | None = None) -> Report:
+def verify(recorded: Recorded, *wanted: str, model: Model | None = None) -> Report:
     with RecordingReader(recorded.path) as reader:
-        return verifier.verify(reader, model or load_model(recorded.folder), stream, ignore)
+        return verifier.verify(reader, model or load_model(recorded.folder), wanted, ignore)
 
 
 def verdicts(report: Report) -> list[str]:
@@ -138,9 +138,12 @@ def test_however_large_it_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(Counter(read).values()) == {1}
 
 
-@pytest.mark.parametrize(("wanted", "streams"), [("stream-3", [3]), ("4", [4]), (None, [1, 2, 3, 4, 5, 6, 7])])
-def test_some_streams_only(tmp_path: Path, wanted: str | None, streams: list[int]) -> None:
-    report = verify(record_gru(tmp_path, make_gru(), LENGTHS), wanted)
+@pytest.mark.parametrize(
+    ("wanted", "streams"),
+    [(["stream-3"], [3]), (["4"], [4]), (["6", "stream-2", "stream-6"], [2, 6]), ([], [1, 2, 3, 4, 5, 6, 7])],
+)
+def test_some_streams_only(tmp_path: Path, wanted: list[str], streams: list[int]) -> None:
+    report = verify(record_gru(tmp_path, make_gru(), LENGTHS), *wanted)
     assert [stream.stream for stream in report.streams] == streams
     assert report.verdict == "exact"
 
@@ -154,8 +157,16 @@ def test_nothing_recorded_is_not_a_pass(tmp_path: Path) -> None:
 
 
 def test_a_stream_without_frames_alone_is_not_a_pass(tmp_path: Path) -> None:
-    with pytest.raises(CannotVerify, match="stream 'stream-2' has no frames"):
-        verify(record_gru(tmp_path, make_gru(), LENGTHS), "stream-2")
+    recorded = record_gru(tmp_path, make_gru(), LENGTHS)
+    with pytest.raises(CannotVerify, match="stream 'stream-2' has no frames with"):
+        verify(recorded, "stream-2")
+    with pytest.raises(CannotVerify, match="none of the 2 streams has frames with"):
+        verify(recorded, "stream-2", "2")
+
+
+def test_one_of_the_wanted_that_is_not_there_is_not_a_pass(tmp_path: Path) -> None:
+    with pytest.raises(NoSuchStream, match="no stream 'stream-33'"):
+        verify(record_gru(tmp_path, make_gru(), LENGTHS), "stream-3", "stream-33")
 
 
 def test_a_recording_still_being_written_is_checked_up_to_its_last_commit(tmp_path: Path) -> None:

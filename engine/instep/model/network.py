@@ -73,7 +73,7 @@ class Network:
             parameter.copy_(_pad_gates(model.weights[f"gru.{name}"], self.state_size, parameter.shape))
         self._gru_weights: list[torch.Tensor] = list(gru.parameters())
         self.uses_fused = False
-        """Whether `advance` uses `FusedGru`; `certify`, which finds out whether its bits are the same, sets it."""
+        """Whether `advance` uses `FusedGru`. Certification finds out whether its bits are the same, and sets it."""
         self.may_fuse = self.state_width % WIDTH_MULTIPLE == 0
         """Whether it is worth trying: in other widths, `sigmoid` over two gates at once ends its vectors elsewhere."""
         self._fused = FusedGru(self._gru_weights, self.state_layers, bias=description.gru.bias)

@@ -15,7 +15,8 @@ from instep.core.typing import F32, I64, U8, Bool
 from instep.recording.errors import RecordingError
 
 IN_MEMORY_BYTES: Final = 128 * 2**20
-"""A column of more than this is held in a temporary file."""
+"""A column of more than this is held in a temporary file. There are five: what went in, what came out, and three small
+ones. So much address space is taken for each; memory only for what there is."""
 _SORTED_AT_ONCE: Final = 2**16
 """Frames whose places are found together."""
 
@@ -81,7 +82,7 @@ class FrameStore:
         self._answered.append(np.full(len(x), y is not None))
 
     def sequences(self, rows: I64, lengths: I64) -> Sequences:
-        """The frames of some stretches; nothing is taken in after it.
+        """The frames of some stretches; to be called once, when all are taken in.
 
         Args:
             rows: which ones.
@@ -115,7 +116,7 @@ class _Column:
         self._file: IO[bytes] | None = None
 
     def append(self, values: npt.NDArray[Any]) -> None:
-        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8)
         end = self._bytes + len(data)
         try:
             if self._file is not None:

@@ -115,7 +115,7 @@ class SequenceIndex:
         return found
 
     def sequences(self, rows: I64) -> Sequences:
-        """The frames of these stretches, of streams whose frames are kept.
+        """The frames of these stretches, of streams whose frames are kept; to be called once.
 
         Raises:
             RecordingError: when there is no room for them.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
-from typing import TypeVar
+from concurrent.futures import Executor, Future
+from itertools import chain
 
 from instep.verify.chunks import Chunk
 from instep.verify.comparison import Comparison
+from instep.verify.errors import Refuted
 from instep.verify.report import StreamReport, Verdict
 from instep.verify.suspects import Suspect
 from instep.verify.ways import (
@@ -25,8 +26,6 @@ from instep.verify.ways import (
     check_with_bound,
     is_settled,
 )
-
-_T = TypeVar("_T")
 
 
 class ChunkCheck:
@@ -79,12 +78,14 @@ class ChunkCheck:
         """Wait for all of it, and report in the order of the chunk.
 
         Raises:
-            Refuted: at once where a bit differs that was only presumed to be the same.
+            Refuted: soon, where a bit differs that was only presumed to be the same.
         """
-        alone = _results(self._by_itself)
-        if self._with_bound:
-            found = zip(*_results(self._with_bound), strict=True)
-            self.stepped, self.whole, self.truth = map(Comparison.side_by_side, found)
+        alone = [way.result() for way in self._by_itself]
+        with_bound = [block.result() for block in self._with_bound]
+        if any(comparison.is_refuted for comparison in chain(alone, *with_bound)):
+            raise Refuted
+        if with_bound:
+            self.stepped, self.whole, self.truth = map(Comparison.side_by_side, zip(*with_bound, strict=True))
         else:
             self.truth, self.stepped, *blocks = alone
             self.whole = Comparison.side_by_side(blocks)
@@ -98,7 +99,9 @@ class ChunkCheck:
     def _begin(self, way: Callable[[Task], Comparison], task: Task) -> Future[Comparison]:
         def go() -> Comparison:
             comparison = way(task)
-            if not is_settled(comparison):
+            if comparison.is_refuted:
+                self.stop()
+            elif not is_settled(comparison):
                 self._ask_for_bound()
             return comparison
 
@@ -133,11 +136,3 @@ class ChunkCheck:
             max_ulp=int(max(self.stepped.max_ulp[row], self.whole.max_ulp[row])),
             max_error=float(self.truth.max_error[row]),
         )
-
-
-def _results(futures: Sequence[Future[_T]]) -> list[_T]:
-    """Those of all, or the first exception as soon as there is one."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in done:
-        future.result()
-    return [future.result() for future in futures]

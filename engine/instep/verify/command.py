@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from json import dumps
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,8 @@ from instep.recording.choice import Chosen, choose
 from instep.recording.errors import NoSuchStream, RecordingError, with_advice
 from instep.recording.joints import Following
 from instep.recording.reader import RecordingReader
+from instep.recording.records import StreamInfo
+from instep.recording.select import select_streams
 from instep.verify import verifier
 from instep.verify.errors import CannotVerify
 from instep.verify.model_source import recorded_model
@@ -35,13 +37,15 @@ LINE_S: Final = 5.0
 """How often progress is told where it cannot be redrawn: in a file or a pipe."""
 
 
-def run(wanted: Sequence[Path], *, model_folder: Path | None, stream: str | None, json: bool, console: Console) -> int:
+def run(
+    wanted: Sequence[Path], *, model_folder: Path | None, streams: Sequence[str], json: bool, console: Console
+) -> int:
     """Verify a recording, or some files of it, and say what was found.
 
     Args:
         wanted: files; the first of a recording alone means all that are there.
         model_folder: the model; None for where the recording says.
-        stream: check only the streams of this name, or the one of this number.
+        streams: check only those of these names or numbers; none for all.
         json: write one JSON object to standard output and nothing else.
         console: where everything else goes.
 
@@ -53,7 +57,7 @@ def run(wanted: Sequence[Path], *, model_folder: Path | None, stream: str | None
     try:
         chosen = choose(wanted)
         with _bars(console) if console.is_terminal and not json else nullcontext(_lines()) as on_progress:
-            reports = _verify(chosen, model_folder, stream, on_progress)
+            reports = _verify(chosen, model_folder, streams, on_progress)
     except (RecordingError, CannotVerify) as error:
         if json:
             _write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
@@ -79,10 +83,13 @@ def run(wanted: Sequence[Path], *, model_folder: Path | None, stream: str | None
     return VERIFIED if reports.is_complete else NOT_CHECKED
 
 
-def _verify(chosen: Chosen, model_folder: Path | None, stream: str | None, on_progress: verifier.Progress) -> Reports:
+def _verify(
+    chosen: Chosen, model_folder: Path | None, streams: Sequence[str], on_progress: verifier.Progress
+) -> Reports:
     """Every file, and where the next one is there, the joint between them."""
     files, reports = chosen.files, list[Report]()
-    missing: NoSuchStream | None = None
+    if streams:
+        select_streams(_opened(files), streams)
     found_before: dict[str, Ways] = {}
     for at, file in enumerate(files):
 
@@ -92,19 +99,25 @@ def _verify(chosen: Chosen, model_folder: Path | None, stream: str | None, on_pr
         with RecordingReader(file) as reader:
             model = recorded_model(reader.header, model_folder)
             following = Following.after(file, files[at + 1]) if at + 1 < len(files) else None
-            try:
+            is_alone = len(files) == 1
+            with suppress(NoSuchStream):  # it is in another file; this one was read, and is not damaged
                 reports.append(
                     verifier.verify(
-                        reader, model, stream, tell, following, is_alone=len(files) == 1, found_before=found_before
+                        reader, model, streams, tell, following, is_alone=is_alone, found_before=found_before
                     )
                 )
-            except NoSuchStream as error:
-                missing = missing or error
-    if missing is not None and not reports:
-        raise missing
     if not sum(report.frames for report in reports) and not sum(report.mismatches for report in reports):
         raise CannotVerify("no file holds frames with outputs: there is nothing to verify")
     return Reports(tuple(reports), chosen.notes, chosen.is_complete)
+
+
+def _opened(files: Sequence[Path]) -> list[StreamInfo]:
+    """What any of them says was opened."""
+    opened: dict[int, StreamInfo] = {}
+    for file in files:
+        with RecordingReader(file) as reader:
+            opened |= {info.stream: info for info in reader.streams()}
+    return list(opened.values())
 
 
 def _write_json(fields: dict[str, object]) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 from instep.core.typing import F32, I64, Bool
 from instep.model.ulp import ulp_distance
 from instep.verify.bound import F64, absolute_error, as_float32, largest_errors
-from instep.verify.errors import Refuted
 from instep.verify.report import ULP_BINS, Divergence, Place, Way, ulp_bins
 
 
@@ -22,7 +21,7 @@ class Comparison:
         way: which way.
         rows: how many streams.
         bits_required: whether bits must be equal.
-        is_presumed: whether that is only presumed: then none of the methods returns once one differs.
+        is_presumed: whether that is only presumed: then nothing is found out of what differs but that it does.
 
     Attributes:
         differs: [R]: whether any bit differs (for the reference: whether any element is wrong).
@@ -31,12 +30,14 @@ class Comparison:
         max_ulp: [R].
         max_error: [R]: largest absolute difference.
         ulps: elements by distance, see `ULP_BINS`; replays only.
+        is_refuted: whether a bit differs that was presumed to be equal.
     """
 
     def __init__(self, way: Way, rows: int, bits_required: bool, *, is_presumed: bool = False) -> None:
         self.way = way
         self.bits_required = bits_required
         self._is_presumed = is_presumed
+        self.is_refuted = False
         self.differs: Bool = np.zeros(rows, np.bool_)
         self.wrong: Bool = np.zeros(rows, np.bool_)
         self.first: dict[int, Divergence] = {}
@@ -116,7 +117,8 @@ class Comparison:
     ) -> None:
         """Take in the elements of a row that differ, in order."""
         if self._is_presumed:
-            raise Refuted
+            self.is_refuted = True
+            return
         ulps = ulp_distance(recorded, replayed)
         error = absolute_error(recorded, replayed.astype(np.float64))
         self.max_ulp[row] = max(self.max_ulp[row], ulps.max())

@@ -31,10 +31,11 @@ import numpy as np
 from instep.core.typing import I64
 from instep.model.folder import Model
 from instep.model.network import Network
+from instep.model.numerics import threads_as_here
 from instep.recording.joints import Following
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
-from instep.recording.select import select_streams
+from instep.recording.select import find_streams, select_streams
 from instep.recording.sequences import SequenceIndex
 from instep.runtime.cores import usable_cores
 from instep.verify.check import ChunkCheck
@@ -71,31 +72,32 @@ at such a call."""
 def verify(
     reader: RecordingReader,
     model: Model,
-    stream: str | None,
+    wanted: Sequence[str],
     on_progress: Progress,
     following: Following | None = None,
     *,
     is_alone: bool = True,
     found_before: dict[str, Ways] | None = None,
 ) -> Report:
-    """Check every stream of a file of a recording, or those of one name or number.
+    """Check every stream of a file of a recording, or those of some names or numbers.
 
     Args:
         reader: the recording.
         model: what it should be an output of; whether it is the one that the header names is the caller's to check.
-        stream: a name, a number, or None.
+        wanted: names and numbers; none for all streams.
         on_progress: see `Progress`.
         following: the file after it, if the joint is to be checked.
-        is_alone: whether it is all that is verified; else there may be no frames in it.
+        is_alone: whether it is all that is verified; else there may be no frames in it, and not all that is wanted.
         found_before: what computes, as found out for other files of the same engines; what is new goes into it.
 
     Raises:
         CannotVerify: when there is nothing to check.
-        RecordingError: when the recording is damaged, or has no such stream.
+        RecordingError: when the recording is damaged.
+        NoSuchStream: when it is not, but has no such stream, alone, or none of them.
     """
     with (
         recorded_threads(reader.header),
-        ThreadPoolExecutor(_threads(), "instep-verify") as pool,
+        ThreadPoolExecutor(_threads(), "instep-verify", threads_as_here()) as pool,
     ):
         reader.check_positions()
         found = {} if found_before is None else found_before
@@ -103,14 +105,16 @@ def verify(
         key = repr((model.fingerprint, [replace(header, **_SAME) for header in headers]))
         # Where this machine has to be certified, it is while the recording is read.
         ways = None if key in found else pool.submit(_ways, model, headers, presume_conditions)
-        verification = _Verification(reader, model, stream, on_progress, following, is_alone=is_alone)
+        verification = _Verification(reader, model, wanted, on_progress, following, is_alone=is_alone)
         if ways is not None:
             found[key] = ways.result()
         try:
             return verification.run(found[key], pool)
         except Refuted:
-            found[key] = _ways(model, headers, find_conditions)
-            return verification.run(found[key], pool)
+            pass  # and go on outside, where nothing holds on to what was computed
+        on_progress("replaying", 0)
+        found[key] = _ways(model, headers, find_conditions)
+        return verification.run(found[key], pool)
 
 
 class _Verification:
@@ -118,24 +122,25 @@ class _Verification:
         self,
         reader: RecordingReader,
         model: Model,
-        stream: str | None,
+        wanted: Sequence[str],
         on_progress: Progress,
         following: Following | None,
         *,
         is_alone: bool,
     ) -> None:
         self._following = following
-        self._is_about_all = stream is None
+        self._is_about_all = not wanted
         self._began = time.monotonic()
         self._reader = reader
         self._model = model
         self._on_progress = on_progress
-        wanted = [] if stream is None else [stream]
         self._index = SequenceIndex(
-            reader, lambda share: on_progress("reading", share), lambda streams: select_streams(streams, wanted)
+            reader, lambda share: on_progress("reading", share), lambda streams: find_streams(streams, wanted)
         )
         if is_alone and not self._index.frames_present:
             raise CannotVerify(f"{reader.path} holds no frames: nothing was recorded, so nothing can be verified")
+        if is_alone or not len(self._index.kept):
+            select_streams(self._index.streams, wanted)
         chosen = set(self._index.kept.tolist())
         self._of_stream: dict[int, list[int]] = {row: [] for row in chosen}
         for at, stretch in enumerate(self._index.stretches):
@@ -144,29 +149,26 @@ class _Verification:
         self._stretches: I64 = np.array(sorted(at for of in self._of_stream.values() for at in of), np.int64)
         compared = self._index.frames[self._stretches] > self._index.unanswered[self._stretches]
         if is_alone and not compared.any() and self._index.defects.keys().isdisjoint(chosen):
+            who = f"stream {wanted[0]!r} has no" if len(wanted) == 1 else f"none of the {len(wanted)} streams has"
             raise CannotVerify(
-                f"{'the recording' if stream is None else f'stream {stream!r}'} has no frames with outputs: there is "
-                "nothing to verify in it"
+                f"{who if wanted else 'the recording has no'} frames with outputs: there is nothing to verify"
             )
         self._check_joints()
         if self._index.frames[self._stretches].any():
             self._sequences = self._index.sequences(self._stretches)
         header = reader.header
         self._widest = max(header.features, header.outputs, 3 * header.state_size)
-        self._ulps: dict[Way, I64] = {
-            "stepped": np.zeros(ULP_BINS, np.int64),
-            "whole sequence": np.zeros(ULP_BINS, np.int64),
-        }
 
     def run(self, ways: Ways, pool: Executor) -> Report:
         parts: dict[int, StreamReport] = {}
+        ulps: dict[Way, I64] = {way: np.zeros(ULP_BINS, np.int64) for way in ("stepped", "whole sequence")}
         total, done = int(self._index.frames[self._stretches].sum()), 0
         chunks = self._chunks(ways.conditions.buckets) if total else iter(())
         with closing(self._checks(ways, chunks, pool)) as checks:
             for chunk, check in checks:
                 parts.update(zip(chunk.rows.tolist(), check.finish(), strict=True))
                 for comparison in (check.stepped, check.whole):
-                    self._ulps[comparison.way] += comparison.ulps
+                    ulps[comparison.way] += comparison.ulps
                 done += int(chunk.lengths.sum())
                 self._on_progress("replaying", done / total)
         for at in self._stretches.tolist():
@@ -180,7 +182,7 @@ class _Verification:
             finished=self._reader.finished,
             notes=(*ways.conditions.step_notes, *ways.conditions.whole_notes),
             buckets=ways.conditions.buckets,
-            ulps=self._ulps,
+            ulps=ulps,
             seconds=time.monotonic() - self._began,
             problems=self._problems(),
             family=self._reader.header.family,

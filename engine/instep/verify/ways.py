@@ -83,14 +83,16 @@ class Task:
         return states
 
     def final_states(self) -> Iterator[tuple[int, int, F32, Place]]:
-        """Of rows whose last state was recorded: row, seq, state and where that is."""
+        """Of rows whose last state was recorded: row, seq, state and where that is; none where it is over."""
+        if self.is_over():
+            return  # not all frames before them were computed
         for row, suspect in enumerate(self.suspects):
             if (state := suspect.final_state) is not None:
                 yield row, int(self.chunk.first_seqs[row] + self.chunk.lengths[row]), state, suspect.place
 
 
 def check_stepped(task: Task) -> Comparison:
-    """Frame by frame in certified buckets."""
+    """Frame by frame."""
     stepped, h = _stepped(task), task.initial_states()
     with task.ways.networks.one() as network:
         for span in task.spans():
@@ -130,7 +132,7 @@ def check_truth(task: Task) -> Comparison:
 
 def is_settled(comparison: Comparison) -> bool:
     """Whether the bound would find the same as the least: where bits are required, no limit counts."""
-    return comparison.bits_required or not comparison.wrong.any()
+    return not comparison.is_refuted and (comparison.bits_required or not comparison.wrong.any())
 
 
 def check_with_bound(task: Task) -> Found:
@@ -143,7 +145,7 @@ def check_with_bound(task: Task) -> Found:
         for span in task.spans():
             limits = list[F64]()
             for part in task.parts(span):
-                if task.is_over():
+                if task.is_over() or stepped.is_refuted:
                     return stepped, whole, truth
                 x, recorded = part.x, part.y
                 true_y, true_h = task.ways.truth.run(x, true_h, part.active)
@@ -154,6 +156,8 @@ def check_with_bound(task: Task) -> Found:
                 limits.append(2 * limit)
                 stepped.add_replay(part.starts, recorded, y, part.answered, limits[-1])
             whole_h = _call(task, network, span, whole_h, whole, iter(limits))
+            if whole.is_refuted:
+                return stepped, whole, truth
     limit = bound.of_states(true_h)
     _add_true_states(task, truth, true_h, limit)
     _add_states(task, stepped, stepped_h, 2 * limit)

@@ -55,7 +55,7 @@ def _verified(file: Path) -> float:
     """Frames a second, from the file to the report: what the command does once Python has loaded torch."""
     began = time.perf_counter()
     with RecordingReader(file) as reader:
-        report = verify(reader, recorded_model(reader.header, None), None, lambda stage, share: None)
+        report = verify(reader, recorded_model(reader.header, None), [], lambda stage, share: None)
     seconds = time.perf_counter() - began
     if report.verdict != "exact":
         raise WrongOutput(report.summary())
