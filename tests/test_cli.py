@@ -194,16 +194,19 @@ class TestErrors:
 class TestVerify:
     def test_hands_everything_on(self, verifier: Stub) -> None:
         verifier.answer = 1
-        result = instep("verify", "r.instep", "--model", "m", "--stream", "7", "--json")
+        result = instep("verify", "r.instep", "--model", "m", "--stream", "7", "--stream", "a", "--json")
         assert result.exit_code == 1
         ((args, kwargs),) = verifier.calls
         kwargs.pop("console")
-        assert (args, kwargs) == (([Path("r.instep")],), {"model_folder": Path("m"), "stream": "7", "json": True})
+        assert (args, kwargs) == (
+            ([Path("r.instep")],),
+            {"model_folder": Path("m"), "streams": ["7", "a"], "json": True},
+        )
 
     def test_defaults(self, verifier: Stub) -> None:
         assert instep("verify", "r.instep").exit_code == 0
         ((_, kwargs),) = verifier.calls
-        assert (kwargs["model_folder"], kwargs["stream"], kwargs["json"]) == (None, None, False)
+        assert (kwargs["model_folder"], kwargs["streams"], kwargs["json"]) == (None, [], False)
 
 
 class TestDemoAndBench:

@@ -206,7 +206,7 @@ def bench(
         str | None,
         typer.Option(metavar="NAME,NAME", help=f"suite: only these of {', '.join(NAMES)}.", show_default=False),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="suite: try it out in seconds; no verdict.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="suite: try it out in a minute; no verdict.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="suite: where JSON and plot go; bench-out if not given."),

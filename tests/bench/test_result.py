@@ -107,4 +107,6 @@ def test_numbers_are_read_with_their_units() -> None:
         "15×",
         "1.23 s",
     ]
-    assert line(row(0.5, 0.85, "at least")) == "name: 0.5×, at least 0.85×: [red]NOT reached[/] (a 2)"
+    missed = row(0.5, 0.85, "at least")
+    assert line(missed, is_judged=True) == "name: 0.5×, at least 0.85×: [red]NOT reached[/] (a 2)"
+    assert line(missed, is_judged=False) == "name: 0.5×, at least 0.85×: [yellow]no verdict[/] (a 2)"

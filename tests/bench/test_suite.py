@@ -109,8 +109,11 @@ def test_the_table_says_what_where_and_how_it_ended(runs: list[Run], capsys: pyt
 
 
 def test_quick_is_no_verdict(runs: list[Run], capsys: pytest.CaptureFixture[str]) -> None:
-    suite.run(Console(width=200), rows=("one",), quick=True)
-    assert "too short and loads too small for a verdict" in capsys.readouterr().out
+    assert suite.run(Console(width=200), rows=("one", "three"), quick=True) == 0
+    said = capsys.readouterr().out
+    assert "too short and loads too small for a verdict" in said
+    assert "three: 0.5×, at least 1×: no verdict" in said
+    assert "reach" not in said
     assert (runs[0].rounds, runs[0].seconds, runs[0].scale) == (1, 0.05, 50)
 
 

@@ -401,7 +401,7 @@ def test_repair_of_what_cannot_be_saved(tmp_path: Path) -> None:
         (tmp_path / "missing.rec", "no such file"),
         (tmp_path / "header.rec", "nothing of .* can be saved: the header 'model_name' is damaged"),
         (tmp_path / "text.rec", "can be saved"),
-        (tmp_path / "forged.rec", "not only damaged but inconsistent"),
+        (tmp_path / "forged.rec", "forged.rec cannot be repaired, .* but inconsistent: the batch at position 3"),
     ):
         if path.name == "header.rec":
             Forger(tmp_path / "a.rec", path, fix_crc=False).change_header("model_name", '"x"')

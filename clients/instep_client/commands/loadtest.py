@@ -176,7 +176,8 @@ def _check_plot(path: Path) -> None:
         raise CommandProblem(f"the plot is a PNG: call it {path.with_suffix('.png')}")
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandProblem(
-            "a plot needs the package 'matplotlib', which is not installed: pip install \"instep[cli]\""
+            "a plot needs the package 'matplotlib', which is not installed: "
+            'pip install "instep[cli]", or pip install -e ".[cli]" in a checkout'
         )
     try:
         path.open("ab").close()

@@ -24,10 +24,10 @@ def bar(row: Row) -> str:
     return f"{row.direction} {value(row.bar, row.unit)}"
 
 
-def line(row: Row) -> str:
+def line(row: Row, *, is_judged: bool) -> str:
     """A row in one line, with its medians."""
     medians = "; ".join(f"{name} {_rate(median(values))}" for name, values in row.samples.items())
-    return f"{row.name}: {value(row.value, row.unit)}, {bar(row)}: {_coloured(row)} ({escape(medians)})"
+    return f"{row.name}: {value(row.value, row.unit)}, {bar(row)}: {_verdict(row, is_judged)} ({escape(medians)})"
 
 
 def show(console: Console, result: Mapping[str, Any], rows: Sequence[Row]) -> None:
@@ -39,12 +39,13 @@ def show(console: Console, result: Mapping[str, Any], rows: Sequence[Row]) -> No
     table.add_column("bar", justify="right")
     table.add_column("verdict")
     for row in rows:
-        table.add_row(row.name, row.what, value(row.value, row.unit), bar(row), _coloured(row))
+        verdict = _verdict(row, is_judged=not result["quick"])
+        table.add_row(row.name, row.what, value(row.value, row.unit), bar(row), verdict)
     console.print(table)
+    missed = result["missed"]
     if result["quick"]:
         console.print("[yellow]--quick: rounds too short and loads too small for a verdict[/]")
-    missed = result["missed"]
-    if missed:
+    elif missed:
         console.print(f"[red]{len(missed)} of {len(rows)} rows did not reach their bar: {', '.join(missed)}[/]")
     else:
         console.print(f"[green]{'all ' if len(rows) > 1 else ''}{len(rows)} reached[/]")
@@ -63,7 +64,9 @@ def _conditions(result: Mapping[str, Any]) -> str:
     )
 
 
-def _coloured(row: Row) -> str:
+def _verdict(row: Row, is_judged: bool) -> str:
+    if not is_judged:
+        return "[yellow]no verdict[/]"
     return f"[{'green' if row.reached else 'red'}]{escape(row.verdict)}[/]"
 
 

@@ -82,7 +82,7 @@ def run(
         as_json: one JSON object on standard output.
 
     Returns:
-        0 when every one of these rows reached its bar and every output was right, else 1.
+        0 when every one of these rows reached its bar, or it was quick, and every output was right; else 1.
     """
     torch.set_num_threads(1)
     gc.collect()
@@ -112,7 +112,7 @@ def run(
         console.print(f"{out / 'bench.json'}, {out / 'bench.png'}", highlight=False, soft_wrap=True)
     if as_json:
         sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
-    return 0 if result["passed"] else 1
+    return 0 if result["passed"] or quick else 1
 
 
 def _measured(console: Console, rows: Sequence[str], quick: bool) -> Iterator[Row]:
@@ -125,7 +125,7 @@ def _measured(console: Console, rows: Sequence[str], quick: bool) -> Iterator[Ro
             run = Run(Path(folder), advance=bar(", ".join(asked)), **(QUICK if quick else {}))
             for row in measurement.measure(run):
                 if row.name in asked:
-                    console.print(line(row), highlight=False, soft_wrap=True)
+                    console.print(line(row, is_judged=not quick), highlight=False, soft_wrap=True)
                     yield row
 
 

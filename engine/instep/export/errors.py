@@ -22,5 +22,5 @@ def optional_libraries(format: str) -> Iterator[None]:
     except ImportError as error:
         raise CannotExport(
             f"{format} needs a library that is missing here ({error.name or error}): "
-            'pip install "instep[export]", or export to csv or npz'
+            'pip install "instep[export]", or pip install -e ".[export]" in a checkout; or export to csv or npz'
         ) from error

@@ -75,7 +75,8 @@ def repair(source: Path, target: Path) -> Repaired:
             raise RecordingError(f"cannot write the recording {target}: {error}") from None
         if not isinstance(error, DamagedRecording):
             raise
-        raise RecordingError(f"{source} cannot be repaired, it is not only damaged but inconsistent: {error}") from None
+        what = str(error).removeprefix(f"{target} is damaged: ")
+        raise RecordingError(f"{source} cannot be repaired, it is not only damaged but inconsistent: {what}") from None
     finally:
         salvage.close()
     return repaired
