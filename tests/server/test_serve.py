@@ -89,6 +89,12 @@ def test_exactness_may_be_required_preferred_or_off(model: Path, monkeypatch: py
     assert exactness_sentence(off.certification).startswith("not certified in buckets 4, 8")
 
 
+@pytest.mark.parametrize(("hidden", "fused"), [(16, True), (8, False)])
+def test_without_certification_the_quicker_step_is_used(tmp_path: Path, hidden: int, fused: bool) -> None:
+    write_model(tmp_path / "m", plain(5, hidden))
+    assert prepare(configured(tmp_path / "m", engine={"exactness": "off"})).network.uses_fused == fused
+
+
 def test_limits_are_fitted_to_the_model() -> None:
     config = Config.model_validate({"transport": {"max_message_bytes": 65_536}})
     limits = effective_limits(config, 512, features=100, outputs=10)
