@@ -117,6 +117,14 @@ def test_quick_is_no_verdict(runs: list[Run], capsys: pytest.CaptureFixture[str]
     assert (runs[0].rounds, runs[0].seconds, runs[0].scale) == (1, 0.05, 50)
 
 
+def test_quick_is_no_verdict_in_files_either(runs: list[Run], tmp_path: Path) -> None:
+    assert suite.run(Console(width=200), rows=("one", "three"), quick=True, out=tmp_path) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert (result["quick"], result["passed"], result["missed"]) == (True, None, None)
+    assert {(row["reached"], row["verdict"]) for row in result["rows"]} == {(None, "no verdict")}
+    assert "three" in {row["name"] for row in result["rows"]}
+
+
 @pytest.mark.parametrize("error", [WrongOutput("3 of 8 streams differ"), Refused("the server's queue is full")])
 def test_what_was_wrong_or_refused_fails_the_run(
     error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

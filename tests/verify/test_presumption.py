@@ -29,9 +29,13 @@ LENGTHS = [12, 0, 30, 1, 7, 30, 3]
 """Those of streams 1, 3, 5 and 6 are one chunk, those of 4 and 7 another."""
 
 
-def report_of(recorded: Recorded, found: dict[str, Ways] | None = None) -> dict[str, Any]:
+def report_of(
+    recorded: Recorded,
+    found: dict[str, Ways] | None = None,
+    on_progress: verifier.Progress = lambda stage, share: None,
+) -> dict[str, Any]:
     with RecordingReader(recorded.path) as reader:
-        report = verifier.verify(reader, load_model(recorded.folder), [], lambda stage, share: None, found_before=found)
+        report = verifier.verify(reader, load_model(recorded.folder), [], on_progress, found_before=found)
     as_json: dict[str, Any] = json.loads(json.dumps(report.as_json()))
     del as_json["seconds"]
     return as_json
@@ -175,6 +179,16 @@ def test_where_a_bit_differs_the_other_ways_end(tmp_path: Path, monkeypatch: pyt
     assert report_of(recorded)["verdict"] == "mismatch"
     assert ended
     assert all(ended)
+
+
+def test_progress_begins_again_where_the_check_does(tmp_path: Path) -> None:
+    shares: list[float] = []
+    recorded = with_another_output_in_the_last_chunk(record_gru(tmp_path, make_gru(), LENGTHS))
+    report_of(recorded, on_progress=lambda stage, share: shares.append(share) if stage == "replaying" else None)
+    first, again = shares[: shares.index(0)], shares[shares.index(0) :]
+    assert first == sorted(first)
+    assert again == sorted(again)
+    assert again[-1] == 1
 
 
 def test_nothing_of_a_refuted_check_is_held_on_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,41 @@ def test_one_stream_is_looked_for_in_all_files(base: Path) -> None:
     assert (status, text.splitlines()[-1][:43]) == (0, "verified: 4 files, 2 streams, 9 frames, exa")
 
 
+def test_joints_are_checked_in_whatever_order_files_are_named(base: Path) -> None:
+    forger = forge(base.with_name(FILES[1]))
+    carried = opening(forger, 2)
+    state = bytearray(carried["initial_state"])
+    state[0] ^= 1
+    forger.change("openings", carried["position"], initial_state=bytes(state))
+    named = [base.with_name(name) for name in FILES[:2]]
+    assert verify(*named)[0] == verify(*reversed(named))[0] == 1
+
+
+def test_streams_of_several_recordings_are_looked_for_in_each(base: Path, tmp_path: Path, model: Recorded) -> None:
+    scribe = Scribe(RecordingWriter.create(tmp_path / "other.rec", model.header), gru_step(GRU))
+    scribe.open(3, name="elsewhere")
+    scribe.step([3])
+    scribe.writer.close()
+    for wanted, frames in (
+        (["stream-3"], "4 frames"),
+        (["elsewhere"], "1 frame"),
+        (["elsewhere", "stream-3"], "5 frames"),
+    ):
+        status, text = verify(base, tmp_path / "other.rec", streams=wanted)
+        assert status == 0, text
+        assert f" {frames}, exact" in text.splitlines()[-1]
+
+
+def test_states_for_a_restart_are_read(base: Path) -> None:
+    forger = forge(base.with_name(FILES[1]))
+    forger.fix_crc = False
+    state = forger.rows("states")[0]
+    forger.change("states", state["stream"], state=bytes(len(state["state"])))
+    status, text = verify(base)
+    assert status == 2
+    assert f"{FILES[1]} is damaged: the row at stream" in text
+
+
 def test_files_without_the_stream_are_read_to_their_end(base: Path) -> None:
     forger = forge(base.with_name(FILES[-1]))
     forger.fix_crc = False

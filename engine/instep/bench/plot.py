@@ -18,13 +18,13 @@ COLUMNS: Final = 3
 GREEN, RED, GREY = "#2f855a", "#c53030", "#4a5568"
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+def plot(rows: Sequence[Row], path: Path, title: str, *, is_judged: bool = True) -> None:
     """Write a PNG: on top a bar a row, below what was measured in each round of each row."""
     below = math.ceil(len(rows) / COLUMNS)
     figure = Figure(figsize=(14, 2 + 0.4 * len(rows) + 2.6 * below), layout="constrained")
     figure.suptitle(title, fontsize=11)
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1 + 0.4 * len(rows), 2.6 * below])[:, 0]
-    _bars(top.subplots(), rows)
+    _bars(top.subplots(), rows, is_judged)
     grid = bottom.subplots(below, COLUMNS, squeeze=False).flat
     for axes, row in zip(grid, rows, strict=False):
         _rounds(axes, row)
@@ -33,9 +33,10 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 
-def _bars(axes: Axes, rows: Sequence[Row]) -> None:
+def _bars(axes: Axes, rows: Sequence[Row], is_judged: bool) -> None:
     places = range(len(rows))
-    axes.barh(places, [row.over_bar for row in rows], color=[GREEN if row.reached else RED for row in rows])
+    colors = [(GREEN if row.reached else RED) if is_judged else GREY for row in rows]
+    axes.barh(places, [row.over_bar for row in rows], color=colors)
     axes.axvline(1, color=GREY, linewidth=1)
     axes.set_yticks(places, [f"{row.name}: {value(row.value, row.unit)} ({bar(row)})" for row in rows], fontsize=8)
     axes.invert_yaxis()

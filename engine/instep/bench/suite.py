@@ -104,15 +104,19 @@ def run(
         "missed": [row.name for row in found if not row.reached],
         "passed": all(row.reached for row in found),
     }
+    if quick:
+        result |= {"missed": None, "passed": None}
+        result["rows"] = [{**row, "reached": None, "verdict": "no verdict"} for row in result["rows"]]
     show(console, result, found)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "bench.json").write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        plot(found, out / "bench.png", "quick: no verdict" if quick else result["machine"]["processor"])
+        title = "quick: no verdict" if quick else result["machine"]["processor"]
+        plot(found, out / "bench.png", title, is_judged=not quick)
         console.print(f"{out / 'bench.json'}, {out / 'bench.png'}", highlight=False, soft_wrap=True)
     if as_json:
         sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
-    return 0 if result["passed"] or quick else 1
+    return 1 if result["missed"] else 0
 
 
 def _measured(console: Console, rows: Sequence[str], quick: bool) -> Iterator[Row]:

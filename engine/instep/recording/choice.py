@@ -35,7 +35,7 @@ def choose(wanted: Sequence[Path]) -> Chosen:
         RecordingError: when a file of the recording cannot be read, or is one of another recording.
     """
     if len(wanted) > 1:
-        return Chosen(tuple(dict.fromkeys(wanted)), (), True)
+        return Chosen(_in_order(tuple(dict.fromkeys(wanted))), (), True)
     (path,) = wanted
     if path.exists() and not family.is_first(path):
         return Chosen((path,), _others(path), True)
@@ -47,6 +47,19 @@ def choose(wanted: Sequence[Path]) -> Chosen:
     notes = () if path.exists() or not gone else (_gone(gone, path),)
     said = tuple(part for part in (*holes, _missing_end(path, members[-1])) if part)
     return Chosen(tuple(member.path for member in members), (*notes, *said), not said)
+
+
+def _in_order(files: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Those of one recording by their number: a shell sorts `r-000002.instep` before `r.instep`."""
+    places: dict[int, int] = {}
+    keys: dict[Path, tuple[int, int]] = {}
+    for at, path in enumerate(files):
+        try:
+            with RecordingReader(path) as reader:
+                keys[path] = (places.setdefault(reader.header.family, at), reader.header.number)
+        except RecordingError:
+            keys[path] = (at, 0)  # who reads it will say so
+    return tuple(sorted(files, key=keys.__getitem__))
 
 
 def _others(path: Path) -> tuple[str, ...]:

@@ -128,6 +128,16 @@ class RecordingReader(RecordingFile):
             )
             yield StreamState(stream, position, seq, found, tail_seq, x, y)
 
+    def check_states(self) -> None:
+        """Read what a restart would begin with.
+
+        Raises:
+            DamagedRecording: when a CRC or a length is wrong.
+        """
+        self.snapshot()
+        for _ in self.states():
+            pass
+
     @cached_property
     def _marks(self) -> list[RecordedEvent]:
         """The events that say how to read the others."""

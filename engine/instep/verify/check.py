@@ -78,7 +78,7 @@ class ChunkCheck:
         """Wait for all of it, and report in the order of the chunk.
 
         Raises:
-            Refuted: soon, where a bit differs that was only presumed to be the same.
+            Refuted: where a bit differs that was only presumed to be the same.
         """
         alone = [way.result() for way in self._by_itself]
         with_bound = [block.result() for block in self._with_bound]

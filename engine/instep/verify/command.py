@@ -107,17 +107,19 @@ def _verify(
                     )
                 )
     if not sum(report.frames for report in reports) and not sum(report.mismatches for report in reports):
-        raise CannotVerify("no file holds frames with outputs: there is nothing to verify")
+        raise CannotVerify(
+            f"no file holds frames with outputs{' of these streams' * bool(streams)}: there is nothing to verify"
+        )
     return Reports(tuple(reports), chosen.notes, chosen.is_complete)
 
 
 def _opened(files: Sequence[Path]) -> list[StreamInfo]:
     """What any of them says was opened."""
-    opened: dict[int, StreamInfo] = {}
+    opened: list[StreamInfo] = []
     for file in files:
         with RecordingReader(file) as reader:
-            opened |= {info.stream: info for info in reader.streams()}
-    return list(opened.values())
+            opened += reader.streams()
+    return opened
 
 
 def _write_json(fields: dict[str, object]) -> None:

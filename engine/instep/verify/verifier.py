@@ -100,6 +100,7 @@ def verify(
         ThreadPoolExecutor(_threads(), "instep-verify", threads_as_here()) as pool,
     ):
         reader.check_positions()
+        reader.check_states()
         found = {} if found_before is None else found_before
         headers = [engine.header for engine in reader.engines]
         key = repr((model.fingerprint, [replace(header, **_SAME) for header in headers]))
