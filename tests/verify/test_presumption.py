@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import time
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +19,7 @@ from instep.model.folder import load_model
 from instep.recording.frames import FrameStore
 from instep.recording.reader import RecordingReader
 from instep.verify import check, conditions, verifier, ways
+from instep.verify.check import ChunkCheck
 from instep.verify.comparison import Comparison
 from instep.verify.replay import replay_stepped, replay_whole
 from instep.verify.ways import Task, Ways
@@ -67,13 +68,6 @@ def with_another_final_state(recorded: Recorded) -> Recorded:
     state[2] += 1
     forger.change("closings", closing["position"], final_state=state.tobytes())
     return Recorded(forger.path, recorded.folder, recorded.header)
-
-
-def comes_true(condition: Callable[[], bool], within_s: float = 20) -> bool:
-    until = time.monotonic() + within_s
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.001)
-    return condition()
 
 
 @pytest.fixture
@@ -166,14 +160,22 @@ def test_a_machine_that_computes_other_bits(
 
 
 def test_where_a_bit_differs_the_other_ways_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_truth = ways.check_truth
+    check_truth, stop = ways.check_truth, ChunkCheck.stop
+    stopped = threading.Condition()
     ended: list[bool] = []
+
+    def stopping(self: ChunkCheck) -> None:
+        stop(self)
+        with stopped:
+            stopped.notify_all()
 
     def as_long_as_it_may(task: Task) -> Comparison:
         if task.ways.conditions.is_presumed:
-            ended.append(comes_true(task.is_over))
+            with stopped:
+                ended.append(stopped.wait_for(task.is_over, 20))
         return check_truth(task)
 
+    monkeypatch.setattr(ChunkCheck, "stop", stopping)
     monkeypatch.setattr(check, "check_truth", as_long_as_it_may)
     recorded = with_another_output(record_gru(tmp_path, make_gru(), LENGTHS))
     assert report_of(recorded)["verdict"] == "mismatch"
