@@ -126,10 +126,14 @@ def test_wrong_seqs_are_named(path: Path, seq: int, value: int, sentence: str, f
 
 def test_only_the_frames_before_a_defect_are_loaded(path: Path) -> None:
     with RecordingReader(path) as good, RecordingReader(forge_column(path, 3, 6, "seqs", 2)) as bad:
-        whole = SequenceIndex(good, lambda _: None, all_frames).sequences(np.array([2]))
-        part = SequenceIndex(bad, lambda _: None, all_frames).sequences(np.array([2]))
-    assert part.x[part.places(0)].tobytes() == whole.x[whole.places(0)[:6]].tobytes()
-    assert part.y[part.places(0)].tobytes() == whole.y[whole.places(0)[:6]].tobytes()
+        whole = SequenceIndex(good, lambda _: None, all_frames).sequences(np.arange(5))
+        part = SequenceIndex(bad, lambda _: None, all_frames).sequences(np.arange(5))
+    assert part.lengths.tolist() == [5, 0, 6, 40, 7]
+    assert len(part.x) == len(whole.x) - 3
+    for stretch, length in enumerate(part.lengths):
+        places, expected = part.places(stretch), whole.places(stretch)[:length]
+        assert part.x[places].tobytes() == whole.x[expected].tobytes()
+        assert part.y[places].tobytes() == whole.y[expected].tobytes()
 
 
 def test_frames_of_a_stream_that_never_opened_are_damage(path: Path) -> None:

@@ -162,7 +162,7 @@ class SequenceIndex:
                 if batches[0].y is None:
                     self.unanswered[stretches] += counts
                 self.frames_present += len(rows)
-                self._keep(batches, self._by_number[at], good)
+                self._keep(batches, self._by_number[at], good)  # all are good, in whichever order
                 return
         for batch in batches:
             self._count(batch)
