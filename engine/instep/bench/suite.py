@@ -62,6 +62,8 @@ MEASUREMENTS: Final = (
 )
 QUICK: Final[dict[str, Any]] = {"rounds": 1, "seconds": 0.05, "scale": 50}
 """What a quick run does less of."""
+NO_VERDICT: Final[dict[str, Any]] = {"reached": None, "verdict": "no verdict"}
+"""What it says of a row."""
 
 
 def run(
@@ -95,18 +97,16 @@ def run(
         return 1
     finally:
         gc.unfreeze()
+    missed = None if quick else [row.name for row in found if not row.reached]
     result: dict[str, Any] = {
         "started": started.isoformat(timespec="seconds"),
         "machine": facts(),
         "load_average": {"before": before, "after": load_average()},
         "quick": quick,
-        "rows": [row.as_json() for row in found],
-        "missed": [row.name for row in found if not row.reached],
-        "passed": all(row.reached for row in found),
+        "rows": [{**row.as_json(), **(NO_VERDICT if quick else {})} for row in found],
+        "missed": missed,
+        "passed": None if missed is None else not missed,
     }
-    if quick:
-        result |= {"missed": None, "passed": None}
-        result["rows"] = [{**row, "reached": None, "verdict": "no verdict"} for row in result["rows"]]
     show(console, result, found)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def run(
         console.print(f"{out / 'bench.json'}, {out / 'bench.png'}", highlight=False, soft_wrap=True)
     if as_json:
         sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
-    return 1 if result["missed"] else 0
+    return 1 if missed else 0
 
 
 def _measured(console: Console, rows: Sequence[str], quick: bool) -> Iterator[Row]:

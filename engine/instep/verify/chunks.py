@@ -89,7 +89,7 @@ class Chunk:
     def _span(self, start: int, end: int) -> Span:
         timesteps = np.arange(start, end)[:, None]
         valid: Bool = timesteps < self.lengths
-        at: I64 = np.where(valid, self._sequences.order.take(np.where(valid, self._start + timesteps, 0)), 0)
+        at = self._sequences.order.take(np.where(valid, self._start + timesteps, 0))
         return Span(self._sequences, start + self.first_seqs, at, valid)
 
 
@@ -99,7 +99,7 @@ class Span:
     Args:
         sequences: where they are.
         starts: see below.
-        at: [T, R]: where the frames are in `sequences`; 0 where a row has none.
+        at: [T, R]: where the frames are in `sequences`; anywhere where a row has none.
         valid: see below.
 
     Attributes:

@@ -90,6 +90,7 @@ def _verify(
     files, reports = chosen.files, list[Report]()
     if streams:
         select_streams(_opened(files), streams)
+    is_alone = len(files) == 1
     found_before: dict[str, Ways] = {}
     for at, file in enumerate(files):
 
@@ -99,7 +100,6 @@ def _verify(
         with RecordingReader(file) as reader:
             model = recorded_model(reader.header, model_folder)
             following = Following.after(file, files[at + 1]) if at + 1 < len(files) else None
-            is_alone = len(files) == 1
             with suppress(NoSuchStream):  # it is in another file; this one was read, and is not damaged
                 reports.append(
                     verifier.verify(
@@ -107,9 +107,8 @@ def _verify(
                     )
                 )
     if not sum(report.frames for report in reports) and not sum(report.mismatches for report in reports):
-        raise CannotVerify(
-            f"no file holds frames with outputs{' of these streams' * bool(streams)}: there is nothing to verify"
-        )
+        whose = " of these streams" if streams else ""
+        raise CannotVerify(f"no file holds frames with outputs{whose}: there is nothing to verify")
     return Reports(tuple(reports), chosen.notes, chosen.is_complete)
 
 
