@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from instep.bench.choice import NAMES
 from instep.cli import app
 from instep.config import Config
-from instep.model.errors import ModelError
+from instep.models.errors import ModelError
 from instep.recording.errors import RecordingError
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
@@ -307,7 +307,7 @@ class TestModel:
         assert "  gru.weight_ih_l0 [12, 5]" in shown[2:]
 
     def test_constant_weights_without_biases(self, tmp_path: Path) -> None:
-        from instep.model.folder import load_model
+        from instep.models.folder import load_model
 
         arguments = ["--features", "3", "--hidden", "4", "--no-bias", "--after", "2", "--name", "the seed's"]
         result = instep("model", "make", str(tmp_path), *arguments, "--init", "constant", "--weight", "0.25")
@@ -380,7 +380,7 @@ def test_help_explains_every_command(path: list[str]) -> None:
 
 def test_help_is_light() -> None:
     """What makes `--help` slow is what it imports: that is asserted, not the time."""
-    heavy = ["torch", "numpy", "zmq", "pydantic", "yaml", "structlog", "matplotlib", "instep.config", "instep.model"]
+    heavy = ["torch", "numpy", "zmq", "pydantic", "yaml", "structlog", "matplotlib", "instep.config", "instep.models"]
     script = f"""
 import sys
 from instep.cli import app

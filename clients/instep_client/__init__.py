@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from instep_client.aio import AsyncClient
     from instep_client.aio_streams import AsyncGroup, AsyncStream
     from instep_client.calls import Answer
-    from instep_client.errors import (
+    from instep_client.protocol.errors import (
         ClientClosed,
         ConnectionFailed,
         DataLoss,
@@ -51,21 +51,20 @@ if TYPE_CHECKING:
         StreamEvicted,
         StreamRefused,
     )
+    from instep_client.protocol.wire import Code, ServerInfo
     from instep_client.snapshots import StreamSnapshot
     from instep_client.sync import Client
     from instep_client.sync_streams import Group, Stream
-    from instep_client.wire import Code, ServerInfo
 else:
+    _HOMES = ("protocol.errors", "protocol.wire", "calls", "snapshots", "aio", "aio_streams", "sync", "sync_streams")
 
     def __getattr__(name: str) -> Any:
         from importlib import import_module
 
-        modules = ("errors", "codes", "wire", "calls", "snapshots", "aio", "aio_streams", "sync", "sync_streams")
-        if name in modules:
+        if name in _HOMES:
             return import_module(f"instep_client.{name}")
-        if name in __all__:
-            for module in modules:
-                found = getattr(import_module(f"instep_client.{module}"), name, None)
-                if found is not None:
-                    return found
+        for module in _HOMES if name in __all__ else ():
+            found = getattr(import_module(f"instep_client.{module}"), name, None)
+            if found is not None:
+                return found
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup, AsyncStream
 from instep_client.driver import Driver
+from instep_client.protocol.wire import DEFAULT_ENDPOINT, F32, ServerInfo
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
-from instep_client.wire import DEFAULT_ENDPOINT, F32, ServerInfo
 
 
 class AsyncClient:

@@ -8,10 +8,10 @@ import numpy.typing as npt
 
 from instep_client.calls import Answer
 from instep_client.driver import Driver
+from instep_client.protocol.wire import F32, U64
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
 from instep_client.streams import Lane
-from instep_client.wire import F32, U64
 
 
 class AsyncStream:

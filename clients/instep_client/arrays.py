@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.errors import InvalidInput
-from instep_client.wire import F32, U64
+from instep_client.protocol.errors import InvalidInput
+from instep_client.protocol.wire import F32, U64
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from instep_client.arrays import Indices
 from instep_client.calls import StepCall
+from instep_client.protocol.wire import F32, U64
 from instep_client.replies import Stepped
 from instep_client.streams import ACKED, HANDLE, SEQ, StreamTable
-from instep_client.wire import F32, U64
 
 
 class Block:

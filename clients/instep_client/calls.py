@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from instep_client.arrays import Indices
-from instep_client.errors import FrameFailure, FramesRefused, InstepError, StreamEvicted
-from instep_client.wire import F32, Code
+from instep_client.protocol.errors import FrameFailure, FramesRefused, InstepError, StreamEvicted
+from instep_client.protocol.wire import F32, Code
 
 if TYPE_CHECKING:
     from instep_client.streams import Lane

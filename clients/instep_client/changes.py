@@ -8,12 +8,12 @@ import numpy as np
 
 from instep_client import arrays
 from instep_client.calls import ENDING
-from instep_client.errors import StreamEvicted, StreamRefused
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
+from instep_client.protocol.errors import StreamEvicted, StreamRefused
+from instep_client.protocol.wire import F32, U64, Kind, ServerInfo, raw
 from instep_client.replies import Failure
 from instep_client.requests import CloseCall, PeekCall, ResetCall
 from instep_client.streams import HANDLE, Lane, StreamTable
-from instep_client.wire import F32, U64, Kind, ServerInfo, raw
 
 
 class Changes:

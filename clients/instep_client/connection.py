@@ -7,19 +7,19 @@ from enum import Enum
 from random import Random
 from typing import Any
 
-from instep_client import wire
 from instep_client.calls import Call, Ping, Statistics
 from instep_client.changes import Changes
 from instep_client.endpoint import checked_endpoint
-from instep_client.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput
 from instep_client.flow import Flow
 from instep_client.looks import Looks
 from instep_client.openings import Openings
 from instep_client.outbox import Outbox
+from instep_client.protocol import wire
+from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput
+from instep_client.protocol.wire import Kind, Message, ServerInfo
 from instep_client.recovery import Recovery
 from instep_client.requests import CloseCall, ForkCall, LaneCall, LookCall, OpenCall, PeekCall, ResetCall
 from instep_client.streams import Lane, StreamTable
-from instep_client.wire import Kind, Message, ServerInfo
 
 
 class State(Enum):

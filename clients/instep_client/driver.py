@@ -17,14 +17,14 @@ from weakref import WeakKeyDictionary
 
 import zmq
 
-from instep_client import multipart
 from instep_client.calls import Call, StepCall
 from instep_client.endpoint import EXAMPLES
-from instep_client.errors import ClientClosed, ConnectionFailed
 from instep_client.outbox import MAX_REPLY_BYTES
+from instep_client.protocol import multipart
+from instep_client.protocol.errors import ClientClosed, ConnectionFailed
+from instep_client.protocol.wire import Message
 from instep_client.session import Session
 from instep_client.streams import Lane
-from instep_client.wire import Message
 
 R = TypeVar("R")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from instep_client.errors import InvalidInput
+from instep_client.protocol.errors import InvalidInput
 
 _TCP: Final = re.compile(r"tcp://(?P<host>[^\s/*]+):(?P<port>\d{1,5})")
 _ADDRESS: Final = re.compile(r"[^\s:/*]+:\d{1,5}")

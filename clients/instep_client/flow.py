@@ -10,12 +10,12 @@ import numpy as np
 from instep_client.arrays import Indices
 from instep_client.blocks import Block
 from instep_client.calls import Failed, StepCall
-from instep_client.errors import InstepError
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox
+from instep_client.protocol.errors import InstepError
+from instep_client.protocol.wire import COLUMN, MAX_BLOCK_STREAMS, Code, ServerInfo
 from instep_client.requests import CloseCall, LaneCall
 from instep_client.streams import SEQ, Lane, StreamTable
 from instep_client.transit import BEHIND, Transit
-from instep_client.wire import COLUMN, MAX_BLOCK_STREAMS, Code, ServerInfo
 
 
 class Flow:

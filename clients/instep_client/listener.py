@@ -7,20 +7,21 @@ from typing import Any, Final
 
 import numpy as np
 
-from instep_client import replies, wire
+from instep_client import replies
 from instep_client.arrays import Indices
 from instep_client.blocks import Block
 from instep_client.calls import Call, Ping
 from instep_client.changes import Changes
 from instep_client.connection import Connection, State
-from instep_client.errors import ConnectionFailed, MalformedMessage, Refused
 from instep_client.flow import Flow
 from instep_client.looks import Looks
 from instep_client.openings import Openings
 from instep_client.outbox import Asked
+from instep_client.protocol import wire
+from instep_client.protocol.errors import ConnectionFailed, MalformedMessage, Refused
+from instep_client.protocol.wire import Code, Frame, Header, Kind, ServerInfo
 from instep_client.recovery import Phase
 from instep_client.requests import CloseCall, LookCall, OpenCall, PeekCall, Request, ResetCall
-from instep_client.wire import Code, Frame, Header, Kind, ServerInfo
 
 _REPLY: Final = {
     Kind.HELLO: Kind.WELCOME,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from instep_client import arrays, wire
-from instep_client.errors import StreamRefused
+from instep_client import arrays
 from instep_client.openings import good_names
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
+from instep_client.protocol import wire
+from instep_client.protocol.errors import StreamRefused
+from instep_client.protocol.wire import F32, U64, Kind, ServerInfo
 from instep_client.replies import Failure
 from instep_client.requests import LookCall
-from instep_client.wire import F32, U64, Kind, ServerInfo
 
 
 class Looks:

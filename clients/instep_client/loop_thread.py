@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 
 from instep_client.aio import AsyncClient
-from instep_client.errors import ClientClosed, ConnectionFailed, InstepError
+from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError
 
 R = TypeVar("R")
 

@@ -13,13 +13,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from instep_client import arrays, wire
-from instep_client.errors import ConnectionFailed, InstepError, InvalidInput, StreamRefused, stream_ended
+from instep_client import arrays
 from instep_client.outbox import Outbox, parts
+from instep_client.protocol import wire
+from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput, StreamRefused, stream_ended
+from instep_client.protocol.wire import CLAIM, HAVE_ALL, U64, Code, GrantArray, Kind, Message, ServerInfo, raw
 from instep_client.replies import Failure
 from instep_client.requests import ForkCall, OpenCall, ResumeCall
 from instep_client.streams import HANDLE, Lane, StreamTable
-from instep_client.wire import CLAIM, HAVE_ALL, U64, Code, GrantArray, Kind, Message, ServerInfo, raw
 
 _IN_DOUBT: Final = {Code.NAME_IN_USE: "opened", Code.FENCED: "resumed"}
 """What may have been done over a lost connection when asking again is refused with these codes."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from instep_client import wire
-from instep_client.wire import MAX_BLOCK_STREAMS, Frame, Kind, Message
+from instep_client.protocol import wire
+from instep_client.protocol.wire import MAX_BLOCK_STREAMS, Frame, Kind, Message
 
 if TYPE_CHECKING:
     from instep_client.arrays import Indices

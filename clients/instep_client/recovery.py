@@ -16,12 +16,12 @@ from typing import Final
 
 import numpy as np
 
-from instep_client import wire
 from instep_client.arrays import Indices
 from instep_client.outbox import Outbox, parts
+from instep_client.protocol import wire
+from instep_client.protocol.wire import CLAIM, Code, GrantArray, Kind, ServerInfo
 from instep_client.replies import Failure
 from instep_client.streams import ACKED, StreamTable
-from instep_client.wire import CLAIM, Code, GrantArray, Kind, ServerInfo
 
 LEAST_DELAY_S: Final = 0.05
 MOST_DELAY_S: Final = 2.0

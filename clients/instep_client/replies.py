@@ -8,9 +8,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from instep_client import wire
-from instep_client.errors import MalformedMessage
-from instep_client.wire import F32, U64, Code, Frame, GrantArray, Header, ServerInfo
+from instep_client.protocol import wire
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.wire import F32, U64, Code, Frame, GrantArray, Header, ServerInfo
 
 _MOST: Final = 2**63 - 1
 _CODES: Final = {int(code): code for code in Code}

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from instep_client.calls import Call
-from instep_client.errors import InstepError
-from instep_client.wire import F32, GRANT, U64, Code, FailureArray, GrantArray
+from instep_client.protocol.errors import InstepError
+from instep_client.protocol.wire import F32, GRANT, U64, Code, FailureArray, GrantArray
 
 if TYPE_CHECKING:
     from instep_client.streams import Lane

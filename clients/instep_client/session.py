@@ -22,11 +22,11 @@ import numpy.typing as npt
 from instep_client import arrays
 from instep_client.calls import Call, Ping, Statistics, StepCall
 from instep_client.connection import State as State
-from instep_client.errors import ClientClosed
 from instep_client.listener import Listener
+from instep_client.protocol.errors import ClientClosed
+from instep_client.protocol.wire import F32, U64
 from instep_client.requests import CloseCall, ForkCall, LookCall, OpenCall, PeekCall, ResetCall
 from instep_client.streams import Lane
-from instep_client.wire import F32, U64
 
 
 class Session(Listener):

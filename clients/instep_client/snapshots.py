@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from instep_client.errors import InvalidInput
 from instep_client.outbox import MAX_REPLY_BYTES
-from instep_client.wire import F32, ServerInfo
+from instep_client.protocol.errors import InvalidInput
+from instep_client.protocol.wire import F32, ServerInfo
 
 _FORMAT: Final = "instep stream snapshot 1"
 _LENGTH_BYTES: Final = 8

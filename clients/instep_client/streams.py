@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from instep_client.arrays import Indices
-from instep_client.errors import StreamEvicted, stream_ended
-from instep_client.wire import U64, Code, GrantArray
+from instep_client.protocol.errors import StreamEvicted, stream_ended
+from instep_client.protocol.wire import U64, Code, GrantArray
 
 if TYPE_CHECKING:
     from instep_client.calls import StepCall, Waiter

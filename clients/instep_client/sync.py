@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from instep_client.aio import AsyncClient
 from instep_client.loop_thread import LoopThread
+from instep_client.protocol.wire import DEFAULT_ENDPOINT, F32, ServerInfo
 from instep_client.snapshots import StreamSnapshot
 from instep_client.sync_streams import Group, Stream
-from instep_client.wire import DEFAULT_ENDPOINT, F32, ServerInfo
 
 
 class Client:

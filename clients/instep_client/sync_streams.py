@@ -9,8 +9,8 @@ import numpy.typing as npt
 from instep_client.aio_streams import AsyncGroup, AsyncStream
 from instep_client.calls import Answer
 from instep_client.loop_thread import LoopThread
+from instep_client.protocol.wire import F32, U64
 from instep_client.snapshots import StreamSnapshot
-from instep_client.wire import F32, U64
 
 
 class Stream:

@@ -19,9 +19,9 @@ from instep_client.arrays import Indices
 from instep_client.blocks import Block
 from instep_client.calls import ENDING, Failed, StepCall
 from instep_client.outbox import Outbox
+from instep_client.protocol.wire import F32_NAME, Code, Kind, Message, raw
 from instep_client.replies import Failure, Refusal, Stepped
 from instep_client.streams import SEQ, StreamTable
-from instep_client.wire import F32_NAME, Code, Kind, Message, raw
 
 BEHIND: Final = "an earlier frame of this stream was refused, so this one, which came after it, was not applied"
 _DRAIN_RETRY_S: Final = 0.25

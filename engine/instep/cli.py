@@ -296,7 +296,7 @@ def make(
     gru = {"hidden_size": hidden, "num_layers": layers, "bias": not no_bias}
     description = described(features, gru, {"before": before, "after": after}, bias=not no_bias)
 
-    from instep.model.folder import make_model, write_model
+    from instep.models.folder import make_model, write_model
 
     made = make_model(description, init, name=name or folder.resolve().name, seed=seed, weight=weight, bias=bias)
     write_model(folder, made, overwrite=overwrite)
@@ -308,7 +308,7 @@ def info(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")], json: Json = False
 ) -> None:
     """Check a model folder and show what is in it."""
-    from instep.model.folder import load_model
+    from instep.models.folder import load_model
 
     model = load_model(folder)
     shapes = {name: list(tensor.shape) for name, tensor in model.weights.items()}
@@ -373,7 +373,7 @@ def _failure(error: Exception) -> typer.Exit:
 def _users_errors() -> tuple[type[Exception], ...]:
     """Errors that are one sentence for the user; imported only once something was raised."""
     from instep.config import ConfigError
-    from instep.model.errors import ModelError
+    from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError
 
     return ConfigError, ModelError, RecordingError

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from instep.config import ConfigError, Problem
-from instep.model.description import NetworkDescription
+from instep.models.description import NetworkDescription
 
 
 def described(

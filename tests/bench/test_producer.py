@@ -21,8 +21,8 @@ from instep.bench.lanes import Feed, Lane, opened
 from instep.bench.producer import closed_loop, open_loop, round_trips, waking_on_time
 from instep.bench.reference import WrongOutput, check_and_close, truth
 from instep.core.typing import F32, U64
-from instep_client import wire
-from instep_client.wire import Kind
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, torch_gru, whole
 from tests.support.running import running
 

@@ -9,7 +9,7 @@ import numpy as np
 import zmq
 
 from instep.core.typing import F32
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.chaos.load import Kept
 from tests.support.models import SMALL
 from tests.support.raw import RawClient, Reply

@@ -11,7 +11,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from instep.model.folder import write_model
+from instep.models.folder import write_model
 from tests.support.models import SMALL
 from tests.support.warm import warm_instep
 

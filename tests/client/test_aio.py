@@ -26,7 +26,7 @@ from instep_client import (
     StreamEvicted,
     StreamRefused,
 )
-from instep_client.wire import Kind
+from instep_client.protocol.wire import Kind
 from tests.support.fake_server import F32, INFO, FakeServer, Message, error, goodbye, reference
 
 X = np.arange(300, dtype=np.float32).reshape(100, 3)

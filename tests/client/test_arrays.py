@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from instep_client import arrays
-from instep_client.errors import InvalidInput
+from instep_client.protocol.errors import InvalidInput
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from instep_client.codes import SENTENCES, Code
-from instep_client.errors import InstepError, StreamEvicted
+from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.errors import InstepError, StreamEvicted
 from tests.support.fake_server import evicted, reference, stepped
 from tests.support.session_link import BAD, Link, X, blocks, refusal, refuse, sizes
 

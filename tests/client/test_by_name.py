@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instep_client import AsyncClient, Client, StreamRefused
-from instep_client.codes import Code
+from instep_client.protocol.codes import Code
 from tests.support.fake_server import FakeServer, reference
 from tests.support.ring_server import RING_INFO, RingServer
 from tests.support.session_link import X

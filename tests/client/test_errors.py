@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import instep_client
-from instep_client import errors
-from instep_client.codes import SENTENCES, Code
-from instep_client.errors import FrameFailure, FramesRefused
+from instep_client.protocol import errors
+from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.errors import FrameFailure, FramesRefused
 
 
 def test_one_tree_and_familiar_relatives() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instep_client.calls import StepCall
-from instep_client.errors import FramesRefused, InstepError
+from instep_client.protocol.errors import FramesRefused, InstepError
 from instep_client.session import Session, State
 from instep_client.streams import Lane
 from tests.support.fake_server import F32, Message

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from instep_client.codes import Code
-from instep_client.errors import ClientClosed, InstepError
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import ClientClosed, InstepError
 from tests.support.fake_server import reference
 from tests.support.session_link import BAD, Link, X, limited, refusal
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.codes import Code
-from instep_client.errors import ClientClosed, InvalidInput, StreamEvicted, StreamRefused
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import ClientClosed, InvalidInput, StreamEvicted, StreamRefused
+from instep_client.protocol.wire import Kind
 from instep_client.requests import OpenCall
-from instep_client.wire import Kind
 from tests.support.fake_server import INFO, Message, evicted, reference
 from tests.support.session_link import Link, X, headers, refuse
 

@@ -22,6 +22,6 @@ print([name for name in ("numpy", "zmq", "msgpack", "asyncio") if name in sys.mo
 def test_everything_it_names_is_there() -> None:
     for name in instep_client.__all__:
         assert getattr(instep_client, name).__name__ == name
-    assert instep_client.errors.InstepError is instep_client.InstepError
+    assert instep_client.protocol.errors.InstepError is instep_client.InstepError
     with pytest.raises(AttributeError, match=r"module 'instep_client' has no attribute 'Clinet'"):
         getattr(instep_client, "Clinet")  # noqa: B009 (a type checker refuses the other way)

@@ -22,7 +22,7 @@ from instep_client import (
     StreamSnapshot,
     driver,
 )
-from instep_client.wire import Kind
+from instep_client.protocol.wire import Kind
 from tests.support.fake_server import F32, FakeServer, Message, reference
 from tests.support.relay import Relay
 from tests.support.ring_server import RingServer

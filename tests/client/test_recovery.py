@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from instep_client.calls import Call
-from instep_client.codes import Code
-from instep_client.errors import (
+from instep_client.outbox import Outbox
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import (
     ClientClosed,
     ConnectionFailed,
     DataLoss,
@@ -23,11 +24,10 @@ from instep_client.errors import (
     StreamEvicted,
     StreamRefused,
 )
-from instep_client.outbox import Outbox
+from instep_client.protocol.wire import Kind
 from instep_client.recovery import Recovery
 from instep_client.session import Session, State
 from instep_client.streams import StreamTable
-from instep_client.wire import Kind
 from tests.support.fake_server import error, goodbye, reference
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer

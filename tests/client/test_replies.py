@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep_client import replies, wire
-from instep_client.codes import SENTENCES, Code
-from instep_client.errors import MalformedMessage
-from instep_client.wire import Kind
+from instep_client import replies
+from instep_client.protocol import wire
+from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.wire import Kind
 from tests.support.fake_server import INFO, Message, error, evicted, pack, stepped, welcome
 
 SAID = [[int(Code.SEQ_GAP), "gap"]]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from instep_client.calls import Call
-from instep_client.codes import Code
-from instep_client.errors import (
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import (
     ClientClosed,
     ConnectionFailed,
     InstepError,
@@ -19,8 +19,8 @@ from instep_client.errors import (
     Refused,
     StreamEvicted,
 )
+from instep_client.protocol.wire import Kind
 from instep_client.session import Session, State
-from instep_client.wire import Kind
 from tests.support.fake_server import INFO, Message, error, evicted, goodbye, pack, stepped, welcome
 from tests.support.session_link import Link, headers, refuse
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from instep_client import StreamSnapshot
-from instep_client.errors import InvalidInput
+from instep_client.protocol.errors import InvalidInput
 from tests.support.fake_server import INFO
 
 STATE = np.array([[1.5, -2.0], [0.0, 3.0e-41]], np.float32)

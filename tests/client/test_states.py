@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 
 from instep_client.calls import Call
-from instep_client.codes import Code
-from instep_client.errors import ClientClosed, DataLoss, FramesRefused, InvalidInput, StreamEvicted, StreamRefused
-from instep_client.wire import CLAIM, HAVE_ALL, Kind
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import (
+    ClientClosed,
+    DataLoss,
+    FramesRefused,
+    InvalidInput,
+    StreamEvicted,
+    StreamRefused,
+)
+from instep_client.protocol.wire import CLAIM, HAVE_ALL, Kind
 from tests.support.fake_server import evicted, reference
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer

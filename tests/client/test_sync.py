@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from instep_client import Client, ClientClosed, Code, ConnectionFailed, FramesRefused, StreamRefused
-from instep_client.wire import Kind
+from instep_client.protocol.wire import Kind
 from tests.support.fake_server import INFO, FakeServer, reference
 
 X = np.arange(300, dtype=np.float32).reshape(100, 3)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from instep_client.calls import StepCall
-from instep_client.codes import SENTENCES, Code
-from instep_client.errors import ConnectionFailed, MalformedMessage
+from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.errors import ConnectionFailed, MalformedMessage
+from instep_client.protocol.wire import FAILURE
 from instep_client.session import State
-from instep_client.wire import FAILURE
 from tests.support.fake_server import F32, Message, reference
 from tests.support.session_link import BAD, Link, X, refusal, sizes
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.codes import Code
-from instep_client.wire import COLUMN, Kind
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import COLUMN, Kind
 from tests.support.fake_server import INFO, Message, pack, reference, stepped
 from tests.support.session_link import BAD, Link, X, headers, refusal, sizes
 

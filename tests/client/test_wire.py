@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep_client import wire
-from instep_client.errors import MalformedMessage
-from instep_client.wire import Kind
+from instep_client.protocol import wire
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.wire import Kind
 
 HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.HELLO, 1, (3, "abc"), "94 01 01 03 a3 616263"),

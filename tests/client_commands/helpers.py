@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from instep_client.commands.terminal import Terminal
-from instep_client.wire import F32, ServerInfo
+from instep_client.protocol.wire import F32, ServerInfo
 from tests.support.fake_server import INFO
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from instep_client import commands
 from instep_client.commands import connect
 from instep_client.commands.app import app
-from instep_client.wire import DEFAULT_ENDPOINT, SENTENCES, Code, Kind
+from instep_client.protocol.wire import DEFAULT_ENDPOINT, SENTENCES, Code, Kind
 from tests.support.fake_server import FakeServer, error, goodbye, reference
 from tests.support.interrupting import interrupted_at_every_moment
 

@@ -8,7 +8,7 @@ import pytest
 
 from instep_client.commands.compare import compare
 from instep_client.commands.sequences import Sequences
-from instep_client.wire import F32
+from instep_client.protocol.wire import F32
 
 ALL = np.ones(5, np.bool_)
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from instep_client.aio import AsyncClient
-from instep_client.codes import Code
 from instep_client.commands.living import step_living
-from instep_client.errors import FramesRefused
-from instep_client.wire import F32
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import FramesRefused
+from instep_client.protocol.wire import F32
 from tests.support.fake_server import FakeServer, reference
 
 NAMES = ["a", "b", "c", "d"]

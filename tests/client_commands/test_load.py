@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from instep_client.codes import SENTENCES, Code
 from instep_client.commands.load import Load, LoadPart, Mode, PartResult
 from instep_client.commands.pacing import Stop
-from instep_client.errors import ConnectionFailed, FrameFailure, FramesRefused, Refused, StreamEvicted
+from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.errors import ConnectionFailed, FrameFailure, FramesRefused, Refused, StreamEvicted
 from tests.client_commands.helpers import JumpingClock, ModelServer
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from instep_client.codes import Code
 from instep_client.commands import loadtest as loadtest_module
 from instep_client.commands import report
 from instep_client.commands.load import Mode
@@ -16,7 +15,8 @@ from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import CommandProblem, Exit
 from instep_client.commands.processes import run_parts
 from instep_client.commands.report import Measured
-from instep_client.wire import Kind
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import Kind
 from tests.client_commands.helpers import JumpingClock, RememberingTerminal, info_with
 from tests.support.fake_server import FakeServer, Message, error
 

@@ -9,7 +9,7 @@ from instep_client.commands.files import read_sequences
 from instep_client.commands.outputs import NoOutputs, PrintedOutputs, check_output_path, open_outputs, save_outputs
 from instep_client.commands.problems import BadFile
 from instep_client.commands.sequences import Sequences
-from instep_client.wire import F32
+from instep_client.protocol.wire import F32
 
 
 def f32(*rows: list[float]) -> F32:

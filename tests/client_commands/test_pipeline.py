@@ -6,10 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from instep_client.codes import SENTENCES, Code
 from instep_client.commands.pipeline import pipeline, task_group
-from instep_client.errors import ConnectionFailed, Refused
-from instep_client.wire import F32
+from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.errors import ConnectionFailed, Refused
+from instep_client.protocol.wire import F32
 
 
 def f32(value: float) -> F32:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.codes import Code
 from instep_client.commands import processes
 from instep_client.commands.load import LoadPart, Mode, PartResult
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import CommandProblem
 from instep_client.commands.processes import END, READY, merge, run_parts, work
 from instep_client.commands.samples import SAMPLE
-from instep_client.wire import Kind
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import Kind
 from tests.support.fake_server import FakeServer, Message, error
 
 PART = LoadPart(

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.codes import Code
 from instep_client.commands.files import read_sequences
 from instep_client.commands.live import Pace
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import BadFile, CommandProblem, Exit
 from instep_client.commands.produce import Produce, produce
 from instep_client.commands.signals import Signal, make_signal
-from instep_client.wire import F32, Kind
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import F32, Kind
 from tests.client_commands.helpers import JumpingClock, RememberingTerminal
 from tests.support.fake_server import FakeServer, Message, evicted, reference
 

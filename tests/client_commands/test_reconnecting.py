@@ -17,7 +17,7 @@ from instep_client.commands.problems import Exit
 from instep_client.commands.produce import Produce, produce
 from instep_client.commands.replay import Replay, replay
 from instep_client.commands.sequences import Sequences
-from instep_client.wire import F32, Kind
+from instep_client.protocol.wire import F32, Kind
 from tests.client_commands.helpers import RememberingTerminal
 from tests.support.fake_server import FakeServer, Message, reference
 from tests.support.ring_server import RingServer

@@ -10,7 +10,7 @@ import pytest
 from instep.recording.writer import RecordingWriter
 from instep_client.commands.problems import BadFile
 from instep_client.commands.recordings import is_recording, read_recording
-from instep_client.wire import F32
+from instep_client.protocol.wire import F32
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
 from tests.support.scribe import Scribe
 

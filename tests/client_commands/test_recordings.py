@@ -11,7 +11,7 @@ from instep.recording.schema import RecordingHeader, row_crc
 from instep.recording.writer import RecordingWriter
 from instep_client.commands.problems import BadFile
 from instep_client.commands.recordings import is_recording, read_recording
-from instep_client.wire import F32
+from instep_client.protocol.wire import F32
 from tests.support.rows import close_stream, open_stream, stream_event
 
 START_NS = 1_700_000_000_000_000_000

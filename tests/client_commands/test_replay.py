@@ -11,13 +11,13 @@ import pytest
 
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
-from instep_client.codes import Code
 from instep_client.commands.files import read_sequences, save_sequences
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import CommandProblem, Exit
 from instep_client.commands.replay import Replay, replay
 from instep_client.commands.sequences import Sequences
-from instep_client.wire import F32, Kind, ServerInfo
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import F32, Kind, ServerInfo
 from tests.client_commands.helpers import JumpingClock, RememberingTerminal, info_with
 from tests.support.fake_server import FakeServer, Message, error, evicted, reference
 from tests.support.rows import close_stream, open_stream

@@ -19,13 +19,13 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from instep_client import AsyncClient, Client, StreamEvicted, StreamRefused, StreamSnapshot
-from instep_client.codes import Code
 from instep_client.commands import state
 from instep_client.commands.app import app
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import CommandProblem, Exit
-from instep_client.errors import InvalidInput
-from instep_client.wire import Kind
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import InvalidInput
+from instep_client.protocol.wire import Kind
 from tests.client_commands.helpers import RememberingTerminal
 from tests.support.fake_server import FakeServer, Message, error, reference
 from tests.support.models import SEED_SIZED, SMALL, whole

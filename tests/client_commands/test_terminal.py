@@ -15,7 +15,7 @@ from instep_client.commands import terminal as terminal_module
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import CommandProblem, Exit
 from instep_client.commands.terminal import Terminal, run_command, run_undrained
-from instep_client.errors import ConnectionFailed
+from instep_client.protocol.errors import ConnectionFailed
 from tests.client_commands.helpers import RememberingTerminal
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from instep.core.admission import RepeatedStream, finite_lengths, resolve_distinct
 from instep.core.typing import F32
-from instep_client.codes import Code
+from instep_client.protocol.codes import Code
 from tests.support.core_streams import FEATURES, OWNER, CoreStreams, frames, u64
 
 W = 4

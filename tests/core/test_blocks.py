@@ -5,7 +5,7 @@ from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import I64
 from instep.core.verdict import Admission
-from instep_client.codes import Code
+from instep_client.protocol.codes import Code
 
 RINGS = Rings(StreamTable(8, max_owners=1), 4, 8, 1, 1, max_pending=10)
 """Where the frames of blocks lie."""

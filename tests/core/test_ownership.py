@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from instep.core.ownership import Claims, judge_claims
 from instep.core.streams import StreamTable
-from instep_client.codes import HAVE_ALL, Code
+from instep_client.protocol.codes import HAVE_ALL, Code
 from tests.support.core_streams import u64
 
 W = 4

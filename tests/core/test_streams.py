@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from instep.core.streams import StreamTable
-from instep_client.codes import Code
+from instep_client.protocol.codes import Code
 
 
 def test_opening_gives_distinct_slots_and_remembers_names_and_owner() -> None:

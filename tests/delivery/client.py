@@ -8,8 +8,8 @@ from enum import Enum, auto
 
 import numpy as np
 
-from instep_client import wire
-from instep_client.wire import HAVE_ALL, Code, Kind, Message
+from instep_client.protocol import wire
+from instep_client.protocol.wire import HAVE_ALL, Code, Kind, Message
 from tests.delivery.network import Connection, Network
 from tests.delivery.truth import Asked, Life, Line, Truth, is_fenced_rightly, require
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from instep.server.transport import Sent
-from instep_client.wire import Message
+from instep_client.protocol.wire import Message
 
 FULL_AT = 6
 """Messages that a connection holds for a peer that cannot be reached."""

@@ -32,7 +32,7 @@ from instep.server.snapshots import Snapshots
 from instep.server.statistics import Statistics
 from instep.server.tap import Tap
 from instep.server.verbs import Verbs
-from instep_client.wire import PROTOCOL_VERSION, Code, ServerInfo
+from instep_client.protocol.wire import PROTOCOL_VERSION, Code, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory
 from tests.delivery.network import Connection, Network
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from instep_client import wire
-from instep_client.wire import Kind, Message
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Kind, Message
 from tests.delivery.disk import Disk
 from tests.delivery.network import Connection
 from tests.delivery.node import Node, recur

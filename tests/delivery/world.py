@@ -8,8 +8,8 @@ from itertools import count
 from instep.recording.errors import RecordingError
 from instep.recording.schema import Durability
 from instep.runtime.errors import StateLost
-from instep_client import wire
-from instep_client.wire import Kind, Message
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Kind, Message
 from tests.delivery.client import Is, Lane, ModelClient
 from tests.delivery.disk import Disk
 from tests.delivery.network import Connection, Network

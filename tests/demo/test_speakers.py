@@ -19,7 +19,7 @@ from instep.demo.producers import Producer
 from instep.demo.speakers import received_is_recorded, show_verification
 from instep.demo.timetable import timetable
 from instep.demo.train import load_utterances
-from instep.model.folder import load_model
+from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.server.child import ChildFailed

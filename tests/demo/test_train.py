@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from instep.demo.train import Utterances, accuracy, load_utterances, main, train
-from instep.model.folder import load_model, save_model
-from instep.model.network import Network
+from instep.models.folder import load_model, save_model
+from instep.models.network import Network
 
 DEMO = Path(str(files("instep.demo")))
 

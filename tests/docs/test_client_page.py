@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import instep_client
-from instep.model.description import GruLayers, NetworkDescription
-from instep.model.folder import make_model, write_model
+from instep.models.description import GruLayers, NetworkDescription
+from instep.models.folder import make_model, write_model
 from instep.server.child import ChildServer
 from instep_client import AsyncClient, AsyncGroup, AsyncStream, Client
 from tests.docs.support.page import Page

@@ -13,11 +13,11 @@ import pytest
 
 from instep.config import RecordingConfig
 from instep.core.typing import F32, U64
-from instep.model.description import GruLayers, NetworkDescription
-from instep.model.folder import make_model
+from instep.models.description import GruLayers, NetworkDescription
+from instep.models.folder import make_model
 from instep.server.server import Server
-from instep_client import wire
-from instep_client.wire import Code, Kind
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Code, Kind
 from tests.docs.support.page import Page
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import whole

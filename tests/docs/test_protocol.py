@@ -17,14 +17,14 @@ import zmq.asyncio
 
 from instep.config import Config
 from instep.core.typing import F32, I32, I64, U64
-from instep.model.description import GruLayers, NetworkDescription
-from instep.model.folder import make_model
+from instep.models.description import GruLayers, NetworkDescription
+from instep.models.folder import make_model
 from instep.server import replies
 from instep.server.answers import Answer
 from instep_client import replies as readers
-from instep_client import wire
-from instep_client.errors import MalformedMessage
-from instep_client.wire import Code, Kind, Message, ServerInfo
+from instep_client.protocol import wire
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.wire import Code, Kind, Message, ServerInfo
 from tests.docs.support.page import Page
 from tests.docs.support.proxy import Proxy
 from tests.support.gate import GATE_VALUE, Gate

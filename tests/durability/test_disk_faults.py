@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32
-from instep.model.folder import write_model
+from instep.models.folder import write_model
 from instep.recording.errors import RecordingError
 from instep.recording.writer import RecordingWriter
 from instep.server.recovery import go_on
 from instep.server.server import Server
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.support.disk import Disk, Fault, Operation
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient, Reply

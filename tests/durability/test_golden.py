@@ -15,7 +15,7 @@ from rich.console import Console
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
-from instep.model.folder import load_model
+from instep.models.folder import load_model
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import FORMAT_VERSION, RecordingHeader

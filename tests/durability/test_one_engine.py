@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import instep.model.numerics
-from instep.model.folder import write_model
+import instep.models.numerics
+from instep.models.folder import write_model
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
 from instep.server import assembly
 from instep.server.preparation import CannotServe
 from instep.server.server import Server
-from instep_client.wire import HAVE_ALL, Code
+from instep_client.protocol.wire import HAVE_ALL, Code
 from tests.support.models import SMALL, plain, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -97,7 +97,7 @@ async def test_other_numerics_are_refused_unless_accepted_and_then_clients_are_t
         epoch = await opened_and_stepped(server, x[:4])
 
     monkeypatch.setattr(
-        "instep.server.assembly.numerics", lambda network: instep.model.numerics.numerics(network) | {"torch": "9.9"}
+        "instep.server.assembly.numerics", lambda network: instep.models.numerics.numerics(network) | {"torch": "9.9"}
     )
     before = path.read_bytes()
     said = await refusal(SMALL, path)

@@ -17,7 +17,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
 from instep.server.recovery import go_on
-from instep_client.wire import Code
+from instep_client.protocol.wire import Code
 from tests.support.disk import Disk, Operation, after_power_loss
 from tests.support.story import WINDOW, Story, Truth, assert_restored, new_engine, story_header
 

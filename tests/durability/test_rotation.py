@@ -17,7 +17,7 @@ from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.server.recovery import go_on
-from instep_client.wire import Kind
+from instep_client.protocol.wire import Kind
 from tests.support.disk import Disk, Fault, Operation, after_power_loss
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient

@@ -16,9 +16,9 @@ import psutil
 import pytest
 import zmq
 
-from instep.model.folder import write_model
+from instep.models.folder import write_model
 from instep.server.child import ChildServer
-from instep_client.wire import Kind
+from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
 from tests.support.running import running

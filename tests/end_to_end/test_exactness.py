@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from instep.core.typing import F32
-from instep.model.description import DenseLayer, GruLayers, NetworkDescription
-from instep.model.folder import Model, make_model
-from instep.model.network import Network
+from instep.models.description import DenseLayer, GruLayers, NetworkDescription
+from instep.models.folder import Model, make_model
+from instep.models.network import Network
 from tests.support.models import SEED_SIZED, plain, torch_gru, with_head
 from tests.support.raw import RawClient
 from tests.support.running import CPU, prepared, running

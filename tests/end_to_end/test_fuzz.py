@@ -15,9 +15,9 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep.model.folder import write_model
+from instep.models.folder import write_model
 from instep.server.child import ChildServer
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.support.fuzzing import FAILURES, INTERESTING_VALUES, REFUSALS, AnswerCheck, MessageMaker, is_answered
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient

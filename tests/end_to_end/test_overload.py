@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient

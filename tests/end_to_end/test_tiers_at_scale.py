@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from instep.core.typing import F32, I64, U64
-from instep.model.folder import write_model
+from instep.models.folder import write_model
 from instep.server.child import ChildServer
 from tests.chaos.victim import Victim
 from tests.support.models import SMALL, torch_gru

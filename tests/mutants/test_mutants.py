@@ -55,14 +55,14 @@ MUTANTS = [
         "model/certify.py",
         "if _distance(*answers) != 0:",
         "if False:",
-        ("tests/model/test_certify.py::test_a_fused_step_with_other_bits_is_left_out",),
+        ("tests/models/test_certify.py::test_a_fused_step_with_other_bits_is_left_out",),
     ),
     Mutant(
         "a small bucket of the fused step is compared over one batch",
         "model/certify.py",
         "for _ in range(0, count, bucket):",
         "for _ in range(1):",
-        ("tests/model/test_certify.py::test_a_fused_step_whose_bits_seldom_differ_is_left_out",),
+        ("tests/models/test_certify.py::test_a_fused_step_whose_bits_seldom_differ_is_left_out",),
     ),
     Mutant(
         "a stream goes on from a state whose output nobody got",

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from instep.core.typing import F32
-from instep.model.certify import candidate_buckets, certify
-from instep.model.description import DenseLayer, GruLayers, NetworkDescription
-from instep.model.folder import Model, make_model
-from instep.model.network import Network
-from instep.model.numerics import prepare
+from instep.models.certify import candidate_buckets, certify
+from instep.models.description import DenseLayer, GruLayers, NetworkDescription
+from instep.models.folder import Model, make_model
+from instep.models.network import Network
+from instep.models.numerics import prepare
 from instep.runtime.stepper import Stepper
 from tests.support.models import plain
 from tests.support.raw import RawClient

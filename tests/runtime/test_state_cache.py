@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from instep.model.network import Network
+from instep.models.network import Network
 from instep.runtime.state_cache import StateCache
 from tests.support.models import plain, whole
 

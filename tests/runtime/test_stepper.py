@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32, I64
-from instep.model.folder import Model
-from instep.model.network import Network
+from instep.models.folder import Model
+from instep.models.network import Network
 from instep.runtime.errors import StateLost
 from instep.runtime.host_batch import HostBatch
 from instep.runtime.state_cache import StateCache

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from instep.core.residency import Residency
 from instep.core.typing import F32, I64
-from instep.model.network import Network
+from instep.models.network import Network
 from instep.runtime.state_cache import StateCache
 from instep.runtime.stepper import Stepper
 from instep.runtime.tiers import Tiers

@@ -13,8 +13,8 @@ from instep.core.typing import F32
 from instep.core.verdict import Admission
 from instep.server.answers import answer, together
 from instep.server.clients import Client
-from instep_client import wire
-from instep_client.codes import Code
+from instep_client.protocol import wire
+from instep_client.protocol.codes import Code
 
 CLIENTS = [Client(number=0, arrival=1 + arrival, routing_id=b"", last_heard_ns=0) for arrival in range(3)]
 """Each had its number when the one before was gone, whose blocks are answered nevertheless."""

@@ -12,7 +12,7 @@ from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.server.burst import Burst, Step, apart
 from instep.server.clients import Client
-from instep_client import wire
+from instep_client.protocol import wire
 
 CLIENT = Client(0, 1, b"", 0)
 

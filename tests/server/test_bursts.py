@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from instep.core.typing import F32, I32, I64
 from instep.runtime.runs import Ended
-from instep_client import wire
-from instep_client.wire import Code, Kind
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL, whole
 from tests.support.turning import Turning
 

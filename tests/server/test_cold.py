@@ -19,7 +19,7 @@ from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job
 from instep.server.preparation import CannotServe
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.support.commits import held_commits
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient

@@ -9,7 +9,7 @@ import pytest
 
 from instep.core.typing import F32
 from instep.server.server import Server
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running

@@ -15,7 +15,7 @@ from instep.runtime.worker import Worker
 from instep.server.cold import RecordedStates
 from instep.server.postbox import Postbox
 from instep.server.transport import Router
-from instep_client.wire import Kind
+from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running

@@ -20,7 +20,7 @@ from instep.runtime.state_cache import StateCache
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
 from instep.server.waits import MOST_JOBS
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.support.commits import held_commits
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole

@@ -8,7 +8,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, plain, whole
 from tests.support.raw import RawClient

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32
-from instep.model.folder import Model
+from instep.models.folder import Model
 from instep.recording.writer import RecordingWriter
 from instep.server.server import Server
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient

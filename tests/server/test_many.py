@@ -27,7 +27,7 @@ from instep.server.lifecycle import Lifecycle
 from instep.server.postbox import Postbox
 from instep.server.server import Server
 from instep.server.tap import Tap
-from instep_client.wire import HAVE_ALL, Code
+from instep_client.protocol.wire import HAVE_ALL, Code
 from tests.support.models import SMALL
 from tests.support.raw import RawClient
 from tests.support.running import running

@@ -8,7 +8,7 @@ from instep.server import replies
 from instep.server.clients import Client, ClientTable
 from instep.server.postbox import Postbox
 from instep.server.transport import Sent
-from instep_client.wire import Kind, Message
+from instep_client.protocol.wire import Kind, Message
 
 MESSAGE: Message = [b"x" * 744]
 """1,000 bytes, with the objects around it."""

@@ -11,7 +11,7 @@ import pytest
 
 from instep.recording.writer import RecordingWriter
 from instep.server.server import Server
-from instep_client.wire import PROTOCOL_VERSION, SENTENCES, Code, Kind
+from instep_client.protocol.wire import PROTOCOL_VERSION, SENTENCES, Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient

@@ -11,7 +11,7 @@ import zmq
 
 from instep.core.typing import F32, U64
 from instep.server.server import Server
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running

@@ -14,7 +14,7 @@ import pytest
 from instep.core.typing import F32, I64
 from instep.runtime.stepper import Stepper
 from instep.server.server import Server
-from instep_client.wire import HAVE_ALL, Code, Kind
+from instep_client.protocol.wire import HAVE_ALL, Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient, Reply

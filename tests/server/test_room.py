@@ -18,7 +18,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server.server import Server
-from instep_client.wire import Kind
+from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running

@@ -24,7 +24,7 @@ from instep.server.rotation import Rotation
 from instep.server.server import Server
 from instep.server.snapshots import Extents, Snapshots
 from instep.server.tap import Tap
-from instep_client.wire import Kind
+from instep_client.protocol.wire import Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient

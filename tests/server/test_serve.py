@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from instep.config import Config
-from instep.model.certify import Certification
-from instep.model.folder import write_model
-from instep.model.network import Network
+from instep.models.certify import Certification
+from instep.models.folder import write_model
+from instep.models.network import Network
 from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve

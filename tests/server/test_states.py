@@ -16,7 +16,7 @@ from instep.recording.inspection import inspect
 from instep.recording.recovery import read_recovery
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
-from instep_client.wire import Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, plain, whole
 from tests.support.raw import RawClient

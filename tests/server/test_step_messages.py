@@ -11,9 +11,9 @@ from instep.server.burst import Step
 from instep.server.clients import Client
 from instep.server.refusal import Refusal
 from instep.server.step_messages import StepMessages
-from instep_client import wire
-from instep_client.errors import MalformedMessage
-from instep_client.wire import Code, Kind
+from instep_client.protocol import wire
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.wire import Code, Kind
 
 CLIENT = Client(number=0, arrival=1, routing_id=b"", last_heard_ns=5)
 FEATURES = 3

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from instep.config import EngineConfig
-from instep.model.network import Network
+from instep.models.network import Network
 from instep.runtime.worker import Worker
 from instep.server import assembly
 from instep.server import server as server_module
 from instep.server.assembly import steps_apart
 from instep.server.preparation import CannotServe
 from instep.server.server import Server
-from instep_client.wire import Code
+from instep_client.protocol.wire import Code
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import CPU, running

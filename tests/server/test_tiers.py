@@ -3,7 +3,7 @@ from __future__ import annotations
 import msgpack
 import numpy as np
 
-from instep_client.wire import Kind
+from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running

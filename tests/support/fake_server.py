@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from instep_client.codes import SENTENCES, Code
-from instep_client.wire import COLUMN, FAILURE, GRANT, Kind, ServerInfo
+from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.wire import COLUMN, FAILURE, GRANT, Kind, ServerInfo
 
 F32: TypeAlias = npt.NDArray[np.float32]
 Message: TypeAlias = list[bytes]

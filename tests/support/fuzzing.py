@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import msgpack
 import numpy as np
 
-from instep_client import wire
-from instep_client.wire import Code, Kind
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Code, Kind
 from tests.support.apart import apart
 from tests.support.raw import Reply
 

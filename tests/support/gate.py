@@ -10,7 +10,7 @@ import torch
 
 from instep.config import Config
 from instep.core.typing import F32, I64
-from instep.model.network import Network
+from instep.models.network import Network
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from instep.core.typing import F32
-from instep.model.description import DenseLayer, GruLayers, NetworkDescription
-from instep.model.folder import Model, make_model
+from instep.models.description import DenseLayer, GruLayers, NetworkDescription
+from instep.models.folder import Model, make_model
 
 
 def plain(features: int, hidden: int, layers: int = 1, seed: int = 7) -> Model:

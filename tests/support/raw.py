@@ -13,8 +13,8 @@ import zmq
 import zmq.asyncio
 
 from instep.core.typing import F32, U64
-from instep_client import wire
-from instep_client.wire import Code, Kind
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Code, Kind
 from tests.support.apart import apart
 
 

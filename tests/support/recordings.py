@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from instep.model.folder import Model, save_model, write_model
-from instep.model.network import Network
-from instep.model.numerics import numerics
+from instep.models.folder import Model, save_model, write_model
+from instep.models.network import Network
+from instep.models.numerics import numerics
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from tests.support.scribe import F32, START_NS, Scribe, Step

@@ -12,8 +12,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from instep_client.codes import HAVE_ALL, SENTENCES, Code
-from instep_client.wire import CLAIM, COLUMN, FAILURE, GRANT, Kind, ServerInfo
+from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
+from instep_client.protocol.wire import CLAIM, COLUMN, FAILURE, GRANT, Kind, ServerInfo
 from tests.support.fake_server import F32, INFO, Message, error, evicted, goodbye, granted, pack, stepped, welcome
 
 RING_INFO = replace(INFO, window_frames=8, credit_frames=64)

@@ -14,9 +14,9 @@ import structlog
 import torch
 
 from instep.config import Config
-from instep.model.certify import Certification, candidate_buckets, certify
-from instep.model.folder import Model
-from instep.model.network import Network
+from instep.models.certify import Certification, candidate_buckets, certify
+from instep.models.folder import Model
+from instep.models.network import Network
 from instep.runtime.stepper import Stepper
 from instep.server.assembly import make_server
 from instep.server.preparation import Prepared

@@ -11,11 +11,11 @@ import msgpack
 import numpy as np
 
 from instep_client.calls import Call, StepCall
-from instep_client.codes import Code
-from instep_client.errors import FramesRefused
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import FramesRefused
+from instep_client.protocol.wire import COLUMN, Kind, ServerInfo
 from instep_client.session import Session
 from instep_client.streams import Lane
-from instep_client.wire import COLUMN, Kind, ServerInfo
 from tests.support.fake_server import F32, INFO, FakeRules, Message, error
 
 R = TypeVar("R")

@@ -15,8 +15,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from instep_client.codes import Code
-from instep_client.wire import COLUMN, Kind
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import COLUMN, Kind
 from tests.support.fake_server import F32, INFO, FakeRules, Message, error, stepped
 
 STAGED_INFO = replace(INFO, features=2, outputs=1)

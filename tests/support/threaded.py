@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from instep.config import load_config
-from instep.model.folder import load_model
+from instep.models.folder import load_model
 from tests.support.running import running
 
 FLAGS = {

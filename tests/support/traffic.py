@@ -11,8 +11,8 @@ import msgpack
 import numpy as np
 
 from instep.core.typing import F32
-from instep.model.folder import Model
-from instep_client.wire import Code, Kind
+from instep.models.folder import Model
+from instep_client.protocol.wire import Code, Kind
 from tests.support.models import whole
 from tests.support.raw import RawClient, Reply
 

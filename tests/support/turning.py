@@ -11,13 +11,13 @@ import numpy as np
 import structlog
 
 from instep.core.typing import F32, I64, U64
-from instep.model.folder import Model
+from instep.models.folder import Model
 from instep.runtime.runs import Ended
 from instep.runtime.worker import Job
 from instep.server.assembly import make_server
 from instep.server.transport import Sent
-from instep_client import wire
-from instep_client.wire import Kind, Message
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Kind, Message
 from tests.support.apart import apart
 from tests.support.running import config, prepared
 

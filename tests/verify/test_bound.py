@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from instep.model.ulp import ulp_distance
+from instep.models.ulp import ulp_distance
 from instep.verify import bound as bounds
 from instep.verify.bound import FACTOR, FLOOR, ErrorBound, LeastBound, absolute_error, largest_errors
 from instep.verify.reference import Reference

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from instep.model.folder import load_model
+from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier, ways
 from instep.verify.bound import FLOOR, ErrorBound

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from instep.model.certify import Certification
-from instep.model.network import Network
-from instep.model.numerics import numerics
+from instep.models.certify import Certification
+from instep.models.network import Network
+from instep.models.numerics import numerics
 from instep.recording.schema import RecordingHeader
 from instep.verify import conditions
 from instep.verify.conditions import Conditions, device_for, find_conditions, presume_conditions, recorded_threads

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from instep.model.folder import load_model
+from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.verify import verifier

@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from instep.model.description import GruLayers, NetworkDescription
-from instep.model.folder import make_model
-from instep.model.network import Network
+from instep.models.description import GruLayers, NetworkDescription
+from instep.models.folder import make_model
+from instep.models.network import Network
 from instep.verify.networks import Networks
 
 

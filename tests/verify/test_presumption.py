@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep.model.certify import certify
-from instep.model.folder import load_model
+from instep.models.certify import certify
+from instep.models.folder import load_model
 from instep.recording.frames import FrameStore
 from instep.recording.reader import RecordingReader
 from instep.verify import check, conditions, verifier, ways

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from instep.core.typing import F32
-from instep.model.network import Network
+from instep.models.network import Network
 from instep.verify.replay import replay_stepped, replay_whole
 from tests.support.models import plain, torch_gru
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep.model.ulp import NOT_COMPARABLE
+from instep.models.ulp import NOT_COMPARABLE
 from instep.verify.report import ULP_BINS, Divergence, Report, StreamReport, Verdict, joined, ulp_bins, ulp_label
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from instep.model.folder import load_model
+from instep.models.folder import load_model
 from instep.recording import family
 from instep.recording.joints import Following
 from instep.recording.lock import WriterLock

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from rich.console import Console
 
-from instep.model.folder import load_model
+from instep.models.folder import load_model
 from instep.verify.command import run
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from instep.model.description import DenseLayer, GruLayers, NetworkDescription
-from instep.model.folder import Model, load_model, make_model
-from instep.model.network import Network
+from instep.models.description import DenseLayer, GruLayers, NetworkDescription
+from instep.models.folder import Model, load_model, make_model
+from instep.models.network import Network
 from instep.recording import frames
 from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader

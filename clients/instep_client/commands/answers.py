@@ -9,8 +9,8 @@ import numpy as np
 
 from instep_client.commands.outputs import Outputs
 from instep_client.commands.terminal import Terminal
-from instep_client.errors import FramesRefused, Refused
-from instep_client.wire import F32
+from instep_client.protocol.errors import FramesRefused, Refused
+from instep_client.protocol.wire import F32
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from instep_client.commands.signals import Signal
 from instep_client.commands.state_app import app as state_app
 from instep_client.commands.terminal import Terminal, run_command, run_undrained
 from instep_client.commands.typed import PlainCommands
-from instep_client.wire import DEFAULT_ENDPOINT
+from instep_client.protocol.wire import DEFAULT_ENDPOINT
 
 app: Final = typer.Typer(
     cls=PlainCommands,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from instep_client.commands.sequences import Sequences
 from instep_client.commands.words import counted
-from instep_client.wire import F32
+from instep_client.protocol.wire import F32
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from instep_client.commands.lines import BadLine, LineReader
 from instep_client.commands.problems import BadFile
 from instep_client.commands.sequences import Sequences
-from instep_client.wire import F32
+from instep_client.protocol.wire import F32
 
 BAD_LINES_NAMED: Final = 5
 """How many bad lines of a file its message names."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from instep_client.commands.words import counted
-from instep_client.wire import F32, MAX_NAME_BYTES, name_is_good
+from instep_client.protocol.wire import F32, MAX_NAME_BYTES, name_is_good
 
 STREAM_COLUMN = "stream"
 TIME_COLUMN = "time_s"

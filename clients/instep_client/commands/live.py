@@ -22,8 +22,8 @@ from instep_client.commands.pipeline import pipeline
 from instep_client.commands.plan import Rows, cuts
 from instep_client.commands.sequences import I64, Sequences
 from instep_client.commands.terminal import Terminal
-from instep_client.errors import Refused, StreamRefused
-from instep_client.wire import F32
+from instep_client.protocol.errors import Refused, StreamRefused
+from instep_client.protocol.wire import F32
 
 ENDLESS: Final = int(np.iinfo(np.int64).max)
 CHUNK_STEPS: Final = 32

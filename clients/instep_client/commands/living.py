@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup
 from instep_client.commands.plan import Rows
-from instep_client.errors import FrameFailure, FramesRefused, Refused, StreamEvicted
-from instep_client.wire import F32
+from instep_client.protocol.errors import FrameFailure, FramesRefused, Refused, StreamEvicted
+from instep_client.protocol.wire import F32
 
 
 async def step_living(group: AsyncGroup, x: F32, rows: Rows, outputs: int) -> F32:

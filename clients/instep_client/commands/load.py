@@ -17,8 +17,8 @@ from instep_client.calls import ENDING
 from instep_client.commands.pacing import Clock, OpenLoop, Stop, wait_until
 from instep_client.commands.pipeline import task_group
 from instep_client.commands.samples import SampleArray, Samples
-from instep_client.errors import FramesRefused, Refused
-from instep_client.wire import F32, ServerInfo
+from instep_client.protocol.errors import FramesRefused, Refused
+from instep_client.protocol.wire import F32, ServerInfo
 
 DRAIN_S: Final = 5.0
 """How long after the last send the answers may still take; what comes later counts as unanswered."""

@@ -8,7 +8,7 @@ from typing import Final
 from instep_client.commands.load import LoadPart, Mode
 from instep_client.commands.problems import CommandProblem
 from instep_client.commands.words import counted
-from instep_client.wire import MAX_BLOCK_STREAMS, ServerInfo
+from instep_client.protocol.wire import MAX_BLOCK_STREAMS, ServerInfo
 
 REAL_TIME_RATE_HZ: Final = 100.0
 """An open loop's rate where none is given: speech features come every 10 ms."""

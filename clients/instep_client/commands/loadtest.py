@@ -20,7 +20,7 @@ from instep_client.commands.report import Measured
 from instep_client.commands.slo import largest_within
 from instep_client.commands.terminal import Terminal
 from instep_client.commands.words import counted
-from instep_client.wire import ServerInfo
+from instep_client.protocol.wire import ServerInfo
 
 
 class SearchStopped(Exception):

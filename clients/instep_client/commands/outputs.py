@@ -12,7 +12,7 @@ import numpy as np
 from instep_client.commands.files import save_sequences
 from instep_client.commands.problems import BadFile
 from instep_client.commands.sequences import Sequences
-from instep_client.wire import F32
+from instep_client.protocol.wire import F32
 
 
 class Outputs(Protocol):

@@ -9,8 +9,8 @@ from instep_client.commands.connect import connected
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import Exit
 from instep_client.commands.terminal import Terminal
-from instep_client.errors import Refused
-from instep_client.wire import Code, ServerInfo
+from instep_client.protocol.errors import Refused
+from instep_client.protocol.wire import Code, ServerInfo
 
 ROUND_TRIPS = 5
 """The first one still warms things up; the best one counts."""

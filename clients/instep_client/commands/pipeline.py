@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
 
-from instep_client.errors import Refused
-from instep_client.wire import F32
+from instep_client.protocol.errors import Refused
+from instep_client.protocol.wire import F32
 
 Key = TypeVar("Key")
 Call = Callable[[], Coroutine[Any, Any, F32]]

@@ -19,7 +19,7 @@ from instep_client.commands.connect import PATIENCE_S
 from instep_client.commands.load import LEAD_S, Connect, Load, LoadClient, LoadPart, PartResult
 from instep_client.commands.pacing import Clock, Stop, WallClock, loop_factory
 from instep_client.commands.problems import CommandProblem
-from instep_client.errors import InstepError
+from instep_client.protocol.errors import InstepError
 
 READY: Final = "ready"
 END: Final = "end"

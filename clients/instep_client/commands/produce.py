@@ -23,7 +23,7 @@ from instep_client.commands.sequences import Sequences
 from instep_client.commands.signals import Signal, make_signal
 from instep_client.commands.terminal import Terminal
 from instep_client.commands.words import counted
-from instep_client.wire import ServerInfo
+from instep_client.protocol.wire import ServerInfo
 
 
 @dataclass(frozen=True, slots=True)

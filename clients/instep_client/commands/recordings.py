@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from instep_client.commands.problems import BadFile
 from instep_client.commands.sequences import I64, Sequences
-from instep_client.wire import F32
+from instep_client.protocol.wire import F32
 
 APPLICATION_ID: Final = 0x696E7374
 READABLE_VERSIONS: Final = (2, 3)

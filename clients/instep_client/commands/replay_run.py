@@ -17,8 +17,8 @@ from instep_client.commands.living import step_living
 from instep_client.commands.pacing import Clock, Stop, wait_until
 from instep_client.commands.pipeline import pipeline, task_group
 from instep_client.commands.plan import Plan, Rows, Send
-from instep_client.errors import FramesRefused, Refused
-from instep_client.wire import F32
+from instep_client.protocol.errors import FramesRefused, Refused
+from instep_client.protocol.wire import F32
 
 
 class ReplayRun:

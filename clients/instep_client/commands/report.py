@@ -14,7 +14,7 @@ from rich.table import Table
 from instep_client.commands.load import Mode, PartResult
 from instep_client.commands.load_plan import LoadPlan
 from instep_client.commands.samples import Distribution, SampleArray, distribution
-from instep_client.wire import ServerInfo
+from instep_client.protocol.wire import ServerInfo
 
 ROWS: Final = {
     "latency_us": "latency, from when it was due",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.wire import F32
+from instep_client.protocol.wire import F32
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]

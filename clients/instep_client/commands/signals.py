@@ -12,7 +12,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.wire import F32
+from instep_client.protocol.wire import F32
 
 
 class Signal(StrEnum):

@@ -21,9 +21,9 @@ from instep_client.commands.connect import connected
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import BadFile, CommandProblem, Exit
 from instep_client.commands.terminal import Terminal
-from instep_client.errors import InvalidInput, StreamRefused
+from instep_client.protocol.errors import InvalidInput, StreamRefused
+from instep_client.protocol.wire import F32, Code, ServerInfo
 from instep_client.snapshots import StreamSnapshot
-from instep_client.wire import F32, Code, ServerInfo
 
 FIRST_VALUES: Final = 6
 """How many values of a layer are shown."""

@@ -13,7 +13,7 @@ from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import Exit
 from instep_client.commands.terminal import Terminal, run_undrained
 from instep_client.commands.typed import PlainCommands
-from instep_client.wire import DEFAULT_ENDPOINT
+from instep_client.protocol.wire import DEFAULT_ENDPOINT
 
 app: Final = typer.Typer(
     cls=PlainCommands,

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from instep_client.commands.pacing import Stop, loop_factory
 from instep_client.commands.problems import CommandProblem, Exit
-from instep_client.errors import InstepError
+from instep_client.protocol.errors import InstepError
 
 QUIET_S: Final = 2.0
 """Work shorter than this shows no progress."""

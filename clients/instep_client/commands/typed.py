@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from instep_client.endpoint import checked_endpoint
-from instep_client.errors import InvalidInput
+from instep_client.protocol.errors import InvalidInput
 
 _PLAIN: Final = {
     "int_parsing": "{value!r} is not a whole number",

@@ -15,9 +15,10 @@ import msgpack
 import numpy as np
 import zmq
 
-from instep_client import replies, wire
-from instep_client.multipart import READABLE, events
-from instep_client.wire import F32, U64, Code, Header, Kind, ServerInfo
+from instep_client import replies
+from instep_client.protocol import wire
+from instep_client.protocol.multipart import READABLE, events
+from instep_client.protocol.wire import F32, U64, Code, Header, Kind, ServerInfo
 
 SILENT_MS: Final = 30_000
 """For so long a server that has been asked may say nothing."""

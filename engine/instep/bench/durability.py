@@ -23,7 +23,7 @@ from rich.table import Table
 from instep.bench.load import BLOCK, MODEL_IN_WORDS, STREAMS, make_load, served
 from instep.bench.machine import machine
 from instep.core.typing import F32
-from instep.model.folder import write_model
+from instep.models.folder import write_model
 from instep.server.child import ChildServer
 from instep_client import AsyncClient
 

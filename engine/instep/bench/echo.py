@@ -9,8 +9,8 @@ from types import TracebackType
 import msgpack
 import zmq
 
-from instep_client import wire
-from instep_client.wire import Kind
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Kind
 
 _MORE = int(zmq.SNDMORE)
 _TIMES_US = (200, 100, 50)

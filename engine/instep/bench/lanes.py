@@ -11,8 +11,8 @@ import zmq
 
 from instep.bench.connection import Buffer, Connection
 from instep.core.typing import F32, U64
-from instep_client import wire
-from instep_client.wire import Kind
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Kind
 
 _COLUMN = struct.Struct("<3Q")
 _SMALL_BYTES = 4096

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32
-from instep.model.description import GruLayers, NetworkDescription
-from instep.model.folder import Model, make_model
+from instep.models.description import GruLayers, NetworkDescription
+from instep.models.folder import Model, make_model
 from instep_client import AsyncClient
 
 FEATURES, HIDDEN = 40, 128

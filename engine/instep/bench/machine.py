@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import zmq
 
-from instep.model.numerics import processor
+from instep.models.numerics import processor
 from instep.runtime.cores import usable_cores
 
 

@@ -13,8 +13,8 @@ import torch
 from instep.bench.connection import Connection
 from instep.bench.lanes import Lane
 from instep.core.typing import F32, I64, Bool
-from instep.model.description import GruLayers, NetworkDescription
-from instep.model.folder import make_model, write_model
+from instep.models.description import GruLayers, NetworkDescription
+from instep.models.folder import make_model, write_model
 
 
 class WrongOutput(Exception):

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from instep.config.endpoint import checked_endpoint
 from instep.config.rules import contradictions
-from instep.model.description import NetworkDescription
+from instep.models.description import NetworkDescription
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bytes = Annotated[int, Field(ge=0, le=2**62)]

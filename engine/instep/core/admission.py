@@ -13,7 +13,7 @@ from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I32, I64, U64, Bool
 from instep.core.verdict import Admission
-from instep_client.codes import Code
+from instep_client.protocol.codes import Code
 
 
 class RepeatedStream(Exception):

@@ -10,7 +10,7 @@ import numpy as np
 from instep.core.slots import SCRATCH_SLOT
 from instep.core.streams import StreamTable
 from instep.core.typing import I32, I64, U64
-from instep_client.codes import HAVE_ALL, Code
+from instep_client.protocol.codes import HAVE_ALL, Code
 
 
 @dataclass(frozen=True, slots=True)

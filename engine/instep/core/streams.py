@@ -10,7 +10,7 @@ from instep.core.keeping import Keeping
 from instep.core.names import Names
 from instep.core.slots import SCRATCH_SLOT, SlotAllocator
 from instep.core.typing import I32, I64, U32, U64, Bool
-from instep_client.codes import Code
+from instep_client.protocol.codes import Code
 
 NO_OWNER = -1
 _ONE = np.int64(1)

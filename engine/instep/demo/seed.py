@@ -16,10 +16,10 @@ from rich.console import Console
 from torch import nn
 
 from instep.demo.show import say
-from instep.model.folder import save_model
-from instep.model.network import GRU_BUCKET
-from instep.model.numerics import prepare
-from instep.model.ulp import ulp_distance
+from instep.models.folder import save_model
+from instep.models.network import GRU_BUCKET
+from instep.models.numerics import prepare
+from instep.models.ulp import ulp_distance
 from instep.server.child import ChildFailed, ChildServer
 from instep_client import Client, InstepError, ServerInfo
 

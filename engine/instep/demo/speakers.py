@@ -20,7 +20,7 @@ from instep.demo.producers import Producer, connections_for, stream_all
 from instep.demo.show import accuracy_table, progress, say, speed_table
 from instep.demo.timetable import FASTEST_S, SLOWEST_S, most_at_once, timetable
 from instep.demo.train import SPEAKERS, accuracy, load_utterances
-from instep.model.folder import load_model
+from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.server.child import ChildFailed, ChildServer

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from instep.core.typing import F32, I32
-from instep.model.errors import ModelError
-from instep.model.folder import Model, save_model
-from instep.model.network import Network
-from instep.model.numerics import prepare
+from instep.models.errors import ModelError
+from instep.models.folder import Model, save_model
+from instep.models.network import Network
+from instep.models.numerics import prepare
 
 DATA: Final = Path(__file__).parent / "data"
 FEATURES: Final = 12

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 
 from instep.core.typing import F32, I64
-from instep.model.network import Network
+from instep.models.network import Network
 from instep.runtime.errors import StateLost
 from instep.runtime.state_cache import StateCache
 

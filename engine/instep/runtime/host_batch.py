@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32, I64
-from instep.model.network import Network
+from instep.models.network import Network
 from instep.runtime.errors import StateLost
 from instep.runtime.state_cache import StateCache
 

@@ -11,7 +11,7 @@ import torch
 from instep.core.residency import Residency
 from instep.core.slots import SCRATCH_SLOT
 from instep.core.typing import F32, I64, float32_zeros
-from instep.model.network import Network
+from instep.models.network import Network
 from instep.runtime.bounded_store import BoundedStore, ColdStates
 from instep.runtime.errors import StateLost
 from instep.runtime.graph_batch import GraphBatch

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from instep.core.typing import I64
-from instep.model.numerics import threads_as_here
+from instep.models.numerics import threads_as_here
 from instep.runtime.runs import Ended
 from instep.runtime.step_process import StepProcess
 

@@ -12,7 +12,7 @@ from instep.core.rings import Rings, timesteps
 from instep.core.typing import F32, I32, I64
 from instep.core.verdict import Admission
 from instep.server.clients import Client
-from instep_client import wire
+from instep_client.protocol import wire
 
 
 @dataclass(frozen=True, slots=True)

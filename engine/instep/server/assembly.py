@@ -17,8 +17,8 @@ from instep.config import Config, EngineConfig
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, float32_zeros
-from instep.model.network import Network
-from instep.model.numerics import numerics
+from instep.models.network import Network
+from instep.models.numerics import numerics
 from instep.recording import family
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
@@ -35,7 +35,7 @@ from instep.server.recovery import Recovery, go_on
 from instep.server.server import Server
 from instep.server.streams import Streams
 from instep.server.transport import Router
-from instep_client.wire import PROTOCOL_VERSION, ServerInfo
+from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
 
 def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:

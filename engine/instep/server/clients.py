@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from instep_client.wire import Message
+from instep_client.protocol.wire import Message
 
 
 @dataclass(slots=True)

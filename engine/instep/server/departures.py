@@ -12,7 +12,7 @@ from instep.core.typing import I64
 from instep.server.clients import Client, ClientTable
 from instep.server.statistics import Statistics
 from instep.server.tap import Tap
-from instep_client.wire import Code
+from instep_client.protocol.wire import Code
 
 AT_ONCE = 4096
 """Streams that are parked or evicted in one turn of the loop, of however many connections; others wait meanwhile."""

@@ -28,7 +28,7 @@ from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
 from instep.server.statistics import Statistics
 from instep.server.tap import Tap
-from instep_client.wire import Code
+from instep_client.protocol.wire import Code
 
 _SHORT_NS = 300_000
 """A run of the smallest bucket that is expected to take less is done by the loop itself, if nothing is under way: one

@@ -10,7 +10,7 @@ from instep.config import LimitsConfig
 from instep.core.streams import StreamTable
 from instep.server.departures import AT_ONCE
 from instep.server.lifecycle import Lifecycle
-from instep_client.codes import Code
+from instep_client.protocol.codes import Code
 
 _EVERY_TICKS: Final = 10
 

@@ -23,7 +23,7 @@ from instep.server.postbox import Postbox
 from instep.server.statistics import Statistics
 from instep.server.tap import Tap
 from instep.server.waits import Waits
-from instep_client.wire import GRANT, Code, GrantArray
+from instep_client.protocol.wire import GRANT, Code, GrantArray
 
 _TOMBSTONES = 65_536
 """Names of expired streams that are remembered."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from instep.server import replies
 from instep.server.clients import Client, ClientTable
 from instep.server.transport import Sender, Sent
-from instep_client.wire import Message
+from instep_client.protocol.wire import Message
 
 
 class Postbox:

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from instep.config import Config
-from instep.model.certify import Certification, candidate_buckets, certify
-from instep.model.errors import ModelError
-from instep.model.folder import Model, load_model, model_from_parts
-from instep.model.network import Network
-from instep.model.numerics import prepare as prepare_numerics
+from instep.models.certify import Certification, candidate_buckets, certify
+from instep.models.errors import ModelError
+from instep.models.folder import Model, load_model, model_from_parts
+from instep.models.network import Network
+from instep.models.numerics import prepare as prepare_numerics
 
 
 class CannotServe(Exception):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from instep_client import wire
-from instep_client.wire import Code
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Code
 
 
 class Refusal(Exception):

@@ -9,8 +9,8 @@ import numpy as np
 
 from instep.core.typing import F32, I32, I64, U64
 from instep.server.answers import Answer
-from instep_client import wire
-from instep_client.wire import Code, Kind, Message
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Code, Kind, Message
 
 _OBJECTS_BYTES = 256
 

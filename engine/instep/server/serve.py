@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from instep.config import Config
-from instep.model.certify import Certification
+from instep.models.certify import Certification
 from instep.server.assembly import make_server
 from instep.server.log import make_log
 from instep.server.open_files import allow_open_files

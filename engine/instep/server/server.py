@@ -33,7 +33,7 @@ from instep.server.tap import Tap
 from instep.server.transport import Router
 from instep.server.verbs import Verbs
 from instep.server.vigil import Vigil
-from instep_client.wire import Code, ServerInfo
+from instep_client.protocol.wire import Code, ServerInfo
 
 T = TypeVar("T")
 

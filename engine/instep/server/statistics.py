@@ -10,7 +10,7 @@ import numpy as np
 from instep.core.streams import NO_OWNER, StreamTable
 from instep.core.typing import I64
 from instep.runtime.tiers import Tiers
-from instep_client.codes import Code
+from instep_client.protocol.codes import Code
 
 _WINDOW = 4096
 

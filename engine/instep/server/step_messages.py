@@ -9,8 +9,8 @@ from typing import Final
 from instep.server.burst import Step
 from instep.server.clients import Client
 from instep.server.refusal import Refusal
-from instep_client import wire
-from instep_client.wire import HEADER_LENGTH, Code, Header, Kind
+from instep_client.protocol import wire
+from instep_client.protocol.wire import HEADER_LENGTH, Code, Header, Kind
 
 _HEAD: Final = bytes((0x90 | HEADER_LENGTH[Kind.STEP], Kind.STEP))
 """How the header of each begins, as msgpack writes it: an array of so many, the kind."""

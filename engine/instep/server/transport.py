@@ -11,8 +11,8 @@ from typing import Protocol
 import zmq
 
 from instep.config import TransportConfig
-from instep_client import multipart
-from instep_client.wire import Message
+from instep_client.protocol import multipart
+from instep_client.protocol.wire import Message
 
 
 class Sent(Enum):

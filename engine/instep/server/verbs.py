@@ -22,9 +22,9 @@ from instep.server.refusal import Refusal
 from instep.server.statistics import Statistics
 from instep.server.step_messages import StepMessages
 from instep.server.tap import Tap
-from instep_client import wire
-from instep_client.errors import MalformedMessage
-from instep_client.wire import Code, Header, Kind, ServerInfo
+from instep_client.protocol import wire
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.wire import Code, Header, Kind, ServerInfo
 
 _BUSY_RETRY_US = 2000
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from instep.model.errors import ModelError
+from instep.models.errors import ModelError
 from instep.recording.choice import Chosen, choose
 from instep.recording.errors import NoSuchStream, RecordingError, with_advice
 from instep.recording.joints import Following

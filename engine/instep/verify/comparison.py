@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from instep.core.typing import F32, I64, Bool
-from instep.model.ulp import ulp_distance
+from instep.models.ulp import ulp_distance
 from instep.verify.bound import F64, absolute_error, as_float32, largest_errors
 from instep.verify.report import ULP_BINS, Divergence, Place, Way, ulp_bins
 

@@ -9,9 +9,9 @@ from typing import Final
 
 import torch
 
-from instep.model.certify import candidate_buckets, certify
-from instep.model.network import Network
-from instep.model.numerics import numerics, prepare
+from instep.models.certify import candidate_buckets, certify
+from instep.models.network import Network
+from instep.models.numerics import numerics, prepare
 from instep.recording.engines import differing
 from instep.recording.schema import RecordingHeader
 

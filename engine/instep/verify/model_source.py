@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from instep.model.description import NetworkDescription
-from instep.model.errors import ModelError
-from instep.model.folder import Model, load_model, model_from_parts
+from instep.models.description import NetworkDescription
+from instep.models.errors import ModelError
+from instep.models.folder import Model, load_model, model_from_parts
 from instep.recording.schema import RecordingHeader
 from instep.verify.errors import CannotVerify
 

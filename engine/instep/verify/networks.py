@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 
-from instep.model.network import Network
+from instep.models.network import Network
 
 
 class Networks:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32, I64
-from instep.model.network import Network
+from instep.models.network import Network
 
 
 def replay_stepped(network: Network, buckets: tuple[int, ...], x: F32, h: F32, active: I64) -> tuple[F32, F32]:

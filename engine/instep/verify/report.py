@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 
 from instep.core.typing import I64
-from instep.model.ulp import NOT_COMPARABLE
+from instep.models.ulp import NOT_COMPARABLE
 
 Verdict: TypeAlias = Literal["exact", "within tolerance", "mismatch", "empty"]
 Way: TypeAlias = Literal["stepped", "whole sequence", "float64 reference"]

@@ -29,9 +29,9 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 
 from instep.core.typing import I64
-from instep.model.folder import Model
-from instep.model.network import Network
-from instep.model.numerics import threads_as_here
+from instep.models.folder import Model
+from instep.models.network import Network
+from instep.models.numerics import threads_as_here
 from instep.recording.joints import Following
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader

@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from instep.core.typing import F32
-from instep.model.network import Network
+from instep.models.network import Network
 from instep.verify.bound import F64, FLOOR, LEAST_RUNS, ErrorBound, LeastBound
 from instep.verify.chunks import Chunk, Span
 from instep.verify.comparison import Comparison

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from instep.core.typing import F32
-from instep.model.folder import load_model
+from instep.models.folder import load_model
 from instep.recording.schema import FORMAT_VERSION
 from instep.server.server import Server
-from instep_client.wire import Kind
+from instep_client.protocol.wire import Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.golden import (
     FEATURES,

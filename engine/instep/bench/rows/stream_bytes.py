@@ -18,10 +18,10 @@ import torch
 from instep.bench.result import Row
 from instep.bench.rounds import Run
 from instep.config import Config
-from instep.model.certify import Certification, candidate_buckets
-from instep.model.description import GruLayers, NetworkDescription
-from instep.model.folder import Model, make_model
-from instep.model.network import Network
+from instep.models.certify import Certification, candidate_buckets
+from instep.models.description import GruLayers, NetworkDescription
+from instep.models.folder import Model, make_model
+from instep.models.network import Network
 from instep.server.assembly import make_server
 from instep.server.preparation import Prepared
 from instep.server.server import Server

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from torch import nn
 
-from instep.model.description import DenseLayer, GruLayers, NetworkDescription
+from instep.models.description import DenseLayer, GruLayers, NetworkDescription
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -99,7 +99,5 @@ def test_a_description_does_not_change() -> None:
 
 
 def test_a_description_needs_no_torch() -> None:
-    code = (
-        "import sys, instep.model.description, instep.model.errors, instep.model.ulp; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from instep.models import description, errors, ulp; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

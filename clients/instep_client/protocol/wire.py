@@ -18,12 +18,12 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.codes import HAVE_ALL as HAVE_ALL
-from instep_client.codes import MAX_NAME_BYTES as MAX_NAME_BYTES
-from instep_client.codes import PROTOCOL_VERSION as PROTOCOL_VERSION
-from instep_client.codes import SENTENCES as SENTENCES
-from instep_client.codes import Code as Code
-from instep_client.errors import MalformedMessage
+from instep_client.protocol.codes import HAVE_ALL as HAVE_ALL
+from instep_client.protocol.codes import MAX_NAME_BYTES as MAX_NAME_BYTES
+from instep_client.protocol.codes import PROTOCOL_VERSION as PROTOCOL_VERSION
+from instep_client.protocol.codes import SENTENCES as SENTENCES
+from instep_client.protocol.codes import Code as Code
+from instep_client.protocol.errors import MalformedMessage
 
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_HEADER_BYTES: Final = 4096

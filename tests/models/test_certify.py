@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from instep.model.certify import Certification, candidate_buckets, certify
-from instep.model.description import DenseLayer, GruLayers, NetworkDescription
-from instep.model.folder import make_model
-from instep.model.fused import FusedGru
-from instep.model.network import Network
+from instep.models.certify import Certification, candidate_buckets, certify
+from instep.models.description import DenseLayer, GruLayers, NetworkDescription
+from instep.models.folder import make_model
+from instep.models.fused import FusedGru
+from instep.models.network import Network
 
 CPU = torch.device("cpu")
 CANDIDATES = (4, 8, 16, 24, 32, 48, 64)

@@ -19,9 +19,9 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from instep.model.description import BIDIRECTIONAL, Activation, DenseLayer, GruLayers, NetworkDescription
-from instep.model.errors import ModelError
-from instep.model.weights import check_weights, load_weights, save_weights
+from instep.models.description import BIDIRECTIONAL, Activation, DenseLayer, GruLayers, NetworkDescription
+from instep.models.errors import ModelError
+from instep.models.weights import check_weights, load_weights, save_weights
 
 DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"

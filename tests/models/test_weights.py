@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from instep.model.description import DenseLayer, GruLayers, NetworkDescription
-from instep.model.errors import ModelError
-from instep.model.weights import check_weights, load_weights, save_weights
+from instep.models.description import DenseLayer, GruLayers, NetworkDescription
+from instep.models.errors import ModelError
+from instep.models.weights import check_weights, load_weights, save_weights
 
 DESCRIPTION = NetworkDescription(
     features=2, gru=GruLayers(hidden_size=3), after=(DenseLayer(size=4, activation="tanh"),)

@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from instep.model.network import Network
+from instep.models.network import Network
 
 CPU_INFO: Final = Path("/proc/cpuinfo")
 

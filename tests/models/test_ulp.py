@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instep.model.ulp import NOT_COMPARABLE, ulp_distance
+from instep.models.ulp import NOT_COMPARABLE, ulp_distance
 
 BITS = st.integers(0, 2**32 - 1)
 

@@ -16,9 +16,9 @@ from typing import Final, TypeAlias
 
 import torch
 
-from instep.model.description import Activation, DenseLayer
-from instep.model.folder import Model
-from instep.model.fused import FusedGru
+from instep.models.description import Activation, DenseLayer
+from instep.models.folder import Model
+from instep.models.fused import FusedGru
 
 WIDTH_MULTIPLE: Final = 16
 """Widths of a network with dense layers are multiples of it."""

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from instep.model.description import GruLayers, NetworkDescription
-from instep.model.folder import make_model
-from instep.model.network import Network
-from instep.model.numerics import numerics, prepare
+from instep.models.description import GruLayers, NetworkDescription
+from instep.models.folder import make_model
+from instep.models.network import Network
+from instep.models.numerics import numerics, prepare
 
 
 @pytest.fixture
@@ -71,18 +71,18 @@ def test_preparing_forbids_tf32() -> None:
 def test_without_cpuinfo_the_platform_names_the_processor(
     network: Network, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("instep.model.numerics.CPU_INFO", tmp_path / "nothing")
+    monkeypatch.setattr("instep.models.numerics.CPU_INFO", tmp_path / "nothing")
     monkeypatch.setattr(platform, "processor", lambda: "z80")
     assert numerics(network)["processor"] == "z80"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Z80 at 4 MHz\nflags: a:b\n")
-    monkeypatch.setattr("instep.model.numerics.CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("instep.models.numerics.CPU_INFO", tmp_path / "cpuinfo")
     assert numerics(network)["processor"] == "Z80 at 4 MHz"
 
 
 PRODUCT_IN_A_THREAD = """
 import os, sys, threading
 import numpy as np, torch
-from instep.model.numerics import threads_as_here
+from instep.models.numerics import threads_as_here
 
 torch.set_num_threads(1)
 arrays = [torch.from_numpy(np.ones(shape, np.float32)) for shape in ((128, 128), (128, 384), (128, 384))]

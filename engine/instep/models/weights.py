@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from instep.model.description import NetworkDescription, Shape
-from instep.model.errors import ModelError
+from instep.models.description import NetworkDescription, Shape
+from instep.models.errors import ModelError
 
 
 def load_weights(path: Path, description: NetworkDescription) -> dict[str, torch.Tensor]:

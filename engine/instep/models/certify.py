@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32, I64
-from instep.model.network import Network
-from instep.model.ulp import ulp_distance
+from instep.models.network import Network
+from instep.models.ulp import ulp_distance
 
 Exactness: TypeAlias = Literal["exact", "tolerance", "off"]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from instep_client.codes import Code
+    from instep_client.protocol.codes import Code
 
 
 class InstepError(Exception):

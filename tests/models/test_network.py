@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from instep.model.certify import certify
-from instep.model.description import Activation, DenseLayer, GruLayers, NetworkDescription
-from instep.model.folder import Model, make_model
-from instep.model.network import Network
+from instep.models.certify import certify
+from instep.models.description import Activation, DenseLayer, GruLayers, NetworkDescription
+from instep.models.folder import Model, make_model
+from instep.models.network import Network
 
 CPU = torch.device("cpu")
 

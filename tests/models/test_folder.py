@@ -10,10 +10,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import instep.model
-from instep.model.description import DenseLayer, GruLayers, NetworkDescription
-from instep.model.errors import ModelError
-from instep.model.folder import Model, load_model, make_model, model_from_parts, save_model, write_model
+import instep.models
+from instep.models.description import DenseLayer, GruLayers, NetworkDescription
+from instep.models.errors import ModelError
+from instep.models.folder import Model, load_model, make_model, model_from_parts, save_model, write_model
 
 DESCRIPTION = NetworkDescription(
     features=2,
@@ -155,10 +155,10 @@ def test_a_model_shows_itself_in_one_line(tmp_path: Path) -> None:
 
 
 def test_the_two_for_users_are_in_the_package_and_take_text_as_a_folder(tmp_path: Path) -> None:
-    saved = instep.model.save_model(str(tmp_path / "m"), nn.GRU(3, 4))
-    assert same(instep.model.load_model(str(tmp_path / "m")), saved)
-    with pytest.raises(AttributeError, match=r"module 'instep\.model' has no attribute 'sav_model'"):
-        getattr(instep.model, "sav_model")  # noqa: B009 (a type checker refuses the other way)
+    saved = instep.models.save_model(str(tmp_path / "m"), nn.GRU(3, 4))
+    assert same(instep.models.load_model(str(tmp_path / "m")), saved)
+    with pytest.raises(AttributeError, match=r"module 'instep\.models' has no attribute 'sav_model'"):
+        getattr(instep.models, "sav_model")  # noqa: B009 (a type checker refuses the other way)
 
 
 def test_constant_initialisation() -> None:

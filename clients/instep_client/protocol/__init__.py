@@ -1,0 +1,1 @@
+"""The protocol that client and engine share: wire, codes, errors. It imports nothing of either."""
