@@ -1,1 +1,1 @@
-"""Pure rules: numpy and the standard library only; no torch, sockets, clock or files."""
+"""Rules over arrays and their compiled kernels: numpy and numba only; no torch, sockets, clock or files."""

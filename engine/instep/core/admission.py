@@ -1,120 +1,259 @@
-"""Which frames of a block may be applied: decided for all columns at once, before anything is changed.
+"""Which frames of a message may be applied, decided column by column before anything of the column is changed.
 
-A column of a block holds T frames of one stream, seq by seq. Leading ones that were applied before are answered again
-with the same outputs, provided they hold the same inputs and the ring still has them. The rest is applied as far as it
-follows on, is finite, and lies within the window: at most `window` frames from the first unacknowledged one on.
+A column holds T frames of one stream, seq by seq. Leading frames that were applied before are answered again with the
+same outputs, provided they hold the same bytes and the frame buffer still has them. The others are admitted as far as
+they follow on, lie within the window (at most `window` frames from the first unacknowledged one) and are finite.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
-from instep.core.rings import Rings
-from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, U64, Bool
-from instep.core.verdict import Admission
+from instep.core.compiled import inlined, kernel
+from instep.core.scheduler import push_ready
+from instep.core.tables import (
+    CREDIT,
+    FREE_COLUMN,
+    FREE_COLUMNS,
+    FREE_MESSAGE,
+    FREE_MESSAGES,
+    MAX_PENDING,
+    NO_OWNER,
+    PENDING_FRAMES,
+    STAMP,
+    STRIDE,
+    WINDOW,
+    Records,
+    Tables,
+)
+from instep.core.typing import I32, I64, U32
 from instep_client.protocol.codes import Code
 
+SENT_COLUMN: Final = np.dtype([("handle", "<u8"), ("seq", "<i8"), ("acked", "<i8")])
+"""One column as a producer sends it. Seqs are unsigned on the wire; as signed numbers those of 2^63 and more are
+negative, which no rule lets pass."""
+SENT_MESSAGE: Final = np.dtype(
+    [("tag", "<i8"), ("origin", "<i8"), ("timesteps", "<i8"), ("width", "<i8"), ("arrived_ns", "<i8")]
+)
+"""One message as a front end hands it over."""
 
-class RepeatedStream(Exception):
-    """A stream stands more than once among handles that must name different ones."""
-
-
-def resolve_distinct(table: StreamTable, owner: int | I32, handles: U64) -> tuple[I64, I32]:
-    """As `StreamTable.resolve`, for handles that must name different streams.
-
-    Raises:
-        RepeatedStream: when two of them name one stream of its owner.
-    """
-    slots, codes = table.resolve(handles, owner)
-    if len(slots) == 1:
-        return slots, codes
-    own = slots if not np.count_nonzero(codes) else slots[codes == 0]
-    order = np.arange(len(own), dtype=np.int32)
-    table.marks[own] = order
-    if np.count_nonzero(table.marks[own] != order):
-        raise RepeatedStream
-    return slots, codes
-
-
-def finite_lengths(finite_values: Bool) -> I64:
-    """How many leading timesteps of each column hold finite values only: bool [T, N, F] → int64 [N]."""
-    finite = np.asarray(finite_values.all(axis=2))
-    lengths: I64 = np.where(finite.all(axis=0), len(finite), finite.argmin(axis=0))
-    return lengths
+# Plain numbers, so that kernels hold constants.
+_ACK_AHEAD: Final = int(Code.ACK_AHEAD)
+_BUSY: Final = int(Code.BUSY)
+_CONFLICT: Final = int(Code.CONFLICT)
+_FENCED: Final = int(Code.FENCED)
+_FOREIGN_STREAM: Final = int(Code.FOREIGN_STREAM)
+_NOT_FINITE: Final = int(Code.NOT_FINITE)
+_REPEATED_STREAM: Final = int(Code.REPEATED_STREAM)
+_SEQ_GAP: Final = int(Code.SEQ_GAP)
+_SEQ_REPEATED: Final = int(Code.SEQ_REPEATED)
+_UNKNOWN_STREAM: Final = int(Code.UNKNOWN_STREAM)
+_WINDOW_FULL: Final = int(Code.WINDOW_FULL)
+_SLOT_MASK: Final = np.uint64(0xFFFF_FFFF)
+_SLOT_BITS: Final = np.uint64(32)
+_EXPONENT: Final = np.uint32(0x7F80_0000)  # all ones in NaN and infinity
+_ONE: Final = np.uint32(1)
 
 
-def admit(table: StreamTable, rings: Rings, owner: int | I32, handles: U64, seqs: U64, acked: U64, x: F32) -> Admission:
-    """Judge a block, or several beside each other; admit what may be applied and move the streams' expected seq on.
+@inlined
+def resolve_handle(tables: Tables, handle: np.uint64, origin: int) -> tuple[int, int]:
+    """The slot that a handle names, and 0 where `origin` may use it, else the code that says why not."""
+    streams = tables.streams
+    slot = np.int64(handle & _SLOT_MASK)
+    if slot == 0 or slot >= len(streams) or streams["owner"][slot] == NO_OWNER or streams["closing"][slot]:
+        return 0, _UNKNOWN_STREAM
+    if streams["handle"][slot] == handle:
+        return slot, (0 if streams["owner"][slot] == origin else _FOREIGN_STREAM)
+    # An older handle of the stream that is in the slot now? Generations wrap, so ages are compared modulo 2^32.
+    first = streams["first_generation"][slot]
+    age = np.uint32(np.uint32(handle >> _SLOT_BITS) - first)
+    age_now = np.uint32(np.uint32(streams["handle"][slot] >> _SLOT_BITS) - first)
+    return slot, (_FENCED if age < age_now else _UNKNOWN_STREAM)
+
+
+@inlined
+def _names_a_stream_twice(tables: Tables, sent: Records, first: int, width: int, origin: int) -> bool:
+    tables.counts[STAMP] += 1
+    stamp = tables.counts[STAMP]
+    for column in range(first, first + width):
+        slot, code = resolve_handle(tables, sent["handle"][column], origin)
+        if code == 0:
+            if tables.streams["stamp"][slot] == stamp:
+                return True
+            tables.streams["stamp"][slot] = stamp
+    return False
+
+
+@inlined
+def _is_finite(frame: U32) -> bool:
+    largest = np.uint32(0)
+    for value in range(len(frame)):
+        largest = max(largest, frame[value] & _EXPONENT)
+    return largest != _EXPONENT
+
+
+@inlined
+def _admit_column(
+    tables: Tables, sent: Records, at: int, column: int, message: int, x: U32, first: int, width: int, timesteps: int
+) -> int:
+    """Judge one column and apply what is good; returns how many of its frames were admitted to be computed.
 
     Args:
-        table: the streams; `next_seq` is moved on for admitted frames, and `acked`, nothing else.
-        rings: what the streams were sent before; not changed.
-        owner: who sent the block, or int32 [N], who sent each column.
-        handles: uint64 [N].
-        seqs: uint64 [N], seq of each column's first timestep.
-        acked: uint64 [N], the seq before which the client has every output of the stream.
-        x: float32 [T, N, features].
-
-    Raises:
-        RepeatedStream: when a stream stands in it more than once; nothing has changed.
+        tables: everything.
+        sent: SENT_COLUMN.
+        at: the column's place in it.
+        column: its record in `tables.columns`.
+        message: the record of its message.
+        x: uint32, the bits of float32 inputs.
+        first: where in `x` the column's first frame begins.
+        width: columns of the message: each timestep lies width × features further on.
+        timesteps: T.
     """
-    timesteps, columns = x.shape[:2]
-    slots, codes = resolve_distinct(table, owner, handles)
-    expected = table.next_seq[slots]
-    finite_values = np.isfinite(x)
-    due = expected.view(np.uint64)  # a seq of 2^63 or more is a gap, not a negative number
-    computed = table.step_seq[slots].view(np.uint64)
-    good = (seqs == due) & (acked <= computed) & (seqs - acked <= max(0, rings.window - timesteps))
-    is_whole = (
-        timesteps <= rings.window
-        and np.count_nonzero(good) == columns
-        and np.count_nonzero(finite_values) == x.size  # found several times faster than frame by frame
-        and not np.count_nonzero(codes)
-    )
-    if is_whole:  # nearly always: nothing to refuse
-        rows = rings.rows_of(slots, expected, timesteps)
-        following = expected + timesteps
-        table.next_seq[slots] = following
-        table.acked[slots] = np.maximum(table.acked[slots], acked.view(np.int64))
-        lengths: I64 = np.empty(columns, np.int64)
-        lengths.fill(timesteps)  # `np.full` takes several times as long
-        return Admission(
-            slots, rows, np.zeros(columns, np.int64), lengths, codes, following, lengths.copy(), is_whole=True
-        )
+    counts, streams, columns = tables.counts, tables.streams, tables.columns
+    window, features = counts[WINDOW], tables.x_bits.shape[1]
+    origin = tables.messages["origin"][message]
+    slot, code = resolve_handle(tables, sent["handle"][at], origin)
+    seq, acked = sent["seq"][at], sent["acked"][at]
+    columns["slot"][column] = slot
+    columns["seq"][column] = seq
+    columns["skipped"][column] = columns["length"][column] = columns["fresh"][column] = 0
+    columns["code"][column], columns["expected_seq"][column] = code, 0
+    if code:
+        return 0
+    next_seq = streams["next_seq"][slot]
+    columns["expected_seq"][column] = next_seq
+    if acked < 0 or acked > streams["step_seq"][slot]:
+        columns["code"][column] = _ACK_AHEAD
+        return 0
+    oldest = max(streams["acked"][slot], next_seq - window)
+    streams["acked"][slot] = max(streams["acked"][slot], acked)
+    if seq < 0 or seq > next_seq:
+        columns["code"][column] = _SEQ_GAP
+        return 0
+    repeats = min(next_seq - seq, timesteps)
+    if repeats > 0 and (streams["pending"][slot] > 0 or seq < oldest):
+        columns["code"][column] = _SEQ_REPEATED
+        return 0
+    length = timesteps
+    for step in range(timesteps):
+        at_value = first + step * width * features
+        frame = x[at_value : at_value + features]
+        if step < repeats:
+            held = tables.x_bits[(seq + step) % window * counts[STRIDE] + slot]
+            for value in range(features):
+                if held[value] != frame[value]:
+                    code = _CONFLICT
+        elif seq + step >= acked + window:
+            code = _WINDOW_FULL
+        elif not _is_finite(frame):
+            code = _NOT_FINITE
+        if code:
+            length = step
+            break
+    for step in range(repeats, length):
+        row = (seq + step) % window * counts[STRIDE] + slot
+        at_value = first + step * width * features
+        frame, place = x[at_value : at_value + features], tables.x_bits[row]
+        for value in range(features):
+            place[value] = frame[value]
+        tables.frame_message[row] = message
+    fresh = max(length - repeats, 0)
+    columns["skipped"][column] = min(repeats, length)
+    columns["length"][column], columns["fresh"][column], columns["code"][column] = length, fresh, code
+    if fresh:
+        columns["expected_seq"][column] = streams["next_seq"][slot] = seq + length
+        streams["pending"][slot] += fresh
+        arrived_ns = tables.messages["arrived_ns"][message]
+        streams["last_active_ns"][slot] = max(streams["last_active_ns"][slot], arrived_ns)
+        push_ready(tables, slot, arrived_ns)
+    return fresh
 
-    ahead = acked > computed
-    own = codes == 0
-    codes[own & ahead] = Code.ACK_AHEAD
-    codes[(codes == 0) & (seqs > due)] = Code.SEQ_GAP
-    first = np.where(codes == 0, seqs, 0).astype(np.int64)
-    repeats = np.where(codes == 0, np.minimum(expected - first, timesteps), 0)
-    too_late = (repeats > 0) & ((table.pending[slots] > 0) | (first < _oldest(table, rings, slots)))
-    codes[too_late] = Code.SEQ_REPEATED
-    repeats[too_late] = 0
-    same = rings.holds_same(slots, first, repeats, x)
-    within = np.maximum(acked.astype(np.int64) + rings.window - first, 0)
-    lengths = np.minimum(finite_lengths(finite_values), within)
-    why = np.where(lengths < within, Code.NOT_FINITE, Code.WINDOW_FULL)
-    conflict = same < repeats
-    lengths[conflict] = np.minimum(lengths, same)[conflict]
-    why[conflict & (lengths == same)] = Code.CONFLICT
-    lengths[codes != 0] = 0
-    short = (codes == 0) & (lengths < timesteps)
-    codes[short] = why[short]
 
-    moved = lengths > repeats
-    table.next_seq[slots[moved]] = (first + lengths)[moved]
-    known = own & ~ahead
-    table.acked[slots[known]] = np.maximum(table.acked[slots[known]], acked[known].astype(np.int64))
-    expected[moved] = (first + lengths)[moved]
-    expected[~own] = 0
-    skipped = np.minimum(repeats, lengths)
-    rows = rings.rows_of(slots, first, timesteps)
-    return Admission(slots, rows, skipped, lengths, codes, expected, lengths - skipped, is_whole=False)
+@kernel
+def admit(tables: Tables, messages: Records, sent: Records, x: U32, outcomes: I32, numbers: I32) -> tuple[int, int]:
+    """Admit the good frames of messages, one message after another.
+
+    Args:
+        tables: everything; a message that is refused as a whole changes nothing.
+        messages: SENT_MESSAGE [M].
+        sent: SENT_COLUMN, the columns of all messages, one message after another.
+        x: uint32, the bits of their float32 [T, N, features], likewise.
+        outcomes: int32 [M], set to 0 where the message was taken, or to BUSY or REPEATED_STREAM where it was refused.
+        numbers: int32 [M], set to the numbers of some messages, see below.
+
+    Returns:
+        complete: how many messages are complete already, because nothing of them has to be computed: the first ones
+            of `numbers`.
+        partly_repeated: how many messages have frames of both kinds, those to compute and those that are answered
+            again: the last ones of `numbers`.
+    """
+    counts, features = tables.counts, tables.x_bits.shape[1]
+    complete = partly_repeated = first_column = first_value = 0
+    for place in range(len(messages)):
+        origin, timesteps, width = messages["origin"][place], messages["timesteps"][place], messages["width"][place]
+        frames, column_at, value_at = timesteps * width, first_column, first_value
+        first_column += width
+        first_value += frames * features
+        outstanding = tables.origins["unanswered"][origin] + tables.origins["backlog"][origin]
+        if (
+            outstanding + frames > counts[CREDIT]
+            or counts[PENDING_FRAMES] + frames > counts[MAX_PENDING]
+            or counts[FREE_MESSAGES] == 0
+            or counts[FREE_COLUMNS] < width
+        ):
+            outcomes[place] = _BUSY
+            continue
+        if width > 1 and _names_a_stream_twice(tables, sent, column_at, width, origin):
+            outcomes[place] = _REPEATED_STREAM
+            continue
+        outcomes[place] = 0
+        number = counts[FREE_MESSAGE]
+        counts[FREE_MESSAGE] = tables.messages["next_free"][number]
+        counts[FREE_MESSAGES] -= 1
+        tables.messages["tag"][number] = messages["tag"][place]
+        tables.messages["arrived_ns"][number] = messages["arrived_ns"][place]
+        tables.messages["origin"][number] = origin
+        tables.messages["timesteps"][number], tables.messages["width"][number] = timesteps, width
+        fresh, repeats, column = 0, 0, counts[FREE_COLUMN]
+        tables.messages["head"][number] = column
+        for place_in_message in range(width):
+            first = value_at + place_in_message * features
+            fresh += _admit_column(
+                tables, sent, column_at + place_in_message, column, number, x, first, width, timesteps
+            )
+            repeats = max(repeats, tables.columns["skipped"][column])
+            column = tables.columns["next"][column]  # free columns are a list already
+        counts[FREE_COLUMN] = column
+        counts[FREE_COLUMNS] -= width
+        counts[PENDING_FRAMES] += fresh
+        tables.messages["remaining"][number] = tables.messages["frames"][number] = fresh
+        tables.messages["repeats"][number] = repeats
+        tables.origins["unanswered"][origin] += fresh
+        tables.origins["messages"][origin] += 1
+        if fresh == 0:
+            numbers[complete] = number
+            complete += 1
+        elif repeats:
+            partly_repeated += 1
+            numbers[len(numbers) - partly_repeated] = number
+    return complete, partly_repeated
 
 
-def _oldest(table: StreamTable, rings: Rings, slots: I64) -> I64:
-    """The first seq of each stream whose frame the ring still holds."""
-    oldest: I64 = np.maximum(table.acked[slots], table.next_seq[slots] - rings.window)
-    return np.maximum(oldest, table.first_seq[slots])
+@inlined
+def resolve_handles(tables: Tables, handles: I64, origin: int, slots: I64, codes: I32) -> bool:
+    """Resolve the handles of an operation: uint64 [N] → slots int64 [N] and codes int32 [N].
+
+    Returns:
+        Whether they name a stream of the origin's twice.
+    """
+    tables.counts[STAMP] += 1
+    stamp = tables.counts[STAMP]
+    has_repeated = False
+    for place in range(len(handles)):
+        slots[place], codes[place] = resolve_handle(tables, handles[place], origin)
+        if codes[place] == 0:
+            has_repeated |= tables.streams["stamp"][slots[place]] == stamp
+            tables.streams["stamp"][slots[place]] = stamp
+    return has_repeated

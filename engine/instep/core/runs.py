@@ -1,0 +1,117 @@
+"""Runs on their way back: what was stepped moves on, and messages that have all their outputs are found."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from instep.core.compiled import kernel
+from instep.core.scheduler import push_ready
+from instep.core.tables import PENDING_FRAMES, STRIDE, WINDOW, Tables
+from instep.core.typing import I32, I64
+from instep_client.protocol.codes import Code
+
+_SEQ_GAP: Final = int(Code.SEQ_GAP)
+
+
+@kernel
+def finish_run(tables: Tables, slots: I64, steps: int, now_ns: int, *, is_over: bool) -> I32:
+    """`steps` steps of a run over `slots`, int64 [B], were applied; the streams may step again if the run is over.
+
+    Returns:
+        The numbers of the messages that are complete now: int32.
+    """
+    counts, streams, remaining = tables.counts, tables.streams, tables.messages["remaining"]
+    complete = np.empty(len(slots) * steps, np.int32)
+    count = 0
+    for step in range(steps):
+        for slot in slots:
+            row = (streams["step_seq"][slot] + step) % counts[WINDOW] * counts[STRIDE] + slot
+            number = tables.frame_message[row]
+            remaining[number] -= 1
+            if remaining[number] == 0:
+                complete[count] = number
+                count += 1
+    counts[PENDING_FRAMES] -= len(slots) * steps
+    for slot in slots:
+        streams["step_seq"][slot] += steps
+        if is_over:
+            streams["running"][slot] = 0
+            push_ready(tables, slot, now_ns)
+    return complete[:count]
+
+
+@kernel
+def hold(tables: Tables, slots: I64) -> None:
+    """Let streams, int64 [N], begin no further step until `release`."""
+    for slot in slots:
+        tables.streams["holds"][slot] += 1
+
+
+@kernel
+def release(tables: Tables, slots: I64, now_ns: int) -> None:
+    """Undo one `hold` of streams, int64 [N]; those that may step again and have frames become ready."""
+    for slot in slots:
+        tables.streams["holds"][slot] -= 1
+        push_ready(tables, slot, now_ns)
+
+
+@kernel
+def are_running(tables: Tables, slots: I64) -> bool:
+    """Whether any of these streams, int64 [N], is in a run."""
+    for slot in slots:
+        if tables.streams["running"][slot]:
+            return True
+    return False
+
+
+@kernel
+def are_pending(tables: Tables, slots: I64) -> bool:
+    """Whether any of these streams, int64 [N], has frames that are not answered yet."""
+    for slot in slots:
+        if tables.streams["pending"][slot]:
+            return True
+    return False
+
+
+@kernel
+def fail_run(tables: Tables, slots: I64, codes: I32) -> I32:
+    """Nothing that is pending of these streams can be applied: take it out; they are in no run any more.
+
+    Args:
+        tables: everything.
+        slots: int64 [B].
+        codes: int32 [B], why the oldest pending frame of each fails. Those behind it fail with SEQ_GAP, or with the
+            same code where the state is lost and the stream is about to end.
+
+    Returns:
+        The numbers of the messages that are complete now: int32.
+    """
+    counts, streams, messages, columns = tables.counts, tables.streams, tables.messages, tables.columns
+    frames = 0
+    for slot in slots:
+        frames += streams["next_seq"][slot] - streams["step_seq"][slot]
+    complete = np.empty(frames, np.int32)
+    count = 0
+    for place in range(len(slots)):
+        slot = slots[place]
+        first = streams["step_seq"][slot]
+        for seq in range(first, streams["next_seq"][slot]):
+            number = tables.frame_message[seq % counts[WINDOW] * counts[STRIDE] + slot]
+            column = messages["head"][number]
+            while columns["slot"][column] != slot or columns["fresh"][column] == 0:
+                column = columns["next"][column]
+            timestep = seq - columns["seq"][column]
+            if timestep < columns["length"][column]:  # its first frame that fails
+                columns["length"][column] = timestep
+                columns["code"][column] = codes[place] if seq == first or streams["lost"][slot] else _SEQ_GAP
+                columns["expected_seq"][column] = first
+            messages["remaining"][number] -= 1
+            if messages["remaining"][number] == 0:
+                complete[count] = number
+                count += 1
+        counts[PENDING_FRAMES] -= streams["next_seq"][slot] - first
+        streams["next_seq"][slot] = first
+        streams["running"][slot] = 0
+    return complete[:count]

@@ -1,0 +1,192 @@
+"""The engine's memory: every array that the hot path works on, allocated once.
+
+Kernels take all of it as one argument, `Tables`. Its structured arrays hold one record for each slot, origin, pending
+message and pending column, so that everything a kernel needs of one stream lies in one or two cache lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from instep.core.typing import F32, I32, I64, U32, float32_zeros
+
+Records: TypeAlias = npt.NDArray[Any]
+
+SCRATCH_SLOT: Final = 0
+"""The slot that padding rows read and write; never given to a stream."""
+NO_OWNER: Final = -1
+NOTHING: Final = -1
+"""The end of a linked list."""
+
+STREAM: Final = np.dtype(
+    [
+        ("handle", "<u8"),  # generation << 32 | slot; whoever holds it may use the stream
+        ("next_seq", "<i8"),  # the seq that the stream expects next, counting admitted frames
+        ("step_seq", "<i8"),  # the seq that the stream's next step applies
+        ("acked", "<i8"),  # the seq before which the client has every output
+        ("last_active_ns", "<i8"),
+        ("stamp", "<i8"),  # the newest message that named the stream: finds streams named twice in one message
+        ("owner", "<i4"),  # the origin's number, or NO_OWNER
+        ("pending", "<i4"),  # frames admitted and not yet answered
+        ("next_ready", "<i4"),  # the stream behind this one in its origin's ready queue
+        ("first_generation", "<u4"),  # of the slot when the stream was opened; later ones up to now are fenced
+        ("running", "u1"),  # it is in a run
+        ("holds", "u1"),  # operations that work on its state; it does not step meanwhile
+        ("queued", "u1"),  # it is in a ready queue
+        ("closing", "u1"),
+        ("lost", "u1"),  # its state can no longer be trusted; it is closing
+        ("renumbered", "u1"),  # a restart with other numerics took it from its owner
+        ("reserved", "u2"),
+    ]
+)
+
+ORIGIN: Final = np.dtype(
+    [
+        ("streams", "<i8"),  # how many it owns, closing ones included
+        ("unanswered", "<i8"),  # frames admitted and not yet delivered
+        ("backlog", "<i8"),  # frames whose replies its transport has not taken yet
+        ("messages", "<i4"),  # pending messages
+        ("ready_head", "<i4"),  # the ready queue of its streams, oldest first
+        ("ready_tail", "<i4"),
+        ("next_origin", "<i4"),  # the next origin in the round robin
+        ("group", "<i4"),  # scratch: its newest group of replies while replies are assembled
+        ("reserved", "<i4"),
+    ]
+)
+
+MESSAGE: Final = np.dtype(
+    [
+        ("tag", "<i8"),  # the origin's name for the message, returned with its reply
+        ("arrived_ns", "<i8"),
+        ("origin", "<i4"),
+        ("timesteps", "<i4"),
+        ("width", "<i4"),
+        ("remaining", "<i4"),  # frames not yet computed
+        ("head", "<i4"),  # its first column
+        ("frames", "<i4"),  # frames admitted to be computed
+        ("repeats", "<i4"),  # the most leading timesteps of a column that were applied before
+        ("next_free", "<i4"),
+    ]
+)
+
+COLUMN: Final = np.dtype(
+    [
+        ("seq", "<i8"),  # of its first timestep
+        ("expected_seq", "<i8"),  # what the stream expects after the admitted frames; 0 where it is not the sender's
+        ("slot", "<i4"),
+        ("next", "<i4"),  # the next column of its message, or the next free column
+        ("skipped", "<i4"),  # leading timesteps that were applied before and are only answered again
+        ("length", "<i4"),  # leading timesteps that get outputs; fewer when a step fails
+        ("fresh", "<i4"),  # timesteps admitted to be computed
+        ("code", "<i4"),  # why timestep `length` is refused; 0 where none is
+    ]
+)
+
+# Places in `Tables.counts`.
+PENDING_FRAMES: Final = 0  # admitted and not yet computed
+READY: Final = 1  # streams in ready queues
+READY_SINCE_NS: Final = 2  # when the first frame arrived of those that became ready since none was
+ROUND_TAIL: Final = 3  # the origin whose turn is last; the one behind it is next
+FREE_MESSAGE: Final = 4
+FREE_MESSAGES: Final = 5
+FREE_COLUMN: Final = 6
+FREE_COLUMNS: Final = 7
+STAMP: Final = 8
+WINDOW: Final = 9
+STRIDE: Final = 10
+MAX_PENDING: Final = 11
+CREDIT: Final = 12
+_COUNTS: Final = 13
+
+
+class Tables(NamedTuple):
+    """All arrays of the hot path; see the dtypes above for the fields of the records."""
+
+    counts: I64
+    streams: Records
+    """STREAM [max_streams + 1], by slot."""
+    origins: Records
+    """ORIGIN [max_origins + 1]; the last one owns the streams whose connection is gone."""
+    messages: Records
+    """MESSAGE [max_pending_frames]."""
+    columns: Records
+    """COLUMN [max_pending_frames]."""
+    frame_message: I32
+    """int32 [window × (max_streams + 1)]: the pending message that the frame in a row of the frame buffer came with."""
+    x: F32
+    """float32 [rows, features]: the inputs of the frame buffer."""
+    x_bits: U32
+    """The same memory as uint32: inputs are compared and copied as bits."""
+    y: F32
+    """float32 [rows, outputs]: the outputs of the frame buffer."""
+
+
+def make_tables(
+    max_streams: int,
+    max_origins: int,
+    window: int,
+    features: int,
+    outputs: int,
+    max_pending_frames: int,
+    credit_frames: int,
+    zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
+) -> Tables:
+    """Allocate everything; pages that nobody touches take no memory.
+
+    Args:
+        max_streams: slots run from 1 to this.
+        max_origins: origins are numbered from 0 to this, exclusive; this number itself owns parked streams.
+        window: frames of one stream in the frame buffer.
+        features: width of an input.
+        outputs: width of an output.
+        max_pending_frames: the most frames admitted and not yet computed, of all streams together; also the most
+            pending messages, and the most pending columns.
+        credit_frames: the most unanswered frames of one origin.
+        zeros: makes the arrays of inputs and outputs; another than numpy's may be memory shared between processes.
+    """
+    rows = window * (max_streams + 1)
+    counts = np.zeros(_COUNTS, np.int64)
+    counts[ROUND_TAIL] = NOTHING
+    counts[WINDOW], counts[STRIDE] = window, max_streams + 1
+    counts[MAX_PENDING], counts[CREDIT] = max_pending_frames, credit_frames
+    counts[FREE_MESSAGES] = counts[FREE_COLUMNS] = max_pending_frames
+    streams = np.zeros(max_streams + 1, STREAM)
+    streams["owner"] = NO_OWNER
+    origins = np.zeros(max_origins + 1, ORIGIN)
+    origins["ready_head"] = NOTHING
+    messages = np.zeros(max_pending_frames, MESSAGE)
+    messages["next_free"] = _free_list(max_pending_frames)
+    columns = np.zeros(max_pending_frames, COLUMN)
+    columns["next"] = _free_list(max_pending_frames)
+    x = zeros((rows, features))
+    return Tables(
+        counts,
+        streams,
+        origins,
+        messages,
+        columns,
+        np.zeros(rows, np.int32),
+        x,
+        x.view(np.uint32),
+        zeros((rows, outputs)),
+    )
+
+
+def _free_list(count: int) -> I32:
+    """Each entry names the next one; the last one names none."""
+    entries = np.arange(1, count + 1, dtype=np.int32)
+    entries[-1] = NOTHING
+    return entries
+
+
+def rows_of(tables: Tables, slots: I64, seqs: I64) -> I64:
+    """Rows of the frame buffer: slots and seqs of any shapes that broadcast → int64.
+
+    Rows of equal seq lie next to each other, so streams that advance in step are copied as one block.
+    """
+    rows: I64 = seqs % tables.counts[WINDOW] * tables.counts[STRIDE] + slots
+    return rows

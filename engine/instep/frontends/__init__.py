@@ -1,0 +1,1 @@
+"""Front ends: each decodes messages to `streaming.api.Frames` and implements `Origin`."""

@@ -1,0 +1,41 @@
+"""What the server's loop asks of a front end."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Frontend(Protocol):
+    """Where producers connect."""
+
+    @property
+    def signal_fd(self) -> int | None:
+        """Becomes readable when something has arrived; None where the front end wakes the loop itself."""
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether something has arrived; where nothing has, the next arrival is signalled."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was delivered is on its way, and no request waits."""
+
+    def receive(self, budget_ns: int) -> bool:
+        """Take what has arrived, for about that long; whether there was anything.
+
+        Frames are submitted to the engine. A request that changes streams is begun by a coroutine, and nothing more
+        is taken before the loop's next turn: so what came before it is admitted before it, and what came after it is
+        taken after it.
+        """
+
+    def tick(self, now_ns: int) -> None:
+        """Do what is due now and then: retry blocked replies, find dead peers."""
+
+    def drain(self) -> None:
+        """Refuse everything new from now on."""
+
+    def go_away(self, reason: str) -> None:
+        """Tell every origin that the server ends."""
+
+    def close(self) -> None:
+        """Close the sockets."""

@@ -1,0 +1,206 @@
+"""The front end without a transport: producers in the server's own process and event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from instep.core.admission import SENT_COLUMN
+from instep.core.typing import F32, I64, U64
+from instep.streaming.api import Frames, Grants, Names, Refusal, Reply, StatesRead, StreamEvent
+from instep.streaming.engine import Engine
+from instep.streaming.operations import StreamOperations
+from instep.streaming.reaper import Reaper
+from instep.streaming.tasks import Tasks
+
+T = TypeVar("T")
+
+
+class InProcessOrigin:
+    """A producer in this process: the engine's operations, with this origin as the owner.
+
+    Args:
+        frontend: where it is connected.
+        operations: requests on streams.
+    """
+
+    def __init__(self, frontend: InProcessFrontend, operations: StreamOperations) -> None:
+        self.number = -1
+        self.arrival = 0
+        self.events: list[StreamEvent] = []
+        """What happened to its streams, oldest first."""
+        self._frontend = frontend
+        self._operations = operations
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._next_tag = 0
+
+    async def step(self, handles: U64, seqs: I64, acked: I64, x: F32) -> Reply:
+        """Step T frames of N streams.
+
+        Args:
+            handles: uint64 [N].
+            seqs: int64 [N], of the first timestep.
+            acked: int64 [N], the outputs of all seqs below are not needed again.
+            x: float32 [T, N, features].
+
+        Raises:
+            Refusal: the message was refused as a whole.
+        """
+        timesteps, width, _ = x.shape
+        columns = np.zeros(width, SENT_COLUMN)
+        columns["handle"], columns["seq"], columns["acked"] = handles, seqs, acked
+        self._next_tag += 1
+        future = self._replies[self._next_tag] = asyncio.get_running_loop().create_future()
+        frames = np.ascontiguousarray(x, np.float32)
+        self._frontend.put(Frames(self, self._next_tag, timesteps, width, columns, frames, time.monotonic_ns()))
+        return await future
+
+    async def open(self, names: Names, states: F32 | None = None, first_seqs: I64 | None = None) -> Grants:
+        """See `StreamOperations.open`."""
+        return await self._frontend.ask(lambda: self._operations.open(self, names, states, first_seqs))
+
+    async def resume(self, names: Names, have: U64, epochs: U64, *, take_over: bool = False) -> Grants:
+        """See `StreamOperations.resume`."""
+        return await self._frontend.ask(lambda: self._operations.resume(self, names, have, epochs, take_over))
+
+    async def read_states(self, handles: U64) -> StatesRead:
+        """See `StreamOperations.read_own_states`."""
+        return await self._frontend.ask(lambda: self._operations.read_own_states(self, handles))
+
+    async def close(self, handles: U64) -> StatesRead:
+        """Close streams; their final states, with no seqs. See `StreamOperations.close`."""
+        states, codes = await self._frontend.ask(lambda: self._operations.close(self, handles))
+        return StatesRead(np.zeros(len(codes), np.int64), states, codes)
+
+    def deliver(self, reply: Reply) -> None:
+        """See `Origin`."""
+        first = 0
+        for tag, width in zip(reply.tags, reply.widths, strict=True):
+            part = slice(first, first + width)
+            first += width
+            columns = (reply.codes[part], reply.lengths[part], reply.expected_seqs[part])
+            codes, lengths, expected = (column.copy() for column in columns)
+            y = reply.y[:, part].copy()
+            own = replace(
+                reply, tags=[tag], widths=[width], y=y, codes=codes, lengths=lengths, expected_seqs=expected
+            )
+            self._settle(tag, lambda future, own=own: future.set_result(own))  # type: ignore[misc]
+
+    def refuse(self, tag: int, refusal: Refusal) -> None:
+        """See `Origin`."""
+        self._settle(tag, lambda future: future.set_exception(refusal))
+
+    def notify(self, event: StreamEvent) -> None:
+        """See `Origin`."""
+        self.events.append(event)
+
+    def _settle(self, tag: int, settle: Callable[[asyncio.Future[Reply]], None]) -> None:
+        future = self._replies.pop(tag)
+        if not future.done():  # the caller may have been cancelled
+            settle(future)
+
+
+class InProcessFrontend:
+    """Takes what origins in this process send, in order.
+
+    Args:
+        engine: frames.
+        operations: requests on streams.
+        reaper: parks the streams of origins that disconnect.
+        tasks: runs requests.
+        wake: lets the loop take a turn.
+    """
+
+    signal_fd = None
+
+    def __init__(
+        self,
+        engine: Engine,
+        operations: StreamOperations,
+        reaper: Reaper,
+        tasks: Tasks,
+        wake: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._operations = operations
+        self._reaper = reaper
+        self._tasks = tasks
+        self._wake = wake
+        self._arrived: deque[Frames | Callable[[], Awaitable[None]]] = deque()
+
+    def connect(self) -> InProcessOrigin:
+        """A new origin.
+
+        Raises:
+            RuntimeError: too many origins are connected.
+        """
+        origin = InProcessOrigin(self, self._operations)
+        if not self._engine.origins.connect(origin):
+            raise RuntimeError("limits.max_connections origins are connected")
+        return origin
+
+    def disconnect(self, origin: InProcessOrigin) -> None:
+        """An origin leaves; its streams are parked or closed."""
+        self._reaper.detach(origin)
+
+    def put(self, frames: Frames) -> None:
+        """A message of frames has arrived."""
+        self._arrived.append(frames)
+        self._wake()
+
+    async def ask(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Begin a request behind everything that has arrived; its result."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        async def run() -> None:
+            try:
+                result = await request()
+            except Refusal as refusal:
+                future.set_exception(refusal)
+            else:
+                if not future.done():
+                    future.set_result(result)
+
+        self._arrived.append(run)
+        self._wake()
+        return await future
+
+    @property
+    def is_readable(self) -> bool:
+        """See `Frontend`."""
+        return bool(self._arrived)
+
+    @property
+    def is_idle(self) -> bool:
+        """See `Frontend`."""
+        return not self._arrived
+
+    def receive(self, budget_ns: int) -> bool:
+        """See `Frontend`."""
+        has_arrived = bool(self._arrived)
+        while self._arrived:
+            arrived = self._arrived.popleft()
+            if isinstance(arrived, Frames):
+                self._engine.submit(arrived)
+            else:
+                self._tasks.start(arrived())  # type: ignore[arg-type]
+                break
+        return has_arrived
+
+    def tick(self, now_ns: int) -> None:
+        """Nothing is due."""
+
+    def drain(self) -> None:
+        """Origins in this process are the caller's to stop."""
+
+    def go_away(self, reason: str) -> None:
+        """Origins in this process know."""
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,103 @@
+"""Messages that peers send, checked field by field before anything of them is used. Pure: frames in, values out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from instep.core.typing import F32, I32, I64, U64
+from instep.frontends.zmq.peers import Peer
+from instep.streaming.api import Frames, Refusal
+from instep_client.protocol import wire
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.wire import Code, Header
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Reads the messages of peers of one model. Its methods raise MalformedMessage or Refusal."""
+
+    features: int
+    state_shape: tuple[int, ...]
+    """Of one stream, float32."""
+    max_block_frames: int
+    max_message_bytes: int
+
+    def step(self, peer: Peer, header: Header, frames: list[bytes]) -> Frames:
+        """STEP: everything but the contents of columns and frames, which admission judges."""
+        timesteps, width, features, dtype = header.fields
+        wire.count_field(timesteps, "T", 2**31)
+        wire.count_field(width, "N", wire.MAX_BLOCK_STREAMS)
+        if dtype != wire.F32_NAME:
+            raise Refusal(Code.WRONG_DTYPE, f"this block says {dtype!r:.20}")
+        if type(features) is not int or features != self.features:
+            raise Refusal(Code.WRONG_SHAPE, f"the model takes {self.features} features, not {features!r:.20}")
+        if timesteps * width > self.max_block_frames:
+            raise Refusal(Code.TOO_LARGE, f"at most {self.max_block_frames} frames a block")
+        wire.check_size(frames[2], 4, (timesteps, width, features), "x")
+        wire.check_size(frames[1], wire.COLUMN_BYTES, (width,), "columns")
+        return Frames(peer, header.request, timesteps, width, frames[1], frames[2], peer.last_heard_ns)
+
+    def hello(self, header: Header, routing_id: bytes) -> None:
+        """HELLO."""
+        version, name = header.fields
+        if version != wire.PROTOCOL_VERSION:
+            raise Refusal(Code.WRONG_VERSION, f"the client speaks {version!r:.20}")
+        if type(name) is not str:
+            raise MalformedMessage("the client's name must be text")
+        if routing_id[0] != 0:
+            raise MalformedMessage("set no routing id (ZMQ_IDENTITY): the server names connections itself")
+
+    def count(self, field: Any) -> int:
+        """N."""
+        return wire.count_field(field, "N", wire.MAX_BLOCK_STREAMS)
+
+    def count_with_states(self, field: Any) -> int:
+        """N, where the reply holds as many states."""
+        count = self.count(field)
+        if count * math.prod(self.state_shape) * 4 > self.max_message_bytes:
+            raise Refusal(Code.TOO_LARGE, "their states do not fit into one message")
+        return count
+
+    def handles(self, frame: bytes, count: int) -> U64:
+        """uint64 [N]."""
+        handles: U64 = wire.array_frame(frame, "<u8", (count,), "handles")
+        return handles
+
+    def states(self, has_states: Any, frame: bytes, count: int) -> F32 | None:
+        """float32 [N, …], None where the header says that none follow."""
+        if not wire.count_field(has_states, "has_states", 1, at_least=0):
+            if len(frame):
+                raise MalformedMessage("the header says that no states follow, the states frame is not empty")
+            return None
+        shape = (count, *self.state_shape)
+        size = math.prod(shape) * 4
+        if len(frame) != size:
+            raise Refusal(Code.WRONG_SHAPE, f"states must be float32 {list(shape)}, {size} bytes")
+        states: F32 = wire.array_frame(frame, "<f4", shape, "states")
+        return states
+
+    def state_codes(self, states: F32 | None, count: int) -> I32:
+        """int32 [N], NOT_FINITE for states that hold NaN or infinity."""
+        codes = np.zeros(count, np.int32)
+        if states is not None:
+            codes[~np.isfinite(states).reshape(count, -1).all(axis=1)] = Code.NOT_FINITE
+        return codes
+
+    def name_codes(self, names: list[str]) -> I32:
+        """int32 [N], BAD_NAME for names that no stream may have."""
+        return np.array([0 if wire.name_is_good(name) else Code.BAD_NAME for name in names], np.int32)
+
+    def first_seqs(self, has_seqs: Any, frame: bytes, count: int) -> I64 | None:
+        """int64 [N], None where the header says that none follow."""
+        if not wire.count_field(has_seqs, "has_seqs", 1, at_least=0):
+            if len(frame):
+                raise MalformedMessage("the header says that no first seqs follow, their frame is not empty")
+            return None
+        seqs: U64 = wire.array_frame(frame, "<u8", (count,), "first seqs")
+        if int(seqs.max()) >= 2**62:
+            raise MalformedMessage("a first seq must be below 2^62")
+        return seqs.astype(np.int64)

@@ -1,0 +1,115 @@
+"""Messages that the server sends, built from arrays. Pure: values in, frames out."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+
+from instep.core.typing import F32, I32, I64
+from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Code, Kind, Message
+
+
+def _failures(
+    codes: I32 | I64, timesteps: I64 | None = None, expected_seqs: I64 | None = None
+) -> wire.FailureArray:
+    """One FAILURE entry for each column whose code is not 0."""
+    columns = np.flatnonzero(codes)
+    entries = np.zeros(len(columns), wire.FAILURE)
+    entries["column"] = columns
+    entries["code"] = codes[columns]
+    if timesteps is not None:
+        entries["timestep"] = timesteps[columns]
+    if expected_seqs is not None:
+        entries["expected_seq"] = expected_seqs[columns]
+    return entries
+
+
+def _sentences(entries: wire.FailureArray) -> list[tuple[int, str]]:
+    return [(code, wire.SENTENCES[Code(code)]) for code in np.unique(entries["code"]).tolist()]
+
+
+def stepped(reply: Reply) -> Message:
+    """STEPPED: the reply to the messages of these tags, their columns next to each other."""
+    tags = reply.tags
+    also: list[int] = []
+    if len(tags) > 1:
+        for tag, first in zip(tags[1:], accumulate(reply.widths), strict=False):
+            also += tag, first
+    timesteps, width, _ = reply.y.shape
+    times_us = reply.queue_ns // 1000, reply.compute_ns // 1000, reply.send_ns // 1000
+    y = reply.y.data.cast("B")
+    if not reply.has_failures:
+        return [wire.pack_header(Kind.STEPPED, tags[0], timesteps, width, *times_us, (), also), y, b""]
+    refused = _failures(reply.codes, reply.lengths, reply.expected_seqs)
+    header = wire.pack_header(Kind.STEPPED, tags[0], timesteps, width, *times_us, _sentences(refused), also)
+    return [header, y, refused.tobytes()]
+
+
+def welcome(request: int, info: wire.ServerInfo) -> Message:
+    """WELCOME: the fields of `ServerInfo` in order."""
+    fields = [getattr(info, name) for name in wire.ServerInfo.__slots__]
+    return [wire.pack_header(Kind.WELCOME, request, *fields)]
+
+
+def granted(kind: Kind, request: int, grants: Grants, durability: str) -> Message:
+    """OPENED or RESUMED."""
+    refused = _failures(grants.codes, None, grants.expected_seqs)
+    entries = np.zeros(len(grants.codes), wire.GRANT)
+    entries["handle"], entries["epoch"], entries["next_seq"] = grants.handles, grants.epochs, grants.next_seqs
+    entries[grants.codes != 0] = 0
+    header = wire.pack_header(kind, request, len(entries), durability, _sentences(refused))
+    return [header, entries.tobytes(), refused.tobytes()]
+
+
+def state_read(request: int, read: StatesRead) -> Message:
+    """STATE_READ."""
+    refused = _failures(read.codes)
+    header = wire.pack_header(Kind.STATE_READ, request, len(read.codes), _sentences(refused))
+    return [header, read.next_seqs.tobytes(), read.states.tobytes(), refused.tobytes()]
+
+
+def changed(request: int, codes: I32) -> Message:
+    """CHANGED: the states that were not written, and why."""
+    refused = _failures(codes)
+    return [wire.pack_header(Kind.CHANGED, request, len(codes), _sentences(refused)), refused.tobytes()]
+
+
+def closed(request: int, states: F32, codes: I32) -> Message:
+    """CLOSED, with the final states [N, …]."""
+    refused = _failures(codes)
+    header = wire.pack_header(Kind.CLOSED, request, len(states), _sentences(refused))
+    return [header, states.tobytes(), refused.tobytes()]
+
+
+def pong(request: int) -> Message:
+    """PONG: the reply to a PING."""
+    return [wire.pack_header(Kind.PONG, request)]
+
+
+def ping(number: int) -> Message:
+    """PING: the server asks whether the peer is there and reads; a PONG of the same number answers."""
+    return [wire.pack_header(Kind.PING, number)]
+
+
+def statistics(request: int, values: dict[str, float]) -> Message:
+    """STATISTICS: [[name, value], …]."""
+    return [wire.pack_header(Kind.STATISTICS, request, list(values.items()))]
+
+
+def evicted(event: StreamEvent) -> Message:
+    """EVICTED: these streams are not the peer's any more."""
+    header = wire.pack_header(Kind.EVICTED, 0, len(event.handles), int(event.code), wire.SENTENCES[event.code])
+    return [header, event.handles.tobytes()]
+
+
+def error(request: int, refusal: Refusal) -> Message:
+    """ERROR: the whole message was refused and nothing of it applied."""
+    return [wire.pack_header(Kind.ERROR, request, int(refusal.code), str(refusal)[:900], refusal.retry_after_us)]
+
+
+def goodbye(sentence: str) -> Message:
+    """GOODBYE: the server ends; unless the end was forced or a failure, what it had admitted is answered."""
+    return [wire.pack_header(Kind.GOODBYE, 0, sentence[:900])]

@@ -1,0 +1,287 @@
+"""The front end: receives messages, submits frames, begins requests, and finds dead peers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from instep.frontends.zmq import encode
+from instep.frontends.zmq.decode import Decoder
+from instep.frontends.zmq.peers import Outbound, Peer
+from instep.frontends.zmq.router import Router
+from instep.streaming.api import Grants, Refusal
+from instep.streaming.engine import Engine
+from instep.streaming.operations import StreamOperations
+from instep.streaming.reaper import Reaper
+from instep.streaming.tasks import Tasks
+from instep_client.protocol import wire
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.wire import Code, Header, Kind, Message, ServerInfo
+
+_BURST: Final = 256
+_MOST_REQUESTS: Final = 256
+"""Requests on streams that may be under way, of all peers together."""
+_BUSY_RETRY_US: Final = 2000
+
+Handler: TypeAlias = Callable[[Peer, Header, list[bytes]], Awaitable[Message]]
+
+
+class ZmqFrontend:
+    """The ROUTER socket's side of the engine.
+
+    Args:
+        router: the bound socket; the front end closes it.
+        engine: frames.
+        operations: requests on streams.
+        reaper: parks the streams of peers that are gone.
+        tasks: runs requests.
+        outbound: replies on their way; see `Outbound` for what it bounds.
+        decoder: reads messages.
+        info: what WELCOME says.
+        probe_after_ns: a peer not heard of for this long is asked whether it still exists.
+        wake: lets the loop take a turn: a send outside of one may have taken the signal of an arrival.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        engine: Engine,
+        operations: StreamOperations,
+        reaper: Reaper,
+        tasks: Tasks,
+        outbound: Outbound,
+        decoder: Decoder,
+        info: ServerInfo,
+        probe_after_ns: int,
+        wake: Callable[[], None],
+    ) -> None:
+        self.router = router
+        self.outbound = outbound
+        self._engine = engine
+        self._operations = operations
+        self._reaper = reaper
+        self._tasks = tasks
+        self._decoder = decoder
+        self._info = info
+        self._probe_after_ns = probe_after_ns
+        self._wake = wake
+        self._requests = 0
+        self._draining = False
+        self._handlers: dict[Kind, Handler] = {
+            Kind.OPEN: self._open,
+            Kind.RESUME: self._resume,
+            Kind.READ_STATE: self._read_state,
+            Kind.RESET: self._reset,
+            Kind.FORK: self._fork,
+            Kind.CLOSE: self._close,
+        }
+
+    # ── As the loop sees it ────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def signal_fd(self) -> int:
+        """See `Frontend`."""
+        return self.router.signal_fd
+
+    @property
+    def is_readable(self) -> bool:
+        """See `Frontend`."""
+        return self.router.is_readable
+
+    @property
+    def is_idle(self) -> bool:
+        """See `Frontend`."""
+        return self.outbound.is_empty and not self._requests
+
+    def receive(self, budget_ns: int) -> bool:
+        """See `Frontend`."""
+        deadline_ns, frames = 0, None
+        for routing_id, frames in self.router.receive(_BURST):
+            now_ns = time.monotonic_ns()
+            deadline_ns = deadline_ns or now_ns + budget_ns
+            if self._take(routing_id, frames, now_ns) or now_ns > deadline_ns:
+                break
+        return frames is not None
+
+    def tick(self, now_ns: int) -> None:
+        """See `Frontend`."""
+        self.outbound.tick(now_ns, self._probe_after_ns)
+
+    def drain(self) -> None:
+        """Take nothing new from now on."""
+        self._draining = True
+
+    def go_away(self, reason: str) -> None:
+        """See `Frontend`."""
+        for peer in self.outbound.peers():
+            self.outbound.send(peer, encode.goodbye(reason))
+
+    def close(self) -> None:
+        """See `Frontend`."""
+        self.router.close()
+
+    # ── Messages ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _take(self, routing_id: bytes, frames: list[bytes], now_ns: int) -> bool:
+        """Take one message; whatever it holds, the reply is a message and never an exception.
+
+        Returns:
+            Whether a request on streams was begun, so that the loop has to take a turn before the next message.
+        """
+        request = 0
+        peer = self.outbound.find(routing_id)
+        if peer is None and frames == [b""]:  # ZMQ_PROBE_ROUTER: every client's connection begins with it
+            self.outbound.send_unknown(routing_id, encode.error(0, Refusal(Code.HELLO_FIRST)))
+            return False
+        try:
+            kind, request, _ = header = wire.unpack_header(frames)
+            if peer is None:
+                self._welcome(routing_id, header, now_ns)
+                return False
+            peer.last_heard_ns = now_ns
+            if kind is Kind.STEP:
+                self._refuse_what_is_new()
+                self._engine.submit(self._decoder.step(peer, header, frames))
+            elif (handler := self._handlers.get(kind)) is not None:
+                return self._begin(handler, peer, header, frames)
+            else:
+                self._reply_at_once(peer, header, now_ns)
+        except MalformedMessage as error:
+            self._refuse(routing_id, peer, request, Refusal(Code.MALFORMED, str(error)))
+        except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
+            self._refuse(routing_id, peer, request, Refusal(Code.MALFORMED, "the header is nested too deep"))
+        except Refusal as refusal:
+            self._refuse(routing_id, peer, request, refusal)
+        return False
+
+    def _welcome(self, routing_id: bytes, header: Header, now_ns: int) -> None:
+        if header.kind is not Kind.HELLO:
+            raise Refusal(Code.HELLO_FIRST)
+        self._decoder.hello(header, routing_id)
+        self._refuse_what_is_new()
+        peer = Peer(self.outbound, routing_id, now_ns)
+        if not self._engine.origins.connect(peer):
+            raise Refusal(Code.BUSY, "limits.max_connections connections are open", 1_000_000)
+        self.outbound.add(peer)
+        self.outbound.send(peer, encode.welcome(header.request, self._info))
+
+    def _reply_at_once(self, peer: Peer, header: Header, now_ns: int) -> None:
+        match header.kind:
+            case Kind.HELLO:
+                self._decoder.hello(header, peer.routing_id)
+                self.outbound.send(peer, encode.welcome(header.request, self._info))
+            case Kind.PING:
+                self.outbound.send(peer, encode.pong(header.request))
+            case Kind.PONG:
+                self.outbound.acknowledge(peer, header.request)
+            case Kind.STATS:
+                self.outbound.send(peer, encode.statistics(header.request, self._stats()))
+            case _:
+                raise MalformedMessage(f"{header.kind.name} is a message of the server's")
+
+    def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, refusal: Refusal) -> None:
+        if peer is not None:
+            peer.refuse(request, refusal)
+        else:
+            self.outbound.refused_total += 1
+            self.outbound.send_unknown(routing_id, encode.error(request, refusal))
+
+    @property
+    def _is_ready(self) -> bool:
+        return not (self._draining or self._engine.journal.has_failed)
+
+    def _refuse_what_is_new(self) -> None:
+        if not self._is_ready:
+            has_failed = self._engine.journal.has_failed
+            raise Refusal(Code.SHUTTING_DOWN, "its recording has failed" if has_failed else "")
+
+    def _stats(self) -> dict[str, float]:
+        engine, table = self._engine, self._engine.table
+        return {
+            "ready": float(self._is_ready),
+            **engine.stats.values(),
+            "refused_messages_total": float(self.outbound.refused_total),
+            "connections": float(len(engine.origins)),
+            "streams_open": float(table.open_count),
+            "streams_parked": float(table.owned[table.parked]),
+            "frames_pending": float(engine.pending_frames),
+        }
+
+    # ── Requests on streams ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _begin(self, handler: Handler, peer: Peer, header: Header, frames: list[bytes]) -> bool:
+        if self._requests >= _MOST_REQUESTS:
+            raise Refusal(Code.BUSY, "too many requests on streams are under way", _BUSY_RETRY_US)
+        self._requests += 1
+        self._tasks.start(self._run(handler, peer, header, frames))
+        return True
+
+    async def _run(self, handler: Handler, peer: Peer, header: Header, frames: list[bytes]) -> None:
+        try:
+            self.outbound.send(peer, await handler(peer, header, frames))
+        except MalformedMessage as error:
+            peer.refuse(header.request, Refusal(Code.MALFORMED, str(error)))
+        except Refusal as refusal:
+            peer.refuse(header.request, refusal)
+        finally:
+            self._requests -= 1
+            self._wake()
+
+    async def _open(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:
+        decoder = self._decoder
+        count = decoder.count(header.fields[0])
+        names = wire.unpack_names(frames[1], count)
+        states = decoder.states(header.fields[1], frames[2], count)
+        first_seqs = decoder.first_seqs(header.fields[2], frames[3], count)
+        self._refuse_what_is_new()
+        codes = decoder.name_codes(names)
+        codes[codes == 0] = decoder.state_codes(states, count)[codes == 0]
+        good = np.flatnonzero(codes == 0)
+        opened = await self._operations.open(
+            peer,
+            [names[index] for index in good.tolist()],
+            None if states is None else states[good],
+            None if first_seqs is None else first_seqs[good],
+        )
+        return encode.granted(Kind.OPENED, header.request, opened.spread(codes), self._info.durability)
+
+    async def _resume(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:
+        count = self._decoder.count(header.fields[0])
+        take_over = wire.count_field(header.fields[1], "take_over", 1, at_least=0)
+        names = wire.unpack_names(frames[1], count)
+        claims = wire.array_frame(frames[2], wire.CLAIM, (count,), "claims")
+        self._refuse_what_is_new()
+        resumed = await self._operations.resume(peer, names, claims["have"], claims["epoch"], bool(take_over))
+        return encode.granted(Kind.RESUMED, header.request, resumed, self._info.durability)
+
+    async def _read_state(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:
+        count = self._decoder.count_with_states(header.fields[0])
+        if wire.count_field(header.fields[1], "by_name", 1, at_least=0):
+            read = await self._operations.read_states(wire.unpack_names(frames[1], count))
+        else:
+            read = await self._operations.read_own_states(peer, self._decoder.handles(frames[1], count))
+        return encode.state_read(header.request, read)
+
+    async def _reset(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:
+        count = self._decoder.count(header.fields[0])
+        states = self._decoder.states(header.fields[1], frames[2], count)
+        handles = self._decoder.handles(frames[1], count)
+        self._refuse_what_is_new()
+        codes = self._decoder.state_codes(states, count)
+        return encode.changed(header.request, await self._operations.write_states(peer, handles, states, codes))
+
+    async def _fork(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:
+        count = self._decoder.count_with_states(header.fields[0])
+        names = wire.unpack_names(frames[2], count)
+        handles = self._decoder.handles(frames[1], count)
+        self._refuse_what_is_new()
+        forked: Grants = await self._operations.fork(peer, handles, names, self._decoder.name_codes(names))
+        return encode.granted(Kind.OPENED, header.request, forked, self._info.durability)
+
+    async def _close(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:
+        count = self._decoder.count_with_states(header.fields[0])
+        states, codes = await self._operations.close(peer, self._decoder.handles(frames[1], count))
+        return encode.closed(header.request, states, codes)

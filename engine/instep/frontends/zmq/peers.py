@@ -1,0 +1,230 @@
+"""Connections that said HELLO, and replies on their way to them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Final
+
+from instep.core.tables import Tables
+from instep.frontends.zmq import encode
+from instep.frontends.zmq.router import Sender, Sent
+from instep.streaming.api import Refusal, Reply, StreamEvent
+from instep_client.protocol.wire import Message
+
+_OBJECTS_BYTES: Final = 256
+_LEAST_UNREAD_BYTES: Final = 65_536
+"""What a peer may always leave unread, however many peers there are."""
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One connection: an `Origin`."""
+
+    outbound: Outbound
+    routing_id: bytes
+    last_heard_ns: int
+    number: int = -1
+    arrival: int = 0
+    outbox: deque[tuple[Message, int]] = field(default_factory=deque)
+    """Messages that ZeroMQ did not take, with the frames that each answers."""
+    outbox_bytes: int = 0
+    outbox_frames: int = 0
+    blocked_since_ns: int = 0
+    """When the outbox last moved; counts only while it holds something."""
+    last_probed_ns: int = 0
+    sent_bytes: int = 0
+    """Bytes handed to ZeroMQ so far."""
+    asked_bytes: int = 0
+    """`sent_bytes` when the peer was last asked whether it reads."""
+    read_bytes: int = 0
+    """`sent_bytes` up to which it said that it has read."""
+    is_gone: bool = False
+
+    def deliver(self, reply: Reply) -> None:
+        """See `Origin`."""
+        self.outbound.send(self, encode.stepped(reply), reply.frames)
+
+    def refuse(self, tag: int, refusal: Refusal) -> None:
+        """See `Origin`."""
+        self.outbound.refused_total += 1
+        self.outbound.send(self, encode.error(tag, refusal))
+
+    def notify(self, event: StreamEvent) -> None:
+        """See `Origin`."""
+        self.outbound.send(self, encode.evicted(event))
+
+
+class Outbound:
+    """Sends messages without ever waiting for a peer.
+
+    ZeroMQ counts the messages that it keeps for a peer, not their bytes, and does not tell whether the peer reads
+    them. So bytes are counted here, and a PING goes out with every half of what a peer may leave unread, numbered by the
+    bytes sent so far; the PONG that echoes it says that the peer has read up to there.
+
+    A message beyond that, or one that ZeroMQ has no room for, waits in the peer's outbox. An outbox is bounded by the
+    peer's credit (its frames stay on the account until ZeroMQ has taken their reply) and by `max_outbox_bytes`. A peer
+    that exceeds its bound, or whose outbox has not moved for `unreachable_after_ns`, is dropped.
+
+    All peers share `max_total_bytes`: half of it for unread bytes, divided by the number of peers, and half for
+    outboxes; where these need more, the peer with the most is dropped.
+
+    Args:
+        router: the socket.
+        tables: where the engine finds how many frames each peer has not been sent.
+        max_unread_bytes: bytes handed to ZeroMQ for one peer that it may not have read.
+        max_outbox_bytes: bytes kept for one peer besides those.
+        max_total_bytes: bytes of both kinds, of all peers.
+        unreachable_after_ns: how long an outbox may stand still.
+        clock: nanoseconds on the monotonic clock.
+        on_gone: called for a peer that was dropped.
+    """
+
+    def __init__(
+        self,
+        router: Sender,
+        tables: Tables,
+        max_unread_bytes: int,
+        max_outbox_bytes: int,
+        max_total_bytes: int,
+        unreachable_after_ns: int,
+        clock: Callable[[], int],
+        on_gone: Callable[[Peer], None],
+    ) -> None:
+        self._router = router
+        self._backlog = tables.origins["backlog"]
+        self._max_unread_bytes = max_unread_bytes
+        self._max_outbox_bytes = max_outbox_bytes
+        self._max_total_bytes = max_total_bytes
+        self._unreachable_after_ns = unreachable_after_ns
+        self._clock = clock
+        self._on_gone = on_gone
+        self._blocked: dict[Peer, None] = {}
+        """Peers with an outbox, in the order in which they were blocked."""
+        self._peers: dict[bytes, Peer] = {}
+        self.total_bytes = 0
+        """Bytes in all outboxes."""
+        self.refused_total = 0
+        """Messages that were refused as a whole."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether ZeroMQ has taken everything."""
+        return not self._blocked
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def add(self, peer: Peer) -> None:
+        """A connection has said HELLO."""
+        self._peers[peer.routing_id] = peer
+
+    def find(self, routing_id: bytes) -> Peer | None:
+        """The peer of a connection, if it has said HELLO and is not gone."""
+        return self._peers.get(routing_id)
+
+    def peers(self) -> list[Peer]:
+        """All of them."""
+        return list(self._peers.values())
+
+    def send(self, peer: Peer, message: Message, frames: int = 0) -> None:
+        """Send to a peer; `frames` count as its backlog until ZeroMQ has taken the message. One that is gone gets none."""
+        if peer.is_gone:
+            return
+        sent = Sent.FULL if peer.outbox else self._hand_over(peer, message)
+        if sent is Sent.GONE:
+            self.drop(peer)
+        elif sent is Sent.FULL:
+            self._keep(peer, message, frames)
+
+    def send_unknown(self, routing_id: bytes, message: Message) -> None:
+        """Send to a connection that never said HELLO, if it listens; nothing is kept for it."""
+        self._router.send(routing_id, message)
+
+    def _keep(self, peer: Peer, message: Message, frames: int) -> None:
+        if not peer.outbox:
+            peer.blocked_since_ns = self._clock()
+            self._blocked[peer] = None
+        # The arrays of a reply are used again once it was delivered.
+        peer.outbox.append(([bytes(part) for part in message], frames))
+        size = size_bytes(message)
+        peer.outbox_bytes += size
+        self.total_bytes += size
+        self._count_frames(peer, frames)
+        if peer.outbox_bytes > self._max_outbox_bytes:
+            self.drop(peer)
+        while self.total_bytes > self._max_total_bytes // 2:
+            self.drop(max(self._blocked, key=attrgetter("outbox_bytes")))
+
+    def _count_frames(self, peer: Peer, frames: int) -> None:
+        peer.outbox_frames += frames
+        self._backlog[peer.number] = peer.outbox_frames
+
+    def _hand_over(self, peer: Peer, message: Message) -> Sent:
+        may_leave_unread = max(_LEAST_UNREAD_BYTES, min(self._max_unread_bytes, self._max_total_bytes // 2 // len(self)))
+        if peer.sent_bytes - peer.read_bytes > may_leave_unread:
+            if peer.asked_bytes <= peer.read_bytes:  # there was no room for the question when it was due
+                self._ask(peer)
+            return Sent.FULL
+        sent = self._router.send(peer.routing_id, message)
+        if sent is Sent.HANDED_OVER:
+            peer.sent_bytes += size_bytes(message)
+            if peer.sent_bytes - peer.asked_bytes > may_leave_unread // 2:
+                self._ask(peer)
+        return sent
+
+    def _ask(self, peer: Peer) -> None:
+        if self._router.send(peer.routing_id, encode.ping(peer.sent_bytes)) is Sent.HANDED_OVER:
+            peer.asked_bytes = peer.sent_bytes
+
+    def acknowledge(self, peer: Peer, sent_bytes: int) -> None:
+        """A peer echoed a PING: it has read everything up to there."""
+        if peer.read_bytes < sent_bytes <= peer.asked_bytes:
+            peer.read_bytes = sent_bytes
+            if peer.outbox:
+                self._flush(peer, self._clock())
+
+    def tick(self, now_ns: int, probe_after_ns: int) -> None:
+        """Retry blocked peers, drop those that stand still, and ask after those that have been silent."""
+        for peer in list(self._blocked):
+            self._flush(peer, now_ns)
+        for peer in self.peers():
+            silent_since = max(peer.last_heard_ns, peer.last_probed_ns)
+            if now_ns - silent_since > probe_after_ns and not peer.outbox:
+                peer.last_probed_ns = now_ns
+                peer.asked_bytes = peer.sent_bytes
+                self.send(peer, encode.ping(peer.sent_bytes))
+
+    def _flush(self, peer: Peer, now_ns: int) -> None:
+        while peer.outbox:
+            message, frames = peer.outbox[0]
+            sent = self._hand_over(peer, message)
+            if sent is Sent.FULL and now_ns - peer.blocked_since_ns <= self._unreachable_after_ns:
+                return
+            if sent is not Sent.HANDED_OVER:
+                self.drop(peer)
+                return
+            peer.outbox.popleft()
+            size = size_bytes(message)
+            peer.outbox_bytes -= size
+            self.total_bytes -= size
+            self._count_frames(peer, -frames)
+            peer.blocked_since_ns = now_ns
+        self._blocked.pop(peer, None)
+
+    def drop(self, peer: Peer) -> None:
+        """Forget a connection; `on_gone` takes care of its streams."""
+        peer.is_gone = True
+        self.total_bytes -= peer.outbox_bytes
+        del self._peers[peer.routing_id]
+        self._blocked.pop(peer, None)
+        peer.outbox.clear()
+        self._on_gone(peer)
+
+
+def size_bytes(message: Message) -> int:
+    """About what a message takes in memory: its parts, and the objects around them."""
+    return _OBJECTS_BYTES + sum(map(len, message))
+

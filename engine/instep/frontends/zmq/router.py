@@ -1,0 +1,145 @@
+"""The ROUTER socket: safe options before bind, bounded receive, and sends that never block and never lie."""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+import socket as socketlib
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Final, Protocol
+
+import zmq
+
+from instep.config import TransportConfig
+from instep_client.protocol import multipart
+from instep_client.protocol.wire import FRAME_COUNT, Message
+
+MOST_PARTS: Final = max(FRAME_COUNT.values())
+"""Frames of the longest message of the protocol."""
+
+
+class Sent(Enum):
+    """What became of a message."""
+
+    HANDED_OVER = "handed over"
+    """ZeroMQ has it; whether the peer ever reads it is not known."""
+    FULL = "full"
+    """The peer's queue is at its high-water mark: it reads too slowly, or not at all."""
+    GONE = "gone"
+    """The peer's connection no longer exists."""
+
+
+class Sender(Protocol):
+    """Hands messages to connections."""
+
+    def send(self, routing_id: bytes, message: Message) -> Sent:
+        """Hand a message to ZeroMQ, or say why it could not be."""
+
+
+class Router:
+    """A bound ROUTER socket.
+
+    Routing ids are the ones that ZeroMQ makes up itself (they begin with a zero byte), so one connection can never
+    take another's place. libzmq 4.3.5 aborts the process when a peer claims the next automatic id as its own; these
+    count up from libc's `rand()`, which begins with the same value in every process, so it is seeded with a secret.
+
+    No ZeroMQ heartbeats are sent: libzmq 4.3.5 asserts when one is due for a peer that hung up behind a full queue
+    (libzmq #3937). The protocol's PING finds dead peers instead.
+
+    Args:
+        config: the transport section of the configuration.
+
+    Raises:
+        zmq.ZMQError: when the endpoint cannot be bound.
+    """
+
+    def __init__(self, config: TransportConfig) -> None:
+        ctypes.CDLL(None).srand(secrets.randbits(32))
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.IPV6, int("[" in config.endpoint))
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)
+        socket.setsockopt(zmq.SNDHWM, config.send_high_water_mark)
+        socket.setsockopt(zmq.RCVHWM, config.send_high_water_mark)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, round(config.handshake_timeout_s * 1000))
+        socket.setsockopt(zmq.BACKLOG, 4096)
+        try:
+            _refuse_path_in_use(config.endpoint)
+            socket.bind(config.endpoint)
+        except zmq.ZMQError:
+            socket.close(linger=0)
+            self._context.term()
+            raise
+        self._socket = socket
+        self._rest_of: bytes | None = None
+        """The peer of a message with too many parts that is being thrown away."""
+        self.endpoint: str = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    @property
+    def signal_fd(self) -> int:
+        """Becomes readable when something has arrived.
+
+        It tells of each arrival once, and anything done with the socket may take the signal: after each `receive` and
+        `send`, `is_readable` has to be looked at again.
+        """
+        return self._socket.fileno()
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether a message is there now; where none is, the next arrival will be signalled."""
+        return bool(multipart.events(self._socket) & multipart.READABLE)
+
+    def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
+        """What has arrived: routing id and [header, frames …] of each message.
+
+        Of a message with more parts than the protocol knows the first ones are given; the others are thrown away as
+        they are read, in portions.
+        """
+        if self._rest_of is not None and not self._skip_rest():
+            return
+        for routing_id, frames, is_whole in multipart.received_from(self._socket, at_most, MOST_PARTS):
+            yield routing_id, frames
+            if not is_whole:
+                self._rest_of = routing_id
+                if not self._skip_rest():
+                    return
+
+    def _skip_rest(self) -> bool:
+        """Throw away a portion of a message with too many parts; whether all of it is gone."""
+        if multipart.skip_parts(self._socket, _SKIP_AT_ONCE):
+            self._rest_of = None
+        return self._rest_of is None
+
+    def send(self, routing_id: bytes, message: Message) -> Sent:
+        """Hand a message to ZeroMQ, or say why it could not be."""
+        try:
+            multipart.send_now(self._socket, [routing_id, *message])
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return Sent.GONE
+            raise
+        return Sent.HANDED_OVER
+
+    def close(self) -> None:
+        """Close the socket; what was handed over is given a second to leave."""
+        self._socket.close()
+        self._context.term()
+
+
+_SKIP_AT_ONCE: Final = 2000
+
+
+def _refuse_path_in_use(endpoint: str) -> None:
+    """ZeroMQ takes the path of an `ipc://` endpoint from whichever process listens there, so ask it first."""
+    scheme, _, path = endpoint.partition("://")
+    if scheme != "ipc" or not Path(path).is_socket():
+        return
+    with socketlib.socket(socketlib.AF_UNIX) as probe:
+        if probe.connect_ex(path) == 0:
+            raise zmq.ZMQError(zmq.EADDRINUSE)

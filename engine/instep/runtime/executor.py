@@ -1,0 +1,176 @@
+"""Where steps run: in the event loop's thread, in a thread, or in a process (`process_executor`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias
+
+import torch
+
+from instep.core.typing import I64
+from instep.models.numerics import threads_as_here
+
+MOST_STEPS: Final = 8
+"""The longest run."""
+
+Step: TypeAlias = Callable[[I64, I64], None]
+"""Steps the streams of slots, int64 [B], with the frames in rows, int64 [B]."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A run that has ended: the same streams stepped once or several times in a row."""
+
+    began_ns: int
+    ended_ns: int
+    """Both of the monotonic clock."""
+    steps: int
+    """How many steps were applied, the first ones."""
+    error: Exception | None
+    """What the next one raised; None where all were applied."""
+
+
+class StepExecutor(Protocol):
+    """Runs steps in the order in which they begin."""
+
+    @property
+    def capacity(self) -> int:
+        """How many runs may be under way, the one that is stepped included."""
+
+    @property
+    def signal_fd(self) -> int | None:
+        """Becomes readable when a run has ended that did not end within `begin`; None where all do."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `ended` has a result without waiting for a signal."""
+
+    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+        """Step streams, int64 [B], with frames, int64 [steps, B]; it may take as long as expected, 0 for unknown."""
+
+    def ended(self) -> list[RunResult]:
+        """The runs that have ended since the last call, in order.
+
+        Raises:
+            EOFError: the executor has died.
+        """
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Let it finish what has begun, then end it; after the timeout it is abandoned or killed. May come twice."""
+
+
+def run_steps(step: Step, slots: I64, rows: I64) -> RunResult:
+    """Step the streams of `slots`, int64 [B], with the frames of each of `rows`, int64 [steps, B], until one fails."""
+    began_ns, steps, error = time.monotonic_ns(), 0, None
+    try:
+        for rows_of_step in rows:
+            step(slots, rows_of_step)
+            steps += 1
+    except Exception as raised:
+        error = raised
+    return RunResult(began_ns, time.monotonic_ns(), steps, error)
+
+
+class InlineExecutor:
+    """Steps within `begin`, in the caller's thread: nothing to hand over, but nothing else happens meanwhile.
+
+    Args:
+        step: steps a batch.
+    """
+
+    capacity = 1
+    signal_fd = None
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._results: list[RunResult] = []
+
+    @property
+    def has_ended(self) -> bool:
+        """See `StepExecutor`."""
+        return bool(self._results)
+
+    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+        """See `StepExecutor`."""
+        self._results.append(run_steps(self._step, slots, rows))
+
+    def ended(self) -> list[RunResult]:
+        """See `StepExecutor`."""
+        results, self._results = self._results, []
+        return results
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Nothing is under way."""
+
+
+class ThreadExecutor:
+    """Steps in a thread of its own, for devices that compute while the interpreter does something else.
+
+    Args:
+        step: steps a batch.
+    """
+
+    capacity = 2
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._runs: queue.SimpleQueue[tuple[I64, I64] | None] = queue.SimpleQueue()
+        self._results: deque[RunResult] = deque()
+        self._died: BaseException | None = None
+        self.signal_fd, self._signal = os.pipe()
+        os.set_blocking(self.signal_fd, False)
+        self._set_threads = threads_as_here()
+        self._is_stopped = False
+        self._thread = threading.Thread(target=self._run, name="instep-steps", daemon=True)
+        self._thread.start()
+
+    @property
+    def has_ended(self) -> bool:
+        """See `StepExecutor`."""
+        return bool(self._results)
+
+    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+        """See `StepExecutor`."""
+        self._runs.put((slots, rows))
+
+    def ended(self) -> list[RunResult]:
+        """See `StepExecutor`."""
+        if not self._results and self._died is None:
+            return []
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.signal_fd, 64)
+        results = []
+        while self._results:
+            results.append(self._results.popleft())
+        if not results and self._died is not None:
+            raise EOFError(f"the thread that steps has died: {self._died!r}")
+        return results
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """See `StepExecutor`."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        self._runs.put(None)
+        self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            os.close(self.signal_fd)
+            os.close(self._signal)
+
+    def _run(self) -> None:
+        try:
+            self._set_threads()
+            with torch.inference_mode():  # once, not for each step, which would be longer by it
+                while (run := self._runs.get()) is not None:
+                    self._results.append(run_steps(self._step, *run))
+                    os.write(self._signal, b"\0")
+        except BaseException as error:
+            self._died = error
+            os.write(self._signal, b"\0")

@@ -1,0 +1,252 @@
+"""Steps in a process of their own, so that they and the event loop never wait for one interpreter's lock.
+
+The process is forked, so it has the network and its certification just as the server has them; states and frame buffer
+are shared memory. The two talk through pipes with a few bytes a run: the number of a place in shared memory that holds
+the batch, and the outcome. Closing the pipe ends the process after the run that is under way; on Linux the kernel kills
+it as soon as the server is gone, even in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import struct
+import sys
+import time
+import traceback
+import warnings
+from itertools import pairwise
+from typing import Final, NoReturn
+
+import torch
+
+from instep.core.typing import I64
+from instep.runtime.errors import StateLost
+from instep.runtime.executor import MOST_STEPS, RunResult, Step, run_steps
+from instep.runtime.shared_memory import shared_zeros
+
+_PLACES: Final = 2
+_TEXT_BYTES: Final = 1024
+_FAILED: Final = 1
+_LOST: Final = 2
+_COMMAND: Final = struct.Struct("=BBI")
+"""Place, steps and streams of a run. A pipe transfers it, and `_OUTCOME`, as a whole."""
+_OUTCOME: Final = struct.Struct("=BqqBB")
+"""Place of a run, when it began and ended (ns, monotonic clock), how many steps were applied, what went wrong."""
+_POLL_S: Final = 0.005
+_ENOUGH_LONG_WAITS: Final = 8
+_PR_SET_PDEATHSIG: Final = 1
+_SHORT_NS: Final = 300_000
+"""Runs shorter than this execute inline in the event loop when the process is idle. This leaves a core to the clients,
+and saves the way to the process and back."""
+
+
+class StepFailed(Exception):
+    """A step raised something; the message is its name and words. No state has changed."""
+
+
+class ProcessExecutor:
+    """A forked process that steps one run after another.
+
+    Args:
+        step: steps a batch; everything it changes that the server reads is shared memory.
+        max_batch_size: the largest batch.
+        busy_poll_ns: for how long after a run the process polls for the next one, rather than sleep and be woken.
+        runs_short_inline: whether short runs execute in the caller's thread while the process is idle.
+
+    Raises:
+        OSError: the process cannot be forked.
+    """
+
+    capacity = _PLACES
+
+    def __init__(
+        self, step: Step, max_batch_size: int, busy_poll_ns: int = 0, *, runs_short_inline: bool = True
+    ) -> None:
+        self._step = step
+        self._runs_short_inline = runs_short_inline
+        self._slots: I64 = shared_zeros((_PLACES, max_batch_size), "i8")
+        self._rows: I64 = shared_zeros((_PLACES, MOST_STEPS, max_batch_size), "i8")
+        self._text = shared_zeros((_PLACES, _TEXT_BYTES), "u1")
+        self._sizes = [0] * _PLACES
+        self._next = 0
+        self._under_way = 0
+        """Runs that the process has."""
+        self._inline: list[RunResult] = []
+        commands, self._commands = os.pipe()
+        self.signal_fd, outcomes = os.pipe()
+        server = os.getpid()
+        try:
+            with warnings.catch_warnings():  # Python 3.12 warns of threads, as numpy's BLAS has; the child starts none
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._pid = os.fork()
+        except OSError:
+            for fd in (commands, self._commands, self.signal_fd, outcomes):
+                os.close(fd)
+            raise
+        if self._pid == 0:
+            self._live(server, commands, outcomes, busy_poll_ns)
+        os.close(commands)
+        os.close(outcomes)
+        os.set_blocking(self.signal_fd, False)
+
+    @property
+    def has_ended(self) -> bool:
+        """See `StepExecutor`."""
+        return bool(self._inline)
+
+    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+        """See `StepExecutor`."""
+        is_idle = self._under_way == 0 and not self._inline
+        if self._runs_short_inline and is_idle and 0 < expected_ns < _SHORT_NS:
+            self._inline.append(run_steps(self._step, slots, rows))
+            return
+        place, (steps, size) = self._next, rows.shape
+        self._next = (place + 1) % _PLACES
+        self._slots[place, :size] = slots
+        self._rows[place, :steps, :size] = rows
+        self._sizes[place] = size
+        self._under_way += 1
+        with contextlib.suppress(BrokenPipeError):  # it has died, which `ended` tells
+            os.write(self._commands, _COMMAND.pack(place, steps, size))
+
+    def ended(self) -> list[RunResult]:
+        """See `StepExecutor`."""
+        results, self._inline = self._inline, []
+        if not self._under_way:
+            if not results:
+                self._check_alive()
+            return results
+        outcomes = self._read()
+        for place, began_ns, ended_ns, steps, failure in _OUTCOME.iter_unpack(outcomes):
+            self._under_way -= 1
+            results.append(RunResult(began_ns, ended_ns, steps, self._error(place, failure) if failure else None))
+        return results
+
+    def _read(self) -> bytes:
+        try:
+            outcomes = os.read(self.signal_fd, _PLACES * _OUTCOME.size)
+        except BlockingIOError:
+            return b""
+        if not outcomes:
+            raise EOFError("the process that steps has died")
+        return outcomes
+
+    def _check_alive(self) -> None:
+        """An idle process says nothing, but its end makes the pipe readable."""
+        assert not self._read(), "the process told of a run that never began"
+
+    def _error(self, place: int, failure: int) -> Exception:
+        text = self._text[place].tobytes().rstrip(b"\0").decode(errors="replace")
+        if failure == _LOST:
+            return StateLost(text, self._slots[place, : self._sizes[place]].copy())
+        return StepFailed(text)
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """See `StepExecutor`; after the timeout the process is killed."""
+        if self._pid == 0:
+            return
+        pid, self._pid = self._pid, 0
+        os.close(self._commands)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            while not _has_ended(pid, wait=deadline is None):
+                if deadline is not None and time.monotonic() > deadline:
+                    with contextlib.suppress(ProcessLookupError):  # where SIGCHLD is ignored, it may be gone by now
+                        os.kill(pid, signal.SIGKILL)
+                    deadline = None
+                else:
+                    time.sleep(_POLL_S)
+        finally:
+            os.close(self.signal_fd)
+
+    # ── In the other process ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _live(self, server: int, commands: int, outcomes: int, busy_poll_ns: int) -> NoReturn:
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # the server says when it is over
+            _die_with(server)
+            _close_all_but(0, 1, 2, commands, outcomes)
+            runs = _Commands(commands, busy_poll_ns)
+            with torch.inference_mode():  # once, not for each step, which would be longer by it
+                while commands_read := runs.read():
+                    for place, steps, size in _COMMAND.iter_unpack(commands_read):
+                        os.write(outcomes, self._run(place, steps, size))
+            status = 0
+        except BrokenPipeError:
+            pass  # the server is gone
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+    def _run(self, place: int, steps: int, size: int) -> bytes:
+        result = run_steps(self._step, self._slots[place, :size], self._rows[place, :steps, :size])
+        failure = 0
+        if (error := result.error) is not None:
+            is_lost = isinstance(error, StateLost)
+            failure = _LOST if is_lost else _FAILED
+            told = (str(error) if is_lost else f"{type(error).__name__}: {error}").encode()[:_TEXT_BYTES]
+            self._text[place] = 0
+            self._text[place, : len(told)] = list(told)
+        return _OUTCOME.pack(place, result.began_ns, result.ended_ns, result.steps, failure)
+
+
+def _has_ended(pid: int, *, wait: bool) -> bool:
+    try:
+        return os.waitpid(pid, 0 if wait else os.WNOHANG)[0] != 0
+    except ChildProcessError:  # where SIGCHLD is ignored, the system has taken it away
+        return True
+
+
+class _Commands:
+    """Runs as they come; polls for the next one for a while, unless the last ones all came much later than that."""
+
+    def __init__(self, fd: int, busy_poll_ns: int) -> None:
+        self._fd = fd
+        self._busy_poll_ns = busy_poll_ns
+        self._long_waits = 0
+        """How many of the last waits were more than twice as long as it polls."""
+        self._signal = select.poll()  # `select.select` takes no number above 1023
+        self._signal.register(fd, select.POLLIN)
+        os.set_blocking(fd, False)
+
+    def read(self) -> bytes:
+        """Runs as `_COMMAND`, at least one; nothing when there will be none."""
+        began_ns = time.monotonic_ns()
+        until_ns = began_ns + (self._busy_poll_ns if self._long_waits < _ENOUGH_LONG_WAITS else 0)
+        while True:
+            try:
+                runs = os.read(self._fd, _PLACES * _COMMAND.size)
+                break
+            except BlockingIOError:
+                if time.monotonic_ns() < until_ns:
+                    os.sched_yield()
+                else:
+                    self._signal.poll()
+        is_long = time.monotonic_ns() - began_ns > 2 * self._busy_poll_ns  # twice: waking up makes every wait longer
+        self._long_waits = self._long_waits + 1 if is_long else 0
+        return runs
+
+
+def _die_with(server: int) -> None:
+    """Have the kernel kill this process when the thread that forked it ends: the one of the server's loop."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:  # it was killed before the kernel knew
+            os._exit(1)
+
+
+def _close_all_but(*kept: int) -> None:
+    """Close every other file, so that sockets and files which the server closes are closed."""
+    bounds = [-1, *sorted(kept), os.sysconf("SC_OPEN_MAX")]
+    for last_kept, next_kept in pairwise(bounds):
+        if last_kept + 1 < next_kept:  # of an empty range Python 3.11 makes all there are
+            os.closerange(last_kept + 1, next_kept)

@@ -1,0 +1,115 @@
+"""The server's loop: what one turn does, when the next one comes, and how it stays awake in between."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from instep.frontends.base import Frontend
+from instep.streaming.engine import Engine
+
+_RECEIVE_NS: Final = 2_000_000
+"""How long front ends receive before what came first is stepped."""
+_SLICE_NS: Final = 50_000
+"""How long the loop polls before the other work of the event loop gets its turn."""
+
+
+class Loop:
+    """Turns of the engine, whenever something has happened.
+
+    For a moment after each thing that happened the loop polls for the next one rather than sleep (busy polling): to be
+    woken costs more than a small step does, because the core has to wake up and its caches are cold. Every look yields
+    to other programs, so it is idle time that is used up, and power.
+
+    Args:
+        busy_poll_ns: how long to poll; 0 for not at all.
+        on_bug: told of an exception in a turn: clients would wait for what it did not do.
+    """
+
+    def __init__(self, busy_poll_ns: int, on_bug: Callable[[BaseException], None]) -> None:
+        self.frontends: Sequence[Frontend] = ()
+        self.engine: Engine
+        self._busy_poll_ns = busy_poll_ns
+        self._on_bug = on_bug
+        self._loop = asyncio.get_running_loop()
+        self._is_due = self._is_polling = self._is_stopped = False
+        self._poll_until_ns = 0
+        self._fds: list[int] = []
+
+    def start(self) -> None:
+        """Take a turn whenever something arrives or a run ends, from now on."""
+        fds = [frontend.signal_fd for frontend in self.frontends] + [self.engine.executor.signal_fd]
+        self._fds = [fd for fd in fds if fd is not None]
+        for fd in self._fds:
+            self._loop.add_reader(fd, self.turn)
+        self.wake()
+
+    def stop(self) -> None:
+        """Take no more turns."""
+        self._is_stopped = True
+        for fd in self._fds:
+            self._loop.remove_reader(fd)
+
+    def wake(self) -> None:
+        """Take a turn soon, because something happened that no signal tells."""
+        if not self._is_due and not self._is_stopped:
+            self._is_due = True
+            self._loop.call_soon(self.turn)
+
+    def turn(self) -> None:
+        """One turn. Its order is the only thing that orders frames and requests on streams."""
+        self._is_due = False
+        if self._is_stopped:
+            return
+        try:
+            has_received = self._turn()
+            if has_received:
+                self._poll()
+            # A send may have taken the signal of an arrival, so it is looked for. At most one turn is due at a time.
+            if self.engine.executor.has_ended or any(frontend.is_readable for frontend in self.frontends):
+                self.wake()
+        except Exception as error:
+            self._on_bug(error)
+
+    def _turn(self) -> bool:
+        engine, has_received = self.engine, False
+        for frontend in self.frontends:
+            has_received |= frontend.receive(_RECEIVE_NS)
+        has_received |= engine.collect()
+        engine.flush()  # before what arrived meanwhile is admitted: those who waited longer are answered first
+        engine.admit()
+        engine.schedule()
+        if engine.executor.has_ended:  # it ran inline
+            engine.collect()
+            engine.flush()
+            engine.schedule()
+        return has_received
+
+    def _poll(self) -> None:
+        """Something happened: poll from now on, unless what is under way takes longer than that anyway."""
+        if self.engine.expected_ns >= self._busy_poll_ns:
+            return
+        self._poll_until_ns = time.monotonic_ns() + self._busy_poll_ns
+        if not self._is_polling:
+            self._is_polling = True
+            self._loop.call_soon(self._poll_slice)
+
+    def _poll_slice(self) -> None:
+        now_ns = time.monotonic_ns()
+        slice_ends_ns = min(now_ns + _SLICE_NS, self._poll_until_ns)
+        while now_ns < slice_ends_ns and not self._is_stopped:
+            if any(frontend.is_readable for frontend in self.frontends):
+                self.turn()
+                break
+            if self.engine.is_running and self.engine.collect():  # what ended there has to be flushed
+                self.engine.flush()
+                self.wake()
+                break
+            os.sched_yield()
+            now_ns = time.monotonic_ns()
+        self._is_polling = now_ns < self._poll_until_ns and not self._is_stopped
+        if self._is_polling:
+            self._loop.call_soon(self._poll_slice)

@@ -1,0 +1,1 @@
+"""The engine: frames in, steps, outputs out. It knows no sockets, no wire format and no front end."""

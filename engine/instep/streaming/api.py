@@ -1,0 +1,141 @@
+"""Everything that a front end sees of the engine: arrays and plain values; no bytes of a wire, no sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from instep.core.typing import F32, I32, I64, U64
+from instep_client.protocol.codes import SENTENCES, Code
+
+Buffer: TypeAlias = bytes | memoryview | npt.NDArray[np.generic]
+"""Anything whose memory is contiguous."""
+
+MAX_REPLY_MESSAGES: Final = 128
+"""The most messages that one `Reply` answers."""
+
+
+@dataclass(slots=True)
+class Frames:
+    """One message of frames, T timesteps of N streams, that is good by itself; admission judges its contents."""
+
+    origin: Origin
+    tag: int
+    """The origin's name for the message, returned with the reply."""
+    timesteps: int
+    width: int
+    """N."""
+    columns: Buffer
+    """`core.admission.SENT_COLUMN` [N]: handle, seq of the first timestep, and the seq before which the client holds
+    every output."""
+    x: Buffer
+    """float32 [T, N, features]."""
+    arrived_ns: int
+    """On the monotonic clock."""
+
+
+@dataclass(slots=True)
+class Reply:
+    """The outputs of one or several messages of one origin with the same T, their columns next to each other.
+
+    The arrays are only good until `Origin.deliver` returns: the engine uses their memory again.
+    """
+
+    tags: list[int]
+    widths: list[int]
+    """Columns of each message."""
+    y: F32
+    """float32 [T, N, outputs], NaN where a frame was not applied."""
+    codes: I64
+    """int64 [N], why timestep `lengths[n]` of a column was refused; 0 where all T were applied."""
+    lengths: I64
+    expected_seqs: I64
+    """int64 [N], what a column's stream expects next; 0 where the stream is not the origin's."""
+    has_failures: bool
+    frames: int
+    """How many frames were computed for it."""
+    queue_ns: int
+    """How long the first message waited for the step of its last frames."""
+    compute_ns: int
+    send_ns: int
+    """From the end of that step to this reply."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """The server ended the origin's use of streams: evicted, fenced or lost."""
+
+    code: Code
+    handles: U64
+
+
+class Origin(Protocol):
+    """Where frames come from and replies go to: a ZeroMQ peer, a websocket, an object in this process."""
+
+    number: int
+    """Which the engine gave it in `Engine.connect`; it owns streams under this number."""
+    arrival: int
+    """How many origins had connected when it did, this one included."""
+
+    def deliver(self, reply: Reply) -> None:
+        """Take a reply. Never blocks, and never raises because a peer is slow or gone."""
+
+    def refuse(self, tag: int, refusal: Refusal) -> None:
+        """A message of frames was refused as a whole; nothing of it was applied."""
+
+    def notify(self, event: StreamEvent) -> None:
+        """Streams are not this origin's any more."""
+
+
+class Refusal(Exception):
+    """A request is refused as a whole, and nothing of it was applied."""
+
+    def __init__(self, code: Code, detail: str = "", retry_after_us: int = 0) -> None:
+        super().__init__(SENTENCES[code] + (f": {detail}" if detail else ""))
+        self.code = code
+        self.retry_after_us = retry_after_us
+
+
+@dataclass(frozen=True, slots=True)
+class Grants:
+    """The result of opening or resuming N streams."""
+
+    handles: U64
+    """0 where refused."""
+    epochs: U64
+    next_seqs: I64
+    codes: I32
+    expected_seqs: I64
+    """What a refused stream expects next, where there is one."""
+
+    @classmethod
+    def none(cls, codes: I32) -> Grants:
+        """All refused."""
+        count = len(codes)
+        zeros = np.zeros(count, np.uint64), np.zeros(count, np.uint64), np.zeros(count, np.int64)
+        return cls(*zeros, codes, np.zeros(count, np.int64))
+
+    def spread(self, codes: I32) -> Grants:
+        """Put these grants where int32 `codes` are 0, in order; the streams at the other places were refused before."""
+        grants = Grants.none(codes)
+        places = np.flatnonzero(codes == 0)
+        for name in ("handles", "epochs", "next_seqs", "codes", "expected_seqs"):
+            getattr(grants, name)[places] = getattr(self, name)
+        return grants
+
+
+@dataclass(frozen=True, slots=True)
+class StatesRead:
+    """The states of N streams, each before the frame `next_seqs[n]`."""
+
+    next_seqs: I64
+    states: F32
+    """Nothing meaningful where `codes` is not 0."""
+    codes: I32
+
+
+Names: TypeAlias = Sequence[str]

@@ -1,0 +1,97 @@
+"""Checkpoints: states that changed, written to the recording so that a restart has little to replay."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from instep.core.streams import StreamTable
+from instep.core.tables import WINDOW, Tables, rows_of
+from instep.core.typing import F32, I64
+from instep.recording.states import StateRows
+from instep.streaming.engine import Engine
+from instep.streaming.operations import StateAccess, StreamOperations
+from instep.streaming.tasks import Tasks
+
+AT_ONCE: Final = 1024
+"""States read in one go, and written in one transaction, for which replies may wait."""
+
+
+class Checkpoints:
+    """Keeps the time that a restart would need to replay within a target.
+
+    A checkpoint names the newest batch that every state in it contains. It is read and written in parts, and streams
+    continue meanwhile: a state may contain later frames, which its seq tells, so a replay leaves those out for it. The
+    last part makes the checkpoint the one that counts.
+
+    Args:
+        engine: streams and frames.
+        operations: keeps streams from stepping while their states are read.
+        states: the states.
+        tasks: runs checkpoints.
+        target_ns: one is due when the steps since the last one took this long.
+        at_once: see `AT_ONCE`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        operations: StreamOperations,
+        states: StateAccess,
+        tasks: Tasks,
+        target_ns: int,
+        at_once: int = AT_ONCE,
+    ) -> None:
+        self._engine = engine
+        self._operations = operations
+        self._states = states
+        self._tasks = tasks
+        self._target_ns = target_ns
+        self._at_once = at_once
+        self.is_under_way = False
+        """Until the recording holds it."""
+
+    def take_if_due(self) -> None:
+        """Begin one if a restart would have to replay for longer than the target."""
+        if self._engine.journal.computed_ns > self._target_ns and not self.is_under_way:
+            self._tasks.start(self.take())
+
+    async def take(self) -> None:
+        """Write the states that changed since the last checkpoint; a failed one leaves the older one in force."""
+        if self.is_under_way or not self._engine.journal.is_recording:
+            return
+        self.is_under_way = True
+        journal, table = self._engine.journal, self._engine.table
+        through = journal.last_inputs
+        slots = journal.dirty.begin_flush()
+        incarnations = table.incarnations(slots)
+        journal.computed_ns = 0
+        try:
+            for first in range(0, len(slots), self._at_once):
+                part = slice(first, first + self._at_once)
+                async with self._operations.settled(slots[part]):
+                    is_open = table.are_open(slots[part], incarnations[part])
+                    opened = slots[part][is_open]
+                    if table.lost[opened].any():  # it is about to close
+                        journal.dirty.flush_failed(slots)
+                        return
+                    rows = state_rows(self._engine.tables, table, opened, self._states.read(opened))
+                lsn = journal.states(through, rows, is_last=part.stop >= len(slots))
+                await journal.committed(lsn)
+                journal.dirty.flushed(slots[part])
+        except Exception as error:
+            journal.dirty.flush_failed(slots)
+            self._operations.log_failure(error, len(slots))
+        finally:
+            self.is_under_way = False
+
+
+def state_rows(tables: Tables, table: StreamTable, slots: I64, states: F32) -> StateRows:
+    """The states of open streams, [N, …], and the frames of each whose outputs its client may not have."""
+    seqs = table.step_seq[slots]
+    first = np.maximum(np.maximum(table.acked[slots], seqs - tables.counts[WINDOW]), table.first_seq[slots])
+    counts = seqs - first
+    offsets = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    tail = rows_of(tables, np.repeat(slots, counts), np.repeat(first, counts) + offsets)
+    return StateRows(table.recording_ids(slots), seqs, states, first, tables.x[tail], tables.y[tail])

@@ -1,0 +1,381 @@
+"""The engine's hot path: submit, admit, schedule, collect, flush. The rules are the kernels of `core`."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+
+from instep.core.admission import SENT_COLUMN, SENT_MESSAGE, admit
+from instep.core.replies import (
+    FAILED,
+    FIRST_COLUMN,
+    FIRST_MESSAGE,
+    FIRST_VALUE,
+    FRAMES,
+    MESSAGES,
+    ORIGIN_OF,
+    TIMESTEPS,
+    WIDTH,
+    assemble,
+    group_messages,
+    repeated_outputs,
+)
+from instep.core.runs import fail_run, finish_run, hold, release
+from instep.core.scheduler import begin_run
+from instep.core.streams import StreamTable
+from instep.core.tables import PENDING_FRAMES, READY, READY_SINCE_NS, Tables
+from instep.core.typing import F32, I32, I64
+from instep.runtime.errors import StateLost
+from instep.runtime.executor import MOST_STEPS, RunResult, StepExecutor
+from instep.streaming.api import MAX_REPLY_MESSAGES, Frames, Origin, Refusal, Reply
+from instep.streaming.conditions import Conditions
+from instep.streaming.journal import Journal
+from instep.streaming.origins import Origins
+from instep.streaming.stats import EngineStats
+from instep_client.protocol.codes import Code
+
+_LONGEST_RUN_NS: Final = 1_000_000
+"""How long, about, a stream that becomes ready may wait for a run of several steps."""
+_BUSY_RETRY_US: Final = 2000
+
+
+class Stepper(Protocol):
+    """What the engine knows of the network and its states."""
+
+    buckets: tuple[int, ...]
+
+    def bucket(self, size: int) -> int:
+        """The smallest bucket that holds a batch of this size."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Limits of the hot path."""
+
+    max_batch_size: int
+    max_queue_delay_ns: int
+    max_reply_frames: int
+    """T × N of a reply to several messages."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """Steps of a batch that the executor has."""
+
+    slots: I64
+    rows: I64
+    bucket: int
+    lsns: list[int]
+    expected_ns: int
+
+
+@dataclass(slots=True)
+class _Result:
+    """Messages that are complete, to be answered once `lsn` is durable."""
+
+    lsn: int
+    numbers: I32
+    began_ns: int
+    ended_ns: int
+
+
+class Engine:
+    """One model, many streams: frames between submission and reply. All methods run on the loop's thread.
+
+    A turn of the loop calls `collect`, `flush`, `admit` and `schedule`, in this order. Operations on streams begin
+    between turns, so every frame submitted before them is admitted before them; this is the only place that orders
+    frames and operations.
+
+    Args:
+        tables: streams and frames.
+        table: the same streams, with their names and owners.
+        origins: who owns streams and gets replies.
+        stepper: the buckets in use.
+        executor: runs steps.
+        journal: records them, where there is a recording.
+        limits: of batches and replies.
+        stats: what is counted.
+        log_failure: told of failed steps: the error and how many streams it concerns.
+        call_later: runs something after so many seconds, for batches that are held.
+    """
+
+    def __init__(
+        self,
+        tables: Tables,
+        table: StreamTable,
+        origins: Origins,
+        stepper: Stepper,
+        executor: StepExecutor,
+        journal: Journal,
+        limits: EngineLimits,
+        stats: EngineStats,
+        log_failure: Callable[[Exception, int], None],
+        call_later: Callable[[float, Callable[[], None]], object],
+    ) -> None:
+        self.tables = tables
+        self.table = table
+        self.origins = origins
+        self.executor = executor
+        self.journal = journal
+        self.stats = stats
+        self.conditions = Conditions()
+        """Checked whenever frames were answered or a run has ended."""
+        self.lost: list[I64] = []
+        """Slots whose state was lost by a failed step, for the operations to close."""
+        self.draining = False
+        """While True, nothing more arrives that a batch could be held for."""
+        self.expected_ns = 0
+        """How long the runs under way are expected to take, from their beginning."""
+        self._stepper = stepper
+        self._limits = limits
+        self._log_failure = log_failure
+        self._call_later = call_later
+        self._submitted: list[Frames] = []
+        self._runs: deque[_Run] = deque()
+        self._results: deque[_Result] = deque()
+        self._repeated: dict[int, tuple[F32, I64]] = {}
+        """Outputs that pending messages only repeat, by message."""
+        self._step_ns: dict[int, int] = {}
+        """By bucket, how long each step of its newest run took."""
+        self._is_holding = False
+
+    @property
+    def pending_frames(self) -> int:
+        """Frames admitted and not yet computed."""
+        return int(self.tables.counts[PENDING_FRAMES])
+
+    @property
+    def unanswered_messages(self) -> int:
+        """Messages taken and not yet answered."""
+        return len(self._submitted) + int(self.tables.origins["messages"].sum())
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether everything submitted is answered and no operation waits."""
+        return not (self._submitted or self._runs or self._results or self.unanswered_messages or self.conditions)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another turn would do something now, without waiting for anything."""
+        return self.executor.has_ended
+
+    # ── Submit and admit ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, frames: Frames) -> None:
+        """Queue a message until this turn's `admit`; the front end's budget bounds how many are queued."""
+        self._submitted.append(frames)
+
+    def admit(self) -> None:
+        """Admit the good frames of all queued messages, as one after the other would be; replies follow."""
+        frames = self._submitted
+        if not frames:
+            return
+        self._submitted = []
+        fields = [
+            field
+            for each in frames
+            for field in (each.tag, each.origin.number, each.timesteps, each.width, each.arrived_ns)
+        ]
+        sent = np.array(fields, np.int64).view(SENT_MESSAGE)
+        columns = np.frombuffer(b"".join([each.columns for each in frames]), SENT_COLUMN)
+        x = np.frombuffer(b"".join([each.x for each in frames]), np.uint32)
+        outcomes, numbers = np.empty(len(frames), np.int32), np.empty(len(frames), np.int32)
+        complete, partly_repeated = admit(self.tables, sent, columns, x, outcomes, numbers)
+        for number in numbers[len(numbers) - partly_repeated :].tolist():
+            self._repeated[number] = repeated_outputs(self.tables, number)
+        if complete:
+            self._deliver(numbers[:complete], 0, 0)
+        if outcomes.any():
+            for each, outcome in zip(frames, outcomes.tolist(), strict=True):
+                if outcome:
+                    self._refuse(each, Code(outcome))
+
+    def _refuse(self, frames: Frames, code: Code) -> None:
+        is_busy = code is Code.BUSY
+        self.stats.busy_total += is_busy
+        frames.origin.refuse(frames.tag, Refusal(code, retry_after_us=_BUSY_RETRY_US if is_busy else 0))
+
+    # ── Schedule and collect ───────────────────────────────────────────────────────────────────────────────────────
+
+    def schedule(self) -> None:
+        """Give the executor a batch if it is free and one is due, and a full one to continue with."""
+        counts, limits = self.tables.counts, self._limits
+        while len(self._runs) < self.executor.capacity and counts[READY]:
+            if self._runs and counts[READY] < limits.max_batch_size:
+                return  # what arrives until the executor is free may still join this batch
+            room = self.journal.room
+            if not room:
+                return  # the recorder wakes the loop when it has room again
+            if limits.max_queue_delay_ns and self._holds_batch():
+                return
+            most = 1 if counts[READY] > limits.max_batch_size else min(MOST_STEPS, room)
+            self._begin(most)
+
+    def _begin(self, most_steps: int) -> None:
+        bucket = self._stepper.bucket(min(int(self.tables.counts[READY]), self._limits.max_batch_size))
+        # Of a bucket that was not stepped yet one step, to see how long it takes.
+        step_ns = self._step_ns.get(bucket, _LONGEST_RUN_NS)
+        most_steps = max(1, min(most_steps, _LONGEST_RUN_NS // max(step_ns, 1)))
+        slots, rows = begin_run(self.tables, self._limits.max_batch_size, most_steps)
+        if not len(slots):
+            return  # all of them are held
+        lsns = self.journal.inputs(slots, rows, bucket)
+        expected_ns = len(rows) * self._step_ns.get(bucket, 0)
+        self.expected_ns += expected_ns
+        self._runs.append(_Run(slots, rows, bucket, lsns, expected_ns))
+        self.executor.begin(slots, rows, expected_ns)
+
+    def _holds_batch(self) -> bool:
+        """Whether to wait for a fuller batch; the timer schedules it."""
+        counts, limits = self.tables.counts, self._limits
+        is_full = counts[READY] >= min(limits.max_batch_size, self.table.open_count)
+        hold_ns = int(counts[READY_SINCE_NS]) + limits.max_queue_delay_ns - time.monotonic_ns()
+        if is_full or hold_ns <= 0 or self.draining:
+            return False
+        if not self._is_holding:
+            self._is_holding = True
+            self._call_later(hold_ns / 1e9, self._end_hold)
+        return True
+
+    def _end_hold(self) -> None:
+        self._is_holding = False
+        self.schedule()
+
+    def collect(self) -> bool:
+        """Take the runs that have ended; whether there were any.
+
+        Raises:
+            EOFError: the executor has died.
+        """
+        results = self.executor.ended()
+        for result in results:
+            self._finish(self._runs.popleft(), result)
+        return bool(results)
+
+    def _finish(self, run: _Run, result: RunResult) -> None:
+        steps, slots = result.steps, run.slots
+        self.expected_ns -= run.expected_ns
+        if steps:
+            numbers = finish_run(self.tables, slots, steps, result.ended_ns, is_over=result.error is None)
+            self._step_ns[run.bucket] = step_ns = (result.ended_ns - result.began_ns) // steps
+            self.stats.stepped(len(slots), steps, step_ns)
+            for lsn, rows in zip(run.lsns, run.rows[:steps], strict=False):
+                self.journal.outputs(lsn, rows, step_ns)
+            began_ns = result.ended_ns - step_ns
+            self._results.append(_Result(run.lsns[steps - 1], numbers, began_ns, result.ended_ns))
+        if result.error is not None:
+            self._fail(slots, run.lsns[steps:], result.error)
+
+    def _fail(self, slots: I64, lsns: list[int], error: Exception) -> None:
+        """A step failed: none of its frames was applied, nor can the frames behind them be."""
+        self.stats.step_failures_total += 1
+        self._log_failure(error, len(slots))
+        lost: I64 = np.empty(0, np.int64)
+        if isinstance(error, StateLost):
+            lost = slots if error.slots is None else error.slots
+            self.table.lost[lost] = True
+            self.lost.append(lost)
+        codes = np.where(np.isin(slots, lost), Code.STATE_LOST, Code.STEP_FAILED).astype(np.int32)
+        numbers = fail_run(self.tables, slots, codes)
+        detail = f"{'state_lost' if len(lost) else 'step_failed'}: {error}"
+        newest = [self.journal.failed(lsn, detail) for lsn in lsns][-1]
+        self._results.append(_Result(newest, numbers, 0, 0))
+
+    # ── Flush ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def flush(self) -> None:
+        """Answer the messages whose outputs are computed and durable."""
+        released, has_delivered = self.journal.released, False
+        while self._results and self._results[0].lsn <= released:
+            result = self._results.popleft()
+            if len(result.numbers):
+                self._deliver(result.numbers, result.began_ns, result.ended_ns)
+            has_delivered = True
+        if has_delivered:
+            self.conditions.check()
+
+    def _deliver(self, numbers: I32, began_ns: int, ended_ns: int) -> None:
+        """Answer complete messages, whose last frames were stepped between those times; 0 where none were."""
+        tables = self.tables
+        groups, group_of = group_messages(tables, numbers, self._limits.max_reply_frames, MAX_REPLY_MESSAGES)
+        repeated = self._repeated_of(numbers)
+        tags, widths, arrived_ns, columns, values = assemble(
+            tables, numbers, groups, group_of, began_ns, self.stats.queue_us
+        )
+        if repeated:
+            _put_repeated(values, numbers, groups, group_of, widths, repeated, tables.y.shape[1])
+        outputs, now_ns = tables.y.shape[1], time.monotonic_ns()
+        compute_ns, send_ns = ended_ns - began_ns, max(0, now_ns - ended_ns) if ended_ns else 0
+        for group, fields in enumerate(groups.tolist()):
+            origin = self.origins[fields[ORIGIN_OF]]
+            if origin is None:
+                continue  # it is gone, and its streams are parked
+            message, column, value = fields[FIRST_MESSAGE], fields[FIRST_COLUMN], fields[FIRST_VALUE]
+            messages, width, timesteps = fields[MESSAGES], fields[WIDTH], fields[TIMESTEPS]
+            codes, lengths, expected = columns[:, column : column + width]
+            y = values[value : value + timesteps * width * outputs].reshape(timesteps, width, outputs)
+            queue_ns = max(0, began_ns - int(arrived_ns[group])) if began_ns else 0
+            origin.deliver(
+                Reply(
+                    tags[message : message + messages].tolist(),
+                    widths[message : message + messages].tolist(),
+                    y,
+                    codes,
+                    lengths,
+                    expected,
+                    fields[FAILED] > 0,
+                    fields[FRAMES],
+                    queue_ns,
+                    compute_ns,
+                    send_ns,
+                )
+            )
+        self.stats.replied(len(numbers), send_ns)
+        self.origins.release_left()
+
+    def _repeated_of(self, numbers: I32) -> dict[int, tuple[F32, I64]]:
+        if not self._repeated:
+            return {}
+        return {number: self._repeated.pop(number) for number in numbers.tolist() if number in self._repeated}
+
+    # ── For operations ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def hold(self, slots: I64) -> None:
+        """Let streams, int64 [N], begin no further step until `release`."""
+        hold(self.tables, slots)
+
+    def release(self, slots: I64) -> None:
+        """Undo one `hold`; the caller lets the loop take a turn."""
+        release(self.tables, slots, time.monotonic_ns())
+
+    def fail_pending(self, slots: I64, code: Code) -> None:
+        """Frames of these streams, int64 [N], which are in no run, cannot be applied any more."""
+        numbers = fail_run(self.tables, slots, np.full(len(slots), code, np.int32))
+        self._results.append(_Result(self.journal.newest, numbers, 0, 0))
+
+
+def _put_repeated(
+    values: F32,
+    numbers: I32,
+    groups: I64,
+    group_of: I32,
+    widths: I64,
+    repeated: dict[int, tuple[F32, I64]],
+    outputs: int,
+) -> None:
+    """Put outputs that were kept since admission into the replies: later frames may have taken their rows."""
+    for number, (y, skipped) in repeated.items():
+        place = int(np.flatnonzero(numbers == number)[0])
+        fields = groups[group_of[place]]
+        before = int(np.count_nonzero(group_of[:place] == group_of[place]))  # messages of its group ahead of it
+        first = int(widths[fields[FIRST_MESSAGE] : fields[FIRST_MESSAGE] + before].sum())
+        size = fields[TIMESTEPS] * fields[WIDTH] * outputs
+        whole = values[fields[FIRST_VALUE] : fields[FIRST_VALUE] + size]
+        part = whole.reshape(fields[TIMESTEPS], fields[WIDTH], outputs)[: len(y), first : first + len(skipped)]
+        kept = np.arange(len(y))[:, None] < skipped
+        part[kept] = y[kept]

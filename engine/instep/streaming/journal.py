@@ -1,0 +1,232 @@
+"""The journal: what the engine hands to the recorder, and when it is durable.
+
+Everything recorded has a log sequence number (`lsn`), and these rise. Where replies wait, each waits for the lsn of
+everything that it rests on: no client is told of an output, a state, a stream or its end that a crash could undo.
+(Refusals of frames and messages do not wait, those of a resume do.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from typing import Any, Final
+
+import numpy as np
+
+from instep.core.dirty import DirtyTracker
+from instep.core.streams import StreamTable
+from instep.core.tables import Tables
+from instep.core.typing import F32, I64, Bool
+from instep.recording.errors import RecordingError
+from instep.recording.recorder import Recorder
+from instep.recording.schema import OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
+from instep.recording.states import StateRows
+
+NEVER: Final = 2**62
+"""The lsn of everything that was not recorded because the recording has failed."""
+_MANY: Final = 2**31
+
+
+class Journal:
+    """Turns slots and rows into what a recording holds; without a recorder, everything is durable at once.
+
+    A recorder that has failed takes nothing more. Everything that waits for it waits until the server ends, which is
+    about to happen.
+
+    Args:
+        tables: the frames.
+        table: the streams.
+        wake: lets the loop take a turn; called on the loop's thread when more is durable.
+    """
+
+    def __init__(self, tables: Tables, table: StreamTable, wake: Callable[[], None]) -> None:
+        self.dirty = DirtyTracker(len(tables.streams) - 1)
+        self.newest = 0
+        """The lsn of the newest record."""
+        self.last_inputs = 0
+        """The lsn of the newest batch of inputs, or of the newest row that the recording held at the start."""
+        self.released = NEVER - 1
+        """Replies that rest on nothing newer may go."""
+        self.computed_ns = 0
+        """How long the steps since the last checkpoint took."""
+        self._tables = tables
+        self._table = table
+        self._wake = wake
+        self._recorder: Recorder | None = None
+        self._waits = False
+        self._committed = NEVER - 1
+        self._last_stream = 0
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._uncommitted: list[tuple[int, asyncio.Future[None]]] = []
+
+    def record(self, recorder: Recorder, last_stream: int, last_row: int, *, waits: bool) -> None:
+        """Record from now on.
+
+        Args:
+            recorder: takes everything.
+            last_stream: the highest number of a stream in the recording.
+            last_row: the newest position of the recording; the streams are as of it.
+            waits: whether replies wait until what they rest on is durable.
+        """
+        self._recorder = recorder
+        self._last_stream = last_stream
+        self.newest = self.last_inputs = self._committed = last_row
+        self._waits = waits
+        if waits:
+            self.released = last_row
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether there is a recording."""
+        return self._recorder is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the recorder has failed, so that the server is about to stop."""
+        return self._recorder is not None and self._recorder.failed is not None
+
+    @property
+    def room(self) -> int:
+        """How many batches may begin now; 0 while the recorder is behind, and after it failed."""
+        if self._recorder is None:
+            return _MANY
+        return 0 if self.has_failed else self._recorder.room
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing waits for the recorder."""
+        return not self._waiting
+
+    def advance(self, lsn: int) -> None:
+        """Everything up to this lsn is committed; called on the loop's thread."""
+        self._committed = lsn
+        self._uncommitted = _resolve(self._uncommitted, lsn)
+        if self._waits:
+            self._waiting = _resolve(self._waiting, lsn)
+        # Coroutines that waited run first: what they answer precedes the outputs of later frames.
+        asyncio.get_running_loop().call_soon(self._release, lsn)
+
+    def _release(self, lsn: int) -> None:
+        if self._waits:
+            self.released = max(self.released, lsn)
+        self._wake()
+
+    async def durable(self, lsn: int) -> None:
+        """Return once a reply may rest on the record of this lsn."""
+        if self._waits and lsn > self._committed:
+            await _wait(self._waiting, lsn)
+
+    async def committed(self, lsn: int) -> None:
+        """Return once the recording holds the record of this lsn, whether replies wait or not."""
+        if lsn > self._committed:
+            await _wait(self._uncommitted, lsn)
+
+    # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def inputs(self, slots: I64, rows: I64, bucket: int) -> list[int]:
+        """A run is about to begin, of slots int64 [B] and rows int64 [steps, B]; the lsn of each step."""
+        if self._recorder is None:
+            return [0] * len(rows)
+        recorder, table = self._recorder, self._table
+        self.dirty.mark_dirty(slots)  # now: a checkpoint taken during the run says that it contains the run
+        streams = table.recording_id[slots]
+        seqs = table.step_seq[slots].astype(np.uint64)
+        lsns = []
+        for at, rows_of_step in enumerate(rows):
+            frames = streams, seqs + np.uint64(at), self._tables.x[rows_of_step]
+            lsns.append(self._append(recorder.add_inputs, time.time_ns(), bucket, *frames))
+        self.last_inputs = lsns[-1]
+        return lsns
+
+    def outputs(self, lsn: int, rows: I64, computed_ns: int) -> None:
+        """The batch of that lsn was computed."""
+        if self._recorder is None or lsn == NEVER:
+            return
+        self.computed_ns += computed_ns
+        self._append(self._recorder.add_outputs, lsn, time.time_ns(), self._tables.y[rows])
+
+    def failed(self, lsn: int, detail: str) -> int:
+        """The step of that lsn failed: none of its frames was applied."""
+        if self._recorder is None or lsn == NEVER:
+            return lsn
+        return self._append(self._recorder.fail_batch, lsn, time.time_ns(), detail)
+
+    def states(self, through: int, rows: StateRows, *, is_last: bool) -> int:
+        """Part of a checkpoint, whose states contain every batch up to the lsn `through`."""
+        if self._recorder is None or through == NEVER:
+            return NEVER
+        record = self._recorder.snapshot if is_last else self._recorder.add_states
+        return self._append(record, time.time_ns(), through, rows)
+
+    # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def opened(self, slots: I64, names: Sequence[str], initial_states: F32 | None) -> int:
+        """Streams were opened under those names, with initial states [N, …], None for the model's own."""
+        if self._recorder is None or not len(slots):
+            return 0
+        recorder, table = self._recorder, self._table
+        streams = np.arange(self._last_stream + 1, self._last_stream + 1 + len(slots))
+        self._last_stream += len(slots)
+        table.recording_id[slots] = streams
+        columns = (streams, names, table.epoch[slots], table.first_seq[slots])
+        return self._append(recorder.open_streams, time.time_ns(), *columns, initial_states)
+
+    def resumed(self, slots: I64) -> int:
+        """Streams have new owners, and so new epochs."""
+        table = self._table
+        details = map(owner_detail, table.former_epoch[slots].tolist(), table.granted_seq[slots].tolist())
+        return self._events(slots, OWNER_EVENT, table.epoch[slots].astype(np.int64), details)
+
+    def parked(self, slots: I64) -> int:
+        """The connection of these streams is gone."""
+        return self._events(slots, PARKED_EVENT, self._table.next_seq[slots], repeat("", len(slots)))
+
+    def reset(self, slots: I64, states: F32 | None) -> int:
+        """Streams with nothing pending were given other states [N, …], None for the model's initial ones."""
+        if self._recorder is not None:
+            self.dirty.mark_dirty(slots)
+        return self._events(slots, RESET_EVENT, self._table.step_seq[slots], repeat("", len(slots)), states)
+
+    def closed(self, slots: I64, reason: str, final_states: F32, lost: Bool) -> int:
+        """Streams closed; final states [N, …], not recorded where `lost`."""
+        if self._recorder is None or not len(slots):
+            return 0
+        self.dirty.mark_clean(slots)
+        streams, frames = self._table.recording_ids(slots), self._table.next_seq[slots]
+        return self._append(
+            self._recorder.close_streams, time.time_ns(), streams, reason, frames, final_states, lost
+        )
+
+    def _events(self, slots: I64, kind: str, seqs: I64, details: Iterable[str], states: F32 | None = None) -> int:
+        if self._recorder is None or not len(slots):
+            return 0
+        streams = self._table.recording_ids(slots)
+        return self._append(self._recorder.stream_events, time.time_ns(), kind, streams, seqs, details, states)
+
+    def _append(self, append: Callable[..., int], *values: Any) -> int:
+        try:
+            self.newest = append(*values)
+        except RecordingError:
+            self.newest = NEVER
+        return self.newest
+
+
+async def _wait(waiting: list[tuple[int, asyncio.Future[None]]], lsn: int) -> None:
+    future = asyncio.get_running_loop().create_future()
+    waiting.append((lsn, future))
+    await future
+
+
+def _resolve(
+    waiting: list[tuple[int, asyncio.Future[None]]], lsn: int
+) -> list[tuple[int, asyncio.Future[None]]]:
+    """Let those proceed that wait for an lsn up to this one; those that still wait."""
+    still_waiting = []
+    for wanted, future in waiting:
+        if wanted > lsn:
+            still_waiting.append((wanted, future))
+        elif not future.done():
+            future.set_result(None)
+    return still_waiting

@@ -1,0 +1,407 @@
+"""Operations on streams: open, resume, read, write, fork, close and evict. Each reads from top to bottom.
+
+The part of an operation before its first wait runs after every frame that was submitted before it is admitted, and
+before any later frame is: whatever later frames must find is done there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final, Protocol
+
+import numpy as np
+
+from instep.core.admission import resolve_handles
+from instep.core.ownership import check_resume
+from instep.core.runs import are_pending, are_running
+from instep.core.tables import NO_OWNER, SCRATCH_SLOT, WINDOW
+from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.runtime.errors import StateLost
+from instep.streaming.api import Grants, Names, Origin, Refusal, StatesRead, StreamEvent
+from instep.streaming.engine import Engine
+from instep.streaming.tasks import Tasks
+from instep_client.protocol.codes import Code
+
+_AT_ONCE: Final = 4096
+"""States copied before the loop gets its turn."""
+_TOMBSTONES: Final = 65_536
+"""Names of expired streams that are remembered."""
+
+
+class StateAccess(Protocol):
+    """The states of all streams, by slot; states are arrays whose first axis is the stream."""
+
+    def load(self, slots: I64, states: F32 | None) -> None:
+        """Set states; None for the model's initial ones."""
+
+    def read(self, slots: I64) -> F32:
+        """A copy of states."""
+
+    def no_states(self, count: int) -> F32:
+        """Something in the shape of states that is none."""
+
+
+class StreamOperations:
+    """Everything that happens to streams except frames.
+
+    Args:
+        engine: frames and streams.
+        states: the states of all streams.
+        tasks: runs evictions.
+        wake: lets the loop take a turn, because streams may step again.
+        log_failure: told of states that could not be read or written: the error and how many streams it concerns.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        states: StateAccess,
+        tasks: Tasks,
+        wake: Callable[[], None],
+        log_failure: Callable[[Exception, int], None],
+    ) -> None:
+        self._engine = engine
+        self._table = engine.table
+        self._journal = engine.journal
+        self._origins = engine.origins
+        self._states = states
+        self._tasks = tasks
+        self._wake = wake
+        self.log_failure = log_failure
+        self._expired: OrderedDict[str, None] = OrderedDict()
+
+    # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def open(self, origin: Origin, names: Names, states: F32 | None, first_seqs: I64 | None) -> Grants:
+        """Open streams.
+
+        Args:
+            origin: their owner.
+            names: valid names, some of which may be in use.
+            states: initial states [N, …], None for the model's own.
+            first_seqs: the seqs of their first frames, int64 [N], None for 0.
+        """
+        slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs)
+        granted = codes == 0
+        opened = slots[granted]
+        if not len(opened):
+            return Grants.none(codes)
+        initial = None if states is None else states[granted]
+        # Recorded at once: the streams can be parked or taken over before their states are written.
+        granted_names = [name for name, is_granted in zip(names, granted.tolist(), strict=True) if is_granted]
+        lsn = self._journal.opened(opened, granted_names, initial)
+        grants = self._grants(slots, codes)
+        if not await self._load(opened, initial):
+            await self._give_up_opened(origin, opened, codes, granted)
+            return Grants.none(codes)
+        for name in granted_names:
+            self._expired.pop(name, None)
+        await self._journal.durable(lsn)
+        return grants
+
+    async def _give_up_opened(self, origin: Origin, opened: I64, codes: I32, granted: Bool) -> None:
+        """The initial states could not be written: close the streams, whoever owns them by now."""
+        codes[granted] = Code.STEP_FAILED
+        self._table.lost[opened] = True
+        self._engine.fail_pending(opened, Code.STATE_LOST)  # a new owner may have sent frames
+        left = opened[~self._table.closing[opened]]
+        owners = self._owners(left[self._table.owner[left] != origin.number])
+        await self._end(left, "failed")
+        self._notify(owners, Code.STATE_LOST)
+
+    async def fork(self, origin: Origin, handles: U64, names: Names, codes: I32) -> Grants:
+        """Open copies of streams, each with the state and the next seq of its original.
+
+        Args:
+            origin: owns the originals, and the copies.
+            handles: of the originals, uint64 [N].
+            names: of the copies.
+            codes: int32 [N], not 0 where the copy is refused already.
+        """
+        slots, found = self._own(origin, handles)
+        codes = np.where(found, found, codes).astype(np.int32)
+        good = np.flatnonzero(codes == 0)
+        if not len(good):
+            return Grants.none(codes)
+        seqs, states, lost = await self._read(slots[good])
+        codes[good[lost]] = Code.STATE_LOST
+        await self._journal.durable(self._journal.newest)
+        good = good[~lost]
+        if not self._origins.is_connected(origin):
+            return Grants.none(codes)  # gone meanwhile; its number may be another's now
+        copies = await self.open(origin, [names[index] for index in good.tolist()], states[~lost], seqs[~lost])
+        return copies.spread(codes)
+
+    # ── Resume ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def resume(self, origin: Origin, names: Names, have: U64, epochs: U64, take_over: bool) -> Grants:
+        """Give streams to an origin.
+
+        The former owner's handles are fenced at once. The grant follows when nothing of the streams is pending, so
+        that frames which the new owner sends again are answered from the frame buffer. No claimant is told that a
+        stream has ended before that is as durable as an output would be: a crash could undo it.
+
+        Args:
+            origin: the claimant.
+            names: distinct names.
+            have: uint64 [N], it holds the outputs of all seqs below.
+            epochs: uint64 [N], under which it had the streams.
+            take_over: whether to take them from whichever origin owns them.
+
+        Raises:
+            Refusal: two of the names are the same.
+        """
+        if len(set(names)) < len(names):
+            raise Refusal(Code.REPEATED_STREAM)
+        table, engine = self._table, self._engine
+        window = int(engine.tables.counts[WINDOW])
+        decision = check_resume(table, window, self._expired, names, have, epochs, take_over, origin.arrival)
+        good = decision.codes == 0
+        slots = decision.slots[good]
+        is_elsewhere = (table.owner[slots] != origin.number) & (table.owner[slots] != table.parked)
+        self._notify(self._owners(slots[is_elsewhere]), Code.FENCED)
+        table.hand_over(slots, origin.number, time.monotonic_ns(), decision.former_epochs[good], origin.arrival)
+        incarnations = table.incarnations(slots)
+        named = table.find(names)
+        await self._ended(named[table.closing[named]])
+        await engine.conditions.until(lambda: not are_pending(engine.tables, slots))
+        if not self._origins.is_connected(origin):
+            return Grants.none(decision.codes)  # gone meanwhile; its number may be another's now
+        # Meanwhile another origin may have taken them, or they have ended and others are in their slots.
+        is_there = table.are_open(slots, incarnations)
+        is_own = is_there & (table.owner[slots] == origin.number)
+        decision.codes[good] = np.where(is_own, 0, np.where(is_there, Code.FENCED, Code.UNKNOWN_STREAM))
+        own = slots[is_own]
+        # Not before: what was pending is no output yet, and its step may have failed.
+        acked = np.minimum(decision.have[good][is_own], table.next_seq[own])
+        table.acked[own] = np.maximum(table.acked[own], acked)
+        engine.stats.resumed_streams_total += len(own)
+        self._journal.resumed(own)
+        grants = self._grants(np.where(decision.codes == 0, decision.slots, SCRATCH_SLOT), decision.codes)
+        grants.expected_seqs[:] = decision.expected_seq
+        await self._journal.durable(self._journal.newest)  # the grant, or whatever a refusal rests on
+        return grants
+
+    async def _ended(self, slots: I64) -> None:
+        """Wait until those of these streams that are closing have ended."""
+        table, incarnations = self._table, self._table.incarnations(slots)
+        await self._engine.conditions.until(
+            lambda: not (table.closing[slots] & (table.incarnations(slots) == incarnations)).any()
+        )
+
+    # ── Read and write states ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def read_own_states(self, origin: Origin, handles: U64) -> StatesRead:
+        """States of streams of an origin.
+
+        A state is the one before the frame of its next seq, whatever is pending. It is told when everything that it
+        rests on is durable.
+        """
+        slots, codes = self._own(origin, handles)
+        return await self._read_states(slots, codes)
+
+    async def read_states(self, names: Names) -> StatesRead:
+        """States of streams by name, whichever origin owns them; see `read_own_states`.
+
+        Raises:
+            Refusal: two of the names are the same.
+        """
+        if len(set(names)) < len(names):
+            raise Refusal(Code.REPEATED_STREAM)
+        slots = self._table.find(names)
+        while self._table.closing[slots].any():
+            await self._ended(slots[self._table.closing[slots]])
+            slots = self._table.find(names)
+        codes = np.zeros(len(names), np.int32)
+        for index in np.flatnonzero(slots == SCRATCH_SLOT).tolist():
+            codes[index] = Code.EXPIRED if names[index] in self._expired else Code.UNKNOWN_STREAM
+        return await self._read_states(slots, codes)
+
+    async def _read_states(self, slots: I64, codes: I32) -> StatesRead:
+        good = codes == 0
+        next_seqs, states = np.zeros(len(slots), np.int64), self._states.no_states(len(slots))
+        if good.any():
+            next_seqs[good], states[good], lost = await self._read(slots[good])
+            codes[good] = np.where(lost, Code.STATE_LOST, 0)
+        await self._journal.durable(self._journal.newest)
+        return StatesRead(next_seqs, states, codes)
+
+    async def write_states(self, origin: Origin, handles: U64, states: F32 | None, codes: I32) -> I32:
+        """Give streams with nothing pending another state [N, …], None for the model's initial one.
+
+        Frames that come meanwhile wait, so that the recording has the change before them.
+
+        Args:
+            origin: owns the streams.
+            handles: uint64 [N].
+            states: [N, …].
+            codes: int32 [N], not 0 where a state is refused already.
+
+        Returns:
+            int32 [N], 0 where it was done.
+        """
+        slots, found = self._own(origin, handles)
+        found[(found == 0) & (self._table.pending[slots] > 0)] = Code.FRAMES_PENDING
+        codes = np.where(found, found, codes).astype(np.int32)
+        good = codes == 0
+        if not good.any():
+            return codes
+        changed = slots[good]
+        written = None if states is None else states[good]
+        if not await self._load(changed, written):
+            codes[good] = Code.STEP_FAILED
+            return codes
+        await self._journal.durable(self._journal.reset(changed, written))
+        return codes
+
+    async def _load(self, slots: I64, states: F32 | None) -> bool:
+        """Set the states of streams with nothing pending, which do not step meanwhile; whether that worked."""
+        self._engine.hold(slots)
+        try:
+            for first in range(0, len(slots), _AT_ONCE):
+                if first:
+                    await asyncio.sleep(0)
+                part = slice(first, first + _AT_ONCE)
+                self._states.load(slots[part], None if states is None else states[part])
+        except Exception as error:
+            self.log_failure(error, len(slots))
+            return False
+        finally:
+            self._release(slots)
+        return True
+
+    async def _read(self, slots: I64) -> tuple[I64, F32, Bool]:
+        """Next seqs int64 [N], states [N, …] and which of them are lost; nothing of the streams steps meanwhile."""
+        table, incarnations = self._table, self._table.incarnations(slots)
+        states, lost = self._states.no_states(len(slots)), np.zeros(len(slots), np.bool_)
+        async with self.settled(slots):
+            seqs: I64 = table.step_seq[slots]
+            for first in range(0, len(slots), _AT_ONCE):
+                if first:
+                    await asyncio.sleep(0)
+                part = slice(first, first + _AT_ONCE)
+                try:
+                    states[part] = self._states.read(slots[part])
+                except Exception as error:
+                    self.log_failure(error, len(slots[part]))
+                    lost[part] = True
+                    if isinstance(error, StateLost) and error.slots is not None:
+                        self.lose(error.slots)
+            lost |= table.lost[slots] | ~table.are_open(slots, incarnations)
+        states[lost] = self._states.no_states(int(lost.sum()))
+        return seqs, states, lost
+
+    @asynccontextmanager
+    async def settled(self, slots: I64) -> AsyncIterator[None]:
+        """While the block runs, these streams are in no run, and begin none."""
+        tables = self._engine.tables
+        self._engine.hold(slots)
+        try:
+            await self._engine.conditions.until(lambda: not are_running(tables, slots))
+            yield
+        finally:
+            self._release(slots)
+
+    def _release(self, slots: I64) -> None:
+        self._engine.release(slots)
+        self._engine.conditions.check()  # closings wait for it
+        self._wake()
+
+    # ── Close and evict ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def close(self, origin: Origin, handles: U64) -> tuple[F32, I32]:
+        """Close streams once everything they have pending is answered; they take no frames from now on.
+
+        Returns:
+            states: the final ones [N, …].
+            codes: int32 [N].
+        """
+        slots, codes = self._own(origin, handles)
+        good = codes == 0
+        states = self._states.no_states(len(slots))
+        if good.any():
+            states[good], lost = await self._end(slots[good], "closed")
+            codes[good] = np.where(lost, Code.STATE_LOST, 0)
+        return states, codes
+
+    async def _end(self, slots: I64, reason: str) -> tuple[F32, Bool]:
+        """Close streams; the final states [N, …] and which of them are lost."""
+        tables = self._engine.tables
+        self._table.closing[slots] = True
+        holds = tables.streams["holds"]
+        await self._engine.conditions.until(lambda: not (are_pending(tables, slots) or holds[slots].any()))
+        _, states, lost = await self._read(slots)
+        lsn = self._journal.closed(slots, reason, states, lost)
+        self._table.release(slots)
+        self._origins.release_left()
+        self._engine.stats.closed_streams_total += len(slots)
+        self._engine.conditions.check()  # claims wait for it
+        await self._journal.durable(lsn)
+        return states, lost
+
+    def lose(self, slots: I64) -> None:
+        """The states of these streams, int64 [N], are gone: they end."""
+        self._table.lost[slots] = True
+        self.evict(slots[~self._table.closing[slots]], Code.STATE_LOST)
+
+    def expire(self, slots: I64) -> None:
+        """Evict parked streams, int64 [N]; clients that ask for them later are told that they expired."""
+        for slot in slots.tolist():
+            self._expired[self._table.name(slot)] = None
+        while len(self._expired) > _TOMBSTONES:
+            self._expired.popitem(last=False)
+        self.evict(slots, Code.EXPIRED)
+
+    def evict(self, slots: I64, code: Code) -> None:
+        """Close streams, int64 [N], for a reason, and tell their owners when that is durable."""
+        if not len(slots):
+            return
+        self._engine.stats.evicted(code.name.lower(), len(slots))
+        self._table.closing[slots] = True
+        self._tasks.start(self._evict(slots, code, self._owners(slots)))
+
+    async def _evict(self, slots: I64, code: Code, owners: list[tuple[Origin, U64]]) -> None:
+        await self._end(slots, code.name.lower())
+        self._notify(owners, code)
+
+    # ── Owners ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _own(self, origin: Origin, handles: U64) -> tuple[I64, I32]:
+        slots, codes = np.empty(len(handles), np.int64), np.empty(len(handles), np.int32)
+        if resolve_handles(self._engine.tables, handles, origin.number, slots, codes):
+            raise Refusal(Code.REPEATED_STREAM)
+        return slots, codes
+
+    def _grants(self, slots: I64, codes: I32) -> Grants:
+        """Of slots int64 [N], the scratch slot where refused."""
+        granted, table = slots != SCRATCH_SLOT, self._table
+        return Grants(
+            np.where(granted, table.slots.handles(slots), 0).astype(np.uint64),
+            np.where(granted, table.epoch[slots], 0).astype(np.uint64),
+            np.where(granted, table.next_seq[slots], 0),
+            codes,
+            np.zeros(len(slots), np.int64),
+        )
+
+    def _owners(self, slots: I64) -> list[tuple[Origin, U64]]:
+        """The connected origins that own streams, each with the handles of those that it owns.
+
+        Origins and not their numbers: a number may belong to another one by the time that they are notified.
+        """
+        slots = slots[np.argsort(self._table.owner[slots], kind="stable")]
+        numbers, handles = self._table.owner[slots], self._table.slots.handles(slots)
+        first = np.flatnonzero(np.diff(numbers, prepend=NO_OWNER))
+        owners = (self._origins[number] for number in numbers[first].tolist())
+        return [
+            (owner, own) for owner, own in zip(owners, np.split(handles, first[1:]), strict=False) if owner is not None
+        ]
+
+    def _notify(self, owners: list[tuple[Origin, U64]], code: Code) -> None:
+        for owner, handles in owners:
+            if self._origins.is_connected(owner):
+                owner.notify(StreamEvent(code, handles))
+

@@ -1,0 +1,110 @@
+"""The reaper: parks the streams of connections that are gone, and ends streams that are idle or parked for too long.
+
+Everything is done in portions: thousands of connections may go at once, or one with very many streams, and the others
+must not wait for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from instep.core.typing import I64
+from instep.streaming.api import Origin
+from instep.streaming.engine import Engine
+from instep.streaming.operations import StreamOperations
+from instep_client.protocol.codes import Code
+
+AT_ONCE: Final = 4096
+"""Streams that are parked or evicted in one tick, of all connections together."""
+_LOOK_EVERY: Final = 10
+"""Ticks from one search for idle streams to the next, which looks at every stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdleLimits:
+    """How long streams may do nothing, in ns; 0 for ever, unless said otherwise."""
+
+    max_idle_ns: int
+    first_frame_ns: int
+    park_ns: int
+    """How long streams of a connection that is gone are kept; 0 for not at all."""
+    max_parked: int
+    """The most parked streams; beyond it those parked longest are evicted."""
+
+
+class Reaper:
+    """Looks after streams without anyone at the other end.
+
+    Args:
+        engine: the streams.
+        operations: ends them.
+        limits: when.
+    """
+
+    def __init__(self, engine: Engine, operations: StreamOperations, limits: IdleLimits) -> None:
+        self._engine = engine
+        self._table = engine.table
+        self._operations = operations
+        self._limits = limits
+        self._ticks = 0
+        self._detaching: set[int] = set()
+        """Numbers of origins that are gone and may have streams which are neither parked nor closing yet."""
+
+    @property
+    def is_detaching(self) -> bool:
+        """Whether streams of connections that are gone are still to be parked or closed."""
+        return bool(self._detaching)
+
+    def detach(self, origin: Origin) -> None:
+        """An origin is gone: its streams are parked or closed from the next tick on.
+
+        Until then a stream belongs to the origin's number, which no other one gets; it can be resumed all the same.
+        """
+        self._engine.origins.disconnect(origin)
+        self._detaching.add(origin.number)
+        self._engine.origins.release_left()
+        if not self._table.owned[origin.number]:
+            self._detaching.discard(origin.number)
+
+    def tick(self, now_ns: int) -> None:
+        """Do what is due."""
+        if self._detaching:
+            self._park(now_ns)
+            return  # streams that are not parked yet look idle; they have park_s
+        self._evict_surplus()
+        if self._ticks % _LOOK_EVERY == 0:
+            self._evict_idle(now_ns)
+        self._ticks += 1
+
+    def _park(self, now_ns: int) -> None:
+        owned = self._table.owned_by(*self._detaching)
+        slots, rest = owned[:AT_ONCE], owned[AT_ONCE:]
+        self._detaching = set(self._table.owner[rest].tolist())
+        if not self._limits.park_ns:
+            self._operations.evict(slots, Code.CLIENT_GONE)
+            return
+        self._table.park(slots, now_ns)
+        self._engine.journal.parked(slots)
+        self._engine.stats.parked_streams_total += len(slots)
+        self._engine.origins.release_left()
+
+    def _evict_surplus(self) -> None:
+        table, most = self._table, self._limits.max_parked
+        if table.owned[table.parked] <= most:
+            return
+        parked = table.parked_since(np.iinfo(np.int64).max)
+        excess = min(len(parked) - most, AT_ONCE)
+        if excess > 0:
+            oldest: I64 = np.argsort(table.last_active_ns[parked], kind="stable")[:excess]
+            self._operations.expire(parked[oldest])
+
+    def _evict_idle(self, now_ns: int) -> None:
+        limits, table = self._limits, self._table
+        if limits.max_idle_ns:
+            self._operations.evict(table.idle_since(now_ns - limits.max_idle_ns)[:AT_ONCE], Code.IDLE)
+        if limits.first_frame_ns:
+            self._operations.evict(table.unused_since(now_ns - limits.first_frame_ns)[:AT_ONCE], Code.NEVER_USED)
+        self._operations.expire(table.parked_since(now_ns - limits.park_ns)[:AT_ONCE])

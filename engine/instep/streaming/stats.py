@@ -1,0 +1,63 @@
+"""What the engine counts: plain numbers and histograms that any front end may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from instep.core.histogram import add_to, new_histogram, quantile
+from instep.core.typing import I64
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters and histograms (`core.histogram`) since the start."""
+
+    frames_total: int = 0
+    batches_total: int = 0
+    messages_total: int = 0
+    """STEP messages answered."""
+    busy_total: int = 0
+    step_failures_total: int = 0
+    opened_streams_total: int = 0
+    closed_streams_total: int = 0
+    parked_streams_total: int = 0
+    resumed_streams_total: int = 0
+    evicted_streams_total: int = 0
+    evicted_by_reason: dict[str, int] = field(default_factory=dict)
+    queue_us: I64 = field(default_factory=new_histogram)
+    """Microseconds that messages waited for the step of their last frames."""
+    compute_us: I64 = field(default_factory=new_histogram)
+    """Microseconds that steps took."""
+    send_us: I64 = field(default_factory=new_histogram)
+    """Microseconds from the end of a step to its replies."""
+    batch_size: I64 = field(default_factory=new_histogram)
+    """Streams of a step."""
+
+    def stepped(self, streams: int, steps: int, compute_ns: int) -> None:
+        """A run ended: so many streams, steps, and nanoseconds for each step."""
+        self.batches_total += steps
+        self.frames_total += streams * steps
+        add_to(self.compute_us, compute_ns // 1000, steps)
+        add_to(self.batch_size, streams, steps)
+
+    def replied(self, messages: int, send_ns: int) -> None:
+        """Messages were answered, so long after their step."""
+        self.messages_total += messages
+        add_to(self.send_us, send_ns // 1000, messages)
+
+    def evicted(self, reason: str, streams: int) -> None:
+        """Streams were evicted for this reason."""
+        self.evicted_streams_total += streams
+        self.evicted_by_reason[reason] = self.evicted_by_reason.get(reason, 0) + streams
+
+    def values(self) -> dict[str, float]:
+        """Everything by name; quantiles are exact to an eighth."""
+        values: dict[str, float] = {
+            name: float(getattr(self, name)) for name in self.__slots__ if name.endswith("_total")
+        }
+        values |= {f"evicted_{reason}_total": float(count) for reason, count in self.evicted_by_reason.items()}
+        values["batch_size_mean"] = self.frames_total / max(1, self.batches_total)
+        for name in ("queue_us", "compute_us", "send_us"):
+            values[f"{name}_p50"] = quantile(getattr(self, name), 0.50)
+            values[f"{name}_p99"] = quantile(getattr(self, name), 0.99)
+        return values
+
