@@ -185,7 +185,7 @@ async def test_states_are_looked_at_reset_copied_saved_and_restored(rings: Rings
     async with AsyncClient(rings.endpoint) as client:
         stream = await client.open("a")
         await stream.step(X[:5])
-        seq, state = await stream.peek()
+        seq, state = await stream.read_state()
         assert seq == 5
         assert np.array_equal(state, reference(X[:5])[1])
         (await stream.snapshot()).save(tmp_path / "a.safetensors")
@@ -207,7 +207,7 @@ def test_the_same_in_threads(rings: Rings) -> None:
     with Client(rings.endpoint) as client:
         stream = client.open("a", first_seq=2)
         stream.step(X[:5])
-        seq, state = stream.peek()
+        seq, state = stream.read_state()
         assert seq == stream.next_seq == 7
         restored = client.restore(stream.snapshot(), "b")
         copy = stream.fork("c")
@@ -218,7 +218,7 @@ def test_the_same_in_threads(rings: Rings) -> None:
         assert taken.next_seq == 8
         group = client.open_group(["d", "e"])
         group.step(X[:2])
-        seqs, states = group.peek()
+        seqs, states = group.read_state()
         assert seqs.tolist() == [1, 1]
         copies = group.fork(["f", "g"])
         group.reset()
@@ -232,7 +232,7 @@ async def test_groups_have_the_same_verbs(rings: Rings) -> None:
     async with AsyncClient(rings.endpoint) as client:
         group = await client.open_group(["a", "b"])
         await group.step(X[:2])
-        seqs, states = await group.peek()
+        seqs, states = await group.read_state()
         assert seqs.tolist() == [1, 1]
         assert states.shape == (2, 2, 2)
         copies = await group.fork(["c", "d"])

@@ -109,7 +109,7 @@ async def test_all_verbs_work_on_cold_streams(rng: np.random.Generator, tmp_path
             assert counted["streams_cold"] == STREAMS - HOT - counted["streams_warm"]
             assert counted["states_fetched_total"] >= 2 * (STREAMS - HOT - WARM)
             assert counted["states_dropped_total"] >= 3 * (STREAMS - HOT - WARM)
-            truth.check(everyone, (await client.peek(truth.handles)).floats())
+            truth.check(everyone, (await client.read_state(truth.handles)).floats())
 
             copies = []
             for first in range(0, 30, 10):
@@ -117,18 +117,18 @@ async def test_all_verbs_work_on_cold_streams(rng: np.random.Generator, tmp_path
                 reply = await client.fork(truth.handles[copied], [f"copy{number}" for number in copied])
                 assert reply.codes() == []
                 copies += reply.handles().tolist()
-            truth.check(everyone[:30], (await client.peek(copies)).floats())
+            truth.check(everyone[:30], (await client.read_state(copies)).floats())
 
             zeroed, given = everyone[5:15], everyone[20:31]
             states = rng.standard_normal((len(given), 1, H)).astype(np.float32)
             for chosen, new in ((zeroed, None), (given, states)):
                 assert (await client.reset(truth.handles[chosen], new)).codes() == []
                 truth.reset(chosen, new)
-            truth.check(everyone, (await client.peek(truth.handles)).floats())
+            truth.check(everyone, (await client.read_state(truth.handles)).floats())
             await truth.step(client, rng.permutation(STREAMS).tolist(), 3)
             truth.check(everyone[40:], (await client.close(truth.handles[40:])).floats())
             reply = await client.open(*(f"again{number}" for number in range(20)))
-            assert not (await client.peek(reply.handles())).floats().any()
+            assert not (await client.read_state(reply.handles())).floats().any()
             await client.close(copies)
     inspect(tmp_path / "r.instep", lambda _: None)
     async with (
@@ -263,11 +263,11 @@ async def test_a_damaged_state_is_lost_and_never_another(rng: np.random.Generato
         assert stepped.codes() == [Code.STATE_LOST if column == 1 else Code.STEP_FAILED for column in range(5)]
         assert evicted.handles().tolist() == truth.handles[1:2].tolist()
 
-        await client.send(*client.peek_message(truth.handles[[6, 7, 8]]))
+        await client.send(*client.read_state_message(truth.handles[[6, 7, 8]]))
         replies = [await client.receive(), await client.receive()]
-        peeked = next(reply for reply in replies if reply.kind is Kind.PEEKED)
-        assert [code for column, _, code, _ in peeked.failures() if column == 1] == [Code.STATE_LOST]
-        found = peeked.floats().reshape(3, 1, H)
+        read = next(reply for reply in replies if reply.kind is Kind.STATE_READ)
+        assert [code for column, _, code, _ in read.failures() if column == 1] == [Code.STATE_LOST]
+        found = read.floats().reshape(3, 1, H)
         truth.check([6, 8], found[[0, 2]])
         good = [stream for stream in range(STREAMS) if stream not in (1, 7)]
         await truth.step(client, good, 2)
@@ -314,7 +314,7 @@ async def test_a_change_that_waits_for_room_keeps_its_place(rng: np.random.Gener
             states = rng.standard_normal((10, 1, H)).astype(np.float32)
             await client.send(*client.reset_message(truth.handles[given], states))
             await client.send(*client.open_message("new", states=states[:1]))
-            await client.send(*client.peek_message(truth.handles[given]))
+            await client.send(*client.read_state_message(truth.handles[given]))
             while server.engine.table.find("new") is None:
                 await asyncio.sleep(0.001)
             taken = await other.resume(["new"], [0], [0], take_over=True)
@@ -325,9 +325,9 @@ async def test_a_change_that_waits_for_room_keeps_its_place(rng: np.random.Gener
                 await asyncio.sleep(0.001)
             may_commit.set()
             replies = {reply.kind: reply for reply in [await client.receive() for _ in range(4)]}
-            assert replies.keys() == {Kind.CHANGED, Kind.OPENED, Kind.PEEKED, Kind.EVICTED}
+            assert replies.keys() == {Kind.CHANGED, Kind.OPENED, Kind.STATE_READ, Kind.EVICTED}
             truth.reset(given, states)
-            truth.check(given, replies[Kind.PEEKED].floats())
+            truth.check(given, replies[Kind.STATE_READ].floats())
             np.testing.assert_array_equal((await other.receive()).floats(), whole(SMALL, x[:, 0], states[0])[0][0])
             truth.check(list(range(STREAMS)), (await client.close(truth.handles)).floats())
 
@@ -355,7 +355,7 @@ async def test_states_that_are_given_stay_in_memory_until_the_recording_has_them
             second = await client.receive()
             assert second.kind is Kind.OPENED
             handles = np.concatenate([first.handles(), second.handles()])
-            np.testing.assert_array_equal((await client.peek(handles)).floats(), states.ravel())
+            np.testing.assert_array_equal((await client.read_state(handles)).floats(), states.ravel())
 
 
 async def test_until_there_is_room_states_that_are_given_are_in_the_recording(
@@ -397,7 +397,7 @@ async def test_cold_states_are_found_in_the_file_that_a_rotation_began(
         while files_in(tmp_path) < 4:
             await visit(truth, client, 3)
         assert (await client.statistics())["step_failures_total"] == 0
-        truth.check(list(range(STREAMS)), (await client.peek(truth.handles)).floats())
+        truth.check(list(range(STREAMS)), (await client.read_state(truth.handles)).floats())
     async with running(SMALL, engine=ENGINE, recording=rotating) as server, RawClient(server.endpoint) as client:
         await client.hello()
         reply = await client.resume(truth.names, truth.seqs.tolist(), truth.epochs.tolist())

@@ -143,4 +143,4 @@ async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_go
         await client.hello()
         resumed = await client.resume(["s"], [0], opened.epochs())
         assert resumed.codes() == []
-        np.testing.assert_array_equal((await client.peek(resumed.handles())).floats(), state.ravel())
+        np.testing.assert_array_equal((await client.read_state(resumed.handles())).floats(), state.ravel())

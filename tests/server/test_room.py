@@ -150,15 +150,15 @@ async def test_who_looks_at_a_stream_behind_its_opening_sees_the_state_it_opens_
             await other.hello()
             await client.open(*(f"first{number}" for number in range(12)), states=states[0])
             await client.send(*client.open_message(*names, states=states[1]))
-            await client.send(*client.look_message(names))
+            await client.send(*client.read_named_message(names))
             while (await other.statistics())["streams_open"] < 24:
                 pass
             for _ in range(20):
                 await other.statistics()
             may_commit.set()
             replies = {reply.kind: reply for reply in [await client.receive(), await client.receive()]}
-            assert replies.keys() == {Kind.OPENED, Kind.PEEKED}
-            assert replies[Kind.OPENED].codes() == replies[Kind.PEEKED].codes() == []
-            np.testing.assert_array_equal(replies[Kind.PEEKED].floats(), states[1].ravel())
+            assert replies.keys() == {Kind.OPENED, Kind.STATE_READ}
+            assert replies[Kind.OPENED].codes() == replies[Kind.STATE_READ].codes() == []
+            np.testing.assert_array_equal(replies[Kind.STATE_READ].floats(), states[1].ravel())
             y = (await client.step(replies[Kind.OPENED].handles()[3:4], [0], x)).floats()
             np.testing.assert_array_equal(y, whole(SMALL, x[:, 0], states[1, 3])[0][0])

@@ -109,7 +109,7 @@ async def test_after_a_restart_on_the_newest_file_everything_of_a_stream_is_ther
         await client.close(opened.handles()[1:])
         resumed = await client.resume(["s"], [2], opened.epochs()[:1])
         await followed(path, 2)
-        assert (await client.peek(resumed.handles())).seqs() == [4]
+        assert (await client.read_state(resumed.handles())).seqs() == [4]
     np.testing.assert_array_equal(first.floats().reshape(4, H), truth[:4])
     for member in files(path)[:-1]:
         member.path.unlink()

@@ -39,7 +39,7 @@ async def test_frames_and_changes_of_states_keep_their_order(rng: np.random.Gene
         handles = (await client.open("s")).handles()
         first = (await client.step(handles, [0], x[:4, None])).floats().reshape(4, H)
         np.testing.assert_array_equal(first, whole(SMALL, x[:4])[0])
-        state = (await client.peek(handles)).floats()
+        state = (await client.read_state(handles)).floats()
         np.testing.assert_array_equal(state.reshape(1, H), whole(SMALL, x[:4])[1])
         await client.reset(handles)
         second = (await client.step(handles, [4], x[4:, None])).floats().reshape(5, H)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 MAX_NAME_BYTES: Final = 200
 HAVE_ALL: Final = 2**64 - 1
 """Said by who resumes a stream and does not know how many outputs it has given."""

@@ -228,7 +228,7 @@ class Lifecycle:
             codes[index] = Code.EXPIRED if names[index] in self._expired else Code.UNKNOWN_STREAM
         on_found(slots, codes)
 
-    def peek(self, slots: I64, on_read: Callable[[I64, F32, Bool], None]) -> None:
+    def read_state(self, slots: I64, on_read: Callable[[I64, F32, Bool], None]) -> None:
         """Read states; `on_read` gets the next seqs int64 [N], the states [N, layers, size] and which are lost (NaN).
 
         A state is the one after every frame before its seq, whatever is pending. It is told when everything that it

@@ -55,10 +55,10 @@ def _granted(kind: Kind, request: int, grants: wire.GrantArray, refused: wire.Fa
     return [header, grants.tobytes(), refused.tobytes()]
 
 
-def peeked(request: int, seqs: I64, states: F32, codes: I32) -> Message:
-    """PEEKED: next seqs int64 [N] and states float32 [N, layers, size], NaN where refused."""
+def state_read(request: int, seqs: I64, states: F32, codes: I32) -> Message:
+    """STATE_READ: next seqs int64 [N] and states float32 [N, layers, size], NaN where refused."""
     refused = failures(codes)
-    header = wire.pack_header(Kind.PEEKED, request, len(seqs), _sentences(refused))
+    header = wire.pack_header(Kind.STATE_READ, request, len(seqs), _sentences(refused))
     return [header, seqs.tobytes(), states.tobytes(), refused.tobytes()]
 
 

@@ -73,10 +73,9 @@ class Verbs:
             Kind.PONG: self._pong,
             Kind.STATS: self._stats,
             Kind.RESUME: self._resume,
-            Kind.PEEK: self._peek,
+            Kind.READ_STATE: self._read_state,
             Kind.RESET: self._reset,
             Kind.FORK: self._fork,
-            Kind.LOOK: self._look,
         }
 
     def take(self, routing_id: bytes, frames: list[bytes]) -> bool:
@@ -239,13 +238,12 @@ class Verbs:
 
         self._lifecycle.resume(client, names, claims["have"], claims["epoch"], bool(take_over), resumed)
 
-    def _peek(self, client: Client, header: Header, frames: list[bytes]) -> None:
+    def _read_state(self, client: Client, header: Header, frames: list[bytes]) -> None:
         count = self._count_with_states(header.fields[0])
-        slots, codes = self._own(client, frames[1], count)
-        self._show(client, header.request, slots, codes)
-
-    def _look(self, client: Client, header: Header, frames: list[bytes]) -> None:
-        count = self._count_with_states(header.fields[0])
+        if not wire.count_field(header.fields[1], "by_name", 1, at_least=0):
+            slots, codes = self._own(client, frames[1], count)
+            self._show(client, header.request, slots, codes)
+            return
         names = wire.unpack_names(frames[1], count)
         if len(set(names)) < count:
             raise Refusal(Code.REPEATED_STREAM)
@@ -266,10 +264,10 @@ class Verbs:
             seqs, states = np.zeros(count, np.int64), np.full(self._state_shape(count), np.nan, np.float32)
             seqs[good], states[good] = next_seqs, found
             codes[good] = np.where(lost, Code.STATE_LOST, 0)
-            self._postbox.send(client, replies.peeked(request, seqs, states, codes), time.monotonic_ns())
+            self._postbox.send(client, replies.state_read(request, seqs, states, codes), time.monotonic_ns())
 
         if good.any():
-            self._lifecycle.peek(slots[good], read)
+            self._lifecycle.read_state(slots[good], read)
         else:
             read(np.empty(0, np.int64), np.empty(self._state_shape(0), np.float32), np.empty(0, np.bool_))
 
@@ -310,7 +308,7 @@ class Verbs:
             self._open_good(client, header.request, names, codes, states[~lost], next_seqs[~lost])
 
         if good.any():
-            self._lifecycle.peek(slots[good], read)
+            self._lifecycle.read_state(slots[good], read)
         else:
             self._open_good(client, header.request, names, codes, None, None)
 
