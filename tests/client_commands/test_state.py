@@ -188,7 +188,7 @@ def test_what_is_no_snapshot_of_this_model_is_not_restored(place: Place, owner: 
         path.unlink(missing_ok=True)
         assert place.refused(*arguments) == f"{path} cannot be read: No such file or directory"
         path.write_text("something else")
-        assert place.refused(*arguments).startswith(f"{path} is no snapshot of a stream: ")
+        assert place.refused(*arguments).startswith(f"{path} is not a snapshot of a stream: ")
         StreamSnapshot("kept", 5, STATE, "01" * 32, "doubling").save(path)
         said = place.refused(*arguments)
         assert said.startswith(f"{path}: the snapshot is of model 'doubling' (fingerprint 010101010101), the server ")
