@@ -17,8 +17,6 @@ from instep.bench.suite import MEASUREMENTS, Measurement
 from tests.support.threaded import ThreadedServer
 
 MODULES = ("pair", "rows.blocks", "rows.many_open", "rows.exact_off", "rows.chunks", "rows.verification", "rows.start")
-ELSEWHERE = "stream-bytes"
-"""Counted in tests/server/test_bytes_a_stream.py."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +26,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"instep.bench.{module}.ChildServer", ThreadedServer)
 
 
-@pytest.mark.parametrize(
-    "measurement",
-    [each for each in MEASUREMENTS if ELSEWHERE not in each.rows],
-    ids=lambda measurement: measurement.rows[0],
-)
+@pytest.mark.parametrize("measurement", MEASUREMENTS, ids=lambda measurement: measurement.rows[0])
 def test_a_row_measures_each_of_its_ways_in_every_round(measurement: Measurement, tmp_path: Path) -> None:
     advanced: list[None] = []
     run = Run(tmp_path, rounds=2, seconds=0.02, scale=100, advance=lambda: advanced.append(None))

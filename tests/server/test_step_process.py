@@ -243,7 +243,6 @@ def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -
     obstacles = [
         (EngineConfig(), torch.device("cuda:0"), "the device is cuda:0"),
         (EngineConfig(threads=2), CPU, "engine.threads is above 1"),
-        (EngineConfig(device_streams=256), CPU, "engine.device_streams is below engine.max_streams"),
     ]
     for engine, device, why in obstacles:
         assert not steps_apart(engine, device)

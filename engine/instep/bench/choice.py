@@ -16,7 +16,6 @@ NAMES: Final = (
     "exact-off",
     "chunks",
     "verify",
-    "stream-bytes",
     "start",
 )
 

@@ -32,7 +32,6 @@ from instep.bench.rows.one_stream import one_stream
 from instep.bench.rows.paced import paced
 from instep.bench.rows.single_frames import single_frames
 from instep.bench.rows.start import start
-from instep.bench.rows.stream_bytes import stream_bytes
 from instep.bench.rows.verification import verification
 from instep.bench.show import line, show
 from instep.server.child import ChildFailed
@@ -57,7 +56,6 @@ MEASUREMENTS: Final = (
     Measurement(("exact-off",), exact_off),
     Measurement(("chunks",), chunks),
     Measurement(("verify",), verification),
-    Measurement(("stream-bytes",), stream_bytes),
     Measurement(("start",), start),
 )
 QUICK: Final[dict[str, Any]] = {"rounds": 1, "seconds": 0.05, "scale": 50}

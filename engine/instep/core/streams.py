@@ -27,18 +27,10 @@ class StreamTable:
         max_owners: owners are numbered from 0 to this, exclusive; this number itself is `parked`.
         first_generation: see `SlotAllocator`.
         last_epoch: epochs begin above it.
-        max_changed: see `Keeping`.
     """
 
-    def __init__(
-        self,
-        max_streams: int,
-        max_owners: int,
-        first_generation: int = 1,
-        last_epoch: int = 0,
-        max_changed: int | None = None,
-    ) -> None:
-        self.keeping = Keeping(max_streams, max_changed)
+    def __init__(self, max_streams: int, max_owners: int, first_generation: int = 1, last_epoch: int = 0) -> None:
+        self.keeping = Keeping(max_streams)
         self.slots = SlotAllocator(max_streams, first_generation)
         rows = max_streams + 1
         self.parked = max_owners

@@ -63,8 +63,6 @@ class StepProcess:
     def __init__(self, step: Callable[[I64, I64], None], most: int, spin_ns: int = 0) -> None:
         self._slots: I64 = shared_zeros((PLACES, most), "i8")
         self._rows: I64 = shared_zeros((PLACES, MOST_STEPS, most), "i8")
-        self._sizes = [0] * PLACES
-        """Of how many streams."""
         self._text = shared_zeros((PLACES, _TEXT_BYTES), "u1")
         self._next = 0
         commands, self._commands = os.pipe()
@@ -90,7 +88,6 @@ class StepProcess:
         self._next = (place + 1) % PLACES
         self._slots[place, :size] = slots
         self._rows[place, :steps, :size] = rows
-        self._sizes[place] = size
         with contextlib.suppress(BrokenPipeError):  # it has died, which `ended` tells
             os.write(self._commands, _COMMAND.pack(place, steps, size))
 
@@ -112,7 +109,7 @@ class StepProcess:
     def _error(self, place: int, outcome: int) -> Exception:
         text = self._text[place].tobytes().rstrip(b"\0").decode(errors="replace")
         if outcome == _LOST:
-            return StateLost(text, self._slots[place, : self._sizes[place]].copy())
+            return StateLost(text)
         return StepFailed(text)
 
     def stop(self, timeout_s: float | None = None) -> None:

@@ -14,7 +14,7 @@ from instep.core.blocks import Block, BlockTable
 from instep.core.rings import Rings
 from instep.core.scheduler import Scheduler
 from instep.core.streams import StreamTable
-from instep.core.typing import I32, I64, Bool
+from instep.core.typing import I32, I64
 from instep.core.verdict import Admission
 from instep.runtime.errors import StateLost
 from instep.runtime.runs import MOST_STEPS, Ended, run_steps
@@ -99,9 +99,7 @@ class Engine:
         self.on_state_lost: Callable[[I64], None] = lambda slots: None
         """Called with the slots whose state was lost by a failed step."""
         self.on_changed: Callable[[], None] = lambda: None
-        """Called when states are about to change: a snapshot may be due, and it may be the turn of what waits."""
-        self.on_no_room: Callable[[], None] = lambda: None
-        """Called when a step waits until the recording holds the states of others: a snapshot is due."""
+        """Called when states are about to change: a snapshot may be due."""
 
     # ── Admission ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -179,16 +177,12 @@ class Engine:
             if hold_ns > 0 and not self.draining:
                 self._hold(hold_ns)
                 return
-            if not self.table.keeping.may_begin("step", min(self.scheduler.ready_count, self.scheduler.max_batch_size)):
-                self.on_no_room()
-                return  # whatever the snapshot does, it calls back
             self._step(self.scheduler.next_batch())
 
     def _step(self, slots: I64) -> None:
         """Begin a run: one step, or as many as these streams have frames for where nobody else waits."""
         bucket = self._stepper.bucket(len(slots))
         rows = self.rings.take(slots, self._most_steps(bucket))
-        were_kept = self.table.keeping.is_kept(slots) if self._tap.is_recording else None
         tickets = self._tap.inputs(slots, rows, bucket)
         self._runs_under_way += 1
         expected_ns = len(rows) * self._step_ns.get(bucket, 0)
@@ -200,7 +194,7 @@ class Engine:
         def done(ended: Ended, _: Exception | None) -> None:
             self._runs_under_way -= 1
             self.expected_ns -= expected_ns
-            self._ended(slots, rows, bucket, tickets, were_kept, ended)
+            self._ended(slots, rows, bucket, tickets, ended)
 
         is_short = bucket == self._stepper.buckets[0] and 0 < expected_ns < _SHORT_NS and not self._tap.is_recording
         self._worker.submit(Job(lambda: run_steps(step, slots, rows), done, (slots, rows), is_short))
@@ -222,9 +216,7 @@ class Engine:
         self._hold_timer = False
         self.schedule()
 
-    def _ended(
-        self, slots: I64, rows: I64, bucket: int, tickets: list[int], were_kept: Bool | None, ended: Ended
-    ) -> None:
+    def _ended(self, slots: I64, rows: I64, bucket: int, tickets: list[int], ended: Ended) -> None:
         """A run over rows, int64 [steps, B], has ended, each step under its ticket."""
         steps = ended.steps
         numbers = self.rings.block[rows[:steps]].reshape(-1)
@@ -241,28 +233,25 @@ class Engine:
         if ended.error is None:
             self.make_ready(self.rings.let_go(slots))
         else:
-            self._failed(slots, None if steps else were_kept, tickets[steps:], ended.error)
+            self._failed(slots, tickets[steps:], ended.error)
 
-    def _failed(self, slots: I64, were_kept: Bool | None, tickets: list[int], error: Exception) -> None:
+    def _failed(self, slots: I64, tickets: list[int], error: Exception) -> None:
         """A step failed: none of its frames was applied, nor can the frames behind them be."""
         now_ns = time.monotonic_ns()
         self._statistics.step_failures_total += 1
         self._log_failure(error, len(slots))
-        lost: I64 = np.empty(0, np.int64)
-        if isinstance(error, StateLost):
-            lost = slots if error.slots is None else error.slots
-        if were_kept is not None:
-            self.table.keeping.kept(slots[were_kept & ~np.isin(slots, lost)])  # unchanged, so they still are
+        is_lost = isinstance(error, StateLost)
         rows, whose = self.rings.failed(slots)
         seqs = self.table.step_seq[slots]
         of_step = np.isin(rows, self.rings.rows(slots, seqs))
         codes = np.where(of_step, Code.STEP_FAILED, Code.SEQ_GAP).astype(np.int32)
-        codes[np.isin(whose, lost)] = Code.STATE_LOST
+        if is_lost:
+            codes[:] = Code.STATE_LOST
         numbers = self._refuse(rows, whose, codes)
-        if len(lost):
-            self.table.lost[lost] = True
-            self.on_state_lost(lost[~self.table.closing[lost]])
-        detail = f"{'state_lost' if len(lost) else 'step_failed'}: {error}"
+        if is_lost:
+            self.table.lost[slots] = True
+            self.on_state_lost(slots[~self.table.closing[slots]])
+        detail = f"{'state_lost' if is_lost else 'step_failed'}: {error}"
         newest = [self._tap.failed(ticket, detail) for ticket in tickets][-1]
         self.schedule()
         self._tap.when_durable(newest, lambda: self._deliver(numbers, now_ns, now_ns))

@@ -12,8 +12,7 @@ from instep.core.ownership import judge_claims
 from instep.core.rings import Rings
 from instep.core.slots import SCRATCH_SLOT
 from instep.core.streams import NO_OWNER, StreamTable
-from instep.core.typing import F32, I32, I64, U32, U64, Bool
-from instep.runtime.errors import StateLost
+from instep.core.typing import F32, I32, I64, U64, Bool
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Worker
 from instep.server import replies
@@ -70,7 +69,7 @@ class Lifecycle:
         self._statistics = statistics
         self._log_failure = log_failure
         self.waits = Waits(table, worker)
-        """What waits for frames, for the worker, for room, for other streams to end."""
+        """What waits for frames, for the worker, for other streams to end."""
         self.departures = Departures(
             table, clients, tap, statistics, self.evict, self.expire, parks=parks, max_parked=max_parked
         )
@@ -136,14 +135,7 @@ class Lifecycle:
             self.on_not_loaded(opened)  # somebody who took a stream over may have sent frames
 
         # Whoever reads the slots from now on, a rotation above all, must not find what is left of their last streams.
-        # Nothing that waits has to do with slots that were free, so this does not wait behind it.
-        if initial is None:
-            self.waits.submit_at_once(lambda: self._stepper.load(opened, None), done)  # zeros take no room
-            return
-        if self._table.keeping.max_changed is not None:
-            # Until there is room, they are found in the recording.
-            self.waits.submit_at_once(lambda: self._stepper.leave_cold(opened), lambda *_: None)
-        self.waits.submit(lambda: self._stepper.load(opened, initial), done, opened if self._tap.is_recording else None)
+        self.waits.submit(lambda: self._stepper.load(opened, initial), done)
 
     def _grants(self, slots: I64) -> GrantArray:
         grants = np.zeros(len(slots), GRANT)
@@ -247,32 +239,22 @@ class Lifecycle:
         """
         self._tap.when_durable(self._tap.newest, self.waits.until_told(act))
 
-    def _read(self, slots: I64, on_read: Callable[[I64, F32, Bool], None], openings: U32 | None = None) -> None:
+    def _read(self, slots: I64, on_read: Callable[[I64, F32, Bool], None]) -> None:
         readable = ~self._table.lost[slots]
-        streams = self._table.openings(slots) if openings is None else openings
 
         def done(found: F32 | None, error: Exception | None) -> None:
-            lost = self._table.lost[slots] | (self._table.openings(slots) != streams)
+            lost = self._table.lost[slots]
             states = self._stepper.no_states(len(slots))
             if found is not None:
                 states[readable] = found
             else:
                 self._log_failure(error, len(slots))
-                if isinstance(error, StateLost) and error.slots is not None:
-                    self._lose(error.slots)
-                    self._read(slots, on_read, streams)  # the others
-                    return
                 lost[:] = True
             states[lost] = np.nan
             # Steps that were submitted before have been handed back before, later ones will be later.
             on_read(self._table.step_seq[slots], states, lost)
 
         self.waits.submit(lambda: self._stepper.read(slots[readable]), done)
-
-    def _lose(self, slots: I64) -> None:
-        """The states of these slots are gone."""
-        self._table.lost[slots] = True
-        self.evict(slots[~self._table.closing[slots]], Code.STATE_LOST)
 
     def reset(self, slots: I64, states: F32 | None, on_reset: Callable[[bool], None]) -> None:
         """Give streams with nothing pending another state, zeros where None; `on_reset` gets whether it was done.
@@ -290,7 +272,7 @@ class Lifecycle:
                 on_reset(False)
             self.on_ready(self._rings.let_go(slots))
 
-        self.waits.submit(lambda: self._stepper.load(slots, states), done, slots if self._tap.is_recording else None)
+        self.waits.submit(lambda: self._stepper.load(slots, states), done)
 
     # ── Close ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

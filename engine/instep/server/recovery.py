@@ -63,7 +63,7 @@ def go_on(
     writer = RecordingWriter.resume(path, header, accept_numerics_change)
     path, changed = writer.path, writer.numerics_changed
     try:
-        with read_recovery(path, lambda _: None, with_states=table.keeping.max_changed is None) as recovered:
+        with read_recovery(path, lambda _: None) as recovered:
             replay = _Replay(path, table, rings, stepper, check_outputs=not changed)
             replay.open(recovered.streams)
             table.last_epoch = max(table.last_epoch, recovered.last_epoch)
@@ -130,8 +130,6 @@ class _Replay:
         table.acked[slots] = np.array([stream.tail_seq for stream in streams], np.int64)
         for slot, stream in zip(slots.tolist(), streams, strict=True):
             self._fill_ring(slot, stream)
-        if table.keeping.max_changed is not None:
-            return  # they stay in the recording until they are needed
         zeros = np.zeros((self._stepper.network.state_layers, self._stepper.network.state_size), np.float32)
         for first in range(0, len(slots), _LOAD_AT_ONCE):
             part = slice(first, first + _LOAD_AT_ONCE)
@@ -148,7 +146,7 @@ class _Replay:
         """A stream was given another state."""
         self.flush()
         slots = self._slots(np.array([reset.stream], np.int64))
-        self._about_to_change(slots)
+        self._table.keeping.changed(slots)
         self._stepper.load(slots, None if reset.state is None else reset.state[None])
 
     def add(self, step: ReplayStep) -> None:
@@ -160,15 +158,6 @@ class _Replay:
         self._steps.append(step)
         self._size += len(slots)
         self._taken[slots] = True
-
-    def _about_to_change(self, slots: I64) -> None:
-        keeping = self._table.keeping
-        keeping.changed(slots)
-        if not keeping.has_room(0):
-            raise RecordingError(
-                f"more than {keeping.max_changed} states have changed since the last snapshot in {self._path}, and "
-                "host memory would hold no more; raise engine.host_streams, at least until the next snapshot"
-            )
 
     def _slots(self, streams: I64) -> I64:
         """Of streams that are open."""
@@ -189,7 +178,7 @@ class _Replay:
         rows = rings.rows(slots, table.step_seq[slots])
         if len(slots):
             rings.x[rows] = np.concatenate([step.batch.x[step.applies] for step in steps])
-            self._about_to_change(slots)
+            table.keeping.changed(slots)
             self._stepper.step(slots, rows, rings.x, rings.y)
             table.step_seq[slots] += 1
             table.next_seq[slots] = table.step_seq[slots]

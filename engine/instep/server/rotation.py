@@ -13,7 +13,6 @@ from instep.core.streams import NO_OWNER, StreamTable
 from instep.core.typing import I64
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
-from instep.runtime.errors import StateLost
 from instep.runtime.stepper import Stepper
 from instep.runtime.worker import Job, Worker
 from instep.server.gathering import Gathered, Gathering
@@ -78,8 +77,6 @@ class Rotation:
         self._paused_at_ns = 0
         self._taken: I64 = np.empty(0, np.int64)
         """Slots whose states had changed when the present one began."""
-        self.on_state_lost: Callable[[I64], None] = lambda slots: None
-        """Called with the slots of open streams whose states turned out to be gone."""
 
     def is_due(self, now_ns: int) -> bool:
         """Whether the newest file is large or old enough, something was added to it, and no snapshot is under way."""
@@ -113,15 +110,12 @@ class Rotation:
                 if rows is None:
                     self._log_failure(error, len(slots))
                     self._give_up(now_ns)
-                    self._lose(error)
                     return
                 gathering.add(slots, rows)
                 go_on()
 
             # In the worker, since they are many bytes; nothing of them changes while steps pause.
-            job = Job(lambda: extents.rows(self._rings, self._stepper.read(slots)), done)
-            # States that were given at an opening may be in the recording alone, once it is committed.
-            tap.when_committed(tap.newest, lambda: self._worker.submit(job))
+            self._worker.submit(Job(lambda: extents.rows(self._rings, self._stepper.read(slots)), done))
 
         tap.on_reset = gathering.forget
         self._worker.submit(Job(lambda: None, lambda *_: go_on()))  # behind the steps that are under way
@@ -144,16 +138,9 @@ class Rotation:
     def _give_up(self, now_ns: int) -> None:
         """Nothing was cut."""
         self._not_before_ns = now_ns + AGAIN_NS
-        self._table.keeping.failed(self._taken, is_awaited=False)
+        self._table.keeping.failed(self._taken)
         self._snapshots.is_under_way = False
         self._go_on()
-        self._snapshots.on_committed()  # what waits for one asks for another
-
-    def _lose(self, error: Exception | None) -> None:
-        """The recording does not hold states that it alone should."""
-        if isinstance(error, StateLost) and error.slots is not None:
-            self._table.lost[error.slots] = True
-            self.on_state_lost(error.slots[~self._table.closing[error.slots]])
 
     def _go_on(self) -> None:
         self.paused_ns = time.monotonic_ns() - self._paused_at_ns

@@ -57,16 +57,13 @@ class Snapshots:
         self._at_once = at_once
         self.is_under_way = False
         """Until the recording holds it."""
-        self._is_awaited = False
-        """Whether somebody waits until the recording holds it, or would wait for the next one."""
         self.on_committed: Callable[[], None] = lambda: None
-        """Called when the recording holds a part of a snapshot, so that states may leave memory and others may change,
-        and when it will not hold one, so that nobody waits for it."""
+        """Called when the recording holds a snapshot, and when it will not hold one."""
 
     @property
     def is_due(self) -> bool:
-        """Whether a restart would have to replay for longer than it should, or memory needs states to be kept."""
-        return (self._tap.computed_ns > self._target_ns or self._table.keeping.is_pressed) and not self.is_under_way
+        """Whether a restart would have to replay for longer than it should."""
+        return self._tap.computed_ns > self._target_ns and not self.is_under_way
 
     def take(self) -> None:
         """Read the states that changed since the last snapshot and have them recorded; none is under way."""
@@ -84,10 +81,10 @@ class Snapshots:
 
             def committed() -> None:
                 keeping.committed(slots[part])
-                self.is_under_way = not is_last
-                self._is_awaited = self._is_awaited and not is_last
-                self.on_committed()
-                if not is_last:
+                if is_last:
+                    self.is_under_way = False
+                    self.on_committed()
+                else:
                     read(part.stop)
 
             def done(states: F32 | None, error: Exception | None) -> None:
@@ -96,8 +93,7 @@ class Snapshots:
                 is_lost = self._table.lost[slots] & self._are_open(slots, streams)
                 if states is None or is_lost.any():  # what is lost is about to close
                     self.is_under_way = False
-                    keeping.failed(slots, is_awaited=self._is_awaited)  # they stay due, the older snapshot stays good
-                    self._is_awaited = False
+                    keeping.failed(slots)  # they stay due, the older snapshot stays good
                     self.on_committed()
                     return
                 rows = self._rows(slots[part], streams[part], states)
@@ -109,17 +105,11 @@ class Snapshots:
         if len(slots):
             read(0)
         else:
-            self.is_under_way = self._is_awaited = False
+            self.is_under_way = False
 
     def take_if_due(self) -> None:
         """Take one, if it is due."""
         if self.is_due:
-            self.take()
-
-    def take_now(self) -> None:
-        """Take one, unless one is under way: somebody waits for it."""
-        self._is_awaited = True
-        if not self.is_under_way:
             self.take()
 
     def _are_open(self, slots: I64, streams: I64) -> Bool:

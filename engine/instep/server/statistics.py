@@ -7,9 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from instep.core.streams import NO_OWNER, StreamTable
-from instep.core.typing import I64
-from instep.runtime.tiers import Tiers
 from instep_client.protocol.codes import Code
 
 _WINDOW = 4096
@@ -29,8 +26,6 @@ class Statistics:
         self.parked_streams_total = 0
         self.resumed_streams_total = 0
         self.evicted_by_code: dict[str, int] = {}
-        self.tiers: Tiers | None = None
-        """Where states are; None when all are on the device."""
         self._split_ns: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW)
 
     def answered(self, queue_ns: Sequence[int], compute_ns: int, send_ns: int) -> None:
@@ -55,26 +50,3 @@ class Statistics:
             values[f"{part}_us_p50"] = float(p50)
             values[f"{part}_us_p99"] = float(p99)
         return values
-
-    def states(self, table: StreamTable) -> dict[str, float]:
-        """Where the states of the open streams are, and how many were moved so far, by name."""
-        tiers = self.tiers
-        bounded = None if tiers is None else tiers.bounded
-        count = table.open_count
-        hot = count if tiers is None else _open_among(table, tiers.hot_slots)
-        warm = count - hot if bounded is None else _open_among(table, bounded.slots)
-        values = {
-            "streams_open": count,
-            "streams_hot": hot,
-            "streams_warm": warm,
-            "streams_cold": count - hot - warm,
-            "states_loaded_total": 0 if tiers is None else tiers.states_loaded_total,
-            "states_spilled_total": 0 if tiers is None else tiers.states_spilled_total,
-            "states_fetched_total": 0 if bounded is None else bounded.states_fetched_total,
-            "states_dropped_total": 0 if bounded is None else bounded.states_dropped_total,
-        }
-        return {name: float(value) for name, value in values.items()}
-
-
-def _open_among(table: StreamTable, slots: I64) -> int:
-    return int(np.count_nonzero(table.owner[slots] != NO_OWNER))

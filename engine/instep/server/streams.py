@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
-from instep.server.cold import RecordedStates
 from instep.server.limits import EffectiveLimits
 
 
@@ -19,5 +18,3 @@ class Streams:
     rings: Rings
     last_stream: int = 0
     """The highest number of a stream in the recording."""
-    cold: RecordedStates | None = None
-    """States that are in the recording alone; None where memory holds all."""

@@ -178,8 +178,6 @@ class Verbs:
         count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
         names = wire.unpack_names(frames[1], count)
         states = self._states(header.fields[1], frames[2], count)
-        if states is not None:
-            self._refuse_beyond_memory(count)
         first_seqs = self._first_seqs(header.fields[2], frames[3], count)
         self._refuse_what_is_new()
         codes = np.array([0 if wire.name_is_good(name) else Code.BAD_NAME for name in names], np.int32)
@@ -274,7 +272,6 @@ class Verbs:
     def _reset(self, client: Client, header: Header, frames: list[bytes]) -> None:
         count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
         states = self._states(header.fields[1], frames[2], count)
-        self._refuse_beyond_memory(count)
         slots, codes = self._own(client, frames[1], count)
         self._refuse_what_is_new()
         codes[(codes == 0) & (self._engine.table.pending[slots] > 0)] = Code.FRAMES_PENDING
@@ -294,7 +291,6 @@ class Verbs:
 
     def _fork(self, client: Client, header: Header, frames: list[bytes]) -> None:
         count = self._count_with_states(header.fields[0])
-        self._refuse_beyond_memory(count)
         names = wire.unpack_names(frames[2], count)
         slots, codes = self._own(client, frames[1], count)
         self._refuse_what_is_new()
@@ -324,11 +320,6 @@ class Verbs:
         if math.prod(self._state_shape(count)) * 4 > self._limits.max_message_bytes:
             raise Refusal(Code.TOO_LARGE, "their states do not fit into one message")
         return count
-
-    def _refuse_beyond_memory(self, count: int) -> None:
-        most = self._engine.table.keeping.max_changed
-        if most is not None and count > most:
-            raise Refusal(Code.TOO_LARGE, f"memory has room for {most} states that change (engine.host_streams)")
 
     def _states(self, has_states: Any, frame: bytes, count: int) -> F32 | None:
         if not wire.count_field(has_states, "has_states", 1, at_least=0):
@@ -379,7 +370,7 @@ class Verbs:
         values = {
             "ready": float(self._is_ready),
             **self._statistics.snapshot(),
-            **self._statistics.states(self._engine.table),
+            "streams_open": float(self._engine.table.open_count),
             "connections": float(len(self._clients)),
             "streams_parked": float(self._engine.table.owned[self._engine.table.parked]),
             "frames_pending": float(self._engine.rings.pending_count),

@@ -1,8 +1,7 @@
-"""What waits: for frames to be answered, for the worker, for room in memory, for other streams to end."""
+"""What waits: for frames to be answered, for the worker, for other streams to end."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,11 +45,7 @@ class Waits:
         self._worker = worker
         self._answering: list[_Answering] = []
         self._ending: list[_Ending] = []
-        self._for_room: deque[tuple[int, Callable[[], None]]] = deque()
-        """Jobs that are not the worker's yet, with how many states each changes."""
         self._jobs = 0
-        self.on_no_room: Callable[[], None] = lambda: None
-        """Called when a change waits until the recording holds the states of others: a snapshot is due."""
 
     def until_told(self, act: Callable[[], None]) -> Callable[[], None]:
         """`act`, which somebody will call later; what it tells counts as a job until then, since it is in memory."""
@@ -72,52 +67,15 @@ class Waits:
         """Whether more may be asked for: False while too much waits for the worker, frames or ends."""
         return self._jobs < MOST_JOBS and len(self._answering) + len(self._ending) < MOST_WAITING
 
-    def submit(
-        self,
-        call: Callable[[], F32 | None],
-        done: Callable[[F32 | None, Exception | None], None],
-        changing: I64 | None = None,
-    ) -> None:
-        """Call in the worker, in order; `done` gets the result, or what was raised.
+    def submit(self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]) -> None:
+        """Call in the worker, in order; `done` gets the result, or what was raised, on the loop."""
 
-        Args:
-            call: what to do.
-            done: called on the loop.
-            changing: slots, int64 [N], whose states it changes; it waits until so many more may change.
-        """
-        job = self._job(call, done)
-
-        def begin() -> None:
-            if changing is not None:
-                self._table.keeping.changed(changing)
-            self._worker.submit(job)
-
-        self._for_room.append((0 if changing is None else len(changing), begin))
-        self.room_again()
-
-    def submit_at_once(
-        self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]
-    ) -> None:
-        """As `submit`, before what waits for room: of streams that nothing which waits has to do with."""
-        self._worker.submit(self._job(call, done))
-
-    def _job(self, call: Callable[[], F32 | None], done: Callable[[F32 | None, Exception | None], None]) -> Job:
         def finished(result: F32 | None, error: Exception | None) -> None:
             self._jobs -= 1
             done(result, error)
 
         self._jobs += 1
-        return Job(call, finished)
-
-    def room_again(self) -> None:
-        """More states may change than a moment ago, perhaps: do what waited for that, and what waits behind it."""
-        while self._for_room:
-            count, begin = self._for_room[0]
-            if count and not self._table.keeping.may_begin("request", count):
-                self.on_no_room()
-                return
-            self._for_room.popleft()
-            begin()
+        self._worker.submit(Job(call, finished))
 
     def when_answered(self, slots: I64, act: Callable[[], None]) -> None:
         """Do something as soon as nothing of these streams is pending."""
