@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from instep.core.keeping import Keeping
-from instep.core.names import Names
 from instep.core.slots import SCRATCH_SLOT, SlotAllocator
 from instep.core.typing import I32, I64, U32, U64, Bool
 from instep_client.protocol.codes import Code
@@ -67,24 +66,27 @@ class StreamTable:
         """Scratch space with an entry a slot, for whoever looks for repeated slots."""
         self.recording_id: U32 = np.zeros(rows, np.uint32)
         """The stream's number in the recording; see `numbers`."""
-        self._names = Names(max_streams)
+        self._names: list[str | None] = [None] * rows
+        self._slots_by_name: dict[str, int] = {}
 
     @property
     def open_count(self) -> int:
         """How many streams are open, those that are closing included."""
-        return len(self._names)
+        return len(self._slots_by_name)
 
     def name(self, slot: int) -> str:
         """The name of an open stream."""
-        return self._names.name(slot)
+        name = self._names[slot]
+        assert name is not None, f"slot {slot} is free"
+        return name
 
     def find(self, name: str) -> int | None:
         """The slot of the open stream of that name."""
-        return self._names.find(name) or None
+        return self._slots_by_name.get(name)
 
     def find_all(self, names: Sequence[str]) -> I64:
         """The slots of the open streams of those names, the scratch slot where there is none: int64 [N]."""
-        return np.array([self._names.find(name) for name in names], np.int64)
+        return np.array([self._slots_by_name.get(name, SCRATCH_SLOT) for name in names], np.int64)
 
     def open(self, names: Sequence[str], owner: int, now_ns: int, first_seqs: I64 | None = None) -> tuple[I64, I32]:
         """Open streams for one owner, whose first frames are of `first_seqs`, int64 [N], or 0.
@@ -97,7 +99,7 @@ class StreamTable:
         codes = np.zeros(len(names), np.int32)
         fresh: dict[str, int] = {}
         for index, name in enumerate(names):
-            if name in fresh or self._names.find(name) != SCRATCH_SLOT:
+            if name in fresh or name in self._slots_by_name:
                 codes[index] = Code.NAME_IN_USE
             else:
                 fresh[name] = index
@@ -108,7 +110,8 @@ class StreamTable:
                 continue
             slot = int(granted[position])
             slots[index] = slot
-            self._names.add(name, slot)
+            self._names[slot] = name
+            self._slots_by_name[name] = slot
         first = 0 if first_seqs is None else first_seqs[codes == 0]
         self.owner[granted] = owner
         self.owned[owner] += len(granted)
@@ -174,7 +177,8 @@ class StreamTable:
         """Forget streams whose frames are all answered; their slots may be given out again."""
         assert not self.pending[slots].any(), "a stream with pending frames may not be released"
         for slot in slots.tolist():
-            self._names.remove(slot)
+            del self._slots_by_name[self.name(slot)]
+            self._names[slot] = None
         np.subtract.at(self.owned, self.owner[slots], _ONE)
         self.owner[slots] = NO_OWNER
         self.closing[slots] = False
