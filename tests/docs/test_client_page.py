@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import instep_client
+from instep.demo.child_server import ChildServer
 from instep.models.description import GruLayers, NetworkDescription
 from instep.models.folder import make_model, write_model
-from instep.server.child import ChildServer
 from instep_client import AsyncClient, AsyncGroup, AsyncStream, Client
 from tests.docs.support.page import Page
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 import zmq
 
+from instep.demo.child_server import ChildServer
 from instep.models.folder import write_model
-from instep.server.child import ChildServer
 from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient

@@ -15,8 +15,8 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instep.demo.child_server import ChildServer
 from instep.models.folder import write_model
-from instep.server.child import ChildServer
 from instep_client.protocol.wire import Code, Kind
 from tests.support.fuzzing import FAILURES, INTERESTING_VALUES, REFUSALS, AnswerCheck, MessageMaker, is_answered
 from tests.support.models import SMALL, whole

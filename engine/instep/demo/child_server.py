@@ -37,7 +37,7 @@ class ChildServer:
         ]
         self.endpoint = ""
         self.first_line: dict[str, Any] = {}
-        """What the server said of itself when it was ready."""
+        """Everything in the line that the server logged when it was ready."""
 
     @property
     def pid(self) -> int:

@@ -1,4 +1,4 @@
-"""The least that an engine could be: a ROUTER that answers every STEP at once, with a message of the same sizes."""
+"""A lower bound for an engine: a ROUTER that answers every STEP at once, with a message of the same sizes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from instep_client.protocol.wire import Kind
 
 _MORE = int(zmq.SNDMORE)
 _TIMES_US = (200, 100, 50)
-"""As an engine says them: their bytes count."""
+"""Plausible times: their encoded size counts."""
 
 
 class Echo:
-    """The echo as a child process, as the engine is one.
+    """The echo in a process of its own, where the engine is during its measurements too.
 
     Args:
-        output_bytes: the outputs of one answer.
+        output_bytes: size of the outputs in each answer.
     """
 
     def __init__(self, output_bytes: int) -> None:
-        self._command = [sys.executable, "-m", "instep.bench.echo", str(output_bytes)]
+        self._command = [sys.executable, __file__, str(output_bytes)]
         self.endpoint = ""
 
     def __enter__(self) -> Echo:
@@ -37,37 +37,32 @@ class Echo:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()  # it has nothing to lose; a handler for less might never run while it waits for ZeroMQ
+        self._process.kill()  # it waits inside ZeroMQ, where a signal handler might never run
         self._process.communicate()
 
 
-def answer(header: bytes) -> bytes:
-    """The header of the answer to a STEP."""
+def reply_header(header: bytes) -> bytes:
+    """The header of the STEPPED that answers a STEP with this header."""
     _, request, steps, streams, *_ = msgpack.unpackb(header)
     return wire.pack_header(Kind.STEPPED, request, steps, streams, *_TIMES_US, [], [])
 
 
-def serve(output_bytes: int, messages: int | None = None) -> None:
-    """Answer on any free port, which standard output is told, until the process is ended or so many were answered."""
-    context = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    socket.linger = 1000
+def serve(output_bytes: int) -> None:
+    """Serve on a free port, printed to standard output, until killed."""
+    socket = zmq.Context().socket(zmq.ROUTER)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     sys.stdout.write(f"tcp://127.0.0.1:{port}\n")
     sys.stdout.flush()
     outputs = bytes(output_bytes)
-    answers: dict[bytes, bytes] = {}
+    replies: dict[bytes, bytes] = {}  # a load repeats its headers, and an echo need not decode them again
     recv, send = socket.recv, socket.send
-    while messages is None or messages > 0:
+    while True:
         routing_id, header, _, _ = recv(), recv(), recv(), recv()
-        said = answers.get(header) or answers.setdefault(header, answer(header))
+        reply = replies.get(header) or replies.setdefault(header, reply_header(header))
         send(routing_id, _MORE)
-        send(said, _MORE)
+        send(reply, _MORE)
         send(outputs, _MORE)
         send(b"")
-        if messages is not None:
-            messages -= 1
-    context.destroy()
 
 
 if __name__ == "__main__":
