@@ -45,6 +45,8 @@ class RingServer:
     def __init__(self, info: ServerInfo = RING_INFO) -> None:
         self.info = info
         self.streams: dict[str, RingStream] = {}
+        self.closed: dict[str, RingStream] = {}
+        """The last stream of each name that a client closed."""
         self.expired: set[str] = set()
         self.peers: dict[bytes, int] = {}
         self.hellos = 0
@@ -234,7 +236,7 @@ class RingServer:
         states = self._states(found)
         for stream in found:
             if stream is not None:
-                del self.streams[stream.name]
+                self.closed[stream.name] = self.streams.pop(stream.name)
         return self._answer(Kind.CLOSED, header[1], len(found), [states.tobytes()], refused)
 
     def _read_state(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
