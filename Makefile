@@ -36,16 +36,16 @@ format: $(READY)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## Hold serving against the network alone, a bare echo and fixed bars
-	$(BIN)/instep bench
+bench: $(READY)  ## Compare serving with the network alone and a bare echo, and hold the ratios against thresholds
+	$(BIN)/python -m benchmarks
 
 chaos: $(READY)  ## Kill the server ROUNDS times and break RESETS connections under load, and compare every output
 	$(BIN)/python -m tests.chaos --kills $(ROUNDS)
 	$(BIN)/python -m tests.chaos --resets $(RESETS)
 
 clean:  ## Remove .venv and everything made by the targets above
-	rm -rf $(VENV) demo-out bench-out build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	find clients engine tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) demo-out build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find benchmarks clients engine tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON); install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }

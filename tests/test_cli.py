@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from instep.bench.choice import NAMES
 from instep.cli import app
 from instep.config import Config
 from instep.models.errors import ModelError
@@ -209,7 +208,7 @@ class TestVerify:
         assert (kwargs["model_folder"], kwargs["streams"], kwargs["json"]) == (None, [], False)
 
 
-class TestDemoAndBench:
+class TestDemo:
     def test_the_demo_is_the_speakers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         speakers = Stub(monkeypatch, "instep.demo.speakers")
         speakers.answer = 1
@@ -225,41 +224,6 @@ class TestDemoAndBench:
 
     def test_and_nothing_else(self) -> None:
         assert instep("demo", "sead").exit_code == 2
-
-    def test_bench(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        suite = Stub(monkeypatch, "instep.bench.suite")
-        neighbours = Stub(monkeypatch, "instep.bench.neighbours")
-        suite.answer = 5
-        neighbours.answer = 6
-        assert instep("bench", "neighbours").exit_code == 6
-        assert instep("bench").exit_code == 5
-        some = ("--rows", "start,blocks-bare", "--quick", "--out", str(tmp_path), "--json")
-        assert instep("bench", *some).exit_code == 5
-        assert [kwargs for _, kwargs in suite.calls] == [
-            {"rows": NAMES, "quick": False, "out": Path("bench-out"), "as_json": False},
-            {"rows": ("blocks-bare", "start"), "quick": True, "out": tmp_path, "as_json": True},
-        ]
-
-    def test_bench_says_which_row_was_meant(self) -> None:
-        result = instep("bench", "--rows", "pacd")
-        assert result.exit_code == 2
-        assert "did you mean paced?" in result.stderr
-
-    @pytest.mark.parametrize("option", [("--rows", "paced"), ("--quick",), ("--out", "folder")])
-    def test_only_the_suite_has_rows(self, option: tuple[str, ...]) -> None:
-        assert instep("bench", "neighbours", *option).exit_code == 2
-
-    def test_bench_durability(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        durability = Stub(monkeypatch, "instep.bench.durability")
-        durability.answer = 7
-        assert instep("bench", "durability").exit_code == 7
-        assert instep("bench", "durability", "--folder", str(tmp_path), "--json").exit_code == 7
-        assert [args[1:] for args, _ in durability.calls] == [(None,), (tmp_path,)]
-        assert [kwargs for _, kwargs in durability.calls] == [{"as_json": False}, {"as_json": True}]
-
-    def test_bench_folder_must_be_there_and_be_of_use(self, tmp_path: Path) -> None:
-        assert instep("bench", "durability", "--folder", str(tmp_path / "absent")).exit_code == 2
-        assert instep("bench", "--folder", str(tmp_path)).exit_code == 2
 
 
 class TestConfig:
@@ -369,9 +333,7 @@ def test_version() -> None:
     assert re.fullmatch(r"instep \d+\.\d+\.\d+\n", instep("--version").stdout)
 
 
-@pytest.mark.parametrize(
-    "path", [[], ["serve"], ["verify"], ["demo"], ["bench"], ["config"], ["model"], ["model", "make"]]
-)
+@pytest.mark.parametrize("path", [[], ["serve"], ["verify"], ["demo"], ["config"], ["model"], ["model", "make"]])
 def test_help_explains_every_command(path: list[str]) -> None:
     result = instep(*path, "--help")
     assert result.exit_code == 0

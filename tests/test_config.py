@@ -24,8 +24,6 @@ from instep.config.endpoint import is_loopback
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORK = {"features": 3, "gru": {"hidden_size": 4}}
 
-RECORDED = {"recording": {"file": "r.instep"}}
-
 
 def problems(
     file: Path | None = None,
@@ -272,8 +270,6 @@ class TestProblems:
             ("engine", "threads", 0),
             ("engine", "threads", None),
             ("engine", "max_batch_size", 4097),
-            ("engine", "device_streams", -1),
-            ("engine", "host_streams", -1),
             ("engine", "exactness", False),
             ("engine", "exactness", "exact"),
             ("engine", "device", "gpu"),
@@ -397,22 +393,9 @@ class TestContradictions:
             ({"transport": {"endpoint": "tcp://10.0.0.1:5757"}}, "transport.endpoint", "other machines"),
             ({"transport": {"endpoint": "tcp://eth0:5757"}}, "transport.endpoint", "other machines"),
             ({"transport": {"endpoint": "tcp://[::]:5757"}}, "transport.endpoint", "other machines"),
-            ({"engine": {"device_streams": 511}}, "engine.device_streams", "one batch may have 512 streams"),
-            ({"engine": {"device_streams": 9, "max_streams": 10}}, "engine.device_streams", "may have 10 streams"),
-            ({"engine": {"host_streams": 600, "device_streams": 512}}, "engine.host_streams", "no recording"),
             ({"recording": {"max_bytes": 1000}}, "recording.max_bytes", "nothing is recorded"),
             ({"recording": {"keep_s": 9.0}}, "recording.keep_s", "nothing is recorded"),
             ({"recording": {"file": "a", "keep_s": 9.0}}, "recording.keep_s", "none ever follows"),
-            (
-                {"engine": {"host_streams": 300}, **RECORDED},
-                "engine.host_streams",
-                "the device holds the states of all",
-            ),
-            (
-                {"engine": {"host_streams": 512, "device_streams": 513}, **RECORDED},
-                "engine.host_streams",
-                "room for the 513 that are on the device",
-            ),
             ({"limits": {"credit_frames": 131_073}}, "limits.credit_frames", "131073 frames"),
             ({"limits": {"max_block_frames": 16_385}}, "limits.max_block_frames", "16384 in flight"),
             ({"limits": {"first_frame_s": 3600.5}}, "limits.first_frame_s", "max_idle_s = 3600 s"),
@@ -428,10 +411,6 @@ class TestContradictions:
         "document",
         [
             {"engine": {"max_streams": 4, "max_batch_size": 256}},
-            {"engine": {"max_streams": 4, "device_streams": 4}},
-            {"engine": {"max_streams": 600, "device_streams": 512}},
-            {"engine": {"device_streams": 5000}},
-            {"engine": {"host_streams": 4096}},
             {"limits": {"max_block_frames": 5, "credit_frames": 5, "max_pending_frames": 5}},
             {"limits": {"first_frame_s": 3600, "max_idle_s": 3600}},
             {"limits": {"first_frame_s": 1e6, "max_idle_s": 0}},
@@ -445,10 +424,6 @@ class TestContradictions:
         dumped = load_config(written(tmp_path, document)).model_dump()
         for section, keys in document.items():
             assert dumped[section] == dumped[section] | keys
-
-    def test_host_memory_may_hold_as_few_states_as_the_device(self, tmp_path: Path) -> None:
-        file = written(tmp_path, {"engine": {"device_streams": 512, "host_streams": 512}, **RECORDED})
-        assert load_config(file).engine.host_streams == 512
 
     def test_keys_that_are_wrong_by_themselves_are_not_also_said_to_contradict(self, tmp_path: Path) -> None:
         file = written(tmp_path, {"limits": {"max_pending_frames": 10, "credit_frames": "x", "max_block_frames": 1}})

@@ -149,8 +149,8 @@ class AsyncClient:
         call = self._session.resume(names, have, epochs, take_over, single=False)
         return AsyncGroup(self._session, self._driver, await self._driver.wait(call))
 
-    async def peek(self, name: str) -> tuple[int, F32]:
-        """Look at any stream of the server, whoever has it, and parked ones: its owner notices nothing.
+    async def read_state(self, name: str) -> tuple[int, F32]:
+        """Read the state of any stream of the server, parked ones included; its owner notices nothing.
 
         Returns:
             The seq of the stream's next frame, and its state, float32 [state_layers, state_size].
@@ -160,13 +160,13 @@ class AsyncClient:
             InvalidInput: for a bad name.
         """
         info = self.info
-        seqs, states = await self._driver.wait(self._session.look([name]))
+        seqs, states = await self._driver.wait(self._session.read_state_by_name([name]))
         return int(seqs[0]), states.reshape(info.state_layers, info.state_size)
 
     async def snapshot(self, name: str) -> StreamSnapshot:
-        """What `peek` gives, and of which model: it can be saved, and restored on any server of that model."""
+        """The state with its seq and model: it can be saved, and restored on any server of that model."""
         info = self.info
-        seq, state = await self.peek(name)
+        seq, state = await self.read_state(name)
         return StreamSnapshot(name, seq, state, info.fingerprint, info.model)
 
     async def restore(self, snapshot: StreamSnapshot, name: str | None = None) -> AsyncStream:

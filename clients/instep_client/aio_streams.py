@@ -103,13 +103,13 @@ class AsyncStream:
                 return None
             await self._driver.wait_news(self._lane)
 
-    async def peek(self) -> tuple[int, F32]:
+    async def read_state(self) -> tuple[int, F32]:
         """The state as it is now and the seq of the frame that comes next: float32 [state_layers, state_size].
 
         What was sent and is not applied yet is not in it.
         """
         info = self._session.info
-        seqs, states = await self._driver.wait(self._session.peek(self._lane))
+        seqs, states = await self._driver.wait(self._session.read_state(self._lane))
         return int(seqs[0]), states.reshape(info.state_layers, info.state_size)
 
     async def reset(self, state: npt.ArrayLike | None = None) -> None:
@@ -133,9 +133,9 @@ class AsyncStream:
         return AsyncStream(self._session, self._driver, lane)
 
     async def snapshot(self) -> StreamSnapshot:
-        """What `peek` gives, and of which model: it can be saved, and restored on any server of that model."""
+        """The state with its seq and model: it can be saved, and restored on any server of that model."""
         info = self._session.info
-        seq, state = await self.peek()
+        seq, state = await self.read_state()
         return StreamSnapshot(self.name, seq, state, info.fingerprint, info.model)
 
     async def close(self) -> F32:
@@ -192,10 +192,10 @@ class AsyncGroup:
         """Like `step`, with the server's times beside the outputs."""
         return await self._driver.wait(self._session.step(self._lane, x, rows))
 
-    async def peek(self) -> tuple[U64, F32]:
-        """Seqs uint64 [N] and states float32 [N, state_layers, state_size] as they are now; see `AsyncStream.peek`."""
+    async def read_state(self) -> tuple[U64, F32]:
+        """Seqs uint64 [N] and states float32 [N, state_layers, state_size]; see `AsyncStream.read_state`."""
         info = self._session.info
-        seqs, states = await self._driver.wait(self._session.peek(self._lane))
+        seqs, states = await self._driver.wait(self._session.read_state(self._lane))
         return seqs, states.reshape(len(self), info.state_layers, info.state_size)
 
     async def reset(self, states: npt.ArrayLike | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of streams besides frames: their states, other states for them, and their end."""
+"""What is asked of streams besides frames: other states for them, and their end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from instep_client import arrays
 from instep_client.calls import ENDING
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
 from instep_client.protocol.errors import StreamEvicted, StreamRefused
-from instep_client.protocol.wire import F32, U64, Kind, ServerInfo, raw
+from instep_client.protocol.wire import F32, Kind, ServerInfo, raw
 from instep_client.replies import Failure
-from instep_client.requests import CloseCall, PeekCall, ResetCall
+from instep_client.requests import CloseCall, ResetCall
 from instep_client.streams import HANDLE, Lane, StreamTable
 
 
 class Changes:
-    """The PEEK, RESET and CLOSE requests of one session.
+    """The RESET and CLOSE requests of one session.
 
     Args:
         table: the streams.
@@ -33,7 +33,7 @@ class Changes:
         self._state = info.state_layers * info.state_size
         self._most = min(info.max_message_bytes // (4 * max(2, self._state)), MAX_REPLY_BYTES // (4 * self._state))
 
-    def ask(self, call: PeekCall | ResetCall | CloseCall) -> None:
+    def ask(self, call: ResetCall | CloseCall) -> None:
         """Ask for what a call wants; again, when it was asked before over a connection that is lost."""
         lane = call.lane
         wanted = np.arange(len(lane.rows))
@@ -46,15 +46,14 @@ class Changes:
         if not pieces:
             self._end(call)
 
-    def _ask(self, call: PeekCall | ResetCall | CloseCall, part: arrays.Indices) -> None:
+    def _ask(self, call: ResetCall | CloseCall, part: arrays.Indices) -> None:
         handles = self._table.columns[call.lane.rows[part], HANDLE].tobytes()
         if isinstance(call, ResetCall):
             states = b"" if call.states is None else raw(call.states[part])
             has_states = int(call.states is not None)
             self._outbox.ask(Kind.RESET, call, len(part), has_states, frames=[handles, states], part=part)
         else:
-            kind = Kind.PEEK if isinstance(call, PeekCall) else Kind.CLOSE
-            self._outbox.ask(kind, call, len(part), frames=[handles], part=part)
+            self._outbox.ask(Kind.CLOSE, call, len(part), frames=[handles], part=part)
 
     def farewell(self) -> None:
         """Close every stream there is; nobody waits for the answer."""
@@ -63,13 +62,8 @@ class Changes:
             handles = self._table.columns[live[part], HANDLE].tobytes()
             self._outbox.ask(Kind.CLOSE, None, len(part), frames=[handles])
 
-    def peeked(self, call: PeekCall, part: arrays.Indices, seqs: U64, states: F32, failures: list[Failure]) -> None:
-        """PEEKED came for a part of a call."""
-        call.seqs[part], call.states[part] = seqs, states
-        self.changed(call, part, failures)
-
-    def changed(self, call: PeekCall | ResetCall, part: arrays.Indices, failures: list[Failure]) -> None:
-        """CHANGED came for a part of a call, or PEEKED."""
+    def changed(self, call: ResetCall, part: arrays.Indices, failures: list[Failure]) -> None:
+        """CHANGED came for a part of a call."""
         for column, _, code, sentence, _ in failures[:1]:
             call.note(int(part[column]), code, sentence)
         self.part_answered(call)
@@ -87,12 +81,12 @@ class Changes:
         self._table.columns[call.lane.rows[part[is_closed]], HANDLE] = 0
         self.part_answered(call)
 
-    def part_answered(self, call: PeekCall | ResetCall | CloseCall) -> None:
+    def part_answered(self, call: ResetCall | CloseCall) -> None:
         """A part of a call was answered, or refused."""
         if call.part_answered():
             self._end(call)
 
-    def _end(self, call: PeekCall | ResetCall | CloseCall) -> None:
+    def _end(self, call: ResetCall | CloseCall) -> None:
         lane = call.lane
         row = int(lane.rows[0])
         if isinstance(call, CloseCall) and lane.single and self._table.ended[row]:
@@ -103,14 +97,11 @@ class Changes:
             call.fail((StreamEvicted if has_ended else StreamRefused)(code, sentence, lane.names[index]))
         elif isinstance(call, CloseCall):
             call.finish(call.finals)
-        elif isinstance(call, PeekCall):
-            call.finish((call.seqs, call.states))
         else:
             call.finish(None)
         if isinstance(call, CloseCall):
             self._close(lane, call.refusal is not None and call.refusal.code not in ENDING)
-        if not isinstance(call, PeekCall):
-            self._answered(lane)
+        self._answered(lane)
         self._outbox.wake(call)
         self._outbox.wake(lane)
 

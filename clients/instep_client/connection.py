@@ -11,14 +11,14 @@ from instep_client.calls import Call, Ping, Statistics
 from instep_client.changes import Changes
 from instep_client.endpoint import checked_endpoint
 from instep_client.flow import Flow
-from instep_client.looks import Looks
 from instep_client.openings import Openings
 from instep_client.outbox import Outbox
 from instep_client.protocol import wire
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput
 from instep_client.protocol.wire import Kind, Message, ServerInfo
 from instep_client.recovery import Recovery
-from instep_client.requests import CloseCall, ForkCall, LaneCall, LookCall, OpenCall, PeekCall, ResetCall
+from instep_client.requests import CloseCall, ForkCall, LaneCall, OpenCall, ReadStateCall, ResetCall
+from instep_client.state_reads import StateReads
 from instep_client.streams import Lane, StreamTable
 
 
@@ -77,7 +77,7 @@ class Connection:
         """What is to be asked, or asked again, over the next connection."""
         self._openings: Openings
         self._changes: Changes
-        self._looks: Looks
+        self._state_reads: StateReads
         self._flow: Flow
         self.greeting: Call[ServerInfo] = Call()
         """Ends with the server's welcome."""
@@ -181,17 +181,17 @@ class Connection:
             self._outbox.ask(Kind.PING, call)
         elif isinstance(call, Statistics):
             self._outbox.ask(Kind.STATS, call)
-        elif isinstance(call, ForkCall | PeekCall | ResetCall) and call.lane.has_ended:
+        elif isinstance(call, ForkCall | ReadStateCall | ResetCall) and call.lane is not None and call.lane.has_ended:
             row = int(call.lane.rows[self._table.ended[call.lane.rows] != 0][0])
             call.fail(self._table.why_ended(row))
             self._outbox.wake(call)
-            if not isinstance(call, PeekCall):
+            if not isinstance(call, ReadStateCall):
                 self._flow.answered(call.lane)
         elif isinstance(call, OpenCall):
             self._openings.ask(call)
-        elif isinstance(call, LookCall):
-            self._looks.ask(call)
-        elif isinstance(call, PeekCall | ResetCall | CloseCall):
+        elif isinstance(call, ReadStateCall):
+            self._state_reads.ask(call)
+        elif isinstance(call, ResetCall | CloseCall):
             self._changes.ask(call)
 
     def _ask_in_turn(self, call: LaneCall) -> None:

@@ -43,7 +43,8 @@ _SOCKET_OPTIONS: Final = {
     zmq.MAXMSGSIZE: MAX_REPLY_BYTES,
     zmq.RCVHWM: 65_536,  # replies: never more than the requests that the server's credit allows
     zmq.HEARTBEAT_IVL: 5_000,
-    zmq.HEARTBEAT_TIMEOUT: 15_000,
+    zmq.HEARTBEAT_TIMEOUT: 15_000,  # we give a silent server up after this
+    zmq.HEARTBEAT_TTL: 15_000,  # and it us, even if it sends no heartbeats of its own
 }
 
 

@@ -14,14 +14,14 @@ from instep_client.calls import Call, Ping
 from instep_client.changes import Changes
 from instep_client.connection import Connection, State
 from instep_client.flow import Flow
-from instep_client.looks import Looks
 from instep_client.openings import Openings
 from instep_client.outbox import Asked
 from instep_client.protocol import wire
 from instep_client.protocol.errors import ConnectionFailed, MalformedMessage, Refused
 from instep_client.protocol.wire import Code, Frame, Header, Kind, ServerInfo
 from instep_client.recovery import Phase
-from instep_client.requests import CloseCall, LookCall, OpenCall, PeekCall, Request, ResetCall
+from instep_client.requests import CloseCall, OpenCall, ReadStateCall, Request, ResetCall
+from instep_client.state_reads import StateReads
 
 _REPLY: Final = {
     Kind.HELLO: Kind.WELCOME,
@@ -31,10 +31,9 @@ _REPLY: Final = {
     Kind.PING: Kind.PONG,
     Kind.STATS: Kind.STATISTICS,
     Kind.RESUME: Kind.RESUMED,
-    Kind.PEEK: Kind.PEEKED,
+    Kind.READ_STATE: Kind.STATE_READ,
     Kind.RESET: Kind.CHANGED,
     Kind.FORK: Kind.OPENED,
-    Kind.LOOK: Kind.PEEKED,
 }
 _SAME: Final = ("fingerprint", "features", "outputs", "state_layers", "state_size")
 _NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
@@ -117,10 +116,8 @@ class Listener(Connection):
             self._openings.opened(what, part, *replies.granted(header, frames, count))
         elif isinstance(what, CloseCall):
             self._changes.closed(what, part, *replies.closed(header, frames, count, state))
-        elif isinstance(what, PeekCall):
-            self._changes.peeked(what, part, *replies.peeked(header, frames, count, state))
-        elif isinstance(what, LookCall):
-            self._looks.looked(what, part, *replies.peeked(header, frames, count, state))
+        elif isinstance(what, ReadStateCall):
+            self._state_reads.read(what, part, *replies.state_read(header, frames, count, state))
         elif isinstance(what, ResetCall):
             self._changes.changed(what, part, replies.changed(header, frames, count))
         else:
@@ -156,9 +153,9 @@ class Listener(Connection):
             what.note(int(asked.part[0]), refusal.code, refusal.sentence)
             if isinstance(what, OpenCall):
                 self._openings.part_answered(what)
-            elif isinstance(what, LookCall):
-                self._looks.part_answered(what)
-            elif isinstance(what, PeekCall | ResetCall | CloseCall):
+            elif isinstance(what, ReadStateCall):
+                self._state_reads.part_answered(what)
+            elif isinstance(what, ResetCall | CloseCall):
                 self._changes.part_answered(what)
         elif isinstance(what, Call):
             what.fail(Refused(refusal.code, refusal.sentence))
@@ -184,7 +181,7 @@ class Listener(Connection):
         self._info = info
         self._flow = Flow(self._table, info, self._outbox, self._ask, self._recovery.reconnect_s)
         self._openings = Openings(self._table, info, self._outbox, self._discard, self._flow.answered)
-        self._looks = Looks(info, self._outbox)
+        self._state_reads = StateReads(self._table, info, self._outbox)
         self._changes = Changes(self._table, info, self._outbox, self._flow.answered)
         self.state = State.OPEN
         self._end(self.greeting, info)

@@ -122,7 +122,7 @@ def closed(header: Header, frames: Sequence[Frame], count: int, state: int) -> t
     return finals, _failures(frames[2], header.fields[1], count, 1)
 
 
-def peeked(header: Header, frames: Sequence[Frame], count: int, state: int) -> tuple[U64, F32, list[Failure]]:
+def state_read(header: Header, frames: Sequence[Frame], count: int, state: int) -> tuple[U64, F32, list[Failure]]:
     """Next seqs [count] and states [count, state], NaN where refused, and what was refused."""
     _count(header.fields[0], count)
     seqs: U64 = wire.array_frame(frames[1], "<u8", (count,), "seqs")

@@ -4,8 +4,7 @@ Request
 ├── OpenCall                 gives a lane: all its streams are opened or none
 │   ├── ResumeCall           … resumed
 │   └── ForkCall             … opened as copies of another lane's
-├── PeekCall                 looks at a lane's states
-├── LookCall                 looks at states by name, whoever has the streams
+├── ReadStateCall            reads states: a lane's, or anybody's by name
 ├── ResetCall                gives a lane's streams other states
 └── CloseCall                closes a lane
 """
@@ -108,28 +107,19 @@ class ForkCall(OpenCall):
         """What is copied."""
 
 
-class PeekCall(Request[tuple[U64, F32]]):
-    """A look at a lane's states; the result is the next seqs uint64 [N] and the states float32 [N, state]."""
+class ReadStateCall(Request[tuple[U64, F32]]):
+    """A read of states; the result is the next seqs uint64 [N] and the states float32 [N, state]."""
 
-    __slots__ = ("lane", "seqs", "states")
+    __slots__ = ("lane", "names", "seqs", "states")
 
-    def __init__(self, lane: Lane, state: int) -> None:
-        super().__init__()
-        self.lane = lane
-        self.seqs: U64 = np.zeros(len(lane.rows), np.uint64)
-        self.states: F32 = np.zeros((len(lane.rows), state), np.float32)
-
-
-class LookCall(Request[tuple[U64, F32]]):
-    """A look at states by name; the result is the next seqs uint64 [N] and the states float32 [N, state]."""
-
-    __slots__ = ("names", "seqs", "states")
-
-    def __init__(self, names: Sequence[str], state: int) -> None:
+    def __init__(self, names: Sequence[str], lane: Lane | None, states: F32) -> None:
         super().__init__()
         self.names = names
+        self.lane = lane
+        """The streams are given by its handles; by name where None, whoever owns them."""
         self.seqs: U64 = np.zeros(len(names), np.uint64)
-        self.states: F32 = np.zeros((len(names), state), np.float32)
+        self.states = states
+        """float32 [N, state], to be filled."""
 
 
 class ResetCall(Request[None]):

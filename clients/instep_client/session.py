@@ -9,7 +9,8 @@ A driver (`driver.py` is one) does five things and nothing else:
 5. wakes what `take_woken` gives: calls that ended or were sent, and lanes whose outputs changed.
 
 `now` is any monotonic clock in seconds. The rules of sending frames are in `flow.py` and `transit.py`, those of other
-requests in `openings.py`, `changes.py` and `looks.py`, those of a lost connection in `connection.py` and `recovery.py`.
+requests in `openings.py`, `changes.py` and `state_reads.py`, those of a lost connection in `connection.py` and
+`recovery.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from instep_client.connection import State as State
 from instep_client.listener import Listener
 from instep_client.protocol.errors import ClientClosed
 from instep_client.protocol.wire import F32, U64
-from instep_client.requests import CloseCall, ForkCall, LookCall, OpenCall, PeekCall, ResetCall
+from instep_client.requests import CloseCall, ForkCall, OpenCall, ReadStateCall, ResetCall
 from instep_client.streams import Lane
 
 
@@ -139,26 +140,26 @@ class Session(Listener):
             self._refuse_ended(lane.rows)
         return False
 
-    def peek(self, lane: Lane) -> PeekCall:
-        """Look at the states of a lane, wherever it stands.
+    def read_state(self, lane: Lane) -> ReadStateCall:
+        """Read the states of a lane, without waiting for frames that were sent.
 
         Raises:
             StreamEvicted: when the server ended one of the streams.
             ClientClosed: when the lane was closed.
         """
         self._check_lane(lane)
-        call = PeekCall(lane, self._state_width)
+        call = self._state_reads.by_handle(lane)
         self._ask(call)
         return call
 
-    def look(self, names: Sequence[str]) -> LookCall:
-        """Look at the states of streams, whoever has them.
+    def read_state_by_name(self, names: Sequence[str]) -> ReadStateCall:
+        """Read the states of streams, whoever owns them.
 
         Raises:
             InvalidInput: for bad or repeated names.
         """
         self._check_open()
-        call = self._looks.look(names)
+        call = self._state_reads.by_name(names)
         self._ask(call)
         return call
 

@@ -1,18 +1,18 @@
-"""A stream's state in a file that any server of the same model can go on from.
+"""A stream's state in a file from which any server of the same model can continue the stream.
 
-The file is a safetensors file: the length of a JSON header as a little-endian 64-bit number, the header, and the data.
-It holds one tensor, `state`, and says in `__metadata__` what it is of.
+It is a safetensors file with one tensor, `state`; its metadata say which stream and model the state belongs to. Only
+reading and writing files needs the package safetensors, which is therefore imported there and not above.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, BinaryIO, Final
+from types import ModuleType
+from typing import Final
 
 import numpy as np
 
@@ -22,9 +22,10 @@ from instep_client.protocol.wire import F32, ServerInfo
 
 _FORMAT: Final = "instep stream snapshot 1"
 _LENGTH_BYTES: Final = 8
-_MOST_HEADER_BYTES: Final = 65_536
-_MOST_STATE_BYTES: Final = MAX_REPLY_BYTES
-"""No server could have sent a larger one."""
+"""A safetensors file begins with the length of its header, little-endian."""
+_MAX_HEADER_BYTES: Final = 65_536
+_MAX_STATE_BYTES: Final = MAX_REPLY_BYTES
+"""No server could have sent a larger state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,25 +46,21 @@ class StreamSnapshot:
         Raises:
             FileExistsError: when there is such a file already and it may not be written over.
             OSError: as the file system says.
+            ModuleNotFoundError: when safetensors is not installed; it says how to install it.
         """
-        state = np.ascontiguousarray(self.state, "<f4")
-        header = {
-            "__metadata__": {
-                "format": _FORMAT,
-                "name": self.name,
-                "seq": str(self.seq),
-                "fingerprint": self.fingerprint,
-                "model": self.model,
-            },
-            "state": {"dtype": "F32", "shape": list(state.shape), "data_offsets": [0, state.nbytes]},
+        about = {
+            "format": _FORMAT,
+            "name": self.name,
+            "seq": str(self.seq),
+            "fingerprint": self.fingerprint,
+            "model": self.model,
         }
-        text = json.dumps(header, ensure_ascii=False).encode()
-        text += b" " * (-len(text) % _LENGTH_BYTES)  # the data is aligned
+        content = _safetensors().numpy.save({"state": np.ascontiguousarray(self.state, np.float32)}, about)
         target = Path(path)
         part = target.with_name(f".{target.name}.{token_hex(4)}.part")
         try:
             with part.open("xb") as file:
-                file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text + state.tobytes())
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             if overwrite:
@@ -79,38 +76,36 @@ class StreamSnapshot:
         """Read one from a file.
 
         Raises:
-            InvalidInput: when the file is none.
+            InvalidInput: when the file is not a snapshot of a stream.
             OSError: as the file system says.
+            ModuleNotFoundError: when safetensors is not installed; it says how to install it.
         """
+        safetensors, path = _safetensors(), Path(path)
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            file_bytes = os.fstat(file.fileno()).st_size
         try:
-            with Path(path).open("rb") as file:
-                return cls._read(file)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise InvalidInput(f"{path} is no snapshot of a stream: {error}") from None
+            # safetensors itself allows headers of 100 MB and tensors of any size.
+            if header_bytes > _MAX_HEADER_BYTES or file_bytes > _LENGTH_BYTES + header_bytes + _MAX_STATE_BYTES:
+                raise ValueError("it is longer than any snapshot")
+            return cls._read(safetensors, path)
+        except (ValueError, KeyError, safetensors.SafetensorError) as error:
+            raise InvalidInput(f"{path} is not a snapshot of a stream: {error}") from None
 
     @classmethod
-    def _read(cls, file: BinaryIO) -> StreamSnapshot:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if length > _MOST_HEADER_BYTES:
-            raise ValueError("it does not begin as a safetensors file of one does")
-        text = file.read(length)
-        if len(text) < length:
-            raise ValueError("it does not begin as a safetensors file of one does")
-        header: dict[str, Any] = json.loads(text)
-        about, tensor = header["__metadata__"], header["state"]
-        if about["format"] != _FORMAT or len(header) != 2:
-            raise ValueError("it is a safetensors file of something else")
-        layers, size = (int(length) for length in tensor["shape"])
-        if not (layers >= 0 and size >= 0 and layers * size * 4 <= _MOST_STATE_BYTES):
-            raise ValueError("its state has no shape of a state")
-        data = file.read(layers * size * 4 + 1)  # one byte more than there should be
-        if tensor["dtype"] != "F32" or tensor["data_offsets"] != [0, len(data)] or len(data) != layers * size * 4:
-            raise ValueError("its state is cut off, or no float32")
-        state = np.frombuffer(data, "<f4").reshape(layers, size).astype(np.float32)
+    def _read(cls, safetensors: ModuleType, path: Path) -> StreamSnapshot:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            if about.get("format") != _FORMAT or list(file.keys()) != ["state"]:
+                raise ValueError("it is a safetensors file of something else")
+            tensor = file.get_slice("state")
+            if tensor.get_dtype() != "F32" or len(tensor.get_shape()) != 2 or 0 in tensor.get_shape():
+                raise ValueError(f"its state is {tensor.get_dtype()} {tensor.get_shape()}, expected F32 [layers, size]")
+            state = np.array(file.get_tensor("state"), np.float32)
         seq = int(about["seq"])
         if not 0 <= seq < 2**62:
             raise ValueError("its seq is out of range")
-        return cls(str(about["name"]), seq, state, str(about["fingerprint"]), str(about["model"]))
+        return cls(about["name"], seq, state, about["fingerprint"], about["model"])
 
     def check(self, info: ServerInfo) -> None:
         """Whether a server can go on from it.
@@ -133,6 +128,18 @@ class StreamSnapshot:
                 f"the snapshot's state, before frame {self.seq} of stream {self.name!r}, holds NaN or infinity, which "
                 "no server takes: go on from an earlier one, or from zeros"
             )
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.numpy
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "files of snapshots need the package 'safetensors', which is not installed: "
+            'pip install "instep[cli]", or pip install safetensors',
+            name="safetensors",
+        ) from None
+    return safetensors
 
 
 def _sync_folder(folder: Path) -> None:

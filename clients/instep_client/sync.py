@@ -106,9 +106,9 @@ class Client:
         group = self._thread.run(self._client.resume_group(names, have, epochs, take_over))
         return Group(self, self._thread, group)
 
-    def peek(self, name: str) -> tuple[int, F32]:
-        """Look at any stream of the server, whoever has it; see `AsyncClient.peek`."""
-        return self._thread.run(self._client.peek(name))
+    def read_state(self, name: str) -> tuple[int, F32]:
+        """Read the state of any stream of the server; see `AsyncClient.read_state`."""
+        return self._thread.run(self._client.read_state(name))
 
     def snapshot(self, name: str) -> StreamSnapshot:
         """The state of any stream of the server, to be saved and restored; see `AsyncClient.snapshot`."""

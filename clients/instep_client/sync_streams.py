@@ -63,9 +63,9 @@ class Stream:
             raise StopIteration
         return outputs
 
-    def peek(self) -> tuple[int, F32]:
-        """The state as it is now and the seq of the frame that comes next; see `AsyncStream.peek`."""
-        return self._thread.run(self._stream.peek())
+    def read_state(self) -> tuple[int, F32]:
+        """The state as it is now and the seq of the frame that comes next; see `AsyncStream.read_state`."""
+        return self._thread.run(self._stream.read_state())
 
     def reset(self, state: npt.ArrayLike | None = None) -> None:
         """Set the state once everything sent was answered, to zeros unless given; see `AsyncStream.reset`."""
@@ -76,7 +76,7 @@ class Stream:
         return Stream(self._client, self._thread, self._thread.run(self._stream.fork(name)))
 
     def snapshot(self) -> StreamSnapshot:
-        """What `peek` gives, to be saved, and restored on any server of the same model."""
+        """The state with its seq and model: it can be saved, and restored on any server of that model."""
         return self._thread.run(self._stream.snapshot())
 
     def close(self) -> F32:
@@ -119,9 +119,9 @@ class Group:
         """Like `step`, with the server's times beside the outputs."""
         return self._thread.run(self._group.step_timed(x, rows))
 
-    def peek(self) -> tuple[U64, F32]:
-        """Seqs and states of all streams as they are now; see `AsyncGroup.peek`."""
-        return self._thread.run(self._group.peek())
+    def read_state(self) -> tuple[U64, F32]:
+        """Seqs and states of all streams as they are now; see `AsyncGroup.read_state`."""
+        return self._thread.run(self._group.read_state())
 
     def reset(self, states: npt.ArrayLike | None = None) -> None:
         """Set all states once everything sent was answered; see `AsyncGroup.reset`."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from instep import interrupts
-from instep.bench.choice import NAMES, NoSuchRow, chosen
 from instep.recording.app import app as recordings_app
 from instep_client.commands.typed import PlainCommands
 
@@ -192,60 +191,6 @@ def demo(
 
     interrupts.raise_again()
     raise typer.Exit(run_speakers(out, _console()))
-
-
-@app.command()
-def bench(
-    what: Annotated[
-        Literal["suite", "durability", "neighbours"],
-        typer.Argument(
-            help="Every row with its bar, what recording costs, or the latency of others beside a client that dies."
-        ),
-    ] = "suite",
-    rows: Annotated[
-        str | None,
-        typer.Option(metavar="NAME,NAME", help=f"suite: only these of {', '.join(NAMES)}.", show_default=False),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="suite: try it out in a minute; no verdict.")] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="suite: where JSON and plot go; bench-out if not given."),
-    ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="durability: on whose disk to record; the temporary one's if not given.", exists=True
-        ),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Measure what serving costs beyond the network, what recording costs, or what a dead client costs the others.
-
-    Exit status 0: every bar was reached. 1: one was not, or an output was wrong.
-    """
-    if folder is not None and what != "durability":
-        raise typer.BadParameter(f"{what} records nothing there", param_hint="--folder")
-    if what != "suite" and (rows is not None or quick or out is not None):
-        raise typer.BadParameter(f"{what} has no rows and writes no files", param_hint="--rows, --quick, --out")
-    if what == "neighbours":
-        from instep.bench.neighbours import run as run_neighbours
-
-        interrupts.raise_again()
-        raise typer.Exit(run_neighbours(_console(), as_json=json))
-    if what == "durability":
-        from instep.bench.durability import run as run_durability
-
-        interrupts.raise_again()
-        raise typer.Exit(run_durability(_console(), folder, as_json=json))
-    try:
-        names = chosen(rows)
-    except NoSuchRow as error:
-        raise typer.BadParameter(str(error), param_hint="--rows") from None
-    from instep.bench.suite import run as run_suite
-
-    interrupts.raise_again()
-    out = Path("bench-out") if out is None else out
-    raise typer.Exit(run_suite(_console(stderr=json), rows=names, quick=quick, out=out, as_json=json))
 
 
 @app.command("config")

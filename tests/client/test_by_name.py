@@ -30,14 +30,14 @@ async def test_a_stream_of_another_client_is_looked_at_and_saved(endpoint: str, 
     async with AsyncClient(endpoint) as owner, AsyncClient(endpoint) as other:
         stream = await owner.open("a")
         await stream.step(X[:5])
-        seq, seen = await other.peek("a")
+        seq, seen = await other.read_state("a")
         assert (seq, seen.tolist()) == (5, state.tolist())
         snapshot = await other.snapshot("a")
         assert (snapshot.name, snapshot.seq, snapshot.state.tolist()) == ("a", 5, state.tolist())
         assert (snapshot.fingerprint, snapshot.model) == (RING_INFO.fingerprint, RING_INFO.model)
         assert (await stream.step(X[5])).tolist() == reference(X[:6])[0][5].tolist()
         with pytest.raises(StreamRefused) as refused:
-            await other.peek("b")
+            await other.read_state("b")
         assert (refused.value.code, refused.value.stream) == (Code.UNKNOWN_STREAM, "b")
     assert not ring.streams
 
@@ -58,7 +58,7 @@ def test_so_it_is_with_threads(endpoint: str, ring: RingServer) -> None:
         stream.step(X[:5])
         client.close(park=True)
     with Client(endpoint) as client:
-        seq, state = client.peek("a")
+        seq, state = client.read_state("a")
         assert (seq, state.tolist()) == (5, reference(X[:5])[1].tolist())
         assert client.snapshot("a").state.tobytes() == state.tobytes()
         again = client.resume("a", 5, stream.epoch)

@@ -44,8 +44,3 @@ def test_the_package_offers_what_it_lists() -> None:
         name for name, kind in vars(errors).items() if isinstance(kind, type) and kind.__module__ == errors.__name__
     }
     assert tree <= set(instep_client.__all__)
-
-
-def test_who_lost_its_state_is_told_of_both_ways_to_lose_it() -> None:
-    for cause in ("failure of the server", "recording that is damaged"):
-        assert cause in SENTENCES[Code.STATE_LOST]

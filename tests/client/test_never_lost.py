@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instep_client.calls import Answer, StepCall
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import StreamEvicted
+from instep_client.requests import CloseCall
 from instep_client.session import State
 from instep_client.streams import Lane
 from tests.support.fake_server import F32, reference
@@ -27,6 +30,7 @@ class Run:
         self.faults = faults
         self.busy = busy
         self.calls: list[StepCall] = []
+        self.closings: list[CloseCall] = []
         self.kept: dict[Lane, list[Answer]] = {}
         session = self.link.session
         opened = [session.open([name], None, single=True) for name in ("a", "b", "c")]
@@ -77,7 +81,8 @@ class Run:
             self.server.busy.append(True)
         match self.dice.randrange(7):
             case 0:
-                self.submit()
+                if not self.closings:
+                    self.submit()
             case 1 | 2:
                 link.advance()
             case 3 | 4:
@@ -88,6 +93,7 @@ class Run:
                 link.deliver()
             case _:
                 link.advance(self.dice.choice([0.0, 0.01, 0.1, 1.0, 11.0]))
+        self.check_closings()
         for lane in self.lanes:
             while (call := link.session.take(lane)) is not None:
                 self.kept.setdefault(lane, []).append(call.result())
@@ -97,11 +103,21 @@ class Run:
         self.server.busy.clear()
         if self.server.draining:
             self.server.restart()
-        self.link.run(*self.calls)
+        self.link.run(*self.calls, *self.closings)
+
+    def close(self) -> None:
+        """The user closes every lane, whatever of it is unanswered; nothing is sent after that."""
+        self.closings = [self.link.session.close(lane) for lane in self.lanes]
+
+    def check_closings(self) -> None:
+        """No stream ends before everything that was sent through it is answered."""
+        for closing in self.closings:
+            if closing.done:
+                assert all(call.done for call in self.calls if call.lane is closing.lane)
 
     def check(self) -> None:
         """Every frame was applied once, in order, and its output given once, in order."""
-        assert self.link.session.state is State.OPEN
+        assert self.link.session.state in ((State.OPEN, State.RECONNECTING) if self.closings else (State.OPEN,))
         assert all(call.done and call.error is None for call in self.calls)
         for lane in self.lanes:
             for row, name in zip(lane.rows.tolist(), lane.names, strict=True):
@@ -113,12 +129,25 @@ class Run:
                         sent += list(call.x[:, column])
                         outputs = call.result().outputs.reshape(len(call.x), len(call.rows), 2)
                         came += list(outputs[:, column])
-                expected, _ = reference(np.array(sent, np.float32).reshape(-1, 3))
-                assert np.array_equal(
-                    np.array(self.server.streams[name].applied).reshape(-1, 3), np.array(sent).reshape(-1, 3)
-                )
+                expected, final = reference(np.array(sent, np.float32).reshape(-1, 3))
+                applied = (self.server.closed if self.closings else self.server.streams)[name].applied
+                assert np.array_equal(np.array(applied).reshape(-1, 3), np.array(sent).reshape(-1, 3))
                 assert np.array_equal(np.array(came, np.float32).reshape(-1, 2), expected)
-        assert int(self.link.session._table.columns[:, 1].sum()) == int(self.link.session._table.columns[:, 2].sum())
+                for closing in self.closings:
+                    if closing.lane is lane:
+                        self.check_final(closing, final, lane.rows.tolist().index(row))
+        assert self.closings or int(self.link.session._table.columns[:, 1].sum()) == int(
+            self.link.session._table.columns[:, 2].sum()
+        )
+
+    def check_final(self, closing: CloseCall, final: F32, column: int) -> None:
+        """A stream's state came with its end, unless the reply to the first CLOSE was lost."""
+        if closing.error is not None:
+            assert isinstance(closing.error, StreamEvicted)
+            assert closing.error.code is Code.UNKNOWN_STREAM
+            return
+        state = closing.result()[column]
+        assert np.isnan(state).all() or np.array_equal(state, final.reshape(-1))
 
 
 @settings(max_examples=400, deadline=None)
@@ -139,3 +168,24 @@ def test_no_fault_of_connections_or_servers_is_seen_by_the_calls(
     for lane, answers in run.kept.items():
         kept = [call for call in run.calls if call.lane is lane and call.keep]
         assert all(a is call.result() for a, call in zip(answers, kept, strict=False))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    window=st.sampled_from([1, 2, 5, 16]),
+    faults=st.sampled_from([0.0, 0.02, 0.1, 0.3]),
+    busy=st.sampled_from([0.0, 0.1]),
+)
+def test_a_close_behind_unanswered_frames_costs_none_of_their_outputs(
+    seed: int, window: int, faults: float, busy: float
+) -> None:
+    run = Run(seed, window, faults, busy)
+    for _ in range(50):
+        run.act()
+    run.close()
+    for _ in range(100):
+        run.act()
+    run.drain()
+    run.check()
+    run.check_closings()

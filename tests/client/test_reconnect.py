@@ -24,7 +24,7 @@ from instep_client import (
 )
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import F32, FakeServer, Message, reference
-from tests.support.relay import Relay
+from tests.support.relay import Link, Relay
 from tests.support.ring_server import RingServer
 
 X: F32 = np.random.default_rng(3).standard_normal((400, 3)).astype(np.float32)
@@ -67,6 +67,43 @@ async def test_steps_go_on_over_restarts(rings: Rings, caplog: pytest.LogCapture
         assert len(rings.rules.streams["a"].applied) == 40
         assert f"connecting to {rings.endpoint} again: the connection to" in caplog.text
         assert client.info.boot_id == "boot 4"
+
+
+async def test_a_close_without_reading_costs_no_output(rings: Rings) -> None:
+    async with AsyncClient(rings.endpoint) as client:
+        stream = await client.open("a")
+        for x in X[:20]:
+            await stream.send(x)
+        rings.restart()
+        final = await stream.close()
+        outputs = [y async for y in stream]
+        assert np.array_equal(np.array(outputs), reference(X[:20])[0])
+        assert np.array_equal(final, reference(X[:20])[1])
+
+
+class _Deaf(Relay):
+    """Forwards until the client's first heartbeat has reached the server, and drops everything from then on."""
+
+    was_told = False
+
+    async def forward(self, chunk: bytes, sink: asyncio.StreamWriter, link: Link) -> None:
+        if not self.was_told:
+            await super().forward(chunk, sink, link)
+        self.was_told |= b"\x04PING" in chunk
+
+
+async def test_a_server_that_sends_no_heartbeats_gives_up_a_client_that_fell_silent(
+    rings: Rings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for option in (zmq.HEARTBEAT_IVL, zmq.HEARTBEAT_TTL):
+        monkeypatch.setitem(driver._SOCKET_OPTIONS, option, driver._SOCKET_OPTIONS[option] // 50)
+    monkeypatch.setitem(driver._SOCKET_OPTIONS, zmq.HEARTBEAT_TIMEOUT, 3_600_000)  # it is not the client who gives up
+    async with _Deaf(rings.endpoint) as relay, AsyncClient(relay.endpoint, timeout_s=3600.0):
+        (link,) = relay.links
+        async with asyncio.timeout(60):
+            while link in relay.links:
+                await asyncio.sleep(0.01)
+        assert relay.was_told
 
 
 async def test_pipelined_sends_go_on_over_restarts(rings: Rings) -> None:
@@ -185,7 +222,7 @@ async def test_states_are_looked_at_reset_copied_saved_and_restored(rings: Rings
     async with AsyncClient(rings.endpoint) as client:
         stream = await client.open("a")
         await stream.step(X[:5])
-        seq, state = await stream.peek()
+        seq, state = await stream.read_state()
         assert seq == 5
         assert np.array_equal(state, reference(X[:5])[1])
         (await stream.snapshot()).save(tmp_path / "a.safetensors")
@@ -207,7 +244,7 @@ def test_the_same_in_threads(rings: Rings) -> None:
     with Client(rings.endpoint) as client:
         stream = client.open("a", first_seq=2)
         stream.step(X[:5])
-        seq, state = stream.peek()
+        seq, state = stream.read_state()
         assert seq == stream.next_seq == 7
         restored = client.restore(stream.snapshot(), "b")
         copy = stream.fork("c")
@@ -218,7 +255,7 @@ def test_the_same_in_threads(rings: Rings) -> None:
         assert taken.next_seq == 8
         group = client.open_group(["d", "e"])
         group.step(X[:2])
-        seqs, states = group.peek()
+        seqs, states = group.read_state()
         assert seqs.tolist() == [1, 1]
         copies = group.fork(["f", "g"])
         group.reset()
@@ -232,7 +269,7 @@ async def test_groups_have_the_same_verbs(rings: Rings) -> None:
     async with AsyncClient(rings.endpoint) as client:
         group = await client.open_group(["a", "b"])
         await group.step(X[:2])
-        seqs, states = await group.peek()
+        seqs, states = await group.read_state()
         assert seqs.tolist() == [1, 1]
         assert states.shape == (2, 2, 2)
         copies = await group.fork(["c", "d"])

@@ -417,7 +417,7 @@ class TestOtherCalls:
         link = RingLink()
         lane = link.open("a")
         link.finish(link.session.step(lane, X[:2]))
-        calls: list[Call[Any]] = [link.session.ping(link.now), link.session.statistics(), link.session.peek(lane)]
+        calls: list[Call[Any]] = [link.session.ping(link.now), link.session.statistics(), link.session.read_state(lane)]
         link.advance()
         link.cut()
         link.run(*calls)
@@ -542,7 +542,7 @@ class TestOtherCalls:
         link = RingLink()
         lane = link.open("a")
         calls: list[Call[Any]] = [
-            link.session.peek(lane),
+            link.session.read_state(lane),
             link.session.reset(lane, None),
             link.session.fork(lane, ["b"]),
         ]

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import stat
+import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.support.fake_server import INFO
 
 STATE = np.array([[1.5, -2.0], [0.0, 3.0e-41]], np.float32)
 SNAPSHOT = StreamSnapshot("mic é", 2**40, STATE, "00", "halving")
+ABOUT = {"format": "instep stream snapshot 1", "name": "mic", "seq": "7", "fingerprint": "00", "model": "halving"}
 
 
 def test_the_file_is_a_length_a_header_and_the_data(tmp_path: Path) -> None:
@@ -76,14 +78,47 @@ def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
 
 def test_what_the_safetensors_library_writes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    about = {"name": "mic", "seq": "7", "fingerprint": "00", "model": "halving", "format": "instep stream snapshot 1"}
-    save_file({"state": STATE}, path, {**about, "note": "made elsewhere"})
+    save_file({"state": STATE}, path, {**ABOUT, "note": "made elsewhere"})
     loaded = StreamSnapshot.load(path)
     assert (loaded.name, loaded.seq, loaded.fingerprint, loaded.model) == ("mic", 7, "00", "halving")
     assert loaded.state.tobytes() == STATE.tobytes()
-    save_file({"state": STATE, "more": STATE}, path, about)
-    with pytest.raises(InvalidInput, match="something else"):
-        StreamSnapshot.load(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "about", "said"),
+    [
+        ({"state": STATE.astype(np.float64)}, ABOUT, "F64"),
+        ({"state": STATE.view(np.int32)}, ABOUT, "I32"),
+        ({"state": STATE.ravel()}, ABOUT, r"\[4\]"),
+        ({"state": STATE[:0]}, ABOUT, r"\[0, 2\]"),
+        ({"state": STATE, "more": STATE}, ABOUT, "something else"),
+        ({"more": STATE}, ABOUT, "something else"),
+        ({}, ABOUT, "something else"),
+        ({"state": STATE}, None, "something else"),
+        ({"state": STATE}, {key: ABOUT[key] for key in ABOUT if key != "seq"}, "seq"),
+        ({"state": STATE}, {**ABOUT, "note": "x" * 65_536}, "longer than any snapshot"),
+        ({"state": np.zeros((2**12, 2**12 + 1), np.float32)}, ABOUT, "longer than any snapshot"),
+    ],
+    ids=range(11),
+)
+def test_good_safetensors_files_that_no_snapshot_can_be_are_refused(
+    tmp_path: Path, tensors: dict[str, Any], about: dict[str, str] | None, said: str
+) -> None:
+    save_file(tensors, tmp_path / "a", about)
+    with pytest.raises(InvalidInput, match=f"is not a snapshot of a stream: .*{said}"):
+        StreamSnapshot.load(tmp_path / "a")
+
+
+def test_without_the_library_a_sentence_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SNAPSHOT.save(tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.delitem(sys.modules, "safetensors.numpy", raising=False)
+    for use in (lambda: SNAPSHOT.save(tmp_path / "b"), lambda: StreamSnapshot.load(tmp_path / "a")):
+        with pytest.raises(ModuleNotFoundError, match=r'pip install "instep\[cli\]"') as raised:
+            use()
+        assert raised.value.name == "safetensors"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    SNAPSHOT.check(INFO)  # what touches no file works without it
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -154,9 +189,9 @@ def edited(content: bytes, old: bytes, new: bytes) -> bytes:
     ("old", "new"),
     [
         (b'"F32"', b'"F16"'),
-        (b"[0, 16]", b"[0, 12]"),
-        (b"[2, 2]", b"[2, 3]"),
-        (b"[2, 2]", b"[2,22]"),
+        (b"[0,16]", b"[0,12]"),
+        (b"[2,2]", b"[2,3]"),
+        (b"[2,2]", b"[4  ]"),
         (b"snapshot 1", b"snapshot 9"),
         (b'"state"', b'"stale"'),
         (b'"1099511627776"', b'"-099511627776"'),
@@ -169,14 +204,14 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, old: bytes, new: by
     path = tmp_path / "a"
     SNAPSHOT.save(path)
     path.write_bytes(edited(path.read_bytes(), old, new))
-    with pytest.raises(InvalidInput, match="is no snapshot of a stream"):
+    with pytest.raises(InvalidInput, match="is not a snapshot of a stream"):
         StreamSnapshot.load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"\xff\xff"])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(InvalidInput, match="is no snapshot of a stream"):
+    with pytest.raises(InvalidInput, match="is not a snapshot of a stream"):
         StreamSnapshot.load(tmp_path / "a")
 
 
@@ -204,7 +239,7 @@ def header_with(shape: str, seq: str = "0") -> bytes:
 )
 def test_headers_that_are_hostile_are_refused(tmp_path: Path, header: bytes) -> None:
     (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(InvalidInput, match="is no snapshot of a stream"):
+    with pytest.raises(InvalidInput, match="is not a snapshot of a stream"):
         StreamSnapshot.load(tmp_path / "a")
 
 
@@ -219,7 +254,7 @@ def test_no_more_is_read_than_a_snapshot_can_have(tmp_path: Path) -> None:
             file.truncate(2**27)
         tracemalloc.start()
         try:
-            with pytest.raises(InvalidInput, match="is no snapshot of a stream"):
+            with pytest.raises(InvalidInput, match="is not a snapshot of a stream"):
                 StreamSnapshot.load(path)
             assert tracemalloc.get_traced_memory()[1] < 2**20
         finally:

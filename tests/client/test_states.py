@@ -121,11 +121,11 @@ class TestStates:
         assert outputs.tolist() == reference(X[:3], STATE)[0].tolist()
         assert link.server.streams["a"].next_seq == 10
 
-    def test_a_peek_is_a_seq_and_a_state(self) -> None:
+    def test_a_state_is_read_with_its_seq(self) -> None:
         link = RingLink()
         group = link.open("a", "b")
         link.finish(link.session.step(group, X[:2].reshape(2, 1, 3), rows=[1]))
-        seqs, states = link.finish(link.session.peek(group))
+        seqs, states = link.finish(link.session.read_state(group))
         assert seqs.tolist() == [0, 2]
         assert states[1].reshape(2, 2).tolist() == reference(X[:2])[1].tolist()
 
@@ -146,7 +146,7 @@ class TestStates:
         link = RingLink()
         group = link.open("a", "b", initial=np.ones((2, 2, 2)))
         link.finish(link.session.reset(group, None))
-        assert not link.finish(link.session.peek(group))[1].any()
+        assert not link.finish(link.session.read_state(group))[1].any()
 
     def test_a_fork_goes_on_from_where_its_source_is(self) -> None:
         link = RingLink()
@@ -199,7 +199,7 @@ class TestStates:
             with pytest.raises(StreamEvicted, match="IDLE"):
                 call.result()
         with pytest.raises(StreamEvicted, match="IDLE"):
-            link.session.peek(lane)
+            link.session.read_state(lane)
 
     def test_bad_input(self) -> None:
         link = RingLink()
@@ -209,7 +209,7 @@ class TestStates:
         with pytest.raises(InvalidInput, match="1 streams are copied, there are names for 2"):
             link.session.fork(lane, ["b", "c"])
         link.session.close(lane)
-        for ask in (lambda: link.session.peek(lane), lambda: link.session.reset(lane, None)):
+        for ask in (lambda: link.session.read_state(lane), lambda: link.session.reset(lane, None)):
             with pytest.raises(ClientClosed):
                 ask()
 
@@ -218,17 +218,17 @@ class TestStates:
         group = link.open(*[f"s{i}" for i in range(60)])
         states = np.arange(240, dtype=np.float32).reshape(60, 2, 2)
         link.finish(link.session.reset(group, states))
-        assert link.finish(link.session.peek(group))[1].tolist() == states.reshape(60, 4).tolist()
-        assert link.server.kinds.count(Kind.RESET) == link.server.kinds.count(Kind.PEEK) == 3
+        assert link.finish(link.session.read_state(group))[1].tolist() == states.reshape(60, 4).tolist()
+        assert link.server.kinds.count(Kind.RESET) == link.server.kinds.count(Kind.READ_STATE) == 3
 
 
-class TestLook:
+class TestReadByName:
     def test_its_bytes(self) -> None:
         link = RingLink()
-        link.session.look(["a", "\u00e9"])
+        link.session.read_state_by_name(["a", "\u00e9"])
         link.advance()
         [message] = link.to_server[link.peer]
-        assert headers([message]) == [[Kind.LOOK, 3, 2]]
+        assert headers([message]) == [[Kind.READ_STATE, 3, 2, 1]]
         assert message[1:] == [b"a\n\xc3\xa9"]
 
     def test_it_shows_what_others_have_and_takes_nothing(self) -> None:
@@ -237,7 +237,7 @@ class TestLook:
         link.finish(link.session.step(lane, X[:4]))
         epoch = link.server.streams["a"].epoch
         other = RingLink(link.server, name="other")
-        seqs, states = other.finish(other.session.look(["a"]))
+        seqs, states = other.finish(other.session.read_state_by_name(["a"]))
         assert (seqs.tolist(), states.tolist()) == ([4], [reference(X[:4])[1].ravel().tolist()])
         assert (link.server.streams["a"].owner, link.server.streams["a"].epoch) == (link.peer, epoch)
         assert link.finish(link.session.step(lane, X[4])).outputs.tolist() == reference(X[:5])[0][4].tolist()
@@ -246,13 +246,13 @@ class TestLook:
         link = RingLink()
         link.open("a", "b")
         link.server.expire("b")
-        looks = [link.session.look(["a", "b", "c"]), link.session.look(["a", "c", "b"])]
-        link.run(*looks)
-        for look, code, name in zip(looks, (Code.EXPIRED, Code.UNKNOWN_STREAM), ("b", "c"), strict=True):
-            assert isinstance(look.error, StreamRefused)
-            assert (look.error.code, look.error.stream) == (code, name)
+        reads = [link.session.read_state_by_name(["a", "b", "c"]), link.session.read_state_by_name(["a", "c", "b"])]
+        link.run(*reads)
+        for read, code, name in zip(reads, (Code.EXPIRED, Code.UNKNOWN_STREAM), ("b", "c"), strict=True):
+            assert isinstance(read.error, StreamRefused)
+            assert (read.error.code, read.error.stream) == (code, name)
         link.server.draining = True  # this server, unlike others, refuses it then
-        refused = link.session.look(["a"])
+        refused = link.session.read_state_by_name(["a"])
         link.run(refused)
         assert isinstance(refused.error, StreamRefused)
         assert refused.error.code is Code.SHUTTING_DOWN
@@ -261,23 +261,23 @@ class TestLook:
         link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=2 * 201)))
         states = np.arange(20, dtype=np.float32).reshape(5, 2, 2)
         link.finish(link.session.open(list("abcde"), states, single=False))
-        seqs, found = link.finish(link.session.look(list("edcba")))
+        seqs, found = link.finish(link.session.read_state_by_name(list("edcba")))
         assert seqs.tolist() == [0] * 5
         assert found.tolist() == states[::-1].reshape(5, 4).tolist()
-        assert link.server.kinds.count(Kind.LOOK) == 3
+        assert link.server.kinds.count(Kind.READ_STATE) == 3
 
     def test_it_is_asked_again_over_the_next_connection(self) -> None:
         link = RingLink()
         link.finish(link.session.open(["a"], STATE, single=True))
-        look = link.session.look(["a"])
+        read = link.session.read_state_by_name(["a"])
         link.advance()
         link.cut()
-        assert link.finish(look)[1].tolist() == [[1, 2, 3, 4]]
+        assert link.finish(read)[1].tolist() == [[1, 2, 3, 4]]
 
     @pytest.mark.parametrize("names", [[], [""], ["a", "a"], "abc"])
     def test_bad_names(self, names: Any) -> None:
         with pytest.raises(InvalidInput):
-            RingLink().session.look(names)
+            RingLink().session.read_state_by_name(names)
 
 
 def test_a_session_that_leaves_may_leave_its_streams() -> None:

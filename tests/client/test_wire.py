@@ -23,10 +23,9 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.PING, 1, (), "92 05 01"),
     (Kind.STATS, 2**32, (), "92 06 cf0000000100000000"),
     (Kind.RESUME, 4, (2, 1), "94 07 04 02 01"),
-    (Kind.PEEK, 5, (1,), "93 08 05 01"),
+    (Kind.READ_STATE, 5, (1, 0), "94 08 05 01 00"),
     (Kind.RESET, 6, (2, 0), "94 09 06 02 00"),
     (Kind.FORK, 8, (1,), "93 0a 08 01"),
-    (Kind.LOOK, 9, (2,), "93 0b 09 02"),
     (Kind.OPENED, 2, (1, "fsync", ((105, "no"),)), "95 42 02 01 a5 6673796e63 91 92 69 a2 6e6f"),
     (Kind.STEPPED, 7, (2, 3, 100, 200, 5, (), ()), "99 43 07 02 03 64 ccc8 05 90 90"),
     (Kind.STEPPED, 7, (1, 3, 9, 9, 9, (), (300, 1, 8, 2)), "99 43 07 01 03 09 09 09 90 94 cd012c 01 08 02"),
@@ -37,7 +36,7 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.ERROR, 5, (200, "x", 2000), "95 48 05 ccc8 a1 78 cd07d0"),
     (Kind.GOODBYE, 0, ("x",), "93 49 00 a1 78"),
     (Kind.RESUMED, 4, (2, "memory", ()), "95 4a 04 02 a6 6d656d6f7279 90"),
-    (Kind.PEEKED, 5, (1, ()), "94 4b 05 01 90"),
+    (Kind.STATE_READ, 5, (1, ()), "94 4b 05 01 90"),
     (Kind.CHANGED, 6, (2, ()), "94 4c 06 02 90"),
 ]
 

@@ -81,15 +81,15 @@ STATE = reference(X[:5])[1]
 
 
 @pytest.mark.usefixtures("owner")
-def test_peek(place: Place) -> None:
-    result = place.run("peek", "mic")
+def test_read(place: Place) -> None:
+    result = place.run("read", "mic")
     assert (result.exit_code, result.stderr) == (0, "")
     first, head, *rows = result.stdout.splitlines()
     assert first == "'mic' is before frame 5; its state is 2 x 2 (layers x size) of model halving"
     assert head.split() == ["layer", "min", "mean", "max", "first", "values"]
     value = f"{STATE[0, 0]:.6g}"
     assert [row.split() for row in rows] == [[str(layer), *[value] * 5] for layer in range(2)]
-    assert place.json("peek", "mic") == {
+    assert place.json("read", "mic") == {
         "stream": "mic",
         "seq": 5,
         "model": "halving",
@@ -102,8 +102,8 @@ def test_peek(place: Place) -> None:
 def test_a_state_of_odd_values_is_shown_and_stays_json(place: Place, owner: Client) -> None:
     odd = np.array([[np.nan, np.inf], [-np.inf, 0.1]], np.float32)
     place.ring.streams["mic"].state = odd.ravel()
-    assert place.run("peek", "mic").stdout.splitlines()[2].split() == ["0", "nan", "nan", "nan", "nan", "inf"]
-    text = place.run("peek", "mic", "--json").stdout
+    assert place.run("read", "mic").stdout.splitlines()[2].split() == ["0", "nan", "nan", "nan", "nan", "inf"]
+    text = place.run("read", "mic", "--json").stdout
 
     def strict(word: str) -> None:
         raise ValueError(word)
@@ -188,7 +188,7 @@ def test_what_is_no_snapshot_of_this_model_is_not_restored(place: Place, owner: 
         path.unlink(missing_ok=True)
         assert place.refused(*arguments) == f"{path} cannot be read: No such file or directory"
         path.write_text("something else")
-        assert place.refused(*arguments).startswith(f"{path} is no snapshot of a stream: ")
+        assert place.refused(*arguments).startswith(f"{path} is not a snapshot of a stream: ")
         StreamSnapshot("kept", 5, STATE, "01" * 32, "doubling").save(path)
         said = place.refused(*arguments)
         assert said.startswith(f"{path}: the snapshot is of model 'doubling' (fingerprint 010101010101), the server ")
@@ -224,7 +224,7 @@ def test_a_reset_that_fails_says_that_the_stream_was_taken(
 @pytest.mark.parametrize(
     ("arguments", "kind", "said"),
     [
-        (["peek", "mic"], Kind.LOOK, ""),
+        (["read", "mic"], Kind.READ_STATE, ""),
         (["fork", "mic", "copy"], Kind.OPEN, ""),
         (["reset", "mic", "--take-over"], Kind.RESUME, "stream 'mic' may have been taken from its owner"),
         (["reset", "mic", "--take-over"], Kind.RESET, "stream 'mic' was taken from its owner before this"),
@@ -300,7 +300,7 @@ def test_streams_that_are_not_there(place: Place, owner: Client, tmp_path: Path)
     place.ring.expired.add("gone")
     for name, code in (("none", "UNKNOWN_STREAM"), ("gone", "EXPIRED")):
         for arguments in (
-            ["peek", name],
+            ["read", name],
             ["snapshot", name, "--to", tmp_path / "a"],
             ["fork", name, "copy"],
             ["reset", name],
@@ -324,20 +324,20 @@ def test_a_server_that_parks_nothing_is_given_no_stream_to_keep(tmp_path: Path) 
             ["reset", "mic", "--take-over"],
         ):
             assert "limits.park_s is 0" in place.refused(str(verb), *rest)
-        assert place.json("peek", "mic")["seq"] == 0
+        assert place.json("read", "mic")["seq"] == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["snapshott", "mic"], "Did you mean 'snapshot'?"),
-        (["pek", "mic"], "Did you mean 'peek'?"),
-        (["peek"], "Missing argument 'NAME'"),
+        (["raed", "mic"], "Did you mean 'read'?"),
+        (["read"], "Missing argument 'NAME'"),
         (["snapshot", "mic"], "Missing option '--to'"),
         (["fork", "mic"], "Missing argument 'NEW'"),
         (["restore"], "Missing argument 'FILE'"),
-        (["peek", "mic", "-e", "127.0.0.1:5757"], "write tcp://127.0.0.1:5757"),
-        (["peek", "mic", "--jsn"], "--json"),
+        (["read", "mic", "-e", "127.0.0.1:5757"], "write tcp://127.0.0.1:5757"),
+        (["read", "mic", "--jsn"], "--json"),
     ],
 )
 def test_what_cannot_be_typed(arguments: list[str], said: str) -> None:
@@ -348,7 +348,7 @@ def test_what_cannot_be_typed(arguments: list[str], said: str) -> None:
 
 def test_help_names_every_verb_and_the_exit_status() -> None:
     text = CliRunner().invoke(app, ["state", "-h"], env={"COLUMNS": "200"}).stdout
-    assert all(verb in text for verb in ("peek", "snapshot", "restore", "fork", "reset", "exit status"))
+    assert all(verb in text for verb in ("read", "snapshot", "restore", "fork", "reset", "exit status"))
     assert "state" in CliRunner().invoke(app, ["--help"]).stdout
 
 

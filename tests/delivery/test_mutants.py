@@ -128,7 +128,7 @@ MUTANTS = {
     ),
     "a snapshot forgets what a restart replayed": (
         KILL,
-        Change(recovery._Replay, "flush", (("self._about_to_change(slots)", "pass"),)),
+        Change(recovery._Replay, "flush", (("table.keeping.changed(slots)", "pass"),)),
     ),
     "an epoch that the server lost is taken for that of the stream it has": (
         POWER,

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from instep.demo import seed
+from instep.demo.child_server import ChildFailed
 from instep.demo.seed import Tables, verdict
-from instep.server.child import ChildFailed
 
 ROWS = ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1])
 """Each row of the batch by timestep; all three features are the same."""

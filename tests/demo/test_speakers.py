@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from instep.demo import speakers
+from instep.demo.child_server import ChildFailed
 from instep.demo.heard import Heard
 from instep.demo.producers import Producer
 from instep.demo.speakers import received_is_recorded, show_verification
@@ -22,7 +23,6 @@ from instep.demo.train import load_utterances
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
-from instep.server.child import ChildFailed
 from instep.server.preparation import demo_model_folder
 
 VERIFIED = "verified: 370 streams, 5,687 frames, exact, 0 mismatches"

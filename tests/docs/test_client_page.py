@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import instep_client
+from instep.demo.child_server import ChildServer
 from instep.models.description import GruLayers, NetworkDescription
 from instep.models.folder import make_model, write_model
-from instep.server.child import ChildServer
 from instep_client import AsyncClient, AsyncGroup, AsyncStream, Client
 from tests.docs.support.page import Page
 
@@ -61,7 +61,7 @@ def test_its_commands_run_as_written(endpoint: str, tmp_path: Path) -> None:
     ((_, text),) = PAGE.blocks("bash")
     commands = [shlex.split(line, comments=True) for line in text.splitlines()]
     assert [command[:3] for command in commands] == [
-        ["instep-client", "state", verb] for verb in ("peek", "snapshot", "restore", "fork", "reset")
+        ["instep-client", "state", verb] for verb in ("read", "snapshot", "restore", "fork", "reset")
     ]
     main = [sys.executable, "-W", "error", "-m", "instep_client.commands"]
     with Client(endpoint) as client:
@@ -98,7 +98,7 @@ def test_the_methods_it_calls_are_in_both_clients() -> None:
         assert name in used
         assert hasattr(AsyncClient, name)
         assert hasattr(Client, name)
-    for name in ("step", "close", "send", "finish", "peek", "reset", "fork", "snapshot"):
+    for name in ("step", "close", "send", "finish", "read_state", "reset", "fork", "snapshot"):
         assert f"`{name}" in PAGE.text or name in used
         assert hasattr(AsyncStream, name)
         assert hasattr(AsyncGroup, name) or name in ("send", "finish", "snapshot")

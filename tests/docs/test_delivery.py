@@ -44,7 +44,7 @@ class Client(RawClient):
         reply = await super().receive()
         said = [reply.header[3]] if reply.kind is Kind.EVICTED else []
         said += [reply.header[2]] if reply.kind is Kind.ERROR else []
-        if reply.kind in (Kind.OPENED, Kind.RESUMED, Kind.STEPPED, Kind.CLOSED, Kind.PEEKED, Kind.CHANGED):
+        if reply.kind in (Kind.OPENED, Kind.RESUMED, Kind.STEPPED, Kind.CLOSED, Kind.STATE_READ, Kind.CHANGED):
             said += np.frombuffer(reply.frames[-1], wire.FAILURE)["code"].tolist()
         for code in said:
             assert reply.kind.name in WHERE[Code(code)], (reply.kind, Code(code))
@@ -62,8 +62,8 @@ class Client(RawClient):
         return await self.say(Kind.RESUME, len(claims), take_over, frames=(names, held.tobytes()))
 
     async def about(self, kind: Kind, handles: U64, *rest: bytes) -> Reply:
-        """CLOSE, PEEK, RESET (to zeros) or FORK."""
-        fields = (len(handles), 0) if kind is Kind.RESET else (len(handles),)
+        """CLOSE, READ_STATE, RESET (to zeros) or FORK."""
+        fields = (len(handles), 0) if kind in (Kind.RESET, Kind.READ_STATE) else (len(handles),)
         return await self.say(kind, *fields, frames=(handles.tobytes(), *rest))
 
     async def everywhere(self, handle: int) -> set[Code]:
@@ -71,7 +71,7 @@ class Client(RawClient):
         handles = np.array([handle], np.uint64)
         replies = [
             await self.send_block(handle, 0, frames(1), 0),
-            await self.about(Kind.PEEK, handles),
+            await self.about(Kind.READ_STATE, handles),
             await self.about(Kind.RESET, handles, b""),
             await self.about(Kind.FORK, handles, b"copy"),
             await self.about(Kind.CLOSE, handles),
@@ -150,15 +150,15 @@ async def test_what_is_on_its_way_is_not_answered_twice_and_keeps_its_state() ->
         assert (await client.receive()).kind is Kind.STEPPED
 
 
-async def test_a_state_moves_by_peek_open_fork_and_reset() -> None:
+async def test_a_state_moves_by_read_open_fork_and_reset() -> None:
     x = frames(3)
     y, _ = whole(MODEL, x[:, 0])
     async with running(MODEL) as server, Client(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("s")).handles()
         await client.step(handles, [0], x[:2])
-        peeked = await client.about(Kind.PEEK, handles)
-        seq, state, _ = peeked.frames
+        read = await client.about(Kind.READ_STATE, handles)
+        seq, state, _ = read.frames
         moved = await client.say(Kind.OPEN, 1, 1, 1, frames=(b"moved", state, seq))
         forked = await client.about(Kind.FORK, handles, b"forked")
         for opened in (moved, forked):
@@ -184,12 +184,12 @@ async def test_the_largest_first_seq_and_states_that_fit_no_message() -> None:
             assert reply.kind is kind
         assert reply.code is Code.MALFORMED
         many = np.arange(1, 4096 // (4 * H) + 2, dtype=np.uint64)
-        for kind, rest in ((Kind.PEEK, ()), (Kind.CLOSE, ()), (Kind.FORK, (b"",))):
+        for kind, rest in ((Kind.READ_STATE, ()), (Kind.CLOSE, ()), (Kind.FORK, (b"",))):
             assert (await client.about(kind, many, *rest)).code is Code.TOO_LARGE
         names = "\n".join(map(str, many)).encode()
-        assert (await client.say(Kind.LOOK, len(many), frames=(names,))).code is Code.TOO_LARGE
+        assert (await client.say(Kind.READ_STATE, len(many), 1, frames=(names,))).code is Code.TOO_LARGE
         twice = np.ones(2, np.uint64)
-        for kind, rest in ((Kind.PEEK, ()), (Kind.CLOSE, ()), (Kind.FORK, (b"\n",)), (Kind.RESET, (b"",))):
+        for kind, rest in ((Kind.READ_STATE, ()), (Kind.CLOSE, ()), (Kind.FORK, (b"\n",)), (Kind.RESET, (b"",))):
             await client.open("t")
             assert (
                 await client.about(kind, twice * (await handle_of(server, "s")), *rest)
@@ -352,7 +352,7 @@ async def test_a_server_that_ends_takes_nothing_new() -> None:
                 await client.claim(("s", 0, 0)),
                 await client.about(Kind.RESET, handles, b""),
                 await client.about(Kind.FORK, handles, b"copy"),
-                await client.say(Kind.HELLO, 4, "again"),
+                await client.say(Kind.HELLO, 5, "again"),
             ):
                 assert reply.kind is Kind.WELCOME or reply.code is Code.SHUTTING_DOWN
         finally:

@@ -41,7 +41,7 @@ RESUMED_1, RESUMED_2 = 0x2_0000_0001, 0x2_0000_0002
 EPOCH = 0x187B_0000_0000_0000
 """The page's epochs are this and those after it."""
 INFO = ServerInfo(
-    protocol_version=4,
+    protocol_version=5,
     boot_id="5f1d0c9a3b7e2468",
     model="seed",
     fingerprint=SEED.fingerprint,
@@ -126,8 +126,8 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "PONG": replies.pong(6),
     "STATS": [wire.pack_header(Kind.STATS, 7)],
     "STATISTICS": replies.statistics(7, {"frames_total": 5.0, "streams_open": 3.0}),
-    "PEEK": [wire.pack_header(Kind.PEEK, 8, 2), u64(MIC_1, MIC_2).tobytes()],
-    "PEEKED": replies.peeked(8, i64(3, 2), floats("CLOSED").reshape(2, 1, 4), i32(0, 0)),
+    "READ_STATE": [wire.pack_header(Kind.READ_STATE, 8, 2, 0), u64(MIC_1, MIC_2).tobytes()],
+    "STATE_READ": replies.state_read(8, i64(3, 2), floats("CLOSED").reshape(2, 1, 4), i32(0, 0)),
     "FORK": [wire.pack_header(Kind.FORK, 9, 1), u64(MIC_1).tobytes(), b"mic-4"],
     "OPENED-fork": replies.opened(9, grants((MIC_4, EPOCH + 4, 3)), i32(0), "memory"),
     "RESET": [wire.pack_header(Kind.RESET, 10, 1, 0), u64(MIC_4).tobytes(), b""],
@@ -147,8 +147,8 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "STEP-again": step(12, 1, SECOND, RESUMED_1, RESUMED_2),
     "CLOSE": [wire.pack_header(Kind.CLOSE, 13, 2), u64(RESUMED_1, RESUMED_2).tobytes()],
     "CLOSED": replies.closed(13, floats("CLOSED").reshape(2, 1, 4), i32(0, 0)),
-    "LOOK": [wire.pack_header(Kind.LOOK, 14, 1), b"mic-4"],
-    "PEEKED-look": replies.peeked(14, i64(3), np.zeros((1, 1, 4), np.float32), i32(0)),
+    "READ_STATE-names": [wire.pack_header(Kind.READ_STATE, 14, 1, 1), b"mic-4"],
+    "STATE_READ-names": replies.state_read(14, i64(3), np.zeros((1, 1, 4), np.float32), i32(0)),
     "EVICTED": replies.evicted(Code.FENCED, u64(MIC_1, MIC_2)),
     "ERROR": replies.error(15, Code.BUSY, wire.SENTENCES[Code.BUSY], 2000),
     "GOODBYE": replies.goodbye("the server is shutting down: it was asked to"),
@@ -371,8 +371,8 @@ async def test_the_examples_are_one_conversation(monkeypatch: pytest.MonkeyPatch
             assert {name: value for name, value in pairs if name in ("frames_total", "streams_open")} == dict(
                 PAGE.examples["STATISTICS"].said[2]
             )
-            header, seqs, states, failures = await ask("PEEK")
-            assert [header, seqs, failures] == [expected("PEEKED")[index] for index in (0, 1, 3)]
+            header, seqs, states, failures = await ask("READ_STATE")
+            assert [header, seqs, failures] == [expected("STATE_READ")[index] for index in (0, 1, 3)]
             np.testing.assert_allclose(np.frombuffer(states, "<f4"), floats("CLOSED"), rtol=1e-5)
             assert await ask("FORK") == expected("OPENED-fork")
             assert await ask("RESET") == expected("CHANGED")
@@ -386,7 +386,7 @@ async def test_the_examples_are_one_conversation(monkeypatch: pytest.MonkeyPatch
             header, states, failures = await ask("CLOSE", second)
             assert [header, failures] == [expected("CLOSED")[0], expected("CLOSED")[2]]
             np.testing.assert_allclose(np.frombuffer(states, "<f4"), floats("CLOSED"), rtol=1e-5)
-            assert await ask("LOOK", second) == expected("PEEKED-look")
+            assert await ask("READ_STATE-names", second) == expected("STATE_READ-names")
             server.stop()
             assert await receive(first) == await receive(second) == expected("GOODBYE")
     finally:

@@ -16,8 +16,8 @@ import psutil
 import pytest
 import zmq
 
+from instep.demo.child_server import ChildServer
 from instep.models.folder import write_model
-from instep.server.child import ChildServer
 from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
@@ -130,7 +130,7 @@ def flood_with_columns(endpoint: str, kind: Kind, messages: int = 150, columns: 
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 2)
         socket.connect(endpoint)
-        socket.send(msgpack.packb([Kind.HELLO, 1, 4, "flood"]))
+        socket.send(msgpack.packb([Kind.HELLO, 1, 5, "flood"]))
         for request in range(2, 2 + messages):
             socket.send_multipart([msgpack.packb([kind, request, *fields]), *frames])
 

@@ -15,8 +15,8 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instep.demo.child_server import ChildServer
 from instep.models.folder import write_model
-from instep.server.child import ChildServer
 from instep_client.protocol.wire import Code, Kind
 from tests.support.fuzzing import FAILURES, INTERESTING_VALUES, REFUSALS, AnswerCheck, MessageMaker, is_answered
 from tests.support.models import SMALL, whole
@@ -80,7 +80,7 @@ class Fuzzer(threading.Thread):
 
     def _send_some(self) -> None:
         self._send(msgpack.packb([Kind.PING, 1]))  # the server does not know the connection yet
-        self._send(msgpack.packb([Kind.HELLO, 2, 4, "fuzzer"]))
+        self._send(msgpack.packb([Kind.HELLO, 2, 5, "fuzzer"]))
         self._due += 2
         self._maker.connected()
         for _ in range(A_CONNECTION // BURST):

@@ -52,14 +52,14 @@ MUTANTS = [
     ),
     Mutant(
         "a fused step with other bits is used",
-        "model/certify.py",
+        "models/certify.py",
         "if _distance(*answers) != 0:",
         "if False:",
         ("tests/models/test_certify.py::test_a_fused_step_with_other_bits_is_left_out",),
     ),
     Mutant(
         "a small bucket of the fused step is compared over one batch",
-        "model/certify.py",
+        "models/certify.py",
         "for _ in range(0, count, bucket):",
         "for _ in range(1):",
         ("tests/models/test_certify.py::test_a_fused_step_whose_bits_seldom_differ_is_left_out",),
@@ -67,7 +67,7 @@ MUTANTS = [
     Mutant(
         "a stream goes on from a state whose output nobody got",
         "runtime/stepper.py",
-        'raise StateLost(f"the outputs could not be written: {error}", slots) from error',
+        'raise StateLost(f"the outputs could not be written: {error}") from error',
         "raise",
         (f"{STEPPER}::test_a_step_whose_outputs_cannot_be_written_loses_the_states_of_its_batch",),
     ),

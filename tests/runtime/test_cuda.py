@@ -79,12 +79,12 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(model: Model,
 def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generator) -> None:
     model = MODELS["plain"]
     prepare(1)
-    steps = Stepper(Network(model, CUDA), (16, 32), 40, CUDA, device_streams=32)
+    steps = Stepper(Network(model, CUDA), (16, 32), 40, CUDA)
     states = rng.uniform(-1, 1, (40, 1, 16)).astype(np.float32)
     slots = np.arange(1, 41)
     steps.load(slots, states)
     x = rng.standard_normal((40, 6)).astype(np.float32)
-    for part in (slots[:20], slots[20:]):  # the second batch pushes states of the first away
+    for part in (slots[:20], slots[20:]):
         steps.step(part, part - 1, x, np.zeros((40, 16), np.float32))
     gru = torch.nn.GRU(6, 16)
     gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})

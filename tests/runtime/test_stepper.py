@@ -11,7 +11,6 @@ from instep.runtime.errors import StateLost
 from instep.runtime.host_batch import HostBatch
 from instep.runtime.state_cache import StateCache
 from instep.runtime.stepper import Stepper
-from instep.runtime.warm_store import WarmStore
 from tests.support.models import SMALL, plain, whole, with_head
 from tests.support.running import CPU, prepared
 
@@ -21,18 +20,13 @@ F, H = 5, 8
 Make: TypeAlias = Callable[[Model], Stepper]
 
 
-@pytest.fixture(
-    name="stepper",
-    params=[(0, False), (20, False), (0, True), (20, True)],
-    ids=["all", "20", "copied-all", "copied-20"],
-)
+@pytest.fixture(name="stepper", params=[False, True], ids=["numpy", "torch"])
 def _stepper(request: pytest.FixtureRequest) -> Make:
-    """Makes steppers with 64 slots: all on the device or 20 at once, and with states read and written as on a GPU."""
-    device_streams, copied = request.param
+    """Makes steppers with 64 slots, whose states are read and written through numpy or, as on a GPU, through torch."""
 
     def make(model: Model) -> Stepper:
-        steps = Stepper(Network(model, CPU), prepared(model, 64).certification.buckets, 64, CPU, device_streams)
-        if copied:
+        steps = Stepper(Network(model, CPU), prepared(model, 64).certification.buckets, 64, CPU)
+        if request.param:
             steps._cache._array = None
         return steps
 
@@ -126,8 +120,7 @@ def test_a_loading_that_raises_changes_no_state(
     def fails(*_: object) -> None:
         raise RuntimeError("injected")
 
-    for store in (StateCache, WarmStore):
-        monkeypatch.setattr(store, "write", fails)
+    monkeypatch.setattr(StateCache, "write", fails)
     with pytest.raises(RuntimeError, match="injected"):
         steps.load(slots, np.ones((4, 1, H), np.float32))
     np.testing.assert_array_equal(steps.read(slots), before)
@@ -190,10 +183,8 @@ def test_a_step_whose_outputs_cannot_be_written_loses_the_states_of_its_batch(st
     slots, x = np.array([3, 1]), np.ones((2, F), np.float32)
     outputs = np.zeros((2, H), np.float32)
     outputs.flags.writeable = False
-    with pytest.raises(StateLost, match=r"outputs could not be written: .*read-only") as raised:
+    with pytest.raises(StateLost, match=r"outputs could not be written: .*read-only"):
         steps.step(slots, np.arange(2), x, outputs)
-    assert raised.value.slots is not None
-    assert raised.value.slots.tolist() == [3, 1]
     assert steps.read(slots).all(), "they have gone on"
 
 

@@ -48,9 +48,9 @@ async def test_frames_sent_again_are_answered_with_the_same_bytes_and_not_comput
     assert part.frames[0] == first.floats().reshape(W, 2, H)[3:6, 1].tobytes()
     assert server.statistics.frames_total == 2 * W
     assert server.engine.rings.pending_count == 0
-    peeked = await client.peek(handles)
+    read = await client.read_state(handles)
     for column in range(2):
-        np.testing.assert_array_equal(peeked.floats().reshape(2, H)[column], whole(SMALL, x[:, column])[1][0])
+        np.testing.assert_array_equal(read.floats().reshape(2, H)[column], whole(SMALL, x[:, column])[1][0])
 
 
 async def test_a_block_may_mix_what_was_applied_and_what_is_new_within_and_across_columns(

@@ -12,7 +12,6 @@ import pytest
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
 from instep.runtime.worker import Worker
-from instep.server.cold import RecordedStates
 from instep.server.postbox import Postbox
 from instep.server.transport import Router
 from instep_client.protocol.wire import Kind
@@ -72,7 +71,6 @@ async def test_a_snapshot_that_is_not_ready_when_time_is_up_does_not_count(
 CLOSINGS: list[tuple[type, str]] = [
     (Postbox, "broadcast"),
     (Worker, "stop"),
-    (RecordedStates, "close"),
     (Recorder, "stop"),
     (Router, "close"),
 ]
@@ -95,9 +93,8 @@ async def test_what_cannot_be_closed_leaves_nothing_else_open(
 
         monkeypatch.setattr(kind, verb, noted)
 
-    engine = {"max_streams": 40, "device_streams": 8, "host_streams": 12, "max_batch_size": 8}
     failure = "a bug in the server's loop: RuntimeError('injected')"
-    async with running(SMALL, engine=engine, recording={"file": tmp_path / "r.instep"}, failure=failure):
+    async with running(SMALL, recording={"file": tmp_path / "r.instep"}, failure=failure):
         for number, (kind, verb) in enumerate(CLOSINGS):
             note(kind, verb, number == failing)
     assert closed == [f"{kind.__name__}.{verb}" for kind, verb in CLOSINGS]
@@ -122,9 +119,8 @@ async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_go
         commit(self)
 
     state = rng.standard_normal((1, 1, H)).astype(np.float32)
-    engine = {"max_streams": 40, "device_streams": 8, "host_streams": 12, "max_batch_size": 8}
     recording = {"file": tmp_path / "r.instep"}
-    async with running(SMALL, engine=engine, recording=recording) as server, RawClient(server.endpoint) as client:
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         await client.hello()
         with monkeypatch.context() as patch:
             patch.setattr(RecordingWriter, "commit", held)
@@ -139,8 +135,8 @@ async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_go
             opened = await client.receive()
             assert (opened.kind, opened.codes()) == (Kind.OPENED, [])
             assert (await client.receive()).kind is Kind.GOODBYE
-    async with running(SMALL, engine=engine, recording=recording) as server, RawClient(server.endpoint) as client:
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         await client.hello()
         resumed = await client.resume(["s"], [0], opened.epochs())
         assert resumed.codes() == []
-        np.testing.assert_array_equal((await client.peek(resumed.handles())).floats(), state.ravel())
+        np.testing.assert_array_equal((await client.read_state(resumed.handles())).floats(), state.ravel())

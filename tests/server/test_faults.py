@@ -377,19 +377,19 @@ async def test_nothing_is_answered_before_the_recording_has_it(
         await client.send(*client.open_message("t"))
         while server.statistics.batches_total < 2 or server.engine.table.open_count < 2:
             await asyncio.sleep(0.001)
-        await client.send(*client.peek_message(handles))
+        await client.send(*client.read_state_message(handles))
         pong = await client.ask(msgpack.packb([Kind.PING, 9]))
         assert pong.kind is Kind.PONG
         repeated = await client.step(handles, [0], x)
         assert repeated.codes() == [Code.SEQ_REPEATED]
         may_commit.set()
         replies = {reply.kind: reply for reply in [await client.receive() for _ in range(3)]}
-        assert replies[Kind.PEEKED].seqs() == [2]
+        assert replies[Kind.STATE_READ].seqs() == [2]
         np.testing.assert_array_equal(replies[Kind.STEPPED].floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
         assert replies[Kind.OPENED].header[3] == durability
 
 
-@pytest.mark.parametrize("verb", ["resume", "look", "look at another too"])
+@pytest.mark.parametrize("verb", ["resume", "read by name", "read another too"])
 @pytest.mark.parametrize("end", ["expired", "closed"])
 async def test_nobody_is_told_that_a_stream_is_no_more_before_the_recording_has_its_end(
     tmp_path: Path, end: str, verb: str
@@ -413,7 +413,7 @@ async def test_nobody_is_told_that_a_stream_is_no_more_before_the_recording_has_
             if verb == "resume":
                 await client.send(*client.resume_message(["s"], [0], opened.epochs()[:1]))
             else:
-                await client.send(*client.look_message(["s", "other"][: 1 + (verb != "look")]))
+                await client.send(*client.read_named_message(["s", "other"][: 1 + (verb != "read by name")]))
             pong = await client.ask(msgpack.packb([Kind.PING, 9]))
             assert pong.kind is Kind.PONG
             may_commit.set()
@@ -444,7 +444,7 @@ async def test_who_has_the_number_of_an_owner_that_is_gone_is_not_told_of_the_en
             assert (await heir.open("s")).kind is Kind.OPENED
 
 
-@pytest.mark.parametrize("verb", ["peek", "look", "look in vain", "resume in vain"])
+@pytest.mark.parametrize("verb", ["read", "read by name", "read in vain", "resume in vain"])
 async def test_while_a_commit_takes_long_only_so_many_answers_that_are_not_recorded_wait_for_it(
     tmp_path: Path, verb: str
 ) -> None:
@@ -459,12 +459,12 @@ async def test_while_a_commit_takes_long_only_so_many_answers_that_are_not_recor
                 await asyncio.sleep(0)
             for _ in range(count):
                 match verb:
-                    case "peek":
-                        message = client.peek_message(opened.handles())
-                    case "look":
-                        message = client.look_message(["s"])
-                    case "look in vain":
-                        message = client.look_message(["nobody"])
+                    case "read":
+                        message = client.read_state_message(opened.handles())
+                    case "read by name":
+                        message = client.read_named_message(["s"])
+                    case "read in vain":
+                        message = client.read_named_message(["nobody"])
                     case _:
                         message = client.resume_message(["nobody"], [0], [1])
                 await client.send(*message)
@@ -475,7 +475,7 @@ async def test_while_a_commit_takes_long_only_so_many_answers_that_are_not_recor
             assert len(server._tap._waiting) <= 1 + MOST_JOBS
             may_commit.set()
             for _ in range(1 + count):
-                assert (await client.receive()).kind in (Kind.OPENED, Kind.PEEKED, Kind.RESUMED)
+                assert (await client.receive()).kind in (Kind.OPENED, Kind.STATE_READ, Kind.RESUMED)
             assert server.has_room
 
 

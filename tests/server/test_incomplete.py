@@ -26,7 +26,7 @@ async def recorded(path: Path, files: int) -> list[int]:
                 await client.open(f"other-{number}")
                 server._rotation._max_age_ns = 1  # once: nothing is recorded after it
                 while not family.member_path(path, number).exists():
-                    await client.peek(opened.handles())
+                    await client.read_state(opened.handles())
                 server._rotation._max_age_ns = 0
     return opened.epochs()
 

@@ -79,19 +79,20 @@ MALFORMED: list[tuple[list[bytes], Code, str]] = [
     ([header(Kind.RESUME, 1, 0), b"a\nb", b"\0" * 16], Code.MALFORMED, "1 names"),
     ([header(Kind.RESUME, 1, 0), b"a", b"\0" * 15], Code.MALFORMED, "claims must be 16 bytes"),
     ([header(Kind.RESUME, 2, 0), b"a\na", b"\0" * 32], Code.REPEATED_STREAM, "only once"),
-    ([header(Kind.PEEK, 0), b""], Code.MALFORMED, "N must"),
-    ([header(Kind.PEEK, 1), b"\0" * 9], Code.MALFORMED, "handles must be 8 bytes"),
+    ([header(Kind.READ_STATE, 0, 0), b""], Code.MALFORMED, "N must"),
+    ([header(Kind.READ_STATE, 1, 0), b"\0" * 9], Code.MALFORMED, "handles must be 8 bytes"),
     ([header(Kind.RESET, 1, 7), b"\0" * 8, b""], Code.MALFORMED, "has_states"),
     ([header(Kind.RESET, 1, 0), b"\0" * 8, b"\0"], Code.MALFORMED, "no states"),
     ([header(Kind.RESET, 1, 1), b"\0" * 8, b"\0" * 36], Code.WRONG_SHAPE, "float32"),
     ([header(Kind.FORK, 1), b"\0" * 8, b"a\nb"], Code.MALFORMED, "1 names"),
-    ([header(Kind.LOOK, 0), b"a"], Code.MALFORMED, "N must"),
-    ([header(Kind.LOOK, 1), b"a\nb"], Code.MALFORMED, "1 names"),
-    ([header(Kind.LOOK, 1), b"\xff"], Code.MALFORMED, "UTF-8"),
+    ([header(Kind.READ_STATE, 1, 2), b"a"], Code.MALFORMED, "by_name must"),
+    ([header(Kind.READ_STATE, 0, 1), b"a"], Code.MALFORMED, "N must"),
+    ([header(Kind.READ_STATE, 1, 1), b"a\nb"], Code.MALFORMED, "1 names"),
+    ([header(Kind.READ_STATE, 1, 1), b"\xff"], Code.MALFORMED, "UTF-8"),
     ([header(Kind.FORK, 1), b"\0" * 7, b"a"], Code.MALFORMED, "handles must be 8 bytes"),
     ([header(Kind.CLOSE, 1), b"\0" * 7], Code.MALFORMED, "handles must be 8 bytes"),
     ([header(Kind.HELLO, 1, "x")], Code.WRONG_VERSION, "version"),
-    ([header(Kind.HELLO, 4, 5)], Code.MALFORMED, "name"),
+    ([header(Kind.HELLO, 5, 5)], Code.MALFORMED, "name"),
 ]
 
 
@@ -118,7 +119,7 @@ async def test_a_connection_that_did_not_say_hello_is_told_to(server: Server) ->
 
 async def test_a_self_chosen_identity_is_refused(server: Server) -> None:
     async with RawClient(server.endpoint, identity=b"alice") as client:
-        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 4, "raw"]))
+        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 5, "raw"]))
         assert reply.code is Code.MALFORMED
         assert "routing id" in reply.sentence
 
@@ -242,7 +243,7 @@ async def test_no_more_connections_than_the_limit() -> None:
     async with running(SMALL, limits={"max_connections": 1}) as server:
         async with RawClient(server.endpoint) as first, RawClient(server.endpoint) as second:
             await first.hello()
-            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 4, "raw"]))
+            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 5, "raw"]))
             assert reply.code is Code.BUSY
             assert "max_connections" in reply.sentence
 

@@ -157,7 +157,7 @@ async def test_who_resumes_by_the_present_epoch_fences_a_connection_that_still_l
         assert notice.handles().tolist() == opened.handles()[:1].tolist()
         late = await old.step(opened.handles(), [2, 2], x[2:])
         assert late.failures() == [(0, 0, Code.FENCED, 0)]
-        for verb in (old.close, old.peek, old.reset):
+        for verb in (old.close, old.read_state, old.reset):
             assert (await verb(opened.handles()[:1])).codes() == [Code.FENCED]
         after = await client.step(resumed.handles(), [2], x[2:, :1])
     y = np.concatenate([before.floats().reshape(2, 2, H)[:, 0], after.floats().reshape(2, H)])

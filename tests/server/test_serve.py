@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from instep.config import Config
+from instep.demo.child_server import ChildFailed, ChildServer
 from instep.models.certify import Certification
 from instep.models.folder import write_model
 from instep.models.network import Network
 from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
-from instep.server.child import ChildFailed, ChildServer
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.preparation import CannotServe, prepare
 from instep.server.serve import exactness_sentence

@@ -1,4 +1,4 @@
-"""Verbs on states: look at them, change them, copy them, begin with them."""
+"""Verbs on states: read them, change them, copy them, begin with them."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def frames(rng: np.random.Generator, timesteps: int, columns: int = 1) -> F32:
     return rng.standard_normal((timesteps, columns, F)).astype(np.float32)
 
 
-async def test_a_peek_shows_seq_and_state_and_leaves_the_stream_as_it_was(rng: np.random.Generator) -> None:
+async def test_a_read_shows_seq_and_state_and_leaves_the_stream_as_it_was(rng: np.random.Generator) -> None:
     x = frames(rng, 7, 2)
     async with running(MODEL) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("a", "b")).handles()
-        fresh = await client.peek(handles)
+        fresh = await client.read_state(handles)
         assert fresh.seqs() == [0, 0]
         assert not fresh.floats().any()
         await client.step(handles, [0, 0], x[:4])
         for _ in range(2):
-            peeked = await client.peek(handles)
-            assert (peeked.seqs(), peeked.failures()) == ([4, 4], [])
+            read = await client.read_state(handles)
+            assert (read.seqs(), read.failures()) == ([4, 4], [])
             for column in range(2):
                 truth = whole(MODEL, x[:4, column])[1]
-                np.testing.assert_array_equal(peeked.floats().reshape(2, LAYERS, H)[column], truth)
+                np.testing.assert_array_equal(read.floats().reshape(2, LAYERS, H)[column], truth)
         rest = (await client.step(handles, [4, 4], x[4:])).floats().reshape(3, 2, H)
     for column in range(2):
         np.testing.assert_array_equal(rest[:, column], whole(MODEL, x[:, column])[0][4:])
 
 
-async def test_a_peek_during_a_step_shows_the_state_after_the_frame_before_its_seq(rng: np.random.Generator) -> None:
+async def test_a_read_during_a_step_shows_the_state_after_the_frame_before_its_seq(rng: np.random.Generator) -> None:
     x = frames(rng, 3)
     x[0, 0, 0] = GATE_VALUE
     gate = Gate()
@@ -63,14 +63,14 @@ async def test_a_peek_during_a_step_shows_the_state_after_the_frame_before_its_s
         await client.send(*client.step_message(handles, [0], x))
         while not len(server.engine.blocks):
             await asyncio.sleep(0)
-        await client.send(msgpack.packb([Kind.PEEK, client.next_request(), 1]), handles.tobytes())
+        await client.send(msgpack.packb([Kind.READ_STATE, client.next_request(), 1, 0]), handles.tobytes())
         while server.lifecycle.waits.is_quiet:
             await asyncio.sleep(0)
         gate.open()
         replies = {reply.kind: reply for reply in [await client.receive() for _ in range(2)]}
-    peeked = replies[Kind.PEEKED]
-    assert peeked.seqs() == [1]
-    np.testing.assert_array_equal(peeked.floats().reshape(LAYERS, H), whole(MODEL, x[:1, 0])[1])
+    read = replies[Kind.STATE_READ]
+    assert read.seqs() == [1]
+    np.testing.assert_array_equal(read.floats().reshape(LAYERS, H), whole(MODEL, x[:1, 0])[1])
     np.testing.assert_array_equal(replies[Kind.STEPPED].floats().reshape(3, H), whole(MODEL, x[:, 0])[0])
 
 
@@ -83,16 +83,16 @@ async def test_only_ones_own_streams_are_seen_changed_or_copied(rng: np.random.G
         await other.step(theirs, [0], x := frames(rng, 2))
         handles: U64 = np.concatenate([theirs, mine, np.array([NOBODY], np.uint64)])
         refused = [(0, 0, Code.FOREIGN_STREAM, 0), (2, 0, Code.UNKNOWN_STREAM, 0)]
-        peeked = await client.peek(handles)
-        assert (peeked.failures(), peeked.seqs()) == (refused, [0, 0, 0])
-        states = peeked.floats().reshape(3, LAYERS, H)
+        read = await client.read_state(handles)
+        assert (read.failures(), read.seqs()) == (refused, [0, 0, 0])
+        states = read.floats().reshape(3, LAYERS, H)
         assert np.isnan(states[[0, 2]]).all()
         assert not states[1].any()
         assert (await client.reset(handles, np.ones((3, LAYERS, H), np.float32))).failures() == refused
         forked = await client.fork(handles, ["a", "b", "c"])
         assert forked.failures() == refused
         assert np.flatnonzero(forked.handles()).tolist() == [1]
-        for verb in (client.peek, client.reset):
+        for verb in (client.read_state, client.reset):
             assert (await verb(theirs)).codes() == [Code.FOREIGN_STREAM]
             assert (await verb(np.concatenate([mine, mine]))).code is Code.REPEATED_STREAM
         assert (await client.fork(theirs, ["d"])).codes() == [Code.FOREIGN_STREAM]
@@ -109,10 +109,10 @@ async def test_a_look_shows_anybodys_state_and_nobody_notices(rng: np.random.Gen
             opened = await owner.open("theirs", "fresh")
             theirs = opened.handles()[:1]
             before = (await owner.step(theirs, [0], x[:4])).floats().reshape(4, H)
-            looked = await other.look(["fresh", "none", "theirs"])
-            assert (looked.kind, looked.seqs()) == (Kind.PEEKED, [0, 0, 4])
-            assert looked.failures() == [(1, 0, Code.UNKNOWN_STREAM, 0)]
-            states = looked.floats().reshape(3, LAYERS, H)
+            read = await other.read_named(["fresh", "none", "theirs"])
+            assert (read.kind, read.seqs()) == (Kind.STATE_READ, [0, 0, 4])
+            assert read.failures() == [(1, 0, Code.UNKNOWN_STREAM, 0)]
+            states = read.floats().reshape(3, LAYERS, H)
             assert not states[0].any()
             assert np.isnan(states[1]).all()
             np.testing.assert_array_equal(states[2], whole(MODEL, x[:4, 0])[1])
@@ -122,7 +122,7 @@ async def test_a_look_shows_anybodys_state_and_nobody_notices(rng: np.random.Gen
             server._postbox.give_up(*server._clients.all()[1:])
         while server.engine.table.owned[server.engine.table.parked] != 2:
             await asyncio.sleep(0.005)
-        assert (await other.look(["theirs"])).seqs() == [6]
+        assert (await other.read_named(["theirs"])).seqs() == [6]
         epoch = int(opened.grants()["epoch"][0])
         resumed = await other.resume(["theirs"], [6], [epoch])  # the owner's epoch is still the present one
         assert resumed.failures() == []
@@ -144,18 +144,18 @@ async def test_a_look_at_streams_that_are_not_there_any_more_says_why(rng: np.ra
             while not server.engine.table.closing.any():
                 await asyncio.sleep(0)
             server.lifecycle.expire(server.engine.table.find_all(["expired"]))
-            await client.send(*client.look_message(["closing", "closed", "expired", "a\tb", ""]))
-            assert (await client.look(["x", "x"])).code is Code.REPEATED_STREAM
+            await client.send(*client.read_named_message(["closing", "closed", "expired", "a\tb", ""]))
+            assert (await client.read_named(["x", "x"])).code is Code.REPEATED_STREAM
             pong = await client.ask(msgpack.packb([Kind.PING, 9]))
             assert pong.kind is Kind.PONG, "the end of the first is not told before it has ended"
         finally:
             gate.open()
         replies = {reply.kind: reply for reply in [await client.receive() for _ in range(4)]}  # and EVICTED
-        looked = replies[Kind.PEEKED]
-        assert looked.codes() == [
+        read = replies[Kind.STATE_READ]
+        assert read.codes() == [
             *(Code.UNKNOWN_STREAM, Code.UNKNOWN_STREAM, Code.EXPIRED, Code.UNKNOWN_STREAM, Code.UNKNOWN_STREAM)
         ]
-        assert np.isnan(looked.floats()).all()
+        assert np.isnan(read.floats()).all()
 
 
 @pytest.mark.parametrize("to_zeros", [True, False])
@@ -261,14 +261,14 @@ async def test_a_stream_may_be_opened_where_another_one_was(rng: np.random.Gener
         await client.hello()
         handles = (await client.open("before")).handles()
         await client.step(handles, [0], x[:5])
-        peeked = await client.peek(handles)
-        state = peeked.floats().reshape(1, LAYERS, H)
+        read = await client.read_state(handles)
+        state = read.floats().reshape(1, LAYERS, H)
         opened = await client.open("after", "other", states=np.repeat(state, 2, 0), first_seqs=[first, 3])
         assert (opened.seqs(), opened.failures()) == ([first, 3], [])
         handles = opened.handles()[:1]
         assert (await client.step(handles, [0], x[:1])).failures() == [(0, 0, Code.SEQ_REPEATED, first)]
         y = await client.step(handles, [first], x[5:], acked=[first])
-        assert (await client.peek(handles)).seqs() == [first + 4]
+        assert (await client.read_state(handles)).seqs() == [first + 4]
     np.testing.assert_array_equal(y.floats().reshape(4, H), whole(MODEL, x[:, 0])[0][5:])
 
 
@@ -301,17 +301,17 @@ async def test_states_that_cannot_be_read_or_written_are_refused_one_by_one() ->
         await client.hello()
         handles = (await client.open("s")).handles()
         steppers[0].is_broken = True
-        peeked = await client.peek(handles)
-        assert peeked.codes() == [Code.STATE_LOST]
-        assert np.isnan(peeked.floats()).all()
+        read = await client.read_state(handles)
+        assert read.codes() == [Code.STATE_LOST]
+        assert np.isnan(read.floats()).all()
         assert (await client.fork(handles, ["copy"])).codes() == [Code.STATE_LOST]
         assert (await client.reset(handles)).codes() == [Code.STEP_FAILED]
         steppers[0].is_broken = False
-        assert (await client.peek(handles)).failures() == []
+        assert (await client.read_state(handles)).failures() == []
         assert (await client.open("copy")).failures() == []
 
 
-@pytest.mark.parametrize("verb", ["peek", "fork", "close"])
+@pytest.mark.parametrize("verb", ["read", "fork", "close"])
 async def test_more_states_than_fit_into_a_message_are_refused_whole(verb: str) -> None:
     transport: dict[str, Any] = {"max_message_bytes": 4096}
     async with running(SMALL, transport=transport) as server, RawClient(server.endpoint) as client:
@@ -321,7 +321,7 @@ async def test_more_states_than_fit_into_a_message_are_refused_whole(verb: str) 
         if verb == "fork":
             reply = await client.fork(handles, ["n"] * count)
         else:
-            reply = await (client.peek if verb == "peek" else client.close)(handles)
+            reply = await (client.read_state if verb == "read" else client.close)(handles)
         assert reply.code is Code.TOO_LARGE
 
 

@@ -39,7 +39,7 @@ async def test_frames_and_changes_of_states_keep_their_order(rng: np.random.Gene
         handles = (await client.open("s")).handles()
         first = (await client.step(handles, [0], x[:4, None])).floats().reshape(4, H)
         np.testing.assert_array_equal(first, whole(SMALL, x[:4])[0])
-        state = (await client.peek(handles)).floats()
+        state = (await client.read_state(handles)).floats()
         np.testing.assert_array_equal(state.reshape(1, H), whole(SMALL, x[:4])[1])
         await client.reset(handles)
         second = (await client.step(handles, [4], x[4:, None])).floats().reshape(5, H)
@@ -243,7 +243,6 @@ def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -
     obstacles = [
         (EngineConfig(), torch.device("cuda:0"), "the device is cuda:0"),
         (EngineConfig(threads=2), CPU, "engine.threads is above 1"),
-        (EngineConfig(device_streams=256), CPU, "engine.device_streams is below engine.max_streams"),
     ]
     for engine, device, why in obstacles:
         assert not steps_apart(engine, device)

@@ -31,7 +31,7 @@ Handler: TypeAlias = Callable[[bytes, list[bytes]], list[tuple[bytes, Message]]]
 Fault: TypeAlias = Callable[[list[Any], list[bytes]], list[Message] | None]
 
 INFO = ServerInfo(
-    protocol_version=4,
+    protocol_version=5,
     boot_id="boot",
     model="halving",
     fingerprint="00",

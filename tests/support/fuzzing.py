@@ -43,11 +43,11 @@ ANSWERS = {
     Kind.STATISTICS: 3,
     Kind.ERROR: 5,
     Kind.RESUMED: 5,
-    Kind.PEEKED: 4,
+    Kind.STATE_READ: 4,
     Kind.CHANGED: 4,
 }
 """What a healthy server says, and how many elements its header has."""
-WITH_FAILURES = (Kind.OPENED, Kind.RESUMED, Kind.STEPPED, Kind.CLOSED, Kind.PEEKED, Kind.CHANGED)
+WITH_FAILURES = (Kind.OPENED, Kind.RESUMED, Kind.STEPPED, Kind.CLOSED, Kind.STATE_READ, Kind.CHANGED)
 
 INTERESTING_BYTES = bytes([0x00, 0x01, 0x7F, 0x80, 0x90, 0x93, 0xC0, 0xC1, 0xC6, 0xD9, 0xDC, 0xDD, 0xFF])
 INTERESTING_VALUES: list[Any] = [
@@ -139,7 +139,7 @@ class MessageMaker:
         self._named: dict[int, list[str]] = {}
         self._kinds = [
             *(self._hello, self._open, self._open, *[self._step] * 8, self._close, self._ping, self._servers_own),
-            *(self._resume, self._resume, self._peek, self._look, self._reset, self._fork),
+            *(self._resume, self._resume, self._read_state, self._read_named, self._reset, self._fork),
         ]
         self._damages = [
             *(self._change_byte, self._change_byte, self._cut, self._extend, self._drop, self._double, self._insert),
@@ -215,7 +215,7 @@ class MessageMaker:
         return [self._one_of(known) for _ in range(count)]
 
     def _hello(self) -> list[bytes]:
-        return [self._header(Kind.HELLO, 4, "fuzzer")]
+        return [self._header(Kind.HELLO, 5, "fuzzer")]
 
     def _open(self) -> list[bytes]:
         count = 1 + self._below(3)
@@ -246,13 +246,13 @@ class MessageMaker:
         header = msgpack.packb([Kind.RESUME, request, 1, take_over])
         return [header, name.encode(), struct.pack("<2Q", have, epoch)]
 
-    def _peek(self) -> list[bytes]:
+    def _read_state(self) -> list[bytes]:
         count = 1 + self._below(2)
-        return [self._header(Kind.PEEK, count), struct.pack(f"<{count}Q", *self._handles(count))]
+        return [self._header(Kind.READ_STATE, count, 0), struct.pack(f"<{count}Q", *self._handles(count))]
 
-    def _look(self) -> list[bytes]:
+    def _read_named(self) -> list[bytes]:
         names = [f"fuzzed-{self._below(400)}", self._one_of(list(self._epochs) or ["fuzzed-0"])][: 1 + self._below(2)]
-        return [self._header(Kind.LOOK, len(names)), "\n".join(names).encode()]
+        return [self._header(Kind.READ_STATE, len(names), 1), "\n".join(names).encode()]
 
     def _reset(self) -> list[bytes]:
         has_states = self._below(2)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
 from instep.config import Config
-from instep.core.typing import F32, I64
+from instep.core.typing import F32, I64, float32_zeros
 from instep.models.network import Network
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
@@ -47,10 +47,15 @@ class Gate:
         return self.bare_stepper(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
 
     def bare_stepper(
-        self, network: Network, buckets: Sequence[int], max_streams: int, device: torch.device, *tiers: Any
+        self,
+        network: Network,
+        buckets: Sequence[int],
+        max_streams: int,
+        device: torch.device,
+        zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
     ) -> Stepper:
         """The same, from what `Stepper` itself takes."""
-        return _GatedStepper(self, network, buckets, max_streams, device, *tiers)
+        return _GatedStepper(self, network, buckets, max_streams, device, zeros)
 
 
 class _GatedStepper(Stepper):
@@ -61,9 +66,9 @@ class _GatedStepper(Stepper):
         buckets: Sequence[int],
         max_streams: int,
         device: torch.device,
-        *tiers: Any,
+        zeros: Callable[[tuple[int, ...]], F32],
     ) -> None:
-        super().__init__(network, buckets, max_streams, device, *tiers)
+        super().__init__(network, buckets, max_streams, device, zeros)
         self._gate = gate
 
     def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:

@@ -54,13 +54,13 @@ class Reply:
         return [int(epoch) for epoch in self.grants()["epoch"]]
 
     def seqs(self) -> list[int]:
-        """The next seqs of an OPENED, RESUMED or PEEKED."""
-        seqs = np.frombuffer(self.frames[0], "<u8") if self.kind is Kind.PEEKED else self.grants()["next_seq"]
+        """The next seqs of an OPENED, RESUMED or STATE_READ."""
+        seqs = np.frombuffer(self.frames[0], "<u8") if self.kind is Kind.STATE_READ else self.grants()["next_seq"]
         return [int(seq) for seq in seqs]
 
     def floats(self) -> F32:
-        """The floats of a STEPPED, CLOSED or PEEKED, flat."""
-        return np.frombuffer(self.frames[1 if self.kind is Kind.PEEKED else 0], "<f4")
+        """The floats of a STEPPED, CLOSED or STATE_READ, flat."""
+        return np.frombuffer(self.frames[1 if self.kind is Kind.STATE_READ else 0], "<f4")
 
     def failures(self) -> list[tuple[int, int, Code, int]]:
         """(column, timestep, code, expected seq) of each failure, in the last frame."""
@@ -123,7 +123,7 @@ class RawClient:
         self._request += 1
         return self._request
 
-    def hello_message(self, version: int = 4) -> list[bytes]:
+    def hello_message(self, version: int = 5) -> list[bytes]:
         """A HELLO."""
         return [msgpack.packb([Kind.HELLO, self.next_request(), version, "raw"])]
 
@@ -187,21 +187,21 @@ class RawClient:
         """Resume streams."""
         return await self.ask(*self.resume_message(names, have, epochs, take_over=take_over))
 
-    def peek_message(self, handles: Sequence[int] | U64) -> list[bytes]:
-        """A PEEK."""
-        return [msgpack.packb([Kind.PEEK, self.next_request(), len(handles)]), _array(handles, "<u8")]
+    def read_state_message(self, handles: Sequence[int] | U64) -> list[bytes]:
+        """A READ_STATE by handle."""
+        return [msgpack.packb([Kind.READ_STATE, self.next_request(), len(handles), 0]), _array(handles, "<u8")]
 
-    async def peek(self, handles: Sequence[int] | U64) -> Reply:
-        """Look at states."""
-        return await self.ask(*self.peek_message(handles))
+    async def read_state(self, handles: Sequence[int] | U64) -> Reply:
+        """Read states by handle."""
+        return await self.ask(*self.read_state_message(handles))
 
-    def look_message(self, names: Sequence[str]) -> list[bytes]:
-        """A LOOK."""
-        return [msgpack.packb([Kind.LOOK, self.next_request(), len(names)]), _lines(names)]
+    def read_named_message(self, names: Sequence[str]) -> list[bytes]:
+        """A READ_STATE by name."""
+        return [msgpack.packb([Kind.READ_STATE, self.next_request(), len(names), 1]), _lines(names)]
 
-    async def look(self, names: Sequence[str]) -> Reply:
-        """Look at states by name."""
-        return await self.ask(*self.look_message(names))
+    async def read_named(self, names: Sequence[str]) -> Reply:
+        """Read states by name."""
+        return await self.ask(*self.read_named_message(names))
 
     def reset_message(self, handles: Sequence[int] | U64, states: F32 | None = None) -> list[bytes]:
         """A RESET."""

@@ -45,6 +45,8 @@ class RingServer:
     def __init__(self, info: ServerInfo = RING_INFO) -> None:
         self.info = info
         self.streams: dict[str, RingStream] = {}
+        self.closed: dict[str, RingStream] = {}
+        """The last stream of each name that a client closed."""
         self.expired: set[str] = set()
         self.peers: dict[bytes, int] = {}
         self.hellos = 0
@@ -214,6 +216,13 @@ class RingServer:
             found.append(stream)
         return found, refused
 
+    def _find_named(self, header: list[Any], frame: bytes) -> tuple[list[RingStream | None], list[Any]]:
+        names = frame.decode().split("\n")
+        assert len(names) == header[2]
+        found = [self.streams.get(name) for name in names]
+        missing = (Code.EXPIRED if name in self.expired else Code.UNKNOWN_STREAM for name in names)
+        return found, [(i, 0, int(code), 0, 0) for i, code in enumerate(missing) if found[i] is None]
+
     def _states(self, found: Sequence[RingStream | None]) -> F32:
         nan = np.full(self.info.state_layers * self.info.state_size, np.nan, np.float32)
         return np.array([nan if stream is None else stream.state for stream in found], np.float32)
@@ -227,25 +236,14 @@ class RingServer:
         states = self._states(found)
         for stream in found:
             if stream is not None:
-                del self.streams[stream.name]
+                self.closed[stream.name] = self.streams.pop(stream.name)
         return self._answer(Kind.CLOSED, header[1], len(found), [states.tobytes()], refused)
 
-    def _peek(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
-        found, refused = self._find(peer, frames[1])
+    def _read_state(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
+        found, refused = self._find_named(header, frames[1]) if header[3] else self._find(peer, frames[1])
         seqs = np.array([0 if stream is None else stream.next_seq for stream in found], "<u8")
         arrays = [seqs.tobytes(), self._states(found).tobytes()]
-        return self._answer(Kind.PEEKED, header[1], len(found), arrays, refused)
-
-    def _look(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
-        names = frames[1].decode().split("\n")
-        assert len(names) == header[2]
-        found = [self.streams.get(name) for name in names]
-        missing = (Code.EXPIRED if name in self.expired else Code.UNKNOWN_STREAM for name in names)
-        refused = [(i, 0, int(code), 0, 0) for i, code in enumerate(missing) if found[i] is None]
-        seqs = np.array([0 if stream is None else stream.next_seq for stream in found], "<u8")
-        return self._answer(
-            Kind.PEEKED, header[1], len(found), [seqs.tobytes(), self._states(found).tobytes()], refused
-        )
+        return self._answer(Kind.STATE_READ, header[1], len(found), arrays, refused)
 
     def _reset(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         found, refused = self._find(peer, frames[1])

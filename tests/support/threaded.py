@@ -7,7 +7,6 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from instep.config import load_config
 from instep.models.folder import load_model
@@ -17,6 +16,7 @@ FLAGS = {
     "--max-streams": "engine.max_streams",
     "--exactness": "engine.exactness",
     "--record": "recording.file",
+    "--durability": "recording.durability",
 }
 
 
@@ -33,7 +33,6 @@ class ThreadedServer:
         self._folder = model
         self._ready: Future[str] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
-        self.first_line: dict[str, Any] = {"certified_s": 0.5}
 
     async def _serve(self) -> None:
         self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()

@@ -1,6 +1,6 @@
-"""`instep-client state …`: look at a stream's state, save it, go on from it, copy it, replace it.
+"""`instep-client state …`: read a stream's state, save it, go on from it, copy it, replace it.
 
-Looking, saving and copying need no ownership: nobody notices. Only a reset takes the stream from its owner, and only
+Reading, saving and copying need no ownership: nobody notices. Only a reset takes the stream from its owner, and only
 when told to. Streams that a command has opened or taken are left to the server, which parks them, when it ends.
 """
 
@@ -29,14 +29,14 @@ FIRST_VALUES: Final = 6
 """How many values of a layer are shown."""
 
 
-async def peek(endpoint: str, name: str, terminal: Terminal, stop: Stop) -> Exit:
+async def read(endpoint: str, name: str, terminal: Terminal, stop: Stop) -> Exit:
     """Show a stream's seq and state.
 
     Raises:
         InstepError: as the client does, when there is no such stream for one.
     """
-    async with connected(endpoint, "state peek", terminal, stop) as client:
-        seq, state = await client.peek(name)
+    async with connected(endpoint, "state read", terminal, stop) as client:
+        seq, state = await client.read_state(name)
         info = client.info
     if terminal.as_json:
         terminal.result({"stream": name, "seq": seq, **_of_model(info), "state": _plain(state)})
@@ -125,7 +125,7 @@ async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, te
         if file is not None and taken is not None:
             _check(file, taken, client.info)  # while its owner still has the stream
         if not take_over:
-            await client.peek(name)  # or there is no such stream
+            await client.read_state(name)  # or there is no such stream
             raise CommandProblem(
                 f"stream {name!r} has an owner, connected or expected back, who would go on from a state that is not "
                 "its own; with --take-over the stream is reset all the same, and its owner is told that it was taken"

@@ -17,7 +17,7 @@ from instep_client.protocol.wire import DEFAULT_ENDPOINT
 
 app: Final = typer.Typer(
     cls=PlainCommands,
-    help="Look at a stream's state, save it in a file, go on from it, copy it, replace it.\n\n"
+    help="Read a stream's state, save it in a file, go on from it, copy it, replace it.\n\n"
     "The exit status is 0 when it was done, and 2 when it was not: the error says why.",
     no_args_is_help=True,
 )
@@ -25,15 +25,15 @@ app: Final = typer.Typer(
 Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="The stream, whoever has it.")]
 
 
-@app.command("peek")
-def peek_command(name: Name, endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
+@app.command("read")
+def read_command(name: Name, endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
     """Show the seq of a stream's next frame and its state. Its owner notices nothing.
 
     --json gives all values.
     """
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await state.peek(endpoint, name, terminal, stop)
+        return await state.read(endpoint, name, terminal, stop)
 
     raise typer.Exit(run_undrained(command, Terminal(as_json)))
 

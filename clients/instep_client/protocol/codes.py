@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 MAX_NAME_BYTES: Final = 200
 HAVE_ALL: Final = 2**64 - 1
 """Said by who resumes a stream and does not know how many outputs it has given."""
@@ -78,7 +78,6 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
     Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included; close one, or raise it",
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
-    Code.STATE_LOST: "the stream's state is lost, by a failure of the server or in a recording that is damaged, and "
-    "the stream was closed; see the server's log",
+    Code.STATE_LOST: "a failure of the server lost the stream's state, and the stream was closed; see the server's log",
     Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",
 }

@@ -75,10 +75,9 @@ class Kind(IntEnum):
     PING = 5
     STATS = 6
     RESUME = 7
-    PEEK = 8
+    READ_STATE = 8
     RESET = 9
     FORK = 10
-    LOOK = 11
     WELCOME = 65
     OPENED = 66
     STEPPED = 67
@@ -89,7 +88,7 @@ class Kind(IntEnum):
     ERROR = 72
     GOODBYE = 73
     RESUMED = 74
-    PEEKED = 75
+    STATE_READ = 75
     CHANGED = 76
 
 
@@ -101,10 +100,9 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.PING: 2,  # either side may ask; the server's number says how many bytes it has sent
     Kind.STATS: 2,
     Kind.RESUME: 4,  # kind, request, N, whether to take the streams over (0 or 1)
-    Kind.PEEK: 3,  # kind, request, N
+    Kind.READ_STATE: 4,  # kind, request, N, whether streams are named (1) or given by handle (0)
     Kind.RESET: 4,  # kind, request, N, whether states follow (0 or 1)
     Kind.FORK: 3,  # kind, request, N
-    Kind.LOOK: 3,  # kind, request, N
     Kind.WELCOME: 21,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.STEPPED: 9,  # kind, request, T, N, queue_us, compute_us, send_us, sentences, also (see `MAX_ALSO`)
@@ -115,7 +113,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.ERROR: 5,  # kind, request (0 when it could not be read), code, sentence, retry_after_us
     Kind.GOODBYE: 3,  # kind, request (0), sentence
     Kind.RESUMED: 5,  # kind, request, N, durability, sentences
-    Kind.PEEKED: 4,  # kind, request, N, sentences
+    Kind.STATE_READ: 4,  # kind, request, N, sentences
     Kind.CHANGED: 4,  # kind, request, N, sentences
 }
 
@@ -127,10 +125,9 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.PING: 1,
     Kind.STATS: 1,
     Kind.RESUME: 3,  # names, claims [N]
-    Kind.PEEK: 2,  # handles uint64 [N]
+    Kind.READ_STATE: 2,  # handles uint64 [N], or names
     Kind.RESET: 3,  # handles uint64 [N], states float32 [N, state] or empty
     Kind.FORK: 3,  # handles uint64 [N], names of the copies
-    Kind.LOOK: 2,  # names
     Kind.WELCOME: 1,
     Kind.OPENED: 3,  # grants [N], failures
     Kind.STEPPED: 3,  # y float32 [T, N, outputs] (NaN where refused), failures
@@ -141,7 +138,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.ERROR: 1,
     Kind.GOODBYE: 1,
     Kind.RESUMED: 3,  # grants [N], failures
-    Kind.PEEKED: 4,  # seqs uint64 [N], states float32 [N, state] (NaN where refused), failures
+    Kind.STATE_READ: 4,  # seqs uint64 [N], states float32 [N, state] (NaN where refused), failures
     Kind.CHANGED: 2,  # failures
 }
 

@@ -27,8 +27,6 @@ def contradictions(config: Config) -> list[Contradiction]:
     """
     return [
         *_model(config),
-        *_engine(config),
-        *_host_streams(config),
         *_transport(config),
         *_limits(config),
         *_recording(config),
@@ -60,55 +58,6 @@ def _model(config: Config) -> list[Contradiction]:
                 ("model.network", "model.weights"),
                 "model.weights names a file, but the network it belongs to is not described",
                 "add model.network, or name a model folder as model.folder instead",
-            )
-        )
-    return found
-
-
-def _engine(config: Config) -> list[Contradiction]:
-    engine = config.engine
-    largest_batch = min(engine.max_batch_size, engine.max_streams)
-    if engine.device_streams == 0 or engine.device_streams >= largest_batch:
-        return []
-    return [
-        Contradiction(
-            ("engine.device_streams", "engine.max_batch_size", "engine.max_streams"),
-            f"the device would hold the states of {engine.device_streams} streams, but one batch may have "
-            f"{largest_batch} streams, whose states must all be there while it is stepped",
-            f"set it to at least {largest_batch}, or to 0 for all streams, or lower engine.max_batch_size",
-        )
-    ]
-
-
-def _host_streams(config: Config) -> list[Contradiction]:
-    engine = config.engine
-    if engine.host_streams == 0 or engine.host_streams >= engine.max_streams:
-        return []
-    found = []
-    if config.recording.file is None:
-        found.append(
-            Contradiction(
-                ("engine.host_streams", "engine.max_streams", "recording.file"),
-                f"host memory would hold the states of {engine.host_streams} of {engine.max_streams} streams, and there"
-                " is no recording to hold the others",
-                "set it to 0 for all streams, or name a recording.file (--record FILE)",
-            )
-        )
-    if not 0 < engine.device_streams < engine.max_streams:
-        found.append(
-            Contradiction(
-                ("engine.host_streams", "engine.device_streams"),
-                "it bounds the states in host memory, but the device holds the states of all streams",
-                "set it to 0, or engine.device_streams to at most engine.host_streams",
-            )
-        )
-    elif engine.host_streams < engine.device_streams:
-        found.append(
-            Contradiction(
-                ("engine.host_streams", "engine.device_streams"),
-                f"host memory would hold {engine.host_streams} states, but it must have room for the "
-                f"{engine.device_streams} that are on the device and may have changed since the last snapshot",
-                f"set it to at least {engine.device_streams}, or to 0 for all streams, or lower engine.device_streams",
             )
         )
     return found

@@ -49,8 +49,6 @@ class EngineConfig(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     exactness: Literal["require", "prefer", "off"] = "prefer"
     max_streams: Count = 4096
-    device_streams: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    host_streams: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 512
     steps_in: Literal["auto", "process", "thread"] = "auto"
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 300

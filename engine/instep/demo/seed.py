@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from instep.demo.child_server import ChildFailed, ChildServer
 from instep.demo.show import say
 from instep.models.folder import save_model
 from instep.models.network import GRU_BUCKET
 from instep.models.numerics import prepare
 from instep.models.ulp import ulp_distance
-from instep.server.child import ChildFailed, ChildServer
 from instep_client import Client, InstepError, ServerInfo
 
 EQUAL: Final = 0

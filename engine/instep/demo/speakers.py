@@ -14,6 +14,7 @@ from typing import Final
 from rich.console import Console
 
 from instep.core.typing import I32
+from instep.demo.child_server import ChildFailed, ChildServer
 from instep.demo.heard import Heard, right_after
 from instep.demo.picture import draw
 from instep.demo.producers import Producer, connections_for, stream_all
@@ -23,7 +24,6 @@ from instep.demo.train import SPEAKERS, accuracy, load_utterances
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
-from instep.server.child import ChildFailed, ChildServer
 from instep.server.preparation import demo_model_folder
 from instep.verify.command import run as verify
 from instep_client import AsyncClient, InstepError

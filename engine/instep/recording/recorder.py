@@ -76,11 +76,6 @@ class Recorder:
         self._thread.start()
 
     @property
-    def path(self) -> Path:
-        """The file that is written now."""
-        return self._writer.path
-
-    @property
     def has_room(self) -> bool:
         """Whether another batch may be added now."""
         return self.room > 0

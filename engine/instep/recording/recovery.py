@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
@@ -41,7 +41,7 @@ class OpenStream:
     seq: int
     """The state is that before this frame."""
     state: F32 | None
-    """float32 [layers, hidden size]; None for zeros, and where states were not asked for."""
+    """float32 [layers, hidden size]; None for zeros."""
     tail_seq: int
     """The client may not have the outputs of the frames from here to `seq`."""
     tail_x: F32
@@ -69,7 +69,6 @@ class Recovered:
     Args:
         path: the recording.
         on_progress: called with the share (0 to 1) of the replay that was handed out.
-        with_states: False leaves the states where they are: checked, and None in `streams`.
 
     Attributes:
         path: the recording.
@@ -84,9 +83,8 @@ class Recovered:
         DamagedRecording: when anything that is needed is damaged.
     """
 
-    def __init__(self, path: Path, on_progress: Callable[[float], None], *, with_states: bool = True) -> None:
+    def __init__(self, path: Path, on_progress: Callable[[float], None]) -> None:
         self.path = path
-        self._with_states = with_states
         self._on_progress = on_progress
         self._reader = RecordingReader(path)
         try:
@@ -227,7 +225,7 @@ class Recovered:
         return positions
 
     def _read_states(self, mark: SnapshotMark) -> dict[int, StreamState]:
-        states = {state.stream: self._kept_part(state) for state in self._reader.states()}
+        states = {state.stream: state for state in self._reader.states()}
         if len(states) != mark.states:
             raise self._reader.damaged(f"it holds the states of {len(states):,} streams instead of {mark.states:,}")
         places, are_known = self._find(np.array(list(states), np.int64))
@@ -242,19 +240,15 @@ class Recovered:
             self._next[at] = _UNKNOWN
         return states
 
-    def _kept_part(self, state: StreamState) -> StreamState:
-        return state if self._with_states else replace(state, state=np.zeros(0, np.float32))
-
     def _open_stream(self, opening: tuple[Any, ...], owner: _Owner, state: StreamState | None) -> OpenStream:
         position, _, stream, name, _, first_seq, initial = opening
         began = self._began.get(stream, first_seq)
         if state is not None:
             tail = (state.tail_seq, state.tail_x, state.tail_y)
-            found = state.state if self._with_states else None
-            return OpenStream(stream, name, *owner, began, state.seq, found, *tail)
+            return OpenStream(stream, name, *owner, began, state.seq, state.state, *tail)
         header = self._reader.header
         x, y = (np.zeros((0, width), np.float32) for width in (header.features, header.outputs))
-        found = self._reader.state(initial, position) if self._with_states else None
+        found = self._reader.state(initial, position)
         return OpenStream(stream, name, *owner, began, first_seq, found, first_seq, x, y)
 
     def _step(self, batch: RecordedBatch) -> Bool:
@@ -306,7 +300,7 @@ class Recovered:
             raise self._reader.damaged(f"the state of stream {stream} holds frames that were not recorded")
 
 
-def read_recovery(path: Path, on_progress: Callable[[float], None], *, with_states: bool = True) -> Recovered:
+def read_recovery(path: Path, on_progress: Callable[[float], None]) -> Recovered:
     """Read what an engine needs to go on with a recording; see `Recovered`.
 
     A WAL whose end is missing or torn is what a crash leaves: all of it before that counts.
@@ -315,4 +309,4 @@ def read_recovery(path: Path, on_progress: Callable[[float], None], *, with_stat
         RecordingError: when the file cannot be read.
         DamagedRecording: when anything that is needed is damaged.
     """
-    return Recovered(path, on_progress, with_states=with_states)
+    return Recovered(path, on_progress)

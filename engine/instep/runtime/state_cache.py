@@ -1,7 +1,4 @@
-"""Hidden states on the device: one tensor, one row a slot in each layer.
-
-With `Tiers` in front of it, not every slot is here, and the rows are numbered on their own.
-"""
+"""Hidden states on the device: one tensor, one row a slot in each layer."""
 
 from __future__ import annotations
 

@@ -28,7 +28,6 @@ from instep.runtime.cores import usable_cores
 from instep.runtime.shared_memory import shared_zeros
 from instep.runtime.step_process import StepProcess
 from instep.runtime.stepper import Stepper
-from instep.server.cold import RecordedStates
 from instep.server.limits import EffectiveLimits, LimitsError, effective_limits
 from instep.server.preparation import CannotServe, Prepared
 from instep.server.recovery import Recovery, go_on
@@ -110,20 +109,11 @@ def make_server(
             info = server_info(config, prepared, limits)
             apart = stepper is None and steps_apart(config.engine, prepared.device)
             zeros = shared_zeros if apart else float32_zeros
-            streams = _streams(config, limits, network, zeros)
+            streams = _streams(limits, network, zeros)
             process = None
             if stepper is None:
-                engine = config.engine
-                stepper = Stepper(
-                    network,
-                    certification.buckets,
-                    engine.max_streams,
-                    prepared.device,
-                    engine.device_streams,
-                    engine.host_streams,
-                    streams.cold,
-                    zeros,
-                )
+                buckets = certification.buckets
+                stepper = Stepper(network, buckets, config.engine.max_streams, prepared.device, zeros)
             if apart:
                 # Before the socket: ZeroMQ's threads are not forked.
                 process = _step_process(stepper, streams.rings, config.engine.spin_us)
@@ -143,7 +133,6 @@ def make_server(
                 f"cannot bind {config.transport.endpoint}: {error}; is another server using it?"
             ) from None
         undo.pop_all()
-    server.statistics.tiers = stepper.tiers
     server.recovery = recovery
     return server
 
@@ -158,7 +147,6 @@ def steps_apart(engine: EngineConfig, device: torch.device) -> bool:
         f"the device is {device}": device.type != "cpu",
         "this system has no fork": not hasattr(os, "fork"),
         "engine.threads is above 1, and threads are lost in a fork": engine.threads > 1,
-        "engine.device_streams is below engine.max_streams": 0 < engine.device_streams < engine.max_streams,
     }
     if engine.steps_in == "process":
         for obstacle, is_there in obstacles.items():
@@ -179,18 +167,8 @@ def _step_process(stepper: Stepper, rings: Rings, spin_us: int) -> StepProcess:
         raise CannotServe(f"no process for the steps can be started ({error}); set engine.steps_in to thread") from None
 
 
-def _streams(
-    config: Config, limits: EffectiveLimits, network: Network, zeros: Callable[[tuple[int, ...]], F32]
-) -> Streams:
-    path, host_streams = config.recording.file, config.engine.host_streams
-    is_bounded = path is not None and 0 < host_streams < limits.max_streams
-    table = StreamTable(
-        limits.max_streams,
-        limits.max_connections,
-        limits.first_generation,
-        time.time_ns(),
-        max_changed=host_streams if is_bounded else None,
-    )
+def _streams(limits: EffectiveLimits, network: Network, zeros: Callable[[tuple[int, ...]], F32]) -> Streams:
+    table = StreamTable(limits.max_streams, limits.max_connections, limits.first_generation, time.time_ns())
     rings = Rings(
         table,
         limits.window_frames,
@@ -200,10 +178,7 @@ def _streams(
         limits.max_pending_frames,
         zeros,
     )
-    streams = Streams(limits, table, rings)
-    if path is not None and is_bounded:
-        streams.cold = RecordedStates(table, network.state_layers, network.state_size, lambda: path)
-    return streams
+    return Streams(limits, table, rings)
 
 
 def _recording(
@@ -236,8 +211,6 @@ def _recording(
             reason=f"the recording goes on in {missing}, which is not there; what that held is not served again",
             hint="if it was moved, stop at once and put it back",
         )
-    if streams.cold is not None:
-        streams.cold.live = lambda: files[-1].path
     writer, recovery = go_on(
         path, header, streams.table, streams.rings, stepper, accept_numerics_change=accept_numerics_change
     )

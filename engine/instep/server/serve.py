@@ -30,13 +30,6 @@ def exactness_sentence(certification: Certification) -> str:
     return f"not certified {buckets}"
 
 
-def _capacity(config: Config) -> str:
-    engine, streams = config.engine, config.engine.max_streams
-    on_device = f", {engine.device_streams} on the device at once" if 0 < engine.device_streams < streams else ""
-    in_memory = f", {engine.host_streams} more in memory" if 0 < engine.host_streams < streams else ""
-    return f"{streams} streams{on_device}{in_memory}"
-
-
 async def _serve(
     config: Config, prepared: Prepared, on_ready: Callable[[str], None] | None, accept_numerics_change: bool
 ) -> int:
@@ -62,7 +55,7 @@ async def _serve(
             endpoint=server.endpoint,
             model=prepared.model.name,
             device=str(prepared.device),
-            capacity=_capacity(config),
+            capacity=f"{config.engine.max_streams} streams",
             exactness=exactness_sentence(prepared.certification),
             step="fused" if prepared.network.uses_fused else "torch",
             certified_s=round(prepared.certified_s, 4),

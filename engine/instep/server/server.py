@@ -127,9 +127,7 @@ class Server:
         target_ns = round(config.recording.recovery_target_s * 1e9)
         self._snapshots = Snapshots(table, rings, stepper, self._worker, tap, self._step_failed, target_ns)
         self._snapshots.on_committed = self._snapshot_committed
-        self.engine.on_changed = self._step_begun
-        self.engine.on_no_room = self.lifecycle.waits.on_no_room = self._snapshots.take_now
-        self._cold = streams.cold
+        self.engine.on_changed = self._snapshots.take_if_due
         self._rotation = Rotation(
             table,
             rings,
@@ -142,7 +140,6 @@ class Server:
             round(config.recording.max_age_s * 1e9),
             began_ns=time.monotonic_ns() - age_ns(writer),
         )
-        self._rotation.on_state_lost = self.engine.on_state_lost
         self._verbs = Verbs(
             self.engine, self.lifecycle, tap, self._clients, self._postbox, self.info, self._limits, self.statistics
         )
@@ -160,9 +157,6 @@ class Server:
         self._recorder = self._start_recorder(writer)
         if self._recorder is not None and writer is not None:
             tap.record(self._recorder, streams.last_stream, writer.position, waits=info.durability != "memory")
-            if self._cold is not None:
-                recorder = self._recorder
-                self._cold.live = lambda: recorder.path
 
     @property
     def endpoint(self) -> str:
@@ -288,13 +282,8 @@ class Server:
         if self._rotation.is_due(now_ns) and not self.engine.draining:
             self._rotation.begin(now_ns)
 
-    def _step_begun(self) -> None:
-        self._snapshots.take_if_due()
-        self.lifecycle.waits.room_again()
-
     def _snapshot_committed(self) -> None:
         self._rotate_if_due(time.monotonic_ns())  # before the next snapshot, where one comes after the other
-        self.lifecycle.waits.room_again()
 
     # ── Life ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -348,8 +337,6 @@ class Server:
                 closing.callback(self._router.close)
                 if self._recorder is not None:
                     closing.callback(self._stop_recorder, self._recorder)
-                if self._cold is not None:
-                    closing.callback(self._cold.close)
                 closing.callback(self._worker.stop, timeout_s)
                 closing.callback(self._postbox.broadcast, goodbye, time.monotonic_ns())
         except Exception as error:

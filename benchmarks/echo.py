@@ -1,0 +1,69 @@
+"""A lower bound for an engine: a ROUTER that answers every STEP at once, with a message of the same sizes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import TracebackType
+
+import msgpack
+import zmq
+
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Kind
+
+_MORE = int(zmq.SNDMORE)
+_TIMES_US = (200, 100, 50)
+"""Plausible times: their encoded size counts."""
+
+
+class Echo:
+    """The echo in a process of its own, where the engine is during its measurements too.
+
+    Args:
+        output_bytes: size of the outputs in each answer.
+    """
+
+    def __init__(self, output_bytes: int) -> None:
+        self._command = [sys.executable, __file__, str(output_bytes)]
+        self.endpoint = ""
+
+    def __enter__(self) -> Echo:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.endpoint = self._process.stdout.readline().strip()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()  # it waits inside ZeroMQ, where a signal handler might never run
+        self._process.communicate()
+
+
+def reply_header(header: bytes) -> bytes:
+    """The header of the STEPPED that answers a STEP with this header."""
+    _, request, steps, streams, *_ = msgpack.unpackb(header)
+    return wire.pack_header(Kind.STEPPED, request, steps, streams, *_TIMES_US, [], [])
+
+
+def serve(output_bytes: int) -> None:
+    """Serve on a free port, printed to standard output, until killed."""
+    socket = zmq.Context().socket(zmq.ROUTER)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    sys.stdout.write(f"tcp://127.0.0.1:{port}\n")
+    sys.stdout.flush()
+    outputs = bytes(output_bytes)
+    replies: dict[bytes, bytes] = {}  # a load repeats its headers, and an echo need not decode them again
+    recv, send = socket.recv, socket.send
+    while True:
+        routing_id, header, _, _ = recv(), recv(), recv(), recv()
+        reply = replies.get(header) or replies.setdefault(header, reply_header(header))
+        send(routing_id, _MORE)
+        send(reply, _MORE)
+        send(outputs, _MORE)
+        send(b"")
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -1,0 +1,106 @@
+"""How a comparison is measured, and the row that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, Protocol, TypeAlias
+
+from instep.demo.child_server import ChildServer
+
+Direction: TypeAlias = Literal["at least", "at most"]
+Samples: TypeAlias = dict[str, list[float]]
+"""One value for each round, by what was measured; the name ends in the unit."""
+
+
+class Server(Protocol):
+    """A running server."""
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The settings that all rows of one run share.
+
+    Attributes:
+        folder: for models and recordings; empty at first and removed afterwards.
+        rounds: how many count.
+        seconds: how long each side of a comparison is measured in each round.
+        scale: divides the streams and frames of the large loads.
+        serve: starts a server for a model folder and arguments of `instep serve`.
+    """
+
+    folder: Path
+    rounds: int = 7
+    seconds: float = 1.5
+    scale: int = 1
+    serve: Callable[[Path, Sequence[str]], AbstractContextManager[Server]] = ChildServer
+
+    def scaled(self, number: int, least: int) -> int:
+        """The size of a load in this run."""
+        return max(least, number // self.scale)
+
+
+def interleave(bench: Bench, sides: Mapping[str, Callable[[], float]]) -> Samples:
+    """Measure every side once in each round, in alternating order; the first round is a warm-up and does not count.
+
+    Interleaved rounds expose both sides to the same changes of the machine: its heat, its clocks, its other work.
+    """
+    samples: Samples = {name: [] for name in sides}
+    names = list(sides)
+    for number in range(bench.rounds + 1):
+        for name in names if number % 2 else reversed(names):
+            value = sides[name]()
+            if number:
+                samples[name].append(value)
+    return samples
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One result and the threshold that it is held against."""
+
+    name: str
+    what: str
+    """The comparison in words."""
+    unit: str
+    """`×` for a ratio."""
+    value: float
+    threshold: float | None
+    """None for information that is not judged."""
+    samples: Samples
+    direction: Direction = "at least"
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the value is good enough; None where nothing is required."""
+        if self.threshold is None:
+            return None
+        return self.value >= self.threshold if self.direction == "at least" else self.value <= self.threshold
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, with floats cut to significant digits."""
+        return {
+            **asdict(self),
+            "value": _short(self.value),
+            "samples": {name: [_short(value) for value in values] for name, values in self.samples.items()},
+            "medians": {name: _short(median(values)) for name, values in self.samples.items()},
+            "reached": self.reached,
+        }
+
+
+def ratio(samples: Samples, of: str, over: str) -> float:
+    """The median of one side over the median of another."""
+    return median(samples[of]) / median(samples[over])
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -1,0 +1,101 @@
+"""The results for people: a line as soon as a row is measured, a table at the end, and the machine beside both."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import zmq
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.measurement import Row
+from instep.models.numerics import processor
+from instep.runtime.cores import usable_cores
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions, by name."""
+    return {
+        "processor": processor(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "cores_usable": usable_cores(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "versions": {
+            "instep": version("instep"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "pyzmq": zmq.__version__,
+            "libzmq": zmq.zmq_version(),
+            "msgpack": version("msgpack"),
+        },
+        "threads": {"torch_of_engine": 1, "torch_of_bare_loops": torch.get_num_threads(), "producers": 1},
+    }
+
+
+def value(number: float, unit: str) -> str:
+    """A number with its unit: `0.852×`, `1.23 s`."""
+    digits = f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+    return f"{digits}×" if unit == "×" else f"{digits} {unit}"
+
+
+def threshold(row: Row) -> str:
+    """`at least 0.9×`, or nothing where nothing is required."""
+    return "" if row.threshold is None else f"{row.direction} {value(row.threshold, row.unit)}"
+
+
+def line(row: Row, *, judged: bool) -> str:
+    """One row in one line, with the medians of its sides."""
+    medians = "; ".join(f"{name} {_number(median(values))}" for name, values in row.samples.items())
+    parts = [value(row.value, row.unit), threshold(row), _verdict(row, judged)]
+    return f"{row.name}: {row.what}: {', '.join(part for part in parts if part)} ({escape(medians)})"
+
+
+def show(console: Console, result: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """The table, the conditions, and the verdict."""
+    table = Table(title="medians of interleaved rounds", caption=_conditions(result))
+    for heading in ("row", "measured", "threshold", "verdict"):
+        table.add_column(heading, justify="right" if heading in ("measured", "threshold") else "left")
+    for row in rows:
+        table.add_row(row.name, value(row.value, row.unit), threshold(row), _verdict(row, not result["quick"]))
+    console.print(table)
+    missed = result["missed"]
+    if result["quick"]:
+        console.print("[yellow]--quick: the rounds are too short and the loads too small for a verdict[/]")
+    elif missed:
+        console.print(f"[red]{len(missed)} of {len(rows)} rows missed their threshold: {', '.join(missed)}[/]")
+    else:
+        console.print("[green]every threshold was reached[/]")
+
+
+def _conditions(result: Mapping[str, Any]) -> str:
+    facts, load = result["machine"], result["load_average"]
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    models = ", ".join(dict.fromkeys(row["details"]["model"] for row in result["rows"]))
+    return (
+        f"{facts['processor']}, {facts['cores_usable']} of {facts['cores']} cores, {facts['cpu_capability']}; "
+        f"{versions}; 1 torch thread in the engine and {facts['threads']['torch_of_bare_loops']} in the bare loops; "
+        f"{models}; load average {load['before']} before, {load['after']} after"
+    )
+
+
+def _verdict(row: Row, judged: bool) -> str:
+    if row.reached is None:
+        return "information"
+    if not judged:
+        return "[yellow]no verdict[/]"
+    return "[green]reached[/]" if row.reached else "[red]missed[/]"
+
+
+def _number(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"

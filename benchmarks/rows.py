@@ -1,0 +1,335 @@
+"""The measurements, each of which gives one row or more. `benchmarks/README.md` says what each compares."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from benchmarks.connection import BareConnection
+from benchmarks.echo import Echo
+from benchmarks.load import ClosedLoopStreams, Inputs, closed_loop, open_loop, open_streams, round_trips
+from benchmarks.measurement import Bench, Row, Samples, interleave, ratio
+from benchmarks.reference import BenchmarkModel, WrongOutput, bare_loop, check_and_close, step_times, whole
+from instep.core.typing import I64
+from instep.recording.reader import RecordingReader
+from instep.verify.model_source import recorded_model
+from instep.verify.verifier import verify
+
+STREAMS, BLOCK, TIMESTEPS = 1024, 256, 128
+"""The load in blocks: streams, streams in one message, and different inputs, which a longer round repeats."""
+SERVED: Final = "served, frames/s"
+
+
+# ── Blocks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def block_inputs(model: BenchmarkModel) -> list[Inputs]:
+    """The inputs of each block."""
+    x = model.inputs(TIMESTEPS, STREAMS)
+    return [Inputs.of(x[:, at : at + BLOCK]) for at in range(0, STREAMS, BLOCK)]
+
+
+def serve_blocks(
+    endpoint: str, model: BenchmarkModel, inputs: Sequence[Inputs], seconds: float, *, exact: bool = True
+) -> float:
+    """Frames per second over a new connection with all blocks in flight; the outputs are checked afterwards."""
+    with BareConnection(endpoint, BLOCK * model.output_bytes) as connection:
+        connection.hello()
+        groups = open_streams(connection, inputs)
+        rate = closed_loop(connection, groups, len(groups), seconds)
+        check_and_close(connection, groups, model.gru, exact=exact)
+    return rate
+
+
+def blocks_bare(bench: Bench) -> list[Row]:
+    """1,024 streams in blocks of 256, against the network alone and against the seed's way."""
+    bare, seed = "bare nn.GRU of batch 256, frames/s", "nn.GRU of batch 1, frames/s"
+    model = BenchmarkModel.make(bench.folder / "blocks")
+    inputs = block_inputs(model)
+    single = np.ascontiguousarray(inputs[0].x[:, :1])
+    with bench.serve(model.folder, ["--max-streams", str(STREAMS)]) as server:
+        sides = {
+            SERVED: lambda: serve_blocks(server.endpoint, model, inputs, bench.seconds),
+            bare: lambda: bare_loop(model.gru, inputs[0].x, bench.seconds),
+            seed: lambda: bare_loop(model.gru, single, bench.seconds),
+        }
+        samples = interleave(bench, sides)
+    return [
+        _row("blocks-bare", "1,024 streams in blocks of 256 over a bare nn.GRU", model, samples, SERVED, bare, 0.9),
+        _row("blocks-seed", "the same over stepping one stream at a time", model, samples, SERVED, seed, None),
+    ]
+
+
+def blocks_2x256(bench: Bench) -> list[Row]:
+    """The same load with a larger network."""
+    bare = "bare nn.GRU of batch 256, frames/s"
+    model = BenchmarkModel.make(bench.folder / "blocks-2x256", hidden=256, layers=2)
+    inputs = block_inputs(model)
+    with bench.serve(model.folder, ["--max-streams", str(STREAMS)]) as server:
+        sides = {
+            SERVED: lambda: serve_blocks(server.endpoint, model, inputs, bench.seconds),
+            bare: lambda: bare_loop(model.gru, inputs[0].x, bench.seconds),
+        }
+        samples = interleave(bench, sides)
+    return [_row("blocks-2x256", "the same load with 2 layers of 256", model, samples, SERVED, bare, 0.95)]
+
+
+def exact_off(bench: Bench) -> list[Row]:
+    """The cost of certified batch sizes. The server that promises no bits is checked within rounding errors."""
+    model = BenchmarkModel.make(bench.folder / "exact-off")
+    inputs = block_inputs(model)
+    required, off = "exact, frames/s", "exactness off, frames/s"
+    arguments = ["--max-streams", str(STREAMS), "--exactness"]
+    with (
+        bench.serve(model.folder, [*arguments, "require"]) as exact_server,
+        bench.serve(model.folder, [*arguments, "off"]) as other_server,
+    ):
+        sides = {
+            required: lambda: serve_blocks(exact_server.endpoint, model, inputs, bench.seconds),
+            off: lambda: serve_blocks(other_server.endpoint, model, inputs, bench.seconds, exact=False),
+        }
+        samples = interleave(bench, sides)
+    return [_row("exact-off", "the same load, exact over `exactness: off`", model, samples, required, off, 0.95)]
+
+
+MANY: Final = 100_096
+"""100,000 open streams, in whole blocks."""
+WINDOW_FRAMES: Final = 4
+"""Of the servers with many streams: with the default of 32, the frame buffers of 100,000 streams take 2 GB."""
+
+
+def many_open(bench: Bench) -> list[Row]:
+    """The cost of streams that are open: two servers of equal settings, one of which has more of them."""
+    model = BenchmarkModel.make(bench.folder / "many-open")
+    inputs = block_inputs(model)
+    many = bench.scaled(MANY, 2 * STREAMS) // BLOCK * BLOCK
+    settings = ["--max-streams", str(many), "--set", f"limits.window_frames={WINDOW_FRAMES}"]
+    with ExitStack() as stack:
+        opened: dict[str, tuple[BareConnection, list[ClosedLoopStreams]]] = {}
+        for streams in (STREAMS, many):
+            server = stack.enter_context(bench.serve(model.folder, settings))
+            connection = stack.enter_context(BareConnection(server.endpoint, BLOCK * model.output_bytes))
+            connection.hello()
+            groups = open_streams(connection, inputs, groups=streams // BLOCK)
+            # Fill every frame buffer once: the first write to a page of memory costs more than later ones.
+            while min(group.answered for group in groups) < WINDOW_FRAMES:
+                closed_loop(connection, groups, len(inputs), bench.seconds)
+            opened[f"{streams:,} open, frames/s"] = connection, groups
+        sides = {name: partial(closed_loop, *each, len(inputs), bench.seconds) for name, each in opened.items()}
+        samples = interleave(bench, sides)
+        for connection, groups in opened.values():
+            check_and_close(connection, groups, model.gru)
+    few_open, all_open = samples
+    return [_row("many-open", "100,000 streams open over 1,000", model, samples, all_open, few_open, 0.9)]
+
+
+# ── Single frames, against a bare ZeroMQ echo ────────────────────────────────────────────────────────────────────────
+
+Drive: TypeAlias = Callable[[BareConnection, Sequence[ClosedLoopStreams]], float]
+"""Measures over one connection with these streams."""
+
+
+@contextmanager
+def engine_and_echo(
+    bench: Bench, model: BenchmarkModel, streams: int, drive: Drive
+) -> Iterator[tuple[Callable[[], float], Callable[[], float]]]:
+    """The two sides: the same loop over equal messages, to an engine and to an echo in processes of their own."""
+    x = model.inputs(TIMESTEPS, streams)
+    inputs = [Inputs.of(x[:, stream : stream + 1]) for stream in range(streams)]
+    with bench.serve(model.folder, []) as server, Echo(model.output_bytes) as echo:
+
+        def engine_side() -> float:
+            with BareConnection(server.endpoint) as connection:
+                connection.hello()
+                opened = open_streams(connection, inputs)
+                measured = drive(connection, opened)
+                check_and_close(connection, opened, model.gru)
+            return measured
+
+        def echo_side() -> float:
+            handles = np.arange(1, streams + 1, dtype=np.uint64)
+            with BareConnection(echo.endpoint) as connection:
+                return drive(
+                    connection, [ClosedLoopStreams(at, handles[at : at + 1], own) for at, own in enumerate(inputs)]
+                )
+
+        yield engine_side, echo_side
+
+
+def single_frames(bench: Bench) -> list[Row]:
+    """256 streams in closed loop, one frame in each message."""
+    streams, served, echoed = 256, "served, messages/s", "echo, messages/s"
+    model = BenchmarkModel.make(bench.folder / "single-frames")
+    drive: Drive = lambda connection, opened: closed_loop(connection, opened, streams, bench.seconds)  # noqa: E731
+    with engine_and_echo(bench, model, streams, drive) as (engine, echo):
+        samples = interleave(bench, {served: engine, echoed: echo})
+    what = "256 streams, one frame in each message, over a bare ZeroMQ echo"
+    return [_row("single-frames", what, model, samples, served, echoed, 0.8)]
+
+
+def one_stream(bench: Bench) -> list[Row]:
+    """One stream that waits for every answer."""
+    model = BenchmarkModel.make(bench.folder / "one-stream")
+    drive: Drive = lambda connection, opened: p50_us(round_trips(connection, opened[0], bench.seconds))  # noqa: E731
+    x = model.inputs(TIMESTEPS, 1)
+    with engine_and_echo(bench, model, 1, drive) as (engine, echo):
+        bare = {"nn.GRU step, p50 µs": lambda: p50_us(step_times(model.gru, x, bench.seconds))}
+        samples = interleave(bench, {"served, p50 µs": engine, "echo, p50 µs": echo, **bare})
+    return [one_stream_row(samples, model.description)]
+
+
+def one_stream_row(samples: Samples, model: str) -> Row:
+    """The row of its samples: served, echo and bare step."""
+    served, echo, step = (median(values) for values in samples.values())
+    what = "one stream in closed loop, p50, over those of a bare ZeroMQ echo and a bare step"
+    return Row("one-stream", what, "×", served / (echo + step), 1.5, samples, "at most", {"model": model})
+
+
+PACED_STREAMS, PACED_HZ = 64, 50.0
+PACED_LONGER: Final = 2.0
+"""Times the length of other rounds: in 3 s there are 9,600 messages, 96 of which are later than the p99."""
+
+
+def paced(bench: Bench) -> list[Row]:
+    """Streams that send at a steady rate, whatever comes back."""
+    model = BenchmarkModel.make(bench.folder / "paced")
+    seconds = bench.seconds * PACED_LONGER
+    drive: Drive = lambda connection, opened: p99_ms(open_loop(connection, opened, PACED_HZ, seconds))  # noqa: E731
+    with engine_and_echo(bench, model, PACED_STREAMS, drive) as (engine, echo):
+        samples = interleave(bench, {"served, p99 ms": engine, "echo, p99 ms": echo})
+    return [paced_row(samples, model.description)]
+
+
+def paced_row(samples: Samples, model: str) -> Row:
+    """The row of its samples. Where the echo itself is late, the machine is, and the threshold follows the echo."""
+    served_ms, echo_ms = (median(values) for values in samples.values())
+    threshold_ms = 2.0 if echo_ms < 0.5 else 4 * echo_ms
+    what = "64 streams at 50 Hz, one frame in each message, p99 from when it was due"
+    return Row("paced", what, "ms", served_ms, threshold_ms, samples, "at most", {"model": model})
+
+
+def p50_us(times: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    """The median of times in seconds, in microseconds."""
+    return float(np.median(times)) * 1e6
+
+
+def p99_ms(times: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    """The 99th percentile of times in seconds, in milliseconds."""
+    return float(np.percentile(times, 99)) * 1e3
+
+
+# ── Recordings, and the start ────────────────────────────────────────────────────────────────────────────────────────
+
+RECORDINGS, CHUNK = 64, 32
+LONGEST: Final = 4096
+"""Frames of the longest recording; the shortest has three quarters of them."""
+WHOLE: Final = "nn.GRU over the padded whole, frames/s"
+
+
+def chunks(bench: Bench) -> list[Row]:
+    """Recordings that are sent in chunks, against one call over all of them."""
+    model = BenchmarkModel.make(bench.folder / "chunks")
+    longest = bench.scaled(LONGEST // CHUNK, 4) * CHUNK
+    lengths = recording_lengths(longest)
+    x = model.inputs(longest, RECORDINGS)
+    for recording, length in enumerate(lengths.tolist()):
+        x[length:, recording] = 0
+    inputs = [Inputs.of(x[:length, at : at + 1], CHUNK) for at, length in enumerate(lengths.tolist())]
+    frames = int(lengths.sum())
+    with bench.serve(model.folder, []) as server:
+
+        def served() -> float:
+            with BareConnection(server.endpoint, CHUNK * model.output_bytes) as connection:
+                connection.hello()
+                groups = open_streams(connection, inputs, once=True)
+                rate = closed_loop(connection, groups, len(groups), math.inf)
+                check_and_close(connection, groups, model.gru)
+            return rate
+
+        samples = interleave(bench, {SERVED: served, WHOLE: lambda: whole(model.gru, x, frames)})
+    what = "64 recordings in chunks of 32 frames over one call for the whole"
+    return [_row("chunks", what, model, samples, SERVED, WHOLE, 0.6)]
+
+
+def recording_lengths(longest: int) -> I64:
+    """In frames: whole chunks, one recording of the full length."""
+    most = longest // CHUNK
+    lengths: I64 = np.random.default_rng(2).integers(most * 3 // 4, most + 1, RECORDINGS)
+    lengths[0] = most
+    return lengths * CHUNK
+
+
+def verification(bench: Bench) -> list[Row]:
+    """All that `instep verify` does, including certification, against one call over the whole."""
+    streams, timesteps, verified = 256, bench.scaled(1000, 40), "verified, frames/s"
+    model, file = BenchmarkModel.make(bench.folder / "verify"), bench.folder / "verify.instep"
+    x = model.inputs(timesteps, streams)
+    with (
+        bench.serve(model.folder, ["--record", str(file)]) as server,
+        BareConnection(server.endpoint, streams * model.output_bytes) as connection,
+    ):
+        connection.hello()
+        groups = open_streams(connection, [Inputs.of(x)], once=True)
+        closed_loop(connection, groups, 1, math.inf)
+        check_and_close(connection, groups, model.gru)
+    sides = {verified: lambda: _verify(file), WHOLE: lambda: whole(model.gru, x, timesteps * streams)}
+    samples = interleave(bench, sides)
+    what = "instep verify of 256 streams over one call for the whole"
+    return [_row("verify", what, model, samples, verified, WHOLE, 0.35)]
+
+
+def _verify(file: Path) -> float:
+    """Frames per second, from opening the file to the report; the start of Python is not included."""
+    began = time.perf_counter()
+    with RecordingReader(file) as reader:
+        report = verify(reader, recorded_model(reader.header, None), [], lambda stage, share: None)
+    seconds = time.perf_counter() - began
+    if report.verdict != "exact":
+        raise WrongOutput(report.summary())
+    return report.frames / seconds
+
+
+def start(bench: Bench) -> list[Row]:
+    """From starting the process to its first line. The warm-up round compiles and caches the kernels."""
+    model = BenchmarkModel.make(bench.folder / "start")
+
+    def ready_s() -> float:
+        began = time.perf_counter()
+        with bench.serve(model.folder, []):
+            return time.perf_counter() - began
+
+    samples = interleave(bench, {"ready, s": ready_s})
+    what = "instep serve from start to ready, not the first time on this machine"
+    value = median(samples["ready, s"])
+    return [Row("start", what, "s", value, 3.0, samples, "at most", {"model": model.description})]
+
+
+def _row(
+    name: str, what: str, model: BenchmarkModel, samples: Samples, of: str, over: str, at_least: float | None
+) -> Row:
+    """A row that compares the medians of two sides."""
+    compared = {side: samples[side] for side in (of, over)}
+    details = {"model": model.description}
+    return Row(name, what, "×", ratio(samples, of, over), at_least, compared, details=details)
+
+
+MEASUREMENTS: Final[dict[str, Callable[[Bench], list[Row]]]] = {
+    "blocks-bare": blocks_bare,
+    "blocks-2x256": blocks_2x256,
+    "single-frames": single_frames,
+    "one-stream": one_stream,
+    "paced": paced,
+    "many-open": many_open,
+    "exact-off": exact_off,
+    "chunks": chunks,
+    "verify": verification,
+    "start": start,
+}

@@ -1,0 +1,77 @@
+"""Reads of streams' states: a lane's own by handle, anybody's by name. A read changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from instep_client import arrays
+from instep_client.calls import ENDING
+from instep_client.openings import good_names
+from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
+from instep_client.protocol import wire
+from instep_client.protocol.errors import StreamEvicted, StreamRefused
+from instep_client.protocol.wire import F32, U64, Kind, ServerInfo
+from instep_client.replies import Failure
+from instep_client.requests import ReadStateCall
+from instep_client.streams import HANDLE, Lane, StreamTable
+
+
+class StateReads:
+    """The READ_STATE requests of one session.
+
+    Args:
+        table: the streams.
+        info: what the server takes.
+        outbox: where requests go.
+    """
+
+    def __init__(self, table: StreamTable, info: ServerInfo, outbox: Outbox) -> None:
+        self._table = table
+        self._outbox = outbox
+        self._state = info.state_layers * info.state_size
+        self._most_message_bytes = info.max_message_bytes
+
+    def by_handle(self, lane: Lane) -> ReadStateCall:
+        """A call that reads a lane's states; see `Session.read_state`."""
+        return ReadStateCall(lane.names, lane, np.empty((len(lane.rows), self._state), np.float32))
+
+    def by_name(self, names: Sequence[str]) -> ReadStateCall:
+        """A call that reads the states of streams by name; see `Session.read_state_by_name`."""
+        names = good_names(names)
+        return ReadStateCall(names, None, np.empty((len(names), self._state), np.float32))
+
+    def ask(self, call: ReadStateCall) -> None:
+        """Send a call's requests; again, if the connection was lost before they were answered."""
+        state_bytes = 4 * self._state
+        asked_bytes = wire.MAX_NAME_BYTES + 1 if call.lane is None else 8  # a name and its line end, or a handle
+        most = min(self._most_message_bytes // max(asked_bytes, state_bytes), MAX_REPLY_BYTES // state_bytes)
+        pieces = parts(len(call.names), most)
+        call.begin(len(pieces))
+        for part in pieces:
+            if call.lane is None:
+                streams = wire.pack_names([call.names[index] for index in part])
+            else:
+                streams = self._table.columns[call.lane.rows[part], HANDLE].tobytes()
+            by_name = int(call.lane is None)
+            self._outbox.ask(Kind.READ_STATE, call, len(part), by_name, frames=[streams], part=part)
+
+    def read(self, call: ReadStateCall, part: arrays.Indices, seqs: U64, states: F32, failures: list[Failure]) -> None:
+        """STATE_READ came for a part of a call."""
+        call.seqs[part], call.states[part] = seqs, states
+        for failure in failures[:1]:
+            call.note(int(part[failure.column]), failure.code, failure.sentence)
+        self.part_answered(call)
+
+    def part_answered(self, call: ReadStateCall) -> None:
+        """A part of a call was answered, or refused."""
+        if not call.part_answered():
+            return
+        if call.refusal is None:
+            call.finish((call.seqs, call.states))
+        else:
+            index, code, sentence, _ = call.refusal
+            has_ended = call.lane is not None and code in ENDING
+            call.fail((StreamEvicted if has_ended else StreamRefused)(code, sentence, call.names[index]))
+        self._outbox.wake(call)

@@ -1,1 +1,0 @@
-"""The rows of the suite, one comparison a module."""

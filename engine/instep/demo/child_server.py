@@ -1,0 +1,71 @@
+"""A server in a process of its own, for commands that bring their own producers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+_STOP_TIMEOUT_S = 60.0
+
+
+class ChildFailed(Exception):
+    """The server did not start, or did not end well; the message holds what it said."""
+
+
+class ChildServer:
+    """`instep serve` as a child process, from start to clean end.
+
+    Args:
+        model: the model folder to serve.
+        arguments: further arguments of `instep serve`.
+
+    Raises:
+        ChildFailed: on entering, when the server does not come up; on leaving, when it ends with another status than 0.
+    """
+
+    def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
+        self._command = [
+            *(sys.executable, "-m", "instep", "serve", str(model)),
+            *("--endpoint", "tcp://127.0.0.1:*", "--set", "log.format=json"),
+            *arguments,
+        ]
+        self.endpoint = ""
+        self.first_line: dict[str, Any] = {}
+        """Everything in the line that the server logged when it was ready."""
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    def __enter__(self) -> ChildServer:
+        self._process = subprocess.Popen(self._command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        assert self._process.stderr is not None
+        line = self._process.stderr.readline()
+        try:
+            self.first_line = json.loads(line)
+            self.endpoint = str(self.first_line["endpoint"])
+        except (ValueError, KeyError):
+            self._process.kill()
+            rest = self._process.communicate()[1]
+            raise ChildFailed(f"the server did not start: {(line + rest).strip()}") from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        try:
+            said = self._process.communicate(timeout=_STOP_TIMEOUT_S)[1]
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            said = self._process.communicate()[1]
+        if self._process.returncode != 0 and kind is None:
+            raise ChildFailed(f"the server ended with status {self._process.returncode}: {said.strip()}")

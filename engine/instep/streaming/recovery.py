@@ -1,0 +1,220 @@
+"""From a recording back to a running engine: states, rings and owners as they were, to the bit."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from instep.core.rings import Rings
+from instep.core.streams import StreamTable
+from instep.core.typing import F32, I64
+from instep.recording.errors import RecordingError
+from instep.recording.records import StateReset
+from instep.recording.recovery import OpenStream, ReplayStep, read_recovery
+from instep.recording.schema import OWNER_EVENT, RecordingHeader, owner_detail
+from instep.recording.writer import RecordingWriter
+from instep.runtime.stepper import Stepper
+
+_LOAD_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What going on with a recording took."""
+
+    streams: int
+    """Streams that are open again, parked until somebody resumes them."""
+    frames: int
+    """Frames that were stepped again."""
+    seconds: float
+    last_stream: int
+    """The highest number that a stream of the recording has."""
+
+
+def go_on(
+    path: Path,
+    header: RecordingHeader,
+    table: StreamTable,
+    rings: Rings,
+    stepper: Stepper,
+    *,
+    accept_numerics_change: bool,
+) -> tuple[RecordingWriter, Recovery]:
+    """Put the open streams of a recording into an engine that serves nobody yet, and go on writing it.
+
+    Args:
+        path: the recording's first file, or where that was; the newest is gone on with.
+        header: what the engine says of itself now.
+        table: the streams, none open.
+        rings: their frames.
+        stepper: the states; used from the calling thread, before the worker starts.
+        accept_numerics_change: whether to go on although floats may come out with other bits; clients are told.
+
+    Raises:
+        RecordingError: when the recording is being written, damaged, of another model or of other numerics, holds more
+            streams than fit, or the replay gives other outputs than were recorded.
+    """
+    began = time.perf_counter()
+    writer = RecordingWriter.resume(path, header, accept_numerics_change)
+    path, changed = writer.path, writer.numerics_changed
+    try:
+        with read_recovery(path, lambda _: None) as recovered:
+            replay = _Replay(path, table, rings, stepper, check_outputs=not changed)
+            replay.open(recovered.streams)
+            table.last_epoch = max(table.last_epoch, recovered.last_epoch)
+            for item in recovered.replay():
+                if isinstance(item, StateReset):
+                    replay.reset(item)
+                else:
+                    replay.add(item)
+            replay.flush()
+            if changed:
+                replay.renumber(writer)
+            for position, y in replay.missing:
+                writer.add_outputs(time.time_ns(), position, y)
+            writer.commit()
+            seconds = time.perf_counter() - began
+            return writer, Recovery(len(recovered.streams), replay.frames, seconds, recovered.last_stream)
+    except sqlite3.Error as error:
+        writer.abandon()
+        raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+class _Replay:
+    """Steps recorded inputs again, several batches in one step where no stream stands in two of them."""
+
+    def __init__(self, path: Path, table: StreamTable, rings: Rings, stepper: Stepper, *, check_outputs: bool) -> None:
+        self._path = path
+        self._table = table
+        self._rings = rings
+        self._stepper = stepper
+        self._check_outputs = check_outputs
+        self._numbers: I64 = np.zeros(0, np.int64)
+        """Of the open streams, rising."""
+        self._slots_of_numbers: I64 = np.zeros(0, np.int64)
+        self._steps: list[ReplayStep] = []
+        self._size = 0
+        self._taken = np.zeros(len(table.owner), np.bool_)
+        self.frames = 0
+        self.missing: list[tuple[int, F32]] = []
+        """Batches, by position, whose outputs were not recorded any more, with the outputs."""
+
+    def open(self, streams: list[OpenStream]) -> None:
+        """Open what was open, parked, in the states of the snapshot."""
+        table = self._table
+        first_seqs = np.array([stream.first_seq for stream in streams], np.int64)
+        slots, codes = table.open([stream.name for stream in streams], table.parked, time.monotonic_ns(), first_seqs)
+        if codes.any():
+            raise RecordingError(
+                f"{self._path} holds {len(streams)} open streams, but engine.max_streams is "
+                f"{len(table.owner) - 1}; raise it"
+            )
+        numbers = np.array([stream.stream for stream in streams], np.int64)
+        order = np.argsort(numbers)
+        self._numbers, self._slots_of_numbers = numbers[order], slots[order]
+        table.recording_id[slots] = numbers
+        table.epoch[slots] = np.array([stream.epoch for stream in streams], np.uint64)
+        table.former_epoch[slots] = np.array([stream.former_epoch for stream in streams], np.uint64)
+        table.granted_seq[slots] = np.array([stream.granted_seq for stream in streams], np.int64)
+        table.renumbered[slots] = np.array([stream.renumbered for stream in streams], np.bool_)
+        seqs = np.array([stream.seq for stream in streams], np.int64)
+        table.step_seq[slots] = table.next_seq[slots] = seqs
+        table.acked[slots] = np.array([stream.tail_seq for stream in streams], np.int64)
+        for slot, stream in zip(slots.tolist(), streams, strict=True):
+            self._fill_ring(slot, stream)
+        zeros = np.zeros((self._stepper.network.state_layers, self._stepper.network.state_size), np.float32)
+        for first in range(0, len(slots), _LOAD_AT_ONCE):
+            part = slice(first, first + _LOAD_AT_ONCE)
+            states = [zeros if stream.state is None else stream.state for stream in streams[part]]
+            self._stepper.load(slots[part], np.stack(states))
+
+    def _fill_ring(self, slot: int, stream: OpenStream) -> None:
+        kept = min(stream.seq - stream.tail_seq, self._rings.window)  # the window may be smaller than it was
+        if kept:
+            rows = self._rings.rows(np.full(kept, slot), np.arange(stream.seq - kept, stream.seq))
+            self._rings.x[rows], self._rings.y[rows] = stream.tail_x[-kept:], stream.tail_y[-kept:]
+
+    def reset(self, reset: StateReset) -> None:
+        """A stream was given another state."""
+        self.flush()
+        slots = self._slots(np.array([reset.stream], np.int64))
+        self._table.keeping.changed(slots)
+        self._stepper.load(slots, None if reset.state is None else reset.state[None])
+
+    def add(self, step: ReplayStep) -> None:
+        """A batch was stepped."""
+        slots = self._slots_of_step(step)
+        most = self._stepper.buckets[-1]
+        if self._size + len(slots) > most or self._taken[slots].any():
+            self.flush()
+        self._steps.append(step)
+        self._size += len(slots)
+        self._taken[slots] = True
+
+    def _slots(self, streams: I64) -> I64:
+        """Of streams that are open."""
+        return self._slots_of_numbers[np.searchsorted(self._numbers, streams)]
+
+    def _slots_of_step(self, step: ReplayStep) -> I64:
+        return self._slots(step.batch.streams[step.applies].astype(np.int64))
+
+    @torch.inference_mode()
+    def flush(self) -> None:
+        """Step what was added."""
+        steps, self._steps, self._size = self._steps, [], 0
+        if not steps:
+            return
+        slots = np.concatenate([self._slots_of_step(step) for step in steps])
+        self._taken[slots] = False
+        table, rings = self._table, self._rings
+        rows = rings.rows(slots, table.step_seq[slots])
+        if len(slots):
+            rings.x[rows] = np.concatenate([step.batch.x[step.applies] for step in steps])
+            table.keeping.changed(slots)
+            self._stepper.step(slots, rows, rings.x, rings.y)
+            table.step_seq[slots] += 1
+            table.next_seq[slots] = table.step_seq[slots]
+            self.frames += len(slots)
+        first = 0
+        for step in steps:
+            count = int(step.applies.sum())
+            self._compare(step, rings.y[rows[first : first + count]])
+            first += count
+
+    def _compare(self, step: ReplayStep, y: F32) -> None:
+        batch = step.batch
+        if batch.y is None:
+            if not step.applies.all():
+                raise RecordingError(
+                    f"{self._path} is damaged: the batch at position {batch.position} has no outputs, and a state "
+                    "holds its frames"
+                )
+            self.missing.append((batch.position, y))
+        elif self._check_outputs:
+            differs = (y.view(np.uint32) != batch.y[step.applies].view(np.uint32)).any(axis=1)
+            if differs.any():
+                which = np.flatnonzero(step.applies)[differs][0]
+                raise RecordingError(
+                    f"stepping the batch at position {batch.position} of {self._path} again gives other outputs than "
+                    f"were recorded, first for frame {batch.seqs[which]} of stream {batch.streams[which]}: the machine "
+                    "is another, or the recording is damaged; --accept-numerics-change goes on all the same, and "
+                    "clients are told"
+                )
+
+    def renumber(self, writer: RecordingWriter) -> None:
+        """The numerics have changed: new epochs, which nobody holds, so that every owner is told."""
+        table = self._table
+        slots = np.flatnonzero(table.owner == table.parked)
+        table.hand_over(slots, table.parked, time.monotonic_ns())
+        table.renumbered[slots] = True
+        details = (owner_detail(0, seq, renumbered=True) for seq in table.granted_seq[slots].tolist())
+        columns = (table.numbers(slots), table.epoch[slots].astype(np.int64), details)
+        writer.stream_events(time.time_ns(), OWNER_EVENT, *columns)

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep_client.protocol.state_spec import (
+    DTYPES,
+    MAX_LEAVES,
+    MAX_ROW_BYTES,
+    InvalidStateSpec,
+    Leaf,
+    StateSpec,
+)
+
+MIXED = StateSpec(
+    (
+        Leaf("open", (3,), DTYPES["bool"], 1),
+        Leaf("count", (), DTYPES["int64"], 7),
+        Leaf("h", (2, 3), DTYPES["float32"], -0.5),
+        Leaf("sum", (1,), DTYPES["float64"]),
+        Leaf("last", (), DTYPES["bool"]),
+    )
+)
+LAYOUT = "<3?5xq6fd?7x"
+"""The same row for the struct module, written by hand."""
+
+
+def values(count: int) -> dict[str, Any]:
+    rng = np.random.default_rng(count)
+    return {
+        "open": rng.random((count, 3)) < 0.5,
+        "count": rng.integers(-(2**62), 2**62, count),
+        "h": rng.standard_normal((count, 2, 3)).astype(np.float32),
+        "sum": rng.standard_normal((count, 1)),
+        "last": rng.random(count) < 0.5,
+    }
+
+
+def test_a_row_is_a_c_struct() -> None:
+    arrays = values(4)
+    rows = MIXED.pack(arrays)
+    assert MIXED.row_bytes == struct.calcsize(LAYOUT) == rows.shape[1]
+    for index in range(4):
+        fields = (*arrays["open"][index], arrays["count"][index], *arrays["h"][index].reshape(-1))
+        expected = struct.pack(LAYOUT, *fields, arrays["sum"][index, 0], arrays["last"][index])
+        assert rows[index].tobytes() == expected
+
+
+def test_unpacked_leaves_are_views_with_the_values_that_were_packed() -> None:
+    arrays = values(5)
+    rows = MIXED.pack(arrays)
+    found = MIXED.unpack(rows)
+    assert list(found) == ["open", "count", "h", "sum", "last"]
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype
+    found["count"][3] = 99
+    assert struct.unpack(LAYOUT, rows[3].tobytes())[3] == 99
+
+
+def test_one_float32_leaf_is_the_bytes_of_its_array() -> None:
+    spec = StateSpec((Leaf("h", (2, 5), DTYPES["float32"]),))
+    h = np.random.default_rng(0).standard_normal((7, 2, 5)).astype(np.float32)
+    assert spec.row_bytes == 40
+    assert spec.pack({"h": h}).tobytes() == h.tobytes()
+    np.testing.assert_array_equal(spec.unpack(np.frombuffer(h.tobytes(), np.uint8).reshape(7, 40))["h"], h)
+
+
+def test_initial_and_missing_rows() -> None:
+    initial, missing = MIXED.initial(2), MIXED.missing(2)
+    row = struct.unpack(LAYOUT, initial[1].tobytes())
+    assert row == (True, True, True, 7, *[-0.5] * 6, 0.0, False)
+    leaves = MIXED.unpack(missing)
+    assert np.isnan(leaves["h"]).all()
+    assert np.isnan(leaves["sum"]).all()
+    assert not leaves["open"].any()
+    assert not leaves["count"].any()
+    assert MIXED.initial(0).shape == (0, MIXED.row_bytes)
+    assert MIXED.valid(initial).all()
+    assert not MIXED.valid(missing).any()
+
+
+def test_rows_that_no_stream_can_have() -> None:
+    rows = MIXED.initial(5)
+    leaves = MIXED.unpack(rows)
+    leaves["h"][1, 0, 0] = np.inf
+    leaves["sum"][2] = np.nan
+    rows[3, 0] = 2  # a bool
+    rows[4, -1] = 1  # padding
+    assert MIXED.valid(rows).tolist() == [True, False, False, False, False]
+
+
+def test_encoding_and_digest() -> None:
+    encoded = MIXED.encode()
+    assert encoded[2] == ["h", [2, 3], "float32", -0.5]
+    assert StateSpec.decode(encoded) == MIXED
+    assert StateSpec.decode(tuple(map(tuple, encoded))).digest == MIXED.digest
+    other = StateSpec((Leaf("h", (2, 3), DTYPES["float32"]),))
+    renamed = StateSpec((Leaf("g", (2, 3), DTYPES["float32"]),))
+    filled = StateSpec((Leaf("h", (2, 3), DTYPES["float32"], 1.0),))
+    assert len({spec.digest for spec in (other, renamed, filled, MIXED)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("h", "a list of 1 to 64 leaves"),
+        ([], "a list of 1 to 64 leaves"),
+        ([["h", [2], "float32", 0.0]] * (MAX_LEAVES + 1), "a list of 1 to 64 leaves"),
+        ([["h", [2], "float32"]], r"\[name, shape, dtype, initial value\]"),
+        ([[3, [2], "float32", 0.0]], "cannot be called 3"),
+        ([["h\n", [2], "float32", 0.0]], "cannot be called"),
+        ([["", [2], "float32", 0.0]], "cannot be called"),
+        ([["1h", [2], "float32", 0.0]], "cannot be called"),
+        ([["h" * 65, [2], "float32", 0.0]], "cannot be called"),
+        ([["h", 2, "float32", 0.0]], "must be a list of extents"),
+        ([["h", [1] * 9, "float32", 0.0]], "up to 8 extents"),
+        ([["h", [0], "float32", 0.0]], "an extent of leaf h is 0"),
+        ([["h", [-4], "float32", 0.0]], "an extent of leaf h is -4"),
+        ([["h", [True], "float32", 0.0]], "an extent of leaf h is True"),
+        ([["h", [2.0], "float32", 0.0]], "an extent of leaf h is 2.0"),
+        ([["h", [2**40], "float32", 0.0]], "an extent of leaf h is"),
+        ([["h", [2**20, 2**20, 2**20], "bool", 0.0]], "bytes per stream"),
+        ([["h", [MAX_ROW_BYTES // 4 + 1], "float32", 0.0]], "bytes per stream"),
+        ([["h", [2], "float16", 0.0]], "expected float32, float64, int64, bool"),
+        ([["h", [2], ">f4", 0.0]], "expected float32, float64, int64, bool"),
+        ([["h", [2], 4, 0.0]], "expected float32, float64, int64, bool"),
+        ([["h", [2], "float32", "0"]], "initial value of leaf h is '0': expected a finite number"),
+        ([["h", [2], "float32", float("nan")]], "expected a finite number"),
+        ([["h", [2], "float32", 1e39]], "which no float32 is"),
+        ([["h", [2], "int64", 0.5]], "which no int64 is"),
+        ([["h", [2], "int64", 2.0**60]], "which no int64 is"),
+        ([["h", [2], "bool", 2]], "which no bool is"),
+        ([["h", [2], "float32", 0.0], ["h", [2], "bool", 0.0]], "two leaves are called h"),
+    ],
+)
+def test_specifications_of_strangers_are_checked(value: Any, says: str) -> None:
+    with pytest.raises(InvalidStateSpec, match=says):
+        StateSpec.decode(value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"h": None}, "the state has the leaves"),
+        ({"h": np.zeros((2, 3, 2), np.float32)}, r"leaf h must be float32 \[2, 2, 3\], not float32 \[2, 3, 2\]"),
+        ({"h": np.zeros((2, 2, 3))}, "not float64"),
+        ({"more": np.zeros(2)}, "the state has the leaves"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_not_packed(changed: dict[str, Any], says: str) -> None:
+    arrays = {name: array for name, array in (values(2) | changed).items() if array is not None}
+    with pytest.raises(ValueError, match=says):
+        MIXED.pack(arrays)
