@@ -1,10 +1,10 @@
 import numpy as np
-
 from instep.core.blocks import Block, BlockTable
 from instep.core.rings import Rings
+from instep.core.verdict import Admission
+
 from instep.core.streams import StreamTable
 from instep.core.typing import I64
-from instep.core.verdict import Admission
 from instep_client.protocol.codes import Code
 
 RINGS = Rings(StreamTable(8, max_owners=1), 4, 8, 1, 1, max_pending=10)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-
 from instep.core.keeping import Keeping
+
 from instep.core.typing import I64
 
 SLOTS = st.lists(st.integers(1, 6), unique=True, max_size=4)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from instep.core.rings import Rings
+from instep.core.verdict import Admission
+
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
-from instep.core.verdict import Admission
 
 STREAMS = 5
 WINDOW = 4

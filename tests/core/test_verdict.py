@@ -1,7 +1,7 @@
 import numpy as np
+from instep.core.verdict import Admission
 
 from instep.core.typing import I64
-from instep.core.verdict import Admission
 
 
 def ints(*values: int) -> I64:

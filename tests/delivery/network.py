@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from instep.server.transport import Sent
+
 from instep_client.protocol.wire import Message
 
 FULL_AT = 6

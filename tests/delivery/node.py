@@ -14,24 +14,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-
 from instep.core.rings import Rings
-from instep.core.streams import StreamTable
-from instep.core.typing import F32, I64
-from instep.recording.writer import RecordingWriter
-from instep.runtime.errors import StateLost
 from instep.runtime.runs import Ended
 from instep.runtime.worker import Job
 from instep.server.clients import Client, ClientTable
 from instep.server.engine import Engine
 from instep.server.lifecycle import Lifecycle
-from instep.server.limits import EffectiveLimits
 from instep.server.postbox import Postbox
 from instep.server.recovery import go_on
 from instep.server.snapshots import Snapshots
 from instep.server.statistics import Statistics
 from instep.server.tap import Tap
 from instep.server.verbs import Verbs
+
+from instep.core.streams import StreamTable
+from instep.core.typing import F32, I64
+from instep.recording.writer import RecordingWriter
+from instep.runtime.errors import StateLost
+from instep.server.limits import EffectiveLimits
 from instep_client.protocol.wire import PROTOCOL_VERSION, Code, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory
 from tests.delivery.network import Connection, Network

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-
 from instep.core.rings import Rings
+from instep.server.engine import Engine
+from instep.server.lifecycle import Lifecycle
+from instep.server.tap import Tap
+
 from instep.core.streams import StreamTable
 from instep.recording import file as recording_file
 from instep.recording.errors import RecordingError
 from instep.server import engine, lifecycle, recovery
-from instep.server.engine import Engine
-from instep.server.lifecycle import Lifecycle
-from instep.server.tap import Tap
 from tests.delivery.machine import Faults, numbers, run
 from tests.delivery.mutants import Change, broken
 

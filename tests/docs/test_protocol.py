@@ -14,13 +14,13 @@ import msgpack
 import numpy as np
 import pytest
 import zmq.asyncio
+from instep.server.answers import Answer
 
 from instep.config import Config
 from instep.core.typing import F32, I32, I64, U64
 from instep.models.description import GruLayers, NetworkDescription
 from instep.models.folder import make_model
 from instep.server import replies
-from instep.server.answers import Answer
 from instep_client import replies as readers
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage

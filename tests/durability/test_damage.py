@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from instep.server.recovery import go_on
 
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import PAGE_BYTES
 from instep.recording.writer import RecordingWriter
-from instep.server.recovery import go_on
 from tests.support.story import Story, assert_restored, new_engine, story_header
 
 PLACES = 260

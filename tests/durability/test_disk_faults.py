@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from instep.server.recovery import go_on
 
 from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.recording.errors import RecordingError
 from instep.recording.writer import RecordingWriter
-from instep.server.recovery import go_on
 from instep.server.server import Server
 from instep_client.protocol.wire import Code, Kind
 from tests.support.disk import Disk, Fault, Operation

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from instep.core.rings import Rings
+from instep.server.recovery import go_on
 from rich.console import Console
 
-from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
 from instep.models.folder import load_model
@@ -21,7 +22,6 @@ from instep.recording.reader import RecordingReader
 from instep.recording.schema import FORMAT_VERSION, RecordingHeader
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.runtime.stepper import Stepper
-from instep.server.recovery import go_on
 from instep.verify.command import run
 from tests.support.golden import (
     FEATURES,

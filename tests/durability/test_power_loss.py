@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from instep.core.rings import Rings
+from instep.server.recovery import go_on
 
 from instep.core.ownership import judge_claims
-from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
-from instep.server.recovery import go_on
 from instep_client.protocol.wire import Code
 from tests.support.disk import Disk, Operation, after_power_loss
 from tests.support.story import WINDOW, Story, Truth, assert_restored, new_engine, story_header

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from instep.server.recovery import go_on
 
 from instep.recording import family
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
-from instep.server.recovery import go_on
 from instep_client.protocol.wire import Kind
 from tests.support.disk import Disk, Fault, Operation, after_power_loss
 from tests.support.models import SMALL, whole

@@ -3,9 +3,9 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from instep.runtime.runs import run_steps
 
 from instep.core.typing import I64
-from instep.runtime.runs import run_steps
 
 
 def test_every_step_of_a_run_has_its_rows() -> None:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import psutil
 import pytest
+from instep.runtime.runs import MOST_STEPS, Ended
+from instep.runtime.step_process import PLACES, StepFailed, StepProcess, _Commands
 
 from instep.core.typing import F32, I64
 from instep.runtime.errors import StateLost
-from instep.runtime.runs import MOST_STEPS, Ended
 from instep.runtime.shared_memory import shared_zeros
-from instep.runtime.step_process import PLACES, StepFailed, StepProcess, _Commands
 from instep.server.open_files import allow_open_files
 
 DEADLINE_S = 60

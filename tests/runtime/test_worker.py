@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from instep.runtime.runs import Ended
+from instep.runtime.worker import Job, Worker
 
 from instep.core.typing import I64
 from instep.runtime import worker
-from instep.runtime.runs import Ended
-from instep.runtime.worker import Job, Worker
 
 
 class Caller:

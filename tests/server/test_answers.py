@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-
 from instep.core.blocks import Block
 from instep.core.rings import Rings
-from instep.core.streams import StreamTable
-from instep.core.typing import F32
 from instep.core.verdict import Admission
 from instep.server.answers import answer, together
 from instep.server.clients import Client
+
+from instep.core.streams import StreamTable
+from instep.core.typing import F32
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
 

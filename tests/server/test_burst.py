@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from instep.core.blocks import BlockTable
 from instep.core.rings import Rings
-from instep.core.streams import StreamTable
 from instep.server.burst import Burst, Step, apart
 from instep.server.clients import Client
+
+from instep.core.streams import StreamTable
 from instep_client.protocol import wire
 
 CLIENT = Client(0, 1, b"", 0)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instep.runtime.runs import Ended
 
 from instep.core.typing import F32, I32, I64
-from instep.runtime.runs import Ended
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL, whole

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from instep.recording.recorder import Recorder
-from instep.recording.writer import RecordingWriter
 from instep.runtime.worker import Worker
 from instep.server.postbox import Postbox
 from instep.server.transport import Router
+
+from instep.recording.recorder import Recorder
+from instep.recording.writer import RecordingWriter
 from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgpack
 import numpy as np
 import pytest
+from instep.server.waits import MOST_JOBS
 
 from instep.config import Config
 from instep.core.typing import F32, I64
@@ -19,7 +20,6 @@ from instep.runtime.errors import StateLost
 from instep.runtime.state_cache import StateCache
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
-from instep.server.waits import MOST_JOBS
 from instep_client.protocol.wire import Code, Kind
 from tests.support.commits import held_commits
 from tests.support.gate import GATE_VALUE, Gate

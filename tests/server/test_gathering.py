@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-
 from instep.core.rings import Rings
+from instep.server.gathering import Gathering
+
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
-from instep.server.gathering import Gathering
 
 WINDOW = 4
 

@@ -12,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from instep.server.departures import Departures
+from instep.server.lifecycle import Lifecycle
+from instep.server.postbox import Postbox
+from instep.server.tap import Tap
 
 from instep.core.streams import StreamTable
 from instep.core.typing import I64
@@ -22,11 +26,7 @@ from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from instep.server import departures as departures_module
 from instep.server import evictions as evictions_module
-from instep.server.departures import Departures
-from instep.server.lifecycle import Lifecycle
-from instep.server.postbox import Postbox
 from instep.server.server import Server
-from instep.server.tap import Tap
 from instep_client.protocol.wire import HAVE_ALL, Code
 from tests.support.models import SMALL
 from tests.support.raw import RawClient

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import msgpack
-
-from instep.server import replies
 from instep.server.clients import Client, ClientTable
 from instep.server.postbox import Postbox
 from instep.server.transport import Sent
+
+from instep.server import replies
 from instep_client.protocol.wire import Kind, Message
 
 MESSAGE: Message = [b"x" * 744]

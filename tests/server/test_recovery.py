@@ -6,9 +6,9 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+from instep.server.recovery import go_on
 
 from instep.recording.writer import RecordingWriter
-from instep.server.recovery import go_on
 from tests.support.rows import open_stream
 from tests.support.story import FEATURES, new_engine, story_header
 

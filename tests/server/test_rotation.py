@@ -8,8 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from instep.core.rings import Rings
+from instep.runtime.worker import Worker
+from instep.server.gathering import Gathering
+from instep.server.rotation import Rotation
+from instep.server.snapshots import Extents, Snapshots
+from instep.server.tap import Tap
+
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
 from instep.recording import family
@@ -18,12 +23,7 @@ from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.states import StateRows
 from instep.runtime.stepper import Stepper
-from instep.runtime.worker import Worker
-from instep.server.gathering import Gathering
-from instep.server.rotation import Rotation
 from instep.server.server import Server
-from instep.server.snapshots import Extents, Snapshots
-from instep.server.tap import Tap
 from instep_client.protocol.wire import Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from instep.runtime.runs import MOST_STEPS, Ended
 from instep.runtime.worker import Job
+
 from instep.server.server import Server
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole

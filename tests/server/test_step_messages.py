@@ -6,11 +6,11 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from instep.server.burst import Step
 from instep.server.clients import Client
 from instep.server.refusal import Refusal
 from instep.server.step_messages import StepMessages
+
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.wire import Code, Kind

@@ -13,10 +13,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from instep.runtime.worker import Worker
 
 from instep.config import EngineConfig
 from instep.models.network import Network
-from instep.runtime.worker import Worker
 from instep.server import assembly
 from instep.server import server as server_module
 from instep.server.assembly import steps_apart

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 import zmq
+from instep.server.transport import Router, Sent
 
 from instep.config import TransportConfig
 from instep.server.preparation import CannotServe
-from instep.server.transport import Router, Sent
 from instep_client import AsyncClient
 from tests.support.models import SMALL
 from tests.support.running import running

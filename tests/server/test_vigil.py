@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-
 from instep.server.vigil import Vigil
+
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running

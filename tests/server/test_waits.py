@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from instep.server.waits import MOST_WAITING, Waits
 
 from instep.core.streams import StreamTable
-from instep.server.waits import MOST_WAITING, Waits
 
 
 @pytest.mark.parametrize("waits_for", ["answers", "ends"])

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from instep.core.rings import Rings
+from instep.core.verdict import Admission
 
 from instep.core.admission import admit
-from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, U64
-from instep.core.verdict import Admission
 
 OWNER = 1
 FEATURES = 2

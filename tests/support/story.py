@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-
 from instep.core.rings import Rings
+
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
 from instep.recording.carried import Carried

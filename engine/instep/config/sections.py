@@ -50,7 +50,7 @@ class EngineConfig(Section):
     exactness: Literal["require", "prefer", "off"] = "prefer"
     max_streams: Count = 4096
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 512
-    steps_in: Literal["auto", "process", "thread"] = "auto"
+    steps_in: Literal["auto", "process", "thread", "inline"] = "auto"
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 300
     max_queue_delay_us: Annotated[int, Field(ge=0, le=10_000_000)] = 0
 
@@ -78,6 +78,7 @@ class LimitsConfig(Section):
     max_pending_frames: Count = 131_072
     credit_frames: Count = 16_384
     max_connections: Count = 16_384
+    max_buffered_bytes: Annotated[int, Field(ge=1024 * 1024, le=2**62)] = 256 * 1024 * 1024
     unreachable_after_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 30.0
 
 

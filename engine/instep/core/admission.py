@@ -28,7 +28,7 @@ from instep.core.tables import (
     Records,
     Tables,
 )
-from instep.core.typing import I32, I64, U32
+from instep.core.typing import I32, I64, U32, U64, Int
 from instep_client.protocol.codes import Code
 
 SENT_COLUMN: Final = np.dtype([("handle", "<u8"), ("seq", "<i8"), ("acked", "<i8")])
@@ -58,12 +58,12 @@ _ONE: Final = np.uint32(1)
 
 
 @inlined
-def resolve_handle(tables: Tables, handle: np.uint64, origin: int) -> tuple[int, int]:
+def resolve_handle(tables: Tables, handle: np.uint64, origin: Int) -> tuple[Int, int]:
     """The slot that a handle names, and 0 where `origin` may use it, else the code that says why not."""
     streams = tables.streams
     slot = np.int64(handle & _SLOT_MASK)
     if slot == 0 or slot >= len(streams) or streams["owner"][slot] == NO_OWNER or streams["closing"][slot]:
-        return 0, _UNKNOWN_STREAM
+        return np.int64(0), _UNKNOWN_STREAM
     if streams["handle"][slot] == handle:
         return slot, (0 if streams["owner"][slot] == origin else _FOREIGN_STREAM)
     # An older handle of the stream that is in the slot now? Generations wrap, so ages are compared modulo 2^32.
@@ -91,13 +91,13 @@ def _is_finite(frame: U32) -> bool:
     largest = np.uint32(0)
     for value in range(len(frame)):
         largest = max(largest, frame[value] & _EXPONENT)
-    return largest != _EXPONENT
+    return bool(largest != _EXPONENT)
 
 
 @inlined
 def _admit_column(
     tables: Tables, sent: Records, at: int, column: int, message: int, x: U32, first: int, width: int, timesteps: int
-) -> int:
+) -> Int:
     """Judge one column and apply what is good; returns how many of its frames were admitted to be computed.
 
     Args:
@@ -121,21 +121,21 @@ def _admit_column(
     columns["skipped"][column] = columns["length"][column] = columns["fresh"][column] = 0
     columns["code"][column], columns["expected_seq"][column] = code, 0
     if code:
-        return 0
+        return np.int64(0)
     next_seq = streams["next_seq"][slot]
     columns["expected_seq"][column] = next_seq
     if acked < 0 or acked > streams["step_seq"][slot]:
         columns["code"][column] = _ACK_AHEAD
-        return 0
+        return np.int64(0)
     oldest = max(streams["acked"][slot], next_seq - window)
     streams["acked"][slot] = max(streams["acked"][slot], acked)
     if seq < 0 or seq > next_seq:
         columns["code"][column] = _SEQ_GAP
-        return 0
+        return np.int64(0)
     repeats = min(next_seq - seq, timesteps)
     if repeats > 0 and (streams["pending"][slot] > 0 or seq < oldest):
         columns["code"][column] = _SEQ_REPEATED
-        return 0
+        return np.int64(0)
     length = timesteps
     for step in range(timesteps):
         at_value = first + step * width * features
@@ -159,7 +159,7 @@ def _admit_column(
         for value in range(features):
             place[value] = frame[value]
         tables.frame_message[row] = message
-    fresh = max(length - repeats, 0)
+    fresh: Int = max(length - repeats, 0)
     columns["skipped"][column] = min(repeats, length)
     columns["length"][column], columns["fresh"][column], columns["code"][column] = length, fresh, code
     if fresh:
@@ -216,7 +216,8 @@ def admit(tables: Tables, messages: Records, sent: Records, x: U32, outcomes: I3
         tables.messages["arrived_ns"][number] = messages["arrived_ns"][place]
         tables.messages["origin"][number] = origin
         tables.messages["timesteps"][number], tables.messages["width"][number] = timesteps, width
-        fresh, repeats, column = 0, 0, counts[FREE_COLUMN]
+        fresh: Int = 0
+        repeats, column = 0, counts[FREE_COLUMN]
         tables.messages["head"][number] = column
         for place_in_message in range(width):
             first = value_at + place_in_message * features
@@ -242,7 +243,7 @@ def admit(tables: Tables, messages: Records, sent: Records, x: U32, outcomes: I3
 
 
 @inlined
-def resolve_handles(tables: Tables, handles: I64, origin: int, slots: I64, codes: I32) -> bool:
+def resolve_handles(tables: Tables, handles: U64, origin: int, slots: I64, codes: I32) -> bool:
     """Resolve the handles of an operation: uint64 [N] → slots int64 [N] and codes int32 [N].
 
     Returns:

@@ -8,11 +8,13 @@ for measuring coverage.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numba
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_njit: Final[Any] = numba.njit
 
 _KERNELS: list[Any] = []
 
@@ -20,9 +22,9 @@ _KERNELS: list[Any] = []
 def kernel(function: F) -> F:
     """Compile a function over arrays. It releases the interpreter's lock and keeps IEEE arithmetic as written."""
     try:
-        compiled = numba.njit(cache=True, nogil=True)(function)
+        compiled = _njit(cache=True, nogil=True)(function)
     except RuntimeError:  # no folder for the cache can be written: compile at each start
-        compiled = numba.njit(nogil=True)(function)
+        compiled = _njit(nogil=True)(function)
     _KERNELS.append(compiled)
     typed: F = compiled
     return typed
@@ -30,7 +32,7 @@ def kernel(function: F) -> F:
 
 def inlined(function: F) -> F:
     """A part of kernels, compiled into each of them: a call would pass all of `Tables` by value."""
-    typed: F = numba.njit(nogil=True, inline="always")(function)
+    typed: F = _njit(nogil=True, inline="always")(function)
     return typed
 
 

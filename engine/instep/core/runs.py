@@ -60,19 +60,19 @@ def release(tables: Tables, slots: I64, now_ns: int) -> None:
 @kernel
 def are_running(tables: Tables, slots: I64) -> bool:
     """Whether any of these streams, int64 [N], is in a run."""
+    running = 0
     for slot in slots:
-        if tables.streams["running"][slot]:
-            return True
-    return False
+        running |= tables.streams["running"][slot]
+    return running != 0
 
 
 @kernel
 def are_pending(tables: Tables, slots: I64) -> bool:
     """Whether any of these streams, int64 [N], has frames that are not answered yet."""
+    pending = 0
     for slot in slots:
-        if tables.streams["pending"][slot]:
-            return True
-    return False
+        pending |= tables.streams["pending"][slot]
+    return pending != 0
 
 
 @kernel

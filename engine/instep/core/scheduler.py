@@ -11,12 +11,11 @@ import numpy as np
 
 from instep.core.compiled import inlined, kernel
 from instep.core.tables import NOTHING, READY, READY_SINCE_NS, ROUND_TAIL, STRIDE, WINDOW, Tables
-from instep.core.typing import I64
-
+from instep.core.typing import I64, Int
 
 
 @inlined
-def push_ready(tables: Tables, slot: int, since_ns: int) -> None:
+def push_ready(tables: Tables, slot: Int, since_ns: Int) -> None:
     """Append a stream to the ready queue of its owner, unless it has nothing to step or may not step now."""
     counts, streams, origins = tables.counts, tables.streams, tables.origins
     may_step = streams["running"][slot] == 0 and streams["holds"][slot] == 0 and streams["queued"][slot] == 0

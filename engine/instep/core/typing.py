@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,10 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 U32: TypeAlias = npt.NDArray[np.uint32]
 U64: TypeAlias = npt.NDArray[np.uint64]
 Bool: TypeAlias = npt.NDArray[np.bool_]
+
+
+Int: TypeAlias = int | np.integer[Any]
+"""A whole number in a kernel: Python's where kernels are not compiled, a machine's elsewhere."""
 
 
 def float32_zeros(shape: tuple[int, ...]) -> F32:

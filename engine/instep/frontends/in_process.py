@@ -57,9 +57,10 @@ class InProcessOrigin:
         columns["handle"], columns["seq"], columns["acked"] = handles, seqs, acked
         self._next_tag += 1
         future = self._replies[self._next_tag] = asyncio.get_running_loop().create_future()
-        frames = np.ascontiguousarray(x, np.float32)
-        self._frontend.put(Frames(self, self._next_tag, timesteps, width, columns, frames, time.monotonic_ns()))
-        return await future
+        memory = columns.data.cast("B"), np.ascontiguousarray(x, np.float32).data.cast("B")
+        self._frontend.put(Frames(self, self._next_tag, timesteps, width, *memory, time.monotonic_ns()))
+        reply: Reply = await future
+        return reply
 
     async def open(self, names: Names, states: F32 | None = None, first_seqs: I64 | None = None) -> Grants:
         """See `StreamOperations.open`."""
@@ -87,9 +88,7 @@ class InProcessOrigin:
             columns = (reply.codes[part], reply.lengths[part], reply.expected_seqs[part])
             codes, lengths, expected = (column.copy() for column in columns)
             y = reply.y[:, part].copy()
-            own = replace(
-                reply, tags=[tag], widths=[width], y=y, codes=codes, lengths=lengths, expected_seqs=expected
-            )
+            own = replace(reply, tags=[tag], widths=[width], y=y, codes=codes, lengths=lengths, expected_seqs=expected)
             self._settle(tag, lambda future, own=own: future.set_result(own))  # type: ignore[misc]
 
     def refuse(self, tag: int, refusal: Refusal) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from instep.core.slots import SCRATCH_SLOT
+from instep.core.tables import SCRATCH_SLOT
 from instep.core.typing import F32, I64, float32_zeros
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from instep.core.slots import SCRATCH_SLOT
+from instep.core.tables import SCRATCH_SLOT
 from instep.core.typing import F32, I64, float32_zeros
 from instep.models.network import Network
 from instep.runtime.errors import StateLost

@@ -1,7 +1,9 @@
-"""From what was prepared to a server: sizes, states, socket and recording, in an order that can be undone."""
+"""From what was prepared to a server: every part is made here, in an order that can be undone."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import secrets
 import time
@@ -9,49 +11,174 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 
+import numpy as np
 import structlog
 import torch
 import zmq
 
 from instep.config import Config, EngineConfig
-from instep.core.rings import Rings
+from instep.core.dirty import DirtyTracker
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I64, float32_zeros
-from instep.models.network import Network
+from instep.core.tables import Tables, make_tables
+from instep.core.typing import I64, U32, float32_zeros
+from instep.frontends.zmq.decode import Decoder
+from instep.frontends.zmq.frontend import ZmqFrontend
+from instep.frontends.zmq.peers import Outbound
+from instep.frontends.zmq.router import Router
 from instep.models.numerics import numerics
-from instep.recording import family
 from instep.recording.errors import RecordingError, with_advice
-from instep.recording.reader import RecordingReader
+from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.cores import usable_cores
+from instep.runtime.executor import InlineExecutor, StepExecutor, ThreadExecutor
+from instep.runtime.process_executor import ProcessExecutor
 from instep.runtime.shared_memory import shared_zeros
-from instep.runtime.step_process import StepProcess
 from instep.runtime.stepper import Stepper
 from instep.server.limits import EffectiveLimits, LimitsError, effective_limits
+from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared
-from instep.server.recovery import Recovery, go_on
 from instep.server.server import Server
-from instep.server.streams import Streams
-from instep.server.transport import Router
+from instep.server.shutdown import Shutdown
+from instep.streaming.checkpoints import Checkpoints
+from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.journal import Journal
+from instep.streaming.operations import StreamOperations
+from instep.streaming.origins import Origins
+from instep.streaming.reaper import IdleLimits, Reaper
+from instep.streaming.recovery import Recovery, resume_recording
+from instep.streaming.stats import EngineStats
+from instep.streaming.tasks import Tasks
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
 
-def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
-    """What a recording of this server says of it."""
-    certification = prepared.certification
-    return RecordingHeader(
-        instep_version=version("instep"),
-        created_ns=time.time_ns(),
-        model_name=prepared.model.name,
-        model_folder=str(prepared.model_path),
-        description=prepared.model.description.model_dump(mode="json"),
-        model_fingerprint=prepared.model.fingerprint,
-        numerics=numerics(prepared.network),
-        exactness=certification.exactness,
-        buckets=certification.buckets,
-        max_ulp=certification.max_ulp,
-        durability=config.recording.durability,
+def make_server(
+    config: Config,
+    prepared: Prepared,
+    log: structlog.stdlib.BoundLogger,
+    stepper: Stepper | None = None,
+    *,
+    accept_numerics_change: bool = False,
+) -> Server:
+    """A server that is bound and not yet serving; called inside the event loop.
+
+    Args:
+        config: the configuration.
+        prepared: what `prepare` made of it.
+        log: where the server says what it does.
+        stepper: another one than usual, for tests.
+        accept_numerics_change: whether to continue a recording although floats may come out with other bits now.
+
+    Raises:
+        CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.
+    """
+    with ExitStack() as undo:
+        try:
+            server = _make_server(config, prepared, log, stepper, undo, accept_numerics_change)
+        except (LimitsError, RecordingError) as error:
+            raise CannotServe(with_advice(error)) from None
+        except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
+            raise _no_memory(config, error) from None
+        except zmq.ZMQError as error:
+            raise CannotServe(
+                f"cannot bind {config.transport.endpoint}: {error}; is another server using it?"
+            ) from None
+        undo.pop_all()
+    return server
+
+
+def _make_server(
+    config: Config,
+    prepared: Prepared,
+    log: structlog.stdlib.BoundLogger,
+    stepper: Stepper | None,
+    undo: ExitStack,
+    accept_numerics_change: bool,
+) -> Server:
+    network, buckets = prepared.network, prepared.certification.buckets
+    limits = effective_limits(config, buckets[-1], network.features, network.outputs)
+    info = server_info(config, prepared, limits)
+    forks = stepper is None and steps_in_process(config.engine, prepared.device)
+
+    # Memory, and the process that shares it: before the socket, whose threads must not be forked.
+    zeros = shared_zeros if forks else float32_zeros
+    tables = make_tables(
+        limits.max_streams,
+        limits.max_connections,
+        limits.window_frames,
+        network.features,
+        network.outputs,
+        limits.max_pending_frames,
+        limits.credit_frames,
+        zeros,
+    )
+    table = StreamTable(tables, _random_generations(limits.max_streams), time.time_ns())
+    if stepper is None:
+        stepper = Stepper(network, buckets, limits.max_streams, prepared.device, zeros)
+    executor = _executor(config, stepper, tables, forks)
+    undo.callback(executor.stop, 0.0)
+    router = Router(config.transport)
+    undo.callback(router.close)
+
+    # The loop, and everything it moves.
+    shutdown = Shutdown(log)
+    busy_poll_ns = config.engine.spin_us * 1000 if forks else 0  # a thread that steps would lack the interpreter's lock
+    loop = Loop(busy_poll_ns, shutdown.bug)
+    journal = Journal(tables, table, loop.wake)
+    stats, origins, tasks = EngineStats(), Origins(tables), Tasks(shutdown.bug)
+
+    def log_failure(error: Exception, streams: int) -> None:
+        log.error("step failed", error=repr(error), streams=streams)
+
+    engine_limits = EngineLimits(limits.max_batch_size, limits.max_queue_delay_ns, limits.max_block_frames)
+    call_later = asyncio.get_running_loop().call_later
+    engine = Engine(tables, table, origins, stepper, executor, journal, engine_limits, stats, log_failure, call_later)
+    operations = StreamOperations(engine, stepper, tasks, loop.wake, log_failure)
+    reaper = Reaper(engine, operations, _idle_limits(config))
+    target_ns = round(config.recording.recovery_target_s * 1e9)
+    checkpoints = Checkpoints(engine, operations, stepper, tasks, target_ns)
+
+    # The front end.
+    outbound = Outbound(
+        router,
+        tables,
+        limits.max_unread_bytes,
+        limits.max_outbox_bytes,
+        config.limits.max_buffered_bytes,
+        round(config.limits.unreachable_after_s * 1e9),
+        time.monotonic_ns,
+        reaper.detach,
+    )
+    state_shape = (network.state_layers, network.state_size)
+    decoder = Decoder(network.features, state_shape, limits.max_block_frames, limits.max_message_bytes)
+    probe_after_ns = round(config.transport.heartbeat_s * 1e9)
+    frontend = ZmqFrontend(
+        router, engine, operations, reaper, tasks, outbound, decoder, info, probe_after_ns, loop.wake
+    )
+    loop.engine, loop.operations, loop.frontends = engine, operations, [frontend]
+
+    # The recording, last: nothing that can fail comes after it.
+    recorder, recovery = None, None
+    if config.recording.file is not None:
+        writer, recovery = _recording(config, prepared, tables, table, journal.dirty, stepper, accept_numerics_change)
+        undo.callback(writer.discard if recovery is None else writer.abandon)
+        recorder = _recorder(config, writer, journal, loop, shutdown)
+        last_stream = 0 if recovery is None else recovery.last_stream
+        journal.record(recorder, last_stream, writer.position, waits=info.durability != "memory")
+    return Server(
+        config,
+        info,
+        shutdown,
+        loop,
+        engine,
+        operations,
+        reaper,
+        checkpoints,
+        tasks,
+        frontend,
+        recorder,
+        recovery,
+        log,
     )
 
 
@@ -81,63 +208,25 @@ def server_info(config: Config, prepared: Prepared, limits: EffectiveLimits) -> 
     )
 
 
-def make_server(
-    config: Config,
-    prepared: Prepared,
-    log: structlog.stdlib.BoundLogger,
-    stepper: Stepper | None = None,
-    *,
-    accept_numerics_change: bool = False,
-) -> Server:
-    """A server that is bound and not yet serving; called inside the event loop.
-
-    Args:
-        config: the configuration.
-        prepared: what `prepare` made of it.
-        log: where the server says what it does.
-        stepper: another one than usual, for tests.
-        accept_numerics_change: whether to go on with a recording although floats may come out with other bits now.
-
-    Raises:
-        CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.
-    """
-    network, certification = prepared.network, prepared.certification
-    writer, recovery = None, None
-    with ExitStack() as undo:
-        try:
-            limits = effective_limits(config, certification.buckets[-1], network.features, network.outputs)
-            info = server_info(config, prepared, limits)
-            apart = stepper is None and steps_apart(config.engine, prepared.device)
-            zeros = shared_zeros if apart else float32_zeros
-            streams = _streams(limits, network, zeros)
-            process = None
-            if stepper is None:
-                buckets = certification.buckets
-                stepper = Stepper(network, buckets, config.engine.max_streams, prepared.device, zeros)
-            if apart:
-                # Before the socket: ZeroMQ's threads are not forked.
-                process = _step_process(stepper, streams.rings, config.engine.spin_us)
-                undo.callback(process.stop, 0.0)  # it has nothing to finish
-            router = Router(config.transport)
-            undo.callback(router.close)
-            if config.recording.file is not None:
-                writer, recovery = _recording(config, prepared, streams, stepper, log, accept_numerics_change)
-                undo.callback(writer.discard if recovery is None else writer.abandon)
-            server = Server(config, router, stepper, info, streams, writer, process, log)
-        except (LimitsError, RecordingError) as error:
-            raise CannotServe(with_advice(error)) from None
-        except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
-            raise _no_memory(config, error) from None
-        except zmq.ZMQError as error:
-            raise CannotServe(
-                f"cannot bind {config.transport.endpoint}: {error}; is another server using it?"
-            ) from None
-        undo.pop_all()
-    server.recovery = recovery
-    return server
+def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
+    """What a recording of this server says of it."""
+    certification = prepared.certification
+    return RecordingHeader(
+        instep_version=version("instep"),
+        created_ns=time.time_ns(),
+        model_name=prepared.model.name,
+        model_folder=str(prepared.model_path),
+        description=prepared.model.description.model_dump(mode="json"),
+        model_fingerprint=prepared.model.fingerprint,
+        numerics=numerics(prepared.network),
+        exactness=certification.exactness,
+        buckets=certification.buckets,
+        max_ulp=certification.max_ulp,
+        durability=config.recording.durability,
+    )
 
 
-def steps_apart(engine: EngineConfig, device: torch.device) -> bool:
+def steps_in_process(engine: EngineConfig, device: torch.device) -> bool:
     """Whether steps get a process of their own.
 
     Raises:
@@ -156,66 +245,77 @@ def steps_apart(engine: EngineConfig, device: torch.device) -> bool:
     return engine.steps_in == "auto" and not any(obstacles.values()) and usable_cores() > 1
 
 
-def _step_process(stepper: Stepper, rings: Rings, spin_us: int) -> StepProcess:
+def _executor(config: Config, stepper: Stepper, tables: Tables, forks: bool) -> StepExecutor:
     def step(slots: I64, rows: I64) -> None:
-        stepper.step(slots, rows, rings.x, rings.y)
+        stepper.step(slots, rows, tables.x, tables.y)
 
+    engine = config.engine
+    if not forks:
+        return InlineExecutor(step) if engine.steps_in == "inline" else ThreadExecutor(step)
     try:
-        # It waits for the loop, so it stays awake for longer.
-        return StepProcess(step, stepper.buckets[-1], 2 * spin_us * 1000)
+        # Twice as long as the loop: it waits for the loop. No inline runs while recording: the recorder's thread needs
+        # the interpreter's lock as well.
+        is_recording = config.recording.file is not None
+        return ProcessExecutor(step, stepper.buckets[-1], 2 * engine.spin_us * 1000, runs_short_inline=not is_recording)
     except OSError as error:
         raise CannotServe(f"no process for the steps can be started ({error}); set engine.steps_in to thread") from None
 
 
-def _streams(limits: EffectiveLimits, network: Network, zeros: Callable[[tuple[int, ...]], F32]) -> Streams:
-    table = StreamTable(limits.max_streams, limits.max_connections, limits.first_generation, time.time_ns())
-    rings = Rings(
-        table,
-        limits.window_frames,
-        limits.max_streams,
-        network.features,
-        network.outputs,
-        limits.max_pending_frames,
-        zeros,
+def _random_generations(max_streams: int) -> U32:
+    """Where the generations of slots begin: unpredictable, so that handles are, and never 0."""
+    numbers = np.frombuffer(secrets.token_bytes(4 * (max_streams + 1)), np.uint32)
+    return (numbers | np.uint32(1)).astype(np.uint32)
+
+
+def _idle_limits(config: Config) -> IdleLimits:
+    limits = config.limits
+    return IdleLimits(
+        round(limits.max_idle_s * 1e9),
+        round(limits.first_frame_s * 1e9),
+        round(limits.park_s * 1e9),
+        limits.max_parked_streams,
     )
-    return Streams(limits, table, rings)
 
 
 def _recording(
     config: Config,
     prepared: Prepared,
-    streams: Streams,
+    tables: Tables,
+    table: StreamTable,
+    dirty: DirtyTracker,
     stepper: Stepper,
-    log: structlog.stdlib.BoundLogger,
     accept_numerics_change: bool,
 ) -> tuple[RecordingWriter, Recovery | None]:
     """A new recording, or the one that is there, with its streams put back."""
     path = config.recording.file
     assert path is not None
     header = recording_header(prepared, config)
+    from instep.recording import family
+
     family.refuse_place(path)
     family.settle(path)
-
-    def on_damaged(error: RecordingError) -> None:
-        log.warning("damaged file kept", reason=str(error), hint="it is not needed to go on, and not removed by itself")
-
-    files = family.members(path, may_be_damaged=True, on_damaged=on_damaged)
-    if not files:
+    if not family.members(path, may_be_damaged=True, on_damaged=lambda error: None):
         return RecordingWriter.create(path, header), None
-    with RecordingReader(files[-1].path) as reader:
-        missing = family.missing_follower(reader)
-    if missing is not None:  # a loss of power in the middle of a rotation leaves the same, so it is gone on
-        log.warning(
-            "newest file missing",
-            file=str(files[-1].path),
-            reason=f"the recording goes on in {missing}, which is not there; what that held is not served again",
-            hint="if it was moved, stop at once and put it back",
-        )
-    writer, recovery = go_on(
-        path, header, streams.table, streams.rings, stepper, accept_numerics_change=accept_numerics_change
+    return resume_recording(path, header, tables, table, dirty, stepper, accept_numerics_change=accept_numerics_change)
+
+
+def _recorder(config: Config, writer: RecordingWriter, journal: Journal, loop: Loop, shutdown: Shutdown) -> Recorder:
+    running = asyncio.get_running_loop()
+
+    def on_loop(call: Callable[..., None], *values: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server was forced to end
+            running.call_soon_threadsafe(call, *values)
+
+    def failed(error: Exception) -> None:
+        on_loop(shutdown.fail, f"the recording {config.recording.file} failed: {error}")
+
+    return Recorder(
+        writer,
+        config.recording.queue_batches,
+        on_room=lambda: on_loop(loop.wake),
+        on_failure=failed,
+        on_durable=lambda lsn: on_loop(journal.advance, lsn),
     )
-    streams.last_stream = recovery.last_stream
-    return writer, recovery
 
 
 def _no_memory(config: Config, error: Exception) -> CannotServe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 
 from instep.config import Config
@@ -32,8 +31,6 @@ class EffectiveLimits:
     """Bytes of answers that ZeroMQ may hold for one connection."""
     max_outbox_bytes: int
     """Bytes of answers that wait beside those."""
-    first_generation: int
-    """Where generations of slots begin: another value at each start, so that old handles are unknown."""
 
 
 def effective_limits(config: Config, max_batch_size: int, features: int, outputs: int) -> EffectiveLimits:
@@ -70,5 +67,4 @@ def effective_limits(config: Config, max_batch_size: int, features: int, outputs
         max_message_bytes=config.transport.max_message_bytes,
         max_unread_bytes=2 * config.transport.max_message_bytes,
         max_outbox_bytes=4 * config.transport.max_message_bytes,
-        first_generation=1 + secrets.randbelow(2**31 - 1),
     )

@@ -10,6 +10,7 @@ from typing import Final
 
 from instep.frontends.base import Frontend
 from instep.streaming.engine import Engine
+from instep.streaming.operations import StreamOperations
 
 _RECEIVE_NS: Final = 2_000_000
 """How long front ends receive before what came first is stepped."""
@@ -32,6 +33,7 @@ class Loop:
     def __init__(self, busy_poll_ns: int, on_bug: Callable[[BaseException], None]) -> None:
         self.frontends: Sequence[Frontend] = ()
         self.engine: Engine
+        self.operations: StreamOperations
         self._busy_poll_ns = busy_poll_ns
         self._on_bug = on_bug
         self._loop = asyncio.get_running_loop()
@@ -80,6 +82,8 @@ class Loop:
             has_received |= frontend.receive(_RECEIVE_NS)
         has_received |= engine.collect()
         engine.flush()  # before what arrived meanwhile is admitted: those who waited longer are answered first
+        while engine.lost:
+            self.operations.lose(engine.lost.pop())
         engine.admit()
         engine.schedule()
         if engine.executor.has_ended:  # it ran inline

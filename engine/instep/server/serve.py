@@ -14,8 +14,8 @@ from instep.server.assembly import make_server
 from instep.server.log import make_log
 from instep.server.open_files import allow_open_files
 from instep.server.preparation import Prepared, prepare
-from instep.server.recovery import Recovery
 from instep.server.signals import interrupts_call
+from instep.streaming.recovery import Recovery
 
 _FILES_BESIDE_CONNECTIONS = 100
 
@@ -70,12 +70,12 @@ async def _serve(
             on_ready(server.endpoint)
         with torch.inference_mode():  # of the loop's thread, once: each short run would be longer by it
             await server.serve()
-        statistics = server.statistics
+        stats = server.engine.stats
         log.info(
             "stopped",
-            frames=statistics.frames_total,
-            batches=statistics.batches_total,
-            blocks_unanswered=server.unanswered_blocks,
+            frames=stats.frames_total,
+            batches=stats.batches_total,
+            messages_unanswered=server.unanswered_messages,
         )
     if server.failure is not None:
         return 1

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from instep.core.typing import F32, I32, I64, U64
 from instep_client.protocol.codes import SENTENCES, Code
 
-Buffer: TypeAlias = bytes | memoryview | npt.NDArray[np.generic]
-"""Anything whose memory is contiguous."""
+Buffer: TypeAlias = bytes | memoryview
+"""Contiguous memory; that of an array is `array.data.cast("B")`."""
 
 MAX_REPLY_MESSAGES: Final = 128
 """The most messages that one `Reply` answers."""

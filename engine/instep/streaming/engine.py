@@ -32,7 +32,7 @@ from instep.core.tables import PENDING_FRAMES, READY, READY_SINCE_NS, Tables
 from instep.core.typing import F32, I32, I64
 from instep.runtime.errors import StateLost
 from instep.runtime.executor import MOST_STEPS, RunResult, StepExecutor
-from instep.streaming.api import MAX_REPLY_MESSAGES, Frames, Origin, Refusal, Reply
+from instep.streaming.api import MAX_REPLY_MESSAGES, Frames, Refusal, Reply
 from instep.streaming.conditions import Conditions
 from instep.streaming.journal import Journal
 from instep.streaming.origins import Origins
@@ -160,9 +160,9 @@ class Engine:
         return not (self._submitted or self._runs or self._results or self.unanswered_messages or self.conditions)
 
     @property
-    def has_work(self) -> bool:
-        """Whether another turn would do something now, without waiting for anything."""
-        return self.executor.has_ended
+    def is_running(self) -> bool:
+        """Whether runs are under way."""
+        return bool(self._runs)
 
     # ── Submit and admit ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -275,14 +275,13 @@ class Engine:
         """A step failed: none of its frames was applied, nor can the frames behind them be."""
         self.stats.step_failures_total += 1
         self._log_failure(error, len(slots))
-        lost: I64 = np.empty(0, np.int64)
+        code = Code.STEP_FAILED
         if isinstance(error, StateLost):
-            lost = slots if error.slots is None else error.slots
-            self.table.lost[lost] = True
-            self.lost.append(lost)
-        codes = np.where(np.isin(slots, lost), Code.STATE_LOST, Code.STEP_FAILED).astype(np.int32)
-        numbers = fail_run(self.tables, slots, codes)
-        detail = f"{'state_lost' if len(lost) else 'step_failed'}: {error}"
+            code = Code.STATE_LOST
+            self.table.lost[slots] = True
+            self.lost.append(slots)
+        numbers = fail_run(self.tables, slots, np.full(len(slots), code, np.int32))
+        detail = f"{code.name.lower()}: {error}"
         newest = [self.journal.failed(lsn, detail) for lsn in lsns][-1]
         self._results.append(_Result(newest, numbers, 0, 0))
 

@@ -195,9 +195,7 @@ class Journal:
             return 0
         self.dirty.mark_clean(slots)
         streams, frames = self._table.recording_ids(slots), self._table.next_seq[slots]
-        return self._append(
-            self._recorder.close_streams, time.time_ns(), streams, reason, frames, final_states, lost
-        )
+        return self._append(self._recorder.close_streams, time.time_ns(), streams, reason, frames, final_states, lost)
 
     def _events(self, slots: I64, kind: str, seqs: I64, details: Iterable[str], states: F32 | None = None) -> int:
         if self._recorder is None or not len(slots):
@@ -219,9 +217,7 @@ async def _wait(waiting: list[tuple[int, asyncio.Future[None]]], lsn: int) -> No
     await future
 
 
-def _resolve(
-    waiting: list[tuple[int, asyncio.Future[None]]], lsn: int
-) -> list[tuple[int, asyncio.Future[None]]]:
+def _resolve(waiting: list[tuple[int, asyncio.Future[None]]], lsn: int) -> list[tuple[int, asyncio.Future[None]]]:
     """Let those proceed that wait for an lsn up to this one; those that still wait."""
     still_waiting = []
     for wanted, future in waiting:

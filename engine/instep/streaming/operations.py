@@ -20,7 +20,6 @@ from instep.core.ownership import check_resume
 from instep.core.runs import are_pending, are_running
 from instep.core.tables import NO_OWNER, SCRATCH_SLOT, WINDOW
 from instep.core.typing import F32, I32, I64, U64, Bool
-from instep.runtime.errors import StateLost
 from instep.streaming.api import Grants, Names, Origin, Refusal, StatesRead, StreamEvent
 from instep.streaming.engine import Engine
 from instep.streaming.tasks import Tasks
@@ -98,6 +97,7 @@ class StreamOperations:
         if not await self._load(opened, initial):
             await self._give_up_opened(origin, opened, codes, granted)
             return Grants.none(codes)
+        self._engine.stats.opened_streams_total += len(opened)
         for name in granted_names:
             self._expired.pop(name, None)
         await self._journal.durable(lsn)
@@ -289,8 +289,6 @@ class StreamOperations:
                 except Exception as error:
                     self.log_failure(error, len(slots[part]))
                     lost[part] = True
-                    if isinstance(error, StateLost) and error.slots is not None:
-                        self.lose(error.slots)
             lost |= table.lost[slots] | ~table.are_open(slots, incarnations)
         states[lost] = self._states.no_states(int(lost.sum()))
         return seqs, states, lost
@@ -404,4 +402,3 @@ class StreamOperations:
         for owner, handles in owners:
             if self._origins.is_connected(owner):
                 owner.notify(StreamEvent(code, handles))
-

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from instep.core.rings import Rings
+from instep.core.dirty import DirtyTracker
 from instep.core.streams import StreamTable
+from instep.core.tables import WINDOW, Tables, rows_of
 from instep.core.typing import F32, I64
 from instep.recording.errors import RecordingError
 from instep.recording.records import StateReset
@@ -36,11 +37,12 @@ class Recovery:
     """The highest number that a stream of the recording has."""
 
 
-def go_on(
+def resume_recording(
     path: Path,
     header: RecordingHeader,
+    tables: Tables,
     table: StreamTable,
-    rings: Rings,
+    dirty: DirtyTracker,
     stepper: Stepper,
     *,
     accept_numerics_change: bool,
@@ -50,8 +52,9 @@ def go_on(
     Args:
         path: the recording's first file, or where that was; the newest is gone on with.
         header: what the engine says of itself now.
+        tables: the frame buffer.
         table: the streams, none open.
-        rings: their frames.
+        dirty: told which states the recording lacks.
         stepper: the states; used from the calling thread, before the worker starts.
         accept_numerics_change: whether to go on although floats may come out with other bits; clients are told.
 
@@ -64,7 +67,7 @@ def go_on(
     path, changed = writer.path, writer.numerics_changed
     try:
         with read_recovery(path, lambda _: None) as recovered:
-            replay = _Replay(path, table, rings, stepper, check_outputs=not changed)
+            replay = _Replay(path, tables, table, dirty, stepper, check_outputs=not changed)
             replay.open(recovered.streams)
             table.last_epoch = max(table.last_epoch, recovered.last_epoch)
             for item in recovered.replay():
@@ -91,10 +94,20 @@ def go_on(
 class _Replay:
     """Steps recorded inputs again, several batches in one step where no stream stands in two of them."""
 
-    def __init__(self, path: Path, table: StreamTable, rings: Rings, stepper: Stepper, *, check_outputs: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tables: Tables,
+        table: StreamTable,
+        dirty: DirtyTracker,
+        stepper: Stepper,
+        *,
+        check_outputs: bool,
+    ) -> None:
         self._path = path
         self._table = table
-        self._rings = rings
+        self._tables = tables
+        self._dirty = dirty
         self._stepper = stepper
         self._check_outputs = check_outputs
         self._numbers: I64 = np.zeros(0, np.int64)
@@ -137,16 +150,18 @@ class _Replay:
             self._stepper.load(slots[part], np.stack(states))
 
     def _fill_ring(self, slot: int, stream: OpenStream) -> None:
-        kept = min(stream.seq - stream.tail_seq, self._rings.window)  # the window may be smaller than it was
+        kept = min(
+            stream.seq - stream.tail_seq, int(self._tables.counts[WINDOW])
+        )  # the window may be smaller than it was
         if kept:
-            rows = self._rings.rows(np.full(kept, slot), np.arange(stream.seq - kept, stream.seq))
-            self._rings.x[rows], self._rings.y[rows] = stream.tail_x[-kept:], stream.tail_y[-kept:]
+            rows = rows_of(self._tables, np.full(kept, slot), np.arange(stream.seq - kept, stream.seq))
+            self._tables.x[rows], self._tables.y[rows] = stream.tail_x[-kept:], stream.tail_y[-kept:]
 
     def reset(self, reset: StateReset) -> None:
         """A stream was given another state."""
         self.flush()
         slots = self._slots(np.array([reset.stream], np.int64))
-        self._table.keeping.changed(slots)
+        self._dirty.mark_dirty(slots)
         self._stepper.load(slots, None if reset.state is None else reset.state[None])
 
     def add(self, step: ReplayStep) -> None:
@@ -174,19 +189,19 @@ class _Replay:
             return
         slots = np.concatenate([self._slots_of_step(step) for step in steps])
         self._taken[slots] = False
-        table, rings = self._table, self._rings
-        rows = rings.rows(slots, table.step_seq[slots])
+        table, tables = self._table, self._tables
+        rows = rows_of(tables, slots, table.step_seq[slots])
         if len(slots):
-            rings.x[rows] = np.concatenate([step.batch.x[step.applies] for step in steps])
-            table.keeping.changed(slots)
-            self._stepper.step(slots, rows, rings.x, rings.y)
+            tables.x[rows] = np.concatenate([step.batch.x[step.applies] for step in steps])
+            self._dirty.mark_dirty(slots)
+            self._stepper.step(slots, rows, tables.x, tables.y)
             table.step_seq[slots] += 1
             table.next_seq[slots] = table.step_seq[slots]
             self.frames += len(slots)
         first = 0
         for step in steps:
             count = int(step.applies.sum())
-            self._compare(step, rings.y[rows[first : first + count]])
+            self._compare(step, tables.y[rows[first : first + count]])
             first += count
 
     def _compare(self, step: ReplayStep, y: F32) -> None:
@@ -216,5 +231,5 @@ class _Replay:
         table.hand_over(slots, table.parked, time.monotonic_ns())
         table.renumbered[slots] = True
         details = (owner_detail(0, seq, renumbered=True) for seq in table.granted_seq[slots].tolist())
-        columns = (table.numbers(slots), table.epoch[slots].astype(np.int64), details)
+        columns = (table.recording_ids(slots), table.epoch[slots].astype(np.int64), details)
         writer.stream_events(time.time_ns(), OWNER_EVENT, *columns)

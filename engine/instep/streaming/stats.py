@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
 from instep.core.histogram import add_to, new_histogram, quantile
 from instep.core.typing import I64
 
@@ -60,4 +61,3 @@ class EngineStats:
             values[f"{name}_p50"] = quantile(getattr(self, name), 0.50)
             values[f"{name}_p99"] = quantile(getattr(self, name), 0.99)
         return values
-

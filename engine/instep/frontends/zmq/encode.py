@@ -12,9 +12,7 @@ from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind, Message
 
 
-def _failures(
-    codes: I32 | I64, timesteps: I64 | None = None, expected_seqs: I64 | None = None
-) -> wire.FailureArray:
+def _failures(codes: I32 | I64, timesteps: I64 | None = None, expected_seqs: I64 | None = None) -> wire.FailureArray:
     """One FAILURE entry for each column whose code is not 0."""
     columns = np.flatnonzero(codes)
     entries = np.zeros(len(columns), wire.FAILURE)

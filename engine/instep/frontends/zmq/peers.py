@@ -61,8 +61,8 @@ class Outbound:
     """Sends messages without ever waiting for a peer.
 
     ZeroMQ counts the messages that it keeps for a peer, not their bytes, and does not tell whether the peer reads
-    them. So bytes are counted here, and a PING goes out with every half of what a peer may leave unread, numbered by the
-    bytes sent so far; the PONG that echoes it says that the peer has read up to there.
+    them. So bytes are counted here, and a PING goes out with every half of what a peer may leave unread, numbered by
+    the bytes sent so far; the PONG that echoes it says that the peer has read up to there.
 
     A message beyond that, or one that ZeroMQ has no room for, waits in the peer's outbox. An outbox is bounded by the
     peer's credit (its frames stay on the account until ZeroMQ has taken their reply) and by `max_outbox_bytes`. A peer
@@ -130,7 +130,7 @@ class Outbound:
         return list(self._peers.values())
 
     def send(self, peer: Peer, message: Message, frames: int = 0) -> None:
-        """Send to a peer; `frames` count as its backlog until ZeroMQ has taken the message. One that is gone gets none."""
+        """Send to a peer unless it is gone; `frames` are its backlog until ZeroMQ has taken the message."""
         if peer.is_gone:
             return
         sent = Sent.FULL if peer.outbox else self._hand_over(peer, message)
@@ -163,7 +163,9 @@ class Outbound:
         self._backlog[peer.number] = peer.outbox_frames
 
     def _hand_over(self, peer: Peer, message: Message) -> Sent:
-        may_leave_unread = max(_LEAST_UNREAD_BYTES, min(self._max_unread_bytes, self._max_total_bytes // 2 // len(self)))
+        may_leave_unread = max(
+            _LEAST_UNREAD_BYTES, min(self._max_unread_bytes, self._max_total_bytes // 2 // len(self))
+        )
         if peer.sent_bytes - peer.read_bytes > may_leave_unread:
             if peer.asked_bytes <= peer.read_bytes:  # there was no room for the question when it was due
                 self._ask(peer)
@@ -227,4 +229,3 @@ class Outbound:
 def size_bytes(message: Message) -> int:
     """About what a message takes in memory: its parts, and the objects around them."""
     return _OBJECTS_BYTES + sum(map(len, message))
-

@@ -20,6 +20,10 @@ MOST_PARTS: Final = max(FRAME_COUNT.values())
 """Frames of the longest message of the protocol."""
 
 
+_SKIP_AT_ONCE: Final = 2000
+"""Parts that are thrown away before the other work of the loop gets its turn."""
+
+
 class Sent(Enum):
     """What became of a message."""
 
@@ -75,8 +79,8 @@ class Router:
             self._context.term()
             raise
         self._socket = socket
-        self._rest_of: bytes | None = None
-        """The peer of a message with too many parts that is being thrown away."""
+        self._is_skipping = False
+        """Whether a message with too many parts is being thrown away."""
         self.endpoint: str = socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     @property
@@ -99,20 +103,17 @@ class Router:
         Of a message with more parts than the protocol knows the first ones are given; the others are thrown away as
         they are read, in portions.
         """
-        if self._rest_of is not None and not self._skip_rest():
+        if self._is_skipping and not self._skip_rest():
             return
         for routing_id, frames, is_whole in multipart.received_from(self._socket, at_most, MOST_PARTS):
             yield routing_id, frames
-            if not is_whole:
-                self._rest_of = routing_id
-                if not self._skip_rest():
-                    return
+            if not is_whole and not self._skip_rest():
+                return
 
     def _skip_rest(self) -> bool:
         """Throw away a portion of a message with too many parts; whether all of it is gone."""
-        if multipart.skip_parts(self._socket, _SKIP_AT_ONCE):
-            self._rest_of = None
-        return self._rest_of is None
+        self._is_skipping = not multipart.skip_parts(self._socket, _SKIP_AT_ONCE)
+        return not self._is_skipping
 
     def send(self, routing_id: bytes, message: Message) -> Sent:
         """Hand a message to ZeroMQ, or say why it could not be."""
@@ -130,9 +131,6 @@ class Router:
         """Close the socket; what was handed over is given a second to leave."""
         self._socket.close()
         self._context.term()
-
-
-_SKIP_AT_ONCE: Final = 2000
 
 
 def _refuse_path_in_use(endpoint: str) -> None:

@@ -1,0 +1,40 @@
+"""How the server ends: by request, drained or forced, or by a failure."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+
+class Shutdown:
+    """The one place that decides that the server ends.
+
+    Args:
+        log: where a failure is told.
+    """
+
+    def __init__(self, log: structlog.stdlib.BoundLogger) -> None:
+        self.requested = asyncio.Event()
+        self.drains = True
+        """Whether everything that was admitted is still answered."""
+        self.failure: str | None = None
+        """Why the server had to end, if it had to."""
+        self._log = log
+
+    def stop(self, *, drain: bool = True) -> None:
+        """End the server; one request not to drain is enough."""
+        self.drains = self.drains and drain
+        self.requested.set()
+
+    def fail(self, reason: str) -> None:
+        """Something the server cannot work without is broken: end it at once."""
+        if self.failure is None:
+            self.failure = reason
+            self._log.error("failed", reason=reason)
+        self.stop(drain=False)
+
+    def bug(self, error: BaseException) -> None:
+        """An exception that no code expects: clients would wait for what it prevented."""
+        self._log.error("bug in the server's loop", exc_info=error)
+        self.fail(f"a bug in the server's loop: {error!r}")
