@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from instep.config import Config
+from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
 from instep.models.certify import Certification
 from instep.models.folder import write_model
@@ -61,8 +62,15 @@ def test_a_model_may_be_described_in_the_configuration(model: Path) -> None:
     assert ready.model_path == (model / "weights.safetensors").resolve()
 
 
-def test_without_a_model_the_demos_is_served() -> None:
-    ready = prepare(Config())
+def test_without_a_model_nothing_is_served_and_the_sentence_says_how_to_get_one() -> None:
+    with pytest.raises(CannotServe, match="no model to serve") as error:
+        prepare(Config())
+    for command in ("instep serve FOLDER", "instep model make FOLDER", "instep serve --demo"):
+        assert command in str(error.value)
+
+
+def test_the_demos_model_can_be_served() -> None:
+    ready = prepare(configured(MODEL_FOLDER, engine={"exactness": "off"}))
     assert (ready.network.features, ready.network.outputs) == (12, 9)
 
 

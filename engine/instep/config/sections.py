@@ -35,7 +35,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """What is served: a folder, or an inline description with its weights; the demo's model if neither is given."""
+    """The model to serve: a folder, or an inline description with its weights."""
 
     folder: Path | None = None
     network: NetworkDescription | None = None

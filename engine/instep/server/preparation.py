@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -32,11 +31,6 @@ class Prepared:
     certification: Certification
     certified_s: float = 0.0
     """Seconds that certification took; 0 where it is off."""
-
-
-def demo_model_folder() -> Path:
-    """The model that ships with the package, served when none is named."""
-    return Path(str(files("instep.demo") / "model"))
 
 
 def prepare(config: Config) -> Prepared:
@@ -72,7 +66,13 @@ def _load(config: Config) -> tuple[Model, Path]:
     if config.model.network is not None and config.model.weights is not None:
         weights = config.model.weights
         return model_from_parts(config.model.network, weights, weights.stem), weights.resolve()
-    folder = config.model.folder or demo_model_folder()
+    folder = config.model.folder
+    if folder is None:
+        raise CannotServe(
+            "no model to serve: name its folder (instep serve FOLDER, or model.folder in the configuration), make one "
+            "to try things out (instep model make FOLDER --features 40 --hidden 128), or serve the demo's "
+            "(instep serve --demo)"
+        )
     return load_model(folder), folder.resolve()
 
 
