@@ -263,13 +263,12 @@ def info(
     model = load_model(folder)
     shapes = {name: list(tensor.shape) for name, tensor in model.weights.items()}
     if json:
-        described = model.description.model_dump(mode="json")
         _write_json(
             {
                 "name": model.name,
                 "fingerprint": model.fingerprint,
                 "parameters": model.parameters,
-                "description": described,
+                "description": model.description.as_json(),
                 "tensors": shapes,
             }
         )

@@ -11,7 +11,7 @@ import numpy as np
 import structlog
 
 from instep.core.typing import F32, I64, U64
-from instep.models.folder import Model
+from instep.models.model import Model
 from instep.runtime.runs import Ended
 from instep.runtime.worker import Job
 from instep.server.assembly import make_server

@@ -17,7 +17,7 @@ from instep.config import Config, EngineConfig
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, float32_zeros
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
 from instep.models.numerics import numerics
 from instep.recording import family
 from instep.recording.errors import RecordingError, with_advice
@@ -45,9 +45,9 @@ def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
         created_ns=time.time_ns(),
         model_name=prepared.model.name,
         model_folder=str(prepared.model_path),
-        description=prepared.model.description.model_dump(mode="json"),
+        description=prepared.model.description.as_json(),
         model_fingerprint=prepared.model.fingerprint,
-        numerics=numerics(prepared.network),
+        numerics=numerics(prepared.device),
         exactness=certification.exactness,
         buckets=certification.buckets,
         max_ulp=certification.max_ulp,
@@ -167,7 +167,7 @@ def _step_process(stepper: Stepper, rings: Rings, spin_us: int) -> StepProcess:
         raise CannotServe(f"no process for the steps can be started ({error}); set engine.steps_in to thread") from None
 
 
-def _streams(limits: EffectiveLimits, network: Network, zeros: Callable[[tuple[int, ...]], F32]) -> Streams:
+def _streams(limits: EffectiveLimits, network: GruNetwork, zeros: Callable[[tuple[int, ...]], F32]) -> Streams:
     table = StreamTable(limits.max_streams, limits.max_connections, limits.first_generation, time.time_ns())
     rings = Rings(
         table,

@@ -11,8 +11,9 @@ import torch
 from instep.config import Config
 from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
-from instep.models.folder import Model, load_model, model_from_parts
-from instep.models.network import Network
+from instep.models.folder import load_model, model_from_parts
+from instep.models.gru.network import GruNetwork
+from instep.models.model import Model
 from instep.models.numerics import prepare as prepare_numerics
 
 
@@ -26,7 +27,7 @@ class Prepared:
 
     model: Model
     model_path: Path
-    network: Network
+    network: GruNetwork
     device: torch.device
     certification: Certification
     certified_s: float = 0.0
@@ -45,11 +46,11 @@ def prepare(config: Config) -> Prepared:
     except ModelError as error:
         raise CannotServe(str(error)) from None
     device = _device(config.engine.device)
-    network = Network(model, device)
+    network = GruNetwork(model, device)
     buckets = candidate_buckets(network, config.engine.max_batch_size)
     if config.engine.exactness == "off":
         certification, certified_s = Certification("off", buckets, max_ulp=0, whole_sequence=False), 0.0
-        network.uses_fused = network.may_fuse and device.type == "cpu"  # the quicker one, whatever its bits
+        network.select_quickest()
     else:
         began = time.perf_counter()
         certification = certify(network, buckets)
