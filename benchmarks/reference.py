@@ -16,8 +16,8 @@ import torch
 from benchmarks.connection import BareConnection
 from benchmarks.load import ClosedLoopStreams
 from instep.core.typing import F32, I64, Bool
-from instep.models.description import GruLayers, NetworkDescription
 from instep.models.folder import make_model, write_model
+from instep.models.gru.description import GruDescription, GruLayers
 
 
 class WrongOutput(Exception):
@@ -35,7 +35,7 @@ class BenchmarkModel:
     @classmethod
     def make(cls, folder: Path, features: int = 40, hidden: int = 128, layers: int = 1) -> BenchmarkModel:
         """Write the folder."""
-        description = NetworkDescription(features=features, gru=GruLayers(hidden_size=hidden, num_layers=layers))
+        description = GruDescription(features=features, gru=GruLayers(hidden_size=hidden, num_layers=layers))
         model = make_model(description, init="random", seed=1, name="benchmark")
         write_model(folder, model)
         gru = torch.nn.GRU(features, hidden, layers)

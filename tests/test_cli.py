@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from instep.cli import app
 from instep.config import Config
+from instep.demo import MODEL_FOLDER
 from instep.models.errors import ModelError
 from instep.recording.errors import RecordingError
 
@@ -101,10 +102,18 @@ class TestServe:
         server.answer = 3
         assert instep("serve", "m").exit_code == 3
 
-    def test_without_a_model_leaves_the_choice_to_the_server(self, server: Stub) -> None:
+    def test_the_demos_model_is_served_only_when_asked_for(self, server: Stub) -> None:
+        assert instep("serve", "--demo").exit_code == 0
         assert instep("serve").exit_code == 0
-        (((config,), _),) = server.calls
-        assert config == Config()
+        ((demo,), _), ((none,), _) = server.calls
+        assert demo.model.folder == MODEL_FOLDER
+        assert none == Config()  # the server refuses it
+
+    def test_the_demos_model_or_another_but_not_both(self, server: Stub) -> None:
+        result = instep("serve", "m", "--demo")
+        assert result.exit_code == 2
+        assert "not both: m" in result.stderr
+        assert server.calls == []
 
     def test_says_why_it_cannot(self, server: Stub) -> None:
         server.answer = CannotServe("the endpoint is taken")

@@ -61,8 +61,9 @@ def _option(name: str, metavar: str, help: str) -> Any:
 def serve(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="MODEL", help="Folder of the model; the demo's if not given.", show_default=False),
+        typer.Argument(metavar="MODEL", help="Folder of the model.", show_default=False),
     ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Serve the model of `instep demo` instead.")] = False,
     config: ConfigFile = None,
     endpoint: Annotated[str | None, _option("--endpoint", "ENDPOINT", "tcp://HOST:PORT or ipc://PATH.")] = None,
     allow_plaintext: Annotated[
@@ -89,9 +90,13 @@ def serve(
 ) -> None:
     """Serve a model to many streams at once."""
     from instep.config import load_config
+    from instep.demo import MODEL_FOLDER
 
+    if demo and model is not None:
+        raise typer.BadParameter(f"name a model or ask for the demo's, not both: {model}", param_hint="--demo")
+    folder = MODEL_FOLDER if demo else model
     named = {
-        "model.folder": None if model is None else str(model),
+        "model.folder": None if folder is None else str(folder),
         "transport.endpoint": endpoint,
         "transport.allow_plaintext": "true" if allow_plaintext else None,
         "engine.device": device,
@@ -258,13 +263,12 @@ def info(
     model = load_model(folder)
     shapes = {name: list(tensor.shape) for name, tensor in model.weights.items()}
     if json:
-        described = model.description.model_dump(mode="json")
         _write_json(
             {
                 "name": model.name,
                 "fingerprint": model.fingerprint,
                 "parameters": model.parameters,
-                "description": described,
+                "description": model.description.as_json(),
                 "tensors": shapes,
             }
         )

@@ -8,12 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from instep.config import ConfigError, Problem
-from instep.models.description import NetworkDescription
+from instep.models.gru.description import GruDescription
 
 
 def described(
     features: int, gru: Mapping[str, Any], dense: Mapping[str, Sequence[str]], *, bias: bool
-) -> NetworkDescription:
+) -> GruDescription:
     """The description, checked.
 
     Args:
@@ -27,7 +27,7 @@ def described(
     """
     layers = {place: [_dense(text, bias) for text in texts] for place, texts in dense.items()}
     try:
-        return NetworkDescription.model_validate({"features": features, "gru": gru, **layers})
+        return GruDescription.model_validate({"features": features, "gru": gru, **layers})
     except ValidationError as error:
         raise ConfigError(
             [

@@ -90,7 +90,7 @@ class Repeater:
                 self.kept.sent.append(x)
             await self._step(client, handles)
         closed = await self._ask(client, client.close_message(handles), Kind.CLOSED)
-        self.kept.finals = closed.floats().reshape(STREAMS, SMALL.description.state_layers, -1)
+        self.kept.finals = closed.floats().reshape(STREAMS, *SMALL.description.state.leaves[0].shape)
 
     async def _step(self, client: RawClient, handles: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
         """Send all frames that are not acknowledged; what was answered before must come again."""

@@ -10,7 +10,6 @@ from instep.server.lifecycle import Lifecycle
 from instep.server.tap import Tap
 
 from instep.core.streams import StreamTable
-from instep.recording import file as recording_file
 from instep.recording.errors import RecordingError
 from instep.server import engine, lifecycle, recovery
 from tests.delivery.machine import Faults, numbers, run
@@ -90,10 +89,6 @@ MUTANTS = {
             "_grants",
             (("self._table.next_seq[slots]", "np.maximum(self._table.next_seq[slots] - 1, 0)"),),
         ),
-    ),
-    "CRC off": (
-        KILL,
-        Change(recording_file, "row_is_sound", ((" and bool(row[-1] == row_crc(*columns))", ""),)),
     ),
     "two frames of a stream in a batch": (
         KILL,

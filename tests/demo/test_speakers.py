@@ -13,7 +13,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from instep.demo import speakers
+from instep.demo import MODEL_FOLDER, speakers
 from instep.demo.child_server import ChildFailed
 from instep.demo.heard import Heard
 from instep.demo.producers import Producer
@@ -23,7 +23,6 @@ from instep.demo.train import load_utterances
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
-from instep.server.preparation import demo_model_folder
 
 VERIFIED = "verified: 370 streams, 5,687 frames, exact, 0 mismatches"
 
@@ -67,7 +66,7 @@ def test_everything_comes_from_as_many_connections_as_recordings(demo: Shown) ->
 
 @torch.no_grad()
 def test_the_accuracy_is_that_of_torch_over_whole_recordings(demo: Shown) -> None:
-    weights = load_model(demo_model_folder()).weights
+    weights = load_model(MODEL_FOLDER).weights
     gru, head = torch.nn.GRU(12, 64), torch.nn.Linear(64, 9)
     gru.load_state_dict({name.removeprefix("gru."): each for name, each in weights.items() if name.startswith("gru.")})
     head.load_state_dict({name.rpartition(".")[2]: each for name, each in weights.items() if name.startswith("after.")})

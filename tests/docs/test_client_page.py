@@ -16,8 +16,8 @@ import pytest
 
 import instep_client
 from instep.demo.child_server import ChildServer
-from instep.models.description import GruLayers, NetworkDescription
 from instep.models.folder import make_model, write_model
+from instep.models.gru.description import GruDescription, GruLayers
 from instep_client import AsyncClient, AsyncGroup, AsyncStream, Client
 from tests.docs.support.page import Page
 
@@ -36,9 +36,7 @@ PRINTED = [
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("model") / "small"
-    write_model(
-        folder, make_model(NetworkDescription(features=3, gru=GruLayers(hidden_size=4)), "random", name="small")
-    )
+    write_model(folder, make_model(GruDescription(features=3, gru=GruLayers(hidden_size=4)), "random", name="small"))
     with ChildServer(folder) as server:
         yield server.endpoint
 

@@ -13,8 +13,8 @@ import pytest
 
 from instep.config import RecordingConfig
 from instep.core.typing import F32, U64
-from instep.models.description import GruLayers, NetworkDescription
 from instep.models.folder import make_model
+from instep.models.gru.description import GruDescription, GruLayers
 from instep.server.server import Server
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind
@@ -27,7 +27,7 @@ from tests.support.running import running
 CODES = Page("protocol.md").table("Codes", "code")
 WHERE = {Code[name]: kinds.split(", ") for name, kinds in zip(CODES.column("name"), CODES.column("in"), strict=True)}
 F, H = 3, 4
-MODEL = make_model(NetworkDescription(features=F, gru=GruLayers(hidden_size=H)), init="random", seed=3, name="small")
+MODEL = make_model(GruDescription(features=F, gru=GruLayers(hidden_size=H)), init="random", seed=3, name="small")
 W = 4
 LIMITS = {"window_frames": W}
 NOBODY = 0x7FFF_0000_0001

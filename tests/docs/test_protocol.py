@@ -18,8 +18,8 @@ from instep.server.answers import Answer
 
 from instep.config import Config
 from instep.core.typing import F32, I32, I64, U64
-from instep.models.description import GruLayers, NetworkDescription
 from instep.models.folder import make_model
+from instep.models.gru.description import GruDescription, GruLayers
 from instep.server import replies
 from instep_client import replies as readers
 from instep_client.protocol import wire
@@ -34,7 +34,7 @@ from tests.support.running import running
 
 PAGE = Page("protocol.md")
 SEED = make_model(
-    NetworkDescription(features=3, gru=GruLayers(hidden_size=4)), init="constant", weight=0.5, bias=0.0, name="seed"
+    GruDescription(features=3, gru=GruLayers(hidden_size=4)), init="constant", weight=0.5, bias=0.0, name="seed"
 )
 MIC_1, MIC_2, MIC_3, MIC_4 = 0x1_0000_0001, 0x1_0000_0002, 0x1_0000_0003, 0x1_0000_0004
 RESUMED_1, RESUMED_2 = 0x2_0000_0001, 0x2_0000_0002

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from instep.core.typing import F32
-from instep.models.description import DenseLayer, GruLayers, NetworkDescription
-from instep.models.folder import Model, make_model
-from instep.models.network import Network
-from tests.support.models import SEED_SIZED, plain, torch_gru, with_head
+from instep.models.folder import make_model
+from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
+from instep.models.gru.network import GruNetwork
+from instep.models.model import Model
+from tests.support.models import SEED_SIZED, gru_of, in_one_call, plain, torch_gru, with_head
 from tests.support.raw import RawClient
 from tests.support.running import CPU, prepared, running
 from tests.support.traffic import Producer, Recorded, assert_same_bits, make_recordings
@@ -28,7 +29,7 @@ STREAMS = 300
 CONNECTIONS = 5
 
 DENSE = make_model(
-    NetworkDescription(
+    GruDescription(
         features=20,
         before=(DenseLayer(size=50, activation="relu"), DenseLayer(size=30, activation="tanh")),
         gru=GruLayers(hidden_size=400, num_layers=2),
@@ -49,7 +50,7 @@ MODELS: dict[str, tuple[Model, list[int]]] = {
 
 
 def has_dense(model: Model) -> bool:
-    return bool(model.description.before or model.description.after)
+    return bool(gru_of(model).before or gru_of(model).after)
 
 
 def by_length(recordings: Sequence[Recorded]) -> Iterator[list[Recorded]]:
@@ -61,7 +62,7 @@ def by_length(recordings: Sequence[Recorded]) -> Iterator[list[Recorded]]:
 
 def stacked(model: Model, group: Sequence[Recorded]) -> tuple[torch.Tensor, torch.Tensor]:
     """Recordings of one length side by side: x [T, R, features] and initial states [L, R, H]."""
-    zeros = np.zeros((model.description.state_layers, model.description.state_size), np.float32)
+    zeros = np.zeros(model.description.state.leaves[0].shape, np.float32)
     initial = [zeros if recording.initial is None else recording.initial for recording in group]
     x = np.stack([recording.x for recording in group], axis=1)
     return torch.from_numpy(x), torch.from_numpy(np.stack(initial, axis=1))
@@ -78,20 +79,15 @@ def whole_of_gru(model: Model, group: Sequence[Recorded]) -> tuple[F32, F32]:
 @torch.inference_mode()
 def whole_as_served(model: Model, group: Sequence[Recorded]) -> tuple[F32, F32]:
     """`nn.GRU` and the dense layers in the shapes that are served, over whole recordings in one call."""
-    network = Network(model, CPU)
-    x, h = stacked(model, [*group, *[group[0]] * (-len(group) % network.smallest_bucket)])
-    padded_x = torch.zeros(*x.shape[:2], network.input_width)
-    padded_x[:, :, : network.features] = x
-    padded_h = torch.zeros(*h.shape[:2], network.state_width)
-    padded_h[:, :, : network.state_size] = h
-    y, final = network.sequence(padded_x, padded_h)
-    return y[:, :, : network.outputs].numpy(), final[:, :, : network.state_size].numpy()
+    network = GruNetwork(model, CPU)
+    x, h = stacked(model, [*group, *[group[0]] * (-len(group) % network.row_multiple)])
+    return in_one_call(network, x.numpy(), h.numpy())
 
 
 @torch.inference_mode()
 def whole_of_modules(model: Model, group: Sequence[Recorded], dtype: torch.dtype) -> tuple[F32, F32]:
     """torch's own modules, nothing padded, in any precision: a reference for tolerance."""
-    description = model.description
+    description = gru_of(model)
     activations = {"none": nn.Identity(), "relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid()}
 
     def dense(place: str, layers: Sequence[DenseLayer], inputs: int) -> nn.Module:

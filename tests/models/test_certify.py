@@ -1,23 +1,24 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
 import pytest
 import torch
 
+from instep.core.typing import F32, U8
 from instep.models.certify import Certification, candidate_buckets, certify
-from instep.models.description import DenseLayer, GruLayers, NetworkDescription
 from instep.models.folder import make_model
-from instep.models.fused import FusedGru
-from instep.models.network import Network
+from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
+from instep.models.gru.network import GruNetwork
+from instep.models.gru.step import GruStep
 
 CPU = torch.device("cpu")
 CANDIDATES = (4, 8, 16, 24, 32, 48, 64)
 
-PLAIN = NetworkDescription(features=5, gru=GruLayers(hidden_size=16, num_layers=2))
-DENSE = NetworkDescription(features=5, gru=GruLayers(hidden_size=7), after=(DenseLayer(size=3, activation="sigmoid"),))
+PLAIN = GruDescription(features=5, gru=GruLayers(hidden_size=16, num_layers=2))
+DENSE = GruDescription(features=5, gru=GruLayers(hidden_size=7), after=(DenseLayer(size=3, activation="sigmoid"),))
 
 Tamper: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Changes y and h' in place, given x and h."""
@@ -28,32 +29,45 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Tampered(Network):
+class Tampered(GruNetwork):
     """A network whose steps, sequences, or both are changed; counts the rows it steps."""
 
-    def __init__(
-        self, description: NetworkDescription, step: Tamper | None = None, sequence: Tamper | None = None
-    ) -> None:
+    def __init__(self, description: GruDescription, step: Tamper | None = None, sequence: Tamper | None = None) -> None:
         super().__init__(make_model(description, "random", name="tampered", seed=1), CPU)
         self._tamper_step, self._tamper_sequence = step, sequence
         self.rows: dict[int, int] = {}
         self.sequences: list[tuple[int, int]] = []
 
-    def step(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y, after = super().step(x, h)
-        self.rows[len(x)] = self.rows.get(len(x), 0) + len(x)
-        if self._tamper_step is not None:
-            y, after = y.clone(), after.clone()
-            self._tamper_step(y, after, x, h)
+    def bind(self, rows: int) -> GruStep:
+        return TamperedStep(self, super().bind(rows), rows)  # type: ignore[return-value]
+
+    def sequence(self, x: F32, state: U8) -> tuple[F32, U8]:
+        y, after = super().sequence(x, state)
+        self.sequences.append(x.shape[:2])
+        if self._tamper_sequence is not None:
+            h, after_h = (torch.from_numpy(self.state.unpack(rows)["h"].swapaxes(0, 1)) for rows in (state, after))
+            self._tamper_sequence(torch.from_numpy(y), after_h, torch.from_numpy(x), h)
         return y, after
 
-    def sequence(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y, after = super().sequence(x, h)
-        self.sequences.append((x.shape[0], x.shape[1]))
-        if self._tamper_sequence is not None:
-            y, after = y.clone(), after.clone()
-            self._tamper_sequence(y, after, x, h)
-        return y, after
+
+class TamperedStep:
+    """A step that does not work in place."""
+
+    def __init__(self, network: Tampered, step: GruStep, rows: int) -> None:
+        self._network, self._step, self._rows = network, step, rows
+        self.x, self.state = step.x, {"h": torch.zeros_like(step.state["h"])}
+        self.y, self.new_state = torch.zeros_like(step.y), {"h": torch.zeros_like(step.state["h"])}
+
+    def run(self) -> None:
+        network, step = self._network, self._step
+        network.rows[self._rows] = network.rows.get(self._rows, 0) + self._rows
+        step.state["h"].copy_(self.state["h"])
+        step.run()
+        self.y.copy_(step.y)
+        self.new_state["h"].copy_(step.state["h"])
+        if network._tamper_step is not None:
+            after, before = (state["h"].transpose(0, 1) for state in (self.new_state, self.state))
+            network._tamper_step(self.y, after, self.x, before)
 
 
 def nudge(values: torch.Tensor) -> None:
@@ -95,7 +109,7 @@ def test_the_largest_batch_size_has_few_candidates() -> None:
 
 
 @pytest.mark.parametrize("description", [PLAIN, DENSE], ids=["plain", "dense"])
-def test_a_network_is_exact_in_all_its_candidates(description: NetworkDescription) -> None:
+def test_a_network_is_exact_in_all_its_candidates(description: GruDescription) -> None:
     network = Tampered(description)
     candidates = candidate_buckets(network, 96)
     assert certify(network, candidates) == Certification("exact", candidates, 0, True)
@@ -240,110 +254,17 @@ def test_certifying_again_finds_the_same_and_leaves_torchs_and_numpys_randomness
 
 
 def test_every_bucket_compares_enough_values() -> None:
-    for description in (PLAIN, NetworkDescription(features=5, gru=GruLayers(hidden_size=300))):
+    for description in (PLAIN, GruDescription(features=5, gru=GruLayers(hidden_size=300))):
         network = Tampered(description)
         certify(network, CANDIDATES)
         for bucket in CANDIDATES:
-            assert network.rows[bucket] * network.state_size >= 2 * 4096
+            assert network.rows[bucket] * network.state.row_bytes // 4 >= 2 * 4096
 
 
 def test_work_for_a_large_network_is_bounded() -> None:
-    description = NetworkDescription(features=64, gru=GruLayers(hidden_size=1024))
+    description = GruDescription(features=64, gru=GruLayers(hidden_size=1024))
     network = Tampered(description)
     buckets = (4, 64, 128)
     assert certify(network, buckets).exactness == "exact"
     multiply_adds = 3 * 1024 * (64 + 1024) * sum(network.rows.values())
     assert multiply_adds <= 4 * 3 * 1024 * (64 + 1024) * sum(buckets) + 2 * 3e9
-
-
-@pytest.mark.parametrize("bucket", [4, 32, 64])
-def test_a_fused_step_with_other_bits_is_left_out(monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
-    network = Network(make_model(PLAIN, "random", name="fused", seed=1), CPU)
-    advance = FusedGru.advance
-
-    def other(self: FusedGru, x: torch.Tensor, h: Sequence[torch.Tensor]) -> torch.Tensor:
-        y = advance(self, x, h)
-        if len(x) == bucket:
-            nudge(y[bucket - 1, -1:])
-        return y
-
-    expected = certify(network, CANDIDATES)
-    monkeypatch.setattr(FusedGru, "advance", other)
-    assert certify(network, CANDIDATES) == expected
-    assert not network.uses_fused
-
-
-Advance: TypeAlias = Callable[[FusedGru, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
-
-
-def like_torch(network: Network) -> Advance:
-    """A fused step with the bits of torch's on every machine."""
-
-    def advance(self: FusedGru, x: torch.Tensor, h: Sequence[torch.Tensor]) -> torch.Tensor:
-        has_bias, layers = network.description.gru.bias, network.state_layers
-        states = torch.stack(list(h))
-        _, after = torch.gru(x[None], states, network._gru_weights, has_bias, layers, 0.0, False, False, False)
-        for state, new in zip(h, after, strict=True):
-            state.copy_(new)
-        return h[-1]
-
-    return advance
-
-
-def test_the_fused_step_is_used_where_its_bits_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = Network(make_model(PLAIN, "random", name="fused", seed=1), CPU)
-    monkeypatch.setattr(FusedGru, "advance", like_torch(network))
-    certify(network, CANDIDATES)
-    assert network.uses_fused
-
-
-@pytest.mark.parametrize("bucket", [4, 32, 64])
-def test_a_fused_step_whose_bits_seldom_differ_is_left_out(monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
-    """The first batches of a bucket do not show it."""
-    network = Network(make_model(PLAIN, "random", name="fused", seed=1), CPU)
-    advance, values = like_torch(network), 0
-
-    def other(self: FusedGru, x: torch.Tensor, h: Sequence[torch.Tensor]) -> torch.Tensor:
-        nonlocal values
-        y = advance(self, x, h)
-        if len(x) == bucket:
-            values += y.numel()
-            if values > 4000:
-                nudge(y[-1, -1:])
-        return y
-
-    monkeypatch.setattr(FusedGru, "advance", other)
-    certify(network, CANDIDATES)
-    assert not network.uses_fused
-
-
-@pytest.mark.parametrize("hidden_size", [1, 8, 15, 17, 24, 31, 33])
-def test_in_widths_that_do_not_fill_vectors_the_fused_step_is_left_out_untried(
-    monkeypatch: pytest.MonkeyPatch, hidden_size: int
-) -> None:
-    def tried(self: FusedGru, x: torch.Tensor, h: Sequence[torch.Tensor]) -> torch.Tensor:
-        raise AssertionError
-
-    monkeypatch.setattr(FusedGru, "advance", tried)
-    network = Network(make_model(of_size(hidden_size), "random", name="fused", seed=1), CPU)
-    certify(network, CANDIDATES)
-    assert not network.uses_fused
-
-
-@pytest.mark.parametrize("hidden_size", [16, 32, 48, 64])
-def test_in_other_widths_it_is_used_only_where_no_row_of_many_others_differs(hidden_size: int) -> None:
-    network = Network(make_model(of_size(hidden_size), "random", name="fused", seed=1), CPU)
-    certify(network, CANDIDATES)
-    was_certified = network.uses_fused
-    random = torch.Generator().manual_seed(7)
-    x = torch.randn(200, 64, 5, generator=random)
-    h = torch.rand(200, 1, 64, hidden_size, generator=random) * 2 - 1
-    answers = []
-    for fused in (False, True):
-        network.uses_fused = fused
-        answers.append(torch.stack([network.step(*rows)[0] for rows in zip(x, h, strict=True)]))
-    assert torch.equal(*answers) or not was_certified
-
-
-def of_size(hidden_size: int) -> NetworkDescription:
-    return NetworkDescription(features=5, gru=GruLayers(hidden_size=hidden_size))

@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import instep.models
-from instep.models.description import DenseLayer, GruLayers, NetworkDescription
 from instep.models.errors import ModelError
-from instep.models.folder import Model, load_model, make_model, model_from_parts, save_model, write_model
+from instep.models.folder import load_model, make_model, model_from_parts, write_model
+from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
+from instep.models.gru.modules import save_model
+from instep.models.model import Model
 
-DESCRIPTION = NetworkDescription(
+DESCRIPTION = GruDescription(
     features=2,
     before=(DenseLayer(size=5, activation="relu", bias=False),),
     gru=GruLayers(hidden_size=3, num_layers=2),
@@ -43,6 +45,7 @@ def test_torch_modules_in_folder_out(tmp_path: Path) -> None:
 
     assert yaml.safe_load((folder / "model.yaml").read_text()) == {
         "name": "ears",
+        "kind": "gru",
         "features": 2,
         "before": [{"size": 5, "activation": "relu", "bias": False}],
         "gru": {"hidden_size": 3, "num_layers": 2},
@@ -62,7 +65,7 @@ def test_a_gru_alone_without_biases(tmp_path: Path) -> None:
     save_model(tmp_path / "m", nn.GRU(3, 4, bias=False), name="no biases")
     model = load_model(tmp_path / "m")
     assert model.name == "no biases"
-    assert model.description == NetworkDescription(features=3, gru=GruLayers(hidden_size=4, bias=False))
+    assert model.description == GruDescription(features=3, gru=GruLayers(hidden_size=4, bias=False))
 
 
 def test_training_on_does_not_change_what_was_saved(tmp_path: Path) -> None:
@@ -172,7 +175,7 @@ def test_constant_initialisation() -> None:
 
 
 def test_random_initialisation_is_that_of_torch_in_range_and_depends_on_the_seed_alone() -> None:
-    description = NetworkDescription(
+    description = GruDescription(
         features=9, before=(DenseLayer(size=100),), gru=GruLayers(hidden_size=64), after=(DenseLayer(size=50),)
     )
     torch.manual_seed(1)
@@ -217,7 +220,7 @@ def test_the_parts_may_stand_apart(tmp_path: Path) -> None:
 def test_writing_replaces_a_model_only_when_asked_to(tmp_path: Path) -> None:
     old = make_model(DESCRIPTION, "random", name="old")
     write_model(str(tmp_path), old)
-    new = make_model(NetworkDescription(features=1, gru=GruLayers(hidden_size=1)), "random", name="neu é")
+    new = make_model(GruDescription(features=1, gru=GruLayers(hidden_size=1)), "random", name="neu é")
     with pytest.raises(
         ModelError, match=r"holds a model already; choose another folder, or .*: overwrite=True, or --o"
     ):

@@ -10,23 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from instep.models.description import GruLayers, NetworkDescription
-from instep.models.folder import make_model
-from instep.models.network import Network
 from instep.models.numerics import numerics, prepare
 
+CPU = torch.device("cpu")
 
-@pytest.fixture
-def network() -> Iterator[Network]:
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
     threads = torch.get_num_threads()
-    description = NetworkDescription(features=3, gru=GruLayers(hidden_size=4))
-    yield Network(make_model(description, "constant", name="n"), torch.device("cpu"))
+    yield
     torch.set_num_threads(threads)
 
 
-def test_what_decides_the_bits_is_named(network: Network) -> None:
+def test_what_decides_the_bits_is_named() -> None:
     prepare(1)
-    found = numerics(network)
+    found = numerics(CPU)
     assert found["torch"] == torch.__version__
     assert found["device"] == "cpu"
     assert found["dtype"] == "float32"
@@ -34,26 +32,26 @@ def test_what_decides_the_bits_is_named(network: Network) -> None:
     assert found["processor"]
     assert found["threads"] == "1"
     assert all(isinstance(value, str) for value in found.values())
-    assert numerics(network) == found
+    assert numerics(CPU) == found
 
 
-def test_each_switch_shows(network: Network) -> None:
+def test_each_switch_shows() -> None:
     prepare(1)
-    before = numerics(network)
+    before = numerics(CPU)
     prepare(2)
-    assert changed(before, numerics(network)) == {"threads"}
+    assert changed(before, numerics(CPU)) == {"threads"}
     prepare(1)
     torch.use_deterministic_algorithms(True)
     try:
-        assert changed(before, numerics(network)) == {"deterministic"}
+        assert changed(before, numerics(CPU)) == {"deterministic"}
     finally:
         torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("medium")
     try:
-        assert changed(before, numerics(network)) == {"matmul_precision"}
+        assert changed(before, numerics(CPU)) == {"matmul_precision"}
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert numerics(network) == before
+    assert numerics(CPU) == before
 
 
 def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
@@ -68,15 +66,13 @@ def test_preparing_forbids_tf32() -> None:
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_without_cpuinfo_the_platform_names_the_processor(
-    network: Network, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_cpuinfo_the_platform_names_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("instep.models.numerics.CPU_INFO", tmp_path / "nothing")
     monkeypatch.setattr(platform, "processor", lambda: "z80")
-    assert numerics(network)["processor"] == "z80"
+    assert numerics(CPU)["processor"] == "z80"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Z80 at 4 MHz\nflags: a:b\n")
     monkeypatch.setattr("instep.models.numerics.CPU_INFO", tmp_path / "cpuinfo")
-    assert numerics(network)["processor"] == "Z80 at 4 MHz"
+    assert numerics(CPU)["processor"] == "Z80 at 4 MHz"
 
 
 PRODUCT_IN_A_THREAD = """

@@ -10,9 +10,10 @@ import torch
 
 from instep.core.typing import F32
 from instep.models.certify import candidate_buckets, certify
-from instep.models.description import DenseLayer, GruLayers, NetworkDescription
-from instep.models.folder import Model, make_model
-from instep.models.network import Network
+from instep.models.folder import make_model
+from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
+from instep.models.gru.network import GruNetwork
+from instep.models.model import Model
 from instep.models.numerics import prepare
 from instep.runtime.stepper import Stepper
 from tests.support.models import plain
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 
 CUDA: Final = torch.device("cuda", 0)
 DENSE = make_model(
-    NetworkDescription(
+    GruDescription(
         features=6,
         before=(DenseLayer(size=9, activation="relu"),),
         gru=GruLayers(hidden_size=24, num_layers=2),
@@ -45,18 +46,16 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 def whole(model: Model, x: F32) -> tuple[F32, F32]:
     """One call of the network over whole sequences, on the GPU: x [T, R, features]."""
-    network = Network(model, CUDA)
-    rows = -(-x.shape[1] // network.smallest_bucket) * network.smallest_bucket
-    padded = torch.zeros(len(x), rows, network.input_width)
-    padded[:, : x.shape[1], : x.shape[2]] = torch.from_numpy(x)
-    h = torch.zeros(network.state_layers, rows, network.state_width, device=CUDA)
-    y, final = network.sequence(padded.to(CUDA), h)
-    states = final[:, : x.shape[1], : network.state_size].transpose(0, 1)
-    return y[:, : x.shape[1], : network.outputs].cpu().numpy(), states.cpu().numpy()
+    network = GruNetwork(model, CUDA)
+    rows = -(-x.shape[1] // network.row_multiple) * network.row_multiple
+    padded = np.zeros((len(x), rows, x.shape[2]), np.float32)
+    padded[:, : x.shape[1]] = x
+    y, final = network.sequence(padded, network.state.initial(rows))
+    return y[:, : x.shape[1]], network.state.unpack(final)["h"][: x.shape[1]]
 
 
 def test_streams_in_ever_other_batches_equal_their_whole_recording(model: Model, rng: np.random.Generator) -> None:
-    network = Network(model, CUDA)
+    network = GruNetwork(model, CUDA)
     found = certify(network, candidate_buckets(network, 64))
     steps = Stepper(network, found.buckets, 64, CUDA)
     x = rng.standard_normal((9, 20, network.features)).astype(np.float32)
@@ -79,7 +78,7 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(model: Model,
 def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generator) -> None:
     model = MODELS["plain"]
     prepare(1)
-    steps = Stepper(Network(model, CUDA), (16, 32), 40, CUDA)
+    steps = Stepper(GruNetwork(model, CUDA), (16, 32), 40, CUDA)
     states = rng.uniform(-1, 1, (40, 1, 16)).astype(np.float32)
     slots = np.arange(1, 41)
     steps.load(slots, states)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
 from instep.runtime.state_cache import StateCache
 from tests.support.models import plain, whole
 
@@ -31,19 +31,18 @@ def test_gather_scatter_and_clear_touch_the_slots_that_they_are_given(rng: np.ra
 
 def test_the_steps_of_a_graph_are_those_of_the_whole_sequence(rng: np.random.Generator) -> None:
     model = plain(5, 16, layers=2)
-    network = Network(model, CPU)
+    step = GruNetwork(model, CPU).bind(4)
     cache = StateCache(6, 2, 16, CPU)
     x = rng.standard_normal((4, 2, 5)).astype(np.float32)
-    slots, h = torch.tensor([3, 1, 0, 0]), torch.zeros(2, 4, 16)
+    slots = torch.tensor([3, 1, 0, 0])
     for at, frames in enumerate(x):
-        padded = torch.zeros(4, 5)
-        padded[:2] = torch.from_numpy(frames)
-        cache.gather(slots, h)
-        y = network.advance(padded, h)
-        cache.scatter(slots, h)
+        step.x[:2] = torch.from_numpy(frames)
+        cache.gather(slots, step.h)
+        step.run()
+        cache.scatter(slots, step.h)
         cache.clear_scratch()
         for stream in range(2):
-            np.testing.assert_array_equal(y[stream].numpy(), whole(model, x[:, stream])[0][at])
+            np.testing.assert_array_equal(step.y[stream].numpy(), whole(model, x[:, stream])[0][at])
     for stream, slot in enumerate((3, 1)):
         np.testing.assert_array_equal(cache.array[:, slot], whole(model, x[:, stream])[1])
     assert not cache.array[:, [0, 2, 4, 5, 6]].any()

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32, I64
-from instep.models.folder import Model
-from instep.models.network import Network
+from instep.models.gru.step import GruStep
+from instep.models.model import Model
 from instep.runtime.errors import StateLost
 from instep.runtime.host_batch import HostBatch
 from instep.runtime.state_cache import StateCache
@@ -25,7 +25,7 @@ def _stepper(request: pytest.FixtureRequest) -> Make:
     """Makes steppers with 64 slots, whose states are read and written through numpy or, as on a GPU, through torch."""
 
     def make(model: Model) -> Stepper:
-        steps = Stepper(Network(model, CPU), prepared(model, 64).certification.buckets, 64, CPU)
+        steps = Stepper(prepared(model, 64).network, prepared(model, 64).certification.buckets, 64, CPU)
         if request.param:
             steps._cache._array = None
         return steps
@@ -58,8 +58,7 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(stepper: Make
 
 def test_every_layer_has_its_own_state(stepper: Make, rng: np.random.Generator) -> None:
     model = plain(F, 16, layers=2)
-    steps = stepper(model)
-    steps.network.uses_fused = prepared(model, 64).network.uses_fused  # whose outputs are one of the states
+    steps = stepper(model)  # its outputs are one of the states
     x = rng.standard_normal((3, 2, F)).astype(np.float32)
     y = np.stack([step(steps, np.array([7, 4]), frames) for frames in x])
     for stream, slot in enumerate((7, 4)):
@@ -138,7 +137,7 @@ def test_a_step_that_raises_changes_no_state(
         raise RuntimeError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps.network, "advance", fails)
+        patch.setattr(GruStep, "run", fails)
         with pytest.raises(RuntimeError, match="injected"):
             step(steps, slots, np.zeros((4, F), np.float32))
     np.testing.assert_array_equal(steps.read(slots), before)
@@ -186,17 +185,6 @@ def test_a_step_whose_outputs_cannot_be_written_loses_the_states_of_its_batch(st
     with pytest.raises(StateLost, match=r"outputs could not be written: .*read-only"):
         steps.step(slots, np.arange(2), x, outputs)
     assert steps.read(slots).all(), "they have gone on"
-
-
-def test_outputs_that_are_no_array_are_found_before_a_state_changes(
-    stepper: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = stepper(SMALL)
-    slots = np.arange(1, 5)
-    monkeypatch.setattr(steps.network, "advance", lambda x, h, *_: h.fill_(1.0)[-1].to_sparse())
-    with pytest.raises((TypeError, RuntimeError)):
-        step(steps, slots, np.ones((4, F), np.float32))
-    assert not steps.read(slots).any()
 
 
 def test_buckets_are_the_smallest_that_fit(stepper: Make) -> None:

@@ -83,7 +83,7 @@ async def test_what_one_client_asks_together_is_answered_in_one_message() -> Non
     assert [client.frames_unanswered for client in turning.server._clients.all()] == [0, 0]
     truths = {value: whole(SMALL, one(value)[0])[0][0] for value in (1, 2, 3)}
     for client, header, frames in turning.answers():
-        y = np.frombuffer(frames[0], "<f4").reshape(-1, SMALL.description.gru.hidden_size)
+        y = np.frombuffer(frames[0], "<f4").reshape(-1, SMALL.description.outputs)
         np.testing.assert_array_equal(y[0], truths[header[1]], f"request {header[1]} of client {client}")
         assert codes(frames) == ([Code.NOT_FINITE] if header[1] == 3 else [])
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32
-from instep.models.folder import Model
+from instep.models.model import Model
 from instep.recording.writer import RecordingWriter
 from instep.server.server import Server
 from instep_client.protocol.wire import Code, Kind

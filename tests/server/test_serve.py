@@ -20,10 +20,11 @@ import pytest
 import torch
 
 from instep.config import Config
+from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
 from instep.models.certify import Certification
 from instep.models.folder import write_model
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
 from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
@@ -54,15 +55,22 @@ def test_a_model_that_cannot_be_loaded_is_refused_with_the_tensors_name(model: P
 
 
 def test_a_model_may_be_described_in_the_configuration(model: Path) -> None:
-    parts = {"network": SMALL.description.model_dump(), "weights": model / "weights.safetensors"}
+    parts = {"network": SMALL.description.as_json(), "weights": model / "weights.safetensors"}
     config = Config.model_validate({"model": parts})
     ready = prepare(config)
     assert ready.model.fingerprint == SMALL.fingerprint
     assert ready.model_path == (model / "weights.safetensors").resolve()
 
 
-def test_without_a_model_the_demos_is_served() -> None:
-    ready = prepare(Config())
+def test_without_a_model_nothing_is_served_and_the_sentence_says_how_to_get_one() -> None:
+    with pytest.raises(CannotServe, match="no model to serve") as error:
+        prepare(Config())
+    for command in ("instep serve FOLDER", "instep model make FOLDER", "instep serve --demo"):
+        assert command in str(error.value)
+
+
+def test_the_demos_model_can_be_served() -> None:
+    ready = prepare(configured(MODEL_FOLDER, engine={"exactness": "off"}))
     assert (ready.network.features, ready.network.outputs) == (12, 9)
 
 
@@ -89,10 +97,10 @@ def test_exactness_may_be_required_preferred_or_off(model: Path, monkeypatch: py
     assert exactness_sentence(off.certification).startswith("not certified in buckets 4, 8")
 
 
-@pytest.mark.parametrize(("hidden", "fused"), [(16, True), (8, False)])
-def test_without_certification_the_quicker_step_is_used(tmp_path: Path, hidden: int, fused: bool) -> None:
+@pytest.mark.parametrize(("hidden", "kernel"), [(16, "fused"), (8, "torch")])
+def test_without_certification_the_quicker_step_is_used(tmp_path: Path, hidden: int, kernel: str) -> None:
     write_model(tmp_path / "m", plain(5, hidden))
-    assert prepare(configured(tmp_path / "m", engine={"exactness": "off"})).network.uses_fused == fused
+    assert prepare(configured(tmp_path / "m", engine={"exactness": "off"})).network.kernel == kernel
 
 
 def test_limits_are_fitted_to_the_model() -> None:
@@ -155,8 +163,8 @@ def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(mod
 def test_the_first_line_says_which_step_is_used(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fused: bool, step: str
 ) -> None:
-    def certified(network: Network, _: object) -> Certification:
-        network.uses_fused = fused
+    def certified(network: GruNetwork, _: object) -> Certification:
+        network.steps_by_hand = fused
         return Certification("exact", (4, 8), max_ulp=0, whole_sequence=True)
 
     monkeypatch.setattr("instep.server.preparation.certify", certified)

@@ -7,16 +7,15 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from instep.runtime.worker import Worker
 
 from instep.config import EngineConfig
-from instep.models.network import Network
+from instep.models.gru.step import GruStep
+from instep.runtime.worker import Worker
 from instep.server import assembly
 from instep.server import server as server_module
 from instep.server.assembly import steps_apart
@@ -125,7 +124,7 @@ async def test_a_short_run_that_fails_is_answered_and_the_streams_go_on(
         handles = (await client.open("s")).handles()
         first = (await client.step(handles, [0], x[:1, None])).floats()
         with monkeypatch.context() as patch:  # the process does not know of it
-            patch.setattr(Network, "advance", lambda *_: 1 / 0)
+            patch.setattr(GruStep, "run", lambda _: 1 / 0)
             assert (await client.step(handles, [1], x[1:2, None])).codes() == [Code.STEP_FAILED]
         rest = (await client.step(handles, [1], x[1:, None])).floats()
     np.testing.assert_array_equal(np.concatenate([first, rest]).reshape(4, H), whole(SMALL, x)[0])
@@ -148,14 +147,14 @@ async def test_a_held_batch_that_is_short_is_answered_without_the_tick(monkeypat
 async def test_a_failed_step_is_answered_and_the_streams_go_on(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = Network.advance
+    run = GruStep.run
 
-    def fails(self: Network, x: torch.Tensor, *h: Any) -> torch.Tensor:
-        if bool((x[:, 0] == POISON).any()):
+    def fails(self: GruStep) -> None:
+        if bool((self.x[:, 0] == POISON).any()):
             raise RuntimeError("injected")
-        return advance(self, x, *h)
+        run(self)
 
-    monkeypatch.setattr(Network, "advance", fails)  # the process is forked with it
+    monkeypatch.setattr(GruStep, "run", fails)  # the process is forked with it
     x = rng.standard_normal((6, 2, F)).astype(np.float32)
     bad = x.copy()
     bad[3, 0, 0] = POISON
@@ -186,11 +185,7 @@ async def test_the_death_of_the_process_ends_the_server() -> None:
 async def test_a_step_that_never_ends_ends_with_the_server(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, is_killed: bool
 ) -> None:
-    def hangs(*_: object) -> torch.Tensor:
-        time.sleep(600)
-        raise AssertionError
-
-    monkeypatch.setattr(Network, "advance", hangs)
+    monkeypatch.setattr(GruStep, "run", lambda _: time.sleep(600))
     monkeypatch.setattr(server_module, "_FORCED_JOIN_S", 0.05)
     failure = "draining took longer than shutdown.drain_timeout_s = 0.05"
     if is_killed:

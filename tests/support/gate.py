@@ -10,7 +10,7 @@ import torch
 
 from instep.config import Config
 from instep.core.typing import F32, I64, float32_zeros
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
 
@@ -48,7 +48,7 @@ class Gate:
 
     def bare_stepper(
         self,
-        network: Network,
+        network: GruNetwork,
         buckets: Sequence[int],
         max_streams: int,
         device: torch.device,
@@ -62,7 +62,7 @@ class _GatedStepper(Stepper):
     def __init__(
         self,
         gate: Gate,
-        network: Network,
+        network: GruNetwork,
         buckets: Sequence[int],
         max_streams: int,
         device: torch.device,

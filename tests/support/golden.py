@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32
-from instep.models.folder import Model, save_model
+from instep.models.gru.modules import save_model
+from instep.models.model import Model
 
 FEATURES, HIDDEN = 3, 4
 FOLDER: Final = Path(__file__).parents[1] / "durability" / "golden"

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from instep.models.folder import Model, save_model, write_model
-from instep.models.network import Network
+from instep.models.folder import write_model
+from instep.models.gru.modules import save_model
+from instep.models.gru.network import GruNetwork
+from instep.models.model import Model
 from instep.models.numerics import numerics
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
+from tests.support.models import stepped
 from tests.support.scribe import F32, START_NS, Scribe, Step
 
 
@@ -96,16 +99,11 @@ def record_model(
 ) -> Recorded:
     """Record a model with dense layers as it is served: its bits are those of the padded network."""
     write_model(where / "model", model)
-    network = Network(model, torch.device("cpu"))
+    network = GruNetwork(model, torch.device("cpu"))
 
     def step(x: F32, h: F32) -> tuple[F32, F32]:
-        frames = np.zeros((len(x), network.input_width), np.float32)
-        frames[:, : x.shape[1]] = x
-        states = np.zeros((*h.shape[:2], network.state_width), np.float32)
-        states[:, :, : h.shape[2]] = h
-        with torch.inference_mode():
-            y, after = network.step(torch.from_numpy(frames), torch.from_numpy(states))
-        return y[:, : network.outputs].numpy(), after[:, :, : network.state_size].numpy()
+        y, after = stepped(network, x[None], h)
+        return y[0], after
 
     how = {"bucket": 32, **how}
     return _record(where, model, step, lengths, {"buckets": (32, 64), **(changes or {})}, how)
@@ -118,10 +116,10 @@ def _record(
         "model_name": model.name,
         "model_folder": str(where / "model"),
         "model_fingerprint": model.fingerprint,
-        "numerics": {**numerics(Network(model, torch.device("cpu"))), "threads": "1"},
+        "numerics": {**numerics(torch.device("cpu")), "threads": "1"},
         **changes,
     }
-    header = make_header(model.description.model_dump(mode="json"), **fields)
+    header = make_header(model.description.as_json(), **fields)
     record(where / "a.rec", header, step, lengths, **how)
     return Recorded(where / "a.rec", where / "model", header)
 

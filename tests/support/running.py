@@ -15,8 +15,8 @@ import torch
 
 from instep.config import Config
 from instep.models.certify import Certification, candidate_buckets, certify
-from instep.models.folder import Model
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
+from instep.models.model import Model
 from instep.runtime.stepper import Stepper
 from instep.server.assembly import make_server
 from instep.server.preparation import Prepared
@@ -32,14 +32,14 @@ def certified(network_key: str, max_batch_size: int) -> Certification:
     return certify(network, candidate_buckets(network, max_batch_size))
 
 
-_NETWORKS: dict[str, Network] = {}
+_NETWORKS: dict[str, GruNetwork] = {}
 
 
 def prepared(model: Model, max_batch_size: int = 256, device: torch.device = CPU) -> Prepared:
     """The model, ready to be served; certified once for each test run."""
     torch.set_num_threads(1)
     key = f"{model.fingerprint} {device}"
-    network = _NETWORKS.setdefault(key, Network(model, device))
+    network = _NETWORKS.setdefault(key, GruNetwork(model, device))
     certification = certified(key, max_batch_size)
     return Prepared(model, Path("model"), network, device, certification)
 

@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 
 from instep.core.typing import F32
-from instep.models.folder import Model
+from instep.models.model import Model
 from instep_client.protocol.wire import Code, Kind
 from tests.support.models import whole
 from tests.support.raw import RawClient, Reply
@@ -78,7 +78,7 @@ def make_recordings(
     recordings = []
     for index in range(count):
         length = int(rng.choice(lengths))
-        state_shape = (description.state_layers, description.state_size)
+        state_shape = description.state.leaves[0].shape
         recordings.append(
             Recorded(
                 name=f"stream-{index}",
@@ -151,7 +151,7 @@ class Producer:
         joining, self._waiting = self._waiting[:count], self._waiting[count:]
         states = None
         if any(stream.initial is not None for stream in joining):
-            zeros = np.zeros((self.model.description.state_layers, self.model.description.state_size), np.float32)
+            zeros = np.zeros(self.model.description.state.leaves[0].shape, np.float32)
             states = np.stack([zeros if stream.initial is None else stream.initial for stream in joining])
         reply = await self.client.open(*(stream.name for stream in joining), states=states)
         assert reply.failures() == []
@@ -258,7 +258,7 @@ class Producer:
         assert reply.kind is Kind.CLOSED, reply.header
         assert reply.failures() == []
         description = self.model.description
-        finals = reply.floats().reshape(len(streams), description.state_layers, description.state_size)
+        finals = reply.floats().reshape(len(streams), *description.state.leaves[0].shape)
         for stream, final in zip(streams, finals, strict=True):
             stream.final = final
 
@@ -297,7 +297,7 @@ class Neighbours:
             await self._round(handles)
             await asyncio.sleep(0.002)
         closed = await self._client.close(handles)
-        finals = closed.floats().reshape(len(handles), self._model.description.state_layers, -1)
+        finals = closed.floats().reshape(len(handles), *self._model.description.state.leaves[0].shape)
         for index, (x, y) in enumerate(zip(self._x, self._y, strict=True)):
             truth, final = whole(self._model, np.concatenate(x))
             assert_same_bits(np.concatenate(y), truth, f"outputs of neighbour {index}")

@@ -9,13 +9,13 @@ from typing import Any
 import msgpack
 import numpy as np
 import structlog
-from instep.runtime.runs import Ended
-from instep.runtime.worker import Job
-from instep.server.transport import Sent
 
 from instep.core.typing import F32, I64, U64
-from instep.models.folder import Model
+from instep.models.model import Model
+from instep.runtime.runs import Ended
+from instep.runtime.worker import Job
 from instep.server.assembly import make_server
+from instep.server.transport import Sent
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, Message
 from tests.support.apart import apart

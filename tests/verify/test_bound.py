@@ -7,10 +7,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from instep.models.base import Reference
+from instep.models.gru.reference import GruReference
 from instep.models.ulp import ulp_distance
 from instep.verify import bound as bounds
 from instep.verify.bound import FACTOR, FLOOR, ErrorBound, LeastBound, absolute_error, largest_errors
-from instep.verify.reference import Reference
 from tests.support.recordings import gru_description
 
 NAN, INF = float("nan"), float("inf")
@@ -60,11 +61,11 @@ class Given:
         self.state = state
         self.frames: list[npt.NDArray[np.float32]] = []
 
-    def run(self, x: Any, h: Any, active: Any) -> tuple[Any, Any]:
+    def run(self, x: Any, state: Any, active: Any) -> tuple[Any, Any]:
         self.frames.append(x)
         now, self.outputs = self.outputs[: len(x)], self.outputs[len(x) :]
         assert active.tolist() == [x.shape[1]] * len(x)
-        return np.broadcast_to(now[:, None, None], (len(x), x.shape[1], 1)), np.full_like(h, self.state)
+        return np.broadcast_to(now[:, None, None], (len(x), x.shape[1], 1)), {"h": np.full_like(state["h"], self.state)}
 
 
 def bound_of(given: Given, rows: int) -> ErrorBound:
@@ -143,13 +144,14 @@ def test_torch_in_float32_keeps_within_it(
     with torch.inference_mode():
         outputs, states = gru(frames)
     weights = {f"gru.{name}": parameter.detach().numpy() for name, parameter in gru.named_parameters()}
-    truth = Reference(gru_description(gru), weights, np.float64)
-    rounded = Reference(gru_description(gru), weights, np.float32)
+    truth = GruReference(gru_description(gru), weights, np.float64)
+    rounded = GruReference(gru_description(gru), weights, np.float32)
     active, valid = np.full(200, together), np.ones((200, together), np.bool_)
     for first in range(0, 24, together):
         some = slice(first, first + together)
         h, x = np.zeros((layers, together, hidden), np.float32), frames[:, some].numpy()
-        true_y, true_h = truth.run(x, h, active)
+        true_y, after = truth.run(x, {"h": h.swapaxes(0, 1)}, active)
+        true_h = after["h"].swapaxes(0, 1)
         bound = ErrorBound(rounded, h)
         limits = bound.of_outputs(true_y, bound.run(x, active), valid)
         assert (absolute_error(outputs[:, some].numpy(), true_y).max(axis=2) <= limits).all()

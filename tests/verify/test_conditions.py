@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from instep.models.certify import Certification
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
 from instep.models.numerics import numerics
 from instep.recording.schema import RecordingHeader
 from instep.verify import conditions
@@ -14,12 +14,13 @@ from instep.verify.conditions import Conditions, device_for, find_conditions, pr
 from tests.support.models import SEED_SIZED, plain, with_head
 from tests.support.recordings import make_header
 
-NETWORK = Network(SEED_SIZED, torch.device("cpu"))
+CPU = torch.device("cpu")
+NETWORK = GruNetwork(SEED_SIZED, CPU)
 
 
 def header(**changes: Any) -> RecordingHeader:
-    fields = {"numerics": numerics(NETWORK), **changes}
-    return make_header(SEED_SIZED.description.model_dump(mode="json"), **fields)
+    fields = {"numerics": numerics(CPU), **changes}
+    return make_header(SEED_SIZED.description.as_json(), **fields)
 
 
 def test_on_the_machine_that_recorded_bits_are_required() -> None:
@@ -32,13 +33,13 @@ def test_on_the_machine_that_recorded_bits_are_required() -> None:
 @pytest.mark.parametrize("buckets", [(3, 8), (-4, 4), (0,), (), (1024,)])
 def test_buckets_that_fit_nothing_are_replaced(buckets: tuple[int, ...]) -> None:
     found = find_conditions([header(buckets=buckets)], NETWORK)
-    assert found.buckets[0] >= NETWORK.smallest_bucket
+    assert found.buckets[0] >= NETWORK.row_multiple
     assert found.buckets[-1] <= conditions.MOST_ROWS
     assert len(found.buckets) > 2
 
 
 def test_buckets_keep_to_the_network() -> None:
-    network = Network(with_head(3, 8, 2), torch.device("cpu"))
+    network = GruNetwork(with_head(3, 8, 2), torch.device("cpu"))
     assert all(bucket % 32 == 0 for bucket in find_conditions([header(buckets=(4, 8))], network).buckets)
 
 
@@ -51,7 +52,7 @@ def test_an_engine_that_promised_no_bits(exactness: str) -> None:
 
 
 def test_another_machine() -> None:
-    there = {**numerics(NETWORK), "torch": "1.9"}
+    there = {**numerics(CPU), "torch": "1.9"}
     (note,) = find_conditions([header(numerics=there)], NETWORK).step_notes
     assert note == (
         f"this machine computes otherwise than the one that recorded: torch 1.9 there, {torch.__version__} here"
@@ -73,7 +74,7 @@ def test_a_machine_that_does_not_certify(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_every_engine_that_wrote_counts() -> None:
-    other = header(numerics={**numerics(NETWORK), "torch": "1.9"}, buckets=(4, 8, 64), exactness="off")
+    other = header(numerics={**numerics(CPU), "torch": "1.9"}, buckets=(4, 8, 64), exactness="off")
     found = find_conditions([header(buckets=(4, 16)), other, other], NETWORK)
     assert found.buckets == (4, 8, 16, 64)
     assert len(found.step_notes) == 2
@@ -86,15 +87,15 @@ def test_a_machine_like_the_one_that_recorded_is_not_certified(
     monkeypatch: pytest.MonkeyPatch, features: int, hidden: int, fused: bool
 ) -> None:
     monkeypatch.setattr(conditions, "certify", None)
-    network = Network(plain(features, hidden), torch.device("cpu"))
+    network = GruNetwork(plain(features, hidden), torch.device("cpu"))
     found = presume_conditions([header(buckets=(4, 16, 1024)), header(buckets=(8,))], network)
     assert found == Conditions((4, 8, 16), (), (), is_presumed=True)
     assert found.step_bits
     assert found.whole_bits
-    assert network.uses_fused == fused
+    assert network.steps_by_hand == fused
 
 
-@pytest.mark.parametrize("changes", [{"exactness": "off"}, {"numerics": {**numerics(NETWORK), "torch": "1.9"}}])
+@pytest.mark.parametrize("changes", [{"exactness": "off"}, {"numerics": {**numerics(CPU), "torch": "1.9"}}])
 def test_nothing_is_presumed_of_another_machine_or_of_steps_that_promised_nothing(changes: dict[str, Any]) -> None:
     headers = [header(), header(**changes)]
     found = presume_conditions(headers, NETWORK)

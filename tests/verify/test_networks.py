@@ -5,16 +5,16 @@ import threading
 import pytest
 import torch
 
-from instep.models.description import GruLayers, NetworkDescription
 from instep.models.folder import make_model
-from instep.models.network import Network
+from instep.models.gru.description import GruDescription, GruLayers
+from instep.models.gru.network import GruNetwork
 from instep.verify.networks import Networks
 
 
-def two() -> list[Network]:
-    description = NetworkDescription(features=3, gru=GruLayers(hidden_size=4, num_layers=2))
+def two() -> list[GruNetwork]:
+    description = GruDescription(features=3, gru=GruLayers(hidden_size=4, num_layers=2))
     model = make_model(description, "random", name="two")
-    return [Network(model, torch.device("cpu")) for _ in range(2)]
+    return [GruNetwork(model, torch.device("cpu")) for _ in range(2)]
 
 
 def test_nobody_gets_one_that_is_in_use() -> None:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
-from instep.core.typing import F32
-from instep.models.network import Network
+from instep.core.typing import F32, U8
+from instep.models.gru.network import GruNetwork
+from instep.models.gru.step import GruStep
 from instep.verify.replay import replay_stepped, replay_whole
 from tests.support.models import plain, torch_gru
 
@@ -19,25 +18,32 @@ H: F32 = RANDOM.uniform(-1, 1, (2, len(LENGTHS), 16)).astype(np.float32)
 ACTIVE = (np.arange(40)[:, None] < LENGTHS).sum(axis=1)
 
 
-class CountingNetwork(Network):
-    """Notes how many rows it was given."""
+class CountingNetwork(GruNetwork):
+    """Notes the rows of every step and call."""
 
-    rows: list[int]
+    def __init__(self) -> None:
+        super().__init__(MODEL, torch.device("cpu"))
+        self.rows: list[int] = []
 
-    def advance(self, x: torch.Tensor, h: torch.Tensor, *of_layers: Any) -> torch.Tensor:
-        self.rows.append(len(x))
-        return super().advance(x, h, *of_layers)
+    def bind(self, rows: int) -> GruStep:
+        step = super().bind(rows)
+        run = step.run
 
-    def sequence(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def counted() -> None:
+            self.rows.append(rows)
+            run()
+
+        step.run = counted  # type: ignore[method-assign]
+        return step
+
+    def sequence(self, x: F32, state: U8) -> tuple[F32, U8]:
         self.rows.append(x.shape[1])
-        return super().sequence(x, h)
+        return super().sequence(x, state)
 
 
 @pytest.fixture
 def network() -> CountingNetwork:
-    network = CountingNetwork(MODEL, torch.device("cpu"))
-    network.rows = []
-    return network
+    return CountingNetwork()
 
 
 def truth(row: int) -> tuple[F32, F32]:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from instep.models.description import DenseLayer, GruLayers, NetworkDescription
-from instep.models.folder import Model, load_model, make_model
-from instep.models.network import Network
+from instep.models.folder import load_model, make_model
+from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
+from instep.models.gru.network import GruNetwork
+from instep.models.model import Model
 from instep.recording import frames
 from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
@@ -67,7 +68,7 @@ def test_what_torch_streamed_is_exact(tmp_path: Path, features: int, hidden: int
 
 @pytest.mark.parametrize("activation", ["none", "relu", "tanh", "sigmoid"])
 def test_dense_layers_are_exact_as_served(tmp_path: Path, activation: Any) -> None:
-    description = NetworkDescription(
+    description = GruDescription(
         features=5,
         before=(DenseLayer(size=7, activation=activation),),
         gru=GruLayers(hidden_size=9, num_layers=2),
@@ -104,7 +105,7 @@ def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pyt
     whole = verify(recorded)
     spans: list[int] = []
 
-    def counted(network: Network, buckets: tuple[int, ...], x: Any, h: Any) -> Any:
+    def counted(network: GruNetwork, buckets: tuple[int, ...], x: Any, h: Any) -> Any:
         spans.append(x.shape[0] * x.shape[1])
         return replay_whole(network, buckets, x, h)
 
@@ -259,7 +260,9 @@ def test_the_reference_notices_when_server_and_replay_are_wrong_alike(
     recorded = record_gru(tmp_path, gru, [1])
     record(tmp_path / "b.rec", recorded.header, gru_step(swapped), LENGTHS)
     wrong_model = record_gru(tmp_path / "other", swapped, [1]).folder
-    monkeypatch.setattr(verifier, "Network", lambda model, device: Network(load_model(wrong_model), device))
+    wrong = GruNetwork(load_model(wrong_model), torch.device("cpu"))
+    monkeypatch.setattr(GruNetwork, "bind", wrong.bind)
+    monkeypatch.setattr(GruNetwork, "sequence", wrong.sequence)
     report = verify(Recorded(tmp_path / "b.rec", recorded.folder, recorded.header))
     assert verdicts(report) == ["mismatch", "empty", *["mismatch"] * 5]
     for stream in report.streams:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from instep.config.endpoint import checked_endpoint
 from instep.config.rules import contradictions
-from instep.models.description import NetworkDescription
+from instep.models.registry import AnyDescription
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bytes = Annotated[int, Field(ge=0, le=2**62)]
@@ -35,10 +35,10 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """What is served: a folder, or an inline description with its weights; the demo's model if neither is given."""
+    """The model to serve: a folder, or an inline description with its weights."""
 
     folder: Path | None = None
-    network: NetworkDescription | None = None
+    network: AnyDescription | None = None
     weights: Path | None = None
 
 

@@ -1,1 +1,9 @@
-"""The demonstrations that ship with the package."""
+"""The main job on recorded speech, from hundreds of producers to the verifier's verdict, and the first experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+MODEL_FOLDER: Final = Path(__file__).parent / "model"
+"""The trained model that ships with the package: `instep demo` and `instep serve --demo` serve it."""

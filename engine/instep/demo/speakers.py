@@ -14,6 +14,7 @@ from typing import Final
 from rich.console import Console
 
 from instep.core.typing import I32
+from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
 from instep.demo.heard import Heard, right_after
 from instep.demo.picture import draw
@@ -24,7 +25,6 @@ from instep.demo.train import SPEAKERS, accuracy, load_utterances
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
-from instep.server.preparation import demo_model_folder
 from instep.verify.command import run as verify
 from instep_client import AsyncClient, InstepError
 
@@ -55,7 +55,7 @@ def run(out: Path, console: Console, *, speed: float = 1.0) -> int:
 def _run(out: Path, console: Console, speed: float) -> int:
     recording, picture = out / "speakers.recording", out / "speakers.png"
     _make_room(recording)
-    utterances, folder = load_utterances("test"), demo_model_folder()
+    utterances, folder = load_utterances("test"), MODEL_FOLDER
     lengths = [len(frames) for frames in utterances.frames]
     producers = [
         Producer(f"utterance-{number}", frames, part)

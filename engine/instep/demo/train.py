@@ -22,9 +22,10 @@ from torch import nn
 
 from instep.core.typing import F32, I32
 from instep.models.errors import ModelError
-from instep.models.folder import Model, save_model
-from instep.models.network import Network
+from instep.models.gru.modules import save_model
+from instep.models.model import Model
 from instep.models.numerics import prepare
+from instep.models.registry import build
 
 DATA: Final = Path(__file__).parent / "data"
 FEATURES: Final = 12
@@ -104,15 +105,15 @@ def train(
 
 def accuracy(model: Model, utterances: Utterances) -> Accuracy:
     """How often the model, run as it is served, names the right speaker."""
-    network = Network(model, torch.device("cpu"))
+    network = build(model, torch.device("cpu"))
     x, lengths = _padded(utterances)
     frames, count, _ = x.shape
-    rows = -(-count // network.smallest_bucket) * network.smallest_bucket
-    padded = torch.zeros(frames, rows, network.input_width)
-    padded[:, :count, :FEATURES] = x
-    with torch.inference_mode():
-        y, _ = network.sequence(padded, torch.zeros(network.state_layers, rows, network.state_width))
-    decided = y[:, :count, :SPEAKERS].argmax(2)
+    rows = -(-count // network.row_multiple) * network.row_multiple
+    padded = np.zeros((frames, rows, FEATURES), np.float32)
+    padded[:, :count] = x.numpy()
+    whole = network.sequence(padded, network.state.initial(rows))
+    assert whole is not None, "a GRU has a call for whole sequences"
+    decided = torch.from_numpy(whole[0][:, :count].argmax(2))
     right = decided == torch.from_numpy(utterances.speakers)
     spoken = torch.arange(frames)[:, None] < lengths
     return Accuracy(

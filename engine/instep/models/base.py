@@ -27,8 +27,9 @@ Shape: TypeAlias = tuple[int, ...]
 class Description(Protocol):
     """A network without its weights, as `model.yaml` holds it: frozen, comparable, importable without torch."""
 
-    kind: str
-    """The name under which the registry finds it."""
+    @property
+    def kind(self) -> str:
+        """The name under which the registry finds it."""
 
     @property
     def features(self) -> int:
@@ -51,8 +52,8 @@ class Description(Protocol):
     def in_words(self) -> str:
         """One line for people: `40 features → GRU 128 → dense 10`."""
 
-    def as_json(self) -> dict[str, Any]:
-        """As plain JSON values, `kind` and defaults written out; the registry reads it back."""
+    def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
+        """As plain JSON values, always with `kind`; the registry reads it back with or without defaults."""
 
 
 class BoundStep(Protocol):
@@ -61,14 +62,21 @@ class BoundStep(Protocol):
     Fill `x` and `state`, call `run`, read `y` and `new_state`; they are valid until the next `run`.
     """
 
-    x: torch.Tensor
-    """Frames, float32 [rows, at least features]; columns beyond `features` stay zero."""
-    state: Mapping[str, torch.Tensor]
-    """By leaf, [rows, *shape], before the frame: views that need not be contiguous."""
-    y: torch.Tensor
-    """Outputs, float32 [rows, at least outputs]; columns beyond `outputs` mean nothing."""
-    new_state: Mapping[str, torch.Tensor]
-    """As `state`, after the frame. The same memory as `state` where the step works in place."""
+    @property
+    def x(self) -> torch.Tensor:
+        """Frames, float32 [rows, at least features]; columns beyond `features` stay zero."""
+
+    @property
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """By leaf, [rows, *shape], before the frame: views that need not be contiguous."""
+
+    @property
+    def y(self) -> torch.Tensor:
+        """Outputs, float32 [rows, at least outputs]; columns beyond `outputs` mean nothing."""
+
+    @property
+    def new_state(self) -> Mapping[str, torch.Tensor]:
+        """As `state`, after the frame; the very tensors of `state` where the step works in place."""
 
     def run(self) -> None:
         """Step every row. On a GPU it only enqueues, so that it can be captured in a graph."""
@@ -119,6 +127,10 @@ class RecurrentModel(Protocol):
     @property
     def multiply_adds(self) -> int:
         """Of one row in one step, about: certification bounds its work by it."""
+
+    @property
+    def kernel(self) -> str:
+        """A word for how it steps, for logs and for what bits depend on."""
 
     def select_step(self, buckets: Sequence[int], rows: int) -> None:
         """Choose the quickest way to step that gives the bits of the plain one in all these buckets.

@@ -3,8 +3,8 @@
 torch promises none of this, so it is measured at start. Probe rows, each a random frame with a random state, go through
 every candidate bucket: at every position, beside hostile neighbours (NaN, infinity, huge values), beside other probes,
 and above rows of padding. A bucket in which one probe got two answers is out. Of the others, those that give every
-probe the same bits belong together. Before that the fused step is compared with torch's, over as many rows in a small
-bucket as in a large one; after it, whole sequences in one call with stepping.
+probe the same bits belong together. Before that the model chooses how it steps (`RecurrentModel.select_step`); after
+it, whole sequences in one call are compared with stepping.
 
 It is a measurement, not a proof: it notices every difference that these rows show, in any bit of any output or state.
 Its numbers are seeded, so a start repeats what the last one found.
@@ -13,16 +13,17 @@ Its numbers are seeded, so a start repeats what the last one found.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
 import torch
 
-from instep.core.typing import F32, I64
-from instep.models.network import Network
-from instep.models.ulp import ulp_distance
+from instep.core.typing import F32, I64, U8
+from instep.models.base import BoundStep, RecurrentModel, StateSpec
+from instep.models.stepping import keep_state, load_state, put, read_state, step_rows
+from instep.models.ulp import NOT_COMPARABLE, ulp_distance
 
 Exactness: TypeAlias = Literal["exact", "tolerance", "off"]
 
@@ -31,10 +32,10 @@ _HOSTILE: Final = (math.nan, math.inf, 1e30, -math.inf, -1e30)
 _PADDING: Final = 0.0
 _MULTIPLY_ADDS: Final = 3_000_000_000
 """About how much each part, buckets and sequences, may compute where the floors below do not ask for more: 0.1 to 0.2 s
-of one core. The fused step is compared over fewer rows than the buckets."""
+of one core."""
 _ENOUGH_PROBES: Final = 512
 _LEAST_ELEMENTS: Final = 4096
-"""The least probes times hidden units: a kernel that differs shows in some of so many values."""
+"""The least probes times values of a state: a kernel that differs shows in some of that many values."""
 _LEAST_PROBES: Final = (8, 1024)
 """Bounds of what `_LEAST_ELEMENTS` asks for."""
 _LONGEST_SEQUENCE: Final = 256
@@ -57,31 +58,31 @@ class Certification:
     """The largest distance measured between two answers that ought to be equal; 0 when `exact` and `whole_sequence`.
     Not a bound: other frames and longer streams may differ more."""
     whole_sequence: bool
-    """Whether `Network.sequence`, over as many rows as a bucket has, gives the bits of `Network.step`. False unless
-    `exact`."""
+    """Whether `RecurrentModel.sequence`, over as many rows as a bucket has, gives the bits of stepping. False unless
+    `exact`, and where the model has no such call."""
 
 
-def candidate_buckets(network: Network, max_batch_size: int) -> tuple[int, ...]:
-    """Batch sizes worth certifying, ascending; the last is `max_batch_size` rounded up to the smallest bucket."""
-    smallest = network.smallest_bucket
-    last = -(-max_batch_size // smallest) * smallest
-    return (*(size for size in _SIZES if size % smallest == 0 and size < last), last)
+def candidate_buckets(model: RecurrentModel, max_batch_size: int) -> tuple[int, ...]:
+    """Batch sizes worth certifying, ascending; the last is `max_batch_size` rounded up to the model's row multiple."""
+    multiple = model.row_multiple
+    last = -(-max_batch_size // multiple) * multiple
+    return (*(size for size in _SIZES if size % multiple == 0 and size < last), last)
 
 
 @torch.inference_mode()
-def certify(network: Network, candidates: Sequence[int]) -> Certification:
-    """Try every candidate (ascending, multiples of `network.smallest_bucket`), and whole sequences.
+def certify(model: RecurrentModel, candidates: Sequence[int]) -> Certification:
+    """Try every candidate (ascending, multiples of `model.row_multiple`), and whole sequences.
 
     Keeps the largest group of buckets that agree, but rather a smaller group than less than half the largest batch.
     Where no bucket agrees even with itself, all candidates stay, under `tolerance`.
 
-    The network steps with `FusedGru` from here on where that gave the bits of `torch.gru` in every candidate. (What
-    they agree in may still depend on the bucket: the rest is found out with whichever is used.)
+    What the model chose in `select_step` stays chosen.
     """
-    count = _probe_count(network, candidates)
-    network.uses_fused = network.may_fuse and all(_fused_is_same(network, bucket, count) for bucket in candidates)
-    probes = _Probes(network, count)
-    results = {bucket: probes.through(bucket) for bucket in candidates}
+    count = _probe_count(model, candidates)
+    model.select_step(candidates, count)
+    steps = {bucket: model.bind(bucket) for bucket in candidates}
+    probes = _Probes(model, count)
+    results = {bucket: probes.through(bucket, step) for bucket, step in steps.items()}
     groups: dict[bytes, list[int]] = {}
     for bucket, result in results.items():
         if result.spread == 0:
@@ -92,36 +93,35 @@ def certify(network: Network, candidates: Sequence[int]) -> Certification:
     else:
         buckets = list(candidates)
         reference = results[buckets[-1]].answers
-        stepping_ulp = max(max(result.spread, _distance(result.answers, reference)) for result in results.values())
-    sequence_ulp = _sequence_distance(network, buckets)
+        distances = (_distance(model.state, result.answers, reference) for result in results.values())
+        stepping_ulp = max(*distances, *(result.spread for result in results.values()))
+    sequence_ulp = _sequence_distance(model, {bucket: steps[bucket] for bucket in buckets})
     return Certification(
         exactness="exact" if groups else "tolerance",
         buckets=tuple(buckets),
-        max_ulp=max(stepping_ulp, sequence_ulp),
+        max_ulp=max(stepping_ulp, sequence_ulp or 0),
         whole_sequence=bool(groups) and sequence_ulp == 0,
     )
 
 
-def _fused_is_same(network: Network, bucket: int, count: int) -> bool:
-    """Whether both steps give at least `count` rows, in ever other batches of this size, the same bits."""
-    random = np.random.default_rng(2)
-    for _ in range(0, count, bucket):
-        x = torch.from_numpy(_random_frames(network, random, bucket)).to(network.device)
-        before = torch.from_numpy(_random_states(network, random, bucket)).to(network.device)
-        answers = []
-        for fused in (False, True):
-            network.uses_fused = fused
-            h = before.clone()
-            answers.append(_joined(network, network.advance(x, h), h))
-        if _distance(*answers) != 0:
-            return False
-    return True
+@dataclass(frozen=True)
+class _Answers:
+    """Outputs and states of some rows."""
+
+    y: F32
+    state: U8
+
+    def tobytes(self) -> bytes:
+        return self.y.tobytes() + self.state.tobytes()
+
+    def take(self, rows: I64) -> _Answers:
+        return _Answers(self.y[rows], self.state[rows])
 
 
 @dataclass(frozen=True)
 class _Result:
-    answers: F32
-    """One answer of every probe: output and states in one row."""
+    answers: _Answers
+    """One answer for every probe."""
     spread: int
     """The largest distance, in ULP, between two answers to one probe."""
 
@@ -129,31 +129,35 @@ class _Result:
 class _Probes:
     """Rows whose answers are compared, and the rows that are put beside them."""
 
-    def __init__(self, network: Network, count: int) -> None:
-        self._network = network
+    def __init__(self, model: RecurrentModel, count: int) -> None:
+        self._model = model
         self._count = count
+        features, state = model.description.features, model.state
         random = np.random.default_rng(0)
-        x, h = _random_frames(network, random, count), _random_states(network, random, count)
-        beside = np.array([*_HOSTILE, _PADDING], np.float32)[:, None]
-        beside_x = np.broadcast_to(beside, (len(beside), network.input_width))
-        beside_h = np.broadcast_to(beside, (network.state_layers, len(beside), network.state_width))
-        self._x = torch.from_numpy(np.concatenate([x, beside_x])).to(network.device)
-        self._h = torch.from_numpy(np.concatenate([h, beside_h], axis=1)).to(network.device)
+        beside = np.array([*_HOSTILE, _PADDING], np.float32)
+        x = np.repeat(beside[:, None], features, axis=1)
+        self._x = np.concatenate([_random_frames(model, random, count), x])
+        self._state = np.concatenate([_random_states(state, random, count), _constant_states(state, beside)])
         self._padding = count + len(_HOSTILE)
 
-    def through(self, bucket: int) -> _Result:
+    def through(self, bucket: int, step: BoundStep) -> _Result:
         """Step every probe at least twice in this bucket, at two positions, beside other rows."""
-        indices, rows = [], []
+        model = self._model
+        indices, ys, states = [], [], []
         for batch in self._batches(bucket):
-            index = torch.from_numpy(batch).to(self._network.device)
-            y, h = self._network.step(self._x.index_select(0, index), self._h.index_select(1, index))
+            y, state = step_rows(step, model.state, self._x[batch], self._state[batch], model.description.outputs)
             is_probe = batch < self._count
             indices.append(batch[is_probe])
-            rows.append(_joined(self._network, y, h)[is_probe])
-        seen, answered = np.concatenate(indices), np.concatenate(rows)
-        answers = np.zeros((self._count, answered.shape[1]), np.float32)
-        answers[seen] = answered
-        return _Result(answers, _distance(answered, answers[seen]))
+            ys.append(y[is_probe])
+            states.append(state[is_probe])
+        seen, answered = np.concatenate(indices), _Answers(np.concatenate(ys), np.concatenate(states))
+        y, state = (
+            np.zeros_like(answered.y, shape=(self._count, *answered.y.shape[1:])),
+            model.state.initial(self._count),
+        )
+        y[seen], state[seen] = answered.y, answered.state
+        answers = _Answers(y, state)
+        return _Result(answers, _distance(model.state, answered, answers.take(seen)))
 
     def _batches(self, bucket: int) -> Iterator[I64]:
         position = np.arange(bucket)
@@ -166,66 +170,81 @@ class _Probes:
         yield np.where(position < bucket // 2, position % self._count, self._padding)
 
 
-def _sequence_distance(network: Network, buckets: Sequence[int]) -> int:
-    """Between whole sequences and stepping: long ones over few and some rows, a short one over the most."""
+def _sequence_distance(model: RecurrentModel, steps: Mapping[int, BoundStep]) -> int | None:
+    """Between whole sequences and stepping: long ones over few and some rows, a short one over the most.
+
+    None where the model has no whole-sequence call.
+    """
+    buckets = list(steps)
     some = max((bucket for bucket in buckets if bucket <= _SEQUENCE_ROWS), default=buckets[0])
-    steps = {buckets[-1]: _SHORTEST_SEQUENCE}
+    lengths = {buckets[-1]: _SHORTEST_SEQUENCE}
     for rows in (buckets[0], some):
-        affordable = _MULTIPLY_ADDS // (4 * rows * _multiply_adds(network))
-        steps[rows] = min(max(affordable, _SHORTEST_SEQUENCE), _LONGEST_SEQUENCE)
-    return max(_one_sequence_distance(network, rows, count) for rows, count in steps.items())
+        affordable = _MULTIPLY_ADDS // (4 * rows * model.multiply_adds)
+        lengths[rows] = min(max(affordable, _SHORTEST_SEQUENCE), _LONGEST_SEQUENCE)
+    found = [_one_sequence_distance(model, steps[rows], rows, count) for rows, count in lengths.items()]
+    return max((distance for distance in found if distance is not None), default=None)
 
 
-def _one_sequence_distance(network: Network, rows: int, steps: int) -> int:
+def _one_sequence_distance(model: RecurrentModel, step: BoundStep, rows: int, length: int) -> int | None:
     random = np.random.default_rng(1)
-    x = torch.from_numpy(_random_frames(network, random, steps * rows)).to(network.device).view(steps, rows, -1)
-    h = torch.from_numpy(_random_states(network, random, rows)).to(network.device)
-    whole_y, whole_h = network.sequence(x, h)
-    outputs = []
-    for frame in x:
-        y, h = network.step(frame, h)
-        outputs.append(y[:, : network.outputs])
-    return max(
-        _distance(whole_y[:, :, : network.outputs].cpu().numpy(), torch.stack(outputs).cpu().numpy()),
-        _distance(whole_h.cpu().numpy(), h.cpu().numpy()),
-    )
+    x = _random_frames(model, random, length * rows).reshape(length, rows, -1)
+    state = _random_states(model.state, random, rows)
+    whole = model.sequence(x, state)
+    if whole is None:
+        return None
+    outputs = model.description.outputs
+    stepped_y = np.empty((length, rows, outputs), np.float32)
+    load_state(step, model.state, state)
+    for frame, y in zip(x, stepped_y, strict=True):
+        put(step.x[:, : frame.shape[1]], frame)
+        step.run()
+        y[...] = step.y[:, :outputs].cpu().numpy()
+        keep_state(step)
+    return _distance(model.state, _Answers(*whole), _Answers(stepped_y, read_state(step, model.state)))
 
 
-def _random_frames(network: Network, random: np.random.Generator, count: int) -> F32:
-    """Frames [count, input_width] of several magnitudes, zero where padded."""
-    x = np.zeros((count, network.input_width), np.float32)
+def _random_frames(model: RecurrentModel, random: np.random.Generator, count: int) -> F32:
+    """Frames [count, features] of several magnitudes."""
     scale = random.choice([0.1, 1, 1, 5], (count, 1))
-    x[:, : network.features] = scale * random.standard_normal((count, network.features))
-    return x
+    return (scale * random.standard_normal((count, model.description.features))).astype(np.float32)
 
 
-def _random_states(network: Network, random: np.random.Generator, count: int) -> F32:
-    """States [L, count, state_width] of several magnitudes, some all zero, zero where padded."""
-    h = np.zeros((network.state_layers, count, network.state_width), np.float32)
-    scale = random.choice([0, 0.1, 1, 1], (count, 1))
-    h[:, :, : network.state_size] = scale * random.uniform(-1, 1, (network.state_layers, count, network.state_size))
-    return h
+def _random_states(spec: StateSpec, random: np.random.Generator, count: int) -> U8:
+    """States of several magnitudes, some of them all zero: floats in ±1, small counts, bools."""
+    scale = random.choice([0, 0.1, 1, 1], count)
+    rows = spec.initial(count)
+    for leaf in spec.unpack(rows).values():
+        values = random.uniform(-1, 1, leaf.shape) * scale.reshape(-1, *[1] * (leaf.ndim - 1))
+        leaf[...] = {"f": values, "i": values * 1000, "b": values > 0}[leaf.dtype.kind]
+    return rows
 
 
-def _joined(network: Network, y: torch.Tensor, h: torch.Tensor) -> F32:
-    """Outputs and states as one row a frame, on the CPU."""
-    joined: F32 = torch.cat([y[:, : network.outputs], h.transpose(0, 1).flatten(1)], dim=1).cpu().numpy()
-    return joined
+def _constant_states(spec: StateSpec, values: F32) -> U8:
+    """A state for each value, with that value in all floats; integers and bools are 0 or 1."""
+    rows = spec.initial(len(values))
+    for leaf in spec.unpack(rows).values():
+        each = values if leaf.dtype.kind == "f" else values != 0
+        leaf[...] = each.reshape(-1, *[1] * (leaf.ndim - 1))
+    return rows
 
 
-def _distance(one: F32, other: F32) -> int:
-    if np.array_equal(one.view(np.int32), other.view(np.int32)):
+def _distance(spec: StateSpec, one: _Answers, other: _Answers) -> int:
+    """The largest in ULP; leaves that are not float32 are equal or not comparable."""
+    if one.tobytes() == other.tobytes():
         return 0
-    return int(ulp_distance(one, other).max())
+    distances = [int(ulp_distance(one.y, other.y).max())]
+    leaves, others = spec.unpack(one.state), spec.unpack(other.state)
+    for name, leaf in leaves.items():
+        if leaf.dtype == np.float32:
+            distances.append(int(ulp_distance(leaf, others[name]).max()))
+        elif leaf.tobytes() != others[name].tobytes():
+            distances.append(NOT_COMPARABLE)
+    return max(distances)
 
 
-def _probe_count(network: Network, candidates: Sequence[int]) -> int:
-    affordable = _MULTIPLY_ADDS // (3 * len(candidates) * _multiply_adds(network))
+def _probe_count(model: RecurrentModel, candidates: Sequence[int]) -> int:
+    affordable = _MULTIPLY_ADDS // (3 * len(candidates) * model.multiply_adds)
     fewest, most = _LEAST_PROBES
-    least = min(max(-(-_LEAST_ELEMENTS // network.state_size), fewest), most)
+    values = sum(leaf.elements for leaf in model.state.leaves)
+    least = min(max(-(-_LEAST_ELEMENTS // values), fewest), most)
     return max(min(affordable, _ENOUGH_PROBES), least)
-
-
-def _multiply_adds(network: Network) -> int:
-    """Of one row in one step."""
-    return sum(math.prod(shape) for shape in network.description.tensor_shapes().values() if len(shape) == 2)

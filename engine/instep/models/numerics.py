@@ -10,8 +10,6 @@ from typing import Final
 
 import torch
 
-from instep.models.network import Network
-
 CPU_INFO: Final = Path("/proc/cpuinfo")
 
 
@@ -34,14 +32,14 @@ def threads_as_here() -> Callable[[], None]:
     return partial(torch.set_num_threads, torch.get_num_threads())
 
 
-def numerics(network: Network) -> dict[str, str]:
+def numerics(device: torch.device) -> dict[str, str]:
     """By name, everything known to change the bits of a step; written to recordings.
 
     A replay under equal numerics and the same model gives equal bits where certified; under others it need not.
     """
     found = {
         "torch": torch.__version__,
-        "device": str(network.device),
+        "device": str(device),
         "dtype": "float32",
         "machine": platform.machine(),
         "processor": processor(),
@@ -52,9 +50,9 @@ def numerics(network: Network) -> dict[str, str]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
     }
-    if network.device.type == "cuda":
+    if device.type == "cuda":
         found |= {
-            "gpu": torch.cuda.get_device_name(network.device),
+            "gpu": torch.cuda.get_device_name(device),
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
             "tf32": str(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),

@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from instep.models.description import NetworkDescription, Shape
+from instep.models.base import Description, Shape
 from instep.models.errors import ModelError
 
 
-def load_weights(path: Path, description: NetworkDescription) -> dict[str, torch.Tensor]:
+def load_weights(path: Path, description: Description) -> dict[str, torch.Tensor]:
     """Every tensor of the description from a safetensors file, float32 on the CPU, independent of the file.
 
     Raises:
@@ -51,7 +51,7 @@ def save_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise ModelError(f"cannot write the weights {path}: {error.strerror}") from None
 
 
-def check_weights(tensors: Mapping[str, torch.Tensor], description: NetworkDescription, source: str) -> None:
+def check_weights(tensors: Mapping[str, torch.Tensor], description: Description, source: str) -> None:
     """Check tensors in memory as `load_weights` checks a file; `source` is how the sentences call them.
 
     Raises:

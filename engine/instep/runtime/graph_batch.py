@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 
 from instep.core.typing import F32, I64
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
 from instep.runtime.errors import StateLost
 from instep.runtime.state_cache import StateCache
 
@@ -27,21 +27,19 @@ class GraphBatch:
         pool: memory that graphs of other sizes use, too (`torch.cuda.graph_pool_handle`).
     """
 
-    def __init__(self, network: Network, cache: StateCache, size: int, pool: Any) -> None:
-        self._network = network
+    def __init__(self, network: GruNetwork, cache: StateCache, size: int, pool: Any) -> None:
+        self._step = network.bind(size)
         self._cache = cache
         self._device = network.device
         self._host_slots = torch.zeros(size, dtype=torch.int64, pin_memory=True)
-        self._host_x = torch.zeros(size, network.input_width, pin_memory=True)
-        self._host_y = torch.zeros(size, network.output_width, pin_memory=True)
+        self._host_x = torch.zeros(size, self._step.x.shape[1], pin_memory=True)
+        self._host_y = torch.zeros(size, self._step.y.shape[1], pin_memory=True)
         self.slots: I64 = self._host_slots.numpy()
         """As `HostBatch.slots`."""
         self.x: F32 = self._host_x.numpy()
         """As `HostBatch.x`."""
         self._y: F32 = self._host_y.numpy()
         self._slots = torch.zeros(size, dtype=torch.int64, device=self._device)
-        self._x = torch.zeros(size, network.input_width, device=self._device)
-        self._h = torch.zeros(network.state_layers, size, network.state_width, device=self._device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.inference_mode():
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -56,12 +54,12 @@ class GraphBatch:
 
     def _enqueue(self) -> None:
         self._slots.copy_(self._host_slots, non_blocking=True)
-        self._x.copy_(self._host_x, non_blocking=True)
-        self._cache.gather(self._slots, self._h)
-        y = self._network.advance(self._x, self._h)
-        self._cache.scatter(self._slots, self._h)
+        self._step.x.copy_(self._host_x, non_blocking=True)
+        self._cache.gather(self._slots, self._step.h)
+        self._step.run()
+        self._cache.scatter(self._slots, self._step.h)
         self._cache.clear_scratch()
-        self._host_y.copy_(y, non_blocking=True)
+        self._host_y.copy_(self._step.y, non_blocking=True)
 
     def run(self, rows: int) -> F32:
         """As `HostBatch.run`.

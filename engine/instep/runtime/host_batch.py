@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from instep.core.typing import F32, I64
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
 from instep.runtime.errors import StateLost
 from instep.runtime.state_cache import StateCache
 
@@ -20,16 +19,14 @@ class HostBatch:
         size: rows, padding included.
     """
 
-    def __init__(self, network: Network, cache: StateCache, size: int) -> None:
-        self._network = network
+    def __init__(self, network: GruNetwork, cache: StateCache, size: int) -> None:
         self._cache: F32 = cache.array
-        self._x = torch.zeros(size, network.input_width)
-        self._h = torch.zeros(network.state_layers, size, network.state_width)
-        self._layers = self._h.unbind()
-        self._states: F32 = self._h.numpy()
+        self._step = network.bind(size)
+        self._states: F32 = self._step.h.numpy()
+        self._y: F32 = self._step.y.numpy()
         self.slots: I64 = np.zeros(size, np.int64)
         """int64 [size], rows of the cache: to be set before `run`, the scratch slot for padding."""
-        self.x: F32 = self._x.numpy()
+        self.x: F32 = self._step.x.numpy()
         """float32 [size, input_width], frames: to be set before `run`, zeros for padding."""
 
     def run(self, rows: int) -> F32:
@@ -45,10 +42,9 @@ class HostBatch:
         # Each call into torch, a mere view included, costs a small step several microseconds, and may wait for the
         # interpreter's lock.
         self._cache.take(self.slots, 1, self._states, "clip")  # slots are good; "raise" would copy twice
-        y = self._network.advance(self._x, self._h, self._layers)
-        outputs: F32 = self._states[-1] if y is self._layers[-1] else y.numpy()
+        self._step.run()
         try:
             self._cache[:, self.slots[:rows]] = self._states[:, :rows]
         except Exception as error:
             raise StateLost(str(error)) from error
-        return outputs
+        return self._y

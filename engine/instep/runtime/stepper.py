@@ -10,7 +10,7 @@ import torch
 
 from instep.core.tables import SCRATCH_SLOT
 from instep.core.typing import F32, I64, float32_zeros
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
 from instep.runtime.errors import StateLost
 from instep.runtime.graph_batch import GraphBatch
 from instep.runtime.host_batch import HostBatch
@@ -33,7 +33,7 @@ class Stepper:
 
     def __init__(
         self,
-        network: Network,
+        network: GruNetwork,
         buckets: Sequence[int],
         max_streams: int,
         device: torch.device,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -12,8 +11,9 @@ import torch
 from instep.config import Config
 from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
-from instep.models.folder import Model, load_model, model_from_parts
-from instep.models.network import Network
+from instep.models.folder import load_model, model_from_parts
+from instep.models.gru.network import GruNetwork
+from instep.models.model import Model
 from instep.models.numerics import prepare as prepare_numerics
 
 
@@ -27,16 +27,11 @@ class Prepared:
 
     model: Model
     model_path: Path
-    network: Network
+    network: GruNetwork
     device: torch.device
     certification: Certification
     certified_s: float = 0.0
     """Seconds that certification took; 0 where it is off."""
-
-
-def demo_model_folder() -> Path:
-    """The model that ships with the package, served when none is named."""
-    return Path(str(files("instep.demo") / "model"))
 
 
 def prepare(config: Config) -> Prepared:
@@ -51,11 +46,11 @@ def prepare(config: Config) -> Prepared:
     except ModelError as error:
         raise CannotServe(str(error)) from None
     device = _device(config.engine.device)
-    network = Network(model, device)
+    network = GruNetwork(model, device)
     buckets = candidate_buckets(network, config.engine.max_batch_size)
     if config.engine.exactness == "off":
         certification, certified_s = Certification("off", buckets, max_ulp=0, whole_sequence=False), 0.0
-        network.uses_fused = network.may_fuse and device.type == "cpu"  # the quicker one, whatever its bits
+        network.select_quickest()
     else:
         began = time.perf_counter()
         certification = certify(network, buckets)
@@ -72,7 +67,13 @@ def _load(config: Config) -> tuple[Model, Path]:
     if config.model.network is not None and config.model.weights is not None:
         weights = config.model.weights
         return model_from_parts(config.model.network, weights, weights.stem), weights.resolve()
-    folder = config.model.folder or demo_model_folder()
+    folder = config.model.folder
+    if folder is None:
+        raise CannotServe(
+            "no model to serve: name its folder (instep serve FOLDER, or model.folder in the configuration), make one "
+            "to try things out (instep model make FOLDER --features 40 --hidden 128), or serve the demo's "
+            "(instep serve --demo)"
+        )
     return load_model(folder), folder.resolve()
 
 

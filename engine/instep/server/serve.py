@@ -57,7 +57,7 @@ async def _serve(
             device=str(prepared.device),
             capacity=f"{config.engine.max_streams} streams",
             exactness=exactness_sentence(prepared.certification),
-            step="fused" if prepared.network.uses_fused else "torch",
+            step=prepared.network.kernel,
             certified_s=round(prepared.certified_s, 4),
             recording=str(config.recording.file or "none"),
             durability=server.info.durability,

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instep.core.typing import F32, I64, Bool
-from instep.verify.reference import Reference
+from instep.models.base import Reference
 
 F64: TypeAlias = npt.NDArray[np.float64]
 
@@ -101,7 +101,8 @@ class ErrorBound:
         with np.errstate(over="ignore"):  # the neighbour of the largest float32 is infinity
             others[...] = np.nextafter(others, towards)
         flat = frames.reshape(len(x), -1, x.shape[2])
-        y, self._states = self._rounded.run(flat, self._states, active * self._copies)
+        y, state = self._rounded.run(flat, {"h": self._states.swapaxes(0, 1)}, active * self._copies)
+        self._states = state["h"].swapaxes(0, 1)
         return y.reshape(*x.shape[:2], self._copies, -1)
 
     def of_outputs(self, truth: F64, rounded: F32, valid: Bool) -> F64:

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from instep.models.certify import candidate_buckets, certify
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
 from instep.models.numerics import numerics, prepare
 from instep.recording.engines import differing
 from instep.recording.schema import RecordingHeader
@@ -44,18 +44,18 @@ class Conditions:
         return not self.step_notes and not self.whole_notes
 
 
-def presume_conditions(headers: Sequence[RecordingHeader], network: Network) -> Conditions:
+def presume_conditions(headers: Sequence[RecordingHeader], network: GruNetwork) -> Conditions:
     """Certify this machine only if it is not such a one as recorded, in exact steps.
 
     On one that is, bits that come out as recorded need no certificate, and those that do not are no proof without one.
     """
     if _differences(headers, network):
         return find_conditions(headers, network)
-    network.uses_fused = network.may_fuse
+    network.select_quickest()
     return Conditions(_buckets(headers, network), (), (), is_presumed=True)
 
 
-def find_conditions(headers: Sequence[RecordingHeader], network: Network) -> Conditions:
+def find_conditions(headers: Sequence[RecordingHeader], network: GruNetwork) -> Conditions:
     """Certify this machine and compare it with those that recorded, one after another."""
     certification = certify(network, _buckets(headers, network))
     step_notes = _differences(headers, network)
@@ -67,20 +67,20 @@ def find_conditions(headers: Sequence[RecordingHeader], network: Network) -> Con
     return Conditions(certification.buckets, tuple(dict.fromkeys(step_notes)), tuple(whole_notes))
 
 
-def _buckets(headers: Sequence[RecordingHeader], network: Network) -> tuple[int, ...]:
+def _buckets(headers: Sequence[RecordingHeader], network: GruNetwork) -> tuple[int, ...]:
     """Those of the recording, where they are of use; ascending."""
     recorded = [bucket for header in headers for bucket in header.buckets if bucket <= MOST_ROWS]
-    fitting = all(bucket > 0 and bucket % network.smallest_bucket == 0 for bucket in recorded)
+    fitting = all(bucket > 0 and bucket % network.row_multiple == 0 for bucket in recorded)
     return tuple(sorted(set(recorded))) if recorded and fitting else candidate_buckets(network, MOST_ROWS)
 
 
-def _differences(headers: Sequence[RecordingHeader], network: Network) -> list[str]:
+def _differences(headers: Sequence[RecordingHeader], network: GruNetwork) -> list[str]:
     """Why what was recorded need not have the bits that are computed here, whatever this machine can do."""
     notes = []
     for header in headers:
         if header.exactness != "exact":
             notes.append(f"the engine ran with exactness {header.exactness}, which promises no bits")
-        if differences := differing(header.numerics, numerics(network)):
+        if differences := differing(header.numerics, numerics(network.device)):
             notes.append(f"this machine computes otherwise than the one that recorded: {'; '.join(differences)}")
     return notes
 

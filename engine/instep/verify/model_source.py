@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from instep.models.description import NetworkDescription
+from instep.models.base import Description
 from instep.models.errors import ModelError
-from instep.models.folder import Model, load_model, model_from_parts
+from instep.models.folder import load_model, model_from_parts
+from instep.models.model import Model
+from instep.models.registry import parse_description
 from instep.recording.schema import RecordingHeader
 from instep.verify.errors import CannotVerify
 
@@ -41,11 +41,10 @@ def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
     return model
 
 
-def _recorded_description(header: RecordingHeader) -> NetworkDescription:
+def _recorded_description(header: RecordingHeader) -> Description:
     try:
-        return NetworkDescription.model_validate(header.description)
-    except ValidationError as error:
+        return parse_description(header.description)
+    except ModelError as error:
         raise CannotVerify(
-            f"the recording's description of its network is not valid, so the file is damaged: "
-            f"{error.errors()[0]['msg']}"
+            f"the recording's description of its network is not valid, so the file is damaged: {error}"
         ) from None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
 
 
 class Networks:
@@ -16,15 +16,15 @@ class Networks:
         networks: as many as there are threads, so that none has to wait.
     """
 
-    def __init__(self, networks: list[Network]) -> None:
+    def __init__(self, networks: list[GruNetwork]) -> None:
         self.state_layers = networks[0].state_layers
         self.state_size = networks[0].state_size
-        self._free: SimpleQueue[Network] = SimpleQueue()
+        self._free: SimpleQueue[GruNetwork] = SimpleQueue()
         for network in networks:
             self._free.put(network)
 
     @contextmanager
-    def one(self) -> Iterator[Network]:
+    def one(self) -> Iterator[GruNetwork]:
         """One that nobody else uses meanwhile."""
         network = self._free.get()
         try:

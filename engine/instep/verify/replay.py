@@ -7,11 +7,12 @@ import bisect
 import numpy as np
 import torch
 
-from instep.core.typing import F32, I64
-from instep.models.network import Network
+from instep.core.typing import F32, I64, U8
+from instep.models.gru.network import GruNetwork
+from instep.models.stepping import keep_state, load_state, put
 
 
-def replay_stepped(network: Network, buckets: tuple[int, ...], x: F32, h: F32, active: I64) -> tuple[F32, F32]:
+def replay_stepped(network: GruNetwork, buckets: tuple[int, ...], x: F32, h: F32, active: I64) -> tuple[F32, F32]:
     """Step sequences side by side, the longest first; each step takes the smallest bucket that holds who is left.
 
     Args:
@@ -27,24 +28,28 @@ def replay_stepped(network: Network, buckets: tuple[int, ...], x: F32, h: F32, a
     steps, rows, _ = x.shape
     counts = active.tolist()
     bucket = _bucket(buckets, rows)
-    outputs = torch.zeros(steps, rows, network.outputs, device=network.device)
+    outputs = np.zeros((steps, rows, network.outputs), np.float32)
     finals = h.copy()
     with torch.inference_mode():
-        frames = _frames(network, x, bucket)
-        states = _states(network, h, bucket)
+        step = network.bind(bucket)
+        load_state(step, network.state, _state_rows(network, h, bucket))
         for timestep, count in enumerate(counts):
             if (smaller := _bucket(buckets, count)) < bucket:
                 bucket = smaller
-                states = states[:, :bucket].contiguous()
-            y = network.advance(frames[timestep, :bucket], states)
-            outputs[timestep, :count] = y[:count, : network.outputs]
+                before, step = step, network.bind(bucket)
+                for name, leaf in step.state.items():
+                    leaf.copy_(before.new_state[name][:bucket])
+            put(step.x[:count, : x.shape[2]], x[timestep, :count])
+            step.run()
+            outputs[timestep, :count] = step.y[:count, : network.outputs].cpu().numpy()
             left = counts[timestep + 1] if timestep + 1 < steps else 0
             if left < count:
-                finals[:, left:count] = states[:, left:count, : network.state_size].cpu().numpy()
-    return outputs.cpu().numpy(), finals
+                finals[:, left:count] = step.new_state["h"][left:count].transpose(0, 1).cpu().numpy()
+            keep_state(step)
+    return outputs, finals
 
 
-def replay_whole(network: Network, buckets: tuple[int, ...], x: F32, h: F32) -> tuple[F32, F32]:
+def replay_whole(network: GruNetwork, buckets: tuple[int, ...], x: F32, h: F32) -> tuple[F32, F32]:
     """Run sequences side by side in one call; those that end earlier go on with zeros, which nobody looks at.
 
     Arguments and outputs as in `replay_stepped`. The states are those after timestep T, so they mean something for the
@@ -52,27 +57,19 @@ def replay_whole(network: Network, buckets: tuple[int, ...], x: F32, h: F32) -> 
     """
     rows = x.shape[1]
     bucket = _bucket(buckets, rows)
+    padded = np.zeros((x.shape[0], bucket, x.shape[2]), np.float32)
+    padded[:, :rows] = x
     with torch.inference_mode():
-        y, states = network.sequence(_frames(network, x, bucket), _states(network, h, bucket))
-        outputs = y[:, :rows, : network.outputs].contiguous().cpu().numpy()
-        return outputs, states[:, :rows, : network.state_size].cpu().numpy()
+        y, states = network.sequence(padded, _state_rows(network, h, bucket))
+    return np.ascontiguousarray(y[:, :rows]), network.state.unpack(states)["h"][:rows].transpose(1, 0, 2)
 
 
 def _bucket(buckets: tuple[int, ...], rows: int) -> int:
     return buckets[bisect.bisect_left(buckets, rows)]
 
 
-def _frames(network: Network, x: F32, bucket: int) -> torch.Tensor:
-    """Frames on the device, padded with zeros to the bucket and the network's width where they do not fill them."""
-    if x.shape[1:] == (bucket, network.input_width):
-        return torch.from_numpy(x).to(network.device)
-    padded = np.zeros((x.shape[0], bucket, network.input_width), np.float32)
-    padded[:, : x.shape[1], : x.shape[2]] = x
-    return torch.from_numpy(padded).to(network.device)
-
-
-def _states(network: Network, h: F32, bucket: int) -> torch.Tensor:
-    """States on the device, padded with zeros to the bucket and the network's width."""
-    padded = np.zeros((h.shape[0], bucket, network.state_width), np.float32)
-    padded[:, : h.shape[1], : h.shape[2]] = h
-    return torch.from_numpy(padded).to(network.device)
+def _state_rows(network: GruNetwork, h: F32, bucket: int) -> U8:
+    """States as rows of bytes, padded with initial states to the bucket."""
+    rows = network.state.initial(bucket)
+    network.state.unpack(rows)["h"][: h.shape[1]] = h.transpose(1, 0, 2)
+    return rows

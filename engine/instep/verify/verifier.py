@@ -29,8 +29,8 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 
 from instep.core.typing import I64
-from instep.models.folder import Model
-from instep.models.network import Network
+from instep.models.gru.network import GruNetwork
+from instep.models.model import Model
 from instep.models.numerics import threads_as_here
 from instep.recording.joints import Following
 from instep.recording.reader import RecordingReader
@@ -43,7 +43,6 @@ from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import Conditions, device_for, find_conditions, presume_conditions, recorded_threads
 from instep.verify.errors import CannotVerify, Refuted
 from instep.verify.networks import Networks
-from instep.verify.reference import Reference
 from instep.verify.report import ULP_BINS, Report, StreamReport, Way, joined
 from instep.verify.suspects import Suspect, check_without_frames
 from instep.verify.ways import Ways
@@ -253,18 +252,14 @@ def _threads() -> int:
 
 
 def _ways(
-    model: Model, headers: list[RecordingHeader], find: Callable[[Sequence[RecordingHeader], Network], Conditions]
+    model: Model, headers: list[RecordingHeader], find: Callable[[Sequence[RecordingHeader], GruNetwork], Conditions]
 ) -> Ways:
     device = device_for(headers[0])
-    networks = [Network(model, device) for _ in range(_threads())]
-    conditions = find(headers, networks[0])
-    for network in networks:
-        network.uses_fused = networks[0].uses_fused
-    description = model.description.model_dump(mode="json")
-    weights = {name: tensor.numpy() for name, tensor in model.weights.items()}
+    network = GruNetwork(model, device)
+    conditions = find(headers, network)
     return Ways(
-        networks=Networks(networks),
-        truth=Reference(description, weights, np.float64),
-        rounded=Reference(description, weights, np.float32),
+        networks=Networks([network] * _threads()),
+        truth=network.reference(np.float64),
+        rounded=network.reference(np.float32),
         conditions=conditions,
     )

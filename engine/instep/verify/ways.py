@@ -15,13 +15,13 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from instep.core.typing import F32
-from instep.models.network import Network
+from instep.models.base import Reference
+from instep.models.gru.network import GruNetwork
 from instep.verify.bound import F64, FLOOR, LEAST_RUNS, ErrorBound, LeastBound
 from instep.verify.chunks import Chunk, Span
 from instep.verify.comparison import Comparison
 from instep.verify.conditions import Conditions
 from instep.verify.networks import Networks
-from instep.verify.reference import Reference
 from instep.verify.replay import replay_stepped, replay_whole
 from instep.verify.report import Place
 from instep.verify.suspects import Suspect
@@ -122,7 +122,7 @@ def check_truth(task: Task) -> Comparison:
     bound = LeastBound(task.rows)
     for span in task.spans():
         for part in task.parts(span):
-            y, h = task.ways.truth.run(part.x, h, part.active)
+            y, h = _true(task, part, h)
             truth.add_truth(part.starts, part.y, y, part.answered, bound.of_outputs(y, part.valid))
             if task.is_over() or not is_settled(truth):
                 return truth
@@ -152,7 +152,7 @@ def check_with_bound(task: Task) -> Found:
                 if task.is_over():
                     return stepped, whole, truth
                 x, recorded = part.x, part.y
-                true_y, true_h = task.ways.truth.run(x, true_h, part.active)
+                true_y, true_h = _true(task, part, true_h)
                 limit = bound.of_outputs(true_y, bound.run(x, part.active), part.valid)
                 truth.add_truth(part.starts, recorded, true_y, part.answered, limit)
                 y, stepped_h = _step(task, network, part, stepped_h)
@@ -180,11 +180,16 @@ def _truth(task: Task) -> Comparison:
     return Comparison("float64 reference", task.rows, bits_required=False)
 
 
-def _step(task: Task, network: Network, part: Span, h: F32) -> tuple[F32, F32]:
+def _step(task: Task, network: GruNetwork, part: Span, h: F32) -> tuple[F32, F32]:
     return replay_stepped(network, task.ways.conditions.buckets, part.x, h, part.active)
 
 
-def _call(task: Task, network: Network, span: Span, h: F32, whole: Comparison, limits: Iterator[F64]) -> F32:
+def _true(task: Task, part: Span, h: F64) -> tuple[F64, F64]:
+    y, state = task.ways.truth.run(part.x, {"h": h.swapaxes(0, 1)}, part.active)
+    return y, state["h"].swapaxes(0, 1)
+
+
+def _call(task: Task, network: GruNetwork, span: Span, h: F32, whole: Comparison, limits: Iterator[F64]) -> F32:
     """Compute a span in one call; compare it in parts, so that what was recorded need not be put together at once."""
     y, h = replay_whole(network, task.ways.conditions.buckets, span.x, h)
     start = 0

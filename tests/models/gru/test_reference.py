@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from instep.verify import reference as reference_module
-from instep.verify.reference import Reference
+from instep.models.gru import reference as reference_module
+from instep.models.gru.reference import GruReference
 
 Dense = list[tuple[torch.nn.Linear, str]]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -19,6 +19,12 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
+
+
+def run(reference: GruReference, x: Any, h: Any, active: Any) -> tuple[Any, Any]:
+    """With states as torch has them, [layers, R, hidden size]."""
+    y, state = reference.run(x, {"h": h.swapaxes(0, 1)}, active)
+    return y, state["h"].swapaxes(0, 1)
 
 
 def description(gru: torch.nn.GRU, before: Dense, after: Dense) -> dict[str, Any]:
@@ -54,8 +60,8 @@ def test_it_is_torch_in_float64(layers: int, bias: bool, activation: str) -> Non
     x = torch.randn(11, 40, 5, dtype=torch.float64)
     h = torch.rand(layers, 40, 33, dtype=torch.float64) * 2 - 1
 
-    reference = Reference(description(gru, before, after), weights, np.float64)
-    y, final = reference.run(x.numpy(), h.numpy(), np.full(11, 40))
+    reference = GruReference(description(gru, before, after), weights, np.float64)
+    y, final = run(reference, x.numpy(), h.numpy(), np.full(11, 40))
 
     values = x
     with torch.inference_mode():
@@ -78,9 +84,9 @@ def test_tiles_and_blocks_of_any_size_give_the_same(
     gru = torch.nn.GRU(37, 33, num_layers=2)
     x = torch.randn(11, 71, 37, dtype=torch.float64)
     h = torch.rand(2, 71, 33, dtype=torch.float64) * 2 - 1
-    reference = Reference(description(gru, [], []), weights_of(gru, [], []), np.float64)
+    reference = GruReference(description(gru, [], []), weights_of(gru, [], []), np.float64)
     lengths = torch.arange(71, 0, -1).clamp(3, 11)
-    y, final = reference.run(x.numpy(), h.numpy(), (np.arange(11)[:, None] < lengths.numpy()).sum(axis=1))
+    y, final = run(reference, x.numpy(), h.numpy(), (np.arange(11)[:, None] < lengths.numpy()).sum(axis=1))
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
     with torch.inference_mode():
         expected, expected_final = gru.double()(packed, h)
@@ -100,8 +106,8 @@ def test_one_unit_by_hand() -> None:
     n = math.tanh(0.75 * x + b["bias_ih"][2] + r * (-0.5 * h + b["bias_hh"][2]))
     expected = (1 - z) * n + z * h
 
-    reference = Reference({"before": [], "gru": {"num_layers": 1}, "after": []}, weights, np.float64)
-    y, final = reference.run(np.full((1, 1, 1), x), np.full((1, 1, 1), h), np.array([1]))
+    reference = GruReference({"before": [], "gru": {"num_layers": 1}, "after": []}, weights, np.float64)
+    y, final = run(reference, np.full((1, 1, 1), x), np.full((1, 1, 1), h), np.array([1]))
     assert y.item() == pytest.approx(expected, abs=1e-15)
     assert final.item() == y.item()
 
@@ -109,14 +115,14 @@ def test_one_unit_by_hand() -> None:
 def test_shorter_sequences_keep_the_state_of_their_last_frame() -> None:
     torch.manual_seed(0)
     gru = torch.nn.GRU(3, 4, num_layers=2)
-    reference = Reference(description(gru, [], []), weights_of(gru, [], []), np.float64)
+    reference = GruReference(description(gru, [], []), weights_of(gru, [], []), np.float64)
     x = np.random.default_rng(0).standard_normal((6, 3, 3))
     h = np.random.default_rng(1).uniform(-1, 1, (2, 3, 4))
     given = h.copy()
-    y, final = reference.run(x, h, np.array([3, 3, 2, 2, 1, 1]))
+    y, final = run(reference, x, h, np.array([3, 3, 2, 2, 1, 1]))
     assert (h == given).all(), "the given states are not changed"
     for row, length in enumerate((6, 4, 2)):
-        alone_y, alone = reference.run(x[:length, row : row + 1], h[:, row : row + 1], np.ones(length, np.int64))
+        alone_y, alone = run(reference, x[:length, row : row + 1], h[:, row : row + 1], np.ones(length, np.int64))
         np.testing.assert_allclose(y[:length, row], alone_y[:, 0], rtol=0, atol=1e-15)
         np.testing.assert_allclose(final[:, row], alone[:, 0], rtol=0, atol=1e-15)
 
@@ -128,7 +134,7 @@ def test_tanh_is_near_the_truth_however_small_the_value() -> None:
     weights["gru.bias_ih_l0"] = np.array([0, -np.inf, 0], np.float32)  # the new state is n alone
     weights["gru.weight_ih_l0"][2] = 1
     parts: dict[str, Any] = {"before": [], "gru": {"num_layers": 1}, "after": []}
-    y, _ = Reference(parts, weights, np.float64).run(x[None, :, None], np.zeros((1, len(x), 1)), np.array([len(x)]))
+    y, _ = run(GruReference(parts, weights, np.float64), x[None, :, None], np.zeros((1, len(x), 1)), np.array([len(x)]))
     exact = np.tanh(x.astype(np.longdouble))
     assert np.finfo(np.longdouble).eps < np.finfo(np.float64).eps / 1000
     assert (np.abs(y[0, :, 0] - exact) <= 2.0**-44 * np.abs(exact)).all()
@@ -141,7 +147,7 @@ def test_tanh_in_float32_loses_no_more_than_float32_does() -> None:
     weights["gru.weight_ih_l0"][2] = 1
     parts: dict[str, Any] = {"before": [], "gru": {"num_layers": 1}, "after": []}
     h = np.zeros((1, len(x), 1), np.float32)
-    y, _ = Reference(parts, weights, np.float32).run(x[None, :, None], h, np.array([len(x)]))
+    y, _ = run(GruReference(parts, weights, np.float32), x[None, :, None], h, np.array([len(x)]))
     exact = np.tanh(x.astype(np.float64))
     assert (np.abs(y[0, :, 0] - exact) <= 2.0**-22 * exact).all()
 
@@ -152,8 +158,8 @@ def test_in_float32_it_rounds() -> None:
     parts = description(gru, [], []), weights_of(gru, [], [])
     x = np.random.default_rng(0).standard_normal((20, 5, 3)).astype(np.float32)
     h = np.zeros((1, 5, 4), np.float32)
-    exact, _ = Reference(*parts, np.float64).run(x, h, np.full(20, 5))
-    rounded, final = Reference(*parts, np.float32).run(x, h, np.full(20, 5))
+    exact, _ = run(GruReference(*parts, np.float64), x, h, np.full(20, 5))
+    rounded, final = run(GruReference(*parts, np.float32), x, h, np.full(20, 5))
     assert rounded.dtype == final.dtype == np.float32
     assert 0 < np.abs(exact - rounded).max() < 1e-6
 
@@ -165,7 +171,7 @@ def test_overflow_is_a_value_and_not_a_warning() -> None:
     weights = weights_of(gru, [], head)
     weights["after.0.weight"] = np.full((2, 4), 3e38, np.float32) * np.array([[1, 1, 1, 1], [1, -1, 1, -1]], np.float32)
     x = np.full((1, 1, 3), 3e38, np.float32)
-    y, _ = Reference(description(gru, [], head), weights, np.float32).run(
-        x, np.ones((1, 1, 4), np.float32), np.array([1])
+    y, _ = run(
+        GruReference(description(gru, [], head), weights, np.float32), x, np.ones((1, 1, 4), np.float32), np.array([1])
     )
     assert not np.isfinite(y).all()

@@ -1,16 +1,17 @@
-"""What a network looks like: dense layers, a GRU, dense layers. Shapes only; the numbers are in `weights`."""
+"""What a GRU network looks like: dense layers, a GRU, dense layers."""
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 from pydantic_core import PydanticCustomError
 
+from instep.models.base import Leaf, Shape, StateSpec
+from instep_client.protocol.state_spec import DTYPES
+
 Activation: TypeAlias = Literal["none", "relu", "tanh", "sigmoid"]
 Size: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
-Shape: TypeAlias = tuple[int, ...]
 
 BIDIRECTIONAL = (
     "a bidirectional GRU cannot stream: its backward direction starts at the last frame, "
@@ -50,9 +51,10 @@ class GruLayers(_Frozen):
         return value
 
 
-class NetworkDescription(_Frozen):
+class GruDescription(_Frozen):
     """Frames of `features` values go through `before`, the GRU and `after`; the last layer's values are the output."""
 
+    kind: Literal["gru"] = "gru"
     features: Size
     before: tuple[DenseLayer, ...] = ()
     gru: GruLayers
@@ -69,17 +71,12 @@ class NetworkDescription(_Frozen):
         return self.after[-1].size if self.after else self.gru.hidden_size
 
     @property
-    def state_layers(self) -> int:
-        """L of a stream's state, float32 [L, H]."""
-        return self.gru.num_layers
-
-    @property
-    def state_size(self) -> int:
-        """H of a stream's state, float32 [L, H]."""
-        return self.gru.hidden_size
+    def state(self) -> StateSpec:
+        """One leaf `h`, the hidden states of all layers: float32 [num_layers, hidden_size], zeros at first."""
+        return StateSpec((Leaf("h", (self.gru.num_layers, self.gru.hidden_size), DTYPES["float32"]),))
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Every tensor of the weights file by name, in the order of the data's way, with torch's shapes."""
+        """Every tensor of the weights file by name, in the order in which a frame meets them, with torch's shapes."""
         hidden = self.gru.hidden_size
         shapes = _dense_shapes("before", self.before, self.features)
         for layer in range(self.gru.num_layers):
@@ -91,15 +88,20 @@ class NetworkDescription(_Frozen):
                 shapes[f"gru.bias_hh_l{layer}"] = (3 * hidden,)
         return shapes | _dense_shapes("after", self.after, hidden)
 
+    def fan_in(self, tensor: str) -> int:
+        """As torch initialises: the hidden size for every tensor of the GRU, a dense layer's inputs for its own."""
+        layer, _, _ = tensor.rpartition(".")
+        return self.gru.hidden_size if layer == "gru" else self.tensor_shapes()[f"{layer}.weight"][1]
+
     def in_words(self) -> str:
         """`40 features → GRU 128 → dense 10`."""
         gru = f"GRU {self.gru.hidden_size}" + (f" × {self.gru.num_layers} layers" if self.gru.num_layers > 1 else "")
         before, after = ([layer.in_words() for layer in layers] for layers in (self.before, self.after))
         return " → ".join([f"{self.features} features", *before, gru, *after])
 
-    def canonical_json(self) -> str:
-        """The same text for equal descriptions, defaults written out."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
+        """As plain JSON values, always with `kind`."""
+        return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=not defaults)}
 
 
 def _dense_shapes(place: str, layers: tuple[DenseLayer, ...], inputs: int) -> dict[str, Shape]:

@@ -1,7 +1,7 @@
 """An independent reference: the network written again, in numpy, from the equations.
 
-It follows the documentation of `torch.nn.GRU` and `torch.nn.Linear` and shares nothing with what serves or replays: no
-torch, no padding, no bucket, no code of the model layer; only the description and the weights as they were trained.
+It follows the documentation of `torch.nn.GRU` and `torch.nn.Linear` and shares nothing with the step: no torch, no
+padding, no bucket, no code of the other modules; only the description and the weights as they were trained.
 With x the frame, h the state before it, σ the logistic function and ⊙ the elementwise product:
 
     r  = σ(W_ir x + b_ir + W_hr h + b_hr)
@@ -36,11 +36,11 @@ BLOCK_BYTES: Final = 2**19
 """Of what the input adds to the gates: it is computed for some timesteps at once, still in a cache when it is used."""
 
 
-class Reference:
-    """The network in float64, or in float32 to see what rounding alone does to it.
+class GruReference:
+    """A `Reference`: the network in float64, or in float32 to see what rounding alone does to it.
 
     Args:
-        description: the network's description as plain values, as a recording holds it.
+        description: the network's description as plain values.
         weights: by torch's names, prefixed `before.{i}.`, `gru.` and `after.{i}.`.
         dtype: numpy's float64 or float32: everything is computed in it.
     """
@@ -52,25 +52,20 @@ class Reference:
         self._after = _dense_layers("after", description["after"], given)
         self._layers = [_GruLayer(given, layer) for layer in range(description["gru"]["num_layers"])]
 
-    def run(self, x: Floats, h: Floats, active: Counts) -> tuple[Floats, Floats]:
-        """Run sequences of different lengths, the longest first.
+    def run(self, x: Floats, state: Mapping[str, Any], active: Counts) -> tuple[Floats, dict[str, Any]]:
+        """Run sequences of different lengths, the longest first; see `Reference.run`.
 
-        Args:
-            x: frames [T, R, features].
-            h: states before them [layers, R, hidden size]; not changed.
-            active: [T], descending: how many of the rows, from the first, have a frame at each timestep.
-
-        Returns:
-            Outputs [T, R, outputs], meaningless where a row has no frame, and the states after each row's last frame.
+        The state is one leaf `h`, [R, layers, hidden size].
         """
         steps, rows, _ = x.shape
-        states = np.array(h, self._dtype)
+        states = np.array(np.swapaxes(state["h"], 0, 1), self._dtype, order="C")
         with np.errstate(over="ignore", invalid="ignore"):  # infinity is a value like any other here
             values = _dense(self._before, x.reshape(steps * rows, -1))
-            for layer, state in zip(self._layers, states, strict=True):
-                after = layer.run(values.reshape(steps, rows, -1), state, active)
+            for layer, h in zip(self._layers, states, strict=True):
+                after = layer.run(values.reshape(steps, rows, -1), h, active)
                 values = after.reshape(steps * rows, -1)
-            return _dense(self._after, values).reshape(steps, rows, -1), states
+            outputs = _dense(self._after, values).reshape(steps, rows, -1)
+        return outputs, {"h": np.swapaxes(states, 0, 1)}
 
 
 class _Affine:
@@ -134,7 +129,7 @@ class _GruLayer:
         Args:
             x: what the layer is given [T, R, inputs].
             h: states [R, hidden size]; goes along.
-            active: as in `Reference.run`.
+            active: as in `GruReference.run`.
 
         Returns:
             The states after each timestep [T, R, hidden size].

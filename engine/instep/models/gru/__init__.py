@@ -1,0 +1,1 @@
+"""The first kind of model: dense layers, an `nn.GRU`, dense layers."""

@@ -1,0 +1,158 @@
+"""The step of one batch size: dense layers, the GRU and dense layers on buffers that are allocated once.
+
+On the CPU the GRU is stepped by hand where that pays: two matrix products per layer and the gates in place. It is the
+same arithmetic in the same order as `torch.gru`, without what that allocates. Nothing promises equal bits, so
+certification compares them (`GruNetwork.select_step`). (Written with `lerp` or `addcmul` they differ; measured with
+torch 2.13.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+InPlace: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """A dense layer, padded."""
+
+    weight: torch.Tensor
+    """[inputs, outputs]."""
+    bias: torch.Tensor
+    """[outputs]."""
+    activate: InPlace | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer of the GRU, padded; the gates reset, update and new state side by side."""
+
+    input_weight: torch.Tensor
+    """[inputs, 3 · width]."""
+    state_weight: torch.Tensor
+    """[width, 3 · width]."""
+    input_bias: torch.Tensor | None
+    state_bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class GruWeights:
+    """Everything a step computes with."""
+
+    before: Sequence[DenseWeights]
+    layers: Sequence[LayerWeights]
+    flat: list[torch.Tensor]
+    """The layers' tensors as `torch.gru` takes them."""
+    after: Sequence[DenseWeights]
+    input_width: int
+    """Columns of a frame, padding included."""
+    width: int
+    """Columns of a layer's state, padding included."""
+    device: torch.device
+
+    def gru(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`torch.gru` over [T, R, inputs] and states [layers, R, width]."""
+        # nn.GRU.forward ends in this call; its checks and bookkeeping cost as much again at small batches.
+        has_bias = self.layers[0].input_bias is not None
+        return torch.gru(x, h, self.flat, has_bias, len(self.layers), 0.0, False, False, False)
+
+
+class GruStep:
+    """A `BoundStep`; its states change in place.
+
+    Args:
+        weights: what it computes with.
+        rows: of the batch.
+        state_size: the hidden size without padding.
+        by_hand: whether to step the GRU by hand or with `torch.gru`.
+    """
+
+    @torch.inference_mode(False)  # what is made in that mode can only be changed in it
+    def __init__(self, weights: GruWeights, rows: int, state_size: int, *, by_hand: bool) -> None:
+        device, width = weights.device, weights.width
+        self._weights = weights
+        self.x = torch.zeros(rows, weights.input_width, device=device)
+        self.h = torch.zeros(len(weights.layers), rows, width, device=device)
+        """States [layers, rows, width], padding included."""
+        self.state = {"h": self.h.transpose(0, 1)[:, :, :state_size]}
+        self.new_state = self.state
+        self._before = [_Dense(layer, rows) for layer in weights.before]
+        self._after = [_Dense(layer, rows) for layer in weights.after]
+        self._states = self.h.unbind()
+        self._padding = self.h[:, :, state_size:] if state_size < width else None
+        self._cells: list[_Cell] = []
+        if by_hand:
+            products = torch.empty(2, rows, 3 * width, device=device)
+            self._cells = [
+                _Cell(layer, state, products) for layer, state in zip(weights.layers, self._states, strict=True)
+            ]
+        self.y = self._after[-1].out if self._after else self._states[-1]
+
+    def run(self) -> None:
+        """Step every row."""
+        if self._padding is not None:
+            # Where a row overflowed, 0 · inf left NaN there, and the next step may have another stream in that row.
+            self._padding.zero_()
+        x = self.x
+        for dense in self._before:
+            x = dense.run(x)
+        if self._cells:
+            for cell in self._cells:
+                x = cell.run(x)
+        else:
+            _, states = self._weights.gru(x.unsqueeze(0), self.h)
+            self.h.copy_(states)
+            x = self._states[-1]
+        for dense in self._after:
+            x = dense.run(x)
+
+
+class _Dense:
+    def __init__(self, layer: DenseWeights, rows: int) -> None:
+        self._layer = layer
+        self.out = torch.empty(rows, layer.weight.shape[1], device=layer.weight.device)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        torch.addmm(self._layer.bias, x, self._layer.weight, out=self.out)
+        if self._layer.activate is not None:
+            self._layer.activate(self.out)
+        return self.out
+
+
+class _Cell:
+    """One layer by hand.
+
+    Args:
+        layer: its weights.
+        state: [rows, width], changed in place.
+        products: room for the products with the input and with the state, [2, rows, 3 · width]; the layers share it.
+    """
+
+    def __init__(self, layer: LayerWeights, state: torch.Tensor, products: torch.Tensor) -> None:
+        size = state.shape[1]
+        self._layer = layer
+        self._state = state
+        self._of_input, self._of_state = products
+        self._both, self._both_of_state = self._of_input[:, : 2 * size], self._of_state[:, : 2 * size]
+        self._reset, self._update = self._of_input[:, :size], self._of_input[:, size : 2 * size]
+        self._new_of_input, self._new = self._of_input[:, 2 * size :], self._of_state[:, 2 * size :]
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        layer, state = self._layer, self._state
+        _product(layer.input_bias, x, layer.input_weight, self._of_input)
+        _product(layer.state_bias, state, layer.state_weight, self._of_state)
+        self._both.add_(self._both_of_state).sigmoid_()
+        new = self._new.mul_(self._reset).add_(self._new_of_input).tanh_()
+        return state.sub_(new).mul_(self._update).add_(new)
+
+
+def _product(bias: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    if bias is None:
+        torch.mm(rows, weight, out=out)
+    else:
+        torch.addmm(bias, rows, weight, out=out)

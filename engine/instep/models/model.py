@@ -1,0 +1,44 @@
+"""A model: a description with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from instep.models.base import Description
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A description with weights that were checked against it."""
+
+    name: str
+    description: Description
+    weights: Mapping[str, torch.Tensor]
+    """float32 on the CPU, by the names of `Description.tensor_shapes`."""
+    fingerprint: str
+    """sha256, hex, over the description and every tensor; the name does not count."""
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(tensor.numel() for tensor in self.weights.values())
+
+    def __repr__(self) -> str:
+        """One line, without the weights."""
+        words, short = self.description.in_words(), self.fingerprint[:12]
+        return f"<Model {self.name!r}: {words}; {self.parameters:,} parameters, fingerprint {short}>"
+
+
+def model_of(name: str, description: Description, weights: Mapping[str, torch.Tensor]) -> Model:
+    """A model of parts that were checked, with its fingerprint."""
+    fields = description.as_json()
+    fields.pop("kind")
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
+    for tensor_name in description.tensor_shapes():
+        digest.update(weights[tensor_name].numpy().astype("<f4").tobytes())
+    return Model(name, description, weights, digest.hexdigest())

@@ -1,0 +1,72 @@
+"""The kinds of models: a name, the class of their descriptions, and the function that puts one on a device.
+
+A description needs no torch, so that a command can check a configuration without the two seconds that importing torch
+takes; `build` imports it when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from pydantic import ValidationError
+
+from instep.models.base import Description, RecurrentModel
+from instep.models.errors import ModelError
+from instep.models.gru.description import GruDescription
+
+if TYPE_CHECKING:
+    import torch
+
+    from instep.models.model import Model
+
+AnyDescription: TypeAlias = GruDescription
+"""Every kind's description: the union that the configuration accepts in place of a model folder."""
+DEFAULT_KIND: Final = "gru"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKind:
+    """One kind of model."""
+
+    parse: Callable[[Mapping[str, Any]], Description]
+    """Reads a description's fields. Raises pydantic's ValidationError, which names each field that is wrong."""
+    build: Callable[[Model, torch.device], RecurrentModel]
+    """Puts a model on a device."""
+
+
+def _build_gru(model: Model, device: torch.device) -> RecurrentModel:
+    from instep.models.gru.network import GruNetwork
+
+    return GruNetwork(model, device)
+
+
+KINDS: Final[dict[str, ModelKind]] = {"gru": ModelKind(GruDescription.model_validate, _build_gru)}
+
+
+def parse_description(fields: Mapping[str, Any]) -> Description:
+    """A description from the keys of `model.yaml` or of a recording's header; `kind` says how to read the others.
+
+    Raises:
+        ModelError: naming each field that is wrong.
+    """
+    kind = fields.get("kind", DEFAULT_KIND)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ModelError(f"kind: there is no kind of model {kind!r:.80}; expected {', '.join(KINDS)}")
+    try:
+        return KINDS[kind].parse(fields)
+    except ValidationError as error:
+        raise ModelError(sentences(error)) from None
+
+
+def build(model: Model, device: torch.device) -> RecurrentModel:
+    """The model on a device, ready to certify and to step."""
+    return KINDS[model.description.kind].build(model, device)
+
+
+def sentences(error: ValidationError) -> str:
+    """What pydantic found, one clause for each field."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()
+    )

@@ -1,0 +1,71 @@
+"""The recording's rules, broken one by one: its tests notice each."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instep.recording import commands
+from instep.recording.engines import refuse_other_engine
+from instep.recording.file import RecordingFile
+from instep.recording.lock import WriterLock
+from instep.recording.schema import row_is_sound
+from tests.recording import test_commands, test_engines, test_resume
+from tests.support.broken_rules import BrokenRule, check_is_found
+from tests.support.forger import Forger
+
+_NUMBERS = count()
+
+
+def a_lock_of_its_own(original: Any, lock: WriterLock, path: Path) -> None:
+    original(lock, path.with_name(f"{path.name}.{next(_NUMBERS)}"))
+
+
+def a_missing_batch_is_damage(tmp_path: Path) -> None:
+    test_commands.record(tmp_path / "a.rec")
+    forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec")
+    batch, _ = forger.find_frame(2, 1)
+    forger.remove("batches", batch["position"])
+    status, text = test_commands.said(commands.check, forger.path)
+    assert status == 1
+    assert f"the row at position {batch['position']} is missing" in text
+
+
+RULES = (
+    BrokenRule(
+        "a row that does not match its checksum is read",
+        replaces=row_is_sound,
+        variant=lambda original, table, row: True,
+        found_by=[test_commands.test_check_of_damage_and_of_what_is_no_recording],
+    ),
+    BrokenRule(
+        "a row that is missing is passed over",
+        replaces=RecordingFile.check_positions,
+        variant=lambda original, file, first=1: None,
+        found_by=[a_missing_batch_is_damage],
+    ),
+    BrokenRule(
+        "two engines write one recording",
+        replaces=WriterLock.__init__,
+        variant=a_lock_of_its_own,
+        found_by=[test_resume.test_there_is_one_writer_at_a_time],
+    ),
+    BrokenRule(
+        "an engine continues the recording of another model",
+        replaces=refuse_other_engine,
+        variant=lambda original, *arguments: None,
+        found_by=[test_engines.test_another_model_is_always_refused],
+    ),
+)
+
+
+def test_the_damage_of_the_scenario_is_found(tmp_path: Path) -> None:
+    a_missing_batch_is_damage(tmp_path)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.wrong)
+def test_a_broken_rule_is_noticed(rule: BrokenRule, request: pytest.FixtureRequest) -> None:
+    check_is_found(rule, request)

@@ -1,0 +1,93 @@
+"""The rules of reading messages, broken one by one: the tests of the wire notice each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+from instep_client import replies
+from instep_client.protocol import wire
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.wire import Frame, Header, Kind
+from tests.client import test_replies, test_wire
+from tests.support.broken_rules import BrokenRule, check_is_found
+
+
+def any_bytes_are_a_ping(original: Any, frames: Sequence[Frame], *rest: Any) -> Header:
+    try:
+        header: Header = original(frames, *rest)
+    except MalformedMessage:
+        header = Header(Kind.PING, 0, ())
+    return header
+
+
+def failures_of_the_next(original: Any, header: Header, frames: Sequence[Frame]) -> list[Any]:
+    answers = original(header, frames)
+    following = [own[1][2] for own in answers[1:]] + [answers[0][1][2]]
+    return [(own, [first, y, other]) for (own, (first, y, _)), other in zip(answers, following, strict=True)]
+
+
+def no_failures(original: Any, *arguments: Any) -> list[replies.Failure]:
+    try:
+        failures: list[replies.Failure] = original(*arguments)
+    except MalformedMessage:
+        failures = []
+    return failures
+
+
+RULES = (
+    BrokenRule(
+        "bytes that are not a message are taken for a PING",
+        replaces=wire.unpack_header,
+        variant=any_bytes_are_a_ping,
+        found_by=[partial(test_wire.test_what_is_no_message_is_refused_by_name, frames=[b"\x05"], complaint="array")],
+    ),
+    BrokenRule(
+        "an array is read from a frame of another size",
+        replaces=wire.check_size,
+        variant=lambda original, *arguments: None,
+        found_by=[test_wire.test_an_array_frame_is_read_without_a_copy_and_only_at_its_exact_size],
+    ),
+    BrokenRule(
+        "a count beyond its bounds is believed",
+        replaces=wire.count_field,
+        variant=lambda original, value, *bounds, **named: value,
+        found_by=[partial(test_wire.test_a_count_is_an_integer_within_its_bounds, value=11)],
+    ),
+    BrokenRule(
+        "a frame may hold another number of names than its header says",
+        replaces=wire.unpack_names,
+        variant=lambda original, frame, count: bytes(frame).decode().split("\n"),
+        found_by=[
+            partial(test_wire.test_names_that_are_not_lines_are_refused, frame=b"a\nb", count=1, complaint="holds 2")
+        ],
+    ),
+    BrokenRule(
+        "a stream may have a name with a line break",
+        replaces=wire.name_is_good,
+        variant=lambda original, name: bool(name),
+        found_by=[partial(test_wire.test_a_good_name_is_printable_and_short, name="a\nb", is_good=False)],
+    ),
+    BrokenRule(
+        "a refusal is reported to the request next to its own",
+        replaces=replies.apart,
+        variant=failures_of_the_next,
+        found_by=[test_replies.test_a_stepped_of_several_requests_falls_apart_into_one_of_each],
+    ),
+    BrokenRule(
+        "failures that cannot be read count as none",
+        replaces=replies._failures,
+        variant=no_failures,
+        found_by=[
+            partial(test_replies.test_a_stepped_that_contradicts_itself_is_malformed, changes={"failures": bytes(23)})
+        ],
+    ),
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.wrong)
+def test_a_broken_rule_is_noticed(rule: BrokenRule, request: pytest.FixtureRequest) -> None:
+    check_is_found(rule, request)
