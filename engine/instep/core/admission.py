@@ -25,6 +25,7 @@ from instep.core.tables import (
     STAMP,
     STRIDE,
     WINDOW,
+    Packed,
     Records,
     Tables,
 )
@@ -96,7 +97,7 @@ def _is_finite(frame: U32) -> bool:
 
 @inlined
 def _admit_column(
-    tables: Tables, sent: Records, at: int, column: int, message: int, x: U32, first: int, width: int, timesteps: int
+    tables: Tables, sent: Records, at: int, column: Int, message: Int, x: U32, first: int, width: int, timesteps: int
 ) -> Int:
     """Judge one column and apply what is good; returns how many of its frames were admitted to be computed.
 
@@ -112,7 +113,8 @@ def _admit_column(
         timesteps: T.
     """
     counts, streams, columns = tables.counts, tables.streams, tables.columns
-    window, features = counts[WINDOW], tables.x_bits.shape[1]
+    window, held_bits = counts[WINDOW], tables.x.view(np.uint32)
+    features = held_bits.shape[1]
     origin = tables.messages["origin"][message]
     slot, code = resolve_handle(tables, sent["handle"][at], origin)
     seq, acked = sent["seq"][at], sent["acked"][at]
@@ -141,7 +143,7 @@ def _admit_column(
         at_value = first + step * width * features
         frame = x[at_value : at_value + features]
         if step < repeats:
-            held = tables.x_bits[(seq + step) % window * counts[STRIDE] + slot]
+            held = held_bits[(seq + step) % window * counts[STRIDE] + slot]
             for value in range(features):
                 if held[value] != frame[value]:
                     code = _CONFLICT
@@ -155,7 +157,7 @@ def _admit_column(
     for step in range(repeats, length):
         row = (seq + step) % window * counts[STRIDE] + slot
         at_value = first + step * width * features
-        frame, place = x[at_value : at_value + features], tables.x_bits[row]
+        frame, place = x[at_value : at_value + features], held_bits[row]
         for value in range(features):
             place[value] = frame[value]
         tables.frame_message[row] = message
@@ -172,25 +174,26 @@ def _admit_column(
 
 
 @kernel
-def admit(tables: Tables, messages: Records, sent: Records, x: U32, outcomes: I32, numbers: I32) -> tuple[int, int]:
+def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int, int, int]:
     """Admit the good frames of messages, one message after another.
 
     Args:
-        tables: everything; a message that is refused as a whole changes nothing.
+        packed: everything; a message that is refused as a whole changes nothing.
         messages: SENT_MESSAGE [M].
         sent: SENT_COLUMN, the columns of all messages, one message after another.
         x: uint32, the bits of their float32 [T, N, features], likewise.
-        outcomes: int32 [M], set to 0 where the message was taken, or to BUSY or REPEATED_STREAM where it was refused.
-        numbers: int32 [M], set to the numbers of some messages, see below.
 
     Returns:
         complete: how many messages are complete already, because nothing of them has to be computed: the first ones
-            of `numbers`.
+            of `complete`.
         partly_repeated: how many messages have frames of both kinds, those to compute and those that are answered
-            again: the last ones of `numbers`.
+            again: the last ones of the first M of `complete`.
+        refused: how many are refused as a whole: `outcomes` [M] is BUSY or REPEATED_STREAM there, else 0.
     """
-    counts, features = tables.counts, tables.x_bits.shape[1]
-    complete = partly_repeated = first_column = first_value = 0
+    tables = Tables(*packed)
+    outcomes, numbers = tables.outcomes, tables.complete
+    counts, features = tables.counts, tables.x.shape[1]
+    complete = partly_repeated = refused = first_column = first_value = 0
     for place in range(len(messages)):
         origin, timesteps, width = messages["origin"][place], messages["timesteps"][place], messages["width"][place]
         frames, column_at, value_at = timesteps * width, first_column, first_value
@@ -204,9 +207,11 @@ def admit(tables: Tables, messages: Records, sent: Records, x: U32, outcomes: I3
             or counts[FREE_COLUMNS] < width
         ):
             outcomes[place] = _BUSY
+            refused += 1
             continue
         if width > 1 and _names_a_stream_twice(tables, sent, column_at, width, origin):
             outcomes[place] = _REPEATED_STREAM
+            refused += 1
             continue
         outcomes[place] = 0
         number = counts[FREE_MESSAGE]
@@ -238,17 +243,18 @@ def admit(tables: Tables, messages: Records, sent: Records, x: U32, outcomes: I3
             complete += 1
         elif repeats:
             partly_repeated += 1
-            numbers[len(numbers) - partly_repeated] = number
-    return complete, partly_repeated
+            numbers[len(messages) - partly_repeated] = number
+    return complete, partly_repeated, refused
 
 
 @inlined
-def resolve_handles(tables: Tables, handles: U64, origin: int, slots: I64, codes: I32) -> bool:
+def resolve_handles(packed: Packed, handles: U64, origin: int, slots: I64, codes: I32) -> bool:
     """Resolve the handles of an operation: uint64 [N] → slots int64 [N] and codes int32 [N].
 
     Returns:
         Whether they name a stream of the origin's twice.
     """
+    tables = Tables(*packed)
     tables.counts[STAMP] += 1
     stamp = tables.counts[STAMP]
     has_repeated = False

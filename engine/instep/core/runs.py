@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from typing import Final
 
-import numpy as np
-
 from instep.core.compiled import kernel
 from instep.core.scheduler import push_ready
-from instep.core.tables import PENDING_FRAMES, STRIDE, WINDOW, Tables
-from instep.core.typing import I32, I64
+from instep.core.tables import PENDING_FRAMES, STRIDE, WINDOW, Packed, Tables
+from instep.core.typing import I64
 from instep_client.protocol.codes import Code
 
 _SEQ_GAP: Final = int(Code.SEQ_GAP)
 
 
 @kernel
-def finish_run(tables: Tables, slots: I64, steps: int, now_ns: int, *, is_over: bool) -> I32:
+def finish_run(packed: Packed, slots: I64, steps: int, now_ns: int, is_over: bool) -> int:
     """`steps` steps of a run over `slots`, int64 [B], were applied; the streams may step again if the run is over.
 
     Returns:
-        The numbers of the messages that are complete now: int32.
+        How many messages are complete now: the first ones of `complete`.
     """
+    tables = Tables(*packed)
     counts, streams, remaining = tables.counts, tables.streams, tables.messages["remaining"]
-    complete = np.empty(len(slots) * steps, np.int32)
-    count = 0
+    complete, count = tables.complete, 0
     for step in range(steps):
         for slot in slots:
             row = (streams["step_seq"][slot] + step) % counts[WINDOW] * counts[STRIDE] + slot
@@ -39,27 +37,30 @@ def finish_run(tables: Tables, slots: I64, steps: int, now_ns: int, *, is_over: 
         if is_over:
             streams["running"][slot] = 0
             push_ready(tables, slot, now_ns)
-    return complete[:count]
+    return count
 
 
 @kernel
-def hold(tables: Tables, slots: I64) -> None:
+def hold(packed: Packed, slots: I64) -> None:
     """Let streams, int64 [N], begin no further step until `release`."""
+    tables = Tables(*packed)
     for slot in slots:
         tables.streams["holds"][slot] += 1
 
 
 @kernel
-def release(tables: Tables, slots: I64, now_ns: int) -> None:
+def release(packed: Packed, slots: I64, now_ns: int) -> None:
     """Undo one `hold` of streams, int64 [N]; those that may step again and have frames become ready."""
+    tables = Tables(*packed)
     for slot in slots:
         tables.streams["holds"][slot] -= 1
         push_ready(tables, slot, now_ns)
 
 
 @kernel
-def are_running(tables: Tables, slots: I64) -> bool:
+def are_running(packed: Packed, slots: I64) -> bool:
     """Whether any of these streams, int64 [N], is in a run."""
+    tables = Tables(*packed)
     running = 0
     for slot in slots:
         running |= tables.streams["running"][slot]
@@ -67,8 +68,9 @@ def are_running(tables: Tables, slots: I64) -> bool:
 
 
 @kernel
-def are_pending(tables: Tables, slots: I64) -> bool:
+def are_pending(packed: Packed, slots: I64) -> bool:
     """Whether any of these streams, int64 [N], has frames that are not answered yet."""
+    tables = Tables(*packed)
     pending = 0
     for slot in slots:
         pending |= tables.streams["pending"][slot]
@@ -76,26 +78,22 @@ def are_pending(tables: Tables, slots: I64) -> bool:
 
 
 @kernel
-def fail_run(tables: Tables, slots: I64, codes: I32) -> I32:
+def fail_run(packed: Packed, slots: I64, code: int) -> int:
     """Nothing that is pending of these streams can be applied: take it out; they are in no run any more.
 
     Args:
-        tables: everything.
+        packed: everything.
         slots: int64 [B].
-        codes: int32 [B], why the oldest pending frame of each fails. Those behind it fail with SEQ_GAP, or with the
-            same code where the state is lost and the stream is about to end.
+        code: why the oldest pending frame of each fails. Those behind it fail with SEQ_GAP, or with the same code where
+            the state is lost and the stream is about to end.
 
     Returns:
-        The numbers of the messages that are complete now: int32.
+        How many messages are complete now: the first ones of `complete`.
     """
+    tables = Tables(*packed)
     counts, streams, messages, columns = tables.counts, tables.streams, tables.messages, tables.columns
-    frames = 0
+    complete, count = tables.complete, 0
     for slot in slots:
-        frames += streams["next_seq"][slot] - streams["step_seq"][slot]
-    complete = np.empty(frames, np.int32)
-    count = 0
-    for place in range(len(slots)):
-        slot = slots[place]
         first = streams["step_seq"][slot]
         for seq in range(first, streams["next_seq"][slot]):
             number = tables.frame_message[seq % counts[WINDOW] * counts[STRIDE] + slot]
@@ -105,7 +103,7 @@ def fail_run(tables: Tables, slots: I64, codes: I32) -> I32:
             timestep = seq - columns["seq"][column]
             if timestep < columns["length"][column]:  # its first frame that fails
                 columns["length"][column] = timestep
-                columns["code"][column] = codes[place] if seq == first or streams["lost"][slot] else _SEQ_GAP
+                columns["code"][column] = code if seq == first or streams["lost"][slot] else _SEQ_GAP
                 columns["expected_seq"][column] = first
             messages["remaining"][number] -= 1
             if messages["remaining"][number] == 0:
@@ -114,4 +112,4 @@ def fail_run(tables: Tables, slots: I64, codes: I32) -> I32:
         counts[PENDING_FRAMES] -= streams["next_seq"][slot] - first
         streams["next_seq"][slot] = first
         streams["running"][slot] = 0
-    return complete[:count]
+    return count

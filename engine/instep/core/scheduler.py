@@ -7,11 +7,9 @@ the batch is everything, and beyond that an origin that floods waits behind its 
 
 from __future__ import annotations
 
-import numpy as np
-
 from instep.core.compiled import inlined, kernel
-from instep.core.tables import NOTHING, READY, READY_SINCE_NS, ROUND_TAIL, STRIDE, WINDOW, Tables
-from instep.core.typing import I64, Int
+from instep.core.tables import NOTHING, READY, READY_SINCE_NS, ROUND_TAIL, STRIDE, WINDOW, Packed, Tables
+from instep.core.typing import Int
 
 
 @inlined
@@ -41,15 +39,15 @@ def push_ready(tables: Tables, slot: Int, since_ns: Int) -> None:
 
 
 @kernel
-def begin_run(tables: Tables, max_batch_size: int, max_steps: int) -> tuple[I64, I64]:
+def begin_run(packed: Packed, max_batch_size: int, max_steps: int) -> tuple[int, int]:
     """Take the streams that step next, and as many frames of each as all of them have, up to `max_steps`.
 
     Returns:
-        slots: int64 [B], distinct; they are in a run until `finish_run` or `fail_run`.
-        rows: int64 [steps, B], of their oldest pending frames in the frame buffer.
+        size: B, how many streams of `run_slots`; they are in a run until `finish_run` or `fail_run`.
+        steps: `run_rows` holds the rows of their oldest pending frames, steps × B.
     """
-    counts, streams, origins = tables.counts, tables.streams, tables.origins
-    slots = np.empty(min(counts[READY], max_batch_size), np.int64)
+    tables = Tables(*packed)
+    counts, streams, origins, slots = tables.counts, tables.streams, tables.origins, tables.run_slots
     size, steps = 0, max_steps
     while counts[READY] and size < max_batch_size:
         tail = counts[ROUND_TAIL]
@@ -70,9 +68,9 @@ def begin_run(tables: Tables, max_batch_size: int, max_steps: int) -> tuple[I64,
             steps = min(steps, streams["next_seq"][slot] - streams["step_seq"][slot])
             slots[size] = slot
             size += 1
-    rows = np.empty((steps, size), np.int64)
     for place in range(size):
         slot = slots[place]
         for step in range(steps):
-            rows[step, place] = (streams["step_seq"][slot] + step) % counts[WINDOW] * counts[STRIDE] + slot
-    return slots[:size], rows
+            row = (streams["step_seq"][slot] + step) % counts[WINDOW] * counts[STRIDE] + slot
+            tables.run_rows[step * size + place] = row
+    return size, steps

@@ -1,7 +1,10 @@
 """The engine's memory: every array that the hot path works on, allocated once.
 
-Kernels take all of it as one argument, `Tables`. Its structured arrays hold one record for each slot, origin, pending
-message and pending column, so that everything a kernel needs of one stream lies in one or two cache lines.
+Kernels take all of it as one argument. Its structured arrays hold one record for each slot, origin, pending message and
+pending column, so that everything a kernel needs of one stream lies in one or two cache lines.
+
+Results of a kernel that are arrays go into arrays of `Tables` as well, and it returns how much of them counts: to make
+and return an array costs more than a kernel's work on a single frame. They are good until the next call of that kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from instep.core.typing import F32, I32, I64, U32, float32_zeros
+from instep.core.typing import F32, I32, I64, float32_zeros
 
 Records: TypeAlias = npt.NDArray[Any]
 
@@ -21,6 +24,8 @@ SCRATCH_SLOT: Final = 0
 NO_OWNER: Final = -1
 NOTHING: Final = -1
 """The end of a linked list."""
+MOST_STEPS: Final = 8
+"""The most steps of a run."""
 
 STREAM: Final = np.dtype(
     [
@@ -103,6 +108,23 @@ CREDIT: Final = 12
 _COUNTS: Final = 13
 
 
+# Fields of a group of messages that are answered together: columns of `Tables.groups`.
+ORIGIN_OF: Final = 0
+TIMESTEPS: Final = 1
+WIDTH: Final = 2  # columns of all its messages
+MESSAGES: Final = 3
+FIRST_MESSAGE: Final = 4
+FIRST_COLUMN: Final = 5
+FIRST_VALUE: Final = 6  # of its outputs
+FAILED: Final = 7  # columns with a code
+FRAMES: Final = 8  # that were to be computed
+ARRIVED_NS: Final = 9  # of its first message
+_FIELDS: Final = 10
+
+Packed: TypeAlias = tuple[Any, ...]
+"""`tuple(tables)`: numba takes a plain tuple in half the time of a named one. Kernels begin with `Tables(*packed)`."""
+
+
 class Tables(NamedTuple):
     """All arrays of the hot path; see the dtypes above for the fields of the records."""
 
@@ -119,10 +141,24 @@ class Tables(NamedTuple):
     """int32 [window × (max_streams + 1)]: the pending message that the frame in a row of the frame buffer came with."""
     x: F32
     """float32 [rows, features]: the inputs of the frame buffer."""
-    x_bits: U32
-    """The same memory as uint32: inputs are compared and copied as bits."""
     y: F32
     """float32 [rows, outputs]: the outputs of the frame buffer."""
+    outcomes: I32
+    """int32, by `admit`: 0 where a message was taken, or the code of its refusal."""
+    complete: I32
+    """int32, by `admit`, `finish_run` and `fail_run`: numbers of messages that are complete now."""
+    run_slots: I64
+    """int64 [batch], by `begin_run`: the streams that step."""
+    run_rows: I64
+    """int64 [steps × batch], by `begin_run`: the rows of their frames, step by step."""
+    groups: I64
+    """int64 [groups, fields], by `assemble`: messages that are answered together."""
+    reply_messages: I64
+    """int64 [2, messages], by `assemble`: tags and widths, by group."""
+    reply_columns: I64
+    """int64 [3, columns], by `assemble`: codes, lengths and expected seqs, by group."""
+    reply_y: F32
+    """float32 [values], by `assemble`: of each group [T, N, outputs], NaN where a frame was not applied."""
 
 
 def make_tables(
@@ -132,6 +168,7 @@ def make_tables(
     features: int,
     outputs: int,
     max_pending_frames: int,
+    max_block_frames: int,
     credit_frames: int,
     zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
 ) -> Tables:
@@ -145,6 +182,7 @@ def make_tables(
         outputs: width of an output.
         max_pending_frames: the most frames admitted and not yet computed, of all streams together; also the most
             pending messages, and the most pending columns.
+        max_block_frames: the most frames of one message.
         credit_frames: the most unanswered frames of one origin.
         zeros: makes the arrays of inputs and outputs; another than numpy's may be memory shared between processes.
     """
@@ -162,7 +200,6 @@ def make_tables(
     messages["next_free"] = _free_list(max_pending_frames)
     columns = np.zeros(max_pending_frames, COLUMN)
     columns["next"] = _free_list(max_pending_frames)
-    x = zeros((rows, features))
     return Tables(
         counts,
         streams,
@@ -170,9 +207,16 @@ def make_tables(
         messages,
         columns,
         np.zeros(rows, np.int32),
-        x,
-        x.view(np.uint32),
+        zeros((rows, features)),
         zeros((rows, outputs)),
+        np.zeros(max_pending_frames, np.int32),
+        np.zeros(max_pending_frames, np.int32),
+        np.zeros(max_streams, np.int64),
+        np.zeros(MOST_STEPS * max_streams, np.int64),
+        np.zeros((max_pending_frames, _FIELDS), np.int64),
+        np.zeros((2, max_pending_frames), np.int64),
+        np.zeros((3, max_pending_frames), np.int64),
+        np.zeros(max(max_pending_frames, max_block_frames) * outputs, np.float32),
     )
 
 

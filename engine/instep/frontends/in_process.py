@@ -85,10 +85,8 @@ class InProcessOrigin:
         for tag, width in zip(reply.tags, reply.widths, strict=True):
             part = slice(first, first + width)
             first += width
-            columns = (reply.codes[part], reply.lengths[part], reply.expected_seqs[part])
-            codes, lengths, expected = (column.copy() for column in columns)
-            y = reply.y[:, part].copy()
-            own = replace(reply, tags=[tag], widths=[width], y=y, codes=codes, lengths=lengths, expected_seqs=expected)
+            failures = None if reply.failures is None else reply.failures[:, part].copy()
+            own = replace(reply, tags=[tag], widths=[width], y=reply.y[:, part].copy(), failures=failures)
             self._settle(tag, lambda future, own=own: future.set_result(own))  # type: ignore[misc]
 
     def refuse(self, tag: int, refusal: Refusal) -> None:

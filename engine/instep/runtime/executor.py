@@ -10,15 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
 from instep.core.typing import I64
 from instep.models.numerics import threads_as_here
-
-MOST_STEPS: Final = 8
-"""The longest run."""
 
 Step: TypeAlias = Callable[[I64, I64], None]
 """Steps the streams of slots, int64 [B], with the frames in rows, int64 [B]."""

@@ -23,9 +23,10 @@ from typing import Final, NoReturn
 
 import torch
 
+from instep.core.tables import MOST_STEPS
 from instep.core.typing import I64
 from instep.runtime.errors import StateLost
-from instep.runtime.executor import MOST_STEPS, RunResult, Step, run_steps
+from instep.runtime.executor import RunResult, Step, run_steps
 from instep.runtime.shared_memory import shared_zeros
 
 _PLACES: Final = 2

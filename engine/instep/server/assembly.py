@@ -109,6 +109,7 @@ def _make_server(
         network.features,
         network.outputs,
         limits.max_pending_frames,
+        limits.max_block_frames,
         limits.credit_frames,
         zeros,
     )

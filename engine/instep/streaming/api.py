@@ -49,12 +49,9 @@ class Reply:
     """Columns of each message."""
     y: F32
     """float32 [T, N, outputs], NaN where a frame was not applied."""
-    codes: I64
-    """int64 [N], why timestep `lengths[n]` of a column was refused; 0 where all T were applied."""
-    lengths: I64
-    expected_seqs: I64
-    """int64 [N], what a column's stream expects next; 0 where the stream is not the origin's."""
-    has_failures: bool
+    failures: I64 | None
+    """int64 [3, N], None where everything was applied. By column: why its next frame was refused, 0 where none was; how
+    many leading timesteps were applied; and what its stream expects next, 0 where the stream is not the origin's."""
     frames: int
     """How many frames were computed for it."""
     queue_ns: int

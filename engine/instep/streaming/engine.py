@@ -11,27 +11,26 @@ from typing import Final, Protocol
 import numpy as np
 
 from instep.core.admission import SENT_COLUMN, SENT_MESSAGE, admit
-from instep.core.replies import (
-    FAILED,
-    FIRST_COLUMN,
-    FIRST_MESSAGE,
-    FIRST_VALUE,
-    FRAMES,
-    MESSAGES,
-    ORIGIN_OF,
-    TIMESTEPS,
-    WIDTH,
-    assemble,
-    group_messages,
-    repeated_outputs,
-)
+from instep.core.replies import assemble, repeated_outputs
 from instep.core.runs import fail_run, finish_run, hold, release
 from instep.core.scheduler import begin_run
 from instep.core.streams import StreamTable
-from instep.core.tables import PENDING_FRAMES, READY, READY_SINCE_NS, Tables
+from instep.core.tables import (
+    FIRST_MESSAGE,
+    FIRST_VALUE,
+    MESSAGES,
+    MOST_STEPS,
+    ORIGIN_OF,
+    PENDING_FRAMES,
+    READY,
+    READY_SINCE_NS,
+    TIMESTEPS,
+    WIDTH,
+    Tables,
+)
 from instep.core.typing import F32, I32, I64
 from instep.runtime.errors import StateLost
-from instep.runtime.executor import MOST_STEPS, RunResult, StepExecutor
+from instep.runtime.executor import RunResult, StepExecutor
 from instep.streaming.api import MAX_REPLY_MESSAGES, Frames, Refusal, Reply
 from instep.streaming.conditions import Conditions
 from instep.streaming.journal import Journal
@@ -118,6 +117,8 @@ class Engine:
         call_later: Callable[[float, Callable[[], None]], object],
     ) -> None:
         self.tables = tables
+        self.packed = tuple(tables)
+        """The tables as kernels take them."""
         self.table = table
         self.origins = origins
         self.executor = executor
@@ -172,28 +173,31 @@ class Engine:
 
     def admit(self) -> None:
         """Admit the good frames of all queued messages, as one after the other would be; replies follow."""
-        frames = self._submitted
-        if not frames:
-            return
-        self._submitted = []
+        most = len(self.tables.outcomes)
+        while submitted := self._submitted[:most]:
+            del self._submitted[:most]
+            self._admit(submitted)
+
+    def _admit(self, frames: list[Frames]) -> None:
         fields = [
             field
             for each in frames
             for field in (each.tag, each.origin.number, each.timesteps, each.width, each.arrived_ns)
         ]
-        sent = np.array(fields, np.int64).view(SENT_MESSAGE)
+        messages = np.array(fields, np.int64).view(SENT_MESSAGE)
         columns = np.frombuffer(b"".join([each.columns for each in frames]), SENT_COLUMN)
         x = np.frombuffer(b"".join([each.x for each in frames]), np.uint32)
-        outcomes, numbers = np.empty(len(frames), np.int32), np.empty(len(frames), np.int32)
-        complete, partly_repeated = admit(self.tables, sent, columns, x, outcomes, numbers)
-        for number in numbers[len(numbers) - partly_repeated :].tolist():
-            self._repeated[number] = repeated_outputs(self.tables, number)
-        if complete:
-            self._deliver(numbers[:complete], 0, 0)
-        if outcomes.any():
-            for each, outcome in zip(frames, outcomes.tolist(), strict=True):
+        complete, partly_repeated, refused = admit(self.packed, messages, columns, x)
+        if partly_repeated:
+            for number in self.tables.complete[len(frames) - partly_repeated : len(frames)].tolist():
+                self._repeated[number] = repeated_outputs(self.packed, number)
+        if refused:
+            outcomes = self.tables.outcomes[: len(frames)].tolist()
+            for each, outcome in zip(frames, outcomes, strict=True):
                 if outcome:
                     self._refuse(each, Code(outcome))
+        if complete:
+            self._deliver(self.tables.complete[:complete], 0, 0)
 
     def _refuse(self, frames: Frames, code: Code) -> None:
         is_busy = code is Code.BUSY
@@ -221,9 +225,11 @@ class Engine:
         # Of a bucket that was not stepped yet one step, to see how long it takes.
         step_ns = self._step_ns.get(bucket, _LONGEST_RUN_NS)
         most_steps = max(1, min(most_steps, _LONGEST_RUN_NS // max(step_ns, 1)))
-        slots, rows = begin_run(self.tables, self._limits.max_batch_size, most_steps)
-        if not len(slots):
+        tables = self.tables
+        size, steps = begin_run(self.packed, self._limits.max_batch_size, most_steps)
+        if not size:
             return  # all of them are held
+        slots, rows = tables.run_slots[:size].copy(), tables.run_rows[: steps * size].reshape(steps, size).copy()
         lsns = self.journal.inputs(slots, rows, bucket)
         expected_ns = len(rows) * self._step_ns.get(bucket, 0)
         self.expected_ns += expected_ns
@@ -261,11 +267,13 @@ class Engine:
         steps, slots = result.steps, run.slots
         self.expected_ns -= run.expected_ns
         if steps:
-            numbers = finish_run(self.tables, slots, steps, result.ended_ns, is_over=result.error is None)
+            count = finish_run(self.packed, slots, steps, result.ended_ns, result.error is None)
+            numbers = self.tables.complete[:count].copy()
             self._step_ns[run.bucket] = step_ns = (result.ended_ns - result.began_ns) // steps
             self.stats.stepped(len(slots), steps, step_ns)
-            for lsn, rows in zip(run.lsns, run.rows[:steps], strict=False):
-                self.journal.outputs(lsn, rows, step_ns)
+            if self.journal.is_recording:
+                for lsn, rows in zip(run.lsns, run.rows[:steps], strict=False):
+                    self.journal.outputs(lsn, rows, step_ns)
             began_ns = result.ended_ns - step_ns
             self._results.append(_Result(run.lsns[steps - 1], numbers, began_ns, result.ended_ns))
         if result.error is not None:
@@ -280,7 +288,7 @@ class Engine:
             code = Code.STATE_LOST
             self.table.lost[slots] = True
             self.lost.append(slots)
-        numbers = fail_run(self.tables, slots, np.full(len(slots), code, np.int32))
+        numbers = self._take_out(slots, code)
         detail = f"{code.name.lower()}: {error}"
         newest = [self.journal.failed(lsn, detail) for lsn in lsns][-1]
         self._results.append(_Result(newest, numbers, 0, 0))
@@ -300,81 +308,81 @@ class Engine:
 
     def _deliver(self, numbers: I32, began_ns: int, ended_ns: int) -> None:
         """Answer complete messages, whose last frames were stepped between those times; 0 where none were."""
-        tables = self.tables
-        groups, group_of = group_messages(tables, numbers, self._limits.max_reply_frames, MAX_REPLY_MESSAGES)
-        repeated = self._repeated_of(numbers)
-        tags, widths, arrived_ns, columns, values = assemble(
-            tables, numbers, groups, group_of, began_ns, self.stats.queue_us
-        )
-        if repeated:
-            _put_repeated(values, numbers, groups, group_of, widths, repeated, tables.y.shape[1])
-        outputs, now_ns = tables.y.shape[1], time.monotonic_ns()
-        compute_ns, send_ns = ended_ns - began_ns, max(0, now_ns - ended_ns) if ended_ns else 0
-        for group, fields in enumerate(groups.tolist()):
-            origin = self.origins[fields[ORIGIN_OF]]
+        repeated = self._repeated_of(numbers) if self._repeated else None
+        max_frames, queue_us = self._limits.max_reply_frames, self.stats.queue_us
+        while len(numbers):
+            groups, taken = assemble(self.packed, numbers, began_ns, max_frames, MAX_REPLY_MESSAGES, queue_us)
+            if repeated:
+                self._put_repeated(repeated, groups)
+            now_ns = time.monotonic_ns()
+            send_ns = max(0, now_ns - ended_ns) if ended_ns else 0
+            self._reply(groups, taken, began_ns, ended_ns - began_ns, send_ns)
+            self.stats.replied(taken, send_ns)
+            numbers = numbers[taken:]
+        self.origins.release_left()
+
+    def _reply(self, groups: int, messages: int, began_ns: int, compute_ns: int, send_ns: int) -> None:
+        tables, outputs = self.tables, self.tables.y.shape[1]
+        tags, widths = tables.reply_messages[:, :messages].tolist()
+        # The order of these names is that of the columns of `Tables.groups`.
+        for number, timesteps, width, count, message, column, value, failed, frames, arrived_ns in tables.groups[
+            :groups
+        ].tolist():
+            origin = self.origins[number]
             if origin is None:
                 continue  # it is gone, and its streams are parked
-            message, column, value = fields[FIRST_MESSAGE], fields[FIRST_COLUMN], fields[FIRST_VALUE]
-            messages, width, timesteps = fields[MESSAGES], fields[WIDTH], fields[TIMESTEPS]
-            codes, lengths, expected = columns[:, column : column + width]
-            y = values[value : value + timesteps * width * outputs].reshape(timesteps, width, outputs)
-            queue_ns = max(0, began_ns - int(arrived_ns[group])) if began_ns else 0
+            y = tables.reply_y[value : value + timesteps * width * outputs].reshape(timesteps, width, outputs)
             origin.deliver(
                 Reply(
-                    tags[message : message + messages].tolist(),
-                    widths[message : message + messages].tolist(),
+                    tags[message : message + count],
+                    widths[message : message + count],
                     y,
-                    codes,
-                    lengths,
-                    expected,
-                    fields[FAILED] > 0,
-                    fields[FRAMES],
-                    queue_ns,
+                    tables.reply_columns[:, column : column + width] if failed else None,
+                    frames,
+                    max(0, began_ns - arrived_ns) if began_ns else 0,
                     compute_ns,
                     send_ns,
                 )
             )
-        self.stats.replied(len(numbers), send_ns)
-        self.origins.release_left()
 
-    def _repeated_of(self, numbers: I32) -> dict[int, tuple[F32, I64]]:
-        if not self._repeated:
-            return {}
-        return {number: self._repeated.pop(number) for number in numbers.tolist() if number in self._repeated}
+    def _repeated_of(self, numbers: I32) -> dict[tuple[int, int], tuple[F32, I64]]:
+        """Outputs that were kept since admission, by the origin and the tag of their message."""
+        messages, found = self.tables.messages, {}
+        for number in numbers.tolist():
+            if number in self._repeated:
+                key = int(messages["origin"][number]), int(messages["tag"][number])
+                found[key] = self._repeated.pop(number)
+        return found
+
+    def _put_repeated(self, repeated: dict[tuple[int, int], tuple[F32, I64]], groups: int) -> None:
+        """Put kept outputs into the replies: later frames may have taken their rows."""
+        tables, outputs = self.tables, self.tables.y.shape[1]
+        for fields in tables.groups[:groups]:
+            first, width, timesteps = int(fields[FIRST_VALUE]), int(fields[WIDTH]), int(fields[TIMESTEPS])
+            whole = tables.reply_y[first : first + timesteps * width * outputs].reshape(timesteps, width, outputs)
+            column, message = 0, int(fields[FIRST_MESSAGE])
+            for at in range(message, message + int(fields[MESSAGES])):
+                kept = repeated.get((int(fields[ORIGIN_OF]), int(tables.reply_messages[0, at])))
+                if kept is not None:
+                    y, skipped = kept
+                    mask = np.arange(len(y))[:, None] < skipped
+                    whole[: len(y), column : column + len(skipped)][mask] = y[mask]
+                column += int(tables.reply_messages[1, at])
 
     # ── For operations ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def hold(self, slots: I64) -> None:
         """Let streams, int64 [N], begin no further step until `release`."""
-        hold(self.tables, slots)
+        hold(self.packed, slots)
 
     def release(self, slots: I64) -> None:
         """Undo one `hold`; the caller lets the loop take a turn."""
-        release(self.tables, slots, time.monotonic_ns())
+        release(self.packed, slots, time.monotonic_ns())
 
     def fail_pending(self, slots: I64, code: Code) -> None:
         """Frames of these streams, int64 [N], which are in no run, cannot be applied any more."""
-        numbers = fail_run(self.tables, slots, np.full(len(slots), code, np.int32))
-        self._results.append(_Result(self.journal.newest, numbers, 0, 0))
+        self._results.append(_Result(self.journal.newest, self._take_out(slots, code), 0, 0))
 
-
-def _put_repeated(
-    values: F32,
-    numbers: I32,
-    groups: I64,
-    group_of: I32,
-    widths: I64,
-    repeated: dict[int, tuple[F32, I64]],
-    outputs: int,
-) -> None:
-    """Put outputs that were kept since admission into the replies: later frames may have taken their rows."""
-    for number, (y, skipped) in repeated.items():
-        place = int(np.flatnonzero(numbers == number)[0])
-        fields = groups[group_of[place]]
-        before = int(np.count_nonzero(group_of[:place] == group_of[place]))  # messages of its group ahead of it
-        first = int(widths[fields[FIRST_MESSAGE] : fields[FIRST_MESSAGE] + before].sum())
-        size = fields[TIMESTEPS] * fields[WIDTH] * outputs
-        whole = values[fields[FIRST_VALUE] : fields[FIRST_VALUE] + size]
-        part = whole.reshape(fields[TIMESTEPS], fields[WIDTH], outputs)[: len(y), first : first + len(skipped)]
-        kept = np.arange(len(y))[:, None] < skipped
-        part[kept] = y[kept]
+    def _take_out(self, slots: I64, code: Code) -> I32:
+        """Take out everything that is pending of streams; the messages that are complete now."""
+        return self.tables.complete[: fail_run(self.packed, slots, int(code))].copy()

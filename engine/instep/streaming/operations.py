@@ -168,7 +168,7 @@ class StreamOperations:
         incarnations = table.incarnations(slots)
         named = table.find(names)
         await self._ended(named[table.closing[named]])
-        await engine.conditions.until(lambda: not are_pending(engine.tables, slots))
+        await engine.conditions.until(lambda: not are_pending(engine.packed, slots))
         if not self._origins.is_connected(origin):
             return Grants.none(decision.codes)  # gone meanwhile; its number may be another's now
         # Meanwhile another origin may have taken them, or they have ended and others are in their slots.
@@ -296,10 +296,10 @@ class StreamOperations:
     @asynccontextmanager
     async def settled(self, slots: I64) -> AsyncIterator[None]:
         """While the block runs, these streams are in no run, and begin none."""
-        tables = self._engine.tables
+        packed = self._engine.packed
         self._engine.hold(slots)
         try:
-            await self._engine.conditions.until(lambda: not are_running(tables, slots))
+            await self._engine.conditions.until(lambda: not are_running(packed, slots))
             yield
         finally:
             self._release(slots)
@@ -328,10 +328,9 @@ class StreamOperations:
 
     async def _end(self, slots: I64, reason: str) -> tuple[F32, Bool]:
         """Close streams; the final states [N, …] and which of them are lost."""
-        tables = self._engine.tables
+        packed, holds = self._engine.packed, self._engine.tables.streams["holds"]
         self._table.closing[slots] = True
-        holds = tables.streams["holds"]
-        await self._engine.conditions.until(lambda: not (are_pending(tables, slots) or holds[slots].any()))
+        await self._engine.conditions.until(lambda: not (are_pending(packed, slots) or holds[slots].any()))
         _, states, lost = await self._read(slots)
         lsn = self._journal.closed(slots, reason, states, lost)
         self._table.release(slots)
@@ -370,7 +369,7 @@ class StreamOperations:
 
     def _own(self, origin: Origin, handles: U64) -> tuple[I64, I32]:
         slots, codes = np.empty(len(handles), np.int64), np.empty(len(handles), np.int32)
-        if resolve_handles(self._engine.tables, handles, origin.number, slots, codes):
+        if resolve_handles(self._engine.packed, handles, origin.number, slots, codes):
             raise Refusal(Code.REPEATED_STREAM)
         return slots, codes
 

@@ -39,9 +39,9 @@ def stepped(reply: Reply) -> Message:
     timesteps, width, _ = reply.y.shape
     times_us = reply.queue_ns // 1000, reply.compute_ns // 1000, reply.send_ns // 1000
     y = reply.y.data.cast("B")
-    if not reply.has_failures:
+    if reply.failures is None:
         return [wire.pack_header(Kind.STEPPED, tags[0], timesteps, width, *times_us, (), also), y, b""]
-    refused = _failures(reply.codes, reply.lengths, reply.expected_seqs)
+    refused = _failures(*reply.failures)
     header = wire.pack_header(Kind.STEPPED, tags[0], timesteps, width, *times_us, _sentences(refused), also)
     return [header, y, refused.tobytes()]
 
