@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instep_client.commands.problems import BadFile
-from instep_client.commands.sequences import I64, Sequences
+from instep_client.commands.sequences import I64, RecordedSequences
 from instep_client.protocol.wire import F32
 
 APPLICATION_ID: Final = 0x696E7374
@@ -39,7 +39,7 @@ def is_recording(path: Path) -> bool:
         raise BadFile(f"{path} cannot be read: {error.strerror}") from None
 
 
-def read_recording(path: Path) -> Sequences:
+def read_recording(path: Path) -> RecordedSequences:
     """All streams of a recording, in the order in which they opened; of one still being written, up to its last commit.
 
     The name of a recording's first file, there or not, means all its files; that of a following one means that one.
@@ -124,7 +124,7 @@ _OPENING: Final = ", ".join(_Opening._fields)
 _EVENT: Final = "position, time_ns, stream, seq, kind, detail, state"
 
 
-def _read(path: Path, databases: list[sqlite3.Connection]) -> Sequences:
+def _read(path: Path, databases: list[sqlite3.Connection]) -> RecordedSequences:
     for database in databases:
         if database.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise BadFile(f"{path} is a database, but no recording of an instep engine")
@@ -147,7 +147,7 @@ def _read(path: Path, databases: list[sqlite3.Connection]) -> Sequences:
     ]
     stretches = _stretches(path, frames, openings, sorted(resets, key=lambda reset: reset[:3]))
     first_ns = min(stretch.time_ns for stretch in stretches)
-    in_file = Sequences(
+    in_file = RecordedSequences(
         names=tuple(stretch.name for stretch in stretches),
         lengths=np.array([stretch.end - stretch.start for stretch in stretches], np.int64),
         frames=frames.x,
