@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-class _Commands(PlainCommands):
+class _EngineCommands(PlainCommands):
     """Commands whose users' errors end in a red sentence each and exit status 2, not in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -31,7 +31,7 @@ class _Commands(PlainCommands):
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=_EngineCommands,
     name="instep",
     help="Streaming inference for recurrent networks: many streams, one step, and a verifier that proves it.",
     no_args_is_help=True,
