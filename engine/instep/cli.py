@@ -125,10 +125,7 @@ def serve(
 
 @app.command()
 def verify(
-    recording: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE...", help="The recording: its first file for all, or some of its files."),
-    ],
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
     model: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="The model, when it is not where the recording says.", show_default=False),
@@ -150,9 +147,7 @@ def verify(
 
 @app.command()
 def export(
-    recording: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The recording: its first file for all, or one of its files.")
-    ],
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
     format: Annotated[
         Literal["parquet", "npz", "csv", "mcap"] | None,
         typer.Option(help="What to write; as the output's name ends, or parquet, if not given.", show_default=False),

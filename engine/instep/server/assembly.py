@@ -19,9 +19,8 @@ from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, float32_zeros
 from instep.models.gru.network import GruNetwork
 from instep.models.numerics import numerics
-from instep.recording import family
+from instep.recording.database import check_place, holds_recording
 from instep.recording.errors import RecordingError, with_advice
-from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.cores import usable_cores
@@ -121,7 +120,7 @@ def make_server(
             router = Router(config.transport)
             undo.callback(router.close)
             if config.recording.file is not None:
-                writer, recovery = _recording(config, prepared, streams, stepper, log, accept_numerics_change)
+                writer, recovery = _recording(config, prepared, streams, stepper, accept_numerics_change)
                 undo.callback(writer.discard if recovery is None else writer.abandon)
             server = Server(config, router, stepper, info, streams, writer, process, log)
         except (LimitsError, RecordingError) as error:
@@ -186,31 +185,15 @@ def _recording(
     prepared: Prepared,
     streams: Streams,
     stepper: Stepper,
-    log: structlog.stdlib.BoundLogger,
     accept_numerics_change: bool,
 ) -> tuple[RecordingWriter, Recovery | None]:
     """A new recording, or the one that is there, with its streams put back."""
     path = config.recording.file
     assert path is not None
     header = recording_header(prepared, config)
-    family.refuse_place(path)
-    family.settle(path)
-
-    def on_damaged(error: RecordingError) -> None:
-        log.warning("damaged file kept", reason=str(error), hint="it is not needed to go on, and not removed by itself")
-
-    files = family.members(path, may_be_damaged=True, on_damaged=on_damaged)
-    if not files:
+    check_place(path)
+    if not holds_recording(path):
         return RecordingWriter.create(path, header), None
-    with RecordingReader(files[-1].path) as reader:
-        missing = family.missing_follower(reader)
-    if missing is not None:  # a loss of power in the middle of a rotation leaves the same, so it is gone on
-        log.warning(
-            "newest file missing",
-            file=str(files[-1].path),
-            reason=f"the recording goes on in {missing}, which is not there; what that held is not served again",
-            hint="if it was moved, stop at once and put it back",
-        )
     writer, recovery = go_on(
         path, header, streams.table, streams.rings, stepper, accept_numerics_change=accept_numerics_change
     )

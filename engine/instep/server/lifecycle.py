@@ -134,7 +134,7 @@ class Lifecycle:
             self.close(opened[is_left], "failed", closed)
             self.on_not_loaded(opened)  # somebody who took a stream over may have sent frames
 
-        # Whoever reads the slots from now on, a rotation above all, must not find what is left of their last streams.
+        # Whoever reads the slots from now on must not find what is left of their last streams.
         self.waits.submit(lambda: self._stepper.load(opened, initial), done)
 
     def _grants(self, slots: I64) -> GrantArray:

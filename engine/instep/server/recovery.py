@@ -48,7 +48,7 @@ def go_on(
     """Put the open streams of a recording into an engine that serves nobody yet, and go on writing it.
 
     Args:
-        path: the recording's first file, or where that was; the newest is gone on with.
+        path: the recording.
         header: what the engine says of itself now.
         table: the streams, none open.
         rings: their frames.
@@ -61,7 +61,7 @@ def go_on(
     """
     began = time.perf_counter()
     writer = RecordingWriter.resume(path, header, accept_numerics_change)
-    path, changed = writer.path, writer.numerics_changed
+    changed = writer.numerics_changed
     try:
         with read_recovery(path, lambda _: None) as recovered:
             replay = _Replay(path, table, rings, stepper, check_outputs=not changed)

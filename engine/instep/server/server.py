@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
 from instep.config import Config
 from instep.recording.recorder import Recorder
-from instep.recording.retention import Retention
 from instep.recording.writer import RecordingWriter
 from instep.runtime.step_process import StepProcess
 from instep.runtime.stepper import Stepper
@@ -25,7 +23,6 @@ from instep.server.evictions import Evictions
 from instep.server.lifecycle import Lifecycle
 from instep.server.postbox import Postbox
 from instep.server.recovery import Recovery
-from instep.server.rotation import Rotation, age_ns
 from instep.server.snapshots import Snapshots
 from instep.server.statistics import Statistics
 from instep.server.streams import Streams
@@ -126,20 +123,7 @@ class Server:
         self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
         target_ns = round(config.recording.recovery_target_s * 1e9)
         self._snapshots = Snapshots(table, rings, stepper, self._worker, tap, self._step_failed, target_ns)
-        self._snapshots.on_committed = self._snapshot_committed
         self.engine.on_changed = self._snapshots.take_if_due
-        self._rotation = Rotation(
-            table,
-            rings,
-            stepper,
-            self._worker,
-            tap,
-            self._snapshots,
-            self._step_failed,
-            config.recording.max_bytes,
-            round(config.recording.max_age_s * 1e9),
-            began_ns=time.monotonic_ns() - age_ns(writer),
-        )
         self._verbs = Verbs(
             self.engine, self.lifecycle, tap, self._clients, self._postbox, self.info, self._limits, self.statistics
         )
@@ -274,16 +258,8 @@ class Server:
             self._postbox.probe(now_ns)  # first: streams of a connection that is gone are parked, not idle
         self.lifecycle.departures.tidy()
         self._evictions.look(now_ns)
-        self._rotate_if_due(now_ns)
         self._snapshots.take_if_due()
         self._pump()
-
-    def _rotate_if_due(self, now_ns: int) -> None:
-        if self._rotation.is_due(now_ns) and not self.engine.draining:
-            self._rotation.begin(now_ns)
-
-    def _snapshot_committed(self) -> None:
-        self._rotate_if_due(time.monotonic_ns())  # before the next snapshot, where one comes after the other
 
     # ── Life ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -356,25 +332,6 @@ class Server:
             on_room=lambda: self._hand_back(lambda: self.engine.schedule()),
             on_failure=lambda error: self._hand_back(lambda: self._recording_failed(error)),
             on_durable=lambda ticket: self._hand_back(lambda: self._tap.durable(ticket)),
-            retention=self._retention(writer),
-            on_rotated=self._rotated,
-        )
-
-    def _rotated(self, path: Path, seconds: float) -> None:
-        paused_s = round(self._rotation.paused_ns / 1e9, 4)
-        self._log.info("recording goes on", file=str(path), steps_paused_s=paused_s, written_s=round(seconds, 4))
-
-    def _retention(self, writer: RecordingWriter) -> Retention | None:
-        recording = self.config.recording
-        if not (recording.keep_bytes or recording.keep_s):
-            return None
-        return Retention(
-            writer.files,
-            recording.keep_bytes,
-            round(recording.keep_s * 1e9),
-            time.time_ns,
-            on_removed=lambda path, size: self._log.info("recording removed", file=str(path), bytes=size),
-            on_kept=lambda path, error: self._log.warning("recording not removed", file=str(path), error=str(error)),
         )
 
     def _recording_failed(self, error: Exception) -> None:

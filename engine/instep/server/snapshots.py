@@ -57,8 +57,6 @@ class Snapshots:
         self._at_once = at_once
         self.is_under_way = False
         """Until the recording holds it."""
-        self.on_committed: Callable[[], None] = lambda: None
-        """Called when the recording holds a snapshot, and when it will not hold one."""
 
     @property
     def is_due(self) -> bool:
@@ -83,7 +81,6 @@ class Snapshots:
                 keeping.committed(slots[part])
                 if is_last:
                     self.is_under_way = False
-                    self.on_committed()
                 else:
                     read(part.stop)
 
@@ -94,7 +91,6 @@ class Snapshots:
                 if states is None or is_lost.any():  # what is lost is about to close
                     self.is_under_way = False
                     keeping.failed(slots)  # they stay due, the older snapshot stays good
-                    self.on_committed()
                     return
                 rows = self._rows(slots[part], streams[part], states)
                 record = tap.snapshot if is_last else tap.states

@@ -13,7 +13,6 @@ import numpy as np
 from instep.core.rings import Rings
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64, Bool
-from instep.recording.carried import Carried
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
 from instep.recording.schema import OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
@@ -52,10 +51,6 @@ class Tap:
         """The ticket of whatever was recorded last."""
         self.computed_ns = 0
         """How long the steps since then took."""
-        self.is_paused = False
-        """Whether no step may begin for now, so that what was recorded is the end of a file."""
-        self.on_reset: Callable[[I64], None] = lambda slots: None
-        """Called with the slots of streams that were given other states, int64 [N]."""
 
     def record(self, recorder: Recorder, last_stream: int, last_row: int, *, waits: bool) -> None:
         """From now on, tell a recorder.
@@ -73,8 +68,8 @@ class Tap:
 
     @property
     def has_room(self) -> bool:
-        """Whether a batch may be stepped now: False while paused or the recorder is behind, and after it failed."""
-        return self._recorder is None or (not self.is_paused and self._recorder.has_room and not self.has_failed)
+        """Whether a batch may be stepped now: False while the recorder is behind, and after it failed."""
+        return self._recorder is None or (self._recorder.has_room and not self.has_failed)
 
     @property
     def room(self) -> int:
@@ -90,11 +85,6 @@ class Tap:
     def is_recording(self) -> bool:
         """Whether there is a recording."""
         return self._recorder is not None
-
-    @property
-    def grown_bytes(self) -> int:
-        """How much was recorded since the newest file began."""
-        return 0 if self._recorder is None else self._recorder.grown_bytes
 
     @property
     def is_quiet(self) -> bool:
@@ -171,31 +161,6 @@ class Tap:
             return NEVER
         return self._said(self._recorder.snapshot, time.time_ns(), through, rows)
 
-    def rotate(self, slots: I64, names: Sequence[str], states: Sequence[StateRows]) -> None:
-        """From here on, everything goes into another file, which begins with all open streams in these states.
-
-        Args:
-            slots: of all of them, int64 [N].
-            names: theirs.
-            states: theirs, as of now, in the same order, in parts.
-        """
-        if self._recorder is None:
-            return
-        table = self._table
-        carried = Carried(
-            states,
-            list(names),
-            table.epoch[slots],
-            table.former_epoch[slots],
-            table.granted_seq[slots],
-            table.renumbered[slots],
-            table.first_seq[slots],
-            self._last_stream,
-            table.last_epoch,
-        )
-        self.computed_ns = 0
-        self.last_inputs = self._said(self._recorder.rotate, time.time_ns(), carried)
-
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def opened(self, slots: I64, names: Sequence[str], initial_states: F32 | None) -> int:
@@ -223,7 +188,6 @@ class Tap:
         """Streams with nothing pending were given other states, float32 [N, layers, size], or zeros."""
         if self._recorder is not None:
             self._table.keeping.changed(slots)  # again: a snapshot may have taken them since the change began
-            self.on_reset(slots)
         return self._events(slots, RESET_EVENT, self._table.step_seq[slots], repeat("", len(slots)), states)
 
     def closed(self, slots: I64, reason: str, final_states: F32, lost: Bool) -> int:
