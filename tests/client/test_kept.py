@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from instep_client.protocol.codes import Code
@@ -125,3 +128,19 @@ def test_the_only_call_of_a_handle_can_be_withdrawn() -> None:
     link.session.cancel(call)
     assert link.advance() == []
     assert link.finish(link.session.step(handle, X[0]))
+
+
+def test_outputs_that_nobody_takes_are_kept_for_as_long_as_the_handle_and_no_longer() -> None:
+    link = Link()
+    handle = link.open("a")
+    kept = link.session.step(handle, X[0], keep=True)
+    link.finish(link.session.close(handle))
+    assert link.session.take(handle) is kept
+    handle = link.open("a")
+    link.session.step(handle, X[0], keep=True)
+    link.finish(link.session.close(handle))
+    link.session.take_woken()
+    rows = weakref.ref(handle.rows)
+    del handle
+    gc.collect()
+    assert rows() is None
