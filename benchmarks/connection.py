@@ -177,6 +177,6 @@ def _split(first: int, y: bytes | zmq.Frame, fields: Sequence[Any]) -> Iterator[
         yield request, outputs[:, start:end].tobytes()
 
 
-def _check_none(failures: Sequence[replies.Failure]) -> None:
+def _check_none(failures: Sequence[replies.ColumnError]) -> None:
     if failures:
         raise NotServed(failures[0].sentence)

@@ -207,7 +207,7 @@ class TestVerify:
         ((args, kwargs),) = verifier.calls
         kwargs.pop("console")
         assert (args, kwargs) == (
-            ([Path("r.instep")],),
+            (Path("r.instep"),),
             {"model_folder": Path("m"), "streams": ["7", "a"], "json": True},
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "Answer",
     "AsyncClient",
     "AsyncGroup",
     "AsyncStream",
@@ -31,12 +30,13 @@ __all__ = [
     "StreamEvicted",
     "StreamRefused",
     "StreamSnapshot",
+    "TimedOutputs",
 ]
 
 if TYPE_CHECKING:
     from instep_client.aio import AsyncClient
     from instep_client.aio_streams import AsyncGroup, AsyncStream
-    from instep_client.calls import Answer
+    from instep_client.calls import TimedOutputs
     from instep_client.protocol.errors import (
         ClientClosed,
         ConnectionFailed,

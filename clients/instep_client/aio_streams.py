@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy.typing as npt
 
-from instep_client.calls import Answer
+from instep_client.calls import TimedOutputs
 from instep_client.driver import Driver
 from instep_client.protocol.wire import F32, U64
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
-from instep_client.streams import Lane
+from instep_client.streams import StreamHandle
 
 
 class AsyncStream:
@@ -28,26 +28,26 @@ class AsyncStream:
     ConnectionFailed once the server is gone for good, and ClientClosed after `close`.
     """
 
-    def __init__(self, session: Session, driver: Driver, lane: Lane) -> None:
+    def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
         """Made by `AsyncClient.open`."""
         self._session = session
         self._driver = driver
-        self._lane = lane
+        self._handle = handle
 
     @property
     def name(self) -> str:
         """The name it was opened by."""
-        return self._lane.names[0]
+        return self._handle.names[0]
 
     @property
     def next_seq(self) -> int:
         """The seq of the next frame that is sent; with nothing on its way, that of the next frame applied."""
-        return int(self._session.next_seqs(self._lane)[0])
+        return int(self._session.next_seqs(self._handle)[0])
 
     @property
     def epoch(self) -> int:
         """The number of this ownership of the stream, by which it can be resumed; a new one with each connection."""
-        return int(self._session.epochs(self._lane)[0])
+        return int(self._session.epochs(self._handle)[0])
 
     async def step(self, x: npt.ArrayLike) -> F32:
         """Send a frame [features] or a chunk [T, features]; its outputs, [outputs] or [T, outputs].
@@ -58,9 +58,9 @@ class AsyncStream:
         """
         return (await self.step_timed(x)).outputs
 
-    async def step_timed(self, x: npt.ArrayLike) -> Answer:
+    async def step_timed(self, x: npt.ArrayLike) -> TimedOutputs:
         """Like `step`, with the server's times beside the outputs."""
-        return await self._driver.wait(self._session.step(self._lane, x))
+        return await self._driver.wait(self._session.step(self._handle, x))
 
     async def send(self, x: npt.ArrayLike) -> None:
         """Send a frame or chunk without waiting for its outputs, which iterating over the stream gives.
@@ -71,11 +71,11 @@ class AsyncStream:
             InvalidInput: for another shape, or values that float32 cannot hold.
             InstepError: when outputs wait and nobody reads any of them for the client's `timeout_s`.
         """
-        await self._driver.wait_sent(self._session.step(self._lane, x, keep=True))
+        await self._driver.wait_sent(self._session.step(self._handle, x, keep=True))
 
     def finish(self) -> None:
         """Nothing more will be sent with `send`: iterating ends after the last output."""
-        self._session.finish(self._lane)
+        self._session.finish(self._handle)
         self._driver.wake()
 
     def __aiter__(self) -> AsyncStream:
@@ -95,13 +95,13 @@ class AsyncStream:
     async def next_outputs(self) -> F32 | None:
         """What iterating gives next, or None at its end."""
         while True:
-            call = self._session.take(self._lane)
+            call = self._session.take(self._handle)
             if call is not None:
                 self._driver.wake()
                 return call.result().outputs
-            if self._session.outputs_end(self._lane):
+            if self._session.outputs_end(self._handle):
                 return None
-            await self._driver.wait_news(self._lane)
+            await self._driver.wait_news(self._handle)
 
     async def read_state(self) -> tuple[int, F32]:
         """The state as it is now and the seq of the frame that comes next: float32 [state_layers, state_size].
@@ -109,7 +109,7 @@ class AsyncStream:
         What was sent and is not applied yet is not in it.
         """
         info = self._session.info
-        seqs, states = await self._driver.wait(self._session.read_state(self._lane))
+        seqs, states = await self._driver.wait(self._session.read_state(self._handle))
         return int(seqs[0]), states.reshape(info.state_layers, info.state_size)
 
     async def reset(self, state: npt.ArrayLike | None = None) -> None:
@@ -119,7 +119,7 @@ class AsyncStream:
             StreamRefused: when the server refuses.
             InvalidInput: for a state of another shape.
         """
-        await self._driver.wait(self._session.reset(self._lane, state))
+        await self._driver.wait(self._session.reset(self._handle, state))
 
     async def fork(self, name: str) -> AsyncStream:
         """A new stream that begins with this one's state and seq, once everything sent was answered.
@@ -129,8 +129,8 @@ class AsyncStream:
             ConnectionFailed: when the connection was lost and the new stream may be open.
             InvalidInput: for a bad name.
         """
-        lane = await self._driver.wait(self._session.fork(self._lane, [name]))
-        return AsyncStream(self._session, self._driver, lane)
+        handle = await self._driver.wait(self._session.fork(self._handle, [name]))
+        return AsyncStream(self._session, self._driver, handle)
 
     async def snapshot(self) -> StreamSnapshot:
         """The state with its seq and model: it can be saved, and restored on any server of that model."""
@@ -145,36 +145,36 @@ class AsyncStream:
             StreamRefused: when the server refuses.
         """
         info = self._session.info
-        final = await self._driver.wait(self._session.close(self._lane))
+        final = await self._driver.wait(self._session.close(self._handle))
         return final.reshape(info.state_layers, info.state_size)
 
 
 class AsyncGroup:
     """Many streams stepped by one array; each is a stream of its own, and may be refused or evicted alone."""
 
-    def __init__(self, session: Session, driver: Driver, lane: Lane) -> None:
+    def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
         """Made by `AsyncClient.open_group`."""
         self._session = session
         self._driver = driver
-        self._lane = lane
+        self._handle = handle
 
     def __len__(self) -> int:
-        return len(self._lane.names)
+        return len(self._handle.names)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names they were opened by."""
-        return self._lane.names
+        return self._handle.names
 
     @property
     def next_seqs(self) -> U64:
         """The seq of the next frame of each stream, uint64 [N]."""
-        return self._session.next_seqs(self._lane)
+        return self._session.next_seqs(self._handle)
 
     @property
     def epochs(self) -> U64:
         """The numbers of these ownerships, uint64 [N]; see `AsyncStream.epoch`."""
-        return self._session.epochs(self._lane)
+        return self._session.epochs(self._handle)
 
     async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
         """Send one frame for each stream, or T: [N, features] or [T, N, features]; outputs in the same form.
@@ -188,14 +188,14 @@ class AsyncGroup:
         """
         return (await self.step_timed(x, rows)).outputs
 
-    async def step_timed(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> Answer:
+    async def step_timed(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> TimedOutputs:
         """Like `step`, with the server's times beside the outputs."""
-        return await self._driver.wait(self._session.step(self._lane, x, rows))
+        return await self._driver.wait(self._session.step(self._handle, x, rows))
 
     async def read_state(self) -> tuple[U64, F32]:
         """Seqs uint64 [N] and states float32 [N, state_layers, state_size]; see `AsyncStream.read_state`."""
         info = self._session.info
-        seqs, states = await self._driver.wait(self._session.read_state(self._lane))
+        seqs, states = await self._driver.wait(self._session.read_state(self._handle))
         return seqs, states.reshape(len(self), info.state_layers, info.state_size)
 
     async def reset(self, states: npt.ArrayLike | None = None) -> None:
@@ -205,12 +205,12 @@ class AsyncGroup:
             StreamRefused: naming the first stream that the server refuses; others may have been reset.
             InvalidInput: for states of another shape.
         """
-        await self._driver.wait(self._session.reset(self._lane, states))
+        await self._driver.wait(self._session.reset(self._handle, states))
 
     async def fork(self, names: Sequence[str]) -> AsyncGroup:
         """New streams, one for each of these, that begin with their states and seqs; see `AsyncStream.fork`."""
-        lane = await self._driver.wait(self._session.fork(self._lane, names))
-        return AsyncGroup(self._session, self._driver, lane)
+        handle = await self._driver.wait(self._session.fork(self._handle, names))
+        return AsyncGroup(self._session, self._driver, handle)
 
     async def close(self) -> F32:
         """Close all; their final states, float32 [N, state_layers, state_size], NaN for those that had ended.
@@ -219,5 +219,5 @@ class AsyncGroup:
             StreamRefused: when the server refuses one that is open.
         """
         info = self._session.info
-        finals = await self._driver.wait(self._session.close(self._lane))
+        finals = await self._driver.wait(self._session.close(self._handle))
         return finals.reshape(len(self), info.state_layers, info.state_size)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from instep_client.arrays import Indices
-from instep_client.calls import StepCall
 from instep_client.protocol.wire import F32, U64
 from instep_client.replies import Stepped
-from instep_client.streams import ACKED, HANDLE, SEQ, StreamTable
+from instep_client.steps import StepCall
+from instep_client.streams import ACKED, HANDLE, SEQ, OpenStreams
 
 
-class Block:
+class StepBlock:
     """T timesteps of N streams: a piece of one call, or single frames of many calls side by side."""
 
     __slots__ = ("calls", "columns", "request", "rows", "start", "where", "x")
@@ -43,15 +43,15 @@ class Block:
 
     @classmethod
     def of_piece(
-        cls, table: StreamTable, call: StepCall, rows: Indices, x: F32, start: int, where: Indices | slice
-    ) -> Block:
+        cls, table: OpenStreams, call: StepCall, rows: Indices, x: F32, start: int, where: Indices | slice
+    ) -> StepBlock:
         """A piece of a call; its streams' next seqs move on."""
         columns = table.columns[rows]
         table.columns[rows, SEQ] += np.uint64(len(x))
         return cls((call,), rows, columns, x, start, where)
 
     @classmethod
-    def of_singles(cls, table: StreamTable, calls: Sequence[StepCall]) -> Block:
+    def of_singles(cls, table: OpenStreams, calls: Sequence[StepCall]) -> StepBlock:
         """Single frames of distinct streams side by side; their next seqs move on."""
         if len(calls) == 1:
             rows, x = calls[0].rows, calls[0].x
@@ -81,7 +81,7 @@ class Block:
             return np.array([call.stamp for call in self.calls], np.int64)
         return self.calls[0].stamp
 
-    def take(self, columns: Indices) -> Block:
+    def take(self, columns: Indices) -> StepBlock:
         """A block of some of the columns, sent when this one was."""
         calls: Sequence[StepCall] = self.calls
         where: Indices | None = None
@@ -92,11 +92,11 @@ class Block:
         else:
             where = self.where[columns]
         x = np.ascontiguousarray(self.x[:, columns])
-        part = Block(calls, self.rows[columns], self.columns[columns], x, self.start, where)
+        part = StepBlock(calls, self.rows[columns], self.columns[columns], x, self.start, where)
         part.request = self.request
         return part
 
-    def renew(self, table: StreamTable) -> None:
+    def renew(self, table: OpenStreams) -> None:
         """It is sent again: under the present handles, with what has come until now."""
         present = table.columns[self.rows]
         self.columns[:, HANDLE] = present[:, HANDLE]
@@ -112,9 +112,9 @@ class Block:
         self.settle(answer.times)
 
     def settle(self, times: tuple[int, int, int] = (0, 0, 0)) -> None:
-        """Count its frames as answered in every call and lane."""
+        """Count its frames as answered in every call and stream handle."""
         share = self.x.shape[0] if self.where is None else self.frames
         for call in self.calls:
             call.left -= share
-            call.lane.unanswered -= share
+            call.handle.unanswered -= share
             call.took(times)

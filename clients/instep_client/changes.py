@@ -7,13 +7,12 @@ from collections.abc import Callable
 import numpy as np
 
 from instep_client import arrays
-from instep_client.calls import ENDING
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
 from instep_client.protocol.errors import StreamEvicted, StreamRefused
 from instep_client.protocol.wire import F32, Kind, ServerInfo, raw
-from instep_client.replies import Failure
+from instep_client.replies import ColumnError
 from instep_client.requests import CloseCall, ResetCall
-from instep_client.streams import HANDLE, Lane, StreamTable
+from instep_client.streams import ENDING, HANDLE, OpenStreams, StreamHandle
 
 
 class Changes:
@@ -23,10 +22,12 @@ class Changes:
         table: the streams.
         info: what the server takes.
         outbox: where requests go.
-        answered: told of a lane for which a RESET or CLOSE was answered.
+        answered: told of a stream handle for which a RESET or CLOSE was answered.
     """
 
-    def __init__(self, table: StreamTable, info: ServerInfo, outbox: Outbox, answered: Callable[[Lane], None]) -> None:
+    def __init__(
+        self, table: OpenStreams, info: ServerInfo, outbox: Outbox, answered: Callable[[StreamHandle], None]
+    ) -> None:
         self._table = table
         self._outbox = outbox
         self._answered = answered
@@ -35,10 +36,12 @@ class Changes:
 
     def ask(self, call: ResetCall | CloseCall) -> None:
         """Ask for what a call wants; again, when it was asked before over a connection that is lost."""
-        lane = call.lane
-        wanted = np.arange(len(lane.rows))
+        handle = call.handle
+        wanted = np.arange(len(handle.rows))
         if isinstance(call, CloseCall):  # those that the server has ended or closed need no closing
-            wanted = np.flatnonzero((self._table.ended[lane.rows] == 0) & (self._table.columns[lane.rows, HANDLE] != 0))
+            wanted = np.flatnonzero(
+                (self._table.ended[handle.rows] == 0) & (self._table.columns[handle.rows, HANDLE] != 0)
+            )
         pieces = [wanted[part] for part in parts(len(wanted), self._most)]
         call.begin(len(pieces))
         for part in pieces:
@@ -47,7 +50,7 @@ class Changes:
             self._end(call)
 
     def _ask(self, call: ResetCall | CloseCall, part: arrays.Indices) -> None:
-        handles = self._table.columns[call.lane.rows[part], HANDLE].tobytes()
+        handles = self._table.columns[call.handle.rows[part], HANDLE].tobytes()
         if isinstance(call, ResetCall):
             states = b"" if call.states is None else raw(call.states[part])
             has_states = int(call.states is not None)
@@ -55,20 +58,20 @@ class Changes:
         else:
             self._outbox.ask(Kind.CLOSE, call, len(part), frames=[handles], part=part)
 
-    def farewell(self) -> None:
+    def close_all(self) -> None:
         """Close every stream there is; nobody waits for the answer."""
         live = self._table.live_rows()
         for part in parts(len(live), self._most):
             handles = self._table.columns[live[part], HANDLE].tobytes()
             self._outbox.ask(Kind.CLOSE, None, len(part), frames=[handles])
 
-    def changed(self, call: ResetCall, part: arrays.Indices, failures: list[Failure]) -> None:
+    def changed(self, call: ResetCall, part: arrays.Indices, failures: list[ColumnError]) -> None:
         """CHANGED came for a part of a call."""
         for column, _, code, sentence, _ in failures[:1]:
             call.note(int(part[column]), code, sentence)
         self.part_answered(call)
 
-    def closed(self, call: CloseCall, part: arrays.Indices, finals: F32, failures: list[Failure]) -> None:
+    def closed(self, call: CloseCall, part: arrays.Indices, finals: F32, failures: list[ColumnError]) -> None:
         """CLOSED came for a part of a call."""
         call.finals[part] = finals
         is_closed = np.ones(len(part), np.bool_)
@@ -76,9 +79,9 @@ class Changes:
             index = int(part[column])
             call.finals[index] = np.nan
             is_closed[column] = code in ENDING
-            if call.lane.single or code not in ENDING:
+            if call.handle.single or code not in ENDING:
                 call.note(index, code, sentence)
-        self._table.columns[call.lane.rows[part[is_closed]], HANDLE] = 0
+        self._table.columns[call.handle.rows[part[is_closed]], HANDLE] = 0
         self.part_answered(call)
 
     def part_answered(self, call: ResetCall | CloseCall) -> None:
@@ -87,26 +90,26 @@ class Changes:
             self._end(call)
 
     def _end(self, call: ResetCall | CloseCall) -> None:
-        lane = call.lane
-        row = int(lane.rows[0])
-        if isinstance(call, CloseCall) and lane.single and self._table.ended[row]:
+        handle = call.handle
+        row = int(handle.rows[0])
+        if isinstance(call, CloseCall) and handle.single and self._table.ended[row]:
             call.fail(self._table.why_ended(row))
         elif call.refusal is not None:
             index, code, sentence, _ = call.refusal
             has_ended = code in ENDING and not isinstance(call, CloseCall)
-            call.fail((StreamEvicted if has_ended else StreamRefused)(code, sentence, lane.names[index]))
+            call.fail((StreamEvicted if has_ended else StreamRefused)(code, sentence, handle.names[index]))
         elif isinstance(call, CloseCall):
             call.finish(call.finals)
         else:
             call.finish(None)
         if isinstance(call, CloseCall):
-            self._close(lane, call.refusal is not None and call.refusal.code not in ENDING)
-        self._answered(lane)
+            self._close(handle, call.refusal is not None and call.refusal.code not in ENDING)
+        self._answered(handle)
         self._outbox.wake(call)
-        self._outbox.wake(lane)
+        self._outbox.wake(handle)
 
-    def _close(self, lane: Lane, was_refused: bool) -> None:
+    def _close(self, handle: StreamHandle, was_refused: bool) -> None:
         if was_refused:
-            lane.closing = False  # the streams are as they were: the user may try again
+            handle.closing = False  # the streams are as they were: the user may try again
         else:
-            self._table.remove(lane)
+            self._table.remove(handle)

@@ -7,7 +7,7 @@ from enum import Enum
 from random import Random
 from typing import Any
 
-from instep_client.calls import Call, Ping, Statistics
+from instep_client.calls import Call, PingCall, StatisticsCall
 from instep_client.changes import Changes
 from instep_client.endpoint import checked_endpoint
 from instep_client.flow import Flow
@@ -16,10 +16,10 @@ from instep_client.outbox import Outbox
 from instep_client.protocol import wire
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput
 from instep_client.protocol.wire import Kind, Message, ServerInfo
-from instep_client.recovery import Recovery
-from instep_client.requests import CloseCall, ForkCall, LaneCall, OpenCall, ReadStateCall, ResetCall
+from instep_client.reconnection import Reconnection
+from instep_client.requests import CloseCall, ForkCall, OpenCall, QueuedCall, ReadStateCall, ResetCall
 from instep_client.state_reads import StateReads
-from instep_client.streams import Lane, StreamTable
+from instep_client.streams import OpenStreams, StreamHandle
 
 
 class State(Enum):
@@ -40,7 +40,7 @@ class Connection:
         name: str = "",
         timeout_s: float = 10.0,
         reconnect_s: float = 30.0,
-        dice: Random | None = None,
+        rng: Random | None = None,
     ) -> None:
         """A session whose HELLO waits to be sent.
 
@@ -49,7 +49,7 @@ class Connection:
             name: told to the server.
             timeout_s: how long a silent server is waited for.
             reconnect_s: for how long another connection is tried for when one is lost; 0 for not at all.
-            dice: what the delays between attempts are drawn from.
+            rng: what the delays between attempts are drawn from.
 
         Raises:
             InvalidInput: for a bad endpoint, name or time.
@@ -65,8 +65,8 @@ class Connection:
         self._name = name
         self._timeout_s = timeout_s
         self._outbox = Outbox()
-        self._table = StreamTable()
-        self._recovery = Recovery(self._table, self._outbox, reconnect_s, timeout_s, dice or Random())
+        self._table = OpenStreams()
+        self._reconnection = Reconnection(self._table, self._outbox, reconnect_s, timeout_s, rng or Random())
         self._info: ServerInfo | None = None
         self._failure: tuple[type[InstepError], str] = (ClientClosed, "the client is not connected")
         self._heard_at = float("-inf")
@@ -99,7 +99,7 @@ class Connection:
     @property
     def loss(self) -> str:
         """How the connection was lost, while another one is tried for."""
-        return self._recovery.why
+        return self._reconnection.why
 
     def advance(self, now: float) -> None:
         """Send what may be sent; watch for silence; try for another connection when one was lost."""
@@ -113,14 +113,14 @@ class Connection:
         """When `advance` is to be called though nothing happens; None for never."""
         if self.state is State.ENDED:
             return None
-        times = [self._recovery.deadline()]
+        times = [self._reconnection.deadline()]
         if self.state is State.OPEN:
             times.append(self._flow.deadline(self._timeout_s))
             if self._keeps_alive():
                 times.append(self._heard_at + self.info.park_s / 2)
         if self._waiting_since is not None:
-            patience_s = self._timeout_s / 2 if self._may_probe() else self._timeout_s
-            times.append(max(self._heard_at, self._waiting_since) + patience_s)
+            timeout_s = self._timeout_s / 2 if self._may_probe() else self._timeout_s
+            times.append(max(self._heard_at, self._waiting_since) + timeout_s)
         return min((time for time in times if time is not None), default=None)
 
     def take_messages(self) -> list[Message]:
@@ -128,8 +128,8 @@ class Connection:
         messages, self._outbox.messages = self._outbox.messages, []
         return messages
 
-    def take_woken(self) -> list[Call[Any] | Lane]:
-        """Calls that ended or were sent, and lanes whose outputs changed."""
+    def take_woken(self) -> list[Call[Any] | StreamHandle]:
+        """Calls that ended or were sent, and stream handles whose outputs changed."""
         woken, self._outbox.woken = self._outbox.woken, []
         return woken
 
@@ -153,7 +153,7 @@ class Connection:
         if was_welcomed:
             self._flow.fail(error, sentence)
 
-    def leave(self, park: bool = False) -> Ping | None:
+    def leave(self, park: bool = False) -> PingCall | None:
         """End the session: what waits fails, open streams are closed. The Ping ends when the server has read that.
 
         With `park`, and without a connection, nothing is closed: the server parks the streams, and forgets them in
@@ -163,8 +163,8 @@ class Connection:
         self.fail(ClientClosed, "the client was closed")
         if park or not reachable or not len(self._table.live_rows()):
             return None
-        self._changes.farewell()
-        call = Ping(0.0)
+        self._changes.close_all()
+        call = PingCall(0.0)
         self._outbox.ask(Kind.PING, call)
         return call
 
@@ -176,17 +176,19 @@ class Connection:
         """Ask for what a call wants, now or when there is a connection again."""
         if self.state is State.RECONNECTING:
             self._postponed[call] = None
-        elif isinstance(call, Ping):
+        elif isinstance(call, PingCall):
             call.sent_at = max(call.sent_at, now)
             self._outbox.ask(Kind.PING, call)
-        elif isinstance(call, Statistics):
+        elif isinstance(call, StatisticsCall):
             self._outbox.ask(Kind.STATS, call)
-        elif isinstance(call, ForkCall | ReadStateCall | ResetCall) and call.lane is not None and call.lane.has_ended:
-            row = int(call.lane.rows[self._table.ended[call.lane.rows] != 0][0])
+        elif (
+            isinstance(call, ForkCall | ReadStateCall | ResetCall) and call.handle is not None and call.handle.has_ended
+        ):
+            row = int(call.handle.rows[self._table.ended[call.handle.rows] != 0][0])
             call.fail(self._table.why_ended(row))
             self._outbox.wake(call)
             if not isinstance(call, ReadStateCall):
-                self._flow.answered(call.lane)
+                self._flow.answered(call.handle)
         elif isinstance(call, OpenCall):
             self._openings.ask(call)
         elif isinstance(call, ReadStateCall):
@@ -194,13 +196,13 @@ class Connection:
         elif isinstance(call, ResetCall | CloseCall):
             self._changes.ask(call)
 
-    def _ask_in_turn(self, call: LaneCall) -> None:
-        self._flow.enqueue(call.lane, call)
+    def _ask_in_turn(self, call: QueuedCall) -> None:
+        self._flow.enqueue(call)
 
-    def _discard(self, lane: Lane, on_end: Callable[[], None] | None = None) -> None:
-        """Close a lane that nobody holds; `on_end` is called when that was done or failed."""
-        lane.closing = True
-        self._ask_in_turn(CloseCall(lane, self.info.state_layers * self.info.state_size, on_end))
+    def _discard(self, handle: StreamHandle, on_end: Callable[[], None] | None = None) -> None:
+        """Close a stream handle that nobody holds; `on_end` is called when that was done or failed."""
+        handle.closing = True
+        self._ask_in_turn(CloseCall(handle, self.info.state_layers * self.info.state_size, on_end))
 
     # Silence, loss and recovery.
 
@@ -231,7 +233,7 @@ class Connection:
         """Whether silence alone calls for a word: a connection that was lost unnoticed has its streams parked."""
         return (
             self.state is State.OPEN
-            and self._recovery.reconnect_s > 0
+            and self._reconnection.reconnect_s > 0
             and self.info.park_s > 0
             and not self._outbox.unanswered
             and not self._table.is_empty
@@ -242,12 +244,12 @@ class Connection:
         if self.state is State.GREETING:
             self.fail(ConnectionFailed, sentence)
             return
-        if not self._recovery.lost(now, sentence):
+        if not self._reconnection.lost(now, sentence):
             self._give_up()
             return
         if self.state is State.OPEN:
             self.state = State.RECONNECTING
-            self._flow.transit.lost()
+            self._flow.in_flight.lost()
         for asked in self._outbox.forget():
             call = asked.what
             if isinstance(call, Call) and not (isinstance(call, OpenCall) and not self._openings.lost(call)):
@@ -256,18 +258,18 @@ class Connection:
         self._waiting_since = None
 
     def _give_up(self) -> None:
-        why, reconnect_s = self._recovery.why, self._recovery.reconnect_s
+        why, reconnect_s = self._reconnection.why, self._reconnection.reconnect_s
         if reconnect_s:
             why += " " if why.endswith("?") else "; "
             why += f"this client tried to connect again for {reconnect_s:g} s and has given up: make another one"
         self.fail(ConnectionFailed, why)
 
     def _recover(self, now: float) -> None:
-        if self._recovery.is_over(now):
+        if self._reconnection.is_over(now):
             self._give_up()
-        elif self._recovery.is_unheard(now):
+        elif self._reconnection.has_timed_out(now):
             self._lose(now, "")
-        elif self._recovery.is_due(now):
+        elif self._reconnection.is_due(now):
             self._wants_socket = True
             self._is_new = True
             self._outbox.ask(Kind.HELLO, None, wire.PROTOCOL_VERSION, self._name)

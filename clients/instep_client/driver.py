@@ -17,14 +17,15 @@ from weakref import WeakKeyDictionary
 
 import zmq
 
-from instep_client.calls import Call, StepCall
+from instep_client.calls import Call
 from instep_client.endpoint import EXAMPLES
 from instep_client.outbox import MAX_REPLY_BYTES
 from instep_client.protocol import multipart
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed
 from instep_client.protocol.wire import Message
 from instep_client.session import Session
-from instep_client.streams import Lane
+from instep_client.steps import StepCall
+from instep_client.streams import StreamHandle
 
 R = TypeVar("R")
 
@@ -82,7 +83,7 @@ class Driver:
 
         May be called twice.
         """
-        farewell = self._session.leave(park)
+        close_all = self._session.leave(park)
         if self._stopped:
             return
         self._stopped = True
@@ -90,8 +91,8 @@ class Driver:
             return
         try:
             self._pump()
-            if farewell is not None and not farewell.done:
-                farewell.waiter = waiter = self._loop.create_future()
+            if close_all is not None and not close_all.done:
+                close_all.waiter = waiter = self._loop.create_future()
                 await asyncio.wait((waiter,), timeout=_FAREWELL_S)
         finally:
             if self._timer is not None:
@@ -113,11 +114,11 @@ class Driver:
         if not call.sent:
             call.result()
 
-    async def wait_news(self, lane: Lane) -> None:
-        """Until the lane's outputs changed. Many tasks may wait for one lane."""
-        waiter = lane.waiter
+    async def wait_news(self, handle: StreamHandle) -> None:
+        """Until the stream handle's outputs changed. Many tasks may wait for one stream handle."""
+        waiter = handle.waiter
         if not isinstance(waiter, asyncio.Future) or waiter.done():
-            lane.waiter = waiter = self._loop.create_future()
+            handle.waiter = waiter = self._loop.create_future()
         await asyncio.wait((waiter,))
 
     def wake(self) -> None:

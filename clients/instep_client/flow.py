@@ -1,4 +1,4 @@
-"""What is sent when: lanes take turns, and the server's credit and each stream's window bound what is unanswered."""
+"""What is sent when: stream handles take turns, within the server's credit and the window of each stream."""
 
 from __future__ import annotations
 
@@ -8,33 +8,48 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from instep_client.arrays import Indices
-from instep_client.blocks import Block
-from instep_client.calls import Failed, StepCall
+from instep_client.blocks import StepBlock
+from instep_client.calls import OutputsCall
+from instep_client.in_flight import BEHIND, InFlight
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import COLUMN, MAX_BLOCK_STREAMS, Code, ServerInfo
-from instep_client.requests import CloseCall, LaneCall
-from instep_client.streams import SEQ, Lane, StreamTable
-from instep_client.transit import BEHIND, Transit
+from instep_client.requests import CloseCall, QueuedCall
+from instep_client.steps import FailedFrames, StepCall
+from instep_client.streams import SEQ, OpenStreams, StreamHandle
+
+
+class SendQueue:
+    """The calls of one stream handle that were not sent, or not sent completely, in the order they were made."""
+
+    __slots__ = ("calls", "handle", "in_line", "request_pending")
+
+    def __init__(self, handle: StreamHandle) -> None:
+        self.handle = handle
+        self.calls: deque[StepCall | QueuedCall] = deque()
+        self.in_line = False
+        """Whether it is among those that take turns."""
+        self.request_pending = False
+        """Whether a request other than STEP is unanswered; nothing more is sent until it is answered."""
 
 
 class Flow:
-    """The lanes of one session, from the user's calls to blocks on their way.
+    """The stream handles of one session, from the user's calls to blocks in flight.
 
     Args:
         table: the streams.
         info: what the server takes.
         outbox: where blocks go.
         ask: asks for what a call wants whose turn has come.
-        shutdown_s: as for `Transit`.
+        shutdown_s: as for `InFlight`.
     """
 
     def __init__(
         self,
-        table: StreamTable,
+        table: OpenStreams,
         info: ServerInfo,
         outbox: Outbox,
-        ask: Callable[[LaneCall], None],
+        ask: Callable[[QueuedCall], None],
         shutdown_s: float,
     ) -> None:
         self._table = table
@@ -55,38 +70,42 @@ class Flow:
         self._most_columns = max(
             1, min(self._most_frames, MAX_BLOCK_STREAMS, info.max_message_bytes // COLUMN.itemsize)
         )
-        self._line: deque[Lane] = deque()
-        self.transit = Transit(table, outbox, info.outputs, shutdown_s, self._conclude, self.end)
-        self._full_since: dict[Lane, float] = {}
+        self._queues: dict[StreamHandle, SendQueue] = {}
+        """From a handle's first call until it is closed."""
+        self._line: deque[SendQueue] = deque()
+        """The queues that take turns."""
+        self.in_flight = InFlight(table, outbox, info.outputs, shutdown_s, self._conclude, self.end)
+        self._full_since: dict[SendQueue, float] = {}
+        """The queues that wait until the user takes outputs, and since when."""
 
     def submit(self, call: StepCall) -> None:
-        """A new step call; it is sent when its lane's turn comes."""
+        """A new step call; it is sent when its stream handle's turn comes."""
         if not call.lone:
             call.cut(self._most_frames, self._most_columns, max(1, self._window // 2))
         if call.keep:
-            call.lane.results.append(call)
-        self.enqueue(call.lane, call)
+            call.handle.results.append(call)
+        self.enqueue(call)
 
-    def enqueue(self, lane: Lane, call: StepCall | LaneCall | None = None) -> None:
-        """The lane has something to send, or may be able to go on."""
-        if call is not None:
-            lane.calls.append(call)
-        if lane.calls and not (lane.queued or lane.asking or lane in self._full_since):
-            lane.queued = True
-            self._line.append(lane)
+    def enqueue(self, call: StepCall | QueuedCall) -> None:
+        """A call whose turn comes after those that were made through its stream handle before."""
+        queue = self._queues.get(call.handle)
+        if queue is None:
+            queue = self._queues[call.handle] = SendQueue(call.handle)
+        queue.calls.append(call)
+        self._continue(queue)
+
+    def _continue(self, queue: SendQueue) -> None:
+        """Put a queue in line, unless it has nothing to send or something holds it up."""
+        if queue.calls and not (queue.in_line or queue.request_pending or queue in self._full_since):
+            queue.in_line = True
+            self._line.append(queue)
 
     def advance(self, now: float, timeout_s: float) -> None:
         """Send everything that may be sent at `now`."""
-        for lane, since in list(self._full_since.items()):
+        for queue, since in list(self._full_since.items()):
             if now >= since + timeout_s:
-                self._abort(
-                    lane.calls[0],
-                    InstepError(
-                        f"nobody reads the outputs of stream {lane.names[0]!r}: {lane.unread} frames wait to be taken; "
-                        "iterate over the stream while sending, in another task or thread"
-                    ),
-                )
-        if not self.transit.is_free(now):
+                self._abort(queue, queue.calls[0], _nobody_reads(queue.handle))
+        if not self.in_flight.is_free(now):
             return
         while self._line and self._take_turns(now):
             pass
@@ -94,7 +113,7 @@ class Flow:
     def deadline(self, timeout_s: float) -> float | None:
         """When `advance` has something to do though no message comes."""
         times = [since + timeout_s for since in self._full_since.values()]
-        resend_at = self.transit.deadline()
+        resend_at = self.in_flight.deadline()
         if resend_at is not None:
             times.append(resend_at)
         return min(times, default=None)
@@ -102,167 +121,179 @@ class Flow:
     def end(self, rows: Indices, code: Code, sentence: str) -> None:
         """Streams have ended: what waits for them fails; what groups have on the way will be answered."""
         self._table.end(rows, code, sentence)
-        lanes: dict[Lane, None] = {}
+        handles: dict[StreamHandle, None] = {}
         for row in rows.tolist():
-            lane = self._table.lanes[row]
-            if lane is not None:
-                lanes[lane] = None
-        for lane in lanes:
-            lane.has_ended = True
-            for call in list(lane.calls):
-                if isinstance(call, CloseCall):
-                    if lane.single:  # it stays, to give the row back when nothing is unanswered
-                        call.fail(self._table.why_ended(int(lane.rows[0])))
-                        self._outbox.wake(call)
-                    continue
-                concerned = call.rows if isinstance(call, StepCall) else lane.rows
-                ended = concerned[self._table.ended[concerned] != 0]
-                if len(ended):
-                    self._abort(call, self._table.why_ended(int(ended[0])))
-            self._outbox.wake(lane)
-        for block in self.transit.blocks():
+            handle = self._table.handles[row]
+            if handle is not None:
+                handles[handle] = None
+        for handle in handles:
+            handle.has_ended = True
+            if handle in self._queues:
+                self._end_queued(self._queues[handle])
+            self._outbox.wake(handle)
+        for block in self.in_flight.blocks():
             for step in block.calls:
-                if step.lane in lanes and step.lane.single:
+                if step.handle in handles and step.handle.single:
                     self._end(step, self._table.why_ended(int(step.rows[0])))
+
+    def _end_queued(self, queue: SendQueue) -> None:
+        """Some streams of a queue have ended: its calls about them fail."""
+        handle = queue.handle
+        for call in list(queue.calls):
+            if isinstance(call, CloseCall):
+                if handle.single:  # it stays, to give the row back when nothing is unanswered
+                    call.fail(self._table.why_ended(int(handle.rows[0])))
+                    self._outbox.wake(call)
+                continue
+            concerned = call.rows if isinstance(call, StepCall) else handle.rows
+            ended = concerned[self._table.ended[concerned] != 0]
+            if len(ended):
+                self._abort(queue, call, self._table.why_ended(int(ended[0])))
 
     def withdraw(self, call: StepCall) -> None:
         """Nobody waits for a call any more: what of it was not sent is not sent; the rest stays on its way."""
-        if call in call.lane.calls:
-            self._abort(call, InstepError("the call was cancelled"))
+        queue = self._queues.get(call.handle)
+        if queue is not None and call in queue.calls:
+            self._abort(queue, call, InstepError("the call was cancelled"))
 
-    def answered(self, lane: Lane) -> None:
-        """What else was asked of a lane was answered: it goes on."""
-        lane.asking = False
-        self.enqueue(lane)
+    def answered(self, handle: StreamHandle) -> None:
+        """A request other than STEP was answered, on which the calls behind it wait."""
+        queue = self._queues[handle]
+        queue.request_pending = False
+        if handle.closed:
+            del self._queues[handle]
+        else:
+            self._continue(queue)
 
-    def take(self, lane: Lane) -> StepCall | None:
+    def take(self, handle: StreamHandle) -> OutputsCall | None:
         """The next pipelined send that is done, in the order of the sends."""
-        if not lane.results or not lane.results[0].done:
+        if not handle.results or not handle.results[0].done:
             return None
-        call = lane.results.popleft()
-        lane.unread -= call.frames
-        self._full_since.pop(lane, None)
-        self.enqueue(lane)
+        call = handle.results.popleft()
+        handle.unread -= call.frames
+        queue = self._queues.get(handle)
+        if queue is not None:
+            self._full_since.pop(queue, None)
+            self._continue(queue)
         return call
 
     def fail(self, error: type[InstepError], sentence: str) -> None:
-        """The connection is over: everything that waits or is on its way fails."""
-        for block in self.transit.blocks():
+        """The session is over: everything that waits or is in flight fails."""
+        for block in self.in_flight.blocks():
             for step in block.calls:
                 self._end(step, error(sentence))
-        for lane in self._table.live_lanes():
-            for call in list(lane.calls):
-                self._abort(call, error(sentence))
-            self._outbox.wake(lane)
+        for queue in self._queues.values():
+            for call in list(queue.calls):
+                self._abort(queue, call, error(sentence))
+        for handle in self._table.live_handles():
+            self._outbox.wake(handle)
         self._line.clear()
         self._full_since.clear()
 
     def _take_turns(self, now: float) -> bool:
-        """One round: the next block's worth of every lane in line, single frames side by side."""
-        room = self._credit - self.transit.unanswered_frames
+        """One round: the next block's worth of every stream handle in line, single frames side by side."""
+        room = self._credit - self.in_flight.unanswered_frames
         singles: list[StepCall] = []
         moved = False
         for _ in range(len(self._line)):
-            lane = self._line[0]
-            call = lane.calls[0]
+            queue = self._line[0]
+            handle, call = queue.handle, queue.calls[0]
             if not isinstance(call, StepCall):
-                self._pause(lane)
-                if lane.unanswered == 0:
-                    lane.calls.popleft()
-                    lane.asking = True
+                self._pause(queue)
+                if handle.unanswered == 0:
+                    queue.calls.popleft()
+                    queue.request_pending = True
                     self._ask(call)
                 continue
             begins = call.keep and not call.started
-            if begins and lane.unread and lane.unread + call.frames > self._credit:
-                self._pause(lane)
-                self._full_since[lane] = now
+            if begins and handle.unread and handle.unread + call.frames > self._credit:
+                self._pause(queue)
+                self._full_since[queue] = now
                 continue
             if call.next_frames() > room:
                 break
-            if lane.unanswered and not self._table.in_window(*call.next_rows(), self._window):
-                self._pause(lane)  # until some of its outputs have come
+            if handle.unanswered and not self._table.in_window(*call.next_rows(), self._window):
+                self._pause(queue)  # until some of its outputs have come
                 continue
             self._line.popleft()
             if begins:
-                lane.unread += call.frames
+                handle.unread += call.frames
             moved = True
-            if call.lone and lane.rewound_at < call.stamp:
+            if call.lone and handle.rewound_at < call.stamp:
                 singles.append(call)
                 call.advance()
-                lane.unanswered += 1
+                handle.unanswered += 1
                 room -= 1
                 if len(singles) == self._most_columns:
-                    self.transit.post(Block.of_singles(self._table, singles))
+                    self.in_flight.post(StepBlock.of_singles(self._table, singles))
                     singles = []
             else:
                 block = self._next_block(call)
                 if block is not None:
-                    lane.unanswered += block.frames
+                    handle.unanswered += block.frames
                     room -= block.frames
-                    self.transit.post(block)
+                    self.in_flight.post(block)
             if call.sent:
-                lane.calls.popleft()
+                queue.calls.popleft()
                 if call.keep:
                     self._outbox.wake(call)
                 if call.left == 0:
                     self._conclude((call,))
-            if lane.calls:
-                self._line.append(lane)
+            if queue.calls:
+                self._line.append(queue)
             else:
-                lane.queued = False
+                queue.in_line = False
         if singles:
-            self.transit.post(Block.of_singles(self._table, singles))
+            self.in_flight.post(StepBlock.of_singles(self._table, singles))
         return moved
 
-    def _pause(self, lane: Lane) -> None:
-        """Out of line until something happens to the lane."""
+    def _pause(self, queue: SendQueue) -> None:
+        """Take the first queue out of line until something happens to its stream handle."""
         self._line.popleft()
-        lane.queued = False
+        queue.in_line = False
 
-    def _next_block(self, call: StepCall) -> Block | None:
-        """The block of a call's next piece, without the streams that were set back since the call was made."""
+    def _next_block(self, call: StepCall) -> StepBlock | None:
+        """The block of a call's next piece, without the streams that were rewound since the call was made."""
         timesteps, columns = call.next_piece()
         call.advance()
         rows = call.rows[columns]
         x = call.x[timesteps, columns]
         where: Indices | slice = columns
-        if call.lane.rewound_at > call.stamp:
+        if call.handle.rewound_at > call.stamp:
             fresh = self._table.rewound_at[rows] < call.stamp
             for index in np.flatnonzero(~fresh).tolist():
                 expected = int(self._table.columns[rows[index], SEQ])
-                call.refuse(columns.start + index, Failed(expected, Code.SEQ_GAP, BEHIND, expected))
+                call.refuse(columns.start + index, FailedFrames(expected, Code.SEQ_GAP, BEHIND, expected))
                 call.left -= len(x)
             if not np.any(fresh):
                 return None
             where = columns.start + np.flatnonzero(fresh)
             rows = rows[fresh]
             x = np.ascontiguousarray(x[:, fresh])
-        return Block.of_piece(self._table, call, rows, x, timesteps.start, where)
+        return StepBlock.of_piece(self._table, call, rows, x, timesteps.start, where)
 
     def _conclude(self, calls: Iterable[StepCall]) -> None:
-        """End the calls of which every frame was answered, and let their lanes go on."""
+        """End the calls of which every frame was answered, and let their stream handles go on."""
         for call in calls:
             if call.left == 0 and not call.done:
                 call.conclude()
                 self._tell(call)
-            lane = call.lane
-            if lane.calls:
-                self.enqueue(lane)
+            self._continue(self._queues[call.handle])
 
-    def _abort(self, call: StepCall | LaneCall, error: InstepError) -> None:
+    def _abort(self, queue: SendQueue, call: StepCall | QueuedCall, error: InstepError) -> None:
         """End a call that was not sent completely."""
-        lane = call.lane
-        lane.calls.remove(call)
-        if lane.queued and not lane.calls:
-            self._line.remove(lane)
-            lane.queued = False
-        self._full_since.pop(lane, None)
-        self.enqueue(lane)
+        handle = queue.handle
+        queue.calls.remove(call)
+        if queue.in_line and not queue.calls:
+            self._line.remove(queue)
+            queue.in_line = False
+        self._full_since.pop(queue, None)
+        self._continue(queue)
         if isinstance(call, StepCall):
             if call.keep:
-                lane.results.remove(call)
+                handle.results.remove(call)
                 if call.started:
-                    lane.unread -= call.frames
+                    handle.unread -= call.frames
             self._end(call, error)
         else:
             call.fail(error)
@@ -276,4 +307,11 @@ class Flow:
     def _tell(self, call: StepCall) -> None:
         self._outbox.wake(call)
         if call.keep:
-            self._outbox.wake(call.lane)
+            self._outbox.wake(call.handle)
+
+
+def _nobody_reads(handle: StreamHandle) -> InstepError:
+    return InstepError(
+        f"nobody reads the outputs of stream {handle.names[0]!r}: {handle.unread} frames wait to be taken; "
+        "iterate over the stream while sending, in another task or thread"
+    )

@@ -9,8 +9,8 @@ import numpy as np
 
 from instep_client import replies
 from instep_client.arrays import Indices
-from instep_client.blocks import Block
-from instep_client.calls import Call, Ping
+from instep_client.blocks import StepBlock
+from instep_client.calls import Call, PingCall
 from instep_client.changes import Changes
 from instep_client.connection import Connection, State
 from instep_client.flow import Flow
@@ -19,7 +19,7 @@ from instep_client.outbox import Asked
 from instep_client.protocol import wire
 from instep_client.protocol.errors import ConnectionFailed, MalformedMessage, Refused
 from instep_client.protocol.wire import Code, Frame, Header, Kind, ServerInfo
-from instep_client.recovery import Phase
+from instep_client.reconnection import Phase
 from instep_client.requests import CloseCall, OpenCall, ReadStateCall, Request, ResetCall
 from instep_client.state_reads import StateReads
 
@@ -46,7 +46,7 @@ class Listener(Connection):
 
     def receive(self, frames: Sequence[Frame], now: float) -> None:
         """A message came. One that does not follow the protocol ends the session."""
-        if self._recovery.phase is Phase.LOST:
+        if self._reconnection.phase is Phase.LOST:
             return  # of the connection that was given up
         self._heard_at = now
         try:
@@ -87,7 +87,7 @@ class Listener(Connection):
                 raise MalformedMessage(f"{kind.name} with number {request} answers nothing that was asked")
             del self._outbox.unanswered[request]
             if self.state is State.OPEN:
-                self._recovery.worked()
+                self._reconnection.worked()
             try:
                 self._handle_reply(header, frames, asked, now)
             except MalformedMessage:
@@ -96,16 +96,16 @@ class Listener(Connection):
 
     def _handle_reply(self, header: Header, frames: Sequence[Frame], asked: Asked, now: float) -> None:
         what, part = asked.what, asked.part
-        if isinstance(what, Block):
+        if isinstance(what, StepBlock):
             steps, columns, _ = what.x.shape
-            self._flow.transit.answered(what, replies.stepped(header, frames, steps, columns, self.info.outputs))
+            self._flow.in_flight.answered(what, replies.stepped(header, frames, steps, columns, self.info.outputs))
         elif header.kind is Kind.WELCOME:
             self._welcomed(replies.welcome(header), now)
         elif part is not None:
             self._handle_part(header, frames, asked, part, now)
         elif header.kind is Kind.STATISTICS:
             self._end(what, replies.statistics(header))
-        elif isinstance(what, Ping):
+        elif isinstance(what, PingCall):
             self._end(what, now - what.sent_at)
         elif header.kind is Kind.PONG:
             self._probing = False
@@ -121,12 +121,12 @@ class Listener(Connection):
         elif isinstance(what, ResetCall):
             self._changes.changed(what, part, replies.changed(header, frames, count))
         else:
-            ended = self._recovery.resumed(part, *replies.granted(header, frames, count))
+            ended = self._reconnection.resumed(part, *replies.granted(header, frames, count))
             for (code, sentence), rows in ended.items():
                 self._flow.end(np.array(rows, np.int64), code, sentence)
             self._go_on(now)
 
-    def _handle_error(self, request: int, asked: Asked | None, refusal: replies.Refusal, now: float) -> None:
+    def _handle_error(self, request: int, asked: Asked | None, refusal: replies.ErrorReply, now: float) -> None:
         if refusal.code is Code.HELLO_FIRST and request == 0 and self._is_new:
             # ZeroMQ announced the connection before our HELLO, as it does each time it makes one. Perhaps it made one
             # before and lost our HELLO with it: then the server will not know who sends this PING, and say so.
@@ -147,8 +147,8 @@ class Listener(Connection):
             return
         what = asked.what
         del self._outbox.unanswered[request]
-        if isinstance(what, Block):
-            self._flow.transit.refused(what, refusal, now)
+        if isinstance(what, StepBlock):
+            self._flow.in_flight.refused(what, refusal, now)
         elif isinstance(what, Request) and asked.part is not None:
             what.note(int(asked.part[0]), refusal.code, refusal.sentence)
             if isinstance(what, OpenCall):
@@ -179,7 +179,7 @@ class Listener(Connection):
             self._welcomed_again(self._info, info, now)
             return
         self._info = info
-        self._flow = Flow(self._table, info, self._outbox, self._ask, self._recovery.reconnect_s)
+        self._flow = Flow(self._table, info, self._outbox, self._ask, self._reconnection.reconnect_s)
         self._openings = Openings(self._table, info, self._outbox, self._discard, self._flow.answered)
         self._state_reads = StateReads(self._table, info, self._outbox)
         self._changes = Changes(self._table, info, self._outbox, self._flow.answered)
@@ -202,22 +202,22 @@ class Listener(Connection):
                 )
                 return
         self._info = info
-        self._recovery.claim(info)
+        self._reconnection.claim(info)
         self._go_on(now)
 
     def _go_on(self, now: float) -> None:
         """When every claim was answered: what was on its way goes out again, and what was asked is asked again."""
-        if not self._recovery.is_complete():
+        if not self._reconnection.is_complete():
             return
         self.state = State.OPEN
-        self._flow.transit.resumed()
+        self._flow.in_flight.resumed()
         postponed, self._postponed = self._postponed, {}
         for call in postponed:
             self._ask(call, now)
         if not self._outbox.unanswered:
-            self._recovery.worked()
+            self._reconnection.worked()
 
-    def _end(self, what: Call[Any] | Block | None, result: object) -> None:
+    def _end(self, what: Call[Any] | StepBlock | None, result: object) -> None:
         assert isinstance(what, Call)
         what.finish(result)
         self._outbox.wake(what)

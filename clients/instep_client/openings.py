@@ -18,9 +18,9 @@ from instep_client.outbox import Outbox, parts
 from instep_client.protocol import wire
 from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput, StreamRefused, stream_ended
 from instep_client.protocol.wire import CLAIM, HAVE_ALL, U64, Code, GrantArray, Kind, Message, ServerInfo, raw
-from instep_client.replies import Failure
+from instep_client.replies import ColumnError
 from instep_client.requests import ForkCall, OpenCall, ResumeCall
-from instep_client.streams import HANDLE, Lane, StreamTable
+from instep_client.streams import HANDLE, OpenStreams, StreamHandle
 
 _IN_DOUBT: Final = {Code.NAME_IN_USE: "opened", Code.FENCED: "resumed"}
 """What may have been done over a lost connection when asking again is refused with these codes."""
@@ -38,17 +38,17 @@ class Openings:
         table: where the streams are put.
         info: what the server takes.
         outbox: where requests go.
-        discard: closes a lane that nobody holds, and calls what it is given when that has ended.
-        answered: told of a lane for which a FORK was answered.
+        discard: closes a stream handle that nobody holds, and calls what it is given when that has ended.
+        answered: told of a stream handle for which a FORK was answered.
     """
 
     def __init__(
         self,
-        table: StreamTable,
+        table: OpenStreams,
         info: ServerInfo,
         outbox: Outbox,
-        discard: Callable[[Lane, Callable[[], None] | None], None],
-        answered: Callable[[Lane], None],
+        discard: Callable[[StreamHandle, Callable[[], None] | None], None],
+        answered: Callable[[StreamHandle], None],
     ) -> None:
         self._table = table
         self._outbox = outbox
@@ -86,12 +86,12 @@ class Openings:
         claims["epoch"] = arrays.counts(epochs, len(names), "epochs")
         return ResumeCall(names, single, claims, take_over)
 
-    def fork(self, lane: Lane, names: Sequence[str]) -> ForkCall:
-        """A call that copies a lane's streams; see `Session.fork`."""
+    def fork(self, handle: StreamHandle, names: Sequence[str]) -> ForkCall:
+        """A call that copies a handle's streams; see `Session.fork`."""
         names = good_names(names)
-        if len(names) != len(lane.rows):
-            raise InvalidInput(f"{len(lane.rows)} streams are copied, there are names for {len(names)}")
-        return ForkCall(names, lane)
+        if len(names) != len(handle.rows):
+            raise InvalidInput(f"{len(handle.rows)} streams are copied, there are names for {len(names)}")
+        return ForkCall(names, handle)
 
     def ask(self, call: OpenCall) -> None:
         """Ask for the streams of a call; again, when it was asked before over a connection that is lost."""
@@ -125,11 +125,11 @@ class Openings:
         if isinstance(call, ResumeCall):
             return [names, call.claims[part].tobytes()]
         if isinstance(call, ForkCall):
-            return [self._table.columns[call.lane.rows[part], HANDLE].tobytes(), names]
+            return [self._table.columns[call.handle.rows[part], HANDLE].tobytes(), names]
         states = b"" if call.initial is None else raw(call.initial[part])
         return [names, states, b"" if call.first_seqs is None else call.first_seqs[part].tobytes()]
 
-    def opened(self, call: OpenCall, part: arrays.Indices, grants: GrantArray, failures: list[Failure]) -> None:
+    def opened(self, call: OpenCall, part: arrays.Indices, grants: GrantArray, failures: list[ColumnError]) -> None:
         """OPENED or RESUMED came for a part of a call."""
         call.grants[part] = grants
         for failure in failures[:1]:
@@ -148,8 +148,8 @@ class Openings:
         error = InstepError("the call was cancelled") if call.refusal is None else _error(call)
         if np.any(opened) and not isinstance(call, ResumeCall):  # a stream that was there before stays
             names = [name for name, is_open in zip(call.names, opened, strict=True) if is_open]
-            lane = self._table.add(names, call.grants[opened], single=False)
-            self._discard(lane, lambda: self._end(call, error))  # the user may ask for the same names then
+            handle = self._table.add(names, call.grants[opened], single=False)
+            self._discard(handle, lambda: self._end(call, error))  # the user may ask for the same names then
         else:
             self._end(call, error)
 
@@ -158,7 +158,7 @@ class Openings:
             call.fail(error)
         self._outbox.wake(call)
         if isinstance(call, ForkCall):
-            self._answered(call.lane)
+            self._answered(call.handle)
 
     def cancel(self, call: OpenCall) -> None:
         """Nobody wants the streams any more."""
@@ -174,7 +174,7 @@ class Openings:
         self._end(call, _in_doubt(call.names[0], "opened"))
         return False
 
-    def _add(self, call: OpenCall) -> Lane:
+    def _add(self, call: OpenCall) -> StreamHandle:
         grants = call.grants
         if isinstance(call, ResumeCall):  # what comes next is what the user has not
             grants["next_seq"] = np.minimum(call.claims["have"], grants["next_seq"])

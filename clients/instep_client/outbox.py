@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
+from instep_client.arrays import Indices
+from instep_client.blocks import StepBlock
+from instep_client.calls import Call
 from instep_client.protocol import wire
 from instep_client.protocol.wire import MAX_BLOCK_STREAMS, Frame, Kind, Message
-
-if TYPE_CHECKING:
-    from instep_client.arrays import Indices
-    from instep_client.blocks import Block
-    from instep_client.calls import Call
-    from instep_client.streams import Lane
+from instep_client.streams import StreamHandle
 
 MAX_REPLY_BYTES: Final = 64 * 2**20
 """The largest frame the client lets the server send; requests are cut so that no honest reply is larger."""
@@ -26,7 +24,7 @@ class Asked:
     """A request that waits for its one reply."""
 
     kind: Kind
-    what: Call[Any] | Block | None
+    what: Call[Any] | StepBlock | None
     """The call or block that it belongs to; None when nobody waits."""
     part: Indices | None = None
     """Which of the call's streams it is about, when it is about streams."""
@@ -40,14 +38,14 @@ class Outbox:
         """By request number."""
         self.messages: list[Message] = []
         """To be sent, in order."""
-        self.woken: list[Call[Any] | Lane] = []
-        """Calls that ended or were sent, and lanes whose outputs changed."""
+        self.woken: list[Call[Any] | StreamHandle] = []
+        """Calls that ended or were sent, and stream handles whose outputs changed."""
         self._last_request = 0
 
     def ask(
         self,
         kind: Kind,
-        what: Call[Any] | Block | None,
+        what: Call[Any] | StepBlock | None,
         *fields: int | str,
         frames: Sequence[Frame] = (),
         part: Indices | None = None,
@@ -69,8 +67,8 @@ class Outbox:
         """Tell the server, which asked, that we are here and have read everything up to its PING."""
         self.messages.append([wire.pack_header(Kind.PONG, number)])
 
-    def wake(self, whom: Call[Any] | Lane) -> None:
-        """Tell the driver that a call ended or was sent, or that a lane's outputs changed."""
+    def wake(self, whom: Call[Any] | StreamHandle) -> None:
+        """Tell the driver that a call ended or was sent, or that a stream handle's outputs changed."""
         self.woken.append(whom)
 
 

@@ -16,7 +16,7 @@ _MOST: Final = 2**63 - 1
 _CODES: Final = {int(code): code for code in Code}
 
 
-class Failure(NamedTuple):
+class ColumnError(NamedTuple):
     """One failure entry, its code's sentence beside it."""
 
     column: int
@@ -30,11 +30,11 @@ class Stepped(NamedTuple):
     """STEPPED: read-only outputs [T, N, outputs], what failed, and (queue_us, compute_us, send_us)."""
 
     outputs: F32
-    failures: list[Failure]
+    failures: list[ColumnError]
     times: tuple[int, int, int]
 
 
-class Refusal(NamedTuple):
+class ErrorReply(NamedTuple):
     """ERROR."""
 
     code: Code
@@ -60,7 +60,7 @@ def welcome(header: Header) -> ServerInfo:
     return ServerInfo(*values)
 
 
-def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantArray, list[Failure]]:
+def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantArray, list[ColumnError]]:
     """OPENED or RESUMED: grants [count], handle 0 where refused, and what was refused."""
     n, durability, sentences = header.fields
     _count(n, count)
@@ -115,14 +115,14 @@ def stepped(header: Header, frames: Sequence[Frame], steps: int, columns: int, o
     return Stepped(y, failures, times)
 
 
-def closed(header: Header, frames: Sequence[Frame], count: int, state: int) -> tuple[F32, list[Failure]]:
+def closed(header: Header, frames: Sequence[Frame], count: int, state: int) -> tuple[F32, list[ColumnError]]:
     """Final states [count, state], NaN where refused, and what was refused."""
     _count(header.fields[0], count)
     finals: F32 = wire.array_frame(frames[1], "<f4", (count, state), "final states")
     return finals, _failures(frames[2], header.fields[1], count, 1)
 
 
-def state_read(header: Header, frames: Sequence[Frame], count: int, state: int) -> tuple[U64, F32, list[Failure]]:
+def state_read(header: Header, frames: Sequence[Frame], count: int, state: int) -> tuple[U64, F32, list[ColumnError]]:
     """Next seqs [count] and states [count, state], NaN where refused, and what was refused."""
     _count(header.fields[0], count)
     seqs: U64 = wire.array_frame(frames[1], "<u8", (count,), "seqs")
@@ -130,7 +130,7 @@ def state_read(header: Header, frames: Sequence[Frame], count: int, state: int) 
     return seqs, states, _failures(frames[3], header.fields[1], count, 1)
 
 
-def changed(header: Header, frames: Sequence[Frame], count: int) -> list[Failure]:
+def changed(header: Header, frames: Sequence[Frame], count: int) -> list[ColumnError]:
     """What was not changed."""
     _count(header.fields[0], count)
     return _failures(frames[1], header.fields[1], count, 1)
@@ -149,11 +149,11 @@ def statistics(header: Header) -> dict[str, float]:
     return numbers
 
 
-def error(header: Header) -> Refusal:
+def error(header: Header) -> ErrorReply:
     """Why a message was refused, and when to try again."""
     code, sentence, retry_after_us = header.fields
     wire.count_field(retry_after_us, "retry_after_us", 3_600_000_000, 0)
-    return Refusal(_code(code), _text(sentence, "the sentence"), retry_after_us / 1e6)
+    return ErrorReply(_code(code), _text(sentence, "the sentence"), retry_after_us / 1e6)
 
 
 def evicted(header: Header, frames: Sequence[Frame]) -> tuple[U64, Code, str]:
@@ -169,7 +169,7 @@ def goodbye(header: Header) -> str:
     return _text(header.fields[0], "the sentence")
 
 
-def _failures(frame: Frame, sentences: Any, columns: int, steps: int) -> list[Failure]:
+def _failures(frame: Frame, sentences: Any, columns: int, steps: int) -> list[ColumnError]:
     count, rest = divmod(len(frame), wire.FAILURE.itemsize)
     if rest or count > columns:
         raise MalformedMessage("the failures are not one entry a failed column")
@@ -180,12 +180,12 @@ def _failures(frame: Frame, sentences: Any, columns: int, steps: int) -> list[Fa
         if type(pair) is not tuple or len(pair) != 2:
             raise MalformedMessage("a sentence must be [code, sentence]")
         said[_code(pair[0])] = _text(pair[1], "a sentence")
-    failures: list[Failure] = []
+    failures: list[ColumnError] = []
     for column, timestep, number, _, expected in np.frombuffer(frame, wire.FAILURE).tolist():
         code = _code(number)
         if column >= columns or timestep >= steps:
             raise MalformedMessage("a failure names a frame outside the block")
-        failures.append(Failure(column, timestep, code, said.get(code, wire.SENTENCES[code]), expected))
+        failures.append(ColumnError(column, timestep, code, said.get(code, wire.SENTENCES[code]), expected))
     if len({failure.column for failure in failures}) != count:
         raise MalformedMessage("a column failed twice")
     return failures

@@ -1,32 +1,30 @@
 """Calls about streams that are asked in as many messages as it takes, one for each part of the streams.
 
 Request
-├── OpenCall                 gives a lane: all its streams are opened or none
+├── OpenCall                 gives a stream handle: all its streams are opened or none
 │   ├── ResumeCall           … resumed
-│   └── ForkCall             … opened as copies of another lane's
-├── ReadStateCall            reads states: a lane's, or anybody's by name
-├── ResetCall                gives a lane's streams other states
-└── CloseCall                closes a lane
+│   └── ForkCall             … opened as copies of another handle's
+├── ReadStateCall            reads states: a handle's, or anybody's by name
+├── ResetCall                gives a handle's streams other states
+└── CloseCall                closes a stream handle
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from instep_client.calls import Call
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import F32, GRANT, U64, Code, FailureArray, GrantArray
-
-if TYPE_CHECKING:
-    from instep_client.streams import Lane
+from instep_client.streams import StreamHandle
 
 R = TypeVar("R")
 
 
-class Objection(NamedTuple):
+class RefusedStream(NamedTuple):
     """Which stream of a call was refused, and why."""
 
     which: int
@@ -43,7 +41,7 @@ class Request(Call[R]):
     def __init__(self) -> None:
         super().__init__()
         self.parts_left = 0
-        self.refusal: Objection | None = None
+        self.refusal: RefusedStream | None = None
         """The first refused stream."""
         self.again = False
         """Whether it was asked before over a connection that was lost, and may have been done then."""
@@ -56,7 +54,7 @@ class Request(Call[R]):
     def note(self, index: int, code: Code, sentence: str, expected_seq: int = 0) -> None:
         """A stream was refused."""
         if self.refusal is None or index < self.refusal.which:
-            self.refusal = Objection(index, code, sentence, expected_seq)
+            self.refusal = RefusedStream(index, code, sentence, expected_seq)
 
     def part_answered(self) -> bool:
         """A part was answered; whether that was the last."""
@@ -64,8 +62,8 @@ class Request(Call[R]):
         return self.parts_left == 0
 
 
-class OpenCall(Request["Lane"]):
-    """The opening of one or many streams; the result is their lane. All are opened or none."""
+class OpenCall(Request[StreamHandle]):
+    """The opening of one or many streams; the result is their stream handle. All are opened or none."""
 
     __slots__ = ("abandoned", "first_seqs", "grants", "initial", "names", "single")
 
@@ -97,25 +95,25 @@ class ResumeCall(OpenCall):
 
 
 class ForkCall(OpenCall):
-    """The copying of a lane's streams to new ones."""
+    """The copying of a handle's streams to new ones."""
 
-    __slots__ = ("lane",)
+    __slots__ = ("handle",)
 
-    def __init__(self, names: Sequence[str], lane: Lane) -> None:
-        super().__init__(names, lane.single)
-        self.lane = lane
+    def __init__(self, names: Sequence[str], handle: StreamHandle) -> None:
+        super().__init__(names, handle.single)
+        self.handle = handle
         """What is copied."""
 
 
 class ReadStateCall(Request[tuple[U64, F32]]):
     """A read of states; the result is the next seqs uint64 [N] and the states float32 [N, state]."""
 
-    __slots__ = ("lane", "names", "seqs", "states")
+    __slots__ = ("handle", "names", "seqs", "states")
 
-    def __init__(self, names: Sequence[str], lane: Lane | None, states: F32) -> None:
+    def __init__(self, names: Sequence[str], handle: StreamHandle | None, states: F32) -> None:
         super().__init__()
         self.names = names
-        self.lane = lane
+        self.handle = handle
         """The streams are given by its handles; by name where None, whoever owns them."""
         self.seqs: U64 = np.zeros(len(names), np.uint64)
         self.states = states
@@ -123,26 +121,26 @@ class ReadStateCall(Request[tuple[U64, F32]]):
 
 
 class ResetCall(Request[None]):
-    """Other states for a lane's streams."""
+    """Other states for a handle's streams."""
 
-    __slots__ = ("lane", "states")
+    __slots__ = ("handle", "states")
 
-    def __init__(self, lane: Lane, states: F32 | None) -> None:
+    def __init__(self, handle: StreamHandle, states: F32 | None) -> None:
         super().__init__()
-        self.lane = lane
+        self.handle = handle
         self.states = states
         """float32 [N, state]; None for zeros."""
 
 
 class CloseCall(Request[F32]):
-    """The closing of a lane; the result is the final states float32 [N, state], NaN for streams that had ended."""
+    """The closing of a handle; the result is the final states float32 [N, state], NaN for streams that had ended."""
 
-    __slots__ = ("_on_end", "finals", "lane")
+    __slots__ = ("_on_end", "finals", "handle")
 
-    def __init__(self, lane: Lane, state: int, on_end: Callable[[], None] | None = None) -> None:
+    def __init__(self, handle: StreamHandle, state: int, on_end: Callable[[], None] | None = None) -> None:
         super().__init__()
-        self.lane = lane
-        self.finals: F32 = np.full((len(lane.rows), state), np.nan, np.float32)
+        self.handle = handle
+        self.finals: F32 = np.full((len(handle.rows), state), np.nan, np.float32)
         self._on_end = on_end
 
     def finish(self, result: F32) -> None:
@@ -161,5 +159,5 @@ class CloseCall(Request[F32]):
             on_end()
 
 
-LaneCall: TypeAlias = ForkCall | ResetCall | CloseCall
-"""What is asked once everything sent through its lane was answered, before anything that comes later."""
+QueuedCall: TypeAlias = ForkCall | ResetCall | CloseCall
+"""What is asked once everything sent through its stream handle was answered, before anything that comes later."""

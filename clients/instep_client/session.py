@@ -6,11 +6,11 @@ A driver (`driver.py` is one) does five things and nothing else:
 2. calls `advance(now)` after that, and when `deadline()` has come;
 3. connects a new socket in place of the old one when `take_reconnect` says so;
 4. sends what `take_messages` gives, in order;
-5. wakes what `take_woken` gives: calls that ended or were sent, and lanes whose outputs changed.
+5. wakes what `take_woken` gives: calls that ended or were sent, and stream handles whose outputs changed.
 
-`now` is any monotonic clock in seconds. The rules of sending frames are in `flow.py` and `transit.py`, those of other
+`now` is any monotonic clock in seconds. The rules of sending frames are in `flow.py` and `in_flight.py`, those of other
 requests in `openings.py`, `changes.py` and `state_reads.py`, those of a lost connection in `connection.py` and
-`recovery.py`.
+`reconnection.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import Any
 import numpy.typing as npt
 
 from instep_client import arrays
-from instep_client.calls import Call, Ping, Statistics, StepCall
+from instep_client.calls import Call, OutputsCall, PingCall, StatisticsCall
 from instep_client.connection import State as State
 from instep_client.listener import Listener
 from instep_client.protocol.errors import ClientClosed
 from instep_client.protocol.wire import F32, U64
 from instep_client.requests import CloseCall, ForkCall, OpenCall, ReadStateCall, ResetCall
-from instep_client.streams import Lane
+from instep_client.steps import StepCall
+from instep_client.streams import StreamHandle
 
 
 class Session(Listener):
@@ -73,82 +74,84 @@ class Session(Listener):
         self._ask(call)
         return call
 
-    def fork(self, lane: Lane, names: Sequence[str]) -> ForkCall:
-        """Copy a lane's streams, as they are after everything sent through it, to new ones.
+    def fork(self, handle: StreamHandle, names: Sequence[str]) -> ForkCall:
+        """Copy a handle's streams, as they are after everything sent through it, to new ones.
 
         Raises:
             InvalidInput: for bad or repeated names, or another number of them.
             StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the lane was closed.
+            ClientClosed: when the handle was closed.
         """
-        self._check_lane(lane)
-        call = self._openings.fork(lane, names)
+        self._check_handle(handle)
+        call = self._openings.fork(handle, names)
         self._ask_in_turn(call)
         return call
 
-    def step(self, lane: Lane, x: npt.ArrayLike, rows: npt.ArrayLike | None = None, keep: bool = False) -> StepCall:
-        """Send frames of a lane; with `keep` the outputs wait to be taken with `take`.
+    def step(
+        self, handle: StreamHandle, x: npt.ArrayLike, rows: npt.ArrayLike | None = None, keep: bool = False
+    ) -> StepCall:
+        """Send frames of a handle's streams; with `keep` the outputs wait to be taken with `take`.
 
-        A lane of one stream takes [features] or [T, features]; a group [N, features] or [T, N, features], where N is
+        A handle of one stream takes [features] or [T, features]; a group [N, features] or [T, N, features], where N is
         the number of `rows`, or of all its streams.
 
         Raises:
             InvalidInput: for another shape, or values that float32 cannot hold.
             StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the lane was closed, or finished and `keep` is set.
+            ClientClosed: when the handle was closed, or finished and `keep` is set.
         """
         self._check_open()
         info = self.info
-        _check_not_closed(lane)
-        if keep and lane.finished:
-            raise ClientClosed(f"stream {lane.names[0]!r} was finished; nothing more can be sent through it")
-        table_rows = lane.rows
+        _check_not_closed(handle)
+        if keep and handle.finished:
+            raise ClientClosed(f"stream {handle.names[0]!r} was finished; nothing more can be sent through it")
+        table_rows = handle.rows
         if rows is not None:
-            table_rows = lane.rows[arrays.row_indices(rows, len(lane.rows))]
-        if lane.single:
+            table_rows = handle.rows[arrays.row_indices(rows, len(handle.rows))]
+        if handle.single:
             frames, prefix = arrays.stream_frames(x, info.features)
         else:
             frames, prefix = arrays.group_frames(x, len(table_rows), info.features)
-        if lane.has_ended:
+        if handle.has_ended:
             self._refuse_ended(table_rows)
-        call = StepCall(lane, table_rows, frames, prefix, info.outputs, self._table.stamp(), keep)
+        call = StepCall(handle, table_rows, frames, prefix, info.outputs, self._table.stamp(), keep)
         self._flow.submit(call)
         return call
 
-    def finish(self, lane: Lane) -> None:
+    def finish(self, handle: StreamHandle) -> None:
         """Nothing more will be sent with `keep`; the outputs end after those of what was."""
-        lane.finished = True
-        self._outbox.wake(lane)
+        handle.finished = True
+        self._outbox.wake(handle)
 
-    def take(self, lane: Lane) -> StepCall | None:
-        """The next kept call, if it is done. None means: wait until the lane is woken, and ask again."""
-        return self._flow.take(lane)
+    def take(self, handle: StreamHandle) -> OutputsCall | None:
+        """The next kept call, if it is done. None means: wait until the handle is woken, and ask again."""
+        return self._flow.take(handle)
 
-    def outputs_end(self, lane: Lane) -> bool:
+    def outputs_end(self, handle: StreamHandle) -> bool:
         """Whether `take` will never give anything more.
 
         Raises:
             InstepError: when that is because the stream has ended or the session is over.
         """
-        if lane.results:
+        if handle.results:
             return False
-        if lane.finished or lane.closed:
+        if handle.finished or handle.closed:
             return True
         if self.state is State.ENDED:
             raise self._failure[0](self._failure[1])
-        if lane.has_ended:
-            self._refuse_ended(lane.rows)
+        if handle.has_ended:
+            self._refuse_ended(handle.rows)
         return False
 
-    def read_state(self, lane: Lane) -> ReadStateCall:
-        """Read the states of a lane, without waiting for frames that were sent.
+    def read_state(self, handle: StreamHandle) -> ReadStateCall:
+        """Read the states of a handle's streams, without waiting for frames that were sent.
 
         Raises:
             StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the lane was closed.
+            ClientClosed: when the handle was closed.
         """
-        self._check_lane(lane)
-        call = self._state_reads.by_handle(lane)
+        self._check_handle(handle)
+        call = self._state_reads.by_handle(handle)
         self._ask(call)
         return call
 
@@ -163,51 +166,51 @@ class Session(Listener):
         self._ask(call)
         return call
 
-    def reset(self, lane: Lane, states: npt.ArrayLike | None) -> ResetCall:
-        """Give a lane's streams other states, [L, H] or [N, L, H], zeros where None, after everything sent through it.
+    def reset(self, handle: StreamHandle, states: npt.ArrayLike | None) -> ResetCall:
+        """Give a handle's streams other states, [L, H] or [N, L, H], zeros if None, after everything sent through it.
 
         Raises:
             InvalidInput: for states of another shape.
             StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the lane was closed.
+            ClientClosed: when the handle was closed.
         """
-        self._check_lane(lane)
+        self._check_handle(handle)
         given: F32 | None = None
         if states is not None:
             shape = (self.info.state_layers, self.info.state_size)
-            given = arrays.states(states, shape if lane.single else (len(lane.rows), *shape))
-            given = given.reshape(len(lane.rows), self._state_width)
-        call = ResetCall(lane, given)
+            given = arrays.states(states, shape if handle.single else (len(handle.rows), *shape))
+            given = given.reshape(len(handle.rows), self._state_width)
+        call = ResetCall(handle, given)
         self._ask_in_turn(call)
         return call
 
-    def close(self, lane: Lane) -> CloseCall:
-        """Close a lane after everything sent through it was answered; the result is its final states [N, L × H].
+    def close(self, handle: StreamHandle) -> CloseCall:
+        """Close a handle after everything sent through it was answered; the result is its final states [N, L × H].
 
         Raises:
             ClientClosed: when it was closed before.
             StreamEvicted: when it is one stream, and the server has ended it.
         """
         self._check_open()
-        _check_not_closed(lane)
-        lane.closing = True
-        call = CloseCall(lane, self._state_width)
+        _check_not_closed(handle)
+        handle.closing = True
+        call = CloseCall(handle, self._state_width)
         self._ask_in_turn(call)
-        if lane.single and lane.has_ended:
-            self._refuse_ended(lane.rows)  # the call stays, to give the row back when nothing is unanswered
+        if handle.single and handle.has_ended:
+            self._refuse_ended(handle.rows)  # the call stays, to give the row back when nothing is unanswered
         return call
 
-    def ping(self, now: float) -> Ping:
+    def ping(self, now: float) -> PingCall:
         """Measure a round trip."""
         self._check_open()
-        call = Ping(now)
+        call = PingCall(now)
         self._ask(call)
         return call
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> StatisticsCall:
         """Ask for the server's numbers."""
         self._check_open()
-        call = Statistics()
+        call = StatisticsCall()
         self._ask(call)
         return call
 
@@ -219,29 +222,29 @@ class Session(Listener):
             elif isinstance(call, StepCall):
                 self._flow.withdraw(call)
 
-    def next_seqs(self, lane: Lane) -> U64:
-        """The seq that each stream of a lane sends next."""
-        return self._table.next_seqs(lane)
+    def next_seqs(self, handle: StreamHandle) -> U64:
+        """The seq that each stream of a handle sends next."""
+        return self._table.next_seqs(handle)
 
-    def epochs(self, lane: Lane) -> U64:
-        """The epoch under which each stream of a lane is held; they change with the connection."""
-        return self._table.epochs(lane)
+    def epochs(self, handle: StreamHandle) -> U64:
+        """The epoch under which each stream of a handle is held; they change with the connection."""
+        return self._table.epochs(handle)
 
     @property
     def _state_width(self) -> int:
         return self.info.state_layers * self.info.state_size
 
-    def _check_lane(self, lane: Lane) -> None:
+    def _check_handle(self, handle: StreamHandle) -> None:
         self._check_open()
-        _check_not_closed(lane)
-        if lane.has_ended:
-            self._refuse_ended(lane.rows)
+        _check_not_closed(handle)
+        if handle.has_ended:
+            self._refuse_ended(handle.rows)
 
     def _refuse_ended(self, rows: arrays.Indices) -> None:
         for row in rows[self._table.ended[rows] != 0].tolist():
             raise self._table.why_ended(row)
 
 
-def _check_not_closed(lane: Lane) -> None:
-    if lane.closing:
-        raise ClientClosed(f"stream {lane.names[0]!r} was closed; open it again to send more")
+def _check_not_closed(handle: StreamHandle) -> None:
+    if handle.closing:
+        raise ClientClosed(f"stream {handle.names[0]!r} was closed; open it again to send more")

@@ -1,4 +1,4 @@
-"""Reads of streams' states: a lane's own by handle, anybody's by name. A read changes nothing."""
+"""Reads of states: of a client's own streams by handle, of anybody's by name. A read changes nothing."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from instep_client import arrays
-from instep_client.calls import ENDING
 from instep_client.openings import good_names
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
 from instep_client.protocol import wire
 from instep_client.protocol.errors import StreamEvicted, StreamRefused
 from instep_client.protocol.wire import F32, U64, Kind, ServerInfo
-from instep_client.replies import Failure
+from instep_client.replies import ColumnError
 from instep_client.requests import ReadStateCall
-from instep_client.streams import HANDLE, Lane, StreamTable
+from instep_client.streams import ENDING, HANDLE, OpenStreams, StreamHandle
 
 
 class StateReads:
@@ -27,15 +26,15 @@ class StateReads:
         outbox: where requests go.
     """
 
-    def __init__(self, table: StreamTable, info: ServerInfo, outbox: Outbox) -> None:
+    def __init__(self, table: OpenStreams, info: ServerInfo, outbox: Outbox) -> None:
         self._table = table
         self._outbox = outbox
         self._state = info.state_layers * info.state_size
         self._most_message_bytes = info.max_message_bytes
 
-    def by_handle(self, lane: Lane) -> ReadStateCall:
-        """A call that reads a lane's states; see `Session.read_state`."""
-        return ReadStateCall(lane.names, lane, np.empty((len(lane.rows), self._state), np.float32))
+    def by_handle(self, handle: StreamHandle) -> ReadStateCall:
+        """A call that reads a handle's states; see `Session.read_state`."""
+        return ReadStateCall(handle.names, handle, np.empty((len(handle.rows), self._state), np.float32))
 
     def by_name(self, names: Sequence[str]) -> ReadStateCall:
         """A call that reads the states of streams by name; see `Session.read_state_by_name`."""
@@ -45,19 +44,21 @@ class StateReads:
     def ask(self, call: ReadStateCall) -> None:
         """Send a call's requests; again, if the connection was lost before they were answered."""
         state_bytes = 4 * self._state
-        asked_bytes = wire.MAX_NAME_BYTES + 1 if call.lane is None else 8  # a name and its line end, or a handle
+        asked_bytes = wire.MAX_NAME_BYTES + 1 if call.handle is None else 8  # a name and its line end, or a handle
         most = min(self._most_message_bytes // max(asked_bytes, state_bytes), MAX_REPLY_BYTES // state_bytes)
         pieces = parts(len(call.names), most)
         call.begin(len(pieces))
         for part in pieces:
-            if call.lane is None:
+            if call.handle is None:
                 streams = wire.pack_names([call.names[index] for index in part])
             else:
-                streams = self._table.columns[call.lane.rows[part], HANDLE].tobytes()
-            by_name = int(call.lane is None)
+                streams = self._table.columns[call.handle.rows[part], HANDLE].tobytes()
+            by_name = int(call.handle is None)
             self._outbox.ask(Kind.READ_STATE, call, len(part), by_name, frames=[streams], part=part)
 
-    def read(self, call: ReadStateCall, part: arrays.Indices, seqs: U64, states: F32, failures: list[Failure]) -> None:
+    def read(
+        self, call: ReadStateCall, part: arrays.Indices, seqs: U64, states: F32, failures: list[ColumnError]
+    ) -> None:
         """STATE_READ came for a part of a call."""
         call.seqs[part], call.states[part] = seqs, states
         for failure in failures[:1]:
@@ -72,6 +73,6 @@ class StateReads:
             call.finish((call.seqs, call.states))
         else:
             index, code, sentence, _ = call.refusal
-            has_ended = call.lane is not None and code in ENDING
+            has_ended = call.handle is not None and code in ENDING
             call.fail((StreamEvicted if has_ended else StreamRefused)(code, sentence, call.names[index]))
         self._outbox.wake(call)

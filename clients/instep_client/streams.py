@@ -1,37 +1,50 @@
-"""Streams as the client knows them: one table with a row a stream, and a lane a handle of the user's.
+"""Streams as the client knows them: one table with a row for each stream, and the handles that users hold.
 
-A `Stream` of the user's is a lane of one row, a `Group` a lane of many. Calls of one lane are sent in the order in
-which they were made; calls of different lanes know no order.
+A `Stream` has a stream handle of one row, a `Group` one of many. Calls of one stream handle are sent in the order in
+which they were made; there is no order between the calls of different stream handles. (The server's handles are the
+numbers in column `HANDLE` of the table.)
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from instep_client.arrays import Indices
+from instep_client.calls import OutputsCall, Waiter
 from instep_client.protocol.errors import StreamEvicted, stream_ended
 from instep_client.protocol.wire import U64, Code, GrantArray
 
-if TYPE_CHECKING:
-    from instep_client.calls import StepCall, Waiter
-    from instep_client.requests import LaneCall
+ENDING: Final = frozenset(
+    {
+        Code.IDLE,
+        Code.CLIENT_GONE,
+        Code.NEVER_USED,
+        Code.EXPIRED,
+        Code.FENCED,
+        Code.STATE_LOST,
+        Code.UNKNOWN_STREAM,
+        Code.FOREIGN_STREAM,
+        Code.DATA_LOSS,
+        Code.OUTPUTS_GONE,
+        Code.NUMERICS_CHANGED,
+    }
+)
+"""Codes after which a stream can never be stepped again."""
 
 HANDLE = 0
 SEQ = 1
 ACKED = 2
 
 
-class Lane:
-    """The rows of one stream or group, its calls that wait to be sent, and what it has had answered."""
+class StreamHandle:
+    """The rows of one stream or group, and what it has had answered."""
 
     __slots__ = (
-        "asking",
-        "calls",
         "closed",
         "closing",
         "finished",
@@ -39,7 +52,6 @@ class Lane:
         "last_epochs",
         "last_seqs",
         "names",
-        "queued",
         "results",
         "rewound_at",
         "rows",
@@ -53,16 +65,10 @@ class Lane:
         self.names = tuple(names)
         self.rows = rows
         self.single = single
-        self.calls: deque[StepCall | LaneCall] = deque()
-        """Calls not sent, or not sent completely; the first one's turn comes first."""
-        self.asking = False
-        """Whether something else than frames is on its way, until whose answer nothing more is sent."""
-        self.queued = False
-        """Whether the lane stands in line to send."""
         self.unanswered = 0
         """Frames sent and not answered for good (BUSY is not for good)."""
         self.rewound_at = 0
-        """When the next seq of any of the rows was last set back, on the session's counter."""
+        """When the next seq of any of the rows was last rewound, on the session's counter."""
         self.has_ended = False
         """Whether the server ended any of the streams."""
         self.closing = False
@@ -72,18 +78,18 @@ class Lane:
         """The next seqs and the epochs as they were when the rows were given back."""
         self.finished = False
         """Whether the user said that nothing more will be sent."""
-        self.results: deque[StepCall] = deque()
+        self.results: deque[OutputsCall] = deque()
         """Pipelined sends whose outputs were not taken, oldest first."""
         self.unread = 0
         """Frames in `results` that were sent."""
         self.waiter: Waiter | None = None
 
     def name_of(self, row: int | np.int64) -> str:
-        """The name of the stream in one of the lane's rows, which are in ascending order."""
+        """The name of the stream in one of its rows, which are in ascending order."""
         return self.names[int(np.searchsorted(self.rows, row))]
 
 
-class StreamTable:
+class OpenStreams:
     """What is known of every open stream, a row each; rows are reused after `remove`."""
 
     def __init__(self) -> None:
@@ -97,51 +103,51 @@ class StreamTable:
         self._early: dict[int, list[tuple[int, int]]] = {}
         """Outputs that came before earlier ones of their streams, by row: first seqs, and seqs after the last."""
         self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        """When the next seq was last set back to what the server expects, on the session's counter."""
+        """When the next seq was last rewound to what the server expects, on the session's counter."""
         self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether frames of the stream were answered BUSY and wait to be sent again."""
         self.ended: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """The code with which the server ended the stream, 0 while it is open."""
         self.sentences: dict[int, str] = {}
         """What the server said with each code in `ended`."""
-        self.lanes: list[Lane | None] = []
+        self.handles: list[StreamHandle | None] = []
         self._free: list[int] = []
         self._clock = 0
 
     def stamp(self) -> int:
-        """The next number of the counter by which calls and set-backs are ordered."""
+        """The next number of the counter by which calls and rewinds are ordered."""
         self._clock += 1
         return self._clock
 
-    def add(self, names: Sequence[str], grants: GrantArray, single: bool) -> Lane:
-        """Rows for newly opened streams, and the lane over them.
+    def add(self, names: Sequence[str], grants: GrantArray, single: bool) -> StreamHandle:
+        """Rows for newly opened streams, and the stream handle over them.
 
-        Set-backs of a row's former stream are older than any call of the new one, and need no clearing.
+        Rewinds of a row's former stream are older than any call of the new one, and need no clearing.
         """
         if len(self._free) < len(grants):
             self._grow(len(grants) - len(self._free))
         rows = np.array(sorted(self._free[-len(grants) :]), np.int64)
         del self._free[-len(grants) :]
-        lane = Lane(names, rows, single)
+        handle = StreamHandle(names, rows, single)
         self.columns[rows, HANDLE] = grants["handle"]
         self.columns[rows, SEQ] = grants["next_seq"]
         self.columns[rows, ACKED] = grants["next_seq"]
         self.epoch[rows] = grants["epoch"]
         self.ended[rows] = 0
         for row in rows.tolist():
-            self.lanes[row] = lane
-        return lane
+            self.handles[row] = handle
+        return handle
 
-    def remove(self, lane: Lane) -> None:
-        """Give a lane's rows back; nothing of it may be waiting or unanswered."""
-        assert lane.unanswered == 0
-        lane.last_seqs, lane.last_epochs = self.next_seqs(lane), self.epochs(lane)
-        lane.closed = True
-        self.columns[lane.rows, HANDLE] = 0
-        for row in lane.rows.tolist():
-            self.lanes[row] = None
+    def remove(self, handle: StreamHandle) -> None:
+        """Give a stream handle's rows back; nothing of it may be waiting or unanswered."""
+        assert handle.unanswered == 0
+        handle.last_seqs, handle.last_epochs = self.next_seqs(handle), self.epochs(handle)
+        handle.closed = True
+        self.columns[handle.rows, HANDLE] = 0
+        for row in handle.rows.tolist():
+            self.handles[row] = None
             self._early.pop(row, None)
-        self._free.extend(reversed(lane.rows.tolist()))
+        self._free.extend(reversed(handle.rows.tolist()))
 
     def came(self, rows: Indices, first: U64, end: U64) -> None:
         """Outputs of the seqs from `first` to `end`, uint64 [N] each, came for these rows."""
@@ -167,7 +173,7 @@ class StreamTable:
         if waiting:
             self._early[row] = waiting
 
-    def set_back(self, row: int, expected: int, outputs_are_gone: bool) -> None:
+    def rewind(self, row: int, expected: int, outputs_are_gone: bool) -> None:
         """The stream's next frame is of that seq; outputs before it have come or, if they are gone, never will."""
         acked = int(self.columns[row, ACKED])
         self.columns[row, SEQ] = expected
@@ -182,13 +188,13 @@ class StreamTable:
         columns = self.columns[rows]
         return int((columns[:, SEQ] - columns[:, ACKED]).max()) <= window - timesteps
 
-    def next_seqs(self, lane: Lane) -> U64:
-        """The seq that each of a lane's streams sends next, as a copy."""
-        return self.columns[lane.rows, SEQ] if lane.last_seqs is None else lane.last_seqs.copy()
+    def next_seqs(self, handle: StreamHandle) -> U64:
+        """The seq that each of a handle's streams sends next, as a copy."""
+        return self.columns[handle.rows, SEQ] if handle.last_seqs is None else handle.last_seqs.copy()
 
-    def epochs(self, lane: Lane) -> U64:
-        """The epoch under which each of a lane's streams is held, as a copy."""
-        return self.epoch[lane.rows] if lane.last_epochs is None else lane.last_epochs.copy()
+    def epochs(self, handle: StreamHandle) -> U64:
+        """The epoch under which each of a handle's streams is held, as a copy."""
+        return self.epoch[handle.rows] if handle.last_epochs is None else handle.last_epochs.copy()
 
     def rows_of(self, handles: U64) -> Indices:
         """The rows of those of the handles that are open here."""
@@ -210,26 +216,26 @@ class StreamTable:
 
     def why_ended(self, row: int) -> StreamEvicted:
         """The exception that says why the stream of a row was ended, a new one each time."""
-        lane, code = self.lanes[row], Code(int(self.ended[row]))
-        assert lane is not None
-        return stream_ended(code, self.sentences[code], lane.name_of(row), self.given(row), int(self.server_has[row]))
+        handle, code = self.handles[row], Code(int(self.ended[row]))
+        assert handle is not None
+        return stream_ended(code, self.sentences[code], handle.name_of(row), self.given(row), int(self.server_has[row]))
 
     @property
     def is_empty(self) -> bool:
         """Whether there is no stream, open or ended."""
-        return len(self._free) == len(self.lanes)
+        return len(self._free) == len(self.handles)
 
     def names(self, rows: Indices) -> list[str]:
         """The names of the streams in these rows."""
-        lanes = [self.lanes[row] for row in rows.tolist()]
-        return [lane.name_of(row) for lane, row in zip(lanes, rows, strict=True) if lane is not None]
+        handles = [self.handles[row] for row in rows.tolist()]
+        return [handle.name_of(row) for handle, row in zip(handles, rows, strict=True) if handle is not None]
 
-    def live_lanes(self) -> list[Lane]:
-        """Every lane that has rows."""
-        return list({id(lane): lane for lane in self.lanes if lane is not None}.values())
+    def live_handles(self) -> list[StreamHandle]:
+        """Every stream handle that has rows."""
+        return list({id(handle): handle for handle in self.handles if handle is not None}.values())
 
     def _grow(self, at_least: int) -> None:
-        old = len(self.lanes)
+        old = len(self.handles)
         more = max(at_least, old, 16)
         self.columns = np.concatenate([self.columns, np.zeros((more, 3), np.uint64)])
         self.epoch = np.concatenate([self.epoch, np.zeros(more, np.uint64)])
@@ -237,5 +243,5 @@ class StreamTable:
         self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])
         self.held = np.concatenate([self.held, np.zeros(more, np.bool_)])
         self.ended = np.concatenate([self.ended, np.zeros(more, np.int64)])
-        self.lanes.extend([None] * more)
+        self.handles.extend([None] * more)
         self._free = [*range(old + more - 1, old - 1, -1), *self._free]

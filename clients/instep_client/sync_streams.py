@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup, AsyncStream
-from instep_client.calls import Answer
+from instep_client.calls import TimedOutputs
 from instep_client.loop_thread import LoopThread
 from instep_client.protocol.wire import F32, U64
 from instep_client.snapshots import StreamSnapshot
@@ -41,7 +41,7 @@ class Stream:
         """Send a frame or chunk and wait for its outputs; see `AsyncStream.step`."""
         return self._thread.run(self._stream.step(x))
 
-    def step_timed(self, x: npt.ArrayLike) -> Answer:
+    def step_timed(self, x: npt.ArrayLike) -> TimedOutputs:
         """Like `step`, with the server's times beside the outputs."""
         return self._thread.run(self._stream.step_timed(x))
 
@@ -115,7 +115,7 @@ class Group:
         """Send one frame for each stream, or T, and wait for the outputs; see `AsyncGroup.step`."""
         return self._thread.run(self._group.step(x, rows))
 
-    def step_timed(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> Answer:
+    def step_timed(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> TimedOutputs:
         """Like `step`, with the server's times beside the outputs."""
         return self._thread.run(self._group.step_timed(x, rows))
 

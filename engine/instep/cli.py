@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-class _Commands(PlainCommands):
+class _EngineCommands(PlainCommands):
     """Commands whose users' errors end in a red sentence each and exit status 2, not in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -31,7 +31,7 @@ class _Commands(PlainCommands):
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=_EngineCommands,
     name="instep",
     help="Streaming inference for recurrent networks: many streams, one step, and a verifier that proves it.",
     no_args_is_help=True,
@@ -125,10 +125,7 @@ def serve(
 
 @app.command()
 def verify(
-    recording: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE...", help="The recording: its first file for all, or some of its files."),
-    ],
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
     model: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="The model, when it is not where the recording says.", show_default=False),
@@ -150,9 +147,7 @@ def verify(
 
 @app.command()
 def export(
-    recording: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The recording: its first file for all, or one of its files.")
-    ],
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
     format: Annotated[
         Literal["parquet", "npz", "csv", "mcap"] | None,
         typer.Option(help="What to write; as the output's name ends, or parquet, if not given.", show_default=False),

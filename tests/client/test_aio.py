@@ -132,7 +132,8 @@ async def test_sends_wait_for_credit_and_nothing_queues_behind_them() -> None:
                 await asyncio.sleep(0.001)
             await client.ping()
             assert stream.next_seq == 8
-            assert len(stream._lane.calls) == 1
+            (queue,) = client._session._flow._queues.values()
+            assert len(queue.calls) == 1
             server.release()
             outputs = [await anext(stream) for _ in X]
             await sender

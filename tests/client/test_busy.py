@@ -61,9 +61,9 @@ def test_answers_still_on_the_way_are_waited_for() -> None:
 
 def test_the_longest_wait_counts() -> None:
     link = Link()
-    lane = link.open("a")
+    handle = link.open("a")
     for x in X[:2]:
-        link.session.step(lane, x)
+        link.session.step(handle, x)
         link.advance()
     busy(link, 9000)
     busy(link, 1000)
@@ -90,8 +90,8 @@ def test_only_columns_behind_a_refused_frame_are_sent_again() -> None:
 
 def test_a_gap_behind_another_refusal_is_told_not_sent_again() -> None:
     link = Link()
-    lane = link.open("a")
-    calls = [link.session.step(lane, x) for x in (BAD, X[0], X[1])]
+    handle = link.open("a")
+    calls = [link.session.step(handle, x) for x in (BAD, X[0], X[1])]
     link.advance()
     link.serve(1)
     busy(link, 0)
@@ -103,12 +103,12 @@ def test_a_gap_behind_another_refusal_is_told_not_sent_again() -> None:
 
 def test_a_gap_after_all_is_well_again_is_told() -> None:
     link = Link()
-    lane = link.open("a")
-    link.session.step(lane, X[0])
+    handle = link.open("a")
+    link.session.step(handle, X[0])
     link.advance()
     busy(link, 0)
     link.settle()
-    step = link.session.step(lane, X[1])
+    step = link.session.step(handle, X[1])
     link.advance()
     link.deliver(stepped(5, np.full((1, 1, 2), np.nan, np.float32), [(0, 0, Code.SEQ_GAP, 0)]))
     assert refusal(step).code is Code.SEQ_GAP

@@ -9,10 +9,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep_client.calls import StepCall
 from instep_client.protocol.errors import FramesRefused, InstepError
 from instep_client.session import Session, State
-from instep_client.streams import Lane
+from instep_client.steps import StepCall
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, Message
 from tests.support.staged_server import StagedServer
 
@@ -38,7 +38,7 @@ class Run:
         opened = [self.session.open([name], None, single=True) for name in ("a", "b", "c")]
         opened.append(self.session.open(["d", "e", "f"], None, single=False))
         self.drain()
-        self.lanes = [call.result() for call in opened]
+        self.handles = [call.result() for call in opened]
 
     def frames(self, timesteps: int, columns: int) -> F32:
         """New frames, some of them bad."""
@@ -50,15 +50,15 @@ class Run:
         return x
 
     def submit(self) -> None:
-        """The user steps a lane."""
-        lane = self.dice.choice(self.lanes)
+        """The user steps a stream handle."""
+        handle = self.dice.choice(self.handles)
         timesteps = self.dice.choice([1, 1, 1, 2, 5])
-        if lane.single:
+        if handle.single:
             x = self.frames(timesteps, 1)[:, 0]
-            self.calls.append(self.session.step(lane, x if timesteps > 1 else x[0]))
+            self.calls.append(self.session.step(handle, x if timesteps > 1 else x[0]))
         else:
             rows = self.dice.sample(range(3), self.dice.randint(1, 3))
-            self.calls.append(self.session.step(lane, self.frames(timesteps, len(rows)), rows))
+            self.calls.append(self.session.step(handle, self.frames(timesteps, len(rows)), rows))
 
     def act(self) -> None:
         """One thing happens somewhere."""
@@ -104,14 +104,14 @@ class Run:
             self.now += 0.001
         raise AssertionError("the session never comes to rest")
 
-    def told(self, lane: Lane, row: int) -> tuple[list[int], list[float]]:
+    def told(self, handle: StreamHandle, row: int) -> tuple[list[int], list[float]]:
         """What the calls say was applied of one stream: numbers and outputs, in the order of the calls."""
-        handle = int(self.session._table.columns[row, 0])
-        applied = self.server.streams[handle].applied if handle in self.server.streams else []
+        number = int(self.session._table.columns[row, 0])
+        applied = self.server.streams[number].applied if number in self.server.streams else []
         numbers: list[int] = []
         outputs: list[float] = []
         for call in self.calls:
-            if call.lane is not lane or row not in call.rows:
+            if call.handle is not handle or row not in call.rows:
                 continue
             column = int(np.flatnonzero(call.rows == row)[0])
             sent = call.x[:, column, 0].astype(int).tolist()
@@ -131,11 +131,11 @@ class Run:
     def check(self) -> None:
         """Calls and server tell the same story."""
         assert self.session.state is State.OPEN
-        for lane in self.lanes:
-            for row in lane.rows.tolist():
-                handle = int(self.session._table.columns[row, 0])
-                stream = self.server.streams.get(handle)
-                numbers, outputs = self.told(lane, row)
+        for handle in self.handles:
+            for row in handle.rows.tolist():
+                number = int(self.session._table.columns[row, 0])
+                stream = self.server.streams.get(number)
+                numbers, outputs = self.told(handle, row)
                 assert numbers == (stream.applied if stream else [])
                 if self.server.fails == 0:
                     assert int(self.session._table.columns[row, 1]) == (stream.admitted if stream else 0)
@@ -146,10 +146,10 @@ class Run:
         """Of two more frames one at most is refused, because a failed step came to light late; then all is well."""
         self.bad = self.server.fails = self.server.busy = 0.0
         for _ in range(2):
-            frames = [self.frames(1, len(lane.rows)) for lane in self.lanes]
+            frames = [self.frames(1, len(handle.rows)) for handle in self.handles]
             probes = [
-                self.session.step(lane, x[:, 0] if lane.single else x)
-                for lane, x in zip(self.lanes, frames, strict=True)
+                self.session.step(handle, x[:, 0] if handle.single else x)
+                for handle, x in zip(self.handles, frames, strict=True)
             ]
             self.drain()
         assert all(probe.error is None for probe in probes)

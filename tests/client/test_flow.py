@@ -11,7 +11,7 @@ import pytest
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import FrameFailure, InstepError, InvalidInput, StreamEvicted
 from instep_client.protocol.wire import ServerInfo
-from instep_client.streams import Lane
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, INFO, error, reference, stepped
 from tests.support.session_link import BAD, Link, X, blocks, limited, refusal, refuse, sizes
 
@@ -30,28 +30,28 @@ def test_a_step_is_these_bytes() -> None:
 @pytest.mark.parametrize("length", [1, 7])
 def test_a_chunk_is_one_block_and_answers_as_the_network_does(length: int) -> None:
     link = Link()
-    lane = link.open("a")
-    step = link.session.step(lane, X[:length])
+    handle = link.open("a")
+    step = link.session.step(handle, X[:length])
     assert blocks(link.advance()) == [([(1, 0)], X[:length, :1].tolist())]
     answer = link.finish(step)
     assert answer.outputs.tolist() == reference(X[:length])[0].tolist()
     assert (answer.queue_us, answer.compute_us, answer.send_us) == (7, 8, 9)
-    assert link.session.next_seqs(lane).tolist() == [length]
+    assert link.session.next_seqs(handle).tolist() == [length]
 
 
 def test_single_frames_of_many_streams_travel_together_second_frames_in_a_second_block() -> None:
     link = Link()
     a, b, c = (link.open(name) for name in "abc")
     order = [a, b, a, c, b, a]
-    calls = [link.session.step(lane, X[index]) for index, lane in enumerate(order)]
+    calls = [link.session.step(handle, X[index]) for index, handle in enumerate(order)]
     assert blocks(link.advance()) == [
         ([(1, 0), (2, 0), (3, 0)], [[0, 3, 9]]),
         ([(1, 1), (2, 1)], [[6, 12]]),
         ([(1, 2)], [[15]]),
     ]
     link.settle()
-    for lane in (a, b, c):
-        mine = [index for index, other in enumerate(order) if other is lane]
+    for handle in (a, b, c):
+        mine = [index for index, other in enumerate(order) if other is handle]
         expected, _ = reference(X[mine])
         assert [calls[index].result().outputs.tolist() for index in mine] == expected.tolist()
 
@@ -85,13 +85,13 @@ def test_large_calls_are_cut_into_blocks_within_the_limits_and_put_together_agai
 ) -> None:
     link = limited(block=block)
     x = np.random.default_rng(0).integers(-8, 8, (timesteps, columns, 3)).astype(np.float32)
-    lane = link.open(*[f"s{i}" for i in range(columns)])
-    step = link.session.step(lane, x[:, 0] if columns == 1 else x)
+    handle = link.open(*[f"s{i}" for i in range(columns)])
+    step = link.session.step(handle, x[:, 0] if columns == 1 else x)
     assert sizes(link.advance()) == expected
     outputs = link.finish(step).outputs.reshape(timesteps, columns, 2)
     for column in range(columns):
         assert outputs[:, column].tolist() == reference(x[:, column])[0].tolist()
-    assert link.session.next_seqs(lane).tolist() == [timesteps] * columns
+    assert link.session.next_seqs(handle).tolist() == [timesteps] * columns
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_the_longest_of_each_time_is_told_of_several_blocks() -> None:
     assert (answer.queue_us, answer.compute_us, answer.send_us) == (10, 20, 30)
 
 
-def test_nothing_is_sent_beyond_the_credit_and_lanes_take_turns() -> None:
+def test_nothing_is_sent_beyond_the_credit_and_stream_handles_take_turns() -> None:
     link = limited(credit=4)
     big, small = link.open("big"), link.open("small")
     chunk = link.session.step(big, X[:8])
@@ -147,17 +147,17 @@ def test_nothing_is_sent_beyond_the_credit_and_lanes_take_turns() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
-def test_many_lanes_share_the_credit(chunk: int) -> None:
+def test_many_stream_handles_share_the_credit(chunk: int) -> None:
     link = limited(credit=4, block=1)
-    for lane in [link.open(f"s{i}") for i in range(6)]:
-        link.session.step(lane, X[:chunk])
+    for handle in [link.open(f"s{i}") for i in range(6)]:
+        link.session.step(handle, X[:chunk])
     assert sum(t * n for t, n in sizes(link.advance())) == 4
 
 
 def test_full_blocks_of_single_frames_are_sent_as_they_fill() -> None:
     link = limited(block=2)
-    for lane in [link.open(f"s{i}") for i in range(5)]:
-        link.session.step(lane, X[0])
+    for handle in [link.open(f"s{i}") for i in range(5)]:
+        link.session.step(handle, X[0])
     assert sizes(link.advance()) == [(1, 2), (1, 2), (1, 1)]
 
 
@@ -181,19 +181,19 @@ def test_refused_frames_leave_the_others_and_the_next_seq_follows_the_server() -
 
 def test_frames_pipelined_behind_a_refused_one_are_refused_too_and_then_the_stream_goes_on() -> None:
     link = Link()
-    lane = link.open("a")
-    first, bad, behind = (link.session.step(lane, x) for x in (X[0], BAD, X[1]))
+    handle = link.open("a")
+    first, bad, behind = (link.session.step(handle, x) for x in (X[0], BAD, X[1]))
     link.settle()
     assert first.result()
     assert refusal(bad).failures == (FrameFailure("a", 1, Code.NOT_FINITE, 1),)
     assert refusal(behind).failures == (FrameFailure("a", 2, Code.SEQ_GAP, 1),)
-    assert link.finish(link.session.step(lane, X[1])).outputs.tolist() == reference(X[:2])[0][1].tolist()
+    assert link.finish(link.session.step(handle, X[1])).outputs.tolist() == reference(X[:2])[0][1].tolist()
 
 
 def test_a_frame_that_waited_to_be_sent_behind_a_refused_one_is_not_sent() -> None:
     link = limited(credit=1)
-    lane = link.open("a")
-    bad, behind = link.session.step(lane, BAD), link.session.step(lane, X[0])
+    handle = link.open("a")
+    bad, behind = link.session.step(handle, BAD), link.session.step(handle, X[0])
     link.settle()
     assert link.rules.blocks == [(1, 1)]
     assert refusal(bad).code is Code.NOT_FINITE
@@ -204,15 +204,15 @@ def test_a_frame_that_waited_to_be_sent_behind_a_refused_one_is_not_sent() -> No
 
 def test_the_rest_of_a_chunk_is_not_sent_once_a_frame_of_it_was_refused() -> None:
     link = limited(credit=8, block=2)
-    lane = link.open("a", "b")
+    handle = link.open("a", "b")
     x = np.ones((6, 2, 3), np.float32)
     x[1, 0] = BAD
-    step = link.session.step(lane, x)
+    step = link.session.step(handle, x)
     link.settle()
     assert sum(t * n for t, n in link.rules.blocks) < 12
     assert refusal(step).failures == (FrameFailure("a", 1, Code.NOT_FINITE, 1),)
     assert refusal(step).outputs[:, 1].tolist() == reference(x[:, 1])[0].tolist()
-    assert link.session.next_seqs(lane).tolist() == [1, 6]
+    assert link.session.next_seqs(handle).tolist() == [1, 6]
 
 
 def test_a_refused_message_is_a_refusal_of_all_its_frames_and_is_not_sent_again() -> None:
@@ -234,15 +234,15 @@ def test_a_refused_message_is_a_refusal_of_all_its_frames_and_is_not_sent_again(
 
 def test_a_stream_that_the_server_does_not_know_has_ended() -> None:
     link = Link()
-    lane, group = link.open("a"), link.open("b", "c")
+    handle, group = link.open("a"), link.open("b", "c")
     link.rules.end([1, 2])
-    lone, many = link.session.step(lane, X[0]), link.session.step(group, X[:2])
+    lone, many = link.session.step(handle, X[0]), link.session.step(group, X[:2])
     link.settle()
     assert isinstance(lone.error, StreamEvicted)
     assert lone.error.code is Code.UNKNOWN_STREAM
     assert [(f.stream, f.code) for f in refusal(many).failures] == [("b", Code.UNKNOWN_STREAM)]
     with pytest.raises(StreamEvicted):
-        link.session.step(lane, X[0])
+        link.session.step(handle, X[0])
     assert link.finish(link.session.step(group, X[:1], rows=[1])).outputs.shape == (1, 2)
 
 
@@ -265,9 +265,9 @@ def test_rows_belong_to_groups_of_that_size() -> None:
 
 def test_what_the_user_does_to_an_array_changes_nothing_that_was_sent() -> None:
     link = Link()
-    lane = link.open("a")
+    handle = link.open("a")
     x: F32 = X[0].copy()
-    step = link.session.step(lane, x)
+    step = link.session.step(handle, x)
     x[:] = 100
     link.advance()
     refuse(link, Code.BUSY)
@@ -278,8 +278,8 @@ def test_what_the_user_does_to_an_array_changes_nothing_that_was_sent() -> None:
 
 def test_outputs_belong_to_the_user() -> None:
     link = Link()
-    lanes: list[Lane] = [link.open("a"), link.open("b"), link.open("c", "d")]
-    calls = [link.session.step(lane, X[:2] if not lane.single else X[0]) for lane in lanes]
+    handles: list[StreamHandle] = [link.open("a"), link.open("b"), link.open("c", "d")]
+    calls = [link.session.step(handle, X[:2] if not handle.single else X[0]) for handle in handles]
     link.settle()
     for call in calls:
         outputs = call.result().outputs

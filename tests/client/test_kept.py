@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from instep_client.protocol.codes import Code
@@ -12,44 +15,44 @@ from tests.support.session_link import BAD, Link, X, limited, refusal
 
 def test_outputs_are_taken_in_the_order_of_the_sends_each_at_its_place() -> None:
     link = Link()
-    lane = link.open("a")
-    calls = [link.session.step(lane, x, keep=True) for x in (X[0], BAD, X[:2])]
-    assert link.session.take(lane) is None
-    assert not link.session.outputs_end(lane)
+    handle = link.open("a")
+    calls = [link.session.step(handle, x, keep=True) for x in (X[0], BAD, X[:2])]
+    assert link.session.take(handle) is None
+    assert not link.session.outputs_end(handle)
     link.advance()
     assert all(call.sent for call in calls)
     link.settle()
-    assert [link.session.take(lane) for _ in range(4)] == [*calls, None]
+    assert [link.session.take(handle) for _ in range(4)] == [*calls, None]
     assert refusal(calls[1]).code is Code.NOT_FINITE
-    link.session.finish(lane)
-    assert link.session.outputs_end(lane)
+    link.session.finish(handle)
+    assert link.session.outputs_end(handle)
     with pytest.raises(ClientClosed, match="was finished"):
-        link.session.step(lane, X[0], keep=True)
-    assert link.finish(link.session.step(lane, X[0]))
+        link.session.step(handle, X[0], keep=True)
+    assert link.finish(link.session.step(handle, X[0]))
 
 
-def test_the_lane_is_woken_when_its_outputs_change() -> None:
+def test_the_handle_is_woken_when_its_outputs_change() -> None:
     link = Link()
-    lane = link.open("a")
+    handle = link.open("a")
     link.session.take_woken()
-    call = link.session.step(lane, X[0], keep=True)
+    call = link.session.step(handle, X[0], keep=True)
     link.advance()
     assert link.session.take_woken() == [call]
     link.settle()
-    assert link.session.take_woken() == [call, lane]
-    link.session.finish(lane)
-    assert link.session.take_woken() == [lane]
+    assert link.session.take_woken() == [call, handle]
+    link.session.finish(handle)
+    assert link.session.take_woken() == [handle]
 
 
 def test_unread_outputs_hold_the_stream_back_until_they_are_taken() -> None:
     link = limited(credit=4)
-    lane, other = link.open("a"), link.open("b")
-    kept = [link.session.step(lane, x, keep=True) for x in X[:5]]
-    behind = link.session.step(lane, X[5])
+    handle, other = link.open("a"), link.open("b")
+    kept = [link.session.step(handle, x, keep=True) for x in X[:5]]
+    behind = link.session.step(handle, X[5])
     link.settle()
     assert [call.sent for call in kept] == [True, True, True, True, False]
     assert link.finish(link.session.step(other, X[0]))
-    assert link.session.take(lane) is kept[0]
+    assert link.session.take(handle) is kept[0]
     link.settle()
     assert kept[4].done
     assert behind.done
@@ -57,16 +60,16 @@ def test_unread_outputs_hold_the_stream_back_until_they_are_taken() -> None:
 
 def test_a_chunk_larger_than_the_bound_goes_when_nothing_else_is_unread() -> None:
     link = limited(credit=4)
-    lane = link.open("a")
-    chunk = link.session.step(lane, X[:10], keep=True)
+    handle = link.open("a")
+    chunk = link.session.step(handle, X[:10], keep=True)
     assert link.finish(chunk).outputs.shape == (10, 2)
 
 
 def test_nobody_reading_is_an_error_after_the_timeout() -> None:
     link = limited(credit=1)
-    lane = link.open("a")
-    link.session.step(lane, X[0], keep=True)
-    held_back = link.session.step(lane, X[1], keep=True)
+    handle = link.open("a")
+    link.session.step(handle, X[0], keep=True)
+    held_back = link.session.step(handle, X[1], keep=True)
     link.settle()
     assert link.session.deadline() == link.now + 10.0
     link.advance(9.9)
@@ -74,54 +77,70 @@ def test_nobody_reading_is_an_error_after_the_timeout() -> None:
     link.advance(0.1)
     with pytest.raises(InstepError, match="nobody reads the outputs of stream 'a': 1 frames wait"):
         held_back.result()
-    assert link.session.take(lane)
-    assert link.finish(link.session.step(lane, X[1], keep=True))
+    assert link.session.take(handle)
+    assert link.finish(link.session.step(handle, X[1], keep=True))
 
 
 def test_what_was_not_sent_is_not_sent_and_the_rest_is_dropped_when_it_comes() -> None:
     link = limited(credit=1)
-    lane = link.open("a")
-    sent, waiting, last = (link.session.step(lane, x) for x in X[:3])
+    handle = link.open("a")
+    sent, waiting, last = (link.session.step(handle, x) for x in X[:3])
     link.advance()
     for call in (sent, waiting):
         link.session.cancel(call)
     link.settle()
     assert last.result().outputs.tolist() == reference(X[[0, 2]])[0][1].tolist()
-    assert link.session.next_seqs(lane).tolist() == [2]
+    assert link.session.next_seqs(handle).tolist() == [2]
 
 
 def test_a_kept_call_that_was_not_sent_leaves_no_output() -> None:
     link = limited(credit=4, block=1)
-    lane = link.open("a")
+    handle = link.open("a")
     link.session.step(link.open("b"), X[:2])
-    first = link.session.step(lane, X[0], keep=True)
-    half = link.session.step(lane, X[1:3], keep=True)
-    last = link.session.step(lane, X[3], keep=True)
+    first = link.session.step(handle, X[0], keep=True)
+    half = link.session.step(handle, X[1:3], keep=True)
+    last = link.session.step(handle, X[3], keep=True)
     link.advance()
     link.session.cancel(half)
     link.session.cancel(first)  # sent: counts as sent
     link.settle()
-    assert [link.session.take(lane) for _ in range(3)] == [first, last, None]
-    assert lane.unread == 0
+    assert [link.session.take(handle) for _ in range(3)] == [first, last, None]
+    assert handle.unread == 0
     assert last.result().outputs.tolist() == reference(X[[0, 1, 3]])[0][2].tolist()
 
 
 def test_a_call_held_back_by_unread_outputs_can_be_withdrawn() -> None:
     link = limited(credit=1)
-    lane = link.open("a")
-    link.session.step(lane, X[0], keep=True)
-    held_back = link.session.step(lane, X[1], keep=True)
+    handle = link.open("a")
+    link.session.step(handle, X[0], keep=True)
+    held_back = link.session.step(handle, X[1], keep=True)
     link.settle()
     link.session.cancel(held_back)
-    assert lane.unread == 1
+    assert handle.unread == 1
     assert link.session.deadline() is None
-    assert link.finish(link.session.step(lane, X[2])).outputs.tolist() == reference(X[[0, 2]])[0][1].tolist()
+    assert link.finish(link.session.step(handle, X[2])).outputs.tolist() == reference(X[[0, 2]])[0][1].tolist()
 
 
-def test_the_only_call_of_a_lane_can_be_withdrawn() -> None:
+def test_the_only_call_of_a_handle_can_be_withdrawn() -> None:
     link = Link()
-    lane = link.open("a")
-    call = link.session.step(lane, X[0])
+    handle = link.open("a")
+    call = link.session.step(handle, X[0])
     link.session.cancel(call)
     assert link.advance() == []
-    assert link.finish(link.session.step(lane, X[0]))
+    assert link.finish(link.session.step(handle, X[0]))
+
+
+def test_outputs_that_nobody_takes_are_kept_for_as_long_as_the_handle_and_no_longer() -> None:
+    link = Link()
+    handle = link.open("a")
+    kept = link.session.step(handle, X[0], keep=True)
+    link.finish(link.session.close(handle))
+    assert link.session.take(handle) is kept
+    handle = link.open("a")
+    link.session.step(handle, X[0], keep=True)
+    link.finish(link.session.close(handle))
+    link.session.take_woken()
+    rows = weakref.ref(handle.rows)
+    del handle
+    gc.collect()
+    assert rows() is None

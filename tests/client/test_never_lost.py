@@ -9,12 +9,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep_client.calls import Answer, StepCall
+from instep_client.calls import TimedOutputs
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import StreamEvicted
 from instep_client.requests import CloseCall
 from instep_client.session import State
-from instep_client.streams import Lane
+from instep_client.steps import StepCall
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, reference
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer
@@ -31,23 +32,23 @@ class Run:
         self.busy = busy
         self.calls: list[StepCall] = []
         self.closings: list[CloseCall] = []
-        self.kept: dict[Lane, list[Answer]] = {}
+        self.kept: dict[StreamHandle, list[TimedOutputs]] = {}
         session = self.link.session
         opened = [session.open([name], None, single=True) for name in ("a", "b", "c")]
         opened.append(session.open(["d", "e", "f"], None, single=False))
         self.link.run(*opened)
-        self.lanes = [call.result() for call in opened]
+        self.handles = [call.result() for call in opened]
 
     def submit(self) -> None:
-        """The user steps a lane."""
-        lane = self.dice.choice(self.lanes)
+        """The user steps a stream handle."""
+        handle = self.dice.choice(self.handles)
         timesteps = self.dice.choice([1, 1, 1, 2, 5])
         generator = np.random.default_rng(self.dice.randrange(2**32))
-        rows = None if lane.single else self.dice.sample(range(3), self.dice.randint(1, 3))
+        rows = None if handle.single else self.dice.sample(range(3), self.dice.randint(1, 3))
         columns = 1 if rows is None else len(rows)
         x = generator.standard_normal((timesteps, columns, 3)).astype(np.float32)
         keep = rows is None and self.dice.random() < 0.3
-        self.calls.append(self.link.session.step(lane, x[:, 0] if lane.single else x, rows, keep))
+        self.calls.append(self.link.session.step(handle, x[:, 0] if handle.single else x, rows, keep))
 
     def fault(self) -> None:
         """Something breaks."""
@@ -94,9 +95,9 @@ class Run:
             case _:
                 link.advance(self.dice.choice([0.0, 0.01, 0.1, 1.0, 11.0]))
         self.check_closings()
-        for lane in self.lanes:
-            while (call := link.session.take(lane)) is not None:
-                self.kept.setdefault(lane, []).append(call.result())
+        for handle in self.handles:
+            while (call := link.session.take(handle)) is not None:
+                self.kept.setdefault(handle, []).append(call.result())
 
     def drain(self) -> None:
         """Nothing breaks any more, and everything is answered."""
@@ -106,25 +107,25 @@ class Run:
         self.link.run(*self.calls, *self.closings)
 
     def close(self) -> None:
-        """The user closes every lane, whatever of it is unanswered; nothing is sent after that."""
-        self.closings = [self.link.session.close(lane) for lane in self.lanes]
+        """The user closes every stream handle, whatever of it is unanswered; nothing is sent after that."""
+        self.closings = [self.link.session.close(handle) for handle in self.handles]
 
     def check_closings(self) -> None:
         """No stream ends before everything that was sent through it is answered."""
         for closing in self.closings:
             if closing.done:
-                assert all(call.done for call in self.calls if call.lane is closing.lane)
+                assert all(call.done for call in self.calls if call.handle is closing.handle)
 
     def check(self) -> None:
         """Every frame was applied once, in order, and its output given once, in order."""
         assert self.link.session.state in ((State.OPEN, State.RECONNECTING) if self.closings else (State.OPEN,))
         assert all(call.done and call.error is None for call in self.calls)
-        for lane in self.lanes:
-            for row, name in zip(lane.rows.tolist(), lane.names, strict=True):
+        for handle in self.handles:
+            for row, name in zip(handle.rows.tolist(), handle.names, strict=True):
                 sent: list[F32] = []
                 came: list[F32] = []
                 for call in self.calls:
-                    if call.lane is lane and row in call.rows:
+                    if call.handle is handle and row in call.rows:
                         column = call.rows.tolist().index(row)
                         sent += list(call.x[:, column])
                         outputs = call.result().outputs.reshape(len(call.x), len(call.rows), 2)
@@ -134,8 +135,8 @@ class Run:
                 assert np.array_equal(np.array(applied).reshape(-1, 3), np.array(sent).reshape(-1, 3))
                 assert np.array_equal(np.array(came, np.float32).reshape(-1, 2), expected)
                 for closing in self.closings:
-                    if closing.lane is lane:
-                        self.check_final(closing, final, lane.rows.tolist().index(row))
+                    if closing.handle is handle:
+                        self.check_final(closing, final, handle.rows.tolist().index(row))
         assert self.closings or int(self.link.session._table.columns[:, 1].sum()) == int(
             self.link.session._table.columns[:, 2].sum()
         )
@@ -165,8 +166,8 @@ def test_no_fault_of_connections_or_servers_is_seen_by_the_calls(
         run.act()
     run.drain()
     run.check()
-    for lane, answers in run.kept.items():
-        kept = [call for call in run.calls if call.lane is lane and call.keep]
+    for handle, answers in run.kept.items():
+        kept = [call for call in run.calls if call.handle is handle and call.keep]
         assert all(a is call.result() for a, call in zip(answers, kept, strict=False))
 
 

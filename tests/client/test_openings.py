@@ -28,22 +28,22 @@ def test_open_and_close_are_these_bytes() -> None:
     opening = link.session.open(["a", "é"], np.arange(8).reshape(2, 2, 2), single=False)
     [message] = link.advance()
     assert message == [bytes.fromhex("950202020100"), b"a\n\xc3\xa9", np.arange(8, dtype="<f4").tobytes(), b""]
-    lane = link.finish(opening)
-    link.session.close(lane)
+    handle = link.finish(opening)
+    link.session.close(handle)
     assert link.advance() == [[bytes.fromhex("93040302"), bytes.fromhex("0100000000000000 0200000000000000")]]
 
 
 def test_a_stream_starts_from_its_state_and_ends_in_the_networks() -> None:
     link = Link()
     state = np.array([[1, 2], [3, 4]], np.float32)
-    lane = link.open("a", initial=state)
-    step = link.session.step(lane, X[:3])
-    final = link.finish(link.session.close(lane))
+    handle = link.open("a", initial=state)
+    step = link.session.step(handle, X[:3])
+    final = link.finish(link.session.close(handle))
     outputs, expected = reference(X[:3], state)
     assert step.result().outputs.tolist() == outputs.tolist()
     assert final.reshape(2, 2).tolist() == expected.tolist()
     assert link.rules.names == {}
-    assert link.session.next_seqs(lane).tolist() == [3]
+    assert link.session.next_seqs(handle).tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_large_groups_are_opened_and_closed_in_parts() -> None:
     messages = link.advance()
     assert sent(messages) == [(Kind.OPEN, b"a\nb"), (Kind.OPEN, b"c\nd"), (Kind.OPEN, b"e")]
     assert b"".join(message[2] for message in messages) == states.astype("<f4").tobytes()
-    lane = link.finish(opening)
-    assert len(lane.rows) == 5
-    finals = link.finish(link.session.close(lane))
+    handle = link.finish(opening)
+    assert len(handle.rows) == 5
+    finals = link.finish(link.session.close(handle))
     assert finals.tolist() == states.reshape(5, 4).tolist()
 
     many = link.open(*[f"s{i}" for i in range(60)])
@@ -193,9 +193,9 @@ def test_a_refused_opening_that_nobody_waits_for_is_nothing() -> None:
 
 def test_closing_waits_until_everything_sent_was_answered() -> None:
     link = Link(replace(INFO, credit_frames=2))
-    lane = link.open("a")
-    steps = [link.session.step(lane, x) for x in X[:3]]
-    closing = link.session.close(lane)
+    handle = link.open("a")
+    steps = [link.session.step(handle, x) for x in X[:3]]
+    closing = link.session.close(handle)
     link.advance()
     refuse(link, Code.BUSY)
     link.serve()
@@ -208,16 +208,16 @@ def test_closing_waits_until_everything_sent_was_answered() -> None:
     assert final.reshape(2, 2).tolist() == expected.tolist()
 
 
-def test_a_closed_lane_takes_nothing_more() -> None:
+def test_a_closed_handle_takes_nothing_more() -> None:
     link = Link()
-    lane = link.open("a")
-    closing = link.session.close(lane)
-    for call in (lambda: link.session.step(lane, X[0]), lambda: link.session.close(lane)):
+    handle = link.open("a")
+    closing = link.session.close(handle)
+    for call in (lambda: link.session.step(handle, X[0]), lambda: link.session.close(handle)):
         with pytest.raises(ClientClosed, match="'a' was closed"):
             call()
-    assert not link.session.outputs_end(lane)
+    assert not link.session.outputs_end(handle)
     link.finish(closing)
-    assert link.session.outputs_end(lane)
+    assert link.session.outputs_end(handle)
 
 
 def test_rows_are_used_again_and_start_afresh() -> None:
@@ -239,11 +239,11 @@ def test_rows_are_used_again_and_start_afresh() -> None:
 
 def test_the_table_grows() -> None:
     link = Link()
-    lanes = [link.open(f"s{i}") for i in range(40)]
+    handles = [link.open(f"s{i}") for i in range(40)]
     group = link.open(*[f"g{i}" for i in range(500)])
-    rows = [int(row) for lane in [*lanes, group] for row in lane.rows]
+    rows = [int(row) for handle in [*handles, group] for row in handle.rows]
     assert len(set(rows)) == 540
-    steps = [link.session.step(lane, X[0]) for lane in lanes]
+    steps = [link.session.step(handle, X[0]) for handle in handles]
     many = link.session.step(group, np.ones((500, 3)))
     link.settle()
     assert {tuple(step.result().outputs.tolist()) for step in steps} == {(3.0, 4.0)}
@@ -253,22 +253,22 @@ def test_the_table_grows() -> None:
 class TestEnded:
     def test_closing_a_stream_that_was_evicted_says_so_and_sends_nothing(self) -> None:
         link = Link()
-        lane = link.open("a")
+        handle = link.open("a")
         link.deliver(evicted([1]))
         with pytest.raises(StreamEvicted, match="IDLE"):
-            link.session.close(lane)
+            link.session.close(handle)
         assert link.advance() == []
         other = link.open("b")
-        assert other.rows.tolist() == lane.rows.tolist()
+        assert other.rows.tolist() == handle.rows.tolist()
         assert link.finish(link.session.close(other)).tolist() == [[0, 0, 0, 0]]
         assert link.rules.kinds[-1] is Kind.CLOSE
 
     @pytest.mark.parametrize("is_sent", [False, True])
     def test_a_close_that_waits_when_the_stream_is_evicted_says_so(self, is_sent: bool) -> None:
         link = Link()
-        lane = link.open("a")
-        step = link.session.step(lane, X[0])
-        closing = link.session.close(lane)
+        handle = link.open("a")
+        step = link.session.step(handle, X[0])
+        closing = link.session.close(handle)
         link.advance()
         if is_sent:
             link.serve()
@@ -284,7 +284,7 @@ class TestEnded:
         link.settle()
         assert isinstance(closing.error, StreamEvicted)
         assert step.error is None
-        assert link.open("b").rows.tolist() == lane.rows.tolist()
+        assert link.open("b").rows.tolist() == handle.rows.tolist()
 
     def test_a_group_gives_the_states_of_those_that_are_left(self) -> None:
         link = Link()
@@ -300,32 +300,32 @@ class TestEnded:
 
     def test_a_stream_that_the_server_does_not_know_cannot_be_closed(self) -> None:
         link = Link()
-        lane = link.open("a")
+        handle = link.open("a")
         link.rules.end([1])
-        closing = link.session.close(lane)
+        closing = link.session.close(handle)
         link.settle()
         with pytest.raises(StreamRefused, match="UNKNOWN_STREAM"):
             closing.result()
-        assert link.session.outputs_end(lane)
+        assert link.session.outputs_end(handle)
 
     def test_a_refused_close_may_be_tried_again(self) -> None:
         link = Link()
-        lane = link.open("a")
-        closing = link.session.close(lane)
+        handle = link.open("a")
+        closing = link.session.close(handle)
         link.advance()
         refuse(link, Code.SHUTTING_DOWN)
         link.settle()
         with pytest.raises(StreamRefused, match="SHUTTING_DOWN"):
             closing.result()
-        assert link.finish(link.session.step(lane, X[0]))
-        assert link.finish(link.session.close(lane)).shape == (1, 4)
+        assert link.finish(link.session.step(handle, X[0]))
+        assert link.finish(link.session.close(handle)).shape == (1, 4)
 
     def test_a_close_on_its_way_fails_with_the_session(self) -> None:
         link = Link(replace(INFO, credit_frames=1))
-        lane = link.open("a")
+        handle = link.open("a")
         for x in X[:2]:
-            link.session.step(lane, x)
-        waiting = link.session.close(lane)
+            link.session.step(handle, x)
+        waiting = link.session.close(handle)
         link.advance()
         link.session.fail(ClientClosed, "over")
         assert str(waiting.error) == "over"

@@ -80,10 +80,10 @@ def test_nobody_answers_hello() -> None:
 
 def test_silence_is_probed_at_half_the_timeout_and_ends_the_session_at_all_of_it() -> None:
     link = Link(timeout_s=4.0)
-    lane = link.open("a")
+    handle = link.open("a")
     link.advance(1000.0)  # nothing is asked for: silence means nothing
     assert link.session.deadline() is None
-    step = link.session.step(lane, X)
+    step = link.session.step(handle, X)
     assert headers(link.advance())[0][0] is Kind.STEP
     assert link.session.deadline() == link.now + 2.0
     assert link.advance(1.9) == []
@@ -95,14 +95,14 @@ def test_silence_is_probed_at_half_the_timeout_and_ends_the_session_at_all_of_it
     with pytest.raises(ConnectionFailed, match="nobody answers at tcp://somewhere:1"):
         step.result()
     with pytest.raises(ConnectionFailed, match="nobody answers"):
-        link.session.step(lane, X)
+        link.session.step(handle, X)
 
 
 @pytest.mark.parametrize("word", [[pack(Kind.PING, 0)], [pack(Kind.PONG, 4)]])
 def test_any_word_of_the_server_starts_the_wait_anew(word: Message) -> None:
     link = Link(timeout_s=4.0)
-    lane = link.open("a")
-    link.session.step(lane, X)
+    handle = link.open("a")
+    link.session.step(handle, X)
     link.advance()
     assert headers(link.advance(2.0)) == [[Kind.PING, 4]]
     link.deliver(word)
@@ -157,14 +157,14 @@ def test_a_refused_question_raises_the_code() -> None:
 
 def test_goodbye_ends_everything_that_was_not_answered_before_it() -> None:
     link = Link()
-    lane = link.open("a")
-    answered, unanswered = link.session.step(lane, X), link.session.step(lane, X)
+    handle = link.open("a")
+    answered, unanswered = link.session.step(handle, X), link.session.step(handle, X)
     link.advance()
     link.serve(1)
     link.settle_client()
     link.deliver(goodbye())
     assert answered.result().outputs.tolist() == [3, 4]
-    for call in (lambda: unanswered.result(), lambda: link.session.step(lane, X), lambda: link.session.ping(0)):
+    for call in (lambda: unanswered.result(), lambda: link.session.step(handle, X), lambda: link.session.ping(0)):
         with pytest.raises(ConnectionFailed, match="the server is shutting down"):
             call()
     link.deliver(stepped(4, np.zeros((1, 1, 2), np.float32)))  # too late: dropped
@@ -210,8 +210,8 @@ def test_an_error_about_no_request_ends_the_session() -> None:
 )
 def test_a_malformed_message_fails_what_waits(message: Message) -> None:
     link = Link()
-    lane = link.open("a")
-    step = link.session.step(lane, X)
+    handle = link.open("a")
+    step = link.session.step(handle, X)
     link.advance()
     ping = link.session.ping(0.0)
     link.deliver(message)
@@ -220,7 +220,7 @@ def test_a_malformed_message_fails_what_waits(message: Message) -> None:
         with pytest.raises(MalformedMessage, match="the server at tcp://somewhere:1 does not follow the protocol"):
             call.result()
     with pytest.raises(MalformedMessage):
-        link.session.step(lane, X)
+        link.session.step(handle, X)
 
 
 def test_eviction_fails_what_waits_and_what_comes_later_of_that_stream_alone() -> None:
@@ -276,8 +276,8 @@ def test_leaving_closes_the_streams_and_hears_that_the_server_knows() -> None:
     link.open("b", "c")
     step = link.session.step(link.open("a"), X)
     link.advance()
-    farewell = link.session.leave()
-    assert farewell is not None
+    close_all = link.session.leave()
+    assert close_all is not None
     assert [header[0] for header in headers(link.advance())] == [Kind.CLOSE, Kind.PING]
     with pytest.raises(ClientClosed, match="the client was closed"):
         step.result()
@@ -285,7 +285,7 @@ def test_leaving_closes_the_streams_and_hears_that_the_server_knows() -> None:
     assert link.rules.names == {}
     link.deliver(stepped(4, np.zeros((1, 1, 2), np.float32)))
     link.settle_client()
-    assert farewell.done
+    assert close_all.done
     assert link.session.leave() is None
     with pytest.raises(ClientClosed):
         link.session.ping(0.0)

@@ -40,14 +40,14 @@ class TestResume:
     @pytest.mark.parametrize(("have", "first"), [(None, 4), (2, 2), (4, 4)])
     def test_another_process_goes_on_where_its_outputs_end(self, have: int | None, first: int) -> None:
         link = RingLink()
-        lane = link.open("a")
-        link.finish(link.session.step(lane, X[:4]))
+        handle = link.open("a")
+        link.finish(link.session.step(handle, X[:4]))
         other = RingLink(link.server, name="other")
         taken = other.finish(other.session.resume(["a"], have, 0, True, True))
         assert other.session.next_seqs(taken).tolist() == [first]
         outputs = other.finish(other.session.step(taken, X[first:7])).outputs
         assert outputs.tolist() == reference(X[:7])[0][first:].tolist()
-        step = link.session.step(lane, X[4])
+        step = link.session.step(handle, X[4])
         link.run(step)
         assert isinstance(step.error, StreamEvicted)
 
@@ -115,9 +115,9 @@ class TestResume:
 class TestStates:
     def test_a_stream_is_opened_at_a_seq(self) -> None:
         link = RingLink()
-        lane = link.finish(link.session.open(["a"], STATE, True, first_seqs=7))
-        assert link.session.next_seqs(lane).tolist() == [7]
-        outputs = link.finish(link.session.step(lane, X[:3])).outputs
+        handle = link.finish(link.session.open(["a"], STATE, True, first_seqs=7))
+        assert link.session.next_seqs(handle).tolist() == [7]
+        outputs = link.finish(link.session.step(handle, X[:3])).outputs
         assert outputs.tolist() == reference(X[:3], STATE)[0].tolist()
         assert link.server.streams["a"].next_seq == 10
 
@@ -131,16 +131,16 @@ class TestStates:
 
     def test_a_reset_waits_for_what_was_sent_and_holds_back_what_comes(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        before = link.session.step(lane, X[:2])
-        reset = link.session.reset(lane, STATE)
-        after = link.session.step(lane, X[2:4])
+        handle = link.open("a")
+        before = link.session.step(handle, X[:2])
+        reset = link.session.reset(handle, STATE)
+        after = link.session.step(handle, X[2:4])
         link.advance()
         assert [header[0] for header in headers(list(link.to_server[link.peer]))] == [Kind.STEP]
         link.run(before, reset, after)
         assert reset.error is None
         assert after.result().outputs.tolist() == reference(X[2:4], STATE)[0].tolist()
-        assert link.session.next_seqs(lane).tolist() == [4]
+        assert link.session.next_seqs(handle).tolist() == [4]
 
     def test_a_reset_without_states_is_to_zeros(self) -> None:
         link = RingLink()
@@ -161,37 +161,37 @@ class TestStates:
 
     def test_a_fork_that_nobody_waits_for_is_not_made_or_closed_again(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        link.session.step(lane, X[0])
-        waiting = link.session.fork(lane, ["b"])
+        handle = link.open("a")
+        link.session.step(handle, X[0])
+        waiting = link.session.fork(handle, ["b"])
         link.session.cancel(waiting)
         link.run(waiting)
-        asked = link.session.fork(lane, ["c"])
+        asked = link.session.fork(handle, ["c"])
         link.advance()
         link.session.cancel(asked)
         link.run(asked)
-        link.finish(link.session.step(lane, X[0]))
+        link.finish(link.session.step(handle, X[0]))
         link.finish(link.session.ping(0.0))
         assert set(link.server.streams) == {"a"}
 
     def test_a_refused_fork_or_reset_leaves_the_source(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        fork = link.session.fork(lane, ["a"])
+        handle = link.open("a")
+        fork = link.session.fork(handle, ["a"])
         link.run(fork)
         assert isinstance(fork.error, StreamRefused)
         link.server.draining = True
-        reset = link.session.reset(lane, None)
+        reset = link.session.reset(handle, None)
         link.run(reset)
         assert isinstance(reset.error, StreamRefused)
         link.server.draining = False
-        assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
+        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
 
     def test_what_waits_for_its_turn_ends_with_the_stream(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        link.session.step(lane, X[0])
-        waiting: list[Call[Any]] = [link.session.reset(lane, None), link.session.fork(lane, ["b"])]
+        handle = link.open("a")
+        link.session.step(handle, X[0])
+        waiting: list[Call[Any]] = [link.session.reset(handle, None), link.session.fork(handle, ["b"])]
         link.advance()
         link.send([(link.peer, evicted([1]))])
         link.deliver()
@@ -199,17 +199,17 @@ class TestStates:
             with pytest.raises(StreamEvicted, match="IDLE"):
                 call.result()
         with pytest.raises(StreamEvicted, match="IDLE"):
-            link.session.read_state(lane)
+            link.session.read_state(handle)
 
     def test_bad_input(self) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         with pytest.raises(InvalidInput, match="shape"):
-            link.session.reset(lane, np.zeros(3))
+            link.session.reset(handle, np.zeros(3))
         with pytest.raises(InvalidInput, match="1 streams are copied, there are names for 2"):
-            link.session.fork(lane, ["b", "c"])
-        link.session.close(lane)
-        for ask in (lambda: link.session.read_state(lane), lambda: link.session.reset(lane, None)):
+            link.session.fork(handle, ["b", "c"])
+        link.session.close(handle)
+        for ask in (lambda: link.session.read_state(handle), lambda: link.session.reset(handle, None)):
             with pytest.raises(ClientClosed):
                 ask()
 
@@ -233,14 +233,14 @@ class TestReadByName:
 
     def test_it_shows_what_others_have_and_takes_nothing(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        link.finish(link.session.step(lane, X[:4]))
+        handle = link.open("a")
+        link.finish(link.session.step(handle, X[:4]))
         epoch = link.server.streams["a"].epoch
         other = RingLink(link.server, name="other")
         seqs, states = other.finish(other.session.read_state_by_name(["a"]))
         assert (seqs.tolist(), states.tolist()) == ([4], [reference(X[:4])[1].ravel().tolist()])
         assert (link.server.streams["a"].owner, link.server.streams["a"].epoch) == (link.peer, epoch)
-        assert link.finish(link.session.step(lane, X[4])).outputs.tolist() == reference(X[:5])[0][4].tolist()
+        assert link.finish(link.session.step(handle, X[4])).outputs.tolist() == reference(X[:5])[0][4].tolist()
 
     def test_the_first_stream_that_is_not_there_is_named_and_a_refused_message_too(self) -> None:
         link = RingLink()

@@ -8,11 +8,11 @@ import msgpack
 import numpy as np
 import pytest
 
-from instep_client.calls import StepCall
 from instep_client.protocol.codes import SENTENCES, Code
 from instep_client.protocol.errors import ConnectionFailed, MalformedMessage
 from instep_client.protocol.wire import FAILURE
 from instep_client.session import State
+from instep_client.steps import StepCall
 from tests.support.fake_server import F32, Message, reference
 from tests.support.session_link import BAD, Link, X, refusal, sizes
 
@@ -36,10 +36,10 @@ def joined(answers: Sequence[Message]) -> Message:
 
 def asked(link: Link, *frames: F32) -> list[StepCall]:
     """A STEP of its own for a frame of each of as many streams, and an answer to each on its way."""
-    lanes = [link.open(f"s{number}") for number in range(len(frames))]
+    handles = [link.open(f"s{number}") for number in range(len(frames))]
     calls = []
-    for lane, frame in zip(lanes, frames, strict=True):
-        calls.append(link.session.step(lane, frame))
+    for handle, frame in zip(handles, frames, strict=True):
+        calls.append(link.session.step(handle, frame))
         assert sizes(link.advance()) == [(1, 1)]
     link.serve()
     return calls

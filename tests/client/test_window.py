@@ -22,8 +22,8 @@ def acks(messages: list[Message]) -> list[list[int]]:
 
 def test_chunks_are_cut_to_half_a_window_and_wait_for_outputs_beyond_it() -> None:
     link = Link(replace(INFO, window_frames=8))
-    lane = link.open("a")
-    step = link.session.step(lane, X[:20])
+    handle = link.open("a")
+    step = link.session.step(handle, X[:20])
     sent = link.advance()
     assert sizes(sent) == [(4, 1), (4, 1)]
     assert link.advance() == []
@@ -76,24 +76,24 @@ def test_what_was_refused_is_not_acknowledged() -> None:
 
 def test_a_conflict_leaves_the_stream_where_it_is() -> None:
     link = Link()
-    lane = link.open("a")
-    step = link.session.step(lane, X[:3])
+    handle = link.open("a")
+    step = link.session.step(handle, X[:3])
     link.advance()
     y = np.zeros((3, 1, 2), np.float32)
     link.deliver(stepped(3, y, [(0, 2, Code.CONFLICT, 7)]))
     assert refusal(step).failures[0].expected_seq == 7
-    assert link.session.next_seqs(lane).tolist() == [2]
-    link.session.step(lane, X[0])
+    assert link.session.next_seqs(handle).tolist() == [2]
+    link.session.step(handle, X[0])
     assert acks(link.advance()) == [[2]]
 
 
 def test_outputs_that_are_no_longer_kept_do_not_hold_the_window_shut() -> None:
     link = Link(replace(INFO, window_frames=4))
-    lane = link.open("a")
-    link.session.step(lane, X[0])
+    handle = link.open("a")
+    link.session.step(handle, X[0])
     link.advance()
     link.deliver(stepped(3, np.zeros((1, 1, 2), np.float32), [(0, 0, Code.SEQ_REPEATED, 9)]))
-    link.session.step(lane, X[0])
+    link.session.step(handle, X[0])
     assert acks(link.advance()) == [[9]]
 
 
@@ -109,11 +109,11 @@ def test_a_group_of_many_steps_goes_through_any_window(window: int) -> None:
 
 def test_a_pong_acknowledges_nothing() -> None:
     link = Link()
-    lane = link.open("a")
-    link.session.step(lane, X[0])
+    handle = link.open("a")
+    link.session.step(handle, X[0])
     link.advance()
     link.session.ping(0.0)
     link.advance()
     link.deliver([pack(Kind.PONG, 4)])
-    link.session.step(lane, X[1])
+    link.session.step(handle, X[1])
     assert acks(link.advance()) == [[0]]

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from instep_client.commands.compare import compare
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 from instep_client.protocol.wire import F32
 
 ALL = np.ones(5, np.bool_)
 
 
-def with_outputs(outputs: F32 | None) -> Sequences:
-    return Sequences(("a", "b"), np.array([2, 3]), np.zeros((5, 1), np.float32), outputs=outputs)
+def with_outputs(outputs: F32 | None) -> RecordedSequences:
+    return RecordedSequences(("a", "b"), np.array([2, 3]), np.zeros((5, 1), np.float32), outputs=outputs)
 
 
 def test_equal_bits() -> None:

@@ -17,7 +17,7 @@ from instep_client.commands.problems import Exit
 from instep_client.commands.produce import Produce, produce
 from instep_client.commands.recordings import read_recording
 from instep_client.commands.replay import Replay, replay
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 from instep_client.commands.signals import Signal
 from tests.client_commands.helpers import JumpingClock, RememberingTerminal
 from tests.support.models import SEED_SIZED, whole
@@ -27,7 +27,7 @@ from tests.support.running import running
 async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Path, rng: np.random.Generator) -> None:
     recording = tmp_path / "r.db"
     lengths = np.array([20, 1, 50, 3, 50])
-    spoken = Sequences(
+    spoken = RecordedSequences(
         names=("a", "b", "c", "d", "e"),
         lengths=lengths,
         frames=rng.standard_normal((124, 3), np.float32),

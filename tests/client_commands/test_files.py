@@ -9,10 +9,10 @@ import pytest
 
 from instep_client.commands.files import is_numpy, read_sequences, save_sequences
 from instep_client.commands.problems import BadFile
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 
 
-def parts(sequences: Sequences) -> dict[str, list[list[float]]]:
+def parts(sequences: RecordedSequences) -> dict[str, list[list[float]]]:
     ends = np.cumsum(sequences.lengths)
     return {
         name: sequences.frames[start:end].tolist()
@@ -68,7 +68,7 @@ def test_lines_of_one_and_of_many_streams(tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_read_again(tmp_path: Path, rng: np.random.Generator) -> None:
-    saved = Sequences(
+    saved = RecordedSequences(
         names=("x", "y"),
         lengths=np.array([2, 1]),
         frames=rng.standard_normal((3, 2), np.float32),
@@ -174,7 +174,7 @@ def test_what_holds_arrays_is_told_by_the_name() -> None:
 
 def test_selecting_and_keeping(rng: np.random.Generator) -> None:
     frames = rng.standard_normal((6, 1), np.float32)
-    sequences = Sequences(
+    sequences = RecordedSequences(
         names=("a", "b", "c"),
         lengths=np.array([1, 2, 3]),
         frames=frames,

@@ -8,7 +8,7 @@ import pytest
 from instep_client.commands.files import read_sequences
 from instep_client.commands.outputs import NoOutputs, PrintedOutputs, check_output_path, open_outputs, save_outputs
 from instep_client.commands.problems import BadFile
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 from instep_client.protocol.wire import F32
 
 
@@ -55,13 +55,13 @@ def test_nothing_to_save(tmp_path: Path) -> None:
 
 
 def test_whole_sequences(tmp_path: Path) -> None:
-    sequences = Sequences(("a", "b"), np.array([1, 2]), f32([1], [2], [3]), outputs=f32([10], [20], [30]))
+    sequences = RecordedSequences(("a", "b"), np.array([1, 2]), f32([1], [2], [3]), outputs=f32([10], [20], [30]))
     save_outputs(tmp_path / "s.csv", sequences)
     assert (tmp_path / "s.csv").read_text().split() == ["stream,seq,y0", "a,0,10.0", "b,0,20.0", "b,1,30.0"]
     save_outputs(tmp_path / "s.npz", sequences)
     assert read_sequences(tmp_path / "s.npz").names == ("a", "b")
     with pytest.raises(ValueError, match="no outputs"):
-        save_outputs(tmp_path / "s.csv", Sequences(("a",), np.array([1]), f32([1])))
+        save_outputs(tmp_path / "s.csv", RecordedSequences(("a",), np.array([1]), f32([1])))
 
 
 def test_no_outputs() -> None:

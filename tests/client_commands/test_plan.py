@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instep_client.commands.plan import COHORT_STREAMS, OPEN_TOGETHER_S, Plan, cuts, plan_at_rate, plan_fast, plan_timed
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=30)
 
 
-def sequences(lengths: list[int], times_s: list[float] | None = None, opened_s: list[float] | None = None) -> Sequences:
-    return Sequences(
+def sequences(
+    lengths: list[int], times_s: list[float] | None = None, opened_s: list[float] | None = None
+) -> RecordedSequences:
+    return RecordedSequences(
         names=tuple(f"s{number}" for number in range(len(lengths))),
         lengths=np.array(lengths),
         frames=np.zeros((sum(lengths), 1), np.float32),
@@ -48,7 +50,7 @@ def carried_out(plan: Plan) -> dict[int, list[int]]:
     return sent
 
 
-def all_in_order(of: Sequences) -> dict[int, list[int]]:
+def all_in_order(of: RecordedSequences) -> dict[int, list[int]]:
     return {row: list(range(start, start + of.lengths[row])) for row, start in enumerate(of.starts.tolist())}
 
 

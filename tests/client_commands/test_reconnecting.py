@@ -16,7 +16,7 @@ from instep_client.commands.pacing import Stop, WallClock
 from instep_client.commands.problems import Exit
 from instep_client.commands.produce import Produce, produce
 from instep_client.commands.replay import Replay, replay
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 from instep_client.protocol.wire import F32, Kind
 from tests.client_commands.helpers import RememberingTerminal
 from tests.support.fake_server import FakeServer, Message, reference
@@ -62,7 +62,7 @@ async def test_replay_gets_every_output(tmp_path: Path, rng: np.random.Generator
     lengths = [40, 7, 25]
     frames: F32 = rng.integers(-5, 6, (sum(lengths), 3)).astype(np.float32)
     truth = np.concatenate([reference(part)[0] for part in np.split(frames, np.cumsum(lengths)[:-1])])
-    recorded = Sequences(("a", "b", "c"), np.array(lengths), frames, outputs=truth, fingerprint="00")
+    recorded = RecordedSequences(("a", "b", "c"), np.array(lengths), frames, outputs=truth, fingerprint="00")
     save_sequences(tmp_path / "recorded.npz", recorded)
     terminal, forgetful = RememberingTerminal(), Forgetful(4)
     with forgetful.server as server:

@@ -179,7 +179,7 @@ def sql(*statements: str) -> Callable[[sqlite3.Connection], None]:
         (sql("DELETE FROM openings WHERE stream = 3"), "a stream that never opened"),
         (sql("DROP TABLE openings"), "no such table"),
         (sql("PRAGMA application_id = 1"), "no recording of an instep engine"),
-        (sql("PRAGMA user_version = 4"), "has format version 4; this client reads versions 2 and 3"),
+        (sql("PRAGMA user_version = 4"), "has format version 4; this client reads version 1"),
     ],
 )
 def test_damage_is_found(

@@ -15,7 +15,7 @@ from instep_client.commands.files import read_sequences, save_sequences
 from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import CommandProblem, Exit
 from instep_client.commands.replay import Replay, replay
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32, Kind, ServerInfo
 from tests.client_commands.helpers import JumpingClock, RememberingTerminal, info_with
@@ -48,18 +48,18 @@ def truth(frames: F32, lengths: list[int], states: dict[int, F32] | None = None)
 
 
 @pytest.fixture
-def recorded(rng: np.random.Generator) -> Sequences:
+def recorded(rng: np.random.Generator) -> RecordedSequences:
     frames = rng.integers(-5, 6, (sum(LENGTHS), 3)).astype(np.float32)
-    return Sequences(NAMES, np.array(LENGTHS), frames, outputs=truth(frames, LENGTHS), fingerprint="00")
+    return RecordedSequences(NAMES, np.array(LENGTHS), frames, outputs=truth(frames, LENGTHS), fingerprint="00")
 
 
 @pytest.fixture
-def file(tmp_path: Path, recorded: Sequences) -> Path:
+def file(tmp_path: Path, recorded: RecordedSequences) -> Path:
     save_sequences(tmp_path / "recorded.npz", recorded)
     return tmp_path / "recorded.npz"
 
 
-async def test_outputs_are_saved(tmp_path: Path, file: Path, recorded: Sequences) -> None:
+async def test_outputs_are_saved(tmp_path: Path, file: Path, recorded: RecordedSequences) -> None:
     run = Run()
     assert await run(file, save=tmp_path / "again.npz") == Exit.OK
     again = read_sequences(tmp_path / "again.npz")
@@ -81,7 +81,7 @@ async def test_equal_outputs(file: Path) -> None:
     assert "all 14 equal the recording, bit for bit" in run.terminal.said
 
 
-async def test_a_flipped_bit_is_found(tmp_path: Path, recorded: Sequences) -> None:
+async def test_a_flipped_bit_is_found(tmp_path: Path, recorded: RecordedSequences) -> None:
     assert recorded.outputs is not None
     recorded.outputs.view(np.uint32)[7, 1] ^= 1
     save_sequences(tmp_path / "r.npz", recorded)
@@ -277,7 +277,7 @@ async def test_whole_blocks_that_are_refused(file: Path) -> None:
     ],
 )
 async def test_what_cannot_be_is_told(
-    tmp_path: Path, recorded: Sequences, changes: dict[str, Any], what: dict[str, Any], problem: str
+    tmp_path: Path, recorded: RecordedSequences, changes: dict[str, Any], what: dict[str, Any], problem: str
 ) -> None:
     save_sequences(tmp_path / "r.npz", replace(recorded, **changes))
     run = Run()
@@ -286,12 +286,12 @@ async def test_what_cannot_be_is_told(
     assert run.server.rules.names == {}
 
 
-async def test_more_streams_at_once_than_the_server_keeps(tmp_path: Path, recorded: Sequences) -> None:
+async def test_more_streams_at_once_than_the_server_keeps(tmp_path: Path, recorded: RecordedSequences) -> None:
     save_sequences(tmp_path / "r.npz", replace(recorded, times_s=np.zeros(14)))
     with pytest.raises(CommandProblem, match="has 4 streams open at once, the server keeps 3"):
         await Run(info=info_with(max_streams=3))(tmp_path / "r.npz")
 
 
-async def test_another_model_is_fine_where_nothing_is_compared(tmp_path: Path, recorded: Sequences) -> None:
+async def test_another_model_is_fine_where_nothing_is_compared(tmp_path: Path, recorded: RecordedSequences) -> None:
     save_sequences(tmp_path / "r.npz", replace(recorded, fingerprint="ff"))
     assert await Run()(tmp_path / "r.npz") == Exit.OK

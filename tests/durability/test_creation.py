@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instep.recording import family
+from instep.recording.database import holds_recording
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
@@ -45,8 +45,7 @@ def starts(folder: Path, files: dict[str, bytes], durability: Durability) -> str
     """Start as a server does; whether it began anew or went on."""
     folder.mkdir()
     path = lay_out(folder, files)
-    family.settle(path)
-    if family.members(path, may_be_damaged=True):
+    if holds_recording(path):
         writer, how = RecordingWriter.resume(path, story_header(durability)), "went on"
     else:
         writer, how = RecordingWriter.create(path, story_header(durability)), "began"

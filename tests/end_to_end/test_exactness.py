@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import platform
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -16,11 +15,11 @@ from torch import nn
 from instep.core.typing import F32
 from instep.models.folder import make_model
 from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
-from instep.models.gru.network import GruNetwork
 from instep.models.model import Model
-from tests.support.models import SEED_SIZED, gru_of, in_one_call, plain, torch_gru, with_head
+from instep.server.preparation import Prepared
+from tests.support.models import SEED_SIZED, gru_of, in_one_call, plain, stepped, torch_gru, with_head
 from tests.support.raw import RawClient
-from tests.support.running import CPU, prepared, running
+from tests.support.running import prepared, running
 from tests.support.traffic import Producer, Recorded, assert_same_bits, make_recordings
 
 pytestmark = pytest.mark.heavy
@@ -69,19 +68,30 @@ def stacked(model: Model, group: Sequence[Recorded]) -> tuple[torch.Tensor, torc
 
 
 @torch.inference_mode()
-def whole_of_gru(model: Model, group: Sequence[Recorded]) -> tuple[F32, F32]:
-    """`nn.GRU` itself over whole recordings in one call; 32 rows at least, for torch's kernels for few rows differ."""
-    x, h = stacked(model, [*group, *[group[0]] * 31])
-    y, final = torch_gru(model)(x, h)
-    return y.numpy(), final.numpy()
+def as_certified(ready: Prepared, group: Sequence[Recorded]) -> tuple[F32, F32]:
+    """Outputs and final states of whole recordings, in the largest batch that is certified to give the served bits.
 
-
-@torch.inference_mode()
-def whole_as_served(model: Model, group: Sequence[Recorded]) -> tuple[F32, F32]:
-    """`nn.GRU` and the dense layers in the shapes that are served, over whole recordings in one call."""
-    network = GruNetwork(model, CPU)
-    x, h = stacked(model, [*group, *[group[0]] * (-len(group) % network.row_multiple)])
-    return in_one_call(network, x.numpy(), h.numpy())
+    Without dense layers `nn.GRU` itself computes them, else the network in the shapes that are served: over whole
+    recordings in one call, or frame by frame where only that is certified.
+    """
+    rows, is_whole = ready.certification.buckets[-1], ready.certification.whole_sequence
+    gru = None if has_dense(ready.model) else torch_gru(ready.model)
+    outputs, finals = [], []
+    for first in range(0, len(group), rows):
+        part = group[first : first + rows]
+        x, h = stacked(ready.model, [*part, *[part[0]] * (rows - len(part))])
+        if gru is None:
+            y, final = (in_one_call if is_whole else stepped)(ready.network, x.numpy(), h.numpy())
+        else:
+            pieces = []
+            length = len(x) if is_whole else 1
+            for at in range(0, len(x), length):
+                answers, h = gru(x[at : at + length], h)
+                pieces.append(answers)
+            y, final = torch.cat(pieces).numpy(), h.numpy()
+        outputs.append(y[:, : len(part)])
+        finals.append(final[:, : len(part)])
+    return np.concatenate(outputs, axis=1), np.concatenate(finals, axis=1)
 
 
 @torch.inference_mode()
@@ -116,8 +126,6 @@ def whole_of_modules(model: Model, group: Sequence[Recorded], dtype: torch.dtype
 async def test_what_is_streamed_is_what_the_network_computes_over_the_whole_recording(name: str) -> None:
     model, lengths = MODELS[name]
     ready = prepared(model, max_batch_size=64)
-    if not ready.certification.whole_sequence and platform.machine() != "x86_64":  # there it was always exact
-        pytest.skip(f"not certified exact on this machine: {ready.certification}")
     rng = np.random.default_rng(len(name))
     recordings = make_recordings(rng, model, STREAMS, lengths)
     # Fewer slots than streams, so that slots change hands; fewer rows than open streams, so that batches differ.
@@ -136,12 +144,17 @@ async def test_what_is_streamed_is_what_the_network_computes_over_the_whole_reco
     assert sum(producer.refused for producer in producers) > STREAMS / 10
 
     for group in by_length(recordings):
-        y, final = whole_as_served(model, group) if has_dense(model) else whole_of_gru(model, group)
-        for row, recording in enumerate(group):
-            assert recording.final is not None
-            assert_same_bits(recording.y, y[:, row], f"outputs of {recording.name}")
-            assert_same_bits(recording.final, final[:, row], f"final state of {recording.name}")
+        y, final = np.stack([each.y for each in group], axis=1), np.stack([final_of(each) for each in group], axis=1)
+        if ready.certification.exactness == "exact":
+            expected_y, expected_final = as_certified(ready, group)
+            assert_same_bits(y, expected_y, f"outputs of {[recording.name for recording in group]}")
+            assert_same_bits(final, expected_final, f"final states of {[recording.name for recording in group]}")
         for dtype in (torch.float32, torch.float64):
             close_y, close_final = whole_of_modules(model, group, dtype)
-            np.testing.assert_allclose(y[:, : len(group)], close_y, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(final[:, : len(group)], close_final, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(y, close_y, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(final, close_final, rtol=1e-4, atol=1e-5)
+
+
+def final_of(recording: Recorded) -> F32:
+    assert recording.final is not None
+    return recording.final

@@ -117,8 +117,6 @@ def test_json_is_one_object_on_standard_output_and_nothing_else(
     assert export(written.path, output=output, streams=["mic-1"], json=True) == (0, "")
     assert json.loads(capsys.readouterr().out) == {
         "file": str(written.path),
-        "files": [str(written.path)],
-        "not_looked_at": [],
         "exported": True,
         "output": str(output),
         "format": "csv",

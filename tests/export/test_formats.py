@@ -14,8 +14,8 @@ import pytest
 from instep.export import mcap_file, table
 from instep.export.command import WRITERS, Format
 from instep.export.errors import CannotExport
-from instep.export.parts import Parts
 from instep.export.table import FrameTable
+from instep.recording.reader import RecordingReader
 from tests.export.written import FEATURES, NAMES, OUTPUTS, Row, Written, bits, exact, write_recording
 
 FLOATS = [*(f"x{at}" for at in range(FEATURES)), *(f"y{at}" for at in range(OUTPUTS))]
@@ -33,8 +33,8 @@ def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def export(written: Written, format: Format, *streams: str) -> Path:
     path = written.path.with_name(f"out.{format}")
-    with Parts([written.path]) as parts, path.open("wb") as file:
-        WRITERS[format](FrameTable(parts, streams, lambda share: None), file)
+    with RecordingReader(written.path) as reader, path.open("wb") as file:
+        WRITERS[format](FrameTable(reader, streams, lambda share: None), file)
     return path
 
 

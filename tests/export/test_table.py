@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from instep.export import table
-from instep.export.parts import Parts
 from instep.export.table import Chunk, FrameTable
-from instep.recording.choice import choose
 from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.reader import RecordingReader
 from tests.export.written import NAMES, Row, exact, write_recording
 from tests.support.forger import Forger
 
@@ -20,13 +19,9 @@ def rows_of(frames: FrameTable, chunk: Chunk) -> list[Row]:
     return [Row(*values) for values in zip(names, *(column.tolist() for column in labels), strict=True)]
 
 
-def family_of(path: Path) -> tuple[Path, ...]:
-    return choose([path]).files
-
-
 def all_rows(path: Path, *wanted: str) -> tuple[FrameTable, list[Row]]:
-    with Parts(family_of(path)) as parts:
-        frames = FrameTable(parts, wanted, lambda share: None)
+    with RecordingReader(path) as reader:
+        frames = FrameTable(reader, wanted, lambda share: None)
         return frames, [row for chunk in frames.chunks() for row in rows_of(frames, chunk)]
 
 
@@ -56,8 +51,8 @@ def test_a_stream_that_is_still_open(tmp_path: Path) -> None:
 def test_chunks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     monkeypatch.setattr(table, limit, value)
     written = write_recording(tmp_path)
-    with Parts([written.path]) as parts:
-        frames = FrameTable(parts, [], lambda share: None)
+    with RecordingReader(written.path) as reader:
+        frames = FrameTable(reader, [], lambda share: None)
         chunks = list(frames.chunks())
     sizes = [len(chunk) for chunk in chunks]
     assert sum(sizes) == len(written.rows)
@@ -129,8 +124,8 @@ def test_progress_grows_to_one(tmp_path: Path) -> None:
     written = write_recording(tmp_path)
     for wanted in ([], ["mic-1"]):
         shares: list[float] = []
-        with Parts([written.path]) as parts:
-            list(FrameTable(parts, wanted, shares.append).chunks())
+        with RecordingReader(written.path) as reader:
+            list(FrameTable(reader, wanted, shares.append).chunks())
         assert shares == sorted(shares)
         assert 0 < shares[0] < 0.25
         assert 0.8 < shares[-1] <= 1

@@ -13,6 +13,7 @@ from instep.models.folder import make_model
 from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
 from instep.models.gru.network import GruNetwork
 from instep.models.gru.step import GruStep
+from tests.support.models import in_one_call, stepped
 
 CPU = torch.device("cpu")
 CANDIDATES = (4, 8, 16, 24, 32, 48, 64)
@@ -30,7 +31,11 @@ def _one_thread() -> None:
 
 
 class Tampered(GruNetwork):
-    """A network whose steps, sequences, or both are changed; counts the rows it steps."""
+    """A network whose steps, sequences, or both are changed; counts the rows it steps.
+
+    In place of the GRU it computes something whose rows have the same bits in every batch size, on every CPU: products
+    and sums of single elements, each rounded by itself.
+    """
 
     def __init__(self, description: GruDescription, step: Tamper | None = None, sequence: Tamper | None = None) -> None:
         super().__init__(make_model(description, "random", name="tampered", seed=1), CPU)
@@ -42,11 +47,16 @@ class Tampered(GruNetwork):
         return TamperedStep(self, super().bind(rows), rows)  # type: ignore[return-value]
 
     def sequence(self, x: F32, state: U8) -> tuple[F32, U8]:
-        y, after = super().sequence(x, state)
+        h = torch.from_numpy(self.state.unpack(state)["h"].copy())
+        y = np.zeros((*x.shape[:2], self.description.outputs), np.float32)
+        for frames, outputs in zip(torch.from_numpy(x), y, strict=True):
+            h = in_place_of_the_gru(frames, h)
+            outputs[:] = h[:, -1]
+        after = self.state.pack({"h": h.numpy()})
         self.sequences.append(x.shape[:2])
         if self._tamper_sequence is not None:
-            h, after_h = (torch.from_numpy(self.state.unpack(rows)["h"].swapaxes(0, 1)) for rows in (state, after))
-            self._tamper_sequence(torch.from_numpy(y), after_h, torch.from_numpy(x), h)
+            before, after_h = (torch.from_numpy(self.state.unpack(rows)["h"].swapaxes(0, 1)) for rows in (state, after))
+            self._tamper_sequence(torch.from_numpy(y), after_h, torch.from_numpy(x), before)
         return y, after
 
 
@@ -54,20 +64,23 @@ class TamperedStep:
     """A step that does not work in place."""
 
     def __init__(self, network: Tampered, step: GruStep, rows: int) -> None:
-        self._network, self._step, self._rows = network, step, rows
+        self._network, self._rows = network, rows
         self.x, self.state = step.x, {"h": torch.zeros_like(step.state["h"])}
         self.y, self.new_state = torch.zeros_like(step.y), {"h": torch.zeros_like(step.state["h"])}
 
     def run(self) -> None:
-        network, step = self._network, self._step
+        network = self._network
         network.rows[self._rows] = network.rows.get(self._rows, 0) + self._rows
-        step.state["h"].copy_(self.state["h"])
-        step.run()
-        self.y.copy_(step.y)
-        self.new_state["h"].copy_(step.state["h"])
+        self.new_state["h"].copy_(in_place_of_the_gru(self.x, self.state["h"]))
+        self.y.copy_(self.new_state["h"][:, -1])
         if network._tamper_step is not None:
             after, before = (state["h"].transpose(0, 1) for state in (self.new_state, self.state))
             network._tamper_step(self.y, after, self.x, before)
+
+
+def in_place_of_the_gru(x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Frames [B, features] and states [B, layers, hidden] to new states."""
+    return h.mul(0.5).add(x[:, :1, None].mul(0.25))
 
 
 def nudge(values: torch.Tensor) -> None:
@@ -108,11 +121,33 @@ def test_the_largest_batch_size_has_few_candidates() -> None:
     assert len(candidates) < 20
 
 
+def test_where_no_bit_ever_differs_all_candidates_are_exact() -> None:
+    assert certify(Tampered(PLAIN), CANDIDATES) == Certification("exact", CANDIDATES, 0, True)
+
+
 @pytest.mark.parametrize("description", [PLAIN, DENSE], ids=["plain", "dense"])
-def test_a_network_is_exact_in_all_its_candidates(description: GruDescription) -> None:
-    network = Tampered(description)
-    candidates = candidate_buckets(network, 96)
-    assert certify(network, candidates) == Certification("exact", candidates, 0, True)
+def test_what_is_certified_holds_for_other_rows(description: GruDescription, rng: np.random.Generator) -> None:
+    network = GruNetwork(make_model(description, "random", name="n", seed=1), CPU)
+    found = certify(network, candidate_buckets(network, 96))
+    smallest, count = found.buckets[0], 4 * found.buckets[-1]
+    x = rng.standard_normal((6, count, 5)).astype(np.float32)
+    h = rng.uniform(-1, 1, (description.gru.num_layers, count, description.gru.hidden_size)).astype(np.float32)
+
+    def answers(bucket: int) -> F32:
+        """In batches of this size; the last one overlaps the one before it."""
+        y = np.zeros((6, count, description.outputs), np.float32)
+        for first in range(0, count, bucket):
+            rows = slice(min(first, count - bucket), min(first, count - bucket) + bucket)
+            y[:, rows], _ = stepped(network, x[:, rows], h[:, rows])
+        return y
+
+    expected = answers(smallest)
+    for bucket in found.buckets:
+        if found.exactness == "exact":
+            assert answers(bucket).tobytes() == expected.tobytes()
+        if found.whole_sequence:
+            y, _ = in_one_call(network, np.ascontiguousarray(x[:, :bucket]), h[:, :bucket])
+            assert y.tobytes() == expected[:, :bucket].tobytes()
 
 
 @pytest.mark.parametrize(

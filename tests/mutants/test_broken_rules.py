@@ -11,7 +11,7 @@ import pytest
 
 from instep_client.protocol import wire
 from instep_client.protocol.wire import name_is_good
-from instep_client.streams import StreamTable
+from instep_client.streams import OpenStreams
 from tests.support.broken_rules import BrokenRule, broken, check_is_found
 
 
@@ -54,10 +54,10 @@ def test_a_variant_may_use_the_original() -> None:
 
 
 def test_a_method_is_replaced_in_its_class() -> None:
-    method = StreamTable.stamp
+    method = OpenStreams.stamp
     with broken(BrokenRule("time stands still", method, lambda original, table: 7, [])):
-        assert StreamTable().stamp() == 7
-    assert StreamTable.stamp is method
+        assert OpenStreams().stamp() == 7
+    assert OpenStreams.stamp is method
 
 
 @pytest.mark.parametrize(

@@ -9,45 +9,45 @@ import numpy as np
 import pytest
 
 from instep_client.flow import Flow
+from instep_client.in_flight import InFlight
 from instep_client.protocol.wire import ServerInfo
-from instep_client.recovery import Recovery
-from instep_client.streams import StreamTable
-from instep_client.transit import Transit
-from tests.client import test_busy, test_exactly_once, test_flow, test_recovery, test_set_back, test_window
+from instep_client.reconnection import Reconnection
+from instep_client.streams import OpenStreams
+from tests.client import test_busy, test_exactly_once, test_flow, test_reconnection, test_rewind, test_window
 from tests.support.broken_rules import BrokenRule, check_is_found
 
 
-def new_frames_are_sent(original: Any, transit: Transit, now: float) -> bool:
-    original(transit, now)
+def new_frames_are_sent(original: Any, in_flight: InFlight, now: float) -> bool:
+    original(in_flight, now)
     return True
 
 
-def without_credit(original: Any, flow: Flow, table: StreamTable, info: ServerInfo, *rest: Any) -> None:
+def without_credit(original: Any, flow: Flow, table: OpenStreams, info: ServerInfo, *rest: Any) -> None:
     original(flow, table, replace(info, credit_frames=2**30), *rest)
 
 
-def nothing_is_lost(original: Any, recovery: Recovery, part: Any, grants: Any, failures: Any) -> Any:
+def nothing_is_lost(original: Any, reconnection: Reconnection, part: Any, grants: Any, failures: Any) -> Any:
     granted = grants.copy()
     granted["next_seq"] = 2**62
-    return original(recovery, part, granted, failures)
+    return original(reconnection, part, granted, failures)
 
 
 RULES = (
     BrokenRule(
         "frames in flight are forgotten with the connection",
-        replaces=Transit.blocks,
-        variant=lambda original, transit: [],
-        found_by=[test_recovery.TestFrames().test_what_was_applied_is_answered_again_and_the_rest_is_applied],
+        replaces=InFlight.blocks,
+        variant=lambda original, in_flight: [],
+        found_by=[test_reconnection.TestFrames().test_what_was_applied_is_answered_again_and_the_rest_is_applied],
     ),
     BrokenRule(
         "a frame that was refused as BUSY fails at once",
-        replaces=Transit._passes,
-        variant=lambda original, transit, code, now: False,
+        replaces=InFlight._passes,
+        variant=lambda original, in_flight, code, now: False,
         found_by=[test_busy.test_everything_waits_then_refused_frames_go_first_in_their_order],
     ),
     BrokenRule(
         "new frames overtake those that were refused as BUSY",
-        replaces=Transit.is_free,
+        replaces=InFlight.is_free,
         variant=new_frames_are_sent,
         found_by=[test_busy.test_everything_waits_then_refused_frames_go_first_in_their_order],
     ),
@@ -55,44 +55,44 @@ RULES = (
         "more frames are in flight than the server's credit allows",
         replaces=Flow.__init__,
         variant=without_credit,
-        found_by=[test_flow.test_nothing_is_sent_beyond_the_credit_and_lanes_take_turns],
+        found_by=[test_flow.test_nothing_is_sent_beyond_the_credit_and_stream_handles_take_turns],
     ),
     BrokenRule(
         "a stream runs ahead of its window",
-        replaces=StreamTable.in_window,
+        replaces=OpenStreams.in_window,
         variant=lambda original, table, rows, timesteps, window: True,
         found_by=[test_window.test_chunks_are_cut_to_half_a_window_and_wait_for_outputs_beyond_it],
     ),
     BrokenRule(
         "a frame that waits behind a refused one is acknowledged",
-        replaces=Transit._acknowledge,
-        variant=lambda original, transit, block, failures: original(transit, block, []),
+        replaces=InFlight._acknowledge,
+        variant=lambda original, in_flight, block, failures: original(in_flight, block, []),
         found_by=[test_exactly_once.test_with_busy_alone_every_frame_is_applied_in_order_once],
     ),
     BrokenRule(
         "an output is acknowledged before those in front of it have arrived",
-        replaces=StreamTable.came,
+        replaces=OpenStreams.came,
         variant=lambda original, table, rows, first, end: original(table, rows, np.zeros_like(first), end),
         found_by=[test_window.test_outputs_that_come_out_of_order_count_when_the_earlier_ones_have_come],
     ),
     BrokenRule(
         "the seqs of a stream run on behind a refused frame",
-        replaces=StreamTable.set_back,
+        replaces=OpenStreams.rewind,
         variant=lambda original, table, row, expected, outputs_are_gone: None,
-        found_by=[test_set_back.test_what_was_sent_before_says_nothing_of_what_was_sent_after],
+        found_by=[test_rewind.test_what_was_sent_before_says_nothing_of_what_was_sent_after],
     ),
     BrokenRule(
         "a stream is used under the handle of a lost connection",
-        replaces=StreamTable.resumed,
+        replaces=OpenStreams.resumed,
         variant=lambda original, table, rows, grants: None,
-        found_by=[test_recovery.TestFrames().test_what_was_applied_is_answered_again_and_the_rest_is_applied],
+        found_by=[test_reconnection.TestFrames().test_what_was_applied_is_answered_again_and_the_rest_is_applied],
     ),
     BrokenRule(
         "frames that the server lost are passed over in silence",
-        replaces=Recovery.resumed,
+        replaces=Reconnection.resumed,
         variant=nothing_is_lost,
         found_by=[
-            test_recovery.TestPersonsDecide().test_a_server_that_lost_a_frame_behind_one_whose_output_did_not_come
+            test_reconnection.TestPersonsDecide().test_a_server_that_lost_a_frame_behind_one_whose_output_did_not_come
         ],
     ),
 )

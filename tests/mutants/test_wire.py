@@ -30,9 +30,9 @@ def failures_of_the_next(original: Any, header: Header, frames: Sequence[Frame])
     return [(own, [first, y, other]) for (own, (first, y, _)), other in zip(answers, following, strict=True)]
 
 
-def no_failures(original: Any, *arguments: Any) -> list[replies.Failure]:
+def no_failures(original: Any, *arguments: Any) -> list[replies.ColumnError]:
     try:
-        failures: list[replies.Failure] = original(*arguments)
+        failures: list[replies.ColumnError] = original(*arguments)
     except MalformedMessage:
         failures = []
     return failures

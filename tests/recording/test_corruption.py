@@ -50,7 +50,7 @@ def observe(path: Path) -> list[Any]:
 def scribble(path: Path, commits: list[list[Any]] | None = None) -> RecordingWriter:
     """Some of everything, committed in many pieces; what was observable after each goes into `commits`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("instep.recording.carried.PAGE_BYTES", 1024)  # more pages, more of them inside trees
+        patch.setattr("instep.recording.database.PAGE_BYTES", 1024)  # more pages, more of them inside trees
         writer = RecordingWriter.create(path, HEADER)
     scribe = Scribe(writer, gru_step(GRU))
 

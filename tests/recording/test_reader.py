@@ -124,10 +124,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 def test_another_format_version_is_refused(path: Path) -> None:
     database = sqlite3.connect(path)
-    database.execute("PRAGMA user_version=1")
+    database.execute("PRAGMA user_version=2")
     database.close()
     with pytest.raises(
-        RecordingError, match="format version 1, and this instep reads versions 2 and 3; use the instep that wrote it"
+        RecordingError, match="format version 2, and this instep reads version 1; use the instep that wrote it"
     ):
         RecordingReader(path)
 

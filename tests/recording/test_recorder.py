@@ -13,9 +13,8 @@ from instep.recording.reader import RecordingReader
 from instep.recording.recorder import SMALL_ROWS_PER_BATCH, Recorder
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
-from tests.support.recordings import gru_description, gru_step, make_gru, make_header
+from tests.support.recordings import gru_description, make_gru, make_header
 from tests.support.rows import close_stream, open_stream, stream_event
-from tests.support.scribe import Scribe
 
 HEADER = make_header(gru_description(make_gru(3, 4)))
 
@@ -256,34 +255,3 @@ def test_it_goes_on_counting_where_the_recording_ended(tmp_path: Path) -> None:
     assert stream_event(resumed, 1, "note", 1, 0) == 4  # after the opening, the end and what says that it goes on
     resumed.stop()
     assert again.durable[-1] == 4
-
-
-def test_a_rotation_takes_a_ticket_for_each_row_and_what_follows_is_in_the_new_file(tmp_path: Path) -> None:
-    path, durable, files = tmp_path / "a.rec", list[int](), list[Path]()
-    gru = make_gru(3, 4)
-    scribe = Scribe(RecordingWriter.create(path, make_header(gru_description(gru))), gru_step(gru))
-    scribe.open(1)
-    scribe.step([1])
-    scribe.open(2)
-    recorder = Recorder(
-        *(scribe.writer, 8, lambda: None, lambda error: None, durable.append),
-        on_rotated=lambda file, seconds: files.append(file),
-    )
-    before = scribe.writer.position
-    x, one = np.ones((1, 3), np.float32), np.array([1], np.uint32)
-    first = recorder.add_inputs(1, 8, one, np.array([1], np.uint64), x)
-    recorder.add_outputs(first, 1, np.ones((1, 4), np.float32))
-    scribe.seqs[1] = 2
-    ticket = recorder.rotate(5, scribe.carried(tail=0))
-    # One row seals the old file, an opening and an event are of each stream, and one is of the snapshot.
-    assert (first, ticket) == (before + 1, before + 2 + 1 + 2 * 2 + 1)
-    last = recorder.add_inputs(2, 8, one, np.array([2], np.uint64), x)
-    recorder.stop()
-    assert recorder.failed is None
-    assert files == [tmp_path / "a-000002.rec"]
-    assert durable[-1] == last == ticket + 1
-    with RecordingReader(path) as reader:
-        assert [batch.position for batch in reader.batches()][-1] == first
-    with RecordingReader(files[0]) as reader:
-        reader.check_positions()
-        assert [(batch.position, batch.seqs.tolist()) for batch in reader.batches()] == [(last, [2])]

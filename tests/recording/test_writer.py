@@ -39,7 +39,7 @@ def test_plain_sql_reads_what_was_written(tmp_path: Path) -> None:
 
     database = sqlite3.connect(path)
     assert database.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
-    assert database.execute("PRAGMA user_version").fetchone() == (3,)
+    assert database.execute("PRAGMA user_version").fetchone() == (1,)
     assert database.execute("PRAGMA page_size").fetchone() == (16384,)
     openings = database.execute("SELECT position, stream, name, epoch, first_seq, initial_state FROM openings")
     assert openings.fetchall() == [

@@ -8,6 +8,7 @@ import torch
 from instep.models.gru.network import GruNetwork
 from instep.runtime.state_cache import StateCache
 from tests.support.models import plain, whole
+from tests.support.running import prepared
 
 CPU = torch.device("cpu")
 
@@ -31,10 +32,12 @@ def test_gather_scatter_and_clear_touch_the_slots_that_they_are_given(rng: np.ra
 
 def test_the_steps_of_a_graph_are_those_of_the_whole_sequence(rng: np.random.Generator) -> None:
     model = plain(5, 16, layers=2)
-    step = GruNetwork(model, CPU).bind(4)
+    ready = prepared(model, max_batch_size=2)
+    bucket = ready.certification.buckets[0]
+    step = GruNetwork(model, CPU).bind(bucket)
     cache = StateCache(6, 2, 16, CPU)
     x = rng.standard_normal((4, 2, 5)).astype(np.float32)
-    slots = torch.tensor([3, 1, 0, 0])
+    slots = torch.tensor([3, 1, *[0] * (bucket - 2)])
     for at, frames in enumerate(x):
         step.x[:2] = torch.from_numpy(frames)
         cache.gather(slots, step.h)
@@ -42,7 +45,7 @@ def test_the_steps_of_a_graph_are_those_of_the_whole_sequence(rng: np.random.Gen
         cache.scatter(slots, step.h)
         cache.clear_scratch()
         for stream in range(2):
-            np.testing.assert_array_equal(step.y[stream].numpy(), whole(model, x[:, stream])[0][at])
+            np.testing.assert_array_equal(step.y[stream].numpy(), whole(model, x[:, stream], max_batch_size=2)[0][at])
     for stream, slot in enumerate((3, 1)):
-        np.testing.assert_array_equal(cache.array[:, slot], whole(model, x[:, stream])[1])
+        np.testing.assert_array_equal(cache.array[:, slot], whole(model, x[:, stream], max_batch_size=2)[1])
     assert not cache.array[:, [0, 2, 4, 5, 6]].any()

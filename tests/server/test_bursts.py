@@ -19,13 +19,13 @@ from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL, whole
 from tests.support.turning import Turning
 
-F, WINDOW, STREAMS = 5, 3, 3
+F, WINDOW, STREAMS, BATCH = 5, 3, 3, 4
 LIMITS = {"window_frames": WINDOW, "credit_frames": 6, "max_block_frames": 6, "max_pending_frames": 10}
 
 
 def made(**limits: int) -> tuple[Turning, list[Any]]:
     """A server with two clients, and the handles of the three streams of each."""
-    turning = Turning(SMALL, engine={"max_streams": 2 * STREAMS, "max_batch_size": 4}, limits={**LIMITS, **limits})
+    turning = Turning(SMALL, engine={"max_streams": 2 * STREAMS, "max_batch_size": BATCH}, limits={**LIMITS, **limits})
     return turning, [turning.opens(client, STREAMS) for client in (0, 1)]
 
 
@@ -62,7 +62,7 @@ async def test_messages_of_two_clients_step_in_one_batch_and_each_is_answered() 
     assert one_batch(turning) == 3
     for value, (client, header, frames) in enumerate(sorted(turning.answers(), key=lambda answer: answer[1][1])):
         assert (client, *header[:2]) == (value % 2, Kind.STEPPED, 1 + value)
-        truth, _ = whole(SMALL, one(value)[0])
+        truth, _ = whole(SMALL, one(value)[0], max_batch_size=BATCH)
         np.testing.assert_array_equal(np.frombuffer(frames[0], "<f4"), truth[0])
 
 
@@ -81,7 +81,7 @@ async def test_what_one_client_asks_together_is_answered_in_one_message() -> Non
     turning.turn()
     assert sorted(sent(turning)) == [(0, 1, [3, 1]), (1, 2, [])]
     assert [client.frames_unanswered for client in turning.server._clients.all()] == [0, 0]
-    truths = {value: whole(SMALL, one(value)[0])[0][0] for value in (1, 2, 3)}
+    truths = {value: whole(SMALL, one(value)[0], max_batch_size=BATCH)[0][0] for value in (1, 2, 3)}
     for client, header, frames in turning.answers():
         y = np.frombuffer(frames[0], "<f4").reshape(-1, SMALL.description.outputs)
         np.testing.assert_array_equal(y[0], truths[header[1]], f"request {header[1]} of client {client}")
@@ -112,7 +112,7 @@ async def test_no_answer_waits_for_another_ones_frames() -> None:
 
 
 async def test_a_client_gets_no_answers_of_the_gone_one_that_had_its_number() -> None:
-    engine = {"max_streams": 4, "max_batch_size": 4, "max_queue_delay_us": 10**7}
+    engine = {"max_streams": 4, "max_batch_size": BATCH, "max_queue_delay_us": 10**7}
     turning = Turning(SMALL, engine=engine, limits=LIMITS)
     handles, clients = turning.opens(0, 1), turning.server._clients
     turning.steps(0, handles, [0], one(1), [0])
@@ -130,7 +130,7 @@ async def test_a_client_gets_no_answers_of_the_gone_one_that_had_its_number() ->
     assert one_batch(turning) == 2
     assert sent(turning) == [(1, 2, [])]
     ((_, _, frames),) = turning.answers()
-    np.testing.assert_array_equal(np.frombuffer(frames[0], "<f4"), whole(SMALL, one(2)[0])[0][0])
+    np.testing.assert_array_equal(np.frombuffer(frames[0], "<f4"), whole(SMALL, one(2)[0], max_batch_size=BATCH)[0][0])
     assert came.frames_unanswered == 0
 
 
@@ -356,7 +356,7 @@ async def test_an_output_is_sent_before_the_frame_that_takes_its_place_is_comput
     for second, ran in stepped:
         second.done(ran, None)
     found = {header[1]: np.frombuffer(frames[0], "<f4") for _, header, frames in turning.answers()}
-    expected = whole(SMALL, np.concatenate([one(1)[0], one(2)[0]]))[0]
+    expected = whole(SMALL, np.concatenate([one(1)[0], one(2)[0]]), max_batch_size=BATCH)[0]
     np.testing.assert_array_equal(found[1], expected[0])
     np.testing.assert_array_equal(found[2], expected[1])
 

@@ -18,14 +18,14 @@ NUMBERS = [MANY, 7, MANY - 5]
 
 
 def test_memory_is_for_the_streams_that_are_there_and_not_for_all_that_ever_were(tmp_path: Path) -> None:
-    path = tmp_path / "r.instep"
-    writer = RecordingWriter.create(path, story_header())
+    path, header = tmp_path / "r.instep", story_header()
+    writer = RecordingWriter.create(path, header)
     for number in NUMBERS:
         open_stream(writer, number, f"s{number}", 1000, 0, 1, None)
     for seq, streams in enumerate(([7, MANY - 5, MANY], [MANY, 7])):
         count = len(streams)
         x = np.full((count, FEATURES), seq + 1, np.float32)
-        writer.add_inputs(1, 4, np.array(streams, np.uint32), np.full(count, seq, np.uint64), x)
+        writer.add_inputs(1, header.buckets[0], np.array(streams, np.uint32), np.full(count, seq, np.uint64), x)
     writer.commit()
     writer.abandon()
     engine = new_engine()

@@ -78,7 +78,9 @@ async def test_the_length_of_a_run_comes_from_steps_of_its_own_size(
     async with running(SMALL) as server, RawClient(server.endpoint) as client:
         server.engine.longest_run_ns = 1000
         await client.hello()
-        handles = (await client.open(*"abcdef")).handles()
+        few = server.engine._stepper.buckets[0]
+        many = few + 1
+        handles = (await client.open(*(f"s{number}" for number in range(1 + many)))).handles()
         shapes = runs(server)
         submit = server._worker.submit
 
@@ -86,7 +88,7 @@ async def test_the_length_of_a_run_comes_from_steps_of_its_own_size(
             done, (_, streams) = job.done, shapes_of(job)
 
             def done_after(ended: Ended, error: Exception | None) -> None:
-                step_ns = 10 if streams <= 4 else 1_000_000
+                step_ns = 10 if streams <= few else 1_000_000
                 done(replace(ended, ended_ns=ended.began_ns + ended.steps * step_ns), error)
 
             job.done = done_after
@@ -97,8 +99,9 @@ async def test_the_length_of_a_run_comes_from_steps_of_its_own_size(
         for turn in range(2):
             x = rng.standard_normal((1 + MOST_STEPS, 1, F)).astype(np.float32)
             await client.step(handles[:1], [turn * len(x)], x)
-            await client.step(handles[1:], [turn * 3] * 5, rng.standard_normal((3, 5, F)).astype(np.float32))
-            assert shapes == [(steps, 1) for steps in small] + [(steps, 5) for steps in large]
+            x = rng.standard_normal((3, many, F)).astype(np.float32)
+            await client.step(handles[1:], [turn * 3] * many, x)
+            assert shapes == [(steps, 1) for steps in small] + [(steps, many) for steps in large]
             shapes.clear()
             small.reverse()
 
@@ -120,7 +123,7 @@ async def test_there_are_no_runs_while_others_wait(
         shapes = runs(server)
         y = (await client.step(handles, [0] * 4, x)).floats().reshape(6, 4, H)
         for column in range(4):
-            np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:, column])[0])
+            np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:, column], max_batch_size=2)[0])
         assert shapes[0] == (1, 2)
         assert sum(steps * streams for steps, streams in shapes) == 24
 

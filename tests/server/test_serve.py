@@ -34,6 +34,7 @@ from instep.server.serve import exactness_sentence
 from instep_client import Client
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, plain, whole
+from tests.support.running import prepared
 
 
 @pytest.fixture
@@ -141,8 +142,8 @@ def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(mod
         assert line["model"] == SMALL.name
         assert line["device"] == "cpu"
         assert line["capacity"] == "4096 streams"
-        assert line["exactness"].startswith("exact in buckets 4, ")
-        assert line["step"] == "torch"
+        assert line["exactness"] == exactness_sentence(prepared(SMALL, 512).certification)
+        assert line["step"] == "torch", "its width does not fill vectors"
         assert line["certified_s"] > 0
         assert line["recording"] == str(recording)
         with Client(line["endpoint"]) as client:

@@ -63,21 +63,21 @@ def begun(server: Server) -> list[int]:
 
 @pytest.mark.usefixtures("_all_are_short")
 async def test_short_runs_are_done_by_the_loop_bit_for_bit(rng: np.random.Generator) -> None:
-    x = rng.standard_normal((30, 7, F)).astype(np.float32)
     async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
         await client.hello()
-        handles = (await client.open(*"abcdefg")).handles()
-        sizes, y = begun(server), np.zeros((30, 7, H), np.float32)
         small = server.engine._stepper.buckets[0]
-        assert small < 7
+        every = small + 3
+        x = rng.standard_normal((30, every, F)).astype(np.float32)
+        handles = (await client.open(*(f"s{number}" for number in range(every)))).handles()
+        sizes, y = begun(server), np.zeros((30, every, H), np.float32)
         for seq in range(30):  # alone, together, and again alone: each finds the states that the other has left
-            parts = [slice(0, 7)] if seq % 3 == 1 else [slice(0, 1), slice(1, small), slice(small, 7)]
+            parts = [slice(0, every)] if seq % 3 == 1 else [slice(0, 1), slice(1, small), slice(small, every)]
             for part in parts:
                 reply = await client.step(handles[part], [seq] * len(handles[part]), x[seq : seq + 1, part])
                 y[seq, part] = reply.floats().reshape(-1, H)
-    for stream in range(7):
+    for stream in range(every):
         np.testing.assert_array_equal(y[:, stream], whole(SMALL, x[:, stream])[0])
-    assert sizes == [1, *[7] * 10], "the first one, as nobody knew how long it takes, and those of a larger bucket"
+    assert sizes == [1, *[every] * 10], "the first one, as nobody knew how long it takes, and those of a larger bucket"
 
 
 @pytest.mark.usefixtures("_all_are_short")

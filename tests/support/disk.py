@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +11,10 @@ from typing import Any, Final, Literal, TypeAlias
 
 import apsw
 import numpy as np
-import pytest
-
-from instep.recording import family
 
 SECTOR_BYTES: Final = 512
 
-Verb: TypeAlias = Literal["create", "write", "truncate", "sync", "delete", "rename", "sync folder", "mark"]
+Verb: TypeAlias = Literal["create", "write", "truncate", "sync", "delete", "mark"]
 Fault: TypeAlias = Literal["full", "broken"]
 
 _SAYS: Final[dict[type[apsw.Error], str]] = {
@@ -33,14 +29,12 @@ class Operation:
 
     verb: Verb
     file: str
-    """What the name has beyond that of the database: ``, `-wal` or `-journal`; all of it on a disk of several."""
+    """What the name has beyond that of the database: ``, `-wal` or `-journal`."""
     offset: int = 0
     """Where a write begins, the length after a truncation, the number of a mark."""
     data: bytes = b""
     is_lasting: bool = False
     """Whether the names in the directory are synced as well."""
-    to: str = ""
-    """The new name."""
 
 
 class Disk:
@@ -48,14 +42,12 @@ class Disk:
 
     Args:
         name: of the VFS, unique in the process.
-        several: whether there are several databases on it; `mount` puts a recording's writer on it, whole.
     """
 
     Error = sqlite3.Error
     OperationalError = sqlite3.OperationalError
 
-    def __init__(self, name: str, *, several: bool = False) -> None:
-        self.several = several
+    def __init__(self, name: str) -> None:
         self.operations: list[Operation] = []
         self.on_operation: Callable[[Operation], Fault | None] = lambda operation: None
         """Asked before each; what it returns happens instead."""
@@ -69,38 +61,6 @@ class Disk:
             return _Connection(apsw.Connection(str(path), flags=flags, vfs=self._name))
         except apsw.Error as error:
             raise _as_sqlite3(error) from error
-
-    def mount(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Everything that a recording's writer does to files goes through here."""
-        monkeypatch.setattr("instep.recording.writer.sqlite3", self)
-        monkeypatch.setattr("instep.recording.carried.sqlite3", self)
-        sync, rename = family._sync, Path.rename
-
-        def on_sync(path: Path, flags: int) -> None:
-            verb: Verb = "sync folder" if path.is_dir() else "sync"
-            operation = Operation(verb, path.name, is_lasting=path.is_dir())
-            self._system_call(operation, lambda: sync(path, flags))
-
-        def on_rename(path: Path, target: Path) -> None:
-            operation = Operation("rename", path.name, to=target.name)
-
-            def really() -> None:
-                rename(path, target)
-
-            self._system_call(operation, really)
-
-        monkeypatch.setattr(family, "_sync", on_sync)
-        monkeypatch.setattr(Path, "rename", on_rename)
-
-    def _system_call(self, operation: Operation, really: Callable[[], None]) -> None:
-        try:
-            self.perform(operation, really)
-        except apsw.Error as error:
-            raise OSError(errno.ENOSPC if isinstance(error, apsw.FullError) else errno.EIO, "injected") from None
-
-    def key(self, path: str) -> str:
-        """What a file is called in the trace."""
-        return Path(path).name if self.several else _suffix(path)
 
     def mark(self, number: int) -> None:
         """Note in the trace that something was said to be durable."""
@@ -151,13 +111,13 @@ class _Vfs(apsw.VFS):
     def xOpen(self, name: apsw.URIFilename | str | None, flags: list[int]) -> apsw.VFSFile:
         assert name is not None
         path = name.filename() if isinstance(name, apsw.URIFilename) else name
-        file = self._disk.key(path)
+        file = _suffix(path)
         if not Path(path).exists():
             self._disk.perform(Operation("create", file), lambda: None)
         return _File(self._disk, file, name, flags)
 
     def xDelete(self, filename: str, syncdir: bool) -> None:
-        operation = Operation("delete", self._disk.key(filename), is_lasting=syncdir)
+        operation = Operation("delete", _suffix(filename), is_lasting=syncdir)
         self._disk.perform(operation, lambda: super(_Vfs, self).xDelete(filename, syncdir))
 
 
@@ -225,8 +185,6 @@ def after_power_loss(operations: Sequence[Operation], rng: np.random.Generator) 
                 there[file].pending.append(operation)
             case "delete":
                 there.pop(file, None)
-            case "rename":
-                there[operation.to] = there.pop(file)
             case "sync":
                 contents = there[file]
                 for pending in contents.pending:

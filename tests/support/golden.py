@@ -14,20 +14,10 @@ from instep.models.model import Model
 
 FEATURES, HIDDEN = 3, 4
 FOLDER: Final = Path(__file__).parents[1] / "durability" / "golden"
-FORMATS: Final = (2, 3)
-"""Those of which there is one."""
+GOLDEN: Final = FOLDER / "recording.db"
+"""A recording of the present format; `recording.npz` holds what its clients know."""
 MODEL_FOLDER: Final = FOLDER / "model"
 _STEEP: Final = 64.0
-
-
-def golden_recording(format_version: int) -> Path:
-    """A recording of that format."""
-    return FOLDER / f"format-{format_version}.db"
-
-
-def golden_expectation(format_version: int) -> Path:
-    """What its clients know: an npz file."""
-    return FOLDER / f"format-{format_version}.npz"
 
 
 def make_golden_model(folder: Path) -> Model:

@@ -11,6 +11,7 @@ from instep.models.folder import make_model
 from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
 from instep.models.model import Model
 from instep.models.stepping import step_rows
+from tests.support.running import prepared
 
 
 def plain(features: int, hidden: int, layers: int = 1, seed: int = 7) -> Model:
@@ -67,21 +68,30 @@ def in_one_call(network: RecurrentModel, x: F32, h: F32) -> tuple[F32, F32]:
 
 
 @torch.inference_mode()
-def whole(model: Model, x: F32, h: F32 | None = None) -> tuple[F32, F32]:
-    """The truth for one recording of a model without dense layers, in one call of `nn.GRU`.
+def whole(model: Model, x: F32, h: F32 | None = None, max_batch_size: int = 512) -> tuple[F32, F32]:
+    """The truth for one recording of a model without dense layers, by `nn.GRU`: the bits that a server's answers have.
 
-    The recording stands in 32 equal rows: with fewer, torch's kernels may give other bits, on some processors with 8.
+    The recording stands in equal rows, as many as the smallest batch that is certified on this machine, since other
+    numbers of rows may have other bits. It is one call, or one call a frame where the bits of these differ.
 
     Args:
         model: without dense layers.
         x: float32 [T, features].
         h: initial state, float32 [layers, hidden].
+        max_batch_size: the server's `engine.max_batch_size`.
 
     Returns:
         y float32 [T, hidden], final state float32 [layers, hidden].
     """
-    module = torch_gru(model)
-    rows = torch.from_numpy(x.copy()).unsqueeze(1).repeat(1, 32, 1)
-    initial = None if h is None else torch.from_numpy(h.copy()).unsqueeze(1).repeat(1, 32, 1)
-    y, final = module(rows, initial)
-    return y[:, 0].numpy(), final[:, 0].numpy()
+    certification = prepared(model, max_batch_size).certification
+    count, gru = certification.buckets[0], gru_of(model).gru
+    rows = torch.from_numpy(x.copy()).unsqueeze(1).repeat(1, count, 1)
+    states = torch.zeros(gru.num_layers, count, gru.hidden_size)
+    if h is not None:
+        states = torch.from_numpy(h.copy()).unsqueeze(1).repeat(1, count, 1)
+    module, outputs = torch_gru(model), [rows.new_zeros(0, count, gru.hidden_size)]
+    length = len(rows) if certification.whole_sequence else 1
+    for first in range(0, len(rows), max(length, 1)):
+        y, states = module(rows[first : first + length], states)
+        outputs.append(y)
+    return torch.cat(outputs)[:, 0].numpy(), states[:, 0].numpy()

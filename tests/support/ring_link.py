@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from instep_client.calls import Call
 from instep_client.session import Session
-from instep_client.streams import Lane
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import Message
 from tests.support.ring_server import RingServer
 
@@ -96,6 +96,6 @@ class RingLink:
         assert call.done
         return call.result()
 
-    def open(self, *names: str, initial: Any = None) -> Lane:
-        """A lane: a stream for one name, a group for more."""
+    def open(self, *names: str, initial: Any = None) -> StreamHandle:
+        """A stream handle: a stream for one name, a group for more."""
         return self.finish(self.session.open(names, initial, len(names) == 1))

@@ -8,7 +8,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from instep.recording.carried import Carried
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.rows import close_stream, open_stream, stream_event
@@ -47,8 +46,6 @@ class Scribe:
         self._magnitude = magnitude
         self._now = START_NS
         self._dirty: set[int] = set()
-        self._opened: dict[int, tuple[str, int, int]] = {}
-        """Name, epoch and first seq."""
 
     @property
     def now(self) -> int:
@@ -60,7 +57,6 @@ class Scribe:
     ) -> None:
         opened = (name or f"stream-{stream}", epoch or 1000 + stream, first_seq)
         open_stream(self.writer, stream, *opened, self.now, state)
-        self._opened[stream] = opened
         header = self.writer.header
         zeros = np.zeros((header.state_layers, header.state_size), np.float32)
         self.states[stream] = zeros if state is None else state
@@ -107,28 +103,6 @@ class Scribe:
         record = self.writer.add_states if is_part else self.writer.snapshot
         record(self.now, through, self._rows(streams, tail))
         self._dirty -= set(streams)
-
-    def rotate(self, tail: int = 2) -> None:
-        """Go on in another file."""
-        self.writer = self.writer.follow(self.now, self.carried(tail))
-        self._dirty.clear()
-
-    def carried(self, tail: int = 2) -> Carried:
-        """All that is open, with so many frames of each stream."""
-        streams = sorted(self.states)
-        count = len(streams)
-        opened = [self._opened[stream] for stream in streams]
-        return Carried(
-            [self._rows(streams, tail)],
-            [name for name, _, _ in opened],
-            np.array([epoch for _, epoch, _ in opened], np.uint64),
-            np.zeros(count, np.uint64),
-            np.array([first_seq for _, _, first_seq in opened], np.int64),
-            np.zeros(count, np.bool_),
-            np.array([first_seq for _, _, first_seq in opened], np.int64),
-            max(self._opened, default=0),
-            max((epoch for _, epoch, _ in self._opened.values()), default=0),
-        )
 
     def _rows(self, streams: Sequence[int], tail: int) -> StateRows:
         seqs = np.array([self.seqs[stream] for stream in streams], np.int64)

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import msgpack
 import numpy as np
 
-from instep_client.calls import Call, StepCall
+from instep_client.calls import Call
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import FramesRefused
 from instep_client.protocol.wire import COLUMN, Kind, ServerInfo
 from instep_client.session import Session
-from instep_client.streams import Lane
+from instep_client.steps import StepCall
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, INFO, FakeRules, Message, error
 
 R = TypeVar("R")
@@ -73,8 +74,8 @@ class Link:
         assert call.done
         return call.result()
 
-    def open(self, *names: str, initial: Any = None) -> Lane:
-        """A lane: a stream for one name, a group for more."""
+    def open(self, *names: str, initial: Any = None) -> StreamHandle:
+        """A stream handle: a stream for one name, a group for more."""
         single = len(names) == 1
         return self.finish(self.session.open(names, initial, single))
 

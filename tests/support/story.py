@@ -11,7 +11,6 @@ from instep.core.rings import Rings
 
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I64
-from instep.recording.carried import Carried
 from instep.recording.schema import Durability, RecordingHeader, owner_detail
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
@@ -231,28 +230,6 @@ class Story:
                 self._dirty.update(streams[cut:])  # or never finished
                 return
         self.writer.snapshot(self._now(), through, self._states(streams[cut:]))
-
-    def rotate(self) -> None:
-        """It goes on in another file."""
-        self._answer()
-        streams = self._open()
-        owners = [self._lives[stream].owners[-1] for stream in streams]
-        self.writer = self.writer.follow(
-            self._now(),
-            Carried(
-                [self._states(streams)],
-                [self._lives[stream].name for stream in streams],
-                np.array([epoch for _, epoch, _, _ in owners], np.uint64),
-                np.array([former for _, _, former, _ in owners], np.uint64),
-                np.array([granted for _, _, _, granted in owners], np.int64),
-                np.zeros(len(streams), np.bool_),
-                np.array([self._lives[stream].first_seq for stream in streams], np.int64),
-                len(self._lives),
-                self._epoch,
-            ),
-        )
-        self._dirty.clear()
-        self._last_inputs = self.writer.position
 
     def _states(self, streams: list[int]) -> StateRows:
         """With the frames that their clients may not have."""

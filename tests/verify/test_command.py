@@ -25,7 +25,7 @@ def recorded(tmp_path: Path) -> Recorded:
 def verify(path: Path, **options: Any) -> tuple[int, str]:
     file = io.StringIO()
     arguments = {"model_folder": None, "streams": [], "json": False, **options}
-    status = run([path], console=Console(file=file, width=160), **arguments)
+    status = run(path, console=Console(file=file, width=160), **arguments)
     return status, file.getvalue()
 
 
@@ -59,7 +59,7 @@ def test_json_of_what_could_not_be_checked(tmp_path: Path, capsys: pytest.Captur
 def test_progress_is_shown_on_a_terminal(recorded: Recorded) -> None:
     file = io.StringIO()
     console = Console(file=file, width=100, force_terminal=True)
-    assert run([recorded.path], model_folder=None, streams=[], json=False, console=console) == 0
+    assert run(recorded.path, model_folder=None, streams=[], json=False, console=console) == 0
     assert "reading" in file.getvalue()
     assert "replaying" in file.getvalue()
 

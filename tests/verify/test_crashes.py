@@ -99,7 +99,7 @@ def test_what_was_not_compared_is_said(scribe: Scribe, model: Recorded) -> None:
     lively(scribe, model)
     file = io.StringIO()
     status = run(
-        [scribe.writer.path], model_folder=model.folder, streams=[], json=False, console=Console(file=file, width=200)
+        scribe.writer.path, model_folder=model.folder, streams=[], json=False, console=Console(file=file, width=200)
     )
     assert status == 0
     assert "not compared: 4 frames whose outputs were not recorded, because the engine was killed" in file.getvalue()
@@ -209,7 +209,7 @@ def test_tampering_is_caught(
     forger = Forger(scribe.writer.path, tmp_path / "b.rec")
     tamper(forger)
     file = io.StringIO()
-    found = run([forger.path], model_folder=model.folder, streams=[], json=False, console=Console(file=file, width=250))
+    found = run(forger.path, model_folder=model.folder, streams=[], json=False, console=Console(file=file, width=250))
     assert found == status, file.getvalue()
     assert sentence in file.getvalue()
 

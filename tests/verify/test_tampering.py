@@ -31,7 +31,7 @@ def recorded(tmp_path: Path) -> Recorded:
 
 def verify(path: Path, model_folder: Path | None = None) -> tuple[int, str]:
     file = io.StringIO()
-    status = run([path], model_folder=model_folder, streams=[], json=False, console=Console(file=file, width=200))
+    status = run(path, model_folder=model_folder, streams=[], json=False, console=Console(file=file, width=200))
     return status, file.getvalue()
 
 

@@ -14,7 +14,7 @@ from instep_client.protocol.wire import F32
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class SentFrames:
     """A block on its way."""
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Answers:
         self._seqs: Counter[str] = Counter()
         self._told: set[tuple[str, int]] = set()
 
-    def take(self, sent: Sent, result: F32 | Refused) -> None:
+    def take(self, sent: SentFrames, result: F32 | Refused) -> None:
         """One block's outputs [T, N, outputs] or [T, outputs], or why it has none."""
         steps, streams, _ = sent.frames.shape
         applied = np.ones((steps, streams), np.bool_)
@@ -55,7 +55,7 @@ class Answers:
                 self._outputs.add(name, self._seqs[name], sent.frames[good, column], outputs[good, column])
                 self._seqs[name] += count
 
-    def _tell(self, sent: Sent, refused: Refused) -> None:
+    def _tell(self, sent: SentFrames, refused: Refused) -> None:
         keys = {(sent.names[0], int(refused.code))}
         if isinstance(refused, FramesRefused):
             keys = {(failure.stream, int(failure.code)) for failure in refused.failures}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 from instep_client.commands.words import counted
 from instep_client.protocol.wire import F32
 
@@ -32,7 +32,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ReplayComparison:
     """Answers beside a recording."""
 
     frames: int
@@ -60,7 +60,7 @@ class Comparison:
         return asdict(self)
 
 
-def compare(recorded: Sequences, outputs: F32, which: npt.NDArray[np.bool_]) -> Comparison:
+def compare(recorded: RecordedSequences, outputs: F32, which: npt.NDArray[np.bool_]) -> ReplayComparison:
     """Compare outputs with the recorded ones as bits: NaN equals only the same NaN, and -0 is not 0.
 
     Args:
@@ -75,7 +75,7 @@ def compare(recorded: Sequences, outputs: F32, which: npt.NDArray[np.bool_]) -> 
     compared = int(both.sum())
     frames = np.flatnonzero(bits_differ.any(axis=1))
     if not len(frames):
-        return Comparison(compared, 0, 0, None)
+        return ReplayComparison(compared, 0, 0, None)
     rows = np.searchsorted(recorded.starts, frames, side="right") - 1
     flat, row = int(frames[0]), int(rows[0])
     element = int(np.argmax(bits_differ[flat]))
@@ -86,4 +86,4 @@ def compare(recorded: Sequences, outputs: F32, which: npt.NDArray[np.bool_]) -> 
         recorded=float(recorded.outputs[flat, element]),
         now=float(outputs[flat, element]),
     )
-    return Comparison(compared, len(frames), len(np.unique(rows)), first)
+    return ReplayComparison(compared, len(frames), len(np.unique(rows)), first)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from instep_client.commands.lines import BadLine, LineReader
 from instep_client.commands.problems import BadFile
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 from instep_client.protocol.wire import F32
 
 BAD_LINES_NAMED: Final = 5
@@ -28,7 +28,7 @@ def is_numpy(path: Path) -> bool:
     return path.suffix.lower() in (".npz", ".npy")
 
 
-def read_sequences(path: Path) -> Sequences:
+def read_sequences(path: Path) -> RecordedSequences:
     """Read an NPZ, NPY or CSV file; which one it is, is told by its ending (anything else is read as CSV).
 
     * NPZ: `frames [sum, features]` with `lengths [R]`, and beside them, if they are there, `names [R]`,
@@ -57,7 +57,7 @@ def read_sequences(path: Path) -> Sequences:
     return sequences
 
 
-def save_sequences(path: Path, sequences: Sequences) -> None:
+def save_sequences(path: Path, sequences: RecordedSequences) -> None:
     """Write an NPZ that `read_sequences` reads, with all that it has."""
     arrays: dict[str, Any] = {
         "names": np.array(sequences.names),
@@ -79,7 +79,7 @@ def save_sequences(path: Path, sequences: Sequences) -> None:
         np.savez(file, **arrays)
 
 
-def _from_numpy(path: Path) -> Sequences:
+def _from_numpy(path: Path) -> RecordedSequences:
     with path.open("rb") as file:  # numpy leaves a damaged file open that it opened itself
         loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -93,19 +93,19 @@ def _from_numpy(path: Path) -> Sequences:
     parts = {name: _frames(path, name, array, 2) for name, array in arrays.items()}
     if len({part.shape[1] for part in parts.values()}) > 1:
         raise BadFile(f"{path} holds arrays of different widths; all streams must have the same number of features")
-    return Sequences(
+    return RecordedSequences(
         names=tuple(parts),
         lengths=np.array([len(part) for part in parts.values()], np.int64),
         frames=np.concatenate([*parts.values(), *([] if parts else [np.empty((0, 1), np.float32)])]),
     )
 
 
-def _from_columns(path: Path, arrays: Mapping[str, Array]) -> Sequences:
+def _from_columns(path: Path, arrays: Mapping[str, Array]) -> RecordedSequences:
     frames = _frames(path, "frames", arrays["frames"], 2)
     lengths = _column(path, arrays, "lengths", "iu", (None,))
     if (lengths < 0).any() or lengths.sum() != len(frames):
         raise BadFile(f"{path}: 'lengths' must add up to the {len(frames)} rows of 'frames', not {lengths.sum()}")
-    sequences = Sequences(_numbered(path.stem, len(lengths)), lengths.astype(np.int64), frames)
+    sequences = RecordedSequences(_numbered(path.stem, len(lengths)), lengths.astype(np.int64), frames)
     if "names" in arrays:
         names = _column(path, arrays, "names", "U", lengths.shape)
         sequences = replace(sequences, names=tuple(str(name) for name in names))
@@ -135,17 +135,17 @@ def _column(path: Path, arrays: Mapping[str, Array], name: str, kinds: str, shap
     return array
 
 
-def _from_array(path: Path, name: str, array: Array) -> Sequences:
+def _from_array(path: Path, name: str, array: Array) -> RecordedSequences:
     if array.ndim == 3:
         frames = _frames(path, name, array, 3)
         count, steps, features = frames.shape
         lengths = np.full(count, steps, np.int64)
-        return Sequences(_numbered(name, count), lengths, frames.reshape(count * steps, features))
+        return RecordedSequences(_numbered(name, count), lengths, frames.reshape(count * steps, features))
     frames = _frames(path, name, array, 2)
-    return Sequences((name,), np.array([len(frames)], np.int64), frames)
+    return RecordedSequences((name,), np.array([len(frames)], np.int64), frames)
 
 
-def _from_lines(path: Path) -> Sequences:
+def _from_lines(path: Path) -> RecordedSequences:
     reader = LineReader()
     frames: dict[str, list[F32]] = {}
     times_s: dict[str, list[float]] = {}
@@ -167,7 +167,7 @@ def _from_lines(path: Path) -> Sequences:
         raise BadFile(f"{path}: {'; '.join(bad[:BAD_LINES_NAMED])}{more}")
     if not frames:
         raise BadFile(f"{path} holds no frames")
-    return Sequences(
+    return RecordedSequences(
         names=tuple(frames),
         lengths=np.array([len(part) for part in frames.values()], np.int64),
         frames=np.concatenate([np.stack(part) for part in frames.values()]),
@@ -190,7 +190,7 @@ def _numbered(name: str, count: int) -> tuple[str, ...]:
     return tuple(f"{name}-{number:0{width}}" for number in range(count))
 
 
-def _check_values(path: Path, sequences: Sequences) -> None:
+def _check_values(path: Path, sequences: RecordedSequences) -> None:
     good = np.isfinite(sequences.frames).all(axis=1)
     if not good.all():
         flat = int(np.argmin(good))

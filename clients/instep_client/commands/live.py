@@ -14,13 +14,13 @@ import numpy as np
 
 from instep_client.aio import AsyncClient
 from instep_client.aio_streams import AsyncStream
-from instep_client.commands.answers import Answers, Sent
+from instep_client.commands.answers import Answers, SentFrames
 from instep_client.commands.lines import BadLine, LineReader
 from instep_client.commands.living import step_living
 from instep_client.commands.pacing import Clock, Stop, wait_until
 from instep_client.commands.pipeline import pipeline
 from instep_client.commands.plan import Rows, cuts
-from instep_client.commands.sequences import I64, Sequences
+from instep_client.commands.sequences import I64, RecordedSequences
 from instep_client.commands.terminal import Terminal
 from instep_client.protocol.errors import Refused, StreamRefused
 from instep_client.protocol.wire import F32
@@ -61,7 +61,7 @@ class Source:
     """`part(first, count, rows)`: frames [count, len(rows), features] of these streams."""
 
 
-def array_source(sequences: Sequences, streams: int) -> Source:
+def array_source(sequences: RecordedSequences, streams: int) -> Source:
     """Stream `i` sends sequence `i`, beginning again with the first sequence when there are more streams."""
     which = np.arange(streams) % len(sequences)
     starts = sequences.starts[which]
@@ -99,7 +99,7 @@ class LiveRun:
                 if not await self._wait_for(cut.first):
                     break
                 frames = source.part(cut.first, cut.count, cut.rows)
-                sent = Sent(tuple(names[row] for row in cut.rows), frames)
+                sent = SentFrames(tuple(names[row] for row in cut.rows), frames)
                 await send(sent, partial(step_living, group, frames, cut.rows, self._client.info.outputs))
         with suppress(Refused):  # told of when its frames were refused
             await group.close()
@@ -144,7 +144,7 @@ class LiveRun:
                 if not await self._wait_for(sent[name]):
                     break
                 sent[name] += 1
-                await send(Sent((name,), line.frame[None, None]), partial(stream.step, line.frame[None]))
+                await send(SentFrames((name,), line.frame[None, None]), partial(stream.step, line.frame[None]))
         for stream in streams.values():
             if stream is not None:
                 with suppress(Refused):  # told of when its frames were refused

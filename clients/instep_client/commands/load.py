@@ -13,12 +13,12 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from instep_client.calls import ENDING
 from instep_client.commands.pacing import Clock, OpenLoop, Stop, wait_until
 from instep_client.commands.pipeline import task_group
 from instep_client.commands.samples import SampleArray, Samples
 from instep_client.protocol.errors import FramesRefused, Refused
 from instep_client.protocol.wire import F32, ServerInfo
+from instep_client.streams import ENDING
 
 DRAIN_S: Final = 5.0
 """How long after the last send the answers may still take; what comes later counts as unanswered."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from instep_client.commands.files import save_sequences
 from instep_client.commands.problems import BadFile
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 from instep_client.protocol.wire import F32
 
 
@@ -70,7 +70,7 @@ class NpzOutputs:
         parts = [part for parts in self._streams.values() for part in parts]
         if not parts:
             return f"; nothing to save in {self._path}"
-        sequences = Sequences(
+        sequences = RecordedSequences(
             names=tuple(self._streams),
             lengths=np.array([sum(len(x) for x, _ in parts) for parts in self._streams.values()]),
             frames=np.concatenate([x for x, _ in parts]),
@@ -113,7 +113,7 @@ def open_outputs(path: Path) -> Outputs:
     return NpzOutputs(path) if path.suffix.lower() == ".npz" else CsvOutputs(path)
 
 
-def save_outputs(path: Path, sequences: Sequences) -> None:
+def save_outputs(path: Path, sequences: RecordedSequences) -> None:
     """Save the outputs of whole sequences: an NPZ with all that they have, or a CSV."""
     if path.suffix.lower() == ".npz":
         save_sequences(path, sequences)

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.commands.sequences import F64, I64, Sequences
+from instep_client.commands.sequences import F64, I64, RecordedSequences
 
 Rows = npt.NDArray[np.intp]
 
@@ -34,7 +34,7 @@ class Send:
     rows: Rows
     """[N] which streams, as places in the cohort."""
     flat: I64
-    """[steps, N] where their frames lie in `Sequences.frames`."""
+    """[steps, N] where their frames lie in `RecordedSequences.frames`."""
     last: bool
     """Whether it is the last one of its cohort, whose streams may be closed then."""
 
@@ -43,7 +43,7 @@ class Send:
 class Plan:
     """All sends of a replay, in order."""
 
-    sequences: Sequences
+    sequences: RecordedSequences
     cohorts: tuple[Rows, ...]
     """Which sequences each cohort opens."""
     at_once: int
@@ -85,7 +85,7 @@ def cuts(lengths: I64, max_steps: int, max_frames: int) -> Iterator[Cut]:
         first += count
 
 
-def plan_fast(sequences: Sequences, max_streams: int, max_block_frames: int) -> Plan:
+def plan_fast(sequences: RecordedSequences, max_streams: int, max_block_frames: int) -> Plan:
     """As fast as possible: one cohort after the other, in blocks as large as the server takes them."""
     cohorts = _waves(len(sequences), max_streams)
 
@@ -98,7 +98,7 @@ def plan_fast(sequences: Sequences, max_streams: int, max_block_frames: int) -> 
     return Plan(sequences, cohorts, max(len(members) for members in cohorts), sends())
 
 
-def plan_at_rate(sequences: Sequences, max_streams: int, rate_hz: float) -> Plan:
+def plan_at_rate(sequences: RecordedSequences, max_streams: int, rate_hz: float) -> Plan:
     """`rate_hz` frames a second for each stream; what cannot be open at once begins when the cohort before it ended."""
     cohorts = _waves(len(sequences), max_streams)
 
@@ -114,7 +114,7 @@ def plan_at_rate(sequences: Sequences, max_streams: int, rate_hz: float) -> Plan
     return Plan(sequences, cohorts, max(len(members) for members in cohorts), sends())
 
 
-def plan_timed(sequences: Sequences, speed: float) -> Plan:
+def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
     """Every frame when it was recorded, `speed` times as fast; a cohort's frames of one moment travel as one block."""
     times_s = sequences.times_s
     if times_s is None:

@@ -19,7 +19,7 @@ from instep_client.commands.live import ENDLESS, LiveRun, Pace, Source, array_so
 from instep_client.commands.outputs import NoOutputs, Outputs, PrintedOutputs, open_outputs
 from instep_client.commands.pacing import Clock, Stop
 from instep_client.commands.problems import BadFile, CommandProblem, Exit
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 from instep_client.commands.signals import Signal, make_signal
 from instep_client.commands.terminal import Terminal
 from instep_client.commands.words import counted
@@ -128,7 +128,7 @@ def _outputs(what: Produce, terminal: Terminal, stop: Stop) -> Outputs:
     return PrintedOutputs(write)
 
 
-def _source(what: Produce, sequences: Sequences | None, info: ServerInfo) -> Source:
+def _source(what: Produce, sequences: RecordedSequences | None, info: ServerInfo) -> Source:
     if sequences is not None:
         if sequences.features != info.features:
             raise CommandProblem(
@@ -140,7 +140,7 @@ def _source(what: Produce, sequences: Sequences | None, info: ServerInfo) -> Sou
     return Source(np.full(streams, ENDLESS), lambda first, count, rows: signal(first, count)[:, rows])
 
 
-def _names(what: Produce, sequences: Sequences | None, streams: int) -> list[str]:
+def _names(what: Produce, sequences: RecordedSequences | None, streams: int) -> list[str]:
     """What the streams are called: as the arrays that they send, where each sends one of its own."""
     if what.name is None and sequences is not None and len(set(sequences.names)) == len(sequences) >= streams:
         return list(sequences.names[:streams])

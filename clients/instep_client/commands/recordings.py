@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 import struct
 import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,32 +16,30 @@ import numpy as np
 import numpy.typing as npt
 
 from instep_client.commands.problems import BadFile
-from instep_client.commands.sequences import I64, Sequences
+from instep_client.commands.sequences import I64, RecordedSequences
 from instep_client.protocol.wire import F32
 
 APPLICATION_ID: Final = 0x696E7374
-READABLE_VERSIONS: Final = (2, 3)
+FORMAT_VERSION: Final = 1
 _SQLITE_MAGIC: Final = b"SQLite format 3\0"
-_NUMBERED: Final = re.compile(r"(.+)-([0-9]{6,})", re.DOTALL)
 
 
 def is_recording(path: Path) -> bool:
-    """Whether the file, or the oldest that is left of that recording, is an SQLite database, whatever its name.
+    """Whether the file is an SQLite database, whatever its name.
 
     Raises:
         BadFile: when it cannot be opened.
     """
     try:
-        with _files(path)[0].open("rb") as file:
+        with path.open("rb") as file:
             return file.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror}") from None
 
 
-def read_recording(path: Path) -> Sequences:
+def read_recording(path: Path) -> RecordedSequences:
     """All streams of a recording, in the order in which they opened; of one still being written, up to its last commit.
 
-    The name of a recording's first file, there or not, means all its files; that of a following one means that one.
     Where the state of a stream was reset, what follows is a sequence of its own. Sequences without a frame are left
     out, and so are the frames of steps that failed. `times_s` and `opened_s` count from the first opening.
 
@@ -50,34 +47,10 @@ def read_recording(path: Path) -> Sequences:
         BadFile: it is no recording, it is damaged, or it holds no frames.
     """
     try:
-        with ExitStack() as stack:
-            databases = [stack.enter_context(closing(_opened(file))) for file in _files(path)]
-            return _read(path, databases)
+        with closing(_opened(path)) as database:
+            return _read(path, database)
     except (sqlite3.Error, struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadFile(f"{path} is no recording, or it is damaged: {error}") from None
-
-
-def _files(path: Path) -> list[Path]:
-    """The files that are meant, in order: r.instep, r-000002.instep, r-000003.instep, ..."""
-    if path.exists() and _NUMBERED.fullmatch(path.stem):
-        return [path]
-    following = []
-    for file in path.parent.iterdir() if path.parent.is_dir() else ():
-        name = _NUMBERED.fullmatch(file.stem)
-        if name and name[1] == path.stem and file.suffix == path.suffix and _number(file) == int(name[2]):
-            following.append((int(name[2]), file))
-    there = [file for _, file in sorted(following)]
-    return [path, *there] if path.exists() or not there else there
-
-
-def _number(path: Path) -> int:
-    """What the header says of the place among the files of its recording; 0 where it cannot be read."""
-    try:
-        with closing(_opened(path)) as database:
-            (value,) = database.execute("SELECT value FROM header WHERE key = 'number'").fetchone()
-            return int(json.loads(value))
-    except (sqlite3.Error, ValueError, TypeError):
-        return 0
 
 
 def _opened(path: Path) -> sqlite3.Connection:
@@ -124,30 +97,27 @@ _OPENING: Final = ", ".join(_Opening._fields)
 _EVENT: Final = "position, time_ns, stream, seq, kind, detail, state"
 
 
-def _read(path: Path, databases: list[sqlite3.Connection]) -> Sequences:
-    for database in databases:
-        if database.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            raise BadFile(f"{path} is a database, but no recording of an instep engine")
-        version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version not in READABLE_VERSIONS:
-            versions = " and ".join(map(str, READABLE_VERSIONS))
-            raise BadFile(f"{path} has format version {version}; this client reads versions {versions}")
-    header = {key: json.loads(value) for key, value in _rows(path, databases[:1], "header", "key, value")}
-    _check_joints(path, databases)
+def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
+    if database.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        raise BadFile(f"{path} is a database, but no recording of an instep engine")
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version != FORMAT_VERSION:
+        raise BadFile(f"{path} has format version {version}; this client reads version {FORMAT_VERSION}")
+    header = {key: json.loads(value) for key, value in _rows(path, database, "header", "key, value")}
     description = header["description"]
     gru = description["gru"]
     state_shape = (int(gru["num_layers"]), int(gru["hidden_size"]))
     outputs = int(description["after"][-1]["size"]) if description["after"] else state_shape[1]
-    events = _rows(path, databases, "events", _EVENT)
+    events = _rows(path, database, "events", _EVENT)
     failed = {seq for _, _, _, seq, kind, *_ in events if kind == "failed"}
-    frames = _frames(path, databases, int(description["features"]), outputs, failed)
-    openings = [_Opening(*row) for row in _rows(path, databases, "openings", _OPENING)]
+    frames = _frames(path, database, int(description["features"]), outputs, failed)
+    openings = [_Opening(*row) for row in _rows(path, database, "openings", _OPENING)]
     resets = [
         (stream, seq, at, time_ns, state) for at, time_ns, stream, seq, kind, _, state in events if kind == "reset"
     ]
     stretches = _stretches(path, frames, openings, sorted(resets, key=lambda reset: reset[:3]))
     first_ns = min(stretch.time_ns for stretch in stretches)
-    in_file = Sequences(
+    in_file = RecordedSequences(
         names=tuple(stretch.name for stretch in stretches),
         lengths=np.array([stretch.end - stretch.start for stretch in stretches], np.int64),
         frames=frames.x,
@@ -166,22 +136,12 @@ def _read(path: Path, databases: list[sqlite3.Connection]) -> Sequences:
     return in_file if order == list(range(len(stretches))) else in_file.select(order)
 
 
-def _check_joints(path: Path, databases: list[sqlite3.Connection]) -> None:
-    """Each file must begin one position after the last row of the one before it."""
-    end = 0
-    for at, database in enumerate(databases):
-        begin = dict(_rows(path, [database], "header", "key, value")).get("first_position", "1")
-        if at and json.loads(begin) != end + 1:
-            raise BadFile(f"a file of {path} is missing: one ends at position {end}, and the next begins at {begin}")
-        ((end,),) = _rows(path, [database], "newest", "position")
-
-
-def _frames(path: Path, databases: list[sqlite3.Connection], features: int, outputs: int, failed: set[int]) -> _Frames:
-    rows = _rows(path, databases, "batches", "position, time_ns, bucket, size, streams, seqs, x")
+def _frames(path: Path, database: sqlite3.Connection, features: int, outputs: int, failed: set[int]) -> _Frames:
+    rows = _rows(path, database, "batches", "position, time_ns, bucket, size, streams, seqs, x")
     rows = [row for row in rows if row[0] not in failed]
     if not rows:
         raise BadFile(f"{path} holds no frames")
-    answers = {batch: y for _, _, batch, y in _rows(path, databases, "outputs", "position, time_ns, batch, y")}
+    answers = {batch: y for _, _, batch, y in _rows(path, database, "outputs", "position, time_ns, batch, y")}
     sizes = np.array([row[3] for row in rows])
     nothing = np.full((int(sizes.max()), outputs), np.nan, "<f4").tobytes()
     streams = np.frombuffer(b"".join(row[4] for row in rows), "<u4").astype(np.int64)
@@ -202,8 +162,7 @@ def _stretches(
 ) -> list[_Stretch]:
     """Those with frames, in the order of the frames."""
     numbers, starts, counts = np.unique(frames.streams, return_index=True, return_counts=True)
-    # A stream that goes on in another file opens there again: the first one counts.
-    by_number = {opening.stream: opening for opening in reversed(openings)}
+    by_number = {opening.stream: opening for opening in openings}
     if not by_number.keys() >= set(numbers.tolist()):
         raise BadFile(f"{path} holds frames of a stream that never opened")
     found = []
@@ -231,14 +190,13 @@ def _check_seqs(path: Path, opening: _Opening, seqs: npt.NDArray[np.uint64]) -> 
         )
 
 
-def _rows(path: Path, databases: list[sqlite3.Connection], table: str, columns: str) -> list[tuple[Any, ...]]:
-    """The rows of one table of all files, their CRCs checked and taken off."""
+def _rows(path: Path, database: sqlite3.Connection, table: str, columns: str) -> list[tuple[Any, ...]]:
+    """The rows of one table, their CRCs checked and taken off."""
     rows: list[tuple[Any, ...]] = []
-    for database in databases:
-        for *row, crc in database.execute(f"SELECT {columns}, crc FROM {table} ORDER BY 1"):
-            if crc != _crc(row):
-                raise BadFile(f"{path} is damaged: the CRC of row {row[0]} of table {table} does not match")
-            rows.append(tuple(row))
+    for *row, crc in database.execute(f"SELECT {columns}, crc FROM {table} ORDER BY 1"):
+        if crc != _crc(row):
+            raise BadFile(f"{path} is damaged: the CRC of row {row[0]} of table {table} does not match")
+        rows.append(tuple(row))
     return rows
 
 

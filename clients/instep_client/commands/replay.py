@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from instep_client.commands.compare import Comparison, compare
+from instep_client.commands.compare import ReplayComparison, compare
 from instep_client.commands.connect import connected
 from instep_client.commands.files import read_sequences
 from instep_client.commands.outputs import check_output_path, save_outputs
@@ -16,7 +16,7 @@ from instep_client.commands.plan import Plan, plan_at_rate, plan_fast, plan_time
 from instep_client.commands.problems import CommandProblem, Exit
 from instep_client.commands.recordings import is_recording, read_recording
 from instep_client.commands.replay_run import ReplayRun
-from instep_client.commands.sequences import Sequences
+from instep_client.commands.sequences import RecordedSequences
 from instep_client.commands.terminal import Terminal
 from instep_client.commands.words import counted
 from instep_client.protocol.wire import ServerInfo
@@ -72,10 +72,10 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
 class Replayed:
     """What came of it."""
 
-    sequences: Sequences
+    sequences: RecordedSequences
     run: ReplayRun
     seconds: float
-    comparison: Comparison | None
+    comparison: ReplayComparison | None
     """Of the frames that were answered; None where nothing was to be compared."""
     info: ServerInfo
 
@@ -121,14 +121,14 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
     return Exit.OK if done.whole and same else Exit.FOUND_PROBLEMS
 
 
-def _chosen(sequences: Sequences, pattern: str) -> Sequences:
+def _chosen(sequences: RecordedSequences, pattern: str) -> RecordedSequences:
     which = [row for row, name in enumerate(sequences.names) if fnmatchcase(name, pattern)]
     if not which:
         raise CommandProblem(f"no stream's name fits {pattern!r}; the first one is called {sequences.names[0]!r}")
     return sequences if len(which) == len(sequences) else sequences.select(which)
 
 
-def _speed(what: Replay, sequences: Sequences) -> float:
+def _speed(what: Replay, sequences: RecordedSequences) -> float:
     if what.rate_hz is not None and sequences.times_s is not None:
         raise CommandProblem(f"{what.file} knows when its frames were sent: use --speed; --rate is for others")
     timed = what.rate_hz is not None or sequences.times_s is not None
@@ -139,7 +139,7 @@ def _speed(what: Replay, sequences: Sequences) -> float:
     return what.speed
 
 
-def _check_fits(what: Replay, sequences: Sequences, info: ServerInfo) -> None:
+def _check_fits(what: Replay, sequences: RecordedSequences, info: ServerInfo) -> None:
     if sequences.features != info.features:
         raise CommandProblem(
             f"{what.file} has {sequences.features} numbers a frame, the model {info.model!r} takes {info.features}"
@@ -158,7 +158,7 @@ def _check_fits(what: Replay, sequences: Sequences, info: ServerInfo) -> None:
         )
 
 
-def _plan(sequences: Sequences, speed: float, rate_hz: float | None, info: ServerInfo) -> Plan:
+def _plan(sequences: RecordedSequences, speed: float, rate_hz: float | None, info: ServerInfo) -> Plan:
     if math.isinf(speed):
         return plan_fast(sequences, info.max_streams, min(info.max_block_frames, info.credit_frames))
     if rate_hz is not None:

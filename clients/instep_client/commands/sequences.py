@@ -15,7 +15,7 @@ F64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Sequences:
+class RecordedSequences:
     """Whole sequences of frames, end to end in one array."""
 
     names: tuple[str, ...]
@@ -47,7 +47,7 @@ class Sequences:
         """Numbers a frame."""
         return int(self.frames.shape[1])
 
-    def keep(self, frames: npt.NDArray[np.bool_]) -> Sequences:
+    def keep(self, frames: npt.NDArray[np.bool_]) -> RecordedSequences:
         """Only these frames [sum], of the sequences that have any of them."""
         lengths = np.add.reduceat(frames.astype(np.int64), self.starts)
         kept = replace(
@@ -63,7 +63,7 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.names)
 
-    def select(self, which: Sequence[int]) -> Sequences:
+    def select(self, which: Sequence[int]) -> RecordedSequences:
         """Only these sequences, in this order."""
         rows = np.asarray(which, np.int64)
         starts = self.starts

@@ -29,7 +29,6 @@ def contradictions(config: Config) -> list[Contradiction]:
         *_model(config),
         *_transport(config),
         *_limits(config),
-        *_recording(config),
     ]
 
 
@@ -109,29 +108,3 @@ def _limits(config: Config) -> list[Contradiction]:
             )
         )
     return found
-
-
-def _recording(config: Config) -> list[Contradiction]:
-    recording = config.recording
-    if recording.file is None:
-        return [
-            Contradiction(
-                (f"recording.{key}", "recording.file"),
-                f"recording.{key} is about the files of a recording, and nothing is recorded",
-                "name a recording.file (--record FILE), or set this to 0",
-            )
-            for key in ("max_bytes", "max_age_s", "keep_bytes", "keep_s")
-            if getattr(recording, key)
-        ]
-    if recording.max_bytes or recording.max_age_s:
-        return []
-    return [
-        Contradiction(
-            (f"recording.{key}", "recording.max_bytes", "recording.max_age_s"),
-            f"recording.{key} removes files that others follow, but with recording.max_bytes and recording.max_age_s "
-            "both 0 none ever follows: the recording would grow without end",
-            "set recording.max_bytes or recording.max_age_s, or set this to 0",
-        )
-        for key in ("keep_bytes", "keep_s")
-        if getattr(recording, key)
-    ]

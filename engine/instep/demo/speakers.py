@@ -140,7 +140,7 @@ def received_is_recorded(recording: Path, producers: Sequence[Producer], heard: 
 def show_verification(recording: Path, console: Console) -> int:
     """Run the verifier; show its last line, or all it says where something is wrong."""
     report = io.StringIO()
-    status = verify([recording], model_folder=None, streams=[], json=False, console=Console(file=report, width=100))
+    status = verify(recording, model_folder=None, streams=[], json=False, console=Console(file=report, width=100))
     said = report.getvalue().strip()
     say(console, said if status else said.splitlines()[-1], "bold red" if status else "bold green")
     return status

@@ -17,10 +17,9 @@ from rich.text import Text
 from instep.export import csv_file, mcap_file, npz_file, parquet_file
 from instep.export.errors import CannotExport
 from instep.export.new_file import new_file
-from instep.export.parts import Parts
 from instep.export.table import FrameTable
-from instep.recording.choice import Chosen, choose
 from instep.recording.errors import RecordingError, with_advice
+from instep.recording.reader import RecordingReader
 
 Format: TypeAlias = Literal["parquet", "npz", "csv", "mcap"]
 
@@ -43,7 +42,7 @@ def run(
     """Write a recording's frames and outputs into one file, and say what is in it.
 
     Args:
-        file: the recording, by the name of its first file, or one of its files.
+        file: the recording.
         format: of the output; None for what the output's suffix says, or parquet.
         output: the new file; None for the recording's name with the format's suffix.
         streams: names or numbers; empty for all.
@@ -60,17 +59,11 @@ def run(
                 f"the name {output.name!r} says another format than --format {kind}: leave one of them out"
             )
         path = output or file.with_suffix(f".{kind}")
-        chosen = choose([file])
-        if not chosen.is_complete:
-            raise CannotExport(
-                f"{'; '.join(chosen.notes)}; each file that is there can be exported for itself, by its own name, the "
-                "first as a copy under another"
-            )
-        with Parts(chosen.files) as parts, new_file(path) as target:
+        with RecordingReader(file) as reader, new_file(path) as target:
             with _progress(console, shown=console.is_terminal and not json) as on_progress:
-                table = FrameTable(parts, streams, on_progress)
+                table = FrameTable(reader, streams, on_progress)
                 WRITERS[kind](table, target)
-            finished = parts.finished
+            finished = reader.finished
     except (RecordingError, CannotExport) as error:
         if json:
             _write_json({"file": str(file), "exported": False, "error": with_advice(error)})
@@ -78,9 +71,9 @@ def run(
             console.print(Text(f"not exported: {with_advice(error)}", "bold red"), soft_wrap=True)
         return NOT_EXPORTED
     if json:
-        _write_json(_as_json(file, chosen, path, kind, table, finished))
+        _write_json(_as_json(file, path, kind, table, finished))
     else:
-        console.print(Text(_summary(path, chosen, table, finished), "bold green"), soft_wrap=True, highlight=False)
+        console.print(Text(_summary(path, table, finished), "bold green"), soft_wrap=True, highlight=False)
     return EXPORTED
 
 
@@ -95,14 +88,11 @@ def _format_of(output: Path | None) -> Format:
     )
 
 
-def _summary(path: Path, chosen: Chosen, table: FrameTable, finished: bool) -> str:
+def _summary(path: Path, table: FrameTable, finished: bool) -> str:
     parts = [
         f"{path}: {_count(table.frames, 'frame')} of {_count(len(table.names), 'stream')}, "
         f"{_count(table.features, 'input')} and {_count(table.outputs, 'output')} each, {path.stat().st_size:,} bytes"
     ]
-    if len(chosen.files) > 1:
-        parts.append(f"from {len(chosen.files):,} files, {chosen.files[0].name} to {chosen.files[-1].name}")
-    parts.extend(chosen.notes)
     if table.left_out:
         parts.append(f"left out {_count(table.left_out, 'frame')} whose outputs are not recorded")
     if not finished:
@@ -110,13 +100,9 @@ def _summary(path: Path, chosen: Chosen, table: FrameTable, finished: bool) -> s
     return "; ".join(parts)
 
 
-def _as_json(
-    file: Path, chosen: Chosen, path: Path, kind: Format, table: FrameTable, finished: bool
-) -> dict[str, object]:
+def _as_json(file: Path, path: Path, kind: Format, table: FrameTable, finished: bool) -> dict[str, object]:
     return {
         "file": str(file),
-        "files": [str(each) for each in chosen.files],
-        "not_looked_at": list(chosen.notes),
         "exported": True,
         "output": str(path),
         "format": kind,

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import F32, I64, U32, U64
-from instep.export.parts import Parts
+from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch
 from instep.recording.select import select_streams
 
@@ -45,7 +45,7 @@ class FrameTable:
     that is missing is damage.
 
     Args:
-        parts: the files of a recording.
+        reader: an open recording.
         wanted: names or numbers of streams; empty for all.
         on_progress: called with the share (0 to 1) of the recording that was read.
 
@@ -62,14 +62,15 @@ class FrameTable:
         DamagedRecording: when the recording is damaged.
     """
 
-    def __init__(self, parts: Parts, wanted: Sequence[str], on_progress: Callable[[float], None]) -> None:
-        self._parts = parts
+    def __init__(self, reader: RecordingReader, wanted: Sequence[str], on_progress: Callable[[float], None]) -> None:
+        reader.check_positions()
+        self._reader = reader
         self._on_progress = on_progress
-        opened = parts.streams
+        opened = reader.streams()
         selected = select_streams(opened, wanted)
         ends = [opened[at].closed_position for at in selected]
         self._first = min((opened[at].opened_position for at in selected), default=1)
-        self._last = max((end or parts.last_position for end in ends), default=0)
+        self._last = max((end or reader.last_position for end in ends), default=0)
         self._known: I64 = np.sort(np.array([info.stream for info in opened], np.int64))
         self._selected: I64 = np.full(len(opened), -1, np.int64)
         numbers = np.array([opened[at].stream for at in selected], np.int64)
@@ -77,8 +78,8 @@ class FrameTable:
         self._next: I64 = np.array([opened[at].first_seq for at in selected], np.int64)
         """The seq of each stream's next frame."""
         self._closings = [(opened[at].closed_position, opened[at].frames) for at in selected]
-        self.features = parts.header.features
-        self.outputs = parts.header.outputs
+        self.features = reader.header.features
+        self.outputs = reader.header.outputs
         self.names = [opened[at].name for at in selected]
         self.stream_ids = numbers.tolist()
         self.frames = 0
@@ -101,7 +102,7 @@ class FrameTable:
         most = max(min(fit, CHUNK_FRAMES), 1)
         pieces: list[Chunk] = []
         rows = 0
-        for batch in self._parts.batches(self._first, self._last):
+        for batch in self._reader.batches(self._first, self._last):
             part = self._rows(batch)
             if len(part):
                 pieces.append(part)
@@ -130,8 +131,8 @@ class FrameTable:
         numbers = batch.streams.astype(np.int64)
         at = np.minimum(np.searchsorted(self._known, numbers), len(self._known) - 1)
         if not len(self._known) or (self._known[at] != numbers).any():
-            raise self._parts.damaged(
-                batch.position, f"the batch at position {batch.position} holds frames of a stream that was never opened"
+            raise self._reader.damaged(
+                f"the batch at position {batch.position} holds frames of a stream that was never opened"
             )
         names: I64 = self._selected[at]
         return names
@@ -143,12 +144,9 @@ class FrameTable:
             self._next[names] += 1
             return
         if not len(wrong):
-            raise self._parts.damaged(
-                batch.position, f"the batch at position {batch.position} holds two frames of one stream"
-            )
+            raise self._reader.damaged(f"the batch at position {batch.position} holds two frames of one stream")
         name, seq = names[wrong[0]], seqs[wrong[0]]
-        raise self._parts.damaged(
-            batch.position,
+        raise self._reader.damaged(
             f"the batch at position {batch.position} holds frame {seq} of stream {self.stream_ids[name]} "
             f"({self.names[name]!r}) where frame {self._next[name]} belongs",
         )
@@ -156,8 +154,7 @@ class FrameTable:
     def _check_closings(self) -> None:
         for at, (position, frames) in enumerate(self._closings):
             if position is not None and frames != self._next[at]:
-                raise self._parts.damaged(
-                    position,
+                raise self._reader.damaged(
                     f"stream {self.stream_ids[at]} ({self.names[at]!r}) was closed before frame {frames}, but its "
                     f"recorded frames end before frame {self._next[at]}",
                 )

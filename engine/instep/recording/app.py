@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Look after recordings: check, show, list, repair.")
 
-Recording = Annotated[
-    Path, typer.Argument(metavar="FILE", help="The recording: its first file for all, or one of its files.")
-]
+Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -22,7 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 def check(recording: Recording, json: Json = False) -> None:
     """Read all of a recording and say whether it is whole.
 
-    Exit status 0: it is. 1: it is damaged, or one of its files is missing. 2: it could not be read.
+    Exit status 0: it is. 1: it is damaged. 2: it could not be read.
     """
     from instep.recording import commands
 
@@ -42,7 +40,7 @@ def list_folder(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look; not in folders inside it.")] = Path(),
     json: Json = False,
 ) -> None:
-    """List the recordings in a folder, each with all its files in one line."""
+    """List the recordings in a folder, one per line."""
     from instep.recording import commands
 
     raise typer.Exit(commands.list_folder(folder, _console(), json=json))
@@ -58,8 +56,7 @@ def repair(
 ) -> None:
     """Write a new file with everything before the first damage of another, which stays as it is.
 
-    Of a recording of several files, the one that is damaged is repaired. Exit status 0: it was written, or nothing is
-    damaged. 1 or 2: nothing could be saved.
+    Exit status 0: it was written, or nothing is damaged. 1 or 2: nothing could be saved.
     """
     from instep.recording import commands
 

@@ -13,60 +13,50 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from instep.recording import family
-from instep.recording.choice import choose
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
-from instep.recording.inspection import Inspection, inspect, inspect_all
-from instep.recording.listing import Listed, list_recordings
-from instep.recording.overview import Overview, look_over
+from instep.recording.inspection import Inspection, inspect
+from instep.recording.overview import Listed, Overview, list_recordings, look_over
 from instep.recording.repair import repair as save
 
 WHOLE: Final = 0
 DAMAGED: Final = 1
 NOT_READ: Final = 2
 
-_HEADINGS: Final = ("file", "files", "began", "model", "ends", "streams", "open", "frames", "bytes")
-_NUMBERS: Final = ("files", "streams", "open", "frames", "bytes")
+_HEADINGS: Final = ("file", "began", "model", "ends", "streams", "open", "frames", "bytes")
+_NUMBERS: Final = ("streams", "open", "frames", "bytes")
 
 
 def check(file: Path, console: Console, *, json: bool = False) -> int:
     """Read all of a recording and say in one line whether it is whole.
 
     Returns:
-        0 when it is, 1 when it is damaged or a file is missing between others, 2 when it cannot be read.
+        0 when it is, 1 when it is damaged, 2 when it cannot be read.
     """
     columns = (TextColumn("checking"), BarColumn(), TaskProgressColumn())
     shown = console.is_terminal and not json
     try:
-        chosen = choose([file])
         with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
             task = bars.add_task("checking", total=1.0)
-            found = inspect_all(chosen.files, lambda share: bars.update(task, completed=share))
+            found = inspect(file, lambda share: bars.update(task, completed=share))
     except RecordingError as error:
         return _failed(file, error, console, "whole", json=json)
     if json:
-        names = [str(each) for each in chosen.files]
-        of = {"file": str(file), "whole": chosen.is_complete, "notes": list(chosen.notes)}
-        _write_json({**of, **asdict(found), "files": names})
-    elif chosen.is_complete:
-        _say(console, "; ".join((f"whole: {_holds(found)}", *chosen.notes)), "bold green")
+        _write_json({"file": str(file), "whole": True, **asdict(found)})
     else:
-        _say(console, f"not whole: {'; '.join(chosen.notes)}; the files that are there: {_holds(found)}", "bold red")
-    return WHOLE if chosen.is_complete else DAMAGED
+        _say(console, f"whole: {_holds(found)}", "bold green")
+    return WHOLE
 
 
 def info(file: Path, console: Console, *, json: bool = False) -> int:
     """Say what a recording is, without reading all of it."""
     try:
-        chosen = choose([file])
-        found = look_over(file, chosen.files)
+        found = look_over(file)
     except RecordingError as error:
         return _failed(file, error, console, "read", json=json)
     if json:
-        _write_json({**asdict(found), "notes": list(chosen.notes)})
+        _write_json(asdict(found))
         return WHOLE
-    facts = _facts(found, chosen.notes)
-    for line in _in_columns([[name, value] for name, value in facts.items()], ()):
+    for line in _in_columns([[name, value] for name, value in _facts(found).items()], ()):
         _say(console, line, "")
     return WHOLE
 
@@ -91,38 +81,23 @@ def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
 def repair(file: Path, output: Path | None, console: Console) -> int:
     """Save what comes before the first damage of a file into a new one, beside it unless told otherwise.
 
-    Of a recording of several files, the one that is damaged is meant; what is whole is left alone.
-
     Returns:
         0 when something was saved or nothing is damaged, 1 or 2 when nothing could be saved.
     """
     try:
-        files = _files_to_repair(file)
-        damaged = [each for each in files if not _is_whole(each)]
-        if not damaged:
-            what = f"{file} is whole" if len(files) == 1 else f"each of the {len(files)} files of {file} is whole"
-            _say(console, f"{what}: nothing to repair, and nothing was written", "bold green")
+        if _is_whole(file):
+            _say(console, f"{file} is whole: nothing to repair, and nothing was written", "bold green")
             return WHOLE
-        if len(damaged) > 1:
-            raise RecordingError(f"{', '.join(map(str, damaged))} are damaged; they are repaired one by one: name one")
-        (source,) = damaged
-        target = output or source.with_name(f"{source.stem}.repaired{source.suffix}")
-        found = save(source, target)
+        target = output or file.with_name(f"{file.stem}.repaired{file.suffix}")
+        found = save(file, target)
     except RecordingError as error:
         return _failed(file, error, console, "repaired", json=False)
     kept = (
         f"{target}: saved {_count(found.frames, 'frame')} of {_count(found.streams, 'stream')} "
         f"({_count(found.positions, 'position')})"
     )
-    if len(files) > 1:
-        kept += f" of {source.name}, the damaged one of {len(files)} files"
     _say(console, f"{kept}; left out: {found.left_out}" if found.left_out else kept, "bold yellow")
     return WHOLE
-
-
-def _files_to_repair(file: Path) -> list[Path]:
-    """The one of that name, or all that may be of a recording, by their names: a damaged one may not say what it is."""
-    return (family.named_alike(file) if family.is_first(file) else []) or [file]
 
 
 def _is_whole(file: Path) -> bool:
@@ -139,8 +114,6 @@ def _holds(found: Inspection) -> str:
         f"{_count(found.positions, 'position')}",
         found.ending,
     ]
-    if found.files > 1:
-        parts[0] = f"{_count(found.files, 'file')}, {parts[0]}"
     if found.unanswered:
         parts.append(f"{_count(found.unanswered, 'frame')} without outputs")
     if found.restarts:
@@ -150,10 +123,9 @@ def _holds(found: Inspection) -> str:
     return "; ".join(parts)
 
 
-def _facts(found: Overview, notes: Sequence[str]) -> dict[str, str]:
-    facts = {
+def _facts(found: Overview) -> dict[str, str]:
+    return {
         "file": found.file,
-        "files": _which(found),
         "began": found.began,
         "ends": found.ends,
         "model": f"{found.model} ({found.features} → {found.outputs})",
@@ -167,25 +139,18 @@ def _facts(found: Overview, notes: Sequence[str]) -> dict[str, str]:
         "batches": f"{found.batches:,}, with {found.frames:,} frames",
         "restarts": f"{found.restarts:,}",
         "states": f"up to position {found.states_position:,}" if found.states_position else "none",
-        "positions": f"{found.first_position:,} to {found.last_position:,}",
+        "positions": f"{found.last_position:,}",
         "bytes": f"{found.bytes:,}",
     }
-    return facts | ({"note": "; ".join(notes)} if notes else {})
-
-
-def _which(found: Overview) -> str:
-    if len(found.files) == 1:
-        return "1" if found.first_number == 1 else f"file {found.first_number:,} of the recording"
-    return f"{len(found.files):,}, {Path(found.files[0]).name} to {Path(found.files[-1]).name}"
 
 
 def _line(listed: Listed) -> list[str]:
     """A row of the list."""
     found = listed.overview
     if found is None:
-        return [listed.path.name, "", "", "", listed.problem, "", "", "", f"{listed.bytes:,}"]
+        return [listed.path.name, "", "", listed.problem, "", "", "", f"{listed.bytes:,}"]
     numbers = [f"{number:,}" for number in (found.streams, found.open_streams, found.frames, found.bytes)]
-    return [listed.path.name, f"{len(found.files):,}", found.began, found.model, found.ends, *numbers]
+    return [listed.path.name, found.began, found.model, found.ends, *numbers]
 
 
 def _as_json(listed: Listed) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from instep.core.typing import F32, I64
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.schema import (
     APPLICATION_ID,
+    FORMAT_VERSION,
     HISTORY,
     PAGE_BYTES,
-    READABLE_VERSIONS,
     TABLES,
     RecordingHeader,
     row_is_sound,
@@ -41,7 +41,7 @@ class RecordingFile:
     Attributes:
         path: the file.
         header: what the file says of the engine that began it.
-        last_position: the newest row it shows; one before the first where there is none.
+        last_position: the newest row it shows; 0 where there is none.
 
     Raises:
         RecordingError: from every method, when the file is not a recording or of another version.
@@ -95,7 +95,6 @@ class RecordingFile:
     def check_positions(self, first: int = 1) -> None:
         """Raise when a row of the history from `first` on is missing or a position was given twice."""
         found = np.sort(np.concatenate([self._positions(table, first) for table in HISTORY]))
-        first = max(first, self.header.first_position)
         found = found[found <= self.last_position]
         expected: I64 = np.arange(first, self.last_position + 1)
         if len(found) != len(expected) or (found != expected).any():
@@ -166,10 +165,10 @@ class RecordingFile:
         if self._value("PRAGMA application_id") != APPLICATION_ID:
             raise RecordingError(f"{self.path} is not a recording: it is another kind of database, or empty")
         version = self._value("PRAGMA user_version")
-        if version not in READABLE_VERSIONS:
+        if version != FORMAT_VERSION:
             raise RecordingError(
-                f"{self.path} has format version {version}, and this instep reads versions "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}; use the instep that wrote it"
+                f"{self.path} has format version {version}, and this instep reads version {FORMAT_VERSION}; use the "
+                "instep that wrote it"
             )
         try:
             rows = self._database.execute("SELECT key, value, crc FROM header").fetchall()

@@ -1,29 +1,29 @@
-"""What a recording is, without reading all of it: one file, or all that follow each other."""
+"""What a recording is, without reading all of it, and which recordings a folder holds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
+from instep.recording.database import bytes_on_disk
+from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.inspection import how_it_ends
-from instep.recording.one_file import bytes_on_disk
 from instep.recording.reader import RecordingReader
-from instep.recording.schema import RECOVERED_EVENT
+from instep.recording.schema import APPLICATION_ID, RECOVERED_EVENT
+
+_SQLITE_MAGIC: Final = b"SQLite format 3\0"
+_APPLICATION_ID_OFFSET: Final = 68
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """Facts about some files of a recording, in order."""
+    """Facts about a recording."""
 
     file: str
-    """Its name, or that of the one file."""
-    files: tuple[str, ...]
     began: str
-    """When the recording began, not the oldest file that is left."""
-    first_number: int
-    """Of the first of these files; 1 where the recording began."""
     ends: str
     """In words."""
     model: str
@@ -40,63 +40,88 @@ class Overview:
     open_streams: int
     batches: int
     frames: int
-    """Those of steps that failed are counted, too."""
+    """Frames of failed steps are counted, too."""
     restarts: int
     states_position: int
     """How far the newest states go; 0 for none."""
-    first_position: int
     last_position: int
     bytes: int
-    """Of all files and what belongs to them."""
+    """With the WAL."""
 
 
-def look_over(name: Path, files: Sequence[Path]) -> Overview:
-    """The facts about these files of a recording of that name.
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One recording, or a file that cannot be read."""
+
+    path: Path
+    overview: Overview | None
+    """None where it cannot be read."""
+    problem: str
+    """Why it cannot be read: damaged, or of another version."""
+    bytes: int
+
+
+def look_over(path: Path) -> Overview:
+    """The facts about a recording.
 
     Raises:
-        RecordingError: when one cannot be read, or is damaged where this reads.
+        RecordingError: when it cannot be read, or is damaged where this reads.
     """
-    streams, batches, frames, restarts = set[int](), 0, 0, 0
-    for at, path in enumerate(files):
-        with RecordingReader(path) as reader:
-            if at == 0:
-                header = reader.header
-            opened = reader.streams()
-            streams |= {info.stream for info in opened}
-            of_file = reader.totals()
-            batches, frames = batches + of_file[0], frames + of_file[1]
-            restarts += sum(event.kind == RECOVERED_EVENT for event in reader.events())
-            if at == len(files) - 1:
-                engine, snapshot, ends = reader.engines[-1].header, reader.snapshot(), how_it_ends(reader)
-                is_open = sum(info.closed_position is None for info in opened)
-                last_position = reader.last_position
-    return Overview(
-        file=str(name),
-        files=tuple(str(path) for path in files),
-        began=when(header.created_ns if header.number == 1 else header.family),
-        first_number=header.number,
-        ends=ends,
-        model=header.model_name,
-        features=header.features,
-        outputs=header.outputs,
-        model_folder=header.model_folder,
-        fingerprint=header.model_fingerprint,
-        instep_version=engine.instep_version,
-        durability=engine.durability,
-        exactness=engine.exactness,
-        numerics=dict(engine.numerics),
-        streams=len(streams),
-        open_streams=is_open,
-        batches=batches,
-        frames=frames,
-        restarts=restarts,
-        states_position=snapshot.position if snapshot else 0,
-        first_position=header.first_position,
-        last_position=last_position,
-        bytes=sum(bytes_on_disk(path) for path in files),
-    )
+    with RecordingReader(path) as reader:
+        header, engine, snapshot = reader.header, reader.engines[-1].header, reader.snapshot()
+        streams = reader.streams()
+        batches, frames = reader.totals()
+        return Overview(
+            file=str(path),
+            began=when(header.created_ns),
+            ends=how_it_ends(reader),
+            model=header.model_name,
+            features=header.features,
+            outputs=header.outputs,
+            model_folder=header.model_folder,
+            fingerprint=header.model_fingerprint,
+            instep_version=engine.instep_version,
+            durability=engine.durability,
+            exactness=engine.exactness,
+            numerics=dict(engine.numerics),
+            streams=len(streams),
+            open_streams=sum(info.closed_position is None for info in streams),
+            batches=batches,
+            frames=frames,
+            restarts=sum(event.kind == RECOVERED_EVENT for event in reader.events()),
+            states_position=snapshot.position if snapshot else 0,
+            last_position=reader.last_position,
+            bytes=bytes_on_disk(path),
+        )
+
+
+def list_recordings(folder: Path) -> list[Listed]:
+    """What a folder holds, by name.
+
+    Raises:
+        RecordingError: when the folder cannot be read.
+    """
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file() and _looks_like_one(path))
+    except OSError as error:
+        raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None
+    return [_listed(path) for path in files]
 
 
 def when(time_ns: int) -> str:
     """A time in nanoseconds since 1970, in words."""
     return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _listed(path: Path) -> Listed:
+    size = bytes_on_disk(path)
+    try:
+        return Listed(path, look_over(path), "", size)
+    except RecordingError as error:
+        return Listed(path, None, "damaged" if isinstance(error, DamagedRecording) else "of another version", size)
+
+
+def _looks_like_one(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(_APPLICATION_ID_OFFSET + 4)
+    return start.startswith(_SQLITE_MAGIC) and start[_APPLICATION_ID_OFFSET:] == struct.pack(">I", APPLICATION_ID)

@@ -27,7 +27,6 @@ from instep.recording.schema import (
     FAILED_EVENT,
     RECOVERED_EVENT,
     RESET_EVENT,
-    ROTATED_EVENT,
 )
 
 
@@ -36,14 +35,8 @@ class RecordingReader(RecordingFile):
 
     @property
     def finished(self) -> bool:
-        """Whether the file was closed in order: nothing follows, or what follows is in another file."""
-        return any(row[4] in (END_EVENT, ROTATED_EVENT) for row in self.rows("events", self.last_position))
-
-    @property
-    def followed_by(self) -> str | None:
-        """The name of the file in which the recording goes on; None where it does not."""
-        last = self.rows("events", self.last_position)
-        return next((row[5] for row in last if row[4] == ROTATED_EVENT), None)
+        """Whether it was closed in order."""
+        return any(row[4] == END_EVENT for row in self.rows("events", self.last_position))
 
     @cached_property
     def engines(self) -> tuple[Engine, ...]:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Final, TypeAlias
 
 from instep.core.typing import F32, I64, U32, U64, Bool
-from instep.recording.carried import Carried
 from instep.recording.errors import RecordingError
-from instep.recording.retention import Retention
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 
@@ -40,8 +36,6 @@ class Recorder:
         on_room: called in the recorder's thread when there is room again after there was none.
         on_failure: called once in the recorder's thread with what went wrong.
         on_durable: called in the recorder's thread after each commit with the newest ticket in it.
-        retention: what removes older files; None for nothing.
-        on_rotated: called in the recorder's thread when a new file is written, with its path and the seconds it took.
     """
 
     def __init__(
@@ -51,15 +45,8 @@ class Recorder:
         on_room: Callable[[], None],
         on_failure: Callable[[Exception], None],
         on_durable: Callable[[int], None],
-        retention: Retention | None = None,
-        on_rotated: Callable[[Path, float], None] = lambda path, seconds: None,
     ) -> None:
         self._writer = writer
-        self._retention = retention
-        self._on_rotated = on_rotated
-        self._retains = True
-        """Whether older files may be more than is kept: at the start, and after each rotation."""
-        self._rotations = 0
         self._queue_batches = queue_batches
         self._on_room = on_room
         self._on_failure = on_failure
@@ -90,11 +77,6 @@ class Recorder:
     def failed(self) -> Exception | None:
         """What ended the recording, if anything did."""
         return self._failed
-
-    @property
-    def grown_bytes(self) -> int:
-        """How much was written since the newest file began; 0 while that is still being made."""
-        return 0 if self._rotations else self._writer.grown_bytes
 
     def open_streams(
         self,
@@ -141,16 +123,6 @@ class Recorder:
         """As `RecordingWriter.snapshot`, up to the ticket `through`."""
         return self._put(lambda: self._writer.snapshot(time_ns, through, rows))
 
-    def rotate(self, time_ns: int, carried: Carried) -> int:
-        """As `RecordingWriter.follow`: what was added before is in the old file, what is added from now on in the new.
-
-        The ticket is that of the last row with which the new file begins.
-        """
-        with self._changed:
-            self._rotations += 1
-        # One row seals the old file.
-        return self._put(lambda: self._rotate(time_ns, carried), tickets=1 + carried.positions)
-
     def stop(self) -> None:
         """Write and commit what waits, close the file, end the thread; look at `failed` afterwards."""
         with self._changed:
@@ -178,7 +150,6 @@ class Recorder:
 
     def _run(self) -> None:
         try:
-            self._remove_surplus()
             while self._write_what_waits():
                 pass
             self._writer.close()
@@ -205,7 +176,6 @@ class Recorder:
         self._writer.commit()
         self._on_durable(self._writer.position)
         self._writer.checkpoint()
-        self._remove_surplus()
         with self._changed:
             self._batches -= batches
             self._small_rows -= small_rows
@@ -214,20 +184,3 @@ class Recorder:
         if room_again:
             self._on_room()
         return True
-
-    def _remove_surplus(self) -> None:
-        if self._retention is not None and self._retains:
-            self._retention.run()
-            self._retains = False
-
-    def _rotate(self, time_ns: int, carried: Carried) -> None:
-        self._writer.commit()
-        self._on_durable(self._writer.position)  # answers need not wait until the new file is made
-        sealed, began = self._writer.path, time.monotonic()
-        self._writer = self._writer.follow(time_ns, carried)
-        with self._changed:
-            self._rotations -= 1
-        self._on_rotated(self._writer.path, time.monotonic() - began)
-        if self._retention is not None:
-            self._retention.add(sealed, time_ns)
-            self._retains = True

@@ -14,7 +14,7 @@ import numpy as np
 from instep.core.typing import F32, I64, Bool
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch, SnapshotMark, StateReset, StreamState
-from instep.recording.schema import CARRIED_EVENT, COUNTED, OWNER_EVENT, SNAPSHOT_EVENT, read_owner_detail
+from instep.recording.schema import COUNTED, OWNER_EVENT, SNAPSHOT_EVENT, read_owner_detail
 
 _NEVER: Final = np.iinfo(np.int64).max
 _UNKNOWN: Final = -1
@@ -37,7 +37,7 @@ class OpenStream:
     renumbered: bool
     """Whether a restart with other numerics took it from its owner, and nobody has taken it over since."""
     first_seq: int
-    """The one it opened with, in whichever file of the recording."""
+    """The one it opened with."""
     seq: int
     """The state is that before this frame."""
     state: F32 | None
@@ -133,7 +133,7 @@ class Recovered:
         self._number(openings, closings)
         epochs = {row[2]: (int(row[4]), 0, int(row[5]), False) for row in openings}
         positions = self._read_events(mark, epochs)
-        self.last_epoch = max((reader.header.last_epoch, *(epoch for epoch, *_ in epochs.values())))
+        self.last_epoch = max((epoch for epoch, *_ in epochs.values()), default=0)
         found = {
             "openings": [row[0] for row in openings],
             "closings": [row[0] for row in closings],
@@ -156,7 +156,7 @@ class Recovered:
 
     def _number(self, openings: list[tuple[Any, ...]], closings: list[tuple[Any, ...]]) -> None:
         """Note of every stream where it opens and closes, and which frame comes next."""
-        self.last_stream = max((self._reader.header.last_stream, *(row[2] for row in openings)))
+        self.last_stream = max((row[2] for row in openings), default=0)
         if min((row[2] for row in openings), default=1) < 1 or self.last_stream >= 2**32:
             raise self._reader.damaged("a stream has a number that no stream can have")
         # By the numbers in this file, not by all that were ever given: a recording goes on for ever.
@@ -202,18 +202,13 @@ class Recovered:
     def _read_events(self, mark: SnapshotMark, epochs: dict[int, _Owner]) -> list[int]:
         """The events' positions; the newest owners go into `epochs`."""
         positions, newest_snapshot = [], 0
-        self._began: dict[int, int] = {}
-        """The seq with which a stream opened that was carried into this file."""
         for event in self._reader.events():
             positions.append(event.position)
-            if event.kind in (OWNER_EVENT, CARRIED_EVENT):
+            if event.kind == OWNER_EVENT:
                 if event.stream not in epochs or event.seq is None:
                     raise self._reader.damaged(f"the event at position {event.position} is of no stream")
-                epoch = event.seq
-                if event.kind == CARRIED_EVENT:
-                    self._began[event.stream], epoch = event.seq, epochs[event.stream][0]
                 try:
-                    epochs[event.stream] = (epoch, *read_owner_detail(event.detail))
+                    epochs[event.stream] = (event.seq, *read_owner_detail(event.detail))
                 except ValueError:
                     raise self._reader.damaged(f"the event at position {event.position} names no owner") from None
             elif event.kind == SNAPSHOT_EVENT:
@@ -242,14 +237,13 @@ class Recovered:
 
     def _open_stream(self, opening: tuple[Any, ...], owner: _Owner, state: StreamState | None) -> OpenStream:
         position, _, stream, name, _, first_seq, initial = opening
-        began = self._began.get(stream, first_seq)
         if state is not None:
             tail = (state.tail_seq, state.tail_x, state.tail_y)
-            return OpenStream(stream, name, *owner, began, state.seq, state.state, *tail)
+            return OpenStream(stream, name, *owner, first_seq, state.seq, state.state, *tail)
         header = self._reader.header
         x, y = (np.zeros((0, width), np.float32) for width in (header.features, header.outputs))
         found = self._reader.state(initial, position)
-        return OpenStream(stream, name, *owner, began, first_seq, found, first_seq, x, y)
+        return OpenStream(stream, name, *owner, first_seq, first_seq, found, first_seq, x, y)
 
     def _step(self, batch: RecordedBatch) -> Bool:
         """Take note of a batch; which of its frames apply."""

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import quote
 
-from instep.recording.carried import make_tables
+from instep.recording.database import make_tables
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.file import UNREADABLE
 from instep.recording.inspection import inspect
 from instep.recording.schema import (
     APPLICATION_ID,
     BESIDE,
+    FORMAT_VERSION,
     HISTORY,
-    READABLE_VERSIONS,
     REPAIRED_EVENT,
     SNAPSHOT_EVENT,
     TABLES,
@@ -96,12 +96,10 @@ class _Salvage:
             self._database.execute("PRAGMA writable_schema=ON")  # so that a file that was cut off is read at all
             (application,) = self._database.execute("PRAGMA application_id").fetchone()
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if application != APPLICATION_ID or version not in READABLE_VERSIONS:
-                versions = " or ".join(map(str, READABLE_VERSIONS))
-                raise RecordingError(f"{path} is not a recording of format version {versions}")
-            self.version = int(version)
+            if application != APPLICATION_ID or version != FORMAT_VERSION:
+                raise RecordingError(f"{path} is not a recording of format version {FORMAT_VERSION}")
             self.header = self._database.execute("SELECT key, value, crc FROM header").fetchall()
-            self.first_position = RecordingHeader.from_rows(self.header).first_position
+            RecordingHeader.from_rows(self.header)
         except (*UNREADABLE, RecordingError) as error:
             self.close()
             raise RecordingError(f"nothing of {path} can be saved: {error}") from None
@@ -127,7 +125,7 @@ class _Salvage:
     def history(self) -> Iterator[tuple[str, Row]]:
         """Rows of all tables, by position, up to the first that is missing."""
         tables = (zip(repeat(table), self.rows(table), strict=False) for table in HISTORY)
-        for position, (table, row) in enumerate(heapq.merge(*tables, key=_position), start=self.first_position):
+        for position, (table, row) in enumerate(heapq.merge(*tables, key=_position), start=1):
             if row[0] != position:
                 return
             yield table, row
@@ -138,15 +136,15 @@ def _position(item: tuple[str, Row]) -> int:
 
 
 def _write(salvage: _Salvage, database: sqlite3.Connection) -> Repaired:
-    make_tables(database, salvage.version)
+    make_tables(database)
     _insert(database, "header", *salvage.header)
-    last, snapshot_event, snapshot_position = salvage.first_position - 1, 0, 0
+    last, snapshot_event, snapshot_position = 0, 0, 0
     for table, row in salvage.history():
         _insert(database, table, row)
         last = row[0]
         if table == "events" and row[_KIND] == SNAPSHOT_EVENT:
             snapshot_event, snapshot_position = last, row[_SEQ]
-    positions = last - salvage.first_position + 1
+    positions = last
     newest = [row[0] for row in salvage.rows("newest")]
     left_out = []
     if not newest or newest[0] > last:

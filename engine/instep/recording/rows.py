@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 from instep.core.typing import F32, I64, U32, U64, Bool
-from instep.recording.carried import file_bytes
 from instep.recording.errors import DamagedRecording
 from instep.recording.schema import (
     COUNTED,
@@ -34,7 +33,7 @@ _ROW_BYTES: Final = 64
 
 
 class RowWriter:
-    """Appends to one file of a recording, every verb a row or more; see `schema` for what they mean.
+    """Appends to a recording, every verb a row or more; see `schema` for what they mean.
 
     Errors of SQLite (`sqlite3.Error`: disk full, input/output error) come out of every method as they are.
 
@@ -42,20 +41,15 @@ class RowWriter:
         path: the file that is written.
         database: a connection to it, which nobody else writes with.
         header: of the engine that writes.
-        began: the header of the file.
         position: of the newest row.
 
     Attributes:
         position: of the newest row, committed or not.
-        grown_bytes: what was written since the file began, as of the last commit.
     """
 
-    def __init__(
-        self, path: Path, database: sqlite3.Connection, header: RecordingHeader, began: RecordingHeader, position: int
-    ) -> None:
+    def __init__(self, path: Path, database: sqlite3.Connection, header: RecordingHeader, position: int) -> None:
         self.path = path
         self.header = header
-        self.began = began
         self.position = position
         self._database = database
         self._in_transaction = False
@@ -67,7 +61,6 @@ class RowWriter:
         self._with_state = set(self._numbers("states", "SELECT stream FROM states"))
         closed = "SELECT states.stream FROM states JOIN closings USING (stream)"
         self._closed_with_state = self._numbers("closings", closed) if self._with_state else []
-        self.grown_bytes = self._grown_bytes()
 
     def open_streams(
         self,
@@ -193,7 +186,6 @@ class RowWriter:
             self._database.execute("COMMIT")
             self._in_transaction = False
             self._bytes_in_wal += _PAGES_A_COMMIT * PAGE_BYTES
-            self.grown_bytes = self._grown_bytes()
 
     def checkpoint(self) -> None:
         """Copy the WAL into the file, if it is large enough to be worth it; nothing becomes more durable by it."""
@@ -230,9 +222,6 @@ class RowWriter:
             raise DamagedRecording(
                 f"{self.path} is damaged: the table {table} cannot be read: {error}", self.path
             ) from None
-
-    def _grown_bytes(self) -> int:
-        return file_bytes(self._database) - self.began.carried_bytes
 
     def _count_until(self, table: str, position: int) -> int:
         later = f"SELECT count(*) FROM {table} WHERE position > ?"

@@ -1,7 +1,6 @@
 """The recording file: one SQLite database, readable with any SQL tool.
 
-`PRAGMA application_id` is 0x696E7374 (`inst`), `PRAGMA user_version` is the format version, 3. (Version 2, which is
-read as well, knows no following files.)
+`PRAGMA application_id` is 0x696E7374 (`inst`), `PRAGMA user_version` is the format version, 1.
 
 Everything that happens gets the next **position**, counted from 1 over the tables of the history: sorted by position,
 the rows of all of them are the one ordered history of the engine, and a missing position is a lost row. Rows of the
@@ -53,7 +52,6 @@ history are only ever added, so the rows up to any committed position are a cons
 | --- | --- | --- |
 | `failed` | NULL, position of a batch | its step failed, none of its frames was applied; `detail` says why |
 | `reset` | stream, seq | before this frame the stream's state became `state`, NULL for zeros |
-| `carried` | stream, seq it began with | it was open in the file before; `detail`: as that of `owner`, of its `epoch` |
 | `owner` | stream, epoch | a new owner, none after other numerics; `detail`: the epoch it held or 0, its next frame |
 | `parked` | stream, seq it expects | its connection is gone |
 | `states` | NULL, position | part of `states` was brought up to this position or later, the rest follows |
@@ -61,21 +59,11 @@ history are only ever added, so the rows up to any committed position are a cons
 | `engine` | NULL | another engine wrote what follows; `detail` holds what differs from `header` before, as JSON |
 | `recovered` | NULL, last position before | another process went on with the recording |
 | `repaired` | NULL | what came before was saved from a damaged recording; `detail` says what was left out |
-| `rotated` | NULL | last row of a file that another one follows; `detail` is the name of that |
 | `end` | NULL | last row of a recording that was closed in order |
 
-Without an `end` or `rotated` the recording is still being written, or its writer was killed; it is whole up to its last
+Without an `end` the recording is still being written, or its writer was killed; it is whole up to its last
 commit either way. While it is written, `FILE-wal` and `FILE-shm` lie beside it (WAL mode) and belong to it, and
-`FILE-lock` is held, for all files by the name of the first. A closed recording is one file.
-
-**Following files.** A recording may go on in another file, which its header numbers (`number`, the first is 1). All
-have the `begun_ns` of the first one's `created_ns` in common. A following file begins at `first_position`, one after
-the last row of the file before it. Its first rows, all in it before anybody can see it, are an opening for every stream
-that was open, in the order of their numbers (`first_seq` and `initial_state`: its next frame, and the state before
-that; `epoch`: the present one), then an event `carried` for each, in the same order, and a `snapshot` up to there,
-whose `states` hold all of them. So it can be read, replayed and gone on with without the files before it. Its header
-says what those would be asked for: the highest number that a stream had (`last_stream`), the highest epoch
-(`last_epoch`). `carried_bytes` is how large it was as it began.
+`FILE-lock` is held. A closed recording is one file.
 
 All frames of one stream, in order, with nothing but SQL and numpy:
 
@@ -100,13 +88,10 @@ Durability: TypeAlias = Literal["memory", "commit", "fsync"]
 Column: TypeAlias = int | str | bytes | None
 """A value of a row."""
 
-FORMAT_VERSION: Final = 3
-READABLE_VERSIONS: Final = (2, 3)
+FORMAT_VERSION: Final = 1
 APPLICATION_ID: Final = 0x696E7374
 PAGE_BYTES: Final = 16_384
 END_EVENT: Final = "end"
-ROTATED_EVENT: Final = "rotated"
-CARRIED_EVENT: Final = "carried"
 FAILED_EVENT: Final = "failed"
 RESET_EVENT: Final = "reset"
 OWNER_EVENT: Final = "owner"
@@ -194,14 +179,7 @@ _HEADER_TYPES: Final = {
     "numerics": dict,
     "exactness": str,
     "durability": str,
-    "number": int,
-    "first_position": int,
-    "begun_ns": int,
-    "last_stream": int,
-    "last_epoch": int,
-    "carried_bytes": int,
 }
-_SINCE_VERSION_3: Final = {"number", "first_position", "begun_ns", "last_stream", "last_epoch", "carried_bytes"}
 _RENUMBERED: Final = " with other numerics"
 _PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
 
@@ -275,23 +253,6 @@ class RecordingHeader:
     """The largest distance between buckets that certification saw, in units in the last place."""
     durability: Durability
     """What answers waited for: `memory`, `commit` or `fsync`."""
-    number: int = 1
-    """Of this file among those of one recording, from 1."""
-    first_position: int = 1
-    """Of its first row."""
-    begun_ns: int = 0
-    """When the recording's first file was created; 0 in that file."""
-    last_stream: int = 0
-    """The highest number that a stream of the files before it has."""
-    last_epoch: int = 0
-    """The highest epoch in the files before it."""
-    carried_bytes: int = 0
-    """What it began with, the states of all open streams, took."""
-
-    @property
-    def family(self) -> int:
-        """What all files of one recording have in common, and no others."""
-        return self.begun_ns or self.created_ns
 
     @property
     def features(self) -> int:
@@ -336,10 +297,6 @@ class RecordingHeader:
             for name, kind in _HEADER_TYPES.items():
                 if not isinstance(getattr(header, name), kind):
                     raise TypeError(f"{name} is not a {kind.__name__}")
-            if header.format_version >= 3 and (missing := _SINCE_VERSION_3 - fields.keys()):
-                raise KeyError(min(missing))
-            if min(header.number, header.first_position) < 1:
-                raise ValueError("files and positions count from 1")
             if min(header.features, header.outputs, header.state_layers, header.state_size) < 1:
                 raise ValueError("a size is below 1")
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from instep.core.typing import F32, I64, Bool
+from instep.core.typing import F32, I64
 from instep.recording.schema import Column, row_crc
 
 
@@ -30,14 +30,6 @@ class StateRows:
     """float32 [sum(seqs - tail_seqs), features]: those frames, one stream after another."""
     tail_y: F32
     """float32 [sum(seqs - tail_seqs), outputs]: their outputs."""
-
-    def only(self, chosen: Bool) -> StateRows:
-        """Those of some streams: bool [N]."""
-        if chosen.all():
-            return self
-        tail = np.repeat(chosen, self.seqs - self.tail_seqs)
-        streams, seqs, tail_seqs = (column[chosen] for column in (self.streams, self.seqs, self.tail_seqs))
-        return StateRows(streams, seqs, self.states[chosen], tail_seqs, self.tail_x[tail], self.tail_y[tail])
 
     def as_rows(self, position: int) -> Iterator[tuple[Column, ...]]:
         """The rows of the table `states`, of a snapshot at that position."""

@@ -26,6 +26,7 @@ from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound
 from instep.frontends.zmq.router import Router
 from instep.models.numerics import numerics
+from instep.recording.database import check_place, holds_recording
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
@@ -291,11 +292,8 @@ def _recording(
     path = config.recording.file
     assert path is not None
     header = recording_header(prepared, config)
-    from instep.recording import family
-
-    family.refuse_place(path)
-    family.settle(path)
-    if not family.members(path, may_be_damaged=True, on_damaged=lambda error: None):
+    check_place(path)
+    if not holds_recording(path):
         return RecordingWriter.create(path, header), None
     return resume_recording(path, header, tables, table, dirty, stepper, accept_numerics_change=accept_numerics_change)
 

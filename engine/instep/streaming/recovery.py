@@ -50,7 +50,7 @@ def resume_recording(
     """Put the open streams of a recording into an engine that serves nobody yet, and go on writing it.
 
     Args:
-        path: the recording's first file, or where that was; the newest is gone on with.
+        path: the recording.
         header: what the engine says of itself now.
         tables: the frame buffer.
         table: the streams, none open.
@@ -64,7 +64,7 @@ def resume_recording(
     """
     began = time.perf_counter()
     writer = RecordingWriter.resume(path, header, accept_numerics_change)
-    path, changed = writer.path, writer.numerics_changed
+    changed = writer.numerics_changed
     try:
         with read_recovery(path, lambda _: None) as recovered:
             replay = _Replay(path, tables, table, dirty, stepper, check_outputs=not changed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final
 
 from rich.console import Console, RenderableType
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from instep.core.typing import I64
-from instep.verify.report import Report, Reports, StreamReport, Verdict, counted, ulp_label
+from instep.verify.report import Report, StreamReport, Verdict, counted, ulp_label
 
 FIRST_STREAMS: Final = 20
 """So many streams are shown even when nothing is wrong with them."""
@@ -24,35 +24,10 @@ _STYLES: Final[dict[Verdict, str]] = {
 }
 
 
-def render(report: Report, console: Console, not_looked_at: Sequence[str] = ()) -> None:
+def render(report: Report, console: Console) -> None:
     """Print verdicts, histogram, first divergence and notes, and one summary line at the end."""
-    for part in (*(Text(note, "yellow") for note in not_looked_at), *_parts(report)):
+    for part in _parts(report):
         console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
-
-
-def render_all(reports: Reports, console: Console) -> None:
-    """Print a line for every good file, the report of every other, what was not looked at, and one summary line."""
-    for report in reports.reports:
-        if report.mismatches:
-            console.print(Text(str(report.file), "bold"), soft_wrap=True, highlight=False)
-            render(report, console)
-        else:
-            console.print(Text(_line(report), "green"), soft_wrap=True, highlight=False)
-    why = dict.fromkeys(note for report in reports.reports if not report.mismatches for note in report.notes)
-    for note in (*(f"bits were not required to be equal: {each}" for each in why), *reports.notes):
-        console.print(Text(note, "yellow"), soft_wrap=True, highlight=False)
-    good = not reports.mismatches and reports.is_complete
-    console.print(Text(reports.summary(), "bold green" if good else "bold red"), soft_wrap=True, highlight=False)
-
-
-def _line(report: Report) -> str:
-    """A file in which everything matched."""
-    parts = [f"{report.file}: {report.summary()}"]
-    if report.not_compared:
-        parts.append(f"not compared: {counted(report.not_compared, 'frame')} without outputs")
-    if not report.finished:
-        parts.append("checked up to its last commit")
-    return "; ".join(parts)
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:
@@ -62,8 +37,6 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     bad = [stream for stream in report.streams if stream.verdict == "mismatch"]
     if bad:
         yield Text(f"first mismatch: stream {bad[0].stream} ({bad[0].name}): {bad[0].problems[0]}", "red")
-    for problem in report.problems:
-        yield Text(problem, "red")
     for note in report.notes:
         yield Text(f"bits were not required to be equal: {note}", "yellow")
     if report.not_compared:

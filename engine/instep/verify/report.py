@@ -15,7 +15,7 @@ from instep.models.ulp import NOT_COMPARABLE
 
 Verdict: TypeAlias = Literal["exact", "within tolerance", "mismatch", "empty"]
 Way: TypeAlias = Literal["stepped", "whole sequence", "float64 reference"]
-Place: TypeAlias = Literal["output", "final state", "state in the next file"]
+Place: TypeAlias = Literal["output", "final state"]
 
 _WORST_FIRST: Final[tuple[Verdict, ...]] = ("mismatch", "within tolerance", "exact", "empty")
 
@@ -116,7 +116,7 @@ def joined(parts: Sequence[StreamReport]) -> StreamReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found in a file of a recording."""
+    """What was found in a recording."""
 
     file: Path
     model_name: str
@@ -131,10 +131,6 @@ class Report:
     seconds: float
     ulps: dict[Way, I64] = field(default_factory=dict)
     """Elements by their distance in ULP, for both replays; see `ULP_BINS`."""
-    problems: tuple[str, ...] = ()
-    """What is wrong between this file and the next, beside its streams, as sentences."""
-    family: int = 0
-    """Which recording it is of: its files have it in common."""
 
     @property
     def frames(self) -> int:
@@ -148,8 +144,8 @@ class Report:
 
     @property
     def mismatches(self) -> int:
-        """Streams that are not what they should be, and other problems."""
-        return sum(stream.verdict == "mismatch" for stream in self.streams) + len(self.problems)
+        """Streams that are not what they should be."""
+        return sum(stream.verdict == "mismatch" for stream in self.streams)
 
     @property
     def max_error(self) -> float:
@@ -159,8 +155,6 @@ class Report:
     @property
     def verdict(self) -> Verdict:
         """The worst of any stream."""
-        if self.problems:
-            return "mismatch"
         found = {stream.verdict for stream in self.streams}
         return next((verdict for verdict in _WORST_FIRST[:2] if verdict in found), "exact")
 
@@ -186,7 +180,6 @@ class Report:
             "frames": self.frames,
             "not_compared": self.not_compared,
             "mismatches": self.mismatches,
-            "problems": list(self.problems),
             "max_error": _json_number(self.max_error),
             "notes": list(self.notes),
             "buckets": list(self.buckets),
@@ -196,56 +189,6 @@ class Report:
                 for way, counts in self.ulps.items()
             },
             "streams": [stream.as_json() for stream in self.streams],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Reports:
-    """What was found in several files, each checked by itself and against the one before it."""
-
-    reports: tuple[Report, ...]
-    notes: tuple[str, ...]
-    """What was not looked at, as sentences."""
-    is_complete: bool
-    """Whether everything was looked at that was meant to be."""
-
-    @property
-    def mismatches(self) -> int:
-        """Of all files."""
-        return sum(report.mismatches for report in self.reports)
-
-    @property
-    def verdict(self) -> Verdict:
-        """The worst of any file."""
-        found = {report.verdict for report in self.reports}
-        return next(verdict for verdict in _WORST_FIRST if verdict in found)
-
-    def summary(self) -> str:
-        """One line."""
-        recordings = len({(report.fingerprint, report.family) for report in self.reports})
-        streams = len({(of.fingerprint, of.family, stream.stream) for of in self.reports for stream in of.streams})
-        frames = sum(report.frames for report in self.reports)
-        files = counted(len(self.reports), "file")
-        if recordings > 1:
-            what = counted(recordings, "recording")
-            files = what if recordings == len(self.reports) else f"{files} of {what}"
-        checked = f"{files}, {counted(streams, 'stream')}, {counted(frames, 'frame')}"
-        mismatches = f"{self.mismatches:,} mismatch{'' if self.mismatches == 1 else 'es'}"
-        if self.verdict == "mismatch":
-            return f"not verified: {checked}, {mismatches}"
-        if not self.is_complete:
-            return f"not all checked: {checked}, {self.verdict}, {mismatches}; {'; '.join(self.notes)}"
-        return f"verified: {checked}, {self.verdict}, {mismatches}"
-
-    def as_json(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "verified": self.verdict != "mismatch" and self.is_complete,
-            "verdict": self.verdict,
-            "summary": self.summary(),
-            "mismatches": self.mismatches,
-            "not_looked_at": list(self.notes),
-            "files": [report.as_json() for report in self.reports],
         }
 
 

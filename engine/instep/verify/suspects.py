@@ -9,7 +9,7 @@ import numpy as np
 from instep.core.typing import F32
 from instep.recording.records import StreamInfo
 from instep.recording.sequences import Stretch
-from instep.verify.report import Place, StreamReport
+from instep.verify.report import StreamReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +21,11 @@ class Suspect:
     unanswered: int
     """How many of its frames have no recorded outputs."""
     defect: str | None
-    carried_state: F32 | None = None
-    """The state with which it goes on in the next file; None where it does not."""
 
     @property
     def final_state(self) -> F32 | None:
         """The recorded last state; None also after a defect, where it is not that of the frames before."""
-        if self.defect is not None:
-            return None
-        return self.stretch.final_state if self.carried_state is None else self.carried_state
-
-    @property
-    def place(self) -> Place:
-        """Where that was recorded."""
-        return "final state" if self.carried_state is None else "state in the next file"
+        return None if self.defect is not None else self.stretch.final_state
 
 
 def check_without_frames(suspect: Suspect) -> StreamReport:
@@ -44,7 +35,7 @@ def check_without_frames(suspect: Suspect) -> StreamReport:
     if final is not None:
         initial = np.zeros_like(final) if suspect.stretch.initial_state is None else suspect.stretch.initial_state
         if final.tobytes() != initial.tobytes():
-            problems.append(f"it has no frames, but its {suspect.place} is not its initial state")
+            problems.append("it has no frames, but its final state is not its initial state")
     return StreamReport(
         stream=suspect.info.stream,
         name=suspect.info.name,

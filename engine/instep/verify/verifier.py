@@ -9,8 +9,7 @@ Bits must be equal in 1 and 2 where the engine had certified that they are and t
 otherwise they must be within twice the bound, since each side may be off by one. A machine that looks like the one that
 recorded is presumed to do the same, since bits that are equal need no certificate. With the first that is not, the
 presumption ends: the machine is certified, and the file checked again from its beginning. Being within the bound of the
-reference is required always. Final states are compared in 1 and 3, and so is the state with which a stream goes on in
-the next file of the recording, where that is verified, too. Every frame of a stream must be there, once and in
+reference is required always. Final states are compared in 1 and 3. Every frame of a stream must be there, once and in
 order. Where a stream's state was reset, it is checked from there as one of its own. Frames whose outputs were not
 recorded, because the engine was killed as it computed them, are replayed but not compared.
 """
@@ -22,9 +21,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from itertools import islice
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -32,7 +30,6 @@ from instep.core.typing import I64
 from instep.models.gru.network import GruNetwork
 from instep.models.model import Model
 from instep.models.numerics import threads_as_here
-from instep.recording.joints import Following
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.recording.select import find_streams, select_streams
@@ -52,11 +49,6 @@ STAGES: Final[tuple[Stage, ...]] = ("reading", "replaying")
 Progress: TypeAlias = Callable[[Stage, float], None]
 """Called with what is being done and the share (0 to 1) of it that is done."""
 
-_SAME: Final[dict[str, Any]] = dict.fromkeys(
-    ("created_ns", "number", "first_position", "begun_ns", "last_stream", "last_epoch", "carried_bytes"), 0
-)
-"""What headers of one engine differ in from file to file."""
-
 MOST_AT_ONCE: Final = 4
 """Threads that compute at most. More than there are cores would only take their caches from each other."""
 AHEAD: Final = 2
@@ -73,26 +65,19 @@ def verify(
     model: Model,
     wanted: Sequence[str],
     on_progress: Progress,
-    following: Following | None = None,
-    *,
-    is_alone: bool = True,
-    found_before: dict[str, Ways] | None = None,
 ) -> Report:
-    """Check every stream of a file of a recording, or those of some names or numbers.
+    """Check every stream of a recording, or those of some names or numbers.
 
     Args:
         reader: the recording.
         model: what it should be an output of; whether it is the one that the header names is the caller's to check.
         wanted: names and numbers; none for all streams.
         on_progress: see `Progress`.
-        following: the file after it, if the joint is to be checked.
-        is_alone: whether it is all that is verified; else there may be no frames in it, and not all that is wanted.
-        found_before: what computes, as found out for other files of the same engines; what is new goes into it.
 
     Raises:
         CannotVerify: when there is nothing to check.
         RecordingError: when the recording is damaged.
-        NoSuchStream: when it is not, but has no such stream, alone, or none of them.
+        NoSuchStream: when it is not, but has no such stream.
     """
     with (
         recorded_threads(reader.header),
@@ -100,36 +85,21 @@ def verify(
     ):
         reader.check_positions()
         reader.check_states()
-        found = {} if found_before is None else found_before
         headers = [engine.header for engine in reader.engines]
-        key = repr((model.fingerprint, [replace(header, **_SAME) for header in headers]))
-        # Where this machine has to be certified, it is while the recording is read.
-        ways = None if key in found else pool.submit(_ways, model, headers, presume_conditions)
-        verification = _Verification(reader, model, wanted, on_progress, following, is_alone=is_alone)
-        if ways is not None:
-            found[key] = ways.result()
+        # The networks are made while the recording is read.
+        presumed = pool.submit(_ways, model, headers, presume_conditions)
+        verification = _Verification(reader, model, wanted, on_progress)
+        ways = presumed.result()
         try:
-            return verification.run(found[key], pool)
+            return verification.run(ways, pool)
         except Refuted:
             pass  # and go on outside, where nothing holds on to what was computed
         on_progress("replaying", 0)
-        found[key] = _ways(model, headers, find_conditions)
-        return verification.run(found[key], pool)
+        return verification.run(_ways(model, headers, find_conditions), pool)
 
 
 class _Verification:
-    def __init__(
-        self,
-        reader: RecordingReader,
-        model: Model,
-        wanted: Sequence[str],
-        on_progress: Progress,
-        following: Following | None,
-        *,
-        is_alone: bool,
-    ) -> None:
-        self._following = following
-        self._is_about_all = not wanted
+    def __init__(self, reader: RecordingReader, model: Model, wanted: Sequence[str], on_progress: Progress) -> None:
         self._began = time.monotonic()
         self._reader = reader
         self._model = model
@@ -137,10 +107,9 @@ class _Verification:
         self._index = SequenceIndex(
             reader, lambda share: on_progress("reading", share), lambda streams: find_streams(streams, wanted)
         )
-        if is_alone and not self._index.frames_present:
+        if not self._index.frames_present:
             raise CannotVerify(f"{reader.path} holds no frames: nothing was recorded, so nothing can be verified")
-        if is_alone or not len(self._index.kept):
-            select_streams(self._index.streams, wanted)
+        select_streams(self._index.streams, wanted)
         chosen = set(self._index.kept.tolist())
         self._of_stream: dict[int, list[int]] = {row: [] for row in chosen}
         for at, stretch in enumerate(self._index.stretches):
@@ -148,12 +117,11 @@ class _Verification:
                 self._of_stream[stretch.row].append(at)
         self._stretches: I64 = np.array(sorted(at for of in self._of_stream.values() for at in of), np.int64)
         compared = self._index.frames[self._stretches] > self._index.unanswered[self._stretches]
-        if is_alone and not compared.any() and self._index.defects.keys().isdisjoint(chosen):
+        if not compared.any() and self._index.defects.keys().isdisjoint(chosen):
             who = f"stream {wanted[0]!r} has no" if len(wanted) == 1 else f"none of the {len(wanted)} streams has"
             raise CannotVerify(
                 f"{who if wanted else 'the recording has no'} frames with outputs: there is nothing to verify"
             )
-        self._check_joints()
         if self._index.frames[self._stretches].any():
             self._sequences = self._index.sequences(self._stretches)
         header = reader.header
@@ -184,26 +152,7 @@ class _Verification:
             buckets=ways.conditions.buckets,
             ulps=ulps,
             seconds=time.monotonic() - self._began,
-            problems=self._problems(),
-            family=self._reader.header.family,
         )
-
-    def _check_joints(self) -> None:
-        """Note what is wrong with how streams go on in the next file, but for their states, which are compared."""
-        if self._following is None:
-            return
-        for row, info in enumerate(self._index.streams):
-            if row in self._index.defects or row not in self._of_stream:
-                continue
-            at = self._of_stream[row][-1]
-            next_seq = self._index.stretches[at].first_seq + int(self._index.frames[at])
-            if (defect := self._following.defect(info, next_seq)) is not None:
-                self._index.defects[row] = defect
-
-    def _problems(self) -> tuple[str, ...]:
-        if self._following is None or not self._is_about_all:
-            return ()
-        return self._following.problems(self._reader.last_position, {info.stream for info in self._index.streams})
 
     def _chunks(self, buckets: tuple[int, ...]) -> Iterator[Chunk]:
         """All frames once, in bounded pieces."""
@@ -241,10 +190,7 @@ class _Verification:
         is_last = at == self._of_stream[stretch.row][-1]
         defect = self._index.defects.get(stretch.row) if is_last else None
         info, unanswered = self._index.streams[stretch.row], int(self._index.unanswered[at])
-        carried = None
-        if is_last and self._following is not None and info.stream in self._following.streams:
-            carried = self._following.state(info.stream)
-        return Suspect(info, stretch, unanswered, defect, carried)
+        return Suspect(info, stretch, unanswered, defect)
 
 
 def _threads() -> int:

@@ -23,7 +23,6 @@ from instep.verify.comparison import Comparison
 from instep.verify.conditions import Conditions
 from instep.verify.networks import Networks
 from instep.verify.replay import replay_stepped, replay_whole
-from instep.verify.report import Place
 from instep.verify.suspects import Suspect
 
 PART_FRAMES: Final = 4096
@@ -82,13 +81,13 @@ class Task:
                 states[:, row] = suspect.stretch.initial_state
         return states
 
-    def final_states(self) -> Iterator[tuple[int, int, F32, Place]]:
-        """Of rows whose last state was recorded: row, seq, state and where that is; none where it is over."""
+    def final_states(self) -> Iterator[tuple[int, int, F32]]:
+        """Row, seq and state of the rows whose last state was recorded; none where it is over."""
         if self.is_over():
             return  # not all frames before them were computed
         for row, suspect in enumerate(self.suspects):
             if (state := suspect.final_state) is not None:
-                yield row, int(self.chunk.first_seqs[row] + self.chunk.lengths[row]), state, suspect.place
+                yield row, int(self.chunk.first_seqs[row] + self.chunk.lengths[row]), state
 
 
 def check_stepped(task: Task) -> Comparison:
@@ -205,10 +204,10 @@ def _least(part: Span) -> F64:
 
 
 def _add_states(task: Task, stepped: Comparison, h: F32, limits: F64) -> None:
-    for row, seq, state, place in task.final_states():
-        stepped.add_replayed_state(row, seq, state, h[:, row], float(limits[row]), place)
+    for row, seq, state in task.final_states():
+        stepped.add_replayed_state(row, seq, state, h[:, row], float(limits[row]))
 
 
 def _add_true_states(task: Task, truth: Comparison, h: F64, limits: F64) -> None:
-    for row, seq, state, place in task.final_states():
-        truth.add_true_state(row, seq, state, h[:, row], float(limits[row]), place)
+    for row, seq, state in task.final_states():
+        truth.add_true_state(row, seq, state, h[:, row], float(limits[row]))

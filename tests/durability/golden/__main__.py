@@ -1,4 +1,4 @@
-"""Writes the golden recording of the present format: `python -m tests.durability.golden`, once a format.
+"""Writes the golden recording of the present format: `python -m tests.durability.golden`.
 
 An engine is started three times on one recording: killed, closed in order, and killed again while it stepped a frame.
 """
@@ -15,16 +15,14 @@ import numpy as np
 
 from instep.core.typing import F32
 from instep.models.folder import load_model
-from instep.recording.schema import FORMAT_VERSION
 from instep.server.server import Server
 from instep_client.protocol.wire import Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.golden import (
     FEATURES,
+    GOLDEN,
     HIDDEN,
     MODEL_FOLDER,
-    golden_expectation,
-    golden_recording,
     make_golden_model,
 )
 from tests.support.raw import RawClient, Reply
@@ -161,14 +159,14 @@ async def write(folder: Path) -> None:
     database = sqlite3.connect(third, isolation_level=None)
     database.execute("PRAGMA journal_mode=DELETE")
     database.close()
-    shutil.copyfile(third, golden_recording(FORMAT_VERSION))
+    shutil.copyfile(third, GOLDEN)
     known: dict[str, F32 | np.uint64 | np.int64] = {}
     for name, x in clients.x.items():
         known[f"{name}/x"], known[f"{name}/y"] = np.array(x), np.array(clients.y[name])
         known[f"{name}/first_seq"] = np.int64(clients.first_seq[name])
         known[f"{name}/epoch"] = np.uint64(clients.epochs[name])
         known[f"{name}/starts"] = np.array([[at, *state] for at, state in clients.starts[name]], np.float32)
-    np.savez_compressed(golden_expectation(FORMAT_VERSION), **known)  # type: ignore[arg-type]
+    np.savez_compressed(GOLDEN.with_suffix(".npz"), **known)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -102,11 +102,14 @@ def test_without_dense_layers_the_bits_are_those_of_the_users_own_gru(name: str,
     x, h = frames_and_state(network, 20, rows)
     given = h.copy()
     expected_y, expected_h = (tensor.numpy() for tensor in torch_gru(network)(*tensors(x, h)))
+    found = certify(network, (4, 16, 64))
     answers = [in_one_call(network, x, h)]
-    if rows in certify(network, (4, 16, 64)).buckets:  # some processors have other kernels for 4 rows
-        for by_hand in {False, network.steps_by_hand}:
-            network.steps_by_hand = by_hand
-            answers.append(stepped(network, x, h))
+    for by_hand in {False, network.steps_by_hand}:
+        network.steps_by_hand = by_hand
+        y, final = stepped(network, x, h)
+        np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-6)
+        if found.whole_sequence and rows in found.buckets:
+            answers.append((y, final))
     for y, final in answers:
         assert same_bits(y, expected_y)
         assert same_bits(final, expected_h)
@@ -130,16 +133,23 @@ def test_with_dense_layers_values_are_those_of_torch_modules(name: str) -> None:
 
 @pytest.mark.parametrize("rows", [32, 64, 256])
 @pytest.mark.parametrize("name", list(DENSE))
-def test_with_dense_layers_stepping_and_the_whole_sequence_have_equal_bits(name: str, rows: int) -> None:
+def test_with_dense_layers_stepping_and_the_whole_sequence_have_the_bits_that_are_certified(
+    name: str, rows: int
+) -> None:
     network = network_of(DENSE[name])
+    found = certify(network, (32, 64, 256))
     x, h = frames_and_state(network, 12, rows)
     y, final = in_one_call(network, x, h)
-    stepped_y, stepped_final = stepped(network, x, h)
-    assert same_bits(y, stepped_y)
-    assert same_bits(final, stepped_final)
-    y32, final32 = in_one_call(network, np.ascontiguousarray(x[:, -32:]), h[:, -32:])
-    assert same_bits(y[:, -32:], y32)
-    assert same_bits(final[:, -32:], final32)
+    few = found.buckets[0]
+    for other_y, other_final in (
+        stepped(network, x, h),
+        in_one_call(network, np.ascontiguousarray(x[:, -few:]), h[:, -few:]),
+    ):
+        count = other_y.shape[1]
+        np.testing.assert_allclose(other_y, y[:, -count:], rtol=1e-4, atol=1e-6)
+        if found.whole_sequence and rows in found.buckets:
+            assert same_bits(other_y, np.ascontiguousarray(y[:, -count:]))
+            assert same_bits(other_final, np.ascontiguousarray(final[:, -count:]))
 
 
 @pytest.mark.parametrize("name", list(DENSE))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from instep.recording.one_file import put_wal_away, without_wal
+from instep.recording.database import check_place, put_wal_away
+from instep.recording.errors import RecordingError
 from tests.support.disk import Disk
 
 FOR_EVER_MS = 10**9
@@ -60,21 +61,23 @@ def test_alone_it_makes_one_file(path: Path, database: sqlite3.Connection, tmp_p
     assert rows(tmp_path / "copy.db") == [1, 2]
 
 
-def test_it_waits_for_no_reader_and_leaves_the_wal_until_the_next_time(
-    path: Path, database: sqlite3.Connection
-) -> None:
+def test_it_waits_for_no_reader_and_leaves_the_wal(path: Path, database: sqlite3.Connection) -> None:
     with closing(reading(path)) as reader:
         database.execute("INSERT INTO numbers VALUES (2)")
         put_wal_away(database)
         database.close()
         assert "-wal" in beside(path)
         assert rows(path) == [1, 2]
-        without_wal(path)
-        assert "-wal" in beside(path)
         assert reader.execute("SELECT count(*) FROM numbers").fetchone() == (1,)
-    without_wal(path)
-    assert beside(path) == []
     assert rows(path) == [1, 2]
+
+
+def test_what_is_no_place_for_a_recording(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match=r"is a folder: name a file for the recording, like .*r\.instep"):
+        check_place(tmp_path)
+    with pytest.raises(RecordingError, match=r"there is no folder .*nodir for the recording x\.instep: make it"):
+        check_place(tmp_path / "nodir" / "x.instep")
+    check_place(tmp_path / "x.instep")
 
 
 def test_a_disk_that_fails_as_the_wal_is_removed_is_said(tmp_path: Path, path: Path) -> None:

@@ -16,19 +16,19 @@ from typing import Final
 import numpy as np
 
 from instep_client.arrays import Indices
-from instep_client.blocks import Block
-from instep_client.calls import ENDING, Failed, StepCall
+from instep_client.blocks import StepBlock
 from instep_client.outbox import Outbox
 from instep_client.protocol.wire import F32_NAME, Code, Kind, Message, raw
-from instep_client.replies import Failure, Refusal, Stepped
-from instep_client.streams import SEQ, StreamTable
+from instep_client.replies import ColumnError, ErrorReply, Stepped
+from instep_client.steps import FailedFrames, StepCall
+from instep_client.streams import ENDING, SEQ, OpenStreams
 
 BEHIND: Final = "an earlier frame of this stream was refused, so this one, which came after it, was not applied"
 _DRAIN_RETRY_S: Final = 0.25
 """How long blocks wait that a server refuses because it shuts down: its end, or another server, comes soon."""
 
 
-class Transit:
+class InFlight:
     """Blocks on their way.
 
     Args:
@@ -42,7 +42,7 @@ class Transit:
 
     def __init__(
         self,
-        table: StreamTable,
+        table: OpenStreams,
         outbox: Outbox,
         outputs: int,
         shutdown_s: float,
@@ -56,25 +56,25 @@ class Transit:
         self._shutting_down_since: float | None = None
         self._settled = settled
         self._end = end
-        self._on_the_way: dict[Block, None] = {}
-        self._refused: list[Block] = []
+        self._on_the_way: dict[StepBlock, None] = {}
+        self._refused: list[StepBlock] = []
         self._congested = False
         self._resend_at = 0.0
         self.unanswered_frames = 0
         """Frames sent and not answered at all; never more than the server's credit."""
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[StepBlock]:
         """Every block that is not answered for good."""
         return [*self._on_the_way, *self._refused]
 
-    def post(self, block: Block) -> None:
+    def post(self, block: StepBlock) -> None:
         """Send a block."""
         frames: Message = [block.columns.tobytes(), raw(block.x)]
         block.request = self._outbox.ask(Kind.STEP, block, *block.x.shape, F32_NAME, frames=frames)
         self._on_the_way[block] = None
         self.unanswered_frames += block.frames
 
-    def answered(self, block: Block, answer: Stepped) -> None:
+    def answered(self, block: StepBlock, answer: Stepped) -> None:
         """A block's STEPPED came."""
         self._leave(block)
         self._shutting_down_since = None
@@ -90,11 +90,11 @@ class Transit:
         block.deliver(answer)
         self._settled(whole.calls)
 
-    def refused(self, block: Block, refusal: Refusal, now: float) -> None:
+    def refused(self, block: StepBlock, refusal: ErrorReply, now: float) -> None:
         """A block's ERROR came: nothing of it was applied."""
         if not self._passes(refusal.code, now):
             failures = [
-                Failure(column, 0, refusal.code, refusal.sentence, int(seq))
+                ColumnError(column, 0, refusal.code, refusal.sentence, int(seq))
                 for column, seq in enumerate(block.columns[:, SEQ])
             ]
             outputs = np.full((*block.x.shape[:2], self._outputs), np.nan, np.float32)
@@ -138,11 +138,11 @@ class Transit:
         """There is another connection, and the table holds the handles of it."""
         self._resend()
 
-    def _leave(self, block: Block) -> None:
+    def _leave(self, block: StepBlock) -> None:
         del self._on_the_way[block]
         self.unanswered_frames -= block.frames
 
-    def _acknowledge(self, block: Block, failures: list[Failure]) -> None:
+    def _acknowledge(self, block: StepBlock, failures: list[ColumnError]) -> None:
         first = block.columns[:, SEQ]
         end = first + np.uint64(len(block.x))
         for failure in failures:
@@ -164,18 +164,18 @@ class Transit:
                 block.renew(self._table)
                 self.post(block)
 
-    def _give_up(self, block: Block) -> None:
-        """Refused frames that may not be sent again: their stream was set back or ended meanwhile."""
+    def _give_up(self, block: StepBlock) -> None:
+        """Refused frames that may not be sent again: their stream was rewound or ended meanwhile."""
         for column, row in enumerate(block.rows.tolist()):
             call, index = block.owner(column)
             code = Code(int(self._table.ended[row]) or Code.SEQ_GAP)
             sentence = self._table.sentences.get(code, BEHIND)
             expected = int(self._table.columns[row, SEQ])
-            call.refuse(index, Failed(int(block.columns[column, SEQ]), code, sentence, expected))
+            call.refuse(index, FailedFrames(int(block.columns[column, SEQ]), code, sentence, expected))
         block.settle()
         self._settled(block.calls)
 
-    def _sort_failures(self, block: Block, failures: list[Failure]) -> list[int]:
+    def _sort_failures(self, block: StepBlock, failures: list[ColumnError]) -> list[int]:
         """Tell the calls what failed and set the streams back; returns the columns that only wait for a BUSY one."""
         held: list[int] = []
         ending: dict[tuple[Code, str], list[int]] = {}
@@ -187,24 +187,24 @@ class Transit:
                 held.append(column)
                 continue
             seq = int(block.columns[column, SEQ]) + timestep
-            call.refuse(index, Failed(seq, code, sentence, expected))
+            call.refuse(index, FailedFrames(seq, code, sentence, expected))
             if code in ENDING:
                 ending.setdefault((code, sentence), []).append(row)
             elif code is Code.CONFLICT:
-                self._set_back(row, call, seq)  # not forward: outputs of other frames are not this client's
+                self._rewind(row, call, seq)  # not forward: outputs of other frames are not this client's
             else:
-                self._set_back(row, call, expected, outputs_are_gone=code is Code.SEQ_REPEATED)
+                self._rewind(row, call, expected, outputs_are_gone=code is Code.SEQ_REPEATED)
         for (code, sentence), rows in ending.items():
             self._end(np.array(rows, np.int64), code, sentence)
         return held
 
-    def _set_back(self, row: int, call: StepCall, expected: int, outputs_are_gone: bool = False) -> None:
+    def _rewind(self, row: int, call: StepCall, expected: int, outputs_are_gone: bool = False) -> None:
         """The stream goes on from the seq the server expects.
 
-        What was asked for before the last set-back says nothing new. (Should a step on the server fail after a later
+        What was asked for before the last rewind says nothing new. (Should a step on the server fail after a later
         frame of the stream was refused, the stream's next frame is refused once more, and that sets it right.)
         """
         table = self._table
         if call.stamp > table.rewound_at[row]:
-            table.rewound_at[row] = call.lane.rewound_at = table.stamp()
-            table.set_back(row, expected, outputs_are_gone)
+            table.rewound_at[row] = call.handle.rewound_at = table.stamp()
+            table.rewind(row, expected, outputs_are_gone)

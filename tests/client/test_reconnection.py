@@ -25,9 +25,9 @@ from instep_client.protocol.errors import (
     StreamRefused,
 )
 from instep_client.protocol.wire import Kind
-from instep_client.recovery import Recovery
+from instep_client.reconnection import Reconnection
 from instep_client.session import Session, State
-from instep_client.streams import StreamTable
+from instep_client.streams import OpenStreams
 from tests.support.fake_server import error, goodbye, reference
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer
@@ -63,20 +63,20 @@ class TestLoss:
 
     def test_a_server_that_was_restarted(self) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         lose(link)
         assert "was restarted" in link.session.loss
-        assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
+        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
         assert link.session.info.boot_id == "boot 1"
 
     def test_a_connection_that_zeromq_made_anew(self) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         link.cut()
         link.to_client.append(error(0, Code.HELLO_FIRST))  # the answer to ZeroMQ's empty message
         link.deliver()
         assert is_lost(link)
-        assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
+        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
 
     def test_a_connection_that_zeromq_made_for_the_first_time(self) -> None:
         session = Session("tcp://somewhere:1")
@@ -85,7 +85,7 @@ class TestLoss:
 
     def test_a_greeting_that_was_lost_with_the_connection_it_was_sent_over(self) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         lose(link)
         link.advance(1.0)
         link.cut()  # HELLO with it
@@ -97,7 +97,7 @@ class TestLoss:
         sockets, deadline = link.sockets, link.session.deadline()
         assert deadline is not None
         assert deadline <= link.now + 0.1  # the next attempt, and not the end of this one's patience
-        assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
+        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
         assert link.sockets == sockets + 1
 
     def test_a_first_greeting_that_was_lost_fails_at_once(self) -> None:
@@ -121,9 +121,9 @@ class TestLoss:
 
     def test_frames_that_a_draining_server_refuses_wait_for_the_next_one(self) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         link.server.draining = True
-        step = link.session.step(lane, X[0])
+        step = link.session.step(handle, X[0])
         for _ in range(3):
             link.advance(0.3)
             link.serve()
@@ -134,15 +134,15 @@ class TestLoss:
 
     def test_frames_that_a_server_refuses_for_longer_are_refused(self) -> None:
         link = RingLink(reconnect_s=30.0)
-        lane = link.open("a")
+        handle = link.open("a")
         link.server.draining = True
-        began, step = link.now, link.session.step(lane, X[0])
+        began, step = link.now, link.session.step(handle, X[0])
         link.run(step)
         assert isinstance(step.error, FramesRefused)
         assert step.error.code is Code.SHUTTING_DOWN
         assert began + 30.0 <= link.now < began + 31.0
         link.server.draining = False
-        assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
+        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
 
     def test_the_first_connection_is_not_tried_for(self) -> None:
         session = Session("tcp://somewhere:1", timeout_s=1.0)
@@ -153,7 +153,7 @@ class TestLoss:
 
     def test_a_silent_connection_with_streams_is_looked_after(self) -> None:
         link = RingLink(RingServer(replace(RING_INFO, park_s=60.0)))
-        lane = link.open("a")
+        handle = link.open("a")
         link.cut()
         deadline = link.session.deadline()
         assert deadline is not None
@@ -161,7 +161,7 @@ class TestLoss:
         link.now = deadline
         link.run()
         assert link.session.state is State.RECONNECTING
-        assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
+        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
 
     def test_without_streams_silence_means_nothing(self) -> None:
         assert RingLink().session.deadline() is None
@@ -169,7 +169,7 @@ class TestLoss:
 
 class TestAttempts:
     def test_delays_double_up_to_two_seconds_and_are_drawn(self) -> None:
-        recovery = Recovery(StreamTable(), Outbox(), 1000.0, 1.0, Random(1))
+        recovery = Reconnection(OpenStreams(), Outbox(), 1000.0, 1.0, Random(1))
         now, delays = 0.0, []
         for _ in range(9):
             assert recovery.lost(now, "gone")
@@ -178,23 +178,23 @@ class TestAttempts:
             delays.append(deadline - now)
             assert recovery.is_due(deadline)
             now = deadline + 1.0
-            assert recovery.is_unheard(now)
+            assert recovery.has_timed_out(now)
         bounds = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0]
         assert all(bound / 2 <= delay <= bound for delay, bound in zip(delays, bounds, strict=True))
         assert len({delay / bound for delay, bound in zip(delays, bounds, strict=True)}) == 9
 
     def test_each_attempt_is_another_socket_until_one_is_answered(self) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         lose(link)
         link.server.refused_hellos = 3
-        assert link.finish(link.session.step(lane, X[0])).outputs.shape == (2,)
+        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
         assert link.sockets == 4
 
     def test_a_server_that_stays_away_is_given_up_in_time(self) -> None:
         link = RingLink(reconnect_s=30.0)
-        lane = link.open("a")
-        step = link.session.step(lane, X[0], keep=True)
+        handle = link.open("a")
+        step = link.session.step(handle, X[0], keep=True)
         link.advance()
         link.send([(link.peer, goodbye())])
         link.deliver()
@@ -202,7 +202,7 @@ class TestAttempts:
         waiting: list[Call[Any]] = [
             link.session.ping(link.now),
             link.session.open(["b"], None, True),
-            link.session.close(lane),
+            link.session.close(handle),
         ]
         while link.session.state is State.RECONNECTING:
             deadline = link.session.deadline()
@@ -268,18 +268,18 @@ class TestAttempts:
 
     def test_leaving_without_a_connection_says_nothing(self) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         lose(link)
         assert link.session.leave() is None
         with pytest.raises(ClientClosed):
-            link.session.step(lane, X[0])
+            link.session.step(handle, X[0])
 
 
 class TestFrames:
     def test_what_was_applied_is_answered_again_and_the_rest_is_applied(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        steps = [link.session.step(lane, x) for x in X[:4]]
+        handle = link.open("a")
+        steps = [link.session.step(handle, x) for x in X[:4]]
         link.advance()
         link.serve()
         link.serve()
@@ -299,8 +299,8 @@ class TestFrames:
 
     def test_a_connection_lost_while_claiming(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        step = link.session.step(lane, X[0])
+        handle = link.open("a")
+        step = link.session.step(handle, X[0])
         lose(link)
         kinds = link.server.kinds
         for claims in range(3):
@@ -320,8 +320,8 @@ class TestFrames:
 
     def test_a_refused_frame_stays_refused(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        bad, behind = link.session.step(lane, [np.nan] * 3), link.session.step(lane, X[0])
+        handle = link.open("a")
+        bad, behind = link.session.step(handle, [np.nan] * 3), link.session.step(handle, X[0])
         link.advance()
         link.serve()
         link.deliver()
@@ -330,14 +330,14 @@ class TestFrames:
         link.run(behind)
         assert isinstance(behind.error, FramesRefused)
         assert link.server.streams["a"].applied == []
-        assert link.finish(link.session.step(lane, X[1])).outputs.shape == (2,)
+        assert link.finish(link.session.step(handle, X[1])).outputs.shape == (2,)
 
 
 class TestPersonsDecide:
     def test_streams_that_are_gone_end_and_the_others_go_on(self) -> None:
         link = RingLink()
-        lanes = {name: link.open(name) for name in ("gone", "expired", "taken", "well")}
-        steps = {name: link.session.step(lane, X[0]) for name, lane in lanes.items()}
+        handles = {name: link.open(name) for name in ("gone", "expired", "taken", "well")}
+        steps = {name: link.session.step(handle, X[0]) for name, handle in handles.items()}
         del link.server.streams["gone"]
         link.server.expire("expired")
         link.server.take_over("taken")
@@ -347,22 +347,22 @@ class TestPersonsDecide:
         assert codes == {"gone": Code.UNKNOWN_STREAM, "expired": Code.EXPIRED, "taken": Code.FENCED}
         assert steps["well"].result().outputs.shape == (2,)
         with pytest.raises(StreamEvicted, match="UNKNOWN_STREAM"):
-            link.session.step(lanes["gone"], X[0])
+            link.session.step(handles["gone"], X[0])
 
     def test_a_stream_that_was_taken_over_is_told_at_once(self) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         link.send(link.server.take_over("a"))
         link.deliver()
         with pytest.raises(StreamEvicted, match="FENCED"):
-            link.session.step(lane, X[0])
+            link.session.step(handle, X[0])
 
     def test_a_server_that_lost_frames(self) -> None:
         link = RingLink()
-        lane, other = link.open("a"), link.open("b")
-        link.finish(link.session.step(lane, X[:5]))
+        handle, other = link.open("a"), link.open("b")
+        link.finish(link.session.step(handle, X[:5]))
         link.server.forget("a", 2)
-        step = link.session.step(lane, X[5])
+        step = link.session.step(handle, X[5])
         lose(link)
         link.run(step)
         assert isinstance(step.error, DataLoss)
@@ -393,31 +393,35 @@ class TestPersonsDecide:
 
     def test_outputs_that_are_gone(self) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         stream = link.server.streams["a"]
         stream.next_seq = 100
         lose(link)
         link.run(link.session.ping(0.0))
         with pytest.raises(DataLoss, match="OUTPUTS_GONE") as caught:
-            link.session.step(lane, X[0])
+            link.session.step(handle, X[0])
         assert (caught.value.have, caught.value.server_has) == (0, 100)
 
     def test_other_numerics(self, monkeypatch: pytest.MonkeyPatch) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         monkeypatch.setattr(link.server, "_judge", lambda *_: Code.NUMERICS_CHANGED)
         lose(link)
         link.run(link.session.ping(0.0))
         with pytest.raises(NumericsChanged, match="NUMERICS_CHANGED"):
-            link.session.step(lane, X[0])
+            link.session.step(handle, X[0])
 
 
 class TestOtherCalls:
     def test_questions_are_asked_again(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        link.finish(link.session.step(lane, X[:2]))
-        calls: list[Call[Any]] = [link.session.ping(link.now), link.session.statistics(), link.session.read_state(lane)]
+        handle = link.open("a")
+        link.finish(link.session.step(handle, X[:2]))
+        calls: list[Call[Any]] = [
+            link.session.ping(link.now),
+            link.session.statistics(),
+            link.session.read_state(handle),
+        ]
         link.advance()
         link.cut()
         link.run(*calls)
@@ -480,9 +484,9 @@ class TestOtherCalls:
 
     def test_a_close_that_was_not_done_is_done(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        link.finish(link.session.step(lane, X[:2]))
-        closing = link.session.close(lane)
+        handle = link.open("a")
+        link.finish(link.session.step(handle, X[:2]))
+        closing = link.session.close(handle)
         link.advance()
         link.cut()
         assert link.finish(closing).reshape(2, 2).tolist() == reference(X[:2])[1].tolist()
@@ -490,8 +494,8 @@ class TestOtherCalls:
 
     def test_a_close_that_was_done_has_no_final_state(self) -> None:
         link = RingLink()
-        lane, group = link.open("a"), link.open("b", "c")
-        closings = [link.session.close(lane), link.session.close(group)]
+        handle, group = link.open("a"), link.open("b", "c")
+        closings = [link.session.close(handle), link.session.close(group)]
         link.advance()
         link.serve()
         link.serve()
@@ -505,9 +509,9 @@ class TestOtherCalls:
     def test_a_group_of_which_a_part_was_closed(self) -> None:
         link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=2 * 16)))
         names = ["a", "b", "c"]
-        lanes = [link.open(name) for name in names]
-        for lane in lanes:
-            link.finish(link.session.close(lane))
+        handles = [link.open(name) for name in names]
+        for handle in handles:
+            link.finish(link.session.close(handle))
         link.server.info = replace(RING_INFO, max_message_bytes=2 * 16)
         opening = link.session.open(names, np.ones((3, 2, 2)), False)
         group = link.finish(opening)
@@ -522,11 +526,11 @@ class TestOtherCalls:
 
     def test_a_reset_is_done_once_more_before_anything_that_comes_later(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        link.finish(link.session.step(lane, X[:2]))
-        reset = link.session.reset(lane, np.ones((2, 2)))
+        handle = link.open("a")
+        link.finish(link.session.step(handle, X[:2]))
+        reset = link.session.reset(handle, np.ones((2, 2)))
         link.advance()
-        later = link.session.step(lane, X[2])
+        later = link.session.step(handle, X[2])
         link.advance()
         while link.to_server[link.peer]:
             link.serve()
@@ -534,17 +538,17 @@ class TestOtherCalls:
         link.cut()
         link.run(reset, later)
         assert reset.error is None
-        outputs = [*later.result().outputs[None], *link.finish(link.session.step(lane, X[3:5])).outputs]
+        outputs = [*later.result().outputs[None], *link.finish(link.session.step(handle, X[3:5])).outputs]
         assert np.array_equal(outputs, reference(X[2:5], np.ones((2, 2), np.float32))[0])
-        assert link.session.next_seqs(lane).tolist() == [5]
+        assert link.session.next_seqs(handle).tolist() == [5]
 
     def test_what_is_asked_of_a_stream_that_has_gone_says_so(self) -> None:
         link = RingLink()
-        lane = link.open("a")
+        handle = link.open("a")
         calls: list[Call[Any]] = [
-            link.session.read_state(lane),
-            link.session.reset(lane, None),
-            link.session.fork(lane, ["b"]),
+            link.session.read_state(handle),
+            link.session.reset(handle, None),
+            link.session.fork(handle, ["b"]),
         ]
         link.advance()
         link.cut()
@@ -556,10 +560,10 @@ class TestOtherCalls:
 
     def test_a_resume_is_asked_again(self) -> None:
         link = RingLink()
-        lane = link.open("a")
-        link.finish(link.session.step(lane, X[:3]))
+        handle = link.open("a")
+        link.finish(link.session.step(handle, X[:3]))
         other = RingLink(link.server, name="other")
-        resume = other.session.resume(["a"], 2, int(link.session.epochs(lane)[0]), False, True)
+        resume = other.session.resume(["a"], 2, int(link.session.epochs(handle)[0]), False, True)
         other.advance()
         other.serve()
         other.cut()

@@ -20,12 +20,12 @@ from instep_client.arrays import Indices
 from instep_client.outbox import Outbox, parts
 from instep_client.protocol import wire
 from instep_client.protocol.wire import CLAIM, Code, GrantArray, Kind, ServerInfo
-from instep_client.replies import Failure
-from instep_client.streams import ACKED, StreamTable
+from instep_client.replies import ColumnError
+from instep_client.streams import ACKED, OpenStreams
 
 LEAST_DELAY_S: Final = 0.05
 MOST_DELAY_S: Final = 2.0
-MOST_PATIENCE_S: Final = 2.0
+MAX_ATTEMPT_S: Final = 2.0
 """The longest that one attempt waits for its WELCOME; the next one uses another socket."""
 
 
@@ -38,7 +38,7 @@ class Phase(Enum):
     RESUMING = "the streams were claimed"
 
 
-class Recovery:
+class Reconnection:
     """The attempts at another connection.
 
     Args:
@@ -46,15 +46,15 @@ class Recovery:
         outbox: where requests go.
         reconnect_s: how long attempts are made after the loss; 0 for not at all.
         timeout_s: the longest that any attempt waits for its WELCOME.
-        dice: what delays are drawn from.
+        rng: what delays are drawn from.
     """
 
-    def __init__(self, table: StreamTable, outbox: Outbox, reconnect_s: float, timeout_s: float, dice: Random) -> None:
+    def __init__(self, table: OpenStreams, outbox: Outbox, reconnect_s: float, timeout_s: float, rng: Random) -> None:
         self._table = table
         self._outbox = outbox
         self.reconnect_s = reconnect_s
-        self._patience_s = min(timeout_s, MOST_PATIENCE_S)
-        self._dice = dice
+        self._attempt_timeout_s = min(timeout_s, MAX_ATTEMPT_S)
+        self._rng = rng
         self.phase = Phase.NONE
         self.why = ""
         """How the connection was lost, as a sentence."""
@@ -71,7 +71,7 @@ class Recovery:
             return False
         self.phase = Phase.LOST
         delay_s = min(MOST_DELAY_S, LEAST_DELAY_S * 2.0**self._attempts)
-        self._next_at = now + delay_s * self._dice.uniform(0.5, 1.0)
+        self._next_at = now + delay_s * self._rng.uniform(0.5, 1.0)
         self._attempts += 1
         return True
 
@@ -85,10 +85,10 @@ class Recovery:
         if self.phase is not Phase.LOST or now < self._next_at:
             return False
         self.phase = Phase.GREETING
-        self._next_at = now + self._patience_s
+        self._next_at = now + self._attempt_timeout_s
         return True
 
-    def is_unheard(self, now: float) -> bool:
+    def has_timed_out(self, now: float) -> bool:
         """Whether the attempt has waited for its WELCOME for long enough."""
         return self.phase is Phase.GREETING and now >= self._next_at
 
@@ -112,7 +112,9 @@ class Recovery:
             names = wire.pack_names(self._table.names(part))
             self._outbox.ask(Kind.RESUME, None, len(part), 0, frames=[names, claims.tobytes()], part=part)
 
-    def resumed(self, part: Indices, grants: GrantArray, failures: list[Failure]) -> dict[tuple[Code, str], list[int]]:
+    def resumed(
+        self, part: Indices, grants: GrantArray, failures: list[ColumnError]
+    ) -> dict[tuple[Code, str], list[int]]:
         """RESUMED came for some streams: take their handles; the rows of those that have ended, by reason.
 
         A server that has less of a stream than was given of it is refused here when it did not notice: of frames whose

@@ -1,0 +1,91 @@
+"""The SQLite database of a recording as files on a disk: made, left as one file, measured, removed."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+from instep.recording.errors import RecordingError
+from instep.recording.schema import APPLICATION_ID, FORMAT_VERSION, PAGE_BYTES, create_statements
+
+SUFFIXES: Final = ("-wal", "-shm", "-journal")
+"""SQLite appends these to the name of a database for the files that it keeps next to it."""
+
+
+def check_place(path: Path) -> None:
+    """Raise RecordingError where no recording can be made."""
+    if path.is_dir():
+        raise RecordingError(f"{path} is a folder: name a file for the recording, like {path / 'r.instep'}")
+    if not path.parent.is_dir():
+        raise RecordingError(
+            f"there is no folder {path.parent} for the recording {path.name}: make it, or name another"
+        )
+
+
+def holds_recording(path: Path) -> bool:
+    """Whether there is anything to resume under that name; what a writer left that died while creating it is undone.
+
+    Raises:
+        RecordingError: when the file cannot be read or written.
+    """
+    if Path(f"{path}-journal").exists() and path.is_file():
+        database = sqlite3.connect(path, isolation_level=None)
+        try:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()  # SQLite rolls the journal back
+        except sqlite3.Error as error:
+            raise RecordingError(f"cannot resume the recording {path}: {error}") from None
+        finally:
+            database.close()
+    return path.is_file() and path.stat().st_size > 0
+
+
+def make_tables(database: sqlite3.Connection) -> None:
+    """Begin a transaction that makes the empty tables; the caller commits it."""
+    database.execute(f"PRAGMA page_size={PAGE_BYTES}")
+    database.execute("BEGIN")
+    database.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    database.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+    for statement in create_statements():
+        database.execute(statement)
+
+
+def put_wal_away(database: sqlite3.Connection) -> None:
+    """Copy the WAL into the file and remove it.
+
+    While another program reads the file, the WAL stays next to it with the part that could not be copied; every reader
+    understands that. This waits for nobody.
+
+    Raises:
+        sqlite3.Error: when the disk is full or fails.
+    """
+    database.execute("PRAGMA busy_timeout=0")
+    database.execute("PRAGMA wal_checkpoint(FULL)").fetchall()
+    try:
+        database.execute("PRAGMA journal_mode=DELETE")
+    except sqlite3.OperationalError as error:
+        if not is_in_use(error):
+            raise
+
+
+def is_in_use(error: sqlite3.Error) -> bool:
+    """Whether SQLite failed only because another program has the file open."""
+    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)  # errors of Python's module itself have none
+    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def remove_database(path: Path) -> None:
+    """Remove a database, if it is there, and the files that SQLite keeps next to it.
+
+    The database goes first: a crash in between never leaves one without the rows that are only in its WAL.
+
+    Raises:
+        OSError: when it cannot be removed.
+    """
+    for suffix in ("", *SUFFIXES):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+def bytes_on_disk(path: Path) -> int:
+    """The size of a database and its WAL; 0 where there is none."""
+    return sum(there.stat().st_size for there in (path, Path(f"{path}-wal")) if there.exists())

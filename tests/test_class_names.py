@@ -1,0 +1,39 @@
+"""Two classes of the engine and the client never have the same name, so that a name says which one is meant."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EXCEPTIONS = {
+    "Chunk",  # export/table.py, verify/chunks.py
+    "Client",  # instep_client, and server/clients.py until connections are the ZeroMQ front end's
+    "Engine",  # recording/records.py, server/engine.py
+}
+"""Names to be told apart when their modules are rewritten; nothing may be added."""
+
+
+def classes(folder: Path) -> dict[str, list[str]]:
+    """Where each class name is defined, nested classes included."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found[node.name].append(str(path.relative_to(folder)))
+    return found
+
+
+def test_no_two_classes_have_the_same_name() -> None:
+    found: dict[str, list[str]] = defaultdict(list)
+    for source in ("engine", "clients"):
+        for name, places in classes(ROOT / source).items():
+            found[name] += [f"{source}/{place}" for place in places]
+    assert "StreamHandle" in found
+    assert {name: places for name, places in found.items() if len(places) > 1 and name not in EXCEPTIONS} == {}
+
+
+def test_a_second_class_of_a_name_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("class A: ...\nclass B:\n    class A: ...\n")
+    assert classes(tmp_path) == {"A": ["a.py", "a.py"], "B": ["a.py"]}
