@@ -96,7 +96,7 @@ async def test_it_sleeps_while_what_is_under_way_takes_as_long(monkeypatch: pyte
 
 async def test_a_server_that_stays_awake_gives_the_same_answers(rng: np.random.Generator) -> None:
     x = rng.standard_normal((30, 5)).astype(np.float32)
-    engine = {"steps_in": "process", "spin_us": 2000}
+    engine = {"steps_in": "process", "busy_poll_us": 2000}
     async with running(SMALL, engine=engine) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("s")).handles()
@@ -107,7 +107,7 @@ async def test_a_server_that_stays_awake_gives_the_same_answers(rng: np.random.G
 
 async def test_a_server_knows_of_a_step_that_takes_longer(rng: np.random.Generator) -> None:
     x = rng.standard_normal((2, 1, 1, 5)).astype(np.float32)
-    async with running(SMALL, engine={"steps_in": "process", "spin_us": 1000}) as server:
+    async with running(SMALL, engine={"steps_in": "process", "busy_poll_us": 1000}) as server:
         async with RawClient(server.endpoint) as client:
             await client.hello()
             handles = (await client.open("s")).handles()

@@ -46,7 +46,7 @@ def prepared(model: Model, max_batch_size: int = 256, device: torch.device = CPU
 
 def config(**sections: dict[str, Any]) -> Config:
     """A configuration for tests: any free port, steps in a thread, and what the test asks for."""
-    engine = {"steps_in": "thread", "spin_us": 0, **sections.pop("engine", {})}
+    engine = {"steps_in": "thread", "busy_poll_us": 0, **sections.pop("engine", {})}
     transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
     return Config.model_validate({"transport": transport, "engine": engine, **sections})
 

@@ -51,7 +51,7 @@ class EngineConfig(Section):
     max_streams: Count = 4096
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 512
     steps_in: Literal["auto", "process", "thread", "inline"] = "auto"
-    spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 300
+    busy_poll_us: Annotated[int, Field(ge=0, le=1_000_000)] = 300
     max_queue_delay_us: Annotated[int, Field(ge=0, le=10_000_000)] = 0
 
 

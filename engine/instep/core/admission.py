@@ -247,7 +247,7 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
     return complete, partly_repeated, refused
 
 
-@inlined
+@kernel
 def resolve_handles(packed: Packed, handles: U64, origin: int, slots: I64, codes: I32) -> bool:
     """Resolve the handles of an operation: uint64 [N] → slots int64 [N] and codes int32 [N].
 

@@ -8,6 +8,7 @@ for measuring coverage.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numba
@@ -36,7 +37,13 @@ def inlined(function: F) -> F:
     return typed
 
 
-def compiled_now() -> int:
-    """How many kernels this process has compiled so far because no cache held them."""
-    stats = [kernel.stats for kernel in _KERNELS if hasattr(kernel, "stats")]
-    return sum(sum(each.cache_misses.values()) for each in stats)
+def are_cached() -> bool:
+    """Whether the cache holds every kernel, as far as its files tell; else the first calls compile for some seconds."""
+    return all(_is_cached(kernel) for kernel in _KERNELS if hasattr(kernel, "stats"))
+
+
+def _is_cached(kernel: Any) -> bool:
+    folder = kernel.stats.cache_path
+    module = Path(kernel.py_func.__code__.co_filename).stem
+    pattern = f"{module}.{kernel.py_func.__qualname__}-*.nbi"
+    return folder is not None and any(Path(folder).glob(pattern))

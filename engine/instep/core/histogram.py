@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from instep.core.compiled import kernel
+from instep.core.compiled import inlined, kernel
 from instep.core.typing import I64
 
 _PARTS: Final = 8  # entries for each doubling
@@ -14,7 +14,7 @@ _PART_BITS: Final = 3
 ENTRIES: Final = _PARTS * 61
 
 
-@kernel
+@inlined
 def entry_of(value: int) -> int:
     """The entry that counts a value of 0 or more: exact below 8, then 8 entries for each doubling."""
     shift = 0

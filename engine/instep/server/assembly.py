@@ -14,7 +14,6 @@ from importlib.metadata import version
 import numpy as np
 import structlog
 import torch
-import zmq
 
 from instep.config import Config, EngineConfig
 from instep.core.dirty import DirtyTracker
@@ -24,7 +23,7 @@ from instep.core.typing import I64, U32, float32_zeros
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound
-from instep.frontends.zmq.router import Router
+from instep.frontends.zmq.router import CannotBind, Router
 from instep.models.numerics import numerics
 from instep.recording.database import check_place, holds_recording
 from instep.recording.errors import RecordingError, with_advice
@@ -78,12 +77,10 @@ def make_server(
             server = _make_server(config, prepared, log, stepper, undo, accept_numerics_change)
         except (LimitsError, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
+        except CannotBind as error:
+            raise CannotServe(str(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
             raise _no_memory(config, error) from None
-        except zmq.ZMQError as error:
-            raise CannotServe(
-                f"cannot bind {config.transport.endpoint}: {error}; is another server using it?"
-            ) from None
         undo.pop_all()
     return server
 
@@ -124,7 +121,9 @@ def _make_server(
 
     # The loop, and everything it moves.
     shutdown = Shutdown(log)
-    busy_poll_ns = config.engine.spin_us * 1000 if forks else 0  # a thread that steps would lack the interpreter's lock
+    busy_poll_ns = (
+        config.engine.busy_poll_us * 1000 if forks else 0
+    )  # a thread that steps would lack the interpreter's lock
     loop = Loop(busy_poll_ns, shutdown.bug)
     journal = Journal(tables, table, loop.wake)
     stats, origins, tasks = EngineStats(), Origins(tables), Tasks(shutdown.bug)
@@ -258,7 +257,9 @@ def _executor(config: Config, stepper: Stepper, tables: Tables, forks: bool) -> 
         # Twice as long as the loop: it waits for the loop. No inline runs while recording: the recorder's thread needs
         # the interpreter's lock as well.
         is_recording = config.recording.file is not None
-        return ProcessExecutor(step, stepper.buckets[-1], 2 * engine.spin_us * 1000, runs_short_inline=not is_recording)
+        return ProcessExecutor(
+            step, stepper.buckets[-1], 2 * engine.busy_poll_us * 1000, runs_short_inline=not is_recording
+        )
     except OSError as error:
         raise CannotServe(f"no process for the steps can be started ({error}); set engine.steps_in to thread") from None
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from instep.config import Config
+from instep.core.compiled import are_cached
 from instep.models.certify import Certification
 from instep.server.assembly import make_server
 from instep.server.log import make_log
@@ -16,6 +17,7 @@ from instep.server.open_files import allow_open_files
 from instep.server.preparation import Prepared, prepare
 from instep.server.signals import interrupts_call
 from instep.streaming.recovery import Recovery
+from instep.streaming.warm_up import warm_up
 
 _FILES_BESIDE_CONNECTIONS = 100
 
@@ -107,5 +109,8 @@ def run(config: Config, *, on_ready: Callable[[str], None] | None = None, accept
         CannotServe: when the server cannot start.
     """
     prepared = prepare(config)
+    if not are_cached():
+        make_log(config.log).info("compiling", hint="the hot path is compiled once on a machine; it takes some seconds")
+    warm_up()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     return asyncio.run(_serve(config, prepared, on_ready, accept_numerics_change))

@@ -24,6 +24,10 @@ _SKIP_AT_ONCE: Final = 2000
 """Parts that are thrown away before the other work of the loop gets its turn."""
 
 
+class CannotBind(Exception):
+    """The endpoint cannot be bound; the message names it and says why."""
+
+
 class Sent(Enum):
     """What became of a message."""
 
@@ -56,7 +60,7 @@ class Router:
         config: the transport section of the configuration.
 
     Raises:
-        zmq.ZMQError: when the endpoint cannot be bound.
+        CannotBind: when the endpoint cannot be bound.
     """
 
     def __init__(self, config: TransportConfig) -> None:
@@ -74,10 +78,10 @@ class Router:
         try:
             _refuse_path_in_use(config.endpoint)
             socket.bind(config.endpoint)
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
             socket.close(linger=0)
             self._context.term()
-            raise
+            raise CannotBind(f"cannot bind {config.endpoint}: {error}; is another server using it?") from None
         self._socket = socket
         self._is_skipping = False
         """Whether a message with too many parts is being thrown away."""
