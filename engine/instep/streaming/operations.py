@@ -369,7 +369,8 @@ class StreamOperations:
 
     def _own(self, origin: Origin, handles: U64) -> tuple[I64, I32]:
         slots, codes = np.empty(len(handles), np.int64), np.empty(len(handles), np.int32)
-        if resolve_handles(self._engine.packed, handles, origin.number, slots, codes):
+        # A copy: of an array that cannot be written, as a message's is, another kernel would be compiled.
+        if resolve_handles(self._engine.packed, handles.copy(), origin.number, slots, codes):
             raise Refusal(Code.REPEATED_STREAM)
         return slots, codes
 
