@@ -39,13 +39,13 @@ STREAM: Final = np.dtype(
         ("pending", "<i4"),  # frames admitted and not yet answered
         ("next_ready", "<i4"),  # the stream behind this one in its origin's ready queue
         ("first_generation", "<u4"),  # of the slot when the stream was opened; later ones up to now are fenced
+        ("holds", "<u2"),  # operations that work on its state; it does not step meanwhile
         ("running", "u1"),  # it is in a run
-        ("holds", "u1"),  # operations that work on its state; it does not step meanwhile
         ("queued", "u1"),  # it is in a ready queue
         ("closing", "u1"),
         ("lost", "u1"),  # its state can no longer be trusted; it is closing
         ("renumbered", "u1"),  # a restart with other numerics took it from its owner
-        ("reserved", "u2"),
+        ("reserved", "u1"),
     ]
 )
 
