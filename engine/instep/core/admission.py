@@ -38,7 +38,7 @@ negative, which no rule lets pass."""
 SENT_MESSAGE: Final = np.dtype(
     [("tag", "<i8"), ("origin", "<i8"), ("timesteps", "<i8"), ("width", "<i8"), ("arrived_ns", "<i8")]
 )
-"""One message as a front end hands it over."""
+"""One message as a front end hands it over: T and N are at least 1, and its columns and inputs as many as they say."""
 
 # Plain numbers, so that kernels hold constants.
 _ACK_AHEAD: Final = int(Code.ACK_AHEAD)
@@ -54,8 +54,8 @@ _UNKNOWN_STREAM: Final = int(Code.UNKNOWN_STREAM)
 _WINDOW_FULL: Final = int(Code.WINDOW_FULL)
 _SLOT_MASK: Final = np.uint64(0xFFFF_FFFF)
 _SLOT_BITS: Final = np.uint64(32)
+_GENERATIONS: Final = 2**32 - 1
 _EXPONENT: Final = np.uint32(0x7F80_0000)  # all ones in NaN and infinity
-_ONE: Final = np.uint32(1)
 
 
 @inlined
@@ -68,9 +68,9 @@ def resolve_handle(tables: Tables, handle: np.uint64, origin: Int) -> tuple[Int,
     if streams["handle"][slot] == handle:
         return slot, (0 if streams["owner"][slot] == origin else _FOREIGN_STREAM)
     # An older handle of the stream that is in the slot now? Generations wrap, so ages are compared modulo 2^32.
-    first = streams["first_generation"][slot]
-    age = np.uint32(np.uint32(handle >> _SLOT_BITS) - first)
-    age_now = np.uint32(np.uint32(streams["handle"][slot] >> _SLOT_BITS) - first)
+    first = np.int64(streams["first_generation"][slot])
+    age = (np.int64(handle >> _SLOT_BITS) - first) & _GENERATIONS
+    age_now = (np.int64(streams["handle"][slot] >> _SLOT_BITS) - first) & _GENERATIONS
     return slot, (_FENCED if age < age_now else _UNKNOWN_STREAM)
 
 

@@ -39,13 +39,13 @@ STREAM: Final = np.dtype(
         ("pending", "<i4"),  # frames admitted and not yet answered
         ("next_ready", "<i4"),  # the stream behind this one in its origin's ready queue
         ("first_generation", "<u4"),  # of the slot when the stream was opened; later ones up to now are fenced
+        ("holds", "<u2"),  # operations that work on its state; it does not step meanwhile
         ("running", "u1"),  # it is in a run
-        ("holds", "u1"),  # operations that work on its state; it does not step meanwhile
         ("queued", "u1"),  # it is in a ready queue
         ("closing", "u1"),
         ("lost", "u1"),  # its state can no longer be trusted; it is closing
         ("renumbered", "u1"),  # a restart with other numerics took it from its owner
-        ("reserved", "u2"),
+        ("reserved", "u1"),
     ]
 )
 
@@ -154,7 +154,7 @@ class Tables(NamedTuple):
     groups: I64
     """int64 [groups, fields], by `assemble`: messages that are answered together."""
     reply_messages: I64
-    """int64 [2, messages], by `assemble`: tags and widths, by group."""
+    """int64 [3, messages], by `assemble`: tags, widths and the numbers that the messages had, by group."""
     reply_columns: I64
     """int64 [3, columns], by `assemble`: codes, lengths and expected seqs, by group."""
     reply_y: F32
@@ -214,7 +214,7 @@ def make_tables(
         np.zeros(max_streams, np.int64),
         np.zeros(MOST_STEPS * max_streams, np.int64),
         np.zeros((max_pending_frames, _FIELDS), np.int64),
-        np.zeros((2, max_pending_frames), np.int64),
+        np.zeros((3, max_pending_frames), np.int64),
         np.zeros((3, max_pending_frames), np.int64),
         np.zeros(max(max_pending_frames, max_block_frames) * outputs, np.float32),
     )

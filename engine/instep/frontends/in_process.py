@@ -50,9 +50,12 @@ class InProcessOrigin:
             x: float32 [T, N, features].
 
         Raises:
+            ValueError: the shape of `x` is not that of frames of this model.
             Refusal: the message was refused as a whole.
         """
-        timesteps, width, _ = x.shape
+        timesteps, width, features = x.shape
+        if not x.size or features != self._frontend.features:
+            raise ValueError(f"x must be [T, N, {self._frontend.features}] with T and N of at least 1, not {x.shape}")
         columns = np.zeros(width, SENT_COLUMN)
         columns["handle"], columns["seq"], columns["acked"] = handles, seqs, acked
         self._next_tag += 1
@@ -130,6 +133,11 @@ class InProcessFrontend:
         self._tasks = tasks
         self._wake = wake
         self._arrived: deque[Frames | Callable[[], Awaitable[None]]] = deque()
+
+    @property
+    def features(self) -> int:
+        """Width of an input."""
+        return self._engine.tables.x.shape[1]
 
     def connect(self) -> InProcessOrigin:
         """A new origin.

@@ -20,7 +20,6 @@ from instep.core.tables import (
     FIRST_VALUE,
     MESSAGES,
     MOST_STEPS,
-    ORIGIN_OF,
     PENDING_FRAMES,
     READY,
     READY_SINCE_NS,
@@ -308,12 +307,11 @@ class Engine:
 
     def _deliver(self, numbers: I32, began_ns: int, ended_ns: int) -> None:
         """Answer complete messages, whose last frames were stepped between those times; 0 where none were."""
-        repeated = self._repeated_of(numbers) if self._repeated else None
         max_frames, queue_us = self._limits.max_reply_frames, self.stats.queue_us
         while len(numbers):
             groups, taken = assemble(self.packed, numbers, began_ns, max_frames, MAX_REPLY_MESSAGES, queue_us)
-            if repeated:
-                self._put_repeated(repeated, groups)
+            if self._repeated:
+                self._put_repeated(groups)
             now_ns = time.monotonic_ns()
             send_ns = max(0, now_ns - ended_ns) if ended_ns else 0
             self._reply(groups, taken, began_ns, ended_ns - began_ns, send_ns)
@@ -323,7 +321,7 @@ class Engine:
 
     def _reply(self, groups: int, messages: int, began_ns: int, compute_ns: int, send_ns: int) -> None:
         tables, outputs = self.tables, self.tables.y.shape[1]
-        tags, widths = tables.reply_messages[:, :messages].tolist()
+        tags, widths = tables.reply_messages[:2, :messages].tolist()
         # The order of these names is that of the columns of `Tables.groups`.
         for number, timesteps, width, count, message, column, value, failed, frames, arrived_ns in tables.groups[
             :groups
@@ -345,16 +343,7 @@ class Engine:
                 )
             )
 
-    def _repeated_of(self, numbers: I32) -> dict[tuple[int, int], tuple[F32, I64]]:
-        """Outputs that were kept since admission, by the origin and the tag of their message."""
-        messages, found = self.tables.messages, {}
-        for number in numbers.tolist():
-            if number in self._repeated:
-                key = int(messages["origin"][number]), int(messages["tag"][number])
-                found[key] = self._repeated.pop(number)
-        return found
-
-    def _put_repeated(self, repeated: dict[tuple[int, int], tuple[F32, I64]], groups: int) -> None:
+    def _put_repeated(self, groups: int) -> None:
         """Put kept outputs into the replies: later frames may have taken their rows."""
         tables, outputs = self.tables, self.tables.y.shape[1]
         for fields in tables.groups[:groups]:
@@ -362,7 +351,7 @@ class Engine:
             whole = tables.reply_y[first : first + timesteps * width * outputs].reshape(timesteps, width, outputs)
             column, message = 0, int(fields[FIRST_MESSAGE])
             for at in range(message, message + int(fields[MESSAGES])):
-                kept = repeated.get((int(fields[ORIGIN_OF]), int(tables.reply_messages[0, at])))
+                kept = self._repeated.pop(int(tables.reply_messages[2, at]), None)
                 if kept is not None:
                     y, skipped = kept
                     mask = np.arange(len(y))[:, None] < skipped
