@@ -39,11 +39,11 @@ def durability(bench: Bench) -> list[Row]:
         Row(
             name=f"durability-{level}",
             what=f"1,024 streams in blocks of 256, recorded with {level} over memory",
+            model=model.description,
             unit="×",
             value=ratio(samples, f"{level}, frames/s", "memory, frames/s"),
             threshold=threshold,
             samples={side: samples[side] for side in (f"{level}, frames/s", "memory, frames/s", none, fsync)},
-            details={"model": model.description},
         )
         for level, threshold in THRESHOLDS.items()
     ]

@@ -44,12 +44,12 @@ def isolation(bench: Bench) -> list[Row]:
         Row(
             name=f"isolation-{phase}",
             what=f"p99 of 64 streams at 50 Hz while a neighbour is {phase} over while it is alive",
+            model=model.description,
             unit="×",
             value=ratio(samples, f"{phase}, p99 ms", "alive, p99 ms"),
             threshold=AT_MOST,
             samples={side: samples[side] for side in (f"{phase}, p99 ms", "alive, p99 ms")},
             direction="at most",
-            details={"model": model.description},
         )
         for phase, sent in PHASES.items()
         if sent is not None

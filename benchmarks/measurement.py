@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol, TypeAlias
@@ -70,6 +70,7 @@ class Row:
     name: str
     what: str
     """The comparison in words."""
+    model: str
     unit: str
     """`×` for a ratio."""
     value: float
@@ -77,7 +78,6 @@ class Row:
     """None for information that is not judged."""
     samples: Samples
     direction: Direction = "at least"
-    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def reached(self) -> bool | None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.connection import BareConnection
-from benchmarks.load import ClosedLoopStreams
+from benchmarks.load import F64, ClosedLoopStreams
 from instep.core.typing import F32, I64, Bool
 from instep.models.folder import make_model, write_model
 from instep.models.gru.description import GruDescription, GruLayers
@@ -55,7 +55,7 @@ class BenchmarkModel:
 
 
 @torch.inference_mode()
-def step_times(gru: torch.nn.GRU, x: F32, seconds: float) -> list[float]:
+def step_times(gru: torch.nn.GRU, x: F32, seconds: float) -> F64:
     """The seconds of each step of `x` [timesteps, rows, features], repeated for some time with the state carried."""
     inputs = torch.from_numpy(x)
     h = torch.zeros(gru.num_layers, x.shape[1], gru.hidden_size)
@@ -67,14 +67,13 @@ def step_times(gru: torch.nn.GRU, x: F32, seconds: float) -> list[float]:
         ended = time.perf_counter()
         times.append(ended - began)
         began = ended
-    return times
+    return np.array(times)
 
 
 def bare_loop(gru: torch.nn.GRU, x: F32, seconds: float) -> float:
     """Frames per second of stepping `x` [timesteps, rows, features] without an engine."""
     times = step_times(gru, x, seconds)
-    frames: int = len(times) * x.shape[1]
-    return frames / sum(times)
+    return len(times) * int(x.shape[1]) / float(times.sum())
 
 
 @torch.inference_mode()

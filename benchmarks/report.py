@@ -81,7 +81,7 @@ def show(console: Console, result: Mapping[str, Any], rows: Sequence[Row]) -> No
 def _conditions(result: Mapping[str, Any]) -> str:
     facts, load = result["machine"], result["load_average"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    models = ", ".join(dict.fromkeys(row["details"]["model"] for row in result["rows"]))
+    models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
     return (
         f"{facts['processor']}, {facts['cores_usable']} of {facts['cores']} cores, {facts['cpu_capability']}; "
         f"{versions}; 1 torch thread in the engine and {facts['threads']['torch_of_bare_loops']} in the bare loops; "

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.connection import BareConnection
 from benchmarks.echo import Echo
-from benchmarks.load import ClosedLoopStreams, Inputs, closed_loop, open_loop, open_streams, round_trips
+from benchmarks.load import F64, ClosedLoopStreams, Inputs, closed_loop, open_loop, open_streams, round_trips
 from benchmarks.measurement import Bench, Row, Samples, interleave, ratio
 from benchmarks.reference import BenchmarkModel, WrongOutput, bare_loop, check_and_close, step_times, whole
 from instep.core.typing import I64
@@ -168,7 +168,7 @@ def single_frames(bench: Bench) -> list[Row]:
     """256 streams in closed loop, one frame in each message."""
     streams, served, echoed = 256, "served, messages/s", "echo, messages/s"
     model = BenchmarkModel.make(bench.folder / "single-frames")
-    drive: Drive = lambda connection, opened: closed_loop(connection, opened, streams, bench.seconds)  # noqa: E731
+    drive = partial(closed_loop, in_flight=streams, seconds=bench.seconds)
     with engine_and_echo(bench, model, streams, drive) as (engine, echo):
         samples = interleave(bench, {served: engine, echoed: echo})
     what = "256 streams, one frame in each message, over a bare ZeroMQ echo"
@@ -178,8 +178,11 @@ def single_frames(bench: Bench) -> list[Row]:
 def one_stream(bench: Bench) -> list[Row]:
     """One stream that waits for every answer."""
     model = BenchmarkModel.make(bench.folder / "one-stream")
-    drive: Drive = lambda connection, opened: p50_us(round_trips(connection, opened[0], bench.seconds))  # noqa: E731
     x = model.inputs(TIMESTEPS, 1)
+
+    def drive(connection: BareConnection, opened: Sequence[ClosedLoopStreams]) -> float:
+        return p50_us(round_trips(connection, opened[0], bench.seconds))
+
     with engine_and_echo(bench, model, 1, drive) as (engine, echo):
         bare = {"nn.GRU step, p50 µs": lambda: p50_us(step_times(model.gru, x, bench.seconds))}
         samples = interleave(bench, {"served, p50 µs": engine, "echo, p50 µs": echo, **bare})
@@ -190,7 +193,7 @@ def one_stream_row(samples: Samples, model: str) -> Row:
     """The row of its samples: served, echo and bare step."""
     served, echo, step = (median(values) for values in samples.values())
     what = "one stream in closed loop, p50, over those of a bare ZeroMQ echo and a bare step"
-    return Row("one-stream", what, "×", served / (echo + step), 1.5, samples, "at most", {"model": model})
+    return Row("one-stream", what, model, "×", served / (echo + step), 1.5, samples, "at most")
 
 
 PACED_STREAMS, PACED_HZ = 64, 50.0
@@ -201,8 +204,10 @@ PACED_LONGER: Final = 2.0
 def paced(bench: Bench) -> list[Row]:
     """Streams that send at a steady rate, whatever comes back."""
     model = BenchmarkModel.make(bench.folder / "paced")
-    seconds = bench.seconds * PACED_LONGER
-    drive: Drive = lambda connection, opened: p99_ms(open_loop(connection, opened, PACED_HZ, seconds))  # noqa: E731
+
+    def drive(connection: BareConnection, opened: Sequence[ClosedLoopStreams]) -> float:
+        return p99_ms(open_loop(connection, opened, PACED_HZ, bench.seconds * PACED_LONGER))
+
     with engine_and_echo(bench, model, PACED_STREAMS, drive) as (engine, echo):
         samples = interleave(bench, {"served, p99 ms": engine, "echo, p99 ms": echo})
     return [paced_row(samples, model.description)]
@@ -213,15 +218,15 @@ def paced_row(samples: Samples, model: str) -> Row:
     served_ms, echo_ms = (median(values) for values in samples.values())
     threshold_ms = 2.0 if echo_ms < 0.5 else 4 * echo_ms
     what = "64 streams at 50 Hz, one frame in each message, p99 from when it was due"
-    return Row("paced", what, "ms", served_ms, threshold_ms, samples, "at most", {"model": model})
+    return Row("paced", what, model, "ms", served_ms, threshold_ms, samples, "at most")
 
 
-def p50_us(times: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+def p50_us(times: F64) -> float:
     """The median of times in seconds, in microseconds."""
     return float(np.median(times)) * 1e6
 
 
-def p99_ms(times: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+def p99_ms(times: F64) -> float:
     """The 99th percentile of times in seconds, in milliseconds."""
     return float(np.percentile(times, 99)) * 1e3
 
@@ -308,8 +313,7 @@ def start(bench: Bench) -> list[Row]:
 
     samples = interleave(bench, {"ready, s": ready_s})
     what = "instep serve from start to ready, not the first time on this machine"
-    value = median(samples["ready, s"])
-    return [Row("start", what, "s", value, 3.0, samples, "at most", {"model": model.description})]
+    return [Row("start", what, model.description, "s", median(samples["ready, s"]), 3.0, samples, "at most")]
 
 
 def _row(
@@ -317,8 +321,7 @@ def _row(
 ) -> Row:
     """A row that compares the medians of two sides."""
     compared = {side: samples[side] for side in (of, over)}
-    details = {"model": model.description}
-    return Row(name, what, "×", ratio(samples, of, over), at_least, compared, details=details)
+    return Row(name, what, model.description, "×", ratio(samples, of, over), at_least, compared)
 
 
 MEASUREMENTS: Final[dict[str, Callable[[Bench], list[Row]]]] = {

@@ -15,7 +15,7 @@ from instep.demo.child_server import ChildFailed
 
 
 def row(name: str, value: float, threshold: float | None = 1.0) -> Row:
-    return Row(name, f"what {name} is", "×", value, threshold, {"a": [value, value]}, details={"model": "GRU 3→4"})
+    return Row(name, f"what {name} is", "GRU 3→4", "×", value, threshold, {"a": [value, value]})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from benchmarks.rows import one_stream_row, p50_us, p99_ms, paced_row
 
 
 def row(number: float, threshold: float | None, direction: Direction = "at least") -> Row:
-    return Row("name", "what", "×", number, threshold, {"a": [1.0, 3.0, 2.0]}, direction)
+    return Row("name", "what", "GRU 3→4", "×", number, threshold, {"a": [1.0, 3.0, 2.0]}, direction)
 
 
 def test_sides_alternate_and_the_first_round_does_not_count() -> None:
@@ -56,13 +56,13 @@ def test_json_has_every_sample_and_the_verdict() -> None:
     assert row(2.123456789, 2.0).as_json() == {
         "name": "name",
         "what": "what",
+        "model": "GRU 3→4",
         "unit": "×",
         "value": 2.1235,
         "threshold": 2.0,
         "direction": "at least",
         "samples": {"a": [1.0, 3.0, 2.0]},
         "medians": {"a": 2.0},
-        "details": {},
         "reached": True,
     }
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,16 +16,31 @@ from instep.recording import commands
 from instep.recording.engines import refuse_other_engine
 from instep.recording.file import RecordingFile
 from instep.recording.lock import WriterLock
-from instep.recording.schema import row_is_sound
-from tests.recording import test_commands, test_engines, test_resume
+from instep.recording.schema import RecordingHeader, row_is_sound
+from instep.recording.writer import RecordingWriter, _set_up
+from tests.recording import test_commands, test_engines, test_resume, test_writer
 from tests.support.broken_rules import BrokenRule, check_is_found
 from tests.support.forger import Forger
 
 _NUMBERS = count()
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # scenarios fail before they close their recordings
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    yield
+    gc.collect()
+
 
 def a_lock_of_its_own(original: Any, lock: WriterLock, path: Path) -> None:
     original(lock, path.with_name(f"{path.name}.{next(_NUMBERS)}"))
+
+
+def without_fsync(original: Any, database: sqlite3.Connection, header: RecordingHeader) -> None:
+    original(database, replace(header, durability="commit"))
 
 
 def a_missing_batch_is_damage(tmp_path: Path) -> None:
@@ -46,6 +65,18 @@ RULES = (
         replaces=RecordingFile.check_positions,
         variant=lambda original, file, first=1: None,
         found_by=[a_missing_batch_is_damage],
+    ),
+    BrokenRule(
+        "a commit writes nothing",
+        replaces=RecordingWriter.commit,
+        variant=lambda original, writer: None,
+        found_by=[test_writer.test_what_is_not_committed_is_not_there],
+    ),
+    BrokenRule(
+        "fsync does not wait for the disk",
+        replaces=_set_up,
+        variant=without_fsync,
+        found_by=[test_resume.test_fsync_waits_for_the_disk],
     ),
     BrokenRule(
         "two engines write one recording",

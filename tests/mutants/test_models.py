@@ -1,0 +1,69 @@
+"""The rules of certification, broken one by one: its tests notice each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from instep.core.typing import I64
+from instep.models.certify import _Answers, _Probes, _sequence_distance
+from tests.models import test_certify
+from tests.support.broken_rules import BrokenRule, check_is_found
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def beside_themselves(original: Any, probes: _Probes, bucket: int) -> Iterator[I64]:
+    count = probes._count
+    for start in range(0, count, bucket):
+        yield (start + np.arange(bucket)) % count
+        yield (start + np.arange(bucket) + 1) % count
+
+
+def always_in_the_same_place(original: Any, probes: _Probes, bucket: int) -> Iterator[I64]:
+    count, half = probes._count, bucket // 2
+    for start in range(0, count, half):
+        yield np.concatenate([(start + np.arange(half)) % count, np.full(bucket - half, count)])
+
+
+RULES = (
+    BrokenRule(
+        "batch sizes with other bits are certified",
+        replaces=_Answers.tobytes,
+        variant=lambda original, answers: b"",
+        found_by=[partial(test_certify.test_a_bucket_with_other_bits_throughout_is_dropped_in_favour_of_the_rest, 24)],
+    ),
+    BrokenRule(
+        "a whole sequence with other bits is certified",
+        replaces=_sequence_distance,
+        variant=lambda original, model, steps: 0,
+        found_by=[partial(test_certify.test_a_whole_sequence_with_other_bits_is_noticed, "output")],
+    ),
+    BrokenRule(
+        "rows are only tried beside harmless ones",
+        replaces=_Probes._batches,
+        variant=beside_themselves,
+        found_by=[
+            partial(test_certify.test_a_network_whose_rows_feel_each_other_is_not_exact, test_certify.leak_of_nan)
+        ],
+    ),
+    BrokenRule(
+        "rows are only tried in the first half of a batch",
+        replaces=_Probes._batches,
+        variant=always_in_the_same_place,
+        found_by=[test_certify.test_bits_that_depend_on_the_position_in_every_bucket_are_not_exact],
+    ),
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.wrong)
+def test_a_broken_rule_is_noticed(rule: BrokenRule, request: pytest.FixtureRequest) -> None:
+    check_is_found(rule, request)
