@@ -137,7 +137,7 @@ class InProcessFrontend:
     @property
     def features(self) -> int:
         """Width of an input."""
-        return self._engine.tables.x.shape[1]
+        return int(self._engine.tables.x.shape[1])
 
     def connect(self) -> InProcessOrigin:
         """A new origin.

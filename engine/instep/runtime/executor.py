@@ -59,6 +59,13 @@ class StepExecutor(Protocol):
             EOFError: the executor has died.
         """
 
+    def take_signal(self) -> None:
+        """`signal_fd` is readable: take the signal, so that it waits for the next one.
+
+        Raises:
+            EOFError: the executor has died.
+        """
+
     def stop(self, timeout_s: float | None = None) -> None:
         """Let it finish what has begun, then end it; after the timeout it is abandoned or killed. May come twice."""
 
@@ -103,6 +110,9 @@ class InlineExecutor:
         results, self._results = self._results, []
         return results
 
+    def take_signal(self) -> None:
+        """There is none."""
+
     def stop(self, timeout_s: float | None = None) -> None:
         """Nothing is under way."""
 
@@ -139,16 +149,17 @@ class ThreadExecutor:
 
     def ended(self) -> list[RunResult]:
         """See `StepExecutor`."""
-        if not self._results and self._died is None:
-            return []
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.signal_fd, 64)
         results = []
         while self._results:
             results.append(self._results.popleft())
-        if not results and self._died is not None:
-            raise EOFError(f"the thread that steps has died: {self._died!r}")
         return results
+
+    def take_signal(self) -> None:
+        """See `StepExecutor`."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.signal_fd, 64)
+        if self._died is not None:
+            raise EOFError(f"the thread that steps has died: {self._died!r}")
 
     def stop(self, timeout_s: float | None = None) -> None:
         """See `StepExecutor`."""

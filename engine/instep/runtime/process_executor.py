@@ -76,7 +76,7 @@ class ProcessExecutor:
         self._next = 0
         self._under_way = 0
         """Runs that the process has."""
-        self._inline: list[RunResult] = []
+        self._results: list[RunResult] = []
         commands, self._commands = os.pipe()
         self.signal_fd, outcomes = os.pipe()
         server = os.getpid()
@@ -97,13 +97,13 @@ class ProcessExecutor:
     @property
     def has_ended(self) -> bool:
         """See `StepExecutor`."""
-        return bool(self._inline)
+        return bool(self._results)
 
     def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
         """See `StepExecutor`."""
-        is_idle = self._under_way == 0 and not self._inline
+        is_idle = self._under_way == 0 and not self._results
         if self._runs_short_inline and is_idle and 0 < expected_ns < _SHORT_NS:
-            self._inline.append(run_steps(self._step, slots, rows))
+            self._results.append(run_steps(self._step, slots, rows))
             return
         place, (steps, size) = self._next, rows.shape
         self._next = (place + 1) % _PLACES
@@ -116,29 +116,23 @@ class ProcessExecutor:
 
     def ended(self) -> list[RunResult]:
         """See `StepExecutor`."""
-        results, self._inline = self._inline, []
-        if not self._under_way:
-            if not results:
-                self._check_alive()
-            return results
-        outcomes = self._read()
-        for place, began_ns, ended_ns, steps, failure in _OUTCOME.iter_unpack(outcomes):
-            self._under_way -= 1
-            results.append(RunResult(began_ns, ended_ns, steps, self._error(place, failure) if failure else None))
+        if self._under_way:
+            self.take_signal()
+        results, self._results = self._results, []
         return results
 
-    def _read(self) -> bytes:
+    def take_signal(self) -> None:
+        """See `StepExecutor`; an idle process says nothing, but its end makes the pipe readable."""
         try:
             outcomes = os.read(self.signal_fd, _PLACES * _OUTCOME.size)
         except BlockingIOError:
-            return b""
+            return
         if not outcomes:
             raise EOFError("the process that steps has died")
-        return outcomes
-
-    def _check_alive(self) -> None:
-        """An idle process says nothing, but its end makes the pipe readable."""
-        assert not self._read(), "the process told of a run that never began"
+        for place, began_ns, ended_ns, steps, failure in _OUTCOME.iter_unpack(outcomes):
+            self._under_way -= 1
+            error = self._error(place, failure) if failure else None
+            self._results.append(RunResult(began_ns, ended_ns, steps, error))
 
     def _error(self, place: int, failure: int) -> Exception:
         text = self._text[place].tobytes().rstrip(b"\0").decode(errors="replace")

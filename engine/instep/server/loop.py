@@ -43,10 +43,11 @@ class Loop:
 
     def start(self) -> None:
         """Take a turn whenever something arrives or a run ends, from now on."""
-        fds = [frontend.signal_fd for frontend in self.frontends] + [self.engine.executor.signal_fd]
-        self._fds = [fd for fd in fds if fd is not None]
-        for fd in self._fds:
-            self._loop.add_reader(fd, self.turn)
+        turns = [(frontend.signal_fd, self.turn) for frontend in self.frontends]
+        for fd, call in (*turns, (self.engine.executor.signal_fd, self._run_ended)):
+            if fd is not None:
+                self._loop.add_reader(fd, call)
+                self._fds.append(fd)
         self.wake()
 
     def stop(self) -> None:
@@ -61,6 +62,13 @@ class Loop:
             self._is_due = True
             self._loop.call_soon(self.turn)
 
+    def _run_ended(self) -> None:
+        try:
+            self.engine.executor.take_signal()
+        except Exception as error:  # it has died
+            self._on_bug(error)
+        self.turn()
+
     def turn(self) -> None:
         """One turn. Its order is the only thing that orders frames and requests on streams."""
         self._is_due = False
@@ -71,7 +79,7 @@ class Loop:
             if has_received:
                 self._poll()
             # A send may have taken the signal of an arrival, so it is looked for. At most one turn is due at a time.
-            if self.engine.executor.has_ended or any(frontend.is_readable for frontend in self.frontends):
+            if self._has_work():
                 self.wake()
         except Exception as error:
             self._on_bug(error)
@@ -92,6 +100,16 @@ class Loop:
             engine.schedule()
         return has_received
 
+    def _has_work(self) -> bool:
+        executor = self.engine.executor
+        try:
+            if self.engine.is_running:
+                executor.take_signal()
+            return executor.has_ended or any(frontend.is_readable for frontend in self.frontends)
+        except Exception as error:  # the executor has died
+            self._on_bug(error)
+            return False
+
     def _poll(self) -> None:
         """Something happened: poll from now on, unless what is under way takes longer than that anyway."""
         if self.engine.expected_ns >= self._busy_poll_ns:
@@ -105,12 +123,8 @@ class Loop:
         now_ns = time.monotonic_ns()
         slice_ends_ns = min(now_ns + _SLICE_NS, self._poll_until_ns)
         while now_ns < slice_ends_ns and not self._is_stopped:
-            if any(frontend.is_readable for frontend in self.frontends):
+            if self._has_work():
                 self.turn()
-                break
-            if self.engine.is_running and self.engine.collect():  # what ended there has to be flushed
-                self.engine.flush()
-                self.wake()
                 break
             os.sched_yield()
             now_ns = time.monotonic_ns()

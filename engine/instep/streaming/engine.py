@@ -257,6 +257,8 @@ class Engine:
         Raises:
             EOFError: the executor has died.
         """
+        if not self._runs:
+            return False
         results = self.executor.ended()
         for result in results:
             self._finish(self._runs.popleft(), result)

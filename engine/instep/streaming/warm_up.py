@@ -35,7 +35,7 @@ class _Nobody:
 
 
 class _OneBucket:
-    buckets = (1,)
+    buckets: tuple[int, ...] = (1,)
 
     def bucket(self, size: int) -> int:
         """The only one."""
