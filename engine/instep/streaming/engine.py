@@ -101,6 +101,7 @@ class Engine:
         stats: what is counted.
         log_failure: told of failed steps: the error and how many streams it concerns.
         call_later: runs something after so many seconds, for batches that are held.
+        wake: lets the loop take a turn.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Engine:
         stats: EngineStats,
         log_failure: Callable[[Exception, int], None],
         call_later: Callable[[float, Callable[[], None]], object],
+        wake: Callable[[], None],
     ) -> None:
         self.tables = tables
         self.packed = tuple(tables)
@@ -136,6 +138,7 @@ class Engine:
         self._limits = limits
         self._log_failure = log_failure
         self._call_later = call_later
+        self._wake = wake
         self._submitted: list[Frames] = []
         self._runs: deque[_Run] = deque()
         self._results: deque[_Result] = deque()
@@ -237,7 +240,7 @@ class Engine:
         self.executor.begin(slots, rows, expected_ns)
 
     def _holds_batch(self) -> bool:
-        """Whether to wait for a fuller batch; the timer schedules it."""
+        """Whether to wait for a fuller batch; the timer wakes the loop."""
         counts, limits = self.tables.counts, self._limits
         is_full = counts[READY] >= min(limits.max_batch_size, self.table.open_count)
         hold_ns = int(counts[READY_SINCE_NS]) + limits.max_queue_delay_ns - time.monotonic_ns()
@@ -250,7 +253,7 @@ class Engine:
 
     def _end_hold(self) -> None:
         self._is_holding = False
-        self.schedule()
+        self._wake()  # a run that ends within `begin` has to be collected
 
     def collect(self) -> bool:
         """Take the runs that have ended; whether there were any.
