@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from instep.core.tables import MOST_STEPS
 from instep.core.typing import U64
-from instep.runtime.executor import MOST_STEPS, InlineExecutor
+from instep.runtime.executor import InlineExecutor
 from tests.support.models import SMALL, whole
 from tests.support.streaming import Listener, StreamingEngine, failures, random_frames, step, streaming
 

@@ -161,3 +161,23 @@ async def test_an_origin_that_left_gets_no_replies_and_neither_does_the_next_one
         await kit.finish()
         assert not gone.replies + heir.replies
         assert kit.listen().number == gone.number
+
+
+async def test_two_messages_with_the_same_tag_are_answered_each_with_its_own_outputs(
+    rng: np.random.Generator,
+) -> None:
+    """Both repeat frames that were applied before, so outputs are kept for both; a client may number as it likes."""
+    x = random_frames(rng, 3, 4)
+    async with streaming() as kit:
+        one = kit.listen()
+        handles = await opened(kit, one, 4)
+        kit.submit(one, 0, handles, [0] * 4, x[:1])
+        kit.loop.turn()
+        await kit.finish()
+        kit.submit(one, 7, handles[:3], [0] * 3, x[:2, :3])
+        kit.submit(one, 7, handles[3:], [0], x[:2, 3:])
+        kit.loop.turn()
+        await kit.finish_all()
+        y = np.concatenate([reply.y for reply in one.replies[1:]], axis=1)
+        for column in range(4):
+            np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:2, column])[0])

@@ -340,7 +340,7 @@ async def test_a_claim_on_a_stream_that_is_closing_waits_for_its_end(rng: np.ran
         claimed = asyncio.ensure_future(resume(origin, ["s"], [0], opened.epochs.tolist()))
         await kit.settle()
         leave(kit, owner)
-        assert not (closing.done() or claimed.done()), "its end is not told before it has ended"
+        assert [closing.done(), claimed.done()] == [False] * 2, "its end is not told before it has ended"
         await kit.finish_all()
         assert refused(await claimed) == [(Code.UNKNOWN_STREAM, 0)]
         assert (kit.table.open_count, kit.stats.parked_streams_total) == (0, 0)

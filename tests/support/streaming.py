@@ -93,9 +93,8 @@ class Listener:
 
     def deliver(self, reply: Reply) -> None:
         """See `Origin`."""
-        columns = (reply.codes.copy(), reply.lengths.copy(), reply.expected_seqs.copy())
-        codes, lengths, expected = columns
-        self.replies.append(replace(reply, y=reply.y.copy(), codes=codes, lengths=lengths, expected_seqs=expected))
+        columns = None if reply.failures is None else reply.failures.copy()
+        self.replies.append(replace(reply, y=reply.y.copy(), failures=columns))
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
         """See `Origin`."""
@@ -133,6 +132,7 @@ class StreamingEngine:
             "max_origins": 6,
             "window": 32,
             "max_pending": 512,
+            "max_block": 512,
             "credit": 512,
             "max_batch_size": 8,
             "max_queue_delay_ns": 0,
@@ -141,7 +141,7 @@ class StreamingEngine:
         ready = prepared(model)
         network = ready.network
         sizes = size["max_streams"], size["max_origins"], size["window"], network.features, network.outputs
-        self.tables = tables = make_tables(*sizes, size["max_pending"], size["credit"])
+        self.tables = tables = make_tables(*sizes, size["max_pending"], size["max_block"], size["credit"])
         self.table = StreamTable(tables, np.arange(1, size["max_streams"] + 2, dtype=np.uint32) * 1000)
         self.stepper = Stepper(network, ready.certification.buckets, size["max_streams"], CPU)
         self.executor = executor(lambda slots, rows: self.stepper.step(slots, rows, tables.x, tables.y))
@@ -254,8 +254,9 @@ async def step(
 
 def failures(reply: Reply) -> list[tuple[int, int, Code, int]]:
     """(column, timestep, code, expected seq) of each column that was not applied as a whole."""
-    columns = zip(reply.lengths.tolist(), reply.codes.tolist(), reply.expected_seqs.tolist(), strict=True)
-    return [(at, length, Code(code), seq) for at, (length, code, seq) in enumerate(columns) if code]
+    if reply.failures is None:
+        return []
+    return [(at, length, Code(code), seq) for at, (code, length, seq) in enumerate(reply.failures.T.tolist()) if code]
 
 
 def random_frames(rng: np.random.Generator, timesteps: int, columns: int = 1, features: int = 5) -> F32:

@@ -105,6 +105,7 @@ def assemble(
         groups[group, MESSAGES] += 1
         tables.reply_messages[0, message_at] = messages["tag"][number]
         tables.reply_messages[1, message_at] = width
+        tables.reply_messages[2, message_at] = number
         column = messages["head"][number]
         for _ in range(width):
             slot, seq, length = records["slot"][column], records["seq"][column], records["length"][column]

@@ -154,7 +154,7 @@ class Tables(NamedTuple):
     groups: I64
     """int64 [groups, fields], by `assemble`: messages that are answered together."""
     reply_messages: I64
-    """int64 [2, messages], by `assemble`: tags and widths, by group."""
+    """int64 [3, messages], by `assemble`: tags, widths and numbers, by group."""
     reply_columns: I64
     """int64 [3, columns], by `assemble`: codes, lengths and expected seqs, by group."""
     reply_y: F32
@@ -214,7 +214,7 @@ def make_tables(
         np.zeros(max_streams, np.int64),
         np.zeros(MOST_STEPS * max_streams, np.int64),
         np.zeros((max_pending_frames, _FIELDS), np.int64),
-        np.zeros((2, max_pending_frames), np.int64),
+        np.zeros((3, max_pending_frames), np.int64),
         np.zeros((3, max_pending_frames), np.int64),
         np.zeros(max(max_pending_frames, max_block_frames) * outputs, np.float32),
     )
