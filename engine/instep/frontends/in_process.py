@@ -167,7 +167,8 @@ class InProcessFrontend:
             try:
                 result = await request()
             except Refusal as refusal:
-                future.set_exception(refusal)
+                if not future.done():  # the caller may have been cancelled
+                    future.set_exception(refusal)
             else:
                 if not future.done():
                     future.set_result(result)

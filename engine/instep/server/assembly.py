@@ -133,7 +133,19 @@ def _make_server(
 
     engine_limits = EngineLimits(limits.max_batch_size, limits.max_queue_delay_ns, limits.max_block_frames)
     call_later = asyncio.get_running_loop().call_later
-    engine = Engine(tables, table, origins, stepper, executor, journal, engine_limits, stats, log_failure, call_later)
+    engine = Engine(
+        tables,
+        table,
+        origins,
+        stepper,
+        executor,
+        journal,
+        engine_limits,
+        stats,
+        log_failure,
+        call_later,
+        loop.wake,
+    )
     operations = StreamOperations(engine, stepper, tasks, loop.wake, log_failure)
     reaper = Reaper(engine, operations, _idle_limits(config))
     target_ns = round(config.recording.recovery_target_s * 1e9)

@@ -100,6 +100,7 @@ class Engine:
         stats: what is counted.
         log_failure: told of failed steps: the error and how many streams it concerns.
         call_later: runs something after so many seconds, for batches that are held.
+        wake: lets the loop take a turn.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Engine:
         stats: EngineStats,
         log_failure: Callable[[Exception, int], None],
         call_later: Callable[[float, Callable[[], None]], object],
+        wake: Callable[[], None],
     ) -> None:
         self.tables = tables
         self.packed = tuple(tables)
@@ -135,6 +137,7 @@ class Engine:
         self._limits = limits
         self._log_failure = log_failure
         self._call_later = call_later
+        self._wake = wake
         self._submitted: list[Frames] = []
         self._runs: deque[_Run] = deque()
         self._results: deque[_Result] = deque()
@@ -236,7 +239,7 @@ class Engine:
         self.executor.begin(slots, rows, expected_ns)
 
     def _holds_batch(self) -> bool:
-        """Whether to wait for a fuller batch; the timer schedules it."""
+        """Whether to wait for a fuller batch; the timer wakes the loop."""
         counts, limits = self.tables.counts, self._limits
         is_full = counts[READY] >= min(limits.max_batch_size, self.table.open_count)
         hold_ns = int(counts[READY_SINCE_NS]) + limits.max_queue_delay_ns - time.monotonic_ns()
@@ -249,7 +252,7 @@ class Engine:
 
     def _end_hold(self) -> None:
         self._is_holding = False
-        self.schedule()
+        self._wake()  # a run that ends within `begin` has to be collected
 
     def collect(self) -> bool:
         """Take the runs that have ended; whether there were any.
@@ -323,7 +326,11 @@ class Engine:
 
     def _reply(self, groups: int, messages: int, began_ns: int, compute_ns: int, send_ns: int) -> None:
         tables, outputs = self.tables, self.tables.y.shape[1]
+<<<<<<< HEAD
         tags, widths = tables.reply_messages[:2, :messages].tolist()
+=======
+        tags, widths, _ = tables.reply_messages[:, :messages].tolist()
+>>>>>>> engine
         # The order of these names is that of the columns of `Tables.groups`.
         for number, timesteps, width, count, message, column, value, failed, frames, arrived_ns in tables.groups[
             :groups
@@ -345,20 +352,35 @@ class Engine:
                 )
             )
 
+<<<<<<< HEAD
     def _put_repeated(self, groups: int) -> None:
+=======
+    def _repeated_of(self, numbers: I32) -> dict[int, tuple[F32, I64]]:
+        """Outputs that were kept since admission, by the number of their message; kernels use the number again."""
+        return {number: self._repeated.pop(number) for number in numbers.tolist() if number in self._repeated}
+
+    def _put_repeated(self, repeated: dict[int, tuple[F32, I64]], groups: int) -> None:
+>>>>>>> engine
         """Put kept outputs into the replies: later frames may have taken their rows."""
         tables, outputs = self.tables, self.tables.y.shape[1]
         for fields in tables.groups[:groups]:
             first, width, timesteps = int(fields[FIRST_VALUE]), int(fields[WIDTH]), int(fields[TIMESTEPS])
             whole = tables.reply_y[first : first + timesteps * width * outputs].reshape(timesteps, width, outputs)
             column, message = 0, int(fields[FIRST_MESSAGE])
+<<<<<<< HEAD
             for at in range(message, message + int(fields[MESSAGES])):
                 kept = self._repeated.pop(int(tables.reply_messages[2, at]), None)
                 if kept is not None:
                     y, skipped = kept
+=======
+            _, widths, numbers = tables.reply_messages[:, message : message + int(fields[MESSAGES])].tolist()
+            for number, columns in zip(numbers, widths, strict=True):
+                if number in repeated:
+                    y, skipped = repeated[number]
+>>>>>>> engine
                     mask = np.arange(len(y))[:, None] < skipped
-                    whole[: len(y), column : column + len(skipped)][mask] = y[mask]
-                column += int(tables.reply_messages[1, at])
+                    whole[: len(y), column : column + columns][mask] = y[mask]
+                column += columns
 
     # ── For operations ─────────────────────────────────────────────────────────────────────────────────────────────
 

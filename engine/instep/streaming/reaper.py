@@ -42,13 +42,17 @@ class Reaper:
         engine: the streams.
         operations: ends them.
         limits: when.
+        at_once: see `AT_ONCE`.
     """
 
-    def __init__(self, engine: Engine, operations: StreamOperations, limits: IdleLimits) -> None:
+    def __init__(
+        self, engine: Engine, operations: StreamOperations, limits: IdleLimits, at_once: int = AT_ONCE
+    ) -> None:
         self._engine = engine
         self._table = engine.table
         self._operations = operations
         self._limits = limits
+        self._at_once = at_once
         self._ticks = 0
         self._detaching: set[int] = set()
         """Numbers of origins that are gone and may have streams which are neither parked nor closing yet."""
@@ -81,7 +85,7 @@ class Reaper:
 
     def _park(self, now_ns: int) -> None:
         owned = self._table.owned_by(*self._detaching)
-        slots, rest = owned[:AT_ONCE], owned[AT_ONCE:]
+        slots, rest = owned[: self._at_once], owned[self._at_once :]
         self._detaching = set(self._table.owner[rest].tolist())
         if not self._limits.park_ns:
             self._operations.evict(slots, Code.CLIENT_GONE)
@@ -96,7 +100,7 @@ class Reaper:
         if table.owned[table.parked] <= most:
             return
         parked = table.parked_since(np.iinfo(np.int64).max)
-        excess = min(len(parked) - most, AT_ONCE)
+        excess = min(len(parked) - most, self._at_once)
         if excess > 0:
             oldest: I64 = np.argsort(table.last_active_ns[parked], kind="stable")[:excess]
             self._operations.expire(parked[oldest])
@@ -104,7 +108,7 @@ class Reaper:
     def _evict_idle(self, now_ns: int) -> None:
         limits, table = self._limits, self._table
         if limits.max_idle_ns:
-            self._operations.evict(table.idle_since(now_ns - limits.max_idle_ns)[:AT_ONCE], Code.IDLE)
+            self._operations.evict(table.idle_since(now_ns - limits.max_idle_ns)[: self._at_once], Code.IDLE)
         if limits.first_frame_ns:
-            self._operations.evict(table.unused_since(now_ns - limits.first_frame_ns)[:AT_ONCE], Code.NEVER_USED)
-        self._operations.expire(table.parked_since(now_ns - limits.park_ns)[:AT_ONCE])
+            self._operations.evict(table.unused_since(now_ns - limits.first_frame_ns)[: self._at_once], Code.NEVER_USED)
+        self._operations.expire(table.parked_since(now_ns - limits.park_ns)[: self._at_once])

@@ -1,4 +1,4 @@
-"""Everything a client can do wrong: a typed error and a sentence, no state changed, the connection usable."""
+"""Everything that a client can do wrong: a typed error and a sentence, no state changed, the connection usable."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import zmq
 
-from instep.core.typing import F32, U64
 from instep.server.server import Server
 from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.streaming import random_frames
 
 F, H = 5, 8
 
@@ -31,10 +31,6 @@ async def client(server: Server) -> AsyncIterator[RawClient]:
     async with RawClient(server.endpoint) as client:
         await client.hello()
         yield client
-
-
-def frames(rng: np.random.Generator, timesteps: int, columns: int = 1) -> F32:
-    return rng.standard_normal((timesteps, columns, F)).astype(np.float32)
 
 
 def header(kind: Kind, *fields: object) -> bytes:
@@ -54,7 +50,7 @@ MALFORMED: list[tuple[list[bytes], Code, str]] = [
     ([msgpack.packb([Kind.PING, -1])], Code.MALFORMED, "request"),
     ([msgpack.packb([Kind.PING, 1, 2])], Code.MALFORMED, "elements"),
     ([msgpack.packb([Kind.PING, 1]), b""], Code.MALFORMED, "frames"),
-    ([msgpack.packb([Kind.STATISTICS, 1, []])], Code.MALFORMED, "server's to say"),
+    ([msgpack.packb([Kind.STATISTICS, 1, []])], Code.MALFORMED, "a message of the server's"),
     ([header(Kind.STEP, 0, 1, F, "f4"), COLUMN, b""], Code.MALFORMED, "T must"),
     ([header(Kind.STEP, 1, 2**20, F, "f4"), COLUMN, b""], Code.MALFORMED, "N must"),
     ([header(Kind.STEP, 1, 1, F, "f4"), COLUMN, b"\0" * 19], Code.MALFORMED, "x must be 20 bytes"),
@@ -101,7 +97,7 @@ async def test_a_bad_message_is_answered_and_the_connection_stays_usable(
     client: RawClient, rng: np.random.Generator, message: list[bytes], code: Code, part: str
 ) -> None:
     handles = (await client.open("s")).handles()
-    x = frames(rng, 2)
+    x = random_frames(rng, 2)
     first = await client.step(handles, [0], x[:1])
     reply = await client.ask(*message)
     assert reply.code is code
@@ -144,73 +140,11 @@ async def test_a_state_that_is_not_finite_is_refused(client: RawClient) -> None:
     assert reply.failures() == [(1, 0, Code.NOT_FINITE, 0)]
 
 
-async def test_one_bad_frame_in_a_block_leaves_the_others_alone(client: RawClient, rng: np.random.Generator) -> None:
-    handles = (await client.open("a", "b", "c")).handles()
-    x = frames(rng, 4, 3)
-    bad = x.copy()
-    bad[2, 1, 0] = np.inf
-    reply = await client.step(handles, [0, 0, 0], bad)
-    assert reply.failures() == [(1, 2, Code.NOT_FINITE, 2)]
-    y = reply.floats().reshape(4, 3, H)
-    for column in (0, 2):
-        np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:, column])[0])
-    truth = whole(SMALL, x[:, 1])[0]
-    np.testing.assert_array_equal(y[:2, 1], truth[:2])
-    assert np.isnan(y[2:, 1]).all()
-    again = await client.step(handles[1:2], [2], x[2:, 1:2])
-    np.testing.assert_array_equal(again.floats().reshape(2, H), truth[2:])
-
-
-async def test_wrong_seqs_unknown_and_foreign_streams(
-    server: Server, client: RawClient, rng: np.random.Generator
-) -> None:
-    async with RawClient(server.endpoint) as other:
-        await other.hello()
-        foreign = (await other.open("theirs")).handles()
-        mine = (await client.open("a", "b", "c")).handles()
-        x = frames(rng, 1, 5)
-        handles: U64 = np.concatenate([mine, foreign, np.array([12345], np.uint64)])
-        reply = await client.step(handles, [0, 1, 0, 0, 0], x)
-        assert reply.failures() == [
-            (1, 0, Code.SEQ_GAP, 0),
-            (3, 0, Code.FOREIGN_STREAM, 0),
-            (4, 0, Code.UNKNOWN_STREAM, 0),
-        ]
-        changed = await client.step(mine[:1], [0], x[:, 1:2])
-        assert changed.failures() == [(0, 0, Code.CONFLICT, 1)]
-        assert (await client.close(foreign)).failures() == [(0, 0, Code.FOREIGN_STREAM, 0)]
-        theirs = await other.step(foreign, [0], x[:, 3:4])
-        np.testing.assert_array_equal(theirs.floats(), whole(SMALL, x[:, 3])[0].ravel())
-
-
-async def test_a_stream_may_stand_only_once_in_a_block(client: RawClient, rng: np.random.Generator) -> None:
-    handles = (await client.open("a")).handles()
-    twice = np.repeat(handles, 2)
-    assert (await client.step(twice, [0, 1], frames(rng, 1, 2))).code is Code.REPEATED_STREAM
-    assert (await client.close(twice)).code is Code.REPEATED_STREAM
-    assert (await client.step(handles, [0], frames(rng, 1))).failures() == []
-
-
-async def test_a_stale_handle_beside_its_slots_next_stream_fails_its_own_column_only(
-    client: RawClient, rng: np.random.Generator
-) -> None:
-    old = (await client.open("old")).handles()
-    await client.close(old)
-    new = (await client.open("new")).handles()
-    assert int(old[0]) % 2**32 == int(new[0]) % 2**32
-    x = frames(rng, 1, 2)
-    reply = await client.step(np.concatenate([old, new]), [0, 0], x)
-    assert reply.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
-    np.testing.assert_array_equal(reply.floats().reshape(2, H)[1], whole(SMALL, x[:, 1])[0].ravel())
-    closed = await client.close(np.concatenate([old, new]))
-    assert closed.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
-
-
 async def test_more_than_the_credit_is_refused_whole_and_what_is_behind_it_is_a_gap(
     client: RawClient, rng: np.random.Generator
 ) -> None:
     handles = (await client.open("a")).handles()
-    x = frames(rng, 64 * 3)
+    x = random_frames(rng, 64 * 3)
     messages = [client.step_message(handles, [start], x[start : start + 64]) for start in (0, 64, 128)]
     for message in messages:
         await client.send(*message)
@@ -235,7 +169,7 @@ async def test_an_oversized_message_costs_the_connection_and_nobody_elses(
     async with RawClient(server.endpoint) as big:
         await big.hello()
         await big.send(msgpack.packb([Kind.PING, 1]), b"\0" * (17 << 20))
-        reply = await client.step(handles, [0], frames(rng, 1))
+        reply = await client.step(handles, [0], random_frames(rng, 1))
         assert reply.failures() == []
 
 
@@ -248,12 +182,15 @@ async def test_no_more_connections_than_the_limit() -> None:
             assert "max_connections" in reply.sentence
 
 
-async def test_the_empty_message_that_begins_a_connection_is_answered_and_not_counted_as_refused() -> None:
-    async with running(SMALL) as server, RawClient(server.endpoint, options={zmq.PROBE_ROUTER: 1}) as client:
-        assert (await client.receive()).code is Code.HELLO_FIRST
-        assert server.statistics.refused_messages_total == 0
-        await client.send(b"")
-        assert (await client.receive()).code is Code.HELLO_FIRST
-        await client.send(b"nonsense")
-        assert (await client.receive()).code is Code.MALFORMED
-        assert server.statistics.refused_messages_total == 1
+async def test_the_empty_message_that_begins_a_connection_is_answered_and_not_counted_as_refused(
+    server: Server, client: RawClient
+) -> None:
+    async def refused() -> float:
+        return (await client.statistics())["refused_messages_total"]
+
+    async with RawClient(server.endpoint, options={zmq.PROBE_ROUTER: 1}) as stranger:
+        assert (await stranger.receive()).code is Code.HELLO_FIRST
+        assert (await stranger.ask(b"")).code is Code.HELLO_FIRST
+        assert await refused() == 0
+        assert (await stranger.ask(b"nonsense")).code is Code.MALFORMED
+        assert await refused() == 1

@@ -1,0 +1,241 @@
+"""Frames that are sent again, ahead of their turn or beyond the window: every frame is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+
+from instep.core.typing import U64
+from instep.frontends.in_process import InProcessOrigin
+from instep.runtime.executor import InlineExecutor
+from instep.streaming.api import Refusal
+from instep_client.protocol.codes import Code
+from tests.support.models import SMALL, whole
+from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
+
+H, W = 8, 8
+
+
+@pytest.fixture
+async def kit() -> AsyncIterator[StreamingEngine]:
+    async with streaming(InlineExecutor, window=W, credit=64, max_pending=96) as kit:
+        yield kit
+
+
+@pytest.fixture
+def origin(kit: StreamingEngine) -> InProcessOrigin:
+    return kit.frontend.connect()
+
+
+async def opened(origin: InProcessOrigin, *names: str) -> U64:
+    return (await origin.open(names)).handles
+
+
+async def test_frames_sent_again_are_answered_with_the_same_bytes_and_not_computed_again(
+    kit: StreamingEngine, origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    handles = await opened(origin, "a", "b")
+    x = random_frames(rng, W, 2)
+    first = await step(origin, handles, [0, 0], x)
+    for _ in range(3):
+        again = await step(origin, handles, [0, 0], x)
+        assert failures(again) == []
+        assert again.y.tobytes() == first.y.tobytes()
+    part = await step(origin, handles[1:], [3], x[3:6, 1:])
+    assert part.y.tobytes() == first.y[3:6, 1:].tobytes()
+    assert (kit.stats.frames_total, kit.engine.pending_frames) == (2 * W, 0)
+    read = await origin.read_states(handles)
+    for column in range(2):
+        np.testing.assert_array_equal(read.states[column], whole(SMALL, x[:, column])[1])
+
+
+async def test_a_message_may_mix_what_was_applied_and_what_is_new_within_and_across_columns(
+    kit: StreamingEngine, origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    handles = await opened(origin, "ahead", "behind", "new")
+    x = random_frames(rng, 6, 3)
+    await step(origin, handles[:1], [0], x[:, :1])
+    await step(origin, handles[1:2], [0], x[:2, 1:2])
+    reply = await step(origin, handles, [0, 0, 0], x)
+    assert failures(reply) == []
+    for column in range(3):
+        np.testing.assert_array_equal(reply.y[:, column], whole(SMALL, x[:, column])[0])
+    assert kit.stats.frames_total == 3 * 6
+
+
+async def test_the_same_seq_with_another_bit_is_a_conflict_and_changes_nothing(
+    kit: StreamingEngine, origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    handles = await opened(origin, "a")
+    x = random_frames(rng, 6)
+    await step(origin, handles, [0], x[:4])
+    other = x.copy()
+    other[2].view(np.uint32)[0, 4] ^= 1
+    reply = await step(origin, handles, [0], other)
+    assert failures(reply) == [(0, 2, Code.CONFLICT, 4)]
+    truth = whole(SMALL, x[:, 0])[0]
+    np.testing.assert_array_equal(reply.y[:2, 0], truth[:2])
+    assert np.isnan(reply.y[2:]).all()
+    rest = await step(origin, handles, [4], x[4:])
+    np.testing.assert_array_equal(rest.y[:, 0], truth[4:])
+    assert kit.stats.frames_total == 6
+
+
+async def test_a_conflict_is_told_before_a_full_window_and_frames_that_are_not_finite(
+    origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    handles = await opened(origin, "a")
+    x = random_frames(rng, 2 * W)
+    await step(origin, handles, [0], x[:W])
+    other = x.copy()
+    other[0, 0, 0] = np.nan
+    assert failures(await step(origin, handles, [0], other)) == [(0, 0, Code.CONFLICT, W)]
+
+
+async def test_a_gap_is_refused_with_the_seq_that_is_expected(
+    origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    handles = await opened(origin, "a")
+    x = random_frames(rng, 3)
+    for seq in (1, 2**62, -1):  # seqs of 2^63 and more are negative here
+        assert failures(await step(origin, handles, [seq], x[1:])) == [(0, 0, Code.SEQ_GAP, 0)]
+    reply = await step(origin, handles, [0], x)
+    np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
+
+
+async def test_the_window_admits_what_fits_and_moves_with_what_is_acknowledged(
+    origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    handles = await opened(origin, "a")
+    x = random_frames(rng, 3 * W)
+    truth = whole(SMALL, x[:, 0])[0]
+    reply = await step(origin, handles, [0], x[: W + 2])
+    assert failures(reply) == [(0, W, Code.WINDOW_FULL, W)]
+    np.testing.assert_array_equal(reply.y[:W, 0], truth[:W])
+    assert failures(await step(origin, handles, [W], x[W : W + 1])) == [(0, 0, Code.WINDOW_FULL, W)]
+    moved = await step(origin, handles, [W], x[W : 2 * W], W - 3)
+    assert failures(moved) == [(0, W - 3, Code.WINDOW_FULL, 2 * W - 3)]
+    again = await step(origin, handles, [W - 3], x[W - 3 : 2 * W - 3], W - 3)
+    np.testing.assert_array_equal(again.y[:, 0], truth[W - 3 : 2 * W - 3])
+
+
+async def test_outputs_that_were_not_computed_cannot_be_acknowledged(
+    origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    handles = await opened(origin, "a")
+    x = random_frames(rng, 2)
+    await step(origin, handles, [0], x[:1])
+    assert failures(await step(origin, handles, [1], x[1:], 2)) == [(0, 0, Code.ACK_AHEAD, 1)]
+    assert failures(await step(origin, handles, [1], x[1:], 1)) == []
+
+
+async def test_an_acknowledged_frame_is_not_kept(origin: InProcessOrigin, rng: np.random.Generator) -> None:
+    handles = await opened(origin, "a")
+    x = random_frames(rng, 3)
+    await step(origin, handles, [0], x[:2])
+    await step(origin, handles, [2], x[2:], 1)
+    assert failures(await step(origin, handles, [0], x[:1])) == [(0, 0, Code.SEQ_REPEATED, 3)]
+    assert failures(await step(origin, handles, [1], x[1:2], 1)) == []
+
+
+async def test_many_windows_later_every_output_is_still_the_networks(
+    origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    handles = await opened(origin, "a")
+    x = random_frames(rng, 20 * W)
+    served, seq, acked = np.full((20 * W, H), np.nan, np.float32), 0, 0
+    while seq < len(x):
+        start = int(rng.integers(acked, seq + 1))  # some of them again
+        stop = min(len(x), start + int(rng.integers(1, W + 1)), acked + W)
+        if stop <= start:
+            acked = start
+            continue
+        reply = await step(origin, handles, [start], x[start:stop], acked)
+        assert failures(reply) == []
+        served[start:stop] = reply.y[:, 0]
+        seq = max(seq, stop)
+        acked = int(rng.integers(acked, seq + 1))
+    np.testing.assert_array_equal(served, whole(SMALL, x[:, 0])[0])
+
+
+async def test_one_bad_frame_in_a_message_leaves_the_other_columns_alone(
+    origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    handles = await opened(origin, "a", "b", "c")
+    x = random_frames(rng, 4, 3)
+    bad = x.copy()
+    bad[2, 1, 0] = np.inf
+    reply = await step(origin, handles, [0, 0, 0], bad)
+    assert failures(reply) == [(1, 2, Code.NOT_FINITE, 2)]
+    for column in (0, 2):
+        np.testing.assert_array_equal(reply.y[:, column], whole(SMALL, x[:, column])[0])
+    truth = whole(SMALL, x[:, 1])[0]
+    np.testing.assert_array_equal(reply.y[:2, 1], truth[:2])
+    assert np.isnan(reply.y[2:, 1]).all()
+    again = await step(origin, handles[1:2], [2], x[2:, 1:2])
+    np.testing.assert_array_equal(again.y[:, 0], truth[2:])
+
+
+async def test_a_stream_may_be_named_only_once_in_a_message(origin: InProcessOrigin, rng: np.random.Generator) -> None:
+    handles = await opened(origin, "a")
+    twice = np.repeat(handles, 2)
+    for asked in (step(origin, twice, [0, 1], random_frames(rng, 1, 2)), origin.close(twice)):
+        with pytest.raises(Refusal) as refused:
+            await asked
+        assert refused.value.code is Code.REPEATED_STREAM
+    assert failures(await step(origin, handles, [0], random_frames(rng, 1))) == []
+
+
+async def test_an_old_handle_beside_its_slots_next_stream_fails_its_own_column_only(
+    origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    old = await opened(origin, "old")
+    await origin.close(old)
+    new = await opened(origin, "new")
+    assert int(old[0]) % 2**32 == int(new[0]) % 2**32
+    x = random_frames(rng, 1, 2)
+    both: U64 = np.concatenate([old, new])
+    reply = await step(origin, both, [0, 0], x)
+    assert failures(reply) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+    np.testing.assert_array_equal(reply.y[:, 1], whole(SMALL, x[:, 1])[0])
+    assert (await origin.close(both)).codes.tolist() == [Code.UNKNOWN_STREAM, 0]
+
+
+async def test_foreign_and_unknown_streams_are_refused_column_by_column(
+    kit: StreamingEngine, origin: InProcessOrigin, rng: np.random.Generator
+) -> None:
+    other = kit.frontend.connect()
+    theirs, mine = await opened(other, "theirs"), await opened(origin, "mine")
+    x = random_frames(rng, 1, 4)
+    strange: U64 = np.array([12345, 2**64 - 1], np.uint64)
+    reply = await step(origin, np.concatenate([mine, theirs, strange]), [0] * 4, x)
+    assert failures(reply) == [
+        (1, 0, Code.FOREIGN_STREAM, 0),
+        (2, 0, Code.UNKNOWN_STREAM, 0),
+        (3, 0, Code.UNKNOWN_STREAM, 0),
+    ]
+    assert (await origin.close(theirs)).codes.tolist() == [Code.FOREIGN_STREAM]
+    served = await step(other, theirs, [0], x[:, 1:2])
+    np.testing.assert_array_equal(served.y[:, 0], whole(SMALL, x[:, 1])[0])
+
+
+async def test_more_frames_than_the_credit_are_refused_as_a_whole_and_fit_once_others_are_answered(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 12)
+    async with streaming(credit=8, max_pending=12) as kit:
+        origin, other = kit.frontend.connect(), kit.frontend.connect()
+        handles, others = await opened(origin, "a"), await opened(other, "b")
+        sent = [(origin, handles, 0, 6), (origin, handles, 6, 9), (other, others, 0, 7), (other, others, 0, 6)]
+        replies = await kit.all_done(*(step(to, of, [first], x[first:last]) for to, of, first, last in sent))
+        for refused in replies[1:3]:
+            assert isinstance(refused, Refusal)
+            assert refused.code is Code.BUSY
+            assert refused.retry_after_us > 0
+        assert kit.stats.busy_total == 2
+        np.testing.assert_array_equal(replies[0].y[:, 0], whole(SMALL, x[:6, 0])[0])
+        np.testing.assert_array_equal(replies[3].y, replies[0].y)
+        (rest,) = await kit.all_done(step(origin, handles, [6], x[6:]))
+        np.testing.assert_array_equal(rest.y[:, 0], whole(SMALL, x[:, 0])[0][6:])

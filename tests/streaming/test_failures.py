@@ -1,0 +1,151 @@
+"""Steps that fail: the streams that they touch are told, the others never notice."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+
+from instep.runtime.errors import StateLost
+from instep.runtime.executor import RunResult
+from instep_client.protocol.codes import Code
+from tests.support.models import SMALL, whole
+from tests.support.streaming import HandExecutor, StreamingEngine, failures, random_frames, step, streaming
+
+INJECTED = RuntimeError("injected")
+
+
+async def test_a_failed_step_is_answered_and_its_streams_continue(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 6, 2)
+    truth = whole(SMALL, x[:, 0])[0]
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["bad", "beside"])).handles
+        asked = asyncio.ensure_future(step(origin, handles[1:], [0], x[:3, 1:]))
+        await kit.settle()
+        while kit.hand.begun:
+            await kit.finish(step_ns=10)  # now runs of several steps begin
+        beside = await asked
+        failing = asyncio.ensure_future(step(origin, handles[:1], [0], x[:, :1]))
+        await kit.settle()
+        assert kit.hand.shapes[-1] == (6, 1)
+        await kit.finish(error=INJECTED, after=3)
+        reply = await failing
+        assert failures(reply) == [(0, 3, Code.STEP_FAILED, 3)]
+        np.testing.assert_array_equal(reply.y[:3, 0], truth[:3])
+        assert np.isnan(reply.y[3:]).all()
+        again, rest = await kit.all_done(
+            step(origin, handles[:1], [3], x[3:, :1]), step(origin, handles[1:], [3], x[3:, 1:])
+        )
+        np.testing.assert_array_equal(again.y[:, 0], truth[3:])
+        served = np.concatenate([beside.y[:, 0], rest.y[:, 0]])
+        np.testing.assert_array_equal(served, whole(SMALL, x[:, 1])[0])
+        assert (kit.stats.step_failures_total, kit.failures) == (1, [INJECTED])
+
+
+async def test_frames_pipelined_behind_a_failed_one_are_gaps(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 6)
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        asked = [asyncio.ensure_future(step(origin, handles, [seq], x[seq : seq + 3])) for seq in (0, 3)]
+        await kit.settle()
+        await kit.finish(error=INJECTED)
+        assert [failures(await each) for each in asked] == [
+            [(0, 0, Code.STEP_FAILED, 0)],
+            [(0, 0, Code.SEQ_GAP, 0)],
+        ]
+        assert kit.engine.pending_frames == 0
+        (again,) = await kit.all_done(step(origin, handles, [0], x))
+        np.testing.assert_array_equal(again.y[:, 0], whole(SMALL, x[:, 0])[0])
+
+
+async def test_a_failure_answers_the_other_columns_of_its_messages_with_their_outputs(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 2, 2)
+    async with streaming(max_batch_size=1) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["bad", "good"])).handles
+        asked = asyncio.ensure_future(step(origin, handles, [0, 0], x))
+        await kit.settle()
+        await kit.finish(error=INJECTED)
+        await kit.finish_all()
+        reply = await asked
+        assert failures(reply) == [(0, 0, Code.STEP_FAILED, 0)]
+        np.testing.assert_array_equal(reply.y[:, 1], whole(SMALL, x[:, 1])[0])
+
+
+async def lose(kit: StreamingEngine) -> None:
+    slots, _ = kit.hand.begun[0]
+    await kit.finish(error=StateLost("injected"))
+    assert kit.table.open_count < 2 or not kit.table.lost[slots].any()
+
+
+async def test_a_stream_whose_state_is_lost_is_closed_and_its_owner_told(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 3, 2)
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["lost", "kept"])).handles
+        asked = asyncio.ensure_future(step(origin, handles[:1], [0], x[:1, :1]))
+        behind = asyncio.ensure_future(step(origin, handles[:1], [1], x[1:, :1]))
+        await kit.settle()
+        await lose(kit)
+        assert failures(await asked) == [(0, 0, Code.STATE_LOST, 0)]
+        assert failures(await behind) == [(0, 0, Code.STATE_LOST, 0)]
+        (event,) = origin.events
+        assert (event.code, event.handles.tolist()) == (Code.STATE_LOST, handles[:1].tolist())
+        assert kit.stats.evicted_by_reason == {"state_lost": 1}
+        (kept,) = await kit.all_done(step(origin, handles[1:], [0], x[:, 1:]))
+        np.testing.assert_array_equal(kept.y[:, 0], whole(SMALL, x[:, 1])[0])
+        assert (await origin.open(["lost"])).codes.tolist() == [0]
+
+
+async def test_a_stream_that_is_closing_when_its_state_is_lost_has_no_final_state(rng: np.random.Generator) -> None:
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        asked = asyncio.ensure_future(step(origin, handles, [0], random_frames(rng, 1)))
+        closing = asyncio.ensure_future(origin.close(handles))
+        await kit.settle()
+        await lose(kit)
+        assert failures(await asked) == [(0, 0, Code.STATE_LOST, 0)]
+        closed = await closing
+        assert closed.codes.tolist() == [Code.STATE_LOST]
+        assert np.isnan(closed.states).all()
+        assert not origin.events, "the reply to the CLOSE says it"
+
+
+async def test_states_read_while_they_are_lost_are_refused(rng: np.random.Generator) -> None:
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        asked = asyncio.ensure_future(step(origin, handles, [0], random_frames(rng, 1)))
+        reading = asyncio.ensure_future(origin.read_states(handles))
+        await kit.settle()
+        await lose(kit)
+        read = await reading
+        assert read.codes.tolist() == [Code.STATE_LOST]
+        assert np.isnan(read.states).all()
+        await asked
+
+
+class DyingExecutor(HandExecutor):
+    """An executor that dies with the first run."""
+
+    def ended(self) -> list[RunResult]:
+        if self.begun:
+            raise EOFError("it has died")
+        return []
+
+
+async def test_a_dead_executor_is_a_bug_that_the_loop_tells(rng: np.random.Generator) -> None:
+    async with streaming(DyingExecutor) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        lost = asyncio.ensure_future(step(origin, handles, [0], random_frames(rng, 1)))
+        await kit.settle()
+        kit.loop.turn()
+        assert [str(bug) for bug in kit.bugs] == ["it has died"]
+        kit.bugs.clear()
+        lost.cancel()

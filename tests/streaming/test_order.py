@@ -1,0 +1,99 @@
+"""Frames and requests on their streams keep the order in which they were sent, within one turn of the loop too."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from instep.core.typing import F32
+from instep_client.protocol.codes import Code
+from tests.support.models import SMALL, whole
+from tests.support.streaming import failures, random_frames, step, streaming
+
+H = 8
+ONES: F32 = np.ones((1, 1, H), np.float32)
+
+
+async def test_a_write_finds_the_frames_before_it_pending_and_changes_the_state_for_those_behind_it(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 5)
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        none = np.zeros(1, np.int32)
+
+        async def write() -> list[int]:
+            request = kit.operations.write_states(origin, handles, ONES, none)
+            return list((await kit.frontend.ask(lambda: request)).tolist())
+
+        before, refused = await kit.all_done(step(origin, handles, [0], x[:2]), write())
+        assert refused == [Code.FRAMES_PENDING]
+        written, behind = await kit.all_done(write(), step(origin, handles, [2], x[2:]))
+        assert written == [0]
+    np.testing.assert_array_equal(before.y[:, 0], whole(SMALL, x[:2, 0])[0])
+    np.testing.assert_array_equal(behind.y[:, 0], whole(SMALL, x[2:, 0], ONES[0])[0])
+
+
+async def test_a_close_answers_the_frames_before_it_and_the_stream_takes_none_behind_it(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 5)
+    y, final = whole(SMALL, x[:3, 0])
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        before, closed, behind = await kit.all_done(
+            step(origin, handles, [0], x[:3]), origin.close(handles), step(origin, handles, [3], x[3:])
+        )
+    np.testing.assert_array_equal(before.y[:, 0], y)
+    np.testing.assert_array_equal(closed.states[0], final)
+    assert failures(behind) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+
+
+async def test_a_resume_fences_the_frames_behind_it_and_waits_for_those_before_it(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 5)
+    async with streaming() as kit:
+        origin, heir = kit.frontend.connect(), kit.frontend.connect()
+        opened = await origin.open(["s"])
+        none = np.zeros(1, np.uint64)
+        before, resumed, behind = await kit.all_done(
+            step(origin, opened.handles, [0], x[:3]),
+            heir.resume(["s"], none, opened.epochs),
+            step(origin, opened.handles, [3], x[3:]),
+        )
+        assert failures(before) == []
+        assert resumed.next_seqs.tolist() == [3]
+        assert failures(behind) == [(0, 0, Code.FENCED, 0)]
+
+
+async def test_a_read_shows_the_state_before_the_frame_of_its_seq_whatever_is_pending(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 6)
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        stepped, read, _ = await kit.all_done(
+            step(origin, handles, [0], x[:4]), origin.read_states(handles), step(origin, handles, [4], x[4:])
+        )
+        assert failures(stepped) == []
+        (seq,) = read.next_seqs.tolist()
+        assert 0 <= seq <= 4
+    np.testing.assert_array_equal(read.states[0], whole(SMALL, x[:seq, 0])[1])
+
+
+async def test_frames_of_a_stream_that_came_together_are_admitted_one_message_after_another(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 7)
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        replies = await kit.all_done(
+            *(step(origin, handles, [seq], x[seq : seq + 1]) for seq in range(3)),
+            step(origin, handles, [4], x[4:]),
+            step(origin, handles, [3], x[3:]),
+        )
+        assert [failures(reply) for reply in replies] == [[], [], [], [(0, 0, Code.SEQ_GAP, 3)], []]
+    served = np.concatenate([reply.y[:, 0] for reply in replies if reply.failures is None])
+    np.testing.assert_array_equal(served, whole(SMALL, x[:, 0])[0])

@@ -1,0 +1,224 @@
+"""Streams without anyone at the other end: parked, idle, never used, or too many; some in each tick."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from instep.runtime.executor import InlineExecutor
+from instep.streaming.reaper import IdleLimits
+from instep_client.protocol.codes import Code
+from tests.support.streaming import PARK_NS, StreamingEngine, failures, random_frames, step, streaming
+
+COUNT, AT_ONCE = 10, 3
+NAMES = [f"s{number}" for number in range(COUNT)]
+KEEP = IdleLimits(max_idle_ns=0, first_frame_ns=0, park_ns=PARK_NS, max_parked=1000)
+LATER_NS = 10**9
+"""Long enough for what the tests below wait for."""
+
+
+def parked(kit: StreamingEngine) -> int:
+    return int(kit.table.owned[kit.table.parked])
+
+
+async def ticks(kit: StreamingEngine, after_ns: int = 0, count: int = 12) -> list[int]:
+    """How many streams are open after each of that many ticks."""
+    open_counts = []
+    for _ in range(count):
+        kit.reaper.tick(time.monotonic_ns() + after_ns)
+        await kit.settle()
+        open_counts.append(kit.table.open_count)
+    return open_counts
+
+
+async def test_streams_of_an_origin_that_left_are_parked_some_at_a_time() -> None:
+    async with streaming(InlineExecutor, reap_at_once=AT_ONCE) as kit:
+        gone = kit.frontend.connect()
+        await gone.open(NAMES)
+        kit.frontend.disconnect(gone)
+        counts = []
+        while kit.reaper.is_detaching:
+            await ticks(kit, count=1)
+            counts.append(parked(kit))
+        assert counts == [3, 6, 9, 10]
+        assert kit.stats.parked_streams_total == COUNT
+        assert kit.frontend.connect().number == gone.number
+
+
+async def test_streams_end_some_at_a_time_with_their_origin_where_none_are_kept() -> None:
+    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=replace(KEEP, park_ns=0)) as kit:
+        gone = kit.frontend.connect()
+        opened = await gone.open(NAMES)
+        kit.frontend.disconnect(gone)
+        assert await ticks(kit, count=4) == [7, 4, 1, 0]
+        assert kit.stats.evicted_by_reason == {"client_gone": COUNT}
+        assert (kit.stats.parked_streams_total, gone.events) == (0, [])
+        origin = kit.frontend.connect()
+        assert origin.number == gone.number
+        refused = await origin.resume(NAMES, np.zeros(COUNT, np.uint64), opened.epochs)
+        assert set(refused.codes.tolist()) == {Code.UNKNOWN_STREAM}
+
+
+async def test_a_stream_that_is_not_parked_yet_is_resumed_or_refused_as_any_other(rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor, reap_at_once=AT_ONCE) as kit:
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(NAMES)
+        kit.frontend.disconnect(gone)
+        await ticks(kit, count=1)
+        assert parked(kit) == AT_ONCE
+        have = np.zeros(COUNT, np.uint64)
+        older = await origin.resume(NAMES, have, opened.epochs - np.uint64(1))
+        assert set(older.codes.tolist()) == {Code.FENCED}
+        resumed = await origin.resume(NAMES[:8], have[:8], opened.epochs[:8])
+        assert not resumed.codes.any()
+        await ticks(kit, count=2)
+        assert (parked(kit), kit.stats.parked_streams_total) == (2, 5)
+        reply = await step(origin, resumed.handles, [0] * 8, random_frames(rng, 1, 8))
+        assert failures(reply) == []
+
+
+async def test_an_origin_with_the_number_of_one_that_left_keeps_its_streams(rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor, reap_at_once=AT_ONCE) as kit:
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(NAMES)
+        kit.frontend.disconnect(gone)
+        await ticks(kit, count=1)
+        have = np.zeros(COUNT, np.uint64)
+        resumed = await origin.resume(NAMES, have, opened.epochs)
+        await ticks(kit, count=1)
+        heir = kit.frontend.connect()
+        assert heir.number == gone.number
+        taken = await heir.resume(NAMES, have, resumed.epochs)
+        await ticks(kit)
+        assert parked(kit) == 0
+        reply = await step(heir, taken.handles, [0] * COUNT, random_frames(rng, 1, COUNT))
+        assert failures(reply) == []
+
+
+@pytest.mark.parametrize("park_ns", [0, PARK_NS])
+async def test_origins_that_leave_at_once_take_a_tick_no_longer_than_one_of_them(park_ns: int) -> None:
+    limits = replace(KEEP, park_ns=park_ns, max_parked=4)
+    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=limits, max_streams=20) as kit:
+        origins = [kit.frontend.connect() for _ in range(5)]
+        for origin in origins:
+            await origin.open([f"{origin.number}-a", f"{origin.number}-b"])
+        for origin in origins:
+            kit.frontend.disconnect(origin)
+        counts = await ticks(kit)
+        drops = [-difference for difference in np.diff([COUNT, *counts])]
+        assert max(drops) <= AT_ONCE
+        assert counts[-1] == (4 if park_ns else 0)
+        assert sorted(kit.frontend.connect().number for _ in range(5)) == sorted(origin.number for origin in origins)
+
+
+async def test_parked_streams_expire_some_at_a_time_and_are_remembered() -> None:
+    limits = replace(KEEP, park_ns=LATER_NS)
+    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=limits) as kit:
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(NAMES)
+        assert (await origin.open(NAMES[:1])).codes.tolist() == [Code.NAME_IN_USE]
+        kit.frontend.disconnect(gone)
+        await ticks(kit, count=5)
+        counts = await ticks(kit, after_ns=2 * LATER_NS, count=60)
+        drops = [-difference for difference in np.diff([COUNT, *counts])]
+        assert (max(drops), counts[-1]) == (AT_ONCE, 0)
+        for take_over in (False, True):
+            claims = np.zeros(2, np.uint64), np.repeat(opened.epochs[:1], 2)
+            refused = await origin.resume([NAMES[0], "t"], *claims, take_over=take_over)
+            assert refused.codes.tolist() == [Code.EXPIRED, Code.UNKNOWN_STREAM]
+        again = await origin.open(NAMES[:1])
+        await origin.close(again.handles)
+        forgotten = await origin.resume(NAMES[:1], np.zeros(1, np.uint64), again.epochs)
+        assert forgotten.codes.tolist() == [Code.UNKNOWN_STREAM]
+        assert kit.stats.values()["evicted_expired_total"] == COUNT
+
+
+async def test_a_resumed_stream_does_not_expire(rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor, idle=replace(KEEP, park_ns=LATER_NS)) as kit:
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(["resumed", "left"])
+        kit.frontend.disconnect(gone)
+        await ticks(kit, count=2)
+        resumed = await origin.resume(["resumed"], np.zeros(1, np.uint64), opened.epochs[:1])
+        assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 1
+        assert failures(await step(origin, resumed.handles, [0], random_frames(rng, 1))) == []
+
+
+async def test_beyond_the_most_parked_streams_those_parked_longest_go_some_at_a_time() -> None:
+    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=replace(KEEP, max_parked=2)) as kit:
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(NAMES)
+        kit.frontend.disconnect(gone)
+        counts = await ticks(kit)
+        assert counts[4:8] == [7, 4, 2, 2]
+        resumed = await origin.resume(NAMES, np.zeros(COUNT, np.uint64), opened.epochs)
+        assert np.flatnonzero(resumed.codes == 0).tolist() == [8, 9], "those that were parked last"
+
+
+async def test_idle_streams_are_evicted_some_at_a_time_and_their_owner_told(rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=replace(KEEP, max_idle_ns=LATER_NS)) as kit:
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        await gone.open(["parked"])
+        kit.frontend.disconnect(gone)
+        await ticks(kit, count=2)
+        opened = await origin.open(NAMES)
+        counts = await ticks(kit, after_ns=2 * LATER_NS, count=60)
+        drops = [-difference for difference in np.diff([COUNT + 1, *counts])]
+        assert (max(drops), counts[-1]) == (AT_ONCE, 1), "the parked one stays"
+        assert {event.code for event in origin.events} == {Code.IDLE}
+        told = np.concatenate([event.handles for event in origin.events])
+        assert sorted(told.tolist()) == sorted(opened.handles.tolist())
+        reply = await step(origin, opened.handles[:1], [0], random_frames(rng, 1))
+        assert failures(reply) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+        assert (await origin.open(NAMES[:1])).codes.tolist() == [0]
+
+
+async def test_streams_with_frames_under_way_are_not_idle(rng: np.random.Generator) -> None:
+    async with streaming(idle=replace(KEEP, max_idle_ns=LATER_NS)) as kit:
+        origin = kit.listen()
+        handles = (await kit.operations.open(origin, ["s"], None, None)).handles
+        kit.submit(origin, 0, handles, [0], random_frames(rng, 1))
+        kit.loop.turn()
+        assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 1
+        await kit.finish_all()
+        assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 0
+
+
+async def test_a_stream_that_never_gets_its_first_frame_is_evicted(rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor, idle=replace(KEEP, first_frame_ns=LATER_NS)) as kit:
+        origin = kit.frontend.connect()
+        opened = await origin.open(["used", "unused"])
+        await step(origin, opened.handles[:1], [0], random_frames(rng, 1))
+        assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 1
+        (event,) = origin.events
+        assert (event.code, event.handles.tolist()) == (Code.NEVER_USED, opened.handles[1:].tolist())
+        assert kit.stats.values()["evicted_never_used_total"] == 1
+
+
+async def test_streams_that_are_not_parked_yet_are_not_taken_for_idle_ones() -> None:
+    limits = replace(KEEP, max_idle_ns=LATER_NS, first_frame_ns=LATER_NS)
+    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=limits) as kit:
+        gone = kit.frontend.connect()
+        await gone.open(NAMES)
+        kit.frontend.disconnect(gone)
+        await ticks(kit, after_ns=2 * LATER_NS, count=30)
+        assert (parked(kit), kit.stats.evicted_by_reason) == (COUNT, {})
+
+
+async def test_a_stream_that_is_closing_when_its_origin_leaves_is_closed_and_the_number_free(
+    rng: np.random.Generator,
+) -> None:
+    async with streaming() as kit:
+        gone = kit.listen()
+        handles = (await kit.operations.open(gone, ["closing", "left"], None, None)).handles
+        kit.submit(gone, 0, handles[:1], [0], random_frames(rng, 3))
+        kit.loop.turn()
+        kit.operations.evict(kit.table.find(["closing"]), Code.IDLE)
+        kit.reaper.detach(gone)
+        assert (await ticks(kit))[-1] == 2
+        await kit.finish_all()
+        assert (kit.table.open_count, parked(kit), gone.events) == (1, 1, [])
+        assert kit.listen().number == gone.number

@@ -1,0 +1,183 @@
+"""Which messages are answered together, and when."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from instep_client.protocol.codes import Code
+from tests.support.models import SMALL, whole
+from tests.support.streaming import Listener, StreamingEngine, failures, random_frames, streaming
+
+H = 8
+
+
+async def opened(kit: StreamingEngine, origin: Listener, count: int) -> np.ndarray:
+    """Handles of new streams."""
+    names = [f"{origin.number}-{number}" for number in range(count)]
+    return (await kit.operations.open(origin, names, None, None)).handles
+
+
+def tags(origin: Listener) -> list[list[int]]:
+    """The tags of each reply."""
+    return [reply.tags for reply in origin.replies]
+
+
+async def test_messages_of_one_origin_that_end_with_the_same_step_share_a_reply(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 1, 6)
+    x[0, 3] = np.nan
+    async with streaming() as kit:
+        one, other = kit.listen(), kit.listen()
+        of_one, of_other = await opened(kit, one, 4), await opened(kit, other, 2)
+        kit.submit(one, 10, of_one[:1], [0], x[:, :1])
+        kit.submit(other, 20, of_other, [0, 0], x[:, 4:])
+        kit.submit(one, 11, of_one[1:], [0, 0, 0], x[:, 1:4])
+        kit.loop.turn()
+        assert kit.hand.shapes == [(1, 5)], "one batch for both"
+        await kit.finish()
+        assert (tags(one), tags(other)) == ([[10, 11]], [[20]])
+        (reply,) = one.replies
+        assert (reply.widths, reply.frames) == ([1, 3], 3)
+        assert failures(reply) == [(3, 0, Code.NOT_FINITE, 0)]
+        for column in range(3):
+            np.testing.assert_array_equal(reply.y[:, column], whole(SMALL, x[:, column])[0])
+        assert np.isnan(reply.y[0, 3]).all()
+        np.testing.assert_array_equal(other.replies[0].y[:, 1], whole(SMALL, x[:, 5])[0])
+
+
+async def test_messages_of_different_lengths_have_replies_of_their_own(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 2, 3)
+    async with streaming() as kit:
+        one = kit.listen()
+        handles = await opened(kit, one, 3)
+        for tag, timesteps in enumerate((1, 2, 1)):
+            kit.submit(one, tag, handles[tag : tag + 1], [0], x[:timesteps, tag : tag + 1])
+        kit.loop.turn()
+        await kit.finish_all()
+        assert tags(one) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize(("most_frames", "shared"), [(64, [[0, 1, 2]]), (2, [[0, 1], [2]]), (1, [[0], [1], [2]])])
+async def test_a_reply_to_several_messages_has_a_bounded_number_of_frames(
+    rng: np.random.Generator, most_frames: int, shared: list[list[int]]
+) -> None:
+    async with streaming(max_reply_frames=most_frames) as kit:
+        one = kit.listen()
+        handles = await opened(kit, one, 3)
+        for tag in range(3):
+            kit.submit(one, tag, handles[tag : tag + 1], [0], random_frames(rng, 1))
+        kit.loop.turn()
+        await kit.finish()
+        assert tags(one) == shared
+
+
+async def test_no_reply_answers_more_than_128_messages(rng: np.random.Generator) -> None:
+    async with streaming(max_streams=200, max_batch_size=256, max_reply_frames=1000) as kit:
+        one = kit.listen()
+        handles = await opened(kit, one, 200)
+        x = random_frames(rng, 1, 200)
+        for tag in range(200):
+            kit.submit(one, tag, handles[tag : tag + 1], [0], x[:, tag : tag + 1])
+        kit.loop.turn()
+        await kit.finish()
+        assert [len(reply.tags) for reply in one.replies] == [128, 72]
+        y = np.concatenate([reply.y[0] for reply in one.replies])
+        for tag in (0, 127, 128, 199):
+            np.testing.assert_array_equal(y[tag], whole(SMALL, x[:, tag])[0][0])
+
+
+async def test_a_message_is_answered_with_the_step_of_its_last_frame_and_waits_for_no_other(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 3, 2)
+    async with streaming() as kit:
+        one = kit.listen()
+        handles = await opened(kit, one, 3)
+        kit.submit(one, 0, handles[:2], [0, 0], x)
+        kit.submit(one, 1, handles[2:], [0], x[:1, :1])
+        kit.submit(one, 2, handles[2:], [5], x[:1, :1])  # a gap: nothing to compute
+        kit.loop.turn()
+        assert tags(one) == [[2]]
+        await kit.finish()
+        assert tags(one) == [[2], [1]]
+        await kit.finish_all()
+        assert tags(one) == [[2], [1], [0]]
+        assert kit.engine.is_quiet
+
+
+async def test_frames_that_were_applied_before_are_answered_with_the_outputs_of_then(
+    rng: np.random.Generator,
+) -> None:
+    """Later frames take the rows of the repeated ones before the message is complete."""
+    x, window = random_frames(rng, 12), 4
+    truth = whole(SMALL, x[:, 0])[0]
+    async with streaming(window=window) as kit:
+        one = kit.listen()
+        handles = await opened(kit, one, 2)
+        kit.submit(one, 0, handles[:1], [0], x[:3])
+        kit.loop.turn()
+        await kit.finish_all()
+        both = np.repeat(x[:4], 2, axis=1)
+        kit.submit(one, 1, handles, [0, 0], both)  # three of the first stream's frames are repeats
+        kit.submit(one, 2, handles[:1], [4], x[4:7], acked=3)
+        kit.loop.turn()
+        await kit.finish_all()
+        by_tag = {reply.tags[0]: reply for reply in one.replies}
+        for column in range(2):
+            np.testing.assert_array_equal(by_tag[1].y[:, column], truth[:4])
+        np.testing.assert_array_equal(by_tag[2].y[:, 0], truth[4:7])
+        assert kit.stats.frames_total == 3 + 1 + 4 + 3
+
+
+async def test_the_times_of_a_reply_are_those_of_its_first_message_and_its_last_step(
+    rng: np.random.Generator,
+) -> None:
+    async with streaming() as kit:
+        one = kit.listen()
+        handles = await opened(kit, one, 2)
+        for tag in range(2):
+            kit.submit(one, tag, handles[tag : tag + 1], [0], random_frames(rng, 1))
+        kit.loop.turn()
+        await kit.finish(step_ns=2_000_000)
+        (reply,) = one.replies
+        assert (reply.tags, reply.compute_ns) == ([0, 1], 2_000_000)
+        assert reply.queue_ns > 0  # the messages say that they arrived when the machine started
+        assert kit.stats.messages_total == 2
+
+
+async def test_an_origin_that_left_gets_no_replies_and_neither_does_the_next_one_with_its_number(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 1)
+    async with streaming() as kit:
+        gone = kit.listen()
+        handles = await opened(kit, gone, 1)
+        kit.submit(gone, 0, handles, [0], x)
+        kit.loop.turn()
+        kit.reaper.detach(gone)
+        kit.reaper.tick(0)
+        heir = kit.listen()
+        assert heir.number != gone.number, "frames of the other one are still pending"
+        await kit.finish()
+        assert not gone.replies + heir.replies
+        assert kit.listen().number == gone.number
+
+
+async def test_two_messages_with_the_same_tag_are_answered_each_with_its_own_outputs(
+    rng: np.random.Generator,
+) -> None:
+    """Both repeat frames that were applied before, so outputs are kept for both; a client may number as it likes."""
+    x = random_frames(rng, 3, 4)
+    async with streaming() as kit:
+        one = kit.listen()
+        handles = await opened(kit, one, 4)
+        kit.submit(one, 0, handles, [0] * 4, x[:1])
+        kit.loop.turn()
+        await kit.finish()
+        kit.submit(one, 7, handles[:3], [0] * 3, x[:2, :3])
+        kit.submit(one, 7, handles[3:], [0], x[:2, 3:])
+        kit.loop.turn()
+        await kit.finish_all()
+        y = np.concatenate([reply.y for reply in one.replies[1:]], axis=1)
+        for column in range(4):
+            np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:2, column])[0])

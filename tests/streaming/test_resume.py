@@ -1,0 +1,347 @@
+"""Streams that change hands: resumed where they were, taken over, and what a former owner is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from instep.frontends.in_process import InProcessOrigin
+from instep.runtime.executor import InlineExecutor
+from instep.streaming.api import Grants, Refusal
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import HAVE_ALL
+from tests.support.models import SMALL, whole
+from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
+
+H = 8
+
+
+async def resume(
+    origin: InProcessOrigin,
+    names: Sequence[str],
+    have: Sequence[int],
+    epochs: Sequence[int],
+    *,
+    take_over: bool = False,
+) -> Grants:
+    claims = np.array(have, np.uint64), np.array(epochs, np.uint64)
+    return await origin.resume(names, *claims, take_over=take_over)
+
+
+def refused(grants: Grants) -> list[tuple[Code, int]]:
+    """Code and expected seq of each refused stream."""
+    assert not grants.handles[grants.codes != 0].any()
+    pairs = zip(grants.codes.tolist(), grants.expected_seqs.tolist(), strict=True)
+    return [(Code(code), seq) for code, seq in pairs if code]
+
+
+async def left_behind(kit: StreamingEngine, *names: str, x: np.ndarray | None = None) -> Grants:
+    """Streams whose origin opened them, stepped them by `x`, and left; they are parked."""
+    gone = kit.frontend.connect()
+    opened = await gone.open(names)
+    if x is not None:
+        (reply,) = await kit.all_done(step(gone, opened.handles, [0] * len(names), x))
+        assert failures(reply) == []
+    leave(kit, gone)
+    return opened
+
+
+def leave(kit: StreamingEngine, origin: InProcessOrigin) -> None:
+    kit.frontend.disconnect(origin)
+    kit.reaper.tick(0)
+
+
+# ── Where it was ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_resumed_stream_continues_as_if_nothing_had_happened(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 20, 2)
+    async with streaming(InlineExecutor) as kit:
+        opened = await left_behind(kit, "a", "b", x=x[:9])
+        origin = kit.frontend.connect()
+        resumed = await resume(origin, ["b", "a"], [4, 9], opened.epochs[::-1].tolist())
+        assert (refused(resumed), resumed.next_seqs.tolist()) == ([], [9, 9])
+        assert resumed.epochs.min() > opened.epochs.max()
+        assert not set(resumed.handles.tolist()) & set(opened.handles.tolist())
+        b, a = resumed.handles[:1], resumed.handles[1:]
+        missed = await step(origin, b, [4], x[4:9, 1:], 4)
+        rest = await step(origin, np.concatenate([a, b]), [9, 9], x[9:], 9)
+        finals = (await origin.close(np.concatenate([a, b]))).states
+        assert kit.stats.frames_total == 40
+    for column in range(2):
+        truth, final = whole(SMALL, x[:, column])
+        np.testing.assert_array_equal(rest.y[:, column], truth[9:])
+        np.testing.assert_array_equal(finals[column], final)
+    np.testing.assert_array_equal(missed.y[:, 0], whole(SMALL, x[:, 1])[0][4:9])
+
+
+@pytest.mark.parametrize("computed_when_resumed", [True, False])
+async def test_frames_that_were_under_way_are_answered_and_computed_once(
+    rng: np.random.Generator, computed_when_resumed: bool
+) -> None:
+    """The reply to them went to an origin that is gone; the same frames bring it back."""
+    x = random_frames(rng, 20)
+    async with streaming() as kit:
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(["s"])
+        lost = asyncio.ensure_future(step(gone, opened.handles, [0], x[:12]))
+        await kit.settle()
+        leave(kit, gone)
+        if computed_when_resumed:
+            await kit.finish_all()
+        (resumed,) = await kit.all_done(resume(origin, ["s"], [0], opened.epochs.tolist()))
+        assert (refused(resumed), resumed.next_seqs.tolist()) == ([], [12])
+        (reply,) = await kit.all_done(step(origin, resumed.handles, [0], x))
+        assert kit.stats.frames_total == 20
+        assert not lost.done()
+        lost.cancel()
+    np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
+
+
+async def test_a_stream_may_change_hands_at_every_frame(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 12)
+    served = []
+    async with streaming(InlineExecutor) as kit:
+        origins = kit.frontend.connect(), kit.frontend.connect()
+        grants = await origins[0].open(["s"])
+        for seq in range(len(x)):
+            owner = origins[seq % 2]
+            grants = await resume(owner, ["s"], [seq], grants.epochs.tolist())
+            served.append((await step(owner, grants.handles, [seq], x[seq : seq + 1], seq)).y[:, 0])
+    np.testing.assert_array_equal(np.concatenate(served), whole(SMALL, x[:, 0])[0])
+
+
+# ── Whose it is ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_resume_under_the_present_epoch_fences_an_owner_that_is_still_connected(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 4, 2)
+    async with streaming(InlineExecutor) as kit:
+        old, new = kit.frontend.connect(), kit.frontend.connect()
+        opened = await old.open(["moved", "stays"])
+        before = await step(old, opened.handles, [0, 0], x[:2])
+        resumed = await resume(new, ["moved"], [2], opened.epochs[:1].tolist())
+        (event,) = old.events
+        assert (event.code, event.handles.tolist()) == (Code.FENCED, opened.handles[:1].tolist())
+        late = await step(old, opened.handles, [2, 2], x[2:])
+        assert failures(late) == [(0, 0, Code.FENCED, 0)]
+        for asked in (old.close, old.read_states):
+            assert (await asked(opened.handles[:1])).codes.tolist() == [Code.FENCED]
+        after = await step(new, resumed.handles, [2], x[2:, :1])
+    y = np.concatenate([before.y[:, 0], after.y[:, 0]])
+    np.testing.assert_array_equal(y, whole(SMALL, x[:, 0])[0])
+    np.testing.assert_array_equal(late.y[:, 1], whole(SMALL, x[:, 1])[0][2:])
+
+
+async def test_an_older_epoch_gets_nothing_unless_it_takes_over(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 5)
+    async with streaming(InlineExecutor) as kit:
+        opened = await left_behind(kit, "s", x=x[:3])
+        origin, former = kit.frontend.connect(), kit.frontend.connect()
+        for epoch in (0, int(opened.epochs[0]) - 1):
+            assert refused(await resume(origin, ["s"], [3], [epoch])) == [(Code.FENCED, 3)]
+        taken = await resume(origin, ["s"], [HAVE_ALL], [0], take_over=True)
+        assert (refused(taken), taken.next_seqs.tolist()) == ([], [3])
+        assert refused(await resume(former, ["s"], [3], opened.epochs.tolist())) == [(Code.FENCED, 3)]
+        reply = await step(origin, taken.handles, [3], x[3:], 3)
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][3:])
+
+
+async def test_an_origin_that_resumes_its_own_stream_is_not_told_that_it_lost_it(rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor) as kit:
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s"])
+        resumed = await resume(origin, ["s"], [0], opened.epochs.tolist())
+        assert not origin.events
+        x = random_frames(rng, 1)
+        assert failures(await step(origin, opened.handles, [0], x)) == [(0, 0, Code.FENCED, 0)]
+        assert failures(await step(origin, resumed.handles, [0], x)) == []
+
+
+async def test_of_two_that_claim_a_stream_at_once_the_later_gets_it(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 3)
+    async with streaming() as kit:
+        gone, first, second = (kit.frontend.connect() for _ in range(3))
+        opened = await gone.open(["s"])
+        lost = asyncio.ensure_future(step(gone, opened.handles, [0], x[:2]))
+        await kit.settle()
+        leave(kit, gone)
+        of_first, of_second = await kit.all_done(
+            resume(first, ["s"], [0], opened.epochs.tolist()), resume(second, ["s"], [0], [0], take_over=True)
+        )
+        assert [event.code for event in first.events] == [Code.FENCED]
+        assert [code for code, _ in refused(of_first)] == [Code.FENCED]
+        assert (refused(of_second), of_second.next_seqs.tolist()) == ([], [2])
+        (reply,) = await kit.all_done(step(second, of_second.handles, [0], x))
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
+        lost.cancel()
+
+
+async def test_a_stream_whose_new_owner_leaves_before_it_was_told_is_parked_and_resumed_under_the_old_epoch(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 3)
+    async with streaming() as kit:
+        gone, unlucky, origin = (kit.frontend.connect() for _ in range(3))
+        opened = await gone.open(["s"])
+        lost = asyncio.ensure_future(step(gone, opened.handles, [0], x[:2]))
+        await kit.settle()
+        leave(kit, gone)
+        claimed = asyncio.ensure_future(resume(unlucky, ["s"], [0], opened.epochs.tolist()))
+        await kit.settle()
+        assert kit.table.owned[kit.table.parked] == 0
+        leave(kit, unlucky)
+        assert kit.table.owned[kit.table.parked] == 1
+        (resumed,) = await kit.all_done(resume(origin, ["s"], [0], opened.epochs.tolist()))
+        assert (refused(resumed), resumed.next_seqs.tolist()) == ([], [2])
+        (reply,) = await kit.all_done(step(origin, resumed.handles, [0], x))
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
+        assert not (await claimed).handles.any()
+        lost.cancel()
+
+
+async def test_a_resume_that_ends_after_its_origin_left_acknowledges_nothing_for_the_next_origin_of_its_number(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 4)
+    async with streaming() as kit:
+        owner, gone = kit.frontend.connect(), kit.frontend.connect()
+        opened = await owner.open(["s"])
+        await kit.all_done(step(owner, opened.handles, [0], x[:3]))
+        pending = asyncio.ensure_future(step(owner, opened.handles, [3], x[3:]))
+        late = asyncio.ensure_future(resume(gone, ["s"], [3], opened.epochs.tolist()))
+        await kit.settle()
+        leave(kit, gone)
+        heir = kit.frontend.connect()
+        assert heir.number == gone.number
+        (resumed,) = await kit.all_done(resume(heir, ["s"], [0], [0], take_over=True))
+        assert (refused(resumed), resumed.next_seqs.tolist()) == ([], [4])
+        assert kit.stats.resumed_streams_total == 1
+        (reply,) = await kit.all_done(step(heir, resumed.handles, [0], x))
+        assert failures(reply) == []
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
+        await late
+        assert failures(await pending) == []
+
+
+async def test_a_resume_that_comes_late_over_an_older_connection_takes_nothing_from_a_newer_one(
+    rng: np.random.Generator,
+) -> None:
+    async with streaming(InlineExecutor) as kit:
+        older = kit.frontend.connect()
+        opened = await left_behind(kit, "s")
+        newer = kit.frontend.connect()
+        resumed = await resume(newer, ["s"], [0], opened.epochs.tolist())
+        assert refused(await resume(older, ["s"], [0], opened.epochs.tolist())) == [(Code.FENCED, 0)]
+        assert failures(await step(newer, resumed.handles, [0], random_frames(rng, 2))) == []
+
+
+async def test_a_number_that_is_used_again_while_streams_of_it_are_parked_does_not_own_them(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 6)
+    async with streaming(InlineExecutor) as kit:
+        opened = await left_behind(kit, "parked", x=x[:3])
+        heir = kit.frontend.connect()
+        assert heir.number == 0
+        assert failures(await step(heir, opened.handles, [3], x[3:4])) == [(0, 0, Code.FOREIGN_STREAM, 0)]
+        assert (await heir.close(opened.handles)).codes.tolist() == [Code.FOREIGN_STREAM]
+        await heir.open(["its own"])
+        origin = kit.frontend.connect()
+        resumed = await resume(origin, ["parked"], [3], opened.epochs.tolist())
+        leave(kit, heir)
+        assert kit.frontend.connect().number == 0
+        reply = await step(origin, resumed.handles, [3], x[3:])
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][3:])
+
+
+# ── What is lost ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_claimant_that_holds_more_than_the_server_is_told_and_may_continue_from_there(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 5)
+    async with streaming(InlineExecutor) as kit:
+        opened = await left_behind(kit, "s", x=x[:3])
+        origin = kit.frontend.connect()
+        assert refused(await resume(origin, ["s"], [4], opened.epochs.tolist())) == [(Code.DATA_LOSS, 3)]
+        resumed = await resume(origin, ["s"], [4], opened.epochs.tolist(), take_over=True)
+        assert (refused(resumed), resumed.next_seqs.tolist()) == ([], [3])
+        reply = await step(origin, resumed.handles, [3], x[3:], 3)
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][3:])
+
+
+async def test_outputs_that_were_acknowledged_or_pushed_out_cannot_be_had_again(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 12)
+    async with streaming(InlineExecutor, window=8) as kit:
+        gone = kit.frontend.connect()
+        opened = await gone.open(["acknowledged"])
+        await step(gone, opened.handles, [0], x[:4])
+        await step(gone, opened.handles, [4], x[4:6], 4)
+        leave(kit, gone)
+        origin, epochs = kit.frontend.connect(), opened.epochs.tolist()
+        assert refused(await resume(origin, ["acknowledged"], [3], epochs)) == [(Code.OUTPUTS_GONE, 6)]
+        resumed = await resume(origin, ["acknowledged"], [4], epochs)
+        assert refused(resumed) == []
+        reply = await step(origin, resumed.handles, [4], x[4:6], 4)
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:6, 0])[0][4:])
+
+
+async def test_each_stream_of_a_resume_is_judged_by_itself() -> None:
+    async with streaming(InlineExecutor) as kit:
+        opened = await left_behind(kit, "a", "b", "c")
+        origin = kit.frontend.connect()
+        epochs = [1, *(int(epoch) for epoch in opened.epochs)]
+        names = ["none", "a", "b", "c"]
+        grants = await resume(origin, names, [0, 0, 0, 5], [*epochs[:2], epochs[2] - 2, epochs[3]])
+        assert grants.codes.tolist() == [Code.UNKNOWN_STREAM, 0, Code.FENCED, Code.DATA_LOSS]
+        with pytest.raises(Refusal) as twice:
+            await resume(origin, ["a", "a"], [0, 0], [0, 0])
+        assert twice.value.code is Code.REPEATED_STREAM
+
+
+@pytest.mark.parametrize("have", [3, HAVE_ALL])
+async def test_a_step_that_fails_after_its_origin_left_is_as_if_its_frames_had_never_been_sent(
+    rng: np.random.Generator, have: int
+) -> None:
+    x = random_frames(rng, 8)
+    async with streaming() as kit:
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(["s"])
+        await kit.all_done(step(gone, opened.handles, [0], x[:3]))
+        lost = asyncio.ensure_future(step(gone, opened.handles, [3], x[3:6], 3))
+        await kit.settle()
+        leave(kit, gone)
+        claimed = asyncio.ensure_future(resume(origin, ["s"], [have], opened.epochs.tolist()))
+        await kit.settle()
+        assert not claimed.done()
+        await kit.finish(error=RuntimeError("injected"))
+        resumed = await claimed
+        assert (refused(resumed), resumed.next_seqs.tolist()) == ([], [3])
+        (reply,) = await kit.all_done(step(origin, resumed.handles, [3], x[3:], 3))
+        (again,) = await kit.all_done(step(origin, resumed.handles, [3], x[3:], 3))
+        assert again.y.tobytes() == reply.y.tobytes()
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][3:])
+        lost.cancel()
+
+
+async def test_a_claim_on_a_stream_that_is_closing_waits_for_its_end(rng: np.random.Generator) -> None:
+    async with streaming() as kit:
+        owner, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await owner.open(["s"])
+        pending = asyncio.ensure_future(step(owner, opened.handles, [0], random_frames(rng, 2)))
+        closing = asyncio.ensure_future(owner.close(opened.handles))
+        claimed = asyncio.ensure_future(resume(origin, ["s"], [0], opened.epochs.tolist()))
+        await kit.settle()
+        leave(kit, owner)
+        assert [closing.done(), claimed.done()] == [False] * 2, "its end is not told before it has ended"
+        await kit.finish_all()
+        assert refused(await claimed) == [(Code.UNKNOWN_STREAM, 0)]
+        assert (kit.table.open_count, kit.stats.parked_streams_total) == (0, 0)
+        pending.cancel()

@@ -1,0 +1,312 @@
+"""Streams from open to close: initial and final states, reading, changing and copying states, slots used again."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from instep.core.typing import F32, I64, U64
+from instep.frontends.in_process import InProcessOrigin
+from instep.runtime.executor import InlineExecutor
+from instep.runtime.stepper import Stepper
+from instep.streaming.api import Grants, Refusal, StatesRead
+from instep_client.protocol.codes import Code
+from tests.support.models import SMALL, plain, whole
+from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
+
+F, H, LAYERS = 5, 8, 2
+MODEL = plain(F, H, layers=LAYERS)
+
+
+async def write(
+    kit: StreamingEngine, origin: InProcessOrigin, handles: U64, states: F32 | None, codes: list[int] | None = None
+) -> list[int]:
+    """Give streams other states; the code of each."""
+    refused = np.zeros(len(handles), np.int32) if codes is None else np.array(codes, np.int32)
+    return list(
+        (await kit.frontend.ask(lambda: kit.operations.write_states(origin, handles, states, refused))).tolist()
+    )
+
+
+async def fork(
+    kit: StreamingEngine, origin: InProcessOrigin, handles: U64, names: list[str], codes: list[int] | None = None
+) -> Grants:
+    refused = np.zeros(len(handles), np.int32) if codes is None else np.array(codes, np.int32)
+    return await kit.frontend.ask(lambda: kit.operations.fork(origin, handles, names, refused))
+
+
+async def test_an_initial_state_is_used_and_the_final_one_returned(rng: np.random.Generator) -> None:
+    states = rng.standard_normal((3, LAYERS, H)).astype(np.float32)
+    x = random_frames(rng, 6, 3)
+    async with streaming(InlineExecutor, model=MODEL) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["a", "b", "c"], states)).handles
+        reply = await step(origin, handles, [0, 0, 0], x)
+        final = (await origin.close(handles)).states
+    for column in range(3):
+        truth, state = whole(MODEL, x[:, column], states[column])
+        np.testing.assert_array_equal(reply.y[:, column], truth)
+        np.testing.assert_array_equal(final[column], state)
+
+
+async def test_streams_beyond_the_capacity_are_refused_and_the_others_open() -> None:
+    async with streaming(InlineExecutor, max_streams=3) as kit:
+        origin = kit.frontend.connect()
+        grants = await origin.open(["a", "b", "a", "c", "d"])
+        assert grants.codes.tolist() == [0, 0, Code.NAME_IN_USE, 0, Code.TOO_MANY_STREAMS]
+        assert np.flatnonzero(grants.handles).tolist() == [0, 1, 3]
+        await origin.close(grants.handles[:1])
+        assert (await origin.open(["a"])).codes.tolist() == [0]
+
+
+async def test_the_next_stream_of_a_slot_starts_from_zeros(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 3)
+    async with streaming(InlineExecutor, max_streams=1) as kit:
+        origin = kit.frontend.connect()
+        for name in ("first", "second"):
+            handles = (await origin.open([name])).handles
+            reply = await step(origin, handles, [0], x)
+            np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
+            await origin.close(handles)
+
+
+async def test_a_stream_closes_when_all_messages_that_it_is_in_are_answered(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 9, 2)
+    order = list[str]()
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["quick", "slow"])).handles
+        asked = {
+            "slow": step(origin, handles[1:], [0], x[:, 1:]),
+            "both": step(origin, handles, [0, 9], x[:1]),
+            "closed": origin.close(handles[:1]),
+        }
+        for name, each in asked.items():
+            asyncio.ensure_future(each).add_done_callback(lambda _, name=name: order.append(name))  # type: ignore[misc]
+        await kit.finish_all()
+    assert order == ["slow", "both", "closed"]
+
+
+async def test_a_read_shows_seq_and_state_and_leaves_the_stream_as_it_was(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 7, 2)
+    async with streaming(InlineExecutor, model=MODEL) as kit:
+        origin, other = kit.frontend.connect(), kit.frontend.connect()
+        handles = (await origin.open(["a", "b"])).handles
+        fresh = await origin.read_states(handles)
+        assert fresh.next_seqs.tolist() == [0, 0]
+        assert not fresh.states.any()
+        await step(origin, handles, [0, 0], x[:4])
+        by_name = await read_by_name(kit, ["none", "b", "a"])
+        assert by_name.codes.tolist() == [Code.UNKNOWN_STREAM, 0, 0]
+        assert np.isnan(by_name.states[0]).all()
+        for read, places in ((await origin.read_states(handles), (0, 1)), (by_name, (2, 1))):
+            for column, place in enumerate(places):
+                assert read.next_seqs[place] == 4
+                np.testing.assert_array_equal(read.states[place], whole(MODEL, x[:4, column])[1])
+        rest = await step(origin, handles, [4, 4], x[4:])
+        assert not origin.events + other.events
+    for column in range(2):
+        np.testing.assert_array_equal(rest.y[:, column], whole(MODEL, x[:, column])[0][4:])
+
+
+async def read_by_name(kit: StreamingEngine, names: list[str]) -> StatesRead:
+    return await kit.frontend.ask(lambda: kit.operations.read_states(names))
+
+
+async def test_a_read_by_name_of_streams_that_ended_says_why(rng: np.random.Generator) -> None:
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["closing", "closed", "expired"])).handles
+        await origin.close(handles[1:2])
+        pending = asyncio.ensure_future(step(origin, handles[:1], [0], random_frames(rng, 1)))
+        closing = asyncio.ensure_future(origin.close(handles[:1]))
+        await kit.settle()
+        kit.operations.expire(kit.table.find(["expired"]))
+        read = asyncio.ensure_future(read_by_name(kit, ["closing", "closed", "expired", "a\tb", ""]))
+        await kit.settle()
+        assert not read.done(), "the end of the first is not told before it has ended"
+        await kit.finish_all()
+        codes = [Code.UNKNOWN_STREAM] * 5
+        codes[2] = Code.EXPIRED
+        assert (await read).codes.tolist() == codes
+        await asyncio.gather(pending, closing)
+        with pytest.raises(Refusal):
+            await read_by_name(kit, ["x", "x"])
+
+
+async def test_only_own_streams_are_read_changed_and_copied(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 2)
+    async with streaming(InlineExecutor, model=MODEL) as kit:
+        origin, other = kit.frontend.connect(), kit.frontend.connect()
+        mine, theirs = (await origin.open(["mine"])).handles, (await other.open(["theirs"])).handles
+        await step(other, theirs, [0], x)
+        handles: U64 = np.concatenate([theirs, mine, np.array([12345], np.uint64)])
+        refused = [Code.FOREIGN_STREAM, 0, Code.UNKNOWN_STREAM]
+        read = await origin.read_states(handles)
+        assert (read.codes.tolist(), read.next_seqs.tolist()) == (refused, [0, 0, 0])
+        assert np.isnan(read.states[[0, 2]]).all()
+        assert not read.states[1].any()
+        assert await write(kit, origin, handles, np.ones((3, LAYERS, H), np.float32)) == refused
+        forked = await fork(kit, origin, handles, ["a", "b", "c"])
+        assert forked.codes.tolist() == refused
+        assert np.flatnonzero(forked.handles).tolist() == [1]
+        twice = np.concatenate([mine, mine])
+        for asked in (origin.read_states(twice), write(kit, origin, twice, None), fork(kit, origin, twice, ["x", "y"])):
+            with pytest.raises(Refusal) as repeated:
+                await asked
+            assert repeated.value.code is Code.REPEATED_STREAM
+        np.testing.assert_array_equal((await other.close(theirs)).states[0], whole(MODEL, x[:, 0])[1])
+
+
+@pytest.mark.parametrize("to_zeros", [True, False])
+async def test_a_changed_stream_continues_from_the_new_state_and_from_its_seq(
+    rng: np.random.Generator, to_zeros: bool
+) -> None:
+    x = random_frames(rng, 7, 2)
+    state = None if to_zeros else rng.standard_normal((1, LAYERS, H)).astype(np.float32)
+    async with streaming(InlineExecutor, model=MODEL) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["changed", "beside"])).handles
+        first = await step(origin, handles, [0, 0], x[:4])
+        assert await write(kit, origin, handles[:1], state) == [0]
+        again = await step(origin, handles, [0, 0], x[:4])
+        assert again.y.tobytes() == first.y.tobytes(), "what was answered before stays what it was"
+        rest = await step(origin, handles, [4, 4], x[4:])
+    np.testing.assert_array_equal(rest.y[:, 0], whole(MODEL, x[4:, 0], None if state is None else state[0])[0])
+    np.testing.assert_array_equal(rest.y[:, 1], whole(MODEL, x[:, 1])[0][4:])
+
+
+async def test_a_change_is_refused_while_frames_are_pending_and_where_it_was_refused_before(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 1)
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["pending", "bad", "good"])).handles
+        reply, codes = await kit.all_done(
+            step(origin, handles[:1], [0], x),
+            write(kit, origin, handles, np.ones((3, 1, H), np.float32), [0, Code.NOT_FINITE, 0]),
+        )
+        assert codes == [Code.FRAMES_PENDING, Code.NOT_FINITE, 0]
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
+        read = await origin.read_states(handles[1:])
+        assert [state.any() for state in read.states] == [False, True]
+
+
+async def test_a_copy_continues_like_its_original_and_neither_disturbs_the_other(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 9, 2)
+    async with streaming(InlineExecutor, model=MODEL) as kit:
+        origin = kit.frontend.connect()
+        source = (await origin.open(["source"])).handles
+        await step(origin, source, [0], x[:5, :1])
+        forked = await fork(kit, origin, source, ["copy"])
+        assert (forked.codes.tolist(), forked.next_seqs.tolist()) == ([0], [5])
+        reply = await step(origin, np.concatenate([source, forked.handles]), [5, 5], x[5:], 5)
+        repeated = await step(origin, forked.handles, [4], x[4:5, :1])
+        assert failures(repeated) == [(0, 0, Code.SEQ_REPEATED, 9)]
+    np.testing.assert_array_equal(reply.y[:, 0], whole(MODEL, x[:, 0])[0][5:])
+    np.testing.assert_array_equal(reply.y[:, 1], whole(MODEL, np.concatenate([x[:5, 0], x[5:, 1]]))[0][5:])
+
+
+async def test_a_copy_is_refused_as_an_opening_is() -> None:
+    async with streaming(InlineExecutor, max_streams=6) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(list("abcd"))).handles
+        forked = await fork(kit, origin, handles, ["a", "bad", "new", "new"], [0, Code.BAD_NAME, 0, 0])
+        assert forked.codes.tolist() == [Code.NAME_IN_USE, Code.BAD_NAME, 0, Code.NAME_IN_USE]
+        more = await fork(kit, origin, handles[:2], ["e", "f"])
+        assert more.codes.tolist() == [0, Code.TOO_MANY_STREAMS]
+
+
+async def test_a_copy_whose_origin_left_meanwhile_leaves_no_stream_behind(rng: np.random.Generator) -> None:
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["source"])).handles
+        lost = asyncio.ensure_future(step(origin, handles, [0], random_frames(rng, 1)))
+        forked = asyncio.ensure_future(fork(kit, origin, handles, ["copy"]))
+        await kit.settle()
+        kit.frontend.disconnect(origin)
+        kit.reaper.tick(0)
+        heir = kit.frontend.connect()
+        await kit.finish_all()
+        assert not (await forked).handles.any()
+        assert (await heir.open(["copy"])).codes.tolist() == [0]
+        lost.cancel()
+
+
+async def test_a_stream_may_be_opened_where_another_one_was(rng: np.random.Generator) -> None:
+    x, first = random_frames(rng, 9), 2**62 - 1
+    async with streaming(InlineExecutor, model=MODEL) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["before"])).handles
+        await step(origin, handles, [0], x[:5])
+        state = (await origin.read_states(handles)).states
+        opened = await origin.open(["after", "other"], np.repeat(state, 2, 0), np.array([first, 3]))
+        assert opened.next_seqs.tolist() == [first, 3]
+        after = opened.handles[:1]
+        assert failures(await step(origin, after, [0], x[:1])) == [(0, 0, Code.SEQ_REPEATED, first)]
+        reply = await step(origin, after, [first], x[5:], first)
+        assert (await origin.read_states(after)).next_seqs.tolist() == [first + 4]
+    np.testing.assert_array_equal(reply.y[:, 0], whole(MODEL, x[:, 0])[0][5:])
+
+
+# ── States that cannot be read or written ──────────────────────────────────────────────────────────────────────────
+
+
+class FaultyStates:
+    """States that can neither be read nor written while `is_broken`."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        self.is_broken = False
+        self._stepper = stepper
+
+    def load(self, slots: I64, states: F32 | None) -> None:
+        self._check()
+        self._stepper.load(slots, states)
+
+    def read(self, slots: I64) -> F32:
+        self._check()
+        return self._stepper.read(slots)
+
+    def no_states(self, count: int) -> F32:
+        return self._stepper.no_states(count)
+
+    def _check(self) -> None:
+        if self.is_broken:
+            raise RuntimeError("injected")
+
+
+async def test_states_that_cannot_be_read_or_written_are_refused_and_cost_nothing_else(
+    rng: np.random.Generator,
+) -> None:
+    made: list[FaultyStates] = []
+
+    def faulty(stepper: Stepper) -> FaultyStates:
+        made.append(FaultyStates(stepper))
+        return made[0]
+
+    x = random_frames(rng, 3)
+    async with streaming(InlineExecutor, states=faulty, max_streams=2) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        await step(origin, handles, [0], x[:1])
+        made[0].is_broken = True
+        read = await origin.read_states(handles)
+        assert read.codes.tolist() == [Code.STATE_LOST]
+        assert np.isnan(read.states).all()
+        assert (await fork(kit, origin, handles, ["copy"])).codes.tolist() == [Code.STATE_LOST]
+        assert await write(kit, origin, handles, None) == [Code.STEP_FAILED]
+        for _ in range(3):
+            assert (await origin.open(["other"])).codes.tolist() == [Code.STEP_FAILED]
+        assert {str(error) for error in kit.failures} == {"injected"}
+        made[0].is_broken = False
+        reply = await step(origin, handles, [1], x[1:])
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][1:])
+        assert (await origin.open(["other"])).codes.tolist() == [0]
+        made[0].is_broken = True
+        closed = await origin.close(handles)
+        assert closed.codes.tolist() == [Code.STATE_LOST]
+        made[0].is_broken = False
+        assert (await origin.open(["s"])).codes.tolist() == [0]

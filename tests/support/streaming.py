@@ -1,0 +1,264 @@
+"""The engine without sockets: real streams, states and network, in the test's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from instep.core.admission import SENT_COLUMN
+from instep.core.streams import StreamTable
+from instep.core.tables import make_tables
+from instep.core.typing import F32, I64, U64
+from instep.frontends.in_process import InProcessFrontend, InProcessOrigin
+from instep.models.model import Model
+from instep.runtime.executor import RunResult, Step, StepExecutor, run_steps
+from instep.runtime.stepper import Stepper
+from instep.server.loop import Loop
+from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
+from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.journal import Journal
+from instep.streaming.operations import StateAccess, StreamOperations
+from instep.streaming.origins import Origins
+from instep.streaming.reaper import IdleLimits, Reaper
+from instep.streaming.stats import EngineStats
+from instep.streaming.tasks import Tasks
+from instep_client.protocol.codes import Code
+from tests.support.models import SMALL
+from tests.support.running import CPU, prepared
+
+PARK_NS = 10**12
+"""How long streams of the engines below stay parked."""
+
+
+class HandExecutor:
+    """Steps a run when `finish` is called: a `StepExecutor`.
+
+    Args:
+        step: steps a batch.
+    """
+
+    capacity = 2
+    signal_fd = None
+
+    def __init__(self, step: Step) -> None:
+        self.begun: deque[tuple[I64, I64]] = deque()
+        """Runs that have begun and not ended."""
+        self.shapes: list[tuple[int, ...]] = []
+        """[steps, streams] of every run so far."""
+        self._step = step
+        self._results: list[RunResult] = []
+
+    @property
+    def has_ended(self) -> bool:
+        """See `StepExecutor`."""
+        return bool(self._results)
+
+    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+        """See `StepExecutor`."""
+        self.begun.append((slots, rows))
+        self.shapes.append(rows.shape)
+
+    def finish(self, *, error: Exception | None = None, after: int = 0, step_ns: int | None = None) -> None:
+        """End the oldest run; with an error after that many of its steps."""
+        slots, rows = self.begun.popleft()
+        result = run_steps(self._step, slots, rows[:after] if error else rows)
+        if step_ns is not None:
+            result = replace(result, ended_ns=result.began_ns + step_ns * result.steps)
+        self._results.append(replace(result, error=result.error or error))
+
+    def ended(self) -> list[RunResult]:
+        """See `StepExecutor`."""
+        results, self._results = self._results, []
+        return results
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Nothing runs."""
+
+
+@dataclass(eq=False)
+class Listener:
+    """An `Origin` that keeps what it is told."""
+
+    number: int = -1
+    arrival: int = 0
+    replies: list[Reply] = field(default_factory=list)
+    refusals: list[tuple[int, Code]] = field(default_factory=list)
+    events: list[StreamEvent] = field(default_factory=list)
+
+    def deliver(self, reply: Reply) -> None:
+        """See `Origin`."""
+        columns = None if reply.failures is None else reply.failures.copy()
+        self.replies.append(replace(reply, y=reply.y.copy(), failures=columns))
+
+    def refuse(self, tag: int, refusal: Refusal) -> None:
+        """See `Origin`."""
+        self.refusals.append((tag, refusal.code))
+
+    def notify(self, event: StreamEvent) -> None:
+        """See `Origin`."""
+        self.events.append(event)
+
+
+class StreamingEngine:
+    """An engine with an in-process front end, wired as `server.assembly` does it, without a recording.
+
+    Args:
+        executor: makes the executor.
+        model: what is served.
+        states: another access to states than the stepper's, made of it.
+        idle: when the reaper ends streams.
+        reap_at_once: streams that one tick of the reaper parks or evicts.
+        limits: sizes, by name; see `make_tables` and `EngineLimits`.
+    """
+
+    def __init__(
+        self,
+        executor: Callable[[Step], StepExecutor] = HandExecutor,
+        *,
+        model: Model = SMALL,
+        states: Callable[[Stepper], StateAccess] | None = None,
+        idle: IdleLimits | None = None,
+        reap_at_once: int = 4096,
+        **limits: int,
+    ) -> None:
+        size = {
+            "max_streams": 12,
+            "max_origins": 6,
+            "window": 32,
+            "max_pending": 512,
+            "max_block": 512,
+            "credit": 512,
+            "max_batch_size": 8,
+            "max_queue_delay_ns": 0,
+            "max_reply_frames": 64,
+        } | limits
+        ready = prepared(model)
+        network = ready.network
+        sizes = size["max_streams"], size["max_origins"], size["window"], network.features, network.outputs
+        self.tables = tables = make_tables(*sizes, size["max_pending"], size["max_block"], size["credit"])
+        self.table = StreamTable(tables, np.arange(1, size["max_streams"] + 2, dtype=np.uint32) * 1000)
+        self.stepper = Stepper(network, ready.certification.buckets, size["max_streams"], CPU)
+        self.executor = executor(lambda slots, rows: self.stepper.step(slots, rows, tables.x, tables.y))
+        self.failures: list[Exception] = []
+        """Failed steps, and states that could not be read or written."""
+        self.bugs: list[BaseException] = []
+        self.loop = Loop(0, self.bugs.append)
+        self.tasks = Tasks(self.bugs.append)
+        self.origins = Origins(tables)
+        self.stats = EngineStats()
+        engine_limits = EngineLimits(size["max_batch_size"], size["max_queue_delay_ns"], size["max_reply_frames"])
+        self.engine = Engine(
+            tables,
+            self.table,
+            self.origins,
+            self.stepper,
+            self.executor,
+            Journal(tables, self.table, self.loop.wake),
+            engine_limits,
+            self.stats,
+            self._log_failure,
+            asyncio.get_running_loop().call_later,
+            self.loop.wake,
+        )
+        access: StateAccess = states(self.stepper) if states else self.stepper
+        self.operations = StreamOperations(self.engine, access, self.tasks, self.loop.wake, self._log_failure)
+        idle = idle or IdleLimits(0, 0, PARK_NS, 1000)
+        self.reaper = Reaper(self.engine, self.operations, idle, reap_at_once)
+        self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)
+        self.loop.engine, self.loop.operations, self.loop.frontends = self.engine, self.operations, [self.frontend]
+        self.loop.start()
+
+    def _log_failure(self, error: Exception, streams: int) -> None:
+        self.failures.append(error)
+
+    @property
+    def hand(self) -> HandExecutor:
+        """The executor that a test moves."""
+        assert isinstance(self.executor, HandExecutor)
+        return self.executor
+
+    def listen(self) -> Listener:
+        """Connect an origin that keeps what it is told."""
+        listener = Listener()
+        assert self.origins.connect(listener)
+        return listener
+
+    def submit(self, origin: Listener, tag: int, handles: U64, seqs: list[int], x: F32, acked: int = 0) -> None:
+        """Submit one message of x, float32 [T, N, features]; the caller takes a turn."""
+        timesteps, width, _ = x.shape
+        columns = np.zeros(width, SENT_COLUMN)
+        columns["handle"], columns["seq"], columns["acked"] = handles, seqs, acked
+        memory = columns.tobytes(), x.astype(np.float32).tobytes()
+        self.engine.submit(Frames(origin, tag, timesteps, width, *memory, arrived_ns=1))
+
+    async def settle(self) -> None:
+        """Let everything happen that does not wait for the executor."""
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def finish(self, **how: object) -> None:
+        """End the oldest run, as `HandExecutor.finish` does, and let what follows happen."""
+        self.hand.finish(**how)  # type: ignore[arg-type]
+        self.loop.wake()
+        await self.settle()
+
+    async def finish_all(self) -> None:
+        """End all runs, those that begin meanwhile too."""
+        await self.settle()
+        while isinstance(self.executor, HandExecutor) and self.executor.begun:
+            await self.finish()
+
+    async def all_done(self, *asked: Awaitable[Any]) -> list[Any]:
+        """The results of requests and steps that are begun in this order in one go, while runs end as they begin.
+
+        In the place of a result may be the `Refusal` that was raised.
+        """
+        tasks = [asyncio.ensure_future(each) for each in asked]
+        await self.finish_all()
+        assert all(task.done() for task in tasks), "one waits for something else than a run"
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, Refusal):
+                raise result
+        return results
+
+
+@contextlib.asynccontextmanager
+async def streaming(
+    executor: Callable[[Step], StepExecutor] = HandExecutor, **arguments: object
+) -> AsyncIterator[StreamingEngine]:
+    """An engine while the block runs; arguments as for `StreamingEngine`. No bug may have been met."""
+    made = StreamingEngine(executor, **arguments)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        made.loop.stop()
+        made.tasks.cancel()
+        made.executor.stop()
+    assert not made.bugs, made.bugs
+
+
+async def step(
+    origin: InProcessOrigin, handles: U64, seqs: Sequence[int], x: F32, acked: Sequence[int] | int = 0
+) -> Reply:
+    """Step streams by x, float32 [T, N, features]."""
+    acks = np.broadcast_to(np.array(acked, np.int64), len(handles))
+    return await origin.step(handles, np.array(seqs, np.int64), acks, x)
+
+
+def failures(reply: Reply) -> list[tuple[int, int, Code, int]]:
+    """(column, timestep, code, expected seq) of each column that was not applied as a whole."""
+    if reply.failures is None:
+        return []
+    return [(at, length, Code(code), seq) for at, (code, length, seq) in enumerate(reply.failures.T.tolist()) if code]
+
+
+def random_frames(rng: np.random.Generator, timesteps: int, columns: int = 1, features: int = 5) -> F32:
+    """float32 [T, N, features]."""
+    return rng.standard_normal((timesteps, columns, features)).astype(np.float32)
