@@ -154,11 +154,7 @@ class Tables(NamedTuple):
     groups: I64
     """int64 [groups, fields], by `assemble`: messages that are answered together."""
     reply_messages: I64
-<<<<<<< HEAD
     """int64 [3, messages], by `assemble`: tags, widths and the numbers that the messages had, by group."""
-=======
-    """int64 [3, messages], by `assemble`: tags, widths and numbers, by group."""
->>>>>>> engine
     reply_columns: I64
     """int64 [3, columns], by `assemble`: codes, lengths and expected seqs, by group."""
     reply_y: F32

@@ -326,11 +326,7 @@ class Engine:
 
     def _reply(self, groups: int, messages: int, began_ns: int, compute_ns: int, send_ns: int) -> None:
         tables, outputs = self.tables, self.tables.y.shape[1]
-<<<<<<< HEAD
         tags, widths = tables.reply_messages[:2, :messages].tolist()
-=======
-        tags, widths, _ = tables.reply_messages[:, :messages].tolist()
->>>>>>> engine
         # The order of these names is that of the columns of `Tables.groups`.
         for number, timesteps, width, count, message, column, value, failed, frames, arrived_ns in tables.groups[
             :groups
@@ -352,32 +348,18 @@ class Engine:
                 )
             )
 
-<<<<<<< HEAD
     def _put_repeated(self, groups: int) -> None:
-=======
-    def _repeated_of(self, numbers: I32) -> dict[int, tuple[F32, I64]]:
-        """Outputs that were kept since admission, by the number of their message; kernels use the number again."""
-        return {number: self._repeated.pop(number) for number in numbers.tolist() if number in self._repeated}
-
-    def _put_repeated(self, repeated: dict[int, tuple[F32, I64]], groups: int) -> None:
->>>>>>> engine
         """Put kept outputs into the replies: later frames may have taken their rows."""
         tables, outputs = self.tables, self.tables.y.shape[1]
         for fields in tables.groups[:groups]:
             first, width, timesteps = int(fields[FIRST_VALUE]), int(fields[WIDTH]), int(fields[TIMESTEPS])
             whole = tables.reply_y[first : first + timesteps * width * outputs].reshape(timesteps, width, outputs)
             column, message = 0, int(fields[FIRST_MESSAGE])
-<<<<<<< HEAD
-            for at in range(message, message + int(fields[MESSAGES])):
-                kept = self._repeated.pop(int(tables.reply_messages[2, at]), None)
+            messages = tables.reply_messages[1:, message : message + int(fields[MESSAGES])]
+            for columns, number in messages.T.tolist():
+                kept = self._repeated.pop(number, None)
                 if kept is not None:
                     y, skipped = kept
-=======
-            _, widths, numbers = tables.reply_messages[:, message : message + int(fields[MESSAGES])].tolist()
-            for number, columns in zip(numbers, widths, strict=True):
-                if number in repeated:
-                    y, skipped = repeated[number]
->>>>>>> engine
                     mask = np.arange(len(y))[:, None] < skipped
                     whole[: len(y), column : column + columns][mask] = y[mask]
                 column += columns
