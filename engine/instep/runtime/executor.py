@@ -21,7 +21,7 @@ Step: TypeAlias = Callable[[I64, I64], None]
 """Steps the streams of slots, int64 [B], with the frames in rows, int64 [B]."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunResult:
     """A run that has ended: the same streams stepped once or several times in a row."""
 

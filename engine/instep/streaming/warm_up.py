@@ -60,6 +60,7 @@ def warm_up() -> None:
         EngineStats(),
         lambda error, streams: None,
         lambda delay_s, call: None,
+        lambda: None,
     )
     origin = _Nobody()
     origins.connect(origin)

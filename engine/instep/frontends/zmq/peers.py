@@ -104,6 +104,8 @@ class Outbound:
         self._blocked: dict[Peer, None] = {}
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
+        self._may_leave_unread = max_unread_bytes
+        """By one peer."""
         self.total_bytes = 0
         """Bytes in all outboxes."""
         self.refused_total = 0
@@ -120,6 +122,12 @@ class Outbound:
     def add(self, peer: Peer) -> None:
         """A connection has said HELLO."""
         self._peers[peer.routing_id] = peer
+        self._share()
+
+    def _share(self) -> None:
+        """Divide the bytes that may be unread by the peers."""
+        share = self._max_total_bytes // 2 // max(1, len(self._peers))
+        self._may_leave_unread = max(_LEAST_UNREAD_BYTES, min(self._max_unread_bytes, share))
 
     def find(self, routing_id: bytes) -> Peer | None:
         """The peer of a connection, if it has said HELLO and is not gone."""
@@ -163,17 +171,14 @@ class Outbound:
         self._backlog[peer.number] = peer.outbox_frames
 
     def _hand_over(self, peer: Peer, message: Message) -> Sent:
-        may_leave_unread = max(
-            _LEAST_UNREAD_BYTES, min(self._max_unread_bytes, self._max_total_bytes // 2 // len(self))
-        )
-        if peer.sent_bytes - peer.read_bytes > may_leave_unread:
+        if peer.sent_bytes - peer.read_bytes > self._may_leave_unread:
             if peer.asked_bytes <= peer.read_bytes:  # there was no room for the question when it was due
                 self._ask(peer)
             return Sent.FULL
         sent = self._router.send(peer.routing_id, message)
         if sent is Sent.HANDED_OVER:
             peer.sent_bytes += size_bytes(message)
-            if peer.sent_bytes - peer.asked_bytes > may_leave_unread // 2:
+            if peer.sent_bytes - peer.asked_bytes > self._may_leave_unread // 2:
                 self._ask(peer)
         return sent
 
@@ -221,6 +226,7 @@ class Outbound:
         peer.is_gone = True
         self.total_bytes -= peer.outbox_bytes
         del self._peers[peer.routing_id]
+        self._share()
         self._blocked.pop(peer, None)
         peer.outbox.clear()
         self._on_gone(peer)
