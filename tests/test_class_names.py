@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 EXCEPTIONS = {
     "Chunk",  # export/table.py, verify/chunks.py
-    "Client",  # instep_client, and server/clients.py until connections are the ZeroMQ front end's
-    "Engine",  # recording/records.py, server/engine.py
+    "Client",  # instep_client
+    "Engine",  # recording/records.py, streaming/engine.py
 }
 """Names to be told apart when their modules are rewritten; nothing may be added."""
 

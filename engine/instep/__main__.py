@@ -6,7 +6,7 @@ import sys
 
 from instep import interrupts
 
-EXTRAS = ("matplotlib", "pydantic", "rich", "safetensors", "structlog", "torch", "typer", "yaml")
+EXTRAS = ("matplotlib", "numba", "pydantic", "rich", "safetensors", "structlog", "torch", "typer", "yaml")
 """What `pip install instep` alone does not install."""
 
 

@@ -103,6 +103,9 @@ class HandExecutor:
         under_way = [begun for begun, _ in self.begun] + self._slots_of_results
         return any(np.isin(slots, run).any() for run in under_way)
 
+    def take_signal(self) -> None:
+        """There is none."""
+
     def stop(self, timeout_s: float | None = None) -> None:
         """Nothing steps by itself."""
 
@@ -236,6 +239,7 @@ class Node:
             EngineStats(),
             self._log_failure,
             lambda delay_s, call: None,
+            turns.wake,
         )
         operations = _WatchedOperations(engine, stepper, self.tasks, turns.wake, self._log_failure)
         engine.watcher = operations.watcher = self._watcher

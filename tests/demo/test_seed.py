@@ -12,7 +12,7 @@ from rich.console import Console
 
 from instep.demo import seed
 from instep.demo.child_server import ChildFailed
-from instep.demo.seed import Tables, verdict
+from instep.demo.seed import ThreeOutputs, verdict
 from tests.support.models import plain
 from tests.support.running import prepared
 
@@ -67,9 +67,9 @@ def test_the_network_is_the_experiments(shown: tuple[int, str]) -> None:
     )
 
 
-EQUAL = Tables(torch.tensor([0.25]), torch.tensor([0.25]), torch.tensor([0.25]))
-LAST_BIT = Tables(torch.tensor([0.25]), torch.tensor([0.25]).nextafter(torch.tensor(1.0)), torch.tensor([0.25]))
-FAR = Tables(torch.tensor([0.25]), torch.tensor([0.25]), torch.tensor([0.2502]))
+EQUAL = ThreeOutputs(torch.tensor([0.25]), torch.tensor([0.25]), torch.tensor([0.25]))
+LAST_BIT = ThreeOutputs(torch.tensor([0.25]), torch.tensor([0.25]).nextafter(torch.tensor(1.0)), torch.tensor([0.25]))
+FAR = ThreeOutputs(torch.tensor([0.25]), torch.tensor([0.25]), torch.tensor([0.2502]))
 
 
 class TestVerdict:

@@ -61,7 +61,9 @@ def test_a_method_is_replaced_in_its_class() -> None:
 
 
 @pytest.mark.parametrize(
-    "found_by", [names_are_checked, names_are_checked_later, partial(name_is_checked, name="")], ids=str
+    "found_by",
+    [names_are_checked, names_are_checked_later, partial(name_is_checked, name="")],
+    ids=["plain", "later", "partial"],
 )
 def test_a_failing_scenario_is_what_is_wanted(found_by: Any, request: pytest.FixtureRequest) -> None:
     check_is_found(rule(found_by), request)

@@ -156,7 +156,7 @@ def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(mod
         lines = [json.loads(line) for line in stderr.splitlines()]
         assert [line["event"] for line in lines] == ["stopping", "stopped"]
         assert lines[-1]["frames"] == 3
-        assert lines[-1]["blocks_unanswered"] == 0
+        assert lines[-1]["messages_unanswered"] == 0
     assert recording.exists()
 
 
@@ -194,7 +194,7 @@ def test_a_second_interrupt_forces_the_end(
     gate.open()
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line["event"] for line in lines] == ["serving", "stopping", "stopped"]
-    assert lines[-1]["blocks_unanswered"] == 1
+    assert lines[-1]["messages_unanswered"] == 1
 
 
 def test_an_endpoint_in_use_is_refused(model: Path) -> None:
@@ -233,9 +233,8 @@ def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
     ("place", "error"),
     [
         ("instep.server.assembly.Stepper", RuntimeError("DefaultCPUAllocator: can't allocate memory\nin C++")),
-        ("instep.server.assembly.Rings", MemoryError("Unable to allocate 9 TiB")),
+        ("instep.server.assembly.make_tables", MemoryError("Unable to allocate 9 TiB")),
         ("instep.server.assembly.StreamTable", MemoryError()),
-        ("instep.server.engine.BlockTable", MemoryError("Unable to allocate 3 GiB")),
     ],
 )
 def test_too_little_memory_is_said_and_leaves_no_recording_behind(

@@ -134,9 +134,7 @@ class DyingExecutor(HandExecutor):
     """An executor that dies with the first run."""
 
     def ended(self) -> list[RunResult]:
-        if self.begun:
-            raise EOFError("it has died")
-        return []
+        raise EOFError("it has died")
 
 
 async def test_a_dead_executor_is_a_bug_that_the_loop_tells(rng: np.random.Generator) -> None:

@@ -77,6 +77,9 @@ class HandExecutor:
         results, self._results = self._results, []
         return results
 
+    def take_signal(self) -> None:
+        """There is none."""
+
     def stop(self, timeout_s: float | None = None) -> None:
         """Nothing runs."""
 

@@ -54,7 +54,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Tables:
+class ThreeOutputs:
     """The same outputs [steps, batch, hidden], computed in three ways."""
 
     whole: torch.Tensor
@@ -105,7 +105,7 @@ def run(console: Console) -> int:
     rows = next(bucket for bucket in info.buckets if bucket >= BATCH_SIZE)
     batch = x.repeat(-(-rows // BATCH_SIZE), 1, 1)[:rows]
     whole_rows, stepped_rows = (way(gru, batch)[:, :BATCH_SIZE] for way in (whole_sequence, one_timestep_at_a_time))
-    tables = Tables(whole, stepped, served), Tables(whole_rows, stepped_rows, served)
+    tables = ThreeOutputs(whole, stepped, served), ThreeOutputs(whole_rows, stepped_rows, served)
     equal, sentence = verdict(*tables, rows, info.exactness)
     say(console, f"\nwhole sequence, one timestep at a time, served: {sentence}", "bold green" if equal else "bold red")
     return EQUAL if equal else DIFFERENT
@@ -140,7 +140,7 @@ def _serve(gru: SimpleGRU, x: torch.Tensor) -> tuple[torch.Tensor, ServerInfo]:
             return torch.from_numpy(np.stack(outputs)), client.info
 
 
-def verdict(printed: Tables, certified: Tables, rows: int, exactness: str) -> tuple[bool, str]:
+def verdict(printed: ThreeOutputs, certified: ThreeOutputs, rows: int, exactness: str) -> tuple[bool, str]:
     """Whether the tables are as equal as they should be, and a sentence.
 
     Args:
@@ -157,7 +157,7 @@ def verdict(printed: Tables, certified: Tables, rows: int, exactness: str) -> tu
     return printed.equal_as_printed and certified.most_ulp == 0, f"{as_printed}; {as_certified}; {two_rows}"
 
 
-def _distance(tables: Tables) -> str:
+def _distance(tables: ThreeOutputs) -> str:
     if tables.most_ulp == 0:
         return "equal bit for bit"
     return f"up to {tables.most_ulp:,} ULP apart"

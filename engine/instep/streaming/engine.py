@@ -31,10 +31,10 @@ from instep.core.typing import F32, I32, I64
 from instep.runtime.errors import StateLost
 from instep.runtime.executor import RunResult, StepExecutor
 from instep.streaming.api import MAX_REPLY_MESSAGES, Frames, Refusal, Reply
-from instep.streaming.conditions import Conditions
 from instep.streaming.journal import Journal
 from instep.streaming.origins import Origins
 from instep.streaming.stats import EngineStats
+from instep.streaming.waiters import Waiters
 from instep_client.protocol.codes import Code
 
 _LONGEST_RUN_NS: Final = 1_000_000
@@ -42,8 +42,8 @@ _LONGEST_RUN_NS: Final = 1_000_000
 _BUSY_RETRY_US: Final = 2000
 
 
-class Stepper(Protocol):
-    """What the engine knows of the network and its states."""
+class Buckets(Protocol):
+    """Padded batch sizes: what the engine knows of the network."""
 
     buckets: tuple[int, ...]
 
@@ -73,7 +73,7 @@ class _Run:
 
 
 @dataclass(slots=True)
-class _Result:
+class _Complete:
     """Messages that are complete, to be answered once `lsn` is durable."""
 
     lsn: int
@@ -108,7 +108,7 @@ class Engine:
         tables: Tables,
         table: StreamTable,
         origins: Origins,
-        stepper: Stepper,
+        stepper: Buckets,
         executor: StepExecutor,
         journal: Journal,
         limits: EngineLimits,
@@ -125,7 +125,7 @@ class Engine:
         self.executor = executor
         self.journal = journal
         self.stats = stats
-        self.conditions = Conditions()
+        self.waiters = Waiters()
         """Checked whenever frames were answered or a run has ended."""
         self.lost: list[I64] = []
         """Slots whose state was lost by a failed step, for the operations to close."""
@@ -140,7 +140,7 @@ class Engine:
         self._wake = wake
         self._submitted: list[Frames] = []
         self._runs: deque[_Run] = deque()
-        self._results: deque[_Result] = deque()
+        self._results: deque[_Complete] = deque()
         self._repeated: dict[int, tuple[F32, I64]] = {}
         """Outputs that pending messages only repeat, by message."""
         self._step_ns: dict[int, int] = {}
@@ -160,7 +160,7 @@ class Engine:
     @property
     def is_quiet(self) -> bool:
         """Whether everything submitted is answered and no operation waits."""
-        return not (self._submitted or self._runs or self._results or self.unanswered_messages or self.conditions)
+        return not (self._submitted or self._runs or self._results or self.unanswered_messages or self.waiters)
 
     @property
     def is_running(self) -> bool:
@@ -279,7 +279,7 @@ class Engine:
                 for lsn, rows in zip(run.lsns, run.rows[:steps], strict=False):
                     self.journal.outputs(lsn, rows, step_ns)
             began_ns = result.ended_ns - step_ns
-            self._results.append(_Result(run.lsns[steps - 1], numbers, began_ns, result.ended_ns))
+            self._results.append(_Complete(run.lsns[steps - 1], numbers, began_ns, result.ended_ns))
         if result.error is not None:
             self._fail(slots, run.lsns[steps:], result.error)
 
@@ -295,7 +295,7 @@ class Engine:
         numbers = self._take_out(slots, code)
         detail = f"{code.name.lower()}: {error}"
         newest = [self.journal.failed(lsn, detail) for lsn in lsns][-1]
-        self._results.append(_Result(newest, numbers, 0, 0))
+        self._results.append(_Complete(newest, numbers, 0, 0))
 
     # ── Flush ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -308,7 +308,7 @@ class Engine:
                 self._deliver(result.numbers, result.began_ns, result.ended_ns)
             has_delivered = True
         if has_delivered:
-            self.conditions.check()
+            self.waiters.check()
 
     def _deliver(self, numbers: I32, began_ns: int, ended_ns: int) -> None:
         """Answer complete messages, whose last frames were stepped between those times; 0 where none were."""
@@ -376,7 +376,7 @@ class Engine:
 
     def fail_pending(self, slots: I64, code: Code) -> None:
         """Frames of these streams, int64 [N], which are in no run, cannot be applied any more."""
-        self._results.append(_Result(self.journal.newest, self._take_out(slots, code), 0, 0))
+        self._results.append(_Complete(self.journal.newest, self._take_out(slots, code), 0, 0))
 
     def _take_out(self, slots: I64, code: Code) -> I32:
         """Take out everything that is pending of streams; the messages that are complete now."""

@@ -168,7 +168,7 @@ class StreamOperations:
         incarnations = table.incarnations(slots)
         named = table.find(names)
         await self._ended(named[table.closing[named]])
-        await engine.conditions.until(lambda: not are_pending(engine.packed, slots))
+        await engine.waiters.until(lambda: not are_pending(engine.packed, slots))
         if not self._origins.is_connected(origin):
             return Grants.none(decision.codes)  # gone meanwhile; its number may be another's now
         # Meanwhile another origin may have taken them, or they have ended and others are in their slots.
@@ -189,7 +189,7 @@ class StreamOperations:
     async def _ended(self, slots: I64) -> None:
         """Wait until those of these streams that are closing have ended."""
         table, incarnations = self._table, self._table.incarnations(slots)
-        await self._engine.conditions.until(
+        await self._engine.waiters.until(
             lambda: not (table.closing[slots] & (table.incarnations(slots) == incarnations)).any()
         )
 
@@ -299,14 +299,14 @@ class StreamOperations:
         packed = self._engine.packed
         self._engine.hold(slots)
         try:
-            await self._engine.conditions.until(lambda: not are_running(packed, slots))
+            await self._engine.waiters.until(lambda: not are_running(packed, slots))
             yield
         finally:
             self._release(slots)
 
     def _release(self, slots: I64) -> None:
         self._engine.release(slots)
-        self._engine.conditions.check()  # closings wait for it
+        self._engine.waiters.check()  # closings wait for it
         self._wake()
 
     # ── Close and evict ────────────────────────────────────────────────────────────────────────────────────────────
@@ -330,13 +330,13 @@ class StreamOperations:
         """Close streams; the final states [N, …] and which of them are lost."""
         packed, holds = self._engine.packed, self._engine.tables.streams["holds"]
         self._table.closing[slots] = True
-        await self._engine.conditions.until(lambda: not (are_pending(packed, slots) or holds[slots].any()))
+        await self._engine.waiters.until(lambda: not (are_pending(packed, slots) or holds[slots].any()))
         _, states, lost = await self._read(slots)
         lsn = self._journal.closed(slots, reason, states, lost)
         self._table.release(slots)
         self._origins.release_left()
         self._engine.stats.closed_streams_total += len(slots)
-        self._engine.conditions.check()  # claims wait for it
+        self._engine.waiters.check()  # claims wait for it
         await self._journal.durable(lsn)
         return states, lost
 

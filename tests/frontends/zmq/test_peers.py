@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgpack
 import numpy as np
 import pytest
 
 from instep.core.tables import make_tables
-from instep.frontends.zmq import encode
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Sent
 from instep.streaming.api import Refusal, Reply
+from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind, Message
 
 MESSAGE: Message = [b"x" * 744]
@@ -84,7 +84,7 @@ class Rig:
         return [number for number in found if number is not None]
 
 
-def ping_number(message: Message) -> int | None:
+def ping_number(message: Sequence[bytes | memoryview]) -> int | None:
     if len(message[0]) > 20:
         return None
     header = msgpack.unpackb(message[0])
@@ -104,10 +104,10 @@ def test_frames_are_on_the_account_of_a_peer_while_their_reply_waits() -> None:
 
 def test_messages_of_a_peer_keep_their_order_and_their_bytes() -> None:
     rig = Rig()
-    memory = [bytearray([number]) * 744 for number in range(4)]
+    memory = [memoryview(bytearray([number]) * 744) for number in range(4)]
     rig.router.state[b"\0slow"] = Sent.FULL
     for part in memory[:2]:
-        rig.outbound.send(rig.slow, [memoryview(part)])
+        rig.outbound.send(rig.slow, [part])
         part[:] = b"?" * 744  # as arrays are used again
     del rig.router.state[b"\0slow"]
     rig.outbound.send(rig.slow, [memory[2]])
@@ -267,7 +267,7 @@ def test_a_peer_is_an_origin_whose_replies_and_refusals_are_messages() -> None:
     assert msgpack.unpackb(stepped[0])[:7] == [Kind.STEPPED, 7, 1, 3, 1, 2, 3]
     assert msgpack.unpackb(stepped[0])[-1] == [9, 1]
     assert stepped[1] == y.tobytes()
-    (entry,) = np.frombuffer(stepped[2], encode.wire.FAILURE)
+    (entry,) = np.frombuffer(stepped[2], wire.FAILURE)
     assert [int(entry[name]) for name in ("column", "timestep", "code", "expected_seq")] == [1, 0, Code.SEQ_GAP, 5]
     assert headers([refused])[0][:3] == [Kind.ERROR, 8, Code.BUSY]
     assert rig.outbound.refused_total == 1

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 
-class Conditions:
+class Waiters:
     """Coroutines that wait until a predicate holds; `check` lets those proceed whose time has come.
 
     Each check evaluates every predicate that is waited for, so the number of waiting coroutines must be bounded.
