@@ -188,7 +188,9 @@ class ModelClient:
         """One message of the connection."""
         header = wire.unpack_header(message)
         asked = self._truth.asked.get((self.number, header.request))
-        if header.kind is Kind.ERROR:
+        if header.kind is Kind.PING:
+            self._post(Kind.PONG, header.request, (), [])
+        elif header.kind is Kind.ERROR:
             self._refused(Code(header.fields[0]))
         elif header.kind is Kind.EVICTED:
             self._evicted(Code(header.fields[1]), np.frombuffer(message[1], "<u8").tolist())

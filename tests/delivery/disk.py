@@ -33,7 +33,7 @@ from instep.recording.schema import (
 )
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
-from instep.server import recovery as server_recovery
+from instep.streaming import recovery as streaming_recovery
 
 Row: TypeAlias = tuple[Any, ...]
 Change: TypeAlias = tuple[str, int, Row | None]
@@ -230,10 +230,14 @@ class HandRecorder(Recorder):
     """The engine's recorder without its thread: it writes when told."""
 
     def __init__(
-        self, writer: RecordingWriter, on_failure: Callable[[Exception], None], on_durable: Callable[[int], None]
+        self,
+        writer: RecordingWriter,
+        on_room: Callable[[], None],
+        on_failure: Callable[[Exception], None],
+        on_durable: Callable[[int], None],
     ) -> None:
         with mock.patch.object(threading.Thread, "start"):
-            super().__init__(writer, QUEUE_BATCHES, lambda: None, on_failure, on_durable)
+            super().__init__(writer, QUEUE_BATCHES, on_room, on_failure, on_durable)
 
     def commit(self) -> None:
         """Write all that waits, as the thread does."""
@@ -254,7 +258,7 @@ class HandRecorder(Recorder):
 def files_in_memory() -> Iterator[None]:
     """Within, the engine's recovery reads and writes a `Disk` where it was given a path."""
     with (
-        mock.patch.object(server_recovery, "RecordingWriter", MemoryWriter),
+        mock.patch.object(streaming_recovery, "RecordingWriter", MemoryWriter),
         mock.patch.object(recording_recovery, "RecordingReader", MemoryReader),
     ):
         yield

@@ -121,7 +121,7 @@ def _take_over(world: World, digits: Digits) -> None:
 
 
 def _deliver_to_server(world: World, digits: Digits) -> None:
-    world.deliver_to_server(_connection(world, digits), 1 + digits.below(3))
+    world.deliver_to_server(_connection(world, digits), 1 + digits.below(3), is_taken=digits.flag or digits.flag)
 
 
 def _deliver_to_client(world: World, digits: Digits) -> None:
@@ -157,11 +157,15 @@ def _commit(world: World, digits: Digits) -> None:
 
 
 def _fail_step(world: World, digits: Digits) -> None:
-    world.fail_next_step(loses_state=digits.below(3) == 2)
+    world.fail_step(loses_state=digits.below(3) == 2, after=digits.below(3))
 
 
-def _snapshot(world: World, _: Digits) -> None:
-    world.snapshot()
+def _tick(world: World, _: Digits) -> None:
+    world.tick()
+
+
+def _checkpoint(world: World, _: Digits) -> None:
+    world.checkpoint()
 
 
 def _expire(world: World, _: Digits) -> None:
@@ -207,9 +211,9 @@ _ALWAYS: Final[tuple[tuple[int, Step], ...]] = (
     (1, _send_again),
 )
 _CLIENT_FAULTS: Final = ((2, _reconnect), (2, _take_over), (1, _contradict), (2, _close))
-_NETWORK_FAULTS: Final = ((1, _drop), (1, _duplicate), (1, _cut), (1, _partition), (2, _reconnect))
-_SERVER_FAULTS: Final = ((1, _snapshot), (1, _fail_step), (1, _expire))
-_CRASHES: Final = ((1, _snapshot), (2, _kill), (1, _sync), (1, _break_disk))
+_NETWORK_FAULTS: Final = ((1, _drop), (1, _duplicate), (1, _cut), (1, _partition), (2, _reconnect), (1, _tick))
+_SERVER_FAULTS: Final = ((1, _checkpoint), (1, _fail_step), (1, _expire))
+_CRASHES: Final = ((1, _checkpoint), (2, _kill), (1, _sync), (1, _break_disk))
 _POWER: Final = ((2, _lose_power),)
 
 

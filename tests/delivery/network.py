@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from instep.server.transport import Sent
-
+from instep.frontends.zmq.router import Sent
 from instep_client.protocol.wire import Message
 
 FULL_AT = 6
@@ -26,14 +25,14 @@ class Connection:
         self.to_server: deque[list[bytes]] = deque()
         self.to_client: deque[Message] = deque()
         self.is_cut = False
-        """Nothing passes any more, and who tries notices."""
+        """Nothing passes any more, and either side notices when it sends."""
         self.is_left = False
-        """The client has gone on to another one; what it sent may still arrive."""
+        """The client uses another one by now; what it sent may still arrive."""
         self.is_partitioned = False
         self.rename()
 
     def rename(self) -> None:
-        """ZeroMQ connects again behind the client's back: the server sees somebody new."""
+        """ZeroMQ connects again behind the client's back: the server sees a new connection."""
         self.routing_id = b"\0" + next(Connection._numbers).to_bytes(4, "big")
         self.to_server.clear()
         self.to_client.clear()
@@ -45,12 +44,14 @@ class Connection:
 
 
 class Network:
-    """What the server's postbox sends through."""
+    """All connections, whichever life of the server they lead to."""
 
     def __init__(self) -> None:
         self.connections: list[Connection] = []
         self.on_sent: Callable[[Connection, Message], None] = lambda connection, message: None
         """Told of every message that leaves the server."""
+        self.on_received: Callable[[Connection, list[bytes]], None] = lambda connection, message: None
+        """Told of every message that the server takes, before it does."""
 
     def connect(self, owner: int) -> Connection:
         self.connections = [known for known in self.connections if not known.is_cut]
@@ -58,13 +59,44 @@ class Network:
         self.connections.append(connection)
         return connection
 
+    def find(self, routing_id: bytes) -> Connection | None:
+        return next((known for known in self.connections if known.routing_id == routing_id), None)
+
+
+class HandRouter:
+    """In place of the ROUTER socket of one life of the server."""
+
+    signal_fd = -1
+
+    def __init__(self, network: Network) -> None:
+        self.arrived: deque[tuple[Connection, list[bytes]]] = deque()
+        """Messages that the loop has not taken yet."""
+        self._network = network
+        self._is_closed = False
+
+    @property
+    def is_readable(self) -> bool:
+        return bool(self.arrived)
+
+    def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
+        for _ in range(min(at_most, len(self.arrived))):
+            connection, message = self.arrived.popleft()
+            self._network.on_received(connection, message)
+            yield connection.routing_id, message
+
     def send(self, routing_id: bytes, message: Message) -> Sent:
-        for connection in self.connections:
-            if connection.routing_id == routing_id and not connection.is_cut:
-                if connection.is_partitioned and len(connection.to_client) >= FULL_AT:
-                    return Sent.FULL
-                message = [bytes(frame) for frame in message]
-                self.on_sent(connection, message)
-                connection.to_client.append(message)
-                return Sent.HANDED_OVER
-        return Sent.GONE
+        if self._is_closed:
+            return Sent.HANDED_OVER  # and lost with the process
+        connection = self._network.find(routing_id)
+        if connection is None or connection.is_cut:
+            return Sent.GONE
+        if connection.is_partitioned and len(connection.to_client) >= FULL_AT:
+            return Sent.FULL
+        copy = [bytes(frame) for frame in message]
+        self._network.on_sent(connection, copy)
+        connection.to_client.append(copy)
+        return Sent.HANDED_OVER
+
+    def close(self) -> None:
+        self._is_closed = True
+        self.arrived.clear()

@@ -1,50 +1,110 @@
-"""The server without sockets, threads and torch: the engine's own rules, moved by hand.
+"""The server without sockets, threads, processes and torch: the engine's own rules, moved by hand.
 
-Real: the verbs, the engine, the lifecycle, the postbox, the tap, the snapshots, the recovery, the recorder and all of
-the core. By hand: when the worker works, when its results come back, when the recorder commits, and when the loop
-learns of that. The network is an exact recurrence that remembers order.
+Real: the kernels, the engine, the operations on streams, the journal, the checkpoints, the reaper, the recovery, the
+recorder's queue, the ZeroMQ front end above its socket, and the server's loop. By hand: when the executor steps, when
+the recorder commits, when the loop learns of it, and when callbacks of the event loop run. The network is an exact
+recurrence that remembers order.
 """
 
 from __future__ import annotations
 
-import itertools
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from instep.core.rings import Rings
-from instep.runtime.runs import Ended
-from instep.runtime.worker import Job
-from instep.server.clients import Client, ClientTable
-from instep.server.engine import Engine
-from instep.server.lifecycle import Lifecycle
-from instep.server.postbox import Postbox
-from instep.server.recovery import go_on
-from instep.server.snapshots import Snapshots
-from instep.server.statistics import Statistics
-from instep.server.tap import Tap
-from instep.server.verbs import Verbs
 
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I64
+from instep.core.tables import make_tables
+from instep.core.typing import F32, I64, U64
+from instep.frontends.zmq.decode import Decoder
+from instep.frontends.zmq.frontend import ZmqFrontend
+from instep.frontends.zmq.peers import Outbound
 from instep.recording.writer import RecordingWriter
 from instep.runtime.errors import StateLost
-from instep.server.limits import EffectiveLimits
-from instep_client.protocol.wire import PROTOCOL_VERSION, Code, ServerInfo
+from instep.runtime.executor import RunResult, Step, run_steps
+from instep.server.loop import Loop
+from instep.streaming.api import Grants, Names, Origin
+from instep.streaming.checkpoints import Checkpoints
+from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.journal import Journal
+from instep.streaming.operations import StreamOperations
+from instep.streaming.origins import Origins
+from instep.streaming.reaper import IdleLimits, Reaper
+from instep.streaming.recovery import resume_recording
+from instep.streaming.stats import EngineStats
+from instep.streaming.tasks import Tasks
+from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory
-from tests.delivery.network import Connection, Network
+from tests.delivery.hand_loop import HandLoop
+from tests.delivery.network import Connection, HandRouter, Network
 
 PRIME = 16_777_213
 """The largest prime below 2^24: every state is a float32 without rounding."""
 _FACTOR = 1_103_515
 MAX_STREAMS = 3
+_MAX_CONNECTIONS = 64
+_MAX_FRAMES = 64
+_NEVER_NS = 10**18
+_PARK_NS = 3600 * 10**9
+_TICKS = 10
+"""After as many ticks the reaper has looked for streams that expire."""
 
 
 def recur(state: int, x: int) -> int:
     """The state after one more frame. Whatever is lost, doubled or swapped changes all that follow."""
     return (state * _FACTOR + x * 7 + 1) % PRIME
+
+
+class StepFailure(Exception):
+    """The network failed; no state has changed."""
+
+
+class HandExecutor:
+    """Steps when told."""
+
+    capacity = 2
+    signal_fd = None
+
+    def __init__(self, step: Step) -> None:
+        self.begun: deque[tuple[I64, I64]] = deque()
+        self._step = step
+        self._results: list[RunResult] = []
+        self._slots_of_results: list[I64] = []
+        self._now_ns = 0
+
+    @property
+    def has_ended(self) -> bool:
+        return bool(self._results)
+
+    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+        self.begun.append((slots, rows))
+
+    def work(self) -> None:
+        """Step the oldest run, if there is one; the loop learns of it in its next turn."""
+        if not self.begun:
+            return
+        slots, rows = self.begun.popleft()
+        result = run_steps(self._step, slots, rows)
+        if isinstance(result.error, AssertionError):
+            raise result.error
+        self._now_ns += 1  # no time passes, so that an example is the same on every machine
+        self._results.append(replace(result, began_ns=self._now_ns, ended_ns=self._now_ns))
+        self._slots_of_results.append(slots)
+
+    def ended(self) -> list[RunResult]:
+        results, self._results, self._slots_of_results = self._results, [], []
+        return results
+
+    def is_under_way(self, slots: I64) -> bool:
+        """Whether runs of these streams are, as far as the loop knows."""
+        under_way = [begun for begun, _ in self.begun] + self._slots_of_results
+        return any(np.isin(slots, run).any() for run in under_way)
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Nothing steps by itself."""
 
 
 class Recurrence:
@@ -55,19 +115,22 @@ class Recurrence:
 
     def __init__(self, max_batch_size: int) -> None:
         self.network = self
-        self.buckets: I64 = np.array([max_batch_size])
+        self.buckets = (max_batch_size,)
+        self.executor: HandExecutor
         self.failure: Exception | None = None
-        """Raised by the next step, instead of stepping."""
+        """Raised by a step, instead of stepping."""
+        self.steps_before_failure = 0
         self._states = np.zeros(MAX_STREAMS + 1, np.int64)
 
     def bucket(self, size: int) -> int:
-        return int(self.buckets[0])
+        return self.buckets[0]
 
     def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
         assert len(set(slots.tolist())) == len(slots), "a stream has two frames in one step"
-        if self.failure is not None:
+        if self.failure is not None and self.steps_before_failure == 0:
             failure, self.failure = self.failure, None
             raise failure
+        self.steps_before_failure = max(0, self.steps_before_failure - 1)
         with np.errstate(invalid="ignore"):  # damaged frames are wrong ones
             x = inputs[rows, 0].astype(np.int64)
         states = (self._states[slots] * _FACTOR + x * 7 + 1) % PRIME
@@ -75,40 +138,44 @@ class Recurrence:
         outputs[rows, 0] = states
 
     def load(self, slots: I64, states: F32 | None) -> None:
+        assert not self.executor.is_under_way(slots), "a state is written while its stream steps"
         with np.errstate(invalid="ignore"):  # and so are damaged states
             self._states[slots] = 0 if states is None else states[:, 0, 0].astype(np.int64)
 
     def read(self, slots: I64) -> F32:
+        assert not self.executor.is_under_way(slots), "a state is read while its stream steps"
         return self._states[slots].astype(np.float32).reshape(-1, 1, 1)
 
     def no_states(self, count: int) -> F32:
         return np.full((count, 1, 1), np.nan, np.float32)
 
 
-class HandWorker:
-    """In place of the worker's thread: does the next job when told; results wait for the loop."""
+class Watcher(Protocol):
+    """Told of what the server does, as it does it."""
 
-    def __init__(self, events: deque[Callable[[], None]]) -> None:
-        self.jobs: deque[Job] = deque()
-        self._events = events
+    def admits(self, admit: Callable[[], None]) -> None:
+        """The server admits what was submitted; call `admit` for it."""
 
-    def submit(self, job: Job) -> None:
-        self.jobs.append(job)
+    def resumes(self, origin: Origin, names: Names, have: U64) -> None:
+        """The server is about to decide on a RESUME."""
 
-    def work(self) -> None:
-        if self.jobs:
-            job = self.jobs.popleft()
-            try:
-                result, error = job.call(), None
-                if isinstance(result, Ended) and isinstance(result.error, AssertionError):
-                    raise result.error
-            except (StateLost, StepFailure) as failure:
-                result, error = None, failure
-            self._events.append(lambda: job.done(result, error))
+    def has_moved(self) -> None:
+        """A callback of the loop has run."""
 
 
-class StepFailure(Exception):
-    """The network failed; no state has changed."""
+class _WatchedEngine(Engine):
+    watcher: Watcher
+
+    def admit(self) -> None:
+        self.watcher.admits(super().admit)
+
+
+class _WatchedOperations(StreamOperations):
+    watcher: Watcher
+
+    async def resume(self, origin: Origin, names: Names, have: U64, epochs: U64, take_over: bool) -> Grants:
+        self.watcher.resumes(origin, names, have)
+        return await super().resume(origin, names, have, epochs, take_over)
 
 
 @dataclass(frozen=True)
@@ -119,22 +186,6 @@ class Sizes:
     batch: int
 
 
-_LIMITS = EffectiveLimits(
-    max_streams=MAX_STREAMS,
-    max_connections=64,
-    max_batch_size=1,
-    max_queue_delay_ns=0,
-    max_block_frames=64,
-    credit_frames=64,
-    max_pending_frames=64,
-    window_frames=1,
-    max_message_bytes=10_000,
-    max_unread_bytes=1_000_000,
-    max_outbox_bytes=1_000_000,
-    first_generation=1,
-)
-
-
 class Node:
     """One life of the server.
 
@@ -143,157 +194,172 @@ class Node:
         disk: what the lives before left.
         network: where connections come from.
         sizes: of everything.
+        watcher: told of what happens.
 
     Raises:
         RecordingError: when the recording does not let it start.
     """
 
-    def __init__(self, number: int, disk: Disk, network: Network, sizes: Sizes) -> None:
-        self.number = number
+    def __init__(self, number: int, disk: Disk, network: Network, sizes: Sizes, watcher: Watcher) -> None:
         self.has_failed = False
-        self.events: deque[Callable[[], None]] = deque()
-        self.worker: Any = HandWorker(self.events)
-        self.stepper: Any = Recurrence(sizes.batch)
-        limits = replace(_LIMITS, max_batch_size=sizes.batch, window_frames=sizes.window)
-        table = StreamTable(MAX_STREAMS, limits.max_connections, 1 + 10_000 * number, 1_000_000 * number)
-        rings = Rings(table, sizes.window, MAX_STREAMS, 1, 1, limits.max_pending_frames)
-        self.table, self.rings = table, rings
-        self.clients = ClientTable(limits.max_connections)
+        self.router = HandRouter(network)
+        self.stepper = Recurrence(sizes.batch)
+        self._watcher = watcher
+        self._bugs: list[BaseException] = []
+        self._told: deque[int] = deque()
+        self._now_ns = time.monotonic_ns()
+        self._loop = HandLoop()
+        with self._loop.running():
+            self._assemble(number, disk, sizes)
+
+    def _assemble(self, number: int, disk: Disk, sizes: Sizes) -> None:
+        stepper: Any = self.stepper
+        self.tables = tables = make_tables(MAX_STREAMS, _MAX_CONNECTIONS, sizes.window, 1, 1, _MAX_FRAMES, _MAX_FRAMES)
+        generations = np.full(MAX_STREAMS + 1, 1 + 10_000 * number, np.uint32)
+        self.table = table = StreamTable(tables, generations, 1_000_000 * number)
+        self.executor = self.stepper.executor = HandExecutor(
+            lambda slots, rows: stepper.step(slots, rows, tables.x, tables.y)
+        )
+        self._turns = turns = Loop(0, self._bugs.append)
+        self.journal = journal = Journal(tables, table, turns.wake)
+        self.origins, self.tasks = Origins(tables), Tasks(self._bugs.append)
+        self.engine = engine = _WatchedEngine(
+            tables,
+            table,
+            self.origins,
+            stepper,
+            self.executor,
+            journal,
+            EngineLimits(sizes.batch, 0, _MAX_FRAMES),
+            EngineStats(),
+            self._log_failure,
+            lambda delay_s, call: None,
+        )
+        operations = _WatchedOperations(engine, stepper, self.tasks, turns.wake, self._log_failure)
+        engine.watcher = operations.watcher = self._watcher
+        self._reaper = Reaper(engine, operations, IdleLimits(0, 0, _PARK_NS, MAX_STREAMS))
+        self._checkpoints = Checkpoints(engine, operations, stepper, self.tasks, _NEVER_NS, at_once=1)
+        router: Any = self.router
+        self.outbound = Outbound(
+            router, tables, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach
+        )
+        self._frontend = ZmqFrontend(
+            router,
+            engine,
+            operations,
+            self._reaper,
+            self.tasks,
+            self.outbound,
+            Decoder(1, (1, 1), _MAX_FRAMES, 10_000),
+            _info(number, sizes),
+            2 * _NEVER_NS,
+            turns.wake,
+        )
+        turns.engine, turns.operations, turns.frontends = engine, operations, [self._frontend]
+        self._record(disk, sizes)
+        turns.start()
+
+    def _record(self, disk: Disk, sizes: Sizes) -> None:
         header = replace(HEADER[0], durability=disk.durability, buckets=(sizes.batch,))
         path: Any = disk
+        stepper: Any = self.stepper
         writer: RecordingWriter
         last_stream = 0
-        stepper: Any = self.stepper
-        worker: Any = self.worker
         if disk.is_empty:
             writer = MemoryWriter.create(path, header)
         else:
             with files_in_memory():
-                writer, recovery = go_on(path, header, table, rings, stepper, accept_numerics_change=False)
+                writer, recovery = resume_recording(
+                    path,
+                    header,
+                    self.tables,
+                    self.table,
+                    self.journal.dirty,
+                    stepper,
+                    accept_numerics_change=False,
+                )
             last_stream = recovery.last_stream
         last_row = writer.position
-        self.recorder = HandRecorder(
-            writer, self._fail, lambda ticket: self.events.append(lambda: self._durable(ticket))
-        )
-        self.tap = tap = Tap(table, rings)
-        tap.record(self.recorder, last_stream, last_row, waits=disk.durability != "memory")
-        statistics = Statistics()
-        self.postbox = Postbox(
-            network,
-            self.clients,
-            limits.max_unread_bytes,
-            limits.max_outbox_bytes,
-            unreachable_after_ns=10**18,
-            probe_after_ns=10**18,
-            on_gone=self._gone,
-        )
-        self.engine = Engine(
-            table,
-            rings,
-            stepper,
-            worker,
-            self.postbox,
-            tap,
-            limits,
-            statistics,
-            lambda error, streams: None,
-            lambda delay_s, work: None,
-        )
-        self.engine._step_ns[sizes.batch] = 0  # so that there are runs from the first step on
-        self.engine.longest_run_ns = 10**18  # however long a step takes here, so that an example is always the same
-        self.lifecycle = Lifecycle(
-            table,
-            rings,
-            stepper,
-            worker,
-            self.clients,
-            self.postbox,
-            tap,
-            statistics,
-            lambda error, streams: None,
-            parks=True,
-            max_parked=MAX_STREAMS,
-        )
-        self.engine.on_answered = self.lifecycle.waits.answered
-        self.lifecycle.on_ready = self.engine.make_ready
-        self.lifecycle.on_not_loaded = self.engine.without_state
-        self.engine.on_state_lost = lambda slots: self.lifecycle.evict(slots, Code.STATE_LOST)
-        self.snapshots = Snapshots(table, rings, stepper, worker, tap, lambda error, streams: None, 0, at_once=1)
-        self.verbs = Verbs(
-            self.engine, self.lifecycle, tap, self.clients, self.postbox, _info(number, limits), limits, statistics
-        )
+        self.recorder = HandRecorder(writer, self._turns.wake, self._fail, self._told.append)
+        self.journal.record(self.recorder, last_stream, last_row, waits=disk.durability != "memory")
 
-    @property
-    def has_room(self) -> bool:
-        return self.lifecycle.waits.has_room and (self.tap.has_room or self.tap.has_failed)
+    # ── Moving it ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def take(self, connection: Connection, message: list[bytes]) -> None:
-        """One message of one connection, as the server's pump takes it."""
-        self.verbs.take(connection.routing_id, message)
+    def arrives(self, connection: Connection, message: list[bytes]) -> None:
+        """A message has arrived; the loop takes it in its next turn."""
+        self.router.arrived.append((connection, message))
 
-    def admit_if_due(self) -> None:
-        """As the pump does after a burst."""
-        self.verbs.admit_if_due()
+    def run(self) -> None:
+        """Let the loop do everything that there is to do."""
+        self._turns.wake()
+        while self._loop.run_one():
+            if self._bugs:
+                raise self._bugs[0]
+            self._watcher.has_moved()
 
-    def admit_taken(self) -> None:
-        """As the next tick does."""
-        self.verbs.admit_taken()
+    def learn_what_is_durable(self) -> None:
+        """The loop learns which commits were made."""
+        while self._told:
+            self._loop.call_soon(self.journal.advance, self._told.popleft())
 
-    def around_admission(self, around: Callable[[Callable[[], None]], None]) -> None:
-        """Call something with what admits, whoever lets it be done."""
-        admit = self.verbs.admit_taken
+    def checkpoint(self) -> None:
+        """Begin a checkpoint."""
+        with self._loop.running():
+            self.tasks.start(self._checkpoints.take())
 
-        def admitted() -> None:
-            around(admit)
-
-        self.verbs.admit_taken = admitted  # type: ignore[method-assign]
-        self.engine.on_run_ended = admitted
-
-    def schedule(self) -> None:
-        self.engine.schedule()
-
-    def turn(self) -> bool:
-        """Let the loop do the next thing that was handed back; whether there was any."""
-        if not self.events:
-            return False
-        self.events.popleft()()
-        self.schedule()
-        return True
-
-    def snapshot(self) -> None:
-        if not self.snapshots.is_under_way:
-            self.snapshots.take()
+    def tick(self) -> None:
+        """What is due now and then."""
+        with self._loop.running():
+            self._frontend.tick(self._now_ns)
+            self._reaper.tick(self._now_ns)
 
     def notice_gone(self, connection: Connection) -> None:
-        """A probe finds that a connection is no more."""
-        client = self.clients.by_routing_id(connection.routing_id)
-        if client is not None:
-            self.postbox.give_up(client)
-            self.schedule()
+        """A connection is found to be gone; its streams are parked in the next tick."""
+        peer = self.outbound.find(connection.routing_id)
+        if peer is not None:
+            self.outbound.drop(peer)
 
-    def _gone(self, client: Client) -> None:
-        self.lifecycle.departures.abandon(client)
-        self.events.append(self.lifecycle.departures.tidy)  # as the next tick does
+    def expire_parked(self) -> None:
+        """The time of all that are parked is up."""
+        self._now_ns += 2 * _PARK_NS
+        for _ in range(_TICKS):
+            self.tick()
 
-    def expire_parked(self) -> list[int]:
-        """The time of all that are parked is up; their slots."""
-        slots = self.table.parked_since(np.iinfo(np.int64).max)
-        self.lifecycle.expire(slots)
-        return [int(slot) for slot in slots]
+    def kill(self) -> None:
+        """The process dies: nothing that it does from now on reaches the network or the disk."""
+        self.router.close()
+        self._turns.stop()
+        self.tasks.cancel()
+        while self._loop.run_one():
+            pass
+
+    # ── Looking at it ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def connection_of(self, origin: Origin) -> bytes:
+        """The routing id of an origin."""
+        peer: Any = origin
+        routing_id: bytes = peer.routing_id
+        return routing_id
+
+    def slot_of(self, name: str) -> int | None:
+        """The slot of the open stream of that name."""
+        return int(self.table.find([name])[0]) or None
 
     def open_slots(self) -> list[int]:
         """Slots of the streams that are open and not closing."""
-        table = self.table
-        return [int(slot) for slot in np.flatnonzero((table.owner >= 0) & ~table.closing & ~table.lost)]
+        slots = self.table.open_slots()
+        good: list[int] = slots[~self.table.closing[slots] & ~self.table.lost[slots]].tolist()
+        return good
 
-    def _durable(self, ticket: int) -> None:
-        self.tap.durable(ticket)
+    def _log_failure(self, error: Exception, streams: int) -> None:
+        if not isinstance(error, StateLost | StepFailure):
+            self._bugs.append(error)
 
     def _fail(self, error: Exception) -> None:
         self.has_failed = True
 
 
-def _info(number: int, limits: EffectiveLimits) -> ServerInfo:
+def _info(number: int, sizes: Sizes) -> ServerInfo:
     return ServerInfo(
         protocol_version=PROTOCOL_VERSION,
         boot_id=str(number),
@@ -305,16 +371,13 @@ def _info(number: int, limits: EffectiveLimits) -> ServerInfo:
         state_size=1,
         device="none",
         exactness="exact",
-        buckets=(limits.max_batch_size,),
-        max_streams=limits.max_streams,
-        max_message_bytes=limits.max_message_bytes,
-        max_block_frames=limits.max_block_frames,
-        credit_frames=limits.credit_frames,
+        buckets=(sizes.batch,),
+        max_streams=MAX_STREAMS,
+        max_message_bytes=10_000,
+        max_block_frames=_MAX_FRAMES,
+        credit_frames=_MAX_FRAMES,
         max_idle_s=0.0,
-        window_frames=limits.window_frames,
+        window_frames=sizes.window,
         durability="commit",
         park_s=300.0,
     )
-
-
-NUMBERS = itertools.count(1)

@@ -74,7 +74,6 @@ def test_the_examples_reach_what_they_are_for() -> None:
         "damage was refused",
         "dropped",
         "several STEPs at once",
-        "STEPs wait for a run to end",
         "killed",
         "power lost",
         "the disk was full",
@@ -100,7 +99,7 @@ def test_a_stream_that_ends_while_its_resume_waits_is_not_taken_for_the_next_in_
     world.commit(is_told=True)
     client.reconnect()
     world.deliver_to_server(client.connection)
-    world.fail_next_step(loses_state=True)
+    world.fail_step(loses_state=True)
     for _ in range(3):
         world.work(1)
         world.commit(is_told=True)

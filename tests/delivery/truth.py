@@ -6,16 +6,18 @@ former one up to k, and what its owner sends from there on. So every output that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 import numpy as np
 
+from instep.core.tables import rows_of
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, Message
 from tests.delivery.disk import Disk
-from tests.delivery.network import Connection
+from tests.delivery.network import Connection, Network
 from tests.delivery.node import Node, recur
 
 _SLOT = 0xFFFF_FFFF
@@ -98,11 +100,13 @@ class Truth:
 
     Args:
         disk: what is durable.
+        network: which client has which connection.
         window: frames that a stream may have unacknowledged.
     """
 
-    def __init__(self, disk: Disk, window: int) -> None:
+    def __init__(self, disk: Disk, network: Network, window: int) -> None:
         self.disk = disk
+        self.network = network
         self.window = window
         self.node: Node | None = None
         self.asked: dict[tuple[int, int], Asked] = {}
@@ -118,6 +122,7 @@ class Truth:
 
     def leaves(self, connection: Connection, message: Message) -> None:
         """A message was handed to the network."""
+        self.note_openings()
         header = wire.unpack_header(message)
         asked = self.asked.get((connection.owner, header.request))
         if header.kind is Kind.STEPPED and asked is not None:
@@ -165,7 +170,7 @@ class Truth:
         assert self.node is not None
         slot, generation = handle & _SLOT, handle >> 32
         present = self.lives[int(self.node.table.recording_id[slot])]
-        if generation >= int(self.node.table.openings(np.array([slot]))[0]):
+        if generation >= int(self.node.table.incarnations(np.array([slot]))[0]):
             return present
         return max((life for life in self.lives.values() if life.name == name and life is not present), key=_number)
 
@@ -188,43 +193,66 @@ class Truth:
 
     # ── What the server takes ──────────────────────────────────────────────────────────────────────────────────────
 
-    def before_step(self, asked: Asked) -> list[tuple[Life, tuple[int, int, int] | None, bool]]:
-        """Where the streams of a STEP stand, and whether its sender is fenced."""
-        return [
-            (life, self._stand(life), life.epoch != epoch)
+    def before_steps(self, taken: list[Asked]) -> list[tuple[Life, tuple[int, int, int] | None]]:
+        """Where the streams stand whose senders are all fenced, before these STEPs are admitted together."""
+        senders = [
+            (life, life.epoch != epoch)
+            for asked in taken
             for life, epoch in zip(asked.lives, asked.epochs, strict=True)
         ]
+        owned = [life for life, is_fenced in senders if not is_fenced]
+        return [(life, self._stand(life)) for life, _ in senders if all(life is not other for other in owned)]
 
-    def after_step(self, asked: Asked, before: list[tuple[Life, tuple[int, int, int] | None, bool]]) -> None:
-        """The server has taken a STEP: a fenced sender has changed nothing."""
-        for column, (life, stood, is_fenced) in enumerate(before):
-            stands = self._stand(life)
-            if is_fenced:
-                self.seen.add("a fenced owner sends")
-                require(stands == stood, "a fenced owner changed the stream")
-            elif stands is not None:
-                life.acked = max(life.acked, min(asked.acked[column], stands[2]))
+    def after_steps(self, taken: list[Asked], before: list[tuple[Life, tuple[int, int, int] | None]]) -> None:
+        """They are admitted: fenced senders have changed nothing."""
+        for life, stood in before:
+            self.seen.add("a fenced owner sends")
+            require(self._stand(life) == stood, "a fenced owner changed the stream")
+        for asked in taken:
+            for life, epoch, acked in zip(asked.lives, asked.epochs, asked.acked, strict=True):
+                stands = self._stand(life)
+                if life.epoch == epoch and stands is not None:
+                    life.acked = max(life.acked, min(acked, stands[2]))
 
-    def after_open(self, client: int, asked: Asked) -> None:
-        """The server has taken an OPEN."""
-        assert self.node is not None
-        for name in asked.names:
-            slot = self.node.table.find(name)
-            if slot is not None:
-                number = int(self.node.table.recording_id[slot])
-                self.lives.setdefault(number, Life(number, name, Line([]), client))
+    def note_openings(self) -> None:
+        """Streams that the server has opened."""
+        node = self.node
+        if node is None:
+            return
+        for slot in node.table.open_slots().tolist():
+            number = int(node.table.recording_id[slot])
+            if number not in self.lives:
+                origin = node.origins[int(node.table.owner[slot])]
+                assert origin is not None
+                connection = self.network.find(node.connection_of(origin))
+                assert connection is not None
+                self.lives[number] = Life(number, node.table.name(slot), Line([]), connection.owner)
 
-    def before_resume(self, connection: Connection, asked: Asked, *, is_copy: bool) -> None:
+    def note_ends(self) -> None:
+        """Streams that the server has ended, or is about to."""
+        node = self.node
+        if node is None:
+            return
+        for life in self.lives.values():
+            slot = self._slot(life)
+            if slot is None or node.table.closing[slot] or node.table.lost[slot]:
+                life.has_ended = True
+
+    def resume_arrives(self, connection: Connection, asked: Asked, *, is_copy: bool) -> None:
         """The server is about to take a RESUME."""
-        assert self.node is not None
-        for name, have in zip(asked.names, asked.have, strict=True):
-            for life in self._open_lives([name]):
-                life.is_contended |= is_copy or connection.is_left or connection.owner != life.holder
-                life.claimed = max(life.claimed, min(have, int(self.node.table.next_seq[self._slot(life)])))
+        for life in self._open_lives(asked.names):
+            life.is_contended |= is_copy or connection.is_left or connection.owner != life.holder
 
-    def _open_lives(self, names: list[str]) -> list[Life]:
+    def before_resume(self, names: Sequence[str], have: Sequence[int]) -> None:
+        """The server is about to decide on a RESUME."""
         assert self.node is not None
-        slots = [slot for slot in map(self.node.table.find, names) if slot is not None]
+        for name, outputs in zip(names, have, strict=True):
+            for life in self._open_lives([name]):
+                life.claimed = max(life.claimed, min(outputs, int(self.node.table.next_seq[self._slot(life)])))
+
+    def _open_lives(self, names: Sequence[str]) -> list[Life]:
+        assert self.node is not None
+        slots = [slot for slot in map(self.node.slot_of, names) if slot is not None]
         return [self.lives[int(self.node.table.recording_id[slot])] for slot in slots]
 
     def _stand(self, life: Life) -> tuple[int, int, int] | None:
@@ -237,19 +265,19 @@ class Truth:
 
     def _slot(self, life: Life) -> int | None:
         assert self.node is not None
-        slot = self.node.table.find(life.name)
+        slot = self.node.slot_of(life.name)
         if slot is None or int(self.node.table.recording_id[slot]) != life.number:
             return None
         return slot
 
     # ── The server itself ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def check_rings(self) -> None:
-        """The window is kept, and all that may be asked for again is in the rings."""
+    def check_frame_buffer(self) -> None:
+        """The window is kept, and all that may be asked for again is in the frame buffer."""
         node = self.node
         if node is None:
             return
-        table, rings = node.table, node.rings
+        table, tables = node.table, node.tables
         for slot in node.open_slots():
             next_seq, step_seq = int(table.next_seq[slot]), int(table.step_seq[slot])
             life = self.lives.get(int(table.recording_id[slot]))
@@ -259,12 +287,13 @@ class Truth:
             require(next_seq <= acked + self.window, "more frames than the window were taken")
             require(next_seq <= len(life.line), "a frame was taken that nobody sent")
             first = min(acked, step_seq)
-            rows = rings.rows(np.full(next_seq - first, slot), np.arange(first, next_seq))
+            rows = rows_of(tables, np.full(next_seq - first, slot), np.arange(first, next_seq))
             for seq, row in enumerate(rows.tolist(), first):
-                require(rings.x[row, 0] == life.line.xs[seq], f"the ring has lost the inputs of frame {seq}")
+                require(tables.x[row, 0] == life.line.xs[seq], f"the frame buffer has lost the inputs of frame {seq}")
                 if seq < step_seq:
                     require(
-                        rings.y[row, 0] == life.line.states[seq + 1], f"the ring has lost the output of frame {seq}"
+                        tables.y[row, 0] == life.line.states[seq + 1],
+                        f"the frame buffer has lost the output of frame {seq}",
                     )
 
     def crashed(self, *, may_lose: bool) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
+from instep.core.typing import U64
 from instep.recording.errors import RecordingError
 from instep.recording.schema import Durability
 from instep.runtime.errors import StateLost
+from instep.streaming.api import Names, Origin
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, Message
 from tests.delivery.client import Is, Lane, ModelClient
@@ -33,13 +35,14 @@ class World:
     def __init__(self, durability: Durability, sizes: Sizes) -> None:
         self.disk = Disk(durability)
         self.network = Network()
-        self.truth = Truth(self.disk, sizes.window)
+        self.truth = Truth(self.disk, self.network, sizes.window)
         self.network.on_sent = self._leaves
+        self.network.on_received = self._arrives
         self._sizes = sizes
         self._lives = count(1)
         self._copies: list[list[bytes]] = []
         self._taken: list[Asked] = []
-        """STEPs that the server has taken and not judged yet."""
+        """STEPs that the server has taken and not admitted yet."""
         self.node: Node | None = None
         self.start()
         self.clients = [ModelClient(number, self.truth, self.network) for number in range(CLIENTS)]
@@ -50,58 +53,46 @@ class World:
 
     # ── The network ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def deliver_to_server(self, connection: Connection, at_most: int = 99) -> bool:
-        """Whether anything was delivered."""
-        delivered = False
-        for _ in range(at_most):
-            if self.node is None or connection.is_partitioned or not connection.to_server or not self.node.has_room:
-                break
-            self._take(self.node, connection, connection.to_server.popleft())
-            delivered = True
-        if delivered and self.node is not None:
-            self.node.admit_if_due()
-            self.node.schedule()
-            if self._taken:
-                self.truth.seen.add("STEPs wait for a run to end")
-        return delivered
+    def deliver_to_server(self, connection: Connection, at_most: int = 99, *, is_taken: bool = True) -> bool:
+        """Messages arrive, and the loop takes them now or in its next turn; whether there were any."""
+        if self.node is None or connection.is_partitioned or not connection.to_server:
+            return False
+        for _ in range(min(at_most, len(connection.to_server))):
+            self.node.arrives(connection, connection.to_server.popleft())
+        if is_taken:
+            self.turn()
+        return True
 
-    def _take(self, node: Node, connection: Connection, message: list[bytes]) -> None:
-        truth, header = self.truth, wire.unpack_header(message)
-        asked = truth.asked.get((connection.owner, header.request))
-        is_copy = any(message is copy for copy in self._copies)
-        if asked is not None and header.kind is Kind.STEP:
-            if any(life is taken for life in asked.lives for other in self._taken for taken in other.lives):
-                node.admit_taken()
-            node.take(connection, message)
-            self._taken.append(asked)
-            if len(self._taken) > 1:
-                truth.seen.add("several STEPs at once")
-            return
-        node.admit_taken()
-        if asked is not None and header.kind is Kind.RESUME:
-            truth.before_resume(connection, asked, is_copy=is_copy)
-        node.take(connection, message)
-        node.admit_taken()
+    def _arrives(self, connection: Connection, message: list[bytes]) -> None:
+        header = wire.unpack_header(message)
+        asked = self.truth.asked.get((connection.owner, header.request))
         if asked is None:
             return
-        if header.kind is Kind.OPEN:
-            truth.after_open(connection.owner, asked)
-        elif header.kind is not Kind.RESUME:
-            self._note_ends(node)
+        if header.kind is Kind.STEP:
+            self._taken.append(asked)
+            if len(self._taken) > 1:
+                self.truth.seen.add("several STEPs at once")
+        elif header.kind is Kind.RESUME:
+            is_copy = any(message is copy for copy in self._copies)
+            self.truth.resume_arrives(connection, asked, is_copy=is_copy)
 
-    def _admitting(self, admit: Callable[[], None]) -> None:
-        """STEPs were taken one after the other, and are admitted together, as in a burst."""
+    # ── As the server moves ────────────────────────────────────────────────────────────────────────────────────────
+
+    def admits(self, admit: Callable[[], None]) -> None:
+        """See `Watcher`."""
         taken, self._taken = self._taken, []
-        before = [self.truth.before_step(asked) for asked in taken]
+        before = self.truth.before_steps(taken)
         admit()
-        for asked, stood in zip(taken, before, strict=True):
-            self.truth.after_step(asked, stood)
+        self.truth.after_steps(taken, before)
 
-    def _note_ends(self, node: Node) -> None:
-        for life in self.truth.lives.values():
-            slot = node.table.find(life.name)
-            if slot is None or node.table.closing[slot] or node.table.lost[slot]:
-                life.has_ended = True
+    def resumes(self, origin: Origin, names: Names, have: U64) -> None:
+        """See `Watcher`."""
+        self.truth.before_resume(names, have.tolist())
+
+    def has_moved(self) -> None:
+        """See `Watcher`."""
+        self.truth.note_openings()
+        self.truth.note_ends()
 
     def deliver_to_client(self, connection: Connection, at_most: int = 99) -> bool:
         """Whether anything was delivered."""
@@ -142,53 +133,59 @@ class World:
 
     # ── The server ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def work(self, jobs: int) -> None:
-        """The worker does some jobs, and the loop learns of all that has happened."""
-        for _ in range(jobs):
-            if self.node is not None:
-                self.node.worker.work()
+    def work(self, runs: int) -> None:
+        """The executor steps some runs, and the loop learns of everything that has happened."""
+        if self.node is not None:
+            for _ in range(runs):
+                self.node.executor.work()
+                self.node.run()
+            self.node.learn_what_is_durable()
         self.turn()
 
-    def turn(self) -> bool:
-        """The loop does what was handed back; whether it was anything."""
-        turned = False
-        while self.node is not None and self.node.turn():
-            turned = True
+    def turn(self) -> None:
+        """The loop does everything that there is to do."""
+        if self.node is not None:
+            self.node.run()
             self._note_failure()
-        return turned
 
     def commit(self, *, is_told: bool) -> None:
         """The recorder writes what waits; the loop learns of it now or later."""
         if self.node is not None:
             self.node.recorder.commit()
             if is_told:
-                self.turn()
+                self.node.learn_what_is_durable()
+                self.node.run()
             self._note_failure()
 
-    def fail_next_step(self, *, loses_state: bool) -> None:
+    def tick(self) -> None:
+        """The server does what is due now and then."""
+        if self.node is not None:
+            self.node.tick()
+            self.turn()
+
+    def fail_step(self, *, loses_state: bool, after: int = 0) -> None:
+        """The next step fails, or the one after so many."""
         if self.node is not None:
             self.node.stepper.failure = StateLost("lost") if loses_state else StepFailure("failed")
+            self.node.stepper.steps_before_failure = after
 
     def expire(self) -> None:
         """All parked streams have waited too long."""
         if self.node is not None:
             self.node.expire_parked()
-            self._note_ends(self.node)
+            self.turn()
 
-    def snapshot(self) -> None:
+    def checkpoint(self) -> None:
         if self.node is not None:
-            self.node.snapshot()
+            self.node.checkpoint()
+            self.turn()
 
     def _note_failure(self) -> None:
-        """A server whose recorder has failed ends; one that has lost states closes their streams."""
-        if self.node is None:
-            return
-        if self.node.has_failed:
+        """A server whose recorder has failed ends."""
+        if self.node is not None and self.node.has_failed:
             self.truth.seen.add("the disk was full")
             self.crash(power_lost=0)
             self.disk.broken = False
-        elif self.node.table.lost.any():
-            self._note_ends(self.node)
 
     def all_goes_well(self) -> None:
         """All messages are delivered and answered, but for what takes longer than usual."""
@@ -196,6 +193,7 @@ class World:
             self.deliver_to_server(connection)
         self.work(3)
         self.commit(is_told=True)
+        self.tick()
         for connection in list(self.network.connections):
             self.deliver_to_client(connection)
 
@@ -206,7 +204,8 @@ class World:
         if self.node is None:
             return
         self.truth.seen.add("power lost" if power_lost else "killed")
-        self.node = None
+        node, self.node, self.truth.node = self.node, None, None
+        node.kill()
         if power_lost:
             self.disk.lose_power(power_lost)
         durability = self.disk.durability
@@ -219,8 +218,7 @@ class World:
     def start(self) -> None:
         """Start the server, unless it runs."""
         if self.node is None:
-            self.node = Node(next(self._lives), self.disk, self.network, self._sizes)
-            self.node.around_admission(self._admitting)
+            self.node = Node(next(self._lives), self.disk, self.network, self._sizes, self)
             self.truth.started(self.node, self.disk.next_seqs())
 
     def start_damaged(self, where: int, bit: int) -> None:
@@ -245,12 +243,11 @@ class World:
         expected = self.disk.next_seqs()
         self.disk.image[table][key] = tuple(damaged)
         try:
-            self.node = Node(next(self._lives), self.disk, self.network, self._sizes)
+            self.node = Node(next(self._lives), self.disk, self.network, self._sizes, self)
         except RecordingError:
             self.truth.seen.add("damage was refused")
         else:
             self.truth.seen.add("damage was harmless")
-            self.node.around_admission(self._admitting)
         finally:
             self.disk.image[table][key] = row
         if self.node is None:
@@ -262,7 +259,7 @@ class World:
 
     def check(self) -> None:
         """What holds after every step."""
-        self.truth.check_rings()
+        self.truth.check_frame_buffer()
 
     def settle(self) -> None:
         """The faults are over: everything that was sent is answered.
@@ -297,8 +294,8 @@ class World:
             for connection in list(self.network.connections):
                 moved |= self.deliver_to_server(connection)
                 moved |= self.deliver_to_client(connection)
-            moved |= bool(self.node.worker.jobs)
-            self.node.postbox.flush(0)
+            moved |= bool(self.node.executor.begun)
+            self.tick()
             self.work(2)
             self.commit(is_told=True)
             if not moved:

@@ -1,0 +1,61 @@
+"""An event loop without a clock, sockets or threads: callbacks run one at a time, in order, when a test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class HandLoop(asyncio.AbstractEventLoop):
+    """As much of an event loop as futures and tasks need."""
+
+    def __init__(self) -> None:
+        self._ready: deque[tuple[asyncio.Handle, Callable[..., Any], tuple[Any, ...], contextvars.Context]] = deque()
+
+    def run_one(self) -> bool:
+        """Run the oldest callback; whether there was any."""
+        if not self._ready:
+            return False
+        handle, callback, args, context = self._ready.popleft()
+        if not handle.cancelled():
+            with self.running():
+                context.run(callback, *args)
+        return True
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within the block, this is the running loop."""
+        former = asyncio._get_running_loop()
+        asyncio._set_running_loop(self)
+        try:
+            yield
+        finally:
+            asyncio._set_running_loop(former)
+
+    def call_soon(self, callback: Any, *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:
+        context = context or contextvars.copy_context()
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append((handle, callback, args, context))
+        return handle
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        return asyncio.Task(coro, loop=self, **options)
+
+    def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:
+        """Nothing ever becomes readable."""
+
+    def remove_reader(self, fd: Any) -> bool:
+        return False
+
+    def get_debug(self) -> bool:
+        return False
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        raise AssertionError(context["message"]) from context.get("exception")
