@@ -239,6 +239,11 @@ class HandRecorder(Recorder):
         with mock.patch.object(threading.Thread, "start"):
             super().__init__(writer, QUEUE_BATCHES, on_room, on_failure, on_durable)
 
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits to be written."""
+        return bool(self._queue)
+
     def commit(self) -> None:
         """Write all that waits, as the thread does."""
         if self._queue and self._failed is None:

@@ -92,7 +92,7 @@ class HandRouter:
             return Sent.GONE
         if connection.is_partitioned and len(connection.to_client) >= FULL_AT:
             return Sent.FULL
-        copy = [bytes(frame) for frame in message]
+        copy: Message = [bytes(frame) for frame in message]
         self._network.on_sent(connection, copy)
         connection.to_client.append(copy)
         return Sent.HANDED_OVER

@@ -208,7 +208,7 @@ class Node:
         self._bugs: list[BaseException] = []
         self._told: deque[int] = deque()
         self._now_ns = time.monotonic_ns()
-        self._loop = HandLoop()
+        self._loop = HandLoop()  # type: ignore[abstract]
         with self._loop.running():
             self._assemble(number, disk, sizes)
 

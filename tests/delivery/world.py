@@ -16,7 +16,7 @@ from tests.delivery.client import Is, Lane, ModelClient
 from tests.delivery.disk import Disk
 from tests.delivery.network import Connection, Network
 from tests.delivery.node import Node, Sizes, StepFailure
-from tests.delivery.truth import Asked, Truth, Violation
+from tests.delivery.truth import Asked, Truth, Violation, require
 from tests.support.apart import apart
 
 CLIENTS = 2
@@ -297,8 +297,10 @@ class World:
             moved |= bool(self.node.executor.begun)
             self.tick()
             self.work(2)
+            moved |= self.node is None or self.node.recorder.has_work
             self.commit(is_told=True)
             if not moved:
+                require(self.node is None or not len(self.node.tasks), "an operation waits for ever")
                 return
         raise Violation("the server and its clients never come to rest")
 
