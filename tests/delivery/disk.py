@@ -151,8 +151,8 @@ class MemoryWriter(RecordingWriter):
 
     def __init__(self, disk: Any, header: RecordingHeader) -> None:
         newest = disk.image["newest"].values()
-        self.base = self.path = disk
-        self.header = self.began = header
+        self.path = disk
+        self.header = header
         self.numerics_changed = False
         self.position = next(iter(newest))[0] if newest else 0
         self._disk: Disk = disk

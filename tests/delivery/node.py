@@ -214,7 +214,9 @@ class Node:
 
     def _assemble(self, number: int, disk: Disk, sizes: Sizes) -> None:
         stepper: Any = self.stepper
-        self.tables = tables = make_tables(MAX_STREAMS, _MAX_CONNECTIONS, sizes.window, 1, 1, _MAX_FRAMES, _MAX_FRAMES)
+        self.tables = tables = make_tables(
+            MAX_STREAMS, _MAX_CONNECTIONS, sizes.window, 1, 1, _MAX_FRAMES, _MAX_FRAMES, _MAX_FRAMES
+        )
         generations = np.full(MAX_STREAMS + 1, 1 + 10_000 * number, np.uint32)
         self.table = table = StreamTable(tables, generations, 1_000_000 * number)
         self.executor = self.stepper.executor = HandExecutor(

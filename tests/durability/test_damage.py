@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from instep.server.recovery import go_on
 
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
@@ -67,16 +66,16 @@ def restart(folder: Path, files: dict[str, bytes], recorded: Recorded) -> int | 
     path = folder / "r.db"
     for suffix, contents in files.items():
         Path(f"{path}{suffix}").write_bytes(contents)
-    table, rings, stepper = new_engine()
+    engine = new_engine()
     try:
         with RecordingReader(path) as reader:
             position = reader.last_position
-        writer, _ = go_on(path, story_header(), table, rings, stepper, accept_numerics_change=False)
+        writer, _ = engine.resume(path, story_header())
     except RecordingError as error:
         return str(error)
     writer.abandon()
     assert position in (0, *recorded.story.durable)
-    assert_restored(table, rings, stepper, recorded.story.truth(position))
+    assert_restored(engine, recorded.story.truth(position))
     return position
 
 

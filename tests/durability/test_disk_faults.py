@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from instep.server.recovery import go_on
 
 from instep.core.typing import F32
 from instep.models.folder import write_model
@@ -181,9 +180,9 @@ def test_a_disk_that_fails_while_a_recording_is_gone_on_with_is_said_and_costs_n
             return "broken" if left < 0 else None
 
         disk.on_operation = on_operation
-        table, rings, stepper = new_engine()
+        engine = new_engine()
         try:
-            last, _ = go_on(path, header, table, rings, stepper, accept_numerics_change=False)
+            last, _ = engine.resume(path, header)
         except RecordingError as error:
             assert re.search(f"cannot go on with the recording {path}: .*disk I/O error", str(error)), error  # noqa: PT017
             refused += 1
@@ -191,7 +190,7 @@ def test_a_disk_that_fails_while_a_recording_is_gone_on_with_is_said_and_costs_n
         last.abandon()
         break
     assert refused > 3
-    assert_restored(table, rings, stepper, story.truth(writer.position))
+    assert_restored(engine, story.truth(writer.position))
 
 
 # ── A real file system, a real process ─────────────────────────────────────────────────────────────────────────────

@@ -10,22 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from instep.core.rings import Rings
-from instep.server.recovery import go_on
 from rich.console import Console
 
-from instep.core.streams import StreamTable
+from instep.core.tables import rows_of
 from instep.core.typing import F32, I64
 from instep.models.folder import load_model
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import FORMAT_VERSION, RecordingHeader
 from instep.recording.sequences import SequenceIndex, all_frames
-from instep.runtime.stepper import Stepper
 from instep.verify.command import run
+from tests.support.engine_parts import new_parts
 from tests.support.golden import FEATURES, GOLDEN, HIDDEN, MODEL_FOLDER, by_hand
 from tests.support.raw import RawClient
-from tests.support.running import CPU, prepared, running
+from tests.support.running import running
 
 OPEN = {"plain", "given", "fork", "late"}
 WINDOW = 32
@@ -77,13 +75,6 @@ def header() -> RecordingHeader:
     """Of an engine like the one that wrote it last; the bits do not depend on the machine."""
     with RecordingReader(GOLDEN) as reader:
         return reader.engines[-1].header
-
-
-def new_engine() -> tuple[StreamTable, Rings, Stepper]:
-    ready = prepared(load_model(MODEL_FOLDER))
-    table = StreamTable(8, 4)
-    stepper = Stepper(ready.network, ready.certification.buckets, 8, CPU)
-    return table, Rings(table, WINDOW, 8, FEATURES, HIDDEN, 1000), stepper
 
 
 def assert_same(one: F32, other: F32, what: str) -> None:
@@ -143,24 +134,21 @@ def test_it_is_verified() -> None:
 def test_an_engine_goes_on_with_it_to_the_bit(
     recording: Path, header: RecordingHeader, streams: dict[str, Known]
 ) -> None:
-    table, rings, stepper = new_engine()
-    writer, recovery = go_on(recording, header, table, rings, stepper, accept_numerics_change=False)
+    engine = new_parts(load_model(MODEL_FOLDER), WINDOW, max_streams=8)
+    writer, recovery = engine.resume(recording, header)
     writer.close()
     assert recovery.streams == len(OPEN)
     assert recovery.frames > 0
-    for name, stream in streams.items():
-        slot = table.find(name)
-        if name not in OPEN:
-            assert slot is None
-            continue
-        assert slot is not None
+    assert engine.table.open_count == len(OPEN)
+    for name in OPEN:
+        stream, slot, table, tables = streams[name], engine.slot(name), engine.table, engine.tables
         y, seq = stream.by_hand(), stream.first_seq + len(stream.x)
         assert (table.next_seq[slot], table.epoch[slot]) == (seq, stream.epoch), name
-        assert_same(stepper.read(np.array([slot]))[0, 0], y[-1] if len(y) else stream.starts[-1, 1:], name)
+        assert_same(engine.stepper.read(np.array([slot]))[0, 0], y[-1] if len(y) else stream.starts[-1, 1:], name)
         seqs: I64 = np.arange(table.acked[slot], seq)
-        rows = rings.rows(np.full(len(seqs), slot), seqs)
-        assert_same(rings.x[rows], stream.x[seqs - stream.first_seq], name)
-        assert_same(rings.y[rows], y[seqs - stream.first_seq], name)
+        rows = rows_of(tables, np.full(len(seqs), slot), seqs)
+        assert_same(tables.x[rows], stream.x[seqs - stream.first_seq], name)
+        assert_same(tables.y[rows], y[seqs - stream.first_seq], name)
     with RecordingReader(recording) as reader:
         assert all(batch.y is not None for batch in reader.batches())
 

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from instep.core.rings import Rings
-from instep.server.recovery import go_on
 
-from instep.core.ownership import judge_claims
+from instep.core.ownership import check_resume
 from instep.core.streams import StreamTable
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import Durability
@@ -69,16 +67,15 @@ def lay_out(folder: Path, files: dict[str, bytes]) -> Path:
     return folder / "r.db"
 
 
-def restore(path: Path, durability: Durability, story: Story) -> tuple[int, StreamTable, Rings]:
+def restore(path: Path, durability: Durability, story: Story) -> tuple[int, StreamTable]:
     """Go on with what a crash left, and hold the engine against the truth: the last position that counts."""
     with RecordingReader(path) as reader:
         position = reader.last_position
-    table, rings, stepper = new_engine()
-    header = story_header(durability)
-    writer, _ = go_on(path, header, table, rings, stepper, accept_numerics_change=False)
+    engine = new_engine()
+    writer, _ = engine.resume(path, story_header(durability))
     writer.abandon()
-    assert_restored(table, rings, stepper, story.truth(position))
-    return position, table, rings
+    assert_restored(engine, story.truth(position))
+    return position, engine.table
 
 
 def test_the_trace_holds_what_a_disk_sees(trace: tuple[str, Trace]) -> None:
@@ -108,7 +105,7 @@ def test_after_a_power_loss_nothing_reported_at_fsync_is_lost_and_at_commit_only
         files = after_power_loss(recorded.operations[:crash], rng)
         path = lay_out(tmp_path / str(number), files)
         reported = recorded.reported(crash)
-        position, table, _ = restore(path, durability, recorded.story)
+        position, table = restore(path, durability, recorded.story)
         if durability == "fsync":
             assert position >= reported, f"crash {number}, after operation {crash}"
         elif position < reported:
@@ -123,16 +120,16 @@ def assert_told(table: StreamTable, given: dict[str, Truth], left: dict[str, Tru
     """Every client with outputs of frames that are gone is told so; how many there are."""
     told = 0
     for name, had in given.items():
-        claims = judge_claims(
+        decision = check_resume(
             table, WINDOW, (), [name], np.array([had.seq], np.uint64), np.array([had.epoch], np.uint64), False, 1
         )
         if name not in left:
-            assert claims.codes[0] == Code.UNKNOWN_STREAM
+            assert decision.codes[0] == Code.UNKNOWN_STREAM
         elif left[name].seq < had.seq:
-            assert (claims.codes[0], claims.expected_seq[0]) == (Code.DATA_LOSS, left[name].seq)
+            assert (decision.codes[0], decision.expected_seq[0]) == (Code.DATA_LOSS, left[name].seq)
             told += 1
         else:
-            assert claims.codes[0] in (0, Code.DATA_LOSS)
+            assert decision.codes[0] in (0, Code.DATA_LOSS)
     return told
 
 
@@ -143,19 +140,19 @@ def test_a_machine_that_loses_power_again_and_again_while_it_restarts_loses_noth
     rng = np.random.default_rng(8)
     crash = len(recorded.operations) * 2 // 3
     path = lay_out(tmp_path / "first", after_power_loss(recorded.operations[:crash], rng))
-    before, *_ = restore(lay_out(tmp_path / "look", files_of(path)), durability, recorded.story)
+    before, _ = restore(lay_out(tmp_path / "look", files_of(path)), durability, recorded.story)
     for number in range(10):
         with Mounted(f"again-{durability}-{number}", path, monkeypatch) as disk:
-            table, rings, stepper = new_engine()
-            writer, _ = go_on(path, story_header(durability), table, rings, stepper, accept_numerics_change=False)
-            assert_restored(table, rings, stepper, recorded.story.truth(before))
+            engine = new_engine()
+            writer, _ = engine.resume(path, story_header(durability))
+            assert_restored(engine, recorded.story.truth(before))
             writer.abandon()
         at = int(rng.integers(disk.mounted, len(disk.operations) + 1))
         path = lay_out(tmp_path / str(number), after_power_loss(disk.operations[:at], rng))
-    table, rings, stepper = new_engine()
-    writer, _ = go_on(path, story_header(durability), table, rings, stepper, accept_numerics_change=False)
+    engine = new_engine()
+    writer, _ = engine.resume(path, story_header(durability))
     writer.close()
-    assert_restored(table, rings, stepper, recorded.story.truth(before))
+    assert_restored(engine, recorded.story.truth(before))
 
 
 def files_of(path: Path) -> dict[str, bytes]:

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-from instep.core.rings import Rings
 
-from instep.core.streams import StreamTable
+from instep.core.tables import rows_of
 from instep.core.typing import F32, I64
 from instep.recording.schema import Durability, RecordingHeader, owner_detail
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server.assembly import recording_header
+from tests.support.engine_parts import EngineParts, new_parts
 from tests.support.models import SMALL, whole
 from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.running import CPU, config, prepared
@@ -73,12 +73,9 @@ def story_header(durability: Durability = "commit") -> RecordingHeader:
     return recording_header(prepared(SMALL), config(recording={"file": "r.db", "durability": durability}))
 
 
-def new_engine() -> tuple[StreamTable, Rings, Stepper]:
-    """What a restart puts streams into: streams, rings, states."""
-    ready = prepared(SMALL)
-    table = StreamTable(MOST_OPENINGS, 4)
-    rings = Rings(table, WINDOW, MOST_OPENINGS, FEATURES, HIDDEN, 1000)
-    return table, rings, Stepper(ready.network, ready.certification.buckets, MOST_OPENINGS, CPU)
+def new_engine() -> EngineParts:
+    """What a restart puts the story's streams into."""
+    return new_parts(SMALL, WINDOW, MOST_OPENINGS)
 
 
 class Story:
@@ -314,23 +311,23 @@ class Story:
         return Truth(epoch, former, granted, life.first_seq, life.first_seq + len(x), state, x, np.concatenate(y))
 
 
-def assert_restored(table: StreamTable, rings: Rings, stepper: Stepper, truth: dict[str, Truth]) -> None:
-    """The engine holds exactly the streams of that moment: owners, seqs, states, and what may be asked for again."""
+def assert_restored(engine: EngineParts, truth: dict[str, Truth]) -> None:
+    """The engine holds exactly the streams of that moment: owners, seqs, states, and frames that may be repeated."""
+    table, tables = engine.table, engine.tables
     names = {table.name(slot) for slot in np.flatnonzero(table.owner == table.parked).tolist()}
     assert names == truth.keys()
     assert table.open_count == len(truth)
     for name, expected in truth.items():
-        slot = table.find(name)
-        assert slot is not None
+        slot = engine.slot(name)
         owner = (table.epoch[slot], table.former_epoch[slot], table.granted_seq[slot])
         assert owner == (expected.epoch, expected.former_epoch, expected.granted_seq), name
         assert table.first_seq[slot] == expected.first_seq, name
         assert table.next_seq[slot] == table.step_seq[slot] == expected.seq, name
-        state = stepper.read(np.array([slot]))[0]
+        state = engine.stepper.read(np.array([slot]))[0]
         np.testing.assert_array_equal(state.view(np.uint32), expected.state.view(np.uint32), name)
-        first = max(int(table.acked[slot]), expected.seq - rings.window)
+        first = max(int(table.acked[slot]), expected.seq - WINDOW)
         assert expected.first_seq <= table.acked[slot] <= expected.seq, name
         seqs: I64 = np.arange(first, expected.seq)
-        rows, of = rings.rows(np.full(len(seqs), slot), seqs), seqs - expected.first_seq
-        np.testing.assert_array_equal(rings.x[rows].view(np.uint32), expected.x[of].view(np.uint32), name)
-        np.testing.assert_array_equal(rings.y[rows].view(np.uint32), expected.y[of].view(np.uint32), name)
+        rows, of = rows_of(tables, np.full(len(seqs), slot), seqs), seqs - expected.first_seq
+        np.testing.assert_array_equal(tables.x[rows].view(np.uint32), expected.x[of].view(np.uint32), name)
+        np.testing.assert_array_equal(tables.y[rows].view(np.uint32), expected.y[of].view(np.uint32), name)

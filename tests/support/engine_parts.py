@@ -1,0 +1,50 @@
+"""The parts of an engine that serves nobody: what a restart puts the streams of a recording into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from instep.core.dirty import DirtyTracker
+from instep.core.streams import StreamTable
+from instep.core.tables import Tables, make_tables
+from instep.models.model import Model
+from instep.recording.schema import RecordingHeader
+from instep.recording.writer import RecordingWriter
+from instep.runtime.stepper import Stepper
+from instep.streaming.recovery import Recovery, resume_recording
+from tests.support.running import CPU, prepared
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """Streams, frames and states; all empty at first."""
+
+    tables: Tables
+    table: StreamTable
+    dirty: DirtyTracker
+    stepper: Stepper
+
+    def resume(self, path: Path, header: RecordingHeader) -> tuple[RecordingWriter, Recovery]:
+        """Put the open streams of a recording into it."""
+        return resume_recording(
+            path, header, self.tables, self.table, self.dirty, self.stepper, accept_numerics_change=False
+        )
+
+    def slot(self, name: str) -> int:
+        """The slot of an open stream."""
+        slot = int(self.table.find([name])[0])
+        assert slot, f"{name} is not open"
+        return slot
+
+
+def new_parts(model: Model, window: int, max_streams: int) -> EngineParts:
+    """Room for so many streams of a model, and as many frames of each as the window."""
+    ready = prepared(model)
+    network = ready.network
+    tables = make_tables(max_streams, 4, window, network.features, network.outputs, 1000, 1000, 1000)
+    table = StreamTable(tables, np.ones(max_streams + 1, np.uint32))
+    stepper = Stepper(network, ready.certification.buckets, max_streams, CPU)
+    return EngineParts(tables, table, DirtyTracker(max_streams), stepper)
