@@ -98,6 +98,9 @@ class HandExecutor:
         results, self._results, self._slots_of_results = self._results, [], []
         return results
 
+    def take_signal(self) -> None:
+        """There is none: `Node.run` lets the loop take a turn."""
+
     def is_under_way(self, slots: I64) -> bool:
         """Whether runs of these streams are, as far as the loop knows."""
         under_way = [begun for begun, _ in self.begun] + self._slots_of_results
@@ -236,6 +239,7 @@ class Node:
             EngineStats(),
             self._log_failure,
             lambda delay_s, call: None,
+            turns.wake,
         )
         operations = _WatchedOperations(engine, stepper, self.tasks, turns.wake, self._log_failure)
         engine.watcher = operations.watcher = self._watcher
