@@ -110,8 +110,9 @@ class Router:
         if self._is_skipping and not self._skip_rest():
             return
         for routing_id, frames, is_whole in multipart.received_from(self._socket, at_most, MOST_PARTS):
+            self._is_skipping = not is_whole  # before the yield: the caller may take no more than this message
             yield routing_id, frames
-            if not is_whole and not self._skip_rest():
+            if self._is_skipping and not self._skip_rest():
                 return
 
     def _skip_rest(self) -> bool:

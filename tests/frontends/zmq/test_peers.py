@@ -1,0 +1,273 @@
+"""Delivery to peers that read slowly, never, or are gone: with a router that answers as told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgpack
+import numpy as np
+import pytest
+
+from instep.core.tables import make_tables
+from instep.frontends.zmq import encode
+from instep.frontends.zmq.peers import Outbound, Peer
+from instep.frontends.zmq.router import Sent
+from instep.streaming.api import Refusal, Reply
+from instep_client.protocol.wire import Code, Kind, Message
+
+MESSAGE: Message = [b"x" * 744]
+"""1,000 bytes, with the objects around it."""
+UNREAD = 100_000
+
+
+class FakeRouter:
+    """A router whose peers are in the states that the test puts them in."""
+
+    def __init__(self) -> None:
+        self.state: dict[bytes, Sent] = {}
+        self.room: int | None = None
+        """How many more messages are taken; None for any number."""
+        self.takes_pings = True
+        self.taken: list[tuple[bytes, list[bytes]]] = []
+
+    def send(self, routing_id: bytes, message: Message) -> Sent:
+        sent = self.state.get(routing_id, Sent.HANDED_OVER)
+        if self.room == 0 or (len(message[0]) < 20 and not self.takes_pings):
+            sent = Sent.FULL
+        if sent is Sent.HANDED_OVER:
+            self.room = None if self.room is None else self.room - 1
+            self.taken.append((routing_id, [bytes(part) for part in message]))
+        return sent
+
+
+class Rig:
+    """Replies on their way to two peers, and a clock that the test moves."""
+
+    def __init__(self, max_outbox_bytes: int = 10_000, max_total_bytes: int = 10**9) -> None:
+        self.router = FakeRouter()
+        self.gone: list[Peer] = []
+        self.now_ns = 0
+        self.tables = make_tables(1, 40, 1, 1, 1, 1, 1, 1)
+        self.outbound = Outbound(
+            self.router,
+            self.tables,
+            UNREAD,
+            max_outbox_bytes,
+            max_total_bytes,
+            unreachable_after_ns=100,
+            clock=lambda: self.now_ns,
+            on_gone=self.gone.append,
+        )
+        self.slow, self.fast = self.add(b"\0slow"), self.add(b"\0fast")
+
+    def add(self, routing_id: bytes) -> Peer:
+        peer = Peer(self.outbound, routing_id, 0, number=len(self.outbound))
+        self.outbound.add(peer)
+        return peer
+
+    def tick(self, now_ns: int) -> None:
+        """A tick at that time, after which peers silent for 50 ns are asked."""
+        self.now_ns = now_ns
+        self.outbound.tick(now_ns, 50)
+
+    def backlog(self) -> list[int]:
+        """Frames of the two peers whose replies wait here."""
+        return list(self.tables.origins["backlog"][:2].tolist())
+
+    def messages(self) -> list[list[bytes]]:
+        """What was taken, without PINGs."""
+        return [message for _, message in self.router.taken if ping_number(message) is None]
+
+    def pings(self, routing_id: bytes) -> list[int]:
+        """Numbers of the PINGs that a peer was sent."""
+        found = [ping_number(message) for to, message in self.router.taken if to == routing_id]
+        return [number for number in found if number is not None]
+
+
+def ping_number(message: Message) -> int | None:
+    if len(message[0]) > 20:
+        return None
+    header = msgpack.unpackb(message[0])
+    return int(header[1]) if header[0] == Kind.PING else None
+
+
+def test_frames_are_on_the_account_of_a_peer_while_their_reply_waits() -> None:
+    rig = Rig()
+    rig.router.state[b"\0slow"] = Sent.FULL
+    rig.outbound.send(rig.slow, MESSAGE, frames=5)
+    rig.outbound.send(rig.fast, MESSAGE, frames=5)
+    assert (rig.backlog(), rig.outbound.is_empty, rig.outbound.total_bytes) == ([5, 0], False, 1000)
+    del rig.router.state[b"\0slow"]
+    rig.tick(1)
+    assert (rig.backlog(), rig.outbound.is_empty, rig.outbound.total_bytes) == ([0, 0], True, 0)
+
+
+def test_messages_of_a_peer_keep_their_order_and_their_bytes() -> None:
+    rig = Rig()
+    memory = [bytearray([number]) * 744 for number in range(4)]
+    rig.router.state[b"\0slow"] = Sent.FULL
+    for part in memory[:2]:
+        rig.outbound.send(rig.slow, [memoryview(part)])
+        part[:] = b"?" * 744  # as arrays are used again
+    del rig.router.state[b"\0slow"]
+    rig.outbound.send(rig.slow, [memory[2]])
+    rig.tick(0)
+    rig.outbound.send(rig.slow, [memory[3]])
+    assert [message[0][:1] for message in rig.messages()] == [b"\0", b"\1", b"\2", b"\3"]
+
+
+def test_an_outbox_is_bounded_in_bytes_and_one_that_exceeds_it_costs_only_its_peer() -> None:
+    rig = Rig()
+    rig.router.state[b"\0slow"] = Sent.FULL
+    for _ in range(11):
+        rig.outbound.send(rig.slow, MESSAGE, frames=1)
+    assert rig.gone == [rig.slow]
+    assert (rig.outbound.is_empty, rig.outbound.total_bytes, len(rig.outbound)) == (True, 0, 1)
+    assert rig.outbound.find(b"\0slow") is None
+    rig.outbound.send(rig.fast, MESSAGE)
+    assert rig.router.taken == [(b"\0fast", MESSAGE)]
+
+
+def test_all_outboxes_share_a_budget_and_beyond_it_the_largest_is_given_up() -> None:
+    rig = Rig(max_outbox_bytes=100_000, max_total_bytes=40_000)
+    modest = [rig.add(b"\0%d" % number) for number in range(5)]
+    for peer in [rig.slow, *modest]:
+        rig.router.state[peer.routing_id] = Sent.FULL
+    for peer in modest:
+        for _ in range(2):
+            rig.outbound.send(peer, MESSAGE)
+    for _ in range(10):
+        rig.outbound.send(rig.slow, MESSAGE)
+    assert not rig.gone
+    assert rig.outbound.total_bytes == 20_000
+    rig.outbound.send(modest[0], MESSAGE)
+    assert rig.gone == [rig.slow]
+    assert rig.outbound.total_bytes == 11_000
+
+
+def test_all_peers_share_a_budget_of_unread_bytes_but_each_may_leave_some_unread() -> None:
+    rig = Rig(max_outbox_bytes=10**9, max_total_bytes=320_000)
+    for count in (2, 4):  # half of the budget, divided by the peers, but at least 64 KiB
+        while len(rig.outbound) < count:
+            rig.add(b"\0%d" % len(rig.outbound))
+        rig.router.taken.clear()
+        peer = rig.outbound.peers()[-1]
+        for _ in range(200):
+            rig.outbound.send(peer, MESSAGE)
+        share = max(160_000 // count, 65_536)
+        assert len(rig.messages()) == share // 1000 + 1
+
+
+def test_an_outbox_that_stands_still_for_too_long_is_given_up() -> None:
+    rig = Rig()
+    rig.router.state[b"\0slow"] = Sent.FULL
+    rig.outbound.send(rig.slow, MESSAGE)
+    rig.tick(100)
+    assert not rig.gone
+    rig.tick(101)
+    assert rig.gone == [rig.slow]
+
+
+def test_an_outbox_that_moves_is_not_given_up() -> None:
+    rig = Rig()
+    rig.router.room = 0
+    for _ in range(2):
+        rig.outbound.send(rig.slow, MESSAGE)
+    rig.router.room = 1
+    rig.tick(90)
+    rig.tick(150)
+    assert not rig.gone
+
+
+@pytest.mark.parametrize("is_blocked", [False, True])
+def test_a_peer_that_is_gone_is_given_up_once_and_sent_nothing_more(is_blocked: bool) -> None:
+    rig = Rig()
+    if is_blocked:
+        rig.router.state[b"\0slow"] = Sent.FULL
+        rig.outbound.send(rig.slow, MESSAGE)
+    rig.router.state[b"\0slow"] = Sent.GONE
+    rig.outbound.send(rig.slow, MESSAGE)
+    rig.tick(1)
+    rig.outbound.send(rig.slow, MESSAGE)
+    assert (rig.gone, rig.outbound.is_empty) == ([rig.slow], True)
+
+
+def test_silent_peers_are_asked_and_the_dead_among_them_found() -> None:
+    rig = Rig()
+    rig.fast.last_heard_ns = 60
+    rig.router.state[b"\0slow"] = Sent.GONE
+    rig.tick(100)
+    assert (rig.gone, rig.router.taken) == ([rig.slow], [])
+    rig.tick(111)
+    rig.tick(120)
+    assert rig.pings(b"\0fast") == [0]
+
+
+def test_a_peer_that_never_says_that_it_reads_is_handed_no_more_than_the_bound() -> None:
+    rig = Rig(max_outbox_bytes=10**6)
+    for _ in range(150):
+        rig.outbound.send(rig.slow, MESSAGE)
+    assert len(rig.messages()) == UNREAD // 1000 + 1
+    assert rig.pings(b"\0slow") == [51_000]
+    assert len(rig.slow.outbox) == 49
+
+
+def test_a_peer_that_says_that_it_reads_is_handed_everything_in_order() -> None:
+    rig = Rig()
+    sent: list[Message] = [[bytes([number % 251]) * 744] for number in range(600)]
+    for message in sent:
+        rig.outbound.send(rig.slow, message)
+        for number in rig.pings(b"\0slow")[-1:]:
+            rig.outbound.acknowledge(rig.slow, number)
+    assert rig.messages() == sent
+    assert rig.outbound.is_empty
+
+
+def test_the_outbox_moves_as_soon_as_the_peer_says_that_it_reads_and_lies_move_nothing() -> None:
+    rig = Rig(max_outbox_bytes=10**6)
+    for _ in range(150):
+        rig.outbound.send(rig.slow, MESSAGE)
+    (asked,) = rig.pings(b"\0slow")
+    for lie in (asked + 1, 2**60, 0, -1):
+        rig.outbound.acknowledge(rig.slow, lie)
+        assert len(rig.slow.outbox) == 49
+    rig.outbound.acknowledge(rig.slow, asked)
+    assert not rig.slow.outbox
+    assert len(rig.messages()) == 150
+
+
+def test_a_question_that_found_no_room_is_asked_again() -> None:
+    rig = Rig(max_outbox_bytes=10**6)
+    rig.router.takes_pings = False
+    for _ in range(120):
+        rig.outbound.send(rig.slow, MESSAGE)
+    rig.router.takes_pings = True
+    rig.tick(1)
+    assert rig.pings(b"\0slow") == [101_000]
+
+
+def test_strangers_are_answered_and_nothing_is_kept_for_them() -> None:
+    rig = Rig()
+    rig.router.state[b"\0new"] = Sent.FULL
+    rig.outbound.send_unknown(b"\0new", MESSAGE)
+    assert rig.outbound.is_empty
+
+
+def headers(messages: Iterable[list[bytes]]) -> list[list[object]]:
+    return [msgpack.unpackb(message[0]) for message in messages]
+
+
+def test_a_peer_is_an_origin_whose_replies_and_refusals_are_messages() -> None:
+    rig = Rig()
+    y = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
+    failures = np.array([[0, Code.SEQ_GAP, 0], [1, 0, 1], [1, 5, 1]], np.int64)
+    rig.fast.deliver(Reply([7, 9], [1, 2], y, failures, 2, 1000, 2000, 3000))
+    rig.fast.refuse(8, Refusal(Code.BUSY, "later", 500))
+    stepped, refused = (message for _, message in rig.router.taken)
+    assert msgpack.unpackb(stepped[0])[:7] == [Kind.STEPPED, 7, 1, 3, 1, 2, 3]
+    assert msgpack.unpackb(stepped[0])[-1] == [9, 1]
+    assert stepped[1] == y.tobytes()
+    (entry,) = np.frombuffer(stepped[2], encode.wire.FAILURE)
+    assert [int(entry[name]) for name in ("column", "timestep", "code", "expected_seq")] == [1, 0, Code.SEQ_GAP, 5]
+    assert headers([refused])[0][:3] == [Kind.ERROR, 8, Code.BUSY]
+    assert rig.outbound.refused_total == 1

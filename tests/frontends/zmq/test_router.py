@@ -1,0 +1,108 @@
+"""The ROUTER socket: where it is bound, and what becomes of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import zmq
+
+from instep.config import TransportConfig
+from instep.frontends.zmq.router import MOST_PARTS, Router, Sent
+from instep_client import AsyncClient
+from tests.support.models import SMALL
+from tests.support.running import running
+
+
+@contextmanager
+def bound(endpoint: str = "tcp://127.0.0.1:*") -> Iterator[Router]:
+    try:
+        router = Router(TransportConfig(endpoint=endpoint))
+    except zmq.ZMQError:
+        if "[" in endpoint:
+            pytest.skip("no IPv6 on this machine")
+        raise
+    try:
+        yield router
+    finally:
+        router.close()
+
+
+@contextmanager
+def dealer(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(endpoint)
+        yield socket
+
+
+def receive(router: Router) -> tuple[bytes, list[bytes]]:
+    """The next message."""
+    while True:
+        for message in router.receive(1):
+            return message
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:*", "tcp://localhost:*", "tcp://[::1]:*"])
+def test_any_loopback_endpoint_can_be_bound_and_is_told_as_written(endpoint: str) -> None:
+    with bound(endpoint) as router:
+        host = "127.0.0.1" if "localhost" in endpoint else endpoint[6:-2]
+        assert router.endpoint.startswith(f"tcp://{host}:")
+
+
+def test_a_path_at_which_another_process_listens_is_not_taken_away(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path / 'socket'}"
+    with bound(endpoint):
+        with pytest.raises(zmq.ZMQError) as refused:
+            Router(TransportConfig(endpoint=endpoint))
+        assert refused.value.errno == zmq.EADDRINUSE
+    assert (tmp_path / "socket").is_socket()
+    with bound(endpoint):
+        pass
+
+
+def test_a_peer_that_is_not_there_is_gone() -> None:
+    with bound() as router:
+        assert router.send(b"\0nobody", [b"x"]) is Sent.GONE
+        assert list(router.receive(5)) == []
+
+
+def test_a_message_is_received_and_answered() -> None:
+    with bound() as router, dealer(router.endpoint) as peer:
+        peer.send_multipart([b"header", b"", b"x"])
+        routing_id, frames = receive(router)
+        assert frames == [b"header", b"", b"x"]
+        assert router.send(routing_id, [b"answer", memoryview(b"y")]) is Sent.HANDED_OVER
+        assert peer.recv_multipart() == [b"answer", b"y"]
+
+
+def test_of_a_message_of_many_parts_the_first_are_given_and_the_rest_thrown_away_in_portions() -> None:
+    with bound() as router, dealer(router.endpoint) as peer:
+        peer.send_multipart([b"first", *[b""] * 200_000])
+        peer.send_multipart([b"second"])
+        _, frames = receive(router)
+        assert (frames[0], len(frames)) == (b"first", MOST_PARTS + 1)
+        portions = 1
+        while not (found := list(router.receive(10))):
+            portions += 1
+        assert [message for _, message in found] == [[b"second"]]
+        assert portions > 20, "other work gets its turn in between"
+
+
+def test_routing_ids_do_not_begin_where_those_of_another_socket_do() -> None:
+    ids = set()
+    for _ in range(4):
+        with bound() as router, dealer(router.endpoint) as peer:
+            peer.send(b"x")
+            ids.add(receive(router)[0])
+    assert len(ids) == 4
+
+
+async def test_a_client_reaches_a_server_on_ipv6() -> None:
+    with bound("tcp://[::1]:*"):
+        pass
+    async with running(SMALL, transport={"endpoint": "tcp://[::1]:*"}) as server:
+        async with AsyncClient(server.endpoint) as client:
+            assert client.info.features == 5
