@@ -171,7 +171,8 @@ class StreamingEngine:
         idle = idle or IdleLimits(0, 0, PARK_NS, 1000)
         self.reaper = Reaper(self.engine, self.operations, idle, reap_at_once)
         self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)
-        self.loop.engine, self.loop.operations, self.loop.frontends = self.engine, self.operations, [self.frontend]
+        self.loop.engine, self.loop.operations, self.loop.tasks = self.engine, self.operations, self.tasks
+        self.loop.frontends = [self.frontend]
         self.loop.start()
 
     def _log_failure(self, error: Exception, streams: int) -> None:
