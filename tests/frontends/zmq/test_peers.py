@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgpack
 import numpy as np
 import pytest
 
 from instep.core.tables import make_tables
-from instep.frontends.zmq import encode
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Sent
 from instep.streaming.api import Refusal, Reply
-from instep_client.protocol.wire import Code, Kind, Message
+from instep_client.protocol.wire import FAILURE, Code, Kind, Message
 
 MESSAGE: Message = [b"x" * 744]
 """1,000 bytes, with the objects around it."""
@@ -84,7 +83,7 @@ class Rig:
         return [number for number in found if number is not None]
 
 
-def ping_number(message: Message) -> int | None:
+def ping_number(message: Sequence[bytes | memoryview]) -> int | None:
     if len(message[0]) > 20:
         return None
     header = msgpack.unpackb(message[0])
@@ -110,9 +109,9 @@ def test_messages_of_a_peer_keep_their_order_and_their_bytes() -> None:
         rig.outbound.send(rig.slow, [memoryview(part)])
         part[:] = b"?" * 744  # as arrays are used again
     del rig.router.state[b"\0slow"]
-    rig.outbound.send(rig.slow, [memory[2]])
+    rig.outbound.send(rig.slow, [memoryview(memory[2])])
     rig.tick(0)
-    rig.outbound.send(rig.slow, [memory[3]])
+    rig.outbound.send(rig.slow, [memoryview(memory[3])])
     assert [message[0][:1] for message in rig.messages()] == [b"\0", b"\1", b"\2", b"\3"]
 
 
@@ -253,7 +252,7 @@ def test_strangers_are_answered_and_nothing_is_kept_for_them() -> None:
     assert rig.outbound.is_empty
 
 
-def headers(messages: Iterable[list[bytes]]) -> list[list[object]]:
+def headers(messages: Iterable[Sequence[bytes]]) -> list[list[object]]:
     return [msgpack.unpackb(message[0]) for message in messages]
 
 
@@ -267,7 +266,7 @@ def test_a_peer_is_an_origin_whose_replies_and_refusals_are_messages() -> None:
     assert msgpack.unpackb(stepped[0])[:7] == [Kind.STEPPED, 7, 1, 3, 1, 2, 3]
     assert msgpack.unpackb(stepped[0])[-1] == [9, 1]
     assert stepped[1] == y.tobytes()
-    (entry,) = np.frombuffer(stepped[2], encode.wire.FAILURE)
+    (entry,) = np.frombuffer(stepped[2], FAILURE)
     assert [int(entry[name]) for name in ("column", "timestep", "code", "expected_seq")] == [1, 0, Code.SEQ_GAP, 5]
     assert headers([refused])[0][:3] == [Kind.ERROR, 8, Code.BUSY]
     assert rig.outbound.refused_total == 1
