@@ -83,6 +83,9 @@ class HandExecutor:
         results, self._results = self._results, []
         return results
 
+    def take_signal(self) -> None:
+        """There is none."""
+
     def stop(self, timeout_s: float | None = None) -> None:
         """Nothing runs."""
 
@@ -193,7 +196,11 @@ class StreamingEngine:
             )
         else:
             writer = RecordingWriter.create(path, header)
-        on_loop = asyncio.get_running_loop().call_soon_threadsafe
+        running = asyncio.get_running_loop()
+
+        def on_loop(call: Callable[..., None], *values: object) -> None:
+            running.call_soon_threadsafe(call, *values)
+
         self.recorder = Recorder(
             writer,
             queue_batches,
