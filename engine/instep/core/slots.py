@@ -49,8 +49,7 @@ class SlotAllocator:
 
     def renew(self, slots: I64) -> None:
         """Void the handles of slots that stay in use; `handles` gives new ones."""
-        # Generation 0 is skipped on wrap-around, so that handle 0 never names a stream.
-        generations = np.maximum(self.generations(slots) + np.uint32(1), np.uint32(1))
+        generations = self.generations(slots) + np.uint32(1)  # wraps round
         self._handles[slots] = (generations.astype(np.uint64) << _SLOT_BITS) | slots.astype(np.uint64)
 
     def generations(self, slots: I64) -> U32:
