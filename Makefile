@@ -20,6 +20,7 @@ demo: $(READY)  ## Stream recorded speech through the engine and verify every ou
 test: check  ## Run the checks, then all tests with their coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(TOGETHER)
+	NUMBA_DISABLE_JIT=1 $(BIN)/coverage run -m pytest -q tests/core  # the lines of kernels, which compiled ones hide
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 

@@ -98,13 +98,13 @@ class HandExecutor:
         results, self._results, self._slots_of_results = self._results, [], []
         return results
 
+    def take_signal(self) -> None:
+        """There is none: `Node.run` lets the loop take a turn."""
+
     def is_under_way(self, slots: I64) -> bool:
         """Whether runs of these streams are, as far as the loop knows."""
         under_way = [begun for begun, _ in self.begun] + self._slots_of_results
         return any(np.isin(slots, run).any() for run in under_way)
-
-    def take_signal(self) -> None:
-        """There is none."""
 
     def stop(self, timeout_s: float | None = None) -> None:
         """Nothing steps by itself."""

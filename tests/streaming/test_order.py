@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 
 from instep.core.typing import F32
@@ -48,6 +50,26 @@ async def test_a_close_answers_the_frames_before_it_and_the_stream_takes_none_be
     np.testing.assert_array_equal(before.y[:, 0], y)
     np.testing.assert_array_equal(closed.states[0], final)
     assert failures(behind) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+
+
+async def test_a_turn_that_comes_before_a_request_has_begun_takes_nothing_that_is_behind_it(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 4)
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        before = asyncio.ensure_future(step(origin, handles, [0], x[:3]))
+        closing = asyncio.ensure_future(origin.close(handles))
+        behind = asyncio.ensure_future(step(origin, handles, [3], x[3:]))
+        for _ in range(10):
+            await asyncio.sleep(0)
+            kit.loop.turn()
+            kit.loop.turn()
+        await kit.finish_all()
+        assert failures(await behind) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+        assert failures(await before) == []
+        np.testing.assert_array_equal((await closing).states[0], whole(SMALL, x[:3, 0])[1])
 
 
 async def test_a_resume_fences_the_frames_behind_it_and_waits_for_those_before_it(rng: np.random.Generator) -> None:

@@ -7,6 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,12 @@ from instep.core.tables import make_tables
 from instep.core.typing import F32, I64, U64
 from instep.frontends.in_process import InProcessFrontend, InProcessOrigin
 from instep.models.model import Model
+from instep.recording.recorder import Recorder
+from instep.recording.schema import Durability
+from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import RunResult, Step, StepExecutor, run_steps
 from instep.runtime.stepper import Stepper
+from instep.server.assembly import recording_header
 from instep.server.loop import Loop
 from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
 from instep.streaming.engine import Engine, EngineLimits
@@ -26,11 +31,12 @@ from instep.streaming.journal import Journal
 from instep.streaming.operations import StateAccess, StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import IdleLimits, Reaper
+from instep.streaming.recovery import Recovery, resume_recording
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL
-from tests.support.running import CPU, prepared
+from tests.support.running import CPU, config, prepared
 
 PARK_NS = 10**12
 """How long streams of the engines below stay parked."""
@@ -109,7 +115,7 @@ class Listener:
 
 
 class StreamingEngine:
-    """An engine with an in-process front end, wired as `server.assembly` does it, without a recording.
+    """An engine with an in-process front end, wired as `server.assembly` does it.
 
     Args:
         executor: makes the executor.
@@ -141,6 +147,8 @@ class StreamingEngine:
             "max_queue_delay_ns": 0,
             "max_reply_frames": 64,
         } | limits
+        self.recorder: Recorder | None = None
+        self._model = model
         ready = prepared(model)
         network = ready.network
         sizes = size["max_streams"], size["max_origins"], size["window"], network.features, network.outputs
@@ -174,8 +182,39 @@ class StreamingEngine:
         idle = idle or IdleLimits(0, 0, PARK_NS, 1000)
         self.reaper = Reaper(self.engine, self.operations, idle, reap_at_once)
         self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)
-        self.loop.engine, self.loop.operations, self.loop.frontends = self.engine, self.operations, [self.frontend]
+        self.loop.engine, self.loop.operations, self.loop.tasks = self.engine, self.operations, self.tasks
+        self.loop.frontends = [self.frontend]
         self.loop.start()
+
+    def record(self, path: Path, *, durability: Durability = "commit", queue_batches: int = 64) -> Recovery | None:
+        """Record from now on, in a new file or in one that is continued; what was continued."""
+        header = recording_header(prepared(self._model), config(recording={"file": path, "durability": durability}))
+        journal, recovery = self.engine.journal, None
+        if path.exists():
+            writer, recovery = resume_recording(
+                path, header, self.tables, self.table, journal.dirty, self.stepper, accept_numerics_change=False
+            )
+        else:
+            writer = RecordingWriter.create(path, header)
+        running = asyncio.get_running_loop()
+
+        def on_loop(call: Callable[..., None], *values: object) -> None:
+            running.call_soon_threadsafe(call, *values)
+
+        self.recorder = Recorder(
+            writer,
+            queue_batches,
+            on_room=lambda: on_loop(self.loop.wake),
+            on_failure=lambda error: on_loop(self.failures.append, error),
+            on_durable=lambda lsn: on_loop(journal.advance, lsn),
+        )
+        last_stream = 0 if recovery is None else recovery.last_stream
+        journal.record(self.recorder, last_stream, writer.position, waits=durability != "memory")
+        return recovery
+
+    async def durable(self) -> None:
+        """Wait until everything that was recorded is committed."""
+        await self.engine.journal.committed(self.engine.journal.newest)
 
     def _log_failure(self, error: Exception, streams: int) -> None:
         self.failures.append(error)
@@ -244,6 +283,8 @@ async def streaming(
         made.loop.stop()
         made.tasks.cancel()
         made.executor.stop()
+        if made.recorder is not None:
+            made.recorder.stop()
     assert not made.bugs, made.bugs
 
 

@@ -23,9 +23,9 @@ class Frontend(Protocol):
     def receive(self, budget_ns: int) -> bool:
         """Take what has arrived, for about that long; whether there was anything.
 
-        Frames are submitted to the engine. A request that changes streams is begun by a coroutine, and nothing more
-        is taken before the loop's next turn: so what came before it is admitted before it, and what came after it is
-        taken after it.
+        Frames are submitted to the engine. A request that changes streams is started as a task, and nothing more is
+        taken in this turn; the loop receives again when the request has begun. So what came before it is admitted
+        before it, and what came after it is taken after it.
         """
 
     def tick(self, now_ns: int) -> None:

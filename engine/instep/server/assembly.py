@@ -168,7 +168,7 @@ def _make_server(
     frontend = ZmqFrontend(
         router, engine, operations, reaper, tasks, outbound, decoder, info, probe_after_ns, loop.wake
     )
-    loop.engine, loop.operations, loop.frontends = engine, operations, [frontend]
+    loop.engine, loop.operations, loop.tasks, loop.frontends = engine, operations, tasks, [frontend]
 
     # The recording, last: nothing that can fail comes after it.
     recorder, recovery = None, None

@@ -11,6 +11,7 @@ from typing import Final
 from instep.frontends.base import Frontend
 from instep.streaming.engine import Engine
 from instep.streaming.operations import StreamOperations
+from instep.streaming.tasks import Tasks
 
 _RECEIVE_NS: Final = 2_000_000
 """How long front ends receive before what came first is stepped."""
@@ -34,6 +35,7 @@ class Loop:
         self.frontends: Sequence[Frontend] = ()
         self.engine: Engine
         self.operations: StreamOperations
+        self.tasks: Tasks
         self._busy_poll_ns = busy_poll_ns
         self._on_bug = on_bug
         self._loop = asyncio.get_running_loop()
@@ -87,6 +89,8 @@ class Loop:
     def _turn(self) -> bool:
         engine, has_received = self.engine, False
         for frontend in self.frontends:
+            if self.tasks.are_beginning:
+                break  # what came behind a request is taken once the request has begun
             has_received |= frontend.receive(_RECEIVE_NS)
         has_received |= engine.collect()
         engine.flush()  # before what arrived meanwhile is admitted: those who waited longer are answered first

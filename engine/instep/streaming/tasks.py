@@ -17,15 +17,27 @@ class Tasks:
     def __init__(self, on_bug: Callable[[BaseException], None]) -> None:
         self._on_bug = on_bug
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unbegun = 0
 
     def __len__(self) -> int:
         return len(self._tasks)
 
+    @property
+    def are_beginning(self) -> bool:
+        """Whether a coroutine was started that has not run up to its first wait yet."""
+        return self._unbegun > 0
+
     def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine from the loop's next iteration on."""
-        task = asyncio.get_running_loop().create_task(coroutine)
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(coroutine)
+        self._unbegun += 1
+        loop.call_soon(self._begun)  # right behind the task's first part
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+
+    def _begun(self) -> None:
+        self._unbegun -= 1
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -12,8 +12,7 @@ from instep.core.tables import make_tables
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Sent
 from instep.streaming.api import Refusal, Reply
-from instep_client.protocol import wire
-from instep_client.protocol.wire import Code, Kind, Message
+from instep_client.protocol.wire import FAILURE, Code, Kind, Message
 
 MESSAGE: Message = [b"x" * 744]
 """1,000 bytes, with the objects around it."""
@@ -104,15 +103,15 @@ def test_frames_are_on_the_account_of_a_peer_while_their_reply_waits() -> None:
 
 def test_messages_of_a_peer_keep_their_order_and_their_bytes() -> None:
     rig = Rig()
-    memory = [memoryview(bytearray([number]) * 744) for number in range(4)]
+    memory = [bytearray([number]) * 744 for number in range(4)]
     rig.router.state[b"\0slow"] = Sent.FULL
     for part in memory[:2]:
-        rig.outbound.send(rig.slow, [part])
+        rig.outbound.send(rig.slow, [memoryview(part)])
         part[:] = b"?" * 744  # as arrays are used again
     del rig.router.state[b"\0slow"]
-    rig.outbound.send(rig.slow, [memory[2]])
+    rig.outbound.send(rig.slow, [memoryview(memory[2])])
     rig.tick(0)
-    rig.outbound.send(rig.slow, [memory[3]])
+    rig.outbound.send(rig.slow, [memoryview(memory[3])])
     assert [message[0][:1] for message in rig.messages()] == [b"\0", b"\1", b"\2", b"\3"]
 
 
@@ -253,7 +252,7 @@ def test_strangers_are_answered_and_nothing_is_kept_for_them() -> None:
     assert rig.outbound.is_empty
 
 
-def headers(messages: Iterable[list[bytes]]) -> list[list[object]]:
+def headers(messages: Iterable[Sequence[bytes]]) -> list[list[object]]:
     return [msgpack.unpackb(message[0]) for message in messages]
 
 
@@ -267,7 +266,7 @@ def test_a_peer_is_an_origin_whose_replies_and_refusals_are_messages() -> None:
     assert msgpack.unpackb(stepped[0])[:7] == [Kind.STEPPED, 7, 1, 3, 1, 2, 3]
     assert msgpack.unpackb(stepped[0])[-1] == [9, 1]
     assert stepped[1] == y.tobytes()
-    (entry,) = np.frombuffer(stepped[2], wire.FAILURE)
+    (entry,) = np.frombuffer(stepped[2], FAILURE)
     assert [int(entry[name]) for name in ("column", "timestep", "code", "expected_seq")] == [1, 0, Code.SEQ_GAP, 5]
     assert headers([refused])[0][:3] == [Kind.ERROR, 8, Code.BUSY]
     assert rig.outbound.refused_total == 1

@@ -1,0 +1,223 @@
+"""Messages over a socket: order, connections, statistics, and peers that read late or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+
+from instep.server.server import Server
+from instep_client.protocol.wire import Code, Kind
+from tests.support.commits import held_commits
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+from tests.support.streaming import random_frames
+
+F, H = 5, 8
+MANY = 400
+"""More requests than may be under way."""
+
+
+async def connections(server: Server, count: int) -> None:
+    """Wait until this many origins are connected."""
+    while len(server.engine.origins) != count:
+        await asyncio.sleep(0.005)
+
+
+async def test_messages_that_arrive_in_one_burst_keep_their_order(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 6)
+    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        messages = [
+            client.step_message(handles, [0], x[:2]),
+            client.reset_message(handles),  # refused: frames are pending
+            client.step_message(handles, [2], x[2:4], [0]),
+            client.close_message(handles),
+            client.step_message(handles, [4], x[4:], [0]),
+        ]
+        for message in messages:
+            await client.send(*message)
+        replies = {reply.request: reply for reply in [await client.receive() for _ in messages]}
+        first, reset, second, closed, late = (replies[msgpack.unpackb(message[0])[1]] for message in messages)
+    assert reset.codes() == [Code.FRAMES_PENDING]
+    assert late.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+    y, final = whole(SMALL, x[:4, 0])
+    np.testing.assert_array_equal(np.concatenate([first.floats(), second.floats()]), y.ravel())
+    np.testing.assert_array_equal(closed.floats(), final.ravel())
+
+
+async def test_a_stream_is_evicted_and_its_owner_told_over_the_socket() -> None:
+    async with running(SMALL, limits={"max_idle_s": 0.2}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        notice = await client.receive()
+        assert (notice.kind, notice.header[3]) == (Kind.EVICTED, Code.IDLE)
+        assert notice.handles().tolist() == handles.tolist()
+
+
+async def test_a_vanished_connection_is_noticed_and_its_streams_are_parked_and_resumed(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 8)
+    async with running(SMALL, transport={"heartbeat_s": 0.05}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        async with RawClient(server.endpoint) as gone:
+            await gone.hello()
+            opened = await gone.open("s")
+            await gone.step(opened.handles(), [0], x[:5])
+        await connections(server, 1)
+        while not (await client.statistics())["streams_parked"]:
+            await asyncio.sleep(0.01)
+        resumed = await client.resume(["s"], [2], opened.epochs())
+        assert (resumed.kind, resumed.failures(), resumed.seqs()) == (Kind.RESUMED, [], [5])
+        reply = await client.step(resumed.handles(), [2], x[2:], [2])
+        np.testing.assert_array_equal(reply.floats().reshape(6, H), whole(SMALL, x[:, 0])[0][2:])
+
+
+async def test_a_stream_that_another_connection_takes_over_is_told_to_the_former_owner() -> None:
+    async with running(SMALL) as server, RawClient(server.endpoint) as old, RawClient(server.endpoint) as new:
+        await old.hello()
+        await new.hello()
+        opened = await old.open("s")
+        taken = await new.resume(["s"], [0], [0], take_over=True)
+        assert taken.failures() == []
+        notice = await old.receive()
+        assert (notice.kind, notice.header[3]) == (Kind.EVICTED, Code.FENCED)
+        assert notice.handles().tolist() == opened.handles().tolist()
+
+
+async def test_many_connections_come_and_go_through_few_numbers() -> None:
+    async with running(SMALL, transport={"heartbeat_s": 0.05}, limits={"max_connections": 2}) as server:
+        for index in range(6):
+            async with RawClient(server.endpoint) as client:
+                while (reply := await client.ask(*client.hello_message())).kind is not Kind.WELCOME:
+                    assert reply.code is Code.BUSY
+                    await asyncio.sleep(0.02)
+                assert (await client.open(f"s{index}")).failures() == []
+
+
+async def test_statistics_say_what_happened(rng: np.random.Generator) -> None:
+    async with running(SMALL) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        opened = await client.open("a", "b", "a")
+        await client.step(opened.handles()[:2], [0, 0], random_frames(rng, 3, 2))
+        await client.send(b"nonsense")
+        assert (await client.receive()).code is Code.MALFORMED
+        values = await client.statistics()
+    counted = {
+        "ready": 1,
+        "frames_total": 6,
+        "batches_total": 3,
+        "messages_total": 1,
+        "opened_streams_total": 2,
+        "refused_messages_total": 1,
+        "connections": 1,
+        "streams_open": 2,
+        "streams_parked": 0,
+        "frames_pending": 0,
+        "batch_size_mean": 2,
+    }
+    assert {name: values[name] for name in counted} == counted
+    for name in ("queue_us", "compute_us", "send_us"):
+        assert 0 <= values[f"{name}_p50"] <= values[f"{name}_p99"]
+
+
+# ── More than the server takes ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("asks", ["read", "read by name", "resume in vain"])
+async def test_more_requests_than_may_be_under_way_are_refused_while_a_commit_takes_long(
+    tmp_path: Path, asks: str
+) -> None:
+    recording = {"file": tmp_path / "r.instep", "durability": "commit"}
+    async with held_commits() as may_commit, running(SMALL, recording=recording) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            handles = (await client.open("s")).handles()
+            may_commit.clear()
+            await client.send(*client.open_message("t"))
+            for _ in range(MANY):
+                message = {
+                    "read": client.read_state_message(handles),
+                    "read by name": client.read_named_message(["s"]),
+                    "resume in vain": client.resume_message(["nobody"], [0], [1]),
+                }[asks]
+                await client.send(*message)
+            pong = await client.ask(msgpack.packb([Kind.PING, 9]))
+            refused = 0
+            while pong.kind is not Kind.PONG:
+                assert pong.code is Code.BUSY
+                assert pong.header[4] > 0
+                refused += 1
+                pong = await client.receive()
+            assert 0 < refused < MANY
+            may_commit.set()
+            replies = [await client.receive() for _ in range(1 + MANY - refused)]
+            assert {reply.kind for reply in replies} <= {Kind.OPENED, Kind.STATE_READ, Kind.RESUMED}
+            assert (await client.open("u")).failures() == []
+
+
+SILENT = {"max_message_bytes": 65_536}
+"""With it, few replies of 1,000 failures each are more than a peer may leave unread."""
+
+
+def block(client: RawClient) -> list[bytes]:
+    """A STEP of unknown streams: its reply takes 32,000 bytes and 24 for each failure."""
+    return client.step_message(range(1000), [0] * 1000, np.zeros((1, 1000, F), np.float32))
+
+
+async def test_a_peer_that_reads_late_gets_every_reply_in_order() -> None:
+    async with running(SMALL, transport=SILENT) as server, RawClient(server.endpoint) as late:
+        await late.hello()
+        requests = [block(late) for _ in range(6)]
+        for message in requests:
+            await late.send(*message)
+        while server.engine.stats.messages_total < 6:
+            await asyncio.sleep(0.01)
+        replies = [await late.receive() for _ in requests]
+        assert [len(reply.failures()) for reply in replies] == [1000] * 6
+        assert [reply.request for reply in replies] == [msgpack.unpackb(message[0])[1] for message in requests]
+
+
+@pytest.mark.parametrize("limits", [{"unreachable_after_s": 0.2}, {}], ids=["in time", "in bytes"])
+async def test_a_peer_that_never_says_that_it_reads_is_given_up_and_costs_nobody_else(
+    limits: dict[str, float],
+) -> None:
+    async with running(SMALL, transport=SILENT, limits=limits) as server:
+        async with RawClient(server.endpoint) as silent, RawClient(server.endpoint) as client:
+            await silent.hello()
+            await client.hello()
+            for _ in range(6 if limits else 40):
+                await silent.send(*block(silent))
+            await connections(server, 1)
+            assert (await client.open("s")).failures() == []
+
+
+async def test_readers_that_do_not_read_share_one_budget() -> None:
+    """Without it each of them could hold as much as one may."""
+    budget = 4 * 2**20
+    limits = {"max_buffered_bytes": budget, "unreachable_after_s": 600}
+    transport = {"max_message_bytes": 2**20}
+    async with running(SMALL, transport=transport, limits=limits) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        silent = [RawClient(server.endpoint) for _ in range(16)]
+        try:
+            for each in silent:
+                await each.hello()
+            given_up = False
+            for _ in range(40):
+                for each in silent:
+                    await each.send(*block(each))
+                await asyncio.sleep(0)
+                given_up = given_up or len(server.engine.origins) < 17
+            while len(server.engine.origins) > 1 + 8:
+                await asyncio.sleep(0.01)
+            assert (await client.open("s")).failures() == []
+        finally:
+            for each in silent:
+                await each.__aexit__(None, None, None)

@@ -1,0 +1,223 @@
+"""Checkpoints: what a restart has to replay, and that frames, requests and kills meanwhile change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep.core.typing import U64
+from instep.frontends.in_process import InProcessOrigin
+from instep.recording.recovery import Recovered, ReplayStep, read_recovery
+from instep.recording.writer import RecordingWriter
+from instep.runtime.errors import StateLost
+from instep.runtime.executor import InlineExecutor
+from instep.streaming.checkpoints import Checkpoints
+from tests.support.commits import held_commits
+from tests.support.models import SMALL, whole
+from tests.support.streaming import StreamingEngine, random_frames, step, streaming
+
+COUNT = 10
+NAMES = [f"s{number}" for number in range(COUNT)]
+
+
+def checkpoints_of(kit: StreamingEngine, at_once: int = 1024, target_ns: int = 10**15) -> Checkpoints:
+    return Checkpoints(kit.engine, kit.operations, kit.stepper, kit.tasks, target_ns, at_once)
+
+
+async def recorded(kit: StreamingEngine, path: Path, x: np.ndarray) -> tuple[InProcessOrigin, U64]:
+    """An origin with streams that were stepped by x [T, COUNT, features], all of it recorded."""
+    kit.record(path)
+    origin = kit.frontend.connect()
+    handles = (await origin.open(NAMES)).handles
+    await step(origin, handles, [0] * COUNT, x)
+    return origin, handles
+
+
+def note_states(monkeypatch: pytest.MonkeyPatch, told: list[int]) -> None:
+    """Note how many states are written at once from now on, and a 0 for each commit."""
+
+    def noting(name: str) -> Callable[..., None]:
+        write = getattr(RecordingWriter, name)
+
+        def noted(writer: RecordingWriter, *values: Any) -> None:
+            write(writer, *values)
+            told.append(len(values[-1].streams) if values else 0)
+
+        return noted
+
+    for name in ("add_states", "snapshot", "commit"):
+        monkeypatch.setattr(RecordingWriter, name, noting(name))
+
+
+def replayed(recovered: Recovered) -> int:
+    """Frames that a restart steps again."""
+    return sum(int(item.applies.sum()) for item in recovered.replay() if isinstance(item, ReplayStep))
+
+
+async def test_a_restart_replays_nothing_that_a_checkpoint_holds(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, path = random_frames(rng, 4, COUNT), tmp_path / "r.instep"
+    async with streaming(InlineExecutor) as kit:
+        origin, handles = await recorded(kit, path, x[:3])
+        checkpoints = checkpoints_of(kit)
+        await checkpoints.take()
+        assert not checkpoints.is_under_way
+        await step(origin, handles[:2], [3, 3], x[3:, :2])
+    with read_recovery(path, lambda _: None) as recovered:
+        assert [stream.seq for stream in recovered.streams] == [3] * COUNT
+        for column, stream in enumerate(recovered.streams):
+            assert stream.state is not None
+            np.testing.assert_array_equal(stream.state, whole(SMALL, x[:3, column])[1])
+        assert replayed(recovered) == 2
+
+
+async def test_only_states_that_changed_are_written_again(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, counts = random_frames(rng, 4, COUNT), list[int]()
+    async with streaming(InlineExecutor) as kit:
+        origin, handles = await recorded(kit, tmp_path / "r.instep", x[:3])
+        note_states(monkeypatch, counts)
+        checkpoints = checkpoints_of(kit)
+        await checkpoints.take()
+        await step(origin, handles[:2], [3, 3], x[3:, :2])
+        await checkpoints.take()
+    assert [count for count in counts if count] == [COUNT, 2]
+
+
+async def test_one_is_due_when_the_steps_since_the_last_one_took_as_long_as_a_restart_may(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    async with streaming() as kit:
+        kit.record(tmp_path / "r.instep", durability="memory")
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        checkpoints, taken = checkpoints_of(kit, target_ns=1_000_000), list[bool]()
+        for seq in range(5):
+            asked = asyncio.ensure_future(step(origin, handles, [seq], random_frames(rng, 1), [seq]))
+            await kit.settle()
+            await kit.finish(step_ns=600_000)
+            await asked
+            newest = kit.engine.journal.newest
+            checkpoints.take_if_due()
+            await kit.settle()
+            taken.append(kit.engine.journal.newest > newest)
+            await kit.durable()
+        assert taken == [False, True, False, True, False]
+
+
+async def test_many_states_are_written_in_as_many_transactions_as_replies_may_wait_for(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, path = list[int](), tmp_path / "r.instep"
+    async with streaming(InlineExecutor) as kit:
+        await recorded(kit, path, random_frames(rng, 1, COUNT))
+        note_states(monkeypatch, told)
+        await checkpoints_of(kit, at_once=3).take()
+        assert [count for count in told if count] == [3, 3, 3, 1]
+        assert all(first == 0 or second == 0 for first, second in itertools.pairwise(told)), "each in its own commit"
+    with read_recovery(path, lambda _: None) as recovered:
+        assert replayed(recovered) == 0
+
+
+async def test_streams_that_step_close_and_open_between_the_parts_are_recovered_to_the_bit(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x, path = random_frames(rng, 6, COUNT), tmp_path / "r.instep"
+    async with held_commits() as may_commit, streaming(InlineExecutor) as kit:
+        origin, handles = await recorded(kit, path, x[:2])
+        may_commit.clear()
+        taking = asyncio.ensure_future(checkpoints_of(kit, at_once=3).take())
+        await kit.settle()
+        asked = [
+            asyncio.ensure_future(each)
+            for each in (
+                step(origin, handles[:8], [2] * 8, x[2:4, :8]),
+                origin.close(handles[8:]),
+                origin.open([NAMES[9], "new"]),
+            )
+        ]
+        await kit.settle()
+        assert not taking.done()
+        may_commit.set()
+        await taking
+        for each in asked:
+            await each
+    async with streaming(InlineExecutor) as kit:
+        recovery = kit.record(path)
+        assert recovery is not None
+        assert recovery.streams == 10
+        read = await kit.frontend.ask(lambda: kit.operations.read_states([*NAMES, "new"]))
+        assert read.next_seqs.tolist() == [4] * 8 + [0, 0, 0]
+        for column in range(8):
+            np.testing.assert_array_equal(read.states[column], whole(SMALL, x[:4, column])[1])
+        assert not read.states[9:].any()
+
+
+async def test_a_checkpoint_that_was_cut_off_does_not_count(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, path = random_frames(rng, 4, COUNT), tmp_path / "r.instep"
+    async with held_commits() as may_commit, streaming(InlineExecutor) as kit:
+        origin, handles = await recorded(kit, path, x[:2])
+        may_commit.clear()
+        taking = asyncio.ensure_future(checkpoints_of(kit, at_once=3).take())
+        stepping = asyncio.ensure_future(step(origin, handles, [2] * COUNT, x[2:3]))
+        await kit.settle()
+        taking.cancel()
+        may_commit.set()
+        await stepping
+    async with streaming(InlineExecutor) as kit:
+        recovery = kit.record(path)
+        assert recovery is not None
+        assert recovery.frames > 0
+        read = await kit.frontend.ask(lambda: kit.operations.read_states(NAMES))
+        for column in range(COUNT):
+            np.testing.assert_array_equal(read.states[column], whole(SMALL, x[:3, column])[1])
+
+
+async def test_a_second_one_is_not_taken_while_one_is_under_way_and_none_without_a_recording(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    async with held_commits() as may_commit, streaming(InlineExecutor) as kit:
+        await checkpoints_of(kit).take()
+        await recorded(kit, tmp_path / "r.instep", random_frames(rng, 1, COUNT))
+        checkpoints = checkpoints_of(kit)
+        may_commit.clear()
+        taking = asyncio.ensure_future(checkpoints.take())
+        await kit.settle()
+        newest = kit.engine.journal.newest
+        await checkpoints.take()
+        assert kit.engine.journal.newest == newest
+        assert checkpoints.is_under_way
+        may_commit.set()
+        await taking
+
+
+async def test_one_that_meets_a_lost_state_is_given_up_and_the_next_one_complete(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x, path = random_frames(rng, 3, 2), tmp_path / "r.instep"
+    async with streaming() as kit:
+        kit.record(path)
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["lost", "kept"])).handles
+        first = asyncio.ensure_future(step(origin, handles, [0, 0], x[:1]))
+        await kit.settle()
+        await kit.finish()
+        await first
+        checkpoints = checkpoints_of(kit)
+        failing = asyncio.ensure_future(step(origin, handles[:1], [1], x[1:, :1]))
+        await kit.settle()
+        taking = asyncio.ensure_future(checkpoints.take())
+        await kit.settle()
+        assert not taking.done(), "a run is under way"
+        await kit.finish(error=StateLost("injected"))
+        await asyncio.gather(failing, taking)
+        await checkpoints.take()
+    with read_recovery(path, lambda _: None) as recovered:
+        assert [(stream.name, stream.seq) for stream in recovered.streams] == [("kept", 1)]
+        assert replayed(recovered) == 0
