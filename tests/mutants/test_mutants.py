@@ -10,10 +10,6 @@ from tests.support.mutation import ROOT, Mutant, copy_engine, is_killed, run_tes
 
 pytestmark = pytest.mark.heavy
 
-ADMISSION = "tests/core/test_admission.py"
-OWNERSHIP = "tests/core/test_ownership.py"
-RINGS = "tests/core/test_rings.py"
-SCHEDULER = "tests/core/test_scheduler.py"
 STEPPER = "tests/runtime/test_stepper.py"
 BURSTS = "tests/server/test_bursts.py"
 DELIVERY = "tests/server/test_delivery.py"
@@ -34,14 +30,6 @@ MUTANTS = [
         "if self._stepping:",
         "if not self._line:",
         (f"{WORKER}::test_a_job_waits_for_the_steps_before_it_and_a_step_for_the_jobs_before_it",),
-    ),
-    Mutant(
-        "a run has more steps than one of its streams has frames",
-        "core/rings.py",
-        "int(np.minimum.reduce(",
-        "int(np.maximum.reduce(",
-        (f"{RUNS}::test_streams_with_fewer_frames_bound_a_run",),
-        hangs=True,
     ),
     Mutant(
         "a run goes on while others wait",
@@ -70,13 +58,6 @@ MUTANTS = [
         'raise StateLost(f"the outputs could not be written: {error}") from error',
         "raise",
         (f"{STEPPER}::test_a_step_whose_outputs_cannot_be_written_loses_the_states_of_its_batch",),
-    ),
-    Mutant(
-        "two frames of a stream in one batch",
-        "core/rings.py",
-        "slots[had_nothing & (",
-        "slots[(",
-        (f"{RINGS}::test_frames_come_out_in_the_order_they_went_in",),
     ),
     Mutant(
         "a slot is used again without being cleared",
@@ -108,81 +89,11 @@ MUTANTS = [
         (f"{REUSE}::test_a_slot_is_not_given_on_while_frames_of_its_stream_are_pending",),
     ),
     Mutant(
-        "a late frame is applied to the slot's next owner",
-        "core/slots.py",
-        "self.generations(slots) + np.uint32(1)",
-        "self.generations(slots) + np.uint32(0)",
-        (f"{REFUSALS}::test_a_stale_handle_beside_its_slots_next_stream_fails_its_own_column_only",),
-    ),
-    Mutant(
-        "a gap is accepted",
-        "core/admission.py",
-        "codes[(codes == 0) & (seqs > due)] = Code.SEQ_GAP",
-        "pass",
-        (f"{DELIVERY}::test_a_gap_is_refused_with_the_seq_that_is_expected",),
-    ),
-    Mutant(
-        "a frame that is sent again is computed again",
-        "core/admission.py",
-        "repeats = np.where(codes == 0, np.minimum(expected - first, timesteps), 0)",
-        "repeats = np.zeros(columns, np.int64)",
-        (f"{ADMISSION}::test_a_duplicate_is_answered_from_the_ring_and_not_admitted_again",),
-    ),
-    Mutant(
-        "another frame under the seq of an old one goes unnoticed",
-        "core/admission.py",
-        "conflict = same < repeats",
-        "conflict = same < 0",
-        (f"{DELIVERY}::test_the_same_seq_with_another_bit_is_a_conflict_and_changes_nothing",),
-    ),
-    Mutant(
-        "the ring is smaller than the window",
-        "core/rings.py",
-        "seqs % self._window * self._stride + slots",
-        "seqs % (self._window - 1) * self._stride + slots",
-        (f"{DELIVERY}::test_frames_sent_again_are_answered_with_the_same_bytes_and_not_computed_again",),
-    ),
-    Mutant(
-        "the window moves with what was computed",
-        "core/admission.py",
-        "ahead = acked > computed",
-        "acked = computed\n    ahead = acked > acked",
-        (f"{ADMISSION}::test_the_window_moves_with_what_was_acknowledged_not_with_what_was_computed",),
-    ),
-    Mutant(
         "an output is acknowledged that was never computed",
         "server/lifecycle.py",
         "have = np.minimum(claims.have[good][is_own], table.next_seq[own])",
         "have = claims.have[good][is_own]",
         (f"{RESUME}::test_a_step_that_fails_while_its_connection_is_gone_is_as_if_its_frames_were_never_sent",),
-    ),
-    Mutant(
-        "an older epoch resumes a stream",
-        "core/ownership.py",
-        "codes[~is_owner] = np.where(table.renumbered[slots], Code.NUMERICS_CHANGED, Code.FENCED)[~is_owner]",
-        "pass",
-        (f"{RESUME}::test_an_older_epoch_gets_nothing_unless_it_takes_over",),
-    ),
-    Mutant(
-        "the former owner is not fenced",
-        "core/streams.py",
-        "        self.slots.renew(slots)\n",
-        "",
-        (f"{RESUME}::test_who_resumes_by_the_present_epoch_fences_a_connection_that_still_looks_alive",),
-    ),
-    Mutant(
-        "a former epoch is good for ever",
-        "core/ownership.py",
-        " & (next_seq <= table.granted_seq[slots])",
-        "",
-        (f"{OWNERSHIP}::test_the_former_epoch_is_good_until_a_frame_was_sent_under_the_present_one",),
-    ),
-    Mutant(
-        "a resume that comes late over an older connection is granted",
-        "core/ownership.py",
-        "unanswered &= table.granted_to[slots] <= arrival",
-        "pass",
-        (f"{OWNERSHIP}::test_an_older_connection_that_names_the_former_epoch_is_late",),
     ),
     Mutant(
         "a stream is resumed one frame too late",
@@ -192,54 +103,11 @@ MUTANTS = [
         (f"{RESUME}::test_a_resumed_stream_goes_on_as_if_nothing_had_happened",),
     ),
     Mutant(
-        "an output more than the claimant holds is given up",
-        "core/ownership.py",
-        "np.minimum(claimed, due)",
-        "np.minimum(claimed + np.uint64(1), due)",
-        (f"{RESUME}::test_frames_that_were_under_way_are_answered_once_and_computed_once",),
-    ),
-    Mutant(
-        "lost frames are passed over in silence",
-        "core/ownership.py",
-        "codes[holds_more] = Code.DATA_LOSS",
-        "pass",
-        (f"{RESUME}::test_who_holds_more_than_the_server_is_told_and_may_go_on_from_there",),
-    ),
-    Mutant(
-        "a parked stream belongs to whoever gets its connection's number",
-        "core/streams.py",
-        "        self._move(slots, self.parked)\n",
-        "",
-        (f"{RESUME}::test_a_number_that_is_used_again_while_streams_of_it_are_parked_does_not_own_them",),
-        hangs=True,
-    ),
-    Mutant(
         "an answer goes before the recording has its inputs",
         "server/tap.py",
         "if self._waits and (self._waiting or ticket > self._durable):",
         "if False:",
         (f"{FAULTS}::test_nothing_is_answered_before_the_recording_has_it",),
-    ),
-    Mutant(
-        "another connection's stream is stepped",
-        "core/streams.py",
-        "codes[current & open_now & (self.owner[slots] != owner)] = Code.FOREIGN_STREAM",
-        "pass",
-        (f"{REFUSALS}::test_wrong_seqs_unknown_and_foreign_streams",),
-    ),
-    Mutant(
-        "one bad frame fails the whole block",
-        "core/admission.py",
-        "np.minimum(finite_lengths(finite_values), within)",
-        "np.minimum(finite_lengths(finite_values).min(), within)",
-        (f"{REFUSALS}::test_one_bad_frame_in_a_block_leaves_the_others_alone",),
-    ),
-    Mutant(
-        "a frame that is not finite is applied",
-        "core/admission.py",
-        "finite_values = np.isfinite(x)",
-        "finite_values = np.ones(x.shape, np.bool_)",
-        (f"{REFUSALS}::test_one_bad_frame_in_a_block_leaves_the_others_alone",),
     ),
     Mutant(
         "a padding row leaks into a stream's slot",
@@ -310,28 +178,6 @@ MUTANTS = [
         "self._stepper.read(slots[readable])",
         "self._stepper.read(slots[readable][::-1].copy())",
         (f"{LIFECYCLE}::test_an_initial_state_is_used_and_the_final_one_returned",),
-    ),
-    Mutant(
-        "the expected seq is not moved back after a failed step",
-        "core/rings.py",
-        "        table.next_seq[slots] = first\n",
-        "",
-        (f"{FAULTS}::test_a_failed_step_is_answered_and_the_streams_go_on",),
-    ),
-    Mutant(
-        "frames behind a failed one are applied",
-        "core/rings.py",
-        "counts = table.next_seq[slots] - first",
-        "counts = np.ones_like(first)",
-        (f"{FAULTS}::test_frames_pipelined_behind_a_failed_one_are_gaps",),
-        hangs=True,
-    ),
-    Mutant(
-        "a client that floods is served first",
-        "core/scheduler.py",
-        'ready[self._tag[ready].argsort(kind="stable")]',
-        "ready",
-        (f"{SCHEDULER}::test_a_client_that_floods_waits_behind_its_own_frames",),
     ),
 ]
 
