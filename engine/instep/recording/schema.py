@@ -78,6 +78,7 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from itertools import product
 from struct import Struct
 from typing import Any, Final, Literal, TypeAlias
@@ -293,6 +294,8 @@ class RecordingHeader:
                     raise RecordingError(f"the header {key!r} is damaged: its CRC does not match")
             fields = {key: json.loads(value) for key, value, _ in rows}
             fields["buckets"] = tuple(fields["buckets"])
+            if missing := {field.name for field in dataclass_fields(cls)} - fields.keys():
+                raise LookupError(f"{min(missing)} is missing")
             header = cls(**fields)
             for name, kind in _HEADER_TYPES.items():
                 if not isinstance(getattr(header, name), kind):
