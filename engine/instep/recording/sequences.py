@@ -52,6 +52,7 @@ class SequenceIndex:
         reader: an open recording; every row of its history is read and its CRC checked.
         on_progress: called with the share (0 to 1) of the recording that was read.
         keep: of which streams, as indices into all of them, the frames are kept for `sequences`.
+        checkpoints: positions, ascending, where the attributes below are noted.
 
     Attributes:
         streams: every opening, in order.
@@ -61,6 +62,9 @@ class SequenceIndex:
         unanswered: int64 [stretches]: how many of them have no recorded outputs.
         frames_present: all frames in the recording, those after a defect too.
         defects: by index of the stream, a sentence: a frame is missing, repeated, or out of order.
+        checkpoint_seqs: for every checkpoint, int64 [streams]: the seq of the next frame there.
+        checkpoint_stretches: for every checkpoint, int64 [streams]: the stretch that it belongs to, as an index into
+            `stretches`.
 
     Raises:
         RecordingError: when the recording is damaged, or there is no room for the frames that are kept.
@@ -71,6 +75,8 @@ class SequenceIndex:
         reader: RecordingReader,
         on_progress: Callable[[float], None],
         keep: Callable[[Sequence[StreamInfo]], Sequence[int]] = no_frames,
+        *,
+        checkpoints: Sequence[int] = (),
     ) -> None:
         self._reader = reader
         self.streams: list[StreamInfo] = reader.streams()
@@ -97,13 +103,14 @@ class SequenceIndex:
         self.frames_present = 0
         self.defects: dict[int, str] = {}
         waiting = deque(resets)
-        for batches in _groups(reader.batches(), [reset.position for reset in resets]):
-            while waiting and waiting[0].position < batches[0].position:
-                self._reset(waiting.popleft())
+        self._checkpoints = deque(checkpoints)
+        self.checkpoint_seqs: list[I64] = []
+        self.checkpoint_stretches: list[I64] = []
+        for batches in _groups(reader.batches(), sorted([*checkpoints, *(reset.position for reset in resets)])):
+            self._pass(waiting, batches[0].position)
             self._count_all(batches)
             on_progress(batches[-1].position / reader.last_position)
-        for reset in waiting:
-            self._reset(reset)
+        self._pass(waiting, _NEVER)
         self._compare_with_closings()
         count = len(self.stretches)
         self.frames, self.unanswered = self.frames[:count], self.unanswered[:count]
@@ -188,6 +195,17 @@ class SequenceIndex:
             self.unanswered[stretches] += 1
         self.frames_present += len(rows)
         self._keep([batch], rows, good)
+
+    def _pass(self, resets: deque[StateReset], position: int) -> None:
+        """Apply the resets before a position, and note where streams are at each checkpoint before it."""
+        while self._checkpoints and self._checkpoints[0] < position:
+            checkpoint = self._checkpoints.popleft()
+            while resets and resets[0].position <= checkpoint:
+                self._reset(resets.popleft())
+            self.checkpoint_seqs.append(self._next.copy())
+            self.checkpoint_stretches.append(self._stretch.copy())
+        while resets and resets[0].position < position:
+            self._reset(resets.popleft())
 
     def _reset(self, reset: StateReset) -> None:
         (row,) = self._rows_of(np.array([reset.stream]), reset.position).tolist()
