@@ -30,14 +30,17 @@ class Forger:
         database.close()
         return rows
 
-    def change(self, table: str, key: int, **columns: Any) -> None:
+    def change(self, table: str, *key: int, **columns: Any) -> None:
+        """Change the only row with these first values of its key."""
         self._change(table, key, columns)
 
     def move(self, table: str, position: int, to: int) -> None:
-        self._change(table, position, {"position": to})
+        self._change(table, (position,), {"position": to})
 
-    def remove(self, table: str, key: int) -> None:
-        self._run(f"DELETE FROM {table} WHERE {_key(table)} = ?", (key,))
+    def remove(self, table: str, *key: int | str) -> None:
+        """Remove the only row with these first values of its key."""
+        where = " AND ".join(f"{name} = ?" for name in key_of(table)[: len(key)])
+        self._run(f"DELETE FROM {table} WHERE {where}", key)
 
     def change_header(self, key: str, value: str) -> None:
         crc = {"crc": row_crc(key, value)} if self.fix_crc else {}
@@ -69,13 +72,16 @@ class Forger:
             (size,) = {len(columns[name]) for name in found}
             self.change("batches", batch["position"], size=size, **found)
 
-    def _change(self, table: str, key: int, columns: dict[str, Any]) -> None:
-        (row,) = (row for row in self.rows(table) if row[_key(table)] == key)
+    def _change(self, table: str, key: tuple[int, ...], columns: dict[str, Any]) -> None:
+        names = key_of(table)[: len(key)]
+        (row,) = (row for row in self.rows(table) if tuple(row[name] for name in names) == key)
         row.update(columns)
         if self.fix_crc:
             row["crc"] = row_crc(*(row[name] for name in TABLES[table]))
         assignments = ", ".join(f"{name} = :{name}" for name in row)
-        self._run(f"UPDATE {table} SET {assignments} WHERE {_key(table)} = :was", {**row, "was": key})
+        where = " AND ".join(f"{name} = :was_{name}" for name in names)
+        was = {f"was_{name}": value for name, value in zip(names, key, strict=True)}
+        self._run(f"UPDATE {table} SET {assignments} WHERE {where}", {**row, **was})
 
     def _run(self, statement: str, values: Any) -> None:
         with sqlite3.connect(self.path) as database:
@@ -83,5 +89,7 @@ class Forger:
         database.close()
 
 
-def _key(table: str) -> str:
-    return next(iter(TABLES[table]))
+def key_of(table: str) -> tuple[str, ...]:
+    """The columns that name a row."""
+    named = {"header": ("key",)}
+    return named.get(table) or (next(iter(TABLES[table])),)

@@ -1,4 +1,4 @@
-"""Recordings made by torch's own nn.GRU."""
+"""Recordings of networks as they are served, in batch sizes that this machine certifies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from instep.models.base import RecurrentModel
+from instep.models.certify import Certification, certify
 from instep.models.folder import write_model
 from instep.models.gru.modules import save_model
 from instep.models.gru.network import GruNetwork
@@ -86,41 +88,66 @@ class Recorded:
     header: RecordingHeader
 
 
-def record_gru(
-    where: Path, gru: torch.nn.GRU, lengths: Sequence[int], *, changes: dict[str, Any] | None = None, **how: Any
-) -> Recorded:
-    """Record torch's own nn.GRU (`how` as in `record`); the model folder lies beside the recording."""
-    model = save_model(where / "model", gru)
-    return _record(where, model, gru_step(gru), lengths, {"buckets": (4, 8, 16), **(changes or {})}, how)
+_CERTIFIED: dict[tuple[str, tuple[int, ...]], tuple[Certification, bool]] = {}
 
 
-def record_model(
-    where: Path, model: Model, lengths: Sequence[int], *, changes: dict[str, Any] | None = None, **how: Any
-) -> Recorded:
-    """Record a model with dense layers as it is served: its bits are those of the padded network."""
-    write_model(where / "model", model)
-    network = GruNetwork(model, torch.device("cpu"))
+def certify_once(network: RecurrentModel, buckets: Sequence[int]) -> Certification:
+    """`certify`, but once per model and batch sizes: a machine does not change while tests run."""
+    assert isinstance(network, GruNetwork)
+    key = (network.fingerprint, tuple(buckets))
+    if key not in _CERTIFIED:
+        _CERTIFIED[key] = certify(network, buckets), network.steps_by_hand
+    certification, network.steps_by_hand = _CERTIFIED[key]
+    return certification
+
+
+def served_step(network: GruNetwork) -> Step:
+    """One timestep of the network as it is served."""
 
     def step(x: F32, h: F32) -> tuple[F32, F32]:
         y, after = stepped(network, x[None], h)
         return y[0], after
 
-    how = {"bucket": 32, **how}
-    return _record(where, model, step, lengths, {"buckets": (32, 64), **(changes or {})}, how)
+    return step
+
+
+def record_gru(
+    where: Path, gru: torch.nn.GRU, lengths: Sequence[int], *, changes: dict[str, Any] | None = None, **how: Any
+) -> Recorded:
+    """As `record_model`, a network that is one nn.GRU."""
+    return _record(where, save_model(where / "model", gru), lengths, (4, 8, 16), changes or {}, how)
+
+
+def record_model(
+    where: Path, model: Model, lengths: Sequence[int], *, changes: dict[str, Any] | None = None, **how: Any
+) -> Recorded:
+    """Record a model as it is served (`how` as in `record`); its folder lies beside the recording."""
+    write_model(where / "model", model)
+    return _record(where, model, lengths, (32, 64), changes or {}, how)
 
 
 def _record(
-    where: Path, model: Model, step: Step, lengths: Sequence[int], changes: dict[str, Any], how: dict[str, Any]
+    where: Path,
+    model: Model,
+    lengths: Sequence[int],
+    buckets: tuple[int, ...],
+    changes: dict[str, Any],
+    how: dict[str, Any],
 ) -> Recorded:
+    network = GruNetwork(model, torch.device("cpu"))
+    certification = certify_once(network, buckets)
     fields: dict[str, Any] = {
         "model_name": model.name,
         "model_folder": str(where / "model"),
         "model_fingerprint": model.fingerprint,
         "numerics": {**numerics(torch.device("cpu")), "threads": "1"},
+        "exactness": certification.exactness,
+        "buckets": certification.buckets,
         **changes,
     }
     header = make_header(model.description.as_json(), **fields)
-    record(where / "a.rec", header, step, lengths, **how)
+    fitting = [bucket for bucket in certification.buckets if bucket >= 8]
+    record(where / "a.rec", header, served_step(network), lengths, **{"bucket": fitting[0], **how})
     return Recorded(where / "a.rec", where / "model", header)
 
 

@@ -28,7 +28,10 @@ class Scribe:
         step: what computes.
         bucket: rows of every step, padded with zeros.
         seed: of the frames.
-        magnitude: of the frames.
+        magnitude: of the frames, which stay finite.
+
+    Attributes:
+        magnitudes: of the frames of some streams.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Scribe:
         self._step = step
         self._bucket = bucket
         self._magnitude = magnitude
+        self.magnitudes: dict[int, float] = {}
         self._now = START_NS
         self._dirty: set[int] = set()
 
@@ -71,7 +75,9 @@ class Scribe:
         """One batch of these streams; its position."""
         header, size = self.writer.header, len(streams)
         x = np.zeros((self._bucket, header.features), np.float32)
-        x[:size] = self._magnitude * self.rng.standard_normal((size, header.features))
+        magnitudes = np.array([self.magnitudes.get(stream, self._magnitude) for stream in streams])
+        largest = np.finfo(np.float32).max
+        x[:size] = np.clip(magnitudes[:, None] * self.rng.standard_normal((size, header.features)), -largest, largest)
         h = np.zeros((header.state_layers, self._bucket, header.state_size), np.float32)
         h[:, :size] = np.stack([self.states[stream] for stream in streams], axis=1)
         seqs = [self.seqs[stream] for stream in streams]

@@ -11,7 +11,16 @@ from instep.models.base import Reference
 from instep.models.gru.reference import GruReference
 from instep.models.ulp import ulp_distance
 from instep.verify import bound as bounds
-from instep.verify.bound import FACTOR, FLOOR, ErrorBound, LeastBound, absolute_error, largest_errors
+from instep.verify.bound import (
+    FACTOR,
+    FLOOR,
+    LARGE,
+    RUNS,
+    ErrorBound,
+    LeastBound,
+    absolute_error,
+    largest_errors,
+)
 from tests.support.recordings import gru_description
 
 NAN, INF = float("nan"), float("inf")
@@ -54,22 +63,25 @@ def single_error(value: np.float32, truth: np.float64) -> float:
 
 
 class Given:
-    """Stands for the reference in float32: answers with given outputs, one timestep after another."""
+    """Stands for the reference in float32: its outputs are given, by timestep or by timestep and stream."""
 
-    def __init__(self, outputs: list[float], state: float) -> None:
+    def __init__(self, outputs: Any, state: float | list[float] = 0.0) -> None:
         self.outputs = np.array(outputs, np.float32)
-        self.state = state
+        self.state = np.array(state, np.float32)
         self.frames: list[npt.NDArray[np.float32]] = []
 
     def run(self, x: Any, state: Any, active: Any) -> tuple[Any, Any]:
         self.frames.append(x)
         now, self.outputs = self.outputs[: len(x)], self.outputs[len(x) :]
         assert active.tolist() == [x.shape[1]] * len(x)
-        return np.broadcast_to(now[:, None, None], (len(x), x.shape[1], 1)), {"h": np.full_like(state["h"], self.state)}
+        rows = x.shape[1] // RUNS
+        by_stream = np.broadcast_to(now.reshape(len(x), -1), (len(x), rows))
+        states = np.broadcast_to(self.state.reshape(-1), (rows,))
+        return np.repeat(by_stream, RUNS, axis=1)[:, :, None], {"h": np.repeat(states, RUNS)[:, None, None]}
 
 
-def bound_of(given: Given, rows: int) -> ErrorBound:
-    return ErrorBound(cast(Reference, given), np.zeros((1, rows, 1), np.float32))
+def bound_of(given: Given, rows: int, state: float = 0.0) -> ErrorBound:
+    return ErrorBound(cast(Reference, given), np.full((1, rows, 1), state, np.float32))
 
 
 def test_the_bound_is_as_stated() -> None:
@@ -77,54 +89,75 @@ def test_the_bound_is_as_stated() -> None:
     bound = bound_of(Given([1.0, -4.0 + 2**-10, 0.5, 9.0], state=8.0), 1)
     one = np.ones(2, np.int64)
     x = np.full((2, 1, 3), 0.5, np.float32)
-    limits = bound.of_outputs(truth[:2], bound.run(x, one), np.array([[True], [True]]))
+    limits = bound.outputs(x, truth[:2], np.array([[True], [True]]), one).distance
     relative = 2**-12  # of a scale of 4
     assert limits[:, 0].tolist() == [FLOOR * 1, 4 * (FACTOR * relative + FLOOR)]
-    later = bound.of_outputs(truth[2:], bound.run(x, one), np.array([[True], [False]]))
-    assert later[:, 0].tolist() == [limits[1, 0]] * 2, "errors last, and rows without a frame do not count"
-    assert bound.of_states(np.full((1, 1, 1), 8.0)).tolist() == [8 * (FACTOR * relative + FLOOR)]
-    assert bound.of_states(np.full((1, 1, 1), 16.0)).tolist() == [16 * (FACTOR * 0.5 + FLOOR)]
+    later = bound.outputs(x, truth[2:], np.array([[True], [False]]), one)
+    assert later.distance[:, 0].tolist() == [limits[1, 0]] * 2, "errors last, and rows without a frame do not count"
+    assert not later.lossy.any()
+    assert bound.states(np.full((1, 1, 1), 8.0)).distance.tolist() == [8 * (FACTOR * relative + FLOOR)]
+    assert bound.states(np.full((1, 1, 1), 16.0)).distance.tolist() == [16 * (FACTOR * 0.5 + FLOOR)]
 
 
 def test_the_least_bound_is_that_of_runs_without_an_error() -> None:
     truth = np.array([[1.0, -4.0], [NAN, 8.0], [-2.0, 16.0], [0.25, 0.0]])[:, :, None]
     valid = np.array([[True, True], [True, True], [True, False], [True, False]])
     least = LeastBound(2)
-    first, second = least.of_outputs(truth[:2], valid[:2]), least.of_outputs(truth[2:], valid[2:])
+    first, second = least.outputs(truth[:2], valid[:2]).distance, least.outputs(truth[2:], valid[2:]).distance
     assert (np.concatenate([first, second]) / FLOOR).tolist() == [[1, 4], [1, 8], [2, 8], [2, 8]]
-    assert (least.of_states(np.array([[[0.5], [3.0]], [[-2.0], [INF]]])) / FLOOR).tolist() == [2, 3]
+    assert (least.states(np.array([[[0.5], [3.0]], [[-2.0], [INF]]])).distance / FLOOR).tolist() == [2, 3]
 
 
 def test_the_least_bound_is_never_above_the_bound() -> None:
-    truth = np.random.default_rng(0).standard_normal((50, 9, 4)) * np.arange(1, 51)[:, None, None]
-    valid = np.ones((50, 9), np.bool_)
-    bound = bound_of(Given([0.0] * 50, state=0.0), 9)
-    rounded = (truth + 1e-6).astype(np.float32)[:, :, None]
-    assert (LeastBound(9).of_outputs(truth, valid) < bound.of_outputs(truth, rounded, valid)).all()
+    truth = np.random.default_rng(0).standard_normal((50, 9, 1)) * np.arange(1, 51)[:, None, None]
+    valid, active = np.ones((50, 9), np.bool_), np.full(50, 9)
+    bound = bound_of(Given(truth[:, :, 0] + 1e-6), 9)
+    x = np.zeros((50, 9, 3), np.float32)
+    assert (LeastBound(9).outputs(truth, valid).distance < bound.outputs(x, truth, valid, active).distance).all()
     state = truth[:1]
-    assert (LeastBound(9).of_states(state) < bound.of_states(np.zeros((1, 9, 1)) + state[:, :, :1])).all()
+    assert (LeastBound(9).states(state).distance < bound.states(state).distance).all()
 
 
-@pytest.mark.parametrize(("rows", "copies"), [(1, 8), (3, 3), (7, 2), (8, 1), (100, 1)])
-def test_few_streams_have_copies_one_unit_off(rows: int, copies: int) -> None:
-    given = Given([0.0], state=0.0)
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_every_stream_has_copies_one_unit_off(rows: int) -> None:
+    given = Given([0.0])
     x = np.random.default_rng(0).standard_normal((1, rows, 40)).astype(np.float32)
-    rounded = bound_of(given, rows).run(x, np.array([rows]))
-    assert rounded.shape == (1, rows, copies, 1)
-    frames = given.frames[0].reshape(rows, copies, 40)
+    bound_of(given, rows).outputs(x, np.zeros((1, rows, 1)), np.ones((1, rows), np.bool_), np.array([rows]))
+    frames = given.frames[0].reshape(rows, RUNS, 40)
     assert (frames[:, 0] == x[0]).all()
     apart = np.abs(ulp_distance(frames, np.broadcast_to(x[0][:, None], frames.shape).copy()))
     assert (apart[:, 1:] == 1).all()
-    assert len(np.unique(frames.reshape(-1, 40), axis=0)) == rows * copies
+    assert len(np.unique(frames.reshape(-1, 40), axis=0)) == rows * RUNS
 
 
-def test_an_overflow_beside_a_stream_does_not_widen_its_bound() -> None:
-    truth = np.array([[[1.0], [3e38]]])
-    bound = bound_of(Given([np.inf], state=np.inf), 2)
-    largest = np.finfo(np.float32).max
-    rounded = bound.run(np.full((1, 2, 3), largest, np.float32), np.array([2]))
-    assert bound.of_outputs(truth, rounded, np.ones((1, 2), np.bool_)).tolist() == [[FLOOR, FLOOR * 3e38]]
-    assert bound.of_states(np.array([[[1.0], [3e38]]])).tolist() == [FLOOR, FLOOR * 3e38]
+@pytest.mark.parametrize("beside", [[1e30, NAN], [INF, 7.0], [0.0, 0.0]])
+def test_no_stream_influences_the_bound_of_another(beside: list[float]) -> None:
+    alone, together = bound_of(Given([1.0, 1.0], state=2.0), 1), bound_of(Given([[1, b] for b in beside], [2, 9]), 2)
+    truth = np.array([[[1.0]], [[1.0 + 2**-20]]])
+    other = np.array([[[3e38]], [[1.0]]])
+    x = np.full((2, 1, 3), 0.5, np.float32)
+    huge = np.full((2, 1, 3), np.finfo(np.float32).max)
+    valid = np.ones((2, 2), np.bool_)
+    mine = alone.outputs(x, truth, valid[:, :1], np.ones(2, np.int64))
+    ours = together.outputs(
+        np.concatenate([x, huge], axis=1), np.concatenate([truth, other], axis=1), valid, np.full(2, 2)
+    )
+    assert ours.distance[:, 0].tolist() == mine.distance[:, 0].tolist()
+    assert ours.lossy.tolist() == [[False, True]] * 2
+    state = np.full((1, 1, 1), 2.5)
+    assert together.states(np.concatenate([state, state], axis=1)).distance[0] == alone.states(state).distance[0]
+
+
+@pytest.mark.parametrize("cause", ["frame", "state", "overflow"])
+def test_values_too_large_for_float32_make_a_stream_lossy_from_there_on(cause: str) -> None:
+    large = LARGE if cause == "frame" else 0.5
+    x = np.array([0.5, 0.5, -large, 0.5], np.float32)[:, None, None]
+    outputs = [0.0, 0.0, INF if cause == "overflow" else 0.0, 0.0]
+    bound = bound_of(Given(outputs), 1, state=-LARGE if cause == "state" else 0.5)
+    limits = bound.outputs(x, np.zeros((4, 1, 1)), np.ones((4, 1), np.bool_), np.ones(4, np.int64))
+    assert limits.lossy[:, 0].tolist() == [cause == "state"] * 2 + [True] * 2
+    assert (limits.distance == FLOOR).all(), "an overflow widens no bound"
+    assert bound.states(np.zeros((1, 1, 1))).lossy.tolist() == [True]
 
 
 # Strength 1 is torch's own initialisation. At 3 and 8 a state is amplified: rounding grows until nothing of the
@@ -153,9 +186,9 @@ def test_torch_in_float32_keeps_within_it(
         true_y, after = truth.run(x, {"h": h.swapaxes(0, 1)}, active)
         true_h = after["h"].swapaxes(0, 1)
         bound = ErrorBound(rounded, h)
-        limits = bound.of_outputs(true_y, bound.run(x, active), valid)
+        limits = bound.outputs(x, true_y, valid, active).distance
         assert (absolute_error(outputs[:, some].numpy(), true_y).max(axis=2) <= limits).all()
         state_error = absolute_error(states[:, some].numpy(), true_h).max(axis=(0, 2))
-        assert (state_error <= bound.of_states(true_h)).all()
+        assert (state_error <= bound.states(true_h).distance).all()
         if strength <= 1:
             assert limits.max() < 1e-4, "for a network as trained, it is narrow"

@@ -5,8 +5,7 @@ import pytest
 
 from instep.core.typing import F32, I64, Bool
 from instep.recording.frames import Sequences
-from instep.verify.bound import LEAST_RUNS
-from instep.verify.chunks import LEAST_FILL, Chunk, plan_chunks
+from instep.verify.chunks import LEAST_FILL, LEAST_ROWS, Chunk, plan_chunks
 
 
 def stored(rows: I64, lengths: list[int], x: F32, y: F32, answered: Bool) -> Sequences:
@@ -69,13 +68,13 @@ def test_blocks_are_the_rows_of_a_chunk_as_far_as_they_fit(
     first_seqs = np.arange(len(lengths)) * 100
     chunk = Chunk(sequences, first_seqs, np.arange(len(lengths)), most_frames)
     found = list(chunk.blocks(2))
-    assert [len(block.rows) for _, block in found] == blocks
-    for of, block in found:
-        assert block.rows.tolist() == chunk.rows[of].tolist()
-        assert block.lengths.tolist() == lengths[of]
-        assert block.first_seqs.tolist() == first_seqs[of].tolist()
+    assert [len(block.rows) for block in found] == blocks
+    assert np.concatenate([block.rows for block in found]).tolist() == chunk.rows.tolist()
+    for block in found:
+        assert block.lengths.tolist() == [lengths[row] for row in block.rows]
+        assert block.first_seqs.tolist() == first_seqs[block.rows].tolist()
         span = next(block.spans())
-        assert span.x[0, :, 0].tolist() == offsets[:-1][of].tolist()
+        assert span.x[0, :, 0].tolist() == offsets[:-1][block.rows].tolist()
 
 
 def test_parts_hold_every_timestep_once() -> None:
@@ -98,15 +97,15 @@ def test_spans_hold_every_frame_once(most_frames: int) -> None:
     x = np.arange(32, dtype=np.float32).reshape(16, 2)
     answered = np.arange(16) % 5 != 0
     sequences = stored(np.array([10, 11, 12]), lengths, x, -x[:, :1], answered)
-    chunk = Chunk(sequences, np.arange(13) * 100, np.array([1, 2]), most_frames)
-    assert chunk.rows.tolist() == [11, 12]
+    chunk = Chunk(sequences, np.array([1000, 1100, 1200]), np.array([1, 2]), most_frames)
+    assert chunk.rows.tolist() == [1, 2]
     assert chunk.lengths.tolist() == [8, 5]
     seen: list[tuple[int, int, list[float], list[float], bool]] = []
     for span in chunk.spans():
         assert span.valid.sum(axis=1).tolist() == span.active.tolist()
         assert not span.x[~span.valid].any()
         assert not span.answered[~span.valid].any()
-        assert len(span.active) * LEAST_RUNS <= max(most_frames, LEAST_RUNS)
+        assert len(span.active) * LEAST_ROWS <= max(most_frames, LEAST_ROWS)
         for timestep, row in np.argwhere(span.valid).tolist():
             seq = int(span.starts[row]) + timestep
             at = (timestep, row)

@@ -16,6 +16,8 @@ from instep.verify.command import run
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru
 
+pytestmark = pytest.mark.usefixtures("exact_machine")
+
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Recorded:

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from instep.models.certify import Certification
+from instep.models.base import RecurrentModel
+from instep.models.certify import Certification, Exactness, certify
 from instep.models.gru.network import GruNetwork
 from instep.models.numerics import numerics
 from instep.recording.schema import RecordingHeader
 from instep.verify import conditions
-from instep.verify.conditions import Conditions, device_for, find_conditions, presume_conditions, recorded_threads
-from tests.support.models import SEED_SIZED, plain, with_head
+from instep.verify.conditions import device_for, find_conditions, recorded_threads
+from tests.support.models import SEED_SIZED, with_head
 from tests.support.recordings import make_header
 
 CPU = torch.device("cpu")
@@ -24,15 +26,23 @@ def header(**changes: Any) -> RecordingHeader:
 
 
 def test_on_the_machine_that_recorded_bits_are_required() -> None:
-    found = find_conditions([header(buckets=(4, 16, 1024))], NETWORK)
+    found = find_conditions([header(buckets=(4, 16, 1024))], NETWORK, certify_all)
     assert found.step_bits
     assert found.whole_bits
     assert found.buckets == (4, 16), "those of the recording, up to a useful number of rows"
 
 
+def test_this_machine_is_certified() -> None:
+    certification = certify(NETWORK, (8, 16))
+    found = find_conditions([header(buckets=(8, 16))], NETWORK)
+    assert found.buckets == certification.buckets
+    assert found.step_bits == (certification.exactness == "exact" and certification.buckets == (8, 16))
+    assert found.whole_bits == (found.step_bits and certification.whole_sequence)
+
+
 @pytest.mark.parametrize("buckets", [(3, 8), (-4, 4), (0,), (), (1024,)])
 def test_buckets_that_fit_nothing_are_replaced(buckets: tuple[int, ...]) -> None:
-    found = find_conditions([header(buckets=buckets)], NETWORK)
+    found = find_conditions([header(buckets=buckets)], NETWORK, certify_all)
     assert found.buckets[0] >= NETWORK.row_multiple
     assert found.buckets[-1] <= conditions.MOST_ROWS
     assert len(found.buckets) > 2
@@ -40,12 +50,12 @@ def test_buckets_that_fit_nothing_are_replaced(buckets: tuple[int, ...]) -> None
 
 def test_buckets_keep_to_the_network() -> None:
     network = GruNetwork(with_head(3, 8, 2), torch.device("cpu"))
-    assert all(bucket % 32 == 0 for bucket in find_conditions([header(buckets=(4, 8))], network).buckets)
+    assert all(bucket % 32 == 0 for bucket in find_conditions([header(buckets=(4, 8))], network, certify_all).buckets)
 
 
 @pytest.mark.parametrize("exactness", ["tolerance", "off"])
 def test_an_engine_that_promised_no_bits(exactness: str) -> None:
-    found = find_conditions([header(exactness=exactness)], NETWORK)
+    found = find_conditions([header(exactness=exactness)], NETWORK, certify_all)
     assert found.step_notes == (f"the engine ran with exactness {exactness}, which promises no bits",)
     assert not found.step_bits
     assert not found.whole_bits
@@ -53,54 +63,47 @@ def test_an_engine_that_promised_no_bits(exactness: str) -> None:
 
 def test_another_machine() -> None:
     there = {**numerics(CPU), "torch": "1.9"}
-    (note,) = find_conditions([header(numerics=there)], NETWORK).step_notes
-    assert note == (
-        f"this machine computes otherwise than the one that recorded: torch 1.9 there, {torch.__version__} here"
-    )
+    (note,) = find_conditions([header(numerics=there)], NETWORK, certify_all).step_notes
+    assert note == (f"this machine differs from the one that recorded: torch 1.9 there, {torch.__version__} here")
 
 
-def test_a_machine_that_does_not_certify(monkeypatch: pytest.MonkeyPatch) -> None:
-    uncertified = Certification("tolerance", (4,), 3, whole_sequence=False)
-    monkeypatch.setattr(conditions, "certify", lambda network, candidates: uncertified)
-    found = find_conditions([header()], NETWORK)
+def certifying(exactness: Exactness, *buckets: int, whole_sequence: bool = False) -> Callable[..., Certification]:
+    return lambda network, candidates: Certification(exactness, buckets, 0, whole_sequence)
+
+
+def test_a_machine_that_certifies_nothing() -> None:
+    found = find_conditions([header()], NETWORK, certifying("tolerance", 4, 8, 16))
     assert found.step_notes == ("on this machine, a frame's bits depend on the batch size",)
     assert not found.step_bits
-    only_stepping = Certification("exact", (4,), 0, whole_sequence=False)
-    monkeypatch.setattr(conditions, "certify", lambda network, candidates: only_stepping)
-    found = find_conditions([header()], NETWORK)
+    assert not found.whole_bits
+
+
+def test_a_machine_that_certifies_only_stepping() -> None:
+    found = find_conditions([header()], NETWORK, certifying("exact", 4, 8, 16))
     assert found.step_bits
     assert not found.whole_bits
     assert found.whole_notes == ("on this machine, a whole sequence in one call has other bits than stepping it",)
 
 
+def test_a_machine_that_does_not_certify_all_batch_sizes_of_the_recording() -> None:
+    found = find_conditions([header()], NETWORK, certifying("exact", 8, 16, whole_sequence=True))
+    assert found.buckets == (8, 16)
+    assert found.step_notes == ("on this machine, a frame has other bits in batches of 4, which the engine used",)
+    other = find_conditions([header(buckets=(3,))], NETWORK, certifying("exact", 8, 16, whole_sequence=True))
+    assert other.step_bits, "where other batch sizes are used, these are as good as any"
+
+
+def certify_all(network: RecurrentModel, candidates: Sequence[int]) -> Certification:
+    return Certification("exact", tuple(candidates), 0, whole_sequence=True)
+
+
 def test_every_engine_that_wrote_counts() -> None:
     other = header(numerics={**numerics(CPU), "torch": "1.9"}, buckets=(4, 8, 64), exactness="off")
-    found = find_conditions([header(buckets=(4, 16)), other, other], NETWORK)
+    found = find_conditions([header(buckets=(4, 16)), other, other], NETWORK, certify_all)
     assert found.buckets == (4, 8, 16, 64)
     assert len(found.step_notes) == 2
     assert found.step_notes[0] == "the engine ran with exactness off, which promises no bits"
     assert "torch 1.9 there" in found.step_notes[1]
-
-
-@pytest.mark.parametrize(("features", "hidden", "fused"), [(3, 4, False), (3, 16, True)])
-def test_a_machine_like_the_one_that_recorded_is_not_certified(
-    monkeypatch: pytest.MonkeyPatch, features: int, hidden: int, fused: bool
-) -> None:
-    monkeypatch.setattr(conditions, "certify", None)
-    network = GruNetwork(plain(features, hidden), torch.device("cpu"))
-    found = presume_conditions([header(buckets=(4, 16, 1024)), header(buckets=(8,))], network)
-    assert found == Conditions((4, 8, 16), (), (), is_presumed=True)
-    assert found.step_bits
-    assert found.whole_bits
-    assert network.steps_by_hand == fused
-
-
-@pytest.mark.parametrize("changes", [{"exactness": "off"}, {"numerics": {**numerics(CPU), "torch": "1.9"}}])
-def test_nothing_is_presumed_of_another_machine_or_of_steps_that_promised_nothing(changes: dict[str, Any]) -> None:
-    headers = [header(), header(**changes)]
-    found = presume_conditions(headers, NETWORK)
-    assert found == find_conditions(headers, NETWORK)
-    assert not found.is_presumed
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:99", "cuda:x", "nonsense"])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from instep.recording.schema import RecordingHeader
-from instep.verify.errors import CannotVerify
 from instep.verify.model_source import recorded_model
+from instep.verify.report import CannotVerify
 from tests.support.recordings import Recorded, make_gru, make_header, record_gru
 
 
@@ -38,10 +38,10 @@ def test_a_weights_file_with_the_recorded_description(recorded: Recorded) -> Non
 
 
 @pytest.mark.parametrize(
-    ("place", "sentence"), [("", "its place is not recorded"), ("/nowhere/model", "/nowhere/model")]
+    ("place", "sentence"), [("", "its folder is not recorded"), ("/nowhere/model", "/nowhere/model")]
 )
 def test_a_model_that_is_not_there(recorded: Recorded, place: str, sentence: str) -> None:
-    with pytest.raises(CannotVerify, match="not there any more") as raised:
+    with pytest.raises(CannotVerify, match="no longer there") as raised:
         recorded_model(changed(recorded.header, place), None)
     assert sentence in str(raised.value)
     assert "--model" in str(raised.value)

@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 
 from instep.verify.render import render
-from instep.verify.report import Report, ulp_bins
+from instep.verify.report import Report, StreamReport, ulp_bins
 from tests.verify.test_report import report, stream
 
 
@@ -20,12 +20,51 @@ def text_of(found: Report, width: int = 100, color: bool = False) -> str:
 def test_long_recordings_show_the_first_streams_and_all_that_are_wrong() -> None:
     streams = [stream(number, "mismatch" if number in (30, 77) else "exact") for number in range(1, 101)]
     text = text_of(report(*streams))
-    shown = [line.split("│")[5].strip() for line in text.splitlines() if "mic-" in line and "│" in line]
+    shown = [line.split("│")[2].strip() for line in text.splitlines() if "mic-" in line and "│" in line]
     assert shown == [f"mic-{number}" for number in (*range(1, 21), 30, 77)]
     assert "100 streams" in text
     assert "and 78 more without a mismatch" in text
-    assert "first mismatch: stream 30 (mic-30): frame 3 is missing" in text
+    assert "mismatch in stream 30 (mic-30):\n  frame 3 is missing\nmismatch in stream 77 (mic-77):\n" in text
     assert text.splitlines()[-1] == report(*streams).summary()
+
+
+def test_a_failed_report_fits_into_80_columns() -> None:
+    long = "frame 1,234, element 12: recorded -0.12345678, stepped 0.12345679 (4,294,967,295 ULP apart)"
+    streams = [
+        stream(number, "mismatch", 1_234_567, problems=(long, "frame 7 is missing"), max_ulp=2**32 - 1)
+        for number in (9_999_998, 9_999_999)
+    ]
+    name = "room/microphone-" + "x" * 60
+    long_named = StreamReport(3, name, 5, 0, "within tolerance", ())
+    ulps = {"stepped": ulp_bins(np.array([0] * 10**6 + [2**31])), "whole sequence": ulp_bins(np.array([0] * 10**6))}
+    text = text_of(report(*streams, long_named, ulps=ulps), width=80)
+    table = [line for line in text.splitlines() if set(line) & set("┃│━─")]
+    assert table
+    assert max(map(len, table)) <= 80
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in table if "│" in line]
+    assert ["9999998", "mic-9999998", "1,234,567", "4e+09", "1.2e+00", "mismatch"] in cells
+    assert "".join(row[1] for row in cells if len(row) == 6).endswith(name)
+    assert f"mismatch in stream 9999999 (mic-9999999):\n  {long}\n  frame 7 is missing\n" in text
+
+
+def test_many_mismatches_are_counted_after_the_first() -> None:
+    text = text_of(report(*(stream(number, "mismatch") for number in range(1, 51))))
+    assert text.count("mismatch in stream ") == 20
+    assert "and mismatches in 30 more streams" in text
+
+
+def test_streams_that_the_reference_does_not_bound_are_named() -> None:
+    lossy = stream(1, "exact", lossy_from=7)
+    text = text_of(report(lossy))
+    assert "stream 1 (mic-1), from frame 7 on: frames or states are too large for float32" in text
+    assert "not checked" not in text
+    undecided = report(lossy, stream(2, "not checked", lossy_from=0))
+    text = text_of(undecided, color=True)
+    assert "not checked: 1 stream where neither bits nor the float64 reference decide" in text
+    assert "\x1b[1;31mnot verified: 2 streams, 20 frames, 0 mismatches, 1 stream not checked" in text
+    many = text_of(report(*(stream(number, "exact", lossy_from=7) for number in range(1, 31))))
+    assert many.count("from frame 7 on") == 20
+    assert "and 10 more streams in which frames or states are too large" in many
 
 
 def test_the_last_line_is_the_summary_in_one_piece_and_green_only_when_all_matched() -> None:
@@ -41,7 +80,7 @@ def test_histogram_of_distances() -> None:
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "█" in line]
     assert [row[:3] for row in rows] == [["0", "1,000", "1,000"], ["2", "0", "2"], ["3–4", "1", "0"]]
     bars = [len(row[3]) for row in rows]
-    assert bars[0] == 40
+    assert bars[0] == 30
     assert bars[0] > bars[1] > bars[2] > 0
 
 

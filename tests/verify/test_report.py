@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instep.models.ulp import NOT_COMPARABLE
-from instep.verify.report import ULP_BINS, Divergence, Report, StreamReport, Verdict, joined, ulp_bins, ulp_label
+from instep.verify.report import ULP_BINS, Divergence, Report, StreamReport, Verdict, join_reports, ulp_bins, ulp_label
 
 
 def stream(number: int, verdict: Verdict, frames: int = 10, **changes: Any) -> StreamReport:
@@ -83,13 +83,28 @@ def test_summary(streams: tuple[StreamReport, ...], line: str) -> None:
     assert report(*streams).summary() == line
 
 
+def test_what_was_not_checked_is_not_verified() -> None:
+    found = report(stream(1, "exact"), stream(2, "not checked"), stream(3, "within tolerance"))
+    assert found.verdict == "not checked"
+    assert not found.verified
+    assert found.summary() == (
+        "not verified: 3 streams, 30 frames, 0 mismatches, 1 stream not checked "
+        "(stepped, whole sequence; float64 reference: max error 3.8e-07)"
+    )
+    assert (found.as_json()["verified"], found.as_json()["unchecked"]) == (False, 1)
+    both = report(stream(1, "mismatch"), stream(2, "not checked"))
+    assert both.summary().startswith("not verified: 2 streams, 20 frames, 1 mismatch, 1 stream not checked (")
+
+
 def test_a_divergence_in_words_tells_neighbouring_floats_apart() -> None:
     one = float(np.float32(0.1))
     next_one = float(np.nextafter(np.float32(0.1), np.float32(1)))
     found = Divergence("stepped", "output", 7, 3, one, next_one, 1)
     assert found.sentence() == "frame 7, element 3: recorded 0.1, stepped 0.10000001 (1 ULP apart)"
     state = Divergence("float64 reference", "final state", 7, 3, one, 0.1000000123456, 1)
-    assert state.sentence() == ("final state, element 3: recorded 0.1, float64 reference 0.1000000123456 (1 ULP apart)")
+    assert state.sentence() == (
+        "final state before frame 7, element 3: recorded 0.1, float64 reference 0.1000000123456 (1 ULP apart)"
+    )
     nan = Divergence("whole sequence", "output", 0, 0, float("nan"), 1.0, NOT_COMPARABLE)
     assert nan.sentence() == "frame 0, element 0: recorded nan, whole sequence 1.0 (one is not a number)"
 
@@ -114,7 +129,7 @@ def test_json_holds_everything_even_what_json_cannot_say() -> None:
     assert fields["seconds"] == 1.235
     assert fields["ulp_histogram"] == {"stepped": {"0": 2, "5–8": 1}, "whole sequence": {"0": 1}}
     assert fields["streams"][0]["first_divergence"] == {
-        "way": "stepped",
+        "checker": "stepped",
         "place": "output",
         "frame": 7,
         "element": 3,
@@ -132,6 +147,7 @@ def test_json_holds_everything_even_what_json_cannot_say() -> None:
         "first_divergence": None,
         "max_ulp": 0,
         "max_error": 2.5e-7,
+        "lossy_from": None,
     }
 
 
@@ -144,8 +160,10 @@ def test_stretches_of_a_stream_become_one() -> None:
         stream(5, "mismatch", 10, divergence=far, max_ulp=9, not_compared=2, problems=("far",)),
         stream(5, "exact", 3, not_compared=1, max_error=0.5),
     )
-    assert joined(parts) == StreamReport(5, "mic-5", 33, 3, "mismatch", ("far",), far, 9, 0.5)
-    assert joined(parts[:2]).verdict == "within tolerance"
-    assert joined(parts[:2]).divergence is near
-    assert joined([parts[0], parts[3]]).verdict == "exact"
-    assert joined(parts[:1]) == parts[0]
+    assert join_reports(parts) == StreamReport(5, "mic-5", 33, 3, "mismatch", ("far",), far, 9, 0.5)
+    lossy = [stream(5, "exact", lossy_from=seq) for seq in (None, 9, 12)]
+    assert join_reports(lossy).lossy_from == 9
+    assert join_reports(parts[:2]).verdict == "within tolerance"
+    assert join_reports(parts[:2]).divergence is near
+    assert join_reports([parts[0], parts[3]]).verdict == "exact"
+    assert join_reports(parts[:1]) == parts[0]

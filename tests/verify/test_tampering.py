@@ -18,6 +18,7 @@ from instep.verify.command import run
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru
 
+pytestmark = pytest.mark.usefixtures("exact_machine")
 LENGTHS = [12, 30, 25, 30]
 STREAM = 2
 Values: TypeAlias = npt.NDArray[Any]
@@ -160,7 +161,7 @@ def test_with_the_crc_computed_again_it_is_a_mismatch_of_that_stream(
     tamper(forger)
     status, text = verify(forger.path)
     assert status == 1
-    assert f"first mismatch: stream {STREAM} (stream-{STREAM}): {sentence}" in text
+    assert f"mismatch in stream {STREAM} (stream-{STREAM}):\n  {sentence}" in text
     assert text.splitlines()[-1].startswith("not verified: 4 streams, ")
     assert ", 1 mismatch (" in text.splitlines()[-1]
 
@@ -199,7 +200,7 @@ def test_a_stream_that_got_anothers_state(tmp_path: Path, seq: int) -> None:
     recorded = record_gru(tmp_path, make_gru(3, 8), LENGTHS, initial=[2, 3], mix_up=(STREAM - 1, 3, seq))
     status, text = verify(recorded.path)
     assert status == 1
-    assert f"first mismatch: stream {STREAM} (stream-{STREAM}): frame {seq}, element" in text
+    assert f"mismatch in stream {STREAM} (stream-{STREAM}):\n  frame {seq}, element" in text
     assert ", 1 mismatch (" in text.splitlines()[-1]
 
 

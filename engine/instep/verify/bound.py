@@ -1,26 +1,31 @@
-"""How far float32 may be from the truth, for this network on these frames.
+"""How far float32 may be from the float64 reference, for this network on the frames of one stream.
 
-The float64 reference is taken as the truth: its own rounding is 2^29 times finer. What float32 can reach is measured,
-not assumed: the reference runs a second time with every operation in float32. The served network and this run evaluate
-the same equations on the same frames with the same unit of rounding, only in another order, so their errors are of the
-same kind and size. With the scale of a stream, the largest value of it so far and at least 1, its bound at a frame is
+The float64 reference is taken as the truth: its own rounding is 2^29 times finer. The error that float32 can reach is
+measured rather than assumed: the reference runs again with every operation in float32, on the stream's own frames and
+on copies of them whose inputs are one unit in the last place off. The served network and these runs evaluate the same
+equations with the same unit of rounding, only in another order, so their errors are of the same kind and size. With
+the scale of a stream (its largest output so far, at least 1), the bound at a frame is
 
-    scale · (32 · (largest error of any float32 run beside it so far, relative to that run's scale) + 64 · 2^-23)
+    scale · (32 · (largest error of these runs so far, relative to the scale) + 64 · 2^-23)
 
-The largest so far, because an error once made lives on in the state; of any run beside it, and 32, because one order
-of summation can be luckier than another; the last term for frames in which float32 happens to hit the truth. A network
-that amplifies what it remembers multiplies luck too, so where fewer than 8 runs are side by side, there are copies
-whose inputs are one unit in the last place off. A fixed tolerance would be wrong both ways: a network that forgets
-keeps errors near 1e-7, and one that amplifies may be far from float64 after a thousand frames without any fault. Where
-float32 overflows and the truth does not, no bound is promised and none widened: an overflow is a difference.
+The largest error so far counts because an error lives on in the state. The factor of 32 and the copies are there
+because one order of summation can be luckier than another, and a network that amplifies its state multiplies luck too.
+The last term covers frames in which float32 happens to hit the truth. No stream's values influence the bound of
+another.
 
-A wrong weight, gate, order or state moves outputs by far more than float32 does.
+A fixed tolerance would be wrong both ways: a network that forgets keeps errors near 1e-7, and one that amplifies may be
+far from float64 after a thousand frames without any fault. A wrong weight, gate, order or state moves outputs by far
+more than float32 does.
+
+The bound says nothing once a stream is **lossy**: a frame or a state was so large (`LARGE`) that float32 may round the
+sums of the gates by whole units, so that another order of summation opens or closes a gate, or float32 overflowed in
+one of the runs. From there on, outputs beyond the bound prove nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,40 +37,48 @@ F64: TypeAlias = npt.NDArray[np.float64]
 
 FACTOR: Final = 32.0
 FLOOR: Final = 64 * 2.0**-23
-LEAST_RUNS: Final = 8
+RUNS: Final = 8
+"""Runs in float32 per stream."""
+LARGE: Final = 2.0**20
 BLOCK_BYTES: Final = 2**18
-"""Of the differences that are looked at together."""
+"""Differences computed at once, so that they stay in the cache."""
+
+
+class Limits(NamedTuple):
+    """How far an element may be from another way of computing it, [T, R] for outputs and [R] for states."""
+
+    distance: F64
+    lossy: Bool
+    """Where an element beyond the distance proves nothing."""
+
+    def doubled(self) -> Limits:
+        """For two float32 results, each of which may be off by the distance."""
+        return Limits(2 * self.distance, self.lossy)
 
 
 class LeastBound:
-    """What the bound is at least, whatever float32 does with the frames: the last term alone, found without a run.
+    """A lower limit of the bound, found without a run in float32: its last term alone.
 
-    What is within it is within the bound. What is not may be within the bound all the same.
-
-    Args:
-        rows: how many streams.
+    Whatever is within it is within the bound; the rest has to be compared with `ErrorBound`.
     """
 
     def __init__(self, rows: int) -> None:
         self._scale: F64 = np.ones(rows)
 
-    def of_outputs(self, truth: F64, valid: Bool) -> F64:
-        """The least bounds of the next timesteps.
+    def outputs(self, truth: F64, valid: Bool) -> Limits:
+        """Limits of the next timesteps.
 
         Args:
-            truth: the reference's outputs in float64 [T, R, outputs].
+            truth: outputs of the float64 reference [T, R, outputs].
             valid: [T, R]: whether the row has a frame there.
-
-        Returns:
-            [T, R].
         """
         scales = _scales(truth, valid, self._scale)
         self._scale = scales[-1]
-        return scales * FLOOR
+        return Limits(scales * FLOOR, np.zeros(valid.shape, np.bool_))
 
-    def of_states(self, truth: F64) -> F64:
-        """The least bounds of the final states [layers, R, hidden size], as [R]."""
-        return _state_scale(truth) * FLOOR
+    def states(self, truth: F64) -> Limits:
+        """Limits of states [layers, R, hidden size] after the timesteps so far."""
+        return Limits(_state_scales(truth) * FLOOR, np.zeros(truth.shape[1], np.bool_))
 
 
 class ErrorBound:
@@ -79,61 +92,56 @@ class ErrorBound:
     def __init__(self, rounded: Reference, h: F32) -> None:
         rows = h.shape[1]
         self._rounded = rounded
-        self._copies = -(-LEAST_RUNS // rows)
-        self._states: F32 = np.repeat(h, self._copies, axis=1)
+        self._states: F32 = np.repeat(h, RUNS, axis=1)
         self._random = np.random.default_rng(0)
-        self._relative_error = 0.0
+        self._relative_error: F64 = np.zeros(rows)
         self._scale: F64 = np.ones(rows)
+        self._lossy: Bool = ~(np.abs(h).max(axis=(0, 2)) < LARGE)
 
-    def run(self, x: F32, active: I64) -> F32:
-        """Run float32 over the next timesteps.
+    def outputs(self, x: F32, truth: F64, valid: Bool, active: I64) -> Limits:
+        """Limits of the next timesteps.
 
         Args:
             x: frames [T, R, features].
+            truth: outputs of the float64 reference [T, R, outputs].
+            valid: [T, R]: whether the row has a frame there.
             active: [T], as in `Reference.run`.
-
-        Returns:
-            Outputs [T, R, copies, outputs].
         """
-        frames = np.repeat(x[:, :, None], self._copies, axis=2)
+        rounded = self._run(x, active)
+        error = largest_errors(rounded[:, :, 0], truth)
+        for run in range(1, RUNS):
+            error = np.maximum(error, largest_errors(rounded[:, :, run], truth))
+        scales = _scales(truth, valid, self._scale)
+        overflows = ~np.isfinite(error)
+        relative = np.where(valid & ~overflows, error / scales, 0)
+        relative = np.maximum(np.maximum.accumulate(relative), self._relative_error)
+        lossy = valid & (overflows | ~(np.abs(x).max(axis=2) < LARGE))
+        lossy = np.logical_or.accumulate(lossy) | self._lossy
+        self._scale, self._relative_error, self._lossy = scales[-1], relative[-1], lossy[-1]
+        return Limits(scales * (FACTOR * relative + FLOOR), lossy)
+
+    def states(self, truth: F64) -> Limits:
+        """Limits of states [layers, R, hidden size] after the timesteps so far."""
+        layers, rows, size = truth.shape
+        rounded = self._states.reshape(layers, rows, RUNS, size)
+        error = absolute_error(rounded, truth[:, :, None]).max(axis=(0, 2, 3))
+        overflows = ~np.isfinite(error)
+        scales = _state_scales(truth)
+        relative = np.maximum(np.where(overflows, 0, error) / scales, self._relative_error)
+        return Limits(scales * (FACTOR * relative + FLOOR), self._lossy | overflows)
+
+    def _run(self, x: F32, active: I64) -> F32:
+        """Outputs of the float32 runs [T, R, RUNS, outputs]."""
+        frames = np.repeat(x[:, :, None], RUNS, axis=2)
         others = frames[:, :, 1:]
-        towards = self._random.choice(np.array([-np.inf, np.inf], np.float32), others.shape)
+        # Every stream is nudged alike, whichever streams are checked side by side.
+        towards = self._random.choice(np.array([-np.inf, np.inf], np.float32), (len(x), 1, *others.shape[2:]))
         with np.errstate(over="ignore"):  # the neighbour of the largest float32 is infinity
             others[...] = np.nextafter(others, towards)
         flat = frames.reshape(len(x), -1, x.shape[2])
-        y, state = self._rounded.run(flat, {"h": self._states.swapaxes(0, 1)}, active * self._copies)
+        y, state = self._rounded.run(flat, {"h": self._states.swapaxes(0, 1)}, active * RUNS)
         self._states = state["h"].swapaxes(0, 1)
-        return y.reshape(*x.shape[:2], self._copies, -1)
-
-    def of_outputs(self, truth: F64, rounded: F32, valid: Bool) -> F64:
-        """The bounds of the timesteps that `run` gave.
-
-        Args:
-            truth: the reference's outputs in float64 [T, R, outputs].
-            rounded: what `run` returned.
-            valid: [T, R]: whether the row has a frame there.
-
-        Returns:
-            [T, R].
-        """
-        error = largest_errors(rounded[:, :, 0], truth)
-        for copy in range(1, self._copies):
-            error = np.maximum(error, largest_errors(rounded[:, :, copy], truth))
-        scales = _scales(truth, valid, self._scale)
-        relative = np.where(valid & np.isfinite(error), error / scales, 0).max(axis=1)
-        relative = np.maximum(np.maximum.accumulate(relative), self._relative_error)
-        self._scale, self._relative_error = scales[-1], float(relative[-1])
-        return scales * (FACTOR * relative[:, None] + FLOOR)
-
-    def of_states(self, truth: F64) -> F64:
-        """The bounds of the final states [layers, R, hidden size], as [R]; after all outputs."""
-        layers, rows, size = truth.shape
-        rounded = self._states.reshape(layers, rows, self._copies, size)
-        error = absolute_error(rounded, truth[:, :, None]).max(axis=(0, 2, 3))
-        scale = _state_scale(truth)
-        relative = max(float((np.where(np.isfinite(error), error, 0) / scale).max()), self._relative_error)
-        bound: F64 = scale * (FACTOR * relative + FLOOR)
-        return bound
+        return y.reshape(*x.shape[:2], RUNS, -1)
 
 
 def absolute_error(values: F32, truth: F64) -> F64:
@@ -181,14 +189,14 @@ def _scales(truth: F64, valid: Bool, before: F64) -> F64:
     return scales
 
 
-def _state_scale(truth: F64) -> F64:
+def _state_scales(truth: F64) -> F64:
     """The scales of final states [layers, R, hidden size], as [R]."""
     scale: F64 = np.maximum(_magnitudes(truth).max(axis=0), 1)
     return scale
 
 
 def _magnitudes(values: F64) -> F64:
-    """The largest |value| of each frame that is finite, 0 where none is: [T, R, size] to [T, R]."""
+    """The largest finite |value| of each frame, 0 where it has none: [T, R, size] to [T, R]."""
     largest: F64 = np.empty(values.shape[:2])
     for part, room in _blocks(values):
         np.abs(values[part], out=room).max(axis=2, out=largest[part])
@@ -199,7 +207,7 @@ def _magnitudes(values: F64) -> F64:
 
 
 def _blocks(values: F64) -> Iterator[tuple[slice, F64]]:
-    """Split timesteps into blocks that stay in a cache, each with room for its values, which is used again."""
+    """Split timesteps into blocks that stay in the cache, with one buffer for the values of each in turn."""
     steps = max(BLOCK_BYTES // max(values[:1].nbytes, 1), 1)
     room: F64 = np.empty((steps, *values.shape[1:]))
     for start in range(0, len(values), steps):

@@ -9,12 +9,13 @@ import numpy as np
 
 from instep.core.typing import F32, I64, Bool
 from instep.recording.frames import Sequences
-from instep.verify.bound import LEAST_RUNS
 
 WHOLE_ROWS: Final = 16
 """Larger chunks are a multiple of it, where sequences are left for the next: most are padded to one anyway."""
+LEAST_ROWS: Final = 8
+"""A call costs at least as much memory as for this number of rows, because it is padded to a bucket."""
 LEAST_FILL: Final = 0.75
-"""A sequence shorter than this share of the longest one beside it goes into the next chunk."""
+"""A sequence shorter than this share of the longest one in a chunk goes into the next chunk."""
 
 
 def plan_chunks(lengths: I64, most_rows: int, least_rows: int) -> Iterator[I64]:
@@ -22,8 +23,8 @@ def plan_chunks(lengths: I64, most_rows: int, least_rows: int) -> Iterator[I64]:
 
     Args:
         lengths: frames of each sequence; those without frames are left out.
-        most_rows: of a chunk.
-        least_rows: below it nothing is gained by a smaller chunk, since rows are padded anyway.
+        most_rows: per chunk.
+        least_rows: a chunk of fewer rows costs as much, since rows are padded to it.
 
     Yields:
         Indices into `lengths`, the longest first.
@@ -49,36 +50,43 @@ class Chunk:
     """Some sequences side by side, the longest first, as spans of timesteps.
 
     Args:
-        sequences: where they are.
-        first_seqs: of the first frames, by the index of the stretch.
-        members: which of them.
-        most_frames: of a span, counting at least `LEAST_RUNS` rows; a chunk of fewer is one span.
+        sequences: where their frames are.
+        first_seqs: the seq of the first frame of every sequence.
+        rows: which sequences, the longest first.
+        most_frames: per span, counting at least `LEAST_ROWS` rows; a chunk of fewer frames is one span.
+
+    Attributes:
+        rows: as above.
+        first_seqs: [R], seqs of their first frames.
+        lengths: [R], their frames.
     """
 
-    def __init__(self, sequences: Sequences, first_seqs: I64, members: I64, most_frames: int) -> None:
+    def __init__(self, sequences: Sequences, first_seqs: I64, rows: I64, most_frames: int) -> None:
         self._sequences = sequences
-        self._given = first_seqs
-        self._members = members
+        self._all_first_seqs = first_seqs
         self._most_frames = most_frames
-        self._start = sequences.starts[members]
-        self.rows: I64 = sequences.rows[members]
-        self.first_seqs: I64 = first_seqs[self.rows]
-        self.lengths: I64 = sequences.lengths[members]
-        self._steps = max(most_frames // max(len(members), LEAST_RUNS), 1)
+        self._starts = sequences.starts[rows]
+        self._steps = max(most_frames // max(len(rows), LEAST_ROWS), 1)
+        self.rows = rows
+        self.first_seqs: I64 = first_seqs[rows]
+        self.lengths: I64 = sequences.lengths[rows]
 
-    def blocks(self, least_rows: int) -> Iterator[tuple[slice, Chunk]]:
-        """The same in pieces of as many rows as fit into a span beside each other, `least_rows` at least.
+    def only(self, rows: I64) -> Chunk:
+        """A chunk of some of its rows: indices, ascending."""
+        return Chunk(self._sequences, self._all_first_seqs, self.rows[rows], self._most_frames)
 
-        A piece of fewer than `LEAST_RUNS` rows, or of one that is too long, may still be several spans.
+    def blocks(self, least_rows: int) -> Iterator[Chunk]:
+        """Chunks of consecutive rows, each with as many as fit into one span, but at least `least_rows`.
+
+        A chunk of fewer than `LEAST_ROWS` rows, or of a very long sequence, may still be several spans.
         """
         first = 0
-        while first < len(self._members):
+        while first < len(self.rows):
             rows = max(self._most_frames // int(self.lengths[first]), least_rows)
-            if first + rows < len(self._members):
+            if first + rows < len(self.rows):
                 rows = max(_rounded(rows), least_rows)
-            of = slice(first, min(first + rows, len(self._members)))
-            yield of, Chunk(self._sequences, self._given, self._members[of], self._most_frames)
-            first = of.stop
+            yield self.only(np.arange(first, min(first + rows, len(self.rows))))
+            first += rows
 
     def spans(self) -> Iterator[Span]:
         """The timesteps in order."""
@@ -89,15 +97,15 @@ class Chunk:
     def _span(self, start: int, end: int) -> Span:
         timesteps = np.arange(start, end)[:, None]
         valid: Bool = timesteps < self.lengths
-        at = self._sequences.order.take(np.where(valid, self._start + timesteps, 0))
+        at = self._sequences.order.take(np.where(valid, self._starts + timesteps, 0))
         return Span(self._sequences, start + self.first_seqs, at, valid)
 
 
 class Span:
-    """Some timesteps of a chunk; what was recorded in them is put together when it is asked for.
+    """Some timesteps of a chunk; the recorded values in them are gathered on demand.
 
     Args:
-        sequences: where they are.
+        sequences: where the frames are.
         starts: see below.
         at: [T, R]: where the frames are in `sequences`; anywhere where a row has none.
         valid: see below.
@@ -106,7 +114,7 @@ class Span:
         starts: [R]: seqs of the first timestep.
         valid: [T, R]: whether the row has a frame.
         answered: [T, R]: whether its outputs were recorded.
-        active: [T]: how many rows have one; they are the first ones.
+        active: [T]: how many rows have a frame; they are the first ones.
     """
 
     def __init__(self, sequences: Sequences, starts: I64, at: I64, valid: Bool) -> None:
@@ -123,18 +131,18 @@ class Span:
 
     @property
     def x(self) -> F32:
-        """[T, R, features], zero where a row has no frame; put together anew each time."""
+        """[T, R, features], zero where a row has no frame; gathered anew each time."""
         x: F32 = self._sequences.x.take(self._at, axis=0)
         x[~self.valid] = 0
         return x
 
     @property
     def y(self) -> F32:
-        """[T, R, outputs] as recorded, meaningless where it was not; put together anew each time."""
+        """[T, R, outputs] as recorded, meaningless where no outputs were; gathered anew each time."""
         return self._sequences.y.take(self._at, axis=0)
 
     def parts(self, steps: int) -> Iterator[Span]:
-        """The same in pieces of so many timesteps, in order."""
+        """The span in parts of `steps` timesteps, in order."""
         for start in range(0, len(self), steps):
             of = slice(start, start + steps)
             yield Span(self._sequences, self.starts + start, self._at[of], self.valid[of])

@@ -19,31 +19,31 @@ from instep.models.errors import ModelError
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
-from instep.verify.errors import CannotVerify
 from instep.verify.model_source import recorded_model
 from instep.verify.render import render
+from instep.verify.report import CannotVerify
 
 VERIFIED: Final = 0
 MISMATCH: Final = 1
 NOT_CHECKED: Final = 2
 
 LINE_S: Final = 5.0
-"""How often progress is told where it cannot be redrawn: in a file or a pipe."""
+"""How often a line of progress is written where it cannot be redrawn: to a file or a pipe."""
 
 
 def run(file: Path, *, model_folder: Path | None, streams: Sequence[str], json: bool, console: Console) -> int:
-    """Verify a recording and say what was found.
+    """Verify a recording and print the result.
 
     Args:
         file: the recording.
         model_folder: the model; None for where the recording says.
-        streams: check only those of these names or numbers; none for all.
+        streams: names or numbers of the streams to check; none for all.
         json: write one JSON object to standard output and nothing else.
         console: where everything else goes.
 
     Returns:
-        The exit status: 0 only when everything that is there was checked and matched, 1 on a mismatch, 2 when it could
-        not be checked.
+        The exit status: 0 only when everything was checked and matched, 1 on a mismatch, 2 when something could not be
+        checked.
     """
     try:
         with (
@@ -60,14 +60,16 @@ def run(file: Path, *, model_folder: Path | None, streams: Sequence[str], json: 
         return NOT_CHECKED
     except ModelError:
         raise
-    except Exception:  # a bug, or no memory: Python's own status for it would say that something differs
+    except Exception:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
         traceback.print_exc()
         return NOT_CHECKED
     if json:
         _write_json(report.as_json())
     else:
         render(report, console)
-    return MISMATCH if report.mismatches else VERIFIED
+    if report.mismatches:
+        return MISMATCH
+    return VERIFIED if report.verified else NOT_CHECKED
 
 
 def _write_json(fields: dict[str, object]) -> None:
@@ -83,7 +85,7 @@ def _bars(console: Console) -> Iterator[verifier.Progress]:
 
 
 def _lines() -> verifier.Progress:
-    """A line on standard error now and then."""
+    """Write a line to standard error every `LINE_S`."""
     began = told = time.monotonic()
 
     def tell(stage: verifier.Stage, share: float) -> None:

@@ -1,4 +1,4 @@
-"""Recorded against computed again: bits, distances, and the first difference of every row."""
+"""Recorded values compared with values computed again: bits, distances, and the first difference of every row."""
 
 from __future__ import annotations
 
@@ -8,58 +8,67 @@ import numpy as np
 
 from instep.core.typing import F32, I64, Bool
 from instep.models.ulp import ulp_distance
-from instep.verify.bound import F64, absolute_error, as_float32, largest_errors
-from instep.verify.report import ULP_BINS, Divergence, Place, Way, ulp_bins
+from instep.verify.bound import F64, Limits, absolute_error, as_float32, largest_errors
+from instep.verify.report import ULP_BINS, Checker, Divergence, Place, ulp_bins
 
 
 class Comparison:
-    """What differs between some streams' recorded values and one way of computing them again.
+    """How some streams' recorded values differ from those that one checker computed.
 
-    An element is wrong when it is farther off than its limit, or, where bits are required, when any bit differs.
+    An element is wrong when any bit differs, where bits are required, and otherwise when it is farther off than its
+    limit. Where the limit is lossy (see `bound`), an element beyond it is not wrong but undecided; so it is in a whole
+    sequence even if bits are required, because padding turns into NaN there for good when a dense layer overflows.
 
     Args:
-        way: which way.
+        checker: which one.
         rows: how many streams.
         bits_required: whether bits must be equal.
-        is_presumed: whether that is only presumed: then nothing is found out of what differs but that it does.
 
     Attributes:
-        differs: [R]: whether any bit differs (for the reference: whether any element is wrong).
+        differs: [R]: whether any bit differs (for the reference: whether any element is beyond its limit).
         wrong: [R]: whether any element is wrong.
         first: by row, the first wrong element; where there is none, the first that differs.
+        undecided: by row, the seq of the first frame that is undecided.
         max_ulp: [R].
         max_error: [R]: largest absolute difference.
-        ulps: elements by distance, see `ULP_BINS`; replays only.
-        is_refuted: whether a bit differs that was presumed to be equal.
+        ulps: number of elements by distance, see `ULP_BINS`; replays only.
     """
 
-    def __init__(self, way: Way, rows: int, bits_required: bool, *, is_presumed: bool = False) -> None:
-        self.way = way
+    def __init__(self, checker: Checker, rows: int, bits_required: bool) -> None:
+        self.checker = checker
         self.bits_required = bits_required
-        self._is_presumed = is_presumed
-        self.is_refuted = False
         self.differs: Bool = np.zeros(rows, np.bool_)
         self.wrong: Bool = np.zeros(rows, np.bool_)
         self.first: dict[int, Divergence] = {}
+        self.undecided: dict[int, int] = {}
         self.max_ulp: I64 = np.zeros(rows, np.int64)
         self.max_error: F64 = np.zeros(rows)
         self.ulps: I64 = np.zeros(ULP_BINS, np.int64)
 
     @classmethod
-    def side_by_side(cls, blocks: Sequence[Comparison]) -> Comparison:
-        """Those of some rows each, of one way, as one."""
-        joined = cls(blocks[0].way, sum(len(block.wrong) for block in blocks), blocks[0].bits_required)
+    def concatenate(cls, blocks: Sequence[Comparison]) -> Comparison:
+        """One checker's comparisons of consecutive blocks of rows as one."""
+        joined = cls(blocks[0].checker, sum(len(block.wrong) for block in blocks), blocks[0].bits_required)
         first = 0
         for block in blocks:
-            of = slice(first, first + len(block.wrong))
-            joined.differs[of], joined.wrong[of] = block.differs, block.wrong
-            joined.max_ulp[of], joined.max_error[of] = block.max_ulp, block.max_error
-            joined.first |= {first + row: divergence for row, divergence in block.first.items()}
+            joined.replace(np.arange(first, first + len(block.wrong)), block)
             joined.ulps += block.ulps
-            first = of.stop
+            first += len(block.wrong)
         return joined
 
-    def add_replay(self, starts: I64, recorded: F32, replayed: F32, valid: Bool, limit: F64) -> None:
+    def replace(self, rows: I64, other: Comparison) -> None:
+        """Replace everything found in `rows`, except the counts by distance, by another comparison of them."""
+        self.differs[rows], self.wrong[rows] = other.differs, other.wrong
+        self.max_ulp[rows], self.max_error[rows] = other.max_ulp, other.max_error
+        for at, row in enumerate(rows.tolist()):
+            self.first.pop(row, None)
+            if at in other.first:
+                self.first[row] = other.first[at]
+            self.undecided.pop(row, None)
+            if at in other.undecided:
+                self.undecided[row] = other.undecided[at]
+
+    def add_replay(self, starts: I64, recorded: F32, replayed: F32, valid: Bool, limits: Limits) -> None:
         """Compare outputs with a replay's.
 
         Args:
@@ -67,75 +76,98 @@ class Comparison:
             recorded: [T, R, outputs].
             replayed: [T, R, outputs].
             valid: [T, R]: whether there is something to compare.
-            limit: [T, R]: how far off an element may be.
+            limits: of [T, R].
         """
         unequal = recorded.view(np.uint32) != replayed.view(np.uint32)
         frames = unequal.any(axis=2) & valid
         self.ulps[0] += int(valid.sum()) * recorded.shape[2]
         for row in np.flatnonzero(frames.any(axis=0)).tolist():
-            at, elements = np.nonzero(unequal[:, row] & valid[:, row, None])
+            differ = _bits_differ(recorded[:, row], replayed[:, row])
+            at, elements = np.nonzero(differ & valid[:, row, None])
+            if not len(elements):
+                continue
             self.ulps[0] -= len(elements)
             values = recorded[at, row, elements], replayed[at, row, elements]
-            self._add(row, *values, limit[at, row], starts[row] + at, elements, "output")
+            found = Limits(limits.distance[at, row], limits.lossy[at, row])
+            self._add(row, *values, found, starts[row] + at, elements, "output")
 
     def add_replayed_state(
-        self, row: int, seq: int, recorded: F32, replayed: F32, limit: float, place: Place = "final state"
+        self, row: int, seq: int, recorded: F32, replayed: F32, limits: Limits, place: Place = "final state"
     ) -> None:
-        """Compare a stream's last state [layers, hidden size], before the frame `seq`, with a replay's."""
+        """Compare a stream's state [layers, hidden size] before the frame `seq` with a replay's; limits of [R]."""
         flat, other = recorded.reshape(-1), np.ascontiguousarray(replayed).reshape(-1)
-        elements = np.flatnonzero(flat.view(np.uint32) != other.view(np.uint32))
+        elements = np.flatnonzero(_bits_differ(flat, other))
         self.ulps[0] += flat.size - len(elements)
         if len(elements):
-            at, limits = np.full(len(elements), seq), np.full(len(elements), limit)
-            self._add(row, flat[elements], other[elements], limits, at, elements, place)
+            count = len(elements)
+            found = Limits(np.full(count, limits.distance[row]), np.full(count, limits.lossy[row]))
+            self._add(row, flat[elements], other[elements], found, np.full(count, seq), elements, place)
 
-    def add_truth(self, starts: I64, recorded: F32, truth: F64, valid: Bool, limit: F64) -> None:
+    def add_truth(self, starts: I64, recorded: F32, truth: F64, valid: Bool, limits: Limits) -> None:
         """Compare outputs with the float64 reference's; arguments as in `add_replay`."""
         error = np.where(valid, largest_errors(recorded, truth), 0)
-        self.max_error = np.maximum(self.max_error, error.max(axis=0))
-        wrong = error > limit
-        for row in np.flatnonzero(wrong.any(axis=0)).tolist():
-            at = int(np.argmax(wrong[:, row]))
+        self.max_error = np.maximum(self.max_error, np.where(limits.lossy, 0, error).max(axis=0))
+        beyond = error > limits.distance
+        for row in np.flatnonzero(beyond.any(axis=0)).tolist():
+            at = int(np.argmax(beyond[:, row]))
             values, nearest = recorded[at, row], truth[at, row]
-            element = int(np.argmax(absolute_error(values, nearest) > limit[at, row]))
-            self._miss(row, values[element], nearest[element], int(starts[row]) + at, element, "output")
+            element = int(np.argmax(absolute_error(values, nearest) > limits.distance[at, row]))
+            seq, lossy = int(starts[row]) + at, bool(limits.lossy[at, row])
+            self._add_miss(row, values[element], nearest[element], lossy, seq, element, "output")
 
     def add_true_state(
-        self, row: int, seq: int, recorded: F32, truth: F64, limit: float, place: Place = "final state"
+        self, row: int, seq: int, recorded: F32, truth: F64, limits: Limits, place: Place = "final state"
     ) -> None:
-        """Compare a last state [layers, hidden size], before the frame `seq`, with the float64 reference's."""
+        """Compare a state [layers, hidden size] before the frame `seq` with the reference's; limits of [R]."""
         error = absolute_error(recorded, truth).reshape(-1)
-        self.max_error[row] = max(self.max_error[row], error.max())
-        wrong = np.flatnonzero(error > limit)
-        if len(wrong):
-            element = int(wrong[0])
+        if not limits.lossy[row]:
+            self.max_error[row] = max(self.max_error[row], error.max())
+        beyond = np.flatnonzero(error > limits.distance[row])
+        if len(beyond):
+            element = int(beyond[0])
             values = recorded.reshape(-1)[element], truth.reshape(-1)[element]
-            self._miss(row, *values, seq, element, place)
+            self._add_miss(row, *values, bool(limits.lossy[row]), seq, element, place)
 
     def _add(
-        self, row: int, recorded: F32, replayed: F32, limit: F64, frames: I64, elements: I64, place: Place
+        self, row: int, recorded: F32, replayed: F32, limits: Limits, frames: I64, elements: I64, place: Place
     ) -> None:
-        """Take in the elements of a row that differ, in order."""
-        if self._is_presumed:
-            self.is_refuted = True
-            return
+        """Add the elements of a row that differ, in order."""
         ulps = ulp_distance(recorded, replayed)
         error = absolute_error(recorded, replayed.astype(np.float64))
         self.max_ulp[row] = max(self.max_ulp[row], ulps.max())
         self.max_error[row] = max(self.max_error[row], error.max())
         self.ulps += ulp_bins(ulps)
-        wrong = (error > limit) | self.bits_required
+        beyond = error > limits.distance
+        required: Bool = np.full(len(ulps), self.bits_required)
+        if self.checker == "whole sequence":
+            required &= ~limits.lossy
+        undecided = beyond & limits.lossy & ~required
+        if undecided.any():
+            self.undecided.setdefault(row, int(frames[np.argmax(undecided)]))
+        wrong = (beyond & ~limits.lossy) | required
         newly_wrong = bool(wrong.any()) and not self.wrong[row]
         if newly_wrong or not self.differs[row]:
             at = int(np.argmax(wrong))
             values = float(recorded[at]), float(replayed[at])
-            self.first[row] = Divergence(self.way, place, int(frames[at]), int(elements[at]), *values, int(ulps[at]))
+            found = Divergence(self.checker, place, int(frames[at]), int(elements[at]), *values, int(ulps[at]))
+            self.first[row] = found
         self.differs[row] = True
         self.wrong[row] |= newly_wrong
 
-    def _miss(self, row: int, recorded: np.float32, truth: np.float64, frame: int, element: int, place: Place) -> None:
-        """Take in the first element of a row that is too far from the truth."""
+    def _add_miss(
+        self, row: int, recorded: np.float32, truth: np.float64, lossy: bool, frame: int, element: int, place: Place
+    ) -> None:
+        """Add the first element of a row that is too far from the truth."""
+        if lossy:
+            self.undecided.setdefault(row, frame)
+            return
         if not self.wrong[row]:
             ulp = int(ulp_distance(np.array([recorded]), as_float32(np.array([truth])))[0])
-            self.first[row] = Divergence(self.way, place, frame, element, float(recorded), float(truth), ulp)
+            self.first[row] = Divergence(self.checker, place, frame, element, float(recorded), float(truth), ulp)
         self.differs[row] = self.wrong[row] = True
+
+
+def _bits_differ(one: F32, other: F32) -> Bool:
+    """Elementwise. NaNs are all alike: which of them an overflow gives is up to the processor's kernel."""
+    differ: Bool = one.view(np.uint32) != other.view(np.uint32)
+    return differ & ~(np.isnan(one) & np.isnan(other))

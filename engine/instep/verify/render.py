@@ -1,4 +1,4 @@
-"""A report on the terminal."""
+"""A report on the terminal, readable at 80 columns."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from rich.table import Table
 from rich.text import Text
 
 from instep.core.typing import I64
+from instep.models.ulp import NOT_COMPARABLE
 from instep.verify.report import Report, StreamReport, Verdict, counted, ulp_label
 
 FIRST_STREAMS: Final = 20
-"""So many streams are shown even when nothing is wrong with them."""
-BAR_WIDTH: Final = 40
+"""Streams shown even when nothing is wrong with them."""
+BAR_WIDTH: Final = 30
 _STYLES: Final[dict[Verdict, str]] = {
     "exact": "green",
     "within tolerance": "yellow",
+    "not checked": "bold red",
     "mismatch": "bold red",
     "empty": "dim",
 }
 
 
 def render(report: Report, console: Console) -> None:
-    """Print verdicts, histogram, first divergence and notes, and one summary line at the end."""
+    """Print verdicts, histogram, problems and notes, and a summary as the last line."""
     for part in _parts(report):
         console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
 
@@ -34,49 +36,70 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield _streams(report.streams)
     if report.ulps:
         yield _histogram(report.ulps["stepped"], report.ulps["whole sequence"])
-    bad = [stream for stream in report.streams if stream.verdict == "mismatch"]
-    if bad:
-        yield Text(f"first mismatch: stream {bad[0].stream} ({bad[0].name}): {bad[0].problems[0]}", "red")
+    mismatches = [stream for stream in report.streams if stream.verdict == "mismatch"]
+    for stream in mismatches[:FIRST_STREAMS]:
+        yield Text(f"mismatch in stream {stream.stream} ({stream.name}):", "red")
+        yield Text("\n".join(f"  {problem}" for problem in stream.problems), "red")
+    if len(mismatches) > FIRST_STREAMS:
+        yield Text(f"and mismatches in {counted(len(mismatches) - FIRST_STREAMS, 'more stream')}", "red")
     for note in report.notes:
         yield Text(f"bits were not required to be equal: {note}", "yellow")
+    yield from _lossy(report)
     if report.not_compared:
-        what = counted(report.not_compared, "frame")
-        yield Text(f"not compared: {what} whose outputs were not recorded, because the engine was killed", "yellow")
+        frames = counted(report.not_compared, "frame")
+        yield Text(f"not compared: {frames} whose outputs were not recorded, because the engine was killed", "yellow")
     if not report.finished:
         yield Text("the recording was not closed: it was checked up to its last commit", "yellow")
-    yield Text(report.summary(), "bold red" if report.mismatches else "bold green")
+    yield Text(report.summary(), "bold green" if report.verified else "bold red")
+
+
+def _lossy(report: Report) -> Iterator[Text]:
+    lossy = [stream for stream in report.streams if stream.lossy_from is not None]
+    why = "frames or states are too large for float32, so the float64 reference bounds nothing"
+    for stream in lossy[:FIRST_STREAMS]:
+        yield Text(f"stream {stream.stream} ({stream.name}), from frame {stream.lossy_from} on: {why}", "yellow")
+    if len(lossy) > FIRST_STREAMS:
+        yield Text(f"and {counted(len(lossy) - FIRST_STREAMS, 'more stream')} in which {why}", "yellow")
+    if report.unchecked:
+        streams = counted(report.unchecked, "stream")
+        yield Text(f"not checked: {streams} where neither bits nor the float64 reference decide", "red")
 
 
 def _streams(streams: tuple[StreamReport, ...]) -> RenderableType:
-    shown = [stream for at, stream in enumerate(streams) if at < FIRST_STREAMS or stream.verdict == "mismatch"]
+    unusual = ("mismatch", "not checked")
+    shown = [stream for at, stream in enumerate(streams) if at < FIRST_STREAMS or stream.verdict in unusual]
     left_out = len(streams) - len(shown)
     table = Table(
         title=counted(len(streams), "stream"), caption=f"and {left_out:,} more without a mismatch" if left_out else None
     )
-    for heading in ("stream", "frames", "max ULP", "max error"):
-        table.add_column(heading, justify="right")
-    table.add_column("name")
-    table.add_column("verdict")
+    table.add_column("stream", justify="right", no_wrap=True)
+    table.add_column("name", overflow="fold")
+    for heading in ("frames", "max ULP", "max error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for stream in shown:
-        verdict = Text(stream.verdict, _STYLES[stream.verdict])
-        for problem in stream.problems:
-            verdict.append(f"\n{problem}", "red")
         table.add_row(
             str(stream.stream),
-            f"{stream.frames:,}",
-            f"{stream.max_ulp:,}",
-            f"{stream.max_error:.1e}",
             Text(stream.name),
-            verdict,
+            f"{stream.frames:,}",
+            _distance(stream.max_ulp),
+            f"{stream.max_error:.1e}",
+            Text(stream.verdict, _STYLES[stream.verdict]),
         )
     return table
+
+
+def _distance(ulp: int) -> str:
+    if ulp >= NOT_COMPARABLE:
+        return "NaN"
+    return f"{ulp:,}" if ulp < 1_000_000 else f"{ulp:.0e}"
 
 
 def _histogram(stepped: I64, whole: I64) -> RenderableType:
     both = stepped + whole
     table = Table(
         title="elements by distance from the recording",
-        caption="stepped counts final states, too; bars are logarithmic",
+        caption="stepped also counts states; bars are logarithmic",
     )
     table.add_column("ULP", justify="right")
     table.add_column("stepped", justify="right")

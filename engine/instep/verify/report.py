@@ -1,4 +1,4 @@
-"""What a verification found, as values: for the terminal, for JSON, for tests."""
+"""The result of a verification as values: for the terminal, for JSON, for tests."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ import numpy as np
 from instep.core.typing import I64
 from instep.models.ulp import NOT_COMPARABLE
 
-Verdict: TypeAlias = Literal["exact", "within tolerance", "mismatch", "empty"]
-Way: TypeAlias = Literal["stepped", "whole sequence", "float64 reference"]
-Place: TypeAlias = Literal["output", "final state"]
+Verdict: TypeAlias = Literal["exact", "within tolerance", "not checked", "mismatch", "empty"]
+Checker: TypeAlias = Literal["stepped", "whole sequence", "float64 reference"]
+Place: TypeAlias = Literal["output", "final state", "checkpoint"]
 
-_WORST_FIRST: Final[tuple[Verdict, ...]] = ("mismatch", "within tolerance", "exact", "empty")
+_WORST_FIRST: Final[tuple[Verdict, ...]] = ("mismatch", "not checked", "within tolerance", "exact", "empty")
 
 ULP_BINS: Final = 35
 """Bin 0 counts equal bits, bin 1 a distance of 1, bin k distances above 2^(k-2) up to 2^(k-1), the last bin those
 between a NaN and anything else."""
 
 
+class CannotVerify(Exception):
+    """The check could not be made; the message is a sentence saying why and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """An element that is not what it should be."""
+    """A recorded element that differs from the one computed again."""
 
-    way: Way
+    checker: Checker
     place: Place
     frame: int
     """The frame's seq; for a state, that of the frame that would come next."""
@@ -41,17 +45,17 @@ class Divergence:
     """Distance of the two as float32, in units in the last place."""
 
     def sentence(self) -> str:
-        """In words."""
-        where = f"frame {self.frame}" if self.place == "output" else self.place
+        """As a sentence."""
+        where = f"frame {self.frame}" if self.place == "output" else f"{self.place} before frame {self.frame}"
         apart = "one is not a number" if self.ulp >= NOT_COMPARABLE else f"{self.ulp:,} ULP apart"
         recorded = str(np.float32(self.recorded))  # the fewest digits that name this float32
-        other = str(self.replayed if self.way == "float64 reference" else np.float32(self.replayed))
-        return f"{where}, element {self.element}: recorded {recorded}, {self.way} {other} ({apart})"
+        other = str(self.replayed if self.checker == "float64 reference" else np.float32(self.replayed))
+        return f"{where}, element {self.element}: recorded {recorded}, {self.checker} {other} ({apart})"
 
     def as_json(self) -> dict[str, Any]:
-        """For JSON, which knows no NaN: values that are not finite become strings."""
+        """Plain values for JSON, which has no NaN: values that are not finite become strings."""
         return {
-            "way": self.way,
+            "checker": self.checker,
             "place": self.place,
             "frame": self.frame,
             "element": self.element,
@@ -63,7 +67,7 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class StreamReport:
-    """What was found in one stream."""
+    """The result for one stream."""
 
     stream: int
     name: str
@@ -74,15 +78,18 @@ class StreamReport:
     verdict: Verdict
     problems: tuple[str, ...]
     """Why it is a mismatch, as sentences."""
-    divergence: Divergence | None
+    divergence: Divergence | None = None
     """The first one; also of a stream within tolerance, whose bits differ."""
-    max_ulp: int
+    max_ulp: int = 0
     """Largest distance between recorded and replayed outputs or states, over both replays."""
-    max_error: float
-    """Largest distance from the float64 reference."""
+    max_error: float = 0.0
+    """Largest distance from the float64 reference, up to `lossy_from`."""
+    lossy_from: int | None = None
+    """The seq from which the float64 reference bounds nothing, because frames or states are too large for float32, and
+    outputs are beyond the bound."""
 
     def as_json(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         return {
             "stream": self.stream,
             "name": self.name,
@@ -93,11 +100,12 @@ class StreamReport:
             "first_divergence": None if self.divergence is None else self.divergence.as_json(),
             "max_ulp": self.max_ulp,
             "max_error": _json_number(self.max_error),
+            "lossy_from": self.lossy_from,
         }
 
 
-def joined(parts: Sequence[StreamReport]) -> StreamReport:
-    """What was found in the stretches of one stream, in order, as one."""
+def join_reports(parts: Sequence[StreamReport]) -> StreamReport:
+    """The results for consecutive parts of one stream as one."""
     divergences = [part.divergence for part in parts if part.divergence is not None]
     wrong = [part.divergence for part in parts if part.divergence is not None and part.verdict == "mismatch"]
     verdicts = {part.verdict for part in parts}
@@ -111,12 +119,13 @@ def joined(parts: Sequence[StreamReport]) -> StreamReport:
         divergence=next(iter((*wrong, *divergences)), None),
         max_ulp=max(part.max_ulp for part in parts),
         max_error=max(part.max_error for part in parts),
+        lossy_from=min((part.lossy_from for part in parts if part.lossy_from is not None), default=None),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found in a recording."""
+    """The result for a recording."""
 
     file: Path
     model_name: str
@@ -129,8 +138,8 @@ class Report:
     buckets: tuple[int, ...]
     """Batch sizes the streams were stepped in."""
     seconds: float
-    ulps: dict[Way, I64] = field(default_factory=dict)
-    """Elements by their distance in ULP, for both replays; see `ULP_BINS`."""
+    ulps: dict[Checker, I64] = field(default_factory=dict)
+    """Number of elements by distance in ULP, for both replays; see `ULP_BINS`."""
 
     @property
     def frames(self) -> int:
@@ -144,8 +153,13 @@ class Report:
 
     @property
     def mismatches(self) -> int:
-        """Streams that are not what they should be."""
+        """Streams with a mismatch."""
         return sum(stream.verdict == "mismatch" for stream in self.streams)
+
+    @property
+    def unchecked(self) -> int:
+        """Streams whose outputs could be neither confirmed nor refuted."""
+        return sum(stream.verdict == "not checked" for stream in self.streams)
 
     @property
     def max_error(self) -> float:
@@ -156,22 +170,28 @@ class Report:
     def verdict(self) -> Verdict:
         """The worst of any stream."""
         found = {stream.verdict for stream in self.streams}
-        return next((verdict for verdict in _WORST_FIRST[:2] if verdict in found), "exact")
+        return next((verdict for verdict in _WORST_FIRST[:3] if verdict in found), "exact")
+
+    @property
+    def verified(self) -> bool:
+        """Whether everything was checked and matched."""
+        return self.verdict not in ("mismatch", "not checked")
 
     def summary(self) -> str:
         """One line."""
         checked = f"{counted(len(self.streams), 'stream')}, {counted(self.frames, 'frame')}"
-        mismatches = f"{self.mismatches:,} mismatch{'' if self.mismatches == 1 else 'es'}"
-        ways = f"stepped, whole sequence; float64 reference: max error {self.max_error:.1e}"
-        if self.verdict == "mismatch":
-            return f"not verified: {checked}, {mismatches} ({ways})"
-        return f"verified: {checked}, {self.verdict}, {mismatches} ({ways})"
+        mismatches = counted(self.mismatches, "mismatch", "mismatches")
+        checkers = f"stepped, whole sequence; float64 reference: max error {self.max_error:.1e}"
+        if not self.verified:
+            unchecked = f", {counted(self.unchecked, 'stream')} not checked" if self.unchecked else ""
+            return f"not verified: {checked}, {mismatches}{unchecked} ({checkers})"
+        return f"verified: {checked}, {self.verdict}, {mismatches} ({checkers})"
 
     def as_json(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         return {
             "file": str(self.file),
-            "verified": self.verdict != "mismatch",
+            "verified": self.verified,
             "verdict": self.verdict,
             "summary": self.summary(),
             "model": self.model_name,
@@ -180,13 +200,14 @@ class Report:
             "frames": self.frames,
             "not_compared": self.not_compared,
             "mismatches": self.mismatches,
+            "unchecked": self.unchecked,
             "max_error": _json_number(self.max_error),
             "notes": list(self.notes),
             "buckets": list(self.buckets),
             "seconds": round(self.seconds, 3),
             "ulp_histogram": {
-                way: {ulp_label(at): int(count) for at, count in enumerate(counts) if count}
-                for way, counts in self.ulps.items()
+                checker: {ulp_label(at): int(count) for at, count in enumerate(counts) if count}
+                for checker, counts in self.ulps.items()
             },
             "streams": [stream.as_json() for stream in self.streams],
         }
@@ -203,7 +224,7 @@ def ulp_bins(distances: I64) -> I64:
 
 
 def ulp_label(at: int) -> str:
-    """What a bin counts, in words."""
+    """The distances that a bin counts."""
     if at < 3:
         return str(at)
     if at == ULP_BINS - 1:
@@ -211,9 +232,9 @@ def ulp_label(at: int) -> str:
     return f"{2 ** (at - 2) + 1:,}–{2 ** (at - 1):,}"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of them, in words."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 stream`, `1,000 streams`."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def _json_number(value: float) -> float | str:

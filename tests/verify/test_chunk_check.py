@@ -1,0 +1,165 @@
+"""Streams that are settled without the bound are judged as with it, and nothing goes on after an interrupt."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from instep.verify import checkers, verifier
+from instep.verify.bound import FLOOR, ErrorBound, Limits
+from instep.verify.replay import replay_stepped
+from tests.support import verifying
+from tests.support.recordings import Recorded, make_amplifying_gru, make_gru, record_gru
+from tests.support.verifying import forge
+
+LENGTHS = [12, 0, 30, 1, 7, 30, 3]
+NO_BITS = {"exactness": "off"}
+pytestmark = pytest.mark.usefixtures("exact_machine")
+
+
+def nudged(recorded: Recorded, by: float, seq: int = 8) -> Recorded:
+    forger = forge(recorded)
+    batch, at = forger.find_frame(3, seq)
+    y = forger.column(batch, "y")
+    y[at, 2] += np.float32(by)
+    forger.change_batch(batch, y=y)
+    return Recorded(forger.path, recorded.folder, recorded.header)
+
+
+def report_of(recorded: Recorded) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(verifying.verify(recorded).as_json()))
+    del found["seconds"]
+    return found
+
+
+@pytest.fixture
+def bounded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The streams side by side in every part for which the bound was computed."""
+    rows: list[int] = []
+    outputs = ErrorBound.outputs
+
+    def counted(bound: ErrorBound, x: Any, *arguments: Any) -> Any:
+        rows.append(x.shape[1])
+        return outputs(bound, x, *arguments)
+
+    monkeypatch.setattr(ErrorBound, "outputs", counted)
+    return rows
+
+
+@pytest.mark.parametrize("changes", [{}, NO_BITS])
+@pytest.mark.parametrize("by", [0, 1e-6])
+def test_streams_near_the_truth_are_settled_without_the_bound(
+    tmp_path: Path, bounded: list[int], changes: dict[str, Any], by: float
+) -> None:
+    recorded = record_gru(tmp_path, make_gru(), LENGTHS, changes=changes)
+    found = report_of(nudged(recorded, by))
+    assert not bounded
+    assert found["verdict"] == ("exact" if not by else "within tolerance" if changes else "mismatch")
+
+
+@pytest.mark.parametrize(("y_off", "h_off"), [(FLOOR, 0), (0, FLOOR), (10 * FLOOR, 0), (0, 10 * FLOOR)])
+@pytest.mark.parametrize("replay", ["replay_stepped", "replay_whole"])
+def test_a_replay_that_is_off_by_more_than_both_sides_may_be_is_compared_within_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bounded: list[int], replay: str, y_off: float, h_off: float
+) -> None:
+    recorded = record_gru(tmp_path, make_gru(), [1, 1, 1], changes=NO_BITS)
+    right = getattr(checkers, replay)
+
+    def off(*arguments: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        y, h = right(*arguments)
+        return y + np.float32(y_off), h + np.float32(h_off)
+
+    monkeypatch.setattr(checkers, replay, off)
+    report_of(recorded)
+    # Only stepping compares states.
+    beyond = y_off > 2 * FLOOR or (h_off > 2 * FLOOR and replay == "replay_stepped")
+    assert bool(bounded) == beyond
+
+
+def test_only_the_streams_that_need_it_are_checked_with_the_bound(tmp_path: Path, bounded: list[int]) -> None:
+    recorded = record_gru(tmp_path, make_gru(), LENGTHS, changes=NO_BITS)
+    found = report_of(nudged(recorded, 1.0))
+    assert [stream["verdict"] for stream in found["streams"]] == ["exact", "empty", "mismatch", *["exact"] * 4]
+    assert set(bounded) == {1}
+
+
+def test_errors_beyond_the_floor_are_compared_within_the_bound(tmp_path: Path, bounded: list[int]) -> None:
+    found = report_of(record_gru(tmp_path, make_amplifying_gru(), [200, 150]))
+    assert found["verdict"] == "exact"
+    assert found["max_error"] > 100 * FLOOR
+    assert bounded
+
+
+def test_an_output_within_the_bound_alone_is_within_tolerance(tmp_path: Path, bounded: list[int]) -> None:
+    recorded = record_gru(tmp_path, make_amplifying_gru(), [5, 5, 200], changes=NO_BITS)
+    found = report_of(nudged(recorded, 1000 * FLOOR, seq=199))
+    assert found["verdict"] == "within tolerance"
+    assert bounded
+
+
+@pytest.mark.parametrize("changes", [{}, NO_BITS])
+@pytest.mark.parametrize("by", [0, FLOOR / 2, 1.5 * FLOOR, 3 * FLOOR, 1.0, np.inf, np.nan], ids=lambda by: f"{by:.0e}")
+@pytest.mark.parametrize("grows", [False, True], ids=["forgets", "amplifies"])
+def test_the_report_is_that_of_the_bound_whatever_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], by: float, grows: bool
+) -> None:
+    gru = make_amplifying_gru() if grows else make_gru()
+    recorded = nudged(record_gru(tmp_path, gru, LENGTHS, changes=changes), by)
+    found = report_of(recorded)
+
+    def always_beyond(bound: Any, truth: Any, valid: Any) -> Limits:
+        return Limits(np.full(valid.shape, -1.0), np.zeros(valid.shape, np.bool_))
+
+    monkeypatch.setattr("instep.verify.bound.LeastBound.outputs", always_beyond)
+    assert report_of(recorded) == found
+
+
+def test_torch_is_set_up_in_every_thread_that_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up, computing = set[str](), set[str]()
+    monkeypatch.setattr(verifier, "threads_as_here", lambda: lambda: set_up.add(threading.current_thread().name))
+
+    def step(*arguments: Any) -> Any:
+        computing.add(threading.current_thread().name)
+        return replay_stepped(*arguments)
+
+    monkeypatch.setattr(checkers, "replay_stepped", step)
+    assert report_of(record_gru(tmp_path, make_gru(), LENGTHS))["verdict"] == "exact"
+    assert computing
+    assert computing <= set_up
+
+
+def test_an_interrupt_ends_whatever_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = record_gru(tmp_path, make_gru(), [20] * 40)
+    monkeypatch.setattr(checkers, "PART_FRAMES", 8)  # a frame a part
+    finished = threading.Event()
+    parts: list[int] = []
+
+    def told(stage: verifier.Stage, share: float) -> None:
+        if stage == "replaying":
+            finished.set()
+            raise KeyboardInterrupt
+
+    class Stopping(threading.Event):
+        """Holds the work back until it is stopped, once the first chunk is finished."""
+
+        def is_set(self) -> bool:
+            if finished.is_set():
+                self.wait(20)
+            return super().is_set()
+
+    def step(*arguments: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        if finished.is_set():
+            parts.append(1)
+        return replay_stepped(*arguments)
+
+    monkeypatch.setattr("instep.verify.verifier.Event", Stopping)
+    monkeypatch.setattr(checkers, "replay_stepped", step)
+    with pytest.raises(KeyboardInterrupt):
+        verifying.verify(recorded, on_progress=told)
+    assert len(parts) <= verifier.MOST_THREADS, "each thread ends the part that it is at"
