@@ -250,7 +250,7 @@ async def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
 
 
 async def test_a_handle_of_the_servers_former_life_is_unknown(rng: np.random.Generator) -> None:
-    handles = []
+    handles: list[int] = []
     for _ in range(3):
         async with running(SMALL) as server, RawClient(server.endpoint) as client:
             await client.hello()
