@@ -256,14 +256,16 @@ async def test_a_stream_may_be_opened_where_another_one_was(rng: np.random.Gener
 
 
 class FaultyStates:
-    """States that can neither be read nor written while `is_broken`."""
+    """States that can neither be read nor written while `is_broken`, or after so many `good_loads`."""
 
     def __init__(self, stepper: Stepper) -> None:
         self.is_broken = False
+        self.good_loads = 10**9
         self._stepper = stepper
 
     def load(self, slots: I64, states: F32 | None) -> None:
-        self._check()
+        self._check(self.good_loads <= 0)
+        self.good_loads -= 1
         self._stepper.load(slots, states)
 
     def read(self, slots: I64) -> F32:
@@ -273,8 +275,8 @@ class FaultyStates:
     def no_states(self, count: int) -> F32:
         return self._stepper.no_states(count)
 
-    def _check(self) -> None:
-        if self.is_broken:
+    def _check(self, fails: bool = False) -> None:
+        if self.is_broken or fails:
             raise RuntimeError("injected")
 
 
@@ -310,3 +312,64 @@ async def test_states_that_cannot_be_read_or_written_are_refused_and_cost_nothin
         assert closed.codes.tolist() == [Code.STATE_LOST]
         made[0].is_broken = False
         assert (await origin.open(["s"])).codes.tolist() == [0]
+
+
+# ── Many states, between whose parts other things happen ───────────────────────────────────────────────────────────
+
+
+async def test_frames_for_a_stream_that_cannot_be_loaded_are_not_computed_on_what_its_slot_held_before(
+    rng: np.random.Generator,
+) -> None:
+    """An origin that takes it over can send frames before the opener is told that it is open."""
+    made: list[FaultyStates] = []
+
+    def faulty(stepper: Stepper) -> FaultyStates:
+        made.append(FaultyStates(stepper))
+        return made[0]
+
+    x, names = random_frames(rng, 2), [f"s{number}" for number in range(60)]
+    async with streaming(InlineExecutor, states=faulty, copy_at_once=1, max_streams=60) as kit:
+        opener, taker = kit.frontend.connect(), kit.frontend.connect()
+        former = (await opener.open(["former"])).handles
+        await step(opener, former, [0], x)
+        await opener.close(former)  # its state is left in the slot
+        made[0].good_loads = 59
+        opening = asyncio.ensure_future(opener.open(names))
+        await asyncio.sleep(0)  # it is ahead of the resume
+        none = np.zeros(1, np.uint64)
+        taken = await taker.resume(["s0"], none, none, take_over=True)
+        assert not opening.done()
+        reply = await step(taker, taken.handles, [0], x)
+        assert failures(reply) == [(0, 0, Code.STATE_LOST, 0)]
+        assert np.isnan(reply.y).all()
+        assert (await opening).codes.tolist() == [Code.STEP_FAILED] * 60
+        await kit.settle()
+        assert [(event.code, event.handles.tolist()) for event in taker.events] == [
+            (Code.STATE_LOST, taken.handles.tolist())
+        ]
+        assert [event.code for event in opener.events] == [Code.FENCED]
+        assert (kit.stats.frames_total, kit.engine.pending_frames, kit.table.open_count) == (2, 0, 0)
+        made[0].good_loads = 100
+        again = (await taker.open(["s0"])).handles
+        np.testing.assert_array_equal((await step(taker, again, [0], x)).y[:, 0], whole(SMALL, x[:, 0])[0])
+
+
+async def test_frames_that_come_before_a_change_is_done_are_applied_behind_it_and_once(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 3)
+    states = rng.standard_normal((12, 1, H)).astype(np.float32)
+    async with streaming(InlineExecutor, copy_at_once=1) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open([f"s{number}" for number in range(12)])).handles
+        first = asyncio.ensure_future(write(kit, origin, handles, states))
+        second = asyncio.ensure_future(write(kit, origin, handles, None))
+        stepped = asyncio.ensure_future(step(origin, handles[:1], [0], x))
+        while not kit.engine.pending_frames:
+            await asyncio.sleep(0)
+        assert not second.done(), "the frames arrived before the change was done"
+        assert kit.stats.batches_total == 0
+        reply = await stepped
+        assert (await first, await second) == ([0] * 12, [0] * 12)
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
+        assert kit.stats.frames_total == 3

@@ -123,6 +123,7 @@ class StreamingEngine:
         states: another access to states than the stepper's, made of it.
         idle: when the reaper ends streams.
         reap_at_once: streams that one tick of the reaper parks or evicts.
+        copy_at_once: states that a request reads or writes before the loop gets its turn.
         limits: sizes, by name; see `make_tables` and `EngineLimits`.
     """
 
@@ -134,6 +135,7 @@ class StreamingEngine:
         states: Callable[[Stepper], StateAccess] | None = None,
         idle: IdleLimits | None = None,
         reap_at_once: int = 4096,
+        copy_at_once: int = 4096,
         **limits: int,
     ) -> None:
         size = {
@@ -178,7 +180,9 @@ class StreamingEngine:
             self.loop.wake,
         )
         access: StateAccess = states(self.stepper) if states else self.stepper
-        self.operations = StreamOperations(self.engine, access, self.tasks, self.loop.wake, self._log_failure)
+        self.operations = StreamOperations(
+            self.engine, access, self.tasks, self.loop.wake, self._log_failure, copy_at_once
+        )
         idle = idle or IdleLimits(0, 0, PARK_NS, 1000)
         self.reaper = Reaper(self.engine, self.operations, idle, reap_at_once)
         self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)

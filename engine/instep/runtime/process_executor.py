@@ -72,7 +72,6 @@ class ProcessExecutor:
         self._slots: I64 = shared_zeros((_PLACES, max_batch_size), "i8")
         self._rows: I64 = shared_zeros((_PLACES, MOST_STEPS, max_batch_size), "i8")
         self._text = shared_zeros((_PLACES, _TEXT_BYTES), "u1")
-        self._sizes = [0] * _PLACES
         self._next = 0
         self._under_way = 0
         """Runs that the process has."""
@@ -109,7 +108,6 @@ class ProcessExecutor:
         self._next = (place + 1) % _PLACES
         self._slots[place, :size] = slots
         self._rows[place, :steps, :size] = rows
-        self._sizes[place] = size
         self._under_way += 1
         with contextlib.suppress(BrokenPipeError):  # it has died, which `ended` tells
             os.write(self._commands, _COMMAND.pack(place, steps, size))
@@ -137,7 +135,7 @@ class ProcessExecutor:
     def _error(self, place: int, failure: int) -> Exception:
         text = self._text[place].tobytes().rstrip(b"\0").decode(errors="replace")
         if failure == _LOST:
-            return StateLost(text, self._slots[place, : self._sizes[place]].copy())
+            return StateLost(text)
         return StepFailed(text)
 
     def stop(self, timeout_s: float | None = None) -> None:

@@ -25,7 +25,7 @@ from instep.streaming.engine import Engine
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
 
-_AT_ONCE: Final = 4096
+AT_ONCE: Final = 4096
 """States copied before the loop gets its turn."""
 _TOMBSTONES: Final = 65_536
 """Names of expired streams that are remembered."""
@@ -53,6 +53,7 @@ class StreamOperations:
         tasks: runs evictions.
         wake: lets the loop take a turn, because streams may step again.
         log_failure: told of states that could not be read or written: the error and how many streams it concerns.
+        at_once: see `AT_ONCE`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class StreamOperations:
         tasks: Tasks,
         wake: Callable[[], None],
         log_failure: Callable[[Exception, int], None],
+        at_once: int = AT_ONCE,
     ) -> None:
         self._engine = engine
         self._table = engine.table
@@ -71,6 +73,7 @@ class StreamOperations:
         self._tasks = tasks
         self._wake = wake
         self.log_failure = log_failure
+        self._at_once = at_once
         self._expired: OrderedDict[str, None] = OrderedDict()
 
     # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -262,10 +265,10 @@ class StreamOperations:
         """Set the states of streams with nothing pending, which do not step meanwhile; whether that worked."""
         self._engine.hold(slots)
         try:
-            for first in range(0, len(slots), _AT_ONCE):
+            for first in range(0, len(slots), self._at_once):
                 if first:
                     await asyncio.sleep(0)
-                part = slice(first, first + _AT_ONCE)
+                part = slice(first, first + self._at_once)
                 self._states.load(slots[part], None if states is None else states[part])
         except Exception as error:
             self.log_failure(error, len(slots))
@@ -280,10 +283,10 @@ class StreamOperations:
         states, lost = self._states.no_states(len(slots)), np.zeros(len(slots), np.bool_)
         async with self.settled(slots):
             seqs: I64 = table.step_seq[slots]
-            for first in range(0, len(slots), _AT_ONCE):
+            for first in range(0, len(slots), self._at_once):
                 if first:
                     await asyncio.sleep(0)
-                part = slice(first, first + _AT_ONCE)
+                part = slice(first, first + self._at_once)
                 try:
                     states[part] = self._states.read(slots[part])
                 except Exception as error:

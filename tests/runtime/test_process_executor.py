@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import psutil
+import pytest
+
+from instep.core.typing import F32, I64
+from instep.runtime.executor import RunResult
+from instep.runtime.process_executor import ProcessExecutor
+from instep.runtime.shared_memory import shared_zeros
+from instep.server.open_files import allow_open_files
+
+DEADLINE_S = 60
+MANY = 1024
+"""The first number of a file that `select` does not take."""
+
+
+def is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(DEADLINE_S * 1000))
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+class Stepped:
+    """A process that steps over one shared array, in which it notes what it was given."""
+
+    def __init__(self, also: Callable[[I64, I64], None] = lambda slots, rows: None) -> None:
+        self.seen: F32 = shared_zeros((16, 2))
+
+        def step(slots: I64, rows: I64) -> None:
+            also(slots, rows)
+            self.seen[slots, 0] = rows
+            self.seen[slots, 1] += 1
+
+        before = children()
+        self.process = ProcessExecutor(step, 8)
+        (self.pid,) = children() - before
+
+    def begin(self, slot: int = 1, row: int = 1, expected_ns: int = 0) -> None:
+        self.process.begin(np.array([slot]), np.array([[row]]), expected_ns)
+
+    def wait(self) -> RunResult:
+        while not (ended := self.process.ended()):
+            assert is_readable(self.process.signal_fd), "no run ended"
+        return ended[0]
+
+
+@pytest.fixture
+def stepped() -> Iterator[Callable[..., Stepped]]:
+    made: list[Stepped] = []
+
+    def make(also: Callable[[I64, I64], None] = lambda slots, rows: None) -> Stepped:
+        made.append(Stepped(also))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.process.stop(timeout_s=DEADLINE_S)
+
+
+def test_a_server_with_many_files_open_has_a_process_as_well(
+    stepped: Callable[..., Stepped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, soft = os.pipe, allow_open_files(MANY + 100)
+    if soft < MANY + 100:
+        pytest.skip(f"no more than {soft} files may be open here")
+
+    def high_pipe() -> tuple[int, ...]:
+        low = pipe()
+        high = tuple(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, MANY) for fd in low)
+        for fd in low:
+            os.close(fd)
+        return high
+
+    monkeypatch.setattr(os, "pipe", high_pipe)
+    one = stepped()
+    assert one.process.signal_fd >= MANY
+    for _ in range(2):
+        process = psutil.Process(one.pid)
+        while process.status() not in (psutil.STATUS_SLEEPING, psutil.STATUS_ZOMBIE):
+            time.sleep(0)
+        one.begin(row=5)
+        assert one.wait().error is None
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, None])
+def test_a_process_that_dies_is_noticed(stepped: Callable[..., Stepped], end: signal.Signals | None) -> None:
+    def also(slots: I64, rows: I64) -> None:
+        if end is None:
+            raise KeyboardInterrupt  # nothing that a step may raise
+        os.kill(os.getpid(), end)
+
+    one = stepped(also)
+    one.begin()
+    with pytest.raises(EOFError, match="has died"):
+        one.wait()
+    one.begin()  # nobody is there to take it, which is no error here
+
+
+def test_interrupts_are_the_servers_business(stepped: Callable[..., Stepped]) -> None:
+    def also(slots: I64, rows: I64) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+    one = stepped(also)
+    one.begin()
+    assert one.wait().error is None
+
+
+def test_a_step_that_never_ends_is_killed(stepped: Callable[..., Stepped]) -> None:
+    one = stepped(lambda slots, rows: time.sleep(10 * DEADLINE_S))
+    one.begin()
+    one.process.stop(timeout_s=0.01)
+    assert one.seen[1].tolist() == [0, 0]
+
+
+@pytest.fixture
+def _no_zombies() -> Iterator[None]:
+    """The system takes ended processes away by itself, so nobody can wait for them."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("_no_zombies")
+@pytest.mark.parametrize("timeout_s", [None, DEADLINE_S])
+def test_it_is_stopped_where_ended_processes_leave_no_trace(
+    stepped: Callable[..., Stepped], timeout_s: float | None
+) -> None:
+    one = stepped()
+    pid = one.pid
+    one.begin(row=7)
+    one.process.stop(timeout_s)
+    assert one.seen[1].tolist() == [7, 1]
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.usefixtures("_no_zombies")
+def test_one_that_ends_just_before_it_is_killed_is_stopped_as_well(
+    stepped: Callable[..., Stepped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill = os.kill
+
+    def kill_too_late(pid: int, number: int) -> None:
+        while True:
+            kill(pid, number)  # until nobody is there
+
+    one = stepped(lambda slots, rows: time.sleep(10 * DEADLINE_S))
+    one.begin()
+    monkeypatch.setattr(os, "kill", kill_too_late)
+    one.process.stop(timeout_s=0.01)
+    assert one.seen[1].tolist() == [0, 0]
+
+
+def test_one_that_does_not_answer_is_killed(stepped: Callable[..., Stepped]) -> None:
+    one = stepped()
+    pid = one.pid
+    os.kill(pid, signal.SIGSTOP)
+    one.process.stop(timeout_s=0.01)
+    assert not psutil.pid_exists(pid)
+
+
+def test_an_interrupted_stop_is_not_repeated_on_what_others_have_opened_since(
+    stepped: Callable[..., Stepped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = stepped(lambda slots, rows: time.sleep(10 * DEADLINE_S))
+    pid = one.pid
+
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    one.begin()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.process.stop(timeout_s=DEADLINE_S)
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
+    one.process.stop()
+    for fd in others:
+        os.close(fd)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_where_there_can_be_no_process_nothing_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", fork)
+    before = psutil.Process().num_fds()
+    with pytest.raises(BlockingIOError):
+        ProcessExecutor(lambda slots, rows: None, 4)
+    assert psutil.Process().num_fds() == before
+
+
+def test_nothing_that_the_server_has_open_is_held_open(stepped: Callable[..., Stepped]) -> None:
+    reading, writing = os.pipe()
+    one = stepped()
+    os.close(writing)
+    assert is_readable(reading)
+    assert os.read(reading, 1) == b""  # the only end that was open is closed
+    os.close(reading)
+    one.begin()
+    one.wait()
+    assert psutil.Process(one.pid).num_fds() == 3 + 2  # and its ends of the two pipes
+
+
+SERVER = """
+import os, signal, sys, time, numpy as np
+from instep.runtime.process_executor import ProcessExecutor
+
+def step(slots, rows):
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+executor = ProcessExecutor(step, 4)
+print("under way", flush=True)
+if sys.argv[1] == "in a step":
+    executor.begin(np.array([1]), np.array([[1]]), 0)
+    time.sleep(600)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("when", ["at rest", "in a step"])
+def test_it_ends_when_the_server_is_killed(when: str) -> None:
+    if when == "in a step" and sys.platform != "linux":
+        pytest.skip("only Linux tells a process of the death of another")
+    with subprocess.Popen([sys.executable, "-c", SERVER, when], stdout=subprocess.PIPE, text=True) as server:
+        output, _ = server.communicate(timeout=DEADLINE_S)  # ends when nobody is left who could write, the process too
+        assert output == "under way\n"
+    assert server.returncode == -signal.SIGKILL
+
+
+def test_what_does_not_fit_is_a_memory_error() -> None:
+    for shape in ((2**60, 2), (2**45,), (2**70,)):
+        with pytest.raises(MemoryError, match="no memory for an array of shape"):
+            shared_zeros(shape)
+    assert shared_zeros((0, 3)).shape == (0, 3)
+    zeros = shared_zeros((4, 3), "i8")
+    assert zeros.dtype == np.int64
+    assert zeros.sum() == 0
+    zeros[1] = 5
+    assert zeros.tolist()[1] == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("expected_ns", "runs_short_inline", "is_inline"),
+    [(1, True, True), (299_999, True, True), (300_000, True, False), (0, True, False), (1, False, False)],
+)
+def test_short_runs_are_stepped_by_the_caller_while_the_process_is_idle(
+    expected_ns: int, runs_short_inline: bool, is_inline: bool
+) -> None:
+    pids = shared_zeros((2,), "i8")
+
+    def step(slots: I64, rows: I64) -> None:
+        pids[slots] = os.getpid()
+
+    executor = ProcessExecutor(step, 1, runs_short_inline=runs_short_inline)
+    executor.begin(np.array([1]), np.array([[0]]), expected_ns)
+    assert executor.has_ended == is_inline
+    while not executor.ended():
+        assert is_readable(executor.signal_fd)
+    assert (pids[1] == os.getpid()) == is_inline
+    executor.stop()
+
+
+def test_a_short_run_keeps_its_place_behind_a_long_one(stepped: Callable[..., Stepped]) -> None:
+    one = stepped()
+    one.begin(row=1)
+    one.begin(row=2, expected_ns=1)
+    one.wait()
+    while one.seen[1, 1] < 2:
+        is_readable(one.process.signal_fd)
+        one.process.ended()
+    assert one.seen[1].tolist() == [2, 2]

@@ -1,0 +1,290 @@
+"""A server's life over its socket: what it waits for at its end, and what ends it early."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+from instep.recording.recorder import Recorder
+from instep.recording.writer import RecordingWriter
+from instep.server.preparation import CannotServe
+from instep.server.server import Server
+from instep_client.protocol.wire import Code, Kind
+from tests.support.commits import held_commits
+from tests.support.gate import GATE_VALUE, Gate
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+from tests.support.streaming import random_frames
+
+F, H = 5, 8
+
+
+async def taken(server: Server, messages: int = 1) -> None:
+    """Wait until the server has taken this many messages that it has not answered."""
+    while server.engine.unanswered_messages < messages:
+        await asyncio.sleep(0.001)
+
+
+def waiting(rng: np.random.Generator, timesteps: int = 1) -> np.ndarray:
+    """Frames whose step waits for the gate."""
+    x = random_frames(rng, timesteps)
+    x[0, 0, 0] = GATE_VALUE
+    return x
+
+
+# ── The end ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_at_the_end_everything_that_was_taken_is_answered_and_everything_else_refused(
+    rng: np.random.Generator,
+) -> None:
+    x, gate = waiting(rng, 32), Gate()
+    async with running(SMALL, stepper=gate.stepper) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s", "t")).handles()
+        await client.send(*client.step_message(handles[:1], [0], x))
+        await taken(server)
+        await client.send(*client.close_message(handles[:1]))
+        await client.send(*client.step_message(handles[1:], [0], x[1:2]))
+        await taken(server, 2)
+        server.stop()
+        assert (await client.step(handles[1:], [1], x[2:3])).code is Code.SHUTTING_DOWN
+        gate.open()
+        replies = [await client.receive() for _ in range(4)]
+    assert [reply.kind for reply in replies[:3]].count(Kind.STEPPED) == 2
+    by_size = {len(reply.floats()): reply for reply in replies[:3] if reply.kind is Kind.STEPPED}
+    y, final = whole(SMALL, x[:, 0])
+    np.testing.assert_array_equal(by_size[32 * H].floats().reshape(32, H), y)
+    (closed,) = (reply for reply in replies if reply.kind is Kind.CLOSED)
+    np.testing.assert_array_equal(closed.floats(), final.ravel())
+    assert replies[-1].kind is Kind.GOODBYE
+    assert server.unanswered_messages == 0
+
+
+async def test_a_forced_end_leaves_messages_unanswered_and_counts_them(rng: np.random.Generator) -> None:
+    gate = Gate()
+    async with running(SMALL, stepper=gate.stepper) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        await client.send(*client.step_message(handles, [0], waiting(rng)))
+        await taken(server)
+        server.stop(drain=False)
+        assert (await client.receive()).kind is Kind.GOODBYE
+    gate.open()
+    assert server.unanswered_messages == 1
+
+
+async def test_draining_ends_after_its_time_though_a_step_never_ends(rng: np.random.Generator) -> None:
+    gate = Gate()
+    shutdown = {"drain_timeout_s": 0.05}
+    failure = "draining took longer than shutdown.drain_timeout_s = 0.05"
+    async with running(SMALL, stepper=gate.stepper, shutdown=shutdown, failure=failure) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            handles = (await client.open("s")).handles()
+            await client.send(*client.step_message(handles, [0], waiting(rng)))
+            await taken(server)
+            server.stop()
+            goodbye = await client.receive()
+            assert (goodbye.kind, failure in goodbye.header[2]) == (Kind.GOODBYE, True)
+    gate.open()
+    assert server.unanswered_messages == 1
+
+
+async def test_a_batch_that_is_held_goes_when_the_server_drains(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 2)
+    engine = {"max_queue_delay_us": 10_000_000}
+    async with running(SMALL, engine=engine) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s", "silent")).handles()
+        await client.send(*client.step_message(handles[:1], [0], x))
+        await taken(server)
+        async with asyncio.timeout(5):
+            server.stop()
+            reply, goodbye = [await client.receive() for _ in range(2)]
+    assert goodbye.kind is Kind.GOODBYE
+    np.testing.assert_array_equal(reply.floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
+
+
+async def test_the_end_waits_until_a_late_reader_has_its_replies() -> None:
+    async with running(SMALL, transport={"max_message_bytes": 65_536}) as server, RawClient(server.endpoint) as late:
+        await late.hello()
+        block = late.step_message(range(1000), [0] * 1000, np.zeros((1, 1000, F), np.float32))
+        for _ in range(6):
+            await late.send(*block)
+        while server.engine.stats.messages_total < 6:
+            await asyncio.sleep(0.001)
+        server.stop()
+        await asyncio.sleep(0.05)
+        assert [(await late.receive()).kind for _ in range(7)] == [*[Kind.STEPPED] * 6, Kind.GOODBYE]
+
+
+async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_goodbye_and_there_after_a_restart(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    state = rng.standard_normal((1, 1, H)).astype(np.float32)
+    recording = {"file": tmp_path / "r.instep"}
+    async with held_commits() as may_commit, running(SMALL, recording=recording) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            may_commit.clear()
+            await client.send(*client.open_message("s", states=state))
+            while not server.engine.table.open_count:
+                await asyncio.sleep(0.001)
+            server.stop()
+            await asyncio.sleep(0.05)
+            may_commit.set()
+            opened = await client.receive()
+            assert (opened.kind, opened.codes()) == (Kind.OPENED, [])
+            assert (await client.receive()).kind is Kind.GOODBYE
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        resumed = await client.resume(["s"], [0], opened.epochs())
+        assert resumed.codes() == []
+        np.testing.assert_array_equal((await client.read_state(resumed.handles())).floats(), state.ravel())
+
+
+async def test_an_ordinary_end_saves_the_next_start_the_replay(rng: np.random.Generator, tmp_path: Path) -> None:
+    recording = {"file": tmp_path / "r.instep"}
+    x = random_frames(rng, 3)
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        await client.step((await client.open("s")).handles(), [0], x)
+    async with running(SMALL, recording=recording) as server:
+        assert server.recovery is not None
+        assert (server.recovery.streams, server.recovery.frames) == (1, 0)
+
+
+# ── An early end ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class DyingGate(Gate):
+    """A step that ends its thread."""
+
+    def wait(self, verb: str) -> None:
+        if verb == "step":
+            raise SystemExit("injected")
+
+
+async def test_a_dead_executor_ends_the_server_with_a_reason(rng: np.random.Generator) -> None:
+    failure = "a bug in the server's loop: EOFError(\"the thread that steps has died: SystemExit('injected')\")"
+    async with running(SMALL, stepper=DyingGate().stepper, failure=failure) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            handles = (await client.open("s")).handles()
+            goodbye = await client.step(handles, [0], waiting(rng))
+            assert goodbye.kind is Kind.GOODBYE
+            assert "has died" in goodbye.header[2]
+
+
+async def test_a_bug_in_a_request_ends_the_server_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = "a bug in the server's loop: ZeroDivisionError('injected')"
+    async with running(SMALL, failure=failure) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+
+        async def buggy(*_: Any) -> None:
+            raise ZeroDivisionError("injected")
+
+        monkeypatch.setattr(server.operations, "open", buggy)
+        assert (await client.open("s")).kind is Kind.GOODBYE
+
+
+@pytest.mark.parametrize("verb", ["add_inputs", "commit"])
+async def test_a_recording_that_fails_ends_the_server_with_a_reason_and_nothing_is_answered_any_more(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("disk full, injected")
+
+    recording = {"file": tmp_path / "r.instep"}
+    failure = f"the recording {recording['file']} failed: disk full, injected"
+    async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        monkeypatch.setattr(RecordingWriter, verb, full)
+        reply = await client.step(handles, [0], random_frames(rng, 1))
+        assert reply.kind is Kind.GOODBYE
+        assert failure in reply.header[2]
+
+
+async def test_parts_that_cannot_be_closed_leave_nothing_else_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, path = Recorder.stop, tmp_path / "r.instep"
+
+    def failing(recorder: Recorder) -> None:
+        stop(recorder)
+        raise RuntimeError("injected")
+
+    failure = "a bug in the server's loop: RuntimeError('injected')"
+    async with running(SMALL, recording={"file": path}, failure=failure) as server:
+        monkeypatch.setattr(server.engine.executor, "stop", lambda _: 1 / 0)
+        monkeypatch.setattr(Recorder, "stop", failing)
+        endpoint = server.endpoint
+    monkeypatch.undo()
+    server.engine.executor.stop()
+    async with running(SMALL, recording={"file": path}, transport={"endpoint": endpoint}):
+        pass  # neither is in use any more
+
+
+async def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
+    path = tmp_path / "r.instep"
+    async with running(SMALL, recording={"file": path}) as server:
+        with pytest.raises(CannotServe, match="is being written by another"):
+            async with running(SMALL, recording={"file": path}):
+                pass
+        with pytest.raises(CannotServe, match="cannot bind"):
+            async with running(SMALL, transport={"endpoint": server.endpoint}):
+                pass
+    async with running(SMALL, recording={"file": path}, transport={"endpoint": server.endpoint}):
+        pass
+
+
+# ── What a restart changes ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_handle_of_the_servers_former_life_is_unknown(rng: np.random.Generator) -> None:
+    handles: list[int] = []
+    for _ in range(3):
+        async with running(SMALL) as server, RawClient(server.endpoint) as client:
+            await client.hello()
+            opened = await client.open("s")
+            for former in handles:
+                reply = await client.step([former], [0], random_frames(rng, 1))
+                assert reply.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+            handles.append(int(opened.handles()[0]))
+    assert len(set(handles)) == 3
+
+
+async def test_after_a_restart_no_more_streams_are_parked_than_are_kept(tmp_path: Path) -> None:
+    names, recording = [f"s{number}" for number in range(10)], {"file": tmp_path / "r.instep"}
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        epochs = (await client.open(*names)).epochs()
+    async with running(SMALL, recording=recording, limits={"max_parked_streams": 2}) as server:
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            while server.engine.table.open_count > 2:
+                await asyncio.sleep(0.005)
+            resumed = await client.resume(names, [0] * 10, epochs)
+            assert resumed.codes() == [Code.EXPIRED] * 8
+            assert server.engine.stats.evicted_by_reason == {"expired": 8}
+
+
+async def test_streams_are_not_kept_where_nothing_is_parked() -> None:
+    limits, transport = {"park_s": 0}, {"heartbeat_s": 0.05}
+    async with running(SMALL, limits=limits, transport=transport) as server, RawClient(server.endpoint) as client:
+        assert (await client.hello()).header[-1] == 0
+        async with RawClient(server.endpoint) as gone:
+            await gone.hello()
+            opened = await gone.open("s")
+        while server.engine.table.open_count:
+            await asyncio.sleep(0.01)
+        assert (await client.resume(["s"], [0], opened.epochs())).codes() == [Code.UNKNOWN_STREAM]
+        assert (await client.ask(msgpack.packb([Kind.PING, 1]))).kind is Kind.PONG

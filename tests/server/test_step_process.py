@@ -1,0 +1,169 @@
+"""Steps in a process of their own: what a client sees is the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from instep.config import EngineConfig
+from instep.models.gru.step import GruStep
+from instep.server import assembly
+from instep.server.assembly import steps_in_process
+from instep.server.preparation import CannotServe
+from instep_client.protocol.wire import Code
+from tests.support.models import SMALL, whole
+from tests.support.raw import RawClient
+from tests.support.running import CPU, running
+
+F, H = 5, 8
+POISON = 1234.5
+APART = {"steps_in": "process"}
+DEATH = "a bug in the server's loop: EOFError('the process that steps has died')"
+
+
+async def test_frames_and_changes_of_states_keep_their_order(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((9, F)).astype(np.float32)
+    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        first = (await client.step(handles, [0], x[:4, None])).floats().reshape(4, H)
+        np.testing.assert_array_equal(first, whole(SMALL, x[:4])[0])
+        state = (await client.read_state(handles)).floats()
+        np.testing.assert_array_equal(state.reshape(1, H), whole(SMALL, x[:4])[1])
+        await client.reset(handles)
+        second = (await client.step(handles, [4], x[4:, None])).floats().reshape(5, H)
+        np.testing.assert_array_equal(second, whole(SMALL, x[4:])[0])
+
+
+async def test_short_runs_in_the_loop_and_long_ones_in_the_process_give_the_networks_bits(
+    rng: np.random.Generator,
+) -> None:
+    """Alone, together, and again alone: each run finds the states that the other kind has left."""
+    x = rng.standard_normal((30, 7, F)).astype(np.float32)
+    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open(*"abcdefg")).handles()
+        y = np.zeros((30, 7, H), np.float32)
+        for seq in range(30):
+            for part in [slice(0, 7)] if seq % 3 == 1 else [slice(0, 1), slice(1, 4), slice(4, 7)]:
+                reply = await client.step(handles[part], [seq] * len(handles[part]), x[seq : seq + 1, part])
+                y[seq, part] = reply.floats().reshape(-1, H)
+    for stream in range(7):
+        np.testing.assert_array_equal(y[:, stream], whole(SMALL, x[:, stream])[0])
+
+
+@pytest.mark.parametrize("busy_poll_us", [0, 2000])
+async def test_a_server_that_polls_gives_the_same_outputs(rng: np.random.Generator, busy_poll_us: int) -> None:
+    x = rng.standard_normal((60, F)).astype(np.float32)
+    engine = {**APART, "busy_poll_us": busy_poll_us}
+    async with running(SMALL, engine=engine) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        y = [(await client.step(handles, [seq], x[seq : seq + 1, None], [seq])).floats() for seq in range(30)]
+        for seq in range(30, 60):
+            await client.send(*client.step_message(handles, [seq], x[seq : seq + 1, None], [29]))
+        y += [(await client.receive()).floats() for _ in range(30)]
+    np.testing.assert_array_equal(np.stack(y), whole(SMALL, x)[0])
+
+
+async def test_a_failed_step_is_answered_and_the_streams_go_on(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = GruStep.run
+
+    def fails(self: GruStep) -> None:
+        if bool((self.x[:, 0] == POISON).any()):
+            raise RuntimeError("injected")
+        run(self)
+
+    monkeypatch.setattr(GruStep, "run", fails)  # the process is forked with it
+    x = rng.standard_normal((6, 2, F)).astype(np.float32)
+    bad = x.copy()
+    bad[3, 0, 0] = POISON
+    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("bad", "bystander")).handles()
+        reply = await client.step(handles[:1], [0], bad[:, :1])
+        assert reply.failures() == [(0, 3, Code.STEP_FAILED, 3)]
+        again = await client.step(handles[:1], [3], x[3:, :1])
+        np.testing.assert_array_equal(again.floats().reshape(3, H), whole(SMALL, x[:, 0])[0][3:])
+        other = await client.step(handles[1:], [0], x[:, 1:])
+        np.testing.assert_array_equal(other.floats().reshape(6, H), whole(SMALL, x[:, 1])[0])
+        assert server.engine.stats.step_failures_total == 1
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+async def test_the_death_of_the_process_ends_the_server() -> None:
+    before = children()
+    async with running(SMALL, engine=APART, failure=DEATH) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        (pid,) = children() - before
+        os.kill(pid, signal.SIGKILL)
+        goodbye = await client.receive()
+        assert DEATH in str(goodbye.header[2])
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+async def test_a_step_that_never_ends_ends_with_the_server(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    monkeypatch.setattr(GruStep, "run", lambda _: time.sleep(600))  # the process is forked with it
+    failure = DEATH if is_killed else "draining took longer than shutdown.drain_timeout_s = 0.05"
+    before = children()
+    async with (
+        running(SMALL, engine=APART, failure=failure, shutdown={"drain_timeout_s": 0.05}) as server,
+        RawClient(server.endpoint) as client,
+    ):
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        (pid,) = children() - before
+        await client.send(*client.step_message(handles, [0], rng.standard_normal((1, 1, F)).astype(np.float32)))
+        while not server.engine.is_running:
+            await asyncio.sleep(0.001)
+        if is_killed:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            server.stop()
+        assert failure in str((await client.receive()).header[2])
+    assert not psutil.pid_exists(pid)
+    assert server.unanswered_messages == 1
+
+
+def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "usable_cores", lambda: 2)
+    assert steps_in_process(EngineConfig(), CPU)
+    assert not steps_in_process(EngineConfig(steps_in="thread"), CPU)
+    obstacles = [
+        (EngineConfig(), torch.device("cuda:0"), "the device is cuda:0"),
+        (EngineConfig(threads=2), CPU, "engine.threads is above 1"),
+    ]
+    for engine, device, why in obstacles:
+        assert not steps_in_process(engine, device)
+        with pytest.raises(CannotServe, match=f"engine.steps_in is process, but {why}.*use auto or thread"):
+            steps_in_process(engine.model_copy(update={"steps_in": "process"}), device)
+    monkeypatch.setattr(assembly, "usable_cores", lambda: 1)
+    assert not steps_in_process(EngineConfig(), CPU)
+    assert steps_in_process(EngineConfig(steps_in="process"), CPU)
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(CannotServe, match="this system has no fork"):
+        steps_in_process(EngineConfig(steps_in="process"), CPU)
+
+
+async def test_no_process_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(CannotServe, match=r"no process for the steps can be started .*set engine.steps_in to thread"):
+        async with running(SMALL, engine=APART):
+            pass

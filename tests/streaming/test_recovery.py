@@ -1,0 +1,62 @@
+"""What continuing a recording costs, and what makes it impossible."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.recording.errors import RecordingError
+from instep.recording.writer import RecordingWriter
+from instep.runtime.executor import InlineExecutor
+from instep.server.assembly import recording_header
+from tests.support.models import SMALL
+from tests.support.rows import open_stream
+from tests.support.running import config, prepared
+from tests.support.streaming import random_frames, step, streaming
+
+F = 5
+MANY = 20_000_000
+"""Streams that were opened in the life of a recording, of which three are left."""
+NUMBERS = [MANY, 7, MANY - 5]
+
+
+async def test_memory_is_for_the_streams_that_are_open_and_not_for_all_that_ever_were(tmp_path: Path) -> None:
+    path = tmp_path / "r.instep"
+    writer = RecordingWriter.create(path, recording_header(prepared(SMALL), config(recording={"file": path})))
+    for number in NUMBERS:
+        open_stream(writer, number, f"s{number}", 1000, 0, 1, None)
+    for seq, streams in enumerate(([7, MANY - 5, MANY], [MANY, 7])):
+        count = len(streams)
+        x = np.full((count, F), seq + 1, np.float32)
+        writer.add_inputs(1, 4, np.array(streams, np.uint32), np.full(count, seq, np.uint64), x)
+    writer.commit()
+    writer.abandon()
+    async with streaming(InlineExecutor) as kit:
+        tracemalloc.start()
+        recovery = kit.record(path)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < MANY, "a byte for each"
+        assert recovery is not None
+        assert (recovery.streams, recovery.frames, recovery.last_stream) == (3, 5, MANY)
+        read = await kit.frontend.ask(lambda: kit.operations.read_states([f"s{number}" for number in NUMBERS]))
+        assert read.next_seqs.tolist() == [2, 2, 1]
+
+
+async def test_more_streams_than_fit_are_refused_with_what_to_do(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = tmp_path / "r.instep"
+    async with streaming(InlineExecutor) as kit:
+        kit.record(path)
+        origin = kit.frontend.connect()
+        handles = (await origin.open(list("abcd"))).handles
+        await step(origin, handles, [0] * 4, random_frames(rng, 1, 4))
+    async with streaming(InlineExecutor, max_streams=3) as kit:
+        with pytest.raises(RecordingError, match=r"holds 4 open streams, but engine.max_streams is 3; raise it"):
+            kit.record(path)
+    async with streaming(InlineExecutor) as kit:
+        recovery = kit.record(path)
+        assert recovery is not None, "the attempt has left it as it was"
+        assert recovery.streams == 4
