@@ -145,6 +145,7 @@ def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(mod
         assert line["exactness"] == exactness_sentence(prepared(SMALL, 512).certification)
         assert line["step"] == "torch", "its width does not fill vectors"
         assert line["certified_s"] > 0
+        assert line["compiled_s"] > 0
         assert line["recording"] == str(recording)
         with Client(line["endpoint"]) as client:
             x = np.ones((3, 5), np.float32)

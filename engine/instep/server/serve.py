@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -33,7 +35,11 @@ def exactness_sentence(certification: Certification) -> str:
 
 
 async def _serve(
-    config: Config, prepared: Prepared, on_ready: Callable[[str], None] | None, accept_numerics_change: bool
+    config: Config,
+    prepared: Prepared,
+    compiled_s: float,
+    on_ready: Callable[[str], None] | None,
+    accept_numerics_change: bool,
 ) -> int:
     log = make_log(config.log)
     allowed = allow_open_files(config.limits.max_connections + _FILES_BESIDE_CONNECTIONS)
@@ -61,6 +67,7 @@ async def _serve(
             exactness=exactness_sentence(prepared.certification),
             step=prepared.network.kernel,
             certified_s=round(prepared.certified_s, 4),
+            compiled_s=round(compiled_s, 4),
             recording=str(config.recording.file or "none"),
             durability=server.info.durability,
             **_recovered(server.recovery),
@@ -109,8 +116,15 @@ def run(config: Config, *, on_ready: Callable[[str], None] | None = None, accept
         CannotServe: when the server cannot start.
     """
     prepared = prepare(config)
-    if not are_cached():
-        make_log(config.log).info("compiling", hint="the hot path is compiled once on a machine; it takes some seconds")
-    warm_up()
+    compiled_s = _compile()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
-    return asyncio.run(_serve(config, prepared, on_ready, accept_numerics_change))
+    return asyncio.run(_serve(config, prepared, compiled_s, on_ready, accept_numerics_change))
+
+
+def _compile() -> float:
+    """Compile the hot path, or load it from its cache; the seconds that took. People are told what they wait for."""
+    if sys.stderr.isatty() and not are_cached():
+        sys.stderr.write("Compiling the hot path: once on a machine, some ten seconds.\n")
+    began = time.perf_counter()
+    warm_up()
+    return time.perf_counter() - began
