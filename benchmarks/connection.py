@@ -20,6 +20,7 @@ from instep_client import replies
 from instep_client.protocol import wire
 from instep_client.protocol.multipart import READABLE, events
 from instep_client.protocol.wire import F32, U64, Code, Header, Kind, ServerInfo
+from instep_client.states import as_state
 
 SILENT_MS: Final = 30_000
 """How long a server may leave a request unanswered."""
@@ -91,9 +92,10 @@ class BareConnection:
         """Close streams that have no frame in flight; their final states [N, layers, size]."""
         info, count = self.info, len(handles)
         header, frames = self._ask(Kind.CLOSE, count, frames=(handles.tobytes(),))
-        states, failures = replies.closed(header, frames, count, info.state_layers * info.state_size)
+        states, failures = replies.closed(header, frames, count, info.state.row_bytes)
         _check_none(failures)
-        return states.reshape(count, info.state_layers, info.state_size)
+        finals: F32 = as_state(states, info.state, single=False)
+        return finals
 
     def send(self, header: Buffer, columns: Buffer, x: Buffer) -> None:
         """Send one STEP; the caller may change the buffers as soon as this returns."""

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup, AsyncStream
 from instep_client.driver import Driver
-from instep_client.protocol.wire import DEFAULT_ENDPOINT, F32, ServerInfo
+from instep_client.protocol.wire import DEFAULT_ENDPOINT, ServerInfo
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
+from instep_client.states import State, as_state
 
 
 class AsyncClient:
@@ -84,8 +85,8 @@ class AsyncClient:
         """
         return self._session.info
 
-    async def open(self, name: str, initial_state: npt.ArrayLike | None = None, first_seq: int = 0) -> AsyncStream:
-        """Open one stream; its state is float32 [state_layers, state_size], zeros unless given.
+    async def open(self, name: str, initial_state: State | None = None, first_seq: int = 0) -> AsyncStream:
+        """Open one stream; its state is the model's initial one unless given (see `instep_client.states`).
 
         Its first frame has the seq `first_seq`.
 
@@ -97,8 +98,8 @@ class AsyncClient:
         call = self._session.open([name], initial_state, single=True, first_seqs=first_seq or None)
         return AsyncStream(self._session, self._driver, await self._driver.wait(call))
 
-    async def open_group(self, names: Sequence[str], initial_states: npt.ArrayLike | None = None) -> AsyncGroup:
-        """Open many streams to be stepped by one array; states are float32 [N, state_layers, state_size].
+    async def open_group(self, names: Sequence[str], initial_states: State | None = None) -> AsyncGroup:
+        """Open many streams to be stepped by one array; states are those of N streams.
 
         Either all are opened or none: those that were opened before one was refused are closed again, and their names
         free, when this raises.
@@ -149,11 +150,11 @@ class AsyncClient:
         call = self._session.resume(names, have, epochs, take_over, single=False)
         return AsyncGroup(self._session, self._driver, await self._driver.wait(call))
 
-    async def read_state(self, name: str) -> tuple[int, F32]:
+    async def read_state(self, name: str) -> tuple[int, State]:
         """Read the state of any stream of the server, parked ones included; its owner notices nothing.
 
         Returns:
-            The seq of the stream's next frame, and its state, float32 [state_layers, state_size].
+            The seq of the stream's next frame, and its state.
 
         Raises:
             StreamRefused: UNKNOWN_STREAM or EXPIRED when there is none.
@@ -161,7 +162,7 @@ class AsyncClient:
         """
         info = self.info
         seqs, states = await self._driver.wait(self._session.read_state_by_name([name]))
-        return int(seqs[0]), states.reshape(info.state_layers, info.state_size)
+        return int(seqs[0]), as_state(states, info.state, single=True)
 
     async def snapshot(self, name: str) -> StreamSnapshot:
         """The state with its seq and model: it can be saved, and restored on any server of that model."""

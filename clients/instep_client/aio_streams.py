@@ -11,6 +11,7 @@ from instep_client.driver import Driver
 from instep_client.protocol.wire import F32, U64
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
+from instep_client.states import State, as_state
 from instep_client.streams import StreamHandle
 
 
@@ -103,17 +104,17 @@ class AsyncStream:
                 return None
             await self._driver.wait_news(self._handle)
 
-    async def read_state(self) -> tuple[int, F32]:
-        """The state as it is now and the seq of the frame that comes next: float32 [state_layers, state_size].
+    async def read_state(self) -> tuple[int, State]:
+        """The state as it is now and the seq of the frame that comes next.
 
         What was sent and is not applied yet is not in it.
         """
         info = self._session.info
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
-        return int(seqs[0]), states.reshape(info.state_layers, info.state_size)
+        return int(seqs[0]), as_state(states, info.state, single=True)
 
-    async def reset(self, state: npt.ArrayLike | None = None) -> None:
-        """Set the state once everything sent was answered, to zeros unless given; seqs go on.
+    async def reset(self, state: State | None = None) -> None:
+        """Set the state once everything sent was answered, to the initial one unless given; seqs go on.
 
         Raises:
             StreamRefused: when the server refuses.
@@ -138,15 +139,15 @@ class AsyncStream:
         seq, state = await self.read_state()
         return StreamSnapshot(self.name, seq, state, info.fingerprint, info.model)
 
-    async def close(self) -> F32:
-        """Close it once everything sent was answered; its final state, float32 [state_layers, state_size].
+    async def close(self) -> State:
+        """Close it once everything sent was answered; its final state.
 
         Raises:
             StreamRefused: when the server refuses.
         """
         info = self._session.info
         final = await self._driver.wait(self._session.close(self._handle))
-        return final.reshape(info.state_layers, info.state_size)
+        return as_state(final, info.state, single=True)
 
 
 class AsyncGroup:
@@ -192,14 +193,14 @@ class AsyncGroup:
         """Like `step`, with the server's times beside the outputs."""
         return await self._driver.wait(self._session.step(self._handle, x, rows))
 
-    async def read_state(self) -> tuple[U64, F32]:
-        """Seqs uint64 [N] and states float32 [N, state_layers, state_size]; see `AsyncStream.read_state`."""
+    async def read_state(self) -> tuple[U64, State]:
+        """Seqs uint64 [N] and states of N streams; see `AsyncStream.read_state`."""
         info = self._session.info
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
-        return seqs, states.reshape(len(self), info.state_layers, info.state_size)
+        return seqs, as_state(states, info.state, single=False)
 
-    async def reset(self, states: npt.ArrayLike | None = None) -> None:
-        """Set all states, float32 [N, state_layers, state_size], once everything sent was answered; zeros unless given.
+    async def reset(self, states: State | None = None) -> None:
+        """Set all states once everything sent was answered, to the initial one unless given.
 
         Raises:
             StreamRefused: naming the first stream that the server refuses; others may have been reset.
@@ -212,12 +213,12 @@ class AsyncGroup:
         handle = await self._driver.wait(self._session.fork(self._handle, names))
         return AsyncGroup(self._session, self._driver, handle)
 
-    async def close(self) -> F32:
-        """Close all; their final states, float32 [N, state_layers, state_size], NaN for those that had ended.
+    async def close(self) -> State:
+        """Close all; their final states, with NaN in the floats of those that had ended.
 
         Raises:
             StreamRefused: when the server refuses one that is open.
         """
         info = self._session.info
         finals = await self._driver.wait(self._session.close(self._handle))
-        return finals.reshape(len(self), info.state_layers, info.state_size)
+        return as_state(finals, info.state, single=False)

@@ -69,18 +69,6 @@ def group_frames(x: npt.ArrayLike, columns: int, features: int) -> tuple[F32, tu
     return frames.reshape(-1, columns, features), frames.shape[:-1]
 
 
-def states(x: npt.ArrayLike, shape: tuple[int, ...]) -> F32:
-    """Initial states of exactly that shape.
-
-    Raises:
-        InvalidInput: naming the shape.
-    """
-    array = float32_copy(x, "an initial state")
-    if array.shape != shape:
-        raise InvalidInput(f"initial states must have shape {list(shape)}; this array has shape {list(array.shape)}")
-    return array
-
-
 def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
     """Which streams of a group of `count`: at least one distinct index from 0 to `count - 1`.
 

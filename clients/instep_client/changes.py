@@ -9,7 +9,8 @@ import numpy as np
 from instep_client import arrays
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
 from instep_client.protocol.errors import StreamEvicted, StreamRefused
-from instep_client.protocol.wire import F32, Kind, ServerInfo, raw
+from instep_client.protocol.state_spec import U8
+from instep_client.protocol.wire import Kind, ServerInfo, raw
 from instep_client.replies import ColumnError
 from instep_client.requests import CloseCall, ResetCall
 from instep_client.streams import ENDING, HANDLE, OpenStreams, StreamHandle
@@ -31,8 +32,9 @@ class Changes:
         self._table = table
         self._outbox = outbox
         self._answered = answered
-        self._state = info.state_layers * info.state_size
-        self._most = min(info.max_message_bytes // (4 * max(2, self._state)), MAX_REPLY_BYTES // (4 * self._state))
+        self._state = info.state
+        row_bytes = self._state.row_bytes
+        self._most = min(info.max_message_bytes // max(8, row_bytes), MAX_REPLY_BYTES // row_bytes)
 
     def ask(self, call: ResetCall | CloseCall) -> None:
         """Ask for what a call wants; again, when it was asked before over a connection that is lost."""
@@ -71,13 +73,13 @@ class Changes:
             call.note(int(part[column]), code, sentence)
         self.part_answered(call)
 
-    def closed(self, call: CloseCall, part: arrays.Indices, finals: F32, failures: list[ColumnError]) -> None:
+    def closed(self, call: CloseCall, part: arrays.Indices, finals: U8, failures: list[ColumnError]) -> None:
         """CLOSED came for a part of a call."""
         call.finals[part] = finals
         is_closed = np.ones(len(part), np.bool_)
         for column, _, code, sentence, _ in failures:
             index = int(part[column])
-            call.finals[index] = np.nan
+            call.finals[index] = self._state.missing(1)
             is_closed[column] = code in ENDING
             if call.handle.single or code not in ENDING:
                 call.note(index, code, sentence)

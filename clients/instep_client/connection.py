@@ -202,7 +202,7 @@ class Connection:
     def _discard(self, handle: StreamHandle, on_end: Callable[[], None] | None = None) -> None:
         """Close a stream handle that nobody holds; `on_end` is called when that was done or failed."""
         handle.closing = True
-        self._ask_in_turn(CloseCall(handle, self.info.state_layers * self.info.state_size, on_end))
+        self._ask_in_turn(CloseCall(handle, self.info.state, on_end))
 
     # Silence, loss and recovery.
 

@@ -35,7 +35,7 @@ _REPLY: Final = {
     Kind.RESET: Kind.CHANGED,
     Kind.FORK: Kind.OPENED,
 }
-_SAME: Final = ("fingerprint", "features", "outputs", "state_layers", "state_size")
+_SAME: Final = ("fingerprint", "features", "outputs", "state")
 _NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
 _PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN})
 """Why a HELLO or RESUME is refused that may be granted a little later."""
@@ -111,13 +111,13 @@ class Listener(Connection):
             self._probing = False
 
     def _handle_part(self, header: Header, frames: Sequence[Frame], asked: Asked, part: Indices, now: float) -> None:
-        what, count, state = asked.what, len(part), self.info.state_layers * self.info.state_size
+        what, count, row_bytes = asked.what, len(part), self.info.state.row_bytes
         if isinstance(what, OpenCall):
             self._openings.opened(what, part, *replies.granted(header, frames, count))
         elif isinstance(what, CloseCall):
-            self._changes.closed(what, part, *replies.closed(header, frames, count, state))
+            self._changes.closed(what, part, *replies.closed(header, frames, count, row_bytes))
         elif isinstance(what, ReadStateCall):
-            self._state_reads.read(what, part, *replies.state_read(header, frames, count, state))
+            self._state_reads.read(what, part, *replies.state_read(header, frames, count, row_bytes))
         elif isinstance(what, ResetCall):
             self._changes.changed(what, part, replies.changed(header, frames, count))
         else:

@@ -20,6 +20,7 @@ from instep_client.protocol.errors import ConnectionFailed, InstepError, Invalid
 from instep_client.protocol.wire import CLAIM, HAVE_ALL, U64, Code, GrantArray, Kind, Message, ServerInfo, raw
 from instep_client.replies import ColumnError
 from instep_client.requests import ForkCall, OpenCall, ResumeCall
+from instep_client.states import State, state_rows
 from instep_client.streams import HANDLE, OpenStreams, StreamHandle
 
 _IN_DOUBT: Final = {Code.NAME_IN_USE: "opened", Code.FENCED: "resumed"}
@@ -54,21 +55,19 @@ class Openings:
         self._outbox = outbox
         self._discard = discard
         self._answered = answered
-        self._state_shape = (info.state_layers, info.state_size)
-        self._state = info.state_layers * info.state_size
+        self._state = info.state
         name_bytes = wire.MAX_NAME_BYTES + 1
-        self._most_opened = info.max_message_bytes // max(name_bytes, 4 * self._state)
+        self._most_opened = info.max_message_bytes // max(name_bytes, self._state.row_bytes)
         self._most_resumed = info.max_message_bytes // max(name_bytes, wire.GRANT.itemsize)
 
     def open(
-        self, names: Sequence[str], initial_states: npt.ArrayLike | None, single: bool, first_seqs: U64 | None = None
+        self, names: Sequence[str], initial_states: State | None, single: bool, first_seqs: U64 | None = None
     ) -> OpenCall:
         """A call that opens streams; see `Session.open`."""
         names = good_names(names)
         initial = None
         if initial_states is not None:
-            shape = self._state_shape if single else (len(names), *self._state_shape)
-            initial = arrays.states(initial_states, shape).reshape(len(names), self._state)
+            initial = state_rows(initial_states, self._state, None if single else len(names))
         return OpenCall(names, single, initial, first_seqs)
 
     def resume(

@@ -10,6 +10,7 @@ import numpy as np
 
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.state_spec import U8, InvalidStateSpec, StateSpec
 from instep_client.protocol.wire import F32, U64, Code, Frame, GrantArray, Header, ServerInfo
 
 _MOST: Final = 2**63 - 1
@@ -51,6 +52,11 @@ def welcome(header: Header) -> ServerInfo:
             if type(value) is not tuple:
                 raise MalformedMessage("buckets must be an array")
             values.append(tuple(wire.count_field(bucket, "a bucket", _MOST) for bucket in value))
+        elif name == "state":
+            try:
+                values.append(StateSpec.decode(value))
+            except InvalidStateSpec as error:
+                raise MalformedMessage(f"WELCOME describes a state that cannot be: {error}") from None
         elif kind == "int":
             values.append(wire.count_field(value, name, _MOST))
         elif kind == "float":
@@ -115,18 +121,20 @@ def stepped(header: Header, frames: Sequence[Frame], steps: int, columns: int, o
     return Stepped(y, failures, times)
 
 
-def closed(header: Header, frames: Sequence[Frame], count: int, state: int) -> tuple[F32, list[ColumnError]]:
-    """Final states [count, state], NaN where refused, and what was refused."""
+def closed(header: Header, frames: Sequence[Frame], count: int, row_bytes: int) -> tuple[U8, list[ColumnError]]:
+    """Final states as rows of bytes [count, row_bytes], and what was refused."""
     _count(header.fields[0], count)
-    finals: F32 = wire.array_frame(frames[1], "<f4", (count, state), "final states")
+    finals: U8 = wire.array_frame(frames[1], "u1", (count, row_bytes), "final states")
     return finals, _failures(frames[2], header.fields[1], count, 1)
 
 
-def state_read(header: Header, frames: Sequence[Frame], count: int, state: int) -> tuple[U64, F32, list[ColumnError]]:
-    """Next seqs [count] and states [count, state], NaN where refused, and what was refused."""
+def state_read(
+    header: Header, frames: Sequence[Frame], count: int, row_bytes: int
+) -> tuple[U64, U8, list[ColumnError]]:
+    """Next seqs [count], states as rows of bytes [count, row_bytes], and what was refused."""
     _count(header.fields[0], count)
     seqs: U64 = wire.array_frame(frames[1], "<u8", (count,), "seqs")
-    states: F32 = wire.array_frame(frames[2], "<f4", (count, state), "states")
+    states: U8 = wire.array_frame(frames[2], "u1", (count, row_bytes), "states")
     return seqs, states, _failures(frames[3], header.fields[1], count, 1)
 
 

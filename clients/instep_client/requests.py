@@ -18,7 +18,8 @@ import numpy as np
 
 from instep_client.calls import Call
 from instep_client.protocol.errors import InstepError
-from instep_client.protocol.wire import F32, GRANT, U64, Code, FailureArray, GrantArray
+from instep_client.protocol.state_spec import U8, StateSpec
+from instep_client.protocol.wire import GRANT, U64, Code, FailureArray, GrantArray
 from instep_client.streams import StreamHandle
 
 R = TypeVar("R")
@@ -68,13 +69,13 @@ class OpenCall(Request[StreamHandle]):
     __slots__ = ("abandoned", "first_seqs", "grants", "initial", "names", "single")
 
     def __init__(
-        self, names: Sequence[str], single: bool, initial: F32 | None = None, first_seqs: U64 | None = None
+        self, names: Sequence[str], single: bool, initial: U8 | None = None, first_seqs: U64 | None = None
     ) -> None:
         super().__init__()
         self.names = names
         self.single = single
         self.initial = initial
-        """float32 [N, state]; None for zeros."""
+        """Rows of bytes [N, row_bytes]; None for the initial state."""
         self.first_seqs = first_seqs
         """uint64 [N]; None for 0."""
         self.grants: GrantArray = np.zeros(len(names), GRANT)
@@ -105,19 +106,19 @@ class ForkCall(OpenCall):
         """What is copied."""
 
 
-class ReadStateCall(Request[tuple[U64, F32]]):
-    """A read of states; the result is the next seqs uint64 [N] and the states float32 [N, state]."""
+class ReadStateCall(Request[tuple[U64, U8]]):
+    """A read of states; the result is the next seqs uint64 [N] and rows of states [N, row_bytes]."""
 
     __slots__ = ("handle", "names", "seqs", "states")
 
-    def __init__(self, names: Sequence[str], handle: StreamHandle | None, states: F32) -> None:
+    def __init__(self, names: Sequence[str], handle: StreamHandle | None, states: U8) -> None:
         super().__init__()
         self.names = names
         self.handle = handle
         """The streams are given by its handles; by name where None, whoever owns them."""
         self.seqs: U64 = np.zeros(len(names), np.uint64)
         self.states = states
-        """float32 [N, state], to be filled."""
+        """Rows of bytes [N, row_bytes], to be filled."""
 
 
 class ResetCall(Request[None]):
@@ -125,25 +126,25 @@ class ResetCall(Request[None]):
 
     __slots__ = ("handle", "states")
 
-    def __init__(self, handle: StreamHandle, states: F32 | None) -> None:
+    def __init__(self, handle: StreamHandle, states: U8 | None) -> None:
         super().__init__()
         self.handle = handle
         self.states = states
-        """float32 [N, state]; None for zeros."""
+        """Rows of bytes [N, row_bytes]; None for the initial state."""
 
 
-class CloseCall(Request[F32]):
-    """The closing of a handle; the result is the final states float32 [N, state], NaN for streams that had ended."""
+class CloseCall(Request[U8]):
+    """The closing of a handle; the result is final states [N, row_bytes], `missing` where streams had ended."""
 
     __slots__ = ("_on_end", "finals", "handle")
 
-    def __init__(self, handle: StreamHandle, state: int, on_end: Callable[[], None] | None = None) -> None:
+    def __init__(self, handle: StreamHandle, state: StateSpec, on_end: Callable[[], None] | None = None) -> None:
         super().__init__()
         self.handle = handle
-        self.finals: F32 = np.full((len(handle.rows), state), np.nan, np.float32)
+        self.finals: U8 = state.missing(len(handle.rows))
         self._on_end = on_end
 
-    def finish(self, result: F32) -> None:
+    def finish(self, result: U8) -> None:
         """End it with the final states."""
         super().finish(result)
         self._tell()

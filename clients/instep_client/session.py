@@ -25,8 +25,10 @@ from instep_client.calls import Call, OutputsCall, PingCall, StatisticsCall
 from instep_client.connection import State as State
 from instep_client.listener import Listener
 from instep_client.protocol.errors import ClientClosed
-from instep_client.protocol.wire import F32, U64
+from instep_client.protocol.wire import U64
 from instep_client.requests import CloseCall, ForkCall, OpenCall, ReadStateCall, ResetCall
+from instep_client.states import State as StreamState
+from instep_client.states import state_rows
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
 
@@ -41,11 +43,11 @@ class Session(Listener):
     def open(
         self,
         names: Sequence[str],
-        initial_states: npt.ArrayLike | None,
+        initial_states: StreamState | None,
         single: bool,
         first_seqs: npt.ArrayLike | None = None,
     ) -> OpenCall:
-        """Open streams: one, with a state [L, H], or a group, with states [N, L, H]; zeros where None.
+        """Open streams: one, with a state, or a group, with states of N streams; the initial one where None.
 
         Raises:
             InvalidInput: for bad or repeated names, states of another shape, or bad seqs.
@@ -175,11 +177,9 @@ class Session(Listener):
             ClientClosed: when the handle was closed.
         """
         self._check_handle(handle)
-        given: F32 | None = None
+        given = None
         if states is not None:
-            shape = (self.info.state_layers, self.info.state_size)
-            given = arrays.states(states, shape if handle.single else (len(handle.rows), *shape))
-            given = given.reshape(len(handle.rows), self._state_width)
+            given = state_rows(states, self.info.state, None if handle.single else len(handle.rows))
         call = ResetCall(handle, given)
         self._ask_in_turn(call)
         return call
@@ -194,7 +194,7 @@ class Session(Listener):
         self._check_open()
         _check_not_closed(handle)
         handle.closing = True
-        call = CloseCall(handle, self._state_width)
+        call = CloseCall(handle, self.info.state)
         self._ask_in_turn(call)
         if handle.single and handle.has_ended:
             self._refuse_ended(handle.rows)  # the call stays, to give the row back when nothing is unanswered
@@ -229,10 +229,6 @@ class Session(Listener):
     def epochs(self, handle: StreamHandle) -> U64:
         """The epoch under which each stream of a handle is held; they change with the connection."""
         return self._table.epochs(handle)
-
-    @property
-    def _state_width(self) -> int:
-        return self.info.state_layers * self.info.state_size
 
     def _check_handle(self, handle: StreamHandle) -> None:
         self._check_open()

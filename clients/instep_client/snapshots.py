@@ -1,6 +1,7 @@
 """A stream's state in a file from which any server of the same model can continue the stream.
 
-It is a safetensors file with one tensor, `state`; its metadata say which stream and model the state belongs to. Only
+It is a safetensors file with one tensor `state`, or `state.NAME` for each leaf where the state is a dict of arrays; its
+metadata say which stream and model the state belongs to. Only
 reading and writing files needs the package safetensors, which is therefore imported there and not above.
 """
 
@@ -8,19 +9,24 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from instep_client.outbox import MAX_REPLY_BYTES
 from instep_client.protocol.errors import InvalidInput
-from instep_client.protocol.wire import F32, ServerInfo
+from instep_client.protocol.wire import ServerInfo
+from instep_client.states import State, state_rows
 
 _FORMAT: Final = "instep stream snapshot 1"
+_LEAF: Final = "state."
+_DTYPES: Final = ("F32", "F64", "I64", "BOOL")
 _LENGTH_BYTES: Final = 8
 """A safetensors file begins with the length of its header, little-endian."""
 _MAX_HEADER_BYTES: Final = 65_536
@@ -34,8 +40,8 @@ class StreamSnapshot:
 
     name: str
     seq: int
-    state: F32
-    """float32 [state_layers, state_size]."""
+    state: State
+    """See `instep_client.states`."""
     fingerprint: str
     """Of the model, see `ServerInfo`."""
     model: str
@@ -55,7 +61,8 @@ class StreamSnapshot:
             "fingerprint": self.fingerprint,
             "model": self.model,
         }
-        content = _safetensors().numpy.save({"state": np.ascontiguousarray(self.state, np.float32)}, about)
+        leaves = _tensors(self.state)
+        content = _safetensors().numpy.save({name: np.array(leaf, order="C") for name, leaf in leaves.items()}, about)
         target = Path(path)
         part = target.with_name(f".{target.name}.{token_hex(4)}.part")
         try:
@@ -96,12 +103,17 @@ class StreamSnapshot:
     def _read(cls, safetensors: ModuleType, path: Path) -> StreamSnapshot:
         with safetensors.safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
-            if about.get("format") != _FORMAT or list(file.keys()) != ["state"]:
+            names = list(file.keys())
+            is_snapshot = names == ["state"] or (names and all(name.startswith(_LEAF) for name in names))
+            if about.get("format") != _FORMAT or not is_snapshot:
                 raise ValueError("it is a safetensors file of something else")
-            tensor = file.get_slice("state")
-            if tensor.get_dtype() != "F32" or len(tensor.get_shape()) != 2 or 0 in tensor.get_shape():
-                raise ValueError(f"its state is {tensor.get_dtype()} {tensor.get_shape()}, expected F32 [layers, size]")
-            state = np.array(file.get_tensor("state"), np.float32)
+            for name in names:
+                tensor = file.get_slice(name)
+                dtypes = ("F32",) if name == "state" else _DTYPES
+                if tensor.get_dtype() not in dtypes or 0 in tensor.get_shape():
+                    raise ValueError(f"its {name} is {tensor.get_dtype()} {tensor.get_shape()}, which no state is")
+            leaves = {name.removeprefix(_LEAF): np.array(file.get_tensor(name)) for name in names}
+            state = leaves["state"] if names == ["state"] else leaves
         seq = int(about["seq"])
         if not 0 <= seq < 2**62:
             raise ValueError("its seq is out of range")
@@ -118,16 +130,22 @@ class StreamSnapshot:
                 f"the snapshot is of model {self.model!r} (fingerprint {self.fingerprint[:12]}), the server runs "
                 f"{info.model!r} ({info.fingerprint[:12]}); a state goes on only with the weights that made it"
             )
-        if self.state.shape != (info.state_layers, info.state_size):
-            raise InvalidInput(
-                f"the snapshot's state has shape {list(self.state.shape)}, and those of model {info.model!r} have "
-                f"{[info.state_layers, info.state_size]}: it was changed since it was taken"
-            )
-        if not np.isfinite(self.state).all():
+        try:
+            rows = state_rows(self.state, info.state, None)
+        except InvalidInput as error:
+            raise InvalidInput(f"the snapshot was changed since it was taken: {error}") from None
+        if not info.state.valid(rows).all():
             raise InvalidInput(
                 f"the snapshot's state, before frame {self.seq} of stream {self.name!r}, holds NaN or infinity, which "
-                "no server takes: go on from an earlier one, or from zeros"
+                "no server takes: go on from an earlier one, or from the initial state"
             )
+
+
+def _tensors(state: State) -> dict[str, npt.NDArray[Any]]:
+    """By their names in the file."""
+    if isinstance(state, Mapping):
+        return {_LEAF + name: np.asarray(leaf) for name, leaf in state.items()}
+    return {"state": np.asarray(state, np.float32)}
 
 
 def _safetensors() -> ModuleType:

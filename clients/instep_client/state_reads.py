@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from instep_client import arrays
 from instep_client.openings import good_names
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
 from instep_client.protocol import wire
 from instep_client.protocol.errors import StreamEvicted, StreamRefused
-from instep_client.protocol.wire import F32, U64, Kind, ServerInfo
+from instep_client.protocol.state_spec import U8
+from instep_client.protocol.wire import U64, Kind, ServerInfo
 from instep_client.replies import ColumnError
 from instep_client.requests import ReadStateCall
 from instep_client.streams import ENDING, HANDLE, OpenStreams, StreamHandle
@@ -29,21 +28,21 @@ class StateReads:
     def __init__(self, table: OpenStreams, info: ServerInfo, outbox: Outbox) -> None:
         self._table = table
         self._outbox = outbox
-        self._state = info.state_layers * info.state_size
+        self._state = info.state
         self._most_message_bytes = info.max_message_bytes
 
     def by_handle(self, handle: StreamHandle) -> ReadStateCall:
         """A call that reads a handle's states; see `Session.read_state`."""
-        return ReadStateCall(handle.names, handle, np.empty((len(handle.rows), self._state), np.float32))
+        return ReadStateCall(handle.names, handle, self._state.missing(len(handle.rows)))
 
     def by_name(self, names: Sequence[str]) -> ReadStateCall:
         """A call that reads the states of streams by name; see `Session.read_state_by_name`."""
         names = good_names(names)
-        return ReadStateCall(names, None, np.empty((len(names), self._state), np.float32))
+        return ReadStateCall(names, None, self._state.missing(len(names)))
 
     def ask(self, call: ReadStateCall) -> None:
         """Send a call's requests; again, if the connection was lost before they were answered."""
-        state_bytes = 4 * self._state
+        state_bytes = self._state.row_bytes
         asked_bytes = wire.MAX_NAME_BYTES + 1 if call.handle is None else 8  # a name and its line end, or a handle
         most = min(self._most_message_bytes // max(asked_bytes, state_bytes), MAX_REPLY_BYTES // state_bytes)
         pieces = parts(len(call.names), most)
@@ -57,7 +56,7 @@ class StateReads:
             self._outbox.ask(Kind.READ_STATE, call, len(part), by_name, frames=[streams], part=part)
 
     def read(
-        self, call: ReadStateCall, part: arrays.Indices, seqs: U64, states: F32, failures: list[ColumnError]
+        self, call: ReadStateCall, part: arrays.Indices, seqs: U64, states: U8, failures: list[ColumnError]
     ) -> None:
         """STATE_READ came for a part of a call."""
         call.seqs[part], call.states[part] = seqs, states

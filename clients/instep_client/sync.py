@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from instep_client.aio import AsyncClient
 from instep_client.loop_thread import LoopThread
-from instep_client.protocol.wire import DEFAULT_ENDPOINT, F32, ServerInfo
+from instep_client.protocol.wire import DEFAULT_ENDPOINT, ServerInfo
 from instep_client.snapshots import StreamSnapshot
+from instep_client.states import State
 from instep_client.sync_streams import Group, Stream
 
 
@@ -83,11 +84,11 @@ class Client:
         """
         return self._client.info
 
-    def open(self, name: str, initial_state: npt.ArrayLike | None = None, first_seq: int = 0) -> Stream:
+    def open(self, name: str, initial_state: State | None = None, first_seq: int = 0) -> Stream:
         """Open one stream; see `AsyncClient.open`."""
         return Stream(self, self._thread, self._thread.run(self._client.open(name, initial_state, first_seq)))
 
-    def open_group(self, names: Sequence[str], initial_states: npt.ArrayLike | None = None) -> Group:
+    def open_group(self, names: Sequence[str], initial_states: State | None = None) -> Group:
         """Open many streams to be stepped by one array; see `AsyncClient.open_group`."""
         return Group(self, self._thread, self._thread.run(self._client.open_group(names, initial_states)))
 
@@ -106,7 +107,7 @@ class Client:
         group = self._thread.run(self._client.resume_group(names, have, epochs, take_over))
         return Group(self, self._thread, group)
 
-    def read_state(self, name: str) -> tuple[int, F32]:
+    def read_state(self, name: str) -> tuple[int, State]:
         """Read the state of any stream of the server; see `AsyncClient.read_state`."""
         return self._thread.run(self._client.read_state(name))
 

@@ -11,6 +11,7 @@ from instep_client.calls import TimedOutputs
 from instep_client.loop_thread import LoopThread
 from instep_client.protocol.wire import F32, U64
 from instep_client.snapshots import StreamSnapshot
+from instep_client.states import State
 
 
 class Stream:
@@ -63,12 +64,12 @@ class Stream:
             raise StopIteration
         return outputs
 
-    def read_state(self) -> tuple[int, F32]:
+    def read_state(self) -> tuple[int, State]:
         """The state as it is now and the seq of the frame that comes next; see `AsyncStream.read_state`."""
         return self._thread.run(self._stream.read_state())
 
-    def reset(self, state: npt.ArrayLike | None = None) -> None:
-        """Set the state once everything sent was answered, to zeros unless given; see `AsyncStream.reset`."""
+    def reset(self, state: State | None = None) -> None:
+        """Set the state once everything sent was answered, to the initial one unless given; see `AsyncStream.reset`."""
         self._thread.run(self._stream.reset(state))
 
     def fork(self, name: str) -> Stream:
@@ -79,7 +80,7 @@ class Stream:
         """The state with its seq and model: it can be saved, and restored on any server of that model."""
         return self._thread.run(self._stream.snapshot())
 
-    def close(self) -> F32:
+    def close(self) -> State:
         """Close it; its final state; see `AsyncStream.close`."""
         return self._thread.run(self._stream.close())
 
@@ -119,11 +120,11 @@ class Group:
         """Like `step`, with the server's times beside the outputs."""
         return self._thread.run(self._group.step_timed(x, rows))
 
-    def read_state(self) -> tuple[U64, F32]:
+    def read_state(self) -> tuple[U64, State]:
         """Seqs and states of all streams as they are now; see `AsyncGroup.read_state`."""
         return self._thread.run(self._group.read_state())
 
-    def reset(self, states: npt.ArrayLike | None = None) -> None:
+    def reset(self, states: State | None = None) -> None:
         """Set all states once everything sent was answered; see `AsyncGroup.reset`."""
         self._thread.run(self._group.reset(states))
 
@@ -131,7 +132,7 @@ class Group:
         """New streams that begin with their states and seqs; see `AsyncGroup.fork`."""
         return Group(self._client, self._thread, self._thread.run(self._group.fork(names)))
 
-    def close(self) -> F32:
+    def close(self) -> State:
         """Close all; their final states; see `AsyncGroup.close`."""
         return self._thread.run(self._group.close())
 

@@ -94,12 +94,6 @@ def test_other_shapes_of_a_group_are_refused(shape: tuple[int, ...]) -> None:
         arrays.group_frames(np.zeros(shape), 2, 3)
 
 
-def test_states_have_exactly_their_shape() -> None:
-    assert arrays.states(np.ones((2, 4)), (2, 4)).tolist() == np.ones((2, 4)).tolist()
-    with pytest.raises(InvalidInput, match=r"shape \[2, 4\]; this array has shape \[4, 2\]"):
-        arrays.states(np.ones((4, 2)), (2, 4))
-
-
 def test_rows_are_distinct_indices() -> None:
     assert arrays.row_indices([2, 0], 3).tolist() == [2, 0]
     assert arrays.row_indices(np.array([1], np.uint8), 3).dtype == np.int64

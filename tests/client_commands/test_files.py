@@ -119,7 +119,11 @@ F32 = np.zeros((3, 2), np.float32)
         ({"frames": F32, "lengths": [3], "times_s": np.zeros(2)}, "'times_s' must be numbers [3]"),
         ({"frames": F32, "lengths": [3], "times_s": np.array([0, 2, 1])}, "never go back"),
         ({"frames": F32, "lengths": [3], "times_s": np.array([0, 1, np.inf])}, "must be finite"),
-        ({"frames": F32, "lengths": [3], "initial_states": np.zeros((1, 2), np.float32)}, "float32 [1, *, *]"),
+        (
+            {"frames": F32, "lengths": [3], "initial_states": np.zeros((2, 2), np.float32)},
+            "one state for each of the 1",
+        ),
+        ({"frames": F32, "lengths": [3], "initial_states.h": np.float32(1)}, "one state for each of the 1"),
         ({"frames": F32, "lengths": [3], "fingerprint": np.array([1])}, "'fingerprint' must be text []"),
     ],
 )

@@ -13,6 +13,7 @@ from instep_client.commands.problems import BadFile
 from instep_client.commands.recordings import is_recording, read_recording
 from instep_client.protocol.wire import F32
 from tests.support.rows import close_stream, open_stream, stream_event
+from tests.support.states import gru_state
 
 START_NS = 1_700_000_000_000_000_000
 MS = 1_000_000
@@ -26,6 +27,9 @@ def header(features: int = 2, hidden: int = 3) -> RecordingHeader:
         model_name="m",
         model_folder="",
         description=description,
+        features=features,
+        outputs=hidden,
+        state=gru_state(2, hidden).encode(),
         model_fingerprint="f" * 64,
         numerics={},
         exactness="exact",
@@ -173,7 +177,7 @@ def sql(*statements: str) -> Callable[[sqlite3.Connection], None]:
         (sql("UPDATE batches SET x = zeroblob(length(x)) WHERE position = 5"), "CRC of row 5 of table batches"),
         (sql("UPDATE openings SET name = 'mike' WHERE stream = 1"), "CRC of row 2 of table openings"),
         (sql("UPDATE header SET value = '{}' WHERE key = 'description'"), "table header does not match"),
-        (sql("DELETE FROM header WHERE key = 'description'"), "it is damaged: 'description'"),
+        (sql("DELETE FROM header WHERE key = 'state'"), "it is damaged: 'state'"),
         (sql("DELETE FROM batches WHERE position = 5"), "stream 'tap' holds seq 2 where 1 is expected"),
         (sql("DELETE FROM batches"), "holds no frames"),
         (sql("DELETE FROM openings WHERE stream = 3"), "a stream that never opened"),

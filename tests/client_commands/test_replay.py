@@ -21,6 +21,7 @@ from instep_client.protocol.wire import F32, Kind, ServerInfo
 from tests.client_commands.helpers import JumpingClock, RememberingTerminal, info_with
 from tests.support.fake_server import FakeServer, Message, error, evicted, reference
 from tests.support.rows import close_stream, open_stream
+from tests.support.states import gru_state
 
 LENGTHS = [4, 1, 6, 3]
 NAMES = ("mic-1", "mic-2", "tap-1", "tap-2")
@@ -153,6 +154,9 @@ def write_recording(path: Path, rng: np.random.Generator, forge: Callable[[F32],
         model_name="m",
         model_folder="",
         description=description,
+        features=3,
+        outputs=2,
+        state=gru_state(2, 2).encode(),
         model_fingerprint="00",
         numerics={},
         exactness="exact",

@@ -85,10 +85,10 @@ def test_read(place: Place) -> None:
     result = place.run("read", "mic")
     assert (result.exit_code, result.stderr) == (0, "")
     first, head, *rows = result.stdout.splitlines()
-    assert first == "'mic' is before frame 5; its state is 2 x 2 (layers x size) of model halving"
-    assert head.split() == ["layer", "min", "mean", "max", "first", "values"]
+    assert first == "'mic' is before frame 5; its state is h float32 [2, 2] of model halving"
+    assert head.split() == ["row", "min", "mean", "max", "first", "values"]
     value = f"{STATE[0, 0]:.6g}"
-    assert [row.split() for row in rows] == [[str(layer), *[value] * 5] for layer in range(2)]
+    assert [row.split() for row in rows] == [[f"h[{row}]", *[value] * 5] for row in range(2)]
     assert place.json("read", "mic") == {
         "stream": "mic",
         "seq": 5,
@@ -102,7 +102,7 @@ def test_read(place: Place) -> None:
 def test_a_state_of_odd_values_is_shown_and_stays_json(place: Place, owner: Client) -> None:
     odd = np.array([[np.nan, np.inf], [-np.inf, 0.1]], np.float32)
     place.ring.streams["mic"].state = odd.ravel()
-    assert place.run("read", "mic").stdout.splitlines()[2].split() == ["0", "nan", "nan", "nan", "nan", "inf"]
+    assert place.run("read", "mic").stdout.splitlines()[2].split() == ["h[0]", "nan", "nan", "nan", "nan", "inf"]
     text = place.run("read", "mic", "--json").stdout
 
     def strict(word: str) -> None:
@@ -279,7 +279,7 @@ def test_a_reset_takes_the_stream_and_leaves_it(place: Place, tmp_path: Path, to
         stream.step(X[:5])
         result = place.run("reset", "mic", "--take-over", *([] if to_zeros else ["--state", str(path)]))
         assert (result.exit_code, result.stderr) == (0, "")
-        state = "zeros" if to_zeros else f"the state in {path}"
+        state = "the initial state" if to_zeros else f"the state in {path}"
         assert result.stdout.startswith(f"'mic' goes on from {state} with frame 5; the server keeps it for 300 s")
         with pytest.raises(StreamEvicted) as evicted:
             stream.step(X[5])

@@ -34,6 +34,7 @@ from instep.recording.schema import (
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from instep.streaming import recovery as streaming_recovery
+from tests.support.states import gru_state
 
 Row: TypeAlias = tuple[Any, ...]
 Change: TypeAlias = tuple[str, int, Row | None]
@@ -215,6 +216,9 @@ HEADER: list[RecordingHeader] = [
         model_name="exact",
         model_folder="nowhere",
         description={"features": 1, "after": [], "gru": {"num_layers": 1, "hidden_size": 1}},
+        features=1,
+        outputs=1,
+        state=gru_state(1, 1).encode(),
         model_fingerprint="f",
         numerics={},
         exactness="exact",

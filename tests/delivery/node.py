@@ -18,7 +18,7 @@ import numpy as np
 
 from instep.core.streams import StreamTable
 from instep.core.tables import make_tables
-from instep.core.typing import F32, I64, U64
+from instep.core.typing import F32, I64, U8, U64
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound
@@ -40,6 +40,7 @@ from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory
 from tests.delivery.hand_loop import HandLoop
 from tests.delivery.network import Connection, HandRouter, Network
+from tests.support.states import floats_of, gru_state, rows_of
 
 PRIME = 16_777_213
 """The largest prime below 2^24: every state is a float32 without rounding."""
@@ -113,11 +114,9 @@ class HandExecutor:
 class Recurrence:
     """In place of the stepper: state and output of a stream are one number."""
 
-    state_layers = 1
-    state_size = 1
+    state = gru_state(1, 1)
 
     def __init__(self, max_batch_size: int) -> None:
-        self.network = self
         self.buckets = (max_batch_size,)
         self.executor: HandExecutor
         self.failure: Exception | None = None
@@ -140,17 +139,17 @@ class Recurrence:
         self._states[slots] = states
         outputs[rows, 0] = states
 
-    def load(self, slots: I64, states: F32 | None) -> None:
+    def load(self, slots: I64, rows: U8 | None) -> None:
         assert not self.executor.is_under_way(slots), "a state is written while its stream steps"
         with np.errstate(invalid="ignore"):  # and so are damaged states
-            self._states[slots] = 0 if states is None else states[:, 0, 0].astype(np.int64)
+            self._states[slots] = 0 if rows is None else floats_of(rows, 1)[:, 0].astype(np.int64)
 
-    def read(self, slots: I64) -> F32:
+    def read(self, slots: I64) -> U8:
         assert not self.executor.is_under_way(slots), "a state is read while its stream steps"
-        return self._states[slots].astype(np.float32).reshape(-1, 1, 1)
+        return rows_of(self._states[slots])
 
-    def no_states(self, count: int) -> F32:
-        return np.full((count, 1, 1), np.nan, np.float32)
+    def no_states(self, count: int) -> U8:
+        return self.state.missing(count)
 
 
 class Watcher(Protocol):
@@ -256,7 +255,7 @@ class Node:
             self._reaper,
             self.tasks,
             self.outbound,
-            Decoder(1, (1, 1), _MAX_FRAMES, 10_000),
+            Decoder(1, gru_state(1, 1), _MAX_FRAMES, 10_000),
             _info(number, sizes),
             2 * _NEVER_NS,
             turns.wake,
@@ -373,8 +372,7 @@ def _info(number: int, sizes: Sizes) -> ServerInfo:
         fingerprint="f",
         features=1,
         outputs=1,
-        state_layers=1,
-        state_size=1,
+        state=gru_state(1, 1),
         device="none",
         exactness="exact",
         buckets=(sizes.batch,),

@@ -19,6 +19,7 @@ from instep_client.protocol.wire import Kind, Message
 from tests.delivery.disk import Disk
 from tests.delivery.network import Connection, Network
 from tests.delivery.node import Node, recur
+from tests.support.states import floats_of
 
 _SLOT = 0xFFFF_FFFF
 
@@ -326,7 +327,7 @@ class Truth:
         self.node = node
         slots = node.open_slots()
         require(sorted(expected) == sorted(int(node.table.recording_id[slot]) for slot in slots), "streams are missing")
-        states: Any = node.stepper.read(np.array(slots, np.int64))[:, 0, 0]
+        states: Any = floats_of(node.stepper.read(np.array(slots, np.int64)), 1)[:, 0]
         for state, slot in zip(states, slots, strict=True):
             number = int(node.table.recording_id[slot])
             life, seq = self.lives[number], int(node.table.next_seq[slot])

@@ -24,6 +24,7 @@ from tests.support.engine_parts import new_parts
 from tests.support.golden import FEATURES, GOLDEN, HIDDEN, MODEL_FOLDER, by_hand
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.states import floats_of
 
 OPEN = {"plain", "given", "fork", "late"}
 WINDOW = 32
@@ -144,7 +145,8 @@ def test_an_engine_goes_on_with_it_to_the_bit(
         stream, slot, table, tables = streams[name], engine.slot(name), engine.table, engine.tables
         y, seq = stream.by_hand(), stream.first_seq + len(stream.x)
         assert (table.next_seq[slot], table.epoch[slot]) == (seq, stream.epoch), name
-        assert_same(engine.stepper.read(np.array([slot]))[0, 0], y[-1] if len(y) else stream.starts[-1, 1:], name)
+        (state,) = floats_of(engine.stepper.read(np.array([slot])), HIDDEN)
+        assert_same(state, y[-1] if len(y) else stream.starts[-1, 1:], name)
         seqs: I64 = np.arange(table.acked[slot], seq)
         rows = rows_of(tables, np.full(len(seqs), slot), seqs)
         assert_same(tables.x[rows], stream.x[seqs - stream.first_seq], name)

@@ -45,7 +45,7 @@ def test_streams_come_back_with_their_states(path: Path) -> None:
     assert (infos[3].closed_ns, infos[3].closed_position, infos[3].final_state) == (None, None, None)
     assert infos[0].initial_state is None
     assert infos[2].initial_state is not None
-    assert infos[2].initial_state.shape == (2, 4)
+    assert infos[2].initial_state.shape == (2 * 4 * 4,)
     final = infos[1].final_state
     assert final is not None
     assert not final.any()

@@ -16,6 +16,7 @@ from tests.support.recordings import gru_description, gru_step, make_gru, make_h
 from tests.support.replaying import replay
 from tests.support.rows import close_stream, stream_event
 from tests.support.scribe import Scribe
+from tests.support.states import rows_of
 
 GRU = make_gru(3, 4, layers=2)
 HEADER = make_header(gru_description(GRU))
@@ -146,14 +147,14 @@ def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_pat
     writer = RecordingWriter.resume(tmp_path / "a.rec", HEADER)
     close_stream(writer, 3, 1, "closed", 2, None)
     nothing = np.zeros((0, 3), np.float32), np.zeros((0, 4), np.float32)
-    state = np.ones((1, 2, 4), np.float32)
+    state = rows_of(np.ones((1, 2, 4)))
     writer.snapshot(1, writer.position, StateRows(np.array([1]), np.array([1]), state, np.array([1]), *nothing))
     writer.close()
     assert [row["stream"] for row in Forger(tmp_path / "a.rec", tmp_path / "b.rec").rows("states")] == [1]
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
         (found,) = recovered.streams
         assert found.state is not None
-        assert (found.stream, float(found.state[1, 3])) == (1, 1.0)
+        assert (found.stream, float(found.state.view("<f4")[7])) == (1, 1.0)
 
 
 @pytest.mark.parametrize("has_older", [False, True])

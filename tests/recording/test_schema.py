@@ -32,7 +32,7 @@ def test_header_survives_its_rows() -> None:
 
 def test_header_knows_the_sizes() -> None:
     header = make_header(DESCRIPTION)
-    assert (header.features, header.outputs, header.state_layers, header.state_size) == (5, 6, 2, 6)
+    assert (header.features, header.outputs, header.state_spec.encode()) == (5, 6, [["h", [2, 6], "float32", 0.0]])
     with_head = make_header({**DESCRIPTION, "after": [{"size": 8}, {"size": 9}]})
     assert with_head.outputs == 9
 
@@ -52,7 +52,7 @@ def test_header_with_a_flipped_bit_is_refused_by_name() -> None:
         ("buckets", "7"),
         ("numerics", "[]"),
         ("exactness", "1"),
-        ("description", '{"features": 3}'),
+        ("features", '"3"'),
         ("description", '"gru"'),
         ("model_name", "not json"),
         ("surprise", "1"),
@@ -67,7 +67,12 @@ def test_header_of_the_wrong_kind_is_refused(key: str, value: str) -> None:
 
 def test_header_with_a_size_of_zero_is_refused() -> None:
     with pytest.raises(RecordingError, match="below 1"):
-        RecordingHeader.from_rows(make_header({**DESCRIPTION, "features": 0}).rows())
+        RecordingHeader.from_rows(make_header(DESCRIPTION, features=0).rows())
+
+
+def test_header_with_an_impossible_state_is_refused() -> None:
+    with pytest.raises(RecordingError, match="expected float32"):
+        RecordingHeader.from_rows(make_header(DESCRIPTION, state=[["h", [2], "float16", 0.0]]).rows())
 
 
 def test_header_with_a_missing_row_is_refused() -> None:

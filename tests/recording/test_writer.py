@@ -15,6 +15,7 @@ from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, make_gru, make_header
 from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.scribe import START_NS
+from tests.support.states import rows_of
 
 HEADER = make_header(gru_description(make_gru(3, 4)))
 
@@ -77,11 +78,11 @@ def test_rows_written_together_are_those_written_one_by_one(tmp_path: Path) -> N
     states = np.arange(12, dtype=np.float32).reshape(3, 1, 4)
     numbers, seqs, lost = np.array([1, 2, 3]), np.array([7, 0, 9]), np.array([False, True, False])
     together = RecordingWriter.create(tmp_path / "together.rec", HEADER)
-    together.open_streams(5, numbers, ["a", "b", "c"], np.array([2**62, 2, 3], np.uint64), seqs, states)
-    together.stream_events(6, "reset", numbers, seqs, ["", "x", ""], states)
+    together.open_streams(5, numbers, ["a", "b", "c"], np.array([2**62, 2, 3], np.uint64), seqs, rows_of(states))
+    together.stream_events(6, "reset", numbers, seqs, ["", "x", ""], rows_of(states))
     together.stream_events(7, "parked", numbers[:0], seqs[:0], [])
     together.stream_events(8, "parked", numbers, seqs, iter(["", "", ""]))
-    together.close_streams(9, numbers, "closed", seqs, states, lost)
+    together.close_streams(9, numbers, "closed", seqs, rows_of(states), lost)
     assert together.position == 12
     together.close()
     single = RecordingWriter.create(tmp_path / "single.rec", HEADER)

@@ -19,6 +19,7 @@ from instep.runtime.stepper import Stepper
 from tests.support.models import plain
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.states import floats_of, rows_of
 from tests.support.traffic import Producer, make_recordings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
@@ -58,21 +59,22 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(model: Model,
     network = GruNetwork(model, CUDA)
     found = certify(network, candidate_buckets(network, 64))
     steps = Stepper(network, found.buckets, 64, CUDA)
-    x = rng.standard_normal((9, 20, network.features)).astype(np.float32)
-    y = np.zeros((9, 20, network.outputs), np.float32)
+    x = rng.standard_normal((9, 20, model.description.features)).astype(np.float32)
+    y = np.zeros((9, 20, model.description.outputs), np.float32)
     at = np.zeros(20, np.int64)
     while (at < 9).any():
         chosen = rng.permutation(np.flatnonzero(at < 9))[: rng.integers(1, 21)]
-        answers = np.zeros((len(chosen), network.outputs), np.float32)
+        answers = np.zeros((len(chosen), model.description.outputs), np.float32)
         steps.step(chosen + 1, np.arange(len(chosen)), x[at[chosen], chosen], answers)
         y[at[chosen], chosen] = answers
         at[chosen] += 1
     truth_y, truth_h = whole(model, x)
+    states = floats_of(steps.read(np.arange(1, 21)), *truth_h.shape[1:])
     if found.exactness == "exact" and found.whole_sequence:
         np.testing.assert_array_equal(y, truth_y)
-        np.testing.assert_array_equal(steps.read(np.arange(1, 21)), truth_h)
+        np.testing.assert_array_equal(states, truth_h)
     np.testing.assert_allclose(y, truth_y, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(steps.read(np.arange(1, 21)), truth_h, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(states, truth_h, rtol=1e-5, atol=1e-6)
 
 
 def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generator) -> None:
@@ -81,7 +83,7 @@ def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generat
     steps = Stepper(GruNetwork(model, CUDA), (16, 32), 40, CUDA)
     states = rng.uniform(-1, 1, (40, 1, 16)).astype(np.float32)
     slots = np.arange(1, 41)
-    steps.load(slots, states)
+    steps.load(slots, rows_of(states))
     x = rng.standard_normal((40, 6)).astype(np.float32)
     for part in (slots[:20], slots[20:]):
         steps.step(part, part - 1, x, np.zeros((40, 16), np.float32))
@@ -89,7 +91,7 @@ def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generat
     gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
     with torch.inference_mode():
         _, expected = gru(torch.from_numpy(x)[None], torch.from_numpy(states[:, 0])[None])
-    np.testing.assert_allclose(steps.read(slots)[:, 0], expected[0].numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(floats_of(steps.read(slots), 16), expected[0].numpy(), rtol=1e-5, atol=1e-6)
     steps.load(slots[:3], None)
     assert not steps.read(slots[:3]).any()
 

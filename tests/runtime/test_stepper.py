@@ -1,6 +1,3 @@
-from collections.abc import Callable
-from typing import Any, TypeAlias
-
 import numpy as np
 import pytest
 
@@ -8,39 +5,33 @@ from instep.core.typing import F32, I64
 from instep.models.gru.step import GruStep
 from instep.models.model import Model
 from instep.runtime.errors import StateLost
-from instep.runtime.host_batch import HostBatch
-from instep.runtime.state_cache import StateCache
+from instep.runtime.state_store import StateStore
 from instep.runtime.stepper import Stepper
 from tests.support.models import SMALL, plain, whole, with_head
 from tests.support.running import CPU, prepared
+from tests.support.states import floats_of, rows_of
 
 F, H = 5, 8
 
 
-Make: TypeAlias = Callable[[Model], Stepper]
+def stepper(model: Model) -> Stepper:
+    """With 64 slots."""
+    ready = prepared(model, 64)
+    return Stepper(ready.network, ready.certification.buckets, 64, CPU)
 
 
-@pytest.fixture(name="stepper", params=[False, True], ids=["numpy", "torch"])
-def _stepper(request: pytest.FixtureRequest) -> Make:
-    """Makes steppers with 64 slots, whose states are read and written through numpy or, as on a GPU, through torch."""
-
-    def make(model: Model) -> Stepper:
-        steps = Stepper(prepared(model, 64).network, prepared(model, 64).certification.buckets, 64, CPU)
-        if request.param:
-            steps._cache._array = None
-        return steps
-
-    return make
+def read(steps: Stepper, slots: I64, layers: int = 1) -> F32:
+    return floats_of(steps.read(slots), layers, steps.state.row_bytes // 4 // layers)
 
 
 def step(steps: Stepper, slots: I64, x: F32) -> F32:
     rows = np.arange(len(slots))
-    y = np.full((len(slots), steps.network.outputs), np.nan, np.float32)
+    y = np.full((len(slots), steps.model.description.outputs), np.nan, np.float32)
     steps.step(slots, rows, x, y)
     return y
 
 
-def test_streams_in_ever_other_batches_equal_their_whole_recording(stepper: Make, rng: np.random.Generator) -> None:
+def test_streams_in_ever_other_batches_equal_their_whole_recording(rng: np.random.Generator) -> None:
     model = plain(F, H, layers=2)
     steps = stepper(model)
     x = rng.standard_normal((9, 20, F)).astype(np.float32)
@@ -53,10 +44,10 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(stepper: Make
     for stream in range(20):
         y, final = whole(model, x[:, stream], max_batch_size=64)
         np.testing.assert_array_equal(outputs[:, stream], y)
-        np.testing.assert_array_equal(steps.read(np.array([stream + 1]))[0], final)
+        np.testing.assert_array_equal(read(steps, np.array([stream + 1]), 2)[0], final)
 
 
-def test_every_layer_has_its_own_state(stepper: Make, rng: np.random.Generator) -> None:
+def test_every_layer_has_its_own_state(rng: np.random.Generator) -> None:
     model = plain(F, 16, layers=2)
     steps = stepper(model)  # its outputs are one of the states
     x = rng.standard_normal((3, 2, F)).astype(np.float32)
@@ -64,10 +55,10 @@ def test_every_layer_has_its_own_state(stepper: Make, rng: np.random.Generator) 
     for stream, slot in enumerate((7, 4)):
         expected, final = whole(model, x[:, stream], max_batch_size=64)
         np.testing.assert_array_equal(y[:, stream], expected)
-        np.testing.assert_array_equal(steps.read(np.array([slot]))[0], final)
+        np.testing.assert_array_equal(read(steps, np.array([slot]), 2)[0], final)
 
 
-def test_padding_rows_stand_at_the_scratch_slot(stepper: Make) -> None:
+def test_padding_rows_stand_at_the_scratch_slot() -> None:
     steps = stepper(SMALL)
     bucket = steps.buckets[0]
     for slots in (range(5, 5 + bucket), [9, 5]):
@@ -78,40 +69,38 @@ def test_padding_rows_stand_at_the_scratch_slot(stepper: Make) -> None:
     assert (batch.slots[:2] > 0).all()
 
 
-def test_padding_rows_touch_no_stream(stepper: Make, rng: np.random.Generator) -> None:
+def test_padding_rows_touch_no_stream(rng: np.random.Generator) -> None:
     steps = stepper(SMALL)
     everyone = np.arange(1, 65)
-    steps.load(everyone, rng.standard_normal((64, 1, H)).astype(np.float32))
-    before = steps.read(everyone)
+    steps.load(everyone, rows_of(rng.standard_normal((64, 1, H))))
+    before = read(steps, everyone)
     x = rng.standard_normal((1, F)).astype(np.float32)
     step(steps, np.array([9]), x)
-    after = steps.read(everyone)
+    after = read(steps, everyone)
     changed = np.flatnonzero((before != after).any(axis=(1, 2))) + 1
     assert changed.tolist() == [9]
     np.testing.assert_array_equal(after[8], whole(SMALL, x, before[8], max_batch_size=64)[1])
 
 
-def test_what_padding_computes_never_grows(stepper: Make, rng: np.random.Generator) -> None:
+def test_what_padding_computes_never_grows(rng: np.random.Generator) -> None:
     steps = stepper(SMALL)
     for _ in range(3):
         step(steps, np.array([1]), rng.standard_normal((1, F)).astype(np.float32))
-    assert not steps._cache.read(np.array([0])).any()
+    assert not steps.read(np.array([0])).any()
 
 
-def test_loading_gives_zeros_or_the_given_state(stepper: Make, rng: np.random.Generator) -> None:
+def test_loading_gives_zeros_or_the_given_state(rng: np.random.Generator) -> None:
     steps = stepper(with_head(F, 10, 3))
     slots = np.array([3, 1])
     states = rng.standard_normal((2, 1, 10)).astype(np.float32)
-    steps.load(slots, states)
-    np.testing.assert_array_equal(steps.read(slots), states)
+    steps.load(slots, rows_of(states))
+    np.testing.assert_array_equal(read(steps, slots), states)
     steps.load(slots[:1], None)
     assert not steps.read(slots[:1]).any()
-    np.testing.assert_array_equal(steps.read(slots[1:]), states[1:])
+    np.testing.assert_array_equal(read(steps, slots[1:]), states[1:])
 
 
-def test_a_loading_that_raises_changes_no_state(
-    stepper: Make, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loading_that_raises_changes_no_state(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = stepper(SMALL)
     slots = np.arange(1, 5)
     step(steps, slots, rng.standard_normal((4, F)).astype(np.float32))
@@ -120,18 +109,16 @@ def test_a_loading_that_raises_changes_no_state(
     def fails(*_: object) -> None:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(StateCache, "write", fails)
+    monkeypatch.setattr(StateStore, "write", fails)
     with pytest.raises(RuntimeError, match="injected"):
-        steps.load(slots, np.ones((4, 1, H), np.float32))
+        steps.load(slots, rows_of(np.ones((4, 1, H))))
     np.testing.assert_array_equal(steps.read(slots), before)
 
 
-def test_a_step_that_raises_changes_no_state(
-    stepper: Make, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_raises_changes_no_state(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = stepper(SMALL)
     slots = np.arange(1, 5)
-    steps.load(slots, rng.standard_normal((4, 1, H)).astype(np.float32))
+    steps.load(slots, rows_of(rng.standard_normal((4, 1, H))))
     before = steps.read(slots)
 
     def fails(*_: object) -> None:
@@ -144,48 +131,14 @@ def test_a_step_that_raises_changes_no_state(
     np.testing.assert_array_equal(steps.read(slots), before)
 
 
-class Failing(np.ndarray[Any, np.dtype[np.float32]]):
-    """States of which two are written, and the others not."""
-
-    def __setitem__(self, place: Any, states: Any) -> None:
-        layers, slots = place
-        super().__setitem__((layers, slots[:2]), states[:, :2])
-        raise RuntimeError("injected")
-
-
-def test_a_step_that_raises_while_it_writes_loses_the_states_of_its_batch_only(
-    stepper: Make, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = stepper(SMALL)
-    everyone = np.arange(1, 65)
-    steps.load(everyone, rng.standard_normal((64, 1, H)).astype(np.float32))
-    for first in range(1, 64, 9):
-        step(steps, np.arange(first, first + 9), np.ones((9, F), np.float32))
-    before = steps.read(everyone)
-    batch = np.array([60, 2, 3, 50])
-
-    stands_in = steps._batches[steps.bucket(4)]
-    assert isinstance(stands_in, HostBatch)
-    with monkeypatch.context() as patch:
-        patch.setattr(stands_in, "_cache", stands_in._cache.view(Failing))
-        with pytest.raises(StateLost, match="injected"):
-            step(steps, batch, np.ones((4, F), np.float32))
-    changed = np.flatnonzero((steps.read(everyone) != before).any(axis=(1, 2))) + 1
-    assert changed.tolist() == [2, 60]
-    steps.load(batch, None)
-    assert not steps.read(batch).any()
-    y = step(steps, batch, np.ones((4, F), np.float32))
-    np.testing.assert_array_equal(y[0], whole(SMALL, np.ones((1, F), np.float32))[0][0])
-
-
-def test_a_step_whose_outputs_cannot_be_written_loses_the_states_of_its_batch(stepper: Make) -> None:
+def test_a_step_whose_outputs_cannot_be_written_loses_the_states_of_its_batch() -> None:
     steps = stepper(SMALL)
     slots, x = np.array([3, 1]), np.ones((2, F), np.float32)
     outputs = np.zeros((2, H), np.float32)
     outputs.flags.writeable = False
     with pytest.raises(StateLost, match=r"outputs could not be written: .*read-only"):
         steps.step(slots, np.arange(2), x, outputs)
-    assert steps.read(slots).all(), "they have gone on"
+    assert read(steps, slots).all(), "they have gone on"
 
 
 def test_buckets_are_the_smallest_that_fit() -> None:

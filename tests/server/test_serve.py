@@ -72,7 +72,7 @@ def test_without_a_model_nothing_is_served_and_the_sentence_says_how_to_get_one(
 
 def test_the_demos_model_can_be_served() -> None:
     ready = prepare(configured(MODEL_FOLDER, engine={"exactness": "off"}))
-    assert (ready.network.features, ready.network.outputs) == (12, 9)
+    assert (ready.model.description.features, ready.model.description.outputs) == (12, 9)
 
 
 def test_a_cuda_device_that_is_not_there_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from instep.runtime.executor import InlineExecutor
 from instep_client.protocol.codes import Code
 from tests.support.commits import held_commits
 from tests.support.models import SMALL, whole
+from tests.support.states import floats_of, rows_of
 from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
 
 H = 8
@@ -29,7 +30,7 @@ Ask = Callable[[StreamingEngine, InProcessOrigin, U64, F32], Awaitable[Any]]
 
 def ask_to_write(kit: StreamingEngine, origin: InProcessOrigin, handles: U64, _: F32) -> Awaitable[Any]:
     codes = np.zeros(1, np.int32)
-    return kit.frontend.ask(lambda: kit.operations.write_states(origin, handles, ONES, codes))
+    return kit.frontend.ask(lambda: kit.operations.write_states(origin, handles, rows_of(ONES), codes))
 
 
 def ask_to_fork(kit: StreamingEngine, origin: InProcessOrigin, handles: U64, _: F32) -> Awaitable[Any]:
@@ -91,7 +92,7 @@ async def test_a_state_is_told_when_the_frames_that_it_contains_are_recorded_and
         np.testing.assert_array_equal((await stepped).y[:, 0], y)
         for read in (await by_handle, await by_name):
             assert read.next_seqs.tolist() == [2]
-            np.testing.assert_array_equal(read.states[0], final)
+            np.testing.assert_array_equal(floats_of(read.states, 1, H)[0], final)
 
 
 @pytest.mark.parametrize("asks", ["resume", "read", "read another too"])
@@ -240,7 +241,7 @@ async def test_a_written_state_is_recorded_before_the_frames_behind_it(
         assert recovery is not None
         assert (recovery.streams, recovery.frames) == (1, 5)
         read = await kit.frontend.ask(lambda: kit.operations.read_states(["s"]))
-        np.testing.assert_array_equal(read.states[0], whole(SMALL, x[2:, 0], ONES[0])[1])
+        np.testing.assert_array_equal(floats_of(read.states, 1, H)[0], whole(SMALL, x[2:, 0], ONES[0])[1])
 
 
 async def test_parking_resuming_and_ends_are_recorded(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from instep.core.typing import F32
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, whole
+from tests.support.states import floats_of, rows_of
 from tests.support.streaming import failures, random_frames, step, streaming
 
 H = 8
@@ -25,7 +26,7 @@ async def test_a_write_finds_the_frames_before_it_pending_and_changes_the_state_
         none = np.zeros(1, np.int32)
 
         async def write() -> list[int]:
-            request = kit.operations.write_states(origin, handles, ONES, none)
+            request = kit.operations.write_states(origin, handles, rows_of(ONES), none)
             return list((await kit.frontend.ask(lambda: request)).tolist())
 
         before, refused = await kit.all_done(step(origin, handles, [0], x[:2]), write())
@@ -48,7 +49,7 @@ async def test_a_close_answers_the_frames_before_it_and_the_stream_takes_none_be
             step(origin, handles, [0], x[:3]), origin.close(handles), step(origin, handles, [3], x[3:])
         )
     np.testing.assert_array_equal(before.y[:, 0], y)
-    np.testing.assert_array_equal(closed.states[0], final)
+    np.testing.assert_array_equal(floats_of(closed.states, 1, H)[0], final)
     assert failures(behind) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
 
 
@@ -69,7 +70,7 @@ async def test_a_turn_that_comes_before_a_request_has_begun_takes_nothing_that_i
         await kit.finish_all()
         assert failures(await behind) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
         assert failures(await before) == []
-        np.testing.assert_array_equal((await closing).states[0], whole(SMALL, x[:3, 0])[1])
+        np.testing.assert_array_equal(floats_of((await closing).states, 1, H)[0], whole(SMALL, x[:3, 0])[1])
 
 
 async def test_a_resume_fences_the_frames_behind_it_and_waits_for_those_before_it(rng: np.random.Generator) -> None:
@@ -101,7 +102,7 @@ async def test_a_read_shows_the_state_before_the_frame_of_its_seq_whatever_is_pe
         assert failures(stepped) == []
         (seq,) = read.next_seqs.tolist()
         assert 0 <= seq <= 4
-    np.testing.assert_array_equal(read.states[0], whole(SMALL, x[:seq, 0])[1])
+    np.testing.assert_array_equal(floats_of(read.states, 1, H)[0], whole(SMALL, x[:seq, 0])[1])
 
 
 async def test_frames_of_a_stream_that_came_together_are_admitted_one_message_after_another(

@@ -7,13 +7,14 @@ import asyncio
 import numpy as np
 import pytest
 
-from instep.core.typing import F32, I64, U64
+from instep.core.typing import F32, I64, U8, U64
 from instep.frontends.in_process import InProcessOrigin
 from instep.runtime.executor import InlineExecutor
 from instep.runtime.stepper import Stepper
 from instep.streaming.api import Grants, Refusal, StatesRead
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, plain, whole
+from tests.support.states import floats_of, rows_of
 from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
 
 F, H, LAYERS = 5, 8, 2
@@ -25,9 +26,8 @@ async def write(
 ) -> list[int]:
     """Give streams other states; the code of each."""
     refused = np.zeros(len(handles), np.int32) if codes is None else np.array(codes, np.int32)
-    return list(
-        (await kit.frontend.ask(lambda: kit.operations.write_states(origin, handles, states, refused))).tolist()
-    )
+    rows = None if states is None else rows_of(states)
+    return list((await kit.frontend.ask(lambda: kit.operations.write_states(origin, handles, rows, refused))).tolist())
 
 
 async def fork(
@@ -42,9 +42,9 @@ async def test_an_initial_state_is_used_and_the_final_one_returned(rng: np.rando
     x = random_frames(rng, 6, 3)
     async with streaming(InlineExecutor, model=MODEL) as kit:
         origin = kit.frontend.connect()
-        handles = (await origin.open(["a", "b", "c"], states)).handles
+        handles = (await origin.open(["a", "b", "c"], rows_of(states))).handles
         reply = await step(origin, handles, [0, 0, 0], x)
-        final = (await origin.close(handles)).states
+        final = floats_of((await origin.close(handles)).states, LAYERS, H)
     for column in range(3):
         truth, state = whole(MODEL, x[:, column], states[column])
         np.testing.assert_array_equal(reply.y[:, column], truth)
@@ -96,15 +96,15 @@ async def test_a_read_shows_seq_and_state_and_leaves_the_stream_as_it_was(rng: n
         handles = (await origin.open(["a", "b"])).handles
         fresh = await origin.read_states(handles)
         assert fresh.next_seqs.tolist() == [0, 0]
-        assert not fresh.states.any()
+        assert not floats_of(fresh.states, -1).any()
         await step(origin, handles, [0, 0], x[:4])
         by_name = await read_by_name(kit, ["none", "b", "a"])
         assert by_name.codes.tolist() == [Code.UNKNOWN_STREAM, 0, 0]
-        assert np.isnan(by_name.states[0]).all()
+        assert np.isnan(floats_of(by_name.states, -1)[0]).all()
         for read, places in ((await origin.read_states(handles), (0, 1)), (by_name, (2, 1))):
             for column, place in enumerate(places):
                 assert read.next_seqs[place] == 4
-                np.testing.assert_array_equal(read.states[place], whole(MODEL, x[:4, column])[1])
+                np.testing.assert_array_equal(floats_of(read.states, LAYERS, H)[place], whole(MODEL, x[:4, column])[1])
         rest = await step(origin, handles, [4, 4], x[4:])
         assert not origin.events + other.events
     for column in range(2):
@@ -146,8 +146,8 @@ async def test_only_own_streams_are_read_changed_and_copied(rng: np.random.Gener
         refused = [Code.FOREIGN_STREAM, 0, Code.UNKNOWN_STREAM]
         read = await origin.read_states(handles)
         assert (read.codes.tolist(), read.next_seqs.tolist()) == (refused, [0, 0, 0])
-        assert np.isnan(read.states[[0, 2]]).all()
-        assert not read.states[1].any()
+        assert np.isnan(floats_of(read.states, -1)[[0, 2]]).all()
+        assert not floats_of(read.states, -1)[1].any()
         assert await write(kit, origin, handles, np.ones((3, LAYERS, H), np.float32)) == refused
         forked = await fork(kit, origin, handles, ["a", "b", "c"])
         assert forked.codes.tolist() == refused
@@ -157,7 +157,9 @@ async def test_only_own_streams_are_read_changed_and_copied(rng: np.random.Gener
             with pytest.raises(Refusal) as repeated:
                 await asked
             assert repeated.value.code is Code.REPEATED_STREAM
-        np.testing.assert_array_equal((await other.close(theirs)).states[0], whole(MODEL, x[:, 0])[1])
+        np.testing.assert_array_equal(
+            floats_of((await other.close(theirs)).states, LAYERS, H)[0], whole(MODEL, x[:, 0])[1]
+        )
 
 
 @pytest.mark.parametrize("to_zeros", [True, False])
@@ -192,7 +194,7 @@ async def test_a_change_is_refused_while_frames_are_pending_and_where_it_was_ref
         assert codes == [Code.FRAMES_PENDING, Code.NOT_FINITE, 0]
         np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
         read = await origin.read_states(handles[1:])
-        assert [state.any() for state in read.states] == [False, True]
+        assert [state.any() for state in floats_of(read.states, -1)] == [False, True]
 
 
 async def test_a_copy_continues_like_its_original_and_neither_disturbs_the_other(rng: np.random.Generator) -> None:
@@ -263,16 +265,16 @@ class FaultyStates:
         self.good_loads = 10**9
         self._stepper = stepper
 
-    def load(self, slots: I64, states: F32 | None) -> None:
+    def load(self, slots: I64, rows: U8 | None) -> None:
         self._check(self.good_loads <= 0)
         self.good_loads -= 1
-        self._stepper.load(slots, states)
+        self._stepper.load(slots, rows)
 
-    def read(self, slots: I64) -> F32:
+    def read(self, slots: I64) -> U8:
         self._check()
         return self._stepper.read(slots)
 
-    def no_states(self, count: int) -> F32:
+    def no_states(self, count: int) -> U8:
         return self._stepper.no_states(count)
 
     def _check(self, fails: bool = False) -> None:
@@ -297,7 +299,7 @@ async def test_states_that_cannot_be_read_or_written_are_refused_and_cost_nothin
         made[0].is_broken = True
         read = await origin.read_states(handles)
         assert read.codes.tolist() == [Code.STATE_LOST]
-        assert np.isnan(read.states).all()
+        assert np.isnan(floats_of(read.states, -1)).all()
         assert (await fork(kit, origin, handles, ["copy"])).codes.tolist() == [Code.STATE_LOST]
         assert await write(kit, origin, handles, None) == [Code.STEP_FAILED]
         for _ in range(3):

@@ -44,7 +44,8 @@ def new_parts(model: Model, window: int, max_streams: int) -> EngineParts:
     """Room for so many streams of a model, and as many frames of each as the window."""
     ready = prepared(model)
     network = ready.network
-    tables = make_tables(max_streams, 4, window, network.features, network.outputs, 1000, 1000, 1000)
+    sizes = network.description.features, network.description.outputs
+    tables = make_tables(max_streams, 4, window, *sizes, 1000, 1000, 1000)
     table = StreamTable(tables, np.ones(max_streams + 1, np.uint32))
     stepper = Stepper(network, ready.certification.buckets, max_streams, CPU)
     return EngineParts(tables, table, DirtyTracker(max_streams), stepper)

@@ -24,6 +24,7 @@ import zmq
 
 from instep_client.protocol.codes import SENTENCES, Code
 from instep_client.protocol.wire import COLUMN, FAILURE, GRANT, Kind, ServerInfo
+from tests.support.states import gru_state
 
 F32: TypeAlias = npt.NDArray[np.float32]
 Message: TypeAlias = list[bytes]
@@ -37,8 +38,7 @@ INFO = ServerInfo(
     fingerprint="00",
     features=3,
     outputs=2,
-    state_layers=2,
-    state_size=2,
+    state=gru_state(2, 2),
     device="none",
     exactness="exact",
     buckets=(4, 8),
@@ -76,7 +76,8 @@ def goodbye() -> Message:
 
 def welcome(request: int, info: ServerInfo) -> Message:
     """WELCOME."""
-    return [pack(Kind.WELCOME, request, *(getattr(info, name) for name in ServerInfo.__dataclass_fields__))]
+    fields = {name: getattr(info, name) for name in ServerInfo.__dataclass_fields__}
+    return [pack(Kind.WELCOME, request, *(fields | {"state": info.state.encode()}).values())]
 
 
 def stepped(
@@ -97,7 +98,7 @@ def granted(kind: Kind, request: int, grants: npt.NDArray[np.void], refused: Seq
 
 def reference(x: F32, state: F32 | None = None, info: ServerInfo = INFO) -> tuple[F32, F32]:
     """Outputs [T, outputs] and the final state [L, H] of one stream's frames [T, features]."""
-    now = np.zeros((info.state_layers, info.state_size), np.float32) if state is None else state.copy()
+    now = np.zeros(info.state.leaves[0].shape, np.float32) if state is None else state.copy()
     outputs = np.zeros((len(x), info.outputs), np.float32)
     for t, frame in enumerate(x):
         now = np.float32(0.5) * now + frame.sum(dtype=np.float32)
@@ -124,7 +125,7 @@ class FakeRules:
         self.names: dict[str, int] = {}
         """Open streams: name and handle."""
         self._expected = np.zeros(1024, np.int64)
-        self._state = np.zeros((1024, info.state_layers * info.state_size), np.float32)
+        self._state = np.zeros((1024, info.state.row_bytes // 4), np.float32)
         self._is_open = np.zeros(1024, np.bool_)
         self._next_handle = 1
 

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from instep.config import Config
-from instep.core.typing import F32, I64, float32_zeros
-from instep.models.gru.network import GruNetwork
+from instep.core.typing import F32, I64, U8, float32_zeros
+from instep.models.base import RecurrentModel
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
 
@@ -48,27 +48,27 @@ class Gate:
 
     def bare_stepper(
         self,
-        network: GruNetwork,
+        model: RecurrentModel,
         buckets: Sequence[int],
         max_streams: int,
         device: torch.device,
         zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
     ) -> Stepper:
         """The same, from what `Stepper` itself takes."""
-        return _GatedStepper(self, network, buckets, max_streams, device, zeros)
+        return _GatedStepper(self, model, buckets, max_streams, device, zeros)
 
 
 class _GatedStepper(Stepper):
     def __init__(
         self,
         gate: Gate,
-        network: GruNetwork,
+        model: RecurrentModel,
         buckets: Sequence[int],
         max_streams: int,
         device: torch.device,
         zeros: Callable[[tuple[int, ...]], F32],
     ) -> None:
-        super().__init__(network, buckets, max_streams, device, zeros)
+        super().__init__(model, buckets, max_streams, device, zeros)
         self._gate = gate
 
     def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
@@ -76,10 +76,10 @@ class _GatedStepper(Stepper):
             self._gate.wait("step")
         super().step(slots, rows, inputs, outputs)
 
-    def load(self, slots: I64, states: F32 | None) -> None:
+    def load(self, slots: I64, rows: U8 | None) -> None:
         self._gate.wait("load")
-        super().load(slots, states)
+        super().load(slots, rows)
 
-    def read(self, slots: I64) -> F32:
+    def read(self, slots: I64) -> U8:
         self._gate.wait("read")
         return super().read(slots)

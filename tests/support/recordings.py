@@ -17,6 +17,7 @@ from instep.models.gru.modules import save_model
 from instep.models.gru.network import GruNetwork
 from instep.models.model import Model
 from instep.models.numerics import numerics
+from instep.models.registry import parse_description
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from tests.support.models import stepped
@@ -38,12 +39,16 @@ def gru_description(gru: torch.nn.GRU) -> dict[str, Any]:
 
 
 def make_header(description: dict[str, Any], **changes: Any) -> RecordingHeader:
+    parsed = parse_description(description)
     fields: dict[str, Any] = {
         "instep_version": "0.1.0",
         "created_ns": START_NS,
         "model_name": "test",
         "model_folder": "",
         "description": description,
+        "features": parsed.features,
+        "outputs": parsed.outputs,
+        "state": parsed.state.encode(),
         "model_fingerprint": "ab" * 32,
         "numerics": {"torch": torch.__version__, "threads": "1"},
         "exactness": "exact",

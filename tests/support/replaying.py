@@ -9,6 +9,7 @@ import numpy as np
 from instep.recording.records import StateReset
 from instep.recording.recovery import Recovered
 from tests.support.scribe import F32, Step
+from tests.support.states import floats_of
 
 LAYERS, SIZE = 2, 4
 
@@ -28,12 +29,12 @@ def replay(recovered: Recovered, step: Step) -> Replayed:
     zeros = np.zeros((LAYERS, SIZE), np.float32)
     found = Replayed()
     for stream in recovered.streams:
-        found.states[stream.stream] = zeros if stream.state is None else stream.state
+        found.states[stream.stream] = zeros if stream.state is None else floats_of(stream.state[None], LAYERS, SIZE)[0]
         found.seqs[stream.stream] = stream.seq
     for item in recovered.replay():
         if isinstance(item, StateReset):
             assert found.seqs[item.stream] == item.seq
-            found.states[item.stream] = zeros if item.state is None else item.state
+            found.states[item.stream] = zeros if item.state is None else floats_of(item.state[None], LAYERS, SIZE)[0]
             continue
         batch = item.batch
         x = np.zeros((batch.bucket, batch.x.shape[1]), np.float32)

@@ -154,7 +154,7 @@ class RingServer:
 
     def _open(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         names = frames[1].decode().split("\n")
-        states = np.zeros((len(names), self.info.state_layers * self.info.state_size), np.float32)
+        states = np.zeros((len(names), self.info.state.row_bytes // 4), np.float32)
         if header[3]:
             states[:] = np.frombuffer(frames[2], "<f4").reshape(states.shape)
         seqs = np.frombuffer(frames[3], "<u8") if header[4] else np.zeros(len(names), np.uint64)
@@ -224,7 +224,7 @@ class RingServer:
         return found, [(i, 0, int(code), 0, 0) for i, code in enumerate(missing) if found[i] is None]
 
     def _states(self, found: Sequence[RingStream | None]) -> F32:
-        nan = np.full(self.info.state_layers * self.info.state_size, np.nan, np.float32)
+        nan = np.full(self.info.state.row_bytes // 4, np.nan, np.float32)
         return np.array([nan if stream is None else stream.state for stream in found], np.float32)
 
     def _answer(self, kind: Kind, request: int, count: int, arrays: list[bytes], refused: list[Any]) -> Message:
@@ -247,7 +247,7 @@ class RingServer:
 
     def _reset(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         found, refused = self._find(peer, frames[1])
-        states = np.zeros((len(found), self.info.state_layers * self.info.state_size), np.float32)
+        states = np.zeros((len(found), self.info.state.row_bytes // 4), np.float32)
         if header[3]:
             states[:] = np.frombuffer(frames[2], "<f4").reshape(states.shape)
         for stream, state in zip(found, states, strict=True):

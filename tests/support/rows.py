@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
+from tests.support.states import rows_of
 
 F32 = npt.NDArray[np.float32]
 
@@ -20,7 +21,7 @@ def open_stream(
     time_ns: int,
     initial_state: F32 | None,
 ) -> int | None:
-    states = None if initial_state is None else initial_state[None]
+    states = None if initial_state is None else rows_of(initial_state[None])
     columns = (np.array([stream]), [name], np.array([epoch], np.uint64), np.array([first_seq]))
     return to.open_streams(time_ns, *columns, states)
 
@@ -28,7 +29,7 @@ def open_stream(
 def close_stream(
     to: RecordingWriter | Recorder, stream: int, time_ns: int, reason: str, frames: int, final_state: F32 | None
 ) -> int | None:
-    state = np.zeros((1, 1, 1), np.float32) if final_state is None else final_state[None]
+    state = rows_of(np.zeros((1, 1), np.float32) if final_state is None else final_state[None])
     return to.close_streams(
         time_ns, np.array([stream]), reason, np.array([frames]), state, np.array([final_state is None])
     )
@@ -43,5 +44,5 @@ def stream_event(
     detail: str = "",
     state: F32 | None = None,
 ) -> int | None:
-    states = None if state is None else state[None]
+    states = None if state is None else rows_of(state[None])
     return to.stream_events(time_ns, kind, np.array([stream]), np.array([seq]), [detail], states)

@@ -14,9 +14,10 @@ import structlog
 import torch
 
 from instep.config import Config
+from instep.models.base import RecurrentModel
 from instep.models.certify import Certification, candidate_buckets, certify
-from instep.models.gru.network import GruNetwork
 from instep.models.model import Model
+from instep.models.registry import build
 from instep.runtime.stepper import Stepper
 from instep.server.assembly import make_server
 from instep.server.preparation import Prepared
@@ -32,14 +33,14 @@ def certified(network_key: str, max_batch_size: int) -> Certification:
     return certify(network, candidate_buckets(network, max_batch_size))
 
 
-_NETWORKS: dict[str, GruNetwork] = {}
+_NETWORKS: dict[str, RecurrentModel] = {}
 
 
 def prepared(model: Model, max_batch_size: int = 256, device: torch.device = CPU) -> Prepared:
     """The model, ready to be served; certified once for each test run."""
     torch.set_num_threads(1)
     key = f"{model.fingerprint} {device}"
-    network = _NETWORKS.setdefault(key, GruNetwork(model, device))
+    network = _NETWORKS.setdefault(key, build(model, device))
     certification = certified(key, max_batch_size)
     return Prepared(model, Path("model"), network, device, certification)
 

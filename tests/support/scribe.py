@@ -11,6 +11,7 @@ import numpy.typing as npt
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.rows import close_stream, open_stream, stream_event
+from tests.support.states import rows_of
 
 F32: TypeAlias = npt.NDArray[np.float32]
 Step: TypeAlias = Callable[[F32, F32], tuple[F32, F32]]
@@ -62,14 +63,14 @@ class Scribe:
         opened = (name or f"stream-{stream}", epoch or 1000 + stream, first_seq)
         open_stream(self.writer, stream, *opened, self.now, state)
         header = self.writer.header
-        zeros = np.zeros((header.state_layers, header.state_size), np.float32)
+        zeros = np.zeros(header.state_spec.leaves[0].shape, np.float32)
         self.states[stream] = zeros if state is None else state
         self.seqs[stream] = first_seq
         self.x[stream], self.y[stream] = {}, {}
 
     def random_state(self) -> F32:
         header = self.writer.header
-        return self.rng.uniform(-1, 1, (header.state_layers, header.state_size)).astype(np.float32)
+        return self.rng.uniform(-1, 1, header.state_spec.leaves[0].shape).astype(np.float32)
 
     def step(self, streams: Sequence[int], outcome: Outcome = "computed") -> int:
         """One batch of these streams; its position."""
@@ -78,7 +79,8 @@ class Scribe:
         magnitudes = np.array([self.magnitudes.get(stream, self._magnitude) for stream in streams])
         largest = np.finfo(np.float32).max
         x[:size] = np.clip(magnitudes[:, None] * self.rng.standard_normal((size, header.features)), -largest, largest)
-        h = np.zeros((header.state_layers, self._bucket, header.state_size), np.float32)
+        layers, hidden = header.state_spec.leaves[0].shape
+        h = np.zeros((layers, self._bucket, hidden), np.float32)
         h[:, :size] = np.stack([self.states[stream] for stream in streams], axis=1)
         seqs = [self.seqs[stream] for stream in streams]
         numbers = np.array(streams, np.uint32)
@@ -119,13 +121,13 @@ class Scribe:
             for seq in range(begin, end)
         ]
         header = self.writer.header
-        states = np.zeros((len(streams), header.state_layers, header.state_size), np.float32)
+        states = np.zeros((len(streams), *header.state_spec.leaves[0].shape), np.float32)
         for at, stream in enumerate(streams):
             states[at] = self.states[stream]
         return StateRows(
             np.array(streams, np.int64),
             seqs,
-            states,
+            rows_of(states),
             first.astype(np.int64),
             np.array([self.x[stream][seq] for stream, seq in frames], np.float32).reshape(-1, header.features),
             np.array([self.y[stream][seq] for stream, seq in frames], np.float32).reshape(-1, header.outputs),

@@ -19,6 +19,8 @@ from tests.support.engine_parts import EngineParts, new_parts
 from tests.support.models import SMALL, whole
 from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.running import CPU, config, prepared
+from tests.support.states import floats_of
+from tests.support.states import rows_of as state_rows
 
 FEATURES, HIDDEN = 5, 8
 WINDOW, MOST_STREAMS = 6, 12
@@ -158,7 +160,7 @@ class Story:
         at = self.writer.position
         self._lives[number] = _Life(name, at, first_seq, initial, [(at, epoch, 0, first_seq)], acked=first_seq)
         self._y[number] = []
-        self._stepper.load(np.array([number]), initial[None])
+        self._stepper.load(np.array([number]), state_rows(initial[None]))
         return number
 
     def step(self, streams: list[int]) -> None:
@@ -189,7 +191,7 @@ class Story:
         state = np.zeros((1, HIDDEN), np.float32) if is_zero else self._random_state()
         stream_event(self.writer, self._now(), "reset", stream, self._seq(stream), "", None if is_zero else state)
         self._lives[stream].resets.append((self.writer.position, len(self._y[stream]), state))
-        self._stepper.load(np.array([stream]), state[None])
+        self._stepper.load(np.array([stream]), state_rows(state[None]))
         self._dirty.add(stream)
 
     def own(self, stream: int) -> None:
@@ -203,7 +205,7 @@ class Story:
     def close(self, stream: int) -> None:
         """A stream ends."""
         self._answer()
-        state = self._stepper.read(np.array([stream]))[0]
+        (state,) = floats_of(self._stepper.read(np.array([stream])), 1, HIDDEN)
         close_stream(self.writer, stream, self._now(), "closed by its client", self._seq(stream), state)
         self._lives[stream].closed_at = self.writer.position
         self._dirty.discard(stream)

@@ -153,7 +153,13 @@ class StreamingEngine:
         self._model = model
         ready = prepared(model)
         network = ready.network
-        sizes = size["max_streams"], size["max_origins"], size["window"], network.features, network.outputs
+        sizes = (
+            size["max_streams"],
+            size["max_origins"],
+            size["window"],
+            network.description.features,
+            network.description.outputs,
+        )
         self.tables = tables = make_tables(*sizes, size["max_pending"], size["max_block"], size["credit"])
         self.table = StreamTable(tables, np.arange(1, size["max_streams"] + 2, dtype=np.uint32) * 1000)
         self.stepper = Stepper(network, ready.certification.buckets, size["max_streams"], CPU)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,4 +56,4 @@ def test_a_folder_that_is_no_model(recorded: Recorded, tmp_path: Path) -> None:
 def test_a_description_that_is_none(recorded: Recorded) -> None:
     description = {**recorded.header.description, "gru": {"hidden_size": 4, "num_layers": 1, "surprise": 1}}
     with pytest.raises(CannotVerify, match="description of its network is not valid, so the file is damaged"):
-        recorded_model(make_header(description), recorded.folder)
+        recorded_model(replace(recorded.header, description=description), recorded.folder)

@@ -321,9 +321,9 @@ def test_threads_of_the_process_are_given_back(tmp_path: Path) -> None:
         torch.set_num_threads(1)
 
 
-def test_a_forged_description_that_does_not_fit_the_batches_is_damage(tmp_path: Path) -> None:
+def test_a_forged_width_that_does_not_fit_the_batches_is_damage(tmp_path: Path) -> None:
     recorded = record_gru(tmp_path, make_gru(3, 4), LENGTHS)
     forger = Forger(recorded.path, tmp_path / "forged.rec")
-    forger.change_header("description", json.dumps({**recorded.header.description, "features": 5}))
+    forger.change_header("features", "5")
     with pytest.raises(RecordingError, match=r"holds \d+ bytes where \d+ belong"):
         verify(Recorded(forger.path, recorded.folder, recorded.header))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ from instep_client.commands.lines import BadLine, LineReader
 from instep_client.commands.problems import BadFile
 from instep_client.commands.sequences import RecordedSequences
 from instep_client.protocol.wire import F32
+from instep_client.states import State
 
 BAD_LINES_NAMED: Final = 5
 """How many bad lines of a file its message names."""
@@ -32,7 +33,7 @@ def read_sequences(path: Path) -> RecordedSequences:
     """Read an NPZ, NPY or CSV file; which one it is, is told by its ending (anything else is read as CSV).
 
     * NPZ: `frames [sum, features]` with `lengths [R]`, and beside them, if they are there, `names [R]`,
-      `outputs [sum, outputs]`, `times_s [sum]`, `initial_states [R, state_layers, state_size]` and `fingerprint`;
+      `outputs [sum, outputs]`, `times_s [sum]`, `initial_states [R, *shape]` and `fingerprint`;
       or any arrays [T, features], one a stream, called as the array; or one array [R, T, features].
     * NPY: one array [T, features] or [R, T, features].
     * CSV: one frame a line, see `LineReader`; without a column `stream` the file is one sequence.
@@ -69,10 +70,12 @@ def save_sequences(path: Path, sequences: RecordedSequences) -> None:
     if sequences.times_s is not None:
         arrays["times_s"] = sequences.times_s
     if sequences.initial_states:
-        shape = next(iter(sequences.initial_states.values())).shape
-        arrays["initial_states"] = np.zeros((len(sequences), *shape), np.float32)
+        given = np.zeros(len(sequences), np.bool_)
         for row, state in sequences.initial_states.items():
-            arrays["initial_states"][row] = state
+            given[row] = True
+            for name, leaf in _leaves(state):
+                arrays.setdefault(name, np.zeros((len(sequences), *leaf.shape), leaf.dtype))[row] = leaf
+        arrays["has_initial_state"] = given
     if sequences.fingerprint is not None:
         arrays["fingerprint"] = np.array(sequences.fingerprint)
     with path.open("wb") as file:
@@ -114,12 +117,35 @@ def _from_columns(path: Path, arrays: Mapping[str, Array]) -> RecordedSequences:
     if "times_s" in arrays:
         times_s = _column(path, arrays, "times_s", "fiu", (len(frames),))
         sequences = replace(sequences, times_s=times_s.astype(np.float64))
-    if "initial_states" in arrays:
-        states = _column(path, arrays, "initial_states", "f", (len(lengths), None, None))
-        sequences = replace(sequences, initial_states={row: state for row, state in enumerate(states) if state.any()})
+    leaves = {name: array for name, array in arrays.items() if name.partition(".")[0] == "initial_states"}
+    if leaves:
+        sequences = replace(sequences, initial_states=_initial_states(path, arrays, leaves, len(lengths)))
     if "fingerprint" in arrays:
         sequences = replace(sequences, fingerprint=str(_column(path, arrays, "fingerprint", "U", ())))
     return sequences
+
+
+def _leaves(state: State) -> Iterator[tuple[str, Array]]:
+    """The names of a state's arrays in a file, with the arrays."""
+    if isinstance(state, Mapping):
+        yield from ((f"initial_states.{name}", leaf) for name, leaf in state.items())
+    else:
+        yield "initial_states", state
+
+
+def _initial_states(
+    path: Path, arrays: Mapping[str, Array], leaves: Mapping[str, Array], count: int
+) -> dict[int, State]:
+    given = np.ones(count, np.bool_)
+    if "has_initial_state" in arrays:
+        given = _column(path, arrays, "has_initial_state", "b", (count,))
+    for name, leaf in leaves.items():
+        if leaf.ndim < 1 or len(leaf) != count:
+            raise BadFile(f"{path}: {name!r} must hold one state for each of the {count} sequences")
+    rows = np.flatnonzero(given).tolist()
+    if list(leaves) == ["initial_states"]:
+        return {row: leaves["initial_states"][row] for row in rows}
+    return {row: {name.partition(".")[2]: leaf[row] for name, leaf in leaves.items()} for row in rows}
 
 
 def _column(path: Path, arrays: Mapping[str, Array], name: str, kinds: str, shape: tuple[int | None, ...]) -> Array:

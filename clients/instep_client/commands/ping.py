@@ -49,7 +49,7 @@ async def ping(endpoint: str, terminal: Terminal, stop: Stop) -> Exit:
                 "ready": why is None,
                 "why": why,
                 "round_trip_ms": round_trip_ms,
-                "server": None if info is None else asdict(info),
+                "server": None if info is None else asdict(info) | {"state": info.state.encode()},
             }
         )
     elif why is not None or info is None:

@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 from instep_client.commands.problems import BadFile
 from instep_client.commands.sequences import I64, RecordedSequences
+from instep_client.protocol.state_spec import StateSpec
 from instep_client.protocol.wire import F32
+from instep_client.states import as_state
 
 APPLICATION_ID: Final = 0x696E7374
 FORMAT_VERSION: Final = 1
@@ -104,13 +106,10 @@ def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
     if version != FORMAT_VERSION:
         raise BadFile(f"{path} has format version {version}; this client reads version {FORMAT_VERSION}")
     header = {key: json.loads(value) for key, value in _rows(path, database, "header", "key, value")}
-    description = header["description"]
-    gru = description["gru"]
-    state_shape = (int(gru["num_layers"]), int(gru["hidden_size"]))
-    outputs = int(description["after"][-1]["size"]) if description["after"] else state_shape[1]
+    state = StateSpec.decode(header["state"])
     events = _rows(path, database, "events", _EVENT)
     failed = {seq for _, _, _, seq, kind, *_ in events if kind == "failed"}
-    frames = _frames(path, database, int(description["features"]), outputs, failed)
+    frames = _frames(path, database, int(header["features"]), int(header["outputs"]), failed)
     openings = [_Opening(*row) for row in _rows(path, database, "openings", _OPENING)]
     resets = [
         (stream, seq, at, time_ns, state) for at, time_ns, stream, seq, kind, _, state in events if kind == "reset"
@@ -126,7 +125,7 @@ def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
         times_s=(frames.times_ns - first_ns) / 1e9,
         opened_s=np.array([stretch.time_ns - first_ns for stretch in stretches]) / 1e9,
         initial_states={
-            row: np.frombuffer(stretch.state, "<f4").reshape(state_shape)
+            row: as_state(np.frombuffer(stretch.state, np.uint8).reshape(1, state.row_bytes), state, single=True)
             for row, stretch in enumerate(stretches)
             if stretch.state is not None
         },

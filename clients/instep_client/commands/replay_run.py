@@ -19,6 +19,7 @@ from instep_client.commands.pipeline import pipeline, task_group
 from instep_client.commands.plan import Plan, Rows, Send
 from instep_client.protocol.errors import FramesRefused, Refused
 from instep_client.protocol.wire import F32
+from instep_client.states import State, as_state, state_rows
 
 
 class ReplayRun:
@@ -76,16 +77,15 @@ class ReplayRun:
         self._open_streams += len(members)
         return group
 
-    def _initial_states(self, members: Rows) -> F32 | None:
-        given = self._plan.sequences.initial_states
+    def _initial_states(self, members: Rows) -> State | None:
+        given, spec = self._plan.sequences.initial_states, self._client.info.state
         with_state = [place for place, member in enumerate(members) if member in given]
         if not with_state:
             return None
-        first = given[int(members[with_state[0]])]
-        states = np.zeros((len(members), *first.shape), np.float32)
+        rows = spec.initial(len(members))
         for place in with_state:
-            states[place] = given[int(members[place])]
-        return states
+            rows[place] = state_rows(given[int(members[place])], spec, None)[0]
+        return as_state(rows, spec, single=False)
 
     async def _close(self, group: AsyncGroup, members: Rows) -> None:
         """Close a cohort after its last answer; streams that the server ended are told of by their frames."""

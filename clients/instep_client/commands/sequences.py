@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instep_client.protocol.wire import F32
+from instep_client.states import State
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
@@ -32,8 +33,8 @@ class RecordedSequences:
     """[sum(lengths)] when each frame was sent; within a sequence they never go back."""
     opened_s: F64 | None = None
     """[R] when each stream was opened, on the clock of `times_s`; None where it is the time of its first frame."""
-    initial_states: Mapping[int, F32] = field(default_factory=dict)
-    """The initial states [state_layers, state_size] of the sequences that did not start from zeros."""
+    initial_states: Mapping[int, State] = field(default_factory=dict)
+    """The states from which sequences started, by row; where one is not given, from the model's initial state."""
     fingerprint: str | None = None
     """Fingerprint of the model that gave `outputs`, where known."""
 

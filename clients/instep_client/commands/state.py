@@ -7,13 +7,15 @@ when told to. Streams that a command has opened or taken are left to the server,
 from __future__ import annotations
 
 import asyncio
+import math
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from instep_client.aio import AsyncClient
 from instep_client.aio_streams import AsyncStream
@@ -22,7 +24,7 @@ from instep_client.commands.pacing import Stop
 from instep_client.commands.problems import BadFile, CommandProblem, Exit
 from instep_client.commands.terminal import Terminal
 from instep_client.protocol.errors import InvalidInput, StreamRefused
-from instep_client.protocol.wire import F32, Code, ServerInfo
+from instep_client.protocol.wire import Code, ServerInfo
 from instep_client.snapshots import StreamSnapshot
 
 FIRST_VALUES: Final = 6
@@ -41,18 +43,20 @@ async def read(endpoint: str, name: str, terminal: Terminal, stop: Stop) -> Exit
     if terminal.as_json:
         terminal.result({"stream": name, "seq": seq, **_of_model(info), "state": _plain(state)})
         return Exit.OK
-    layers, size = state.shape
+    leaves = ", ".join(f"{leaf.name} {leaf.dtype} {list(leaf.shape)}" for leaf in info.state.leaves)
     terminal.out.print(
-        f"{name!r} is before frame {seq}; its state is {layers} x {size} (layers x size) of model {info.model}",
-        markup=False,
+        f"{name!r} is before frame {seq}; its state is {leaves} of model {info.model}", markup=False, soft_wrap=True
     )
-    terminal.out.print(f"{'layer':>5} {'min':>12} {'mean':>12} {'max':>12}  first values", markup=False)
+    arrays = state if isinstance(state, dict) else {info.state.leaves[0].name: state}
+    rows = [(label, values) for leaf, array in arrays.items() for label, values in _rows(leaf, array)]
+    width = max(len(label) for label, _ in rows)
+    terminal.out.print(f"{'row':>{width}} {'min':>12} {'mean':>12} {'max':>12}  first values", markup=False)
     with np.errstate(all="ignore"):  # a network may have computed NaN or infinity, which is shown as such
-        for layer, values in enumerate(state):
+        for label, values in rows:
             low, mean, high = (_short(value) for value in (values.min(), values.mean(dtype=np.float64), values.max()))
             first = " ".join(_short(value) for value in values[:FIRST_VALUES])
-            more = " …" if size > FIRST_VALUES else ""
-            terminal.out.print(f"{layer:>5} {low:>12} {mean:>12} {high:>12}  {first}{more}", markup=False)
+            more = " …" if len(values) > FIRST_VALUES else ""
+            terminal.out.print(f"{label:>{width}} {low:>12} {mean:>12} {high:>12}  {first}{more}", markup=False)
     return Exit.OK
 
 
@@ -114,7 +118,7 @@ async def fork(endpoint: str, name: str, copy: str, terminal: Terminal, stop: St
 
 
 async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, terminal: Terminal, stop: Stop) -> Exit:
-    """Take a stream from its owner, replace its state by zeros or a snapshot's, and leave it parked.
+    """Take a stream from its owner, replace its state by the initial one or a snapshot's, and leave it parked.
 
     Raises:
         InstepError: as the client does.
@@ -143,7 +147,7 @@ async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, te
                 f"goes on with it: client.resume({name!r}, epoch={stream.epoch})"
             )
             raise
-        state = "zeros" if file is None else f"the state in {file}"
+        state = "the initial state" if file is None else f"the state in {file}"
         _tell_parked(
             terminal,
             f"{name!r} goes on from {state}",
@@ -221,6 +225,19 @@ def _short(value: np.floating[Any]) -> str:
     return f"{value:.6g}"
 
 
-def _plain(state: F32) -> list[list[float | str]]:
-    """As JSON can hold it: numbers, and `nan`, `inf` and `-inf` as text."""
-    return [[float(value) if np.isfinite(value) else str(value) for value in layer] for layer in state]
+def _rows(leaf: str, array: npt.NDArray[Any]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """A leaf's rows along its last axis, as numbers, each with its place: `h[0]`."""
+    lines = array.reshape(-1, array.shape[-1] if array.ndim else 1) * 1
+    for index, values in enumerate(lines):
+        yield (f"{leaf}[{index}]" if array.ndim > 1 else leaf), values
+
+
+def _plain(state: Any) -> Any:
+    """As JSON can hold it: a dict or nested lists, with `nan`, `inf` and `-inf` as text."""
+    if isinstance(state, dict):
+        return {name: _plain(leaf) for name, leaf in state.items()}
+    if isinstance(state, np.ndarray):
+        return _plain(state.tolist())
+    if isinstance(state, list):
+        return [_plain(value) for value in state]
+    return str(state) if isinstance(state, float) and not math.isfinite(state) else state

@@ -28,10 +28,10 @@ LeafArrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "int64", "bool")
 }
-MAX_LEAVES: Final = 64
-MAX_DIMENSIONS: Final = 8
+MAX_LEAVES: Final = 32
+MAX_DIMENSIONS: Final = 4
 MAX_ROW_BYTES: Final = 64 * 1024 * 1024
-_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,31}")
 
 
 class InvalidStateSpec(ValueError):
@@ -47,9 +47,9 @@ class Leaf:
     """
 
     name: str
-    """1 to 64 letters, digits, dots and underscores; it does not begin with a digit or a dot."""
+    """1 to 32 letters, digits, dots and underscores; it does not begin with a digit or a dot."""
     shape: tuple[int, ...]
-    """Up to 8 extents of at least 1; `()` for a single value."""
+    """Up to 4 extents of at least 1; `()` for a single value."""
     dtype: np.dtype[Any]
     """float32, float64, int64 or bool, little-endian."""
     initial: float = 0.0
@@ -58,7 +58,7 @@ class Leaf:
     def __post_init__(self) -> None:
         if type(self.name) is not str or not _NAME.fullmatch(self.name):
             raise InvalidStateSpec(
-                f"a leaf cannot be called {self.name!r:.80}: expected 1 to 64 letters, digits, dots and underscores"
+                f"a leaf cannot be called {self.name!r:.80}: expected 1 to 32 letters, digits, dots and underscores"
             )
         if type(self.shape) is not tuple or len(self.shape) > MAX_DIMENSIONS:
             raise InvalidStateSpec(f"the shape of leaf {self.name} must be a tuple of up to {MAX_DIMENSIONS} extents")

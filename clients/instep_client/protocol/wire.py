@@ -24,6 +24,7 @@ from instep_client.protocol.codes import PROTOCOL_VERSION as PROTOCOL_VERSION
 from instep_client.protocol.codes import SENTENCES as SENTENCES
 from instep_client.protocol.codes import Code as Code
 from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.state_spec import StateSpec
 
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_HEADER_BYTES: Final = 4096
@@ -103,7 +104,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.READ_STATE: 4,  # kind, request, N, whether streams are named (1) or given by handle (0)
     Kind.RESET: 4,  # kind, request, N, whether states follow (0 or 1)
     Kind.FORK: 3,  # kind, request, N
-    Kind.WELCOME: 21,  # see ServerInfo
+    Kind.WELCOME: 20,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.STEPPED: 9,  # kind, request, T, N, queue_us, compute_us, send_us, sentences, also (see `MAX_ALSO`)
     Kind.CLOSED: 4,  # kind, request, N, sentences
@@ -119,26 +120,26 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
 
 FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.HELLO: 1,
-    Kind.OPEN: 4,  # names (UTF-8, one a line), states float32 [N, state] or empty, first seqs uint64 [N] or empty
+    Kind.OPEN: 4,  # names (UTF-8, one a line), states [N, row_bytes] or empty, first seqs uint64 [N] or empty
     Kind.STEP: 3,  # columns [N], x float32 [T, N, features]
     Kind.CLOSE: 2,  # handles uint64 [N]
     Kind.PING: 1,
     Kind.STATS: 1,
     Kind.RESUME: 3,  # names, claims [N]
     Kind.READ_STATE: 2,  # handles uint64 [N], or names
-    Kind.RESET: 3,  # handles uint64 [N], states float32 [N, state] or empty
+    Kind.RESET: 3,  # handles uint64 [N], states [N, row_bytes] or empty
     Kind.FORK: 3,  # handles uint64 [N], names of the copies
     Kind.WELCOME: 1,
     Kind.OPENED: 3,  # grants [N], failures
     Kind.STEPPED: 3,  # y float32 [T, N, outputs] (NaN where refused), failures
-    Kind.CLOSED: 3,  # final states float32 [N, state] (NaN where refused), failures
+    Kind.CLOSED: 3,  # final states [N, row_bytes] (floats NaN where refused), failures
     Kind.PONG: 1,
     Kind.STATISTICS: 1,
     Kind.EVICTED: 2,  # handles uint64 [N]
     Kind.ERROR: 1,
     Kind.GOODBYE: 1,
     Kind.RESUMED: 3,  # grants [N], failures
-    Kind.STATE_READ: 4,  # seqs uint64 [N], states float32 [N, state] (NaN where refused), failures
+    Kind.STATE_READ: 4,  # seqs uint64 [N], states [N, row_bytes] (as in CLOSED), failures
     Kind.CHANGED: 2,  # failures
 }
 
@@ -155,9 +156,8 @@ class ServerInfo:
     """sha256 over the description and the weights, hex."""
     features: int
     outputs: int
-    state_layers: int
-    state_size: int
-    """A stream's state is float32 [state_layers, state_size]."""
+    state: StateSpec
+    """What a stream's state is: `[name, shape, dtype, initial value]` for each leaf."""
     device: str
     exactness: str
     """`exact`, `tolerance` or `off`."""
@@ -178,6 +178,11 @@ class ServerInfo:
     """What an answer survives: `memory`, nothing; `commit`, the death of the process; `fsync`, the loss of power."""
     park_s: float
     """Seconds for which a stream is kept when its connection is gone; 0 for not at all."""
+
+    def wire_fields(self) -> list[Any]:
+        """The fields as WELCOME holds them."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return list((values | {"state": self.state.encode()}).values())
 
 
 class Header(NamedTuple):
@@ -268,7 +273,7 @@ def check_size(frame: Frame, itemsize: int, shape: tuple[int, ...], name: str) -
         raise MalformedMessage(f"{name} must be {size} bytes for shape {list(shape)}, it is {len(frame)}")
 
 
-def raw(array: F32) -> memoryview:
+def raw(array: npt.NDArray[Any]) -> memoryview:
     """A contiguous array's bytes as a raw frame, without a copy."""
     return array.reshape(-1).view("u1").data
 

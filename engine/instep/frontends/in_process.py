@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from instep.core.admission import SENT_COLUMN
-from instep.core.typing import F32, I64, U64
+from instep.core.typing import F32, I64, U8, U64
 from instep.streaming.api import Frames, Grants, Names, Refusal, Reply, StatesRead, StreamEvent
 from instep.streaming.engine import Engine
 from instep.streaming.operations import StreamOperations
@@ -65,7 +65,7 @@ class InProcessOrigin:
         reply: Reply = await future
         return reply
 
-    async def open(self, names: Names, states: F32 | None = None, first_seqs: I64 | None = None) -> Grants:
+    async def open(self, names: Names, states: U8 | None = None, first_seqs: I64 | None = None) -> Grants:
         """See `StreamOperations.open`."""
         return await self._frontend.ask(lambda: self._operations.open(self, names, states, first_seqs))
 

@@ -36,9 +36,8 @@ class Model:
 
 def model_of(name: str, description: Description, weights: Mapping[str, torch.Tensor]) -> Model:
     """A model of parts that were checked, with its fingerprint."""
-    fields = description.as_json()
-    fields.pop("kind")
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
+    text = json.dumps(description.as_json(), sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode())
     for tensor_name in description.tensor_shapes():
         digest.update(weights[tensor_name].numpy().astype("<f4").tobytes())
     return Model(name, description, weights, digest.hexdigest())

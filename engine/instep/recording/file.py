@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from instep.core.typing import F32, I64
+from instep.core.typing import I64, U8
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.schema import (
     APPLICATION_ID,
@@ -128,13 +128,12 @@ class RecordingFile:
             batches, frames = self._database.execute(query, (self.last_position,)).fetchone()
         return int(batches), int(frames)
 
-    def state(self, blob: bytes | None, position: int) -> F32 | None:
-        """A state [layers, hidden size], from the row at that position."""
+    def state(self, blob: bytes | None, position: int) -> U8 | None:
+        """A state, uint8 [row_bytes], from the row at that position."""
         if blob is None:
             return None
-        layers, size = self.header.state_layers, self.header.state_size
-        self.check_bytes(blob, layers * size * 4, position)
-        return np.frombuffer(blob, "<f4").reshape(layers, size)
+        self.check_bytes(blob, self.header.state_spec.row_bytes, position)
+        return np.frombuffer(blob, np.uint8)
 
     def check_bytes(self, blob: bytes, expected: int, position: int) -> None:
         """Raise when a column of the row at that position is not as long as it should be."""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
-from instep.core.typing import F32, I64, U32, U64, Bool
+from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
@@ -85,7 +85,7 @@ class Recorder:
         names: Sequence[str],
         epochs: U64,
         first_seqs: I64,
-        initial_states: F32 | None,
+        initial_states: U8 | None,
     ) -> int:
         """As `RecordingWriter.open_streams`; raises RecordingError after a failure, as every verb."""
         fields = (time_ns, streams, names, epochs, first_seqs, initial_states)
@@ -103,13 +103,13 @@ class Recorder:
         """As `RecordingWriter.fail_batch`, of the inputs with that ticket."""
         return self._put(lambda: self._writer.fail_batch(time_ns, ticket, detail))
 
-    def close_streams(self, time_ns: int, streams: I64, reason: str, frames: I64, final_states: F32, lost: Bool) -> int:
+    def close_streams(self, time_ns: int, streams: I64, reason: str, frames: I64, final_states: U8, lost: Bool) -> int:
         """As `RecordingWriter.close_streams`."""
         fields = (time_ns, streams, reason, frames, final_states, lost)
         return self._put_rows(lambda: self._writer.close_streams(*fields), len(streams))
 
     def stream_events(
-        self, time_ns: int, kind: str, streams: I64, seqs: I64, details: Iterable[str], states: F32 | None = None
+        self, time_ns: int, kind: str, streams: I64, seqs: I64, details: Iterable[str], states: U8 | None = None
     ) -> int:
         """As `RecordingWriter.stream_events`."""
         fields = (time_ns, kind, streams, seqs, details, states)

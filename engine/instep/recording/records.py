@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from instep.core.typing import F32, U32, U64
+from instep.core.typing import F32, U8, U32, U64
 from instep.recording.schema import RecordingHeader
 
 
@@ -20,16 +20,16 @@ class StreamInfo:
     """Of its first frame."""
     opened_ns: int
     opened_position: int
-    initial_state: F32 | None
-    """Before its first frame, float32 [layers, hidden size]; None for zeros."""
+    initial_state: U8 | None
+    """Before its first frame, uint8 [row_bytes]; None for the model's initial state."""
     closed_ns: int | None
     """None where it was still open at the last commit; so are all the fields below."""
     closed_position: int | None
     reason: str | None
     frames: int | None
     """The seq that its next frame would have had, as counted at the close."""
-    final_state: F32 | None
-    """float32 [layers, hidden size]; None also where it was not known."""
+    final_state: U8 | None
+    """uint8 [row_bytes]; None also where it was not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class RecordedEvent:
     seq: int | None
     kind: str
     detail: str
-    state: F32 | None
-    """float32 [layers, hidden size]; None for zeros, and where the kind has none."""
+    state: U8 | None
+    """uint8 [row_bytes]; None for the model's initial state, and where the kind has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class StateReset:
     position: int
     stream: int
     seq: int
-    state: F32 | None
-    """float32 [layers, hidden size]; None for zeros."""
+    state: U8 | None
+    """uint8 [row_bytes]; None for the model's initial state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,8 @@ class StreamState:
     """Of the snapshot that wrote it down."""
     seq: int
     """The state is that before this frame."""
-    state: F32
-    """float32 [layers, hidden size]."""
+    state: U8
+    """uint8 [row_bytes]."""
     tail_seq: int
     """The client may not have the outputs of the frames from here to `seq`."""
     tail_x: F32

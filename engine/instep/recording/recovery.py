@@ -11,7 +11,7 @@ from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 
-from instep.core.typing import F32, I64, Bool
+from instep.core.typing import F32, I64, U8, Bool
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch, SnapshotMark, StateReset, StreamState
 from instep.recording.schema import COUNTED, OWNER_EVENT, SNAPSHOT_EVENT, read_owner_detail
@@ -40,8 +40,8 @@ class OpenStream:
     """The one it opened with."""
     seq: int
     """The state is that before this frame."""
-    state: F32 | None
-    """float32 [layers, hidden size]; None for zeros."""
+    state: U8 | None
+    """uint8 [row_bytes]; None for the model's initial state."""
     tail_seq: int
     """The client may not have the outputs of the frames from here to `seq`."""
     tail_x: F32

@@ -8,7 +8,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Final
 
-from instep.core.typing import F32, I64, U32, U64, Bool
+from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.errors import DamagedRecording
 from instep.recording.schema import (
     COUNTED,
@@ -69,7 +69,7 @@ class RowWriter:
         names: Sequence[str],
         epochs: U64,
         first_seqs: I64,
-        initial_states: F32 | None,
+        initial_states: U8 | None,
     ) -> None:
         """Streams opened.
 
@@ -79,7 +79,7 @@ class RowWriter:
             names: what the client calls them.
             epochs: uint64 [N], of their first ownerships.
             first_seqs: int64 [N], of their first frames.
-            initial_states: before those frames, float32 [N, layers, hidden size]; None for zeros.
+            initial_states: before those frames, uint8 [N, row_bytes]; None for the model's initial state.
         """
         columns = (streams.tolist(), names, epochs.tolist(), first_seqs.tolist())
         self._insert_rows("openings", time_ns, *columns, state_blobs(initial_states, len(streams)))
@@ -112,9 +112,7 @@ class RowWriter:
         """The step of the batch at that position failed: none of its frames was applied."""
         self.event(time_ns, FAILED_EVENT, int(batch), detail)
 
-    def close_streams(
-        self, time_ns: int, streams: I64, reason: str, frames: I64, final_states: F32, lost: Bool
-    ) -> None:
+    def close_streams(self, time_ns: int, streams: I64, reason: str, frames: I64, final_states: U8, lost: Bool) -> None:
         """Streams ended.
 
         Args:
@@ -122,7 +120,7 @@ class RowWriter:
             streams: int64 [N].
             reason: of them all.
             frames: int64 [N], the seqs that their next frames would have had.
-            final_states: float32 [N, layers, hidden size].
+            final_states: rows of bytes, uint8 [N, row_bytes].
             lost: bool [N], whose state is not known, and not recorded.
         """
         states = (
@@ -134,7 +132,7 @@ class RowWriter:
         self._closed_with_state += [number for number in numbers if number in self._with_state]
 
     def stream_events(
-        self, time_ns: int, kind: str, streams: I64, seqs: I64, details: Iterable[str], states: F32 | None = None
+        self, time_ns: int, kind: str, streams: I64, seqs: I64, details: Iterable[str], states: U8 | None = None
     ) -> None:
         """Something happened to streams, int64 [N], at `seqs`, int64 [N]; what the kinds mean is in `schema`."""
         count = len(streams)

@@ -31,11 +31,11 @@ history are only ever added, so the rows up to any committed position are a cons
   `failed`, and these come in the order of the batches. A batch without either was under way when the engine was killed:
   after it there is either no outcome of any batch, or first an event `recovered`. Its frames were applied. The frames
   of a failed batch were not: they do not count.
-* `features` is that of the header's `description`; `outputs` is the size of the description's last layer after the
-  GRU, or the GRU's hidden size where there is none.
-* States are float32 `[layers, hidden size]`, little-endian. `initial_state` is that before the frame `first_seq`, NULL
-  for zeros; `final_state` is NULL where it was not known. `frames` is the seq that the stream's next frame would have
-  had: with a `first_seq` of 0, how many were applied.
+* The header holds `features`, `outputs` and `state`: `[name, shape, dtype, initial value]` for each leaf of a stream's
+  state. A state is one row of bytes laid out as a C struct: the leaves in that order, little-endian, each at a multiple
+  of its item size, and the end at a multiple of the largest. `initial_state` is that before the frame `first_seq`, NULL
+  where every leaf has its initial value; `final_state` is NULL where it was not known. `frames` is the seq that the
+  stream's next frame would have had: with a `first_seq` of 0, how many were applied.
 * `time_ns` is nanoseconds since 1970. A stream without a row in `closings` was still open at the last commit.
 * `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
   have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the snapshot which
@@ -51,7 +51,7 @@ history are only ever added, so the rows up to any committed position are a cons
 | event | `stream`, `seq` | means |
 | --- | --- | --- |
 | `failed` | NULL, position of a batch | its step failed, none of its frames was applied; `detail` says why |
-| `reset` | stream, seq | before this frame the stream's state became `state`, NULL for zeros |
+| `reset` | stream, seq | before this frame the stream's state became `state`, NULL for the initial one |
 | `owner` | stream, epoch | a new owner, none after other numerics; `detail`: the epoch it held or 0, its next frame |
 | `parked` | stream, seq it expects | its connection is gone |
 | `states` | NULL, position | part of `states` was brought up to this position or later, the rest follows |
@@ -84,6 +84,7 @@ from struct import Struct
 from typing import Any, Final, Literal, TypeAlias
 
 from instep.recording.errors import RecordingError
+from instep_client.protocol.state_spec import StateSpec
 
 Durability: TypeAlias = Literal["memory", "commit", "fsync"]
 Column: TypeAlias = int | str | bytes | None
@@ -177,6 +178,9 @@ _HEADER_TYPES: Final = {
     "model_folder": str,
     "model_fingerprint": str,
     "description": dict,
+    "features": int,
+    "outputs": int,
+    "state": list,
     "numerics": dict,
     "exactness": str,
     "durability": str,
@@ -242,6 +246,12 @@ class RecordingHeader:
     """Where the model lay: its folder, or its weights file where the description came from the config."""
     description: dict[str, Any]
     """The network's description as plain JSON values."""
+    features: int
+    """Floats in a frame's input."""
+    outputs: int
+    """Floats in a frame's output."""
+    state: list[list[Any]]
+    """What a stream's state is, as `StateSpec.encode` gives it."""
     model_fingerprint: str
     """sha256 over the description and the weights, hex."""
     numerics: dict[str, str]
@@ -256,25 +266,9 @@ class RecordingHeader:
     """What answers waited for: `memory`, `commit` or `fsync`."""
 
     @property
-    def features(self) -> int:
-        """Floats in a frame's input."""
-        return int(self.description["features"])
-
-    @property
-    def outputs(self) -> int:
-        """Floats in a frame's output."""
-        after = self.description["after"]
-        return int(after[-1]["size"]) if after else self.state_size
-
-    @property
-    def state_layers(self) -> int:
-        """First extent of a stream's state."""
-        return int(self.description["gru"]["num_layers"])
-
-    @property
-    def state_size(self) -> int:
-        """Second extent of a stream's state."""
-        return int(self.description["gru"]["hidden_size"])
+    def state_spec(self) -> StateSpec:
+        """What a stream's state is."""
+        return StateSpec.decode(self.state)
 
     def rows(self) -> list[tuple[str, str, int]]:
         """The rows of the table `header`."""
@@ -300,8 +294,9 @@ class RecordingHeader:
             for name, kind in _HEADER_TYPES.items():
                 if not isinstance(getattr(header, name), kind):
                     raise TypeError(f"{name} is not a {kind.__name__}")
-            if min(header.features, header.outputs, header.state_layers, header.state_size) < 1:
+            if min(header.features, header.outputs) < 1:
                 raise ValueError("a size is below 1")
+            StateSpec.decode(header.state)
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
             raise RecordingError(f"the header is damaged or incomplete ({error})") from None
         return header

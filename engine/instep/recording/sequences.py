@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from instep.core.typing import F32, I64, U32, Bool
+from instep.core.typing import I64, U8, U32, Bool
 from instep.recording.frames import FrameStore, Sequences
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch, StateReset, StreamInfo
@@ -27,9 +27,9 @@ class Stretch:
     row: int
     """Which stream, as an index into `SequenceIndex.streams`."""
     first_seq: int
-    initial_state: F32 | None
-    """Before the first frame, float32 [layers, hidden size]; None for zeros."""
-    final_state: F32 | None
+    initial_state: U8 | None
+    """Before the first frame, uint8 [row_bytes]; None for the model's initial state."""
+    final_state: U8 | None
     """After the last frame; None where it was not recorded."""
 
 

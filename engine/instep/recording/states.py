@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from instep.core.typing import F32, I64
+from instep.core.typing import F32, I64, U8
 from instep.recording.schema import Column, row_crc
 
 
@@ -22,8 +22,8 @@ class StateRows:
     """int64 [N], distinct."""
     seqs: I64
     """int64 [N]: the states are those before these frames."""
-    states: F32
-    """float32 [N, layers, hidden size]."""
+    states: U8
+    """Rows of bytes, uint8 [N, row_bytes]."""
     tail_seqs: I64
     """int64 [N]: the client may not have the outputs of the frames from here to `seqs`."""
     tail_x: F32
@@ -40,9 +40,8 @@ class StateRows:
         columns = zip(self.streams.tolist(), self.seqs.tolist(), self.tail_seqs.tolist(), strict=True)
         for at, (stream, seq, tail_seq) in enumerate(columns):
             tail = slice(ends[at] - (seq - tail_seq), ends[at])
-            floats = (blob(array, "<f4") for array in (self.states[at], self.tail_x[tail], self.tail_y[tail]))
-            state, x, y = floats
-            row = (stream, position, seq, state, tail_seq, x, y)
+            x, y = (blob(array, "<f4") for array in (self.tail_x[tail], self.tail_y[tail]))
+            row = (stream, position, seq, self.states[at].tobytes(), tail_seq, x, y)
             yield (*row, row_crc(*row))
 
 
@@ -51,6 +50,6 @@ def blob(array: npt.NDArray[Any], dtype: str) -> bytes:
     return np.ascontiguousarray(array, dtype).tobytes()
 
 
-def state_blobs(states: F32 | None, count: int) -> Iterator[bytes | None]:
-    """The blobs of `count` states, float32 [N, layers, hidden size]; None for each where there are none."""
-    return repeat(None, count) if states is None else (blob(state, "<f4") for state in states)
+def state_blobs(states: U8 | None, count: int) -> Iterator[bytes | None]:
+    """The blobs of `count` states, rows of bytes [N, row_bytes]; None for each where there are none."""
+    return repeat(None, count) if states is None else (state.tobytes() for state in states)

@@ -7,9 +7,9 @@ from typing import Any, Final
 import torch
 
 from instep.core.typing import F32, I64
-from instep.models.gru.network import GruNetwork
+from instep.models.base import RecurrentModel
 from instep.runtime.errors import StateLost
-from instep.runtime.state_cache import StateCache
+from instep.runtime.state_store import StateStore
 
 _WARM_UPS: Final = 3
 """Runs before the capture, in which libraries allocate and choose what they use: torch's own example makes as many."""
@@ -21,16 +21,16 @@ class GraphBatch:
     Copies to the device, gather, step, scatter and copies back are one launch; the host waits once, for the outputs.
 
     Args:
-        network: what is stepped.
-        cache: the states, on the network's device.
+        model: what is stepped.
+        store: the states, on the model's device.
         size: rows, padding included.
         pool: memory that graphs of other sizes use, too (`torch.cuda.graph_pool_handle`).
     """
 
-    def __init__(self, network: GruNetwork, cache: StateCache, size: int, pool: Any) -> None:
-        self._step = network.bind(size)
-        self._cache = cache
-        self._device = network.device
+    def __init__(self, model: RecurrentModel, store: StateStore, size: int, pool: Any) -> None:
+        self._step = model.bind(size)
+        self._store = store
+        self._device = model.device
         self._host_slots = torch.zeros(size, dtype=torch.int64, pin_memory=True)
         self._host_x = torch.zeros(size, self._step.x.shape[1], pin_memory=True)
         self._host_y = torch.zeros(size, self._step.y.shape[1], pin_memory=True)
@@ -55,10 +55,9 @@ class GraphBatch:
     def _enqueue(self) -> None:
         self._slots.copy_(self._host_slots, non_blocking=True)
         self._step.x.copy_(self._host_x, non_blocking=True)
-        self._cache.gather(self._slots, self._step.h)
+        self._store.gather(self._slots, self._step.state)
         self._step.run()
-        self._cache.scatter(self._slots, self._step.h)
-        self._cache.clear_scratch()
+        self._store.scatter(self._slots, self._step.new_state)
         self._host_y.copy_(self._step.y, non_blocking=True)
 
     def run(self, rows: int) -> F32:

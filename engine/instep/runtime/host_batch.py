@@ -1,50 +1,42 @@
-"""Where a batch stands while it is stepped on the CPU."""
+"""One batch size on the CPU: its buffers, and the way through gather, step and scatter."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from instep.core.typing import F32, I64
-from instep.models.gru.network import GruNetwork
-from instep.runtime.errors import StateLost
-from instep.runtime.state_cache import StateCache
+from instep.models.base import RecurrentModel
+from instep.runtime.state_store import StateCopies, StateStore
 
 
 class HostBatch:
     """Room for one batch of one size, used again for the next one.
 
     Args:
-        network: what is stepped.
-        cache: the states.
+        model: what is stepped.
+        store: the states.
         size: rows, padding included.
     """
 
-    def __init__(self, network: GruNetwork, cache: StateCache, size: int) -> None:
-        self._cache: F32 = cache.array
-        self._step = network.bind(size)
-        self._states: F32 = self._step.h.numpy()
+    def __init__(self, model: RecurrentModel, store: StateStore, size: int) -> None:
+        self._step = model.bind(size)
+        self._copies = StateCopies(store, self._step)
         self._y: F32 = self._step.y.numpy()
         self.slots: I64 = np.zeros(size, np.int64)
-        """int64 [size], rows of the cache: to be set before `run`, the scratch slot for padding."""
+        """int64 [size]: to be set before `run`, the scratch slot for padding."""
         self.x: F32 = self._step.x.numpy()
-        """float32 [size, input_width], frames: to be set before `run`, zeros for padding."""
+        """float32 [size, at least features], frames: to be set before `run`, zeros for padding."""
 
     def run(self, rows: int) -> F32:
-        """Step; the outputs, float32 [size, output_width], until the next call.
+        """Step; the outputs, float32 [size, at least outputs], until the next call.
 
         Args:
             rows: how many are not padding; their states are changed.
 
         Raises:
-            StateLost: when states may have been written in part.
-            Exception: whatever went wrong before that; no state has changed.
+            Exception: whatever the model raised; no state has changed.
         """
-        # Each call into torch, a mere view included, costs a small step several microseconds, and may wait for the
-        # interpreter's lock.
-        self._cache.take(self.slots, 1, self._states, "clip")  # slots are good; "raise" would copy twice
+        self._copies.gather(self.slots)
         self._step.run()
-        try:
-            self._cache[:, self.slots[:rows]] = self._states[:, :rows]
-        except Exception as error:
-            raise StateLost(str(error)) from error
+        self._copies.scatter(self.slots, rows)
         return self._y

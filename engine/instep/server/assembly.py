@@ -94,7 +94,7 @@ def _make_server(
     accept_numerics_change: bool,
 ) -> Server:
     network, buckets = prepared.network, prepared.certification.buckets
-    limits = effective_limits(config, buckets[-1], network.features, network.outputs)
+    limits = effective_limits(config, buckets[-1], network.description.features, network.description.outputs)
     info = server_info(config, prepared, limits)
     forks = stepper is None and steps_in_process(config.engine, prepared.device)
 
@@ -104,8 +104,8 @@ def _make_server(
         limits.max_streams,
         limits.max_connections,
         limits.window_frames,
-        network.features,
-        network.outputs,
+        network.description.features,
+        network.description.outputs,
         limits.max_pending_frames,
         limits.max_block_frames,
         limits.credit_frames,
@@ -162,8 +162,7 @@ def _make_server(
         time.monotonic_ns,
         reaper.detach,
     )
-    state_shape = (network.state_layers, network.state_size)
-    decoder = Decoder(network.features, state_shape, limits.max_block_frames, limits.max_message_bytes)
+    decoder = Decoder(network.description.features, network.state, limits.max_block_frames, limits.max_message_bytes)
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
     frontend = ZmqFrontend(
         router, engine, operations, reaper, tasks, outbound, decoder, info, probe_after_ns, loop.wake
@@ -203,10 +202,9 @@ def server_info(config: Config, prepared: Prepared, limits: EffectiveLimits) -> 
         boot_id=secrets.token_hex(8),
         model=prepared.model.name,
         fingerprint=prepared.model.fingerprint,
-        features=network.features,
-        outputs=network.outputs,
-        state_layers=network.state_layers,
-        state_size=network.state_size,
+        features=network.description.features,
+        outputs=network.description.outputs,
+        state=network.state,
         device=str(prepared.device),
         exactness=certification.exactness,
         buckets=certification.buckets,
@@ -230,6 +228,9 @@ def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
         model_name=prepared.model.name,
         model_folder=str(prepared.model_path),
         description=prepared.model.description.as_json(),
+        features=prepared.model.description.features,
+        outputs=prepared.model.description.outputs,
+        state=prepared.model.description.state.encode(),
         model_fingerprint=prepared.model.fingerprint,
         numerics=numerics(prepared.device),
         exactness=certification.exactness,

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from instep.config import Config
+from instep.models.base import RecurrentModel
 from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, model_from_parts
-from instep.models.gru.network import GruNetwork
 from instep.models.model import Model
 from instep.models.numerics import prepare as prepare_numerics
+from instep.models.registry import build
 
 
 class CannotServe(Exception):
@@ -27,7 +28,7 @@ class Prepared:
 
     model: Model
     model_path: Path
-    network: GruNetwork
+    network: RecurrentModel
     device: torch.device
     certification: Certification
     certified_s: float = 0.0
@@ -46,7 +47,7 @@ def prepare(config: Config) -> Prepared:
     except ModelError as error:
         raise CannotServe(str(error)) from None
     device = _device(config.engine.device)
-    network = GruNetwork(model, device)
+    network = build(model, device)
     buckets = candidate_buckets(network, config.engine.max_batch_size)
     if config.engine.exactness == "off":
         certification, certified_s = Certification("off", buckets, max_ulp=0, whole_sequence=False), 0.0

@@ -8,7 +8,7 @@ from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 
-from instep.core.typing import F32, I32, I64, U64
+from instep.core.typing import F32, I32, I64, U8, U64
 from instep_client.protocol.codes import SENTENCES, Code
 
 Buffer: TypeAlias = bytes | memoryview
@@ -129,8 +129,8 @@ class StatesRead:
     """The states of N streams, each before the frame `next_seqs[n]`."""
 
     next_seqs: I64
-    states: F32
-    """Nothing meaningful where `codes` is not 0."""
+    states: U8
+    """Rows of bytes [N, row_bytes]; nothing meaningful where `codes` is not 0."""
     codes: I32
 
 

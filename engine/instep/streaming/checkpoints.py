@@ -8,7 +8,7 @@ import numpy as np
 
 from instep.core.streams import StreamTable
 from instep.core.tables import WINDOW, Tables, rows_of
-from instep.core.typing import F32, I64
+from instep.core.typing import I64, U8
 from instep.recording.states import StateRows
 from instep.streaming.engine import Engine
 from instep.streaming.operations import StateAccess, StreamOperations
@@ -87,7 +87,7 @@ class Checkpoints:
             self.is_under_way = False
 
 
-def state_rows(tables: Tables, table: StreamTable, slots: I64, states: F32) -> StateRows:
+def state_rows(tables: Tables, table: StreamTable, slots: I64, states: U8) -> StateRows:
     """The states of open streams, [N, …], and the frames of each whose outputs its client may not have."""
     seqs = table.step_seq[slots]
     first = np.maximum(np.maximum(table.acked[slots], seqs - tables.counts[WINDOW]), table.first_seq[slots])

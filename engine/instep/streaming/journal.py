@@ -18,7 +18,7 @@ import numpy as np
 from instep.core.dirty import DirtyTracker
 from instep.core.streams import StreamTable
 from instep.core.tables import Tables
-from instep.core.typing import F32, I64, Bool
+from instep.core.typing import I64, U8, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
 from instep.recording.schema import OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
@@ -162,7 +162,7 @@ class Journal:
 
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def opened(self, slots: I64, names: Sequence[str], initial_states: F32 | None) -> int:
+    def opened(self, slots: I64, names: Sequence[str], initial_states: U8 | None) -> int:
         """Streams were opened under those names, with initial states [N, …], None for the model's own."""
         if self._recorder is None or not len(slots):
             return 0
@@ -183,13 +183,13 @@ class Journal:
         """The connection of these streams is gone."""
         return self._events(slots, PARKED_EVENT, self._table.next_seq[slots], repeat("", len(slots)))
 
-    def reset(self, slots: I64, states: F32 | None) -> int:
+    def reset(self, slots: I64, states: U8 | None) -> int:
         """Streams with nothing pending were given other states [N, …], None for the model's initial ones."""
         if self._recorder is not None:
             self.dirty.mark_dirty(slots)
         return self._events(slots, RESET_EVENT, self._table.step_seq[slots], repeat("", len(slots)), states)
 
-    def closed(self, slots: I64, reason: str, final_states: F32, lost: Bool) -> int:
+    def closed(self, slots: I64, reason: str, final_states: U8, lost: Bool) -> int:
         """Streams closed; final states [N, …], not recorded where `lost`."""
         if self._recorder is None or not len(slots):
             return 0
@@ -197,7 +197,7 @@ class Journal:
         streams, frames = self._table.recording_ids(slots), self._table.next_seq[slots]
         return self._append(self._recorder.close_streams, time.time_ns(), streams, reason, frames, final_states, lost)
 
-    def _events(self, slots: I64, kind: str, seqs: I64, details: Iterable[str], states: F32 | None = None) -> int:
+    def _events(self, slots: I64, kind: str, seqs: I64, details: Iterable[str], states: U8 | None = None) -> int:
         if self._recorder is None or not len(slots):
             return 0
         streams = self._table.recording_ids(slots)

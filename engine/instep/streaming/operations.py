@@ -19,7 +19,7 @@ from instep.core.admission import resolve_handles
 from instep.core.ownership import check_resume
 from instep.core.runs import are_pending, are_running
 from instep.core.tables import NO_OWNER, SCRATCH_SLOT, WINDOW
-from instep.core.typing import F32, I32, I64, U64, Bool
+from instep.core.typing import I32, I64, U8, U64, Bool
 from instep.streaming.api import Grants, Names, Origin, Refusal, StatesRead, StreamEvent
 from instep.streaming.engine import Engine
 from instep.streaming.tasks import Tasks
@@ -32,16 +32,16 @@ _TOMBSTONES: Final = 65_536
 
 
 class StateAccess(Protocol):
-    """The states of all streams, by slot; states are arrays whose first axis is the stream."""
+    """The states of all streams, by slot, as rows of bytes [N, row_bytes]."""
 
-    def load(self, slots: I64, states: F32 | None) -> None:
+    def load(self, slots: I64, states: U8 | None) -> None:
         """Set states; None for the model's initial ones."""
 
-    def read(self, slots: I64) -> F32:
+    def read(self, slots: I64) -> U8:
         """A copy of states."""
 
-    def no_states(self, count: int) -> F32:
-        """Something in the shape of states that is none."""
+    def no_states(self, count: int) -> U8:
+        """Rows where there is no state to show."""
 
 
 class StreamOperations:
@@ -78,13 +78,13 @@ class StreamOperations:
 
     # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def open(self, origin: Origin, names: Names, states: F32 | None, first_seqs: I64 | None) -> Grants:
+    async def open(self, origin: Origin, names: Names, states: U8 | None, first_seqs: I64 | None) -> Grants:
         """Open streams.
 
         Args:
             origin: their owner.
             names: valid names, some of which may be in use.
-            states: initial states [N, …], None for the model's own.
+            states: initial states [N, row_bytes], None for the model's own.
             first_seqs: the seqs of their first frames, int64 [N], None for 0.
         """
         slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs)
@@ -233,15 +233,15 @@ class StreamOperations:
         await self._journal.durable(self._journal.newest)
         return StatesRead(next_seqs, states, codes)
 
-    async def write_states(self, origin: Origin, handles: U64, states: F32 | None, codes: I32) -> I32:
-        """Give streams with nothing pending another state [N, …], None for the model's initial one.
+    async def write_states(self, origin: Origin, handles: U64, states: U8 | None, codes: I32) -> I32:
+        """Give streams with nothing pending another state [N, row_bytes], None for the model's initial one.
 
         Frames that come meanwhile wait, so that the recording has the change before them.
 
         Args:
             origin: owns the streams.
             handles: uint64 [N].
-            states: [N, …].
+            states: [N, row_bytes].
             codes: int32 [N], not 0 where a state is refused already.
 
         Returns:
@@ -261,7 +261,7 @@ class StreamOperations:
         await self._journal.durable(self._journal.reset(changed, written))
         return codes
 
-    async def _load(self, slots: I64, states: F32 | None) -> bool:
+    async def _load(self, slots: I64, states: U8 | None) -> bool:
         """Set the states of streams with nothing pending, which do not step meanwhile; whether that worked."""
         self._engine.hold(slots)
         try:
@@ -277,8 +277,8 @@ class StreamOperations:
             self._release(slots)
         return True
 
-    async def _read(self, slots: I64) -> tuple[I64, F32, Bool]:
-        """Next seqs int64 [N], states [N, …] and which of them are lost; nothing of the streams steps meanwhile."""
+    async def _read(self, slots: I64) -> tuple[I64, U8, Bool]:
+        """Next seqs int64 [N], states [N, row_bytes] and which are lost; nothing of the streams steps meanwhile."""
         table, incarnations = self._table, self._table.incarnations(slots)
         states, lost = self._states.no_states(len(slots)), np.zeros(len(slots), np.bool_)
         async with self.settled(slots):
@@ -314,11 +314,11 @@ class StreamOperations:
 
     # ── Close and evict ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def close(self, origin: Origin, handles: U64) -> tuple[F32, I32]:
+    async def close(self, origin: Origin, handles: U64) -> tuple[U8, I32]:
         """Close streams once everything they have pending is answered; they take no frames from now on.
 
         Returns:
-            states: the final ones [N, …].
+            states: the final ones [N, row_bytes].
             codes: int32 [N].
         """
         slots, codes = self._own(origin, handles)
@@ -329,8 +329,8 @@ class StreamOperations:
             codes[good] = np.where(lost, Code.STATE_LOST, 0)
         return states, codes
 
-    async def _end(self, slots: I64, reason: str) -> tuple[F32, Bool]:
-        """Close streams; the final states [N, …] and which of them are lost."""
+    async def _end(self, slots: I64, reason: str) -> tuple[U8, Bool]:
+        """Close streams; the final states [N, row_bytes] and which of them are lost."""
         packed, holds = self._engine.packed, self._engine.tables.streams["holds"]
         self._table.closing[slots] = True
         await self._engine.waiters.until(lambda: not (are_pending(packed, slots) or holds[slots].any()))

@@ -143,10 +143,10 @@ class _Replay:
         table.acked[slots] = np.array([stream.tail_seq for stream in streams], np.int64)
         for slot, stream in zip(slots.tolist(), streams, strict=True):
             self._fill_ring(slot, stream)
-        zeros = np.zeros((self._stepper.network.state_layers, self._stepper.network.state_size), np.float32)
+        (initial,) = self._stepper.state.initial(1)
         for first in range(0, len(slots), _LOAD_AT_ONCE):
             part = slice(first, first + _LOAD_AT_ONCE)
-            states = [zeros if stream.state is None else stream.state for stream in streams[part]]
+            states = [initial if stream.state is None else stream.state for stream in streams[part]]
             self._stepper.load(slots[part], np.stack(states))
 
     def _fill_ring(self, slot: int, stream: OpenStream) -> None:

@@ -14,9 +14,8 @@ from typing import Final
 
 import numpy as np
 
-from instep.core.typing import F32
-from instep.models.base import Reference
-from instep.models.gru.network import GruNetwork
+from instep.core.typing import F32, U8
+from instep.models.base import RecurrentModel, Reference
 from instep.verify.bound import F64, FLOOR, RUNS, ErrorBound, LeastBound, Limits
 from instep.verify.chunks import LEAST_ROWS, Chunk, Span
 from instep.verify.comparison import Comparison
@@ -32,7 +31,7 @@ PART_FRAMES: Final = 4096
 class Checkers:
     """Everything that computes."""
 
-    network: GruNetwork
+    network: RecurrentModel
     """Steps, and computes whole sequences."""
     truth: Reference
     """In float64."""
@@ -73,12 +72,12 @@ class Task:
 
     def initial_states(self) -> F32:
         """[layers, R, hidden size]."""
-        network = self.checkers.network
-        states = np.zeros((network.state_layers, self.rows, network.state_size), np.float32)
+        spec = self.checkers.network.state
+        rows = spec.initial(self.rows)
         for row, check in enumerate(self.checks):
             if check.initial_state is not None:
-                states[:, row] = check.initial_state
-        return states
+                rows[row] = check.initial_state
+        return np.ascontiguousarray(spec.unpack(rows)["h"].swapaxes(0, 1))
 
 
 def check_stepped(task: Task) -> Comparison:
@@ -177,11 +176,19 @@ def _add_states(task: Task, stepped: Comparison, h: F32, limits: Limits) -> None
     if not task.checkers.stopped.is_set():  # otherwise not all frames before them were computed
         for row, check in enumerate(task.checks):
             if check.final_state is not None:
-                stepped.add_replayed_state(row, check.next_seq, check.final_state, h[:, row], limits, check.place)
+                recorded = _floats(task, check.final_state)
+                stepped.add_replayed_state(row, check.next_seq, recorded, h[:, row], limits, check.place)
 
 
 def _add_true_states(task: Task, reference: Comparison, h: F64, limits: Limits) -> None:
     if not task.checkers.stopped.is_set():
         for row, check in enumerate(task.checks):
             if check.final_state is not None:
-                reference.add_true_state(row, check.next_seq, check.final_state, h[:, row], limits, check.place)
+                recorded = _floats(task, check.final_state)
+                reference.add_true_state(row, check.next_seq, recorded, h[:, row], limits, check.place)
+
+
+def _floats(task: Task, state: U8) -> F32:
+    """A recorded state as [layers, hidden size]."""
+    h: F32 = task.checkers.network.state.unpack(state[None])["h"][0]
+    return h

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from instep.core.typing import F32
+from instep.core.typing import U8
 from instep.recording.frames import FrameStore
 from instep.recording.reader import RecordingReader
 from instep.recording.records import SnapshotMark, StreamState
@@ -27,8 +27,8 @@ class StoredState:
     """All batches and resets up to it are in the state."""
     seq: int
     """The state is that before this frame."""
-    state: F32
-    """float32 [layers, hidden size]."""
+    state: U8
+    """uint8 [row_bytes]."""
     tail_seq: int
     """The checkpoint also holds the frames from here to `seq`, because the client may not have their outputs."""
     tail_at: int

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32, I64, U8
-from instep.models.gru.network import GruNetwork
+from instep.models.base import RecurrentModel
 from instep.models.stepping import keep_state, load_state, put
 
 
-def replay_stepped(network: GruNetwork, buckets: tuple[int, ...], x: F32, h: F32, active: I64) -> tuple[F32, F32]:
+def replay_stepped(network: RecurrentModel, buckets: tuple[int, ...], x: F32, h: F32, active: I64) -> tuple[F32, F32]:
     """Step sequences side by side, the longest first; each step takes the smallest bucket that holds who is left.
 
     Args:
@@ -28,7 +28,7 @@ def replay_stepped(network: GruNetwork, buckets: tuple[int, ...], x: F32, h: F32
     steps, rows, _ = x.shape
     counts = active.tolist()
     bucket = _bucket(buckets, rows)
-    outputs = np.zeros((steps, rows, network.outputs), np.float32)
+    outputs = np.zeros((steps, rows, network.description.outputs), np.float32)
     finals = h.copy()
     with torch.inference_mode():
         step = network.bind(bucket)
@@ -41,7 +41,7 @@ def replay_stepped(network: GruNetwork, buckets: tuple[int, ...], x: F32, h: F32
                     leaf.copy_(before.new_state[name][:bucket])
             put(step.x[:count, : x.shape[2]], x[timestep, :count])
             step.run()
-            outputs[timestep, :count] = step.y[:count, : network.outputs].cpu().numpy()
+            outputs[timestep, :count] = step.y[:count, : network.description.outputs].cpu().numpy()
             left = counts[timestep + 1] if timestep + 1 < steps else 0
             if left < count:
                 finals[:, left:count] = step.new_state["h"][left:count].transpose(0, 1).cpu().numpy()
@@ -49,7 +49,7 @@ def replay_stepped(network: GruNetwork, buckets: tuple[int, ...], x: F32, h: F32
     return outputs, finals
 
 
-def replay_whole(network: GruNetwork, buckets: tuple[int, ...], x: F32, h: F32) -> tuple[F32, F32]:
+def replay_whole(network: RecurrentModel, buckets: tuple[int, ...], x: F32, h: F32) -> tuple[F32, F32]:
     """Run sequences side by side in one call; those that end earlier go on with zeros, which nobody looks at.
 
     Arguments and outputs as in `replay_stepped`. The states are those after timestep T, so they mean something for the
@@ -60,7 +60,9 @@ def replay_whole(network: GruNetwork, buckets: tuple[int, ...], x: F32, h: F32) 
     padded = np.zeros((x.shape[0], bucket, x.shape[2]), np.float32)
     padded[:, :rows] = x
     with torch.inference_mode():
-        y, states = network.sequence(padded, _state_rows(network, h, bucket))
+        whole = network.sequence(padded, _state_rows(network, h, bucket))
+    assert whole is not None
+    y, states = whole
     return np.ascontiguousarray(y[:, :rows]), network.state.unpack(states)["h"][:rows].transpose(1, 0, 2)
 
 
@@ -68,7 +70,7 @@ def _bucket(buckets: tuple[int, ...], rows: int) -> int:
     return buckets[bisect.bisect_left(buckets, rows)]
 
 
-def _state_rows(network: GruNetwork, h: F32, bucket: int) -> U8:
+def _state_rows(network: RecurrentModel, h: F32, bucket: int) -> U8:
     """States as rows of bytes, padded with initial states to the bucket."""
     rows = network.state.initial(bucket)
     network.state.unpack(rows)["h"][: h.shape[1]] = h.transpose(1, 0, 2)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from instep.core.typing import F32, I64, Bool
+from instep.core.typing import F32, I64, U8, Bool
 from instep.recording.frames import Sequences
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StreamInfo
@@ -34,9 +34,9 @@ class StreamCheck:
     """Where the frames begin in the order of the sequences."""
     first_seq: int
     frames: int
-    initial_state: F32 | None
-    """float32 [layers, hidden size]; None for zeros."""
-    final_state: F32 | None
+    initial_state: U8 | None
+    """uint8 [row_bytes]; None for the model's initial state."""
+    final_state: U8 | None
     """The recorded state after the frames; None where none was recorded."""
     place: Place = "final state"
     """Where the final state was recorded."""
@@ -50,7 +50,7 @@ class StreamCheck:
         """The seq after the last frame."""
         return self.first_seq + self.frames
 
-    def split(self, seq: int, state: F32) -> tuple[StreamCheck, StreamCheck]:
+    def split(self, seq: int, state: U8) -> tuple[StreamCheck, StreamCheck]:
         """Two checks, the first of which must come out at the checkpoint's state before the frame `seq`."""
         before = replace(self, frames=seq - self.first_seq, final_state=state, place="checkpoint", problems=())
         after = replace(

@@ -30,9 +30,9 @@ import numpy as np
 
 from instep.core.typing import I64
 from instep.models.base import RecurrentModel
-from instep.models.gru.network import GruNetwork
 from instep.models.model import Model
 from instep.models.numerics import threads_as_here
+from instep.models.registry import build
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.runtime.cores import usable_cores
@@ -41,7 +41,7 @@ from instep.verify.checkpoints import Checkpoints
 from instep.verify.chunk_check import ChunkCheck
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import Conditions, device_for, find_conditions, recorded_threads
-from instep.verify.report import ULP_BINS, Checker, Report, StreamReport, join_reports
+from instep.verify.report import ULP_BINS, CannotVerify, Checker, Report, StreamReport, join_reports
 from instep.verify.stream_checks import StreamChecks
 
 Stage: TypeAlias = Literal["reading", "replaying"]
@@ -113,9 +113,12 @@ def verify(
 
 
 def _make_checkers(model: Model, headers: Sequence[RecordingHeader], certify: Certify, stopped: Event) -> Checkers:
-    network = GruNetwork(model, device_for(headers[0]))
+    network = build(model, device_for(headers[0]))
     conditions = certify(headers, network)
-    return Checkers(network, network.reference(np.float64), network.reference(np.float32), conditions, stopped)
+    truth, rounded = network.reference(np.float64), network.reference(np.float32)
+    if truth is None or rounded is None:
+        raise CannotVerify(f"a model of kind {model.description.kind} has no float64 reference to verify against yet")
+    return Checkers(network, truth, rounded, conditions, stopped)
 
 
 def _check(
@@ -147,7 +150,7 @@ def _chunks(checkers: Checkers, streams: StreamChecks) -> Iterator[Chunk]:
     """All frames once, in bounded pieces."""
     sequences, buckets = streams.sequences, checkers.conditions.buckets
     if sequences is not None:
-        gates = 3 * checkers.network.state_size
+        gates = 3 * checkers.network.state.row_bytes // 4
         widest = max(sequences.x.shape[1], sequences.y.shape[1], gates)
         most_frames = max(CALL_BYTES // (8 * widest), 1)
         first_seqs: I64 = np.array([check.first_seq for check in streams.checks], np.int64)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from instep.core.typing import F32, I32, I64, U64
+from instep.core.typing import I32, I64, U8, U64
 from instep.frontends.zmq.peers import Peer
 from instep.streaming.api import Frames, Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.state_spec import StateSpec
 from instep_client.protocol.wire import Code, Header
 
 
@@ -21,8 +21,7 @@ class Decoder:
     """Reads the messages of peers of one model. Its methods raise MalformedMessage or Refusal."""
 
     features: int
-    state_shape: tuple[int, ...]
-    """Of one stream, float32."""
+    state: StateSpec
     max_block_frames: int
     max_message_bytes: int
 
@@ -58,7 +57,7 @@ class Decoder:
     def count_with_states(self, field: Any) -> int:
         """N, where the reply holds as many states."""
         count = self.count(field)
-        if count * math.prod(self.state_shape) * 4 > self.max_message_bytes:
+        if count * self.state.row_bytes > self.max_message_bytes:
             raise Refusal(Code.TOO_LARGE, "their states do not fit into one message")
         return count
 
@@ -67,24 +66,22 @@ class Decoder:
         handles: U64 = wire.array_frame(frame, "<u8", (count,), "handles")
         return handles
 
-    def states(self, has_states: Any, frame: bytes, count: int) -> F32 | None:
-        """float32 [N, …], None where the header says that none follow."""
+    def states(self, has_states: Any, frame: bytes, count: int) -> U8 | None:
+        """Rows of bytes [N, row_bytes], None where the header says that none follow."""
         if not wire.count_field(has_states, "has_states", 1, at_least=0):
             if len(frame):
                 raise MalformedMessage("the header says that no states follow, the states frame is not empty")
             return None
-        shape = (count, *self.state_shape)
-        size = math.prod(shape) * 4
-        if len(frame) != size:
-            raise Refusal(Code.WRONG_SHAPE, f"states must be float32 {list(shape)}, {size} bytes")
-        states: F32 = wire.array_frame(frame, "<f4", shape, "states")
+        if len(frame) != count * self.state.row_bytes:
+            raise Refusal(Code.WRONG_SHAPE, f"states must be {count} rows of {self.state.row_bytes} bytes")
+        states: U8 = wire.array_frame(frame, np.uint8, (count, self.state.row_bytes), "states")
         return states
 
-    def state_codes(self, states: F32 | None, count: int) -> I32:
-        """int32 [N], NOT_FINITE for states that hold NaN or infinity."""
+    def state_codes(self, states: U8 | None, count: int) -> I32:
+        """int32 [N], NOT_FINITE for states that hold NaN, infinity, or a bool that is neither 0 nor 1."""
         codes = np.zeros(count, np.int32)
         if states is not None:
-            codes[~np.isfinite(states).reshape(count, -1).all(axis=1)] = Code.NOT_FINITE
+            codes[~self.state.valid(states)] = Code.NOT_FINITE
         return codes
 
     def name_codes(self, names: list[str]) -> I32:

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from instep.core.typing import F32, I32, I64
+from instep.core.typing import I32, I64, U8
 from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind, Message
@@ -48,8 +48,7 @@ def stepped(reply: Reply) -> Message:
 
 def welcome(request: int, info: wire.ServerInfo) -> Message:
     """WELCOME: the fields of `ServerInfo` in order."""
-    fields = [getattr(info, name) for name in wire.ServerInfo.__slots__]
-    return [wire.pack_header(Kind.WELCOME, request, *fields)]
+    return [wire.pack_header(Kind.WELCOME, request, *info.wire_fields())]
 
 
 def granted(kind: Kind, request: int, grants: Grants, durability: str) -> Message:
@@ -75,7 +74,7 @@ def changed(request: int, codes: I32) -> Message:
     return [wire.pack_header(Kind.CHANGED, request, len(codes), _sentences(refused)), refused.tobytes()]
 
 
-def closed(request: int, states: F32, codes: I32) -> Message:
+def closed(request: int, states: U8, codes: I32) -> Message:
     """CLOSED, with the final states [N, …]."""
     refused = _failures(codes)
     header = wire.pack_header(Kind.CLOSED, request, len(states), _sentences(refused))

@@ -54,11 +54,8 @@ class GruNetwork:
         padded = bool(self.description.before or self.description.after)
         self.row_multiple = DENSE_BUCKET if padded else GRU_BUCKET
         self.multiply_adds = sum(math.prod(s) for s in self.description.tensor_shapes().values() if len(s) == 2)
-        self._size = self.state_size = self.description.gru.hidden_size
-        self.state_layers = self.description.gru.num_layers
-        self.features, self.outputs = self.description.features, self.description.outputs
+        self._size = self.description.gru.hidden_size
         self._weights = self._padded_weights(WIDTH_MULTIPLE if padded else 1)
-        self.state_width = self._weights.width
         self.steps_by_hand = False
         """Whether steps are those by hand; `select_step` decides."""
         self.may_step_by_hand = self._weights.width % WIDTH_MULTIPLE == 0
