@@ -372,7 +372,7 @@ async def test_a_fork_for_a_connection_that_went_away_opens_nothing() -> None:
                 await gone.send(*gone.step_message(handles, [0], x))
                 await until(lambda: server.engine.is_running)
                 await gone.send(msgpack.packb([Kind.FORK, gone.next_request(), 1]), handles.tobytes(), b"copy")
-                await until(lambda: len(server.engine.conditions))
+                await until(lambda: len(server.engine.waiters))
             await until(lambda: table.owned[table.parked])
         finally:
             gate.open()
