@@ -206,3 +206,25 @@ def test_unused_streams_are_connected_ones_that_never_sent_a_frame() -> None:
     table.park(slots[2:], now_ns=0)
     assert table.unused_since(1).tolist() == [slots[0]]
     assert table.unused_since(0).tolist() == []
+
+
+def test_the_next_stream_of_a_slot_is_another_incarnation_and_a_new_owner_is_not() -> None:
+    table = table_of(2)
+    slots, _ = table.open(["a", "b"], owner=1, now_ns=0)
+    incarnations = table.incarnations(slots)
+    table.hand_over(slots, 2, now_ns=0)
+    table.closing[slots[0]] = True
+    assert table.are_open(slots, incarnations).tolist() == [True, True]
+    table.release(slots[:1])
+    assert table.are_open(slots, incarnations).tolist() == [False, True]
+    table.open(["c"], owner=1, now_ns=0)
+    assert table.are_open(slots, incarnations).tolist() == [False, True]
+    assert table.open_slots().tolist() == [1, 2]
+
+
+def test_numbers_in_the_recording_are_signed_as_seqs_are() -> None:
+    table = table_of(2)
+    slots, _ = table.open(["a", "b"], owner=1, now_ns=0)
+    table.recording_id[slots] = [5, 2**32 - 1]
+    assert table.recording_ids(slots).tolist() == [5, 2**32 - 1]
+    assert table.recording_ids(slots).dtype == np.int64

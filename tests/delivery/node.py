@@ -260,7 +260,8 @@ class Node:
             2 * _NEVER_NS,
             turns.wake,
         )
-        turns.engine, turns.operations, turns.frontends = engine, operations, [self._frontend]
+        turns.engine, turns.operations, turns.tasks = engine, operations, self.tasks
+        turns.frontends = [self._frontend]
         self._record(disk, sizes)
         turns.start()
 

@@ -64,7 +64,7 @@ def test_a_second_process_on_a_recording_ends_with_a_sentence_and_status_1(tmp_p
     lock = WriterLock(path)
     try:
         served = subprocess.run(
-            [*command, "--record", str(path)], capture_output=True, text=True, timeout=60, check=False
+            [*command, "--record", str(path)], capture_output=True, text=True, timeout=110, check=False
         )
     finally:
         lock.release()

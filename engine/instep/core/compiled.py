@@ -1,31 +1,63 @@
 """The compiler of the hot path: plain loops over arrays, compiled once a machine and cached.
 
-numba caches compiled kernels next to the source or, where that is read-only, in the user's cache folder
-(`NUMBA_CACHE_DIR` names another one). `NUMBA_DISABLE_JIT=1` runs every kernel as ordinary Python, for debuggers and
-for measuring coverage.
+Compiled kernels are cached next to the source or, where that is read-only, in ~/.cache/instep (`NUMBA_CACHE_DIR` names
+another folder). `NUMBA_DISABLE_JIT=1` runs every kernel as ordinary Python, for debuggers and for measuring coverage.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numba
 
+from instep_client.protocol import codes
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _njit: Final[Any] = numba.njit
+_config: Final[Any] = numba.config
 
 _KERNELS: list[Any] = []
 
 
+def _cache_folder() -> str:
+    """Where kernels made of these sources are cached, or nothing where no folder can be written.
+
+    numba compiles a kernel again when its own file has changed, but not when what it inlines from another file has, or
+    a constant. So each state of the sources has a folder of its own.
+    """
+    here = Path(__file__).parent
+    sources = [*sorted(here.glob("*.py")), Path(codes.__file__)]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    for folder in (Path(_config.CACHE_DIR or here / "__pycache__"), Path(os.path.expanduser("~/.cache/instep"))):
+        try:
+            (folder / f"kernels-{digest}").mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        return str(folder / f"kernels-{digest}")
+    return ""
+
+
+_CACHE_FOLDER: Final = _cache_folder()
+
+
 def kernel(function: F) -> F:
-    """Compile a function over arrays. It releases the interpreter's lock and keeps IEEE arithmetic as written."""
+    """Compile a function over arrays. It releases the interpreter's lock and keeps IEEE arithmetic as written.
+
+    Kernels make no arrays and return none. So they count no references to arrays (numba's `_nrt`), which took two
+    thirds of the time of `admit`: each use of a column of `Tables` counted one up and down.
+    """
+    usual, _config.CACHE_DIR = _config.CACHE_DIR, _CACHE_FOLDER  # read by the decorator
     try:
-        compiled = _njit(cache=True, nogil=True)(function)
+        compiled = _njit(cache=True, nogil=True, _nrt=False)(function)
     except RuntimeError:  # no folder for the cache can be written: compile at each start
-        compiled = _njit(nogil=True)(function)
+        compiled = _njit(nogil=True, _nrt=False)(function)
+    finally:
+        _config.CACHE_DIR = usual
     _KERNELS.append(compiled)
     typed: F = compiled
     return typed

@@ -143,6 +143,19 @@ def assemble(
 
 
 @kernel
+def _copy_repeated(packed: Packed, number: int, y: F32, skipped: I64) -> None:
+    tables = Tables(*packed)
+    counts, records, outputs = tables.counts, tables.columns, tables.y.shape[1]
+    column = tables.messages["head"][number]
+    for place in range(len(skipped)):
+        skipped[place] = records["skipped"][column]
+        for step in range(skipped[place]):
+            row = (records["seq"][column] + step) % counts[WINDOW] * counts[STRIDE] + records["slot"][column]
+            for value in range(outputs):
+                y[step, place, value] = tables.y[row, value]
+        column = records["next"][column]
+
+
 def repeated_outputs(packed: Packed, number: int) -> tuple[F32, I64]:
     """The outputs that a pending message only repeats.
 
@@ -153,15 +166,8 @@ def repeated_outputs(packed: Packed, number: int) -> tuple[F32, I64]:
         skipped: int64 [N], how many timesteps of each column `y` holds.
     """
     tables = Tables(*packed)
-    counts, records, outputs = tables.counts, tables.columns, tables.y.shape[1]
-    repeats, width = tables.messages["repeats"][number], tables.messages["width"][number]
-    y, skipped = np.empty((repeats, width, outputs), np.float32), np.empty(width, np.int64)
-    column = tables.messages["head"][number]
-    for place in range(width):
-        skipped[place] = records["skipped"][column]
-        for step in range(skipped[place]):
-            row = (records["seq"][column] + step) % counts[WINDOW] * counts[STRIDE] + records["slot"][column]
-            for value in range(outputs):
-                y[step, place, value] = tables.y[row, value]
-        column = records["next"][column]
+    message = tables.messages[number]
+    y = np.empty((message["repeats"], message["width"], tables.y.shape[1]), np.float32)
+    skipped = np.empty(message["width"], np.int64)
+    _copy_repeated(packed, number, y, skipped)
     return y, skipped

@@ -187,6 +187,8 @@ def make_tables(
         zeros: makes the arrays of inputs and outputs; another than numpy's may be memory shared between processes.
     """
     rows = window * (max_streams + 1)
+    # At least one message fits, as none that is admitted has more frames; what does not fit is answered next.
+    reply_frames = max(max_block_frames, min(credit_frames, max_pending_frames))
     counts = np.zeros(_COUNTS, np.int64)
     counts[ROUND_TAIL] = NOTHING
     counts[WINDOW], counts[STRIDE] = window, max_streams + 1
@@ -216,7 +218,7 @@ def make_tables(
         np.zeros((max_pending_frames, _FIELDS), np.int64),
         np.zeros((3, max_pending_frames), np.int64),
         np.zeros((3, max_pending_frames), np.int64),
-        np.zeros(max(max_pending_frames, max_block_frames) * outputs, np.float32),
+        np.zeros(reply_frames * outputs, np.float32),
     )
 
 
