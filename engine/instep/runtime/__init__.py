@@ -1,1 +1,1 @@
-"""The device side: state cache, staging and the step worker."""
+"""The device side: state store, staging and step executors."""

@@ -19,8 +19,7 @@ from instep.runtime.state_store import StateStore
 class Stepper:
     """The model, the states of all streams, and room for a batch of each bucket.
 
-    Steps run in the worker's thread, or in the process for steps and short ones in the loop's thread; everything else
-    in the worker's thread.
+    Steps run wherever the executor runs them. Everything else runs in the loop's thread, on streams that are in no run.
 
     Args:
         model: what is stepped.

@@ -1,4 +1,4 @@
-"""From a recording back to a running engine: states, rings and owners as they were, to the bit."""
+"""From a recording back to a running engine: states, frame buffers and owners as they were, to the bit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def resume_recording(
         tables: the frame buffer.
         table: the streams, none open.
         dirty: told which states the recording lacks.
-        stepper: the states; used from the calling thread, before the worker starts.
+        stepper: the states; no run is under way.
         accept_numerics_change: whether to go on although floats may come out with other bits; clients are told.
 
     Raises:
@@ -121,7 +121,7 @@ class _Replay:
         """Batches, by position, whose outputs were not recorded any more, with the outputs."""
 
     def open(self, streams: list[OpenStream]) -> None:
-        """Open what was open, parked, in the states of the snapshot."""
+        """Open what was open, parked, in the states of the checkpoint."""
         table = self._table
         first_seqs = np.array([stream.first_seq for stream in streams], np.int64)
         slots, codes = table.open([stream.name for stream in streams], table.parked, time.monotonic_ns(), first_seqs)
