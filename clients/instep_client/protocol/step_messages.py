@@ -50,7 +50,7 @@ _REQUESTS: Final = 2**63
 _MOST_US: Final = 2**32 - 1
 
 
-class Stepped(NamedTuple):
+class SteppedMessage(NamedTuple):
     """A STEPPED, its sizes checked."""
 
     answered: list[tuple[int, int]]
@@ -143,7 +143,7 @@ def pack_stepped(
     return header + answered + failures
 
 
-def unpack_stepped(frames: Sequence[Frame]) -> Stepped:
+def unpack_stepped(frames: Sequence[Frame]) -> SteppedMessage:
     """Check and read a STEPPED, up to what its failures say.
 
     Raises:
@@ -173,4 +173,4 @@ def unpack_stepped(frames: Sequence[Frame]) -> Stepped:
         raise MalformedMessage("y has another number of bytes than the header says")
     y = np.frombuffer(floats, "<f4").reshape(timesteps, width, outputs)
     failures: FailureArray = np.frombuffer(header, FAILURE, failed, failures_at)
-    return Stepped(answered, (queue_us, compute_us, send_us), y, failures)
+    return SteppedMessage(answered, (queue_us, compute_us, send_us), y, failures)
