@@ -6,19 +6,20 @@ engine's, so the engine is measured without it; `instep-client loadtest` measure
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from types import TracebackType
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
-import msgpack
 import numpy as np
 import zmq
 
 from instep_client import replies
 from instep_client.protocol import wire
+from instep_client.protocol.codes import sentence_of
 from instep_client.protocol.multipart import READABLE, events
+from instep_client.protocol.step_messages import STEPPED, STEPPED_HEADER
 from instep_client.protocol.wire import F32, U64, Code, Header, Kind, ServerInfo
 from instep_client.states import as_state
 
@@ -28,7 +29,7 @@ LARGE_BYTES: Final = 65_536
 """Frames from this size on are received without a copy. Smaller ones are copied, and so is everything that is sent:
 the notice that a buffer is free again costs ten times as much as copying a block of 256 frames (pyzmq 27.3)."""
 _MORE: Final = int(zmq.SNDMORE)
-_STEPPED: Final = int(Kind.STEPPED)
+_ANSWERED: Final = struct.Struct("<2Q")
 
 Buffer: TypeAlias = bytes | memoryview
 Reply: TypeAlias = tuple[int, "bytes | zmq.Frame"]
@@ -97,12 +98,10 @@ class BareConnection:
         finals: F32 = as_state(states, info.state, single=False)
         return finals
 
-    def send(self, header: Buffer, columns: Buffer, x: Buffer) -> None:
+    def send(self, header: Buffer, x: Buffer) -> None:
         """Send one STEP; the caller may change the buffers as soon as this returns."""
-        send = self._send
-        send(header, _MORE)
-        send(columns, _MORE)
-        send(x)
+        self._send(header, _MORE)
+        self._send(x)
 
     def receive(self) -> Reply:
         """Wait for the next answer to a STEP.
@@ -115,21 +114,18 @@ class BareConnection:
             if received:
                 return received.popleft()
             header = self._next()
-            # A header is a msgpack array, so its second byte is the kind, which is below 128.
-            if header[1] != _STEPPED:
+            if header[0] != STEPPED:
                 self._handle_other(header)
                 continue
             y = recv(0, self._copies)
-            failures = recv()
-            fields = msgpack.unpackb(header)
+            _, _, requests, timesteps, columns, *_, failures, _ = STEPPED_HEADER.unpack_from(header)
             if failures:
-                code = int(np.frombuffer(failures, wire.FAILURE)["code"][0])
-                sentence = dict(fields[-2]).get(code, wire.SENTENCES[Code(code)])
-                raise NotServed(f"a frame was refused: {sentence}")
-            request: int = fields[1]
-            if not fields[-1]:
-                return request, y
-            received.extend(_split(request, y, fields))
+                failure = np.frombuffer(header, wire.FAILURE, 1, len(header) - failures * wire.FAILURE.itemsize)
+                raise NotServed(f"a frame was refused: {sentence_of(Code(int(failure['code'][0])))}")
+            answered = _ANSWERED.iter_unpack(header[STEPPED_HEADER.size :])
+            if requests == 1:
+                return next(answered)[0], y
+            received.extend(_split(answered, y, timesteps, columns))
 
     @property
     def is_readable(self) -> bool:
@@ -154,6 +150,7 @@ class BareConnection:
         self.socket.send_multipart([wire.pack_header(kind, self._request, *fields), *frames])
         while True:
             header = self._next()
+            # A msgpack header is an array, so its second byte is the kind, which is below 128.
             if header[1] in (Kind.PING, Kind.ERROR, Kind.EVICTED, Kind.GOODBYE):
                 self._handle_other(header)
                 continue
@@ -170,13 +167,13 @@ class BareConnection:
         raise NotServed(f"the server answered {header.kind.name}: {sentence}")
 
 
-def _split(first: int, y: bytes | zmq.Frame, fields: Sequence[Any]) -> Iterator[Reply]:
+def _split(answered: Iterator[tuple[int, ...]], y: bytes | zmq.Frame, timesteps: int, columns: int) -> Iterator[Reply]:
     """The replies to several requests that came in one message."""
-    timesteps, columns, also = fields[2], fields[3], fields[-1]
     outputs = np.frombuffer(y if isinstance(y, bytes) else y.buffer, "<f4").reshape(timesteps, columns, -1)
-    bounds = pairwise([0, *also[1::2], columns])
-    for request, (start, end) in zip([first, *also[::2]], bounds, strict=True):
-        yield request, outputs[:, start:end].tobytes()
+    start = 0
+    for request, width in answered:
+        yield request, outputs[:, start : start + width].tobytes()
+        start += width
 
 
 def _check_none(failures: Sequence[replies.ColumnError]) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from types import TracebackType
 
-import msgpack
 import zmq
 
-from instep_client.protocol import wire
-from instep_client.protocol.wire import Kind
+from instep_client.protocol.step_messages import STEP_HEADER, pack_stepped
 
 _MORE = int(zmq.SNDMORE)
+_ANSWERED = struct.Struct("<2Q")
 _TIMES_US = (200, 100, 50)
-"""Plausible times: their encoded size counts."""
 
 
 class Echo:
@@ -42,9 +41,9 @@ class Echo:
 
 
 def reply_header(header: bytes) -> bytes:
-    """The header of the STEPPED that answers a STEP with this header."""
-    _, request, steps, streams, *_ = msgpack.unpackb(header)
-    return wire.pack_header(Kind.STEPPED, request, steps, streams, *_TIMES_US, [], [])
+    """Frame 0 of the STEPPED that answers a STEP with this frame 0."""
+    _, _, _, timesteps, width, _, request = STEP_HEADER.unpack_from(header)
+    return pack_stepped(_ANSWERED.pack(request, width), timesteps, width, _TIMES_US)
 
 
 def serve(output_bytes: int) -> None:
@@ -54,15 +53,12 @@ def serve(output_bytes: int) -> None:
     sys.stdout.write(f"tcp://127.0.0.1:{port}\n")
     sys.stdout.flush()
     outputs = bytes(output_bytes)
-    replies: dict[bytes, bytes] = {}  # a load repeats its headers, and an echo need not decode them again
     recv, send = socket.recv, socket.send
     while True:
-        routing_id, header, _, _ = recv(), recv(), recv(), recv()
-        reply = replies.get(header) or replies.setdefault(header, reply_header(header))
+        routing_id, header, _ = recv(), recv(), recv()
         send(routing_id, _MORE)
-        send(reply, _MORE)
-        send(outputs, _MORE)
-        send(b"")
+        send(reply_header(header), _MORE)
+        send(outputs)
 
 
 if __name__ == "__main__":

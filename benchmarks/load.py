@@ -24,11 +24,13 @@ import zmq
 
 from benchmarks.connection import BareConnection, Buffer
 from instep_client.protocol import wire
-from instep_client.protocol.wire import F32, U64, Kind
+from instep_client.protocol.step_messages import DTYPE_F32, STEP, STEP_HEADER
+from instep_client.protocol.wire import F32, U64
 
 F64: TypeAlias = npt.NDArray[np.float64]
 
-_COLUMN: Final = struct.Struct("<3Q")
+_SINGLE: Final = struct.Struct(STEP_HEADER.format + "3Q")
+"""Frame 0 of a STEP of one stream."""
 _SMALL_BYTES: Final = 4096
 """Smaller frames are kept as `bytes`, which ZeroMQ takes faster than a view."""
 _PR_SET_TIMERSLACK: Final = 29
@@ -82,11 +84,13 @@ class ClosedLoopStreams:
         """The outputs of the newest answer, float32 [steps, N, outputs]."""
         self._messages = inputs.messages
         _, streams, features = inputs.x.shape
-        self._header = wire.pack_header(Kind.STEP, number + 1, inputs.steps, streams, features, wire.F32_NAME)
-        columns: U64 = np.zeros((len(handles), 3), np.uint64)
-        columns[:, 0] = handles
-        self._columns = columns.reshape(-1).view("u1").data
-        self._seqs_and_acked = columns[:, 1:]
+        self._fields = STEP, DTYPE_F32, 0, inputs.steps, streams, features, number + 1
+        # Three words of header, then three for each column.
+        words: U64 = np.zeros((1 + len(handles), 3), np.uint64)
+        words[0] = np.frombuffer(STEP_HEADER.pack(*self._fields), "<u8")
+        words[1:, 0] = handles
+        self._header = words.reshape(-1).view("u1").data
+        self._seqs_and_acked = words[1:, 1:]
         self._handle = int(handles[0]) if len(handles) == 1 else None
 
     @property
@@ -98,12 +102,12 @@ class ClosedLoopStreams:
         """Send the next message. Only a single stream may send while its earlier messages are unanswered."""
         x = self._messages[(self.first + self.sent) % len(self._messages)]
         if self._handle is None:
-            connection.send(self._header, self._columns, x)
+            connection.send(self._header, x)
             self._seqs_and_acked += self.inputs.steps
         else:
             steps = self.inputs.steps
-            columns = _COLUMN.pack(self._handle, self.sent * steps, self.answered * steps)
-            connection.send(self._header, columns, x)
+            column = self._handle, self.sent * steps, self.answered * steps
+            connection.send(_SINGLE.pack(*self._fields, *column), x)
         self.sent += 1
 
     def outputs(self, size: int) -> F32:

@@ -18,7 +18,7 @@ import numpy as np
 from instep_client.arrays import Indices
 from instep_client.blocks import StepBlock
 from instep_client.outbox import Outbox
-from instep_client.protocol.wire import F32_NAME, Code, Kind, Message, raw
+from instep_client.protocol.wire import Code
 from instep_client.replies import ColumnError, ErrorReply, Stepped
 from instep_client.steps import FailedFrames, StepCall
 from instep_client.streams import ENDING, SEQ, OpenStreams
@@ -69,8 +69,7 @@ class InFlight:
 
     def post(self, block: StepBlock) -> None:
         """Send a block."""
-        frames: Message = [block.columns.tobytes(), raw(block.x)]
-        block.request = self._outbox.ask(Kind.STEP, block, *block.x.shape, F32_NAME, frames=frames)
+        block.request = self._outbox.step(block)
         self._on_the_way[block] = None
         self.unanswered_frames += block.frames
 
@@ -98,7 +97,7 @@ class InFlight:
                 for column, seq in enumerate(block.columns[:, SEQ])
             ]
             outputs = np.full((*block.x.shape[:2], self._outputs), np.nan, np.float32)
-            self.answered(block, Stepped(outputs, failures, (0, 0, 0)))
+            self.answered(block, Stepped(block.request, outputs, failures, (0, 0, 0)))
             return
         self._leave(block)
         self._congested = True

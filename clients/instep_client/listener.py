@@ -26,7 +26,6 @@ from instep_client.state_reads import StateReads
 _REPLY: Final = {
     Kind.HELLO: Kind.WELCOME,
     Kind.OPEN: Kind.OPENED,
-    Kind.STEP: Kind.STEPPED,
     Kind.CLOSE: Kind.CLOSED,
     Kind.PING: Kind.PONG,
     Kind.STATS: Kind.STATISTICS,
@@ -35,6 +34,7 @@ _REPLY: Final = {
     Kind.RESET: Kind.CHANGED,
     Kind.FORK: Kind.OPENED,
 }
+_STEPPED: Final = bytes([Kind.STEPPED])
 _SAME: Final = ("fingerprint", "features", "outputs", "state")
 _NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
 _PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN})
@@ -58,14 +58,27 @@ class Listener(Connection):
             )
 
     def _handle(self, frames: Sequence[Frame], now: float) -> None:
-        header = wire.unpack_header(frames)
-        if header.kind is Kind.STEPPED:
-            for one, its_frames in replies.apart(header, frames):
-                self._handle_one(one, its_frames, now)
+        if frames and frames[0][:1] == _STEPPED:
+            for stepped in replies.stepped(frames):
+                self._handle_stepped(stepped)
         else:
-            self._handle_one(header, frames, now)
+            self._handle_other(wire.unpack_header(frames), frames, now)
 
-    def _handle_one(self, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def _handle_stepped(self, stepped: replies.Stepped) -> None:
+        if self.state is State.ENDED:
+            return
+        asked = self._outbox.unanswered.get(stepped.request)
+        block = None if asked is None else asked.what
+        if not isinstance(block, StepBlock):
+            raise MalformedMessage(f"STEPPED with number {stepped.request} answers nothing that was asked")
+        if stepped.outputs.shape != (*block.x.shape[:2], self.info.outputs):
+            raise MalformedMessage("a block of another size was sent than the one that was answered")
+        del self._outbox.unanswered[stepped.request]
+        if self.state is State.OPEN:
+            self._reconnection.worked()
+        self._flow.in_flight.answered(block, stepped)
+
+    def _handle_other(self, header: Header, frames: Sequence[Frame], now: float) -> None:
         kind, request = header.kind, header.request
         asked = self._outbox.unanswered.get(request)
         if self.state is State.ENDED:
@@ -83,7 +96,7 @@ class Listener(Connection):
         elif kind is Kind.PING:
             self._outbox.answer_ping(request)
         else:
-            if asked is None or _REPLY[asked.kind] is not kind:
+            if asked is None or _REPLY.get(asked.kind) is not kind:
                 raise MalformedMessage(f"{kind.name} with number {request} answers nothing that was asked")
             del self._outbox.unanswered[request]
             if self.state is State.OPEN:
@@ -96,10 +109,7 @@ class Listener(Connection):
 
     def _handle_reply(self, header: Header, frames: Sequence[Frame], asked: Asked, now: float) -> None:
         what, part = asked.what, asked.part
-        if isinstance(what, StepBlock):
-            steps, columns, _ = what.x.shape
-            self._flow.in_flight.answered(what, replies.stepped(header, frames, steps, columns, self.info.outputs))
-        elif header.kind is Kind.WELCOME:
+        if header.kind is Kind.WELCOME:
             self._welcomed(replies.welcome(header), now)
         elif part is not None:
             self._handle_part(header, frames, asked, part, now)

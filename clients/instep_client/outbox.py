@@ -11,7 +11,7 @@ import numpy as np
 from instep_client.arrays import Indices
 from instep_client.blocks import StepBlock
 from instep_client.calls import Call
-from instep_client.protocol import wire
+from instep_client.protocol import step_messages, wire
 from instep_client.protocol.wire import MAX_BLOCK_STREAMS, Frame, Kind, Message
 from instep_client.streams import StreamHandle
 
@@ -45,15 +45,24 @@ class Outbox:
     def ask(
         self,
         kind: Kind,
-        what: Call[Any] | StepBlock | None,
+        what: Call[Any] | None,
         *fields: int | str,
         frames: Sequence[Frame] = (),
         part: Indices | None = None,
     ) -> int:
-        """Send a request; its number."""
+        """Send a request other than STEP; its number."""
         self._last_request += 1
         self.unanswered[self._last_request] = Asked(kind, what, part)
         self.messages.append([wire.pack_header(kind, self._last_request, *fields), *frames])
+        return self._last_request
+
+    def step(self, block: StepBlock) -> int:
+        """Send a STEP; its number."""
+        self._last_request += 1
+        self.unanswered[self._last_request] = Asked(Kind.STEP, block)
+        timesteps, _, features = block.x.shape
+        header = step_messages.pack_step(self._last_request, timesteps, features, block.columns.tobytes())
+        self.messages.append([header, wire.raw(block.x)])
         return self._last_request
 
     def forget(self) -> list[Asked]:

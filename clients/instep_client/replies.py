@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from instep_client.protocol import wire
+from instep_client.protocol import step_messages, wire
+from instep_client.protocol.codes import sentence_of
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import U8, InvalidStateSpec, StateSpec
 from instep_client.protocol.wire import F32, U64, Code, Frame, GrantArray, Header, ServerInfo
@@ -28,8 +30,9 @@ class ColumnError(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """STEPPED: read-only outputs [T, N, outputs], what failed, and (queue_us, compute_us, send_us)."""
+    """The reply to one STEP: outputs [T, N, outputs], what failed, and (queue_us, compute_us, send_us)."""
 
+    request: int
     outputs: F32
     failures: list[ColumnError]
     times: tuple[int, int, int]
@@ -78,47 +81,25 @@ def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantA
     return grants, failures
 
 
-def apart(header: Header, frames: Sequence[Frame]) -> list[tuple[Header, Sequence[Frame]]]:
-    """STEPPED as messages of one request each."""
-    t, n, *times_and_sentences, also = header.fields
-    if also == ():
-        return [(header, frames)]
-    steps, columns = wire.count_field(t, "T", _MOST), wire.count_field(n, "N", _MOST)
-    if type(also) is not tuple or len(also) % 2 or len(also) > 2 * wire.MAX_ALSO:
-        raise MalformedMessage(f"also must be an array of at most {wire.MAX_ALSO} requests and first columns")
-    requests = [header.request, *(wire.count_field(request, "a request", _MOST) for request in also[::2])]
-    bounds = [0, *(wire.count_field(column, "a first column", columns - 1) for column in also[1::2]), columns]
-    if any(start >= end for start, end in pairwise(bounds)):
-        raise MalformedMessage("the first columns of also must rise")
-    outputs, rest = divmod(len(frames[1]), 4 * steps * columns)
-    if rest or not outputs or len(frames[2]) % wire.FAILURE.itemsize:
-        raise MalformedMessage("y or the failures have another number of bytes than the header says")
-    y = np.frombuffer(frames[1], "<f4").reshape(steps, columns, outputs)
-    failures = np.frombuffer(frames[2], wire.FAILURE)
-    if np.any(failures["column"] >= columns):
-        raise MalformedMessage("a failure names a frame outside the block")
-    answers: list[tuple[Header, Sequence[Frame]]] = []
-    for request, (start, end) in zip(requests, pairwise(bounds), strict=True):
-        own = failures[(failures["column"] >= start) & (failures["column"] < end)]
-        own["column"] -= start
-        one = Header(header.kind, request, (t, end - start, *times_and_sentences, ()))
-        answers.append((one, [frames[0], y[:, start:end].tobytes(), own.tobytes()]))
-    return answers
-
-
-def stepped(header: Header, frames: Sequence[Frame], steps: int, columns: int, outputs: int) -> Stepped:
-    """The answer to a block of T × N frames, and to no other; see `apart`."""
-    t, n, queue_us, compute_us, send_us, sentences, also = header.fields
-    if type(t) is not int or type(n) is not int or (t, n, also) != (steps, columns, ()):
-        raise MalformedMessage(f"the block had {steps} x {columns} frames, the answer has another number")
-    times = (
-        wire.count_field(queue_us, "queue_us", _MOST, 0),
-        wire.count_field(compute_us, "compute_us", _MOST, 0),
-        wire.count_field(send_us, "send_us", _MOST, 0),
-    )
-    y: F32 = wire.array_frame(frames[1], "<f4", (steps, columns, outputs), "y")
-    failures = _failures(frames[2], sentences, columns, steps) if len(frames[2]) else []
-    return Stepped(y, failures, times)
+def stepped(frames: Sequence[Frame]) -> list[Stepped]:
+    """The replies to the requests that one STEPPED answers, in order."""
+    answered, times, y, failures = step_messages.unpack_stepped(frames)
+    ends = list(accumulate(columns for _, columns in answered))
+    starts = [0, *ends[:-1]]
+    replies = [
+        Stepped(request, y[:, start:end], [], times)
+        for (request, _), start, end in zip(answered, starts, ends, strict=True)
+    ]
+    if len(failures):
+        if len(np.unique(failures["column"])) != len(failures):
+            raise MalformedMessage("a column failed twice")
+        for column, timestep, number, _, expected in failures.tolist():
+            if column >= y.shape[1] or timestep >= len(y) or not number:
+                raise MalformedMessage("a failure names a frame outside the block, or no code")
+            owner, code = bisect_right(ends, column), Code(number)
+            failure = ColumnError(column - starts[owner], timestep, code, sentence_of(code), expected)
+            replies[owner].failures.append(failure)
+    return replies
 
 
 def closed(header: Header, frames: Sequence[Frame], count: int, row_bytes: int) -> tuple[U8, list[ColumnError]]:

@@ -28,6 +28,7 @@ from benchmarks.load import (
 from benchmarks.reference import WrongOutput, check_and_close, truth
 from instep.core.typing import F32, U64
 from instep_client.protocol import wire
+from instep_client.protocol.step_messages import unpack_stepped
 from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, torch_gru, whole
 from tests.support.running import running
@@ -210,7 +211,7 @@ def test_a_silent_server_ends_the_measurement(router: tuple[zmq.Socket[bytes], s
 def test_a_ping_is_answered_and_a_goodbye_ends_the_measurement(router: tuple[zmq.Socket[bytes], str]) -> None:
     socket, endpoint = router
     with BareConnection(endpoint) as connection:
-        connection.send(b"", b"", b"")
+        connection.send(b"", b"")
         routing_id = socket.recv_multipart()[0]
         socket.send_multipart([routing_id, wire.pack_header(Kind.PING, 77)])
         socket.send_multipart([routing_id, wire.pack_header(Kind.GOODBYE, 0, "it is late")])
@@ -226,9 +227,8 @@ def test_the_echo_answers_every_message_with_one_of_a_servers_sizes() -> None:
         assert closed_loop(connection, streams, 5, 0.05) > 0
         assert all(stream.answered == stream.sent > 0 for stream in streams)
         streams[0].send(connection)
-        header, y, failures = connection.socket.recv_multipart()
-        assert wire.unpack_header([header, y, failures]).fields[:2] == (1, 1)
-        assert (len(y), failures) == (HIDDEN * 4, b"")
+        reply = unpack_stepped(connection.socket.recv_multipart())
+        assert (reply.answered, reply.y.shape, len(reply.failures)) == ([(1, 1)], (1, 1, HIDDEN), 0)
 
 
 def test_the_truth_is_that_of_each_stream_after_its_own_count() -> None:

@@ -226,7 +226,7 @@ class TestAttempts:
         while not step.done:
             link.advance()
             while link.to_server[link.peer]:
-                if link.to_server[link.peer][0][0][1:2] == bytes([Kind.STEP]):
+                if link.to_server[link.peer][0][0][:1] == bytes([Kind.STEP]):
                     link.cut()
                 else:
                     link.serve()

@@ -13,6 +13,7 @@ from instep_client.protocol.codes import SENTENCES, Code
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import INFO, Message, error, evicted, pack, stepped, welcome
+from tests.support.step_messages import stepped_header
 
 SAID = [[int(Code.SEQ_GAP), "gap"]]
 
@@ -29,8 +30,6 @@ def read(message: Message, *expected: Any) -> Any:
             return replies.welcome(header)
         case Kind.OPENED | Kind.RESUMED:
             return replies.granted(header, message, *(expected or (2,)))
-        case Kind.STEPPED:
-            return replies.stepped(header, message, *(expected or (2, 3, 2)))
         case Kind.CLOSED:
             return replies.closed(header, message, *(expected or (2, 16)))
         case Kind.STATISTICS:
@@ -72,15 +71,17 @@ def test_opened_gives_handles_and_refusals() -> None:
 
 def test_stepped_gives_outputs_failures_and_times() -> None:
     y = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
-    answer = read(stepped(1, y, [(2, 1, Code.NOT_FINITE, 5)], (10, 20, 30)))
+    (answer,) = replies.stepped(stepped(1, y, [(2, 1, Code.NOT_FINITE, 5)], (10, 20, 30)))
+    assert answer.request == 1
     assert answer.outputs.tolist() == y.tolist()
     assert answer.failures == [(2, 1, Code.NOT_FINITE, SENTENCES[Code.NOT_FINITE], 5)]
     assert answer.times == (10, 20, 30)
 
 
-def test_a_code_without_a_sentence_gets_the_known_one() -> None:
-    message = [pack(Kind.STEPPED, 1, 1, 1, 0, 0, 0, [], []), b"\0" * 4, failures((0, 0, 101, 5))]
-    assert read(message, 1, 1, 1).failures == [(0, 0, Code.SEQ_GAP, SENTENCES[Code.SEQ_GAP], 5)]
+def test_the_code_of_a_later_server_gets_a_sentence_with_its_number() -> None:
+    (answer,) = replies.stepped(stepped(1, np.zeros((1, 1, 1), np.float32), [(0, 0, 12_345, 5)]))
+    ((_, _, code, sentence, _),) = answer.failures
+    assert (int(code), code.name, sentence) == (12_345, "CODE_12345", "code 12345")
 
 
 def test_closed_gives_states() -> None:
@@ -98,27 +99,12 @@ def test_the_small_ones() -> None:
     assert read([pack(Kind.GOODBYE, 0, "bye")]) == "bye"
 
 
-def step_message(**changes: Any) -> Message:
-    """A good STEPPED of 2 x 3 frames, 2 outputs, with some fields replaced."""
-    fields = {"t": 2, "n": 3, "queue": 1, "compute": 2, "send": 3, "sentences": SAID, "also": []}
-    fields |= {name: value for name, value in changes.items() if name in fields}
-    y = changes.get("y", np.zeros((2, 3, 2), "<f4").tobytes())
-    return [pack(Kind.STEPPED, 1, *fields.values()), y, changes.get("failures", b"")]
-
-
 def test_a_stepped_of_several_requests_falls_apart_into_one_of_each() -> None:
     y = np.arange(2 * 4 * 2, dtype=np.float32).reshape(2, 4, 2)
-    message = [
-        pack(Kind.STEPPED, 9, 2, 4, 10, 20, 30, SAID, [5, 1, 2**40, 3]),
-        y.astype("<f4").tobytes(),
-        failures((0, 1, 101, 7), (2, 0, 101, 8)),
-    ]
-    alone = replies.apart(wire.unpack_header(message), message)
-    assert [header.request for header, _ in alone] == [9, 5, 2**40]
-    answers = [
-        replies.stepped(header, frames, 2, columns, 2)
-        for (header, frames), columns in zip(alone, (1, 2, 1), strict=True)
-    ]
+    header = stepped_header([(9, 1), (5, 2), (2**40, 1)], 2, 2, (10, 20, 30))
+    answers = replies.stepped([header + failures((0, 1, 101, 7), (2, 0, 101, 8)), y.astype("<f4").tobytes()])
+    assert [answer.request for answer in answers] == [9, 5, 2**40]
+    assert [answer.outputs.shape for answer in answers] == [(2, 1, 2), (2, 2, 2), (2, 1, 2)]
     assert np.concatenate([answer.outputs for answer in answers], axis=1).tolist() == y.tolist()
     assert [[failure[:3] for failure in answer.failures] for answer in answers] == [
         [(0, 1, Code.SEQ_GAP)],
@@ -129,71 +115,47 @@ def test_a_stepped_of_several_requests_falls_apart_into_one_of_each() -> None:
     assert {answer.times for answer in answers} == {(10, 20, 30)}
 
 
-def test_a_stepped_of_one_request_is_as_it_came() -> None:
-    message = step_message()
-    header = wire.unpack_header(message)
-    assert replies.apart(header, message) == [(header, message)]
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [(0, 0, 101, 0)] * 4,
+        [(0, 0, 101, 0), (0, 1, 101, 0)],
+        [(3, 0, 101, 0)],
+        [(0, 2, 101, 0)],
+        [(0, 0, 0, 0)],
+    ],
+)
+def test_failures_that_contradict_the_block_are_malformed(entries: list[tuple[int, int, int, int]]) -> None:
+    y = np.zeros((2, 3, 2), np.float32)
+    assert len(replies.stepped(stepped(1, y, [(0, 1, 101, 0), (2, 0, 101, 0)]))[0].failures) == 2
     with pytest.raises(MalformedMessage):
-        read(step_message(also=[2, 1]), 2, 3, 2)  # whose columns are not all the block's
+        replies.stepped(stepped(1, y, entries))
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("entries", "sentences"),
     [
-        {"also": 1},
-        {"also": [2]},
-        {"also": [2, 0]},
-        {"also": [2, 3]},
-        {"also": [2, 1, 3, 1]},
-        {"also": [2, 2, 3, 1]},
-        {"also": [0, 1]},
-        {"also": [-1, 1]},
-        {"also": ["2", 1]},
-        {"also": [2, 1.0]},
-        {"also": [2, 1] * (wire.MAX_ALSO + 1)},
-        {"t": 0, "also": [2, 1]},
-        {"n": "3", "also": [2, 1]},
-        {"y": bytes(4 * 6 + 4), "also": [2, 1]},
-        {"t": 1, "n": 2**40, "also": [2, 2**39]},
-        {"t": 2**62, "n": 2, "y": b"", "also": [2, 1]},
-        {"failures": bytes(23), "also": [2, 1]},
-        {"failures": failures((3, 0, 101, 0)), "also": [2, 1]},
+        (bytes(23), SAID),
+        (failures((0, 0, 101, 0)) * 4, SAID),
+        (failures((0, 0, 101, 0), (0, 0, 101, 0)), SAID),
+        (failures((3, 0, 101, 0)), SAID),
+        (failures((0, 1, 101, 0)), SAID),
+        (failures((0, 0, 99, 0)), SAID),
+        (failures((0, 0, 101, 0)), "gap"),
+        (failures((0, 0, 101, 0)), [101]),
+        (failures((0, 0, 101, 0)), [[101]]),
+        (failures((0, 0, 101, 0)), [["101", "gap"]]),
+        (failures((0, 0, 101, 0)), [[101, 5]]),
     ],
 )
-def test_requests_and_columns_that_cannot_be_are_malformed(changes: dict[str, Any]) -> None:
-    assert len(replies.apart(wire.unpack_header(step_message(also=[2, 1])), step_message(also=[2, 1]))) == 2
-    message = step_message(**changes)
+def test_failures_and_sentences_that_contradict_the_message_are_malformed(entries: bytes, sentences: Any) -> None:
+    good = [pack(Kind.CLOSED, 1, 3, SAID), bytes(48), failures((0, 0, 101, 0), (2, 0, 100, 0))]
+    assert [failure[:4] for failure in read(good, 3, 4)[1]] == [
+        (0, 0, Code.SEQ_GAP, "gap"),
+        (2, 0, Code.NOT_FINITE, SENTENCES[Code.NOT_FINITE]),
+    ]
     with pytest.raises(MalformedMessage):
-        replies.apart(wire.unpack_header(message), message)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"t": 3},
-        {"t": 2.0},
-        {"n": True},
-        {"queue": -1},
-        {"compute": 1.5},
-        {"send": "3"},
-        {"y": b""},
-        {"failures": b"\0" * 23},
-        {"failures": failures((0, 0, 101, 0)) * 4},
-        {"failures": failures((0, 0, 101, 0), (0, 1, 101, 0))},
-        {"failures": failures((3, 0, 101, 0))},
-        {"failures": failures((0, 2, 101, 0))},
-        {"failures": failures((0, 0, 99, 0))},
-        {"failures": failures((0, 0, 101, 0)), "sentences": "gap"},
-        {"failures": failures((0, 0, 101, 0)), "sentences": [101]},
-        {"failures": failures((0, 0, 101, 0)), "sentences": [[101]]},
-        {"failures": failures((0, 0, 101, 0)), "sentences": [["101", "gap"]]},
-        {"failures": failures((0, 0, 101, 0)), "sentences": [[101, 5]]},
-    ],
-)
-def test_a_stepped_that_contradicts_itself_is_malformed(changes: dict[str, Any]) -> None:
-    assert len(read(step_message(failures=failures((0, 1, 101, 0)))).failures) == 1
-    with pytest.raises(MalformedMessage):
-        read(step_message(**changes))
+        read([pack(Kind.CLOSED, 1, 3, sentences), bytes(48), entries], 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +199,7 @@ def test_mutated_replies_are_read_or_malformed(data: st.DataObject) -> None:
             [
                 welcome(1, INFO),
                 [pack(Kind.RESUMED, 1, 2, "memory", SAID), b"\1" * 24 + b"\0" * 24, failures((1, 0, 105, 0))],
-                step_message(failures=failures((1, 1, 101, 4))),
+                stepped(1, np.zeros((2, 3, 2), np.float32), [(1, 1, 101, 4)]),
                 [pack(Kind.CLOSED, 1, 2, SAID), b"\0" * 32, failures((1, 0, 101, 0))],
                 [pack(Kind.STATISTICS, 1, [["a", 1.0], ["b", 2]])],
                 error(1, Code.BUSY, 5),
@@ -256,6 +218,9 @@ def test_mutated_replies_are_read_or_malformed(data: st.DataObject) -> None:
             frame[at] = data.draw(st.integers(0, 255))
     mutated = [bytes(frame) for frame in frames]
     try:
+        if mutated[0][:1] == b"C":
+            replies.stepped(mutated)
+            return
         header = wire.unpack_header(mutated)
         if header.kind in (Kind.PONG, *range(1, 11)):
             return

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgpack
 import numpy as np
 import pytest
 
-from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ConnectionFailed, MalformedMessage
 from instep_client.protocol.wire import FAILURE
 from instep_client.session import State
 from instep_client.steps import StepCall
 from tests.support.fake_server import F32, Message, reference
 from tests.support.session_link import BAD, Link, X, refusal, sizes
+from tests.support.step_messages import parts, stepped_header
 
 
-def joined(answers: Sequence[Message]) -> Message:
-    """STEPPEDs of as many timesteps as one."""
-    read = [msgpack.unpackb(answer[0]) for answer in answers]
-    outputs = [
-        np.frombuffer(answer[1], "<f4").reshape(*header[2:4], -1) for header, answer in zip(read, answers, strict=True)
-    ]
-    starts = np.cumsum([0, *(header[3] for header in read)]).tolist()
-    failures = [np.frombuffer(answer[2], FAILURE).copy() for answer in answers]
+def joined(answers: Sequence[Message], requests: Sequence[int] = ()) -> Message:
+    """STEPPEDs of as many timesteps as one; with other requests than theirs, where given."""
+    read = [parts(answer) for answer in answers]
+    headers = [header for header, _ in read]
+    outputs = [np.frombuffer(y, "<f4").reshape(*header[2:4], -1) for header, (y, _) in read]
+    starts = np.cumsum([0, *(header[3] for header in headers)]).tolist()
+    failures = [np.frombuffer(entries, FAILURE).copy() for _, (_, entries) in read]
     for entries, start in zip(failures, starts, strict=False):
         entries["column"] += start
     every = np.concatenate(failures)
-    said = [[code, SENTENCES[Code(code)]] for code in np.unique(every["code"]).tolist()]
-    also = [number for header, start in zip(read[1:], starts[1:], strict=False) for number in (header[1], start)]
-    header = [*read[0][:3], starts[-1], *read[0][4:7], said, also]
-    return [msgpack.packb(header), np.concatenate(outputs, axis=1).tobytes(), every.tobytes()]
+    requests = requests or [header[1] for header in headers]
+    answered = [(request, header[3]) for request, header in zip(requests, headers, strict=True)]
+    header = stepped_header(answered, headers[0][2], len(every), headers[0][4:7])
+    return [header + every.tobytes(), np.concatenate(outputs, axis=1).tobytes()]
 
 
 def asked(link: Link, *frames: F32) -> list[StepCall]:
@@ -75,9 +74,8 @@ def test_a_request_that_nobody_has_or_that_was_answered_ends_the_session(again: 
     link = Link()
     first, second, third = asked(link, X[0], X[1], X[2])
     one, other, _ = answers(link)
-    header = msgpack.unpackb(other[0])
-    header[1] = msgpack.unpackb(one[0])[1] if again else 1_000_000
-    link.deliver(joined([one, [msgpack.packb(header), *other[1:]]]))
+    number = parts(one)[0][1]
+    link.deliver(joined([one, other], requests=[number, number if again else 1_000_000]))
     assert first.result().outputs.tolist() == reference(X[:1])[0][0].tolist()
     assert link.session.state is State.ENDED
     for call in (second, third):
@@ -87,10 +85,11 @@ def test_a_request_that_nobody_has_or_that_was_answered_ends_the_session(again: 
 def test_an_answer_of_other_columns_than_asked_ends_the_session() -> None:
     link = Link()
     calls = asked(link, X[0], X[1], X[2])
-    message = joined(answers(link))
-    header = msgpack.unpackb(message[0])
-    header[-1] = header[-1][:2]  # as if the second had asked for two columns
-    link.deliver([msgpack.packb(header), *message[1:]])
+    requests = [parts(answer)[0][1] for answer in link.to_client]
+    # As if the second had asked for two columns.
+    first, second, third = answers(link)
+    message = joined([first, joined([second, third])], requests=requests[:2])
+    link.deliver(message)
     assert calls[0].done
     assert isinstance(calls[1].error, MalformedMessage)
     assert isinstance(calls[2].error, MalformedMessage)

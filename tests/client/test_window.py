@@ -11,13 +11,14 @@ import pytest
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import COLUMN, Kind
 from tests.support.fake_server import INFO, Message, pack, reference, stepped
-from tests.support.session_link import BAD, Link, X, headers, refusal, sizes
+from tests.support.session_link import BAD, Link, X, refusal, sizes
+from tests.support.step_messages import parts
 
 
 def acks(messages: list[Message]) -> list[list[int]]:
     """What each STEP acknowledges, a number a column."""
-    steps = [m for m, header in zip(messages, headers(messages), strict=True) if header[0] is Kind.STEP]
-    return [np.frombuffer(message[1], COLUMN)["acked"].tolist() for message in steps]
+    arrays = [arrays for header, arrays in map(parts, messages) if header[0] == Kind.STEP]
+    return [np.frombuffer(columns, COLUMN)["acked"].tolist() for columns, _ in arrays]
 
 
 def test_chunks_are_cut_to_half_a_window_and_wait_for_outputs_beyond_it() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgpack
 import numpy as np
 
 from instep_client.commands.files import read_sequences, save_sequences
@@ -34,7 +33,7 @@ class Forgetful:
         self._steps = 0
 
     def _handle(self, peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
-        if msgpack.unpackb(frames[0])[0] == Kind.STEP:
+        if frames[0][0] == Kind.STEP:
             self._steps += 1
             if self._steps % self._every == 0 and self.rules.boots < self._most:
                 self.rules.restart()

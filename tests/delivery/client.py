@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from instep_client.protocol import wire
 from instep_client.protocol.wire import HAVE_ALL, Code, Kind, Message
 from tests.delivery.network import Connection, Network
 from tests.delivery.truth import Asked, Life, Line, Truth, is_fenced_rightly, require
+from tests.support.step_messages import parts, step_header
 
 NAMES = ("a", "b")
 
@@ -163,20 +165,25 @@ class ModelClient:
             timesteps,
             is_conflict=value is not None,
         )
-        self._ask(asked, (timesteps, len(lanes), 1, wire.F32_NAME), [columns.tobytes(), x.tobytes()])
+        self._ask(asked, (timesteps, len(lanes), 1), [columns.tobytes(), x.tobytes()])
 
     def _connect(self) -> None:
         self.connection = self._network.connect(self.number)
         self._post(Kind.HELLO, 0, (wire.PROTOCOL_VERSION, ""), [])
 
-    def _ask(self, asked: Asked, fields: tuple[object, ...], frames: list[bytes]) -> int:
+    def _ask(self, asked: Asked, fields: tuple[Any, ...], frames: list[bytes]) -> int:
         self._request += 1
         self._truth.asked[self.number, self._request] = asked
         self._post(asked.kind, self._request, fields, frames)
         return self._request
 
-    def _post(self, kind: Kind, request: int, fields: tuple[object, ...], frames: list[bytes]) -> None:
-        if not self.connection.is_cut:
+    def _post(self, kind: Kind, request: int, fields: tuple[Any, ...], frames: list[bytes]) -> None:
+        if self.connection.is_cut:
+            return
+        if kind is Kind.STEP:
+            columns, x = frames
+            self.connection.to_server.append([step_header(request, *fields) + columns, x])
+        else:
             self.connection.to_server.append([wire.pack_header(kind, request, *fields), *frames])
 
     def _lanes_anew(self, lane: Lane, state: Is, request: int = 0) -> None:
@@ -186,22 +193,22 @@ class ModelClient:
 
     def receive(self, message: Message) -> None:
         """One message of the connection."""
-        header = wire.unpack_header(message)
-        asked = self._truth.asked.get((self.number, header.request))
-        if header.kind is Kind.PING:
-            self._post(Kind.PONG, header.request, (), [])
-        elif header.kind is Kind.ERROR:
-            self._refused(Code(header.fields[0]))
-        elif header.kind is Kind.EVICTED:
-            self._evicted(Code(header.fields[1]), np.frombuffer(message[1], "<u8").tolist())
+        (kind, request, *fields), arrays = parts([bytes(frame) for frame in message])
+        asked = self._truth.asked.get((self.number, request))
+        if kind == Kind.PING:
+            self._post(Kind.PONG, request, (), [])
+        elif kind == Kind.ERROR:
+            self._refused(Code(fields[0]))
+        elif kind == Kind.EVICTED:
+            self._evicted(Code(fields[1]), np.frombuffer(arrays[0], "<u8").tolist())
         elif asked is None:
             pass
-        elif header.kind is Kind.STEPPED:
-            self._stepped(asked, message)
-        elif header.kind in (Kind.OPENED, Kind.RESUMED):
-            self._granted(header.request, asked, message)
-        elif header.kind is Kind.CLOSED:
-            self._closed(header.request, asked, message)
+        elif kind == Kind.STEPPED:
+            self._stepped(asked, arrays[1])
+        elif kind in (Kind.OPENED, Kind.RESUMED):
+            self._granted(request, asked, message)
+        elif kind == Kind.CLOSED:
+            self._closed(request, asked, message)
 
     def _refused(self, code: Code) -> None:
         require(code in (Code.HELLO_FIRST, Code.BUSY), f"a message was refused: {code.name}")
@@ -213,9 +220,9 @@ class ModelClient:
             if lane.handle in handles and lane.state not in (Is.NOTHING, Is.OPENING):
                 self._told(lane, code)
 
-    def _stepped(self, asked: Asked, message: Message) -> None:
+    def _stepped(self, asked: Asked, entries: bytes) -> None:
         good = [asked.timesteps] * len(asked.names)
-        failures = np.frombuffer(message[2], wire.FAILURE)
+        failures = np.frombuffer(entries, wire.FAILURE)
         for failure in failures:
             good[int(failure["column"])] = int(failure["timestep"])
         for column, name in enumerate(asked.names):

@@ -20,6 +20,7 @@ from tests.delivery.disk import Disk
 from tests.delivery.network import Connection, Network
 from tests.delivery.node import Node, recur
 from tests.support.states import floats_of
+from tests.support.step_messages import parts
 
 _SLOT = 0xFFFF_FFFF
 
@@ -124,18 +125,18 @@ class Truth:
     def leaves(self, connection: Connection, message: Message) -> None:
         """A message was handed to the network."""
         self.note_openings()
-        header = wire.unpack_header(message)
-        asked = self.asked.get((connection.owner, header.request))
-        if header.kind is Kind.STEPPED and asked is not None:
-            self._outputs_leave(asked, message)
-        elif header.kind in (Kind.OPENED, Kind.RESUMED) and asked is not None:
+        (kind, request, *_), arrays = parts([bytes(frame) for frame in message])
+        asked = self.asked.get((connection.owner, request))
+        if kind == Kind.STEPPED and asked is not None:
+            self._outputs_leave(asked, *arrays)
+        elif kind in (Kind.OPENED, Kind.RESUMED) and asked is not None:
             self._grants_leave(connection.owner, asked, message)
 
-    def _outputs_leave(self, asked: Asked, message: Message) -> None:
+    def _outputs_leave(self, asked: Asked, outputs: bytes, failures: bytes) -> None:
         good = [asked.timesteps] * len(asked.names)
-        for failure in np.frombuffer(message[2], wire.FAILURE):
+        for failure in np.frombuffer(failures, wire.FAILURE):
             good[int(failure["column"])] = int(failure["timestep"])
-        y = np.frombuffer(message[1], "<f4").reshape(asked.timesteps, len(asked.names))
+        y = np.frombuffer(outputs, "<f4").reshape(asked.timesteps, len(asked.names))
         for column, length in enumerate(good):
             life, line, first = asked.lives[column], asked.lines[column], asked.first_seqs[column]
             require(not (length and asked.is_conflict), f"frame {first} was answered for other inputs")

@@ -10,14 +10,13 @@ from instep.recording.errors import RecordingError
 from instep.recording.schema import Durability
 from instep.runtime.errors import StateLost
 from instep.streaming.api import Names, Origin
-from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, Message
 from tests.delivery.client import Is, Lane, ModelClient
 from tests.delivery.disk import Disk
 from tests.delivery.network import Connection, Network
 from tests.delivery.node import Node, Sizes, StepFailure
 from tests.delivery.truth import Asked, Truth, Violation, require
-from tests.support.apart import apart
+from tests.support.step_messages import apart, parts
 
 CLIENTS = 2
 _ROUNDS = 80
@@ -64,15 +63,15 @@ class World:
         return True
 
     def _arrives(self, connection: Connection, message: list[bytes]) -> None:
-        header = wire.unpack_header(message)
-        asked = self.truth.asked.get((connection.owner, header.request))
+        kind, request = parts(message)[0][:2]
+        asked = self.truth.asked.get((connection.owner, request))
         if asked is None:
             return
-        if header.kind is Kind.STEP:
+        if kind == Kind.STEP:
             self._taken.append(asked)
             if len(self._taken) > 1:
                 self.truth.seen.add("several STEPs at once")
-        elif header.kind is Kind.RESUME:
+        elif kind == Kind.RESUME:
             is_copy = any(message is copy for copy in self._copies)
             self.truth.resume_arrives(connection, asked, is_copy=is_copy)
 

@@ -11,6 +11,7 @@ It says `under way` on standard output after some blocks, and ends when somebody
 
 from __future__ import annotations
 
+import struct
 import sys
 import time
 
@@ -39,16 +40,17 @@ def main(endpoint: str, features: int, behaviour: str) -> None:
         if behaviour == "never-reads":
             time.sleep(0.002)
         if behaviour != "reads" or sent - answered < AHEAD:
-            header = msgpack.packb([STEP, 3 + sent, TIMESTEPS, STREAMS, features, "f4"])
-            socket.send_multipart([header, columns.tobytes(), x])
+            header = struct.pack("<BBHIIIQ", STEP, 1, 0, TIMESTEPS, STREAMS, features, 3 + sent)
+            socket.send_multipart([header + columns.tobytes(), x])
             columns[:, 1] += TIMESTEPS
             columns[:, 2] = TIMESTEPS * answered
             sent += 1
         else:
-            kind, request, *said = msgpack.unpackb(socket.recv_multipart()[0])
-            if kind == PING:
-                socket.send(msgpack.packb([PONG, request]))
-            answered += 1 + len(said[-1]) // 2 if kind == STEPPED else 0
+            header = socket.recv_multipart()[0]
+            if header[0] == STEPPED:
+                answered += struct.unpack_from("<H", header, 2)[0]
+            elif header[1] == PING:
+                socket.send(msgpack.packb([PONG, msgpack.unpackb(header)[1]]))
         if sent == 3 * AHEAD:
             sys.stdout.write("under way\n")
             sys.stdout.flush()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from instep_client import replies
-from instep_client.protocol import wire
+from instep_client.protocol import step_messages, wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.wire import Frame, Header, Kind
-from tests.client import test_replies, test_wire
+from tests.client import test_replies, test_step_messages, test_wire
 from tests.support.broken_rules import BrokenRule, check_is_found
 
 
@@ -24,10 +24,18 @@ def any_bytes_are_a_ping(original: Any, frames: Sequence[Frame], *rest: Any) -> 
     return header
 
 
-def failures_of_the_next(original: Any, header: Header, frames: Sequence[Frame]) -> list[Any]:
-    answers = original(header, frames)
-    following = [own[1][2] for own in answers[1:]] + [answers[0][1][2]]
-    return [(own, [first, y, other]) for (own, (first, y, _)), other in zip(answers, following, strict=True)]
+def failures_of_the_next(original: Any, frames: Sequence[Frame]) -> list[replies.Stepped]:
+    answers: list[replies.Stepped] = original(frames)
+    following = [answer.failures for answer in (*answers[1:], answers[0])]
+    return [answer._replace(failures=failures) for answer, failures in zip(answers, following, strict=True)]
+
+
+def any_bytes_are_a_step(original: Any, frames: Sequence[Frame]) -> tuple[int, int, int, int, int]:
+    try:
+        read: tuple[int, int, int, int, int] = original(frames)
+    except MalformedMessage:
+        read = 1, 1, 1, 1, step_messages.DTYPE_F32
+    return read
 
 
 def no_failures(original: Any, *arguments: Any) -> list[replies.ColumnError]:
@@ -44,6 +52,18 @@ RULES = (
         replaces=wire.unpack_header,
         variant=any_bytes_are_a_ping,
         found_by=[partial(test_wire.test_what_is_no_message_is_refused_by_name, frames=[b"\x05"], complaint="array")],
+    ),
+    BrokenRule(
+        "bytes that are not a STEP are taken for one",
+        replaces=step_messages.unpack_step,
+        variant=any_bytes_are_a_step,
+        found_by=[
+            partial(
+                test_step_messages.test_what_is_not_a_step_is_refused_by_name,
+                frames=[test_step_messages.STEP[:-1], b""],
+                complaint="columns must be 72 bytes",
+            )
+        ],
     ),
     BrokenRule(
         "an array is read from a frame of another size",
@@ -73,7 +93,7 @@ RULES = (
     ),
     BrokenRule(
         "a refusal is reported to the request next to its own",
-        replaces=replies.apart,
+        replaces=replies.stepped,
         variant=failures_of_the_next,
         found_by=[test_replies.test_a_stepped_of_several_requests_falls_apart_into_one_of_each],
     ),
@@ -82,7 +102,11 @@ RULES = (
         replaces=replies._failures,
         variant=no_failures,
         found_by=[
-            partial(test_replies.test_a_stepped_that_contradicts_itself_is_malformed, changes={"failures": bytes(23)})
+            partial(
+                test_replies.test_failures_and_sentences_that_contradict_the_message_are_malformed,
+                entries=bytes(23),
+                sentences=[],
+            )
         ],
     ),
 )

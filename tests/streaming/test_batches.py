@@ -110,7 +110,7 @@ async def test_a_run_is_as_long_as_the_shortest_of_its_streams_and_one_step_wher
         await kit.finish(step_ns=10)
         while kit.hand.begun:
             await kit.finish(step_ns=10)
-        by_tag = {reply.tags[0]: reply for reply in one.replies}
+        by_tag = {int(reply.messages[0, 0]): reply for reply in one.replies}
         np.testing.assert_array_equal(by_tag[1].y[:, 0], whole(SMALL, x[:, 0])[0][1:])
         np.testing.assert_array_equal(by_tag[3].y[:, 0], whole(SMALL, x[:, 2])[0])
 

@@ -5,7 +5,7 @@
     state' = 0.5 * state + sum(x)            for every element of the state
     y[o]   = state'[0] + o
 
-It reads headers with msgpack alone, so that it does not share the client's reading of them.
+It reads headers without the client's functions, so that it does not share the client's reading of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import zmq
 from instep_client.protocol.codes import SENTENCES, Code
 from instep_client.protocol.wire import COLUMN, FAILURE, GRANT, Kind, ServerInfo
 from tests.support.states import gru_state
+from tests.support.step_messages import parts, stepped_header
 
 F32: TypeAlias = npt.NDArray[np.float32]
 Message: TypeAlias = list[bytes]
@@ -81,12 +82,12 @@ def welcome(request: int, info: ServerInfo) -> Message:
 
 
 def stepped(
-    request: int, y: F32, failures: Sequence[tuple[int, int, Code, int]] = (), times: Any = (7, 8, 9)
+    request: int, y: F32, failures: Sequence[tuple[int, int, int, int]] = (), times: Sequence[int] = (7, 8, 9)
 ) -> Message:
     """STEPPED; a failure is (column, timestep, code, expected seq)."""
     entries = np.array([(column, t, int(code), 0, seq) for column, t, code, seq in failures], FAILURE)
-    said = [[int(code), SENTENCES[code]] for code in sorted({failure[2] for failure in failures})]
-    return [pack(Kind.STEPPED, request, *y.shape[:2], *times, said, []), y.astype("<f4").tobytes(), entries.tobytes()]
+    header = stepped_header([(request, y.shape[1])], len(y), len(entries), times)
+    return [header + entries.tobytes(), y.astype("<f4").tobytes()]
 
 
 def granted(kind: Kind, request: int, grants: npt.NDArray[np.void], refused: Sequence[Any] = ()) -> Message:
@@ -112,7 +113,8 @@ class FakeRules:
     def __init__(self, info: ServerInfo = INFO) -> None:
         self.info = info
         self.fault: Fault | None = None
-        """Called first with (header, frames): its messages are the answer, None leaves it to the rules."""
+        """Called first with (header, frames): its messages are the answer, None leaves it to the rules. The header is
+        that of `parts`, and the frames from 1 on are its arrays."""
         self.holding = False
         """Whether answers to OPEN and STEP are kept in `held`."""
         self.held: list[tuple[bytes, Message]] = []
@@ -131,7 +133,8 @@ class FakeRules:
 
     def handle(self, peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
         """One message; what goes out because of it."""
-        header: list[Any] = msgpack.unpackb(frames[0])
+        header, arrays = parts(frames)
+        frames = [frames[0], *arrays]
         kind = Kind(header[0])
         self.kinds.append(kind)
         if kind is Kind.STEP:
@@ -187,8 +190,8 @@ class FakeRules:
         return granted(Kind.OPENED, header[1], grants, refused)
 
     def _step(self, header: list[Any], frames: list[bytes]) -> Message:
-        _, request, steps, columns, features, name = header
-        assert (features, name) == (self.info.features, "f4")
+        _, request, steps, columns, features, dtype = header
+        assert (features, dtype) == (self.info.features, 1)
         column = np.frombuffer(frames[1], COLUMN)
         assert (column["acked"] <= column["seq"]).all()
         assert (column["seq"] + steps <= column["acked"] + self.info.window_frames).all()

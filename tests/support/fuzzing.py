@@ -13,8 +13,8 @@ import numpy as np
 
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind
-from tests.support.apart import apart
 from tests.support.raw import Reply
+from tests.support.step_messages import STEP, apart, step_header, stepped_header
 
 T = TypeVar("T")
 
@@ -36,7 +36,6 @@ FAILURES = frozenset(
 ANSWERS = {
     Kind.WELCOME: 21,
     Kind.OPENED: 5,
-    Kind.STEPPED: 9,
     Kind.CLOSED: 4,
     Kind.PING: 2,
     Kind.PONG: 2,
@@ -46,10 +45,13 @@ ANSWERS = {
     Kind.STATE_READ: 4,
     Kind.CHANGED: 4,
 }
-"""What a healthy server says, and how many elements its header has."""
+"""What a healthy server says beside STEPPED, and how many elements its header has."""
 WITH_FAILURES = (Kind.OPENED, Kind.RESUMED, Kind.STEPPED, Kind.CLOSED, Kind.STATE_READ, Kind.CHANGED)
 
 INTERESTING_BYTES = bytes([0x00, 0x01, 0x7F, 0x80, 0x90, 0x93, 0xC0, 0xC1, 0xC6, 0xD9, 0xDC, 0xDD, 0xFF])
+INTERESTING_NUMBERS = (0, 1, 2, 3, 5, 255, 65_535, 65_536, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
+STEP_FIELDS = ((1, 2), (2, 4), (4, 8), (8, 12), (12, 16), (16, 24))
+"""Where the fields of a STEP header begin and end, behind its kind."""
 INTERESTING_VALUES: list[Any] = [
     *(None, True, False, -1, 0, 1, 2, 3, 5, 255, 65_535, 65_536, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1),
     *(1.0, float("nan"), "", "f4", "f8", "5", "x" * 300, b"", b"f4", [], [1], [[[]]], {}, {1: 2}),
@@ -91,8 +93,11 @@ class AnswerCheck:
     def take(self, frames: list[bytes]) -> None:
         """One message from the server."""
         reply = Reply(frames)
-        assert len(reply.header) == ANSWERS.get(reply.kind), reply.header
-        assert len(frames) == wire.FRAME_COUNT[reply.kind], reply.header
+        if reply.kind is Kind.STEPPED:
+            assert len(frames) == 2, reply.header
+        else:
+            assert len(reply.header) == ANSWERS.get(reply.kind), reply.header
+            assert len(frames) == wire.FRAME_COUNT[reply.kind], reply.header
         if reply.kind is Kind.PING:
             self._answer(msgpack.packb([Kind.PONG, reply.request]))
             return
@@ -106,8 +111,8 @@ class AnswerCheck:
         elif reply.kind in WITH_FAILURES:
             codes = {code for _, _, code, _ in reply.failures()}
             assert codes <= FAILURES, reply.header
-            said = reply.header[7 if reply.kind is Kind.STEPPED else -1]
-            assert {code for code, _ in said} == codes, reply.header
+            if reply.kind is not Kind.STEPPED:
+                assert {code for code, _ in reply.header[-1]} == codes, reply.header
             self.seen.update(codes)
             for one in alone:
                 self._learn(one)
@@ -274,9 +279,9 @@ class MessageMaker:
             self._seqs[handle] = seq + timesteps  # if all goes well; a failure says otherwise
         request = 1 + self._below(2**31)
         self._asked[request] = handles
-        header = msgpack.packb([Kind.STEP, request, timesteps, columns, self._features, "f4"])
+        header = step_header(request, timesteps, columns, self._features)
         x = self._some_floats(timesteps * columns * self._features)
-        return [header, struct.pack(f"<{3 * columns}Q", *words), x]
+        return [header + struct.pack(f"<{3 * columns}Q", *words), x]
 
     def _close(self) -> list[bytes]:
         count = 1 + self._below(2)
@@ -289,6 +294,8 @@ class MessageMaker:
 
     def _servers_own(self) -> list[bytes]:
         kind = self._one_of((Kind.WELCOME, Kind.OPENED, Kind.STEPPED, Kind.PONG, Kind.ERROR, Kind.GOODBYE))
+        if kind is Kind.STEPPED:
+            return [stepped_header([(1 + self._below(2**31), 1)], 1, 0), self._some_floats(1)]
         fields = [0] * (wire.HEADER_LENGTH[kind] - 2)
         return [self._header(kind, *fields), *[b""] * (wire.FRAME_COUNT[kind] - 1)]
 
@@ -332,7 +339,12 @@ class MessageMaker:
         self._random.shuffle(frames)
 
     def _change_field(self, frames: list[bytes]) -> None:
-        """Another value in the header, which stays msgpack."""
+        """Another value in the header, which stays msgpack or keeps its layout."""
+        if frames and frames[0][:1] == bytes([STEP]) and len(frames[0]) >= 24:
+            start, end = self._one_of(STEP_FIELDS)
+            value = self._one_of(INTERESTING_NUMBERS) % 256 ** (end - start)
+            frames[0] = frames[0][:start] + value.to_bytes(end - start, "little") + frames[0][end:]
+            return
         try:
             header = msgpack.unpackb(frames[0], strict_map_key=False)
         except Exception:  # damaged before

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
 import msgpack
 import numpy as np
@@ -15,17 +14,16 @@ import zmq.asyncio
 from instep.core.typing import F32, U64
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind
-from tests.support.apart import apart
+from tests.support.step_messages import apart, parts, step_header
 
 
 class Reply:
     """One message from the server, its header unpacked without the code under test."""
 
     def __init__(self, frames: list[bytes]) -> None:
-        self.header: list[Any] = msgpack.unpackb(frames[0])
+        self.header, self.frames = parts(frames)
         self.kind = Kind(self.header[0])
         self.request: int = self.header[1]
-        self.frames = frames[1:]
 
     @property
     def code(self) -> Code:
@@ -63,7 +61,7 @@ class Reply:
         return np.frombuffer(self.frames[1 if self.kind is Kind.STATE_READ else 0], "<f4")
 
     def failures(self) -> list[tuple[int, int, Code, int]]:
-        """(column, timestep, code, expected seq) of each failure, in the last frame."""
+        """(column, timestep, code, expected seq) of each failure."""
         entries = np.frombuffer(self.frames[-1], wire.FAILURE)
         return [(int(e["column"]), int(e["timestep"]), Code(int(e["code"])), int(e["expected_seq"])) for e in entries]
 
@@ -150,12 +148,12 @@ class RawClient:
     ) -> list[bytes]:
         """A STEP of x float32 [T, N, features] that acknowledges nothing unless told what."""
         timesteps, columns, features = x.shape
-        header = msgpack.packb([Kind.STEP, self.next_request(), timesteps, columns, features, "f4"])
+        header = step_header(self.next_request(), timesteps, columns, features)
         column = np.empty(columns, wire.COLUMN)
         column["handle"] = handles
         column["seq"] = seqs
         column["acked"] = 0 if acked is None else acked
-        return [header, column.tobytes(), x.astype("<f4").tobytes()]
+        return [header + column.tobytes(), x.astype("<f4").tobytes()]
 
     async def step(
         self, handles: Sequence[int] | U64, seqs: Sequence[int], x: F32, acked: Sequence[int] | None = None

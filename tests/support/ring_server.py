@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import msgpack
 import numpy as np
 
 from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
 from instep_client.protocol.wire import CLAIM, COLUMN, FAILURE, GRANT, Kind, ServerInfo
 from tests.support.fake_server import F32, INFO, Message, error, evicted, goodbye, granted, pack, stepped, welcome
+from tests.support.step_messages import parts
 
 RING_INFO = replace(INFO, window_frames=8, credit_frames=64)
 
@@ -66,7 +66,8 @@ class RingServer:
         """One message; what goes out because of it."""
         if frames == [b""]:  # what ZeroMQ sends when it has made a connection
             return [(peer, error(0, Code.HELLO_FIRST))]
-        header: list[Any] = msgpack.unpackb(frames[0])
+        header, arrays = parts(frames)
+        frames = [frames[0], *arrays]
         kind, request = Kind(header[0]), header[1]
         self.kinds.append(kind)
         notices: list[tuple[bytes, Message]] = []

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import msgpack
 import numpy as np
 
 from instep_client.calls import Call
@@ -18,6 +17,7 @@ from instep_client.session import Session
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, INFO, FakeRules, Message, error
+from tests.support.step_messages import parts
 
 R = TypeVar("R")
 PEER = b"peer"
@@ -81,14 +81,14 @@ class Link:
 
 
 def headers(messages: Sequence[Message]) -> list[list[Any]]:
-    """The headers of messages, with the kind as `Kind`."""
-    read = [msgpack.unpackb(message[0]) for message in messages]
+    """The headers of messages as `parts` reads them, with the kind as `Kind`."""
+    read = [parts(message)[0] for message in messages]
     return [[Kind(header[0]), *header[1:]] for header in read]
 
 
 def refuse(link: Link, code: Code, retry_after_us: int = 0) -> None:
     """The server refuses the next message in the queue."""
-    request = msgpack.unpackb(link.to_server.popleft()[0])[1]
+    request = parts(link.to_server.popleft())[0][1]
     link.to_client.append(error(request, code, retry_after_us))
 
 
@@ -100,10 +100,10 @@ def limited(credit: int = 16_384, block: int = 16_384) -> Link:
 def blocks(messages: list[Message]) -> list[tuple[list[tuple[int, int]], list[Any]]]:
     """The columns (handle, seq) and x of every STEP."""
     read = []
-    for header, message in zip(headers(messages), messages, strict=True):
-        if header[0] is Kind.STEP:
-            x = np.frombuffer(message[2], "<f4").reshape(header[2:5])
-            read.append((np.frombuffer(message[1], COLUMN)[["handle", "seq"]].tolist(), x[:, :, 0].tolist()))
+    for header, arrays in map(parts, messages):
+        if header[0] == Kind.STEP:
+            x = np.frombuffer(arrays[1], "<f4").reshape(header[2:5])
+            read.append((np.frombuffer(arrays[0], COLUMN)[["handle", "seq"]].tolist(), x[:, :, 0].tolist()))
     return read
 
 

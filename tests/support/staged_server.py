@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
 
-import msgpack
 import numpy as np
 
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import COLUMN, Kind
 from tests.support.fake_server import F32, INFO, FakeRules, Message, error, stepped
+from tests.support.step_messages import parts
 
 STAGED_INFO = replace(INFO, features=2, outputs=1)
 
@@ -65,12 +64,12 @@ class StagedServer:
 
     def receive(self, frames: list[bytes]) -> None:
         """One message."""
-        header: list[Any] = msgpack.unpackb(frames[0])
+        header, arrays = parts(frames)
         if header[0] != Kind.STEP:
             self.answers += [answer for _, answer in self._rules.handle(b"", frames)]
             return
         _, request, steps, columns, features, _ = header
-        x = np.frombuffer(frames[2], "<f4").reshape(steps, columns, features)
+        x = np.frombuffer(arrays[1], "<f4").reshape(steps, columns, features)
         assert self.unanswered + steps * columns <= self.info.credit_frames, "the client overdrew its credit"
         for number in x[:, :, 0].ravel().astype(int).tolist():
             last = self.outcomes.get(number, Code.BUSY)
@@ -82,7 +81,7 @@ class StagedServer:
             return
         block = StagedBlock(request, np.full((steps, columns, 1), np.nan, np.float32))
         self.unanswered += block.frames
-        for column, (handle, seq, acked) in enumerate(np.frombuffer(frames[1], COLUMN).tolist()):
+        for column, (handle, seq, acked) in enumerate(np.frombuffer(arrays[0], COLUMN).tolist()):
             stream = self.streams.setdefault(handle, StagedStream())
             assert acked <= len(stream.applied), "the client acknowledged outputs that were not computed"
             assert seq + steps <= acked + self.info.window_frames, "the client sent beyond the window"

@@ -103,7 +103,11 @@ class Listener:
     def deliver(self, reply: Reply) -> None:
         """See `Origin`."""
         columns = None if reply.failures is None else reply.failures.copy()
-        self.replies.append(replace(reply, y=reply.y.copy(), failures=columns))
+        self.replies.append(replace(reply, messages=reply.messages.copy(), y=reply.y.copy(), failures=columns))
+
+    def tags(self) -> list[list[int]]:
+        """The tags of each reply."""
+        return [reply.messages[0].tolist() for reply in self.replies]
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
         """See `Origin`."""

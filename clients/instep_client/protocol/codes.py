@@ -46,6 +46,15 @@ class Code(IntEnum):
     STATE_LOST = 203
     SHUTTING_DOWN = 204
 
+    @classmethod
+    def _missing_(cls, value: object) -> Code | None:
+        """Codes of later servers have names too: STEPPED carries numbers without sentences."""
+        if type(value) is not int or not 0 < value < 2**32:
+            return None
+        code = int.__new__(cls, value)
+        code._name_, code._value_ = f"CODE_{value}", value
+        return code
+
 
 SENTENCES: Final[dict[Code, str]] = {
     Code.MALFORMED: "the message does not follow the protocol",
@@ -53,7 +62,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.WRONG_VERSION: f"client and server speak different protocol versions (the server speaks {PROTOCOL_VERSION})",
     Code.HELLO_FIRST: "this connection has not said HELLO, or the server was restarted; connect again",
     Code.WRONG_SHAPE: "the array's shape does not fit the model",
-    Code.WRONG_DTYPE: "frames must be float32 (dtype name f4)",
+    Code.WRONG_DTYPE: "frames must be float32 (dtype 1)",
     Code.REPEATED_STREAM: "a stream may stand only once in one block",
     Code.BAD_NAME: f"a stream's name must be 1 to {MAX_NAME_BYTES} bytes of printable UTF-8",
     Code.NOT_FINITE: "the frame or state holds NaN or infinity; it was not applied and the stream's state is unchanged",
@@ -81,3 +90,8 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.STATE_LOST: "a failure of the server lost the stream's state, and the stream was closed; see the server's log",
     Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",
 }
+
+
+def sentence_of(code: Code) -> str:
+    """What a code means, where the message that carries it has no sentence."""
+    return SENTENCES.get(code, f"code {code}")

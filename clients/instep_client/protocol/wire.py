@@ -4,6 +4,8 @@ One ZeroMQ message is a list of frames. Frame 0 is the header: a short msgpack a
 elements are the message kind and the request number. The frames after it are raw little-endian arrays; how many there
 are, and what they hold, depends on the kind alone (`FRAME_COUNT`). `docs/protocol.md` shows every message byte by byte.
 
+STEP and STEPPED, which carry the frames of streams, have binary headers instead; see `step_messages`.
+
 This module is pure: bytes in, values out. It opens no socket and keeps no state.
 """
 
@@ -30,10 +32,6 @@ DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_HEADER_BYTES: Final = 4096
 MAX_BLOCK_STREAMS: Final = 65_535
 """The most columns one OPEN, STEP or CLOSE may carry."""
-
-MAX_ALSO: Final = 127
-"""The most requests that one STEPPED answers beside its first: `also` is [request, first column, …], two integers for
-each of them; up to the first of these columns N is the first request's."""
 
 Frame: TypeAlias = bytes | memoryview
 Message: TypeAlias = list[Frame]
@@ -63,11 +61,10 @@ FAILURE: Final = np.dtype(
 `expected_seq` (24 bytes)."""
 
 NO_FAILURES: Final[FailureArray] = np.empty(0, FAILURE)
-F32_NAME: Final = "f4"
 
 
 class Kind(IntEnum):
-    """The first element of every header."""
+    """The first byte of a binary header, the first element of every other."""
 
     HELLO = 1
     OPEN = 2
@@ -96,7 +93,6 @@ class Kind(IntEnum):
 HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.HELLO: 4,  # kind, request, protocol version, client's name
     Kind.OPEN: 5,  # kind, request, N, whether initial states follow (0 or 1), whether first seqs follow (0 or 1)
-    Kind.STEP: 6,  # kind, request, T, N, features, dtype name ("f4")
     Kind.CLOSE: 3,  # kind, request, N
     Kind.PING: 2,  # either side may ask; the server's number says how many bytes it has sent
     Kind.STATS: 2,
@@ -106,7 +102,6 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.FORK: 3,  # kind, request, N
     Kind.WELCOME: 20,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
-    Kind.STEPPED: 9,  # kind, request, T, N, queue_us, compute_us, send_us, sentences, also (see `MAX_ALSO`)
     Kind.CLOSED: 4,  # kind, request, N, sentences
     Kind.PONG: 2,
     Kind.STATISTICS: 3,  # kind, request, [[name, value], …]
@@ -117,11 +112,11 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.STATE_READ: 4,  # kind, request, N, sentences
     Kind.CHANGED: 4,  # kind, request, N, sentences
 }
+"""Of every kind with a msgpack header."""
 
 FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.HELLO: 1,
     Kind.OPEN: 4,  # names (UTF-8, one a line), states [N, row_bytes] or empty, first seqs uint64 [N] or empty
-    Kind.STEP: 3,  # columns [N], x float32 [T, N, features]
     Kind.CLOSE: 2,  # handles uint64 [N]
     Kind.PING: 1,
     Kind.STATS: 1,
@@ -131,7 +126,6 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.FORK: 3,  # handles uint64 [N], names of the copies
     Kind.WELCOME: 1,
     Kind.OPENED: 3,  # grants [N], failures
-    Kind.STEPPED: 3,  # y float32 [T, N, outputs] (NaN where refused), failures
     Kind.CLOSED: 3,  # final states [N, row_bytes] (floats NaN where refused), failures
     Kind.PONG: 1,
     Kind.STATISTICS: 1,
@@ -186,7 +180,7 @@ class ServerInfo:
 
 
 class Header(NamedTuple):
-    """A checked header: its kind, request number and the fields after them."""
+    """A checked msgpack header: its kind, request number and the fields after them."""
 
     kind: Kind
     request: int
@@ -194,12 +188,12 @@ class Header(NamedTuple):
 
 
 def pack_header(kind: Kind, request: int, *fields: Any) -> bytes:
-    """One header as bytes."""
+    """One msgpack header as bytes."""
     return msgpack.packb([int(kind), request, *fields])
 
 
 def unpack_header(frames: Sequence[Frame], max_bytes: int = MAX_HEADER_BYTES) -> Header:
-    """Check and read frame 0; check the number of frames.
+    """Check and read a msgpack header in frame 0; check the number of frames.
 
     Checks lengths before values, and exact types; never trusts a count it has not checked.
 
@@ -235,7 +229,7 @@ def unpack_header(frames: Sequence[Frame], max_bytes: int = MAX_HEADER_BYTES) ->
     return Header(kind, request, header[2:])
 
 
-_KINDS: Final = {int(kind): (kind, HEADER_LENGTH[kind], FRAME_COUNT[kind]) for kind in Kind}
+_KINDS: Final = {int(kind): (kind, HEADER_LENGTH[kind], FRAME_COUNT[kind]) for kind in HEADER_LENGTH}
 
 
 def count_field(value: Any, name: str, at_most: int, at_least: int = 1) -> int:

@@ -85,11 +85,12 @@ class InProcessOrigin:
     def deliver(self, reply: Reply) -> None:
         """See `Origin`."""
         first = 0
-        for tag, width in zip(reply.tags, reply.widths, strict=True):
+        for index, (tag, width) in enumerate(reply.messages.T.tolist()):
             part = slice(first, first + width)
             first += width
             failures = None if reply.failures is None else reply.failures[:, part].copy()
-            own = replace(reply, tags=[tag], widths=[width], y=reply.y[:, part].copy(), failures=failures)
+            message = reply.messages[:, index : index + 1].copy()
+            own = replace(reply, messages=message, y=reply.y[:, part].copy(), failures=failures)
             self._settle(tag, lambda future, own=own: future.set_result(own))  # type: ignore[misc]
 
     def refuse(self, tag: int, refusal: Refusal) -> None:

@@ -44,9 +44,8 @@ class Reply:
     The arrays are only good until `Origin.deliver` returns: the engine uses their memory again.
     """
 
-    tags: list[int]
-    widths: list[int]
-    """Columns of each message."""
+    messages: I64
+    """int64 [2, M]: tag and number of columns of each message."""
     y: F32
     """float32 [T, N, outputs], NaN where a frame was not applied."""
     failures: I64 | None

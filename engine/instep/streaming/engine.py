@@ -319,14 +319,13 @@ class Engine:
                 self._put_repeated(groups)
             now_ns = time.monotonic_ns()
             send_ns = max(0, now_ns - ended_ns) if ended_ns else 0
-            self._reply(groups, taken, began_ns, ended_ns - began_ns, send_ns)
+            self._reply(groups, began_ns, ended_ns - began_ns, send_ns)
             self.stats.replied(taken, send_ns)
             numbers = numbers[taken:]
         self.origins.release_left()
 
-    def _reply(self, groups: int, messages: int, began_ns: int, compute_ns: int, send_ns: int) -> None:
+    def _reply(self, groups: int, began_ns: int, compute_ns: int, send_ns: int) -> None:
         tables, outputs = self.tables, self.tables.y.shape[1]
-        tags, widths = tables.reply_messages[:2, :messages].tolist()
         # The order of these names is that of the columns of `Tables.groups`.
         for number, timesteps, width, count, message, column, value, failed, frames, arrived_ns in tables.groups[
             :groups
@@ -337,8 +336,7 @@ class Engine:
             y = tables.reply_y[value : value + timesteps * width * outputs].reshape(timesteps, width, outputs)
             origin.deliver(
                 Reply(
-                    tags[message : message + count],
-                    widths[message : message + count],
+                    tables.reply_messages[:2, message : message + count],
                     y,
                     tables.reply_columns[:, column : column + width] if failed else None,
                     frames,

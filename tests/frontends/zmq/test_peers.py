@@ -12,7 +12,7 @@ from instep.core.tables import make_tables
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Sent
 from instep.streaming.api import Refusal, Reply
-from instep_client.protocol.wire import FAILURE, Code, Kind, Message
+from instep_client.protocol.wire import Code, Kind, Message
 
 MESSAGE: Message = [b"x" * 744]
 """1,000 bytes, with the objects around it."""
@@ -260,13 +260,17 @@ def test_a_peer_is_an_origin_whose_replies_and_refusals_are_messages() -> None:
     rig = Rig()
     y = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
     failures = np.array([[0, Code.SEQ_GAP, 0], [1, 0, 1], [1, 5, 1]], np.int64)
-    rig.fast.deliver(Reply([7, 9], [1, 2], y, failures, 2, 1000, 2000, 3000))
+    messages = np.array([[7, 9], [1, 2]], np.int64)
+    rig.fast.deliver(Reply(messages, y, failures, 2, 1000, 2000, 3000))
     rig.fast.refuse(8, Refusal(Code.BUSY, "later", 500))
     stepped, refused = (message for _, message in rig.router.taken)
-    assert msgpack.unpackb(stepped[0])[:7] == [Kind.STEPPED, 7, 1, 3, 1, 2, 3]
-    assert msgpack.unpackb(stepped[0])[-1] == [9, 1]
-    assert stepped[1] == y.tobytes()
-    (entry,) = np.frombuffer(stepped[2], FAILURE)
-    assert [int(entry[name]) for name in ("column", "timestep", "code", "expected_seq")] == [1, 0, Code.SEQ_GAP, 5]
+    assert stepped == [
+        bytes.fromhex(
+            "43 00 0200 01000000 03000000 01000000 02000000 03000000 01000000 00000000"  # T 1, N 3, times, 1 failure
+            "0700000000000000 0100000000000000 0900000000000000 0200000000000000"  # requests and their columns
+            "01000000 00000000 65000000 00000000 0500000000000000"  # column 1, timestep 0, code 101, expected seq 5
+        ),
+        y.tobytes(),
+    ]
     assert headers([refused])[0][:3] == [Kind.ERROR, 8, Code.BUSY]
     assert rig.outbound.refused_total == 1

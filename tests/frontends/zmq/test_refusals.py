@@ -14,6 +14,7 @@ from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.step_messages import parts, step_header
 from tests.support.streaming import random_frames
 
 F, H = 5, 8
@@ -51,14 +52,21 @@ MALFORMED: list[tuple[list[bytes], Code, str]] = [
     ([msgpack.packb([Kind.PING, 1, 2])], Code.MALFORMED, "elements"),
     ([msgpack.packb([Kind.PING, 1]), b""], Code.MALFORMED, "frames"),
     ([msgpack.packb([Kind.STATISTICS, 1, []])], Code.MALFORMED, "a message of the server's"),
-    ([header(Kind.STEP, 0, 1, F, "f4"), COLUMN, b""], Code.MALFORMED, "T must"),
-    ([header(Kind.STEP, 1, 2**20, F, "f4"), COLUMN, b""], Code.MALFORMED, "N must"),
-    ([header(Kind.STEP, 1, 1, F, "f4"), COLUMN, b"\0" * 19], Code.MALFORMED, "x must be 20 bytes"),
-    ([header(Kind.STEP, 1, 1, F, "f4"), COLUMN[:-1], b"\0" * 20], Code.MALFORMED, "columns must be 24 bytes"),
-    ([header(Kind.STEP, 1, 1, F + 1, "f4"), COLUMN, b"\0" * 24], Code.WRONG_SHAPE, "5 features, not 6"),
-    ([header(Kind.STEP, 1, 1, "5", "f4"), COLUMN, b"\0" * 20], Code.WRONG_SHAPE, "features"),
-    ([header(Kind.STEP, 1, 1, F, "f8"), COLUMN, b"\0" * 40], Code.WRONG_DTYPE, "float32"),
-    ([header(Kind.STEP, 65, 1, F, "f4"), COLUMN, b"\0" * 1300], Code.TOO_LARGE, "at most 64 frames"),
+    ([step_header(99, 0, 1, F) + COLUMN, b""], Code.MALFORMED, "T must"),
+    ([step_header(99, 1, 0, F) + COLUMN, b""], Code.MALFORMED, "N must"),
+    ([step_header(99, 1, 2**20, F) + COLUMN, b""], Code.MALFORMED, "N must"),
+    ([step_header(2**63, 1, 1, F) + COLUMN, b"\0" * 20], Code.MALFORMED, "request"),
+    ([step_header(99, 1, 1, F) + COLUMN, b"\0" * 19], Code.MALFORMED, "x must be 20 bytes"),
+    ([step_header(99, 1, 1, F) + COLUMN[:-1], b"\0" * 20], Code.MALFORMED, "columns must be 24 bytes"),
+    ([step_header(99, 1, 1, F) + COLUMN], Code.MALFORMED, "2 frames"),
+    ([step_header(99, 1, 1, F), COLUMN, b"\0" * 20], Code.MALFORMED, "2 frames"),
+    ([b"\x03"], Code.MALFORMED, "2 frames"),
+    ([b"\x03", b""], Code.MALFORMED, "24 bytes"),
+    ([step_header(99, 1, 1, F + 1) + COLUMN, b"\0" * 24], Code.WRONG_SHAPE, "5 features, not 6"),
+    ([step_header(99, 1, 1, F, dtype=2) + COLUMN, b"\0" * 40], Code.WRONG_DTYPE, "float32"),
+    ([step_header(99, 65, 1, F) + COLUMN, b"\0" * 1300], Code.TOO_LARGE, "at most 64 frames"),
+    ([step_header(99, 2**32 - 1, 1, F) + COLUMN, b""], Code.TOO_LARGE, "at most 64 frames"),
+    ([b"\x43" + bytes(31), b""], Code.MALFORMED, "header"),
     ([header(Kind.OPEN, 0, 0, 0), b"", b"", b""], Code.MALFORMED, "N must"),
     ([header(Kind.OPEN, 1, 2, 0), b"a", b"", b""], Code.MALFORMED, "has_states"),
     ([header(Kind.OPEN, 1, 0, 2), b"a", b"", b""], Code.MALFORMED, "has_seqs"),
@@ -111,6 +119,15 @@ async def test_a_connection_that_did_not_say_hello_is_told_to(server: Server) ->
     async with RawClient(server.endpoint) as client:
         assert (await client.open("s")).code is Code.HELLO_FIRST
         assert (await client.ask(b"\xc1")).code is Code.MALFORMED
+        step = await client.ask(step_header(2**40, 1, 1, F) + COLUMN, bytes(20))
+        assert (step.code, step.request) == (Code.HELLO_FIRST, 2**40)
+
+
+@pytest.mark.parametrize("features", [F, F + 1])
+async def test_the_refusal_of_a_step_names_its_request(client: RawClient, features: int) -> None:
+    reply = await client.ask(step_header(2**40, 1, 1, features) + COLUMN, b"")
+    assert (reply.kind, reply.request) == (Kind.ERROR, 2**40)
+    assert (await client.ask(step_header(2**40, 1, 1, F)[:-1], b"")).request == 0
 
 
 async def test_a_self_chosen_identity_is_refused(server: Server) -> None:
@@ -150,7 +167,7 @@ async def test_more_than_the_credit_is_refused_whole_and_what_is_behind_it_is_a_
         await client.send(*message)
     replies = [await client.receive() for _ in messages]
     by_request = {reply.request: reply for reply in replies}
-    first, second, third = (by_request[msgpack.unpackb(message[0])[1]] for message in messages)
+    first, second, third = (by_request[parts(message)[0][1]] for message in messages)
     assert first.kind is Kind.STEPPED
     assert second.code is Code.BUSY
     assert second.header[4] > 0

@@ -15,6 +15,7 @@ from tests.support.commits import held_commits
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.step_messages import parts
 from tests.support.streaming import random_frames
 
 F, H = 5, 8
@@ -43,7 +44,7 @@ async def test_messages_that_arrive_in_one_burst_keep_their_order(rng: np.random
         for message in messages:
             await client.send(*message)
         replies = {reply.request: reply for reply in [await client.receive() for _ in messages]}
-        first, reset, second, closed, late = (replies[msgpack.unpackb(message[0])[1]] for message in messages)
+        first, reset, second, closed, late = (replies[parts(message)[0][1]] for message in messages)
     assert reset.codes() == [Code.FRAMES_PENDING]
     assert late.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
     y, final = whole(SMALL, x[:4, 0])
@@ -181,7 +182,7 @@ async def test_a_peer_that_reads_late_gets_every_reply_in_order() -> None:
             await asyncio.sleep(0.01)
         replies = [await late.receive() for _ in requests]
         assert [len(reply.failures()) for reply in replies] == [1000] * 6
-        assert [reply.request for reply in replies] == [msgpack.unpackb(message[0])[1] for message in requests]
+        assert [reply.request for reply in replies] == [parts(message)[0][1] for message in requests]
 
 
 @pytest.mark.parametrize("limits", [{"unreachable_after_s": 0.2}, {}], ids=["in time", "in bytes"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -13,7 +13,10 @@ from instep.streaming.api import Frames, Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import StateSpec
+from instep_client.protocol.step_messages import DTYPE_F32, STEP_HEADER, unpack_step
 from instep_client.protocol.wire import Code, Header
+
+_COLUMNS_AT: Final = STEP_HEADER.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +28,20 @@ class Decoder:
     max_block_frames: int
     max_message_bytes: int
 
-    def step(self, peer: Peer, header: Header, frames: list[bytes]) -> Frames:
+    def step(self, peer: Peer, frames: list[bytes]) -> Frames:
         """STEP: everything but the contents of columns and frames, which admission judges."""
-        timesteps, width, features, dtype = header.fields
-        wire.count_field(timesteps, "T", 2**31)
-        wire.count_field(width, "N", wire.MAX_BLOCK_STREAMS)
-        if dtype != wire.F32_NAME:
-            raise Refusal(Code.WRONG_DTYPE, f"this block says {dtype!r:.20}")
-        if type(features) is not int or features != self.features:
-            raise Refusal(Code.WRONG_SHAPE, f"the model takes {self.features} features, not {features!r:.20}")
+        request, timesteps, width, features, dtype = unpack_step(frames)
+        header, x = frames
+        if dtype != DTYPE_F32:
+            raise Refusal(Code.WRONG_DTYPE, f"this block says {dtype}")
+        if features != self.features:
+            raise Refusal(Code.WRONG_SHAPE, f"the model takes {self.features} features, not {features}")
         if timesteps * width > self.max_block_frames:
             raise Refusal(Code.TOO_LARGE, f"at most {self.max_block_frames} frames a block")
-        wire.check_size(frames[2], 4, (timesteps, width, features), "x")
-        wire.check_size(frames[1], wire.COLUMN_BYTES, (width,), "columns")
-        return Frames(peer, header.request, timesteps, width, frames[1], frames[2], peer.last_heard_ns)
+        if len(x) != 4 * timesteps * width * features:
+            shape = [timesteps, width, features]
+            raise MalformedMessage(f"x must be {4 * math.prod(shape)} bytes for shape {shape}, it is {len(x)}")
+        return Frames(peer, request, timesteps, width, memoryview(header)[_COLUMNS_AT:], x, peer.last_heard_ns)
 
     def hello(self, header: Header, routing_id: bytes) -> None:
         """HELLO."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import numpy as np
 
 from instep.core.typing import I32, I64, U8
 from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
 from instep_client.protocol import wire
+from instep_client.protocol.step_messages import pack_stepped
 from instep_client.protocol.wire import Code, Kind, Message
 
 
@@ -30,20 +29,14 @@ def _sentences(entries: wire.FailureArray) -> list[tuple[int, str]]:
 
 
 def stepped(reply: Reply) -> Message:
-    """STEPPED: the reply to the messages of these tags, their columns next to each other."""
-    tags = reply.tags
-    also: list[int] = []
-    if len(tags) > 1:
-        for tag, first in zip(tags[1:], accumulate(reply.widths), strict=False):
-            also += tag, first
+    """STEPPED: the reply to these messages, their columns next to each other."""
     timesteps, width, _ = reply.y.shape
     times_us = reply.queue_ns // 1000, reply.compute_ns // 1000, reply.send_ns // 1000
-    y = reply.y.data.cast("B")
-    if reply.failures is None:
-        return [wire.pack_header(Kind.STEPPED, tags[0], timesteps, width, *times_us, (), also), y, b""]
-    refused = _failures(*reply.failures)
-    header = wire.pack_header(Kind.STEPPED, tags[0], timesteps, width, *times_us, _sentences(refused), also)
-    return [header, y, refused.tobytes()]
+    failures = b"" if reply.failures is None else _failures(*reply.failures).tobytes()
+    return [
+        pack_stepped(reply.messages.T.tobytes(), timesteps, width, times_us, failures),
+        reply.y.data.cast("B"),
+    ]
 
 
 def welcome(request: int, info: wire.ServerInfo) -> Message:

@@ -19,9 +19,11 @@ from instep.streaming.reaper import Reaper
 from instep.streaming.tasks import Tasks
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.step_messages import request_of_step
 from instep_client.protocol.wire import Code, Header, Kind, Message, ServerInfo
 
 _BURST: Final = 256
+_STEP: Final = bytes([Kind.STEP])
 _MOST_REQUESTS: Final = 256
 """Requests on streams that may be under way, of all peers together."""
 _BUSY_RETRY_US: Final = 2000
@@ -131,8 +133,11 @@ class ZmqFrontend:
         Returns:
             Whether a request on streams was begun, so that the loop has to take a turn before the next message.
         """
-        request = 0
         peer = self.outbound.find(routing_id)
+        if frames[0][:1] == _STEP:
+            self._take_step(routing_id, peer, frames, now_ns)
+            return False
+        request = 0
         if peer is None and frames == [b""]:  # ZMQ_PROBE_ROUTER: every client's connection begins with it
             self.outbound.send_unknown(routing_id, encode.error(0, Refusal(Code.HELLO_FIRST)))
             return False
@@ -142,13 +147,9 @@ class ZmqFrontend:
                 self._welcome(routing_id, header, now_ns)
                 return False
             peer.last_heard_ns = now_ns
-            if kind is Kind.STEP:
-                self._refuse_what_is_new()
-                self._engine.submit(self._decoder.step(peer, header, frames))
-            elif (handler := self._handlers.get(kind)) is not None:
+            if (handler := self._handlers.get(kind)) is not None:
                 return self._begin(handler, peer, header, frames)
-            else:
-                self._reply_at_once(peer, header, now_ns)
+            self._reply_at_once(peer, header, now_ns)
         except MalformedMessage as error:
             self._refuse(routing_id, peer, request, Refusal(Code.MALFORMED, str(error)))
         except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
@@ -156,6 +157,19 @@ class ZmqFrontend:
         except Refusal as refusal:
             self._refuse(routing_id, peer, request, refusal)
         return False
+
+    def _take_step(self, routing_id: bytes, peer: Peer | None, frames: list[bytes], now_ns: int) -> None:
+        try:
+            if peer is None:
+                raise Refusal(Code.HELLO_FIRST)
+            peer.last_heard_ns = now_ns
+            self._refuse_what_is_new()
+            self._engine.submit(self._decoder.step(peer, frames))
+        except MalformedMessage as error:
+            refusal = Refusal(Code.MALFORMED, str(error))
+            self._refuse(routing_id, peer, request_of_step(frames[0]), refusal)
+        except Refusal as refusal:
+            self._refuse(routing_id, peer, request_of_step(frames[0]), refusal)
 
     def _welcome(self, routing_id: bytes, header: Header, now_ns: int) -> None:
         if header.kind is not Kind.HELLO:

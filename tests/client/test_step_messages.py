@@ -1,0 +1,176 @@
+"""The bytes of STEP and STEPPED, written out by hand, and what happens to bytes that are not so."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instep_client.protocol import step_messages
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.wire import COLUMN, FAILURE
+
+STEP = bytes.fromhex(
+    "03 01 0000"  # kind 3, dtype 1, reserved
+    "02000000 03000000 28000000"  # T 2, N 3, features 40
+    "2c01000000000000"  # request 300
+    "0807060504030201 ff00000000000000 0300000000000000"  # handle, seq 255, acked 3
+    "0200000001000000 0000000000010000 0000000000000000"  # handle, seq 2^40, acked 0
+    "0300000001000000 0000000000000000 0000000000000000"
+)
+STEPPED = bytes.fromhex(
+    "43 00 0200"  # kind 67, reserved, 2 requests
+    "01000000 03000000"  # T 1, N 3
+    "64000000 c8000000 ffffffff"  # queue_us 100, compute_us 200, send_us 2^32 - 1
+    "01000000 00000000"  # 1 failure, reserved
+    "2c01000000000000 0200000000000000"  # request 300, 2 columns
+    "0000000000010000 0100000000000000"  # request 2^40, 1 column
+    "02000000 00000000 65000000 00000000 0807060504030201"  # column 2, timestep 0, code 101, reserved, expected seq
+)
+ANSWERED = [(300, 2), (2**40, 1)]
+Y = np.arange(6, dtype="<f4").tobytes()
+"""[1, 3, 2]."""
+
+
+def changed(message: bytes, at: int, new: str) -> bytes:
+    """Other bytes from some place on."""
+    put = bytes.fromhex(new)
+    return message[:at] + put + message[at + len(put) :]
+
+
+def test_a_step_is_these_bytes() -> None:
+    columns = np.array(
+        [(0x0102030405060708, 255, 3), (0x1_0000_0002, 2**40, 0), (0x1_0000_0003, 0, 0)], COLUMN
+    ).tobytes()
+    assert step_messages.pack_step(300, 2, 40, columns) == STEP
+    assert step_messages.unpack_step([STEP, b"x is not looked at"]) == (300, 2, 3, 40, 1)
+    assert STEP[step_messages.STEP_HEADER.size :] == columns
+
+
+def test_a_stepped_is_these_bytes() -> None:
+    answered = np.array(ANSWERED, "<u8").tobytes()
+    failures = np.array([(2, 0, 101, 0, 0x0102030405060708)], FAILURE)
+    for send_us in (2**32 - 1, 2**32, 2**70):  # what does not fit is sent as the most that does
+        assert step_messages.pack_stepped(answered, 1, 3, (100, 200, send_us), failures.tobytes()) == STEPPED
+    read = step_messages.unpack_stepped([memoryview(STEPPED), memoryview(Y)])
+    assert (read.answered, read.times_us) == (ANSWERED, (100, 200, 2**32 - 1))
+    assert read.y.tolist() == [[[0, 1], [2, 3], [4, 5]]]
+    assert not read.y.flags.writeable
+    assert read.failures.tolist() == failures.tolist()
+
+
+def test_each_of_three_times_may_be_too_long() -> None:
+    for place in range(3):
+        times_us = [0, 0, 0]
+        times_us[place] = 2**32
+        header = step_messages.pack_stepped(bytes(16), 1, 1, (times_us[0], times_us[1], times_us[2]))
+        assert header[12 + 4 * place : 16 + 4 * place] == b"\xff" * 4
+        assert header[12:24].count(0) == 8
+
+
+@pytest.mark.parametrize(
+    ("frames", "complaint"),
+    [
+        ([STEP], "a STEP message has 2 frames, this one 1"),
+        ([STEP, b"", b""], "a STEP message has 2 frames, this one 3"),
+        ([STEP[:1], b""], "a STEP header is 24 bytes, this frame 1"),
+        ([STEP[:23], b""], "a STEP header is 24 bytes, this frame 23"),
+        ([STEP[:24], b""], "columns must be 72 bytes for N = 3, they are 0"),
+        ([STEP[:-1], b""], "columns must be 72 bytes for N = 3, they are 71"),
+        ([STEP + b"\0", b""], "columns must be 72 bytes for N = 3, they are 73"),
+        ([STEP + bytes(24), b""], "columns must be 72 bytes for N = 3, they are 96"),
+        ([changed(STEP, 0, "04"), b""], "begins with 3, not 4"),
+        ([changed(STEP, 2, "01"), b""], "the reserved bytes"),
+        ([changed(STEP, 3, "01"), b""], "the reserved bytes"),
+        ([changed(STEP, 4, "00000000"), b""], "T must be at least 1"),
+        ([changed(STEP[:24], 8, "00000000"), b""], "N must be from 1 to 65535"),
+        ([changed(STEP, 8, "00000000"), b""], "N must be from 1 to 65535"),
+        ([changed(STEP[:24], 8, "00000100") + bytes(24 * 65_536), b""], "N must be from 1 to 65535"),
+        ([changed(STEP, 8, "ffffffff"), b""], "N must be from 1 to 65535"),
+        ([changed(STEP, 16, "0000000000000080"), b""], "request number"),
+    ],
+)
+def test_what_is_not_a_step_is_refused_by_name(frames: list[bytes], complaint: str) -> None:
+    with pytest.raises(MalformedMessage, match=re.escape(complaint)):
+        step_messages.unpack_step(frames)
+
+
+def test_a_refusal_names_the_request_where_it_can_be_read() -> None:
+    assert step_messages.request_of_step(STEP) == step_messages.request_of_step(STEP[:24]) == 300
+    assert step_messages.request_of_step(changed(STEP, 16, "ffffffffffffff7f")) == 2**63 - 1
+    assert step_messages.request_of_step(changed(STEP, 16, "0000000000000080")) == 0
+    assert step_messages.request_of_step(STEP[:23]) == 0
+
+
+def stepped_to(requests: int) -> bytes:
+    """The answer to as many requests of a column each."""
+    return step_messages.pack_stepped(np.ones((requests, 2), "<u8").tobytes(), 1, requests, (0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("frames", "complaint"),
+    [
+        ([STEPPED], "a STEPPED message has 2 frames, this one 1"),
+        ([STEPPED, Y, b""], "a STEPPED message has 2 frames, this one 3"),
+        ([STEPPED[:31], Y], "a STEPPED header is 32 bytes, this frame 31"),
+        ([changed(STEPPED, 0, "42"), Y], "begins with 67"),
+        ([changed(STEPPED, 1, "01"), Y], "reserved"),
+        ([changed(STEPPED, 28, "01"), Y], "reserved"),
+        ([changed(STEPPED, 2, "0000"), Y], "1 to 128 requests, not 0"),
+        ([stepped_to(129), bytes(4 * 129)], "1 to 128 requests, not 129"),
+        ([changed(STEPPED, 2, "0300"), Y], "another number of bytes"),
+        ([changed(STEPPED, 24, "00000000"), Y], "another number of bytes"),
+        ([changed(STEPPED, 24, "ffffffff"), Y], "another number of bytes"),
+        ([STEPPED[:-1], Y], "another number of bytes"),
+        ([STEPPED + bytes(24), Y], "another number of bytes"),
+        ([changed(STEPPED, 4, "00000000"), Y], "T and each request's columns"),
+        ([changed(STEPPED, 8, "04000000"), bytes(32)], "N the sum"),
+        ([changed(STEPPED, 40, "0300000000000000"), Y], "N the sum"),
+        ([changed(changed(STEPPED, 40, "0300"), 56, "0000"), Y], "T and each request's columns"),
+        ([changed(STEPPED, 40, "ffffffffffffffff"), Y], "N the sum"),
+        ([STEPPED, b""], "y has another number of bytes"),
+        ([STEPPED, Y[:-1]], "y has another number of bytes"),
+        ([STEPPED, Y + bytes(4)], "y has another number of bytes"),
+        ([changed(STEPPED, 4, "ffffffff"), Y], "y has another number of bytes"),
+    ],
+)
+def test_what_is_not_a_stepped_is_refused_by_name(frames: list[bytes], complaint: str) -> None:
+    with pytest.raises(MalformedMessage, match=re.escape(complaint)):
+        step_messages.unpack_stepped(frames)
+
+
+def test_a_stepped_answers_up_to_128_requests() -> None:
+    read = step_messages.unpack_stepped([stepped_to(128), bytes(4 * 128)])
+    assert read.answered == [(1, 1)] * 128
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([STEP, STEPPED]),
+    st.lists(st.tuples(st.integers(0, 120), st.integers(0, 255)), max_size=4),
+    st.integers(-30, 30),
+    st.integers(0, 40),
+)
+def test_other_bytes_are_a_message_or_malformed(
+    message: bytes, edits: list[tuple[int, int]], longer: int, floats: int
+) -> None:
+    header = bytearray(message[: len(message) + longer] if longer < 0 else message + bytes(longer))
+    for at, value in edits:
+        header[at % len(header)] = value
+    frames = [bytes(header), bytes(floats)]
+    try:
+        request, timesteps, width, _, _ = step_messages.unpack_step(frames)
+    except MalformedMessage:
+        pass
+    else:
+        assert (len(header), timesteps > 0, request < 2**63) == (24 * (width + 1), True, True)
+    try:
+        read = step_messages.unpack_stepped(frames)
+    except MalformedMessage:
+        pass
+    else:
+        assert sum(columns for _, columns in read.answered) == read.y.shape[1]
+        assert len(header) == 32 + 16 * len(read.answered) + 24 * len(read.failures)
