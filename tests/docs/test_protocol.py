@@ -32,6 +32,7 @@ from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.states import gru_state, rows_of
 from tests.support.step_messages import step_header
 
 PAGE = Page("protocol.md")
@@ -49,8 +50,7 @@ INFO = ServerInfo(
     fingerprint=SEED.fingerprint,
     features=3,
     outputs=4,
-    state_layers=1,
-    state_size=4,
+    state=gru_state(1, 4),
     device="cpu",
     exactness="exact",
     buckets=(4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256),
@@ -129,7 +129,7 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "STATS": [wire.pack_header(Kind.STATS, 7)],
     "STATISTICS": encode.statistics(7, {"frames_total": 5.0, "streams_open": 3.0}),
     "READ_STATE": [wire.pack_header(Kind.READ_STATE, 8, 2, 0), u64(MIC_1, MIC_2).tobytes()],
-    "STATE_READ": encode.state_read(8, StatesRead(i64(3, 2), floats("CLOSED").reshape(2, 1, 4), i32(0, 0))),
+    "STATE_READ": encode.state_read(8, StatesRead(i64(3, 2), rows_of(floats("CLOSED").reshape(2, 1, 4)), i32(0, 0))),
     "FORK": [wire.pack_header(Kind.FORK, 9, 1), u64(MIC_1).tobytes(), b"mic-4"],
     "OPENED-fork": granted(Kind.OPENED, 9, (MIC_4, EPOCH + 4, 3, 0, 0)),
     "RESET": [wire.pack_header(Kind.RESET, 10, 1, 0), u64(MIC_4).tobytes(), b""],
@@ -148,9 +148,9 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     ),
     "STEP-again": step(12, 1, SECOND, RESUMED_1, RESUMED_2),
     "CLOSE": [wire.pack_header(Kind.CLOSE, 13, 2), u64(RESUMED_1, RESUMED_2).tobytes()],
-    "CLOSED": encode.closed(13, floats("CLOSED").reshape(2, 1, 4), i32(0, 0)),
+    "CLOSED": encode.closed(13, rows_of(floats("CLOSED").reshape(2, 1, 4)), i32(0, 0)),
     "READ_STATE-names": [wire.pack_header(Kind.READ_STATE, 14, 1, 1), b"mic-4"],
-    "STATE_READ-names": encode.state_read(14, StatesRead(i64(3), np.zeros((1, 1, 4), np.float32), i32(0))),
+    "STATE_READ-names": encode.state_read(14, StatesRead(i64(3), rows_of(np.zeros((1, 1, 4))), i32(0))),
     "EVICTED": encode.evicted(StreamEvent(Code.FENCED, u64(MIC_1, MIC_2))),
     "ERROR": encode.error(15, Refusal(Code.BUSY, retry_after_us=2000)),
     "GOODBYE": encode.goodbye("the server is shutting down: it was asked to"),
