@@ -75,7 +75,7 @@ class TestTheManual:
                     comment = above.pop()
                 assert comment.startswith(f"  # {units[match[1]]}"), line
                 found += 1
-        assert found == 12
+        assert found == 14
 
     def test_loads_as_the_defaults(self) -> None:
         assert load_config(CONFIGS / "default.yaml") == Config() == load_config()
@@ -393,6 +393,8 @@ class TestContradictions:
             ({"transport": {"endpoint": "tcp://10.0.0.1:5757"}}, "transport.endpoint", "other machines"),
             ({"transport": {"endpoint": "tcp://eth0:5757"}}, "transport.endpoint", "other machines"),
             ({"transport": {"endpoint": "tcp://[::]:5757"}}, "transport.endpoint", "other machines"),
+            ({"recording": {"keep_bytes": 1000}}, "recording.keep_bytes", "nothing is recorded"),
+            ({"recording": {"keep_s": 9.0}}, "recording.keep_s", "nothing is recorded"),
             ({"limits": {"credit_frames": 131_073}}, "limits.credit_frames", "131073 frames"),
             ({"limits": {"max_block_frames": 16_385}}, "limits.max_block_frames", "16384 in flight"),
             ({"limits": {"first_frame_s": 3600.5}}, "limits.first_frame_s", "max_idle_s = 3600 s"),

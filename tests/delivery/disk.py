@@ -19,7 +19,9 @@ from instep.recording import file as recording_file
 from instep.recording import recovery as recording_recovery
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
+from instep.recording.records import Trimmed
 from instep.recording.schema import (
+    CHECKPOINT_EVENT,
     COUNTED,
     FAILED_EVENT,
     HISTORY,
@@ -32,6 +34,7 @@ from instep.recording.schema import (
     row_crc,
 )
 from instep.recording.states import StateRows
+from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.streaming import recovery as streaming_recovery
 from tests.support.states import gru_state
@@ -122,7 +125,7 @@ class MemoryReader(RecordingReader):
         self.path = disk
         self.header = HEADER[0] if header is None else header
         self._image: Image = disk.image
-        self.last_position = self._find_last_position()
+        self._find_ends()
 
     def close(self) -> None:
         pass
@@ -135,6 +138,9 @@ class MemoryReader(RecordingReader):
         found = sorted(key for table in HISTORY for key in self._image[table] if first <= key <= self.last_position)
         if found != list(range(first, self.last_position + 1)):
             raise self.damaged("a row is missing, or was written twice")
+
+    def _check_trimmed(self) -> None:
+        pass
 
     def rows(self, table: str, first: int = 1, last: int | None = None) -> Iterator[Row]:
         until = 2**63 - 1 if last is None else last
@@ -160,18 +166,26 @@ class MemoryWriter(RecordingWriter):
         self._changes: list[Change] = []
         self._bytes_in_wal = 0
         self._positions = {table: sorted(disk.image[table]) for table in COUNTED}
-        self._mark = next(iter(disk.image["snapshot"].values()), (0, 0, 0, 0))[:4]
         self._with_state = set(disk.image["states"])
-        self._closed_with_state = [row[2] for row in disk.image["closings"].values() if row[2] in self._with_state]
+        self._closed = [row[2] for row in disk.image["closings"].values() if row[2] in self._with_state]
+        self.retention, self.trimmed = KEEP_ALL, Trimmed()
+        self._bytes = self._last_stream = self._last_epoch = 0
+        self._replaceable = self._with_state
 
     @classmethod
-    def create(cls, path: Any, header: RecordingHeader) -> MemoryWriter:
+    def create(cls, path: Any, header: RecordingHeader, retention: Retention = KEEP_ALL) -> MemoryWriter:
         HEADER[0] = header
-        path.commit([("newest", 0, (0, row_crc(0)))])
+        path.commit([("newest", 0, (0, 0, row_crc(0, 0)))])
         return cls(path, header)
 
     @classmethod
-    def resume(cls, path: Any, header: RecordingHeader, accept_numerics_change: bool = False) -> MemoryWriter:
+    def resume(
+        cls,
+        path: Any,
+        header: RecordingHeader,
+        accept_numerics_change: bool = False,
+        retention: Retention = KEEP_ALL,
+    ) -> MemoryWriter:
         writer = cls(path, header)
         writer.event(0, RECOVERED_EVENT, writer.position, "another process goes on")
         return writer
@@ -179,22 +193,34 @@ class MemoryWriter(RecordingWriter):
     def _count_until(self, table: str, position: int) -> int:
         return sum(at <= position for at in self._positions[table])
 
+    def checkpoint(self, time_ns: int, through: int, rows: StateRows) -> None:
+        self.event(time_ns, CHECKPOINT_EVENT, through, "")
+        self._replace_states(through, rows)
+        row = (through, self.position, time_ns, 0, *(self._count_until(table, through) for table in COUNTED))
+        self._changes += [("checkpoints", position, None) for position in self._disk.image["checkpoints"]]
+        self._changes += [("checkpoints", through, (*row, row_crc(*row)))]
+
     def _replace_states(self, through: int, rows: StateRows) -> None:
-        self._changes += [("states", stream, None) for stream in self._closed_with_state]
-        self._with_state.difference_update(self._closed_with_state)
-        self._closed_with_state = []
+        self._changes += [("states", stream, None) for stream in self._closed]
+        self._with_state.difference_update(self._closed)
+        self._closed = []
         self._changes += [("states", int(str(row[0])), row) for row in rows.as_rows(through)]
         self._with_state.update(rows.streams.tolist())
-        mark = (*self._mark, len(self._with_state))
-        self._changes += [("snapshot", 0, (*mark, row_crc(*mark)))]
 
     def commit(self) -> None:
         if self._changes:
             changes, self._changes = self._changes, []
-            self._disk.commit([*changes, ("newest", 0, (self.position, row_crc(self.position)))])
+            row = (self.position, len(self._with_state))
+            self._disk.commit([*changes, ("newest", 0, (*row, row_crc(*row)))])
 
-    def checkpoint(self) -> None:
+    def copy_wal(self) -> None:
         pass
+
+    def trim(self, now_ns: int) -> bool:
+        return False
+
+    def wants_checkpoint(self, now_ns: int) -> bool:
+        return False
 
     def close(self) -> None:
         self.commit()

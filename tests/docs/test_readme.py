@@ -91,7 +91,9 @@ def test_its_commands_and_its_code_run_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+    + [f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")],
 )
 def test_links_and_named_files_exist(page: str) -> None:
     text = (ROOT / page).read_text()

@@ -11,7 +11,7 @@ from instep.recording.database import holds_recording
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
-from tests.support.disk import Disk, Operation, after_power_loss
+from tests.support.disk import Disk, Operation, after_power_loss, written
 from tests.support.models import SMALL
 from tests.support.running import running
 from tests.support.story import story_header
@@ -56,22 +56,6 @@ def starts(folder: Path, files: dict[str, bytes], durability: Durability) -> str
         assert reader.finished
         assert reader.last_position == (3 if how == "went on" else 2)
     return how
-
-
-def written(operations: list[Operation]) -> dict[str, bytes]:
-    """What the system has of the files after these operations, none of them lost: the process was killed."""
-    files: dict[str, bytearray] = {}
-    for operation in operations:
-        contents = files.setdefault(operation.file, bytearray())
-        match operation.verb:
-            case "write":
-                contents.extend(bytes(max(0, operation.offset - len(contents))))
-                contents[operation.offset : operation.offset + len(operation.data)] = operation.data
-            case "truncate":
-                del contents[operation.offset :]
-            case "delete":
-                del files[operation.file]
-    return {suffix: bytes(contents) for suffix, contents in files.items()}
 
 
 def test_a_writer_that_was_killed_while_it_made_a_recording(

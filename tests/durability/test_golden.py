@@ -99,10 +99,10 @@ def test_what_was_served_can_be_worked_out_by_hand(streams: dict[str, Known]) ->
 def test_it_holds_every_kind_of_row() -> None:
     database = sqlite3.connect(f"file:{GOLDEN}?mode=ro&immutable=1", uri=True)
     kinds = {kind for (kind,) in database.execute("SELECT DISTINCT kind FROM events")}
-    tables = ("openings", "batches", "outputs", "closings", "states", "snapshot")
+    tables = ("openings", "batches", "outputs", "closings", "states", "checkpoints")
     rows = {table: database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables}
     database.close()
-    assert kinds >= {"reset", "owner", "parked", "snapshot", "recovered", "end"}
+    assert kinds >= {"reset", "owner", "parked", "checkpoint", "recovered", "end"}
     assert min(rows.values()) > 0
     assert rows["batches"] > rows["outputs"]
 

@@ -21,7 +21,7 @@ from tests.support.story import WINDOW, Story, Truth, assert_restored, new_engin
 
 ROUNDS = 60
 CRASHES = 220
-CHECKPOINT_BYTES = 400_000
+WAL_BYTES = 400_000
 """So that the WAL is copied into the file, and begun again, several times."""
 
 
@@ -45,7 +45,7 @@ def trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     disk = Disk(f"power-{durability}")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("instep.recording.writer.sqlite3", disk)
-        monkeypatch.setattr("instep.recording.rows.CHECKPOINT_BYTES", CHECKPOINT_BYTES)
+        monkeypatch.setattr("instep.recording.rows.WAL_BYTES", WAL_BYTES)
         path = tmp_path_factory.mktemp(durability) / "r.db"
         writer = RecordingWriter.create(path, story_header(durability))
         began = len(disk.operations)
@@ -53,7 +53,7 @@ def trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for _ in range(ROUNDS):
             story.tell(1)
             disk.mark(writer.position)
-            writer.checkpoint()
+            writer.copy_wal()
         writer.close()
         disk.mark(writer.position)
     yield durability, Trace(disk.operations, began, story)

@@ -32,7 +32,7 @@ def record(path: Path, *, close: bool = True) -> Scribe:
     scribe.open(2, scribe.random_state())
     for _ in range(3):
         scribe.step([1, 2])
-    scribe.snapshot(scribe.step([2]))
+    scribe.checkpoint(scribe.step([2]))
     scribe.step([1, 2], "unanswered")
     scribe.writer.commit()
     scribe.writer.abandon()
@@ -204,7 +204,7 @@ def test_repair_keeps_everything_before_the_damage(tmp_path: Path) -> None:
     assert [row[4] for row in history(repaired)[14:]] == ["repaired"]
     assert said(commands.check, repaired)[0] == 0
     with read_recovery(repaired, lambda _: None) as recovered:
-        assert recovered.snapshot_position == 9
+        assert recovered.checkpoint_position == 9
         found = replay(recovered, gru_step(GRU))
     assert found.seqs == {1: 5, 2: 6}
 
@@ -217,9 +217,9 @@ def test_repair_gives_up_states_that_are_damaged_and_keeps_the_history(tmp_path:
     assert said(commands.check, forger.path)[0] == 1
     status, text = said(commands.repair, forger.path, tmp_path / "c.rec")
     assert status == 0
-    assert "(16 positions); left out: the states of the newest snapshot, which everything before it makes" in text
+    assert "(16 positions); left out: the states of the newest checkpoint, which everything before it makes" in text
     with read_recovery(tmp_path / "c.rec", lambda _: None) as recovered:
-        assert recovered.snapshot_position == 0
+        assert recovered.checkpoint_position == 0
         found = replay(recovered, gru_step(GRU))
     for stream in (1, 2):
         assert found.states[stream].tobytes() == scribe.states[stream].tobytes()
@@ -235,15 +235,15 @@ def test_repair_takes_newer_states_of_a_snapshot_under_way_only_with_the_whole_h
     scribe.open(1)
     scribe.open(2)
     older = scribe.step([1, 2])
-    scribe.snapshot(older)
+    scribe.checkpoint(older)
     newer = scribe.step([1, 2])
-    scribe.snapshot(newer, only=[1], is_part=True)
+    scribe.checkpoint(newer, only=[1], is_part=True)
     scribe.writer.close()
     forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec", fix_crc=False)
     if is_damaged:
         forger.change("batches", newer, time_ns=7)
     found_left_out = save(forger.path, tmp_path / "c.rec").left_out
-    assert ("the states of the newest snapshot" in found_left_out) == is_damaged
+    assert ("the states of the newest checkpoint" in found_left_out) == is_damaged
     with read_recovery(tmp_path / "c.rec", lambda _: None) as recovered:
         assert [stream.seq for stream in recovered.streams] == ([0, 0] if is_damaged else [2, 1])
         found = replay(recovered, gru_step(GRU))

@@ -33,7 +33,7 @@ def observe(path: Path) -> list[Any]:
             found.append([None if array is None else array.tobytes() for array in arrays])
             found.append((stream.stream, stream.name, stream.epoch, stream.first_seq, stream.seq, stream.tail_seq))
         found.append(
-            (recovered.last_stream, recovered.last_epoch, recovered.last_position, recovered.snapshot_position)
+            (recovered.last_stream, recovered.last_epoch, recovered.last_position, recovered.checkpoint_position)
         )
         for item in recovered.replay():
             if isinstance(item, StateReset):
@@ -71,7 +71,7 @@ def scribble(path: Path, commits: list[list[Any]] | None = None) -> RecordingWri
             scribe.open(7, name="late")
             stream_event(writer, scribe.now, "owner", 3, 7000, owner_detail(1003, 16))
         if turn in (6, 12):
-            scribe.snapshot(through)
+            scribe.checkpoint(through)
         assert through > batch
         commit()
     scribe.step([7, 1], "unanswered")

@@ -218,8 +218,8 @@ def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> No
     outputs = add(recorder, 0)
     nothing = np.zeros((0, 3), np.float32), np.zeros((0, 4), np.float32)
     rows = StateRows(np.array([1]), np.array([1]), np.ones((1, 1, 4), np.float32), np.array([1]), *nothing)
-    snapshot = recorder.snapshot(1, outputs, rows)
-    assert [opened, inputs, failed, outputs, snapshot] == [1, 2, 3, 5, 6]
+    checkpoint = recorder.checkpoint(1, outputs, rows)
+    assert [opened, inputs, failed, outputs, checkpoint] == [1, 2, 3, 5, 6]
     assert calls.durable == []
     writer.gate.set()
     recorder.stop()
@@ -227,8 +227,8 @@ def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> No
     assert calls.durable == sorted(calls.durable)
     with RecordingReader(tmp_path / "a.rec") as reader:
         assert [batch.position for batch in reader.batches()] == [4]
-        (mark,) = reader.rows("snapshot")
-        assert mark == (outputs, 1, 0, 1, 1)
+        found = reader.checkpoint()
+        assert (found.position, found.completed, found.openings, found.closings, found.events) == (5, 6, 1, 0, 1)
         (state,) = reader.states()
         assert (state.stream, state.position, state.seq) == (1, outputs, 1)
 

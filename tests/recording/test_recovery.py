@@ -39,7 +39,7 @@ def busy(path: Path, *, with_snapshot: bool = True) -> Scribe:
     scribe.reset(3, scribe.random_state())
     scribe.close(2)
     if with_snapshot:
-        scribe.snapshot(through)
+        scribe.checkpoint(through)
     scribe.open(5, epoch=5000)
     scribe.step([1, 5, 3])
     scribe.reset(1)
@@ -68,7 +68,7 @@ def test_replayed_the_states_are_those_the_engine_had(tmp_path: Path, with_snaps
         assert [stream.granted_seq for stream in recovered.streams] == [0, 0, 106, 0]
         assert [stream.first_seq for stream in recovered.streams] == [0, 0, 100, 0]
         assert (recovered.last_stream, recovered.last_epoch) == (6, 7000)
-        assert (recovered.snapshot_position > 0) is with_snapshot
+        assert (recovered.checkpoint_position > 0) is with_snapshot
         tails = {stream.stream: stream for stream in recovered.streams}
     assert {stream: found.seqs[stream] for stream in found.seqs} == {
         stream: scribe.seqs[stream] for stream in (1, 3, 4, 6)
@@ -115,7 +115,7 @@ def test_a_state_may_hold_frames_from_after_the_snapshots_position(tmp_path: Pat
     scribe.step([1])
     scribe.reset(1, scribe.random_state())
     scribe.step([2, 1])
-    scribe.snapshot(through)
+    scribe.checkpoint(through)
     scribe.step([1, 2])
     scribe.writer.commit()
     scribe.writer.abandon()
@@ -135,9 +135,9 @@ def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_pat
     scribe = scribe_on(tmp_path / "a.rec")
     for stream in (1, 2, 3):
         scribe.open(stream)
-    scribe.snapshot(scribe.step([1, 2, 3]))
+    scribe.checkpoint(scribe.step([1, 2, 3]))
     scribe.close(2)
-    scribe.snapshot(scribe.step([3]))
+    scribe.checkpoint(scribe.step([3]))
     scribe.writer.commit()
     scribe.writer.abandon()
     assert [row["stream"] for row in Forger(tmp_path / "a.rec", tmp_path / "b.rec").rows("states")] in ([], [1, 3])
@@ -148,7 +148,7 @@ def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_pat
     close_stream(writer, 3, 1, "closed", 2, None)
     nothing = np.zeros((0, 3), np.float32), np.zeros((0, 4), np.float32)
     state = rows_of(np.ones((1, 2, 4)))
-    writer.snapshot(1, writer.position, StateRows(np.array([1]), np.array([1]), state, np.array([1]), *nothing))
+    writer.checkpoint(1, writer.position, StateRows(np.array([1]), np.array([1]), state, np.array([1]), *nothing))
     writer.close()
     assert [row["stream"] for row in Forger(tmp_path / "a.rec", tmp_path / "b.rec").rows("states")] == [1]
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
@@ -166,18 +166,18 @@ def test_a_snapshot_that_was_not_finished_leaves_the_older_one_good_and_some_sta
         scribe.open(stream)
     older = scribe.step([1, 2, 3])
     if has_older:
-        scribe.snapshot(older)
+        scribe.checkpoint(older)
     through = scribe.step([1, 2])
     scribe.writer.commit()
     scribe.open(4)
     scribe.step([1, 4])
-    scribe.snapshot(through, only=[1, 4], is_part=True)
+    scribe.checkpoint(through, only=[1, 4], is_part=True)
     scribe.writer.commit()
     scribe.step([1, 2, 3])
     scribe.writer.commit()
     scribe.writer.abandon()
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
-        assert recovered.snapshot_position == (older if has_older else 0)
+        assert recovered.checkpoint_position == (older if has_older else 0)
         assert [stream.seq for stream in recovered.streams] == [3, *([1, 1] if has_older else [0, 0]), 1]
         applies = [item.applies.tolist() for item in recovered.replay() if isinstance(item, ReplayStep)]
     before = [] if has_older else [[False, True, True]]
@@ -189,7 +189,7 @@ def test_a_snapshot_that_was_not_finished_leaves_the_older_one_good_and_some_sta
 
     scribe.writer = RecordingWriter.resume(tmp_path / "a.rec", HEADER)
     scribe.close(4)
-    scribe.snapshot(scribe.step([2]))
+    scribe.checkpoint(scribe.step([2]))
     scribe.writer.close()
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
         assert list(recovered.replay()) == []
@@ -200,11 +200,11 @@ def test_states_of_a_snapshot_that_was_not_finished_are_counted(tmp_path: Path) 
     scribe = scribe_on(tmp_path / "a.rec")
     scribe.open(1)
     scribe.open(2)
-    scribe.snapshot(scribe.step([1, 2]), only=[1], is_part=True)
+    scribe.checkpoint(scribe.step([1, 2]), only=[1], is_part=True)
     scribe.writer.close()
     forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec")
     forger.remove("states", 1)
-    with pytest.raises(DamagedRecording, match="the states of 0 streams instead of 1"):
+    with pytest.raises(DamagedRecording, match="it holds 0 states instead of 1"):
         read(forger.path)
 
 
@@ -234,11 +234,11 @@ def read(path: Path) -> list[OpenStream]:
         ("states", 1, {"stream": 77}, "the state of stream 77 fits no stream"),
         ("states", 2, {"seq": 99, "tail_seq": 97}, "the state of stream 4 is from before its first frame"),
         ("states", 0, {"tail_seq": 7}, "has a tail from 7 to 6"),
-        ("snapshot", 0, {"openings": 3}, "4 openings instead of 3"),
-        ("snapshot", 0, {"closings": 1}, "0 closings instead of 1"),
-        ("snapshot", 0, {"states": 9}, "the states of 3 streams instead of 9"),
-        ("snapshot", 0, {"position": 4}, r"newest snapshot should be of position \d+, and is of 4"),
-        ("snapshot", 0, {"position": 4000}, "of position 4000, which there is not"),
+        ("checkpoints", 0, {"openings": 3}, "4 openings instead of 3"),
+        ("checkpoints", 0, {"closings": 1}, "0 closings instead of 1"),
+        ("newest", 0, {"states": 9}, "it holds 3 states instead of 9"),
+        ("checkpoints", 0, {"position": 4}, r"newest checkpoint should be of position \d+, and is of 4"),
+        ("checkpoints", 0, {"position": 4000}, "of position 4000, which there is not"),
         ("openings", 4, {"stream": 0}, "a number that no stream can have"),
         ("closings", 0, {"stream": 77}, "stream 77, which is not open, closes"),
         ("closings", 1, {"frames": 77}, "stream 5 was closed before frame 77"),
@@ -246,7 +246,7 @@ def read(path: Path) -> list[OpenStream]:
         ("events", 3, {"stream": None}, "resets no stream"),
         ("events", 5, {"stream": 99}, "is of no stream"),
         ("events", 5, {"detail": "resumed"}, "names no owner"),
-        ("newest", 0, {"position": 8}, "newest snapshot is of position 17, which there is not"),
+        ("newest", 0, {"position": 8}, "its checkpoint is of position 17, which there is not"),
     ],
 )
 def test_what_does_not_fit_is_refused_even_with_the_right_crc(
@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_refused_even_with_the_right_crc(
         read(forger.path)
 
 
-@pytest.mark.parametrize("table", ["states", "snapshot", "newest"])
+@pytest.mark.parametrize("table", ["states", "checkpoints", "newest"])
 def test_rows_beside_the_history_that_are_gone(tmp_path: Path, table: str) -> None:
     forger = Forger(closed(tmp_path / "a.rec"), tmp_path / "b.rec")
     row = forger.rows(table)[0]
@@ -275,7 +275,7 @@ def test_a_state_that_claims_frames_nobody_recorded(tmp_path: Path) -> None:
     through = scribe.step([1])
     scribe.step([1])
     scribe.seqs[1] = 5
-    scribe.snapshot(through, tail=0)
+    scribe.checkpoint(through, tail=0)
     scribe.writer.close()
     with pytest.raises(DamagedRecording, match="the state of stream 1 holds frames that were not recorded"):
         read(tmp_path / "a.rec")

@@ -62,7 +62,7 @@ def test_plain_sql_reads_what_was_written(tmp_path: Path) -> None:
     assert events[0] == (5, 2, 0, "note", "seen", None)
     assert events[1][:4] == (7, None, None, "end")
     assert database.execute("SELECT position, stream, frames, reason FROM closings").fetchall() == [(6, 1, 1, "closed")]
-    assert database.execute("SELECT * FROM newest").fetchall() == [(7, row_crc(7))]
+    assert database.execute("SELECT * FROM newest").fetchall() == [(7, 0, row_crc(7, 0))]
     database.close()
     assert [file.name for file in tmp_path.iterdir()] == ["a.rec"]
 

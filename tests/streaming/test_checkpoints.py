@@ -52,7 +52,7 @@ def note_states(monkeypatch: pytest.MonkeyPatch, told: list[int]) -> None:
 
         return noted
 
-    for name in ("add_states", "snapshot", "commit"):
+    for name in ("add_states", "checkpoint", "commit"):
         monkeypatch.setattr(RecordingWriter, name, noting(name))
 
 

@@ -154,6 +154,22 @@ def _suffix(path: str) -> str:
     return next((suffix for suffix in ("-wal", "-journal") if path.endswith(suffix)), "")
 
 
+def written(operations: list[Operation]) -> dict[str, bytes]:
+    """The files after these operations, none of which is lost when only the process was killed, by suffix."""
+    files: dict[str, bytearray] = {}
+    for operation in operations:
+        contents = files.setdefault(operation.file, bytearray())
+        match operation.verb:
+            case "write":
+                contents.extend(bytes(max(0, operation.offset - len(contents))))
+                contents[operation.offset : operation.offset + len(operation.data)] = operation.data
+            case "truncate":
+                del contents[operation.offset :]
+            case "delete":
+                del files[operation.file]
+    return {suffix: bytes(contents) for suffix, contents in files.items()}
+
+
 # ── Power loss ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

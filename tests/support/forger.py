@@ -34,6 +34,15 @@ class Forger:
         """Change the only row with these first values of its key."""
         self._change(table, key, columns)
 
+    def change_state(self, stream: int, position: int, **columns: Any) -> None:
+        """A state of a stream that has several, by the checkpoint that wrote it."""
+        (row,) = (row for row in self.rows("states") if (row["stream"], row["position"]) == (stream, position))
+        row.update(columns)
+        if self.fix_crc:
+            row["crc"] = row_crc(*(row[name] for name in TABLES["states"]))
+        assignments = ", ".join(f"{name} = :{name}" for name in row)
+        self._run(f"UPDATE states SET {assignments} WHERE stream = :stream AND position = :position", row)
+
     def move(self, table: str, position: int, to: int) -> None:
         self._change(table, (position,), {"position": to})
 

@@ -103,12 +103,12 @@ class Scribe:
         self.states[stream] = np.zeros_like(self.states[stream]) if state is None else state
         self._dirty.add(stream)
 
-    def snapshot(
+    def checkpoint(
         self, through: int, tail: int = 2, *, only: Sequence[int] | None = None, is_part: bool = False
     ) -> None:
         """States of all streams that have changed, or `only` some, as they are now, with so many frames of each."""
         streams = sorted(self._dirty & self.states.keys() & set(self.states if only is None else only))
-        record = self.writer.add_states if is_part else self.writer.snapshot
+        record = self.writer.add_states if is_part else self.writer.checkpoint
         record(self.now, through, self._rows(streams, tail))
         self._dirty -= set(streams)
 

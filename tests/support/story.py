@@ -87,14 +87,16 @@ class Story:
         writer: of an empty recording.
         seed: of everything that happens.
         snapshots: whether there are any.
+        trims: whether the writer is asked after each commit, some times or none, whether it has something to trim.
     """
 
-    def __init__(self, writer: RecordingWriter, seed: int, *, snapshots: bool = True) -> None:
+    def __init__(self, writer: RecordingWriter, seed: int, *, snapshots: bool = True, trims: bool = False) -> None:
         self.writer = writer
         self.durable: list[int] = []
         """The newest position of each commit."""
         self._rng = np.random.default_rng(seed)
         self._snapshots = snapshots
+        self._trims = trims
         self._lives: dict[int, _Life] = {}
         self._epoch = 1000
         self._now_ns = _BEGAN_NS
@@ -119,10 +121,17 @@ class Story:
                 self._something_happens()
             self.commit()
 
+    @property
+    def opened(self) -> dict[int, int]:
+        """The position at which each stream opened."""
+        return {number: life.opened_at for number, life in self._lives.items()}
+
     def commit(self) -> None:
         """Make it durable."""
         self.writer.commit()
         self.durable.append(self.writer.position)
+        for _ in range(int(self._rng.integers(4)) if self._trims else 0):
+            self.writer.trim(self._now_ns)
 
     def _something_happens(self) -> None:
         open_now = self._open()
@@ -228,7 +237,7 @@ class Story:
             if self._rng.random() < 0.3:
                 self._dirty.update(streams[cut:])  # or never finished
                 return
-        self.writer.snapshot(self._now(), through, self._states(streams[cut:]))
+        self.writer.checkpoint(self._now(), through, self._states(streams[cut:]))
 
     def _states(self, streams: list[int]) -> StateRows:
         """With the frames that their clients may not have."""

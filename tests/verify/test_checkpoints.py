@@ -49,7 +49,7 @@ def lively(scribe: Scribe) -> Scribe:
     scribe.reset(1, scribe.random_state())
     through = scribe.step([1, 3])
     scribe.step([1, 2])
-    scribe.snapshot(through, tail=3)
+    scribe.checkpoint(through, tail=3)
     for _ in range(4):
         scribe.step([2, 1, 3])
     scribe.close(3)
@@ -131,7 +131,7 @@ def test_a_state_before_or_after_a_reset_at_the_same_frame_is_good(tmp_path: Pat
     scribe.open(2)
     through = scribe.step([1, 2])
     scribe.reset(1, scribe.random_state())
-    scribe.snapshot(through)  # of stream 1, the state after the reset; it may be
+    scribe.checkpoint(through)  # of stream 1, the state after the reset; it may be
     scribe.reset(2, scribe.random_state())  # of stream 2, the one before
     scribe.step([1, 2])
     assert verdicts(verifying.verify(finished(scribe))) == ["exact", "exact"]
@@ -143,7 +143,7 @@ def test_a_checkpoint_that_misses_a_reset_is_a_mismatch(tmp_path: Path) -> None:
     scribe.step([1])
     before = scribe.states[1]
     scribe.reset(1, scribe.random_state())
-    scribe.snapshot(scribe.writer.position)
+    scribe.checkpoint(scribe.writer.position)
     scribe.step([1])
     recorded = finished(scribe)
     forger = forge(recorded)
@@ -160,7 +160,7 @@ def test_outputs_that_only_the_checkpoint_holds_are_compared(tmp_path: Path) -> 
     scribe.writer.commit()
     scribe.writer.abandon()
     scribe.writer = RecordingWriter.resume(scribe.writer.path, scribe.writer.header)
-    scribe.snapshot(scribe.writer.position)
+    scribe.checkpoint(scribe.writer.position)
     scribe.step([1])
     recorded = finished(scribe)
     (stream,) = verifying.verify(recorded).streams
@@ -178,8 +178,8 @@ def drop_state(forger: Forger) -> None:
 
 
 def count_states_again(forger: Forger) -> None:
-    for mark in forger.rows("snapshot"):
-        forger.change("snapshot", mark["position"], states=len(forger.rows("states")))
+    (newest,) = forger.rows("newest")
+    forger.change("newest", newest["position"], states=len(forger.rows("states")))
 
 
 def drop_state_and_count_again(forger: Forger) -> None:
@@ -188,8 +188,8 @@ def drop_state_and_count_again(forger: Forger) -> None:
 
 
 def drop_checkpoint(forger: Forger) -> None:
-    (mark,) = forger.rows("snapshot")
-    forger.remove("snapshot", mark["position"])
+    (mark,) = forger.rows("checkpoints")
+    forger.remove("checkpoints", mark["position"])
     for row in forger.rows("states"):
         forger.remove("states", row["stream"])
     count_states_again(forger)
@@ -205,8 +205,8 @@ def name_an_unknown_stream(forger: Forger) -> None:
 
 
 def move_checkpoint(forger: Forger) -> None:
-    (mark,) = forger.rows("snapshot")
-    forger.move("snapshot", mark["position"], mark["position"] + 1)
+    (mark,) = forger.rows("checkpoints")
+    forger.move("checkpoints", mark["position"], mark["position"] + 1)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_an_incomplete_checkpoint_is_damage(scribe: Scribe, forgery: Callable[[F
 def test_a_checkpoint_that_counts_other_rows_is_damage(scribe: Scribe, column: str) -> None:
     recorded = finished(scribe)
     forger = forge(recorded)
-    (mark,) = forger.rows("snapshot")
-    forger.change("snapshot", mark["position"], **{column: mark[column] + 1})
+    (mark,) = forger.rows("checkpoints")
+    forger.change("checkpoints", mark["position"], **{column: mark[column] + 1})
     with pytest.raises(DamagedRecording, match=f"it holds {mark[column]} {column}"):
         verify(forger, recorded)
 
@@ -253,7 +253,7 @@ def test_a_state_of_frames_that_were_not_recorded_is_a_mismatch(scribe: Scribe) 
 
 def test_no_row_of_any_table_can_go_unnoticed(tmp_path: Path) -> None:
     recorded = finished(lively(start(tmp_path)))
-    for table in [*TABLES, "header"]:
+    for table in [*TABLES.keys() - {"trimmed"}, "header"]:
         rows = forge(recorded).rows(table)
         assert rows, table
         for row in rows[:12] + rows[-12:]:

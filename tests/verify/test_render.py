@@ -85,9 +85,11 @@ def test_histogram_of_distances() -> None:
 
 
 def test_why_it_says_less_than_exact_is_said() -> None:
-    text = text_of(report(stream(1, "within tolerance"), notes=("torch 2.4 there, 2.5 here",), finished=False))
+    text = text_of(
+        report(stream(1, "within tolerance"), notes=("torch 2.4 there, 2.5 here",), finished=False, ending="killed")
+    )
     assert "bits were not required to be equal: torch 2.4 there, 2.5 here" in text
-    assert "the recording was not closed: it was checked up to its last commit" in text
+    assert "the recording was checked up to its last commit: killed" in text
 
 
 def test_one_stream_is_not_many() -> None:

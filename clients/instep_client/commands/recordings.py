@@ -97,6 +97,8 @@ class _Frames:
 
 _OPENING: Final = ", ".join(_Opening._fields)
 _EVENT: Final = "position, time_ns, stream, seq, kind, detail, state"
+_CHECKPOINT: Final = "position, completed, time_ns, bytes, openings, closings, events"
+_STATE: Final = "stream, position, seq, state, tail_seq, tail_x, tail_y"
 
 
 def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
@@ -107,12 +109,15 @@ def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
         raise BadFile(f"{path} has format version {version}; this client reads version {FORMAT_VERSION}")
     header = {key: json.loads(value) for key, value in _rows(path, database, "header", "key, value")}
     state = StateSpec.decode(header["state"])
-    events = _rows(path, database, "events", _EVENT)
+    first, openings = _openings(path, database)
+    events = [event for event in _rows(path, database, "events", _EVENT) if event[0] >= first]
     failed = {seq for _, _, _, seq, kind, *_ in events if kind == "failed"}
-    frames = _frames(path, database, int(header["features"]), int(header["outputs"]), failed)
-    openings = [_Opening(*row) for row in _rows(path, database, "openings", _OPENING)]
+    first_seqs = {opening.stream: opening.first_seq for opening in openings}
+    frames = _frames(path, database, int(header["features"]), int(header["outputs"]), failed, first, first_seqs)
     resets = [
-        (stream, seq, at, time_ns, state) for at, time_ns, stream, seq, kind, _, state in events if kind == "reset"
+        (stream, seq, at, time_ns, state)
+        for at, time_ns, stream, seq, kind, _, state in events
+        if kind == "reset" and seq >= first_seqs.get(stream, seq + 1)
     ]
     stretches = _stretches(path, frames, openings, sorted(resets, key=lambda reset: reset[:3]))
     first_ns = min(stretch.time_ns for stretch in stretches)
@@ -135,9 +140,42 @@ def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
     return in_file if order == list(range(len(stretches))) else in_file.select(order)
 
 
-def _frames(path: Path, database: sqlite3.Connection, features: int, outputs: int, failed: set[int]) -> _Frames:
+def _openings(path: Path, database: sqlite3.Connection) -> tuple[int, list[_Opening]]:
+    """The first position that was not trimmed, and the streams, each as of the checkpoint where it was trimmed."""
+    openings = [_Opening(*row) for row in _rows(path, database, "openings", _OPENING)]
+    trimmed = _rows(path, database, "trimmed", "position, events, last_stream, last_epoch")
+    if not trimmed:
+        return 1, openings
+    position = trimmed[0][0]
+    (completed,) = (row[1] for row in _rows(path, database, "checkpoints", _CHECKPOINT) if row[0] == position)
+    closings = _rows(path, database, "closings", "position, time_ns, stream, frames, reason, final_state")
+    gone = {row[2] for row in closings if row[0] <= completed}  # these may have no state there
+    begins: dict[int, tuple[int, bytes]] = {}
+    for stream, at, seq, state, *_ in sorted(_rows(path, database, "states", _STATE), key=lambda row: row[:2]):
+        if at <= position:
+            begins[stream] = seq, state
+    found = []
+    for opening in openings:
+        if opening.position > position:
+            found.append(opening)
+        elif opening.stream not in gone:
+            seq, initial = begins.get(opening.stream, (opening.first_seq, opening.initial_state))
+            found.append(opening._replace(first_seq=seq, initial_state=initial))
+    return position + 1, found
+
+
+def _frames(
+    path: Path,
+    database: sqlite3.Connection,
+    features: int,
+    outputs: int,
+    failed: set[int],
+    first: int,
+    first_seqs: dict[int, int],
+) -> _Frames:
+    """Those of batches from the position `first` on that are not in the states with which streams begin."""
     rows = _rows(path, database, "batches", "position, time_ns, bucket, size, streams, seqs, x")
-    rows = [row for row in rows if row[0] not in failed]
+    rows = [row for row in rows if row[0] not in failed and row[0] >= first]
     if not rows:
         raise BadFile(f"{path} holds no frames")
     answers = {batch: y for _, _, batch, y in _rows(path, database, "outputs", "position, time_ns, batch, y")}
@@ -152,8 +190,17 @@ def _frames(path: Path, database: sqlite3.Connection, features: int, outputs: in
     if not len(streams) == len(seqs) == len(x) == len(times_ns) == len(y) / (4 * outputs):
         raise BadFile(f"{path} is damaged: the columns of a batch differ in length")
     order = np.lexsort((seqs, streams))
+    if first > 1:
+        order = order[_count_after_trimming(streams[order], seqs[order], first_seqs)]
     in_columns = np.frombuffer(y, "<f4").reshape(-1, outputs)
     return _Frames(streams[order], seqs[order], times_ns[order], x[order], in_columns[order], answered[order])
+
+
+def _count_after_trimming(
+    streams: I64, seqs: npt.NDArray[np.uint64], first_seqs: dict[int, int]
+) -> npt.NDArray[np.bool_]:
+    pairs = zip(streams.tolist(), seqs.tolist(), strict=True)
+    return np.array([seq >= first_seqs.get(stream, seq + 1) for stream, seq in pairs], np.bool_)
 
 
 def _stretches(

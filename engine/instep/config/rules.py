@@ -29,6 +29,7 @@ def contradictions(config: Config) -> list[Contradiction]:
         *_model(config),
         *_transport(config),
         *_limits(config),
+        *_recording(config),
     ]
 
 
@@ -108,3 +109,17 @@ def _limits(config: Config) -> list[Contradiction]:
             )
         )
     return found
+
+
+def _recording(config: Config) -> list[Contradiction]:
+    if config.recording.file is not None:
+        return []
+    return [
+        Contradiction(
+            (f"recording.{key}", "recording.file"),
+            f"recording.{key} trims a recording, and nothing is recorded",
+            "name a recording.file (--record FILE), or set this to 0",
+        )
+        for key in ("keep_bytes", "keep_s")
+        if getattr(config.recording, key)
+    ]

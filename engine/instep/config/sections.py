@@ -89,6 +89,8 @@ class RecordingConfig(Section):
     durability: Literal["memory", "commit", "fsync"] = "commit"
     recovery_target_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     queue_batches: Count = 64
+    keep_bytes: Bytes = 0
+    keep_s: Seconds = 0.0
 
 
 class ShutdownConfig(Section):

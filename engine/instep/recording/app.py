@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = typer.Typer(no_args_is_help=True, help="Look after recordings: check, show, list, repair.")
+app = typer.Typer(no_args_is_help=True, help="Look after recordings: check, show, list, repair, cut.")
 
 Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -61,6 +61,33 @@ def repair(
     from instep.recording import commands
 
     raise typer.Exit(commands.repair(recording, output, _console()))
+
+
+@app.command()
+def cut(
+    recording: Recording,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The new file.")],
+    begin: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="POSITION|TIME",
+            help="Begin at the last checkpoint up to here: 1200, or 2026-11-26T18:30 (UTC).",
+            show_default=False,
+        ),
+    ] = None,
+    end: Annotated[
+        str | None,
+        typer.Option("--to", metavar="POSITION|TIME", help="End here; the end if not given.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a range of a recording to a new file, a recording of its own that can be verified and exported.
+
+    Exit status 0: it was written. 1 or 2: it was not.
+    """
+    from instep.recording import commands
+
+    raise typer.Exit(commands.cut_out(recording, output, begin, end, _console()))
 
 
 def _console() -> Console:

@@ -1,4 +1,4 @@
-"""What `instep recordings` does: check, info, list, repair."""
+"""What `instep recordings` does: check, info, list, repair, cut."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from instep.recording.cut import Bound, cut
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
 from instep.recording.inspection import Inspection, inspect
 from instep.recording.overview import Listed, Overview, list_recordings, look_over
@@ -100,6 +101,26 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
     return WHOLE
 
 
+def cut_out(file: Path, output: Path, begin: str | None, end: str | None, console: Console) -> int:
+    """Write a range of a recording to a new file and say what is in it.
+
+    Returns:
+        0 when it was written, 1 when the recording is damaged, 2 when it was not written for another reason.
+    """
+    try:
+        bounds = [None if text is None else Bound.parse(text) for text in (begin, end)]
+        found = cut(file, output, *bounds)
+    except RecordingError as error:
+        return _failed(file, error, console, "cut", json=False)
+    _say(
+        console,
+        f"{output}: positions {found.first_position:,} to {found.last_position:,} of {file}, "
+        f"{_count(found.frames, 'frame')} of {_count(found.streams, 'stream')}",
+        "bold green",
+    )
+    return WHOLE
+
+
 def _is_whole(file: Path) -> bool:
     try:
         inspect(file, lambda _: None)
@@ -118,8 +139,10 @@ def _holds(found: Inspection) -> str:
         parts.append(f"{_count(found.unanswered, 'frame')} without outputs")
     if found.restarts:
         parts.append(_count(found.restarts, "restart"))
-    if found.snapshot_position:
-        parts.append(f"states up to position {found.snapshot_position:,}")
+    if found.first_position > 1:
+        parts.append(f"trimmed, it begins at position {found.first_position:,}")
+    if found.checkpoint_position:
+        parts.append(f"states up to position {found.checkpoint_position:,}")
     return "; ".join(parts)
 
 
@@ -138,8 +161,8 @@ def _facts(found: Overview) -> dict[str, str]:
         "streams": f"{found.streams:,}, {found.open_streams:,} of them open",
         "batches": f"{found.batches:,}, with {found.frames:,} frames",
         "restarts": f"{found.restarts:,}",
-        "states": f"up to position {found.states_position:,}" if found.states_position else "none",
-        "positions": f"{found.last_position:,}",
+        "states": f"up to position {found.checkpoint_position:,}" if found.checkpoint_position else "none",
+        "positions": f"{found.first_position:,} to {found.last_position:,}",
         "bytes": f"{found.bytes:,}",
     }
 
@@ -180,7 +203,7 @@ def _failed(file: Path, error: RecordingError, console: Console, what: str, *, j
     if json:
         _write_json({"file": str(file), what: False, "error": with_advice(error)})
     else:
-        said = "not repaired" if what == "repaired" else "not read"
+        said = f"not {what}" if what in ("repaired", "cut") else "not read"
         _say(console, with_advice(error) if damaged else f"{said}: {error}", "bold red")
     return DAMAGED if damaged else NOT_READ
 

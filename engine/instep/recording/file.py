@@ -15,6 +15,7 @@ import numpy as np
 
 from instep.core.typing import I64, U8
 from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.records import Trimmed
 from instep.recording.schema import (
     APPLICATION_ID,
     FORMAT_VERSION,
@@ -22,12 +23,16 @@ from instep.recording.schema import (
     PAGE_BYTES,
     TABLES,
     RecordingHeader,
+    create_statements,
     row_is_sound,
 )
 
 UNREADABLE: Final = (sqlite3.Error, OverflowError, UnicodeDecodeError)
 """What Python's sqlite3 raises on a damaged file."""
 
+_LARGE: Final = ("batches", "outputs", "states")
+_AT_ONCE: Final = {True: 64, False: 1024}
+"""Rows that are read in one transaction: of tables whose rows are large, and of the others."""
 _START_BYTES: Final = 32
 _READ_VERSION_OFFSET: Final = 19
 _IN_WAL_MODE: Final = 2
@@ -41,7 +46,9 @@ class RecordingFile:
     Attributes:
         path: the file.
         header: what the file says of the engine that began it.
+        trimmed: where the history was trimmed.
         last_position: the newest row it shows; 0 where there is none.
+        state_rows: how many rows the table `states` should hold.
 
     Raises:
         RecordingError: from every method, when the file is not a recording or of another version.
@@ -87,13 +94,19 @@ class RecordingFile:
         with self._reading("is damaged"):
             self._database.execute("BEGIN")
         try:
-            self.last_position = self._find_last_position()
+            self._find_ends()
             yield
         finally:
             self._database.rollback()
 
+    @property
+    def first_position(self) -> int:
+        """From here on, no row of the history was trimmed."""
+        return self.trimmed.position + 1
+
     def check_positions(self, first: int = 1) -> None:
         """Raise when a row of the history from `first` on is missing or a position was given twice."""
+        first = max(first, self.first_position)
         found = np.sort(np.concatenate([self._positions(table, first) for table in HISTORY]))
         found = found[found <= self.last_position]
         expected: I64 = np.arange(first, self.last_position + 1)
@@ -104,28 +117,58 @@ class RecordingFile:
             raise self.damaged(f"the row at position {first + at} is missing, or was written twice")
 
     def rows(self, table: str, first: int = 1, last: int | None = None) -> Iterator[tuple[Any, ...]]:
-        """Checked rows of a table without their CRC, by the first column; of the history at most to `last_position`."""
-        key, *_ = TABLES[table]
+        """Checked rows of a table without their CRC, by their key; of the history at most up to `last_position`.
+
+        They are read some at a time: a transaction that lasts would keep the WAL from being reused.
+
+        Raises:
+            RecordingError: also when the history was trimmed since this opened.
+        """
+        keys = ("stream", "position") if table == "states" else (next(iter(TABLES[table])),)
+        columns = ", ".join((*TABLES[table], "crc"))
+        key, order = keys[0], ", ".join(keys)
+        query = f"SELECT {columns} FROM {table} WHERE ({order}) > ({', '.join('?' * len(keys))}) AND {key} <= ? "
+        query += f"ORDER BY {order} LIMIT {_AT_ONCE[table in _LARGE]}"
         until = 2**63 - 1 if last is None else last
         if table in HISTORY:
             until = min(until, self.last_position)
-        columns = ", ".join((*TABLES[table], "crc"))
-        query = f"SELECT {columns} FROM {table} WHERE {key} BETWEEN ? AND ? ORDER BY {key}"
-        before = first - 1
-        try:
-            for row in self._database.execute(query, (first, until)):
-                if not row_is_sound(table, row):
+        before: tuple[int, ...] = (first - 1,) if len(keys) == 1 else (first - 1, 2**62)
+        while True:
+            rows, error = self._fetch(query, (*before, until))
+            if table in HISTORY:
+                self._check_trimmed()
+            for row in rows:
+                at = row[: len(keys)]
+                if not row_is_sound(table, row) or at <= before:
                     raise self.damaged(f"the row at {key} {row[0]} (of {table}) does not match its CRC")
-                before = row[0]
+                before = at
                 yield row[:-1]
+            if error is not None:
+                raise self.damaged(f"the rows after {key} {before[0]} (of {table}) cannot be read: {error}")
+            if not rows:
+                return
+
+    def _fetch(self, query: str, values: tuple[int, ...]) -> tuple[list[tuple[Any, ...]], Exception | None]:
+        """The rows of a query up to its end or to where they cannot be read, and why."""
+        rows: list[tuple[Any, ...]] = []
+        try:
+            for row in self._database.execute(query, values):
+                rows.append(row)  # noqa: PERF402 - the rows before an error count
         except UNREADABLE as error:
-            raise self.damaged(f"the rows after {key} {before} (of {table}) cannot be read: {error}") from None
+            return rows, error
+        return rows, None
+
+    def _check_trimmed(self) -> None:
+        """Raise when rows that this should show may have been deleted."""
+        rows, error = self._fetch("SELECT position FROM trimmed LIMIT 2", ())
+        if error is None and (rows[0][0] if rows else 0) != self.trimmed.position:
+            raise RecordingError(f"the history of {self.path} was trimmed while it was read: read it again")
 
     def totals(self) -> tuple[int, int]:
         """How many batches there are, those that failed included, and frames in them; nothing is checked."""
         with self._reading("is damaged"):
-            query = "SELECT count(*), ifnull(sum(size), 0) FROM batches WHERE position <= ?"
-            batches, frames = self._database.execute(query, (self.last_position,)).fetchone()
+            query = "SELECT count(*), ifnull(sum(size), 0) FROM batches WHERE position BETWEEN ? AND ?"
+            batches, frames = self._database.execute(query, (self.first_position, self.last_position)).fetchone()
         return int(batches), int(frames)
 
     def state(self, blob: bytes | None, position: int) -> U8 | None:
@@ -169,23 +212,42 @@ class RecordingFile:
                 f"{self.path} has format version {version}, and this instep reads version {FORMAT_VERSION}; use the "
                 "instep that wrote it"
             )
+        self._check_schema()
         try:
             rows = self._database.execute("SELECT key, value, crc FROM header").fetchall()
             self.header = RecordingHeader.from_rows(rows)
         except RecordingError as error:
             raise self.damaged(str(error)) from None
-        self.last_position = self._find_last_position()
+        self._find_ends()
 
-    def _find_last_position(self) -> int:
+    def _check_schema(self) -> None:
+        """Raise unless the tables are those of a recording: a view in the place of a table could be read for ever."""
+        statements = set(create_statements())
+        for name, statement in self._database.execute("SELECT name, sql FROM sqlite_schema"):
+            if statement is None and str(name).startswith("sqlite_autoindex_"):
+                continue  # SQLite's own, for a UNIQUE column
+            if statement not in statements:
+                raise self.damaged(f"the table {name!r} is not one of a recording")
+            statements.discard(statement)
+        if statements:
+            raise self.damaged(f"the table of this statement is missing: {min(statements)}")
+
+    def _find_ends(self) -> None:
         found = list(self.rows("newest", first=0))
         if len(found) != 1:
             raise self.damaged("the row that says which position is the newest is missing")
-        return int(found[0][0])
+        self.last_position, self.state_rows = int(found[0][0]), int(found[0][1])
+        trimmed = [Trimmed(*row) for row in self.rows("trimmed")]
+        if len(trimmed) > 1:
+            raise self.damaged("it holds more than one row about trimming")
+        self.trimmed = trimmed[0] if trimmed else Trimmed()
 
     def _positions(self, table: str, first: int) -> I64:
         with self._reading(f"is damaged: the table {table} cannot be read"):
             query = f"SELECT position FROM {table} WHERE position >= {first}"
-            return np.fromiter((row[0] for row in self._database.execute(query)), np.int64)
+            found = np.fromiter((row[0] for row in self._database.execute(query)), np.int64)
+        self._check_trimmed()
+        return found
 
     def _value(self, query: str) -> Any:
         return self._database.execute(query).fetchone()[0]

@@ -11,6 +11,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.recovery import read_recovery
 from instep.recording.schema import RECOVERED_EVENT
 from instep.recording.sequences import SequenceIndex
+from instep.recording.wal import lost_tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,10 @@ class Inspection:
     restarts: int
     """How often another process resumed it."""
     positions: int
-    snapshot_position: int
-    """How far the newest states go; 0 for no snapshot."""
+    first_position: int
+    """Above 1 where the history was trimmed."""
+    checkpoint_position: int
+    """How far the newest states go; 0 for no checkpoint."""
     ending: str
     """How it ends, in words."""
 
@@ -59,8 +62,9 @@ def inspect(path: Path, on_progress: Callable[[float], None]) -> Inspection:
         frames=int(index.frames.sum()),
         unanswered=int(index.unanswered.sum()),
         restarts=restarts,
-        positions=reader.last_position,
-        snapshot_position=recovered.snapshot_position,
+        positions=reader.last_position - reader.trimmed.position,
+        first_position=reader.first_position,
+        checkpoint_position=recovered.checkpoint_position,
         ending=ending,
     )
 
@@ -69,4 +73,7 @@ def how_it_ends(reader: RecordingReader) -> str:
     """In words."""
     if is_being_written(reader.path):
         return "being written"
-    return "closed in order" if reader.finished else "not closed: its engine ended without closing it"
+    if reader.finished:
+        return "closed in order"
+    tail = lost_tail(reader.path)
+    return f"not closed: its engine ended without closing it{f'; {tail}' if tail else ''}"

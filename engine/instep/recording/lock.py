@@ -1,4 +1,4 @@
-"""One writer at a time: a lock beside the recording, which ends with the process that holds it."""
+"""One writer at a time: locks on the recording and next to it, which end with the process that holds them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from instep.recording.errors import RecordingError
 class WriterLock:
     """Held from when it is made until `release` or the end of the process.
 
+    Two locks are taken: of the file `path` + `-lock`, which exists before the recording does and tells who holds it,
+    and, with `hold`, of the recording itself. The second one holds whatever happens to the first, and for every name
+    that the recording has.
+
     Args:
-        path: the recording; the lock is the file `path` + `-lock`.
+        path: the recording.
 
     Raises:
         RecordingError: when another process, or another writer in this one, holds it.
@@ -23,6 +27,8 @@ class WriterLock:
 
     def __init__(self, path: Path) -> None:
         self.path = lock_path(path)
+        self._recording = path
+        self._held: int | None = None
         while True:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -39,18 +45,50 @@ class WriterLock:
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, str(os.getpid()).encode(), 0)
 
+    def hold(self) -> None:
+        """Lock the recording itself.
+
+        Closing the file ends the locks that SQLite has on it in this process, so it stays open until `release`, which
+        comes after SQLite has closed it. (These locks are of another kind, which does not get in the way of SQLite's.)
+
+        Raises:
+            RecordingError: when another process holds it, under whatever name.
+            OSError: when it cannot be opened.
+        """
+        file = os.open(self._recording, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise RecordingError(
+                f"{self._recording} is being written by another process, under another name or without its lock file; "
+                "stop that one, or choose another file"
+            ) from None
+        self._held = file
+
+    def is_recording_in_place(self) -> bool:
+        """Whether the recording still has its name."""
+        return self._held is None or _is_file_of(self._recording, self._held)
+
     def release(self) -> None:
         """Let others write, and take the file away, if the folder can still be written."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
         with contextlib.suppress(OSError):
             self.path.unlink()
         os.close(self._file)
 
     def _is_in_place(self) -> bool:
-        try:
-            there = self.path.stat()
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(there, os.fstat(self._file))
+        return _is_file_of(self.path, self._file)
+
+
+def _is_file_of(path: Path, file: int) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(file))
 
 
 def lock_path(path: Path) -> Path:

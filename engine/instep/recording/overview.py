@@ -42,8 +42,10 @@ class Overview:
     frames: int
     """Frames of failed steps are counted, too."""
     restarts: int
-    states_position: int
+    checkpoint_position: int
     """How far the newest states go; 0 for none."""
+    first_position: int
+    """Above 1 where the history was trimmed."""
     last_position: int
     bytes: int
     """With the WAL."""
@@ -68,7 +70,7 @@ def look_over(path: Path) -> Overview:
         RecordingError: when it cannot be read, or is damaged where this reads.
     """
     with RecordingReader(path) as reader:
-        header, engine, snapshot = reader.header, reader.engines[-1].header, reader.snapshot()
+        header, engine = reader.header, reader.engines[-1].header
         streams = reader.streams()
         batches, frames = reader.totals()
         return Overview(
@@ -89,7 +91,8 @@ def look_over(path: Path) -> Overview:
             batches=batches,
             frames=frames,
             restarts=sum(event.kind == RECOVERED_EVENT for event in reader.events()),
-            states_position=snapshot.position if snapshot else 0,
+            checkpoint_position=reader.checkpoint().position,
+            first_position=reader.first_position,
             last_position=reader.last_position,
             bytes=bytes_on_disk(path),
         )

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from instep.core.typing import U8, Bool
 from instep.recording.file import RecordingFile
 from instep.recording.records import (
+    Checkpoint,
     Engine,
     RecordedBatch,
     RecordedEvent,
-    SnapshotMark,
     StateReset,
     StreamInfo,
     StreamState,
@@ -25,6 +26,7 @@ from instep.recording.schema import (
     END_EVENT,
     ENGINE_EVENT,
     FAILED_EVENT,
+    OWNER_EVENT,
     RECOVERED_EVENT,
     RESET_EVENT,
 )
@@ -49,19 +51,47 @@ class RecordingReader(RecordingFile):
                 engines.append(Engine(event.position, replace(engines[-1].header, **changes)))
         return tuple(engines)
 
+    def openings(self) -> list[tuple[Any, ...]]:
+        """Rows of the table `openings`, those that trimming is about to delete left out."""
+        ended = self.ended_where_trimmed
+        openings = [row for row in self.rows("openings") if row[0] > self.trimmed.position or row[2] not in ended]
+        count = sum(row[0] <= self.trimmed.position for row in openings)
+        expected = self._oldest.openings - self._oldest.closings
+        if count != expected:
+            raise self.damaged(f"{count:,} streams are left from before it was trimmed instead of {expected:,}")
+        return openings
+
     def streams(self) -> list[StreamInfo]:
-        """Every opening, in the order they opened."""
-        closings = {row[2]: row for row in self.rows("closings")}
-        opened = [self._stream(row, closings.pop(row[2], None)) for row in self.rows("openings")]
+        """Every opening, in the order they opened; after trimming each as of the checkpoint that is left."""
+        closings = {row[2]: row for row in self.rows("closings", self.first_position)}
+        opened = [self._stream(row, closings.pop(row[2], None)) for row in self.openings()]
         if closings:
             raise self.damaged(f"stream {min(closings)} was closed, but never opened")
-        return opened
+        return [self._as_trimmed(info) for info in opened if info.stream not in self._forgotten]
 
     def batches(self, first: int = 1, last: int | None = None) -> Iterator[RecordedBatch]:
         """The batches at positions `first` to `last` (None: the newest), in order, but those whose step failed.
 
+        Frames are left out that are in the states of the checkpoint where the history was trimmed.
+        """
+        for batch in self.whole_batches(first, last):
+            if batch.position > self._oldest.completed or (counts := self._counts_after_trimming(batch)).all():
+                yield batch
+            elif counts.any():
+                yield replace(
+                    batch,
+                    streams=batch.streams[counts],
+                    seqs=batch.seqs[counts],
+                    x=batch.x[counts],
+                    y=None if batch.y is None else batch.y[counts],
+                )
+
+    def whole_batches(self, first: int = 1, last: int | None = None) -> Iterator[RecordedBatch]:
+        """As `batches`, each as it was stepped.
+
         A batch without outputs may only be followed by others without, up to the end or to an event `recovered`.
         """
+        first = max(first, self.first_position)
         outputs = self.rows("outputs", first)
         output = next(outputs, None)
         for row in self.rows("batches", first, last):
@@ -86,27 +116,58 @@ class RecordingReader(RecordingFile):
         )
 
     def events(self, first: int = 1) -> Iterator[RecordedEvent]:
-        """The events from position `first` on, in order."""
-        for position, time_ns, stream, seq, kind, detail, state in self.rows("events", first):
+        """The events from position `first` on, in order; earlier than the history was trimmed, none."""
+        yield from self._events(max(first, self.first_position))
+
+    def events_that_count(self) -> list[RecordedEvent]:
+        """Those before the history was trimmed that say something about what came later, in order.
+
+        They are each stream's newest owner and every engine.
+        """
+        owners, engines = dict[int, RecordedEvent](), list[RecordedEvent]()
+        for event in self._events(1, self.trimmed.position):
+            if event.kind == ENGINE_EVENT:
+                engines.append(event)
+            elif event.kind == OWNER_EVENT and event.stream in self._open_where_trimmed:
+                owners[event.stream or 0] = event
+        found = sorted([*engines, *owners.values()], key=lambda event: event.position)
+        if len(found) != self.trimmed.events:
+            raise self.damaged(
+                f"{len(found):,} events are left from before it was trimmed instead of {self.trimmed.events:,}"
+            )
+        return found
+
+    def _events(self, first: int, last: int | None = None) -> Iterator[RecordedEvent]:
+        for position, time_ns, stream, seq, kind, detail, state in self.rows("events", first, last):
             yield RecordedEvent(position, time_ns, stream, seq, kind, detail, self.state(state, position))
 
     def resets(self, first: int = 1) -> Iterator[StateReset]:
-        """The resets of states from position `first` on, in order."""
+        """The resets of states from position `first` on, in order; those in the states it was trimmed to left out."""
         for event in self.events(first):
             if event.kind == RESET_EVENT:
                 if event.stream is None or event.seq is None:
                     raise self.damaged(f"the event at position {event.position} resets no stream")
-                yield StateReset(event.position, event.stream, event.seq, event.state)
+                if event.position > self._oldest.completed or not (
+                    event.stream in self._forgotten or event.seq < self._trimmed_to.get(event.stream, (0, None))[0]
+                ):
+                    yield StateReset(event.position, event.stream, event.seq, event.state)
 
-    def snapshot(self) -> SnapshotMark | None:
-        """How far the states go; None when there was no snapshot yet."""
-        marks = [SnapshotMark(*row) for row in self.rows("snapshot", first=0)]
-        if len(marks) > 1:
-            raise self.damaged("it holds more than one newest snapshot")
-        return marks[0] if marks else None
+    def checkpoints(self) -> list[Checkpoint]:
+        """The complete checkpoints, in order; where the history was trimmed, it begins at the first."""
+        found = [Checkpoint(*row) for row in self.rows("checkpoints")]
+        for checkpoint in found:
+            if not self.trimmed.position <= checkpoint.position <= checkpoint.completed <= self.last_position:
+                raise self.damaged(f"its checkpoint is of position {checkpoint.position}, which there is not")
+        if self.trimmed.position and (not found or found[0].position != self.trimmed.position):
+            raise self.damaged(f"the checkpoint at position {self.trimmed.position}, where it was trimmed, is missing")
+        return found
+
+    def checkpoint(self) -> Checkpoint:
+        """The newest complete checkpoint; of position 0 when there is none."""
+        return (self.checkpoints() or [Checkpoint()])[-1]
 
     def states(self) -> Iterator[StreamState]:
-        """The states of the newest snapshot, by stream; closed streams may be among them."""
+        """All states, by stream and checkpoint: the last of a stream is its newest; closed streams may be there."""
         for stream, position, seq, state, tail_seq, tail_x, tail_y in self.rows("states"):
             if not 0 <= tail_seq <= seq:
                 raise self.damaged(f"the state of stream {stream} has a tail from {tail_seq} to {seq}")
@@ -122,20 +183,71 @@ class RecordingReader(RecordingFile):
             yield StreamState(stream, position, seq, found, tail_seq, x, y)
 
     def check_states(self) -> None:
-        """Read what a restart would begin with.
+        """Read the states of all checkpoints.
 
         Raises:
-            DamagedRecording: when a CRC or a length is wrong.
+            DamagedRecording: when a CRC or a length is wrong, or one is missing.
         """
-        self.snapshot()
-        for _ in self.states():
-            pass
+        self.checkpoints()
+        count = sum(1 for _ in self.states())
+        if count != self.state_rows:
+            raise self.damaged(f"it holds {count:,} states instead of {self.state_rows:,}")
 
     @cached_property
     def _marks(self) -> list[RecordedEvent]:
         """The events that say how to read the others."""
         kinds = (ENGINE_EVENT, FAILED_EVENT, RECOVERED_EVENT)
-        return [event for event in self.events() if event.kind in kinds]
+        before = self.events_that_count() if self.trimmed.position else []
+        return [event for event in (*before, *self.events()) if event.kind in kinds]
+
+    @cached_property
+    def _oldest(self) -> Checkpoint:
+        """The checkpoint that the history begins with; of position 0 where it was not trimmed."""
+        return self.checkpoints()[0] if self.trimmed.position else Checkpoint()
+
+    @cached_property
+    def _trimmed_to(self) -> dict[int, tuple[int, U8]]:
+        """The first frame that counts, and the state before it, of streams that were open where it was trimmed."""
+        found: dict[int, tuple[int, U8]] = {}
+        if self.trimmed.position:
+            open_streams = self._open_where_trimmed
+            for state in self.states():
+                if state.position <= self.trimmed.position and state.stream in open_streams:
+                    found[state.stream] = (state.seq, state.state)
+        return found
+
+    @cached_property
+    def _forgotten(self) -> frozenset[int]:
+        """Streams that closed while the checkpoint was taken where it was trimmed: they may have no state there."""
+        if not self.trimmed.position:
+            return frozenset()
+        closed = {row[2] for row in self.rows("closings", self.first_position, self._oldest.completed)}
+        return self._open_where_trimmed & closed
+
+    @cached_property
+    def ended_where_trimmed(self) -> frozenset[int]:
+        """Streams that had closed where the history was trimmed, whose rows are about to be deleted."""
+        return frozenset(row[2] for row in self.rows("closings", last=self.trimmed.position))
+
+    @cached_property
+    def _open_where_trimmed(self) -> frozenset[int]:
+        return frozenset(row[2] for row in self.openings() if row[0] <= self.trimmed.position)
+
+    def _as_trimmed(self, info: StreamInfo) -> StreamInfo:
+        if info.stream not in self._trimmed_to:
+            return info
+        first_seq, state = self._trimmed_to[info.stream]
+        return replace(info, first_seq=first_seq, initial_state=state)
+
+    def _counts_after_trimming(self, batch: RecordedBatch) -> Bool:
+        """Which frames of a batch are not in the states of the checkpoint where it was trimmed: bool [B]."""
+        pairs = zip(batch.streams.tolist(), batch.seqs.tolist(), strict=True)
+        return np.array(
+            [
+                stream not in self._forgotten and seq >= self._trimmed_to.get(stream, (0, None))[0]
+                for stream, seq in pairs
+            ]
+        )
 
     @cached_property
     def _failed(self) -> dict[int, None]:

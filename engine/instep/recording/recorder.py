@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
@@ -13,6 +14,8 @@ from instep.recording.writer import RecordingWriter
 
 Write: TypeAlias = Callable[[], object]
 
+TRIM_EVERY_S: Final = 1.0
+"""How often the age of the history is looked at when nothing is written."""
 SMALL_ROWS_PER_BATCH: Final = 256
 """How many openings, closings and events may wait for each batch that may wait."""
 
@@ -36,6 +39,7 @@ class Recorder:
         on_room: called in the recorder's thread when there is room again after there was none.
         on_failure: called once in the recorder's thread with what went wrong.
         on_durable: called in the recorder's thread after each commit with the newest ticket in it.
+        on_trimmed: called in the recorder's thread when the history begins later, with the position of its checkpoint.
     """
 
     def __init__(
@@ -45,12 +49,18 @@ class Recorder:
         on_room: Callable[[], None],
         on_failure: Callable[[Exception], None],
         on_durable: Callable[[int], None],
+        on_trimmed: Callable[[int], None] = lambda position: None,
     ) -> None:
         self._writer = writer
         self._queue_batches = queue_batches
         self._on_room = on_room
         self._on_failure = on_failure
         self._on_durable = on_durable
+        self._on_trimmed = on_trimmed
+        self.wants_checkpoint = False
+        """Whether a checkpoint is needed, so that the history before it can be trimmed later."""
+        self._is_trimming = True
+        self._trim_every_s = TRIM_EVERY_S if writer.retention.is_limited else None
         self._changed = threading.Condition()
         self._queue: list[Write] = []
         self._ticket = writer.position
@@ -119,9 +129,9 @@ class Recorder:
         """As `RecordingWriter.add_states`, up to the ticket `through`."""
         return self._put(lambda: self._writer.add_states(time_ns, through, rows))
 
-    def snapshot(self, time_ns: int, through: int, rows: StateRows) -> int:
-        """As `RecordingWriter.snapshot`, up to the ticket `through`."""
-        return self._put(lambda: self._writer.snapshot(time_ns, through, rows))
+    def checkpoint(self, time_ns: int, through: int, rows: StateRows) -> int:
+        """As `RecordingWriter.checkpoint`, up to the ticket `through`."""
+        return self._put(lambda: self._writer.checkpoint(time_ns, through, rows))
 
     def stop(self) -> None:
         """Write and commit what waits, close the file, end the thread; look at `failed` afterwards."""
@@ -165,17 +175,24 @@ class Recorder:
     def _write_what_waits(self) -> bool:
         """Wait for work and commit it as one transaction; False when stopped and nothing waits."""
         with self._changed:
-            while not self._queue and not self._stopping:
-                self._changed.wait()
+            if not self._queue and not self._stopping and not self._is_trimming:
+                self._changed.wait(self._trim_every_s)
             writes, self._queue = self._queue, []
             batches, small_rows = self._batches, self._small_rows
-        if not writes:
-            return False
+            if not writes and self._stopping:
+                return False
+        before = self._writer.position
+        if writes:
+            self._write(writes, batches, small_rows)
+        self._trim(self._writer.position - before)
+        return True
+
+    def _write(self, writes: list[Write], batches: int, small_rows: int) -> None:
         for write in writes:
             write()
         self._writer.commit()
         self._on_durable(self._writer.position)
-        self._writer.checkpoint()
+        self._writer.copy_wal()
         with self._changed:
             self._batches -= batches
             self._small_rows -= small_rows
@@ -183,4 +200,15 @@ class Recorder:
             self._was_full = self._was_full and not room_again
         if room_again:
             self._on_room()
-        return True
+
+    def _trim(self, positions: int) -> None:
+        """Trim some of the history, several times as fast as it grew by so many positions."""
+        now_ns, before = time.time_ns(), self._writer.trimmed
+        for _ in range(1 + positions // 16):
+            self._is_trimming = self._writer.trim(now_ns)
+            if not self._is_trimming:
+                break
+        self._writer.copy_wal()
+        self.wants_checkpoint = self._writer.wants_checkpoint(now_ns)
+        if self._writer.trimmed != before:
+            self._on_trimmed(self._writer.trimmed.position)

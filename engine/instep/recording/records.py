@@ -85,11 +85,11 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """The state of a stream at a snapshot."""
+    """The state of a stream at a checkpoint."""
 
     stream: int
     position: int
-    """Of the snapshot that wrote it down."""
+    """Of the checkpoint that wrote it."""
     seq: int
     """The state is that before this frame."""
     state: U8
@@ -103,11 +103,27 @@ class StreamState:
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotMark:
-    """How far the states go, and how many rows of the small tables there were then."""
+class Checkpoint:
+    """States of all streams at some position; the fields are the columns of the table, see `schema`."""
 
-    position: int
-    openings: int
-    closings: int
-    events: int
-    states: int
+    position: int = 0
+    completed: int = 0
+    """Position of the event that completed it; states may contain frames of batches up to here."""
+    time_ns: int = 0
+    bytes: int = 0
+    """Written to the history up to `position`, since the recording began."""
+    openings: int = 0
+    closings: int = 0
+    events: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    """Where the history was trimmed; the fields are the columns of the table."""
+
+    position: int = 0
+    """Of the checkpoint that the recording begins with."""
+    events: int = 0
+    """How many events up to there still count."""
+    last_stream: int = 0
+    last_epoch: int = 0

@@ -13,8 +13,8 @@ import numpy as np
 
 from instep.core.typing import F32, I64, U8, Bool
 from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedBatch, SnapshotMark, StateReset, StreamState
-from instep.recording.schema import COUNTED, OWNER_EVENT, SNAPSHOT_EVENT, read_owner_detail
+from instep.recording.records import Checkpoint, RecordedBatch, StateReset, StreamState
+from instep.recording.schema import CHECKPOINT_EVENT, COUNTED, OWNER_EVENT, read_owner_detail
 
 _NEVER: Final = np.iinfo(np.int64).max
 _UNKNOWN: Final = -1
@@ -24,7 +24,7 @@ _Owner: TypeAlias = tuple[int, int, int, bool]
 
 @dataclass(frozen=True, slots=True)
 class OpenStream:
-    """A stream that was open when the recording ended, as of the snapshot."""
+    """A stream that was open when the recording ended, as of the checkpoint."""
 
     stream: int
     name: str
@@ -61,10 +61,10 @@ class ReplayStep:
 
 
 class Recovered:
-    """What an engine needs to go on: streams as of the newest snapshot, and what happened since.
+    """What an engine needs to go on: streams as of the newest checkpoint, and what happened since.
 
     Everything here is checked: CRCs, that no position is missing, that every stream's frames follow each other. Of
-    what lies before the snapshot, only the rows of batches and outputs are not looked at.
+    what lies before the checkpoint, only the rows of batches and outputs are not looked at.
 
     Args:
         path: the recording.
@@ -75,7 +75,7 @@ class Recovered:
         streams: those that are open at its end, in the order they opened.
         last_stream: the highest stream number ever given, 0 for none.
         last_epoch: the highest epoch ever given, 0 for none.
-        snapshot_position: `streams` are as of this position or later, those opened since as they opened; 0 for none.
+        checkpoint_position: `streams` are as of this position or later, those opened since as they opened; 0 for none.
         last_position: the newest row.
 
     Raises:
@@ -107,12 +107,12 @@ class Recovered:
         self._reader.close()
 
     def replay(self) -> Iterator[ReplayStep | StateReset]:
-        """What changed the states since the snapshot, in order; once, and to its end, or not all was checked.
+        """What changed the states since the checkpoint, in order; once, and to its end, or not all was checked.
 
         Batches that failed are left out, and resets that a state holds already.
         """
-        first = self.snapshot_position + 1
-        batches: Iterator[RecordedBatch | StateReset] = self._reader.batches(first)
+        first = self.checkpoint_position + 1
+        batches: Iterator[RecordedBatch | StateReset] = self._reader.whole_batches(first)
         for item in heapq.merge(batches, self._reader.resets(first), key=lambda item: item.position):
             if isinstance(item, RecordedBatch):
                 yield ReplayStep(item, self._step(item))
@@ -124,28 +124,33 @@ class Recovered:
     def _read(self) -> None:
         reader = self._reader
         self.last_position = reader.last_position
-        mark = reader.snapshot() or SnapshotMark(0, 0, 0, 0, 0)
-        self.snapshot_position = mark.position
-        if not 0 <= mark.position <= self.last_position:
-            raise reader.damaged(f"its newest snapshot is of position {mark.position}, which there is not")
+        mark = reader.checkpoint()
+        self.checkpoint_position = mark.position
         reader.check_positions(mark.position + 1)
-        openings, closings = list(reader.rows("openings")), list(reader.rows("closings"))
+        openings, closings = reader.openings(), list(reader.rows("closings", reader.first_position))
         self._number(openings, closings)
         epochs = {row[2]: (int(row[4]), 0, int(row[5]), False) for row in openings}
         positions = self._read_events(mark, epochs)
-        self.last_epoch = max((epoch for epoch, *_ in epochs.values()), default=0)
+        self.last_epoch = max((reader.trimmed.last_epoch, *(epoch for epoch, *_ in epochs.values())))
         found = {
             "openings": [row[0] for row in openings],
             "closings": [row[0] for row in closings],
             "events": positions,
         }
+        oldest = reader.checkpoints()[0] if reader.trimmed.position else Checkpoint()
+        still_count = {
+            "openings": oldest.openings - oldest.closings,
+            "closings": 0,
+            "events": reader.trimmed.events,
+        }
         for table in COUNTED:
             count = sum(position <= mark.position for position in found[table])
-            if count != getattr(mark, table):
+            expected = still_count[table] + getattr(mark, table) - getattr(oldest, table)
+            if count != expected:
                 raise reader.damaged(
-                    f"up to position {mark.position} it holds {count:,} {table} instead of {getattr(mark, table):,}"
+                    f"up to position {mark.position} it holds {count:,} {table} instead of {expected:,}"
                 )
-        states = self._read_states(mark)
+        states = self._read_states()
         places, _ = self._find(np.array([row[2] for row in openings], np.int64))
         are_open = (self._closed_at[places] == _NEVER).tolist()
         self.streams = [
@@ -156,7 +161,7 @@ class Recovered:
 
     def _number(self, openings: list[tuple[Any, ...]], closings: list[tuple[Any, ...]]) -> None:
         """Note of every stream where it opens and closes, and which frame comes next."""
-        self.last_stream = max((row[2] for row in openings), default=0)
+        self.last_stream = max((self._reader.trimmed.last_stream, *(row[2] for row in openings)))
         if min((row[2] for row in openings), default=1) < 1 or self.last_stream >= 2**32:
             raise self._reader.damaged("a stream has a number that no stream can have")
         # By the numbers in this file, not by all that were ever given: a recording goes on for ever.
@@ -176,7 +181,7 @@ class Recovered:
         self._next: I64 = first_seqs
         """The seq of the next frame, `_UNKNOWN` where it is one up to that of the state."""
         self._ends: list[tuple[int, int, int]] = []
-        """Of streams that close after the snapshot: position, place, and the seq that the next frame would have."""
+        """Of streams that close after the checkpoint: position, place, and the seq that the next frame would have."""
         places, are_known = self._find(np.array([row[2] for row in closings], np.int64))
         for (position, _, stream, frames, _, _), at, is_known in zip(
             closings, places.tolist(), are_known.tolist(), strict=True
@@ -184,9 +189,9 @@ class Recovered:
             if not is_known or not self._opened_at[at] < position < self._closed_at[at]:
                 raise self._reader.damaged(f"stream {stream}, which is not open, closes at position {position}")
             self._closed_at[at] = position
-            if position > self.snapshot_position:
+            if position > self.checkpoint_position:
                 self._ends.append((position, at, frames))
-                if self._opened_at[at] <= self.snapshot_position:
+                if self._opened_at[at] <= self.checkpoint_position:
                     # Its frames up to there are in no state, if it closed before the states were read.
                     self._held[at], self._next[at] = _NEVER, _UNKNOWN
 
@@ -199,10 +204,11 @@ class Recovered:
             are_known = self._numbers[places] == streams
         return places, are_known
 
-    def _read_events(self, mark: SnapshotMark, epochs: dict[int, _Owner]) -> list[int]:
+    def _read_events(self, mark: Checkpoint, epochs: dict[int, _Owner]) -> list[int]:
         """The events' positions; the newest owners go into `epochs`."""
-        positions, newest_snapshot = [], 0
-        for event in self._reader.events():
+        positions, newest = [], 0
+        before = self._reader.events_that_count() if self._reader.trimmed.position else []
+        for event in (*before, *self._reader.events()):
             positions.append(event.position)
             if event.kind == OWNER_EVENT:
                 if event.stream not in epochs or event.seq is None:
@@ -211,18 +217,22 @@ class Recovered:
                     epochs[event.stream] = (event.seq, *read_owner_detail(event.detail))
                 except ValueError:
                     raise self._reader.damaged(f"the event at position {event.position} names no owner") from None
-            elif event.kind == SNAPSHOT_EVENT:
-                newest_snapshot = event.seq or 0
-        if newest_snapshot != mark.position:
+            elif event.kind == CHECKPOINT_EVENT:
+                newest = event.seq or 0
+        if newest != mark.position:
             raise self._reader.damaged(
-                f"its newest snapshot should be of position {newest_snapshot}, and is of {mark.position}"
+                f"its newest checkpoint should be of position {newest}, and is of {mark.position}"
             )
         return positions
 
-    def _read_states(self, mark: SnapshotMark) -> dict[int, StreamState]:
-        states = {state.stream: state for state in self._reader.states()}
-        if len(states) != mark.states:
-            raise self._reader.damaged(f"it holds the states of {len(states):,} streams instead of {mark.states:,}")
+    def _read_states(self) -> dict[int, StreamState]:
+        """The newest state of each stream."""
+        states, count = dict[int, StreamState](), 0
+        for count, state in enumerate(self._reader.states(), 1):  # noqa: B007 - counts to the last
+            if state.stream not in self._reader.ended_where_trimmed:
+                states[state.stream] = state
+        if count != self._reader.state_rows:
+            raise self._reader.damaged(f"it holds {count:,} states instead of {self._reader.state_rows:,}")
         places, are_known = self._find(np.array(list(states), np.int64))
         for state, at, is_known in zip(states.values(), places.tolist(), are_known.tolist(), strict=True):
             if not is_known or state.position > self.last_position:

@@ -19,10 +19,10 @@ from instep.recording.inspection import inspect
 from instep.recording.schema import (
     APPLICATION_ID,
     BESIDE,
+    CHECKPOINT_EVENT,
     FORMAT_VERSION,
     HISTORY,
     REPAIRED_EVENT,
-    SNAPSHOT_EVENT,
     TABLES,
     RecordingHeader,
     row_crc,
@@ -34,6 +34,7 @@ Row: TypeAlias = tuple[Any, ...]
 
 _KIND: Final = list(HISTORY["events"]).index("kind")
 _STATE_POSITION: Final = list(BESIDE["states"]).index("position")
+_COMPLETED: Final = list(BESIDE["checkpoints"]).index("completed")
 _SEQ: Final = list(HISTORY["events"]).index("seq")
 
 
@@ -110,10 +111,11 @@ class _Salvage:
     def rows(self, table: str) -> Iterator[Row]:
         """Sound rows in order, up to the first that is not."""
         key, *_ = TABLES[table]
+        order = "stream, position" if table == "states" else key
         columns = ", ".join((*TABLES[table], "crc"))
         before = 0
         try:
-            for row in self._database.execute(f"SELECT {columns} FROM {table} ORDER BY {key}"):
+            for row in self._database.execute(f"SELECT {columns} FROM {table} ORDER BY {order}"):
                 if not row_is_sound(table, row):
                     self.damage[table] = f"the row at {key} {row[0]} (of {table}) does not match its CRC"
                     return
@@ -122,13 +124,16 @@ class _Salvage:
         except UNREADABLE as error:
             self.damage[table] = f"the rows after {key} {before} (of {table}) cannot be read: {error}"
 
-    def history(self) -> Iterator[tuple[str, Row]]:
-        """Rows of all tables, by position, up to the first that is missing."""
-        tables = (zip(repeat(table), self.rows(table), strict=False) for table in HISTORY)
-        for position, (table, row) in enumerate(heapq.merge(*tables, key=_position), start=1):
+    def history(self, after: int) -> Iterator[tuple[str, Row]]:
+        """Rows of all tables, by position from the one after `after`, up to the first that is missing."""
+        tables = (zip(repeat(table), self._rows_after(table, after), strict=False) for table in HISTORY)
+        for position, (table, row) in enumerate(heapq.merge(*tables, key=_position), start=after + 1):
             if row[0] != position:
                 return
             yield table, row
+
+    def _rows_after(self, table: str, position: int) -> Iterator[Row]:
+        return (row for row in self.rows(table) if row[0] > position)
 
 
 def _position(item: tuple[str, Row]) -> int:
@@ -138,43 +143,80 @@ def _position(item: tuple[str, Row]) -> int:
 def _write(salvage: _Salvage, database: sqlite3.Connection) -> Repaired:
     make_tables(database)
     _insert(database, "header", *salvage.header)
-    last, snapshot_event, snapshot_position = 0, 0, 0
-    for table, row in salvage.history():
+    trimmed = list(salvage.rows("trimmed"))
+    _insert(database, "trimmed", *trimmed)
+    first = last = trimmed[0][0] if trimmed else 0
+    for table in ("openings", "closings", "events"):
+        _insert(database, table, *(row for row in salvage.rows(table) if row[0] <= first))
+    named = first
+    for table, row in salvage.history(first):
         _insert(database, table, row)
         last = row[0]
-        if table == "events" and row[_KIND] == SNAPSHOT_EVENT:
-            snapshot_event, snapshot_position = last, row[_SEQ]
-    positions = last
-    newest = [row[0] for row in salvage.rows("newest")]
+        if table == "events" and row[_KIND] == CHECKPOINT_EVENT:
+            named = row[_SEQ]
+    positions = last - first
+    newest = list(salvage.rows("newest"))
     left_out = []
-    if not newest or newest[0] > last:
-        until = f"{newest[0]:,}" if newest else "the last"
+    if not newest or newest[0][0] > last:
+        until = f"{newest[0][0]:,}" if newest else "the last"
         left_out.append(f"positions {last + 1:,} to {until}")
-    if snapshot_event and not _copy_states(salvage, database, snapshot_position, is_whole=not left_out):
-        left_out.append("the states of the newest snapshot, which everything before it makes up for")
-        last = _add_event(database, last, SNAPSHOT_EVENT, 0, "the states were lost")
+    expected = newest[0][1] if newest else None
+    found, states = _copy_states(salvage, database, first, named, last, expected, is_whole=not left_out)
+    if found != named:
+        left_out.append("the states of the newest checkpoint, which everything before it makes up for")
+        last = _add_event(database, last, CHECKPOINT_EVENT, found, "newer states were lost")
     damage = sorted(salvage.damage.values())
     said = "; ".join(left_out) + (f" ({'; '.join(damage)})" if damage else "")
     if left_out:
         last = _add_event(database, last, REPAIRED_EVENT, None, f"left out {said}")
-    _insert(database, "newest", (last, row_crc(last)))
+    _insert(database, "newest", (last, states, row_crc(last, states)))
     database.execute("COMMIT")
     return Repaired(positions, 0, 0, said if left_out else "")
 
 
-def _copy_states(salvage: _Salvage, database: sqlite3.Connection, position: int, *, is_whole: bool) -> bool:
-    """Take the states over if they are whole and those of the newest snapshot that was saved.
+def _copy_states(
+    salvage: _Salvage,
+    database: sqlite3.Connection,
+    first: int,
+    named: int,
+    last: int,
+    expected: int | None,
+    *,
+    is_whole: bool,
+) -> tuple[int, int]:
+    """Save the checkpoints, if they are whole, and otherwise at least the one that the history begins with.
 
-    Those of a snapshot that was not finished are newer, perhaps than what was saved of a history that is not whole.
+    States of a checkpoint that was not completed are newer, perhaps than the part of the history that was saved.
+
+    Args:
+        salvage: the damaged recording.
+        database: the new one.
+        first: position of the checkpoint that the history begins with; 0 for none.
+        named: position of the newest checkpoint, as the saved history says.
+        last: position of the newest row that was saved.
+        expected: how many states there should be; None where that is damaged.
+        is_whole: whether all of the history was saved.
+
+    Returns:
+        The position of the newest checkpoint that was saved, 0 for none, and the number of states.
     """
-    marks, states = list(salvage.rows("snapshot")), list(salvage.rows("states"))
-    if [mark[0] for mark in marks] != [position] or "states" in salvage.damage or len(states) != marks[0][-2]:
-        return position == 0 and not marks
-    if not is_whole and any(state[_STATE_POSITION] > position for state in states):
-        return False
-    _insert(database, "snapshot", *marks)
+    checkpoints = [row for row in salvage.rows("checkpoints") if first <= row[0] and row[_COMPLETED] <= last]
+    states = list(salvage.rows("states"))
+    newest = checkpoints[-1][0] if checkpoints else 0
+    is_newer = any(state[_STATE_POSITION] > named for state in states)
+    are_sound = "states" not in salvage.damage and "checkpoints" not in salvage.damage
+    if are_sound and newest == named and (is_whole or not is_newer) and expected in (None, len(states)):
+        _insert(database, "checkpoints", *checkpoints)
+        _insert(database, "states", *states)
+        return newest, len(states)
+    if not first:
+        return 0, 0
+    if not are_sound or not checkpoints or checkpoints[0][0] != first:
+        raise RecordingError(f"nothing of {salvage.path} can be saved: the states that it begins with are damaged")
+    states = [state for state in states if state[_STATE_POSITION] <= first]
+    _insert(database, "checkpoints", checkpoints[0])
     _insert(database, "states", *states)
-    return True
+    return first, len(states)
 
 
 def _add_event(database: sqlite3.Connection, last: int, kind: str, seq: int | None, detail: str) -> int:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple
 from itertools import repeat
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from instep.core.typing import F32, I64, U8, U32, U64, Bool
-from instep.recording.errors import DamagedRecording
+from instep.recording.database import is_in_use
+from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.schema import (
+    CHECKPOINT_EVENT,
     COUNTED,
     FAILED_EVENT,
+    HISTORY,
+    OWNER_EVENT,
     PAGE_BYTES,
-    SNAPSHOT_EVENT,
     STATES_EVENT,
     TABLES,
     Column,
@@ -22,10 +27,13 @@ from instep.recording.schema import (
     row_crc,
 )
 from instep.recording.states import StateRows, blob, state_blobs
+from instep.recording.trim import Retention, deletions, events_that_count
 
-CHECKPOINT_BYTES: Final = 4 * 2**20
+WAL_BYTES: Final = 4 * 2**20
 """The WAL is copied into the file when about so much is in it: a pause of some milliseconds, which grows with it."""
 
+MOST_WAL_BYTES: Final = 2**30
+"""The WAL cannot be reused while another program reads the file: beyond this, it grows no more."""
 _PAGES_A_COMMIT: Final = 4
 """Those that every commit touches, about."""
 _ROW_BYTES: Final = 64
@@ -42,25 +50,57 @@ class RowWriter:
         database: a connection to it, which nobody else writes with.
         header: of the engine that writes.
         position: of the newest row.
+        retention: how much of the history is kept.
 
     Attributes:
+        retention: how much of the history is kept.
         position: of the newest row, committed or not.
+        trimmed: where the history was trimmed.
     """
 
-    def __init__(self, path: Path, database: sqlite3.Connection, header: RecordingHeader, position: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        database: sqlite3.Connection,
+        header: RecordingHeader,
+        position: int,
+        retention: Retention,
+    ) -> None:
         self.path = path
         self.header = header
         self.position = position
         self._database = database
+        self.retention = retention
         self._in_transaction = False
         wal = Path(f"{path}-wal")  # what a killed writer left counts too: each start has to read it
         self._bytes_in_wal = wal.stat().st_size if wal.exists() else 0
-        self._counts = {table: self._numbers(table, f"SELECT count(*) FROM {table}")[0] for table in COUNTED}
-        mark = [self._numbers("snapshot", f"SELECT {column} FROM snapshot") for column in ("position", *COUNTED)]
-        self._mark = tuple(column[0] if column else 0 for column in mark)
-        self._with_state = set(self._numbers("states", "SELECT stream FROM states"))
-        closed = "SELECT states.stream FROM states JOIN closings USING (stream)"
-        self._closed_with_state = self._numbers("closings", closed) if self._with_state else []
+        self._version = self._data_version()
+        self._checkpoints = [Checkpoint(*row[:-1]) for row in self._read("checkpoints")]
+        trimmed = [Trimmed(*row[:-1]) for row in self._read("trimmed")]
+        self.trimmed = trimmed[0] if trimmed else Trimmed()
+        newest = self._checkpoints[-1] if self._checkpoints else Checkpoint()
+        self._kept = self._newest_kept()
+        """The newest checkpoint whose states stay when later ones are written."""
+        self._bytes = newest.bytes
+        """Written to the history since the recording began, about."""
+        self._counts = {table: int(getattr(newest, table)) for table in COUNTED}
+        for table, columns in HISTORY.items():
+            blobs = "".join(f" + ifnull(length({name}), 0)" for name in columns if columns[name].startswith("BLOB"))
+            query = f"SELECT count(*), ifnull(sum({_ROW_BYTES}{blobs}), 0) FROM {table} WHERE position > ?"
+            ((count, size),) = self._read(table, query, newest.position)
+            self._bytes += size
+            if table in COUNTED:
+                self._counts[table] += count
+        self._state_rows = int(self._read("states", "SELECT count(*) FROM states")[0][0])
+        replaceable = "SELECT stream FROM states WHERE position > ?"
+        self._replaceable = {row[0] for row in self._read("states", replaceable, self._kept.position)}
+        """Streams with a row in `states` that the next checkpoint replaces or, when they have closed, deletes."""
+        closed = "SELECT stream FROM closings"
+        self._closed = [row[0] for row in self._read("closings", closed) if row[0] in self._replaceable]
+        self._last_stream = max(self.trimmed.last_stream, self._highest("openings", "stream"))
+        owners = self._highest("events", "seq", f"WHERE kind = '{OWNER_EVENT}'")
+        self._last_epoch = max(self.trimmed.last_epoch, self._highest("openings", "epoch"), owners)
+        self._deletions = deletions(database, self.trimmed.position) if self.trimmed.position else None
 
     def open_streams(
         self,
@@ -83,6 +123,8 @@ class RowWriter:
         """
         columns = (streams.tolist(), names, epochs.tolist(), first_seqs.tolist())
         self._insert_rows("openings", time_ns, *columns, state_blobs(initial_states, len(streams)))
+        self._last_stream = max([self._last_stream, *streams.tolist()])
+        self._last_epoch = max([self._last_epoch, *epochs.tolist()])
 
     def add_inputs(self, time_ns: int, bucket: int, streams: U32, seqs: U64, x: F32) -> int:
         """A step begins; its outcome follows, in the order of the steps.
@@ -129,7 +171,7 @@ class RowWriter:
         )
         numbers = streams.tolist()
         self._insert_rows("closings", time_ns, numbers, frames.tolist(), repeat(reason, len(numbers)), states)
-        self._closed_with_state += [number for number in numbers if number in self._with_state]
+        self._closed += [number for number in numbers if number in self._replaceable]
 
     def stream_events(
         self, time_ns: int, kind: str, streams: I64, seqs: I64, details: Iterable[str], states: U8 | None = None
@@ -138,68 +180,157 @@ class RowWriter:
         count = len(streams)
         columns = (streams.tolist(), seqs.tolist(), repeat(kind, count), details, state_blobs(states, count))
         self._insert_rows("events", time_ns, *columns)
+        if kind == OWNER_EVENT:
+            self._last_epoch = max([self._last_epoch, *seqs.tolist()])
 
     def event(self, time_ns: int, kind: str, seq: int | None, detail: str) -> None:
         """Something happened that concerns no one stream; what the kinds mean is in `schema`."""
         self._insert("events", time_ns, None, seq, kind, detail, None)
 
-    def snapshot(self, time_ns: int, through: int, rows: StateRows) -> None:
-        """Bring the table of states up to a position.
+    def checkpoint(self, time_ns: int, through: int, rows: StateRows) -> None:
+        """Complete a checkpoint.
 
         Args:
             time_ns: nanoseconds since 1970.
-            through: a position: every batch up to it is in the states, here or of an earlier snapshot, and none after.
-            rows: of the streams that have changed since the last snapshot and are open, those that `add_states` was
+            through: a position: every batch up to it is in the states, here or of an earlier checkpoint.
+            rows: of the streams that have changed since the last checkpoint and are open, those that `add_states` was
                 given for this one left out.
         """
-        self._mark = (int(through), *(self._count_until(table, through) for table in COUNTED))
-        self.event(time_ns, SNAPSHOT_EVENT, int(through), f"{len(rows.streams):,} states")
+        self.event(time_ns, CHECKPOINT_EVENT, int(through), f"{len(rows.streams):,} states")
         self._replace_states(int(through), rows)
+        counts = (self._count_until(table, through) for table in COUNTED)
+        new = Checkpoint(int(through), self.position, int(time_ns), self._bytes, *counts)
+        while self._checkpoints and self._checkpoints[-1].position > self._kept.position:
+            self._database.execute("DELETE FROM checkpoints WHERE position = ?", (self._checkpoints.pop().position,))
+        if self._checkpoints and self._checkpoints[-1].position == new.position:
+            return  # nothing has changed since the one that is kept
+        row = astuple(new)
+        self._database.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row, row_crc(*row)))
+        self._checkpoints.append(new)
+        if self.retention.is_apart(self._kept, new.bytes, new.time_ns):
+            self._kept = new
+            self._replaceable.clear()
 
     def add_states(self, time_ns: int, through: int, rows: StateRows) -> None:
-        """Part of the next snapshot, as for `snapshot`: it may be committed before the rest.
+        """Part of the next checkpoint, as for `checkpoint`: it may be committed before the rest.
 
-        The states are newer then than the snapshot before, which stays the one that counts.
+        The states are newer then than the checkpoint before, which stays the one that counts.
         """
         self.event(time_ns, STATES_EVENT, int(through), f"{len(rows.streams):,} states")
         self._replace_states(int(through), rows)
 
+    def _newest_kept(self) -> Checkpoint:
+        """All complete checkpoints are kept, except perhaps the newest."""
+        *before, newest = [Checkpoint(), *self._checkpoints]
+        if not before or newest.position == self.trimmed.position:
+            return newest
+        return newest if self.retention.is_apart(before[-1], newest.bytes, newest.time_ns) else before[-1]
+
+    def wants_checkpoint(self, now_ns: int) -> bool:
+        """Whether a checkpoint is needed now, so that the history before it can be trimmed later."""
+        has_more = not self._checkpoints or self.position > self._checkpoints[-1].completed
+        return self.retention.is_limited and has_more and self.retention.is_apart(self._kept, self._bytes, now_ns)
+
+    def trim(self, now_ns: int) -> bool:
+        """Trim the history, if it should be, in one small transaction of its own; whether there is more to do."""
+        if self._in_transaction:
+            return False  # the first rows after a restart wait for the first commit
+        if self._deletions is None:
+            position = self.retention.due(self._checkpoints, self.trimmed, now_ns, self._used_bytes())
+            if position:
+                self._trim_to(position)
+            return position > 0
+        deletion = next(self._deletions, None)
+        if deletion is None:
+            self._deletions = None
+            return True
+        self._begin()
+        for statement, values in deletion.statements:
+            self._database.executemany(statement, values)
+        self._state_rows -= deletion.states
+        self.commit()
+        return True
+
+    def _trim_to(self, position: int) -> None:
+        """From now on the history begins after a position; deleting what was before comes later."""
+        self._begin()
+        events = len(events_that_count(self._database, position))
+        self.trimmed = Trimmed(position, events, self._last_stream, self._last_epoch)
+        row = astuple(self.trimmed)
+        self._database.execute("DELETE FROM trimmed")
+        self._database.execute("INSERT INTO trimmed VALUES (?, ?, ?, ?, ?)", (*row, row_crc(*row)))
+        self._database.execute("DELETE FROM checkpoints WHERE position < ?", (position,))
+        self.commit()
+        self._checkpoints = [each for each in self._checkpoints if each.position >= position]
+        self._deletions = deletions(self._database, position)
+
+    def _used_bytes(self) -> int:
+        pages, free = (self._read("header", f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count"))
+        return int((pages - free) * PAGE_BYTES)
+
     def _replace_states(self, through: int, rows: StateRows) -> None:
-        gone = self._closed_with_state
-        self._database.executemany("DELETE FROM states WHERE stream = ?", ((stream,) for stream in gone))
-        self._with_state.difference_update(gone)
-        self._closed_with_state = []
-        self._database.executemany("REPLACE INTO states VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows.as_rows(through))
+        streams = rows.streams.tolist()
+        gone = [*self._closed, *self._replaceable.intersection(streams)]
+        kept = self._kept.position
+        delete = "DELETE FROM states WHERE stream = ? AND position > ?"
+        self._database.executemany(delete, ((stream, kept) for stream in gone))
+        self._database.executemany("INSERT INTO states VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows.as_rows(through))
         self._bytes_in_wal += rows.states.nbytes + rows.tail_x.nbytes + rows.tail_y.nbytes
-        self._with_state.update(rows.streams.tolist())
-        row = (*self._mark, len(self._with_state))
-        self._database.execute("DELETE FROM snapshot")
-        self._database.execute("INSERT INTO snapshot VALUES (?, ?, ?, ?, ?, ?)", (*row, row_crc(*row)))
+        self._state_rows += len(streams) - len(gone)
+        self._replaceable.difference_update(self._closed)
+        self._replaceable.update(streams)
+        self._closed = []
 
     def commit(self) -> None:
         """Make everything written so far durable and visible to readers."""
         if self._in_transaction:
             self._database.execute("DELETE FROM newest")
-            self._database.execute("INSERT INTO newest VALUES (?, ?)", (self.position, row_crc(self.position)))
+            row = (self.position, self._state_rows)
+            self._database.execute("INSERT INTO newest VALUES (?, ?, ?)", (*row, row_crc(*row)))
             self._database.execute("COMMIT")
             self._in_transaction = False
             self._bytes_in_wal += _PAGES_A_COMMIT * PAGE_BYTES
 
-    def checkpoint(self) -> None:
+    def copy_wal(self) -> None:
         """Copy the WAL into the file, if it is large enough to be worth it; nothing becomes more durable by it."""
-        assert not self._in_transaction
-        if self._bytes_in_wal > CHECKPOINT_BYTES:
-            self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        if not self._in_transaction and self._bytes_in_wal > WAL_BYTES:
+            ((_, pages, copied),) = self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             self._bytes_in_wal = 0
+            if copied < pages and pages * PAGE_BYTES > MOST_WAL_BYTES:
+                raise RecordingError(
+                    f"another program has been reading {self.path} for so long that its WAL has grown to "
+                    f"{pages * PAGE_BYTES / 2**20:,.0f} MiB: it cannot be reused while that reads"
+                )
+
+    def _begin(self) -> None:
+        if self._in_transaction:
+            return
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if is_in_use(error):
+                raise RecordingError(
+                    f"another program keeps {self.path} locked, and has done so for longer than the recording may wait"
+                ) from None
+            raise
+        self._in_transaction = True
+        version = self._data_version()
+        if version != self._version:
+            raise RecordingError(
+                f"another program has written to {self.path}: what it holds after position {self.position:,} cannot be "
+                "relied on"
+            )
+
+    def _data_version(self) -> int:
+        """Changes with every commit of another connection."""
+        return int(self._read("header", "PRAGMA data_version")[0][0])
 
     def _insert(self, table: str, time_ns: int, *columns: Column) -> None:
         self._insert_rows(table, time_ns, *((column,) for column in columns))
 
     def _insert_rows(self, table: str, time_ns: int, *columns: Iterable[Column]) -> None:
         """Rows of one table, one after another: columns of one length, those after `time_ns`."""
-        if not self._in_transaction:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._in_transaction = True
+        self._begin()
         before = self.position
         marks = ", ".join("?" * len(TABLES[table]))
         self._database.executemany(f"INSERT INTO {table} VALUES ({marks}, ?)", self._rows(int(time_ns), columns))
@@ -210,16 +341,22 @@ class RowWriter:
         for values in zip(*columns, strict=True):
             self.position += 1
             row = (self.position, time_ns, *values)
-            self._bytes_in_wal += _ROW_BYTES + sum(len(value) for value in values if isinstance(value, bytes))
+            size = _ROW_BYTES + sum(len(value) for value in values if isinstance(value, bytes))
+            self._bytes_in_wal += size
+            self._bytes += size
             yield (*row, row_crc(*row))
 
-    def _numbers(self, table: str, query: str) -> list[int]:
+    def _read(self, table: str, query: str = "", *values: int) -> list[tuple[Any, ...]]:
+        """The rows of a query, by default all of a table."""
         try:
-            return [int(row[0]) for row in self._database.execute(query)]
+            return list(self._database.execute(query or f"SELECT * FROM {table}", values))
         except sqlite3.DatabaseError as error:
             raise DamagedRecording(
                 f"{self.path} is damaged: the table {table} cannot be read: {error}", self.path
             ) from None
+
+    def _highest(self, table: str, column: str, where: str = "") -> int:
+        return int(self._read(table, f"SELECT ifnull(max({column}), 0) FROM {table} {where}")[0][0])
 
     def _count_until(self, table: str, position: int) -> int:
         later = f"SELECT count(*) FROM {table} WHERE position > ?"

@@ -4,7 +4,8 @@
 
 Everything that happens gets the next **position**, counted from 1 over the tables of the history: sorted by position,
 the rows of all of them are the one ordered history of the engine, and a missing position is a lost row. Rows of the
-history are only ever added, so the rows up to any committed position are a consistent recording.
+history are only ever added at the end and trimmed at the beginning, so the rows up to any committed position are a
+consistent recording.
 
 | history | one row for | columns after `position` |
 | --- | --- | --- |
@@ -17,9 +18,10 @@ history are only ever added, so the rows up to any committed position are a cons
 | beside it | |
 | --- | --- |
 | `header` | one row for each fact about the engine that began the file: `key`, `value` (JSON), `crc` |
-| `states` | a stream's state: `stream`, `position`, `seq`, `state`, `tail_seq`, `tail_x`, `tail_y`, `crc` |
-| `snapshot` | one row or none: how far `states` goes: `position`, `openings`, `closings`, `events`, `states`, `crc` |
-| `newest` | one row, the newest position of the history: `position`, `crc` |
+| `checkpoints` | a checkpoint: `position`, `completed`, `time_ns`, `bytes`, `openings`, `closings`, `events`, `crc` |
+| `states` | a state at a checkpoint: `stream`, `position`, `seq`, `state`, `tail_seq`, `tail_x`, `tail_y`, `crc` |
+| `trimmed` | one row or none, where the history was trimmed: `position`, `events`, `last_stream`, `last_epoch`, `crc` |
+| `newest` | one row, the newest position of the history: `position`, `states`, `crc` |
 
 * `stream` numbers one opening of a stream, from 1, and is never used again in the same recording; `name` is what the
   client called it, and may come again after a close. `epoch` numbers its first ownership.
@@ -38,12 +40,14 @@ history are only ever added, so the rows up to any committed position are a cons
   stream's next frame would have had: with a `first_seq` of 0, how many were applied.
 * `time_ns` is nanoseconds since 1970. A stream without a row in `closings` was still open at the last commit.
 * `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
-  have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the snapshot which
-  wrote the row. The states of a snapshot are replaced in one transaction or several; the last one brings the row of
-  `snapshot` up to its `position`. All batches and resets up to there are in the states, and of a stream those up to its
-  `seq`; open streams without a row have changed nowhere before that position. Where a `position` in `states` is beyond
-  that of `snapshot` (0 where there was none before), a snapshot was under way: the row is newer and as good. The other
-  columns of `snapshot` count the rows of three tables up to its `position`, and those of `states`, at every commit.
+  have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the checkpoint that
+  wrote the row. A checkpoint writes the streams that changed since the one before, in one transaction or several; the
+  last one adds its row to `checkpoints`. The state of a stream at a checkpoint is its newest row up to the checkpoint's
+  `position`. It contains all batches and resets up to there, and of later ones those before its `seq`, none of them
+  after `completed`, the position of the event that completed the checkpoint. Streams without a row have not changed
+  since they opened. A row with a `position` beyond that of the newest checkpoint belongs to one that was never
+  completed; it is newer and as good. The other columns of `checkpoints` say when it was completed, and how many bytes
+  and rows the recording had been given by then, trimmed ones included. `newest.states` counts the rows of `states`.
   Rows of streams that have closed since may remain.
 * `crc` is the CRC-32 (zlib) of the row's other columns in the order above, the first one first: integers as
   little-endian int64, text as UTF-8, blobs as they are, nothing for NULL. It finds damage, not forgery.
@@ -54,8 +58,8 @@ history are only ever added, so the rows up to any committed position are a cons
 | `reset` | stream, seq | before this frame the stream's state became `state`, NULL for the initial one |
 | `owner` | stream, epoch | a new owner, none after other numerics; `detail`: the epoch it held or 0, its next frame |
 | `parked` | stream, seq it expects | its connection is gone |
-| `states` | NULL, position | part of `states` was brought up to this position or later, the rest follows |
-| `snapshot` | NULL, position | `states` was brought up to this position; 0: all states were given up |
+| `states` | NULL, position | part of the checkpoint of this position was written, the rest follows |
+| `checkpoint` | NULL, position | the checkpoint of this position is complete; 0: all states were given up |
 | `engine` | NULL | another engine wrote what follows; `detail` holds what differs from `header` before, as JSON |
 | `recovered` | NULL, last position before | another process went on with the recording |
 | `repaired` | NULL | what came before was saved from a damaged recording; `detail` says what was left out |
@@ -64,6 +68,14 @@ history are only ever added, so the rows up to any committed position are a cons
 Without an `end` the recording is still being written, or its writer was killed; it is whole up to its last
 commit either way. While it is written, `FILE-wal` and `FILE-shm` lie beside it (WAL mode) and belong to it, and
 `FILE-lock` is held. A closed recording is one file.
+
+**Trimming.** A recording with a row in `trimmed` begins at the checkpoint of that `position`, the oldest that there is.
+Each stream that was open there begins in its state at that checkpoint, with the frame `seq` of that row: its frames
+before are gone, and those that a batch up to `completed` still holds do not count. A stream that closed after
+`position` and not after `completed` may have no such state and does not count at all. Of the rows up to `position`,
+these still count: the openings of streams that were open there, the newest event `owner` of each, and every event
+`engine`; `trimmed.events` is the number of these events. Any other row up to `position` is about to be deleted.
+`last_stream` and `last_epoch` are the highest ever given up to then.
 
 All frames of one stream, in order, with nothing but SQL and numpy:
 
@@ -99,7 +111,7 @@ RESET_EVENT: Final = "reset"
 OWNER_EVENT: Final = "owner"
 PARKED_EVENT: Final = "parked"
 STATES_EVENT: Final = "states"
-SNAPSHOT_EVENT: Final = "snapshot"
+CHECKPOINT_EVENT: Final = "checkpoint"
 ENGINE_EVENT: Final = "engine"
 RECOVERED_EVENT: Final = "recovered"
 REPAIRED_EVENT: Final = "repaired"
@@ -151,7 +163,7 @@ HISTORY: Final[dict[str, dict[str, str]]] = {
 
 BESIDE: Final[dict[str, dict[str, str]]] = {
     "states": {
-        "stream": "INTEGER PRIMARY KEY",
+        "stream": "INTEGER NOT NULL",
         "position": "INTEGER NOT NULL",
         "seq": "INTEGER NOT NULL",
         "state": "BLOB NOT NULL",
@@ -159,19 +171,27 @@ BESIDE: Final[dict[str, dict[str, str]]] = {
         "tail_x": "BLOB NOT NULL",
         "tail_y": "BLOB NOT NULL",
     },
-    "snapshot": {
+    "checkpoints": {
         "position": "INTEGER PRIMARY KEY",
+        "completed": "INTEGER NOT NULL",
+        "time_ns": "INTEGER NOT NULL",
+        "bytes": "INTEGER NOT NULL",
         "openings": "INTEGER NOT NULL",
         "closings": "INTEGER NOT NULL",
         "events": "INTEGER NOT NULL",
-        "states": "INTEGER NOT NULL",
     },
-    "newest": {"position": "INTEGER PRIMARY KEY"},
+    "trimmed": {
+        "position": "INTEGER PRIMARY KEY",
+        "events": "INTEGER NOT NULL",
+        "last_stream": "INTEGER NOT NULL",
+        "last_epoch": "INTEGER NOT NULL",
+    },
+    "newest": {"position": "INTEGER PRIMARY KEY", "states": "INTEGER NOT NULL"},
 }
 """The tables whose rows are replaced, with their columns before `crc`."""
 TABLES: Final = {**HISTORY, **BESIDE}
 COUNTED: Final = ("openings", "closings", "events")
-"""The tables whose rows a snapshot counts."""
+"""The tables whose rows a checkpoint counts."""
 
 _HEADER_TYPES: Final = {
     "model_name": str,
@@ -226,7 +246,8 @@ def read_owner_detail(detail: str) -> tuple[int, int, bool]:
 def create_statements() -> list[str]:
     """The statements that make the empty tables."""
     header = "CREATE TABLE header (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID"
-    return [header, *(f"CREATE TABLE {table} ({_columns(columns)})" for table, columns in TABLES.items())]
+    tables = (f"CREATE TABLE {table} ({_columns(columns)})" for table, columns in TABLES.items())
+    return [header, *tables, "CREATE UNIQUE INDEX states_by_stream ON states (stream, position)"]
 
 
 def _columns(columns: dict[str, str]) -> str:

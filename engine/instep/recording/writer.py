@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from instep.recording.database import is_in_use, make_tables, put_wal_away, remove_database
 from instep.recording.engines import changed_values, refuse_other_engine
-from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.errors import RecordingError
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
 from instep.recording.rows import RowWriter
@@ -23,7 +23,11 @@ from instep.recording.schema import (
     RecordingHeader,
     row_crc,
 )
+from instep.recording.trim import KEEP_ALL, Retention
 
+LOCK_WAIT_S: Final = 30.0
+"""How long another program may keep the file locked; nothing is recorded, and no frame answered, meanwhile."""
+WAL_KEPT_BYTES: Final = 64 * 2**20
 _SYNCHRONOUS: Final[dict[Durability, str]] = {"memory": "NORMAL", "commit": "NORMAL", "fsync": "FULL"}
 
 
@@ -43,9 +47,17 @@ class RecordingWriter(RowWriter):
     """
 
     def __init__(
-        self, path: Path, lock: WriterLock, database: sqlite3.Connection, header: RecordingHeader, position: int
+        self,
+        path: Path,
+        lock: WriterLock,
+        database: sqlite3.Connection,
+        header: RecordingHeader,
+        position: int,
+        retention: Retention,
     ) -> None:
         self.numerics_changed = False
+        self._wal: tuple[int, int] | None = None
+        """Device and inode of the WAL."""
         self._lock = lock
         # SQLite copies the WAL into the file when its last connection closes. After an error nothing may be written
         # any more, so there is always another connection, which may only read.
@@ -53,10 +65,10 @@ class RecordingWriter(RowWriter):
             f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
         )
         self._guard.execute("SELECT count(*) FROM header").fetchone()
-        super().__init__(path, database, header, position)
+        super().__init__(path, database, header, position, retention)
 
     @classmethod
-    def create(cls, path: Path, header: RecordingHeader) -> RecordingWriter:
+    def create(cls, path: Path, header: RecordingHeader, retention: Retention = KEEP_ALL) -> RecordingWriter:
         """Start a new recording.
 
         Raises:
@@ -77,18 +89,25 @@ class RecordingWriter(RowWriter):
             raise RecordingError(f"cannot create the recording {path}: {error}") from None
         try:
             make_tables(database)
+            lock.hold()
             database.executemany("INSERT INTO header VALUES (?, ?, ?)", header.rows())
-            database.execute("INSERT INTO newest VALUES (0, ?)", (row_crc(0),))
+            database.execute("INSERT INTO newest VALUES (0, 0, ?)", (row_crc(0, 0),))
             database.execute("COMMIT")
             _set_up(database, header)
-            return cls(path, lock, database, header, 0)
-        except (sqlite3.Error, DamagedRecording) as error:
+            return cls(path, lock, database, header, 0, retention)
+        except (OSError, sqlite3.Error, RecordingError) as error:
             database.close()
             lock.release()
             raise RecordingError(f"cannot create the recording {path}: {error}") from None
 
     @classmethod
-    def resume(cls, path: Path, header: RecordingHeader, accept_numerics_change: bool = False) -> RecordingWriter:
+    def resume(
+        cls,
+        path: Path,
+        header: RecordingHeader,
+        accept_numerics_change: bool = False,
+        retention: Retention = KEEP_ALL,
+    ) -> RecordingWriter:
         """Go on with a recording, after its last committed row.
 
         The first rows, `recovered` and, when this engine is not as the last one, `engine`, go into the first commit.
@@ -97,6 +116,7 @@ class RecordingWriter(RowWriter):
             path: the recording.
             header: of the engine that goes on; the file keeps that of the first one.
             accept_numerics_change: go on also where floats may come out with other bits.
+            retention: how much of the history is kept.
 
         Raises:
             RecordingError: when it is being written, damaged, of another model or of other numerics.
@@ -106,14 +126,16 @@ class RecordingWriter(RowWriter):
         except OSError as error:
             raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
         try:
+            if path.is_file():
+                lock.hold()
             with RecordingReader(path) as reader:
                 last, position = reader.engines[-1].header, reader.last_position
             refuse_other_engine(path, last, header, accept_numerics_change)
             database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
                 _set_up(database, header)
-                writer = cls(path, lock, database, header, position)
-                writer.checkpoint()  # before anything is written: SQLite begins a WAL anew only if all of it was copied
+                writer = cls(path, lock, database, header, position, retention)
+                writer.copy_wal()  # before anything is written: SQLite begins a WAL anew only if all of it was copied
                 writer.event(time.time_ns(), RECOVERED_EVENT, position, "another process goes on")
                 if changes := changed_values(last, header):
                     writer.numerics_changed = "numerics" in changes
@@ -133,6 +155,22 @@ class RecordingWriter(RowWriter):
         except BaseException:
             lock.release()
             raise
+
+    def commit(self) -> None:
+        """As `RowWriter.commit`.
+
+        Raises:
+            RecordingError: when the file does not have its name any more: what was committed cannot be found there.
+        """
+        super().commit()
+        wal = Path(f"{self.path}-wal")
+        there = (wal.stat().st_dev, wal.stat().st_ino) if wal.exists() else None
+        self._wal = there if self._wal is None else self._wal
+        if not self._lock.is_recording_in_place() or there != self._wal:
+            raise RecordingError(
+                f"{self.path} or its WAL was moved or removed while it was being written: what was recorded before is "
+                "where it is now, and nothing more is written"
+            )
 
     def close(self) -> None:
         """Mark the end, commit, and leave one file without a WAL beside it; after an error it is to be abandoned."""
@@ -161,5 +199,8 @@ class RecordingWriter(RowWriter):
 
 def _set_up(database: sqlite3.Connection, header: RecordingHeader) -> None:
     database.execute("PRAGMA journal_mode=WAL")
+    database.execute(f"PRAGMA busy_timeout={round(LOCK_WAIT_S * 1000)}")
+    database.execute(f"PRAGMA journal_size_limit={WAL_KEPT_BYTES}")  # after a long read, the WAL is cut to this
+    database.execute("PRAGMA secure_delete=OFF")  # trimmed pages are reused; overwriting them first would cost as much
     database.execute("PRAGMA wal_autocheckpoint=0")  # answers would wait for it, since it comes within a commit
     database.execute(f"PRAGMA synchronous={_SYNCHRONOUS[header.durability]}")

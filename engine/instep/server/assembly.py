@@ -29,6 +29,8 @@ from instep.recording.database import check_place, holds_recording
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
+from instep.recording.trim import Retention
+from instep.recording.wal import lost_tail
 from instep.recording.writer import RecordingWriter
 from instep.runtime.cores import usable_cores
 from instep.runtime.executor import InlineExecutor, StepExecutor, ThreadExecutor
@@ -172,9 +174,11 @@ def _make_server(
     # The recording, last: nothing that can fail comes after it.
     recorder, recovery = None, None
     if config.recording.file is not None:
-        writer, recovery = _recording(config, prepared, tables, table, journal.dirty, stepper, accept_numerics_change)
+        writer, recovery = _recording(
+            config, prepared, tables, table, journal.dirty, stepper, log, accept_numerics_change
+        )
         undo.callback(writer.discard if recovery is None else writer.abandon)
-        recorder = _recorder(config, writer, journal, loop, shutdown)
+        recorder = _recorder(config, writer, journal, loop, shutdown, log)
         last_stream = 0 if recovery is None else recovery.last_stream
         journal.record(recorder, last_stream, writer.position, waits=info.durability != "memory")
     return Server(
@@ -300,19 +304,39 @@ def _recording(
     table: StreamTable,
     dirty: DirtyTracker,
     stepper: Stepper,
+    log: structlog.stdlib.BoundLogger,
     accept_numerics_change: bool,
 ) -> tuple[RecordingWriter, Recovery | None]:
     """A new recording, or the one that is there, with its streams put back."""
     path = config.recording.file
     assert path is not None
     header = recording_header(prepared, config)
+    retention = Retention(config.recording.keep_bytes, round(config.recording.keep_s * 1e9))
     check_place(path)
     if not holds_recording(path):
-        return RecordingWriter.create(path, header), None
-    return resume_recording(path, header, tables, table, dirty, stepper, accept_numerics_change=accept_numerics_change)
+        return RecordingWriter.create(path, header, retention), None
+    if tail := lost_tail(path):
+        log.warning("recording lost its end", file=str(path), reason=tail)
+    return resume_recording(
+        path,
+        header,
+        tables,
+        table,
+        dirty,
+        stepper,
+        accept_numerics_change=accept_numerics_change,
+        retention=retention,
+    )
 
 
-def _recorder(config: Config, writer: RecordingWriter, journal: Journal, loop: Loop, shutdown: Shutdown) -> Recorder:
+def _recorder(
+    config: Config,
+    writer: RecordingWriter,
+    journal: Journal,
+    loop: Loop,
+    shutdown: Shutdown,
+    log: structlog.stdlib.BoundLogger,
+) -> Recorder:
     running = asyncio.get_running_loop()
 
     def on_loop(call: Callable[..., None], *values: object) -> None:
@@ -328,6 +352,7 @@ def _recorder(config: Config, writer: RecordingWriter, journal: Journal, loop: L
         on_room=lambda: on_loop(loop.wake),
         on_failure=failed,
         on_durable=lambda lsn: on_loop(journal.advance, lsn),
+        on_trimmed=lambda position: log.info("recording trimmed", position=position),
     )
 
 

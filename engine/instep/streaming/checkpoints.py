@@ -53,8 +53,9 @@ class Checkpoints:
         """Until the recording holds it."""
 
     def take_if_due(self) -> None:
-        """Begin one if a restart would have to replay for longer than the target."""
-        if self._engine.journal.computed_ns > self._target_ns and not self.is_under_way:
+        """Begin one if a restart would have to replay for longer than the target, or the recording is to be trimmed."""
+        journal = self._engine.journal
+        if (journal.computed_ns > self._target_ns or journal.wants_checkpoint) and not self.is_under_way:
             self._tasks.start(self.take())
 
     async def take(self) -> None:
@@ -63,12 +64,14 @@ class Checkpoints:
             return
         self.is_under_way = True
         journal, table = self._engine.journal, self._engine.table
-        through = journal.last_inputs
+        through = max(journal.newest, journal.last_inputs)
         slots = journal.dirty.begin_flush()
         incarnations = table.incarnations(slots)
         journal.computed_ns = 0
         try:
-            for first in range(0, len(slots), self._at_once):
+            # Where nothing has changed, the recording may still want one: it holds other rows than frames.
+            end = max(len(slots), 1) if journal.wants_checkpoint else len(slots)
+            for first in range(0, end, self._at_once):
                 part = slice(first, first + self._at_once)
                 async with self._operations.settled(slots[part]):
                     is_open = table.are_open(slots[part], incarnations[part])

@@ -95,6 +95,11 @@ class Journal:
         return 0 if self.has_failed else self._recorder.room
 
     @property
+    def wants_checkpoint(self) -> bool:
+        """Whether the recorder needs one, so that it can trim the history before it later."""
+        return self._recorder is not None and self._recorder.wants_checkpoint
+
+    @property
     def is_quiet(self) -> bool:
         """Whether nothing waits for the recorder."""
         return not self._waiting
@@ -157,7 +162,7 @@ class Journal:
         """Part of a checkpoint, whose states contain every batch up to the lsn `through`."""
         if self._recorder is None or through == NEVER:
             return NEVER
-        record = self._recorder.snapshot if is_last else self._recorder.add_states
+        record = self._recorder.checkpoint if is_last else self._recorder.add_states
         return self._append(record, time.time_ns(), through, rows)
 
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────

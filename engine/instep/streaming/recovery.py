@@ -18,6 +18,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.records import StateReset
 from instep.recording.recovery import OpenStream, ReplayStep, read_recovery
 from instep.recording.schema import OWNER_EVENT, RecordingHeader, owner_detail
+from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 
@@ -46,6 +47,7 @@ def resume_recording(
     stepper: Stepper,
     *,
     accept_numerics_change: bool,
+    retention: Retention = KEEP_ALL,
 ) -> tuple[RecordingWriter, Recovery]:
     """Put the open streams of a recording into an engine that serves nobody yet, and go on writing it.
 
@@ -57,13 +59,14 @@ def resume_recording(
         dirty: told which states the recording lacks.
         stepper: the states; no run is under way.
         accept_numerics_change: whether to go on although floats may come out with other bits; clients are told.
+        retention: how much of the history is kept.
 
     Raises:
         RecordingError: when the recording is being written, damaged, of another model or of other numerics, holds more
             streams than fit, or the replay gives other outputs than were recorded.
     """
     began = time.perf_counter()
-    writer = RecordingWriter.resume(path, header, accept_numerics_change)
+    writer = RecordingWriter.resume(path, header, accept_numerics_change, retention)
     changed = writer.numerics_changed
     try:
         with read_recovery(path, lambda _: None) as recovered:

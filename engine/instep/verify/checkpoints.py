@@ -11,8 +11,8 @@ import numpy as np
 from instep.core.typing import U8
 from instep.recording.frames import FrameStore
 from instep.recording.reader import RecordingReader
-from instep.recording.records import SnapshotMark, StreamState
-from instep.recording.schema import COUNTED, SNAPSHOT_EVENT
+from instep.recording.records import Checkpoint, StreamState
+from instep.recording.schema import CHECKPOINT_EVENT, COUNTED
 from instep.recording.sequences import SequenceIndex
 
 _ROWS_AT_ONCE: Final = 256
@@ -32,17 +32,17 @@ class StoredState:
     tail_seq: int
     """The checkpoint also holds the frames from here to `seq`, because the client may not have their outputs."""
     tail_at: int
-    """Where those begin in `Checkpoints.tail_x` and `tail_y`."""
+    """Where those begin in `StoredCheckpoints.tail_x` and `tail_y`."""
 
 
-class Checkpoints:
-    """Reads the tables `snapshot` and `states` as of one commit, which the reader shows from then on.
+class StoredCheckpoints:
+    """Reads the tables `checkpoints` and `states` as of one commit, which the reader shows from then on.
 
     Args:
         reader: the recording, before anything else was read from it.
 
     Attributes:
-        positions: of the newest checkpoint, if there is one.
+        positions: of the checkpoints, in order.
         states: by number of the stream, in order.
         tail_x: float32 [frames, features]: the frames that the states hold.
         tail_y: float32 [frames, outputs]: their outputs.
@@ -55,8 +55,8 @@ class Checkpoints:
         self._reader = reader
         self.states: dict[int, list[StoredState]] = defaultdict(list)
         with reader.at_once():
-            self._mark = reader.snapshot() or SnapshotMark(0, 0, 0, 0, 0)
-            self.positions = [self._mark.position] if self._mark.position else []
+            self._mark = reader.checkpoint()
+            self.positions = [checkpoint.position for checkpoint in reader.checkpoints()]
             self._read_states()
             self._check_counts()
 
@@ -97,6 +97,8 @@ class Checkpoints:
                 raise reader.damaged(
                     f"a state of stream {row.stream} is of position {row.position}, which there is not"
                 )
+            if row.position <= reader.trimmed.position:
+                continue  # what the stream begins with, or about to be deleted
             self.states[row.stream].append(StoredState(row.position, row.seq, row.state, row.tail_seq, frames))
             frames += row.seq - row.tail_seq
             waiting.append(row)
@@ -105,8 +107,8 @@ class Checkpoints:
                 waiting = []
         if waiting:
             _append(store, waiting)
-        if rows != self._mark.states:
-            raise reader.damaged(f"it holds {rows:,} states instead of {self._mark.states:,}")
+        if rows != reader.state_rows:
+            raise reader.damaged(f"it holds {rows:,} states instead of {reader.state_rows:,}")
         tails = store.sequences(np.zeros(1, np.int64), np.array([frames]))
         self.tail_x, self.tail_y = tails.x, tails.y
 
@@ -114,21 +116,23 @@ class Checkpoints:
         """Compare the checkpoint with the event that announced it, and with the rows that it counts."""
         reader, mark = self._reader, self._mark
         events = list(reader.events())
-        announced = [event.seq or 0 for event in events if event.kind == SNAPSHOT_EVENT] or [0]
+        announced = [event.seq or 0 for event in events if event.kind == CHECKPOINT_EVENT] or [0]
         if mark.position != announced[-1]:
             raise reader.damaged(
                 f"its newest checkpoint should be of position {announced[-1]}, and is of {mark.position}"
             )
         found = {
-            "openings": [row[0] for row in reader.rows("openings")],
-            "closings": [row[0] for row in reader.rows("closings")],
+            "openings": [row[0] for row in reader.rows("openings", reader.first_position)],
+            "closings": [row[0] for row in reader.rows("closings", reader.first_position)],
             "events": [event.position for event in events],
         }
+        oldest = reader.checkpoints()[0] if reader.trimmed.position else Checkpoint()
         for table in COUNTED:
             count = sum(position <= mark.position for position in found[table])
-            if count != getattr(mark, table):
+            expected = getattr(mark, table) - getattr(oldest, table)
+            if count != expected:
                 raise reader.damaged(
-                    f"up to position {mark.position} it holds {count:,} {table} instead of {getattr(mark, table):,}"
+                    f"up to position {mark.position} it holds {count:,} {table} instead of {expected:,}"
                 )
 
 

@@ -49,7 +49,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         frames = counted(report.not_compared, "frame")
         yield Text(f"not compared: {frames} whose outputs were not recorded, because the engine was killed", "yellow")
     if not report.finished:
-        yield Text("the recording was not closed: it was checked up to its last commit", "yellow")
+        yield Text(f"the recording was checked up to its last commit: {report.ending}", "yellow")
     yield Text(report.summary(), "bold green" if report.verified else "bold red")
 
 

@@ -138,6 +138,8 @@ class Report:
     buckets: tuple[int, ...]
     """Batch sizes the streams were stepped in."""
     seconds: float
+    ending: str = ""
+    """How the recording ends, in words."""
     ulps: dict[Checker, I64] = field(default_factory=dict)
     """Number of elements by distance in ULP, for both replays; see `ULP_BINS`."""
 
@@ -196,6 +198,7 @@ class Report:
             "summary": self.summary(),
             "model": self.model_name,
             "fingerprint": self.fingerprint,
+            "ending": self.ending,
             "finished": self.finished,
             "frames": self.frames,
             "not_compared": self.not_compared,

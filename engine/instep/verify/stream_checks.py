@@ -19,7 +19,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.records import StreamInfo
 from instep.recording.select import find_streams, select_streams
 from instep.recording.sequences import SequenceIndex
-from instep.verify.checkpoints import Checkpoints, StoredState
+from instep.verify.checkpoints import StoredCheckpoints, StoredState
 from instep.verify.report import CannotVerify, Place, StreamReport, Verdict
 
 
@@ -103,7 +103,7 @@ class StreamChecks:
         self,
         reader: RecordingReader,
         wanted: Sequence[str],
-        checkpoints: Checkpoints,
+        checkpoints: StoredCheckpoints,
         on_progress: Callable[[float], None],
     ) -> None:
         index = SequenceIndex(

@@ -33,11 +33,12 @@ from instep.models.base import RecurrentModel
 from instep.models.model import Model
 from instep.models.numerics import threads_as_here
 from instep.models.registry import build
+from instep.recording.inspection import how_it_ends
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.runtime.cores import usable_cores
 from instep.verify.checkers import Checkers
-from instep.verify.checkpoints import Checkpoints
+from instep.verify.checkpoints import StoredCheckpoints
 from instep.verify.chunk_check import ChunkCheck
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import Conditions, device_for, find_conditions, recorded_threads
@@ -89,7 +90,7 @@ def verify(
         ThreadPoolExecutor(_threads(), "instep-verify", threads_as_here()) as pool,
     ):
         try:
-            checkpoints = Checkpoints(reader)
+            checkpoints = StoredCheckpoints(reader)
             reader.check_positions()
             headers = [engine.header for engine in reader.engines]
             made = pool.submit(_make_checkers, model, headers, certify, stopped)  # while the recording is read
@@ -104,6 +105,7 @@ def verify(
         model_name=model.name,
         fingerprint=model.fingerprint,
         streams=tuple(join_reports(of_stream) for of_stream in _by_stream(parts)),
+        ending=how_it_ends(reader),
         finished=reader.finished,
         notes=(*conditions.step_notes, *conditions.whole_notes),
         buckets=conditions.buckets,

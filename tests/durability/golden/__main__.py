@@ -89,9 +89,9 @@ class Clients:
     async def send_and_be_killed(self, client: RawClient, server: Server, name: str, recording: Path, to: Path) -> None:
         """A frame is sent whose step never ends; once it is recorded the files are copied, as if the engine died."""
         x = np.full((1, 1, FEATURES), GATE_VALUE, np.float32)
-        seqs = self.seqs([name])
+        seqs, before = self.seqs([name]), rows(recording, "batches")
         await client.send(*client.step_message([self.handles[name]], seqs, x, seqs))
-        while rows(recording, "batches") == rows(recording, "outputs"):
+        while rows(recording, "batches") == before:
             await asyncio.sleep(0.01)
         for suffix in ("", "-wal"):
             shutil.copyfile(f"{recording}{suffix}", f"{to}{suffix}")
@@ -126,7 +126,7 @@ async def write(folder: Path) -> None:
             await clients.reset(client, "given", short[1])
             await clients.step(client, ["given", "fork"], 3)
             assert (await client.close([clients.handles["closed"]])).kind is Kind.CLOSED
-            while not rows(first, "snapshot"):
+            while not rows(first, "checkpoints"):
                 await asyncio.sleep(0.01)
             await clients.step(client, ["plain", "fork", "given"], 2)
             await clients.send_and_be_killed(client, server, "plain", first, second)

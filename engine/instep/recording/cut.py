@@ -1,0 +1,206 @@
+"""Cutting a range out of a recording, as a recording of its own."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from dataclasses import astuple, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from instep.recording.database import make_tables, remove_database
+from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.inspection import inspect
+from instep.recording.reader import RecordingReader
+from instep.recording.records import Checkpoint, StreamState, Trimmed
+from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, ENGINE_EVENT, HISTORY, OWNER_EVENT, TABLES, row_crc
+from instep.recording.states import blob
+
+_COPIED_AT_ONCE: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One end of a range: a position of the history, or a time."""
+
+    kind: Literal["position", "time"]
+    value: int
+    """A position, or nanoseconds since 1970."""
+
+    @classmethod
+    def parse(cls, text: str) -> Bound:
+        """Read a position (`1200`) or a time (`2026-11-26T18:30`, in UTC where it names no offset).
+
+        Raises:
+            RecordingError: when it is neither.
+        """
+        if text.isascii() and text.isdecimal():
+            return cls("position", int(text))
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            raise RecordingError(
+                f"{text!r} is neither a position, like 1200, nor a time, like 2026-11-26T18:30 or "
+                "2026-11-26T18:30:05+01:00"
+            ) from None
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return cls("time", round(moment.timestamp() * 1e6) * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """What was cut out."""
+
+    first_position: int
+    last_position: int
+    """Of the source."""
+    streams: int
+    frames: int
+
+
+def cut(source: Path, target: Path, begin: Bound | None, end: Bound | None) -> Archive:
+    """Write a new recording that holds a range of another, from the last checkpoint at or before its beginning.
+
+    Args:
+        source: a recording, which may still be written; it is only read.
+        target: the new file.
+        begin: where the range begins; None for where the recording does.
+        end: the last position, or the last moment, in it; None for the end of the recording.
+
+    Raises:
+        RecordingError: when the range is empty, or a file cannot be read or written, or the new one exists.
+    """
+    if target.exists():
+        raise RecordingError(f"{target} already exists; a recording is never written over: choose another name")
+    with RecordingReader(source) as reader:
+        last = _last(reader, end)
+        base = _base(reader, begin, last)
+        try:
+            database = sqlite3.connect(target, isolation_level=None)
+            try:
+                _write(reader, database, base, last)
+            finally:
+                database.close()
+            found = inspect(target, lambda _: None)
+        except BaseException as error:
+            remove_database(target)
+            if isinstance(error, sqlite3.Error | OSError):
+                raise RecordingError(f"cannot write the recording {target}: {error}") from None
+            if isinstance(error, DamagedRecording) and error.path == target:
+                raise RecordingError(
+                    f"{source} is damaged, and so is what was cut out of it: see instep recordings check {source}"
+                ) from None
+            raise
+    return Archive(base.position + 1, last, found.streams, found.frames)
+
+
+def _last(reader: RecordingReader, end: Bound | None) -> int:
+    if end is None:
+        return reader.last_position
+    if end.kind == "position":
+        return min(end.value, reader.last_position)
+    later = (row[0] for table in HISTORY for row in reader.rows(table, reader.first_position) if row[1] > end.value)
+    return min(later, default=reader.last_position + 1) - 1
+
+
+def _base(reader: RecordingReader, begin: Bound | None, last: int) -> Checkpoint:
+    """The checkpoint that the range begins with; of position 0 for the beginning of all."""
+    kept = [Checkpoint()] if not reader.trimmed.position else []
+    kept += reader.checkpoints()
+    # The states of the newest one may have been replaced in part by those of one that is not complete.
+    if kept[-1].position > reader.trimmed.position and any(
+        state.position > kept[-1].position for state in reader.states()
+    ):
+        kept.pop()
+    found = kept[0]
+    for checkpoint in kept[1:]:
+        if begin is None:
+            break
+        at = checkpoint.position if begin.kind == "position" else checkpoint.time_ns
+        if at <= begin.value and checkpoint.completed <= last:
+            found = checkpoint
+    if last <= max(found.position, found.completed):
+        raise RecordingError(
+            f"the range is empty: {reader.path} begins at position {reader.first_position:,} and has checkpoints at "
+            f"{', '.join(f'{each.position:,}' for each in kept if each.position) or 'no position'}"
+        )
+    return found
+
+
+def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoint, last: int) -> None:
+    make_tables(database)
+    _insert(database, "header", reader.header.rows())
+    states = 0
+    for table in HISTORY:
+        rows: list[tuple[Any, ...]] = []
+        for row in reader.rows(table, base.position + 1, last):
+            rows.append((*row, row_crc(*row)))
+            if len(rows) == _COPIED_AT_ONCE:
+                _insert(database, table, rows)
+                rows.clear()
+        _insert(database, table, rows)
+    if base.position:
+        closings = {row[2] for row in reader.rows("closings", last=base.position)}
+        openings = [row for row in reader.openings() if row[0] <= base.position and row[2] not in closings]
+        streams = {row[2] for row in openings}
+        events = _events_that_count(reader, base.position, streams)
+        begun = {
+            state.stream: state
+            for state in reader.states()
+            if state.position <= base.position and state.stream in streams
+        }
+        states = len(begun)
+        trimmed = _trimmed(reader, base.position, len(events))
+        for table, values in (
+            ("openings", openings),
+            ("events", events),
+            ("trimmed", [astuple(trimmed)]),
+            ("checkpoints", [astuple(base)]),
+            ("states", [_state_row(state) for state in begun.values()]),
+        ):
+            _insert(database, table, [(*row, row_crc(*row)) for row in values])
+    now = time.time_ns()
+    for kind, seq, detail in (
+        (CHECKPOINT_EVENT, base.position, "later states were left out"),
+        (END_EVENT, None, f"cut out of {reader.path.name}"),
+    ):
+        last += 1
+        row = (last, now, None, seq, kind, detail, None)
+        _insert(database, "events", [(*row, row_crc(*row))])
+    _insert(database, "newest", [(last, states, row_crc(last, states))])
+    database.execute("COMMIT")
+
+
+def _events_that_count(reader: RecordingReader, position: int, streams: set[int]) -> list[tuple[Any, ...]]:
+    """Every engine, and the newest owner of each of these streams, up to a position."""
+    owners, engines = dict[int, tuple[Any, ...]](), list[tuple[Any, ...]]()
+    for row in reader.rows("events", last=position):
+        if row[4] == ENGINE_EVENT:
+            engines.append(row)
+        elif row[4] == OWNER_EVENT and row[2] in streams:
+            owners[row[2]] = row
+    return [*engines, *owners.values()]
+
+
+def _trimmed(reader: RecordingReader, position: int, events: int) -> Trimmed:
+    openings = list(reader.rows("openings", last=position))
+    owners = [row[3] for row in reader.rows("events", last=position) if row[4] == OWNER_EVENT]
+    before = reader.trimmed
+    return Trimmed(
+        position,
+        events,
+        max([before.last_stream, *(row[2] for row in openings)]),
+        max([before.last_epoch, *(row[4] for row in openings), *owners]),
+    )
+
+
+def _state_row(state: StreamState) -> tuple[Any, ...]:
+    x, y = (blob(array, "<f4") for array in (state.tail_x, state.tail_y))
+    return (state.stream, state.position, state.seq, state.state.tobytes(), state.tail_seq, x, y)
+
+
+def _insert(database: sqlite3.Connection, table: str, rows: list[tuple[Any, ...]]) -> None:
+    columns = 3 if table == "header" else len(TABLES[table]) + 1
+    database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * columns)})", rows)

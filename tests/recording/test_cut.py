@@ -1,0 +1,171 @@
+"""A range of a recording, archived as a recording of its own."""
+
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from instep.models.folder import load_model
+from instep.recording.app import app
+from instep.recording.cut import Bound, cut
+from instep.recording.errors import RecordingError
+from instep.recording.inspection import inspect
+from instep.recording.reader import RecordingReader
+from instep.recording.recovery import read_recovery
+from instep.recording.sequences import SequenceIndex, all_frames
+from instep.recording.trim import Retention
+from instep.recording.writer import RecordingWriter
+from instep.verify.command import run
+from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
+from tests.support.scribe import Scribe
+
+GRU = make_gru(3, 4)
+TICK_NS = 1000
+"""Of the scribe's clock, between rows."""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return record_gru(tmp_path / "made", GRU, [1]).folder
+
+
+@pytest.fixture
+def scribe(tmp_path: Path, model: Path) -> Scribe:
+    """A recording, still open, with a checkpoint about every hundred rows; streams come and go and are reset."""
+    header = make_header(gru_description(GRU), model_fingerprint=load_model(model).fingerprint)
+    # Nothing is old enough to be trimmed, and an eighth of that is 100 ticks.
+    writer = RecordingWriter.create(tmp_path / "a.rec", header, Retention(keep_ns=800 * TICK_NS))
+    scribe = Scribe(writer, gru_step(GRU))
+    for stream in (1, 2, 3):
+        scribe.open(stream)
+    for number in range(120):
+        position = scribe.step(sorted(scribe.states))
+        if number % 10 == 4:
+            scribe.reset(max(scribe.states), scribe.random_state())
+        if number % 40 == 20:
+            scribe.open(10 + number, scribe.random_state())
+            scribe.close(min(scribe.states))
+        scribe.writer.commit()
+        if scribe.writer.wants_checkpoint(scribe.now):
+            scribe.checkpoint(position)
+            scribe.writer.commit()
+    return scribe
+
+
+def checkpoints(path: Path) -> list[int]:
+    with RecordingReader(path) as reader:
+        return [each.position for each in reader.checkpoints()]
+
+
+def verified(path: Path, model: Path) -> bool:
+    console = Console(file=io.StringIO(), width=200)
+    return run(path, model_folder=model, streams=[], json=False, console=console) == 0
+
+
+def frames(path: Path) -> dict[tuple[int, int], bytes]:
+    """The inputs and outputs of each frame, by stream and seq."""
+    with RecordingReader(path) as reader:
+        index = SequenceIndex(reader, lambda _: None, all_frames)
+    assert not index.defects
+    found, sequences = {}, index.sequences(np.arange(len(index.stretches)))
+    for at, stretch in enumerate(index.stretches):
+        stream = index.streams[stretch.row].stream
+        for seq, place in enumerate(sequences.places(at).tolist(), stretch.first_seq):
+            found[stream, seq] = sequences.x[place].tobytes() + sequences.y[place].tobytes()
+    return found
+
+
+def test_a_range_begins_at_the_checkpoint_before_it_and_is_verified(
+    scribe: Scribe, tmp_path: Path, model: Path
+) -> None:
+    path, out = scribe.writer.path, tmp_path / "out.rec"
+    points = checkpoints(path)
+    assert len(points) >= 3
+    found = cut(path, out, Bound("position", points[1] + 7), Bound("position", points[2] + 40))
+    assert (found.first_position, found.last_position) == (points[1] + 1, points[2] + 40)
+    inspection = inspect(out, lambda _: None)
+    assert (inspection.first_position, inspection.frames) == (points[1] + 1, found.frames)
+    assert inspection.ending == "closed in order"
+    assert verified(out, model)
+    everything, part = frames(path), frames(out)
+    assert 30 < len(part) < len(everything) / 2
+    assert part.items() <= everything.items()
+    with read_recovery(out, lambda _: None) as recovered:
+        for _ in recovered.replay():
+            pass  # an engine can go on with it
+
+
+def test_without_bounds_it_is_everything(scribe: Scribe, tmp_path: Path, model: Path) -> None:
+    out = tmp_path / "out.rec"
+    found = cut(scribe.writer.path, out, None, None)
+    assert (found.first_position, found.last_position) == (1, scribe.writer.position)
+    assert frames(out) == frames(scribe.writer.path)
+    assert verified(out, model)
+
+
+def test_times(scribe: Scribe, tmp_path: Path) -> None:
+    path, points = scribe.writer.path, checkpoints(scribe.writer.path)
+    with RecordingReader(path) as reader:
+        times = {row[0]: row[1] for table in ("batches", "outputs", "events") for row in reader.rows(table)}
+        taken = [each.time_ns for each in reader.checkpoints()]
+    end = max(position for position in times if position < points[2])
+    found = cut(path, tmp_path / "out.rec", Bound("time", taken[0] + 5), Bound("time", times[end]))
+    assert (found.first_position, found.last_position) == (points[0] + 1, end)
+
+
+def test_a_cut_of_a_cut_and_of_what_was_trimmed(scribe: Scribe, tmp_path: Path, model: Path) -> None:
+    path, points = scribe.writer.path, checkpoints(scribe.writer.path)
+    cut(path, tmp_path / "one.rec", Bound("position", points[0]), None)
+    cut(tmp_path / "one.rec", tmp_path / "two.rec", None, Bound("position", points[-1]))
+    assert verified(tmp_path / "two.rec", model)
+    while scribe.writer.trim(scribe.now + 500 * TICK_NS):
+        pass
+    assert scribe.writer.trimmed.position
+    left = checkpoints(path)
+    found = cut(path, tmp_path / "three.rec", Bound("position", left[1]), None)
+    assert found.first_position == left[1] + 1
+    assert verified(tmp_path / "three.rec", model)
+
+
+def test_what_cannot_be_cut(scribe: Scribe, tmp_path: Path) -> None:
+    path = scribe.writer.path
+    with pytest.raises(RecordingError, match="already exists"):
+        cut(path, path, None, None)
+    with pytest.raises(RecordingError, match=r"the range is empty: .* begins at position 1 and has checkpoints at"):
+        cut(path, tmp_path / "out.rec", None, Bound("position", 0))
+    with pytest.raises(RecordingError, match="cannot write the recording"):
+        cut(path, tmp_path / "no" / "out.rec", None, None)
+    assert not (tmp_path / "out.rec").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "bound"),
+    [
+        ("1200", Bound("position", 1200)),
+        ("2026-11-26T18:30", Bound("time", int(datetime(2026, 11, 26, 18, 30, tzinfo=UTC).timestamp()) * 10**9)),
+        ("2026-11-26T19:30:05+01:00", Bound("time", 1_795_717_805 * 10**9)),
+    ],
+)
+def test_bounds_as_typed(text: str, bound: Bound) -> None:
+    assert Bound.parse(text) == bound
+
+
+def test_what_is_no_bound() -> None:
+    for text in ("-3", "yesterday", ""):
+        with pytest.raises(RecordingError, match="neither a position, like 1200, nor a time"):
+            Bound.parse(text)
+
+
+def test_as_typed(scribe: Scribe, tmp_path: Path) -> None:
+    out, runner = tmp_path / "out.rec", CliRunner()
+    result = runner.invoke(app, ["cut", str(scribe.writer.path), str(out), "--from", "150", "--to", "200"])
+    assert result.exit_code == 0, result.output
+    assert "to 200 of" in result.output.replace("\n", " ")
+    assert inspect(out, lambda _: None).frames
+    assert runner.invoke(app, ["cut", str(scribe.writer.path), str(out)]).exit_code == 2

@@ -1,0 +1,258 @@
+"""A recording that keeps a limited history: it stops growing, and what it holds is whole."""
+
+from __future__ import annotations
+
+import io
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from instep.export.table import FrameTable
+from instep.models.folder import load_model
+from instep.recording.errors import RecordingError
+from instep.recording.inspection import inspect
+from instep.recording.reader import RecordingReader
+from instep.recording.records import Checkpoint, Trimmed
+from instep.recording.recovery import read_recovery
+from instep.recording.repair import repair
+from instep.recording.sequences import SequenceIndex, all_frames
+from instep.recording.trim import Retention
+from instep.recording.writer import RecordingWriter
+from instep.verify.command import run
+from instep_client.commands.recordings import read_recording
+from tests.support.forger import Forger
+from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
+from tests.support.replaying import replay
+from tests.support.scribe import Scribe
+
+STREAMS = [1, 2, 3, 4]
+
+
+def used_pages(path: Path) -> int:
+    """Pages of the file that hold anything."""
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        pages, free = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
+    return int(pages - free)
+
+
+def all_pages(path: Path) -> int:
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        return int(database.execute("PRAGMA page_count").fetchone()[0])
+
+
+def live(scribe: Scribe, rounds: int, *, now_ns: int | None = None) -> Iterator[int]:
+    """Rounds of an engine that trims as its recorder does: streams step, begin, end and are reset."""
+    newest = max(scribe.states)
+    for number in range(rounds):
+        open_now = sorted(scribe.states)
+        position = scribe.step(open_now)
+        if number % 7 == 3:
+            scribe.reset(open_now[number % len(open_now)], scribe.random_state())
+        if number % 11 == 5:
+            newest += 1
+            scribe.open(newest, scribe.random_state() if number % 2 else None)
+            scribe.close(open_now[0])
+        scribe.writer.commit()
+        now = scribe.now if now_ns is None else now_ns
+        if scribe.writer.wants_checkpoint(now):
+            scribe.checkpoint(position)
+            scribe.writer.commit()
+        while scribe.writer.trim(now):
+            pass
+        yield number
+
+
+@pytest.fixture
+def scribe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scribe:
+    """Of a recording with small rows and pages, so that little is written for much to happen."""
+    monkeypatch.setattr("instep.recording.database.PAGE_BYTES", 1024)
+    monkeypatch.setattr("instep.recording.rows.PAGE_BYTES", 1024)
+    header = make_header(gru_description(GRU), model_folder=str(tmp_path / "model"))
+    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", header, Retention(keep_bytes=60 * 1024)), gru_step(GRU))
+    for stream in STREAMS:
+        scribe.open(stream)
+    return scribe
+
+
+GRU = make_gru(3, 4, layers=2)
+
+
+def test_the_file_stops_growing(scribe: Scribe) -> None:
+    path, pages, used = scribe.writer.path, list[int](), list[int]()
+    for _ in live(scribe, 2500):
+        pages.append(all_pages(path))
+        used.append(used_pages(path))
+    assert max(used[-500:]) <= 60 + 3, "it holds about what is kept"
+    assert min(used[-500:]) >= 60 // 2, "and not much less"
+    assert pages[-1] <= max(pages[:1000]) + 2, "pages are used again"
+    assert scribe.writer.trimmed.position > scribe.writer.position * 0.7
+
+
+def test_without_a_limit_nothing_is_trimmed(tmp_path: Path) -> None:
+    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", make_header(gru_description(GRU))), gru_step(GRU))
+    scribe.open(1)
+    for _ in live(scribe, 50):
+        assert not scribe.writer.wants_checkpoint(2**62)
+    scribe.checkpoint(scribe.step(sorted(scribe.states)))
+    scribe.writer.commit()
+    assert not scribe.writer.trim(2**62)
+    assert scribe.writer.trimmed == Trimmed()
+    assert inspect(tmp_path / "a.rec", lambda _: None).first_position == 1
+
+
+def test_what_is_left_is_what_was_recorded(scribe: Scribe) -> None:
+    for _ in live(scribe, 1500):
+        pass
+    path = scribe.writer.path
+    found = inspect(path, lambda _: None)
+    assert found.first_position == scribe.writer.trimmed.position + 1
+    with RecordingReader(path) as reader:
+        index = SequenceIndex(reader, lambda _: None, all_frames)
+        table = FrameTable(reader, [], lambda share: None)
+        exported = sum(len(chunk) for chunk in table.chunks())
+    sequences = index.sequences(np.arange(len(index.stretches)))
+    for at, stretch in enumerate(index.stretches):
+        stream, places = index.streams[stretch.row].stream, sequences.places(at)
+        seqs = range(stretch.first_seq, stretch.first_seq + len(places))
+        for frames, truth in ((sequences.x, scribe.x), (sequences.y, scribe.y)):
+            expected = np.array([truth[stream][seq] for seq in seqs], np.float32).reshape(len(places), frames.shape[1])
+            np.testing.assert_array_equal(frames[places], expected)
+    assert exported == sum(index.frames) == found.frames
+    read = read_recording(path)
+    assert int(read.lengths.sum()) == found.frames
+    with read_recovery(path, lambda _: None) as recovered:
+        replayed = replay(recovered, gru_step(GRU))
+    assert replayed.seqs == {stream: scribe.seqs[stream] for stream in scribe.states}
+    for stream, state in scribe.states.items():
+        assert replayed.states[stream].tobytes() == state.tobytes()
+
+
+def test_it_is_verified_from_the_states_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gru = make_gru(3, 4)
+    model = record_gru(tmp_path, gru, [1])
+    header = make_header(gru_description(gru), model_fingerprint=load_model(model.folder).fingerprint)
+    scribe = Scribe(RecordingWriter.create(tmp_path / "t.rec", header, Retention(keep_ns=300_000)), gru_step(gru))
+    for stream in STREAMS:
+        scribe.open(stream)
+    for _ in live(scribe, 400):
+        pass
+    scribe.writer.close()
+    assert scribe.writer.trimmed.position
+    assert verify(tmp_path / "t.rec", model.folder)[0] == 0
+    with RecordingReader(tmp_path / "t.rec") as reader:
+        begun = {state.stream: state for state in reader.states() if state.position <= reader.trimmed.position}
+        stream = next(info.stream for info in reader.streams() if info.stream in begun)
+    state = begun[stream]
+    forged = state.state.copy()
+    forged.view("<f4")[0] += 0.25
+    forger = Forger(tmp_path / "t.rec", tmp_path / "u.rec")
+    forger.change_state(stream, state.position, state=forged.tobytes())
+    status, text = verify(forger.path, model.folder)
+    assert status == 1, text
+
+
+def verify(path: Path, folder: Path) -> tuple[int, str]:
+    said = io.StringIO()
+    console = Console(file=said, width=200)
+    return run(path, model_folder=folder, streams=[], json=False, console=console), said.getvalue()
+
+
+def test_a_restart_keeps_the_limit_and_one_without_it_keeps_the_rest(scribe: Scribe) -> None:
+    for _ in live(scribe, 900):
+        pass
+    path, first = scribe.writer.path, scribe.writer.trimmed.position
+    scribe.writer.abandon()
+    scribe.writer = RecordingWriter.resume(path, scribe.writer.header)
+    for _ in live(scribe, 300):
+        pass
+    assert scribe.writer.trimmed.position == first
+    assert inspect(path, lambda _: None).first_position == first + 1
+    scribe.writer.abandon()
+    scribe.writer = RecordingWriter.resume(path, scribe.writer.header, retention=Retention(keep_bytes=60 * 1024))
+    for _ in live(scribe, 300):
+        pass
+    assert scribe.writer.trimmed.position > first
+    inspect(path, lambda _: None)
+    assert used_pages(path) <= 60 + 3
+
+
+def test_a_reader_says_when_the_history_was_trimmed_under_its_hands(scribe: Scribe) -> None:
+    for _ in live(scribe, 300):
+        pass
+    with RecordingReader(scribe.writer.path) as reader:
+        for _ in live(scribe, 300):
+            pass
+        with pytest.raises(RecordingError, match="was trimmed while it was read: read it again"):
+            list(reader.batches())
+
+
+def test_repair_of_a_trimmed_recording(scribe: Scribe, tmp_path: Path) -> None:
+    for _ in live(scribe, 900):
+        pass
+    scribe.writer.close()
+    whole = inspect(scribe.writer.path, lambda _: None)
+    forger = Forger(scribe.writer.path, tmp_path / "b.rec", fix_crc=False)
+    forger.change("batches", forger.rows("batches")[-9]["position"], time_ns=7)
+    saved = repair(forger.path, tmp_path / "c.rec")
+    assert 0 < whole.frames - saved.frames < 60
+    found = inspect(tmp_path / "c.rec", lambda _: None)
+    assert (found.first_position, found.frames) == (whole.first_position, saved.frames)
+    forger = Forger(scribe.writer.path, tmp_path / "d.rec", fix_crc=False)
+    state = forger.rows("states")[0]
+    forger.change_state(state["stream"], state["position"], tail_seq=state["tail_seq"] + 1)
+    with pytest.raises(RecordingError, match="can be saved: the states that it begins with are damaged"):
+        repair(forger.path, tmp_path / "e.rec")
+
+
+@pytest.mark.parametrize(
+    ("table", "columns", "why"),
+    [
+        ("trimmed", {"position": 5}, "where it was trimmed, is missing|at position 6 is missing"),
+        ("trimmed", {"events": 99}, "events are left from before it was trimmed instead of 99"),
+        ("checkpoints", {"openings": 99}, "streams are left from before it was trimmed instead of"),
+        ("newest", {"states": 99}, "states instead of 99"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    scribe: Scribe, tmp_path: Path, table: str, columns: dict[str, Any], why: str
+) -> None:
+    for _ in live(scribe, 700):
+        pass
+    scribe.writer.close()
+    forger = Forger(scribe.writer.path, tmp_path / "b.rec")
+    forger.change(table, forger.rows(table)[0]["position"], **columns)
+    with pytest.raises(RecordingError, match=why):
+        inspect(forger.path, lambda _: None)
+
+
+POINTS = [Checkpoint(position=at * 10, time_ns=at * 100, bytes=at * 1000) for at in range(1, 6)]
+
+
+class TestRetention:
+    @pytest.mark.parametrize(
+        ("retention", "now_ns", "file_bytes", "position"),
+        [
+            (Retention(), 10**9, 10**9, 0),
+            (Retention(keep_ns=250), 400, 0, 10),
+            (Retention(keep_ns=250), 349, 0, 0),
+            (Retention(keep_ns=250), 750, 0, 50),
+            (Retention(keep_bytes=4000), 0, 4000, 0),
+            (Retention(keep_bytes=4000), 0, 4001, 10),
+            (Retention(keep_bytes=4000), 0, 6500, 30),
+            (Retention(keep_bytes=4000), 0, 99_000, 50),
+            (Retention(keep_bytes=4000, keep_ns=250), 600, 5500, 30),
+        ],
+    )
+    def test_due(self, retention: Retention, now_ns: int, file_bytes: int, position: int) -> None:
+        assert retention.due(POINTS, Trimmed(), now_ns, file_bytes) == position
+
+    def test_nothing_is_due_twice(self) -> None:
+        retention = Retention(keep_ns=1)
+        assert retention.due(POINTS, Trimmed(position=50), 10**9, 0) == 0
+        assert retention.due(POINTS[1:], Trimmed(position=20), 10**9, 0) == 50
