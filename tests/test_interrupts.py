@@ -18,9 +18,10 @@ SERVE = ("serve", "--demo", "--endpoint", "tcp://127.0.0.1:*")
 
 @pytest.fixture
 def handler_kept() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_serve_ends_quietly_whenever_it_is_interrupted(tmp_path: Path) -> None:
@@ -28,6 +29,18 @@ def test_serve_ends_quietly_whenever_it_is_interrupted(tmp_path: Path) -> None:
     for ending in interrupted_at_every_moment("instep.__main__", SERVE, tmp_path, step_s=0.3, last_s=2.1):
         assert "Traceback" not in ending.stderr, ending
         assert ending.status == (0 if "stopped" in ending.stderr else 130), ending
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_serve_ends_with_a_sentence_when_it_is_told_to_before_it_serves(tmp_path: Path, number: signal.Signals) -> None:
+    for ending in interrupted_at_every_moment("instep.__main__", SERVE, tmp_path, 0.7, 4.2, number=number):
+        assert "Traceback" not in ending.stderr, ending
+        if "serving" in ending.stderr:
+            assert "stopped" in ending.stderr, ending
+            assert ending.status == 0, ending
+        elif ending.delay_s:
+            assert ending.stderr == f"instep was ended by {number.name}\n", ending
+            assert ending.status == 128 + number, ending
 
 
 def test_serve_interrupted_twice_ends_quietly(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What Ctrl-C does: nothing but end the process at once, until a command handles it in order.
+"""What Ctrl-C, SIGTERM and SIGHUP do: end the process at once, until a command handles them in order.
 
 Python's own way, an exception anywhere, is swallowed or printed at length when it comes while large packages are
 imported, or while the process ends. This is imported before anything else, so it imports next to nothing.
@@ -16,8 +16,11 @@ INTERRUPTED = 130
 
 
 def end_at_once() -> None:
-    """From here on Ctrl-C ends the process without a word."""
+    """From here on Ctrl-C ends the process without a word; SIGTERM and SIGHUP, which nobody typed, with a sentence."""
     signal.signal(signal.SIGINT, _end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP
+            signal.signal(number, _end_with_a_sentence)
 
 
 def raise_again() -> None:
@@ -35,3 +38,8 @@ def _end(number: int, frame: FrameType | None) -> None:
     if sys.stderr is not None and sys.stderr.isatty():
         os.write(2, b"\n")  # behind the terminal's ^C
     os._exit(INTERRUPTED)
+
+
+def _end_with_a_sentence(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"instep was ended by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)

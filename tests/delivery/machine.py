@@ -140,6 +140,15 @@ def _cut(world: World, digits: Digits) -> None:
     world.cut(_connection(world, digits), server_notices=digits.flag)
 
 
+def _replace(world: World, digits: Digits) -> None:
+    """A connection breaks, the server notices when it has to, and the client goes on with another one."""
+    client = _client(world, digits)
+    world.cut(client.connection, server_notices=digits.flag)
+    client.reconnect()
+    if digits.flag:
+        world.all_goes_well()
+
+
 def _partition(world: World, digits: Digits) -> None:
     connection = _connection(world, digits)
     connection.is_partitioned = not connection.is_partitioned
@@ -209,9 +218,10 @@ _ALWAYS: Final[tuple[tuple[int, Step], ...]] = (
     (3, _commit),
     (2, _open),
     (1, _send_again),
+    (2, _tick),
 )
 _CLIENT_FAULTS: Final = ((2, _reconnect), (2, _take_over), (1, _contradict), (2, _close))
-_NETWORK_FAULTS: Final = ((1, _drop), (1, _duplicate), (1, _cut), (1, _partition), (2, _reconnect), (1, _tick))
+_NETWORK_FAULTS: Final = ((1, _drop), (1, _duplicate), (1, _cut), (1, _partition), (2, _reconnect), (2, _replace))
 _SERVER_FAULTS: Final = ((1, _checkpoint), (1, _fail_step), (1, _expire))
 _CRASHES: Final = ((1, _checkpoint), (2, _kill), (1, _sync), (1, _break_disk))
 _POWER: Final = ((2, _lose_power),)

@@ -192,7 +192,6 @@ class World:
             self.deliver_to_server(connection)
         self.work(3)
         self.commit(is_told=True)
-        self.tick()
         for connection in list(self.network.connections):
             self.deliver_to_client(connection)
 

@@ -203,8 +203,8 @@ def test_the_client_reads_what_the_examples_of_the_server_say() -> None:
     (both,) = readers.stepped(PAGE.examples["STEPPED"].frames)
     assert [reply.request for reply in alone] == [16, 17]
     assert np.concatenate([reply.outputs for reply in alone], axis=1).tolist() == both.outputs.tolist()
-    finals, failures = readers.closed(*read["CLOSED"], 2, 4)
-    assert (finals.shape, failures) == ((2, 4), [])
+    finals, failures = readers.closed(*read["CLOSED"], 2, 16)
+    assert (finals.shape, failures) == ((2, 16), [])
     assert readers.statistics(read["STATISTICS"][0]) == {"frames_total": 5.0, "streams_open": 3.0}
     assert readers.error(read["ERROR"][0]) == (Code.BUSY, wire.SENTENCES[Code.BUSY], 0.002)
     handles, code, _ = readers.evicted(*read["EVICTED"])

@@ -9,14 +9,14 @@ from instep.server.signals import interrupts_call
 
 
 def handlers() -> list[object]:
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
 async def test_each_signal_is_a_call_in_the_loop_and_the_handlers_before_come_back() -> None:
     before = handlers()
     called = asyncio.Queue[asyncio.AbstractEventLoop]()
     with interrupts_call(lambda: called.put_nowait(asyncio.get_running_loop())):
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.raise_signal(number)
             assert called.empty()
             assert await called.get() is asyncio.get_running_loop()
@@ -29,3 +29,14 @@ async def test_they_come_back_after_a_failure_too() -> None:
     with pytest.raises(ZeroDivisionError), interrupts_call(lambda: None):
         raise ZeroDivisionError
     assert handlers() == before
+
+
+async def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupts_call(lambda: pytest.fail("it was heard")):
+            signal.raise_signal(signal.SIGHUP)
+            await asyncio.sleep(0)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

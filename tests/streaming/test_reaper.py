@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 
@@ -46,6 +47,38 @@ async def test_streams_of_an_origin_that_left_are_parked_some_at_a_time() -> Non
         assert counts == [3, 6, 9, 10]
         assert kit.stats.parked_streams_total == COUNT
         assert kit.frontend.connect().number == gone.number
+
+
+async def test_streams_of_the_next_origin_with_the_number_of_one_that_left_are_not_parked() -> None:
+    async with streaming(InlineExecutor) as kit:
+        gone, between = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(NAMES)
+        kit.frontend.disconnect(gone)
+        held = np.zeros(COUNT, np.uint64)
+        resumed = await between.resume(NAMES, held, opened.epochs)
+        await step(between, resumed.handles, [0] * COUNT, random_frames(np.random.default_rng(1), 1, COUNT))
+        following = kit.frontend.connect()
+        assert following.number == gone.number, "nothing belongs to it any more"
+        assert not (await following.resume(NAMES, held, resumed.epochs)).codes.any()
+        await ticks(kit, count=1)
+        assert parked(kit) == 0
+        assert kit.table.owned[following.number] == COUNT
+
+
+async def test_an_origin_that_left_before_its_request_began_gets_no_streams() -> None:
+    async with streaming(InlineExecutor) as kit:
+        gone = kit.frontend.connect()
+        opened = await gone.open(["kept"])
+        asked = [
+            asyncio.ensure_future(gone.open(["new"])),
+            asyncio.ensure_future(gone.resume(["kept"], np.zeros(1, np.uint64), opened.epochs)),
+        ]
+        await asyncio.sleep(0)  # both are asked, and neither has begun
+        kit.frontend.disconnect(gone)
+        await asyncio.gather(*asked)
+        await ticks(kit, count=1)
+        assert (kit.table.open_count, parked(kit)) == (1, 1)
+        assert kit.table.epoch[kit.table.find(["kept"])[0]] == opened.epochs[0]
 
 
 async def test_streams_end_some_at_a_time_with_their_origin_where_none_are_kept() -> None:

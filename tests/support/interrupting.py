@@ -13,7 +13,8 @@ from typing import Final
 
 LAUNCHER: Final = """
 import os, signal, sys
-signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # not of interest: what comes before the program's first line
+for number in (2, 15, 1):
+    signal.signal(number, lambda number, _: os._exit(128 + number))  # before the first line
 from {module} import main
 sys.argv[0] = "program"
 sys.stderr.write("first line\\n")
@@ -32,9 +33,15 @@ class Ending:
 
 
 def interrupted_at_every_moment(
-    module: str, arguments: Sequence[str], cwd: Path, step_s: float, last_s: float, again_s: float | None = None
+    module: str,
+    arguments: Sequence[str],
+    cwd: Path,
+    step_s: float,
+    last_s: float,
+    again_s: float | None = None,
+    number: signal.Signals = signal.SIGINT,
 ) -> Iterator[Ending]:
-    """Start `module.main` again and again and send it a SIGINT later and later, until `last_s` after its first line.
+    """Start `module.main` again and again and send it a signal later and later, until `last_s` after its first line.
 
     Args:
         module: whose `main` the program is.
@@ -42,7 +49,8 @@ def interrupted_at_every_moment(
         cwd: where it runs.
         step_s: from one delay to the next.
         last_s: the last delay.
-        again_s: how long after the first SIGINT to send a second one; None for none.
+        again_s: how long after the first signal to send a second one; None for none.
+        number: the signal.
     """
     command = [sys.executable, "-c", LAUNCHER.format(module=module), *arguments]
     steps = round(last_s / step_s)
@@ -52,10 +60,10 @@ def interrupted_at_every_moment(
             assert process.stderr is not None
             assert process.stderr.readline() == "first line\n"
             time.sleep(step * step_s)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             if again_s is not None:
                 time.sleep(again_s)
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
             said = process.communicate(timeout=60)[1]
         finally:
             if process.poll() is None:

@@ -8,11 +8,16 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Final
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def interrupts_call(interrupted: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM call `interrupted` in the running event loop, of the main thread.
+    """While the block runs, SIGINT, SIGTERM and SIGHUP call `interrupted` in the running loop, of the main thread.
+
+    One that is ignored stays ignored, as SIGHUP under nohup.
 
     asyncio's own handlers cannot be taken off without a moment in which Ctrl-C raises wherever it meets the program.
     """
@@ -27,7 +32,8 @@ def interrupts_call(interrupted: Callable[[], None]) -> Iterator[None]:
         wakes.setblocking(False)
         loop.add_reader(waker, waker.recv, 4096)
         before_fd = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, on_signal) for number in heard}
         try:
             yield
         finally:

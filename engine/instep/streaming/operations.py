@@ -87,6 +87,8 @@ class StreamOperations:
             states: initial states [N, row_bytes], None for the model's own.
             first_seqs: the seqs of their first frames, int64 [N], None for 0.
         """
+        if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
+            return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
         slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs)
         granted = codes == 0
         opened = slots[granted]
@@ -160,6 +162,8 @@ class StreamOperations:
         """
         if len(set(names)) < len(names):
             raise Refusal(Code.REPEATED_STREAM)
+        if not self._origins.is_connected(origin):
+            return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
         table, engine = self._table, self._engine
         window = int(engine.tables.counts[WINDOW])
         decision = check_resume(table, window, self._expired, names, have, epochs, take_over, origin.arrival)

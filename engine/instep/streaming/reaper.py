@@ -84,6 +84,8 @@ class Reaper:
         self._ticks += 1
 
     def _park(self, now_ns: int) -> None:
+        # The number of an origin whose streams were all resumed elsewhere may be another origin's by now.
+        self._detaching = {number for number in self._detaching if self._engine.origins[number] is None}
         owned = self._table.owned_by(*self._detaching)
         slots, rest = owned[: self._at_once], owned[self._at_once :]
         self._detaching = set(self._table.owner[rest].tolist())
