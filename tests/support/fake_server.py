@@ -114,7 +114,7 @@ class FakeRules:
         self.info = info
         self.fault: Fault | None = None
         """Called first with (header, frames): its messages are the answer, None leaves it to the rules. The header is
-        that of `parts`, and the frames from 1 on are its arrays."""
+        that of `parts`; the frames are the message as it came."""
         self.holding = False
         """Whether answers to OPEN and STEP are kept in `held`."""
         self.held: list[tuple[bytes, Message]] = []
@@ -134,14 +134,13 @@ class FakeRules:
     def handle(self, peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
         """One message; what goes out because of it."""
         header, arrays = parts(frames)
-        frames = [frames[0], *arrays]
         kind = Kind(header[0])
         self.kinds.append(kind)
         if kind is Kind.STEP:
             self.blocks.append((header[2], header[3]))
         answers = self.fault(header, frames) if self.fault is not None else None
         if answers is None:
-            answers = [getattr(self, f"_{kind.name.lower()}")(header, frames)]
+            answers = [getattr(self, f"_{kind.name.lower()}")(header, [frames[0], *arrays])]
         addressed = [(peer, answer) for answer in answers]
         if kind in (Kind.OPEN, Kind.STEP) and self.holding:
             self.held += addressed
