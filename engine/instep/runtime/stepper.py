@@ -5,14 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
-from instep.core.tables import SCRATCH_SLOT
 from instep.core.typing import F32, I64, U8, float32_zeros
 from instep.models.base import RecurrentModel
-from instep.runtime.errors import StateLost
 from instep.runtime.graph_batch import GraphBatch
 from instep.runtime.host_batch import HostBatch
+from instep.runtime.staging import stage, unstage
 from instep.runtime.state_store import StateStore
 
 
@@ -48,6 +48,11 @@ class Stepper:
         else:
             self._batches = {bucket: HostBatch(model, self._store, bucket) for bucket in buckets}
 
+        # Compiled now, or loaded from the cache, and not while the first frame waits.
+        nothing, batch = np.empty(0, np.int64), self._batches[self.buckets[0]]
+        stage(nothing, nothing, np.empty((0, model.description.features), np.float32), batch.slots, batch.x)
+        unstage(batch.run(0), nothing, np.empty((0, model.description.outputs), np.float32))
+
     def bucket(self, size: int) -> int:
         """The smallest bucket that holds a batch of this size."""
         return self.buckets[bisect_left(self.buckets, size)]
@@ -67,16 +72,8 @@ class Stepper:
         """
         size = len(slots)
         batch = self._batches[self.bucket(size)]
-        batch.slots[:size] = slots
-        batch.slots[size:] = SCRATCH_SLOT
-        # Rows are good; "raise" would copy twice.
-        inputs.take(rows, 0, batch.x[:size, : inputs.shape[1]], "clip")
-        batch.x[size:] = 0.0
-        y = batch.run(size)
-        try:
-            outputs[rows] = y[:size, : outputs.shape[1]]
-        except Exception as error:
-            raise StateLost(f"the outputs could not be written: {error}") from error
+        stage(slots, rows, inputs, batch.slots, batch.x)
+        unstage(batch.run(size), rows, outputs)
 
     @torch.inference_mode()
     def load(self, slots: I64, rows: U8 | None) -> None:

@@ -14,6 +14,9 @@ from typing import TypeAlias
 
 import torch
 
+from instep.core.typing import F32
+from instep.models.gru.gates import add_gates, new_state, update_state
+
 InPlace: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -138,17 +141,20 @@ class _Cell:
         self._layer = layer
         self._state = state
         self._of_input, self._of_state = products
-        self._both, self._both_of_state = self._of_input[:, : 2 * size], self._of_state[:, : 2 * size]
-        self._reset, self._update = self._of_input[:, :size], self._of_input[:, size : 2 * size]
-        self._new_of_input, self._new = self._of_input[:, 2 * size :], self._of_state[:, 2 * size :]
+        self._gates, self._new = self._of_input[:, : 2 * size], self._of_state[:, 2 * size :]
+        self._arrays: tuple[F32, F32] = self._of_input.numpy(), self._of_state.numpy()
+        self._state_array: F32 = state.numpy()
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         layer, state = self._layer, self._state
         _product(layer.input_bias, x, layer.input_weight, self._of_input)
         _product(layer.state_bias, state, layer.state_weight, self._of_state)
-        self._both.add_(self._both_of_state).sigmoid_()
-        new = self._new.mul_(self._reset).add_(self._new_of_input).tanh_()
-        return state.sub_(new).mul_(self._update).add_(new)
+        add_gates(*self._arrays)
+        self._gates.sigmoid_()
+        new_state(*self._arrays)
+        self._new.tanh_()
+        update_state(self._state_array, *self._arrays)
+        return state
 
 
 def _product(bias: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
