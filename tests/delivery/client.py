@@ -138,6 +138,13 @@ class ModelClient:
         if lane.state is Is.OPEN and lane.have:
             self._step([lane], [lane.have - 1], 1, value=next(self._truth.values))
 
+    def read_state(self, lane: Lane) -> None:
+        """Ask for the state, whatever is pending; `Truth` judges the reply."""
+        if lane.state is Is.OPEN:
+            handles = np.array([lane.handle], "<u8").tobytes()
+            asked = Asked(Kind.READ_STATE, [lane.name], [_life(lane)], lines=[lane.line])
+            self._ask(asked, (1, 0), [handles])
+
     def close(self, lane: Lane) -> None:
         if lane.state is Is.OPEN and lane.is_answered:
             handles = np.array([lane.handle], "<u8").tobytes()

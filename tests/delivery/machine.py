@@ -106,6 +106,11 @@ def _close(world: World, digits: Digits) -> None:
     client.close(_lane(client, digits))
 
 
+def _read_state(world: World, digits: Digits) -> None:
+    client = _sender(world, digits)
+    client.read_state(_lane(client, digits))
+
+
 def _reconnect(world: World, digits: Digits) -> None:
     _client(world, digits).reconnect()
 
@@ -220,7 +225,7 @@ _ALWAYS: Final[tuple[tuple[int, Step], ...]] = (
     (1, _send_again),
     (2, _tick),
 )
-_CLIENT_FAULTS: Final = ((2, _reconnect), (2, _take_over), (1, _contradict), (2, _close))
+_CLIENT_FAULTS: Final = ((2, _reconnect), (2, _take_over), (1, _contradict), (2, _close), (2, _read_state))
 _NETWORK_FAULTS: Final = ((1, _drop), (1, _duplicate), (1, _cut), (1, _partition), (2, _reconnect), (2, _replace))
 _SERVER_FAULTS: Final = ((1, _checkpoint), (1, _fail_step), (1, _expire))
 _CRASHES: Final = ((1, _checkpoint), (2, _kill), (1, _sync), (1, _break_disk))

@@ -71,6 +71,7 @@ def test_the_examples_reach_what_they_are_for() -> None:
         "a fenced owner sends",
         "given outputs were lost",
         "closed",
+        "a state was read",
         "damage was refused",
         "dropped",
         "several STEPs at once",

@@ -131,6 +131,8 @@ class Truth:
             self._outputs_leave(asked, *arrays)
         elif kind in (Kind.OPENED, Kind.RESUMED) and asked is not None:
             self._grants_leave(connection.owner, asked, message)
+        elif kind == Kind.STATE_READ and asked is not None:
+            self._state_leaves(asked, *arrays)
 
     def _outputs_leave(self, asked: Asked, outputs: bytes, failures: bytes) -> None:
         good = [asked.timesteps] * len(asked.names)
@@ -152,6 +154,19 @@ class Truth:
                         self.disk.frames.get((life.number, seq)) == x,
                         f"the output of frame {seq} left before its inputs were durable",
                     )
+
+    def _state_leaves(self, asked: Asked, next_seqs: bytes, states: bytes, failures: bytes) -> None:
+        if failures:
+            return
+        (life,), (line,) = asked.lives, asked.lines
+        next_seq, state = int(np.frombuffer(next_seqs, "<i8")[0]), float(np.frombuffer(states, "<f4")[0])
+        self.seen.add("a state was read")
+        require(
+            next_seq <= len(line) and state == line.states[next_seq], f"the state before frame {next_seq} is another"
+        )
+        if self.disk.durability != "memory":
+            durable = all((life.number, seq) in self.disk.frames for seq in range(next_seq))
+            require(durable, "a state was told before its frames were durable")
 
     def _grants_leave(self, client: int, asked: Asked, message: Message) -> None:
         assert self.node is not None

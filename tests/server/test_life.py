@@ -167,9 +167,8 @@ async def test_an_ordinary_end_saves_the_next_start_the_replay(rng: np.random.Ge
 class DyingGate(Gate):
     """A step that ends its thread."""
 
-    def wait(self, verb: str) -> None:
-        if verb == "step":
-            raise SystemExit("injected")
+    def wait(self) -> None:
+        raise SystemExit("injected")
 
 
 async def test_a_dead_executor_ends_the_server_with_a_reason(rng: np.random.Generator) -> None:

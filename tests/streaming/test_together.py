@@ -43,8 +43,7 @@ def messages(draw: st.DrawFn) -> Sent:
 
 async def outcome(sent: list[Sent], *, together: bool) -> tuple[list[object], list[int]]:
     """What each message was answered with, by tag, and what each stream expects in the end."""
-    limits = {"window": WINDOW, "credit": 8, "max_pending": 12, "max_batch_size": 4}
-    async with streaming(max_streams=2 * STREAMS, **limits) as kit:
+    async with streaming(max_streams=2 * STREAMS, window=WINDOW, credit=8, max_pending=12, max_batch_size=4) as kit:
         origins = [kit.listen(), kit.listen()]
         grants = [
             await kit.operations.open(each, [f"{each.number}-{n}" for n in range(STREAMS)], None, None)

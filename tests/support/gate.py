@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 
 from instep.config import Config
-from instep.core.typing import F32, I64, U8, float32_zeros
+from instep.core.typing import F32, I64, float32_zeros
 from instep.models.base import RecurrentModel
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
@@ -19,28 +18,18 @@ GATE_VALUE = 4321.5
 
 
 class Gate:
-    """Closed until it is opened; `running(model, stepper=gate.stepper)` puts it before the network.
+    """Closed until it is opened; `running(model, stepper=gate.stepper)` puts it before the network."""
 
-    Args:
-        before: what waits: steps of frames that begin with `GATE_VALUE`, or every load or read of states.
-    """
-
-    def __init__(self, before: Literal["step", "load", "read"] = "step") -> None:
-        self.before = before
+    def __init__(self) -> None:
         self._opened = threading.Event()
 
     def open(self) -> None:
         """Let everything through, from now on."""
         self._opened.set()
 
-    def close(self) -> None:
-        """Hold what comes from now on, as in the beginning."""
-        self._opened.clear()
-
-    def wait(self, verb: str) -> None:
-        """What the stepper calls before it does something."""
-        if verb == self.before:
-            assert self._opened.wait(60), "the test never opened the gate"
+    def wait(self) -> None:
+        """What the stepper calls before it steps such a frame."""
+        assert self._opened.wait(60), "the test never opened the gate"
 
     def stepper(self, ready: Prepared, config: Config) -> Stepper:
         """A stepper behind this gate."""
@@ -73,13 +62,5 @@ class _GatedStepper(Stepper):
 
     def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
         if (inputs[rows, 0] == GATE_VALUE).any():
-            self._gate.wait("step")
+            self._gate.wait()
         super().step(slots, rows, inputs, outputs)
-
-    def load(self, slots: I64, rows: U8 | None) -> None:
-        self._gate.wait("load")
-        super().load(slots, rows)
-
-    def read(self, slots: I64) -> U8:
-        self._gate.wait("read")
-        return super().read(slots)
