@@ -15,6 +15,7 @@ from instep.models.model import Model
 from instep_client.protocol.wire import Code, Kind
 from tests.support.models import whole
 from tests.support.raw import RawClient, Reply
+from tests.support.step_messages import parts
 
 HOSTILE_VALUES = (np.nan, np.inf, -np.inf)
 NO_STREAM = 12345
@@ -263,7 +264,8 @@ class Producer:
             stream.final = final
 
     def _expect(self, message: list[bytes], check: Callable[[Reply], None]) -> None:
-        self._asked[msgpack.unpackb(message[0])[1]] = check
+        (_, request, *_), _ = parts(message)
+        self._asked[request] = check
 
 
 class Neighbours:
