@@ -150,12 +150,12 @@ def test_failures_that_contradict_the_block_are_malformed(entries: list[tuple[in
 )
 def test_failures_and_sentences_that_contradict_the_message_are_malformed(entries: bytes, sentences: Any) -> None:
     good = [pack(Kind.CLOSED, 1, 3, SAID), bytes(48), failures((0, 0, 101, 0), (2, 0, 100, 0))]
-    assert [failure[:4] for failure in read(good, 3, 4)[1]] == [
+    assert [failure[:4] for failure in read(good, 3, 16)[1]] == [
         (0, 0, Code.SEQ_GAP, "gap"),
         (2, 0, Code.NOT_FINITE, SENTENCES[Code.NOT_FINITE]),
     ]
     with pytest.raises(MalformedMessage):
-        read([pack(Kind.CLOSED, 1, 3, sentences), bytes(48), entries], 3, 4)
+        read([pack(Kind.CLOSED, 1, 3, sentences), bytes(48), entries], 3, 16)
 
 
 @pytest.mark.parametrize(

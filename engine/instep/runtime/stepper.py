@@ -51,7 +51,8 @@ class Stepper:
         # Compiled now, or loaded from the cache, and not while the first frame waits.
         nothing, batch = np.empty(0, np.int64), self._batches[self.buckets[0]]
         stage(nothing, nothing, np.empty((0, model.description.features), np.float32), batch.slots, batch.x)
-        unstage(batch.run(0), nothing, np.empty((0, model.description.outputs), np.float32))
+        outputs = np.empty((1, model.description.outputs), np.float32)
+        unstage(outputs, nothing, outputs)
 
     def bucket(self, size: int) -> int:
         """The smallest bucket that holds a batch of this size."""

@@ -202,6 +202,16 @@ def test_silent_peers_are_asked_and_the_dead_among_them_found() -> None:
     assert rig.pings(b"\0fast") == [0]
 
 
+def test_a_peer_that_answers_no_question_is_given_up() -> None:
+    rig = Rig()
+    for now_ns in range(60, 201, 20):
+        rig.tick(now_ns)
+        rig.fast.last_heard_ns = now_ns  # as after its PONG
+    assert rig.gone == []
+    rig.tick(201)
+    assert rig.gone == [rig.slow]
+
+
 def test_a_peer_that_never_says_that_it_reads_is_handed_no_more_than_the_bound() -> None:
     rig = Rig(max_outbox_bytes=10**6)
     for _ in range(150):

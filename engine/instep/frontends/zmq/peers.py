@@ -15,6 +15,8 @@ from instep.streaming.api import Refusal, Reply, StreamEvent
 from instep_client.protocol.wire import Message
 
 _OBJECTS_BYTES: Final = 256
+_MOST_SILENCES: Final = 4
+"""Probing intervals after which a peer that has answered no PING is dropped."""
 _LEAST_UNREAD_BYTES: Final = 65_536
 """What a peer may always leave unread, however many peers there are."""
 
@@ -194,10 +196,13 @@ class Outbound:
                 self._flush(peer, self._clock())
 
     def tick(self, now_ns: int, probe_after_ns: int) -> None:
-        """Retry blocked peers, drop those that stand still, and ask after those that have been silent."""
+        """Retry blocked peers, drop those that stand still or never answer, and probe those that have been silent."""
         for peer in list(self._blocked):
             self._flush(peer, now_ns)
         for peer in self.peers():
+            if now_ns - peer.last_heard_ns > _MOST_SILENCES * probe_after_ns:
+                self.drop(peer)  # stopped, or behind a cable that was pulled
+                continue
             silent_since = max(peer.last_heard_ns, peer.last_probed_ns)
             if now_ns - silent_since > probe_after_ns and not peer.outbox:
                 peer.last_probed_ns = now_ns
