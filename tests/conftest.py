@@ -10,9 +10,12 @@ import pytest
 from coverage import Coverage
 from hypothesis import HealthCheck, settings
 
+from instep.mkl import prefer_strict_products
+
 # Before torch is imported anywhere, and inherited by processes that tests start: several threads on a busy machine
 # make small matrices many times slower, and what the engine uses it sets itself.
 os.environ["OMP_NUM_THREADS"] = "1"
+prefer_strict_products(os.environ)  # as the engine does, but some tests import torch before it
 
 for name in [name for name in os.environ if name.startswith("INSTEP_")]:
     del os.environ[name]

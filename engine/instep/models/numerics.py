@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from functools import partial
@@ -46,6 +47,7 @@ def numerics(device: torch.device) -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "mkl": str(torch.backends.mkl.is_available()),  # type: ignore[no-untyped-call]
+        "mkl_cbwr": os.environ.get("MKL_CBWR", ""),
         "mkldnn": str(torch.backends.mkldnn.enabled),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),

@@ -4,7 +4,7 @@ Bits are part of the contract. The GRU is `torch.gru`, the very operation behind
 where certification found the same bits, the step by hand in `step`. A network without dense layers is not touched: its
 bits are those of the user's own `nn.GRU`. With dense layers, two things would make a row's bits depend on how many rows
 are beside it, and both are designed out: every dense layer is one `addmm` over contiguous 2-D rows, stepping and over a
-whole sequence alike, and all widths are padded with zeros to multiples of 16, so that the same matrix kernels serve
+whole sequence alike, and all widths are padded with zeros to multiples of 32, so that the same matrix kernels serve
 every number of rows. A padded hidden unit has zero weights and biases and stays exactly 0. (Where a dense layer
 overflows to infinity, 0 · inf makes its padded neighbours NaN: values beyond float32 are not promised.)
 """
@@ -25,8 +25,11 @@ from instep.models.gru.reference import GruReference
 from instep.models.gru.step import DenseWeights, GruStep, GruWeights, InPlace, LayerWeights
 from instep.models.model import Model
 
-WIDTH_MULTIPLE: Final = 16
-"""Widths of a network with dense layers are multiples of it."""
+WIDTH_MULTIPLE: Final = 32
+"""Widths of a network with dense layers are multiples of it. On a Xeon in MKL's strict mode 60 of 60 random networks
+were exact with it, with 16 only 44."""
+_VECTOR: Final = 16
+"""Floats of the widest vector."""
 DENSE_BUCKET: Final = 32
 """Rows of a network with dense layers come in multiples of it: `sigmoid` treats the last elements of an array that
 does not fill its vectors with other code."""
@@ -58,7 +61,7 @@ class GruNetwork:
         self._weights = self._padded_weights(WIDTH_MULTIPLE if padded else 1)
         self.steps_by_hand = False
         """Whether steps are those by hand; `select_step` decides."""
-        self.may_step_by_hand = self._weights.width % WIDTH_MULTIPLE == 0
+        self.may_step_by_hand = self._weights.width % _VECTOR == 0
         """Whether it is worth trying: in other widths, `sigmoid` over two gates at once ends its vectors elsewhere."""
 
     @property
