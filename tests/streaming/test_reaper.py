@@ -186,7 +186,8 @@ async def test_beyond_the_most_parked_streams_those_parked_longest_go_some_at_a_
         opened = await gone.open(NAMES)
         kit.frontend.disconnect(gone)
         counts = await ticks(kit)
-        assert counts[4:8] == [7, 4, 2, 2]
+        assert counts[-1] == 2
+        assert max(-np.diff(counts)) <= AT_ONCE
         resumed = await origin.resume(NAMES, np.zeros(COUNT, np.uint64), opened.epochs)
         assert np.flatnonzero(resumed.codes == 0).tolist() == [8, 9], "those that were parked last"
 

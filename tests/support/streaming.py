@@ -22,13 +22,13 @@ from instep.recording.recorder import Recorder
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import RunResult, Step, StepExecutor, run_steps
-from instep.runtime.stepper import Stepper
+from instep.runtime.stepper import StateAccess, Stepper
 from instep.server.assembly import recording_header
 from instep.server.loop import Loop
 from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
 from instep.streaming.engine import Engine, EngineLimits
 from instep.streaming.journal import Journal
-from instep.streaming.operations import StateAccess, StreamOperations
+from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import IdleLimits, Reaper
 from instep.streaming.recovery import Recovery, resume_recording

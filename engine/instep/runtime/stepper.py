@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,19 @@ from instep.runtime.graph_batch import GraphBatch
 from instep.runtime.host_batch import HostBatch
 from instep.runtime.staging import stage, unstage
 from instep.runtime.state_store import StateStore
+
+
+class StateAccess(Protocol):
+    """The states of all streams, by slot, as rows of bytes [N, row_bytes]."""
+
+    def load(self, slots: I64, states: U8 | None) -> None:
+        """Set states; None for the model's initial ones."""
+
+    def read(self, slots: I64) -> U8:
+        """A copy of states."""
+
+    def no_states(self, count: int) -> U8:
+        """Rows where there is no state to show."""
 
 
 class Stepper:

@@ -24,6 +24,8 @@ from instep_client.protocol.wire import ServerInfo
 
 _TICK_S: Final = 0.05
 _LOOK_S: Final = 0.005
+_LINGER_S: Final = 1.0
+"""How long a drained server waits for peers to take their replies."""
 _FORCED_JOIN_S: Final = 1.0
 """How long a forced end waits for the step that is under way."""
 
@@ -123,7 +125,7 @@ class Server:
     @property
     def _is_quiet(self) -> bool:
         journal = self.engine.journal
-        return self.engine.is_quiet and journal.is_quiet and self._frontend.is_idle and not len(self._tasks)
+        return self.engine.is_quiet and journal.is_quiet and not len(self._tasks)
 
     async def _drain(self) -> None:
         timeout_s = self.config.shutdown.drain_timeout_s
@@ -132,6 +134,11 @@ class Server:
         while self._shutdown.drains and not self._is_quiet:
             if time.monotonic() > deadline:
                 self._shutdown.fail(f"draining took longer than shutdown.drain_timeout_s = {timeout_s:g}")
+            await asyncio.sleep(_LOOK_S)
+        # Replies that a peer does not take are that peer's loss: it resumes its streams when the server is back.
+        for _ in range(round(_LINGER_S / _LOOK_S)):
+            if self._frontend.is_idle or not self._shutdown.drains or time.monotonic() > deadline:
+                break
             await asyncio.sleep(_LOOK_S)
         if self._shutdown.drains:
             with contextlib.suppress(TimeoutError):  # it only saves the next start a replay

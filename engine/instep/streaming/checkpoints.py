@@ -10,8 +10,9 @@ from instep.core.streams import StreamTable
 from instep.core.tables import WINDOW, Tables, rows_of
 from instep.core.typing import I64, U8
 from instep.recording.states import StateRows
+from instep.runtime.stepper import StateAccess
 from instep.streaming.engine import Engine
-from instep.streaming.operations import StateAccess, StreamOperations
+from instep.streaming.operations import StreamOperations
 from instep.streaming.tasks import Tasks
 
 AT_ONCE: Final = 1024

@@ -175,6 +175,11 @@ class Engine:
 
     def admit(self) -> None:
         """Admit the good frames of all queued messages, as one after the other would be; replies follow."""
+        if not self._submitted:
+            return
+        # An origin that left after it sent these may have passed its number on already.
+        is_connected = self.origins.is_connected
+        self._submitted = [frames for frames in self._submitted if is_connected(frames.origin)]
         most = len(self.tables.outcomes)
         while submitted := self._submitted[:most]:
             del self._submitted[:most]
@@ -232,6 +237,7 @@ class Engine:
         if not size:
             return  # all of them are held
         slots, rows = tables.run_slots[:size].copy(), tables.run_rows[: steps * size].reshape(steps, size).copy()
+        bucket = self._stepper.bucket(size)  # not all that were ready may step
         lsns = self.journal.inputs(slots, rows, bucket)
         expected_ns = len(rows) * self._step_ns.get(bucket, 0)
         self.expected_ns += expected_ns
@@ -265,6 +271,8 @@ class Engine:
         results = self.executor.ended()
         for result in results:
             self._finish(self._runs.popleft(), result)
+        if results:
+            self.waiters.check()
         return bool(results)
 
     def _finish(self, run: _Run, result: RunResult) -> None:

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from instep.core.ownership import check_resume
 from instep.core.runs import are_pending, are_running
 from instep.core.tables import NO_OWNER, SCRATCH_SLOT, WINDOW
 from instep.core.typing import I32, I64, U8, U64, Bool
+from instep.runtime.stepper import StateAccess
 from instep.streaming.api import Grants, Names, Origin, Refusal, StatesRead, StreamEvent
 from instep.streaming.engine import Engine
 from instep.streaming.tasks import Tasks
@@ -29,19 +30,6 @@ AT_ONCE: Final = 4096
 """States copied before the loop gets its turn."""
 _TOMBSTONES: Final = 65_536
 """Names of expired streams that are remembered."""
-
-
-class StateAccess(Protocol):
-    """The states of all streams, by slot, as rows of bytes [N, row_bytes]."""
-
-    def load(self, slots: I64, states: U8 | None) -> None:
-        """Set states; None for the model's initial ones."""
-
-    def read(self, slots: I64) -> U8:
-        """A copy of states."""
-
-    def no_states(self, count: int) -> U8:
-        """Rows where there is no state to show."""
 
 
 class StreamOperations:
@@ -99,7 +87,7 @@ class StreamOperations:
         granted_names = [name for name, is_granted in zip(names, granted.tolist(), strict=True) if is_granted]
         lsn = self._journal.opened(opened, granted_names, initial)
         grants = self._grants(slots, codes)
-        if not await self._load(opened, initial):
+        if await self._load(opened, initial) < len(opened):
             await self._give_up_opened(origin, opened, codes, granted)
             return Grants.none(codes)
         self._engine.stats.opened_streams_total += len(opened)
@@ -259,27 +247,30 @@ class StreamOperations:
             return codes
         changed = slots[good]
         written = None if states is None else states[good]
-        if not await self._load(changed, written):
+        count = await self._load(changed, written)
+        if count < len(changed):
             codes[good] = Code.STEP_FAILED
+            self.lose(changed[:count])  # they have changed, and the recording does not know
             return codes
         await self._journal.durable(self._journal.reset(changed, written))
         return codes
 
-    async def _load(self, slots: I64, states: U8 | None) -> bool:
-        """Set the states of streams with nothing pending, which do not step meanwhile; whether that worked."""
+    async def _load(self, slots: I64, states: U8 | None) -> int:
+        """Set the states of streams with nothing pending, which do not step meanwhile; how many were set."""
         self._engine.hold(slots)
+        count = 0
         try:
-            for first in range(0, len(slots), self._at_once):
-                if first:
+            while count < len(slots):
+                if count:
                     await asyncio.sleep(0)
-                part = slice(first, first + self._at_once)
+                part = slice(count, count + self._at_once)
                 self._states.load(slots[part], None if states is None else states[part])
+                count = min(part.stop, len(slots))
         except Exception as error:
             self.log_failure(error, len(slots))
-            return False
         finally:
             self._release(slots)
-        return True
+        return count
 
     async def _read(self, slots: I64) -> tuple[I64, U8, Bool]:
         """Next seqs int64 [N], states [N, row_bytes] and which are lost; nothing of the streams steps meanwhile."""

@@ -77,7 +77,6 @@ class Reaper:
         """Do what is due."""
         if self._detaching:
             self._park(now_ns)
-            return  # streams that are not parked yet look idle; they have park_s
         self._evict_surplus()
         if self._ticks % _LOOK_EVERY == 0:
             self._evict_idle(now_ns)
@@ -110,7 +109,13 @@ class Reaper:
     def _evict_idle(self, now_ns: int) -> None:
         limits, table = self._limits, self._table
         if limits.max_idle_ns:
-            self._operations.evict(table.idle_since(now_ns - limits.max_idle_ns)[: self._at_once], Code.IDLE)
+            self._operations.evict(self._connected(table.idle_since(now_ns - limits.max_idle_ns)), Code.IDLE)
         if limits.first_frame_ns:
-            self._operations.evict(table.unused_since(now_ns - limits.first_frame_ns)[: self._at_once], Code.NEVER_USED)
+            unused = table.unused_since(now_ns - limits.first_frame_ns)
+            self._operations.evict(self._connected(unused), Code.NEVER_USED)
         self._operations.expire(table.parked_since(now_ns - limits.park_ns)[: self._at_once])
+
+    def _connected(self, slots: I64) -> I64:
+        """A portion of slots, without those that are still to be parked: these look idle, but they have `park_ns`."""
+        is_detaching = np.isin(self._table.owner[slots], list(self._detaching))
+        return slots[~is_detaching][: self._at_once]

@@ -70,7 +70,15 @@ def resume_recording(
     changed = writer.numerics_changed
     try:
         with read_recovery(path, lambda _: None) as recovered:
-            replay = _Replay(path, tables, table, dirty, stepper, check_outputs=not changed)
+            replay = _Replay(
+                path,
+                tables,
+                table,
+                dirty,
+                stepper,
+                check_outputs=not changed,
+                joins=header.exactness == "exact",
+            )
             replay.open(recovered.streams)
             table.last_epoch = max(table.last_epoch, recovered.last_epoch)
             for item in recovered.replay():
@@ -106,6 +114,7 @@ class _Replay:
         stepper: Stepper,
         *,
         check_outputs: bool,
+        joins: bool,
     ) -> None:
         self._path = path
         self._table = table
@@ -113,6 +122,8 @@ class _Replay:
         self._dirty = dirty
         self._stepper = stepper
         self._check_outputs = check_outputs
+        self._joins = joins
+        """Whether a batch may be stepped in another bucket than it was: only where all have the same bits."""
         self._numbers: I64 = np.zeros(0, np.int64)
         """Of the open streams, rising."""
         self._slots_of_numbers: I64 = np.zeros(0, np.int64)
@@ -171,7 +182,7 @@ class _Replay:
         """A batch was stepped."""
         slots = self._slots_of_step(step)
         most = self._stepper.buckets[-1]
-        if self._size + len(slots) > most or self._taken[slots].any():
+        if not self._joins or self._size + len(slots) > most or self._taken[slots].any():
             self.flush()
         self._steps.append(step)
         self._size += len(slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import msgpack
@@ -144,17 +145,41 @@ def test_all_outboxes_share_a_budget_and_beyond_it_the_largest_is_given_up() -> 
     assert rig.outbound.total_bytes == 11_000
 
 
-def test_all_peers_share_a_budget_of_unread_bytes_but_each_may_leave_some_unread() -> None:
+def test_all_peers_share_a_budget_of_unread_bytes_and_beyond_it_each_gets_one_reply_at_a_time() -> None:
     rig = Rig(max_outbox_bytes=10**9, max_total_bytes=320_000)
-    for count in (2, 4):  # half of the budget, divided by the peers, but at least 64 KiB
-        while len(rig.outbound) < count:
-            rig.add(b"\0%d" % len(rig.outbound))
-        rig.router.taken.clear()
-        peer = rig.outbound.peers()[-1]
-        for _ in range(200):
+    late = [rig.add(b"\0late%d" % number) for number in range(3)]
+    for peer, count in ((rig.slow, 110), (rig.fast, 70), *((each, 5) for each in late)):
+        for _ in range(count):
             rig.outbound.send(peer, MESSAGE)
-        share = max(160_000 // count, 65_536)
-        assert len(rig.messages()) == share // 1000 + 1
+    received = Counter(routing_id for routing_id, message in rig.router.taken if ping_number(message) is None)
+    # Its own bound, the rest of the 160,000 bytes that all may leave unread, and one reply each.
+    assert [received[peer.routing_id] for peer in (rig.slow, rig.fast, *late)] == [101, 59, 1, 1, 1]
+    assert rig.outbound.unread_bytes == 163_000
+    rig.outbound.acknowledge(rig.slow, rig.pings(b"\0slow")[-1])
+    assert rig.outbound.unread_bytes == 62_000 + 9_000
+    assert not rig.slow.outbox
+
+
+def test_a_silent_peer_is_asked_although_its_unread_bytes_leave_no_room() -> None:
+    rig = Rig(max_outbox_bytes=10**9, max_total_bytes=320_000)
+    for _ in range(20):
+        rig.outbound.send(rig.slow, MESSAGE)
+    other = rig.add(b"\0other")
+    for _ in range(200):
+        rig.outbound.send(rig.fast, MESSAGE)
+        rig.outbound.send(other, MESSAGE)
+    assert rig.pings(b"\0slow") == []
+    rig.tick(51)
+    rig.outbound.acknowledge(rig.slow, *rig.pings(b"\0slow"))
+    rig.outbound.send(rig.slow, MESSAGE)
+    assert not rig.slow.outbox
+
+
+def test_a_peer_is_dropped_once_whatever_finds_it_gone() -> None:
+    rig = Rig()
+    rig.outbound.drop(rig.slow)
+    rig.outbound.drop(rig.slow)
+    assert (rig.gone, rig.outbound.unread_bytes) == ([rig.slow], 0)
 
 
 def test_an_outbox_that_stands_still_for_too_long_is_given_up() -> None:
@@ -217,7 +242,7 @@ def test_a_peer_that_never_says_that_it_reads_is_handed_no_more_than_the_bound()
     for _ in range(150):
         rig.outbound.send(rig.slow, MESSAGE)
     assert len(rig.messages()) == UNREAD // 1000 + 1
-    assert rig.pings(b"\0slow") == [51_000]
+    assert rig.pings(b"\0slow") == [51_000, 101_000]
     assert len(rig.slow.outbox) == 49
 
 
@@ -236,7 +261,7 @@ def test_the_outbox_moves_as_soon_as_the_peer_says_that_it_reads_and_lies_move_n
     rig = Rig(max_outbox_bytes=10**6)
     for _ in range(150):
         rig.outbound.send(rig.slow, MESSAGE)
-    (asked,) = rig.pings(b"\0slow")
+    asked = rig.pings(b"\0slow")[-1]
     for lie in (asked + 1, 2**60, 0, -1):
         rig.outbound.acknowledge(rig.slow, lie)
         assert len(rig.slow.outbox) == 49

@@ -17,8 +17,8 @@ from instep_client.protocol.wire import Message
 _OBJECTS_BYTES: Final = 256
 _MOST_SILENCES: Final = 4
 """Probing intervals after which a peer that has answered no PING is dropped."""
-_LEAST_UNREAD_BYTES: Final = 65_536
-"""What a peer may always leave unread, however many peers there are."""
+_LEAST_ASKED_BYTES: Final = 65_536
+"""Bytes after which a peer is asked what it has read, however many peers there are."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,15 +63,14 @@ class Outbound:
     """Sends messages without ever waiting for a peer.
 
     ZeroMQ counts the messages that it keeps for a peer, not their bytes, and does not tell whether the peer reads
-    them. So bytes are counted here, and a PING goes out with every half of what a peer may leave unread, numbered by
-    the bytes sent so far; the PONG that echoes it says that the peer has read up to there.
+    them. So bytes are counted here, and now and then a PING is sent, numbered by the bytes sent so far; the PONG that
+    echoes it says that the peer has read up to there.
 
-    A message beyond that, or one that ZeroMQ has no room for, waits in the peer's outbox. An outbox is bounded by the
-    peer's credit (its frames stay on the account until ZeroMQ has taken their reply) and by `max_outbox_bytes`. A peer
-    that exceeds its bound, or whose outbox has not moved for `unreachable_after_ns`, is dropped.
-
-    All peers share `max_total_bytes`: half of it for unread bytes, divided by the number of peers, and half for
-    outboxes; where these need more, the peer with the most is dropped.
+    A peer may leave `max_unread_bytes` unread, and all peers together half of `max_total_bytes`; beyond the latter a
+    peer gets one reply at a time. Everything else, and what ZeroMQ has no room for, waits in the peer's outbox. An
+    outbox is bounded by the peer's credit (its frames stay on the account until ZeroMQ has taken their reply) and by
+    `max_outbox_bytes`. A peer that exceeds its bound, or whose outbox has not moved for `unreachable_after_ns`, is
+    dropped. Where all outboxes need more than the other half of `max_total_bytes`, the peer with the most is dropped.
 
     Args:
         router: the socket.
@@ -106,8 +105,9 @@ class Outbound:
         self._blocked: dict[Peer, None] = {}
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
-        self._may_leave_unread = max_unread_bytes
-        """By one peer."""
+        self._ask_every_bytes = max_unread_bytes // 2
+        self.unread_bytes = 0
+        """Bytes handed to ZeroMQ that are not known to be read, of all peers."""
         self.total_bytes = 0
         """Bytes in all outboxes."""
         self.refused_total = 0
@@ -127,9 +127,9 @@ class Outbound:
         self._share()
 
     def _share(self) -> None:
-        """Divide the bytes that may be unread by the peers."""
-        share = self._max_total_bytes // 2 // max(1, len(self._peers))
-        self._may_leave_unread = max(_LEAST_UNREAD_BYTES, min(self._max_unread_bytes, share))
+        """Ask peers so often that the answers of all of them, together, are known within the common bound."""
+        share = self._max_total_bytes // 4 // max(1, len(self._peers))
+        self._ask_every_bytes = min(self._max_unread_bytes // 2, max(_LEAST_ASKED_BYTES, share))
 
     def find(self, routing_id: bytes) -> Peer | None:
         """The peer of a connection, if it has said HELLO and is not gone."""
@@ -173,24 +173,30 @@ class Outbound:
         self._backlog[peer.number] = peer.outbox_frames
 
     def _hand_over(self, peer: Peer, message: Message) -> Sent:
-        if peer.sent_bytes - peer.read_bytes > self._may_leave_unread:
-            if peer.asked_bytes <= peer.read_bytes:  # there was no room for the question when it was due
+        size, unread = size_bytes(message), peer.sent_bytes - peer.read_bytes
+        is_over = self.unread_bytes + size > self._max_total_bytes // 2 and unread > 0
+        if is_over or unread > self._max_unread_bytes:
+            if peer.asked_bytes < peer.sent_bytes:  # what it has read lately makes room for all
                 self._ask(peer)
             return Sent.FULL
         sent = self._router.send(peer.routing_id, message)
         if sent is Sent.HANDED_OVER:
-            peer.sent_bytes += size_bytes(message)
-            if peer.sent_bytes - peer.asked_bytes > self._may_leave_unread // 2:
+            peer.sent_bytes += size
+            self.unread_bytes += size
+            if peer.sent_bytes - peer.asked_bytes > self._ask_every_bytes:
                 self._ask(peer)
         return sent
 
-    def _ask(self, peer: Peer) -> None:
-        if self._router.send(peer.routing_id, encode.ping(peer.sent_bytes)) is Sent.HANDED_OVER:
+    def _ask(self, peer: Peer) -> Sent:
+        sent = self._router.send(peer.routing_id, encode.ping(peer.sent_bytes))
+        if sent is Sent.HANDED_OVER:
             peer.asked_bytes = peer.sent_bytes
+        return sent
 
     def acknowledge(self, peer: Peer, sent_bytes: int) -> None:
         """A peer echoed a PING: it has read everything up to there."""
         if peer.read_bytes < sent_bytes <= peer.asked_bytes:
+            self.unread_bytes -= sent_bytes - peer.read_bytes
             peer.read_bytes = sent_bytes
             if peer.outbox:
                 self._flush(peer, self._clock())
@@ -206,8 +212,8 @@ class Outbound:
             silent_since = max(peer.last_heard_ns, peer.last_probed_ns)
             if now_ns - silent_since > probe_after_ns and not peer.outbox:
                 peer.last_probed_ns = now_ns
-                peer.asked_bytes = peer.sent_bytes
-                self.send(peer, encode.ping(peer.sent_bytes))
+                if self._ask(peer) is Sent.GONE:
+                    self.drop(peer)
 
     def _flush(self, peer: Peer, now_ns: int) -> None:
         while peer.outbox:
@@ -227,9 +233,12 @@ class Outbound:
         self._blocked.pop(peer, None)
 
     def drop(self, peer: Peer) -> None:
-        """Forget a connection; `on_gone` takes care of its streams."""
+        """Forget a connection, unless that was done; `on_gone` takes care of its streams."""
+        if peer.is_gone:
+            return
         peer.is_gone = True
         self.total_bytes -= peer.outbox_bytes
+        self.unread_bytes -= peer.sent_bytes - peer.read_bytes
         del self._peers[peer.routing_id]
         self._share()
         self._blocked.pop(peer, None)
