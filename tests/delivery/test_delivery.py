@@ -20,6 +20,7 @@ from tests.delivery.world import World
 pytestmark = [
     pytest.mark.heavy,
     pytest.mark.xdist_group("delivery"),
+    pytest.mark.timeout(400),
 ]  # what the examples reach is counted in one process
 
 STEPS = 60
