@@ -256,3 +256,13 @@ async def test_a_stream_that_is_closing_when_its_origin_leaves_is_closed_and_the
         await kit.finish_all()
         assert (kit.table.open_count, parked(kit), gone.events) == (1, 1, [])
         assert kit.listen().number == gone.number
+
+
+async def test_origins_that_leave_all_the_time_keep_no_parked_stream_from_expiring() -> None:
+    async with streaming(InlineExecutor, idle=replace(KEEP, max_parked=1)) as kit:
+        for number in range(30):
+            origin = kit.frontend.connect()
+            await origin.open([f"s{number}"])
+            kit.frontend.disconnect(origin)
+            await ticks(kit, count=1)
+        assert kit.table.open_count <= 3

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 
+from instep.runtime.executor import InlineExecutor
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, whole
-from tests.support.streaming import Listener, StreamingEngine, failures, random_frames, streaming
+from tests.support.streaming import Listener, StreamingEngine, failures, random_frames, step, streaming
 
 H = 8
 
@@ -176,3 +179,18 @@ async def test_two_messages_with_the_same_tag_are_answered_each_with_its_own_out
         y = np.concatenate([reply.y for reply in one.replies[1:]], axis=1)
         for column in range(4):
             np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:2, column])[0])
+
+
+async def test_frames_of_an_origin_that_left_before_they_were_admitted_are_nobodys(rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor) as kit:
+        gone = kit.frontend.connect()
+        asking = asyncio.ensure_future(step(gone, np.array([1], np.uint64), [0], random_frames(rng, 1)))
+        await asyncio.sleep(0)
+        kit.frontend.receive(1)  # submitted, and not yet admitted
+        kit.frontend.disconnect(gone)
+        heir = kit.frontend.connect()
+        assert heir.number == gone.number
+        await kit.settle()
+        assert not asking.done()
+        assert kit.engine.is_quiet
+        asking.cancel()

@@ -27,7 +27,7 @@ _LOAD_AT_ONCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What going on with a recording took."""
+    """What it took to continue a recording."""
 
     streams: int
     """Streams that are open again, parked until somebody resumes them."""
