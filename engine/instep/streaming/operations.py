@@ -200,11 +200,7 @@ class StreamOperations:
         return await self._read_states(slots, codes)
 
     async def read_states(self, names: Names) -> StatesRead:
-        """States of streams by name, whichever origin owns them; see `read_own_states`.
-
-        Raises:
-            Refusal: two of the names are the same.
-        """
+        """States of streams by distinct names, whichever origin owns them; see `read_own_states`."""
         if len(set(names)) < len(names):
             raise Refusal(Code.REPEATED_STREAM)
         slots = self._table.find(names)
