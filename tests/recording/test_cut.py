@@ -139,6 +139,10 @@ def test_what_cannot_be_cut(scribe: Scribe, tmp_path: Path) -> None:
         cut(path, path, None, None)
     with pytest.raises(RecordingError, match=r"the range is empty: .* begins at position 1 and has checkpoints at"):
         cut(path, tmp_path / "out.rec", None, Bound("position", 0))
+    with pytest.raises(RecordingError, match="the range is empty: it begins at position 3 and ends at 2"):
+        cut(path, tmp_path / "out.rec", Bound("position", 3), Bound("position", 2))
+    with pytest.raises(RecordingError, match="the range is empty: it begins at position 9,999,999 and ends at"):
+        cut(path, tmp_path / "out.rec", Bound("position", 9_999_999), None)
     with pytest.raises(RecordingError, match="cannot write the recording"):
         cut(path, tmp_path / "no" / "out.rec", None, None)
     assert not (tmp_path / "out.rec").exists()

@@ -107,6 +107,8 @@ def _last(reader: RecordingReader, end: Bound | None) -> int:
 
 def _base(reader: RecordingReader, begin: Bound | None, last: int) -> Checkpoint:
     """The checkpoint that the range begins with; of position 0 for the beginning of all."""
+    if begin is not None and begin.kind == "position" and begin.value > last:
+        raise RecordingError(f"the range is empty: it begins at position {begin.value:,} and ends at {last:,}")
     kept = [Checkpoint()] if not reader.trimmed.position else []
     kept += reader.checkpoints()
     # The states of the newest one may have been replaced in part by those of one that is not complete.
