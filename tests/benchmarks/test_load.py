@@ -61,8 +61,8 @@ async def test_blocks_in_closed_loop_repeat_their_inputs() -> None:
     def drive(connection: BareConnection) -> None:
         x = random_x(7, 24)
         groups = open_streams(connection, [Inputs.of(x[:, :12]), Inputs.of(x[:, 12:])])
-        assert closed_loop(connection, groups, 2, 0.1) > 0
-        assert min(group.answered for group in groups) > 7
+        while min(group.answered for group in groups) <= 7:  # however long the machine takes
+            assert closed_loop(connection, groups, 2, 0.1) > 0
         assert all(group.sent == group.answered for group in groups)
         check_and_close(connection, groups, GRU)
 
