@@ -81,7 +81,7 @@ class Loop:
             if has_received:
                 self._poll()
             # A send may have taken the signal of an arrival, so it is looked for. At most one turn is due at a time.
-            if self._has_work():
+            if self.tasks.are_beginning or self._has_work():
                 self.wake()
         except Exception as error:
             self._on_bug(error)
@@ -109,7 +109,10 @@ class Loop:
         try:
             if self.engine.is_running:
                 executor.take_signal()
-            return executor.has_ended or any(frontend.is_readable for frontend in self.frontends)
+            # While a request begins nothing is received; `turn` comes back for what is behind it.
+            return executor.has_ended or (
+                not self.tasks.are_beginning and any(frontend.is_readable for frontend in self.frontends)
+            )
         except Exception as error:  # the executor has died
             self._on_bug(error)
             return False
