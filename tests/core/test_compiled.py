@@ -23,7 +23,8 @@ print(tables.counts[READY])
 def test_a_kernel_is_compiled_again_when_what_it_inlines_from_another_file_has_changed(tmp_path: Path) -> None:
     source, package = Path(instep.__file__).parent, tmp_path / "instep"
     shutil.copytree(source / "core", package / "core", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(source / "__init__.py", package)
+    for module in source.glob("*.py"):
+        shutil.copy(module, package)
     clients = source.parents[1] / "clients"
     environment = {
         **os.environ,
