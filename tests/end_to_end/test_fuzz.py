@@ -111,9 +111,7 @@ class Fuzzer(threading.Thread):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "messages", [50_000, *(pytest.param(count, marks=pytest.mark.long) for count in (350_000, 1_000_000))]
-)
+@pytest.mark.parametrize("messages", [350_000, pytest.param(1_000_000, marks=pytest.mark.long)])
 async def test_many_damaged_messages(tmp_path: Path, messages: int) -> None:
     write_model(tmp_path / "model", SMALL)
     settings = ["engine.max_streams=300", "transport.heartbeat_s=2", "limits.park_s=1"]
