@@ -280,6 +280,17 @@ def test_a_question_that_found_no_room_is_asked_again() -> None:
     assert rig.pings(b"\0slow") == [101_000]
 
 
+def test_the_last_message_follows_what_waits_whatever_the_peer_has_read() -> None:
+    rig = Rig()
+    rig.router.state[rig.fast.routing_id] = Sent.GONE
+    last: Message = [b"y" * 744]
+    for _ in range(UNREAD // 1000 + 3):
+        rig.outbound.send(rig.slow, MESSAGE)
+    assert len(rig.slow.outbox) == 2
+    rig.outbound.say_last(last)
+    assert rig.messages() == [MESSAGE] * (UNREAD // 1000 + 3) + [last]
+
+
 def test_strangers_are_answered_and_nothing_is_kept_for_them() -> None:
     rig = Rig()
     rig.router.state[b"\0new"] = Sent.FULL

@@ -118,8 +118,7 @@ class ZmqFrontend:
 
     def go_away(self, reason: str) -> None:
         """See `Frontend`."""
-        for peer in self.outbound.peers():
-            self.outbound.send(peer, encode.goodbye(reason))
+        self.outbound.say_last(encode.goodbye(reason))
 
     def close(self) -> None:
         """See `Frontend`."""

@@ -232,6 +232,15 @@ class Outbound:
             peer.blocked_since_ns = now_ns
         self._blocked.pop(peer, None)
 
+    def say_last(self, message: Message) -> None:
+        """Hand everything that waits, and this message behind it, to ZeroMQ: nothing follows, so no bound holds."""
+        for peer in self.peers():
+            last = [*(kept for kept, _ in peer.outbox), message]
+            peer.outbox.clear()
+            for each in last:
+                if self._router.send(peer.routing_id, each) is not Sent.HANDED_OVER:
+                    break
+
     def drop(self, peer: Peer) -> None:
         """Forget a connection, unless that was done; `on_gone` takes care of its streams."""
         if peer.is_gone:
