@@ -62,7 +62,11 @@ class Loop:
         """Take a turn soon, because something happened that no signal tells."""
         if not self._is_due and not self._is_stopped:
             self._is_due = True
-            self._loop.call_soon(self.turn)
+            self._loop.call_soon(self._turn_is_due)
+
+    def _turn_is_due(self) -> None:
+        self._is_due = False  # only here: a turn that something else takes leaves the one that is due in the queue
+        self.turn()
 
     def _run_ended(self) -> None:
         try:
@@ -73,7 +77,6 @@ class Loop:
 
     def turn(self) -> None:
         """One turn. Its order is the only thing that orders frames and requests on streams."""
-        self._is_due = False
         if self._is_stopped:
             return
         try:

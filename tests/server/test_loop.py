@@ -1,0 +1,54 @@
+"""Turns of the loop: one is due at most, however many things ask for it."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from instep.server.loop import Loop
+from instep.streaming.tasks import Tasks
+
+
+class BusyFrontend:
+    """A front end at which something has always arrived."""
+
+    signal_fd = None
+    is_readable = True
+    received = 0
+
+    def receive(self, budget_ns: int) -> bool:
+        self.received += 1
+        return True
+
+
+def idle_engine() -> Any:
+    return SimpleNamespace(
+        collect=lambda: False,
+        flush=lambda: None,
+        admit=lambda: None,
+        schedule=lambda: None,
+        lost=[],
+        is_running=False,
+        expected_ns=0,
+        executor=SimpleNamespace(has_ended=False, signal_fd=None),
+    )
+
+
+def fail(error: BaseException) -> None:
+    pytest.fail(repr(error))
+
+
+async def test_turns_that_others_take_do_not_multiply_those_that_are_due() -> None:
+    loop, frontend = Loop(0, fail), BusyFrontend()
+    loop.frontends, loop.engine, loop.tasks = [cast(Any, frontend)], idle_engine(), Tasks(fail)
+    for _ in range(50):
+        loop.turn()  # as when a signal arrives
+        loop.wake()
+    frontend.received, iterations = 0, 20
+    for _ in range(iterations):
+        await asyncio.sleep(0)
+    loop.stop()
+    assert 0 < frontend.received <= iterations
