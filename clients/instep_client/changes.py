@@ -10,9 +10,10 @@ from instep_client import arrays
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
 from instep_client.protocol.errors import StreamEvicted, StreamRefused
 from instep_client.protocol.state_spec import U8
-from instep_client.protocol.wire import Kind, ServerInfo, raw
+from instep_client.protocol.wire import U64, Kind, ServerInfo, raw
 from instep_client.replies import ColumnError
 from instep_client.requests import CloseCall, ResetCall
+from instep_client.sleepers import Sleepers, without_columns
 from instep_client.streams import ENDING, HANDLE, OpenStreams, StreamHandle
 
 
@@ -23,13 +24,20 @@ class Changes:
         table: the streams.
         info: what the server takes.
         outbox: where requests go.
+        sleepers: wakes streams that hibernate.
         answered: told of a stream handle for which a RESET or CLOSE was answered.
     """
 
     def __init__(
-        self, table: OpenStreams, info: ServerInfo, outbox: Outbox, answered: Callable[[StreamHandle], None]
+        self,
+        table: OpenStreams,
+        info: ServerInfo,
+        outbox: Outbox,
+        sleepers: Sleepers,
+        answered: Callable[[StreamHandle], None],
     ) -> None:
         self._table = table
+        self._sleepers = sleepers
         self._outbox = outbox
         self._answered = answered
         self._state = info.state
@@ -61,20 +69,37 @@ class Changes:
             self._outbox.ask(Kind.CLOSE, call, len(part), frames=[handles], part=part)
 
     def close_all(self) -> None:
-        """Close every stream there is; nobody waits for the answer."""
+        """Close every stream that does not hibernate; nobody waits for the answer."""
         live = self._table.live_rows()
-        for part in parts(len(live), self._most):
-            handles = self._table.columns[live[part], HANDLE].tobytes()
-            self._outbox.ask(Kind.CLOSE, None, len(part), frames=[handles])
+        self.close_handles(self._table.columns[live[~self._table.asleep[live]], HANDLE])
+
+    def close_handles(self, handles: U64) -> None:
+        """Close streams by their handles; nobody waits for the answer."""
+        for part in parts(len(handles), self._most):
+            self._outbox.ask(Kind.CLOSE, None, len(part), frames=[handles[part].tobytes()])
 
     def changed(self, call: ResetCall, part: arrays.Indices, failures: list[ColumnError]) -> None:
         """CHANGED came for a part of a call."""
+        if len(asleep := self._sleepers.are_asleep(call.handle.rows[part], failures)):
+            part, failures = self._ask_again(call, part, failures, asleep)
         for column, _, code, sentence, _ in failures[:1]:
             call.note(int(part[column]), code, sentence)
         self.part_answered(call)
 
+    def _ask_again(
+        self, call: ResetCall | CloseCall, part: arrays.Indices, failures: list[ColumnError], asleep: arrays.Indices
+    ) -> tuple[arrays.Indices, list[ColumnError]]:
+        """Ask once more for the columns of streams that hibernated, when they are awake; the others of the part."""
+        call.parts_left += 1
+        again = part[asleep]
+        self._sleepers.wake(call.handle.rows[again], lambda: self._ask(call, again))
+        return without_columns(part, failures, asleep)
+
     def closed(self, call: CloseCall, part: arrays.Indices, finals: U8, failures: list[ColumnError]) -> None:
         """CLOSED came for a part of a call."""
+        if len(asleep := self._sleepers.are_asleep(call.handle.rows[part], failures)):
+            finals = np.delete(finals, asleep, axis=0)
+            part, failures = self._ask_again(call, part, failures, asleep)
         call.finals[part] = finals
         is_closed = np.ones(len(part), np.bool_)
         for column, _, code, sentence, _ in failures:

@@ -9,6 +9,7 @@ from typing import Any
 
 from instep_client.calls import Call, PingCall, StatisticsCall
 from instep_client.changes import Changes
+from instep_client.claims import ask_for_own
 from instep_client.endpoint import checked_endpoint
 from instep_client.flow import Flow
 from instep_client.openings import Openings
@@ -18,6 +19,7 @@ from instep_client.protocol.errors import ClientClosed, ConnectionFailed, Instep
 from instep_client.protocol.wire import Kind, Message, ServerInfo
 from instep_client.reconnection import Reconnection
 from instep_client.requests import CloseCall, ForkCall, OpenCall, QueuedCall, ReadStateCall, ResetCall
+from instep_client.sleepers import Sleepers
 from instep_client.state_reads import StateReads
 from instep_client.streams import OpenStreams, StreamHandle
 
@@ -79,6 +81,9 @@ class Connection:
         self._changes: Changes
         self._state_reads: StateReads
         self._flow: Flow
+        self._sleepers: Sleepers
+        self._farewell: PingCall | None = None
+        """Asked when everything was closed that was open at the end."""
         self.greeting: Call[ServerInfo] = Call()
         """Ends with the server's welcome."""
         self._outbox.ask(Kind.HELLO, self.greeting, wire.PROTOCOL_VERSION, name)
@@ -106,6 +111,7 @@ class Connection:
         if self.state is State.RECONNECTING:
             self._recover(now)
         if self.state is State.OPEN:
+            self._sleepers.advance(now)
             self._flow.advance(now, self._timeout_s)
         self._watch(now)
 
@@ -116,6 +122,7 @@ class Connection:
         times = [self._reconnection.deadline()]
         if self.state is State.OPEN:
             times.append(self._flow.deadline(self._timeout_s))
+            times.append(self._sleepers.deadline())
             if self._keeps_alive():
                 times.append(self._heard_at + self.info.park_s / 2)
         if self._waiting_since is not None:
@@ -163,10 +170,18 @@ class Connection:
         self.fail(ClientClosed, "the client was closed")
         if park or not reachable or not len(self._table.live_rows()):
             return None
+        self._farewell = PingCall(0.0)
         self._changes.close_all()
-        call = PingCall(0.0)
-        self._outbox.ask(Kind.PING, call)
-        return call
+        live = self._table.live_rows()
+        asleep = live[self._table.asleep[live]]
+        ask_for_own(self._table, self._outbox, asleep, self.info.max_message_bytes)  # to be closed, they must be awake
+        self._say_farewell()
+        return self._farewell
+
+    def _say_farewell(self) -> None:
+        """Ask what tells that the server has read everything, once nothing is left to be closed."""
+        if not any(asked.kind is Kind.RESUME for asked in self._outbox.unanswered.values()):
+            self._outbox.ask(Kind.PING, self._farewell)
 
     def _check_open(self) -> None:
         if self.state not in (State.OPEN, State.RECONNECTING):
@@ -250,6 +265,7 @@ class Connection:
         if self.state is State.OPEN:
             self.state = State.RECONNECTING
             self._flow.in_flight.lost()
+            self._sleepers.lost()
         for asked in self._outbox.forget():
             call = asked.what
             if isinstance(call, Call) and not (isinstance(call, OpenCall) and not self._openings.lost(call)):

@@ -15,6 +15,7 @@ from instep_client.outbox import MAX_REPLY_BYTES, Outbox
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import COLUMN, MAX_BLOCK_STREAMS, Code, ServerInfo
 from instep_client.requests import CloseCall, QueuedCall
+from instep_client.sleepers import Sleepers
 from instep_client.steps import FailedFrames, StepCall
 from instep_client.streams import SEQ, OpenStreams, StreamHandle
 
@@ -22,7 +23,7 @@ from instep_client.streams import SEQ, OpenStreams, StreamHandle
 class SendQueue:
     """The calls of one stream handle that were not sent, or not sent completely, in the order they were made."""
 
-    __slots__ = ("calls", "handle", "in_line", "request_pending")
+    __slots__ = ("calls", "handle", "in_line", "is_waking", "request_pending")
 
     def __init__(self, handle: StreamHandle) -> None:
         self.handle = handle
@@ -31,6 +32,8 @@ class SendQueue:
         """Whether it is among those that take turns."""
         self.request_pending = False
         """Whether a request other than STEP is unanswered; nothing more is sent until it is answered."""
+        self.is_waking = False
+        """Whether streams that its next call is about hibernate, and were asked for."""
 
 
 class Flow:
@@ -41,6 +44,7 @@ class Flow:
         info: what the server takes.
         outbox: where blocks go.
         ask: asks for what a call wants whose turn has come.
+        sleepers: wakes streams that hibernate.
         shutdown_s: as for `InFlight`.
     """
 
@@ -50,9 +54,11 @@ class Flow:
         info: ServerInfo,
         outbox: Outbox,
         ask: Callable[[QueuedCall], None],
+        sleepers: Sleepers,
         shutdown_s: float,
     ) -> None:
         self._table = table
+        self._sleepers = sleepers
         self._outbox = outbox
         self._ask = ask
         self._credit = info.credit_frames
@@ -74,7 +80,7 @@ class Flow:
         """From a handle's first call until it is closed."""
         self._line: deque[SendQueue] = deque()
         """The queues that take turns."""
-        self.in_flight = InFlight(table, outbox, info.outputs, shutdown_s, self._conclude, self.end)
+        self.in_flight = InFlight(table, outbox, sleepers, info.outputs, shutdown_s, self._conclude, self.end)
         self._full_since: dict[SendQueue, float] = {}
         """The queues that wait until the user takes outputs, and since when."""
 
@@ -96,7 +102,8 @@ class Flow:
 
     def _continue(self, queue: SendQueue) -> None:
         """Put a queue in line, unless it has nothing to send or something holds it up."""
-        if queue.calls and not (queue.in_line or queue.request_pending or queue in self._full_since):
+        is_held_up = queue.in_line or queue.request_pending or queue.is_waking or queue in self._full_since
+        if queue.calls and not is_held_up:
             queue.in_line = True
             self._line.append(queue)
 
@@ -198,6 +205,8 @@ class Flow:
         for _ in range(len(self._line)):
             queue = self._line[0]
             handle, call = queue.handle, queue.calls[0]
+            if handle.has_sleepers and self._wakes(queue, call.rows if isinstance(call, StepCall) else handle.rows):
+                continue
             if not isinstance(call, StepCall):
                 self._pause(queue)
                 if handle.unanswered == 0:
@@ -246,6 +255,20 @@ class Flow:
         if singles:
             self.in_flight.post(StepBlock.of_singles(self._table, singles))
         return moved
+
+    def _wakes(self, queue: SendQueue, rows: Indices) -> bool:
+        """Whether the first queue has to wait until streams that hibernate are awake."""
+        if not self._table.asleep[rows].any():
+            return False
+        self._pause(queue)
+        queue.is_waking = True
+
+        def go_on() -> None:
+            queue.is_waking = False
+            self._continue(queue)
+
+        self._sleepers.wake(rows, go_on)
+        return True
 
     def _pause(self, queue: SendQueue) -> None:
         """Take the first queue out of line until something happens to its stream handle."""

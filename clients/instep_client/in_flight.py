@@ -20,6 +20,7 @@ from instep_client.blocks import StepBlock
 from instep_client.outbox import Outbox
 from instep_client.protocol.wire import Code
 from instep_client.replies import ColumnError, ErrorReply, Stepped
+from instep_client.sleepers import Sleepers
 from instep_client.steps import FailedFrames, StepCall
 from instep_client.streams import ENDING, SEQ, OpenStreams
 
@@ -34,6 +35,7 @@ class InFlight:
     Args:
         table: the streams.
         outbox: where blocks go.
+        sleepers: wakes streams that hibernate.
         outputs: width of an output.
         shutdown_s: how long what a server refuses because it shuts down waits for its end and the next one.
         settled: told of the calls of which frames were answered for good.
@@ -44,6 +46,7 @@ class InFlight:
         self,
         table: OpenStreams,
         outbox: Outbox,
+        sleepers: Sleepers,
         outputs: int,
         shutdown_s: float,
         settled: Callable[[Iterable[StepCall]], None],
@@ -51,6 +54,8 @@ class InFlight:
     ) -> None:
         self._table = table
         self._outbox = outbox
+        self._sleepers = sleepers
+        self._is_waking = False
         self._outputs = outputs
         self._shutdown_s = shutdown_s
         self._shutting_down_since: float | None = None
@@ -117,10 +122,23 @@ class InFlight:
     def is_free(self, now: float) -> bool:
         """Whether new blocks may be sent; what waits to be sent again is, when its time has come."""
         if self._congested:
-            if self._on_the_way or now < self._resend_at:
+            if self._on_the_way or now < self._resend_at or self._wakes():
                 return False
             self._resend()
         return True
+
+    def _wakes(self) -> bool:
+        """Whether what is to be sent again waits for streams that hibernate."""
+        rows = np.concatenate([block.rows for block in self._refused] or [np.zeros(0, np.int64)])
+        if not self._table.asleep[rows].any():
+            return False
+        if not self._is_waking:
+            self._is_waking = True
+            self._sleepers.wake(rows, self._woken)
+        return True
+
+    def _woken(self) -> None:
+        self._is_waking = False
 
     def deadline(self) -> float | None:
         """When blocks are to be sent again though no message comes."""
@@ -135,7 +153,7 @@ class InFlight:
 
     def resumed(self) -> None:
         """There is another connection, and the table holds the handles of it."""
-        self._resend()
+        self._congested = True  # all goes out again as soon as it may
 
     def _leave(self, block: StepBlock) -> None:
         del self._on_the_way[block]
@@ -175,7 +193,10 @@ class InFlight:
         self._settled(block.calls)
 
     def _sort_failures(self, block: StepBlock, failures: list[ColumnError]) -> list[int]:
-        """Tell the calls what failed and set the streams back; returns the columns that only wait for a BUSY one."""
+        """Tell the calls what failed and set the streams back; returns the columns that have to be sent again.
+
+        Those are the ones that only wait for a BUSY one, and those of streams that hibernated when their frames came.
+        """
         held: list[int] = []
         ending: dict[tuple[Code, str], list[int]] = {}
         for column, timestep, code, sentence, expected in failures:
@@ -184,6 +205,10 @@ class InFlight:
             stale = bool(self._table.rewound_at[row] > call.stamp)
             if code is Code.SEQ_GAP and timestep == 0 and self._table.held[row] and not stale:
                 held.append(column)
+                continue
+            if code is Code.UNKNOWN_STREAM and self._table.asleep[row]:
+                held.append(column)
+                self._congested = self._table.held[row] = True
                 continue
             seq = int(block.columns[column, SEQ]) + timestep
             call.refuse(index, FailedFrames(seq, code, sentence, expected))

@@ -21,6 +21,7 @@ from instep_client.protocol.errors import ConnectionFailed, MalformedMessage, Re
 from instep_client.protocol.wire import Code, Frame, Header, Kind, ServerInfo
 from instep_client.reconnection import Phase
 from instep_client.requests import CloseCall, OpenCall, ReadStateCall, Request, ResetCall
+from instep_client.sleepers import Sleepers
 from instep_client.state_reads import StateReads
 
 _REPLY: Final = {
@@ -37,6 +38,7 @@ _REPLY: Final = {
 _STEPPED: Final = bytes([Kind.STEPPED])
 _SAME: Final = ("fingerprint", "features", "outputs", "state")
 _NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
+_LEAST_RETRY_S: Final = 0.05
 _PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN})
 """Why a HELLO or RESUME is refused that may be granted a little later."""
 
@@ -82,8 +84,7 @@ class Listener(Connection):
         kind, request = header.kind, header.request
         asked = self._outbox.unanswered.get(request)
         if self.state is State.ENDED:
-            if kind is Kind.PONG and asked is not None and asked.kind is Kind.PING:
-                self._end(asked.what, 0.0)
+            self._handle_farewell(header, frames, asked)
         elif kind is Kind.ERROR:
             self._handle_error(request, asked, replies.error(header), now)
         elif kind is Kind.GOODBYE:
@@ -91,7 +92,11 @@ class Listener(Connection):
             self._lose(now, "the server is shutting down")
         elif kind is Kind.EVICTED:
             handles, code, sentence = replies.evicted(header, frames)
-            if self.state is not State.GREETING:
+            if self.state is State.GREETING:
+                return
+            if code is Code.HIBERNATED:
+                self._table.sleep(self._table.rows_of(handles))
+            else:
                 self._flow.end(self._table.rows_of(handles), code, sentence)
         elif kind is Kind.PING:
             self._outbox.answer_ping(request)
@@ -131,9 +136,12 @@ class Listener(Connection):
         elif isinstance(what, ResetCall):
             self._changes.changed(what, part, replies.changed(header, frames, count))
         else:
-            ended = self._reconnection.resumed(part, *replies.granted(header, frames, count))
+            if self.state is State.RECONNECTING:
+                self._reconnection.resumed()
+            ended = self._sleepers.resumed(part, *replies.granted(header, frames, count))
             for (code, sentence), rows in ended.items():
                 self._flow.end(np.array(rows, np.int64), code, sentence)
+            self._sleepers.go_on()
             self._go_on(now)
 
     def _handle_error(self, request: int, asked: Asked | None, refusal: replies.ErrorReply, now: float) -> None:
@@ -174,10 +182,25 @@ class Listener(Connection):
                 self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
         elif asked.kind is Kind.PING:
             self._probing = False
+        elif self.state is State.OPEN and asked.part is not None and refusal.code in _PASSES:
+            self._sleepers.refused(asked.part, now + max(refusal.retry_after_s, _LEAST_RETRY_S))
         elif refusal.code in _PASSES:
             self._lose(now, refusal.sentence)
         elif self.state is State.RECONNECTING:
             self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
+
+    def _handle_farewell(self, header: Header, frames: Sequence[Frame], asked: Asked | None) -> None:
+        """The session is over; streams that hibernated are still to be closed."""
+        if asked is None or header.kind not in (Kind.PONG, Kind.RESUMED, Kind.ERROR):
+            return
+        if asked.kind is Kind.PING and header.kind is Kind.PONG:
+            self._end(asked.what, 0.0)
+        elif asked.kind is Kind.RESUME and asked.part is not None:
+            del self._outbox.unanswered[header.request]
+            if header.kind is Kind.RESUMED:
+                grants, _ = replies.granted(header, frames, len(asked.part))
+                self._changes.close_handles(grants["handle"][grants["handle"] != 0])
+            self._say_farewell()
 
     def _welcomed(self, info: ServerInfo, now: float) -> None:
         self._is_new = False
@@ -189,10 +212,12 @@ class Listener(Connection):
             self._welcomed_again(self._info, info, now)
             return
         self._info = info
-        self._flow = Flow(self._table, info, self._outbox, self._ask, self._reconnection.reconnect_s)
-        self._openings = Openings(self._table, info, self._outbox, self._discard, self._flow.answered)
-        self._state_reads = StateReads(self._table, info, self._outbox)
-        self._changes = Changes(self._table, info, self._outbox, self._flow.answered)
+        table, outbox = self._table, self._outbox
+        self._sleepers = sleepers = Sleepers(table, outbox, info.max_message_bytes)
+        self._flow = Flow(table, info, outbox, self._ask, sleepers, self._reconnection.reconnect_s)
+        self._openings = Openings(table, info, outbox, sleepers, self._discard, self._flow.answered)
+        self._state_reads = StateReads(table, info, outbox, sleepers)
+        self._changes = Changes(table, info, outbox, sleepers, self._flow.answered)
         self.state = State.OPEN
         self._end(self.greeting, info)
 
@@ -221,6 +246,7 @@ class Listener(Connection):
             return
         self.state = State.OPEN
         self._flow.in_flight.resumed()
+        self._sleepers.ask_again()
         postponed, self._postponed = self._postponed, {}
         for call in postponed:
             self._ask(call, now)

@@ -20,6 +20,7 @@ from instep_client.protocol.errors import ConnectionFailed, InstepError, Invalid
 from instep_client.protocol.wire import CLAIM, HAVE_ALL, U64, Code, GrantArray, Kind, Message, ServerInfo, raw
 from instep_client.replies import ColumnError
 from instep_client.requests import ForkCall, OpenCall, ResumeCall
+from instep_client.sleepers import Sleepers, without_columns
 from instep_client.states import State, state_rows
 from instep_client.streams import HANDLE, OpenStreams, StreamHandle
 
@@ -39,6 +40,7 @@ class Openings:
         table: where the streams are put.
         info: what the server takes.
         outbox: where requests go.
+        sleepers: wakes streams that hibernate.
         discard: closes a stream handle that nobody holds, and calls what it is given when that has ended.
         answered: told of a stream handle for which a FORK was answered.
     """
@@ -48,11 +50,13 @@ class Openings:
         table: OpenStreams,
         info: ServerInfo,
         outbox: Outbox,
+        sleepers: Sleepers,
         discard: Callable[[StreamHandle, Callable[[], None] | None], None],
         answered: Callable[[StreamHandle], None],
     ) -> None:
         self._table = table
         self._outbox = outbox
+        self._sleepers = sleepers
         self._discard = discard
         self._answered = answered
         self._state = info.state
@@ -108,10 +112,11 @@ class Openings:
         pieces = parts(len(call.names), most)
         call.begin(len(pieces))
         for part in pieces:
-            names = wire.pack_names([call.names[index] for index in part])
-            self._outbox.ask(
-                kind, call, len(part), *self._fields(call), frames=self._frames(call, names, part), part=part
-            )
+            self._ask(kind, call, part)
+
+    def _ask(self, kind: Kind, call: OpenCall, part: arrays.Indices) -> None:
+        names = wire.pack_names([call.names[index] for index in part])
+        self._outbox.ask(kind, call, len(part), *self._fields(call), frames=self._frames(call, names, part), part=part)
 
     def _fields(self, call: OpenCall) -> tuple[int, ...]:
         if isinstance(call, ResumeCall):
@@ -131,6 +136,13 @@ class Openings:
     def opened(self, call: OpenCall, part: arrays.Indices, grants: GrantArray, failures: list[ColumnError]) -> None:
         """OPENED or RESUMED came for a part of a call."""
         call.grants[part] = grants
+        if isinstance(call, ForkCall) and len(
+            asleep := self._sleepers.are_asleep(call.handle.rows[part], failures)
+        ):  # ask for the copies of those once more when they are awake
+            call.parts_left += 1
+            again = part[asleep]
+            self._sleepers.wake(call.handle.rows[again], lambda: self._ask(Kind.FORK, call, again))
+            part, failures = without_columns(part, failures, asleep)
         for failure in failures[:1]:
             call.note(int(part[failure.column]), failure.code, failure.sentence, failure.expected_seq)
         self.part_answered(call)

@@ -14,14 +14,10 @@ from enum import Enum
 from random import Random
 from typing import Final
 
-import numpy as np
-
-from instep_client.arrays import Indices
-from instep_client.outbox import Outbox, parts
-from instep_client.protocol import wire
-from instep_client.protocol.wire import CLAIM, Code, GrantArray, Kind, ServerInfo
-from instep_client.replies import ColumnError
-from instep_client.streams import ACKED, OpenStreams
+from instep_client.claims import ask_for_own
+from instep_client.outbox import Outbox
+from instep_client.protocol.wire import ServerInfo
+from instep_client.streams import OpenStreams
 
 LEAST_DELAY_S: Final = 0.05
 MOST_DELAY_S: Final = 2.0
@@ -102,39 +98,12 @@ class Reconnection:
         """The server has welcomed us: claim every stream, saying what has come of it."""
         self.phase = Phase.RESUMING
         rows = self._table.live_rows()
-        pieces = parts(len(rows), info.max_message_bytes // max(wire.MAX_NAME_BYTES + 1, CLAIM.itemsize))
-        self._parts_left = len(pieces)
-        for piece in pieces:
-            part = rows[piece]
-            claims = np.zeros(len(part), CLAIM)
-            claims["have"] = self._table.columns[part, ACKED]
-            claims["epoch"] = self._table.epoch[part]
-            names = wire.pack_names(self._table.names(part))
-            self._outbox.ask(Kind.RESUME, None, len(part), 0, frames=[names, claims.tobytes()], part=part)
+        rows = rows[~self._table.asleep[rows]]  # those are resumed when there is something to send to them
+        self._parts_left = ask_for_own(self._table, self._outbox, rows, info.max_message_bytes)
 
-    def resumed(
-        self, part: Indices, grants: GrantArray, failures: list[ColumnError]
-    ) -> dict[tuple[Code, str], list[int]]:
-        """RESUMED came for some streams: take their handles; the rows of those that have ended, by reason.
-
-        A server that has less of a stream than was given of it is refused here when it did not notice: of frames whose
-        outputs came out of order only the first missing one was named in the claim.
-        """
+    def resumed(self) -> None:
+        """A part of the claims was answered."""
         self._parts_left -= 1
-        table = self._table
-        ended: dict[tuple[Code, str], list[int]] = {}
-        for failure in failures:
-            row = int(part[failure.column])
-            table.server_has[row] = failure.expected_seq
-            ended.setdefault((failure.code, failure.sentence), []).append(row)
-        granted = grants["handle"] != 0
-        rows = part[granted]
-        table.resumed(rows, grants[granted])
-        for row, next_seq in zip(rows.tolist(), grants["next_seq"][granted].tolist(), strict=True):
-            if next_seq < table.given(row):
-                table.server_has[row] = next_seq
-                ended.setdefault((Code.DATA_LOSS, wire.SENTENCES[Code.DATA_LOSS]), []).append(row)
-        return ended
 
     def is_complete(self) -> bool:
         """Whether every claim was answered; the recovery is at its end then."""

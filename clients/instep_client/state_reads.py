@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from instep_client import arrays
 from instep_client.openings import good_names
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
@@ -13,6 +15,7 @@ from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Kind, ServerInfo
 from instep_client.replies import ColumnError
 from instep_client.requests import ReadStateCall
+from instep_client.sleepers import Sleepers, without_columns
 from instep_client.streams import ENDING, HANDLE, OpenStreams, StreamHandle
 
 
@@ -23,10 +26,12 @@ class StateReads:
         table: the streams.
         info: what the server takes.
         outbox: where requests go.
+        sleepers: knows which streams hibernate.
     """
 
-    def __init__(self, table: OpenStreams, info: ServerInfo, outbox: Outbox) -> None:
+    def __init__(self, table: OpenStreams, info: ServerInfo, outbox: Outbox, sleepers: Sleepers) -> None:
         self._table = table
+        self._sleepers = sleepers
         self._outbox = outbox
         self._state = info.state
         self._most_message_bytes = info.max_message_bytes
@@ -42,24 +47,34 @@ class StateReads:
 
     def ask(self, call: ReadStateCall) -> None:
         """Send a call's requests; again, if the connection was lost before they were answered."""
+        call.begin(0)
+        self._ask(call, np.arange(len(call.names)))
+
+    def _ask(self, call: ReadStateCall, wanted: arrays.Indices) -> None:
+        """Ask for some of a call's streams, in as many parts as it takes."""
+        by_name = call.handle is None or call.handle.has_sleepers  # a stream that hibernates has no handle
         state_bytes = self._state.row_bytes
-        asked_bytes = wire.MAX_NAME_BYTES + 1 if call.handle is None else 8  # a name and its line end, or a handle
+        asked_bytes = wire.MAX_NAME_BYTES + 1 if by_name else 8  # a name and its line end, or a handle
         most = min(self._most_message_bytes // max(asked_bytes, state_bytes), MAX_REPLY_BYTES // state_bytes)
-        pieces = parts(len(call.names), most)
-        call.begin(len(pieces))
-        for part in pieces:
-            if call.handle is None:
-                streams = wire.pack_names([call.names[index] for index in part])
-            else:
-                streams = self._table.columns[call.handle.rows[part], HANDLE].tobytes()
-            by_name = int(call.handle is None)
-            self._outbox.ask(Kind.READ_STATE, call, len(part), by_name, frames=[streams], part=part)
+        for piece in parts(len(wanted), most):
+            call.parts_left += 1
+            self._ask_for_part(call, wanted[piece], by_name)
+
+    def _ask_for_part(self, call: ReadStateCall, part: arrays.Indices, by_name: bool) -> None:
+        if by_name or call.handle is None:
+            streams = wire.pack_names([call.names[index] for index in part])
+        else:
+            streams = self._table.columns[call.handle.rows[part], HANDLE].tobytes()
+        self._outbox.ask(Kind.READ_STATE, call, len(part), int(by_name), frames=[streams], part=part)
 
     def read(
         self, call: ReadStateCall, part: arrays.Indices, seqs: U64, states: U8, failures: list[ColumnError]
     ) -> None:
         """STATE_READ came for a part of a call."""
         call.seqs[part], call.states[part] = seqs, states
+        if call.handle is not None and len(asleep := self._sleepers.are_asleep(call.handle.rows[part], failures)):
+            self._ask(call, part[asleep])
+            part, failures = without_columns(part, failures, asleep)
         for failure in failures[:1]:
             call.note(int(part[failure.column]), failure.code, failure.sentence)
         self.part_answered(call)

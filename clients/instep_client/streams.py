@@ -49,6 +49,7 @@ class StreamHandle:
         "closing",
         "finished",
         "has_ended",
+        "has_sleepers",
         "last_epochs",
         "last_seqs",
         "names",
@@ -71,6 +72,8 @@ class StreamHandle:
         """When the next seq of any of the rows was last rewound, on the session's counter."""
         self.has_ended = False
         """Whether the server ended any of the streams."""
+        self.has_sleepers = False
+        """Whether any of the streams hibernates."""
         self.closing = False
         self.closed = False
         self.last_seqs: U64 | None = None
@@ -108,6 +111,8 @@ class OpenStreams:
         """Whether frames of the stream were answered BUSY and wait to be sent again."""
         self.ended: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """The code with which the server ended the stream, 0 while it is open."""
+        self.asleep: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether the stream hibernates: the server knows its handle no more, and it has to be resumed first."""
         self.sentences: dict[int, str] = {}
         """What the server said with each code in `ended`."""
         self.handles: list[StreamHandle | None] = []
@@ -134,6 +139,7 @@ class OpenStreams:
         self.columns[rows, ACKED] = grants["next_seq"]
         self.epoch[rows] = grants["epoch"]
         self.ended[rows] = 0
+        self.asleep[rows] = False
         for row in rows.tolist():
             self.handles[row] = handle
         return handle
@@ -208,10 +214,18 @@ class OpenStreams:
         """The streams go on under new handles and epochs; the next seqs stay what they were."""
         self.columns[rows, HANDLE] = grants["handle"]
         self.epoch[rows] = grants["epoch"]
+        self.sleep(rows, False)
+
+    def sleep(self, rows: Indices, asleep: bool = True) -> None:
+        """The streams hibernate, or do so no more."""
+        self.asleep[rows] = asleep
+        for handle in {id(each): each for each in (self.handles[row] for row in rows.tolist()) if each}.values():
+            handle.has_sleepers = bool(self.asleep[handle.rows].any())
 
     def end(self, rows: Indices, code: Code, sentence: str) -> None:
         """The server ended these streams."""
         self.ended[rows] = code
+        self.sleep(rows, False)
         self.sentences[int(code)] = sentence
 
     def why_ended(self, row: int) -> StreamEvicted:
@@ -243,5 +257,6 @@ class OpenStreams:
         self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])
         self.held = np.concatenate([self.held, np.zeros(more, np.bool_)])
         self.ended = np.concatenate([self.ended, np.zeros(more, np.int64)])
+        self.asleep = np.concatenate([self.asleep, np.zeros(more, np.bool_)])
         self.handles.extend([None] * more)
         self._free = [*range(old + more - 1, old - 1, -1), *self._free]

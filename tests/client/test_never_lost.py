@@ -1,4 +1,4 @@
-"""Whatever breaks, and wherever: outputs come once, in order, and are those of the network."""
+"""Whatever breaks or falls asleep, and wherever: outputs come once, in order, and are those of the network."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ class Run:
     def fault(self) -> None:
         """Something breaks."""
         link = self.link
-        match self.dice.randrange(6):
+        match self.dice.randrange(8):
+            case 6 | 7:
+                if self.server.streams:
+                    link.send(self.server.hibernate(self.dice.choice(list(self.server.streams))))
             case 0:
                 link.cut(noticed=False)
             case 1:

@@ -252,6 +252,8 @@ class ModelClient:
     def _step_refused(self, lane: Lane, code: Code, expected_seq: int) -> None:
         if code in (Code.SEQ_GAP, Code.WINDOW_FULL, Code.STEP_FAILED):
             lane.cursor = max(lane.have, min(lane.cursor, expected_seq))
+        elif code is Code.UNKNOWN_STREAM and lane.life is not None and lane.life.has_slept:
+            self._told(lane, Code.HIBERNATED)  # the word of it was lost
         elif code is not Code.SEQ_REPEATED:  # that one is answered when it is sent again later
             self._told(lane, code)
 
@@ -291,7 +293,9 @@ class ModelClient:
             return
         failures = np.frombuffer(message[2], wire.FAILURE)
         if len(failures):
-            self._told(lane, Code(int(failures[0]["code"])))
+            code = Code(int(failures[0]["code"]))
+            has_slept = code is Code.UNKNOWN_STREAM and _life(lane).has_slept
+            self._told(lane, Code.HIBERNATED if has_slept else code)
             return
         state = np.frombuffer(message[1], "<f4")[0]
         require(state == lane.line.states[-1], "a stream was closed in another state than that after its last frame")
@@ -302,7 +306,11 @@ class ModelClient:
         """The server does not go on with a stream; whether it may say so."""
         truth, life = self._truth, lane.life
         truth.seen.add(code.name)
-        if code in (Code.UNKNOWN_STREAM, Code.EXPIRED, Code.STATE_LOST):
+        if code is Code.HIBERNATED:
+            is_right = life is not None and life.has_slept
+            if lane.state in (Is.OPEN, Is.CLOSING):
+                self._resume([lane], [lane.have], takes_over=False)
+        elif code in (Code.UNKNOWN_STREAM, Code.EXPIRED, Code.STATE_LOST):
             is_right = life is None or life.has_ended or truth.is_lossy
             self._lanes_anew(lane, Is.NOTHING)
         elif code is Code.NAME_IN_USE:

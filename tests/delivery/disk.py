@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 
 from instep.recording import file as recording_file
+from instep.recording import open_streams
 from instep.recording import recovery as recording_recovery
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
@@ -142,6 +143,12 @@ class MemoryReader(RecordingReader):
     def _check_trimmed(self) -> None:
         pass
 
+    def newest_row(self, table: str, condition: str, stream: int) -> Row | None:
+        at = 0 if table == "states" else 2
+        rows = [row for _, row in sorted(self._image[table].items()) if row[at] == stream]
+        rows = [row for row in rows if table != "events" or row[4] == OWNER_EVENT]
+        return rows[-1][:-1] if rows else None
+
     def rows(self, table: str, first: int = 1, last: int | None = None) -> Iterator[Row]:
         until = 2**63 - 1 if last is None else last
         if table in HISTORY:
@@ -167,10 +174,9 @@ class MemoryWriter(RecordingWriter):
         self._bytes_in_wal = 0
         self._positions = {table: sorted(disk.image[table]) for table in COUNTED}
         self._with_state = set(disk.image["states"])
-        self._closed = [row[2] for row in disk.image["closings"].values() if row[2] in self._with_state]
+        self._closed = [row[2] for row in disk.image["closings"].values()]
         self.retention, self.trimmed = KEEP_ALL, Trimmed()
         self._bytes = self._last_stream = self._last_epoch = 0
-        self._replaceable = self._with_state
 
     @classmethod
     def create(cls, path: Any, header: RecordingHeader, retention: Retention = KEEP_ALL) -> MemoryWriter:
@@ -201,11 +207,14 @@ class MemoryWriter(RecordingWriter):
         self._changes += [("checkpoints", through, (*row, row_crc(*row)))]
 
     def _replace_states(self, through: int, rows: StateRows) -> None:
-        self._changes += [("states", stream, None) for stream in self._closed]
-        self._with_state.difference_update(self._closed)
-        self._closed = []
+        self._delete_states(rows.streams.tolist())
         self._changes += [("states", int(str(row[0])), row) for row in rows.as_rows(through)]
         self._with_state.update(rows.streams.tolist())
+
+    def _delete_states(self, streams: list[int]) -> None:
+        streams, self._closed = [*self._closed, *streams], []
+        self._changes += [("states", stream, None) for stream in self._with_state.intersection(streams)]
+        self._with_state.difference_update(streams)
 
     def commit(self) -> None:
         if self._changes:
@@ -295,5 +304,6 @@ def files_in_memory() -> Iterator[None]:
     with (
         mock.patch.object(streaming_recovery, "RecordingWriter", MemoryWriter),
         mock.patch.object(recording_recovery, "RecordingReader", MemoryReader),
+        mock.patch.object(open_streams, "RecordingReader", MemoryReader),
     ):
         yield

@@ -186,6 +186,10 @@ def _expire(world: World, _: Digits) -> None:
     world.expire()
 
 
+def _hibernate(world: World, _: Digits) -> None:
+    world.hibernate()
+
+
 def _sync(world: World, _: Digits) -> None:
     world.disk.sync()
 
@@ -227,7 +231,7 @@ _ALWAYS: Final[tuple[tuple[int, Step], ...]] = (
 )
 _CLIENT_FAULTS: Final = ((2, _reconnect), (2, _take_over), (1, _contradict), (2, _close), (2, _read_state))
 _NETWORK_FAULTS: Final = ((1, _drop), (1, _duplicate), (1, _cut), (1, _partition), (2, _reconnect), (2, _replace))
-_SERVER_FAULTS: Final = ((1, _checkpoint), (1, _fail_step), (1, _expire))
+_SERVER_FAULTS: Final = ((1, _checkpoint), (1, _fail_step), (1, _expire), (2, _hibernate))
 _CRASHES: Final = ((1, _checkpoint), (2, _kill), (1, _sync), (1, _break_disk))
 _POWER: Final = ((2, _lose_power),)
 

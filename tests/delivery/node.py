@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from instep.core.typing import F32, I64, U8, U64
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound
+from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.writer import RecordingWriter
 from instep.runtime.errors import StateLost
 from instep.runtime.executor import RunResult, Step, run_steps
@@ -29,6 +31,7 @@ from instep.server.loop import Loop
 from instep.streaming.api import Grants, Names, Origin
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.hibernation import Hibernation, HibernationLimits
 from instep.streaming.journal import Journal
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
@@ -36,6 +39,7 @@ from instep.streaming.reaper import IdleLimits, Reaper
 from instep.streaming.recovery import resume_recording
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
+from instep.streaming.tombstones import Tombstones
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory
 from tests.delivery.hand_loop import HandLoop
@@ -50,6 +54,7 @@ _MAX_CONNECTIONS = 64
 _MAX_FRAMES = 64
 _NEVER_NS = 10**18
 _PARK_NS = 3600 * 10**9
+_HIBERNATE_NS = _PARK_NS // 4
 _TICKS = 10
 """After as many ticks the reaper has looked for streams that expire."""
 
@@ -148,6 +153,9 @@ class Recurrence:
         assert not self.executor.is_under_way(slots), "a state is read while its stream steps"
         return rows_of(self._states[slots])
 
+    def initial(self, count: int) -> U8:
+        return np.zeros((count, 4), np.uint8)
+
     def no_states(self, count: int) -> U8:
         return self.state.missing(count)
 
@@ -172,10 +180,18 @@ class _WatchedEngine(Engine):
         self.watcher.admits(super().admit)
 
 
+async def _load(disk: Disk, streams: Sequence[int]) -> list[OpenStream]:
+    path: Any = disk
+    with files_in_memory():
+        return load_open_streams(path, streams)
+
+
 class _WatchedOperations(StreamOperations):
     watcher: Watcher
+    hibernation: Hibernation
 
     async def resume(self, origin: Origin, names: Names, have: U64, epochs: U64, take_over: bool) -> Grants:
+        await self.hibernation.wake(names)
         self.watcher.resumes(origin, names, have)
         return await super().resume(origin, names, have, epochs, take_over)
 
@@ -204,6 +220,8 @@ class Node:
 
     def __init__(self, number: int, disk: Disk, network: Network, sizes: Sizes, watcher: Watcher) -> None:
         self.has_failed = False
+        self._disk = disk
+        self._hibernated: dict[str, int] = {}
         self.router = HandRouter(network)
         self.stepper = Recurrence(sizes.batch)
         self._watcher = watcher
@@ -240,9 +258,22 @@ class Node:
             lambda delay_s, call: None,
             turns.wake,
         )
-        operations = _WatchedOperations(engine, stepper, self.tasks, turns.wake, self._log_failure)
+        tombstones = Tombstones()
+        self.hibernation = Hibernation(
+            engine,
+            stepper,
+            tombstones,
+            partial(_load, disk),
+            HibernationLimits(_HIBERNATE_NS, MAX_STREAMS, _PARK_NS, 0),
+            self.tasks,
+            self._log_failure,
+        )
+        operations = _WatchedOperations(
+            engine, stepper, self.hibernation, tombstones, self.tasks, turns.wake, self._log_failure
+        )
         engine.watcher = operations.watcher = self._watcher
-        self._reaper = Reaper(engine, operations, IdleLimits(0, 0, _PARK_NS, MAX_STREAMS))
+        operations.hibernation = self.hibernation
+        self._reaper = Reaper(engine, operations, self.hibernation, IdleLimits(0, 0, _PARK_NS, MAX_STREAMS))
         self._checkpoints = Checkpoints(engine, operations, stepper, self.tasks, _NEVER_NS, at_once=1)
         router: Any = self.router
         self.outbound = Outbound(
@@ -285,6 +316,8 @@ class Node:
                     accept_numerics_change=False,
                 )
             last_stream = recovery.last_stream
+            self.hibernation.restarted(recovery.hibernated)
+            self._hibernated = recovery.hibernated
         last_row = writer.position
         self.recorder = HandRecorder(writer, self._turns.wake, self._fail, self._told.append)
         self.journal.record(self.recorder, last_stream, last_row, waits=disk.durability != "memory")
@@ -315,9 +348,12 @@ class Node:
 
     def tick(self) -> None:
         """What is due now and then."""
+        self._tick(self._now_ns)
+
+    def _tick(self, now_ns: int) -> None:
         with self._loop.running():
-            self._frontend.tick(self._now_ns)
-            self._reaper.tick(self._now_ns)
+            self._frontend.tick(now_ns)
+            self._reaper.tick(now_ns)
 
     def notice_gone(self, connection: Connection) -> None:
         """A connection is found to be gone; its streams are parked in the next tick."""
@@ -327,9 +363,13 @@ class Node:
 
     def expire_parked(self) -> None:
         """The time of all that are parked is up."""
-        self._now_ns += 2 * _PARK_NS
         for _ in range(_TICKS):
-            self.tick()
+            self._tick(self._now_ns + 2 * _PARK_NS)
+
+    def hibernate(self) -> None:
+        """All streams with nothing to do have had nothing to do for long."""
+        with self._loop.running():
+            self.hibernation.tick(self._now_ns + 2 * _HIBERNATE_NS)
 
     def kill(self) -> None:
         """The process dies: nothing that it does from now on reaches the network or the disk."""
@@ -346,6 +386,12 @@ class Node:
         peer: Any = origin
         routing_id: bytes = peer.routing_id
         return routing_id
+
+    def asleep(self) -> list[OpenStream]:
+        """The streams that were not put into memory at the start, as the disk has them."""
+        path: Any = self._disk
+        with files_in_memory():
+            return load_open_streams(path, self._hibernated.values())
 
     def slot_of(self, name: str) -> int | None:
         """The slot of the open stream of that name."""

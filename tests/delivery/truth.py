@@ -77,6 +77,8 @@ class Life:
     """Another client has asked for it, or a message of a connection that was left behind has."""
     has_ended: bool = False
     """Somebody closed it, or it expired, or its state was lost."""
+    has_slept: bool = False
+    """It was out of memory: handles of before are unknown."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,10 @@ class Truth:
             return
         for life in self.lives.values():
             slot = self._slot(life)
-            if slot is None or node.table.closing[slot] or node.table.lost[slot]:
+            if slot is None and self._is_asleep(life):
+                self.seen.add("hibernated")
+                life.has_slept = True
+            elif slot is None or node.table.closing[slot] or node.table.lost[slot]:
                 life.has_ended = True
 
     def resume_arrives(self, connection: Connection, asked: Asked, *, is_copy: bool) -> None:
@@ -270,7 +275,8 @@ class Truth:
     def _open_lives(self, names: Sequence[str]) -> list[Life]:
         assert self.node is not None
         slots = [slot for slot in map(self.node.slot_of, names) if slot is not None]
-        return [self.lives[int(self.node.table.recording_id[slot])] for slot in slots]
+        awake = [self.lives[int(self.node.table.recording_id[slot])] for slot in slots]
+        return awake + [life for life in self.lives.values() if life.name in names and self._is_asleep(life)]
 
     def _stand(self, life: Life) -> tuple[int, int, int] | None:
         slot = self._slot(life)
@@ -279,6 +285,12 @@ class Truth:
         table = self.node.table if self.node else None
         assert table is not None
         return int(table.next_seq[slot]), int(table.epoch[slot]), int(table.acked[slot])
+
+    def _is_asleep(self, life: Life) -> bool:
+        """Whether it hibernates, or is about to wake or to end."""
+        assert self.node is not None
+        newest = max((each for each in self.lives.values() if each.name == life.name), key=_number)
+        return life is newest and life.name in self.node.hibernation
 
     def _slot(self, life: Life) -> int | None:
         assert self.node is not None
@@ -342,11 +354,17 @@ class Truth:
         """A server has started on what was durable: every stream stands where its durable frames end, to the bit."""
         self.node = node
         slots = node.open_slots()
-        require(sorted(expected) == sorted(int(node.table.recording_id[slot]) for slot in slots), "streams are missing")
         states: Any = floats_of(node.stepper.read(np.array(slots, np.int64)), 1)[:, 0]
-        for state, slot in zip(states, slots, strict=True):
-            number = int(node.table.recording_id[slot])
-            life, seq = self.lives[number], int(node.table.next_seq[slot])
+        found = {
+            int(node.table.recording_id[slot]): (int(node.table.next_seq[slot]), state)
+            for slot, state in zip(slots, states, strict=True)
+        }
+        for stream in node.asleep():
+            state = 0 if stream.state is None else floats_of(stream.state[None], 1)[0, 0]
+            found[stream.stream] = (stream.seq, state)
+        require(expected.keys() == found.keys(), "streams are missing")
+        for number, (seq, state) in found.items():
+            life = self.lives[number]
             require(seq == expected[number], "a stream does not stand where its durable frames end")
             require(seq <= len(life.line), "a stream holds frames that nobody sent")
             require(state == life.line.states[seq], "a stream came back with another state")

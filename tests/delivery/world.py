@@ -174,6 +174,12 @@ class World:
             self.node.expire_parked()
             self.turn()
 
+    def hibernate(self) -> None:
+        """All streams that do nothing have done nothing for long."""
+        if self.node is not None:
+            self.node.hibernate()
+            self.turn()
+
     def checkpoint(self) -> None:
         if self.node is not None:
             self.node.checkpoint()

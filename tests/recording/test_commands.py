@@ -245,7 +245,7 @@ def test_repair_takes_newer_states_of_a_snapshot_under_way_only_with_the_whole_h
     found_left_out = save(forger.path, tmp_path / "c.rec").left_out
     assert ("the states of the newest checkpoint" in found_left_out) == is_damaged
     with read_recovery(tmp_path / "c.rec", lambda _: None) as recovered:
-        assert [stream.seq for stream in recovered.streams] == ([0, 0] if is_damaged else [2, 1])
+        assert [stream.seq for stream in recovered.load(recovered.names)] == ([0, 0] if is_damaged else [2, 1])
         found = replay(recovered, gru_step(GRU))
     assert found.seqs == ({1: 1, 2: 1} if is_damaged else {1: 2, 2: 2})
 

@@ -28,7 +28,7 @@ def observe(path: Path) -> list[Any]:
     """Everything an engine would go on with, and everything `check` counts."""
     found: list[Any] = []
     with read_recovery(path, lambda _: None) as recovered:
-        for stream in recovered.streams:
+        for stream in recovered.load(recovered.names):
             arrays = (stream.state, stream.tail_x, stream.tail_y)
             found.append([None if array is None else array.tobytes() for array in arrays])
             found.append((stream.stream, stream.name, stream.epoch, stream.first_seq, stream.seq, stream.tail_seq))

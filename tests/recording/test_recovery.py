@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from instep.recording.errors import DamagedRecording
+from instep.recording.open_streams import OpenStream
 from instep.recording.records import StateReset
-from instep.recording.recovery import OpenStream, ReplayStep, read_recovery
+from instep.recording.recovery import ReplayStep, read_recovery
 from instep.recording.schema import owner_detail
 from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
@@ -61,15 +62,20 @@ def test_replayed_the_states_are_those_the_engine_had(tmp_path: Path, with_snaps
     shares: list[float] = []
     with read_recovery(tmp_path / "a.rec", shares.append) as recovered:
         found = replay(recovered, gru_step(GRU))
-        assert [stream.stream for stream in recovered.streams] == [1, 3, 4, 6]
-        assert [stream.name for stream in recovered.streams] == ["stream-1", "stream-3", "restored", "stream-6"]
-        assert [stream.epoch for stream in recovered.streams] == [1001, 1003, 7000, 6000]
-        assert [stream.former_epoch for stream in recovered.streams] == [0, 0, 1004, 0]
-        assert [stream.granted_seq for stream in recovered.streams] == [0, 0, 106, 0]
-        assert [stream.first_seq for stream in recovered.streams] == [0, 0, 100, 0]
+        assert [stream.stream for stream in recovered.load(recovered.names)] == [1, 3, 4, 6]
+        assert [stream.name for stream in recovered.load(recovered.names)] == [
+            "stream-1",
+            "stream-3",
+            "restored",
+            "stream-6",
+        ]
+        assert [stream.epoch for stream in recovered.load(recovered.names)] == [1001, 1003, 7000, 6000]
+        assert [stream.former_epoch for stream in recovered.load(recovered.names)] == [0, 0, 1004, 0]
+        assert [stream.granted_seq for stream in recovered.load(recovered.names)] == [0, 0, 106, 0]
+        assert [stream.first_seq for stream in recovered.load(recovered.names)] == [0, 0, 100, 0]
         assert (recovered.last_stream, recovered.last_epoch) == (6, 7000)
         assert (recovered.checkpoint_position > 0) is with_snapshot
-        tails = {stream.stream: stream for stream in recovered.streams}
+        tails = {stream.stream: stream for stream in recovered.load(recovered.names)}
     assert {stream: found.seqs[stream] for stream in found.seqs} == {
         stream: scribe.seqs[stream] for stream in (1, 3, 4, 6)
     }
@@ -102,7 +108,7 @@ def test_outputs_come_with_the_batches(tmp_path: Path) -> None:
 def test_an_empty_recording_has_nothing_to_go_on_with(tmp_path: Path) -> None:
     RecordingWriter.create(tmp_path / "a.rec", HEADER).close()
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
-        assert (recovered.streams, recovered.last_stream, recovered.last_epoch) == ([], 0, 0)
+        assert (recovered.load(recovered.names), recovered.last_stream, recovered.last_epoch) == ([], 0, 0)
         assert list(recovered.replay()) == []
 
 
@@ -120,7 +126,7 @@ def test_a_state_may_hold_frames_from_after_the_snapshots_position(tmp_path: Pat
     scribe.writer.commit()
     scribe.writer.abandon()
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
-        assert [stream.seq for stream in recovered.streams] == [3, 2]
+        assert [stream.seq for stream in recovered.load(recovered.names)] == [3, 2]
         items = list(recovered.replay())
         assert not any(isinstance(item, StateReset) for item in items)
         applies = [item.applies.tolist() for item in items if isinstance(item, ReplayStep)]
@@ -142,7 +148,7 @@ def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_pat
     scribe.writer.abandon()
     assert [row["stream"] for row in Forger(tmp_path / "a.rec", tmp_path / "b.rec").rows("states")] in ([], [1, 3])
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
-        assert [(stream.stream, stream.seq) for stream in recovered.streams] == [(1, 1), (3, 2)]
+        assert [(stream.stream, stream.seq) for stream in recovered.load(recovered.names)] == [(1, 1), (3, 2)]
         assert list(recovered.replay()) == []
     writer = RecordingWriter.resume(tmp_path / "a.rec", HEADER)
     close_stream(writer, 3, 1, "closed", 2, None)
@@ -152,7 +158,7 @@ def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_pat
     writer.close()
     assert [row["stream"] for row in Forger(tmp_path / "a.rec", tmp_path / "b.rec").rows("states")] == [1]
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
-        (found,) = recovered.streams
+        (found,) = recovered.load(recovered.names)
         assert found.state is not None
         assert (found.stream, float(found.state.view("<f4")[7])) == (1, 1.0)
 
@@ -178,7 +184,7 @@ def test_a_snapshot_that_was_not_finished_leaves_the_older_one_good_and_some_sta
     scribe.writer.abandon()
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
         assert recovered.checkpoint_position == (older if has_older else 0)
-        assert [stream.seq for stream in recovered.streams] == [3, *([1, 1] if has_older else [0, 0]), 1]
+        assert [stream.seq for stream in recovered.load(recovered.names)] == [3, *([1, 1] if has_older else [0, 0]), 1]
         applies = [item.applies.tolist() for item in recovered.replay() if isinstance(item, ReplayStep)]
     before = [] if has_older else [[False, True, True]]
     assert applies == [*before, [False, True], [False, False], [True, True, True]]
@@ -193,7 +199,7 @@ def test_a_snapshot_that_was_not_finished_leaves_the_older_one_good_and_some_sta
     scribe.writer.close()
     with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
         assert list(recovered.replay()) == []
-        assert [(stream.stream, stream.seq) for stream in recovered.streams] == [(1, 4), (2, 4), (3, 2)]
+        assert [(stream.stream, stream.seq) for stream in recovered.load(recovered.names)] == [(1, 4), (2, 4), (3, 2)]
 
 
 def test_states_of_a_snapshot_that_was_not_finished_are_counted(tmp_path: Path) -> None:
@@ -218,7 +224,7 @@ def closed(path: Path) -> Path:
 def read(path: Path) -> list[OpenStream]:
     with read_recovery(path, lambda _: None) as recovered:
         list(recovered.replay())
-        return recovered.streams
+        return recovered.load(recovered.names)
 
 
 @pytest.mark.parametrize(

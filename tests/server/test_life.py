@@ -261,15 +261,15 @@ async def test_a_handle_of_the_servers_former_life_is_unknown(rng: np.random.Gen
     assert len(set(handles)) == 3
 
 
-async def test_after_a_restart_no_more_streams_are_parked_than_are_kept(tmp_path: Path) -> None:
+async def test_after_a_restart_no_more_streams_hibernate_than_are_kept(tmp_path: Path) -> None:
     names, recording = [f"s{number}" for number in range(10)], {"file": tmp_path / "r.instep"}
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         await client.hello()
         epochs = (await client.open(*names)).epochs()
-    async with running(SMALL, recording=recording, limits={"max_parked_streams": 2}) as server:
+    async with running(SMALL, recording=recording, limits={"max_hibernated_streams": 2}) as server:
         async with RawClient(server.endpoint) as client:
             await client.hello()
-            while server.engine.table.open_count > 2:
+            while server.operations.hibernated_count > 2:
                 await asyncio.sleep(0.005)
             resumed = await client.resume(names, [0] * 10, epochs)
             assert resumed.codes() == [Code.EXPIRED] * 8

@@ -37,7 +37,7 @@ def frames_after_a_kill(path: Path, image: Path) -> int:
     for suffix in ("", "-wal"):
         shutil.copy(f"{path}{suffix}", image)
     with read_recovery(image / path.name, lambda _: None) as recovered:
-        (stream,) = (stream for stream in recovered.streams if stream.name == "s")
+        (stream,) = (stream for stream in recovered.load(recovered.names) if stream.name == "s")
         seqs = [stream.seq - 1]
         for item in recovered.replay():
             assert isinstance(item, ReplayStep)

@@ -70,8 +70,8 @@ async def test_a_restart_replays_nothing_that_a_checkpoint_holds(tmp_path: Path,
         assert not checkpoints.is_under_way
         await step(origin, handles[:2], [3, 3], x[3:, :2])
     with read_recovery(path, lambda _: None) as recovered:
-        assert [stream.seq for stream in recovered.streams] == [3] * COUNT
-        for column, stream in enumerate(recovered.streams):
+        assert [stream.seq for stream in recovered.load(recovered.names)] == [3] * COUNT
+        for column, stream in enumerate(recovered.load(recovered.names)):
             assert stream.state is not None
             np.testing.assert_array_equal(stream.state.view("<f4")[None], whole(SMALL, x[:3, column])[1])
         assert replayed(recovered) == 2
@@ -220,5 +220,5 @@ async def test_one_that_meets_a_lost_state_is_given_up_and_the_next_one_complete
         await asyncio.gather(failing, taking)
         await checkpoints.take()
     with read_recovery(path, lambda _: None) as recovered:
-        assert [(stream.name, stream.seq) for stream in recovered.streams] == [("kept", 1)]
+        assert [(stream.name, stream.seq) for stream in recovered.load(recovered.names)] == [("kept", 1)]
         assert replayed(recovered) == 0

@@ -286,4 +286,4 @@ async def test_streams_continue_after_a_restart_to_the_bit(tmp_path: Path, rng: 
     for column in range(2):
         np.testing.assert_array_equal(rest.y[:, column], whole(SMALL, x[:, column])[0][5:])
     with read_recovery(path, lambda _: None) as recovered:
-        assert [stream.name for stream in recovered.streams] == ["a", "b", "c"]
+        assert [stream.name for stream in recovered.load(recovered.names)] == ["a", "b", "c"]

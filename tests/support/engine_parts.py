@@ -11,9 +11,11 @@ from instep.core.dirty import DirtyTracker
 from instep.core.streams import StreamTable
 from instep.core.tables import Tables, make_tables
 from instep.models.model import Model
+from instep.recording.open_streams import load_open_streams
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
+from instep.streaming.moving import put_into_memory
 from instep.streaming.recovery import Recovery, resume_recording
 from tests.support.running import CPU, prepared
 
@@ -28,10 +30,17 @@ class EngineParts:
     stepper: Stepper
 
     def resume(self, path: Path, header: RecordingHeader) -> tuple[RecordingWriter, Recovery]:
-        """Put the open streams of a recording into it."""
-        return resume_recording(
+        """Put the open streams of a recording into it, those too that would hibernate."""
+        writer, recovery = resume_recording(
             path, header, self.tables, self.table, self.dirty, self.stepper, accept_numerics_change=False
         )
+        try:
+            streams = load_open_streams(path, recovery.hibernated.values())
+        except BaseException:
+            writer.abandon()
+            raise
+        put_into_memory(self.tables, self.table, self.stepper, streams)
+        return writer, recovery
 
     def slot(self, name: str) -> int:
         """The slot of an open stream."""

@@ -28,7 +28,7 @@ def replay(recovered: Recovered, step: Step) -> Replayed:
     """Step again what has to be; states are [LAYERS, SIZE]."""
     zeros = np.zeros((LAYERS, SIZE), np.float32)
     found = Replayed()
-    for stream in recovered.streams:
+    for stream in recovered.load(recovered.names):
         found.states[stream.stream] = zeros if stream.state is None else floats_of(stream.state[None], LAYERS, SIZE)[0]
         found.seqs[stream.stream] = stream.seq
     for item in recovered.replay():

@@ -55,6 +55,8 @@ class RingServer:
         """Every code that answered frames."""
         self.busy: list[bool] = []
         """Whether to refuse the next STEPs with BUSY, last first."""
+        self.busy_resumes = 0
+        """How many RESUMEs are still to be refused with BUSY."""
         self.draining = False
         self.refused_hellos = 0
         """How many HELLOs are still to be refused."""
@@ -83,6 +85,9 @@ class RingServer:
         if self.draining and kind not in (Kind.PING, Kind.STATS, Kind.CLOSE):
             return [(peer, error(request, Code.SHUTTING_DOWN))]
         if kind is Kind.STEP and self.busy and self.busy.pop():
+            return [(peer, error(request, Code.BUSY, 1000))]
+        if kind is Kind.RESUME and self.busy_resumes:
+            self.busy_resumes -= 1
             return [(peer, error(request, Code.BUSY, 1000))]
         if kind is Kind.RESUME:
             return [(peer, self._resume(peer, header, frames, notices)), *notices]
@@ -123,6 +128,14 @@ class RingServer:
         del self.streams[name]
         self.expired.add(name)
 
+    def hibernate(self, name: str) -> list[tuple[bytes, Message]]:
+        """A stream leaves memory: nobody owns it, and its handle is void."""
+        stream = self.streams[name]
+        owner, handle = stream.owner, stream.handle
+        self.numbers += 1
+        stream.owner, stream.handle = None, self.numbers
+        return [(owner, evicted([handle], Code.HIBERNATED))] if owner in self.peers else []
+
     def take_over(self, name: str) -> list[tuple[bytes, Message]]:
         """Another client takes a stream."""
         stream = self.streams[name]
@@ -162,11 +175,16 @@ class RingServer:
         return granted(Kind.OPENED, header[1], *self._new(peer, names, seqs, states))
 
     def _fork(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
-        found, _ = self._find(peer, frames[1])
+        found, missing = self._find(peer, frames[1])
+        names = frames[2].decode().split("\n")
+        there = [index for index, stream in enumerate(found) if stream is not None]
         sources = [stream for stream in found if stream is not None]
-        assert len(sources) == header[2]
         seqs, states = [stream.next_seq for stream in sources], np.array([stream.state for stream in sources])
-        return granted(Kind.OPENED, header[1], *self._new(peer, frames[2].decode().split("\n"), seqs, states))
+        made, refused = self._new(peer, [names[index] for index in there], seqs, states)
+        grants = np.zeros(len(found), GRANT)
+        grants[there] = made
+        refused = [(there[entry[0]], *entry[1:]) for entry in refused]
+        return granted(Kind.OPENED, header[1], grants, sorted([*missing, *refused]))
 
     def _resume(
         self, peer: bytes, header: list[Any], frames: list[bytes], notices: list[tuple[bytes, Message]]

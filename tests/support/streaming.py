@@ -18,6 +18,7 @@ from instep.core.tables import make_tables
 from instep.core.typing import F32, I64, U64
 from instep.frontends.in_process import InProcessFrontend, InProcessOrigin
 from instep.models.model import Model
+from instep.recording.open_streams import load_open_streams
 from instep.recording.recorder import Recorder
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
@@ -27,6 +28,7 @@ from instep.server.assembly import recording_header
 from instep.server.loop import Loop
 from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
 from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.hibernation import Hibernation, HibernationLimits
 from instep.streaming.journal import Journal
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
@@ -34,6 +36,7 @@ from instep.streaming.reaper import IdleLimits, Reaper
 from instep.streaming.recovery import Recovery, resume_recording
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
+from instep.streaming.tombstones import Tombstones
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL
 from tests.support.running import CPU, config, prepared
@@ -126,6 +129,7 @@ class StreamingEngine:
         model: what is served.
         states: another access to states than the stepper's, made of it.
         idle: when the reaper ends streams.
+        hibernation: when streams leave memory, once there is a recording.
         reap_at_once: streams that one tick of the reaper parks or evicts.
         copy_at_once: states that a request reads or writes before the loop gets its turn.
         limits: sizes, by name; see `make_tables` and `EngineLimits`.
@@ -138,6 +142,7 @@ class StreamingEngine:
         model: Model = SMALL,
         states: Callable[[Stepper], StateAccess] | None = None,
         idle: IdleLimits | None = None,
+        hibernation: HibernationLimits | None = None,
         reap_at_once: int = 4096,
         copy_at_once: int = 4096,
         **limits: int,
@@ -154,6 +159,7 @@ class StreamingEngine:
             "max_reply_frames": 64,
         } | limits
         self.recorder: Recorder | None = None
+        self.recording = Path()
         self._model = model
         ready = prepared(model)
         network = ready.network
@@ -190,11 +196,28 @@ class StreamingEngine:
             self.loop.wake,
         )
         access: StateAccess = states(self.stepper) if states else self.stepper
+        tombstones = Tombstones()
+        self.hibernation = Hibernation(
+            self.engine,
+            access,
+            tombstones,
+            lambda streams: asyncio.to_thread(load_open_streams, self.recording, streams),
+            hibernation or HibernationLimits(0, 1_000_000, PARK_NS, 0),
+            self.tasks,
+            self._log_failure,
+        )
         self.operations = StreamOperations(
-            self.engine, access, self.tasks, self.loop.wake, self._log_failure, copy_at_once
+            self.engine,
+            access,
+            self.hibernation,
+            tombstones,
+            self.tasks,
+            self.loop.wake,
+            self._log_failure,
+            copy_at_once,
         )
         idle = idle or IdleLimits(0, 0, PARK_NS, 1000)
-        self.reaper = Reaper(self.engine, self.operations, idle, reap_at_once)
+        self.reaper = Reaper(self.engine, self.operations, self.hibernation, idle, reap_at_once)
         self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)
         self.loop.engine, self.loop.operations, self.loop.tasks = self.engine, self.operations, self.tasks
         self.loop.frontends = [self.frontend]
@@ -204,6 +227,7 @@ class StreamingEngine:
         """Record from now on, in a new file or in one that is continued; what was continued."""
         header = recording_header(prepared(self._model), config(recording={"file": path, "durability": durability}))
         journal, recovery = self.engine.journal, None
+        self.recording = path
         if path.exists():
             writer, recovery = resume_recording(
                 path, header, self.tables, self.table, journal.dirty, self.stepper, accept_numerics_change=False
@@ -223,6 +247,7 @@ class StreamingEngine:
             on_durable=lambda lsn: on_loop(journal.advance, lsn),
         )
         last_stream = 0 if recovery is None else recovery.last_stream
+        self.hibernation.restarted({} if recovery is None else recovery.hibernated)
         journal.record(self.recorder, last_stream, writer.position, waits=durability != "memory")
         return recovery
 

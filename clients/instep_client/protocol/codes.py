@@ -40,6 +40,7 @@ class Code(IntEnum):
     ACK_AHEAD = 115
     NEVER_USED = 116
     FRAMES_PENDING = 117
+    HIBERNATED = 118
     BUSY = 200
     TOO_MANY_STREAMS = 201
     STEP_FAILED = 202
@@ -73,7 +74,8 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.NAME_IN_USE: "a stream of this name is already open, or parked; a parked one is resumed, not opened",
     Code.IDLE: "the stream was evicted because it sent nothing for longer than limits.max_idle_s",
     Code.CLIENT_GONE: "the stream was evicted because its connection went away or stopped reading",
-    Code.EXPIRED: "the stream was parked for longer than the server keeps it (limits.park_s), and its state is gone",
+    Code.EXPIRED: "the stream was parked or idle for longer than the server keeps it (limits.park_s, max_idle_s), and its "
+    "state is gone",
     Code.FENCED: "another connection has taken the stream over; this one may not use it any more",
     Code.DATA_LOSS: "the server holds fewer frames of this stream than the client was given outputs for",
     Code.CONFLICT: "a frame of this seq was applied with other values; it was not applied again",
@@ -84,6 +86,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.ACK_AHEAD: "the message acknowledges an output that was not computed yet",
     Code.NEVER_USED: "the stream was evicted because no frame came within limits.first_frame_s of its opening",
     Code.FRAMES_PENDING: "frames of this stream are still being computed; ask again when they are answered",
+    Code.HIBERNATED: "the stream did nothing for a while and was put to sleep; resume it to go on with it",
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
     Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included; close one, or raise it",
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",

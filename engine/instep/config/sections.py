@@ -73,6 +73,8 @@ class LimitsConfig(Section):
     first_frame_s: Seconds = 0.0
     park_s: Seconds = 300.0
     max_parked_streams: Count = 4096
+    hibernate_after_s: Seconds = 60.0
+    max_hibernated_streams: Count = 1_000_000
     window_frames: Annotated[int, Field(ge=1, le=65_536)] = 32
     max_block_frames: Count = 16_384
     max_pending_frames: Count = 131_072

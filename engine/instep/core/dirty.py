@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from instep.core.typing import I64, U8
+from instep.core.typing import I64, U8, Bool
 
 _CLEAN: Final = 0
 _FLUSHING: Final = 1
@@ -32,6 +32,11 @@ class DirtyTracker:
     def mark_clean(self, slots: I64) -> None:
         """The recording holds the states as they are, or never needs to: int64 [N]."""
         self._states[slots] = _CLEAN
+
+    def are_dirty(self, slots: I64) -> Bool:
+        """Whether a committed row may lack the states of these slots, int64 [N]: bool [N]."""
+        dirty: Bool = self._states[slots] != _CLEAN
+        return dirty
 
     def begin_flush(self) -> I64:
         """The slots that a checkpoint has to write that begins now: int64 [N]. One checkpoint at a time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Final
 
 import numpy as np
@@ -70,8 +70,22 @@ class StreamTable:
         """The slots of the open streams of those names, the scratch slot where there is none: int64 [N]."""
         return np.array([self._slots_of_names.get(name, SCRATCH_SLOT) for name in names], np.int64)
 
-    def open(self, names: Sequence[str], owner: int, now_ns: int, first_seqs: I64 | None = None) -> tuple[I64, I32]:
-        """Open streams for one owner, whose first frames have `first_seqs`, int64 [N], or 0.
+    def open(
+        self,
+        names: Sequence[str],
+        owner: int,
+        now_ns: int,
+        first_seqs: I64 | None = None,
+        taken: Container[str] = (),
+    ) -> tuple[I64, I32]:
+        """Open streams.
+
+        Args:
+            names: some of which may be in use.
+            owner: the number of their owner.
+            now_ns: any monotonic clock.
+            first_seqs: the seqs of their first frames, int64 [N], None for 0.
+            taken: names that are in use elsewhere.
 
         Returns:
             slots: int64 [N], the scratch slot where refused.
@@ -81,7 +95,7 @@ class StreamTable:
         codes = np.zeros(len(names), np.int32)
         fresh: dict[str, int] = {}
         for index, name in enumerate(names):
-            if name in fresh or name in self._slots_of_names:
+            if name in fresh or name in self._slots_of_names or name in taken:
                 codes[index] = Code.NAME_IN_USE
             else:
                 fresh[name] = index

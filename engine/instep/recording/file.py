@@ -164,6 +164,18 @@ class RecordingFile:
         if error is None and (rows[0][0] if rows else 0) != self.trimmed.position:
             raise RecordingError(f"the history of {self.path} was trimmed while it was read: read it again")
 
+    def newest_row(self, table: str, condition: str, stream: int) -> tuple[Any, ...] | None:
+        """The checked row of a stream with the highest position, without its CRC; None where there is none."""
+        query = (
+            f"SELECT {', '.join((*TABLES[table], 'crc'))} FROM {table} WHERE {condition} ORDER BY position DESC LIMIT 1"
+        )
+        rows, error = self._fetch(query, (stream,))
+        if error is not None:
+            raise self.damaged(f"the rows of stream {stream} (of {table}) cannot be read: {error}")
+        if rows and not row_is_sound(table, rows[0]):
+            raise self.damaged(f"a row of stream {stream} (of {table}) does not match its CRC")
+        return rows[0][:-1] if rows else None
+
     def totals(self) -> tuple[int, int]:
         """How many batches there are, those that failed included, and frames in them; nothing is checked."""
         with self._reading("is damaged"):

@@ -51,15 +51,16 @@ class RecordingReader(RecordingFile):
                 engines.append(Engine(event.position, replace(engines[-1].header, **changes)))
         return tuple(engines)
 
-    def openings(self) -> list[tuple[Any, ...]]:
+    def openings(self) -> Iterator[tuple[Any, ...]]:
         """Rows of the table `openings`, those that trimming is about to delete left out."""
-        ended = self.ended_where_trimmed
-        openings = [row for row in self.rows("openings") if row[0] > self.trimmed.position or row[2] not in ended]
-        count = sum(row[0] <= self.trimmed.position for row in openings)
+        ended, count = self.ended_where_trimmed, 0
+        for row in self.rows("openings"):
+            if row[0] > self.trimmed.position or row[2] not in ended:
+                count += row[0] <= self.trimmed.position
+                yield row
         expected = self._oldest.openings - self._oldest.closings
         if count != expected:
             raise self.damaged(f"{count:,} streams are left from before it was trimmed instead of {expected:,}")
-        return openings
 
     def streams(self) -> list[StreamInfo]:
         """Every opening, in the order they opened; after trimming each as of the checkpoint that is left."""
@@ -168,19 +169,22 @@ class RecordingReader(RecordingFile):
 
     def states(self) -> Iterator[StreamState]:
         """All states, by stream and checkpoint: the last of a stream is its newest; closed streams may be there."""
-        for stream, position, seq, state, tail_seq, tail_x, tail_y in self.rows("states"):
-            if not 0 <= tail_seq <= seq:
-                raise self.damaged(f"the state of stream {stream} has a tail from {tail_seq} to {seq}")
-            widths = (self.header.features, self.header.outputs)
-            for blob, width in zip((tail_x, tail_y), widths, strict=True):
-                self.check_bytes(blob, (seq - tail_seq) * width * 4, position)
-            found = self.state(state, position)
-            assert found is not None, "the column is NOT NULL"
-            x, y = (
-                np.frombuffer(blob, "<f4").reshape(-1, width)
-                for blob, width in zip((tail_x, tail_y), widths, strict=True)
-            )
-            yield StreamState(stream, position, seq, found, tail_seq, x, y)
+        return map(self.stream_state, self.rows("states"))
+
+    def stream_state(self, row: tuple[Any, ...]) -> StreamState:
+        """A row of the table `states`."""
+        stream, position, seq, state, tail_seq, tail_x, tail_y = row
+        if not 0 <= tail_seq <= seq:
+            raise self.damaged(f"the state of stream {stream} has a tail from {tail_seq} to {seq}")
+        widths = (self.header.features, self.header.outputs)
+        for blob, width in zip((tail_x, tail_y), widths, strict=True):
+            self.check_bytes(blob, (seq - tail_seq) * width * 4, position)
+        found = self.state(state, position)
+        assert found is not None, "the column is NOT NULL"
+        x, y = (
+            np.frombuffer(blob, "<f4").reshape(-1, width) for blob, width in zip((tail_x, tail_y), widths, strict=True)
+        )
+        return StreamState(stream, position, seq, found, tail_seq, x, y)
 
     def check_states(self) -> None:
         """Read the states of all checkpoints.

@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+from typing import Final, Self
 
 import numpy as np
 
-from instep.core.typing import F32, I64, U8, Bool
+from instep.core.typing import I64, Bool
+from instep.recording.open_streams import OpenStream, read_open_streams
 from instep.recording.reader import RecordingReader
-from instep.recording.records import Checkpoint, RecordedBatch, StateReset, StreamState
+from instep.recording.records import Checkpoint, RecordedBatch, StateReset
 from instep.recording.schema import CHECKPOINT_EVENT, COUNTED, OWNER_EVENT, read_owner_detail
 
 _NEVER: Final = np.iinfo(np.int64).max
 _UNKNOWN: Final = -1
-_Owner: TypeAlias = tuple[int, int, int, bool]
-"""Epoch, the one it held before, the frame that was due next, whether other numerics took the stream."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenStream:
-    """A stream that was open when the recording ended, as of the checkpoint."""
-
-    stream: int
-    name: str
-    epoch: int
-    """The last one it was given."""
-    former_epoch: int
-    """The one its owner held before, 0 for none or somebody else's."""
-    granted_seq: int
-    """The frame that was due next when it was given."""
-    renumbered: bool
-    """Whether a restart with other numerics took it from its owner, and nobody has taken it over since."""
-    first_seq: int
-    """The one it opened with."""
-    seq: int
-    """The state is that before this frame."""
-    state: U8 | None
-    """uint8 [row_bytes]; None for the model's initial state."""
-    tail_seq: int
-    """The client may not have the outputs of the frames from here to `seq`."""
-    tail_x: F32
-    """float32 [seq - tail_seq, features]: those frames."""
-    tail_y: F32
-    """float32 [seq - tail_seq, outputs]: their outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +33,11 @@ class ReplayStep:
 
 
 class Recovered:
-    """What an engine needs to go on: streams as of the newest checkpoint, and what happened since.
+    """What an engine needs to go on: streams as of their newest states, and what happened since.
 
     Everything here is checked: CRCs, that no position is missing, that every stream's frames follow each other. Of
-    what lies before the checkpoint, only the rows of batches and outputs are not looked at.
+    what lies before the checkpoint, only the rows of batches and outputs are not looked at. States are checked and not
+    kept: there may be more streams than fit into memory.
 
     Args:
         path: the recording.
@@ -72,10 +45,11 @@ class Recovered:
 
     Attributes:
         path: the recording.
-        streams: those that are open at its end, in the order they opened.
+        names: of the streams that are open at its end, by number, in the order they opened.
         last_stream: the highest stream number ever given, 0 for none.
         last_epoch: the highest epoch ever given, 0 for none.
-        checkpoint_position: `streams` are as of this position or later, those opened since as they opened; 0 for none.
+        checkpoint_position: streams are loaded as of this position or later, those opened since as they opened; 0 for
+            none.
         last_position: the newest row.
 
     Raises:
@@ -106,6 +80,15 @@ class Recovered:
         """Let go of the file."""
         self._reader.close()
 
+    def load(self, streams: Iterable[int]) -> list[OpenStream]:
+        """Open streams by number, each in its newest state, from which the replay goes on."""
+        return read_open_streams(self._reader, streams)
+
+    def seqs(self) -> tuple[I64, I64]:
+        """The numbers of the open streams, rising, and the seqs of their newest states: int64 [N] each."""
+        is_open = self._closed_at == _NEVER
+        return self._numbers[is_open], self._held[is_open]
+
     def replay(self) -> Iterator[ReplayStep | StateReset]:
         """What changed the states since the checkpoint, in order; once, and to its end, or not all was checked.
 
@@ -127,15 +110,11 @@ class Recovered:
         mark = reader.checkpoint()
         self.checkpoint_position = mark.position
         reader.check_positions(mark.position + 1)
-        openings, closings = reader.openings(), list(reader.rows("closings", reader.first_position))
-        self._number(openings, closings)
-        epochs = {row[2]: (int(row[4]), 0, int(row[5]), False) for row in openings}
-        positions = self._read_events(mark, epochs)
-        self.last_epoch = max((reader.trimmed.last_epoch, *(epoch for epoch, *_ in epochs.values())))
+        names = self._read_openings()
         found = {
-            "openings": [row[0] for row in openings],
-            "closings": [row[0] for row in closings],
-            "events": positions,
+            "openings": self._opened_at,
+            "closings": self._read_closings(),
+            "events": self._read_events(mark),
         }
         oldest = reader.checkpoints()[0] if reader.trimmed.position else Checkpoint()
         still_count = {
@@ -144,48 +123,49 @@ class Recovered:
             "events": reader.trimmed.events,
         }
         for table in COUNTED:
-            count = sum(position <= mark.position for position in found[table])
+            count = int((found[table] <= mark.position).sum())
             expected = still_count[table] + getattr(mark, table) - getattr(oldest, table)
             if count != expected:
                 raise reader.damaged(
                     f"up to position {mark.position} it holds {count:,} {table} instead of {expected:,}"
                 )
-        states = self._read_states()
-        places, _ = self._find(np.array([row[2] for row in openings], np.int64))
-        are_open = (self._closed_at[places] == _NEVER).tolist()
-        self.streams = [
-            self._open_stream(row, epochs[row[2]], states.get(row[2]))
-            for row, is_open in zip(openings, are_open, strict=True)
-            if is_open
-        ]
+        self._read_states()
+        in_order = np.argsort(self._opened_at, kind="stable")
+        open_places = in_order[self._closed_at[in_order] == _NEVER]
+        self.names = {stream: names[stream] for stream in self._numbers[open_places].tolist()}
 
-    def _number(self, openings: list[tuple[Any, ...]], closings: list[tuple[Any, ...]]) -> None:
-        """Note of every stream where it opens and closes, and which frame comes next."""
-        self.last_stream = max((self._reader.trimmed.last_stream, *(row[2] for row in openings)))
-        if min((row[2] for row in openings), default=1) < 1 or self.last_stream >= 2**32:
-            raise self._reader.damaged("a stream has a number that no stream can have")
+    def _read_openings(self) -> dict[int, str]:
+        """Note of every stream where it opens, and which frame comes first; the names, by number."""
+        reader, names = self._reader, dict[int, str]()
+        columns = array("q")
+        self.last_stream, self.last_epoch = reader.trimmed.last_stream, reader.trimmed.last_epoch
+        for position, _, stream, name, epoch, first_seq, initial in reader.openings():
+            if stream in names:
+                raise reader.damaged(f"stream {stream} opens again at position {position}")
+            if not 1 <= stream < 2**32:
+                raise reader.damaged("a stream has a number that no stream can have")
+            reader.state(initial, position)
+            names[stream] = name
+            self.last_stream, self.last_epoch = max(self.last_stream, stream), max(self.last_epoch, epoch)
+            columns.extend((stream, position, first_seq))
         # By the numbers in this file, not by all that were ever given: a recording goes on for ever.
-        numbers: I64 = np.array([row[2] for row in openings], np.int64)
-        order = np.argsort(numbers, kind="stable")
-        self._numbers: I64 = numbers[order]
+        rows = np.array(columns, np.int64).reshape(-1, 3)
+        self._numbers, self._opened_at, first_seqs = np.ascontiguousarray(rows[np.argsort(rows[:, 0])].T)
         """The numbers of the streams that open here, rising: what follows is by the place of each in it."""
-        twice = np.flatnonzero(self._numbers[1:] == self._numbers[:-1])
-        if len(twice):
-            position, _, stream, *_ = openings[order[twice[0] + 1]]
-            raise self._reader.damaged(f"stream {stream} opens again at position {position}")
-        self._opened_at: I64 = np.array([row[0] for row in openings], np.int64)[order]
-        self._closed_at: I64 = np.full(len(numbers), _NEVER, np.int64)
-        first_seqs: I64 = np.array([row[5] for row in openings], np.int64)[order]
+        self._closed_at: I64 = np.full(len(names), _NEVER, np.int64)
         self._held: I64 = first_seqs.copy()
         """The seq before which the frames are in the state."""
         self._next: I64 = first_seqs
         """The seq of the next frame, `_UNKNOWN` where it is one up to that of the state."""
+        return names
+
+    def _read_closings(self) -> I64:
+        """Note of every stream where it closes; the closings' positions."""
+        closings = [(row[0], row[2], row[3]) for row in self._reader.rows("closings", self._reader.first_position)]
         self._ends: list[tuple[int, int, int]] = []
         """Of streams that close after the checkpoint: position, place, and the seq that the next frame would have."""
-        places, are_known = self._find(np.array([row[2] for row in closings], np.int64))
-        for (position, _, stream, frames, _, _), at, is_known in zip(
-            closings, places.tolist(), are_known.tolist(), strict=True
-        ):
+        places, are_known = self._find(np.array([stream for _, stream, _ in closings], np.int64))
+        for (position, stream, frames), at, is_known in zip(closings, places.tolist(), are_known.tolist(), strict=True):
             if not is_known or not self._opened_at[at] < position < self._closed_at[at]:
                 raise self._reader.damaged(f"stream {stream}, which is not open, closes at position {position}")
             self._closed_at[at] = position
@@ -194,6 +174,7 @@ class Recovered:
                 if self._opened_at[at] <= self.checkpoint_position:
                     # Its frames up to there are in no state, if it closed before the states were read.
                     self._held[at], self._next[at] = _NEVER, _UNKNOWN
+        return np.array([position for position, *_ in closings], np.int64)
 
     def _find(self, streams: I64) -> tuple[I64, Bool]:
         """The places of streams, and which of them open here at all: int64 [N] → int64 [N], bool [N]."""
@@ -204,56 +185,50 @@ class Recovered:
             are_known = self._numbers[places] == streams
         return places, are_known
 
-    def _read_events(self, mark: Checkpoint, epochs: dict[int, _Owner]) -> list[int]:
-        """The events' positions; the newest owners go into `epochs`."""
-        positions, newest = [], 0
+    def _read_events(self, mark: Checkpoint) -> I64:
+        """The events' positions."""
+        positions, owned, newest = array("q"), array("q"), 0
         before = self._reader.events_that_count() if self._reader.trimmed.position else []
         for event in (*before, *self._reader.events()):
             positions.append(event.position)
             if event.kind == OWNER_EVENT:
-                if event.stream not in epochs or event.seq is None:
-                    raise self._reader.damaged(f"the event at position {event.position} is of no stream")
                 try:
-                    epochs[event.stream] = (event.seq, *read_owner_detail(event.detail))
+                    read_owner_detail(event.detail)
                 except ValueError:
                     raise self._reader.damaged(f"the event at position {event.position} names no owner") from None
+                owned.extend((event.position, event.stream or 0))
+                self.last_epoch = max(self.last_epoch, event.seq or 0)
             elif event.kind == CHECKPOINT_EVENT:
                 newest = event.seq or 0
         if newest != mark.position:
             raise self._reader.damaged(
                 f"its newest checkpoint should be of position {newest}, and is of {mark.position}"
             )
-        return positions
+        rows = np.array(owned, np.int64).reshape(-1, 2)
+        _, are_known = self._find(rows[:, 1])
+        for position in rows[~are_known, 0].tolist():
+            raise self._reader.damaged(f"the event at position {position} is of no stream")
+        return np.array(positions, np.int64)
 
-    def _read_states(self) -> dict[int, StreamState]:
-        """The newest state of each stream."""
-        states, count = dict[int, StreamState](), 0
+    def _read_states(self) -> None:
+        """Note up to which frame the newest state of each stream goes."""
+        columns, ended, count = array("q"), self._reader.ended_where_trimmed, 0
         for count, state in enumerate(self._reader.states(), 1):  # noqa: B007 - counts to the last
-            if state.stream not in self._reader.ended_where_trimmed:
-                states[state.stream] = state
+            if state.stream not in ended:
+                columns.extend((state.stream, state.position, state.seq))
         if count != self._reader.state_rows:
             raise self._reader.damaged(f"it holds {count:,} states instead of {self._reader.state_rows:,}")
-        places, are_known = self._find(np.array(list(states), np.int64))
-        for state, at, is_known in zip(states.values(), places.tolist(), are_known.tolist(), strict=True):
-            if not is_known or state.position > self.last_position:
-                raise self._reader.damaged(f"the state of stream {state.stream} fits no stream")
-            if self._closed_at[at] != _NEVER:
-                continue
-            if state.seq < self._held[at]:
-                raise self._reader.damaged(f"the state of stream {state.stream} is from before its first frame")
-            self._held[at] = state.seq
-            self._next[at] = _UNKNOWN
-        return states
-
-    def _open_stream(self, opening: tuple[Any, ...], owner: _Owner, state: StreamState | None) -> OpenStream:
-        position, _, stream, name, _, first_seq, initial = opening
-        if state is not None:
-            tail = (state.tail_seq, state.tail_x, state.tail_y)
-            return OpenStream(stream, name, *owner, first_seq, state.seq, state.state, *tail)
-        header = self._reader.header
-        x, y = (np.zeros((0, width), np.float32) for width in (header.features, header.outputs))
-        found = self._reader.state(initial, position)
-        return OpenStream(stream, name, *owner, first_seq, first_seq, found, first_seq, x, y)
+        rows = np.array(columns, np.int64).reshape(-1, 3)
+        rows = rows[np.append(rows[1:, 0] != rows[:-1, 0], np.ones(min(len(rows), 1), np.bool_))]  # the newest of each
+        places, are_known = self._find(rows[:, 0])
+        for stream in rows[~are_known | (rows[:, 1] > self.last_position), 0].tolist():
+            raise self._reader.damaged(f"the state of stream {stream} fits no stream")
+        is_open = self._closed_at[places] == _NEVER
+        at, rows = places[is_open], rows[is_open]
+        for stream in rows[rows[:, 2] < self._held[at], 0].tolist():
+            raise self._reader.damaged(f"the state of stream {stream} is from before its first frame")
+        self._held[at] = rows[:, 2]
+        self._next[at] = _UNKNOWN
 
     def _step(self, batch: RecordedBatch) -> Bool:
         """Take note of a batch; which of its frames apply."""

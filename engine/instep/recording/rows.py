@@ -36,6 +36,7 @@ MOST_WAL_BYTES: Final = 2**30
 """The WAL cannot be reused while another program reads the file: beyond this, it grows no more."""
 _PAGES_A_COMMIT: Final = 4
 """Those that every commit touches, about."""
+_MOST_CLOSED: Final = 4096
 _ROW_BYTES: Final = 64
 """What a row takes beside its blobs, about."""
 
@@ -92,11 +93,9 @@ class RowWriter:
             if table in COUNTED:
                 self._counts[table] += count
         self._state_rows = int(self._read("states", "SELECT count(*) FROM states")[0][0])
-        replaceable = "SELECT stream FROM states WHERE position > ?"
-        self._replaceable = {row[0] for row in self._read("states", replaceable, self._kept.position)}
-        """Streams with a row in `states` that the next checkpoint replaces or, when they have closed, deletes."""
-        closed = "SELECT stream FROM closings"
-        self._closed = [row[0] for row in self._read("closings", closed) if row[0] in self._replaceable]
+        left = "SELECT DISTINCT stream FROM states WHERE position > ? AND stream IN (SELECT stream FROM closings)"
+        self._closed = [row[0] for row in self._read("states", left, self._kept.position)]
+        """Streams that have closed, whose rows in `states` go when the next ones come: repairing may need them."""
         self._last_stream = max(self.trimmed.last_stream, self._highest("openings", "stream"))
         owners = self._highest("events", "seq", f"WHERE kind = '{OWNER_EVENT}'")
         self._last_epoch = max(self.trimmed.last_epoch, self._highest("openings", "epoch"), owners)
@@ -171,7 +170,9 @@ class RowWriter:
         )
         numbers = streams.tolist()
         self._insert_rows("closings", time_ns, numbers, frames.tolist(), repeat(reason, len(numbers)), states)
-        self._closed += [number for number in numbers if number in self._replaceable]
+        self._closed += numbers
+        if len(self._closed) > _MOST_CLOSED:
+            self._delete_states([])
 
     def stream_events(
         self, time_ns: int, kind: str, streams: I64, seqs: I64, details: Iterable[str], states: U8 | None = None
@@ -209,7 +210,6 @@ class RowWriter:
         self._checkpoints.append(new)
         if self.retention.is_apart(self._kept, new.bytes, new.time_ns):
             self._kept = new
-            self._replaceable.clear()
 
     def add_states(self, time_ns: int, through: int, rows: StateRows) -> None:
         """Part of the next checkpoint, as for `checkpoint`: it may be committed before the rest.
@@ -270,16 +270,20 @@ class RowWriter:
 
     def _replace_states(self, through: int, rows: StateRows) -> None:
         streams = rows.streams.tolist()
-        gone = [*self._closed, *self._replaceable.intersection(streams)]
-        kept = self._kept.position
-        delete = "DELETE FROM states WHERE stream = ? AND position > ?"
-        self._database.executemany(delete, ((stream, kept) for stream in gone))
+        self._delete_states(streams)
         self._database.executemany("INSERT INTO states VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows.as_rows(through))
         self._bytes_in_wal += rows.states.nbytes + rows.tail_x.nbytes + rows.tail_y.nbytes
-        self._state_rows += len(streams) - len(gone)
-        self._replaceable.difference_update(self._closed)
-        self._replaceable.update(streams)
+        self._state_rows += len(streams)
+
+    def _delete_states(self, streams: list[int]) -> None:
+        """Those of these streams, and of streams that have closed, that no kept checkpoint needs."""
+        changes = "SELECT total_changes()"
+        ((before,),) = self._database.execute(changes)
+        delete = "DELETE FROM states WHERE stream = ? AND position > ?"
+        self._database.executemany(delete, [(stream, self._kept.position) for stream in [*self._closed, *streams]])
         self._closed = []
+        ((after,),) = self._database.execute(changes)
+        self._state_rows -= after - before
 
     def commit(self) -> None:
         """Make everything written so far durable and visible to readers."""

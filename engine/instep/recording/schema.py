@@ -247,7 +247,12 @@ def create_statements() -> list[str]:
     """The statements that make the empty tables."""
     header = "CREATE TABLE header (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID"
     tables = (f"CREATE TABLE {table} ({_columns(columns)})" for table, columns in TABLES.items())
-    return [header, *tables, "CREATE UNIQUE INDEX states_by_stream ON states (stream, position)"]
+    return [
+        header,
+        *tables,
+        "CREATE UNIQUE INDEX states_by_stream ON states (stream, position)",
+        f"CREATE INDEX owners_by_stream ON events (stream, position) WHERE kind = '{OWNER_EVENT}'",
+    ]
 
 
 def _columns(columns: dict[str, str]) -> str:

@@ -26,6 +26,9 @@ class StateAccess(Protocol):
     def read(self, slots: I64) -> U8:
         """A copy of states."""
 
+    def initial(self, count: int) -> U8:
+        """The model's initial state, so many times."""
+
     def no_states(self, count: int) -> U8:
         """Rows where there is no state to show."""
 
@@ -102,6 +105,10 @@ class Stepper:
     def read(self, slots: I64) -> U8:
         """The states of slots as rows of bytes, uint8 [N, row_bytes], a copy."""
         return self._store.read(slots)
+
+    def initial(self, count: int) -> U8:
+        """See `StateAccess`."""
+        return self.state.initial(count)
 
     def no_states(self, count: int) -> U8:
         """Rows where there is no state to show: NaN in floats, 0 in other leaves."""

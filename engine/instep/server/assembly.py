@@ -7,9 +7,11 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import structlog
@@ -27,6 +29,7 @@ from instep.frontends.zmq.router import CannotBind, Router
 from instep.models.numerics import numerics
 from instep.recording.database import check_place, holds_recording
 from instep.recording.errors import RecordingError, with_advice
+from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
 from instep.recording.trim import Retention
@@ -44,6 +47,7 @@ from instep.server.server import Server
 from instep.server.shutdown import Shutdown
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.hibernation import Hibernation, HibernationLimits
 from instep.streaming.journal import Journal
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
@@ -51,6 +55,7 @@ from instep.streaming.reaper import IdleLimits, Reaper
 from instep.streaming.recovery import Recovery, resume_recording
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
+from instep.streaming.tombstones import Tombstones
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
 
@@ -148,8 +153,18 @@ def _make_server(
         call_later,
         loop.wake,
     )
-    operations = StreamOperations(engine, stepper, tasks, loop.wake, log_failure)
-    reaper = Reaper(engine, operations, _idle_limits(config))
+    tombstones = Tombstones()
+    hibernation = Hibernation(
+        engine,
+        stepper,
+        tombstones,
+        partial(_load_open_streams, config.recording.file),
+        _hibernation_limits(config),
+        tasks,
+        log_failure,
+    )
+    operations = StreamOperations(engine, stepper, hibernation, tombstones, tasks, loop.wake, log_failure)
+    reaper = Reaper(engine, operations, hibernation, _idle_limits(config))
     target_ns = round(config.recording.recovery_target_s * 1e9)
     checkpoints = Checkpoints(engine, operations, stepper, tasks, target_ns)
 
@@ -180,6 +195,7 @@ def _make_server(
         undo.callback(writer.discard if recovery is None else writer.abandon)
         recorder = _recorder(config, writer, journal, loop, shutdown, log)
         last_stream = 0 if recovery is None else recovery.last_stream
+        hibernation.restarted({} if recovery is None else recovery.hibernated)
         journal.record(recorder, last_stream, writer.position, waits=info.durability != "memory")
     return Server(
         config,
@@ -294,6 +310,21 @@ def _idle_limits(config: Config) -> IdleLimits:
         round(limits.first_frame_s * 1e9),
         round(limits.park_s * 1e9),
         limits.max_parked_streams,
+    )
+
+
+async def _load_open_streams(path: Path | None, streams: Sequence[int]) -> list[OpenStream]:
+    assert path is not None, "without a recording nothing hibernates"
+    return await asyncio.to_thread(load_open_streams, path, streams)
+
+
+def _hibernation_limits(config: Config) -> HibernationLimits:
+    limits = config.limits
+    return HibernationLimits(
+        round(limits.hibernate_after_s * 1e9),
+        limits.max_hibernated_streams,
+        round(limits.park_s * 1e9),
+        round(limits.max_idle_s * 1e9),
     )
 
 

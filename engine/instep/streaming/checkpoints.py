@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-import numpy as np
-
-from instep.core.streams import StreamTable
-from instep.core.tables import WINDOW, Tables, rows_of
-from instep.core.typing import I64, U8
-from instep.recording.states import StateRows
 from instep.runtime.stepper import StateAccess
 from instep.streaming.engine import Engine
+from instep.streaming.moving import state_rows
 from instep.streaming.operations import StreamOperations
 from instep.streaming.tasks import Tasks
 
@@ -65,7 +60,7 @@ class Checkpoints:
             return
         self.is_under_way = True
         journal, table = self._engine.journal, self._engine.table
-        through = max(journal.newest, journal.last_inputs)
+        through = journal.begin_checkpoint()
         slots = journal.dirty.begin_flush()
         incarnations = table.incarnations(slots)
         journal.computed_ns = 0
@@ -88,14 +83,5 @@ class Checkpoints:
             journal.dirty.flush_failed(slots)
             self._operations.log_failure(error, len(slots))
         finally:
+            journal.end_checkpoint()
             self.is_under_way = False
-
-
-def state_rows(tables: Tables, table: StreamTable, slots: I64, states: U8) -> StateRows:
-    """The states of open streams, [N, …], and the frames of each whose outputs its client may not have."""
-    seqs = table.step_seq[slots]
-    first = np.maximum(np.maximum(table.acked[slots], seqs - tables.counts[WINDOW]), table.first_seq[slots])
-    counts = seqs - first
-    offsets = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    tail = rows_of(tables, np.repeat(slots, counts), np.repeat(first, counts) + offsets)
-    return StateRows(table.recording_ids(slots), seqs, states, first, tables.x[tail], tables.y[tail])

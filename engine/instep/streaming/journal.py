@@ -58,6 +58,8 @@ class Journal:
         self._waits = False
         self._committed = NEVER - 1
         self._last_stream = 0
+        self._through = 0
+        """What the states of the checkpoint under way contain, while they are being read; 0 where there is none."""
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._uncommitted: list[tuple[int, asyncio.Future[None]]] = []
 
@@ -158,8 +160,28 @@ class Journal:
             return lsn
         return self._append(self._recorder.fail_batch, lsn, time.time_ns(), detail)
 
+    def begin_checkpoint(self) -> int:
+        """A checkpoint begins; the lsn up to which its states contain every batch."""
+        self._through = self._now
+        return self._through
+
+    def end_checkpoint(self) -> None:
+        """It is complete, or has failed."""
+        self._through = 0
+
+    @property
+    def _now(self) -> int:
+        return max(self.newest, self.last_inputs)
+
+    def hibernated(self, slots: I64, rows: StateRows) -> int:
+        """Streams leave memory in these states; part of the checkpoint under way, or of the next one."""
+        self.dirty.mark_clean(slots)
+        return self.states(self._through or self._now, rows, is_last=False)
+
     def states(self, through: int, rows: StateRows, *, is_last: bool) -> int:
         """Part of a checkpoint, whose states contain every batch up to the lsn `through`."""
+        if is_last:
+            self._through = 0
         if self._recorder is None or through == NEVER:
             return NEVER
         record = self._recorder.checkpoint if is_last else self._recorder.add_states
@@ -196,10 +218,13 @@ class Journal:
 
     def closed(self, slots: I64, reason: str, final_states: U8, lost: Bool) -> int:
         """Streams closed; final states [N, …], not recorded where `lost`."""
-        if self._recorder is None or not len(slots):
-            return 0
         self.dirty.mark_clean(slots)
-        streams, frames = self._table.recording_ids(slots), self._table.next_seq[slots]
+        return self.ended(self._table.recording_ids(slots), reason, self._table.next_seq[slots], final_states, lost)
+
+    def ended(self, streams: I64, reason: str, frames: I64, final_states: U8, lost: Bool) -> int:
+        """As `closed`, of streams by their numbers, with the seqs that their next frames would have had."""
+        if self._recorder is None or not len(streams):
+            return 0
         return self._append(self._recorder.close_streams, time.time_ns(), streams, reason, frames, final_states, lost)
 
     def _events(self, slots: I64, kind: str, seqs: I64, details: Iterable[str], states: U8 | None = None) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
@@ -18,18 +17,18 @@ import numpy as np
 from instep.core.admission import resolve_handles
 from instep.core.ownership import check_resume
 from instep.core.runs import are_pending, are_running
-from instep.core.tables import NO_OWNER, SCRATCH_SLOT, WINDOW
+from instep.core.tables import SCRATCH_SLOT, WINDOW
 from instep.core.typing import I32, I64, U8, U64, Bool
 from instep.runtime.stepper import StateAccess
-from instep.streaming.api import Grants, Names, Origin, Refusal, StatesRead, StreamEvent
+from instep.streaming.api import Grants, Names, Origin, Refusal, StatesRead
 from instep.streaming.engine import Engine
+from instep.streaming.hibernation import Hibernation
 from instep.streaming.tasks import Tasks
+from instep.streaming.tombstones import Tombstones
 from instep_client.protocol.codes import Code
 
 AT_ONCE: Final = 4096
 """States copied before the loop gets its turn."""
-_TOMBSTONES: Final = 65_536
-"""Names of expired streams that are remembered."""
 
 
 class StreamOperations:
@@ -38,6 +37,8 @@ class StreamOperations:
     Args:
         engine: frames and streams.
         states: the states of all streams.
+        hibernation: the streams that are open and not in memory.
+        tombstones: names of streams that expired.
         tasks: runs evictions.
         wake: lets the loop take a turn, because streams may step again.
         log_failure: told of states that could not be read or written: the error and how many streams it concerns.
@@ -48,6 +49,8 @@ class StreamOperations:
         self,
         engine: Engine,
         states: StateAccess,
+        hibernation: Hibernation,
+        tombstones: Tombstones,
         tasks: Tasks,
         wake: Callable[[], None],
         log_failure: Callable[[Exception, int], None],
@@ -62,7 +65,13 @@ class StreamOperations:
         self._wake = wake
         self.log_failure = log_failure
         self._at_once = at_once
-        self._expired: OrderedDict[str, None] = OrderedDict()
+        self._tombstones = tombstones
+        self._hibernation = hibernation
+
+    @property
+    def hibernated_count(self) -> int:
+        """How many streams are open and not in memory."""
+        return len(self._hibernation)
 
     # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -77,7 +86,8 @@ class StreamOperations:
         """
         if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
-        slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs)
+        self._hibernation.make_room(len(names))
+        slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self._hibernation)
         granted = codes == 0
         opened = slots[granted]
         if not len(opened):
@@ -91,8 +101,7 @@ class StreamOperations:
             await self._give_up_opened(origin, opened, codes, granted)
             return Grants.none(codes)
         self._engine.stats.opened_streams_total += len(opened)
-        for name in granted_names:
-            self._expired.pop(name, None)
+        self._tombstones.remove(granted_names)
         await self._journal.durable(lsn)
         return grants
 
@@ -102,9 +111,9 @@ class StreamOperations:
         self._table.lost[opened] = True
         self._engine.fail_pending(opened, Code.STATE_LOST)  # a new owner may have sent frames
         left = opened[~self._table.closing[opened]]
-        owners = self._owners(left[self._table.owner[left] != origin.number])
+        owners = self._origins.owners(self._table, left[self._table.owner[left] != origin.number])
         await self._end(left, "failed")
-        self._notify(owners, Code.STATE_LOST)
+        self._origins.notify(owners, Code.STATE_LOST)
 
     async def fork(self, origin: Origin, handles: U64, names: Names, codes: I32) -> Grants:
         """Open copies of streams, each with the state and the next seq of its original.
@@ -150,15 +159,18 @@ class StreamOperations:
         """
         if len(set(names)) < len(names):
             raise Refusal(Code.REPEATED_STREAM)
+        await self._hibernation.wake(names)
         if not self._origins.is_connected(origin):
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
         table, engine = self._table, self._engine
         window = int(engine.tables.counts[WINDOW])
-        decision = check_resume(table, window, self._expired, names, have, epochs, take_over, origin.arrival)
+        decision = check_resume(table, window, self._tombstones, names, have, epochs, take_over, origin.arrival)
+        asleep = self._hibernation.codes(names)
+        decision.codes[asleep != 0] = asleep[asleep != 0]
         good = decision.codes == 0
         slots = decision.slots[good]
         is_elsewhere = (table.owner[slots] != origin.number) & (table.owner[slots] != table.parked)
-        self._notify(self._owners(slots[is_elsewhere]), Code.FENCED)
+        self._origins.notify(self._origins.owners(self._table, slots[is_elsewhere]), Code.FENCED)
         table.hand_over(slots, origin.number, time.monotonic_ns(), decision.former_epochs[good], origin.arrival)
         incarnations = table.incarnations(slots)
         named = table.find(names)
@@ -203,14 +215,20 @@ class StreamOperations:
         """States of streams by distinct names, whichever origin owns them; see `read_own_states`."""
         if len(set(names)) < len(names):
             raise Refusal(Code.REPEATED_STREAM)
+        asleep = await self._hibernation.read(names)
         slots = self._table.find(names)
         while self._table.closing[slots].any():
             await self._ended(slots[self._table.closing[slots]])
             slots = self._table.find(names)
-        codes = np.zeros(len(names), np.int32)
-        for index in np.flatnonzero(slots == SCRATCH_SLOT).tolist():
-            codes[index] = Code.EXPIRED if names[index] in self._expired else Code.UNKNOWN_STREAM
-        return await self._read_states(slots, codes)
+        codes = self._hibernation.codes(names)
+        for index in np.flatnonzero((slots == SCRATCH_SLOT) & (codes == 0)).tolist():
+            codes[index] = Code.EXPIRED if names[index] in self._tombstones else Code.UNKNOWN_STREAM
+        read = await self._read_states(slots, codes)
+        for index in np.flatnonzero(codes).tolist():
+            if (found := asleep.get(names[index])) is not None:
+                read.next_seqs[index], read.states[index] = found
+                read.codes[index] = 0
+        return read
 
     async def _read_states(self, slots: I64, codes: I32) -> StatesRead:
         good = codes == 0
@@ -341,10 +359,7 @@ class StreamOperations:
 
     def expire(self, slots: I64) -> None:
         """Evict parked streams, int64 [N]; clients that ask for them later are told that they expired."""
-        for slot in slots.tolist():
-            self._expired[self._table.name(slot)] = None
-        while len(self._expired) > _TOMBSTONES:
-            self._expired.popitem(last=False)
+        self._tombstones.add(map(self._table.name, slots.tolist()))
         self.evict(slots, Code.EXPIRED)
 
     def evict(self, slots: I64, code: Code) -> None:
@@ -353,13 +368,13 @@ class StreamOperations:
             return
         self._engine.stats.evicted(code.name.lower(), len(slots))
         self._table.closing[slots] = True
-        self._tasks.start(self._evict(slots, code, self._owners(slots)))
+        self._tasks.start(self._evict(slots, code, self._origins.owners(self._table, slots)))
 
     async def _evict(self, slots: I64, code: Code, owners: list[tuple[Origin, U64]]) -> None:
         await self._end(slots, code.name.lower())
-        self._notify(owners, code)
+        self._origins.notify(owners, code)
 
-    # ── Owners ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Handles ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _own(self, origin: Origin, handles: U64) -> tuple[I64, I32]:
         slots, codes = np.empty(len(handles), np.int64), np.empty(len(handles), np.int32)
@@ -378,21 +393,3 @@ class StreamOperations:
             codes,
             np.zeros(len(slots), np.int64),
         )
-
-    def _owners(self, slots: I64) -> list[tuple[Origin, U64]]:
-        """The connected origins that own streams, each with the handles of those that it owns.
-
-        Origins and not their numbers: a number may belong to another one by the time that they are notified.
-        """
-        slots = slots[np.argsort(self._table.owner[slots], kind="stable")]
-        numbers, handles = self._table.owner[slots], self._table.slots.handles(slots)
-        first = np.flatnonzero(np.diff(numbers, prepend=NO_OWNER))
-        owners = (self._origins[number] for number in numbers[first].tolist())
-        return [
-            (owner, own) for owner, own in zip(owners, np.split(handles, first[1:]), strict=False) if owner is not None
-        ]
-
-    def _notify(self, owners: list[tuple[Origin, U64]], code: Code) -> None:
-        for owner, handles in owners:
-            if self._origins.is_connected(owner):
-                owner.notify(StreamEvent(code, handles))

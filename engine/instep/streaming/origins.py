@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from instep.core.tables import Tables
-from instep.streaming.api import Origin
+import numpy as np
+
+from instep.core.streams import StreamTable
+from instep.core.tables import NO_OWNER, Tables
+from instep.core.typing import I64, U64
+from instep.streaming.api import Origin, StreamEvent
+from instep_client.protocol.codes import Code
 
 
 class Origins:
@@ -47,6 +52,25 @@ class Origins:
     def is_connected(self, origin: Origin) -> bool:
         """Whether the origin is connected; its number may belong to another one by now."""
         return self._connected.get(origin.number) is origin
+
+    def owners(self, table: StreamTable, slots: I64) -> list[tuple[Origin, U64]]:
+        """The connected origins that own streams, each with the handles of those that it owns.
+
+        Origins and not their numbers: a number may belong to another one by the time that they are notified.
+        """
+        slots = slots[np.argsort(table.owner[slots], kind="stable")]
+        numbers, handles = table.owner[slots], table.slots.handles(slots)
+        first = np.flatnonzero(np.diff(numbers, prepend=NO_OWNER))
+        owners = (self[number] for number in numbers[first].tolist())
+        return [
+            (owner, own) for owner, own in zip(owners, np.split(handles, first[1:]), strict=False) if owner is not None
+        ]
+
+    def notify(self, owners: list[tuple[Origin, U64]], code: Code) -> None:
+        """Tell owners, as `owners` gave them, what has become of their streams."""
+        for owner, handles in owners:
+            if self.is_connected(owner):
+                owner.notify(StreamEvent(code, handles))
 
     def disconnect(self, origin: Origin) -> None:
         """The origin is gone: it gets nothing any more."""

@@ -14,6 +14,7 @@ import numpy as np
 from instep.core.typing import I64
 from instep.streaming.api import Origin
 from instep.streaming.engine import Engine
+from instep.streaming.hibernation import Hibernation
 from instep.streaming.operations import StreamOperations
 from instep_client.protocol.codes import Code
 
@@ -32,7 +33,7 @@ class IdleLimits:
     park_ns: int
     """How long streams of a connection that is gone are kept; 0 for not at all."""
     max_parked: int
-    """The most parked streams; beyond it those parked longest are evicted."""
+    """The most parked streams in memory; beyond it those parked longest hibernate or, without a recording, end."""
 
 
 class Reaper:
@@ -41,16 +42,23 @@ class Reaper:
     Args:
         engine: the streams.
         operations: ends them.
+        hibernation: takes those that do nothing for a while.
         limits: when.
         at_once: see `AT_ONCE`.
     """
 
     def __init__(
-        self, engine: Engine, operations: StreamOperations, limits: IdleLimits, at_once: int = AT_ONCE
+        self,
+        engine: Engine,
+        operations: StreamOperations,
+        hibernation: Hibernation,
+        limits: IdleLimits,
+        at_once: int = AT_ONCE,
     ) -> None:
         self._engine = engine
         self._table = engine.table
         self._operations = operations
+        self._hibernation = hibernation
         self._limits = limits
         self._at_once = at_once
         self._ticks = 0
@@ -80,6 +88,7 @@ class Reaper:
         self._evict_surplus()
         if self._ticks % _LOOK_EVERY == 0:
             self._evict_idle(now_ns)
+        self._hibernation.tick(now_ns)
         self._ticks += 1
 
     def _park(self, now_ns: int) -> None:
@@ -102,7 +111,9 @@ class Reaper:
             return
         parked = table.parked_since(np.iinfo(np.int64).max)
         excess = min(len(parked) - most, self._at_once)
-        if excess > 0:
+        if excess > 0 and self._hibernation.is_possible:
+            self._hibernation.hibernate_parked(excess)
+        elif excess > 0:
             oldest: I64 = np.argsort(table.last_active_ns[parked], kind="stable")[:excess]
             self._operations.expire(parked[oldest])
 

@@ -12,15 +12,16 @@ import torch
 
 from instep.core.dirty import DirtyTracker
 from instep.core.streams import StreamTable
-from instep.core.tables import WINDOW, Tables, rows_of
+from instep.core.tables import SCRATCH_SLOT, Tables, rows_of
 from instep.core.typing import F32, I64
 from instep.recording.errors import RecordingError
 from instep.recording.records import StateReset
-from instep.recording.recovery import OpenStream, ReplayStep, read_recovery
+from instep.recording.recovery import Recovered, ReplayStep, read_recovery
 from instep.recording.schema import OWNER_EVENT, RecordingHeader, owner_detail
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
+from instep.streaming.moving import put_into_memory
 
 _LOAD_AT_ONCE = 4096
 
@@ -30,12 +31,14 @@ class Recovery:
     """What it took to continue a recording."""
 
     streams: int
-    """Streams that are open again, parked until somebody resumes them."""
+    """Streams that are open again, until somebody resumes them: parked, or hibernated."""
     frames: int
     """Frames that were stepped again."""
     seconds: float
     last_stream: int
     """The highest number that a stream of the recording has."""
+    hibernated: dict[str, int]
+    """The streams that are not in memory, since nothing of them had to be stepped again: name → number."""
 
 
 def resume_recording(
@@ -49,7 +52,9 @@ def resume_recording(
     accept_numerics_change: bool,
     retention: Retention = KEEP_ALL,
 ) -> tuple[RecordingWriter, Recovery]:
-    """Put the open streams of a recording into an engine that serves nobody yet, and go on writing it.
+    """Go on with the open streams of a recording in an engine that serves nobody yet, and go on writing it.
+
+    Only streams whose frames have to be stepped again are put into memory; the others are as if they hibernated.
 
     Args:
         path: the recording.
@@ -62,8 +67,8 @@ def resume_recording(
         retention: how much of the history is kept.
 
     Raises:
-        RecordingError: when the recording is being written, damaged, of another model or of other numerics, holds more
-            streams than fit, or the replay gives other outputs than were recorded.
+        RecordingError: when the recording is being written, damaged, of another model or of other numerics, more
+            streams have to be stepped again than fit, or the replay gives other outputs than were recorded.
     """
     began = time.perf_counter()
     writer = RecordingWriter.resume(path, header, accept_numerics_change, retention)
@@ -71,7 +76,7 @@ def resume_recording(
     try:
         with read_recovery(path, lambda _: None) as recovered:
             replay = _Replay(
-                path,
+                recovered,
                 tables,
                 table,
                 dirty,
@@ -79,7 +84,6 @@ def resume_recording(
                 check_outputs=not changed,
                 joins=header.exactness == "exact",
             )
-            replay.open(recovered.streams)
             table.last_epoch = max(table.last_epoch, recovered.last_epoch)
             for item in recovered.replay():
                 if isinstance(item, StateReset):
@@ -93,7 +97,9 @@ def resume_recording(
                 writer.add_outputs(time.time_ns(), position, y)
             writer.commit()
             seconds = time.perf_counter() - began
-            return writer, Recovery(len(recovered.streams), replay.frames, seconds, recovered.last_stream)
+            names = recovered.names
+            asleep = {names[stream]: stream for stream in names if not replay.has(stream)}
+            return writer, Recovery(len(names), replay.frames, seconds, recovered.last_stream, asleep)
     except sqlite3.Error as error:
         writer.abandon()
         raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
@@ -107,7 +113,7 @@ class _Replay:
 
     def __init__(
         self,
-        path: Path,
+        recovered: Recovered,
         tables: Tables,
         table: StreamTable,
         dirty: DirtyTracker,
@@ -116,7 +122,8 @@ class _Replay:
         check_outputs: bool,
         joins: bool,
     ) -> None:
-        self._path = path
+        self._recovered = recovered
+        self._path = recovered.path
         self._table = table
         self._tables = tables
         self._dirty = dirty
@@ -124,9 +131,10 @@ class _Replay:
         self._check_outputs = check_outputs
         self._joins = joins
         """Whether a batch may be stepped in another bucket than it was: only where all have the same bits."""
-        self._numbers: I64 = np.zeros(0, np.int64)
-        """Of the open streams, rising."""
-        self._slots_of_numbers: I64 = np.zeros(0, np.int64)
+        self._numbers, self._seqs = recovered.seqs()
+        """Of the open streams, rising, and up to which frame the state of each goes that the recording holds."""
+        self._slots_of_numbers: I64 = np.full(len(self._numbers), SCRATCH_SLOT, np.int64)
+        """The scratch slot for those that are not in memory."""
         self._steps: list[ReplayStep] = []
         self._size = 0
         self._taken = np.zeros(len(table.owner), np.bool_)
@@ -134,42 +142,21 @@ class _Replay:
         self.missing: list[tuple[int, F32]] = []
         """Batches, by position, whose outputs were not recorded any more, with the outputs."""
 
-    def open(self, streams: list[OpenStream]) -> None:
-        """Open what was open, parked, in the states of the checkpoint."""
-        table = self._table
-        first_seqs = np.array([stream.first_seq for stream in streams], np.int64)
-        slots, codes = table.open([stream.name for stream in streams], table.parked, time.monotonic_ns(), first_seqs)
-        if codes.any():
-            raise RecordingError(
-                f"{self._path} holds {len(streams)} open streams, but engine.max_streams is "
-                f"{len(table.owner) - 1}; raise it"
-            )
-        numbers = np.array([stream.stream for stream in streams], np.int64)
-        order = np.argsort(numbers)
-        self._numbers, self._slots_of_numbers = numbers[order], slots[order]
-        table.recording_id[slots] = numbers
-        table.epoch[slots] = np.array([stream.epoch for stream in streams], np.uint64)
-        table.former_epoch[slots] = np.array([stream.former_epoch for stream in streams], np.uint64)
-        table.granted_seq[slots] = np.array([stream.granted_seq for stream in streams], np.int64)
-        table.renumbered[slots] = np.array([stream.renumbered for stream in streams], np.bool_)
-        seqs = np.array([stream.seq for stream in streams], np.int64)
-        table.step_seq[slots] = table.next_seq[slots] = seqs
-        table.acked[slots] = np.array([stream.tail_seq for stream in streams], np.int64)
-        for slot, stream in zip(slots.tolist(), streams, strict=True):
-            self._fill_ring(slot, stream)
-        (initial,) = self._stepper.state.initial(1)
-        for first in range(0, len(slots), _LOAD_AT_ONCE):
-            part = slice(first, first + _LOAD_AT_ONCE)
-            states = [initial if stream.state is None else stream.state for stream in streams[part]]
-            self._stepper.load(slots[part], np.stack(states))
+    def has(self, stream: int) -> bool:
+        """Whether an open stream is in memory."""
+        return bool(self._slots_of_numbers[np.searchsorted(self._numbers, stream)] != SCRATCH_SLOT)
 
-    def _fill_ring(self, slot: int, stream: OpenStream) -> None:
-        kept = min(
-            stream.seq - stream.tail_seq, int(self._tables.counts[WINDOW])
-        )  # the window may be smaller than it was
-        if kept:
-            rows = rows_of(self._tables, np.full(kept, slot), np.arange(stream.seq - kept, stream.seq))
-            self._tables.x[rows], self._tables.y[rows] = stream.tail_x[-kept:], stream.tail_y[-kept:]
+    def _load(self, numbers: I64) -> None:
+        """Put streams that are not in memory there, parked, in the states from which they are stepped."""
+        for first in range(0, len(numbers), _LOAD_AT_ONCE):
+            streams = self._recovered.load(numbers[first : first + _LOAD_AT_ONCE].tolist())
+            slots = put_into_memory(self._tables, self._table, self._stepper, streams)
+            if len(slots) < len(streams):
+                raise RecordingError(
+                    f"{self._path} holds more streams whose frames have to be stepped again than engine.max_streams = "
+                    f"{len(self._table.owner) - 1}; raise it"
+                )
+            self._slots_of_numbers[np.searchsorted(self._numbers, numbers[first : first + _LOAD_AT_ONCE])] = slots
 
     def reset(self, reset: StateReset) -> None:
         """A stream was given another state."""
@@ -190,7 +177,11 @@ class _Replay:
 
     def _slots(self, streams: I64) -> I64:
         """Of streams that are open."""
-        return self._slots_of_numbers[np.searchsorted(self._numbers, streams)]
+        places = np.searchsorted(self._numbers, streams)
+        missing = np.unique(places[self._slots_of_numbers[places] == SCRATCH_SLOT])
+        if len(missing):
+            self._load(self._numbers[missing])
+        return self._slots_of_numbers[places]
 
     def _slots_of_step(self, step: ReplayStep) -> I64:
         return self._slots(step.batch.streams[step.applies].astype(np.int64))
@@ -241,9 +232,14 @@ class _Replay:
     def renumber(self, writer: RecordingWriter) -> None:
         """The numerics have changed: new epochs, which nobody holds, so that every owner is told."""
         table = self._table
-        slots = np.flatnonzero(table.owner == table.parked)
+        is_loaded = self._slots_of_numbers != SCRATCH_SLOT
+        slots = self._slots_of_numbers[is_loaded]
         table.hand_over(slots, table.parked, time.monotonic_ns())
         table.renumbered[slots] = True
-        details = (owner_detail(0, seq, renumbered=True) for seq in table.granted_seq[slots].tolist())
-        columns = (table.recording_ids(slots), table.epoch[slots].astype(np.int64), details)
-        writer.stream_events(time.time_ns(), OWNER_EVENT, *columns)
+        epochs = np.arange(table.last_epoch + 1, table.last_epoch + 1 + len(self._numbers))
+        epochs[is_loaded] = table.epoch[slots]
+        table.last_epoch += len(self._numbers)
+        seqs = self._seqs.copy()
+        seqs[is_loaded] = table.granted_seq[slots]
+        details = (owner_detail(0, seq, renumbered=True) for seq in seqs.tolist())
+        writer.stream_events(time.time_ns(), OWNER_EVENT, self._numbers, epochs, details)

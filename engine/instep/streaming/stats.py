@@ -22,6 +22,8 @@ class EngineStats:
     closed_streams_total: int = 0
     parked_streams_total: int = 0
     resumed_streams_total: int = 0
+    hibernated_streams_total: int = 0
+    woken_streams_total: int = 0
     evicted_streams_total: int = 0
     evicted_by_reason: dict[str, int] = field(default_factory=dict)
     queue_us: I64 = field(default_factory=new_histogram)

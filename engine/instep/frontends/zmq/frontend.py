@@ -220,6 +220,7 @@ class ZmqFrontend:
             "connections": float(len(engine.origins)),
             "streams_open": float(table.open_count),
             "streams_parked": float(table.owned[table.parked]),
+            "streams_hibernated": float(self._operations.hibernated_count),
             "frames_pending": float(engine.pending_frames),
         }
 

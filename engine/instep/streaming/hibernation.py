@@ -1,0 +1,288 @@
+"""Hibernation: streams that do nothing leave memory, and come back as they were.
+
+A stream that hibernates is open, and the recording holds all of it: its state, its seq, its epoch and the frames that
+its client has not acknowledged. In memory only its name is left, and where to find it. It has no slot, so the handles
+of its owner are void; the owner is told, and resumes it before its next frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from instep.core.typing import I32, I64, U8, Bool
+from instep.recording.errors import RecordingError
+from instep.recording.open_streams import OpenStream
+from instep.runtime.stepper import StateAccess
+from instep.streaming.api import Names, Origin
+from instep.streaming.engine import Engine
+from instep.streaming.moving import put_into_memory, state_rows
+from instep.streaming.tasks import Tasks
+from instep.streaming.tombstones import Tombstones
+from instep_client.protocol.codes import Code
+
+AT_ONCE: Final = 1024
+"""Streams that leave memory in one tick, that come back before the loop gets its turn, or whose age is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class HibernationLimits:
+    """When streams leave memory, and when they end, in ns."""
+
+    after_ns: int
+    """A stream with nothing to do for so long hibernates; 0 for never, unless its room is needed."""
+    most: int
+    """The most that hibernate; beyond it those that have done so longest expire."""
+    park_ns: int
+    """How long those are kept whose connection is gone."""
+    max_idle_ns: int
+    """How long the others are; 0 for ever."""
+
+
+class _Asleep(NamedTuple):
+    """A stream that hibernates."""
+
+    stream: int
+    """Its number in the recording."""
+    owner: Origin | None
+    """Who owned it; None where its connection was gone, or before a restart."""
+    since_ns: int
+    """Since when it is idle or, without an owner, since when its connection is gone."""
+
+
+class Hibernation:
+    """The streams that are open and not in memory.
+
+    Args:
+        engine: those that are in memory.
+        states: their states.
+        tombstones: told of those that expired.
+        load: reads open streams from the recording by their numbers.
+        limits: when.
+        tasks: runs the ends of those that expire.
+        log_failure: told of streams that could not be read or written: the error, and how many.
+        at_once: see `AT_ONCE`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        states: StateAccess,
+        tombstones: Tombstones,
+        load: Callable[[Sequence[int]], Awaitable[list[OpenStream]]],
+        limits: HibernationLimits,
+        tasks: Tasks,
+        log_failure: Callable[[Exception, int], None],
+        at_once: int = AT_ONCE,
+    ) -> None:
+        self._engine = engine
+        self._table = engine.table
+        self._journal = engine.journal
+        self._states = states
+        self._tombstones = tombstones
+        self._load = load
+        self._limits = limits
+        self._tasks = tasks
+        self._log_failure = log_failure
+        self._at_once = at_once
+        self._asleep: dict[str, _Asleep] = {}
+        """By name, those that went to sleep first at the beginning."""
+        self._busy: dict[str, asyncio.Future[None]] = {}
+        """Names of streams that are being read from the recording, to wake or to end."""
+        self._unreadable: set[str] = set()
+        self._newest_lsn = 0
+        """Of what the recording has to hold before it is read."""
+        self._ages: Iterator[str] = iter(())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._asleep
+
+    def __len__(self) -> int:
+        return len(self._asleep)
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there is a recording that streams can be left to."""
+        return self._journal.is_recording and not self._journal.has_failed
+
+    def restarted(self, streams: Mapping[str, int]) -> None:
+        """Streams of the recording that a restart did not put into memory: name → number."""
+        now_ns = time.monotonic_ns()
+        self._asleep.update((name, _Asleep(stream, None, now_ns)) for name, stream in streams.items())
+
+    # ── To sleep ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tick(self, now_ns: int) -> None:
+        """Let a portion of the idle streams hibernate, and a portion of those that do expire."""
+        if not self._journal.room:
+            return  # the recorder is behind; without a recording nothing hibernates
+        if self._limits.after_ns:
+            self._hibernate_idle(now_ns - self._limits.after_ns)
+        if old := self._old(now_ns):
+            self._tasks.start(self._expire(old))
+
+    def _hibernate_idle(self, before_ns: int) -> None:
+        table, journal = self._table, self._journal
+        idle = table.parked_since(before_ns)
+        # While a request waits, the handles that it will grant are not known to their owner yet.
+        if journal.is_quiet and not self._engine.waiters:
+            idle = np.concatenate([idle, table.idle_since(before_ns)])
+        self._hibernate(self._sleepy(idle)[: self._at_once])
+
+    def make_room(self, slots: int) -> None:
+        """Let parked streams hibernate, those parked longest first, until so many slots are free or none is left."""
+        missing = slots - self._table.slots.free_count
+        if missing > 0:
+            self.hibernate_parked(missing)
+
+    def hibernate_parked(self, count: int) -> None:
+        """Let so many parked streams hibernate, those parked longest first."""
+        parked = self._sleepy(self._table.parked_since(np.iinfo(np.int64).max))
+        oldest = np.argsort(self._table.last_active_ns[parked], kind="stable")[:count]
+        self._hibernate(parked[oldest])
+
+    def _sleepy(self, slots: I64) -> I64:
+        """Those of streams with nothing pending that no operation works on."""
+        records = self._engine.tables.streams
+        is_free: Bool = (records["holds"][slots] == 0) & ~self._table.lost[slots]
+        return slots[is_free]
+
+    def _hibernate(self, slots: I64) -> None:
+        """Let streams with nothing pending, int64 [N], which no operation works on, leave memory."""
+        if not len(slots) or not self.is_possible:
+            return
+        engine, table = self._engine, self._table
+        changed = slots[self._journal.dirty.are_dirty(slots)]
+        if len(changed):
+            try:
+                rows = state_rows(engine.tables, table, changed, self._states.read(changed))
+            except Exception as error:  # they stay as they are
+                self._log_failure(error, len(changed))
+                return
+            self._journal.hibernated(changed, rows)
+        self._newest_lsn = self._journal.newest  # what is recorded of their openings and owners counts too
+        origins, numbers = engine.origins, table.recording_ids(slots)
+        fields = slots.tolist(), numbers.tolist(), table.owner[slots].tolist(), table.last_active_ns[slots].tolist()
+        for slot, number, owner, since_ns in zip(*fields, strict=True):
+            self._asleep[table.name(slot)] = _Asleep(number, origins[owner], since_ns)
+        owners = origins.owners(table, slots)
+        table.release(slots)
+        origins.release_left()
+        engine.stats.hibernated_streams_total += len(slots)
+        origins.notify(owners, Code.HIBERNATED)
+
+    # ── Awake ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def wake(self, names: Names) -> None:
+        """Put those of these streams into memory that hibernate, parked; `codes` says afterwards which could not be."""
+        while busy := {self._busy[name] for name in names if name in self._busy}:
+            await asyncio.wait(busy)
+        sleepers = [name for name in dict.fromkeys(names) if name in self._asleep]
+        if not sleepers:
+            return
+        with self._reading(sleepers):
+            await self._journal.committed(self._newest_lsn)
+            for first in range(0, len(sleepers), self._at_once):
+                streams = await self._load_all(sleepers[first : first + self._at_once])
+                self.make_room(len(streams))
+                slots = put_into_memory(self._engine.tables, self._table, self._states, streams)
+                for slot, stream in zip(slots.tolist(), streams, strict=False):
+                    asleep = self._asleep.pop(stream.name)
+                    if asleep.owner is None:  # whoever wakes it does not thereby keep it longer
+                        self._table.last_active_ns[slot] = asleep.since_ns
+                self._engine.stats.woken_streams_total += len(slots)
+
+    def codes(self, names: Names) -> I32:
+        """Why streams still hibernate after `wake`: int32 [N], 0 where they do not."""
+        why = (Code.STATE_LOST if name in self._unreadable else Code.TOO_MANY_STREAMS for name in names)
+        return np.array([code if name in self._asleep else 0 for name, code in zip(names, why, strict=True)], np.int32)
+
+    @contextmanager
+    def _reading(self, names: list[str]) -> Iterator[None]:
+        """While the block runs, it alone wakes or ends these streams."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._busy.update(dict.fromkeys(names, done))
+        try:
+            yield
+        finally:
+            for name in names:
+                del self._busy[name]
+            done.set_result(None)
+
+    async def read(self, names: Names) -> dict[str, tuple[int, U8]]:
+        """The next seqs and the states, uint8 [row_bytes], of those of these streams that hibernate; they go on so."""
+        found: dict[str, tuple[int, U8]] = {}
+        while sleepers := [name for name in names if name in self._asleep and name not in self._unreadable]:
+            sleepers = [name for name in sleepers if name not in found][: self._at_once]
+            if not sleepers:
+                break
+            await self._journal.committed(self._newest_lsn)
+            streams = await self._load_all([name for name in sleepers if name in self._asleep])
+            found |= {stream.name: (stream.seq, row) for stream, row in zip(streams, self._rows(streams), strict=True)}
+        return found
+
+    def _rows(self, streams: list[OpenStream]) -> U8:
+        """Their states: [N, row_bytes]."""
+        rows = self._states.initial(len(streams))
+        for row, stream in zip(rows, streams, strict=True):
+            if stream.state is not None:
+                row[:] = stream.state
+        return rows
+
+    async def _load_all(self, names: list[str]) -> list[OpenStream]:
+        """Those that can be read; the others are noted."""
+        try:
+            return await self._load([self._asleep[name].stream for name in names])
+        except (RecordingError, sqlite3.Error) as error:
+            if len(names) == 1:
+                self._log_failure(error, 1)
+                self._unreadable.update(names)
+                return []
+        return [stream for name in names for stream in await self._load_all([name])]
+
+    # ── To an end ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _old(self, now_ns: int) -> list[str]:
+        """A portion of those that have to end now; it takes some ticks to look at all of them."""
+        limits, origins = self._limits, self._engine.origins
+        surplus = islice(self._asleep, min(max(0, len(self._asleep) - limits.most), self._at_once))
+        old = dict.fromkeys(surplus)
+        looked_at = list(islice(self._ages, self._at_once))
+        if not looked_at:
+            self._ages = iter(list(self._asleep))
+        for name in looked_at:
+            if (asleep := self._asleep.get(name)) is None:
+                continue
+            stream, owner, since_ns = asleep
+            if owner is not None and not origins.is_connected(owner):
+                self._asleep[name] = _Asleep(stream, None, now_ns)
+            elif (owner is None or limits.max_idle_ns) and now_ns - since_ns > (
+                limits.park_ns if owner is None else limits.max_idle_ns
+            ):
+                old[name] = None
+        return [name for name in old if name not in self._unreadable]
+
+    async def _expire(self, names: list[str]) -> None:
+        """End streams; whoever asks for them later is told that they expired."""
+        names = [name for name in names if name in self._asleep and name not in self._busy]  # a moment has passed
+        with self._reading(names):
+            await self._journal.committed(self._newest_lsn)
+            streams = await self._load_all(names)
+            numbers, seqs = (
+                np.array([getattr(each, name) for each in streams], np.int64) for name in ("stream", "seq")
+            )
+            none_lost = np.zeros(len(streams), np.bool_)
+            self._journal.ended(numbers, Code.EXPIRED.name.lower(), seqs, self._rows(streams), none_lost)
+            for stream in streams:
+                del self._asleep[stream.name]
+            self._tombstones.add(stream.name for stream in streams)
+            self._engine.stats.closed_streams_total += len(streams)
+            self._engine.stats.evicted(Code.EXPIRED.name.lower(), len(streams))

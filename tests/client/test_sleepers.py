@@ -1,0 +1,203 @@
+"""Streams that the server puts to sleep: whoever uses them does not notice, and nothing wakes that is not needed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import StreamEvicted
+from instep_client.protocol.wire import Kind
+from instep_client.streams import StreamHandle
+from tests.support.fake_server import F32, reference
+from tests.support.ring_link import RingLink
+from tests.support.states import floats_of
+
+X: F32 = np.random.default_rng(5).standard_normal((20, 3)).astype(np.float32)
+
+
+def step(link: RingLink, handle: StreamHandle, x: F32) -> F32:
+    return link.finish(link.session.step(handle, x)).outputs
+
+
+def put_to_sleep(link: RingLink, *names: str, is_told: bool = True) -> None:
+    """They hibernate; the client has read so, or is about to."""
+    for name in names:
+        link.send(link.server.hibernate(name))
+    if is_told:
+        link.run()
+
+
+def asleep(link: RingLink) -> list[str]:
+    return [name for name, stream in link.server.streams.items() if stream.owner is None]
+
+
+def test_the_next_frame_wakes_its_stream_and_no_other() -> None:
+    link = RingLink()
+    a, b = link.open("a"), link.open("b")
+    step(link, a, X[:3])
+    put_to_sleep(link, "a", "b")
+    link.server.kinds.clear()
+    outputs = step(link, a, X[3:6])
+    assert np.array_equal(outputs, reference(X[:6])[0][3:])
+    assert link.server.kinds == [Kind.RESUME, Kind.STEP], "no frame went to a handle that is void"
+    assert asleep(link) == ["b"]
+    assert np.array_equal(step(link, b, X[:2]), reference(X[:2])[0])
+
+
+def test_a_group_wakes_those_of_its_streams_that_are_stepped() -> None:
+    link = RingLink()
+    group = link.open("a", "b", "c")
+    link.finish(link.session.step(group, np.stack([X[:3]] * 3, axis=1)))
+    put_to_sleep(link, "a", "b")
+    link.finish(link.session.step(group, np.stack([X[3]] * 2), rows=[1, 2]))
+    assert asleep(link) == ["a"]
+    outputs = link.finish(link.session.step(group, X[3][None], rows=[0])).outputs
+    assert np.array_equal(outputs.ravel(), reference(X[:4])[0][3])
+
+
+def test_frames_that_crossed_the_word_are_sent_again_under_the_new_handle() -> None:
+    link = RingLink()
+    handle = link.open("a")
+    step(link, handle, X[:2])
+    calls = [link.session.step(handle, x) for x in X[2:5]]
+    link.advance()
+    put_to_sleep(link, "a", is_told=False)
+    outputs = np.array([link.finish(call).outputs.ravel() for call in calls])
+    assert np.array_equal(outputs, reference(X[:5])[0][2:])
+    assert len(link.server.streams["a"].applied) == 5
+
+
+def test_others_go_on_while_a_stream_wakes() -> None:
+    link = RingLink()
+    a, b = link.open("a"), link.open("b")
+    put_to_sleep(link, "a")
+    slow = link.session.step(a, X[0])
+    link.advance()
+    assert len(link.to_server[link.peer]) == 1, "its RESUME is on its way"
+    fast = link.session.step(b, X[0])
+    link.advance()
+    assert len(link.to_server[link.peer]) == 2
+    link.run(slow, fast)
+    assert link.server.kinds[-3:] == [Kind.RESUME, Kind.STEP, Kind.STEP]
+
+
+def test_a_state_is_read_without_waking() -> None:
+    link = RingLink()
+    handle = link.open("a", "b")
+    link.finish(link.session.step(handle, np.stack([X[:3]] * 2, axis=1)))
+    put_to_sleep(link, "b")
+    seqs, states = link.finish(link.session.read_state(handle))
+    assert seqs.tolist() == [3, 3]
+    for state in floats_of(states, 4):
+        assert np.array_equal(state.ravel(), reference(X[:3])[1].ravel())
+    assert asleep(link) == ["b"]
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_reset_a_copy_and_a_close_wake_it_also_when_they_crossed_the_word(is_told: bool) -> None:
+    link = RingLink()
+    handle = link.open("a", "b")
+    link.finish(link.session.step(handle, np.stack([X[:3]] * 2, axis=1)))
+
+    def asked_of_sleepers(kind: Kind) -> None:
+        link.advance()
+        if not is_told:
+            assert link.server.kinds[-1] is not kind, "it has not arrived"
+            put_to_sleep(link, "b", is_told=False)
+
+    if is_told:
+        put_to_sleep(link, "b")
+    fork = link.session.fork(handle, ["c", "d"])
+    asked_of_sleepers(Kind.FORK)
+    copies = link.finish(fork)
+    for name in ("c", "d"):
+        assert np.array_equal(link.server.streams[name].state.ravel(), reference(X[:3])[1].ravel())
+    if is_told:
+        put_to_sleep(link, "b")
+    reset = link.session.reset(handle, None)
+    asked_of_sleepers(Kind.RESET)
+    link.finish(reset)
+    assert not link.server.streams["a"].state.any()
+    assert not link.server.streams["b"].state.any()
+    if is_told:
+        put_to_sleep(link, "d")
+    close = link.session.close(copies)
+    link.advance()
+    if not is_told:
+        put_to_sleep(link, "d", is_told=False)
+    for state in floats_of(link.finish(close), 4):
+        assert np.array_equal(state.ravel(), reference(X[:3])[1].ravel())
+    assert set(link.server.streams) == {"a", "b"}
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_read_that_crossed_the_word_is_repeated_by_name(is_told: bool) -> None:
+    link = RingLink()
+    handle = link.open("a")
+    step(link, handle, X[:3])
+    read = link.session.read_state(handle)
+    link.advance()
+    put_to_sleep(link, "a", is_told=is_told)
+    seqs, _ = link.finish(read)
+    assert seqs.tolist() == [3]
+    assert asleep(link) == ["a"]
+
+
+def test_leaving_closes_sleepers_too() -> None:
+    link = RingLink()
+    for name in "abc":
+        link.open(name)
+    put_to_sleep(link, "a", "c")
+    farewell = link.session.leave()
+    assert farewell is not None
+    link.run(farewell)
+    assert not link.server.streams
+    assert set(link.server.closed) == set("abc")
+
+
+def test_leaving_streams_parked_wakes_none() -> None:
+    link = RingLink()
+    link.open("a")
+    put_to_sleep(link, "a")
+    assert link.session.leave(park=True) is None
+    link.advance()
+    assert asleep(link) == ["a"]
+
+
+def test_another_connection_wakes_none_but_those_that_are_waited_for() -> None:
+    link = RingLink()
+    a, b, c = (link.open(name) for name in "abc")
+    for handle in (a, b, c):
+        step(link, handle, X[:2])
+    put_to_sleep(link, "a", "b")
+    call = link.session.step(a, X[2])
+    link.advance()
+    link.cut()
+    link.run(call)
+    assert np.array_equal(call.result().outputs.ravel(), reference(X[:3])[0][2])
+    assert asleep(link) == ["b"]
+    assert np.array_equal(step(link, b, X[2]).ravel(), reference(X[:3])[0][2])
+    assert np.array_equal(step(link, c, X[2]).ravel(), reference(X[:3])[0][2])
+
+
+def test_a_server_that_is_busy_is_asked_again() -> None:
+    link = RingLink()
+    handle = link.open("a")
+    put_to_sleep(link, "a")
+    link.server.busy_resumes = 3
+    assert np.array_equal(step(link, handle, X[:1]), reference(X[:1])[0])
+    assert link.sockets == 0, "the same connection"
+    assert link.server.kinds.count(Kind.RESUME) == 4
+
+
+def test_a_sleeper_that_has_expired_says_so_with_the_next_frame() -> None:
+    link = RingLink()
+    handle = link.open("a")
+    put_to_sleep(link, "a")
+    link.server.expire("a")
+    call = link.session.step(handle, X[0])
+    link.run(call)
+    with pytest.raises(StreamEvicted) as caught:
+        call.result()
+    assert caught.value.code is Code.EXPIRED

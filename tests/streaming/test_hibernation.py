@@ -1,0 +1,343 @@
+"""Streams that leave memory for the recording and come back: same bits, owners and answers as if they had stayed."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.core.typing import F32, U64
+from instep.recording.inspection import inspect
+from instep.recording.reader import RecordingReader
+from instep.runtime.executor import InlineExecutor
+from instep.streaming.checkpoints import Checkpoints
+from instep.streaming.hibernation import HibernationLimits
+from instep.streaming.reaper import IdleLimits
+from instep_client.protocol.codes import Code
+from tests.support.commits import held_commits
+from tests.support.models import SMALL, whole
+from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
+from tests.support.traffic import assert_same_bits
+
+SOON_NS = 10**9
+"""After so long streams hibernate here."""
+LATER_NS = 100 * SOON_NS
+LIMITS = HibernationLimits(after_ns=SOON_NS, most=1_000_000, park_ns=LATER_NS, max_idle_ns=LATER_NS)
+KEEP = IdleLimits(max_idle_ns=0, first_frame_ns=0, park_ns=10**15, max_parked=1000)
+ZERO = np.zeros(1, np.uint64)
+
+
+async def tick(kit: StreamingEngine, after_ns: int = 2 * SOON_NS, count: int = 1) -> None:
+    """What is due after such a time."""
+    for _ in range(count):
+        kit.reaper.tick(time.monotonic_ns() + after_ns)
+        await kit.settle()
+        await kit.durable()
+        while len(kit.tasks):
+            await asyncio.sleep(0.001)
+
+
+def have(*seqs: int) -> U64:
+    return np.array(seqs, np.uint64)
+
+
+@pytest.mark.parametrize("is_parked", [True, False])
+async def test_a_stream_comes_back_with_the_same_bits(
+    tmp_path: Path, rng: np.random.Generator, is_parked: bool
+) -> None:
+    x = random_frames(rng, 8, 1)
+    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s"])
+        before = await step(origin, opened.handles, [0], x[:5])
+        if is_parked:
+            kit.frontend.disconnect(origin)
+            kit.reaper.tick(time.monotonic_ns())
+            origin = kit.frontend.connect()
+        await tick(kit)
+        assert (kit.table.open_count, len(kit.hibernation)) == (0, 1)
+        assert [(event.code, event.handles.tolist()) for event in origin.events] == (
+            [] if is_parked else [(Code.HIBERNATED, opened.handles.tolist())]
+        )
+        assert failures(await step(origin, opened.handles, [5], x[5:])) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+        resumed = await origin.resume(["s"], have(5), opened.epochs)
+        assert (resumed.codes.tolist(), resumed.next_seqs.tolist()) == ([0], [5])
+        after = await step(origin, resumed.handles, [5], x[5:])
+        served = np.concatenate([before.y[:, 0], after.y[:, 0]])
+        assert_same_bits(served, whole(SMALL, x[:, 0])[0], "the stream")
+        assert (kit.stats.hibernated_streams_total, kit.stats.woken_streams_total) == (1, 1)
+
+
+async def test_unacknowledged_frames_are_answered_again_and_an_older_owner_is_fenced(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x = random_frames(rng, 4, 1)
+    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s"])
+        first = await step(origin, opened.handles, [0], x)
+        taken = await origin.resume(["s"], have(1), ZERO, take_over=True)
+        assert failures(await step(origin, taken.handles, [4], random_frames(rng, 1, 1), [1])) == []
+        await tick(kit)
+        frames = kit.stats.frames_total
+        fenced = await origin.resume(["s"], have(4), opened.epochs)
+        assert fenced.codes.tolist() == [Code.FENCED]
+        gone = await origin.resume(["s"], have(0), taken.epochs)
+        assert gone.codes.tolist() == [Code.OUTPUTS_GONE]
+        resumed = await origin.resume(["s"], have(1), taken.epochs)
+        again = await step(origin, resumed.handles, [1], x[1:])
+        assert failures(again) == []
+        assert again.y.tobytes() == first.y[1:].tobytes()
+        other = await step(origin, resumed.handles, [2], x[:1])
+        assert failures(other) == [(0, 0, Code.CONFLICT, 5)]
+        assert kit.stats.frames_total == frames, "nothing was computed twice"
+
+
+def copied(path: Path, folder: Path) -> Path:
+    """What a kill would leave of a recording that is being written."""
+    folder.mkdir()
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{path}{suffix}", folder / f"{path.name}{suffix}")
+    return folder / path.name
+
+
+async def test_more_streams_than_slots_come_and_go_in_any_order_and_a_kill_changes_nothing(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    count, length, slots = 60, 12, 8
+    x, path = random_frames(rng, length, count), tmp_path / "r.instep"
+    y: F32 = np.full((length, count, whole(SMALL, x[:, 0])[0].shape[-1]), np.nan, np.float32)
+    names, seqs, epochs = [f"s{number}" for number in range(count)], np.zeros(count, np.int64), np.zeros(count, "<u8")
+    for life in range(4):
+        async with streaming(InlineExecutor, hibernation=LIMITS, max_streams=slots) as kit:
+            recovery = kit.record(path)
+            assert recovery is None or recovery.streams == count
+            origin = kit.frontend.connect()
+            for _ in range(120):
+                some = rng.choice(count, slots - int(rng.integers(0, 3)), replace=False)
+                if life == 0:
+                    some = np.flatnonzero(epochs == 0)[:slots] if (epochs == 0).any() else some
+                is_new = epochs[some] == 0
+                chosen = [names[column] for column in some.tolist()]
+                if is_new.any():
+                    chosen, some = [names[column] for column in some[is_new].tolist()], some[is_new]
+                    grants = await origin.open(chosen)
+                else:
+                    grants = await origin.resume(chosen, seqs[some].astype(np.uint64), epochs[some])
+                assert not grants.codes.any(), grants.codes
+                epochs[some] = grants.epochs
+                going = seqs[some] < length
+                if going.any():
+                    columns = some[going]
+                    frames = x[seqs[columns], columns][None]
+                    reply = await step(origin, grants.handles[going], seqs[columns].tolist(), frames)
+                    assert failures(reply) == []
+                    y[seqs[columns], columns] = reply.y[0]
+                    seqs[columns] += 1
+                if rng.random() < 0.1:
+                    kit.tasks.start(Checkpoints(kit.engine, kit.operations, kit.stepper, kit.tasks, 10**15, 3).take())
+                await tick(kit)
+                assert kit.table.open_count <= slots
+            await kit.durable()
+            killed = copied(path, tmp_path / f"killed-{life}")
+        path = killed
+    assert (seqs == length).all(), "every stream came to its end"
+    for column, name in enumerate(names):
+        assert_same_bits(y[:, column], whole(SMALL, x[:, column])[0], name)
+    assert inspect(path, lambda _: None).frames == count * length
+
+
+async def test_streams_may_hibernate_while_a_checkpoint_is_taken(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, path, names = random_frames(rng, 6, 8), tmp_path / "r.instep", list("abcdefgh")
+    async with held_commits() as may_commit, streaming(InlineExecutor, hibernation=LIMITS) as kit:
+        kit.record(path, durability="memory")
+        origin = kit.frontend.connect()
+        opened = await origin.open(names)
+        await step(origin, opened.handles, [0] * 8, x[:3])
+        kit.frontend.disconnect(origin)
+        kit.reaper.tick(time.monotonic_ns())
+        may_commit.clear()
+        taking = asyncio.ensure_future(
+            Checkpoints(kit.engine, kit.operations, kit.stepper, kit.tasks, 10**15, at_once=2).take()
+        )
+        await kit.settle()
+        kit.reaper.tick(time.monotonic_ns() + 2 * SOON_NS)
+        assert len(kit.hibernation) == 8
+        may_commit.set()
+        await taking
+        origin = kit.frontend.connect()
+        resumed = await origin.resume(names, have(*[3] * 8), opened.epochs)
+        after = await step(origin, resumed.handles, [3] * 8, x[3:])
+        for column in range(8):
+            assert_same_bits(after.y[:, column], whole(SMALL, x[:, column])[0][3:], names[column])
+    with RecordingReader(path) as reader:
+        mark, newest = reader.checkpoint(), {}
+        for state in reader.states():
+            if state.position <= mark.position:
+                newest[state.stream] = state
+        assert len(newest) == 8, "the checkpoint has all of them"
+        for stream, state in newest.items():
+            expected = whole(SMALL, x[: state.seq, stream - 1])[1]
+            assert_same_bits(state.state.view(np.float32).reshape(expected.shape), expected, f"stream {stream}")
+    assert inspect(path, lambda _: None).checkpoint_position == mark.position
+
+
+async def test_a_name_stays_in_use_and_a_state_is_read_without_waking(tmp_path: Path, rng: np.random.Generator) -> None:
+    x = random_frames(rng, 3, 1)
+    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s", "never stepped"])
+        await step(origin, opened.handles[:1], [0], x)
+        await tick(kit)
+        assert (await origin.open(["s", "other"])).codes.tolist() == [Code.NAME_IN_USE, 0]
+        read = await kit.operations.read_states(["never stepped", "nobody", "s"])
+        assert (read.codes.tolist(), read.next_seqs.tolist()) == ([0, Code.UNKNOWN_STREAM, 0], [0, 0, 3])
+        expected = whole(SMALL, x[:, 0])[1]
+        assert_same_bits(read.states[2].view(np.float32).reshape(expected.shape), expected, "the state")
+        assert not read.states[0].any()
+        assert len(kit.hibernation) == 2
+        assert kit.stats.woken_streams_total == 0
+
+
+async def test_those_that_hibernate_for_too_long_expire_with_their_final_state(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x, path = random_frames(rng, 3, 2), tmp_path / "r.instep"
+    async with streaming(InlineExecutor, hibernation=LIMITS, idle=KEEP) as kit:
+        kit.record(path)
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        parked = await gone.open(["parked"])
+        owned = await origin.open(["owned"])
+        await step(gone, parked.handles, [0], x[:, :1])
+        await step(origin, owned.handles, [0], x[:, 1:])
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        await tick(kit, count=3)
+        assert len(kit.hibernation) == 2
+        await tick(kit, after_ns=LATER_NS // 2, count=3)
+        assert len(kit.hibernation) == 2
+        await tick(kit, after_ns=2 * LATER_NS, count=3)
+        assert len(kit.hibernation) == 0
+        resumed = await origin.resume(["parked", "owned"], have(3, 3), np.append(parked.epochs, owned.epochs))
+        assert resumed.codes.tolist() == [Code.EXPIRED] * 2
+        assert not (await origin.open(["parked"])).codes.any(), "the name is free again"
+        assert kit.stats.evicted_by_reason == {"expired": 2}
+    with RecordingReader(path) as reader:
+        ended = {info.name: info for info in reader.streams() if info.reason == "expired"}
+    for column, name in enumerate(("parked", "owned")):
+        final = ended[name].final_state
+        assert final is not None
+        expected = whole(SMALL, x[:, column])[1]
+        assert_same_bits(final.view(np.float32).reshape(expected.shape), expected, name)
+        assert ended[name].frames == 3
+
+
+async def test_without_a_limit_a_connected_owner_keeps_its_streams_and_one_that_left_has_them_parked(
+    tmp_path: Path,
+) -> None:
+    limits = replace(LIMITS, max_idle_ns=0)
+    async with streaming(InlineExecutor, hibernation=limits, idle=KEEP) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        await origin.open(["s"])
+        await tick(kit)
+        await tick(kit, after_ns=50 * LATER_NS, count=4)
+        assert len(kit.hibernation) == 1
+        kit.frontend.disconnect(origin)
+        await tick(kit, count=3)  # it is noticed
+        await tick(kit, after_ns=2 * LATER_NS, count=3)
+        assert len(kit.hibernation) == 0
+
+
+async def test_beyond_the_most_those_that_slept_longest_expire(tmp_path: Path) -> None:
+    names = [f"s{number}" for number in range(6)]
+    async with streaming(InlineExecutor, hibernation=replace(LIMITS, most=2)) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(names)
+        for _ in range(3):
+            await tick(kit)
+        resumed = await origin.resume(names, np.zeros(6, np.uint64), opened.epochs)
+        assert resumed.codes.tolist() == [Code.EXPIRED] * 4 + [0] * 2
+
+
+async def test_parked_streams_make_room_for_others_and_where_there_is_none_a_sleeper_stays(tmp_path: Path) -> None:
+    never = replace(LIMITS, after_ns=0)
+    async with streaming(InlineExecutor, hibernation=never, max_streams=3) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        parked = await gone.open(["a", "b", "c"])
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        assert not (await origin.open(["d", "e"])).codes.any()
+        assert "a" in kit.hibernation, "it was parked first"
+        assert not (await origin.resume(["a"], ZERO, parked.epochs[:1])).codes.any()
+        assert sorted(name for name in "abcde" if name in kit.hibernation) == ["b", "c"]
+        refused = await origin.resume(["b"], ZERO, parked.epochs[1:2])
+        assert refused.codes.tolist() == [Code.TOO_MANY_STREAMS]
+        assert (await origin.open(["f"])).codes.tolist() == [Code.TOO_MANY_STREAMS]
+        assert "b" in kit.hibernation
+
+
+async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) -> None:
+    limits = replace(LIMITS, after_ns=0)
+    async with streaming(InlineExecutor, hibernation=limits, idle=replace(KEEP, max_parked=1)) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(["a", "b", "c"])
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0, count=2)
+        assert (kit.table.open_count, len(kit.hibernation)) == (1, 2)
+        assert not (await origin.resume(["a", "b", "c"], have(0, 0, 0), opened.epochs)).codes.any()
+
+
+async def test_a_stream_that_cannot_be_read_back_is_lost_and_the_others_are_not(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.instep"
+    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+        kit.record(path)
+        origin = kit.frontend.connect()
+        opened = await origin.open(["a", "b"])
+        await step(origin, opened.handles, [0, 0], random_frames(rng, 1, 2))
+        await tick(kit)
+        assert len(kit.hibernation) == 2
+
+        def damaged(path: Path, streams: object) -> list[object]:
+            raise sqlite3.DatabaseError("database disk image is malformed")
+
+        monkeypatch.setattr("tests.support.streaming.load_open_streams", damaged)
+        refused = await origin.resume(["a"], have(1), opened.epochs[:1])
+        assert refused.codes.tolist() == [Code.STATE_LOST]
+        monkeypatch.undo()
+        assert not (await origin.resume(["b"], have(1), opened.epochs[1:])).codes.any()
+        assert [str(error) for error in kit.failures] == ["database disk image is malformed"]
+
+
+async def test_without_a_recording_nothing_hibernates() -> None:
+    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+        await kit.frontend.connect().open(["s"])
+        kit.reaper.tick(time.monotonic_ns() + 2 * SOON_NS)
+        assert (kit.table.open_count, len(kit.hibernation)) == (1, 0)
+
+
+async def test_an_owner_is_not_told_of_a_handle_that_it_has_not_been_given(tmp_path: Path) -> None:
+    async with held_commits() as may_commit, streaming(InlineExecutor, hibernation=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        may_commit.clear()
+        opening = asyncio.ensure_future(origin.open(["s"]))
+        await kit.settle()
+        kit.reaper.tick(time.monotonic_ns() + 2 * SOON_NS)
+        assert (kit.table.open_count, origin.events) == (1, [])
+        may_commit.set()
+        assert not (await opening).codes.any()
