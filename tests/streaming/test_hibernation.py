@@ -37,6 +37,7 @@ async def tick(kit: StreamingEngine, after_ns: int = 2 * SOON_NS, count: int = 1
     """What is due after such a time."""
     for _ in range(count):
         kit.reaper.tick(time.monotonic_ns() + after_ns)
+        kit.hibernation.tick(time.monotonic_ns() + after_ns)
         await kit.settle()
         await kit.durable()
         while len(kit.tasks):
@@ -169,7 +170,7 @@ async def test_streams_may_hibernate_while_a_checkpoint_is_taken(tmp_path: Path,
             Checkpoints(kit.engine, kit.operations, kit.stepper, kit.tasks, 10**15, at_once=2).take()
         )
         await kit.settle()
-        kit.reaper.tick(time.monotonic_ns() + 2 * SOON_NS)
+        kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
         assert len(kit.hibernation) == 8
         may_commit.set()
         await taking
@@ -288,6 +289,41 @@ async def test_parked_streams_make_room_for_others_and_where_there_is_none_a_sle
         assert "b" in kit.hibernation
 
 
+async def test_none_falls_asleep_again_while_the_others_of_a_request_wake(tmp_path: Path) -> None:
+    names = [f"s{number}" for number in range(9)]
+    async with streaming(InlineExecutor, hibernation=LIMITS, wake_at_once=2) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(names)
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        await tick(kit, count=5)
+        assert len(kit.hibernation) == 9
+        resuming = asyncio.ensure_future(origin.resume(names, np.zeros(9, np.uint64), opened.epochs))
+        while not resuming.done():
+            kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
+            await asyncio.sleep(0)
+        assert not (await resuming).codes.any()
+        assert kit.stats.woken_streams_total == 9
+
+
+async def test_making_room_for_many_goes_some_at_a_time(tmp_path: Path) -> None:
+    names = [f"s{number}" for number in range(12)]
+    async with streaming(InlineExecutor, hibernation=replace(LIMITS, after_ns=0), wake_at_once=5) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        await gone.open(names)
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        opening = asyncio.ensure_future(origin.open([f"t{number}" for number in range(11)]))
+        asleep = {0}
+        while not opening.done():
+            asleep.add(len(kit.hibernation))
+            await asyncio.sleep(0)
+        assert not (await opening).codes.any()
+        assert asleep == {0, 5, 10, 11}
+
+
 async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) -> None:
     limits = replace(LIMITS, after_ns=0)
     async with streaming(InlineExecutor, hibernation=limits, idle=replace(KEEP, max_parked=1)) as kit:
@@ -326,7 +362,7 @@ async def test_a_stream_that_cannot_be_read_back_is_lost_and_the_others_are_not(
 async def test_without_a_recording_nothing_hibernates() -> None:
     async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
         await kit.frontend.connect().open(["s"])
-        kit.reaper.tick(time.monotonic_ns() + 2 * SOON_NS)
+        kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
         assert (kit.table.open_count, len(kit.hibernation)) == (1, 0)
 
 
@@ -337,7 +373,7 @@ async def test_an_owner_is_not_told_of_a_handle_that_it_has_not_been_given(tmp_p
         may_commit.clear()
         opening = asyncio.ensure_future(origin.open(["s"]))
         await kit.settle()
-        kit.reaper.tick(time.monotonic_ns() + 2 * SOON_NS)
+        kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
         assert (kit.table.open_count, origin.events) == (1, [])
         may_commit.set()
         assert not (await opening).codes.any()

@@ -132,6 +132,7 @@ class StreamingEngine:
         hibernation: when streams leave memory, once there is a recording.
         reap_at_once: streams that one tick of the reaper parks or evicts.
         copy_at_once: states that a request reads or writes before the loop gets its turn.
+        wake_at_once: streams that fall asleep in one tick, or wake before the loop gets its turn.
         limits: sizes, by name; see `make_tables` and `EngineLimits`.
     """
 
@@ -145,6 +146,7 @@ class StreamingEngine:
         hibernation: HibernationLimits | None = None,
         reap_at_once: int = 4096,
         copy_at_once: int = 4096,
+        wake_at_once: int = 1024,
         **limits: int,
     ) -> None:
         size = {
@@ -205,6 +207,7 @@ class StreamingEngine:
             hibernation or HibernationLimits(0, 1_000_000, PARK_NS, 0),
             self.tasks,
             self._log_failure,
+            wake_at_once,
         )
         self.operations = StreamOperations(
             self.engine,

@@ -101,6 +101,9 @@ class Hibernation:
         self._newest_lsn = 0
         """Of what the recording has to hold before it is read."""
         self._ages: Iterator[str] = iter(())
+        """Names whose age is to be looked at."""
+        self._is_behind = False
+        """Whether more streams were idle than may hibernate at once."""
 
     def __contains__(self, name: object) -> bool:
         return name in self._asleep
@@ -120,11 +123,16 @@ class Hibernation:
 
     # ── To sleep ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def tick(self, now_ns: int) -> None:
-        """Let a portion of the idle streams hibernate, and a portion of those that do expire."""
-        if not self._journal.room:
-            return  # the recorder is behind; without a recording nothing hibernates
-        if self._limits.after_ns:
+    def tick(self, now_ns: int, *, looks: bool = True) -> None:
+        """Let a portion of the idle streams hibernate, and a portion of those that do expire.
+
+        Args:
+            now_ns: on the monotonic clock.
+            looks: whether to look for idle streams, which takes a look at every stream, also if none were left over.
+        """
+        if not self.is_possible or not self._journal.room:
+            return
+        if self._limits.after_ns and (looks or self._is_behind):
             self._hibernate_idle(now_ns - self._limits.after_ns)
         if old := self._old(now_ns):
             self._tasks.start(self._expire(old))
@@ -135,19 +143,22 @@ class Hibernation:
         # While a request waits, the handles that it will grant are not known to their owner yet.
         if journal.is_quiet and not self._engine.waiters:
             idle = np.concatenate([idle, table.idle_since(before_ns)])
-        self._hibernate(self._sleepy(idle)[: self._at_once])
+        sleepy = self._sleepy(idle)
+        self._is_behind = len(sleepy) > self._at_once
+        self._hibernate(sleepy[: self._at_once])
 
-    def make_room(self, slots: int) -> None:
+    async def make_room(self, slots: int) -> None:
         """Let parked streams hibernate, those parked longest first, until so many slots are free or none is left."""
-        missing = slots - self._table.slots.free_count
-        if missing > 0:
-            self.hibernate_parked(missing)
+        while self.is_possible and (missing := slots - self._table.slots.free_count) > 0:
+            if not self.hibernate_parked(min(missing, self._at_once)):
+                return
+            await self._journal.committed(self._newest_lsn)  # the recorder's queue is bounded
 
-    def hibernate_parked(self, count: int) -> None:
-        """Let so many parked streams hibernate, those parked longest first."""
+    def hibernate_parked(self, count: int) -> int:
+        """Let so many parked streams hibernate, those parked longest first; how many did."""
         parked = self._sleepy(self._table.parked_since(np.iinfo(np.int64).max))
         oldest = np.argsort(self._table.last_active_ns[parked], kind="stable")[:count]
-        self._hibernate(parked[oldest])
+        return self._hibernate(parked[oldest])
 
     def _sleepy(self, slots: I64) -> I64:
         """Those of streams with nothing pending that no operation works on."""
@@ -155,10 +166,10 @@ class Hibernation:
         is_free: Bool = (records["holds"][slots] == 0) & ~self._table.lost[slots]
         return slots[is_free]
 
-    def _hibernate(self, slots: I64) -> None:
-        """Let streams with nothing pending, int64 [N], which no operation works on, leave memory."""
-        if not len(slots) or not self.is_possible:
-            return
+    def _hibernate(self, slots: I64) -> int:
+        """Let streams with nothing pending, int64 [N], which no operation works on, leave memory; how many did."""
+        if not len(slots):
+            return 0
         engine, table = self._engine, self._table
         changed = slots[self._journal.dirty.are_dirty(slots)]
         if len(changed):
@@ -166,7 +177,7 @@ class Hibernation:
                 rows = state_rows(engine.tables, table, changed, self._states.read(changed))
             except Exception as error:  # they stay as they are
                 self._log_failure(error, len(changed))
-                return
+                return 0
             self._journal.hibernated(changed, rows)
         self._newest_lsn = self._journal.newest  # what is recorded of their openings and owners counts too
         origins, numbers = engine.origins, table.recording_ids(slots)
@@ -178,11 +189,15 @@ class Hibernation:
         origins.release_left()
         engine.stats.hibernated_streams_total += len(slots)
         origins.notify(owners, Code.HIBERNATED)
+        return len(slots)
 
     # ── Awake ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def wake(self, names: Names) -> None:
-        """Put those of these streams into memory that hibernate, parked; `codes` says afterwards which could not be."""
+        """Put those of these streams into memory that hibernate, parked; `codes` says afterwards which could not be.
+
+        What the caller does before its next wait, none of them can go back to sleep before.
+        """
         while busy := {self._busy[name] for name in names if name in self._busy}:
             await asyncio.wait(busy)
         sleepers = [name for name in dict.fromkeys(names) if name in self._asleep]
@@ -190,15 +205,27 @@ class Hibernation:
             return
         with self._reading(sleepers):
             await self._journal.committed(self._newest_lsn)
-            for first in range(0, len(sleepers), self._at_once):
-                streams = await self._load_all(sleepers[first : first + self._at_once])
-                self.make_room(len(streams))
-                slots = put_into_memory(self._engine.tables, self._table, self._states, streams)
-                for slot, stream in zip(slots.tolist(), streams, strict=False):
-                    asleep = self._asleep.pop(stream.name)
-                    if asleep.owner is None:  # whoever wakes it does not thereby keep it longer
-                        self._table.last_active_ns[slot] = asleep.since_ns
-                self._engine.stats.woken_streams_total += len(slots)
+            woken: list[I64] = []
+            try:
+                for first in range(0, len(sleepers), self._at_once):
+                    streams = await self._load_all(sleepers[first : first + self._at_once])
+                    await self.make_room(len(streams))
+                    woken.append(self._put(streams))
+                    self._engine.hold(woken[-1])
+            finally:
+                for slots in woken:
+                    self._engine.release(slots)
+                self._engine.waiters.check()  # closings wait for it
+
+    def _put(self, streams: list[OpenStream]) -> I64:
+        """Put streams into memory, as many as there is room for: their slots."""
+        slots = put_into_memory(self._engine.tables, self._table, self._states, streams)
+        for slot, stream in zip(slots.tolist(), streams, strict=False):
+            asleep = self._asleep.pop(stream.name)
+            if asleep.owner is None:  # whoever wakes it does not thereby keep it longer
+                self._table.last_active_ns[slot] = asleep.since_ns
+        self._engine.stats.woken_streams_total += len(slots)
+        return slots
 
     def codes(self, names: Names) -> I32:
         """Why streams still hibernate after `wake`: int32 [N], 0 where they do not."""

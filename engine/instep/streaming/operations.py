@@ -84,9 +84,9 @@ class StreamOperations:
             states: initial states [N, row_bytes], None for the model's own.
             first_seqs: the seqs of their first frames, int64 [N], None for 0.
         """
+        await self._hibernation.make_room(len(names))
         if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
-        self._hibernation.make_room(len(names))
         slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self._hibernation)
         granted = codes == 0
         opened = slots[granted]

@@ -86,9 +86,10 @@ class Reaper:
         if self._detaching:
             self._park(now_ns)
         self._evict_surplus()
-        if self._ticks % _LOOK_EVERY == 0:
+        looks = self._ticks % _LOOK_EVERY == 0
+        if looks:
             self._evict_idle(now_ns)
-        self._hibernation.tick(now_ns)
+        self._hibernation.tick(now_ns, looks=looks)
         self._ticks += 1
 
     def _park(self, now_ns: int) -> None:
