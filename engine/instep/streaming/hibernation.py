@@ -198,24 +198,29 @@ class Hibernation:
 
         What the caller does before its next wait, none of them can go back to sleep before.
         """
+        woken: list[I64] = []
+        tried: set[str] = set()
+        try:
+            # Those that were in memory may have gone to sleep while others were read.
+            while sleepers := await self._sleepers(names, tried):
+                tried.update(sleepers)
+                with self._reading(sleepers):
+                    await self._journal.committed(self._newest_lsn)
+                    for first in range(0, len(sleepers), self._at_once):
+                        streams = await self._load_all(sleepers[first : first + self._at_once])
+                        await self.make_room(len(streams))
+                        woken.append(self._put(streams))
+                        self._engine.hold(woken[-1])
+        finally:
+            for slots in woken:
+                self._engine.release(slots)
+            self._engine.waiters.check()  # closings wait for it
+
+    async def _sleepers(self, names: Names, tried: set[str]) -> list[str]:
+        """Those that hibernate and were not tried, once nobody else wakes or ends any of them."""
         while busy := {self._busy[name] for name in names if name in self._busy}:
             await asyncio.wait(busy)
-        sleepers = [name for name in dict.fromkeys(names) if name in self._asleep]
-        if not sleepers:
-            return
-        with self._reading(sleepers):
-            await self._journal.committed(self._newest_lsn)
-            woken: list[I64] = []
-            try:
-                for first in range(0, len(sleepers), self._at_once):
-                    streams = await self._load_all(sleepers[first : first + self._at_once])
-                    await self.make_room(len(streams))
-                    woken.append(self._put(streams))
-                    self._engine.hold(woken[-1])
-            finally:
-                for slots in woken:
-                    self._engine.release(slots)
-                self._engine.waiters.check()  # closings wait for it
+        return [name for name in dict.fromkeys(names) if name in self._asleep and name not in tried]
 
     def _put(self, streams: list[OpenStream]) -> I64:
         """Put streams into memory, as many as there is room for: their slots."""
