@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import numpy as np
@@ -16,6 +17,9 @@ from instep.mkl import prefer_strict_products
 # make small matrices many times slower, and what the engine uses it sets itself.
 os.environ["OMP_NUM_THREADS"] = "1"
 prefer_strict_products(os.environ)  # as the engine does, but some tests import torch before it
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in [name for name in os.environ if name.startswith("INSTEP_")]:
     del os.environ[name]
