@@ -74,8 +74,8 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.NAME_IN_USE: "a stream of this name is already open, or parked; a parked one is resumed, not opened",
     Code.IDLE: "the stream was evicted because it sent nothing for longer than limits.max_idle_s",
     Code.CLIENT_GONE: "the stream was evicted because its connection went away or stopped reading",
-    Code.EXPIRED: "the stream was parked or idle for longer than the server keeps it (limits.park_s, limits.max_idle_s), "
-    "and its state is gone",
+    Code.EXPIRED: "the stream was parked or idle for longer than limits.park_s or limits.max_idle_s, and its state is "
+    "gone",
     Code.FENCED: "another connection has taken the stream over; this one may not use it any more",
     Code.DATA_LOSS: "the server holds fewer frames of this stream than the client was given outputs for",
     Code.CONFLICT: "a frame of this seq was applied with other values; it was not applied again",
