@@ -78,7 +78,7 @@ class AsyncClient:
 
     @property
     def info(self) -> ServerInfo:
-        """What the server said of itself.
+        """The server's description of itself.
 
         Raises:
             ClientClosed: before the client was connected.

@@ -1,4 +1,4 @@
-"""What users hand over, checked and copied into the arrays that are sent.
+"""Users' arrays, checked and copied into the arrays that are sent.
 
 Every function copies: what the caller does to its array afterwards changes nothing that was or will be sent.
 """

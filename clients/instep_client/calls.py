@@ -1,4 +1,4 @@
-"""What the user asked for and how it ended: one object a call, filled in by the session.
+"""Calls: one object for each thing that the user asked for, filled in by the session.
 
 Call
 ├── Call[ServerInfo]             the greeting
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 class Waiter(Protocol):
-    """What a driver hangs on a call to be woken; `asyncio.Future[None]` is one."""
+    """A driver hangs it on a call to be woken; `asyncio.Future[None]` is one."""
 
     def done(self) -> bool:
         """Whether it was woken."""

@@ -1,4 +1,4 @@
-"""What is asked of streams besides frames: other states for them, and their end."""
+"""Requests that change streams: other states for them, and their end."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class State(Enum):
 
 
 class Connection:
-    """What a session has of a connection; `listener.Listener` adds what messages mean, `session.Session` the verbs."""
+    """The session's connection; `listener.Listener` adds the reactions to messages, `session.Session` the verbs."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Connection:
         self._probing = False
         self._wants_socket = False
         self._postponed: dict[Call[Any], None] = {}
-        """What is to be asked, or asked again, over the next connection."""
+        """Calls that are to be asked, or asked again, over the next connection."""
         self._openings: Openings
         self._changes: Changes
         self._state_reads: StateReads
@@ -92,7 +92,7 @@ class Connection:
 
     @property
     def info(self) -> ServerInfo:
-        """What the server said of itself.
+        """The server's description of itself.
 
         Raises:
             InstepError: before the welcome.
@@ -131,7 +131,7 @@ class Connection:
         return min((time for time in times if time is not None), default=None)
 
     def take_messages(self) -> list[Message]:
-        """What is to be sent, in order."""
+        """The messages to be sent, in order."""
         messages, self._outbox.messages = self._outbox.messages, []
         return messages
 

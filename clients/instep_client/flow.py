@@ -1,4 +1,4 @@
-"""What is sent when: stream handles take turns, within the server's credit and the window of each stream."""
+"""The order of sending: stream handles take turns, within the server's credit and the window of each stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server's messages mean to a session."""
+"""The session's reactions to the server's messages."""
 
 from __future__ import annotations
 

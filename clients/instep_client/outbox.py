@@ -1,4 +1,4 @@
-"""What goes out of the rules: numbered requests and what each was about, and whom the driver has to wake."""
+"""The way out of the rules: numbered requests and the subject of each, and whom the driver has to wake."""
 
 from __future__ import annotations
 

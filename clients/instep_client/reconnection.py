@@ -1,4 +1,4 @@
-"""What happens between the loss of a connection and the moment when every stream is this client's again.
+"""From the loss of a connection to the moment when every stream is this client's again.
 
     LOST ── after a delay ──► GREETING ── WELCOME ──► RESUMING ── every RESUMED ──► NONE
      ▲                           │                       │

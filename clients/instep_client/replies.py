@@ -1,4 +1,4 @@
-"""What the server's messages say, checked field by field. Every function raises MalformedMessage, and nothing else."""
+"""The server's messages, checked field by field. Every function raises MalformedMessage, and nothing else."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ErrorReply(NamedTuple):
 
 
 def welcome(header: Header) -> ServerInfo:
-    """What the server says of itself."""
+    """The server's description of itself."""
     fields = header.fields
     values: list[Any] = []
     for (name, kind), value in zip(ServerInfo.__annotations__.items(), fields, strict=True):
@@ -120,7 +120,7 @@ def state_read(
 
 
 def changed(header: Header, frames: Sequence[Frame], count: int) -> list[ColumnError]:
-    """What was not changed."""
+    """The streams that were not changed."""
     _count(header.fields[0], count)
     return _failures(frames[1], header.fields[1], count, 1)
 

@@ -103,7 +103,7 @@ class ForkCall(OpenCall):
     def __init__(self, names: Sequence[str], handle: StreamHandle) -> None:
         super().__init__(names, handle.single)
         self.handle = handle
-        """What is copied."""
+        """The handle whose streams are copied."""
 
 
 class ReadStateCall(Request[tuple[U64, U8]]):
@@ -161,4 +161,4 @@ class CloseCall(Request[U8]):
 
 
 QueuedCall: TypeAlias = ForkCall | ResetCall | CloseCall
-"""What is asked once everything sent through its stream handle was answered, before anything that comes later."""
+"""Requests that wait until everything sent through their stream handle was answered, and come before anything later."""

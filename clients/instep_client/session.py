@@ -34,7 +34,7 @@ from instep_client.streams import StreamHandle
 
 
 class Session(Listener):
-    """What users ask for.
+    """The verbs that users call.
 
     Each method raises at once when a thing cannot be asked, and nothing is sent before `advance`. What is asked while
     there is no connection waits for the next one.

@@ -46,7 +46,7 @@ def state_rows(state: State, spec: StateSpec, count: int | None) -> U8:
 
 
 def as_state(rows: U8, spec: StateSpec, *, single: bool) -> State:
-    """What a user gets of rows of bytes [N, row_bytes]: states of N streams, or the state of the only one.
+    """Rows of bytes [N, row_bytes] as a user gets them: states of N streams, or the state of the only one.
 
     The arrays are copies.
     """

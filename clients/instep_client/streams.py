@@ -93,7 +93,7 @@ class StreamHandle:
 
 
 class OpenStreams:
-    """What is known of every open stream, a row each; rows are reused after `remove`."""
+    """All open streams, a row each; rows are reused after `remove`."""
 
     def __init__(self) -> None:
         self.columns: U64 = np.zeros((0, 3), np.uint64)
@@ -114,7 +114,7 @@ class OpenStreams:
         self.asleep: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether the stream hibernates: the server knows its handle no more, and it has to be resumed first."""
         self.sentences: dict[int, str] = {}
-        """What the server said with each code in `ended`."""
+        """The server's sentence for each code in `ended`."""
         self.handles: list[StreamHandle | None] = []
         self._free: list[int] = []
         self._clock = 0

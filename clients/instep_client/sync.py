@@ -77,7 +77,7 @@ class Client:
 
     @property
     def info(self) -> ServerInfo:
-        """What the server said of itself.
+        """The server's description of itself.
 
         Raises:
             ClientClosed: before the client was connected.

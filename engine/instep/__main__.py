@@ -7,7 +7,7 @@ import sys
 from instep import interrupts
 
 EXTRAS = ("matplotlib", "numba", "pydantic", "rich", "safetensors", "structlog", "torch", "typer", "yaml")
-"""What `pip install instep` alone does not install."""
+"""Packages that only the extra `engine` installs."""
 
 
 def main() -> None:

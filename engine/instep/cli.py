@@ -324,7 +324,7 @@ def _users_errors() -> tuple[type[Exception], ...]:
 
 
 def _overrides(settings: Sequence[str], named: dict[str, str]) -> dict[str, str]:
-    """What `--set` and the named flags say, by `section.key`."""
+    """The values of `--set` and of the named flags, by `section.key`."""
     overrides = dict(named)
     for setting in settings:
         path, equals, text = setting.partition("=")

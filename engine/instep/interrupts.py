@@ -1,4 +1,4 @@
-"""What Ctrl-C, SIGTERM and SIGHUP do: end the process at once, until a command handles them in order.
+"""Ctrl-C, SIGTERM and SIGHUP end the process at once, until a command handles them in order.
 
 Python's own way, an exception anywhere, is swallowed or printed at length when it comes while large packages are
 imported, or while the process ends. This is imported before anything else, so it imports next to nothing.

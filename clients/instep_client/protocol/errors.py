@@ -79,7 +79,7 @@ class FrameFailure:
     """The first frame that was not applied."""
     code: Code
     expected_seq: int
-    """What the stream expects next."""
+    """The seq that the stream expects next."""
 
 
 class FramesRefused(Refused):
@@ -113,7 +113,7 @@ class StreamEvicted(Refused):
 
 
 class DataLoss(StreamEvicted):
-    """What the server holds of the stream and what the client was given do not meet.
+    """The server holds less of the stream than the client was given, or no longer what it asks for.
 
     Resume it with `take_over` to go on from what the server holds all the same.
 

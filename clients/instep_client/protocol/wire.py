@@ -140,7 +140,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What the server says of itself in WELCOME, in wire order after kind and request."""
+    """The server's description of itself in WELCOME, in wire order after kind and request."""
 
     protocol_version: int
     boot_id: str
@@ -151,7 +151,7 @@ class ServerInfo:
     features: int
     outputs: int
     state: StateSpec
-    """What a stream's state is: `[name, shape, dtype, initial value]` for each leaf."""
+    """The state specification: `[name, shape, dtype, initial value]` for each leaf."""
     device: str
     exactness: str
     """`exact`, `tolerance` or `off`."""
@@ -169,7 +169,7 @@ class ServerInfo:
     window_frames: int
     """The most frames of one stream from the first unacknowledged output on, that one included."""
     durability: str
-    """What an answer survives: `memory`, nothing; `commit`, the death of the process; `fsync`, the loss of power."""
+    """What an answer survives: `memory`: nothing; `commit`: the death of the process; `fsync`: the loss of power."""
     park_s: float
     """Seconds for which a stream is kept when its connection is gone; 0 for not at all."""
 

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: every problem at once, each with its place and a suggestion."""
+"""Errors in a configuration: every problem at once, each with its place and a suggestion."""
 
 from __future__ import annotations
 

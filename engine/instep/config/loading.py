@@ -38,7 +38,7 @@ class _Given:
     source: str
     """For people: the file, the variable's name, or `flag`."""
     base: Path
-    """What a relative path in it is relative to."""
+    """The folder that relative paths in it start from."""
 
 
 def load_config(

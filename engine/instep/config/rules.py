@@ -1,4 +1,4 @@
-"""What may not stand together, though each value alone is fine."""
+"""Combinations of values that contradict each other, though each value alone is fine."""
 
 from __future__ import annotations
 

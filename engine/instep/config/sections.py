@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bytes = Annotated[int, Field(ge=0, le=2**62)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 TimerSeconds = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
-"""What libzmq keeps as a timer: never off, and within its 16-bit deciseconds."""
+"""A timer of libzmq: never off, and within its 16-bit deciseconds."""
 
 
 def _checked_device(device: str) -> str:
@@ -29,7 +29,7 @@ def _checked_device(device: str) -> str:
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, and no key that is not listed."""
+    """The base of all sections: frozen, and without keys that are not listed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,7 +67,7 @@ class TransportConfig(Section):
 
 
 class LimitsConfig(Section):
-    """What is refused, and when a silent peer is given up."""
+    """Limits: when a message is refused, a silent peer given up, and an idle stream ended."""
 
     max_idle_s: Seconds = 3600.0
     first_frame_s: Seconds = 0.0
@@ -102,7 +102,7 @@ class ShutdownConfig(Section):
 
 
 class LogConfig(Section):
-    """What is logged, and in which form."""
+    """The level and the form of the log."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["console", "json"] = "console"

@@ -25,7 +25,7 @@ class ResumeDecision:
     former_epochs: U64
     """The epoch that the claimant holds; 0 where it takes a stream over."""
     expected_seq: I64
-    """What the stream expects next; 0 where there is none."""
+    """The seq that the stream expects next; 0 where there is no stream."""
 
 
 def check_resume(

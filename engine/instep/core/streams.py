@@ -16,7 +16,7 @@ _ONE: Final = np.int64(1)
 
 
 class StreamTable:
-    """What the server knows of each stream, by slot. The columns that the hot path needs are those of `Tables`.
+    """The streams in memory, by slot. The columns that the hot path needs are those of `Tables`.
 
     An epoch is one ownership of one stream; epochs are unique in a server and only rise. A stream whose connection is
     gone is parked: it belongs to `parked`, an owner that no connection has, until a client resumes it.
@@ -46,7 +46,7 @@ class StreamTable:
         self.former_epoch: U64 = np.zeros(rows, np.uint64)
         """The epoch that its holder gave up for the present one; 0 where the stream was taken over."""
         self.granted_seq: I64 = np.zeros(rows, np.int64)
-        """What the stream expected next when the present epoch was granted."""
+        """The seq that the stream expected next when the present epoch was granted."""
         self.granted_to: I64 = np.zeros(rows, np.int64)
         """The arrival number of the connection that it was granted to; 0 where it is not known."""
         self.first_seq: I64 = np.zeros(rows, np.int64)

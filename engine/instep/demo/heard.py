@@ -1,4 +1,4 @@
-"""What the producers heard from the server: outputs and latencies, and how often the decision is right."""
+"""Outputs and latencies as the producers received them, and how often the decision is right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instep.demo.timetable import F64
 
 
 class Heard:
-    """What came back so far, a row a recording; producers fill it, anybody may look.
+    """Outputs so far, a row for each recording; producers fill it, anybody may look.
 
     Args:
         lengths: frames of each recording.

@@ -1,4 +1,4 @@
-"""What the demos show on the console: sentences, a progress bar, tables."""
+"""The demos' console output: sentences, a progress bar, tables."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _SEED: Final = 370
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one producer has to do."""
+    """The work of one producer."""
 
     due_s: F64
     """float64 [T]: when each frame is due to be sent, in seconds after the common start; never decreasing."""

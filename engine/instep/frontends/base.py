@@ -1,4 +1,4 @@
-"""What the server's loop asks of a front end."""
+"""The interface between the server's loop and a front end."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class InProcessOrigin:
         self.number = -1
         self.arrival = 0
         self.events: list[StreamEvent] = []
-        """What happened to its streams, oldest first."""
+        """Events of its streams, oldest first."""
         self._frontend = frontend
         self._operations = operations
         self._replies: dict[int, asyncio.Future[Reply]] = {}

@@ -1,4 +1,4 @@
-"""What a kind of model gives the engine: a state specification, a step over a batch, and ways to check it.
+"""The interface of a kind of model: a state specification, a step over a batch, and ways to check it.
 
 A kind is one folder or file and one line in `registry`. Everything else (state store, stepper, certification,
 recording, verifier) works through these protocols and knows no kind.
@@ -41,7 +41,7 @@ class Description(Protocol):
 
     @property
     def state(self) -> StateSpec:
-        """What is kept per stream between frames."""
+        """The state that is kept for each stream between frames."""
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Every float32 tensor of the weights file by name, in the order in which it counts for the fingerprint."""
@@ -114,7 +114,7 @@ class RecurrentModel(Protocol):
 
     @property
     def state(self) -> StateSpec:
-        """What is kept per stream between frames."""
+        """The state that is kept for each stream between frames."""
 
     @property
     def device(self) -> torch.device:

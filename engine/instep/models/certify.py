@@ -45,7 +45,7 @@ _SEQUENCE_ROWS: Final = 64
 
 @dataclass(frozen=True)
 class Certification:
-    """What holds for a network's bits on this machine.
+    """The result of certifying a network on this machine.
 
     `buckets` is ascending and never empty: a batch of up to `buckets[-1]` rows can be run, padded to the first bucket
     that takes it, and no larger batch may be. Under `exact`, a frame's output and new state have the same bits in each

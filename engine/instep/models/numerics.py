@@ -25,7 +25,7 @@ def prepare(threads: int) -> None:
 
 
 def threads_as_here() -> Callable[[], None]:
-    """What a new thread calls first, so that products use as many threads there as in this one.
+    """Called first in a new thread, so that products use as many threads there as in this one.
 
     torch sets a thread up with its first loop that it would share out; a product before that takes all cores, which
     wait for each other where they are busy, and may have other bits.

@@ -66,7 +66,7 @@ def build(model: Model, device: torch.device) -> RecurrentModel:
 
 
 def sentences(error: ValidationError) -> str:
-    """What pydantic found, one clause for each field."""
+    """Pydantic's errors, one clause for each field."""
     return "; ".join(
         f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()
     )

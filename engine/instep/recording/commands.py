@@ -1,4 +1,4 @@
-"""What `instep recordings` does: check, info, list, repair, cut."""
+"""The commands of `instep recordings`: check, info, list, repair, cut."""
 
 from __future__ import annotations
 

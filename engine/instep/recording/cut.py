@@ -51,7 +51,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """What was cut out."""
+    """The range that was cut out."""
 
     first_position: int
     last_position: int

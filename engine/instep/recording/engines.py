@@ -31,13 +31,13 @@ def refuse_other_engine(
 
 
 def changed_values(last: RecordingHeader, now: RecordingHeader) -> dict[str, Any]:
-    """What the header would say otherwise of the engine that goes on."""
+    """The header's values that differ for the engine that goes on."""
     before, after = asdict(last), asdict(now)
     return {key: after[key] for key in _MAY_DIFFER if after[key] != before[key]}
 
 
 def differing(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """What is not the same, in words."""
+    """The differences, in words."""
     return [
         f"{key} {there.get(key, 'unknown')} there, {here.get(key, 'unknown')} here"
         for key in sorted({*there, *here})

@@ -28,7 +28,7 @@ from instep.recording.schema import (
 )
 
 UNREADABLE: Final = (sqlite3.Error, OverflowError, UnicodeDecodeError)
-"""What Python's sqlite3 raises on a damaged file."""
+"""The exceptions of Python's sqlite3 on a damaged file."""
 
 _LARGE: Final = ("batches", "outputs", "states")
 _AT_ONCE: Final = {True: 64, False: 1024}

@@ -16,7 +16,7 @@ from instep.recording.wal import lost_tail
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a recording without damage holds."""
+    """The contents of a recording without damage."""
 
     streams: int
     open_streams: int

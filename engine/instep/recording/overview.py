@@ -1,4 +1,4 @@
-"""What a recording is, without reading all of it, and which recordings a folder holds."""
+"""A summary of a recording, without reading all of it, and of the recordings in a folder."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def look_over(path: Path) -> Overview:
 
 
 def list_recordings(folder: Path) -> list[Listed]:
-    """What a folder holds, by name.
+    """The recordings in a folder, by name.
 
     Raises:
         RecordingError: when the folder cannot be read.

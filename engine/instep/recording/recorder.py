@@ -85,7 +85,7 @@ class Recorder:
 
     @property
     def failed(self) -> Exception | None:
-        """What ended the recording, if anything did."""
+        """The error that ended the recording, if one did."""
         return self._failed
 
     def open_streams(

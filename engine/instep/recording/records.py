@@ -1,4 +1,4 @@
-"""What a recording holds, as values."""
+"""The contents of a recording, as values."""
 
 from __future__ import annotations
 

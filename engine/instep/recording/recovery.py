@@ -33,7 +33,7 @@ class ReplayStep:
 
 
 class Recovered:
-    """What an engine needs to go on: streams as of their newest states, and what happened since.
+    """Everything that an engine needs to continue: streams as of their newest states, and the frames and resets since.
 
     Everything here is checked: CRCs, that no position is missing, that every stream's frames follow each other. Of
     what lies before the checkpoint, only the rows of batches and outputs are not looked at. States are checked and not
@@ -90,7 +90,7 @@ class Recovered:
         return self._numbers[is_open], self._held[is_open]
 
     def replay(self) -> Iterator[ReplayStep | StateReset]:
-        """What changed the states since the checkpoint, in order; once, and to its end, or not all was checked.
+        """Batches and resets since the checkpoint, in order; read once, and to the end, or not all was checked.
 
         Batches that failed are left out, and resets that a state holds already.
         """

@@ -40,14 +40,14 @@ _SEQ: Final = list(HISTORY["events"]).index("seq")
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What was saved."""
+    """The result of a repair."""
 
     positions: int
     """Rows of the history, all that come before the first damage."""
     frames: int
     streams: int
     left_out: str
-    """What was not, in words; empty where nothing was missing."""
+    """The losses, in words; empty where nothing was missing."""
 
 
 def repair(source: Path, target: Path) -> Repaired:

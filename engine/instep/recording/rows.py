@@ -38,7 +38,7 @@ _PAGES_A_COMMIT: Final = 4
 """Those that every commit touches, about."""
 _MOST_CLOSED: Final = 4096
 _ROW_BYTES: Final = 64
-"""What a row takes beside its blobs, about."""
+"""About the bytes that a row takes beside its blobs."""
 
 
 class RowWriter:

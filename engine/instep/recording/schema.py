@@ -210,7 +210,7 @@ _PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
 
 
 def _types(declared: str) -> tuple[type, ...]:
-    """What a column holds that is declared so: it may be NULL where nothing follows its type."""
+    """The Python types of a column that is declared so: it may be NULL where nothing follows its type."""
     kind, *constraints = declared.split()
     return (_PYTHON_TYPES[kind],) if constraints else (_PYTHON_TYPES[kind], type(None))
 
@@ -234,7 +234,7 @@ def owner_detail(former_epoch: int, seq: int, renumbered: bool = False) -> str:
 
 
 def read_owner_detail(detail: str) -> tuple[int, int, bool]:
-    """What an owner event's detail was made of.
+    """The parts of an owner event's detail.
 
     Raises:
         ValueError: when it is none.
@@ -261,7 +261,7 @@ def _columns(columns: dict[str, str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordingHeader:
-    """What a recording says of the engine that wrote it."""
+    """A recording's description of the engine that wrote it."""
 
     format_version: int = FORMAT_VERSION
     instep_version: str
@@ -277,11 +277,11 @@ class RecordingHeader:
     outputs: int
     """Floats in a frame's output."""
     state: list[list[Any]]
-    """What a stream's state is, as `StateSpec.encode` gives it."""
+    """The state specification, as `StateSpec.encode` gives it."""
     model_fingerprint: str
     """sha256 over the description and the weights, hex."""
     numerics: dict[str, str]
-    """What the bits of a float depend on: library version, device, threads, flags."""
+    """Everything that the bits of a float depend on: library version, device, threads, flags."""
     exactness: str
     """`exact`, `tolerance` or `off`: what the engine had certified of itself."""
     buckets: tuple[int, ...]
@@ -289,11 +289,11 @@ class RecordingHeader:
     max_ulp: int
     """The largest distance between buckets that certification saw, in units in the last place."""
     durability: Durability
-    """What answers waited for: `memory`, `commit` or `fsync`."""
+    """How durable a frame was before it was answered: `memory`, `commit` or `fsync`."""
 
     @property
     def state_spec(self) -> StateSpec:
-        """What a stream's state is."""
+        """The state specification."""
         return StateSpec.decode(self.state)
 
     def rows(self) -> list[tuple[str, str, int]]:

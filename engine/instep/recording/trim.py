@@ -92,7 +92,7 @@ def events_that_count(database: sqlite3.Connection, position: int) -> list[int]:
 
 
 def deletions(database: sqlite3.Connection, position: int) -> Iterator[Deletion]:
-    """What is to be deleted up to a position, in parts; each is to be executed before the next one is asked for.
+    """The deletions up to a position, in parts; each is to be executed before the next one is asked for.
 
     A crash in between loses nothing: what is left is found again.
     """

@@ -45,7 +45,7 @@ def lost_tail(path: Path) -> str:
 
 
 def _said(wal: bytes, bad: int, frames: int, size: int, salts: list[int]) -> str:
-    """What is said of a WAL whose frames are valid up to the one at index `bad`."""
+    """The sentence about a WAL whose frames are valid up to the one at index `bad`."""
     later = 0
     for at in range(bad + 1, frames):
         *_, salt1, salt2, _, _ = _FRAME.unpack_from(wal, _HEADER.size + at * size)

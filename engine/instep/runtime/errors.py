@@ -1,4 +1,4 @@
-"""What goes wrong with states."""
+"""Errors of states."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class RunResult:
     steps: int
     """How many steps were applied, the first ones."""
     error: Exception | None
-    """What the next one raised; None where all were applied."""
+    """The exception of the step after those; None where all were applied."""
 
 
 class StepExecutor(Protocol):

@@ -215,7 +215,7 @@ def _make_server(
 
 
 def server_info(config: Config, prepared: Prepared, limits: EffectiveLimits) -> ServerInfo:
-    """What WELCOME says."""
+    """The server's description of itself for WELCOME."""
     network, certification = prepared.network, prepared.certification
     return ServerInfo(
         protocol_version=PROTOCOL_VERSION,
@@ -240,7 +240,7 @@ def server_info(config: Config, prepared: Prepared, limits: EffectiveLimits) -> 
 
 
 def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
-    """What a recording of this server says of it."""
+    """The header of a recording of this server."""
     certification = prepared.certification
     return RecordingHeader(
         instep_version=version("instep"),

@@ -1,4 +1,4 @@
-"""What the server really takes: the configured limits, fitted to the model's sizes."""
+"""The limits in force: the configured ones, fitted to the model's sizes."""
 
 from __future__ import annotations
 

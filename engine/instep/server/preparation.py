@@ -1,4 +1,4 @@
-"""What is decided before the socket is bound: the model, the device, and how exact it is."""
+"""Everything that is decided before the socket is bound: the model, the device, and how exact it is."""
 
 from __future__ import annotations
 

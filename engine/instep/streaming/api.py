@@ -105,7 +105,7 @@ class Grants:
     next_seqs: I64
     codes: I32
     expected_seqs: I64
-    """What a refused stream expects next, where there is one."""
+    """The seq that a refused stream expects next, where there is one."""
 
     @classmethod
     def none(cls, codes: I32) -> Grants:

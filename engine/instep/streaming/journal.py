@@ -59,7 +59,7 @@ class Journal:
         self._committed = NEVER - 1
         self._last_stream = 0
         self._through = 0
-        """What the states of the checkpoint under way contain, while they are being read; 0 where there is none."""
+        """The lsn up to which the states of the checkpoint under way contain every batch; 0 where there is none."""
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._uncommitted: list[tuple[int, asyncio.Future[None]]] = []
 

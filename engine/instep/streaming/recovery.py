@@ -28,7 +28,7 @@ _LOAD_AT_ONCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What it took to continue a recording."""
+    """The result of continuing a recording."""
 
     streams: int
     """Streams that are open again, until somebody resumes them: parked, or hibernated."""

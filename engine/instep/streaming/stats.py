@@ -1,4 +1,4 @@
-"""What the engine counts: plain numbers and histograms that any front end may read."""
+"""The engine's counters: plain numbers and histograms that any front end may read."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MOST_THREADS: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What was found out before the replay."""
+    """The facts that were found before the replay."""
 
     buckets: tuple[int, ...]
     """Batch sizes to replay in, ascending."""

@@ -29,7 +29,7 @@ class CannotBind(Exception):
 
 
 class Sent(Enum):
-    """What became of a message."""
+    """The outcome of sending a message."""
 
     HANDED_OVER = "handed over"
     """ZeroMQ has it; whether the peer ever reads it is not known."""
@@ -102,7 +102,7 @@ class Router:
         return bool(multipart.events(self._socket) & multipart.READABLE)
 
     def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
-        """What has arrived: routing id and [header, frames …] of each message.
+        """Messages that have arrived: routing id and [header, frames …] of each.
 
         Of a message with more parts than the protocol knows the first ones are given; the others are thrown away as
         they are read, in portions.

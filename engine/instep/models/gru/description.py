@@ -1,4 +1,4 @@
-"""What a GRU network looks like: dense layers, a GRU, dense layers."""
+"""The description of a GRU network: dense layers, a GRU, dense layers."""
 
 from __future__ import annotations
 
