@@ -274,6 +274,9 @@ class FaultyStates:
         self._check()
         return self._stepper.read(slots)
 
+    def initial(self, count: int) -> U8:
+        return self._stepper.initial(count)
+
     def no_states(self, count: int) -> U8:
         return self._stepper.no_states(count)
 
@@ -354,6 +357,35 @@ async def test_frames_for_a_stream_that_cannot_be_loaded_are_not_computed_on_wha
         made[0].good_loads = 100
         again = (await taker.open(["s0"])).handles
         np.testing.assert_array_equal((await step(taker, again, [0], x)).y[:, 0], whole(SMALL, x[:, 0])[0])
+
+
+async def test_a_change_that_fails_half_way_ends_the_streams_that_it_has_changed_and_no_others(
+    rng: np.random.Generator,
+) -> None:
+    made: list[FaultyStates] = []
+
+    def faulty(stepper: Stepper) -> FaultyStates:
+        made.append(FaultyStates(stepper))
+        return made[0]
+
+    x = random_frames(rng, 3, 4)
+    async with streaming(InlineExecutor, states=faulty, copy_at_once=2) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(list("abcd"))).handles
+        await step(origin, handles, [0] * 4, x[:2])
+        made[0].good_loads = 1  # of two streams
+        assert await write(kit, origin, handles, None) == [Code.STEP_FAILED] * 4
+        await kit.settle()
+        assert [(event.code, event.handles.tolist()) for event in origin.events] == [
+            (Code.STATE_LOST, handles[:2].tolist())
+        ]
+        reply = await step(origin, handles, [2] * 4, x[2:])
+        assert [(column, code) for column, _, code, _ in failures(reply)] == [
+            (0, Code.UNKNOWN_STREAM),
+            (1, Code.UNKNOWN_STREAM),
+        ]
+        for column in (2, 3):
+            np.testing.assert_array_equal(reply.y[:, column], whole(SMALL, x[:, column])[0][2:])
 
 
 async def test_frames_that_come_before_a_change_is_done_are_applied_behind_it_and_once(
