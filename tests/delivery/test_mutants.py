@@ -202,6 +202,13 @@ RULES = (
         [killed],
     ),
     BrokenRule(
+        "a stream goes to sleep without its last frames",
+        DirtyTracker.are_dirty,
+        lambda original, tracker, slots: np.zeros(len(slots), np.bool_),
+        [killed],
+    ),
+    BrokenRule("a sleeper is read before the recording has it", Journal.committed, at_once, [killed]),
+    BrokenRule(
         "a checkpoint forgets what a restart replayed", resume_recording, forgetting_what_was_replayed, [killed]
     ),
 )

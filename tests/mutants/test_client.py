@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from instep_client.claims import take_grants
 from instep_client.flow import Flow
 from instep_client.in_flight import InFlight
 from instep_client.protocol.wire import ServerInfo
-from instep_client.reconnection import Reconnection
+from instep_client.sleepers import Sleepers
 from instep_client.streams import OpenStreams
-from tests.client import test_busy, test_exactly_once, test_flow, test_reconnection, test_rewind, test_window
+from tests.client import (
+    test_busy,
+    test_exactly_once,
+    test_flow,
+    test_reconnection,
+    test_rewind,
+    test_sleepers,
+    test_window,
+)
 from tests.support.broken_rules import BrokenRule, check_is_found
 
 
@@ -26,10 +36,10 @@ def without_credit(original: Any, flow: Flow, table: OpenStreams, info: ServerIn
     original(flow, table, replace(info, credit_frames=2**30), *rest)
 
 
-def nothing_is_lost(original: Any, reconnection: Reconnection, part: Any, grants: Any, failures: Any) -> Any:
+def nothing_is_lost(original: Any, table: OpenStreams, part: Any, grants: Any, failures: Any) -> Any:
     granted = grants.copy()
     granted["next_seq"] = 2**62
-    return original(reconnection, part, granted, failures)
+    return original(table, part, granted, failures)
 
 
 RULES = (
@@ -89,11 +99,23 @@ RULES = (
     ),
     BrokenRule(
         "frames that the server lost are passed over in silence",
-        replaces=Reconnection.resumed,
+        replaces=take_grants,
         variant=nothing_is_lost,
         found_by=[
             test_reconnection.TestPersonsDecide().test_a_server_that_lost_a_frame_behind_one_whose_output_did_not_come
         ],
+    ),
+    BrokenRule(
+        "frames go to a stream that hibernates",
+        replaces=Flow._wakes,
+        variant=lambda original, flow, queue, rows: False,
+        found_by=[test_sleepers.test_the_next_frame_wakes_its_stream_and_no_other],
+    ),
+    BrokenRule(
+        "a request that crossed the word of a stream's sleep is refused",
+        replaces=Sleepers.are_asleep,
+        variant=lambda original, sleepers, rows, failures: np.zeros(0, np.int64),
+        found_by=[partial(test_sleepers.test_a_read_that_crossed_the_word_is_repeated_by_name, False)],
     ),
 )
 
