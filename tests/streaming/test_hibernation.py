@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +15,18 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32, U64
+from instep.recording.errors import DamagedRecording
 from instep.recording.inspection import inspect
+from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.reader import RecordingReader
 from instep.runtime.executor import InlineExecutor
+from instep.runtime.stepper import Stepper
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.hibernation import HibernationLimits
 from instep.streaming.reaper import IdleLimits
 from instep_client.protocol.codes import Code
 from tests.support.commits import held_commits
+from tests.support.faulty_states import FaultyStates
 from tests.support.models import SMALL, whole
 from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
 from tests.support.traffic import assert_same_bits
@@ -339,27 +345,120 @@ async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) 
         assert not (await origin.resume(["a", "b", "c"], have(0, 0, 0), opened.epochs)).codes.any()
 
 
-async def test_a_stream_that_cannot_be_read_back_is_lost_and_the_others_are_not(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (sqlite3.OperationalError("unable to open database file"), Code.STEP_FAILED),
+        (DamagedRecording("r.instep is damaged", Path("r.instep")), Code.STATE_LOST),
+    ],
+)
+async def test_a_stream_that_cannot_be_read_now_costs_no_other_and_can_be_later(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, error: Exception, code: Code
 ) -> None:
-    path = tmp_path / "r.instep"
     async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
-        kit.record(path)
+        kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["a", "b"])
         await step(origin, opened.handles, [0, 0], random_frames(rng, 1, 2))
         await tick(kit)
-        assert len(kit.hibernation) == 2
 
-        def damaged(path: Path, streams: object) -> list[object]:
-            raise sqlite3.DatabaseError("database disk image is malformed")
+        def failing(path: Path, streams: Sequence[int]) -> list[OpenStream]:
+            if 1 in streams:
+                raise error
+            return load_open_streams(path, streams)
 
-        monkeypatch.setattr("tests.support.streaming.load_open_streams", damaged)
-        refused = await origin.resume(["a"], have(1), opened.epochs[:1])
-        assert refused.codes.tolist() == [Code.STATE_LOST]
+        monkeypatch.setattr("tests.support.streaming.load_open_streams", failing)
+        refused = await origin.resume(["a", "b"], have(1, 1), opened.epochs)
+        assert refused.codes.tolist() == [code, 0]
+        assert (await kit.operations.read_states(["a"])).codes.tolist() == [code]
+        assert {str(each) for each in kit.failures} == {str(error)}
+        await tick(kit, after_ns=2 * LATER_NS, count=4)
+        assert "a" in kit.hibernation, "it does not expire without its final state"
         monkeypatch.undo()
-        assert not (await origin.resume(["b"], have(1), opened.epochs[1:])).codes.any()
-        assert [str(error) for error in kit.failures] == ["database disk image is malformed"]
+        assert (await kit.operations.read_states(["a"])).codes.tolist() == [0]
+        assert not (await origin.resume(["a"], have(1), opened.epochs[:1])).codes.any()
+
+
+async def test_a_state_that_cannot_be_put_back_leaves_the_stream_asleep(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    made: list[FaultyStates] = []
+
+    def faulty(stepper: Stepper) -> FaultyStates:
+        made.append(FaultyStates(stepper))
+        return made[0]
+
+    x = random_frames(rng, 3)
+    async with streaming(InlineExecutor, hibernation=LIMITS, states=faulty) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s"])
+        await step(origin, opened.handles, [0], x[:2])
+        await tick(kit)
+        made[0].good_loads = 0
+        assert (await origin.resume(["s"], have(2), opened.epochs)).codes.tolist() == [Code.STEP_FAILED]
+        assert (kit.table.open_count, len(kit.hibernation)) == (0, 1)
+        made[0].good_loads = 1
+        resumed = await origin.resume(["s"], have(2), opened.epochs)
+        after = await step(origin, resumed.handles, [2], x[2:])
+        assert_same_bits(after.y[:, 0], whole(SMALL, x[:, 0])[0][2:], "the stream")
+
+
+async def test_a_stream_that_wakes_and_ends_while_its_state_is_read_is_not_told_in_an_older_one(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_read, x = threading.Event(), random_frames(rng, 5)
+    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s"])
+        await step(origin, opened.handles, [0], x)
+        await tick(kit)
+
+        def late(path: Path, streams: Sequence[int]) -> list[OpenStream]:
+            may_read.wait()
+            return load_open_streams(path, streams)
+
+        monkeypatch.setattr("tests.support.streaming.load_open_streams", late)
+        reading = asyncio.ensure_future(kit.operations.read_states(["s"]))
+        await kit.settle()
+        monkeypatch.undo()
+        resumed = await origin.resume(["s"], have(5), opened.epochs)
+        await origin.close(resumed.handles)
+        await Checkpoints(kit.engine, kit.operations, kit.stepper, kit.tasks, 10**15).take()
+        may_read.set()
+        assert (await reading).codes.tolist() == [Code.UNKNOWN_STREAM]
+
+
+async def test_streams_of_a_connection_that_has_just_gone_are_kept_from_then_on(tmp_path: Path) -> None:
+    limits = replace(LIMITS, park_ns=SOON_NS)
+    async with streaming(InlineExecutor, hibernation=limits, reap_at_once=1) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(["a", "b", "c"])
+        kit.table.last_active_ns[1:4] -= 2 * SOON_NS
+        kit.frontend.disconnect(gone)
+        kit.hibernation.tick(time.monotonic_ns())  # it has parked none of them yet
+        for _ in range(4):
+            kit.hibernation.tick(time.monotonic_ns())
+            await kit.settle()
+        assert not (await origin.resume(["a", "b", "c"], have(0, 0, 0), opened.epochs)).codes.any()
+
+
+async def test_a_stream_that_waits_for_its_first_frame_stays_where_it_ends(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    limits = replace(LIMITS, first_frame_ns=10 * SOON_NS)
+    idle = replace(KEEP, first_frame_ns=10 * SOON_NS)
+    async with streaming(InlineExecutor, hibernation=limits, idle=idle) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["used", "unused"])
+        await step(origin, opened.handles[:1], [0], random_frames(rng, 1))
+        await tick(kit)
+        assert ("used" in kit.hibernation, "unused" in kit.hibernation) == (True, False)
+        await tick(kit, after_ns=20 * SOON_NS, count=10)
+        assert [event.code for event in origin.events] == [Code.HIBERNATED, Code.NEVER_USED]
 
 
 async def test_without_a_recording_nothing_hibernates() -> None:

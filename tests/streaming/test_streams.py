@@ -7,12 +7,13 @@ import asyncio
 import numpy as np
 import pytest
 
-from instep.core.typing import F32, I64, U8, U64
+from instep.core.typing import F32, U64
 from instep.frontends.in_process import InProcessOrigin
 from instep.runtime.executor import InlineExecutor
 from instep.runtime.stepper import Stepper
 from instep.streaming.api import Grants, Refusal, StatesRead
 from instep_client.protocol.codes import Code
+from tests.support.faulty_states import FaultyStates
 from tests.support.models import SMALL, plain, whole
 from tests.support.states import floats_of, rows_of
 from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
@@ -255,34 +256,6 @@ async def test_a_stream_may_be_opened_where_another_one_was(rng: np.random.Gener
 
 
 # ── States that cannot be read or written ──────────────────────────────────────────────────────────────────────────
-
-
-class FaultyStates:
-    """States that can neither be read nor written while `is_broken`, or after so many `good_loads`."""
-
-    def __init__(self, stepper: Stepper) -> None:
-        self.is_broken = False
-        self.good_loads = 10**9
-        self._stepper = stepper
-
-    def load(self, slots: I64, rows: U8 | None) -> None:
-        self._check(self.good_loads <= 0)
-        self.good_loads -= 1
-        self._stepper.load(slots, rows)
-
-    def read(self, slots: I64) -> U8:
-        self._check()
-        return self._stepper.read(slots)
-
-    def initial(self, count: int) -> U8:
-        return self._stepper.initial(count)
-
-    def no_states(self, count: int) -> U8:
-        return self._stepper.no_states(count)
-
-    def _check(self, fails: bool = False) -> None:
-        if self.is_broken or fails:
-            raise RuntimeError("injected")
 
 
 async def test_states_that_cannot_be_read_or_written_are_refused_and_cost_nothing_else(

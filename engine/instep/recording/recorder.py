@@ -127,7 +127,7 @@ class Recorder:
 
     def add_states(self, time_ns: int, through: int, rows: StateRows) -> int:
         """As `RecordingWriter.add_states`, up to the ticket `through`."""
-        return self._put(lambda: self._writer.add_states(time_ns, through, rows))
+        return self._put(lambda: self._writer.add_states(time_ns, through, rows), small_rows=len(rows.streams))
 
     def checkpoint(self, time_ns: int, through: int, rows: StateRows) -> int:
         """As `RecordingWriter.checkpoint`, up to the ticket `through`."""

@@ -325,6 +325,7 @@ def _hibernation_limits(config: Config) -> HibernationLimits:
         limits.max_hibernated_streams,
         round(limits.park_s * 1e9),
         round(limits.max_idle_s * 1e9),
+        round(limits.first_frame_s * 1e9),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from instep.core.typing import I32, I64, U8, Bool
-from instep.recording.errors import RecordingError
+from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.open_streams import OpenStream
 from instep.runtime.stepper import StateAccess
 from instep.streaming.api import Names, Origin
@@ -45,6 +45,8 @@ class HibernationLimits:
     """How long those are kept whose connection is gone."""
     max_idle_ns: int
     """How long the others are; 0 for ever."""
+    first_frame_ns: int = 0
+    """Those that wait for their first frame stay in memory, where they end after so long; 0 for no such end."""
 
 
 class _Asleep(NamedTuple):
@@ -97,7 +99,6 @@ class Hibernation:
         """By name, those that went to sleep first at the beginning."""
         self._busy: dict[str, asyncio.Future[None]] = {}
         """Names of streams that are being read from the recording, to wake or to end."""
-        self._unreadable: set[str] = set()
         self._newest_lsn = 0
         """Of what the recording has to hold before it is read."""
         self._ages: Iterator[str] = iter(())
@@ -142,7 +143,10 @@ class Hibernation:
         idle = table.parked_since(before_ns)
         # While a request waits, the handles that it will grant are not known to their owner yet.
         if journal.is_quiet and not self._engine.waiters:
-            idle = np.concatenate([idle, table.idle_since(before_ns)])
+            connected = table.idle_since(before_ns)
+            if self._limits.first_frame_ns:
+                connected = connected[table.next_seq[connected] > table.first_seq[connected]]
+            idle = np.concatenate([idle, connected])
         sleepy = self._sleepy(idle)
         self._is_behind = len(sleepy) > self._at_once
         self._hibernate(sleepy[: self._at_once])
@@ -150,12 +154,16 @@ class Hibernation:
     async def make_room(self, slots: int) -> None:
         """Let parked streams hibernate, those parked longest first, until so many slots are free or none is left."""
         while self.is_possible and (missing := slots - self._table.slots.free_count) > 0:
+            if not self._journal.room:
+                await self._journal.committed(self._journal.newest)
             if not self.hibernate_parked(min(missing, self._at_once)):
                 return
-            await self._journal.committed(self._newest_lsn)  # the recorder's queue is bounded
+            await self._journal.committed(self._newest_lsn)
 
     def hibernate_parked(self, count: int) -> int:
         """Let so many parked streams hibernate, those parked longest first; how many did."""
+        if not self._journal.room:  # the recorder is behind
+            return 0
         parked = self._sleepy(self._table.parked_since(np.iinfo(np.int64).max))
         oldest = np.argsort(self._table.last_active_ns[parked], kind="stable")[:count]
         return self._hibernate(parked[oldest])
@@ -180,10 +188,12 @@ class Hibernation:
                 return 0
             self._journal.hibernated(changed, rows)
         self._newest_lsn = self._journal.newest  # what is recorded of their openings and owners counts too
-        origins, numbers = engine.origins, table.recording_ids(slots)
+        origins, numbers, now_ns = engine.origins, table.recording_ids(slots), time.monotonic_ns()
         fields = slots.tolist(), numbers.tolist(), table.owner[slots].tolist(), table.last_active_ns[slots].tolist()
-        for slot, number, owner, since_ns in zip(*fields, strict=True):
-            self._asleep[table.name(slot)] = _Asleep(number, origins[owner], since_ns)
+        for slot, number, owner, active_ns in zip(*fields, strict=True):
+            origin = origins[owner]
+            is_leaving = origin is None and owner != table.parked  # its connection has just gone
+            self._asleep[table.name(slot)] = _Asleep(number, origin, now_ns if is_leaving else active_ns)
         owners = origins.owners(table, slots)
         table.release(slots)
         origins.release_left()
@@ -193,12 +203,16 @@ class Hibernation:
 
     # ── Awake ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def wake(self, names: Names) -> None:
-        """Put those of these streams into memory that hibernate, parked; `codes` says afterwards which could not be.
+    async def wake(self, names: Names) -> I32:
+        """Put those of these streams into memory, parked, that hibernate.
 
-        What the caller does before its next wait, none of them can go back to sleep before.
+        None goes back to sleep before the caller's next wait.
+
+        Returns:
+            int32 [N], why streams hibernate still; 0 where they do not.
         """
         woken: list[I64] = []
+        refused: dict[str, Code] = {}
         tried: set[str] = set()
         try:
             # Those that were in memory may have gone to sleep while others were read.
@@ -207,14 +221,17 @@ class Hibernation:
                 with self._reading(sleepers):
                     await self._journal.committed(self._newest_lsn)
                     for first in range(0, len(sleepers), self._at_once):
-                        streams = await self._load_all(sleepers[first : first + self._at_once])
+                        part = {name: self._asleep[name] for name in sleepers[first : first + self._at_once]}
+                        streams, unread = await self._load_all(part)
+                        refused |= unread
                         await self.make_room(len(streams))
-                        woken.append(self._put(streams))
+                        woken.append(self._put(streams, refused))
                         self._engine.hold(woken[-1])
         finally:
             for slots in woken:
                 self._engine.release(slots)
             self._engine.waiters.check()  # closings wait for it
+        return np.array([refused.get(name, 0) if name in self._asleep else 0 for name in names], np.int32)
 
     async def _sleepers(self, names: Names, tried: set[str]) -> list[str]:
         """Those that hibernate and were not tried, once nobody else wakes or ends any of them."""
@@ -222,20 +239,21 @@ class Hibernation:
             await asyncio.wait(busy)
         return [name for name in dict.fromkeys(names) if name in self._asleep and name not in tried]
 
-    def _put(self, streams: list[OpenStream]) -> I64:
+    def _put(self, streams: list[OpenStream], refused: dict[str, Code]) -> I64:
         """Put streams into memory, as many as there is room for: their slots."""
-        slots = put_into_memory(self._engine.tables, self._table, self._states, streams)
+        code = Code.TOO_MANY_STREAMS
+        try:
+            slots = put_into_memory(self._engine.tables, self._table, self._states, streams)
+        except Exception as error:  # of a device, whose state can be another later
+            self._log_failure(error, len(streams))
+            slots, code = np.zeros(0, np.int64), Code.STEP_FAILED
+        refused.update((stream.name, code) for stream in streams[len(slots) :])
         for slot, stream in zip(slots.tolist(), streams, strict=False):
             asleep = self._asleep.pop(stream.name)
             if asleep.owner is None:  # whoever wakes it does not thereby keep it longer
                 self._table.last_active_ns[slot] = asleep.since_ns
         self._engine.stats.woken_streams_total += len(slots)
         return slots
-
-    def codes(self, names: Names) -> I32:
-        """Why streams still hibernate after `wake`: int32 [N], 0 where they do not."""
-        why = (Code.STATE_LOST if name in self._unreadable else Code.TOO_MANY_STREAMS for name in names)
-        return np.array([code if name in self._asleep else 0 for name, code in zip(names, why, strict=True)], np.int32)
 
     @contextmanager
     def _reading(self, names: list[str]) -> Iterator[None]:
@@ -249,17 +267,27 @@ class Hibernation:
                 del self._busy[name]
             done.set_result(None)
 
-    async def read(self, names: Names) -> dict[str, tuple[int, U8]]:
-        """The next seqs and the states, uint8 [row_bytes], of those of these streams that hibernate; they go on so."""
-        found: dict[str, tuple[int, U8]] = {}
-        while sleepers := [name for name in names if name in self._asleep and name not in self._unreadable]:
-            sleepers = [name for name in sleepers if name not in found][: self._at_once]
-            if not sleepers:
-                break
+    async def read(self, names: Names) -> dict[str, tuple[Code | None, int, U8]]:
+        """Read states without waking anybody.
+
+        Returns:
+            By name, of those of these streams that hibernate: why it could not be read, the next seq, and the state,
+            uint8 [row_bytes].
+        """
+        found: dict[str, tuple[_Asleep, tuple[Code | None, int, U8]]] = {}
+
+        def is_read(name: str) -> bool:
+            return name in found and found[name][0] is self._asleep[name]  # else it was awake meanwhile
+
+        while sleepers := [name for name in names if name in self._asleep and not is_read(name)]:
+            part = {name: self._asleep[name] for name in sleepers[: self._at_once]}
             await self._journal.committed(self._newest_lsn)
-            streams = await self._load_all([name for name in sleepers if name in self._asleep])
-            found |= {stream.name: (stream.seq, row) for stream, row in zip(streams, self._rows(streams), strict=True)}
-        return found
+            streams, refused = await self._load_all(part)
+            nothing = self._states.no_states(1)[0]
+            found |= {name: (part[name], (code, 0, nothing)) for name, code in refused.items()}
+            for stream, row in zip(streams, self._rows(streams), strict=True):
+                found[stream.name] = part[stream.name], (None, stream.seq, row)
+        return {name: what for name, (asleep, what) in found.items() if self._asleep.get(name) is asleep}
 
     def _rows(self, streams: list[OpenStream]) -> U8:
         """Their states: [N, row_bytes]."""
@@ -269,16 +297,21 @@ class Hibernation:
                 row[:] = stream.state
         return rows
 
-    async def _load_all(self, names: list[str]) -> list[OpenStream]:
-        """Those that can be read; the others are noted."""
+    async def _load_all(self, sleepers: Mapping[str, _Asleep]) -> tuple[list[OpenStream], dict[str, Code]]:
+        """Those that can be read, and why the others cannot be."""
         try:
-            return await self._load([self._asleep[name].stream for name in names])
-        except (RecordingError, sqlite3.Error) as error:
-            if len(names) == 1:
+            return await self._load([asleep.stream for asleep in sleepers.values()]), {}
+        except (RecordingError, sqlite3.Error, OSError) as error:
+            if len(sleepers) == 1:
                 self._log_failure(error, 1)
-                self._unreadable.update(names)
-                return []
-        return [stream for name in names for stream in await self._load_all([name])]
+                is_damaged = isinstance(error, DamagedRecording)
+                return [], dict.fromkeys(sleepers, Code.STATE_LOST if is_damaged else Code.STEP_FAILED)
+        streams, refused = list[OpenStream](), dict[str, Code]()
+        for name, asleep in sleepers.items():
+            one, unread = await self._load_all({name: asleep})
+            streams += one
+            refused |= unread
+        return streams, refused
 
     # ── To an end ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -300,14 +333,18 @@ class Hibernation:
                 limits.park_ns if owner is None else limits.max_idle_ns
             ):
                 old[name] = None
-        return [name for name in old if name not in self._unreadable]
+        return [name for name in old if name not in self._busy]
 
     async def _expire(self, names: list[str]) -> None:
         """End streams; whoever asks for them later is told that they expired."""
         names = [name for name in names if name in self._asleep and name not in self._busy]  # a moment has passed
+        if not names:
+            return
         with self._reading(names):
             await self._journal.committed(self._newest_lsn)
-            streams = await self._load_all(names)
+            streams, unread = await self._load_all({name: self._asleep[name] for name in names})
+            for name in unread:  # it is tried again as late as if it went to sleep now
+                self._asleep[name] = self._asleep[name]._replace(since_ns=time.monotonic_ns())
             numbers, seqs = (
                 np.array([getattr(each, name) for each in streams], np.int64) for name in ("stream", "seq")
             )

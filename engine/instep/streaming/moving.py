@@ -40,13 +40,21 @@ def put_into_memory(tables: Tables, table: StreamTable, states: StateAccess, str
     table.acked[slots] = np.array([stream.tail_seq for stream in streams], np.int64)
     for slot, stream in zip(slots.tolist(), streams, strict=True):
         _fill_frame_buffer(tables, slot, stream)
+    try:
+        _load(states, slots, streams)
+    except BaseException:
+        table.release(slots)
+        raise
+    return slots
+
+
+def _load(states: StateAccess, slots: I64, streams: Sequence[OpenStream]) -> None:
     is_initial = np.array([stream.state is None for stream in streams], np.bool_)
     if is_initial.any():
         states.load(slots[is_initial], None)
     if not is_initial.all():
         rows = np.stack([stream.state for stream in streams if stream.state is not None])
         states.load(slots[~is_initial], rows)
-    return slots
 
 
 def _fill_frame_buffer(tables: Tables, slot: int, stream: OpenStream) -> None:

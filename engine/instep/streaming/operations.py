@@ -84,7 +84,9 @@ class StreamOperations:
             states: initial states [N, row_bytes], None for the model's own.
             first_seqs: the seqs of their first frames, int64 [N], None for 0.
         """
-        await self._hibernation.make_room(len(names))
+        in_use = self._table.find(names) != SCRATCH_SLOT
+        fresh = {name for name, used in zip(names, in_use.tolist(), strict=True) if not used}
+        await self._hibernation.make_room(sum(name not in self._hibernation for name in fresh))
         if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
         slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self._hibernation)
@@ -159,13 +161,12 @@ class StreamOperations:
         """
         if len(set(names)) < len(names):
             raise Refusal(Code.REPEATED_STREAM)
-        await self._hibernation.wake(names)
+        asleep = await self._hibernation.wake(names)
         if not self._origins.is_connected(origin):
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
         table, engine = self._table, self._engine
         window = int(engine.tables.counts[WINDOW])
         decision = check_resume(table, window, self._tombstones, names, have, epochs, take_over, origin.arrival)
-        asleep = self._hibernation.codes(names)
         decision.codes[asleep != 0] = asleep[asleep != 0]
         good = decision.codes == 0
         slots = decision.slots[good]
@@ -215,19 +216,20 @@ class StreamOperations:
         """States of streams by distinct names, whichever origin owns them; see `read_own_states`."""
         if len(set(names)) < len(names):
             raise Refusal(Code.REPEATED_STREAM)
-        asleep = await self._hibernation.read(names)
-        slots = self._table.find(names)
-        while self._table.closing[slots].any():
-            await self._ended(slots[self._table.closing[slots]])
+        while True:
+            asleep = await self._hibernation.read(names)
             slots = self._table.find(names)
-        codes = self._hibernation.codes(names)
-        for index in np.flatnonzero((slots == SCRATCH_SLOT) & (codes == 0)).tolist():
+            if not self._table.closing[slots].any():
+                break
+            await self._ended(slots[self._table.closing[slots]])
+        codes = np.zeros(len(names), np.int32)
+        for index in np.flatnonzero(slots == SCRATCH_SLOT).tolist():
             codes[index] = Code.EXPIRED if names[index] in self._tombstones else Code.UNKNOWN_STREAM
         read = await self._read_states(slots, codes)
-        for index in np.flatnonzero(codes).tolist():
+        for index in np.flatnonzero(slots == SCRATCH_SLOT).tolist():
             if (found := asleep.get(names[index])) is not None:
-                read.next_seqs[index], read.states[index] = found
-                read.codes[index] = 0
+                code, read.next_seqs[index], read.states[index] = found
+                read.codes[index] = code or 0
         return read
 
     async def _read_states(self, slots: I64, codes: I32) -> StatesRead:
