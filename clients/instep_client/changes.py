@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -40,6 +41,8 @@ class Changes:
         self._sleepers = sleepers
         self._outbox = outbox
         self._answered = answered
+        self._awake: dict[ResetCall | CloseCall, list[int]] = {}
+        """Which streams of calls have woken since they were asked for."""
         self._state = info.state
         row_bytes = self._state.row_bytes
         self._most = min(info.max_message_bytes // max(8, row_bytes), MAX_REPLY_BYTES // row_bytes)
@@ -52,12 +55,37 @@ class Changes:
             wanted = np.flatnonzero(
                 (self._table.ended[handle.rows] == 0) & (self._table.columns[handle.rows, HANDLE] != 0)
             )
-        pieces = [wanted[part] for part in parts(len(wanted), self._most)]
+        asleep = self._table.asleep[handle.rows[wanted]]
+        pieces = [wanted[~asleep][part] for part in parts(int((~asleep).sum()), self._most)]
         call.begin(len(pieces))
         for part in pieces:
             self._ask(call, part)
-        if not pieces:
+        self._ask_when_awake(call, wanted[asleep])
+        if not call.parts_left:
             self._end(call)
+
+    def _ask_when_awake(self, call: ResetCall | CloseCall, wanted: arrays.Indices) -> None:
+        """Ask for streams that hibernate as they wake: the server may not have room for all of them at once."""
+        call.parts_left += len(wanted)
+        for index in wanted.tolist():
+            self._sleepers.wake(call.handle.rows[[index]], partial(self._woke, call, index), call)
+
+    def _woke(self, call: ResetCall | CloseCall, index: int) -> None:
+        self._awake.setdefault(call, []).append(index)
+
+    def lost(self) -> list[ResetCall | CloseCall]:
+        """The connection is lost: calls of which streams are awake and were not asked for, to be asked anew."""
+        awake, self._awake = self._awake, {}
+        return list(awake)
+
+    def advance(self) -> None:
+        """Ask for the streams that are awake now."""
+        awake, self._awake = self._awake, {}
+        for call, indices in awake.items():
+            pieces = [np.array(indices, np.int64)[part] for part in parts(len(indices), self._most)]
+            call.parts_left -= len(indices) - len(pieces)
+            for part in pieces:
+                self._ask(call, part)
 
     def _ask(self, call: ResetCall | CloseCall, part: arrays.Indices) -> None:
         handles = self._table.columns[call.handle.rows[part], HANDLE].tobytes()
@@ -90,9 +118,7 @@ class Changes:
         self, call: ResetCall | CloseCall, part: arrays.Indices, failures: list[ColumnError], asleep: arrays.Indices
     ) -> tuple[arrays.Indices, list[ColumnError]]:
         """Ask once more for the columns of streams that hibernated, when they are awake; the others of the part."""
-        call.parts_left += 1
-        again = part[asleep]
-        self._sleepers.wake(call.handle.rows[again], lambda: self._ask(call, again))
+        self._ask_when_awake(call, part[asleep])
         return without_columns(part, failures, asleep)
 
     def closed(self, call: CloseCall, part: arrays.Indices, finals: U8, failures: list[ColumnError]) -> None:

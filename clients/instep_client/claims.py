@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from instep_client.arrays import Indices
@@ -10,6 +12,9 @@ from instep_client.protocol import wire
 from instep_client.protocol.wire import CLAIM, Code, GrantArray, Kind
 from instep_client.replies import ColumnError
 from instep_client.streams import ACKED, OpenStreams
+
+_LATER: Final = frozenset({Code.TOO_MANY_STREAMS, Code.STEP_FAILED})
+"""Why a stream that hibernates may not wake now, and may later."""
 
 
 def ask_for_own(table: OpenStreams, outbox: Outbox, rows: Indices, max_message_bytes: int) -> int:
@@ -30,12 +35,17 @@ def take_grants(
 ) -> dict[tuple[Code, str], list[int]]:
     """RESUMED came for some streams: take their handles; the rows of those that have ended, by reason.
 
+    Streams that the server has no room for, or cannot read now, hibernate and can be claimed later.
+
     A server that has less of a stream than was given of it is refused here when it did not notice: of frames whose
     outputs came out of order only the first missing one was named in the claim.
     """
     ended: dict[tuple[Code, str], list[int]] = {}
     for failure in failures:
         row = int(part[failure.column])
+        if failure.code in _LATER:
+            table.sleep(part[failure.column : failure.column + 1])
+            continue
         table.server_has[row] = failure.expected_seq
         ended.setdefault((failure.code, failure.sentence), []).append(row)
     granted = grants["handle"] != 0

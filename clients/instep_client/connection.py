@@ -111,8 +111,9 @@ class Connection:
         if self.state is State.RECONNECTING:
             self._recover(now)
         if self.state is State.OPEN:
-            self._sleepers.advance(now)
             self._flow.advance(now, self._timeout_s)
+            self._changes.advance()
+            self._sleepers.advance(now)
         self._watch(now)
 
     def deadline(self) -> float | None:
@@ -262,12 +263,12 @@ class Connection:
         if not self._reconnection.lost(now, sentence):
             self._give_up()
             return
+        waiting: list[object] = []
         if self.state is State.OPEN:
             self.state = State.RECONNECTING
             self._flow.in_flight.lost()
-            self._sleepers.lost()
-        for asked in self._outbox.forget():
-            call = asked.what
+            waiting += [*self._sleepers.lost(), *self._changes.lost()]
+        for call in dict.fromkeys([*(asked.what for asked in self._outbox.forget()), *waiting]):
             if isinstance(call, Call) and not (isinstance(call, OpenCall) and not self._openings.lost(call)):
                 self._postponed[call] = None
         self._probing = False

@@ -205,8 +205,11 @@ class Flow:
         for _ in range(len(self._line)):
             queue = self._line[0]
             handle, call = queue.handle, queue.calls[0]
-            if handle.has_sleepers and self._wakes(queue, call.rows if isinstance(call, StepCall) else handle.rows):
-                continue
+            # A close wakes its streams itself, some at a time: the server may not have room for all of them.
+            if handle.has_sleepers and not isinstance(call, CloseCall):
+                rows = call.rows if isinstance(call, StepCall) else handle.rows
+                if self._wakes(queue, rows):
+                    continue
             if not isinstance(call, StepCall):
                 self._pause(queue)
                 if handle.unanswered == 0:

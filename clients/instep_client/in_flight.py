@@ -22,7 +22,7 @@ from instep_client.protocol.wire import Code
 from instep_client.replies import ColumnError, ErrorReply, Stepped
 from instep_client.sleepers import Sleepers
 from instep_client.steps import FailedFrames, StepCall
-from instep_client.streams import ENDING, SEQ, OpenStreams
+from instep_client.streams import ENDING, HANDLE, SEQ, OpenStreams
 
 BEHIND: Final = "an earlier frame of this stream was refused, so this one, which came after it, was not applied"
 _DRAIN_RETRY_S: Final = 0.25
@@ -142,7 +142,8 @@ class InFlight:
 
     def deadline(self) -> float | None:
         """When blocks are to be sent again though no message comes."""
-        return self._resend_at if self._congested and not self._on_the_way else None
+        is_due = self._congested and not self._on_the_way and not self._is_waking
+        return self._resend_at if is_due else None
 
     def lost(self) -> None:
         """The connection is lost."""
@@ -206,7 +207,8 @@ class InFlight:
             if code is Code.SEQ_GAP and timestep == 0 and self._table.held[row] and not stale:
                 held.append(column)
                 continue
-            if code is Code.UNKNOWN_STREAM and self._table.asleep[row]:
+            has_slept = self._table.asleep[row] or self._table.columns[row, HANDLE] != block.columns[column, HANDLE]
+            if code is Code.UNKNOWN_STREAM and has_slept:  # it may be awake again by the time of this answer
                 held.append(column)
                 self._congested = self._table.held[row] = True
                 continue

@@ -12,6 +12,7 @@ from instep_client.arrays import Indices
 from instep_client.blocks import StepBlock
 from instep_client.calls import Call, PingCall
 from instep_client.changes import Changes
+from instep_client.claims import ask_for_own
 from instep_client.connection import Connection, State
 from instep_client.flow import Flow
 from instep_client.openings import Openings
@@ -138,10 +139,10 @@ class Listener(Connection):
         else:
             if self.state is State.RECONNECTING:
                 self._reconnection.resumed()
-            ended = self._sleepers.resumed(part, *replies.granted(header, frames, count))
+            ended = self._sleepers.resumed(part, *replies.granted(header, frames, count), now)
             for (code, sentence), rows in ended.items():
                 self._flow.end(np.array(rows, np.int64), code, sentence)
-            self._sleepers.go_on()
+            self._sleepers.go_on(part)
             self._go_on(now)
 
     def _handle_error(self, request: int, asked: Asked | None, refusal: replies.ErrorReply, now: float) -> None:
@@ -186,7 +187,7 @@ class Listener(Connection):
             self._sleepers.refused(asked.part, now + max(refusal.retry_after_s, _LEAST_RETRY_S))
         elif refusal.code in _PASSES:
             self._lose(now, refusal.sentence)
-        elif self.state is State.RECONNECTING:
+        elif asked.kind in (Kind.HELLO, Kind.RESUME):
             self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
 
     def _handle_farewell(self, header: Header, frames: Sequence[Frame], asked: Asked | None) -> None:
@@ -199,7 +200,11 @@ class Listener(Connection):
             del self._outbox.unanswered[header.request]
             if header.kind is Kind.RESUMED:
                 grants, _ = replies.granted(header, frames, len(asked.part))
-                self._changes.close_handles(grants["handle"][grants["handle"] != 0])
+                is_awake = grants["handle"] != 0
+                self._changes.close_handles(grants["handle"][is_awake])
+                if is_awake.any():  # there is room for others now
+                    left = asked.part[~is_awake]
+                    ask_for_own(self._table, self._outbox, left, self.info.max_message_bytes)
             self._say_farewell()
 
     def _welcomed(self, info: ServerInfo, now: float) -> None:
@@ -246,7 +251,6 @@ class Listener(Connection):
             return
         self.state = State.OPEN
         self._flow.in_flight.resumed()
-        self._sleepers.ask_again()
         postponed, self._postponed = self._postponed, {}
         for call in postponed:
             self._ask(call, now)

@@ -141,7 +141,7 @@ class Openings:
         ):  # ask for the copies of those once more when they are awake
             call.parts_left += 1
             again = part[asleep]
-            self._sleepers.wake(call.handle.rows[again], lambda: self._ask(Kind.FORK, call, again))
+            self._sleepers.wake(call.handle.rows[again], lambda: self._ask(Kind.FORK, call, again), call)
             part, failures = without_columns(part, failures, asleep)
         for failure in failures[:1]:
             call.note(int(part[failure.column]), failure.code, failure.sentence, failure.expected_seq)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import StreamEvicted
+from instep_client.protocol.errors import ConnectionFailed, StreamEvicted
 from instep_client.protocol.wire import Kind
 from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, reference
@@ -201,3 +201,108 @@ def test_a_sleeper_that_has_expired_says_so_with_the_next_frame() -> None:
     with pytest.raises(StreamEvicted) as caught:
         call.result()
     assert caught.value.code is Code.EXPIRED
+
+
+def test_an_answer_that_comes_after_its_stream_woke_again_refuses_nothing() -> None:
+    link = RingLink()
+    group = link.open("a", "b")
+    link.finish(link.session.step(group, np.stack([X[:2]] * 2, axis=1)))
+    crossed = link.session.step(group, np.stack([X[2]] * 2))
+    link.advance()
+    put_to_sleep(link, "a", is_told=False)
+    link.serve()
+    late = link.to_client.pop()  # the step of "b" takes its time
+    link.deliver()
+    follows = link.session.step(group, X[3][None], rows=[0])
+    link.advance()
+    while link.to_server[link.peer]:
+        link.serve()
+    while link.to_client:
+        link.deliver()
+    link.advance()
+    link.to_client.append(late)
+    outputs = link.finish(crossed).outputs
+    for column in range(2):
+        assert np.array_equal(outputs[column], reference(X[:3])[0][2])
+    assert np.array_equal(link.finish(follows).outputs.ravel(), reference(X[:4])[0][3])
+
+
+def test_where_there_is_no_room_a_frame_waits_until_there_is() -> None:
+    link = RingLink()
+    a, b = link.open("a"), link.open("b")
+    put_to_sleep(link, "a")
+    link.server.room = 1
+    waiting = link.session.step(a, X[0])
+    link.run(at_most_s=5.0)
+    assert not waiting.done
+    deadline = link.session.deadline()
+    assert deadline is not None
+    assert deadline > link.now, "it does not spin"
+    assert np.array_equal(step(link, b, X[0]).ravel(), reference(X[:1])[0][0]), "others go on"
+    link.finish(link.session.close(b))
+    assert np.array_equal(link.finish(waiting).outputs.ravel(), reference(X[:1])[0][0])
+
+
+def test_what_finds_no_room_on_another_connection_sleeps_on() -> None:
+    link = RingLink()
+    a, b = link.open("a"), link.open("b")
+    for handle in (a, b):
+        step(link, handle, X[:2])
+    link.cut()
+    link.server.room = 1
+    link.run(link.session.ping(link.now))
+    assert len(asleep(link)) == 1
+    link.server.room = None
+    for handle in (a, b):
+        assert np.array_equal(step(link, handle, X[2]).ravel(), reference(X[:3])[0][2])
+
+
+def test_more_sleepers_than_there_is_room_for_are_closed() -> None:
+    link = RingLink()
+    group = link.open(*"abcdefgh")
+    link.finish(link.session.step(group, np.stack([X[:3]] * 8, axis=1)))
+    put_to_sleep(link, *"abcdefg")
+    link.server.room = 1
+    for state in floats_of(link.finish(link.session.close(group)), 4):
+        assert np.array_equal(state.ravel(), reference(X[:3])[1].ravel())
+    assert not link.server.streams
+
+
+def test_leaving_closes_more_sleepers_than_there_is_room_for() -> None:
+    link = RingLink()
+    link.open(*"abcdefgh")
+    put_to_sleep(link, *"abcdefgh")
+    link.server.room = 3
+    farewell = link.session.leave()
+    assert farewell is not None
+    link.run(farewell)
+    assert not link.server.streams
+
+
+def test_a_copy_half_of_which_was_made_over_a_lost_connection_is_in_doubt() -> None:
+    link = RingLink()
+    group = link.open("a", "b")
+    fork = link.session.fork(group, ["c", "d"])
+    link.advance()
+    put_to_sleep(link, "b", is_told=False)
+    while "c" not in link.server.streams:
+        link.serve()
+    while link.to_client:
+        link.deliver()
+    link.server.busy_resumes = 10
+    link.advance()
+    link.cut()
+    link.server.busy_resumes = 0
+    link.run(fork)
+    with pytest.raises(ConnectionFailed, match="may have been opened"):
+        fork.result()
+    assert set(link.server.streams) == {"a", "b", "c"}
+
+
+def test_many_sleepers_are_asked_for_together() -> None:
+    link = RingLink()
+    handles = [link.open(f"s{number}") for number in range(50)]
+    put_to_sleep(link, *(f"s{number}" for number in range(50)))
+    calls = [link.session.step(handle, X[0]) for handle in handles]
+    link.run(*calls)
+    assert link.server.kinds.count(Kind.RESUME) == 1

@@ -55,6 +55,8 @@ class RingServer:
         """Every code that answered frames."""
         self.busy: list[bool] = []
         """Whether to refuse the next STEPs with BUSY, last first."""
+        self.room: int | None = None
+        """How many streams may be owned before those that hibernate find no room; None for any number."""
         self.busy_resumes = 0
         """How many RESUMEs are still to be refused with BUSY."""
         self.draining = False
@@ -213,6 +215,9 @@ class RingServer:
     def _judge(self, peer: bytes, stream: RingStream | None, name: str, have: int, epoch: int, take_over: bool) -> int:
         if stream is None:
             return Code.EXPIRED if name in self.expired else Code.UNKNOWN_STREAM
+        owned = sum(each.owner is not None for each in self.streams.values())
+        if stream.owner is None and self.room is not None and owned >= self.room:
+            return Code.TOO_MANY_STREAMS
         is_former = 0 < epoch == stream.former_epoch and self.peers[peer] >= stream.hello
         if epoch < stream.epoch and not take_over and not is_former:
             return Code.FENCED

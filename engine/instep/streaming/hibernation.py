@@ -129,7 +129,7 @@ class Hibernation:
 
         Args:
             now_ns: on the monotonic clock.
-            looks: whether to look for idle streams, which takes a look at every stream, also if none were left over.
+            looks: whether to look through all streams for idle ones, even if none were left over last time.
         """
         if not self.is_possible or not self._journal.room:
             return
