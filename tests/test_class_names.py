@@ -7,12 +7,6 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXCEPTIONS = {
-    "Chunk",  # export/table.py, verify/chunks.py
-    "Client",  # instep_client
-    "Engine",  # recording/records.py, streaming/engine.py
-}
-"""Names to be told apart when their modules are rewritten; nothing may be added."""
 
 
 def classes(folder: Path) -> dict[str, list[str]]:
@@ -31,7 +25,7 @@ def test_no_two_classes_have_the_same_name() -> None:
         for name, places in classes(ROOT / source).items():
             found[name] += [f"{source}/{place}" for place in places]
     assert "StreamHandle" in found
-    assert {name: places for name, places in found.items() if len(places) > 1 and name not in EXCEPTIONS} == {}
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
 
 
 def test_a_second_class_of_a_name_is_found(tmp_path: Path) -> None:

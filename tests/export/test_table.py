@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from instep.export import table
-from instep.export.table import Chunk, FrameTable
+from instep.export.table import FrameTable, TableChunk
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.reader import RecordingReader
 from tests.export.written import NAMES, Row, exact, write_recording
 from tests.support.forger import Forger
 
 
-def rows_of(frames: FrameTable, chunk: Chunk) -> list[Row]:
+def rows_of(frames: FrameTable, chunk: TableChunk) -> list[Row]:
     labels = (chunk.stream_ids, chunk.seqs, chunk.times_ns, chunk.x, chunk.y)
     names = [frames.names[at] for at in chunk.names]
     return [Row(*values) for values in zip(names, *(column.tolist() for column in labels), strict=True)]

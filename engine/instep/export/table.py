@@ -20,7 +20,7 @@ CHUNK_FRAMES: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class TableChunk:
     """Some rows of the table, as columns of the same length."""
 
     names: I64
@@ -92,7 +92,7 @@ class FrameTable:
         y = [f"y{at}" for at in range(self.outputs)]
         return ["stream", "stream_id", "seq", "time_ns", *x, *y]
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[TableChunk]:
         """All rows once, in bounded memory.
 
         Raises:
@@ -100,7 +100,7 @@ class FrameTable:
         """
         fit = CHUNK_BYTES // (4 * (self.features + self.outputs))
         most = max(min(fit, CHUNK_FRAMES), 1)
-        pieces: list[Chunk] = []
+        pieces: list[TableChunk] = []
         rows = 0
         for batch in self._reader.batches(self._first, self._last):
             part = self._rows(batch)
@@ -115,7 +115,7 @@ class FrameTable:
         if pieces:
             yield self._joined(pieces)
 
-    def _rows(self, batch: RecordedBatch) -> Chunk:
+    def _rows(self, batch: RecordedBatch) -> TableChunk:
         names = self._names_of(batch)
         rows = np.flatnonzero(names >= 0)
         self._check_seqs(batch, names[rows], batch.seqs[rows].astype(np.int64))
@@ -124,7 +124,7 @@ class FrameTable:
             rows = rows[:0]
         y = np.zeros((len(batch.seqs), self.outputs), np.float32) if batch.y is None else batch.y
         times: I64 = np.full(len(rows), batch.time_ns, np.int64)
-        return Chunk(names[rows], batch.streams[rows], batch.seqs[rows], times, batch.x[rows], y[rows])
+        return TableChunk(names[rows], batch.streams[rows], batch.seqs[rows], times, batch.x[rows], y[rows])
 
     def _names_of(self, batch: RecordedBatch) -> I64:
         """Indices into `names`, -1 where the stream is not wanted."""
@@ -159,8 +159,8 @@ class FrameTable:
                     f"recorded frames end before frame {self._next[at]}",
                 )
 
-    def _joined(self, pieces: Sequence[Chunk]) -> Chunk:
-        chunk = Chunk(
+    def _joined(self, pieces: Sequence[TableChunk]) -> TableChunk:
+        chunk = TableChunk(
             names=np.concatenate([part.names for part in pieces]),
             stream_ids=np.concatenate([part.stream_ids for part in pieces]),
             seqs=np.concatenate([part.seqs for part in pieces]),

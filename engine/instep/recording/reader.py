@@ -15,8 +15,8 @@ from instep.core.typing import U8, Bool
 from instep.recording.file import RecordingFile
 from instep.recording.records import (
     Checkpoint,
-    Engine,
     RecordedBatch,
+    RecordedEngine,
     RecordedEvent,
     StateReset,
     StreamInfo,
@@ -41,14 +41,14 @@ class RecordingReader(RecordingFile):
         return any(row[4] == END_EVENT for row in self.rows("events", self.last_position))
 
     @cached_property
-    def engines(self) -> tuple[Engine, ...]:
+    def engines(self) -> tuple[RecordedEngine, ...]:
         """The engines that wrote it, in order."""
-        engines = [Engine(0, self.header)]
+        engines = [RecordedEngine(0, self.header)]
         for event in self._marks:
             if event.kind == ENGINE_EVENT:
                 changes = json.loads(event.detail)
                 changes["buckets"] = tuple(changes.get("buckets", engines[-1].header.buckets))
-                engines.append(Engine(event.position, replace(engines[-1].header, **changes)))
+                engines.append(RecordedEngine(event.position, replace(engines[-1].header, **changes)))
         return tuple(engines)
 
     def openings(self) -> Iterator[tuple[Any, ...]]:

@@ -75,7 +75,7 @@ class StateReset:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class RecordedEngine:
     """One engine that wrote the recording: what followed it up to the next one."""
 
     position: int
