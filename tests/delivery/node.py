@@ -85,7 +85,7 @@ class HandExecutor:
     def has_ended(self) -> bool:
         return bool(self._results)
 
-    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+    def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
         self.begun.append((slots, rows))
 
     def work(self) -> None:

@@ -68,7 +68,7 @@ class HandExecutor:
         """See `StepExecutor`."""
         return bool(self._results)
 
-    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+    def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
         """See `StepExecutor`."""
         self.begun.append((slots, rows))
         self.shapes.append(rows.shape)

@@ -49,8 +49,15 @@ class StepExecutor(Protocol):
     def has_ended(self) -> bool:
         """Whether `ended` has a result without waiting for a signal."""
 
-    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
-        """Step streams, int64 [B], with frames, int64 [steps, B]; it may take as long as expected, 0 for unknown."""
+    def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
+        """Begin a run.
+
+        Args:
+            slots: streams, int64 [B].
+            rows: their frames, int64 [steps, B].
+            expected_ns: about how long the steps take; 0 for unknown.
+            loop_ns: about how long the loop is busy with the messages of these frames, at least.
+        """
 
     def ended(self) -> list[RunResult]:
         """The runs that have ended since the last call, in order.
@@ -101,7 +108,7 @@ class InlineExecutor:
         """See `StepExecutor`."""
         return bool(self._results)
 
-    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+    def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
         """See `StepExecutor`."""
         self._results.append(run_steps(self._step, slots, rows))
 
@@ -143,7 +150,7 @@ class ThreadExecutor:
         """See `StepExecutor`."""
         return bool(self._results)
 
-    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+    def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
         """See `StepExecutor`."""
         self._runs.put((slots, rows))
 

@@ -41,8 +41,8 @@ _POLL_S: Final = 0.005
 _ENOUGH_LONG_WAITS: Final = 8
 _PR_SET_PDEATHSIG: Final = 1
 _SHORT_NS: Final = 300_000
-"""Runs shorter than this execute inline in the event loop when the process is idle. This leaves a core to the clients,
-and saves the way to the process and back."""
+"""Runs shorter than this execute inline in the event loop when the process is idle, and so do runs that take less time
+than the loop needs for their messages. This leaves a core to the clients, and saves the way to the process and back."""
 
 
 class StepFailed(Exception):
@@ -98,10 +98,10 @@ class ProcessExecutor:
         """See `StepExecutor`."""
         return bool(self._results)
 
-    def begin(self, slots: I64, rows: I64, expected_ns: int) -> None:
+    def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
         """See `StepExecutor`."""
         is_idle = self._under_way == 0 and not self._results
-        if self._runs_short_inline and is_idle and 0 < expected_ns < _SHORT_NS:
+        if self._runs_short_inline and is_idle and 0 < expected_ns < max(_SHORT_NS, loop_ns):
             self._results.append(run_steps(self._step, slots, rows))
             return
         place, (steps, size) = self._next, rows.shape
