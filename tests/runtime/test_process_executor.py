@@ -258,11 +258,19 @@ def test_what_does_not_fit_is_a_memory_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("expected_ns", "runs_short_inline", "is_inline"),
-    [(1, True, True), (299_999, True, True), (300_000, True, False), (0, True, False), (1, False, False)],
+    ("expected_ns", "loop_ns", "runs_short_inline", "is_inline"),
+    [
+        (1, 0, True, True),
+        (299_999, 0, True, True),
+        (300_000, 0, True, False),
+        (500_000, 500_001, True, True),
+        (500_000, 500_000, True, False),
+        (0, 10**9, True, False),
+        (1, 10**9, False, False),
+    ],
 )
-def test_short_runs_are_stepped_by_the_caller_while_the_process_is_idle(
-    expected_ns: int, runs_short_inline: bool, is_inline: bool
+def test_short_runs_and_those_with_many_messages_are_stepped_by_the_caller_while_the_process_is_idle(
+    expected_ns: int, loop_ns: int, runs_short_inline: bool, is_inline: bool
 ) -> None:
     pids = shared_zeros((2,), "i8")
 
@@ -270,7 +278,7 @@ def test_short_runs_are_stepped_by_the_caller_while_the_process_is_idle(
         pids[slots] = os.getpid()
 
     executor = ProcessExecutor(step, 1, runs_short_inline=runs_short_inline)
-    executor.begin(np.array([1]), np.array([[0]]), expected_ns)
+    executor.begin(np.array([1]), np.array([[0]]), expected_ns, loop_ns)
     assert executor.has_ended == is_inline
     while not executor.ended():
         assert is_readable(executor.signal_fd)

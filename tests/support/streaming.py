@@ -159,6 +159,7 @@ class StreamingEngine:
             "max_batch_size": 8,
             "max_queue_delay_ns": 0,
             "max_reply_frames": 64,
+            "max_light_batch": 0,
         } | limits
         self.recorder: Recorder | None = None
         self.recording = Path()
@@ -183,7 +184,8 @@ class StreamingEngine:
         self.tasks = Tasks(self.bugs.append)
         self.origins = Origins(tables)
         self.stats = EngineStats()
-        engine_limits = EngineLimits(size["max_batch_size"], size["max_queue_delay_ns"], size["max_reply_frames"])
+        names = ("max_batch_size", "max_queue_delay_ns", "max_reply_frames", "max_light_batch")
+        engine_limits = EngineLimits(*(size[name] for name in names))
         self.engine = Engine(
             tables,
             self.table,

@@ -18,6 +18,7 @@ from instep_client.protocol.step_messages import DTYPE_F32, STEP_HEADER, unpack_
 from instep_client.protocol.wire import Code, Header
 
 _COLUMNS_AT: Final = STEP_HEADER.size
+_FEW: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,9 @@ class Decoder:
         if len(x) != 4 * timesteps * width * features:
             shape = [timesteps, width, features]
             raise MalformedMessage(f"x must be {4 * math.prod(shape)} bytes for shape {shape}, it is {len(x)}")
-        return Frames(peer, request, timesteps, width, memoryview(header)[_COLUMNS_AT:], x, peer.last_heard_ns)
+        # A view of a few bytes costs more than their copy.
+        columns = header[_COLUMNS_AT:] if width < _FEW else memoryview(header)[_COLUMNS_AT:]
+        return Frames(peer, request, timesteps, width, columns, x, peer.last_heard_ns)
 
     def hello(self, header: Header, routing_id: bytes) -> None:
         """HELLO."""

@@ -72,6 +72,7 @@ class ZmqFrontend:
         self._wake = wake
         self._requests = 0
         self._draining = False
+        self._takes_frames = True
         self._handlers: dict[Kind, Handler] = {
             Kind.OPEN: self._open,
             Kind.RESUME: self._resume,
@@ -101,6 +102,7 @@ class ZmqFrontend:
     def receive(self, budget_ns: int) -> bool:
         """See `Frontend`."""
         deadline_ns, frames = 0, None
+        self._takes_frames = self._is_ready  # nothing changes it while messages are taken
         for routing_id, frames in self.router.receive(_BURST):
             now_ns = time.monotonic_ns()
             deadline_ns = deadline_ns or now_ns + budget_ns
@@ -162,7 +164,8 @@ class ZmqFrontend:
             if peer is None:
                 raise Refusal(Code.HELLO_FIRST)
             peer.last_heard_ns = now_ns
-            self._refuse_what_is_new()
+            if not self._takes_frames:
+                self._refuse_what_is_new()
             self._engine.submit(self._decoder.step(peer, frames))
         except MalformedMessage as error:
             refusal = Refusal(Code.MALFORMED, str(error))
