@@ -1,4 +1,4 @@
-"""The way out of the rules: numbered requests and the subject of each, and whom the driver has to wake."""
+"""Outgoing messages: numbered requests, the subject of each, and the calls that the driver has to wake."""
 
 from __future__ import annotations
 

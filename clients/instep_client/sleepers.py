@@ -32,7 +32,7 @@ class _Waiter:
 
 
 class Sleepers:
-    """Who waits for which of them.
+    """The streams that hibernate, and the calls that wait for them.
 
     Args:
         table: the streams; its column `asleep` says which hibernate.
@@ -121,7 +121,7 @@ class Sleepers:
 
 
 def without_columns(part: Indices, failures: list[ColumnError], columns: Indices) -> tuple[Indices, list[ColumnError]]:
-    """A part of a request, and what failed of it, without some of its columns."""
+    """A part of a request and its failures, without some of its columns."""
     left = np.delete(np.arange(len(part)), columns)
     failures = [
         failure._replace(column=int(np.searchsorted(left, failure.column)))

@@ -169,7 +169,7 @@ class ServerInfo:
     window_frames: int
     """The most frames of one stream from the first unacknowledged output on, that one included."""
     durability: str
-    """What an answer survives: `memory`: nothing; `commit`: the death of the process; `fsync`: the loss of power."""
+    """The durability of answers: `memory` none, `commit` beyond a killed process, `fsync` beyond a loss of power."""
     park_s: float
     """Seconds for which a stream is kept when its connection is gone; 0 for not at all."""
 

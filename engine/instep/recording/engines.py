@@ -31,7 +31,7 @@ def refuse_other_engine(
 
 
 def changed_values(last: RecordingHeader, now: RecordingHeader) -> dict[str, Any]:
-    """The header's values that differ for the engine that goes on."""
+    """The header's values that differ for the engine that continues."""
     before, after = asdict(last), asdict(now)
     return {key: after[key] for key in _MAY_DIFFER if after[key] != before[key]}
 

@@ -165,7 +165,7 @@ class RecordingFile:
             raise RecordingError(f"the history of {self.path} was trimmed while it was read: read it again")
 
     def newest_row(self, table: str, condition: str, stream: int) -> tuple[Any, ...] | None:
-        """The checked row of a stream with the highest position, without its CRC; None where there is none."""
+        """A stream's newest row of a table, checked and without its CRC; None if it has no row."""
         query = (
             f"SELECT {', '.join((*TABLES[table], 'crc'))} FROM {table} WHERE {condition} ORDER BY position DESC LIMIT 1"
         )

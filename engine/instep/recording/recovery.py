@@ -81,7 +81,7 @@ class Recovered:
         self._reader.close()
 
     def load(self, streams: Iterable[int]) -> list[OpenStream]:
-        """Open streams by number, each in its newest state, from which the replay goes on."""
+        """Load open streams by number, each in its newest state; the replay continues from there."""
         return read_open_streams(self._reader, streams)
 
     def seqs(self) -> tuple[I64, I64]:

@@ -230,14 +230,11 @@ class Engine:
                 return  # the recorder wakes the loop when it has room again
             if limits.max_queue_delay_ns and self._holds_batch():
                 return
-            is_light = limits.max_light_batch > 0 and 2 * self._pending_messages > counts[PENDING_FRAMES]
+            messages = len(self.tables.messages) - int(counts[FREE_MESSAGES])  # pending ones
+            is_light = limits.max_light_batch > 0 and 2 * messages > counts[PENDING_FRAMES]
             most_streams = limits.max_light_batch if is_light else limits.max_batch_size
             most_steps = 1 if counts[READY] > most_streams else min(MOST_STEPS, room)
             self._begin(most_streams, most_steps, _MESSAGE_NS if is_light else 0)
-
-    @property
-    def _pending_messages(self) -> int:
-        return len(self.tables.messages) - int(self.tables.counts[FREE_MESSAGES])
 
     def _begin(self, most_streams: int, most_steps: int, loop_ns: int) -> None:
         """Begin a run; the loop is busy with the messages of each frame for `loop_ns`, at least."""
