@@ -14,8 +14,8 @@ import torch
 
 from instep.config import EngineConfig
 from instep.models.gru.step import GruStep
-from instep.server import assembly
-from instep.server.assembly import steps_in_process
+from instep.server import execution
+from instep.server.execution import steps_in_process
 from instep.server.preparation import CannotServe
 from instep_client.protocol.wire import Code
 from tests.support.models import SMALL, whole
@@ -140,7 +140,7 @@ async def test_a_step_that_never_ends_ends_with_the_server(
 
 
 def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "usable_cores", lambda: 2)
+    monkeypatch.setattr(execution, "usable_cores", lambda: 2)
     assert steps_in_process(EngineConfig(), CPU)
     assert not steps_in_process(EngineConfig(steps_in="thread"), CPU)
     obstacles = [
@@ -151,7 +151,7 @@ def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -
         assert not steps_in_process(engine, device)
         with pytest.raises(CannotServe, match=f"engine.steps_in is process, but {why}.*use auto or thread"):
             steps_in_process(engine.model_copy(update={"steps_in": "process"}), device)
-    monkeypatch.setattr(assembly, "usable_cores", lambda: 1)
+    monkeypatch.setattr(execution, "usable_cores", lambda: 1)
     assert not steps_in_process(EngineConfig(), CPU)
     assert steps_in_process(EngineConfig(steps_in="process"), CPU)
     monkeypatch.delattr(os, "fork")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -12,17 +11,15 @@ from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import structlog
-import torch
 
-from instep.config import Config, EngineConfig
+from instep.config import Config
 from instep.core.dirty import DirtyTracker
 from instep.core.streams import StreamTable
 from instep.core.tables import Tables, make_tables
-from instep.core.typing import I64, U32, float32_zeros
+from instep.core.typing import U32, float32_zeros
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound
@@ -36,11 +33,9 @@ from instep.recording.schema import RecordingHeader
 from instep.recording.trim import Retention
 from instep.recording.wal import lost_tail
 from instep.recording.writer import RecordingWriter
-from instep.runtime.cores import usable_cores
-from instep.runtime.executor import InlineExecutor, StepExecutor, ThreadExecutor
-from instep.runtime.process_executor import ProcessExecutor
 from instep.runtime.shared_memory import shared_zeros
 from instep.runtime.stepper import Stepper
+from instep.server.execution import make_executor, max_light_batch, steps_in_process
 from instep.server.limits import EffectiveLimits, LimitsError, effective_limits
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared
@@ -58,10 +53,6 @@ from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
 from instep.streaming.tombstones import Tombstones
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
-
-_LIGHT_BATCH: Final = 128
-"""The most single frames in a batch that the loop steps. (AMD EPYC with 2 cores, GRU 40→128, 256 streams in closed
-loop: 86,000 messages/s with 96, 95,000 with 128, 90,000 with 192, 72,000 with all of them stepped in a process.)"""
 
 
 def make_server(
@@ -126,7 +117,7 @@ def _make_server(
     table = StreamTable(tables, _random_generations(limits.max_streams), time.time_ns())
     if stepper is None:
         stepper = Stepper(network, buckets, limits.max_streams, prepared.device, zeros)
-    executor = _executor(config, stepper, tables, forks)
+    executor = make_executor(config, stepper, tables, forks)
     undo.callback(executor.stop, 0.0)
     router = Router(config.transport)
     undo.callback(router.close)
@@ -147,7 +138,7 @@ def _make_server(
         limits.max_batch_size,
         limits.max_queue_delay_ns,
         limits.max_block_frames,
-        min(_LIGHT_BATCH, limits.max_batch_size) if _runs_light_inline(config, forks) else 0,
+        max_light_batch(config, limits.max_batch_size, forks),
     )
     call_later = asyncio.get_running_loop().call_later
     engine = Engine(
@@ -268,51 +259,6 @@ def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
         max_ulp=certification.max_ulp,
         durability=config.recording.durability,
     )
-
-
-def steps_in_process(engine: EngineConfig, device: torch.device) -> bool:
-    """Whether steps get a process of their own.
-
-    Raises:
-        CannotServe: when they were to, and cannot.
-    """
-    obstacles = {
-        f"the device is {device}": device.type != "cpu",
-        "this system has no fork": not hasattr(os, "fork"),
-        "engine.threads is above 1, and threads are lost in a fork": engine.threads > 1,
-    }
-    if engine.steps_in == "process":
-        for obstacle, is_there in obstacles.items():
-            if is_there:
-                raise CannotServe(f"engine.steps_in is process, but {obstacle}; use auto or thread")
-        return True
-    return engine.steps_in == "auto" and not any(obstacles.values()) and usable_cores() > 1
-
-
-def _runs_light_inline(config: Config, forks: bool) -> bool:
-    """Whether the loop itself steps batches of single frames: where a process for steps would share their cores."""
-    if not forks:
-        return config.engine.steps_in == "inline"
-    return config.recording.file is None and usable_cores() <= 2
-
-
-def _executor(config: Config, stepper: Stepper, tables: Tables, forks: bool) -> StepExecutor:
-    def step(slots: I64, rows: I64) -> None:
-        stepper.step(slots, rows, tables.x, tables.y)
-
-    engine = config.engine
-    if not forks:
-        return InlineExecutor(step) if engine.steps_in == "inline" else ThreadExecutor(step)
-    try:
-        # Twice as long as the loop: it waits for the loop.
-        return ProcessExecutor(
-            step,
-            stepper.buckets[-1],
-            2 * engine.busy_poll_us * 1000,
-            runs_short_inline=config.recording.file is None,
-        )
-    except OSError as error:
-        raise CannotServe(f"no process for the steps can be started ({error}); set engine.steps_in to thread") from None
 
 
 def _random_generations(max_streams: int) -> U32:
