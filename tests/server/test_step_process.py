@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from instep.config import EngineConfig
+from instep.config import Config, EngineConfig
 from instep.models.gru.step import GruStep
 from instep.server import execution
 from instep.server.execution import steps_in_process
@@ -167,3 +167,23 @@ async def test_no_process_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CannotServe, match=r"no process for the steps can be started .*set engine.steps_in to thread"):
         async with running(SMALL, engine=APART):
             pass
+
+
+@pytest.mark.parametrize(
+    ("cores", "steps_in", "records", "forks", "most"),
+    [
+        (2, "auto", False, True, 128),
+        (3, "auto", False, True, 0),
+        (2, "auto", True, True, 0),
+        (8, "inline", True, False, 128),
+        (2, "thread", False, False, 0),
+    ],
+)
+def test_single_frames_are_stepped_in_the_loop_where_a_process_would_share_its_cores(
+    cores: int, steps_in: str, records: bool, forks: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "usable_cores", lambda: cores)
+    sections = {"engine": {"steps_in": steps_in}, "recording": {"file": "r.instep"} if records else {}}
+    asked = Config.model_validate(sections)
+    assert execution.max_light_batch(asked, 512, forks) == most
+    assert execution.max_light_batch(asked, 64, forks) == min(most, 64)
