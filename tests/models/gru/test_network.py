@@ -178,7 +178,7 @@ def test_the_padding_is_zeros_around_the_weights(name: str) -> None:
     description = network.description
 
     def up(size: int) -> int:
-        return (size + 15) // 16 * 16
+        return (size + 31) // 32 * 32
 
     def padded_dense(place: str, sizes: list[int]) -> list[nn.Linear]:
         linears = []
