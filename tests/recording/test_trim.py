@@ -22,7 +22,8 @@ from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.recovery import read_recovery
 from instep.recording.repair import repair
 from instep.recording.sequences import SequenceIndex, all_frames
-from instep.recording.trim import Retention
+from instep.recording.states import StateRows
+from instep.recording.trim import Retention, counts_of_events, deletions
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run
 from instep_client.commands.recordings import read_recording
@@ -229,6 +230,85 @@ def test_what_does_not_fit_is_refused(
     forger.change(table, forger.rows(table)[0]["position"], **columns)
     with pytest.raises(RecordingError, match=why):
         inspect(forger.path, lambda _: None)
+
+
+@pytest.fixture
+def by_age(tmp_path: Path) -> Scribe:
+    """Of a recording that keeps its history for 0.8 ms; its first checkpoint is kept, the next is too near to be."""
+    writer = RecordingWriter.create(tmp_path / "a.rec", make_header(gru_description(GRU)), Retention(keep_ns=800_000))
+    scribe = Scribe(writer, gru_step(GRU))
+    for stream in STREAMS:
+        scribe.open(stream)
+    for _ in range(2):
+        scribe.checkpoint(scribe.step(STREAMS))
+        writer.commit()
+    return scribe
+
+
+def trim_after_an_idle_time(scribe: Scribe) -> None:
+    while scribe.writer.trim(scribe.now + 10_000_000):
+        pass
+
+
+def test_the_checkpoint_that_the_history_begins_with_stays(by_age: Scribe) -> None:
+    position = by_age.step(STREAMS)
+    by_age.writer.commit()
+    trim_after_an_idle_time(by_age)
+    assert by_age.writer.trimmed.position == 8, "of the newest checkpoint"
+    by_age.checkpoint(position)
+    by_age.writer.commit()
+    by_age.writer.close()
+    assert inspect(by_age.writer.path, lambda _: None).frames == len(STREAMS)
+
+
+def test_a_checkpoint_whose_states_were_replaced_is_no_beginning(by_age: Scribe) -> None:
+    position = by_age.step(STREAMS)
+    by_age.checkpoint(position, only=STREAMS[:2], is_part=True)
+    by_age.writer.commit()
+    by_age.writer.abandon()
+    by_age.writer = RecordingWriter.resume(by_age.writer.path, by_age.writer.header, retention=by_age.writer.retention)
+    by_age.writer.commit()
+    trim_after_an_idle_time(by_age)
+    assert by_age.writer.trimmed.position == 5, "of the one before, which has all its states"
+    by_age.writer.close()
+    with RecordingReader(by_age.writer.path) as reader:
+        begun = {state.stream: state.seq for state in reader.states() if state.position <= reader.trimmed.position}
+    assert begun == dict.fromkeys(STREAMS, 1)
+
+
+@pytest.mark.parametrize("streams", [2_000, 20_000])
+def test_no_portion_of_trimming_takes_long_however_many_streams_are_open(tmp_path: Path, streams: int) -> None:
+    path, numbers = tmp_path / "a.rec", np.arange(1, streams + 1)
+    zeros, closed = numbers * 0, numbers[::2]
+    states = StateRows(numbers, zeros, np.zeros((streams, 32), np.uint8), zeros, *np.zeros((2, 0, 3), np.float32))
+    writer = RecordingWriter.create(path, make_header(gru_description(GRU)), Retention(keep_ns=1))
+    writer.open_streams(1, numbers, [str(number) for number in numbers], np.ones(streams, np.uint64), zeros, None)
+    for time_ns in (2, 3):
+        writer.stream_events(time_ns, "owner", numbers, numbers, ["held 1, goes on at 0"] * streams)
+        writer.checkpoint(time_ns, writer.position, states)
+    writer.close_streams(4, closed, "closed", zeros[::2], states.states[::2], closed < 0)
+    writer.commit()
+    position = writer.position
+    writer.close()
+    work, most = 0, 0
+
+    def count() -> int:
+        nonlocal work
+        work += 1
+        return 0
+
+    with closing(sqlite3.connect(path)) as database:
+        database.set_progress_handler(count, 1000)
+        events = 0
+        for count_of_some in counts_of_events(database, position):
+            events, most, work = events + count_of_some, max(most, work), 0
+        for portion in deletions(database, position):
+            for statement, rows in portion:
+                database.executemany(statement, rows)
+            most, work = max(most, work), 0
+        left = [database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("openings", "states")]
+    assert [events, *left] == [streams // 2] * 3
+    assert most < 100, "in thousands of SQLite's instructions"
 
 
 POINTS = [Checkpoint(position=at * 10, time_ns=at * 100, bytes=at * 1000) for at in range(1, 6)]

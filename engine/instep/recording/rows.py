@@ -27,7 +27,7 @@ from instep.recording.schema import (
     row_crc,
 )
 from instep.recording.states import StateRows, blob, state_blobs
-from instep.recording.trim import Retention, deletions, events_that_count
+from instep.recording.trim import DELETE_STATES, Retention, counts_of_events, deletions
 
 WAL_BYTES: Final = 4 * 2**20
 """The WAL is copied into the file when about so much is in it: a pause of some milliseconds, which grows with it."""
@@ -92,14 +92,18 @@ class RowWriter:
             self._bytes += size
             if table in COUNTED:
                 self._counts[table] += count
-        self._state_rows = int(self._read("states", "SELECT count(*) FROM states")[0][0])
+        ((self._state_rows, newest_state),) = self._read(
+            "states", "SELECT count(*), ifnull(max(position), 0) FROM states"
+        )
+        self._is_partial = newest_state > newest.position
+        """Whether states are there of a checkpoint that is not complete: they replaced some of the newest one's."""
         left = "SELECT DISTINCT stream FROM states WHERE position > ? AND stream IN (SELECT stream FROM closings)"
         self._closed = [row[0] for row in self._read("states", left, self._kept.position)]
         """Streams that have closed, whose rows in `states` go when the next ones come: repairing may need them."""
         self._last_stream = max(self.trimmed.last_stream, self._highest("openings", "stream"))
         owners = self._highest("events", "seq", f"WHERE kind = '{OWNER_EVENT}'")
         self._last_epoch = max(self.trimmed.last_epoch, self._highest("openings", "epoch"), owners)
-        self._deletions = deletions(database, self.trimmed.position) if self.trimmed.position else None
+        self._trimming = self._delete_until(self.trimmed.position) if self.trimmed.position else iter(())
 
     def open_streams(
         self,
@@ -199,6 +203,7 @@ class RowWriter:
         """
         self.event(time_ns, CHECKPOINT_EVENT, int(through), f"{len(rows.streams):,} states")
         self._replace_states(int(through), rows)
+        self._is_partial = False
         counts = (self._count_until(table, through) for table in COUNTED)
         new = Checkpoint(int(through), self.position, int(time_ns), self._bytes, *counts)
         while self._checkpoints and self._checkpoints[-1].position > self._kept.position:
@@ -218,6 +223,7 @@ class RowWriter:
         """
         self.event(time_ns, STATES_EVENT, int(through), f"{len(rows.streams):,} states")
         self._replace_states(int(through), rows)
+        self._is_partial = True
 
     def _newest_kept(self) -> Checkpoint:
         """All complete checkpoints are kept, except perhaps the newest."""
@@ -235,26 +241,27 @@ class RowWriter:
         """Trim the history, if it should be, in one small transaction of its own; whether there is more to do."""
         if self._in_transaction:
             return False  # the first rows after a restart wait for the first commit
-        if self._deletions is None:
-            position = self.retention.due(self._checkpoints, self.trimmed, now_ns, self._used_bytes())
-            if position:
-                self._trim_to(position)
-            return position > 0
-        deletion = next(self._deletions, None)
-        if deletion is None:
-            self._deletions = None
+        for _ in self._trimming:
             return True
-        self._begin()
-        for statement, values in deletion.statements:
-            self._database.executemany(statement, values)
-        self._state_rows -= deletion.states
-        self.commit()
-        return True
+        position = self.retention.due(self._whole_checkpoints(), self.trimmed, now_ns, self._used_bytes())
+        if position:
+            self._trimming = self._trim_until(position)
+        return position > 0
 
-    def _trim_to(self, position: int) -> None:
-        """From now on the history begins after a position; deleting what was before comes later."""
+    def _whole_checkpoints(self) -> list[Checkpoint]:
+        """Those of which no state has been replaced by a later one."""
+        newest = self._kept.position if self._is_partial else self.position
+        return [checkpoint for checkpoint in self._checkpoints if checkpoint.position <= newest]
+
+    def _trim_until(self, position: int) -> Iterator[None]:
+        """Let the history begin after a checkpoint's position, and then delete what was before."""
+        (begin,) = (checkpoint for checkpoint in self._checkpoints if checkpoint.position == position)
+        self._kept = max(self._kept, begin, key=lambda checkpoint: checkpoint.position)
+        events = 0
+        for count in counts_of_events(self._database, position):
+            events += count
+            yield
         self._begin()
-        events = len(events_that_count(self._database, position))
         self.trimmed = Trimmed(position, events, self._last_stream, self._last_epoch)
         row = astuple(self.trimmed)
         self._database.execute("DELETE FROM trimmed")
@@ -262,7 +269,18 @@ class RowWriter:
         self._database.execute("DELETE FROM checkpoints WHERE position < ?", (position,))
         self.commit()
         self._checkpoints = [each for each in self._checkpoints if each.position >= position]
-        self._deletions = deletions(self._database, position)
+        yield
+        yield from self._delete_until(position)
+
+    def _delete_until(self, position: int) -> Iterator[None]:
+        for portion in deletions(self._database, position):
+            for statement, rows in portion:
+                if rows:
+                    self._begin()
+                    self._database.executemany(statement, rows)
+                    self._state_rows -= len(rows) if statement is DELETE_STATES else 0
+            self.commit()
+            yield
 
     def _used_bytes(self) -> int:
         pages, free = (self._read("header", f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count"))

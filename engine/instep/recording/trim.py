@@ -5,13 +5,15 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.schema import ENGINE_EVENT, OWNER_EVENT
 
 ROWS_AT_ONCE: Final = 128
 """Rows, or positions, that one transaction deletes: a pause of some milliseconds for what waits to be committed."""
+_SCANNED_AT_ONCE: Final = 1024
+"""Rows that are looked at between two transactions."""
 APART_BYTES: Final = 2**28
 """Where nothing is trimmed, a checkpoint is kept for so much history: a range can be cut out from there."""
 _SHARES: Final = 8
@@ -68,78 +70,70 @@ class Retention:
 KEEP_ALL: Final = Retention()
 
 
-@dataclass(frozen=True, slots=True)
-class Deletion:
-    """Statements of one transaction."""
-
-    statements: Sequence[tuple[str, Sequence[tuple[int, ...]]]]
-    """SQL, and the values with which it is executed one after another."""
-    states: int = 0
-    """How many rows of `states` they delete."""
+Deletion: TypeAlias = tuple[str, Sequence[tuple[int, ...]]]
+"""An SQL statement that deletes, and the values with which it is executed one after another."""
 
 
-def events_that_count(database: sqlite3.Connection, position: int) -> list[int]:
-    """Positions of the events that still count when the history up to a position goes, rising."""
-    open_streams = set(_column(database, _OPEN_STREAMS, position))
-    owners, found = dict[int, int](), list[int]()
-    events = "SELECT position, stream, kind FROM events WHERE position <= ? ORDER BY position"
-    for at, stream, kind in database.execute(events, (position,)):
-        if kind == ENGINE_EVENT:
-            found.append(at)
-        elif kind == OWNER_EVENT and stream in open_streams:
-            owners[stream] = at
-    return sorted([*found, *owners.values()])
+def counts_of_events(database: sqlite3.Connection, position: int) -> Iterator[int]:
+    """How many events up to a position still count when the history before it goes: portions of a sum."""
+    for first, last in _ranges(database, "events", "position", position):
+        yield len(list(database.execute(f"{_EVENTS} AND {_COUNTS}", (position, first, last))))
 
 
-def deletions(database: sqlite3.Connection, position: int) -> Iterator[Deletion]:
-    """The deletions up to a position, in parts; each is to be executed before the next one is asked for.
+def deletions(database: sqlite3.Connection, position: int) -> Iterator[list[Deletion]]:
+    """Deletions of the history up to a position, in portions: each is to be executed before the next is asked for.
 
-    A crash in between loses nothing: what is left is found again.
+    A portion is found within milliseconds, and may be empty. A crash in between loses nothing: what is left is found
+    again.
     """
-    yield from _states(database, position)
-    pairs = list(database.execute(_ENDED, (position, position)))
-    for part in _parts(pairs):
-        openings, closings = ([(row[column],) for row in part] for column in (0, 1))
-        yield Deletion((("DELETE FROM openings WHERE position = ?", openings), (_DELETE["closings"], closings)))
-    kept = set(events_that_count(database, position))
-    events = _column(database, "SELECT position FROM events WHERE position <= ?", position)
-    for part in _parts([(at,) for at in events if at not in kept]):
-        yield Deletion(((_DELETE["events"], part),))
+    for first, last in _ranges(database, "states", "stream", _ALL):
+        for part in _parts(list(database.execute(_OLD_STATES, (position, first, last)))):
+            yield [(DELETE_STATES, part)]
+    for first, last in _ranges(database, "closings", "position", position):
+        for part in _parts(list(database.execute(_ENDED, (first, last)))):
+            openings, closings = ([(row[column],) for row in part] for column in (0, 1))
+            yield [("DELETE FROM openings WHERE position = ?", openings), (_DELETE_CLOSINGS, closings)]
+    for first, last in _ranges(database, "events", "position", position):
+        for part in _parts(list(database.execute(f"{_EVENTS} AND NOT {_COUNTS}", (position, first, last)))):
+            yield [("DELETE FROM events WHERE position = ?", part)]
     for table in ("batches", "outputs"):
-        while (first := _column(database, f"SELECT min(position) FROM {table}")[0]) and first <= position:
-            until = min(first + ROWS_AT_ONCE - 1, position)
-            yield Deletion(((f"DELETE FROM {table} WHERE position <= ?", [(until,)]),))
+        for ends in _ranges(database, table, "position", position, ROWS_AT_ONCE):
+            yield [(f"DELETE FROM {table} WHERE position BETWEEN ? AND ?", [ends])]
 
 
-_DELETE: Final = {table: f"DELETE FROM {table} WHERE position = ?" for table in ("closings", "events")}
+DELETE_STATES: Final = "DELETE FROM states WHERE stream = ? AND position = ?"
+_DELETE_CLOSINGS: Final = "DELETE FROM closings WHERE position = ?"
+_ALL: Final = 2**62
+_OLD_STATES: Final = """
+    SELECT stream, position FROM states WHERE stream BETWEEN ?2 AND ?3 AND (
+    EXISTS (SELECT 1 FROM closings WHERE closings.stream = states.stream AND closings.position <= ?1)
+    OR EXISTS (SELECT 1 FROM states AS later
+               WHERE later.stream = states.stream AND later.position > states.position AND later.position <= ?1))"""
+"""States of streams that have ended, and those older than the one that a stream begins with now."""
 _ENDED: Final = """
     SELECT openings.position, closings.position FROM closings JOIN openings USING (stream)
-    WHERE closings.position <= ? AND openings.position <= ?"""
-_OPEN_STREAMS: Final = """
-    SELECT stream FROM openings WHERE position <= ?1
-    AND stream NOT IN (SELECT stream FROM closings WHERE position <= ?1)"""
+    WHERE closings.position BETWEEN ? AND ?"""
+_EVENTS: Final = "SELECT position FROM events WHERE ?1 AND position BETWEEN ?2 AND ?3"
+_COUNTS: Final = f"""(kind = '{ENGINE_EVENT}' OR (kind = '{OWNER_EVENT}'
+    AND EXISTS (SELECT 1 FROM openings WHERE openings.stream = events.stream)
+    AND NOT EXISTS (SELECT 1 FROM closings WHERE closings.stream = events.stream AND closings.position <= ?1)
+    AND NOT EXISTS (SELECT 1 FROM events AS later WHERE later.kind = '{OWNER_EVENT}'
+                    AND later.stream = events.stream AND later.position > events.position AND later.position <= ?1)))"""
+"""Every engine, and the newest owner of each stream that is open at the position `?1`."""
 
 
-def _states(database: sqlite3.Connection, position: int) -> Iterator[Deletion]:
-    """States of streams that have ended, and those older than the one that a stream begins with now."""
-    ended = set(_column(database, "SELECT stream FROM closings WHERE position <= ?", position))
-    doomed: list[tuple[int, ...]] = []
-    before: tuple[int, int] | None = None
-    for stream, at in database.execute("SELECT stream, position FROM states ORDER BY stream, position"):
-        if stream in ended:
-            doomed.append((stream, at))
-        elif at <= position:
-            if before is not None and before[0] == stream:
-                doomed.append(before)
-            before = (stream, at)
-    for part in _parts(doomed):
-        yield Deletion((("DELETE FROM states WHERE stream = ? AND position = ?", part),), len(part))
+def _ranges(
+    database: sqlite3.Connection, table: str, column: str, last: int, rows: int = _SCANNED_AT_ONCE
+) -> Iterator[tuple[int, int]]:
+    """Ranges of a column's values, up to the last, with about so many rows of the table each."""
+    some = f"SELECT max({column}) FROM (SELECT {column} FROM {table} WHERE {column} BETWEEN ? AND ? ORDER BY 1 LIMIT ?)"
+    first = 0
+    while (end := database.execute(some, (first, last, rows)).fetchone()[0]) is not None:
+        yield first, end
+        first = end + 1
 
 
 def _parts(rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    for first in range(0, len(rows), ROWS_AT_ONCE):
+    """These rows, some at a time; once nothing where there are none, so that others get their turn."""
+    for first in range(0, max(1, len(rows)), ROWS_AT_ONCE):
         yield rows[first : first + ROWS_AT_ONCE]
-
-
-def _column(database: sqlite3.Connection, query: str, *values: int) -> list[int]:
-    return [row[0] for row in database.execute(query, values)]
