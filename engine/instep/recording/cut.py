@@ -14,7 +14,7 @@ from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, StreamState, Trimmed
-from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, ENGINE_EVENT, HISTORY, OWNER_EVENT, TABLES, row_crc
+from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, HISTORY, OWNER_EVENT, TABLES, row_crc
 from instep.recording.states import blob
 
 _COPIED_AT_ONCE: Final = 256
@@ -147,7 +147,7 @@ def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoi
         closings = {row[2] for row in reader.rows("closings", last=base.position)}
         openings = [row for row in reader.openings() if row[0] <= base.position and row[2] not in closings]
         streams = {row[2] for row in openings}
-        events = _events_that_count(reader, base.position, streams)
+        events = reader.rows_that_count(base.position, streams)
         begun = {
             state.stream: state
             for state in reader.states()
@@ -173,17 +173,6 @@ def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoi
         _insert(database, "events", [(*row, row_crc(*row))])
     _insert(database, "newest", [(last, states, row_crc(last, states))])
     database.execute("COMMIT")
-
-
-def _events_that_count(reader: RecordingReader, position: int, streams: set[int]) -> list[tuple[Any, ...]]:
-    """Every engine, and the newest owner of each of these streams, up to a position."""
-    owners, engines = dict[int, tuple[Any, ...]](), list[tuple[Any, ...]]()
-    for row in reader.rows("events", last=position):
-        if row[4] == ENGINE_EVENT:
-            engines.append(row)
-        elif row[4] == OWNER_EVENT and row[2] in streams:
-            owners[row[2]] = row
-    return [*engines, *owners.values()]
 
 
 def _trimmed(reader: RecordingReader, position: int, events: int) -> Trimmed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -118,29 +118,30 @@ class RecordingReader(RecordingFile):
 
     def events(self, first: int = 1) -> Iterator[RecordedEvent]:
         """The events from position `first` on, in order; earlier than the history was trimmed, none."""
-        yield from self._events(max(first, self.first_position))
+        return map(self._event, self.rows("events", max(first, self.first_position)))
 
     def events_that_count(self) -> list[RecordedEvent]:
-        """Those before the history was trimmed that say something about what came later, in order.
-
-        They are each stream's newest owner and every engine.
-        """
-        owners, engines = dict[int, RecordedEvent](), list[RecordedEvent]()
-        for event in self._events(1, self.trimmed.position):
-            if event.kind == ENGINE_EVENT:
-                engines.append(event)
-            elif event.kind == OWNER_EVENT and event.stream in self._open_where_trimmed:
-                owners[event.stream or 0] = event
-        found = sorted([*engines, *owners.values()], key=lambda event: event.position)
-        if len(found) != self.trimmed.events:
+        """Those before the history was trimmed that say something about what came later, in order."""
+        rows = self.rows_that_count(self.trimmed.position, self._open_where_trimmed)
+        if len(rows) != self.trimmed.events:
             raise self.damaged(
-                f"{len(found):,} events are left from before it was trimmed instead of {self.trimmed.events:,}"
+                f"{len(rows):,} events are left from before it was trimmed instead of {self.trimmed.events:,}"
             )
-        return found
+        return [self._event(row) for row in rows]
 
-    def _events(self, first: int, last: int | None = None) -> Iterator[RecordedEvent]:
-        for position, time_ns, stream, seq, kind, detail, state in self.rows("events", first, last):
-            yield RecordedEvent(position, time_ns, stream, seq, kind, detail, self.state(state, position))
+    def rows_that_count(self, position: int, open_streams: Set[int]) -> list[tuple[Any, ...]]:
+        """Rows of `events` up to a position that matter to what follows: each stream's newest owner, every engine."""
+        owners, engines = dict[int, tuple[Any, ...]](), list[tuple[Any, ...]]()
+        for row in self.rows("events", last=position):
+            if row[4] == ENGINE_EVENT:
+                engines.append(row)
+            elif row[4] == OWNER_EVENT and row[2] in open_streams:
+                owners[row[2]] = row
+        return sorted([*engines, *owners.values()])
+
+    def _event(self, row: tuple[Any, ...]) -> RecordedEvent:
+        position, time_ns, stream, seq, kind, detail, state = row
+        return RecordedEvent(position, time_ns, stream, seq, kind, detail, self.state(state, position))
 
     def resets(self, first: int = 1) -> Iterator[StateReset]:
         """The resets of states from position `first` on, in order; those in the states it was trimmed to left out."""
