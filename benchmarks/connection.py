@@ -92,7 +92,9 @@ class BareConnection:
     def close(self, handles: U64) -> F32:
         """Close streams that have no frame in flight; their final states [N, layers, size]."""
         info, count = self.info, len(handles)
-        header, frames = self._ask(Kind.CLOSE, count, frames=(handles.tobytes(),))
+        closings = np.zeros(count, wire.CLOSING)
+        closings["handle"], closings["have"] = handles, wire.HAVE_ALL
+        header, frames = self._ask(Kind.CLOSE, count, frames=(closings.tobytes(),))
         states, failures = replies.closed(header, frames, count, info.state.row_bytes)
         _check_none(failures)
         finals: F32 = as_state(states, info.state, single=False)

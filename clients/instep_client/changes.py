@@ -11,11 +11,11 @@ from instep_client import arrays
 from instep_client.outbox import MAX_REPLY_BYTES, Outbox, parts
 from instep_client.protocol.errors import StreamEvicted, StreamRefused
 from instep_client.protocol.state_spec import U8
-from instep_client.protocol.wire import U64, Kind, ServerInfo, raw
+from instep_client.protocol.wire import CLOSING, HAVE_ALL, U64, Kind, ServerInfo, raw
 from instep_client.replies import ColumnError
 from instep_client.requests import CloseCall, ResetCall
 from instep_client.sleepers import Sleepers, without_columns
-from instep_client.streams import ENDING, HANDLE, OpenStreams, StreamHandle
+from instep_client.streams import ENDING, HANDLE, SEQ, OpenStreams, StreamHandle
 
 
 class Changes:
@@ -45,7 +45,7 @@ class Changes:
         """Which streams of calls have woken since they were asked for."""
         self._state = info.state
         row_bytes = self._state.row_bytes
-        self._most = min(info.max_message_bytes // max(8, row_bytes), MAX_REPLY_BYTES // row_bytes)
+        self._most = min(info.max_message_bytes // max(CLOSING.itemsize, row_bytes), MAX_REPLY_BYTES // row_bytes)
 
     def ask(self, call: ResetCall | CloseCall) -> None:
         """Ask for what a call wants; again, when it was asked before over a connection that is lost."""
@@ -88,13 +88,16 @@ class Changes:
                 self._ask(call, part)
 
     def _ask(self, call: ResetCall | CloseCall, part: arrays.Indices) -> None:
-        handles = self._table.columns[call.handle.rows[part], HANDLE].tobytes()
+        rows = call.handle.rows[part]
         if isinstance(call, ResetCall):
+            handles = self._table.columns[rows, HANDLE].tobytes()
             states = b"" if call.states is None else raw(call.states[part])
             has_states = int(call.states is not None)
             self._outbox.ask(Kind.RESET, call, len(part), has_states, frames=[handles, states], part=part)
         else:
-            self._outbox.ask(Kind.CLOSE, call, len(part), frames=[handles], part=part)
+            # It was asked for when everything that was sent before had been answered.
+            closings = self._table.columns[rows][:, [HANDLE, SEQ]].tobytes()
+            self._outbox.ask(Kind.CLOSE, call, len(part), frames=[closings], part=part)
 
     def close_all(self) -> None:
         """Close every stream that does not hibernate; nobody waits for the answer."""
@@ -104,7 +107,9 @@ class Changes:
     def close_handles(self, handles: U64) -> None:
         """Close streams by their handles; nobody waits for the answer."""
         for part in parts(len(handles), self._most):
-            self._outbox.ask(Kind.CLOSE, None, len(part), frames=[handles[part].tobytes()])
+            closings = np.zeros(len(handles[part]), CLOSING)
+            closings["handle"], closings["have"] = handles[part], HAVE_ALL
+            self._outbox.ask(Kind.CLOSE, None, len(part), frames=[closings.tobytes()])
 
     def changed(self, call: ResetCall, part: arrays.Indices, failures: list[ColumnError]) -> None:
         """CHANGED came for a part of a call."""

@@ -13,7 +13,7 @@ from instep_client.protocol.wire import Kind
 from instep_client.requests import OpenCall
 from tests.support.fake_server import INFO, Message, evicted, reference
 from tests.support.session_link import Link, X, headers, refuse
-from tests.support.states import floats_of
+from tests.support.states import floats_of, gru_state
 
 SMALL = replace(INFO, max_message_bytes=2 * 201)
 """Room for two names, or for 25 states."""
@@ -31,7 +31,8 @@ def test_open_and_close_are_these_bytes() -> None:
     assert message == [bytes.fromhex("950202020100"), b"a\n\xc3\xa9", np.arange(8, dtype="<f4").tobytes(), b""]
     handle = link.finish(opening)
     link.session.close(handle)
-    assert link.advance() == [[bytes.fromhex("93040302"), bytes.fromhex("0100000000000000 0200000000000000")]]
+    closings = "0100000000000000 0000000000000000 0200000000000000 0000000000000000"
+    assert link.advance() == [[bytes.fromhex("93040302"), bytes.fromhex(closings)]]
 
 
 def test_a_stream_starts_from_its_state_and_ends_in_the_networks() -> None:
@@ -298,6 +299,11 @@ class TestEnded:
         finals = floats_of(closing.result(), 4)
         assert np.isnan(finals[:2]).all()
         assert finals[2].tolist() == [1, 1, 1, 1]
+
+    def test_a_close_is_sent_in_messages_that_the_server_takes(self) -> None:
+        link = Link(replace(SMALL, state=gru_state(1, 1)))
+        link.session.close(link.open(*map(str, range(60))))
+        assert [len(closings) for _, closings in link.advance()] == [25 * 16, 25 * 16, 10 * 16]
 
     def test_a_stream_that_the_server_does_not_know_cannot_be_closed(self) -> None:
         link = Link()

@@ -146,9 +146,11 @@ class ModelClient:
             self._ask(asked, (1, 0), [handles])
 
     def close(self, lane: Lane) -> None:
-        if lane.state is Is.OPEN and lane.is_answered:
-            handles = np.array([lane.handle], "<u8").tobytes()
-            lane.request = self._ask(Asked(Kind.CLOSE, [lane.name], [_life(lane)]), (1,), [handles])
+        """Close a stream, though frames of it may be unanswered."""
+        if lane.state is Is.OPEN:
+            closings = np.array([(lane.handle, lane.have)], wire.CLOSING).tobytes()
+            asked = Asked(Kind.CLOSE, [lane.name], [_life(lane)], have=[lane.have])
+            lane.request = self._ask(asked, (1,), [closings])
             lane.state = Is.CLOSING
 
     def _step(self, lanes: Sequence[Lane], first_seqs: list[int], timesteps: int, value: int | None = None) -> None:
@@ -294,11 +296,15 @@ class ModelClient:
         failures = np.frombuffer(message[2], wire.FAILURE)
         if len(failures):
             code = Code(int(failures[0]["code"]))
+            if code is Code.FRAMES_PENDING:
+                self._truth.seen.add("closed too early")
+                lane.state = Is.OPEN
+                return
             has_slept = code is Code.UNKNOWN_STREAM and _life(lane).has_slept
             self._told(lane, Code.HIBERNATED if has_slept else code)
             return
         state = np.frombuffer(message[1], "<f4")[0]
-        require(state == lane.line.states[-1], "a stream was closed in another state than that after its last frame")
+        require(state == lane.line.states[asked.have[0]], "a stream was closed of which not all outputs had come")
         self._truth.seen.add("closed")
         self._lanes_anew(lane, Is.NOTHING)
 

@@ -72,6 +72,7 @@ def test_the_examples_reach_what_they_are_for() -> None:
         "a fenced owner sends",
         "given outputs were lost",
         "closed",
+        "closed too early",
         "hibernated",
         "a state was read",
         "damage was refused",

@@ -18,11 +18,13 @@ from instep.core.runs import are_pending, are_running, fail_run
 from instep.core.scheduler import begin_run
 from instep.core.slots import SlotAllocator
 from instep.core.tables import Packed, Tables, rows_of
-from instep.core.typing import F32, I32, I64
+from instep.core.typing import F32, I32, I64, U64
 from instep.frontends.zmq import encode
 from instep.streaming.api import Grants
 from instep.streaming.journal import Journal
+from instep.streaming.operations import StreamOperations
 from instep.streaming.recovery import resume_recording
+from instep_client.protocol.codes import HAVE_ALL
 from tests.delivery.machine import Faults, numbers, run
 from tests.support.broken_rules import BrokenRule, check_is_found
 
@@ -165,6 +167,10 @@ def forgetting_what_was_replayed(
     return result
 
 
+def without_its_outputs(original: Any, operations: StreamOperations, origin: Any, handles: U64, have: U64) -> Any:
+    return original(operations, origin, handles, np.full_like(have, HAVE_ALL))
+
+
 RULES = (
     BrokenRule("a reply does not wait for what it rests on", Journal.record, without_waiting, [killed]),
     BrokenRule("an epoch is granted before it is durable", Journal.durable, at_once, [killed]),
@@ -187,6 +193,7 @@ RULES = (
     BrokenRule(
         "a repeated frame is answered with what is in its place by then", repeated_outputs, forgetting_repeats, [killed]
     ),
+    BrokenRule("a close loses outputs", StreamOperations.close, without_its_outputs, [killed]),
     BrokenRule("a resume expects a frame too early", encode.granted, one_less, [killed]),
     BrokenRule("a resume acknowledges pending frames", check_resume, acknowledging_first, [killed]),
     BrokenRule(

@@ -65,6 +65,8 @@ class Client(RawClient):
     async def about(self, kind: Kind, handles: U64, *rest: bytes) -> Reply:
         """CLOSE, READ_STATE, RESET (to zeros) or FORK."""
         fields = (len(handles), 0) if kind in (Kind.RESET, Kind.READ_STATE) else (len(handles),)
+        if kind is Kind.CLOSE:
+            handles = np.stack([handles, np.full_like(handles, wire.HAVE_ALL)], axis=1)
         return await self.say(kind, *fields, frames=(handles.tobytes(), *rest))
 
     async def everywhere(self, handle: int) -> set[Code]:
@@ -178,13 +180,14 @@ async def test_a_state_moves_by_read_open_fork_and_reset() -> None:
 
 async def test_the_largest_first_seq_and_states_that_fit_no_message() -> None:
     most = Page("protocol.md").table("Messages", "rule").numbers("value")[-1]
-    async with running(MODEL, transport={"max_message_bytes": 4096}) as server, Client(server.endpoint) as client:
+    model = make_model(GruDescription(features=F, gru=GruLayers(hidden_size=8)), init="random", seed=3, name="wider")
+    async with running(model, transport={"max_message_bytes": 4096}) as server, Client(server.endpoint) as client:
         await client.hello()
         for seq, kind in ((most, Kind.OPENED), (most + 1, Kind.ERROR)):
             reply = await client.say(Kind.OPEN, 1, 0, 1, frames=(b"s", b"", np.uint64(seq).tobytes()))
             assert reply.kind is kind
         assert reply.code is Code.MALFORMED
-        many = np.arange(1, 4096 // (4 * H) + 2, dtype=np.uint64)
+        many = np.arange(1, 4096 // (4 * 8) + 2, dtype=np.uint64)
         for kind, rest in ((Kind.READ_STATE, ()), (Kind.CLOSE, ()), (Kind.FORK, (b"",))):
             assert (await client.about(kind, many, *rest)).code is Code.TOO_LARGE
         names = "\n".join(map(str, many)).encode()

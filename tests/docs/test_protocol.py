@@ -147,7 +147,7 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
         (0, 0, 0, Code.UNKNOWN_STREAM, 0),
     ),
     "STEP-again": step(12, 1, SECOND, RESUMED_1, RESUMED_2),
-    "CLOSE": [wire.pack_header(Kind.CLOSE, 13, 2), u64(RESUMED_1, RESUMED_2).tobytes()],
+    "CLOSE": [wire.pack_header(Kind.CLOSE, 13, 2), u64(RESUMED_1, 3, RESUMED_2, 2).tobytes()],
     "CLOSED": encode.closed(13, rows_of(floats("CLOSED").reshape(2, 1, 4)), i32(0, 0)),
     "READ_STATE-names": [wire.pack_header(Kind.READ_STATE, 14, 1, 1), b"mic-4"],
     "STATE_READ-names": encode.state_read(14, StatesRead(i64(3), rows_of(np.zeros((1, 1, 4))), i32(0))),

@@ -124,7 +124,7 @@ def flood_with_columns(endpoint: str, kind: Kind, messages: int = 150, columns: 
     """Open, or close, as many streams as a message can name, again and again; none of them exists."""
     frames = {
         Kind.OPEN: ["\n".join(f"n{index}" for index in range(columns)).encode(), b"", b""],
-        Kind.CLOSE: [np.arange(1, columns + 1, dtype="<u8").tobytes()],
+        Kind.CLOSE: [np.arange(1, 2 * columns + 1, dtype="<u8").tobytes()],
     }[kind]
     fields = {Kind.OPEN: [columns, 0, 0], Kind.CLOSE: [columns]}[kind]
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:

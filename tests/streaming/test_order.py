@@ -53,6 +53,29 @@ async def test_a_close_answers_the_frames_before_it_and_the_stream_takes_none_be
     assert failures(behind) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
 
 
+async def test_a_close_that_could_lose_outputs_is_refused_until_they_have_come(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 3)
+    y, final = whole(SMALL, x[:, 0])
+    async with streaming() as kit:
+        owner = kit.frontend.connect()
+        opened = await owner.open(["early", "late"])
+        both = np.repeat(x, 2, axis=1)
+        none = np.zeros(2, np.uint64)
+        answered, closed = await kit.all_done(
+            step(owner, opened.handles, [0, 0], both), owner.close(opened.handles, none)
+        )
+        assert closed.codes.tolist() == [Code.FRAMES_PENDING] * 2
+        np.testing.assert_array_equal(answered.y[:, 0], y)
+        [closed] = await kit.all_done(owner.close(opened.handles[:1], np.array([3], np.uint64)))
+        np.testing.assert_array_equal(floats_of(closed.states, 1, H)[0], final)
+        kit.frontend.disconnect(owner)  # the replies were lost on the way, say
+        heir = kit.frontend.connect()
+        resumed = await heir.resume(["late"], none[:1], opened.epochs[1:])
+        assert resumed.next_seqs.tolist() == [3]
+        [again] = await kit.all_done(step(heir, resumed.handles, [0], x))
+        np.testing.assert_array_equal(again.y[:, 0], y)
+
+
 async def test_a_turn_that_comes_before_a_request_has_begun_takes_nothing_that_is_behind_it(
     rng: np.random.Generator,
 ) -> None:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import zmq
 
 from instep_client.protocol.codes import SENTENCES, Code
-from instep_client.protocol.wire import COLUMN, FAILURE, GRANT, Kind, ServerInfo
+from instep_client.protocol.wire import CLOSING, COLUMN, FAILURE, GRANT, Kind, ServerInfo
 from tests.support.states import gru_state
 from tests.support.step_messages import parts, stepped_header
 
@@ -221,7 +221,7 @@ class FakeRules:
         return stepped(request, y, failures)
 
     def _close(self, header: list[Any], frames: list[bytes]) -> Message:
-        handles = np.frombuffer(frames[1], "<u8").astype(np.int64)
+        handles = np.frombuffer(frames[1], CLOSING)["handle"].astype(np.int64)
         assert len(handles) == header[2]
         finals = self._state[handles]
         refused = [(i, 0, int(Code.UNKNOWN_STREAM), 0, 0) for i in np.flatnonzero(~self._is_open[handles]).tolist()]

@@ -287,7 +287,9 @@ class MessageMaker:
         count = 1 + self._below(2)
         request = 1 + self._below(2**31)
         self._asked[request] = handles = self._handles(count)
-        return [msgpack.packb([Kind.CLOSE, request, count]), np.array(handles, "<u8").tobytes()]
+        have = self._one_of((0, 2**64 - 1))
+        closings = [value for handle in handles for value in (handle, have)]
+        return [msgpack.packb([Kind.CLOSE, request, count]), np.array(closings, "<u8").tobytes()]
 
     def _ping(self) -> list[bytes]:
         return [self._header(self._one_of((Kind.PING, Kind.PING, Kind.PING, Kind.STATS)))]

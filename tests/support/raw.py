@@ -161,13 +161,15 @@ class RawClient:
         """Step streams, and the answer."""
         return await self.ask(*self.step_message(handles, seqs, x, acked))
 
-    def close_message(self, handles: Sequence[int] | U64) -> list[bytes]:
-        """A CLOSE."""
-        return [msgpack.packb([Kind.CLOSE, self.next_request(), len(handles)]), _array(handles, "<u8")]
+    def close_message(self, handles: Sequence[int] | U64, have: Sequence[int] | None = None) -> list[bytes]:
+        """A CLOSE; by default whatever outputs are missing are not wanted."""
+        closings = np.zeros(len(handles), wire.CLOSING)
+        closings["handle"], closings["have"] = handles, wire.HAVE_ALL if have is None else have
+        return [msgpack.packb([Kind.CLOSE, self.next_request(), len(handles)]), closings.tobytes()]
 
-    async def close(self, handles: Sequence[int] | U64) -> Reply:
+    async def close(self, handles: Sequence[int] | U64, have: Sequence[int] | None = None) -> Reply:
         """Close streams."""
-        return await self.ask(*self.close_message(handles))
+        return await self.ask(*self.close_message(handles, have))
 
     def resume_message(
         self, names: Sequence[str], have: Sequence[int], epochs: Sequence[int], *, take_over: bool = False

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
-from instep_client.protocol.wire import CLAIM, COLUMN, FAILURE, GRANT, Kind, ServerInfo
+from instep_client.protocol.wire import CLAIM, CLOSING, COLUMN, FAILURE, GRANT, Kind, ServerInfo
 from tests.support.fake_server import F32, INFO, Message, error, evicted, goodbye, granted, pack, stepped, welcome
 from tests.support.step_messages import parts
 
@@ -256,12 +256,17 @@ class RingServer:
         return [pack(kind, request, count, said), *arrays, np.array(refused, FAILURE).tobytes()]
 
     def _close(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
-        found, refused = self._find(peer, frames[1])
+        closings = np.frombuffer(frames[1], CLOSING)
+        found, refused = self._find(peer, closings["handle"].tobytes())
+        for index, stream in enumerate(found):
+            if stream is not None and closings["have"][index] < stream.next_seq:
+                found[index] = None
+                refused.append((index, 0, int(Code.FRAMES_PENDING), 0, 0))
         states = self._states(found)
         for stream in found:
             if stream is not None:
                 self.closed[stream.name] = self.streams.pop(stream.name)
-        return self._answer(Kind.CLOSED, header[1], len(found), [states.tobytes()], refused)
+        return self._answer(Kind.CLOSED, header[1], len(found), [states.tobytes()], sorted(refused))
 
     def _read_state(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         found, refused = self._find_named(header, frames[1]) if header[3] else self._find(peer, frames[1])

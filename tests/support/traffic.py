@@ -12,6 +12,7 @@ import numpy as np
 
 from instep.core.typing import F32
 from instep.models.model import Model
+from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind
 from tests.support.models import whole
 from tests.support.raw import RawClient, Reply
@@ -251,7 +252,8 @@ class Producer:
 
     def _close(self, streams: Sequence[Recorded]) -> list[bytes]:
         header = msgpack.packb([Kind.CLOSE, self.client.next_request(), len(streams)])
-        message = [header, np.array([stream.handle for stream in streams], "<u8").tobytes()]
+        closings = np.array([(stream.handle, wire.HAVE_ALL) for stream in streams], wire.CLOSING)
+        message = [header, closings.tobytes()]
         self._expect(message, lambda reply: self._closed(reply, streams))
         return message
 

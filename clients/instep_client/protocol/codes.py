@@ -85,7 +85,7 @@ SENTENCES: Final[dict[Code, str]] = {
     "stream over to go on all the same",
     Code.ACK_AHEAD: "the message acknowledges an output that was not computed yet",
     Code.NEVER_USED: "the stream was evicted because no frame came within limits.first_frame_s of its opening",
-    Code.FRAMES_PENDING: "frames of this stream are still being computed; ask again when they are answered",
+    Code.FRAMES_PENDING: "frames of this stream are on their way, or their outputs are; ask again when they have come",
     Code.HIBERNATED: "the stream did nothing for a while and was put to sleep; resume it to go on with it",
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
     Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included; close one, or raise it",

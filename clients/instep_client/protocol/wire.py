@@ -54,6 +54,9 @@ CLAIM: Final = np.dtype([("have", "<u8"), ("epoch", "<u8")])
 """A stream that is to be resumed: outputs the client holds (those of seqs below `have`; `HAVE_ALL` for as many as the
 server gave), and the epoch under which it had the stream (16 bytes)."""
 
+CLOSING: Final = np.dtype([("handle", "<u8"), ("have", "<u8")])
+"""A stream that is to be closed: its handle, and the outputs the client holds, as in `CLAIM` (16 bytes)."""
+
 FAILURE: Final = np.dtype(
     [("column", "<u4"), ("timestep", "<u4"), ("code", "<u4"), ("reserved", "<u4"), ("expected_seq", "<u8")]
 )
@@ -117,7 +120,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
 FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.HELLO: 1,
     Kind.OPEN: 4,  # names (UTF-8, one a line), states [N, row_bytes] or empty, first seqs uint64 [N] or empty
-    Kind.CLOSE: 2,  # handles uint64 [N]
+    Kind.CLOSE: 2,  # closings [N]
     Kind.PING: 1,
     Kind.STATS: 1,
     Kind.RESUME: 3,  # names, claims [N]

@@ -18,6 +18,7 @@ from instep.streaming.engine import Engine
 from instep.streaming.operations import StreamOperations
 from instep.streaming.reaper import Reaper
 from instep.streaming.tasks import Tasks
+from instep_client.protocol.codes import HAVE_ALL
 
 T = TypeVar("T")
 
@@ -77,9 +78,10 @@ class InProcessOrigin:
         """See `StreamOperations.read_own_states`."""
         return await self._frontend.ask(lambda: self._operations.read_own_states(self, handles))
 
-    async def close(self, handles: U64) -> StatesRead:
-        """Close streams; their final states, with no seqs. See `StreamOperations.close`."""
-        states, codes = await self._frontend.ask(lambda: self._operations.close(self, handles))
+    async def close(self, handles: U64, have: U64 | None = None) -> StatesRead:
+        """Close streams; their final states, with no seqs. See `StreamOperations.close`; None for all outputs."""
+        have = np.full(len(handles), HAVE_ALL, np.uint64) if have is None else have
+        states, codes = await self._frontend.ask(lambda: self._operations.close(self, handles, have))
         return StatesRead(np.zeros(len(codes), np.int64), states, codes)
 
     def deliver(self, reply: Reply) -> None:

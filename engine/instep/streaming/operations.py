@@ -325,14 +325,22 @@ class StreamOperations:
 
     # ── Close and evict ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def close(self, origin: Origin, handles: U64) -> tuple[U8, I32]:
+    async def close(self, origin: Origin, handles: U64, have: U64) -> tuple[U8, I32]:
         """Close streams once everything they have pending is answered; they take no frames from now on.
+
+        A stream whose owner lacks outputs stays open: they would be gone for good should their replies be lost.
+
+        Args:
+            origin: owns the streams.
+            handles: uint64 [N].
+            have: uint64 [N], it holds the outputs of all seqs below, or does without the others.
 
         Returns:
             states: the final ones [N, row_bytes].
             codes: int32 [N].
         """
         slots, codes = self._own(origin, handles)
+        codes[(codes == 0) & (have < self._table.next_seq[slots].astype(np.uint64))] = Code.FRAMES_PENDING
         good = codes == 0
         states = self._states.no_states(len(slots))
         if good.any():

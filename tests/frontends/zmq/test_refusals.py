@@ -94,7 +94,7 @@ MALFORMED: list[tuple[list[bytes], Code, str]] = [
     ([header(Kind.READ_STATE, 1, 1), b"a\nb"], Code.MALFORMED, "1 names"),
     ([header(Kind.READ_STATE, 1, 1), b"\xff"], Code.MALFORMED, "UTF-8"),
     ([header(Kind.FORK, 1), b"\0" * 7, b"a"], Code.MALFORMED, "handles must be 8 bytes"),
-    ([header(Kind.CLOSE, 1), b"\0" * 7], Code.MALFORMED, "handles must be 8 bytes"),
+    ([header(Kind.CLOSE, 1), b"\0" * 8], Code.MALFORMED, "closings must be 16 bytes"),
     ([header(Kind.HELLO, 1, "x")], Code.WRONG_VERSION, "version"),
     ([header(Kind.HELLO, 5, 5)], Code.MALFORMED, "name"),
 ]

@@ -300,5 +300,6 @@ class ZmqFrontend:
 
     async def _close(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:
         count = self._decoder.count_with_states(header.fields[0])
-        states, codes = await self._operations.close(peer, self._decoder.handles(frames[1], count))
+        closings = wire.array_frame(frames[1], wire.CLOSING, (count,), "closings")
+        states, codes = await self._operations.close(peer, closings["handle"], closings["have"])
         return encode.closed(header.request, states, codes)
