@@ -25,6 +25,7 @@ from instep.demo.child_server import ChildFailed, ChildServer
 from instep.models.certify import Certification
 from instep.models.folder import write_model
 from instep.models.gru.network import GruNetwork
+from instep.models.gru.step import GruKernel
 from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
@@ -161,18 +162,18 @@ def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(mod
     assert recording.exists()
 
 
-@pytest.mark.parametrize(("fused", "step"), [(True, "fused"), (False, "torch")])
+@pytest.mark.parametrize("kernel", ["fused", "torch"])
 def test_the_first_line_says_which_step_is_used(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fused: bool, step: str
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kernel: GruKernel
 ) -> None:
     def certified(network: GruNetwork, _: object) -> Certification:
-        network.steps_by_hand = fused
+        network.kernel = kernel
         return Certification("exact", (4, 8), max_ulp=0, whole_sequence=True)
 
     monkeypatch.setattr("instep.server.preparation.certify", certified)
     config = configured(model, log={"format": "json"}, engine={"max_batch_size": 8})
     assert serve.run(config, on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT)) == 0
-    assert json.loads(capsys.readouterr().err.splitlines()[0])["step"] == step
+    assert json.loads(capsys.readouterr().err.splitlines()[0])["step"] == kernel
 
 
 def test_a_second_interrupt_forces_the_end(

@@ -15,6 +15,7 @@ from instep.models.certify import Certification, certify
 from instep.models.folder import write_model
 from instep.models.gru.modules import save_model
 from instep.models.gru.network import GruNetwork
+from instep.models.gru.step import GruKernel
 from instep.models.model import Model
 from instep.models.numerics import numerics
 from instep.models.registry import parse_description
@@ -93,7 +94,7 @@ class Recorded:
     header: RecordingHeader
 
 
-_CERTIFIED: dict[tuple[str, tuple[int, ...]], tuple[Certification, bool]] = {}
+_CERTIFIED: dict[tuple[str, tuple[int, ...]], tuple[Certification, GruKernel]] = {}
 
 
 def certify_once(network: RecurrentModel, buckets: Sequence[int]) -> Certification:
@@ -101,8 +102,8 @@ def certify_once(network: RecurrentModel, buckets: Sequence[int]) -> Certificati
     assert isinstance(network, GruNetwork)
     key = (network.fingerprint, tuple(buckets))
     if key not in _CERTIFIED:
-        _CERTIFIED[key] = certify(network, buckets), network.steps_by_hand
-    certification, network.steps_by_hand = _CERTIFIED[key]
+        _CERTIFIED[key] = certify(network, buckets), network.kernel
+    certification, network.kernel = _CERTIFIED[key]
     return certification
 
 

@@ -12,6 +12,7 @@ from instep.models.certify import certify
 from instep.models.folder import make_model
 from instep.models.gru.description import Activation, DenseLayer, GruDescription, GruLayers
 from instep.models.gru.network import GruNetwork
+from instep.models.gru.step import BY_HAND, GruKernel
 from instep.models.stepping import put
 from tests.support.models import in_one_call, stepped
 
@@ -104,8 +105,8 @@ def test_without_dense_layers_the_bits_are_those_of_the_users_own_gru(name: str,
     expected_y, expected_h = (tensor.numpy() for tensor in torch_gru(network)(*tensors(x, h)))
     found = certify(network, (4, 16, 64))
     answers = [in_one_call(network, x, h)]
-    for by_hand in {False, network.steps_by_hand}:
-        network.steps_by_hand = by_hand
+    kernels: set[GruKernel] = {"torch", network.kernel}
+    for network.kernel in kernels:
         y, final = stepped(network, x, h)
         np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-6)
         if found.whole_sequence and rows in found.buckets:
@@ -252,15 +253,15 @@ def test_the_step_by_hand_is_the_step_of_torch(name: str) -> None:
     network = network_of({**PLAIN, **DENSE}[name])
     x, h = frames_and_state(network, 12, 32)
     expected_y, expected_h = stepped(network, x, h)
-    network.steps_by_hand = True
-    y, final = stepped(network, x, h)
-    np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(final, expected_h, rtol=1e-5, atol=1e-6)
+    for network.kernel in BY_HAND:
+        y, final = stepped(network, x, h)
+        np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(final, expected_h, rtol=1e-5, atol=1e-6)
 
 
 def test_steps_of_one_network_do_not_disturb_each_other() -> None:
     network = network_of(PLAIN["2x256"])
-    network.steps_by_hand = True
+    network.kernel = "fused"
     expected = {rows: stepped(network, *frames_and_state(network, 3, rows)) for rows in (64, 16, 128)}
     steps = {rows: network.bind(rows) for rows in expected}
     inputs = {rows: frames_and_state(network, 3, rows) for rows in expected}

@@ -13,7 +13,7 @@ from instep.models.certify import certify
 from instep.models.folder import make_model
 from instep.models.gru.description import GruDescription, GruLayers
 from instep.models.gru.network import GruNetwork
-from instep.models.gru.step import GruStep
+from instep.models.gru.step import GruKernel, GruStep
 from tests.support.models import stepped
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ GRU_STEP_RUN = GruStep.run
 
 def by_hand_becomes(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     """Steps by hand run `run` instead."""
-    monkeypatch.setattr(GruStep, "run", lambda step: run(step) if step._cells else GRU_STEP_RUN(step))
+    monkeypatch.setattr(GruStep, "run", lambda step: GRU_STEP_RUN(step) if step.kernel == "torch" else run(step))
 
 
 @pytest.mark.parametrize("bucket", [4, 32, 64])
@@ -76,7 +76,20 @@ def test_with_the_bits_of_torch_it_is_used(monkeypatch: pytest.MonkeyPatch) -> N
     by_hand_becomes(monkeypatch, like_torch)
     certify(network, CANDIDATES)
     assert network.kernel == "fused"
-    assert network.bind(4)._cells
+    assert network.bind(4).kernel == "fused"
+
+
+def test_where_only_the_biases_make_a_difference_they_stay_in_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = GruNetwork(make_model(PLAIN, "random", name="fused", seed=1), CPU)
+
+    def other(step: GruStep) -> None:
+        like_torch(step)
+        if step.kernel == "fused":
+            nudge(step.y[-1, -1:])
+
+    by_hand_becomes(monkeypatch, other)
+    certify(network, CANDIDATES)
+    assert network.kernel == "addmm"
 
 
 @pytest.mark.parametrize("bucket", [4, 32, 64])
@@ -120,7 +133,7 @@ def test_in_other_widths_it_is_used_only_where_no_row_of_many_others_differs(hid
     x = random.standard_normal((200, 1, 64, 5)).astype(np.float32)
     h = random.uniform(-1, 1, (200, 1, 64, hidden_size)).astype(np.float32)
     answers = []
-    for by_hand in (False, True):
-        network.steps_by_hand = by_hand
+    kernels: tuple[GruKernel, ...] = ("torch", "fused")
+    for network.kernel in kernels:
         answers.append(np.stack([stepped(network, *rows)[0] for rows in zip(x, h, strict=True)]))
     assert answers[0].tobytes() == answers[1].tobytes() or not was_certified

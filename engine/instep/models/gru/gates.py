@@ -11,24 +11,40 @@ from instep.core.typing import F32
 
 
 @kernel
-def add_gates(of_input: F32, of_state: F32) -> None:
-    """Add the reset and update gates of the state to those of the input: float32 [rows, 3 · width] each."""
+def add_gates(of_input: F32, of_state: F32, biases: F32) -> None:
+    """Add the reset and update gates of the state to those of the input: float32 [rows, 3 · width] each.
+
+    `biases`, float32 [2, 3 · width], are added to both before; [0, 0] where the products hold them or there are none.
+    """
     width = of_input.shape[1] // 3
     for place in range(len(of_input)):
         gates, other = of_input[place, : 2 * width], of_state[place, : 2 * width]
-        for at in range(2 * width):
-            gates[at] = gates[at] + other[at]
+        if len(biases):
+            bias, other_bias = biases[0, : 2 * width], biases[1, : 2 * width]
+            for at in range(2 * width):
+                gates[at] = (gates[at] + bias[at]) + (other[at] + other_bias[at])
+        else:
+            for at in range(2 * width):
+                gates[at] = gates[at] + other[at]
 
 
 @kernel
-def new_state(of_input: F32, of_state: F32) -> None:
-    """Reset the state's part of the new state, and add the input's; the result, before tanh, is in `of_state`."""
+def new_state(of_input: F32, of_state: F32, biases: F32) -> None:
+    """Reset the state's part of the new state, and add the input's; the result, before tanh, is in `of_state`.
+
+    `biases` as for `add_gates`.
+    """
     width = of_input.shape[1] // 3
     for place in range(len(of_input)):
         reset, of_new = of_input[place, :width], of_input[place, 2 * width :]
         new = of_state[place, 2 * width :]
-        for at in range(width):
-            new[at] = new[at] * reset[at] + of_new[at]
+        if len(biases):
+            bias, new_bias = biases[0, 2 * width :], biases[1, 2 * width :]
+            for at in range(width):
+                new[at] = (new[at] + new_bias[at]) * reset[at] + (of_new[at] + bias[at])
+        else:
+            for at in range(width):
+                new[at] = new[at] * reset[at] + of_new[at]
 
 
 @kernel

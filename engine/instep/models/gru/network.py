@@ -22,7 +22,7 @@ from instep.core.typing import F32, U8
 from instep.models.base import StateSpec
 from instep.models.gru.description import Activation, DenseLayer, GruDescription
 from instep.models.gru.reference import GruReference
-from instep.models.gru.step import DenseWeights, GruStep, GruWeights, InPlace, LayerWeights
+from instep.models.gru.step import BY_HAND, DenseWeights, GruKernel, GruStep, GruWeights, InPlace, LayerWeights
 from instep.models.model import Model
 
 WIDTH_MULTIPLE: Final = 32
@@ -59,27 +59,24 @@ class GruNetwork:
         self.multiply_adds = sum(math.prod(s) for s in self.description.tensor_shapes().values() if len(s) == 2)
         self._size = self.description.gru.hidden_size
         self._weights = self._padded_weights(WIDTH_MULTIPLE if padded else 1)
-        self.steps_by_hand = False
-        """Whether steps are those by hand; `select_step` decides."""
+        self.kernel: GruKernel = "torch"
+        """`select_step` decides."""
         self.may_step_by_hand = self._weights.width % _VECTOR == 0
         """Whether it is worth trying: in other widths, `sigmoid` over two gates at once ends its vectors elsewhere."""
 
-    @property
-    def kernel(self) -> str:
-        """`fused` for the step by hand, else `torch`."""
-        return "fused" if self.steps_by_hand else "torch"
-
     def select_step(self, buckets: Sequence[int], rows: int) -> None:
         """Step by hand where that gave at least `rows` frames in each bucket the bits of `torch.gru`."""
-        self.steps_by_hand = self.may_step_by_hand and all(self._by_hand_is_same(bucket, rows) for bucket in buckets)
+        by_hand = BY_HAND if self.may_step_by_hand else ()
+        same = (each for each in by_hand if all(self._is_same(each, bucket, rows) for bucket in buckets))
+        self.kernel = next(same, "torch")
 
     def select_quickest(self) -> None:
         """Step by hand on the CPU."""
-        self.steps_by_hand = self.may_step_by_hand and self.device.type == "cpu"
+        self.kernel = BY_HAND[0] if self.may_step_by_hand and self.device.type == "cpu" else "torch"
 
     def bind(self, rows: int) -> GruStep:
         """The step of a batch of `rows`."""
-        return GruStep(self._weights, rows, self._size, by_hand=self.steps_by_hand)
+        return GruStep(self._weights, rows, self._size, self.kernel)
 
     def sequence(self, x: F32, state: U8) -> tuple[F32, U8]:
         """T frames of every row in one call of `torch.gru`; see `RecurrentModel.sequence`."""
@@ -100,9 +97,9 @@ class GruNetwork:
         weights = {name: tensor.numpy() for name, tensor in self.model.weights.items()}
         return GruReference(self.description.as_json(), weights, dtype)
 
-    def _by_hand_is_same(self, bucket: int, rows: int) -> bool:
+    def _is_same(self, kernel: GruKernel, bucket: int, rows: int) -> bool:
         generator = torch.Generator().manual_seed(2)
-        steps = [GruStep(self._weights, bucket, self._size, by_hand=by_hand) for by_hand in (False, True)]
+        steps = [GruStep(self._weights, bucket, self._size, each) for each in ("torch", kernel)]
         features = self.description.features
         for _ in range(0, rows, bucket):
             x = torch.randn(bucket, features, generator=generator)

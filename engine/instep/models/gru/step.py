@@ -1,23 +1,29 @@
 """The step of one batch size: dense layers, the GRU and dense layers on buffers that are allocated once.
 
 On the CPU the GRU is stepped by hand where that pays: two matrix products per layer and the gates in place. It is the
-same arithmetic in the same order as `torch.gru`, without what that allocates. Nothing promises equal bits, so
-certification compares them (`GruNetwork.select_step`). (Written with `lerp` or `addcmul` they differ; measured with
-torch 2.13.)
+same arithmetic in the same order as `torch.gru`, without what that allocates, and, in the kernel `fused`, without the
+pass in which `addmm` writes the biases. Nothing promises equal bits, so certification compares them
+(`GruNetwork.select_step`). (Written with `lerp` or `addcmul` they differ, and so does `fused` where MKL cuts a product
+into parts, as on a Xeon with 400 units; measured with torch 2.13.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Final, Literal, TypeAlias
 
+import numpy as np
 import torch
 
 from instep.core.typing import F32
 from instep.models.gru.gates import add_gates, new_state, update_state
 
 InPlace: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+GruKernel: TypeAlias = Literal["fused", "addmm", "torch"]
+"""By hand with the biases added along with the gates, by hand with `addmm`, or with `torch.gru`."""
+BY_HAND: Final[tuple[GruKernel, ...]] = ("fused", "addmm")
+"""The quickest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +78,14 @@ class GruStep:
         weights: what it computes with.
         rows: of the batch.
         state_size: the hidden size without padding.
-        by_hand: whether to step the GRU by hand or with `torch.gru`.
+        kernel: how to step the GRU.
     """
 
     @torch.inference_mode(False)  # what is made in that mode can only be changed in it
-    def __init__(self, weights: GruWeights, rows: int, state_size: int, *, by_hand: bool) -> None:
+    def __init__(self, weights: GruWeights, rows: int, state_size: int, kernel: GruKernel) -> None:
         device, width = weights.device, weights.width
         self._weights = weights
+        self.kernel = kernel
         self.x = torch.zeros(rows, weights.input_width, device=device)
         self.h = torch.zeros(len(weights.layers), rows, width, device=device)
         """States [layers, rows, width], padding included."""
@@ -89,10 +96,11 @@ class GruStep:
         self._states = self.h.unbind()
         self._padding = self.h[:, :, state_size:] if state_size < width else None
         self._cells: list[_Cell] = []
-        if by_hand:
+        if kernel in BY_HAND:
             products = torch.empty(2, rows, 3 * width, device=device)
             self._cells = [
-                _Cell(layer, state, products) for layer, state in zip(weights.layers, self._states, strict=True)
+                _Cell(layer, state, products, adds_biases=kernel == "fused")
+                for layer, state in zip(weights.layers, self._states, strict=True)
             ]
         self.y = self._after[-1].out if self._after else self._states[-1]
 
@@ -134,10 +142,15 @@ class _Cell:
         layer: its weights.
         state: [rows, width], changed in place.
         products: room for the products with the input and with the state, [2, rows, 3 · width]; the layers share it.
+        adds_biases: with the gates instead of within the products.
     """
 
-    def __init__(self, layer: LayerWeights, state: torch.Tensor, products: torch.Tensor) -> None:
+    def __init__(self, layer: LayerWeights, state: torch.Tensor, products: torch.Tensor, *, adds_biases: bool) -> None:
         size = state.shape[1]
+        self._biases: F32 = np.zeros((0, 0), np.float32)
+        if adds_biases and layer.input_bias is not None and layer.state_bias is not None:
+            self._biases = torch.stack([layer.input_bias, layer.state_bias]).numpy()
+            layer = replace(layer, input_bias=None, state_bias=None)
         self._layer = layer
         self._state = state
         self._of_input, self._of_state = products
@@ -149,9 +162,9 @@ class _Cell:
         layer, state = self._layer, self._state
         _product(layer.input_bias, x, layer.input_weight, self._of_input)
         _product(layer.state_bias, state, layer.state_weight, self._of_state)
-        add_gates(*self._arrays)
+        add_gates(*self._arrays, self._biases)
         self._gates.sigmoid_()
-        new_state(*self._arrays)
+        new_state(*self._arrays, self._biases)
         self._new.tanh_()
         update_state(self._state_array, *self._arrays)
         return state
