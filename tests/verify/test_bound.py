@@ -81,7 +81,7 @@ class Given:
 
 
 def bound_of(given: Given, rows: int, state: float = 0.0) -> ErrorBound:
-    return ErrorBound(cast(Reference, given), np.full((1, rows, 1), state, np.float32))
+    return ErrorBound(cast(Reference, given), {"h": np.full((rows, 1, 1), state, np.float32)})
 
 
 def test_the_bound_is_as_stated() -> None:
@@ -95,8 +95,8 @@ def test_the_bound_is_as_stated() -> None:
     later = bound.outputs(x, truth[2:], np.array([[True], [False]]), one)
     assert later.distance[:, 0].tolist() == [limits[1, 0]] * 2, "errors last, and rows without a frame do not count"
     assert not later.lossy.any()
-    assert bound.states(np.full((1, 1, 1), 8.0)).distance.tolist() == [8 * (FACTOR * relative + FLOOR)]
-    assert bound.states(np.full((1, 1, 1), 16.0)).distance.tolist() == [16 * (FACTOR * 0.5 + FLOOR)]
+    assert bound.states({"h": np.full((1, 1, 1), 8.0)}).distance.tolist() == [8 * (FACTOR * relative + FLOOR)]
+    assert bound.states({"h": np.full((1, 1, 1), 16.0)}).distance.tolist() == [16 * (FACTOR * 0.5 + FLOOR)]
 
 
 def test_the_least_bound_is_that_of_runs_without_an_error() -> None:
@@ -105,7 +105,7 @@ def test_the_least_bound_is_that_of_runs_without_an_error() -> None:
     least = LeastBound(2)
     first, second = least.outputs(truth[:2], valid[:2]).distance, least.outputs(truth[2:], valid[2:]).distance
     assert (np.concatenate([first, second]) / FLOOR).tolist() == [[1, 4], [1, 8], [2, 8], [2, 8]]
-    assert (least.states(np.array([[[0.5], [3.0]], [[-2.0], [INF]]])).distance / FLOOR).tolist() == [2, 3]
+    assert (least.states({"h": np.array([[0.5, -2.0], [3.0, INF]])}).distance / FLOOR).tolist() == [2, 3]
 
 
 def test_the_least_bound_is_never_above_the_bound() -> None:
@@ -114,7 +114,7 @@ def test_the_least_bound_is_never_above_the_bound() -> None:
     bound = bound_of(Given(truth[:, :, 0] + 1e-6), 9)
     x = np.zeros((50, 9, 3), np.float32)
     assert (LeastBound(9).outputs(truth, valid).distance < bound.outputs(x, truth, valid, active).distance).all()
-    state = truth[:1]
+    state = {"h": truth[0]}
     assert (LeastBound(9).states(state).distance < bound.states(state).distance).all()
 
 
@@ -144,8 +144,8 @@ def test_no_stream_influences_the_bound_of_another(beside: list[float]) -> None:
     )
     assert ours.distance[:, 0].tolist() == mine.distance[:, 0].tolist()
     assert ours.lossy.tolist() == [[False, True]] * 2
-    state = np.full((1, 1, 1), 2.5)
-    assert together.states(np.concatenate([state, state], axis=1)).distance[0] == alone.states(state).distance[0]
+    both = together.states({"h": np.full((2, 1, 1), 2.5)})
+    assert both.distance[0] == alone.states({"h": np.full((1, 1, 1), 2.5)}).distance[0]
 
 
 @pytest.mark.parametrize("cause", ["frame", "state", "overflow"])
@@ -157,7 +157,7 @@ def test_values_too_large_for_float32_make_a_stream_lossy_from_there_on(cause: s
     limits = bound.outputs(x, np.zeros((4, 1, 1)), np.ones((4, 1), np.bool_), np.ones(4, np.int64))
     assert limits.lossy[:, 0].tolist() == [cause == "state"] * 2 + [True] * 2
     assert (limits.distance == FLOOR).all(), "an overflow widens no bound"
-    assert bound.states(np.zeros((1, 1, 1))).lossy.tolist() == [True]
+    assert bound.states({"h": np.zeros((1, 1, 1))}).lossy.tolist() == [True]
 
 
 # Strength 1 is torch's own initialisation. At 3 and 8 a state is amplified: rounding grows until nothing of the
@@ -182,13 +182,12 @@ def test_torch_in_float32_keeps_within_it(
     active, valid = np.full(200, together), np.ones((200, together), np.bool_)
     for first in range(0, 24, together):
         some = slice(first, first + together)
-        h, x = np.zeros((layers, together, hidden), np.float32), frames[:, some].numpy()
-        true_y, after = truth.run(x, {"h": h.swapaxes(0, 1)}, active)
-        true_h = after["h"].swapaxes(0, 1)
-        bound = ErrorBound(rounded, h)
+        h, x = np.zeros((together, layers, hidden), np.float32), frames[:, some].numpy()
+        true_y, after = truth.run(x, {"h": h}, active)
+        bound = ErrorBound(rounded, {"h": h})
         limits = bound.outputs(x, true_y, valid, active).distance
         assert (absolute_error(outputs[:, some].numpy(), true_y).max(axis=2) <= limits).all()
-        state_error = absolute_error(states[:, some].numpy(), true_h).max(axis=(0, 2))
-        assert (state_error <= bound.states(true_h).distance).all()
+        state_error = absolute_error(states[:, some].numpy().swapaxes(0, 1), after["h"]).max(axis=(1, 2))
+        assert (state_error <= bound.states(after).distance).all()
         if strength <= 1:
             assert limits.max() < 1e-4, "for a network as trained, it is narrow"

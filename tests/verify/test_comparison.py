@@ -5,8 +5,12 @@ import pytest
 
 from instep.verify.bound import Limits
 from instep.verify.comparison import Comparison
+from instep_client.protocol.state_spec import DTYPES, U8, Leaf, StateSpec
+from tests.support.states import gru_state
 
 STEPS, ROWS, OUTPUTS = 5, 3, 4
+GRU_STATE = gru_state(2, 3)
+MIXED = StateSpec((Leaf("count", (), DTYPES["int64"]), Leaf("level", (2,), DTYPES["float32"])))
 RECORDED = np.random.default_rng(0).standard_normal((STEPS, ROWS, OUTPUTS)).astype(np.float32)
 VALID = np.arange(STEPS)[:, None] < np.array([5, 4, 2])
 
@@ -83,16 +87,41 @@ def test_signs_of_zero_are_bits_too_and_nans_are_all_alike() -> None:
 
 def test_final_states() -> None:
     found = Comparison("stepped", ROWS, bits_required=True)
-    state = np.arange(6, dtype=np.float32).reshape(2, 3)
-    found.add_replayed_state(0, 9, state, state.copy(), limits(0.1, ROWS))
+    state = np.arange(6, dtype=np.float32)
+    found.add_replayed_state(0, 9, GRU_STATE, state.view(np.uint8), state.copy().view(np.uint8), limits(0.1, ROWS))
     assert not found.differs.any()
-    other = np.zeros((2, ROWS, 3), np.float32)
-    other[:, 1] = state
-    other[1, 1, 0] += 0.5
-    found.add_replayed_state(1, 9, state, other[:, 1], limits(0.1, ROWS))
+    other = state.copy()
+    other[3] += 0.5
+    found.add_replayed_state(1, 9, GRU_STATE, state.view(np.uint8), other.view(np.uint8), limits(0.1, ROWS))
     assert found.wrong.tolist() == [False, True, False]
     assert (found.first[1].place, found.first[1].frame, found.first[1].element) == ("final state", 9, 3)
     assert found.ulps[0] == 11
+
+
+def mixed(count: int, *level: float) -> U8:
+    rows = MIXED.pack({"count": np.array([count]), "level": np.array([level], np.float32)})
+    return rows.ravel()
+
+
+@pytest.mark.parametrize("bits_required", [False, True])
+def test_only_floats_of_a_state_may_be_off(bits_required: bool) -> None:
+    found = Comparison("stepped", 4, bits_required)
+    lossy = limits(1e-3, 4, lossy=True)
+    found.add_replayed_state(0, 7, MIXED, mixed(5, 1.0, 2.0), mixed(5, 1.0, 2.0), limits(1e-3, 4))
+    found.add_replayed_state(1, 7, MIXED, mixed(5, 1.0, 2.0), mixed(5, 1.0, 2.0001), limits(1e-3, 4))
+    found.add_replayed_state(2, 7, MIXED, mixed(5, 1.0, 2.0), mixed(8, 1.0, 2.0), lossy)
+    found.add_replayed_state(3, 7, MIXED, mixed(5, 1.0, 2.0), mixed(5, 9.0, 2.0), limits(1e-3, 4))
+    assert found.differs.tolist() == [False, True, True, True]
+    assert found.wrong.tolist() == [False, bits_required, True, True]
+    assert [found.first[row].element for row in (1, 2, 3)] == [2, 0, 1]
+    assert (found.first[2].recorded, found.first[2].replayed, found.first[2].ulp) == (5, 8, 3)
+    assert found.ulps.sum() == 4 * 3
+    reference = Comparison("float64 reference", 2, bits_required=False)
+    level = np.array([1.0, 2.0])
+    for row, count in enumerate((5, 6)):
+        truth = {"count": np.array(count), "level": level}
+        reference.add_true_state(row, 7, MIXED, mixed(5, 1.0, 2.0), truth, limits(1e6, 2, lossy=True))
+    assert reference.wrong.tolist() == [False, True]
 
 
 def test_truth() -> None:
@@ -107,10 +136,11 @@ def test_truth() -> None:
     assert found.wrong.tolist() == [False, True, False]
     assert (found.first[1].frame, found.first[1].element) == (22, 3)
     assert found.first[1].replayed == truth[2, 1, 3]
-    state = np.ones((2, 3), np.float32)
-    found.add_true_state(0, 5, state, state + np.float64(1e-9), limits(1e-8, ROWS))
+    state = np.ones(6, np.float32).view(np.uint8)
+    found.add_true_state(0, 5, GRU_STATE, state, {"h": np.ones((2, 3)) + 1e-9}, limits(1e-8, ROWS))
     assert not found.wrong[0]
-    found.add_true_state(2, 5, state, np.where(np.arange(6).reshape(2, 3) == 4, 2.0, 1.0), limits(1e-8, ROWS))
+    other = {"h": np.where(np.arange(6).reshape(2, 3) == 4, 2.0, 1.0)}
+    found.add_true_state(2, 5, GRU_STATE, state, other, limits(1e-8, ROWS))
     assert (found.first[2].place, found.first[2].element, found.max_error[2]) == ("final state", 4, 1.0)
 
 
@@ -132,8 +162,8 @@ def test_beyond_a_lossy_limit_an_element_is_undecided_unless_bits_are_required()
     assert reference.wrong.tolist() == [False, False, True]
     assert reference.undecided == {0: 12}
     assert reference.max_error == pytest.approx([0.0005, 0, 9], rel=1e-3), "up to where the limit means nothing"
-    state = np.ones((2, 3), np.float32)
-    reference.add_true_state(1, 5, state, state + np.float64(1), limits(1e-3, ROWS, lossy=True))
+    state = np.ones(6, np.float32).view(np.uint8)
+    reference.add_true_state(1, 5, GRU_STATE, state, {"h": np.full((2, 3), 2.0)}, limits(1e-3, ROWS, lossy=True))
     assert reference.undecided == {0: 12, 1: 5}
     assert not reference.wrong[1]
 

@@ -286,11 +286,11 @@ def test_a_final_state_on_which_server_and_replay_agree_is_held_against_the_refe
     forger.change("closings", closing["position"], final_state=wrong.tobytes())
 
     def wrong_alike(*arguments: Any) -> Any:
-        y, h = replay_stepped(*arguments)
-        for row in range(h.shape[1]):
-            if np.array_equal(h[:, row].reshape(-1), right):
-                h[:, row] = wrong.reshape(h[:, row].shape)
-        return y, h
+        y, states = replay_stepped(*arguments)
+        for state in states.view(np.float32):
+            if np.array_equal(state, right):
+                state[:] = wrong
+        return y, states
 
     monkeypatch.setattr("instep.verify.checkers.replay_stepped", wrong_alike)
     report = verify(Recorded(forger.path, recorded.folder, recorded.header))

@@ -28,9 +28,9 @@ def load_state(step: BoundStep, spec: StateSpec, rows: U8) -> None:
         put(step.state[name], values)
 
 
-def read_state(step: BoundStep, spec: StateSpec) -> U8:
-    """`step.new_state` as rows of bytes [B, row_bytes], a copy."""
-    return spec.pack({name: tensor.cpu().numpy() for name, tensor in step.new_state.items()})
+def read_state(step: BoundStep, spec: StateSpec, rows: slice = slice(None)) -> U8:
+    """`step.new_state`, of some rows, as rows of bytes [B, row_bytes], a copy."""
+    return spec.pack({name: tensor[rows].cpu().numpy() for name, tensor in step.new_state.items()})
 
 
 def keep_state(step: BoundStep) -> None:

@@ -24,8 +24,8 @@ one of the runs. From there on, outputs beyond the bound prove nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final, NamedTuple, TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ from instep.core.typing import F32, I64, Bool
 from instep.models.base import Reference
 
 F64: TypeAlias = npt.NDArray[np.float64]
+Leaves: TypeAlias = Mapping[str, npt.NDArray[Any]]
+"""States by leaf, [R, *shape]."""
 
 FACTOR: Final = 32.0
 FLOOR: Final = 64 * 2.0**-23
@@ -76,9 +78,10 @@ class LeastBound:
         self._scale = scales[-1]
         return Limits(scales * FLOOR, np.zeros(valid.shape, np.bool_))
 
-    def states(self, truth: F64) -> Limits:
-        """Limits of states [layers, R, hidden size] after the timesteps so far."""
-        return Limits(_state_scales(truth) * FLOOR, np.zeros(truth.shape[1], np.bool_))
+    def states(self, truth: Leaves) -> Limits:
+        """Limits of the floats in states after the timesteps so far."""
+        scales = _state_scales(_floats(truth))
+        return Limits(scales * FLOOR, np.zeros(len(scales), np.bool_))
 
 
 class ErrorBound:
@@ -86,17 +89,18 @@ class ErrorBound:
 
     Args:
         rounded: the reference in float32.
-        h: initial states [layers, R, hidden size].
+        states: initial ones, floats in float32.
     """
 
-    def __init__(self, rounded: Reference, h: F32) -> None:
-        rows = h.shape[1]
+    def __init__(self, rounded: Reference, states: Leaves) -> None:
+        floats = _floats(states)
+        rows = len(floats)
         self._rounded = rounded
-        self._states: F32 = np.repeat(h, RUNS, axis=1)
+        self._states: Leaves = {name: np.repeat(leaf, RUNS, axis=0) for name, leaf in states.items()}
         self._random = np.random.default_rng(0)
         self._relative_error: F64 = np.zeros(rows)
         self._scale: F64 = np.ones(rows)
-        self._lossy: Bool = ~(np.abs(h).max(axis=(0, 2)) < LARGE)
+        self._lossy: Bool = ~(np.abs(floats).max(axis=1) < LARGE)
 
     def outputs(self, x: F32, truth: F64, valid: Bool, active: I64) -> Limits:
         """Limits of the next timesteps.
@@ -120,13 +124,13 @@ class ErrorBound:
         self._scale, self._relative_error, self._lossy = scales[-1], relative[-1], lossy[-1]
         return Limits(scales * (FACTOR * relative + FLOOR), lossy)
 
-    def states(self, truth: F64) -> Limits:
-        """Limits of states [layers, R, hidden size] after the timesteps so far."""
-        layers, rows, size = truth.shape
-        rounded = self._states.reshape(layers, rows, RUNS, size)
-        error = absolute_error(rounded, truth[:, :, None]).max(axis=(0, 2, 3))
+    def states(self, truth: Leaves) -> Limits:
+        """Limits of the floats in states after the timesteps so far."""
+        floats = _floats(truth)
+        rounded = _floats(self._states).reshape(len(floats), RUNS, -1)
+        error = absolute_error(rounded, floats[:, None]).max(axis=(1, 2))
         overflows = ~np.isfinite(error)
-        scales = _state_scales(truth)
+        scales = _state_scales(floats)
         relative = np.maximum(np.where(overflows, 0, error) / scales, self._relative_error)
         return Limits(scales * (FACTOR * relative + FLOOR), self._lossy | overflows)
 
@@ -139,12 +143,11 @@ class ErrorBound:
         with np.errstate(over="ignore"):  # the neighbour of the largest float32 is infinity
             others[...] = np.nextafter(others, towards)
         flat = frames.reshape(len(x), -1, x.shape[2])
-        y, state = self._rounded.run(flat, {"h": self._states.swapaxes(0, 1)}, active * RUNS)
-        self._states = state["h"].swapaxes(0, 1)
+        y, self._states = self._rounded.run(flat, self._states, active * RUNS)
         return y.reshape(*x.shape[:2], RUNS, -1)
 
 
-def absolute_error(values: F32, truth: F64) -> F64:
+def absolute_error(values: npt.NDArray[Any], truth: npt.NDArray[Any]) -> F64:
     """|values - truth|, elementwise; 0 where both overflow alike or both are NaN, inf where only one does or is."""
     with np.errstate(invalid="ignore"):
         error: F64 = np.abs(values - truth)
@@ -189,9 +192,16 @@ def _scales(truth: F64, valid: Bool, before: F64) -> F64:
     return scales
 
 
+def _floats(states: Leaves) -> npt.NDArray[Any]:
+    """All floats of each state side by side, [R, floats]; one 0 where there are none."""
+    (rows,) = {len(leaf) for leaf in states.values()}
+    leaves = [states[name].reshape(rows, -1) for name in sorted(states) if states[name].dtype.kind == "f"]
+    return np.concatenate(leaves or [np.zeros((rows, 1), np.float32)], axis=1)
+
+
 def _state_scales(truth: F64) -> F64:
-    """The scales of final states [layers, R, hidden size], as [R]."""
-    scale: F64 = np.maximum(_magnitudes(truth).max(axis=0), 1)
+    """The scales of states [R, floats], as [R]."""
+    scale: F64 = np.maximum(_magnitudes(truth[None])[0], 1)
     return scale
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from instep.core.typing import F32, U8
-from instep.models.base import RecurrentModel, Reference
-from instep.verify.bound import F64, FLOOR, RUNS, ErrorBound, LeastBound, Limits
+from instep.models.base import RecurrentModel, Reference, StateSpec
+from instep.verify.bound import F64, FLOOR, RUNS, ErrorBound, LeastBound, Leaves, Limits
 from instep.verify.chunks import LEAST_ROWS, Chunk, Span
 from instep.verify.comparison import Comparison
 from instep.verify.conditions import Conditions
@@ -70,68 +70,77 @@ class Task:
                 return
             yield part
 
-    def initial_states(self) -> F32:
-        """[layers, R, hidden size]."""
-        spec = self.checkers.network.state
-        rows = spec.initial(self.rows)
+    @property
+    def state(self) -> StateSpec:
+        """The specification of the states."""
+        return self.checkers.network.state
+
+    def initial_states(self) -> U8:
+        """Rows of bytes [R, row_bytes]."""
+        rows = self.state.initial(self.rows)
         for row, check in enumerate(self.checks):
             if check.initial_state is not None:
                 rows[row] = check.initial_state
-        return np.ascontiguousarray(spec.unpack(rows)["h"].swapaxes(0, 1))
+        return rows
+
+    def initial_leaves(self, dtype: type[np.floating[Any]]) -> Leaves:
+        """The same by leaf, [R, *shape], floats in this precision."""
+        leaves = self.state.unpack(self.initial_states())
+        return {name: leaf.astype(dtype) if leaf.dtype.kind == "f" else leaf for name, leaf in leaves.items()}
 
 
 def check_stepped(task: Task) -> Comparison:
     """Replay frame by frame."""
-    stepped, h = _stepped(task), task.initial_states()
+    stepped, states = _stepped(task), task.initial_states()
     for span in task.spans():
         for part in task.parts(span):
-            y, h = _step(task, part, h)
+            y, states = _step(task, part, states)
             stepped.add_replay(part.starts, part.y, y, part.answered, _least(part.valid.shape))
-    _add_states(task, stepped, h, _least((task.rows,)))
+    _add_states(task, stepped, states, _least((task.rows,)))
     return stepped
 
 
 def check_whole(task: Task) -> Comparison:
     """Replay all timesteps in one call, or in several where they do not fit into memory."""
-    whole, h = _whole(task), task.initial_states()
+    whole, states = _whole(task), task.initial_states()
     for span in task.spans():
         parts = ((part, _least(part.valid.shape)) for part in task.parts(span))
-        h = _call(task, span, h, whole, parts)
+        states = _call(task, span, states, whole, parts)
     return whole
 
 
 def check_reference(task: Task) -> Comparison:
     """Compute in float64."""
-    reference, h = _reference(task), task.initial_states().astype(np.float64)
+    reference, leaves = _reference(task), task.initial_leaves(np.float64)
     bound = LeastBound(task.rows)
     for span in task.spans():
         for part in task.parts(span):
-            y, h = _true(task, part, h)
+            y, leaves = _true(task, part, leaves)
             reference.add_truth(part.starts, part.y, y, part.answered, bound.outputs(y, part.valid))
-    _add_true_states(task, reference, h, bound.states(h))
+    _add_true_states(task, reference, leaves, bound.states(leaves))
     return reference
 
 
 def check_with_bound(task: Task) -> tuple[Comparison, Comparison, Comparison]:
     """Stepped, whole sequence and reference side by side, within the bound of each stream."""
     stepped, whole, reference = _stepped(task), _whole(task), _reference(task)
-    stepped_h = whole_h = task.initial_states()
-    true_h = stepped_h.astype(np.float64)
-    bound = ErrorBound(task.checkers.rounded, stepped_h)
+    stepped_states = whole_states = task.initial_states()
+    true_leaves = task.initial_leaves(np.float64)
+    bound = ErrorBound(task.checkers.rounded, task.initial_leaves(np.float32))
     for span in task.spans():
         parts: list[tuple[Span, Limits]] = []
         for part in task.parts(span, RUNS):
             x, recorded = part.x, part.y
-            true_y, true_h = _true(task, part, true_h)
+            true_y, true_leaves = _true(task, part, true_leaves)
             limits = bound.outputs(x, true_y, part.valid, part.active)
             reference.add_truth(part.starts, recorded, true_y, part.answered, limits)
-            y, stepped_h = _step(task, part, stepped_h)
+            y, stepped_states = _step(task, part, stepped_states)
             parts.append((part, limits.doubled()))
             stepped.add_replay(part.starts, recorded, y, part.answered, parts[-1][1])
-        whole_h = _call(task, span, whole_h, whole, iter(parts))
-    limits = bound.states(true_h)
-    _add_true_states(task, reference, true_h, limits)
-    _add_states(task, stepped, stepped_h, limits.doubled())
+        whole_states = _call(task, span, whole_states, whole, iter(parts))
+    limits = bound.states(true_leaves)
+    _add_true_states(task, reference, true_leaves, limits)
+    _add_states(task, stepped, stepped_states, limits.doubled())
     return stepped, whole, reference
 
 
@@ -147,23 +156,22 @@ def _reference(task: Task) -> Comparison:
     return Comparison("float64 reference", task.rows, bits_required=False)
 
 
-def _step(task: Task, part: Span, h: F32) -> tuple[F32, F32]:
-    return replay_stepped(task.checkers.network, task.checkers.conditions.buckets, part.x, h, part.active)
+def _step(task: Task, part: Span, states: U8) -> tuple[F32, U8]:
+    return replay_stepped(task.checkers.network, task.checkers.conditions.buckets, part.x, states, part.active)
 
 
-def _true(task: Task, part: Span, h: F64) -> tuple[F64, F64]:
-    y, state = task.checkers.truth.run(part.x, {"h": h.swapaxes(0, 1)}, part.active)
-    return y, state["h"].swapaxes(0, 1)
+def _true(task: Task, part: Span, leaves: Leaves) -> tuple[F64, Leaves]:
+    return task.checkers.truth.run(part.x, leaves, part.active)
 
 
-def _call(task: Task, span: Span, h: F32, whole: Comparison, parts: Iterator[tuple[Span, Limits]]) -> F32:
+def _call(task: Task, span: Span, states: U8, whole: Comparison, parts: Iterator[tuple[Span, Limits]]) -> U8:
     """Compute a span in one call and compare it in parts, so that its recorded outputs need not be gathered at once."""
-    y, h = replay_whole(task.checkers.network, task.checkers.conditions.buckets, span.x, h)
+    y, states = replay_whole(task.checkers.network, task.checkers.conditions.buckets, span.x, states)
     start = 0
     for part, limits in parts:
         whole.add_replay(part.starts, part.y, y[start : start + len(part)], part.answered, limits)
         start += len(part)
-    return h
+    return states
 
 
 def _least(shape: tuple[int, ...]) -> Limits:
@@ -172,23 +180,18 @@ def _least(shape: tuple[int, ...]) -> Limits:
     return Limits(distance, np.broadcast_to(np.False_, shape))
 
 
-def _add_states(task: Task, stepped: Comparison, h: F32, limits: Limits) -> None:
+def _add_states(task: Task, stepped: Comparison, states: U8, limits: Limits) -> None:
     if not task.checkers.stopped.is_set():  # otherwise not all frames before them were computed
         for row, check in enumerate(task.checks):
             if check.final_state is not None:
-                recorded = _floats(task, check.final_state)
-                stepped.add_replayed_state(row, check.next_seq, recorded, h[:, row], limits, check.place)
+                both = (check.final_state, states[row])
+                stepped.add_replayed_state(row, check.next_seq, task.state, *both, limits, check.place)
 
 
-def _add_true_states(task: Task, reference: Comparison, h: F64, limits: Limits) -> None:
+def _add_true_states(task: Task, reference: Comparison, leaves: Leaves, limits: Limits) -> None:
     if not task.checkers.stopped.is_set():
         for row, check in enumerate(task.checks):
             if check.final_state is not None:
-                recorded = _floats(task, check.final_state)
-                reference.add_true_state(row, check.next_seq, recorded, h[:, row], limits, check.place)
-
-
-def _floats(task: Task, state: U8) -> F32:
-    """A recorded state as [layers, hidden size]."""
-    h: F32 = task.checkers.network.state.unpack(state[None])["h"][0]
-    return h
+                truth = {name: leaf[row] for name, leaf in leaves.items()}
+                both = (check.final_state, truth)
+                reference.add_true_state(row, check.next_seq, task.state, *both, limits, check.place)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from instep.core.typing import F32, I64, Bool
-from instep.models.ulp import ulp_distance
-from instep.verify.bound import F64, Limits, absolute_error, as_float32, largest_errors
+from instep.core.typing import F32, I64, U8, Bool
+from instep.models.base import StateSpec
+from instep.models.ulp import NOT_COMPARABLE, ulp_distance
+from instep.verify.bound import F64, Leaves, Limits, absolute_error, as_float32, largest_errors
 from instep.verify.report import ULP_BINS, Checker, Divergence, Place, ulp_bins
+
+Values: TypeAlias = npt.NDArray[Any]
+"""Elements of one leaf, or outputs."""
+_FARTHEST: Final = 2**31
 
 
 class Comparison:
@@ -92,16 +99,32 @@ class Comparison:
             self._add(row, *values, found, starts[row] + at, elements, "output")
 
     def add_replayed_state(
-        self, row: int, seq: int, recorded: F32, replayed: F32, limits: Limits, place: Place = "final state"
+        self,
+        row: int,
+        seq: int,
+        spec: StateSpec,
+        recorded: U8,
+        replayed: U8,
+        limits: Limits,
+        place: Place = "final state",
     ) -> None:
-        """Compare a stream's state [layers, hidden size] before the frame `seq` with a replay's; limits of [R]."""
-        flat, other = recorded.reshape(-1), np.ascontiguousarray(replayed).reshape(-1)
-        elements = np.flatnonzero(_bits_differ(flat, other))
-        self.ulps[0] += flat.size - len(elements)
-        if len(elements):
-            count = len(elements)
-            found = Limits(np.full(count, limits.distance[row]), np.full(count, limits.lossy[row]))
-            self._add(row, flat[elements], other[elements], found, np.full(count, seq), elements, place)
+        """Compare a stream's state [row_bytes] before the frame `seq` with a replay's.
+
+        Limits are those of floats, [R]; other values must be equal.
+        """
+        ours, theirs, first = spec.unpack(recorded[None]), spec.unpack(replayed[None]), 0
+        for leaf in spec.leaves:
+            values, others = ours[leaf.name].reshape(-1), theirs[leaf.name].reshape(-1)
+            elements = np.flatnonzero(_bits_differ(values, others))
+            self.ulps[0] += values.size - len(elements)
+            if len(elements):
+                count, is_float = len(elements), leaf.dtype.kind == "f"
+                found = Limits(
+                    np.full(count, limits.distance[row] * is_float), np.full(count, limits.lossy[row] & is_float)
+                )
+                both = values[elements], others[elements]
+                self._add(row, *both, found, np.full(count, seq), first + elements, place)
+            first += leaf.elements
 
     def add_truth(self, starts: I64, recorded: F32, truth: F64, valid: Bool, limits: Limits) -> None:
         """Compare outputs with the float64 reference's; arguments as in `add_replay`."""
@@ -116,23 +139,35 @@ class Comparison:
             self._add_miss(row, values[element], nearest[element], lossy, seq, element, "output")
 
     def add_true_state(
-        self, row: int, seq: int, recorded: F32, truth: F64, limits: Limits, place: Place = "final state"
+        self,
+        row: int,
+        seq: int,
+        spec: StateSpec,
+        recorded: U8,
+        truth: Leaves,
+        limits: Limits,
+        place: Place = "final state",
     ) -> None:
-        """Compare a state [layers, hidden size] before the frame `seq` with the reference's; limits of [R]."""
-        error = absolute_error(recorded, truth).reshape(-1)
-        if not limits.lossy[row]:
-            self.max_error[row] = max(self.max_error[row], error.max())
-        beyond = np.flatnonzero(error > limits.distance[row])
-        if len(beyond):
-            element = int(beyond[0])
-            values = recorded.reshape(-1)[element], truth.reshape(-1)[element]
-            self._add_miss(row, *values, bool(limits.lossy[row]), seq, element, place)
+        """Compare a state [row_bytes] before the frame `seq` with the reference's, by leaf; limits as above."""
+        ours, first = spec.unpack(recorded[None]), 0
+        for leaf in spec.leaves:
+            values, nearest = ours[leaf.name].reshape(-1), truth[leaf.name].reshape(-1)
+            is_float = leaf.dtype.kind == "f"
+            lossy = bool(limits.lossy[row]) and is_float
+            error = absolute_error(values, nearest.astype(np.float64))
+            if not lossy:
+                self.max_error[row] = max(self.max_error[row], error.max())
+            beyond = np.flatnonzero(error > limits.distance[row] * is_float)
+            if len(beyond):
+                element = int(beyond[0])
+                self._add_miss(row, values[element], nearest[element], lossy, seq, first + element, place)
+            first += leaf.elements
 
     def _add(
-        self, row: int, recorded: F32, replayed: F32, limits: Limits, frames: I64, elements: I64, place: Place
+        self, row: int, recorded: Values, replayed: Values, limits: Limits, frames: I64, elements: I64, place: Place
     ) -> None:
         """Add the elements of a row that differ, in order."""
-        ulps = ulp_distance(recorded, replayed)
+        ulps = _ulps(recorded, replayed)
         error = absolute_error(recorded, replayed.astype(np.float64))
         self.max_ulp[row] = max(self.max_ulp[row], ulps.max())
         self.max_error[row] = max(self.max_error[row], error.max())
@@ -155,19 +190,28 @@ class Comparison:
         self.wrong[row] |= newly_wrong
 
     def _add_miss(
-        self, row: int, recorded: np.float32, truth: np.float64, lossy: bool, frame: int, element: int, place: Place
+        self, row: int, recorded: Any, truth: Any, lossy: bool, frame: int, element: int, place: Place
     ) -> None:
         """Add the first element of a row that is too far from the truth."""
         if lossy:
             self.undecided.setdefault(row, frame)
             return
         if not self.wrong[row]:
-            ulp = int(ulp_distance(np.array([recorded]), as_float32(np.array([truth])))[0])
+            ulp = int(ulp_distance(np.array([recorded], np.float32), as_float32(np.array([truth])))[0])
             self.first[row] = Divergence(self.checker, place, frame, element, float(recorded), float(truth), ulp)
         self.differs[row] = self.wrong[row] = True
 
 
-def _bits_differ(one: F32, other: F32) -> Bool:
+def _bits_differ(one: Values, other: Values) -> Bool:
     """Elementwise. NaNs are all alike: which of them an overflow gives is up to the processor's kernel."""
-    differ: Bool = one.view(np.uint32) != other.view(np.uint32)
+    bits = f"u{one.itemsize}"
+    differ: Bool = one.view(bits) != other.view(bits)
     return differ & ~(np.isnan(one) & np.isnan(other))
+
+
+def _ulps(one: Values, other: Values) -> I64:
+    """Distances of values that differ; of those that are no float32, how far apart they are."""
+    if one.dtype == np.float32:
+        return ulp_distance(one, other)
+    apart = np.ceil(np.abs(one.astype(np.float64) - other.astype(np.float64)))
+    return np.where(np.isnan(apart), NOT_COMPARABLE, np.clip(apart, 1, _FARTHEST)).astype(np.int64)

@@ -9,17 +9,19 @@ import torch
 
 from instep.core.typing import F32, I64, U8
 from instep.models.base import RecurrentModel
-from instep.models.stepping import keep_state, load_state, put
+from instep.models.stepping import keep_state, load_state, put, read_state
 
 
-def replay_stepped(network: RecurrentModel, buckets: tuple[int, ...], x: F32, h: F32, active: I64) -> tuple[F32, F32]:
+def replay_stepped(
+    network: RecurrentModel, buckets: tuple[int, ...], x: F32, states: U8, active: I64
+) -> tuple[F32, U8]:
     """Step sequences side by side, the longest first; each step takes the smallest bucket that holds who is left.
 
     Args:
         network: what is stepped.
         buckets: ascending; the last one holds all rows.
         x: frames [T, R, features].
-        h: states before them [layers, R, state size]; not changed.
+        states: before them, rows of bytes [R, row_bytes]; not changed.
         active: [T], descending: how many rows have a frame at each timestep.
 
     Returns:
@@ -29,10 +31,10 @@ def replay_stepped(network: RecurrentModel, buckets: tuple[int, ...], x: F32, h:
     counts = active.tolist()
     bucket = _bucket(buckets, rows)
     outputs = np.zeros((steps, rows, network.description.outputs), np.float32)
-    finals = h.copy()
+    finals = states.copy()
     with torch.inference_mode():
         step = network.bind(bucket)
-        load_state(step, network.state, _state_rows(network, h, bucket))
+        load_state(step, network.state, _padded(network, states, bucket))
         for timestep, count in enumerate(counts):
             if (smaller := _bucket(buckets, count)) < bucket:
                 bucket = smaller
@@ -44,12 +46,12 @@ def replay_stepped(network: RecurrentModel, buckets: tuple[int, ...], x: F32, h:
             outputs[timestep, :count] = step.y[:count, : network.description.outputs].cpu().numpy()
             left = counts[timestep + 1] if timestep + 1 < steps else 0
             if left < count:
-                finals[:, left:count] = step.new_state["h"][left:count].transpose(0, 1).cpu().numpy()
+                finals[left:count] = read_state(step, network.state, slice(left, count))
             keep_state(step)
     return outputs, finals
 
 
-def replay_whole(network: RecurrentModel, buckets: tuple[int, ...], x: F32, h: F32) -> tuple[F32, F32]:
+def replay_whole(network: RecurrentModel, buckets: tuple[int, ...], x: F32, states: U8) -> tuple[F32, U8]:
     """Run sequences side by side in one call; those that end earlier go on with zeros, which nobody looks at.
 
     Arguments and outputs as in `replay_stepped`. The states are those after timestep T, so they mean something for the
@@ -60,18 +62,18 @@ def replay_whole(network: RecurrentModel, buckets: tuple[int, ...], x: F32, h: F
     padded = np.zeros((x.shape[0], bucket, x.shape[2]), np.float32)
     padded[:, :rows] = x
     with torch.inference_mode():
-        whole = network.sequence(padded, _state_rows(network, h, bucket))
+        whole = network.sequence(padded, _padded(network, states, bucket))
     assert whole is not None
-    y, states = whole
-    return np.ascontiguousarray(y[:, :rows]), network.state.unpack(states)["h"][:rows].transpose(1, 0, 2)
+    y, finals = whole
+    return np.ascontiguousarray(y[:, :rows]), finals[:rows]
 
 
 def _bucket(buckets: tuple[int, ...], rows: int) -> int:
     return buckets[bisect.bisect_left(buckets, rows)]
 
 
-def _state_rows(network: RecurrentModel, h: F32, bucket: int) -> U8:
-    """States as rows of bytes, padded with initial states to the bucket."""
+def _padded(network: RecurrentModel, states: U8, bucket: int) -> U8:
+    """States, padded with initial ones to the bucket."""
     rows = network.state.initial(bucket)
-    network.state.unpack(rows)["h"][: h.shape[1]] = h.transpose(1, 0, 2)
+    rows[: len(states)] = states
     return rows

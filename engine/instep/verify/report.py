@@ -37,7 +37,7 @@ class Divergence:
     frame: int
     """The frame's seq; for a state, that of the frame that would come next."""
     element: int
-    """Index in the output, or in the state as one row [layers * hidden size]."""
+    """Index in the output, or among all values of the state, leaf by leaf."""
     recorded: float
     replayed: float
     """In the float64 reference, with its full precision."""

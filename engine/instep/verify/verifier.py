@@ -58,8 +58,8 @@ AHEAD: Final = 2
 LEAST_SHARE: Final = 64
 """Streams are shared out among threads, but a chunk of fewer than this would cost more than it gains."""
 CALL_BYTES: Final = 96 * 2**20
-"""What the gates of one whole-sequence call would take in float64, about; they are in float32. Each thread may be in a
-call."""
+"""What one whole-sequence call may take for values in between, in float64, about; they are in float32. Each thread may
+be in a call."""
 
 
 def verify(
@@ -152,8 +152,8 @@ def _chunks(checkers: Checkers, streams: StreamChecks) -> Iterator[Chunk]:
     """All frames once, in bounded pieces."""
     sequences, buckets = streams.sequences, checkers.conditions.buckets
     if sequences is not None:
-        gates = 3 * checkers.network.state.row_bytes // 4
-        widest = max(sequences.x.shape[1], sequences.y.shape[1], gates)
+        in_between = 3 * checkers.network.state.row_bytes // 4  # as the gates of a GRU
+        widest = max(sequences.x.shape[1], sequences.y.shape[1], in_between)
         most_frames = max(CALL_BYTES // (8 * widest), 1)
         first_seqs: I64 = np.array([check.first_seq for check in streams.checks], np.int64)
         share = max(len(first_seqs) // _threads(), LEAST_SHARE)
