@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,8 +178,9 @@ def lose_one_of_a_block(number: int) -> float:
 @pytest.mark.parametrize("mode", list(Mode))
 async def test_a_stream_that_has_ended_at_the_server_ends_the_test(mode: Mode, lose: Callable[[int], float]) -> None:
     clock = JumpingClock()
-    with pytest.raises(Refused, match=r"UNKNOWN_STREAM|SEQ_GAP"):
-        await run(part(mode), ModelServer(clock, lose), clock)
+    result = await run(part(mode), ModelServer(clock, lose), clock)
+    assert "UNKNOWN_STREAM" in result.lost or "SEQ_GAP" in result.lost
+    assert len(result.samples) == 4, "what was measured before is not lost"
 
 
 def lose_the_server(number: int) -> float:
@@ -191,9 +193,53 @@ def lose_the_server(number: int) -> float:
 async def test_a_lost_connection_ends_the_test(mode: Mode) -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lose_the_server)
-    with pytest.raises(ConnectionFailed, match="went away"):
-        await run(part(mode, ((1, 1), (1,))), server, clock)
+    result = await run(part(mode, ((1, 1), (1,))), server, clock)
+    assert result.lost == "the server went away"
+    assert len(result.samples) >= 4
     assert server.open_connections == 0
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+async def test_a_connection_that_is_lost_before_anything_was_measured_is_an_error(mode: Mode) -> None:
+    clock = JumpingClock()
+    with pytest.raises(ConnectionFailed, match="went away"):
+        await run(part(mode), ModelServer(clock, lambda number: lose_the_server(4)), clock)
+
+
+async def test_what_this_side_is_too_late_to_send_is_not_sent() -> None:
+    """The third block takes the loop 1.2 s: of what was due then, only what fits into the time of grace is sent."""
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: {2: 0.9, 3: 0.3}.get(number, 0.0))
+    result = await run(part(Mode.OPEN), server, clock)
+    assert len(server.groups[0].sent_at) == 4
+    assert (result.unsent, result.unanswered) == (12, 0)
+    assert result.samples["late_us"].max() == pytest.approx(800_000)
+
+
+async def test_what_this_side_is_too_late_to_send_in_the_warm_up_is_left_out() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: 0.55 if number == 1 else 0.0)
+    result = await run(part(Mode.OPEN, warmup_s=0.5), server, clock)
+    assert len(server.groups[0].sent_at) == 3 + 10, "the third was on its way"
+    assert (len(result.samples), result.unsent) == (10, 0)
+
+
+async def test_a_closed_loop_ends_though_answers_do_not_come() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: math.inf if number == 3 else 0.3)
+    result = await run(replace(part(Mode.CLOSED), drain_s=0.01, duration_s=1.2), server, clock)
+    assert (len(result.samples), result.unanswered) == (4, 2)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize(("most_slow", "sends"), [(4, 5), (3.9, 4), (math.inf, 10)])
+async def test_it_ends_once_the_level_cannot_be_met(mode: Mode, most_slow: float, sends: int) -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: 0.1 if number >= 2 else 0.05 / 3)
+    result = await run(replace(part(mode), slo_us=20_000, most_slow=most_slow, duration_s=0.9), server, clock)
+    assert result.gave_up == (most_slow < math.inf)
+    if mode is Mode.OPEN:
+        assert len(result.samples) == (sends if most_slow < math.inf else 9)
 
 
 async def test_answered_frames_are_counted_while_it_runs() -> None:

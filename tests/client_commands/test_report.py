@@ -13,7 +13,16 @@ from instep_client.commands.load import Mode, PartResult
 from instep_client.commands.load_plan import LoadPlan
 from instep_client.commands.plot import bin_width_s, plot
 from instep_client.commands.problems import BadFile
-from instep_client.commands.report import Measured, as_json, measured, meets, setting, table, trials_table
+from instep_client.commands.report import (
+    Measured,
+    as_json,
+    measured,
+    setting,
+    table,
+    three_digits,
+    trials_table,
+    verdict,
+)
 from instep_client.commands.samples import SAMPLE
 from tests.client_commands.helpers import RememberingTerminal, info_with
 
@@ -99,7 +108,7 @@ def test_unanswered_frames_count_as_latency_alone() -> None:
     assert found.latencies["latency_us"].max == 80_000
     assert found.latencies["queue_us"].max == 500
     assert not found.whole
-    assert not meets(found, 1e9)
+    assert verdict(found, 1e9) == "not met"
 
 
 def test_what_was_stopped_is_measured_up_to_then() -> None:
@@ -111,18 +120,45 @@ def test_what_was_stopped_is_measured_up_to_then() -> None:
 
 
 def test_a_level_is_met_by_the_99th_percentile_and_only_without_refusals() -> None:
-    assert meets(result(GOOD), 3.0)
-    assert not meets(result(GOOD), 2.99)
+    assert verdict(result(GOOD), 3.0) == "met"
+    assert verdict(result(GOOD), 2.99) == "not met"
     refused = result(GOOD, refused=Counter(BUSY=1))
     assert not refused.whole
-    assert not meets(refused, 3.0)
+    assert verdict(refused, 3.0) == "not met"
+
+
+def test_a_level_is_not_missed_by_the_server_where_this_side_was_late() -> None:
+    late = result([(0.5, 2000.0, 3000.0, 300.0, 200.0, 50.0, 4)])
+    assert late.whole
+    assert late.measured_itself
+    assert (verdict(late, 3.0), verdict(late, 2.9)) == ("met", "invalid")
+    little = result([(0.5, 900.0, 1000.0, 10.0, 20.0, 5.0, 4)])
+    assert not little.measured_itself, "less than a millisecond is no finding"
+    share = result([(0.5, 2000.0, 9000.0, 300.0, 200.0, 50.0, 4)])
+    assert not share.measured_itself, "nor is less than half of the latency"
+    unsent = result(GOOD, unsent=1)
+    assert (unsent.whole, verdict(unsent, 1e9)) == (False, "invalid")
+
+
+def test_the_longest_gap_reaches_to_the_end() -> None:
+    assert result(GOOD).gap_s == 9.0
+    assert result(GOOD[:1]).gap_s == 9.5
+    assert result([]).gap_s == 10.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0004, "0.000"), (0.1234, "0.123"), (1.234, "1.23"), (22.36, "22.4"), (22607.2, "22,607")]
+)
+def test_three_digits(value: float, text: str) -> None:
+    assert three_digits(value) == text
+    assert three_digits(math.nan) == "–"
 
 
 def test_the_tables_say_it_all() -> None:
     terminal = RememberingTerminal()
     terminal.out.print(table(result(GOOD)))
     rows = {line.split("  ")[0]: line for line in terminal.said.splitlines()}
-    assert rows["latency, from when it was due"].split()[-5:] == ["3.000"] * 5
+    assert rows["latency, from when it was due"].split()[-5:] == ["3.00", "3.00", "3.00", "–", "3.00"]
     assert "server: queue" in terminal.said
     terminal.out.print(trials_table([result(GOOD), result(GOOD, unanswered=1)], 3.0))
     assert "200" in terminal.said

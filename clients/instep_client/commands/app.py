@@ -18,6 +18,7 @@ from instep_client.commands.ping import ping
 from instep_client.commands.problems import Exit
 from instep_client.commands.produce import Produce, produce
 from instep_client.commands.replay import Replay, replay
+from instep_client.commands.saved_runs import compare_runs
 from instep_client.commands.signals import Signal
 from instep_client.commands.state_app import app as state_app
 from instep_client.commands.terminal import Terminal, run_command, run_undrained
@@ -218,7 +219,15 @@ def loadtest_command(
             help="Find the largest number of streams of which 99 % of the frames are answered within MS of being due.",
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result.", dir_okay=False)] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the result: a PNG, SVG or PDF.", dir_okay=False)
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Save the result, for --compare.", dir_okay=False)
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two saved results; measure nothing.")
+    ] = None,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     as_json: AsJson = False,
 ) -> None:
@@ -226,7 +235,12 @@ def loadtest_command(
 
     In an open loop latency counts from the moment a frame was due, not from when it could be sent: a slow answer cannot
     hide the frames that queue behind it. The server's own share is shown beside it.
+
+    The exit status is 0 when every frame was answered, 1 when some were refused or unanswered, 2 when it could not run,
+    and 3 when it was this side that could not keep up: then it measured itself.
     """
+    if compare is not None:
+        raise typer.Exit(compare_runs(*compare, Terminal(as_json)))
     if mode is Mode.CLOSED and (rate is not None or slo_ms is not None):
         raise typer.BadParameter("--rate and --slo-ms need an open loop: leave out --mode closed")
     is_open = mode is Mode.OPEN or rate is not None or slo_ms is not None
@@ -241,7 +255,7 @@ def loadtest_command(
         block=block,
         steps=steps_per_block,
     )
-    test = LoadTest(endpoint, plan, slo_ms, plot)
+    test = LoadTest(endpoint, plan, slo_ms, plot, save)
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await loadtest(test, terminal, stop)

@@ -16,7 +16,7 @@ import numpy as np
 from instep_client.commands.pacing import Clock, OpenLoop, Stop, wait_until
 from instep_client.commands.pipeline import task_group
 from instep_client.commands.samples import SampleArray, Samples
-from instep_client.protocol.errors import FramesRefused, Refused
+from instep_client.protocol.errors import FramesRefused, InstepError, Refused
 from instep_client.protocol.wire import F32, ServerInfo
 from instep_client.streams import ENDING
 
@@ -25,6 +25,9 @@ DRAIN_S: Final = 5.0
 
 LEAD_S: Final = 0.05
 """From everything being open to the first send."""
+
+GRACE_S: Final = 0.25
+"""How long after the end an open loop may still send what was due before; the rest counts as not sent."""
 
 
 class Mode(StrEnum):
@@ -100,6 +103,10 @@ class LoadPart:
     duration_s: float
     offset: float = 0.0
     """Where this process's sends lie between those of the others, see `OpenLoop`."""
+    slo_us: float = math.inf
+    """The time within which 99 % of the frames are to be answered."""
+    most_slow: float = math.inf
+    """How many frames may take longer; with more the level is missed, and the test ends."""
     drain_s: float = DRAIN_S
 
 
@@ -113,7 +120,13 @@ class PartResult:
     """Frames that were refused after the warm-up, by the code's name."""
     unanswered: int = 0
     """Frames that were due but not answered in time; in `samples` with the time they had waited by then."""
+    unsent: int = 0
+    """Frames that were due and that this side was too late to send."""
     stopped: bool = False
+    gave_up: bool = False
+    """Whether it ended because the service level could not be met any more."""
+    lost: str = ""
+    """Why it ended before its time: the server or its streams are gone."""
 
 
 class Load:
@@ -129,25 +142,50 @@ class Load:
         self._counted_from = 0.0
         self._refused: Counter[str] = Counter()
         self._samples = Samples(self._expected_samples())
+        self._slow = self._unsent = 0
 
     async def run(self, ready: Callable[[], Awaitable[float]]) -> PartResult:
         """Connect, open, call `ready` for the moment of the start, send, drain, close.
 
+        It ends when its time is over and the drain is, whatever the server does, and gives what it has measured when
+        the connection is lost or a stream has ended at the server, as all have when it was started anew.
+
         Raises:
-            InstepError: when nobody answers, a stream cannot be opened, the connection is lost, or a stream has ended
-                at the server, as all have when it was started anew: there is nothing left to measure then.
+            InstepError: when nobody answers, a stream cannot be opened, or nothing was measured.
         """
+        unanswered, lost = 0, ""
         async with AsyncExitStack() as stack:
             groups = await self._open(stack)
             self._start = await ready()
             self._counted_from = self._start + self._part.warmup_s
             send = self._send_open_loop if self._part.mode is Mode.OPEN else self._send_closed_loop
-            async with task_group() as tasks:
-                unanswered = await send(groups, tasks)
-            if not unanswered:
-                for group, _ in groups:
-                    await group.close()
-        return PartResult(self._samples.array(), +self._refused, unanswered, self._stop.requested)
+            try:
+                async with task_group() as tasks:
+                    unanswered = await send(groups, tasks)
+                if not unanswered:
+                    for group, _ in groups:
+                        await group.close()
+            except InstepError as error:
+                if not len(self._samples):
+                    raise
+                lost = str(error)
+        return PartResult(
+            samples=self._samples.array(),
+            refused=+self._refused,
+            unanswered=unanswered,
+            unsent=self._unsent,
+            stopped=self._stop.requested,
+            gave_up=self._has_given_up,
+            lost=lost,
+        )
+
+    @property
+    def _end(self) -> float:
+        return self._counted_from + self._part.duration_s
+
+    @property
+    def _has_given_up(self) -> bool:
+        return self._slow > self._part.most_slow
 
     def _expected_samples(self) -> int:
         groups = sum(len(sizes) for sizes in self._part.connections)
@@ -177,20 +215,27 @@ class Load:
         part = self._part
         schedule = OpenLoop(len(groups), part.steps / part.rate_hz, part.offset)
         waiting: dict[asyncio.Task[None], tuple[float, int]] = {}
-        for number in range(schedule.count(part.warmup_s + part.duration_s)):
+        sends = schedule.count(part.warmup_s + part.duration_s)
+        for number in range(sends):
             due = self._start + schedule.due_s(number)
-            if not await wait_until(due, self._clock, self._stop):
+            if due < self._counted_from <= self._clock.now():
+                continue  # this side is late; what it did not send in the warm-up is not missed
+            if not await wait_until(due, self._clock, self._stop) or self._has_given_up:
+                break
+            if self._clock.now() > self._end + GRACE_S:
+                late = [schedule.sender(each) for each in range(number, sends) if schedule.due_s(each) >= part.warmup_s]
+                self._unsent = sum(_frames(groups[sender][1]) for sender in late)
                 break
             group, x = groups[schedule.sender(number)]
             task = tasks.create_task(self._send(group, x, due))
             waiting[task] = due, _frames(x)
             task.add_done_callback(waiting.pop)
-        return await self._drain(waiting)
+        return await self._drain(waiting, part.drain_s)
 
-    async def _drain(self, waiting: dict[asyncio.Task[None], tuple[float, int]]) -> int:
+    async def _drain(self, waiting: dict[asyncio.Task[None], tuple[float, int]], timeout_s: float) -> int:
         """Wait for the last answers; the number of frames that got none in time."""
         if waiting:
-            await asyncio.wait(list(waiting), timeout=self._part.drain_s)
+            await asyncio.wait(list(waiting), timeout=timeout_s)
         unanswered = 0
         for task, (due, frames) in list(waiting.items()):
             task.cancel()
@@ -201,13 +246,19 @@ class Load:
 
     async def _send_closed_loop(self, groups: list[tuple[LoadGroup, F32]], tasks: asyncio.TaskGroup) -> int:
         await wait_until(self._start, self._clock, self._stop)
-        await asyncio.wait([tasks.create_task(self._send_again_and_again(group, x)) for group, x in groups])
-        return 0
+        waiting: dict[asyncio.Task[None], tuple[float, int]] = {}
 
-    async def _send_again_and_again(self, group: LoadGroup, x: F32) -> None:
-        end = self._counted_from + self._part.duration_s
-        while not self._stop.requested and (now := self._clock.now()) < end:
-            await self._send(group, x, now)
+        async def send_again_and_again(group: LoadGroup, x: F32) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            while not self._stop.requested and (now := self._clock.now()) < self._end:
+                waiting[task] = now, _frames(x)
+                await self._send(group, x, now)
+            waiting.pop(task, None)
+
+        for group, x in groups:
+            waiting[tasks.create_task(send_again_and_again(group, x))] = self._start, 0
+        return await self._drain(waiting, max(0.0, self._end - self._clock.now()) + self._part.drain_s)
 
     async def _send(self, group: LoadGroup, x: F32, due: float) -> None:
         counted = due >= self._counted_from
@@ -233,6 +284,8 @@ class Load:
     ) -> None:
         now = self._clock.now()
         latency_us = (now - due) * 1e6
+        if latency_us > self._part.slo_us:
+            self._slow += frames
         self._samples.add(now - self._counted_from, late_us, latency_us, queue_us, compute_us, send_us, frames)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,6 +31,8 @@ class LoadPlan:
     """Streams a block at most; None for as many as the connection has and the server takes."""
     steps: int
     """Timesteps a block."""
+    slo_ms: float | None = None
+    """The time within which 99 % of the frames are to be answered, where the test ends once they cannot be."""
 
     @property
     def offered_frames_s(self) -> float:
@@ -87,6 +90,8 @@ def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
                 warmup_s=plan.warmup_s,
                 duration_s=plan.duration_s,
                 offset=process / plan.processes,
+                slo_us=math.inf if plan.slo_ms is None else 1000 * plan.slo_ms,
+                most_slow=math.inf if plan.slo_ms is None else plan.offered_frames_s * plan.duration_s / 100,
             )
         )
         del connections[:count]

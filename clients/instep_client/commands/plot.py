@@ -25,7 +25,7 @@ BLACK: Final = "#1a202c"
 
 
 def plot(result: Measured, path: Path, title: str) -> None:
-    """Write a PNG: a histogram of latencies, the share of frames above each latency, and both over time.
+    """Write a PNG, SVG or PDF: a histogram of latencies, the share of frames above each latency, and both over time.
 
     Raises:
         BadFile: when it cannot be written.
@@ -39,7 +39,7 @@ def plot(result: Measured, path: Path, title: str) -> None:
     _tail(tail, latency_ms, frames)
     _timeline(timeline, rate, result, latency_ms)
     try:
-        figure.savefig(path, format="png", dpi=120)
+        figure.savefig(path, format=path.suffix[1:].lower(), dpi=120)
     except OSError as error:
         raise BadFile(f"{path} cannot be written: {error.strerror}") from None
 
@@ -67,11 +67,10 @@ def _tail(axes: Axes, latency_ms: F64, frames: F64) -> None:
     order = np.argsort(latency_ms)
     above = 1 - np.cumsum(frames[order]) / frames.sum()
     axes.plot(latency_ms[order], np.maximum(above, 1 / frames.sum()) * 100, color=BLUE, drawstyle="steps-post")
-    axes.set(
-        xscale="log", yscale="log", xlabel="latency, ms", ylabel="% of frames slower", title="The tail of the latency"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="latency, ms", ylabel="frames slower", title="The tail of the latency")
     axes.grid(alpha=0.3)
     _plain_numbers(axes.xaxis)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
 
 
 def _timeline(axes: Axes, rate: Axes, result: Measured, latency_ms: F64) -> None:

@@ -13,6 +13,8 @@ class Exit(IntEnum):
     """It ran to the end, and something was refused, malformed or different; or the server is not ready."""
     COULD_NOT_RUN = 2
     """Nobody answers, a file cannot be used, or the arguments do not fit together."""
+    MEASURED_ITSELF = 3
+    """A load test's own sending was late: it measured the load generator and not the server."""
     INTERRUPTED = 130
     """Ctrl-C: what was sent has been answered and the streams are closed."""
 

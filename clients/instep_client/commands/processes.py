@@ -61,7 +61,10 @@ def merge(results: Sequence[PartResult]) -> PartResult:
     for result in results:
         merged.refused.update(result.refused)
         merged.unanswered += result.unanswered
+        merged.unsent += result.unsent
         merged.stopped |= result.stopped
+        merged.gave_up |= result.gave_up
+        merged.lost = merged.lost or result.lost
     return merged
 
 

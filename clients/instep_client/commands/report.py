@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 from rich.table import Table
@@ -25,6 +26,11 @@ ROWS: Final = {
     "rest_us": "  wire and client",
 }
 """The parts of a latency and what the table calls them."""
+
+TOLERATED_LATE_US: Final = 1000.0
+"""At the 99th percentile; beyond it, a load generator that causes half of the latency by itself is too slow."""
+SAMPLES_OF_P999: Final = 1000
+"""With fewer, 99.9 % is the largest of them all."""
 
 CLOSED_ROWS: Final = {name: title for name, title in ROWS.items() if name != "late_us"} | {
     "latency_us": "latency, from when it was sent"
@@ -50,11 +56,31 @@ class Measured:
     """Frames refused, by code."""
     unanswered: int
     """Frames not answered when the test ended."""
+    unsent: int
+    """Frames that were due, and that this side was too late to send."""
+    gave_up: bool
+    """Whether it ended because the service level could not be met any more."""
+    lost: str
+    """Why it ended before its time: the server or its streams are gone."""
 
     @property
     def whole(self) -> bool:
         """Whether every frame that was due was answered."""
-        return not self.refused and not self.unanswered and len(self.samples) > 0
+        missing = self.unanswered or self.unsent or self.gave_up or self.lost
+        return not self.refused and not missing and len(self.samples) > 0
+
+    @property
+    def measured_itself(self) -> bool:
+        """Whether this side could not keep up: what it found says nothing about the server."""
+        late, latency = self.latencies["late_us"].p99, self.latencies["latency_us"].p99
+        return self.unsent > 0 or late > max(TOLERATED_LATE_US, latency / 2)
+
+    @property
+    def gap_s(self) -> float:
+        """The longest time in which nothing was answered."""
+        at_s = np.sort(self.samples["at_s"][~np.isnan(self.samples["compute_us"])])
+        end = max(self.seconds, float(at_s.max(initial=0.0)))
+        return float(np.diff(at_s, prepend=0.0, append=end).max())
 
     @property
     def p99_ms(self) -> float:
@@ -67,7 +93,7 @@ def measured(plan: LoadPlan, result: PartResult) -> Measured:
     samples = result.samples
     answered = samples[~np.isnan(samples["compute_us"])]
     seconds = plan.duration_s
-    if result.stopped:
+    if result.stopped or result.gave_up or result.lost:
         seconds = min(seconds, float(answered["at_s"].max(initial=0.0)))
     in_time = answered[answered["at_s"] <= seconds]
     known = {name: (samples[name], samples["frames"]) for name in ROWS if name != "rest_us"}
@@ -82,6 +108,9 @@ def measured(plan: LoadPlan, result: PartResult) -> Measured:
         latencies={name: distribution(*known[name]) for name in ROWS},
         refused=dict(result.refused),
         unanswered=result.unanswered,
+        unsent=result.unsent,
+        gave_up=result.gave_up,
+        lost=result.lost,
     )
 
 
@@ -92,9 +121,17 @@ def table(result: Measured) -> Table:
         column.justify = "right"
     rows_of = ROWS if result.plan.mode is Mode.OPEN else CLOSED_ROWS
     for name, title in rows_of.items():
-        values = asdict(result.latencies[name]).values()
-        rows.add_row(title, *(f"{value / 1000:.3f}" for value in values))
+        p50, p90, p99, p999, most = asdict(result.latencies[name]).values()
+        rare = p999 if len(result.samples) >= SAMPLES_OF_P999 else math.nan
+        rows.add_row(title, *(three_digits(value / 1000) for value in (p50, p90, p99, rare, most)))
     return rows
+
+
+def three_digits(value: float) -> str:
+    """With three significant digits; – for NaN."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value >= 1 else f"{value:.3f}"
 
 
 def trials_table(trials: Sequence[Measured], slo_ms: float) -> Table:
@@ -109,17 +146,22 @@ def trials_table(trials: Sequence[Measured], slo_ms: float) -> Table:
             f"{trial.plan.streams:,}",
             f"{trial.plan.offered_frames_s:,.0f}",
             f"{trial.frames_s:,.0f}",
-            f"{latency.p50 / 1000:.2f}",
-            f"{latency.p99 / 1000:.2f}",
-            f"{late.p99 / 1000:.2f}",
-            "met" if meets(trial, slo_ms) else "[red]not met[/]",
+            three_digits(latency.p50 / 1000),
+            three_digits(latency.p99 / 1000),
+            three_digits(late.p99 / 1000),
+            {"met": "met", "not met": "[red]not met[/]", "invalid": "[yellow]invalid[/]"}[verdict(trial, slo_ms)],
         )
     return rows
 
 
-def meets(result: Measured, slo_ms: float) -> bool:
-    """Whether every frame was answered, and 99 % of them within the service level."""
-    return result.whole and result.p99_ms <= slo_ms
+Verdict: TypeAlias = Literal["met", "not met", "invalid"]
+
+
+def verdict(result: Measured, slo_ms: float) -> Verdict:
+    """Whether every frame was answered, and 99 % of them in time; `invalid` where this side was the cause."""
+    if result.whole and result.p99_ms <= slo_ms:
+        return "met"
+    return "invalid" if result.measured_itself else "not met"
 
 
 def setting(info: ServerInfo) -> str:
@@ -145,6 +187,10 @@ def as_json(result: Measured) -> dict[str, Any]:
         "latency_us": {name.removesuffix("_us"): _finite(asdict(value)) for name, value in result.latencies.items()},
         "refused_frames": dict(result.refused),
         "unanswered_frames": result.unanswered,
+        "unsent_frames": result.unsent,
+        "measured_itself": result.measured_itself,
+        "longest_gap_s": result.gap_s,
+        "error": result.lost or None,
     }
 
 
