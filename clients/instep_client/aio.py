@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup, AsyncStream
 from instep_client.driver import Driver
-from instep_client.protocol.wire import DEFAULT_ENDPOINT, ServerInfo
+from instep_client.protocol.errors import InvalidInput, StreamRefused
+from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, ServerInfo
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import State, as_state
+
+IfExists: TypeAlias = Literal["error", "resume", "replace"]
+_MOST_ATTEMPTS: Final = 3
+"""Others may open and close streams of the same name meanwhile."""
+_HAS_ENDED: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
 
 
 class AsyncClient:
@@ -29,12 +37,13 @@ class AsyncClient:
     """
 
     def __init__(
-        self, endpoint: str = DEFAULT_ENDPOINT, name: str = "", timeout_s: float = 10.0, reconnect_s: float = 30.0
+        self, endpoint: str | None = None, name: str = "", timeout_s: float = 10.0, reconnect_s: float = 30.0
     ) -> None:
         """Nothing is sent before `connect` or `async with`.
 
         Args:
-            endpoint: where the server listens, `tcp://HOST:PORT` or `ipc://PATH`.
+            endpoint: where the server listens, `tcp://HOST:PORT` or `ipc://PATH`; where None, what the environment
+                variable INSTEP_ENDPOINT says, else `tcp://127.0.0.1:5757`.
             name: told to the server in the greeting, which checks it and shows it nowhere; may be empty.
             timeout_s: how long a silent server is waited for, in seconds.
             reconnect_s: how long to try for another connection when one is lost, in seconds; 0 for not at all.
@@ -42,8 +51,13 @@ class AsyncClient:
         Raises:
             InvalidInput: for a bad endpoint, name or time.
         """
+        if endpoint is None:
+            endpoint = os.environ.get("INSTEP_ENDPOINT", DEFAULT_ENDPOINT)
         self._session = Session(endpoint, name, timeout_s, reconnect_s)
         self._driver = Driver(self._session)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._session.endpoint}: {self._session.state.value}>"
 
     async def __aenter__(self) -> AsyncClient:
         await self.connect()
@@ -85,18 +99,42 @@ class AsyncClient:
         """
         return self._session.info
 
-    async def open(self, name: str, initial_state: State | None = None, first_seq: int = 0) -> AsyncStream:
+    async def open(
+        self, name: str, initial_state: State | None = None, first_seq: int = 0, if_exists: IfExists = "error"
+    ) -> AsyncStream:
         """Open one stream; its state is the model's initial one unless given (see `instep_client.states`).
 
-        Its first frame has the seq `first_seq`.
+        Args:
+            name: the stream's name.
+            initial_state: before its first frame.
+            first_seq: the seq of its first frame.
+            if_exists: what to do where a stream of this name is open or parked, as after a crash of its producer:
+                `error`; `resume` it, after all frames that were applied to it (`next_seq` tells), and in its own state;
+                or `replace` it, which closes it. The last two take it from whoever has it.
 
         Raises:
             StreamRefused: when the server refuses it.
             ConnectionFailed: when the connection was lost meanwhile and the stream may be open.
-            InvalidInput: for a bad name or seq, or a state of another shape.
+            InvalidInput: for a bad name or seq, a state of another shape, or another `if_exists`.
         """
-        call = self._session.open([name], initial_state, single=True, first_seqs=first_seq or None)
-        return AsyncStream(self._session, self._driver, await self._driver.wait(call))
+        if if_exists not in get_args(IfExists):
+            raise InvalidInput(f"if_exists is {if_exists!r:.40}: expected {', '.join(get_args(IfExists))}")
+        for attempt in range(_MOST_ATTEMPTS):
+            call = self._session.open([name], initial_state, single=True, first_seqs=first_seq or None)
+            try:
+                return AsyncStream(self._session, self._driver, await self._driver.wait(call))
+            except StreamRefused as error:
+                if error.code is not Code.NAME_IN_USE or if_exists == "error" or attempt + 1 == _MOST_ATTEMPTS:
+                    raise
+            try:
+                stream = await self.resume(name, take_over=True)
+                if if_exists == "resume":
+                    return stream
+                await stream.close()
+            except StreamRefused as error:
+                if error.code not in _HAS_ENDED:  # meanwhile
+                    raise
+        raise AssertionError
 
     async def open_group(self, names: Sequence[str], initial_states: State | None = None) -> AsyncGroup:
         """Open many streams to be stepped by one array; states are those of N streams.

@@ -35,6 +35,9 @@ class AsyncStream:
         self._driver = driver
         self._handle = handle
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} next_seq={self.next_seq} epoch={self.epoch}>"
+
     @property
     def name(self) -> str:
         """The name it was opened by."""
@@ -158,6 +161,10 @@ class AsyncGroup:
         self._session = session
         self._driver = driver
         self._handle = handle
+
+    def __repr__(self) -> str:
+        first, last = self.names[0], self.names[-1]
+        return f"<{type(self).__name__} of {len(self)}: {first!r}{f' … {last!r}' if len(self) > 1 else ''}>"
 
     def __len__(self) -> int:
         return len(self._handle.names)

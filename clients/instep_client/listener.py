@@ -42,6 +42,7 @@ _NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_m
 _LEAST_RETRY_S: Final = 0.05
 _PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN})
 """Why a HELLO or RESUME is refused that may be granted a little later."""
+_RESTARTED: Final = "the server was restarted and no longer has this stream, which was not recorded; open it again"
 
 
 class Listener(Connection):
@@ -141,6 +142,8 @@ class Listener(Connection):
                 self._reconnection.resumed()
             ended = self._sleepers.resumed(part, *replies.granted(header, frames, count), now)
             for (code, sentence), rows in ended.items():
+                if code is Code.UNKNOWN_STREAM and self._was_restarted:
+                    sentence = _RESTARTED
                 self._flow.end(np.array(rows, np.int64), code, sentence)
             self._sleepers.go_on(part)
             self._go_on(now)
@@ -241,6 +244,7 @@ class Listener(Connection):
                     f"the server at {self.endpoint} was restarted with a smaller {name}; connect again",
                 )
                 return
+        self._was_restarted |= info.boot_id != former.boot_id
         self._info = info
         self._reconnection.claim(info)
         self._go_on(now)

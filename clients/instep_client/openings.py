@@ -26,10 +26,14 @@ from instep_client.streams import HANDLE, OpenStreams, StreamHandle
 
 _IN_DOUBT: Final = {Code.NAME_IN_USE: "opened", Code.FENCED: "resumed"}
 """What may have been done over a lost connection when asking again is refused with these codes."""
-_HINTS: Final = {
-    Code.FENCED: ", unless it gives the epoch it was granted last (epoch=…) or takes over (take_over=True)"
-}
-"""What more to say where resuming is refused."""
+_FENCED: Final = (
+    "another connection has this stream, or has had it since: give the epoch that it was granted last (epoch=…), or "
+    "take it over (take_over=True)"
+)
+_IN_USE: Final = (
+    'a stream of this name is open or parked: go on with it (if_exists="resume"), or close it and begin anew '
+    '(if_exists="replace")'
+)
 _SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE, Code.NUMERICS_CHANGED})
 
 
@@ -219,8 +223,11 @@ def _error(call: OpenCall) -> InstepError:
         return _in_doubt(name, _IN_DOUBT[code])
     if isinstance(call, ResumeCall) and code in _SAID:
         return stream_ended(code, sentence, name, int(call.claims["have"][index]), expected_seq)
-    hint = _HINTS.get(code, "") if isinstance(call, ResumeCall) else ""
-    return StreamRefused(code, sentence + hint, name)
+    if isinstance(call, ResumeCall) and code is Code.FENCED:
+        sentence = _FENCED
+    elif call.single and not isinstance(call, ForkCall) and code is Code.NAME_IN_USE:
+        sentence = _IN_USE
+    return StreamRefused(code, sentence, name)
 
 
 def _in_doubt(name: str, done: str) -> ConnectionFailed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from types import ModuleType
@@ -40,7 +40,7 @@ class StreamSnapshot:
 
     name: str
     seq: int
-    state: State
+    state: State = field(repr=False)
     """See `instep_client.states`."""
     fingerprint: str
     """Of the model, see `ServerInfo`."""

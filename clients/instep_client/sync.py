@@ -12,9 +12,9 @@ from types import TracebackType
 
 import numpy.typing as npt
 
-from instep_client.aio import AsyncClient
+from instep_client.aio import AsyncClient, IfExists
 from instep_client.loop_thread import LoopThread
-from instep_client.protocol.wire import DEFAULT_ENDPOINT, ServerInfo
+from instep_client.protocol.wire import ServerInfo
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import State
 from instep_client.sync_streams import Group, Stream
@@ -28,12 +28,13 @@ class Client:
     """
 
     def __init__(
-        self, endpoint: str = DEFAULT_ENDPOINT, name: str = "", timeout_s: float = 10.0, reconnect_s: float = 30.0
+        self, endpoint: str | None = None, name: str = "", timeout_s: float = 10.0, reconnect_s: float = 30.0
     ) -> None:
         """Nothing is sent before `connect` or `with`.
 
         Args:
-            endpoint: where the server listens, `tcp://HOST:PORT` or `ipc://PATH`.
+            endpoint: where the server listens, `tcp://HOST:PORT` or `ipc://PATH`; where None, what the environment
+                variable INSTEP_ENDPOINT says, else `tcp://127.0.0.1:5757`.
             name: told to the server in the greeting, which checks it and shows it nowhere; may be empty.
             timeout_s: how long a silent server is waited for, in seconds.
             reconnect_s: how long to try for another connection when one is lost, in seconds; 0 for not at all.
@@ -44,6 +45,9 @@ class Client:
         self._client = AsyncClient(endpoint, name, timeout_s, reconnect_s)
         self._thread = LoopThread(self._client)
         self._finalizer = weakref.finalize(self, self._thread.stop)
+
+    def __repr__(self) -> str:
+        return repr(self._client).replace("Async", "", 1)
 
     def __enter__(self) -> Client:
         self.connect()
@@ -84,9 +88,12 @@ class Client:
         """
         return self._client.info
 
-    def open(self, name: str, initial_state: State | None = None, first_seq: int = 0) -> Stream:
+    def open(
+        self, name: str, initial_state: State | None = None, first_seq: int = 0, if_exists: IfExists = "error"
+    ) -> Stream:
         """Open one stream; see `AsyncClient.open`."""
-        return Stream(self, self._thread, self._thread.run(self._client.open(name, initial_state, first_seq)))
+        stream = self._thread.run(self._client.open(name, initial_state, first_seq, if_exists))
+        return Stream(self, self._thread, stream)
 
     def open_group(self, names: Sequence[str], initial_states: State | None = None) -> Group:
         """Open many streams to be stepped by one array; see `AsyncClient.open_group`."""

@@ -23,6 +23,9 @@ class Stream:
         self._thread = thread
         self._stream = stream
 
+    def __repr__(self) -> str:
+        return repr(self._stream).replace("Async", "", 1)
+
     @property
     def name(self) -> str:
         """The name it was opened by."""
@@ -93,6 +96,9 @@ class Group:
         self._client = client
         self._thread = thread
         self._group = group
+
+    def __repr__(self) -> str:
+        return repr(self._group).replace("Async", "", 1)
 
     def __len__(self) -> int:
         return len(self._group)

@@ -38,7 +38,6 @@ BOTH = "tcp://127.0.0.1:5757 or ipc:///path"
         ("nonsense", BOTH),
         ("", BOTH),
         (5757, BOTH),
-        (None, BOTH),
     ],
 )
 @pytest.mark.parametrize("kind", [AsyncClient, Client])

@@ -1,0 +1,85 @@
+"""A producer that died and comes back opens its streams by name, in one call."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from instep_client import AsyncClient, Client, InvalidInput, StreamEvicted, StreamRefused
+from instep_client.protocol.codes import Code
+from tests.support.models import SMALL, whole
+from tests.support.running import running
+from tests.support.streaming import random_frames
+
+F = 5
+
+
+async def test_a_stream_that_was_left_parked_is_resumed_or_replaced(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 6)[:, 0]
+    y = whole(SMALL, x)[0]
+    async with running(SMALL) as server:
+        async with AsyncClient(server.endpoint) as client:
+            died = await client.open("mic-7", if_exists="resume")
+            np.testing.assert_array_equal(await died.step(x[:4]), y[:4])
+            await client.close(park=True)
+        async with AsyncClient(server.endpoint) as client:
+            with pytest.raises(
+                StreamRefused, match=r'open or parked: .* \(if_exists="resume"\), .*"replace"'
+            ) as refused:
+                await client.open("mic-7")
+            assert refused.value.code is Code.NAME_IN_USE
+            stream = await client.open("mic-7", if_exists="resume")
+            assert stream.next_seq == 4
+            np.testing.assert_array_equal(await stream.step(x[4:]), y[4:])
+            anew = await client.open("mic-7", if_exists="replace")
+            assert anew.next_seq == 0
+            np.testing.assert_array_equal(await anew.step(x), y)
+            with pytest.raises(StreamEvicted):
+                await stream.step(x[0])
+            with pytest.raises(InvalidInput, match="if_exists is 'ignore': expected error, resume, replace"):
+                await client.open("mic-8", if_exists="ignore")  # type: ignore[arg-type]
+
+
+async def test_a_stream_that_another_client_has_is_taken_over() -> None:
+    async with running(SMALL) as server, AsyncClient(server.endpoint) as one, AsyncClient(server.endpoint) as other:
+        mine = await one.open("mic-7")
+        await mine.step(np.zeros(F))
+        theirs = await other.open("mic-7", if_exists="resume")
+        assert theirs.next_seq == 1
+        with pytest.raises(StreamEvicted, match="FENCED"):
+            await mine.step(np.zeros(F))
+        with pytest.raises(StreamRefused, match=r"FENCED: another connection has this stream, .*\(take_over=True\)"):
+            await one.resume("mic-7")
+
+
+async def test_a_server_that_was_restarted_without_a_recording_is_told_from_an_eviction() -> None:
+    async with running(SMALL) as server:
+        endpoint = server.endpoint
+        client = AsyncClient(endpoint)
+        await client.connect()
+        stream = await client.open("mic-7")
+        await stream.step(np.zeros(F))
+    async with running(SMALL, transport={"endpoint": endpoint}):
+        with pytest.raises(StreamEvicted, match="was restarted and no longer has this stream, which was not recorded"):
+            await stream.step(np.zeros(F))
+        again = await client.open("mic-7")
+        assert again.next_seq == 0
+        await client.close()
+
+
+async def test_what_a_client_and_its_streams_are_is_said() -> None:
+    async with running(SMALL) as server, AsyncClient(server.endpoint) as client:
+        stream = await client.open("mic-7")
+        await stream.step(np.zeros((3, F)))
+        assert repr(stream) == f"<AsyncStream 'mic-7' next_seq=3 epoch={stream.epoch}>"
+        assert repr(await client.open_group(["a", "b", "c"])) == "<AsyncGroup of 3: 'a' … 'c'>"
+        assert repr(client) == f"<AsyncClient {server.endpoint}: the server has welcomed us>"
+        assert "state=" not in repr(await stream.snapshot())
+
+
+def test_the_environment_names_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INSTEP_ENDPOINT", "tcp://127.0.0.1:1")
+    assert repr(AsyncClient()) == "<AsyncClient tcp://127.0.0.1:1: HELLO is on its way>"
+    assert repr(Client()).startswith("<Client tcp://127.0.0.1:1: ")
+    monkeypatch.delenv("INSTEP_ENDPOINT")
+    assert "tcp://127.0.0.1:5757" in repr(AsyncClient())
