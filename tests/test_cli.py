@@ -81,7 +81,7 @@ class TestServe:
             "limits": {**default["limits"], "max_idle_s": 8.0, "max_connections": 9},
             "recording": {**default["recording"], "file": tmp_path.resolve() / "r"},
             "shutdown": {"drain_timeout_s": 10.0},
-            "log": {"level": "debug", "format": "json"},
+            "log": {"level": "debug", "format": "json", "summary_s": 10.0},
         }
 
     def test_reads_the_file_and_the_environment(

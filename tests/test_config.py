@@ -18,6 +18,7 @@ from instep.config import (
     TransportConfig,
     explain_config,
     load_config,
+    unknown_variables,
 )
 from instep.config.endpoint import is_loopback
 
@@ -75,7 +76,7 @@ class TestTheManual:
                     comment = above.pop()
                 assert comment.startswith(f"  # {units[match[1]]}"), line
                 found += 1
-        assert found == 15
+        assert found == 16
 
     def test_loads_as_the_defaults(self) -> None:
         assert load_config(CONFIGS / "default.yaml") == Config() == load_config()
@@ -465,3 +466,32 @@ def test_a_configuration_cannot_be_changed() -> None:
 def test_loopback(endpoint: str, expected: bool) -> None:
     assert TransportConfig(endpoint=endpoint).endpoint == endpoint
     assert is_loopback(endpoint) is expected
+
+
+class TestWhatIsNoSetting:
+    @pytest.mark.parametrize(
+        ("name", "sentence"),
+        [
+            ("INSTEP_MAX_STREAMS", "was ignored; did you mean INSTEP_ENGINE__MAX_STREAMS?"),
+            ("INSTEP_LOG_LEVEL", "was ignored; did you mean INSTEP_LOG__LEVEL?"),
+            ("INSTEP_COLOUR", "was ignored; instep config lists every setting"),
+            ("INSTEP_ENDPOINT", "is for clients, and no setting of the server; that is INSTEP_TRANSPORT__ENDPOINT"),
+        ],
+    )
+    def test_is_told(self, name: str, sentence: str) -> None:
+        (told,) = unknown_variables({name: "3", "PATH": "/bin", "INSTEP_ENGINE__MAX_STREAMS": "3"})
+        assert told.startswith(name)
+        assert sentence in told
+
+    def test_both_endpoints_may_be_set(self) -> None:
+        assert unknown_variables({"INSTEP_ENDPOINT": "a", "INSTEP_TRANSPORT__ENDPOINT": "b"}) == []
+
+    @pytest.mark.parametrize("durability", ["commit", "fsync"])
+    def test_no_answer_is_durable_without_a_recording(self, durability: str, tmp_path: Path) -> None:
+        (problem,) = problems(overrides={"recording.durability": durability})
+        assert f"no answer can be {durability}" in problem.message
+        load_config(overrides={"recording.durability": "memory"})
+        load_config(overrides={"recording.durability": durability, "recording.file": str(tmp_path / "r")})
+
+    def test_words_may_be_in_capitals(self) -> None:
+        assert load_config(overrides={"log.level": "DEBUG", "log.format": "Json"}).log.level == "debug"

@@ -89,7 +89,7 @@ def serve(
     settings: Settings = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Serve a model to many streams at once."""
-    from instep.config import load_config
+    from instep.config import load_config, unknown_variables
     from instep.demo import MODEL_FOLDER
 
     if demo and model is not None:
@@ -113,12 +113,16 @@ def serve(
     overrides = _overrides(settings, {path: text for path, text in named.items() if text is not None})
     loaded = load_config(config, overrides, os.environ)
 
+    from instep.server.log import make_log
     from instep.server.preparation import CannotServe
     from instep.server.serve import run
 
     try:
-        status = run(loaded, accept_numerics_change=accept_numerics_change)
+        status = run(loaded, accept_numerics_change=accept_numerics_change, warnings=unknown_variables(os.environ))
     except CannotServe as error:
+        if loaded.log.format == "json":
+            make_log(loaded.log).error("cannot serve", reason=str(error))
+            raise typer.Exit(2) from error
         raise _failure(error) from error
     raise typer.Exit(status)
 

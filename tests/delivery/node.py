@@ -44,6 +44,7 @@ from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory
 from tests.delivery.hand_loop import HandLoop
 from tests.delivery.network import Connection, HandRouter, Network
+from tests.support.running import log_into
 from tests.support.states import floats_of, gru_state, rows_of
 
 PRIME = 16_777_213
@@ -290,6 +291,7 @@ class Node:
             _info(number, sizes),
             2 * _NEVER_NS,
             turns.wake,
+            log_into([]),
         )
         turns.engine, turns.operations, turns.tasks = engine, operations, self.tasks
         turns.frontends = [self._frontend]

@@ -176,6 +176,17 @@ def test_the_first_line_says_which_step_is_used(
     assert json.loads(capsys.readouterr().err.splitlines()[0])["step"] == kernel
 
 
+def test_what_to_say_of_the_configuration_comes_after_the_first_line(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(model, log={"format": "json"}, engine={"max_batch_size": 8})
+    told = ("INSTEP_COLOUR is no setting",)
+    assert serve.run(config, on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT), warnings=told) == 0
+    first, second, *_ = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (first["event"], second["event"], second["reason"]) == ("serving", "unknown setting", told[0])
+    assert list(first)[:3] == list(second)[:3] == ["timestamp", "level", "event"]
+
+
 def test_a_second_interrupt_forces_the_end(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,9 +80,7 @@ async def running(
     ready = replace(prepared(model, settings.engine.max_batch_size, device), model_path=folder)
     if exactness is not None:
         ready = replace(ready, certification=exactness)
-    log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
-        structlog.ReturnLogger(), [_into([] if told is None else told)]
-    )
+    log = log_into([] if told is None else told)
     server = make_server(settings, ready, log, stepper(ready, settings) if stepper else None)
     serving = asyncio.create_task(server.serve())
     try:
@@ -93,11 +91,12 @@ async def running(
     assert server.failure == failure
 
 
-def _into(told: list[dict[str, Any]]) -> Callable[[Any, str, MutableMapping[str, Any]], str]:
-    """The end of a chain of structlog's processors that keeps what is logged."""
+def log_into(told: list[dict[str, Any]]) -> structlog.stdlib.BoundLogger:
+    """A log that keeps what it is told, with its level."""
 
     def note(_: Any, level: str, fields: MutableMapping[str, Any]) -> str:
         told.append({"level": level, **fields})
         return ""
 
-    return note
+    log: structlog.stdlib.BoundLogger = structlog.wrap_logger(structlog.ReturnLogger(), [note])
+    return log

@@ -1,7 +1,7 @@
 """The configuration: sections and defaults, and how files, environment and flags are laid over them."""
 
 from instep.config.errors import ConfigError, Problem
-from instep.config.loading import explain_config, load_config
+from instep.config.loading import explain_config, load_config, unknown_variables
 from instep.config.sections import (
     Config,
     EngineConfig,
@@ -26,4 +26,5 @@ __all__ = [
     "TransportConfig",
     "explain_config",
     "load_config",
+    "unknown_variables",
 ]

@@ -84,6 +84,7 @@ def explain_config(
     sources = {path: laid.taken[path].source if path in laid.taken else "default" for path in KEYS}
     draft = Config().model_copy(update=sections)  # not validated
     problems += laid.problems
+    problems += _durability_without_recording(draft, laid)
     problems += (
         Problem(each.paths[0], sources[each.paths[0]], each.message, each.suggestion)
         for each in contradictions(draft)
@@ -124,6 +125,36 @@ class _Layers:
                 if rival in self.taken and self.taken[rival].layer != given.layer:
                     del self.values[rival], self.taken[rival]
         self.values[given.path], self.taken[given.path] = value, given
+
+
+def _durability_without_recording(draft: Config, laid: _Layers) -> Iterator[Problem]:
+    """Somebody asks for durable answers, and nothing is recorded: a file that repeats the default does not ask."""
+    given = laid.taken.get("recording.durability")
+    if given is None or draft.recording.file is not None or given.value == "memory":
+        return
+    if given.layer != "file" or given.value != Config().recording.durability:
+        message = f"nothing is recorded, so no answer can be {given.value}"
+        yield Problem(given.path, given.source, message, "name a recording.file (--record FILE), or leave this out")
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Sentences about variables that look like settings and are none."""
+    sentences = []
+    for name in sorted(environ):
+        key = name.removeprefix(ENVIRONMENT_PREFIX)
+        if key == name or "__" in key:
+            continue  # nobody's, or a key, which is checked with the others
+        if name == "INSTEP_ENDPOINT":
+            here = environment_name("transport.endpoint")
+            if here not in environ:
+                sentences.append(f"{name} is for clients, and no setting of the server; that is {here}")
+            continue
+        meant = [path for path in KEYS if path.partition(".")[2] == key.lower()] or [
+            path for path in KEYS if path.replace(".", "_") == key.lower()
+        ]
+        hint = f"did you mean {environment_name(meant[0])}?" if meant else "instep config lists every setting"
+        sentences.append(f"{name} is no setting, and was ignored; {hint}")
+    return sentences
 
 
 def _misplaced_sections(document: Mapping[str, Any], file: Path) -> Iterator[Problem]:

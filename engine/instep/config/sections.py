@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from instep.config.endpoint import checked_endpoint
 from instep.config.rules import contradictions
@@ -26,6 +26,10 @@ def _checked_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
         raise ValueError(f"{device!r} is no device: write auto, cpu, cuda or cuda:0")
     return device
+
+
+def _lowered(word: object) -> object:
+    return word.lower() if isinstance(word, str) else word
 
 
 class Section(BaseModel):
@@ -104,8 +108,9 @@ class ShutdownConfig(Section):
 class LogConfig(Section):
     """The level and the form of the log."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["console", "json"] = "console"
+    level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lowered)] = "info"
+    format: Annotated[Literal["console", "json"], BeforeValidator(_lowered)] = "console"
+    summary_s: Seconds = 10.0
 
 
 class Config(Section):

@@ -22,7 +22,7 @@ from instep.core.tables import Tables, make_tables
 from instep.core.typing import U32, float32_zeros
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.frontend import ZmqFrontend
-from instep.frontends.zmq.peers import Outbound
+from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import CannotBind, Router
 from instep.models.numerics import numerics
 from instep.recording.database import check_place, holds_recording
@@ -170,6 +170,11 @@ def _make_server(
     checkpoints = Checkpoints(engine, operations, stepper, tasks, target_ns)
 
     # The front end.
+
+    def detach(peer: Peer) -> None:
+        log.debug("disconnected", connection=peer.number, streams=int(table.owned[peer.number]))
+        reaper.detach(peer)
+
     outbound = Outbound(
         router,
         tables,
@@ -178,12 +183,12 @@ def _make_server(
         config.limits.max_buffered_bytes,
         round(config.limits.unreachable_after_s * 1e9),
         time.monotonic_ns,
-        reaper.detach,
+        detach,
     )
     decoder = Decoder(network.description.features, network.state, limits.max_block_frames, limits.max_message_bytes)
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
     frontend = ZmqFrontend(
-        router, engine, operations, reaper, tasks, outbound, decoder, info, probe_after_ns, loop.wake
+        router, engine, operations, reaper, tasks, outbound, decoder, info, probe_after_ns, loop.wake, log
     )
     loop.engine, loop.operations, loop.tasks, loop.frontends = engine, operations, tasks, [frontend]
 

@@ -9,6 +9,12 @@ import structlog
 
 from instep.config import LogConfig
 
+_FIRST = ("timestamp", "level", "event")
+
+
+def _what_and_when_first(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return {key: event[key] for key in _FIRST} | dict(event)
+
 
 def make_log(config: LogConfig) -> structlog.stdlib.BoundLogger:
     """A logger of its own; nothing global is changed."""
@@ -23,6 +29,7 @@ def make_log(config: LogConfig) -> structlog.stdlib.BoundLogger:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _what_and_when_first,
             renderer,
         ],
     )

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -40,6 +40,7 @@ async def _serve(
     compiled_s: float,
     on_ready: Callable[[str], None] | None,
     accept_numerics_change: bool,
+    warnings: Sequence[str],
 ) -> int:
     log = make_log(config.log)
     allowed = allow_open_files(config.limits.max_connections + _FILES_BESIDE_CONNECTIONS)
@@ -72,6 +73,8 @@ async def _serve(
             durability=server.info.durability,
             **_recovered(server.recovery),
         )
+        for warning in warnings:
+            log.warning("unknown setting", reason=warning)
         largest = prepared.certification.buckets[-1]
         if largest < config.engine.max_batch_size:
             log.warning("smaller batches", max_batch_size=largest, reason="larger ones do not give the same bits here")
@@ -101,13 +104,20 @@ def _recovered(recovery: Recovery | None) -> dict[str, object]:
     }
 
 
-def run(config: Config, *, on_ready: Callable[[str], None] | None = None, accept_numerics_change: bool = False) -> int:
+def run(
+    config: Config,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    accept_numerics_change: bool = False,
+    warnings: Sequence[str] = (),
+) -> int:
     """Serve until interrupted.
 
     Args:
         config: the configuration.
         on_ready: called with the endpoint once the socket is bound.
         accept_numerics_change: whether to go on with a recording although floats may come out with other bits now.
+        warnings: what to say of the configuration, as sentences.
 
     Returns:
         0 after a clean end, 1 after a failure while serving, 130 when a second interrupt forced the end.
@@ -118,7 +128,7 @@ def run(config: Config, *, on_ready: Callable[[str], None] | None = None, accept
     prepared = prepare(config)
     compiled_s = _compile()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
-    return asyncio.run(_serve(config, prepared, compiled_s, on_ready, accept_numerics_change))
+    return asyncio.run(_serve(config, prepared, compiled_s, on_ready, accept_numerics_change, warnings))
 
 
 def _compile() -> float:

@@ -14,6 +14,7 @@ from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.recording.recorder import Recorder
 from instep.server.loop import Loop
 from instep.server.shutdown import Shutdown
+from instep.server.summary import Summary
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine
 from instep.streaming.operations import StreamOperations
@@ -111,10 +112,12 @@ class Server:
             await asyncio.gather(ticking, return_exceptions=True)
 
     async def _tick(self) -> None:
+        summary = Summary(self._log, self._frontend.statistics, self.config.log.summary_s, time.monotonic())
         while True:
             await asyncio.sleep(_TICK_S)
             try:
                 now_ns = time.monotonic_ns()
+                summary.tick(now_ns / 1e9)
                 self._frontend.tick(now_ns)
                 self._reaper.tick(now_ns)
                 self._checkpoints.take_if_due()

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeAlias
 
 import numpy as np
+import structlog
 
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import Decoder
@@ -45,6 +46,7 @@ class ZmqFrontend:
         info: what WELCOME says.
         probe_after_ns: a peer not heard of for this long is asked whether it still exists.
         wake: lets the loop take a turn: a send outside of one may have taken the signal of an arrival.
+        log: told of connections and requests, at the level debug.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class ZmqFrontend:
         info: ServerInfo,
         probe_after_ns: int,
         wake: Callable[[], None],
+        log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.router = router
+        self._log = log
         self.outbound = outbound
         self._engine = engine
         self._operations = operations
@@ -182,6 +186,7 @@ class ZmqFrontend:
         if not self._engine.origins.connect(peer):
             raise Refusal(Code.BUSY, "limits.max_connections connections are open", 1_000_000)
         self.outbound.add(peer)
+        self._log.debug("connected", connection=peer.number, name=header.fields[1])
         self.outbound.send(peer, encode.welcome(header.request, self._info))
 
     def _reply_at_once(self, peer: Peer, header: Header, now_ns: int) -> None:
@@ -194,7 +199,7 @@ class ZmqFrontend:
             case Kind.PONG:
                 self.outbound.acknowledge(peer, header.request)
             case Kind.STATS:
-                self.outbound.send(peer, encode.statistics(header.request, self._stats()))
+                self.outbound.send(peer, encode.statistics(header.request, self.statistics()))
             case _:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
 
@@ -214,7 +219,8 @@ class ZmqFrontend:
             has_failed = self._engine.journal.has_failed
             raise Refusal(Code.SHUTTING_DOWN, "its recording has failed" if has_failed else "")
 
-    def _stats(self) -> dict[str, float]:
+    def statistics(self) -> dict[str, float]:
+        """What STATISTICS says, by name."""
         engine, table = self._engine, self._engine.table
         return {
             "ready": float(self._is_ready),
@@ -237,12 +243,14 @@ class ZmqFrontend:
         return True
 
     async def _run(self, handler: Handler, peer: Peer, header: Header, frames: list[bytes]) -> None:
+        about = {"request": header.kind.name, "connection": peer.number}
         try:
             self.outbound.send(peer, await handler(peer, header, frames))
-        except MalformedMessage as error:
-            peer.refuse(header.request, Refusal(Code.MALFORMED, str(error)))
-        except Refusal as refusal:
+            self._log.debug("request", **about, streams=header.fields[0])
+        except (MalformedMessage, Refusal) as error:
+            refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
             peer.refuse(header.request, refusal)
+            self._log.debug("refused", **about, code=refusal.code.name, reason=str(refusal))
         finally:
             self._requests -= 1
             self._wake()

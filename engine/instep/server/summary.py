@@ -1,0 +1,70 @@
+"""A line in the log now and then that says what the server does, while it does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import structlog
+
+_COUNTED: Final = (
+    "opened_streams",
+    "closed_streams",
+    "parked_streams",
+    "resumed_streams",
+    "hibernated_streams",
+    "woken_streams",
+    "evicted_streams",
+    "step_failures",
+    "busy",
+    "refused_messages",
+)
+"""What is said only where it happened, by the names in STATISTICS without `_total`."""
+
+
+class Summary:
+    """Says every so often what has happened since it last did.
+
+    Args:
+        log: where.
+        statistics: the server's numbers, as STATISTICS names them.
+        every_s: seconds; 0 for never.
+        now_s: the time.
+    """
+
+    def __init__(
+        self,
+        log: structlog.stdlib.BoundLogger,
+        statistics: Callable[[], Mapping[str, float]],
+        every_s: float,
+        now_s: float,
+    ) -> None:
+        self._log = log
+        self._statistics = statistics
+        self._every_s = every_s
+        self._since_s = now_s
+        self._before: Mapping[str, float] = statistics()
+
+    def tick(self, now_s: float) -> None:
+        """Say it when it is time, and anything has happened."""
+        seconds = now_s - self._since_s
+        if not self._every_s or seconds < self._every_s:
+            return
+        now, before = self._statistics(), self._before
+        self._since_s, self._before = now_s, now
+        grown = {name: value - before.get(name, 0.0) for name, value in now.items() if name.endswith("_total")}
+        if not any(grown.values()):
+            return
+        counts = {name: int(grown[f"{name}_total"]) for name in _COUNTED if grown[f"{name}_total"]}
+        batches = grown["batches_total"]
+        self._log.info(
+            "served",
+            seconds=round(seconds, 1),
+            frames_per_s=round(grown["frames_total"] / seconds),
+            messages_per_s=round(grown["messages_total"] / seconds),
+            batch_size=round(grown["frames_total"] / batches, 1) if batches else 0.0,
+            connections=int(now["connections"]),
+            streams_open=int(now["streams_open"]),
+            frames_pending=int(now["frames_pending"]),
+            **counts,
+        )
