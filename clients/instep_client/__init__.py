@@ -22,6 +22,7 @@ __all__ = [
     "Group",
     "InstepError",
     "InvalidInput",
+    "ListedStream",
     "MalformedMessage",
     "NumericsChanged",
     "Refused",
@@ -36,7 +37,7 @@ __all__ = [
 if TYPE_CHECKING:
     from instep_client.aio import AsyncClient
     from instep_client.aio_streams import AsyncGroup, AsyncStream
-    from instep_client.calls import TimedOutputs
+    from instep_client.calls import ListedStream, TimedOutputs
     from instep_client.protocol.errors import (
         ClientClosed,
         ConnectionFailed,

@@ -11,13 +11,16 @@ from typing import Final, Literal, TypeAlias, get_args
 import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup, AsyncStream
+from instep_client.calls import ListedStream
 from instep_client.driver import Driver
 from instep_client.protocol.errors import InvalidInput, StreamRefused
-from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, ServerInfo
+from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import State, as_state
 
+StreamPlace: TypeAlias = Literal["connected", "parked", "hibernating"]
+_PAGE: Final = 4096
 IfExists: TypeAlias = Literal["error", "resume", "replace"]
 _MOST_ATTEMPTS: Final = 3
 """Others may open and close streams of the same name meanwhile."""
@@ -217,6 +220,27 @@ class AsyncClient:
         """
         snapshot.check(self.info)
         return await self.open(snapshot.name if name is None else name, snapshot.state, snapshot.seq)
+
+    async def list_streams(self, prefix: str = "", place: StreamPlace | None = None) -> list[ListedStream]:
+        """The streams of the server whose names begin so, whoever has them; those at one place only, where it is given.
+
+        Streams that open, close or move meanwhile may be missing, or stand there twice.
+
+        Raises:
+            InvalidInput: for another place, or a prefix that no name can begin with.
+        """
+        places = get_args(StreamPlace)
+        if place is not None and place not in places:
+            raise InvalidInput(f"place is {place!r:.40}: expected {', '.join(places)}")
+        number = 0 if place is None else int(Place[place.upper()])
+        found: list[ListedStream] = []
+        cursor = 0
+        while True:
+            page = await self._driver.wait(self._session.list_streams(cursor, _PAGE, number, prefix))
+            found += page.streams
+            cursor = page.cursor
+            if not cursor:
+                return found
 
     async def ping(self) -> float:
         """The seconds that a message takes to the server and back."""

@@ -2,7 +2,7 @@
 
 Call
 ├── Call[ServerInfo]             the greeting
-├── PingCall, StatisticsCall     one request, one reply
+├── PingCall, StatisticsCall, ListCall   one request, one reply
 ├── Request, in `requests.py`    about streams: one request for each part of them
 └── OutputsCall
     └── StepCall, in `steps.py`  frames of one stream handle
@@ -77,6 +77,43 @@ class StatisticsCall(Call[dict[str, float]]):
     """The server's numbers by name."""
 
     __slots__ = ()
+
+
+class ListedStream(NamedTuple):
+    """A stream of the server, whoever has it."""
+
+    name: str
+    place: str
+    """`connected`, `parked` (its connection is gone) or `hibernating` (in the recording alone)."""
+    next_seq: int | None
+    """The seq of its next frame; None where it hibernates."""
+    pending: int
+    """Frames taken and not computed yet."""
+    idle_s: float
+    """For how long it has done nothing."""
+    left_s: float | None
+    """For how long it is kept if it goes on so; None for ever."""
+
+
+class StreamPage(NamedTuple):
+    """Some streams of the server."""
+
+    streams: list[ListedStream]
+    cursor: int
+    """Where the next ones begin; 0 at the end."""
+
+
+class ListCall(Call[StreamPage]):
+    """A page of the server's streams."""
+
+    __slots__ = ("cursor", "most", "place", "prefix")
+
+    def __init__(self, cursor: int, most: int, place: int, prefix: str) -> None:
+        super().__init__()
+        self.cursor = cursor
+        self.most = most
+        self.place = place
+        self.prefix = prefix
 
 
 class TimedOutputs(NamedTuple):

@@ -7,7 +7,7 @@ from enum import Enum
 from random import Random
 from typing import Any
 
-from instep_client.calls import Call, PingCall, StatisticsCall
+from instep_client.calls import Call, ListCall, PingCall, StatisticsCall
 from instep_client.changes import Changes
 from instep_client.claims import ask_for_own
 from instep_client.endpoint import checked_endpoint
@@ -199,6 +199,9 @@ class Connection:
             self._outbox.ask(Kind.PING, call)
         elif isinstance(call, StatisticsCall):
             self._outbox.ask(Kind.STATS, call)
+        elif isinstance(call, ListCall):
+            fields = (call.cursor, call.most, call.place)
+            self._outbox.ask(Kind.LIST, call, *fields, frames=[call.prefix.encode()])
         elif (
             isinstance(call, ForkCall | ReadStateCall | ResetCall) and call.handle is not None and call.handle.has_ended
         ):

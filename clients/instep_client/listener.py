@@ -31,6 +31,7 @@ _REPLY: Final = {
     Kind.CLOSE: Kind.CLOSED,
     Kind.PING: Kind.PONG,
     Kind.STATS: Kind.STATISTICS,
+    Kind.LIST: Kind.LISTED,
     Kind.RESUME: Kind.RESUMED,
     Kind.READ_STATE: Kind.STATE_READ,
     Kind.RESET: Kind.CHANGED,
@@ -122,6 +123,8 @@ class Listener(Connection):
             self._handle_part(header, frames, asked, part, now)
         elif header.kind is Kind.STATISTICS:
             self._end(what, replies.statistics(header))
+        elif header.kind is Kind.LISTED:
+            self._end(what, replies.listed(header, frames))
         elif isinstance(what, PingCall):
             self._end(what, now - what.sent_at)
         elif header.kind is Kind.PONG:

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from instep_client.calls import ListedStream, StreamPage
 from instep_client.protocol import step_messages, wire
 from instep_client.protocol.codes import sentence_of
 from instep_client.protocol.errors import MalformedMessage
@@ -136,6 +137,30 @@ def statistics(header: Header) -> dict[str, float]:
             raise MalformedMessage("a statistic must be [name, value]")
         numbers[_text(pair[0], "a statistic's name")] = _number(pair[1], "a statistic")
     return numbers
+
+
+def listed(header: Header, frames: Sequence[Frame]) -> StreamPage:
+    """Some streams, and where the next ones begin."""
+    n, cursor = header.fields
+    count = wire.count_field(n, "N", wire.MAX_BLOCK_STREAMS, at_least=0)
+    wire.count_field(cursor, "the cursor", 2**62, at_least=0)
+    names = wire.unpack_names(bytes(frames[1]), count) if count else []
+    streams = []
+    for name, record in zip(names, wire.array_frame(frames[2], wire.LISTING, (count,), "listings"), strict=True):
+        next_seq, idle_us, left_us, place, pending = record.tolist()
+        if place not in set(wire.Place):
+            raise MalformedMessage(f"a stream is at place {place}, which there is not")
+        streams.append(
+            ListedStream(
+                name,
+                wire.Place(place).name.lower(),
+                None if next_seq == wire.UNKNOWN else next_seq,
+                pending,
+                idle_us / 1e6,
+                None if left_us == wire.UNKNOWN else left_us / 1e6,
+            )
+        )
+    return StreamPage(streams, cursor)
 
 
 def error(header: Header) -> ErrorReply:

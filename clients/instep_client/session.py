@@ -21,10 +21,11 @@ from typing import Any
 import numpy.typing as npt
 
 from instep_client import arrays
-from instep_client.calls import Call, OutputsCall, PingCall, StatisticsCall
+from instep_client.calls import Call, ListCall, OutputsCall, PingCall, StatisticsCall
 from instep_client.connection import State as State
 from instep_client.listener import Listener
-from instep_client.protocol.errors import ClientClosed
+from instep_client.protocol import wire
+from instep_client.protocol.errors import ClientClosed, InvalidInput
 from instep_client.protocol.wire import U64
 from instep_client.requests import CloseCall, ForkCall, OpenCall, ReadStateCall, ResetCall
 from instep_client.states import State as StreamState
@@ -211,6 +212,25 @@ class Session(Listener):
         """Ask for the server's numbers."""
         self._check_open()
         call = StatisticsCall()
+        self._ask(call)
+        return call
+
+    def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> ListCall:
+        """Ask for a page of the server's streams.
+
+        Args:
+            cursor: 0 for the first page, else what the page before said.
+            most: streams.
+            place: a `wire.Place`, or 0 for any.
+            prefix: what their names begin with.
+
+        Raises:
+            InvalidInput: for a prefix that no name can begin with.
+        """
+        self._check_open()
+        if len(prefix.encode()) > wire.MAX_NAME_BYTES:
+            raise InvalidInput(f"names have at most {wire.MAX_NAME_BYTES} bytes, and so has what they begin with")
+        call = ListCall(cursor, most, place, prefix)
         self._ask(call)
         return call
 

@@ -12,7 +12,8 @@ from types import TracebackType
 
 import numpy.typing as npt
 
-from instep_client.aio import AsyncClient, IfExists
+from instep_client.aio import AsyncClient, IfExists, StreamPlace
+from instep_client.calls import ListedStream
 from instep_client.loop_thread import LoopThread
 from instep_client.protocol.wire import ServerInfo
 from instep_client.snapshots import StreamSnapshot
@@ -125,6 +126,10 @@ class Client:
     def restore(self, snapshot: StreamSnapshot, name: str | None = None) -> Stream:
         """Open a stream that goes on from a snapshot; see `AsyncClient.restore`."""
         return Stream(self, self._thread, self._thread.run(self._client.restore(snapshot, name)))
+
+    def list_streams(self, prefix: str = "", place: StreamPlace | None = None) -> list[ListedStream]:
+        """The streams of the server; see `AsyncClient.list_streams`."""
+        return self._thread.run(self._client.list_streams(prefix, place))
 
     def ping(self) -> float:
         """The seconds that a message takes to the server and back."""

@@ -19,6 +19,7 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.OPEN, 2, (3, 1, 0), "95 02 02 03 01 00"),
     (Kind.CLOSE, 128, (65_535,), "93 04 cc80 cdffff"),
     (Kind.PING, 1, (), "92 05 01"),
+    (Kind.LIST, 7, (0, 100, 2), "95 0b 07 00 64 02"),
     (Kind.STATS, 2**32, (), "92 06 cf0000000100000000"),
     (Kind.RESUME, 4, (2, 1), "94 07 04 02 01"),
     (Kind.READ_STATE, 5, (1, 0), "94 08 05 01 00"),
@@ -34,6 +35,7 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.RESUMED, 4, (2, "memory", ()), "95 4a 04 02 a6 6d656d6f7279 90"),
     (Kind.STATE_READ, 5, (1, ()), "94 4b 05 01 90"),
     (Kind.CHANGED, 6, (2, ()), "94 4c 06 02 90"),
+    (Kind.LISTED, 7, (2, 300), "94 4d 07 02 cd012c"),
 ]
 
 

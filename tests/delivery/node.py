@@ -33,6 +33,7 @@ from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
 from instep.streaming.hibernation import Hibernation, HibernationLimits
 from instep.streaming.journal import Journal
+from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import IdleLimits, Reaper
@@ -291,6 +292,7 @@ class Node:
             _info(number, sizes),
             2 * _NEVER_NS,
             turns.wake,
+            Listing(table, self.hibernation, IdleLimits(0, 0, _PARK_NS, MAX_STREAMS)),
             log_into([]),
         )
         turns.engine, turns.operations, turns.tasks = engine, operations, self.tasks

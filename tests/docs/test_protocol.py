@@ -21,6 +21,7 @@ from instep.frontends.zmq import encode
 from instep.models.folder import make_model
 from instep.models.gru.description import GruDescription, GruLayers
 from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
+from instep.streaming.listing import ListedPage
 from instep_client import replies as readers
 from instep_client.protocol import step_messages, wire
 from instep_client.protocol.errors import MalformedMessage
@@ -151,6 +152,15 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "CLOSED": encode.closed(13, rows_of(floats("CLOSED").reshape(2, 1, 4)), i32(0, 0)),
     "READ_STATE-names": [wire.pack_header(Kind.READ_STATE, 14, 1, 1), b"mic-4"],
     "STATE_READ-names": encode.state_read(14, StatesRead(i64(3), rows_of(np.zeros((1, 1, 4))), i32(0))),
+    "LIST": [wire.pack_header(Kind.LIST, 18, 0, 100, 0), b"mic-"],
+    "LISTED": encode.listed(
+        18,
+        ListedPage(
+            ["mic-4", "mic-5"],
+            np.array([[3, 2_000_000, 3_598_000_000, 1, 0], [wire.UNKNOWN, 9_000_000, wire.UNKNOWN, 3, 0]], np.uint64),
+            cursor=0,
+        ),
+    ),
     "EVICTED": encode.evicted(StreamEvent(Code.FENCED, u64(MIC_1, MIC_2))),
     "ERROR": encode.error(15, Refusal(Code.BUSY, retry_after_us=2000)),
     "GOODBYE": encode.goodbye("the server is shutting down: it was asked to"),
@@ -207,6 +217,12 @@ def test_the_client_reads_what_the_examples_of_the_server_say() -> None:
     assert (finals.shape, failures) == ((2, 16), [])
     assert readers.statistics(read["STATISTICS"][0]) == {"frames_total": 5.0, "streams_open": 3.0}
     assert readers.error(read["ERROR"][0]) == (Code.BUSY, wire.SENTENCES[Code.BUSY], 0.002)
+    page = readers.listed(*read["LISTED"])
+    assert page.streams == [
+        ("mic-4", "connected", 3, 0, 2.0, 3598.0),
+        ("mic-5", "hibernating", None, 0, 9.0, None),
+    ]
+    assert page.cursor == 0
     handles, code, _ = readers.evicted(*read["EVICTED"])
     assert (handles.tolist(), code) == ([MIC_1, MIC_2], Code.FENCED)
     assert "shutting down" in readers.goodbye(read["GOODBYE"][0])
@@ -275,6 +291,7 @@ def test_names_and_numbers_in_the_text_agree() -> None:
         ("STEP (3)", "column", wire.COLUMN),
         ("RESUME (7)", "claim", wire.CLAIM),
         ("STEPPED (67)", "answered", step_messages.ANSWERED),
+        ("LISTED (77)", "listing", wire.LISTING),
         ("Failures", "failure", wire.FAILURE),
     ],
 )

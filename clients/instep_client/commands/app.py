@@ -21,6 +21,8 @@ from instep_client.commands.replay import Replay, replay
 from instep_client.commands.saved_runs import compare_runs
 from instep_client.commands.signals import Signal
 from instep_client.commands.state_app import app as state_app
+from instep_client.commands.streams import stats
+from instep_client.commands.streams_app import app as streams_app
 from instep_client.commands.terminal import Terminal, run_command, run_undrained
 from instep_client.commands.typed import PlainCommands
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
@@ -37,6 +39,7 @@ app: Final = typer.Typer(
 )
 
 app.add_typer(state_app, name="state")
+app.add_typer(streams_app, name="streams")
 
 Save = Annotated[Path | None, typer.Option(help="Save the outputs in this .npz or .csv file.", dir_okay=False)]
 
@@ -90,6 +93,16 @@ def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False)
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await ping(endpoint, terminal, stop)
+
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+
+
+@app.command("stats")
+def stats_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
+    """Show the server's numbers: streams, frames, batches, and how long they took."""
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await stats(endpoint, terminal, stop)
 
     raise typer.Exit(run_undrained(command, Terminal(as_json)))
 

@@ -9,6 +9,16 @@ PROTOCOL_VERSION: Final = 5
 MAX_NAME_BYTES: Final = 200
 HAVE_ALL: Final = 2**64 - 1
 """Said by who resumes a stream and does not know how many outputs it has given."""
+UNKNOWN: Final = 2**64 - 1
+"""In a list of streams: the next seq of one that hibernates, and how long one is kept that never ends by itself."""
+
+
+class Place(IntEnum):
+    """Where a stream is."""
+
+    CONNECTED = 1
+    PARKED = 2
+    HIBERNATING = 3
 
 
 class Code(IntEnum):
@@ -88,7 +98,8 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.FRAMES_PENDING: "frames of this stream are on their way, or their outputs are; ask again when they have come",
     Code.HIBERNATED: "the stream did nothing for a while and was put to sleep; resume it to go on with it",
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
-    Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included; close one, or raise it",
+    Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included; close some "
+    "(instep-client streams close --place parked), or raise it",
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
     Code.STATE_LOST: "a failure of the server lost the stream's state, and the stream was closed; see the server's log",
     Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",

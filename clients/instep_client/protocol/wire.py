@@ -24,7 +24,9 @@ from instep_client.protocol.codes import HAVE_ALL as HAVE_ALL
 from instep_client.protocol.codes import MAX_NAME_BYTES as MAX_NAME_BYTES
 from instep_client.protocol.codes import PROTOCOL_VERSION as PROTOCOL_VERSION
 from instep_client.protocol.codes import SENTENCES as SENTENCES
+from instep_client.protocol.codes import UNKNOWN as UNKNOWN
 from instep_client.protocol.codes import Code as Code
+from instep_client.protocol.codes import Place as Place
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import StateSpec
 
@@ -57,6 +59,12 @@ server gave), and the epoch under which it had the stream (16 bytes)."""
 CLOSING: Final = np.dtype([("handle", "<u8"), ("have", "<u8")])
 """A stream that is to be closed: its handle, and the outputs the client holds, as in `CLAIM` (16 bytes)."""
 
+LISTING: Final = np.dtype(
+    [("next_seq", "<u8"), ("idle_us", "<u8"), ("left_us", "<u8"), ("place", "<u4"), ("pending", "<u4")]
+)
+"""A stream as LIST shows it: the seq of its next frame, how long it has done nothing, how long it is kept if it goes on
+so, a `Place`, and how many frames are being computed (32 bytes). The first and third are `UNKNOWN` where they are."""
+
 FAILURE: Final = np.dtype(
     [("column", "<u4"), ("timestep", "<u4"), ("code", "<u4"), ("reserved", "<u4"), ("expected_seq", "<u8")]
 )
@@ -79,6 +87,7 @@ class Kind(IntEnum):
     READ_STATE = 8
     RESET = 9
     FORK = 10
+    LIST = 11
     WELCOME = 65
     OPENED = 66
     STEPPED = 67
@@ -91,6 +100,7 @@ class Kind(IntEnum):
     RESUMED = 74
     STATE_READ = 75
     CHANGED = 76
+    LISTED = 77
 
 
 HEADER_LENGTH: Final[dict[Kind, int]] = {
@@ -103,6 +113,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.READ_STATE: 4,  # kind, request, N, whether streams are named (1) or given by handle (0)
     Kind.RESET: 4,  # kind, request, N, whether states follow (0 or 1)
     Kind.FORK: 3,  # kind, request, N
+    Kind.LIST: 5,  # kind, request, cursor (0 at first), the most streams, place (0 for any)
     Kind.WELCOME: 20,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.CLOSED: 4,  # kind, request, N, sentences
@@ -114,6 +125,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.RESUMED: 5,  # kind, request, N, durability, sentences
     Kind.STATE_READ: 4,  # kind, request, N, sentences
     Kind.CHANGED: 4,  # kind, request, N, sentences
+    Kind.LISTED: 4,  # kind, request, N, cursor of what comes next (0 at the end)
 }
 """Of every kind with a msgpack header."""
 
@@ -127,6 +139,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.READ_STATE: 2,  # handles uint64 [N], or names
     Kind.RESET: 3,  # handles uint64 [N], states [N, row_bytes] or empty
     Kind.FORK: 3,  # handles uint64 [N], names of the copies
+    Kind.LIST: 2,  # what the names begin with
     Kind.WELCOME: 1,
     Kind.OPENED: 3,  # grants [N], failures
     Kind.CLOSED: 3,  # final states [N, row_bytes] (floats NaN where refused), failures
@@ -138,6 +151,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.RESUMED: 3,  # grants [N], failures
     Kind.STATE_READ: 4,  # seqs uint64 [N], states [N, row_bytes] (as in CLOSED), failures
     Kind.CHANGED: 2,  # failures
+    Kind.LISTED: 3,  # names, listings [N]
 }
 
 

@@ -45,6 +45,7 @@ from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
 from instep.streaming.hibernation import Hibernation, HibernationLimits
 from instep.streaming.journal import Journal
+from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import IdleLimits, Reaper
@@ -187,8 +188,9 @@ def _make_server(
     )
     decoder = Decoder(network.description.features, network.state, limits.max_block_frames, limits.max_message_bytes)
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
+    listing = Listing(table, hibernation, _idle_limits(config))
     frontend = ZmqFrontend(
-        router, engine, operations, reaper, tasks, outbound, decoder, info, probe_after_ns, loop.wake, log
+        router, engine, operations, reaper, tasks, outbound, decoder, info, probe_after_ns, loop.wake, listing, log
     )
     loop.engine, loop.operations, loop.tasks, loop.frontends = engine, operations, tasks, [frontend]
 

@@ -112,6 +112,15 @@ class Hibernation:
     def __len__(self) -> int:
         return len(self._asleep)
 
+    def asleep(self, first: int, count: int) -> list[tuple[str, int, bool]]:
+        """Some of them, those that went to sleep first at the beginning.
+
+        Returns:
+            Name, since when (ns) it is idle or its connection gone, and whether it has an owner.
+        """
+        some = islice(self._asleep.items(), first, first + count)
+        return [(name, asleep.since_ns, asleep.owner is not None) for name, asleep in some]
+
     @property
     def is_possible(self) -> bool:
         """Whether there is a recording that streams can be left to."""

@@ -57,6 +57,19 @@ class Decoder:
         if routing_id[0] != 0:
             raise MalformedMessage("set no routing id (ZMQ_IDENTITY): the server names connections itself")
 
+    def listing(self, header: Header, prefix: bytes) -> tuple[int, int, int, str]:
+        """LIST: cursor, the most streams, place and prefix."""
+        cursor, most, place = header.fields
+        wire.count_field(cursor, "the cursor", 2**62, at_least=0)
+        wire.count_field(most, "the most streams", wire.MAX_BLOCK_STREAMS)
+        wire.count_field(place, "the place", max(wire.Place), at_least=0)
+        if len(prefix) > wire.MAX_NAME_BYTES:
+            raise MalformedMessage(f"names have at most {wire.MAX_NAME_BYTES} bytes, and so has what they begin with")
+        try:
+            return cursor, most, place, prefix.decode()
+        except UnicodeDecodeError:
+            raise MalformedMessage("what the names begin with is not UTF-8") from None
+
     def count(self, field: Any) -> int:
         """N."""
         return wire.count_field(field, "N", wire.MAX_BLOCK_STREAMS)

@@ -6,6 +6,7 @@ import numpy as np
 
 from instep.core.typing import I32, I64, U8
 from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
+from instep.streaming.listing import ListedPage
 from instep_client.protocol import wire
 from instep_client.protocol.step_messages import pack_stepped
 from instep_client.protocol.wire import Code, Kind, Message
@@ -87,6 +88,15 @@ def ping(number: int) -> Message:
 def statistics(request: int, values: dict[str, float]) -> Message:
     """STATISTICS: [[name, value], …]."""
     return [wire.pack_header(Kind.STATISTICS, request, list(values.items()))]
+
+
+def listed(request: int, page: ListedPage) -> Message:
+    """LISTED: some streams, and where the next ones begin."""
+    records = np.zeros(len(page.names), wire.LISTING)
+    for name, column in zip(("next_seq", "idle_us", "left_us", "place", "pending"), page.columns.T, strict=True):
+        records[name] = column
+    header = wire.pack_header(Kind.LISTED, request, len(records), page.cursor)
+    return [header, wire.pack_names(page.names), records.tobytes()]
 
 
 def evicted(event: StreamEvent) -> Message:

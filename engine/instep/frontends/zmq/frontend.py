@@ -15,6 +15,7 @@ from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Router
 from instep.streaming.api import Grants, Refusal
 from instep.streaming.engine import Engine
+from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.reaper import Reaper
 from instep.streaming.tasks import Tasks
@@ -46,6 +47,7 @@ class ZmqFrontend:
         info: what WELCOME says.
         probe_after_ns: a peer not heard of for this long is asked whether it still exists.
         wake: lets the loop take a turn: a send outside of one may have taken the signal of an arrival.
+        listing: which streams are open.
         log: told of connections and requests, at the level debug.
     """
 
@@ -61,9 +63,11 @@ class ZmqFrontend:
         info: ServerInfo,
         probe_after_ns: int,
         wake: Callable[[], None],
+        listing: Listing,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.router = router
+        self._listing = listing
         self._log = log
         self.outbound = outbound
         self._engine = engine
@@ -154,7 +158,7 @@ class ZmqFrontend:
             peer.last_heard_ns = now_ns
             if (handler := self._handlers.get(kind)) is not None:
                 return self._begin(handler, peer, header, frames)
-            self._reply_at_once(peer, header, now_ns)
+            self._reply_at_once(peer, header, frames, now_ns)
         except MalformedMessage as error:
             self._refuse(routing_id, peer, request, Refusal(Code.MALFORMED, str(error)))
         except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
@@ -189,7 +193,7 @@ class ZmqFrontend:
         self._log.debug("connected", connection=peer.number, name=header.fields[1])
         self.outbound.send(peer, encode.welcome(header.request, self._info))
 
-    def _reply_at_once(self, peer: Peer, header: Header, now_ns: int) -> None:
+    def _reply_at_once(self, peer: Peer, header: Header, frames: list[bytes], now_ns: int) -> None:
         match header.kind:
             case Kind.HELLO:
                 self._decoder.hello(header, peer.routing_id)
@@ -198,6 +202,9 @@ class ZmqFrontend:
                 self.outbound.send(peer, encode.pong(header.request))
             case Kind.PONG:
                 self.outbound.acknowledge(peer, header.request)
+            case Kind.LIST:
+                page = self._listing.page(*self._decoder.listing(header, frames[1]), now_ns)
+                self.outbound.send(peer, encode.listed(header.request, page))
             case Kind.STATS:
                 self.outbound.send(peer, encode.statistics(header.request, self.statistics()))
             case _:

@@ -1,0 +1,116 @@
+"""Which streams are open, page by page, for people who look after a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from instep.core.streams import StreamTable
+from instep.core.tables import NO_OWNER
+from instep.core.typing import I64, U64
+from instep.streaming.hibernation import Hibernation
+from instep.streaming.reaper import IdleLimits
+from instep_client.protocol.codes import UNKNOWN, Place
+
+SCANNED: Final = 4096
+"""Streams that one page looks at: no page keeps the loop for long, and one may show nothing and not be the last."""
+
+
+_Row: TypeAlias = tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ListedPage:
+    """Some streams."""
+
+    names: list[str]
+    columns: U64
+    """uint64 [N, 5]: next seq, idle time (µs), how long it is kept if it goes on so (µs), `Place`, frames pending.
+    The first and third are `UNKNOWN` where they are."""
+    cursor: int
+    """Where the next page begins; 0 at the end."""
+
+
+class Listing:
+    """Pages of streams: those in memory by slot, then those that hibernate by how long they have done so.
+
+    Args:
+        table: the streams in memory.
+        hibernation: the others.
+        limits: how long they are kept.
+    """
+
+    def __init__(self, table: StreamTable, hibernation: Hibernation, limits: IdleLimits) -> None:
+        self._table = table
+        self._hibernation = hibernation
+        self._limits = limits
+
+    def page(self, cursor: int, most: int, place: int, prefix: str, now_ns: int) -> ListedPage:
+        """The streams from a cursor on.
+
+        Args:
+            cursor: 0 for the first page, else what the page before said.
+            most: streams.
+            place: a `Place`, or 0 for any.
+            prefix: what their names begin with.
+            now_ns: on the monotonic clock.
+        """
+        slots = len(self._table.owner)
+        if cursor < slots:
+            names, records, after = self._in_memory(cursor, most, place, prefix, now_ns)
+        else:
+            names, records, after = self._hibernating(cursor - slots, most, place, prefix, now_ns)
+            after = after + slots if after else 0
+        return ListedPage(names, np.array(records, np.uint64).reshape(-1, 5), after)
+
+    def _in_memory(
+        self, first: int, most: int, place: int, prefix: str, now_ns: int
+    ) -> tuple[list[str], list[_Row], int]:
+        table = self._table
+        end = min(first + SCANNED, len(table.owner))
+        owner = table.owner[first:end]
+        is_parked = owner == table.parked
+        is_open = (owner != NO_OWNER) & ~table.closing[first:end]
+        if place == Place.HIBERNATING:
+            is_open[:] = False
+        elif place:
+            is_open &= is_parked == (place == Place.PARKED)
+        slots: I64 = first + np.flatnonzero(is_open)
+        named = [slot for slot in slots.tolist() if table.name(slot).startswith(prefix)]
+        chosen = np.array(named[:most], np.int64)
+        idle_ns: I64 = np.where(table.pending[chosen] > 0, 0, np.maximum(0, now_ns - table.last_active_ns[chosen]))
+        columns = (chosen.tolist(), idle_ns.tolist(), (table.owner[chosen] == table.parked).tolist())
+        records: list[_Row] = []
+        for slot, idle, parked in zip(*columns, strict=True):
+            where = Place.PARKED if parked else Place.CONNECTED
+            seq, pending = int(table.next_seq[slot]), int(table.pending[slot])
+            records.append((seq, idle // 1000, self._left_us(idle, has_owner=not parked), int(where), pending))
+        if len(named) > most:
+            end = named[most]
+        return [table.name(slot) for slot in chosen.tolist()], records, end
+
+    def _hibernating(
+        self, first: int, most: int, place: int, prefix: str, now_ns: int
+    ) -> tuple[list[str], list[_Row], int]:
+        if place not in (0, Place.HIBERNATING):
+            return [], [], 0
+        names: list[str] = []
+        records: list[_Row] = []
+        at = first
+        for name, since_ns, has_owner in self._hibernation.asleep(first, SCANNED):
+            if name.startswith(prefix):
+                if len(names) == most:
+                    break
+                idle = max(0, now_ns - since_ns)
+                names.append(name)
+                records.append(
+                    (UNKNOWN, idle // 1000, self._left_us(idle, has_owner=has_owner), int(Place.HIBERNATING), 0)
+                )
+            at += 1
+        return names, records, at if at < len(self._hibernation) else 0
+
+    def _left_us(self, idle_ns: int, *, has_owner: bool) -> int:
+        kept_ns = self._limits.max_idle_ns if has_owner else self._limits.park_ns
+        return max(0, kept_ns - idle_ns) // 1000 if kept_ns else UNKNOWN
