@@ -15,6 +15,7 @@ from rich.console import Console
 
 from instep.export.table import FrameTable
 from instep.models.folder import load_model
+from instep.recording.cut import Bound, cut
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
@@ -64,9 +65,12 @@ def live(scribe: Scribe, rounds: int, *, now_ns: int | None = None) -> Iterator[
         if scribe.writer.wants_checkpoint(now):
             scribe.checkpoint(position)
             scribe.writer.commit()
-        while scribe.writer.trim(now):
-            pass
+        for _ in range(scribe.rng.integers(1, 40)):  # other rows are written between two portions
+            if not scribe.writer.trim(now):
+                break
         yield number
+    while scribe.writer.trim(scribe.now if now_ns is None else now_ns):
+        pass
 
 
 @pytest.fixture
@@ -274,6 +278,60 @@ def test_a_checkpoint_whose_states_were_replaced_is_no_beginning(by_age: Scribe)
     with RecordingReader(by_age.writer.path) as reader:
         begun = {state.stream: state.seq for state in reader.states() if state.position <= reader.trimmed.position}
     assert begun == dict.fromkeys(STREAMS, 1)
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+def test_states_that_are_written_between_the_decision_and_the_first_portion_replace_none_that_count(
+    by_age: Scribe, is_part: bool
+) -> None:
+    position = by_age.step(STREAMS)
+    by_age.writer.commit()
+    assert by_age.writer.trim(by_age.now + 10_000_000), "it is decided"
+    by_age.checkpoint(position, only=STREAMS[:2] if is_part else None, is_part=is_part)
+    by_age.writer.commit()
+    check_that_it_goes_on_after_trimming(by_age)
+    assert by_age.writer.trimmed.position >= 8
+
+
+def check_that_it_goes_on_after_trimming(scribe: Scribe) -> None:
+    trim_after_an_idle_time(scribe)
+    scribe.writer.close()
+    inspect(scribe.writer.path, lambda _: None)
+    with read_recovery(scribe.writer.path, lambda _: None) as recovered:
+        replayed = replay(recovered, gru_step(GRU))
+    assert replayed.seqs == {stream: scribe.seqs[stream] for stream in scribe.states}
+
+
+def test_a_checkpoint_whose_streams_have_closed_is_no_beginning(
+    by_age: Scribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.recording.rows._MOST_CLOSED", 1)
+    by_age.step(STREAMS)
+    by_age.close(1)
+    by_age.close(2)
+    by_age.writer.commit()
+    position = by_age.writer.position
+    by_age.writer.commit()
+    cut(by_age.writer.path, tmp_path / "cut.rec", Bound("position", position), None)
+    check_that_it_goes_on_after_trimming(by_age)
+
+
+@pytest.mark.parametrize("close_them", [False, True])
+@pytest.mark.parametrize("retention", [Retention(keep_ns=800_000), Retention(keep_ns=1000)])
+def test_a_restart_does_not_know_what_the_newest_checkpoint_lacks(
+    by_age: Scribe, monkeypatch: pytest.MonkeyPatch, close_them: bool, retention: Retention
+) -> None:
+    monkeypatch.setattr("instep.recording.rows._MOST_CLOSED", 1)
+    position = by_age.step(STREAMS)
+    by_age.checkpoint(position, only=STREAMS[:2], is_part=True)
+    if close_them:
+        by_age.close(1)
+        by_age.close(2)
+    by_age.writer.commit()
+    by_age.writer.abandon()
+    by_age.writer = RecordingWriter.resume(by_age.writer.path, by_age.writer.header, retention=retention)
+    by_age.writer.commit()
+    check_that_it_goes_on_after_trimming(by_age)
 
 
 @pytest.mark.parametrize("streams", [2_000, 20_000])

@@ -111,10 +111,8 @@ def _base(reader: RecordingReader, begin: Bound | None, last: int) -> Checkpoint
         raise RecordingError(f"the range is empty: it begins at position {begin.value:,} and ends at {last:,}")
     kept = [Checkpoint()] if not reader.trimmed.position else []
     kept += reader.checkpoints()
-    # The states of the newest one may have been replaced in part by those of one that is not complete.
-    if kept[-1].position > reader.trimmed.position and any(
-        state.position > kept[-1].position for state in reader.states()
-    ):
+    # The newest one may lack states: later ones replaced them, or their streams have closed.
+    if kept[-1].position > reader.trimmed.position:
         kept.pop()
     found = kept[0]
     for checkpoint in kept[1:]:

@@ -92,11 +92,10 @@ class RowWriter:
             self._bytes += size
             if table in COUNTED:
                 self._counts[table] += count
-        ((self._state_rows, newest_state),) = self._read(
-            "states", "SELECT count(*), ifnull(max(position), 0) FROM states"
-        )
-        self._is_partial = newest_state > newest.position
-        """Whether states are there of a checkpoint that is not complete: they replaced some of the newest one's."""
+        self._state_rows = int(self._read("states", "SELECT count(*) FROM states")[0][0])
+        self._is_partial = True
+        """Whether the newest checkpoint may lack states: later ones replaced them, or their streams have closed. Before
+        a restart that may have happened too."""
         left = "SELECT DISTINCT stream FROM states WHERE position > ? AND stream IN (SELECT stream FROM closings)"
         self._closed = [row[0] for row in self._read("states", left, self._kept.position)]
         """Streams that have closed, whose rows in `states` go when the next ones come: repairing may need them."""
@@ -223,14 +222,11 @@ class RowWriter:
         """
         self.event(time_ns, STATES_EVENT, int(through), f"{len(rows.streams):,} states")
         self._replace_states(int(through), rows)
-        self._is_partial = True
 
     def _newest_kept(self) -> Checkpoint:
-        """All complete checkpoints are kept, except perhaps the newest."""
+        """All complete checkpoints were kept, except perhaps the newest."""
         *before, newest = [Checkpoint(), *self._checkpoints]
-        if not before or newest.position == self.trimmed.position:
-            return newest
-        return newest if self.retention.is_apart(before[-1], newest.bytes, newest.time_ns) else before[-1]
+        return newest if not before or newest.position == self.trimmed.position else before[-1]
 
     def wants_checkpoint(self, now_ns: int) -> bool:
         """Whether a checkpoint is needed now, so that the history before it can be trimmed later."""
@@ -244,19 +240,20 @@ class RowWriter:
         for _ in self._trimming:
             return True
         position = self.retention.due(self._whole_checkpoints(), self.trimmed, now_ns, self._used_bytes())
-        if position:
-            self._trimming = self._trim_until(position)
-        return position > 0
+        if not position:
+            return False
+        if position > self._kept.position:  # from now on it stays: others may be written before the first portion
+            self._kept = self._checkpoints[-1]
+        self._trimming = self._trim_until(position)
+        return True
 
     def _whole_checkpoints(self) -> list[Checkpoint]:
-        """Those of which no state has been replaced by a later one."""
+        """Those that have all their states."""
         newest = self._kept.position if self._is_partial else self.position
         return [checkpoint for checkpoint in self._checkpoints if checkpoint.position <= newest]
 
     def _trim_until(self, position: int) -> Iterator[None]:
         """Let the history begin after a checkpoint's position, and then delete what was before."""
-        (begin,) = (checkpoint for checkpoint in self._checkpoints if checkpoint.position == position)
-        self._kept = max(self._kept, begin, key=lambda checkpoint: checkpoint.position)
         events = 0
         for count in counts_of_events(self._database, position):
             events += count
@@ -299,6 +296,7 @@ class RowWriter:
         ((before,),) = self._database.execute(changes)
         delete = "DELETE FROM states WHERE stream = ? AND position > ?"
         self._database.executemany(delete, [(stream, self._kept.position) for stream in [*self._closed, *streams]])
+        self._is_partial = True
         self._closed = []
         ((after,),) = self._database.execute(changes)
         self._state_rows -= after - before
