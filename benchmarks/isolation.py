@@ -70,7 +70,8 @@ def _phase(endpoint: str, names: Iterator[str], sent: signal.Signals | None, war
             time.sleep(START_S + warm_up_s + seconds / 3)
             neighbour.send_signal(sent)
         result = json.loads(measuring.communicate()[0] or "{}")
-    if measuring.returncode:
+    # Its status may also say that its own sending was late, as on a busy machine: on both sides of the comparison.
+    if not result or result["unanswered_frames"] or result["unsent_frames"] or result["refused_frames"]:
         raise NotServed(f"the load of {STREAMS} streams was not answered in full: {result}")
     p99_ms: float = result["latency_us"]["latency"]["p99"] / 1000
     return p99_ms

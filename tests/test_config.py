@@ -475,7 +475,7 @@ class TestWhatIsNoSetting:
             ("INSTEP_MAX_STREAMS", "was ignored; did you mean INSTEP_ENGINE__MAX_STREAMS?"),
             ("INSTEP_LOG_LEVEL", "was ignored; did you mean INSTEP_LOG__LEVEL?"),
             ("INSTEP_COLOUR", "was ignored; instep config lists every setting"),
-            ("INSTEP_ENDPOINT", "is for clients, and no setting of the server; that is INSTEP_TRANSPORT__ENDPOINT"),
+            ("INSTEP_ENDPOINT", "is for clients; the server's is INSTEP_TRANSPORT__ENDPOINT"),
         ],
     )
     def test_is_told(self, name: str, sentence: str) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from instep_client.aio_streams import AsyncGroup, AsyncStream
 from instep_client.calls import ListedStream
 from instep_client.driver import Driver
-from instep_client.protocol.errors import InvalidInput, StreamRefused
+from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
@@ -24,7 +24,7 @@ _PAGE: Final = 4096
 IfExists: TypeAlias = Literal["error", "resume", "replace"]
 _MOST_ATTEMPTS: Final = 3
 """Others may open and close streams of the same name meanwhile."""
-_HAS_ENDED: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
+_MOVED_ON: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED, Code.IDLE, Code.FENCED, Code.STATE_LOST})
 
 
 class AsyncClient:
@@ -134,8 +134,8 @@ class AsyncClient:
                 if if_exists == "resume":
                     return stream
                 await stream.close()
-            except StreamRefused as error:
-                if error.code not in _HAS_ENDED:  # meanwhile
+            except (StreamRefused, StreamEvicted) as error:
+                if error.code not in _MOVED_ON:
                     raise
         raise AssertionError
 

@@ -15,7 +15,7 @@ from instep_client.protocol.wire import CLOSING, HAVE_ALL, U64, Kind, ServerInfo
 from instep_client.replies import ColumnError
 from instep_client.requests import CloseCall, ResetCall
 from instep_client.sleepers import Sleepers, without_columns
-from instep_client.streams import ENDING, HANDLE, SEQ, OpenStreams, StreamHandle
+from instep_client.streams import ENDING, HANDLE, OpenStreams, StreamHandle
 
 
 class Changes:
@@ -88,16 +88,13 @@ class Changes:
                 self._ask(call, part)
 
     def _ask(self, call: ResetCall | CloseCall, part: arrays.Indices) -> None:
-        rows = call.handle.rows[part]
+        handles = self._table.columns[call.handle.rows[part], HANDLE]
         if isinstance(call, ResetCall):
-            handles = self._table.columns[rows, HANDLE].tobytes()
             states = b"" if call.states is None else raw(call.states[part])
             has_states = int(call.states is not None)
-            self._outbox.ask(Kind.RESET, call, len(part), has_states, frames=[handles, states], part=part)
+            self._outbox.ask(Kind.RESET, call, len(part), has_states, frames=[handles.tobytes(), states], part=part)
         else:
-            # It was asked for when everything that was sent before had been answered.
-            closings = self._table.columns[rows][:, [HANDLE, SEQ]].tobytes()
-            self._outbox.ask(Kind.CLOSE, call, len(part), frames=[closings], part=part)
+            self._outbox.ask(Kind.CLOSE, call, len(part), frames=[_closings(handles)], part=part)
 
     def close_all(self) -> None:
         """Close every stream that does not hibernate; nobody waits for the answer."""
@@ -107,9 +104,7 @@ class Changes:
     def close_handles(self, handles: U64) -> None:
         """Close streams by their handles; nobody waits for the answer."""
         for part in parts(len(handles), self._most):
-            closings = np.zeros(len(handles[part]), CLOSING)
-            closings["handle"], closings["have"] = handles[part], HAVE_ALL
-            self._outbox.ask(Kind.CLOSE, None, len(part), frames=[closings.tobytes()])
+            self._outbox.ask(Kind.CLOSE, None, len(part), frames=[_closings(handles[part])])
 
     def changed(self, call: ResetCall, part: arrays.Indices, failures: list[ColumnError]) -> None:
         """CHANGED came for a part of a call."""
@@ -171,3 +166,10 @@ class Changes:
             handle.closing = False  # the streams are as they were: the user may try again
         else:
             self._table.remove(handle)
+
+
+def _closings(handles: U64) -> bytes:
+    """Of streams of which everything that was sent is answered: other outputs are not wanted."""
+    closings = np.zeros(len(handles), CLOSING)
+    closings["handle"], closings["have"] = handles, HAVE_ALL
+    return closings.tobytes()

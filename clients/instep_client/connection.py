@@ -70,8 +70,8 @@ class Connection:
         self._table = OpenStreams()
         self._reconnection = Reconnection(self._table, self._outbox, reconnect_s, timeout_s, rng or Random())
         self._info: ServerInfo | None = None
-        self._was_restarted = False
-        """Whether it is not the server that this session began with."""
+        self._forgets = False
+        """Whether the server was restarted between the last two connections, and records nothing."""
         self._failure: tuple[type[InstepError], str] = (ClientClosed, "the client is not connected")
         self._heard_at = float("-inf")
         self._waiting_since: float | None = None

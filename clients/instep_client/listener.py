@@ -145,7 +145,7 @@ class Listener(Connection):
                 self._reconnection.resumed()
             ended = self._sleepers.resumed(part, *replies.granted(header, frames, count), now)
             for (code, sentence), rows in ended.items():
-                if code is Code.UNKNOWN_STREAM and self._was_restarted:
+                if code is Code.UNKNOWN_STREAM and self.state is State.RECONNECTING and self._forgets:
                     sentence = _RESTARTED
                 self._flow.end(np.array(rows, np.int64), code, sentence)
             self._sleepers.go_on(part)
@@ -226,11 +226,17 @@ class Listener(Connection):
         table, outbox = self._table, self._outbox
         self._sleepers = sleepers = Sleepers(table, outbox, info.max_message_bytes)
         self._flow = Flow(table, info, outbox, self._ask, sleepers, self._reconnection.reconnect_s)
-        self._openings = Openings(table, info, outbox, sleepers, self._discard, self._flow.answered)
+        self._openings = Openings(
+            table, info, outbox, sleepers, self._discard, self._flow.answered, self._taken_over_here
+        )
         self._state_reads = StateReads(table, info, outbox, sleepers)
         self._changes = Changes(table, info, outbox, sleepers, self._flow.answered)
         self.state = State.OPEN
         self._end(self.greeting, info)
+
+    def _taken_over_here(self, rows: Indices) -> None:
+        """Streams of this client were resumed by itself, and what it had of them before is void."""
+        self._flow.end(rows, Code.FENCED, wire.SENTENCES[Code.FENCED])
 
     def _welcomed_again(self, former: ServerInfo, info: ServerInfo, now: float) -> None:
         for name in _SAME:
@@ -247,7 +253,7 @@ class Listener(Connection):
                     f"the server at {self.endpoint} was restarted with a smaller {name}; connect again",
                 )
                 return
-        self._was_restarted |= info.boot_id != former.boot_id
+        self._forgets = info.boot_id != former.boot_id and info.durability == "memory"
         self._info = info
         self._reconnection.claim(info)
         self._go_on(now)

@@ -27,8 +27,8 @@ from instep_client.streams import HANDLE, OpenStreams, StreamHandle
 _IN_DOUBT: Final = {Code.NAME_IN_USE: "opened", Code.FENCED: "resumed"}
 """What may have been done over a lost connection when asking again is refused with these codes."""
 _FENCED: Final = (
-    "another connection has this stream, or has had it since: give the epoch that it was granted last (epoch=…), or "
-    "take it over (take_over=True)"
+    "the stream has another owner, or has had one since the epoch that was given: give the epoch that it was granted "
+    "last (epoch=…), or take it over (take_over=True)"
 )
 _IN_USE: Final = (
     'a stream of this name is open or parked: go on with it (if_exists="resume"), or close it and begin anew '
@@ -47,6 +47,7 @@ class Openings:
         sleepers: wakes streams that hibernate.
         discard: closes a stream handle that nobody holds, and calls what it is given when that has ended.
         answered: told of a stream handle for which a FORK was answered.
+        fenced: told of rows whose streams this client has resumed into others.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class Openings:
         sleepers: Sleepers,
         discard: Callable[[StreamHandle, Callable[[], None] | None], None],
         answered: Callable[[StreamHandle], None],
+        fenced: Callable[[arrays.Indices], None],
     ) -> None:
         self._table = table
         self._outbox = outbox
         self._sleepers = sleepers
         self._discard = discard
         self._answered = answered
+        self._fenced = fenced
         self._state = info.state
         name_bytes = wire.MAX_NAME_BYTES + 1
         self._most_opened = info.max_message_bytes // max(name_bytes, self._state.row_bytes)
@@ -193,6 +196,8 @@ class Openings:
         grants = call.grants
         if isinstance(call, ResumeCall):  # what comes next is what the user has not
             grants["next_seq"] = np.minimum(call.claims["have"], grants["next_seq"])
+            if len(rows := self._table.rows_named(call.names)):
+                self._fenced(rows)
         return self._table.add(call.names, grants, call.single)
 
 

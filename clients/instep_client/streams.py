@@ -244,6 +244,11 @@ class OpenStreams:
         handles = [self.handles[row] for row in rows.tolist()]
         return [handle.name_of(row) for handle, row in zip(handles, rows, strict=True) if handle is not None]
 
+    def rows_named(self, names: Sequence[str]) -> Indices:
+        """The rows of open streams that have one of these names."""
+        wanted, live = set(names), self.live_rows()
+        return live[[name in wanted for name in self.names(live)]]
+
     def live_handles(self) -> list[StreamHandle]:
         """Every stream handle that has rows."""
         return list({id(handle): handle for handle in self.handles if handle is not None}.values())

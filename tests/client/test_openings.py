@@ -31,7 +31,7 @@ def test_open_and_close_are_these_bytes() -> None:
     assert message == [bytes.fromhex("950202020100"), b"a\n\xc3\xa9", np.arange(8, dtype="<f4").tobytes(), b""]
     handle = link.finish(opening)
     link.session.close(handle)
-    closings = "0100000000000000 0000000000000000 0200000000000000 0000000000000000"
+    closings = "0100000000000000 ffffffffffffffff 0200000000000000 ffffffffffffffff"
     assert link.advance() == [[bytes.fromhex("93040302"), bytes.fromhex(closings)]]
 
 

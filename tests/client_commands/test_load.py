@@ -200,10 +200,10 @@ async def test_a_lost_connection_ends_the_test(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", list(Mode))
-async def test_a_connection_that_is_lost_before_anything_was_measured_is_an_error(mode: Mode) -> None:
+async def test_a_connection_that_is_lost_before_anything_was_measured_is_told_as_well(mode: Mode) -> None:
     clock = JumpingClock()
-    with pytest.raises(ConnectionFailed, match="went away"):
-        await run(part(mode), ModelServer(clock, lambda number: lose_the_server(4)), clock)
+    result = await run(part(mode), ModelServer(clock, lambda number: lose_the_server(4)), clock)
+    assert (result.lost, len(result.samples)) == ("the server went away", 0)
 
 
 async def test_what_this_side_is_too_late_to_send_is_not_sent() -> None:
@@ -231,15 +231,13 @@ async def test_a_closed_loop_ends_though_answers_do_not_come() -> None:
     assert (len(result.samples), result.unanswered) == (4, 2)
 
 
-@pytest.mark.parametrize("mode", list(Mode))
-@pytest.mark.parametrize(("most_slow", "sends"), [(4, 5), (3.9, 4), (math.inf, 10)])
-async def test_it_ends_once_the_level_cannot_be_met(mode: Mode, most_slow: float, sends: int) -> None:
+@pytest.mark.parametrize(("most_slow", "sends"), [(4, 5), (3.9, 4), (math.inf, 9)])
+async def test_it_ends_once_the_level_cannot_be_met(most_slow: float, sends: int) -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: 0.1 if number >= 2 else 0.05 / 3)
-    result = await run(replace(part(mode), slo_us=20_000, most_slow=most_slow, duration_s=0.9), server, clock)
+    result = await run(replace(part(Mode.OPEN), slo_us=20_000, most_slow=most_slow, duration_s=0.9), server, clock)
     assert result.gave_up == (most_slow < math.inf)
-    if mode is Mode.OPEN:
-        assert len(result.samples) == (sends if most_slow < math.inf else 9)
+    assert len(result.samples) == sends
 
 
 async def test_answered_frames_are_counted_while_it_runs() -> None:

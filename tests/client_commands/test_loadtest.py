@@ -118,7 +118,7 @@ async def test_a_search_ends_without_a_server_and_keeps_what_it_found() -> None:
         return [error(header[1], Code.UNKNOWN_STREAM)] if is_second and header[0] == Kind.STEP else None
 
     run.server.rules.fault = end
-    assert await run(slo_ms=1e6, all_closed=False) == Exit.OK
+    assert await run(slo_ms=1e6, all_closed=False) == Exit.FOUND_PROBLEMS
     values = run.terminal.json()
     assert values["streams"] == 6
     assert "UNKNOWN_STREAM" in values["ended"]

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from instep_client import AsyncClient, Client, InvalidInput, StreamEvicted, StreamRefused
+from instep_client.aio import IfExists
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, whole
+from tests.support.relay import Relay
 from tests.support.running import running
 from tests.support.streaming import random_frames
 
@@ -48,8 +50,35 @@ async def test_a_stream_that_another_client_has_is_taken_over() -> None:
         assert theirs.next_seq == 1
         with pytest.raises(StreamEvicted, match="FENCED"):
             await mine.step(np.zeros(F))
-        with pytest.raises(StreamRefused, match=r"FENCED: another connection has this stream, .*\(take_over=True\)"):
+        with pytest.raises(StreamRefused, match=r"FENCED: the stream has another owner, .*\(take_over=True\)"):
             await one.resume("mic-7")
+
+
+@pytest.mark.parametrize("if_exists", ["resume", "replace"])
+async def test_a_client_that_opens_its_own_stream_again_keeps_one_of_the_two(if_exists: IfExists) -> None:
+    async with running(SMALL, transport={"heartbeat_s": 0.2}) as server:
+        async with Relay(server.endpoint) as relay, AsyncClient(relay.endpoint) as client:
+            first = await client.open("mic-7")
+            other = await client.open("mic-8")
+            again = await client.open("mic-7", if_exists=if_exists)
+            with pytest.raises(StreamEvicted, match="FENCED"):
+                await first.step(np.zeros(F))
+            relay.cut()
+            for stream in (again, other):
+                await stream.step(np.zeros(F))
+
+
+async def test_a_stream_that_was_resumed_without_all_outputs_can_be_closed() -> None:
+    async with running(SMALL) as server:
+        async with AsyncClient(server.endpoint) as client:
+            group = await client.open_group(["a", "b"])
+            epochs = group.epochs
+            await group.step(np.zeros((4, 2, F)))
+            await client.close(park=True)
+        async with AsyncClient(server.endpoint) as client:
+            group = await client.resume_group(["a", "b"], [4, 2], epochs)
+            await group.close()
+            assert await client.list_streams() == []
 
 
 async def test_a_server_that_was_restarted_without_a_recording_is_told_from_an_eviction() -> None:

@@ -98,7 +98,7 @@ async def _search(
         plan = replace(test.plan, streams=streams, connections=connections, processes=here, slo_ms=slo_ms)
         try:
             trial = await _measure(test, plan, info, terminal, stop, clock)
-        except InstepError as error:
+        except (InstepError, CommandProblem) as error:  # the latter of other processes
             if not trials:
                 raise
             raise SearchEnded(f"the search ended there: {error}") from None
@@ -176,7 +176,7 @@ def _report_search(test: LoadTest, slo_ms: float, info: ServerInfo, terminal: Te
     terminal.summary(f"{found}{end}{saved}", good=best is not None and not search.ended)
     if invalid:
         return Exit.MEASURED_ITSELF
-    return Exit.OK if best is not None else Exit.FOUND_PROBLEMS
+    return Exit.OK if best is not None and not search.ended else Exit.FOUND_PROBLEMS
 
 
 async def _measure(

@@ -147,7 +147,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
         if name == "INSTEP_ENDPOINT":
             here = environment_name("transport.endpoint")
             if here not in environ:
-                sentences.append(f"{name} is for clients, and no setting of the server; that is {here}")
+                sentences.append(f"{name} is for clients; the server's is {here}")
             continue
         meant = [path for path in KEYS if path.partition(".")[2] == key.lower()] or [
             path for path in KEYS if path.replace(".", "_") == key.lower()

@@ -14,7 +14,8 @@ from instep.core.typing import F32
 def add_gates(of_input: F32, of_state: F32, biases: F32) -> None:
     """Add the reset and update gates of the state to those of the input: float32 [rows, 3 · width] each.
 
-    `biases`, float32 [2, 3 · width], are added to both before; [0, 0] where the products hold them or there are none.
+    `biases`, float32 [2, 3 · width], are added to both before; of shape [0, 0] where the products hold them, or there
+    are none.
     """
     width = of_input.shape[1] // 3
     for place in range(len(of_input)):
