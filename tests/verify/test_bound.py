@@ -95,8 +95,8 @@ def test_the_bound_is_as_stated() -> None:
     later = bound.outputs(x, truth[2:], np.array([[True], [False]]), one)
     assert later.distance[:, 0].tolist() == [limits[1, 0]] * 2, "errors last, and rows without a frame do not count"
     assert not later.lossy.any()
-    assert bound.states({"h": np.full((1, 1, 1), 8.0)}).distance.tolist() == [8 * (FACTOR * relative + FLOOR)]
-    assert bound.states({"h": np.full((1, 1, 1), 16.0)}).distance.tolist() == [16 * (FACTOR * 0.5 + FLOOR)]
+    assert bound.states({"h": np.full((1, 1, 1), 8.0)})["h"].distance.tolist() == [8 * (FACTOR * relative + FLOOR)]
+    assert bound.states({"h": np.full((1, 1, 1), 16.0)})["h"].distance.tolist() == [16 * (FACTOR * 0.5 + FLOOR)]
 
 
 def test_the_least_bound_is_that_of_runs_without_an_error() -> None:
@@ -105,7 +105,7 @@ def test_the_least_bound_is_that_of_runs_without_an_error() -> None:
     least = LeastBound(2)
     first, second = least.outputs(truth[:2], valid[:2]).distance, least.outputs(truth[2:], valid[2:]).distance
     assert (np.concatenate([first, second]) / FLOOR).tolist() == [[1, 4], [1, 8], [2, 8], [2, 8]]
-    assert (least.states({"h": np.array([[0.5, -2.0], [3.0, INF]])}).distance / FLOOR).tolist() == [2, 3]
+    assert (least.states({"h": np.array([[0.5, -2.0], [3.0, INF]])})["h"].distance / FLOOR).tolist() == [2, 3]
 
 
 def test_the_least_bound_is_never_above_the_bound() -> None:
@@ -115,7 +115,7 @@ def test_the_least_bound_is_never_above_the_bound() -> None:
     x = np.zeros((50, 9, 3), np.float32)
     assert (LeastBound(9).outputs(truth, valid).distance < bound.outputs(x, truth, valid, active).distance).all()
     state = {"h": truth[0]}
-    assert (LeastBound(9).states(state).distance < bound.states(state).distance).all()
+    assert (LeastBound(9).states(state)["h"].distance < bound.states(state)["h"].distance).all()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -145,7 +145,12 @@ def test_no_stream_influences_the_bound_of_another(beside: list[float]) -> None:
     assert ours.distance[:, 0].tolist() == mine.distance[:, 0].tolist()
     assert ours.lossy.tolist() == [[False, True]] * 2
     both = together.states({"h": np.full((2, 1, 1), 2.5)})
-    assert both.distance[0] == alone.states({"h": np.full((1, 1, 1), 2.5)}).distance[0]
+    assert both["h"].distance[0] == alone.states({"h": np.full((1, 1, 1), 2.5)})["h"].distance[0]
+
+
+def test_a_leaf_of_large_values_does_not_widen_the_bound_of_another() -> None:
+    limits = LeastBound(1).states({"c": np.full((1, 2), 1e6), "h": np.full((1, 3), 0.5)})
+    assert [limits[name].distance.tolist() for name in ("c", "h")] == [[1e6 * FLOOR], [FLOOR]]
 
 
 @pytest.mark.parametrize("cause", ["frame", "state", "overflow"])
@@ -157,7 +162,7 @@ def test_values_too_large_for_float32_make_a_stream_lossy_from_there_on(cause: s
     limits = bound.outputs(x, np.zeros((4, 1, 1)), np.ones((4, 1), np.bool_), np.ones(4, np.int64))
     assert limits.lossy[:, 0].tolist() == [cause == "state"] * 2 + [True] * 2
     assert (limits.distance == FLOOR).all(), "an overflow widens no bound"
-    assert bound.states({"h": np.zeros((1, 1, 1))}).lossy.tolist() == [True]
+    assert bound.states({"h": np.zeros((1, 1, 1))})["h"].lossy.tolist() == [True]
 
 
 # Strength 1 is torch's own initialisation. At 3 and 8 a state is amplified: rounding grows until nothing of the
@@ -188,6 +193,6 @@ def test_torch_in_float32_keeps_within_it(
         limits = bound.outputs(x, true_y, valid, active).distance
         assert (absolute_error(outputs[:, some].numpy(), true_y).max(axis=2) <= limits).all()
         state_error = absolute_error(states[:, some].numpy().swapaxes(0, 1), after["h"]).max(axis=(1, 2))
-        assert (state_error <= bound.states(after).distance).all()
+        assert (state_error <= bound.states(after)["h"].distance).all()
         if strength <= 1:
             assert limits.max() < 1e-4, "for a network as trained, it is narrow"

@@ -88,11 +88,13 @@ def test_signs_of_zero_are_bits_too_and_nans_are_all_alike() -> None:
 def test_final_states() -> None:
     found = Comparison("stepped", ROWS, bits_required=True)
     state = np.arange(6, dtype=np.float32)
-    found.add_replayed_state(0, 9, GRU_STATE, state.view(np.uint8), state.copy().view(np.uint8), limits(0.1, ROWS))
+    found.add_replayed_state(
+        0, 9, GRU_STATE, state.view(np.uint8), state.copy().view(np.uint8), {"h": limits(0.1, ROWS)}
+    )
     assert not found.differs.any()
     other = state.copy()
     other[3] += 0.5
-    found.add_replayed_state(1, 9, GRU_STATE, state.view(np.uint8), other.view(np.uint8), limits(0.1, ROWS))
+    found.add_replayed_state(1, 9, GRU_STATE, state.view(np.uint8), other.view(np.uint8), {"h": limits(0.1, ROWS)})
     assert found.wrong.tolist() == [False, True, False]
     assert (found.first[1].place, found.first[1].frame, found.first[1].element) == ("final state", 9, 3)
     assert found.ulps[0] == 11
@@ -105,23 +107,25 @@ def mixed(count: int, *level: float) -> U8:
 
 @pytest.mark.parametrize("bits_required", [False, True])
 def test_only_floats_of_a_state_may_be_off(bits_required: bool) -> None:
-    found = Comparison("stepped", 4, bits_required)
-    lossy = limits(1e-3, 4, lossy=True)
-    found.add_replayed_state(0, 7, MIXED, mixed(5, 1.0, 2.0), mixed(5, 1.0, 2.0), limits(1e-3, 4))
-    found.add_replayed_state(1, 7, MIXED, mixed(5, 1.0, 2.0), mixed(5, 1.0, 2.0001), limits(1e-3, 4))
+    found = Comparison("stepped", 5, bits_required)
+    near, lossy = {"level": limits(1e-3, 5)}, {"level": limits(1e-3, 5, lossy=True)}
+    found.add_replayed_state(0, 7, MIXED, mixed(5, 1.0, 2.0), mixed(5, 1.0, 2.0), near)
+    found.add_replayed_state(1, 7, MIXED, mixed(5, 1.0, 2.0), mixed(5, 1.0, 2.0001), near)
     found.add_replayed_state(2, 7, MIXED, mixed(5, 1.0, 2.0), mixed(8, 1.0, 2.0), lossy)
-    found.add_replayed_state(3, 7, MIXED, mixed(5, 1.0, 2.0), mixed(5, 9.0, 2.0), limits(1e-3, 4))
-    assert found.differs.tolist() == [False, True, True, True]
-    assert found.wrong.tolist() == [False, bits_required, True, True]
-    assert [found.first[row].element for row in (1, 2, 3)] == [2, 0, 1]
+    found.add_replayed_state(3, 7, MIXED, mixed(5, 1.0, 2.0), mixed(5, 9.0, 2.0), near)
+    found.add_replayed_state(4, 7, MIXED, mixed(2**53, 1.0, 2.0), mixed(2**53 + 1, 1.0, 2.0), lossy)
+    assert found.differs.tolist() == [False, True, True, True, True]
+    assert found.wrong.tolist() == [False, bits_required, True, True, True]
+    assert [found.first[row].element for row in (1, 2, 3, 4)] == [2, 0, 1, 0]
     assert (found.first[2].recorded, found.first[2].replayed, found.first[2].ulp) == (5, 8, 3)
-    assert found.ulps.sum() == 4 * 3
-    reference = Comparison("float64 reference", 2, bits_required=False)
+    assert found.ulps.sum() == 5 * 3
+    reference = Comparison("float64 reference", 3, bits_required=False)
     level = np.array([1.0, 2.0])
-    for row, count in enumerate((5, 6)):
+    for row, (recorded, count) in enumerate(((5, 5), (5, 6), (2**53, 2**53 + 1))):
         truth = {"count": np.array(count), "level": level}
-        reference.add_true_state(row, 7, MIXED, mixed(5, 1.0, 2.0), truth, limits(1e6, 2, lossy=True))
-    assert reference.wrong.tolist() == [False, True]
+        wide = {"level": limits(1e6, 3, lossy=True)}
+        reference.add_true_state(row, 7, MIXED, mixed(recorded, 1.0, 2.0), truth, wide)
+    assert reference.wrong.tolist() == [False, True, True]
 
 
 def test_truth() -> None:
@@ -137,10 +141,10 @@ def test_truth() -> None:
     assert (found.first[1].frame, found.first[1].element) == (22, 3)
     assert found.first[1].replayed == truth[2, 1, 3]
     state = np.ones(6, np.float32).view(np.uint8)
-    found.add_true_state(0, 5, GRU_STATE, state, {"h": np.ones((2, 3)) + 1e-9}, limits(1e-8, ROWS))
+    found.add_true_state(0, 5, GRU_STATE, state, {"h": np.ones((2, 3)) + 1e-9}, {"h": limits(1e-8, ROWS)})
     assert not found.wrong[0]
     other = {"h": np.where(np.arange(6).reshape(2, 3) == 4, 2.0, 1.0)}
-    found.add_true_state(2, 5, GRU_STATE, state, other, limits(1e-8, ROWS))
+    found.add_true_state(2, 5, GRU_STATE, state, other, {"h": limits(1e-8, ROWS)})
     assert (found.first[2].place, found.first[2].element, found.max_error[2]) == ("final state", 4, 1.0)
 
 
@@ -163,7 +167,7 @@ def test_beyond_a_lossy_limit_an_element_is_undecided_unless_bits_are_required()
     assert reference.undecided == {0: 12}
     assert reference.max_error == pytest.approx([0.0005, 0, 9], rel=1e-3), "up to where the limit means nothing"
     state = np.ones(6, np.float32).view(np.uint8)
-    reference.add_true_state(1, 5, GRU_STATE, state, {"h": np.full((2, 3), 2.0)}, limits(1e-3, ROWS, lossy=True))
+    reference.add_true_state(1, 5, GRU_STATE, state, {"h": np.full((2, 3), 2.0)}, {"h": limits(1e-3, ROWS, lossy=True)})
     assert reference.undecided == {0: 12, 1: 5}
     assert not reference.wrong[1]
 

@@ -4,7 +4,8 @@ The float64 reference is taken as the truth: its own rounding is 2^29 times fine
 measured rather than assumed: the reference runs again with every operation in float32, on the stream's own frames and
 on copies of them whose inputs are one unit in the last place off. The served network and these runs evaluate the same
 equations with the same unit of rounding, only in another order, so their errors are of the same kind and size. With
-the scale of a stream (its largest output so far, at least 1), the bound at a frame is
+the scale of a stream (its largest output so far, at least 1; for a leaf of its state, the largest value in that), the
+bound at a frame is
 
     scale · (32 · (largest error of these runs so far, relative to the scale) + 64 · 2^-23)
 
@@ -36,6 +37,8 @@ from instep.models.base import Reference
 F64: TypeAlias = npt.NDArray[np.float64]
 Leaves: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """States by leaf, [R, *shape]."""
+LeafLimits: TypeAlias = Mapping[str, "Limits"]
+"""Limits of states, [R], by leaf: of the leaves that hold floats."""
 
 FACTOR: Final = 32.0
 FLOOR: Final = 64 * 2.0**-23
@@ -78,10 +81,12 @@ class LeastBound:
         self._scale = scales[-1]
         return Limits(scales * FLOOR, np.zeros(valid.shape, np.bool_))
 
-    def states(self, truth: Leaves) -> Limits:
-        """Limits of the floats in states after the timesteps so far."""
-        scales = _state_scales(_floats(truth))
-        return Limits(scales * FLOOR, np.zeros(len(scales), np.bool_))
+    def states(self, truth: Leaves) -> LeafLimits:
+        """Limits of states after the timesteps so far."""
+        return {
+            name: Limits(_leaf_scales(floats) * FLOOR, np.zeros(len(floats), np.bool_))
+            for name, floats in _floats(truth).items()
+        }
 
 
 class ErrorBound:
@@ -94,13 +99,15 @@ class ErrorBound:
 
     def __init__(self, rounded: Reference, states: Leaves) -> None:
         floats = _floats(states)
-        rows = len(floats)
+        rows = len(next(iter(states.values())))
         self._rounded = rounded
         self._states: Leaves = {name: np.repeat(leaf, RUNS, axis=0) for name, leaf in states.items()}
         self._random = np.random.default_rng(0)
         self._relative_error: F64 = np.zeros(rows)
         self._scale: F64 = np.ones(rows)
-        self._lossy: Bool = ~(np.abs(floats).max(axis=1) < LARGE)
+        self._lossy: Bool = np.zeros(rows, np.bool_)
+        for leaf in floats.values():
+            self._lossy |= ~(np.abs(leaf).max(axis=1) < LARGE)
 
     def outputs(self, x: F32, truth: F64, valid: Bool, active: I64) -> Limits:
         """Limits of the next timesteps.
@@ -124,15 +131,17 @@ class ErrorBound:
         self._scale, self._relative_error, self._lossy = scales[-1], relative[-1], lossy[-1]
         return Limits(scales * (FACTOR * relative + FLOOR), lossy)
 
-    def states(self, truth: Leaves) -> Limits:
-        """Limits of the floats in states after the timesteps so far."""
-        floats = _floats(truth)
-        rounded = _floats(self._states).reshape(len(floats), RUNS, -1)
-        error = absolute_error(rounded, floats[:, None]).max(axis=(1, 2))
-        overflows = ~np.isfinite(error)
-        scales = _state_scales(floats)
-        relative = np.maximum(np.where(overflows, 0, error) / scales, self._relative_error)
-        return Limits(scales * (FACTOR * relative + FLOOR), self._lossy | overflows)
+    def states(self, truth: Leaves) -> LeafLimits:
+        """Limits of states after the timesteps so far."""
+        runs, limits = _floats(self._states), dict[str, Limits]()
+        for name, floats in _floats(truth).items():
+            rounded = runs[name].reshape(len(floats), RUNS, -1)
+            error = absolute_error(rounded, floats[:, None]).max(axis=(1, 2))
+            overflows = ~np.isfinite(error)
+            scales = _leaf_scales(floats)
+            relative = np.maximum(np.where(overflows, 0, error) / scales, self._relative_error)
+            limits[name] = Limits(scales * (FACTOR * relative + FLOOR), self._lossy | overflows)
+        return limits
 
     def _run(self, x: F32, active: I64) -> F32:
         """Outputs of the float32 runs [T, R, RUNS, outputs]."""
@@ -192,15 +201,13 @@ def _scales(truth: F64, valid: Bool, before: F64) -> F64:
     return scales
 
 
-def _floats(states: Leaves) -> npt.NDArray[Any]:
-    """All floats of each state side by side, [R, floats]; one 0 where there are none."""
-    (rows,) = {len(leaf) for leaf in states.values()}
-    leaves = [states[name].reshape(rows, -1) for name in sorted(states) if states[name].dtype.kind == "f"]
-    return np.concatenate(leaves or [np.zeros((rows, 1), np.float32)], axis=1)
+def _floats(states: Leaves) -> dict[str, npt.NDArray[Any]]:
+    """The leaves that hold floats, each as [R, elements]."""
+    return {name: leaf.reshape(len(leaf), -1) for name, leaf in states.items() if leaf.dtype.kind == "f"}
 
 
-def _state_scales(truth: F64) -> F64:
-    """The scales of states [R, floats], as [R]."""
+def _leaf_scales(truth: F64) -> F64:
+    """The scales of one leaf's values [R, elements], as [R]."""
     scale: F64 = np.maximum(_magnitudes(truth[None])[0], 1)
     return scale
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from instep.core.typing import F32, U8
 from instep.models.base import RecurrentModel, Reference, StateSpec
-from instep.verify.bound import F64, FLOOR, RUNS, ErrorBound, LeastBound, Leaves, Limits
+from instep.verify.bound import F64, FLOOR, RUNS, ErrorBound, LeafLimits, LeastBound, Leaves, Limits
 from instep.verify.chunks import LEAST_ROWS, Chunk, Span
 from instep.verify.comparison import Comparison
 from instep.verify.conditions import Conditions
@@ -75,6 +75,11 @@ class Task:
         """The specification of the states."""
         return self.checkers.network.state
 
+    @property
+    def float_leaves(self) -> list[str]:
+        """The leaves that hold floats, which may be off where bits need not be equal."""
+        return [leaf.name for leaf in self.state.leaves if leaf.dtype.kind == "f"]
+
     def initial_states(self) -> U8:
         """Rows of bytes [R, row_bytes]."""
         rows = self.state.initial(self.rows)
@@ -96,7 +101,7 @@ def check_stepped(task: Task) -> Comparison:
         for part in task.parts(span):
             y, states = _step(task, part, states)
             stepped.add_replay(part.starts, part.y, y, part.answered, _least(part.valid.shape))
-    _add_states(task, stepped, states, _least((task.rows,)))
+    _add_states(task, stepped, states, dict.fromkeys(task.float_leaves, _least((task.rows,))))
     return stepped
 
 
@@ -138,9 +143,9 @@ def check_with_bound(task: Task) -> tuple[Comparison, Comparison, Comparison]:
             parts.append((part, limits.doubled()))
             stepped.add_replay(part.starts, recorded, y, part.answered, parts[-1][1])
         whole_states = _call(task, span, whole_states, whole, iter(parts))
-    limits = bound.states(true_leaves)
-    _add_true_states(task, reference, true_leaves, limits)
-    _add_states(task, stepped, stepped_states, limits.doubled())
+    state_limits = bound.states(true_leaves)
+    _add_true_states(task, reference, true_leaves, state_limits)
+    _add_states(task, stepped, stepped_states, {name: leaf.doubled() for name, leaf in state_limits.items()})
     return stepped, whole, reference
 
 
@@ -180,7 +185,7 @@ def _least(shape: tuple[int, ...]) -> Limits:
     return Limits(distance, np.broadcast_to(np.False_, shape))
 
 
-def _add_states(task: Task, stepped: Comparison, states: U8, limits: Limits) -> None:
+def _add_states(task: Task, stepped: Comparison, states: U8, limits: LeafLimits) -> None:
     if not task.checkers.stopped.is_set():  # otherwise not all frames before them were computed
         for row, check in enumerate(task.checks):
             if check.final_state is not None:
@@ -188,7 +193,7 @@ def _add_states(task: Task, stepped: Comparison, states: U8, limits: Limits) -> 
                 stepped.add_replayed_state(row, check.next_seq, task.state, *both, limits, check.place)
 
 
-def _add_true_states(task: Task, reference: Comparison, leaves: Leaves, limits: Limits) -> None:
+def _add_true_states(task: Task, reference: Comparison, leaves: Leaves, limits: LeafLimits) -> None:
     if not task.checkers.stopped.is_set():
         for row, check in enumerate(task.checks):
             if check.final_state is not None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from instep.core.typing import F32, I64, U8, Bool
 from instep.models.base import StateSpec
 from instep.models.ulp import NOT_COMPARABLE, ulp_distance
-from instep.verify.bound import F64, Leaves, Limits, absolute_error, as_float32, largest_errors
+from instep.verify.bound import F64, LeafLimits, Leaves, Limits, absolute_error, as_float32, largest_errors
 from instep.verify.report import ULP_BINS, Checker, Divergence, Place, ulp_bins
 
 Values: TypeAlias = npt.NDArray[Any]
@@ -105,12 +105,12 @@ class Comparison:
         spec: StateSpec,
         recorded: U8,
         replayed: U8,
-        limits: Limits,
+        limits: LeafLimits,
         place: Place = "final state",
     ) -> None:
         """Compare a stream's state [row_bytes] before the frame `seq` with a replay's.
 
-        Limits are those of floats, [R]; other values must be equal.
+        Leaves without limits must be equal.
         """
         ours, theirs, first = spec.unpack(recorded[None]), spec.unpack(replayed[None]), 0
         for leaf in spec.leaves:
@@ -118,10 +118,9 @@ class Comparison:
             elements = np.flatnonzero(_bits_differ(values, others))
             self.ulps[0] += values.size - len(elements)
             if len(elements):
-                count, is_float = len(elements), leaf.dtype.kind == "f"
-                found = Limits(
-                    np.full(count, limits.distance[row] * is_float), np.full(count, limits.lossy[row] & is_float)
-                )
+                count = len(elements)
+                distance, lossy = _limit(limits, leaf.name, row)
+                found = Limits(np.full(count, distance), np.full(count, lossy))
                 both = values[elements], others[elements]
                 self._add(row, *both, found, np.full(count, seq), first + elements, place)
             first += leaf.elements
@@ -145,19 +144,20 @@ class Comparison:
         spec: StateSpec,
         recorded: U8,
         truth: Leaves,
-        limits: Limits,
+        limits: LeafLimits,
         place: Place = "final state",
     ) -> None:
         """Compare a state [row_bytes] before the frame `seq` with the reference's, by leaf; limits as above."""
         ours, first = spec.unpack(recorded[None]), 0
         for leaf in spec.leaves:
             values, nearest = ours[leaf.name].reshape(-1), truth[leaf.name].reshape(-1)
-            is_float = leaf.dtype.kind == "f"
-            lossy = bool(limits.lossy[row]) and is_float
-            error = absolute_error(values, nearest.astype(np.float64))
-            if not lossy:
-                self.max_error[row] = max(self.max_error[row], error.max())
-            beyond = np.flatnonzero(error > limits.distance[row] * is_float)
+            distance, lossy = _limit(limits, leaf.name, row)
+            error: F64 = (values != nearest).astype(np.float64)
+            if leaf.name in limits:
+                error = absolute_error(values, nearest.astype(np.float64))
+                if not lossy:
+                    self.max_error[row] = max(self.max_error[row], error.max())
+            beyond = np.flatnonzero(error > distance)
             if len(beyond):
                 element = int(beyond[0])
                 self._add_miss(row, values[element], nearest[element], lossy, seq, first + element, place)
@@ -169,6 +169,8 @@ class Comparison:
         """Add the elements of a row that differ, in order."""
         ulps = _ulps(recorded, replayed)
         error = absolute_error(recorded, replayed.astype(np.float64))
+        if recorded.dtype.kind != "f":
+            error = np.maximum(error, 1)  # they differ, though float64 may not tell
         self.max_ulp[row] = max(self.max_ulp[row], ulps.max())
         self.max_error[row] = max(self.max_error[row], error.max())
         self.ulps += ulp_bins(ulps)
@@ -200,6 +202,12 @@ class Comparison:
             ulp = int(ulp_distance(np.array([recorded], np.float32), as_float32(np.array([truth])))[0])
             self.first[row] = Divergence(self.checker, place, frame, element, float(recorded), float(truth), ulp)
         self.differs[row] = self.wrong[row] = True
+
+
+def _limit(limits: LeafLimits, leaf: str, row: int) -> tuple[float, bool]:
+    """Of a row's leaf: its values must be equal where there is none."""
+    found = limits.get(leaf)
+    return (0.0, False) if found is None else (float(found.distance[row]), bool(found.lossy[row]))
 
 
 def _bits_differ(one: Values, other: Values) -> Bool:
