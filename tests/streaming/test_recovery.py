@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 from instep.recording.errors import RecordingError
+from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import InlineExecutor
 from instep.server.assembly import recording_header
 from tests.support.models import SMALL
 from tests.support.rows import open_stream
-from tests.support.running import config, prepared
+from tests.support.running import config, prepared, running
 from tests.support.streaming import random_frames, step, streaming
 
 F = 5
@@ -60,3 +62,24 @@ async def test_more_streams_than_fit_are_refused_with_what_to_do(tmp_path: Path,
         recovery = kit.record(path)
         assert recovery is not None, "the attempt has left it as it was"
         assert recovery.streams == 4
+
+
+async def test_what_a_restart_has_replayed_the_next_one_need_not(tmp_path: Path) -> None:
+    """Lives that are too short for a checkpoint of their own must not add up."""
+    path = tmp_path / "r.instep"
+    recording = {"file": path, "recovery_target_s": 1e-6}
+    writer = RecordingWriter.create(path, recording_header(prepared(SMALL), config(recording=recording)))
+    open_stream(writer, 1, "s", 1000, 0, 1, None)
+    for seq in range(3):
+        writer.add_inputs(1, 4, np.array([1], np.uint32), np.array([seq], np.uint64), np.ones((1, F), np.float32))
+    writer.commit()
+    writer.abandon()
+    async with running(SMALL, recording=recording):
+        async with asyncio.timeout(10):
+            while not _checkpoint(path):
+                await asyncio.sleep(0.01)
+
+
+def _checkpoint(path: Path) -> int:
+    with RecordingReader(path) as reader:
+        return reader.checkpoint().position

@@ -204,7 +204,9 @@ def _make_server(
         recorder = _recorder(config, writer, journal, loop, shutdown, log)
         last_stream = 0 if recovery is None else recovery.last_stream
         hibernation.restarted({} if recovery is None else recovery.hibernated)
-        journal.record(recorder, last_stream, writer.position, waits=info.durability != "memory")
+        replayed_ns = round(recovery.seconds * 1e9) if recovery is not None and recovery.frames else 0
+        waits = info.durability != "memory"
+        journal.record(recorder, last_stream, writer.position, waits=waits, replayed_ns=replayed_ns)
     return Server(
         config,
         info,

@@ -63,7 +63,7 @@ class Journal:
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._uncommitted: list[tuple[int, asyncio.Future[None]]] = []
 
-    def record(self, recorder: Recorder, last_stream: int, last_row: int, *, waits: bool) -> None:
+    def record(self, recorder: Recorder, last_stream: int, last_row: int, *, waits: bool, replayed_ns: int = 0) -> None:
         """Record from now on.
 
         Args:
@@ -71,8 +71,11 @@ class Journal:
             last_stream: the highest number of a stream in the recording.
             last_row: the newest position of the recording; the streams are as of it.
             waits: whether replies wait until what they rest on is durable.
+            replayed_ns: how long it took to step again what is not in a checkpoint yet: the next restart would have to
+                do so once more.
         """
         self._recorder = recorder
+        self.computed_ns = replayed_ns
         self._last_stream = last_stream
         self.newest = self.last_inputs = self._committed = last_row
         self._waits = waits
