@@ -137,7 +137,8 @@ async def test_results_are_saved_and_compared(tmp_path: Path) -> None:
     terminal = RememberingTerminal()
     assert compare_runs(*files, terminal) == Exit.OK
     assert "latency p99, ms" in terminal.said
-    for content, problem in (("{}", "holds no result of a load test"), (None, "cannot be read")):
+    found_nothing = ('{"best": null}', "found no load within its level")
+    for content, problem in (("{}", "holds no result of a load test"), (None, "cannot be read"), found_nothing):
         bad = tmp_path / "bad.json"
         bad.unlink(missing_ok=True)
         if content is not None:

@@ -164,6 +164,9 @@ def test_the_tables_say_it_all() -> None:
     assert "200" in terminal.said
     assert terminal.said.count("not met") == 1
     assert terminal.said.splitlines()[-2].endswith("met    ")
+    terminal = RememberingTerminal()
+    terminal.out.print(trials_table([result(GOOD, gave_up=True)], 3.0))
+    assert "–" in terminal.said.splitlines()[-1]
 
 
 def test_json_holds_no_nan() -> None:

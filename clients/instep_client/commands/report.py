@@ -145,7 +145,7 @@ def trials_table(trials: Sequence[Measured], slo_ms: float) -> Table:
         rows.add_row(
             f"{trial.plan.streams:,}",
             f"{trial.plan.offered_frames_s:,.0f}",
-            f"{trial.frames_s:,.0f}",
+            "–" if trial.gave_up else f"{trial.frames_s:,.0f}",
             three_digits(latency.p50 / 1000),
             three_digits(latency.p99 / 1000),
             three_digits(late.p99 / 1000),

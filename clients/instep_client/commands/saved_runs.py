@@ -46,6 +46,8 @@ def _figures(path: Path) -> dict[str, float]:
     try:
         values: Mapping[str, Any] = json.loads(path.read_text())
         run = values.get("best", values)
+        if run is None:
+            raise BadFile(f"{path} is a search that found no load within its level: there is nothing to compare")
         figures = {"streams": run["load"]["streams"], "frames/s": run["frames_per_second"]}
         figures |= {f"latency {name}, ms": run["latency_us"]["latency"][name] / 1000 for name in _LATENCIES}
         lost = sum(run["refused_frames"].values()) + run["unanswered_frames"] + run["unsent_frames"]
