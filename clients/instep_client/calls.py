@@ -90,9 +90,9 @@ class ListedStream(NamedTuple):
     pending: int
     """Frames taken and not computed yet."""
     idle_s: float
-    """For how long it has done nothing."""
+    """How long it has been idle."""
     left_s: float | None
-    """For how long it is kept if it goes on so; None for ever."""
+    """How long the server keeps it if it stays idle; None if it never expires."""
 
 
 class StreamPage(NamedTuple):
@@ -100,7 +100,7 @@ class StreamPage(NamedTuple):
 
     streams: list[ListedStream]
     cursor: int
-    """Where the next ones begin; 0 at the end."""
+    """Where the next page begins; 0 after the last."""
 
 
 class ListCall(Call[StreamPage]):

@@ -235,7 +235,7 @@ class Listener(Connection):
         self._end(self.greeting, info)
 
     def _taken_over_here(self, rows: Indices) -> None:
-        """Streams of this client were resumed by itself, and what it had of them before is void."""
+        """This client has resumed streams that it already had: their former handles are void."""
         self._flow.end(rows, Code.FENCED, wire.SENTENCES[Code.FENCED])
 
     def _welcomed_again(self, former: ServerInfo, info: ServerInfo, now: float) -> None:

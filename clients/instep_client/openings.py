@@ -47,7 +47,7 @@ class Openings:
         sleepers: wakes streams that hibernate.
         discard: closes a stream handle that nobody holds, and calls what it is given when that has ended.
         answered: told of a stream handle for which a FORK was answered.
-        fenced: told of rows whose streams this client has resumed into others.
+        fenced: told of the former rows of streams that this client has resumed once more.
     """
 
     def __init__(

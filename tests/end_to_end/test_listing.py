@@ -34,6 +34,19 @@ async def parked(endpoint: str, *names: str) -> None:
             await asyncio.sleep(0.01)
 
 
+async def all_pages(client: RawClient, most: int, place: int) -> tuple[list[str], int]:
+    """The names on all pages of streams that begin with s, and how many pages there were."""
+    seen: list[str] = []
+    cursor, pages = 0, 0
+    while pages == 0 or cursor:
+        header = msgpack.packb([Kind.LIST, client.next_request(), cursor, most, place])
+        reply = await client.ask(header, b"s")
+        count, cursor = reply.header[2:]
+        seen += wire.unpack_names(reply.frames[0], count) if count else []
+        pages += 1
+    return seen, pages
+
+
 async def test_every_stream_is_listed_with_its_place() -> None:
     limits = {"park_s": 100.0, "max_idle_s": 0.0}
     settings = {"heartbeat_s": 0.1}
@@ -69,28 +82,33 @@ async def test_streams_that_hibernate_are_listed_without_being_woken(tmp_path: P
         found = await client.list_streams(place="hibernating")
         assert sorted(each.name for each in found) == ["s0", "s1", "s2", "s3", "s4"]
         assert {each.next_seq for each in found} == {None}
+        async with RawClient(server.endpoint) as raw:
+            await raw.hello()
+            seen, pages = await all_pages(raw, 2, Place.HIBERNATING)
+            assert sorted(seen) == ["s0", "s1", "s2", "s3", "s4"]
+            assert pages >= 3, "of at most two streams"
         assert (await client.stats())["woken_streams_total"] == 0
 
 
 @pytest.mark.parametrize("place", [0, Place.PARKED])
-async def test_pages_hold_every_stream_once(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    monkeypatch.setattr("instep.streaming.listing.SCANNED", 7)
+async def test_pages_hold_every_stream_once(place: int) -> None:
     async with running(SMALL, transport={"heartbeat_s": 0.1}) as server, RawClient(server.endpoint) as client:
         names = {f"s{number}" for number in range(20)}
         await parked(server.endpoint, *names)
         await client.hello()
-        seen: list[str] = []
-        cursor, pages = 0, 0
-        while True:
-            header = msgpack.packb([Kind.LIST, client.next_request(), cursor, 3, place])
-            reply = await client.ask(header, b"s")
-            count, cursor = reply.header[2:]
-            seen += wire.unpack_names(reply.frames[0], count) if count else []
-            pages += 1
-            if not cursor:
-                break
+        seen, pages = await all_pages(client, 3, place)
         assert sorted(seen) == sorted(names)
-        assert pages > 7, "of at most three streams, and seven looked at"
+        assert pages >= 7, "of at most three streams"
+
+
+async def test_a_page_may_show_nothing_and_not_be_the_last() -> None:
+    settings = {"max_streams": 6000}
+    async with running(SMALL, engine=settings) as server, AsyncClient(server.endpoint) as client:
+        names = [f"s{number}" for number in range(5000)]
+        await client.open_group(names)
+        assert [stream.name for stream in await client.list_streams()] == names
+        assert [stream.name for stream in await client.list_streams("s4999")] == ["s4999"]
+        assert await client.list_streams(place="parked") == []
 
 
 class TestCommand:

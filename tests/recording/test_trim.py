@@ -302,13 +302,20 @@ def check_that_it_goes_on_after_trimming(scribe: Scribe) -> None:
     assert replayed.seqs == {stream: scribe.seqs[stream] for stream in scribe.states}
 
 
-def test_a_checkpoint_whose_streams_have_closed_is_no_beginning(
-    by_age: Scribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("instep.recording.rows._MOST_CLOSED", 1)
+def close_many(scribe: Scribe) -> None:
+    """Close two of the streams, and so many others that their states are deleted before the next checkpoint."""
+    numbers = np.arange(100, 5000)
+    names, zeros = [f"n{number}" for number in numbers], numbers * 0
+    scribe.close(1)
+    scribe.close(2)
+    scribe.writer.open_streams(scribe.now, numbers, names, np.ones(len(numbers), np.uint64), zeros, None)
+    states = np.zeros((len(numbers), scribe.writer.header.state_spec.row_bytes), np.uint8)
+    scribe.writer.close_streams(scribe.now, numbers, "closed", zeros, states, zeros > 0)
+
+
+def test_a_checkpoint_whose_streams_have_closed_is_no_beginning(by_age: Scribe, tmp_path: Path) -> None:
     by_age.step(STREAMS)
-    by_age.close(1)
-    by_age.close(2)
+    close_many(by_age)
     by_age.writer.commit()
     position = by_age.writer.position
     by_age.writer.commit()
@@ -319,14 +326,12 @@ def test_a_checkpoint_whose_streams_have_closed_is_no_beginning(
 @pytest.mark.parametrize("close_them", [False, True])
 @pytest.mark.parametrize("retention", [Retention(keep_ns=800_000), Retention(keep_ns=1000)])
 def test_a_restart_does_not_know_what_the_newest_checkpoint_lacks(
-    by_age: Scribe, monkeypatch: pytest.MonkeyPatch, close_them: bool, retention: Retention
+    by_age: Scribe, close_them: bool, retention: Retention
 ) -> None:
-    monkeypatch.setattr("instep.recording.rows._MOST_CLOSED", 1)
     position = by_age.step(STREAMS)
     by_age.checkpoint(position, only=STREAMS[:2], is_part=True)
     if close_them:
-        by_age.close(1)
-        by_age.close(2)
+        close_many(by_age)
     by_age.writer.commit()
     by_age.writer.abandon()
     by_age.writer = RecordingWriter.resume(by_age.writer.path, by_age.writer.header, retention=retention)

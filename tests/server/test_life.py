@@ -269,7 +269,7 @@ async def test_after_a_restart_no_more_streams_hibernate_than_are_kept(tmp_path:
     async with running(SMALL, recording=recording, limits={"max_hibernated_streams": 2}) as server:
         async with RawClient(server.endpoint) as client:
             await client.hello()
-            while server.operations.hibernated_count > 2:
+            while (await client.statistics())["streams_hibernated"] > 2:
                 await asyncio.sleep(0.005)
             resumed = await client.resume(names, [0] * 10, epochs)
             assert resumed.codes() == [Code.EXPIRED] * 8

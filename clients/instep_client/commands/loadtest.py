@@ -255,7 +255,7 @@ def _problems(result: Measured) -> str:
 def _measured_itself(result: Measured) -> str:
     """That this side was too slow, and by how much."""
     due = result.plan.offered_frames_s * result.plan.duration_s
-    sent = f"it sent {max(0.0, 1 - result.unsent / due):.0%} of what was due, "
+    sent = f"it sent {max(0.0, 1 - result.unsent / due):.0%} of the frames due, "
     late = f"{three_digits(result.latencies['late_us'].p99 / 1000)} ms late at p99"
     return f"measured the load generator, not the server: {sent}{late}; {ADVICE}"
 

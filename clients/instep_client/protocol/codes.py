@@ -10,7 +10,7 @@ MAX_NAME_BYTES: Final = 200
 HAVE_ALL: Final = 2**64 - 1
 """Said by who resumes a stream and does not know how many outputs it has given."""
 UNKNOWN: Final = 2**64 - 1
-"""In a list of streams: the next seq of one that hibernates, and how long one is kept that never ends by itself."""
+"""In a list of streams: the next seq of one that hibernates, and the time left of one that never expires."""
 
 
 class Place(IntEnum):

@@ -62,8 +62,8 @@ CLOSING: Final = np.dtype([("handle", "<u8"), ("have", "<u8")])
 LISTING: Final = np.dtype(
     [("next_seq", "<u8"), ("idle_us", "<u8"), ("left_us", "<u8"), ("place", "<u4"), ("pending", "<u4")]
 )
-"""A stream as LIST shows it: the seq of its next frame, how long it has done nothing, how long it is kept if it goes on
-so, a `Place`, and how many frames are being computed (32 bytes). The first and third are `UNKNOWN` where they are."""
+"""A stream in LISTED: the seq of its next frame (`UNKNOWN` while it hibernates), how long it has been idle, how long
+the server keeps it if it stays idle (`UNKNOWN` if it never expires), its `Place`, and its pending frames (32 bytes)."""
 
 FAILURE: Final = np.dtype(
     [("column", "<u4"), ("timestep", "<u4"), ("code", "<u4"), ("reserved", "<u4"), ("expected_seq", "<u8")]
@@ -125,7 +125,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.RESUMED: 5,  # kind, request, N, durability, sentences
     Kind.STATE_READ: 4,  # kind, request, N, sentences
     Kind.CHANGED: 4,  # kind, request, N, sentences
-    Kind.LISTED: 4,  # kind, request, N, cursor of what comes next (0 at the end)
+    Kind.LISTED: 4,  # kind, request, N, cursor of the next page (0 after the last)
 }
 """Of every kind with a msgpack header."""
 

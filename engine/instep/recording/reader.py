@@ -130,7 +130,7 @@ class RecordingReader(RecordingFile):
         return [self._event(row) for row in rows]
 
     def rows_that_count(self, position: int, open_streams: Set[int]) -> list[tuple[Any, ...]]:
-        """Rows of `events` up to a position that matter to what follows: each stream's newest owner, every engine."""
+        """The rows of `events` up to a position that later rows rest on: each stream's newest owner, every engine."""
         owners, engines = dict[int, tuple[Any, ...]](), list[tuple[Any, ...]]()
         for row in self.rows("events", last=position):
             if row[4] == ENGINE_EVENT:

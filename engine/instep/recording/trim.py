@@ -113,7 +113,7 @@ _OLD_STATES: Final = """
 _ENDED: Final = """
     SELECT openings.position, closings.position FROM closings JOIN openings USING (stream)
     WHERE closings.position BETWEEN ? AND ?"""
-_EVENTS: Final = "SELECT position FROM events WHERE ?1 AND position BETWEEN ?2 AND ?3"
+_EVENTS: Final = "SELECT position FROM events WHERE position BETWEEN ?2 AND ?3"
 _COUNTS: Final = f"""(kind = '{ENGINE_EVENT}' OR (kind = '{OWNER_EVENT}'
     AND EXISTS (SELECT 1 FROM openings WHERE openings.stream = events.stream)
     AND NOT EXISTS (SELECT 1 FROM closings WHERE closings.stream = events.stream AND closings.position <= ?1)

@@ -16,8 +16,6 @@ from instep_client.protocol.codes import UNKNOWN, Place
 
 SCANNED: Final = 4096
 """Streams that one page looks at: no page keeps the loop for long, and one may show nothing and not be the last."""
-
-
 _Row: TypeAlias = tuple[int, int, int, int, int]
 
 
@@ -27,10 +25,10 @@ class ListedPage:
 
     names: list[str]
     columns: U64
-    """uint64 [N, 5]: next seq, idle time (µs), how long it is kept if it goes on so (µs), `Place`, frames pending.
-    The first and third are `UNKNOWN` where they are."""
+    """uint64 [N, 5]: next seq (`UNKNOWN` while it hibernates), idle time (µs), how long it is kept if it stays idle
+    (µs, `UNKNOWN` if it never expires), `Place`, pending frames."""
     cursor: int
-    """Where the next page begins; 0 at the end."""
+    """Where the next page begins; 0 after the last."""
 
 
 class Listing:
@@ -46,6 +44,11 @@ class Listing:
         self._table = table
         self._hibernation = hibernation
         self._limits = limits
+
+    @property
+    def hibernating_count(self) -> int:
+        """How many streams are open and not in memory."""
+        return len(self._hibernation)
 
     def page(self, cursor: int, most: int, place: int, prefix: str, now_ns: int) -> ListedPage:
         """The streams from a cursor on.

@@ -68,11 +68,6 @@ class StreamOperations:
         self._tombstones = tombstones
         self._hibernation = hibernation
 
-    @property
-    def hibernated_count(self) -> int:
-        """How many streams are open and not in memory."""
-        return len(self._hibernation)
-
     # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def open(self, origin: Origin, names: Names, states: U8 | None, first_seqs: I64 | None) -> Grants:

@@ -227,7 +227,7 @@ class ZmqFrontend:
             raise Refusal(Code.SHUTTING_DOWN, "its recording has failed" if has_failed else "")
 
     def statistics(self) -> dict[str, float]:
-        """What STATISTICS says, by name."""
+        """The server's numbers by name, as STATISTICS holds them."""
         engine, table = self._engine, self._engine.table
         return {
             "ready": float(self._is_ready),
@@ -236,7 +236,7 @@ class ZmqFrontend:
             "connections": float(len(engine.origins)),
             "streams_open": float(table.open_count),
             "streams_parked": float(table.owned[table.parked]),
-            "streams_hibernated": float(self._operations.hibernated_count),
+            "streams_hibernated": float(self._listing.hibernating_count),
             "frames_pending": float(engine.pending_frames),
         }
 
