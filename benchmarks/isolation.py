@@ -27,7 +27,7 @@ HEARTBEAT: Final = ("--set", "transport.heartbeat_s=0.5")
 """Short, so that the server gives the neighbour up within the phase in which it died."""
 PHASES: Final = {"alive": None, "killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
-_COMMANDS: Final = (sys.executable, "-m", "instep_client.commands")
+_COMMANDS: Final = (sys.executable, "-m", "instep_tools")
 
 
 def isolation(bench: Bench) -> list[Row]:

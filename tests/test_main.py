@@ -70,16 +70,7 @@ def test_what_is_missing_is_told_for_every_package_of_the_extras() -> None:
 
 def test_the_program_begins_where_interrupts_are_handled_first() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"instep": "instep.__main__:main", "instep-client": "instep_client.commands:main"}
+    assert scripts == {"instep": "instep.__main__:main", "instep-client": "instep_tools:main"}
     script = "import sys; before = set(sys.modules); import instep.__main__; print(*(set(sys.modules) - before))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert {"typer", "asyncio", "typing", "numpy"}.isdisjoint(result.stdout.split())
-
-
-def test_every_module_of_the_client_library_is_held_light() -> None:
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (light,) = (each for each in contracts if each["name"].startswith("The client library is light"))
-    library = ROOT / "clients" / "instep_client"
-    packages = {path.parent.name for path in library.glob("*/__init__.py")} - {"commands"}
-    modules = packages | {path.stem for path in library.glob("*.py")} - {"__init__"}
-    assert set(light["source_modules"]) == {f"instep_client.{module}" for module in modules}

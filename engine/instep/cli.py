@@ -12,7 +12,7 @@ import typer
 
 from instep import interrupts
 from instep.recording.app import app as recordings_app
-from instep_client.commands.typed import PlainCommands
+from instep_tools.typed import PlainCommands
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -61,7 +61,7 @@ def test_its_commands_run_as_written(endpoint: str, tmp_path: Path) -> None:
     assert [command[:3] for command in commands] == [
         ["instep-client", "state", verb] for verb in ("read", "snapshot", "restore", "fork", "reset")
     ]
-    main = [sys.executable, "-W", "error", "-m", "instep_client.commands"]
+    main = [sys.executable, "-W", "error", "-m", "instep_tools"]
     with Client(endpoint) as client:
         client.open("mic-7").step(np.ones((5, 3)))
         for command in commands:

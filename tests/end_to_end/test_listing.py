@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from instep_client import AsyncClient, Client, InvalidInput, StreamEvicted
-from instep_client.commands import streams
-from instep_client.commands.pacing import Stop
-from instep_client.commands.problems import CommandProblem, Exit
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, Place
-from tests.client_commands.helpers import RememberingTerminal
+from instep_tools import streams
+from instep_tools.pacing import Stop
+from instep_tools.problems import CommandProblem, Exit
 from tests.support.models import SMALL
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.tools.helpers import RememberingTerminal
 
 F = 5
 

@@ -27,7 +27,7 @@ from instep.recording.states import StateRows
 from instep.recording.trim import Retention, counts_of_events, deletions
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run
-from instep_client.commands.recordings import read_recording
+from instep_tools.recordings import read_recording
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
 from tests.support.replaying import replay

@@ -29,7 +29,7 @@ from unittest import mock
 
 import pytest
 
-PACKAGES = ("instep", "instep_client", "benchmarks", "tests")
+PACKAGES = ("instep", "instep_client", "instep_tools", "benchmarks", "tests")
 """A function may have been imported by name into any module of these."""
 
 Scenario = Callable[..., Any]

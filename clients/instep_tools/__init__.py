@@ -1,0 +1,41 @@
+"""The commands of `instep-client`: produce, replay, loadtest, ping, state. They need the extra `cli`.
+
+This is imported before anything else, so that Ctrl-C ends the process quietly from the first moment, and not with
+whatever was being imported; hence it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+INTERRUPTED = 130
+"""The exit status, as shells have it."""
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit status."""
+    signal.signal(signal.SIGINT, _end_at_once)  # until a command handles it
+    try:
+        from instep_tools.app import app
+
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich", "safetensors"):
+            raise
+        sys.stderr.write(f"instep-client needs the package {package!r}, which is not installed: ")
+        sys.stderr.write('pip install "instep[cli]", or pip install -e ".[cli]" in a checkout\n')
+        raise SystemExit(2) from None
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit status is decided
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    if sys.stderr is not None and sys.stderr.isatty():
+        os.write(2, b"\n")  # behind the terminal's ^C
+    os._exit(INTERRUPTED)

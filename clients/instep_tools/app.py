@@ -1,0 +1,276 @@
+"""The command line of `instep-client`: options in, one command's description out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from instep_client.protocol.wire import DEFAULT_ENDPOINT
+from instep_tools.live import Pace
+from instep_tools.load import Mode
+from instep_tools.load_plan import REAL_TIME_RATE_HZ, LoadPlan
+from instep_tools.loadtest import LoadTest, loadtest
+from instep_tools.options import AsJson, Endpoint
+from instep_tools.pacing import Stop, WallClock
+from instep_tools.ping import ping
+from instep_tools.problems import Exit
+from instep_tools.produce import Produce, produce
+from instep_tools.replay import Replay, replay
+from instep_tools.saved_runs import compare_runs
+from instep_tools.signals import Signal
+from instep_tools.state_app import app as state_app
+from instep_tools.streams import stats
+from instep_tools.streams_app import app as streams_app
+from instep_tools.terminal import Terminal, run_command, run_undrained
+from instep_tools.typed import PlainCommands
+
+app: Final = typer.Typer(
+    cls=PlainCommands,
+    name="instep-client",
+    help="Send frames to an instep engine: live, recorded, or as a load test; and look after its streams' states.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.add_typer(state_app, name="state")
+app.add_typer(streams_app, name="streams")
+
+Save = Annotated[Path | None, typer.Option(help="Save the outputs in this .npz or .csv file.", dir_okay=False)]
+
+SIGNAL_RATE_HZ: Final = 10.0
+"""The rate of a generated signal where none is given: slow enough to read along."""
+
+
+def _positive(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter("it must be more than 0")
+    return value
+
+
+def _speed(text: str) -> float:
+    """`max`, or a number that may have an x at either end."""
+    if text == "max":
+        return math.inf
+    try:
+        speed = float(text.strip("x×"))
+    except ValueError:
+        speed = 0.0
+    if not 0 < speed < math.inf:
+        raise typer.BadParameter("it must be 1 (real time), xN (N times as fast) or max (as fast as possible)")
+    return speed
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"instep-client {version('instep')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("ping")
+def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
+    """Say in one line whether the server is ready, and what it runs: model, device, exactness, round trip.
+
+    The exit status is 0 when it is ready: it serves, and takes new connections, streams and frames. It is 1 when it
+    answers and is not ready, and 2 when nobody answers.
+    """
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await ping(endpoint, terminal, stop)
+
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+
+
+@app.command("stats")
+def stats_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
+    """Show the server's numbers: streams, frames, batches, and how long they took."""
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await stats(endpoint, terminal, stop)
+
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+
+
+@app.command("produce")
+def produce_command(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE",
+            show_default=False,
+            help="NPZ, NPY, or text with one frame a line. None: lines from standard input.",
+        ),
+    ] = None,
+    signal: Annotated[Signal | None, typer.Option(help="Send a generated signal instead.")] = None,
+    streams: Annotated[int | None, typer.Option(min=1, help="How many. Arrays: one a sequence, else 1.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="HZ",
+            callback=_positive,
+            help="Frames a second for each stream. Signals: 10; else as fast as they come and are taken.",
+        ),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Send at most so many frames of each stream.")] = None,
+    seconds: Annotated[float | None, typer.Option(callback=_positive, help="Send for at most so long.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PREFIX", help="Call the streams PREFIX-0, … (default: as the arrays of an NPZ, else produce-PID)"
+        ),
+    ] = None,
+    named: Annotated[bool, typer.Option("--named", help="The first column of each line names its stream.")] = False,
+    save: Save = None,
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    as_json: AsJson = False,
+) -> None:
+    """Be a live producer: of lines, of arrays, or of a generated signal; print or save the outputs.
+
+    Lines hold numbers separated by commas or white space, one frame a line; with several streams they go to the
+    streams in turn. A bad line is named on stderr and costs its stream this one frame; the exit status is 1 then. Every
+    output is printed as a line of stream, seq and values.
+    """
+    rate_hz = SIGNAL_RATE_HZ if rate is None and signal is not None else rate
+    what = Produce(
+        endpoint=endpoint,
+        pace=Pace(rate_hz, frames, seconds),
+        file=file,
+        signal=signal,
+        streams=streams,
+        name=name,
+        named=named,
+        save=save,
+    )
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        with WallClock() as clock:
+            return await produce(what, terminal, stop, clock)
+
+    raise typer.Exit(run_command(command, Terminal(as_json, data_on_stdout=save is None)))
+
+
+@app.command("replay")
+def replay_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="NPZ, NPY, CSV, or an engine's recording.")],
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            parser=_speed,
+            metavar="1|xN|max",
+            help="1: real time, xN: N times as fast, max: as fast as possible. "
+            "Default: 1 where the times are known, else max.",
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(metavar="HZ", callback=_positive, help="Real time, for files that do not know their times."),
+    ] = None,
+    streams: Annotated[str, typer.Option(metavar="PATTERN", help="Only streams of such names, as in 'mic-*'.")] = "*",
+    save: Save = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare the outputs with the file's, bit for bit.")] = False,
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    as_json: AsJson = False,
+) -> None:
+    """Send recorded sequences again: in real time, N times as fast, or as fast as possible.
+
+    With --check the exit status is 0 when all outputs equal those in the file, 1 when one differs, and 2 when they
+    could not be compared.
+    """
+    what = Replay(endpoint, file, speed, rate, streams, save, check)
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        with WallClock() as clock:
+            return await replay(what, terminal, stop, clock)
+
+    raise typer.Exit(run_command(command, Terminal(as_json)))
+
+
+@app.command("loadtest")
+def loadtest_command(
+    streams: Annotated[int, typer.Option(min=1, help="How many streams. With --slo-ms: the first number tried.")] = 256,
+    connections: Annotated[int, typer.Option(min=1, help="Connections they are spread over.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes the connections are spread over.")] = 1,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            help="closed: a block goes out when the one before it is answered. open: when it is due, whatever the "
+            "answers do. Default: open with --rate or --slo-ms, else closed."
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(metavar="HZ", callback=_positive, help="Open loop: frames a second for each. (default: 100)"),
+    ] = None,
+    duration: Annotated[float, typer.Option(callback=_positive, help="Seconds to measure.")] = 10.0,
+    warmup: Annotated[float, typer.Option(min=0, help="Seconds before that that do not count.")] = 2.0,
+    block: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many streams a message. (default: all of the connection's that fit)"),
+    ] = None,
+    steps_per_block: Annotated[int, typer.Option(min=1, help="Timesteps a message.")] = 1,
+    slo_ms: Annotated[
+        float | None,
+        typer.Option(
+            callback=_positive,
+            metavar="MS",
+            help="Find the largest number of streams of which 99 % of the frames are answered within MS of being due.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the result: a PNG, SVG or PDF.", dir_okay=False)
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Save the result, for --compare.", dir_okay=False)
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two saved results; measure nothing.")
+    ] = None,
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    as_json: AsJson = False,
+) -> None:
+    """Measure throughput and latency, or the largest load within a service level.
+
+    In an open loop latency counts from the moment a frame was due, not from when it could be sent: a slow answer cannot
+    hide the frames that queue behind it. The server's own share is shown beside it.
+
+    The exit status is 0 when every frame was answered, 1 when some were refused or unanswered, 2 when it could not run,
+    and 3 when it was this side that could not keep up: then it measured itself.
+    """
+    if compare is not None:
+        raise typer.Exit(compare_runs(*compare, Terminal(as_json)))
+    if mode is Mode.CLOSED and (rate is not None or slo_ms is not None):
+        raise typer.BadParameter("--rate and --slo-ms need an open loop: leave out --mode closed")
+    is_open = mode is Mode.OPEN or rate is not None or slo_ms is not None
+    plan = LoadPlan(
+        streams=streams,
+        connections=connections,
+        processes=processes,
+        mode=Mode.OPEN if is_open else Mode.CLOSED,
+        rate_hz=REAL_TIME_RATE_HZ if rate is None else rate,
+        duration_s=duration,
+        warmup_s=warmup,
+        block=block,
+        steps=steps_per_block,
+    )
+    test = LoadTest(endpoint, plan, slo_ms, plot, save)
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await loadtest(test, terminal, stop)
+
+    raise typer.Exit(run_command(command, Terminal(as_json)))

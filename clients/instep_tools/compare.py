@@ -1,0 +1,89 @@
+"""Comparing answers with a recording, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from instep_client.protocol.wire import F32
+from instep_tools.sequences import RecordedSequences
+from instep_tools.words import counted
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first value that differs."""
+
+    stream: str
+    frame: int
+    element: int
+    recorded: float
+    now: float
+
+    def sentence(self) -> str:
+        """Both values with all their digits."""
+        return (
+            f"first difference: stream {self.stream!r}, frame {self.frame}, element {self.element}: "
+            f"recorded {np.float32(self.recorded)!s}, now {np.float32(self.now)!s}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayComparison:
+    """Answers beside a recording."""
+
+    frames: int
+    """Frames compared."""
+    different: int
+    """Frames with at least one bit that differs."""
+    streams_different: int
+    first: Difference | None
+    """In the order of the sequences."""
+
+    def sentence(self, exactness: str) -> str:
+        """How much differs, as the end of a sentence."""
+        if not self.frames:
+            return "there was nothing to compare"
+        if not self.different:
+            return f"all {self.frames:,} equal the recording, bit for bit"
+        note = "" if exactness == "exact" else f" (the server is not exact but {exactness!r})"
+        return (
+            f"{self.different:,} of {self.frames:,} frames differ from the recording, "
+            f"in {counted(self.streams_different, 'stream')}{note}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def compare(recorded: RecordedSequences, outputs: F32, which: npt.NDArray[np.bool_]) -> ReplayComparison:
+    """Compare outputs with the recorded ones as bits: NaN equals only the same NaN, and -0 is not 0.
+
+    Args:
+        recorded: what was answered when it was recorded.
+        outputs: what was answered now, float32 [sum, outputs].
+        which: bool [sum], the frames that were answered now; those that were not recorded are left out, too.
+    """
+    if recorded.outputs is None:
+        raise ValueError("there must be recorded outputs")
+    both = which if recorded.answered is None else which & recorded.answered
+    bits_differ = (recorded.outputs.view(np.uint32) != outputs.view(np.uint32)) & both[:, None]
+    compared = int(both.sum())
+    frames = np.flatnonzero(bits_differ.any(axis=1))
+    if not len(frames):
+        return ReplayComparison(compared, 0, 0, None)
+    rows = np.searchsorted(recorded.starts, frames, side="right") - 1
+    flat, row = int(frames[0]), int(rows[0])
+    element = int(np.argmax(bits_differ[flat]))
+    first = Difference(
+        stream=recorded.names[row],
+        frame=flat - int(recorded.starts[row]),
+        element=element,
+        recorded=float(recorded.outputs[flat, element]),
+        now=float(outputs[flat, element]),
+    )
+    return ReplayComparison(compared, len(frames), len(np.unique(rows)), first)

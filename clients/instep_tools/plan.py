@@ -1,0 +1,188 @@
+"""What a replay sends when: whole recordings cut into blocks of frames, with the streams that must be open for them.
+
+Streams are opened in cohorts, each one group of the client. A plan is made before anything is sent and holds only
+numbers: it knows no clock and no server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from instep_tools.sequences import F64, I64, RecordedSequences
+
+Rows = npt.NDArray[np.intp]
+
+COHORT_STREAMS: Final = 1024
+"""The most streams opened together; more of them at once would not make the batches better."""
+
+OPEN_TOGETHER_S: Final = 0.25
+"""Streams that open within this time are opened together, at the time of the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """One block: `steps` frames of each of some streams of one cohort."""
+
+    due_s: float
+    """When, in seconds after the start; 0 where it should go as soon as possible."""
+    cohort: int
+    rows: Rows
+    """[N] which streams, as places in the cohort."""
+    flat: I64
+    """[steps, N] where their frames lie in `RecordedSequences.frames`."""
+    last: bool
+    """Whether it is the last one of its cohort, whose streams may be closed then."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sends of a replay, in order."""
+
+    sequences: RecordedSequences
+    cohorts: tuple[Rows, ...]
+    """Which sequences each cohort opens."""
+    at_once: int
+    """The most streams open at the same time."""
+    sends: Iterator[Send]
+    """Sorted by `due_s`; a cohort is opened before its first send and closed after its last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Timesteps `first` to `first + count - 1` of the streams that have so many."""
+
+    first: int
+    count: int
+    rows: Rows
+    """[N] which streams."""
+    last: bool
+    """Whether no stream has more."""
+
+    @property
+    def steps(self) -> I64:
+        """[count] the timesteps."""
+        return np.arange(self.first, self.first + self.count)
+
+
+def cuts(lengths: I64, max_steps: int, max_frames: int) -> Iterator[Cut]:
+    """Streams of different lengths, cut into blocks in which every stream has every timestep.
+
+    Args:
+        lengths: [N] frames of each stream.
+        max_steps: the most timesteps a block.
+        max_frames: the most frames a block, where it has more than one timestep.
+    """
+    first, longest = 0, int(lengths.max())
+    while first < longest:
+        rows = np.flatnonzero(lengths > first)
+        count = min(int(lengths[rows].min()) - first, max_steps, max(1, max_frames // len(rows)))
+        yield Cut(first, count, rows, first + count >= longest)
+        first += count
+
+
+def plan_fast(sequences: RecordedSequences, max_streams: int, max_block_frames: int) -> Plan:
+    """As fast as possible: one cohort after the other, in blocks as large as the server takes them."""
+    cohorts = _waves(len(sequences), max_streams)
+
+    def sends() -> Iterator[Send]:
+        for cohort, members in enumerate(cohorts):
+            starts = sequences.starts[members]
+            for cut in cuts(sequences.lengths[members], max_block_frames, max_block_frames):
+                yield Send(0.0, cohort, cut.rows, starts[cut.rows] + cut.steps[:, None], cut.last)
+
+    return Plan(sequences, cohorts, max(len(members) for members in cohorts), sends())
+
+
+def plan_at_rate(sequences: RecordedSequences, max_streams: int, rate_hz: float) -> Plan:
+    """`rate_hz` frames a second for each stream; what cannot be open at once begins when the cohort before it ended."""
+    cohorts = _waves(len(sequences), max_streams)
+
+    def sends() -> Iterator[Send]:
+        begin = 0
+        for cohort, members in enumerate(cohorts):
+            starts = sequences.starts[members]
+            for cut in cuts(sequences.lengths[members], 1, max_streams):
+                due_s = (begin + cut.first) / rate_hz
+                yield Send(due_s, cohort, cut.rows, starts[cut.rows] + cut.steps[:, None], cut.last)
+            begin += int(sequences.lengths[members].max())
+
+    return Plan(sequences, cohorts, max(len(members) for members in cohorts), sends())
+
+
+def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
+    """Every frame when it was recorded, `speed` times as fast; a cohort's frames of one moment travel as one block."""
+    times_s = sequences.times_s
+    if times_s is None:
+        raise ValueError("the sequences have no times")
+    starts, ends = sequences.starts, np.cumsum(sequences.lengths)
+    opened_s = times_s[starts] if sequences.opened_s is None else sequences.opened_s
+    cohorts = _opened_together(opened_s, OPEN_TOGETHER_S * speed)
+    cohort_of = np.empty(len(sequences), np.intp)
+    place_of = np.empty(len(sequences), np.intp)
+    for cohort, members in enumerate(cohorts):
+        cohort_of[members] = cohort
+        place_of[members] = np.arange(len(members))
+    begin_s = float(times_s.min())
+    last_s = [float(times_s[ends[members] - 1].max()) for members in cohorts]
+    sequence_of = np.repeat(np.arange(len(sequences)), sequences.lengths)
+    left = [int(sequences.lengths[members].sum()) for members in cohorts]
+
+    def sends() -> Iterator[Send]:
+        for flat in _same_moment(times_s, sequence_of, cohort_of):
+            cohort = int(cohort_of[sequence_of[flat[0]]])
+            left[cohort] -= len(flat)
+            rows = place_of[sequence_of[flat]]
+            due_s = (float(times_s[flat[0]]) - begin_s) / speed
+            yield Send(due_s, cohort, rows, flat[None, :], left[cohort] == 0)
+
+    first_s = [float(times_s[starts[members]].min()) for members in cohorts]
+    return Plan(sequences, cohorts, _most_at_once(first_s, last_s, [len(m) for m in cohorts]), sends())
+
+
+def _waves(count: int, max_streams: int) -> tuple[Rows, ...]:
+    size = min(max_streams, COHORT_STREAMS)
+    return tuple(np.arange(first, min(first + size, count)) for first in range(0, count, size))
+
+
+def _opened_together(opened_s: F64, within_s: float) -> tuple[Rows, ...]:
+    """The sequences in order of opening, cut where a cohort is full or the next one opened too late for it."""
+    order = np.argsort(opened_s, kind="stable")
+    cohorts: list[Rows] = []
+    first = 0
+    while first < len(order):
+        end = int(np.searchsorted(opened_s[order], opened_s[order[first]] + within_s, side="right"))
+        end = min(end, first + COHORT_STREAMS)
+        cohorts.append(order[first:end])
+        first = end
+    return tuple(cohorts)
+
+
+def _same_moment(times_s: F64, sequence_of: Rows, cohort_of: Rows) -> Iterator[I64]:
+    """Groups of flat indices in order of time: one moment, one cohort, a stream at most once."""
+    order = np.lexsort((np.arange(len(times_s)), cohort_of[sequence_of], times_s))
+    cohorts = cohort_of[sequence_of[order]]
+    changes = (np.diff(times_s[order]) != 0) | (np.diff(cohorts) != 0)
+    for flat in np.split(order, np.flatnonzero(changes) + 1):
+        while len(flat):  # frames of one stream with the same time follow each other
+            _, once = np.unique(sequence_of[flat], return_index=True)
+            once.sort()
+            yield flat[once]
+            flat = np.delete(flat, once)
+
+
+def _most_at_once(first_s: list[float], last_s: list[float], sizes: list[int]) -> int:
+    """The largest number of streams open at one time."""
+    changes = sorted(
+        [(at, 0, size) for at, size in zip(first_s, sizes, strict=True)]
+        + [(at, 1, -size) for at, size in zip(last_s, sizes, strict=True)]
+    )
+    open_now = most = 0
+    for _, _, change in changes:
+        open_now += change
+        most = max(most, open_now)
+    return most

@@ -1,0 +1,179 @@
+"""Running the parts of a load test: one in this process, several each in one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import signal
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, suppress
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+import numpy as np
+
+from instep_client.aio import AsyncClient
+from instep_client.protocol.errors import InstepError
+from instep_tools.connect import PATIENCE_S
+from instep_tools.load import LEAD_S, Connect, Load, LoadClient, LoadPart, PartResult
+from instep_tools.pacing import Clock, Stop, WallClock, loop_factory
+from instep_tools.problems import CommandProblem
+
+READY: Final = "ready"
+END: Final = "end"
+
+
+def connector(endpoint: str) -> Connect:
+    """How a load connects to a real server."""
+
+    def connect() -> AbstractAsyncContextManager[LoadClient]:
+        return AsyncClient(endpoint, name="instep-client loadtest", timeout_s=PATIENCE_S)
+
+    return connect
+
+
+async def run_parts(parts: Sequence[LoadPart], endpoint: str, stop: Stop, clock: Clock | None = None) -> PartResult:
+    """Run all parts at once and merge what they measured.
+
+    Args:
+        parts: one stays in this process, several get a process each.
+        endpoint: of the server.
+        stop: ends it early; what was sent is still waited for.
+        clock: for one part; the machine's where it is None.
+
+    Raises:
+        InstepError: as the client does.
+        CommandProblem: when a process failed.
+    """
+    if len(parts) > 1:
+        return merge(await _run_processes(parts, endpoint, stop))
+    if clock is not None:
+        return await _run_here(parts[0], endpoint, stop, clock)
+    with WallClock() as wall_clock:
+        return await _run_here(parts[0], endpoint, stop, wall_clock)
+
+
+def merge(results: Sequence[PartResult]) -> PartResult:
+    """The results of several parts as one."""
+    merged = PartResult(np.concatenate([result.samples for result in results]))
+    for result in results:
+        merged.refused.update(result.refused)
+        merged.unanswered += result.unanswered
+        merged.unsent += result.unsent
+        merged.stopped |= result.stopped
+        merged.gave_up |= result.gave_up
+        merged.lost = merged.lost or result.lost
+    return merged
+
+
+async def _run_here(part: LoadPart, endpoint: str, stop: Stop, clock: Clock) -> PartResult:
+    async def ready() -> float:
+        return clock.now() + LEAD_S
+
+    return await Load(part, connector(endpoint), clock, stop).run(ready)
+
+
+async def _run_processes(parts: Sequence[LoadPart], endpoint: str, stop: Stop) -> list[PartResult]:
+    """Each process: sends READY, gets the moment of the start, sends its result, gets END (earlier on a stop)."""
+    context = multiprocessing.get_context("spawn")
+    loop = asyncio.get_running_loop()
+    pipes: list[Connection[Any, Any]] = []
+    workers = []
+    for part in parts:
+        pipe, theirs = context.Pipe()
+        worker = context.Process(target=work, args=(part, endpoint, theirs), daemon=True)
+        worker.start()
+        theirs.close()
+        pipes.append(pipe)
+        workers.append(worker)
+    with ThreadPoolExecutor(len(parts)) as threads:
+
+        async def receive(pipe: Connection[Any, Any]) -> Any:
+            try:
+                message = await loop.run_in_executor(threads, pipe.recv)
+            except (EOFError, ConnectionError):  # the latter when it had not read all that it was told
+                raise CommandProblem("a process of the load test was killed") from None
+            if isinstance(message, Exception):
+                raise message
+            return message
+
+        async def receive_all() -> list[Any]:
+            """One message of each; when one fails, all are told to end, and waited for."""
+            receiving = [asyncio.create_task(receive(pipe)) for pipe in pipes]
+            _, pending = await asyncio.wait(receiving, return_when=asyncio.FIRST_EXCEPTION)
+            if pending:
+                _tell(pipes, END)
+                await asyncio.wait(pending)
+            return [task.result() for task in receiving]
+
+        try:
+            await receive_all()
+            _tell(pipes, time.monotonic() + LEAD_S)
+            ending = asyncio.create_task(_end_on_stop(pipes, stop))
+            try:
+                return await receive_all()
+            finally:
+                ending.cancel()
+        finally:
+            _tell(pipes, END)
+            for worker in workers:
+                await loop.run_in_executor(threads, worker.join)
+            for pipe in pipes:
+                pipe.close()
+
+
+async def _end_on_stop(pipes: Sequence[Connection[Any, Any]], stop: Stop) -> None:
+    await stop.wait()
+    _tell(pipes, END)
+
+
+def _tell(pipes: Sequence[Connection[Any, Any]], message: float | str) -> None:
+    for pipe in pipes:
+        with suppress(OSError):  # it has ended already
+            pipe.send(message)
+
+
+def work(part: LoadPart, endpoint: str, pipe: Connection[Any, Any]) -> None:
+    """What a process of the load test runs; a Ctrl-C reaches it as its parent's END."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(_work(part, endpoint, pipe))
+
+
+async def _work(part: LoadPart, endpoint: str, pipe: Connection[Any, Any]) -> None:
+    loop = asyncio.get_running_loop()
+    stop = Stop()
+    start: asyncio.Future[float] = loop.create_future()
+
+    def on_message(message: float | str) -> None:
+        if message == END:
+            stop.request()
+        if not start.done():
+            start.set_result(time.monotonic() if isinstance(message, str) else message)
+
+    def listen() -> None:
+        message: float | str = READY
+        while message != END:
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):  # the parent is gone
+                message = END
+            loop.call_soon_threadsafe(on_message, message)
+
+    async def ready() -> float:
+        pipe.send(READY)
+        return await start
+
+    listening = loop.run_in_executor(None, listen)
+    try:
+        with WallClock() as clock:
+            result: PartResult | CommandProblem = await Load(part, connector(endpoint), clock, stop).run(ready)
+    except InstepError as error:
+        result = CommandProblem(str(error))
+    except Exception as error:  # the parent waits for a message, whatever happens here
+        result = CommandProblem(f"a process of the load test failed: {type(error).__name__}: {error}")
+    with suppress(OSError):
+        pipe.send(result)
+    await listening

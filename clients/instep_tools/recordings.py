@@ -1,0 +1,256 @@
+"""Reading an engine's recording: an SQLite file, by its documented layout and with nothing but sqlite3 and numpy."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import struct
+import zlib
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from instep_client.protocol.state_spec import StateSpec
+from instep_client.protocol.wire import F32
+from instep_client.states import as_state
+from instep_tools.problems import BadFile
+from instep_tools.sequences import I64, RecordedSequences
+
+APPLICATION_ID: Final = 0x696E7374
+FORMAT_VERSION: Final = 1
+_SQLITE_MAGIC: Final = b"SQLite format 3\0"
+
+
+def is_recording(path: Path) -> bool:
+    """Whether the file is an SQLite database, whatever its name.
+
+    Raises:
+        BadFile: when it cannot be opened.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_recording(path: Path) -> RecordedSequences:
+    """All streams of a recording, in the order in which they opened; of one still being written, up to its last commit.
+
+    Where the state of a stream was reset, what follows is a sequence of its own. Sequences without a frame are left
+    out, and so are the frames of steps that failed. `times_s` and `opened_s` count from the first opening.
+
+    Raises:
+        BadFile: it is no recording, it is damaged, or it holds no frames.
+    """
+    try:
+        with closing(_opened(path)) as database:
+            return _read(path, database)
+    except (sqlite3.Error, struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadFile(f"{path} is no recording, or it is damaged: {error}") from None
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+    database.execute("BEGIN")  # one snapshot for all tables
+    return database
+
+
+class _Opening(NamedTuple):
+    position: int
+    time_ns: int
+    stream: int
+    name: str
+    epoch: int
+    first_seq: int
+    initial_state: bytes | None
+
+
+class _Stretch(NamedTuple):
+    """What is replayed as one sequence: from an opening or a reset to the next reset or the end."""
+
+    position: int
+    time_ns: int
+    name: str
+    state: bytes | None
+    start: int
+    """Where its frames begin, sorted by stream and seq."""
+    end: int
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """All frames of a recording, sorted by stream and seq."""
+
+    streams: I64
+    seqs: npt.NDArray[np.uint64]
+    times_ns: I64
+    x: F32
+    y: F32
+    answered: npt.NDArray[np.bool_]
+
+
+_OPENING: Final = ", ".join(_Opening._fields)
+_EVENT: Final = "position, time_ns, stream, seq, kind, detail, state"
+_CHECKPOINT: Final = "position, completed, time_ns, bytes, openings, closings, events"
+_STATE: Final = "stream, position, seq, state, tail_seq, tail_x, tail_y"
+
+
+def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
+    if database.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        raise BadFile(f"{path} is a database, but no recording of an instep engine")
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version != FORMAT_VERSION:
+        raise BadFile(f"{path} has format version {version}; this client reads version {FORMAT_VERSION}")
+    header = {key: json.loads(value) for key, value in _rows(path, database, "header", "key, value")}
+    state = StateSpec.decode(header["state"])
+    first, openings = _openings(path, database)
+    events = [event for event in _rows(path, database, "events", _EVENT) if event[0] >= first]
+    failed = {seq for _, _, _, seq, kind, *_ in events if kind == "failed"}
+    first_seqs = {opening.stream: opening.first_seq for opening in openings}
+    frames = _frames(path, database, int(header["features"]), int(header["outputs"]), failed, first, first_seqs)
+    resets = [
+        (stream, seq, at, time_ns, state)
+        for at, time_ns, stream, seq, kind, _, state in events
+        if kind == "reset" and seq >= first_seqs.get(stream, seq + 1)
+    ]
+    stretches = _stretches(path, frames, openings, sorted(resets, key=lambda reset: reset[:3]))
+    first_ns = min(stretch.time_ns for stretch in stretches)
+    in_file = RecordedSequences(
+        names=tuple(stretch.name for stretch in stretches),
+        lengths=np.array([stretch.end - stretch.start for stretch in stretches], np.int64),
+        frames=frames.x,
+        outputs=frames.y,
+        answered=None if frames.answered.all() else frames.answered,
+        times_s=(frames.times_ns - first_ns) / 1e9,
+        opened_s=np.array([stretch.time_ns - first_ns for stretch in stretches]) / 1e9,
+        initial_states={
+            row: as_state(np.frombuffer(stretch.state, np.uint8).reshape(1, state.row_bytes), state, single=True)
+            for row, stretch in enumerate(stretches)
+            if stretch.state is not None
+        },
+        fingerprint=str(header["model_fingerprint"]),
+    )
+    order = sorted(range(len(stretches)), key=lambda row: stretches[row].position)
+    return in_file if order == list(range(len(stretches))) else in_file.select(order)
+
+
+def _openings(path: Path, database: sqlite3.Connection) -> tuple[int, list[_Opening]]:
+    """The first position that was not trimmed, and the streams, each as of the checkpoint where it was trimmed."""
+    openings = [_Opening(*row) for row in _rows(path, database, "openings", _OPENING)]
+    trimmed = _rows(path, database, "trimmed", "position, events, last_stream, last_epoch")
+    if not trimmed:
+        return 1, openings
+    position = trimmed[0][0]
+    (completed,) = (row[1] for row in _rows(path, database, "checkpoints", _CHECKPOINT) if row[0] == position)
+    closings = _rows(path, database, "closings", "position, time_ns, stream, frames, reason, final_state")
+    gone = {row[2] for row in closings if row[0] <= completed}  # these may have no state there
+    begins: dict[int, tuple[int, bytes]] = {}
+    for stream, at, seq, state, *_ in sorted(_rows(path, database, "states", _STATE), key=lambda row: row[:2]):
+        if at <= position:
+            begins[stream] = seq, state
+    found = []
+    for opening in openings:
+        if opening.position > position:
+            found.append(opening)
+        elif opening.stream not in gone:
+            seq, initial = begins.get(opening.stream, (opening.first_seq, opening.initial_state))
+            found.append(opening._replace(first_seq=seq, initial_state=initial))
+    return position + 1, found
+
+
+def _frames(
+    path: Path,
+    database: sqlite3.Connection,
+    features: int,
+    outputs: int,
+    failed: set[int],
+    first: int,
+    first_seqs: dict[int, int],
+) -> _Frames:
+    """Those of batches from the position `first` on that are not in the states with which streams begin."""
+    rows = _rows(path, database, "batches", "position, time_ns, bucket, size, streams, seqs, x")
+    rows = [row for row in rows if row[0] not in failed and row[0] >= first]
+    if not rows:
+        raise BadFile(f"{path} holds no frames")
+    answers = {batch: y for _, _, batch, y in _rows(path, database, "outputs", "position, time_ns, batch, y")}
+    sizes = np.array([row[3] for row in rows])
+    nothing = np.full((int(sizes.max()), outputs), np.nan, "<f4").tobytes()
+    streams = np.frombuffer(b"".join(row[4] for row in rows), "<u4").astype(np.int64)
+    seqs = np.frombuffer(b"".join(row[5] for row in rows), "<u8")
+    x = np.frombuffer(b"".join(row[6] for row in rows), "<f4").reshape(-1, features)
+    y = b"".join(answers.get(row[0], nothing[: 4 * row[3] * outputs]) for row in rows)
+    times_ns = np.repeat(np.array([row[1] for row in rows], np.int64), sizes)
+    answered = np.repeat(np.array([row[0] in answers for row in rows]), sizes)
+    if not len(streams) == len(seqs) == len(x) == len(times_ns) == len(y) / (4 * outputs):
+        raise BadFile(f"{path} is damaged: the columns of a batch differ in length")
+    order = np.lexsort((seqs, streams))
+    if first > 1:
+        order = order[_count_after_trimming(streams[order], seqs[order], first_seqs)]
+    in_columns = np.frombuffer(y, "<f4").reshape(-1, outputs)
+    return _Frames(streams[order], seqs[order], times_ns[order], x[order], in_columns[order], answered[order])
+
+
+def _count_after_trimming(
+    streams: I64, seqs: npt.NDArray[np.uint64], first_seqs: dict[int, int]
+) -> npt.NDArray[np.bool_]:
+    pairs = zip(streams.tolist(), seqs.tolist(), strict=True)
+    return np.array([seq >= first_seqs.get(stream, seq + 1) for stream, seq in pairs], np.bool_)
+
+
+def _stretches(
+    path: Path, frames: _Frames, openings: list[_Opening], resets: list[tuple[int, int, int, int, bytes | None]]
+) -> list[_Stretch]:
+    """Those with frames, in the order of the frames."""
+    numbers, starts, counts = np.unique(frames.streams, return_index=True, return_counts=True)
+    by_number = {opening.stream: opening for opening in openings}
+    if not by_number.keys() >= set(numbers.tolist()):
+        raise BadFile(f"{path} holds frames of a stream that never opened")
+    found = []
+    for stream, start, count in zip(numbers.tolist(), starts.tolist(), counts.tolist(), strict=True):
+        opening = by_number[stream]
+        _check_seqs(path, opening, frames.seqs[start : start + count])
+        begins = [(opening.position, opening.time_ns, opening.initial_state, opening.first_seq)]
+        begins += [(at, time_ns, state, seq) for of, seq, at, time_ns, state in resets if of == stream]
+        ends = [seq for *_, seq in begins[1:]] + [opening.first_seq + count]
+        for (at, time_ns, state, first), end in zip(begins, ends, strict=True):
+            if end > first:
+                where = start - opening.first_seq
+                found.append(_Stretch(at, time_ns, opening.name, state, where + first, where + end))
+    return found
+
+
+def _check_seqs(path: Path, opening: _Opening, seqs: npt.NDArray[np.uint64]) -> None:
+    """A stream must hold all frames from its first one: a stream with a hole cannot be run again."""
+    expected = opening.first_seq + np.arange(len(seqs))
+    wrong = np.flatnonzero(seqs != expected.astype(np.uint64))
+    if len(wrong):
+        at = int(wrong[0])
+        raise BadFile(
+            f"{path} is damaged: stream {opening.name!r} holds seq {seqs[at]} where {expected[at]} is expected"
+        )
+
+
+def _rows(path: Path, database: sqlite3.Connection, table: str, columns: str) -> list[tuple[Any, ...]]:
+    """The rows of one table, their CRCs checked and taken off."""
+    rows: list[tuple[Any, ...]] = []
+    for *row, crc in database.execute(f"SELECT {columns}, crc FROM {table} ORDER BY 1"):
+        if crc != _crc(row):
+            raise BadFile(f"{path} is damaged: the CRC of row {row[0]} of table {table} does not match")
+        rows.append(tuple(row))
+    return rows
+
+
+def _crc(row: Sequence[Any]) -> int:
+    crc = 0
+    for value in row:
+        if isinstance(value, int):
+            crc = zlib.crc32(struct.pack("<q", value), crc)
+        elif value is not None:
+            crc = zlib.crc32(value.encode() if isinstance(value, str) else value, crc)
+    return crc

@@ -1,0 +1,243 @@
+"""`instep-client state …`: read a stream's state, save it, go on from it, copy it, replace it.
+
+Reading, saving and copying need no ownership: nobody notices. Only a reset takes the stream from its owner, and only
+when told to. Streams that a command has opened or taken are left to the server, which parks them, when it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from instep_client.aio import AsyncClient
+from instep_client.aio_streams import AsyncStream
+from instep_client.protocol.errors import InvalidInput, StreamRefused
+from instep_client.protocol.wire import Code, ServerInfo
+from instep_client.snapshots import StreamSnapshot
+from instep_tools.connect import connected
+from instep_tools.pacing import Stop
+from instep_tools.problems import BadFile, CommandProblem, Exit
+from instep_tools.terminal import Terminal
+
+FIRST_VALUES: Final = 6
+"""How many values of a layer are shown."""
+
+
+async def read(endpoint: str, name: str, terminal: Terminal, stop: Stop) -> Exit:
+    """Show a stream's seq and state.
+
+    Raises:
+        InstepError: as the client does, when there is no such stream for one.
+    """
+    async with connected(endpoint, "state read", terminal, stop) as client:
+        seq, state = await client.read_state(name)
+        info = client.info
+    if terminal.as_json:
+        terminal.result({"stream": name, "seq": seq, **_of_model(info), "state": _plain(state)})
+        return Exit.OK
+    leaves = ", ".join(f"{leaf.name} {leaf.dtype} {list(leaf.shape)}" for leaf in info.state.leaves)
+    terminal.out.print(
+        f"{name!r} is before frame {seq}; its state is {leaves} of model {info.model}", markup=False, soft_wrap=True
+    )
+    arrays = state if isinstance(state, dict) else {info.state.leaves[0].name: state}
+    rows = [(label, values) for leaf, array in arrays.items() for label, values in _rows(leaf, array)]
+    width = max(len(label) for label, _ in rows)
+    terminal.out.print(f"{'row':>{width}} {'min':>12} {'mean':>12} {'max':>12}  first values", markup=False)
+    with np.errstate(all="ignore"):  # a network may have computed NaN or infinity, which is shown as such
+        for label, values in rows:
+            low, mean, high = (_short(value) for value in (values.min(), values.mean(dtype=np.float64), values.max()))
+            first = " ".join(_short(value) for value in values[:FIRST_VALUES])
+            more = " …" if len(values) > FIRST_VALUES else ""
+            terminal.out.print(f"{label:>{width}} {low:>12} {mean:>12} {high:>12}  {first}{more}", markup=False)
+    return Exit.OK
+
+
+async def snapshot(endpoint: str, name: str, to: Path, terminal: Terminal, stop: Stop) -> Exit:
+    """Save a stream's seq and state in a new file.
+
+    Raises:
+        InstepError: as the client does.
+        BadFile: when there is such a file already, or it cannot be written.
+    """
+    _check_new(to)
+    async with connected(endpoint, "state snapshot", terminal, stop) as client:
+        taken = await client.snapshot(name)
+    try:
+        taken.save(to, overwrite=False)
+    except FileExistsError:
+        raise _exists(to) from None
+    except OSError as error:
+        raise BadFile(f"{to} cannot be written: {error.strerror}") from None
+    if terminal.as_json:
+        terminal.result({"stream": name, "seq": taken.seq, **_of_model(client.info), "file": str(to)})
+    terminal.summary(
+        f"saved {name!r} as it is before frame {taken.seq} (model {taken.model}, {taken.fingerprint[:12]}) in {to}"
+    )
+    return Exit.OK
+
+
+async def restore(endpoint: str, file: Path, name: str | None, terminal: Terminal, stop: Stop) -> Exit:
+    """Open a stream that goes on from a snapshot, and leave it parked.
+
+    Raises:
+        InstepError: as the client does.
+        CommandProblem: when the file is none, or of another model, or the name is in use.
+    """
+    taken = _load(file)
+    async with _leaving(endpoint, "restore", terminal, stop) as client:
+        _check(file, taken, client.info)
+        try:
+            stream = await client.restore(taken, name)
+        except StreamRefused as refused:
+            if refused.code is not Code.NAME_IN_USE:
+                raise
+            raise CommandProblem(f"{refused}; restore it under another name with --as NAME") from None
+        _tell_parked(terminal, f"{stream.name!r} goes on from {file}", stream, client.info, {"file": str(file)})
+    return Exit.OK
+
+
+async def fork(endpoint: str, name: str, copy: str, terminal: Terminal, stop: Stop) -> Exit:
+    """Open a stream that begins with another one's seq and state, and leave it parked.
+
+    Raises:
+        InstepError: as the client does.
+        CommandProblem: when the server parks no streams.
+    """
+    async with _leaving(endpoint, "fork", terminal, stop) as client:
+        stream = await client.restore(await client.snapshot(name), copy)
+        _tell_parked(terminal, f"{copy!r} goes on from {name!r}", stream, client.info, {"from": name})
+    return Exit.OK
+
+
+async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, terminal: Terminal, stop: Stop) -> Exit:
+    """Take a stream from its owner, replace its state by the initial one or a snapshot's, and leave it parked.
+
+    Raises:
+        InstepError: as the client does.
+        CommandProblem: when it may not be taken, or the file is none, or of another model, or its state cannot be used.
+    """
+    taken = None if file is None else _load(file)
+    async with _leaving(endpoint, "reset", terminal, stop) as client:
+        if file is not None and taken is not None:
+            _check(file, taken, client.info)  # while its owner still has the stream
+        if not take_over:
+            await client.read_state(name)  # or there is no such stream
+            raise CommandProblem(
+                f"stream {name!r} has an owner, connected or expected back, who would go on from a state that is not "
+                "its own; with --take-over the stream is reset all the same, and its owner is told that it was taken"
+            )
+        try:
+            stream = await client.resume(name, take_over=True)
+        except asyncio.CancelledError:
+            terminal.note(f"stream {name!r} may have been taken from its owner, and was not reset")
+            raise
+        try:
+            await stream.reset(None if taken is None else taken.state)
+        except BaseException:  # an interrupt, too
+            terminal.note(
+                f"stream {name!r} was taken from its owner before this; as long as the server keeps it, a producer "
+                f"goes on with it: client.resume({name!r}, epoch={stream.epoch})"
+            )
+            raise
+        state = "the initial state" if file is None else f"the state in {file}"
+        _tell_parked(
+            terminal,
+            f"{name!r} goes on from {state}",
+            stream,
+            client.info,
+            {"file": None if file is None else str(file)},
+        )
+    return Exit.OK
+
+
+@asynccontextmanager
+async def _leaving(endpoint: str, verb: str, terminal: Terminal, stop: Stop) -> AsyncIterator[AsyncClient]:
+    """A client that leaves its streams to be parked."""
+    async with connected(endpoint, f"state {verb}", terminal, stop, park=True) as client:
+        if client.info.park_s <= 0:
+            raise CommandProblem(
+                f"the server at {endpoint} keeps no stream without its connection (its limits.park_s is 0): the "
+                f"stream would end with this command; {verb} it in the program that goes on with it"
+            )
+        yield client
+
+
+def _tell_parked(terminal: Terminal, what: str, stream: AsyncStream, info: ServerInfo, more: dict[str, Any]) -> None:
+    """What was done with a stream, and for how long it waits for somebody to go on with it."""
+    if terminal.as_json:
+        terminal.result(
+            {
+                "stream": stream.name,
+                "seq": stream.next_seq,
+                "epoch": stream.epoch,
+                "park_s": info.park_s,
+                **_of_model(info),
+                **more,
+            }
+        )
+    terminal.summary(
+        f"{what} with frame {stream.next_seq}; the server keeps it for {info.park_s:g} s until a producer goes on with "
+        f"it: client.resume({stream.name!r}, epoch={stream.epoch})"
+    )
+
+
+def _load(file: Path) -> StreamSnapshot:
+    try:
+        return StreamSnapshot.load(file)
+    except InvalidInput as error:
+        raise BadFile(str(error)) from None
+    except OSError as error:
+        raise BadFile(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _check(file: Path, taken: StreamSnapshot, info: ServerInfo) -> None:
+    try:
+        taken.check(info)
+    except InvalidInput as error:
+        raise CommandProblem(f"{file}: {error}") from None
+
+
+def _check_new(path: Path) -> None:
+    """Find out before the work, not after it, whether a file can be made there."""
+    if os.path.lexists(path):
+        raise _exists(path)
+    if not path.parent.is_dir():
+        raise BadFile(f"{path} cannot be written: there is no folder {path.parent}")
+
+
+def _exists(path: Path) -> BadFile:
+    return BadFile(f"{path} exists already and is not written over: move it, or name another file with --to")
+
+
+def _of_model(info: ServerInfo) -> dict[str, str]:
+    return {"model": info.model, "fingerprint": info.fingerprint}
+
+
+def _short(value: np.floating[Any]) -> str:
+    return f"{value:.6g}"
+
+
+def _rows(leaf: str, array: npt.NDArray[Any]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """A leaf's rows along its last axis, as numbers, each with its place: `h[0]`."""
+    lines = array.reshape(-1, array.shape[-1] if array.ndim else 1) * 1
+    for index, values in enumerate(lines):
+        yield (f"{leaf}[{index}]" if array.ndim > 1 else leaf), values
+
+
+def _plain(state: Any) -> Any:
+    """As JSON can hold it: a dict or nested lists, with `nan`, `inf` and `-inf` as text."""
+    if isinstance(state, dict):
+        return {name: _plain(leaf) for name, leaf in state.items()}
+    if isinstance(state, np.ndarray):
+        return _plain(state.tolist())
+    if isinstance(state, list):
+        return [_plain(value) for value in state]
+    return str(state) if isinstance(state, float) and not math.isfinite(state) else state

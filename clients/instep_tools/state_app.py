@@ -1,0 +1,120 @@
+"""The command line of `instep-client state`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from instep_client.protocol.wire import DEFAULT_ENDPOINT
+from instep_tools import state
+from instep_tools.options import AsJson, Endpoint
+from instep_tools.pacing import Stop
+from instep_tools.problems import Exit
+from instep_tools.terminal import Terminal, run_undrained
+from instep_tools.typed import PlainCommands
+
+app: Final = typer.Typer(
+    cls=PlainCommands,
+    help="Read a stream's state, save it in a file, go on from it, copy it, replace it.\n\n"
+    "The exit status is 0 when it was done, and 2 when it was not: the error says why.",
+    no_args_is_help=True,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="The stream, whoever has it.")]
+
+
+@app.command("read")
+def read_command(name: Name, endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
+    """Show the seq of a stream's next frame and its state. Its owner notices nothing.
+
+    --json gives all values.
+    """
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await state.read(endpoint, name, terminal, stop)
+
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+
+
+@app.command("snapshot")
+def snapshot_command(
+    name: Name,
+    to: Annotated[
+        Path, typer.Option("--to", metavar="FILE", show_default=False, help="The new file; none is written over.")
+    ],
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    as_json: AsJson = False,
+) -> None:
+    """Save a stream's seq and state in a new safetensors file. Its owner notices nothing."""
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await state.snapshot(endpoint, name, to, terminal, stop)
+
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+
+
+@app.command("restore")
+def restore_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="As `state snapshot` made it.")],
+    name: Annotated[
+        str | None,
+        typer.Option("--as", metavar="NAME", show_default=False, help="The new stream. Default: the name it had."),
+    ] = None,
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    as_json: AsJson = False,
+) -> None:
+    """Open a stream that goes on from a snapshot, on this or another server of the same model.
+
+    The server keeps it parked until a producer resumes it, for as long as the answer says.
+    """
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await state.restore(endpoint, file, name, terminal, stop)
+
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+
+
+@app.command("fork")
+def fork_command(
+    name: Name,
+    copy: Annotated[str, typer.Argument(metavar="NEW", show_default=False, help="The new stream.")],
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    as_json: AsJson = False,
+) -> None:
+    """Open a stream that goes on from another one's state. The owner of the other one notices nothing.
+
+    The server keeps it parked until a producer resumes it, for as long as the answer says.
+    """
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await state.fork(endpoint, name, copy, terminal, stop)
+
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+
+
+@app.command("reset")
+def reset_command(
+    name: Name,
+    file: Annotated[
+        Path | None,
+        typer.Option("--state", metavar="FILE", show_default=False, help="A snapshot's state, in place of zeros."),
+    ] = None,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Take the stream from its owner, who is told, or refused when it resumes."),
+    ] = False,
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    as_json: AsJson = False,
+) -> None:
+    """Replace a stream's state by zeros, or a snapshot's; its seqs go on.
+
+    It needs --take-over, since its owner must not go on unaware: a connected one gets FENCED at once, one that comes
+    back when it resumes, and either may take the stream over again.
+    """
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await state.reset(endpoint, name, file, take_over, terminal, stop)
+
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))

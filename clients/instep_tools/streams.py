@@ -1,0 +1,111 @@
+"""`instep-client streams` and `stats`: what is open on a server, and making room there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from instep_client.aio import AsyncClient, StreamPlace
+from instep_client.calls import ListedStream
+from instep_client.protocol.errors import StreamRefused
+from instep_client.protocol.wire import Code
+from instep_tools.connect import connected
+from instep_tools.pacing import Stop
+from instep_tools.problems import CommandProblem, Exit
+from instep_tools.report import three_digits
+from instep_tools.terminal import Terminal
+from instep_tools.words import counted
+
+_HAS_ENDED = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
+
+
+async def show(
+    endpoint: str, prefix: str, place: StreamPlace | None, most: int, terminal: Terminal, stop: Stop
+) -> Exit:
+    """List streams, those first that have done nothing for longest."""
+    async with connected(endpoint, "streams", terminal, stop) as client:
+        found = await client.list_streams(prefix, place)
+    found.sort(key=lambda stream: -stream.idle_s)
+    if terminal.as_json:
+        terminal.result({"streams": [stream._asdict() for stream in found[:most]], "count": len(found)})
+        return Exit.OK
+    if found:
+        terminal.out.print(_table(found[:most]))
+    left_out = f"; {len(found) - most:,} more are not shown (--limit)" if len(found) > most else ""
+    terminal.summary(f"{counted(len(found), 'stream')}{left_out}")
+    return Exit.OK
+
+
+def _table(streams: Sequence[ListedStream]) -> Table:
+    rows = Table("name", "where", "next seq", "pending", "idle s", "kept s", box=None, pad_edge=False)
+    for column in rows.columns[2:]:
+        column.justify = "right"
+    for stream in streams:
+        rows.add_row(
+            stream.name,
+            stream.place,
+            "–" if stream.next_seq is None else f"{stream.next_seq:,}",
+            f"{stream.pending:,}",
+            three_digits(stream.idle_s),
+            "ever" if stream.left_s is None else three_digits(stream.left_s),
+        )
+    return rows
+
+
+async def close(
+    endpoint: str,
+    names: Sequence[str],
+    prefix: str | None,
+    place: StreamPlace | None,
+    terminal: Terminal,
+    stop: Stop,
+) -> Exit:
+    """Close streams by name, or all that a list shows; whoever has them is told.
+
+    Raises:
+        CommandProblem: when it is not said which.
+    """
+    if not names and prefix is None and place is None:
+        raise CommandProblem("say which streams: their names, --prefix, or --place parked")
+    closed: list[str] = []
+    missing: list[str] = []
+    async with connected(endpoint, "streams", terminal, stop) as client:
+        if not names:
+            names = [stream.name for stream in await client.list_streams(prefix or "", place)]
+        done = [0]
+        async with terminal.progress("closing", len(names), "streams", lambda: done[0]):
+            for name in names:
+                (closed if await _close(client, name) else missing).append(name)
+                done[0] += 1
+    if terminal.as_json:
+        terminal.result({"closed": closed, "missing": missing})
+    gone = f"; {counted(len(missing), 'stream')} not there: {', '.join(missing[:5])}" if missing else ""
+    terminal.summary(f"{counted(len(closed), 'stream')} closed{gone}", good=not missing)
+    return Exit.FOUND_PROBLEMS if missing else Exit.OK
+
+
+async def _close(client: AsyncClient, name: str) -> bool:
+    try:
+        stream = await client.resume(name, take_over=True)
+        await stream.close()
+    except StreamRefused as refused:
+        if refused.code in _HAS_ENDED:
+            return False
+        raise
+    return True
+
+
+async def stats(endpoint: str, terminal: Terminal, stop: Stop) -> Exit:
+    """Show the server's numbers."""
+    async with connected(endpoint, "stats", terminal, stop) as client:
+        numbers = await client.stats()
+    if terminal.as_json:
+        terminal.result(numbers)
+        return Exit.OK
+    rows = Table("", "", box=None, pad_edge=False, show_header=False)
+    rows.columns[1].justify = "right"
+    for name, value in numbers.items():
+        rows.add_row(name, f"{value:,.0f}" if value == int(value) else three_digits(value))
+    terminal.out.print(rows)
+    return Exit.OK

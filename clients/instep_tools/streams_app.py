@@ -1,0 +1,61 @@
+"""The command line of `instep-client streams`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import typer
+
+from instep_client.aio import StreamPlace
+from instep_client.protocol.wire import DEFAULT_ENDPOINT
+from instep_tools import streams
+from instep_tools.options import AsJson, Endpoint
+from instep_tools.pacing import Stop
+from instep_tools.problems import Exit
+from instep_tools.terminal import Terminal, run_undrained
+from instep_tools.typed import PlainCommands
+
+app: Final = typer.Typer(cls=PlainCommands, help="See which streams are open, and close some.", no_args_is_help=True)
+
+Prefix = Annotated[str | None, typer.Option(metavar="TEXT", help="Only streams whose names begin so.")]
+Where = Annotated[
+    StreamPlace | None,
+    typer.Option(
+        "--place", help="Only those of a client that is there, of one that is gone, or of the recording alone."
+    ),
+]
+
+
+@app.command("list")
+def list_command(
+    prefix: Prefix = None,
+    place: Where = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most so many, idle longest first.")] = 50,
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    as_json: AsJson = False,
+) -> None:
+    """Show the server's streams: where each is, its next seq, and how long it is kept if nothing happens."""
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await streams.show(endpoint, prefix or "", place, limit, terminal, stop)
+
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+
+
+@app.command("close")
+def close_command(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", show_default=False, help="The streams.")] = [],  # noqa: B006
+    prefix: Prefix = None,
+    place: Where = None,
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    as_json: AsJson = False,
+) -> None:
+    """Close streams by name, or all of a prefix or place: `streams close --place parked` makes room at once.
+
+    Their states are gone then. A client that has one of them is told that it was taken over.
+    """
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        return await streams.close(endpoint, names, prefix, place, terminal, stop)
+
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))

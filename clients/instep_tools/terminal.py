@@ -1,0 +1,205 @@
+"""What a person sees: messages, progress, one summary line; and how Ctrl-C ends a command in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from types import FrameType
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from instep_client.protocol.errors import InstepError
+from instep_tools.pacing import Stop, loop_factory
+from instep_tools.problems import CommandProblem, Exit
+
+QUIET_S: Final = 2.0
+"""Work shorter than this shows no progress."""
+
+DRAW_S: Final = 0.1
+LOG_S: Final = 5.0
+"""How often progress is written where it cannot be redrawn: in a file or a pipe."""
+
+
+class Terminal:
+    """Results go to stdout, everything else to stderr.
+
+    Args:
+        as_json: results as one JSON object; the summary line goes to stderr then.
+        data_on_stdout: stdout carries the data itself, so the summary line goes to stderr.
+    """
+
+    def __init__(self, as_json: bool = False, data_on_stdout: bool = False) -> None:
+        self.as_json = as_json
+        self.out = Console(highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._data_on_stdout = data_on_stdout or as_json
+
+    def note(self, sentence: str) -> None:
+        """Something worth knowing."""
+        self.err.print(sentence, markup=False)
+
+    def error(self, sentence: str) -> None:
+        """Something wrong."""
+        self.err.print(f"[bold red]error:[/] {_escape(sentence)}")
+
+    def write(self, text: str) -> bool:
+        """Data on stdout, at once; False when nobody reads it any more."""
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its last flush fails again
+            return False
+        return True
+
+    def summary(self, line: str, good: bool = True) -> None:
+        """The last line."""
+        console = self.err if self._data_on_stdout else self.out
+        console.print(line, markup=False, style="bold green" if good else "bold yellow")
+
+    def result(self, values: Mapping[str, Any]) -> None:
+        """The one JSON object."""
+        self.write(json.dumps(values) + "\n")
+
+    @asynccontextmanager
+    async def waiting(self, what: str) -> AsyncIterator[None]:
+        """Say what the block waits for, once it takes longer than two seconds."""
+        timer = asyncio.get_running_loop().call_later(QUIET_S, self.note, what)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    @asynccontextmanager
+    async def progress(self, title: str, total: float, unit: str, done: Callable[[], float]) -> AsyncIterator[None]:
+        """Show how far the work in the block is, once it takes longer than two seconds.
+
+        Args:
+            title: what is being done.
+            total: how much there is to do; infinite where it is not known.
+            unit: of `total`.
+            done: how much is done by now.
+        """
+        showing = asyncio.create_task(self._show(title, total, unit, done))
+        try:
+            yield
+        finally:
+            showing.cancel()
+            await asyncio.gather(showing, return_exceptions=True)
+
+    async def _show(self, title: str, total: float, unit: str, done: Callable[[], float]) -> None:
+        started = time.monotonic()
+        known = total if total != float("inf") else None
+        await asyncio.sleep(QUIET_S)
+        if not self.err.is_terminal:
+            while True:
+                of = f" of {known:,.0f}" if known is not None else ""
+                self.note(f"{title}: {done():,.0f}{of} {unit}, {time.monotonic() - started:.0f} s")
+                await asyncio.sleep(LOG_S)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.err, transient=True, auto_refresh=False) as bar:
+            task = bar.add_task(title, total=known)
+            while True:
+                bar.update(task, completed=int(done()), refresh=True)
+                await asyncio.sleep(DRAW_S)
+
+
+class StoppedBeforeSending(KeyboardInterrupt):
+    """Ctrl-C before there was a connection: nothing is lost, and nothing needs to be said."""
+
+
+Command = Callable[[Terminal, Stop], Awaitable[Exit]]
+
+
+def run_command(command: Command, terminal: Terminal) -> Exit:
+    """Run a command in an event loop of its own and turn what ends it into one sentence and an exit status.
+
+    The first Ctrl-C requests a stop: the command drains and closes. The second one ends it at once, and so does the
+    first one as long as nothing was sent because there is no connection. An interrupted command is INTERRUPTED, also
+    when it ends with an error, which is said.
+    """
+    try:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_with_stop(command, terminal))
+    except (CommandProblem, InstepError) as error:
+        terminal.error(str(error))
+        return Exit.COULD_NOT_RUN
+    except StoppedBeforeSending:
+        return Exit.INTERRUPTED
+    except KeyboardInterrupt:
+        terminal.note("stopped at once; what was sent may not have been answered")
+        return Exit.INTERRUPTED
+
+
+def run_undrained(command: Command, terminal: Terminal) -> Exit:
+    """`run_command` for a command that has nothing to drain: the first Ctrl-C cancels it, whatever it waits for."""
+
+    async def until_stopped(terminal: Terminal, stop: Stop) -> Exit:
+        stop.drains = False
+        task = asyncio.current_task()
+        assert task is not None
+        canceller = asyncio.create_task(_cancel_at(stop, task))
+        try:
+            return await command(terminal, stop)
+        except asyncio.CancelledError:
+            if not stop.requested:
+                raise
+            task.uncancel()
+            return Exit.INTERRUPTED
+        finally:
+            canceller.cancel()
+
+    return run_command(until_stopped, terminal)
+
+
+async def _cancel_at(stop: Stop, task: asyncio.Task[Exit]) -> None:
+    await stop.wait()
+    task.cancel()
+
+
+async def _with_stop(command: Command, terminal: Terminal) -> Exit:
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        return await command(terminal, stop)
+    loop = asyncio.get_running_loop()
+    interrupted, exit_status = False, Exit.INTERRUPTED
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        if not stop.connected:
+            raise StoppedBeforeSending
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if stop.drains:
+            terminal.note("stopping: waiting for the answers (Ctrl-C again ends at once)")
+        loop.call_soon_threadsafe(stop.request)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        exit_status = await command(terminal, stop)
+    except (CommandProblem, InstepError) as error:
+        if not interrupted:
+            raise
+        terminal.error(str(error))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return Exit.INTERRUPTED if interrupted else exit_status
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")

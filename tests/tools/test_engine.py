@@ -1,0 +1,80 @@
+"""The commands against the engine itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from instep_tools.files import read_sequences, save_sequences
+from instep_tools.live import Pace
+from instep_tools.load import Mode
+from instep_tools.load_plan import LoadPlan
+from instep_tools.loadtest import LoadTest, loadtest
+from instep_tools.pacing import Stop
+from instep_tools.problems import Exit
+from instep_tools.produce import Produce, produce
+from instep_tools.recordings import read_recording
+from instep_tools.replay import Replay, replay
+from instep_tools.sequences import RecordedSequences
+from instep_tools.signals import Signal
+from tests.support.models import SEED_SIZED, whole
+from tests.support.running import running
+from tests.tools.helpers import JumpingClock, RememberingTerminal
+
+
+async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Path, rng: np.random.Generator) -> None:
+    recording = tmp_path / "r.db"
+    lengths = np.array([20, 1, 50, 3, 50])
+    spoken = RecordedSequences(
+        names=("a", "b", "c", "d", "e"),
+        lengths=lengths,
+        frames=rng.standard_normal((124, 3), np.float32),
+        initial_states={2: rng.standard_normal((1, 4), np.float32)},
+    )
+    save_sequences(tmp_path / "spoken.npz", spoken)
+    async with running(SEED_SIZED, recording={"file": recording}) as server:
+        clock, terminal = JumpingClock(), RememberingTerminal()
+        live = Produce(
+            server.endpoint, Pace(10.0, 20, None), signal=Signal.NOISE, streams=3, save=tmp_path / "live.npz"
+        )
+        assert await produce(live, terminal, Stop(), clock) == Exit.OK
+        again = Replay(server.endpoint, tmp_path / "spoken.npz", save=tmp_path / "outputs.npz")
+        assert await replay(again, terminal, Stop(), clock) == Exit.OK
+    outputs = read_sequences(tmp_path / "outputs.npz")
+    assert outputs.outputs is not None
+    for row, start in enumerate(spoken.starts):
+        frames = spoken.frames[start : start + lengths[row]]
+        expected, _ = whole(SEED_SIZED, frames, spoken.initial_states.get(row))
+        np.testing.assert_array_equal(outputs.outputs[start : start + lengths[row]], expected)
+    assert sorted(read_recording(recording).lengths.tolist()) == sorted([20, 20, 20, *lengths.tolist()])
+    async with running(SEED_SIZED) as server:
+        for file in (tmp_path / "live.npz", tmp_path / "outputs.npz", recording):
+            for speed in (1.0, math.inf) if file is recording else (math.inf,):
+                terminal = RememberingTerminal()
+                ending = await replay(
+                    Replay(server.endpoint, file, speed, check=True), terminal, Stop(), JumpingClock()
+                )
+                assert (ending, terminal.complained) == (Exit.OK, "")
+                assert "equal the recording, bit for bit" in terminal.said
+
+
+async def test_a_load_test_of_the_engine() -> None:
+    plan = LoadPlan(
+        streams=20,
+        connections=3,
+        processes=1,
+        mode=Mode.OPEN,
+        rate_hz=32.0,
+        duration_s=1.0,
+        warmup_s=0.25,
+        block=4,
+        steps=2,
+    )
+    terminal = RememberingTerminal(as_json=True)
+    async with running(SEED_SIZED) as server:
+        assert await loadtest(LoadTest(server.endpoint, plan), terminal, Stop(), JumpingClock()) == Exit.OK
+    values = terminal.json()
+    assert (values["refused_frames"], values["unanswered_frames"]) == ({}, 0)
+    assert values["latency_us"]["compute"]["max"] > 0

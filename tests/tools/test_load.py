@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.errors import ConnectionFailed, FrameFailure, FramesRefused, Refused, StreamEvicted
+from instep_tools.load import Load, LoadPart, Mode, PartResult
+from instep_tools.pacing import Stop
+from tests.tools.helpers import JumpingClock, ModelServer
+
+
+def part(
+    mode: Mode, connections: tuple[tuple[int, ...], ...] = ((2,),), steps: int = 1, warmup_s: float = 0.0
+) -> LoadPart:
+    return LoadPart(
+        name="load",
+        connections=connections,
+        steps=steps,
+        mode=mode,
+        rate_hz=10.0,
+        warmup_s=warmup_s,
+        duration_s=1.0,
+        drain_s=0.0,
+    )
+
+
+async def run(load: LoadPart, server: ModelServer, clock: JumpingClock, stop: Stop | None = None) -> PartResult:
+    async def ready() -> float:
+        return clock.time + 0.5
+
+    return await Load(load, server.connect, clock, stop or Stop()).run(ready)
+
+
+async def test_an_open_loop_sends_when_due_and_counts_from_then() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: 0.004)
+    result = await run(part(Mode.OPEN), server, clock)
+    assert len(server.groups) == 1
+    np.testing.assert_allclose(server.groups[0].sent_at, 1000.5 + 0.1 * np.arange(10))
+    assert server.groups[0].shapes == [(1, 2, 3)] * 10
+    samples = result.samples
+    np.testing.assert_allclose(samples["latency_us"], 4000, rtol=1e-6)
+    np.testing.assert_allclose(samples["at_s"], 0.004 + 0.1 * np.arange(10), rtol=1e-6)
+    np.testing.assert_allclose(samples["late_us"], 0, atol=1e-3)
+    assert samples["frames"].tolist() == [2] * 10
+    assert [samples[name].tolist()[0] for name in ("queue_us", "compute_us", "send_us")] == [10, 20, 30]
+    assert (result.unanswered, result.refused, result.stopped) == (0, {}, False)
+    assert server.groups[0].closed
+    assert server.open_connections == 0
+
+
+async def test_a_slow_answer_cannot_hide_the_frames_that_queue_behind_it() -> None:
+    """The third block takes 0.35 s, in which the loop cannot send: those that were due then are late, and it shows."""
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: 0.35 if number == 2 else 0.0)
+    result = await run(part(Mode.OPEN), server, clock)
+    expected = np.zeros(10)
+    expected[2:6] = [0.35, 0.25, 0.15, 0.05]
+    np.testing.assert_allclose(result.samples["latency_us"] / 1e6, expected, atol=1e-6)
+    late = expected.copy()
+    late[2] = 0
+    np.testing.assert_allclose(result.samples["late_us"] / 1e6, late, atol=1e-6)
+
+
+async def test_groups_of_all_connections_take_turns() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock)
+    await run(part(Mode.OPEN, ((1, 2), (3,))), server, clock)
+    assert server.connections == 2
+    assert [len(group.names) for group in server.groups] == [1, 2, 3]
+    first = {len(group.names): group.sent_at[0] - 1000.5 for group in server.groups}
+    assert first == pytest.approx({1: 0, 3: 0.1 / 3, 2: 0.2 / 3})
+    assert all(len(group.sent_at) == 10 for group in server.groups)
+    names = [name for group in server.groups for name in group.names]
+    assert len(set(names)) == 6
+
+
+async def test_blocks_of_several_timesteps_go_out_less_often() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock)
+    result = await run(part(Mode.OPEN, steps=5), server, clock)
+    assert server.groups[0].shapes == [(5, 2, 3)] * 2
+    assert result.samples["frames"].tolist() == [10, 10]
+
+
+async def test_the_warm_up_does_not_count() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: 0.09 if number < 5 else 0.001)
+    result = await run(part(Mode.OPEN, warmup_s=0.5), server, clock)
+    assert len(server.groups[0].sent_at) == 15
+    assert len(result.samples) == 10
+    np.testing.assert_allclose(result.samples["latency_us"], 1000, rtol=1e-6)
+    assert result.samples["at_s"].min() >= 0
+
+
+async def test_a_closed_loop_sends_when_answered() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: 0.03)
+    result = await run(part(Mode.CLOSED, warmup_s=0.3), server, clock)
+    np.testing.assert_allclose(np.diff(server.groups[0].sent_at), 0.03)
+    np.testing.assert_allclose(result.samples["latency_us"], 30_000, rtol=1e-6)
+    assert len(server.groups[0].sent_at) == math.ceil(1.3 / 0.03)
+    assert server.groups[0].closed
+
+
+async def test_a_stop_ends_both_loops_and_closes() -> None:
+    for mode in Mode:
+        clock, stop = JumpingClock(), Stop()
+
+        def behave(number: int, stop: Stop = stop) -> float:
+            if number == 3:
+                stop.request()
+            return 0.02
+
+        server = ModelServer(clock, behave)
+        result = await run(part(mode), server, clock, stop)
+        assert result.stopped
+        assert len(result.samples) == 4
+        assert server.groups[0].closed
+
+
+async def test_what_is_never_answered_counts_with_the_time_it_waited() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: math.inf if number >= 8 else 0.0)
+    result = await run(part(Mode.OPEN), server, clock)
+    assert result.unanswered == 4
+    assert np.isnan(result.samples["compute_us"]).tolist() == [False] * 8 + [True] * 2
+    np.testing.assert_allclose(result.samples["latency_us"][8:], [100_000, 0], atol=1e-3)
+    assert not server.groups[0].closed
+    assert server.open_connections == 0
+
+
+async def test_what_was_due_in_the_warm_up_is_not_missed() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: math.inf if number < 2 else 0.0)
+    result = await run(part(Mode.OPEN, warmup_s=0.5), server, clock)
+    assert (result.unanswered, len(result.samples)) == (0, 10)
+
+
+def refuse_some(number: int) -> float:
+    if number == 1:
+        raise Refused(Code.BUSY, SENTENCES[Code.BUSY])
+    if number == 2:
+        outputs = np.zeros((1, 2, 2), np.float32)
+        outputs[0, 1] = np.nan
+        failure = FrameFailure("b", 2, Code.STEP_FAILED, 2)
+        raise FramesRefused(Code.STEP_FAILED, SENTENCES[Code.STEP_FAILED], (failure,), outputs)
+    return 0.0
+
+
+@pytest.mark.parametrize(("warmup_s", "refused"), [(0.0, {"BUSY": 2, "STEP_FAILED": 1}), (0.5, {})])
+async def test_refused_frames_are_counted_by_code(warmup_s: float, refused: dict[str, int]) -> None:
+    clock = JumpingClock()
+    result = await run(part(Mode.OPEN, warmup_s=warmup_s), ModelServer(clock, refuse_some), clock)
+    assert result.refused == refused
+    assert len(result.samples) == (8 if refused else 10)
+
+
+def lose_the_stream(number: int) -> float:
+    if number == 4:
+        raise StreamEvicted(Code.UNKNOWN_STREAM, SENTENCES[Code.UNKNOWN_STREAM], "b")
+    return 0.01
+
+
+def lose_one_of_a_block(number: int) -> float:
+    if number == 4:
+        failures = (FrameFailure("a", 4, Code.SEQ_GAP, 0), FrameFailure("b", 4, Code.STATE_LOST, 0))
+        raise FramesRefused(Code.SEQ_GAP, SENTENCES[Code.SEQ_GAP], failures, np.zeros((1, 2, 2), np.float32))
+    return 0.01
+
+
+@pytest.mark.parametrize("lose", [lose_the_stream, lose_one_of_a_block])
+@pytest.mark.parametrize("mode", list(Mode))
+async def test_a_stream_that_has_ended_at_the_server_ends_the_test(mode: Mode, lose: Callable[[int], float]) -> None:
+    clock = JumpingClock()
+    result = await run(part(mode), ModelServer(clock, lose), clock)
+    assert "UNKNOWN_STREAM" in result.lost or "SEQ_GAP" in result.lost
+    assert len(result.samples) == 4, "what was measured before is not lost"
+
+
+def lose_the_server(number: int) -> float:
+    if number == 4:
+        raise ConnectionFailed("the server went away")
+    return 0.01
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+async def test_a_lost_connection_ends_the_test(mode: Mode) -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lose_the_server)
+    result = await run(part(mode, ((1, 1), (1,))), server, clock)
+    assert result.lost == "the server went away"
+    assert len(result.samples) >= 4
+    assert server.open_connections == 0
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+async def test_a_connection_that_is_lost_before_anything_was_measured_is_told_as_well(mode: Mode) -> None:
+    clock = JumpingClock()
+    result = await run(part(mode), ModelServer(clock, lambda number: lose_the_server(4)), clock)
+    assert (result.lost, len(result.samples)) == ("the server went away", 0)
+
+
+async def test_what_this_side_is_too_late_to_send_is_not_sent() -> None:
+    """The third block takes the loop 1.2 s: of what was due then, only what fits into the time of grace is sent."""
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: {2: 0.9, 3: 0.3}.get(number, 0.0))
+    result = await run(part(Mode.OPEN), server, clock)
+    assert len(server.groups[0].sent_at) == 4
+    assert (result.unsent, result.unanswered) == (12, 0)
+    assert result.samples["late_us"].max() == pytest.approx(800_000)
+
+
+async def test_what_this_side_is_too_late_to_send_in_the_warm_up_is_left_out() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: 0.55 if number == 1 else 0.0)
+    result = await run(part(Mode.OPEN, warmup_s=0.5), server, clock)
+    assert len(server.groups[0].sent_at) == 3 + 10, "the third was on its way"
+    assert (len(result.samples), result.unsent) == (10, 0)
+
+
+async def test_a_closed_loop_ends_though_answers_do_not_come() -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: math.inf if number == 3 else 0.3)
+    result = await run(replace(part(Mode.CLOSED), drain_s=0.01, duration_s=1.2), server, clock)
+    assert (len(result.samples), result.unanswered) == (4, 2)
+
+
+@pytest.mark.parametrize(("most_slow", "sends"), [(4, 5), (3.9, 4), (math.inf, 9)])
+async def test_it_ends_once_the_level_cannot_be_met(most_slow: float, sends: int) -> None:
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: 0.1 if number >= 2 else 0.05 / 3)
+    result = await run(replace(part(Mode.OPEN), slo_us=20_000, most_slow=most_slow, duration_s=0.9), server, clock)
+    assert result.gave_up == (most_slow < math.inf)
+    assert len(result.samples) == sends
+
+
+async def test_answered_frames_are_counted_while_it_runs() -> None:
+    clock = JumpingClock()
+    load: list[Load] = []
+    seen: list[int] = []
+
+    def behave(number: int) -> float:
+        seen.append(load[0].answered)
+        return 0.0
+
+    async def ready() -> float:
+        return clock.time
+
+    server = ModelServer(clock, behave)
+    load.append(Load(part(Mode.OPEN), server.connect, clock, Stop()))
+    await load[0].run(ready)
+    assert seen == list(range(0, 20, 2))
+    assert load[0].answered == 20

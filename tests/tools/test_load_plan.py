@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from instep_tools.load import Mode
+from instep_tools.load_plan import LoadPlan, block_limit, split
+from instep_tools.problems import CommandProblem
+from tests.tools.helpers import info_with
+
+PLAN = LoadPlan(
+    streams=10,
+    connections=3,
+    processes=2,
+    mode=Mode.OPEN,
+    rate_hz=50.0,
+    duration_s=5.0,
+    warmup_s=1.0,
+    block=None,
+    steps=1,
+)
+
+
+def test_streams_and_connections_are_spread_evenly() -> None:
+    parts = split(PLAN, info_with(), "load")
+    assert [part.connections for part in parts] == [((3,),), ((3,), (4,))]
+    assert [part.name for part in parts] == ["load-0", "load-1"]
+    assert [part.offset for part in parts] == [0, 0.5]
+    assert all((part.rate_hz, part.duration_s, part.warmup_s) == (50, 5, 1) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("streams", "connections", "processes", "block"), [(1, 1, 1, None), (97, 13, 5, 3), (9, 9, 9, 1)]
+)
+def test_nothing_is_lost_in_splitting(streams: int, connections: int, processes: int, block: int | None) -> None:
+    plan = replace(PLAN, streams=streams, connections=connections, processes=processes, block=block)
+    parts = split(plan, info_with(), "load")
+    assert len(parts) == processes
+    assert sum(len(part.connections) for part in parts) == connections
+    sizes = [size for part in parts for blocks in part.connections for size in blocks]
+    assert sum(sizes) == streams
+    assert block is None or max(sizes) <= block
+    assert min(sizes) >= 1
+
+
+def test_blocks_stay_within_what_the_server_takes() -> None:
+    info = info_with(max_block_frames=100, credit_frames=64, features=3, max_message_bytes=3 * 4 * 50)
+    assert block_limit(1, info) == 50
+    assert block_limit(2, info_with(max_block_frames=9)) == 4
+    assert block_limit(3, info_with(credit_frames=9)) == 3
+    assert block_limit(1, info_with(max_block_frames=10**9, credit_frames=10**9, max_message_bytes=10**12)) == 65_535
+    parts = split(replace(PLAN, streams=200, connections=1, processes=1), info, "load")
+    assert parts[0].connections == ((50, 50, 50, 50),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"connections": 11}, "10 streams, 11 connections and 2 processes do not fit"),
+        ({"processes": 4}, "every process needs a connection"),
+        ({"streams": 200_000}, "keeps 100000 streams at most"),
+        ({"block": 20_000}, "takes at most 16384 streams of 1 timesteps in one block"),
+        ({"steps": 20_000}, "20000 timesteps do not fit in one block"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(CommandProblem, match=why):
+        split(replace(PLAN, **changes), info_with(), "load")
+
+
+def test_a_plan_in_words() -> None:
+    assert PLAN.sentence() == (
+        "10 streams on 3 connections from 2 processes, open loop at 50 Hz a stream, 1 timestep a block, "
+        "5 s after 1 s of warm-up"
+    )
+    closed = replace(PLAN, mode=Mode.CLOSED, streams=1, connections=1, processes=1, block=1, steps=4)
+    assert closed.sentence() == (
+        "1 stream on 1 connection from 1 process, closed loop, 4 timesteps a block of at most 1 stream, "
+        "5 s after 1 s of warm-up"
+    )
+    assert PLAN.offered_frames_s == 500

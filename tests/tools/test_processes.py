@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import Kind
+from instep_tools import processes
+from instep_tools.load import LoadPart, Mode, PartResult
+from instep_tools.pacing import Stop
+from instep_tools.problems import CommandProblem
+from instep_tools.processes import END, READY, merge, run_parts, work
+from instep_tools.samples import SAMPLE
+from tests.support.fake_server import FakeServer, Message, error
+
+PART = LoadPart(
+    name="load-0",
+    connections=((2,),),
+    steps=1,
+    mode=Mode.OPEN,
+    rate_hz=64.0,
+    warmup_s=0.125,
+    duration_s=0.25,
+)
+PARTS = [PART, replace(PART, name="load-1", offset=0.5)]
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """`work` ignores Ctrl-C for its whole process, which here is the test's."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_results_are_merged() -> None:
+    one = PartResult(np.zeros(2, SAMPLE), Counter(BUSY=1), unanswered=3)
+    other = PartResult(np.ones(1, SAMPLE), Counter(BUSY=2, IDLE=1), unanswered=4, stopped=True)
+    merged = merge([one, other])
+    assert merged.samples["at_s"].tolist() == [0, 0, 1]
+    assert merged.refused == {"BUSY": 3, "IDLE": 1}
+    assert (merged.unanswered, merged.stopped) == (7, True)
+
+
+async def test_one_part_runs_here() -> None:
+    with FakeServer() as server:
+        result = await run_parts([PART], server.endpoint, Stop())
+        assert server.rules.names == {}
+    assert len(result.samples) == 16
+    assert result.samples["frames"].tolist() == [2] * 16
+
+
+async def test_several_parts_run_in_processes_of_their_own() -> None:
+    with FakeServer() as server:
+        result = await run_parts(PARTS, server.endpoint, Stop())
+        assert server.rules.kinds.count(Kind.HELLO) == 2
+        assert server.rules.names == {}
+    assert len(result.samples) == 32
+    assert (result.refused, result.unanswered, result.stopped) == ({}, 0, False)
+
+
+async def test_a_stop_reaches_the_processes() -> None:
+    stop = Stop()
+    with FakeServer() as server:
+        rules = server.rules
+        loop = asyncio.get_running_loop()
+
+        def stop_at_ten(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+            if len(rules.blocks) == 10:
+                loop.call_soon_threadsafe(stop.request)
+            return None
+
+        rules.fault = stop_at_ten
+        long = [replace(part, duration_s=1000.0) for part in PARTS]
+        result = await run_parts(long, server.endpoint, stop)
+        assert rules.names == {}
+    assert result.stopped
+
+
+async def test_a_process_that_cannot_open_ends_all() -> None:
+    with FakeServer() as server:
+        server.rules.names["load-1-0-0"] = 999
+        with pytest.raises(CommandProblem, match="NAME_IN_USE"):
+            await run_parts(PARTS, server.endpoint, Stop())
+        assert list(server.rules.names) == ["load-1-0-0"]
+
+
+async def test_a_process_that_dies_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "work", die)
+    with pytest.raises(CommandProblem, match="was killed"):
+        await run_parts(PARTS, "tcp://127.0.0.1:1", Stop())
+
+
+def die(*anything: object) -> None:
+    raise SystemExit(9)
+
+
+class Parent:
+    """The parent's side of `work`, which runs in this thread; the parent's words wait in the pipe."""
+
+    def __init__(self) -> None:
+        self.pipe, self.theirs = multiprocessing.Pipe()
+
+    def work(self, endpoint: str, part: LoadPart = PART) -> list[Any]:
+        work(part, endpoint, self.theirs)
+        self.theirs.close()
+        messages: list[Any] = []
+        while self.pipe.poll():
+            try:
+                messages.append(self.pipe.recv())
+            except EOFError:
+                break
+        self.pipe.close()
+        return messages
+
+
+def test_a_worker_ends_with_its_result() -> None:
+    parent = Parent()
+    parent.pipe.send(0.0)
+
+    def end_after_the_first_word() -> None:
+        parent.pipe.poll(None)
+        parent.pipe.send(END)
+
+    ending = threading.Thread(target=end_after_the_first_word)
+    with FakeServer() as server:
+        ending.start()
+        ready, result = parent.work(server.endpoint)
+        ending.join()
+    assert ready == READY
+    assert isinstance(result, PartResult)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_worker_that_is_ended_before_the_start_sends_nothing() -> None:
+    parent = Parent()
+    parent.pipe.send(END)
+    with FakeServer() as server:
+        _, result = parent.work(server.endpoint)
+        assert Kind.STEP not in server.rules.kinds
+    assert result.stopped
+    assert len(result.samples) == 0
+
+
+def test_a_worker_whose_parent_is_gone_ends() -> None:
+    parent = Parent()
+    parent.pipe.close()
+    with FakeServer() as server:
+        work(PART, server.endpoint, parent.theirs)
+        assert Kind.STEP not in server.rules.kinds
+    parent.theirs.close()
+
+
+def test_a_worker_tells_why_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = Parent()
+    parent.pipe.send(END)
+
+    def refuse(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+        return [error(header[1], Code.SHUTTING_DOWN)] if header[0] == Kind.OPEN else None
+
+    with FakeServer() as server:
+        server.rules.fault = refuse
+        (problem,) = parent.work(server.endpoint)
+    assert isinstance(problem, CommandProblem)
+    assert "SHUTTING_DOWN" in str(problem)
+
+    def broken(endpoint: str) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(processes, "connector", broken)
+    parent = Parent()
+    parent.pipe.send(END)
+    (problem,) = parent.work("tcp://127.0.0.1:1")
+    assert str(problem) == "a process of the load test failed: ZeroDivisionError: oh"

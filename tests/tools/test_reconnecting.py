@@ -1,0 +1,95 @@
+"""The commands while the server forgets every connection again and again, and keeps the streams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from instep_client.protocol.wire import F32, Kind
+from instep_tools.files import read_sequences, save_sequences
+from instep_tools.live import Pace
+from instep_tools.load import Mode
+from instep_tools.load_plan import LoadPlan
+from instep_tools.loadtest import LoadTest, loadtest
+from instep_tools.pacing import Stop, WallClock
+from instep_tools.problems import Exit
+from instep_tools.produce import Produce, produce
+from instep_tools.replay import Replay, replay
+from instep_tools.sequences import RecordedSequences
+from tests.support.fake_server import FakeServer, Message, reference
+from tests.support.ring_server import RingServer
+from tests.tools.helpers import RememberingTerminal
+
+
+class Forgetful:
+    """A server that is restarted before every so many STEPs that it reads."""
+
+    def __init__(self, every: int, most: int = 5) -> None:
+        self.rules = RingServer()
+        self.server = FakeServer(handle=self._handle)
+        self._every = every
+        self._most = most
+        self._steps = 0
+
+    def _handle(self, peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
+        if frames[0][0] == Kind.STEP:
+            self._steps += 1
+            if self._steps % self._every == 0 and self.rules.boots < self._most:
+                self.rules.restart()
+        return self.rules.handle(peer, frames)
+
+
+async def test_produce_loses_no_line_and_prints_none_twice(tmp_path: Path, rng: np.random.Generator) -> None:
+    frames: F32 = rng.standard_normal((60, 3)).astype(np.float32)
+    (tmp_path / "in").write_text("".join(" ".join(str(value) for value in frame) + "\n" for frame in frames))
+    terminal, forgetful = RememberingTerminal(data_on_stdout=True), Forgetful(3)
+    with forgetful.server as server:
+        wanted = Produce(server.endpoint, file=tmp_path / "in", pace=Pace(None, None, None), streams=3, name="p")
+        assert await produce(wanted, terminal, Stop(), WallClock()) == Exit.OK
+    assert forgetful.rules.boots > 1
+    rows = [line.split() for line in terminal.data.splitlines()]
+    for stream in range(3):
+        mine = [row for row in rows if row[0] == f"p-{stream}"]
+        assert [int(row[1]) for row in mine] == list(range(20))
+        outputs = np.array([row[2:] for row in mine], np.float32)
+        np.testing.assert_array_equal(outputs, reference(frames[stream::3])[0])
+    assert forgetful.rules.streams == {}
+
+
+async def test_replay_gets_every_output(tmp_path: Path, rng: np.random.Generator) -> None:
+    lengths = [40, 7, 25]
+    frames: F32 = rng.integers(-5, 6, (sum(lengths), 3)).astype(np.float32)
+    truth = np.concatenate([reference(part)[0] for part in np.split(frames, np.cumsum(lengths)[:-1])])
+    recorded = RecordedSequences(("a", "b", "c"), np.array(lengths), frames, outputs=truth, fingerprint="00")
+    save_sequences(tmp_path / "recorded.npz", recorded)
+    terminal, forgetful = RememberingTerminal(), Forgetful(4)
+    with forgetful.server as server:
+        wanted = Replay(server.endpoint, tmp_path / "recorded.npz", check=True, save=tmp_path / "again.npz")
+        assert await replay(wanted, terminal, Stop(), WallClock()) == Exit.OK
+    assert forgetful.rules.boots > 1
+    again = read_sequences(tmp_path / "again.npz")
+    assert again.outputs is not None
+    np.testing.assert_array_equal(again.outputs, truth)
+
+
+async def test_loadtest_counts_what_was_late_as_answered() -> None:
+    plan = LoadPlan(
+        streams=6,
+        connections=2,
+        processes=1,
+        mode=Mode.CLOSED,
+        rate_hz=20.0,
+        duration_s=0.6,
+        warmup_s=0.0,
+        block=2,
+        steps=2,
+    )
+    terminal, forgetful = RememberingTerminal(), Forgetful(20, most=2)
+    with forgetful.server as server:
+        test = LoadTest(server.endpoint, plan, None, None)
+        assert await loadtest(test, terminal, Stop(), WallClock()) == Exit.OK
+    assert forgetful.rules.boots == 2
+    assert forgetful.rules.failures == []
+    assert forgetful.rules.streams == {}
+    assert "refused" not in terminal.said

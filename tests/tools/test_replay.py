@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep.recording.schema import RecordingHeader
+from instep.recording.writer import RecordingWriter
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import F32, Kind, ServerInfo
+from instep_tools.files import read_sequences, save_sequences
+from instep_tools.pacing import Stop
+from instep_tools.problems import CommandProblem, Exit
+from instep_tools.replay import Replay, replay
+from instep_tools.sequences import RecordedSequences
+from tests.support.fake_server import FakeServer, Message, error, evicted, reference
+from tests.support.rows import close_stream, open_stream
+from tests.support.states import gru_state
+from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with
+
+LENGTHS = [4, 1, 6, 3]
+NAMES = ("mic-1", "mic-2", "tap-1", "tap-2")
+
+
+class Run:
+    """One run of the command against a fake server."""
+
+    def __init__(self, as_json: bool = False, info: ServerInfo | None = None) -> None:
+        self.terminal = RememberingTerminal(as_json)
+        self.stop = Stop()
+        self.clock = JumpingClock()
+        self.server = FakeServer(info or info_with())
+
+    async def __call__(self, file: Path, **what: Any) -> Exit:
+        with self.server as server:
+            ending = await replay(Replay(server.endpoint, file, **what), self.terminal, self.stop, self.clock)
+            assert server.rules.names == {}, "streams are left open"
+        return ending
+
+
+def truth(frames: F32, lengths: list[int], states: dict[int, F32] | None = None) -> F32:
+    parts = np.split(frames, np.cumsum(lengths)[:-1])
+    return np.concatenate([reference(x, (states or {}).get(row))[0] for row, x in enumerate(parts)])
+
+
+@pytest.fixture
+def recorded(rng: np.random.Generator) -> RecordedSequences:
+    frames = rng.integers(-5, 6, (sum(LENGTHS), 3)).astype(np.float32)
+    return RecordedSequences(NAMES, np.array(LENGTHS), frames, outputs=truth(frames, LENGTHS), fingerprint="00")
+
+
+@pytest.fixture
+def file(tmp_path: Path, recorded: RecordedSequences) -> Path:
+    save_sequences(tmp_path / "recorded.npz", recorded)
+    return tmp_path / "recorded.npz"
+
+
+async def test_outputs_are_saved(tmp_path: Path, file: Path, recorded: RecordedSequences) -> None:
+    run = Run()
+    assert await run(file, save=tmp_path / "again.npz") == Exit.OK
+    again = read_sequences(tmp_path / "again.npz")
+    assert recorded.outputs is not None
+    assert again.outputs is not None
+    np.testing.assert_array_equal(again.outputs, recorded.outputs)
+    np.testing.assert_array_equal(again.frames, recorded.frames)
+    assert again.names == NAMES
+    assert run.terminal.said.startswith("14 frames of 4 streams in 0.0 s")
+    assert run.terminal.said.strip().endswith(f"; saved in {tmp_path / 'again.npz'}")
+    assert sum(steps * streams for steps, streams in run.server.rules.blocks) == 14
+    assert await Run()(file, save=tmp_path / "again.csv") == Exit.OK
+    assert len((tmp_path / "again.csv").read_text().splitlines()) == 15
+
+
+async def test_equal_outputs(file: Path) -> None:
+    run = Run()
+    assert await run(file, check=True) == Exit.OK
+    assert "all 14 equal the recording, bit for bit" in run.terminal.said
+
+
+async def test_a_flipped_bit_is_found(tmp_path: Path, recorded: RecordedSequences) -> None:
+    assert recorded.outputs is not None
+    recorded.outputs.view(np.uint32)[7, 1] ^= 1
+    save_sequences(tmp_path / "r.npz", recorded)
+    run = Run()
+    assert await run(tmp_path / "r.npz", check=True) == Exit.FOUND_PROBLEMS
+    assert "first difference: stream 'tap-1', frame 2, element 1: recorded " in run.terminal.said
+    assert "1 of 14 frames differ from the recording, in 1 stream" in run.terminal.said
+    run = Run(as_json=True)
+    assert await run(tmp_path / "r.npz", check=True) == Exit.FOUND_PROBLEMS
+    check = run.terminal.json()["check"]
+    assert (check["different"], check["first"]["stream"], check["first"]["frame"]) == (1, "tap-1", 2)
+
+
+async def test_streams_are_chosen_by_a_pattern(file: Path) -> None:
+    run = Run()
+    assert await run(file, streams="tap-*", check=True) == Exit.OK
+    assert "all 9 equal" in run.terminal.said
+    with pytest.raises(CommandProblem, match=r"no stream's name fits 'x\*'; the first one is called 'mic-1'"):
+        await Run()(file, streams="x*")
+
+
+async def test_json(file: Path) -> None:
+    run = Run(as_json=True)
+    assert await run(file) == Exit.OK
+    assert run.terminal.json() == {
+        "streams": 4,
+        "frames": 14,
+        "answered_frames": 14,
+        "seconds": 0.0,
+        "exactness": "exact",
+        "saved": None,
+        "stopped": False,
+        "check": None,
+    }
+
+
+@pytest.mark.parametrize(("speed", "last_s"), [(None, 0.5), (1.0, 0.5), (2.0, 0.25), (math.inf, 0.0)])
+async def test_a_rate_is_kept_in_real_time(file: Path, speed: float | None, last_s: float) -> None:
+    run = Run()
+    what: dict[str, Any] = {"speed": speed, "rate_hz": 10.0, "check": True}
+    assert await run(file, **what) == Exit.OK
+    assert run.clock.now() - 1000 == pytest.approx(last_s)
+    assert "all 14 equal" in run.terminal.said
+
+
+async def test_more_sequences_than_the_server_keeps(file: Path) -> None:
+    for what in ({}, {"rate_hz": 10.0}):
+        run = Run(info=info_with(max_streams=3))
+        most: list[int] = []
+
+        def watch(header: list[Any], frames: list[bytes], run: Run = run, most: list[int] = most) -> None:
+            most.append(len(run.server.rules.names))
+
+        run.server.rules.fault = watch
+        assert await run(file, check=True, **what) == Exit.OK
+        assert max(most) == 3
+        assert "all 14 equal" in run.terminal.said
+
+
+START_NS = 1_700_000_000_000_000_000
+
+
+def write_recording(path: Path, rng: np.random.Generator, forge: Callable[[F32], None] | None = None) -> None:
+    """Two streams called `mic` after each other, the second with an initial state; one frame a batch, 0.1 s apart."""
+    description = {"features": 3, "before": [], "gru": {"hidden_size": 2, "num_layers": 2}, "after": []}
+    header = RecordingHeader(
+        instep_version="0",
+        created_ns=START_NS,
+        model_name="m",
+        model_folder="",
+        description=description,
+        features=3,
+        outputs=2,
+        state=gru_state(2, 2).encode(),
+        model_fingerprint="00",
+        numerics={},
+        exactness="exact",
+        buckets=(4,),
+        max_ulp=0,
+        durability="memory",
+    )
+    writer = RecordingWriter.create(path, header)
+    x = rng.integers(-5, 6, (8, 3)).astype(np.float32)
+    state = np.full((2, 2), 3, np.float32)
+    y = np.concatenate([reference(x[:4])[0], reference(x[4:], state)[0]])
+    if forge is not None:
+        forge(y)
+    for frame in range(8):
+        stream, seq = 1 + frame // 4, frame % 4
+        time_ns = START_NS + frame * 100_000_000
+        if seq == 0:
+            open_stream(writer, stream, "mic", stream, 0, time_ns, state if stream == 2 else None)
+        ids, seqs = np.array([stream], np.uint32), np.array([seq], np.uint64)
+        batch = writer.add_inputs(time_ns, 4, ids, seqs, x[frame : frame + 1])
+        writer.add_outputs(time_ns, batch, y[frame : frame + 1])
+        if seq == 3:
+            close_stream(writer, stream, time_ns, "closed", 4, None)
+    writer.close()
+
+
+@pytest.mark.parametrize(("speed", "last_s"), [(None, 0.7), (2.0, 0.35), (math.inf, 0.0)])
+async def test_a_recording_is_run_again_at_its_times(
+    tmp_path: Path, rng: np.random.Generator, speed: float | None, last_s: float
+) -> None:
+    write_recording(tmp_path / "r.db", rng)
+    run = Run()
+    assert await run(tmp_path / "r.db", speed=speed, check=True, save=tmp_path / "again.npz") == Exit.OK
+    assert run.clock.now() - 1000 == pytest.approx(last_s)
+    assert "all 8 equal the recording" in run.terminal.said
+    run = Run()
+    assert await run(tmp_path / "again.npz", speed=math.inf, check=True) == Exit.OK
+    assert "all 8 equal the recording" in run.terminal.said
+
+
+async def test_a_recording_with_a_changed_output(tmp_path: Path, rng: np.random.Generator) -> None:
+    def forge(y: F32) -> None:
+        y[5, 0] += 1
+
+    write_recording(tmp_path / "r.db", rng, forge)
+    run = Run()
+    assert await run(tmp_path / "r.db", speed=math.inf, check=True) == Exit.FOUND_PROBLEMS
+    assert "stream 'mic', frame 1, element 0" in run.terminal.said
+
+
+async def test_streams_open_when_they_did(tmp_path: Path, rng: np.random.Generator) -> None:
+    write_recording(tmp_path / "r.db", rng)
+    run = Run(info=info_with(max_streams=1))
+    assert await run(tmp_path / "r.db", check=True) == Exit.OK
+    rules = run.server.rules
+    assert rules.kinds.index(Kind.CLOSE) < len(rules.kinds) - 1 - rules.kinds[::-1].index(Kind.OPEN)
+
+
+async def test_a_stop_drains_closes_and_saves_what_there_is(tmp_path: Path, file: Path) -> None:
+    run = Run()
+    run.clock.on_sleep = lambda moment: run.stop.request() if moment > 1000.25 else None
+    what: dict[str, Any] = {"rate_hz": 10.0, "save": tmp_path / "part.npz", "check": True}
+    assert await run(file, **what) == Exit.COULD_NOT_RUN
+    part = read_sequences(tmp_path / "part.npz")
+    assert part.lengths.tolist() == [3, 1, 3, 3]
+    assert "10 frames of 4 streams" in run.terminal.said
+    assert "4 frames got no answer: stopped, all streams closed; all 10 equal the recording" in run.terminal.said
+
+
+def end_at_block(run: Run, number: int, handle: int, code: Code) -> None:
+    rules = run.server.rules
+
+    def fault(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+        if len(rules.blocks) != number or header[0] != Kind.STEP:
+            return None
+        rules.fault = None
+        rules.end([handle])
+        (_, answer), *_ = rules.handle(b"", frames)
+        return [evicted([handle], code), answer]
+
+    rules.fault = fault
+
+
+@pytest.mark.parametrize("check", [True, False])
+async def test_streams_that_the_server_ends(file: Path, check: bool) -> None:
+    run = Run()
+    end_at_block(run, 3, handle=3, code=Code.STATE_LOST)
+    ending = await run(file, rate_hz=10.0, check=check)
+    assert ending == (Exit.COULD_NOT_RUN if check else Exit.FOUND_PROBLEMS)
+    assert run.terminal.complained.count("(stream 'replay-") >= 1
+    assert "4 frames got no answer: the server refused them" in run.terminal.said
+    assert ("all 10 equal the recording" in run.terminal.said) == check
+
+
+async def test_whole_blocks_that_are_refused(file: Path) -> None:
+    run = Run()
+    rules = run.server.rules
+
+    def refuse(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+        return [error(header[1], Code.TOO_LARGE)] if header[0] == Kind.STEP else None
+
+    rules.fault = refuse
+    assert await run(file) == Exit.FOUND_PROBLEMS
+    assert "TOO_LARGE" in run.terminal.complained
+    assert "0 frames of 4 streams" in run.terminal.said
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "problem"),
+    [
+        ({"outputs": None}, {"check": True}, "holds no outputs to compare with"),
+        ({"times_s": np.arange(14.0)}, {"rate_hz": 5.0}, "knows when its frames were sent"),
+        ({}, {"speed": 2.0}, "does not know when its frames were sent: give --rate, or --speed max"),
+        ({"fingerprint": "ff" * 32}, {"check": True}, r"another model than 'halving'.*ffffffffffff and 00"),
+        (
+            {"outputs": np.zeros((14, 5), np.float32)},
+            {"check": True},
+            "has 5 outputs a frame, the model 'halving' gives 2",
+        ),
+        ({"frames": np.zeros((14, 4), np.float32)}, {}, "has 4 numbers a frame, the model 'halving' takes 3"),
+        ({}, {"save": Path("y.txt")}, "must end in .npz or .csv"),
+    ],
+)
+async def test_what_cannot_be_is_told(
+    tmp_path: Path, recorded: RecordedSequences, changes: dict[str, Any], what: dict[str, Any], problem: str
+) -> None:
+    save_sequences(tmp_path / "r.npz", replace(recorded, **changes))
+    run = Run()
+    with pytest.raises(CommandProblem, match=problem):
+        await run(tmp_path / "r.npz", **what)
+    assert run.server.rules.names == {}
+
+
+async def test_more_streams_at_once_than_the_server_keeps(tmp_path: Path, recorded: RecordedSequences) -> None:
+    save_sequences(tmp_path / "r.npz", replace(recorded, times_s=np.zeros(14)))
+    with pytest.raises(CommandProblem, match="has 4 streams open at once, the server keeps 3"):
+        await Run(info=info_with(max_streams=3))(tmp_path / "r.npz")
+
+
+async def test_another_model_is_fine_where_nothing_is_compared(tmp_path: Path, recorded: RecordedSequences) -> None:
+    save_sequences(tmp_path / "r.npz", replace(recorded, fingerprint="ff"))
+    assert await Run()(tmp_path / "r.npz") == Exit.OK

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import signal
+import sys
+import threading
+
+import pytest
+from rich.console import Console
+
+from instep_client.protocol.errors import ConnectionFailed
+from instep_tools import terminal as terminal_module
+from instep_tools.pacing import Stop
+from instep_tools.problems import CommandProblem, Exit
+from instep_tools.terminal import Terminal, run_command, run_undrained
+from tests.tools.helpers import RememberingTerminal
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress from the first moment."""
+    for name in ("QUIET_S", "DRAW_S", "LOG_S"):
+        monkeypatch.setattr(terminal_module, name, 0.0)
+
+
+async def looked_at_three_times(terminal: Terminal, total: float) -> None:
+    """Work for as long as it takes to be looked at three times."""
+    looked: list[float] = []
+    often = asyncio.Event()
+
+    def done() -> float:
+        looked.append(7.0)
+        if len(looked) == 3:
+            often.set()
+        return 7.0
+
+    async with terminal.progress("working", total, "frames", done):
+        await often.wait()
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_progress_in_a_file_is_lines() -> None:
+    terminal = RememberingTerminal()
+    await looked_at_three_times(terminal, 20)
+    assert terminal.complained.startswith("working: 7 of 20 frames, 0 s\nworking: 7 of 20")
+    terminal = RememberingTerminal()
+    await looked_at_three_times(terminal, float("inf"))
+    assert terminal.complained.startswith("working: 7 frames, 0 s\n")
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_progress_on_a_terminal_is_a_bar() -> None:
+    for total, numbers in ((20.0, "7/20"), (float("inf"), "7/?")):
+        terminal = RememberingTerminal()
+        file = io.StringIO()
+        terminal.err = Console(file=file, force_terminal=True, width=100)
+        await looked_at_three_times(terminal, total)
+        assert "working" in file.getvalue()
+        assert numbers in file.getvalue()
+
+
+async def test_short_work_shows_nothing() -> None:
+    terminal = RememberingTerminal()
+    async with terminal.progress("working", 20, "frames", lambda: 0.0), terminal.waiting("for nothing"):
+        await asyncio.sleep(0)
+    assert terminal.complained == ""
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_long_waits_are_told_of() -> None:
+    terminal = RememberingTerminal()
+    async with terminal.waiting("waiting for a server"):
+        while not terminal.complained:
+            await asyncio.sleep(0)
+    assert terminal.complained == "waiting for a server\n"
+
+
+def test_the_summary_goes_where_no_data_is() -> None:
+    plain, as_json, data = RememberingTerminal(), RememberingTerminal(as_json=True), RememberingTerminal(False, True)
+    for terminal in (plain, as_json, data):
+        terminal.summary("all [good]")
+    assert (plain.said, plain.complained) == ("all [good]\n", "")
+    assert (as_json.said, as_json.complained) == ("", "all [good]\n")
+    assert (data.said, data.complained) == ("", "all [good]\n")
+
+
+def test_errors_say_what_they_hold() -> None:
+    terminal = RememberingTerminal()
+    terminal.error("it must be [1, 2] not [red]")
+    terminal.note("a [note]")
+    assert terminal.complained == "error: it must be [1, 2] not [red]\na [note]\n"
+
+
+def test_a_result_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal(as_json=True).result({"a": [1, None]})
+    out = capsys.readouterr().out
+    assert out.endswith("\n")
+    assert json.loads(out) == {"a": [1, None]}
+
+
+def test_when_nobody_reads_writing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        terminal = Terminal()
+        assert not terminal.write("text")
+        assert terminal.write("more text")
+        pipe.flush()
+
+
+def ends_with(outcome: Exit | BaseException) -> tuple[Exit, str]:
+    terminal = RememberingTerminal()
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        await asyncio.sleep(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    return run_command(command, terminal), terminal.complained
+
+
+def test_how_commands_end() -> None:
+    assert ends_with(Exit.OK) == (0, "")
+    assert ends_with(Exit.FOUND_PROBLEMS) == (1, "")
+    assert ends_with(CommandProblem("no such file")) == (2, "error: no such file\n")
+    assert ends_with(ConnectionFailed("nobody there")) == (2, "error: nobody there\n")
+    with pytest.raises(ZeroDivisionError):
+        ends_with(ZeroDivisionError())
+
+
+def test_ctrl_c_requests_a_stop_and_the_command_ends_in_order() -> None:
+    terminal = RememberingTerminal()
+    ended: list[bool] = []
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(signal.SIGINT)
+        await stop.wait()
+        ended.append(True)
+        return Exit.FOUND_PROBLEMS
+
+    before = signal.getsignal(signal.SIGINT)
+    assert run_command(command, terminal) == 130
+    assert ended == [True]
+    assert "stopping: waiting for the answers" in terminal.complained
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("error", [CommandProblem("no such file"), ConnectionFailed("nobody there")])
+def test_a_command_that_fails_after_ctrl_c_was_interrupted(error: Exception) -> None:
+    terminal = RememberingTerminal()
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(signal.SIGINT)
+        await stop.wait()
+        raise error
+
+    assert run_command(command, terminal) == 130
+    assert terminal.complained.splitlines()[1:] == [f"error: {error}"]
+
+
+def test_ctrl_c_cancels_a_command_that_has_nothing_to_drain() -> None:
+    terminal = RememberingTerminal()
+    cleaned_up: list[bool] = []
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # it may still close what it opened
+            cleaned_up.append(True)
+        return Exit.OK
+
+    assert run_undrained(command, terminal) == 130
+    assert cleaned_up == [True]
+    assert terminal.complained == ""
+
+
+def test_a_cancellation_that_nobody_asked_for_is_no_interrupt() -> None:
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        run_undrained(command, RememberingTerminal())
+
+
+def test_a_second_ctrl_c_ends_it_at_once() -> None:
+    terminal = RememberingTerminal()
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(signal.SIGINT)
+        await stop.wait()
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
+
+    assert run_command(command, terminal) == 130
+    assert "stopped at once" in terminal.complained
+
+
+def test_ctrl_c_ends_a_command_at_once_that_has_no_connection_yet() -> None:
+    terminal = RememberingTerminal()
+    cleaned_up: list[bool] = []
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("not reached")
+        finally:
+            cleaned_up.append(True)
+
+    before = signal.getsignal(signal.SIGINT)
+    assert run_command(command, terminal) == 130
+    assert cleaned_up == [True]
+    assert terminal.complained == ""
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_stop_that_nobody_asked_for_from_outside_is_no_interrupt() -> None:
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.request()
+        return Exit.OK
+
+    assert run_command(command, RememberingTerminal()) == 0
+
+
+def test_commands_run_in_any_thread() -> None:
+    endings: list[Exit] = []
+    thread = threading.Thread(target=lambda: endings.append(ends_with(Exit.OK)[0]))
+    thread.start()
+    thread.join()
+    assert endings == [Exit.OK]

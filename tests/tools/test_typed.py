@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import typer
+
+from instep_tools.typed import endpoint, in_plain_words
+
+
+class Checked(ValueError):
+    """As pydantic's ValidationError, with which newer versions of typer check."""
+
+    def __init__(self, kind: str, value: Any, **limits: Any) -> None:
+        super().__init__()
+        self.found = {"type": kind, "input": value, "ctx": limits, "msg": "Input should be something else"}
+
+    def errors(self) -> list[dict[str, Any]]:
+        return [self.found]
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (Checked("int_parsing", "x"), "'x' is not a whole number"),
+        (Checked("int_from_float", 4.5), "4.5 is not a whole number"),
+        (Checked("float_parsing", "x"), "'x' is not a number"),
+        (Checked("greater_than_equal", 0, ge=1), "it must be at least 1, not 0"),
+        (Checked("less_than_equal", 9, le=8), "it must be at most 8, not 9"),
+        (Checked("another", 9), "'x' is not one of 'a'."),
+        (None, "'x' is not one of 'a'."),
+    ],
+)
+def test_plain_words(cause: Exception | None, words: str) -> None:
+    error = typer.BadParameter("Value error, 'x' is not one of 'a'.")
+    error.__cause__ = cause
+    assert in_plain_words(error) == words
+
+
+@pytest.mark.parametrize(
+    "good",
+    ["tcp://127.0.0.1:5757", "tcp://host:1", "tcp://[::1]:5757", "ipc:///tmp/x", "ipc://@abstract"],
+)
+def test_endpoints(good: str) -> None:
+    assert endpoint(good) == good
+
+
+@pytest.mark.parametrize(
+    ("bad", "instead"),
+    [
+        ("host:5757", "tcp://host:5757"),
+        ("http:host:5757", "tcp://127.0.0.1:5757 or ipc:///path"),
+        ("tcp:/host:5757", "tcp://127.0.0.1:5757 or ipc:///path"),
+        ("tcp://host", "tcp://127.0.0.1:5757 or ipc:///path"),
+        ("http://host:5757", "tcp://host:5757"),
+        ("inproc://x", "tcp://127.0.0.1:5757 or ipc:///path"),
+        ("", "tcp://127.0.0.1:5757 or ipc:///path"),
+    ],
+)
+def test_what_is_no_endpoint(bad: str, instead: str) -> None:
+    with pytest.raises(typer.BadParameter) as refused:
+        endpoint(bad)
+    assert str(refused.value) == f"{bad!r} is not an endpoint: write {instead}"
