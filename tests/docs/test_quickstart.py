@@ -1,0 +1,41 @@
+"""The quick start, typed from its first command to its last, the killed server included."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.docs.support.page import Page
+from tests.docs.support.shell import SCRIPTS, TypedServer, commands, run
+
+PAGE = Page("quickstart.md")
+
+
+def test_everything_it_tells_to_type_works(tmp_path: Path) -> None:
+    typed = [words for _, block in PAGE.blocks("bash") for words in commands(block) if words[0] == "instep"]
+    make_model, serve, verify, export = typed
+    single, group, killed = (code for _, code in PAGE.blocks("python"))
+    made = run(make_model, tmp_path)
+    assert made.returncode == 0, made.stderr
+    with TypedServer(serve, tmp_path) as server:
+        produced = run(server.script(single, "single.py"), tmp_path)
+        assert (produced.stdout, produced.stderr) == ("(64,) after 100 frames\n", "")
+        produced = run(server.script(group, "group.py"), tmp_path)
+        assert (produced.stdout, produced.stderr) == ("(256, 64)\n", "")
+        program = [str(SCRIPTS / "python"), *server.script(killed, "killed.py")[1:]]
+        running = subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        time.sleep(1.5)  # where in its 500 frames the server dies does not matter
+        assert running.poll() is None
+        server.stop(signal.SIGKILL)
+        server.start()
+        said, _ = running.communicate(timeout=60)
+        assert said == "500 frames, each answered once\n"
+        assert server.stop(signal.SIGINT) == 0
+    verified = run(verify, tmp_path)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "258 streams, 13,400 frames" in verified.stdout
+    exported = run(export, tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert len((tmp_path / "today.csv").read_text().splitlines()) == 1 + 13_400
