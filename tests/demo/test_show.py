@@ -33,7 +33,7 @@ async def test_progress_is_live_on_a_terminal() -> None:
     shown = await shown_by_progress(terminal=True)
     assert "3/4" in shown
     assert "1 streams finished" in shown
-    assert "50.0% right by now" in shown
+    assert "50.0% correct so far" in shown
 
 
 async def test_progress_leaves_nothing_in_a_pipe() -> None:
@@ -54,7 +54,7 @@ def test_accuracy_by_frames_heard() -> None:
     right[3, 10] = True
     shown = rows(accuracy_table(right))
     assert ["heard", "1", "2", "3", "5", "7", "10", "all"] in shown
-    assert ["right", "1", "1", "2", "2", "3", "3", "3"] in shown
+    assert ["correct", "1", "1", "2", "2", "3", "3", "3"] in shown
     assert ["accuracy", "25.0%", "25.0%", "50.0%", "50.0%", "75.0%", "75.0%", "75.0%"] in shown
 
 

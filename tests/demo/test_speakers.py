@@ -77,14 +77,14 @@ def test_the_accuracy_is_that_of_torch_over_whole_recordings(demo: Shown) -> Non
         sum(each[min(count, len(each)) - 1] == who for each, who in zip(decisions, utterances.speakers, strict=True))
         for count in (1, 2, 3, 5, 7, 10, 15, 29)
     ]
-    assert ["right", *map(str, right)] in [line.split() for line in demo.lines]
+    assert ["correct", *map(str, right)] in [line.split() for line in demo.lines]
     share = f"{right[-1] / 370:.2%}"
-    assert f"the model as trained names {share} of these speakers right; as streamed here, {share}" in demo.text
+    assert f"the trained model names {share} of the speakers correctly; streamed here, {share}" in demo.text
 
 
 def test_what_it_leaves_is_named_and_replaces_an_earlier_demo(demo: Shown) -> None:
     recording, picture = demo.out / "speakers.recording", demo.out / "speakers.png"
-    line = f"picture: {picture} · recording: {recording} · to verify it again: "
+    line = f"picture: {picture} · recording: {recording} · verify it again with: "
     assert sum(each.startswith(line) and each.endswith(f"instep verify {recording}") for each in demo.lines) == 1
     assert {path.name for path in demo.out.iterdir()} == {"speakers.recording", "speakers.png", "mine"}
     height, width, _ = imread(picture).shape

@@ -37,14 +37,13 @@ def draw(heard: Heard, speakers: I32, path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=14)
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.1)).flat
     above.suptitle(
-        "Who is speaking? The probability of each speaker after each frame "
-        "(dots: the decision; red frame: who it really is)",
+        "Who is speaking? The probability of each speaker after each frame (dots: decision; red: true speaker)",
         fontsize=11,
     )
     maps = above.subplots(1, 4, sharey=True)
     for axes, row in zip(maps, examples(settled, heard.lengths, speakers), strict=True):
         image = _settling(axes, heard.outputs[row], int(speakers[row]))
-        when = f"right from frame {settled[row]:.0f} on" if np.isfinite(settled[row]) else "wrong at the end"
+        when = f"correct from frame {settled[row]:.0f} on" if np.isfinite(settled[row]) else "wrong at the end"
         axes.set_title(f"recording {row + 1}: {when}", fontsize=10)
     maps[0].set_ylabel("speaker")
     above.colorbar(image, ax=maps, format=PercentFormatter(1.0), pad=0.01)
@@ -103,9 +102,9 @@ def _accuracy(axes: Axes, right: Bool, lengths: I64) -> None:
     heard = np.arange(1, right.shape[1] + 1)
     share = right.mean(axis=0)
     still = (lengths[:, None] >= heard).mean(axis=0)
-    axes.fill_between(heard, still, color=GREY, alpha=0.15, step="mid", label="recordings that go on so long")
-    axes.plot(heard, share, color=BLUE, marker=".", label="decisions that are right")
-    axes.axhline(1 / SPEAKERS, color=GREY, linestyle=":", label="right by guessing")
+    axes.fill_between(heard, still, color=GREY, alpha=0.15, step="mid", label="recordings still running")
+    axes.plot(heard, share, color=BLUE, marker=".", label="correct decisions")
+    axes.axhline(1 / SPEAKERS, color=GREY, linestyle=":", label="chance")
     for at in (0, len(share) - 1):
         axes.annotate(
             f"{share[at]:.1%}",
@@ -115,7 +114,7 @@ def _accuracy(axes: Axes, right: Bool, lengths: I64) -> None:
             ha="left" if at == 0 else "right",
         )
     axes.set(
-        xlabel="frames heard (a recording that is over counts with its last decision)",
+        xlabel="frames heard (finished recordings keep their last decision)",
         ylim=(0, 1.02),
         xlim=(1, heard[-1]),
         title=f"Accuracy over all {len(lengths)} recordings",
@@ -132,7 +131,7 @@ def _latency(axes: Axes, latency_ms: F64) -> None:
     for percentage, line in ((50, "-"), (99, "--")):
         value = float(np.percentile(latency_ms, percentage))
         axes.axvline(value, color=RED, linestyle=line, label=f"p{percentage}: {value:.1f} ms")
-    axes.set(xscale="log", xlabel="ms from when a frame was due until its answer was there", ylabel="frames")
+    axes.set(xscale="log", xlabel="ms from the time a frame was due to its output", ylabel="frames")
     axes.set_title(f"Latency of all {len(latency_ms):,} frames")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend()

@@ -32,7 +32,7 @@ async def progress(console: Console, heard: Heard, speakers: I32) -> AsyncIterat
     columns = (
         BarColumn(20),
         MofNCompleteColumn(),
-        TextColumn("frames · {task.fields[finished]} streams finished · {task.fields[accuracy]:.1%} right by now"),
+        TextColumn("frames · {task.fields[finished]} streams finished · {task.fields[accuracy]:.1%} correct so far"),
     )
     with Progress(
         *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
@@ -62,12 +62,12 @@ def accuracy_table(right: Bool) -> Table:
     """How many decisions are right after some numbers of frames."""
     recordings, longest = right.shape
     shown = [count for count in AFTER if count < longest]
-    table = Table(title=f"right decisions about {recordings} speakers, by frames heard", box=box.SIMPLE)
+    table = Table(title=f"correct decisions about {recordings} speakers, by frames heard", box=box.SIMPLE)
     table.add_column("heard")
     for heading in (*map(str, shown), "all"):
         table.add_column(heading, justify="right")
     counts: I64 = right.sum(axis=0)[[*(count - 1 for count in shown), -1]]
-    table.add_row("right", *map(str, counts))
+    table.add_row("correct", *map(str, counts))
     table.add_row("accuracy", *(f"{count / recordings:.1%}" for count in counts))
     return table
 

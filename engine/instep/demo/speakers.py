@@ -78,18 +78,18 @@ def _run(out: Path, console: Console, speed: float) -> int:
     console.print(accuracy_table(right))
     say(
         console,
-        f"at the last frame, the model as trained names {trained:.2%} of these speakers right; "
-        f"as streamed here, {right[:, -1].mean():.2%}",
+        f"at the last frame the trained model names {trained:.2%} of the speakers correctly; "
+        f"streamed here, {right[:, -1].mean():.2%}",
     )
     console.print(speed_table(heard, seconds, stats))
     draw(heard, utterances.speakers, picture, f"{len(producers)} recordings of nine speakers, streamed frame by frame")
     if not received_is_recorded(recording, producers, heard):
-        say(console, f"what the producers received is not what {recording} holds", "bold red")
+        say(console, f"the producers received other outputs than {recording} holds", "bold red")
         return FAILED
-    say(console, "what the producers received is what was recorded, bit for bit")
+    say(console, "the producers received exactly what was recorded, bit for bit")
     say(
         console,
-        f"picture: {picture} · recording: {recording} · to verify it again: "
+        f"picture: {picture} · recording: {recording} · verify it again with: "
         f"{_command()} verify {shlex.quote(str(recording))}",
     )
     return show_verification(recording, console)
