@@ -9,6 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
+from instep_tools.command_line import CommandLine
 from instep_tools.live import Pace
 from instep_tools.load import Mode
 from instep_tools.load_plan import REAL_TIME_RATE_HZ, LoadPlan
@@ -25,17 +26,11 @@ from instep_tools.state_app import app as state_app
 from instep_tools.streams import stats
 from instep_tools.streams_app import app as streams_app
 from instep_tools.terminal import Terminal, run_command, run_undrained
-from instep_tools.typed import PlainCommands
 
-app: Final = typer.Typer(
-    cls=PlainCommands,
+app: Final = CommandLine(
     name="instep-client",
-    help="Send frames to an instep engine: live, recorded, or as a load test; and look after its streams' states.",
-    no_args_is_help=True,
-    add_completion=False,
+    help="Send frames to an instep server, live, recorded or as a load test, and manage its streams.",
     rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 app.add_typer(state_app, name="state")

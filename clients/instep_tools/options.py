@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from instep_tools.typed import endpoint as checked_endpoint
+from instep_tools.command_line import endpoint as checked_endpoint
 
 Endpoint = Annotated[
     str,

@@ -9,17 +9,15 @@ import typer
 
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
 from instep_tools import state
+from instep_tools.command_line import CommandLine
 from instep_tools.options import AsJson, Endpoint
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal, run_undrained
-from instep_tools.typed import PlainCommands
 
-app: Final = typer.Typer(
-    cls=PlainCommands,
-    help="Read a stream's state, save it in a file, go on from it, copy it, replace it.\n\n"
-    "The exit status is 0 when it was done, and 2 when it was not: the error says why.",
-    no_args_is_help=True,
+app: Final = CommandLine(
+    help="Read, save, restore, copy and replace the state of a stream.\n\n"
+    "The exit status is 0 on success, and 2 with an error that says why.",
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="The stream, whoever has it.")]

@@ -9,13 +9,13 @@ import typer
 from instep_client.aio import StreamPlace
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
 from instep_tools import streams
+from instep_tools.command_line import CommandLine
 from instep_tools.options import AsJson, Endpoint
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal, run_undrained
-from instep_tools.typed import PlainCommands
 
-app: Final = typer.Typer(cls=PlainCommands, help="See which streams are open, and close some.", no_args_is_help=True)
+app: Final = CommandLine(help="List the streams of a server, and close some.")
 
 Prefix = Annotated[str | None, typer.Option(metavar="TEXT", help="Only streams whose names begin so.")]
 Where = Annotated[

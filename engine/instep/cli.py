@@ -12,7 +12,7 @@ import typer
 
 from instep import interrupts
 from instep.recording.app import app as recordings_app
-from instep_tools.typed import PlainCommands
+from instep_tools.command_line import CommandLine, PlainCommands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,16 +30,12 @@ class _EngineCommands(PlainCommands):
             raise _failure(error) from error
 
 
-app = typer.Typer(
+app = CommandLine(
     cls=_EngineCommands,
     name="instep",
     help="Streaming inference for recurrent networks: many streams, one step, and a verifier that proves it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
-model_app = typer.Typer(no_args_is_help=True, help="Make a model folder, or look into one.")
+model_app = CommandLine(help="Make a model folder, or look into one.")
 app.add_typer(model_app, name="model")
 app.add_typer(recordings_app, name="recordings")
 

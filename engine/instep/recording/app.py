@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from instep_tools.command_line import CommandLine
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = typer.Typer(no_args_is_help=True, help="Look after recordings: check, show, list, repair, cut.")
+app = CommandLine(help="Manage recordings: check, show, list, repair, cut.")
 
 Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
-from typing import Any
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
-from instep_tools.typed import endpoint, in_plain_words
+from instep_tools.command_line import CommandLine, endpoint, in_plain_words
 
 
 class Checked(ValueError):
@@ -61,3 +66,36 @@ def test_what_is_no_endpoint(bad: str, instead: str) -> None:
     with pytest.raises(typer.BadParameter) as refused:
         endpoint(bad)
     assert str(refused.value) == f"{bad!r} is not an endpoint: write {instead}"
+
+
+def test_help_shows_examples_as_typed_and_flags_without_a_value() -> None:
+    app = CommandLine(help="What it is for.")
+
+    @app.command("send", examples=["send frames.csv --fast  # all at once", "send frames.csv"])
+    def send(file: str, fast: Annotated[bool, typer.Option("--fast")] = False) -> None:
+        """Send frames."""
+
+    @app.command("look")
+    def look() -> None:
+        """Look."""
+
+    shown = CliRunner().invoke(app, ["send", "--help"]).output
+    assert "bool" not in shown
+    assert shown.endswith("\n Examples:\n\n   send frames.csv --fast  # all at once\n   send frames.csv\n\n")
+    root = CliRunner().invoke(app, ["--help"]).output
+    assert "bool" not in root
+    assert "Examples" not in CliRunner().invoke(app, ["look", "--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("program", "begun", "completed"), [("instep", "ser", "serve"), ("instep-client", "prod", "produce")]
+)
+def test_a_shell_completes_commands(program: str, begun: str, completed: str) -> None:
+    asked = {
+        f"_{program.upper().replace('-', '_')}_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"{program} {begun}",
+        "COMP_CWORD": "1",
+    }
+    script = Path(sys.executable).parent / program
+    result = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [completed]

@@ -1,0 +1,111 @@
+"""The base of both command lines: help with examples, and plain words about values that cannot be taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from instep_client.endpoint import checked_endpoint
+from instep_client.protocol.errors import InvalidInput
+
+_PLAIN: Final = {
+    "int_parsing": "{value!r} is not a whole number",
+    "int_from_float": "{value!r} is not a whole number",
+    "float_parsing": "{value!r} is not a number",
+    "greater_than_equal": "it must be at least {ge}, not {value}",
+    "less_than_equal": "it must be at most {le}, not {value}",
+}
+"""By pydantic's kinds of errors, with which newer versions of typer check."""
+
+
+class CommandLine(typer.Typer):
+    """An application with the settings that all share.
+
+    Args:
+        help: what the commands are for, in one sentence.
+        cls: the class of the group, for a command line that has errors of its own.
+        settings: anything else that `typer.Typer` takes.
+    """
+
+    def __init__(self, *, help: str, cls: type[TyperGroup] | None = None, **settings: Any) -> None:
+        super().__init__(
+            cls=cls or PlainCommands,
+            help=help,
+            no_args_is_help=True,
+            pretty_exceptions_enable=False,
+            context_settings={"help_option_names": ["-h", "--help"]},
+            **settings,
+        )
+
+    def command(  # type: ignore[override]  # names only the settings that are used here
+        self, name: str | None = None, *, examples: Sequence[str] = (), **settings: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register a command, with command lines that its help shows as examples."""
+        return super().command(name, cls=PlainCommand, epilog="\n".join(examples), **settings)
+
+
+class PlainCommand(TyperCommand):
+    """A command whose help shows flags without a value, and examples at the end."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Arguments and options."""
+        return _with_plain_flags(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        examples, self.epilog = self.epilog, None  # typer would join its lines
+        super().format_help(ctx, formatter)
+        self.epilog = examples
+        if examples:
+            typer.echo(" Examples:\n")
+            for line in examples.splitlines():
+                typer.echo(f"   {line}")
+
+
+class PlainCommands(TyperGroup):
+    """Commands that say in plain words which value of an option cannot be."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options of the group itself."""
+        return _with_plain_flags(super().get_params(ctx))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was typed."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = in_plain_words(error)
+            raise
+
+
+def _with_plain_flags(params: list[Any]) -> list[Any]:
+    for param in params:
+        if getattr(param, "is_flag", False) and param.metavar is None:
+            param.metavar = ""  # not <bool>, which reads as if --json took a value
+    return params
+
+
+def in_plain_words(error: typer.BadParameter) -> str:
+    """The message, without the words of the library that found it."""
+    errors = getattr(error.__cause__, "errors", None)
+    if errors is not None:
+        (found, *_) = errors()
+        sentence = _PLAIN.get(found["type"])
+        if sentence is not None:
+            return sentence.format(value=found["input"], **found.get("ctx", {}))
+    return error.message.removeprefix("Value error, ")
+
+
+def endpoint(text: str) -> str:
+    """The text, when a client may connect to it.
+
+    Raises:
+        typer.BadParameter: saying what to write instead.
+    """
+    try:
+        return checked_endpoint(text)
+    except InvalidInput as error:
+        raise typer.BadParameter(str(error)) from None
