@@ -10,11 +10,13 @@ import typer
 
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
 from instep_tools.command_line import CommandLine
+from instep_tools.formats.columns import Choice
 from instep_tools.live import Pace
 from instep_tools.load import Mode
 from instep_tools.load_plan import REAL_TIME_RATE_HZ, LoadPlan
 from instep_tools.loadtest import LoadTest, loadtest
 from instep_tools.options import AsJson, Endpoint
+from instep_tools.outputs import OutputFormat
 from instep_tools.pacing import Stop, WallClock
 from instep_tools.ping import ping
 from instep_tools.problems import Exit
@@ -35,8 +37,6 @@ app: Final = CommandLine(
 
 app.add_typer(state_app, name="state")
 app.add_typer(streams_app, name="streams")
-
-Save = Annotated[Path | None, typer.Option(help="Save the outputs in this .npz or .csv file.", dir_okay=False)]
 
 SIGNAL_RATE_HZ: Final = 10.0
 """The rate of a generated signal where none is given: slow enough to read along."""
@@ -59,6 +59,32 @@ def _speed(text: str) -> float:
     if not 0 < speed < math.inf:
         raise typer.BadParameter("it must be 1 (real time), xN (N times as fast) or max (as fast as possible)")
     return speed
+
+
+Save = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Save frames and outputs: a .csv, .npz, .parquet or .mcap file.", dir_okay=False),
+]
+Named = Annotated[bool, typer.Option("--named", help="The first column of each line names its stream.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(metavar="A,B,…", help="The columns that are the frame. (default: x0,x1,… or all that fit)"),
+]
+Time = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="The column of times, for --speed. (default: time, time_ns or time_s)"),
+]
+Only = Annotated[str, typer.Option(metavar="PATTERN", help="Only streams of such names in a file, as in 'mic-*'.")]
+Speed = Annotated[
+    float | None,
+    typer.Option(
+        parser=_speed,
+        metavar="1|xN|max",
+        help="1: real time, xN: N times as fast, max: as fast as possible. "
+        "Default: 1 where the times are known, else max.",
+    ),
+]
+RATE_HELP: Final = "Frames a second for each stream, whatever its times say."
 
 
 def _version(wanted: bool) -> None:
@@ -109,48 +135,54 @@ def produce_command(
         typer.Argument(
             metavar="FILE",
             show_default=False,
-            help="NPZ, NPY, or text with one frame a line. None: lines from standard input.",
+            help="Text with one frame a line, NPZ, NPY, Parquet, MCAP, or an engine's recording. None: lines from "
+            "standard input.",
         ),
     ] = None,
     signal: Annotated[Signal | None, typer.Option(help="Send a generated signal instead.")] = None,
-    streams: Annotated[int | None, typer.Option(min=1, help="How many. Arrays: one a sequence, else 1.")] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="HZ",
-            callback=_positive,
-            help="Frames a second for each stream. Signals: 10; else as fast as they come and are taken.",
-        ),
-    ] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Send at most so many frames of each stream.")] = None,
-    seconds: Annotated[float | None, typer.Option(callback=_positive, help="Send for at most so long.")] = None,
+    named: Named = False,
+    columns: Columns = None,
+    time: Time = None,
+    only: Only = "*",
+    streams: Annotated[int | None, typer.Option(min=1, help="How many. Files: one a sequence; text: 1.")] = None,
     name: Annotated[
         str | None,
         typer.Option(
-            metavar="PREFIX", help="Call the streams PREFIX-0, … (default: as the arrays of an NPZ, else produce-PID)"
+            metavar="PREFIX", help="Call the streams PREFIX-0, … (default: as in the file, or else produce-PID)"
         ),
     ] = None,
-    named: Annotated[bool, typer.Option("--named", help="The first column of each line names its stream.")] = False,
+    speed: Speed = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(metavar="HZ", callback=_positive, help=f"{RATE_HELP} Signals: 10 if not given."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Send at most so many frames of each stream.")] = None,
+    seconds: Annotated[float | None, typer.Option(callback=_positive, help="Send for at most so long.")] = None,
+    format: Annotated[OutputFormat | None, typer.Option(help="How outputs are printed. (default: csv)")] = None,
     save: Save = None,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     as_json: AsJson = False,
 ) -> None:
-    """Be a live producer: of lines, of arrays, or of a generated signal; print or save the outputs.
+    """Stream frames live from lines, files or a generated signal; print or save the outputs.
 
     Lines hold numbers separated by commas or white space, one frame a line; with several streams they go to the
-    streams in turn. A bad line is named on stderr and costs its stream this one frame; the exit status is 1 then. Every
-    output is printed as a line of stream, seq and values.
+    streams in turn. A bad line is named on stderr and costs its stream this one frame; the exit status is 1 then.
+
+    Every output is printed as a line of stream, seq and values. With --json these are JSON lines, and the last line is
+    the result of the command. Sending stops when the server has ended all streams, as a restart without a recording
+    does.
     """
     rate_hz = SIGNAL_RATE_HZ if rate is None and signal is not None else rate
     what = Produce(
         endpoint=endpoint,
-        pace=Pace(rate_hz, frames, seconds),
+        pace=Pace(rate_hz, frames, seconds, speed),
         file=file,
+        choice=_choice(named, columns, time, only),
         signal=signal,
         streams=streams,
         name=name,
-        named=named,
         save=save,
+        format=format,
     )
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
@@ -162,22 +194,21 @@ def produce_command(
 
 @app.command("replay")
 def replay_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="NPZ, NPY, CSV, or an engine's recording.")],
-    speed: Annotated[
-        float | None,
-        typer.Option(
-            parser=_speed,
-            metavar="1|xN|max",
-            help="1: real time, xN: N times as fast, max: as fast as possible. "
-            "Default: 1 where the times are known, else max.",
-        ),
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(metavar="HZ", callback=_positive, help="Real time, for files that do not know their times."),
-    ] = None,
-    streams: Annotated[str, typer.Option(metavar="PATTERN", help="Only streams of such names, as in 'mic-*'.")] = "*",
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="An engine's recording, Parquet, MCAP, NPZ, NPY, CSV or other text."),
+    ],
+    named: Named = False,
+    columns: Columns = None,
+    time: Time = None,
+    only: Only = "*",
+    speed: Speed = None,
+    rate: Annotated[float | None, typer.Option(metavar="HZ", callback=_positive, help=RATE_HELP)] = None,
     save: Save = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw inputs and outputs: a PNG, SVG or PDF.", dir_okay=False),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the outputs with the file's, bit for bit.")] = False,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     as_json: AsJson = False,
@@ -187,13 +218,20 @@ def replay_command(
     With --check the exit status is 0 when all outputs equal those in the file, 1 when one differs, and 2 when they
     could not be compared.
     """
-    what = Replay(endpoint, file, speed, rate, streams, save, check)
+    what = Replay(endpoint, file, speed, rate, _choice(named, columns, time, only), save, plot, check)
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         with WallClock() as clock:
             return await replay(what, terminal, stop, clock)
 
     raise typer.Exit(run_command(command, Terminal(as_json)))
+
+
+def _choice(named: bool, columns: str | None, time: str | None, only: str) -> Choice:
+    names = () if columns is None else tuple(filter(None, (name.strip() for name in columns.split(","))))
+    if columns is not None and len(set(names)) < max(len(names), 1):
+        raise typer.BadParameter("name each column once, as in --columns x0,x1", param_hint="--columns")
+    return Choice(named, names, time, only)
 
 
 @app.command("loadtest")

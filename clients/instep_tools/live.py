@@ -1,11 +1,12 @@
-"""Sending live: arrays and signals as one group, lines each when it comes."""
+"""Sending live: a signal as one group, lines each when it comes."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from math import inf
 from typing import Final
@@ -15,24 +16,23 @@ import numpy as np
 from instep_client.aio import AsyncClient
 from instep_client.aio_streams import AsyncStream
 from instep_client.protocol.errors import Refused, StreamRefused
-from instep_client.protocol.wire import F32
-from instep_tools.answers import Answers, SentFrames
-from instep_tools.lines import BadLine, LineReader
-from instep_tools.living import step_living
+from instep_tools.formats.columns import Choice
+from instep_tools.formats.text import BAD_LINES_NAMED, BadLine, Line, LineReader
+from instep_tools.outputs import Answers, SentFrames
 from instep_tools.pacing import Clock, Stop, wait_until
-from instep_tools.pipeline import pipeline
-from instep_tools.plan import Rows, cuts
-from instep_tools.sequences import I64, RecordedSequences
+from instep_tools.pipeline import LivingGroup, pipeline
+from instep_tools.signals import SignalPart
 from instep_tools.terminal import Terminal
 
-ENDLESS: Final = int(np.iinfo(np.int64).max)
 CHUNK_STEPS: Final = 32
 """Timesteps a block where no rate is kept."""
 
 LINES_ON_THE_WAY: Final = 1024
 
-BAD_LINES_NAMED: Final = 5
-"""How many bad lines one behind the other are named; then it is the file that is wrong, not a line."""
+ALL_ENDED: Final = (
+    "the server has ended every stream, so nothing more is sent; a server that restarts keeps them only with a "
+    "recording (instep serve --record)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,46 +40,28 @@ class Pace:
     """How fast and how long to send."""
 
     rate_hz: float | None
-    """Frames a second for each stream; None for as fast as they are taken."""
+    """Frames a second for each stream; None for as fast as they are taken, or when they are due by their times."""
     frames: int | None
     """The most frames of each stream."""
     seconds: float | None
     """The longest time."""
-
-    def due_s(self, frame: int) -> float:
-        """When a frame is due, in seconds after the start."""
-        return 0.0 if self.rate_hz is None else frame / self.rate_hz
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Frames that are there, or made, when they are asked for."""
-
-    lengths: I64
-    """[N] frames of each stream."""
-    part: Callable[[int, int, Rows], F32]
-    """`part(first, count, rows)`: frames [count, len(rows), features] of these streams."""
-
-
-def array_source(sequences: RecordedSequences, streams: int) -> Source:
-    """Stream `i` sends sequence `i`, beginning again with the first sequence when there are more streams."""
-    which = np.arange(streams) % len(sequences)
-    starts = sequences.starts[which]
-
-    def part(first: int, count: int, rows: Rows) -> F32:
-        frames: F32 = sequences.frames[starts[rows] + np.arange(first, first + count)[:, None]]
-        return frames
-
-    return Source(sequences.lengths[which], part)
+    speed: float | None = None
+    """How many times as fast as their times say; infinite to take no notice of times; None for 1."""
 
 
 class LiveRun:
-    """One connection of a live producer."""
+    """One connection of a live producer.
+
+    Attributes:
+        bad_lines: lines that were not frames.
+        all_ended: whether it stopped because the server had ended every stream.
+    """
 
     def __init__(
         self, client: AsyncClient, pace: Pace, answers: Answers, terminal: Terminal, stop: Stop, clock: Clock
     ) -> None:
         self.bad_lines = 0
+        self.all_ended = False
         self._client = client
         self._pace = pace
         self._answers = answers
@@ -87,30 +69,35 @@ class LiveRun:
         self._stop = stop
         self._clock = clock
         self._start = clock.now()
+        self._first_ns: int | None = None
+        self._ids: dict[str, list[int]] = {}
 
-    async def send_arrays(self, names: list[str], source: Source) -> None:
-        """Send all streams as one group until they end, or it is enough; drain; close."""
-        group = await self._client.open_group(names)
-        lengths = source.lengths if self._pace.frames is None else np.minimum(source.lengths, self._pace.frames)
+    async def send_signal(self, names: list[str], part: SignalPart) -> None:
+        """Send all streams as one group until it is enough; drain; close."""
+        group = LivingGroup(await self._client.open_group(names), self._client.info.outputs)
+        rows = np.arange(len(names))
+        most = self._pace.frames
+        steps = min(CHUNK_STEPS, max(1, self._client.info.max_block_frames // len(names)))
+        steps = steps if self._pace.rate_hz is None else 1
+        first = 0
         self._start = self._clock.now()
         async with pipeline(self._answers.take) as send:
-            steps = CHUNK_STEPS if self._pace.rate_hz is None else 1
-            for cut in cuts(lengths, steps, self._client.info.max_block_frames):
-                if not await self._wait_for(cut.first):
+            while most is None or first < most:
+                if not await self._wait_for(first, None) or group.ended.all():
                     break
-                frames = source.part(cut.first, cut.count, cut.rows)
-                sent = SentFrames(tuple(names[row] for row in cut.rows), frames)
-                await send(sent, partial(step_living, group, frames, cut.rows, self._client.info.outputs))
-        with suppress(Refused):  # told of when its frames were refused
-            await group.close()
+                frames = part(first, steps if most is None else min(steps, most - first))
+                await send(SentFrames(tuple(names), frames), partial(group.step, frames, rows))
+                first += len(frames)
+        self.all_ended = bool(group.ended.all())
+        await group.close()
 
-    async def send_lines(self, lines: AsyncIterator[tuple[int, bytes]], names: list[str], named: bool) -> int:
+    async def send_lines(self, lines: AsyncIterator[tuple[int, bytes]], names: list[str], choice: Choice) -> int:
         """Send every line when it comes, or when its stream's next frame is due; drain; close.
 
         Gives the number of streams. Lines that name no stream go to the streams in turn. A bad line takes its turn: it
         costs its stream this frame and the other streams nothing.
         """
-        reader = LineReader(self._client.info.features, named)
+        reader = LineReader(choice, self._client.info.features)
         streams: dict[str, AsyncStream | None] = {}
         sent: Counter[str] = Counter()
         turn = bad_together = 0
@@ -120,20 +107,18 @@ class LiveRun:
                 try:
                     line = reader.read(text.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except ValueError as error:
-                    self.bad_lines += 1
                     bad_together += 1
-                    if bad_together <= BAD_LINES_NAMED:
-                        reason = error if isinstance(error, BadLine) else "it is not UTF-8"
-                        self._terminal.error(f"line {number}: {reason}")
-                    elif bad_together == BAD_LINES_NAMED + 1:
-                        self._terminal.error("and so on: the bad lines that follow are counted, until a good one comes")
+                    self._tell_bad_line(number, error, bad_together)
                     turn += 1
                     continue
-                if line is None:
+                if line is None or not (line.stream is None or fnmatchcase(line.stream, choice.only)):
                     continue
                 bad_together = 0
-                name = names[turn % len(names)] if line.stream is None else line.stream
+                name = self._name_of(line) or names[turn % len(names)]
                 turn += 1
+                if self._answers.ended and self._answers.ended >= {*filter(streams.get, streams)}:
+                    self.all_ended = True
+                    break
                 if name not in streams:
                     streams[name] = await self._open(name)
                 stream = streams[name]
@@ -141,7 +126,7 @@ class LiveRun:
                     break
                 if stream is None or sent[name] == self._pace.frames:
                     continue
-                if not await self._wait_for(sent[name]):
+                if not await self._wait_for(sent[name], line.time_ns):
                     break
                 sent[name] += 1
                 await send(SentFrames((name,), line.frame[None, None]), partial(stream.step, line.frame[None]))
@@ -151,6 +136,25 @@ class LiveRun:
                     await stream.close()
         return len(streams)
 
+    def _name_of(self, line: Line) -> str | None:
+        """The stream's name; its second opening is called NAME-2, and so on."""
+        if line.stream is None:
+            return None
+        ids = self._ids.setdefault(line.stream, [])
+        if line.stream_id not in ids:
+            ids.append(line.stream_id)
+        number = ids.index(line.stream_id) + 1
+        return line.stream if number == 1 else f"{line.stream}-{number}"
+
+    def _tell_bad_line(self, number: int, error: ValueError, together: int) -> None:
+        """Name it; of many one behind the other only the first: then it is the file that is wrong, not a line."""
+        self.bad_lines += 1
+        if together <= BAD_LINES_NAMED:
+            reason = error if isinstance(error, BadLine) else "it is not UTF-8"
+            self._terminal.error(f"line {number}: {reason}")
+        elif together == BAD_LINES_NAMED + 1:
+            self._terminal.error("and so on: the bad lines that follow are counted, until a good one comes")
+
     async def _open(self, name: str) -> AsyncStream | None:
         try:
             return await self._client.open(name)
@@ -159,10 +163,20 @@ class LiveRun:
             self._answers.refused += 1
             return None
 
-    async def _wait_for(self, frame: int) -> bool:
+    async def _wait_for(self, frame: int, time_ns: int | None) -> bool:
         """Wait until it is due; False when sending is over before."""
-        due = self._start + self._pace.due_s(frame)
+        due = self._start + self._due_s(frame, time_ns)
         end = self._start + (inf if self._pace.seconds is None else self._pace.seconds)
         if max(due, self._clock.now()) >= end:
             return False
         return await wait_until(due, self._clock, self._stop)
+
+    def _due_s(self, frame: int, time_ns: int | None) -> float:
+        """When a frame is due, in seconds after the start."""
+        if self._pace.rate_hz is not None:
+            return frame / self._pace.rate_hz
+        if time_ns is None:
+            return 0.0
+        if self._first_ns is None:
+            self._first_ns = time_ns
+        return max(0, time_ns - self._first_ns) / 1e9 / (self._pace.speed or 1.0)

@@ -1,18 +1,28 @@
-"""What becomes of outputs: lines on stdout, or a file."""
+"""Answers of a live producer: counted, told of when refused, and shown or saved."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable
-from pathlib import Path
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
 
+from instep_client.protocol.errors import FramesRefused, Refused, StreamEvicted
 from instep_client.protocol.wire import F32
-from instep_tools.files import save_sequences
-from instep_tools.problems import BadFile
-from instep_tools.sequences import RecordedSequences
+from instep_tools.formats.text import csv_lines, float_texts
+from instep_tools.terminal import Terminal
+
+
+class OutputFormat(StrEnum):
+    """How outputs are printed."""
+
+    CSV = "csv"
+    TSV = "tsv"
+    JSONL = "jsonl"
 
 
 class Outputs(Protocol):
@@ -22,125 +32,85 @@ class Outputs(Protocol):
         """Frames `seq`, `seq + 1`, … of one stream: float32 [T, features] and [T, outputs]."""
         ...
 
-    def finish(self, fingerprint: str) -> str:
-        """All were added, from the model of this fingerprint; where they are now, to end a sentence, or nothing."""
-        ...
-
-
-class NoOutputs:
-    """Keeps nothing."""
-
-    def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
-        """Forget them."""
-
-    def finish(self, fingerprint: str) -> str:
-        """Nothing is left to do."""
-        return ""
-
 
 class PrintedOutputs:
-    """One line a frame: stream, seq, values, separated by spaces."""
+    """A line for each frame: stream, seq, and the output; CSV and TSV begin with a line of column names."""
 
-    def __init__(self, write: Callable[[str], object]) -> None:
+    def __init__(self, write: Callable[[str], object], format: OutputFormat, columns: Sequence[str]) -> None:
         self._write = write
+        self._format = format
+        self._separator = "\t" if format is OutputFormat.TSV else ","
+        if format is not OutputFormat.JSONL:
+            write(csv_lines([["stream", "seq", *columns]], self._separator))
 
     def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
         """Print them."""
-        lines = [f"{stream} {seq + step} {' '.join(values)}\n" for step, values in enumerate(_texts(outputs))]
+        rows = enumerate(float_texts(outputs), seq)
+        if self._format is not OutputFormat.JSONL:
+            self._write(csv_lines([[stream, number, *row] for number, row in rows], self._separator))
+            return
+        name = json.dumps(stream)
+        lines = (
+            f'{{"stream": {name}, "seq": {number}, "y": [{", ".join(map(_json, row))}]}}\n' for number, row in rows
+        )
         self._write("".join(lines))
 
-    def finish(self, fingerprint: str) -> str:
-        """Nothing is left to do."""
-        return ""
+
+def _json(number: str) -> str:
+    """The shortest digits are JSON; what is not finite is null there."""
+    return number if number[-1].isdigit() else "null"
 
 
-class NpzOutputs:
-    """An NPZ with the frames and their outputs, which `replay --check` can run again."""
+@dataclass(frozen=True, slots=True)
+class SentFrames:
+    """A block on its way."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._streams: dict[str, list[tuple[F32, F32]]] = {}
-
-    def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
-        """Keep them until the end."""
-        self._streams.setdefault(stream, []).append((frames, outputs))
-
-    def finish(self, fingerprint: str) -> str:
-        """Write the file."""
-        parts = [part for parts in self._streams.values() for part in parts]
-        if not parts:
-            return f"; nothing to save in {self._path}"
-        sequences = RecordedSequences(
-            names=tuple(self._streams),
-            lengths=np.array([sum(len(x) for x, _ in parts) for parts in self._streams.values()]),
-            frames=np.concatenate([x for x, _ in parts]),
-            outputs=np.concatenate([y for _, y in parts]),
-            fingerprint=fingerprint,
-        )
-        save_sequences(self._path, sequences)
-        return f"; saved in {self._path}"
+    names: tuple[str, ...]
+    """[N]"""
+    frames: F32
+    """[T, N, features]"""
 
 
-class CsvOutputs:
-    """A CSV of the outputs: stream, seq, y0, y1, …; written as they come."""
+class Answers:
+    """Counts answers and hands outputs on; tells of every kind of refusal once a stream."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._rows = csv.writer(self._file)
-        self._started = False
+    def __init__(self, outputs: Outputs, terminal: Terminal) -> None:
+        self.frames = 0
+        self.refused = 0
+        self.ended: set[str] = set()
+        """Streams that the server has ended."""
+        self._outputs = outputs
+        self._terminal = terminal
+        self._seqs: Counter[str] = Counter()
+        self._told: set[tuple[str, int]] = set()
 
-    def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
-        """Write them."""
-        if not self._started:
-            self._started = True
-            self._rows.writerow(["stream", "seq", *(f"y{column}" for column in range(outputs.shape[1]))])
-        self._rows.writerows([stream, seq + step, *values] for step, values in enumerate(_texts(outputs)))
+    def take(self, sent: SentFrames, result: F32 | Refused) -> None:
+        """One block's outputs [T, N, outputs] or [T, outputs], or why it has none."""
+        steps, streams, _ = sent.frames.shape
+        applied = np.ones((steps, streams), np.bool_)
+        if isinstance(result, Refused):
+            self._tell(sent, result)
+            if isinstance(result, StreamEvicted):
+                self.ended.add(result.stream)
+            if not isinstance(result, FramesRefused):
+                self.refused += steps * streams
+                return
+            result = result.outputs
+            applied = np.isfinite(result).any(axis=-1).reshape(steps, streams)
+        outputs = result.reshape(steps, streams, -1)
+        for column, name in enumerate(sent.names):
+            good = applied[:, column]
+            count = int(good.sum())
+            self.frames += count
+            self.refused += steps - count
+            if count:
+                self._outputs.add(name, self._seqs[name], sent.frames[good, column], outputs[good, column])
+                self._seqs[name] += count
 
-    def finish(self, fingerprint: str) -> str:
-        """Close the file."""
-        self._file.close()
-        return f"; saved in {self._path}"
-
-
-def open_outputs(path: Path) -> Outputs:
-    """Where to put outputs that come one by one: an NPZ or CSV. An older file of that name is written over.
-
-    Raises:
-        BadFile: another ending, or the file cannot be written.
-    """
-    check_output_path(path)
-    return NpzOutputs(path) if path.suffix.lower() == ".npz" else CsvOutputs(path)
-
-
-def save_outputs(path: Path, sequences: RecordedSequences) -> None:
-    """Save the outputs of whole sequences: an NPZ with all that they have, or a CSV."""
-    if path.suffix.lower() == ".npz":
-        save_sequences(path, sequences)
-        return
-    if sequences.outputs is None:
-        raise ValueError("the sequences have no outputs")
-    table = CsvOutputs(path)
-    for name, start, length in zip(sequences.names, sequences.starts, sequences.lengths, strict=True):
-        frames = slice(start, start + length)
-        table.add(name, 0, sequences.frames[frames], sequences.outputs[frames])
-    table.finish("")
-
-
-def check_output_path(path: Path) -> None:
-    """Find out before the work, not after it, whether outputs can be saved there.
-
-    Raises:
-        BadFile: when they cannot.
-    """
-    if path.suffix.lower() not in (".npz", ".csv"):
-        raise BadFile(f"cannot tell from the name {path} how to save: it must end in .npz or .csv")
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _texts(values: F32) -> list[list[str]]:
-    """Every float32 in the fewest digits that give it back."""
-    return [[str(value) for value in row] for row in values]
+    def _tell(self, sent: SentFrames, refused: Refused) -> None:
+        keys = {(sent.names[0], int(refused.code))}
+        if isinstance(refused, FramesRefused):
+            keys = {(failure.stream, int(failure.code)) for failure in refused.failures}
+        if not keys <= self._told:
+            self._told |= keys
+            self._terminal.error(str(refused))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, TypeVar
 
-from instep_client.protocol.errors import Refused
+import numpy as np
+import numpy.typing as npt
+
+from instep_client.aio_streams import AsyncGroup
+from instep_client.protocol.errors import FrameFailure, FramesRefused, Refused, StreamEvicted
 from instep_client.protocol.wire import F32
+from instep_tools.plan import Rows
 
 Key = TypeVar("Key")
 Call = Callable[[], Coroutine[Any, Any, F32]]
@@ -61,3 +66,72 @@ async def _outcome(call: Call) -> F32 | Refused:
         return await call()
     except Refused as refused:
         return refused
+
+
+class LivingGroup:
+    """A group some of whose streams the server may end; the others continue.
+
+    Attributes:
+        ended: bool [N], which of them the server has ended.
+    """
+
+    def __init__(self, group: AsyncGroup, outputs: int) -> None:
+        self._group = group
+        self.ended: npt.NDArray[np.bool_] = np.zeros(len(group), np.bool_)
+        self._outputs = outputs
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def step(self, x: F32, rows: Rows) -> F32:
+        """Step those of the streams that are still open.
+
+        Args:
+            x: float32 [T, N, features].
+            rows: [N] which of its streams.
+
+        Returns:
+            float32 [T, N, outputs].
+
+        Raises:
+            FramesRefused: when some were not applied, or some streams have ended; its `outputs` hold the others'.
+        """
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            return await self._step(x, rows)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def close(self) -> None:
+        """Close it after all steps that were called; streams that the server ended are told of by their frames."""
+        await self._idle.wait()
+        with suppress(Refused):
+            await self._group.close()
+
+    async def _step(self, x: F32, rows: Rows) -> F32:
+        living: npt.NDArray[np.bool_] = np.ones(len(rows), np.bool_)
+        y = np.full((*x.shape[:2], self._outputs), np.nan, np.float32)
+        why: Refused | None = None
+        failures: tuple[FrameFailure, ...] = ()
+        while living.any():
+            try:
+                y[:, living] = await self._group.step(x[:, living], rows=rows[living])
+            except StreamEvicted as ended:
+                row = self._group.names.index(ended.stream)
+                self.ended[row] = True
+                living[np.flatnonzero(rows == row)] = False
+                seq = int(self._group.next_seqs[row])
+                failures += (FrameFailure(ended.stream, seq, ended.code, seq),)
+                why = why or ended
+                continue  # nothing was sent: the others go without it, before anything else is sent
+            except FramesRefused as refused:
+                y[:, living] = refused.outputs
+                failures += refused.failures
+                why = why or refused
+            break
+        if why is not None:
+            raise FramesRefused(why.code, why.sentence, failures, y)
+        return y

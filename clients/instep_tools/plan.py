@@ -6,13 +6,17 @@ numbers: it knows no clock and no server.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from instep_client.protocol.wire import ServerInfo
+from instep_tools.problems import CommandProblem
 from instep_tools.sequences import F64, I64, RecordedSequences
 
 Rows = npt.NDArray[np.intp]
@@ -116,18 +120,19 @@ def plan_at_rate(sequences: RecordedSequences, max_streams: int, rate_hz: float)
 
 def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
     """Every frame when it was recorded, `speed` times as fast; a cohort's frames of one moment travel as one block."""
-    times_s = sequences.times_s
-    if times_s is None:
+    times_ns = sequences.times_ns
+    if times_ns is None:
         raise ValueError("the sequences have no times")
     starts, ends = sequences.starts, np.cumsum(sequences.lengths)
-    opened_s = times_s[starts] if sequences.opened_s is None else sequences.opened_s
+    begin_ns = times_ns.min()
+    times_s: F64 = (times_ns - begin_ns) / 1e9
+    opened_s: F64 = times_s[starts] if sequences.opened_ns is None else (sequences.opened_ns - begin_ns) / 1e9
     cohorts = _opened_together(opened_s, OPEN_TOGETHER_S * speed)
     cohort_of = np.empty(len(sequences), np.intp)
     place_of = np.empty(len(sequences), np.intp)
     for cohort, members in enumerate(cohorts):
         cohort_of[members] = cohort
         place_of[members] = np.arange(len(members))
-    begin_s = float(times_s.min())
     last_s = [float(times_s[ends[members] - 1].max()) for members in cohorts]
     sequence_of = np.repeat(np.arange(len(sequences)), sequences.lengths)
     left = [int(sequences.lengths[members].sum()) for members in cohorts]
@@ -137,11 +142,43 @@ def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
             cohort = int(cohort_of[sequence_of[flat[0]]])
             left[cohort] -= len(flat)
             rows = place_of[sequence_of[flat]]
-            due_s = (float(times_s[flat[0]]) - begin_s) / speed
+            due_s = float(times_s[flat[0]]) / speed
             yield Send(due_s, cohort, rows, flat[None, :], left[cohort] == 0)
 
     first_s = [float(times_s[starts[members]].min()) for members in cohorts]
     return Plan(sequences, cohorts, _most_at_once(first_s, last_s, [len(m) for m in cohorts]), sends())
+
+
+def make_plan(
+    sequences: RecordedSequences, speed: float | None, rate_hz: float | None, info: ServerInfo, file: Path
+) -> Plan:
+    """The plan for what was asked for.
+
+    Args:
+        sequences: what to send.
+        speed: times real time; infinite for as fast as possible; None for real time where it is known, else infinite.
+        rate_hz: frames a second for each stream in real time; it replaces the times of the frames.
+        info: the server's limits.
+        file: for what errors say.
+
+    Raises:
+        CommandProblem: when there are no times to keep, or more streams would be open than the server takes.
+    """
+    timed = rate_hz is not None or sequences.times_ns is not None
+    if speed is not None and math.isfinite(speed) and not timed:
+        raise CommandProblem(f"{file} does not know when its frames were sent: give --rate, or --speed max")
+    speed = (1.0 if timed else math.inf) if speed is None else speed
+    if math.isinf(speed):
+        return plan_fast(sequences, info.max_streams, min(info.max_block_frames, info.credit_frames))
+    if rate_hz is not None:
+        return plan_at_rate(sequences, info.max_streams, rate_hz * speed)
+    plan = plan_timed(sequences, speed)
+    if plan.at_once > info.max_streams:
+        raise CommandProblem(
+            f"{file} has {plan.at_once} streams open at once, the server keeps {info.max_streams}: "
+            "choose some with --only, or use --speed max"
+        )
+    return plan
 
 
 def _waves(count: int, max_streams: int) -> tuple[Rows, ...]:

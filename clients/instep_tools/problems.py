@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from enum import IntEnum
+from pathlib import Path
 
 
 class Exit(IntEnum):
@@ -24,4 +26,21 @@ class CommandProblem(Exception):
 
 
 class BadFile(CommandProblem):
-    """A file cannot be read as what it should be; the message names it."""
+    """A file cannot be read as what it should be, or not be written; the message names it."""
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work, not after it, whether a file can be written there; nothing is made or changed.
+
+    Raises:
+        BadFile: when it cannot.
+    """
+    why = ""
+    if path.is_dir():
+        why = "it is a folder"
+    elif not path.parent.is_dir():
+        why = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        why = "you have no permission"
+    if why:
+        raise BadFile(f"{path} cannot be written: {why}")

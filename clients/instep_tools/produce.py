@@ -1,4 +1,4 @@
-"""`instep-client produce`: a live producer of lines, arrays or generated signals."""
+"""`instep-client produce`: a live producer of lines, files or generated signals."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import math
 import os
 import sys
 from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from instep_client.protocol.wire import ServerInfo
-from instep_tools.answers import Answers
+from instep_client.aio import AsyncClient
+from instep_client.protocol.errors import Refused
+from instep_client.protocol.wire import F32, ServerInfo
 from instep_tools.connect import connected
 from instep_tools.feed import read_lines
-from instep_tools.files import is_numpy, read_sequences
-from instep_tools.live import ENDLESS, LiveRun, Pace, Source, array_source
-from instep_tools.outputs import NoOutputs, Outputs, PrintedOutputs, open_outputs
+from instep_tools.formats.columns import Choice, output_columns
+from instep_tools.formats.read import holds_lines, read_sequences
+from instep_tools.formats.write import SavedOutputs, check_output_path
+from instep_tools.live import ALL_ENDED, LiveRun, Pace
+from instep_tools.outputs import Answers, OutputFormat, Outputs, PrintedOutputs, SentFrames
 from instep_tools.pacing import Clock, Stop
+from instep_tools.plan import Send, make_plan
+from instep_tools.plan_run import PlanRun
 from instep_tools.problems import BadFile, CommandProblem, Exit
 from instep_tools.sequences import RecordedSequences
 from instep_tools.signals import Signal, make_signal
@@ -33,55 +38,66 @@ class Produce:
     endpoint: str
     pace: Pace
     file: Path | None = None
-    """NPZ, NPY, or lines; None for the signal, or else lines from standard input."""
+    """Any file of frames; None for the signal, or else lines from standard input."""
+    choice: Choice = field(default_factory=Choice)
+    """Which of its columns and streams."""
     signal: Signal | None = None
     streams: int | None = None
-    """None: one; for arrays one a sequence."""
+    """None: one; of a file that is not text one a sequence."""
     name: str | None = None
-    """Streams are called NAME-0, NAME-1, …; None: as the arrays in the file, or else produce-PID-0, …"""
-    named: bool = False
-    """The first column of a line names its stream."""
+    """Streams are called NAME-0, NAME-1, …; None: as in the file, or else produce-PID-0, …"""
     save: Path | None = None
     """None: print the outputs."""
+    format: OutputFormat | None = None
+    """How outputs are printed; None for CSV, or JSON lines where the command's result is JSON, too."""
 
 
 async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -> Exit:
-    """Send until the input ends, enough was sent, or a stop; then drain, close and report.
+    """Send until the input ends, enough was sent, the server ended all streams, or a stop; then close and report.
 
     Raises:
         InstepError: as the client does.
         CommandProblem: when a file cannot be used, or does not fit the model.
     """
-    if what.file is not None and what.signal is not None:
-        raise CommandProblem("give a file or a signal, not both")
-    sequences = read_sequences(what.file) if what.file is not None and is_numpy(what.file) else None
-    from_lines = sequences is None and what.signal is None
-    if what.named and not from_lines:
+    format = _checked(what, terminal)
+    lines = what.signal is None and (what.file is None or holds_lines(what.file))
+    if what.choice.named and not lines:
         raise CommandProblem("--named is for lines of text: their first column names the stream")
+    sequences = None if lines or what.file is None else read_sequences(what.file, what.choice)
     with ExitStack() as stack:
-        descriptor = _descriptor(what.file, stack) if from_lines else None
-        outputs = _outputs(what, terminal, stop)
-        answers = Answers(outputs, terminal)
+        descriptor = _descriptor(what.file, stack) if lines else None
         async with connected(what.endpoint, "produce", terminal, stop) as client:
+            outputs = _outputs(what, format, terminal, stop, client.info, stack)
+            answers = Answers(outputs, terminal)
             live = LiveRun(client, what.pace, answers, terminal, stop, clock)
             started = clock.now()
             if descriptor is not None:
-                names = _names(what, None, what.streams or 1)
+                names = _names(what.name, what.streams or 1)
                 async with _progress(what, terminal, answers, math.inf):
-                    streams = await live.send_lines(read_lines(descriptor, stop), names, what.named)
+                    streams = await live.send_lines(read_lines(descriptor, stop), names, what.choice)
+            elif sequences is not None:
+                sequences = _repeated(sequences, what)
+                streams = len(sequences)
+                async with _progress(what, terminal, answers, len(sequences.frames)):
+                    live.all_ended = await _send_sequences(what, client, sequences, answers, stop, clock)
             else:
-                source = _source(what, sequences, client.info)
-                streams = len(source.lengths)
-                total = float(np.minimum(source.lengths, what.pace.frames or ENDLESS).astype(float).sum())
-                async with _progress(what, terminal, answers, total if total < ENDLESS else math.inf):
-                    await live.send_arrays(_names(what, sequences, streams), source)
+                streams = what.streams or 1
+                signal = make_signal(what.signal or Signal.SINE, streams, client.info.features)
+                async with _progress(what, terminal, answers, (what.pace.frames or math.inf) * streams):
+                    await live.send_signal(_names(what.name, streams), signal)
             seconds = clock.now() - started
-            fingerprint = client.info.fingerprint
-        saved = outputs.finish(fingerprint)
-    if descriptor is not None and not (answers.frames or answers.refused or live.bad_lines or stop.requested):
+    if lines and not (answers.frames or answers.refused or live.bad_lines or stop.requested):
         raise BadFile(f"there are no frames {'on standard input' if what.file is None else f'in {what.file}'}")
+    if live.all_ended:
+        terminal.error(ALL_ENDED)
+    return _report(what, terminal, stop, answers, live, streams, seconds)
+
+
+def _report(
+    what: Produce, terminal: Terminal, stop: Stop, answers: Answers, live: LiveRun, streams: int, seconds: float
+) -> Exit:
+    good = not live.bad_lines and not answers.refused and not live.all_ended
     rate = answers.frames / seconds if seconds > 0 else 0.0
-    good = not live.bad_lines and not answers.refused
     if terminal.as_json:
         terminal.result(
             {
@@ -92,6 +108,7 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
                 "seconds": seconds,
                 "saved": None if what.save is None else str(what.save),
                 "stopped": stop.requested,
+                "all_streams_ended": live.all_ended,
             }
         )
     terminal.summary(
@@ -99,10 +116,28 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
         f"({rate:,.1f} frames/s)"
         f"{', ' + counted(live.bad_lines, 'bad line') if live.bad_lines else ''}"
         f"{', ' + counted(answers.refused, 'frame') + ' refused' if answers.refused else ''}"
-        f"{'; stopped, all streams closed' if stop.requested else ''}{saved}",
+        f"{'; stopped, all streams closed' if stop.requested else ''}"
+        f"{'' if what.save is None else f'; saved in {what.save}'}",
         good=good,
     )
     return Exit.OK if good else Exit.FOUND_PROBLEMS
+
+
+def _checked(what: Produce, terminal: Terminal) -> OutputFormat:
+    """The format of printed outputs, after checking what does not go together."""
+    if what.file is not None and what.signal is not None:
+        raise CommandProblem("give a file or a signal, not both")
+    if what.signal is not None and what.choice != Choice():
+        raise CommandProblem("--named, --columns, --time and --only are for files and lines, not for a signal")
+    if what.save is not None:
+        if what.format is not None:
+            raise CommandProblem(
+                f"--format is for outputs that are printed; the name {what.save} says how to save them"
+            )
+        check_output_path(what.save)
+    if terminal.as_json and what.format not in (None, OutputFormat.JSONL):
+        raise CommandProblem(f"--json prints outputs as JSON lines: leave out --format {what.format}")
+    return what.format or (OutputFormat.JSONL if terminal.as_json else OutputFormat.CSV)
 
 
 def _descriptor(file: Path | None, stack: ExitStack) -> int:
@@ -115,41 +150,77 @@ def _descriptor(file: Path | None, stack: ExitStack) -> int:
         raise BadFile(f"{file} cannot be read: {error.strerror}") from None
 
 
-def _outputs(what: Produce, terminal: Terminal, stop: Stop) -> Outputs:
+def _outputs(
+    what: Produce, format: OutputFormat, terminal: Terminal, stop: Stop, info: ServerInfo, stack: ExitStack
+) -> Outputs:
     if what.save is not None:
-        return open_outputs(what.save)
-    if terminal.as_json:
-        return NoOutputs()
+        return stack.enter_context(SavedOutputs(what.save, info))
 
     def write(text: str) -> None:
         if not terminal.write(text):  # nobody reads any more
             stop.request()
 
-    return PrintedOutputs(write)
+    return PrintedOutputs(write, format, output_columns(info, info.outputs))
 
 
-def _source(what: Produce, sequences: RecordedSequences | None, info: ServerInfo) -> Source:
-    if sequences is not None:
-        if sequences.features != info.features:
-            raise CommandProblem(
-                f"{what.file} has {sequences.features} numbers a frame, the model {info.model!r} takes {info.features}"
-            )
-        return array_source(sequences, what.streams or len(sequences))
-    streams = what.streams or 1
-    signal = make_signal(what.signal or Signal.SINE, streams, info.features)
-    return Source(np.full(streams, ENDLESS), lambda first, count, rows: signal(first, count)[:, rows])
+def _repeated(sequences: RecordedSequences, what: Produce) -> RecordedSequences:
+    """As many sequences as there are streams, the first again after the last, no longer than asked for."""
+    if what.streams is not None:
+        sequences = sequences.select([row % len(sequences) for row in range(what.streams)])
+    if what.pace.frames is not None:
+        places = np.arange(len(sequences.frames)) - np.repeat(sequences.starts, sequences.lengths)
+        sequences = sequences.keep(places < what.pace.frames)
+    return sequences
 
 
-def _names(what: Produce, sequences: RecordedSequences | None, streams: int) -> list[str]:
-    """What the streams are called: as the arrays that they send, where each sends one of its own."""
-    if what.name is None and sequences is not None and len(set(sequences.names)) == len(sequences) >= streams:
-        return list(sequences.names[:streams])
-    prefix = f"produce-{os.getpid()}" if what.name is None else what.name
+async def _send_sequences(
+    what: Produce, client: AsyncClient, sequences: RecordedSequences, answers: Answers, stop: Stop, clock: Clock
+) -> bool:
+    """Send all of them; whether the server ended all streams before."""
+    assert what.file is not None
+    check_fits(what.file, sequences, client.info)
+    plan = make_plan(sequences, what.pace.speed, what.pace.rate_hz, client.info, what.file)
+    names = _names(what.name, len(sequences)) if what.name is not None else distinct(sequences.names)
+
+    def take(block: Send, result: F32 | Refused) -> None:
+        members = plan.cohorts[block.cohort][block.rows]
+        sent = SentFrames(tuple(names[member] for member in members), sequences.frames[block.flat])
+        answers.take(sent, result)
+
+    run = PlanRun(client, plan, names, take, stop, clock)
+    await run.run(math.inf if what.pace.seconds is None else what.pace.seconds)
+    return run.all_ended
+
+
+def check_fits(file: Path, sequences: RecordedSequences, info: ServerInfo) -> None:
+    """Raise CommandProblem unless the frames have as many numbers as the model takes."""
+    if sequences.features != info.features:
+        raise CommandProblem(
+            f"{file} has {sequences.features} numbers a frame, the model {info.model!r} takes {info.features}; "
+            "choose columns with --columns"
+        )
+
+
+def distinct(names: tuple[str, ...]) -> list[str]:
+    """Names of streams that are open together: the second of a name is called NAME-2, and so on."""
+    found: dict[str, None] = {}
+    counts: dict[str, int] = {}
+    for name in names:
+        new = name
+        while new in found:
+            counts[name] = counts.get(name, 1) + 1
+            new = f"{name}-{counts[name]}"
+        found[new] = None
+    return list(found)
+
+
+def _names(name: str | None, streams: int) -> list[str]:
+    prefix = f"produce-{os.getpid()}" if name is None else name
     return [f"{prefix}-{number}" for number in range(streams)]
 
 
 def _progress(what: Produce, terminal: Terminal, answers: Answers, total: float) -> AbstractAsyncContextManager[None]:
     """Where the outputs are printed they are the progress."""
-    if what.save is None and not terminal.as_json:
+    if what.save is None:
         return nullcontext()
     return terminal.progress("sending", total, "frames", lambda: answers.frames)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+import secrets
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from instep_client.protocol.wire import ServerInfo
+import numpy as np
+import numpy.typing as npt
+
+from instep_client.protocol.errors import FramesRefused, Refused
+from instep_client.protocol.wire import F32, ServerInfo
 from instep_tools.compare import ReplayComparison, compare
 from instep_tools.connect import connected
-from instep_tools.files import read_sequences
-from instep_tools.outputs import check_output_path, save_outputs
+from instep_tools.formats.columns import Choice, output_columns
+from instep_tools.formats.read import read_sequences
+from instep_tools.formats.write import check_output_path, save_sequences
 from instep_tools.pacing import Clock, Stop
-from instep_tools.plan import Plan, plan_at_rate, plan_fast, plan_timed
+from instep_tools.plan import Send, make_plan
+from instep_tools.plan_run import PlanRun
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.recordings import is_recording, read_recording
-from instep_tools.replay_run import ReplayRun
+from instep_tools.produce import check_fits
 from instep_tools.sequences import RecordedSequences
+from instep_tools.stream_plot import check_plot_path, plot_streams
 from instep_tools.terminal import Terminal
 from instep_tools.words import counted
 
@@ -31,12 +36,43 @@ class Replay:
     speed: float | None = None
     """Times real time; infinite for as fast as possible; None for real time where times are known, else infinite."""
     rate_hz: float | None = None
-    """Frames a second for each stream in real time, of a file without times."""
-    streams: str = "*"
-    """A pattern of names as in a shell: only these."""
+    """Frames a second for each stream in real time, whatever the file says."""
+    choice: Choice = field(default_factory=Choice)
+    """Which columns and streams of the file."""
     save: Path | None = None
+    plot: Path | None = None
     check: bool = False
     """Compare with the outputs in the file."""
+
+
+class ReplayedOutputs:
+    """What came back, beside the frames that were sent.
+
+    Attributes:
+        outputs: float32 [sum, outputs], NaN where there is none.
+        done: bool [sum], which frames were applied and answered.
+        refusals: why others were refused, each sentence once.
+    """
+
+    def __init__(self, frames: int, outputs: int) -> None:
+        self.outputs: F32 = np.full((frames, outputs), np.nan, np.float32)
+        self.done: npt.NDArray[np.bool_] = np.zeros(frames, np.bool_)
+        self.answered = 0
+        self.refusals: dict[str, None] = {}
+
+    def take(self, block: Send, result: F32 | Refused) -> None:
+        """One block's outputs [T, N, outputs], or why it has none."""
+        applied: npt.NDArray[np.bool_] = np.ones(block.flat.shape, np.bool_)
+        if isinstance(result, Refused):
+            self.refusals.setdefault(str(result))
+            if not isinstance(result, FramesRefused):
+                return
+            result = result.outputs
+            applied = np.asarray(np.isfinite(result).any(axis=2))
+        flat = block.flat[applied]
+        self.outputs[flat] = result[applied]
+        self.done[flat] = True
+        self.answered += len(flat)
 
 
 async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> Exit:
@@ -46,26 +82,35 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
         InstepError: as the client does.
         CommandProblem: when the file cannot be used, does not fit the model, or cannot be compared.
     """
-    recorded = read_recording(what.file) if is_recording(what.file) else read_sequences(what.file)
-    sequences = _chosen(recorded, what.streams)
-    speed = _speed(what, sequences)
+    sequences = read_sequences(what.file, what.choice)
     if what.check and sequences.outputs is None:
-        raise CommandProblem(f"{what.file} holds no outputs to compare with; only a recording or a saved NPZ does")
+        raise CommandProblem(f"{what.file} holds no outputs to compare with: it has no columns y0, y1, …")
     if what.save is not None:
         check_output_path(what.save)
+    if what.plot is not None:
+        check_plot_path(what.plot)
     async with connected(what.endpoint, "replay", terminal, stop) as client:
-        _check_fits(what, sequences, client.info)
-        run = ReplayRun(client, _plan(sequences, speed, what.rate_hz, client.info), stop, clock)
+        info = client.info
+        _check_fits(what, sequences, info)
+        back = ReplayedOutputs(len(sequences.frames), info.outputs)
+        plan = make_plan(sequences, what.speed, what.rate_hz, info, what.file)
+        prefix = f"replay-{secrets.token_hex(4)}"
+        names = [f"{prefix}-{row}" for row in range(len(sequences))]
+        run = PlanRun(client, plan, names, back.take, stop, clock)
         started = clock.now()
-        async with terminal.progress("replaying", len(sequences.frames), "frames", lambda: run.answered):
+        async with terminal.progress("replaying", len(sequences.frames), "frames", lambda: back.answered):
             await run.run()
         seconds = clock.now() - started
-        info = client.info
-    replayed = replace(sequences, outputs=run.outputs, answered=None, fingerprint=info.fingerprint).keep(run.done)
+    replayed = replace(sequences, outputs=back.outputs, answered=None, fingerprint=info.fingerprint).keep(back.done)
     if what.save is not None:
-        save_outputs(what.save, replayed)
-    comparison = compare(sequences, run.outputs, run.done) if what.check else None
-    return _report(what, terminal, stop, Replayed(sequences, run, seconds, comparison, info))
+        save_sequences(what.save, replayed, info)
+    drawn = ""
+    if what.plot is not None:
+        drawn = plot_streams(
+            replayed, what.plot, f"{what.file.name}, answered by {info.model}", output_columns(info, info.outputs)
+        )
+    comparison = compare(sequences, back.outputs, back.done) if what.check else None
+    return _report(what, terminal, stop, Replayed(sequences, back, run.all_ended, seconds, comparison, drawn, info))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +118,28 @@ class Replayed:
     """What came of it."""
 
     sequences: RecordedSequences
-    run: ReplayRun
+    back: ReplayedOutputs
+    all_ended: bool
     seconds: float
     comparison: ReplayComparison | None
     """Of the frames that were answered; None where nothing was to be compared."""
+    drawn: str
+    """What the picture shows."""
     info: ServerInfo
 
     @property
     def whole(self) -> bool:
         """Whether every frame was answered."""
-        return self.run.answered == len(self.sequences.frames)
+        return self.back.answered == len(self.sequences.frames)
 
 
 def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exit:
-    frames, answered, comparison = len(done.sequences.frames), done.run.answered, done.comparison
-    for sentence in done.run.refusals:
+    frames, answered, comparison = len(done.sequences.frames), done.back.answered, done.comparison
+    for sentence in done.back.refusals:
         terminal.error(sentence)
+    if what.check:
+        for note in done.sequences.notes:
+            terminal.note(note)
     if terminal.as_json:
         terminal.result(
             {
@@ -98,6 +149,7 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
                 "seconds": done.seconds,
                 "exactness": done.info.exactness,
                 "saved": None if what.save is None else str(what.save),
+                "plot": None if what.plot is None else str(what.plot),
                 "stopped": stop.requested,
                 "check": None if comparison is None else comparison.as_json(),
             }
@@ -108,42 +160,24 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
     line = f"{counted(answered, 'frame')} of {counted(len(done.sequences), 'stream')} in {done.seconds:.1f} s"
     line += f" ({rate:,.0f} frames/s)"
     if not done.whole:
-        why = "stopped, all streams closed" if stop.requested else "the server refused them"
+        why = "the server ended all streams" if done.all_ended else "the server refused them"
+        why = "stopped, all streams closed" if stop.requested else why
         line += f"; {counted(frames - answered, 'frame')} got no answer: {why}"
     if comparison is not None:
         line += f"; {comparison.sentence(done.info.exactness)}"
     if what.save is not None:
         line += f"; saved in {what.save}"
+    if what.plot is not None:
+        line += f"; {done.drawn}"
     same = comparison is None or not comparison.different
     terminal.summary(line, good=done.whole and same)
-    if what.check and same and not done.whole:
+    if what.check and same and (not done.whole or not comparison or not comparison.frames):
         return Exit.COULD_NOT_RUN
     return Exit.OK if done.whole and same else Exit.FOUND_PROBLEMS
 
 
-def _chosen(sequences: RecordedSequences, pattern: str) -> RecordedSequences:
-    which = [row for row, name in enumerate(sequences.names) if fnmatchcase(name, pattern)]
-    if not which:
-        raise CommandProblem(f"no stream's name fits {pattern!r}; the first one is called {sequences.names[0]!r}")
-    return sequences if len(which) == len(sequences) else sequences.select(which)
-
-
-def _speed(what: Replay, sequences: RecordedSequences) -> float:
-    if what.rate_hz is not None and sequences.times_s is not None:
-        raise CommandProblem(f"{what.file} knows when its frames were sent: use --speed; --rate is for others")
-    timed = what.rate_hz is not None or sequences.times_s is not None
-    if what.speed is None:
-        return 1.0 if timed else math.inf
-    if math.isfinite(what.speed) and not timed:
-        raise CommandProblem(f"{what.file} does not know when its frames were sent: give --rate, or --speed max")
-    return what.speed
-
-
 def _check_fits(what: Replay, sequences: RecordedSequences, info: ServerInfo) -> None:
-    if sequences.features != info.features:
-        raise CommandProblem(
-            f"{what.file} has {sequences.features} numbers a frame, the model {info.model!r} takes {info.features}"
-        )
+    check_fits(what.file, sequences, info)
     if not what.check or sequences.outputs is None:
         return
     if sequences.fingerprint is not None and sequences.fingerprint != info.fingerprint:
@@ -156,17 +190,3 @@ def _check_fits(what: Replay, sequences: RecordedSequences, info: ServerInfo) ->
             f"{what.file} has {sequences.outputs.shape[1]} outputs a frame, "
             f"the model {info.model!r} gives {info.outputs}"
         )
-
-
-def _plan(sequences: RecordedSequences, speed: float, rate_hz: float | None, info: ServerInfo) -> Plan:
-    if math.isinf(speed):
-        return plan_fast(sequences, info.max_streams, min(info.max_block_frames, info.credit_frames))
-    if rate_hz is not None:
-        return plan_at_rate(sequences, info.max_streams, rate_hz * speed)
-    plan = plan_timed(sequences, speed)
-    if plan.at_once > info.max_streams:
-        raise CommandProblem(
-            f"the recording has {plan.at_once} streams open at once, the server keeps {info.max_streams}: "
-            "choose some with --streams, or use --speed max"
-        )
-    return plan

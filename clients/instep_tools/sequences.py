@@ -28,15 +28,17 @@ class RecordedSequences:
     outputs: F32 | None = None
     """[sum(lengths), outputs]: what was answered when this was recorded."""
     answered: npt.NDArray[np.bool_] | None = None
-    """[sum(lengths)] whose `outputs` were recorded, those of others are NaN; None for all."""
-    times_s: F64 | None = None
-    """[sum(lengths)] when each frame was sent; within a sequence they never go back."""
-    opened_s: F64 | None = None
-    """[R] when each stream was opened, on the clock of `times_s`; None where it is the time of its first frame."""
+    """[sum(lengths)] which `outputs` can be compared; None for all."""
+    times_ns: I64 | None = None
+    """[sum(lengths)] when each frame was sent, in nanoseconds since any moment; never going back in a sequence."""
+    opened_ns: I64 | None = None
+    """[R] when each stream was opened, on the same clock; None where it is the time of its first frame."""
     initial_states: Mapping[int, State] = field(default_factory=dict)
     """The states from which sequences started, by row; where one is not given, from the model's initial state."""
     fingerprint: str | None = None
     """Fingerprint of the model that gave `outputs`, where known."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing about the comparison of outputs, a sentence each."""
 
     @property
     def starts(self) -> I64:
@@ -57,7 +59,7 @@ class RecordedSequences:
             frames=self.frames[frames],
             outputs=None if self.outputs is None else self.outputs[frames],
             answered=None if self.answered is None else self.answered[frames],
-            times_s=None if self.times_s is None else self.times_s[frames],
+            times_ns=None if self.times_ns is None else self.times_ns[frames],
         )
         return kept.select(np.flatnonzero(lengths).tolist())
 
@@ -77,8 +79,8 @@ class RecordedSequences:
             frames=self.frames[flat],
             outputs=None if self.outputs is None else self.outputs[flat],
             answered=None if self.answered is None else self.answered[flat],
-            times_s=None if self.times_s is None else self.times_s[flat],
-            opened_s=None if self.opened_s is None else self.opened_s[rows],
+            times_ns=None if self.times_ns is None else self.times_ns[flat],
+            opened_ns=None if self.opened_ns is None else self.opened_ns[rows],
             initial_states={
                 new: self.initial_states[old] for new, old in enumerate(rows) if old in self.initial_states
             },

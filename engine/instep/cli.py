@@ -159,16 +159,20 @@ def export(
     stream: Annotated[
         list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
     ] = [],  # noqa: B006
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the first streams, too: a PNG, SVG or PDF.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a recording's frames and outputs as one table, for other tools.
 
-    Exit status 0: all of it was written. 2: nothing was.
+    `instep-client replay` and `produce` read every format. Exit status 0: all of it was written. 2: nothing was.
     """
-    from instep.export.command import run
+    from instep.export.command import Export, run
 
     interrupts.raise_again()
-    raise typer.Exit(run(recording, format=format, output=output, streams=stream, json=json, console=_console()))
+    raise typer.Exit(run(Export(recording, format, output, stream, plot, json), _console()))
 
 
 @app.command()
@@ -177,12 +181,17 @@ def demo(
         Literal["speakers", "seed"],
         typer.Argument(help="Recorded speech through a trained network, or the first experiment."),
     ] = "speakers",
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where pictures and the recording go.")] = Path(
-        "demo-out"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where pictures and the recording go. (default: demo-out)", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Show the main job on recorded speech, from start to the verifier's line."""
     if which == "seed":
+        if out is not None:
+            raise typer.BadParameter("`demo seed` writes no files: leave --out out", param_hint="--out")
         from instep.demo.seed import run as run_seed
 
         interrupts.raise_again()
@@ -190,7 +199,7 @@ def demo(
     from instep.demo.speakers import run as run_speakers
 
     interrupts.raise_again()
-    raise typer.Exit(run_speakers(out, _console()))
+    raise typer.Exit(run_speakers(out or Path("demo-out"), _console()))
 
 
 @app.command("config")

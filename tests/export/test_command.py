@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from instep.cli import app
 from instep.export import command
-from instep.export.command import WRITERS, Format, run
+from instep.export.command import Export, run
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch
-from tests.export.written import Written, write_recording
+from instep_tools.formats.write import WRITERS, Format
+from tests.support.written import Written, write_recording
 
 
 @pytest.fixture
@@ -30,8 +31,7 @@ def written(tmp_path: Path) -> Written:
 
 def export(path: Path, **options: Any) -> tuple[int, str]:
     file = io.StringIO()
-    arguments = {"format": None, "output": None, "streams": [], "json": False, **options}
-    status = run(path, console=Console(file=file, width=80), **arguments)
+    status = run(Export(path, **options), Console(file=file, width=80))
     return status, file.getvalue()
 
 
@@ -93,13 +93,13 @@ def test_a_name_that_says_no_format(written: Written) -> None:
     )
 
 
-def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+def test_what_is_not_recorded_is_said(tmp_path: Path) -> None:
     written = write_recording(tmp_path, unanswered=1, finish=False)
     status, text = export(written.path, format="npz")
     assert status == 0
     assert text.startswith(f"{tmp_path / 'a.npz'}: {len(written.rows)} frames of 5 streams, ")
     assert text.endswith(
-        f"; left out {len(written.unanswered)} frames whose outputs are not recorded; the recording was not closed: "
+        f"; the outputs of {written.unanswered} frames are not recorded, and NaN here; the recording was not closed: "
         "exported up to its last commit\n"
     )
     with np.load(tmp_path / "a.npz") as file:
@@ -124,9 +124,11 @@ def test_json_is_one_object_on_standard_output_and_nothing_else(
         "streams": 2,
         "features": 3,
         "outputs": 2,
-        "left_out": 0,
+        "unanswered": 0,
+        "states": 0,
         "finished": True,
         "bytes": output.stat().st_size,
+        "plot": None,
     }
 
 
@@ -180,7 +182,7 @@ def test_nothing_is_left_after_ctrl_c(written: Written, format: Format, monkeypa
             yield batch
 
     monkeypatch.setattr(RecordingReader, "batches", interrupted)
-    monkeypatch.setattr("instep.export.table.CHUNK_FRAMES", 8)
+    monkeypatch.setattr("instep.recording.table.CHUNK_FRAMES", 8)
     with pytest.raises(KeyboardInterrupt):
         export(written.path, format=format)
     assert names(written.path.parent) == {"a.rec"}
@@ -189,7 +191,7 @@ def test_nothing_is_left_after_ctrl_c(written: Written, format: Format, monkeypa
 def test_nothing_is_left_of_a_damaged_recording(
     written: Written, format: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instep.export.table.CHUNK_FRAMES", 8)
+    monkeypatch.setattr("instep.recording.table.CHUNK_FRAMES", 8)
     content = bytearray(written.path.read_bytes())
     at = content.rindex(np.array(written.rows[-1].x, "<f4").tobytes())
     content[at] ^= 1
@@ -250,7 +252,7 @@ def test_a_bar_for_what_takes_long(
     monkeypatch.setattr(command, "PATIENCE_S", patience_s)
     file = io.StringIO()
     console = Console(file=file, width=100, force_terminal=True)
-    assert run(written.path, format="csv", output=None, streams=[], json=False, console=console) == 0
+    assert run(Export(written.path, "csv"), console) == 0
     assert ("exporting" in file.getvalue()) is shown
 
 

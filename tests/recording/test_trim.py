@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from instep.export.table import FrameTable
 from instep.models.folder import load_model
 from instep.recording.cut import Bound, cut
 from instep.recording.errors import RecordingError
@@ -24,10 +23,11 @@ from instep.recording.recovery import read_recovery
 from instep.recording.repair import repair
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.states import StateRows
+from instep.recording.table import FrameTable
 from instep.recording.trim import Retention, counts_of_events, deletions
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run
-from instep_tools.recordings import read_recording
+from instep_tools.formats.recording import read_recording
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
 from tests.support.replaying import replay
@@ -119,7 +119,7 @@ def test_what_is_left_is_what_was_recorded(scribe: Scribe) -> None:
     assert found.first_position == scribe.writer.trimmed.position + 1
     with RecordingReader(path) as reader:
         index = SequenceIndex(reader, lambda _: None, all_frames)
-        table = FrameTable(reader, [], lambda share: None)
+        table = FrameTable(reader, all_frames)
         exported = sum(len(chunk) for chunk in table.chunks())
     sequences = index.sequences(np.arange(len(index.stretches)))
     for at, stretch in enumerate(index.stretches):

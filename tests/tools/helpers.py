@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from io import StringIO
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
 
 from instep_client.protocol.wire import F32, ServerInfo
+from instep_tools.sequences import RecordedSequences
 from instep_tools.terminal import Terminal
 from tests.support.fake_server import INFO
 
@@ -124,6 +127,28 @@ class ModelServer:
         group = ModelGroup(self._clock, names, self._behave)
         self.groups.append(group)
         return group
+
+
+def save_table(path: Path, sequences: RecordedSequences) -> None:
+    """The sequences in the documented layout of an NPZ, written by numpy alone; states are one float32 array each."""
+    lengths = sequences.lengths
+    metadata = {"fingerprint": sequences.fingerprint}
+    if sequences.initial_states:
+        shape = next(iter(sequences.initial_states.values())).shape
+        rows = [[row, 0, b64encode(state.tobytes()).decode()] for row, state in sequences.initial_states.items()]
+        metadata |= {"state": json.dumps([["h", shape, "float32", 0.0]]), "states": json.dumps(rows)}
+    arrays: dict[str, Any] = {
+        "stream": np.repeat(sequences.names, lengths),
+        "stream_id": np.repeat(np.arange(len(sequences)), lengths),
+        "seq": np.concatenate([np.arange(length) for length in lengths]),
+        "x": sequences.frames,
+        "metadata": np.array(json.dumps(metadata).encode()),
+    }
+    if sequences.outputs is not None:
+        arrays["y"] = sequences.outputs
+    if sequences.times_ns is not None:
+        arrays["time_ns"] = sequences.times_ns
+    np.savez(path, **arrays)
 
 
 def info_with(**changes: Any) -> ServerInfo:

@@ -92,7 +92,7 @@ def test_produce(server: FakeServer, tmp_path: Path) -> None:
     np.savetxt(tmp_path / "x.csv", x, delimiter=",")
     result = run("produce", tmp_path / "x.csv", "--name", "mic", "-e", server.endpoint)
     assert result.exit_code == 0
-    expected = "".join(f"mic-0 {seq} {a} {b}\n" for seq, (a, b) in enumerate(reference(x)[0]))
+    expected = "stream,seq,y0,y1\n" + "".join(f"mic-0,{seq},{a},{b}\n" for seq, (a, b) in enumerate(reference(x)[0]))
     assert result.stdout == expected
     assert result.stderr.startswith("4 frames of 1 stream sent and answered")
 
@@ -106,16 +106,19 @@ def test_produce_reads_standard_input_and_names_bad_lines(server: FakeServer) ->
         check=False,
         timeout=100,
     )
-    assert done.stdout.splitlines() == ["a 0 6.0 7.0", "a 1 18.0 19.0"]
+    assert done.stdout.splitlines() == ["stream,seq,y0,y1", "a,0,6.0,7.0", "a,1,18.0,19.0"]
     assert done.stderr.splitlines()[0] == "error: line 2: it has 2 numbers, a frame has 3"
     assert done.returncode == 1
 
 
 def test_signals_have_a_rate_of_their_own(server: FakeServer) -> None:
     result = run("produce", "--signal", "steps", "--frames", "2", "--json", "-e", server.endpoint)
-    values = json.loads(result.stdout)
+    values = json.loads(result.stdout.splitlines()[-1])
     assert values["frames"] == 2
     assert values["seconds"] >= 0.1
+    refused = run("produce", "--signal", "steps", "--json", "--format", "csv", "-e", server.endpoint)
+    assert refused.exit_code == 2
+    assert refused.stderr == "error: --json prints outputs as JSON lines: leave out --format csv\n"
 
 
 def test_replay(server: FakeServer, tmp_path: Path) -> None:

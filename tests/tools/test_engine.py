@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from instep_tools.files import read_sequences, save_sequences
+from instep_tools.formats.read import read_sequences
+from instep_tools.formats.recording import read_recording
 from instep_tools.live import Pace
 from instep_tools.load import Mode
 from instep_tools.load_plan import LoadPlan
@@ -15,13 +16,12 @@ from instep_tools.loadtest import LoadTest, loadtest
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
-from instep_tools.recordings import read_recording
 from instep_tools.replay import Replay, replay
 from instep_tools.sequences import RecordedSequences
 from instep_tools.signals import Signal
 from tests.support.models import SEED_SIZED, whole
 from tests.support.running import running
-from tests.tools.helpers import JumpingClock, RememberingTerminal
+from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
 
 
 async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -33,7 +33,7 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
         frames=rng.standard_normal((124, 3), np.float32),
         initial_states={2: rng.standard_normal((1, 4), np.float32)},
     )
-    save_sequences(tmp_path / "spoken.npz", spoken)
+    save_table(tmp_path / "spoken.npz", spoken)
     async with running(SEED_SIZED, recording={"file": recording}) as server:
         clock, terminal = JumpingClock(), RememberingTerminal()
         live = Produce(

@@ -6,10 +6,14 @@ from functools import partial
 import numpy as np
 import pytest
 
+from instep_client.aio import AsyncClient
 from instep_client.protocol.codes import SENTENCES, Code
-from instep_client.protocol.errors import ConnectionFailed, Refused
+from instep_client.protocol.errors import ConnectionFailed, FramesRefused, Refused
 from instep_client.protocol.wire import F32
-from instep_tools.pipeline import pipeline, task_group
+from instep_tools.pipeline import LivingGroup, pipeline, task_group
+from tests.support.fake_server import FakeServer, reference
+
+NAMES = ["a", "b", "c", "d"]
 
 
 def f32(value: float) -> F32:
@@ -105,3 +109,75 @@ async def test_a_failure_of_the_sender_comes_out_alone() -> None:
 
     with pytest.raises(ValueError, match="bad"):
         await fail()
+
+
+def blocks(rng: np.random.Generator, count: int) -> F32:
+    return rng.integers(-3, 4, (count, 1, 4, 3)).astype(np.float32)
+
+
+def truth(x: F32, stream: int) -> F32:
+    return reference(x[:, 0, stream])[0]
+
+
+async def test_while_all_live_it_is_a_step(rng: np.random.Generator) -> None:
+    x = blocks(rng, 3)
+    with FakeServer() as server:
+        async with AsyncClient(server.endpoint) as client:
+            group = LivingGroup(await client.open_group(NAMES), 2)
+            y = np.stack([await group.step(block, np.arange(4)) for block in x])
+    for stream in range(4):
+        np.testing.assert_array_equal(y[:, 0, stream], truth(x, stream))
+
+
+async def test_the_others_go_on_without_those_that_ended(rng: np.random.Generator) -> None:
+    x = blocks(rng, 3)
+    with FakeServer() as server:
+        async with AsyncClient(server.endpoint) as client:
+            group = LivingGroup(await client.open_group(NAMES), 2)
+            y = [await group.step(x[0], np.arange(4))]
+            server.evict(["b", "d"], Code.STATE_LOST)
+            await client.ping()
+            for block in x[1:]:
+                with pytest.raises(FramesRefused) as failure:
+                    await group.step(block, np.arange(4))
+                refused = failure.value
+                assert refused.code is Code.STATE_LOST
+                assert [(entry.stream, entry.seq) for entry in refused.failures] == [("b", 1), ("d", 1)]
+                assert np.isnan(refused.outputs[:, [1, 3]]).all()
+                y.append(refused.outputs)
+            with pytest.raises(FramesRefused) as failure:
+                await group.step(x[0][:, [1, 3]], np.array([1, 3]))
+            assert np.isnan(failure.value.outputs).all()
+    for stream in (0, 2):
+        np.testing.assert_array_equal(np.stack(y)[:, 0, stream], truth(x, stream))
+
+
+async def test_frames_refused_beside_streams_that_ended(rng: np.random.Generator) -> None:
+    x = blocks(rng, 1)[0]
+    x[0, 2, 0] = np.nan
+    with FakeServer() as server:
+        async with AsyncClient(server.endpoint) as client:
+            group = LivingGroup(await client.open_group(NAMES), 2)
+            server.evict(["a"])
+            await client.ping()
+            with pytest.raises(FramesRefused) as failure:
+                await group.step(x, np.arange(4))
+    refused = failure.value
+    assert [(entry.stream, entry.code) for entry in refused.failures] == [("a", Code.IDLE), ("c", Code.NOT_FINITE)]
+    assert np.isnan(refused.outputs).all(axis=2).tolist() == [[True, False, True, False]]
+    assert str(refused).endswith("(stream 'a', seq 0, expected 0, and 1 more streams)")
+    assert str(refused).count("(stream") == 1
+
+
+async def test_a_refused_frame_is_told_of_as_a_step_tells(rng: np.random.Generator) -> None:
+    x = blocks(rng, 1)[0]
+    x[0, 2, 0] = np.nan
+    with FakeServer() as server:
+        async with AsyncClient(server.endpoint) as client:
+            group = LivingGroup(await client.open_group(NAMES), 2)
+            with pytest.raises(FramesRefused) as living:
+                await group.step(x, np.arange(4))
+            plain = await client.open_group([f"{name}-again" for name in NAMES])
+            with pytest.raises(FramesRefused) as step:
+                await plain.step(x)
+    assert str(living.value) == str(step.value).replace("-again", "")

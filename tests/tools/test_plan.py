@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,10 @@ from instep_tools.sequences import RecordedSequences
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=30)
 
 
+def in_ns(seconds: list[float]) -> npt.NDArray[np.int64]:
+    return np.round(np.array(seconds) * 1e9).astype(np.int64)
+
+
 def sequences(
     lengths: list[int], times_s: list[float] | None = None, opened_s: list[float] | None = None
 ) -> RecordedSequences:
@@ -20,8 +25,8 @@ def sequences(
         names=tuple(f"s{number}" for number in range(len(lengths))),
         lengths=np.array(lengths),
         frames=np.zeros((sum(lengths), 1), np.float32),
-        times_s=None if times_s is None else np.array(times_s),
-        opened_s=None if opened_s is None else np.array(opened_s),
+        times_ns=None if times_s is None else in_ns(times_s),
+        opened_ns=None if opened_s is None else in_ns(opened_s),
     )
 
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import csv
+import io
+import json
+import math
 import os
 import re
 from pathlib import Path
@@ -10,8 +14,10 @@ import pytest
 
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32, Kind
-from instep_tools.files import read_sequences
+from instep_tools.formats.columns import Choice
+from instep_tools.formats.read import read_sequences
 from instep_tools.live import Pace
+from instep_tools.outputs import OutputFormat, PrintedOutputs
 from instep_tools.pacing import Stop
 from instep_tools.problems import BadFile, CommandProblem, Exit
 from instep_tools.produce import Produce, produce
@@ -55,8 +61,10 @@ class Run:
     def printed(self) -> dict[str, F32]:
         """The outputs by stream; checks that seqs count from 0."""
         rows: dict[str, list[list[str]]] = {}
-        for line in self.terminal.data.splitlines():
-            stream, seq, *values = line.split()
+        head, *lines = self.terminal.data.splitlines()
+        assert head == "stream,seq,y0,y1"
+        for line in lines:
+            stream, seq, *values = line.split(",")
             assert int(seq) == len(rows.setdefault(stream, []))
             rows[stream].append(values)
         return {stream: np.array(values, np.float32) for stream, values in rows.items()}
@@ -159,16 +167,22 @@ async def test_arrays_keep_their_names_where_each_is_one_stream(tmp_path: Path, 
     for streams, name, names in (
         (None, None, ["left", "right"]),
         (1, None, ["left"]),
-        (3, None, [f"produce-{os.getpid()}-{number}" for number in range(3)]),
+        (5, None, ["left", "left-2", "left-3", "right", "right-2"]),
         (None, "mic", ["mic-0", "mic-1"]),
     ):
         run = Run()
         assert await run(file=tmp_path / "x.npz", streams=streams, name=name) == Exit.OK
         assert sorted(run.printed()) == names
-    np.savez(tmp_path / "twins.npz", names=np.array(["a", "a"]), lengths=[3, 4], frames=frames)
-    run = Run()
-    assert await run(file=tmp_path / "twins.npz", name=None) == Exit.OK
-    assert len(run.printed()) == 2
+    two_openings: dict[str, Any] = {"stream": np.array(["a"] * 7), "stream_id": [1] * 3 + [2] * 4, "x": frames}
+    np.savez(tmp_path / "twins.npz", **two_openings)
+    (tmp_path / "twins.csv").write_text(
+        "stream,stream_id,a,b,c\n"
+        + "".join(f"a,{1 + (row > 2)},{','.join(map(str, frame))}\n" for row, frame in enumerate(frames))
+    )
+    for file in ("twins.npz", "twins.csv"):
+        run = Run()
+        assert await run(file=tmp_path / file, name=None) == Exit.OK
+        assert {name: len(outputs) for name, outputs in run.printed().items()} == {"a": 3, "a-2": 4}
 
 
 async def test_the_first_column_names_the_stream(tmp_path: Path, frames: F32) -> None:
@@ -176,7 +190,7 @@ async def test_the_first_column_names_the_stream(tmp_path: Path, frames: F32) ->
     text = "".join(f"{name} {line}\n" for name, line in zip(names, lines_of(frames).splitlines(), strict=True))
     (tmp_path / "in").write_text(text)
     run = Run()
-    assert await run(file=tmp_path / "in", named=True) == Exit.OK
+    assert await run(file=tmp_path / "in", choice=Choice(named=True)) == Exit.OK
     for name in set(names):
         mine = [index for index, other in enumerate(names) if other == name]
         np.testing.assert_array_equal(run.printed()[name], reference(frames[mine])[0])
@@ -188,7 +202,7 @@ async def test_a_stream_that_cannot_be_opened_is_left_out(tmp_path: Path, frames
     run = Run()
     run.server.rules.names["b"] = 999
     with run.server as server:
-        what = Produce(server.endpoint, FAST, file=tmp_path / "in", named=True)
+        what = Produce(server.endpoint, FAST, file=tmp_path / "in", choice=Choice(named=True))
         assert await produce(what, run.terminal, run.stop, run.clock) == Exit.FOUND_PROBLEMS
     assert {name: len(values) for name, values in run.printed().items()} == {"a": 2}
     assert run.terminal.complained.count("NAME_IN_USE") == 1
@@ -250,6 +264,7 @@ async def test_arrays_are_a_stream_each(tmp_path: Path, rng: np.random.Generator
     assert saved.outputs is not None
     np.testing.assert_array_equal(saved.outputs, np.concatenate([reference(x[:4])[0], reference(x[4:])[0]]))
     assert saved.fingerprint == "00"
+    assert saved.answered is None
     assert run.terminal.said.strip().endswith(f"; saved in {tmp_path / 'y.npz'}")
 
 
@@ -300,19 +315,85 @@ async def test_when_nobody_reads_the_output_it_stops() -> None:
     assert run.stop.requested
 
 
-async def test_json() -> None:
+RESULT = {
+    "streams": 2,
+    "frames": 6,
+    "refused_frames": 0,
+    "bad_lines": 0,
+    "seconds": pytest.approx(0.2),
+    "saved": None,
+    "stopped": False,
+    "all_streams_ended": False,
+}
+
+
+async def test_outputs_as_json_lines() -> None:
+    expected = make_signal(Signal.STEPS, 2, 3)(0, 3)
+    outputs = [reference(expected[:, stream])[0].tolist() for stream in range(2)]
+    what: dict[str, Any] = {"signal": Signal.STEPS, "streams": 2, "pace": Pace(10.0, 3, None)}
+    for as_json in (True, False):
+        run = Run(as_json=as_json)
+        assert await run(**what, format=None if as_json else OutputFormat.JSONL) == Exit.OK
+        lines = [json.loads(line) for line in run.terminal.data.splitlines()]
+        assert lines[6:] == ([RESULT] if as_json else [])
+        for number, line in enumerate(lines[:6]):
+            stream, seq = number % 2, number // 2
+            found = np.array(line.pop("y"), np.float32).tolist()
+            assert (line, found) == ({"stream": f"produce-{stream}", "seq": seq}, outputs[stream][seq])
+
+
+async def test_with_a_file_for_outputs_json_is_one_object(tmp_path: Path) -> None:
     run = Run(as_json=True)
-    assert await run(signal=Signal.STEPS, streams=2, pace=Pace(10.0, 3, None)) == Exit.OK
-    values = run.terminal.json()
-    assert values["seconds"] == pytest.approx(0.2)
-    assert {name: values[name] for name in values if name != "seconds"} == {
-        "streams": 2,
-        "frames": 6,
-        "refused_frames": 0,
-        "bad_lines": 0,
-        "saved": None,
-        "stopped": False,
-    }
+    what: dict[str, Any] = {"signal": Signal.STEPS, "streams": 2, "pace": Pace(10.0, 3, None)}
+    assert await run(**what, save=tmp_path / "y.csv") == Exit.OK
+    assert run.terminal.json() == {**RESULT, "saved": str(tmp_path / "y.csv")}
+
+
+def test_printed_lines_give_every_bit_back(rng: np.random.Generator) -> None:
+    y = rng.integers(0, 0x7F800000, (50, 2), np.uint32).view(np.float32)
+    y[0] = [np.nan, -np.inf]
+    for format, separator in ((OutputFormat.CSV, ","), (OutputFormat.TSV, "\t")):
+        texts: list[str] = []
+        PrintedOutputs(texts.append, format, ["up", "down"]).add("a,b\tc", 7, np.zeros((50, 1), np.float32), y)
+        head, *lines = csv.reader(io.StringIO("".join(texts)), delimiter=separator)
+        assert head == ["stream", "seq", "up", "down"]
+        assert [line[:2] for line in lines] == [["a,b\tc", str(7 + step)] for step in range(50)]
+        np.testing.assert_array_equal(np.array([line[2:] for line in lines], np.float32), y)
+    texts = []
+    PrintedOutputs(texts.append, OutputFormat.JSONL, []).add('"', 0, np.zeros((50, 1), np.float32), y)
+    values = [json.loads(line) for line in "".join(texts).splitlines()]
+    assert values[0] == {"stream": '"', "seq": 0, "y": [None, None]}
+    np.testing.assert_array_equal(np.array([value["y"] for value in values[1:]], np.float32), y[1:])
+
+
+async def test_a_server_that_ends_every_stream_is_sent_nothing_more(tmp_path: Path, frames: F32) -> None:
+    (tmp_path / "in").write_text(1000 * lines_of(frames))
+    np.save(tmp_path / "x.npy", np.ones((1000, 3)))
+    inputs: list[dict[str, Any]] = [{"file": tmp_path / "in"}, {"file": tmp_path / "x.npy"}, {"signal": Signal.SINE}]
+    for what in inputs:
+        run = Run()
+        run.end_at_block(3, handle=1, code=Code.UNKNOWN_STREAM)
+        assert await run(pace=Pace(10.0, None, None), **what) == Exit.FOUND_PROBLEMS
+        assert len(run.printed().popitem()[1]) == 2
+        assert run.clock.now() < 1010
+        told = [line for line in run.terminal.complained.splitlines() if "a server that restarts" in line]
+        assert len(told) == 1
+        assert told[0].startswith("error: the server has ended every stream, so nothing more is sent")
+
+
+async def test_lines_and_files_are_sent_at_their_times(tmp_path: Path, frames: F32) -> None:
+    times = [5.0, 5.1, 5.1, 5.4, 5.5, 5.6, 5.9]
+    rows = zip(times, lines_of(frames).splitlines(), strict=True)
+    text = "at,a,b,c\n" + "".join(f"{at},{line.replace(' ', ',')}\n" for at, line in rows)
+    (tmp_path / "in.csv").write_text(text)
+    ns = np.round(np.array(times) * 1e9).astype(np.int64)
+    np.savez(tmp_path / "in.npz", stream=np.array(["in"] * 7), x=frames, time_ns=ns)
+    for file, choice in (("in.csv", Choice(time="at")), ("in.npz", Choice())):
+        for speed, rate, last_s in ((None, None, 0.9), (2.0, None, 0.45), (math.inf, None, 0.0), (None, 10.0, 0.6)):
+            run = Run()
+            assert await run(file=tmp_path / file, choice=choice, pace=Pace(rate, None, None, speed)) == Exit.OK
+            assert run.clock.now() - 1000 == pytest.approx(last_s)
+            np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames)[0])
 
 
 async def test_streams_that_the_server_ends_are_told_of_once() -> None:
@@ -341,17 +422,24 @@ async def test_a_line_stream_that_the_server_ends(tmp_path: Path, frames: F32) -
     assert codes
     assert len(codes) == len(set(codes))
     assert set(codes) <= {"IDLE", "UNKNOWN_STREAM"}
-    assert "5 frames refused" in run.terminal.complained
+    assert re.search(r"2 frames of 1 stream sent and answered .*, \d frames? refused$", run.terminal.complained)
 
 
 @pytest.mark.parametrize(
     ("what", "problem"),
     [
         ({"file": Path("x.npy"), "signal": Signal.SINE}, "give a file or a signal, not both"),
-        ({"signal": Signal.SINE, "named": True}, "--named is for lines of text"),
+        (
+            {"signal": Signal.SINE, "choice": Choice(named=True)},
+            "--named, --columns, --time and --only are for files and lines",
+        ),
         ({"file": Path("absent")}, "absent cannot be read: No such file"),
         ({"file": Path("absent.npz")}, "absent.npz cannot be read: No such file"),
-        ({"signal": Signal.SINE, "save": Path("x.txt")}, "must end in .npz or .csv"),
+        (
+            {"signal": Signal.SINE, "format": OutputFormat.CSV, "save": Path("x.csv")},
+            "--format is for outputs that are printed",
+        ),
+        ({"signal": Signal.SINE, "save": Path("x.txt")}, r"must end in \.csv, \.npz, \.parquet or \.mcap"),
     ],
 )
 async def test_what_cannot_be_is_told_before_connecting(what: dict[str, Any], problem: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from instep_client.protocol.wire import F32, Kind
-from instep_tools.files import read_sequences, save_sequences
+from instep_tools.formats.read import read_sequences
 from instep_tools.live import Pace
 from instep_tools.load import Mode
 from instep_tools.load_plan import LoadPlan
@@ -19,7 +19,7 @@ from instep_tools.replay import Replay, replay
 from instep_tools.sequences import RecordedSequences
 from tests.support.fake_server import FakeServer, Message, reference
 from tests.support.ring_server import RingServer
-from tests.tools.helpers import RememberingTerminal
+from tests.tools.helpers import RememberingTerminal, save_table
 
 
 class Forgetful:
@@ -48,7 +48,7 @@ async def test_produce_loses_no_line_and_prints_none_twice(tmp_path: Path, rng: 
         wanted = Produce(server.endpoint, file=tmp_path / "in", pace=Pace(None, None, None), streams=3, name="p")
         assert await produce(wanted, terminal, Stop(), WallClock()) == Exit.OK
     assert forgetful.rules.boots > 1
-    rows = [line.split() for line in terminal.data.splitlines()]
+    rows = [line.split(",") for line in terminal.data.splitlines()[1:]]
     for stream in range(3):
         mine = [row for row in rows if row[0] == f"p-{stream}"]
         assert [int(row[1]) for row in mine] == list(range(20))
@@ -62,7 +62,7 @@ async def test_replay_gets_every_output(tmp_path: Path, rng: np.random.Generator
     frames: F32 = rng.integers(-5, 6, (sum(lengths), 3)).astype(np.float32)
     truth = np.concatenate([reference(part)[0] for part in np.split(frames, np.cumsum(lengths)[:-1])])
     recorded = RecordedSequences(("a", "b", "c"), np.array(lengths), frames, outputs=truth, fingerprint="00")
-    save_sequences(tmp_path / "recorded.npz", recorded)
+    save_table(tmp_path / "recorded.npz", recorded)
     terminal, forgetful = RememberingTerminal(), Forgetful(4)
     with forgetful.server as server:
         wanted = Replay(server.endpoint, tmp_path / "recorded.npz", check=True, save=tmp_path / "again.npz")

@@ -13,7 +13,8 @@ from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32, Kind, ServerInfo
-from instep_tools.files import read_sequences, save_sequences
+from instep_tools.formats.columns import Choice
+from instep_tools.formats.read import read_sequences
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
 from instep_tools.replay import Replay, replay
@@ -21,7 +22,7 @@ from instep_tools.sequences import RecordedSequences
 from tests.support.fake_server import FakeServer, Message, error, evicted, reference
 from tests.support.rows import close_stream, open_stream
 from tests.support.states import gru_state
-from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with
+from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with, save_table
 
 LENGTHS = [4, 1, 6, 3]
 NAMES = ("mic-1", "mic-2", "tap-1", "tap-2")
@@ -56,7 +57,7 @@ def recorded(rng: np.random.Generator) -> RecordedSequences:
 
 @pytest.fixture
 def file(tmp_path: Path, recorded: RecordedSequences) -> Path:
-    save_sequences(tmp_path / "recorded.npz", recorded)
+    save_table(tmp_path / "recorded.npz", recorded)
     return tmp_path / "recorded.npz"
 
 
@@ -85,7 +86,7 @@ async def test_equal_outputs(file: Path) -> None:
 async def test_a_flipped_bit_is_found(tmp_path: Path, recorded: RecordedSequences) -> None:
     assert recorded.outputs is not None
     recorded.outputs.view(np.uint32)[7, 1] ^= 1
-    save_sequences(tmp_path / "r.npz", recorded)
+    save_table(tmp_path / "r.npz", recorded)
     run = Run()
     assert await run(tmp_path / "r.npz", check=True) == Exit.FOUND_PROBLEMS
     assert "first difference: stream 'tap-1', frame 2, element 1: recorded " in run.terminal.said
@@ -98,10 +99,10 @@ async def test_a_flipped_bit_is_found(tmp_path: Path, recorded: RecordedSequence
 
 async def test_streams_are_chosen_by_a_pattern(file: Path) -> None:
     run = Run()
-    assert await run(file, streams="tap-*", check=True) == Exit.OK
+    assert await run(file, choice=Choice(only="tap-*"), check=True) == Exit.OK
     assert "all 9 equal" in run.terminal.said
     with pytest.raises(CommandProblem, match=r"no stream's name fits 'x\*'; the first one is called 'mic-1'"):
-        await Run()(file, streams="x*")
+        await Run()(file, choice=Choice(only="x*"))
 
 
 async def test_json(file: Path) -> None:
@@ -114,6 +115,7 @@ async def test_json(file: Path) -> None:
         "seconds": 0.0,
         "exactness": "exact",
         "saved": None,
+        "plot": None,
         "stopped": False,
         "check": None,
     }
@@ -268,7 +270,6 @@ async def test_whole_blocks_that_are_refused(file: Path) -> None:
     ("changes", "what", "problem"),
     [
         ({"outputs": None}, {"check": True}, "holds no outputs to compare with"),
-        ({"times_s": np.arange(14.0)}, {"rate_hz": 5.0}, "knows when its frames were sent"),
         ({}, {"speed": 2.0}, "does not know when its frames were sent: give --rate, or --speed max"),
         ({"fingerprint": "ff" * 32}, {"check": True}, r"another model than 'halving'.*ffffffffffff and 00"),
         (
@@ -277,13 +278,14 @@ async def test_whole_blocks_that_are_refused(file: Path) -> None:
             "has 5 outputs a frame, the model 'halving' gives 2",
         ),
         ({"frames": np.zeros((14, 4), np.float32)}, {}, "has 4 numbers a frame, the model 'halving' takes 3"),
-        ({}, {"save": Path("y.txt")}, "must end in .npz or .csv"),
+        ({}, {"save": Path("y.txt")}, r"must end in \.csv, \.npz, \.parquet or \.mcap"),
+        ({}, {"plot": Path("y.txt")}, r"must end in \.png, \.svg, \.pdf"),
     ],
 )
 async def test_what_cannot_be_is_told(
     tmp_path: Path, recorded: RecordedSequences, changes: dict[str, Any], what: dict[str, Any], problem: str
 ) -> None:
-    save_sequences(tmp_path / "r.npz", replace(recorded, **changes))
+    save_table(tmp_path / "r.npz", replace(recorded, **changes))
     run = Run()
     with pytest.raises(CommandProblem, match=problem):
         await run(tmp_path / "r.npz", **what)
@@ -291,11 +293,11 @@ async def test_what_cannot_be_is_told(
 
 
 async def test_more_streams_at_once_than_the_server_keeps(tmp_path: Path, recorded: RecordedSequences) -> None:
-    save_sequences(tmp_path / "r.npz", replace(recorded, times_s=np.zeros(14)))
+    save_table(tmp_path / "r.npz", replace(recorded, times_ns=np.zeros(14, np.int64)))
     with pytest.raises(CommandProblem, match="has 4 streams open at once, the server keeps 3"):
         await Run(info=info_with(max_streams=3))(tmp_path / "r.npz")
 
 
 async def test_another_model_is_fine_where_nothing_is_compared(tmp_path: Path, recorded: RecordedSequences) -> None:
-    save_sequences(tmp_path / "r.npz", replace(recorded, fingerprint="ff"))
+    save_table(tmp_path / "r.npz", replace(recorded, fingerprint="ff"))
     assert await Run()(tmp_path / "r.npz") == Exit.OK

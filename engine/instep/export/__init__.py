@@ -1,1 +1,1 @@
-"""Frames and outputs of a recording as one table, for other tools."""
+"""`instep export`: a recording as a table for other tools, and as a picture."""

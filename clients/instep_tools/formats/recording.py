@@ -23,27 +23,13 @@ from instep_tools.sequences import I64, RecordedSequences
 
 APPLICATION_ID: Final = 0x696E7374
 FORMAT_VERSION: Final = 1
-_SQLITE_MAGIC: Final = b"SQLite format 3\0"
-
-
-def is_recording(path: Path) -> bool:
-    """Whether the file is an SQLite database, whatever its name.
-
-    Raises:
-        BadFile: when it cannot be opened.
-    """
-    try:
-        with path.open("rb") as file:
-            return file.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_recording(path: Path) -> RecordedSequences:
     """All streams of a recording, in the order in which they opened; of one still being written, up to its last commit.
 
     Where the state of a stream was reset, what follows is a sequence of its own. Sequences without a frame are left
-    out, and so are the frames of steps that failed. `times_s` and `opened_s` count from the first opening.
+    out, and so are the frames of steps that failed. Times are nanoseconds since 1970.
 
     Raises:
         BadFile: it is no recording, it is damaged, or it holds no frames.
@@ -103,6 +89,9 @@ _STATE: Final = "stream, position, seq, state, tail_seq, tail_x, tail_y"
 
 def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
     if database.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_schema")}
+        if {"topics", "messages"} <= tables:
+            raise BadFile(f"{path} is a ROS 2 bag in SQLite: make an MCAP file of it with `ros2 bag convert`")
         raise BadFile(f"{path} is a database, but no recording of an instep engine")
     version = database.execute("PRAGMA user_version").fetchone()[0]
     if version != FORMAT_VERSION:
@@ -120,15 +109,14 @@ def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
         if kind == "reset" and seq >= first_seqs.get(stream, seq + 1)
     ]
     stretches = _stretches(path, frames, openings, sorted(resets, key=lambda reset: reset[:3]))
-    first_ns = min(stretch.time_ns for stretch in stretches)
     in_file = RecordedSequences(
         names=tuple(stretch.name for stretch in stretches),
         lengths=np.array([stretch.end - stretch.start for stretch in stretches], np.int64),
         frames=frames.x,
         outputs=frames.y,
         answered=None if frames.answered.all() else frames.answered,
-        times_s=(frames.times_ns - first_ns) / 1e9,
-        opened_s=np.array([stretch.time_ns - first_ns for stretch in stretches]) / 1e9,
+        times_ns=frames.times_ns,
+        opened_ns=np.array([stretch.time_ns for stretch in stretches], np.int64),
         initial_states={
             row: as_state(np.frombuffer(stretch.state, np.uint8).reshape(1, state.row_bytes), state, single=True)
             for row, stretch in enumerate(stretches)

@@ -10,8 +10,8 @@ import pytest
 from instep.recording.schema import RecordingHeader, row_crc
 from instep.recording.writer import RecordingWriter
 from instep_client.protocol.wire import F32
+from instep_tools.formats.recording import read_recording
 from instep_tools.problems import BadFile
-from instep_tools.recordings import is_recording, read_recording
 from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.states import gru_state
 
@@ -90,10 +90,10 @@ def test_streams_come_in_the_order_in_which_they_opened(tmp_path: Path, writer: 
     assert read.frames.tolist() == [[v, v + 0.5] for v in (20, 21, 22, 10, 30)]
     assert read.outputs is not None
     assert read.outputs.tolist() == [[v, -v, 0] for v in (20, 21, 22, 10, 30)]
-    assert read.times_s is not None
-    assert read.opened_s is not None
-    np.testing.assert_allclose(read.times_s, [0.010, 0.020, 0.040, 0.010, 0.040])
-    np.testing.assert_allclose(read.opened_s, [0, 0.005, 0.030])
+    assert read.times_ns is not None
+    assert read.opened_ns is not None
+    assert ((read.times_ns - START_NS) // MS).tolist() == [10, 20, 40, 10, 40]
+    assert ((read.opened_ns - START_NS) // MS).tolist() == [0, 5, 30]
     assert list(read.initial_states) == [1]
     np.testing.assert_array_equal(read.initial_states[1], np.arange(6).reshape(2, 3))
     assert read.fingerprint == "f" * 64
@@ -147,19 +147,10 @@ def test_a_reset_begins_a_sequence_of_its_own(tmp_path: Path, writer: RecordingW
     assert read.names == ("a", "b", "a")
     assert read.lengths.tolist() == [1, 1, 1]
     assert read.frames[:, 0].tolist() == [1, 2, 3]
-    assert read.opened_s is not None
-    np.testing.assert_allclose(read.opened_s, [0, 0.001, 0.021])
+    assert read.opened_ns is not None
+    assert ((read.opened_ns - START_NS) // MS).tolist() == [0, 1, 21]
     assert list(read.initial_states) == [0, 2]
     np.testing.assert_array_equal(read.initial_states[2], states[1])
-
-
-def test_it_is_told_by_its_first_bytes(tmp_path: Path, writer: RecordingWriter) -> None:
-    writer.close()
-    assert is_recording(tmp_path / "r.db")
-    (tmp_path / "t.db").write_text("SQLite format is nice")
-    assert not is_recording(tmp_path / "t.db")
-    with pytest.raises(BadFile, match="No such file"):
-        is_recording(tmp_path / "absent")
 
 
 def sql(*statements: str) -> Callable[[sqlite3.Connection], None]:
@@ -183,6 +174,10 @@ def sql(*statements: str) -> Callable[[sqlite3.Connection], None]:
         (sql("DELETE FROM openings WHERE stream = 3"), "a stream that never opened"),
         (sql("DROP TABLE openings"), "no such table"),
         (sql("PRAGMA application_id = 1"), "no recording of an instep engine"),
+        (
+            sql("CREATE TABLE topics (id)", "CREATE TABLE messages (id)", "PRAGMA application_id = 0"),
+            "is a ROS 2 bag in SQLite: make an MCAP file of it with `ros2 bag convert`",
+        ),
         (sql("PRAGMA user_version = 4"), "has format version 4; this client reads version 1"),
     ],
 )

@@ -16,7 +16,7 @@ from tests.support.scribe import START_NS
 
 FEATURES = 3
 OUTPUTS = 2
-NAMES = ("mic-1", 'a "b", ü\nc', "mic-1", "2", "mic-2")
+NAMES = ("mic-1", 'a "b", ü c', "mic-1", "2", "mic-2")
 """Streams 1 to 5: two openings of one name, one that CSV must quote, one that looks like another's number."""
 ODD = np.array([0.1, -0.0, 1e-45, 3.4028235e38, 1 / 3, 16777216.0, 1e-5, np.nan], np.float32)
 
@@ -42,7 +42,8 @@ class Row:
 class Written:
     path: Path
     rows: list[Row] = field(default_factory=list)
-    unanswered: list[Row] = field(default_factory=list)
+    unanswered: int = 0
+    """How many of the last rows have no recorded output: NaN."""
 
     def of(self, *stream_ids: int) -> list[Row]:
         return [row for row in self.rows if row.stream_id in stream_ids]
@@ -61,7 +62,7 @@ def write_recording(
     Args:
         folder: where `a.rec` goes.
         steps: batches.
-        unanswered: how many of the last steps have no recorded outputs; their frames are not among the rows.
+        unanswered: how many of the last steps have no recorded outputs.
         stranger_at: a step that also holds a frame of a stream that was never opened.
         finish: close it.
     """
@@ -78,8 +79,9 @@ def write_recording(
         y[:, 0] = rng.choice(ODD, len(chosen))
         time_ns = START_NS + 1_000_003 * step + 7
         for at, stream in enumerate((chosen + 1).tolist()):
-            row = Row(NAMES[stream - 1], stream, int(done[stream - 1]), time_ns, x[at].tolist(), y[at].tolist())
-            (written.rows if step < steps - unanswered else written.unanswered).append(row)
+            found = y[at].tolist() if step < steps - unanswered else [np.nan] * OUTPUTS
+            written.rows.append(Row(NAMES[stream - 1], stream, int(done[stream - 1]), time_ns, x[at].tolist(), found))
+            written.unanswered += step >= steps - unanswered
         streams = chosen.astype(np.uint32) + 1
         if step == stranger_at:
             streams[0] = 77

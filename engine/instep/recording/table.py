@@ -1,4 +1,4 @@
-"""The one source of rows: a recording's frames and outputs, as chunks of columns."""
+"""A recording's frames and outputs as one table, in chunks of columns."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 
 from instep.core.typing import F32, I64, U32, U64
 from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedBatch
-from instep.recording.select import select_streams
+from instep.recording.records import RecordedBatch, StreamInfo
 
 CHUNK_BYTES: Final = 16 * 2**20
 """Floats in a chunk, about; a chunk has as many frames as fit, and up to one batch more."""
@@ -32,7 +31,7 @@ class TableChunk:
     x: F32
     """float32 [rows, features]."""
     y: F32
-    """float32 [rows, outputs]."""
+    """float32 [rows, outputs]; NaN in rows whose output was not recorded."""
 
     def __len__(self) -> int:
         return len(self.seqs)
@@ -41,33 +40,38 @@ class TableChunk:
 class FrameTable:
     """Every frame of some streams of a recording with its output, in the order they were stepped.
 
-    A frame whose outputs were not recorded, because the engine was killed as it computed them, is left out. Any other
-    that is missing is damage.
+    A frame whose output was not recorded, because the engine was killed as it computed it, has NaN there. A frame that
+    is missing is damage.
 
     Args:
         reader: an open recording.
-        wanted: names or numbers of streams; empty for all.
+        select: which of all streams, as ascending indices.
         on_progress: called with the share (0 to 1) of the recording that was read.
 
     Attributes:
         features: floats in x.
         outputs: floats in y.
-        names: of the streams, in the order they opened; one name may be there more than once.
+        streams: the openings, in order.
+        names: of the streams; one name may be there more than once.
         stream_ids: their numbers.
         frames: rows that `chunks` has given so far.
-        left_out: frames that it has left out so far.
+        unanswered: how many of them have no recorded output.
 
     Raises:
-        CannotExport: when there is no such stream.
         DamagedRecording: when the recording is damaged.
     """
 
-    def __init__(self, reader: RecordingReader, wanted: Sequence[str], on_progress: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        reader: RecordingReader,
+        select: Callable[[list[StreamInfo]], Sequence[int]],
+        on_progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
         reader.check_positions()
         self._reader = reader
         self._on_progress = on_progress
         opened = reader.streams()
-        selected = select_streams(opened, wanted)
+        selected = select(opened)
         ends = [opened[at].closed_position for at in selected]
         self._first = min((opened[at].opened_position for at in selected), default=1)
         self._last = max((end or reader.last_position for end in ends), default=0)
@@ -80,17 +84,11 @@ class FrameTable:
         self._closings = [(opened[at].closed_position, opened[at].frames) for at in selected]
         self.features = reader.header.features
         self.outputs = reader.header.outputs
-        self.names = [opened[at].name for at in selected]
+        self.streams = [opened[at] for at in selected]
+        self.names = [info.name for info in self.streams]
         self.stream_ids = numbers.tolist()
         self.frames = 0
-        self.left_out = 0
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the columns where each float has its own."""
-        x = [f"x{at}" for at in range(self.features)]
-        y = [f"y{at}" for at in range(self.outputs)]
-        return ["stream", "stream_id", "seq", "time_ns", *x, *y]
+        self.unanswered = 0
 
     def chunks(self) -> Iterator[TableChunk]:
         """All rows once, in bounded memory.
@@ -120,11 +118,10 @@ class FrameTable:
         rows = np.flatnonzero(names >= 0)
         self._check_seqs(batch, names[rows], batch.seqs[rows].astype(np.int64))
         if batch.y is None:
-            self.left_out += len(rows)
-            rows = rows[:0]
-        y = np.zeros((len(batch.seqs), self.outputs), np.float32) if batch.y is None else batch.y
+            self.unanswered += len(rows)
+        y = np.full((len(rows), self.outputs), np.nan, np.float32) if batch.y is None else batch.y[rows]
         times: I64 = np.full(len(rows), batch.time_ns, np.int64)
-        return TableChunk(names[rows], batch.streams[rows], batch.seqs[rows], times, batch.x[rows], y[rows])
+        return TableChunk(names[rows], batch.streams[rows], batch.seqs[rows], times, batch.x[rows], y)
 
     def _names_of(self, batch: RecordedBatch) -> I64:
         """Indices into `names`, -1 where the stream is not wanted."""

@@ -1,0 +1,168 @@
+"""Writing frames and outputs into a file whose name says its format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO, Final, Literal, TypeAlias
+
+import numpy as np
+
+from instep_client.protocol.wire import F32, ServerInfo
+from instep_client.states import state_rows
+from instep_tools.formats.columns import input_columns, output_columns
+from instep_tools.formats.mcap_file import McapWriter
+from instep_tools.formats.npz import NpzWriter
+from instep_tools.formats.parquet import ParquetWriter
+from instep_tools.formats.table import (
+    CHUNK_FRAMES,
+    StartState,
+    TableHeader,
+    TableRows,
+    TableWriter,
+    about_model,
+    optional_libraries,
+)
+from instep_tools.formats.text import TextWriter
+from instep_tools.problems import BadFile, check_writable
+from instep_tools.sequences import RecordedSequences
+
+Format: TypeAlias = Literal["parquet", "npz", "csv", "mcap"]
+
+WRITERS: Final[dict[Format, Callable[[BinaryIO, TableHeader], TableWriter]]] = {
+    "parquet": ParquetWriter,
+    "npz": NpzWriter,
+    "csv": TextWriter,
+    "mcap": McapWriter,
+}
+
+
+def format_of(path: Path) -> Format | None:
+    """The format that a file's name says, or None."""
+    return next((kind for kind in WRITERS if path.suffix.lower() == f".{kind}"), None)
+
+
+def check_output_path(path: Path) -> Format:
+    """Find out before the work, not after it, whether outputs can be saved there.
+
+    Raises:
+        CommandProblem: when they cannot, or a library is missing.
+    """
+    kind = format_of(path)
+    if kind is None:
+        raise BadFile(f"cannot tell from the name {path} how to save: it must end in .csv, .npz, .parquet or .mcap")
+    if kind in ("parquet", "mcap"):
+        with optional_libraries(path.suffix):
+            __import__({"parquet": "pyarrow", "mcap": "mcap"}[kind])
+    check_writable(path)
+    return kind
+
+
+def table_header(info: ServerInfo, timed: bool = False, states: tuple[StartState, ...] = ()) -> TableHeader:
+    """What is known about outputs of a server."""
+    return TableHeader(
+        input_columns(info.features),
+        output_columns(info, info.outputs),
+        timed,
+        about_model(info.model, info.fingerprint, info.exactness),
+        info.state,
+        states,
+    )
+
+
+class SavedOutputs:
+    """A new file of frames and their outputs, as they come from a live producer; used in a `with` block.
+
+    A CSV grows with every answer; other files are complete when the block ends. Rows have no time.
+    """
+
+    def __init__(self, path: Path, info: ServerInfo) -> None:
+        self.path = path
+        kind = check_output_path(path)
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(path.open("wb"))
+        self._writer = self._stack.enter_context(WRITERS[kind](self._file, table_header(info)))
+        self._most = 0 if kind == "csv" else CHUNK_FRAMES
+        self._ids: dict[str, int] = {}
+        self._rows: list[TableRows] = []
+        self._count = 0
+
+    def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
+        """Frames `seq`, `seq + 1`, … of one stream: float32 [T, features] and [T, outputs]."""
+        number = self._ids.setdefault(stream, len(self._ids) + 1)
+        self._rows.append(_rows(stream, number, seq, frames, outputs))
+        self._count += len(frames)
+        if self._count > self._most:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.add(_joined(self._rows))
+            self._file.flush()
+        self._rows, self._count = [], 0
+
+    def __enter__(self) -> SavedOutputs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        with self._stack:
+            self._flush()
+
+
+def save_sequences(path: Path, sequences: RecordedSequences, info: ServerInfo) -> None:
+    """Save whole sequences with the outputs that a server gave, its initial states, and times where they are known.
+
+    Raises:
+        BadFile: when it cannot be written.
+    """
+    kind = check_output_path(path)
+    states = tuple(
+        StartState(row + 1, 0, state_rows(state, info.state, None)[0].tobytes())
+        for row, state in sequences.initial_states.items()
+    )
+    outputs = sequences.outputs
+    assert outputs is not None
+    header = table_header(info, sequences.times_ns is not None, states)
+    try:
+        with path.open("wb") as file, WRITERS[kind](file, header) as writer:
+            rows: list[TableRows] = []
+            for row, (start, length) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
+                part = slice(start, start + length)
+                times_ns = None if sequences.times_ns is None else sequences.times_ns[part]
+                name, x, y = sequences.names[row], sequences.frames[part], outputs[part]
+                rows.append(_rows(name, row + 1, 0, x, y, times_ns))
+                if sum(map(len, rows)) >= CHUNK_FRAMES:
+                    writer.add(_joined(rows))
+                    rows = []
+            if rows:
+                writer.add(_joined(rows))
+    except OSError as error:
+        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _rows(
+    name: str,
+    number: int,
+    seq: int,
+    x: F32,
+    y: F32,
+    times_ns: np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None = None,
+) -> TableRows:
+    count = len(x)
+    names = np.full(count, name, np.object_)
+    return TableRows(
+        names, np.full(count, number, np.int64), np.arange(seq, seq + count, dtype=np.uint64), times_ns, x, y
+    )
+
+
+def _joined(parts: list[TableRows]) -> TableRows:
+    times_ns = [part.times_ns for part in parts if part.times_ns is not None]
+    return TableRows(
+        np.concatenate([part.names for part in parts]),
+        np.concatenate([part.stream_ids for part in parts]),
+        np.concatenate([part.seqs for part in parts]),
+        np.concatenate(times_ns) if times_ns else None,
+        np.concatenate([part.x for part in parts]),
+        np.concatenate([part.y for part in parts]),
+    )

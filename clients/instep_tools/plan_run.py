@@ -1,0 +1,106 @@
+"""Carrying out a plan: every block when it is due, on streams that are open as long as they send."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from instep_client.aio import AsyncClient
+from instep_client.protocol.errors import Refused
+from instep_client.protocol.wire import F32
+from instep_client.states import State, as_state, state_rows
+from instep_tools.pacing import Clock, Stop, wait_until
+from instep_tools.pipeline import LivingGroup, pipeline, task_group
+from instep_tools.plan import Plan, Rows, Send
+
+
+class PlanRun:
+    """Sends every frame of a plan.
+
+    Args:
+        client: a connection.
+        plan: what to send when.
+        names: of the streams, one for each sequence of the plan.
+        take: gets every block's outputs [T, N, outputs], or why they were refused, in the order of sending.
+        stop: ends it.
+        clock: for the times at which blocks are due.
+
+    Attributes:
+        all_ended: whether it stopped because the server had ended every stream that was open.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        plan: Plan,
+        names: Sequence[str],
+        take: Callable[[Send, F32 | Refused], None],
+        stop: Stop,
+        clock: Clock,
+    ) -> None:
+        self.all_ended = False
+        self._client = client
+        self._plan = plan
+        self._names = names
+        self._take = take
+        self._stop = stop
+        self._clock = clock
+        self._groups: dict[int, LivingGroup] = {}
+        self._closing: deque[asyncio.Task[None]] = deque()
+        self._open_streams = 0
+
+    async def run(self, seconds: float = math.inf) -> None:
+        """Send until the plan's end, a stop, or for at most so long; drain; close all streams.
+
+        Raises:
+            InstepError: as the client does, but for refused frames.
+        """
+        async with task_group() as closing, pipeline(self._take) as send:
+            start: float | None = None
+            for block in self._plan.sends:
+                due = None if start is None else start + block.due_s
+                if due is not None and start is not None:
+                    late = max(due, self._clock.now()) >= start + seconds
+                    if late or not await wait_until(due, self._clock, self._stop):
+                        break
+                self.all_ended = bool(self._groups) and all(group.ended.all() for group in self._groups.values())
+                if self.all_ended:
+                    break
+                group = self._groups.get(block.cohort)
+                if group is None:
+                    group = self._groups[block.cohort] = await self._open(block.cohort)
+                if start is None:  # the first streams open before the clock starts
+                    start = self._clock.now() - block.due_s
+                await send(block, partial(group.step, self._plan.sequences.frames[block.flat], block.rows))
+                if block.last:
+                    del self._groups[block.cohort]
+                    self._closing.append(closing.create_task(self._close(group)))
+            for group in self._groups.values():
+                closing.create_task(self._close(group))
+
+    async def _open(self, cohort: int) -> LivingGroup:
+        """Open a cohort, after streams that are on their way out where there would be too many."""
+        members = self._plan.cohorts[cohort]
+        while self._closing and self._open_streams + len(members) > self._client.info.max_streams:
+            await self._closing.popleft()
+        names = [self._names[member] for member in members]
+        group = await self._client.open_group(names, self._initial_states(members))
+        self._open_streams += len(members)
+        return LivingGroup(group, self._client.info.outputs)
+
+    def _initial_states(self, members: Rows) -> State | None:
+        given, spec = self._plan.sequences.initial_states, self._client.info.state
+        with_state = [place for place, member in enumerate(members) if member in given]
+        if not with_state:
+            return None
+        rows = spec.initial(len(members))
+        for place in with_state:
+            rows[place] = state_rows(given[int(members[place])], spec, None)[0]
+        return as_state(rows, spec, single=False)
+
+    async def _close(self, group: LivingGroup) -> None:
+        await group.close()
+        self._open_streams -= len(group.ended)

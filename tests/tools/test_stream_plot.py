@@ -1,0 +1,77 @@
+"""Pictures, made by the commands: read back as pixels, and as the text of an SVG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from instep.export.command import Export, run
+from instep_tools.pacing import Stop
+from instep_tools.problems import BadFile, Exit
+from instep_tools.replay import Replay, replay
+from instep_tools.sequences import RecordedSequences
+from instep_tools.stream_plot import check_plot_path, plot_streams
+from tests.support.fake_server import FakeServer
+from tests.support.written import write_recording
+from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
+
+
+def many(streams: int, features: int, outputs: int) -> RecordedSequences:
+    frames = np.linspace(-1, 1, streams * 10 * features, dtype=np.float32).reshape(-1, features)
+    return RecordedSequences(
+        tuple(f"mic-{number}" for number in range(streams)),
+        np.full(streams, 10),
+        frames,
+        outputs=np.tile(frames[:, :1], outputs),
+    )
+
+
+def test_lines_for_few_numbers_and_heat_maps_for_many(tmp_path: Path) -> None:
+    said = plot_streams(many(11, 12, 2), tmp_path / "p.svg", "a title", ["speech", "noise"])
+    assert said == f"drew the first 8 of 11 streams in {tmp_path / 'p.svg'}"
+    svg = (tmp_path / "p.svg").read_text()
+    assert all(f"<!-- {text} -->" in svg for text in ("a title", "mic-0", "mic-7", "inputs (12)", "speech", "noise"))
+    assert "<!-- mic-8 -->" not in svg
+    assert svg.count("<image") == 8 + 1  # a heat map for each stream, and the bar of their colors
+    plot_streams(many(2, 2, 9), tmp_path / "p.png", "", [f"y{number}" for number in range(9)])
+    picture = imread(tmp_path / "p.png")
+    assert picture.shape[1] == 1320
+    reddish, bluish = (picture[..., a] - picture[..., b] > 0.3 for a, b in ((0, 2), (2, 0)))
+    assert reddish.any()  # 1 is red and -1 blue in a heat map
+    assert bluish.any()
+    plot_streams(many(2, 2, 9), tmp_path / "p.pdf", "", [f"y{number}" for number in range(9)])
+    assert (tmp_path / "p.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_names_that_could_not_be_written(tmp_path: Path) -> None:
+    for name, why in (("p.jpg", "must end in .png, .svg, .pdf"), ("no/p.png", "cannot be written: there is no folder")):
+        with pytest.raises(BadFile) as failure:
+            check_plot_path(tmp_path / name)
+        assert why in str(failure.value)
+
+
+async def test_replay_draws_what_it_got(tmp_path: Path) -> None:
+    save_table(tmp_path / "in.npz", many(3, 3, 1))
+    terminal = RememberingTerminal()
+    with FakeServer() as server:
+        what = Replay(server.endpoint, tmp_path / "in.npz", plot=tmp_path / "p.svg")
+        assert await replay(what, terminal, Stop(), JumpingClock()) == Exit.OK
+    assert terminal.said.strip().endswith(f"; drew 3 streams in {tmp_path / 'p.svg'}")
+    svg = (tmp_path / "p.svg").read_text()
+    assert all(f"<!-- {text} -->" in svg for text in ("in.npz, answered by halving", "mic-2", "x2", "y1"))
+
+
+def test_export_draws_the_streams_that_have_frames(tmp_path: Path) -> None:
+    written = write_recording(tmp_path)
+    console = Console(record=True, width=300)
+    assert run(Export(written.path, "csv", plot=tmp_path / "p.svg"), console) == 0
+    assert f"; drew the first 4 of 5 streams in {tmp_path / 'p.svg'}" in console.export_text().replace("\n", "")
+    assert (tmp_path / "p.svg").read_text().count("<!-- mic-1 -->") == 2
+    console = Console(record=True, width=300)
+    assert run(Export(written.path, "csv", tmp_path / "n.csv", ["mic-2"], tmp_path / "n.svg"), console) == 0
+    assert "there was nothing to draw" in console.export_text()
+    assert not (tmp_path / "n.svg").exists()
