@@ -10,8 +10,10 @@ class RecordingError(Exception):
     """A recording cannot be written or read; the message is a sentence saying why and what to do."""
 
 
-class NoSuchStream(RecordingError):
+class NoSuchStream(RecordingError, KeyError):
     """A recording has no stream of a name or number; the message says which there are."""
+
+    __str__ = Exception.__str__  # a KeyError's is a repr
 
 
 class DamagedRecording(RecordingError):

@@ -1,0 +1,135 @@
+"""A recording as arrays by stream, for notebooks and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from instep.core.typing import F32, I64, U64
+from instep.recording.reader import RecordingReader
+from instep.recording.schema import RecordingHeader
+from instep.recording.select import select_streams
+from instep.recording.table import FrameTable, TableChunk
+
+
+@dataclass(frozen=True)
+class RecordedStream:
+    """The frames of one opening of a stream, in order."""
+
+    name: str
+    stream_id: int
+    """Tells apart openings of one name."""
+    inputs: F32
+    """float32 [T, features]."""
+    outputs: F32
+    """float32 [T, outputs]; NaN in frames whose output was not recorded, because the engine was killed."""
+    times_ns: I64
+    """int64 [T], when each frame's batch was recorded, in nanoseconds since 1970."""
+    seqs: U64
+    """uint64 [T]."""
+
+    def __len__(self) -> int:
+        return len(self.seqs)
+
+
+class OpenedRecording(Mapping[str, RecordedStream]):
+    """The streams of a recording by name, in the order in which they first opened; read-only.
+
+    It shows what was committed when it was opened, also while a server continues to write. Each lookup reads and checks
+    the part of the file in which the stream was open; `items()` and `values()` read the file once and hold all streams
+    in memory.
+
+    Attributes:
+        header: the model's name, fingerprint and sizes, and what the engine had certified.
+
+    Raises:
+        RecordingError: from every method, when the file is not a recording, is damaged, or its history was trimmed
+            since it was opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._reader = RecordingReader(path)
+        self.header: RecordingHeader = self._reader.header
+        self._openings: dict[str, list[int]] = {}
+        for info in self._reader.streams():
+            self._openings.setdefault(info.name, []).append(info.stream)
+
+    def __getitem__(self, name: str) -> RecordedStream:
+        """The newest opening of this name.
+
+        Raises:
+            NoSuchStream: when there is none (also a KeyError).
+        """
+        if name not in self._openings:
+            select_streams(self._reader.streams(), [name])  # raises, with the nearest names
+        return self._read([self._openings[name][-1]])[0]
+
+    def openings(self, name: str) -> list[RecordedStream]:
+        """All openings of this name, the oldest first."""
+        if name not in self._openings:
+            select_streams(self._reader.streams(), [name])
+        return self._read(self._openings[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._openings
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._openings)
+
+    def __len__(self) -> int:
+        return len(self._openings)
+
+    def values(self) -> ValuesView[RecordedStream]:
+        """The newest opening of each name."""
+        return self._all().values()
+
+    def items(self) -> ItemsView[str, RecordedStream]:
+        """Each name with its newest opening."""
+        return self._all().items()
+
+    def close(self) -> None:
+        """Let go of the file; what was read stays."""
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _all(self) -> dict[str, RecordedStream]:
+        newest = [numbers[-1] for numbers in self._openings.values()]
+        return dict(zip(self._openings, self._read(newest), strict=True))
+
+    def _read(self, numbers: Sequence[int]) -> list[RecordedStream]:
+        """The streams of these numbers."""
+        wanted = set(numbers)
+        table = FrameTable(
+            self._reader, lambda streams: [at for at, each in enumerate(streams) if each.stream in wanted]
+        )
+        parts = list(table.chunks()) or [_no_rows(table)]
+        names = np.concatenate([part.names for part in parts])
+        order = np.argsort(names, kind="stable")
+        ends = np.cumsum(np.bincount(names, minlength=len(table.streams)))[:-1]
+        columns = [
+            np.split(np.concatenate([getattr(part, column) for part in parts])[order], ends)
+            for column in ("x", "y", "times_ns", "seqs")
+        ]
+        found = {
+            info.stream: RecordedStream(info.name, info.stream, *arrays)
+            for info, *arrays in zip(table.streams, *columns, strict=True)
+        }
+        return [found[number] for number in numbers]
+
+
+def _no_rows(table: FrameTable) -> TableChunk:
+    empty = np.empty(0, np.int64)
+    x, y = (np.empty((0, width), np.float32) for width in (table.features, table.outputs))
+    return TableChunk(empty, empty.astype(np.uint32), empty.astype(np.uint64), empty, x, y)
