@@ -128,7 +128,14 @@ def stats_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False
     raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
-@app.command("produce")
+@app.command(
+    "produce",
+    examples=[
+        "instep-client produce sensor.csv --columns x,y,z --time at_s",
+        "read-microphone | instep-client produce --name mic --format jsonl",
+        "instep-client produce --signal sine --streams 4 --seconds 10 --save y.parquet",
+    ],
+)
 def produce_command(
     file: Annotated[
         Path | None,
@@ -192,7 +199,14 @@ def produce_command(
     raise typer.Exit(run_command(command, Terminal(as_json, data_on_stdout=save is None)))
 
 
-@app.command("replay")
+@app.command(
+    "replay",
+    examples=[
+        "instep-client replay today.instep --check",
+        "instep-client replay today.parquet --speed max --only 'mic-*' --plot today.png",
+        "instep-client replay bag.mcap --only /imu --columns angular_velocity --save y.csv",
+    ],
+)
 def replay_command(
     file: Annotated[
         Path,

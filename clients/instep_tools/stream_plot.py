@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -15,13 +16,15 @@ from instep_tools.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
+    from matplotlib.figure import Figure
 
 MOST_STREAMS: Final = 8
 MOST_FRAMES: Final = 20_000
 """More of a stream would be less than a pixel each."""
 MOST_LINES: Final = 6
 """More numbers a frame than that are a heat map."""
+MOST_NAMES: Final = 16
+"""More rows of a heat map have numbers instead."""
 SUFFIXES: Final = (".png", ".svg", ".pdf")
 
 
@@ -58,58 +61,77 @@ def plot_streams(sequences: RecordedSequences, path: Path, title: str, outputs: 
     if not len(shown) or shown.outputs is None:
         return "there was nothing to draw"
     figure = Figure(figsize=(12, 1.2 + 1.7 * len(shown)), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(_plain(title), fontsize=13)
     grid = figure.subplots(len(shown), 2, squeeze=False)
     inputs = [f"x{at}" for at in range(shown.features)]
-    for side, (values, names, what) in enumerate(
-        ((shown.frames, inputs, "inputs"), (shown.outputs, outputs, "outputs"))
-    ):
-        column = list(grid[:, side])
-        image = None
-        limit = _limit(values)
-        for axes, start, length in zip(column, shown.starts, shown.lengths, strict=True):
-            part = values[start : start + min(int(length), MOST_FRAMES)]
-            image = _draw(axes, part, names, limit)
-        column[0].set_title(f"{what} ({len(names)})", fontsize=11)
+    sides = ((shown.frames, inputs, "inputs"), (shown.outputs, outputs, "outputs"))
+    for column, (values, names, what) in zip(grid.T, sides, strict=True):
+        parts = [
+            values[start : start + min(int(length), MOST_FRAMES)]
+            for start, length in zip(shown.starts, shown.lengths, strict=True)
+        ]
+        column[0].set_title(f"{what} ({len(names)})", fontsize=11, loc="left")
         column[-1].set_xlabel("frame")
-        if image is not None:
-            figure.colorbar(image, ax=column, pad=0.01, aspect=12 * len(shown), extend="both")
-        else:
-            column[0].legend(loc="lower right", ncols=len(names), fontsize=7, framealpha=0.8)
+        (_draw_lines if len(names) <= MOST_LINES else _draw_maps)(figure, column, parts, [*map(_plain, names)])
     for axes, name in zip(grid[:, 0], shown.names, strict=True):
-        axes.set_ylabel(name if len(name) <= 16 else f"…{name[-15:]}", fontsize=9)
+        axes.set_ylabel(_plain(name if len(name) <= 16 else f"…{name[-15:]}"), fontsize=9)
     try:
-        figure.savefig(path, format=path.suffix[1:].lower(), dpi=110)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # names in any script; boxes where the font has none
+            figure.savefig(path, format=path.suffix[1:].lower(), dpi=110)
     except OSError as error:
         raise BadFile(f"{path} cannot be written: {error.strerror}") from None
     total = max(of, len(sequences))
     which = counted(total, "stream") if len(shown) == total else f"the first {len(shown)} of {counted(total, 'stream')}"
-    return f"drew {which} in {path}"
+    cut = f" (the first {MOST_FRAMES:,} frames of each)" if shown.lengths.max() > MOST_FRAMES else ""
+    return f"drew {which}{cut} in {path}"
 
 
-def _limit(values: F32) -> float:
-    """The largest magnitude, a few outliers left out, so that all heat maps of one side have one scale."""
-    finite = np.abs(values[np.isfinite(values)])
-    return float(np.percentile(finite, 99.5)) or 1.0 if len(finite) else 1.0
+def _draw_lines(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str]) -> None:
+    """A line for each number, a panel for each stream."""
+    for axes, part in zip(column, parts, strict=True):
+        _prepare(axes)
+        for line, name in zip(part.T, names, strict=True):
+            axes.plot(line, label=name, linewidth=1, marker="." if len(line) <= 60 else "")
+        axes.set_xlim(-0.5, len(part) - 0.5)
+        axes.grid(alpha=0.3)
+    column[0].legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names), fontsize=8, frameon=False, borderaxespad=0.2
+    )
 
 
-def _draw(axes: Axes, values: F32, names: Sequence[str], limit: float) -> AxesImage | None:
-    from matplotlib.ticker import FixedLocator, MaxNLocator
+def _draw_maps(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str]) -> None:
+    """A heat map for each stream, all of one scale: a few outliers are beyond its ends."""
+    from matplotlib.ticker import MaxNLocator
+
+    values = np.concatenate(parts)
+    values = values[np.isfinite(values)]
+    limit = float(np.percentile(np.abs(values), 99.5)) or 1.0 if len(values) else 1.0
+    signed = bool((values < 0).any())
+    for axes, part in zip(column, parts, strict=True):
+        _prepare(axes)
+        image = axes.imshow(
+            part.T,
+            aspect="auto",
+            origin="lower",
+            cmap="RdBu_r" if signed else "Blues",
+            vmin=-limit if signed else 0,
+            vmax=limit,
+        )
+        if len(names) <= MOST_NAMES and not names[0][-1].isdigit():
+            axes.set_yticks(range(len(names)), [name[:16] for name in names], fontsize=6)
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    figure.colorbar(image, ax=column, pad=0.01, aspect=12 * len(column), extend="both" if signed else "max")
+
+
+def _prepare(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
 
     axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    if len(names) <= MOST_LINES:
-        for line, name in zip(values.T, names, strict=True):
-            axes.plot(line, label=name, linewidth=1, marker="." if len(line) <= 60 else "")
-        axes.set_xlim(-0.5, len(values) - 0.5)
-        axes.grid(alpha=0.3)
-        return None
-    image = axes.imshow(
-        values.T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="auto"
-    )
-    if len(names) <= 16 and list(names) != [f"{names[0][0]}{at}" for at in range(len(names))]:
-        axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
-        axes.set_yticklabels(names, fontsize=6)
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    return image
+
+
+def _plain(text: str) -> str:
+    """Text in which a dollar sign is one, and begins no formula."""
+    return text.replace("$", r"\$")

@@ -145,7 +145,13 @@ def verify(
     raise typer.Exit(run(recording, model_folder=model, streams=stream, json=json, console=_console()))
 
 
-@app.command()
+@app.command(
+    examples=[
+        "instep export today.instep",
+        "instep export today.instep --output mic.csv --stream mic-7",
+        "instep export today.instep --format npz --plot today.png",
+    ]
+)
 def export(
     recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
     format: Annotated[

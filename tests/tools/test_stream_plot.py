@@ -31,10 +31,12 @@ def many(streams: int, features: int, outputs: int) -> RecordedSequences:
 
 
 def test_lines_for_few_numbers_and_heat_maps_for_many(tmp_path: Path) -> None:
-    said = plot_streams(many(11, 12, 2), tmp_path / "p.svg", "a title", ["speech", "noise"])
+    said = plot_streams(many(11, 12, 2), tmp_path / "p.svg", "a $title", ["speech", "$noise 音"])
     assert said == f"drew the first 8 of 11 streams in {tmp_path / 'p.svg'}"
     svg = (tmp_path / "p.svg").read_text()
-    assert all(f"<!-- {text} -->" in svg for text in ("a title", "mic-0", "mic-7", "inputs (12)", "speech", "noise"))
+    assert all(
+        f"<!-- {text} -->" in svg for text in ("a $title", "mic-0", "mic-7", "inputs (12)", "speech", "$noise 音")
+    )
     assert "<!-- mic-8 -->" not in svg
     assert svg.count("<image") == 8 + 1  # a heat map for each stream, and the bar of their colors
     plot_streams(many(2, 2, 9), tmp_path / "p.png", "", [f"y{number}" for number in range(9)])
@@ -43,6 +45,10 @@ def test_lines_for_few_numbers_and_heat_maps_for_many(tmp_path: Path) -> None:
     reddish, bluish = (picture[..., a] - picture[..., b] > 0.3 for a, b in ((0, 2), (2, 0)))
     assert reddish.any()  # 1 is red and -1 blue in a heat map
     assert bluish.any()
+    named = [*"abcdefghi"]
+    plot_streams(many(2, 2, 9), tmp_path / "named.svg", "", named)
+    svg = (tmp_path / "named.svg").read_text()
+    assert all(svg.count(f"<!-- {name} -->") == 2 for name in named)
     plot_streams(many(2, 2, 9), tmp_path / "p.pdf", "", [f"y{number}" for number in range(9)])
     assert (tmp_path / "p.pdf").read_bytes().startswith(b"%PDF")
 

@@ -208,7 +208,7 @@ class FirstFrames:
         """Keep what will be shown of these rows."""
         for name in np.unique(chunk.names).tolist():
             count = self._counts.get(name, 0)
-            if count < MOST_FRAMES and (name in self._kept or len(self._kept) < MOST_STREAMS):
+            if count <= MOST_FRAMES and (name in self._kept or len(self._kept) < MOST_STREAMS):
                 at = np.flatnonzero(chunk.names == name)
                 self._kept.setdefault(name, []).append((chunk.x[at], chunk.y[at]))
                 self._counts[name] = count + len(at)
