@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, TypeAlias
 
@@ -38,6 +39,9 @@ WRITERS: Final[dict[Format, Callable[[BinaryIO, TableHeader], TableWriter]]] = {
 }
 
 
+_LIBRARIES: Final[dict[Format, str]] = {"parquet": "pyarrow", "mcap": "mcap"}
+
+
 def format_of(path: Path) -> Format | None:
     """The format that a file's name says, or None."""
     return next((kind for kind in WRITERS if path.suffix.lower() == f".{kind}"), None)
@@ -52,9 +56,9 @@ def check_output_path(path: Path) -> Format:
     kind = format_of(path)
     if kind is None:
         raise BadFile(f"cannot tell from the name {path} how to save: it must end in .csv, .npz, .parquet or .mcap")
-    if kind in ("parquet", "mcap"):
+    if kind in _LIBRARIES:
         with optional_libraries(path.suffix):
-            __import__({"parquet": "pyarrow", "mcap": "mcap"}[kind])
+            import_module(_LIBRARIES[kind])
     check_writable(path)
     return kind
 
@@ -81,6 +85,7 @@ class SavedOutputs:
         self.path = path
         kind = check_output_path(path)
         self._stack = ExitStack()
+        self._stack.enter_context(_sentences(path))
         self._file = self._stack.enter_context(path.open("wb"))
         self._writer = self._stack.enter_context(WRITERS[kind](self._file, table_header(info)))
         self._most = 0 if kind == "csv" else CHUNK_FRAMES
@@ -91,15 +96,19 @@ class SavedOutputs:
     def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
         """Frames `seq`, `seq + 1`, … of one stream: float32 [T, features] and [T, outputs]."""
         number = self._ids.setdefault(stream, len(self._ids) + 1)
-        self._rows.append(_rows(stream, number, seq, frames, outputs))
-        self._count += len(frames)
+        count = len(frames)
+        seqs = np.arange(seq, seq + count, dtype=np.uint64)
+        names, ids = np.full(count, stream, np.object_), np.full(count, number, np.int64)
+        self._rows.append(TableRows(names, ids, seqs, None, frames, outputs))
+        self._count += count
         if self._count > self._most:
             self._flush()
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer.add(_joined(self._rows))
-            self._file.flush()
+            with _sentences(self.path):
+                self._writer.add(_joined(self._rows))
+                self._file.flush()
         self._rows, self._count = [], 0
 
     def __enter__(self) -> SavedOutputs:
@@ -124,45 +133,33 @@ def save_sequences(path: Path, sequences: RecordedSequences, info: ServerInfo) -
     outputs = sequences.outputs
     assert outputs is not None
     header = table_header(info, sequences.times_ns is not None, states)
+    rows = np.repeat(np.arange(len(sequences)), sequences.lengths)
+    names = np.array(sequences.names, np.object_)
+    with _sentences(path), path.open("wb") as file, WRITERS[kind](file, header) as writer:
+        for first in range(0, len(rows), CHUNK_FRAMES):
+            part = slice(first, first + CHUNK_FRAMES)
+            seqs = np.arange(first, first + len(rows[part])) - sequences.starts[rows[part]]
+            times_ns = None if sequences.times_ns is None else sequences.times_ns[part]
+            labels = (names[rows[part]], rows[part] + 1, seqs.astype(np.uint64), times_ns)
+            writer.add(TableRows(*labels, sequences.frames[part], outputs[part]))
+
+
+@contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Turn errors of the file system into errors for the user."""
     try:
-        with path.open("wb") as file, WRITERS[kind](file, header) as writer:
-            rows: list[TableRows] = []
-            for row, (start, length) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
-                part = slice(start, start + length)
-                times_ns = None if sequences.times_ns is None else sequences.times_ns[part]
-                name, x, y = sequences.names[row], sequences.frames[part], outputs[part]
-                rows.append(_rows(name, row + 1, 0, x, y, times_ns))
-                if sum(map(len, rows)) >= CHUNK_FRAMES:
-                    writer.add(_joined(rows))
-                    rows = []
-            if rows:
-                writer.add(_joined(rows))
+        yield
     except OSError as error:
-        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _rows(
-    name: str,
-    number: int,
-    seq: int,
-    x: F32,
-    y: F32,
-    times_ns: np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None = None,
-) -> TableRows:
-    count = len(x)
-    names = np.full(count, name, np.object_)
-    return TableRows(
-        names, np.full(count, number, np.int64), np.arange(seq, seq + count, dtype=np.uint64), times_ns, x, y
-    )
+        raise BadFile(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _joined(parts: list[TableRows]) -> TableRows:
-    times_ns = [part.times_ns for part in parts if part.times_ns is not None]
+    """Rows without times as one."""
     return TableRows(
         np.concatenate([part.names for part in parts]),
         np.concatenate([part.stream_ids for part in parts]),
         np.concatenate([part.seqs for part in parts]),
-        np.concatenate(times_ns) if times_ns else None,
+        None,
         np.concatenate([part.x for part in parts]),
         np.concatenate([part.y for part in parts]),
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,11 @@ from instep.recording.schema import RESET_EVENT
 from instep.recording.writer import RecordingWriter
 from instep_client.protocol.wire import F32
 from instep_tools.app import app
+from instep_tools.formats.columns import Choice, output_columns
 from instep_tools.formats.read import read_sequences
+from instep_tools.formats.table import TableHeader, TableRows
 from instep_tools.formats.write import WRITERS, Format
+from instep_tools.problems import BadFile
 from tests.support.fake_server import INFO, FakeServer, reference
 from tests.support.recordings import make_header
 from tests.support.rows import close_stream, open_stream, stream_event
@@ -221,3 +225,41 @@ def test_a_topic_of_a_bag_is_replayed(tmp_path: Path, server: FakeServer) -> Non
         wide = client(server, command, tmp_path / "bag.mcap")
         assert wide.exit_code == 2
         assert "has 17 numbers a frame, the model 'halving' takes 3; choose columns with --columns" in wide.stderr
+
+
+def test_names_of_outputs_are_names_of_columns(tmp_path: Path, format: Format) -> None:
+    """A model may name its outputs; names that would be ambiguous are not used."""
+    for given, names in (
+        (("speech", "noise, loud"), ("speech", "noise, loud")),
+        (("speech", "seq"), ("y0", "y1")),
+        (("x1", "noise"), ("y0", "y1")),
+        (("speech",), ("y0", "y1")),
+        ((), ("y0", "y1")),
+    ):
+        assert output_columns(SimpleNamespace(output_names=given), 2) == names
+    path = tmp_path / f"n.{format}"
+    header = TableHeader(("x0",), ("speech", "noise, loud"))
+    x, y = np.array([[1], [2]], np.float32), np.array([[3, 4], [np.nan, np.nan]], np.float32)
+    labels = (np.array(["a", "a"], np.object_), np.array([1, 1]), np.array([0, 1], np.uint64), np.array([5, 6]))
+    with path.open("wb") as file, WRITERS[format](file, header) as writer:
+        writer.add(TableRows(*labels, x, y))
+    read = read_sequences(path)
+    assert read.outputs is not None
+    assert read.answered is not None
+    assert read.times_ns is not None
+    assert (read.frames.tolist(), read.outputs[:1].tolist(), read.answered.tolist()) == (
+        [[1], [2]],
+        [[3, 4]],
+        [True, False],
+    )
+    assert read.times_ns.tolist() == [5, 6]
+    with pytest.raises(BadFile, match=r"not (a )?finite"):
+        read_sequences(path, Choice(columns=("speech",)))
+
+
+def test_a_file_without_rows(tmp_path: Path, format: Format) -> None:
+    path = tmp_path / f"n.{format}"
+    with path.open("wb") as file, WRITERS[format](file, TableHeader(("x0",), ("y0",))):
+        pass
+    with pytest.raises(BadFile, match=r"holds no frames|has no topic with numbers"):
+        read_sequences(path)
