@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,18 @@ from instep.recording import table
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.select import select_streams
-from instep.recording.sequences import all_frames
 from instep.recording.table import FrameTable, TableChunk
 from tests.support.forger import Forger
 from tests.support.written import NAMES, Row, exact, write_recording
+
+
+def table_of(
+    reader: RecordingReader,
+    wanted: Sequence[str] = (),
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> FrameTable:
+    streams = reader.streams()
+    return FrameTable(reader, streams, select_streams(streams, wanted), on_progress)
 
 
 def rows_of(frames: FrameTable, chunk: TableChunk) -> list[Row]:
@@ -24,7 +32,7 @@ def rows_of(frames: FrameTable, chunk: TableChunk) -> list[Row]:
 
 def all_rows(path: Path, *wanted: str) -> tuple[FrameTable, list[Row]]:
     with RecordingReader(path) as reader:
-        frames = FrameTable(reader, partial(select_streams, wanted=wanted))
+        frames = table_of(reader, wanted)
         return frames, [row for chunk in frames.chunks() for row in rows_of(frames, chunk)]
 
 
@@ -54,7 +62,7 @@ def test_chunks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lim
     monkeypatch.setattr(table, limit, value)
     written = write_recording(tmp_path)
     with RecordingReader(written.path) as reader:
-        frames = FrameTable(reader, all_frames)
+        frames = table_of(reader)
         chunks = list(frames.chunks())
     sizes = [len(chunk) for chunk in chunks]
     assert sum(sizes) == len(written.rows)
@@ -125,7 +133,7 @@ def test_progress_grows_to_one(tmp_path: Path) -> None:
     for wanted in ([], ["mic-1"]):
         shares: list[float] = []
         with RecordingReader(written.path) as reader:
-            list(FrameTable(reader, partial(select_streams, wanted=wanted), shares.append).chunks())
+            list(table_of(reader, wanted, shares.append).chunks())
         assert shares == sorted(shares)
         assert 0 < shares[0] < 0.25
         assert 0.8 < shares[-1] <= 1

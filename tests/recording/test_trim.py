@@ -119,7 +119,7 @@ def test_what_is_left_is_what_was_recorded(scribe: Scribe) -> None:
     assert found.first_position == scribe.writer.trimmed.position + 1
     with RecordingReader(path) as reader:
         index = SequenceIndex(reader, lambda _: None, all_frames)
-        table = FrameTable(reader, all_frames)
+        table = FrameTable(reader, index.streams, range(len(index.streams)))
         exported = sum(len(chunk) for chunk in table.chunks())
     sequences = index.sequences(np.arange(len(index.stretches)))
     for at, stretch in enumerate(index.stretches):

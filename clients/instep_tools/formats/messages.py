@@ -86,17 +86,21 @@ def _protobuf(schema: Any) -> Decoder:
     return decode
 
 
-def _protobuf_value(value: Any) -> Any:
-    """Numbers and lists as they are, messages as dicts of the fields that their descriptor has."""
-    if isinstance(value, bool | str | bytes):
+def _protobuf_value(message: Any) -> dict[str, Any] | None:
+    """The fields of a message that hold numbers, or messages that do."""
+    if message.DESCRIPTOR.full_name in _NOT_DATA:
         return None
-    if isinstance(value, int | float):
-        return value
-    if hasattr(value, "DESCRIPTOR"):
-        if value.DESCRIPTOR.full_name in _NOT_DATA:
-            return None
-        return {field.name: _protobuf_value(getattr(value, field.name)) for field in value.DESCRIPTOR.fields}
-    return None if hasattr(value, "items") else [_protobuf_value(part) for part in value]
+    values: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.cpp_type == field.CPPTYPE_MESSAGE:
+            if hasattr(value, "DESCRIPTOR"):
+                values[field.name] = _protobuf_value(value)
+            elif not hasattr(value, "items"):  # a map has no order
+                values[field.name] = [_protobuf_value(part) for part in value]
+        elif field.cpp_type not in (field.CPPTYPE_STRING, field.CPPTYPE_BOOL, field.CPPTYPE_ENUM):
+            values[field.name] = value if isinstance(value, int | float) else list(value)
+    return values
 
 
 _PRIMITIVES: Final = {

@@ -134,7 +134,8 @@ def _export(what: Export, console: Console) -> Exported:
     with RecordingReader(what.file) as reader, new_file(path) as target:
         picture = None if what.plot is None else FirstFrames(what.plot)
         with _progress(console, shown=console.is_terminal and not what.json) as on_progress:
-            table = FrameTable(reader, lambda streams: select_streams(streams, what.streams), on_progress)
+            streams = reader.streams()
+            table = FrameTable(reader, streams, select_streams(streams, what.streams), on_progress)
             header = _header(reader, table)
             names = np.array(table.names, np.object_)
             with WRITERS[kind](target, header) as writer:

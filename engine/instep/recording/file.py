@@ -187,7 +187,7 @@ class RecordingFile:
         """A state, uint8 [row_bytes], from the row at that position."""
         if blob is None:
             return None
-        self.check_bytes(blob, self.header.state_spec.row_bytes, position)
+        self.check_bytes(blob, self._state_bytes, position)
         return np.frombuffer(blob, np.uint8)
 
     def check_bytes(self, blob: bytes, expected: int, position: int) -> None:
@@ -230,6 +230,7 @@ class RecordingFile:
             self.header = RecordingHeader.from_rows(rows)
         except RecordingError as error:
             raise self.damaged(str(error)) from None
+        self._state_bytes = self.header.state_spec.row_bytes
         self._find_ends()
 
     def _check_schema(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from instep.core.typing import F32, I64, U64
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
-from instep.recording.select import select_streams
+from instep.recording.select import no_such_stream
 from instep.recording.table import FrameTable, TableChunk
 
 
@@ -55,9 +55,11 @@ class OpenedRecording(Mapping[str, RecordedStream]):
     def __init__(self, path: Path) -> None:
         self._reader = RecordingReader(path)
         self.header: RecordingHeader = self._reader.header
+        self._streams = self._reader.streams()
         self._openings: dict[str, list[int]] = {}
-        for info in self._reader.streams():
-            self._openings.setdefault(info.name, []).append(info.stream)
+        """By name, indices of streams."""
+        for at, info in enumerate(self._streams):
+            self._openings.setdefault(info.name, []).append(at)
 
     def __getitem__(self, name: str) -> RecordedStream:
         """The newest opening of this name.
@@ -65,15 +67,15 @@ class OpenedRecording(Mapping[str, RecordedStream]):
         Raises:
             NoSuchStream: when there is none (also a KeyError).
         """
-        if name not in self._openings:
-            select_streams(self._reader.streams(), [name])  # raises, with the nearest names
-        return self._read([self._openings[name][-1]])[0]
+        return self._read(self._named(name)[-1:])[0]
 
     def openings(self, name: str) -> list[RecordedStream]:
-        """All openings of this name, the oldest first."""
-        if name not in self._openings:
-            select_streams(self._reader.streams(), [name])
-        return self._read(self._openings[name])
+        """All openings of this name, the oldest first.
+
+        Raises:
+            NoSuchStream: when there is none.
+        """
+        return self._read(self._named(name))
 
     def __contains__(self, name: object) -> bool:
         return name in self._openings
@@ -104,29 +106,31 @@ class OpenedRecording(Mapping[str, RecordedStream]):
     ) -> None:
         self.close()
 
-    def _all(self) -> dict[str, RecordedStream]:
-        newest = [numbers[-1] for numbers in self._openings.values()]
-        return dict(zip(self._openings, self._read(newest), strict=True))
+    def _named(self, name: str) -> list[int]:
+        if name not in self._openings:
+            raise no_such_stream(self._streams, name)
+        return self._openings[name]
 
-    def _read(self, numbers: Sequence[int]) -> list[RecordedStream]:
-        """The streams of these numbers."""
-        wanted = set(numbers)
-        table = FrameTable(
-            self._reader, lambda streams: [at for at, each in enumerate(streams) if each.stream in wanted]
-        )
+    def _all(self) -> dict[str, RecordedStream]:
+        newest = sorted(openings[-1] for openings in self._openings.values())
+        found = {stream.name: stream for stream in self._read(newest)}
+        return {name: found[name] for name in self._openings}
+
+    def _read(self, selected: Sequence[int]) -> list[RecordedStream]:
+        """The streams at these indices, which ascend."""
+        table = FrameTable(self._reader, self._streams, selected)
         parts = list(table.chunks()) or [_no_rows(table)]
         names = np.concatenate([part.names for part in parts])
         order = np.argsort(names, kind="stable")
-        ends = np.cumsum(np.bincount(names, minlength=len(table.streams)))[:-1]
+        ends = np.cumsum(np.bincount(names, minlength=len(selected)))[:-1]
         columns = [
             np.split(np.concatenate([getattr(part, column) for part in parts])[order], ends)
             for column in ("x", "y", "times_ns", "seqs")
         ]
-        found = {
-            info.stream: RecordedStream(info.name, info.stream, *arrays)
+        return [
+            RecordedStream(info.name, info.stream, *arrays)
             for info, *arrays in zip(table.streams, *columns, strict=True)
-        }
-        return [found[number] for number in numbers]
+        ]
 
 
 def _no_rows(table: FrameTable) -> TableChunk:

@@ -18,11 +18,16 @@ def select_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list
     by_word = _by_word(streams)
     for word in wanted:
         if word not in by_word:
-            names = list(dict.fromkeys(info.name for info in streams))
-            near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else _what_there_is(streams)
-            raise NoSuchStream(f"the recording has no stream {word!r}; {hint}")
+            raise no_such_stream(streams, word)
     return find_streams(streams, wanted)
+
+
+def no_such_stream(streams: Sequence[StreamInfo], word: str) -> NoSuchStream:
+    """The error that says which names are like it, or what there is."""
+    names = list(dict.fromkeys(info.name for info in streams))
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else _what_there_is(streams)
+    return NoSuchStream(f"the recording has no stream {word!r}; {hint}")
 
 
 def find_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list[int]:

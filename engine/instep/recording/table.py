@@ -45,7 +45,8 @@ class FrameTable:
 
     Args:
         reader: an open recording.
-        select: which of all streams, as ascending indices.
+        streams: all that it has.
+        selected: which of them, as ascending indices.
         on_progress: called with the share (0 to 1) of the recording that was read.
 
     Attributes:
@@ -64,27 +65,26 @@ class FrameTable:
     def __init__(
         self,
         reader: RecordingReader,
-        select: Callable[[list[StreamInfo]], Sequence[int]],
+        streams: Sequence[StreamInfo],
+        selected: Sequence[int],
         on_progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         reader.check_positions()
         self._reader = reader
         self._on_progress = on_progress
-        opened = reader.streams()
-        selected = select(opened)
-        ends = [opened[at].closed_position for at in selected]
-        self._first = min((opened[at].opened_position for at in selected), default=1)
+        ends = [streams[at].closed_position for at in selected]
+        self._first = min((streams[at].opened_position for at in selected), default=1)
         self._last = max((end or reader.last_position for end in ends), default=0)
-        self._known: I64 = np.sort(np.array([info.stream for info in opened], np.int64))
-        self._selected: I64 = np.full(len(opened), -1, np.int64)
-        numbers = np.array([opened[at].stream for at in selected], np.int64)
+        self._known: I64 = np.sort(np.array([info.stream for info in streams], np.int64))
+        self._selected: I64 = np.full(len(streams), -1, np.int64)
+        numbers = np.array([streams[at].stream for at in selected], np.int64)
         self._selected[np.searchsorted(self._known, numbers)] = np.arange(len(selected))
-        self._next: I64 = np.array([opened[at].first_seq for at in selected], np.int64)
+        self._next: I64 = np.array([streams[at].first_seq for at in selected], np.int64)
         """The seq of each stream's next frame."""
-        self._closings = [(opened[at].closed_position, opened[at].frames) for at in selected]
+        self._closings = [(streams[at].closed_position, streams[at].frames) for at in selected]
         self.features = reader.header.features
         self.outputs = reader.header.outputs
-        self.streams = [opened[at] for at in selected]
+        self.streams = [streams[at] for at in selected]
         self.names = [info.name for info in self.streams]
         self.stream_ids = numbers.tolist()
         self.frames = 0
