@@ -58,7 +58,8 @@ def read_mcap(path: Path, choice: Choice) -> RecordedSequences:
             own = next((record.metadata for record in reader.iter_metadata() if record.name == METADATA), {})
             file.seek(0)
             found = _Messages(path, choice)
-            for schema, channel, message in make_reader(file, validate_crcs=True).iter_messages():
+            reader = make_reader(file, validate_crcs=True)
+            for schema, channel, message in reader.iter_messages(log_time_order=False):  # sorting takes it longer
                 if fnmatchcase(channel.topic, choice.only):
                     found.add(schema, channel, message)
     except McapError as error:
@@ -136,14 +137,16 @@ class _Messages:
                 "choose topics with --only, and fields with --columns"
             )
         is_own = self._seqs[0] >= 0
+        times_ns = np.array(self._times_ns, np.int64)
+        order = np.argsort(times_ns, kind="stable")
         sequences = sequences_of(
             self._path,
-            self._names,
-            self._ids,
-            np.array(self._seqs, np.int64) if is_own else None,
-            np.array(self._times_ns, np.int64) if any(self._times_ns) else None,
-            np.stack(self._x),
-            np.stack(self._y),
+            [self._names[at] for at in order],
+            [self._ids[at] for at in order],
+            np.array(self._seqs, np.int64)[order] if is_own else None,
+            times_ns[order] if times_ns.any() else None,
+            np.stack(self._x)[order],
+            np.stack(self._y)[order],
             header,
         )
         return chosen_columns(sequences, self._choice, header) if is_own else sequences

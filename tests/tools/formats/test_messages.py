@@ -132,7 +132,7 @@ def test_a_topic_is_a_stream_and_log_time_its_time(tmp_path: Path) -> None:
 
     path = tmp_path / "bag.mcap"
     channels = {"/b": ("json", "", "", b""), "/a": ("json", "Pose", "jsonschema", b"{}")}
-    messages = [("/b", 5, message(5, 1, 2, 3)), ("/a", 7, message(7, 4, 5, 6)), ("/b", 6, message(6, 7, 8, 9))]
+    messages = [("/b", 6, message(6, 7, 8, 9)), ("/a", 7, message(7, 4, 5, 6)), ("/b", 5, message(5, 1, 2, 3))]
     write(path, channels, messages)
     read = read_sequences(path)
     assert (read.names, read.lengths.tolist()) == (("/b", "/a"), [2, 1])
