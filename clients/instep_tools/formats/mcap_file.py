@@ -76,7 +76,8 @@ class _Messages:
         self._decoders: dict[int, Decoder | None] = {}
         self._kinds: dict[str, str] = {}
         """By topic, of those that cannot be read."""
-        self._picked: dict[int, list[int]] = {}
+        self._picked: dict[tuple[int, int], list[int]] = {}
+        """By channel and count of numbers, where the chosen ones are."""
         self._widths: dict[int, dict[str, int]] = defaultdict(dict)
         """By count of numbers, the topics that have so many; values are those of outputs."""
         self._names: list[str] = []
@@ -118,11 +119,9 @@ class _Messages:
         names, numbers = flatten(value)
         if not self._choice.columns:
             return numbers
-        if channel not in self._picked:
-            self._picked[channel] = _picked(names, self._choice)
-        picked = self._picked[channel]
-        if picked and picked[-1] >= len(numbers):
-            raise BadFile(f"{self._path}: messages of one topic have different counts of numbers")
+        picked = self._picked.get((channel, len(names)))
+        if picked is None:
+            picked = self._picked[channel, len(names)] = _picked(names, self._choice)
         return [numbers[at] for at in picked]
 
     def sequences(self, header: TableHeader) -> RecordedSequences:

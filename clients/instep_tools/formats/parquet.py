@@ -33,7 +33,7 @@ def read_parquet(path: Path, choice: Choice) -> RecordedSequences:
     try:
         with parquet.ParquetFile(path) as file:
             metadata = file.schema_arrow.metadata or {}
-            texts = {key.decode(): value.decode() for key, value in metadata.items()}
+            texts = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in metadata.items()}
             own = {key.removeprefix(PREFIX): text for key, text in texts.items() if key.startswith(PREFIX)}
             header = TableHeader.from_metadata(own)
             names = file.schema_arrow.names

@@ -84,7 +84,7 @@ def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequence
         raise BadFile(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise BadFile(f"{path} is not UTF-8 text: {READABLE}") from None
-    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (EOFError, OverflowError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise BadFile(f"{path} cannot be read: {error}") from None
     if not sequences.lengths.any():
         raise BadFile(f"{path} holds no frames")

@@ -68,6 +68,13 @@ class TableHeader:
         Raises:
             ValueError: when it is damaged.
         """
+        try:
+            return cls._from_metadata(values)
+        except (TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"its metadata is damaged: {error}") from None
+
+    @classmethod
+    def _from_metadata(cls, values: Mapping[str, str]) -> TableHeader:
         about = {name: text for name, text in values.items() if name not in ("inputs", "outputs", "state", "states")}
         inputs, outputs = (tuple(map(str, json.loads(values.get(part, "[]")))) for part in ("inputs", "outputs"))
         spec = StateSpec.decode(json.loads(values["state"])) if "state" in values else None

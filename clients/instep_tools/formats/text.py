@@ -84,7 +84,7 @@ class LineReader:
             return None
         if self._at_start:
             self._at_start = False
-            if self._is_header(text, fields):
+            if self._is_header(text):
                 return None
             if self._choice.columns or self._choice.time:
                 raise CommandProblem("--columns and --time name columns, but the first line does not")
@@ -103,14 +103,11 @@ class LineReader:
         separator = next((each for each in (self._separator, ",") if each and each in text), None)
         if separator is None:
             return text.split()
-        fields = next(csv.reader([text], delimiter=separator)) if '"' in text else text.split(separator)
-        return [field.strip() for field in fields]
+        return _fields(text, separator)
 
-    def _is_header(self, text: str, fields: list[str]) -> bool:
-        separator = "," if "," in text else "\t" if "\t" in text else None
-        names = (
-            fields if separator is None else [name.strip() for name in next(csv.reader([text], delimiter=separator))]
-        )
+    def _is_header(self, text: str) -> bool:
+        separator = next((each for each in (",", "\t") if each in text), None)
+        names = text.split() if separator is None else _fields(text, separator)
         if any(_is_number(name) for name in names[self._choice.named :]):
             return False
         roles = find_roles(names, self._choice)
@@ -170,7 +167,7 @@ def time_ns(column: str, field: str) -> int:
     if unit == 1:
         return _integer(field)
     if _is_number(field):
-        return round(_number(field) * unit)
+        return _int64(round(_number(field) * unit), field)
     fraction = _FRACTION.search(field)
     try:
         moment = datetime.fromisoformat(_FRACTION.sub("", field))
@@ -178,7 +175,7 @@ def time_ns(column: str, field: str) -> int:
         raise BadLine(f"{field!r:.40} is not a time: seconds, or like 2026-01-31T12:00:00.5Z") from None
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     digits = "" if fraction is None else fraction[1][:9]
-    return int(moment.timestamp()) * 10**9 + int(digits.ljust(9, "0"))
+    return _int64(int(moment.timestamp()) * 10**9 + int(digits.ljust(9, "0")), field)
 
 
 def read_text(path: Path, choice: Choice) -> RecordedSequences:
@@ -258,6 +255,15 @@ def float_texts(values: F32) -> list[list[str]]:
     return [[str(value) for value in row] for row in values]
 
 
+def _fields(text: str, separator: str) -> list[str]:
+    """The columns of a line, which may be quoted."""
+    try:
+        fields = next(csv.reader([text], delimiter=separator)) if '"' in text else text.split(separator)
+    except csv.Error as error:
+        raise BadLine(f"it cannot be split into columns: {error}") from None
+    return [field.strip() for field in fields]
+
+
 def _is_number(field: str) -> bool:
     try:
         float(field)
@@ -278,9 +284,16 @@ def _number(field: str, finite: bool = True) -> float:
 
 def _integer(field: str) -> int:
     try:
-        return int(field)
+        number = int(field)
     except ValueError:
         raise BadLine(f"{field!r:.40} is not a whole number" if field else "a field is empty") from None
+    return _int64(number, field)
+
+
+def _int64(number: int, field: str) -> int:
+    if not -(2**63) <= number < 2**63:
+        raise BadLine(f"{field:.40} is too large")
+    return number
 
 
 def _frame(fields: list[str]) -> F32:

@@ -141,6 +141,9 @@ def test_a_topic_is_a_stream_and_log_time_its_time(tmp_path: Path) -> None:
     assert (read.times_ns.tolist(), read.outputs) == ([5, 6, 7], None)
     for columns, frames in ((("pose.q[1]", "t"), [[6, 7]]), (("pose",), [[4, 5, 6]]), (("pose.q",), [[5, 6]])):
         assert read_sequences(path, Choice(columns=columns, only="/a")).frames.tolist() == frames
+    longer = [*messages, ("/a", 9, message(9, 1, 2, 3, 4))]
+    write(path, channels, longer)
+    assert read_sequences(path, Choice(columns=("t",), only="/a")).frames.tolist() == [[7], [9]]
     with pytest.raises(CommandProblem, match=r"there is no column 'poze'; did you mean 'pose\.x'"):
         read_sequences(path, Choice(columns=("poze",)))
 

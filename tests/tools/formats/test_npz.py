@@ -92,6 +92,8 @@ TABLE = {"stream": np.array(["a"] * 3), "x": F32}
         ({**TABLE, "time_ns": np.array([0, 2, 1])}, "never go back"),
         ({**TABLE, "seq": np.array([0, 1, 3])}, "stream 'a' has frame 3 where frame 2 belongs"),
         ({**TABLE, "metadata": np.array(b"{")}, "cannot be read"),
+        ({**TABLE, "metadata": np.array(b'{"inputs": 1}')}, "its metadata is damaged"),
+        ({**TABLE, "metadata": np.array(b"[1]")}, "its metadata is damaged"),
         ({**TABLE, "metadata": np.array(b'{"states": "[[1, 0, null]]", "state": "[]"}')}, "cannot be read"),
     ],
 )

@@ -194,6 +194,9 @@ def test_whole_files(tmp_path: Path) -> None:
         ("seq,x\n0,0\n2,0\n", "stream 'a' has frame 2 where frame 1 belongs"),
         ("seq,x\n0,0\n0,0\n", "stream 'a' has frame 0 where frame 1 belongs"),
         ("seq,x\n0.5,0\n", "'0.5' is not a whole number"),
+        ("seq,x\n9223372036854775808,0\n", "9223372036854775808 is too large"),
+        ("time,x\n1e11,0\n", "1e11 is too large"),
+        ('x,y\n"' + "1" * 140_000 + ",2\n", "it cannot be split into columns"),
     ],
 )
 def test_bad_files_say_what_is_wrong(tmp_path: Path, text: str, why: str) -> None:
