@@ -50,7 +50,6 @@ def read_mcap(path: Path, choice: Choice) -> RecordedSequences:
         CommandProblem: when there is no such topic or column, or a library is missing.
     """
     with optional_libraries("MCAP"):
-        from mcap.exceptions import McapError
         from mcap.reader import make_reader
     try:
         with path.open("rb") as file:
@@ -62,8 +61,10 @@ def read_mcap(path: Path, choice: Choice) -> RecordedSequences:
             for schema, channel, message in reader.iter_messages(log_time_order=False):  # sorting takes it longer
                 if fnmatchcase(channel.topic, choice.only):
                     found.add(schema, channel, message)
-    except McapError as error:
-        raise BadFile(f"{path} cannot be read: {error}") from None
+    except (CommandProblem, OSError):
+        raise
+    except Exception as error:  # of a damaged file, the libraries for its parts raise errors of many kinds
+        raise BadFile(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     return found.sequences(TableHeader.from_metadata(own))
 
 

@@ -42,7 +42,7 @@ def read_parquet(path: Path, choice: Choice) -> RecordedSequences:
             wanted = [at for at in (*labels.values(), *roles.inputs, *roles.outputs) if at is not None]
             table = file.read([names[at] for at in wanted])
     except pa.ArrowException as error:
-        raise BadFile(f"{path} cannot be read: {error}") from None
+        raise BadFile(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     column = {label: None if at is None else table.column(names[at]) for label, at in labels.items()}
     rows = table.num_rows
     streams = [path.stem] * rows if column["stream"] is None else [str(name) for name in column["stream"].to_pylist()]

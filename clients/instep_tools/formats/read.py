@@ -22,17 +22,30 @@ from instep_tools.sequences import RecordedSequences
 
 Reader = Callable[[Path, Choice], RecordedSequences]
 
+READABLE: Final = "recordings, CSV and other text, NPZ, NPY, Parquet and MCAP can be read"
+
 
 def _read_recording(path: Path, choice: Choice) -> RecordedSequences:
     return chosen_columns(read_recording(path), choice)
+
+
+def _read_archive(path: Path, choice: Choice) -> RecordedSequences:
+    """Other programs write zip archives, too."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/data.pkl") for name in names):
+        raise BadFile(f"{path} is a PyTorch file: save its frames with numpy.savez; {READABLE}")
+    if not all(name.endswith(".npy") for name in names):
+        raise BadFile(f"{path} is a zip archive, but no NPZ: {READABLE}")
+    return read_numpy(path, choice)
 
 
 _READERS: Final[dict[bytes, Reader]] = {
     b"SQLite format 3\0": _read_recording,
     b"PAR1": read_parquet,
     b"\x89MCAP0\r\n": read_mcap,
-    b"PK\x03\x04": read_numpy,
-    b"PK\x05\x06": read_numpy,
+    b"PK\x03\x04": _read_archive,
+    b"PK\x05\x06": _read_archive,
     b"\x93NUMPY": read_numpy,
 }
 """By the first bytes of a file."""
@@ -49,7 +62,6 @@ _STRANGERS: Final = {
     b"\xff\xfe": "text in UTF-16",
 }
 _START_BYTES: Final = 4096
-READABLE: Final = "recordings, CSV and other text, NPZ, NPY, Parquet and MCAP can be read"
 
 
 def holds_lines(path: Path) -> bool:
@@ -80,12 +92,11 @@ def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequence
         raise CommandProblem(f"--time names a column of text or Parquet: {path} has none")
     try:
         sequences = reader(path, choice)
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise BadFile(f"{path} is not UTF-8 text: {READABLE}") from None
-    except (EOFError, OverflowError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadFile(f"{path} cannot be read: {error}") from None
+    except (EOFError, OSError, OverflowError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        why = str(getattr(error, "strerror", None) or error)
+        raise BadFile(f"{path} cannot be read: {' '.join(why.split())}") from None
     if not sequences.lengths.any():
         raise BadFile(f"{path} holds no frames")
     kept = [
@@ -108,8 +119,6 @@ def _reader(path: Path) -> Reader:
         raise BadFile(f"{path} cannot be read: {error.strerror}") from None
     for magic, reader in _READERS.items():
         if start.startswith(magic):
-            if magic.startswith(b"PK"):
-                _check_archive(path)
             return reader
     for magic, what in _STRANGERS.items():
         if start.startswith(magic):
@@ -121,19 +130,6 @@ def _reader(path: Path) -> Reader:
     if not start and path.suffix.lower() not in ("", ".csv", ".txt", ".tsv"):
         raise BadFile(f"{path} is empty")
     return read_text
-
-
-def _check_archive(path: Path) -> None:
-    """Other programs write zip archives, too."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise BadFile(f"{path} cannot be read: {error}") from None
-    if any(name.endswith("/data.pkl") for name in names):
-        raise BadFile(f"{path} is a PyTorch file: save its frames with numpy.savez; {READABLE}")
-    if not all(name.endswith(".npy") for name in names):
-        raise BadFile(f"{path} is a zip archive, but no NPZ: {READABLE}")
 
 
 def _check_values(path: Path, sequences: RecordedSequences) -> None:

@@ -130,14 +130,16 @@ class LineReader:
     def _by_roles(self, fields: list[str], roles: Roles) -> Line:
         numbers = [fields[at] for at in roles.inputs]
         self._check_count(numbers, fields)
-        outputs = [fields[at] for at in roles.outputs] if self._with_outputs else []
+        outputs = [_number(fields[at], finite=False) for at in roles.outputs] if self._with_outputs else []
+        with np.errstate(over="ignore"):  # an output may be anything
+            output = np.array(outputs).astype(np.float32)
         return Line(
             stream=None if roles.stream is None else fields[roles.stream],
             stream_id=0 if roles.stream_id is None else _integer(fields[roles.stream_id]),
             seq=None if roles.seq is None else _integer(fields[roles.seq]),
             time_ns=None if roles.time is None else time_ns(self._names[roles.time], fields[roles.time]),
             frame=_frame(numbers),
-            output=np.array([_number(field, finite=False) for field in outputs], np.float32),
+            output=output,
         )
 
     def _check_count(self, numbers: list[str], fields: list[str]) -> None:

@@ -22,7 +22,7 @@ from instep_tools.formats.columns import Choice, output_columns
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.table import TableHeader, TableRows
 from instep_tools.formats.write import WRITERS, Format
-from instep_tools.problems import BadFile
+from instep_tools.problems import BadFile, CommandProblem
 from tests.support.fake_server import INFO, FakeServer, reference
 from tests.support.recordings import make_header
 from tests.support.rows import close_stream, open_stream, stream_event
@@ -263,3 +263,22 @@ def test_a_file_without_rows(tmp_path: Path, format: Format) -> None:
         pass
     with pytest.raises(BadFile, match=r"holds no frames|has no topic with numbers"):
         read_sequences(path)
+
+
+def test_a_damaged_file_is_read_or_refused_with_a_sentence(
+    tmp_path: Path, rng: np.random.Generator, format: Format
+) -> None:
+    export(record(tmp_path / "r.instep", rng, with_states=True).path, "--output", tmp_path / f"e.{format}")
+    whole = (tmp_path / f"e.{format}").read_bytes()
+    said: list[str] = []
+    for _ in range(150):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[at] = rng.integers(256)
+        (tmp_path / "damaged").write_bytes(data[: rng.integers(1, len(data)) if rng.random() < 0.2 else None])
+        try:
+            read_sequences(tmp_path / "damaged")
+        except CommandProblem as problem:
+            said.append(str(problem))
+    assert len(said) > 30
+    assert [sentence for sentence in said if "\n" in sentence] == []
