@@ -29,10 +29,7 @@ CHUNK_STEPS: Final = 32
 
 LINES_ON_THE_WAY: Final = 1024
 
-ALL_ENDED: Final = (
-    "the server has ended every stream, so nothing more is sent; a server that restarts keeps them only with a "
-    "recording (instep serve --record)"
-)
+ALL_ENDED: Final = "the server has ended every stream, so nothing more is sent: run the command again to open new ones"
 
 
 @dataclass(frozen=True, slots=True)
