@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,61 +12,23 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
-from instep_client.protocol.wire import F32, Kind
+from instep_client.protocol.wire import F32
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
 from instep_tools.live import ALL_ENDED, Pace
 from instep_tools.outputs import OutputFormat, PrintedOutputs
 from instep_tools.pacing import Stop
-from instep_tools.problems import BadFile, CommandProblem, Exit
+from instep_tools.problems import CommandProblem, Exit
 from instep_tools.produce import Produce, produce
 from instep_tools.signals import Signal, make_signal
-from tests.support.fake_server import FakeServer, Message, evicted, reference
+from tests.support.fake_server import reference
 from tests.tools.helpers import JumpingClock, RememberingTerminal
+from tests.tools.producing import FAST, ProduceRun, lines_of
 
-FAST = Pace(None, None, None)
 
-
-class Run:
-    """One run of the command against a fake server."""
-
-    def __init__(self, *, as_json: bool = False, printing: bool = True) -> None:
-        self.terminal = RememberingTerminal(as_json, data_on_stdout=printing)
-        self.stop = Stop()
-        self.clock = JumpingClock()
-        self.server = FakeServer()
-
-    async def __call__(self, **what: Any) -> Exit:
-        with self.server as server:
-            wanted = Produce(server.endpoint, **{"pace": FAST, "name": "produce", **what})
-            ending = await produce(wanted, self.terminal, self.stop, self.clock)
-            assert server.rules.names == {}, "streams are left open"
-        return ending
-
-    def end_at_block(self, number: int, handle: int, code: Code) -> None:
-        """Let the server end a stream (handles count from 1) just before that block, from 1, and tell."""
-        rules = self.server.rules
-
-        def fault(header: list[Any], frames: list[bytes]) -> list[Message] | None:
-            if len(rules.blocks) != number or header[0] != Kind.STEP:
-                return None
-            rules.fault = None
-            rules.end([handle])
-            (_, answer), *_ = rules.handle(b"", frames)
-            return [evicted([handle], code), answer]
-
-        rules.fault = fault
-
-    def printed(self) -> dict[str, F32]:
-        """The outputs by stream; checks that seqs count from 0."""
-        rows: dict[str, list[list[str]]] = {}
-        head, *lines = self.terminal.data.splitlines()
-        assert head == "stream,seq,y0,y1"
-        for line in lines:
-            stream, seq, *values = line.split(",")
-            assert int(seq) == len(rows.setdefault(stream, []))
-            rows[stream].append(values)
-        return {stream: np.array(values, np.float32) for stream, values in rows.items()}
+@pytest.fixture
+def frames(rng: np.random.Generator) -> F32:
+    return rng.standard_normal((7, 3)).astype(np.float32)
 
 
 def told_of(terminal: RememberingTerminal) -> list[tuple[str, str, int]]:
@@ -80,88 +41,6 @@ def told_of(terminal: RememberingTerminal) -> list[tuple[str, str, int]]:
     ]
 
 
-def lines_of(frames: F32) -> str:
-    return "".join(" ".join(str(value) for value in frame) + "\n" for frame in frames)
-
-
-@pytest.fixture
-def frames(rng: np.random.Generator) -> F32:
-    return rng.standard_normal((7, 3)).astype(np.float32)
-
-
-async def test_lines_of_a_file(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in.csv").write_text("a,b,c\n" + lines_of(frames))
-    run = Run()
-    assert await run(file=tmp_path / "in.csv") == Exit.OK
-    np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames)[0])
-    assert "7 frames of 1 stream sent and answered" in run.terminal.complained
-
-
-async def test_lines_go_to_the_streams_in_turn(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in").write_text(lines_of(frames))
-    run = Run()
-    assert await run(file=tmp_path / "in", streams=3, name="mic") == Exit.OK
-    assert sorted(run.printed()) == ["mic-0", "mic-1", "mic-2"]
-    for stream in range(3):
-        np.testing.assert_array_equal(run.printed()[f"mic-{stream}"], reference(frames[stream::3])[0])
-
-
-async def test_a_bad_line_costs_its_stream_one_frame_and_the_others_none(tmp_path: Path, frames: F32) -> None:
-    lines = lines_of(frames).splitlines()
-    lines[3] = "1 2 oh"
-    (tmp_path / "in").write_bytes("\n".join(lines).encode() + b"\n\xff 2 3\n1 nan 3\n\n")
-    run = Run()
-    assert await run(file=tmp_path / "in", streams=3) == Exit.FOUND_PROBLEMS
-    np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames[[0, 6]])[0])
-    np.testing.assert_array_equal(run.printed()["produce-1"], reference(frames[[1, 4]])[0])
-    np.testing.assert_array_equal(run.printed()["produce-2"], reference(frames[[2, 5]])[0])
-    assert "error: line 4: 'oh' is not a number" in run.terminal.complained
-    assert "error: line 8: it is not UTF-8" in run.terminal.complained
-    assert "error: line 9: nan is not a finite number" in run.terminal.complained
-    assert run.terminal.complained.splitlines()[-1].endswith("3 bad lines")
-
-
-@pytest.mark.parametrize(
-    ("separator", "name", "hint"),
-    [
-        (";", "", ": separate numbers by commas or white space, not by semicolons"),
-        (" ", "mic ", ": if 'mic' names the stream, give --named"),
-    ],
-)
-async def test_a_file_of_bad_lines_is_told_of_shortly_and_with_what_to_do(
-    tmp_path: Path, separator: str, name: str, hint: str
-) -> None:
-    good = "1 2 3\n"
-    bad = f"{name}1{separator}2{separator}3\n"
-    (tmp_path / "in").write_text(20 * bad + good + bad)
-    run = Run()
-    assert await run(file=tmp_path / "in") == Exit.FOUND_PROBLEMS
-    *told, summary = run.terminal.complained.splitlines()
-    assert [line.split(":")[1] for line in told] == [
-        *(f" line {number}" for number in range(1, 6)),
-        " and so on",
-        " line 22",
-    ]
-    assert all(line.endswith(f"a frame has 3{hint}") for line in [*told[:5], told[-1]])
-    assert "1 frame of 1 stream sent and answered" in summary
-    assert "21 bad lines" in summary
-
-
-async def test_an_input_without_frames_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "empty.csv").write_text("# nothing\n\n")
-    with pytest.raises(BadFile, match=r"there are no frames in .*empty\.csv$"):
-        await Run()(file=tmp_path / "empty.csv")
-    with (tmp_path / "empty.csv").open() as nothing:
-        monkeypatch.setattr("sys.stdin", nothing)
-        with pytest.raises(BadFile, match=r"there are no frames on standard input$"):
-            await Run()()
-    (tmp_path / "bad.csv").write_text("x\n")
-    assert await Run()(file=tmp_path / "bad.csv") == Exit.FOUND_PROBLEMS
-    stopped = Run()
-    stopped.stop.request()
-    assert await stopped(file=tmp_path / "empty.csv") == Exit.OK
-
-
 async def test_arrays_keep_their_names_where_each_is_one_stream(tmp_path: Path, frames: F32) -> None:
     np.savez(tmp_path / "x.npz", left=frames, right=frames)
     for streams, name, names in (
@@ -170,7 +49,7 @@ async def test_arrays_keep_their_names_where_each_is_one_stream(tmp_path: Path, 
         (5, None, ["left", "left-2", "left-3", "right", "right-2"]),
         (None, "mic", ["mic-0", "mic-1"]),
     ):
-        run = Run()
+        run = ProduceRun()
         assert await run(file=tmp_path / "x.npz", streams=streams, name=name) == Exit.OK
         assert sorted(run.printed()) == names
     two_openings: dict[str, Any] = {"stream": np.array(["a"] * 7), "stream_id": [1] * 3 + [2] * 4, "x": frames}
@@ -180,83 +59,15 @@ async def test_arrays_keep_their_names_where_each_is_one_stream(tmp_path: Path, 
         + "".join(f"a,{1 + (row > 2)},{','.join(map(str, frame))}\n" for row, frame in enumerate(frames))
     )
     for file in ("twins.npz", "twins.csv"):
-        run = Run()
+        run = ProduceRun()
         assert await run(file=tmp_path / file, name=None) == Exit.OK
         assert {name: len(outputs) for name, outputs in run.printed().items()} == {"a": 3, "a-2": 4}
-
-
-async def test_the_first_column_names_the_stream(tmp_path: Path, frames: F32) -> None:
-    names = ["left", "right", "left", "left", "right", "left", "middle"]
-    text = "".join(f"{name} {line}\n" for name, line in zip(names, lines_of(frames).splitlines(), strict=True))
-    (tmp_path / "in").write_text(text)
-    run = Run()
-    assert await run(file=tmp_path / "in", choice=Choice(named=True)) == Exit.OK
-    for name in set(names):
-        mine = [index for index, other in enumerate(names) if other == name]
-        np.testing.assert_array_equal(run.printed()[name], reference(frames[mine])[0])
-    assert "of 3 streams" in run.terminal.complained
-
-
-async def test_a_stream_that_cannot_be_opened_is_left_out(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in").write_text("".join(f"{name} 1 2 3\n" for name in ("a", "b", "a", "b", "b")))
-    run = Run()
-    run.server.rules.names["b"] = 999
-    with run.server as server:
-        what = Produce(server.endpoint, FAST, file=tmp_path / "in", choice=Choice(named=True))
-        assert await produce(what, run.terminal, run.stop, run.clock) == Exit.FOUND_PROBLEMS
-    assert {name: len(values) for name, values in run.printed().items()} == {"a": 2}
-    assert run.terminal.complained.count("NAME_IN_USE") == 1
-    assert "its lines are left out" in run.terminal.complained
-
-
-async def test_standard_input(monkeypatch: pytest.MonkeyPatch, frames: F32) -> None:
-    reader, writer = os.pipe()
-    os.write(writer, lines_of(frames).encode())
-    os.close(writer)
-    with os.fdopen(reader) as stdin:
-        monkeypatch.setattr("sys.stdin", stdin)
-        run = Run()
-        assert await run() == Exit.OK
-    np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames)[0])
-
-
-async def test_lines_at_a_rate(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in").write_text(lines_of(frames))
-    run = Run()
-    assert await run(file=tmp_path / "in", streams=2, pace=Pace(10.0, None, None)) == Exit.OK
-    assert sorted(set(run.clock.slept)) == pytest.approx([1000.1, 1000.2, 1000.3])
-
-
-async def test_enough_frames_end_it_though_more_lines_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, writer = os.pipe()
-    os.write(writer, b"1 2 3\n" * 5)
-    with os.fdopen(reader) as stdin:
-        monkeypatch.setattr("sys.stdin", stdin)
-        run = Run()
-        assert await run(streams=2, pace=Pace(None, 2, None)) == Exit.OK
-        os.close(writer)
-    assert {name: len(outputs) for name, outputs in run.printed().items()} == {"produce-0": 2, "produce-1": 2}
-
-
-async def test_seconds_end_lines(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in").write_text(lines_of(frames))
-    run = Run()
-    assert await run(file=tmp_path / "in", pace=Pace(10.0, None, 0.35)) == Exit.OK
-    assert len(run.printed()["produce-0"]) == 4
-
-
-@pytest.mark.parametrize("streams", [1, 2])
-async def test_lines_beyond_the_number_of_frames_are_left_out(tmp_path: Path, frames: F32, streams: int) -> None:
-    (tmp_path / "in").write_text(lines_of(frames))
-    run = Run()
-    assert await run(file=tmp_path / "in", streams=streams, pace=Pace(None, 2, None)) == Exit.OK
-    np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames[::streams][:2])[0])
 
 
 async def test_arrays_are_a_stream_each(tmp_path: Path, rng: np.random.Generator) -> None:
     x = rng.standard_normal((10, 3)).astype(np.float32)
     np.savez(tmp_path / "x.npz", frames=x, lengths=[4, 6])
-    run = Run(printing=False)
+    run = ProduceRun(printing=False)
     assert await run(file=tmp_path / "x.npz", save=tmp_path / "y.npz") == Exit.OK
     saved = read_sequences(tmp_path / "y.npz")
     assert (saved.names, saved.lengths.tolist()) == (("produce-0", "produce-1"), [4, 6])
@@ -270,7 +81,7 @@ async def test_arrays_are_a_stream_each(tmp_path: Path, rng: np.random.Generator
 
 async def test_more_streams_than_sequences_begin_again_with_the_first(tmp_path: Path, frames: F32) -> None:
     np.save(tmp_path / "x.npy", frames)
-    run = Run()
+    run = ProduceRun()
     assert await run(file=tmp_path / "x.npy", streams=3) == Exit.OK
     assert len(run.printed()) == 3
     for outputs in run.printed().values():
@@ -279,7 +90,7 @@ async def test_more_streams_than_sequences_begin_again_with_the_first(tmp_path: 
 
 @pytest.mark.parametrize("signal", list(Signal))
 async def test_signals_at_a_rate(signal: Signal) -> None:
-    run = Run()
+    run = ProduceRun()
     assert await run(signal=signal, streams=2, pace=Pace(5.0, 12, None)) == Exit.OK
     expected = make_signal(signal, 2, 3)(0, 12)
     for stream in range(2):
@@ -289,19 +100,19 @@ async def test_signals_at_a_rate(signal: Signal) -> None:
 
 
 async def test_without_a_rate_blocks_are_long(frames: F32) -> None:
-    run = Run()
+    run = ProduceRun()
     assert await run(signal=Signal.SINE, streams=2, pace=Pace(None, 100, None)) == Exit.OK
     assert run.server.rules.blocks == [(32, 2)] * 3 + [(4, 2)]
 
 
 async def test_seconds_end_a_signal() -> None:
-    run = Run()
+    run = ProduceRun()
     assert await run(signal=Signal.NOISE, pace=Pace(10.0, None, 2.0)) == Exit.OK
     assert len(run.printed()["produce-0"]) == 20
 
 
 async def test_a_stop_drains_and_closes(tmp_path: Path) -> None:
-    run = Run(printing=False)
+    run = ProduceRun(printing=False)
     run.clock.on_sleep = lambda moment: run.stop.request() if moment > 1001 else None
     assert await run(signal=Signal.SINE, pace=Pace(10.0, None, None), save=tmp_path / "y.csv") == Exit.OK
     assert len((tmp_path / "y.csv").read_text().splitlines()) == 1 + 11
@@ -309,7 +120,7 @@ async def test_a_stop_drains_and_closes(tmp_path: Path) -> None:
 
 
 async def test_when_nobody_reads_the_output_it_stops() -> None:
-    run = Run()
+    run = ProduceRun()
     run.terminal.readers = False
     assert await run(signal=Signal.SINE) == Exit.OK
     assert run.stop.requested
@@ -332,7 +143,7 @@ async def test_outputs_as_json_lines() -> None:
     outputs = [reference(expected[:, stream])[0].tolist() for stream in range(2)]
     what: dict[str, Any] = {"signal": Signal.STEPS, "streams": 2, "pace": Pace(10.0, 3, None)}
     for as_json in (True, False):
-        run = Run(as_json=as_json)
+        run = ProduceRun(as_json=as_json)
         assert await run(**what, format=None if as_json else OutputFormat.JSONL) == Exit.OK
         lines = [json.loads(line) for line in run.terminal.data.splitlines()]
         assert lines[6:] == ([RESULT] if as_json else [])
@@ -343,7 +154,7 @@ async def test_outputs_as_json_lines() -> None:
 
 
 async def test_with_a_file_for_outputs_json_is_one_object(tmp_path: Path) -> None:
-    run = Run(as_json=True)
+    run = ProduceRun(as_json=True)
     what: dict[str, Any] = {"signal": Signal.STEPS, "streams": 2, "pace": Pace(10.0, 3, None)}
     assert await run(**what, save=tmp_path / "y.csv") == Exit.OK
     assert run.terminal.json() == {**RESULT, "saved": str(tmp_path / "y.csv")}
@@ -371,7 +182,7 @@ async def test_a_server_that_ends_every_stream_is_sent_nothing_more(tmp_path: Pa
     np.save(tmp_path / "x.npy", np.ones((1000, 3)))
     inputs: list[dict[str, Any]] = [{"file": tmp_path / "in"}, {"file": tmp_path / "x.npy"}, {"signal": Signal.SINE}]
     for what in inputs:
-        run = Run()
+        run = ProduceRun()
         run.end_at_block(3, handle=1, code=Code.UNKNOWN_STREAM)
         assert await run(pace=Pace(10.0, None, None), **what) == Exit.FOUND_PROBLEMS
         assert len(run.printed().popitem()[1]) == 2
@@ -388,14 +199,14 @@ async def test_lines_and_files_are_sent_at_their_times(tmp_path: Path, frames: F
     np.savez(tmp_path / "in.npz", stream=np.array(["in"] * 7), x=frames, time_ns=ns)
     for file, choice in (("in.csv", Choice(time="at")), ("in.npz", Choice())):
         for speed, rate, last_s in ((None, None, 0.9), (2.0, None, 0.45), (math.inf, None, 0.0), (None, 10.0, 0.6)):
-            run = Run()
+            run = ProduceRun()
             assert await run(file=tmp_path / file, choice=choice, pace=Pace(rate, None, None, speed)) == Exit.OK
             assert run.clock.now() - 1000 == pytest.approx(last_s)
             np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames)[0])
 
 
 async def test_streams_that_the_server_ends_are_told_of_once() -> None:
-    run = Run()
+    run = ProduceRun()
     run.end_at_block(3, handle=2, code=Code.STATE_LOST)
     assert await run(signal=Signal.SINE, streams=3, pace=Pace(10.0, 30, None)) == Exit.FOUND_PROBLEMS
     expected = make_signal(Signal.SINE, 3, 3)(0, 30)
@@ -408,20 +219,6 @@ async def test_streams_that_the_server_ends_are_told_of_once() -> None:
     assert len(codes) == len(set(codes))
     assert set(codes) <= {"STATE_LOST", "UNKNOWN_STREAM"}
     assert "28 frames refused" in run.terminal.complained
-
-
-async def test_a_line_stream_that_the_server_ends(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in").write_text(lines_of(frames))
-    run = Run()
-    run.end_at_block(3, handle=1, code=Code.IDLE)
-    assert await run(file=tmp_path / "in", pace=Pace(10.0, None, None)) == Exit.FOUND_PROBLEMS
-    np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames[:2])[0])
-    told = [line for line in run.terminal.complained.splitlines() if line.startswith("error: ")]
-    codes = [line.split(": ")[1] for line in told if line != f"error: {ALL_ENDED}"]  # it may have sent all by then
-    assert codes
-    assert len(codes) == len(set(codes))
-    assert set(codes) <= {"IDLE", "UNKNOWN_STREAM"}
-    assert re.search(r"2 frames of 1 stream sent and answered .*, \d frames? refused$", run.terminal.complained)
 
 
 @pytest.mark.parametrize(
@@ -450,4 +247,4 @@ async def test_what_cannot_be_is_told_before_connecting(what: dict[str, Any], pr
 async def test_a_file_that_does_not_fit_the_model(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((2, 5)))
     with pytest.raises(CommandProblem, match=r"x.npy has 5 numbers a frame, the model 'halving' takes 3"):
-        await Run()(file=tmp_path / "x.npy")
+        await ProduceRun()(file=tmp_path / "x.npy")

@@ -1,0 +1,64 @@
+"""Runs of `instep-client produce` against a fake server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import F32, Kind
+from instep_tools.live import Pace
+from instep_tools.pacing import Stop
+from instep_tools.problems import Exit
+from instep_tools.produce import Produce, produce
+from tests.support.fake_server import FakeServer, Message, evicted
+from tests.tools.helpers import JumpingClock, RememberingTerminal
+
+FAST = Pace(None, None, None)
+
+
+class ProduceRun:
+    """One run of the command against a fake server."""
+
+    def __init__(self, *, as_json: bool = False, printing: bool = True) -> None:
+        self.terminal = RememberingTerminal(as_json, data_on_stdout=printing)
+        self.stop = Stop()
+        self.clock = JumpingClock()
+        self.server = FakeServer()
+
+    async def __call__(self, **what: Any) -> Exit:
+        with self.server as server:
+            wanted = Produce(server.endpoint, **{"pace": FAST, "name": "produce", **what})
+            ending = await produce(wanted, self.terminal, self.stop, self.clock)
+            assert server.rules.names == {}, "streams are left open"
+        return ending
+
+    def end_at_block(self, number: int, handle: int, code: Code) -> None:
+        """Let the server end a stream (handles count from 1) just before that block, from 1, and tell."""
+        rules = self.server.rules
+
+        def fault(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+            if len(rules.blocks) != number or header[0] != Kind.STEP:
+                return None
+            rules.fault = None
+            rules.end([handle])
+            (_, answer), *_ = rules.handle(b"", frames)
+            return [evicted([handle], code), answer]
+
+        rules.fault = fault
+
+    def printed(self) -> dict[str, F32]:
+        """The outputs by stream; checks that seqs count from 0."""
+        rows: dict[str, list[list[str]]] = {}
+        head, *lines = self.terminal.data.splitlines()
+        assert head == "stream,seq,y0,y1"
+        for line in lines:
+            stream, seq, *values = line.split(",")
+            assert int(seq) == len(rows.setdefault(stream, []))
+            rows[stream].append(values)
+        return {stream: np.array(values, np.float32) for stream, values in rows.items()}
+
+
+def lines_of(frames: F32) -> str:
+    return "".join(" ".join(str(value) for value in frame) + "\n" for frame in frames)
