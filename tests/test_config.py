@@ -305,6 +305,20 @@ class TestProblems:
         (found,) = problems(None, {"limits.max_idle_s": "soon"})
         assert str(found) == "limits.max_idle_s (flag): it should be a valid number, not 'soon'; the default is 3600.0"
 
+    @pytest.mark.parametrize(
+        ("path", "value", "meant"),
+        [
+            ("engine.exactness", "prefered", "prefer"),
+            ("log.level", "Warn", "warning"),
+            ("engine.steps_in", "cores", ""),
+        ],
+    )
+    def test_a_word_that_is_close_to_one_of_a_few_is_answered_with_that(
+        self, path: str, value: str, meant: str
+    ) -> None:
+        (found,) = problems(None, {path: value})
+        assert found.suggestion == (f"did you mean {meant}?" if meant else 'the default is "auto"')
+
     def test_long_values_are_cut(self) -> None:
         (found,) = problems(None, {"log.level": "x" * 1000})
         assert len(str(found)) < 250

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from instep.config.sections import LogConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +27,14 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; `problems` holds everything that is wrong with it, at least one."""
+    """The configuration cannot be used.
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    Attributes:
+        problems: everything that is wrong with it, at least one.
+        log: its section of that name, as far as that can be read; None where there is none.
+    """
+
+    def __init__(self, problems: Sequence[Problem], log: LogConfig | None = None) -> None:
         super().__init__("\n".join(map(str, problems)))
         self.problems = tuple(problems)
+        self.log = log

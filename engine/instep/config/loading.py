@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from instep.config.errors import ConfigError, Problem
 from instep.config.rules import contradictions
@@ -91,7 +93,7 @@ def explain_config(
         if laid.broken.isdisjoint(each.paths)
     )
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, draft.log)
     return Config.model_validate(sections), sources
 
 
@@ -230,7 +232,16 @@ def _problems_of(given: _Given, error: ValidationError) -> Iterator[Problem]:
             message = found["msg"].removeprefix("Value error, ")
             if message.startswith("Input "):  # pydantic's own; ours name the value themselves
                 message = f"it {message.removeprefix('Input ')}, not {_short(found['input'])}"
-            yield Problem(path, given.source, message, _default(given.path))
+            yield Problem(path, given.source, message, _suggestion(given, found))
+
+
+def _suggestion(given: _Given, found: ErrorDetails) -> str:
+    """The word that was meant, where there are only a few and one is close; else the default."""
+    if found["type"] == "literal_error" and isinstance(given.value, str):
+        words = re.findall(r"'([^']+)'", found["ctx"]["expected"])
+        if close := get_close_matches(given.value.lower(), words, n=1):
+            return f"did you mean {close[0]}?"
+    return _default(given.path)
 
 
 def _fields_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
