@@ -12,7 +12,7 @@ EXTRAS = ("matplotlib", "numba", "pydantic", "rich", "safetensors", "structlog",
 
 def main() -> None:
     """Run the command line and end the process with its exit status."""
-    interrupts.end_at_once()
+    interrupts.end_at_once(hangups_wait=sys.argv[1:2] == ["serve"])
     try:
         from instep import cli
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,10 +11,13 @@ import typer
 
 from instep import interrupts
 from instep.recording.app import app as recordings_app
+from instep.serve_flags import Given, takes_settings
 from instep_tools.command_line import CommandLine, PlainCommands
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from instep.config import Config, LogConfig
 
 
 class _EngineCommands(PlainCommands):
@@ -39,88 +41,53 @@ model_app = CommandLine(help="Make a model folder, or look into one.")
 app.add_typer(model_app, name="model")
 app.add_typer(recordings_app, name="recordings")
 
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="YAML; configs/default.yaml is the manual.")
-]
-Settings = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any key: --set limits.max_idle_s=60; repeatable.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-def _option(name: str, metavar: str, help: str) -> Any:
-    """An option without a default of its own: what is not given comes from elsewhere."""
-    return typer.Option(name, metavar=metavar, help=help, show_default=False)
-
-
 @app.command()
+@takes_settings
 def serve(
-    model: Annotated[
-        Path | None,
-        typer.Argument(metavar="MODEL", help="Folder of the model.", show_default=False),
-    ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Serve the model of `instep demo` instead.")] = False,
-    config: ConfigFile = None,
-    endpoint: Annotated[str | None, _option("--endpoint", "ENDPOINT", "tcp://HOST:PORT or ipc://PATH.")] = None,
-    allow_plaintext: Annotated[
-        bool, typer.Option("--allow-plaintext", help="Listen for other machines without encryption.")
-    ] = False,
-    device: Annotated[str | None, _option("--device", "DEVICE", "auto, cpu, cuda or cuda:N.")] = None,
-    exactness: Annotated[str | None, _option("--exactness", "MODE", "require, prefer or off.")] = None,
-    max_streams: Annotated[str | None, _option("--max-streams", "N", "Streams open at once.")] = None,
-    max_batch_size: Annotated[str | None, _option("--max-batch-size", "N", "Streams in one step.")] = None,
-    max_queue_delay_us: Annotated[
-        str | None, _option("--max-queue-delay-us", "N", "Microseconds to wait for a fuller batch.")
-    ] = None,
-    max_idle_s: Annotated[str | None, _option("--max-idle-s", "N", "Seconds until a silent stream is closed.")] = None,
-    record: Annotated[str | None, _option("--record", "FILE", "Write a recording, or go on with it.")] = None,
-    durability: Annotated[
-        str | None, _option("--durability", "LEVEL", "What answers wait for: memory, commit or fsync.")
-    ] = None,
+    given: Given,
+    *,
     accept_numerics_change: Annotated[
-        bool, typer.Option("--accept-numerics-change", help="Go on with a recording though floats may differ now.")
+        bool, typer.Option("--accept-numerics-change", help="Continue a recording even if floats may differ now.")
     ] = False,
-    log_level: Annotated[str | None, _option("--log-level", "LEVEL", "debug, info, warning or error.")] = None,
-    log_format: Annotated[str | None, _option("--log-format", "FORMAT", "console or json.")] = None,
-    settings: Settings = [],  # noqa: B006 (typer copies it)
+    check: Annotated[
+        bool, typer.Option("--check", help="Say what would be served, or why it cannot be; write nothing, and exit.")
+    ] = False,
 ) -> None:
-    """Serve a model to many streams at once."""
-    from instep.config import load_config, unknown_variables
-    from instep.demo import MODEL_FOLDER
+    """Serve a model to many streams at once.
 
-    if demo and model is not None:
-        raise typer.BadParameter(f"name a model or ask for the demo's, not both: {model}", param_hint="--demo")
-    folder = MODEL_FOLDER if demo else model
-    named = {
-        "model.folder": None if folder is None else str(folder),
-        "transport.endpoint": endpoint,
-        "transport.allow_plaintext": "true" if allow_plaintext else None,
-        "engine.device": device,
-        "engine.exactness": exactness,
-        "engine.max_streams": max_streams,
-        "engine.max_batch_size": max_batch_size,
-        "engine.max_queue_delay_us": max_queue_delay_us,
-        "limits.max_idle_s": max_idle_s,
-        "recording.file": record,
-        "recording.durability": durability,
-        "log.level": log_level,
-        "log.format": log_format,
-    }
-    overrides = _overrides(settings, {path: text for path, text in named.items() if text is not None})
-    loaded = load_config(config, overrides, os.environ)
-
+    Exit status 0: it ended in order. 1: it failed while serving. 2: it could not start. 130: its end was forced.
+    """
+    from instep.config import ConfigError, load_config, unknown_variables
     from instep.server.log import make_log
-    from instep.server.preparation import CannotServe
-    from instep.server.serve import run
+
+    def read() -> Config:
+        return load_config(given.file, given.overrides, os.environ)
 
     try:
-        status = run(loaded, accept_numerics_change=accept_numerics_change, warnings=unknown_variables(os.environ))
-    except CannotServe as error:
-        if loaded.log.format == "json":
-            make_log(loaded.log).error("cannot serve", reason=str(error))
-            raise typer.Exit(2) from error
-        raise _failure(error) from error
-    raise typer.Exit(status)
+        loaded = read()
+    except ConfigError as error:
+        raise _cannot_serve(error, error.log) from error
+    named = loaded.model.folder or loaded.model.weights
+    make_log(loaded.log).info("loading", model=None if named is None else str(named))  # PyTorch first, for seconds
+
+    from instep.server.preparation import CannotServe
+
+    expected: tuple[type[Exception], ...] = (CannotServe, *_users_errors())
+    try:
+        if check:
+            from instep.server.check import check as check_it
+
+            check_it(loaded, accept_numerics_change=accept_numerics_change)
+            raise typer.Exit(0)
+        from instep.server.serve import run
+
+        warnings = unknown_variables(os.environ)
+        raise typer.Exit(run(loaded, reread=read, accept_numerics_change=accept_numerics_change, warnings=warnings))
+    except expected as error:
+        raise _cannot_serve(error, loaded.log) from error
 
 
 @app.command()
@@ -209,11 +176,12 @@ def demo(
 
 
 @app.command("config")
-def show_config(config: ConfigFile = None, settings: Settings = [], json: Json = False) -> None:  # noqa: B006
-    """Show the configuration in effect, and where each value came from."""
+@takes_settings
+def show_config(given: Given, *, json: Json = False) -> None:
+    """Show the configuration that `instep serve` would have with these options, and where each value came from."""
     from instep.config import explain_config
 
-    loaded, sources = explain_config(config, _overrides(settings, {}), os.environ)
+    loaded, sources = explain_config(given.file, given.overrides, os.environ)
     values = {
         f"{section}.{key}": value
         for section, keys in loaded.model_dump(mode="json").items()
@@ -289,18 +257,24 @@ def info(
         typer.echo(f"  {name} {shape}")
 
 
+@app.command("version")
+def show_version() -> None:
+    """Print the version."""
+    from importlib.metadata import version
+
+    typer.echo(f"instep {version('instep')}")
+
+
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"instep {version('instep')}")
+        show_version()
         raise typer.Exit
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -329,6 +303,16 @@ def _failure(error: Exception) -> typer.Exit:
     return typer.Exit(2)
 
 
+def _cannot_serve(error: Exception, log: LogConfig | None) -> typer.Exit:
+    """As `_failure`, and as one JSON object where that is how the log is written."""
+    if log is None or log.format != "json":
+        return _failure(error)
+    from instep.server.log import make_log
+
+    make_log(log).error("cannot serve", reasons=str(error).splitlines())
+    return typer.Exit(2)
+
+
 def _users_errors() -> tuple[type[Exception], ...]:
     """Errors that are one sentence for the user; imported only once something was raised."""
     from instep.config import ConfigError
@@ -336,16 +320,3 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from instep.recording.errors import RecordingError
 
     return ConfigError, ModelError, RecordingError
-
-
-def _overrides(settings: Sequence[str], named: dict[str, str]) -> dict[str, str]:
-    """The values of `--set` and of the named flags, by `section.key`."""
-    overrides = dict(named)
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"{setting!r} should look like limits.max_idle_s=60", param_hint="--set")
-        if path in overrides:
-            raise typer.BadParameter(f"{path} is set twice", param_hint="--set")
-        overrides[path] = text
-    return overrides

@@ -14,13 +14,33 @@ from types import FrameType
 INTERRUPTED = 130
 """The exit status, as shells have it."""
 
+_had_terminal = False
+_was_hung_up = False
 
-def end_at_once() -> None:
-    """From here on Ctrl-C ends the process without a word; SIGTERM and SIGHUP, which nobody typed, with a sentence."""
+
+def end_at_once(*, hangups_wait: bool = False) -> None:
+    """From here on Ctrl-C ends the process without a word; SIGTERM and SIGHUP, which nobody typed, with a sentence.
+
+    Args:
+        hangups_wait: SIGHUP is only remembered, for a command that asks `was_hung_up` once it can handle it.
+    """
+    global _had_terminal
+    _had_terminal = _has_terminal()
     signal.signal(signal.SIGINT, _end)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    on_hangup = _remember if hangups_wait else _end_with_a_sentence
+    for number, handler in ((signal.SIGTERM, _end_with_a_sentence), (signal.SIGHUP, on_hangup)):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP
-            signal.signal(number, _end_with_a_sentence)
+            signal.signal(number, handler)
+
+
+def was_hung_up() -> bool:
+    """Whether a SIGHUP has come that waits."""
+    return _was_hung_up
+
+
+def has_lost_its_terminal() -> bool:
+    """Whether the process was started from a terminal that exists no more: the window or the ssh session has closed."""
+    return _had_terminal and not _has_terminal()
 
 
 def raise_again() -> None:
@@ -34,6 +54,20 @@ def change_nothing() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _has_terminal() -> bool:
+    """Whether there is a controlling terminal; the system takes it from a process when the terminal closes."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    global _was_hung_up
+    _was_hung_up = True
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     if sys.stderr is not None and sys.stderr.isatty():
         os.write(2, b"\n")  # behind the terminal's ^C
@@ -41,5 +75,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _end_with_a_sentence(number: int, frame: FrameType | None) -> None:
-    os.write(2, f"instep was ended by {signal.Signals(number).name}\n".encode())
-    os._exit(128 + number)
+    try:
+        os.write(2, f"instep was ended by {signal.Signals(number).name}\n".encode())
+    finally:  # whether or not there is anybody left to read it
+        os._exit(128 + number)

@@ -151,8 +151,8 @@ async def _kill(
         victim.kill()
         killed = time.monotonic()
         outcome.kills += 1
-        ready = await victim.start()
-        outcome.recovery_s.append(float(ready["recovery_s"]))
+        recovered = await victim.start()
+        outcome.recovery_s.append(float(recovered["seconds"]))
         await _progress(load, repeater, steps=1)
         outcome.away_s.append(time.monotonic() - killed)
         on_event()

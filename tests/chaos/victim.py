@@ -43,15 +43,17 @@ class Victim:
         self._process: ForkServerProcess | None = None
 
     async def start(self) -> dict[str, Any]:
-        """Start it; what it says of itself when it is ready."""
+        """Start it; what it says of its recovery, once it is ready."""
         self._log.unlink(missing_ok=True)  # what is there is of its former life
         self._process = process = await asyncio.to_thread(warm_instep, self._arguments, self._log)
         deadline = time.monotonic() + _PATIENCE_S
         while process.exitcode is None and time.monotonic() < deadline:
-            for line in self._said().splitlines(keepends=True):
-                if line.startswith("{") and line.endswith("\n") and (said := json.loads(line))["event"] == "serving":
-                    ready: dict[str, Any] = said
-                    return ready
+            lines = [line for line in self._said().splitlines(keepends=True) if line.endswith("\n")]
+            said: dict[str, dict[str, Any]] = {
+                each["event"]: each for each in map(json.loads, (line for line in lines if line.startswith("{")))
+            }
+            if "serving" in said:
+                return said.get("recovered", {})
             await asyncio.sleep(0.005)
         raise RuntimeError(f"the server did not start: {self._said()}")
 

@@ -64,9 +64,13 @@ def test_its_commands_and_its_code_run_as_written(tmp_path: Path) -> None:
     )
     try:
         assert server.stderr is not None
-        first_line = server.stderr.readline()
-        assert "exactness" in first_line
-        (endpoint,) = re.findall(r"tcp://[\d.]+:\d+", first_line)
+        said = ""
+        while "serving" not in said:
+            line = server.stderr.readline()
+            assert line, said
+            said += line
+        assert "exactness=" in said
+        (endpoint,) = re.findall(r"tcp://[\d.]+:\d+", said)
         assert "tcp://127.0.0.1:5757" in code
         (tmp_path / "producer.py").write_text(code.replace("tcp://127.0.0.1:5757", endpoint))
         produced = run(["python", "producer.py"], tmp_path)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,8 +220,9 @@ async def process(model: Path, recording: Path) -> AsyncIterator[tuple[asyncio.s
     )
     assert served.stderr is not None
     try:
-        line = json.loads(await served.stderr.readline())
-        assert line["event"] == "serving", line
+        line: dict[str, Any] = {}
+        while line.get("event") != "serving":
+            line = json.loads(await served.stderr.readline())
         yield served, line["endpoint"]
     finally:
         if served.returncode is None:

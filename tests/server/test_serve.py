@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from instep.config import Config
+from instep.config import Config, LogConfig
 from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
 from instep.models.certify import Certification
@@ -30,12 +27,15 @@ from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
 from instep.server.limits import LimitsError, effective_limits
+from instep.server.log import make_log
 from instep.server.preparation import CannotServe, prepare
-from instep.server.serve import exactness_sentence
 from instep_client import Client
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, plain, whole
-from tests.support.running import prepared
+from tests.support.running import log_into, prepared
+from tests.support.served import serving
+
+QUIET = log_into([])
 
 
 @pytest.fixture
@@ -53,56 +53,57 @@ def configured(model: Path, **sections: dict[str, Any]) -> Config:
 def test_a_model_that_cannot_be_loaded_is_refused_with_the_tensors_name(model: Path) -> None:
     (model / "weights.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(CannotServe, match="safetensors"):
-        prepare(configured(model))
+        prepare(configured(model), QUIET)
 
 
 def test_a_model_may_be_described_in_the_configuration(model: Path) -> None:
     parts = {"network": SMALL.description.as_json(), "weights": model / "weights.safetensors"}
     config = Config.model_validate({"model": parts})
-    ready = prepare(config)
+    ready = prepare(config, QUIET)
     assert ready.model.fingerprint == SMALL.fingerprint
     assert ready.model_path == (model / "weights.safetensors").resolve()
 
 
 def test_without_a_model_nothing_is_served_and_the_sentence_says_how_to_get_one() -> None:
     with pytest.raises(CannotServe, match="no model to serve") as error:
-        prepare(Config())
+        prepare(Config(), QUIET)
     for command in ("instep serve FOLDER", "instep model make FOLDER", "instep serve --demo"):
         assert command in str(error.value)
 
 
 def test_the_demos_model_can_be_served() -> None:
-    ready = prepare(configured(MODEL_FOLDER, engine={"exactness": "off"}))
+    ready = prepare(configured(MODEL_FOLDER, engine={"exactness": "off"}), QUIET)
     assert (ready.model.description.features, ready.model.description.outputs) == (12, 9)
 
 
 def test_a_cuda_device_that_is_not_there_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CannotServe, match="no CUDA device"):
-        prepare(configured(model, engine={"device": "cuda"}))
+        prepare(configured(model, engine={"device": "cuda"}), QUIET)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(CannotServe, match="only 1 CUDA"):
-        prepare(configured(model, engine={"device": "cuda:3"}))
+        prepare(configured(model, engine={"device": "cuda:3"}), QUIET)
 
 
 def test_exactness_may_be_required_preferred_or_off(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inexact = Certification("tolerance", (4, 8), max_ulp=3, whole_sequence=False)
     monkeypatch.setattr("instep.server.preparation.certify", lambda *_: inexact)
     with pytest.raises(CannotServe, match="3 ULP"):
-        prepare(configured(model, engine={"exactness": "require"}))
-    preferred = prepare(configured(model, engine={"exactness": "prefer"})).certification
-    assert exactness_sentence(preferred) == "not exact, up to 3 ULP seen in a step, in buckets 4, 8"
-    off = prepare(configured(model, engine={"exactness": "off", "max_batch_size": 8}))
-    assert off.certification.exactness == "off"
-    assert off.certified_s == 0
-    assert exactness_sentence(off.certification).startswith("not certified in buckets 4, 8")
+        prepare(configured(model, engine={"exactness": "require"}), QUIET)
+    told: list[dict[str, Any]] = []
+    assert prepare(configured(model, engine={"exactness": "prefer"}), log_into(told)).certification is inexact
+    assert [line["event"] for line in told] == ["certifying", "certified", "not exact", "smaller batches"]
+    assert told[2]["max_ulp"] == 3
+    told.clear()
+    off = prepare(configured(model, engine={"exactness": "off", "max_batch_size": 8}), log_into(told))
+    assert (off.certification.exactness, off.certification.buckets, told) == ("off", (4, 8), [])
 
 
 @pytest.mark.parametrize(("hidden", "kernel"), [(16, "fused"), (8, "torch")])
 def test_without_certification_the_quicker_step_is_used(tmp_path: Path, hidden: int, kernel: str) -> None:
     write_model(tmp_path / "m", plain(5, hidden))
-    assert prepare(configured(tmp_path / "m", engine={"exactness": "off"})).network.kernel == kernel
+    assert prepare(configured(tmp_path / "m", engine={"exactness": "off"}), QUIET).network.kernel == kernel
 
 
 def test_limits_are_fitted_to_the_model() -> None:
@@ -115,76 +116,98 @@ def test_limits_are_fitted_to_the_model() -> None:
         effective_limits(config, 512, features=20_000, outputs=1)
 
 
-@contextmanager
-def serving(model: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", "tcp://127.0.0.1:*"]
-    process = subprocess.Popen(
-        [*command, "--set", "log.format=json", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def first_line(process: subprocess.Popen[str]) -> dict[str, Any]:
-    assert process.stderr is not None
-    line: dict[str, Any] = json.loads(process.stderr.readline())
-    return line
-
-
-def test_the_first_line_says_what_is_served_and_an_interrupt_ends_it_cleanly(model: Path, tmp_path: Path) -> None:
+def test_the_log_says_what_it_waits_for_and_what_is_served_and_an_interrupt_ends_it_cleanly(
+    model: Path, tmp_path: Path
+) -> None:
     recording = tmp_path / "r.instep"
-    with serving(model, "--record", str(recording)) as process:
-        line = first_line(process)
-        assert line["event"] == "serving"
-        assert line["model"] == SMALL.name
-        assert line["device"] == "cpu"
-        assert line["capacity"] == "4096 streams"
-        assert line["exactness"] == exactness_sentence(prepared(SMALL, 512).certification)
-        assert line["step"] == "torch", "its width does not fill vectors"
-        assert line["certified_s"] > 0
-        assert line["compiled_s"] > 0
-        assert line["recording"] == str(recording)
-        with Client(line["endpoint"]) as client:
+    certification = prepared(SMALL, 512).certification
+    with serving(model, "--record", str(recording)) as served:
+        endpoint = served.until("serving")["endpoint"]
+        lines = {line["event"]: line for line in served.lines}
+        assert [event for event in lines if event != "compiling"] == [
+            *("loading", "certifying", "certified", "recording", "ready", "serving")
+        ]
+        assert all(list(line)[:3] == ["timestamp", "level", "event"] for line in lines.values())
+        assert lines["loading"]["model"] == str(model)
+        assert lines["certified"]["exactness"] == lines["ready"]["exactness"] == certification.exactness
+        assert lines["certified"]["batch_sizes"] == list(certification.buckets)
+        assert lines["certified"]["step"] == "torch", "its width does not fill vectors"
+        assert lines["certified"]["seconds"] > 0
+        assert lines["recording"] == {**lines["recording"], "file": str(recording), "durability": "commit"}
+        ready = {"model": SMALL.name, "device": "cpu", "max_streams": 4096}
+        assert lines["ready"] == {**lines["ready"], **ready}
+        with Client(endpoint) as client:
             x = np.ones((3, 5), np.float32)
             np.testing.assert_array_equal(client.open("s").step(x), whole(SMALL, x)[0])
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-        assert process.returncode == 0, stderr
-        assert stdout == ""
-        lines = [json.loads(line) for line in stderr.splitlines()]
-        assert [line["event"] for line in lines] == ["stopping", "stopped"]
-        assert lines[-1]["frames"] == 3
-        assert lines[-1]["messages_unanswered"] == 0
-    assert recording.exists()
+        served.process.send_signal(signal.SIGINT)
+        stopping, stopped = served.end()
+        assert served.process.returncode == 0
+        assert (stopping["event"], stopped["event"]) == ("stopping", "stopped")
+        assert (stopped["frames"], stopped["messages_unanswered"]) == (3, 0)
+    with serving(model, "--record", str(recording)) as served:
+        served.until("serving")
+        (recovered,) = (line for line in served.lines if line["event"] == "recovered")
+        assert (recovered["streams"], recovered["frames_replayed"]) == (0, 0)
+        assert recovered["seconds"] > 0
+
+
+def test_lines_for_people_are_short(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.run(configured(model), on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT)) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert max(map(len, said)) <= 100, said
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ info certifying max_batch_size=512", said[0])
+    assert "\x1b" not in "".join(said)
 
 
 @pytest.mark.parametrize("kernel", ["fused", "torch"])
-def test_the_first_line_says_which_step_is_used(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kernel: GruKernel
-) -> None:
+def test_the_log_says_which_step_is_used(model: Path, monkeypatch: pytest.MonkeyPatch, kernel: GruKernel) -> None:
     def certified(network: GruNetwork, _: object) -> Certification:
         network.kernel = kernel
         return Certification("exact", (4, 8), max_ulp=0, whole_sequence=True)
 
+    told: list[dict[str, Any]] = []
     monkeypatch.setattr("instep.server.preparation.certify", certified)
-    config = configured(model, log={"format": "json"}, engine={"max_batch_size": 8})
-    assert serve.run(config, on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT)) == 0
-    assert json.loads(capsys.readouterr().err.splitlines()[0])["step"] == kernel
+    prepare(configured(model), log_into(told))
+    by_event = {line["event"]: line for line in told}
+    assert by_event["certified"]["step"] == kernel
+    assert by_event["smaller batches"]["max_batch_size"] == 8
 
 
-def test_what_to_say_of_the_configuration_comes_after_the_first_line(
-    model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_to_say_of_the_configuration_comes_first(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = configured(model, log={"format": "json"}, engine={"max_batch_size": 8})
     told = ("INSTEP_COLOUR is no setting",)
     assert serve.run(config, on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT), warnings=told) == 0
     first, second, *_ = map(json.loads, capsys.readouterr().err.splitlines())
-    assert (first["event"], second["event"], second["reason"]) == ("serving", "unknown setting", told[0])
-    assert list(first)[:3] == list(second)[:3] == ["timestamp", "level", "event"]
+    assert (first["event"], first["reason"], second["event"]) == ("unknown setting", told[0], "certifying")
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("", True), ("1", False)])
+def test_the_log_on_a_terminal_is_coloured_unless_no_color_is_set(
+    monkeypatch: pytest.MonkeyPatch, no_color: str | None, coloured: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    terminal, program = pty.openpty()
+    with os.fdopen(terminal, "rb", buffering=0) as screen, os.fdopen(program, "w") as stderr:
+        monkeypatch.setattr("sys.stderr", stderr)
+        make_log(LogConfig()).info("hello", values=(1, 2), nothing=None, text="a b")
+        shown = screen.read(200).decode()
+    assert ("\x1b" in shown) is coloured
+    assert re.sub(r"\x1b\[\d+m", "", shown).endswith(' info hello values=1,2 nothing=none text="a b"\r\n')
+
+
+def test_a_start_that_fails_is_one_json_object_a_line(model: Path, tmp_path: Path) -> None:
+    for arguments, reasons in (
+        (["--exactness", "prefered", "--max-streams", "0"], ["did you mean prefer?", "greater than or equal to 1"]),
+        (["--record", str(tmp_path / "no" / "r")], ["there is no folder"]),
+    ):
+        with serving(model, *arguments) as served:
+            *_, last = served.end()
+            assert served.process.returncode == 2
+        assert (last["event"], last["level"]) == ("cannot serve", "error")
+        assert len(last["reasons"]) == len(reasons)
+        assert all(words in reason for words, reason in zip(reasons, last["reasons"], strict=True))
 
 
 def test_a_second_interrupt_forces_the_end(
@@ -206,7 +229,7 @@ def test_a_second_interrupt_forces_the_end(
     assert serve.run(configured(model, log={"format": "json"}), on_ready=on_ready) == 130
     gate.open()
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert [line["event"] for line in lines] == ["serving", "stopping", "stopped"]
+    assert [line["event"] for line in lines[-3:]] == ["serving", "stopping", "stopped"]
     assert lines[-1]["messages_unanswered"] == 1
 
 

@@ -2,31 +2,38 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Callable
 
 import pytest
 
-from instep.server.signals import interrupts_call
+from instep.server.signals import signals_call
+
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def handlers() -> list[object]:
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    return [signal.getsignal(number) for number in HEARD]
 
 
 async def test_each_signal_is_a_call_in_the_loop_and_the_handlers_before_come_back() -> None:
     before = handlers()
-    called = asyncio.Queue[asyncio.AbstractEventLoop]()
-    with interrupts_call(lambda: called.put_nowait(asyncio.get_running_loop())):
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    called = asyncio.Queue[tuple[signal.Signals, asyncio.AbstractEventLoop]]()
+
+    def called_by(number: signal.Signals) -> Callable[[], None]:
+        return lambda: called.put_nowait((number, asyncio.get_running_loop()))
+
+    with signals_call({number: called_by(number) for number in HEARD}):
+        for number in (*HEARD, signal.SIGINT):
             signal.raise_signal(number)
             assert called.empty()
-            assert await called.get() is asyncio.get_running_loop()
+            assert await called.get() == (number, asyncio.get_running_loop())
     assert handlers() == before
     assert signal.set_wakeup_fd(-1) == -1
 
 
 async def test_they_come_back_after_a_failure_too() -> None:
     before = handlers()
-    with pytest.raises(ZeroDivisionError), interrupts_call(lambda: None):
+    with pytest.raises(ZeroDivisionError), signals_call(dict.fromkeys(HEARD, lambda: None)):
         raise ZeroDivisionError
     assert handlers() == before
 
@@ -34,7 +41,7 @@ async def test_they_come_back_after_a_failure_too() -> None:
 async def test_a_signal_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with interrupts_call(lambda: pytest.fail("it was heard")):
+        with signals_call({signal.SIGHUP: lambda: pytest.fail("it was heard")}):
             signal.raise_signal(signal.SIGHUP)
             await asyncio.sleep(0)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

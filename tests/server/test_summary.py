@@ -43,12 +43,12 @@ STATISTICS: Mapping[str, float] = {
 def test_it_says_what_has_happened_since_it_last_did() -> None:
     told: list[dict[str, Any]] = []
     now = dict(STATISTICS)
-    summary = Summary(log_into(told), lambda: dict(now), 10.0, now_s=100.0)
+    summary = Summary(log_into(told), lambda: dict(now), now_s=100.0)
     now |= {"frames_total": 405.0, "batches_total": 25.0, "messages_total": 105.0, "opened_streams_total": 8.0}
-    summary.tick(109.9)
+    summary.tick(109.9, 10.0)
     assert told == []
-    summary.tick(110.0)
-    summary.tick(120.0)
+    summary.tick(110.0, 10.0)
+    summary.tick(120.0, 10.0)
     assert told == [
         {
             "level": "info",
@@ -64,16 +64,16 @@ def test_it_says_what_has_happened_since_it_last_did() -> None:
         }
     ]
     now["busy_total"] += 7
-    summary.tick(130.0)
+    summary.tick(130.0, 10.0)
     assert (told[-1]["busy"], told[-1]["batch_size"]) == (7, 0.0)
 
 
 def test_with_zero_seconds_it_says_nothing() -> None:
     told: list[dict[str, Any]] = []
     now = dict(STATISTICS)
-    summary = Summary(log_into(told), lambda: dict(now), 0.0, now_s=100.0)
+    summary = Summary(log_into(told), lambda: dict(now), now_s=100.0)
     now["frames_total"] += 1
-    summary.tick(1000.0)
+    summary.tick(1000.0, 0.0)
     assert told == []
 
 

@@ -36,8 +36,8 @@ class ChildServer:
             *arguments,
         ]
         self.endpoint = ""
-        self.first_line: dict[str, Any] = {}
-        """Everything in the line that the server logged when it was ready."""
+        self.started: dict[str, Any] = {}
+        """The values in the lines that the server logged until it was ready, by name."""
 
     @property
     def pid(self) -> int:
@@ -47,15 +47,16 @@ class ChildServer:
     def __enter__(self) -> ChildServer:
         self._process = subprocess.Popen(self._command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         assert self._process.stderr is not None
-        line = self._process.stderr.readline()
-        try:
-            self.first_line = json.loads(line)
-            self.endpoint = str(self.first_line["endpoint"])
-        except (ValueError, KeyError):
-            self._process.kill()
-            rest = self._process.communicate()[1]
-            raise ChildFailed(f"the server did not start: {(line + rest).strip()}") from None
-        return self
+        said = ""
+        for line in self._process.stderr:
+            said += line
+            if line.startswith("{"):
+                self.started |= json.loads(line)
+            if "endpoint" in self.started:
+                self.endpoint = str(self.started["endpoint"])
+                return self
+        self._process.communicate()
+        raise ChildFailed(f"the server did not start: {' '.join(self.started.get('reasons', [said.strip()]))}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -66,7 +66,7 @@ def _run(out: Path, console: Console, speed: float) -> int:
 
     say(console, f"starting the engine with the model in {folder}")
     with ChildServer(folder, ["--record", str(recording)]) as server:
-        said = server.first_line
+        said = server.started
         say(console, f"serving at {server.endpoint} on {said['device']}, {said['exactness']}")
         say(console, _load(producers, connections, speed))
         seconds, stats = asyncio.run(

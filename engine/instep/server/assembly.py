@@ -36,19 +36,19 @@ from instep.recording.writer import RecordingWriter
 from instep.runtime.shared_memory import shared_zeros
 from instep.runtime.stepper import Stepper
 from instep.server.execution import make_executor, max_light_batch, steps_in_process
-from instep.server.limits import EffectiveLimits, LimitsError, effective_limits
+from instep.server.limits import EffectiveLimits, LimitsError, effective_limits, hibernation_limits, idle_limits
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared
 from instep.server.server import Server
 from instep.server.shutdown import Shutdown
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
-from instep.streaming.hibernation import Hibernation, HibernationLimits
+from instep.streaming.hibernation import Hibernation
 from instep.streaming.journal import Journal
 from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
-from instep.streaming.reaper import IdleLimits, Reaper
+from instep.streaming.reaper import Reaper
 from instep.streaming.recovery import Recovery, resume_recording
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
@@ -161,12 +161,12 @@ def _make_server(
         stepper,
         tombstones,
         partial(_load_open_streams, config.recording.file),
-        _hibernation_limits(config),
+        hibernation_limits(config),
         tasks,
         log_failure,
     )
     operations = StreamOperations(engine, stepper, hibernation, tombstones, tasks, loop.wake, log_failure)
-    reaper = Reaper(engine, operations, hibernation, _idle_limits(config))
+    reaper = Reaper(engine, operations, hibernation, idle_limits(config))
     target_ns = round(config.recording.recovery_target_s * 1e9)
     checkpoints = Checkpoints(engine, operations, stepper, tasks, target_ns)
 
@@ -188,7 +188,7 @@ def _make_server(
     )
     decoder = Decoder(network.description.features, network.state, limits.max_block_frames, limits.max_message_bytes)
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
-    listing = Listing(table, hibernation, _idle_limits(config))
+    listing = Listing(table, hibernation, idle_limits(config))
     frontend = ZmqFrontend(
         router, engine, operations, reaper, tasks, outbound, decoder, info, probe_after_ns, loop.wake, listing, log
     )
@@ -201,6 +201,7 @@ def _make_server(
             config, prepared, tables, table, journal.dirty, stepper, log, accept_numerics_change
         )
         undo.callback(writer.discard if recovery is None else writer.abandon)
+        log.info("recording", file=str(writer.path), durability=info.durability)
         recorder = _recorder(config, writer, journal, loop, shutdown, log)
         last_stream = 0 if recovery is None else recovery.last_stream
         hibernation.restarted({} if recovery is None else recovery.hibernated)
@@ -276,30 +277,9 @@ def _random_generations(max_streams: int) -> U32:
     return (numbers | np.uint32(1)).astype(np.uint32)
 
 
-def _idle_limits(config: Config) -> IdleLimits:
-    limits = config.limits
-    return IdleLimits(
-        round(limits.max_idle_s * 1e9),
-        round(limits.first_frame_s * 1e9),
-        round(limits.park_s * 1e9),
-        limits.max_parked_streams,
-    )
-
-
 async def _load_open_streams(path: Path | None, streams: Sequence[int]) -> list[OpenStream]:
     assert path is not None, "without a recording nothing hibernates"
     return await asyncio.to_thread(load_open_streams, path, streams)
-
-
-def _hibernation_limits(config: Config) -> HibernationLimits:
-    limits = config.limits
-    return HibernationLimits(
-        round(limits.hibernate_after_s * 1e9),
-        limits.max_hibernated_streams,
-        round(limits.park_s * 1e9),
-        round(limits.max_idle_s * 1e9),
-        round(limits.first_frame_s * 1e9),
-    )
 
 
 def _recording(
@@ -322,7 +302,8 @@ def _recording(
         return RecordingWriter.create(path, header, retention), None
     if tail := lost_tail(path):
         log.warning("recording lost its end", file=str(path), reason=tail)
-    return resume_recording(
+    log.info("recovering", recording=str(path))
+    writer, recovery = resume_recording(
         path,
         header,
         tables,
@@ -332,6 +313,9 @@ def _recording(
         accept_numerics_change=accept_numerics_change,
         retention=retention,
     )
+    seconds = round(recovery.seconds, 4)
+    log.info("recovered", streams=recovery.streams, frames_replayed=recovery.frames, seconds=seconds)
+    return writer, recovery
 
 
 def _recorder(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from instep.config import Config
+from instep.streaming.hibernation import HibernationLimits
+from instep.streaming.reaper import IdleLimits
 
 _FLOAT32_BYTES = 4
 _ENVELOPE_BYTES = 1024
@@ -67,4 +69,27 @@ def effective_limits(config: Config, max_batch_size: int, features: int, outputs
         max_message_bytes=config.transport.max_message_bytes,
         max_unread_bytes=2 * config.transport.max_message_bytes,
         max_outbox_bytes=4 * config.transport.max_message_bytes,
+    )
+
+
+def idle_limits(config: Config) -> IdleLimits:
+    """When streams end that do nothing."""
+    limits = config.limits
+    return IdleLimits(
+        round(limits.max_idle_s * 1e9),
+        round(limits.first_frame_s * 1e9),
+        round(limits.park_s * 1e9),
+        limits.max_parked_streams,
+    )
+
+
+def hibernation_limits(config: Config) -> HibernationLimits:
+    """When streams leave memory that do nothing."""
+    limits = config.limits
+    return HibernationLimits(
+        round(limits.hibernate_after_s * 1e9),
+        limits.max_hibernated_streams,
+        round(limits.park_s * 1e9),
+        round(limits.max_idle_s * 1e9),
+        round(limits.first_frame_s * 1e9),
     )

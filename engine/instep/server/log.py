@@ -3,34 +3,102 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from typing import Any, Final
 
 import structlog
 
 from instep.config import LogConfig
 
-_FIRST = ("timestamp", "level", "event")
+_LEVELS: Final = ("debug", "info", "warning", "error")
+_FIRST: Final = ("timestamp", "level", "event")
+_COLOURS: Final = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class Threshold:
+    """Leaves out lines below a level, which may change while the server runs.
+
+    Args:
+        level: debug, info, warning or error.
+    """
+
+    def __init__(self, level: str) -> None:
+        self.level = level
+
+    def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        """A processor of structlog."""
+        if _LEVELS.index(method) < _LEVELS.index(self.level):
+            raise structlog.DropEvent
+        return event
+
+
+def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog.stdlib.BoundLogger:
+    """A logger of its own; nothing global is changed.
+
+    Args:
+        config: the level and the form.
+        threshold: decides on lines instead of the level in `config`.
+    """
+    time_format, renderer = (
+        ("iso", structlog.processors.JSONRenderer())
+        if config.format == "json"
+        else ("%Y-%m-%dT%H:%M:%SZ", _LinesForPeople(coloured=sys.stderr.isatty() and not os.environ.get("NO_COLOR")))
+    )
+    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        _StandardError(),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
+        processors=[
+            threshold or Threshold(config.level),
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt=time_format, utc=True),
+            structlog.processors.format_exc_info,
+            _what_and_when_first,
+            renderer,
+        ],
+    )
+    return logger
+
+
+class _StandardError:
+    """Writes lines for as long as anybody can read them: a server outlives its terminal, or a pipe that broke."""
+
+    def msg(self, line: str) -> None:
+        try:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+        except OSError:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (what is still buffered would fail again at the exit)
+
+    debug = info = warning = error = msg
 
 
 def _what_and_when_first(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     return {key: event[key] for key in _FIRST} | dict(event)
 
 
-def make_log(config: LogConfig) -> structlog.stdlib.BoundLogger:
-    """A logger of its own; nothing global is changed."""
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if config.format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), sort_keys=False)
-    )
-    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
-        structlog.PrintLogger(sys.stderr),
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, config.level.upper())),
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            _what_and_when_first,
-            renderer,
-        ],
-    )
-    return logger
+class _LinesForPeople:
+    """`2026-01-31T12:00:00Z info serving endpoint=tcp://127.0.0.1:5757`."""
+
+    def __init__(self, *, coloured: bool) -> None:
+        self._coloured = coloured
+
+    def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> str:
+        values = dict(event)
+        when, level, what = (values.pop(key) for key in _FIRST)
+        traceback = values.pop("exception", None)
+        colour, dim, plain = (_COLOURS[level], _DIM, _PLAIN) if self._coloured else ("", "", "")
+        words = [f"{dim}{key}={plain}{_in_words(value)}" for key, value in values.items()]
+        line = " ".join([f"{dim}{when}{plain}", f"{colour}{level}{plain}", what, *words])
+        return line if traceback is None else f"{line}\n{traceback}"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        words = list(map(str, value))
+        if len(words) > 4 and all(isinstance(each, int) for each in value):
+            words[2:-1] = ["…"]
+        value = ",".join(words) or None
+    text = "none" if value is None else str(value)
+    return f'"{text}"' if " " in text and '"' not in text else text

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 import torch
 
 from instep.config import Config
@@ -31,11 +32,9 @@ class Prepared:
     network: RecurrentModel
     device: torch.device
     certification: Certification
-    certified_s: float = 0.0
-    """Seconds that certification took; 0 where it is off."""
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> Prepared:
     """Load and check the model, choose the device, certify.
 
     Raises:
@@ -48,20 +47,36 @@ def prepare(config: Config) -> Prepared:
         raise CannotServe(str(error)) from None
     device = _device(config.engine.device)
     network = build(model, device)
+    return Prepared(model, path, network, device, _certify(config, network, log))
+
+
+def _certify(config: Config, network: RecurrentModel, log: structlog.stdlib.BoundLogger) -> Certification:
     buckets = candidate_buckets(network, config.engine.max_batch_size)
     if config.engine.exactness == "off":
-        certification, certified_s = Certification("off", buckets, max_ulp=0, whole_sequence=False), 0.0
         network.select_quickest()
-    else:
-        began = time.perf_counter()
-        certification = certify(network, buckets)
-        certified_s = time.perf_counter() - began
-    if config.engine.exactness == "require" and certification.exactness != "exact":
-        raise CannotServe(
-            f"engine.exactness is `require`, but on this machine batches differ from one another: up to "
-            f"{certification.max_ulp} ULP were seen in one step; `prefer` serves all the same, and says so"
-        )
-    return Prepared(model, path, network, device, certification, certified_s)
+        return Certification("off", buckets, max_ulp=0, whole_sequence=False)
+    log.info("certifying", max_batch_size=config.engine.max_batch_size)
+    began = time.perf_counter()
+    certification = certify(network, buckets)
+    seconds = round(time.perf_counter() - began, 2)
+    log.info(
+        "certified",
+        exactness=certification.exactness,
+        batch_sizes=certification.buckets,
+        step=network.kernel,
+        seconds=seconds,
+    )
+    largest, differ = certification.buckets[-1], f"up to {certification.max_ulp} ULP were seen in one step"
+    if certification.exactness != "exact":
+        if config.engine.exactness == "require":
+            raise CannotServe(
+                f"engine.exactness is `require`, but on this machine batches differ from one another: {differ}; "
+                "`prefer` serves all the same, and says so"
+            )
+        log.warning("not exact", max_ulp=certification.max_ulp, reason=f"batches differ on this machine: {differ}")
+    if largest < config.engine.max_batch_size:
+        log.warning("smaller batches", max_batch_size=largest, reason="larger ones do not give the same bits here")
+    return certification
 
 
 def _load(config: Config) -> tuple[Model, Path]:

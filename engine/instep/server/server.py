@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -12,6 +13,7 @@ import structlog
 from instep.config import Config
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.recording.recorder import Recorder
+from instep.server.limits import hibernation_limits, idle_limits
 from instep.server.loop import Loop
 from instep.server.shutdown import Shutdown
 from instep.server.summary import Summary
@@ -92,6 +94,16 @@ class Server:
         """Why the server had to end, if it had to."""
         return self._shutdown.failure
 
+    def configure(self, config: Config) -> None:
+        """Use the values of another configuration from now on that can change while the server runs."""
+        limits, frontend = config.limits, self._frontend
+        self.config = config
+        self._reaper.limits = frontend.listing.limits = idle_limits(config)
+        self.operations.hibernation.limits = hibernation_limits(config)
+        frontend.outbound.max_total_bytes = limits.max_buffered_bytes
+        frontend.outbound.unreachable_after_ns = round(limits.unreachable_after_s * 1e9)
+        self.info = frontend.info = replace(self.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
+
     def stop(self, *, drain: bool = True) -> None:
         """Take nothing more, finish what was taken (unless `drain` is False), then end `serve`."""
         self._frontend.drain()
@@ -112,12 +124,12 @@ class Server:
             await asyncio.gather(ticking, return_exceptions=True)
 
     async def _tick(self) -> None:
-        summary = Summary(self._log, self._frontend.statistics, self.config.log.summary_s, time.monotonic())
+        summary = Summary(self._log, self._frontend.statistics, time.monotonic())
         while True:
             await asyncio.sleep(_TICK_S)
             try:
                 now_ns = time.monotonic_ns()
-                summary.tick(now_ns / 1e9)
+                summary.tick(now_ns / 1e9, self.config.log.summary_s)
                 self._frontend.tick(now_ns)
                 self._reaper.tick(now_ns)
                 self._checkpoints.take_if_due()

@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final
-
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def interrupts_call(interrupted: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, SIGINT, SIGTERM and SIGHUP call `interrupted` in the running loop, of the main thread.
+def signals_call(calls: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
+    """While the block runs, each of these signals makes its call in the running loop, of the main thread.
 
     One that is ignored stays ignored, as SIGHUP under nohup.
 
@@ -24,7 +21,7 @@ def interrupts_call(interrupted: Callable[[], None]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(interrupted)
+        loop.call_soon_threadsafe(calls[signal.Signals(number)])
 
     waker, wakes = socket.socketpair()  # a signal that comes just before the loop sleeps must wake it
     with waker, wakes:
@@ -32,7 +29,7 @@ def interrupts_call(interrupted: Callable[[], None]) -> Iterator[None]:
         wakes.setblocking(False)
         loop.add_reader(waker, waker.recv, 4096)
         before_fd = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
-        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        heard = [number for number in calls if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, on_signal) for number in heard}
         try:
             yield

@@ -28,7 +28,6 @@ class Summary:
     Args:
         log: where.
         statistics: the server's numbers, as STATISTICS names them.
-        every_s: seconds; 0 for never.
         now_s: the time.
     """
 
@@ -36,19 +35,17 @@ class Summary:
         self,
         log: structlog.stdlib.BoundLogger,
         statistics: Callable[[], Mapping[str, float]],
-        every_s: float,
         now_s: float,
     ) -> None:
         self._log = log
         self._statistics = statistics
-        self._every_s = every_s
         self._since_s = now_s
         self._before: Mapping[str, float] = statistics()
 
-    def tick(self, now_s: float) -> None:
-        """Say it when it is time, and anything has happened."""
+    def tick(self, now_s: float, every_s: float) -> None:
+        """Say it when it was last said `every_s` seconds ago and anything has happened since; never where that is 0."""
         seconds = now_s - self._since_s
-        if not self._every_s or seconds < self._every_s:
+        if not every_s or seconds < every_s:
             return
         now, before = self._statistics(), self._before
         self._since_s, self._before = now_s, now

@@ -91,7 +91,7 @@ class Hibernation:
         self._states = states
         self._tombstones = tombstones
         self._load = load
-        self._limits = limits
+        self.limits = limits
         self._tasks = tasks
         self._log_failure = log_failure
         self._at_once = at_once
@@ -142,8 +142,8 @@ class Hibernation:
         """
         if not self.is_possible or not self._journal.room:
             return
-        if self._limits.after_ns and (looks or self._is_behind):
-            self._hibernate_idle(now_ns - self._limits.after_ns)
+        if self.limits.after_ns and (looks or self._is_behind):
+            self._hibernate_idle(now_ns - self.limits.after_ns)
         if old := self._old(now_ns):
             self._tasks.start(self._expire(old))
 
@@ -153,7 +153,7 @@ class Hibernation:
         # While a request waits, the handles that it will grant are not known to their owner yet.
         if journal.is_quiet and not self._engine.waiters:
             connected = table.idle_since(before_ns)
-            if self._limits.first_frame_ns:
+            if self.limits.first_frame_ns:
                 connected = connected[table.next_seq[connected] > table.first_seq[connected]]
             idle = np.concatenate([idle, connected])
         sleepy = self._sleepy(idle)
@@ -326,7 +326,7 @@ class Hibernation:
 
     def _old(self, now_ns: int) -> list[str]:
         """A portion of those that have to end now; it takes some ticks to look at all of them."""
-        limits, origins = self._limits, self._engine.origins
+        limits, origins = self.limits, self._engine.origins
         surplus = islice(self._asleep, min(max(0, len(self._asleep) - limits.most), self._at_once))
         old = dict.fromkeys(surplus)
         looked_at = list(islice(self._ages, self._at_once))

@@ -43,7 +43,7 @@ class Listing:
     def __init__(self, table: StreamTable, hibernation: Hibernation, limits: IdleLimits) -> None:
         self._table = table
         self._hibernation = hibernation
-        self._limits = limits
+        self.limits = limits
 
     @property
     def hibernating_count(self) -> int:
@@ -115,5 +115,5 @@ class Listing:
         return names, records, at if at < len(self._hibernation) else 0
 
     def _left_us(self, idle_ns: int, *, has_owner: bool) -> int:
-        kept_ns = self._limits.max_idle_ns if has_owner else self._limits.park_ns
+        kept_ns = self.limits.max_idle_ns if has_owner else self.limits.park_ns
         return max(0, kept_ns - idle_ns) // 1000 if kept_ns else UNKNOWN

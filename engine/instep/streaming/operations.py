@@ -66,7 +66,7 @@ class StreamOperations:
         self.log_failure = log_failure
         self._at_once = at_once
         self._tombstones = tombstones
-        self._hibernation = hibernation
+        self.hibernation = hibernation
 
     # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -81,10 +81,10 @@ class StreamOperations:
         """
         in_use = self._table.find(names) != SCRATCH_SLOT
         fresh = {name for name, used in zip(names, in_use.tolist(), strict=True) if not used}
-        await self._hibernation.make_room(sum(name not in self._hibernation for name in fresh))
+        await self.hibernation.make_room(sum(name not in self.hibernation for name in fresh))
         if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
-        slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self._hibernation)
+        slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self.hibernation)
         granted = codes == 0
         opened = slots[granted]
         if not len(opened):
@@ -156,7 +156,7 @@ class StreamOperations:
         """
         if len(set(names)) < len(names):
             raise Refusal(Code.REPEATED_STREAM)
-        asleep = await self._hibernation.wake(names)
+        asleep = await self.hibernation.wake(names)
         if not self._origins.is_connected(origin):
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
         table, engine = self._table, self._engine
@@ -212,7 +212,7 @@ class StreamOperations:
         if len(set(names)) < len(names):
             raise Refusal(Code.REPEATED_STREAM)
         while True:
-            asleep = await self._hibernation.read(names)
+            asleep = await self.hibernation.read(names)
             slots = self._table.find(names)
             if not self._table.closing[slots].any():
                 break

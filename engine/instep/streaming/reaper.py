@@ -59,7 +59,7 @@ class Reaper:
         self._table = engine.table
         self._operations = operations
         self._hibernation = hibernation
-        self._limits = limits
+        self.limits = limits
         self._at_once = at_once
         self._ticks = 0
         self._detaching: set[int] = set()
@@ -98,7 +98,7 @@ class Reaper:
         owned = self._table.owned_by(*self._detaching)
         slots, rest = owned[: self._at_once], owned[self._at_once :]
         self._detaching = set(self._table.owner[rest].tolist())
-        if not self._limits.park_ns:
+        if not self.limits.park_ns:
             self._operations.evict(slots, Code.CLIENT_GONE)
             return
         self._table.park(slots, now_ns)
@@ -107,7 +107,7 @@ class Reaper:
         self._engine.origins.release_left()
 
     def _evict_surplus(self) -> None:
-        table, most = self._table, self._limits.max_parked
+        table, most = self._table, self.limits.max_parked
         if table.owned[table.parked] <= most:
             return
         parked = table.parked_since(np.iinfo(np.int64).max)
@@ -119,7 +119,7 @@ class Reaper:
             self._operations.expire(parked[oldest])
 
     def _evict_idle(self, now_ns: int) -> None:
-        limits, table = self._limits, self._table
+        limits, table = self.limits, self._table
         if limits.max_idle_ns:
             self._operations.evict(self._connected(table.idle_since(now_ns - limits.max_idle_ns)), Code.IDLE)
         if limits.first_frame_ns:

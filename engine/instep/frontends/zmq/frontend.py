@@ -67,7 +67,7 @@ class ZmqFrontend:
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.router = router
-        self._listing = listing
+        self.listing = listing
         self._log = log
         self.outbound = outbound
         self._engine = engine
@@ -75,7 +75,7 @@ class ZmqFrontend:
         self._reaper = reaper
         self._tasks = tasks
         self._decoder = decoder
-        self._info = info
+        self.info = info
         self._probe_after_ns = probe_after_ns
         self._wake = wake
         self._requests = 0
@@ -191,19 +191,19 @@ class ZmqFrontend:
             raise Refusal(Code.BUSY, "limits.max_connections connections are open", 1_000_000)
         self.outbound.add(peer)
         self._log.debug("connected", connection=peer.number, name=header.fields[1])
-        self.outbound.send(peer, encode.welcome(header.request, self._info))
+        self.outbound.send(peer, encode.welcome(header.request, self.info))
 
     def _reply_at_once(self, peer: Peer, header: Header, frames: list[bytes], now_ns: int) -> None:
         match header.kind:
             case Kind.HELLO:
                 self._decoder.hello(header, peer.routing_id)
-                self.outbound.send(peer, encode.welcome(header.request, self._info))
+                self.outbound.send(peer, encode.welcome(header.request, self.info))
             case Kind.PING:
                 self.outbound.send(peer, encode.pong(header.request))
             case Kind.PONG:
                 self.outbound.acknowledge(peer, header.request)
             case Kind.LIST:
-                page = self._listing.page(*self._decoder.listing(header, frames[1]), now_ns)
+                page = self.listing.page(*self._decoder.listing(header, frames[1]), now_ns)
                 self.outbound.send(peer, encode.listed(header.request, page))
             case Kind.STATS:
                 self.outbound.send(peer, encode.statistics(header.request, self.statistics()))
@@ -236,7 +236,7 @@ class ZmqFrontend:
             "connections": float(len(engine.origins)),
             "streams_open": float(table.open_count),
             "streams_parked": float(table.owned[table.parked]),
-            "streams_hibernated": float(self._listing.hibernating_count),
+            "streams_hibernated": float(self.listing.hibernating_count),
             "frames_pending": float(engine.pending_frames),
         }
 
@@ -278,7 +278,7 @@ class ZmqFrontend:
             None if states is None else states[good],
             None if first_seqs is None else first_seqs[good],
         )
-        return encode.granted(Kind.OPENED, header.request, opened.spread(codes), self._info.durability)
+        return encode.granted(Kind.OPENED, header.request, opened.spread(codes), self.info.durability)
 
     async def _resume(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:
         count = self._decoder.count(header.fields[0])
@@ -287,7 +287,7 @@ class ZmqFrontend:
         claims = wire.array_frame(frames[2], wire.CLAIM, (count,), "claims")
         self._refuse_what_is_new()
         resumed = await self._operations.resume(peer, names, claims["have"], claims["epoch"], bool(take_over))
-        return encode.granted(Kind.RESUMED, header.request, resumed, self._info.durability)
+        return encode.granted(Kind.RESUMED, header.request, resumed, self.info.durability)
 
     async def _read_state(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:
         count = self._decoder.count_with_states(header.fields[0])
@@ -311,7 +311,7 @@ class ZmqFrontend:
         handles = self._decoder.handles(frames[1], count)
         self._refuse_what_is_new()
         forked: Grants = await self._operations.fork(peer, handles, names, self._decoder.name_codes(names))
-        return encode.granted(Kind.OPENED, header.request, forked, self._info.durability)
+        return encode.granted(Kind.OPENED, header.request, forked, self.info.durability)
 
     async def _close(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:
         count = self._decoder.count_with_states(header.fields[0])

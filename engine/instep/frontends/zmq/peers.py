@@ -98,8 +98,8 @@ class Outbound:
         self._backlog = tables.origins["backlog"]
         self._max_unread_bytes = max_unread_bytes
         self._max_outbox_bytes = max_outbox_bytes
-        self._max_total_bytes = max_total_bytes
-        self._unreachable_after_ns = unreachable_after_ns
+        self.max_total_bytes = max_total_bytes
+        self.unreachable_after_ns = unreachable_after_ns
         self._clock = clock
         self._on_gone = on_gone
         self._blocked: dict[Peer, None] = {}
@@ -128,7 +128,7 @@ class Outbound:
 
     def _share(self) -> None:
         """Ask peers so often that the answers of all of them, together, are known within the common bound."""
-        share = self._max_total_bytes // 4 // max(1, len(self._peers))
+        share = self.max_total_bytes // 4 // max(1, len(self._peers))
         self._ask_every_bytes = min(self._max_unread_bytes // 2, max(_LEAST_ASKED_BYTES, share))
 
     def find(self, routing_id: bytes) -> Peer | None:
@@ -165,7 +165,7 @@ class Outbound:
         self._count_frames(peer, frames)
         if peer.outbox_bytes > self._max_outbox_bytes:
             self.drop(peer)
-        while self.total_bytes > self._max_total_bytes // 2:
+        while self.total_bytes > self.max_total_bytes // 2:
             self.drop(max(self._blocked, key=attrgetter("outbox_bytes")))
 
     def _count_frames(self, peer: Peer, frames: int) -> None:
@@ -174,7 +174,7 @@ class Outbound:
 
     def _hand_over(self, peer: Peer, message: Message) -> Sent:
         size, unread = size_bytes(message), peer.sent_bytes - peer.read_bytes
-        is_over = self.unread_bytes + size > self._max_total_bytes // 2 and unread > 0
+        is_over = self.unread_bytes + size > self.max_total_bytes // 2 and unread > 0
         if is_over or unread > self._max_unread_bytes:
             if peer.asked_bytes < peer.sent_bytes:  # what it has read lately makes room for all
                 self._ask(peer)
@@ -219,7 +219,7 @@ class Outbound:
         while peer.outbox:
             message, frames = peer.outbox[0]
             sent = self._hand_over(peer, message)
-            if sent is Sent.FULL and now_ns - peer.blocked_since_ns <= self._unreachable_after_ns:
+            if sent is Sent.FULL and now_ns - peer.blocked_since_ns <= self.unreachable_after_ns:
                 return
             if sent is not Sent.HANDED_OVER:
                 self.drop(peer)

@@ -1,0 +1,108 @@
+"""The options that `instep serve` and `instep config` share: those of the configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple
+
+import typer
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML; configs/default.yaml is the manual.")
+]
+ModelFolder = Annotated[Path | None, typer.Argument(metavar="MODEL", help="Folder of the model.", show_default=False)]
+Demo = Annotated[bool, typer.Option("--demo", help="The model of `instep demo` instead.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any key: --set limits.max_idle_s=60; repeatable.")
+]
+
+
+class _Flag(NamedTuple):
+    """A key of the configuration that has an option of its own."""
+
+    key: str
+    name: str
+    metavar: str
+    """Empty for a switch."""
+    help: str
+
+
+_FLAGS: Final = (
+    _Flag("transport.endpoint", "--endpoint", "ENDPOINT", "tcp://HOST:PORT or ipc://PATH."),
+    _Flag("transport.allow_plaintext", "--allow-plaintext", "", "Listen for other machines without encryption."),
+    _Flag("engine.device", "--device", "DEVICE", "auto, cpu, cuda or cuda:N."),
+    _Flag("engine.exactness", "--exactness", "MODE", "require, prefer or off."),
+    _Flag("engine.max_streams", "--max-streams", "N", "Streams open at once."),
+    _Flag("engine.max_batch_size", "--max-batch-size", "N", "Streams in one step."),
+    _Flag("engine.max_queue_delay_us", "--max-queue-delay-us", "N", "Microseconds to wait for a fuller batch."),
+    _Flag("limits.max_idle_s", "--max-idle-s", "N", "Seconds until a silent stream is closed."),
+    _Flag("recording.file", "--record", "FILE", "Write a recording, or continue it."),
+    _Flag("recording.durability", "--durability", "LEVEL", "What answers wait for: memory, commit or fsync."),
+    _Flag("log.level", "--log-level", "LEVEL", "debug, info, warning or error."),
+    _Flag("log.format", "--log-format", "FORMAT", "console or json."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Where a command's configuration comes from, besides the environment."""
+
+    file: Path | None
+    overrides: dict[str, str]
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, whose first parameter is a `Given`, the options that `serve` has for its configuration."""
+    flags = {flag.name.strip("-").replace("-", "_"): flag for flag in _FLAGS}
+
+    def run(model: Path | None, demo: bool, config: Path | None, settings: list[str], **values: Any) -> None:
+        from instep.demo import MODEL_FOLDER
+
+        if demo and model is not None:
+            raise typer.BadParameter(f"name a model or ask for the demo's, not both: {model}", param_hint="--demo")
+        folder = MODEL_FOLDER if demo else model
+        named = {} if folder is None else {"model.folder": str(folder)}
+        for name, flag in flags.items():
+            value = values.pop(name)
+            if value is not None and value is not False:
+                named[flag.key] = value if flag.metavar else "true"
+        command(Given(config, _overrides(settings, named)), **values)
+
+    def parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    def of_flag(name: str, flag: _Flag) -> inspect.Parameter:
+        if not flag.metavar:
+            return parameter(name, False, Annotated[bool, typer.Option(flag.name, help=flag.help)])
+        option = typer.Option(flag.name, metavar=flag.metavar, help=flag.help, show_default=False)
+        return parameter(name, None, Annotated[str | None, option])
+
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    parameters = [
+        parameter("model", None, ModelFolder),
+        parameter("demo", False, Demo),
+        parameter("config", None, ConfigFile),
+        *(of_flag(name, flag) for name, flag in flags.items()),
+        parameter("settings", [], Settings),
+        *own,
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+def _overrides(settings: Sequence[str], named: dict[str, str]) -> dict[str, str]:
+    """The values of `--set` and of the named flags, by `section.key`."""
+    overrides = dict(named)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{setting!r} should look like limits.max_idle_s=60", param_hint="--set")
+        if path in overrides:
+            raise typer.BadParameter(f"{path} is set twice", param_hint="--set")
+        overrides[path] = text
+    return overrides

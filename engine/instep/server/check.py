@@ -1,0 +1,76 @@
+"""`instep serve --check`: everything that a start needs is tried, and nothing is written or served."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import structlog
+
+from instep.config import Config
+from instep.frontends.zmq.router import CannotBind, Router
+from instep.recording.database import check_place
+from instep.recording.engines import refuse_other_engine
+from instep.recording.errors import RecordingError, with_advice
+from instep.recording.lock import is_being_written
+from instep.recording.reader import RecordingReader
+from instep.recording.recovery import ReplayStep, read_recovery
+from instep.recording.wal import lost_tail
+from instep.server.assembly import recording_header
+from instep.server.limits import LimitsError, effective_limits
+from instep.server.log import make_log
+from instep.server.preparation import CannotServe, Prepared, prepare
+
+
+def check(config: Config, *, accept_numerics_change: bool = False) -> None:
+    """Load and certify the model, look through what of the recording a start reads, and try the endpoint.
+
+    The log says what would be served.
+
+    Args:
+        config: the configuration.
+        accept_numerics_change: whether the start would continue a recording although floats may differ now.
+
+    Raises:
+        CannotServe: when the server could not start.
+    """
+    log = make_log(config.log)
+    prepared = prepare(config, log)
+    network = prepared.network.description
+    try:
+        limits = effective_limits(config, prepared.certification.buckets[-1], network.features, network.outputs)
+        if config.recording.file is not None:
+            _check_recording(config.recording.file, config, prepared, log, accept_numerics_change)
+        Router(config.transport).close()
+    except (LimitsError, RecordingError) as error:
+        raise CannotServe(with_advice(error)) from None
+    except CannotBind as error:
+        raise CannotServe(str(error)) from None
+    log.info(
+        "can serve",
+        endpoint=config.transport.endpoint,
+        model=prepared.model.name,
+        device=str(prepared.device),
+        exactness=prepared.certification.exactness,
+        max_streams=limits.max_streams,
+    )
+
+
+def _check_recording(
+    path: Path, config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, accept_numerics_change: bool
+) -> None:
+    check_place(path)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RecordingError(f"{path} cannot be written: give this user the right to, or name another file")
+    if not path.is_file() or not path.stat().st_size:
+        log.info("would record", file=str(path), durability=config.recording.durability)
+        return
+    if is_being_written(path):
+        raise RecordingError(f"{path} is being written by another instep; stop that one, or choose another file")
+    if tail := lost_tail(path):
+        log.warning("recording lost its end", file=str(path), reason=tail)
+    with RecordingReader(path) as reader:
+        refuse_other_engine(path, reader.engines[-1].header, recording_header(prepared, config), accept_numerics_change)
+    with read_recovery(path, lambda _: None) as recovered:
+        frames = sum(int(step.applies.sum()) for step in recovered.replay() if isinstance(step, ReplayStep))
+    log.info("would continue", file=str(path), streams=len(recovered.names), frames_to_replay=frames)

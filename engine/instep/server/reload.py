@@ -1,0 +1,76 @@
+"""SIGHUP: the configuration is read again, and whatever can change while the server runs does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import structlog
+
+from instep.config import Config, ConfigError
+from instep.server.log import Threshold
+from instep.server.server import Server
+
+CHANGEABLE: Final = (
+    "limits.max_idle_s",
+    "limits.first_frame_s",
+    "limits.park_s",
+    "limits.max_parked_streams",
+    "limits.hibernate_after_s",
+    "limits.max_hibernated_streams",
+    "limits.max_buffered_bytes",
+    "limits.unreachable_after_s",
+    "shutdown.drain_timeout_s",
+    "log.level",
+    "log.summary_s",
+)
+"""Every other key is used once, at the start: to allocate memory, to bind the socket, to open the recording."""
+
+
+def reload(
+    server: Server, reread: Callable[[], Config], threshold: Threshold, log: structlog.stdlib.BoundLogger
+) -> None:
+    """Read the configuration again and use what can change of it; a broken one changes nothing.
+
+    Args:
+        server: which serves.
+        reread: reads the configuration; raises ConfigError.
+        threshold: the level of the log.
+        log: where it says what has changed, at whatever level.
+    """
+    running, level = server.config, threshold.level
+    threshold.level = "info"  # whoever sent the signal is told what came of it
+    try:
+        wanted = reread()
+    except ConfigError as error:
+        for problem in error.problems:
+            log.error("not reloaded", reason=str(problem))
+        threshold.level = level
+        return
+    changed = {path: (before, after) for path, before, after in _differences(running, wanted)}
+    server.configure(_with(running, wanted, [path for path in changed if path in CHANGEABLE]))
+    log.info(
+        "reloaded",
+        changed=[f"{path}: {before} → {after}" for path, (before, after) in changed.items() if path in CHANGEABLE],
+    )
+    if left := [path for path in changed if path not in CHANGEABLE]:
+        log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
+    threshold.level = wanted.log.level
+
+
+def _differences(one: Config, other: Config) -> Iterator[tuple[str, Any, Any]]:
+    for name, section in one:
+        for key, value in section:
+            found = getattr(getattr(other, name), key)
+            if found != value:
+                yield f"{name}.{key}", value, found
+
+
+def _with(running: Config, wanted: Config, paths: list[str]) -> Config:
+    """The running configuration with the wanted values at these paths."""
+    for path in paths:
+        name, key = path.split(".")
+        value = getattr(getattr(wanted, name), key)
+        section = getattr(running, name).model_copy(update={key: value})
+        running = running.model_copy(update={name: section})
+    return running

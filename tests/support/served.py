@@ -1,0 +1,50 @@
+"""`instep serve` as a process of its own, and what it logs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class Served:
+    """A server process whose log is JSON."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[dict[str, Any]] = []
+        """What was read of its log so far."""
+
+    def until(self, event: str) -> dict[str, Any]:
+        """Read the log up to the next line of this event, and return that line."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            assert line.startswith("{"), line
+            self.lines.append(json.loads(line))
+            if self.lines[-1]["event"] == event:
+                return self.lines[-1]
+        raise AssertionError(f"it never logged {event}: {self.lines}")
+
+    def end(self) -> list[dict[str, Any]]:
+        """Wait for the end; the lines that were not read yet."""
+        stdout, stderr = self.process.communicate(timeout=60)
+        assert stdout == ""
+        return [json.loads(line) for line in stderr.splitlines()]
+
+
+@contextmanager
+def serving(model: Path, *arguments: str, **popen: Any) -> Iterator[Served]:
+    """Run `instep serve` on any free port while the block runs; further arguments of it and of `Popen`."""
+    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", "tcp://127.0.0.1:*"]
+    command += ["--log-format", "json", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
+    try:
+        yield Served(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
