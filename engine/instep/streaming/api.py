@@ -8,6 +8,7 @@ from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 
+from instep.core.streams import StreamTable
 from instep.core.typing import F32, I32, I64, U8, U64
 from instep_client.protocol.codes import SENTENCES, Code
 
@@ -87,10 +88,17 @@ class Origin(Protocol):
 
 
 class Refusal(Exception):
-    """A request is refused as a whole, and nothing of it was applied."""
+    """A request is refused as a whole, and nothing of it was applied.
 
-    def __init__(self, code: Code, detail: str = "", retry_after_us: int = 0) -> None:
-        super().__init__(SENTENCES[code] + (f": {detail}" if detail else ""))
+    Args:
+        code: why.
+        detail: what the code's sentence does not say.
+        retry_after_us: when to try again, where that may help.
+        sentence: instead of the code's own.
+    """
+
+    def __init__(self, code: Code, detail: str = "", retry_after_us: int = 0, *, sentence: str = "") -> None:
+        super().__init__((sentence or SENTENCES[code]) + (f": {detail}" if detail else ""))
         self.code = code
         self.retry_after_us = retry_after_us
 
@@ -113,6 +121,18 @@ class Grants:
         count = len(codes)
         zeros = np.zeros(count, np.uint64), np.zeros(count, np.uint64), np.zeros(count, np.int64)
         return cls(*zeros, codes, np.zeros(count, np.int64))
+
+    @classmethod
+    def of(cls, table: StreamTable, slots: I64, codes: I32) -> Grants:
+        """Of slots int64 [N] where `codes`, int32 [N], are 0."""
+        granted = codes == 0
+        return cls(
+            np.where(granted, table.slots.handles(slots), 0).astype(np.uint64),
+            np.where(granted, table.epoch[slots], 0).astype(np.uint64),
+            np.where(granted, table.next_seq[slots], 0),
+            codes,
+            np.zeros(len(slots), np.int64),
+        )
 
     def spread(self, codes: I32) -> Grants:
         """Put these grants where int32 `codes` are 0, in order; the streams at the other places were refused before."""

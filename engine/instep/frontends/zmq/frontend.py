@@ -188,7 +188,9 @@ class ZmqFrontend:
         self._refuse_what_is_new()
         peer = Peer(self.outbound, routing_id, now_ns)
         if not self._engine.origins.connect(peer):
-            raise Refusal(Code.BUSY, "limits.max_connections connections are open", 1_000_000)
+            count = len(self._engine.origins)
+            sentence = f"the server has {count} connections, as many as limits.max_connections allows; try again later"
+            raise Refusal(Code.BUSY, retry_after_us=1_000_000, sentence=sentence)
         self.outbound.add(peer)
         self._log.debug("connected", connection=peer.number, name=header.fields[1])
         self.outbound.send(peer, encode.welcome(header.request, self.info))
