@@ -245,6 +245,9 @@ async def test_a_full_tmpfs_ends_the_process_with_status_1_and_with_more_room_it
     failed = [line["reason"] for line in lines if line["event"] == "failed"]
     assert failed == [f"the recording {path} failed: database or disk is full"]
     assert given.frames > 10
+    assert [line["messages_unanswered"] for line in lines if line["event"] == "stopped"] == [
+        len(given.x) - len(given.y)
+    ]
     remount = await asyncio.create_subprocess_exec("mount", "-o", "remount,size=64m", str(small_disk))
     assert await remount.wait() == 0
     async with running(SMALL, recording={"file": path}) as server:

@@ -210,6 +210,7 @@ async def test_a_recording_that_fails_ends_the_server_with_a_reason_and_nothing_
         reply = await client.step(handles, [0], random_frames(rng, 1))
         assert reply.kind is Kind.GOODBYE
         assert failure in reply.header[2]
+    assert server.unanswered_messages == 1
 
 
 async def test_parts_that_cannot_be_closed_leave_nothing_else_open(

@@ -169,6 +169,27 @@ async def test_parked_streams_expire_some_at_a_time_and_are_remembered() -> None
         assert kit.stats.values()["evicted_expired_total"] == COUNT
 
 
+async def test_a_new_stream_may_displace_those_parked_longest_and_they_are_remembered(rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor, max_streams=4) as kit:
+        gone, left, origin = (kit.frontend.connect() for _ in range(3))
+        first = await gone.open(["first"])
+        second = await left.open(["second"])
+        kept = await origin.open(["kept", "used"])
+        for leaving in (gone, left):
+            kit.frontend.disconnect(leaving)
+            await ticks(kit, count=1)
+        assert (await origin.open(["new"])).codes.tolist() == [Code.TOO_MANY_STREAMS]
+        kit.operations.parked_make_room = True
+        assert (await origin.open(["new"])).codes.tolist() == [0]
+        assert kit.stats.values()["evicted_displaced_total"] == 1
+        have = np.zeros(1, np.uint64)
+        assert (await origin.resume(["first"], have, first.epochs)).codes.tolist() == [Code.EXPIRED]
+        opened = await origin.open(["newer", "newest"])  # there is room for one, and nobody else is parked
+        assert opened.codes.tolist() == [0, Code.TOO_MANY_STREAMS]
+        assert (await origin.resume(["second"], have, second.epochs)).codes.tolist() == [Code.EXPIRED]
+        assert failures(await step(origin, kept.handles, [0, 0], random_frames(rng, 1, 2))) == []
+
+
 async def test_a_resumed_stream_does_not_expire(rng: np.random.Generator) -> None:
     async with streaming(InlineExecutor, idle=replace(KEEP, park_ns=LATER_NS)) as kit:
         gone, origin = kit.frontend.connect(), kit.frontend.connect()

@@ -77,6 +77,7 @@ class LimitsConfig(Section):
     first_frame_s: Seconds = 0.0
     park_s: Seconds = 300.0
     max_parked_streams: Count = 4096
+    parked_make_room: bool = False
     hibernate_after_s: Seconds = 60.0
     max_hibernated_streams: Count = 1_000_000
     window_frames: Annotated[int, Field(ge=1, le=65_536)] = 32
@@ -97,6 +98,7 @@ class RecordingConfig(Section):
     queue_batches: Count = 64
     keep_bytes: Bytes = 0
     keep_s: Seconds = 0.0
+    warn_free_bytes: Bytes = 1024 * 1024 * 1024
 
 
 class ShutdownConfig(Section):

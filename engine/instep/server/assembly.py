@@ -166,6 +166,7 @@ def _make_server(
         log_failure,
     )
     operations = StreamOperations(engine, stepper, hibernation, tombstones, tasks, loop.wake, log_failure)
+    operations.parked_make_room = config.limits.parked_make_room
     reaper = Reaper(engine, operations, hibernation, idle_limits(config))
     target_ns = round(config.recording.recovery_target_s * 1e9)
     checkpoints = Checkpoints(engine, operations, stepper, tasks, target_ns)

@@ -13,6 +13,7 @@ import structlog
 from instep.config import Config
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.recording.recorder import Recorder
+from instep.server.free_space import FreeSpace
 from instep.server.limits import hibernation_limits, idle_limits
 from instep.server.loop import Loop
 from instep.server.shutdown import Shutdown
@@ -99,6 +100,7 @@ class Server:
         limits, frontend = config.limits, self._frontend
         self.config = config
         self._reaper.limits = frontend.listing.limits = idle_limits(config)
+        self.operations.parked_make_room = limits.parked_make_room
         self.operations.hibernation.limits = hibernation_limits(config)
         frontend.outbound.max_total_bytes = limits.max_buffered_bytes
         frontend.outbound.unreachable_after_ns = round(limits.unreachable_after_s * 1e9)
@@ -125,11 +127,16 @@ class Server:
 
     async def _tick(self) -> None:
         summary = Summary(self._log, self._frontend.statistics, time.monotonic())
+        file = self.config.recording.file
+        free_space = None if file is None else FreeSpace(file, self._log)
         while True:
             await asyncio.sleep(_TICK_S)
             try:
                 now_ns = time.monotonic_ns()
                 summary.tick(now_ns / 1e9, self.config.log.summary_s)
+                if free_space is not None:
+                    warn_bytes = self.config.recording.warn_free_bytes
+                    self.engine.stats.recording_free_bytes = free_space.tick(now_ns / 1e9, warn_bytes)
                 self._frontend.tick(now_ns)
                 self._reaper.tick(now_ns)
                 self._checkpoints.take_if_due()

@@ -67,6 +67,8 @@ class StreamOperations:
         self._at_once = at_once
         self._tombstones = tombstones
         self.hibernation = hibernation
+        self.parked_make_room = False
+        """Whether opening a stream ends the one that has been parked longest, where there is no room otherwise."""
 
     # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -81,7 +83,7 @@ class StreamOperations:
         """
         in_use = self._table.find(names) != SCRATCH_SLOT
         fresh = {name for name, used in zip(names, in_use.tolist(), strict=True) if not used}
-        await self.hibernation.make_room(sum(name not in self.hibernation for name in fresh))
+        await self._make_room(sum(name not in self.hibernation for name in fresh))
         if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
         slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self.hibernation)
@@ -93,7 +95,7 @@ class StreamOperations:
         # Recorded at once: the streams can be parked or taken over before their states are written.
         granted_names = [name for name, is_granted in zip(names, granted.tolist(), strict=True) if is_granted]
         lsn = self._journal.opened(opened, granted_names, initial)
-        grants = self._grants(slots, codes)
+        grants = Grants.of(self._table, slots, codes)
         if await self._load(opened, initial) < len(opened):
             await self._give_up_opened(origin, opened, codes, granted)
             return Grants.none(codes)
@@ -101,6 +103,17 @@ class StreamOperations:
         self._tombstones.remove(granted_names)
         await self._journal.durable(lsn)
         return grants
+
+    async def _make_room(self, wanted: int) -> None:
+        """Let those parked longest hibernate or, where they may, end until so many slots are free or none is left."""
+        await self.hibernation.make_room(wanted)
+        missing = wanted - self._table.slots.free_count
+        if not self.parked_make_room or missing <= 0:
+            return
+        slots = self._table.parked_longest(missing)
+        self._tombstones.add(map(self._table.name, slots.tolist()))
+        self._engine.stats.evicted("displaced", len(slots))
+        await self._end(slots, "displaced")
 
     async def _give_up_opened(self, origin: Origin, opened: I64, codes: I32, granted: Bool) -> None:
         """The initial states could not be written: close the streams, whoever owns them by now."""
@@ -184,7 +197,7 @@ class StreamOperations:
         table.acked[own] = np.maximum(table.acked[own], acked)
         engine.stats.resumed_streams_total += len(own)
         self._journal.resumed(own)
-        grants = self._grants(np.where(decision.codes == 0, decision.slots, SCRATCH_SLOT), decision.codes)
+        grants = Grants.of(table, decision.slots, decision.codes)
         grants.expected_seqs[:] = decision.expected_seq
         await self._journal.durable(self._journal.newest)  # the grant, or whatever a refusal rests on
         return grants
@@ -379,22 +392,9 @@ class StreamOperations:
         await self._end(slots, code.name.lower())
         self._origins.notify(owners, code)
 
-    # ── Handles ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def _own(self, origin: Origin, handles: U64) -> tuple[I64, I32]:
         slots, codes = np.empty(len(handles), np.int64), np.empty(len(handles), np.int32)
         # A copy: of an array that cannot be written, as a message's is, another kernel would be compiled.
         if resolve_handles(self._engine.packed, handles.copy(), origin.number, slots, codes):
             raise Refusal(Code.REPEATED_STREAM)
         return slots, codes
-
-    def _grants(self, slots: I64, codes: I32) -> Grants:
-        """Of slots int64 [N], the scratch slot where refused."""
-        granted, table = slots != SCRATCH_SLOT, self._table
-        return Grants(
-            np.where(granted, table.slots.handles(slots), 0).astype(np.uint64),
-            np.where(granted, table.epoch[slots], 0).astype(np.uint64),
-            np.where(granted, table.next_seq[slots], 0),
-            codes,
-            np.zeros(len(slots), np.int64),
-        )

@@ -110,13 +110,11 @@ class Reaper:
         table, most = self._table, self.limits.max_parked
         if table.owned[table.parked] <= most:
             return
-        parked = table.parked_since(np.iinfo(np.int64).max)
-        excess = min(len(parked) - most, self._at_once)
+        excess = min(len(table.parked_since(np.iinfo(np.int64).max)) - most, self._at_once)
         if excess > 0 and self._hibernation.is_possible:
             self._hibernation.hibernate_parked(excess)
         elif excess > 0:
-            oldest: I64 = np.argsort(table.last_active_ns[parked], kind="stable")[:excess]
-            self._operations.expire(parked[oldest])
+            self._operations.expire(table.parked_longest(excess))
 
     def _evict_idle(self, now_ns: int) -> None:
         limits, table = self.limits, self._table

@@ -26,6 +26,8 @@ class EngineStats:
     woken_streams_total: int = 0
     evicted_streams_total: int = 0
     evicted_by_reason: dict[str, int] = field(default_factory=dict)
+    recording_free_bytes: int | None = None
+    """Free on the disk of the recording; None without one."""
     queue_us: I64 = field(default_factory=new_histogram)
     """Microseconds that messages waited for the step of their last frames."""
     compute_us: I64 = field(default_factory=new_histogram)
@@ -59,6 +61,8 @@ class EngineStats:
         }
         values |= {f"evicted_{reason}_total": float(count) for reason, count in self.evicted_by_reason.items()}
         values["batch_size_mean"] = self.frames_total / max(1, self.batches_total)
+        if self.recording_free_bytes is not None:
+            values["recording_free_bytes"] = float(self.recording_free_bytes)
         for name in ("queue_us", "compute_us", "send_us"):
             values[f"{name}_p50"] = quantile(getattr(self, name), 0.50)
             values[f"{name}_p99"] = quantile(getattr(self, name), 0.99)
