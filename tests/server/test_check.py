@@ -1,0 +1,99 @@
+"""`instep serve --check` tries everything that a start needs, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep.config import Config
+from instep.models.folder import write_model
+from instep.server.check import check
+from instep.server.preparation import CannotServe
+from tests.support.models import SMALL, plain
+from tests.support.raw import RawClient
+from tests.support.running import running
+from tests.support.streaming import random_frames
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_model(tmp_path / "model", SMALL)
+    return tmp_path / "model"
+
+
+def configured(model: Path, **sections: dict[str, Any]) -> Config:
+    transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
+    return Config.model_validate(
+        {"model": {"folder": model}, "transport": transport, "log": {"format": "json"}, **sections}
+    )
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    return {line["event"]: line for line in map(json.loads, capsys.readouterr().err.splitlines())}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_it_says_what_would_be_served(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "r.instep"
+    check(configured(model, recording={"file": file}, engine={"max_streams": 7}))
+    lines = said(capsys)
+    assert lines["would record"]["file"] == str(file)
+    assert lines["can serve"]["model"] == SMALL.name
+    assert lines["can serve"]["max_streams"] == 7
+    assert lines["can serve"]["exactness"] == lines["certified"]["exactness"]
+    assert contents(tmp_path) == {}
+
+
+async def test_a_recording_would_be_continued_and_stays_as_it_is(
+    model: Path, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    file = folder / "r.instep"
+    config = configured(model, recording={"file": file}, engine={"max_batch_size": 256})
+    async with running(SMALL, recording={"file": file}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        await client.step((await client.open("s", "t")).handles()[:1], [0], random_frames(rng, 3))
+        with pytest.raises(CannotServe, match="being written"):
+            check(config)
+    before = contents(folder)
+    capsys.readouterr()
+    check(config)
+    would = said(capsys)["would continue"]
+    assert (would["streams"], would["frames_to_replay"]) == (2, 0)  # it was closed in order, with its states
+    assert contents(folder) == before
+    write_model(model, plain(5, 4), overwrite=True)
+    with pytest.raises(CannotServe, match="model"):
+        check(config)
+    damaged = bytearray(before[file.name])
+    damaged[len(damaged) // 2 :] = bytes(len(damaged) - len(damaged) // 2)
+    file.write_bytes(damaged)
+    with pytest.raises(CannotServe):
+        check(config)
+    assert contents(folder) == {file.name: bytes(damaged)}
+
+
+def test_what_stands_in_the_way_is_said(model: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(CannotServe, match=re.escape(f"cannot bind {endpoint}")):
+            check(configured(model, transport={"endpoint": endpoint}))
+    write_model(tmp_path / "wide", plain(2000, 4))
+    with pytest.raises(CannotServe, match="max_message_bytes"):
+        check(configured(tmp_path / "wide", transport={"max_message_bytes": 4096}))
+    with pytest.raises(CannotServe, match="there is no folder"):
+        check(configured(model, recording={"file": tmp_path / "no" / "r.instep"}))
+    with pytest.raises(CannotServe, match="cannot read"):
+        check(configured(tmp_path / "nothing"))
+    assert contents(tmp_path) == {}
