@@ -186,7 +186,7 @@ class TestErrors:
         [
             (["model", "make", "m", "--features", "abc"], ["--features", "'abc'"]),
             (["model", "make", "m", "--features", "3", "--hidden", "4.5"], ["--hidden", "'4.5'"]),
-            (["demo", "sead"], ["'sead' is not one of"]),
+            (["demo", "sead"], ["'sead' is not one of", "Did you mean 'seed'?"]),
         ],
     )
     def test_of_values_name_the_flag_and_the_value_in_plain_words(self, arguments: list[str], words: list[str]) -> None:

@@ -87,18 +87,24 @@ Speed = Annotated[
 RATE_HELP: Final = "Frames a second for each stream, whatever its times say."
 
 
+@app.command("version")
+def show_version() -> None:
+    """Print the version."""
+    from importlib.metadata import version
+
+    typer.echo(f"instep-client {version('instep')}")
+
+
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"instep-client {version('instep')}")
+        show_version()
         raise typer.Exit
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass

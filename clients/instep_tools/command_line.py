@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any, Final
 
 import typer
@@ -96,7 +98,10 @@ def in_plain_words(error: typer.BadParameter) -> str:
         sentence = _PLAIN.get(found["type"])
         if sentence is not None:
             return sentence.format(value=found["input"], **found.get("ctx", {}))
-    return error.message.removeprefix("Value error, ")
+    message = error.message.removeprefix("Value error, ")
+    typed, _, choices = message.partition(" is not one of ")
+    close = get_close_matches(typed.strip("'"), re.findall("'([^']+)'", choices), n=1)
+    return f"{message} Did you mean {close[0]!r}?" if close else message
 
 
 def endpoint(text: str) -> str:

@@ -162,7 +162,7 @@ def test_loadtest(server: FakeServer) -> None:
         (["replay"], "Missing argument 'FILE'"),
         (["produce", "--rate", "0"], "it must be more than 0"),
         (["produce", "--rate", "abc"], "'abc'"),
-        (["produce", "--signal", "sin"], "'sin' is not one of"),
+        (["produce", "--signal", "sin"], "Did you mean 'sine'?"),
         (["ping", "-e", "127.0.0.1:5757"], "'127.0.0.1:5757' is not an endpoint: write tcp://127.0.0.1:5757"),
         (["ping", "-e", "tcp://there"], "'tcp://there' is not an endpoint: write tcp://127.0.0.1:5757 or ipc:///path"),
         (["produce", "--rate", "inf"], "it must be more than 0"),
@@ -182,7 +182,8 @@ def test_what_cannot_be_typed(arguments: list[str], said: str) -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout == f"instep-client {version('instep')}\n"
+    for typed in ("--version", "-V", "version"):
+        assert run(typed).stdout == f"instep-client {version('instep')}\n"
 
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
