@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,10 +27,11 @@ from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import CannotBind, Router
 from instep.models.numerics import numerics
 from instep.recording.database import check_place, holds_recording
-from instep.recording.errors import RecordingError, with_advice
+from instep.recording.errors import DamagedRecording, RecordingError, with_advice
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
+from instep.recording.scrub import Scrub
 from instep.recording.trim import Retention
 from instep.recording.wal import lost_tail
 from instep.recording.writer import RecordingWriter
@@ -209,6 +211,9 @@ def _make_server(
         replayed_ns = round(recovery.seconds * 1e9) if recovery is not None and recovery.frames else 0
         waits = info.durability != "memory"
         journal.record(recorder, last_stream, writer.position, waits=waits, replayed_ns=replayed_ns)
+    scrub = None
+    if recovery is not None and recovery.checkpoint_position:
+        scrub = _scrub(writer.path, recovery.checkpoint_position, log)
     return Server(
         config,
         info,
@@ -222,6 +227,7 @@ def _make_server(
         frontend,
         recorder,
         recovery,
+        scrub,
         log,
     )
 
@@ -317,6 +323,14 @@ def _recording(
     seconds = round(recovery.seconds, 4)
     log.info("recovered", streams=recovery.streams, frames_replayed=recovery.frames, seconds=seconds)
     return writer, recovery
+
+
+def _scrub(path: Path, through: int, log: structlog.stdlib.BoundLogger) -> Scrub:
+    def damaged(error: DamagedRecording) -> None:
+        reason = f"{error}; open streams do not need it, but it cannot be verified any more"
+        log.error("recording damaged", reason=reason, next=f"instep recordings repair {shlex.quote(str(path))}")
+
+    return Scrub(path, through, damaged)
 
 
 def _recorder(

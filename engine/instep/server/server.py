@@ -13,6 +13,7 @@ import structlog
 from instep.config import Config
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.recording.recorder import Recorder
+from instep.recording.scrub import Scrub
 from instep.server.free_space import FreeSpace
 from instep.server.limits import hibernation_limits, idle_limits
 from instep.server.loop import Loop
@@ -50,6 +51,7 @@ class Server:
         frontend: the ZeroMQ front end.
         recorder: the recording, or None.
         recovery: how the server continued an older recording, where there was one.
+        scrub: looks for damage in what the recovery did not read of it, or None.
         log: where the server says what it does.
     """
 
@@ -67,6 +69,7 @@ class Server:
         frontend: ZmqFrontend,
         recorder: Recorder | None,
         recovery: Recovery | None,
+        scrub: Scrub | None,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.config = config
@@ -83,6 +86,7 @@ class Server:
         self._tasks = tasks
         self._frontend = frontend
         self._recorder = recorder
+        self._scrub = scrub
         self._log = log
 
     @property
@@ -176,6 +180,8 @@ class Server:
                 closing.callback(self._frontend.close)
                 if self._recorder is not None:
                     closing.callback(self._stop_recorder, self._recorder)
+                if self._scrub is not None:
+                    closing.callback(self._scrub.stop)
                 closing.callback(self.engine.executor.stop, timeout_s)
                 closing.callback(self._frontend.go_away, reason)
                 closing.callback(self._tasks.cancel)

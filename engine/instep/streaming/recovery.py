@@ -39,6 +39,8 @@ class Recovery:
     """The highest number that a stream of the recording has."""
     hibernated: dict[str, int]
     """The streams that are not in memory, since nothing of them had to be stepped again: name → number."""
+    checkpoint_position: int
+    """Of what the recording holds up to here, only what still counts was read; 0 where all of it was."""
 
 
 def resume_recording(
@@ -99,7 +101,9 @@ def resume_recording(
             seconds = time.perf_counter() - began
             names = recovered.names
             asleep = {names[stream]: stream for stream in names if not replay.has(stream)}
-            return writer, Recovery(len(names), replay.frames, seconds, recovered.last_stream, asleep)
+            return writer, Recovery(
+                len(names), replay.frames, seconds, recovered.last_stream, asleep, recovered.checkpoint_position
+            )
     except sqlite3.Error as error:
         writer.abandon()
         raise RecordingError(f"cannot go on with the recording {path}: {error}") from None

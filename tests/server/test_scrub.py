@@ -1,0 +1,57 @@
+"""Damage in the older part of a recording, which a restart does not read, is found while the server serves."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typer.testing import CliRunner
+
+from instep.cli import app
+from instep.recording.inspection import inspect
+from instep_client.protocol.codes import HAVE_ALL
+from tests.support.models import SMALL
+from tests.support.raw import RawClient
+from tests.support.running import running
+from tests.support.streaming import random_frames
+
+
+async def lines_of_a_restart(path: Path, seconds: float) -> list[dict[str, Any]]:
+    """What a server logs that continues the recording and serves for so long, or until it finds damage."""
+    told: list[dict[str, Any]] = []
+    async with running(SMALL, recording={"file": path}, told=told) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        assert (await client.resume(["s"], [HAVE_ALL], [0], take_over=True)).codes() == []
+        for _ in range(round(seconds / 0.01)):
+            if any(line["event"] == "recording damaged" for line in told):
+                break
+            await asyncio.sleep(0.01)
+    return told
+
+
+async def test_it_is_told_once_with_what_to_run(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = tmp_path / "r.instep"
+    async with running(SMALL, recording={"file": path}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        for seq in range(100):
+            await client.step(handles, [seq], random_frames(rng, 1), [seq])
+    whole = await lines_of_a_restart(path, 0.5)
+    assert "recovered" in [line["event"] for line in whole]
+    assert {line["level"] for line in whole} == {"info", "debug"}
+    database = sqlite3.connect(path)
+    (position,) = database.execute("SELECT max(position) FROM batches WHERE position < 150").fetchone()
+    database.execute("UPDATE batches SET x = zeroblob(length(x)) WHERE position = ?", [position])
+    database.commit()
+    database.close()
+    told = await lines_of_a_restart(path, 30)
+    (found,) = (line for line in told if line["event"] == "recording damaged")
+    assert found["level"] == "error"
+    assert f"the row at position {position} (of batches) does not match its CRC" in found["reason"]
+    repair = shlex.split(found["next"])
+    assert CliRunner().invoke(app, repair[1:]).exit_code == 0
+    assert 0 < inspect(tmp_path / "r.repaired.instep", lambda _: None).frames < 100
