@@ -52,6 +52,9 @@ def serve(
     accept_numerics_change: Annotated[
         bool, typer.Option("--accept-numerics-change", help="Continue a recording even if floats may differ now.")
     ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start the server again when a crash (SIGSEGV, SIGABRT) kills it.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Say what would be served, or why it cannot be; write nothing, and exit.")
     ] = False,
@@ -85,7 +88,10 @@ def serve(
         from instep.server.serve import run
 
         warnings = unknown_variables(os.environ)
-        raise typer.Exit(run(loaded, reread=read, accept_numerics_change=accept_numerics_change, warnings=warnings))
+        status = run(
+            loaded, reread=read, accept_numerics_change=accept_numerics_change, restart=restart, warnings=warnings
+        )
+        raise typer.Exit(status)
     except expected as error:
         raise _cannot_serve(error, loaded.log) from error
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from instep.cli import app
 from instep.config import Config
+from instep_tools.app import app as client_app
 from tests.docs.support.page import Page
 from tests.docs.support.shell import commands
 
@@ -57,10 +58,7 @@ def test_the_unit_gives_a_drain_the_time_it_may_take() -> None:
 )
 def test_the_commands_and_options_that_it_names_exist(words: list[str]) -> None:
     words = words[1:] if words[0] == "setsid" else words
-    if Path(words[0]).name == "instep-client":
-        from instep_tools.app import app as command_line
-    else:
-        command_line = app
+    command_line = client_app if Path(words[0]).name == "instep-client" else app
     path = [word for word in words[1:3] if re.fullmatch("[a-z]+", word)]
     help_text = CliRunner(env={"COLUMNS": "200"}).invoke(command_line, [*path, "--help"])
     assert help_text.exit_code == 0, path

@@ -37,9 +37,9 @@ class Served:
 
 
 @contextmanager
-def serving(model: Path, *arguments: str, **popen: Any) -> Iterator[Served]:
-    """Run `instep serve` on any free port while the block runs; further arguments of it and of `Popen`."""
-    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", "tcp://127.0.0.1:*"]
+def serving(model: Path, *arguments: str, endpoint: str = "tcp://127.0.0.1:*", **popen: Any) -> Iterator[Served]:
+    """Run `instep serve` while the block runs; further arguments of it and of `Popen`."""
+    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", endpoint]
     command += ["--log-format", "json", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
     try:

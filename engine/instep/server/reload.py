@@ -50,7 +50,7 @@ def reload(
         threshold.level = level
         return
     changed = {path: (before, after) for path, before, after in _differences(running, wanted)}
-    server.configure(_with(running, wanted, [path for path in changed if path in CHANGEABLE]))
+    server.configure(with_changes(running, wanted))
     log.info(
         "reloaded",
         changed=[f"{path}: {before} → {after}" for path, (before, after) in changed.items() if path in CHANGEABLE],
@@ -60,19 +60,18 @@ def reload(
     threshold.level = wanted.log.level
 
 
+def with_changes(running: Config, wanted: Config) -> Config:
+    """The running configuration with the wanted values of the keys that can change."""
+    for path in CHANGEABLE:
+        name, key = path.split(".")
+        section = getattr(running, name).model_copy(update={key: getattr(getattr(wanted, name), key)})
+        running = running.model_copy(update={name: section})
+    return running
+
+
 def _differences(one: Config, other: Config) -> Iterator[tuple[str, Any, Any]]:
     for name, section in one:
         for key, value in section:
             found = getattr(getattr(other, name), key)
             if found != value:
                 yield f"{name}.{key}", value, found
-
-
-def _with(running: Config, wanted: Config, paths: list[str]) -> Config:
-    """The running configuration with the wanted values at these paths."""
-    for path in paths:
-        name, key = path.split(".")
-        value = getattr(getattr(wanted, name), key)
-        section = getattr(running, name).model_copy(update={key: value})
-        running = running.model_copy(update={name: section})
-    return running

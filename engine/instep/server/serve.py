@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import signal
 from collections.abc import Callable, Sequence
@@ -12,15 +13,16 @@ import structlog
 import torch
 
 from instep import interrupts
-from instep.config import Config, TransportConfig
+from instep.config import Config, ConfigError, TransportConfig
 from instep.core.compiled import are_cached
 from instep.server.assembly import make_server
 from instep.server.log import Threshold, make_log
 from instep.server.open_files import allow_open_files
-from instep.server.preparation import Prepared, prepare
-from instep.server.reload import reload
+from instep.server.preparation import CannotServe, Prepared, prepare
+from instep.server.reload import reload, with_changes
 from instep.server.server import Server
 from instep.server.signals import signals_call
+from instep.server.supervisor import supervise
 from instep.streaming.warm_up import warm_up
 
 _FILES_BESIDE_CONNECTIONS = 100
@@ -41,6 +43,7 @@ def run(
     reread: Callable[[], Config] | None = None,
     on_ready: Callable[[str], None] = lambda endpoint: None,
     accept_numerics_change: bool = False,
+    restart: bool = False,
     warnings: Sequence[str] = (),
 ) -> int:
     """Serve until interrupted.
@@ -50,6 +53,7 @@ def run(
         reread: reads the configuration again, on SIGHUP; it raises ConfigError. None for the same one always.
         on_ready: called with the endpoint once the server answers.
         accept_numerics_change: whether to go on with a recording although floats may come out with other bits now.
+        restart: whether to serve in a child process that is started again when a signal kills it.
         warnings: what to say of the configuration, as sentences.
 
     Returns:
@@ -57,18 +61,37 @@ def run(
 
     Raises:
         CannotServe: when the server cannot start.
+        SystemExit: in the parent of that child, with the child's status.
     """
     threshold = Threshold(config.log.level)
     log = make_log(config.log, threshold)
     for warning in warnings:
         log.warning("unknown setting", reason=warning)
     prepared = prepare(config, log)
+    if restart:
+        _refuse_what_cannot_be_restarted(config, prepared)
     if not are_cached():
         log.info("compiling", hint="once on a machine, some ten seconds")
     warm_up()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     start = _Start(reread or (lambda: config), on_ready, accept_numerics_change)
+    if restart and supervise(log):
+        with contextlib.suppress(ConfigError):  # the server that died may have read a new one
+            config = with_changes(config, start.reread())
+        threshold.level = config.log.level
     return asyncio.run(_serve(config, prepared, log, threshold, start))
+
+
+def _refuse_what_cannot_be_restarted(config: Config, prepared: Prepared) -> None:
+    if config.transport.endpoint.endswith(":*"):
+        raise CannotServe(
+            "--restart needs a port: clients would not find the next server on whichever port is free then"
+        )
+    if prepared.device.type != "cpu" or config.engine.threads > 1:
+        raise CannotServe(
+            "--restart forks the server with its model loaded, which needs engine.device cpu and engine.threads 1; "
+            "leave it out, and let systemd restart the server"
+        )
 
 
 async def _serve(

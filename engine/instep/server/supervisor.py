@@ -1,0 +1,84 @@
+"""`instep serve --restart`: a process that starts the server again when a signal kills it.
+
+The supervisor loads and certifies the model, forks the server, and waits. It has no thread and no socket, so there is
+little in it that can die, and the next server is a fork of it that need not load anything again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections import deque
+from typing import Final
+
+import structlog
+
+MOST_RESTARTS: Final = 5
+WITHIN_S: Final = 60.0
+"""More restarts than that within this time would not help."""
+_FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def supervise(log: structlog.stdlib.BoundLogger) -> bool:
+    """Fork, and return in the child; fork again whenever a signal has killed the child.
+
+    SIGINT, SIGTERM and SIGHUP are passed on to the child, which is in a process group of its own, so that a terminal's
+    Ctrl-C reaches it once. If the supervisor dies, the child gets SIGTERM.
+
+    Args:
+        log: where a death is told.
+
+    Returns:
+        In the child, whether another one ran before it.
+
+    Raises:
+        SystemExit: in the supervisor, with the status of the last child, or 128 + N where signal N killed it.
+    """
+    heard = {number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup has SIGHUP
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*heard, signal.SIGCHLD})
+    supervisor = os.getpid()
+    deaths = deque[float](maxlen=MOST_RESTARTS + 1)
+    while True:
+        child = os.fork()
+        if child == 0:
+            _become_server(supervisor)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return bool(deaths)
+        status, was_told_to_end = _wait(child, heard)
+        if os.WIFEXITED(status):
+            raise SystemExit(os.WEXITSTATUS(status))
+        number = os.WTERMSIG(status)
+        deaths.append(time.monotonic())
+        gives_up = len(deaths) > MOST_RESTARTS and deaths[-1] - deaths[0] < WITHIN_S
+        reason = f"the server was killed by {signal.Signals(number).name}"
+        if was_told_to_end or gives_up:
+            why = f", {MOST_RESTARTS} restarts within a minute have not helped" if gives_up else ""
+            log.error("failed", reason=reason + why)
+            raise SystemExit(128 + number)
+        log.error("restarting", reason=reason)
+
+
+def _become_server(supervisor: int) -> None:
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # the log may go to a terminal that this group does not own
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != supervisor:  # it died before the kernel knew
+            os._exit(1)
+
+
+def _wait(child: int, heard: set[signal.Signals]) -> tuple[int, bool]:
+    """Pass signals on until the child has ended: its wait status, and whether it was told to end."""
+    was_told_to_end = False
+    while True:
+        number = signal.sigwait({*heard, signal.SIGCHLD})
+        if number != signal.SIGCHLD:
+            was_told_to_end |= number != signal.SIGHUP
+            os.kill(child, number)  # it is there until it is waited for
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status, was_told_to_end

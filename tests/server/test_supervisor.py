@@ -1,0 +1,110 @@
+"""`instep serve --restart`: a server that a signal kills is there again, with its streams, before a client gives up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from instep.models.folder import write_model
+from instep.recording.reader import RecordingReader
+from instep.server.supervisor import MOST_RESTARTS
+from instep_client import Client
+from tests.support.models import SMALL, whole
+from tests.support.served import Served, serving
+from tests.support.streaming import random_frames
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Iterator[tuple[Served, str]]:
+    """A supervised server that records, and its endpoint."""
+    write_model(tmp_path / "model", SMALL)
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    arguments = ["--restart", "--record", str(tmp_path / "r.instep")]
+    with serving(tmp_path / "model", *arguments, endpoint=endpoint, start_new_session=True) as served:
+        served.until("serving")
+        yield served, endpoint
+
+
+def server_of(served: Served) -> psutil.Process:
+    (child,) = psutil.Process(served.process.pid).children()
+    return child
+
+
+def test_a_crash_costs_a_stream_nothing_but_time(
+    supervised: tuple[Served, str], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    served, endpoint = supervised
+    x, outputs = random_frames(rng, 60)[:, 0], []
+    with Client(endpoint) as client:
+        stream = client.open("s")
+        for number, frame in enumerate(x):
+            if number in (20, 40):
+                first = server_of(served)
+                first.send_signal(signal.SIGABRT if number == 20 else signal.SIGKILL)
+                assert served.until("restarting")["level"] == "error"
+                served.until("serving")
+                assert server_of(served).pid != first.pid
+            outputs.append(stream.step(frame))
+        np.testing.assert_array_equal(np.array(outputs), whole(SMALL, x)[0])
+        stream.close()
+    served.process.send_signal(signal.SIGHUP)
+    assert served.until("reloaded")["changed"] == []
+    served.process.terminate()
+    assert [line["event"] for line in served.end()] == ["stopping", "stopped"]
+    assert served.process.returncode == 0
+    with RecordingReader(tmp_path / "r.instep") as reader:
+        assert reader.finished
+
+
+def test_an_interrupt_from_a_terminal_reaches_the_server_once(supervised: tuple[Served, str]) -> None:
+    served, _ = supervised
+    server = server_of(served)
+    os.killpg(served.process.pid, signal.SIGINT)  # as Ctrl-C does, to everybody in the group
+    assert [line["event"] for line in served.end()] == ["stopping", "stopped"]
+    assert served.process.returncode == 0, "a second one would have forced the end"
+    assert not server.is_running()
+
+
+def test_a_server_that_dies_again_and_again_is_given_up(supervised: tuple[Served, str]) -> None:
+    served, _ = supervised
+    for _ in range(MOST_RESTARTS):
+        server_of(served).send_signal(signal.SIGSEGV)
+        served.until("serving")
+    server_of(served).send_signal(signal.SIGSEGV)
+    assert served.until("failed")["reason"] == (
+        f"the server was killed by SIGSEGV, {MOST_RESTARTS} restarts within a minute have not helped"
+    )
+    served.end()
+    assert served.process.returncode == 128 + signal.SIGSEGV
+
+
+def test_a_server_ends_with_its_supervisor(supervised: tuple[Served, str]) -> None:
+    served, _ = supervised
+    server = server_of(served)
+    served.process.kill()
+    served.process.wait()
+    psutil.wait_procs([server], timeout=30)
+    assert not server.is_running()
+    assert [line["event"] for line in served.end()][:2] == ["stopping", "stopped"]
+
+
+def test_what_cannot_be_restarted_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", SMALL)
+    for endpoint, threads, words in (
+        ("tcp://127.0.0.1:*", 1, "needs a port"),
+        (f"ipc://{tmp_path}/socket", 2, "engine.threads 1"),
+    ):
+        arguments = ["--restart", "--set", f"engine.threads={threads}"]
+        with serving(tmp_path / "model", *arguments, endpoint=endpoint) as served:
+            assert words in served.until("cannot serve")["reasons"][0]
+            served.end()
+            assert served.process.returncode == 2
