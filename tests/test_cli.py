@@ -117,7 +117,7 @@ class TestServe:
 
     def test_says_why_it_cannot(self, server: Stub) -> None:
         server.answer = CannotServe("the endpoint is taken")
-        result = instep("serve")
+        result = instep("serve", "m")
         assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr.splitlines()[1:] == ["the endpoint is taken"]
 

@@ -44,7 +44,13 @@ app.add_typer(recordings_app, name="recordings")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-@app.command()
+@app.command(
+    examples=[
+        "instep serve my-model --record today.instep",
+        "instep serve --config instep.yaml --check",
+        "instep serve my-model --max-streams 100000 --set limits.park_s=60",
+    ]
+)
 @takes_settings
 def serve(
     given: Given,
@@ -61,7 +67,7 @@ def serve(
 ) -> None:
     """Serve a model to many streams at once.
 
-    Exit status 0: it ended in order. 1: it failed while serving. 2: it could not start. 130: its end was forced.
+    Ctrl-C and SIGTERM drain it; SIGHUP reads the configuration again. Exit status 0: it ended in order. 1: it failed while serving. 2: it could not start. 130: its end was forced.
     """
     from instep.config import ConfigError, load_config, unknown_variables
     from instep.server.log import make_log
@@ -73,8 +79,8 @@ def serve(
         loaded = read()
     except ConfigError as error:
         raise _cannot_serve(error, error.log) from error
-    named = loaded.model.folder or loaded.model.weights
-    make_log(loaded.log).info("loading", model=None if named is None else str(named))  # PyTorch first, for seconds
+    if named := loaded.model.folder or loaded.model.weights:
+        make_log(loaded.log).info("loading", model=str(named))  # PyTorch first, which takes seconds
 
     from instep.server.preparation import CannotServe
 
@@ -181,7 +187,7 @@ def demo(
     raise typer.Exit(run_speakers(out or Path("demo-out"), _console()))
 
 
-@app.command("config")
+@app.command("config", examples=["instep config --config instep.yaml", "instep config --max-streams 100000 --json"])
 @takes_settings
 def show_config(given: Given, *, json: Json = False) -> None:
     """Show the configuration that `instep serve` would have with these options, and where each value came from."""

@@ -31,7 +31,10 @@ class FreeSpace:
         if now_s < self._next_s:
             return self._free_bytes
         self._next_s = now_s + _EVERY_S
-        disk = os.statvfs(self._path.parent)
+        try:
+            disk = os.statvfs(self._path.parent)
+        except OSError:  # the recorder notices it, too, if it matters
+            return self._free_bytes
         self._free_bytes = free_bytes = disk.f_bavail * disk.f_frsize
         enough_bytes = warn_bytes + warn_bytes // 8 if self._is_low else warn_bytes  # not to and fro at the limit
         if (free_bytes < enough_bytes) is not self._is_low:

@@ -79,6 +79,8 @@ def _wait(child: int, heard: set[signal.Signals]) -> tuple[int, bool]:
         if number != signal.SIGCHLD:
             was_told_to_end |= number != signal.SIGHUP
             os.kill(child, number)  # it is there until it is waited for
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status, was_told_to_end
+        ended = -1
+        while ended:  # as the first process of a container it also gets what a server that died leaves behind
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            if ended == child:
+                return status, was_told_to_end
