@@ -67,7 +67,8 @@ def serve(
 ) -> None:
     """Serve a model to many streams at once.
 
-    Ctrl-C and SIGTERM drain it; SIGHUP reads the configuration again. Exit status 0: it ended in order. 1: it failed while serving. 2: it could not start. 130: its end was forced.
+    Ctrl-C and SIGTERM drain it; SIGHUP reads the configuration again. Exit status 0: it ended in order. 1: it failed
+    while serving. 2: it could not start. 130: its end was forced.
     """
     from instep.config import ConfigError, load_config, unknown_variables
     from instep.server.log import make_log
