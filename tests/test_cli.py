@@ -98,6 +98,14 @@ class TestServe:
             4,
         )
 
+    def test_says_which_variables_are_no_settings(self, server: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("INSTEP_MAX_STREAMS", "3")
+        result = instep("serve", "m", "--log-format", "json")
+        told, loading = map(json.loads, result.stderr.splitlines())
+        assert (told["event"], told["level"], loading["event"]) == ("unknown setting", "warning", "loading")
+        assert "INSTEP_ENGINE__MAX_STREAMS" in told["reason"]
+        assert list(told)[:3] == ["timestamp", "level", "event"]
+
     def test_hands_on_the_exit_status(self, server: Stub) -> None:
         server.answer = 3
         assert instep("serve", "m").exit_code == 3

@@ -80,8 +80,11 @@ def serve(
         loaded = read()
     except ConfigError as error:
         raise _cannot_serve(error, error.log) from error
+    log = make_log(loaded.log)
+    for sentence in unknown_variables(os.environ):
+        log.warning("unknown setting", reason=sentence)
     if named := loaded.model.folder or loaded.model.weights:
-        make_log(loaded.log).info("loading", model=str(named))  # PyTorch first, which takes seconds
+        log.info("loading", model=str(named))  # PyTorch first, which takes seconds
 
     from instep.server.preparation import CannotServe
 
@@ -94,11 +97,7 @@ def serve(
             raise typer.Exit(0)
         from instep.server.serve import run
 
-        warnings = unknown_variables(os.environ)
-        status = run(
-            loaded, reread=read, accept_numerics_change=accept_numerics_change, restart=restart, warnings=warnings
-        )
-        raise typer.Exit(status)
+        raise typer.Exit(run(loaded, reread=read, accept_numerics_change=accept_numerics_change, restart=restart))
     except expected as error:
         raise _cannot_serve(error, loaded.log) from error
 

@@ -173,14 +173,6 @@ def test_the_log_says_which_step_is_used(model: Path, monkeypatch: pytest.Monkey
     assert by_event["smaller batches"]["max_batch_size"] == 8
 
 
-def test_what_to_say_of_the_configuration_comes_first(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = configured(model, log={"format": "json"}, engine={"max_batch_size": 8})
-    told = ("INSTEP_COLOUR is no setting",)
-    assert serve.run(config, on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT), warnings=told) == 0
-    first, second, *_ = map(json.loads, capsys.readouterr().err.splitlines())
-    assert (first["event"], first["reason"], second["event"]) == ("unknown setting", told[0], "certifying")
-
-
 @pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("", True), ("1", False)])
 def test_the_log_on_a_terminal_is_coloured_unless_no_color_is_set(
     monkeypatch: pytest.MonkeyPatch, no_color: str | None, coloured: bool

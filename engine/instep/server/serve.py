@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -44,7 +44,6 @@ def run(
     on_ready: Callable[[str], None] = lambda endpoint: None,
     accept_numerics_change: bool = False,
     restart: bool = False,
-    warnings: Sequence[str] = (),
 ) -> int:
     """Serve until interrupted.
 
@@ -54,7 +53,6 @@ def run(
         on_ready: called with the endpoint once the server answers.
         accept_numerics_change: whether to go on with a recording although floats may come out with other bits now.
         restart: whether to serve in a child process that is started again when a signal kills it.
-        warnings: what to say of the configuration, as sentences.
 
     Returns:
         0 after a clean end, 1 after a failure while serving, 130 when a second interrupt forced the end.
@@ -65,8 +63,6 @@ def run(
     """
     threshold = Threshold(config.log.level)
     log = make_log(config.log, threshold)
-    for warning in warnings:
-        log.warning("unknown setting", reason=warning)
     prepared = prepare(config, log)
     if restart:
         _refuse_what_cannot_be_restarted(config, prepared)
@@ -113,10 +109,11 @@ async def _serve(
         server.stop(drain=stops == 1)
 
     def hung_up() -> None:
+        if stops:
+            return  # it ends already, and this is no reason to force it
         if interrupts.has_lost_its_terminal():
-            if not stops:  # otherwise it ends already, and this is no reason to force it
-                stop()
-        elif not stops:
+            stop()
+        else:
             reload(server, start.reread, threshold, log)
 
     with signals_call({signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: hung_up}):
