@@ -303,7 +303,7 @@ def _verify(file: Path) -> float:
 
 
 def start(bench: Bench) -> list[Row]:
-    """From starting the process to its first line. The warm-up round compiles and caches the kernels."""
+    """From starting the process until it serves. The warm-up round compiles and caches the kernels."""
     model = BenchmarkModel.make(bench.folder / "start")
 
     def ready_s() -> float:
