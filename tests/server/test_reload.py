@@ -151,3 +151,13 @@ def test_when_its_terminal_closes_the_server_ends_in_order(model: Path, tmp_path
             process.wait()
     with RecordingReader(recording) as reader:
         assert reader.finished
+
+
+def test_a_log_that_nobody_reads_any_more_ends_no_server(model: Path) -> None:
+    with serving(model) as served:
+        served.until("serving")
+        assert served.process.stderr is not None
+        served.process.stderr.close()
+        served.process.terminate()
+        assert served.process.wait(timeout=60) == 0
+        served.process.stderr = None

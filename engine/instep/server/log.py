@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -62,14 +63,15 @@ def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog
 
 
 class _StandardError:
-    """Writes lines for as long as anybody can read them: a server outlives its terminal, or a pipe that broke."""
+    """Writes lines, or loses them: a full disk, a pipe that broke or a terminal that has closed end no server."""
 
     def msg(self, line: str) -> None:
         try:
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
-        except OSError:
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (what is still buffered would fail again at the exit)
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.EPIPE):  # nobody will read it; the rest would fail again at the exit
+                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
     debug = info = warning = error = msg
 
