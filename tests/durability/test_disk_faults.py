@@ -245,9 +245,10 @@ async def test_a_full_tmpfs_ends_the_process_with_status_1_and_with_more_room_it
     failed = [line["reason"] for line in lines if line["event"] == "failed"]
     assert failed == [f"the recording {path} failed: database or disk is full"]
     assert given.frames > 10
-    assert [line["messages_unanswered"] for line in lines if line["event"] == "stopped"] == [
-        len(given.x) - len(given.y)
-    ]
+    (stopped,) = (line for line in lines if line["event"] == "stopped")
+    computed, answered = stopped["frames"] // (2 * STREAMS), len(given.y)
+    # The last block may have been refused, or have come when the server read nothing any more.
+    assert computed - answered <= stopped["messages_unanswered"] <= len(given.x) - answered
     remount = await asyncio.create_subprocess_exec("mount", "-o", "remount,size=64m", str(small_disk))
     assert await remount.wait() == 0
     async with running(SMALL, recording={"file": path}) as server:
