@@ -134,7 +134,7 @@ def test_what_is_no_gru_is_called_by_its_name(tmp_path: Path, module: Any, sente
         ([(LINEAR, "none"), (LINEAR,)], r"after\[1\] is one tuple"),
         ([("none", LINEAR)], r"after\[0\] begins with one str"),
         ("ab", r"it is one str"),
-        ([(LINEAR, "gelu")], r"the activation of after\[0\] is 'gelu'; it must be one of 'none', 'relu', 'tanh', 'sig"),
+        ([(LINEAR, "mish")], r"the activation of after\[0\] is 'mish'; it must be one of 'none', 'relu', 'tanh', 'sig"),
         ([(LINEAR, nn.ReLU())], r"the activation of after\[0\] is ReLU\(\); it must be one of"),
     ],
 )

@@ -74,7 +74,7 @@ def test_bidirectional_is_refused_with_the_reason() -> None:
         ({"features": 3, "gru": {"hidden_size": 4}, "head": 3}, ("head",)),
         ({"features": 3, "gru": {"hidden_size": 4}, "after": [{"size": -1}]}, ("after", 0, "size")),
         (
-            {"features": 3, "gru": {"hidden_size": 4}, "before": [{"size": 1}, {"size": 1, "activation": "gelu"}]},
+            {"features": 3, "gru": {"hidden_size": 4}, "before": [{"size": 1}, {"size": 1, "activation": "mish"}]},
             ("before", 1, "activation"),
         ),
     ],

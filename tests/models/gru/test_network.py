@@ -43,6 +43,24 @@ DENSE = {
         gru=GruLayers(hidden_size=7, num_layers=2, bias=False),
         after=(dense(1, "sigmoid"), dense(2, "relu", bias=False)),
     ),
+    "smooth": GruDescription(
+        features=20,
+        before=(dense(33, "gelu"), dense(40, "silu"), dense(7, "softmax")),
+        gru=GruLayers(hidden_size=48),
+        after=(dense(50, "elu"), dense(30, "leaky_relu"), dense(19, "softplus"), dense(9, "softmax", bias=False)),
+    ),
+}
+MODULES: dict[Activation, nn.Module] = {
+    "none": nn.Identity(),
+    "relu": nn.ReLU(),
+    "tanh": nn.Tanh(),
+    "sigmoid": nn.Sigmoid(),
+    "gelu": nn.GELU(),
+    "silu": nn.SiLU(),
+    "elu": nn.ELU(),
+    "leaky_relu": nn.LeakyReLU(),
+    "softplus": nn.Softplus(),
+    "softmax": nn.Softmax(dim=-1),
 }
 
 
@@ -75,7 +93,6 @@ def torch_gru(network: GruNetwork) -> nn.GRU:
 
 
 def torch_dense(network: GruNetwork, place: str) -> nn.Sequential:
-    activations = {"none": nn.Identity(), "relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid()}
     modules: list[nn.Module] = []
     for index, layer in enumerate(getattr(network.description, place)):
         weight = network.model.weights[f"{place}.{index}.weight"]
@@ -87,7 +104,7 @@ def torch_dense(network: GruNetwork, place: str) -> nn.Sequential:
                 if name.startswith(f"{place}.{index}.")
             }
         )
-        modules += [linear, activations[layer.activation]]
+        modules += [linear, MODULES[layer.activation]]
     return nn.Sequential(*modules)
 
 
@@ -184,8 +201,12 @@ def test_the_padding_is_zeros_around_the_weights(name: str) -> None:
     def padded_dense(place: str, sizes: list[int]) -> list[nn.Linear]:
         linears = []
         for index, (inputs, outputs) in enumerate(pairwise(sizes)):
+            is_softmax = getattr(description, place)[index].activation == "softmax"
             linear = nn.Linear(up(inputs), up(outputs))
-            matrix, bias = np.zeros((up(outputs), up(inputs)), "f4"), np.zeros(up(outputs), "f4")
+            matrix, bias = (
+                np.zeros((up(outputs), up(inputs)), "f4"),
+                np.full(up(outputs), -np.inf if is_softmax else 0, "f4"),
+            )
             for unit in range(outputs):
                 matrix[unit, :inputs] = weights[f"{place}.{index}.weight"][unit]
                 bias[unit] = weights[f"{place}.{index}.bias"][unit] if f"{place}.{index}.bias" in weights else 0
@@ -206,17 +227,15 @@ def test_the_padding_is_zeros_around_the_weights(name: str) -> None:
                     array[gate * up(hidden) + unit] = source[gate * hidden + unit]
                 else:
                     array[gate * up(hidden) + unit, : source.shape[1]] = source[gate * hidden + unit]
-    act = {"none": torch.clone, "relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-
     x, h = frames_and_state(network, 1, 64)
     rows, states = torch.zeros(64, up(x.shape[2])), torch.zeros(h.shape[0], 64, up(hidden))
     rows[:, : x.shape[2]], states[:, :, :hidden] = tensors(x[0], h)
     for linear, layer in zip(padded_dense("before", before_sizes), description.before, strict=True):
-        rows = act[layer.activation](linear(rows))
+        rows = MODULES[layer.activation](linear(rows))
     out, expected_h = gru(rows.unsqueeze(0), states)
     rows = out[0]
     for linear, layer in zip(padded_dense("after", after_sizes), description.after, strict=True):
-        rows = act[layer.activation](linear(rows))
+        rows = MODULES[layer.activation](linear(rows))
     y, final = stepped(network, x, h)
     assert same_bits(y[0], rows[:, : description.outputs].contiguous().numpy())
     assert same_bits(final, expected_h[:, :, :hidden].contiguous().numpy())

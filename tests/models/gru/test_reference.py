@@ -18,6 +18,12 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "gelu": torch.nn.GELU(),
+    "silu": torch.nn.SiLU(),
+    "elu": torch.nn.ELU(),
+    "leaky_relu": torch.nn.LeakyReLU(),
+    "softplus": torch.nn.Softplus(),
+    "softmax": torch.nn.Softmax(dim=-1),
 }
 
 
@@ -50,7 +56,7 @@ def weights_of(gru: torch.nn.GRU, before: Dense, after: Dense) -> dict[str, npt.
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["none", "relu", "tanh", "sigmoid"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_it_is_torch_in_float64(layers: int, bias: bool, activation: str) -> None:
     torch.manual_seed(layers)
     before: Dense = [(torch.nn.Linear(5, 37, bias=bias), activation)]
@@ -70,8 +76,27 @@ def test_it_is_torch_in_float64(layers: int, bias: bool, activation: str) -> Non
         values, expected_final = gru.double()(values, h)
         for layer, name in after:
             values = ACTIVATIONS[name](layer.double()(values))
-    np.testing.assert_allclose(y, values.numpy(), rtol=0, atol=1e-13)
+    # torch's softplus is x itself from 20 on, where log(1 + exp(-x)) is left out.
+    np.testing.assert_allclose(y, values.numpy(), rtol=0, atol=3e-9 if activation == "softplus" else 1e-13)
     np.testing.assert_allclose(final, expected_final.numpy(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activations_are_those_of_torch_for_values_of_every_size(activation: str) -> None:
+    size = np.geomspace(1e-8, 1e30, 400)
+    x = np.stack([size, -size, size[::-1] / 1e20], axis=1)[None]
+    nothing, keep = np.zeros((9, 3), np.float32), np.repeat([0, np.inf, 0], 3).astype(np.float32)
+    # The update gate keeps the state, which is the frame.
+    weights = {"gru.weight_ih_l0": nothing, "gru.weight_hh_l0": nothing, "gru.bias_ih_l0": keep}
+    weights["after.0.weight"] = np.eye(3, dtype=np.float32)
+    parts = {"before": [], "gru": {"num_layers": 1}, "after": [{"activation": activation}]}
+    with torch.inference_mode():
+        expected = ACTIVATIONS[activation](torch.from_numpy(x[0])).numpy()
+    for dtype, relative in ((np.float64, 1e-9), (np.float32, 1e-6)):
+        y, _ = run(GruReference(parts, weights, dtype), np.zeros_like(x, dtype), x.astype(dtype), np.array([400]))
+        scale = np.maximum(1, np.abs(x[0]) if activation != "softmax" else 1)
+        assert (np.abs(y[0] - expected) <= relative * scale).all()
+        assert y.dtype == dtype
 
 
 @pytest.mark.parametrize(("tile_bytes", "block_bytes"), [(1, 1), (37 * 8 * 20, 4 * 10**4), (2**20, 2**20)])

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator
 from pydantic_core import PydanticCustomError
 
 from instep.models.base import Leaf, Shape, StateSpec
 from instep_client.protocol.state_spec import DTYPES
 
-Activation: TypeAlias = Literal["none", "relu", "tanh", "sigmoid"]
+Activation: TypeAlias = Literal[
+    "none", "relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "softplus", "softmax"
+]
+"""Torch's functions of these names with their default parameters; softmax is over the layer's values of a frame."""
+ACTIVATIONS: Final[tuple[Activation, ...]] = get_args(Activation)
 Size: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 
 BIDIRECTIONAL = (
     "a bidirectional GRU cannot stream: its backward direction starts at the last frame, "
     "which a live stream has not sent yet; train one with bidirectional=False"
 )
+
+
+_BY_LETTERS: Final = {name.replace("_", ""): name for name in ACTIVATIONS}
+
+
+def activation_name(value: object) -> object:
+    """The name that was meant, as `leaky_relu` by `LeakyReLU`; anything else as it is."""
+    return _BY_LETTERS.get(value.lower().replace("_", ""), value) if isinstance(value, str) else value
 
 
 class _Frozen(BaseModel):
@@ -27,7 +39,7 @@ class DenseLayer(_Frozen):
     """A linear layer with `size` outputs and the activation after it."""
 
     size: Size
-    activation: Activation = "none"
+    activation: Annotated[Activation, BeforeValidator(activation_name)] = "none"
     bias: StrictBool = True
 
     def in_words(self) -> str:

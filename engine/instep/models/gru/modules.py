@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, TypeAlias, get_args
+from typing import Any, Final, TypeAlias
 
 from pydantic import ValidationError
 from torch import nn
 
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, write_model
-from instep.models.gru.description import BIDIRECTIONAL, Activation, DenseLayer, GruDescription, GruLayers
+from instep.models.gru.description import ACTIVATIONS, BIDIRECTIONAL, Activation, DenseLayer, GruDescription, GruLayers
 from instep.models.model import Model, model_of
 from instep.models.registry import sentences
 from instep.models.weights import check_weights
@@ -101,8 +101,8 @@ def _check_dense(place: str, modules: Sequence[Any]) -> None:
         linear, activation = pair
         if not isinstance(linear, nn.Linear):
             raise ModelError(f"{form}; {place}[{index}] begins with one {type(linear).__name__}")
-        if activation not in get_args(Activation):
-            allowed = ", ".join(map(repr, get_args(Activation)))
+        if activation not in ACTIVATIONS:
+            allowed = ", ".join(map(repr, ACTIVATIONS))
             raise ModelError(f"the activation of {place}[{index}] is {activation!r:.80}; it must be one of {allowed}")
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from instep.core.typing import F32, U8
 from instep.models.base import StateSpec
@@ -41,6 +43,12 @@ _ACTIVATIONS: Final[dict[Activation, InPlace | None]] = {
     "relu": torch.relu_,
     "tanh": torch.tanh_,
     "sigmoid": torch.sigmoid_,
+    "gelu": torch.ops.aten.gelu_,
+    "silu": partial(functional.silu, inplace=True),
+    "elu": partial(functional.elu, inplace=True),
+    "leaky_relu": partial(functional.leaky_relu, inplace=True),
+    "softplus": lambda rows: rows.copy_(functional.softplus(rows)),
+    "softmax": lambda rows: rows.copy_(torch.softmax(rows, dim=1)),
 }
 
 
@@ -153,6 +161,8 @@ class GruNetwork:
             bias = torch.zeros(size)
             if layer.bias:
                 bias = _pad(self.model.weights[f"{place}.{index}.bias"], (size,))
+            if layer.activation == "softmax":
+                bias[layer.size :] = -math.inf  # so that padded units take no share
             built.append(DenseWeights(weight.t(), bias.to(self.device), _ACTIVATIONS[layer.activation]))
             inputs = size
         return built

@@ -14,6 +14,7 @@ The weights of the three gates lie one under the other: W_ih = [W_ir; W_iz; W_in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -189,6 +190,12 @@ def _sigmoid(rows: Floats) -> None:
     np.reciprocal(rows, out=rows)
 
 
+def _silu(rows: Floats) -> None:
+    factor = rows.copy()
+    _sigmoid(factor)
+    rows *= factor
+
+
 def _relu(rows: Floats) -> None:
     np.maximum(rows, 0, out=rows)
 
@@ -208,6 +215,32 @@ def _tanh(rows: Floats) -> None:
     rows[small] = exact
 
 
+def _gelu(rows: Floats) -> None:
+    # x Φ(x), with Φ the normal distribution; numpy has no erf.
+    arguments = (rows * rows.dtype.type(math.sqrt(0.5))).ravel().tolist()
+    rows *= np.fromiter(map(math.erf, arguments), rows.dtype, rows.size).reshape(rows.shape) + 1
+    rows *= 0.5
+
+
+def _elu(rows: Floats) -> None:
+    below = np.expm1(np.minimum(rows, 0))
+    np.copyto(rows, below, where=rows < 0)
+
+
+def _leaky_relu(rows: Floats) -> None:
+    np.multiply(rows, rows.dtype.type(0.01), out=rows, where=rows < 0)
+
+
+def _softplus(rows: Floats) -> None:
+    np.logaddexp(rows, 0, out=rows)
+
+
+def _softmax(rows: Floats) -> None:
+    rows -= rows.max(axis=1, keepdims=True)
+    np.exp(rows, out=rows)
+    rows /= rows.sum(axis=1, keepdims=True)
+
+
 def _none(rows: Floats) -> None:
     pass
 
@@ -217,5 +250,11 @@ _ACTIVATIONS: Final[dict[str, Callable[[Floats], None]]] = {
     "relu": _relu,
     "tanh": _tanh,
     "sigmoid": _sigmoid,
+    "gelu": _gelu,
+    "silu": _silu,
+    "elu": _elu,
+    "leaky_relu": _leaky_relu,
+    "softplus": _softplus,
+    "softmax": _softmax,
 }
 """In place."""
