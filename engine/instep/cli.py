@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from instep import interrupts
+from instep.model_app import app as model_app
 from instep.recording.app import app as recordings_app
 from instep.serve_flags import Given, takes_settings
 from instep_tools.command_line import CommandLine, PlainCommands
@@ -37,7 +38,6 @@ app = CommandLine(
     name="instep",
     help="Streaming inference for recurrent networks: many streams, one step, and a verifier that proves it.",
 )
-model_app = CommandLine(help="Make a model folder, or look into one.")
 app.add_typer(model_app, name="model")
 app.add_typer(recordings_app, name="recordings")
 
@@ -204,69 +204,6 @@ def show_config(given: Given, *, json: Json = False) -> None:
         return
     for path, value in values.items():
         typer.echo(f"{path:<31} {jsonlib.dumps(value):<23} {sources[path]}")
-
-
-@model_app.command("make")
-def make(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it; made if it does not exist.")],
-    features: Annotated[int, typer.Option(help="Values per frame.", show_default=False)],
-    hidden: Annotated[int, typer.Option(help="The GRU's hidden size.", show_default=False)],
-    layers: Annotated[int, typer.Option(help="The GRU's layers.")] = 1,
-    no_bias: Annotated[bool, typer.Option("--no-bias", help="Layers without biases.")] = False,
-    before: Annotated[
-        list[str], typer.Option(metavar="SIZE[:ACTIVATION]", help="A dense layer before the GRU; repeat for more.")
-    ] = [],  # noqa: B006
-    after: Annotated[
-        list[str], typer.Option(metavar="SIZE[:ACTIVATION]", help="A dense layer after the GRU; repeat for more.")
-    ] = [],  # noqa: B006
-    init: Annotated[Literal["random", "constant"], typer.Option(help="How weights are made.")] = "random",
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="For --init random: the same seed, the same weights.")
-    ] = 0,
-    weight: Annotated[float, typer.Option(help="For --init constant: every weight.")] = 0.5,
-    bias: Annotated[float, typer.Option(help="For --init constant: every bias.")] = 0.0,
-    name: Annotated[
-        str | None, typer.Option(help="What clients are told; the folder's name if not given.", show_default=False)
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")] = False,
-) -> None:
-    """Make a model folder, with weights that are random or all the same: to try things out, not to be clever."""
-    from instep.model_flags import described
-
-    gru = {"hidden_size": hidden, "num_layers": layers, "bias": not no_bias}
-    description = described(features, gru, {"before": before, "after": after}, bias=not no_bias)
-
-    from instep.models.folder import make_model, write_model
-
-    made = make_model(description, init, name=name or folder.resolve().name, seed=seed, weight=weight, bias=bias)
-    write_model(folder, made, overwrite=overwrite)
-    typer.echo(f"{folder}: {description.in_words()}")
-
-
-@model_app.command("info")
-def info(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")], json: Json = False
-) -> None:
-    """Check a model folder and show what is in it."""
-    from instep.models.folder import load_model
-
-    model = load_model(folder)
-    shapes = {name: list(tensor.shape) for name, tensor in model.weights.items()}
-    if json:
-        _write_json(
-            {
-                "name": model.name,
-                "fingerprint": model.fingerprint,
-                "parameters": model.parameters,
-                "description": model.description.as_json(),
-                "tensors": shapes,
-            }
-        )
-        return
-    typer.echo(f"{model.name}: {model.description.in_words()}")
-    typer.echo(f"{model.parameters:,} parameters; fingerprint {model.fingerprint}")
-    for name, shape in shapes.items():
-        typer.echo(f"  {name} {shape}")
 
 
 @app.command("version")

@@ -15,7 +15,7 @@ from instep.models.errors import ModelError
 from instep.models.folder import load_model, make_model, model_from_parts, write_model
 from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
 from instep.models.gru.modules import save_model
-from instep.models.model import Model
+from instep.models.model import Model, model_of
 
 DESCRIPTION = GruDescription(
     features=2,
@@ -244,6 +244,35 @@ def test_a_folder_without_a_name_in_it_is_called_as_the_folder(tmp_path: Path) -
     path = tmp_path / "ears" / "model.yaml"
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "name" not in line))
     assert load_model(tmp_path / "ears").name == "ears"
+
+
+def test_outputs_have_names_where_the_folder_gives_them(tmp_path: Path) -> None:
+    names = ["yes", "no", "perhaps", "42"]
+    weights = dict(make_model(DESCRIPTION, "random", name="m").weights)
+    saved = model_of("m", DESCRIPTION, weights, tuple(names))
+    write_model(tmp_path, saved)
+    assert yaml.safe_load((tmp_path / "model.yaml").read_text())["outputs"] == names
+    found = load_model(tmp_path)
+    assert found.output_names == tuple(names)
+    assert found.fingerprint == model_of("m", DESCRIPTION, weights).fingerprint, "a name is no part of the network"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "sentence"),
+    [
+        ("[a, b, c]", "outputs: 3 names for 4 outputs; give one for each, or leave them out"),
+        ("[a, b, c, a]", "outputs: two outputs have the name 'a'; give each its own"),
+        ("[a, b, yes, d]", "outputs: a name must be 1 to 100 printable characters, not True; put it in quotes"),
+        ('[a, b, "", d]', "outputs: a name must be 1 to 100 printable characters, not ''"),
+        ("abcd", "outputs: expected a list of names, one for each output, not 'abcd'"),
+    ],
+)
+def test_names_that_do_not_fit_the_outputs_are_refused(tmp_path: Path, outputs: str, sentence: str) -> None:
+    write_model(tmp_path, make_model(DESCRIPTION, "random", name="m"))
+    with (tmp_path / "model.yaml").open("a") as file:
+        file.write(f"outputs: {outputs}\n")
+    with pytest.raises(ModelError, match=rf"model\.yaml: {sentence}"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -45,3 +45,5 @@ def test_what_changed_and_matters() -> None:
     now = header(numerics={"torch": "1.9"}, buckets=(4,), durability="fsync", model_folder="elsewhere", created_ns=5)
     assert changed_values(header(), now) == {"numerics": {"torch": "1.9"}, "buckets": (4,), "durability": "fsync"}
     assert changed_values(now, now) == {}
+    named = header(output_names=("a", "b", "c", "d"))
+    assert changed_values(header(), named) == {"output_names": ("a", "b", "c", "d")}

@@ -41,21 +41,24 @@ def load_model(folder: str | Path) -> Model:
         raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise ModelError(f"{path} must hold the keys of a network's description, such as kind and features")
-    name = check_name(fields.pop("name", folder.resolve().name))
+    name, outputs = fields.pop("name", folder.resolve().name), fields.pop("outputs", ())
     try:
         description = parse_description(fields)
+        output_names = check_output_names(outputs, description)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    return model_from_parts(description, folder / WEIGHTS_FILE, name)
+    return model_from_parts(description, folder / WEIGHTS_FILE, name, output_names)
 
 
-def model_from_parts(description: Description, weights_path: Path, name: str) -> Model:
-    """A model of a description that stands elsewhere and a weights file.
+def model_from_parts(
+    description: Description, weights_path: Path, name: str, output_names: tuple[str, ...] = ()
+) -> Model:
+    """A model of a weights file and a description from elsewhere.
 
     Raises:
         ModelError: as `load_weights`, or for a name that is not 1 to 100 printable characters.
     """
-    return model_of(check_name(name), description, load_weights(weights_path, description))
+    return model_of(check_name(name), description, load_weights(weights_path, description), output_names)
 
 
 def make_model(
@@ -96,6 +99,8 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
     """
     folder = Path(folder)
     fields = {"name": model.name} | model.description.as_json(defaults=False)
+    if model.output_names:
+        fields["outputs"] = list(model.output_names)
     try:
         if not overwrite and any((folder / file).exists() for file in (DESCRIPTION_FILE, WEIGHTS_FILE)):
             raise ModelError(
@@ -121,3 +126,29 @@ def check_name(name: object) -> str:
             f"give one as name in {DESCRIPTION_FILE}"
         )
     return name
+
+
+def check_output_names(names: object, description: Description) -> tuple[str, ...]:
+    """The names of a network's outputs, in order; none at all are fine, too.
+
+    Raises:
+        ModelError: when they are not as many different names as the network has outputs, of 1 to 100 printable
+            characters each.
+    """
+    if not isinstance(names, list | tuple):
+        raise ModelError(f"outputs: expected a list of names, one for each output, not {names!r:.80}")
+    if not names:
+        return ()
+    if len(names) != description.outputs:
+        raise ModelError(
+            f"outputs: {len(names)} names for {description.outputs} outputs; give one for each, or leave them out"
+        )
+    for at, name in enumerate(names):
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+            raise ModelError(
+                f"outputs: a name must be 1 to {MAX_NAME_LENGTH} printable characters, not {name!r:.120}; put it in "
+                "quotes where YAML takes it for something else"
+            )
+        if name in names[:at]:
+            raise ModelError(f"outputs: two outputs have the name {name!r}; give each its own")
+    return tuple(names)

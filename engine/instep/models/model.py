@@ -21,7 +21,9 @@ class Model:
     weights: Mapping[str, torch.Tensor]
     """float32 on the CPU, by the names of `Description.tensor_shapes`."""
     fingerprint: str
-    """sha256, hex, over the description and every tensor; the name does not count."""
+    """sha256, hex, over the description and every tensor; names do not count."""
+    output_names: tuple[str, ...] = ()
+    """One for each output, in order; empty where they have none."""
 
     @property
     def parameters(self) -> int:
@@ -34,10 +36,12 @@ class Model:
         return f"<Model {self.name!r}: {words}; {self.parameters:,} parameters, fingerprint {short}>"
 
 
-def model_of(name: str, description: Description, weights: Mapping[str, torch.Tensor]) -> Model:
+def model_of(
+    name: str, description: Description, weights: Mapping[str, torch.Tensor], output_names: tuple[str, ...] = ()
+) -> Model:
     """A model of parts that were checked, with its fingerprint."""
     text = json.dumps(description.as_json(), sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode())
     for tensor_name in description.tensor_shapes():
         digest.update(weights[tensor_name].numpy().astype("<f4").tobytes())
-    return Model(name, description, weights, digest.hexdigest())
+    return Model(name, description, weights, digest.hexdigest(), output_names)

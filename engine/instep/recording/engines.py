@@ -10,7 +10,7 @@ from typing import Any, Final
 from instep.recording.errors import RecordingError
 from instep.recording.schema import RecordingHeader
 
-_MAY_DIFFER: Final = ("instep_version", "numerics", "exactness", "buckets", "max_ulp", "durability")
+_MAY_DIFFER: Final = ("instep_version", "numerics", "exactness", "buckets", "max_ulp", "durability", "output_names")
 
 
 def refuse_other_engine(

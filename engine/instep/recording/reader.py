@@ -47,7 +47,7 @@ class RecordingReader(RecordingFile):
         for event in self._marks:
             if event.kind == ENGINE_EVENT:
                 changes = json.loads(event.detail)
-                changes["buckets"] = tuple(changes.get("buckets", engines[-1].header.buckets))
+                changes |= {key: tuple(changes[key]) for key in ("buckets", "output_names") if key in changes}
                 engines.append(RecordedEngine(event.position, replace(engines[-1].header, **changes)))
         return tuple(engines)
 

@@ -33,11 +33,12 @@ consistent recording.
   `failed`, and these come in the order of the batches. A batch without either was under way when the engine was killed:
   after it there is either no outcome of any batch, or first an event `recovered`. Its frames were applied. The frames
   of a failed batch were not: they do not count.
-* The header holds `features`, `outputs` and `state`: `[name, shape, dtype, initial value]` for each leaf of a stream's
-  state. A state is one row of bytes laid out as a C struct: the leaves in that order, little-endian, each at a multiple
-  of its item size, and the end at a multiple of the largest. `initial_state` is that before the frame `first_seq`, NULL
-  where every leaf has its initial value; `final_state` is NULL where it was not known. `frames` is the seq that the
-  stream's next frame would have had: with a `first_seq` of 0, how many were applied.
+* The header holds `features`, `outputs`, `output_names` (a name for each output, or none at all) and `state`: `[name,
+  shape, dtype, initial value]` for each leaf of a stream's state. A state is one row of bytes laid out as a C struct:
+  the leaves in that order, little-endian, each at a multiple of its item size, and the end at a multiple of the
+  largest. `initial_state` is that before the frame `first_seq`, NULL where every leaf has its initial value;
+  `final_state` is NULL where it was not known. `frames` is the seq that the stream's next frame would have had: with a
+  `first_seq` of 0, how many were applied.
 * `time_ns` is nanoseconds since 1970. A stream without a row in `closings` was still open at the last commit.
 * `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
   have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the checkpoint that
@@ -290,6 +291,8 @@ class RecordingHeader:
     """The largest distance between buckets that certification saw, in units in the last place."""
     durability: Durability
     """How durable a frame was before it was answered: `memory`, `commit` or `fsync`."""
+    output_names: tuple[str, ...] = ()
+    """The model's names of its outputs, in order; empty where they have none."""
 
     @property
     def state_spec(self) -> StateSpec:
@@ -314,6 +317,7 @@ class RecordingHeader:
                     raise RecordingError(f"the header {key!r} is damaged: its CRC does not match")
             fields = {key: json.loads(value) for key, value, _ in rows}
             fields["buckets"] = tuple(fields["buckets"])
+            fields["output_names"] = tuple(fields.get("output_names", ()))  # older recordings lack it
             if missing := {field.name for field in dataclass_fields(cls)} - fields.keys():
                 raise LookupError(f"{min(missing)} is missing")
             header = cls(**fields)
@@ -322,6 +326,10 @@ class RecordingHeader:
                     raise TypeError(f"{name} is not a {kind.__name__}")
             if min(header.features, header.outputs) < 1:
                 raise ValueError("a size is below 1")
+            if len(header.output_names) not in (0, header.outputs) or not all(
+                isinstance(name, str) for name in header.output_names
+            ):
+                raise ValueError("output_names are not one text for each output")
             StateSpec.decode(header.state)
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
             raise RecordingError(f"the header is damaged or incomplete ({error})") from None

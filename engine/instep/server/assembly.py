@@ -275,6 +275,7 @@ def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
         buckets=certification.buckets,
         max_ulp=certification.max_ulp,
         durability=config.recording.durability,
+        output_names=prepared.model.output_names,
     )
 
 
