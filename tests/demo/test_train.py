@@ -13,7 +13,7 @@ from torch import nn
 
 from instep.demo.train import Utterances, accuracy, load_utterances, main, train
 from instep.models.folder import load_model
-from instep.models.gru.modules import save_model
+from instep.models.handover.save import save_model
 from instep.models.registry import build
 from tests.support.models import in_one_call
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32
-from instep.models.gru.modules import save_model
+from instep.models.handover.save import save_model
 from instep.models.model import Model
 
 FEATURES, HIDDEN = 3, 4

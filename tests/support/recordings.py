@@ -13,9 +13,9 @@ import torch
 from instep.models.base import RecurrentModel
 from instep.models.certify import Certification, certify
 from instep.models.folder import write_model
-from instep.models.gru.modules import save_model
 from instep.models.gru.network import GruNetwork
 from instep.models.gru.step import GruKernel
+from instep.models.handover.save import save_model
 from instep.models.model import Model
 from instep.models.numerics import numerics
 from instep.models.registry import parse_description

@@ -17,7 +17,7 @@ from torch import nn
 
 from instep.demo.child_server import ChildFailed, ChildServer
 from instep.demo.show import say
-from instep.models.gru.modules import save_model
+from instep.models.handover.save import save_model
 from instep.models.numerics import prepare
 from instep.models.ulp import ulp_distance
 from instep_client import Client, InstepError, ServerInfo

@@ -22,7 +22,7 @@ from torch import nn
 
 from instep.core.typing import F32, I32
 from instep.models.errors import ModelError
-from instep.models.gru.modules import save_model
+from instep.models.handover.save import save_model
 from instep.models.model import Model
 from instep.models.numerics import prepare
 from instep.models.registry import build

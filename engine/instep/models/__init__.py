@@ -13,13 +13,13 @@ __all__ = ["load_model", "save_model"]
 
 if TYPE_CHECKING:
     from instep.models.folder import load_model
-    from instep.models.gru.modules import save_model
+    from instep.models.handover.save import save_model
 else:
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from instep.models import folder
-        from instep.models.gru import modules
+        from instep.models.handover import save
 
-        return folder.load_model if name == "load_model" else modules.save_model
+        return folder.load_model if name == "load_model" else save.save_model

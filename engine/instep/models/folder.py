@@ -21,6 +21,13 @@ from instep.models.weights import check_weights, load_weights, save_weights
 DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"
 MAX_NAME_LENGTH: Final = 100
+GRAPHS: Final = {
+    ".onnx": "is an ONNX graph, which cannot be served: hand over the torch module that it was exported from, with "
+    "instep.models.save_model, or its state dict",
+    ".pt2": "is a program of torch.export, which cannot be served: hand over the module that it was exported from, "
+    "with instep.models.save_model, or its state dict",
+}
+"""What to do with files of kinds that hold more than weights, by their suffix."""
 
 
 def load_model(folder: str | Path) -> Model:
@@ -31,11 +38,14 @@ def load_model(folder: str | Path) -> Model:
     """
     folder = Path(folder)
     path = folder / DESCRIPTION_FILE
+    if folder.is_file():
+        raise ModelError(_no_folder(folder))
     try:
         fields = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise ModelError(
-            f"cannot read {path}: {error.strerror}; a model folder holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}"
+            f"cannot read {path}: {error.strerror}; a model folder holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and "
+            "instep.models.save_model or `instep model import` makes one"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
@@ -48,6 +58,20 @@ def load_model(folder: str | Path) -> Model:
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     return model_from_parts(description, folder / WEIGHTS_FILE, name, output_names)
+
+
+def _no_folder(file: Path) -> str:
+    """What to do with a file that is given in place of a model folder."""
+    if file.suffix in GRAPHS:
+        return f"{file} {GRAPHS[file.suffix]}"
+    if file.name in (DESCRIPTION_FILE, WEIGHTS_FILE):
+        return f"{file} is a file inside a model folder: name the folder, {file.parent}"
+    if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".safetensors"):
+        return (
+            f"{file} is a file of weights and not a model folder: make one of it with `instep model import {file}`, or "
+            "of the trained module with instep.models.save_model"
+        )
+    return f"{file} is not a model folder, which holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}: name the folder"
 
 
 def model_from_parts(

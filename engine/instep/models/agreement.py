@@ -1,0 +1,165 @@
+"""How far a served network's outputs are from those of the module that it was made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from instep.core.typing import F32
+from instep.models.base import Floats, RecurrentModel
+from instep.models.errors import ModelError
+from instep.models.stepping import step_rows
+from instep.models.ulp import ulp_distance
+
+FACTOR: Final = 32
+FLOOR: Final = 64 * 2.0**-23
+"""As the verifier's bound: a float32 result may be off by 32 times what float32 was seen to lose, and by some units."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """The largest differences between the outputs of two ways of computing them."""
+
+    error: float
+    ulp: int
+    """In units in the last place."""
+
+    @classmethod
+    def between(cls, one: F32, other: F32) -> Distance:
+        """Of two arrays of one shape."""
+        with np.errstate(invalid="ignore"):
+            error = np.abs(one.astype(np.float64) - other)
+        error = np.where(one == other, 0, error)  # of equal infinities, too
+        return cls(float(np.nan_to_num(error, nan=np.inf).max()), int(ulp_distance(one, other).max()))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """A module's outputs compared with those of the served network."""
+
+    whole: Distance
+    """From the network's outputs for whole sequences."""
+    stepped: Distance
+    """From those for one frame at a time."""
+    tolerance: float
+    """The largest error that rounding in float32 explains."""
+    y: F32
+    """The module's outputs, [T or 1, R, outputs]: of every frame, or of the last one of each sequence."""
+    rows_axis: int
+    """Which axis of the module's input counts sequences."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether rounding explains all differences."""
+        return max(self.whole.error, self.stepped.error) <= self.tolerance
+
+
+def agreement(network: RecurrentModel, x: F32, y: F32) -> Agreement | None:
+    """Run a network on a module's input and compare the outputs.
+
+    The axes of both may stand in any order. The order is found by trying: another one than the module's own gives other
+    values.
+
+    Args:
+        network: what is served.
+        x: the module's input, with axes for frames, sequences (or for one of both) and features.
+        y: its outputs, for each frame or for the last one of each sequence.
+
+    Returns:
+        None when no order of the axes gives `y` a shape that fits.
+    """
+    found = [_compared(network, x, axes, y) for axes in _orders(x, network.description.features)]
+    return min((each for each in found if each is not None), key=lambda each: each.whole.error, default=None)
+
+
+def first_output(result: Any, module: str) -> torch.Tensor:
+    """The first tensor among what a module returned.
+
+    Raises:
+        ModelError: when there is none.
+    """
+    while isinstance(result, list | tuple) and result:
+        result = result[0]
+    if not isinstance(result, torch.Tensor):
+        raise ModelError(
+            f"{module} returns a {type(result).__name__}; return a tensor of outputs, or a tuple that begins with one"
+        )
+    return result
+
+
+def _orders(x: F32, features: int) -> Iterator[tuple[int, ...]]:
+    """The orders of three axes that make [T, R, features] of a module's input."""
+    shape = _in_three_axes(x).shape
+    return (order for order in permutations(range(3)) if shape[order[2]] == features)
+
+
+def _in_three_axes(x: F32) -> F32:
+    return x.reshape((1,) * (3 - x.ndim) + x.shape)
+
+
+def _compared(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> Agreement | None:
+    frames = np.ascontiguousarray(_in_three_axes(x).transpose(order))
+    stepped = _stepped(network, frames)
+    sequence = network.sequence(frames, network.state.initial(frames.shape[1]))
+    whole = stepped if sequence is None else sequence[0]
+    arranged = min(
+        _arranged(y, whole), key=lambda each: Distance.between(each, whole[-len(each) :]).error, default=None
+    )
+    if arranged is None:
+        return None
+    return Agreement(
+        whole=Distance.between(arranged, whole[-len(arranged) :]),
+        stepped=Distance.between(arranged, stepped[-len(arranged) :]),
+        tolerance=_tolerance(network, frames),
+        y=arranged,
+        rows_axis=order[1] - (3 - x.ndim),
+    )
+
+
+def _arranged(y: F32, served: F32) -> Iterator[F32]:
+    """A module's outputs in every order of axes that makes [T, R, outputs] of them, or [1, R, outputs]."""
+    for steps in sorted({1, len(served)}):
+        wanted = (steps, *served.shape[1:])
+        if y.size == math.prod(wanted):
+            for order in permutations(range(3)):
+                yield y.reshape([wanted[axis] for axis in order]).transpose(np.argsort(order))
+
+
+def _stepped(network: RecurrentModel, frames: F32) -> F32:
+    """Outputs [T, R, outputs] for frames [T, R, features], one step for each frame."""
+    steps, rows, features = frames.shape
+    bucket = -(-rows // network.row_multiple) * network.row_multiple
+    padded = np.zeros((steps, bucket, features), np.float32)
+    padded[:, :rows] = frames
+    step, state, outputs = network.bind(bucket), network.state.initial(bucket), []
+    for frame in padded:
+        y, state = step_rows(step, network.state, frame, state, network.description.outputs)
+        outputs.append(y[:rows])
+    return np.stack(outputs)
+
+
+def _tolerance(network: RecurrentModel, frames: F32) -> float:
+    """What rounding explains between two float32 results for these frames."""
+    truth, rounded = (_referred(network, frames, dtype) for dtype in (np.float64, np.float32))
+    if truth is None or rounded is None:
+        return 2 * FLOOR
+    scale = max(float(np.abs(truth).max()), 1.0)
+    return 2 * (FACTOR * float(np.abs(rounded - truth).max()) + FLOOR * scale)
+
+
+def _referred(network: RecurrentModel, frames: F32, dtype: type[np.floating[Any]]) -> Floats | None:
+    reference = network.reference(dtype)
+    if reference is None:
+        return None
+    steps, rows, _ = frames.shape
+    state = {
+        name: leaf.astype(dtype) if leaf.dtype.kind == "f" else leaf
+        for name, leaf in network.state.unpack(network.state.initial(rows)).items()
+    }
+    return reference.run(frames.astype(dtype), state, np.full(steps, rows))[0]

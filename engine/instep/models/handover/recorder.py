@@ -1,0 +1,209 @@
+"""Following a tensor through a network while it runs: which functions compute with it, and in which order.
+
+Every function that torch runs passes through the recorder, whether a module, an operator or a method called it. So
+nothing that a network does with its input is missed, and what a model folder cannot hold is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NoReturn, cast
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from instep.models.errors import ModelError
+from instep.models.gru.description import ACTIVATIONS, Activation, activation_name
+from instep.models.handover.layers import SERVED
+
+LAYERS: Final = (nn.GRU, nn.Linear, nn.BatchNorm1d)
+"""Modules that are one step each; other modules are what they call."""
+_SAME_VALUES: Final = frozenset(
+    ("alias", "clone", "detach", "expand", "lift_fresh", "permute", "reshape_alias", "select", "slice", "split")
+) | frozenset(("squeeze", "t", "to_copy", "transpose", "unbind", "unsafe_view", "unsqueeze", "view"))
+"""Functions that only arrange values. A comparison of outputs shows whether what they leave out is missed."""
+_NO_VALUES: Final = frozenset(
+    ["empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"]
+)
+"""Functions that take no more than a shape."""
+_WITHOUT_IT: Final = f"train the network without it, or leave it to the client where it comes first or last; {SERVED}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What happened to a tensor: a layer or an activation."""
+
+    what: nn.Module | Activation
+    label: str
+    """How sentences name it."""
+    width: int
+    """Values that it gives for a frame."""
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Use it as a context; `steps` then tells what happened to the tensor that it was told to `follow`.
+
+    Args:
+        subject: how sentences call what is recorded.
+        advice: what to do where it cannot be served.
+
+    Raises:
+        ModelError: in the code that it records, where that does something that a model folder cannot hold.
+    """
+
+    def __init__(self, subject: str, advice: str = _WITHOUT_IT) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._advice = advice
+        self.steps: list[Step] = []
+        self.refusal: ModelError | None = None
+        """Kept too, for code that catches every exception."""
+        self._modules: list[tuple[str, nn.Module]] = []
+        """Those that are running, outermost first."""
+        self._subject = subject
+        self._inside_layer = False
+        self._origins: dict[int, tuple[torch.Tensor, int]] = {}
+        """By id, the tensor itself, so that no other gets its id, and the number of steps that lead to it."""
+
+    def follow(self, values: object, steps: int = 0) -> None:
+        """From here on, these tensors are what the first `steps` steps gave."""
+        for tensor in _tensors(values):
+            if tensor.dtype != torch.float32:
+                self.refuse(f"{self._subject} computes in {str(tensor.dtype).removeprefix('torch.')}")
+            self._origins[id(tensor)] = tensor, steps
+
+    def origin(self, values: object) -> int | None:
+        """How many steps lead to the first of these tensors that is followed; None where none is."""
+        found = (self._origins[id(tensor)][1] for tensor in _tensors(values) if id(tensor) in self._origins)
+        return next(found, None)
+
+    def watch(self, module: nn.Module) -> list[Any]:
+        """Record the layers in a module; returns the hooks to remove."""
+        hooks: list[Any] = []
+        for name, part in module.named_modules():
+            enter, leave = partial(self._enter, plain_path(name)), partial(self._leave, plain_path(name))
+            hooks.append(part.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.append(part.register_forward_hook(leave, with_kwargs=True))
+        return hooks
+
+    def refuse(self, sentence: str, advice: str = "") -> NoReturn:
+        """Refuse what is recorded."""
+        self.refusal = ModelError(f"{sentence}: {advice or self._advice}")
+        raise self.refusal
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function and see what it does with what is followed."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        origin = None if self._inside_layer else self.origin((args, kwargs))
+        name = func.overloadpacket.__name__.strip("_")
+        if origin is None or name in _NO_VALUES:
+            return result
+        if name in _SAME_VALUES:
+            self.follow(result, origin)
+        elif name in ACTIVATIONS:
+            self._check_parameters(name, func, args, kwargs)
+            self._add(name, name, origin, result)
+        else:
+            self._refuse_function(name)
+        return result
+
+    def _add(self, what: nn.Module | Activation, label: str, origin: int, result: object) -> None:
+        if origin != len(self.steps):
+            giver = self.steps[origin - 1].label if origin else "its input"
+            self.refuse(f"{self._subject} uses {giver} more than once, for {self.steps[origin].label} and for {label}")
+        self.steps.append(Step(what, label, next(_tensors(result)).shape[-1]))
+        self.follow(result, len(self.steps))
+
+    def _check_parameters(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        x, *others = args
+        declared = func._schema.arguments
+        given = dict(zip([argument.name for argument in declared[1:]], others, strict=False)) | kwargs
+        if name == "softmax":
+            if given.pop("dim") not in (-1, x.ndim - 1):
+                self.refuse("softmax over another dimension than the last cannot be served")
+            given.pop("half_to_float")
+        defaults = {argument.name: argument.default_value for argument in declared}
+        for key, value in given.items():
+            if value != defaults[key]:
+                self.refuse(f"{name} with {key}={value} cannot be served, only with torch's default of {defaults[key]}")
+
+    def _refuse_function(self, name: str) -> None:
+        label, module = self._modules[-1] if self._modules else ("", None)
+        kind = type(module)
+        if module is not None and kind.__module__.startswith("torch.") and not isinstance(module, torch.fx.GraphModule):
+            self.refuse(f"`{label}` is a {kind.__name__}, which cannot be served yet")
+        where = self._subject if module is None else f"{kind.__name__}.forward"
+        self.refuse(f"{where} computes `{name}`, which cannot be served")
+
+    def _enter(self, label: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._modules.append((label, module))
+        if not _is_layer(module):
+            return
+        self._inside_layer = True
+        if isinstance(module, nn.GRU):
+            state = next(iter([*args[1:], *([kwargs["hx"]] if "hx" in kwargs else [])]), None)
+            if state is not None and any(bool(tensor.any()) for tensor in _tensors(state)):
+                self.refuse(
+                    f"`{label}` begins with a state that is not zero, which a model folder cannot hold",
+                    "hand over the layers one by one, and open each stream with that state",
+                )
+
+    def _leave(self, label: str, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        self._modules.pop()
+        if _is_layer(module):
+            self._inside_layer = False
+            origin = self.origin(args[0] if args else kwargs["input"])
+            if origin is not None:
+                self._add(module, f"`{label}`", origin, result)
+
+
+def activation_of(given: object, place: str) -> Activation:
+    """The activation that a name, a module or a function of torch means; `place` is how sentences call it.
+
+    Raises:
+        ModelError: when it is none that can be served.
+    """
+    name = activation_name(given)
+    if name in ACTIVATIONS:
+        return name
+    allowed = f"give one of {', '.join(ACTIVATIONS)}, or torch's module or function of that name"
+    if not callable(given) or isinstance(given, type):
+        raise ModelError(f"{place} is {given!r:.80}: {allowed}")
+    recorder, x = Recorder(place, allowed), torch.linspace(-3, 3, 12).view(3, 4)
+    recorder.follow(x)
+    try:
+        with torch.no_grad(), recorder:
+            result = cast("Callable[[torch.Tensor], object]", given)(x)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{place} is {given!r:.80}, which fails ({first_line(error)}): {allowed}") from None
+    if len(recorder.steps) > 1 or recorder.origin(result) != len(recorder.steps):
+        raise ModelError(f"{place} is {given!r:.80}, which is not one function: {allowed}")
+    step = recorder.steps[0].what if recorder.steps else "none"
+    assert not isinstance(step, nn.Module)
+    return step
+
+
+def plain_path(name: str) -> str:
+    """A module's path without what torch.compile wraps around it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in LAYERS)
+
+
+def _tensors(values: object) -> Any:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says, or its name."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,145 @@
+"""`save_model`: a model folder from what people have of a trained network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from instep.models.errors import ModelError
+from instep.models.folder import write_model
+from instep.models.handover.layers import Chain, Dense, Gru
+from instep.models.handover.recorder import activation_of
+from instep.models.handover.tensors import chain_of_tensors, read_tensors
+from instep.models.handover.tracing import TracedModule, why_not_served
+from instep.models.model import Model
+
+Layers: TypeAlias = Sequence[tuple[nn.Linear | str, object]]
+"""Dense layers in order, each with the activation after it: a name as in `model.yaml`, or torch's module or function
+of it. In a state dict the layer is named: `("head", "none")`."""
+
+
+def save_model(
+    folder: str | Path,
+    network: nn.Module | Mapping[str, Any] | str | Path,
+    before: Layers = (),
+    after: Layers = (),
+    name: str | None = None,
+    *,
+    outputs: Sequence[str] = (),
+    gru: str | None = None,
+    example: Any = None,
+    overwrite: bool = False,
+) -> Model:
+    """Write a trained network as a model folder.
+
+    `save_model(path, net)` is enough for a module whose forward runs dense layers, one `nn.GRU` and dense layers: it is
+    run once to see which, and what would be served is compared with what the module gives. An `nn.GRU` by itself, a
+    state dict or a file of weights needs `before` and `after` for the layers around the GRU.
+
+    The weights are copied. `batch_first` says nothing about the weights and is ignored, and so is `dropout`, which
+    acts in training only. A batch norm is folded into the Linear before it.
+
+    Args:
+        folder: where to write it; made if it does not exist.
+        network: the trained module, an `nn.GRU`, a state dict, or the path of a file that `torch.save` or safetensors
+            wrote from one.
+        before: each dense layer before the GRU and its activation, in order.
+        after: the same for those after it.
+        name: what clients are told; the folder's name if None.
+        outputs: a name for each output; none if they have no names.
+        gru: of a state dict, the name of the GRU; layers that are not named are left out then.
+        example: of a module, its input or a tuple of its arguments, where random frames will not do.
+        overwrite: replace a model that the folder holds.
+
+    Raises:
+        ModelError: the network does something that a model folder cannot hold, weights are not finite float32, the
+            folder holds a model, or it cannot be written. Nothing is written then.
+    """
+    folder = Path(folder)
+    network, traced = _plain(network), None
+    if isinstance(network, nn.Module) and not isinstance(network, nn.GRU):
+        if before or after:
+            raise ModelError(
+                why_not_served(network)
+                or f"before and after go with an nn.GRU: save_model(path, net.gru, after=[…]), not with the whole "
+                f"{type(network).__name__}, of which the layers are found: save_model(path, net)"
+            )
+        traced = TracedModule(network, example)
+        chain = traced.chain()
+    elif isinstance(network, nn.GRU):
+        chain = Chain(_dense("before", before), Gru.of("the GRU", network), _dense("after", after))
+    elif isinstance(network, str | Path):
+        chain = _of_weights(read_tensors(Path(network)), before, after, gru, str(network))
+    elif isinstance(network, Mapping):
+        chain = _of_weights(network, before, after, gru, "the state dict")
+    else:
+        raise ModelError(_UNKNOWN.get(type(network).__name__, _UNKNOWN[""]).format(type(network).__name__))
+    model = chain.model(folder.resolve().name if name is None else name, outputs)
+    if traced is not None:
+        traced.check(model)
+    write_model(folder, model, overwrite=overwrite)
+    return model
+
+
+_UNKNOWN = {
+    "ExportedProgram": "a program of torch.export cannot be served: hand over the module that it was exported from, or "
+    "its weights, save_model(path, program.state_dict, …)",
+    "": "a {} is not a network; give the trained torch module, its state dict, or a file of weights",
+}
+
+
+def _plain(network: Any) -> Any:
+    """Without what torch.compile wraps around a module."""
+    while isinstance(network, nn.Module) and hasattr(network, "_orig_mod"):
+        network = network._orig_mod
+    return network
+
+
+def _of_weights(tensors: Mapping[str, object], before: Layers, after: Layers, gru: str | None, source: str) -> Chain:
+    named = {}
+    for place, pairs in (("before", before), ("after", after)):
+        named[place] = [
+            _pair(place, index, pair, str, "a layer's name", "head") for index, pair in _listed(place, pairs)
+        ]
+    return chain_of_tensors(tensors, named["before"], named["after"], gru, source)
+
+
+def _dense(place: str, pairs: Layers) -> list[Dense]:
+    layers = []
+    for index, pair in _listed(place, pairs):
+        linear, activation = _pair(place, index, pair, nn.Linear, "an nn.Linear", "linear")
+        layers.append(
+            Dense.of(f"{place}[{index}]", linear, activation_of(activation, f"the activation of {place}[{index}]"))
+        )
+    return layers
+
+
+def _listed(place: str, pairs: Any) -> list[tuple[int, Any]]:
+    """`pairs` is what a user gave, who may not run a type checker."""
+    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
+        raise ModelError(f'{place} must be a list of pairs, as in [(linear, "none")]; it is one {type(pairs).__name__}')
+    return list(enumerate(pairs))
+
+
+def _pair(place: str, index: int, pair: Any, kind: type, what: str, sample: str) -> tuple[Any, object]:
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise ModelError(
+            f'{place} must be a list of pairs of {what} and its activation, as in [({sample}, "none")]; '
+            f"{place}[{index}] is one {type(pair).__name__}"
+        )
+    if not isinstance(pair[0], kind):
+        begins = pair[0]
+        if isinstance(begins, nn.Module):
+            raise ModelError(
+                why_not_served(begins)
+                or f"{place}[{index}] is a {type(begins).__name__}, which cannot be served yet, only nn.Linear with an "
+                "activation; a batch norm is folded when the whole module is given: save_model(path, net)"
+            )
+        raise ModelError(
+            f'{place} must be a list of pairs of {what} and its activation, as in [({sample}, "none")]; '
+            f"{place}[{index}] begins with one {type(begins).__name__}"
+        )
+    return pair[0], pair[1]

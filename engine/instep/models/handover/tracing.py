@@ -1,0 +1,241 @@
+"""The layers of an `nn.Module`, found by running its forward, and compared with what the forward gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from instep.models.agreement import agreement, first_output
+from instep.models.errors import ModelError
+from instep.models.gru.description import Activation
+from instep.models.handover.layers import SERVED, Chain, Dense, Gru
+from instep.models.handover.recorder import Recorder, Step, first_line, plain_path
+from instep.models.model import Model
+from instep.models.registry import build
+
+ROWS, STEPS = 2, 6
+"""Of the random input: sequences, and frames of each."""
+
+
+class TracedModule:
+    """An `nn.Module` with one `nn.GRU` somewhere in it.
+
+    Args:
+        module: the whole network; it may be compiled, and on any device.
+        example: its input, or a tuple of all its arguments; random frames if None.
+
+    Raises:
+        ModelError: when it has no `nn.GRU`, or several, or one that cannot be served.
+    """
+
+    def __init__(self, module: nn.Module, example: Any = None) -> None:
+        self._module = module
+        self._kind = type(module).__name__
+        self._layers = {plain_path(name): part for name, part in module.named_modules() if name or part is not module}
+        self._gru = self._only_gru()
+        tensor = next(iter(module.parameters()))
+        if tensor.dtype != torch.float32:
+            raise ModelError(
+                f"the weights of {self._kind} are {str(tensor.dtype).removeprefix('torch.')}, and only float32 is "
+                "served: convert it with .float()"
+            )
+        self._device = tensor.device
+        self._arguments: tuple[Any, ...] | None = None
+        if example is not None:
+            self._arguments = example if isinstance(example, tuple) else (example,)
+            if not isinstance(self._arguments[0], torch.Tensor) or self._arguments[0].dtype != torch.float32:
+                raise ModelError("example must be a float32 tensor of frames, or a tuple that begins with one")
+
+    def chain(self) -> Chain:
+        """The layers in the order in which the forward runs them.
+
+        Raises:
+            ModelError: when it cannot be run, or computes something that a model folder cannot hold.
+        """
+        if self._arguments is not None:
+            return self._layers_of(self._arguments)
+        linears = [part.in_features for part in self._layers.values() if isinstance(part, nn.Linear)]
+        failure = ""
+        for features in dict.fromkeys([*self._first_sizes(), *linears]):
+            try:
+                self._arguments = (torch.randn(ROWS, STEPS, features, device=self._device),)
+                return self._layers_of(self._arguments)
+            except _CannotRun as error:
+                failure = failure or f"on random input [{ROWS}, {STEPS}, {features}] {error}"
+        raise ModelError(
+            f"{self._kind}.forward fails {failure}; give it an example of its input, as in "
+            f"save_model(path, net, example=x), or hand over its layers: {self.call_to_make()}"
+        )
+
+    def check(self, model: Model) -> None:
+        """Compare what a model of these layers gives with what the forward gives, on random frames.
+
+        Raises:
+            ModelError: when they differ by more than float32 rounds.
+        """
+        assert self._arguments is not None
+        x, *others = self._arguments
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(x.shape, generator=generator).to(x.device)
+        with _quietly(self._module):
+            y = first_output(self._module(x, *others), self._kind)
+        found = agreement(build(model, torch.device("cpu")), x.cpu().numpy(), y.float().cpu().numpy())
+        if found is None:
+            raise ModelError(
+                f"{self._kind}.forward gives the shape {list(y.shape)} for frames {list(x.shape)}; return the "
+                f"{model.description.outputs} values of its last layer for each frame, or for the last frame of each "
+                f"sequence: {model.description.in_words()}"
+            )
+        if not found.agrees:
+            raise ModelError(
+                f"{self._kind}.forward gives other values than its layers do in the order in which it runs them "
+                f"({model.description.in_words()}): they differ by {found.whole.error:.2g}, where rounding explains "
+                f"{found.tolerance:.2g}; return the values of its last layer for each frame, or for the last frame of "
+                "each sequence"
+            )
+
+    def call_to_make(self) -> str:
+        """The call that hands over the layers one by one, in the order of the attributes."""
+        gru_at = list(self._layers.values()).index(self._gru)
+        places: dict[str, list[str]] = {"before": [], "after": []}
+        words = []
+        for at, (name, part) in enumerate(self._layers.items()):
+            if part is self._gru:
+                words.append(f"`{name}` (GRU {part.input_size}→{part.hidden_size})")
+            elif isinstance(part, nn.Linear):
+                words.append(f"`{name}` (Linear {part.in_features}→{part.out_features})")
+                places["before" if at < gru_at else "after"].append(f'({_expression(name)}, "none")')
+        given = "".join(f", {place}=[{', '.join(pairs)}]" for place, pairs in places.items() if pairs)
+        (gru_name,) = (name for name, part in self._layers.items() if part is self._gru)
+        return f"{self._kind} has {' and '.join(words)}: save_model(path, {_expression(gru_name)}{given})"
+
+    def _only_gru(self) -> nn.GRU:
+        everything = {"": self._module, **self._layers}
+        grus = {name: part for name, part in everything.items() if isinstance(part, nn.GRU)}
+        if len(grus) == 1:
+            ((name, gru),) = grus.items()
+            Gru.of(name, gru)
+            return gru
+        if grus:
+            names = ", ".join(f"`{name}`" for name in grus)
+            raise ModelError(f"{self._kind} has {len(grus)} GRUs ({names}), and one can be served: train one nn.GRU")
+        for name, part in everything.items():
+            if sentence := why_not_served(part):
+                raise ModelError(f"{self._kind} has `{name}`, and {sentence}" if name else sentence)
+        raise ModelError(f"{self._kind} has no torch.nn.GRU; {SERVED}")
+
+    def _first_sizes(self) -> Iterator[int]:
+        """Of the layers up to the GRU, in the order of the attributes: the frames' size is likely the first."""
+        for part in self._layers.values():
+            if isinstance(part, nn.Linear):
+                yield part.in_features
+            elif part is self._gru:
+                break
+        yield self._gru.input_size
+
+    def _layers_of(self, arguments: Sequence[Any]) -> Chain:
+        recorder = Recorder(f"{self._kind}.forward")
+        recorder.follow(arguments[0])
+        hooks = recorder.watch(self._module)
+        try:
+            with _quietly(self._module), recorder:
+                result = self._module(*arguments)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise _CannotRun(f"({first_line(error)})") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if recorder.refusal is not None:
+            raise recorder.refusal
+        if recorder.origin(first_output(result, self._kind)) != len(recorder.steps):
+            last = recorder.steps[-1].label if recorder.steps else "its layers"
+            raise ModelError(
+                f"{self._kind}.forward does not give first what comes last, from {last}; return the outputs first, and "
+                "leave out what is not served"
+            )
+        return _chain(recorder.steps, self._kind, arguments[0].shape[-1])
+
+
+class _CannotRun(Exception):
+    pass
+
+
+def why_not_served(module: nn.Module) -> str | None:
+    """What to do about a module of a kind that takes a GRU's place; None for others."""
+    kind = type(module)
+    name = kind.__name__
+    if "quantized" in kind.__module__:
+        return f"a quantised {name} cannot be served, only float32: hand over the network that it was made from"
+    if isinstance(module, nn.GRUCell):
+        return (
+            "an nn.GRUCell is one step of a GRU: make an nn.GRU of the same sizes and copy the cell's weights to it "
+            "(weight_ih to weight_ih_l0, and so on)"
+        )
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return f"an nn.{name} cannot be served yet: train a torch.nn.GRU"
+    if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
+        return "a compiled graph cannot be served: hand over the module that it was made from, or its state dict"
+    return None
+
+
+def _chain(steps: Sequence[Step], kind: str, features: int) -> Chain:
+    before: list[Dense] = []
+    after: list[Dense] = []
+    gru: Gru | None = None
+    layers, width = before, features
+    previous: Step | None = None
+    for step in steps:
+        follows_linear = previous is not None and isinstance(previous.what, nn.Linear | nn.BatchNorm1d)
+        if isinstance(step.what, nn.GRU):
+            if gru is not None:
+                raise ModelError(f"{kind}.forward runs {step.label} twice for a frame, which cannot be served")
+            gru, layers = Gru.of(step.label, step.what), after
+        elif isinstance(step.what, nn.Linear):
+            layers.append(Dense.of(step.label, step.what))
+        elif isinstance(step.what, nn.BatchNorm1d):
+            if not follows_linear:
+                raise ModelError(
+                    f"{step.label} is a BatchNorm1d that does not follow a Linear directly, so it cannot be folded "
+                    "into one; train the network without it, or with it behind a Linear"
+                )
+            if step.what.running_mean is None:
+                raise ModelError(f"{step.label} keeps no running statistics; train it with track_running_stats=True")
+            layers[-1] = layers[-1].normalised(step.what)
+        else:
+            activation = cast("Activation", step.what)
+            if follows_linear:
+                layers[-1] = Dense(layers[-1].label, layers[-1].weight, layers[-1].bias, activation)
+            else:
+                layers.append(Dense.identity(step.label, width, activation))
+        previous, width = step, step.width
+    if gru is None:
+        raise ModelError(f"{kind}.forward does not run its GRU on its input; {SERVED}")
+    return Chain(before, gru, after)
+
+
+def _expression(name: str) -> str:
+    """How Python reaches a part of `net`: `net.body[0].gru`."""
+    return "net" + "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in name.split("."))
+
+
+@contextmanager
+def _quietly(module: nn.Module) -> Iterator[None]:
+    """Run a module as it is served: evaluating, without gradients, and without compiling anything."""
+    training = [part for part in module.modules() if part.training]
+    is_compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if is_compiled and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        module.eval()
+        try:
+            yield
+        finally:
+            for part in training:
+                part.training = True

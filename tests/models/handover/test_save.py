@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+import instep.models
+from instep.models.errors import ModelError
+from instep.models.folder import load_model
+from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
+from instep.models.handover.save import save_model
+from instep.models.model import Model
+
+LINEAR = nn.Linear(4, 2)
+
+
+def same(one: Model, other: Model) -> bool:
+    return (
+        (one.name, one.description, one.fingerprint) == (other.name, other.description, other.fingerprint)
+        and list(one.weights) == list(other.weights)
+        and all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    )
+
+
+def test_layers_in_folder_out(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    gru = nn.GRU(5, 3, 2, dropout=0.3, batch_first=True)
+    before, after = nn.Linear(2, 5, bias=False), nn.Linear(3, 4)
+    folder = tmp_path / "ears"
+    saved = save_model(folder, gru, [(before, "relu")], [(after, nn.Tanh())], outputs=["n", "e", "s", "w"])
+    assert saved.name == "ears"
+    assert same(load_model(folder), saved)
+    assert load_model(folder).output_names == saved.output_names == ("n", "e", "s", "w")
+
+    assert yaml.safe_load((folder / "model.yaml").read_text()) == {
+        "name": "ears",
+        "kind": "gru",
+        "features": 2,
+        "before": [{"size": 5, "activation": "relu", "bias": False}],
+        "gru": {"hidden_size": 3, "num_layers": 2},
+        "after": [{"size": 4, "activation": "tanh"}],
+        "outputs": ["n", "e", "s", "w"],
+    }
+    stored = load_file(folder / "weights.safetensors")
+    theirs = {f"gru.{name}": tensor for name, tensor in gru.state_dict().items()} | {
+        "before.0.weight": before.weight,
+        "after.0.weight": after.weight,
+        "after.0.bias": after.bias,
+    }
+    assert stored.keys() == theirs.keys()
+    assert all(torch.equal(stored[name], theirs[name]) for name in stored)
+
+
+def test_a_gru_alone_without_biases(tmp_path: Path) -> None:
+    save_model(tmp_path / "m", nn.GRU(3, 4, bias=False), name="no biases")
+    model = load_model(tmp_path / "m")
+    assert model.name == "no biases"
+    assert model.description == GruDescription(features=3, gru=GruLayers(hidden_size=4, bias=False))
+
+
+def test_training_on_does_not_change_what_was_saved(tmp_path: Path) -> None:
+    gru = nn.GRU(3, 4)
+    model = save_model(tmp_path / "m", gru)
+    before = model.weights["gru.weight_ih_l0"].clone()
+    with torch.no_grad():
+        gru.get_parameter("weight_ih_l0").add_(1)
+    assert torch.equal(model.weights["gru.weight_ih_l0"], before)
+    assert not model.weights["gru.weight_ih_l0"].requires_grad
+
+
+def test_a_model_that_is_there_is_replaced_only_when_asked_to(tmp_path: Path) -> None:
+    old = save_model(str(tmp_path), nn.GRU(3, 4))
+    with pytest.raises(ModelError, match="holds a model already"):
+        save_model(tmp_path, nn.GRU(3, 5))
+    assert same(load_model(tmp_path), old)
+    assert same(save_model(tmp_path, nn.GRU(3, 5), overwrite=True), load_model(tmp_path))
+
+
+def test_the_two_for_users_are_in_the_package_and_take_text_as_a_folder(tmp_path: Path) -> None:
+    saved = instep.models.save_model(str(tmp_path / "m"), nn.GRU(3, 4))
+    assert same(instep.models.load_model(str(tmp_path / "m")), saved)
+    with pytest.raises(AttributeError, match=r"module 'instep\.models' has no attribute 'sav_model'"):
+        getattr(instep.models, "sav_model")  # noqa: B009 (a type checker refuses the other way)
+
+
+def test_layers_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    with pytest.raises(ModelError, match="a bidirectional GRU cannot stream: its backward direction"):
+        save_model(folder, nn.GRU(3, 4, bidirectional=True))
+    with pytest.raises(ModelError, match=r"the GRU takes 3 values but before\[1\] gives 6;"):
+        save_model(folder, nn.GRU(3, 4), before=[(nn.Linear(2, 5), "none"), (nn.Linear(5, 6), "none")])
+    with pytest.raises(ModelError, match=r"after\[0\] takes 5 values but the GRU gives 4;"):
+        save_model(folder, nn.GRU(3, 4), after=[(nn.Linear(5, 6), "none")])
+    with pytest.warns(UserWarning, match="zero-element"):
+        nothing = nn.Linear(4, 0)
+    with pytest.raises(ModelError, match=r"do not make a network: size: "):
+        save_model(folder, nn.GRU(3, 4), after=[(nothing, "none")])
+    with pytest.raises(ModelError, match=r"tensor gru\.weight_ih_l0 of the given network is float64; convert"):
+        save_model(folder, nn.GRU(3, 4).double())
+    gru = nn.GRU(3, 4, 2)
+    with torch.no_grad():
+        gru.get_parameter("bias_hh_l1")[2] = math.nan
+    with pytest.raises(ModelError, match=r"tensor gru\.bias_hh_l1 of the given network holds NaN"):
+        save_model(folder, gru)
+    with pytest.raises(ModelError, match="a model's name must be 1 to 100 printable characters, not ''"):
+        save_model(folder, nn.GRU(3, 4), name="")
+    with pytest.raises(ModelError, match="outputs: 1 names for 4 outputs; give one for each"):
+        save_model(folder, nn.GRU(3, 4), outputs=["yes"])
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "sentence"),
+    [
+        (nn.LSTM(3, 4), "^an nn.LSTM cannot be served yet: train a torch.nn.GRU"),
+        (nn.RNN(3, 4), "^an nn.RNN cannot be served yet: train"),
+        (nn.LSTMCell(3, 4), "^an nn.LSTMCell cannot be served yet: train"),
+        (
+            nn.GRUCell(3, 4),
+            r"^an nn.GRUCell is one step of a GRU: make an nn.GRU .* \(weight_ih to weight_ih_l0, and so on\)",
+        ),
+        (nn.Sequential(nn.Linear(3, 4)), "^Sequential has no torch.nn.GRU; a model folder holds one nn.GRU, and"),
+        (nn.Sequential(nn.LSTM(3, 4)), "^Sequential has `0`, and an nn.LSTM cannot be served yet: train"),
+        (nn.ModuleList([nn.GRU(3, 4), nn.GRU(4, 4)]), r"^ModuleList has 2 GRUs \(`0`, `1`\), and one can be served"),
+        (5, "^a int is not a network; give the trained torch module, its state dict, or a file of weights"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_gru_is_called_by_its_name(tmp_path: Path, network: Any, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        save_model(tmp_path / "m", network)
+    with pytest.raises(ModelError):
+        save_model(tmp_path / "m", network, after=[(LINEAR, "none")])
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        (LINEAR, r'^after must be a list of pairs, as in \[\(linear, "none"\)\]; it is one Linear'),
+        ("ab", r"^after must be a list of pairs, .* it is one str"),
+        (
+            [LINEAR],
+            r'^after must be a list of pairs of an nn.Linear .* as in \[\(linear, "none"\)\]; after\[0\] is one L',
+        ),
+        ((LINEAR, "none"), r"^after must be .*; after\[0\] is one Linear"),
+        ([(LINEAR, "none"), (LINEAR,)], r"^after must be .*; after\[1\] is one tuple"),
+        ([("none", LINEAR)], r"^after must be .*; after\[0\] begins with one str"),
+        ([(nn.LayerNorm(4), "none")], r"^after\[0\] is a LayerNorm, which cannot be served yet, only nn.Linear"),
+        ([(nn.LSTM(4, 4), "none")], r"^an nn.LSTM cannot be served yet"),
+    ],
+)
+def test_dense_layers_that_are_no_pairs_are_told_what_to_be(tmp_path: Path, layers: Any, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        save_model(tmp_path / "m", nn.GRU(3, 4), after=layers)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        *((name, name) for name in ("none", "relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "softmax")),
+        ("ReLU", "relu"),
+        ("LeakyReLU", "leaky_relu"),
+        ("Softplus", "softplus"),
+        (nn.Identity(), "none"),
+        (nn.ReLU(inplace=True), "relu"),
+        (nn.GELU(), "gelu"),
+        (nn.SiLU(), "silu"),
+        (nn.ELU(), "elu"),
+        (nn.LeakyReLU(), "leaky_relu"),
+        (nn.Softplus(), "softplus"),
+        (nn.Softmax(dim=-1), "softmax"),
+        (torch.relu, "relu"),
+        (torch.sigmoid, "sigmoid"),
+        (torch.tanh, "tanh"),
+        (functional.gelu, "gelu"),
+        (functional.softplus, "softplus"),
+        (partial(torch.softmax, dim=1), "softmax"),
+        (lambda x: functional.leaky_relu(x, 0.01), "leaky_relu"),
+    ],
+)
+def test_an_activation_is_a_name_in_any_case_or_torchs_module_or_function(
+    tmp_path: Path, activation: Any, name: str
+) -> None:
+    model = save_model(tmp_path / "m", nn.GRU(3, 4), after=[(LINEAR, activation)])
+    assert isinstance(model.description, GruDescription)
+    assert model.description.after == (DenseLayer.model_validate({"size": 2, "activation": name}),)
+
+
+@pytest.mark.parametrize(
+    ("activation", "sentence"),
+    [
+        (
+            "relyu",
+            r"^the activation of after\[0\] is 'relyu': give one of none, relu, .*, or torch's module or function",
+        ),
+        (nn.ReLU, r"^the activation of after\[0\] is <class .*: give one of"),
+        (None, r"^the activation of after\[0\] is None: give one of"),
+        (nn.LeakyReLU(0.2), "^leaky_relu with negative_slope=0.2 cannot be served, only with torch's default of 0.01"),
+        (nn.GELU(approximate="tanh"), "^gelu with approximate=tanh cannot be served"),
+        (nn.ELU(alpha=0.5), "^elu with alpha=0.5 cannot be served"),
+        (nn.Softplus(beta=2), "^softplus with beta=2 cannot be served"),
+        (nn.Softmax(dim=0), "^softmax over another dimension than the last cannot be served"),
+        (nn.PReLU(), "computes `prelu_kernel`, which cannot be served"),
+        (nn.Hardtanh(), "computes `hardtanh`, which cannot be served"),
+        (nn.Sequential(nn.ReLU(), nn.Tanh()), "which is not one function: give one of"),
+        (lambda x: x * torch.sigmoid(x), "computes `mul`, which cannot be served|uses its input more than once"),
+        (lambda _: torch.zeros(3, 4), "which is not one function: give one of"),
+        (len, "which is not one function: give one of"),
+        (lambda x, y: x, "which fails .*: give one of"),
+    ],
+)
+def test_an_activation_that_cannot_be_served_is_refused(tmp_path: Path, activation: Any, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        save_model(tmp_path / "m", nn.GRU(3, 4), after=[(LINEAR, activation)])
+    assert not (tmp_path / "m").exists()

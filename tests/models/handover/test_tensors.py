@@ -1,0 +1,230 @@
+"""Networks of which only the weights are left: state dicts, and files that hold one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from instep.models.errors import ModelError
+from instep.models.folder import load_model
+from instep.models.handover.save import save_model
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder = nn.Sequential(nn.Linear(6, 16), nn.ReLU())
+        self.gru = nn.GRU(16, 10, num_layers=2, batch_first=True)
+        self.head = nn.Linear(10, 7)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.gru(self.encoder(x))[0])
+
+
+NET = Net()
+WORDS = "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"
+LAYERS: dict[str, Any] = {"before": [("encoder.0", "relu")], "after": [("head", "none")]}
+
+PREFIXES = ("_orig_mod", "module")
+"""What torch.compile and nn.DataParallel put before every name."""
+
+
+def test_a_state_dict_with_the_order_and_the_activations_is_the_module(tmp_path: Path) -> None:
+    expected = save_model(tmp_path / "module", NET)
+    compiled = torch.compile(NET, backend="eager")
+    for number, weights in enumerate(
+        [
+            NET.state_dict(),
+            compiled.state_dict(),
+            {f"module.{name}": tensor for name, tensor in NET.state_dict().items()},
+        ]
+    ):
+        found = save_model(tmp_path / f"{number}", weights, **LAYERS)
+        assert found.fingerprint == expected.fingerprint
+        assert found.description.in_words() == WORDS
+
+
+def test_the_state_dict_of_a_gru_alone_needs_no_order(tmp_path: Path) -> None:
+    assert save_model(tmp_path / "a", NET.gru.state_dict()).description.in_words() == "16 features → GRU 10 × 2 layers"
+    plain = nn.Sequential(nn.GRU(3, 4, bias=False)).state_dict()
+    assert save_model(tmp_path / "b", plain).description.in_words() == "3 features → GRU 4"
+
+
+def test_order_and_activations_are_never_guessed(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as refused:
+        save_model(tmp_path / "m", NET.state_dict())
+    assert str(refused.value) == (
+        "the state dict has `encoder.0` (Linear 6→16), `gru` (GRU 16→10), `head` (Linear 10→7); weights do not say in "
+        'which order layers run and with which activations: save_model(path, weights, before=[("encoder.0", "none")], '
+        'after=[("head", "none")]), or --before encoder.0:none --after head:none on the command line'
+    )
+    with pytest.raises(ModelError, match=r"the state dict has `encoder\.0` .*; weights do not say in which order"):
+        save_model(tmp_path / "m", NET.state_dict(), after=[("head", "none")])
+    assert not (tmp_path / "m").exists()
+    left_out = save_model(tmp_path / "m", NET.state_dict(), gru="gru", after=[("head", "none")])
+    assert left_out.description.in_words() == "16 features → GRU 10 × 2 layers → dense 7"
+
+
+def state_dict(**modules: nn.Module) -> dict[str, torch.Tensor]:
+    return nn.ModuleDict(modules).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("weights", "layers", "sentence"),
+    [
+        (NET.state_dict(), {"after": [("haed", "none")]}, "the state dict has no layer `haed`; did you mean `head`?"),
+        (NET.state_dict(), {"after": [("x", "none")]}, "no layer `x`; it has `encoder.0`, `gru`, `head`"),
+        (NET.state_dict(), {"gru": "head"}, r"`head` of the state dict is not a GRU: it is Linear 10→7"),
+        (NET.state_dict(), {"after": [("gru", "none")]}, "`gru` of the state dict is not a Linear: it is GRU 16→10"),
+        (
+            NET.state_dict(),
+            {"after": [("head", "relyu")]},
+            "activation of `head` in after is 'relyu': give one",
+        ),
+        (
+            NET.state_dict(),
+            {"after": ["head"]},
+            r"pairs of a layer's name .*; after\[0\] is one s",
+        ),
+        (
+            NET.state_dict(),
+            {"before": [("head", "none")], "after": [("encoder.0", "none")]},
+            "`gru` takes 16 values but `head` gives 7; their sizes must be equal",
+        ),
+        (
+            state_dict(a=nn.GRU(3, 4), b=nn.GRU(4, 4)),
+            {},
+            r'has 2 GRUs \(a, b\); name the one to serve: gru="a", or',
+        ),
+        (
+            state_dict(a=nn.LSTM(3, 4)),
+            {},
+            "has no GRU: `a` is an nn.LSTM, which cannot be served yet; train a",
+        ),
+        (state_dict(a=nn.RNN(3, 4)), {}, "has no GRU: `a` is an nn.RNN, which cannot be served yet"),
+        (
+            state_dict(a=nn.GRUCell(3, 4)),
+            {},
+            "has no GRU: `a` is one step of a recurrent network, such as",
+        ),
+        (state_dict(a=nn.Linear(3, 4)), {}, "has no GRU; train a torch.nn.GRU"),
+        (state_dict(a=nn.GRU(3, 4, bidirectional=True)), {}, "a bidirectional GRU cannot stream"),
+        (
+            state_dict(gru=nn.GRU(3, 4), norm=nn.LayerNorm(4)),
+            {},
+            r"cannot be served as it is: `norm` is no Linear and no GRU \(weight \[4\], bias \[4\]\), and cannot",
+        ),
+        (
+            state_dict(gru=nn.GRU(3, 4), norm=nn.BatchNorm1d(4)),
+            {},
+            r"`norm` is a batch norm, whose eps a state dict does not hold: hand over the module, save_model",
+        ),
+        (
+            {**NET.state_dict(), "h0": torch.zeros(2, 1, 10)},
+            LAYERS,
+            r"`h0` is no Linear and no GRU \(h0 \[2, 1",
+        ),
+        ({"gru.weight_ih_l0": torch.zeros(12, 3), "step": 5}, {}, "holds `step`, which is int and not a tensor"),
+        (
+            {name: tensor for name, tensor in state_dict(gru=nn.GRU(3, 4)).items() if "bias_hh" not in name},
+            {},
+            r"the given network lacks .* tensor gru.bias_hh_l0 \[12\]",
+        ),
+        (
+            state_dict(gru=nn.GRU(3, 4).half()),
+            {},
+            "tensor gru.weight_ih_l0 of the given network is float16; convert",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_served_are_told_what_to_do(
+    tmp_path: Path, weights: Any, layers: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        save_model(tmp_path / "m", weights, **layers)
+    assert not (tmp_path / "m").exists()
+
+
+def test_files_of_torch_and_safetensors_are_read(tmp_path: Path) -> None:
+    weights = NET.state_dict()
+    torch.save(weights, tmp_path / "net.pt")
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    optimizer = torch.optim.Adam(NET.parameters()).state_dict()
+    torch.save({"epoch": 3, "model": weights, "optimizer": optimizer}, tmp_path / "last.ckpt")
+    save_file(weights, tmp_path / "net.safetensors")
+    expected = save_model(tmp_path / "module", NET).fingerprint
+    for name in ("net.pt", "old.pth", "last.ckpt", "net.safetensors"):
+        assert save_model(tmp_path / f"of {name}", tmp_path / name, **LAYERS).fingerprint == expected
+    assert save_model(tmp_path / "text", str(tmp_path / "net.pt"), **LAYERS).fingerprint == expected
+
+
+class Trap:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("was executed"),))
+
+
+def test_files_that_hold_no_weights_are_told_what_to_do_and_nothing_in_them_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(NET, "whole.pt")
+    torch.save(Trap(), "trap.pt")
+    torch.save({"a": np.ones(3)}, "array.pt")
+    torch.save({"ema": NET.state_dict(), "model": NET.state_dict()}, "two.pt")
+    torch.save([1, 2], "list.pt")
+    Path("text.pt").write_text("hello world")
+    Path("empty.pt").touch()
+    Path("text.safetensors").write_text("hello world")
+    Path("net.onnx").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of its own deprecations
+        torch.jit.trace(NET.eval(), torch.randn(2, 5, 6)).save("script.pt")  # type: ignore[no-untyped-call]
+        torch.export.save(torch.export.export(NET, (torch.randn(2, 5, 6),)), "net.pt2")
+    for name, sentence in {
+        "whole.pt": "holds more than tensors, such as a whole module, and reading that would run code from the file",
+        "trap.pt": "holds more than tensors",
+        "array.pt": "holds more than tensors",
+        "two.pt": r"holds 2 state dicts \(ema, model\); save the one to serve alone",
+        "list.pt": r"holds no state dict; make one with torch.save\(net.state_dict\(\), path\)",
+        "text.pt": r"is not a file of weights: make one with torch.save\(net.state_dict\(\), path\)",
+        "empty.pt": "is not a file of weights: make one",
+        "script.pt": "is a TorchScript archive: make one",
+        "text.safetensors": "is not a whole safetensors file",
+        "net.onnx": "is an ONNX graph, which cannot be served: hand over the torch module that it was exported from",
+        "net.pt2": "is a program of torch.export, which cannot be served: hand over the module",
+        "nothing.pt": "cannot read nothing.pt: No such file or directory",
+        "nothing.safetensors": "cannot read nothing.safetensors: No such file or directory",
+    }.items():
+        with pytest.raises(ModelError, match=sentence) as refused:
+            save_model("m", name)
+        assert name in str(refused.value)
+    assert not Path("was executed").exists()
+    assert not Path("m").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "net.pt",
+            "net.pt is a file of weights and not a model folder: make one of it with `instep model",
+        ),
+        ("net.safetensors", "make one of it with `instep model import"),
+        ("net.pt2", "is a program of torch.export, which cannot be served: hand over the module"),
+        ("net.onnx", "is an ONNX graph, which cannot be served"),
+        ("model.yaml", "is a file inside a model folder: name the folder, .*"),
+        ("notes.txt", "is not a model folder, which holds model.yaml and weights.safetensors"),
+    ],
+)
+def test_a_file_in_place_of_a_model_folder_is_told_what_to_do(tmp_path: Path, name: str, sentence: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=sentence):
+        load_model(tmp_path / name)
