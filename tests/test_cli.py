@@ -282,87 +282,12 @@ class TestConfig:
         assert "not 'loud'" in result.stderr
 
 
-class TestModel:
-    def test_make_and_info(self, tmp_path: Path) -> None:
-        folder = tmp_path / "made"
-        made = instep(
-            *("model", "make", str(folder), "--features", "3", "--hidden", "4", "--layers", "2"),
-            *("--before", "8:relu", "--before", "5:tanh", "--after", "2"),
-        )
-        assert made.exit_code == 0, made.output
-        words = "3 features → dense 8 relu → dense 5 tanh → GRU 4 × 2 layers → dense 2"
-        assert made.stdout == f"{folder}: {words}\n"
-        shown = instep("model", "info", str(folder)).stdout.splitlines()
-        assert shown[0] == f"made: {words}"
-        # dense 8·3+8, 5·8+5; GRU 12·(5+4)+24, 12·(4+4)+24; dense 2·4+2
-        assert shown[1].startswith("339 parameters; fingerprint ")
-        assert "  gru.weight_ih_l0 [12, 5]" in shown[2:]
-
-    def test_constant_weights_without_biases(self, tmp_path: Path) -> None:
-        from instep.models.folder import load_model
-
-        arguments = ["--features", "3", "--hidden", "4", "--no-bias", "--after", "2", "--name", "the seed's"]
-        result = instep("model", "make", str(tmp_path), *arguments, "--init", "constant", "--weight", "0.25")
-        assert result.exit_code == 0, result.output
-        model = load_model(tmp_path)
-        assert model.name == "the seed's"
-        assert set(model.weights) == {"gru.weight_ih_l0", "gru.weight_hh_l0", "after.0.weight"}
-        assert all(bool((tensor == 0.25).all()) for tensor in model.weights.values())
-
-    def test_the_same_seed_makes_the_same_weights(self, tmp_path: Path) -> None:
-        fingerprints = []
-        for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-            instep("model", "make", str(tmp_path / name), "--features", "3", "--hidden", "4", "--seed", seed)
-            fingerprints.append(
-                json.loads(instep("model", "info", str(tmp_path / name), "--json").stdout)["fingerprint"]
-            )
-        assert fingerprints[0] == fingerprints[1] != fingerprints[2]
-
-    def test_info_as_json(self, tmp_path: Path) -> None:
-        instep("model", "make", str(tmp_path), "--features", "3", "--hidden", "4", "--bias", "1", "--init", "constant")
-        shown = json.loads(instep("model", "info", str(tmp_path), "--json").stdout)
-        assert shown["tensors"] == {
-            "gru.weight_ih_l0": [12, 3],
-            "gru.weight_hh_l0": [12, 4],
-            "gru.bias_ih_l0": [12],
-            "gru.bias_hh_l0": [12],
-        }
-        assert shown["parameters"] == 36 + 48 + 12 + 12
-        assert shown["description"]["gru"]["hidden_size"] == 4
-
-    def test_a_model_that_is_there_is_replaced_only_when_asked_to(self, tmp_path: Path) -> None:
-        make = ("model", "make", str(tmp_path / "m"), "--hidden", "4")
-        assert instep(*make, "--features", "3").exit_code == 0
-        again = instep(*make, "--features", "5")
-        assert (again.exit_code, again.stdout) == (2, "")
-        assert "holds a model already" in again.stderr
-        assert "--overwrite" in again.stderr
-        assert "3 features" in instep("model", "info", str(tmp_path / "m")).stdout
-        assert instep(*make, "--features", "5", "--overwrite").exit_code == 0
-        assert "5 features" in instep("model", "info", str(tmp_path / "m")).stdout
-
-    def test_what_cannot_be_made(self, tmp_path: Path) -> None:
-        result = instep("model", "make", str(tmp_path / "m"), "--features", "0", "--hidden", "4", "--after", "x:rely")
-        assert (result.exit_code, result.stdout) == (2, "")
-        lines = result.stderr.splitlines()
-        assert [line.split(":")[0] for line in lines] == ["--features", "--after x", "--after x"]
-        assert "'rely' is wrong" in lines[2]
-        others = instep("model", "make", str(tmp_path / "m"), "--features", "1", "--hidden", "0", "--layers", "-1")
-        assert [line.split(":")[0] for line in others.stderr.splitlines()] == ["--hidden", "--layers"]
-        assert not (tmp_path / "m").exists()
-
-    def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
-        result = instep("model", "info", str(tmp_path))
-        assert result.exit_code == 2
-        assert len(result.stderr.splitlines()) == 1
-
-
 def test_version() -> None:
     for arguments in (["--version"], ["-V"], ["version"]):
         assert re.fullmatch(r"instep \d+\.\d+\.\d+\n", instep(*arguments).stdout)
 
 
-@pytest.mark.parametrize("path", [[], ["serve"], ["verify"], ["demo"], ["config"], ["model"], ["model", "make"]])
+@pytest.mark.parametrize("path", [[], ["serve"], ["verify"], ["demo"], ["config"], ["model"], ["model", "import"]])
 def test_help_explains_every_command(path: list[str]) -> None:
     result = instep(*path, "--help")
     assert result.exit_code == 0

@@ -14,9 +14,10 @@ from instep_tools.command_line import CommandLine
 if TYPE_CHECKING:
     from instep.models.gru.description import GruDescription
 
-app = CommandLine(help="Make a model folder, or look into one.")
+app = CommandLine(help="Make a model folder, import one, check it, or look into it.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")]
 
 
 @app.command("make")
@@ -41,7 +42,7 @@ def make(
     name: Annotated[
         str | None, typer.Option(help="What clients are told; the folder's name if not given.", show_default=False)
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a model folder, with weights that are random or all the same: to try things out, not to be clever."""
     gru = {"hidden_size": hidden, "num_layers": layers, "bias": not no_bias}
@@ -52,6 +53,71 @@ def make(
     made = make_model(description, init, name=name or folder.resolve().name, seed=seed, weight=weight, bias=bias)
     write_model(folder, made, overwrite=overwrite)
     typer.echo(f"{folder}: {description.in_words()}")
+
+
+@app.command(
+    "import",
+    examples=(
+        "instep model import net.safetensors --after head:none",
+        "instep model import last.ckpt --output ears --gru rnn --after fc1:relu --after fc2:softmax",
+    ),
+)
+def import_weights(
+    weights: Annotated[Path, typer.Argument(metavar="FILE", help="A state dict: .pt of torch.save, or .safetensors.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The new folder; default: FILE without its suffix.", show_default=False),
+    ] = None,
+    gru: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The GRU; leaves layers out that are not named.", show_default=False),
+    ] = None,
+    before: Annotated[
+        list[str], typer.Option(metavar="NAME:ACTIVATION", help="A Linear before the GRU; repeat for more, in order.")
+    ] = [],  # noqa: B006
+    after: Annotated[
+        list[str], typer.Option(metavar="NAME:ACTIVATION", help="A Linear after the GRU; repeat for more, in order.")
+    ] = [],  # noqa: B006
+    outputs: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="A name for each output: yes,no,perhaps.", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients are told; the folder's name if not given.", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a model folder of the weights of a trained network.
+
+    Name its layers and their activations, in order: weights do not tell.
+
+    Without options, it says what the file holds. Nothing in it is executed.
+    """
+    from instep.models.handover.save import save_model
+
+    folder = output or weights.with_suffix("")
+    layers = {place: [_named(place, text) for text in texts] for place, texts in (("before", before), ("after", after))}
+    names = [] if outputs is None else outputs.split(",")
+    model = save_model(folder, weights, **layers, gru=gru, name=name, outputs=names, overwrite=overwrite)
+    typer.echo(f"{folder}: {model.description.in_words()}")
+
+
+@app.command(examples=("instep model check ears --against net.py:net",))
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")],
+    against: Annotated[
+        str, typer.Option(metavar="FILE:NAME", help="Your module, or a function that returns it.", show_default=False)
+    ],
+    json: Json = False,
+) -> None:
+    """Compare what a model folder gives with what your own module gives.
+
+    Exit status 0: they agree. 1: they differ. 2: they cannot be compared.
+    """
+    from instep.models.handover.check import check
+
+    found = check(folder, against)
+    typer.echo(jsonlib.dumps(found.as_json(), indent=2) if json else "\n".join(found.lines()))
+    raise typer.Exit(0 if found.agrees else 1)
 
 
 @app.command("info")
@@ -116,6 +182,15 @@ def _described(
                 for found in error.errors(include_url=False)
             ]
         ) from None
+
+
+def _named(place: str, text: str) -> tuple[str, str]:
+    name, colon, activation = text.rpartition(":")
+    if not colon:
+        raise typer.BadParameter(
+            f"{text!r} should look like {text}:relu, or {text}:none for no activation", param_hint=f"--{place}"
+        )
+    return name, activation
 
 
 def _dense(text: str, bias: bool) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -17,9 +16,10 @@ from instep.models.errors import ModelError
 from instep.models.stepping import step_rows
 from instep.models.ulp import ulp_distance
 
-FACTOR: Final = 32
-FLOOR: Final = 64 * 2.0**-23
-"""As the verifier's bound: a float32 result may be off by 32 times what float32 was seen to lose, and by some units."""
+FACTOR: Final = 16
+FLOOR: Final = 8 * 2.0**-23
+"""A float32 result may be off by this many times what the reference loses in float32, and by this much on top."""
+_FARTHEST: Final = float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class Distance:
     """The largest differences between the outputs of two ways of computing them."""
 
     error: float
+    """The largest float64 where only one of two values is finite."""
     ulp: int
     """In units in the last place."""
 
@@ -35,8 +36,23 @@ class Distance:
         """Of two arrays of one shape."""
         with np.errstate(invalid="ignore"):
             error = np.abs(one.astype(np.float64) - other)
-        error = np.where(one == other, 0, error)  # of equal infinities, too
-        return cls(float(np.nan_to_num(error, nan=np.inf).max()), int(ulp_distance(one, other).max()))
+        error = np.where(one == other, 0, np.nan_to_num(error, nan=np.inf))  # equal infinities are no NaN apart
+        return cls(float(np.minimum(error, _FARTHEST).max()), int(ulp_distance(one, other).max()))
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """The order of a module's outputs."""
+
+    steps: int
+    """T where it answers every frame of a sequence, 1 where it answers only the last one."""
+    order: tuple[int, ...]
+    """Which of the axes T, R and outputs is first, second and third."""
+
+    def apply(self, y: F32, rows: int, outputs: int) -> F32:
+        """A module's outputs as [T or 1, R, outputs]."""
+        extents = (self.steps, rows, outputs)
+        return y.reshape([extents[axis] for axis in self.order]).transpose(np.argsort(self.order))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +65,10 @@ class Agreement:
     """From those for one frame at a time."""
     tolerance: float
     """The largest error that rounding in float32 explains."""
-    y: F32
-    """The module's outputs, [T or 1, R, outputs]: of every frame, or of the last one of each sequence."""
     rows_axis: int
     """Which axis of the module's input counts sequences."""
+    arrangement: Arrangement
+    """How the module's outputs stand."""
 
     @property
     def agrees(self) -> bool:
@@ -108,27 +124,20 @@ def _compared(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> 
     stepped = _stepped(network, frames)
     sequence = network.sequence(frames, network.state.initial(frames.shape[1]))
     whole = stepped if sequence is None else sequence[0]
-    arranged = min(
-        _arranged(y, whole), key=lambda each: Distance.between(each, whole[-len(each) :]).error, default=None
-    )
-    if arranged is None:
-        return None
-    return Agreement(
-        whole=Distance.between(arranged, whole[-len(arranged) :]),
-        stepped=Distance.between(arranged, stepped[-len(arranged) :]),
-        tolerance=_tolerance(network, frames),
-        y=arranged,
-        rows_axis=order[1] - (3 - x.ndim),
-    )
-
-
-def _arranged(y: F32, served: F32) -> Iterator[F32]:
-    """A module's outputs in every order of axes that makes [T, R, outputs] of them, or [1, R, outputs]."""
-    for steps in sorted({1, len(served)}):
-        wanted = (steps, *served.shape[1:])
-        if y.size == math.prod(wanted):
-            for order in permutations(range(3)):
-                yield y.reshape([wanted[axis] for axis in order]).transpose(np.argsort(order))
+    steps, rows, outputs = whole.shape
+    found = [
+        Agreement(
+            whole=Distance.between(arrangement.apply(y, rows, outputs), whole[-arrangement.steps :]),
+            stepped=Distance.between(arrangement.apply(y, rows, outputs), stepped[-arrangement.steps :]),
+            tolerance=_tolerance(network, frames),
+            rows_axis=order[1] - (3 - x.ndim),
+            arrangement=arrangement,
+        )
+        for count in sorted({1, steps})
+        for arrangement in (Arrangement(count, each) for each in permutations(range(3)))
+        if y.size == count * rows * outputs
+    ]
+    return min(found, key=lambda each: each.whole.error, default=None)
 
 
 def _stepped(network: RecurrentModel, frames: F32) -> F32:

@@ -39,15 +39,10 @@ PREFIXES = ("_orig_mod", "module")
 
 def test_a_state_dict_with_the_order_and_the_activations_is_the_module(tmp_path: Path) -> None:
     expected = save_model(tmp_path / "module", NET)
-    compiled = torch.compile(NET, backend="eager")
-    for number, weights in enumerate(
-        [
-            NET.state_dict(),
-            compiled.state_dict(),
-            {f"module.{name}": tensor for name, tensor in NET.state_dict().items()},
-        ]
-    ):
-        found = save_model(tmp_path / f"{number}", weights, **LAYERS)
+    weights = NET.state_dict()
+    compiled, parallel = ({f"{prefix}.{name}": weights[name] for name in weights} for prefix in PREFIXES)
+    for number, given in enumerate([weights, compiled, parallel]):
+        found = save_model(tmp_path / f"{number}", given, **LAYERS)
         assert found.fingerprint == expected.fingerprint
         assert found.description.in_words() == WORDS
 

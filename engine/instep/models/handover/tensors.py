@@ -90,7 +90,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
+        raise ModelError(
+            f"cannot read {path}: {error.strerror or error}; name a file that torch.save(net.state_dict(), path) or "
+            "safetensors wrote"
+        ) from None
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error}); save the weights again") from None
     except pickle.UnpicklingError:

@@ -81,7 +81,7 @@ class TracedModule:
         x, *others = self._arguments
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(x.shape, generator=generator).to(x.device)
-        with _quietly(self._module):
+        with evaluating(self._module):
             y = first_output(self._module(x, *others), self._kind)
         found = agreement(build(model, torch.device("cpu")), x.cpu().numpy(), y.float().cpu().numpy())
         if found is None:
@@ -142,7 +142,7 @@ class TracedModule:
         recorder.follow(arguments[0])
         hooks = recorder.watch(self._module)
         try:
-            with _quietly(self._module), recorder:
+            with evaluating(self._module), recorder:
                 result = self._module(*arguments)
         except ModelError:
             raise
@@ -225,7 +225,7 @@ def _expression(name: str) -> str:
 
 
 @contextmanager
-def _quietly(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Run a module as it is served: evaluating, without gradients, and without compiling anything."""
     training = [part for part in module.modules() if part.training]
     is_compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())

@@ -1,0 +1,191 @@
+"""A model folder compared with the module that it was made from: the command `instep model check`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from instep.core.typing import F32
+from instep.models.agreement import Distance, agreement, first_output
+from instep.models.errors import ModelError
+from instep.models.folder import load_model
+from instep.models.handover.recorder import first_line
+from instep.models.handover.tracing import evaluating
+from instep.models.numerics import prepare
+from instep.models.registry import build
+
+ROWS: Final = 32
+STEPS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How far a module's outputs are from those that are served, over random frames."""
+
+    model: str
+    against: str
+    frames: tuple[int, ...]
+    """The shape of the random frames."""
+    whole: Distance
+    """Served as whole sequences."""
+    stepped: Distance
+    """Served one frame at a time."""
+    alone: Distance | None
+    """Of the module from itself, one sequence alone and in the batch; None where they do not agree."""
+    tolerance: float
+    """The largest error that rounding explains."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether rounding explains all differences."""
+        return max(self.whole.error, self.stepped.error) <= self.tolerance
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"agrees": self.agrees, **asdict(self)}
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        yield f"{self.model} and {self.against}, on random frames {list(self.frames)}"
+        yield ""
+        yield f"{'':<40}{'largest error':>15}{'largest ULP':>15}"
+        for words, distance in (
+            ("served as whole sequences", self.whole),
+            ("served frame by frame", self.stepped),
+            ("the module itself, alone and in a batch", self.alone),
+        ):
+            if distance is not None:
+                yield f"{words:<40}{distance.error:>15.1e}{distance.ulp:>15,}"
+        yield f"{'explained by rounding':<40}{self.tolerance:>15.1e}"
+        yield ""
+        yield from textwrap.wrap(self._verdict(), 79)
+
+    def _verdict(self) -> str:
+        if not self.agrees:
+            return (
+                f"They differ by more than rounding in float32 explains, so {self.model} holds other weights or other "
+                "layers than the module: make it again with instep.models.save_model(path, net)."
+            )
+        if self.alone is not None and self.alone.ulp:
+            itself = f"this module's outputs alone and in a batch are up to {self.alone.ulp:,} ULP apart"
+        elif "STRICT" in os.environ.get("MKL_CBWR", ""):
+            itself = "not in this process, where instep asks Intel's library for its strict mode (MKL_CBWR)"
+        else:
+            itself = "not with this module on this machine"
+        return (
+            f"They agree: rounding explains every difference. torch itself rounds one sequence and a batch of {ROWS} "
+            f"differently, because it adds up in another order: {itself}. instep gives a frame the same bits in every "
+            "batch, and those are what `instep verify` compares. Near zero, a small error is many ULP."
+        )
+
+
+def check(folder: Path, against: str) -> Check:
+    """Run a model folder and a module of the user's over random frames.
+
+    Args:
+        folder: the model.
+        against: `net.py:net`, a Python file and an attribute in it: an nn.Module, or a function that returns one.
+
+    Raises:
+        ModelError: the folder cannot be read, the file fails or has no such module, or the module takes other frames.
+    """
+    prepare(1)
+    model = load_model(folder)
+    module = _module(against)
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, STEPS, model.description.features, generator=generator)
+    y = _outputs(module, x.to(device), against)
+    found = agreement(build(model, torch.device("cpu")), x.numpy(), y)
+    if found is None:
+        raise ModelError(
+            f"{against} gives the shape {list(y.shape)} for frames {list(x.shape)}, and {folder} gives "
+            f"{model.description.outputs} values for each frame: name the module that {folder} was made from"
+        )
+    checked = Check(str(folder), against, tuple(x.shape), found.whole, found.stepped, None, found.tolerance)
+    if not checked.agrees:
+        return checked
+    outputs, rows = model.description.outputs, x.shape[found.rows_axis]
+    alone = _outputs(module, x.narrow(found.rows_axis, 0, 1).to(device), against)
+    together = found.arrangement.apply(y, rows, outputs)[:, :1]
+    return replace(checked, alone=Distance.between(found.arrangement.apply(alone, 1, outputs), together))
+
+
+def _outputs(module: nn.Module, x: torch.Tensor, against: str) -> F32:
+    try:
+        with evaluating(module):
+            y: F32 = first_output(module(x), against).float().cpu().numpy()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{against} fails on random frames {list(x.shape)} ({first_line(error)}): name a function in the file that "
+            "returns a module which takes frames alone"
+        ) from None
+    return y
+
+
+def _module(against: str) -> nn.Module:
+    file, colon, attribute = against.rpartition(":")
+    if not colon or not attribute:
+        raise ModelError(f"--against {against}: name a Python file and the module in it, as in net.py:net")
+    if not Path(file).is_file():
+        raise ModelError(
+            f"--against {against}: there is no file {file}; name one and the module in it, as in net.py:net"
+        )
+    namespace = _run(Path(file))
+    value: Any = namespace
+    for name in attribute.split("."):
+        if not hasattr(value, name):
+            modules = [key for key, each in vars(namespace).items() if isinstance(each, nn.Module)]
+            meant = get_close_matches(name, modules, 1) or modules
+            hint = f"; did you mean {file}:{meant[0]}?" if meant else ": it has no nn.Module at its top level"
+            raise ModelError(f"{file} has no {attribute}{hint}")
+        value = getattr(value, name)
+    if not isinstance(value, nn.Module) and callable(value):
+        try:
+            value = value()
+        except Exception as error:
+            raise ModelError(_failure(Path(file), error)) from error
+    if not isinstance(value, nn.Module):
+        raise ModelError(f"{against} is a {type(value).__name__}: name an nn.Module, or a function that returns one")
+    return value
+
+
+def _run(file: Path) -> ModuleType:
+    """What a Python file defines. Its own imports find its neighbours."""
+    spec = spec_from_file_location(f"checked_{file.stem}", file)  # a name that hides no other module
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{file} is not a Python file: name one that ends in .py, as in net.py:net")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(file.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(_failure(file, error)) from error
+    finally:
+        sys.path.remove(str(file.resolve().parent))
+    return module
+
+
+def _failure(file: Path, error: Exception) -> str:
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve() == file.resolve()
+    ]
+    where = f"{file}, line {lines[-1]}" if lines else f"{file}"
+    return f"{where}: {type(error).__name__}: {first_line(error)}; correct it, or name another file"

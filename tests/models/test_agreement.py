@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from instep.models.agreement import Distance, agreement
+from instep.models.registry import build
+from tests.support.leaky import by_hand, leaky, registered
+from tests.support.models import with_head
+
+MODEL = with_head(5, 8, 3)
+CPU = torch.device("cpu")
+
+
+def outputs(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """Of torch's own modules for frames [T, R, features], with a weight multiplied."""
+    with torch.no_grad():
+        gru = torch.nn.GRU(5, 8)
+        weights = MODEL.weights.items()
+        gru.load_state_dict({name[4:]: tensor.clone() for name, tensor in weights if name.startswith("gru.")})
+        gru.get_parameter("weight_hh_l0")[0, 0] *= factor
+        return gru(x)[0] @ MODEL.weights["after.0.weight"].T + MODEL.weights["after.0.bias"]
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("last", [False, True])
+def test_the_order_of_the_axes_is_found(order: tuple[int, ...], last: bool) -> None:
+    x = torch.randn(20, 4, 5, generator=torch.Generator().manual_seed(1))
+    y = outputs(x)[-1:] if last else outputs(x)
+    found = agreement(build(MODEL, CPU), x.permute(order).numpy(), y.permute(order).numpy())
+    assert found is not None
+    assert found.agrees
+    assert max(found.whole.error, found.stepped.error) < 1e-6 < found.tolerance < 1e-4
+    assert found.rows_axis == order.index(1)
+    np.testing.assert_array_equal(found.arrangement.apply(y.permute(order).numpy(), 4, 3), y.numpy())
+
+
+def test_one_sequence_and_one_frame_of_each_may_lack_an_axis() -> None:
+    x = torch.randn(20, 1, 5, generator=torch.Generator().manual_seed(1))
+    network = build(MODEL, CPU)
+    one = agreement(network, x[:, 0].numpy(), outputs(x)[:, 0].numpy())
+    frames = agreement(network, x[:, 0].numpy(), outputs(x.transpose(0, 1))[0].numpy())
+    assert one is not None
+    assert frames is not None
+    assert one.agrees
+    assert frames.agrees
+    assert frames.rows_axis == 0
+
+
+def test_another_weight_is_more_than_rounding() -> None:
+    x = torch.randn(20, 4, 5, generator=torch.Generator().manual_seed(1))
+    found = agreement(build(MODEL, CPU), x.numpy(), outputs(x, factor=1.1).numpy())
+    assert found is not None
+    assert not found.agrees
+    assert agreement(build(MODEL, CPU), x.numpy(), outputs(x)[..., :2].numpy()) is None
+
+
+def test_distances() -> None:
+    x = np.array([1, -np.inf, 0], np.float32)
+    assert Distance.between(x, x) == Distance(0.0, 0)
+    assert Distance.between(x, np.nextafter(x, np.float32(5))) == Distance(1.7976931348623157e308, 1)
+    assert Distance.between(x[:1], np.array([np.nan], np.float32)) == Distance(1.7976931348623157e308, 2**32)
+
+
+def test_a_kind_without_whole_sequences_and_without_a_reference_is_compared_too(rng: np.random.Generator) -> None:
+    with registered():
+        model = leaky(3)
+        x = rng.standard_normal((6, 2, 3)).astype(np.float32)
+        y = np.stack([by_hand(model, x[:, row])[0] for row in range(2)], axis=1)
+        found = agreement(build(model, CPU), x, y)
+    assert found is not None
+    assert found.agrees
+    assert found.whole == found.stepped
