@@ -22,7 +22,8 @@ def outputs(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         weights = MODEL.weights.items()
         gru.load_state_dict({name[4:]: tensor.clone() for name, tensor in weights if name.startswith("gru.")})
         gru.get_parameter("weight_hh_l0")[0, 0] *= factor
-        return gru(x)[0] @ MODEL.weights["after.0.weight"].T + MODEL.weights["after.0.bias"]
+        y: torch.Tensor = gru(x)[0]
+        return y @ MODEL.weights["after.0.weight"].T + MODEL.weights["after.0.bias"]
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))

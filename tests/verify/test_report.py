@@ -65,17 +65,16 @@ def test_bins_of_ulp(distance: int, at: int, label: str) -> None:
         (
             (stream(1, "exact", 5000), stream(2, "empty", 0), stream(10, "exact", 687)),
             "verified: 3 streams, 5,687 frames, exact, 0 mismatches "
-            "(stepped, whole sequence; float64 reference: max error 1.2e-06)",
+            "(stepped, whole sequence; within 1.2e-06 of float64)",
         ),
         (
             (stream(1, "within tolerance", 1),),
             "verified: 1 stream, 1 frame, within tolerance, 0 mismatches "
-            "(stepped, whole sequence; float64 reference: max error 1.2e-07)",
+            "(stepped, whole sequence; within 1.2e-07 of float64)",
         ),
         (
             (stream(1, "within tolerance"), stream(2, "mismatch"), stream(3, "exact")),
-            "not verified: 3 streams, 30 frames, 1 mismatch "
-            "(stepped, whole sequence; float64 reference: max error 3.8e-07)",
+            "not verified: 3 streams, 30 frames, 1 mismatch (stepped, whole sequence; within 3.8e-07 of float64)",
         ),
     ],
 )
@@ -89,7 +88,7 @@ def test_what_was_not_checked_is_not_verified() -> None:
     assert not found.verified
     assert found.summary() == (
         "not verified: 3 streams, 30 frames, 0 mismatches, 1 stream not checked "
-        "(stepped, whole sequence; float64 reference: max error 3.8e-07)"
+        "(stepped, whole sequence; within 3.8e-07 of float64)"
     )
     assert (found.as_json()["verified"], found.as_json()["unchecked"]) == (False, 1)
     both = report(stream(1, "mismatch"), stream(2, "not checked"))

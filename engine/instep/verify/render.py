@@ -74,7 +74,7 @@ def _streams(streams: tuple[StreamReport, ...]) -> RenderableType:
     )
     table.add_column("stream", justify="right", no_wrap=True)
     table.add_column("name", overflow="fold")
-    for heading in ("frames", "max ULP", "max error"):
+    for heading in ("frames", "max ULP", "vs. float64"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for stream in shown:

@@ -183,7 +183,7 @@ class Report:
         """One line."""
         checked = f"{counted(len(self.streams), 'stream')}, {counted(self.frames, 'frame')}"
         mismatches = counted(self.mismatches, "mismatch", "mismatches")
-        checkers = f"stepped, whole sequence; float64 reference: max error {self.max_error:.1e}"
+        checkers = f"stepped, whole sequence; within {self.max_error:.1e} of float64"
         if not self.verified:
             unchecked = f", {counted(self.unchecked, 'stream')} not checked" if self.unchecked else ""
             return f"not verified: {checked}, {mismatches}{unchecked} ({checkers})"
