@@ -26,7 +26,7 @@ def float32_copy(x: npt.ArrayLike, what: str) -> F32:
     """
     try:
         raw = np.asarray(x)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that requires grad
         raise InvalidInput(f"{what} must be an array of numbers: {error}") from None
     if raw.dtype == np.float32:
         return np.array(raw, np.float32, order="C")

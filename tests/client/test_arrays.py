@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from instep_client import arrays
 from instep_client.protocol.errors import InvalidInput
@@ -45,6 +46,11 @@ def test_booleans_are_numbers() -> None:
 def test_what_is_not_real_numbers_is_refused(x: Any) -> None:
     with pytest.raises(InvalidInput, match=r"^x must be"):
         arrays.float32_copy(x, "x")
+
+
+def test_a_tensor_that_requires_grad_is_told_to_detach() -> None:
+    with pytest.raises(InvalidInput, match=r"^x must be an array of numbers: .* Use tensor\.detach\(\)"):
+        arrays.float32_copy(torch.zeros(3, requires_grad=True), "x")
 
 
 def test_what_numpy_cannot_read_is_refused() -> None:
