@@ -98,7 +98,7 @@ def time_first(net: Any, x: torch.Tensor) -> Any:
             "6 features → dense 16 relu → GRU 10 × 2 layers → dense 10 relu → dense 7",
         ),
         (
-            lambda net, x: [net.head(net.gru(net.encoder(torch.tanh(x)))[0]).relu_().sigmoid()],
+            lambda net, x: [net.head(net.gru(net.encoder(torch.tanh_(x)))[0]).relu_().sigmoid()],
             "6 features → dense 6 tanh → dense 16 relu → GRU 10 × 2 layers → dense 7 relu → dense 7 sigmoid",
         ),
     ],
@@ -111,7 +111,7 @@ def test_what_is_served_is_what_the_forward_gives(tmp_path: Path, forward: Forwa
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
     x = torch.randn(5, 20, 6)
     with torch.no_grad():
-        y = net.eval()(x.transpose(0, 1) if forward is time_first else x)
+        y = net.eval()(x.transpose(0, 1) if forward is time_first else x.clone())
     y = y if isinstance(y, torch.Tensor) else y[0]
     y = y.transpose(0, 1) if forward is time_first else y.reshape(5, 20, -1)
     torch.testing.assert_close(served(model, x), y, rtol=1e-5, atol=2e-6)

@@ -20,7 +20,7 @@ from instep.models.errors import ModelError
 from instep.models.gru.description import ACTIVATIONS, Activation, activation_name
 from instep.models.handover.layers import SERVED
 
-LAYERS: Final = (nn.GRU, nn.Linear, nn.BatchNorm1d)
+_LAYERS: Final = (nn.GRU, nn.Linear, nn.BatchNorm1d)
 """Modules that are one step each; other modules are what they call."""
 _SAME_VALUES: Final = frozenset(
     ("alias", "clone", "detach", "expand", "lift_fresh", "permute", "reshape_alias", "select", "slice", "split")
@@ -101,7 +101,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         origin = None if self._inside_layer else self.origin((args, kwargs))
-        name = func.overloadpacket.__name__.strip("_")
+        name = func.overloadpacket.__name__.strip("_") if func.namespace == "aten" else str(func)
         if origin is None or name in _NO_VALUES:
             return result
         if name in _SAME_VALUES:
@@ -197,7 +197,7 @@ def plain_path(name: str) -> str:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in LAYERS)
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _LAYERS)
 
 
 def _tensors(values: object) -> Any:
@@ -205,5 +205,5 @@ def _tensors(values: object) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says, or its name."""
+    """The first line of what an error says, or else its name."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -35,7 +35,7 @@ class TracedModule:
     def __init__(self, module: nn.Module, example: Any = None) -> None:
         self._module = module
         self._kind = type(module).__name__
-        self._layers = {plain_path(name): part for name, part in module.named_modules() if name or part is not module}
+        self._layers = {plain_path(name): part for name, part in module.named_modules() if name}
         self._gru = self._only_gru()
         tensor = next(iter(module.parameters()))
         if tensor.dtype != torch.float32:
@@ -82,7 +82,7 @@ class TracedModule:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(x.shape, generator=generator).to(x.device)
         with evaluating(self._module):
-            y = first_output(self._module(x, *others), self._kind)
+            y = first_output(self._module(x.clone(), *others), self._kind)
         found = agreement(build(model, torch.device("cpu")), x.cpu().numpy(), y.float().cpu().numpy())
         if found is None:
             raise ModelError(
@@ -139,11 +139,12 @@ class TracedModule:
 
     def _layers_of(self, arguments: Sequence[Any]) -> Chain:
         recorder = Recorder(f"{self._kind}.forward")
-        recorder.follow(arguments[0])
+        x = arguments[0].clone()  # the forward may change it
+        recorder.follow(x)
         hooks = recorder.watch(self._module)
         try:
             with evaluating(self._module), recorder:
-                result = self._module(*arguments)
+                result = self._module(x, *arguments[1:])
         except ModelError:
             raise
         except Exception as error:
@@ -159,7 +160,7 @@ class TracedModule:
                 f"{self._kind}.forward does not give first what comes last, from {last}; return the outputs first, and "
                 "leave out what is not served"
             )
-        return _chain(recorder.steps, self._kind, arguments[0].shape[-1])
+        return _chain(recorder.steps, self._kind, x.shape[-1])
 
 
 class _CannotRun(Exception):
