@@ -166,6 +166,7 @@ def _described(
 
     from instep.config import ConfigError, Problem
     from instep.models.gru.description import GruDescription
+    from instep.models.registry import in_words
 
     layers = {place: [_dense(text, bias) for text in texts] for place, texts in dense.items()}
     try:
@@ -176,7 +177,7 @@ def _described(
                 Problem(
                     "",
                     _flag(found["loc"], dense),
-                    found["msg"].replace("Input should", f"{found['input']!r} is wrong, it should"),
+                    in_words(found),
                     "see `instep model make --help`",
                 )
                 for found in error.errors(include_url=False)

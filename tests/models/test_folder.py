@@ -153,13 +153,16 @@ def test_names_that_do_not_fit_the_outputs_are_refused(tmp_path: Path, outputs: 
         ("", "must hold the keys of a network's description"),
         ("features: [1\n", "is not YAML: "),
         ("\xff\xfe\x00".encode("latin-1"), "is not YAML: "),
-        ("features: 2\n", r"model\.yaml: gru: Field required"),
-        ("features: 0\ngru: {hidden_size: x}\n", r"features: Input should be .*; gru\.hidden_size: Input should be"),
+        ("features: 2\n", r"model\.yaml: gru: it is missing; add it"),
+        (
+            "features: 0\ngru: {hidden_size: x}\n",
+            r"features: 0 is wrong, it should be .*; gru\.hidden_size: 'x'",
+        ),
         (
             "features: 2\ngru: {hidden_size: 3, bidirectional: true}\n",
             r"gru\.bidirectional: a bidirectional GRU cannot",
         ),
-        ("features: 2\ngru: {hidden_size: 3}\nhead: 1\n", "head: Extra inputs are not permitted"),
+        ("features: 2\ngru: {hidden_size: 3}\nhead: 1\n", "head: there is no such key; correct it, or leave it out"),
         ("1: 2\nfeatures: 2\ngru: {hidden_size: 3}\n", "1: Keys should be strings"),
         (
             "name: 5\nfeatures: 2\ngru: {hidden_size: 3}\n",

@@ -48,9 +48,9 @@ def load_model(folder: str | Path) -> Model:
             "instep.models.save_model or `instep model import` makes one"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it") from None
     if not isinstance(fields, dict):
-        raise ModelError(f"{path} must hold the keys of a network's description, such as kind and features")
+        raise ModelError(f"{path} must hold the keys of a network's description, such as features and gru; add them")
     name, outputs = fields.pop("name", folder.resolve().name), fields.pop("outputs", ())
     try:
         description = parse_description(fields)
@@ -134,7 +134,7 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION_FILE).write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), "utf-8")
     except OSError as error:
-        raise ModelError(f"cannot write the model folder {folder}: {error.strerror}") from None
+        raise ModelError(f"cannot write the model folder {folder}: {error.strerror}; choose another place") from None
     save_weights(folder / WEIGHTS_FILE, model.weights)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from instep.models.base import Description, RecurrentModel
 from instep.models.errors import ModelError
@@ -67,6 +68,15 @@ def build(model: Model, device: torch.device) -> RecurrentModel:
 
 def sentences(error: ValidationError) -> str:
     """Pydantic's errors, one clause for each field."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()
-    )
+    return "; ".join(f"{'.'.join(map(str, problem['loc']))}: {in_words(problem)}" for problem in error.errors())
+
+
+def in_words(problem: ErrorDetails) -> str:
+    """What is wrong with a field, and what to do."""
+    match problem["type"]:
+        case "missing":
+            return "it is missing; add it"
+        case "extra_forbidden":
+            return "there is no such key; correct it, or leave it out"
+        case _:
+            return problem["msg"].replace("Input should", f"{problem['input']!r:.80} is wrong, it should")

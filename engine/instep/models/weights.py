@@ -31,7 +31,7 @@ def load_weights(path: Path, description: Description) -> dict[str, torch.Tensor
             # Cloned: what is served must not change when the file under the mapping does.
             tensors = {name: file.get_tensor(name).clone() for name in shapes}
     except OSError as error:
-        raise ModelError(f"cannot read the weights {path}: {error}") from None
+        raise ModelError(f"cannot read the weights {path}: {error}; make the folder again, or put them there") from None
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error}); save the weights again") from None
     _check_finite(tensors, str(path))
@@ -48,7 +48,7 @@ def save_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     try:
         path.write_bytes(content)  # save_file would leave a file that only its owner can read
     except OSError as error:
-        raise ModelError(f"cannot write the weights {path}: {error.strerror}") from None
+        raise ModelError(f"cannot write the weights {path}: {error.strerror}; choose another place") from None
 
 
 def check_weights(tensors: Mapping[str, torch.Tensor], description: Description, source: str) -> None:
@@ -70,16 +70,19 @@ def _check_names(found: Iterable[str], shapes: Mapping[str, Shape], source: str)
     found = set(found)
     missing = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in found]
     if missing:
-        raise ModelError(f"{source} lacks what the network's description asks for: {_listed(missing)}")
+        raise ModelError(f"{source} lacks what the network's description asks for: {_listed(missing)}; add them")
     extra = [f"{name!r:.80}" for name in sorted(found - set(shapes))]
     if extra:
-        raise ModelError(f"{source} holds what the network's description does not have: {_listed(extra)}")
+        raise ModelError(
+            f"{source} holds what the network's description does not have: {_listed(extra)}; leave them out"
+        )
 
 
 def _check_kind(name: str, dtype: str, is_float32: bool, found: Shape, wanted: Shape, source: str) -> None:
     if found != wanted:
         raise ModelError(
-            f"tensor {name} of {source} has shape {list(found)}, the network's description asks for {list(wanted)}"
+            f"tensor {name} of {source} has shape {list(found)}, the network's description asks for {list(wanted)}: "
+            "correct the description, or save the weights that belong to it"
         )
     if not is_float32:
         raise ModelError(f"tensor {name} of {source} is {dtype}; convert the weights to float32")
@@ -91,7 +94,7 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
         if bad:
             raise ModelError(
                 f"tensor {name} of {source} holds NaN or infinity in {bad} of {tensor.numel()} places; "
-                "weights must be finite"
+                "weights must be finite: save those of an earlier epoch"
             )
 
 

@@ -130,7 +130,7 @@ def test_layers_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_pat
         (nn.Sequential(nn.Linear(3, 4)), "^Sequential has no torch.nn.GRU; a model folder holds one nn.GRU, and"),
         (nn.Sequential(nn.LSTM(3, 4)), "^Sequential has `0`, and an nn.LSTM cannot be served yet: train"),
         (nn.ModuleList([nn.GRU(3, 4), nn.GRU(4, 4)]), r"^ModuleList has 2 GRUs \(`0`, `1`\), and one can be served"),
-        (5, "^a int is not a network; give the trained torch module, its state dict, or a file of weights"),
+        (5, "^int is not a network; give the trained torch module, its state dict, or a file of weights"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -174,7 +174,7 @@ def forgets_the_first(net: Any, x: torch.Tensor) -> Any:
         (lambda net, x: plain(net, x).clamp(-1e9, 1e9), "Net.forward computes `clamp`, which cannot be served"),
         (lambda net, x: plain(net, torch.cat([x[..., :3], x[..., 3:]], -1)), "Net.forward computes `cat`"),
         (lambda net, x: torch.log_softmax(plain(net, x), -1), "Net.forward computes `log_softmax`"),
-        (lambda net, x: torch.from_numpy(plain(net, x).numpy() * 2), "Net.forward does not give first what comes last"),
+        (lambda net, x: torch.from_numpy(plain(net, x).numpy() * 2), "Net.forward does not return first what comes"),
         (lambda net, x: net.head(net.layer_norm(net.gru(net.encoder(x))[0])), "`layer_norm` is a LayerNorm, which"),
         (lambda net, x: net.leaky(plain(net, x)), "leaky_relu with negative_slope=0.2 cannot be served, only with"),
         (lambda net, x: torch.softmax(plain(net, x), 1), "softmax over another dimension than the last"),

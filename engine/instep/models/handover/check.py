@@ -160,7 +160,7 @@ def _module(against: str) -> nn.Module:
         except Exception as error:
             raise ModelError(_failure(Path(file), error)) from error
     if not isinstance(value, nn.Module):
-        raise ModelError(f"{against} is a {type(value).__name__}: name an nn.Module, or a function that returns one")
+        raise ModelError(f"{against} is {value!r:.60}: name an nn.Module, or a function that returns one")
     return value
 
 

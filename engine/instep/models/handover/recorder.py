@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from instep.models.errors import ModelError
 from instep.models.gru.description import ACTIVATIONS, Activation, activation_name
-from instep.models.handover.layers import SERVED
 
 _LAYERS: Final = (nn.GRU, nn.Linear, nn.BatchNorm1d)
 """Modules that are one step each; other modules are what they call."""
@@ -30,7 +29,6 @@ _NO_VALUES: Final = frozenset(
     ["empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"]
 )
 """Functions that take no more than a shape."""
-_WITHOUT_IT: Final = f"train the network without it, or leave it to the client where it comes first or last; {SERVED}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ModelError: in the code that it records, where that does something that a model folder cannot hold.
     """
 
-    def __init__(self, subject: str, advice: str = _WITHOUT_IT) -> None:
+    def __init__(self, subject: str, advice: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._advice = advice
         self.steps: list[Step] = []

@@ -87,7 +87,7 @@ def save_model(
 _UNKNOWN = {
     "ExportedProgram": "a program of torch.export cannot be served: hand over the module that it was exported from, or "
     "its weights, save_model(path, program.state_dict, …)",
-    "": "a {} is not a network; give the trained torch module, its state dict, or a file of weights",
+    "": "{} is not a network; give the trained torch module, its state dict, or a file of weights",
 }
 
 

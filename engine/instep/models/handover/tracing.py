@@ -138,7 +138,11 @@ class TracedModule:
         yield self._gru.input_size
 
     def _layers_of(self, arguments: Sequence[Any]) -> Chain:
-        recorder = Recorder(f"{self._kind}.forward")
+        without_it = (
+            "train the network without it; where it comes first or last, the client can do it, and the layers are "
+            f"handed over one by one: {self.call_to_make()}"
+        )
+        recorder = Recorder(f"{self._kind}.forward", without_it)
         x = arguments[0].clone()  # the forward may change it
         recorder.follow(x)
         hooks = recorder.watch(self._module)
@@ -157,8 +161,8 @@ class TracedModule:
         if recorder.origin(first_output(result, self._kind)) != len(recorder.steps):
             last = recorder.steps[-1].label if recorder.steps else "its layers"
             raise ModelError(
-                f"{self._kind}.forward does not give first what comes last, from {last}; return the outputs first, and "
-                "leave out what is not served"
+                f"{self._kind}.forward does not return first what comes last, from {last}; return the outputs first, "
+                "and compute everything with torch"
             )
         return _chain(recorder.steps, self._kind, x.shape[-1])
 
