@@ -142,19 +142,46 @@ def test_what_is_no_gru_is_called_by_its_name(tmp_path: Path, network: Any, sent
     assert not (tmp_path / "m").exists()
 
 
+def test_what_does_not_go_with_what_is_handed_over_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="gru names a layer of a state dict: leave it out"):
+        save_model(tmp_path / "m", nn.Sequential(nn.GRU(3, 4)), gru="0")
+    for network in (nn.GRU(3, 4), nn.GRU(3, 4).state_dict()):
+        with pytest.raises(ModelError, match="example goes with a whole module"):
+            save_model(tmp_path / "m", network, example=torch.zeros(1, 1, 3))
+
+
+class OwnGru(nn.GRU):
+    def forward(self, *args: Any) -> Any:
+        return super().forward(*args)[0] * 2
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"the GRU is a OwnGru with a forward of its own, .* hand over an nn\.GRU"):
+        save_model(tmp_path / "m", OwnGru(3, 4))
+    with pytest.raises(ModelError, match="`0` is a OwnGru with a forward of its own"):
+        save_model(tmp_path / "m", nn.Sequential(OwnGru(3, 4)))
+    with pytest.raises(ModelError, match=r"after\[0\] is a OwnLinear with a forward of its own, .* an nn\.Linear that"):
+        save_model(tmp_path / "m", nn.GRU(3, 4), after=[(OwnLinear(4, 4), "none")])
+    with pytest.raises(ModelError, match=r"OwnLinear\.forward computes `(add)?mm`, which cannot"):
+        save_model(tmp_path / "m", nn.Sequential(OwnLinear(4, 3), nn.GRU(3, 4)))
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize(
     ("layers", "sentence"),
     [
-        (LINEAR, r'^after must be a list of pairs, as in \[\(linear, "none"\)\]; it is one Linear'),
+        (LINEAR, r'^after must be a list of pairs, as in after=\[\(linear, "none"\)\]; it is one L'),
         ("ab", r"^after must be a list of pairs, .* it is one str"),
-        (
-            [LINEAR],
-            r'^after must be a list of pairs of an nn.Linear .* as in \[\(linear, "none"\)\]; after\[0\] is one L',
-        ),
+        ([LINEAR], r"^after must be .*; after\[0\] is one Linear"),
         ((LINEAR, "none"), r"^after must be .*; after\[0\] is one Linear"),
         ([(LINEAR, "none"), (LINEAR,)], r"^after must be .*; after\[1\] is one tuple"),
         ([("none", LINEAR)], r"^after must be .*; after\[0\] begins with one str"),
-        ([(nn.LayerNorm(4), "none")], r"^after\[0\] is a LayerNorm, which cannot be served yet, only nn.Linear"),
+        ([(nn.LayerNorm(4), "none")], r"^after\[0\] is a LayerNorm, which cannot be served yet: give an nn.Linear"),
         ([(nn.LSTM(4, 4), "none")], r"^an nn.LSTM cannot be served yet"),
     ],
 )

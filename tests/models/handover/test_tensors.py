@@ -87,7 +87,7 @@ def state_dict(**modules: nn.Module) -> dict[str, torch.Tensor]:
         (
             NET.state_dict(),
             {"after": ["head"]},
-            r"pairs of a layer's name .*; after\[0\] is one s",
+            r'as in after=\[\("head", "none"\)\]; after\[0\] is one s',
         ),
         (
             NET.state_dict(),

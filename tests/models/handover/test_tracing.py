@@ -163,6 +163,13 @@ def test_a_forward_that_fails_is_answered_with_the_call_to_make(tmp_path: Path) 
     assert model.description.in_words() == "5 features → dense 3 → GRU 4 → dense 2"
 
 
+def step_by_step(net: Any, x: torch.Tensor) -> Any:
+    rows, h = net.encoder(x), None
+    for timestep in range(x.shape[1]):
+        y, h = net.gru(rows[:, timestep : timestep + 1], h)
+    return net.head(y)
+
+
 def forgets_the_first(net: Any, x: torch.Tensor) -> Any:
     return net.head(net.gru(net.encoder(x))[0])[:, 0]
 
@@ -189,6 +196,7 @@ def forgets_the_first(net: Any, x: torch.Tensor) -> Any:
         (lambda net, x: plain(net, x)[..., :2], r"gives the shape \[2, 6, 2\] for frames \[2, 6, 6\]; return the 3"),
         (lambda net, x: {"y": plain(net, x)}, "Net returns a dict; return a tensor of outputs, or a tuple"),
         (lambda net, x: net.encoder(x), "Net.forward does not run its GRU on its input"),
+        (step_by_step, "Net.forward runs `gru` again on its state: run it once over the whole sequence"),
         (
             lambda net, x: net.gru(net.encoder(x), net.state.expand(2, x.size(0), 10))[0],
             "`gru` begins with a state that is not zero, which a model folder cannot hold: hand over the layers",

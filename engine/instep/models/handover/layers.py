@@ -35,7 +35,12 @@ class Dense:
 
     @classmethod
     def of(cls, label: str, linear: nn.Linear, activation: Activation = "none") -> Dense:
-        """The layer that a module is."""
+        """The layer that a module is.
+
+        Raises:
+            ModelError: when it computes something of its own.
+        """
+        _check_forward(label, linear, nn.Linear)
         return cls(label, linear.weight, linear.bias, activation)
 
     @classmethod
@@ -68,8 +73,9 @@ class Gru:
         """The tensors of a module.
 
         Raises:
-            ModelError: when it is bidirectional.
+            ModelError: when it is bidirectional, or computes something of its own.
         """
+        _check_forward(label, gru, nn.GRU)
         if gru.bidirectional:
             raise ModelError(BIDIRECTIONAL)
         kinds = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if gru.bias else ()))
@@ -133,6 +139,14 @@ class Chain:
         for (giver, _, given), (taker, taken, _) in pairwise(links):
             if given != taken:
                 raise ModelError(f"{taker} takes {taken} values but {giver} gives {given}; their sizes must be equal")
+
+
+def _check_forward(label: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    if type(module).forward is not kind.forward:
+        raise ModelError(
+            f"{label} is a {type(module).__name__} with a forward of its own, which cannot be served: hand over an "
+            f"nn.{kind.__name__} that computes the same"
+        )
 
 
 def _descriptions(layers: Sequence[Dense]) -> tuple[DenseLayer, ...]:

@@ -114,7 +114,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, what: nn.Module | Activation, label: str, origin: int, result: object) -> None:
         if origin != len(self.steps):
             giver = self.steps[origin - 1].label if origin else "its input"
-            self.refuse(f"{self._subject} uses {giver} more than once, for {self.steps[origin].label} and for {label}")
+            self.refuse(
+                f"{self._subject} uses {giver} more than once, for {self.steps[origin].label} and for {label}",
+                "run each layer once, on what the one before it gives, and return what the last one gives",
+            )
         self.steps.append(Step(what, label, next(_tensors(result)).shape[-1]))
         self.follow(result, len(self.steps))
 
@@ -145,8 +148,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._inside_layer = True
         if isinstance(module, nn.GRU):
-            state = next(iter([*args[1:], *([kwargs["hx"]] if "hx" in kwargs else [])]), None)
-            if state is not None and any(bool(tensor.any()) for tensor in _tensors(state)):
+            state = (*args[1:], kwargs.get("hx"))
+            if self.origin(state) is not None:
+                self.refuse(f"{self._subject} runs `{label}` again on its state", "run it once over the whole sequence")
+            if any(bool(tensor.any()) for tensor in _tensors(state)):
                 self.refuse(
                     f"`{label}` begins with a state that is not zero, which a model folder cannot hold",
                     "hand over the layers one by one, and open each stream with that state",

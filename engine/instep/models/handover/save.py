@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -60,6 +60,8 @@ def save_model(
     """
     folder = Path(folder)
     network, traced = _plain(network), None
+    if isinstance(network, nn.Module) and gru is not None:
+        raise ModelError("gru names a layer of a state dict: leave it out, or hand over net.state_dict()")
     if isinstance(network, nn.Module) and not isinstance(network, nn.GRU):
         if before or after:
             raise ModelError(
@@ -69,6 +71,8 @@ def save_model(
             )
         traced = TracedModule(network, example)
         chain = traced.chain()
+    elif example is not None:
+        raise ModelError("example goes with a whole module: save_model(path, net, example=x); leave it out")
     elif isinstance(network, nn.GRU):
         chain = Chain(_dense("before", before), Gru.of("the GRU", network), _dense("after", after))
     elif isinstance(network, str | Path):
@@ -99,47 +103,36 @@ def _plain(network: Any) -> Any:
 
 
 def _of_weights(tensors: Mapping[str, object], before: Layers, after: Layers, gru: str | None, source: str) -> Chain:
-    named = {}
-    for place, pairs in (("before", before), ("after", after)):
-        named[place] = [
-            _pair(place, index, pair, str, "a layer's name", "head") for index, pair in _listed(place, pairs)
-        ]
-    return chain_of_tensors(tensors, named["before"], named["after"], gru, source)
+    named_before, named_after = (
+        [(name, activation) for _, name, activation in _pairs(place, given, str, '"head"')]
+        for place, given in (("before", before), ("after", after))
+    )
+    return chain_of_tensors(tensors, named_before, named_after, gru, source)
 
 
-def _dense(place: str, pairs: Layers) -> list[Dense]:
-    layers = []
-    for index, pair in _listed(place, pairs):
-        linear, activation = _pair(place, index, pair, nn.Linear, "an nn.Linear", "linear")
-        layers.append(
-            Dense.of(f"{place}[{index}]", linear, activation_of(activation, f"the activation of {place}[{index}]"))
-        )
-    return layers
+def _dense(place: str, given: Layers) -> list[Dense]:
+    return [
+        Dense.of(label, linear, activation_of(activation, f"the activation of {label}"))
+        for label, linear, activation in _pairs(place, given, nn.Linear, "linear")
+    ]
 
 
-def _listed(place: str, pairs: Any) -> list[tuple[int, Any]]:
-    """`pairs` is what a user gave, who may not run a type checker."""
-    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
-        raise ModelError(f'{place} must be a list of pairs, as in [(linear, "none")]; it is one {type(pairs).__name__}')
-    return list(enumerate(pairs))
-
-
-def _pair(place: str, index: int, pair: Any, kind: type, what: str, sample: str) -> tuple[Any, object]:
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        raise ModelError(
-            f'{place} must be a list of pairs of {what} and its activation, as in [({sample}, "none")]; '
-            f"{place}[{index}] is one {type(pair).__name__}"
-        )
-    if not isinstance(pair[0], kind):
-        begins = pair[0]
-        if isinstance(begins, nn.Module):
+def _pairs(place: str, given: Any, kind: type, sample: str) -> Iterator[tuple[str, Any, object]]:
+    """How sentences call each pair, and its parts; `given` is what a user gave, who may not run a type checker."""
+    form = f'{place} must be a list of pairs, as in {place}=[({sample}, "none")]'
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ModelError(f"{form}; it is one {type(given).__name__}")
+    for index, pair in enumerate(given):
+        label = f"{place}[{index}]"
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ModelError(f"{form}; {label} is one {type(pair).__name__}")
+        layer, activation = pair
+        if isinstance(layer, nn.Module) and not isinstance(layer, kind):
             raise ModelError(
-                why_not_served(begins)
-                or f"{place}[{index}] is a {type(begins).__name__}, which cannot be served yet, only nn.Linear with an "
-                "activation; a batch norm is folded when the whole module is given: save_model(path, net)"
+                why_not_served(layer)
+                or f"{label} is a {type(layer).__name__}, which cannot be served yet: give an nn.Linear with an "
+                "activation; a batch norm is folded when the whole module is given, save_model(path, net)"
             )
-        raise ModelError(
-            f'{place} must be a list of pairs of {what} and its activation, as in [({sample}, "none")]; '
-            f"{place}[{index}] begins with one {type(begins).__name__}"
-        )
-    return pair[0], pair[1]
+        if not isinstance(layer, kind):
+            raise ModelError(f"{form}; {label} begins with one {type(layer).__name__}")
+        yield label, layer, activation

@@ -62,7 +62,7 @@ class TracedModule:
         failure = ""
         for features in dict.fromkeys([*self._first_sizes(), *linears]):
             try:
-                self._arguments = (torch.randn(ROWS, STEPS, features, device=self._device),)
+                self._arguments = (_random_frames((ROWS, STEPS, features), self._device),)
                 return self._layers_of(self._arguments)
             except _CannotRun as error:
                 failure = failure or f"on random input [{ROWS}, {STEPS}, {features}] {error}"
@@ -79,8 +79,7 @@ class TracedModule:
         """
         assert self._arguments is not None
         x, *others = self._arguments
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(x.shape, generator=generator).to(x.device)
+        x = _random_frames(x.shape, x.device)
         with evaluating(self._module):
             y = first_output(self._module(x.clone(), *others), self._kind)
         found = agreement(build(model, torch.device("cpu")), x.cpu().numpy(), y.float().cpu().numpy())
@@ -118,7 +117,7 @@ class TracedModule:
         grus = {name: part for name, part in everything.items() if isinstance(part, nn.GRU)}
         if len(grus) == 1:
             ((name, gru),) = grus.items()
-            Gru.of(name, gru)
+            Gru.of(f"`{name}`", gru)  # for what it says about a GRU that cannot be served
             return gru
         if grus:
             names = ", ".join(f"`{name}`" for name in grus)
@@ -199,7 +198,7 @@ def _chain(steps: Sequence[Step], kind: str, features: int) -> Chain:
         follows_linear = previous is not None and isinstance(previous.what, nn.Linear | nn.BatchNorm1d)
         if isinstance(step.what, nn.GRU):
             if gru is not None:
-                raise ModelError(f"{kind}.forward runs {step.label} twice for a frame, which cannot be served")
+                raise ModelError(f"{kind}.forward runs {step.label} twice: train one with num_layers=2")
             gru, layers = Gru.of(step.label, step.what), after
         elif isinstance(step.what, nn.Linear):
             layers.append(Dense.of(step.label, step.what))
@@ -222,6 +221,10 @@ def _chain(steps: Sequence[Step], kind: str, features: int) -> Chain:
     if gru is None:
         raise ModelError(f"{kind}.forward does not run its GRU on its input; {SERVED}")
     return Chain(before, gru, after)
+
+
+def _random_frames(shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _expression(name: str) -> str:
