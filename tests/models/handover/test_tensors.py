@@ -127,6 +127,16 @@ def state_dict(**modules: nn.Module) -> dict[str, torch.Tensor]:
             LAYERS,
             r"`h0` is no Linear and no GRU \(h0 \[2, 1",
         ),
+        (
+            {"gru.weight_ih_l0": torch.zeros(12), "gru.weight_hh_l0": torch.zeros(())},
+            {},
+            r"has no GRU: `gru` is no Linear and no GRU \(weight_ih_l0 \[12\], weight_hh_l0 \[\]\)",
+        ),
+        (
+            {"gru.weight_ih_l0": torch.zeros(12, 3), "gru.weight_hh_l0": torch.zeros(5, 4)},
+            {},
+            "has no GRU: `gru` is",
+        ),
         ({"gru.weight_ih_l0": torch.zeros(12, 3), "step": 5}, {}, "holds `step`, which is int and not a tensor"),
         (
             {name: tensor for name, tensor in state_dict(gru=nn.GRU(3, 4)).items() if "bias_hh" not in name},

@@ -23,7 +23,7 @@ from instep.models.handover.recorder import activation_of, plain_path
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 """Those of one layer, by their own names."""
-_RECURRENT: Final = {1: "nn.RNN", 3: "GRU", 4: "nn.LSTM"}
+_RECURRENT: Final[dict[float, str]] = {1: "nn.RNN", 3: "GRU", 4: "nn.LSTM"}
 """By how many gates a layer has."""
 
 
@@ -150,9 +150,11 @@ def _layers(given: Mapping[str, object], source: str) -> dict[str, Tensors]:
 def _kind(tensors: Tensors) -> str:
     """What a layer is by its tensors."""
     names = tensors.keys()
-    if "weight_ih_l0" in names and "weight_hh_l0" in names:
-        rows, size = tensors["weight_hh_l0"].shape
-        return _RECURRENT.get(rows // size, "unknown")
+    if {"weight_ih_l0", "weight_hh_l0"} <= names:
+        of_input, of_state = tensors["weight_ih_l0"].shape, tensors["weight_hh_l0"].shape
+        if len(of_input) == len(of_state) == 2 and of_state[1]:
+            return _RECURRENT.get(of_state[0] / of_state[1], "other")
+        return "other"
     if "weight_ih" in names:
         return "cell"
     if _is_linear(tensors):
