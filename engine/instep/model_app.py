@@ -96,7 +96,7 @@ def import_weights(
 
     folder = output or weights.with_suffix("")
     layers = {place: [_named(place, text) for text in texts] for place, texts in (("before", before), ("after", after))}
-    names = [] if outputs is None else outputs.split(",")
+    names = [] if outputs is None else [each.strip() for each in outputs.split(",")]
     model = save_model(folder, weights, **layers, gru=gru, name=name, outputs=names, overwrite=overwrite)
     typer.echo(f"{folder}: {model.description.in_words()}")
 
