@@ -138,8 +138,8 @@ class TracedModule:
 
     def _layers_of(self, arguments: Sequence[Any]) -> Chain:
         without_it = (
-            "train the network without it; where it comes first or last, the client can do it, and the layers are "
-            f"handed over one by one: {self.call_to_make()}"
+            "train the network without it or, where it comes first or last, compute it in the client and hand over "
+            f"the other layers: {self.call_to_make()}"
         )
         recorder = Recorder(f"{self._kind}.forward", without_it)
         x = arguments[0].clone()  # the forward may change it
