@@ -13,7 +13,7 @@ from torch import nn
 
 from instep.models.folder import load_model
 from instep.models.gru.description import ACTIVATIONS
-from instep.models.handover.recorder import activation_of
+from instep.models.handover.tracer import activation_of
 from tests.docs.support.page import Page
 from tests.docs.support.shell import commands, run
 

@@ -21,8 +21,8 @@ from instep.core.typing import F32
 from instep.models.agreement import Distance, agreement, first_output
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
-from instep.models.handover.recorder import first_line
-from instep.models.handover.tracing import evaluating
+from instep.models.handover.traced_module import evaluating
+from instep.models.handover.tracer import first_line
 from instep.models.numerics import prepare
 from instep.models.registry import build
 

@@ -11,9 +11,9 @@ from torch import nn
 from instep.models.errors import ModelError
 from instep.models.folder import write_model
 from instep.models.handover.layers import Chain, Dense, Gru
-from instep.models.handover.recorder import activation_of
 from instep.models.handover.tensors import chain_of_tensors, read_tensors
-from instep.models.handover.tracing import TracedModule, why_not_served
+from instep.models.handover.traced_module import TracedModule, why_not_served
+from instep.models.handover.tracer import activation_of
 from instep.models.model import Model
 
 Layers: TypeAlias = Sequence[tuple[nn.Linear | str, object]]

@@ -1,6 +1,6 @@
 """Following a tensor through a network while it runs: which functions compute with it, and in which order.
 
-Every function that torch runs passes through the recorder, whether a module, an operator or a method called it. So
+Every function that torch runs passes through the tracer, whether a module, an operator or a method called it. So
 nothing that a network does with its input is missed, and what a model folder cannot hold is refused by its name.
 """
 
@@ -42,15 +42,15 @@ class Step:
     """Values that it gives for a frame."""
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Use it as a context; `steps` then tells what happened to the tensor that it was told to `follow`.
 
     Args:
-        subject: how sentences call what is recorded.
+        subject: how sentences call what is traced.
         advice: what to do where it cannot be served.
 
     Raises:
-        ModelError: in the code that it records, where that does something that a model folder cannot hold.
+        ModelError: in the code that it follows, where that does something that a model folder cannot hold.
     """
 
     def __init__(self, subject: str, advice: str) -> None:
@@ -79,7 +79,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return next(found, None)
 
     def watch(self, module: nn.Module) -> list[Any]:
-        """Record the layers in a module; returns the hooks to remove."""
+        """Notice the layers in a module; returns the hooks to remove."""
         hooks: list[Any] = []
         for name, part in module.named_modules():
             enter, leave = partial(self._enter, plain_path(name)), partial(self._leave, plain_path(name))
@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return hooks
 
     def refuse(self, sentence: str, advice: str = "") -> NoReturn:
-        """Refuse what is recorded."""
+        """Refuse what is traced."""
         self.refusal = ModelError(f"{sentence}: {advice or self._advice}")
         raise self.refusal
 
@@ -178,18 +178,18 @@ def activation_of(given: object, place: str) -> Activation:
     allowed = f"give one of {', '.join(ACTIVATIONS)}, or torch's module or function of that name"
     if not callable(given) or isinstance(given, type):
         raise ModelError(f"{place} is {given!r:.80}: {allowed}")
-    recorder, x = Recorder(place, allowed), torch.linspace(-3, 3, 12).view(3, 4)
-    recorder.follow(x)
+    tracer, x = Tracer(place, allowed), torch.linspace(-3, 3, 12).view(3, 4)
+    tracer.follow(x)
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), tracer:
             result = cast("Callable[[torch.Tensor], object]", given)(x)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"{place} is {given!r:.80}, which fails ({first_line(error)}): {allowed}") from None
-    if len(recorder.steps) > 1 or recorder.origin(result) != len(recorder.steps):
+    if len(tracer.steps) > 1 or tracer.origin(result) != len(tracer.steps):
         raise ModelError(f"{place} is {given!r:.80}, which is not one function: {allowed}")
-    step = recorder.steps[0].what if recorder.steps else "none"
+    step = tracer.steps[0].what if tracer.steps else "none"
     assert not isinstance(step, nn.Module)
     return step
 

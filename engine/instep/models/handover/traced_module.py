@@ -13,7 +13,7 @@ from instep.models.agreement import agreement, first_output
 from instep.models.errors import ModelError
 from instep.models.gru.description import Activation
 from instep.models.handover.layers import SERVED, Chain, Dense, Gru
-from instep.models.handover.recorder import Recorder, Step, first_line, plain_path
+from instep.models.handover.tracer import Step, Tracer, first_line, plain_path
 from instep.models.model import Model
 from instep.models.registry import build
 
@@ -141,12 +141,12 @@ class TracedModule:
             "train the network without it or, where it comes first or last, compute it in the client and hand over "
             f"the other layers: {self.call_to_make()}"
         )
-        recorder = Recorder(f"{self._kind}.forward", without_it)
+        tracer = Tracer(f"{self._kind}.forward", without_it)
         x = arguments[0].clone()  # the forward may change it
-        recorder.follow(x)
-        hooks = recorder.watch(self._module)
+        tracer.follow(x)
+        hooks = tracer.watch(self._module)
         try:
-            with evaluating(self._module), recorder:
+            with evaluating(self._module), tracer:
                 result = self._module(x, *arguments[1:])
         except ModelError:
             raise
@@ -155,15 +155,15 @@ class TracedModule:
         finally:
             for hook in hooks:
                 hook.remove()
-        if recorder.refusal is not None:
-            raise recorder.refusal
-        if recorder.origin(first_output(result, self._kind)) != len(recorder.steps):
-            last = recorder.steps[-1].label if recorder.steps else "its layers"
+        if tracer.refusal is not None:
+            raise tracer.refusal
+        if tracer.origin(first_output(result, self._kind)) != len(tracer.steps):
+            last = tracer.steps[-1].label if tracer.steps else "its layers"
             raise ModelError(
                 f"{self._kind}.forward does not return first what comes last, from {last}; return the outputs first, "
                 "and compute everything with torch"
             )
-        return _chain(recorder.steps, self._kind, x.shape[-1])
+        return _chain(tracer.steps, self._kind, x.shape[-1])
 
 
 class _CannotRun(Exception):
