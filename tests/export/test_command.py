@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from instep.export import command
 from instep.export.command import Export, run
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch
+from instep_client import AsyncClient
 from instep_tools.formats.write import WRITERS, Format
+from tests.support.models import with_head
+from tests.support.running import running
 from tests.support.written import Written, write_recording
 
 
@@ -49,6 +53,19 @@ def test_one_line_says_what_was_written(written: Written) -> None:
     )
     assert len(output.read_text().splitlines()) > len(written.rows)
     assert names(written.path.parent) == {"a.rec", "a.csv"}
+
+
+async def test_columns_have_the_names_that_the_served_model_gives_its_outputs(tmp_path: Path) -> None:
+    model = replace(with_head(3, 4, 2), output_names=("speech", "silence"))
+    recording = {"file": tmp_path / "a.instep"}
+    async with running(model, recording=recording) as server, AsyncClient(server.endpoint) as client:
+        y = await (await client.open("mic")).step(np.ones(3))
+    with RecordingReader(tmp_path / "a.instep") as reader:
+        assert reader.header.output_names == ("speech", "silence")
+    assert export(tmp_path / "a.instep", format="csv")[0] == 0
+    header, row = ((tmp_path / "a.csv").read_text().splitlines())[-2:]
+    assert header.split(",")[-2:] == ["speech", "silence"]
+    assert [np.float32(cell) for cell in row.split(",")[-2:]] == y.tolist()
 
 
 @pytest.mark.parametrize(
