@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, Final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from instep_client.protocol.errors import InstepError
 from instep_tools.pacing import Stop, loop_factory
@@ -80,7 +80,9 @@ class Terminal:
             timer.cancel()
 
     @asynccontextmanager
-    async def progress(self, title: str, total: float, unit: str, done: Callable[[], float]) -> AsyncIterator[None]:
+    async def progress(
+        self, title: str, total: float, unit: str, done: Callable[[], float], detail: Callable[[], str] | None = None
+    ) -> AsyncIterator[None]:
         """Show how far the work in the block is, once it takes longer than two seconds.
 
         Args:
@@ -88,35 +90,48 @@ class Terminal:
             total: how much there is to do; infinite where it is not known.
             unit: of `total`.
             done: how much is done by now.
+            detail: what to say beside it; how long it takes where there is none.
         """
-        showing = asyncio.create_task(self._show(title, total, unit, done))
+        started = time.monotonic()
+        known = total if total != float("inf") else None
+        show = self._draw if self.err.is_terminal else self._log
+        showing = asyncio.create_task(
+            show(title, known, unit, done, detail or (lambda: f"{time.monotonic() - started:.0f} s"))
+        )
         try:
             yield
         finally:
             showing.cancel()
             await asyncio.gather(showing, return_exceptions=True)
 
-    async def _show(self, title: str, total: float, unit: str, done: Callable[[], float]) -> None:
-        started = time.monotonic()
-        known = total if total != float("inf") else None
+    async def _log(
+        self, title: str, total: float | None, unit: str, done: Callable[[], float], detail: Callable[[], str]
+    ) -> None:
         await asyncio.sleep(QUIET_S)
-        if not self.err.is_terminal:
-            while True:
-                of = f" of {known:,.0f}" if known is not None else ""
-                self.note(f"{title}: {done():,.0f}{of} {unit}, {time.monotonic() - started:.0f} s")
-                await asyncio.sleep(LOG_S)
+        while True:
+            of = "" if total is None else f"/{total:,.0f}"
+            self.note(f"{title} {done():,.0f}{of} {unit} · {detail()}")
+            await asyncio.sleep(LOG_S)
+
+    async def _draw(
+        self, title: str, total: float | None, unit: str, done: Callable[[], float], detail: Callable[[], str]
+    ) -> None:
+        await asyncio.sleep(QUIET_S)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(unit),
-            TimeElapsedColumn(),
+            TextColumn("{task.fields[detail]}"),
         )
         with Progress(*columns, console=self.err, transient=True, auto_refresh=False) as bar:
-            task = bar.add_task(title, total=known)
-            while True:
-                bar.update(task, completed=int(done()), refresh=True)
-                await asyncio.sleep(DRAW_S)
+            task = bar.add_task(title, total=total, detail="")
+            try:
+                while True:
+                    bar.update(task, completed=int(done()), detail=f"· {detail()}", refresh=True)
+                    await asyncio.sleep(DRAW_S)
+            finally:
+                bar.update(task, completed=int(done()), refresh=True)  # a bar ends at what was done: 100 %, if all was
 
 
 class StoppedBeforeSending(KeyboardInterrupt):

@@ -45,10 +45,10 @@ async def looked_at_three_times(terminal: Terminal, total: float) -> None:
 async def test_progress_in_a_file_is_lines() -> None:
     terminal = RememberingTerminal()
     await looked_at_three_times(terminal, 20)
-    assert terminal.complained.startswith("working: 7 of 20 frames, 0 s\nworking: 7 of 20")
+    assert terminal.complained.startswith("working 7/20 frames · 0 s\nworking 7/20")
     terminal = RememberingTerminal()
     await looked_at_three_times(terminal, float("inf"))
-    assert terminal.complained.startswith("working: 7 frames, 0 s\n")
+    assert terminal.complained.startswith("working 7 frames · 0 s\n")
 
 
 @pytest.mark.usefixtures("hasty")
