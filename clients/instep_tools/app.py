@@ -12,9 +12,7 @@ from instep_client.protocol.wire import DEFAULT_ENDPOINT
 from instep_tools.command_line import CommandLine
 from instep_tools.formats.columns import Choice
 from instep_tools.live import Pace
-from instep_tools.load import Mode
-from instep_tools.load_plan import REAL_TIME_RATE_HZ, LoadPlan
-from instep_tools.loadtest import LoadTest, loadtest
+from instep_tools.load.app import loadtest_command
 from instep_tools.options import AsJson, Endpoint
 from instep_tools.outputs import OutputFormat
 from instep_tools.pacing import Stop, WallClock
@@ -22,7 +20,6 @@ from instep_tools.ping import ping
 from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
 from instep_tools.replay import Replay, replay
-from instep_tools.saved_runs import compare_runs
 from instep_tools.signals import Signal
 from instep_tools.state_app import app as state_app
 from instep_tools.streams import stats
@@ -37,6 +34,7 @@ app: Final = CommandLine(
 
 app.add_typer(state_app, name="state")
 app.add_typer(streams_app, name="streams")
+app.command("loadtest")(loadtest_command)
 
 SIGNAL_RATE_HZ: Final = 10.0
 """The rate of a generated signal where none is given: slow enough to read along."""
@@ -252,78 +250,3 @@ def _choice(named: bool, columns: str | None, time: str | None, only: str) -> Ch
     if columns is not None and len(set(names)) < max(len(names), 1):
         raise typer.BadParameter("name each column once, as in --columns x0,x1", param_hint="--columns")
     return Choice(named, names, time, only)
-
-
-@app.command("loadtest")
-def loadtest_command(
-    streams: Annotated[int, typer.Option(min=1, help="How many streams. With --slo-ms: the first number tried.")] = 256,
-    connections: Annotated[int, typer.Option(min=1, help="Connections they are spread over.")] = 1,
-    processes: Annotated[int, typer.Option(min=1, help="Processes the connections are spread over.")] = 1,
-    mode: Annotated[
-        Mode | None,
-        typer.Option(
-            help="closed: a block goes out when the one before it is answered. open: when it is due, whatever the "
-            "answers do. Default: open with --rate or --slo-ms, else closed."
-        ),
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(metavar="HZ", callback=_positive, help="Open loop: frames a second for each. (default: 100)"),
-    ] = None,
-    duration: Annotated[float, typer.Option(callback=_positive, help="Seconds to measure.")] = 10.0,
-    warmup: Annotated[float, typer.Option(min=0, help="Seconds before that that do not count.")] = 2.0,
-    block: Annotated[
-        int | None,
-        typer.Option(min=1, help="At most so many streams a message. (default: all of the connection's that fit)"),
-    ] = None,
-    steps_per_block: Annotated[int, typer.Option(min=1, help="Timesteps a message.")] = 1,
-    slo_ms: Annotated[
-        float | None,
-        typer.Option(
-            callback=_positive,
-            metavar="MS",
-            help="Find the largest number of streams of which 99 % of the frames are answered within MS of being due.",
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the result: a PNG, SVG or PDF.", dir_okay=False)
-    ] = None,
-    save: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Save the result, for --compare.", dir_okay=False)
-    ] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two saved results; measure nothing.")
-    ] = None,
-    endpoint: Endpoint = DEFAULT_ENDPOINT,
-    as_json: AsJson = False,
-) -> None:
-    """Measure throughput and latency, or the largest load within a service level.
-
-    In an open loop latency counts from the moment a frame was due, not from when it could be sent: a slow answer cannot
-    hide the frames that queue behind it. The server's own share is shown beside it.
-
-    The exit status is 0 when every frame was answered, 1 when some were refused or unanswered, 2 when it could not run,
-    and 3 when it was this side that could not keep up: then it measured itself.
-    """
-    if compare is not None:
-        raise typer.Exit(compare_runs(*compare, Terminal(as_json)))
-    if mode is Mode.CLOSED and (rate is not None or slo_ms is not None):
-        raise typer.BadParameter("--rate and --slo-ms need an open loop: leave out --mode closed")
-    is_open = mode is Mode.OPEN or rate is not None or slo_ms is not None
-    plan = LoadPlan(
-        streams=streams,
-        connections=connections,
-        processes=processes,
-        mode=Mode.OPEN if is_open else Mode.CLOSED,
-        rate_hz=REAL_TIME_RATE_HZ if rate is None else rate,
-        duration_s=duration,
-        warmup_s=warmup,
-        block=block,
-        steps=steps_per_block,
-    )
-    test = LoadTest(endpoint, plan, slo_ms, plot, save)
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await loadtest(test, terminal, stop)
-
-    raise typer.Exit(run_command(command, Terminal(as_json)))

@@ -1,4 +1,4 @@
-"""When to send: clocks, and open-loop schedules that never wait for an answer."""
+"""Clocks, and whether a command was asked to end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 LONGEST_NAP_S: Final = 0.1
@@ -87,35 +86,6 @@ async def wait_until(moment: float, clock: Clock, stop: Stop) -> bool:
             return True
         await clock.sleep_until(moment if left <= LONGEST_NAP_S else clock.now() + LONGEST_NAP_S)
     return False
-
-
-@dataclass(frozen=True, slots=True)
-class OpenLoop:
-    """An open-loop schedule: each of `senders` senders sends every `period_s` seconds, whatever the answers do.
-
-    The senders' phases are spread evenly over the period, as independent producers' are, so that all sends together are
-    `period_s / senders` apart. `offset` (0 to 1) shifts all of them by that part of this gap: several processes share
-    one schedule that way.
-    """
-
-    senders: int
-    period_s: float
-    offset: float = 0.0
-
-    def due_s(self, number: int) -> float:
-        """When send `number` (from 0, over all senders) is due, in seconds after the start."""
-        return (number + self.offset) * (self.period_s / self.senders)
-
-    def sender(self, number: int) -> int:
-        """Whose send it is."""
-        return number % self.senders
-
-    def count(self, duration_s: float) -> int:
-        """How many sends are due before `duration_s`."""
-        numbers = int(duration_s * self.senders / self.period_s) + 2
-        while numbers > 0 and self.due_s(numbers - 1) >= duration_s:
-            numbers -= 1
-        return numbers
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

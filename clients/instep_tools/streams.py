@@ -13,9 +13,8 @@ from instep_client.protocol.wire import Code
 from instep_tools.connect import connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.report import three_digits
 from instep_tools.terminal import Terminal
-from instep_tools.words import counted
+from instep_tools.words import counted, three_digits
 
 _HAS_ENDED = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
 

@@ -141,19 +141,6 @@ def test_speeds(server: FakeServer, tmp_path: Path, speed: str) -> None:
     assert result.exit_code == 0
 
 
-def test_loadtest(server: FakeServer) -> None:
-    arguments = ["loadtest", "--streams", "4", "--duration", "0.2", "--warmup", "0", "-e", server.endpoint]
-    closed = run(*arguments)
-    assert closed.exit_code == 0
-    assert "closed loop" in closed.stderr
-    assert closed.stdout.splitlines()[-1].count("ms") == 2
-    opened = run(*arguments, "--rate", "50", "--block", "3", "--steps-per-block", "2", "--json")
-    load = json.loads(opened.stdout)["load"]
-    assert (load["mode"], load["rate_hz"], load["block"], load["steps"]) == ("open", 50, 3, 2)
-    assert json.loads(run(*arguments, "--json").stdout)["load"]["rate_hz"] is None
-    assert json.loads(run(*arguments, "--mode", "open", "--json").stdout)["load"]["rate_hz"] == 100
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -169,8 +156,6 @@ def test_loadtest(server: FakeServer) -> None:
         (["produce", "--streams", "0"], "Invalid value for '--streams'"),
         (["replay", "x", "--speed", "fast"], "it must be 1 (real time), xN"),
         (["replay", "x", "--speed", "-1"], "it must be 1 (real time), xN"),
-        (["loadtest", "--mode", "closed", "--rate", "5"], "need an open loop"),
-        (["loadtest", "--mode", "closed", "--slo-ms", "5"], "need an open loop"),
     ],
 )
 def test_what_cannot_be_typed(arguments: list[str], said: str) -> None:

@@ -10,9 +10,8 @@ import numpy as np
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.recording import read_recording
 from instep_tools.live import Pace
-from instep_tools.load import Mode
-from instep_tools.load_plan import LoadPlan
-from instep_tools.loadtest import LoadTest, loadtest
+from instep_tools.load.command import LoadTest, LoadTester
+from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
@@ -74,7 +73,7 @@ async def test_a_load_test_of_the_engine() -> None:
     )
     terminal = RememberingTerminal(as_json=True)
     async with running(SEED_SIZED) as server:
-        assert await loadtest(LoadTest(server.endpoint, plan), terminal, Stop(), JumpingClock()) == Exit.OK
+        assert await LoadTester(LoadTest(server.endpoint, plan), terminal, Stop(), JumpingClock()).run() == Exit.OK
     values = terminal.json()
     assert (values["refused_frames"], values["unanswered_frames"]) == ({}, 0)
     assert values["latency_us"]["compute"]["max"] > 0

@@ -6,32 +6,8 @@ import time
 
 import pytest
 
-from instep_tools.pacing import LONGEST_NAP_S, OpenLoop, Stop, WallClock, loop_factory, wait_until
+from instep_tools.pacing import LONGEST_NAP_S, Stop, WallClock, loop_factory, wait_until
 from tests.tools.helpers import JumpingClock
-
-
-def test_senders_keep_their_period_and_spread_over_it() -> None:
-    schedule = OpenLoop(senders=4, period_s=0.2)
-    for sender in range(4):
-        dues = [schedule.due_s(number) for number in range(40) if schedule.sender(number) == sender]
-        assert dues == pytest.approx([sender * 0.05 + 0.2 * turn for turn in range(10)])
-
-
-def test_processes_share_one_schedule() -> None:
-    whole = OpenLoop(senders=6, period_s=0.6)
-    parts = [OpenLoop(senders=2, period_s=0.6, offset=part / 3) for part in range(3)]
-    merged = sorted(part.due_s(number) for part in parts for number in range(20))
-    assert merged == pytest.approx([whole.due_s(number) for number in range(60)])
-
-
-@pytest.mark.parametrize("senders", [1, 3, 256])
-@pytest.mark.parametrize("period_s", [0.01, 0.3, 7.0])
-@pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_the_count_is_of_what_is_due_before_the_end(senders: int, period_s: float, offset: float) -> None:
-    schedule = OpenLoop(senders, period_s, offset)
-    for duration_s in (0.0, 0.005, 0.3, 1.0, 2.1):
-        count = schedule.count(duration_s)
-        assert count == sum(1 for number in range(60_000) if schedule.due_s(number) < duration_s)
 
 
 async def test_waiting_ends_at_the_moment() -> None:

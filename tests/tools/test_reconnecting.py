@@ -9,9 +9,6 @@ import numpy as np
 from instep_client.protocol.wire import F32, Kind
 from instep_tools.formats.read import read_sequences
 from instep_tools.live import Pace
-from instep_tools.load import Mode
-from instep_tools.load_plan import LoadPlan
-from instep_tools.loadtest import LoadTest, loadtest
 from instep_tools.pacing import Stop, WallClock
 from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
@@ -71,25 +68,3 @@ async def test_replay_gets_every_output(tmp_path: Path, rng: np.random.Generator
     again = read_sequences(tmp_path / "again.npz")
     assert again.outputs is not None
     np.testing.assert_array_equal(again.outputs, truth)
-
-
-async def test_loadtest_counts_what_was_late_as_answered() -> None:
-    plan = LoadPlan(
-        streams=6,
-        connections=2,
-        processes=1,
-        mode=Mode.CLOSED,
-        rate_hz=20.0,
-        duration_s=0.6,
-        warmup_s=0.0,
-        block=2,
-        steps=2,
-    )
-    terminal, forgetful = RememberingTerminal(), Forgetful(20, most=2)
-    with forgetful.server as server:
-        test = LoadTest(server.endpoint, plan, None, None)
-        assert await loadtest(test, terminal, Stop(), WallClock()) == Exit.OK
-    assert forgetful.rules.boots == 2
-    assert forgetful.rules.failures == []
-    assert forgetful.rules.streams == {}
-    assert "refused" not in terminal.said

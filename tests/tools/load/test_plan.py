@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from instep_tools.load import Mode
-from instep_tools.load_plan import LoadPlan, block_limit, split
+from instep_tools.load.plan import LoadPlan, Mode, Schedule, block_limit, split
 from instep_tools.problems import CommandProblem
 from tests.tools.helpers import info_with
 
@@ -28,7 +28,9 @@ def test_streams_and_connections_are_spread_evenly() -> None:
     assert [part.connections for part in parts] == [((3,),), ((3,), (4,))]
     assert [part.name for part in parts] == ["load-0", "load-1"]
     assert [part.offset for part in parts] == [0, 0.5]
-    assert all((part.rate_hz, part.duration_s, part.warmup_s) == (50, 5, 1) for part in parts)
+    assert [(part.slo_s, part.most_slow) for part in parts] == [(math.inf, math.inf)] * 2
+    assert split(replace(PLAN, slo_ms=20.0), info_with(), "load")[0].slo_s == 0.02
+    assert split(replace(PLAN, slo_ms=20.0), info_with(), "load")[0].most_slow == 25
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,27 @@ def test_a_plan_in_words() -> None:
         "5 s after 1 s of warm-up"
     )
     assert PLAN.offered_frames_s == 500
+
+
+def test_senders_keep_their_period_and_spread_over_it() -> None:
+    schedule = Schedule(senders=4, period_s=0.2)
+    for sender in range(4):
+        dues = [schedule.due_s(number) for number in range(40) if schedule.sender(number) == sender]
+        assert dues == pytest.approx([sender * 0.05 + 0.2 * turn for turn in range(10)])
+
+
+def test_processes_share_one_schedule() -> None:
+    whole = Schedule(senders=6, period_s=0.6)
+    parts = [Schedule(senders=2, period_s=0.6, offset=part / 3) for part in range(3)]
+    merged = sorted(part.due_s(number) for part in parts for number in range(20))
+    assert merged == pytest.approx([whole.due_s(number) for number in range(60)])
+
+
+@pytest.mark.parametrize("senders", [1, 3, 256])
+@pytest.mark.parametrize("period_s", [0.01, 0.3, 7.0])
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_the_count_is_of_what_is_due_before_the_end(senders: int, period_s: float, offset: float) -> None:
+    schedule = Schedule(senders, period_s, offset)
+    for duration_s in (0.0, 0.005, 0.3, 1.0, 2.1):
+        count = schedule.count(duration_s)
+        assert count == sum(1 for number in range(60_000) if schedule.due_s(number) < duration_s)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import multiprocessing
 import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import RawValue
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +19,8 @@ import numpy as np
 from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import InstepError
 from instep_tools.connect import PATIENCE_S
-from instep_tools.load import LEAD_S, Connect, Load, LoadClient, LoadPart, PartResult
+from instep_tools.load.generator import LEAD_S, Connect, Load, PartResult
+from instep_tools.load.plan import LoadPart
 from instep_tools.pacing import Clock, Stop, WallClock, loop_factory
 from instep_tools.problems import CommandProblem
 
@@ -26,15 +29,17 @@ END: Final = "end"
 
 
 def connector(endpoint: str) -> Connect:
-    """How a load connects to a real server."""
-
-    def connect() -> AbstractAsyncContextManager[LoadClient]:
-        return AsyncClient(endpoint, name="instep-client loadtest", timeout_s=PATIENCE_S)
-
-    return connect
+    """How a load connects to a server."""
+    return lambda: AsyncClient(endpoint, name="instep-client loadtest", timeout_s=PATIENCE_S)
 
 
-async def run_parts(parts: Sequence[LoadPart], endpoint: str, stop: Stop, clock: Clock | None = None) -> PartResult:
+async def run_parts(
+    parts: Sequence[LoadPart],
+    endpoint: str,
+    stop: Stop,
+    clock: Clock | None = None,
+    answered: Sequence[ctypes.c_uint64] | None = None,
+) -> PartResult:
     """Run all parts at once and merge what they measured.
 
     Args:
@@ -42,17 +47,27 @@ async def run_parts(parts: Sequence[LoadPart], endpoint: str, stop: Stop, clock:
         endpoint: of the server.
         stop: ends it early; what was sent is still waited for.
         clock: for one part; the machine's where it is None.
+        answered: one a part, from `counters`: the frames answered while it runs.
 
     Raises:
         InstepError: as the client does.
         CommandProblem: when a process failed.
     """
+    answered = counters(len(parts)) if answered is None else answered
     if len(parts) > 1:
-        return merge(await _run_processes(parts, endpoint, stop))
-    if clock is not None:
-        return await _run_here(parts[0], endpoint, stop, clock)
+        return merge(await _run_processes(parts, endpoint, stop, answered))
     with WallClock() as wall_clock:
-        return await _run_here(parts[0], endpoint, stop, wall_clock)
+        chosen = clock or wall_clock
+
+        async def ready() -> float:
+            return chosen.now() + LEAD_S
+
+        return await Load(parts[0], connector(endpoint), chosen, stop, answered[0]).run(ready)
+
+
+def counters(number: int) -> list[ctypes.c_uint64]:
+    """Numbers that other processes may change."""
+    return [RawValue(ctypes.c_uint64) for _ in range(number)]
 
 
 def merge(results: Sequence[PartResult]) -> PartResult:
@@ -62,28 +77,24 @@ def merge(results: Sequence[PartResult]) -> PartResult:
         merged.refused.update(result.refused)
         merged.unanswered += result.unanswered
         merged.unsent += result.unsent
+        merged.gaps += result.gaps
         merged.stopped |= result.stopped
         merged.gave_up |= result.gave_up
         merged.lost = merged.lost or result.lost
     return merged
 
 
-async def _run_here(part: LoadPart, endpoint: str, stop: Stop, clock: Clock) -> PartResult:
-    async def ready() -> float:
-        return clock.now() + LEAD_S
-
-    return await Load(part, connector(endpoint), clock, stop).run(ready)
-
-
-async def _run_processes(parts: Sequence[LoadPart], endpoint: str, stop: Stop) -> list[PartResult]:
+async def _run_processes(
+    parts: Sequence[LoadPart], endpoint: str, stop: Stop, answered: Sequence[ctypes.c_uint64]
+) -> list[PartResult]:
     """Each process: sends READY, gets the moment of the start, sends its result, gets END (earlier on a stop)."""
     context = multiprocessing.get_context("spawn")
     loop = asyncio.get_running_loop()
     pipes: list[Connection[Any, Any]] = []
     workers = []
-    for part in parts:
+    for part, counter in zip(parts, answered, strict=True):
         pipe, theirs = context.Pipe()
-        worker = context.Process(target=work, args=(part, endpoint, theirs), daemon=True)
+        worker = context.Process(target=work, args=(part, endpoint, theirs, counter), daemon=True)
         worker.start()
         theirs.close()
         pipes.append(pipe)
@@ -97,6 +108,8 @@ async def _run_processes(parts: Sequence[LoadPart], endpoint: str, stop: Stop) -
                 raise CommandProblem("a process of the load test was killed") from None
             if isinstance(message, Exception):
                 raise message
+            if isinstance(message, PartResult) and message.gave_up:
+                _tell(pipes, END)  # what one part has found is true of all
             return message
 
         async def receive_all() -> list[Any]:
@@ -135,14 +148,14 @@ def _tell(pipes: Sequence[Connection[Any, Any]], message: float | str) -> None:
             pipe.send(message)
 
 
-def work(part: LoadPart, endpoint: str, pipe: Connection[Any, Any]) -> None:
+def work(part: LoadPart, endpoint: str, pipe: Connection[Any, Any], answered: ctypes.c_uint64) -> None:
     """What a process of the load test runs; a Ctrl-C reaches it as its parent's END."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(_work(part, endpoint, pipe))
+        runner.run(_work(part, endpoint, pipe, answered))
 
 
-async def _work(part: LoadPart, endpoint: str, pipe: Connection[Any, Any]) -> None:
+async def _work(part: LoadPart, endpoint: str, pipe: Connection[Any, Any], answered: ctypes.c_uint64) -> None:
     loop = asyncio.get_running_loop()
     stop = Stop()
     start: asyncio.Future[float] = loop.create_future()
@@ -169,7 +182,8 @@ async def _work(part: LoadPart, endpoint: str, pipe: Connection[Any, Any]) -> No
     listening = loop.run_in_executor(None, listen)
     try:
         with WallClock() as clock:
-            result: PartResult | CommandProblem = await Load(part, connector(endpoint), clock, stop).run(ready)
+            load = Load(part, connector(endpoint), clock, stop, answered)
+            result: PartResult | CommandProblem = await load.run(ready)
     except InstepError as error:
         result = CommandProblem(str(error))
     except Exception as error:  # the parent waits for a message, whatever happens here

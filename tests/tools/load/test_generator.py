@@ -1,45 +1,54 @@
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from instep_client.protocol.codes import SENTENCES, Code
 from instep_client.protocol.errors import ConnectionFailed, FrameFailure, FramesRefused, Refused, StreamEvicted
-from instep_tools.load import Load, LoadPart, Mode, PartResult
+from instep_tools.load.generator import Load, PartResult
+from instep_tools.load.plan import LoadPart, LoadPlan, Mode
 from instep_tools.pacing import Stop
 from tests.tools.helpers import JumpingClock, ModelServer
 
-
-def part(
-    mode: Mode, connections: tuple[tuple[int, ...], ...] = ((2,),), steps: int = 1, warmup_s: float = 0.0
-) -> LoadPart:
-    return LoadPart(
-        name="load",
-        connections=connections,
-        steps=steps,
-        mode=mode,
-        rate_hz=10.0,
-        warmup_s=warmup_s,
-        duration_s=1.0,
-        drain_s=0.0,
-    )
+PLAN = LoadPlan(
+    streams=2,
+    connections=1,
+    processes=1,
+    mode=Mode.OPEN,
+    rate_hz=10.0,
+    duration_s=1.0,
+    warmup_s=0.0,
+    block=None,
+    steps=1,
+)
 
 
-async def run(load: LoadPart, server: ModelServer, clock: JumpingClock, stop: Stop | None = None) -> PartResult:
+async def run(
+    server: ModelServer,
+    clock: JumpingClock,
+    connections: tuple[tuple[int, ...], ...] = ((2,),),
+    stop: Stop | None = None,
+    drain_s: float = 0.0,
+    **changes: Any,
+) -> PartResult:
     async def ready() -> float:
         return clock.time + 0.5
 
-    return await Load(load, server.connect, clock, stop or Stop()).run(ready)
+    plan = replace(PLAN, streams=sum(map(sum, connections)), **changes)
+    load = Load(LoadPart("load", connections, plan), cast(Any, server.connect), clock, stop or Stop())
+    return await load.run(ready, drain_s)
 
 
 async def test_an_open_loop_sends_when_due_and_counts_from_then() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: 0.004)
-    result = await run(part(Mode.OPEN), server, clock)
+    result = await run(server, clock)
     assert len(server.groups) == 1
     np.testing.assert_allclose(server.groups[0].sent_at, 1000.5 + 0.1 * np.arange(10))
     assert server.groups[0].shapes == [(1, 2, 3)] * 10
@@ -58,7 +67,7 @@ async def test_a_slow_answer_cannot_hide_the_frames_that_queue_behind_it() -> No
     """The third block takes 0.35 s, in which the loop cannot send: those that were due then are late, and it shows."""
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: 0.35 if number == 2 else 0.0)
-    result = await run(part(Mode.OPEN), server, clock)
+    result = await run(server, clock)
     expected = np.zeros(10)
     expected[2:6] = [0.35, 0.25, 0.15, 0.05]
     np.testing.assert_allclose(result.samples["latency_us"] / 1e6, expected, atol=1e-6)
@@ -70,7 +79,7 @@ async def test_a_slow_answer_cannot_hide_the_frames_that_queue_behind_it() -> No
 async def test_groups_of_all_connections_take_turns() -> None:
     clock = JumpingClock()
     server = ModelServer(clock)
-    await run(part(Mode.OPEN, ((1, 2), (3,))), server, clock)
+    await run(server, clock, ((1, 2), (3,)))
     assert server.connections == 2
     assert [len(group.names) for group in server.groups] == [1, 2, 3]
     first = {len(group.names): group.sent_at[0] - 1000.5 for group in server.groups}
@@ -83,7 +92,7 @@ async def test_groups_of_all_connections_take_turns() -> None:
 async def test_blocks_of_several_timesteps_go_out_less_often() -> None:
     clock = JumpingClock()
     server = ModelServer(clock)
-    result = await run(part(Mode.OPEN, steps=5), server, clock)
+    result = await run(server, clock, steps=5)
     assert server.groups[0].shapes == [(5, 2, 3)] * 2
     assert result.samples["frames"].tolist() == [10, 10]
 
@@ -91,7 +100,7 @@ async def test_blocks_of_several_timesteps_go_out_less_often() -> None:
 async def test_the_warm_up_does_not_count() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: 0.09 if number < 5 else 0.001)
-    result = await run(part(Mode.OPEN, warmup_s=0.5), server, clock)
+    result = await run(server, clock, warmup_s=0.5)
     assert len(server.groups[0].sent_at) == 15
     assert len(result.samples) == 10
     np.testing.assert_allclose(result.samples["latency_us"], 1000, rtol=1e-6)
@@ -101,7 +110,7 @@ async def test_the_warm_up_does_not_count() -> None:
 async def test_a_closed_loop_sends_when_answered() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: 0.03)
-    result = await run(part(Mode.CLOSED, warmup_s=0.3), server, clock)
+    result = await run(server, clock, mode=Mode.CLOSED, warmup_s=0.3)
     np.testing.assert_allclose(np.diff(server.groups[0].sent_at), 0.03)
     np.testing.assert_allclose(result.samples["latency_us"], 30_000, rtol=1e-6)
     assert len(server.groups[0].sent_at) == math.ceil(1.3 / 0.03)
@@ -118,7 +127,7 @@ async def test_a_stop_ends_both_loops_and_closes() -> None:
             return 0.02
 
         server = ModelServer(clock, behave)
-        result = await run(part(mode), server, clock, stop)
+        result = await run(server, clock, stop=stop, mode=mode)
         assert result.stopped
         assert len(result.samples) == 4
         assert server.groups[0].closed
@@ -127,7 +136,7 @@ async def test_a_stop_ends_both_loops_and_closes() -> None:
 async def test_what_is_never_answered_counts_with_the_time_it_waited() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: math.inf if number >= 8 else 0.0)
-    result = await run(part(Mode.OPEN), server, clock)
+    result = await run(server, clock)
     assert result.unanswered == 4
     assert np.isnan(result.samples["compute_us"]).tolist() == [False] * 8 + [True] * 2
     np.testing.assert_allclose(result.samples["latency_us"][8:], [100_000, 0], atol=1e-3)
@@ -138,7 +147,7 @@ async def test_what_is_never_answered_counts_with_the_time_it_waited() -> None:
 async def test_what_was_due_in_the_warm_up_is_not_missed() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: math.inf if number < 2 else 0.0)
-    result = await run(part(Mode.OPEN, warmup_s=0.5), server, clock)
+    result = await run(server, clock, warmup_s=0.5)
     assert (result.unanswered, len(result.samples)) == (0, 10)
 
 
@@ -156,7 +165,7 @@ def refuse_some(number: int) -> float:
 @pytest.mark.parametrize(("warmup_s", "refused"), [(0.0, {"BUSY": 2, "STEP_FAILED": 1}), (0.5, {})])
 async def test_refused_frames_are_counted_by_code(warmup_s: float, refused: dict[str, int]) -> None:
     clock = JumpingClock()
-    result = await run(part(Mode.OPEN, warmup_s=warmup_s), ModelServer(clock, refuse_some), clock)
+    result = await run(ModelServer(clock, refuse_some), clock, warmup_s=warmup_s)
     assert result.refused == refused
     assert len(result.samples) == (8 if refused else 10)
 
@@ -178,7 +187,7 @@ def lose_one_of_a_block(number: int) -> float:
 @pytest.mark.parametrize("mode", list(Mode))
 async def test_a_stream_that_has_ended_at_the_server_ends_the_test(mode: Mode, lose: Callable[[int], float]) -> None:
     clock = JumpingClock()
-    result = await run(part(mode), ModelServer(clock, lose), clock)
+    result = await run(ModelServer(clock, lose), clock, mode=mode)
     assert "UNKNOWN_STREAM" in result.lost or "SEQ_GAP" in result.lost
     assert len(result.samples) == 4, "what was measured before is not lost"
 
@@ -190,36 +199,45 @@ def lose_the_server(number: int) -> float:
 
 
 @pytest.mark.parametrize("mode", list(Mode))
-async def test_a_lost_connection_ends_the_test(mode: Mode) -> None:
+async def test_a_connection_that_is_lost_for_good_ends_the_test(mode: Mode) -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lose_the_server)
-    result = await run(part(mode, ((1, 1), (1,))), server, clock)
+    result = await run(server, clock, ((1, 1), (1,)), mode=mode)
     assert result.lost == "the server went away"
     assert len(result.samples) >= 4
     assert server.open_connections == 0
-
-
-@pytest.mark.parametrize("mode", list(Mode))
-async def test_a_connection_that_is_lost_before_anything_was_measured_is_told_as_well(mode: Mode) -> None:
-    clock = JumpingClock()
-    result = await run(part(mode), ModelServer(clock, lambda number: lose_the_server(4)), clock)
+    result = await run(ModelServer(clock, lambda number: lose_the_server(4)), clock, mode=mode)
     assert (result.lost, len(result.samples)) == ("the server went away", 0)
 
 
+async def test_the_time_without_a_connection_is_told_apart() -> None:
+    """The fourth block is sent at 0.3 s, and answered over another connection at 0.55 s."""
+    clock = JumpingClock()
+    result = await run(ModelServer(clock, lambda number: -0.25 if number == 3 else 0.01), clock)
+    assert result.gaps == [pytest.approx((0.21, 0.55))]
+    np.testing.assert_allclose(result.samples["away_us"][3], 250_000, rtol=1e-6)
+    assert not np.delete(result.samples["away_us"], 3).any()
+    np.testing.assert_allclose(result.samples["rest_us"][3], -60, atol=1e-3)  # the server's split alone is left
+    result = await run(ModelServer(clock, lambda number: -0.25 if number == 3 else 0.01), clock, warmup_s=0.6)
+    assert result.gaps == [], "a loss in the warm-up does not count"
+
+
 async def test_what_this_side_is_too_late_to_send_is_not_sent() -> None:
-    """The third block takes the loop 1.2 s: of what was due then, only what fits into the time of grace is sent."""
+    """Blocks 2 and 3 hold the loop up until 1.3 s: what was due until then, and did not go out, has waited as long."""
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: {2: 0.9, 3: 0.3}.get(number, 0.0))
-    result = await run(part(Mode.OPEN), server, clock)
+    result = await run(server, clock)
     assert len(server.groups[0].sent_at) == 4
     assert (result.unsent, result.unanswered) == (12, 0)
-    assert result.samples["late_us"].max() == pytest.approx(800_000)
+    assert np.isnan(result.samples["compute_us"]).tolist() == [False] * 4 + [True] * 6
+    late = [0, 0, 0, 0.8, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    np.testing.assert_allclose(result.samples["late_us"] / 1e6, late, atol=1e-6)
 
 
 async def test_what_this_side_is_too_late_to_send_in_the_warm_up_is_left_out() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: 0.55 if number == 1 else 0.0)
-    result = await run(part(Mode.OPEN, warmup_s=0.5), server, clock)
+    result = await run(server, clock, warmup_s=0.5)
     assert len(server.groups[0].sent_at) == 3 + 10, "the third was on its way"
     assert (len(result.samples), result.unsent) == (10, 0)
 
@@ -227,33 +245,42 @@ async def test_what_this_side_is_too_late_to_send_in_the_warm_up_is_left_out() -
 async def test_a_closed_loop_ends_though_answers_do_not_come() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: math.inf if number == 3 else 0.3)
-    result = await run(replace(part(Mode.CLOSED), drain_s=0.01, duration_s=1.2), server, clock)
+    result = await run(server, clock, mode=Mode.CLOSED, drain_s=0.01, duration_s=1.2)
     assert (len(result.samples), result.unanswered) == (4, 2)
 
 
-@pytest.mark.parametrize(("most_slow", "sends"), [(4, 5), (3.9, 4), (math.inf, 9)])
-async def test_it_ends_once_the_level_cannot_be_met(most_slow: float, sends: int) -> None:
+@pytest.mark.parametrize(
+    ("behave", "sent"),
+    [
+        (lambda number: 0.1 if number >= 20 else 0.0, 22),
+        (lambda number: math.inf if number >= 20 else 0.0, 22),
+        (lambda number: 10.0 if number == 20 else 0.0, 21),
+    ],
+    ids=["slow answers", "no answers", "late sends"],
+)
+async def test_it_ends_once_the_level_cannot_be_met(behave: Callable[[int], float], sent: int) -> None:
     clock = JumpingClock()
-    server = ModelServer(clock, lambda number: 0.1 if number >= 2 else 0.05 / 3)
-    result = await run(replace(part(Mode.OPEN), slo_us=20_000, most_slow=most_slow, duration_s=0.9), server, clock)
-    assert result.gave_up == (most_slow < math.inf)
-    assert len(result.samples) == sends
+    server = ModelServer(clock, behave)
+    result = await run(server, clock, duration_s=10.0, slo_ms=50.0)
+    assert result.gave_up
+    assert len(server.groups[0].sent_at) == sent
+    assert result.unsent == 0
+    assert len(result.samples) == (100 if sent == 21 else sent + 1), "also what was due and not sent"
 
 
 async def test_answered_frames_are_counted_while_it_runs() -> None:
-    clock = JumpingClock()
-    load: list[Load] = []
+    clock, answered = JumpingClock(), ctypes.c_uint64()
     seen: list[int] = []
 
     def behave(number: int) -> float:
-        seen.append(load[0].answered)
+        seen.append(answered.value)
         return 0.0
 
     async def ready() -> float:
         return clock.time
 
     server = ModelServer(clock, behave)
-    load.append(Load(part(Mode.OPEN), server.connect, clock, Stop()))
-    await load[0].run(ready)
+    part = LoadPart("load", ((2,),), PLAN)
+    await Load(part, cast(Any, server.connect), clock, Stop(), answered).run(ready)
     assert seen == list(range(0, 20, 2))
-    assert load[0].answered == 20
+    assert answered.value == 20

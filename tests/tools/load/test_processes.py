@@ -14,23 +14,27 @@ import pytest
 
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind
-from instep_tools import processes
-from instep_tools.load import LoadPart, Mode, PartResult
+from instep_tools.load import processes
+from instep_tools.load.generator import PartResult
+from instep_tools.load.plan import LoadPart, LoadPlan, Mode
+from instep_tools.load.processes import END, READY, counters, merge, run_parts, work
+from instep_tools.load.samples import SAMPLE
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem
-from instep_tools.processes import END, READY, merge, run_parts, work
-from instep_tools.samples import SAMPLE
 from tests.support.fake_server import FakeServer, Message, error
 
-PART = LoadPart(
-    name="load-0",
-    connections=((2,),),
-    steps=1,
+PLAN = LoadPlan(
+    streams=4,
+    connections=2,
+    processes=2,
     mode=Mode.OPEN,
     rate_hz=64.0,
-    warmup_s=0.125,
     duration_s=0.25,
+    warmup_s=0.125,
+    block=None,
+    steps=1,
 )
+PART = LoadPart("load-0", ((2,),), PLAN)
 PARTS = [PART, replace(PART, name="load-1", offset=0.5)]
 
 
@@ -43,12 +47,12 @@ def interrupts() -> Iterator[None]:
 
 
 def test_results_are_merged() -> None:
-    one = PartResult(np.zeros(2, SAMPLE), Counter(BUSY=1), unanswered=3)
-    other = PartResult(np.ones(1, SAMPLE), Counter(BUSY=2, IDLE=1), unanswered=4, stopped=True)
+    one = PartResult(np.zeros(2, SAMPLE), Counter(BUSY=1), unanswered=3, gaps=[(0.1, 0.2)])
+    other = PartResult(np.ones(1, SAMPLE), Counter(BUSY=2, IDLE=1), unanswered=4, gaps=[(0, 1)], stopped=True)
     merged = merge([one, other])
     assert merged.samples["at_s"].tolist() == [0, 0, 1]
     assert merged.refused == {"BUSY": 3, "IDLE": 1}
-    assert (merged.unanswered, merged.stopped) == (7, True)
+    assert (merged.unanswered, merged.gaps, merged.stopped) == (7, [(0.1, 0.2), (0, 1)], True)
 
 
 async def test_one_part_runs_here() -> None:
@@ -61,7 +65,9 @@ async def test_one_part_runs_here() -> None:
 
 async def test_several_parts_run_in_processes_of_their_own() -> None:
     with FakeServer() as server:
-        result = await run_parts(PARTS, server.endpoint, Stop())
+        answered = counters(2)
+        result = await run_parts(PARTS, server.endpoint, Stop(), answered=answered)
+        assert [counter.value for counter in answered] == [48, 48]
         assert server.rules.kinds.count(Kind.HELLO) == 2
         assert server.rules.names == {}
     assert len(result.samples) == 32
@@ -80,7 +86,7 @@ async def test_a_stop_reaches_the_processes() -> None:
             return None
 
         rules.fault = stop_at_ten
-        long = [replace(part, duration_s=1000.0) for part in PARTS]
+        long = [replace(part, plan=replace(PLAN, duration_s=1000.0)) for part in PARTS]
         result = await run_parts(long, server.endpoint, stop)
         assert rules.names == {}
     assert result.stopped
@@ -111,7 +117,7 @@ class Parent:
         self.pipe, self.theirs = multiprocessing.Pipe()
 
     def work(self, endpoint: str, part: LoadPart = PART) -> list[Any]:
-        work(part, endpoint, self.theirs)
+        work(part, endpoint, self.theirs, *counters(1))
         self.theirs.close()
         messages: list[Any] = []
         while self.pipe.poll():
@@ -155,7 +161,7 @@ def test_a_worker_whose_parent_is_gone_ends() -> None:
     parent = Parent()
     parent.pipe.close()
     with FakeServer() as server:
-        work(PART, server.endpoint, parent.theirs)
+        work(PART, server.endpoint, parent.theirs, *counters(1))
         assert Kind.STEP not in server.rules.kinds
     parent.theirs.close()
 

@@ -1,13 +1,13 @@
-"""How the streams of a load test are spread over processes, connections and blocks."""
+"""What a load test does, and how its streams are spread over processes, connections and blocks."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 from instep_client.protocol.wire import MAX_BLOCK_STREAMS, ServerInfo
-from instep_tools.load import LoadPart, Mode
 from instep_tools.problems import CommandProblem
 from instep_tools.words import counted
 
@@ -15,9 +15,18 @@ REAL_TIME_RATE_HZ: Final = 100.0
 """An open loop's rate where none is given: speech features come every 10 ms."""
 
 
+class Mode(StrEnum):
+    """How a load is made."""
+
+    CLOSED = "closed"
+    """The next block of a group is sent when the one before it is answered."""
+    OPEN = "open"
+    """Blocks are sent when they are due, whatever the answers do."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What a load test does, as one sees it from outside."""
+    """A load, as one sees it from outside."""
 
     streams: int
     connections: int
@@ -32,7 +41,7 @@ class LoadPlan:
     steps: int
     """Timesteps a block."""
     slo_ms: float | None = None
-    """The time within which 99 % of the frames are to be answered, where the test ends once they cannot be."""
+    """99 % of the frames are to be answered within this time; the test ends once they cannot be."""
 
     @property
     def offered_frames_s(self) -> float:
@@ -49,6 +58,58 @@ class LoadPlan:
             f"{counted(self.steps, 'timestep')} a block{block}, "
             f"{self.duration_s:g} s after {self.warmup_s:g} s of warm-up"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPart:
+    """What one process does of a plan."""
+
+    name: str
+    """The streams are called after it."""
+    connections: tuple[tuple[int, ...], ...]
+    """For each connection the numbers of streams of its groups; each group sends one block at a time."""
+    plan: LoadPlan
+    offset: float = 0.0
+    """Where this process's sends lie between those of the others, see `Schedule`."""
+
+    @property
+    def slo_s(self) -> float:
+        """The time within which a frame is to be answered; infinite without a service level."""
+        return math.inf if self.plan.slo_ms is None else self.plan.slo_ms / 1000
+
+    @property
+    def most_slow(self) -> float:
+        """With more frames than these, of all processes, that take longer, the level is missed."""
+        return math.inf if self.plan.slo_ms is None else self.plan.offered_frames_s * self.plan.duration_s / 100
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """An open loop: each of `senders` senders sends every `period_s` seconds, whatever the answers do.
+
+    The senders' phases are spread evenly over the period, as independent producers' are, so that all sends together are
+    `period_s / senders` apart. `offset` (0 to 1) shifts all of them by that part of this gap: several processes share
+    one schedule that way.
+    """
+
+    senders: int
+    period_s: float
+    offset: float = 0.0
+
+    def due_s(self, number: int) -> float:
+        """When send `number` (from 0, over all senders) is due, in seconds after the start."""
+        return (number + self.offset) * (self.period_s / self.senders)
+
+    def sender(self, number: int) -> int:
+        """Whose send it is."""
+        return number % self.senders
+
+    def count(self, duration_s: float) -> int:
+        """How many sends are due before `duration_s`."""
+        numbers = int(duration_s * self.senders / self.period_s) + 2
+        while numbers > 0 and self.due_s(numbers - 1) >= duration_s:
+            numbers -= 1
+        return numbers
 
 
 def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
@@ -77,29 +138,16 @@ def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
         if plan.block > block:
             raise CommandProblem(f"the server takes at most {block} streams of {plan.steps} timesteps in one block")
         block = plan.block
-    connections = [_blocks(size, block) for size in _evenly(plan.streams, plan.connections)]
+    connections = [tuple(_evenly(size, -(-size // block))) for size in _evenly(plan.streams, plan.connections)]
     parts: list[LoadPart] = []
     for process, count in enumerate(_evenly(plan.connections, plan.processes)):
-        parts.append(
-            LoadPart(
-                name=f"{name}-{process}",
-                connections=tuple(connections[:count]),
-                steps=plan.steps,
-                mode=plan.mode,
-                rate_hz=plan.rate_hz,
-                warmup_s=plan.warmup_s,
-                duration_s=plan.duration_s,
-                offset=process / plan.processes,
-                slo_us=math.inf if plan.slo_ms is None else 1000 * plan.slo_ms,
-                most_slow=math.inf if plan.slo_ms is None else plan.offered_frames_s * plan.duration_s / 100,
-            )
-        )
+        parts.append(LoadPart(f"{name}-{process}", tuple(connections[:count]), plan, process / plan.processes))
         del connections[:count]
     return parts
 
 
 def block_limit(steps: int, info: ServerInfo) -> int:
-    """The most streams that a block of so many timesteps may hold.
+    """The most streams that a block of this number of timesteps may hold.
 
     Raises:
         CommandProblem: when not even one stream's frames fit.
@@ -113,10 +161,6 @@ def block_limit(steps: int, info: ServerInfo) -> int:
     if limit < 1:
         raise CommandProblem(f"{steps} timesteps do not fit in one block of this server")
     return limit
-
-
-def _blocks(streams: int, block: int) -> tuple[int, ...]:
-    return tuple(_evenly(streams, -(-streams // block)))
 
 
 def _evenly(number: int, parts: int) -> list[int]:

@@ -1,0 +1,193 @@
+"""`instep-client loadtest`: one load measured, or the largest one within a service level."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from instep_client.protocol.wire import ServerInfo
+from instep_tools.connect import connected
+from instep_tools.load import report, saved
+from instep_tools.load.plan import LoadPlan, split
+from instep_tools.load.processes import counters, run_parts
+from instep_tools.load.result import Measured, measured, search_as_json, server_as_json
+from instep_tools.load.search import Search
+from instep_tools.pacing import Clock, Stop
+from instep_tools.problems import BadFile, CommandProblem, Exit
+from instep_tools.terminal import Terminal
+from instep_tools.words import counted, three_digits
+
+PLOT_SUFFIXES: Final = (".png", ".svg", ".pdf")
+SILENT_S: Final = 2.0
+"""Without an answer for this time, the progress says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTest:
+    """What to do."""
+
+    endpoint: str
+    plan: LoadPlan
+    """With `slo_ms`, search for the largest number of streams within it; `streams` is the first one tried."""
+    plot: Path | None = None
+    save: Path | None = None
+    """Where the JSON of the result goes as well."""
+    hdr: Path | None = None
+
+
+class LoadTester:
+    """Runs a test and reports."""
+
+    def __init__(self, test: LoadTest, terminal: Terminal, stop: Stop, clock: Clock | None = None) -> None:
+        self._test = test
+        self._terminal = terminal
+        self._stop = stop
+        self._clock = clock
+        self._info: ServerInfo
+
+    async def run(self) -> Exit:
+        """The whole command.
+
+        Raises:
+            InstepError: as the client does.
+            CommandProblem: when the load does not fit the server, or a file cannot be written.
+        """
+        test = self._test
+        if test.plot is not None:
+            _check_plot(test.plot)
+        for path in (test.plot, test.save, test.hdr):
+            if path is not None:
+                saved.check_writable(path)
+        async with connected(test.endpoint, "loadtest", self._terminal, self._stop) as client:
+            self._info = client.info
+        self._terminal.note(report.lines(report.setting(self._info)))
+        return await (self._measure_once() if test.plan.slo_ms is None else self._search(test.plan.slo_ms))
+
+    async def _measure_once(self) -> Exit:
+        self._terminal.note(report.lines(self._test.plan.sentence()))
+        result = await self._measure(self._test.plan)
+        if not self._terminal.as_json and len(result.answered):
+            self._terminal.out.print(report.table(result))
+        sentence = report.numbers(result) + report.problems(result)
+        if result.measured_itself:
+            sentence = f"{report.blame(result)}: {sentence}"
+        if self._stop.requested:
+            sentence += f"; stopped after {result.seconds:.1f} s, all streams closed"
+        good = result.whole and not result.measured_itself
+        ending = Exit.MEASURED_ITSELF if result.measured_itself else Exit.OK if good else Exit.FOUND_PROBLEMS
+        return self._tell(result.as_json(), [result], result, sentence, ending)
+
+    async def _search(self, slo_ms: float) -> Exit:
+        plan, limit = self._test.plan, self._info.max_streams
+        if plan.streams > limit:
+            raise CommandProblem(f"the server keeps {limit} streams at most; begin the search with fewer")
+
+        async def attempt(streams: int, processes: int) -> Measured:
+            connections = min(max(plan.connections, processes), streams)
+            trial = await self._measure(replace(plan, streams=streams, connections=connections, processes=processes))
+            where = f"{counted(streams, 'stream')} from {counted(processes, 'process', 'processes')}"
+            p99_ms, late_ms = (three_digits(each.p99 / 1000) for each in (trial.latency, trial.parts["late_us"]))
+            verdict = f"{trial.verdict(slo_ms)}: p99 {p99_ms} ms, {late_ms} ms of it late by this side"
+            self._terminal.note(report.lines(f"{where}: {verdict}{report.problems(trial)}"))
+            return trial
+
+        self._terminal.note(report.lines(plan.sentence()))
+        search = Search(attempt, slo_ms, plan.processes, self._stop)
+        await search.run(plan.streams, limit)
+        best = search.best
+        if not self._terminal.as_json:
+            self._terminal.out.print(report.trials_table(search.trials, slo_ms))
+            if best is not None:
+                self._terminal.out.print(report.table(best))
+        level = f"in real time at {plan.rate_hz:g} Hz within p99 of {slo_ms:g} ms"
+        sentence = f"no number of streams was found that is served {level}"
+        if best is not None:
+            least = "at least " if search.ended else ""
+            p99_ms = three_digits(best.latency.p99 / 1000)
+            sentence = f"{least}{counted(best.plan.streams, 'stream')} {level} (p99 {p99_ms} ms)"
+        if search.ended or search.limited:
+            sentence += f"; {search.ended or 'that is all the server has room for'}"
+        good = best is not None and not search.ended
+        ending = Exit.MEASURED_ITSELF if search.measured_itself else Exit.OK if good else Exit.FOUND_PROBLEMS
+        values = search_as_json(search.trials, slo_ms, best, search.limited, search.ended)
+        return self._tell(values, search.trials, best, sentence, ending)
+
+    async def _measure(self, plan: LoadPlan) -> Measured:
+        parts = split(plan, self._info, f"load-{secrets.token_hex(3)}")
+        answered = counters(len(parts))
+        meter = _Meter(lambda: sum(counter.value for counter in answered))
+        seconds = plan.warmup_s + plan.duration_s
+        async with self._terminal.progress("measuring", seconds, "s", lambda: min(seconds, meter.seconds), meter.rate):
+            return measured(plan, await run_parts(parts, self._test.endpoint, self._stop, self._clock, answered))
+
+    def _tell(
+        self, values: Mapping[str, Any], trials: list[Measured], best: Measured | None, sentence: str, ending: Exit
+    ) -> Exit:
+        """Print the JSON and the summary, and write what is to be written."""
+        test = self._test
+        values = {"server": server_as_json(self._info), **values}
+        if self._terminal.as_json:
+            self._terminal.result(values)
+        try:
+            if test.save is not None:
+                saved.write(test.save, json.dumps(values, indent=2).encode() + b"\n")
+                sentence += f"; saved in {test.save}"
+            if test.hdr is not None and best is not None and len(best.samples):
+                saved.write(test.hdr, saved.as_hgrm(best))
+                sentence += f"; percentiles in {test.hdr}"
+            drawn = [trial for trial in trials if len(trial.samples)]
+            if test.plot is not None and drawn:
+                from instep_tools.load import plot
+
+                picture = (plot.run if test.plan.slo_ms is None else plot.search)(drawn, self._info)
+                saved.write(test.plot, plot.rendered(picture, test.plot.suffix[1:].lower()))
+                sentence += f"; drawn in {test.plot}"
+        except BadFile as error:
+            self._terminal.error(str(error))
+            ending = ending or Exit.COULD_NOT_RUN
+        self._terminal.summary(report.lines(sentence), good=ending is Exit.OK)
+        return ending
+
+
+class _Meter:
+    """How many frames are answered, for the progress."""
+
+    def __init__(self, frames: Callable[[], int]) -> None:
+        self._frames = frames
+        self._began = self._first_at = self._changed_at = time.monotonic()
+        self._last = 0
+
+    @property
+    def seconds(self) -> float:
+        """How long it runs."""
+        return time.monotonic() - self._began
+
+    def rate(self) -> str:
+        """`14,784 frames/s`, or for how long nothing was answered."""
+        now, frames = time.monotonic(), self._frames()
+        if frames != self._last:
+            if not self._last:
+                self._first_at = self._changed_at
+            self._last, self._changed_at = frames, now
+        if now - self._changed_at >= SILENT_S:
+            return f"no answer for {now - self._changed_at:.0f} s"
+        return f"{frames / max(1e-3, now - self._first_at):,.0f} frames/s"
+
+
+def _check_plot(path: Path) -> None:
+    """Find out before the work, not after it, whether it can be drawn."""
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise CommandProblem(
+            f"a plot is a PNG, an SVG or a PDF: call it {path.with_suffix('.png')}, or another of these"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandProblem(
+            "a plot needs the package 'matplotlib', which is not installed: "
+            'pip install "instep[cli]", or pip install -e ".[cli]" in a checkout'
+        )

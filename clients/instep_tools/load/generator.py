@@ -1,0 +1,315 @@
+"""The load of one process: closed loop, or open loop measured from the scheduled send time."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import math
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from instep_client.aio import AsyncClient
+from instep_client.aio_streams import AsyncGroup
+from instep_client.protocol.errors import FramesRefused, InstepError, Refused
+from instep_client.protocol.wire import F32
+from instep_client.streams import ENDING
+from instep_tools.load.plan import LoadPart, Mode, Schedule
+from instep_tools.load.samples import SampleArray, Samples, held_up_us
+from instep_tools.pacing import Clock, Stop, wait_until
+from instep_tools.pipeline import task_group
+
+DRAIN_S: Final = 5.0
+"""How long after the last send the answers may still take; what comes later counts as unanswered."""
+LEAD_S: Final = 0.05
+"""From everything being open to the first send."""
+GRACE_S: Final = 0.25
+"""How long after the end an open loop may still send what was due before; the rest counts as not sent."""
+BEAT_S: Final = 0.005
+"""How often a process finds out whether it stood still."""
+STALL_S: Final = 0.002
+"""Shorter ones are the grain of its timers."""
+JUDGE_S: Final = 0.1
+"""How often an open loop finds out whether its service level can still be met."""
+
+Connect = Callable[[], AbstractAsyncContextManager[AsyncClient]]
+
+
+@dataclass
+class PartResult:
+    """What one process measured after the warm-up."""
+
+    samples: SampleArray
+    refused: Counter[str] = field(default_factory=Counter)
+    """Frames that were refused, by the code's name."""
+    unanswered: int = 0
+    """Frames that were due but not answered in time; in `samples` with the time they had waited by then."""
+    unsent: int = 0
+    """Frames that were due and that this side was too late to send; in `samples` as well."""
+    gaps: list[tuple[float, float]] = field(default_factory=list)
+    """From the last answer before a connection was lost to the first one after, in seconds after the warm-up."""
+    stopped: bool = False
+    gave_up: bool = False
+    """Whether it ended because the service level could not be met any more."""
+    lost: str = ""
+    """Why it ended before its time: the server or its streams are gone."""
+
+
+class _Line:
+    """A connection, and the times in which it was lost.
+
+    A stream gets another epoch with every connection, so one of its streams tells of it.
+    """
+
+    def __init__(self, group: AsyncGroup) -> None:
+        self.gaps: list[tuple[float, float]] = []
+        self._group = group
+        self._epoch = int(group.epochs[0])
+        self._heard_at = -math.inf
+
+    def hear(self, now: float) -> None:
+        """An answer came."""
+        epoch = int(self._group.epochs[0])
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.gaps.append((self._heard_at, now))
+        self._heard_at = now
+
+    def lost_s(self, since: float, until: float) -> float:
+        """How much of a time there was no connection."""
+        return sum(max(0.0, min(end, until) - max(start, since)) for start, end in self.gaps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sender:
+    """A group of streams and the block that it sends again and again."""
+
+    group: AsyncGroup
+    line: _Line
+    x: F32
+
+    @property
+    def frames(self) -> int:
+        """Of one block."""
+        steps, streams, _ = self.x.shape
+        return int(steps * streams)
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """A block on its way."""
+
+    due: float
+    frames: int
+    sent: float = math.nan
+    """When the client library began to send."""
+    answered: bool = False
+
+
+class Load:
+    """Runs one part. `answered` counts frames while it runs, the warm-up included."""
+
+    def __init__(
+        self, part: LoadPart, connect: Connect, clock: Clock, stop: Stop, answered: ctypes.c_uint64 | None = None
+    ) -> None:
+        self.answered = ctypes.c_uint64() if answered is None else answered
+        self._part = part
+        self._plan = part.plan
+        self._connect = connect
+        self._clock = clock
+        self._stop = stop
+        self._start = self._counted_from = self._end = 0.0
+        self._samples = Samples()
+        self._refused: Counter[str] = Counter()
+        self._lines: list[_Line] = []
+        self._stalls: list[tuple[float, float]] = []
+        self._waiting: dict[asyncio.Task[None], _Block] = {}
+        self._slow = self._unsent = 0
+        self._gave_up = False
+
+    async def run(self, ready: Callable[[], Awaitable[float]], drain_s: float = DRAIN_S) -> PartResult:
+        """Connect, open, call `ready` for the moment of the start, send, drain, close.
+
+        It ends when its time is over and the drain is, whatever the server does, and gives what it has measured when
+        the connection is lost for good or a stream has ended at the server.
+
+        Raises:
+            InstepError: when nobody answers, or a stream cannot be opened.
+        """
+        unanswered, lost = 0, ""
+        async with AsyncExitStack() as stack:
+            senders = await self._open(stack)
+            self._start = await ready()
+            self._counted_from = self._start + self._plan.warmup_s
+            self._end = self._counted_from + self._plan.duration_s
+            stack.callback(asyncio.create_task(self._note_stalls()).cancel)
+            send = self._send_open_loop if self._plan.mode is Mode.OPEN else self._send_closed_loop
+            try:
+                async with task_group() as tasks:
+                    await send(senders, tasks)
+                    unanswered = await self._drain(max(0.0, self._end - self._clock.now()) * self._is_closed + drain_s)
+                if not unanswered:
+                    for sender in senders:
+                        await sender.group.close()
+            except InstepError as error:
+                lost = str(error)
+        samples = self._samples.array()
+        stalls = [(start - self._counted_from, end - self._counted_from) for start, end in self._stalls]
+        samples["held_up_us"] = held_up_us(samples, stalls)
+        gaps = [gap for line in self._lines for gap in line.gaps if gap[1] > self._counted_from]
+        return PartResult(
+            samples=samples,
+            refused=+self._refused,
+            unanswered=unanswered,
+            unsent=self._unsent,
+            gaps=[(max(0.0, start - self._counted_from), end - self._counted_from) for start, end in gaps],
+            stopped=self._stop.requested,
+            gave_up=self._gave_up,
+            lost=lost,
+        )
+
+    @property
+    def _is_closed(self) -> bool:
+        return self._plan.mode is Mode.CLOSED
+
+    async def _open(self, stack: AsyncExitStack) -> list[_Sender]:
+        """All groups, those of different connections in turn."""
+        random = np.random.default_rng(0)
+        by_connection: list[list[_Sender]] = []
+        for connection, sizes in enumerate(self._part.connections):
+            client = await stack.enter_async_context(self._connect())
+            senders: list[_Sender] = []
+            first = 0
+            for size in sizes:
+                names = [f"{self._part.name}-{connection}-{number}" for number in range(first, first + size)]
+                first += size
+                group = await client.open_group(names)
+                x = random.standard_normal((self._plan.steps, size, client.info.features), np.float32)
+                senders.append(_Sender(group, senders[0].line if senders else _Line(group), x))
+            by_connection.append(senders)
+            self._lines.append(senders[0].line)
+        longest = max(len(senders) for senders in by_connection)
+        return [senders[turn] for turn in range(longest) for senders in by_connection if turn < len(senders)]
+
+    async def _send_open_loop(self, senders: list[_Sender], tasks: asyncio.TaskGroup) -> None:
+        plan = self._plan
+        schedule = Schedule(len(senders), plan.steps / plan.rate_hz, self._part.offset)
+        sends = schedule.count(plan.warmup_s + plan.duration_s)
+        judge_at = self._counted_from
+        for number in range(sends):
+            due = self._start + schedule.due_s(number)
+            if due < self._counted_from <= self._clock.now():
+                continue  # this side is late; what it did not send in the warm-up is not missed
+            if not await wait_until(due, self._clock, self._stop):
+                break
+            now = self._clock.now()
+            if now >= judge_at:
+                judge_at = now + JUDGE_S
+                self._gave_up = self._cannot_be_met(now, due)
+            if self._gave_up or now > self._end + GRACE_S:
+                for late in range(number, sends):
+                    due = self._start + schedule.due_s(late)
+                    if self._counted_from <= due <= now:
+                        frames = senders[schedule.sender(late)].frames
+                        self._unsent += 0 if self._gave_up else frames
+                        self._add_unanswered(_Block(due, frames, sent=now), now)
+                break
+            sender = senders[schedule.sender(number)]
+            block = _Block(due, sender.frames)
+            task = tasks.create_task(self._send(sender, block))
+            self._waiting[task] = block
+            task.add_done_callback(self._waiting.pop)
+
+    async def _send_closed_loop(self, senders: list[_Sender], tasks: asyncio.TaskGroup) -> None:
+        await wait_until(self._start, self._clock, self._stop)
+
+        async def send_again_and_again(sender: _Sender) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            while not self._stop.requested and (now := self._clock.now()) < self._end:
+                self._waiting[task] = block = _Block(now, sender.frames)
+                await self._send(sender, block)
+            self._waiting.pop(task, None)
+
+        for sender in senders:
+            self._waiting[tasks.create_task(send_again_and_again(sender))] = _Block(self._start, 0)
+
+    async def _note_stalls(self) -> None:
+        """Note when the event loop, and with it the client library, did not get its turn."""
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(BEAT_S)
+            stall_s = time.monotonic() - began - BEAT_S
+            if stall_s > STALL_S:
+                now = self._clock.now()
+                self._stalls.append((now - stall_s, now))
+
+    async def _drain(self, timeout_s: float) -> int:
+        """Wait for the last answers; the number of frames that got none in time."""
+        if self._waiting:
+            await asyncio.wait(list(self._waiting), timeout=timeout_s)
+        unanswered, now = 0, self._clock.now()
+        for task, block in list(self._waiting.items()):
+            task.cancel()
+            if block.due >= self._counted_from and block.frames:
+                unanswered += block.frames
+                self._add_unanswered(block, now)
+        return unanswered
+
+    async def _send(self, sender: _Sender, block: _Block) -> None:
+        counted = block.due >= self._counted_from
+        block.sent = self._clock.now()
+        asyncio.get_running_loop().call_soon(self._note_sent, block)  # when the client library sends: in the next turn
+        try:
+            answer = await sender.group.step_timed(sender.x)
+        except FramesRefused as refused:
+            if any(failure.code in ENDING for failure in refused.failures):
+                raise
+            frames = int(np.isnan(refused.outputs).any(axis=-1).sum())
+            self._refused[refused.code.name] += frames * counted
+        except Refused as refused:
+            if refused.code in ENDING:
+                raise
+            self._refused[refused.code.name] += block.frames * counted
+        else:
+            now = self._clock.now()
+            block.answered = True
+            sender.line.hear(now)
+            self.answered.value += block.frames
+            if counted:
+                server = (answer.queue_us, answer.compute_us, answer.send_us)
+                away_us = 1e6 * sender.line.lost_s(block.sent, now)
+                self._add(block, now, away_us, *server)
+
+    def _note_sent(self, block: _Block) -> None:
+        if not block.answered:
+            block.sent = self._clock.now()
+
+    def _add(self, block: _Block, now: float, away_us: float, *server_us: float) -> None:
+        latency_us, late_us = 1e6 * (now - block.due), 1e6 * (block.sent - block.due)
+        if latency_us > 1e6 * self._part.slo_s:
+            self._slow += block.frames
+        rest_us = latency_us - late_us - away_us - sum(server_us)
+        at_s = now - self._counted_from
+        self._samples.add(at_s, latency_us, late_us, away_us, *server_us, rest_us, 0.0, block.frames)
+
+    def _add_unanswered(self, block: _Block, now: float) -> None:
+        self._add(block, now, math.nan, math.nan, math.nan, math.nan)
+
+    def _cannot_be_met(self, now: float, due: float) -> bool:
+        """Whether too many frames are slow by now: answered too late, unanswered for too long, or due for too long."""
+        slo_s = self._part.slo_s
+        if slo_s == math.inf:
+            return False
+        since = max(due, self._counted_from)
+        share = sum(map(sum, self._part.connections)) * self._plan.rate_hz
+        slow = self._slow + max(0.0, now - since - slo_s) * share
+        for block in self._waiting.values():
+            if not block.answered and block.due >= self._counted_from and now - block.due > slo_s:
+                slow += block.frames
+        return slow > self._part.most_slow

@@ -1,0 +1,221 @@
+"""Load tests as pictures: one load over time and by percentiles, or the latency of a search over streams."""
+
+from __future__ import annotations
+
+import datetime
+import io
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Final
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from instep_client.protocol.wire import ServerInfo
+from instep_tools.load.plan import Mode
+from instep_tools.load.report import ROWS, numbers
+from instep_tools.load.result import PARTS, Measured, Verdict
+from instep_tools.load.samples import F64, SampleArray, percentiles
+from instep_tools.words import counted, three_digits
+
+MOST_BINS: Final = 60
+FEW_ANSWERS: Final = 2000
+"""Up to here, every answer is a dot of its own: of few answers in a bin, the 99th percentile is the largest."""
+LEAST_MS: Final = 1e-3
+"""Nothing is faster on a logarithmic axis."""
+BLUE, ORANGE, GREY, BLACK = "#2b6cb0", "#dd6b20", "#a0aec0", "#1a202c"
+COLOURS: Final = dict(zip(PARTS, (ORANGE, GREY, "#90cdf4", BLUE, "#9ae6b4", "#d6bcfa"), strict=True))
+NINES: Final = {2: "50 %", 10: "90 %", 100: "99 %", 10**3: "99.9 %", 10**4: "99.99 %", 10**5: "99.999 %"}
+VERDICTS: Final[dict[Verdict, tuple[str, str, str]]] = {
+    "met": ("o", BLUE, "met"),
+    "not met": ("X", ORANGE, "not met"),
+    "invalid": ("^", GREY, "invalid: the load generator was late"),
+}
+"""Marker, colour and what the legend says."""
+
+
+def run(trials: Sequence[Measured], info: ServerInfo) -> Figure:
+    """One load: latency over time, its mean split, latency by percentile, and throughput."""
+    [result] = trials
+    plan = result.plan
+    loop = f"open loop at {plan.rate_hz:g} Hz" if plan.mode is Mode.OPEN else "closed loop"
+    subtitle = numbers(result)
+    if result.measured_itself:
+        subtitle = f"the load generator could not keep up; this says nothing about the server\n{subtitle}"
+    figure = _figure(
+        f"{info.model} · {counted(plan.streams, 'stream')}, {counted(plan.connections, 'connection')}, {loop}",
+        subtitle,
+        info,
+    )
+    (over_time, by_percentile), (split, rate) = figure.subplots(2, 2)
+    _latency_over_time(over_time, result)
+    _latency_by_percentile(by_percentile, result)
+    _split_over_time(split, result)
+    _rate_over_time(rate, result)
+    for axes in (over_time, split, rate):
+        for start, end in result.gaps:
+            axes.axvspan(start, min(end, result.seconds), color=GREY, alpha=0.3, linewidth=0)
+            middle = (start + min(end, result.seconds)) / 2
+            axes.text(
+                middle,
+                0.5,
+                "no connection",
+                rotation=90,
+                ha="center",
+                va="center",
+                fontsize=8,
+                transform=axes.get_xaxis_transform(),
+            )
+        axes.set_xlim(0, max(result.seconds, 1e-3))
+        axes.set_xlabel("s")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def search(trials: Sequence[Measured], info: ServerInfo) -> Figure:
+    """A search: the 99th percentile over the number of streams, and the service level as a line."""
+    plan = trials[0].plan
+    slo_ms = plan.slo_ms or 0.0
+    points = [(trial.plan.streams, max(trial.latency.p99 / 1000, LEAST_MS), trial.verdict(slo_ms)) for trial in trials]
+    most = max((streams for streams, _, verdict in points if verdict == "met"), default=0)
+    figure = _figure(
+        f"{info.model} · open loop at {plan.rate_hz:g} Hz a stream, {counted(plan.steps, 'timestep')} a block",
+        f"{counted(most, 'stream')} within {slo_ms:g} ms at the 99th percentile",
+        info,
+    )
+    axes = figure.subplots()
+    valid: dict[int, float] = {}
+    for streams, p99_ms, verdict in sorted(points):
+        if verdict != "invalid":
+            valid.setdefault(streams, p99_ms)  # the better one of two tries
+    axes.plot(list(valid), list(valid.values()), color=BLACK, linewidth=1, zorder=1)
+    for verdict, (marker, colour, label) in VERDICTS.items():
+        chosen = np.array([point[:2] for point in points if point[2] == verdict])
+        if len(chosen):
+            axes.scatter(chosen[:, 0], chosen[:, 1], marker=marker, color=colour, s=60, label=label, zorder=2)
+    axes.axhline(slo_ms, color=BLACK, linestyle="--", linewidth=1)
+    axes.text(0, slo_ms, f" {slo_ms:g} ms", va="bottom", transform=axes.get_yaxis_transform())
+    axes.set(xscale="log", yscale="log", xlabel="streams", ylabel="latency at the 99th percentile, ms")
+    is_narrow = max(points)[0] < 10 * min(points)[0]
+    _plain_numbers(axes.xaxis, range(1, 10) if is_narrow else (1, 2, 5))
+    _plain_numbers(axes.yaxis)
+    axes.grid(alpha=0.3)
+    axes.set_ylim(top=3 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(loc="upper left")
+    return figure
+
+
+def rendered(figure: Figure, suffix: str) -> bytes:
+    """The picture as a png, svg or pdf."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=suffix, dpi=120)
+    return picture.getvalue()
+
+
+def _figure(title: str, subtitle: str, info: ServerInfo) -> Figure:
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure.suptitle(f"{title}\n{subtitle}", fontsize=12)
+    today = datetime.datetime.now().astimezone().date()
+    figure.supxlabel(
+        f"instep {version('instep')}, {today}; model of {info.features} to {info.outputs} on {info.device}, "
+        f"{info.exactness}",
+        fontsize=8,
+        color="#718096",
+    )
+    return figure
+
+
+def _bins(result: Measured, answers: int) -> F64:
+    """The edges of bins of at least so many answers each, on average.
+
+    Of an open loop they are whole periods wide, so that a steady load looks steady.
+    """
+    plan, seconds = result.plan, max(result.seconds, 1e-3)
+    width = seconds / min(MOST_BINS, max(1, len(result.samples) // answers))
+    if plan.mode is Mode.OPEN:
+        period = plan.steps / plan.rate_hz
+        width = max(1, round(width / period)) * period
+    edges: F64 = width * np.arange(max(1, int(seconds / width + 1e-6)) + 1, dtype=np.float64)
+    return edges
+
+
+def _in_bins(samples: SampleArray, edges: F64) -> list[SampleArray]:
+    places = np.searchsorted(edges, samples["at_s"], "right") - 1
+    return [samples[places == number] for number in range(len(edges) - 1)]
+
+
+def _latency_over_time(axes: Axes, result: Measured) -> None:
+    samples, latency_ms = result.samples, np.maximum(result.samples["latency_us"] / 1000, LEAST_MS)
+    if len(samples) <= FEW_ANSWERS:
+        axes.plot(samples["at_s"], latency_ms, ".", color=BLUE, markersize=4)
+    else:
+        edges = _bins(result, 200)
+        parts = [(np.maximum(part["latency_us"] / 1000, LEAST_MS), part["frames"]) for part in _in_bins(samples, edges)]
+        curves = np.array([percentiles(*part, (50, 99, 100)) for part in parts]).T
+        styles = (("p50", BLUE, "-"), ("p99", ORANGE, "-"), ("max", BLACK, ":"))
+        for curve, (name, color, line) in zip(curves, styles, strict=True):
+            axes.plot((edges[1:] + edges[:-1]) / 2, curve, label=name, color=color, linestyle=line, linewidth=1.2)
+        axes.legend(loc="upper right", ncols=3, fontsize=8)
+    axes.set(yscale="log", ylabel="ms", title="Latency over time")
+    axes.set_ylim(latency_ms.min() / 1.5, latency_ms.max() * 3)  # room for the legend
+    _plain_numbers(axes.yaxis)
+
+
+def _split_over_time(axes: Axes, result: Measured) -> None:
+    """The means of the answers that no lost connection has delayed."""
+    edges = _bins(result, 20)
+    names = [name for name in PARTS if name != "away_us"]
+    means = np.zeros((len(names), len(edges)))
+    for number, part in enumerate(_in_bins(result.answered[result.answered["away_us"] == 0], edges)):
+        if len(part):
+            means[:, number] = [np.average(part[name], weights=part["frames"]) / 1000 for name in names]
+    means[:, -1] = means[:, -2]
+    labels, colors = [ROWS[name].strip() for name in names], [COLOURS[name] for name in names]
+    axes.stackplot(edges, np.maximum(means, 0), labels=labels, colors=colors, step="post")
+    axes.set(ylabel="ms", title="Where the time goes, on average")
+    axes.set_ylim(0, 1.4 * max(1e-3, means.sum(axis=0).max()))  # room for the legend
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="upper right", ncols=2, fontsize=8)  # in the order of the stack
+
+
+def _rate_over_time(axes: Axes, result: Measured) -> None:
+    edges, answered = _bins(result, 20), result.answered
+    frames, _ = np.histogram(answered["at_s"], edges, weights=answered["frames"])
+    axes.stairs(frames / np.diff(edges), edges, baseline=None, color=BLUE)
+    is_open = result.plan.mode is Mode.OPEN
+    if is_open:
+        axes.axhline(result.plan.offered_frames_s, color=BLACK, linestyle="--", linewidth=1)
+    axes.set(ylabel="frames/s", title="Frames answered" + (" (dashed: due)" if is_open else ""))
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _latency_by_percentile(axes: Axes, result: Measured) -> None:
+    """Over 1 / (1 - percentile), so that each further nine takes the same width."""
+    latency_ms, frames = np.maximum(result.samples["latency_us"] / 1000, LEAST_MS), result.samples["frames"]
+    most = max(10.0, float(len(latency_ms)))
+    levels = np.geomspace(1, most, 400)
+    axes.plot(levels, percentiles(latency_ms, frames, 100 * (1 - 1 / levels)), color=BLUE)
+    ticks = {level: name for level, name in NINES.items() if level <= most}
+    axes.set(xscale="log", yscale="log", ylabel="ms", xlabel="of the frames are at least as fast")
+    axes.set_title(f"Latency by percentile, n = {len(latency_ms):,}")
+    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: ticks.get(round(value), "")))
+    axes.xaxis.set_minor_locator(NullLocator())
+    for level, value in zip((2, 100), percentiles(latency_ms, frames, (50, 99)).tolist(), strict=True):
+        if level <= most:
+            axes.plot(level, value, "o", color=ORANGE)
+            axes.annotate(f"{three_digits(value)} ms", (level, value), (6, -14), textcoords="offset points")
+    _plain_numbers(axes.yaxis)
+    axes.grid(alpha=0.3)
+
+
+def _plain_numbers(axis: Axis, subs: Sequence[int] = (1, 2, 5)) -> None:
+    """0.5, 1, 2, 5, 10 and so on along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,117 @@
+"""What a load test found, for people, in 80 columns."""
+
+from __future__ import annotations
+
+import os
+import platform
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Final
+
+from rich.table import Table
+
+from instep_client.protocol.wire import ServerInfo
+from instep_tools.load.plan import Mode
+from instep_tools.load.result import Measured
+from instep_tools.load.search import ADVICE
+from instep_tools.words import counted, three_digits
+
+ROWS: Final = {
+    "late_us": "  sent late by this side",
+    "away_us": "  without a connection",
+    "queue_us": "  server: queue",
+    "compute_us": "  server: compute",
+    "send_us": "  server: send",
+    "rest_us": "  wire and client",
+}
+"""The parts of a latency and what the table calls them."""
+LONG_SILENCE_S: Final = 1.0
+COLUMNS: Final = 80
+
+
+def table(result: Measured) -> Table:
+    """Latencies in milliseconds."""
+    answers = f"ms, n = {len(result.samples):,}"
+    rows = Table(answers, "p50", "p90", "p99", "p99.9", "max", box=None, pad_edge=False)
+    for column in rows.columns[1:]:
+        column.justify = "right"
+    since = "due" if result.plan.mode is Mode.OPEN else "sent"
+    titles = {"latency_us": f"latency, from when it was {since}"} | ROWS
+    for name, value in {"latency_us": result.latency, **result.parts}.items():
+        if name != "away_us" or result.gaps:
+            rows.add_row(titles[name], *(three_digits(each / 1000) for each in asdict(value).values()))
+    return rows
+
+
+def trials_table(trials: Sequence[Measured], slo_ms: float) -> Table:
+    """The tries of a search, in the order in which they were made."""
+    titles = ("streams", "processes", "frames/s due", "answered", "p50 ms", "p99 ms", "late p99", "")
+    rows = Table(*titles, box=None, pad_edge=False)
+    for column in rows.columns[:-1]:
+        column.justify = "right"
+    colours = {"met": "green", "not met": "red", "invalid": "yellow"}
+    for trial in trials:
+        verdict = trial.verdict(slo_ms)
+        rows.add_row(
+            f"{trial.plan.streams:,}",
+            f"{trial.plan.processes}",
+            f"{trial.plan.offered_frames_s:,.0f}",
+            "–" if trial.found.gave_up else f"{trial.frames_s:,.0f}",
+            three_digits(trial.latency.p50 / 1000),
+            three_digits(trial.latency.p99 / 1000),
+            three_digits(trial.parts["late_us"].p99 / 1000),
+            f"[{colours[verdict]}]{verdict}[/]",
+        )
+    return rows
+
+
+def numbers(result: Measured) -> str:
+    """Throughput and latency in one sentence."""
+    if not len(result.answered):
+        return "0 frames/s: nothing was answered"
+    due = f" of {result.plan.offered_frames_s:,.0f} due" if result.plan.mode is Mode.OPEN else ""
+    p50_ms, p99_ms = (three_digits(value / 1000) for value in (result.latency.p50, result.latency.p99))
+    answers = f"{result.answers_s:,.0f} answers/s"
+    return f"{result.frames_s:,.0f} frames/s{due}, {answers}, p50 {p50_ms} ms, p99 {p99_ms} ms"
+
+
+def problems(result: Measured) -> str:
+    """What went wrong, as the end of a sentence."""
+    found, plan = result.found, result.plan
+    parts = [f"{counted(frames, 'frame')} refused ({code})" for code, frames in found.refused.items()]
+    if found.unanswered:
+        parts.append(f"{counted(found.unanswered, 'frame')} unanswered")
+    if found.unsent:
+        parts.append(f"{counted(found.unsent, 'frame')} not sent")
+    period_s = plan.steps / plan.rate_hz if plan.mode is Mode.OPEN else 0.0
+    if found.gaps:
+        parts.append(f"{counted(len(found.gaps), 'reconnection')}, {result.away_s:.1f} s without a connection")
+    elif not (found.gave_up or found.unsent) and result.longest_silence_s > max(LONG_SILENCE_S, 3 * period_s):
+        parts.append(f"nothing was answered for {result.longest_silence_s:.1f} s")
+    if found.lost:
+        parts.append(f"ended after {result.seconds:.1f} s: {found.lost}")
+    return "".join(f", {part}" for part in parts)
+
+
+def blame(result: Measured) -> str:
+    """That this side was too slow, and by how much."""
+    due = result.plan.offered_frames_s * result.plan.duration_s
+    sent = f"it sent {max(0.0, 1 - result.found.unsent / due):.0%} of the frames due, "
+    late = f"{three_digits(result.parts['late_us'].p99 / 1000)} ms late at p99"
+    return f"measured the load generator, not the server: {sent}{late}; {ADVICE}"
+
+
+def setting(info: ServerInfo) -> str:
+    """Model, machine and version in one sentence."""
+    return (
+        f"model {info.model!r} ({info.features} to {info.outputs}) on {info.device}, {info.exactness}; from "
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
+        f"instep {version('instep')}"
+    )
+
+
+def lines(sentence: str) -> str:
+    """A sentence in lines of 80 columns."""
+    return textwrap.fill(sentence, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

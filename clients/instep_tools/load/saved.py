@@ -1,0 +1,133 @@
+"""Results as files: JSON, the text format of HdrHistogram, and two saved results side by side."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from rich.table import Table
+
+from instep_tools.load.result import Measured
+from instep_tools.load.samples import percentiles
+from instep_tools.problems import BadFile, Exit
+from instep_tools.terminal import Terminal
+from instep_tools.words import three_digits
+
+_LATENCIES: Final = ("p50", "p90", "p99", "p999", "max")
+_TICKS: Final = 5
+"""Lines for each halving of what is left to 100 %: the default of HdrHistogram's own tools."""
+_SUB_BUCKETS: Final = 2048
+"""What HdrHistogram uses for three significant digits."""
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file as a whole, or leave what is there as it is, also when the disk is full.
+
+    Raises:
+        BadFile: when it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work, not after it, whether a file can be written there.
+
+    Raises:
+        BadFile: when it cannot.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
+
+
+def as_hgrm(result: Measured) -> bytes:
+    """The latencies in ms, as HdrHistogram's `outputPercentileDistribution` prints them and its plotters read them.
+
+    The format and the percentiles that it lists are those of `AbstractHistogram.java` and `PercentileIterator.java` in
+    github.com/HdrHistogram/HdrHistogram. The values are exact and not those of buckets; the number of buckets in the
+    last line is what a histogram of three significant digits would have needed for the largest of them, in µs.
+    """
+    values, frames = result.samples["latency_us"] / 1000, result.samples["frames"]
+    order = np.argsort(values)
+    values, frames = values[order], frames[order]
+    counts = np.cumsum(frames)
+    total = int(frames.sum())
+    text = io.StringIO()
+    text.write(f"{'Value':>12} {'Percentile':>14} {'TotalCount':>10} {'1/(1-Percentile)':>14}\n\n")
+    level = 0.0
+    while level < 1 and (1 - level) * total >= 1:
+        value = percentiles(values, frames, (100 * level,))[0]
+        below = counts[np.searchsorted(values, value, "right") - 1]
+        text.write(f"{value:12.3f} {level:14.12f} {below:10d} {1 / (1 - level):14.2f}\n")
+        level += 1 / (_TICKS * 2 ** (math.floor(-math.log2(1 - level)) + 1))
+    mean = float(np.average(values, weights=frames))
+    deviation = math.sqrt(float(np.average((values - mean) ** 2, weights=frames)))
+    buckets = max(1, math.floor(math.log2(max(1.0, 1000 * values[-1] / _SUB_BUCKETS))) + 2)
+    text.write(f"{values[-1]:12.3f} {1:14.12f} {total:10d}\n")
+    text.write(f"#[Mean    = {mean:12.3f}, StdDeviation   = {deviation:12.3f}]\n")
+    text.write(f"#[Max     = {values[-1]:12.3f}, Total count    = {total:12d}]\n")
+    text.write(f"#[Buckets = {buckets:12d}, SubBuckets     = {_SUB_BUCKETS:12d}]\n")
+    return text.getvalue().encode()
+
+
+def compare(one: Path, other: Path, terminal: Terminal) -> Exit:
+    """Print what two saved runs measured, and the second over the first."""
+    try:
+        first, second = _figures(one), _figures(other)
+    except BadFile as error:
+        terminal.error(str(error))
+        return Exit.COULD_NOT_RUN
+    names = [name for name in first if name in second]
+    ratios = {name: second[name] / first[name] if first[name] else None for name in names}
+    if terminal.as_json:
+        terminal.result({"first": first, "second": second, "ratio": ratios})
+        return Exit.OK
+    rows = Table("", one.name, other.name, "ratio", box=None, pad_edge=False)
+    for column in rows.columns[1:]:
+        column.justify = "right"
+    for name in names:
+        ratio = ratios[name]
+        rows.add_row(
+            name, three_digits(first[name]), three_digits(second[name]), "" if ratio is None else f"{ratio:.2f}"
+        )
+    terminal.out.print(rows)
+    return Exit.OK
+
+
+def _figures(path: Path) -> dict[str, float]:
+    """The figures of a run, or of the best try of a search.
+
+    Raises:
+        BadFile: when it holds none.
+    """
+    try:
+        values: Mapping[str, Any] = json.loads(path.read_text())
+        run = values.get("best", values)
+        if run is None:
+            raise BadFile(f"{path} is a search that found no load within its level: there is nothing to compare")
+        figures = {"streams": run["load"]["streams"], "frames/s": run["frames_per_second"]}
+        latency = run["latency_us"]["latency"]
+        figures |= {f"latency {name}, ms": latency[name] / 1000 for name in _LATENCIES if latency[name] is not None}
+        lost = sum(run["refused_frames"].values()) + run["unanswered_frames"] + run["unsent_frames"]
+        return {name: float(value) for name, value in (figures | {"frames not answered": lost}).items()}
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise BadFile(f"{path} holds no result of a load test; loadtest --save FILE writes one") from None

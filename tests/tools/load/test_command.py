@@ -1,0 +1,335 @@
+"""`instep-client loadtest` as a user sees it: what it prints, its files, its exit status."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import Kind
+from instep_tools import terminal as terminal_module
+from instep_tools.app import app
+from instep_tools.load import command
+from instep_tools.load.command import LoadTest, LoadTester
+from instep_tools.load.plan import LoadPlan, Mode
+from instep_tools.load.result import Measured, Verdict
+from instep_tools.pacing import Stop
+from instep_tools.problems import Exit
+from tests.support.fake_server import FakeServer, Message, error
+from tests.support.ring_server import RingServer
+from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with
+
+PLAN = LoadPlan(
+    streams=6,
+    connections=2,
+    processes=1,
+    mode=Mode.OPEN,
+    rate_hz=20.0,
+    duration_s=1.0,
+    warmup_s=0.5,
+    block=2,
+    steps=1,
+)
+SHORT = ("--streams", "4", "--duration", "0.2s", "--warmup", "0")
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["loadtest", *map(str, arguments)], env={"COLUMNS": "80"})
+
+
+def fits(text: str) -> bool:
+    return all(len(line) <= 80 for line in text.splitlines())
+
+
+class Timed:
+    """One run of the command against a fake server, on a clock that waits for nobody."""
+
+    def __init__(self, as_json: bool = False, max_streams: int = 1000) -> None:
+        self.terminal = RememberingTerminal(as_json)
+        self.stop = Stop()
+        self.clock = JumpingClock()
+        self.server = FakeServer(info_with(max_streams=max_streams))
+
+    async def __call__(self, plan: LoadPlan = PLAN, all_closed: bool = True, **files: Path) -> Exit:
+        with self.server as server:
+            test = LoadTest(server.endpoint, plan, **files)
+            ending = await LoadTester(test, self.terminal, self.stop, self.clock).run()
+            assert server.rules.names == {} or not all_closed, "streams are left open"
+        return ending
+
+    @property
+    def last(self) -> str:
+        """The last sentence that was said, in one line."""
+        said = (self.terminal.complained if self.terminal.as_json else self.terminal.said).splitlines()
+        at = max(number for number, line in enumerate(said) if not line.startswith("  "))
+        return " ".join(" ".join(said[at:]).split())
+
+
+async def test_an_open_loop(tmp_path: Path) -> None:
+    run = Timed()
+    picture, percentiles = tmp_path / "p.png", tmp_path / "p.hgrm"
+    assert await run(plot=picture, hdr=percentiles) == Exit.OK
+    assert set(run.server.rules.blocks) == {(1, 2), (1, 1)}
+    assert sum(streams for _, streams in run.server.rules.blocks) == 6 * 30
+    assert fits(run.terminal.said)
+    assert fits(run.terminal.complained)
+    head, latency, late, queue, *_ = run.terminal.said.splitlines()
+    assert head.split() == ["ms,", "n", "=", "80", "p50", "p90", "p99", "p99.9", "max"]
+    assert latency.startswith("latency, from when it was due")
+    assert late.startswith("  sent late by this side")
+    assert queue.split() == ["server:", "queue", "0.00700", "0.00700", "0.00700", "–", "0.00700"]
+    assert run.last.startswith("120 frames/s of 120 due, 80 answers/s, p50 ")
+    assert f"percentiles in {percentiles}; drawn in {picture}" in run.last
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert percentiles.read_text().split()[0] == "Value"
+    assert "open loop at 20 Hz a stream" in run.terminal.complained
+
+
+def test_a_closed_loop_in_words_json_and_files(tmp_path: Path) -> None:
+    with FakeServer() as server:
+        closed = run(*SHORT, "--endpoint", server.endpoint)
+        files = tmp_path / "a.json", tmp_path / "b.json"
+        for file, streams in zip(files, ("3", "6"), strict=True):
+            arguments = ("--save", file, "--plot", tmp_path / "p.svg", "--steps-per-block", "4", "--json")
+            saved = run(*SHORT, "--streams", streams, *arguments, "--endpoint", server.endpoint)
+            assert json.loads(saved.stdout) == json.loads(file.read_text())
+    assert (closed.exit_code, saved.exit_code) == (0, 0)
+    assert "closed loop" in closed.stderr
+    assert "latency, from when it was sent" in closed.stdout
+    assert closed.stdout.splitlines()[-1].count("ms") == 2
+    values = json.loads(saved.stdout)
+    load = values["load"]
+    assert (load["mode"], load["rate_hz"], load["block"], load["steps"]) == ("closed", None, None, 4)
+    assert values["frames_per_second"] > 0
+    assert values["latency_us"]["queue"]["p50"] == 7
+    assert values["server"]["model"] == "halving"
+    assert (tmp_path / "p.svg").read_text().startswith("<?xml")
+
+    both = json.loads(run("--compare", *files, "--json").stdout)
+    assert both["ratio"]["streams"] == 2
+    told = run("--compare", *files).stdout
+    assert "latency p99, ms" in told
+    assert fits(told)
+    found_nothing = ('{"best": null}', "found no load within its level")
+    for content, problem in (("{}", "holds no result of a load test"), (None, "cannot be read"), found_nothing):
+        bad = tmp_path / "bad.json"
+        bad.unlink(missing_ok=True)
+        if content is not None:
+            bad.write_text(content)
+        refused = run("--compare", files[0], bad)
+        assert refused.exit_code == 2
+        assert problem in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds", "rate_hz"),
+    [
+        (["--mode", "open", "--duration", "0.2"], 0.2, 100),
+        (["--rate", "50", "--duration", "0.003m"], 0.18, 50),
+    ],
+)
+def test_loads_are_described_as_they_were_asked_for(arguments: list[str], seconds: float, rate_hz: float) -> None:
+    with FakeServer() as server:
+        result = run(
+            *SHORT,
+            *arguments,
+            "--block",
+            "3",
+            "--processes",
+            "2",
+            "--connections",
+            "2",
+            "--json",
+            "-e",
+            server.endpoint,
+        )
+        assert server.rules.names == {}
+    load = json.loads(result.stdout)["load"]
+    assert (load["mode"], load["rate_hz"], load["block"], load["processes"]) == ("open", rate_hz, 3, 2)
+    assert load["duration_s"] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--plot", "p.gif"], "a plot is a PNG, an SVG or a PDF: call it p.png"),
+        (["--plot", "absent/p.png"], "absent/p.png cannot be written: No such file"),
+        (["--hdr", "absent/p.hgrm"], "absent/p.hgrm cannot be written: No such file"),
+        (["--duration", "10 days"], "'10 days' is not a time: write 10, 10s, 1m or 1h"),
+        (["--duration", "0s"], "it must be more than 0"),
+        (["--mode", "closed", "--rate", "5"], "need an open loop"),
+        (["--mode", "closed", "--slo-ms", "5"], "need an open loop"),
+        (["--streams", "200000"], "keeps 100000 streams at most; ask for fewer"),
+        (["--streams", "200000", "--slo-ms", "5"], "begin the search with fewer"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_sent(arguments: list[str], problem: str) -> None:
+    with FakeServer() as server:
+        result = run(*arguments, "--endpoint", server.endpoint)
+        assert Kind.STEP not in server.rules.kinds
+    assert result.exit_code == 2
+    assert problem in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_plot_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("--plot", "p.png")
+    assert result.exit_code == 2
+    assert "'matplotlib', which is not installed: pip install" in result.stderr
+
+
+async def test_a_load_generator_that_is_too_slow_says_so() -> None:
+    run = Timed()
+    run.clock.tick_s = 0.05
+    assert await run() == Exit.MEASURED_ITSELF
+    assert run.last.startswith("measured the load generator, not the server: it sent ")
+    assert " not sent" in run.last
+
+
+async def test_refusals_are_told_and_are_no_success() -> None:
+    run = Timed()
+
+    def refuse(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+        return [error(header[1], Code.TOO_LARGE)] if header[0] == Kind.STEP else None
+
+    run.server.rules.fault = refuse
+    assert await run() == Exit.FOUND_PROBLEMS
+    assert run.last.startswith("0 frames/s: nothing was answered, ")
+    assert "refused (TOO_LARGE)" in run.last
+
+
+async def test_a_stop_in_the_warm_up() -> None:
+    run = Timed()
+    run.clock.on_sleep = lambda moment: run.stop.request()
+    await run()
+    assert run.last.startswith("0 frames/s: nothing was answered; stopped")
+
+
+def test_a_server_that_is_restarted_in_the_middle() -> None:
+    rules, steps = RingServer(), 0
+
+    def restart_once(peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
+        nonlocal steps
+        if frames[0][0] == Kind.STEP:
+            steps += 1
+            if steps == 20:
+                rules.restart()
+        return rules.handle(peer, frames)
+
+    with FakeServer(handle=restart_once) as server:
+        result = run(*SHORT, "--connections", "2", "--duration", "1s", "--json", "-e", server.endpoint)
+    values = json.loads(result.stdout)
+    assert (result.exit_code, rules.boots, rules.failures, rules.streams) == (0, 1, [], {})
+    assert values["reconnections"] == 2
+    assert 0 < values["without_connection_s"] < 1
+    away_ms, rest_ms = (values["latency_us"][part]["max"] / 1000 for part in ("away", "rest"))
+    assert away_ms > rest_ms
+    assert f"2 reconnections, {values['without_connection_s']:.1f} s without a connection" in " ".join(
+        result.stderr.split()
+    )
+
+
+def test_progress_in_a_file_says_how_much_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal_module, "QUIET_S", 0.1)
+    monkeypatch.setattr(command, "SILENT_S", 0.3)
+    with FakeServer() as server:
+        result = run(*SHORT, "--endpoint", server.endpoint)
+        assert any(
+            line.startswith("measuring 0/0 s · ") and line.endswith(" frames/s") for line in result.stderr.splitlines()
+        )
+        monkeypatch.setattr(terminal_module, "QUIET_S", 0.5)
+        server.rules.fault = lambda header, frames: [] if header[0] == Kind.STEP else None
+        monkeypatch.setattr("instep_tools.load.generator.DRAIN_S", 0.5)
+        result = run(*SHORT, "--duration", "0.5", "--endpoint", server.endpoint)
+    assert "no answer for " in result.stderr
+    assert result.exit_code == 1
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
+    """Let real runs be judged by their number of streams."""
+
+    def verdict(result: Measured, slo_ms: float) -> Verdict:
+        return "met" if result.plan.streams <= capacity else "not met"
+
+    monkeypatch.setattr(Measured, "verdict", verdict)
+
+
+async def test_a_search_ends_with_the_largest_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    judged(monkeypatch, capacity=11)
+    run = Timed()
+    plan = replace(PLAN, streams=1, connections=4, slo_ms=1e6)
+    assert await run(plan, plot=tmp_path / "s.pdf") == Exit.OK
+    assert run.last.startswith("11 streams in real time at 20 Hz within p99 of 1e+06 ms (p99 ")
+    tried = [line.split()[0] for line in run.terminal.complained.splitlines() if "met: p99" in line]
+    assert tried == ["1", "2", "4", "8", "16", "16", "12", "12", "10", "11"]
+    assert run.terminal.said.count("not met") == 4
+    assert fits(run.terminal.said)
+    assert fits(run.terminal.complained)
+    assert (tmp_path / "s.pdf").read_bytes().startswith(b"%PDF")
+
+
+async def test_a_search_ends_at_the_servers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, capacity=1000)
+    run = Timed(as_json=True, max_streams=20)
+    assert await run(replace(PLAN, slo_ms=1e6)) == Exit.OK
+    values = run.terminal.json()
+    assert (values["streams"], values["limited_by_server"], values["slo_ms"]) == (20, True, 1e6)
+    assert values["best"]["load"]["streams"] == 20
+    assert [(trial["load"]["streams"], trial["verdict"]) for trial in values["trials"]] == [
+        (6, "met"),
+        (12, "met"),
+        (20, "met"),
+    ]
+    assert "all the server has room for" in run.last
+
+
+async def test_a_search_that_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, capacity=0)
+    run = Timed()
+    assert await run(replace(PLAN, streams=2, slo_ms=1e6)) == Exit.FOUND_PROBLEMS
+    assert run.last == "no number of streams was found that is served in real time at 20 Hz within p99 of 1e+06 ms"
+
+
+async def test_a_search_blames_the_load_generator_for_its_own_lateness() -> None:
+    run = Timed()
+    run.clock.tick_s = 0.05
+    assert await run(replace(PLAN, streams=1, connections=1, slo_ms=50.0)) == Exit.MEASURED_ITSELF
+    assert "with 1 stream the load generator could not keep up; use more --processes" in run.last
+    assert run.terminal.said.count("invalid") == 2
+
+
+async def test_a_search_ends_without_a_server_and_keeps_what_it_found() -> None:
+    run = Timed(as_json=True)
+
+    def end(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+        is_second = len(run.server.rules.blocks) > 6 * 30
+        return [error(header[1], Code.UNKNOWN_STREAM)] if is_second and header[0] == Kind.STEP else None
+
+    run.server.rules.fault = end
+    assert await run(replace(PLAN, slo_ms=1e6), all_closed=False) == Exit.FOUND_PROBLEMS
+    values = run.terminal.json()
+    assert values["streams"] == 6
+    assert "UNKNOWN_STREAM" in values["ended"]
+
+
+def test_bars_end_at_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    screens: list[str] = []
+
+    def remember(self: terminal_module.Terminal, as_json: bool = False, data_on_stdout: bool = False) -> None:
+        original(self, as_json, data_on_stdout)
+        self.err = Console(stderr=True, force_terminal=True, width=80)
+        screens.append("")
+
+    original = terminal_module.Terminal.__init__
+    monkeypatch.setattr(terminal_module.Terminal, "__init__", remember)
+    monkeypatch.setattr(terminal_module, "QUIET_S", 0.0)
+    with FakeServer() as server:
+        result = run(*SHORT, "--duration", "1s", "--endpoint", server.endpoint)
+    bars = [line for line in result.stderr.split("\r") if "measuring" in line]
+    assert "1/1" in bars[-1]
