@@ -37,8 +37,8 @@ format: $(READY)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## Compare serving with the network alone and a bare echo, and hold the ratios against thresholds
-	$(BIN)/python -m benchmarks
+bench: $(READY)  ## Hold the cost of serving against thresholds; MODEL=FOLDER measures your model
+	$(BIN)/python -m benchmarks $(if $(MODEL),--model '$(MODEL)')
 
 chaos: $(READY)  ## Kill the server ROUNDS times and break RESETS connections under load, and compare every output
 	$(BIN)/python -m tests.chaos --kills $(ROUNDS)

@@ -19,9 +19,9 @@ from instep_client import replies
 from instep_client.protocol import wire
 from instep_client.protocol.codes import sentence_of
 from instep_client.protocol.multipart import READABLE, events
+from instep_client.protocol.state_spec import U8
 from instep_client.protocol.step_messages import STEPPED, STEPPED_HEADER
-from instep_client.protocol.wire import F32, U64, Code, Header, Kind, ServerInfo
-from instep_client.states import as_state
+from instep_client.protocol.wire import U64, Code, Header, Kind, ServerInfo
 
 SILENT_MS: Final = 30_000
 """How long a server may leave a request unanswered."""
@@ -89,16 +89,15 @@ class BareConnection:
         handles: U64 = grants["handle"].copy()
         return handles
 
-    def close(self, handles: U64) -> F32:
-        """Close streams that have no frame in flight; their final states [N, layers, size]."""
+    def close(self, handles: U64) -> U8:
+        """Close streams that have no frame in flight; their final states as bytes [N, row_bytes]."""
         info, count = self.info, len(handles)
         closings = np.zeros(count, wire.CLOSING)
         closings["handle"], closings["have"] = handles, wire.HAVE_ALL
         header, frames = self._ask(Kind.CLOSE, count, frames=(closings.tobytes(),))
         states, failures = replies.closed(header, frames, count, info.state.row_bytes)
         _check_none(failures)
-        finals: F32 = as_state(states, info.state, single=False)
-        return finals
+        return states
 
     def send(self, header: Buffer, x: Buffer) -> None:
         """Send one STEP; the caller may change the buffers as soon as this returns."""

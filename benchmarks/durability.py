@@ -22,7 +22,7 @@ _SYNCS: Final = 20
 
 def durability(bench: Bench) -> list[Row]:
     """One row for each durability that survives a crash."""
-    model = BenchmarkModel.make(bench.folder / "durability")
+    model = BenchmarkModel.of(bench, "durability")
     inputs = block_inputs(model)
     none, fsync = "no recording, frames/s", "fsync of 4 KiB alone, ms"
     with ExitStack() as stack:

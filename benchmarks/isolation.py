@@ -32,7 +32,7 @@ _COMMANDS: Final = (sys.executable, "-m", "instep_tools")
 
 def isolation(bench: Bench) -> list[Row]:
     """One row for each thing that happens to the neighbour; each phase has a new one."""
-    model = BenchmarkModel.make(bench.folder / "isolation")
+    model = BenchmarkModel.of(bench, "isolation")
     names = (f"neighbour-{number}" for number in count())
     with bench.serve(model.folder, HEARTBEAT) as server:
         sides = {

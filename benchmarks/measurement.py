@@ -34,6 +34,7 @@ class Bench:
         rounds: how many count.
         seconds: how long each side of a comparison is measured in each round.
         scale: divides the streams and frames of the large loads.
+        model: the user's model folder, to be measured instead of the benchmark's own.
         serve: starts a server for a model folder and arguments of `instep serve`.
     """
 
@@ -41,6 +42,7 @@ class Bench:
     rounds: int = 7
     seconds: float = 1.5
     scale: int = 1
+    model: Path | None = None
     serve: Callable[[Path, Sequence[str]], AbstractContextManager[Server]] = ChildServer
 
     def scaled(self, number: int, least: int) -> int:

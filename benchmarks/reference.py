@@ -1,6 +1,7 @@
 """The network alone: the bare loops that serving is compared with, and the outputs that are right.
 
-Both are torch's own `nn.GRU` in this process, with the weights of the served model.
+For the benchmark's own models both are torch's `nn.GRU`, with the weights of the served model. For a user's model both
+are the model's own step, in this process and without an engine.
 """
 
 from __future__ import annotations
@@ -9,88 +10,238 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.connection import BareConnection
 from benchmarks.load import F64, ClosedLoopStreams
-from instep.core.typing import F32, I64, Bool
-from instep.models.folder import make_model, write_model
+from benchmarks.measurement import Bench
+from instep.core.typing import F32, I64, U8, Bool
+from instep.models.base import RecurrentModel
+from instep.models.folder import load_model, make_model, write_model
 from instep.models.gru.description import GruDescription, GruLayers
+from instep.models.registry import build
+from instep.models.stepping import keep_state, load_state, read_state
+from instep_client.protocol.state_spec import StateSpec
+
+Array: TypeAlias = npt.NDArray[Any]
+CPU: Final = torch.device("cpu")
 
 
 class WrongOutput(Exception):
-    """An output differs from what `nn.GRU` computes; the message says how many streams are affected."""
+    """An output differs from what the network computes; the message says how many streams are affected."""
+
+
+class LeftOut(Exception):
+    """A row makes no sense for the user's model; the message says why."""
+
+
+class Batch(Protocol):
+    """Rows that are stepped together, from their initial states on."""
+
+    def step(self, x: torch.Tensor, /) -> torch.Tensor:
+        """Step float32 [rows, features] to outputs [rows, outputs], which are valid until the next step."""
+
+    def states(self) -> U8:
+        """The rows' states as bytes [rows, row_bytes], a copy."""
+
+
+class Network(Protocol):
+    """A network without an engine."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in rows and errors."""
+
+    @property
+    def outputs(self) -> int:
+        """Values in one output."""
+
+    def batch(self, rows: int, /) -> Batch:
+        """A batch in the initial state."""
+
+    def run(self, x: F32, /) -> None:
+        """Compute sequences [timesteps, rows, features] in one call; raises LeftOut where it has none."""
+
+
+class TorchGru:
+    """torch's own module."""
+
+    name = "nn.GRU"
+
+    def __init__(self, gru: torch.nn.GRU) -> None:
+        self.gru = gru
+        self.outputs = gru.hidden_size
+
+    def batch(self, rows: int) -> TorchBatch:
+        """A batch whose states are zeros."""
+        return TorchBatch(self.gru, rows)
+
+    def run(self, x: F32) -> None:
+        """One call of the module."""
+        self.gru(torch.from_numpy(x))
+
+
+class TorchBatch:
+    """A `Batch` of `nn.GRU`."""
+
+    def __init__(self, gru: torch.nn.GRU, rows: int) -> None:
+        self._gru = gru
+        self._h = torch.zeros(gru.num_layers, rows, gru.hidden_size)
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        """One call of the module."""
+        y: torch.Tensor
+        y, self._h = self._gru(x.unsqueeze(0), self._h)
+        return y[0]
+
+    def states(self) -> U8:
+        """The bytes of [rows, layers, hidden]."""
+        h: F32 = np.ascontiguousarray(self._h.transpose(0, 1).numpy())
+        return h.reshape(len(h), -1).view(np.uint8)
+
+
+class OwnNetwork:
+    """A user's model, on the CPU."""
+
+    name = "the model"
+
+    def __init__(self, model: RecurrentModel) -> None:
+        self.model = model
+        self.outputs = model.description.outputs
+
+    def batch(self, rows: int) -> OwnBatch:
+        """A batch in the model's initial state."""
+        return OwnBatch(self.model, rows)
+
+    def run(self, x: F32) -> None:
+        """One call of the model's own."""
+        if self.model.sequence(x, self.model.state.initial(x.shape[1])) is None:
+            raise LeftOut("the model has no call for whole sequences to compare with")
+
+
+class OwnBatch:
+    """A `Batch` of a user's model."""
+
+    def __init__(self, model: RecurrentModel, rows: int) -> None:
+        self._spec, self._outputs = model.state, model.description.outputs
+        self._step = model.bind(rows)
+        load_state(self._step, self._spec, self._spec.initial(rows))
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        """One step of the model."""
+        self._step.x[:, : x.shape[1]].copy_(x)
+        self._step.run()
+        keep_state(self._step)
+        return self._step.y[:, : self._outputs]
+
+    def states(self) -> U8:
+        """As the engine keeps them."""
+        return read_state(self._step, self._spec)
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkModel:
-    """A network of random weights, the same in every run: a folder for the engine and torch's own module."""
+    """A model folder for the engine, and the same network without one."""
 
     folder: Path
-    gru: torch.nn.GRU
     description: str
+    features: int
+    state: StateSpec
+    network: Network
+    """What serving is compared with: the quickest way to step."""
+    truth: Network
+    """What the outputs are compared with: the plain way to step."""
 
     @classmethod
-    def make(cls, folder: Path, features: int = 40, hidden: int = 128, layers: int = 1) -> BenchmarkModel:
-        """Write the folder."""
+    def of(cls, bench: Bench, name: str, features: int = 40, hidden: int = 128, layers: int = 1) -> BenchmarkModel:
+        """The user's model where the run has one; else a GRU of random weights, the same in every run.
+
+        Args:
+            bench: of this run.
+            name: of the folder to write.
+            features: of the GRU.
+            hidden: of the GRU.
+            layers: of the GRU.
+
+        Raises:
+            ModelError: when the user's folder holds no model.
+        """
+        if bench.model is not None:
+            return cls._own(bench.model)
         description = GruDescription(features=features, gru=GruLayers(hidden_size=hidden, num_layers=layers))
         model = make_model(description, init="random", seed=1, name="benchmark")
-        write_model(folder, model)
+        write_model(bench.folder / name, model)
         gru = torch.nn.GRU(features, hidden, layers)
         gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
         sizes = str(hidden) if layers == 1 else f"{layers}×{hidden}"
-        return cls(folder, gru.eval(), f"GRU {features}→{sizes}, float32")
+        words, network = f"GRU {features}→{sizes}, float32", TorchGru(gru.eval())
+        return cls(bench.folder / name, words, features, description.state, network, network)
+
+    @classmethod
+    def _own(cls, folder: Path) -> BenchmarkModel:
+        model = load_model(folder)
+        quickest = build(model, CPU)
+        quickest.select_quickest()
+        description = model.description
+        return cls(
+            folder=folder,
+            description=f"{model.name}: {description.in_words()}",
+            features=description.features,
+            state=description.state,
+            network=OwnNetwork(quickest),
+            truth=OwnNetwork(build(model, CPU)),
+        )
 
     @property
     def output_bytes(self) -> int:
         """Size of one output."""
-        return self.gru.hidden_size * 4
+        return self.truth.outputs * 4
 
     def inputs(self, timesteps: int, streams: int) -> F32:
         """Random float32 [timesteps, streams, features], the same in every run."""
-        shape = (timesteps, streams, self.gru.input_size)
-        return np.random.default_rng(1).standard_normal(shape, np.float32)
+        return np.random.default_rng(1).standard_normal((timesteps, streams, self.features), np.float32)
 
 
 @torch.inference_mode()
-def step_times(gru: torch.nn.GRU, x: F32, seconds: float) -> F64:
+def step_times(network: Network, x: F32, seconds: float) -> F64:
     """The seconds of each step of `x` [timesteps, rows, features], repeated for some time with the state carried."""
     inputs = torch.from_numpy(x)
-    h = torch.zeros(gru.num_layers, x.shape[1], gru.hidden_size)
+    batch = network.batch(x.shape[1])
     times: list[float] = []
     began = time.perf_counter()
     deadline = began + seconds
     while began < deadline:
-        _, h = gru(inputs[len(times) % len(x)].unsqueeze(0), h)
+        batch.step(inputs[len(times) % len(x)])
         ended = time.perf_counter()
         times.append(ended - began)
         began = ended
     return np.array(times)
 
 
-def bare_loop(gru: torch.nn.GRU, x: F32, seconds: float) -> float:
+def bare_loop(network: Network, x: F32, seconds: float) -> float:
     """Frames per second of stepping `x` [timesteps, rows, features] without an engine."""
-    times = step_times(gru, x, seconds)
+    times = step_times(network, x, seconds)
     return len(times) * int(x.shape[1]) / float(times.sum())
 
 
 @torch.inference_mode()
-def whole(gru: torch.nn.GRU, x: F32, frames: int) -> float:
+def whole(network: Network, x: F32, frames: int) -> float:
     """Frames per second of one call over sequences that are padded to `x` [longest, sequences, features]."""
-    inputs = torch.from_numpy(x)
     start = time.perf_counter()
-    gru(inputs)
+    network.run(x)
     return frames / (time.perf_counter() - start)
 
 
 @torch.inference_mode()
-def truth(gru: torch.nn.GRU, x: F32, counts: I64, last: int = 1, buckets: Sequence[int] = ()) -> tuple[F32, F32]:
-    """The outputs and states of `nn.GRU`, stepped from a state of zeros.
+def truth(network: Network, x: F32, counts: I64, last: int = 1, buckets: Sequence[int] = ()) -> tuple[F32, U8]:
+    """The outputs and states of a network, stepped from its initial state.
 
     Args:
-        gru: the network.
+        network: the plain one.
         x: inputs [timesteps, streams, features], repeated after the last.
         counts: how many frames each stream has sent [streams].
         last: how many outputs to return.
@@ -98,61 +249,66 @@ def truth(gru: torch.nn.GRU, x: F32, counts: I64, last: int = 1, buckets: Sequen
             of the first that is large enough, padded with zeros, because torch may give other bits in other sizes.
 
     Returns:
-        The last outputs [last, streams, outputs], zeros where a stream has fewer; final states [streams, layers, size].
+        The last outputs [last, streams, outputs], zeros where a stream has fewer; final states [streams, row_bytes].
     """
     streams = len(counts)
     rows = next((bucket for bucket in buckets if bucket >= streams), streams)
     inputs = torch.from_numpy(np.pad(x, ((0, 0), (0, rows - streams), (0, 0))) if rows > streams else x)
-    h = torch.zeros(gru.num_layers, rows, gru.hidden_size)
-    outputs = np.zeros((last, streams, gru.hidden_size), np.float32)
-    states = np.zeros((streams, gru.num_layers, gru.hidden_size), np.float32)
+    batch = network.batch(rows)
+    states = batch.states()[:streams]
+    outputs = np.zeros((last, streams, network.outputs), np.float32)
     first_needed = int(counts.min()) - last
     for timestep in range(int(counts.max())):
-        y, h = gru(inputs[timestep % len(x)].unsqueeze(0), h)
+        y = batch.step(inputs[timestep % len(x)])
         if timestep >= first_needed:
             remaining = counts - 1 - timestep
             ends = np.flatnonzero(remaining == 0)
-            states[ends] = h[:, :streams].numpy()[:, ends].swapaxes(0, 1)
+            if len(ends):
+                states[ends] = batch.states()[ends]
             near = np.flatnonzero((remaining >= 0) & (remaining < last))
-            outputs[last - 1 - remaining[near], near] = y[0, :streams].numpy()[near]
+            outputs[last - 1 - remaining[near], near] = y[:streams].numpy()[near]
     return outputs, states
 
 
 def check_and_close(
-    connection: BareConnection, groups: Sequence[ClosedLoopStreams], gru: torch.nn.GRU, *, exact: bool = True
+    connection: BareConnection, groups: Sequence[ClosedLoopStreams], network: Network, *, exact: bool = True
 ) -> None:
-    """Close the streams and compare each one's final state and newest outputs with `nn.GRU`.
+    """Close the streams and compare each one's final state and newest outputs with the network's.
 
     Args:
         connection: of the streams.
         groups: with nothing in flight.
-        gru: the served network.
-        exact: compare bit for bit; otherwise within rounding errors.
+        network: the served one, in its plain form.
+        exact: compare bit for bit, where the server promises bits; otherwise within rounding errors.
 
     Raises:
         WrongOutput: where anything differs.
     """
     wrong = total = 0
-    buckets = connection.info.buckets
+    exact &= connection.info.exactness == "exact"
+    spec, buckets = connection.info.state, connection.info.buckets
     for batch in _batches(groups, buckets[-1]):
-        steps, size = batch[0].inputs.steps, gru.hidden_size
+        steps = batch[0].inputs.steps
         counts = np.concatenate([np.full(len(group.handles), group.answered * steps) for group in batch])
-        outputs, states = truth(gru, _inputs(batch), counts, steps, buckets)
+        outputs, states = truth(network, _inputs(batch), counts, steps, buckets)
         served_states = connection.close(np.concatenate([group.handles for group in batch]))
-        served_outputs = np.concatenate([group.outputs(size) for group in batch], axis=1)
-        right = _equal(served_states, states, exact).all(axis=(1, 2))
-        right &= _equal(served_outputs, outputs, exact).all(axis=(0, 2))
+        served_outputs = np.concatenate([group.outputs(network.outputs) for group in batch], axis=1)
+        right = _equal(served_outputs, outputs, exact).all(axis=(0, 2))
+        expected = spec.unpack(states)
+        for name, served in spec.unpack(served_states).items():
+            right &= _equal(served, expected[name], exact).reshape(len(counts), -1).all(axis=1)
         wrong += int((~right).sum())
         total += len(counts)
     if wrong:
-        raise WrongOutput(f"{wrong:,} of {total:,} streams differ from nn.GRU, so no figure of this row counts")
+        raise WrongOutput(f"{wrong:,} of {total:,} streams differ from {network.name}, so no figure of this row counts")
 
 
-def _equal(served: F32, expected: F32, exact: bool) -> Bool:
+def _equal(served: Array, expected: Array, exact: bool) -> Bool:
     if not exact:
         return np.isclose(served, expected, rtol=1e-4, atol=1e-5)
-    equal: Bool = np.ascontiguousarray(served).view(np.int32) == expected.view(np.int32)
-    return equal
+    size = served.dtype.itemsize
+    bits = (np.ascontiguousarray(array).view(f"u{size}") for array in (served, expected))
+    return np.asarray(np.equal(*bits))
 
 
 def _batches(groups: Sequence[ClosedLoopStreams], most_rows: int) -> Iterator[list[ClosedLoopStreams]]:

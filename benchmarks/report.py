@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from rich.table import Table
 from benchmarks.measurement import Row
 from instep.models.numerics import processor
 from instep.runtime.cores import usable_cores
+
+COLUMNS: Final = 80
 
 
 def machine() -> dict[str, Any]:
@@ -61,21 +64,28 @@ def line(row: Row, *, judged: bool) -> str:
     return f"{row.name}: {row.what}: {', '.join(part for part in parts if part)} ({escape(medians)})"
 
 
+def say(console: Console, sentence: str) -> None:
+    """Print a sentence, which may hold markup, in lines of 80 columns."""
+    lines = textwrap.fill(sentence, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    console.print(lines, highlight=False, soft_wrap=True)
+
+
 def show(console: Console, result: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """The table, the conditions, and the verdict."""
-    table = Table(title="medians of interleaved rounds", caption=_conditions(result))
+    table = Table(title="medians of interleaved rounds")
     for heading in ("row", "measured", "threshold", "verdict"):
         table.add_column(heading, justify="right" if heading in ("measured", "threshold") else "left")
     for row in rows:
         table.add_row(row.name, value(row.value, row.unit), threshold(row), _verdict(row, not result["quick"]))
     console.print(table)
+    say(console, _conditions(result))
     missed = result["missed"]
     if result["quick"]:
-        console.print("[yellow]--quick: the rounds are too short and the loads too small for a verdict[/]")
+        say(console, "[yellow]--quick: rounds too short and loads too small for a verdict[/]")
     elif missed:
-        console.print(f"[red]{len(missed)} of {len(rows)} rows missed their threshold: {', '.join(missed)}[/]")
-    else:
-        console.print("[green]every threshold was reached[/]")
+        say(console, f"[red]{len(missed)} of {len(rows)} rows missed their threshold: {', '.join(missed)}[/]")
+    elif result["passed"]:
+        say(console, "[green]every threshold was reached[/]")
 
 
 def _conditions(result: Mapping[str, Any]) -> str:

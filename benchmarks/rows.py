@@ -17,7 +17,7 @@ from benchmarks.connection import BareConnection
 from benchmarks.echo import Echo
 from benchmarks.load import F64, ClosedLoopStreams, Inputs, closed_loop, open_loop, open_streams, round_trips
 from benchmarks.measurement import Bench, Row, Samples, interleave, ratio
-from benchmarks.reference import BenchmarkModel, WrongOutput, bare_loop, check_and_close, step_times, whole
+from benchmarks.reference import BenchmarkModel, LeftOut, WrongOutput, bare_loop, check_and_close, step_times, whole
 from instep.core.typing import I64
 from instep.recording.reader import RecordingReader
 from instep.verify.model_source import recorded_model
@@ -45,38 +45,48 @@ def serve_blocks(
         connection.hello()
         groups = open_streams(connection, inputs)
         rate = closed_loop(connection, groups, len(groups), seconds)
-        check_and_close(connection, groups, model.gru, exact=exact)
+        check_and_close(connection, groups, model.truth, exact=exact)
     return rate
 
 
 def blocks_bare(bench: Bench) -> list[Row]:
     """1,024 streams in blocks of 256, against the network alone and against the seed's way."""
-    bare, seed = "bare nn.GRU of batch 256, frames/s", "nn.GRU of batch 1, frames/s"
-    model = BenchmarkModel.make(bench.folder / "blocks")
+    model = BenchmarkModel.of(bench, "blocks")
+    bare, seed = (f"{model.network.name} alone, batch {rows}, frames/s" for rows in (BLOCK, 1))
     inputs = block_inputs(model)
     single = np.ascontiguousarray(inputs[0].x[:, :1])
     with bench.serve(model.folder, ["--max-streams", str(STREAMS)]) as server:
         sides = {
             SERVED: lambda: serve_blocks(server.endpoint, model, inputs, bench.seconds),
-            bare: lambda: bare_loop(model.gru, inputs[0].x, bench.seconds),
-            seed: lambda: bare_loop(model.gru, single, bench.seconds),
+            bare: lambda: bare_loop(model.network, inputs[0].x, bench.seconds),
+            seed: lambda: bare_loop(model.network, single, bench.seconds),
         }
         samples = interleave(bench, sides)
     return [
-        _row("blocks-bare", "1,024 streams in blocks of 256 over a bare nn.GRU", model, samples, SERVED, bare, 0.9),
+        _row(
+            "blocks-bare",
+            f"1,024 streams in blocks of 256 over {model.network.name} alone",
+            model,
+            samples,
+            SERVED,
+            bare,
+            0.9,
+        ),
         _row("blocks-seed", "the same over stepping one stream at a time", model, samples, SERVED, seed, None),
     ]
 
 
 def blocks_2x256(bench: Bench) -> list[Row]:
     """The same load with a larger network."""
-    bare = "bare nn.GRU of batch 256, frames/s"
-    model = BenchmarkModel.make(bench.folder / "blocks-2x256", hidden=256, layers=2)
+    if bench.model is not None:
+        raise LeftOut("it is blocks-bare with a larger network of the benchmark's own")
+    bare = "nn.GRU alone, batch 256, frames/s"
+    model = BenchmarkModel.of(bench, "blocks-2x256", hidden=256, layers=2)
     inputs = block_inputs(model)
     with bench.serve(model.folder, ["--max-streams", str(STREAMS)]) as server:
         sides = {
             SERVED: lambda: serve_blocks(server.endpoint, model, inputs, bench.seconds),
-            bare: lambda: bare_loop(model.gru, inputs[0].x, bench.seconds),
+            bare: lambda: bare_loop(model.network, inputs[0].x, bench.seconds),
         }
         samples = interleave(bench, sides)
     return [_row("blocks-2x256", "the same load with 2 layers of 256", model, samples, SERVED, bare, 0.95)]
@@ -84,7 +94,7 @@ def blocks_2x256(bench: Bench) -> list[Row]:
 
 def exact_off(bench: Bench) -> list[Row]:
     """The cost of certified batch sizes. The server that promises no bits is checked within rounding errors."""
-    model = BenchmarkModel.make(bench.folder / "exact-off")
+    model = BenchmarkModel.of(bench, "exact-off")
     inputs = block_inputs(model)
     required, off = "exact, frames/s", "exactness off, frames/s"
     arguments = ["--max-streams", str(STREAMS), "--exactness"]
@@ -102,15 +112,19 @@ def exact_off(bench: Bench) -> list[Row]:
 
 MANY: Final = 100_096
 """100,000 open streams, in whole blocks."""
+MOST_BYTES: Final = 2_000_000_000
 WINDOW_FRAMES: Final = 4
 """Of the servers with many streams: with the default of 32, the frame buffers of 100,000 streams take 2 GB."""
 
 
 def many_open(bench: Bench) -> list[Row]:
     """The cost of streams that are open: two servers of equal settings, one of which has more of them."""
-    model = BenchmarkModel.make(bench.folder / "many-open")
+    model = BenchmarkModel.of(bench, "many-open")
     inputs = block_inputs(model)
     many = bench.scaled(MANY, 2 * STREAMS) // BLOCK * BLOCK
+    stream_bytes = model.state.row_bytes + WINDOW_FRAMES * 4 * (model.features + model.truth.outputs)
+    if many * stream_bytes > MOST_BYTES:
+        raise LeftOut(f"the states and frame buffers of {many:,} streams take {many * stream_bytes / 1e9:.1f} GB")
     settings = ["--max-streams", str(many), "--set", f"limits.window_frames={WINDOW_FRAMES}"]
     with ExitStack() as stack:
         opened: dict[str, tuple[BareConnection, list[ClosedLoopStreams]]] = {}
@@ -126,7 +140,7 @@ def many_open(bench: Bench) -> list[Row]:
         sides = {name: partial(closed_loop, *each, len(inputs), bench.seconds) for name, each in opened.items()}
         samples = interleave(bench, sides)
         for connection, groups in opened.values():
-            check_and_close(connection, groups, model.gru)
+            check_and_close(connection, groups, model.truth)
     few_open, all_open = samples
     return [_row("many-open", "100,000 streams open over 1,000", model, samples, all_open, few_open, 0.9)]
 
@@ -151,7 +165,7 @@ def engine_and_echo(
                 connection.hello()
                 opened = open_streams(connection, inputs)
                 measured = drive(connection, opened)
-                check_and_close(connection, opened, model.gru)
+                check_and_close(connection, opened, model.truth)
             return measured
 
         def echo_side() -> float:
@@ -167,7 +181,7 @@ def engine_and_echo(
 def single_frames(bench: Bench) -> list[Row]:
     """256 streams in closed loop, one frame in each message."""
     streams, served, echoed = 256, "served, messages/s", "echo, messages/s"
-    model = BenchmarkModel.make(bench.folder / "single-frames")
+    model = BenchmarkModel.of(bench, "single-frames")
     drive = partial(closed_loop, in_flight=streams, seconds=bench.seconds)
     with engine_and_echo(bench, model, streams, drive) as (engine, echo):
         samples = interleave(bench, {served: engine, echoed: echo})
@@ -177,14 +191,14 @@ def single_frames(bench: Bench) -> list[Row]:
 
 def one_stream(bench: Bench) -> list[Row]:
     """One stream that waits for every answer."""
-    model = BenchmarkModel.make(bench.folder / "one-stream")
+    model = BenchmarkModel.of(bench, "one-stream")
     x = model.inputs(TIMESTEPS, 1)
 
     def drive(connection: BareConnection, opened: Sequence[ClosedLoopStreams]) -> float:
         return p50_us(round_trips(connection, opened[0], bench.seconds))
 
     with engine_and_echo(bench, model, 1, drive) as (engine, echo):
-        bare = {"nn.GRU step, p50 µs": lambda: p50_us(step_times(model.gru, x, bench.seconds))}
+        bare = {f"{model.network.name} alone, p50 µs": lambda: p50_us(step_times(model.network, x, bench.seconds))}
         samples = interleave(bench, {"served, p50 µs": engine, "echo, p50 µs": echo, **bare})
     return [one_stream_row(samples, model.description)]
 
@@ -203,7 +217,7 @@ PACED_LONGER: Final = 2.0
 
 def paced(bench: Bench) -> list[Row]:
     """Streams that send at a steady rate, whatever comes back."""
-    model = BenchmarkModel.make(bench.folder / "paced")
+    model = BenchmarkModel.of(bench, "paced")
 
     def drive(connection: BareConnection, opened: Sequence[ClosedLoopStreams]) -> float:
         return p99_ms(open_loop(connection, opened, PACED_HZ, bench.seconds * PACED_LONGER))
@@ -236,12 +250,12 @@ def p99_ms(times: F64) -> float:
 RECORDINGS, CHUNK = 64, 32
 LONGEST: Final = 4096
 """Frames of the longest recording; the shortest has three quarters of them."""
-WHOLE: Final = "nn.GRU over the padded whole, frames/s"
+WHOLE: Final = "the padded whole in one call, frames/s"
 
 
 def chunks(bench: Bench) -> list[Row]:
     """Recordings that are sent in chunks, against one call over all of them."""
-    model = BenchmarkModel.make(bench.folder / "chunks")
+    model = BenchmarkModel.of(bench, "chunks")
     longest = bench.scaled(LONGEST // CHUNK, 4) * CHUNK
     lengths = recording_lengths(longest)
     x = model.inputs(longest, RECORDINGS)
@@ -256,10 +270,10 @@ def chunks(bench: Bench) -> list[Row]:
                 connection.hello()
                 groups = open_streams(connection, inputs, once=True)
                 rate = closed_loop(connection, groups, len(groups), math.inf)
-                check_and_close(connection, groups, model.gru)
+                check_and_close(connection, groups, model.truth)
             return rate
 
-        samples = interleave(bench, {SERVED: served, WHOLE: lambda: whole(model.gru, x, frames)})
+        samples = interleave(bench, {SERVED: served, WHOLE: lambda: whole(model.network, x, frames)})
     what = "64 recordings in chunks of 32 frames over one call for the whole"
     return [_row("chunks", what, model, samples, SERVED, WHOLE, 0.6)]
 
@@ -275,7 +289,7 @@ def recording_lengths(longest: int) -> I64:
 def verification(bench: Bench) -> list[Row]:
     """All that `instep verify` does, including certification, against one call over the whole."""
     streams, timesteps, verified = 256, bench.scaled(1000, 40), "verified, frames/s"
-    model, file = BenchmarkModel.make(bench.folder / "verify"), bench.folder / "verify.instep"
+    model, file = BenchmarkModel.of(bench, "verify"), bench.folder / "verify.instep"
     x = model.inputs(timesteps, streams)
     with (
         bench.serve(model.folder, ["--record", str(file)]) as server,
@@ -284,8 +298,8 @@ def verification(bench: Bench) -> list[Row]:
         connection.hello()
         groups = open_streams(connection, [Inputs.of(x)], once=True)
         closed_loop(connection, groups, 1, math.inf)
-        check_and_close(connection, groups, model.gru)
-    sides = {verified: lambda: _verify(file), WHOLE: lambda: whole(model.gru, x, timesteps * streams)}
+        check_and_close(connection, groups, model.truth)
+    sides = {verified: lambda: _verify(file), WHOLE: lambda: whole(model.network, x, timesteps * streams)}
     samples = interleave(bench, sides)
     what = "instep verify of 256 streams over one call for the whole"
     return [_row("verify", what, model, samples, verified, WHOLE, 0.35)]
@@ -298,13 +312,13 @@ def _verify(file: Path) -> float:
         report = verify(reader, recorded_model(reader.header, None), [], lambda stage, share: None)
     seconds = time.perf_counter() - began
     if report.verdict != "exact":
-        raise WrongOutput(report.summary())
+        raise (LeftOut if report.verdict == "within tolerance" else WrongOutput)(report.summary())
     return report.frames / seconds
 
 
 def start(bench: Bench) -> list[Row]:
     """From starting the process until it serves. The warm-up round compiles and caches the kernels."""
-    model = BenchmarkModel.make(bench.folder / "start")
+    model = BenchmarkModel.of(bench, "start")
 
     def ready_s() -> float:
         began = time.perf_counter()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as command
 from benchmarks.connection import NotServed
 from benchmarks.measurement import Bench, Row
-from benchmarks.reference import WrongOutput
+from benchmarks.reference import LeftOut, WrongOutput
 from benchmarks.report import machine
 from instep.demo.child_server import ChildFailed
 
@@ -64,13 +65,39 @@ def test_only_the_rows_that_were_named_run_and_count(benches: list[Bench], capsy
     assert machine()["processor"] in " ".join(said.split())
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"), [("tow", "did you mean 'two'?"), ("seventeen", "there are one, two, apart")]
+)
 def test_an_unknown_row_is_refused_with_the_names_that_exist(
-    benches: list[Bench], capsys: pytest.CaptureFixture[str]
+    benches: list[Bench], capsys: pytest.CaptureFixture[str], name: str, instead: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_status:
-        command.main(["three"])
+        command.main([name])
     assert exit_status.value.code == 2
-    assert "there is no row 'three'; there are one, two, apart" in capsys.readouterr().err
+    assert f"there is no row {name!r}; {instead}" in capsys.readouterr().err
+
+
+def test_a_users_model_gets_no_verdict_and_rows_that_make_no_sense_are_left_out(
+    benches: list[Bench], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def leave_out(bench: Bench) -> list[Row]:
+        raise LeftOut("it is too large")
+
+    monkeypatch.setattr(command, "SEPARATE", {"large": leave_out})
+    assert command.main(["--model", str(tmp_path), "--json", "one", "two", "large"]) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert [bench.model for bench in benches] == [tmp_path, tmp_path]
+    assert {each["reached"] for each in result["rows"]} == {None}
+    assert (result["missed"], result["passed"], result["left_out"]) == ([], None, {"large": "it is too large"})
+    assert "large: left out: it is too large" in said.err
+    assert all(len(line) <= 80 for line in said.err.splitlines())
+    assert command.main(["--model", str(tmp_path), "large"]) == 1, "nothing was measured"
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--model", str(tmp_path / "absent"), "start"]) == 1
+    assert "a model folder holds model.yaml" in " ".join(capsys.readouterr().out.split())
 
 
 def test_quick_gives_no_verdict(benches: list[Bench], capsys: pytest.CaptureFixture[str]) -> None:

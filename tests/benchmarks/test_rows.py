@@ -12,8 +12,13 @@ from benchmarks import rows
 from benchmarks.__main__ import SEPARATE
 from benchmarks.durability import server_arguments
 from benchmarks.measurement import Bench, Row
+from benchmarks.reference import LeftOut
 from benchmarks.rows import MEASUREMENTS
+from instep.models.folder import write_model
+from tests.support.models import with_head
 from tests.support.threaded import ThreadedServer
+
+OWN = with_head(3, 20, 6)
 
 
 @pytest.mark.parametrize("measure", {**MEASUREMENTS, **SEPARATE}.values(), ids=lambda measure: measure.__name__)
@@ -27,6 +32,31 @@ def test_a_measurement_has_a_positive_value_for_each_side(
         for values in row.samples.values():
             assert len(values) == 1
             assert min(values) > 0
+
+
+@pytest.mark.parametrize("measure", MEASUREMENTS.values(), ids=lambda measure: measure.__name__)
+def test_a_users_model_is_measured_or_left_out_with_a_reason(
+    measure: Callable[[Bench], list[Row]], tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    write_model(tmp_path / "own", OWN)
+    bench = Bench(tmp_path, rounds=1, seconds=0.02, scale=100, model=tmp_path / "own", serve=ThreadedServer)
+    if measure is rows.blocks_2x256:
+        with pytest.raises(LeftOut, match="with a larger network of the benchmark's own"):
+            measure(bench)
+        return
+    for row in measure(bench):
+        assert row.value > 0
+        assert row.model == f"{OWN.name}: {OWN.description.in_words()}"
+
+
+def test_a_users_model_that_is_too_large_for_many_streams_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "own", OWN)
+    monkeypatch.setattr(rows, "MOST_BYTES", 1_000_000)
+    with pytest.raises(LeftOut, match=r"buffers of 100,096 streams take \d\.\d GB"):
+        rows.many_open(Bench(tmp_path, model=tmp_path / "own", serve=ThreadedServer))
 
 
 def test_many_streams_are_open_on_one_side_and_few_on_the_other(tmp_path: Path) -> None:
