@@ -12,7 +12,7 @@ from instep_client.protocol.wire import DEFAULT_ENDPOINT
 from instep_tools.command_line import CommandLine
 from instep_tools.formats.columns import Choice
 from instep_tools.live import Pace
-from instep_tools.load.app import loadtest_command
+from instep_tools.load.app import EXAMPLES, loadtest_command
 from instep_tools.options import AsJson, Endpoint
 from instep_tools.outputs import OutputFormat
 from instep_tools.pacing import Stop, WallClock
@@ -34,7 +34,7 @@ app: Final = CommandLine(
 
 app.add_typer(state_app, name="state")
 app.add_typer(streams_app, name="streams")
-app.command("loadtest")(loadtest_command)
+app.command("loadtest", examples=EXAMPLES)(loadtest_command)
 
 SIGNAL_RATE_HZ: Final = 10.0
 """The rate of a generated signal where none is given: slow enough to read along."""

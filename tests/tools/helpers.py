@@ -86,7 +86,6 @@ class ModelGroup:
         self.names = tuple(names)
         self.shapes: list[tuple[int, ...]] = []
         self.sent_at: list[float] = []
-        self.closed = False
         self.epochs = np.ones(len(names), np.uint64)
         self._clock = clock
         self._behave = behave
@@ -103,9 +102,6 @@ class ModelGroup:
             await asyncio.Event().wait()
         self._clock.time += seconds
         return ModelAnswer(queue_us=10, compute_us=20, send_us=30)
-
-    async def close(self) -> None:
-        self.closed = True
 
 
 class ModelServer:

@@ -18,6 +18,11 @@ from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal, run_command
 
+EXAMPLES: Final = (
+    "instep-client loadtest --streams 1024 --block 256",
+    "instep-client loadtest --streams 64 --rate 50 --duration 1m --plot load.png",
+    "instep-client loadtest --slo-ms 20 --rate 50 --processes 2 --connections 4",
+)
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 

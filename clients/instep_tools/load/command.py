@@ -171,12 +171,14 @@ class _Meter:
     def rate(self) -> str:
         """`14,784 frames/s`, or for how long nothing was answered."""
         now, frames = time.monotonic(), self._frames()
+        if not frames:
+            self._first_at = now
+            return "no answer yet"
         if frames != self._last:
-            if not self._last:
-                self._first_at = self._changed_at
             self._last, self._changed_at = frames, now
-        if now - self._changed_at >= SILENT_S:
-            return f"no answer for {now - self._changed_at:.0f} s"
+        silent_s = now - self._changed_at
+        if silent_s >= SILENT_S:
+            return f"no answer for {silent_s:.0f} s"
         return f"{frames / max(1e-3, now - self._first_at):,.0f} frames/s"
 
 

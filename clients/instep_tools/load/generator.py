@@ -20,7 +20,7 @@ from instep_client.protocol.errors import FramesRefused, InstepError, Refused
 from instep_client.protocol.wire import F32
 from instep_client.streams import ENDING
 from instep_tools.load.plan import LoadPart, Mode, Schedule
-from instep_tools.load.samples import SampleArray, Samples, held_up_us
+from instep_tools.load.samples import I64, SAMPLE, SampleArray, Samples, held_up_us
 from instep_tools.pacing import Clock, Stop, wait_until
 from instep_tools.pipeline import task_group
 
@@ -30,6 +30,8 @@ LEAD_S: Final = 0.05
 """From everything being open to the first send."""
 GRACE_S: Final = 0.25
 """How long after the end an open loop may still send what was due before; the rest counts as not sent."""
+OPENINGS: Final = 16
+"""Groups that are opened at once: the server refuses too many requests on streams."""
 BEAT_S: Final = 0.005
 """How often a process finds out whether it stood still."""
 STALL_S: Final = 0.002
@@ -153,9 +155,6 @@ class Load:
                 async with task_group() as tasks:
                     await send(senders, tasks)
                     unanswered = await self._drain(max(0.0, self._end - self._clock.now()) * self._is_closed + drain_s)
-                if not unanswered:
-                    for sender in senders:
-                        await sender.group.close()
             except InstepError as error:
                 lost = str(error)
         samples = self._samples.array()
@@ -183,16 +182,18 @@ class Load:
         by_connection: list[list[_Sender]] = []
         for connection, sizes in enumerate(self._part.connections):
             client = await stack.enter_async_context(self._connect())
-            senders: list[_Sender] = []
-            first = 0
-            for size in sizes:
-                names = [f"{self._part.name}-{connection}-{number}" for number in range(first, first + size)]
-                first += size
-                group = await client.open_group(names)
-                x = random.standard_normal((self._plan.steps, size, client.info.features), np.float32)
-                senders.append(_Sender(group, senders[0].line if senders else _Line(group), x))
+            names = [f"{self._part.name}-{connection}-{number}" for number in range(sum(sizes))]
+            ends = np.cumsum(sizes).tolist()
+            names_of = [names[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+            groups: list[AsyncGroup] = []
+            for first in range(0, len(sizes), OPENINGS):
+                groups += await asyncio.gather(*map(client.open_group, names_of[first : first + OPENINGS]))
+            line = _Line(groups[0])
+            shapes = [(self._plan.steps, size, client.info.features) for size in sizes]
+            blocks = [random.standard_normal(shape, np.float32) for shape in shapes]
+            senders = [_Sender(group, line, x) for group, x in zip(groups, blocks, strict=True)]
+            self._lines.append(line)
             by_connection.append(senders)
-            self._lines.append(senders[0].line)
         longest = max(len(senders) for senders in by_connection)
         return [senders[turn] for turn in range(longest) for senders in by_connection if turn < len(senders)]
 
@@ -212,18 +213,27 @@ class Load:
                 judge_at = now + JUDGE_S
                 self._gave_up = self._cannot_be_met(now, due)
             if self._gave_up or now > self._end + GRACE_S:
-                for late in range(number, sends):
-                    due = self._start + schedule.due_s(late)
-                    if self._counted_from <= due <= now:
-                        frames = senders[schedule.sender(late)].frames
-                        self._unsent += 0 if self._gave_up else frames
-                        self._add_unanswered(_Block(due, frames, sent=now), now)
+                self._leave_unsent(senders, schedule, np.arange(number, sends), now)
                 break
             sender = senders[schedule.sender(number)]
             block = _Block(due, sender.frames)
             task = tasks.create_task(self._send(sender, block))
             self._waiting[task] = block
             task.add_done_callback(self._waiting.pop)
+
+    def _leave_unsent(self, senders: list[_Sender], schedule: Schedule, numbers: I64, now: float) -> None:
+        """Take a sample of every block that is due by now and will not be sent, as late as it is."""
+        due = self._start + schedule.due_s(numbers)
+        chosen = (due >= self._counted_from) & (due <= now)
+        samples = np.zeros(int(chosen.sum()), SAMPLE)
+        for name in ("away_us", "queue_us", "compute_us", "send_us", "rest_us"):
+            samples[name] = np.nan
+        samples["at_s"] = now - self._counted_from
+        samples["latency_us"] = samples["late_us"] = 1e6 * (now - due[chosen])
+        samples["frames"] = np.array([sender.frames for sender in senders])[schedule.sender(numbers[chosen])]
+        self._samples.extend(samples)
+        if not self._gave_up:
+            self._unsent = int(samples["frames"].sum())
 
     async def _send_closed_loop(self, senders: list[_Sender], tasks: asyncio.TaskGroup) -> None:
         await wait_until(self._start, self._clock, self._stop)

@@ -50,6 +50,11 @@ class Samples:
         self._room[self._used] = sample
         self._used += 1
 
+    def extend(self, samples: SampleArray) -> None:
+        """Add many."""
+        self._room = np.concatenate([self.array(), samples])
+        self._used = len(self._room)
+
     def array(self) -> SampleArray:
         """The samples so far, without a copy."""
         return self._room[: self._used]
