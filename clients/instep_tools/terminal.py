@@ -128,10 +128,10 @@ class Terminal:
             task = bar.add_task(title, total=total, detail="")
             try:
                 while True:
-                    bar.update(task, completed=int(done()), detail=f"· {detail()}", refresh=True)
+                    bar.update(task, completed=done(), detail=f"· {detail()}", refresh=True)
                     await asyncio.sleep(DRAW_S)
             finally:
-                bar.update(task, completed=int(done()), refresh=True)  # a bar ends at what was done: 100 %, if all was
+                bar.update(task, completed=done(), refresh=True)  # a bar ends at what was done: 100 %, if all was
 
 
 class StoppedBeforeSending(KeyboardInterrupt):

@@ -149,7 +149,8 @@ class Load:
             self._start = await ready()
             self._counted_from = self._start + self._plan.warmup_s
             self._end = self._counted_from + self._plan.duration_s
-            stack.callback(asyncio.create_task(self._note_stalls()).cancel)
+            if self._plan.slo_ms is not None:
+                stack.callback(asyncio.create_task(self._note_stalls()).cancel)
             send = self._send_open_loop if self._plan.mode is Mode.OPEN else self._send_closed_loop
             try:
                 async with task_group() as tasks:
@@ -314,8 +315,6 @@ class Load:
     def _cannot_be_met(self, now: float, due: float) -> bool:
         """Whether too many frames are slow by now: answered too late, unanswered for too long, or due for too long."""
         slo_s = self._part.slo_s
-        if slo_s == math.inf:
-            return False
         since = max(due, self._counted_from)
         share = sum(map(sum, self._part.connections)) * self._plan.rate_hz
         slow = self._slow + max(0.0, now - since - slo_s) * share
