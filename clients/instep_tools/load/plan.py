@@ -67,7 +67,7 @@ class LoadPart:
     name: str
     """The streams are called after it."""
     connections: tuple[tuple[int, ...], ...]
-    """For each connection the numbers of streams of its groups; each group sends one block at a time."""
+    """For each connection the numbers of streams of its groups; a block holds the frames of one group."""
     plan: LoadPlan
     offset: float = 0.0
     """Where this process's sends lie between those of the others, see `Schedule`."""

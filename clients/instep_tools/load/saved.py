@@ -20,6 +20,8 @@ from instep_tools.terminal import Terminal
 from instep_tools.words import three_digits
 
 _LATENCIES: Final = ("p50", "p90", "p99", "p999", "max")
+MOST_LETTERS: Final = 24
+"""Of a file's name, its last ones, at the head of a column."""
 _TICKS: Final = 5
 """Lines for each halving of what is left to 100 %: the default of HdrHistogram's own tools."""
 _SUB_BUCKETS: Final = 2048
@@ -99,7 +101,7 @@ def compare(one: Path, other: Path, terminal: Terminal) -> Exit:
     if terminal.as_json:
         terminal.result({"first": first, "second": second, "ratio": ratios})
         return Exit.OK
-    rows = Table("", one.name, other.name, "ratio", box=None, pad_edge=False)
+    rows = Table("", *(path.name[-MOST_LETTERS:] for path in (one, other)), "ratio", box=None, pad_edge=False)
     for column in rows.columns[1:]:
         column.justify = "right"
     for name in names:

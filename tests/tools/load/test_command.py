@@ -225,13 +225,12 @@ def test_a_server_that_is_restarted_in_the_middle() -> None:
         return rules.handle(peer, frames)
 
     with FakeServer(handle=restart_once) as server:
-        result = run(*SHORT, "--connections", "2", "--duration", "1s", "--json", "-e", server.endpoint)
+        result = run(*SHORT, "--connections", "2", "--duration", "2s", "--json", "-e", server.endpoint)
     values = json.loads(result.stdout)
     assert (result.exit_code, rules.boots, rules.failures, rules.streams) == (0, 1, [], {})
     assert values["reconnections"] == 2
-    assert 0 < values["without_connection_s"] < 1
-    away_ms, rest_ms = (values["latency_us"][part]["max"] / 1000 for part in ("away", "rest"))
-    assert away_ms > rest_ms
+    longest_s = values["latency_us"]["away"]["max"] / 1e6
+    assert 0 < values["without_connection_s"] / 2 <= longest_s <= values["without_connection_s"] + 1e-6
     assert f"2 reconnections, {values['without_connection_s']:.1f} s without a connection" in " ".join(
         result.stderr.split()
     )
