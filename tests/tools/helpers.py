@@ -116,6 +116,7 @@ class ModelServer:
         self.connections = 0
         self._clock = clock
         self._behave = behave
+        self.is_there = True
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[ModelServer]:
@@ -125,6 +126,11 @@ class ModelServer:
             yield self
         finally:
             self.open_connections -= 1
+
+    async def ping(self) -> float:
+        if not self.is_there:
+            await asyncio.Event().wait()
+        return 0.0
 
     async def open_group(self, names: Sequence[str], /) -> ModelGroup:
         group = ModelGroup(self._clock, names, self._behave)

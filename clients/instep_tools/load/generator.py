@@ -26,6 +26,8 @@ from instep_tools.pipeline import task_group
 
 DRAIN_S: Final = 5.0
 """How long after the last send the answers may still take; what comes later counts as unanswered."""
+PING_S: Final = 2.0
+"""How long a server that has left frames unanswered may take to answer anything."""
 LEAD_S: Final = 0.05
 """From everything being open to the first send."""
 GRACE_S: Final = 0.25
@@ -128,6 +130,7 @@ class Load:
         self._start = self._counted_from = self._end = 0.0
         self._samples = Samples()
         self._refused: Counter[str] = Counter()
+        self._clients: list[AsyncClient] = []
         self._lines: list[_Line] = []
         self._stalls: list[tuple[float, float]] = []
         self._waiting: dict[asyncio.Task[None], _Block] = {}
@@ -156,6 +159,8 @@ class Load:
                 async with task_group() as tasks:
                     await send(senders, tasks)
                     unanswered = await self._drain(max(0.0, self._end - self._clock.now()) * self._is_closed + drain_s)
+                if unanswered:
+                    lost = await self._find_loss()
             except InstepError as error:
                 lost = str(error)
         samples = self._samples.array()
@@ -173,6 +178,16 @@ class Load:
             lost=lost,
         )
 
+    async def _find_loss(self) -> str:
+        """Whether the server is gone, now that frames were not answered."""
+        try:
+            async with asyncio.timeout(PING_S):
+                for client in self._clients:
+                    await client.ping()
+        except TimeoutError:
+            return "the server does not answer any more"
+        return ""
+
     @property
     def _is_closed(self) -> bool:
         return self._plan.mode is Mode.CLOSED
@@ -183,6 +198,7 @@ class Load:
         by_connection: list[list[_Sender]] = []
         for connection, sizes in enumerate(self._part.connections):
             client = await stack.enter_async_context(self._connect())
+            self._clients.append(client)
             names = [f"{self._part.name}-{connection}-{number}" for number in range(sum(sizes))]
             ends = np.cumsum(sizes).tolist()
             names_of = [names[end - size : end] for end, size in zip(ends, sizes, strict=True)]

@@ -11,6 +11,7 @@ import pytest
 
 from instep_client.protocol.codes import SENTENCES, Code
 from instep_client.protocol.errors import ConnectionFailed, FrameFailure, FramesRefused, Refused, StreamEvicted
+from instep_tools.load import generator
 from instep_tools.load.generator import Load, PartResult
 from instep_tools.load.plan import LoadPart, LoadPlan, Mode
 from instep_tools.pacing import Stop
@@ -130,14 +131,18 @@ async def test_a_stop_ends_both_loops_and_closes() -> None:
         assert len(result.samples) == 4
 
 
-async def test_what_is_never_answered_counts_with_the_time_it_waited() -> None:
+async def test_what_is_never_answered_counts_with_the_time_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "PING_S", 0.05)
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: math.inf if number >= 8 else 0.0)
     result = await run(server, clock)
-    assert result.unanswered == 4
+    assert (result.unanswered, result.lost) == (4, "")
     assert np.isnan(result.samples["compute_us"]).tolist() == [False] * 8 + [True] * 2
     np.testing.assert_allclose(result.samples["latency_us"][8:], [100_000, 0], atol=1e-3)
     assert server.open_connections == 0
+    server.is_there = False
+    result = await run(server, clock)
+    assert (result.unanswered, result.lost) == (4, "the server does not answer any more")
 
 
 async def test_what_was_due_in_the_warm_up_is_not_missed() -> None:
