@@ -20,7 +20,7 @@ from instep_client.protocol.errors import FramesRefused, InstepError, Refused
 from instep_client.protocol.wire import F32
 from instep_client.streams import ENDING
 from instep_tools.load.plan import LoadPart, Mode, Schedule
-from instep_tools.load.samples import I64, SAMPLE, SampleArray, Samples, held_up_us
+from instep_tools.load.samples import SAMPLE, SampleArray, Samples, held_up_us
 from instep_tools.pacing import Clock, Stop, wait_until
 from instep_tools.pipeline import task_group
 
@@ -230,7 +230,7 @@ class Load:
                 judge_at = now + JUDGE_S
                 self._gave_up = self._cannot_be_met(now, due)
             if self._gave_up or now > self._end + GRACE_S:
-                self._leave_unsent(senders, schedule, np.arange(number, sends), now)
+                self._leave_unsent(senders, schedule, range(number, sends), now)
                 break
             sender = senders[schedule.sender(number)]
             block = _Block(due, sender.frames)
@@ -238,16 +238,16 @@ class Load:
             self._waiting[task] = block
             task.add_done_callback(self._waiting.pop)
 
-    def _leave_unsent(self, senders: list[_Sender], schedule: Schedule, numbers: I64, now: float) -> None:
+    def _leave_unsent(self, senders: list[_Sender], schedule: Schedule, numbers: range, now: float) -> None:
         """Take a sample of every block that is due by now and will not be sent, as late as it is."""
-        due = self._start + schedule.due_s(numbers)
+        due = self._start + np.fromiter(map(schedule.due_s, numbers), np.float64)
         chosen = (due >= self._counted_from) & (due <= now)
         samples = np.zeros(int(chosen.sum()), SAMPLE)
         for name in ("away_us", "queue_us", "compute_us", "send_us", "rest_us"):
             samples[name] = np.nan
         samples["at_s"] = now - self._counted_from
         samples["latency_us"] = samples["late_us"] = 1e6 * (now - due[chosen])
-        samples["frames"] = np.array([sender.frames for sender in senders])[schedule.sender(numbers[chosen])]
+        samples["frames"] = np.array([senders[schedule.sender(number)].frames for number in numbers])[chosen]
         self._samples.extend(samples)
         if not self._gave_up:
             self._unsent = int(samples["frames"].sum())

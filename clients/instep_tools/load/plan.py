@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 from instep_client.protocol.wire import MAX_BLOCK_STREAMS, ServerInfo
 from instep_tools.problems import CommandProblem
@@ -96,11 +96,11 @@ class Schedule:
     period_s: float
     offset: float = 0.0
 
-    def due_s(self, number: Any) -> Any:
-        """When send `number` (from 0, over all senders), or each of an array, is due: in seconds after the start."""
+    def due_s(self, number: int) -> float:
+        """When send `number` (from 0, over all senders) is due, in seconds after the start."""
         return (number + self.offset) * (self.period_s / self.senders)
 
-    def sender(self, number: Any) -> Any:
+    def sender(self, number: int) -> int:
         """Whose send it is."""
         return number % self.senders
 

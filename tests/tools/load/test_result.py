@@ -183,10 +183,24 @@ def test_pictures_of_few_and_many_answers(suffix: str) -> None:
     many = [(at, 1000 + at, 10, 0, 200, 200, 200, 390, 0, 4) for at in np.arange(0.001, 10, 0.002)]
     for found in (result(GOOD), result(many, gaps=[(2.0, 3.0)]), result(GOOD[:1], replace(PLAN, mode=Mode.CLOSED))):
         assert plot.rendered(plot.run([found], info_with()), suffix).startswith(signature)
-    trials = [result(GOOD, replace(PLAN, streams=streams, slo_ms=2.9)) for streams in (1, 2, 4)]
-    texts = [text.get_text() for text in plot.search(trials, info_with()).axes[0].texts]
-    assert texts == [" 2.9 ms"]
-    assert plot.rendered(plot.search(trials, info_with()), suffix).startswith(signature)
+    lost = [
+        text.get_text() for axes in plot.run([result(many, gaps=[(2.0, 3.0)])], info_with()).axes for text in axes.texts
+    ]
+    assert lost.count("no connection") == 3
+    for slo_ms, streams, title in (
+        (3.0, (1, 2, 4), "at least 4 streams within 3 ms"),
+        (2.9, (1, 2, 4), "no number of streams within 2.9 ms"),
+        (3.0, (1, 2, 8), "2 streams within 3 ms"),
+    ):
+        plans = [replace(PLAN, streams=number, slo_ms=slo_ms) for number in streams]
+        trials = [result(GOOD, plan) for plan in plans]
+        if streams[-1] == 8:
+            trials[-1:] = [result(GOOD, plans[-1], refused=Counter(BUSY=1))] * 2
+        figure = plot.search(trials, info_with())
+        assert plot.rendered(figure, suffix).startswith(signature)
+        subtitle = figure.get_suptitle().splitlines()[-1]
+        assert subtitle.startswith(title)
+        assert [text.get_text() for text in figure.axes[0].texts] == [f" {slo_ms:g} ms"]
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
