@@ -213,6 +213,20 @@ async def test_a_stop_in_the_warm_up() -> None:
     assert run.last.startswith("0 frames/s: nothing was answered; stopped")
 
 
+def test_a_full_disk_costs_the_file_and_not_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_is_full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", disk_is_full)
+    with FakeServer() as server:
+        result = run(*SHORT, "--plot", tmp_path / "p.png", "--endpoint", server.endpoint)
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'p.png'} cannot be written: No space left on device" in result.stderr
+    assert " frames/s, " in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_server_that_is_restarted_in_the_middle() -> None:
     rules, steps = RingServer(), 0
 

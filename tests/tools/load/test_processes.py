@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -90,6 +91,19 @@ async def test_a_stop_reaches_the_processes() -> None:
         result = await run_parts(long, server.endpoint, stop)
         assert rules.names == {}
     assert result.stopped
+
+
+async def test_a_process_that_gives_up_ends_all() -> None:
+    def answer_slowly(header: list[Any], frames: list[bytes]) -> None:
+        if header[0] == Kind.STEP:
+            time.sleep(0.03)
+
+    hopeless = [replace(part, plan=replace(PLAN, duration_s=10.0, slo_ms=20.0)) for part in PARTS]
+    with FakeServer() as server:
+        server.rules.fault = answer_slowly
+        result = await run_parts(hopeless, server.endpoint, Stop())
+    assert result.gave_up
+    assert result.samples["at_s"].max() < 9
 
 
 async def test_a_process_that_cannot_open_ends_all() -> None:

@@ -93,6 +93,7 @@ def test_numbers() -> None:
     unanswered = result([*GOOD, (9.0, 80_000.0, 5.0, nan, nan, nan, nan, nan, 0, 4)], unanswered=4)
     assert (unanswered.frames_s, unanswered.latency.max, unanswered.parts["queue_us"].max) == (1.6, 80_000, 500)
     assert not unanswered.whole
+    assert report.problems(unanswered) == ", 4 frames unanswered, nothing was answered for 9.0 s"
     assert (result(GOOD[:1], stopped=True).seconds, result(GOOD[:1], stopped=True).frames_s) == (0.5, 8)
     nothing = result([], stopped=True)
     assert (nothing.seconds, nothing.frames_s, nothing.whole) == (0, 0, False)
