@@ -56,10 +56,20 @@ def loadtest_command(
         typer.Option(metavar="HZ", callback=_positive, help="Open loop: frames a second for each. (default: 100)"),
     ] = None,
     duration: Annotated[
-        float, typer.Option(metavar="TIME", parser=_seconds, callback=_positive, help="How long to measure: 10s, 1m.")
+        float,
+        typer.Option(
+            metavar="TIME",
+            parser=_seconds,
+            callback=_positive,
+            show_default="10s",
+            help="How long to measure: 30s, 1m, 1h.",
+        ),
     ] = 10.0,
     warmup: Annotated[
-        float, typer.Option(metavar="TIME", parser=_seconds, help="The time before that, which does not count.")
+        float,
+        typer.Option(
+            metavar="TIME", parser=_seconds, show_default="2s", help="The time before that, which does not count."
+        ),
     ] = 2.0,
     block: Annotated[
         int | None,
