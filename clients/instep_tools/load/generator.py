@@ -34,6 +34,8 @@ GRACE_S: Final = 0.25
 """How long after the end an open loop may still send what was due before; the rest counts as not sent."""
 OPENINGS: Final = 16
 """Groups that are opened at once: the server refuses too many requests on streams."""
+LEAST_GAP_S: Final = 0.001
+"""Another connection takes longer than this, so that there is none to look for between answers that came faster."""
 BEAT_S: Final = 0.005
 """How often a process finds out whether it stood still."""
 STALL_S: Final = 0.002
@@ -78,10 +80,11 @@ class _Line:
 
     def hear(self, now: float) -> None:
         """An answer came."""
-        epoch = int(self._group.epochs[0])
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self.gaps.append((self._heard_at, now))
+        if now - self._heard_at > LEAST_GAP_S:
+            epoch = int(self._group.epochs[0])
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self.gaps.append((self._heard_at, now))
         self._heard_at = now
 
     def lost_s(self, since: float, until: float) -> float:
@@ -291,7 +294,8 @@ class Load:
     async def _send(self, sender: _Sender, block: _Block) -> None:
         counted = block.due >= self._counted_from
         block.sent = self._clock.now()
-        asyncio.get_running_loop().call_soon(self._note_sent, block)  # when the client library sends: in the next turn
+        if not self._is_closed:  # note when the client library sends: in the next turn
+            asyncio.get_running_loop().call_soon(self._note_sent, block)
         try:
             answer = await sender.group.step_timed(sender.x)
         except FramesRefused as refused:
@@ -310,7 +314,7 @@ class Load:
             self.answered.value += block.frames
             if counted:
                 server = (answer.queue_us, answer.compute_us, answer.send_us)
-                away_us = 1e6 * sender.line.lost_s(block.sent, now)
+                away_us = 1e6 * sender.line.lost_s(block.sent, now) if sender.line.gaps else 0.0
                 self._add(block, now, away_us, *server)
 
     def _note_sent(self, block: _Block) -> None:

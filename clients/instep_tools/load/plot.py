@@ -164,7 +164,7 @@ def _latency_over_time(axes: Axes, result: Measured) -> None:
 def _split_over_time(axes: Axes, result: Measured) -> None:
     """The means of the answers that no lost connection has delayed."""
     edges = _bins(result, 20)
-    names = [name for name in PARTS if name != "away_us"]
+    names = [name for name in result.shown if name != "away_us"]
     means = np.zeros((len(names), len(edges)))
     for number, part in enumerate(_in_bins(result.answered[result.answered["away_us"] == 0], edges)):
         if len(part):

@@ -39,9 +39,8 @@ def table(result: Measured) -> Table:
         column.justify = "right"
     since = "due" if result.plan.mode is Mode.OPEN else "sent"
     titles = {"latency_us": f"latency, from when it was {since}"} | ROWS
-    for name, value in {"latency_us": result.latency, **result.parts}.items():
-        if name != "away_us" or result.gaps:
-            rows.add_row(titles[name], *(three_digits(each / 1000) for each in asdict(value).values()))
+    for name, value in {"latency_us": result.latency, **{name: result.parts[name] for name in result.shown}}.items():
+        rows.add_row(titles[name], *(three_digits(each / 1000) for each in asdict(value).values()))
     return rows
 
 

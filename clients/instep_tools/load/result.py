@@ -40,6 +40,12 @@ class Measured:
     """By `PARTS`, in µs."""
 
     @property
+    def shown(self) -> list[str]:
+        """The parts that this load has: in a closed loop nothing is due, so nothing is late."""
+        missing = {"late_us"} if self.plan.mode is Mode.CLOSED else set()
+        return [name for name in PARTS if name not in missing and (name != "away_us" or self.gaps)]
+
+    @property
     def samples(self) -> SampleArray:
         """One for each block."""
         return self.found.samples
@@ -60,8 +66,6 @@ class Measured:
     @property
     def measured_itself(self) -> bool:
         """Whether this side could not keep up: what it found says nothing about the server."""
-        if self.plan.mode is Mode.CLOSED:
-            return False  # nothing is due
         late_us = self.parts["late_us"].p99
         return self.found.unsent > 0 or late_us > max(TOLERATED_LATE_US, self.latency.p99 / 2)
 

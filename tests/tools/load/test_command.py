@@ -104,6 +104,7 @@ def test_a_closed_loop_in_words_json_and_files(tmp_path: Path) -> None:
     assert (closed.exit_code, saved.exit_code) == (0, 0)
     assert "closed loop" in closed.stderr
     assert "latency, from when it was sent" in closed.stdout
+    assert "sent late" not in closed.stdout, "nothing is due"
     assert closed.stdout.splitlines()[-1].count("ms") == 2
     values = json.loads(saved.stdout)
     load = values["load"]
