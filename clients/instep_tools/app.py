@@ -9,11 +9,10 @@ from typing import Annotated, Final
 import typer
 
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
-from instep_tools.command_line import CommandLine
+from instep_tools.command_line import AsJson, CommandLine, Endpoint, positive
 from instep_tools.formats.columns import Choice
 from instep_tools.live import Pace
 from instep_tools.load.app import EXAMPLES, loadtest_command
-from instep_tools.options import AsJson, Endpoint
 from instep_tools.outputs import OutputFormat
 from instep_tools.pacing import Stop, WallClock
 from instep_tools.ping import ping
@@ -38,12 +37,6 @@ app.command("loadtest", examples=EXAMPLES)(loadtest_command)
 
 SIGNAL_RATE_HZ: Final = 10.0
 """The rate of a generated signal where none is given: slow enough to read along."""
-
-
-def _positive(value: float | None) -> float | None:
-    if value is not None and not 0 < value < math.inf:
-        raise typer.BadParameter("it must be more than 0")
-    return value
 
 
 def _speed(text: str) -> float:
@@ -165,10 +158,10 @@ def produce_command(
     speed: Speed = None,
     rate: Annotated[
         float | None,
-        typer.Option(metavar="HZ", callback=_positive, help=f"{RATE_HELP} Signals: 10 if not given."),
+        typer.Option(metavar="HZ", callback=positive, help=f"{RATE_HELP} Signals: 10 if not given."),
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Send at most so many frames of each stream.")] = None,
-    seconds: Annotated[float | None, typer.Option(callback=_positive, help="Send for at most so long.")] = None,
+    seconds: Annotated[float | None, typer.Option(callback=positive, help="Send for at most so long.")] = None,
     format: Annotated[OutputFormat | None, typer.Option(help="How outputs are printed. (default: csv)")] = None,
     save: Save = None,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
@@ -221,7 +214,7 @@ def replay_command(
     time: Time = None,
     only: Only = "*",
     speed: Speed = None,
-    rate: Annotated[float | None, typer.Option(metavar="HZ", callback=_positive, help=RATE_HELP)] = None,
+    rate: Annotated[float | None, typer.Option(metavar="HZ", callback=positive, help=RATE_HELP)] = None,
     save: Save = None,
     plot: Annotated[
         Path | None,

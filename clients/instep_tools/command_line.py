@@ -1,11 +1,12 @@
-"""The base of both command lines: help with examples, and plain words about values that cannot be taken."""
+"""The base of both command lines: help with examples, shared options, plain words about values that cannot be taken."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -114,3 +115,28 @@ def endpoint(text: str) -> str:
         return checked_endpoint(text)
     except InvalidInput as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def positive(value: float | None) -> float | None:
+    """The value, when it is a number that may be a rate or a time.
+
+    Raises:
+        typer.BadParameter: when it is 0, negative or infinite.
+    """
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter("it must be more than 0")
+    return value
+
+
+Endpoint = Annotated[
+    str,
+    typer.Option(
+        "--endpoint",
+        "-e",
+        envvar="INSTEP_ENDPOINT",
+        callback=endpoint,
+        help="Where the engine listens.",
+        show_default=True,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -36,6 +37,11 @@ def check_plot_path(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise BadFile(f"cannot tell from the name {path} how to draw: it must end in {', '.join(SUFFIXES)}")
+    if find_spec("matplotlib") is None:
+        raise BadFile(
+            "a picture needs the package 'matplotlib', which is not installed: "
+            'pip install "instep[cli]", or pip install -e ".[cli]" in a checkout'
+        )
     check_writable(path)
 
 

@@ -9,8 +9,7 @@ import typer
 from instep_client.aio import StreamPlace
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
 from instep_tools import streams
-from instep_tools.command_line import CommandLine
-from instep_tools.options import AsJson, Endpoint
+from instep_tools.command_line import AsJson, CommandLine, Endpoint
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal, run_undrained

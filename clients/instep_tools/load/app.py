@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Final
@@ -10,10 +9,10 @@ from typing import Annotated, Final
 import typer
 
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
+from instep_tools.command_line import AsJson, Endpoint, positive
 from instep_tools.load.command import LoadTest, LoadTester
 from instep_tools.load.plan import REAL_TIME_RATE_HZ, LoadPlan, Mode
 from instep_tools.load.saved import compare as compare_runs
-from instep_tools.options import AsJson, Endpoint
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal, run_command
@@ -34,12 +33,6 @@ def _seconds(value: str | float) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
-def _positive(value: float | None) -> float | None:
-    if value is not None and not 0 < value < math.inf:
-        raise typer.BadParameter("it must be more than 0")
-    return value
-
-
 def loadtest_command(
     streams: Annotated[int, typer.Option(min=1, help="How many streams. With --slo-ms: the first number tried.")] = 256,
     connections: Annotated[int, typer.Option(min=1, help="Connections they are spread over.")] = 1,
@@ -53,14 +46,14 @@ def loadtest_command(
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(metavar="HZ", callback=_positive, help="Open loop: frames a second for each. (default: 100)"),
+        typer.Option(metavar="HZ", callback=positive, help="Open loop: frames a second for each. (default: 100)"),
     ] = None,
     duration: Annotated[
         float,
         typer.Option(
             metavar="TIME",
             parser=_seconds,
-            callback=_positive,
+            callback=positive,
             show_default="10s",
             help="How long to measure: 30s, 1m, 1h.",
         ),
@@ -79,7 +72,7 @@ def loadtest_command(
     slo_ms: Annotated[
         float | None,
         typer.Option(
-            callback=_positive,
+            callback=positive,
             metavar="MS",
             help="Find the largest number of streams of which 99 % of the frames are answered within MS of being due.",
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import secrets
 import time
@@ -19,11 +18,11 @@ from instep_tools.load.processes import counters, run_parts
 from instep_tools.load.result import Measured, measured, search_as_json, server_as_json
 from instep_tools.load.search import Search
 from instep_tools.pacing import Clock, Stop
-from instep_tools.problems import BadFile, CommandProblem, Exit
+from instep_tools.problems import BadFile, CommandProblem, Exit, check_writable
+from instep_tools.stream_plot import check_plot_path
 from instep_tools.terminal import Terminal
 from instep_tools.words import counted, three_digits
 
-PLOT_SUFFIXES: Final = (".png", ".svg", ".pdf")
 SILENT_S: Final = 2.0
 """Without an answer for this time, the progress says so."""
 
@@ -60,10 +59,10 @@ class LoadTester:
         """
         test = self._test
         if test.plot is not None:
-            _check_plot(test.plot)
-        for path in (test.plot, test.save, test.hdr):
+            check_plot_path(test.plot)
+        for path in (test.save, test.hdr):
             if path is not None:
-                saved.check_writable(path)
+                check_writable(path)
         async with connected(test.endpoint, "loadtest", self._terminal, self._stop) as client:
             self._info = client.info
         self._terminal.note(report.lines(report.setting(self._info)))
@@ -180,16 +179,3 @@ class _Meter:
         if silent_s >= SILENT_S:
             return f"no answer for {silent_s:.0f} s"
         return f"{frames / max(1e-3, now - self._first_at):,.0f} frames/s"
-
-
-def _check_plot(path: Path) -> None:
-    """Find out before the work, not after it, whether it can be drawn."""
-    if path.suffix.lower() not in PLOT_SUFFIXES:
-        raise CommandProblem(
-            f"a plot is a PNG, an SVG or a PDF: call it {path.with_suffix('.png')}, or another of these"
-        )
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CommandProblem(
-            "a plot needs the package 'matplotlib', which is not installed: "
-            'pip install "instep[cli]", or pip install -e ".[cli]" in a checkout'
-        )

@@ -45,20 +45,6 @@ def write(path: Path, content: bytes) -> None:
         raise BadFile(f"{path} cannot be written: {error.strerror}") from None
 
 
-def check_writable(path: Path) -> None:
-    """Find out before the work, not after it, whether a file can be written there.
-
-    Raises:
-        BadFile: when it cannot.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.touch()
-        part.unlink()
-    except OSError as error:
-        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
-
-
 def as_hgrm(result: Measured) -> bytes:
     """The latencies in ms, as HdrHistogram's `outputPercentileDistribution` prints them and its plotters read them.
 

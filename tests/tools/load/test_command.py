@@ -161,9 +161,9 @@ def test_loads_are_described_as_they_were_asked_for(arguments: list[str], second
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--plot", "p.gif"], "a plot is a PNG, an SVG or a PDF: call it p.png"),
-        (["--plot", "absent/p.png"], "absent/p.png cannot be written: No such file"),
-        (["--hdr", "absent/p.hgrm"], "absent/p.hgrm cannot be written: No such file"),
+        (["--plot", "p.gif"], "cannot tell from the name p.gif how to draw: it must end in .png, .svg, .pdf"),
+        (["--plot", "absent/p.png"], "absent/p.png cannot be written: there is no folder absent"),
+        (["--hdr", "absent/p.hgrm"], "absent/p.hgrm cannot be written: there is no folder absent"),
         (["--duration", "10 days"], "'10 days' is not a time: write 10, 10s, 1m or 1h"),
         (["--duration", "0s"], "it must be more than 0"),
         (["--mode", "closed", "--rate", "5"], "need an open loop"),
@@ -181,7 +181,7 @@ def test_what_cannot_be_is_told_before_anything_is_sent(arguments: list[str], pr
 
 
 def test_a_plot_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("instep_tools.stream_plot.find_spec", lambda name: None)
     result = run("--plot", "p.png")
     assert result.exit_code == 2
     assert "'matplotlib', which is not installed: pip install" in result.stderr

@@ -215,5 +215,3 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(BadFile, match=r"result.json cannot be written: No space left on device"):
         saved.write(file, b"after")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("result.json", "before")]
-    with pytest.raises(BadFile, match=r"absent/p.png cannot be written: No such file"):
-        saved.check_writable(tmp_path / "absent" / "p.png")
