@@ -33,12 +33,12 @@ consistent recording.
   `failed`, and these come in the order of the batches. A batch without either was under way when the engine was killed:
   after it there is either no outcome of any batch, or first an event `recovered`. Its frames were applied. The frames
   of a failed batch were not: they do not count.
-* The header holds `features`, `outputs`, `output_names` (a name for each output, or none at all) and `state`: `[name,
-  shape, dtype, initial value]` for each leaf of a stream's state. A state is one row of bytes laid out as a C struct:
-  the leaves in that order, little-endian, each at a multiple of its item size, and the end at a multiple of the
-  largest. `initial_state` is that before the frame `first_seq`, NULL where every leaf has its initial value;
-  `final_state` is NULL where it was not known. `frames` is the seq that the stream's next frame would have had: with a
-  `first_seq` of 0, how many were applied.
+* The header holds `features`, `outputs` and `state`: `[name, shape, dtype, initial value]` for each leaf of a stream's
+  state. A state is one row of bytes laid out as a C struct: the leaves in that order, little-endian, each at a multiple
+  of its item size, and the end at a multiple of the largest. `initial_state` is that before the frame `first_seq`, NULL
+  where every leaf has its initial value; `final_state` is NULL where it was not known. `frames` is the seq that the
+  stream's next frame would have had: with a `first_seq` of 0, how many were applied. In `description`, the network as
+  its `model.yaml` has it, the key `output_names` is there if the model names its outputs.
 * `time_ns` is nanoseconds since 1970. A stream without a row in `closings` was still open at the last commit.
 * `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
   have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the checkpoint that
@@ -301,7 +301,10 @@ class RecordingHeader:
 
     def rows(self) -> list[tuple[str, str, int]]:
         """The rows of the table `header`."""
-        values = ((key, json.dumps(value, sort_keys=True)) for key, value in asdict(self).items())
+        fields = asdict(self)
+        if names := fields.pop("output_names"):
+            fields["description"] |= {"output_names": names}
+        values = ((key, json.dumps(value, sort_keys=True)) for key, value in fields.items())
         return [(key, value, row_crc(key, value)) for key, value in values]
 
     @classmethod
@@ -317,10 +320,10 @@ class RecordingHeader:
                     raise RecordingError(f"the header {key!r} is damaged: its CRC does not match")
             fields = {key: json.loads(value) for key, value, _ in rows}
             fields["buckets"] = tuple(fields["buckets"])
-            fields["output_names"] = tuple(fields.get("output_names", ()))  # older recordings lack it
-            if missing := {field.name for field in dataclass_fields(cls)} - fields.keys():
+            output_names = tuple(fields["description"].pop("output_names", ()))
+            if missing := {field.name for field in dataclass_fields(cls)} - fields.keys() - {"output_names"}:
                 raise LookupError(f"{min(missing)} is missing")
-            header = cls(**fields)
+            header = cls(**fields, output_names=output_names)
             for name, kind in _HEADER_TYPES.items():
                 if not isinstance(getattr(header, name), kind):
                     raise TypeError(f"{name} is not a {kind.__name__}")
