@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from instep.recording.open_streams import OpenStream
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
 from instep.server.preparation import CannotServe
@@ -78,6 +80,67 @@ async def test_a_forced_end_leaves_messages_unanswered_and_counts_them(rng: np.r
         assert (await client.receive()).kind is Kind.GOODBYE
     gate.open()
     assert server.unanswered_messages == 1
+
+
+@pytest.mark.parametrize("drained", [False, True])
+async def test_a_forced_end_does_not_wait_for_a_recorder_that_is_stuck(tmp_path: Path, drained: bool) -> None:
+    recording, told = {"file": tmp_path / "r.instep"}, list[dict[str, Any]]()
+    async with held_commits() as may_commit:
+        async with running(SMALL, recording=recording, told=told) as server, RawClient(server.endpoint) as client:
+            await client.hello()
+            opened = await client.open("s")
+            may_commit.clear()
+            await client.send(*client.open_message("late"))
+            while server.engine.table.open_count < 2:
+                await asyncio.sleep(0.001)
+            if drained:
+                server.stop()
+                await asyncio.sleep(0.05)
+            server.stop(drain=False)
+            assert (await client.receive()).kind is Kind.GOODBYE
+        assert [entry["event"] for entry in told if entry["level"] == "warning"] == ["recording not closed"]
+        may_commit.set()
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "instep-recorder")
+        await asyncio.to_thread(thread.join)
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        assert (await client.resume(["s"], [0], opened.epochs())).codes() == []
+
+
+async def test_a_recorder_that_is_stuck_at_the_end_is_waited_for_until_draining_has_taken_its_time(
+    tmp_path: Path,
+) -> None:
+    recording, shutdown = {"file": tmp_path / "r.instep"}, {"drain_timeout_s": 0.3}
+    failure = "draining took longer than shutdown.drain_timeout_s = 0.3"
+    async with held_commits() as may_commit:
+        async with running(SMALL, recording=recording, shutdown=shutdown, failure=failure):
+            may_commit.clear()
+        may_commit.set()
+
+
+async def test_a_forced_end_leaves_no_thread_that_the_process_would_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_read, is_reading = threading.Event(), asyncio.Event()
+    loop, recording = asyncio.get_running_loop(), {"file": tmp_path / "r.instep"}
+
+    def stuck(*_: object) -> list[OpenStream]:
+        loop.call_soon_threadsafe(is_reading.set)
+        may_read.wait()
+        return []
+
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        epochs = (await client.open("s")).epochs()
+    monkeypatch.setattr("instep.server.assembly.load_open_streams", stuck)
+    before = set(threading.enumerate())
+    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        await client.send(*client.resume_message(["s"], [0], epochs))
+        await is_reading.wait()
+        server.stop(drain=False)
+    assert [thread.name for thread in set(threading.enumerate()) - before if not thread.daemon] == []
+    may_read.set()
 
 
 async def test_draining_ends_after_its_time_though_a_step_never_ends(rng: np.random.Generator) -> None:
@@ -218,7 +281,7 @@ async def test_parts_that_cannot_be_closed_leave_nothing_else_open(
 ) -> None:
     stop, path = Recorder.stop, tmp_path / "r.instep"
 
-    def failing(recorder: Recorder) -> None:
+    def failing(recorder: Recorder, timeout_s: float | None = None) -> bool:
         stop(recorder)
         raise RuntimeError("injected")
 

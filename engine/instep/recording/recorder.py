@@ -133,12 +133,17 @@ class Recorder:
         """As `RecordingWriter.checkpoint`, up to the ticket `through`."""
         return self._put(lambda: self._writer.checkpoint(time_ns, through, rows))
 
-    def stop(self) -> None:
-        """Write and commit what waits, close the file, end the thread; look at `failed` afterwards."""
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Write and commit what waits, close the file and end the thread; look at `failed` afterwards.
+
+        Returns:
+            Whether all of that is done; False when it takes longer than the timeout. May be asked again.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _put_rows(self, write: Write, count: int) -> int:
         """Several small rows: one entry of the queue, and a ticket each."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import secrets
 import shlex
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -287,7 +289,18 @@ def _random_generations(max_streams: int) -> U32:
 
 async def _load_open_streams(path: Path | None, streams: Sequence[int]) -> list[OpenStream]:
     assert path is not None, "without a recording nothing hibernates"
-    return await asyncio.to_thread(load_open_streams, path, streams)
+    loaded: concurrent.futures.Future[list[OpenStream]] = concurrent.futures.Future()
+    loaded.set_running_or_notify_cancel()  # from here on nobody can cancel it, so the thread can always set a result
+
+    def load() -> None:
+        try:
+            loaded.set_result(load_open_streams(path, streams))
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    # The process waits for the threads of `asyncio.to_thread` before it ends, however long the disk takes.
+    threading.Thread(target=load, name="instep-reader", daemon=True).start()
+    return await asyncio.wrap_future(loaded)
 
 
 def _recording(

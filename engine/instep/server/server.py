@@ -32,7 +32,7 @@ _LOOK_S: Final = 0.005
 _LINGER_S: Final = 1.0
 """How long a drained server waits for peers to take their replies."""
 _FORCED_JOIN_S: Final = 1.0
-"""How long a forced end waits for the step that is under way."""
+"""How long a forced end waits for the step that is under way, and for the recorder."""
 
 
 class Server:
@@ -79,6 +79,8 @@ class Server:
         self.recovery = recovery
         self.unanswered_messages = 0
         """Messages taken and never answered, because the end was forced or draining took too long."""
+        self._drain_until = 0.0
+        """When draining has taken too long; of the monotonic clock."""
         self._shutdown = shutdown
         self._turns = loop
         self._reaper = reaper
@@ -122,11 +124,12 @@ class Server:
         try:
             self._turns.start()
             await self._shutdown.requested.wait()
+            self._drain_until = time.monotonic() + self.config.shutdown.drain_timeout_s
             self.stop(drain=self._shutdown.drains)  # a failure did not tell the front end
             await self._drain()
         finally:
             ticking.cancel()
-            self._close()
+            await self._close()
             await asyncio.gather(ticking, return_exceptions=True)
 
     async def _tick(self) -> None:
@@ -154,32 +157,34 @@ class Server:
         return self.engine.is_quiet and journal.is_quiet and not len(self._tasks)
 
     async def _drain(self) -> None:
-        timeout_s = self.config.shutdown.drain_timeout_s
-        deadline = time.monotonic() + timeout_s
         self._turns.wake()  # a batch that was held goes now
         while self._shutdown.drains and not self._is_quiet:
-            if time.monotonic() > deadline:
-                self._shutdown.fail(f"draining took longer than shutdown.drain_timeout_s = {timeout_s:g}")
+            self._fail_if_late()
             await asyncio.sleep(_LOOK_S)
         # Replies that a peer does not take are that peer's loss: it resumes its streams when the server is back.
         for _ in range(round(_LINGER_S / _LOOK_S)):
-            if self._frontend.is_idle or not self._shutdown.drains or time.monotonic() > deadline:
+            if self._frontend.is_idle or not self._shutdown.drains or time.monotonic() > self._drain_until:
                 break
             await asyncio.sleep(_LOOK_S)
         if self._shutdown.drains:
             with contextlib.suppress(TimeoutError):  # it only saves the next start a replay
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                async with asyncio.timeout(max(0.0, self._drain_until - time.monotonic())):
                     await self._checkpoints.take()
         self.unanswered_messages = self.engine.unanswered_messages
 
-    def _close(self) -> None:
+    def _fail_if_late(self) -> None:
+        if time.monotonic() > self._drain_until:
+            timeout_s = self.config.shutdown.drain_timeout_s
+            self._shutdown.fail(f"draining took longer than shutdown.drain_timeout_s = {timeout_s:g}")
+
+    async def _close(self) -> None:
         timeout_s = self.config.shutdown.drain_timeout_s if self._shutdown.drains else _FORCED_JOIN_S
         reason = f"the server is shutting down: {self.failure or 'it was asked to'}"
         try:
-            with contextlib.ExitStack() as closing:  # from the last to the first, each whatever the others raise
+            async with contextlib.AsyncExitStack() as closing:  # last to first, each whatever the others raise
                 closing.callback(self._frontend.close)
                 if self._recorder is not None:
-                    closing.callback(self._stop_recorder, self._recorder)
+                    closing.push_async_callback(self._stop_recorder, self._recorder)
                 if self._scrub is not None:
                     closing.callback(self._scrub.stop)
                 closing.callback(self.engine.executor.stop, timeout_s)
@@ -189,7 +194,18 @@ class Server:
         except Exception as error:
             self._shutdown.bug(error)
 
-    def _stop_recorder(self, recorder: Recorder) -> None:
-        recorder.stop()
+    async def _stop_recorder(self, recorder: Recorder) -> None:
+        """Wait for the recorder until the end is late or, once it is forced, for a moment longer."""
+        forced_until: float | None = None
+        while not recorder.stop(0.0):
+            if self._shutdown.drains:
+                self._fail_if_late()
+            elif forced_until is None:
+                forced_until = time.monotonic() + _FORCED_JOIN_S
+            elif time.monotonic() > forced_until:
+                reason = "the disk takes too long: the file holds what was committed, and the next start continues it"
+                self._log.warning("recording not closed", file=str(self.config.recording.file), reason=reason)
+                return
+            await asyncio.sleep(_LOOK_S)  # a second interrupt is heard meanwhile
         if recorder.failed is not None:
             self._shutdown.fail(f"the recording {self.config.recording.file} failed: {recorder.failed}")
