@@ -163,6 +163,26 @@ async def test_more_requests_than_may_be_under_way_are_refused_while_a_commit_ta
             assert (await client.open("u")).failures() == []
 
 
+async def test_one_connection_leaves_room_for_the_requests_of_others(tmp_path: Path) -> None:
+    recording = {"file": tmp_path / "r.instep", "durability": "commit"}
+    async with held_commits() as may_commit, running(SMALL, recording=recording) as server:
+        async with RawClient(server.endpoint) as greedy, RawClient(server.endpoint) as client:
+            await greedy.hello()
+            await client.hello()
+            handles = (await greedy.open("s")).handles()
+            may_commit.clear()
+            await greedy.send(*greedy.open_message("t"))
+            for _ in range(2 * MANY):
+                await greedy.send(*greedy.read_state_message(handles))
+            assert (await greedy.receive()).code is Code.BUSY
+            while (await client.ask(msgpack.packb([Kind.PING, 9]))).kind is not Kind.PONG:
+                pass
+            await client.send(*client.read_named_message(["s"]))
+            assert (await client.ask(msgpack.packb([Kind.PING, 10]))).kind is Kind.PONG
+            may_commit.set()
+            assert (await client.receive()).kind is Kind.STATE_READ
+
+
 SILENT = {"max_message_bytes": 65_536}
 """With it, few replies of 1,000 failures each are more than a peer may leave unread."""
 

@@ -26,8 +26,9 @@ from instep_client.protocol.wire import Code, Header, Kind, Message, ServerInfo
 
 _BURST: Final = 256
 _STEP: Final = bytes([Kind.STEP])
-_MOST_REQUESTS: Final = 256
-"""Requests on streams that may be under way, of all peers together."""
+_MOST_REQUESTS: Final = 512
+"""Requests on streams that may be under way, of all peers together. A peer may have as many as places are left to the
+others: 256 when it is the only one, a third each when there are two. So there is always a place for one more peer."""
 _BUSY_RETRY_US: Final = 2000
 
 Handler: TypeAlias = Callable[[Peer, Header, list[bytes]], Awaitable[Message]]
@@ -245,9 +246,10 @@ class ZmqFrontend:
     # ── Requests on streams ────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, handler: Handler, peer: Peer, header: Header, frames: list[bytes]) -> bool:
-        if self._requests >= _MOST_REQUESTS:
+        if peer.requests >= _MOST_REQUESTS - self._requests:
             raise Refusal(Code.BUSY, "too many requests on streams are under way", _BUSY_RETRY_US)
         self._requests += 1
+        peer.requests += 1
         self._tasks.start(self._run(handler, peer, header, frames))
         return True
 
@@ -262,6 +264,7 @@ class ZmqFrontend:
             self._log.debug("refused", **about, code=refusal.code.name, reason=str(refusal))
         finally:
             self._requests -= 1
+            peer.requests -= 1
             self._wake()
 
     async def _open(self, peer: Peer, header: Header, frames: list[bytes]) -> Message:

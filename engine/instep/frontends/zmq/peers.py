@@ -43,6 +43,8 @@ class Peer:
     """`sent_bytes` when the peer was last asked whether it reads."""
     read_bytes: int = 0
     """`sent_bytes` up to which it said that it has read."""
+    requests: int = 0
+    """Its requests on streams that are under way."""
     is_gone: bool = False
 
     def deliver(self, reply: Reply) -> None:
