@@ -135,3 +135,38 @@ async def test_parts_beyond_those_of_a_message_are_not_taken_for_messages_of_oth
                 assert (await stranger.receive()).code is Code.MALFORMED
             reply = await client.step(handles, [0], random_frames(rng, 1))
             assert reply.failures() == []
+
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\3\0" + b"NULL".ljust(20, b"\0") + bytes(32)
+READY = b"\5READY\x0bSocket-Type\0\0\0\6DEALER"
+EMPTY_PART = b"\1\0"
+"""ZMTP 3.0: flag MORE, length 0."""
+
+
+def resident_bytes() -> int:
+    """Of this process, in which the server runs."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+async def test_a_message_that_never_ends_is_never_taken_and_costs_memory_but_no_service(
+    rng: np.random.Generator,
+) -> None:
+    """libzmq shows a message when its last part has come, and sends none before: this stranger speaks ZMTP itself."""
+    async with running(SMALL) as server:
+        host, port = server.endpoint.removeprefix("tcp://").split(":")
+        await assert_serves(server.endpoint, rng, "before")
+        before = resident_bytes()
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(GREETING + bytes([4, len(READY)]) + READY)
+        for number in range(10):
+            writer.write(EMPTY_PART * 50_000)
+            await writer.drain()
+            await assert_serves(server.endpoint, rng, f"s{number}")
+        while resident_bytes() - before < 16 * 2**20:  # of 1 MB on the wire: docs/behavior.md says so
+            await asyncio.sleep(0.01)
+        async with RawClient(server.endpoint) as client:
+            await client.hello()
+            assert (await client.statistics())["refused_messages_total"] == 0
+        writer.close()
+        await writer.wait_closed()
+        await assert_serves(server.endpoint, rng, "after")
