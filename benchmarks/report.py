@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.measurement import Row
 from instep.models.numerics import processor
-from instep.runtime.cores import usable_cores
+from instep.runtime.executor import usable_cores
 
 COLUMNS: Final = 80
 

@@ -20,7 +20,7 @@ from benchmarks.measurement import Bench, Row, Samples, interleave, ratio
 from benchmarks.reference import BenchmarkModel, LeftOut, WrongOutput, bare_loop, check_and_close, step_times, whole
 from instep.core.typing import I64
 from instep.recording.reader import RecordingReader
-from instep.verify.model_source import recorded_model
+from instep.verify.conditions import recorded_model
 from instep.verify.verifier import verify
 
 STREAMS, BLOCK, TIMESTEPS = 1024, 256, 128

@@ -20,7 +20,7 @@ from instep.recording import open_streams
 from instep.recording import recovery as recording_recovery
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
-from instep.recording.records import Trimmed
+from instep.recording.records import StateRows, Trimmed
 from instep.recording.schema import (
     CHECKPOINT_EVENT,
     COUNTED,
@@ -34,7 +34,6 @@ from instep.recording.schema import (
     RecordingHeader,
     row_crc,
 )
-from instep.recording.states import StateRows
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.streaming import recovery as streaming_recovery

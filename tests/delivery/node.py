@@ -25,8 +25,7 @@ from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.writer import RecordingWriter
-from instep.runtime.errors import StateLost
-from instep.runtime.executor import RunResult, Step, run_steps
+from instep.runtime.executor import RunResult, StateLost, Step, run_steps
 from instep.server.loop import Loop
 from instep.streaming.api import Grants, Names, Origin
 from instep.streaming.checkpoints import Checkpoints

@@ -8,7 +8,7 @@ from itertools import count
 from instep.core.typing import U64
 from instep.recording.errors import RecordingError
 from instep.recording.schema import Durability
-from instep.runtime.errors import StateLost
+from instep.runtime.executor import StateLost
 from instep.streaming.api import Names, Origin
 from instep_client.protocol.wire import Kind, Message
 from tests.delivery.client import Is, Lane, ModelClient

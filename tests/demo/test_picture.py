@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instep.demo.heard import Heard
 from instep.demo.picture import draw, examples, settled_after
+from instep.demo.producers import Heard
 
 NEVER = np.inf
 

@@ -1,3 +1,5 @@
+"""The producers: when each sends, what comes back, and how many connections they share."""
+
 from __future__ import annotations
 
 import resource
@@ -5,9 +7,23 @@ import resource
 import numpy as np
 import pytest
 
-from instep.demo.heard import Heard
-from instep.demo.producers import Producer, connections_for, connections_within, stream_all
-from instep.demo.timetable import timetable
+from instep.core.typing import F32
+from instep.demo.producers import (
+    BURST_FRAMES,
+    FASTEST_S,
+    SLOWEST_S,
+    WINDOW_S,
+    Heard,
+    Part,
+    Producer,
+    connections_for,
+    connections_within,
+    most_at_once,
+    probabilities,
+    right_after,
+    stream_all,
+    timetable,
+)
 from instep_client import StreamRefused
 from tests.support.models import SMALL, whole
 from tests.support.running import running
@@ -66,3 +82,90 @@ def test_the_limit_is_raised_as_far_as_needed_and_allowed(
     monkeypatch.setattr(resource, "setrlimit", lambda which, to: set_to.append(to))
     assert connections_for(370) == connections
     assert set_to == ([] if raised is None else [raised])
+
+
+LENGTHS = [7 + index % 23 for index in range(370)]
+
+
+def test_everybody_sends_every_frame_within_the_window() -> None:
+    parts = timetable(LENGTHS)
+    assert [len(part.due_s) for part in parts] == LENGTHS
+    for part in parts:
+        assert part.due_s[0] >= 0
+        assert (np.diff(part.due_s) >= 0).all()
+    assert max(part.due_s[-1] for part in parts) <= max(WINDOW_S, max(LENGTHS) * SLOWEST_S)
+
+
+def test_speeds_differ_and_starts_are_staggered() -> None:
+    steady = [part.due_s for part in timetable(LENGTHS) if part.chunk == 1]
+    periods = np.array([due_s[1] - due_s[0] for due_s in steady])
+    for due_s, period in zip(steady, periods, strict=True):
+        np.testing.assert_allclose(np.diff(due_s), period)
+    assert FASTEST_S - 1e-9 <= periods.min() < 0.01
+    assert SLOWEST_S + 1e-9 >= periods.max() > 0.24
+    assert len({due_s[0] for due_s in steady}) == len(steady)
+
+
+def test_a_fifth_sends_in_chunks_when_their_last_frame_is_there() -> None:
+    bursty = [part for part in timetable(LENGTHS) if part.chunk != 1]
+    assert len(bursty) == 74
+    for part in bursty:
+        assert part.chunk == BURST_FRAMES
+        firsts = part.due_s[::BURST_FRAMES]
+        for first, due_s in zip(firsts, np.split(part.due_s, range(4, len(part.due_s), 4)), strict=True):
+            assert (due_s == first).all()
+        whole = np.diff(firsts)[: len(part.due_s) // BURST_FRAMES - 1]
+        np.testing.assert_allclose(whole, whole[:1].repeat(len(whole)))
+
+
+def test_it_is_the_same_each_time_and_scales_with_the_speed() -> None:
+    for once, again, fast in zip(timetable(LENGTHS), timetable(LENGTHS), timetable(LENGTHS, speed=4.0), strict=True):
+        assert once.due_s.tolist() == again.due_s.tolist()
+        np.testing.assert_allclose(fast.due_s * 4, once.due_s)
+        assert once.chunk == fast.chunk
+
+
+@pytest.mark.parametrize(
+    ("spans", "most"),
+    [
+        ([(0.0, 1.0)], 1),
+        ([(0.0, 1.0), (2.0, 3.0)], 1),
+        ([(0.0, 1.0), (1.0, 3.0)], 2),
+        ([(0.0, 9.0), (1.0, 2.0), (3.0, 4.0), (3.5, 5.0)], 3),
+    ],
+)
+def test_most_at_once(spans: list[tuple[float, float]], most: int) -> None:
+    assert most_at_once([Part(due_s=np.array(span), chunk=1) for span in spans]) == most
+
+
+SPEAKERS = np.array([1, 2], np.int32)
+
+
+def deciding(*decisions: int) -> F32:
+    """Outputs of three speakers that decide so."""
+    return np.eye(3, dtype=np.float32)[list(decisions)]
+
+
+def test_what_came_back_is_kept_in_its_place() -> None:
+    heard = Heard([3, 2], outputs=3)
+    assert (heard.frames, heard.finished, heard.accuracy_now(SPEAKERS)) == (0, 0, 0.0)
+    heard.add(1, deciding(2), np.array([0.5]))
+    assert (heard.frames, heard.finished, heard.accuracy_now(SPEAKERS)) == (1, 0, 1.0)
+    heard.add(1, deciding(0), np.array([0.25]))
+    heard.add(0, deciding(0, 1), np.array([1.0, 2.0]))
+    assert (heard.frames, heard.finished, heard.accuracy_now(SPEAKERS)) == (4, 1, 0.5)
+    assert heard.outputs[1].tolist() == deciding(2, 0).tolist()
+    assert heard.outputs[0][:2].tolist() == deciding(0, 1).tolist()
+    assert np.isnan(heard.outputs[0][2]).all()
+    assert heard.latency_s[1].tolist() == [0.5, 0.25]
+    assert heard.answered.tolist() == [2, 2]
+
+
+def test_a_recording_that_is_over_counts_with_its_last_decision() -> None:
+    right = right_after([deciding(0, 1, 1, 0), deciding(0, 2)], SPEAKERS)
+    assert right.tolist() == [[False, True, True, False], [False, True, True, True]]
+
+
+def test_probabilities_are_a_softmax_that_does_not_overflow() -> None:
+    outputs = np.array([[0.0, np.log(3.0)], [1000.0, 1000.0]], np.float32)
+    assert probabilities(outputs) == pytest.approx(np.array([[0.25, 0.75], [0.5, 0.5]]))

@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from instep.demo.heard import Heard
+from instep.demo.producers import Heard
 from instep.demo.show import accuracy_table, progress, say, speed_table
 
 SPEAKERS = np.zeros(2, np.int32)

@@ -15,10 +15,8 @@ from rich.console import Console
 
 from instep.demo import MODEL_FOLDER, speakers
 from instep.demo.child_server import ChildFailed
-from instep.demo.heard import Heard
-from instep.demo.producers import Producer
+from instep.demo.producers import Heard, Producer, timetable
 from instep.demo.speakers import received_is_recorded, show_verification
-from instep.demo.timetable import timetable
 from instep.demo.train import load_utterances
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from instep.recording import commands
-from instep.recording.engines import refuse_other_engine
 from instep.recording.file import RecordingFile
 from instep.recording.lock import WriterLock
+from instep.recording.records import refuse_other_engine
 from instep.recording.schema import RecordingHeader, row_is_sound
 from instep.recording.writer import RecordingWriter, _set_up
-from tests.recording import test_commands, test_engines, test_resume, test_writer
+from tests.recording import test_commands, test_records, test_resume, test_writer
 from tests.support.broken_rules import BrokenRule, check_is_found
 from tests.support.forger import Forger
 
@@ -88,7 +88,7 @@ RULES = (
         "an engine continues the recording of another model",
         replaces=refuse_other_engine,
         variant=lambda original, *arguments: None,
-        found_by=[test_engines.test_another_model_is_always_refused],
+        found_by=[test_records.test_another_model_is_always_refused],
     ),
 )
 

@@ -11,7 +11,7 @@ import pytest
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import SMALL_ROWS_PER_BATCH, Recorder
-from instep.recording.states import StateRows
+from instep.recording.records import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, make_gru, make_header
 from tests.support.rows import close_stream, open_stream, stream_event

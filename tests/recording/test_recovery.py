@@ -7,10 +7,9 @@ import pytest
 
 from instep.recording.errors import DamagedRecording
 from instep.recording.open_streams import OpenStream
-from instep.recording.records import StateReset
+from instep.recording.records import StateReset, StateRows
 from instep.recording.recovery import ReplayStep, read_recovery
 from instep.recording.schema import owner_detail
-from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header

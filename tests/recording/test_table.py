@@ -9,7 +9,7 @@ import pytest
 from instep.recording import table
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.reader import RecordingReader
-from instep.recording.select import select_streams
+from instep.recording.records import select_streams
 from instep.recording.table import FrameTable, TableChunk
 from tests.support.forger import Forger
 from tests.support.written import NAMES, Row, exact, write_recording

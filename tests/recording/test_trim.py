@@ -18,11 +18,10 @@ from instep.recording.cut import Bound, cut
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
-from instep.recording.records import Checkpoint, Trimmed
+from instep.recording.records import Checkpoint, StateRows, Trimmed
 from instep.recording.recovery import read_recovery
 from instep.recording.repair import repair
 from instep.recording.sequences import SequenceIndex, all_frames
-from instep.recording.states import StateRows
 from instep.recording.table import FrameTable
 from instep.recording.trim import Retention, counts_of_events, deletions
 from instep.recording.writer import RecordingWriter

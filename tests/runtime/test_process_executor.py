@@ -15,8 +15,7 @@ import pytest
 
 from instep.core.typing import F32, I64
 from instep.runtime.executor import RunResult
-from instep.runtime.process_executor import ProcessExecutor
-from instep.runtime.shared_memory import shared_zeros
+from instep.runtime.process_executor import ProcessExecutor, shared_zeros
 from instep.server.open_files import allow_open_files
 
 DEADLINE_S = 60

@@ -15,8 +15,7 @@ from instep.core.typing import U64
 from instep.frontends.in_process import InProcessOrigin
 from instep.recording.recovery import Recovered, ReplayStep, read_recovery
 from instep.recording.writer import RecordingWriter
-from instep.runtime.errors import StateLost
-from instep.runtime.executor import InlineExecutor
+from instep.runtime.executor import InlineExecutor, StateLost
 from instep.streaming.checkpoints import Checkpoints
 from tests.support.commits import held_commits
 from tests.support.models import SMALL, whole

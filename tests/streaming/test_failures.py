@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 
-from instep.runtime.errors import StateLost
+from instep.runtime.executor import StateLost
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of

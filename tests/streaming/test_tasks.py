@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from instep.streaming.tasks import Tasks
-from instep.streaming.waiters import Waiters
+from instep.streaming.tasks import Tasks, Waiters
 
 
 async def test_coroutines_begin_in_order_and_are_counted_until_they_end() -> None:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from instep.recording.states import StateRows
+from instep.recording.records import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.states import rows_of

@@ -10,8 +10,8 @@ import numpy as np
 
 from instep.core.tables import rows_of
 from instep.core.typing import F32, I64
+from instep.recording.records import StateRows
 from instep.recording.schema import Durability, RecordingHeader, owner_detail
-from instep.recording.states import StateRows
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server.assembly import recording_header

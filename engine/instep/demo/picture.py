@@ -12,8 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from instep.core.typing import F32, I32, I64, Bool
-from instep.demo.heard import Heard, probabilities, right_after
-from instep.demo.timetable import F64
+from instep.demo.producers import F64, Heard, probabilities, right_after
 from instep.demo.train import SPEAKERS
 
 BLUE: Final = "#2b6cb0"

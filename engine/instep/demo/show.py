@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from instep.core.typing import I32, I64, Bool
-from instep.demo.heard import Heard
+from instep.demo.producers import Heard
 
 AFTER: Final = (1, 2, 3, 5, 7, 10, 15)
 """After so many frames the table says how many decisions are right."""

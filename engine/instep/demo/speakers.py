@@ -16,11 +16,19 @@ from rich.console import Console
 from instep.core.typing import I32
 from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
-from instep.demo.heard import Heard, right_after
 from instep.demo.picture import draw
-from instep.demo.producers import Producer, connections_for, stream_all
+from instep.demo.producers import (
+    FASTEST_S,
+    SLOWEST_S,
+    Heard,
+    Producer,
+    connections_for,
+    most_at_once,
+    right_after,
+    stream_all,
+    timetable,
+)
 from instep.demo.show import accuracy_table, progress, say, speed_table
-from instep.demo.timetable import FASTEST_S, SLOWEST_S, most_at_once, timetable
 from instep.demo.train import SPEAKERS, accuracy, load_utterances
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader

@@ -21,7 +21,7 @@ from rich.text import Text
 from instep.core.typing import F32
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
-from instep.recording.select import select_streams
+from instep.recording.records import select_streams
 from instep.recording.table import FrameTable, TableChunk
 from instep_tools.formats.columns import input_columns, output_columns
 from instep_tools.formats.table import StartState, TableHeader, TableRows, about_model

@@ -1,1 +1,41 @@
-"""Front ends: each decodes messages to `streaming.api.Frames` and implements `Origin`."""
+"""Front ends: where producers connect. This is the interface between the server's loop and each of them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Frontend(Protocol):
+    """Where producers connect."""
+
+    @property
+    def signal_fd(self) -> int | None:
+        """Becomes readable when something has arrived; None where the front end wakes the loop itself."""
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether something has arrived; where nothing has, the next arrival is signalled."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was delivered is on its way, and no request waits."""
+
+    def receive(self, budget_ns: int) -> bool:
+        """Take what has arrived, for about that long; whether there was anything.
+
+        Frames are submitted to the engine. A request that changes streams is started as a task, and nothing more is
+        taken in this turn; the loop receives again when the request has begun. So what came before it is admitted
+        before it, and what came after it is taken after it.
+        """
+
+    def tick(self, now_ns: int) -> None:
+        """Do what is due now and then: retry blocked replies, find dead peers."""
+
+    def drain(self) -> None:
+        """Refuse everything new from now on."""
+
+    def go_away(self, reason: str) -> None:
+        """Tell every origin that the server ends."""
+
+    def close(self) -> None:
+        """Close the sockets."""

@@ -15,8 +15,7 @@ from rich.text import Text
 
 from instep.recording.cut import Bound, cut
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
-from instep.recording.inspection import Inspection, inspect
-from instep.recording.overview import Listed, Overview, list_recordings, look_over
+from instep.recording.inspection import Inspection, Listed, Overview, inspect, list_recordings, look_over
 from instep.recording.repair import repair as save
 
 WHOLE: Final = 0

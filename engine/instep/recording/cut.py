@@ -13,9 +13,8 @@ from instep.recording.database import make_tables, remove_database
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
-from instep.recording.records import Checkpoint, StreamState, Trimmed
+from instep.recording.records import Checkpoint, StreamState, Trimmed, blob
 from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, HISTORY, OWNER_EVENT, TABLES, row_crc
-from instep.recording.states import blob
 
 _COPIED_AT_ONCE: Final = 256
 

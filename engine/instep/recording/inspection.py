@@ -1,17 +1,21 @@
-"""Looking through a whole recording for damage, and saying what is in it."""
+"""What a recording holds: read to the last row, summed up, or as a line in the list of a folder."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
+from instep.recording.database import bytes_on_disk, lost_tail
+from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import read_recovery
-from instep.recording.schema import RECOVERED_EVENT
+from instep.recording.schema import APPLICATION_ID, RECOVERED_EVENT
 from instep.recording.sequences import SequenceIndex
-from instep.recording.wal import lost_tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +81,119 @@ def how_it_ends(reader: RecordingReader) -> str:
         return "closed in order"
     tail = lost_tail(reader.path)
     return f"not closed: its engine ended without closing it{f'; {tail}' if tail else ''}"
+
+
+_SQLITE_MAGIC: Final = b"SQLite format 3\0"
+_APPLICATION_ID_OFFSET: Final = 68
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """Facts about a recording."""
+
+    file: str
+    began: str
+    ends: str
+    """In words."""
+    model: str
+    features: int
+    outputs: int
+    model_folder: str
+    fingerprint: str
+    instep_version: str
+    durability: str
+    exactness: str
+    numerics: dict[str, str]
+    """Of the engine that wrote last."""
+    streams: int
+    open_streams: int
+    batches: int
+    frames: int
+    """Frames of failed steps are counted, too."""
+    restarts: int
+    checkpoint_position: int
+    """How far the newest states go; 0 for none."""
+    first_position: int
+    """Above 1 where the history was trimmed."""
+    last_position: int
+    bytes: int
+    """With the WAL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One recording, or a file that cannot be read."""
+
+    path: Path
+    overview: Overview | None
+    """None where it cannot be read."""
+    problem: str
+    """Why it cannot be read: damaged, or of another version."""
+    bytes: int
+
+
+def look_over(path: Path) -> Overview:
+    """The facts about a recording.
+
+    Raises:
+        RecordingError: when it cannot be read, or is damaged where this reads.
+    """
+    with RecordingReader(path) as reader:
+        header, engine = reader.header, reader.engines[-1].header
+        streams = reader.streams()
+        batches, frames = reader.totals()
+        return Overview(
+            file=str(path),
+            began=when(header.created_ns),
+            ends=how_it_ends(reader),
+            model=header.model_name,
+            features=header.features,
+            outputs=header.outputs,
+            model_folder=header.model_folder,
+            fingerprint=header.model_fingerprint,
+            instep_version=engine.instep_version,
+            durability=engine.durability,
+            exactness=engine.exactness,
+            numerics=dict(engine.numerics),
+            streams=len(streams),
+            open_streams=sum(info.closed_position is None for info in streams),
+            batches=batches,
+            frames=frames,
+            restarts=sum(event.kind == RECOVERED_EVENT for event in reader.events()),
+            checkpoint_position=reader.checkpoint().position,
+            first_position=reader.first_position,
+            last_position=reader.last_position,
+            bytes=bytes_on_disk(path),
+        )
+
+
+def list_recordings(folder: Path) -> list[Listed]:
+    """The recordings in a folder, by name.
+
+    Raises:
+        RecordingError: when the folder cannot be read.
+    """
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file() and _looks_like_one(path))
+    except OSError as error:
+        raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None
+    return [_listed(path) for path in files]
+
+
+def when(time_ns: int) -> str:
+    """A time in nanoseconds since 1970, in words."""
+    return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _listed(path: Path) -> Listed:
+    size = bytes_on_disk(path)
+    try:
+        return Listed(path, look_over(path), "", size)
+    except RecordingError as error:
+        return Listed(path, None, "damaged" if isinstance(error, DamagedRecording) else "of another version", size)
+
+
+def _looks_like_one(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(_APPLICATION_ID_OFFSET + 4)
+    return start.startswith(_SQLITE_MAGIC) and start[_APPLICATION_ID_OFFSET:] == struct.pack(">I", APPLICATION_ID)

@@ -12,8 +12,8 @@ import numpy as np
 
 from instep.core.typing import F32, I64, U64
 from instep.recording.reader import RecordingReader
+from instep.recording.records import no_such_stream
 from instep.recording.schema import RecordingHeader
-from instep.recording.select import no_such_stream
 from instep.recording.table import FrameTable, TableChunk
 
 

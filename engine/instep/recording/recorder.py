@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 
 from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.errors import RecordingError
-from instep.recording.states import StateRows
+from instep.recording.records import StateRows
 from instep.recording.writer import RecordingWriter
 
 Write: TypeAlias = Callable[[], object]

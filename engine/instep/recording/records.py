@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Final
 
-from instep.core.typing import F32, U8, U32, U64
-from instep.recording.schema import RecordingHeader
+import numpy as np
+import numpy.typing as npt
+
+from instep.core.typing import F32, I64, U8, U32, U64
+from instep.recording.errors import NoSuchStream, RecordingError
+from instep.recording.schema import Column, RecordingHeader, row_crc
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,3 +136,126 @@ class Trimmed:
     """How many events up to there still count."""
     last_stream: int = 0
     last_epoch: int = 0
+
+
+_MAY_DIFFER: Final = ("instep_version", "numerics", "exactness", "buckets", "max_ulp", "durability", "output_names")
+
+
+def refuse_other_engine(
+    path: Path, last: RecordingHeader, now: RecordingHeader, accept_numerics_change: bool = False
+) -> None:
+    """Raise RecordingError when streams would not go on exactly: another model, or floats with other bits."""
+    if now.model_fingerprint != last.model_fingerprint:
+        raise RecordingError(
+            f"{path} is a recording of the model {last.model_name!r} (fingerprint {last.model_fingerprint[:12]}…), and "
+            f"this engine serves {now.model_name!r} ({now.model_fingerprint[:12]}…); choose another file"
+        )
+    if now.numerics != last.numerics and not accept_numerics_change:
+        raise RecordingError(
+            f"{path} was written where floats come out with other bits "
+            f"({'; '.join(differing(last.numerics, now.numerics))}), so its streams would not go on exactly; go on all "
+            "the same with --accept-numerics-change, or choose another file"
+        )
+
+
+def changed_values(last: RecordingHeader, now: RecordingHeader) -> dict[str, Any]:
+    """The header's values that differ for the engine that continues."""
+    before, after = asdict(last), asdict(now)
+    return {key: after[key] for key in _MAY_DIFFER if after[key] != before[key]}
+
+
+def differing(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """The differences, in words."""
+    return [
+        f"{key} {there.get(key, 'unknown')} there, {here.get(key, 'unknown')} here"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
+    ]
+
+
+def select_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list[int]:
+    """Indices of the streams meant, in order: all if none is wanted; every opening of a name, or the one of a number.
+
+    Raises:
+        NoSuchStream: when one is not there, with the nearest names there are.
+    """
+    by_word = _by_word(streams)
+    for word in wanted:
+        if word not in by_word:
+            raise no_such_stream(streams, word)
+    return find_streams(streams, wanted)
+
+
+def no_such_stream(streams: Sequence[StreamInfo], word: str) -> NoSuchStream:
+    """The error that says which names are like it, or what there is."""
+    names = list(dict.fromkeys(info.name for info in streams))
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else _what_there_is(streams)
+    return NoSuchStream(f"the recording has no stream {word!r}; {hint}")
+
+
+def find_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list[int]:
+    """As `select_streams`, but one that is not there is left out."""
+    if not wanted:
+        return list(range(len(streams)))
+    by_word = _by_word(streams)
+    return sorted({at for word in wanted for at in by_word.get(word, ())})
+
+
+def _by_word(streams: Sequence[StreamInfo]) -> dict[str, list[int]]:
+    """Indices by name, and by number where no name is the same."""
+    by_word: dict[str, list[int]] = {}
+    for at, info in enumerate(streams):
+        by_word.setdefault(info.name, []).append(at)
+    for at, info in enumerate(streams):
+        by_word.setdefault(str(info.stream), [at])
+    return by_word
+
+
+def _what_there_is(streams: Sequence[StreamInfo]) -> str:
+    if not streams:
+        return "it has no streams at all"
+    if len(streams) == 1:
+        return f"its only stream is {streams[0].name!r}"
+    return f"it has {len(streams):,} streams, from {streams[0].name!r} to {streams[-1].name!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """States of streams at some point, as columns."""
+
+    streams: I64
+    """int64 [N], distinct."""
+    seqs: I64
+    """int64 [N]: the states are those before these frames."""
+    states: U8
+    """Rows of bytes, uint8 [N, row_bytes]."""
+    tail_seqs: I64
+    """int64 [N]: the client may not have the outputs of the frames from here to `seqs`."""
+    tail_x: F32
+    """float32 [sum(seqs - tail_seqs), features]: those frames, one stream after another."""
+    tail_y: F32
+    """float32 [sum(seqs - tail_seqs), outputs]: their outputs."""
+
+    def as_rows(self, position: int) -> Iterator[tuple[Column, ...]]:
+        """The rows of the table `states`, of a snapshot at that position."""
+        lengths = self.seqs - self.tail_seqs
+        assert len(self.tail_x) == len(self.tail_y) == lengths.sum()
+        assert (lengths >= 0).all()
+        ends = np.cumsum(lengths).tolist()
+        columns = zip(self.streams.tolist(), self.seqs.tolist(), self.tail_seqs.tolist(), strict=True)
+        for at, (stream, seq, tail_seq) in enumerate(columns):
+            tail = slice(ends[at] - (seq - tail_seq), ends[at])
+            x, y = (blob(array, "<f4") for array in (self.tail_x[tail], self.tail_y[tail]))
+            row = (stream, position, seq, self.states[at].tobytes(), tail_seq, x, y)
+            yield (*row, row_crc(*row))
+
+
+def blob(array: npt.NDArray[Any], dtype: str) -> bytes:
+    """The array's bytes in the file's byte order."""
+    return np.ascontiguousarray(array, dtype).tobytes()
+
+
+def state_blobs(states: U8 | None, count: int) -> Iterator[bytes | None]:
+    """The blobs of `count` states, rows of bytes [N, row_bytes]; None for each where there are none."""
+    return repeat(None, count) if states is None else (state.tobytes() for state in states)

@@ -12,7 +12,7 @@ from typing import Any, Final
 from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.database import is_in_use
 from instep.recording.errors import DamagedRecording, RecordingError
-from instep.recording.records import Checkpoint, Trimmed
+from instep.recording.records import Checkpoint, StateRows, Trimmed, blob, state_blobs
 from instep.recording.schema import (
     CHECKPOINT_EVENT,
     COUNTED,
@@ -26,7 +26,6 @@ from instep.recording.schema import (
     RecordingHeader,
     row_crc,
 )
-from instep.recording.states import StateRows, blob, state_blobs
 from instep.recording.trim import DELETE_STATES, Retention, counts_of_events, deletions
 
 WAL_BYTES: Final = 4 * 2**20

@@ -10,10 +10,10 @@ from typing import Final
 from urllib.parse import quote
 
 from instep.recording.database import is_in_use, make_tables, put_wal_away, remove_database
-from instep.recording.engines import changed_values, refuse_other_engine
 from instep.recording.errors import RecordingError
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
+from instep.recording.records import changed_values, refuse_other_engine
 from instep.recording.rows import RowWriter
 from instep.recording.schema import (
     END_EVENT,

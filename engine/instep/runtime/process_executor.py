@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import mmap
 import os
 import select
 import signal
@@ -19,15 +21,15 @@ import time
 import traceback
 import warnings
 from itertools import pairwise
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from instep.core.tables import MOST_STEPS
 from instep.core.typing import I64
-from instep.runtime.errors import StateLost
-from instep.runtime.executor import RunResult, Step, run_steps
-from instep.runtime.shared_memory import shared_zeros
+from instep.runtime.executor import RunResult, StateLost, Step, run_steps
 
 _PLACES: Final = 2
 _TEXT_BYTES: Final = 1024
@@ -243,3 +245,17 @@ def _close_all_but(*kept: int) -> None:
     for last_kept, next_kept in pairwise(bounds):
         if last_kept + 1 < next_kept:  # of an empty range Python 3.11 makes all there are
             os.closerange(last_kept + 1, next_kept)
+
+
+def shared_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    """Zeros that processes forked later read and write, too. Pages that nobody touches take no memory.
+
+    Raises:
+        MemoryError: when there is no room for it.
+    """
+    count = math.prod(shape)
+    try:
+        memory = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(f"no memory for an array of shape {list(shape)}: {error}") from None
+    return np.frombuffer(memory, dtype, count).reshape(shape)

@@ -11,9 +11,7 @@ import torch
 
 from instep.core.typing import F32, I64, U8, float32_zeros
 from instep.models.base import RecurrentModel
-from instep.runtime.graph_batch import GraphBatch
-from instep.runtime.host_batch import HostBatch
-from instep.runtime.staging import stage, unstage
+from instep.runtime.batches import GraphBatch, HostBatch, stage, unstage
 from instep.runtime.state_store import StateStore
 
 

@@ -28,16 +28,15 @@ from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import CannotBind, Router
 from instep.models.numerics import numerics
-from instep.recording.database import check_place, holds_recording
+from instep.recording.database import check_place, holds_recording, lost_tail
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
 from instep.recording.scrub import Scrub
 from instep.recording.trim import Retention
-from instep.recording.wal import lost_tail
 from instep.recording.writer import RecordingWriter
-from instep.runtime.shared_memory import shared_zeros
+from instep.runtime.process_executor import shared_zeros
 from instep.runtime.stepper import Stepper
 from instep.server.execution import make_executor, max_light_batch, steps_in_process
 from instep.server.limits import EffectiveLimits, LimitsError, effective_limits, hibernation_limits, idle_limits

@@ -9,13 +9,12 @@ import structlog
 
 from instep.config import Config
 from instep.frontends.zmq.router import CannotBind, Router
-from instep.recording.database import check_place
-from instep.recording.engines import refuse_other_engine
+from instep.recording.database import check_place, lost_tail
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
+from instep.recording.records import refuse_other_engine
 from instep.recording.recovery import ReplayStep, read_recovery
-from instep.recording.wal import lost_tail
 from instep.server.assembly import recording_header
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.log import make_log

@@ -10,8 +10,7 @@ import torch
 from instep.config import Config, EngineConfig
 from instep.core.tables import Tables
 from instep.core.typing import I64
-from instep.runtime.cores import usable_cores
-from instep.runtime.executor import InlineExecutor, StepExecutor, ThreadExecutor
+from instep.runtime.executor import InlineExecutor, StepExecutor, ThreadExecutor, usable_cores
 from instep.runtime.process_executor import ProcessExecutor
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import CannotServe

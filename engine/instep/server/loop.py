@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from instep.frontends.base import Frontend
+from instep.frontends import Frontend
 from instep.streaming.engine import Engine
 from instep.streaming.operations import StreamOperations
 from instep.streaming.tasks import Tasks

@@ -29,13 +29,12 @@ from instep.core.tables import (
     Tables,
 )
 from instep.core.typing import F32, I32, I64
-from instep.runtime.errors import StateLost
-from instep.runtime.executor import RunResult, StepExecutor
+from instep.runtime.executor import RunResult, StateLost, StepExecutor
 from instep.streaming.api import MAX_REPLY_MESSAGES, Frames, Refusal, Reply
 from instep.streaming.journal import Journal
 from instep.streaming.origins import Origins
 from instep.streaming.stats import EngineStats
-from instep.streaming.waiters import Waiters
+from instep.streaming.tasks import Waiters
 from instep_client.protocol.codes import Code
 
 _LONGEST_RUN_NS: Final = 1_000_000

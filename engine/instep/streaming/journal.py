@@ -21,8 +21,8 @@ from instep.core.tables import Tables
 from instep.core.typing import I64, U8, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder
+from instep.recording.records import StateRows
 from instep.recording.schema import OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
-from instep.recording.states import StateRows
 
 NEVER: Final = 2**62
 """The lsn of everything that was not recorded because the recording has failed."""

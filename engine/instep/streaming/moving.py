@@ -11,7 +11,7 @@ from instep.core.streams import StreamTable
 from instep.core.tables import WINDOW, Tables, rows_of
 from instep.core.typing import I64, U8
 from instep.recording.open_streams import OpenStream
-from instep.recording.states import StateRows
+from instep.recording.records import StateRows
 from instep.runtime.stepper import StateAccess
 
 

@@ -19,7 +19,7 @@ from instep.models.errors import ModelError
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
-from instep.verify.model_source import recorded_model
+from instep.verify.conditions import recorded_model
 from instep.verify.render import render
 from instep.verify.report import CannotVerify
 

@@ -1,19 +1,25 @@
-"""Under which conditions a recording is replayed here, and whether its bits must come out equal."""
+"""What a recording is replayed with: the model, the device, and whether its bits must come out equal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
 
-from instep.models.base import RecurrentModel
+from instep.models.base import Description, RecurrentModel
 from instep.models.certify import Certification, candidate_buckets, certify
+from instep.models.errors import ModelError
+from instep.models.folder import load_model, model_from_parts
+from instep.models.model import Model
 from instep.models.numerics import numerics, prepare
-from instep.recording.engines import differing
+from instep.models.registry import parse_description
+from instep.recording.records import differing
 from instep.recording.schema import RecordingHeader
+from instep.verify.report import CannotVerify
 
 MOST_ROWS: Final = 256
 """Streams replayed side by side, at most."""
@@ -100,3 +106,40 @@ def recorded_threads(header: RecordingHeader) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
+    """Load the recorded model, by its fingerprint, from `folder` or from where the recording says.
+
+    Where the engine took a weights file and a description from its config, the recording names the file and holds the
+    description.
+
+    Raises:
+        CannotVerify: when the model is missing, cannot be read, or is another one.
+    """
+    description = _recorded_description(header)
+    place = folder or Path(header.model_folder)
+    if folder is None and (not header.model_folder or not place.exists()):
+        raise CannotVerify(
+            f"the recording was made with the model {header.model_name!r}, which is no longer there "
+            f"({header.model_folder or 'its folder is not recorded'}); name its folder with --model"
+        )
+    try:
+        model = model_from_parts(description, place, header.model_name) if place.is_file() else load_model(place)
+    except ModelError as error:
+        raise CannotVerify(f"the model cannot be loaded: {error}") from None
+    if model.fingerprint != header.model_fingerprint or model.description != description:
+        raise CannotVerify(
+            f"the model in {place} is not the one the recording was made with (fingerprint {model.fingerprint[:12]}… "
+            f"instead of {header.model_fingerprint[:12]}…); name the folder of that one with --model"
+        )
+    return model
+
+
+def _recorded_description(header: RecordingHeader) -> Description:
+    try:
+        return parse_description(header.description)
+    except ModelError as error:
+        raise CannotVerify(
+            f"the recording's description of its network is not valid, so the file is damaged: {error}"
+        ) from None

@@ -16,8 +16,7 @@ import numpy as np
 from instep.core.typing import F32, I64, U8, Bool
 from instep.recording.frames import Sequences
 from instep.recording.reader import RecordingReader
-from instep.recording.records import StreamInfo
-from instep.recording.select import find_streams, select_streams
+from instep.recording.records import StreamInfo, find_streams, select_streams
 from instep.recording.sequences import SequenceIndex
 from instep.verify.checkpoints import StoredCheckpoints, StoredState
 from instep.verify.report import CannotVerify, Place, StreamReport, Verdict

@@ -36,7 +36,7 @@ from instep.models.registry import build
 from instep.recording.inspection import how_it_ends
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
-from instep.runtime.cores import usable_cores
+from instep.runtime.executor import usable_cores
 from instep.verify.checkers import Checkers
 from instep.verify.checkpoints import StoredCheckpoints
 from instep.verify.chunk_check import ChunkCheck

@@ -1,15 +1,85 @@
-"""Where a batch stands while it is stepped on a GPU: one captured graph a size, from pinned memory to pinned memory."""
+"""A padded batch on its way through a step: one class for the CPU, one for a GPU."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
+import numpy as np
 import torch
 
+from instep.core.compiled import kernel
+from instep.core.tables import SCRATCH_SLOT
 from instep.core.typing import F32, I64
 from instep.models.base import RecurrentModel
-from instep.runtime.errors import StateLost
-from instep.runtime.state_store import StateStore
+from instep.runtime.executor import StateLost
+from instep.runtime.state_store import StateCopies, StateStore
+
+
+@kernel
+def stage(slots: I64, rows: I64, inputs: F32, batch_slots: I64, batch_x: F32) -> None:
+    """Fill a batch: its slots and frames, the scratch slot and zeros where it is padded.
+
+    Args:
+        slots: int64 [B].
+        rows: int64 [B], of `inputs`.
+        inputs: float32 [capacity, features].
+        batch_slots: int64 [bucket].
+        batch_x: float32 [bucket, at least features]; columns beyond the features stay as they are.
+    """
+    features = inputs.shape[1]
+    for place in range(len(slots)):
+        batch_slots[place] = slots[place]
+        # Slices: loops over them become copies of whole vectors, those over two indices do not.
+        frame, target = inputs[rows[place]], batch_x[place, :features]
+        for value in range(features):
+            target[value] = frame[value]
+    for place in range(len(slots), len(batch_slots)):
+        batch_slots[place] = SCRATCH_SLOT
+        batch_x[place, :features] = 0.0
+
+
+@kernel
+def unstage(batch_y: F32, rows: I64, outputs: F32) -> None:
+    """Copy the first B rows of a batch's outputs to `rows`, int64 [B], of float32 [capacity, outputs]."""
+    width = outputs.shape[1]
+    for place in range(len(rows)):
+        y, target = batch_y[place, :width], outputs[rows[place]]
+        for value in range(width):
+            target[value] = y[value]
+
+
+class HostBatch:
+    """Room for one batch of one size, used again for the next one.
+
+    Args:
+        model: what is stepped.
+        store: the states.
+        size: rows, padding included.
+    """
+
+    def __init__(self, model: RecurrentModel, store: StateStore, size: int) -> None:
+        self._step = model.bind(size)
+        self._copies = StateCopies(store, self._step)
+        self._y: F32 = self._step.y.numpy()
+        self.slots: I64 = np.zeros(size, np.int64)
+        """int64 [size]: to be set before `run`, the scratch slot for padding."""
+        self.x: F32 = self._step.x.numpy()
+        """float32 [size, at least features], frames: to be set before `run`, zeros for padding."""
+
+    def run(self, rows: int) -> F32:
+        """Step; the outputs, float32 [size, at least outputs], until the next call.
+
+        Args:
+            rows: how many are not padding; their states are changed.
+
+        Raises:
+            Exception: whatever the model raised; no state has changed.
+        """
+        self._copies.gather(self.slots)
+        self._step.run()
+        self._copies.scatter(self.slots, rows)
+        return self._y
+
 
 _WARM_UPS: Final = 3
 """Runs before the capture, in which libraries allocate and choose what they use: torch's own example makes as many."""

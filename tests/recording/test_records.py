@@ -1,0 +1,101 @@
+"""Records: which engine may continue a recording, and which streams are meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instep.recording.errors import RecordingError
+from instep.recording.records import StreamInfo, changed_values, differing, refuse_other_engine, select_streams
+from tests.support.recordings import gru_description, make_gru, make_header
+
+
+def header(**changes: Any) -> Any:
+    return make_header(gru_description(make_gru(3, 4)), **changes)
+
+
+def test_differences_in_words() -> None:
+    assert differing({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "5"}) == [
+        "b 2 there, 4 here",
+        "c 3 there, unknown here",
+        "d unknown there, 5 here",
+    ]
+
+
+def test_another_model_is_always_refused() -> None:
+    other = header(model_fingerprint="cd" * 32, model_name="other")
+    for accepted in (False, True):
+        with pytest.raises(
+            RecordingError, match=r"a\.rec is a recording of the model 'test' .*this engine serves 'other'"
+        ):
+            refuse_other_engine(Path("a.rec"), header(), other, accepted)
+
+
+def test_other_numerics_are_refused_unless_accepted() -> None:
+    other = header(numerics={"torch": "1.9", "threads": "1"}, buckets=(4,))
+    with pytest.raises(
+        RecordingError, match=r"with other bits \(torch .* there, 1\.9 here\).*--accept-numerics-change"
+    ):
+        refuse_other_engine(Path("a.rec"), header(), other)
+    refuse_other_engine(Path("a.rec"), header(), other, True)
+    refuse_other_engine(Path("a.rec"), header(), header(buckets=(4,), model_folder="elsewhere"))
+
+
+def test_what_changed_and_matters() -> None:
+    now = header(numerics={"torch": "1.9"}, buckets=(4,), durability="fsync", model_folder="elsewhere", created_ns=5)
+    assert changed_values(header(), now) == {"numerics": {"torch": "1.9"}, "buckets": (4,), "durability": "fsync"}
+    assert changed_values(now, now) == {}
+    named = header(output_names=("a", "b", "c", "d"))
+    assert changed_values(header(), named) == {"output_names": ("a", "b", "c", "d")}
+
+
+def opened(*names: str) -> list[StreamInfo]:
+    return [StreamInfo(at, name, at, 0, 0, at, *[None] * 6) for at, name in enumerate(names, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ([], [0, 1, 2, 3]),
+        (["a"], [0, 2]),
+        (["b", "a"], [0, 1, 2]),
+        (["2"], [1]),
+        (["1"], [3]),
+        (["4"], [3]),
+        (["a", "3", "a"], [0, 2]),
+    ],
+)
+def test_names_come_before_numbers(wanted: list[str], found: list[int]) -> None:
+    assert select_streams(opened("a", "b", "a", "1"), wanted) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ((), "the recording has no stream 'mic'; it has no streams at all"),
+        (("zzz",), "the recording has no stream 'mic'; its only stream is 'zzz'"),
+        (("xx", "yy", "zz"), "the recording has no stream 'mic'; it has 3 streams, from 'xx' to 'zz'"),
+        (("mic-1", "mic-1", "zz"), "the recording has no stream 'mic'; did you mean 'mic-1'?"),
+    ],
+)
+def test_one_that_is_not_there(names: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(RecordingError) as caught:
+        select_streams(opened(*names), ["mic"])
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "sentence"),
+    [
+        (("left", "right"), "rihgt", "the recording has no stream 'rihgt'; did you mean 'right'?"),
+        (("mic-1", "mic-2", "x"), "mic1", "did you mean 'mic-1' or 'mic-2'?"),
+        (("left", "right"), "zzz", "it has 2 streams, from 'left' to 'right'"),
+        (("left",), "99", "its only stream is 'left'"),
+    ],
+)
+def test_what_is_near_is_named(names: tuple[str, ...], wanted: str, sentence: str) -> None:
+    with pytest.raises(RecordingError) as caught:
+        select_streams(opened(*names), ["left", wanted] if "left" in names else [wanted])
+    assert sentence in str(caught.value)
