@@ -30,16 +30,16 @@ from instep.server.loop import Loop
 from instep.streaming.api import Grants, Names, Origin
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
-from instep.streaming.hibernation import Hibernation, HibernationLimits
+from instep.streaming.hibernation import Hibernation, IdleLimits, Tombstones
 from instep.streaming.journal import Journal
 from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
-from instep.streaming.reaper import IdleLimits, Reaper
+from instep.streaming.reaper import Reaper
 from instep.streaming.recovery import resume_recording
+from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
-from instep.streaming.tombstones import Tombstones
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory
 from tests.delivery.hand_loop import HandLoop
@@ -130,9 +130,6 @@ class Recurrence:
         self.steps_before_failure = 0
         self._states = np.zeros(MAX_STREAMS + 1, np.int64)
 
-    def bucket(self, size: int) -> int:
-        return self.buckets[0]
-
     def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
         assert len(set(slots.tolist())) == len(slots), "a stream has two frames in one step"
         if self.failure is not None and self.steps_before_failure == 0:
@@ -153,12 +150,6 @@ class Recurrence:
     def read(self, slots: I64) -> U8:
         assert not self.executor.is_under_way(slots), "a state is read while its stream steps"
         return rows_of(self._states[slots])
-
-    def initial(self, count: int) -> U8:
-        return np.zeros((count, 4), np.uint8)
-
-    def no_states(self, count: int) -> U8:
-        return self.state.missing(count)
 
 
 class Watcher(Protocol):
@@ -250,7 +241,7 @@ class Node:
             tables,
             table,
             self.origins,
-            stepper,
+            stepper.buckets,
             self.executor,
             journal,
             EngineLimits(sizes.batch, 0, _MAX_FRAMES),
@@ -260,22 +251,14 @@ class Node:
             turns.wake,
         )
         tombstones = Tombstones()
-        self.hibernation = Hibernation(
-            engine,
-            stepper,
-            tombstones,
-            partial(_load, disk),
-            HibernationLimits(_HIBERNATE_NS, MAX_STREAMS, _PARK_NS, 0),
-            self.tasks,
-            self._log_failure,
-        )
-        operations = _WatchedOperations(
-            engine, stepper, self.hibernation, tombstones, self.tasks, turns.wake, self._log_failure
-        )
+        states = StreamStates(engine, stepper, turns.wake, self._log_failure)
+        limits = IdleLimits(0, 0, _PARK_NS, MAX_STREAMS, _HIBERNATE_NS, MAX_STREAMS)
+        self.hibernation = Hibernation(engine, states, tombstones, partial(_load, disk), limits, self.tasks)
+        operations = _WatchedOperations(engine, states, self.hibernation, tombstones, self.tasks)
         engine.watcher = operations.watcher = self._watcher
         operations.hibernation = self.hibernation
-        self._reaper = Reaper(engine, operations, self.hibernation, IdleLimits(0, 0, _PARK_NS, MAX_STREAMS))
-        self._checkpoints = Checkpoints(engine, operations, stepper, self.tasks, _NEVER_NS, at_once=1)
+        self._reaper = Reaper(engine, operations, self.hibernation, limits)
+        self._checkpoints = Checkpoints(engine, states, self.tasks, _NEVER_NS, at_once=1)
         router: Any = self.router
         self.outbound = Outbound(
             router, tables, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach
@@ -291,7 +274,7 @@ class Node:
             _info(number, sizes),
             2 * _NEVER_NS,
             turns.wake,
-            Listing(table, self.hibernation, IdleLimits(0, 0, _PARK_NS, MAX_STREAMS)),
+            Listing(table, self.hibernation, limits),
             log_into([]),
         )
         turns.engine, turns.operations, turns.tasks = engine, operations, self.tasks

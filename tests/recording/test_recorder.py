@@ -10,7 +10,7 @@ import pytest
 
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
-from instep.recording.recorder import SMALL_ROWS_PER_BATCH, Recorder
+from instep.recording.recorder import SMALL_ROWS_PER_BATCH, Recorder, Write
 from instep.recording.records import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, make_gru, make_header
@@ -67,8 +67,9 @@ def start(path: Path, queue_batches: int = 2) -> tuple[HeldWriter, Recorder, Cal
 
 def add(recorder: Recorder, seq: int) -> int:
     x, y = np.full((1, 3), seq, np.float32), np.zeros((1, 4), np.float32)
-    ticket = recorder.add_inputs(seq, 4, np.array([1], np.uint32), np.array([seq], np.uint64), x)
-    return recorder.add_outputs(ticket, seq, y)
+    streams, seqs = np.array([1], np.uint32), np.array([seq], np.uint64)
+    ticket = recorder.put(lambda writer: writer.add_inputs(seq, 4, streams, seqs, x), batches=1)
+    return recorder.put(lambda writer: writer.add_outputs(seq, ticket, y))
 
 
 def test_everything_is_written_in_order(tmp_path: Path) -> None:
@@ -105,15 +106,15 @@ def test_all_that_waits_becomes_one_commit(tmp_path: Path) -> None:
 def test_room_is_what_is_not_yet_committed(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=2)
     open_stream(recorder, 1, "a", 7, 0, 1, None)
-    assert recorder.has_room
+    assert recorder.room > 0
     add(recorder, 0)
-    assert recorder.has_room
+    assert recorder.room > 0
     add(recorder, 1)
-    assert not recorder.has_room
+    assert recorder.room <= 0
     assert not calls.room.acquire(timeout=0.05)
     writer.gate.set()
     assert calls.room.acquire(timeout=60)
-    assert recorder.has_room
+    assert recorder.room > 0
     add(recorder, 2)
     recorder.stop()
     assert not calls.room.acquire(timeout=0), "on_room is called once for one time without room"
@@ -122,9 +123,9 @@ def test_room_is_what_is_not_yet_committed(tmp_path: Path) -> None:
 def test_small_rows_are_bounded_too(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=1)
     for number in range(SMALL_ROWS_PER_BATCH):
-        assert recorder.has_room
+        assert recorder.room > 0
         stream_event(recorder, number, "note", 1, 0)
-    assert not recorder.has_room
+    assert recorder.room <= 0
     writer.gate.set()
     assert calls.room.acquire(timeout=60)
     recorder.stop()
@@ -134,11 +135,16 @@ def test_rows_given_together_are_one_entry_with_a_ticket_each(tmp_path: Path) ->
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=2)
     count = 2 * SMALL_ROWS_PER_BATCH
     numbers, zeros = np.arange(1, count + 1), np.zeros(count, np.int64)
-    assert recorder.open_streams(1, numbers, ["a"] * count, numbers.astype(np.uint64), zeros, None) == count
-    assert not recorder.has_room, "each row counts"
-    assert recorder.stream_events(1, "parked", numbers, zeros, [""] * count) == 2 * count
-    lost = np.ones(count, np.bool_)
-    assert recorder.close_streams(1, numbers, "closed", zeros, np.zeros((count, 1, 4), np.float32), lost) == 3 * count
+    epochs, names, lost = numbers.astype(np.uint64), ["a"] * count, np.ones(count, np.bool_)
+    states = np.zeros((count, 16), np.uint8)
+    writes: list[Write] = [
+        lambda writer: writer.open_streams(1, numbers, names, epochs, zeros, None),
+        lambda writer: writer.stream_events(1, "parked", numbers, zeros, [""] * count),
+        lambda writer: writer.close_streams(1, numbers, "closed", zeros, states, lost),
+    ]
+    for number, write in enumerate(writes, 1):
+        assert recorder.put(write, rows=count, small_rows=count) == number * count
+        assert recorder.room <= 0, "each row counts"
     assert len(recorder._queue) <= 3  # the thread may have taken some
     writer.gate.set()
     assert calls.room.acquire(timeout=60)
@@ -213,12 +219,13 @@ def test_after_stop_nothing_is_taken(tmp_path: Path) -> None:
 def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
     opened = open_stream(recorder, 1, "a", 7, 0, 1, None)
-    inputs = recorder.add_inputs(1, 4, np.array([1], np.uint32), np.array([0], np.uint64), np.zeros((1, 3), np.float32))
-    failed = recorder.fail_batch(inputs, 1, "step_failed")
+    columns = np.array([1], np.uint32), np.array([0], np.uint64), np.zeros((1, 3), np.float32)
+    inputs = recorder.put(lambda writer: writer.add_inputs(1, 4, *columns), batches=1)
+    failed = recorder.put(lambda writer: writer.fail_batch(1, inputs, "step_failed"))
     outputs = add(recorder, 0)
     nothing = np.zeros((0, 3), np.float32), np.zeros((0, 4), np.float32)
     rows = StateRows(np.array([1]), np.array([1]), np.ones((1, 1, 4), np.float32), np.array([1]), *nothing)
-    checkpoint = recorder.checkpoint(1, outputs, rows)
+    checkpoint = recorder.put(lambda writer: writer.checkpoint(1, outputs, rows))
     assert [opened, inputs, failed, outputs, checkpoint] == [1, 2, 3, 5, 6]
     assert calls.durable == []
     writer.gate.set()

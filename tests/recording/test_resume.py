@@ -172,14 +172,15 @@ def durable(ticket):
 room = threading.Semaphore(0)
 recorder = Recorder(writer, 8, room.release, lambda error: None, durable)
 one = np.array([1])
-recorder.open_streams(1, one, ["a"], one.astype(np.uint64), one - 1, None)
+recorder.put(lambda writer: writer.open_streams(1, one, ["a"], one.astype(np.uint64), one - 1, None), small_rows=1)
 seq = 0
 while True:
-    while not recorder.has_room:
+    while recorder.room <= 0:
         room.acquire(timeout=1)
-    x = np.full((1, 3), seq, np.float32)
-    ticket = recorder.add_inputs(1, 8, np.array([1], np.uint32), np.array([seq], np.uint64), x)
-    recorder.add_outputs(ticket, 1, np.full((1, 4), seq, np.float32))
+    columns = np.array([1], np.uint32), np.array([seq], np.uint64), np.full((1, 3), seq, np.float32)
+    ticket = recorder.put(lambda writer, columns=columns: writer.add_inputs(1, 8, *columns), batches=1)
+    y = np.full((1, 4), seq, np.float32)
+    recorder.put(lambda writer, ticket=ticket, y=y: writer.add_outputs(1, ticket, y))
     seq += 1
 """
 

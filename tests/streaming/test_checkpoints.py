@@ -27,7 +27,7 @@ NAMES = [f"s{number}" for number in range(COUNT)]
 
 
 def checkpoints_of(kit: StreamingEngine, at_once: int = 1024, target_ns: int = 10**15) -> Checkpoints:
-    return Checkpoints(kit.engine, kit.operations, kit.stepper, kit.tasks, target_ns, at_once)
+    return Checkpoints(kit.engine, kit.states, kit.tasks, target_ns, at_once)
 
 
 async def recorded(kit: StreamingEngine, path: Path, x: np.ndarray) -> tuple[InProcessOrigin, U64]:

@@ -22,8 +22,7 @@ from instep.recording.reader import RecordingReader
 from instep.runtime.executor import InlineExecutor
 from instep.runtime.stepper import Stepper
 from instep.streaming.checkpoints import Checkpoints
-from instep.streaming.hibernation import HibernationLimits
-from instep.streaming.reaper import IdleLimits
+from instep.streaming.hibernation import IdleLimits
 from instep_client.protocol.codes import Code
 from tests.support.commits import held_commits
 from tests.support.faulty_states import FaultyStates
@@ -34,8 +33,9 @@ from tests.support.traffic import assert_same_bits
 SOON_NS = 10**9
 """After so long streams hibernate here."""
 LATER_NS = 100 * SOON_NS
-LIMITS = HibernationLimits(after_ns=SOON_NS, most=1_000_000, park_ns=LATER_NS, max_idle_ns=LATER_NS)
-KEEP = IdleLimits(max_idle_ns=0, first_frame_ns=0, park_ns=10**15, max_parked=1000)
+LIMITS = IdleLimits(
+    max_idle_ns=LATER_NS, first_frame_ns=0, park_ns=LATER_NS, max_parked=1000, hibernate_after_ns=SOON_NS
+)
 ZERO = np.zeros(1, np.uint64)
 
 
@@ -59,7 +59,7 @@ async def test_a_stream_comes_back_with_the_same_bits(
     tmp_path: Path, rng: np.random.Generator, is_parked: bool
 ) -> None:
     x = random_frames(rng, 8, 1)
-    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["s"])
@@ -86,7 +86,7 @@ async def test_unacknowledged_frames_are_answered_again_and_an_older_owner_is_fe
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     x = random_frames(rng, 4, 1)
-    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["s"])
@@ -124,7 +124,7 @@ async def test_more_streams_than_slots_come_and_go_in_any_order_and_a_kill_chang
     y: F32 = np.full((length, count, whole(SMALL, x[:, 0])[0].shape[-1]), np.nan, np.float32)
     names, seqs, epochs = [f"s{number}" for number in range(count)], np.zeros(count, np.int64), np.zeros(count, "<u8")
     for life in range(4):
-        async with streaming(InlineExecutor, hibernation=LIMITS, max_streams=slots) as kit:
+        async with streaming(InlineExecutor, idle=LIMITS, max_streams=slots) as kit:
             recovery = kit.record(path)
             assert recovery is None or recovery.streams == count
             origin = kit.frontend.connect()
@@ -150,7 +150,7 @@ async def test_more_streams_than_slots_come_and_go_in_any_order_and_a_kill_chang
                     y[seqs[columns], columns] = reply.y[0]
                     seqs[columns] += 1
                 if rng.random() < 0.1:
-                    kit.tasks.start(Checkpoints(kit.engine, kit.operations, kit.stepper, kit.tasks, 10**15, 3).take())
+                    kit.tasks.start(Checkpoints(kit.engine, kit.states, kit.tasks, 10**15, 3).take())
                 await tick(kit)
                 assert kit.table.open_count <= slots
             await kit.durable()
@@ -164,7 +164,7 @@ async def test_more_streams_than_slots_come_and_go_in_any_order_and_a_kill_chang
 
 async def test_streams_may_hibernate_while_a_checkpoint_is_taken(tmp_path: Path, rng: np.random.Generator) -> None:
     x, path, names = random_frames(rng, 6, 8), tmp_path / "r.instep", list("abcdefgh")
-    async with held_commits() as may_commit, streaming(InlineExecutor, hibernation=LIMITS) as kit:
+    async with held_commits() as may_commit, streaming(InlineExecutor, idle=LIMITS) as kit:
         kit.record(path, durability="memory")
         origin = kit.frontend.connect()
         opened = await origin.open(names)
@@ -172,9 +172,7 @@ async def test_streams_may_hibernate_while_a_checkpoint_is_taken(tmp_path: Path,
         kit.frontend.disconnect(origin)
         kit.reaper.tick(time.monotonic_ns())
         may_commit.clear()
-        taking = asyncio.ensure_future(
-            Checkpoints(kit.engine, kit.operations, kit.stepper, kit.tasks, 10**15, at_once=2).take()
-        )
+        taking = asyncio.ensure_future(Checkpoints(kit.engine, kit.states, kit.tasks, 10**15, at_once=2).take())
         await kit.settle()
         kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
         assert len(kit.hibernation) == 8
@@ -199,7 +197,7 @@ async def test_streams_may_hibernate_while_a_checkpoint_is_taken(tmp_path: Path,
 
 async def test_a_name_stays_in_use_and_a_state_is_read_without_waking(tmp_path: Path, rng: np.random.Generator) -> None:
     x = random_frames(rng, 3, 1)
-    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["s", "never stepped"])
@@ -219,7 +217,7 @@ async def test_those_that_hibernate_for_too_long_expire_with_their_final_state(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     x, path = random_frames(rng, 3, 2), tmp_path / "r.instep"
-    async with streaming(InlineExecutor, hibernation=LIMITS, idle=KEEP) as kit:
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
         kit.record(path)
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         parked = await gone.open(["parked"])
@@ -252,7 +250,7 @@ async def test_without_a_limit_a_connected_owner_keeps_its_streams_and_one_that_
     tmp_path: Path,
 ) -> None:
     limits = replace(LIMITS, max_idle_ns=0)
-    async with streaming(InlineExecutor, hibernation=limits, idle=KEEP) as kit:
+    async with streaming(InlineExecutor, idle=limits) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         await origin.open(["s"])
@@ -267,7 +265,7 @@ async def test_without_a_limit_a_connected_owner_keeps_its_streams_and_one_that_
 
 async def test_beyond_the_most_those_that_slept_longest_expire(tmp_path: Path) -> None:
     names = [f"s{number}" for number in range(6)]
-    async with streaming(InlineExecutor, hibernation=replace(LIMITS, most=2)) as kit:
+    async with streaming(InlineExecutor, idle=replace(LIMITS, max_hibernated=2)) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(names)
@@ -278,8 +276,8 @@ async def test_beyond_the_most_those_that_slept_longest_expire(tmp_path: Path) -
 
 
 async def test_parked_streams_make_room_for_others_and_where_there_is_none_a_sleeper_stays(tmp_path: Path) -> None:
-    never = replace(LIMITS, after_ns=0)
-    async with streaming(InlineExecutor, hibernation=never, max_streams=3) as kit:
+    never = replace(LIMITS, hibernate_after_ns=0)
+    async with streaming(InlineExecutor, idle=never, max_streams=3) as kit:
         kit.record(tmp_path / "r.instep")
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         parked = await gone.open(["a", "b", "c"])
@@ -298,7 +296,7 @@ async def test_parked_streams_make_room_for_others_and_where_there_is_none_a_sle
 @pytest.mark.parametrize("fell_asleep", [2, 4, 9])
 async def test_none_falls_asleep_while_the_others_of_a_request_wake(tmp_path: Path, fell_asleep: int) -> None:
     names = [f"s{number}" for number in range(9)]
-    async with streaming(InlineExecutor, hibernation=LIMITS, wake_at_once=2) as kit:
+    async with streaming(InlineExecutor, idle=LIMITS, wake_at_once=2) as kit:
         kit.record(tmp_path / "r.instep")
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         opened = await gone.open(names)
@@ -317,7 +315,7 @@ async def test_none_falls_asleep_while_the_others_of_a_request_wake(tmp_path: Pa
 
 async def test_making_room_for_many_goes_some_at_a_time(tmp_path: Path, rng: np.random.Generator) -> None:
     names = [f"s{number}" for number in range(12)]
-    async with streaming(InlineExecutor, hibernation=replace(LIMITS, after_ns=0), wake_at_once=5) as kit:
+    async with streaming(InlineExecutor, idle=replace(LIMITS, hibernate_after_ns=0), wake_at_once=5) as kit:
         kit.record(tmp_path / "r.instep")
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         opened = await gone.open(names)
@@ -334,8 +332,7 @@ async def test_making_room_for_many_goes_some_at_a_time(tmp_path: Path, rng: np.
 
 
 async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) -> None:
-    limits = replace(LIMITS, after_ns=0)
-    async with streaming(InlineExecutor, hibernation=limits, idle=replace(KEEP, max_parked=1)) as kit:
+    async with streaming(InlineExecutor, idle=replace(LIMITS, hibernate_after_ns=0, max_parked=1)) as kit:
         kit.record(tmp_path / "r.instep")
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         opened = await gone.open(["a", "b", "c"])
@@ -355,7 +352,7 @@ async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) 
 async def test_a_stream_that_cannot_be_read_now_costs_no_other_and_can_be_later(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, error: Exception, code: Code
 ) -> None:
-    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["a", "b"])
@@ -389,7 +386,7 @@ async def test_a_state_that_cannot_be_put_back_leaves_the_stream_asleep(
         return made[0]
 
     x = random_frames(rng, 3)
-    async with streaming(InlineExecutor, hibernation=LIMITS, states=faulty) as kit:
+    async with streaming(InlineExecutor, idle=LIMITS, states=faulty) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["s"])
@@ -408,7 +405,7 @@ async def test_a_stream_that_wakes_and_ends_while_its_state_is_read_is_not_told_
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_read, x = threading.Event(), random_frames(rng, 5)
-    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["s"])
@@ -425,14 +422,14 @@ async def test_a_stream_that_wakes_and_ends_while_its_state_is_read_is_not_told_
         monkeypatch.undo()
         resumed = await origin.resume(["s"], have(5), opened.epochs)
         await origin.close(resumed.handles)
-        await Checkpoints(kit.engine, kit.operations, kit.stepper, kit.tasks, 10**15).take()
+        await Checkpoints(kit.engine, kit.states, kit.tasks, 10**15).take()
         may_read.set()
         assert (await reading).codes.tolist() == [Code.UNKNOWN_STREAM]
 
 
 async def test_streams_of_a_connection_that_has_just_gone_are_kept_from_then_on(tmp_path: Path) -> None:
     limits = replace(LIMITS, park_ns=SOON_NS)
-    async with streaming(InlineExecutor, hibernation=limits, reap_at_once=1) as kit:
+    async with streaming(InlineExecutor, idle=limits, reap_at_once=1) as kit:
         kit.record(tmp_path / "r.instep")
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         opened = await gone.open(["a", "b", "c"])
@@ -448,9 +445,7 @@ async def test_streams_of_a_connection_that_has_just_gone_are_kept_from_then_on(
 async def test_a_stream_that_waits_for_its_first_frame_stays_where_it_ends(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    limits = replace(LIMITS, first_frame_ns=10 * SOON_NS)
-    idle = replace(KEEP, first_frame_ns=10 * SOON_NS)
-    async with streaming(InlineExecutor, hibernation=limits, idle=idle) as kit:
+    async with streaming(InlineExecutor, idle=replace(LIMITS, first_frame_ns=10 * SOON_NS)) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["used", "unused"])
@@ -462,14 +457,14 @@ async def test_a_stream_that_waits_for_its_first_frame_stays_where_it_ends(
 
 
 async def test_without_a_recording_nothing_hibernates() -> None:
-    async with streaming(InlineExecutor, hibernation=LIMITS) as kit:
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
         await kit.frontend.connect().open(["s"])
         kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
         assert (kit.table.open_count, len(kit.hibernation)) == (1, 0)
 
 
 async def test_an_owner_is_not_told_of_a_handle_that_it_has_not_been_given(tmp_path: Path) -> None:
-    async with held_commits() as may_commit, streaming(InlineExecutor, hibernation=LIMITS) as kit:
+    async with held_commits() as may_commit, streaming(InlineExecutor, idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         may_commit.clear()

@@ -15,8 +15,8 @@ from instep.recording.open_streams import load_open_streams
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
-from instep.streaming.moving import put_into_memory
 from instep.streaming.recovery import Recovery, resume_recording
+from instep.streaming.states import put_into_memory
 from tests.support.running import CPU, prepared
 
 

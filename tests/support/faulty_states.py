@@ -13,6 +13,7 @@ class FaultyStates:
         self.is_broken = False
         self.good_loads = 10**9
         self._stepper = stepper
+        self.state = stepper.state
 
     def load(self, slots: I64, rows: U8 | None) -> None:
         self._check(self.good_loads <= 0)
@@ -22,12 +23,6 @@ class FaultyStates:
     def read(self, slots: I64) -> U8:
         self._check()
         return self._stepper.read(slots)
-
-    def initial(self, count: int) -> U8:
-        return self._stepper.initial(count)
-
-    def no_states(self, count: int) -> U8:
-        return self._stepper.no_states(count)
 
     def _check(self, fails: bool = False) -> None:
         if self.is_broken or fails:

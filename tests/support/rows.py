@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from instep.recording.recorder import Recorder
+from instep.recording.recorder import Recorder, Write
 from instep.recording.writer import RecordingWriter
 from tests.support.states import rows_of
 
@@ -23,15 +23,17 @@ def open_stream(
 ) -> int | None:
     states = None if initial_state is None else rows_of(initial_state[None])
     columns = (np.array([stream]), [name], np.array([epoch], np.uint64), np.array([first_seq]))
-    return to.open_streams(time_ns, *columns, states)
+    return _write(to, lambda writer: writer.open_streams(time_ns, *columns, states))
 
 
 def close_stream(
     to: RecordingWriter | Recorder, stream: int, time_ns: int, reason: str, frames: int, final_state: F32 | None
 ) -> int | None:
     state = rows_of(np.zeros((1, 1), np.float32) if final_state is None else final_state[None])
-    return to.close_streams(
-        time_ns, np.array([stream]), reason, np.array([frames]), state, np.array([final_state is None])
+    lost = np.array([final_state is None])
+    return _write(
+        to,
+        lambda writer: writer.close_streams(time_ns, np.array([stream]), reason, np.array([frames]), state, lost),
     )
 
 
@@ -45,4 +47,14 @@ def stream_event(
     state: F32 | None = None,
 ) -> int | None:
     states = None if state is None else rows_of(state[None])
-    return to.stream_events(time_ns, kind, np.array([stream]), np.array([seq]), [detail], states)
+    return _write(
+        to,
+        lambda writer: writer.stream_events(time_ns, kind, np.array([stream]), np.array([seq]), [detail], states),
+    )
+
+
+def _write(to: RecordingWriter | Recorder, write: Write) -> int | None:
+    if isinstance(to, Recorder):
+        return to.put(write, small_rows=1)
+    write(to)
+    return None

@@ -28,15 +28,15 @@ from instep.server.assembly import recording_header
 from instep.server.loop import Loop
 from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
 from instep.streaming.engine import Engine, EngineLimits
-from instep.streaming.hibernation import Hibernation, HibernationLimits
+from instep.streaming.hibernation import Hibernation, IdleLimits, Tombstones
 from instep.streaming.journal import Journal
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
-from instep.streaming.reaper import IdleLimits, Reaper
+from instep.streaming.reaper import Reaper
 from instep.streaming.recovery import Recovery, resume_recording
+from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
-from instep.streaming.tombstones import Tombstones
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL
 from tests.support.running import CPU, config, prepared
@@ -143,7 +143,6 @@ class StreamingEngine:
         model: Model = SMALL,
         states: Callable[[Stepper], StateAccess] | None = None,
         idle: IdleLimits | None = None,
-        hibernation: HibernationLimits | None = None,
         reap_at_once: int = 4096,
         copy_at_once: int = 4096,
         wake_at_once: int = 1024,
@@ -190,7 +189,7 @@ class StreamingEngine:
             tables,
             self.table,
             self.origins,
-            self.stepper,
+            self.stepper.buckets,
             self.executor,
             Journal(tables, self.table, self.loop.wake),
             engine_limits,
@@ -200,28 +199,18 @@ class StreamingEngine:
             self.loop.wake,
         )
         access: StateAccess = states(self.stepper) if states else self.stepper
-        tombstones = Tombstones()
+        tombstones, idle = Tombstones(), idle or IdleLimits(0, 0, PARK_NS, 1000)
+        self.states = StreamStates(self.engine, access, self.loop.wake, self._log_failure, copy_at_once)
         self.hibernation = Hibernation(
             self.engine,
-            access,
+            self.states,
             tombstones,
             lambda streams: asyncio.to_thread(load_open_streams, self.recording, streams),
-            hibernation or HibernationLimits(0, 1_000_000, PARK_NS, 0),
+            idle,
             self.tasks,
-            self._log_failure,
             wake_at_once,
         )
-        self.operations = StreamOperations(
-            self.engine,
-            access,
-            self.hibernation,
-            tombstones,
-            self.tasks,
-            self.loop.wake,
-            self._log_failure,
-            copy_at_once,
-        )
-        idle = idle or IdleLimits(0, 0, PARK_NS, 1000)
+        self.operations = StreamOperations(self.engine, self.states, self.hibernation, tombstones, self.tasks)
         self.reaper = Reaper(self.engine, self.operations, self.hibernation, idle, reap_at_once)
         self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)
         self.loop.engine, self.loop.operations, self.loop.tasks = self.engine, self.operations, self.tasks

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Final, TypeAlias
 
-from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.errors import RecordingError
-from instep.recording.records import StateRows
 from instep.recording.writer import RecordingWriter
 
-Write: TypeAlias = Callable[[], object]
+Write: TypeAlias = Callable[[RecordingWriter], object]
 
 TRIM_EVERY_S: Final = 1.0
 """How often the age of the history is looked at when nothing is written."""
@@ -23,15 +21,13 @@ SMALL_ROWS_PER_BATCH: Final = 256
 class Recorder:
     """Takes rows without blocking and writes them in order, each commit holding all that waited.
 
-    Every verb returns a ticket: the position that its row, or the last of its rows, will have in the recording. Tickets
-    rise by one a row. Arrays and whatever else a verb is given belong to the recorder from then on: it looks at them in
-    its own thread.
+    A ticket is the position that a row will have in the recording, so tickets rise by one a row.
 
-    The queue is bounded by its user: whoever adds batches looks at `has_room` first and waits for `on_room` when
-    there is none. Batches and rows count as waiting until they are committed; a batch's outcome goes with the batch.
+    The queue is bounded by its user: whoever adds batches looks at `room` first and waits for `on_room` when there is
+    none. Batches and rows count as waiting until they are committed; the outcome of a batch goes with the batch.
 
-    Failure: when the disk is full or fails, `failed` is set, `on_failure` is called once, what was not committed is
-    given up, and every later verb raises. Nothing is written or called durable after a failure.
+    When the disk is full or fails, `failed` is set, `on_failure` is called once, everything that was not committed is
+    given up, and `put` raises from then on. Nothing is written or called durable after a failure.
 
     Args:
         writer: a recording; the recorder owns and closes it.
@@ -73,11 +69,6 @@ class Recorder:
         self._thread.start()
 
     @property
-    def has_room(self) -> bool:
-        """Whether another batch may be added now."""
-        return self.room > 0
-
-    @property
     def room(self) -> int:
         """How many more batches may be added now; 0 or less for none."""
         is_full = self._small_rows >= self._queue_batches * SMALL_ROWS_PER_BATCH
@@ -88,50 +79,33 @@ class Recorder:
         """The error that ended the recording, if one did."""
         return self._failed
 
-    def open_streams(
-        self,
-        time_ns: int,
-        streams: I64,
-        names: Sequence[str],
-        epochs: U64,
-        first_seqs: I64,
-        initial_states: U8 | None,
-    ) -> int:
-        """As `RecordingWriter.open_streams`; raises RecordingError after a failure, as every verb."""
-        fields = (time_ns, streams, names, epochs, first_seqs, initial_states)
-        return self._put_rows(lambda: self._writer.open_streams(*fields), len(streams))
+    def put(self, write: Write, *, rows: int = 1, batches: int = 0, small_rows: int = 0) -> int:
+        """Have the writer append something.
 
-    def add_inputs(self, time_ns: int, bucket: int, streams: U32, seqs: U64, x: F32) -> int:
-        """As `RecordingWriter.add_inputs`."""
-        return self._put(lambda: self._writer.add_inputs(time_ns, bucket, streams, seqs, x), batches=1)
+        Args:
+            write: calls a verb of the writer, in the recorder's thread, so arrays in it belong to the recorder.
+            rows: how many positions that takes.
+            batches: how many of them are inputs of a batch.
+            small_rows: how many openings, closings, events and states it holds.
 
-    def add_outputs(self, ticket: int, time_ns: int, y: F32) -> int:
-        """As `RecordingWriter.add_outputs`, of the inputs with that ticket."""
-        return self._put(lambda: self._writer.add_outputs(time_ns, ticket, y))
+        Returns:
+            The ticket of the last of these rows.
 
-    def fail_batch(self, ticket: int, time_ns: int, detail: str) -> int:
-        """As `RecordingWriter.fail_batch`, of the inputs with that ticket."""
-        return self._put(lambda: self._writer.fail_batch(time_ns, ticket, detail))
-
-    def close_streams(self, time_ns: int, streams: I64, reason: str, frames: I64, final_states: U8, lost: Bool) -> int:
-        """As `RecordingWriter.close_streams`."""
-        fields = (time_ns, streams, reason, frames, final_states, lost)
-        return self._put_rows(lambda: self._writer.close_streams(*fields), len(streams))
-
-    def stream_events(
-        self, time_ns: int, kind: str, streams: I64, seqs: I64, details: Iterable[str], states: U8 | None = None
-    ) -> int:
-        """As `RecordingWriter.stream_events`."""
-        fields = (time_ns, kind, streams, seqs, details, states)
-        return self._put_rows(lambda: self._writer.stream_events(*fields), len(streams))
-
-    def add_states(self, time_ns: int, through: int, rows: StateRows) -> int:
-        """As `RecordingWriter.add_states`, up to the ticket `through`."""
-        return self._put(lambda: self._writer.add_states(time_ns, through, rows), small_rows=len(rows.streams))
-
-    def checkpoint(self, time_ns: int, through: int, rows: StateRows) -> int:
-        """As `RecordingWriter.checkpoint`, up to the ticket `through`."""
-        return self._put(lambda: self._writer.checkpoint(time_ns, through, rows))
+        Raises:
+            RecordingError: after a failure, and once it was stopped.
+        """
+        with self._changed:
+            if self._failed is not None:
+                raise RecordingError(f"the recording {self._writer.path} failed and takes nothing more: {self._failed}")
+            if self._stopping:
+                raise RecordingError(f"the recording {self._writer.path} was stopped and takes nothing more")
+            self._queue.append(write)
+            self._batches += batches
+            self._small_rows += small_rows
+            self._was_full = self._was_full or self.room <= 0
+            self._ticket += rows
+            self._changed.notify()
+            return self._ticket
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """Write and commit what waits, close the file and end the thread; look at `failed` afterwards.
@@ -144,24 +118,6 @@ class Recorder:
             self._changed.notify()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
-
-    def _put_rows(self, write: Write, count: int) -> int:
-        """Several small rows: one entry of the queue, and a ticket each."""
-        return self._put(write, tickets=count, small_rows=count)
-
-    def _put(self, write: Write, *, tickets: int = 1, batches: int = 0, small_rows: int = 0) -> int:
-        with self._changed:
-            if self._failed is not None:
-                raise RecordingError(f"the recording {self._writer.path} failed and takes nothing more: {self._failed}")
-            if self._stopping:
-                raise RecordingError(f"the recording {self._writer.path} was stopped and takes nothing more")
-            self._queue.append(write)
-            self._batches += batches
-            self._small_rows += small_rows
-            self._was_full = self._was_full or not self.has_room
-            self._ticket += tickets
-            self._changed.notify()
-            return self._ticket
 
     def _run(self) -> None:
         try:
@@ -194,14 +150,14 @@ class Recorder:
 
     def _write(self, writes: list[Write], batches: int, small_rows: int) -> None:
         for write in writes:
-            write()
+            write(self._writer)
         self._writer.commit()
         self._on_durable(self._writer.position)
         self._writer.copy_wal()
         with self._changed:
             self._batches -= batches
             self._small_rows -= small_rows
-            room_again = self._was_full and self.has_room
+            room_again = self._was_full and self.room > 0
             self._was_full = self._was_full and not room_again
         if room_again:
             self._on_room()

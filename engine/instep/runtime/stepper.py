@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32, I64, U8, float32_zeros
-from instep.models.base import RecurrentModel
+from instep.models.base import RecurrentModel, StateSpec
 from instep.runtime.batches import GraphBatch, HostBatch, stage, unstage
 from instep.runtime.state_store import StateStore
 
@@ -18,17 +18,15 @@ from instep.runtime.state_store import StateStore
 class StateAccess(Protocol):
     """The states of all streams, by slot, as rows of bytes [N, row_bytes]."""
 
+    @property
+    def state(self) -> StateSpec:
+        """The layout of a row."""
+
     def load(self, slots: I64, states: U8 | None) -> None:
         """Set states; None for the model's initial ones."""
 
     def read(self, slots: I64) -> U8:
         """A copy of states."""
-
-    def initial(self, count: int) -> U8:
-        """The model's initial state, so many times."""
-
-    def no_states(self, count: int) -> U8:
-        """Rows where there is no state to show."""
 
 
 class Stepper:
@@ -103,11 +101,3 @@ class Stepper:
     def read(self, slots: I64) -> U8:
         """The states of slots as rows of bytes, uint8 [N, row_bytes], a copy."""
         return self._store.read(slots)
-
-    def initial(self, count: int) -> U8:
-        """See `StateAccess`."""
-        return self.state.initial(count)
-
-    def no_states(self, count: int) -> U8:
-        """Rows where there is no state to show: NaN in floats, 0 in other leaves."""
-        return self.state.missing(count)

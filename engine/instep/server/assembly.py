@@ -39,23 +39,23 @@ from instep.recording.writer import RecordingWriter
 from instep.runtime.process_executor import shared_zeros
 from instep.runtime.stepper import Stepper
 from instep.server.execution import make_executor, max_light_batch, steps_in_process
-from instep.server.limits import EffectiveLimits, LimitsError, effective_limits, hibernation_limits, idle_limits
+from instep.server.limits import EffectiveLimits, LimitsError, effective_limits, idle_limits
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared
 from instep.server.server import Server
 from instep.server.shutdown import Shutdown
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
-from instep.streaming.hibernation import Hibernation
+from instep.streaming.hibernation import Hibernation, Tombstones
 from instep.streaming.journal import Journal
 from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import Reaper
 from instep.streaming.recovery import Recovery, resume_recording
+from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
-from instep.streaming.tombstones import Tombstones
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
 
@@ -149,7 +149,7 @@ def _make_server(
         tables,
         table,
         origins,
-        stepper,
+        stepper.buckets,
         executor,
         journal,
         engine_limits,
@@ -159,20 +159,13 @@ def _make_server(
         loop.wake,
     )
     tombstones = Tombstones()
-    hibernation = Hibernation(
-        engine,
-        stepper,
-        tombstones,
-        partial(_load_open_streams, config.recording.file),
-        hibernation_limits(config),
-        tasks,
-        log_failure,
-    )
-    operations = StreamOperations(engine, stepper, hibernation, tombstones, tasks, loop.wake, log_failure)
+    idle, states = idle_limits(config), StreamStates(engine, stepper, loop.wake, log_failure)
+    load = partial(_load_open_streams, config.recording.file)
+    hibernation = Hibernation(engine, states, tombstones, load, idle, tasks)
+    operations = StreamOperations(engine, states, hibernation, tombstones, tasks)
     operations.parked_make_room = config.limits.parked_make_room
-    reaper = Reaper(engine, operations, hibernation, idle_limits(config))
-    target_ns = round(config.recording.recovery_target_s * 1e9)
-    checkpoints = Checkpoints(engine, operations, stepper, tasks, target_ns)
+    reaper = Reaper(engine, operations, hibernation, idle)
+    checkpoints = Checkpoints(engine, states, tasks, round(config.recording.recovery_target_s * 1e9))
 
     # The front end.
 
@@ -192,7 +185,7 @@ def _make_server(
     )
     decoder = Decoder(network.description.features, network.state, limits.max_block_frames, limits.max_message_bytes)
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
-    listing = Listing(table, hibernation, idle_limits(config))
+    listing = Listing(table, hibernation, idle)
     frontend = ZmqFrontend(
         router, engine, operations, reaper, tasks, outbound, decoder, info, probe_after_ns, loop.wake, listing, log
     )

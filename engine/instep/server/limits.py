@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from instep.config import Config
-from instep.streaming.hibernation import HibernationLimits
-from instep.streaming.reaper import IdleLimits
+from instep.streaming.hibernation import IdleLimits
 
 _FLOAT32_BYTES = 4
 _ENVELOPE_BYTES = 1024
@@ -73,23 +72,13 @@ def effective_limits(config: Config, max_batch_size: int, features: int, outputs
 
 
 def idle_limits(config: Config) -> IdleLimits:
-    """When streams end that do nothing."""
+    """When streams that do nothing leave memory, and when they end."""
     limits = config.limits
     return IdleLimits(
         round(limits.max_idle_s * 1e9),
         round(limits.first_frame_s * 1e9),
         round(limits.park_s * 1e9),
         limits.max_parked_streams,
-    )
-
-
-def hibernation_limits(config: Config) -> HibernationLimits:
-    """When streams leave memory that do nothing."""
-    limits = config.limits
-    return HibernationLimits(
         round(limits.hibernate_after_s * 1e9),
         limits.max_hibernated_streams,
-        round(limits.park_s * 1e9),
-        round(limits.max_idle_s * 1e9),
-        round(limits.first_frame_s * 1e9),
     )

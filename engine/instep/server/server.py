@@ -15,7 +15,7 @@ from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.recording.recorder import Recorder
 from instep.recording.scrub import Scrub
 from instep.server.free_space import FreeSpace
-from instep.server.limits import hibernation_limits, idle_limits
+from instep.server.limits import idle_limits
 from instep.server.loop import Loop
 from instep.server.shutdown import Shutdown
 from instep.server.summary import Summary
@@ -105,9 +105,9 @@ class Server:
         """Use the values of another configuration from now on that can change while the server runs."""
         limits, frontend = config.limits, self._frontend
         self.config = config
-        self._reaper.limits = frontend.listing.limits = idle_limits(config)
+        idle = idle_limits(config)
+        self._reaper.limits = frontend.listing.limits = self.operations.hibernation.limits = idle
         self.operations.parked_make_room = limits.parked_make_room
-        self.operations.hibernation.limits = hibernation_limits(config)
         frontend.outbound.max_total_bytes = limits.max_buffered_bytes
         frontend.outbound.unreachable_after_ns = round(limits.unreachable_after_s * 1e9)
         self.info = frontend.info = replace(self.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)

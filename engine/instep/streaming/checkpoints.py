@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from instep.runtime.stepper import StateAccess
 from instep.streaming.engine import Engine
-from instep.streaming.moving import state_rows
-from instep.streaming.operations import StreamOperations
+from instep.streaming.states import StreamStates, state_rows
 from instep.streaming.tasks import Tasks
 
 AT_ONCE: Final = 1024
@@ -23,7 +21,6 @@ class Checkpoints:
 
     Args:
         engine: streams and frames.
-        operations: keeps streams from stepping while their states are read.
         states: the states.
         tasks: runs checkpoints.
         target_ns: one is due when the steps since the last one took this long.
@@ -33,14 +30,12 @@ class Checkpoints:
     def __init__(
         self,
         engine: Engine,
-        operations: StreamOperations,
-        states: StateAccess,
+        states: StreamStates,
         tasks: Tasks,
         target_ns: int,
         at_once: int = AT_ONCE,
     ) -> None:
         self._engine = engine
-        self._operations = operations
         self._states = states
         self._tasks = tasks
         self._target_ns = target_ns
@@ -69,19 +64,19 @@ class Checkpoints:
             end = max(len(slots), 1) if journal.wants_checkpoint else len(slots)
             for first in range(0, end, self._at_once):
                 part = slice(first, first + self._at_once)
-                async with self._operations.settled(slots[part]):
+                async with self._states.settled(slots[part]):
                     is_open = table.are_open(slots[part], incarnations[part])
                     opened = slots[part][is_open]
                     if table.lost[opened].any():  # it is about to close
                         journal.dirty.flush_failed(slots)
                         return
-                    rows = state_rows(self._engine.tables, table, opened, self._states.read(opened))
+                    rows = state_rows(self._engine.tables, table, opened, self._states.access.read(opened))
                 lsn = journal.states(through, rows, is_last=part.stop >= len(slots))
                 await journal.committed(lsn)
                 journal.dirty.flushed(slots[part])
         except Exception as error:
             journal.dirty.flush_failed(slots)
-            self._operations.log_failure(error, len(slots))
+            self._states.log_failure(error, len(slots))
         finally:
             journal.end_checkpoint()
             self.is_under_way = False

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
@@ -42,15 +43,6 @@ _LONGEST_RUN_NS: Final = 1_000_000
 _BUSY_RETRY_US: Final = 2000
 _MESSAGE_NS: Final = 5_000
 """What the loop needs for a message, at least. (AMD EPYC: 9 µs from socket to socket.)"""
-
-
-class Buckets(Protocol):
-    """Padded batch sizes: what the engine knows of the network."""
-
-    buckets: tuple[int, ...]
-
-    def bucket(self, size: int) -> int:
-        """The smallest bucket that holds a batch of this size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +90,7 @@ class Engine:
         tables: streams and frames.
         table: the same streams, with their names and owners.
         origins: who owns streams and gets replies.
-        stepper: the buckets in use.
+        buckets: padded batch sizes, rising: all that the engine knows of the network.
         executor: runs steps.
         journal: records them, where there is a recording.
         limits: of batches and replies.
@@ -113,7 +105,7 @@ class Engine:
         tables: Tables,
         table: StreamTable,
         origins: Origins,
-        stepper: Buckets,
+        buckets: Sequence[int],
         executor: StepExecutor,
         journal: Journal,
         limits: EngineLimits,
@@ -138,7 +130,7 @@ class Engine:
         """While True, nothing more arrives that a batch could be held for."""
         self.expected_ns = 0
         """How long the runs under way are expected to take, from their beginning."""
-        self._stepper = stepper
+        self._buckets = buckets
         self._limits = limits
         self._log_failure = log_failure
         self._call_later = call_later
@@ -237,7 +229,7 @@ class Engine:
 
     def _begin(self, most_streams: int, most_steps: int, loop_ns: int) -> None:
         """Begin a run; the loop is busy with the messages of each frame for `loop_ns`, at least."""
-        bucket = self._stepper.bucket(min(int(self.tables.counts[READY]), most_streams))
+        bucket = self._bucket(min(int(self.tables.counts[READY]), most_streams))
         # Of a bucket that was not stepped yet one step, to see how long it takes.
         step_ns = self._step_ns.get(bucket, _LONGEST_RUN_NS)
         most_steps = max(1, min(most_steps, _LONGEST_RUN_NS // max(step_ns, 1)))
@@ -246,12 +238,15 @@ class Engine:
         if not size:
             return  # all of them are held
         slots, rows = tables.run_slots[:size].copy(), tables.run_rows[: steps * size].reshape(steps, size).copy()
-        bucket = self._stepper.bucket(size)  # not all that were ready may step
+        bucket = self._bucket(size)  # not all that were ready may step
         lsns = self.journal.inputs(slots, rows, bucket)
         expected_ns = len(rows) * self._step_ns.get(bucket, 0)
         self.expected_ns += expected_ns
         self._runs.append(_Run(slots, rows, bucket, lsns, expected_ns))
         self.executor.begin(slots, rows, expected_ns, rows.size * loop_ns)
+
+    def _bucket(self, size: int) -> int:
+        return self._buckets[bisect_left(self._buckets, size)]
 
     def _holds_batch(self) -> bool:
         """Whether to wait for a fuller batch; the timer wakes the loop."""

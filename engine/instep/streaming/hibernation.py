@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -21,12 +21,10 @@ import numpy as np
 from instep.core.typing import I32, I64, U8, Bool
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.open_streams import OpenStream
-from instep.runtime.stepper import StateAccess
 from instep.streaming.api import Names, Origin
 from instep.streaming.engine import Engine
-from instep.streaming.moving import put_into_memory, state_rows
+from instep.streaming.states import StreamStates, put_into_memory, state_rows
 from instep.streaming.tasks import Tasks
-from instep.streaming.tombstones import Tombstones
 from instep_client.protocol.codes import Code
 
 AT_ONCE: Final = 1024
@@ -34,19 +32,21 @@ AT_ONCE: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class HibernationLimits:
-    """When streams leave memory, and when they end, in ns."""
+class IdleLimits:
+    """How long streams may do nothing, in ns, and how many may; both in memory and in the recording."""
 
-    after_ns: int
-    """A stream with nothing to do for so long hibernates; 0 for never, unless its room is needed."""
-    most: int
-    """The most that hibernate; beyond it those that have done so longest expire."""
-    park_ns: int
-    """How long those are kept whose connection is gone."""
     max_idle_ns: int
-    """How long the others are; 0 for ever."""
-    first_frame_ns: int = 0
-    """Those that wait for their first frame stay in memory, where they end after so long; 0 for no such end."""
+    """How long a stream is kept whose connection is there; 0 for ever."""
+    first_frame_ns: int
+    """How long one that never had a frame is kept in memory, where it then stays; 0 for as long as any other."""
+    park_ns: int
+    """How long one is kept whose connection is gone; 0 for not at all."""
+    max_parked: int
+    """The most parked streams in memory; beyond it those parked longest hibernate or, without a recording, end."""
+    hibernate_after_ns: int = 0
+    """A stream with nothing to do for this long hibernates; 0 for never, unless its room is needed."""
+    max_hibernated: int = 1_000_000
+    """The most that hibernate; beyond it those that have done so longest expire."""
 
 
 class _Asleep(NamedTuple):
@@ -70,19 +70,17 @@ class Hibernation:
         load: reads open streams from the recording by their numbers.
         limits: when.
         tasks: runs the ends of those that expire.
-        log_failure: told of streams that could not be read or written: the error, and how many.
         at_once: see `AT_ONCE`.
     """
 
     def __init__(
         self,
         engine: Engine,
-        states: StateAccess,
+        states: StreamStates,
         tombstones: Tombstones,
         load: Callable[[Sequence[int]], Awaitable[list[OpenStream]]],
-        limits: HibernationLimits,
+        limits: IdleLimits,
         tasks: Tasks,
-        log_failure: Callable[[Exception, int], None],
         at_once: int = AT_ONCE,
     ) -> None:
         self._engine = engine
@@ -93,7 +91,6 @@ class Hibernation:
         self._load = load
         self.limits = limits
         self._tasks = tasks
-        self._log_failure = log_failure
         self._at_once = at_once
         self._asleep: dict[str, _Asleep] = {}
         """By name, those that went to sleep first at the beginning."""
@@ -142,8 +139,8 @@ class Hibernation:
         """
         if not self.is_possible or not self._journal.room:
             return
-        if self.limits.after_ns and (looks or self._is_behind):
-            self._hibernate_idle(now_ns - self.limits.after_ns)
+        if self.limits.hibernate_after_ns and (looks or self._is_behind):
+            self._hibernate_idle(now_ns - self.limits.hibernate_after_ns)
         if old := self._old(now_ns):
             self._tasks.start(self._expire(old))
 
@@ -191,9 +188,9 @@ class Hibernation:
         changed = slots[self._journal.dirty.are_dirty(slots)]
         if len(changed):
             try:
-                rows = state_rows(engine.tables, table, changed, self._states.read(changed))
+                rows = state_rows(engine.tables, table, changed, self._states.access.read(changed))
             except Exception as error:  # they stay as they are
-                self._log_failure(error, len(changed))
+                self._states.log_failure(error, len(changed))
                 return 0
             self._journal.hibernated(changed, rows)
         self._newest_lsn = self._journal.newest  # what is recorded of their openings and owners counts too
@@ -252,9 +249,9 @@ class Hibernation:
         """Put streams into memory, as many as there is room for: their slots."""
         code = Code.TOO_MANY_STREAMS
         try:
-            slots = put_into_memory(self._engine.tables, self._table, self._states, streams)
+            slots = put_into_memory(self._engine.tables, self._table, self._states.access, streams)
         except Exception as error:  # of a device, whose state can be another later
-            self._log_failure(error, len(streams))
+            self._states.log_failure(error, len(streams))
             slots, code = np.zeros(0, np.int64), Code.STEP_FAILED
         refused.update((stream.name, code) for stream in streams[len(slots) :])
         for slot, stream in zip(slots.tolist(), streams, strict=False):
@@ -292,7 +289,7 @@ class Hibernation:
             part = {name: self._asleep[name] for name in sleepers[: self._at_once]}
             await self._journal.committed(self._newest_lsn)
             streams, refused = await self._load_all(part)
-            nothing = self._states.no_states(1)[0]
+            nothing = self._states.spec.missing(1)[0]
             found |= {name: (part[name], (code, 0, nothing)) for name, code in refused.items()}
             for stream, row in zip(streams, self._rows(streams), strict=True):
                 found[stream.name] = part[stream.name], (None, stream.seq, row)
@@ -300,7 +297,7 @@ class Hibernation:
 
     def _rows(self, streams: list[OpenStream]) -> U8:
         """Their states: [N, row_bytes]."""
-        rows = self._states.initial(len(streams))
+        rows = self._states.spec.initial(len(streams))
         for row, stream in zip(rows, streams, strict=True):
             if stream.state is not None:
                 row[:] = stream.state
@@ -312,7 +309,7 @@ class Hibernation:
             return await self._load([asleep.stream for asleep in sleepers.values()]), {}
         except (RecordingError, sqlite3.Error, OSError) as error:
             if len(sleepers) == 1:
-                self._log_failure(error, 1)
+                self._states.log_failure(error, 1)
                 is_damaged = isinstance(error, DamagedRecording)
                 return [], dict.fromkeys(sleepers, Code.STATE_LOST if is_damaged else Code.STEP_FAILED)
         streams, refused = list[OpenStream](), dict[str, Code]()
@@ -327,7 +324,7 @@ class Hibernation:
     def _old(self, now_ns: int) -> list[str]:
         """A portion of those that have to end now; it takes some ticks to look at all of them."""
         limits, origins = self.limits, self._engine.origins
-        surplus = islice(self._asleep, min(max(0, len(self._asleep) - limits.most), self._at_once))
+        surplus = islice(self._asleep, min(max(0, len(self._asleep) - limits.max_hibernated), self._at_once))
         old = dict.fromkeys(surplus)
         looked_at = list(islice(self._ages, self._at_once))
         if not looked_at:
@@ -364,3 +361,29 @@ class Hibernation:
             self._tombstones.add(stream.name for stream in streams)
             self._engine.stats.closed_streams_total += len(streams)
             self._engine.stats.evicted(Code.EXPIRED.name.lower(), len(streams))
+
+
+_MOST: Final = 65_536
+
+
+class Tombstones:
+    """The newest names; older ones are forgotten."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def add(self, names: Iterable[str]) -> None:
+        """Streams of these names have expired."""
+        for name in names:
+            self._names.pop(name, None)
+            self._names[name] = None
+        while len(self._names) > _MOST:
+            del self._names[next(iter(self._names))]
+
+    def remove(self, names: Iterable[str]) -> None:
+        """There are streams of these names again."""
+        for name in names:
+            self._names.pop(name, None)

@@ -11,16 +11,16 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from instep.core.dirty import DirtyTracker
 from instep.core.streams import StreamTable
 from instep.core.tables import Tables
-from instep.core.typing import I64, U8, Bool
+from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.errors import RecordingError
-from instep.recording.recorder import Recorder
+from instep.recording.recorder import Recorder, Write
 from instep.recording.records import StateRows
 from instep.recording.schema import OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
 
@@ -139,29 +139,34 @@ class Journal:
         """A run is about to begin, of slots int64 [B] and rows int64 [steps, B]; the lsn of each step."""
         if self._recorder is None:
             return [0] * len(rows)
-        recorder, table = self._recorder, self._table
         self.dirty.mark_dirty(slots)  # now: a checkpoint taken during the run says that it contains the run
-        streams = table.recording_id[slots]
-        seqs = table.step_seq[slots].astype(np.uint64)
-        lsns = []
-        for at, rows_of_step in enumerate(rows):
-            frames = streams, seqs + np.uint64(at), self._tables.x[rows_of_step]
-            lsns.append(self._append(recorder.add_inputs, time.time_ns(), bucket, *frames))
+        streams = self._table.recording_id[slots]
+        seqs = self._table.step_seq[slots].astype(np.uint64)
+        lsns = [
+            self._batch(bucket, streams, seqs + np.uint64(at), self._tables.x[rows_of_step])
+            for at, rows_of_step in enumerate(rows)
+        ]
         self.last_inputs = lsns[-1]
         return lsns
+
+    def _batch(self, bucket: int, streams: U32, seqs: U64, x: F32) -> int:
+        time_ns = time.time_ns()
+        return self._put(lambda writer: writer.add_inputs(time_ns, bucket, streams, seqs, x), batches=1)
 
     def outputs(self, lsn: int, rows: I64, computed_ns: int) -> None:
         """The batch of that lsn was computed."""
         if self._recorder is None or lsn == NEVER:
             return
         self.computed_ns += computed_ns
-        self._append(self._recorder.add_outputs, lsn, time.time_ns(), self._tables.y[rows])
+        time_ns, y = time.time_ns(), self._tables.y[rows]
+        self._put(lambda writer: writer.add_outputs(time_ns, lsn, y))
 
     def failed(self, lsn: int, detail: str) -> int:
         """The step of that lsn failed: none of its frames was applied."""
         if self._recorder is None or lsn == NEVER:
             return lsn
-        return self._append(self._recorder.fail_batch, lsn, time.time_ns(), detail)
+        time_ns = time.time_ns()
+        return self._put(lambda writer: writer.fail_batch(time_ns, lsn, detail))
 
     def begin_checkpoint(self) -> int:
         """A checkpoint begins; the lsn up to which its states contain every batch."""
@@ -187,8 +192,10 @@ class Journal:
             self._through = 0
         if self._recorder is None or through == NEVER:
             return NEVER
-        record = self._recorder.checkpoint if is_last else self._recorder.add_states
-        return self._append(record, time.time_ns(), through, rows)
+        time_ns = time.time_ns()
+        if is_last:
+            return self._put(lambda writer: writer.checkpoint(time_ns, through, rows))
+        return self._put(lambda writer: writer.add_states(time_ns, through, rows), small_rows=len(rows.streams))
 
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -196,12 +203,14 @@ class Journal:
         """Streams were opened under those names, with initial states [N, …], None for the model's own."""
         if self._recorder is None or not len(slots):
             return 0
-        recorder, table = self._recorder, self._table
-        streams = np.arange(self._last_stream + 1, self._last_stream + 1 + len(slots))
-        self._last_stream += len(slots)
+        table, count, time_ns = self._table, len(slots), time.time_ns()
+        streams = np.arange(self._last_stream + 1, self._last_stream + 1 + count)
+        self._last_stream += count
         table.recording_id[slots] = streams
-        columns = (streams, names, table.epoch[slots], table.first_seq[slots])
-        return self._append(recorder.open_streams, time.time_ns(), *columns, initial_states)
+        epochs, first_seqs = table.epoch[slots], table.first_seq[slots]
+        return self._put_rows(
+            count, lambda writer: writer.open_streams(time_ns, streams, names, epochs, first_seqs, initial_states)
+        )
 
     def resumed(self, slots: I64) -> int:
         """Streams have new owners, and so new epochs."""
@@ -228,17 +237,24 @@ class Journal:
         """As `closed`, of streams by their numbers, with the seqs that their next frames would have had."""
         if self._recorder is None or not len(streams):
             return 0
-        return self._append(self._recorder.close_streams, time.time_ns(), streams, reason, frames, final_states, lost)
+        time_ns, count = time.time_ns(), len(streams)
+        return self._put_rows(
+            count, lambda writer: writer.close_streams(time_ns, streams, reason, frames, final_states, lost)
+        )
 
     def _events(self, slots: I64, kind: str, seqs: I64, details: Iterable[str], states: U8 | None = None) -> int:
         if self._recorder is None or not len(slots):
             return 0
-        streams = self._table.recording_ids(slots)
-        return self._append(self._recorder.stream_events, time.time_ns(), kind, streams, seqs, details, states)
+        time_ns, count, streams = time.time_ns(), len(slots), self._table.recording_ids(slots)
+        return self._put_rows(count, lambda writer: writer.stream_events(time_ns, kind, streams, seqs, details, states))
 
-    def _append(self, append: Callable[..., int], *values: Any) -> int:
+    def _put_rows(self, count: int, write: Write) -> int:
+        return self._put(write, rows=count, small_rows=count)
+
+    def _put(self, write: Write, **counts: int) -> int:
+        assert self._recorder is not None
         try:
-            self.newest = append(*values)
+            self.newest = self._recorder.put(write, **counts)
         except RecordingError:
             self.newest = NEVER
         return self.newest

@@ -6,29 +6,21 @@ before any later frame is: whatever later frames must find is done there.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Final
 
 import numpy as np
 
 from instep.core.admission import resolve_handles
 from instep.core.ownership import check_resume
-from instep.core.runs import are_pending, are_running
+from instep.core.runs import are_pending
 from instep.core.tables import SCRATCH_SLOT, WINDOW
 from instep.core.typing import I32, I64, U8, U64, Bool
-from instep.runtime.stepper import StateAccess
 from instep.streaming.api import Grants, Names, Origin, Refusal, StatesRead
 from instep.streaming.engine import Engine
-from instep.streaming.hibernation import Hibernation
+from instep.streaming.hibernation import Hibernation, Tombstones
+from instep.streaming.states import StreamStates
 from instep.streaming.tasks import Tasks
-from instep.streaming.tombstones import Tombstones
 from instep_client.protocol.codes import Code
-
-AT_ONCE: Final = 4096
-"""States copied before the loop gets its turn."""
 
 
 class StreamOperations:
@@ -40,21 +32,15 @@ class StreamOperations:
         hibernation: the streams that are open and not in memory.
         tombstones: names of streams that expired.
         tasks: runs evictions.
-        wake: lets the loop take a turn, because streams may step again.
-        log_failure: told of states that could not be read or written: the error and how many streams it concerns.
-        at_once: see `AT_ONCE`.
     """
 
     def __init__(
         self,
         engine: Engine,
-        states: StateAccess,
+        states: StreamStates,
         hibernation: Hibernation,
         tombstones: Tombstones,
         tasks: Tasks,
-        wake: Callable[[], None],
-        log_failure: Callable[[Exception, int], None],
-        at_once: int = AT_ONCE,
     ) -> None:
         self._engine = engine
         self._table = engine.table
@@ -62,9 +48,6 @@ class StreamOperations:
         self._origins = engine.origins
         self._states = states
         self._tasks = tasks
-        self._wake = wake
-        self.log_failure = log_failure
-        self._at_once = at_once
         self._tombstones = tombstones
         self.hibernation = hibernation
         self.parked_make_room = False
@@ -96,7 +79,7 @@ class StreamOperations:
         granted_names = [name for name, is_granted in zip(names, granted.tolist(), strict=True) if is_granted]
         lsn = self._journal.opened(opened, granted_names, initial)
         grants = Grants.of(self._table, slots, codes)
-        if await self._load(opened, initial) < len(opened):
+        if await self._states.load(opened, initial) < len(opened):
             await self._give_up_opened(origin, opened, codes, granted)
             return Grants.none(codes)
         self._engine.stats.opened_streams_total += len(opened)
@@ -139,7 +122,7 @@ class StreamOperations:
         good = np.flatnonzero(codes == 0)
         if not len(good):
             return Grants.none(codes)
-        seqs, states, lost = await self._read(slots[good])
+        seqs, states, lost = await self._states.read(slots[good])
         codes[good[lost]] = Code.STATE_LOST
         await self._journal.durable(self._journal.newest)
         good = good[~lost]
@@ -242,9 +225,9 @@ class StreamOperations:
 
     async def _read_states(self, slots: I64, codes: I32) -> StatesRead:
         good = codes == 0
-        next_seqs, states = np.zeros(len(slots), np.int64), self._states.no_states(len(slots))
+        next_seqs, states = np.zeros(len(slots), np.int64), self._states.spec.missing(len(slots))
         if good.any():
-            next_seqs[good], states[good], lost = await self._read(slots[good])
+            next_seqs[good], states[good], lost = await self._states.read(slots[good])
             codes[good] = np.where(lost, Code.STATE_LOST, 0)
         await self._journal.durable(self._journal.newest)
         return StatesRead(next_seqs, states, codes)
@@ -271,65 +254,13 @@ class StreamOperations:
             return codes
         changed = slots[good]
         written = None if states is None else states[good]
-        count = await self._load(changed, written)
+        count = await self._states.load(changed, written)
         if count < len(changed):
             codes[good] = Code.STEP_FAILED
             self.lose(changed[:count])  # they have changed, and the recording does not know
             return codes
         await self._journal.durable(self._journal.reset(changed, written))
         return codes
-
-    async def _load(self, slots: I64, states: U8 | None) -> int:
-        """Set the states of streams with nothing pending, which do not step meanwhile; how many were set."""
-        self._engine.hold(slots)
-        count = 0
-        try:
-            while count < len(slots):
-                if count:
-                    await asyncio.sleep(0)
-                part = slice(count, count + self._at_once)
-                self._states.load(slots[part], None if states is None else states[part])
-                count = min(part.stop, len(slots))
-        except Exception as error:
-            self.log_failure(error, len(slots))
-        finally:
-            self._release(slots)
-        return count
-
-    async def _read(self, slots: I64) -> tuple[I64, U8, Bool]:
-        """Next seqs int64 [N], states [N, row_bytes] and which are lost; nothing of the streams steps meanwhile."""
-        table, incarnations = self._table, self._table.incarnations(slots)
-        states, lost = self._states.no_states(len(slots)), np.zeros(len(slots), np.bool_)
-        async with self.settled(slots):
-            seqs: I64 = table.step_seq[slots]
-            for first in range(0, len(slots), self._at_once):
-                if first:
-                    await asyncio.sleep(0)
-                part = slice(first, first + self._at_once)
-                try:
-                    states[part] = self._states.read(slots[part])
-                except Exception as error:
-                    self.log_failure(error, len(slots[part]))
-                    lost[part] = True
-            lost |= table.lost[slots] | ~table.are_open(slots, incarnations)
-        states[lost] = self._states.no_states(int(lost.sum()))
-        return seqs, states, lost
-
-    @asynccontextmanager
-    async def settled(self, slots: I64) -> AsyncIterator[None]:
-        """While the block runs, these streams are in no run, and begin none."""
-        packed = self._engine.packed
-        self._engine.hold(slots)
-        try:
-            await self._engine.waiters.until(lambda: not are_running(packed, slots))
-            yield
-        finally:
-            self._release(slots)
-
-    def _release(self, slots: I64) -> None:
-        self._engine.release(slots)
-        self._engine.waiters.check()  # closings wait for it
-        self._wake()
 
     # ── Close and evict ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -350,7 +281,7 @@ class StreamOperations:
         slots, codes = self._own(origin, handles)
         codes[(codes == 0) & (have < self._table.next_seq[slots].astype(np.uint64))] = Code.FRAMES_PENDING
         good = codes == 0
-        states = self._states.no_states(len(slots))
+        states = self._states.spec.missing(len(slots))
         if good.any():
             states[good], lost = await self._end(slots[good], "closed")
             codes[good] = np.where(lost, Code.STATE_LOST, 0)
@@ -361,7 +292,7 @@ class StreamOperations:
         packed, holds = self._engine.packed, self._engine.tables.streams["holds"]
         self._table.closing[slots] = True
         await self._engine.waiters.until(lambda: not (are_pending(packed, slots) or holds[slots].any()))
-        _, states, lost = await self._read(slots)
+        _, states, lost = await self._states.read(slots)
         lsn = self._journal.closed(slots, reason, states, lost)
         self._table.release(slots)
         self._origins.release_left()

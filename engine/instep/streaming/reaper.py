@@ -6,7 +6,6 @@ must not wait for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from instep.core.typing import I64
 from instep.streaming.api import Origin
 from instep.streaming.engine import Engine
-from instep.streaming.hibernation import Hibernation
+from instep.streaming.hibernation import Hibernation, IdleLimits
 from instep.streaming.operations import StreamOperations
 from instep_client.protocol.codes import Code
 
@@ -22,18 +21,6 @@ AT_ONCE: Final = 4096
 """Streams that are parked or evicted in one tick, of all connections together."""
 _LOOK_EVERY: Final = 10
 """Ticks from one search for idle streams to the next, which looks at every stream."""
-
-
-@dataclass(frozen=True, slots=True)
-class IdleLimits:
-    """How long streams may do nothing, in ns; 0 for ever, unless said otherwise."""
-
-    max_idle_ns: int
-    first_frame_ns: int
-    park_ns: int
-    """How long streams of a connection that is gone are kept; 0 for not at all."""
-    max_parked: int
-    """The most parked streams in memory; beyond it those parked longest hibernate or, without a recording, end."""
 
 
 class Reaper:

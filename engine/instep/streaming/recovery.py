@@ -21,7 +21,7 @@ from instep.recording.schema import OWNER_EVENT, RecordingHeader, owner_detail
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
-from instep.streaming.moving import put_into_memory
+from instep.streaming.states import put_into_memory
 
 _LOAD_AT_ONCE = 4096
 

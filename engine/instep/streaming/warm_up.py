@@ -34,14 +34,6 @@ class _Nobody:
         """See `Origin`."""
 
 
-class _OneBucket:
-    buckets: tuple[int, ...] = (1,)
-
-    def bucket(self, size: int) -> int:
-        """The only one."""
-        return 1
-
-
 def warm_up() -> None:
     """Step a stream of a tiny engine through everything that is compiled, on the types that the server uses."""
     tables = make_tables(1, 1, 4, 1, 1, 4, 4, 4)
@@ -53,7 +45,7 @@ def warm_up() -> None:
         tables,
         table,
         origins,
-        _OneBucket(),
+        (1,),
         InlineExecutor(_step),
         journal,
         limits,

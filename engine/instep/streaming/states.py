@@ -1,0 +1,161 @@
+"""The states of streams: read and written while nothing steps them, and moved to and from the recording."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
+
+import numpy as np
+
+from instep.core.runs import are_running
+from instep.core.streams import StreamTable
+from instep.core.tables import WINDOW, Tables, rows_of
+from instep.core.typing import I64, U8, Bool
+from instep.recording.open_streams import OpenStream
+from instep.recording.records import StateRows
+from instep.runtime.stepper import StateAccess
+from instep.streaming.engine import Engine
+
+AT_ONCE: Final = 4096
+"""States copied before the loop gets its turn."""
+
+
+class StreamStates:
+    """Access to the states of streams that other streams do not wait for.
+
+    Args:
+        engine: frames and streams.
+        access: the states by slot.
+        wake: lets the loop take a turn, because streams may step again.
+        log_failure: told of states that could not be read or written: the error and how many streams it concerns.
+        at_once: see `AT_ONCE`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        access: StateAccess,
+        wake: Callable[[], None],
+        log_failure: Callable[[Exception, int], None],
+        at_once: int = AT_ONCE,
+    ) -> None:
+        self.access = access
+        self.spec = access.state
+        self.log_failure = log_failure
+        self._engine = engine
+        self._wake = wake
+        self._at_once = at_once
+
+    @asynccontextmanager
+    async def settled(self, slots: I64) -> AsyncIterator[None]:
+        """While the block runs, these streams are in no run, and begin none."""
+        packed = self._engine.packed
+        self._engine.hold(slots)
+        try:
+            await self._engine.waiters.until(lambda: not are_running(packed, slots))
+            yield
+        finally:
+            self._release(slots)
+
+    async def read(self, slots: I64) -> tuple[I64, U8, Bool]:
+        """Next seqs int64 [N], states [N, row_bytes] and which are lost; nothing of the streams steps meanwhile."""
+        table, incarnations = self._engine.table, self._engine.table.incarnations(slots)
+        states, lost = self.spec.missing(len(slots)), np.zeros(len(slots), np.bool_)
+        async with self.settled(slots):
+            seqs: I64 = table.step_seq[slots]
+            for first in range(0, len(slots), self._at_once):
+                if first:
+                    await asyncio.sleep(0)
+                part = slice(first, first + self._at_once)
+                try:
+                    states[part] = self.access.read(slots[part])
+                except Exception as error:
+                    self.log_failure(error, len(slots[part]))
+                    lost[part] = True
+            lost |= table.lost[slots] | ~table.are_open(slots, incarnations)
+        states[lost] = self.spec.missing(int(lost.sum()))
+        return seqs, states, lost
+
+    async def load(self, slots: I64, states: U8 | None) -> int:
+        """Set the states of streams with nothing pending, which do not step meanwhile; how many were set."""
+        self._engine.hold(slots)
+        count = 0
+        try:
+            while count < len(slots):
+                if count:
+                    await asyncio.sleep(0)
+                part = slice(count, count + self._at_once)
+                self.access.load(slots[part], None if states is None else states[part])
+                count = min(part.stop, len(slots))
+        except Exception as error:
+            self.log_failure(error, len(slots))
+        finally:
+            self._release(slots)
+        return count
+
+    def _release(self, slots: I64) -> None:
+        self._engine.release(slots)
+        self._engine.waiters.check()  # closings wait for it
+        self._wake()
+
+
+def put_into_memory(tables: Tables, table: StreamTable, states: StateAccess, streams: Sequence[OpenStream]) -> I64:
+    """Open streams in their states, with their frames in the frame buffer; parked, until somebody resumes them.
+
+    Args:
+        tables: the frame buffer.
+        table: the streams.
+        states: the states.
+        streams: whose names are not in use.
+
+    Returns:
+        Their slots, int64 [≤ N]; the last ones are left out where there is no room for all.
+    """
+    streams = streams[: table.slots.free_count]
+    first_seqs = np.array([stream.first_seq for stream in streams], np.int64)
+    slots, codes = table.open([stream.name for stream in streams], table.parked, time.monotonic_ns(), first_seqs)
+    assert not codes.any(), "a stream of this name is in memory already"
+    table.recording_id[slots] = np.array([stream.stream for stream in streams], np.uint32)
+    table.epoch[slots] = np.array([stream.epoch for stream in streams], np.uint64)
+    table.former_epoch[slots] = np.array([stream.former_epoch for stream in streams], np.uint64)
+    table.granted_seq[slots] = np.array([stream.granted_seq for stream in streams], np.int64)
+    table.renumbered[slots] = np.array([stream.renumbered for stream in streams], np.bool_)
+    table.step_seq[slots] = table.next_seq[slots] = np.array([stream.seq for stream in streams], np.int64)
+    table.acked[slots] = np.array([stream.tail_seq for stream in streams], np.int64)
+    for slot, stream in zip(slots.tolist(), streams, strict=True):
+        _fill_frame_buffer(tables, slot, stream)
+    try:
+        _load(states, slots, streams)
+    except BaseException:
+        table.release(slots)
+        raise
+    return slots
+
+
+def _load(states: StateAccess, slots: I64, streams: Sequence[OpenStream]) -> None:
+    is_initial = np.array([stream.state is None for stream in streams], np.bool_)
+    if is_initial.any():
+        states.load(slots[is_initial], None)
+    if not is_initial.all():
+        rows = np.stack([stream.state for stream in streams if stream.state is not None])
+        states.load(slots[~is_initial], rows)
+
+
+def _fill_frame_buffer(tables: Tables, slot: int, stream: OpenStream) -> None:
+    kept = min(stream.seq - stream.tail_seq, int(tables.counts[WINDOW]))  # the window may be smaller than it was
+    if kept:
+        rows = rows_of(tables, np.full(kept, slot), np.arange(stream.seq - kept, stream.seq))
+        tables.x[rows], tables.y[rows] = stream.tail_x[-kept:], stream.tail_y[-kept:]
+
+
+def state_rows(tables: Tables, table: StreamTable, slots: I64, states: U8) -> StateRows:
+    """The states of open streams, [N, …], and the frames of each whose outputs its client may not have."""
+    seqs = table.step_seq[slots]
+    first = np.maximum(np.maximum(table.acked[slots], seqs - tables.counts[WINDOW]), table.first_seq[slots])
+    counts = seqs - first
+    offsets = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    tail = rows_of(tables, np.repeat(slots, counts), np.repeat(first, counts) + offsets)
+    return StateRows(table.recording_ids(slots), seqs, states, first, tables.x[tail], tables.y[tail])
