@@ -102,9 +102,9 @@ def test_the_bound_is_as_stated() -> None:
 def test_the_least_bound_is_that_of_runs_without_an_error() -> None:
     truth = np.array([[1.0, -4.0], [NAN, 8.0], [-2.0, 16.0], [0.25, 0.0]])[:, :, None]
     valid = np.array([[True, True], [True, True], [True, False], [True, False]])
-    least = LeastBound(2)
-    first, second = least.outputs(truth[:2], valid[:2]).distance, least.outputs(truth[2:], valid[2:]).distance
-    assert (np.concatenate([first, second]) / FLOOR).tolist() == [[1, 4], [1, 8], [2, 8], [2, 8]]
+    least, x, active = LeastBound(2), np.zeros((2, 2, 3), np.float32), np.full(2, 2)
+    found = [least.outputs(x, truth[part], valid[part], active).distance for part in (slice(2), slice(2, 4))]
+    assert (np.concatenate(found) / FLOOR).tolist() == [[1, 4], [1, 8], [2, 8], [2, 8]]
     assert (least.states({"h": np.array([[0.5, -2.0], [3.0, INF]])})["h"].distance / FLOOR).tolist() == [2, 3]
 
 
@@ -113,7 +113,8 @@ def test_the_least_bound_is_never_above_the_bound() -> None:
     valid, active = np.ones((50, 9), np.bool_), np.full(50, 9)
     bound = bound_of(Given(truth[:, :, 0] + 1e-6), 9)
     x = np.zeros((50, 9, 3), np.float32)
-    assert (LeastBound(9).outputs(truth, valid).distance < bound.outputs(x, truth, valid, active).distance).all()
+    least = LeastBound(9).outputs(x, truth, valid, active)
+    assert (least.distance < bound.outputs(x, truth, valid, active).distance).all()
     state = {"h": truth[0]}
     assert (LeastBound(9).states(state)["h"].distance < bound.states(state)["h"].distance).all()
 

@@ -115,7 +115,7 @@ def test_the_report_is_that_of_the_bound_whatever_is_wrong(
     recorded = nudged(record_gru(tmp_path, gru, LENGTHS, changes=changes), by)
     found = report_of(recorded)
 
-    def always_beyond(bound: Any, truth: Any, valid: Any) -> Limits:
+    def always_beyond(bound: Any, x: Any, truth: Any, valid: Any, active: Any) -> Limits:
         return Limits(np.full(valid.shape, -1.0), np.zeros(valid.shape, np.bool_))
 
     monkeypatch.setattr("instep.verify.bound.LeastBound.outputs", always_beyond)

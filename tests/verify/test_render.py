@@ -3,11 +3,10 @@ from __future__ import annotations
 import io
 import re
 
-import numpy as np
 from rich.console import Console
 
 from instep.verify.render import render
-from instep.verify.report import Report, StreamReport, ulp_bins
+from instep.verify.report import Report, StreamReport
 from tests.verify.test_report import report, stream
 
 
@@ -36,8 +35,7 @@ def test_a_failed_report_fits_into_80_columns() -> None:
     ]
     name = "room/microphone-" + "x" * 60
     long_named = StreamReport(3, name, 5, 0, "within tolerance", ())
-    ulps = {"stepped": ulp_bins(np.array([0] * 10**6 + [2**31])), "whole sequence": ulp_bins(np.array([0] * 10**6))}
-    text = text_of(report(*streams, long_named, ulps=ulps), width=80)
+    text = text_of(report(*streams, long_named), width=80)
     table = [line for line in text.splitlines() if set(line) & set("┃│━─")]
     assert table
     assert max(map(len, table)) <= 80
@@ -72,16 +70,6 @@ def test_the_last_line_is_the_summary_in_one_piece_and_green_only_when_all_match
     assert text_of(good, width=30).splitlines()[-1] == good.summary()
     assert "\x1b[1;32mverified" in text_of(good, color=True)
     assert "\x1b[1;31mnot verified" in text_of(bad, color=True)
-
-
-def test_histogram_of_distances() -> None:
-    stepped, whole = ulp_bins(np.array([0] * 1000 + [3])), ulp_bins(np.array([0] * 1000 + [2, 2]))
-    lines = text_of(report(stream(1, "exact"), ulps={"stepped": stepped, "whole sequence": whole})).splitlines()
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "█" in line]
-    assert [row[:3] for row in rows] == [["0", "1,000", "1,000"], ["2", "0", "2"], ["3–4", "1", "0"]]
-    bars = [len(row[3]) for row in rows]
-    assert bars[0] == 30
-    assert bars[0] > bars[1] > bars[2] > 0
 
 
 def test_why_it_says_less_than_exact_is_said() -> None:

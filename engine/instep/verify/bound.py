@@ -67,16 +67,14 @@ class LeastBound:
     Whatever is within it is within the bound; the rest has to be compared with `ErrorBound`.
     """
 
+    runs = 1
+    """How often each frame is computed."""
+
     def __init__(self, rows: int) -> None:
         self._scale: F64 = np.ones(rows)
 
-    def outputs(self, truth: F64, valid: Bool) -> Limits:
-        """Limits of the next timesteps.
-
-        Args:
-            truth: outputs of the float64 reference [T, R, outputs].
-            valid: [T, R]: whether the row has a frame there.
-        """
+    def outputs(self, x: F32, truth: F64, valid: Bool, active: I64) -> Limits:
+        """As `ErrorBound.outputs`."""
         scales = _scales(truth, valid, self._scale)
         self._scale = scales[-1]
         return Limits(scales * FLOOR, np.zeros(valid.shape, np.bool_))
@@ -96,6 +94,8 @@ class ErrorBound:
         rounded: the reference in float32.
         states: initial ones, floats in float32.
     """
+
+    runs = RUNS
 
     def __init__(self, rounded: Reference, states: Leaves) -> None:
         floats = _floats(states)

@@ -53,7 +53,7 @@ class ChunkCheck:
 
     def finish(self) -> list[StreamReport]:
         """Wait for all of it, and report in the order of the chunk."""
-        self.reference, self.stepped = self._reference.result(), self._stepped.result()
+        self.reference, self.stepped = self._reference.result()[0], self._stepped.result()
         self.whole = Comparison.concatenate([block.result() for block in self._whole])
         comparisons = (self.stepped, self.whole, self.reference)
         unsettled: Bool = self.reference.wrong | (self.whole.wrong & ~self.stepped.wrong)

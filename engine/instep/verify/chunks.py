@@ -98,7 +98,7 @@ class Chunk:
         timesteps = np.arange(start, end)[:, None]
         valid: Bool = timesteps < self.lengths
         at = self._sequences.order.take(np.where(valid, self._starts + timesteps, 0))
-        return Span(self._sequences, start + self.first_seqs, at, valid)
+        return Span(self._sequences, self.first_seqs, start, at, valid)
 
 
 class Span:
@@ -106,21 +106,25 @@ class Span:
 
     Args:
         sequences: where the frames are.
-        starts: see below.
+        first_seqs: [R]: the seq of each row's first frame in the chunk.
+        start: which timestep of the chunk is the first one.
         at: [T, R]: where the frames are in `sequences`; anywhere where a row has none.
         valid: see below.
 
     Attributes:
+        start: as above.
         starts: [R]: seqs of the first timestep.
         valid: [T, R]: whether the row has a frame.
         answered: [T, R]: whether its outputs were recorded.
         active: [T]: how many rows have a frame; they are the first ones.
     """
 
-    def __init__(self, sequences: Sequences, starts: I64, at: I64, valid: Bool) -> None:
+    def __init__(self, sequences: Sequences, first_seqs: I64, start: int, at: I64, valid: Bool) -> None:
         self._sequences = sequences
+        self._first_seqs = first_seqs
         self._at = at
-        self.starts = starts
+        self.start = start
+        self.starts: I64 = start + first_seqs
         self.valid = valid
         self.answered: Bool = valid & sequences.answered[at]
         self.active: I64 = valid.sum(axis=1)
@@ -145,4 +149,4 @@ class Span:
         """The span in parts of `steps` timesteps, in order."""
         for start in range(0, len(self), steps):
             of = slice(start, start + steps)
-            yield Span(self._sequences, self.starts + start, self._at[of], self.valid[of])
+            yield Span(self._sequences, self._first_seqs, self.start + start, self._at[of], self.valid[of])

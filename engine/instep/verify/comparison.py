@@ -12,7 +12,7 @@ from instep.core.typing import F32, I64, U8, Bool
 from instep.models.base import StateSpec
 from instep.models.ulp import NOT_COMPARABLE, ulp_distance
 from instep.verify.bound import F64, LeafLimits, Leaves, Limits, absolute_error, as_float32, largest_errors
-from instep.verify.report import ULP_BINS, Checker, Divergence, Place, ulp_bins
+from instep.verify.report import Checker, Divergence, Place
 
 Values: TypeAlias = npt.NDArray[Any]
 """Elements of one leaf, or outputs."""
@@ -38,7 +38,7 @@ class Comparison:
         undecided: by row, the seq of the first frame that is undecided.
         max_ulp: [R].
         max_error: [R]: largest absolute difference.
-        ulps: number of elements by distance, see `ULP_BINS`; replays only.
+        elements: how many elements were compared; replays only.
     """
 
     def __init__(self, checker: Checker, rows: int, bits_required: bool) -> None:
@@ -50,7 +50,7 @@ class Comparison:
         self.undecided: dict[int, int] = {}
         self.max_ulp: I64 = np.zeros(rows, np.int64)
         self.max_error: F64 = np.zeros(rows)
-        self.ulps: I64 = np.zeros(ULP_BINS, np.int64)
+        self.elements = 0
 
     @classmethod
     def concatenate(cls, blocks: Sequence[Comparison]) -> Comparison:
@@ -59,12 +59,12 @@ class Comparison:
         first = 0
         for block in blocks:
             joined.replace(np.arange(first, first + len(block.wrong)), block)
-            joined.ulps += block.ulps
+            joined.elements += block.elements
             first += len(block.wrong)
         return joined
 
     def replace(self, rows: I64, other: Comparison) -> None:
-        """Replace everything found in `rows`, except the counts by distance, by another comparison of them."""
+        """Replace everything found in `rows`, except the count of elements, by another comparison of them."""
         self.differs[rows], self.wrong[rows] = other.differs, other.wrong
         self.max_ulp[rows], self.max_error[rows] = other.max_ulp, other.max_error
         for at, row in enumerate(rows.tolist()):
@@ -87,13 +87,12 @@ class Comparison:
         """
         unequal = recorded.view(np.uint32) != replayed.view(np.uint32)
         frames = unequal.any(axis=2) & valid
-        self.ulps[0] += int(valid.sum()) * recorded.shape[2]
+        self.elements += int(valid.sum()) * recorded.shape[2]
         for row in np.flatnonzero(frames.any(axis=0)).tolist():
             differ = _bits_differ(recorded[:, row], replayed[:, row])
             at, elements = np.nonzero(differ & valid[:, row, None])
             if not len(elements):
                 continue
-            self.ulps[0] -= len(elements)
             values = recorded[at, row, elements], replayed[at, row, elements]
             found = Limits(limits.distance[at, row], limits.lossy[at, row])
             self._add(row, *values, found, starts[row] + at, elements, "output")
@@ -116,7 +115,7 @@ class Comparison:
         for leaf in spec.leaves:
             values, others = ours[leaf.name].reshape(-1), theirs[leaf.name].reshape(-1)
             elements = np.flatnonzero(_bits_differ(values, others))
-            self.ulps[0] += values.size - len(elements)
+            self.elements += values.size
             if len(elements):
                 count = len(elements)
                 distance, lossy = _limit(limits, leaf.name, row)
@@ -173,7 +172,6 @@ class Comparison:
             error = np.maximum(error, 1)  # they differ, though float64 may not tell
         self.max_ulp[row] = max(self.max_ulp[row], ulps.max())
         self.max_error[row] = max(self.max_error[row], error.max())
-        self.ulps += ulp_bins(ulps)
         beyond = error > limits.distance
         required: Bool = np.full(len(ulps), self.bits_required)
         if self.checker == "whole sequence":

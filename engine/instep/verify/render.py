@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -10,13 +9,11 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from instep.core.typing import I64
 from instep.models.ulp import NOT_COMPARABLE
-from instep.verify.report import Report, StreamReport, Verdict, counted, ulp_label
+from instep.verify.report import Report, StreamReport, Verdict, counted
 
 FIRST_STREAMS: Final = 20
 """Streams shown even when nothing is wrong with them."""
-BAR_WIDTH: Final = 30
 _STYLES: Final[dict[Verdict, str]] = {
     "exact": "green",
     "within tolerance": "yellow",
@@ -27,15 +24,13 @@ _STYLES: Final[dict[Verdict, str]] = {
 
 
 def render(report: Report, console: Console) -> None:
-    """Print verdicts, histogram, problems and notes, and a summary as the last line."""
+    """Print verdicts, problems and notes, and a summary as the last line."""
     for part in _parts(report):
         console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:
     yield _streams(report.streams)
-    if report.ulps:
-        yield _histogram(report.ulps["stepped"], report.ulps["whole sequence"])
     mismatches = [stream for stream in report.streams if stream.verdict == "mismatch"]
     for stream in mismatches[:FIRST_STREAMS]:
         yield Text(f"mismatch in stream {stream.stream} ({stream.name}):", "red")
@@ -93,22 +88,3 @@ def _distance(ulp: int) -> str:
     if ulp >= NOT_COMPARABLE:
         return "NaN"
     return f"{ulp:,}" if ulp < 1_000_000 else f"{ulp:.0e}"
-
-
-def _histogram(stepped: I64, whole: I64) -> RenderableType:
-    both = stepped + whole
-    table = Table(
-        title="elements by distance from the recording",
-        caption="stepped also counts states; bars are logarithmic",
-    )
-    table.add_column("ULP", justify="right")
-    table.add_column("stepped", justify="right")
-    table.add_column("whole sequence", justify="right")
-    table.add_column("")
-    largest = math.log1p(int(both.max()))
-    for at, count in enumerate(both.tolist()):
-        if count:
-            bar = "█" * max(round(BAR_WIDTH * math.log1p(count) / largest), 1)
-            style = "green" if at == 0 else "yellow"
-            table.add_row(ulp_label(at), f"{stepped[at]:,}", f"{whole[at]:,}", Text(bar, style))
-    return table

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
-from instep.core.typing import I64
 from instep.models.ulp import NOT_COMPARABLE
 
 Verdict: TypeAlias = Literal["exact", "within tolerance", "not checked", "mismatch", "empty"]
@@ -18,10 +17,6 @@ Checker: TypeAlias = Literal["stepped", "whole sequence", "float64 reference"]
 Place: TypeAlias = Literal["output", "final state", "checkpoint"]
 
 _WORST_FIRST: Final[tuple[Verdict, ...]] = ("mismatch", "not checked", "within tolerance", "exact", "empty")
-
-ULP_BINS: Final = 35
-"""Bin 0 counts equal bits, bin 1 a distance of 1, bin k distances above 2^(k-2) up to 2^(k-1), the last bin those
-between a NaN and anything else."""
 
 
 class CannotVerify(Exception):
@@ -54,15 +49,7 @@ class Divergence:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON, which has no NaN: values that are not finite become strings."""
-        return {
-            "checker": self.checker,
-            "place": self.place,
-            "frame": self.frame,
-            "element": self.element,
-            "recorded": _json_number(self.recorded),
-            "replayed": _json_number(self.replayed),
-            "ulp": self.ulp,
-        }
+        return asdict(self) | {"recorded": _json_number(self.recorded), "replayed": _json_number(self.replayed)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +77,9 @@ class StreamReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "stream": self.stream,
-            "name": self.name,
-            "frames": self.frames,
-            "not_compared": self.not_compared,
-            "verdict": self.verdict,
-            "problems": list(self.problems),
-            "first_divergence": None if self.divergence is None else self.divergence.as_json(),
-            "max_ulp": self.max_ulp,
-            "max_error": _json_number(self.max_error),
-            "lossy_from": self.lossy_from,
-        }
+        fields = asdict(self) | {"max_error": _json_number(self.max_error)}
+        del fields["divergence"]
+        return fields | {"first_divergence": None if self.divergence is None else self.divergence.as_json()}
 
 
 def join_reports(parts: Sequence[StreamReport]) -> StreamReport:
@@ -140,8 +118,8 @@ class Report:
     seconds: float
     ending: str = ""
     """How the recording ends, in words."""
-    ulps: dict[Checker, I64] = field(default_factory=dict)
-    """Number of elements by distance in ULP, for both replays; see `ULP_BINS`."""
+    elements: dict[Checker, int] = field(default_factory=dict)
+    """How many elements of outputs and states each of the two replays compared."""
 
     @property
     def frames(self) -> int:
@@ -208,31 +186,9 @@ class Report:
             "notes": list(self.notes),
             "buckets": list(self.buckets),
             "seconds": round(self.seconds, 3),
-            "ulp_histogram": {
-                checker: {ulp_label(at): int(count) for at, count in enumerate(counts) if count}
-                for checker, counts in self.ulps.items()
-            },
+            "elements": self.elements,
             "streams": [stream.as_json() for stream in self.streams],
         }
-
-
-def ulp_bins(distances: I64) -> I64:
-    """Count distances in ULP by bin (see `ULP_BINS`)."""
-    # The smallest k with distance <= 2^k; frexp is exact where log2 may round.
-    exponents = np.frexp(np.maximum(distances, 1).astype(np.float64) - 0.5)[1]
-    bins = np.where(distances == 0, 0, exponents + 1)
-    bins[distances >= NOT_COMPARABLE] = ULP_BINS - 1
-    counts: I64 = np.bincount(bins, minlength=ULP_BINS).astype(np.int64)
-    return counts
-
-
-def ulp_label(at: int) -> str:
-    """The distances that a bin counts."""
-    if at < 3:
-        return str(at)
-    if at == ULP_BINS - 1:
-        return "NaN"
-    return f"{2 ** (at - 2) + 1:,}–{2 ** (at - 1):,}"
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -42,7 +42,7 @@ from instep.verify.checkpoints import StoredCheckpoints
 from instep.verify.chunk_check import ChunkCheck
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import Conditions, device_for, find_conditions, recorded_threads
-from instep.verify.report import ULP_BINS, CannotVerify, Checker, Report, StreamReport, join_reports
+from instep.verify.report import CannotVerify, Checker, Report, StreamReport, join_reports
 from instep.verify.stream_checks import StreamChecks
 
 Stage: TypeAlias = Literal["reading", "replaying"]
@@ -96,7 +96,7 @@ def verify(
             made = pool.submit(_make_checkers, model, headers, certify, stopped)  # while the recording is read
             streams = StreamChecks(reader, wanted, checkpoints, lambda share: on_progress("reading", share))
             checkers = made.result()
-            parts, ulps = _check(checkers, streams, pool, lambda share: on_progress("replaying", share))
+            parts, elements = _check(checkers, streams, pool, lambda share: on_progress("replaying", share))
         finally:
             stopped.set()
     conditions = checkers.conditions
@@ -110,7 +110,7 @@ def verify(
         notes=(*conditions.step_notes, *conditions.whole_notes),
         buckets=conditions.buckets,
         seconds=time.monotonic() - began,
-        ulps=ulps,
+        elements=elements,
     )
 
 
@@ -125,12 +125,12 @@ def _make_checkers(model: Model, headers: Sequence[RecordingHeader], certify: Ce
 
 def _check(
     checkers: Checkers, streams: StreamChecks, pool: Executor, on_progress: Callable[[float], None]
-) -> tuple[list[StreamReport], dict[Checker, I64]]:
-    """The report on every check, in order, and the elements of both replays by distance (see `ULP_BINS`)."""
+) -> tuple[list[StreamReport], dict[Checker, int]]:
+    """The report on every check, in order, and how many elements each of the two replays compared."""
     reports: dict[int, StreamReport] = {
         at: check.report_without_frames() for at, check in enumerate(streams.checks) if not check.frames
     }
-    ulps: dict[Checker, I64] = {checker: np.zeros(ULP_BINS, np.int64) for checker in ("stepped", "whole sequence")}
+    elements: dict[Checker, int] = {"stepped": 0, "whole sequence": 0}
     chunks = _chunks(checkers, streams)
     total, done = sum(check.frames for check in streams.checks), 0
     begun: deque[tuple[Chunk, ChunkCheck]] = deque()
@@ -139,11 +139,11 @@ def _check(
             checks = [streams.checks[row] for row in chunk.rows.tolist()]
             begun.append((chunk, ChunkCheck(checkers, chunk, checks, pool)))
         if not begun:
-            return [reports[at] for at in range(len(streams.checks))], ulps
+            return [reports[at] for at in range(len(streams.checks))], elements
         chunk, check = begun.popleft()
         reports.update(zip(chunk.rows.tolist(), check.finish(), strict=True))
         for comparison in (check.stepped, check.whole):
-            ulps[comparison.checker] += comparison.ulps
+            elements[comparison.checker] += comparison.elements
         done += int(chunk.lengths.sum())
         on_progress(done / total)
 
