@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from instep.recording.database import make_tables, remove_database
+from instep.recording.database import make_tables
 from instep.recording.errors import DamagedRecording, RecordingError
-from instep.recording.inspection import inspect
+from instep.recording.inspection import insert, with_crcs, write_new
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, StreamState, Trimmed, blob
-from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, HISTORY, OWNER_EVENT, TABLES, row_crc
+from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, HISTORY, OWNER_EVENT
 
 _COPIED_AT_ONCE: Final = 256
 
@@ -71,27 +71,17 @@ def cut(source: Path, target: Path, begin: Bound | None, end: Bound | None) -> A
     Raises:
         RecordingError: when the range is empty, or a file cannot be read or written, or the new one exists.
     """
-    if target.exists():
-        raise RecordingError(f"{target} already exists; a recording is never written over: choose another name")
     with RecordingReader(source) as reader:
         last = _last(reader, end)
         base = _base(reader, begin, last)
         try:
-            database = sqlite3.connect(target, isolation_level=None)
-            try:
-                _write(reader, database, base, last)
-            finally:
-                database.close()
-            found = inspect(target, lambda _: None)
-        except BaseException as error:
-            remove_database(target)
-            if isinstance(error, sqlite3.Error | OSError):
-                raise RecordingError(f"cannot write the recording {target}: {error}") from None
-            if isinstance(error, DamagedRecording) and error.path == target:
-                raise RecordingError(
-                    f"{source} is damaged, and so is what was cut out of it: see instep recordings check {source}"
-                ) from None
-            raise
+            _, found = write_new(target, lambda database: _write(reader, database, base, last))
+        except DamagedRecording as error:
+            if error.path != target:
+                raise
+            raise RecordingError(
+                f"{source} is damaged, and so is what was cut out of it: see instep recordings check {source}"
+            ) from None
     return Archive(base.position + 1, last, found.streams, found.frames)
 
 
@@ -130,16 +120,16 @@ def _base(reader: RecordingReader, begin: Bound | None, last: int) -> Checkpoint
 
 def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoint, last: int) -> None:
     make_tables(database)
-    _insert(database, "header", reader.header.rows())
+    insert(database, "header", reader.header.rows())
     states = 0
     for table in HISTORY:
         rows: list[tuple[Any, ...]] = []
         for row in reader.rows(table, base.position + 1, last):
-            rows.append((*row, row_crc(*row)))
+            rows.append(row)
             if len(rows) == _COPIED_AT_ONCE:
-                _insert(database, table, rows)
+                insert(database, table, with_crcs(rows))
                 rows.clear()
-        _insert(database, table, rows)
+        insert(database, table, with_crcs(rows))
     if base.position:
         closings = {row[2] for row in reader.rows("closings", last=base.position)}
         openings = [row for row in reader.openings() if row[0] <= base.position and row[2] not in closings]
@@ -159,16 +149,15 @@ def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoi
             ("checkpoints", [astuple(base)]),
             ("states", [_state_row(state) for state in begun.values()]),
         ):
-            _insert(database, table, [(*row, row_crc(*row)) for row in values])
+            insert(database, table, with_crcs(values))
     now = time.time_ns()
     for kind, seq, detail in (
         (CHECKPOINT_EVENT, base.position, "later states were left out"),
         (END_EVENT, None, f"cut out of {reader.path.name}"),
     ):
         last += 1
-        row = (last, now, None, seq, kind, detail, None)
-        _insert(database, "events", [(*row, row_crc(*row))])
-    _insert(database, "newest", [(last, states, row_crc(last, states))])
+        insert(database, "events", with_crcs([(last, now, None, seq, kind, detail, None)]))
+    insert(database, "newest", with_crcs([(last, states)]))
     database.execute("COMMIT")
 
 
@@ -187,8 +176,3 @@ def _trimmed(reader: RecordingReader, position: int, events: int) -> Trimmed:
 def _state_row(state: StreamState) -> tuple[Any, ...]:
     x, y = (blob(array, "<f4") for array in (state.tail_x, state.tail_y))
     return (state.stream, state.position, state.seq, state.state.tobytes(), state.tail_seq, x, y)
-
-
-def _insert(database: sqlite3.Connection, table: str, rows: list[tuple[Any, ...]]) -> None:
-    columns = 3 if table == "header" else len(TABLES[table]) + 1
-    database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * columns)})", rows)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sqlite3
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
-from instep.recording.database import bytes_on_disk, lost_tail
+from instep.recording.database import bytes_on_disk, lost_tail, remove_database
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import read_recovery
-from instep.recording.schema import APPLICATION_ID, RECOVERED_EVENT
+from instep.recording.schema import APPLICATION_ID, RECOVERED_EVENT, row_crc
 from instep.recording.sequences import SequenceIndex
 
 
@@ -83,6 +85,7 @@ def how_it_ends(reader: RecordingReader) -> str:
     return f"not closed: its engine ended without closing it{f'; {tail}' if tail else ''}"
 
 
+T = TypeVar("T")
 _SQLITE_MAGIC: Final = b"SQLite format 3\0"
 _APPLICATION_ID_OFFSET: Final = 68
 
@@ -197,3 +200,38 @@ def _looks_like_one(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(_APPLICATION_ID_OFFSET + 4)
     return start.startswith(_SQLITE_MAGIC) and start[_APPLICATION_ID_OFFSET:] == struct.pack(">I", APPLICATION_ID)
+
+
+def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
+    """Make a new recording, and look through it; where that fails, the file is removed again.
+
+    Args:
+        target: the new file.
+        write: begins, fills and commits a transaction in the empty database.
+
+    Raises:
+        RecordingError: when the file exists or cannot be written.
+        DamagedRecording: when what was written is not a sound recording.
+    """
+    if target.exists():
+        raise RecordingError(f"{target} already exists; a recording is never written over: choose another name")
+    try:
+        with closing(sqlite3.connect(target, isolation_level=None)) as database:
+            written = write(database)
+        return written, inspect(target, lambda _: None)
+    except BaseException as error:
+        remove_database(target)
+        if isinstance(error, sqlite3.Error | OSError):
+            raise RecordingError(f"cannot write the recording {target}: {error}") from None
+        raise
+
+
+def insert(database: sqlite3.Connection, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Append rows, with their CRCs, to a table."""
+    if rows:
+        database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+
+
+def with_crcs(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Rows with the CRC of each as the last column."""
+    return [(*row, row_crc(*row)) for row in rows]

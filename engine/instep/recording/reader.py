@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from instep.core.typing import U8, Bool
+from instep.core.typing import I64, U8, Bool
 from instep.recording.file import RecordingFile
 from instep.recording.records import (
     Checkpoint,
@@ -23,6 +23,7 @@ from instep.recording.records import (
     StreamState,
 )
 from instep.recording.schema import (
+    COUNTED,
     END_EVENT,
     ENGINE_EVENT,
     FAILED_EVENT,
@@ -187,16 +188,22 @@ class RecordingReader(RecordingFile):
         )
         return StreamState(stream, position, seq, found, tail_seq, x, y)
 
-    def check_states(self) -> None:
-        """Read the states of all checkpoints.
+    def check_checkpoint(self, announced: int, positions: Mapping[str, I64]) -> None:
+        """Raise unless the newest checkpoint is the one that an event announced, and counts the rows that are there.
 
-        Raises:
-            DamagedRecording: when a CRC or a length is wrong, or one is missing.
+        Args:
+            announced: the position in the newest event `checkpoint`, 0 where there is none.
+            positions: those of the rows of each of the tables that a checkpoint counts.
         """
-        self.checkpoints()
-        count = sum(1 for _ in self.states())
-        if count != self.state_rows:
-            raise self.damaged(f"it holds {count:,} states instead of {self.state_rows:,}")
+        mark = self.checkpoint()
+        if mark.position != announced:
+            raise self.damaged(f"its newest checkpoint should be of position {announced}, and is of {mark.position}")
+        for table in COUNTED:
+            later = positions[table][positions[table] > self.trimmed.position]
+            count = int((later <= mark.position).sum())
+            expected = getattr(mark, table) - getattr(self._oldest, table)
+            if count != expected:
+                raise self.damaged(f"up to position {mark.position} it holds {count:,} {table} instead of {expected:,}")
 
     @cached_property
     def _marks(self) -> list[RecordedEvent]:

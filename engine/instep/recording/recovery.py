@@ -15,8 +15,8 @@ import numpy as np
 from instep.core.typing import I64, Bool
 from instep.recording.open_streams import OpenStream, read_open_streams
 from instep.recording.reader import RecordingReader
-from instep.recording.records import Checkpoint, RecordedBatch, StateReset
-from instep.recording.schema import CHECKPOINT_EVENT, COUNTED, OWNER_EVENT, read_owner_detail
+from instep.recording.records import RecordedBatch, StateReset
+from instep.recording.schema import CHECKPOINT_EVENT, OWNER_EVENT, read_owner_detail
 
 _NEVER: Final = np.iinfo(np.int64).max
 _UNKNOWN: Final = -1
@@ -111,24 +111,9 @@ class Recovered:
         self.checkpoint_position = mark.position
         reader.check_positions(mark.position + 1)
         names = self._read_openings()
-        found = {
-            "openings": self._opened_at,
-            "closings": self._read_closings(),
-            "events": self._read_events(mark),
-        }
-        oldest = reader.checkpoints()[0] if reader.trimmed.position else Checkpoint()
-        still_count = {
-            "openings": oldest.openings - oldest.closings,
-            "closings": 0,
-            "events": reader.trimmed.events,
-        }
-        for table in COUNTED:
-            count = int((found[table] <= mark.position).sum())
-            expected = still_count[table] + getattr(mark, table) - getattr(oldest, table)
-            if count != expected:
-                raise reader.damaged(
-                    f"up to position {mark.position} it holds {count:,} {table} instead of {expected:,}"
-                )
+        closings = self._read_closings()
+        announced, events = self._read_events()
+        reader.check_checkpoint(announced, {"openings": self._opened_at, "closings": closings, "events": events})
         self._read_states()
         in_order = np.argsort(self._opened_at, kind="stable")
         open_places = in_order[self._closed_at[in_order] == _NEVER]
@@ -185,8 +170,8 @@ class Recovered:
             are_known = self._numbers[places] == streams
         return places, are_known
 
-    def _read_events(self, mark: Checkpoint) -> I64:
-        """The events' positions."""
+    def _read_events(self) -> tuple[int, I64]:
+        """The position of the newest checkpoint that was announced, and those of all events."""
         positions, owned, newest = array("q"), array("q"), 0
         before = self._reader.events_that_count() if self._reader.trimmed.position else []
         for event in (*before, *self._reader.events()):
@@ -200,15 +185,11 @@ class Recovered:
                 self.last_epoch = max(self.last_epoch, event.seq or 0)
             elif event.kind == CHECKPOINT_EVENT:
                 newest = event.seq or 0
-        if newest != mark.position:
-            raise self._reader.damaged(
-                f"its newest checkpoint should be of position {newest}, and is of {mark.position}"
-            )
         rows = np.array(owned, np.int64).reshape(-1, 2)
         _, are_known = self._find(rows[:, 1])
         for position in rows[~are_known, 0].tolist():
             raise self._reader.damaged(f"the event at position {position} is of no stream")
-        return np.array(positions, np.int64)
+        return newest, np.array(positions, np.int64)
 
     def _read_states(self) -> None:
         """Note up to which frame the newest state of each stream goes."""

@@ -6,7 +6,8 @@ import heapq
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -15,7 +16,7 @@ from urllib.parse import quote
 from instep.recording.database import make_tables
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.file import UNREADABLE
-from instep.recording.inspection import inspect
+from instep.recording.inspection import insert, with_crcs, write_new
 from instep.recording.schema import (
     APPLICATION_ID,
     BESIDE,
@@ -25,7 +26,6 @@ from instep.recording.schema import (
     REPAIRED_EVENT,
     TABLES,
     RecordingHeader,
-    row_crc,
     row_is_sound,
 )
 
@@ -59,28 +59,15 @@ def repair(source: Path, target: Path) -> Repaired:
     Raises:
         RecordingError: when nothing can be saved, or the new file exists or cannot be written.
     """
-    if target.exists():
-        raise RecordingError(f"{target} already exists; a recording is never written over: choose another name")
-    salvage = _Salvage(source)
-    try:
-        database = sqlite3.connect(target, isolation_level=None)
+    with closing(_Salvage(source)) as salvage:
         try:
-            repaired = _write(salvage, database)
-        finally:
-            database.close()
-        found = inspect(target, lambda _: None)
-        repaired = replace(repaired, frames=found.frames, streams=found.streams)
-    except BaseException as error:
-        target.unlink(missing_ok=True)
-        if isinstance(error, sqlite3.Error | OSError):
-            raise RecordingError(f"cannot write the recording {target}: {error}") from None
-        if not isinstance(error, DamagedRecording):
-            raise
-        what = str(error).removeprefix(f"{target} is damaged: ")
-        raise RecordingError(f"{source} cannot be repaired, it is not only damaged but inconsistent: {what}") from None
-    finally:
-        salvage.close()
-    return repaired
+            (positions, left_out), found = write_new(target, lambda database: _write(salvage, database))
+        except DamagedRecording as error:
+            what = str(error).removeprefix(f"{target} is damaged: ")
+            raise RecordingError(
+                f"{source} cannot be repaired, it is not only damaged but inconsistent: {what}"
+            ) from None
+    return Repaired(positions, found.frames, found.streams, left_out)
 
 
 class _Salvage:
@@ -140,17 +127,18 @@ def _position(item: tuple[str, Row]) -> int:
     return int(item[1][0])
 
 
-def _write(salvage: _Salvage, database: sqlite3.Connection) -> Repaired:
+def _write(salvage: _Salvage, database: sqlite3.Connection) -> tuple[int, str]:
+    """The number of positions that were saved, and the losses in words."""
     make_tables(database)
-    _insert(database, "header", *salvage.header)
+    insert(database, "header", salvage.header)
     trimmed = list(salvage.rows("trimmed"))
-    _insert(database, "trimmed", *trimmed)
+    insert(database, "trimmed", trimmed)
     first = last = trimmed[0][0] if trimmed else 0
     for table in ("openings", "closings", "events"):
-        _insert(database, table, *(row for row in salvage.rows(table) if row[0] <= first))
+        insert(database, table, [row for row in salvage.rows(table) if row[0] <= first])
     named = first
     for table, row in salvage.history(first):
-        _insert(database, table, row)
+        insert(database, table, [row])
         last = row[0]
         if table == "events" and row[_KIND] == CHECKPOINT_EVENT:
             named = row[_SEQ]
@@ -169,9 +157,9 @@ def _write(salvage: _Salvage, database: sqlite3.Connection) -> Repaired:
     said = "; ".join(left_out) + (f" ({'; '.join(damage)})" if damage else "")
     if left_out:
         last = _add_event(database, last, REPAIRED_EVENT, None, f"left out {said}")
-    _insert(database, "newest", (last, states, row_crc(last, states)))
+    insert(database, "newest", with_crcs([(last, states)]))
     database.execute("COMMIT")
-    return Repaired(positions, 0, 0, said if left_out else "")
+    return positions, said if left_out else ""
 
 
 def _copy_states(
@@ -206,26 +194,20 @@ def _copy_states(
     is_newer = any(state[_STATE_POSITION] > named for state in states)
     are_sound = "states" not in salvage.damage and "checkpoints" not in salvage.damage
     if are_sound and newest == named and (is_whole or not is_newer) and expected in (None, len(states)):
-        _insert(database, "checkpoints", *checkpoints)
-        _insert(database, "states", *states)
+        insert(database, "checkpoints", checkpoints)
+        insert(database, "states", states)
         return newest, len(states)
     if not first:
         return 0, 0
     if not are_sound or not checkpoints or checkpoints[0][0] != first:
         raise RecordingError(f"nothing of {salvage.path} can be saved: the states that it begins with are damaged")
     states = [state for state in states if state[_STATE_POSITION] <= first]
-    _insert(database, "checkpoints", checkpoints[0])
-    _insert(database, "states", *states)
+    insert(database, "checkpoints", checkpoints[:1])
+    insert(database, "states", states)
     return first, len(states)
 
 
 def _add_event(database: sqlite3.Connection, last: int, kind: str, seq: int | None, detail: str) -> int:
     """The position of the new event."""
-    row = (last + 1, time.time_ns(), None, seq, kind, detail, None)
-    _insert(database, "events", (*row, row_crc(*row)))
+    insert(database, "events", with_crcs([(last + 1, time.time_ns(), None, seq, kind, detail, None)]))
     return last + 1
-
-
-def _insert(database: sqlite3.Connection, table: str, *rows: Row) -> None:
-    if rows:
-        database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)

@@ -8,11 +8,11 @@ from typing import Final
 
 import numpy as np
 
-from instep.core.typing import U8
+from instep.core.typing import I64, U8
 from instep.recording.frames import FrameStore
 from instep.recording.reader import RecordingReader
-from instep.recording.records import Checkpoint, StreamState
-from instep.recording.schema import CHECKPOINT_EVENT, COUNTED
+from instep.recording.records import StreamState
+from instep.recording.schema import CHECKPOINT_EVENT
 from instep.recording.sequences import SequenceIndex
 
 _ROWS_AT_ONCE: Final = 256
@@ -113,27 +113,13 @@ class StoredCheckpoints:
         self.tail_x, self.tail_y = tails.x, tails.y
 
     def _check_counts(self) -> None:
-        """Compare the checkpoint with the event that announced it, and with the rows that it counts."""
-        reader, mark = self._reader, self._mark
+        reader = self._reader
         events = list(reader.events())
         announced = [event.seq or 0 for event in events if event.kind == CHECKPOINT_EVENT] or [0]
-        if mark.position != announced[-1]:
-            raise reader.damaged(
-                f"its newest checkpoint should be of position {announced[-1]}, and is of {mark.position}"
-            )
-        found = {
-            "openings": [row[0] for row in reader.rows("openings", reader.first_position)],
-            "closings": [row[0] for row in reader.rows("closings", reader.first_position)],
-            "events": [event.position for event in events],
-        }
-        oldest = reader.checkpoints()[0] if reader.trimmed.position else Checkpoint()
-        for table in COUNTED:
-            count = sum(position <= mark.position for position in found[table])
-            expected = getattr(mark, table) - getattr(oldest, table)
-            if count != expected:
-                raise reader.damaged(
-                    f"up to position {mark.position} it holds {count:,} {table} instead of {expected:,}"
-                )
+        positions: dict[str, I64] = {"events": np.array([event.position for event in events], np.int64)}
+        for table in ("openings", "closings"):
+            positions[table] = np.array([row[0] for row in reader.rows(table, reader.first_position)], np.int64)
+        reader.check_checkpoint(announced[-1], positions)
 
 
 def _append(store: FrameStore, rows: list[StreamState]) -> None:
