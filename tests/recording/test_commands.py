@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from instep.recording import commands
 from instep.recording.app import app
 from instep.recording.reader import RecordingReader
-from instep.recording.recovery import read_recovery
+from instep.recording.recovery import Recovered
 from instep.recording.repair import repair as save
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
@@ -203,7 +203,7 @@ def test_repair_keeps_everything_before_the_damage(tmp_path: Path) -> None:
     assert history(repaired)[:14] == rows[:14]
     assert [row[4] for row in history(repaired)[14:]] == ["repaired"]
     assert said(commands.check, repaired)[0] == 0
-    with read_recovery(repaired, lambda _: None) as recovered:
+    with Recovered(repaired) as recovered:
         assert recovered.checkpoint_position == 9
         found = replay(recovered, gru_step(GRU))
     assert found.seqs == {1: 5, 2: 6}
@@ -218,7 +218,7 @@ def test_repair_gives_up_states_that_are_damaged_and_keeps_the_history(tmp_path:
     status, text = said(commands.repair, forger.path, tmp_path / "c.rec")
     assert status == 0
     assert "(16 positions); left out: the states of the newest checkpoint, which everything before it makes" in text
-    with read_recovery(tmp_path / "c.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "c.rec") as recovered:
         assert recovered.checkpoint_position == 0
         found = replay(recovered, gru_step(GRU))
     for stream in (1, 2):
@@ -244,7 +244,7 @@ def test_repair_takes_newer_states_of_a_snapshot_under_way_only_with_the_whole_h
         forger.change("batches", newer, time_ns=7)
     found_left_out = save(forger.path, tmp_path / "c.rec").left_out
     assert ("the states of the newest checkpoint" in found_left_out) == is_damaged
-    with read_recovery(tmp_path / "c.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "c.rec") as recovered:
         assert [stream.seq for stream in recovered.load(recovered.names)] == ([0, 0] if is_damaged else [2, 1])
         found = replay(recovered, gru_step(GRU))
     assert found.seqs == ({1: 1, 2: 1} if is_damaged else {1: 2, 2: 2})

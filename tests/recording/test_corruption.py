@@ -12,7 +12,7 @@ import pytest
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import Inspection, inspect
 from instep.recording.records import StateReset
-from instep.recording.recovery import read_recovery
+from instep.recording.recovery import Recovered
 from instep.recording.schema import owner_detail
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
@@ -27,7 +27,7 @@ FLIPS = 900
 def observe(path: Path) -> list[Any]:
     """Everything an engine would go on with, and everything `check` counts."""
     found: list[Any] = []
-    with read_recovery(path, lambda _: None) as recovered:
+    with Recovered(path) as recovered:
         for stream in recovered.load(recovered.names):
             arrays = (stream.state, stream.tail_x, stream.tail_y)
             found.append([None if array is None else array.tobytes() for array in arrays])

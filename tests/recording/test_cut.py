@@ -17,7 +17,7 @@ from instep.recording.cut import Bound, cut
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
-from instep.recording.recovery import read_recovery
+from instep.recording.recovery import Recovered
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
@@ -96,7 +96,7 @@ def test_a_range_begins_at_the_checkpoint_before_it_and_is_verified(
     everything, part = frames(path), frames(out)
     assert 30 < len(part) < len(everything) / 2
     assert part.items() <= everything.items()
-    with read_recovery(out, lambda _: None) as recovered:
+    with Recovered(out) as recovered:
         for _ in recovered.replay():
             pass  # an engine can go on with it
 

@@ -8,7 +8,7 @@ import pytest
 from instep.recording.errors import DamagedRecording
 from instep.recording.open_streams import OpenStream
 from instep.recording.records import StateReset, StateRows
-from instep.recording.recovery import ReplayStep, read_recovery
+from instep.recording.recovery import Recovered, ReplayStep
 from instep.recording.schema import owner_detail
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
@@ -58,8 +58,7 @@ def busy(path: Path, *, with_snapshot: bool = True) -> Scribe:
 @pytest.mark.parametrize("with_snapshot", [True, False])
 def test_replayed_the_states_are_those_the_engine_had(tmp_path: Path, with_snapshot: bool) -> None:
     scribe = busy(tmp_path / "a.rec", with_snapshot=with_snapshot)
-    shares: list[float] = []
-    with read_recovery(tmp_path / "a.rec", shares.append) as recovered:
+    with Recovered(tmp_path / "a.rec") as recovered:
         found = replay(recovered, gru_step(GRU))
         assert [stream.stream for stream in recovered.load(recovered.names)] == [1, 3, 4, 6]
         assert [stream.name for stream in recovered.load(recovered.names)] == [
@@ -80,8 +79,6 @@ def test_replayed_the_states_are_those_the_engine_had(tmp_path: Path, with_snaps
     }
     for stream in (1, 3, 4, 6):
         assert found.states[stream].tobytes() == scribe.states[stream].tobytes()
-    assert shares == sorted(shares)
-    assert shares[-1] <= 1
     assert found.unanswered == 4
     if with_snapshot:
         tail = tails[4]
@@ -93,7 +90,7 @@ def test_replayed_the_states_are_those_the_engine_had(tmp_path: Path, with_snaps
 def test_outputs_come_with_the_batches(tmp_path: Path) -> None:
     scribe = busy(tmp_path / "a.rec", with_snapshot=False)
     answered = 0
-    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "a.rec") as recovered:
         for item in recovered.replay():
             if isinstance(item, ReplayStep) and item.batch.y is not None:
                 frames = zip(item.batch.streams.tolist(), item.batch.seqs.tolist(), strict=True)
@@ -106,7 +103,7 @@ def test_outputs_come_with_the_batches(tmp_path: Path) -> None:
 
 def test_an_empty_recording_has_nothing_to_go_on_with(tmp_path: Path) -> None:
     RecordingWriter.create(tmp_path / "a.rec", HEADER).close()
-    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "a.rec") as recovered:
         assert (recovered.load(recovered.names), recovered.last_stream, recovered.last_epoch) == ([], 0, 0)
         assert list(recovered.replay()) == []
 
@@ -124,13 +121,13 @@ def test_a_state_may_hold_frames_from_after_the_snapshots_position(tmp_path: Pat
     scribe.step([1, 2])
     scribe.writer.commit()
     scribe.writer.abandon()
-    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "a.rec") as recovered:
         assert [stream.seq for stream in recovered.load(recovered.names)] == [3, 2]
         items = list(recovered.replay())
         assert not any(isinstance(item, StateReset) for item in items)
         applies = [item.applies.tolist() for item in items if isinstance(item, ReplayStep)]
     assert applies == [[False], [False, False], [True, True]]
-    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "a.rec") as recovered:
         found = replay(recovered, gru_step(GRU))
     for stream in (1, 2):
         assert found.states[stream].tobytes() == scribe.states[stream].tobytes()
@@ -146,7 +143,7 @@ def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_pat
     scribe.writer.commit()
     scribe.writer.abandon()
     assert [row["stream"] for row in Forger(tmp_path / "a.rec", tmp_path / "b.rec").rows("states")] in ([], [1, 3])
-    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "a.rec") as recovered:
         assert [(stream.stream, stream.seq) for stream in recovered.load(recovered.names)] == [(1, 1), (3, 2)]
         assert list(recovered.replay()) == []
     writer = RecordingWriter.resume(tmp_path / "a.rec", HEADER)
@@ -156,7 +153,7 @@ def test_a_second_snapshot_replaces_what_changed_and_forgets_what_closed(tmp_pat
     writer.checkpoint(1, writer.position, StateRows(np.array([1]), np.array([1]), state, np.array([1]), *nothing))
     writer.close()
     assert [row["stream"] for row in Forger(tmp_path / "a.rec", tmp_path / "b.rec").rows("states")] == [1]
-    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "a.rec") as recovered:
         (found,) = recovered.load(recovered.names)
         assert found.state is not None
         assert (found.stream, float(found.state.view("<f4")[7])) == (1, 1.0)
@@ -181,13 +178,13 @@ def test_a_snapshot_that_was_not_finished_leaves_the_older_one_good_and_some_sta
     scribe.step([1, 2, 3])
     scribe.writer.commit()
     scribe.writer.abandon()
-    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "a.rec") as recovered:
         assert recovered.checkpoint_position == (older if has_older else 0)
         assert [stream.seq for stream in recovered.load(recovered.names)] == [3, *([1, 1] if has_older else [0, 0]), 1]
         applies = [item.applies.tolist() for item in recovered.replay() if isinstance(item, ReplayStep)]
     before = [] if has_older else [[False, True, True]]
     assert applies == [*before, [False, True], [False, False], [True, True, True]]
-    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "a.rec") as recovered:
         found = replay(recovered, gru_step(GRU))
     for stream, state in scribe.states.items():
         assert found.states[stream].tobytes() == state.tobytes()
@@ -196,7 +193,7 @@ def test_a_snapshot_that_was_not_finished_leaves_the_older_one_good_and_some_sta
     scribe.close(4)
     scribe.checkpoint(scribe.step([2]))
     scribe.writer.close()
-    with read_recovery(tmp_path / "a.rec", lambda _: None) as recovered:
+    with Recovered(tmp_path / "a.rec") as recovered:
         assert list(recovered.replay()) == []
         assert [(stream.stream, stream.seq) for stream in recovered.load(recovered.names)] == [(1, 4), (2, 4), (3, 2)]
 
@@ -221,7 +218,7 @@ def closed(path: Path) -> Path:
 
 
 def read(path: Path) -> list[OpenStream]:
-    with read_recovery(path, lambda _: None) as recovered:
+    with Recovered(path) as recovered:
         list(recovered.replay())
         return recovered.load(recovered.names)
 

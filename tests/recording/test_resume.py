@@ -16,7 +16,7 @@ import pytest
 from instep.recording.errors import RecordingError
 from instep.recording.lock import is_being_written, lock_path
 from instep.recording.reader import RecordingReader
-from instep.recording.recovery import read_recovery
+from instep.recording.recovery import Recovered
 from instep.recording.rows import WAL_BYTES
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
@@ -202,7 +202,7 @@ def test_what_was_called_durable_survives_kill_9(tmp_path: Path, durability: str
             writing.send_signal(signal.SIGKILL)
         said = [int(line) for line in writing.stdout.read().splitlines() if re.fullmatch(r"\d+", line)]
         durable = max([durable, *said[:-1]])  # the last line may be torn
-    with read_recovery(path, lambda _: None) as recovered:
+    with Recovered(path) as recovered:
         assert recovered.last_position >= durable > 0
         batches = [item.batch for item in recovered.replay()]  # type: ignore[union-attr]
     assert [batch.seqs.tolist() for batch in batches] == [[seq] for seq in range(len(batches))]

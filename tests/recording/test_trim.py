@@ -19,7 +19,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, StateRows, Trimmed
-from instep.recording.recovery import read_recovery
+from instep.recording.recovery import Recovered
 from instep.recording.repair import repair
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.table import FrameTable
@@ -130,7 +130,7 @@ def test_what_is_left_is_what_was_recorded(scribe: Scribe) -> None:
     assert exported == sum(index.frames) == found.frames
     read = read_recording(path)
     assert int(read.lengths.sum()) == found.frames
-    with read_recovery(path, lambda _: None) as recovered:
+    with Recovered(path) as recovered:
         replayed = replay(recovered, gru_step(GRU))
     assert replayed.seqs == {stream: scribe.seqs[stream] for stream in scribe.states}
     for stream, state in scribe.states.items():
@@ -296,7 +296,7 @@ def check_that_it_goes_on_after_trimming(scribe: Scribe) -> None:
     trim_after_an_idle_time(scribe)
     scribe.writer.close()
     inspect(scribe.writer.path, lambda _: None)
-    with read_recovery(scribe.writer.path, lambda _: None) as recovered:
+    with Recovered(scribe.writer.path) as recovered:
         replayed = replay(recovered, gru_step(GRU))
     assert replayed.seqs == {stream: scribe.seqs[stream] for stream in scribe.states}
 

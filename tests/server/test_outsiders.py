@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instep.recording.recovery import ReplayStep, read_recovery
+from instep.recording.recovery import Recovered, ReplayStep
 from tests.support.models import SMALL
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -36,7 +36,7 @@ def frames_after_a_kill(path: Path, image: Path) -> int:
     image.mkdir()
     for suffix in ("", "-wal"):
         shutil.copy(f"{path}{suffix}", image)
-    with read_recovery(image / path.name, lambda _: None) as recovered:
+    with Recovered(image / path.name) as recovered:
         (stream,) = (stream for stream in recovered.load(recovered.names) if stream.name == "s")
         seqs = [stream.seq - 1]
         for item in recovered.replay():

@@ -13,7 +13,7 @@ import pytest
 
 from instep.core.typing import U64
 from instep.frontends.in_process import InProcessOrigin
-from instep.recording.recovery import Recovered, ReplayStep, read_recovery
+from instep.recording.recovery import Recovered, ReplayStep
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import InlineExecutor, StateLost
 from instep.streaming.checkpoints import Checkpoints
@@ -68,7 +68,7 @@ async def test_a_restart_replays_nothing_that_a_checkpoint_holds(tmp_path: Path,
         await checkpoints.take()
         assert not checkpoints.is_under_way
         await step(origin, handles[:2], [3, 3], x[3:, :2])
-    with read_recovery(path, lambda _: None) as recovered:
+    with Recovered(path) as recovered:
         assert [stream.seq for stream in recovered.load(recovered.names)] == [3] * COUNT
         for column, stream in enumerate(recovered.load(recovered.names)):
             assert stream.state is not None
@@ -121,7 +121,7 @@ async def test_many_states_are_written_in_as_many_transactions_as_replies_may_wa
         await checkpoints_of(kit, at_once=3).take()
         assert [count for count in told if count] == [3, 3, 3, 1]
         assert all(first == 0 or second == 0 for first, second in itertools.pairwise(told)), "each in its own commit"
-    with read_recovery(path, lambda _: None) as recovered:
+    with Recovered(path) as recovered:
         assert replayed(recovered) == 0
 
 
@@ -218,6 +218,6 @@ async def test_one_that_meets_a_lost_state_is_given_up_and_the_next_one_complete
         await kit.finish(error=StateLost("injected"))
         await asyncio.gather(failing, taking)
         await checkpoints.take()
-    with read_recovery(path, lambda _: None) as recovered:
+    with Recovered(path) as recovered:
         assert [(stream.name, stream.seq) for stream in recovered.load(recovered.names)] == [("kept", 1)]
         assert replayed(recovered) == 0

@@ -13,7 +13,7 @@ import pytest
 from instep.core.typing import F32, U64
 from instep.frontends.in_process import InProcessOrigin
 from instep.recording.reader import RecordingReader
-from instep.recording.recovery import read_recovery
+from instep.recording.recovery import Recovered
 from instep.recording.schema import Durability
 from instep.runtime.executor import InlineExecutor
 from instep_client.protocol.codes import Code
@@ -285,5 +285,5 @@ async def test_streams_continue_after_a_restart_to_the_bit(tmp_path: Path, rng: 
         assert (await origin.open(["c"])).codes.tolist() == [0]
     for column in range(2):
         np.testing.assert_array_equal(rest.y[:, column], whole(SMALL, x[:, column])[0][5:])
-    with read_recovery(path, lambda _: None) as recovered:
+    with Recovered(path) as recovered:
         assert [stream.name for stream in recovered.load(recovered.names)] == ["a", "b", "c"]

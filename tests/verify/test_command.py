@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
-import re
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from instep.verify import command
 from instep.verify.command import run
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru
@@ -66,18 +63,10 @@ def test_progress_is_shown_on_a_terminal(recorded: Recorded) -> None:
     assert "replaying" in file.getvalue()
 
 
-def test_progress_in_a_file_is_lines_on_standard_error_now_and_then(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command, "LINE_S", math.inf)
+def test_no_progress_is_written_into_a_file(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(recorded.path)[0] == 0
+    assert verify(recorded.path, json=True)[0] == 0
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(command, "LINE_S", 0.0)
-    for json_too in (False, True):
-        assert verify(recorded.path, json=json_too)[0] == 0
-        lines = capsys.readouterr().err.splitlines()
-        assert re.fullmatch(r"reading: \d+%, \d+ s", lines[0])
-        assert re.fullmatch(r"replaying: 100%, \d+ s", lines[-1])
 
 
 def test_an_unknown_stream(recorded: Recorded) -> None:

@@ -15,7 +15,7 @@ from instep.recording.database import bytes_on_disk, lost_tail, remove_database
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
-from instep.recording.recovery import read_recovery
+from instep.recording.recovery import Recovered
 from instep.recording.schema import APPLICATION_ID, RECOVERED_EVENT, row_crc
 from instep.recording.sequences import SequenceIndex
 
@@ -59,7 +59,7 @@ def inspect(path: Path, on_progress: Callable[[float], None]) -> Inspection:
             raise reader.damaged(f"in stream {info.stream} ({info.name!r}), {defect}")
         restarts = sum(event.kind == RECOVERED_EVENT for event in reader.events())
         ending = how_it_ends(reader)
-    with read_recovery(path, lambda _: None) as recovered:
+    with Recovered(path) as recovered:
         for _ in recovered.replay():
             pass  # what a restart would use is checked as it is read
     return Inspection(

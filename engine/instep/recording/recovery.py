@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,13 +35,12 @@ class ReplayStep:
 class Recovered:
     """Everything that an engine needs to continue: streams as of their newest states, and the frames and resets since.
 
-    Everything here is checked: CRCs, that no position is missing, that every stream's frames follow each other. Of
-    what lies before the checkpoint, only the rows of batches and outputs are not looked at. States are checked and not
-    kept: there may be more streams than fit into memory.
+    Everything is checked (CRCs, positions, that the frames of each stream follow each other) except the batches and
+    outputs before the checkpoint. States are checked and not kept, because there may be more than fit into memory. A
+    WAL whose end is missing or torn is what a crash leaves; everything before that counts.
 
     Args:
         path: the recording.
-        on_progress: called with the share (0 to 1) of the replay that was handed out.
 
     Attributes:
         path: the recording.
@@ -57,9 +56,8 @@ class Recovered:
         DamagedRecording: when anything that is needed is damaged.
     """
 
-    def __init__(self, path: Path, on_progress: Callable[[float], None]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._on_progress = on_progress
         self._reader = RecordingReader(path)
         try:
             with self._reader.at_once():
@@ -101,7 +99,6 @@ class Recovered:
                 yield ReplayStep(item, self._step(item))
             elif self._reset(item):
                 yield item
-            self._on_progress(item.position / self.last_position)
         self._check_ends()
 
     def _read(self) -> None:
@@ -258,15 +255,3 @@ class Recovered:
         if len(missing):
             stream = self._numbers[missing[0]]
             raise self._reader.damaged(f"the state of stream {stream} holds frames that were not recorded")
-
-
-def read_recovery(path: Path, on_progress: Callable[[float], None]) -> Recovered:
-    """Read what an engine needs to go on with a recording; see `Recovered`.
-
-    A WAL whose end is missing or torn is what a crash leaves: all of it before that counts.
-
-    Raises:
-        RecordingError: when the file cannot be read.
-        DamagedRecording: when anything that is needed is damaged.
-    """
-    return Recovered(path, on_progress)

@@ -14,7 +14,7 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.records import refuse_other_engine
-from instep.recording.recovery import ReplayStep, read_recovery
+from instep.recording.recovery import Recovered, ReplayStep
 from instep.server.assembly import recording_header
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.log import make_log
@@ -70,6 +70,6 @@ def _check_recording(
         log.warning("recording lost its end", file=str(path), reason=tail)
     with RecordingReader(path) as reader:
         refuse_other_engine(path, reader.engines[-1].header, recording_header(prepared, config), accept_numerics_change)
-    with read_recovery(path, lambda _: None) as recovered:
+    with Recovered(path) as recovered:
         frames = sum(int(step.applies.sum()) for step in recovered.replay() if isinstance(step, ReplayStep))
     log.info("would continue", file=str(path), streams=len(recovered.names), frames_to_replay=frames)

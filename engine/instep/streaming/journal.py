@@ -23,6 +23,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder, Write
 from instep.recording.records import StateRows
 from instep.recording.schema import OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
+from instep.streaming.tasks import Waiters
 
 NEVER: Final = 2**62
 """The lsn of everything that was not recorded because the recording has failed."""
@@ -60,8 +61,10 @@ class Journal:
         self._last_stream = 0
         self._through = 0
         """The lsn up to which the states of the checkpoint under way contain every batch; 0 where there is none."""
-        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
-        self._uncommitted: list[tuple[int, asyncio.Future[None]]] = []
+        self._durable = Waiters()
+        """Requests that wait for the recorder."""
+        self._committing = Waiters()
+        """Everything else that does."""
 
     def record(self, recorder: Recorder, last_stream: int, last_row: int, *, waits: bool, replayed_ns: int = 0) -> None:
         """Record from now on.
@@ -106,15 +109,14 @@ class Journal:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nothing waits for the recorder."""
-        return not self._waiting
+        """Whether no request waits for the recorder."""
+        return not self._durable
 
     def advance(self, lsn: int) -> None:
         """Everything up to this lsn is committed; called on the loop's thread."""
         self._committed = lsn
-        self._uncommitted = _resolve(self._uncommitted, lsn)
-        if self._waits:
-            self._waiting = _resolve(self._waiting, lsn)
+        self._committing.check()
+        self._durable.check()
         # Coroutines that waited run first: what they answer precedes the outputs of later frames.
         asyncio.get_running_loop().call_soon(self._release, lsn)
 
@@ -125,13 +127,12 @@ class Journal:
 
     async def durable(self, lsn: int) -> None:
         """Return once a reply may rest on the record of this lsn."""
-        if self._waits and lsn > self._committed:
-            await _wait(self._waiting, lsn)
+        if self._waits:
+            await self._durable.until(lambda: lsn <= self._committed)
 
     async def committed(self, lsn: int) -> None:
         """Return once the recording holds the record of this lsn, whether replies wait or not."""
-        if lsn > self._committed:
-            await _wait(self._uncommitted, lsn)
+        await self._committing.until(lambda: lsn <= self._committed)
 
     # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -258,20 +259,3 @@ class Journal:
         except RecordingError:
             self.newest = NEVER
         return self.newest
-
-
-async def _wait(waiting: list[tuple[int, asyncio.Future[None]]], lsn: int) -> None:
-    future = asyncio.get_running_loop().create_future()
-    waiting.append((lsn, future))
-    await future
-
-
-def _resolve(waiting: list[tuple[int, asyncio.Future[None]]], lsn: int) -> list[tuple[int, asyncio.Future[None]]]:
-    """Let those proceed that wait for an lsn up to this one; those that still wait."""
-    still_waiting = []
-    for wanted, future in waiting:
-        if wanted > lsn:
-            still_waiting.append((wanted, future))
-        elif not future.done():
-            future.set_result(None)
-    return still_waiting

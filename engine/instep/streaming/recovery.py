@@ -16,7 +16,7 @@ from instep.core.tables import SCRATCH_SLOT, Tables, rows_of
 from instep.core.typing import F32, I64
 from instep.recording.errors import RecordingError
 from instep.recording.records import StateReset
-from instep.recording.recovery import Recovered, ReplayStep, read_recovery
+from instep.recording.recovery import Recovered, ReplayStep
 from instep.recording.schema import OWNER_EVENT, RecordingHeader, owner_detail
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
@@ -76,7 +76,7 @@ def resume_recording(
     writer = RecordingWriter.resume(path, header, accept_numerics_change, retention)
     changed = writer.numerics_changed
     try:
-        with read_recovery(path, lambda _: None) as recovered:
+        with Recovered(path) as recovered:
             replay = _Replay(
                 recovered,
                 tables,

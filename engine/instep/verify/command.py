@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import Final
@@ -27,9 +26,6 @@ VERIFIED: Final = 0
 MISMATCH: Final = 1
 NOT_CHECKED: Final = 2
 
-LINE_S: Final = 5.0
-"""How often a line of progress is written where it cannot be redrawn: to a file or a pipe."""
-
 
 def run(file: Path, *, model_folder: Path | None, streams: Sequence[str], json: bool, console: Console) -> int:
     """Verify a recording and print the result.
@@ -48,7 +44,7 @@ def run(file: Path, *, model_folder: Path | None, streams: Sequence[str], json: 
     try:
         with (
             RecordingReader(file) as reader,
-            _bars(console) if console.is_terminal and not json else nullcontext(_lines()) as on_progress,
+            _progress(console, is_shown=console.is_terminal and not json) as on_progress,
         ):
             model = recorded_model(reader.header, model_folder)
             report = verifier.verify(reader, model, streams, on_progress)
@@ -77,23 +73,8 @@ def _write_json(fields: dict[str, object]) -> None:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[verifier.Progress]:
+def _progress(console: Console, *, is_shown: bool) -> Iterator[verifier.Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not is_shown) as bars:
         tasks = {stage: bars.add_task(stage, total=1.0) for stage in verifier.STAGES}
         yield lambda stage, share: bars.update(tasks[stage], completed=share)
-
-
-def _lines() -> verifier.Progress:
-    """Write a line to standard error every `LINE_S`."""
-    began = told = time.monotonic()
-
-    def tell(stage: verifier.Stage, share: float) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - told >= LINE_S:
-            told = now
-            sys.stderr.write(f"{stage}: {share:.0%}, {now - began:.0f} s\n")
-            sys.stderr.flush()
-
-    return tell
