@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - see `Origin` and `Frontend`
 """The front end without a transport: producers in the server's own process and event loop."""
 
 from __future__ import annotations
@@ -67,15 +68,12 @@ class InProcessOrigin:
         return reply
 
     async def open(self, names: Names, states: U8 | None = None, first_seqs: I64 | None = None) -> Grants:
-        """See `StreamOperations.open`."""
         return await self._frontend.ask(lambda: self._operations.open(self, names, states, first_seqs))
 
     async def resume(self, names: Names, have: U64, epochs: U64, *, take_over: bool = False) -> Grants:
-        """See `StreamOperations.resume`."""
         return await self._frontend.ask(lambda: self._operations.resume(self, names, have, epochs, take_over))
 
     async def read_states(self, handles: U64) -> StatesRead:
-        """See `StreamOperations.read_own_states`."""
         return await self._frontend.ask(lambda: self._operations.read_own_states(self, handles))
 
     async def close(self, handles: U64, have: U64 | None = None) -> StatesRead:
@@ -85,7 +83,6 @@ class InProcessOrigin:
         return StatesRead(np.zeros(len(codes), np.int64), states, codes)
 
     def deliver(self, reply: Reply) -> None:
-        """See `Origin`."""
         first = 0
         for index, (tag, width) in enumerate(reply.messages.T.tolist()):
             part = slice(first, first + width)
@@ -96,11 +93,9 @@ class InProcessOrigin:
             self._settle(tag, lambda future, own=own: future.set_result(own))  # type: ignore[misc]
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
-        """See `Origin`."""
         self._settle(tag, lambda future: future.set_exception(refusal))
 
     def notify(self, event: StreamEvent) -> None:
-        """See `Origin`."""
         self.events.append(event)
 
     def _settle(self, tag: int, settle: Callable[[asyncio.Future[Reply]], None]) -> None:
@@ -182,16 +177,13 @@ class InProcessFrontend:
 
     @property
     def is_readable(self) -> bool:
-        """See `Frontend`."""
         return bool(self._arrived)
 
     @property
     def is_idle(self) -> bool:
-        """See `Frontend`."""
         return not self._arrived
 
     def receive(self, budget_ns: int) -> bool:
-        """See `Frontend`."""
         has_arrived = bool(self._arrived)
         while self._arrived:
             arrived = self._arrived.popleft()

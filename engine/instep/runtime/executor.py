@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - `StepExecutor` documents what every executor has
 """Where steps run: in the event loop's thread, in a thread, or in a process (`process_executor`)."""
 
 from __future__ import annotations
@@ -111,15 +112,12 @@ class InlineExecutor:
 
     @property
     def has_ended(self) -> bool:
-        """See `StepExecutor`."""
         return bool(self._results)
 
     def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
-        """See `StepExecutor`."""
         self._results.append(run_steps(self._step, slots, rows))
 
     def ended(self) -> list[RunResult]:
-        """See `StepExecutor`."""
         results, self._results = self._results, []
         return results
 
@@ -153,29 +151,24 @@ class ThreadExecutor:
 
     @property
     def has_ended(self) -> bool:
-        """See `StepExecutor`."""
         return bool(self._results)
 
     def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
-        """See `StepExecutor`."""
         self._runs.put((slots, rows))
 
     def ended(self) -> list[RunResult]:
-        """See `StepExecutor`."""
         results = []
         while self._results:
             results.append(self._results.popleft())
         return results
 
     def take_signal(self) -> None:
-        """See `StepExecutor`."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.signal_fd, 64)
         if self._died is not None:
             raise EOFError(f"the thread that steps has died: {self._died!r}")
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """See `StepExecutor`."""
         if self._is_stopped:
             return
         self._is_stopped = True

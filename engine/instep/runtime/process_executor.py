@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - see `StepExecutor`
 """Steps in a process of their own, so that they and the event loop never wait for one interpreter's lock.
 
 The process is forked, so it has the network and its certification just as the server has them; states and frame buffer
@@ -97,11 +98,9 @@ class ProcessExecutor:
 
     @property
     def has_ended(self) -> bool:
-        """See `StepExecutor`."""
         return bool(self._results)
 
     def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
-        """See `StepExecutor`."""
         is_idle = self._under_way == 0 and not self._results
         if self._runs_short_inline and is_idle and 0 < expected_ns < max(_SHORT_NS, loop_ns):
             self._results.append(run_steps(self._step, slots, rows))
@@ -115,7 +114,6 @@ class ProcessExecutor:
             os.write(self._commands, _COMMAND.pack(place, steps, size))
 
     def ended(self) -> list[RunResult]:
-        """See `StepExecutor`."""
         if self._under_way:
             self.take_signal()
         results, self._results = self._results, []

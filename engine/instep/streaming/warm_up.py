@@ -25,13 +25,13 @@ class _Nobody:
     arrival = 0
 
     def deliver(self, reply: Reply) -> None:
-        """See `Origin`."""
+        pass
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
-        """See `Origin`."""
+        pass
 
     def notify(self, event: StreamEvent) -> None:
-        """See `Origin`."""
+        pass
 
 
 def warm_up() -> None:

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - see `Frontend`
 """The front end: receives messages, submits frames, begins requests, and finds dead peers."""
 
 from __future__ import annotations
@@ -95,21 +96,17 @@ class ZmqFrontend:
 
     @property
     def signal_fd(self) -> int:
-        """See `Frontend`."""
         return self.router.signal_fd
 
     @property
     def is_readable(self) -> bool:
-        """See `Frontend`."""
         return self.router.is_readable
 
     @property
     def is_idle(self) -> bool:
-        """See `Frontend`."""
         return self.outbound.is_empty and not self._requests
 
     def receive(self, budget_ns: int) -> bool:
-        """See `Frontend`."""
         deadline_ns, frames = 0, None
         self._takes_frames = self._is_ready  # nothing changes it while messages are taken
         for routing_id, frames in self.router.receive(_BURST):
@@ -120,7 +117,6 @@ class ZmqFrontend:
         return frames is not None
 
     def tick(self, now_ns: int) -> None:
-        """See `Frontend`."""
         self.outbound.tick(now_ns, self._probe_after_ns)
 
     def drain(self) -> None:
@@ -128,11 +124,9 @@ class ZmqFrontend:
         self._draining = True
 
     def go_away(self, reason: str) -> None:
-        """See `Frontend`."""
         self.outbound.say_last(encode.goodbye(reason))
 
     def close(self) -> None:
-        """See `Frontend`."""
         self.router.close()
 
     # ── Messages ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - see `Origin`
 """Connections that said HELLO, and replies on their way to them."""
 
 from __future__ import annotations
@@ -48,16 +49,13 @@ class Peer:
     is_gone: bool = False
 
     def deliver(self, reply: Reply) -> None:
-        """See `Origin`."""
         self.outbound.send(self, encode.stepped(reply), reply.frames)
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
-        """See `Origin`."""
         self.outbound.refused_total += 1
         self.outbound.send(self, encode.error(tag, refusal))
 
     def notify(self, event: StreamEvent) -> None:
-        """See `Origin`."""
         self.outbound.send(self, encode.evicted(event))
 
 
