@@ -185,7 +185,7 @@ def test_a_disk_that_fails_while_a_recording_is_gone_on_with_is_said_and_costs_n
         try:
             last, _ = engine.resume(path, header)
         except RecordingError as error:
-            assert re.search(f"cannot go on with the recording {path}: .*disk I/O error", str(error)), error  # noqa: PT017
+            assert re.search(f"cannot continue the recording {path}: .*disk I/O error", str(error)), error  # noqa: PT017
             refused += 1
             continue
         last.abandon()

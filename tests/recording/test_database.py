@@ -137,7 +137,7 @@ def change(path: Path, at: int) -> None:
 
 
 def frames(path: Path) -> int:
-    """How many frames hold what was committed last: a commit writes the same pages each time."""
+    """How many frames hold the last commit: a commit writes the same pages each time."""
     wal = path.read_bytes()
     salts = wal[16:24]
     return sum(wal[at + 8 : at + 16] == salts for at in range(32, len(wal), FRAME_BYTES))
@@ -157,7 +157,7 @@ def test_damage_before_other_frames_is_said_with_how_far_it_reaches(killed: Path
         wal.write_bytes(whole)
         bad = int(rng.integers(count - 1))
         change(wal, 32 + bad * FRAME_BYTES + int(rng.integers(FRAME_BYTES)))
-        assert f"its WAL is damaged after {bad} of {count} pages: what was committed after that" in lost_tail(killed)
+        assert f"its WAL is damaged after {bad} of {count} pages: the commits after that" in lost_tail(killed)
         reached = position(killed)
         assert reached < LAST
         found = inspect(killed, lambda _: None)

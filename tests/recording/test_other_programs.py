@@ -69,7 +69,7 @@ def test_a_commit_of_another_program_ends_the_recording(path: Path, writer: Reco
     with closing(sqlite3.connect(path)) as outsider:
         outsider.execute("DELETE FROM openings")
         outsider.commit()
-    with pytest.raises(RecordingError, match=r"another program has written to .* after position 1 cannot be relied on"):
+    with pytest.raises(RecordingError, match=r"another program has written to .* after position 1 cannot be trusted"):
         add_batch(writer, 0)
 
 

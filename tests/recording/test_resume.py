@@ -128,7 +128,7 @@ def test_only_recordings_are_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "text.rec").write_text("frames" * 100)
     with pytest.raises(RecordingError, match="not a recording"):
         RecordingWriter.resume(tmp_path / "text.rec", HEADER)
-    with pytest.raises(RecordingError, match="cannot go on with the recording"):
+    with pytest.raises(RecordingError, match="cannot continue the recording"):
         RecordingWriter.resume(tmp_path / "no folder" / "a.rec", HEADER)
     assert [file.name for file in tmp_path.iterdir()] == ["text.rec"]
 

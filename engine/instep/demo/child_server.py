@@ -15,7 +15,7 @@ _STOP_TIMEOUT_S = 60.0
 
 
 class ChildFailed(Exception):
-    """The server did not start, or did not end well; the message holds what it said."""
+    """The server did not start, or did not end well; the message holds its output."""
 
 
 class ChildServer:

@@ -53,7 +53,7 @@ class Heard:
 
     @property
     def finished(self) -> int:
-        """Recordings of which every frame came back."""
+        """Recordings whose frames have all come back."""
         return int((self.answered == self.lengths).sum())
 
     def accuracy_now(self, speakers: I32) -> float:
@@ -67,7 +67,7 @@ def right_after(outputs: Sequence[F32], speakers: I32) -> Bool:
 
     Args:
         outputs: one [T, speakers] a recording.
-        speakers: who it is, int32 [recordings].
+        speakers: the true speakers, int32 [recordings].
 
     Returns:
         bool [recordings, longest T]; column k is after k + 1 frames. A recording that is shorter counts with the
@@ -96,7 +96,7 @@ WINDOW_S: Final = 7.0
 """Producers start when they will be done about then."""
 BURSTY_SHARE: Final = 0.2
 BURST_FRAMES: Final = 4
-"""A bursty producer collects so many frames, as sound cards do, and sends them as one chunk."""
+"""A bursty producer collects this many frames, as sound cards do, and sends them as one chunk."""
 _SEED: Final = 370
 
 
@@ -157,7 +157,7 @@ class Producer:
 
 
 def connections_for(producers: int) -> int:
-    """One connection for each producer if this process may open so many files; fewer, to be shared, if not.
+    """One connection for each producer, or fewer to be shared where this process may not open enough files.
 
     Raises this process's soft limit of open files as far as is needed and allowed.
     """
@@ -165,7 +165,7 @@ def connections_for(producers: int) -> int:
 
 
 def connections_within(descriptors: int, producers: int) -> int:
-    """How many connections, at most one a producer, a process may have that may open so many files."""
+    """How many connections, at most one a producer, fit into this number of file descriptors."""
     return max(1, min(producers, (descriptors - DESCRIPTORS_BESIDE) // DESCRIPTORS_A_CONNECTION))
 
 

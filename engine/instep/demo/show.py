@@ -17,7 +17,7 @@ from instep.core.typing import I32, I64, Bool
 from instep.demo.producers import Heard
 
 AFTER: Final = (1, 2, 3, 5, 7, 10, 15)
-"""After so many frames the table says how many decisions are right."""
+"""Numbers of frames after which the table says how many decisions are right."""
 _DRAW_S: Final = 0.1
 
 

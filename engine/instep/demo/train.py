@@ -1,4 +1,4 @@
-"""Trains the demo's model: which of nine speakers is talking, decided anew at every frame.
+"""Trains the demo's model: it says at every frame who of nine speakers is talking.
 
     python -m instep.demo.train --out FOLDER
 
@@ -40,7 +40,7 @@ NOISE: Final = 0.6
 
 @dataclass(frozen=True, eq=False)
 class Utterances:
-    """Recordings, and who speaks in each."""
+    """Recordings and their speakers."""
 
     frames: tuple[F32, ...]
     """One array [T, 12] an utterance."""

@@ -25,12 +25,7 @@ T = TypeVar("T")
 
 
 class InProcessOrigin:
-    """A producer in this process: the engine's operations, with this origin as the owner.
-
-    Args:
-        frontend: where it is connected.
-        operations: requests on streams.
-    """
+    """A producer in this process: the engine's operations, with this origin as the owner."""
 
     def __init__(self, frontend: InProcessFrontend, operations: StreamOperations) -> None:
         self.number = -1
@@ -105,15 +100,7 @@ class InProcessOrigin:
 
 
 class InProcessFrontend:
-    """Takes what origins in this process send, in order.
-
-    Args:
-        engine: frames.
-        operations: requests on streams.
-        reaper: parks the streams of origins that disconnect.
-        tasks: runs requests.
-        wake: lets the loop take a turn.
-    """
+    """Takes what origins in this process send, in order."""
 
     signal_fd = None
 

@@ -53,10 +53,10 @@ def repair(
     recording: Recording,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The new file; beside the damaged one if not given.", show_default=False),
+        typer.Option(metavar="FILE", help="The new file; next to the damaged one if not given.", show_default=False),
     ] = None,
 ) -> None:
-    """Write a new file with everything before the first damage of another, which stays as it is.
+    """Write a new file with everything before the first damage. The damaged file stays as it is.
 
     Exit status 0: it was written, or nothing is damaged. 1 or 2: nothing could be saved.
     """

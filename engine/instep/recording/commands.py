@@ -62,7 +62,7 @@ def info(file: Path, console: Console, *, json: bool = False) -> int:
 
 
 def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
-    """Say which recordings a folder holds, each in one line, whatever the width of the terminal."""
+    """List the recordings of a folder, each in one line."""
     try:
         found = list_recordings(folder)
     except RecordingError as error:
@@ -79,7 +79,7 @@ def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
 
 
 def repair(file: Path, output: Path | None, console: Console) -> int:
-    """Save what comes before the first damage of a file into a new one, beside it unless told otherwise.
+    """Save everything before the first damage into a new file, next to the damaged one by default.
 
     Returns:
         0 when something was saved or nothing is damaged, 1 or 2 when nothing could be saved.
@@ -101,7 +101,7 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
 
 
 def cut_out(file: Path, output: Path, begin: str | None, end: str | None, console: Console) -> int:
-    """Write a range of a recording to a new file and say what is in it.
+    """Write a range of a recording to a new file and sum it up.
 
     Returns:
         0 when it was written, 1 when the recording is damaged, 2 when it was not written for another reason.
@@ -124,7 +124,7 @@ def _is_whole(file: Path) -> bool:
     try:
         inspect(file, lambda _: None)
     except RecordingError:
-        return False  # whoever repairs it says why, where it cannot be
+        return False  # `repair` gives the reason where nothing can be saved
     return True
 
 

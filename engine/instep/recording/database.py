@@ -25,7 +25,7 @@ def check_place(path: Path) -> None:
 
 
 def holds_recording(path: Path) -> bool:
-    """Whether there is anything to resume under that name; what a writer left that died while creating it is undone.
+    """Whether there is a recording to resume; what a writer left that died while creating it is undone.
 
     Raises:
         RecordingError: when the file cannot be read or written.
@@ -115,7 +115,7 @@ def lost_tail(path: Path) -> str:
     magic, _, page_bytes, _, *salts, sum1, sum2 = _HEADER.unpack_from(wal)
     order = ">" if magic & 1 else "<"
     if magic & ~1 != _MAGIC or _checksum(wal[:24], order, (0, 0)) != (sum1, sum2):
-        return "the header of its WAL is damaged: what was committed last is missing"
+        return "the header of its WAL is damaged: the last commits are missing"
     size = _FRAME.size + page_bytes
     frames = (len(wal) - _HEADER.size) // size
     sums = (sum1, sum2)
@@ -139,8 +139,8 @@ def _said(wal: bytes, bad: int, frames: int, size: int, salts: list[int]) -> str
     if not later:
         return ""  # the writer died as it wrote this one
     return (
-        f"its WAL is damaged after {bad:,} of {bad + 1 + later:,} pages: what was committed after that is missing, and "
-        "answers to it may have been given"
+        f"its WAL is damaged after {bad:,} of {bad + 1 + later:,} pages: the commits after that are missing, and "
+        "clients may have answers that rest on them"
     )
 
 

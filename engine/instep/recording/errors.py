@@ -17,7 +17,7 @@ class NoSuchStream(RecordingError, KeyError):
 
 
 class DamagedRecording(RecordingError):
-    """A recording holds something else than what was written; the message says where.
+    """The content of a recording is not as it was written; the message says where.
 
     Attributes:
         path: the damaged file.

@@ -58,14 +58,14 @@ class RecordingFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         beside = any(Path(f"{path}{suffix}").exists() for suffix in ("-wal", "-journal"))
-        # Left in WAL mode and without a WAL, nobody writes it; it may lie where no file can be made beside it.
+        # In WAL mode but without a WAL, nobody writes it, and its folder may be read-only.
         try:
             path.stat()
             alone = not beside and self._is_left_in_wal_mode()
         except OSError as error:
             raise RecordingError(f"cannot read the recording {path}: {error.strerror}") from None
         with self._reading("is not a recording, or is damaged"):
-            # A writer that was killed as it put the WAL away left a journal, which SQLite undoes before anything else.
+            # A writer that was killed while it put the WAL away has left a journal. SQLite undoes that first.
             writable = "rw" if Path(f"{path}-journal").exists() else "ro"
             uri = f"file:{quote(str(path.absolute()))}?mode={'ro&immutable=1' if alone else writable}"
             self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
@@ -149,7 +149,7 @@ class RecordingFile:
                 return
 
     def _fetch(self, query: str, values: tuple[int, ...]) -> tuple[list[tuple[Any, ...]], Exception | None]:
-        """The rows of a query up to its end or to where they cannot be read, and why."""
+        """The rows of a query up to its end, or up to the error that ended it."""
         rows: list[tuple[Any, ...]] = []
         try:
             for row in self._database.execute(query, values):
@@ -200,12 +200,9 @@ class RecordingFile:
         return DamagedRecording(f"{self.path} is damaged: {what}", self.path)
 
     def _is_left_in_wal_mode(self) -> bool:
-        """Whether the header of a file that has nothing beside it says so.
-
-        Closing a file ends every lock that its process has on it. So it is not opened but by SQLite while a WAL is
-        there: it may be the one that this process writes, and another that opened and closed it then would remove the
-        WAL.
-        """
+        """Whether the header of a file without a WAL next to it says that it is in WAL mode."""
+        # Only without a WAL: this process may be writing the file, and closing it would end SQLite's locks on it. Then
+        # the next program to open and close the file would remove the WAL.
         with self.path.open("rb") as file:
             start = file.read(_START_BYTES).ljust(_START_BYTES, b"\0")
             length = file.seek(0, os.SEEK_END)

@@ -23,7 +23,7 @@ _SORTED_AT_ONCE: Final = 2**16
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Whole sequences, whose frames lie in the order in which they were stepped."""
+    """Whole sequences; their frames are kept in the order in which they were stepped."""
 
     rows: I64
     """Which ones, as indices into `SequenceIndex.stretches`."""
@@ -46,14 +46,12 @@ class Sequences:
 
 
 class FrameStore:
-    """Frames in the order in which they are put in.
+    """Frames in the order in which they are appended.
 
-    Many of them lie in temporary files, which go when the arrays do; the system reads and writes those as memory
-    allows.
+    Large columns are kept in temporary files, which are removed with the arrays. The operating system caches them as
+    memory allows.
 
-    Args:
-        path: of the recording, for what errors say.
-        features, outputs: values of a frame.
+    A frame has `features` values and `outputs`; errors name the recording at `path`.
     """
 
     def __init__(self, path: Path, features: int, outputs: int) -> None:
@@ -68,7 +66,7 @@ class FrameStore:
         """Take in frames.
 
         Args:
-            stretches: [N]: to which each belongs.
+            stretches: [N], the index of the stretch that each belongs to.
             x: [N, features].
             y: [N, outputs]; None where they have none.
 
@@ -85,7 +83,7 @@ class FrameStore:
         """The frames of some stretches; to be called once, when all are taken in.
 
         Args:
-            rows: which ones.
+            rows: their indices.
             lengths: how many frames were taken in of every stretch there is.
 
         Raises:
@@ -123,7 +121,7 @@ class _Column:
                 _write(self._file, data)
             elif end <= IN_MEMORY_BYTES:
                 if not self._bytes:
-                    self._in_memory = np.empty(IN_MEMORY_BYTES, np.uint8)  # what is not written to takes no memory
+                    self._in_memory = np.empty(IN_MEMORY_BYTES, np.uint8)  # pages take memory when they are written to
                 self._in_memory[self._bytes : end] = data
             else:
                 self._file = tempfile.TemporaryFile(buffering=0, prefix="instep-")  # noqa: SIM115 - goes when this does

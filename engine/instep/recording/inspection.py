@@ -1,4 +1,4 @@
-"""What a recording holds: read to the last row, summed up, or as a line in the list of a folder."""
+"""Inspecting a recording row by row, summing it up, listing a folder, and making new recordings from old ones."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
 
     Raises:
         RecordingError: when the file exists or cannot be written.
-        DamagedRecording: when what was written is not a sound recording.
+        DamagedRecording: when the new file is not a sound recording.
     """
     if target.exists():
         raise RecordingError(f"{target} already exists; a recording is never written over: choose another name")

@@ -1,4 +1,4 @@
-"""One writer at a time: locks on the recording and next to it, which end with the process that holds them."""
+"""One writer at a time, through locks on the recording and next to it. They end with the process that holds them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from instep.recording.errors import RecordingError
 class WriterLock:
     """Held from when it is made until `release` or the end of the process.
 
-    Two locks are taken: of the file `path` + `-lock`, which exists before the recording does and tells who holds it,
-    and, with `hold`, of the recording itself. The second one holds whatever happens to the first, and for every name
-    that the recording has.
-
-    Args:
-        path: the recording.
+    There are two locks. That of the file `path` + `-lock` exists before the recording does, and names the process that
+    holds it. `hold` adds one of the recording itself, which works without the lock file, and for every name of it.
 
     Raises:
         RecordingError: when another process, or another writer in this one, holds it.
@@ -48,11 +44,11 @@ class WriterLock:
     def hold(self) -> None:
         """Lock the recording itself.
 
-        Closing the file ends the locks that SQLite has on it in this process, so it stays open until `release`, which
-        comes after SQLite has closed it. (These locks are of another kind, which does not get in the way of SQLite's.)
+        The file stays open until `release`, after SQLite has closed it: closing it would end SQLite's own locks on it
+        in this process. (SQLite takes locks of another kind, so the two do not conflict.)
 
         Raises:
-            RecordingError: when another process holds it, under whatever name.
+            RecordingError: when another process holds it, under this name or another.
             OSError: when it cannot be opened.
         """
         file = os.open(self._recording, os.O_RDWR | os.O_CLOEXEC)
@@ -92,7 +88,7 @@ def _is_file_of(path: Path, file: int) -> bool:
 
 
 def lock_path(path: Path) -> Path:
-    """Where the lock of a recording lies."""
+    """The lock file of a recording."""
     return Path(f"{path}-lock")
 
 

@@ -1,4 +1,4 @@
-"""Streams that are open in a recording, each as a whole: what an engine needs to go on with it."""
+"""Streams that are open in a recording: everything that an engine needs to continue each of them."""
 
 from __future__ import annotations
 

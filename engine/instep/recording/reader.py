@@ -1,4 +1,4 @@
-"""Reading a recording: what it holds, as values, up to the last commit at the time it was opened."""
+"""Reading a recording as values, up to the last commit at the time it was opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recorder: a thread that writes a recording behind the engine's back, several batches a commit."""
+"""The recorder: a thread that writes a recording, several batches in one commit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Recorder:
 
     A ticket is the position that a row will have in the recording, so tickets rise by one a row.
 
-    The queue is bounded by its user: whoever adds batches looks at `room` first and waits for `on_room` when there is
-    none. Batches and rows count as waiting until they are committed; the outcome of a batch goes with the batch.
+    Its user bounds the queue: look at `room` before adding a batch, and wait for `on_room` when there is none. Batches
+    and rows count as waiting until they are committed; the outcome of a batch goes with the batch.
 
     When the disk is full or fails, `failed` is set, `on_failure` is called once, everything that was not committed is
     given up, and `put` raises from then on. Nothing is written or called durable after a failure.
@@ -163,7 +163,7 @@ class Recorder:
             self._on_room()
 
     def _trim(self, positions: int) -> None:
-        """Trim some of the history, several times as fast as it grew by so many positions."""
+        """Trim some of the history, several times faster than it grew (by `positions`)."""
         now_ns, before = time.time_ns(), self._writer.trimmed
         for _ in range(1 + positions // 16):
             self._is_trimming = self._writer.trim(now_ns)

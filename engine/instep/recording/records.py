@@ -144,7 +144,7 @@ _MAY_DIFFER: Final = ("instep_version", "numerics", "exactness", "buckets", "max
 def refuse_other_engine(
     path: Path, last: RecordingHeader, now: RecordingHeader, accept_numerics_change: bool = False
 ) -> None:
-    """Raise RecordingError when streams would not go on exactly: another model, or floats with other bits."""
+    """Raise RecordingError for another model, or where floats have other bits: streams would not continue exactly."""
     if now.model_fingerprint != last.model_fingerprint:
         raise RecordingError(
             f"{path} is a recording of the model {last.model_name!r} (fingerprint {last.model_fingerprint[:12]}…), and "
@@ -153,8 +153,8 @@ def refuse_other_engine(
     if now.numerics != last.numerics and not accept_numerics_change:
         raise RecordingError(
             f"{path} was written where floats come out with other bits "
-            f"({'; '.join(differing(last.numerics, now.numerics))}), so its streams would not go on exactly; go on all "
-            "the same with --accept-numerics-change, or choose another file"
+            f"({'; '.join(differing(last.numerics, now.numerics))}), so its streams would not continue exactly; "
+            "accept that with --accept-numerics-change, or choose another file"
         )
 
 

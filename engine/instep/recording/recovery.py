@@ -117,7 +117,7 @@ class Recovered:
         self.names = {stream: names[stream] for stream in self._numbers[open_places].tolist()}
 
     def _read_openings(self) -> dict[int, str]:
-        """Note of every stream where it opens, and which frame comes first; the names, by number."""
+        """Note where each stream opens, and its first seq; the names, by number."""
         reader, names = self._reader, dict[int, str]()
         columns = array("q")
         self.last_stream, self.last_epoch = reader.trimmed.last_stream, reader.trimmed.last_epoch
@@ -130,7 +130,7 @@ class Recovered:
             names[stream] = name
             self.last_stream, self.last_epoch = max(self.last_stream, stream), max(self.last_epoch, epoch)
             columns.extend((stream, position, first_seq))
-        # By the numbers in this file, not by all that were ever given: a recording goes on for ever.
+        # Indexed by place among the streams in this file: the numbers themselves rise without end.
         rows = np.array(columns, np.int64).reshape(-1, 3)
         self._numbers, self._opened_at, first_seqs = np.ascontiguousarray(rows[np.argsort(rows[:, 0])].T)
         """The numbers of the streams that open here, rising: what follows is by the place of each in it."""
@@ -142,7 +142,7 @@ class Recovered:
         return names
 
     def _read_closings(self) -> I64:
-        """Note of every stream where it closes; the closings' positions."""
+        """Note where each stream closes; the positions of the closings."""
         closings = [(row[0], row[2], row[3]) for row in self._reader.rows("closings", self._reader.first_position)]
         self._ends: list[tuple[int, int, int]] = []
         """Of streams that close after the checkpoint: position, place, and the seq that the next frame would have."""
@@ -159,7 +159,7 @@ class Recovered:
         return np.array([position for position, *_ in closings], np.int64)
 
     def _find(self, streams: I64) -> tuple[I64, Bool]:
-        """The places of streams, and which of them open here at all: int64 [N] → int64 [N], bool [N]."""
+        """The places of streams, and whether each has an opening: int64 [N] → int64 [N], bool [N]."""
         places: I64 = np.searchsorted(self._numbers, streams).astype(np.int64)
         are_known: Bool = np.zeros(len(streams), np.bool_)
         if len(self._numbers):
@@ -189,7 +189,7 @@ class Recovered:
         return newest, np.array(positions, np.int64)
 
     def _read_states(self) -> None:
-        """Note up to which frame the newest state of each stream goes."""
+        """Note the seq of the newest state of each stream."""
         columns, ended, count = array("q"), self._reader.ended_where_trimmed, 0
         for count, state in enumerate(self._reader.states(), 1):  # noqa: B007 - counts to the last
             if state.stream not in ended:
@@ -209,7 +209,7 @@ class Recovered:
         self._next[at] = _UNKNOWN
 
     def _step(self, batch: RecordedBatch) -> Bool:
-        """Take note of a batch; which of its frames apply."""
+        """Take note of a batch; for each frame, whether it applies."""
         streams, seqs = batch.streams.astype(np.int64), batch.seqs.astype(np.int64)
         places, are_known = self._find(streams)
         bad = ~are_known

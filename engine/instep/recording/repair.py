@@ -53,8 +53,8 @@ class Repaired:
 def repair(source: Path, target: Path) -> Repaired:
     """Write a new recording that holds everything of a damaged one up to its first damage.
 
-    The damaged one is only read. The new one can be verified, exported and gone on with; streams that go on start from
-    where the damage was, which their clients are told.
+    The damaged one is only read. The new one can be verified, exported and continued. Its streams continue from where
+    the damage was, and their clients are told so.
 
     Raises:
         RecordingError: when nothing can be saved, or the new file exists or cannot be written.
@@ -151,7 +151,7 @@ def _write(salvage: _Salvage, database: sqlite3.Connection) -> tuple[int, str]:
     expected = newest[0][1] if newest else None
     found, states = _copy_states(salvage, database, first, named, last, expected, is_whole=not left_out)
     if found != named:
-        left_out.append("the states of the newest checkpoint, which everything before it makes up for")
+        left_out.append("the states of the newest checkpoint, which can be computed from everything before it")
         last = _add_event(database, last, CHECKPOINT_EVENT, found, "newer states were lost")
     damage = sorted(salvage.damage.values())
     said = "; ".join(left_out) + (f" ({'; '.join(damage)})" if damage else "")

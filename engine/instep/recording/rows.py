@@ -29,7 +29,7 @@ from instep.recording.schema import (
 from instep.recording.trim import DELETE_STATES, Retention, counts_of_events, deletions
 
 WAL_BYTES: Final = 4 * 2**20
-"""The WAL is copied into the file when about so much is in it: a pause of some milliseconds, which grows with it."""
+"""The WAL is copied into the file when it holds about this much. The pause, some milliseconds, grows with it."""
 
 MOST_WAL_BYTES: Final = 2**30
 """The WAL cannot be reused while another program reads the file: beyond this, it grows no more."""
@@ -37,7 +37,7 @@ _PAGES_A_COMMIT: Final = 4
 """Those that every commit touches, about."""
 _MOST_CLOSED: Final = 4096
 _ROW_BYTES: Final = 64
-"""About the bytes that a row takes beside its blobs."""
+"""About the bytes of a row without its blobs."""
 
 
 class RowWriter:
@@ -45,12 +45,7 @@ class RowWriter:
 
     Errors of SQLite (`sqlite3.Error`: disk full, input/output error) come out of every method as they are.
 
-    Args:
-        path: the file that is written.
-        database: a connection to it, which nobody else writes with.
-        header: of the engine that writes.
-        position: of the newest row.
-        retention: how much of the history is kept.
+    Nobody else writes with `database`, a connection to the file `path`. `position` is that of its newest row.
 
     Attributes:
         retention: how much of the history is kept.
@@ -217,7 +212,7 @@ class RowWriter:
     def add_states(self, time_ns: int, through: int, rows: StateRows) -> None:
         """Part of the next checkpoint, as for `checkpoint`: it may be committed before the rest.
 
-        The states are newer then than the checkpoint before, which stays the one that counts.
+        Until the checkpoint is complete, the one before it counts, although these states are newer.
         """
         self.event(time_ns, STATES_EVENT, int(through), f"{len(rows.streams):,} states")
         self._replace_states(int(through), rows)
@@ -252,7 +247,7 @@ class RowWriter:
         return [checkpoint for checkpoint in self._checkpoints if checkpoint.position <= newest]
 
     def _trim_until(self, position: int) -> Iterator[None]:
-        """Let the history begin after a checkpoint's position, and then delete what was before."""
+        """Let the history begin after a checkpoint's position, and then delete the rows before it."""
         events = 0
         for count in counts_of_events(self._database, position):
             events += count
@@ -336,8 +331,8 @@ class RowWriter:
         version = self._data_version()
         if version != self._version:
             raise RecordingError(
-                f"another program has written to {self.path}: what it holds after position {self.position:,} cannot be "
-                "relied on"
+                f"another program has written to {self.path}: its rows after position {self.position:,} cannot be "
+                "trusted"
             )
 
     def _data_version(self) -> int:

@@ -15,7 +15,7 @@ consistent recording.
 | `closings` | a stream that ended | `time_ns`, `stream`, `frames`, `reason`, `final_state`, `crc` |
 | `events` | anything else worth knowing | `time_ns`, `stream`, `seq`, `kind`, `detail`, `state`, `crc` |
 
-| beside it | |
+| other tables | |
 | --- | --- |
 | `header` | one row for each fact about the engine that began the file: `key`, `value` (JSON), `crc` |
 | `checkpoints` | a checkpoint: `position`, `completed`, `time_ns`, `bytes`, `openings`, `closings`, `events`, `crc` |
@@ -61,13 +61,13 @@ consistent recording.
 | `parked` | stream, seq it expects | its connection is gone |
 | `states` | NULL, position | part of the checkpoint of this position was written, the rest follows |
 | `checkpoint` | NULL, position | the checkpoint of this position is complete; 0: all states were given up |
-| `engine` | NULL | another engine wrote what follows; `detail` holds what differs from `header` before, as JSON |
-| `recovered` | NULL, last position before | another process went on with the recording |
-| `repaired` | NULL | what came before was saved from a damaged recording; `detail` says what was left out |
+| `engine` | NULL | another engine wrote the rows that follow; `detail`: the header's values that changed, as JSON |
+| `recovered` | NULL, last position before | another process continued the recording |
+| `repaired` | NULL | the rows before were saved from a damaged recording; `detail` names the losses |
 | `end` | NULL | last row of a recording that was closed in order |
 
 Without an `end` the recording is still being written, or its writer was killed; it is whole up to its last
-commit either way. While it is written, `FILE-wal` and `FILE-shm` lie beside it (WAL mode) and belong to it, and
+commit either way. While it is written, `FILE-wal` and `FILE-shm` next to it (WAL mode) belong to it, and
 `FILE-lock` is held. A closed recording is one file.
 
 **Trimming.** A recording with a row in `trimmed` begins at the checkpoint of that `position`, the oldest that there is.
@@ -238,7 +238,7 @@ def read_owner_detail(detail: str) -> tuple[int, int, bool]:
     """The parts of an owner event's detail.
 
     Raises:
-        ValueError: when it is none.
+        ValueError: when it is not such a detail.
     """
     held, _, seq = detail.removeprefix("held ").removesuffix(_RENUMBERED).partition(", goes on at ")
     return int(held), int(seq), detail.endswith(_RENUMBERED)

@@ -1,4 +1,4 @@
-"""A recording stream by stream: what is in it, what is missing, and whole sequences."""
+"""A recording stream by stream: frames counted, gaps found, and whole sequences."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Stretch:
 
 
 def no_frames(streams: Sequence[StreamInfo]) -> Sequence[int]:
-    """Keep none: for who only wants to know what there is."""
+    """Keep none: for counting and checking only."""
     return ()
 
 
@@ -51,12 +51,12 @@ class SequenceIndex:
     Args:
         reader: an open recording; every row of its history is read and its CRC checked.
         on_progress: called with the share (0 to 1) of the recording that was read.
-        keep: of which streams, as indices into all of them, the frames are kept for `sequences`.
+        keep: chooses streams, as indices, whose frames are kept for `sequences`.
         checkpoints: positions, ascending, where the attributes below are noted.
 
     Attributes:
         streams: every opening, in order.
-        kept: which streams' frames are kept.
+        kept: int64, indices of the streams whose frames are kept.
         stretches: every stretch, those of one stream in order.
         frames: int64 [stretches]: frames that follow each other without a gap.
         unanswered: int64 [stretches]: how many of them have no recorded outputs.
@@ -144,7 +144,7 @@ class SequenceIndex:
         )
 
     def _count_all(self, batches: list[RecordedBatch]) -> None:
-        """Count some batches between which no state was reset."""
+        """Count some batches without a reset between them."""
         columns = _Columns(batches)
         known = self._numbers[self._by_number]
         at = np.searchsorted(known, columns.streams)

@@ -1,4 +1,4 @@
-"""Trimming: which checkpoints are kept, when the history before one of them goes, and deleting it bit by bit."""
+"""Trimming: the checkpoints to keep, the moment to drop the history before one of them, and deleting it in portions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ROWS_AT_ONCE: Final = 128
 _SCANNED_AT_ONCE: Final = 1024
 """Rows that are looked at between two transactions."""
 APART_BYTES: Final = 2**28
-"""Where nothing is trimmed, a checkpoint is kept for so much history: a range can be cut out from there."""
+"""Where nothing is trimmed, a checkpoint is kept for each of these, so that a range can be cut out from there."""
 _SHARES: Final = 8
-"""A checkpoint is kept for every such share of what is kept: up to one share more is kept than was asked for."""
+"""A checkpoint is kept for each such share of the limit, so the history exceeds it by one share at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Retention:
 
     Attributes:
         keep_bytes: about the size of the file; 0 for any size.
-        keep_ns: nanoseconds; what is older goes. 0 for any age.
+        keep_ns: the age, in nanoseconds, at which history goes; 0 for any age.
     """
 
     keep_bytes: int = 0
@@ -83,8 +83,8 @@ def counts_of_events(database: sqlite3.Connection, position: int) -> Iterator[in
 def deletions(database: sqlite3.Connection, position: int) -> Iterator[list[Deletion]]:
     """Deletions of the history up to a position, in portions: each is to be executed before the next is asked for.
 
-    A portion is found within milliseconds, and may be empty. A crash in between loses nothing: what is left is found
-    again.
+    A portion is found within milliseconds, and may be empty. A crash in between loses nothing: the next call finds the
+    rest.
     """
     for first, last in _ranges(database, "states", "stream", _ALL):
         for part in _parts(list(database.execute(_OLD_STATES, (position, first, last)))):
@@ -125,7 +125,7 @@ _COUNTS: Final = f"""(kind = '{ENGINE_EVENT}' OR (kind = '{OWNER_EVENT}'
 def _ranges(
     database: sqlite3.Connection, table: str, column: str, last: int, rows: int = _SCANNED_AT_ONCE
 ) -> Iterator[tuple[int, int]]:
-    """Ranges of a column's values, up to the last, with about so many rows of the table each."""
+    """Ranges of a column's values, up to the last, with about `rows` rows of the table each."""
     some = f"SELECT max({column}) FROM (SELECT {column} FROM {table} WHERE {column} BETWEEN ? AND ? ORDER BY 1 LIMIT ?)"
     first = 0
     while (end := database.execute(some, (first, last, rows)).fetchone()[0]) is not None:

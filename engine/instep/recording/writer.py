@@ -36,14 +36,13 @@ class RecordingWriter(RowWriter):
 
     What is appended is `RowWriter`; here is the life of the file.
 
-    Durability: what was committed survives the death of the process (`kill -9`). With `fsync` it also survives the
-    death of the machine (WAL with `synchronous=FULL`); otherwise that may cost the last commits, never more than the
-    order allows. The file is never torn by either.
+    A commit survives the death of the process (`kill -9`). With `fsync` it also survives the death of the machine (WAL
+    with `synchronous=FULL`); otherwise that may cost the last commits. Neither ever tears the file.
 
     Errors of SQLite (`sqlite3.Error`: disk full, input/output error) come out of every method as they are.
 
     Attributes:
-        numerics_changed: whether floats come out with other bits than in what was there when it was gone on with.
+        numerics_changed: whether floats have other bits here than in the recording that was continued.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class RecordingWriter(RowWriter):
         """Device and inode of the WAL."""
         self._lock = lock
         # SQLite copies the WAL into the file when its last connection closes. After an error nothing may be written
-        # any more, so there is always another connection, which may only read.
+        # any more, so a second connection, for reading only, is always open.
         self._guard = sqlite3.connect(
             f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
         )
@@ -108,14 +107,14 @@ class RecordingWriter(RowWriter):
         accept_numerics_change: bool = False,
         retention: Retention = KEEP_ALL,
     ) -> RecordingWriter:
-        """Go on with a recording, after its last committed row.
+        """Continue a recording, after its last committed row.
 
         The first rows, `recovered` and, when this engine is not as the last one, `engine`, go into the first commit.
 
         Args:
             path: the recording.
-            header: of the engine that goes on; the file keeps that of the first one.
-            accept_numerics_change: go on also where floats may come out with other bits.
+            header: of the engine that continues it; the file keeps that of the first one.
+            accept_numerics_change: continue also where floats may have other bits.
             retention: how much of the history is kept.
 
         Raises:
@@ -124,7 +123,7 @@ class RecordingWriter(RowWriter):
         try:
             lock = WriterLock(path)
         except OSError as error:
-            raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
+            raise RecordingError(f"cannot continue the recording {path}: {error}") from None
         try:
             if path.is_file():
                 lock.hold()
@@ -148,10 +147,10 @@ class RecordingWriter(RowWriter):
             lock.release()
             if isinstance(error, sqlite3.Error) and is_in_use(error):
                 raise RecordingError(
-                    f"cannot go on with the recording {path}: another program is reading it and has been for seconds; "
+                    f"cannot continue the recording {path}: another program is reading it and has been for seconds; "
                     "start again when that is done"
                 ) from None
-            raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
+            raise RecordingError(f"cannot continue the recording {path}: {error}") from None
         except BaseException:
             lock.release()
             raise
@@ -160,7 +159,7 @@ class RecordingWriter(RowWriter):
         """As `RowWriter.commit`.
 
         Raises:
-            RecordingError: when the file does not have its name any more: what was committed cannot be found there.
+            RecordingError: when the file or its WAL was moved or removed.
         """
         super().commit()
         wal = Path(f"{self.path}-wal")
@@ -168,12 +167,12 @@ class RecordingWriter(RowWriter):
         self._wal = there if self._wal is None else self._wal
         if not self._lock.is_recording_in_place() or there != self._wal:
             raise RecordingError(
-                f"{self.path} or its WAL was moved or removed while it was being written: what was recorded before is "
-                "where it is now, and nothing more is written"
+                f"{self.path} or its WAL was moved or removed while it was being written: it holds everything up to "
+                "then, and nothing more is written"
             )
 
     def close(self) -> None:
-        """Mark the end, commit, and leave one file without a WAL beside it; after an error it is to be abandoned."""
+        """Mark the end, commit, and leave one file without a WAL. After an error, call `abandon`."""
         self.event(time.time_ns(), END_EVENT, None, "the recording was closed in order")
         self.commit()
         self._guard.close()
@@ -184,13 +183,13 @@ class RecordingWriter(RowWriter):
         self._lock.release()
 
     def abandon(self) -> None:
-        """Let go of the file after a failure, writing nothing: what was committed stays, the rest is rolled back."""
+        """Close the file after a failure and write nothing: commits stay, the rest is rolled back."""
         self._database.close()
         self._guard.close()
         self._lock.release()
 
     def discard(self) -> None:
-        """Let go of a recording that was just made and holds nothing, and take it away while it is still ours."""
+        """Remove a recording that was just made and holds nothing, while its lock is still held."""
         self._database.close()
         self._guard.close()
         remove_database(self.path)

@@ -51,10 +51,7 @@ def unstage(batch_y: F32, rows: I64, outputs: F32) -> None:
 class HostBatch:
     """Room for one batch of one size, used again for the next one.
 
-    Args:
-        model: what is stepped.
-        store: the states.
-        size: rows, padding included.
+    `size` counts rows, padding included.
     """
 
     def __init__(self, model: RecurrentModel, store: StateStore, size: int) -> None:
@@ -82,7 +79,7 @@ class HostBatch:
 
 
 _WARM_UPS: Final = 3
-"""Runs before the capture, in which libraries allocate and choose what they use: torch's own example makes as many."""
+"""Runs before the capture: libraries allocate and choose kernels in them. As many as in torch's own example."""
 
 
 class GraphBatch:
@@ -90,11 +87,7 @@ class GraphBatch:
 
     Copies to the device, gather, step, scatter and copies back are one launch; the host waits once, for the outputs.
 
-    Args:
-        model: what is stepped.
-        store: the states, on the model's device.
-        size: rows, padding included.
-        pool: memory that graphs of other sizes use, too (`torch.cuda.graph_pool_handle`).
+    `pool` is memory that graphs of other sizes use, too (`torch.cuda.graph_pool_handle`).
     """
 
     def __init__(self, model: RecurrentModel, store: StateStore, size: int, pool: Any) -> None:

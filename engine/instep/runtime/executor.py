@@ -42,7 +42,7 @@ class RunResult:
 
 
 class StepExecutor(Protocol):
-    """Runs steps in the order in which they begin."""
+    """Runs steps in the order of their beginning."""
 
     @property
     def capacity(self) -> int:
@@ -97,11 +97,7 @@ def run_steps(step: Step, slots: I64, rows: I64) -> RunResult:
 
 
 class InlineExecutor:
-    """Steps within `begin`, in the caller's thread: nothing to hand over, but nothing else happens meanwhile.
-
-    Args:
-        step: steps a batch.
-    """
+    """Steps within `begin`, in the caller's thread: nothing to hand over, but nothing else happens meanwhile."""
 
     capacity = 1
     signal_fd = None
@@ -129,11 +125,7 @@ class InlineExecutor:
 
 
 class ThreadExecutor:
-    """Steps in a thread of its own, for devices that compute while the interpreter does something else.
-
-    Args:
-        step: steps a batch.
-    """
+    """Steps in a thread of its own, for devices that compute while the interpreter does something else."""
 
     capacity = 2
 

@@ -238,7 +238,7 @@ def _die_with(server: int) -> None:
 
 
 def _close_all_but(*kept: int) -> None:
-    """Close every other file, so that sockets and files which the server closes are closed."""
+    """Close every other file: sockets and files that the server closes would stay open here otherwise."""
     bounds = [-1, *sorted(kept), os.sysconf("SC_OPEN_MAX")]
     for last_kept, next_kept in pairwise(bounds):
         if last_kept + 1 < next_kept:  # of an empty range Python 3.11 makes all there are

@@ -9,7 +9,7 @@ from instep.streaming.states import StreamStates, state_rows
 from instep.streaming.tasks import Tasks
 
 AT_ONCE: Final = 1024
-"""States read in one go, and written in one transaction, for which replies may wait."""
+"""States read in one go and written in one transaction. Replies may wait for it."""
 
 
 class Checkpoints:
@@ -19,12 +19,7 @@ class Checkpoints:
     continue meanwhile: a state may contain later frames, which its seq tells, so a replay leaves those out for it. The
     last part makes the checkpoint the one that counts.
 
-    Args:
-        engine: streams and frames.
-        states: the states.
-        tasks: runs checkpoints.
-        target_ns: one is due when the steps since the last one took this long.
-        at_once: see `AT_ONCE`.
+    One is due when the steps since the last one took longer than `target_ns`.
     """
 
     def __init__(

@@ -86,18 +86,8 @@ class Engine:
     between turns, so every frame submitted before them is admitted before them; this is the only place that orders
     frames and operations.
 
-    Args:
-        tables: streams and frames.
-        table: the same streams, with their names and owners.
-        origins: who owns streams and gets replies.
-        buckets: padded batch sizes, rising: all that the engine knows of the network.
-        executor: runs steps.
-        journal: records them, where there is a recording.
-        limits: of batches and replies.
-        stats: what is counted.
-        log_failure: told of failed steps: the error and how many streams it concerns.
-        call_later: runs something after so many seconds, for batches that are held.
-        wake: lets the loop take a turn.
+    `buckets` are padded batch sizes, rising. `log_failure` is told of failed steps: the error and the number of
+    streams. `call_later` runs something after a number of seconds, and `wake` lets the loop take a turn.
     """
 
     def __init__(

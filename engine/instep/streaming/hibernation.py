@@ -63,14 +63,7 @@ class _Asleep(NamedTuple):
 class Hibernation:
     """The streams that are open and not in memory.
 
-    Args:
-        engine: those that are in memory.
-        states: their states.
-        tombstones: told of those that expired.
-        load: reads open streams from the recording by their numbers.
-        limits: when.
-        tasks: runs the ends of those that expire.
-        at_once: see `AT_ONCE`.
+    `load` reads open streams from the recording by their numbers.
     """
 
     def __init__(
@@ -158,7 +151,7 @@ class Hibernation:
         self._hibernate(sleepy[: self._at_once])
 
     async def make_room(self, slots: int) -> None:
-        """Let parked streams hibernate, those parked longest first, until so many slots are free or none is left."""
+        """Let parked streams hibernate, those parked longest first, until `slots` are free or none is left."""
         while self.is_possible and (missing := slots - self._table.slots.free_count) > 0:
             if not self._journal.room:
                 await self._journal.committed(self._journal.newest)
@@ -167,7 +160,7 @@ class Hibernation:
             await self._journal.committed(self._newest_lsn)
 
     def hibernate_parked(self, count: int) -> int:
-        """Let so many parked streams hibernate, those parked longest first; how many did."""
+        """Let up to `count` parked streams hibernate, those parked longest first; how many did."""
         if not self._journal.room:  # the recorder is behind
             return 0
         parked = self._sleepy(self._table.parked_since(np.iinfo(np.int64).max))
@@ -181,7 +174,7 @@ class Hibernation:
         return slots[is_free]
 
     def _hibernate(self, slots: I64) -> int:
-        """Let streams with nothing pending, int64 [N], which no operation works on, leave memory; how many did."""
+        """Let streams, int64 [N], leave memory, which have nothing pending and no operation at work; how many did."""
         if not len(slots):
             return 0
         engine, table = self._engine, self._table
@@ -193,7 +186,7 @@ class Hibernation:
                 self._states.log_failure(error, len(changed))
                 return 0
             self._journal.hibernated(changed, rows)
-        self._newest_lsn = self._journal.newest  # what is recorded of their openings and owners counts too
+        self._newest_lsn = self._journal.newest  # their openings and owners count too
         origins, numbers, now_ns = engine.origins, table.recording_ids(slots), time.monotonic_ns()
         fields = slots.tolist(), numbers.tolist(), table.owner[slots].tolist(), table.last_active_ns[slots].tolist()
         for slot, number, owner, active_ns in zip(*fields, strict=True):
@@ -256,7 +249,7 @@ class Hibernation:
         refused.update((stream.name, code) for stream in streams[len(slots) :])
         for slot, stream in zip(slots.tolist(), streams, strict=False):
             asleep = self._asleep.pop(stream.name)
-            if asleep.owner is None:  # whoever wakes it does not thereby keep it longer
+            if asleep.owner is None:  # being woken does not prolong its time
                 self._table.last_active_ns[slot] = asleep.since_ns
         self._engine.stats.woken_streams_total += len(slots)
         return slots
@@ -342,7 +335,7 @@ class Hibernation:
         return [name for name in old if name not in self._busy]
 
     async def _expire(self, names: list[str]) -> None:
-        """End streams; whoever asks for them later is told that they expired."""
+        """End streams; clients that ask for them later are told that they expired."""
         names = [name for name in names if name in self._asleep and name not in self._busy]  # a moment has passed
         if not names:
             return

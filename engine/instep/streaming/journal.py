@@ -33,8 +33,7 @@ _MANY: Final = 2**31
 class Journal:
     """Turns slots and rows into what a recording holds; without a recorder, everything is durable at once.
 
-    A recorder that has failed takes nothing more. Everything that waits for it waits until the server ends, which is
-    about to happen.
+    A recorder that has failed takes nothing more. Everything that waits for it waits until the server ends, soon after.
 
     Args:
         tables: the frames.
@@ -74,8 +73,8 @@ class Journal:
             last_stream: the highest number of a stream in the recording.
             last_row: the newest position of the recording; the streams are as of it.
             waits: whether replies wait until what they rest on is durable.
-            replayed_ns: how long it took to step again what is not in a checkpoint yet: the next restart would have to
-                do so once more.
+            replayed_ns: how long it took to step the frames that are in no checkpoint yet: the next restart would have
+                to step them once more.
         """
         self._recorder = recorder
         self.computed_ns = replayed_ns

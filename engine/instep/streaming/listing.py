@@ -1,4 +1,4 @@
-"""Which streams are open, page by page, for people who look after a server."""
+"""Lists of open streams, page by page, for people who look after a server."""
 
 from __future__ import annotations
 
@@ -31,13 +31,7 @@ class ListedPage:
 
 
 class Listing:
-    """Pages of streams: those in memory by slot, then those that hibernate by how long they have done so.
-
-    Args:
-        table: the streams in memory.
-        hibernation: the others.
-        limits: how long they are kept.
-    """
+    """Pages of streams: those in memory by slot, then those that hibernate by how long they have done so."""
 
     def __init__(self, table: StreamTable, hibernation: Hibernation, limits: IdleLimits) -> None:
         self._table = table

@@ -1,7 +1,7 @@
 """Operations on streams: open, resume, read, write, fork, close and evict. Each reads from top to bottom.
 
-The part of an operation before its first wait runs after every frame that was submitted before it is admitted, and
-before any later frame is: whatever later frames must find is done there.
+The part of an operation before its first wait runs after all earlier frames were admitted, and before any later frame
+is. Changes that later frames must find are made there.
 """
 
 from __future__ import annotations
@@ -24,15 +24,7 @@ from instep_client.protocol.codes import Code
 
 
 class StreamOperations:
-    """Everything that happens to streams except frames.
-
-    Args:
-        engine: frames and streams.
-        states: the states of all streams.
-        hibernation: the streams that are open and not in memory.
-        tombstones: names of streams that expired.
-        tasks: runs evictions.
-    """
+    """Everything that happens to streams except frames."""
 
     def __init__(
         self,
@@ -99,7 +91,7 @@ class StreamOperations:
         await self._end(slots, "displaced")
 
     async def _give_up_opened(self, origin: Origin, opened: I64, codes: I32, granted: Bool) -> None:
-        """The initial states could not be written: close the streams, whoever owns them by now."""
+        """The initial states could not be written: close the streams, even if they have another owner by now."""
         codes[granted] = Code.STEP_FAILED
         self._table.lost[opened] = True
         self._engine.fail_pending(opened, Code.STATE_LOST)  # a new owner may have sent frames
@@ -175,14 +167,14 @@ class StreamOperations:
         is_own = is_there & (table.owner[slots] == origin.number)
         decision.codes[good] = np.where(is_own, 0, np.where(is_there, Code.FENCED, Code.UNKNOWN_STREAM))
         own = slots[is_own]
-        # Not before: what was pending is no output yet, and its step may have failed.
+        # Not before: a pending frame has no output yet, and its step may have failed.
         acked = np.minimum(decision.have[good][is_own], table.next_seq[own])
         table.acked[own] = np.maximum(table.acked[own], acked)
         engine.stats.resumed_streams_total += len(own)
         self._journal.resumed(own)
         grants = Grants.of(table, decision.slots, decision.codes)
         grants.expected_seqs[:] = decision.expected_seq
-        await self._journal.durable(self._journal.newest)  # the grant, or whatever a refusal rests on
+        await self._journal.durable(self._journal.newest)  # the grant, or the records that a refusal rests on
         return grants
 
     async def _ended(self, slots: I64) -> None:
@@ -197,8 +189,8 @@ class StreamOperations:
     async def read_own_states(self, origin: Origin, handles: U64) -> StatesRead:
         """States of streams of an origin.
 
-        A state is the one before the frame of its next seq, whatever is pending. It is told when everything that it
-        rests on is durable.
+        Each is the state before the frame of its next seq; pending frames are not in it. It is sent when everything
+        that it rests on is durable.
         """
         slots, codes = self._own(origin, handles)
         return await self._read_states(slots, codes)

@@ -1,4 +1,4 @@
-"""Connected origins and their numbers, under which they own streams."""
+"""Connected origins, and the numbers under which they own streams."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ from instep_client.protocol.codes import Code
 
 
 class Origins:
-    """Gives out numbers. The number of an origin that is gone is used again when nothing belongs to it any more.
-
-    Args:
-        tables: how many streams and pending messages each number has.
-    """
+    """Gives out numbers. The number of an origin that is gone is used again when nothing belongs to it any more."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._capacity = len(tables.origins) - 1  # the last one owns parked streams
         self._connected: dict[int, Origin] = {}
         self._left: set[int] = set()
-        """Numbers of origins that are gone, to which something still belongs."""
+        """Numbers of origins that are gone and still have streams or pending messages."""
         self._given_out = 0
         self._free: list[int] = []
         self._arrived = 0
@@ -79,7 +75,7 @@ class Origins:
         self._left.add(origin.number)
 
     def release_left(self) -> None:
-        """Let numbers be used again to which nothing belongs any more."""
+        """Free the numbers of origins that are gone and have neither streams nor messages any more."""
         if not self._left:
             return
         records = self._tables.origins

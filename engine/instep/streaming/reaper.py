@@ -20,19 +20,11 @@ from instep_client.protocol.codes import Code
 AT_ONCE: Final = 4096
 """Streams that are parked or evicted in one tick, of all connections together."""
 _LOOK_EVERY: Final = 10
-"""Ticks from one search for idle streams to the next, which looks at every stream."""
+"""Ticks between searches for idle streams. A search looks at every stream."""
 
 
 class Reaper:
-    """Looks after streams without anyone at the other end.
-
-    Args:
-        engine: the streams.
-        operations: ends them.
-        hibernation: takes those that do nothing for a while.
-        limits: when.
-        at_once: see `AT_ONCE`.
-    """
+    """Looks after streams without anyone at the other end."""
 
     def __init__(
         self,
@@ -50,7 +42,7 @@ class Reaper:
         self._at_once = at_once
         self._ticks = 0
         self._detaching: set[int] = set()
-        """Numbers of origins that are gone and may have streams which are neither parked nor closing yet."""
+        """Numbers of origins that are gone and may have streams that are neither parked nor closing yet."""
 
     @property
     def is_detaching(self) -> bool:
@@ -60,7 +52,7 @@ class Reaper:
     def detach(self, origin: Origin) -> None:
         """An origin is gone: its streams are parked or closed from the next tick on.
 
-        Until then a stream belongs to the origin's number, which no other one gets; it can be resumed all the same.
+        Until then a stream belongs to the number of the origin, and no other origin gets that. It can be resumed.
         """
         self._engine.origins.disconnect(origin)
         self._detaching.add(origin.number)

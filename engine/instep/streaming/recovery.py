@@ -54,7 +54,7 @@ def resume_recording(
     accept_numerics_change: bool,
     retention: Retention = KEEP_ALL,
 ) -> tuple[RecordingWriter, Recovery]:
-    """Go on with the open streams of a recording in an engine that serves nobody yet, and go on writing it.
+    """Continue the open streams of a recording in an engine that serves nobody yet, and continue writing it.
 
     Only streams whose frames have to be stepped again are put into memory; the others are as if they hibernated.
 
@@ -63,9 +63,9 @@ def resume_recording(
         header: what the engine says of itself now.
         tables: the frame buffer.
         table: the streams, none open.
-        dirty: told which states the recording lacks.
+        dirty: told of the states that the recording lacks.
         stepper: the states; no run is under way.
-        accept_numerics_change: whether to go on although floats may come out with other bits; clients are told.
+        accept_numerics_change: whether to continue although floats may have other bits; clients are told.
         retention: how much of the history is kept.
 
     Raises:
@@ -106,14 +106,14 @@ def resume_recording(
             )
     except sqlite3.Error as error:
         writer.abandon()
-        raise RecordingError(f"cannot go on with the recording {path}: {error}") from None
+        raise RecordingError(f"cannot continue the recording {path}: {error}") from None
     except BaseException:
         writer.abandon()
         raise
 
 
 class _Replay:
-    """Steps recorded inputs again, several batches in one step where no stream stands in two of them."""
+    """Steps recorded inputs again, several batches in one step where no stream is in two of them."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class _Replay:
         self._joins = joins
         """Whether a batch may be stepped in another bucket than it was: only where all have the same bits."""
         self._numbers, self._seqs = recovered.seqs()
-        """Of the open streams, rising, and up to which frame the state of each goes that the recording holds."""
+        """Numbers of the open streams, rising, and the seqs of the states that the recording holds."""
         self._slots_of_numbers: I64 = np.full(len(self._numbers), SCRATCH_SLOT, np.int64)
         """The scratch slot for those that are not in memory."""
         self._steps: list[ReplayStep] = []
@@ -192,7 +192,7 @@ class _Replay:
 
     @torch.inference_mode()
     def flush(self) -> None:
-        """Step what was added."""
+        """Step the batches that were added."""
         steps, self._steps, self._size = self._steps, [], 0
         if not steps:
             return
@@ -229,12 +229,12 @@ class _Replay:
                 raise RecordingError(
                     f"stepping the batch at position {batch.position} of {self._path} again gives other outputs than "
                     f"were recorded, first for frame {batch.seqs[which]} of stream {batch.streams[which]}: the machine "
-                    "is another, or the recording is damaged; --accept-numerics-change goes on all the same, and "
+                    "is another, or the recording is damaged; --accept-numerics-change continues anyway, and "
                     "clients are told"
                 )
 
     def renumber(self, writer: RecordingWriter) -> None:
-        """The numerics have changed: new epochs, which nobody holds, so that every owner is told."""
+        """The numerics have changed: give new epochs that nobody holds, so that every owner is told."""
         table = self._table
         is_loaded = self._slots_of_numbers != SCRATCH_SLOT
         slots = self._slots_of_numbers[is_loaded]

@@ -26,12 +26,8 @@ AT_ONCE: Final = 4096
 class StreamStates:
     """Access to the states of streams that other streams do not wait for.
 
-    Args:
-        engine: frames and streams.
-        access: the states by slot.
-        wake: lets the loop take a turn, because streams may step again.
-        log_failure: told of states that could not be read or written: the error and how many streams it concerns.
-        at_once: see `AT_ONCE`.
+    `wake` lets the loop take a turn, because streams may step again. `log_failure` is told of states that could not be
+    read or written: the error and the number of streams.
     """
 
     def __init__(

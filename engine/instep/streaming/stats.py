@@ -38,14 +38,14 @@ class EngineStats:
     """Streams of a step."""
 
     def stepped(self, streams: int, steps: int, compute_ns: int) -> None:
-        """A run ended: so many streams, steps, and nanoseconds for each step."""
+        """A run ended: its streams, its steps, and the nanoseconds of each step."""
         self.batches_total += steps
         self.frames_total += streams * steps
         add_to(self.compute_us, compute_ns // 1000, steps)
         add_to(self.batch_size, streams, steps)
 
     def replied(self, messages: int, send_ns: int) -> None:
-        """Messages were answered, so long after their step."""
+        """Messages were answered `send_ns` after their step."""
         self.messages_total += messages
         add_to(self.send_us, send_ns // 1000, messages)
 

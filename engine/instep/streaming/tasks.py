@@ -8,10 +8,9 @@ from typing import Any
 
 
 class Tasks:
-    """Starts coroutines in order; each runs up to its first wait before whatever the loop does next.
+    """Starts coroutines in order; each runs up to its first wait before the loop continues.
 
-    Args:
-        on_bug: told of an exception that a coroutine raised: clients may wait for what it did not do.
+    `on_bug` is told of an exception that a coroutine raised: clients may be waiting for its result.
     """
 
     def __init__(self, on_bug: Callable[[BaseException], None]) -> None:

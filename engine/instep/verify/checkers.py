@@ -39,7 +39,7 @@ class Checkers:
     """In float32."""
     conditions: Conditions
     stopped: Event
-    """Set when nobody waits for the result any more: whatever runs then ends soon, with its comparison incomplete."""
+    """Set when nobody waits for the result any more: checkers then end soon, with incomplete comparisons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Task:
 
     @property
     def float_leaves(self) -> list[str]:
-        """The leaves that hold floats, which may be off where bits need not be equal."""
+        """The leaves that hold floats: these may be off where bits need not be equal."""
         return [leaf.name for leaf in self.state.leaves if leaf.dtype.kind == "f"]
 
     def initial_states(self) -> U8:

@@ -1,4 +1,4 @@
-"""The checkpoint of a recording: states of all streams, with which a restart begins."""
+"""The checkpoints of a recording, checked: states of all streams that a restart begins with."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StoredState:
 
 
 class StoredCheckpoints:
-    """Reads the tables `checkpoints` and `states` as of one commit, which the reader shows from then on.
+    """Reads the tables `checkpoints` and `states` as of one commit; the reader shows that commit from then on.
 
     Args:
         reader: the recording, before anything else was read from it.

@@ -29,11 +29,7 @@ from instep.verify.stream_checks import StreamCheck
 class ChunkCheck:
     """Begins to check the streams of a chunk when it is made; `finish` waits for the end.
 
-    Args:
-        checkers: compute it.
-        chunk: the frames.
-        checks: in the order of the chunk's rows.
-        pool: runs the checkers.
+    `checks` are in the order of the rows of the chunk.
 
     Attributes:
         stepped, whole, reference: the comparisons, once it is finished.

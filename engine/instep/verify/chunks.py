@@ -1,4 +1,4 @@
-"""Which sequences are computed side by side, so that little is padded and memory stays bounded."""
+"""Sequences grouped into chunks that are computed side by side with little padding, in bounded memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Chunk:
     Args:
         sequences: where their frames are.
         first_seqs: the seq of the first frame of every sequence.
-        rows: which sequences, the longest first.
+        rows: indices of sequences, the longest first.
         most_frames: per span, counting at least `LEAST_ROWS` rows; a chunk of fewer frames is one span.
 
     Attributes:
@@ -107,7 +107,7 @@ class Span:
     Args:
         sequences: where the frames are.
         first_seqs: [R]: the seq of each row's first frame in the chunk.
-        start: which timestep of the chunk is the first one.
+        start: its first timestep in the chunk.
         at: [T, R]: where the frames are in `sequences`; anywhere where a row has none.
         valid: see below.
 

@@ -27,7 +27,7 @@ class Comparison:
     sequence even if bits are required, because padding turns into NaN there for good when a dense layer overflows.
 
     Args:
-        checker: which one.
+        checker: the name of the checker.
         rows: how many streams.
         bits_required: whether bits must be equal.
 
@@ -203,13 +203,13 @@ class Comparison:
 
 
 def _limit(limits: LeafLimits, leaf: str, row: int) -> tuple[float, bool]:
-    """Of a row's leaf: its values must be equal where there is none."""
+    """The limit of a row's leaf; (0, False), so that values must be equal, where there is none."""
     found = limits.get(leaf)
     return (0.0, False) if found is None else (float(found.distance[row]), bool(found.lossy[row]))
 
 
 def _bits_differ(one: Values, other: Values) -> Bool:
-    """Elementwise. NaNs are all alike: which of them an overflow gives is up to the processor's kernel."""
+    """Elementwise. All NaNs are alike: the kernel of the processor chooses the one that an overflow gives."""
     bits = f"u{one.itemsize}"
     differ: Bool = one.view(bits) != other.view(bits)
     return differ & ~(np.isnan(one) & np.isnan(other))

@@ -1,4 +1,4 @@
-"""What a recording is replayed with: the model, the device, and whether its bits must come out equal."""
+"""Conditions of a replay: the model, the device, and whether bits must come out equal."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _recorded_buckets(headers: Sequence[RecordingHeader], network: RecurrentMode
 
 
 def _differences(headers: Sequence[RecordingHeader], network: RecurrentModel) -> list[str]:
-    """Why the recorded bits may differ from those computed here, whatever this machine certifies."""
+    """Reasons why the recorded bits may differ from those computed here even if this machine certifies exactness."""
     notes = []
     for header in headers:
         if header.exactness != "exact":

@@ -15,10 +15,10 @@ from instep.models.stepping import keep_state, load_state, put, read_state
 def replay_stepped(
     network: RecurrentModel, buckets: tuple[int, ...], x: F32, states: U8, active: I64
 ) -> tuple[F32, U8]:
-    """Step sequences side by side, the longest first; each step takes the smallest bucket that holds who is left.
+    """Step sequences side by side, the longest first; each step takes the smallest bucket that holds those left.
 
     Args:
-        network: what is stepped.
+        network: the model.
         buckets: ascending; the last one holds all rows.
         x: frames [T, R, features].
         states: before them, rows of bytes [R, row_bytes]; not changed.
@@ -52,10 +52,10 @@ def replay_stepped(
 
 
 def replay_whole(network: RecurrentModel, buckets: tuple[int, ...], x: F32, states: U8) -> tuple[F32, U8]:
-    """Run sequences side by side in one call; those that end earlier go on with zeros, which nobody looks at.
+    """Run sequences side by side in one call; those that end earlier are padded with zeros.
 
-    Arguments and outputs as in `replay_stepped`. The states are those after timestep T, so they mean something for the
-    rows that have T frames.
+    Arguments and outputs as in `replay_stepped`. The states are those after timestep T: valid only for rows that
+    have T frames.
     """
     rows = x.shape[1]
     bucket = _bucket(buckets, rows)

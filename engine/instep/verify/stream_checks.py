@@ -50,7 +50,7 @@ class StreamCheck:
         return self.first_seq + self.frames
 
     def split(self, seq: int, state: U8) -> tuple[StreamCheck, StreamCheck]:
-        """Two checks, the first of which must come out at the checkpoint's state before the frame `seq`."""
+        """Two checks; the first must come out at the checkpoint's state before the frame `seq`."""
         before = replace(self, frames=seq - self.first_seq, final_state=state, place="checkpoint", problems=())
         after = replace(
             self,
@@ -201,7 +201,7 @@ class StreamChecks:
 
 
 def _where(checks: list[StreamCheck], earliest: int, stored: StoredState) -> int | None:
-    """Which check the state in the checkpoint belongs to, at or after the earliest; None where there is none.
+    """The check that the state in the checkpoint belongs to, at or after the earliest; None where there is none.
 
     Where the stream was reset before the frame `stored.seq`, the state may be the one before that or the one after.
     """

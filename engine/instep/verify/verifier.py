@@ -8,7 +8,7 @@
 This machine is certified first. Bits must be equal in 1 and 2 where the engine had certified that they are and this
 machine certifies the same; otherwise they must be within twice the bound, since each side may be off by one. In 3, they
 must always be within the bound. Where frames or states are too large for the bound to mean anything (see `bound`),
-equal bits are enough, and the report says from which frame on; where bits need not be equal either, the stream counts
+equal bits are enough, and the report names the first such frame; where bits need not be equal either, the stream counts
 as not checked.
 
 Final states and those of checkpoints are compared in 1 and 3. Every frame of a stream must be there, once and

@@ -31,7 +31,7 @@ class Decoder:
     max_message_bytes: int
 
     def step(self, peer: Peer, frames: list[bytes]) -> Frames:
-        """STEP: everything but the contents of columns and frames, which admission judges."""
+        """STEP: everything except the contents of columns and frames. Admission judges those."""
         request, timesteps, width, features, dtype = unpack_step(frames)
         header, x = frames
         if dtype != DTYPE_F32:

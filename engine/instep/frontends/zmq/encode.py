@@ -111,5 +111,5 @@ def error(request: int, refusal: Refusal) -> Message:
 
 
 def goodbye(sentence: str) -> Message:
-    """GOODBYE: the server ends; unless the end was forced or a failure, what it had admitted is answered."""
+    """GOODBYE: the server ends; unless it failed or was forced to, all admitted messages are answered."""
     return [wire.pack_header(Kind.GOODBYE, 0, sentence[:900])]

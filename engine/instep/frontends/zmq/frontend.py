@@ -38,19 +38,8 @@ Handler: TypeAlias = Callable[[Peer, Header, list[bytes]], Awaitable[Message]]
 class ZmqFrontend:
     """The ROUTER socket's side of the engine.
 
-    Args:
-        router: the bound socket; the front end closes it.
-        engine: frames.
-        operations: requests on streams.
-        reaper: parks the streams of peers that are gone.
-        tasks: runs requests.
-        outbound: replies on their way; see `Outbound` for what it bounds.
-        decoder: reads messages.
-        info: what WELCOME says.
-        probe_after_ns: a peer not heard of for this long is asked whether it still exists.
-        wake: lets the loop take a turn: a send outside of one may have taken the signal of an arrival.
-        listing: which streams are open.
-        log: told of connections and requests, at the level debug.
+    A peer that was not heard of for `probe_after_ns` is asked whether it still exists. `wake` lets the loop take a
+    turn, because a send outside of one may have taken the signal of an arrival. The front end closes the router.
     """
 
     def __init__(
@@ -132,7 +121,7 @@ class ZmqFrontend:
     # ── Messages ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _take(self, routing_id: bytes, frames: list[bytes], now_ns: int) -> bool:
-        """Take one message; whatever it holds, the reply is a message and never an exception.
+        """Take one message. Errors in it are answered with a message and never raised.
 
         Returns:
             Whether a request on streams was begun, so that the loop has to take a turn before the next message.

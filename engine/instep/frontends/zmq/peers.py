@@ -78,7 +78,7 @@ class Outbound:
         max_unread_bytes: bytes handed to ZeroMQ for one peer that it may not have read.
         max_outbox_bytes: bytes kept for one peer besides those.
         max_total_bytes: bytes of both kinds, of all peers.
-        unreachable_after_ns: how long an outbox may stand still.
+        unreachable_after_ns: how long an outbox may keep its oldest message.
         clock: nanoseconds on the monotonic clock.
         on_gone: called for a peer that was dropped.
     """
@@ -176,7 +176,7 @@ class Outbound:
         size, unread = size_bytes(message), peer.sent_bytes - peer.read_bytes
         is_over = self.unread_bytes + size > self.max_total_bytes // 2 and unread > 0
         if is_over or unread > self._max_unread_bytes:
-            if peer.asked_bytes < peer.sent_bytes:  # what it has read lately makes room for all
+            if peer.asked_bytes < peer.sent_bytes:  # if it has read more by now, that makes room for all
                 self._ask(peer)
             return Sent.FULL
         sent = self._router.send(peer.routing_id, message)
@@ -202,7 +202,7 @@ class Outbound:
                 self._flush(peer, self._clock())
 
     def tick(self, now_ns: int, probe_after_ns: int) -> None:
-        """Retry blocked peers, drop those that stand still or never answer, and probe those that have been silent."""
+        """Retry blocked peers, drop those that take nothing or never answer, and probe those that have been silent."""
         for peer in list(self._blocked):
             self._flush(peer, now_ns)
         for peer in self.peers():

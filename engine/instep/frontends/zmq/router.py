@@ -133,7 +133,7 @@ class Router:
         return Sent.HANDED_OVER
 
     def close(self) -> None:
-        """Close the socket; what was handed over is given a second to leave."""
+        """Close the socket; messages that were handed over get a second to leave."""
         self._socket.close()
         self._context.term()
 
