@@ -85,18 +85,15 @@ class InProcessOrigin:
             failures = None if reply.failures is None else reply.failures[:, part].copy()
             message = reply.messages[:, index : index + 1].copy()
             own = replace(reply, messages=message, y=reply.y[:, part].copy(), failures=failures)
-            self._settle(tag, lambda future, own=own: future.set_result(own))  # type: ignore[misc]
+            if not (future := self._replies.pop(tag)).done():  # the caller may have been cancelled
+                future.set_result(own)
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
-        self._settle(tag, lambda future: future.set_exception(refusal))
+        if not (future := self._replies.pop(tag)).done():
+            future.set_exception(refusal)
 
     def notify(self, event: StreamEvent) -> None:
         self.events.append(event)
-
-    def _settle(self, tag: int, settle: Callable[[asyncio.Future[Reply]], None]) -> None:
-        future = self._replies.pop(tag)
-        if not future.done():  # the caller may have been cancelled
-            settle(future)
 
 
 class InProcessFrontend:

@@ -94,7 +94,7 @@ from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from itertools import product
 from struct import Struct
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_origin, get_type_hints
 
 from instep.recording.errors import RecordingError
 from instep_client.protocol.state_spec import StateSpec
@@ -194,18 +194,6 @@ TABLES: Final = {**HISTORY, **BESIDE}
 COUNTED: Final = ("openings", "closings", "events")
 """The tables whose rows a checkpoint counts."""
 
-_HEADER_TYPES: Final = {
-    "model_name": str,
-    "model_folder": str,
-    "model_fingerprint": str,
-    "description": dict,
-    "features": int,
-    "outputs": int,
-    "state": list,
-    "numerics": dict,
-    "exactness": str,
-    "durability": str,
-}
 _RENUMBERED: Final = " with other numerics"
 _PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
 
@@ -324,7 +312,8 @@ class RecordingHeader:
             if missing := {field.name for field in dataclass_fields(cls)} - fields.keys() - {"output_names"}:
                 raise LookupError(f"{min(missing)} is missing")
             header = cls(**fields, output_names=output_names)
-            for name, kind in _HEADER_TYPES.items():
+            for name, declared in get_type_hints(cls).items():
+                kind = str if declared is Durability else get_origin(declared) or declared
                 if not isinstance(getattr(header, name), kind):
                     raise TypeError(f"{name} is not a {kind.__name__}")
             if min(header.features, header.outputs) < 1:

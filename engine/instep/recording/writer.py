@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from contextlib import ExitStack
 from json import dumps
 from pathlib import Path
 from typing import Final
@@ -74,29 +75,25 @@ class RecordingWriter(RowWriter):
             RecordingError: when the file already holds something, or cannot be made.
         """
         try:
-            lock = WriterLock(path)
-        except OSError as error:
-            raise RecordingError(f"cannot create the recording {path}: {error}") from None
-        try:
-            if path.exists() and path.stat().st_size > 0:
-                raise RecordingError(f"{path} already exists; a recording is never written over: choose another name")
-            database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        except (RecordingError, OSError, sqlite3.Error) as error:
-            lock.release()
-            if isinstance(error, RecordingError):
-                raise
-            raise RecordingError(f"cannot create the recording {path}: {error}") from None
-        try:
-            make_tables(database)
-            lock.hold()
-            database.executemany("INSERT INTO header VALUES (?, ?, ?)", header.rows())
-            database.execute("INSERT INTO newest VALUES (0, 0, ?)", (row_crc(0, 0),))
-            database.execute("COMMIT")
-            _set_up(database, header)
-            return cls(path, lock, database, header, 0, retention)
-        except (OSError, sqlite3.Error, RecordingError) as error:
-            database.close()
-            lock.release()
+            with ExitStack() as undo:
+                lock = WriterLock(path)
+                undo.callback(lock.release)
+                if path.exists() and path.stat().st_size > 0:
+                    raise RecordingError(
+                        f"{path} already exists; a recording is never written over: choose another name"
+                    )
+                database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+                undo.callback(database.close)
+                make_tables(database)
+                lock.hold()
+                database.executemany("INSERT INTO header VALUES (?, ?, ?)", header.rows())
+                database.execute("INSERT INTO newest VALUES (0, 0, ?)", (row_crc(0, 0),))
+                database.execute("COMMIT")
+                _set_up(database, header)
+                writer = cls(path, lock, database, header, 0, retention)
+                undo.pop_all()
+                return writer
+        except (OSError, sqlite3.Error) as error:
             raise RecordingError(f"cannot create the recording {path}: {error}") from None
 
     @classmethod
@@ -121,17 +118,16 @@ class RecordingWriter(RowWriter):
             RecordingError: when it is being written, damaged, of another model or of other numerics.
         """
         try:
-            lock = WriterLock(path)
-        except OSError as error:
-            raise RecordingError(f"cannot continue the recording {path}: {error}") from None
-        try:
-            if path.is_file():
-                lock.hold()
-            with RecordingReader(path) as reader:
-                last, position = reader.engines[-1].header, reader.last_position
-            refuse_other_engine(path, last, header, accept_numerics_change)
-            database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            try:
+            with ExitStack() as undo:
+                lock = WriterLock(path)
+                undo.callback(lock.release)
+                if path.is_file():
+                    lock.hold()
+                with RecordingReader(path) as reader:
+                    last, position = reader.engines[-1].header, reader.last_position
+                refuse_other_engine(path, last, header, accept_numerics_change)
+                database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+                undo.callback(database.close)
                 _set_up(database, header)
                 writer = cls(path, lock, database, header, position, retention)
                 writer.copy_wal()  # before anything is written: SQLite begins a WAL anew only if all of it was copied
@@ -139,21 +135,13 @@ class RecordingWriter(RowWriter):
                 if changes := changed_values(last, header):
                     writer.numerics_changed = "numerics" in changes
                     writer.event(time.time_ns(), ENGINE_EVENT, None, dumps(changes, sort_keys=True))
-            except BaseException:
-                database.close()
-                raise
-            return writer
+                undo.pop_all()
+                return writer
         except (OSError, sqlite3.Error) as error:
-            lock.release()
+            why = str(error)
             if isinstance(error, sqlite3.Error) and is_in_use(error):
-                raise RecordingError(
-                    f"cannot continue the recording {path}: another program is reading it and has been for seconds; "
-                    "start again when that is done"
-                ) from None
-            raise RecordingError(f"cannot continue the recording {path}: {error}") from None
-        except BaseException:
-            lock.release()
-            raise
+                why = "another program is reading it and has been for seconds; start again when that is done"
+            raise RecordingError(f"cannot continue the recording {path}: {why}") from None
 
     def commit(self) -> None:
         """As `RowWriter.commit`.
