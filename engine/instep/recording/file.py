@@ -213,9 +213,11 @@ class RecordingFile:
         return alone
 
     def _open(self) -> None:
-        if self._value("PRAGMA application_id") != APPLICATION_ID:
+        (application,), (version,) = (
+            self._database.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
+        )
+        if application != APPLICATION_ID:
             raise RecordingError(f"{self.path} is not a recording: it is another kind of database, or empty")
-        version = self._value("PRAGMA user_version")
         if version != FORMAT_VERSION:
             raise RecordingError(
                 f"{self.path} has format version {version}, and this instep reads version {FORMAT_VERSION}; use the "
@@ -258,9 +260,6 @@ class RecordingFile:
             found = np.fromiter((row[0] for row in self._database.execute(query)), np.int64)
         self._check_trimmed()
         return found
-
-    def _value(self, query: str) -> Any:
-        return self._database.execute(query).fetchone()[0]
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:

@@ -145,12 +145,16 @@ class SequenceIndex:
 
     def _count_all(self, batches: list[RecordedBatch]) -> None:
         """Count some batches without a reset between them."""
-        columns = _Columns(batches)
+        streams: I64 = np.concatenate([batch.streams for batch in batches]).astype(np.int64)
         known = self._numbers[self._by_number]
-        at = np.searchsorted(known, columns.streams)
-        if len(known) and (known[np.minimum(at, len(known) - 1)] == columns.streams).all():
+        at = np.searchsorted(known, streams)
+        if len(known) and (known[np.minimum(at, len(known) - 1)] == streams).all():
             order = np.argsort(at, kind="stable")
-            rows, seqs, positions = self._by_number[at[order]], columns.seqs[order], columns.positions[order]
+            rows = self._by_number[at[order]]
+            # A seq of 2^63 or more turns negative here and is out of order like any other wrong one.
+            seqs = np.concatenate([batch.seqs for batch in batches]).astype(np.int64)[order]
+            of_batches = np.array([batch.position for batch in batches], np.int64)
+            positions = np.repeat(of_batches, [len(batch.streams) for batch in batches])[order]
             is_first = np.append(True, rows[1:] != rows[:-1])
             first = np.flatnonzero(is_first)
             counts = np.diff(np.append(first, len(rows)))
@@ -176,7 +180,6 @@ class SequenceIndex:
 
     def _count(self, batch: RecordedBatch) -> None:
         rows = self._rows_of(batch.streams, batch.position)
-        # A seq of 2^63 or more turns negative here and is out of order like any other wrong one.
         seqs = batch.seqs.astype(np.int64)
         good = (
             (seqs == self._next[rows])
@@ -254,22 +257,6 @@ class SequenceIndex:
             raise self._reader.damaged(f"the row at position {position} is of a stream that was never opened")
         rows: I64 = self._by_number[at]
         return rows
-
-
-class _Columns:
-    """Some batches as one.
-
-    Attributes:
-        streams: int64 [frames].
-        seqs: int64 [frames]; one of 2^63 or more is negative here, and out of order like any other wrong one.
-        positions: int64 [frames]: of their batches.
-    """
-
-    def __init__(self, batches: list[RecordedBatch]) -> None:
-        self.streams: I64 = np.concatenate([batch.streams for batch in batches]).astype(np.int64)
-        self.seqs: I64 = np.concatenate([batch.seqs for batch in batches]).astype(np.int64)
-        positions = np.array([batch.position for batch in batches], np.int64)
-        self.positions: I64 = np.repeat(positions, [len(batch.streams) for batch in batches])
 
 
 def _groups(batches: Iterator[RecordedBatch], ends: Sequence[int]) -> Iterator[list[RecordedBatch]]:

@@ -16,7 +16,7 @@ import numpy as np
 from instep.core.typing import F32, I64, U8, Bool
 from instep.recording.frames import Sequences
 from instep.recording.reader import RecordingReader
-from instep.recording.records import StreamInfo, find_streams, select_streams
+from instep.recording.records import StreamInfo, select_streams
 from instep.recording.sequences import SequenceIndex
 from instep.verify.checkpoints import StoredCheckpoints, StoredState
 from instep.verify.report import CannotVerify, Place, StreamReport, Verdict
@@ -106,11 +106,10 @@ class StreamChecks:
         on_progress: Callable[[float], None],
     ) -> None:
         index = SequenceIndex(
-            reader, on_progress, lambda streams: find_streams(streams, wanted), checkpoints=checkpoints.positions
+            reader, on_progress, lambda streams: select_streams(streams, wanted), checkpoints=checkpoints.positions
         )
         if not index.frames_present:
             raise CannotVerify(f"{reader.path} holds no frames: nothing was recorded, so nothing can be verified")
-        select_streams(index.streams, wanted)
         checkpoints.check_complete(index)
         self._index = index
         self._checkpoints = checkpoints

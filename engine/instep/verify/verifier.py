@@ -22,7 +22,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 from threading import Event
 from typing import Final, Literal, TypeAlias
 
@@ -104,7 +105,7 @@ def verify(
         file=reader.path,
         model_name=model.name,
         fingerprint=model.fingerprint,
-        streams=tuple(join_reports(of_stream) for of_stream in _by_stream(parts)),
+        streams=tuple(join_reports(list(of_stream)) for _, of_stream in groupby(parts, key=attrgetter("stream"))),
         ending=how_it_ends(reader),
         finished=reader.finished,
         notes=(*conditions.step_notes, *conditions.whole_notes),
@@ -159,14 +160,6 @@ def _chunks(checkers: Checkers, streams: StreamChecks) -> Iterator[Chunk]:
         share = max(len(first_seqs) // _threads(), LEAST_SHARE)
         for rows in plan_chunks(sequences.lengths, min(buckets[-1], share), buckets[0]):
             yield Chunk(sequences, first_seqs, rows, most_frames)
-
-
-def _by_stream(parts: Sequence[StreamReport]) -> list[list[StreamReport]]:
-    """Reports on parts of streams, grouped by stream, in order."""
-    grouped: dict[int, list[StreamReport]] = {}
-    for part in parts:
-        grouped.setdefault(part.stream, []).append(part)
-    return list(grouped.values())
 
 
 def _threads() -> int:
