@@ -9,11 +9,11 @@ import secrets
 import shlex
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import structlog
@@ -57,6 +57,9 @@ from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
+
+_MOST_READERS: Final = 4
+"""Threads that read hibernated streams from the recording at the same time."""
 
 
 def make_server(
@@ -160,8 +163,7 @@ def _make_server(
     )
     tombstones = Tombstones()
     idle, states = idle_limits(config), StreamStates(engine, stepper, loop.wake, log_failure)
-    load = partial(_load_open_streams, config.recording.file)
-    hibernation = Hibernation(engine, states, tombstones, load, idle, tasks)
+    hibernation = Hibernation(engine, states, tombstones, _loader(config.recording.file), idle, tasks)
     operations = StreamOperations(engine, states, hibernation, tombstones, tasks)
     operations.parked_make_room = config.limits.parked_make_room
     reaper = Reaper(engine, operations, hibernation, idle)
@@ -279,20 +281,27 @@ def _random_generations(max_streams: int) -> U32:
     return (numbers | np.uint32(1)).astype(np.uint32)
 
 
-async def _load_open_streams(path: Path | None, streams: Sequence[int]) -> list[OpenStream]:
-    assert path is not None, "without a recording nothing hibernates"
-    loaded: concurrent.futures.Future[list[OpenStream]] = concurrent.futures.Future()
-    loaded.set_running_or_notify_cancel()  # from here on nobody can cancel it, so the thread can always set a result
+def _loader(path: Path | None) -> Callable[[Sequence[int]], Awaitable[list[OpenStream]]]:
+    """Reads open streams from the recording, in a few threads at once."""
+    room = asyncio.Semaphore(_MOST_READERS)
 
-    def load() -> None:
-        try:
-            loaded.set_result(load_open_streams(path, streams))
-        except BaseException as error:
-            loaded.set_exception(error)
+    async def load(streams: Sequence[int]) -> list[OpenStream]:
+        assert path is not None, "without a recording nothing hibernates"
+        loaded: concurrent.futures.Future[list[OpenStream]] = concurrent.futures.Future()
+        loaded.set_running_or_notify_cancel()  # nobody can cancel it any more: the thread sets a result
 
-    # The process waits for the threads of `asyncio.to_thread` before it ends, however long the disk takes.
-    threading.Thread(target=load, name="instep-reader", daemon=True).start()
-    return await asyncio.wrap_future(loaded)
+        def read() -> None:
+            try:
+                loaded.set_result(load_open_streams(path, streams))
+            except BaseException as error:
+                loaded.set_exception(error)
+
+        async with room:
+            # A forced end waits for the threads of `asyncio.to_thread`, however long the disk takes; not for these.
+            threading.Thread(target=read, name="instep-reader", daemon=True).start()
+            return await asyncio.wrap_future(loaded)
+
+    return load
 
 
 def _recording(
