@@ -93,11 +93,11 @@ class RecordingReader(RecordingFile):
 
         A batch without outputs may only be followed by others without, up to the end or to an event `recovered`.
         """
-        first = max(first, self.first_position)
+        first, failed = max(first, self.first_position), set(self._failed)
         outputs = self.rows("outputs", first)
         output = next(outputs, None)
         for row in self.rows("batches", first, last):
-            if row[0] in self._failed:
+            if row[0] in failed:
                 continue
             while output is not None and output[2] < first:
                 output = next(outputs, None)
@@ -262,13 +262,9 @@ class RecordingReader(RecordingFile):
         )
 
     @cached_property
-    def _failed(self) -> dict[int, None]:
+    def _failed(self) -> list[int]:
         """Positions of the failed batches, in order."""
-        return {event.seq: None for event in self._marks if event.kind == FAILED_EVENT and event.seq is not None}
-
-    @cached_property
-    def _failed_in_order(self) -> list[int]:
-        return list(self._failed)
+        return [event.seq for event in self._marks if event.kind == FAILED_EVENT and event.seq is not None]
 
     @cached_property
     def _recovered(self) -> list[int]:
@@ -281,9 +277,9 @@ class RecordingReader(RecordingFile):
 
     def _check_unanswered(self, position: int, next_computed: int | None) -> None:
         """A batch has no outcome: no later one may have, unless another process went on in between."""
-        at = bisect_right(self._failed_in_order, position)
+        at = bisect_right(self._failed, position)
         outcomes = [] if next_computed is None else [next_computed]
-        outcomes += self._failed_in_order[at : at + 1]
+        outcomes += self._failed[at : at + 1]
         later = bisect_right(self._recovered, position)
         went_on_at = self._recovered[later] if later < len(self._recovered) else self.last_position + 1
         if outcomes and min(outcomes) < went_on_at:
