@@ -37,7 +37,7 @@ __all__ = [
 if TYPE_CHECKING:
     from instep_client.aio import AsyncClient
     from instep_client.aio_streams import AsyncGroup, AsyncStream
-    from instep_client.calls import ListedStream, TimedOutputs
+    from instep_client.calls import TimedOutputs
     from instep_client.protocol.errors import (
         ClientClosed,
         ConnectionFailed,
@@ -53,11 +53,22 @@ if TYPE_CHECKING:
         StreamRefused,
     )
     from instep_client.protocol.wire import Code, ServerInfo
+    from instep_client.replies import ListedStream
     from instep_client.snapshots import StreamSnapshot
     from instep_client.sync import Client
     from instep_client.sync_streams import Group, Stream
 else:
-    _HOMES = ("protocol.errors", "protocol.wire", "calls", "snapshots", "aio", "aio_streams", "sync", "sync_streams")
+    _HOMES = (
+        "protocol.errors",
+        "protocol.wire",
+        "calls",
+        "replies",
+        "snapshots",
+        "aio",
+        "aio_streams",
+        "sync",
+        "sync_streams",
+    )
 
     def __getattr__(name: str) -> Any:
         from importlib import import_module

@@ -11,10 +11,10 @@ from typing import Final, Literal, TypeAlias, get_args
 import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup, AsyncStream
-from instep_client.calls import ListedStream
 from instep_client.driver import Driver
 from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo
+from instep_client.replies import ListedStream
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import State, as_state

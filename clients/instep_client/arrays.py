@@ -1,19 +1,23 @@
-"""Users' arrays, checked and copied into the arrays that are sent.
+"""Users' arrays and names, checked, and copied into the arrays that are sent.
 
 Every function copies: what the caller does to its array afterwards changes nothing that was or will be sent.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from instep_client.protocol.errors import InvalidInput
-from instep_client.protocol.wire import F32, U64
+from instep_client.protocol.wire import F32, MAX_BLOCK_STREAMS, MAX_NAME_BYTES, U64, name_is_good
 
 Indices: TypeAlias = npt.NDArray[np.int64]
+NOBODY: Final[Indices] = np.zeros(0, np.int64)
+
+_FLOAT32: Final = np.dtype(np.float32)
 
 
 def float32_copy(x: npt.ArrayLike, what: str) -> F32:
@@ -26,10 +30,10 @@ def float32_copy(x: npt.ArrayLike, what: str) -> F32:
     """
     try:
         raw = np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that requires grad
+    except (TypeError, ValueError, RuntimeError) as error:  # the last from a tensor that requires a gradient
         raise InvalidInput(f"{what} must be an array of numbers: {error}") from None
-    if raw.dtype == np.float32:
-        return np.array(raw, np.float32, order="C")
+    if raw.dtype == _FLOAT32:
+        return np.array(raw, _FLOAT32, order="C")
     if raw.dtype.kind not in "fiub":
         raise InvalidInput(f"{what} must be real numbers that convert to float32, not {raw.dtype}")
     with np.errstate(over="ignore"):
@@ -46,6 +50,8 @@ def stream_frames(x: npt.ArrayLike, features: int) -> tuple[F32, tuple[int, ...]
         InvalidInput: naming the shape.
     """
     frames = float32_copy(x, "a frame")
+    if frames.shape == (features,):
+        return frames.reshape(1, 1, features), ()
     if frames.ndim not in (1, 2) or frames.shape[-1] != features or frames.size == 0:
         raise InvalidInput(
             f"a frame must have shape [{features}] and a chunk [T, {features}] with T of at least 1; "
@@ -104,3 +110,27 @@ def counts(x: npt.ArrayLike, count: int, what: str) -> U64:
     except (TypeError, ValueError, OverflowError):
         raise InvalidInput(f"{what} must be one integer of at least 0, or {count} of them") from None
     return np.broadcast_to(numbers.astype(np.uint64), (count,))
+
+
+def good_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of distinct streams.
+
+    Raises:
+        InvalidInput: when there are none, or bad or repeated ones.
+    """
+    if isinstance(names, str):
+        raise InvalidInput("a group's names must be a sequence of strings, not one string")
+    names = tuple(names)
+    if not names or not all(isinstance(name, str) and name_is_good(name) for name in names):
+        raise InvalidInput(
+            f"there must be at least one name, and each a string of 1 to {MAX_NAME_BYTES} bytes of printable UTF-8"
+        )
+    if len(set(names)) != len(names):
+        raise InvalidInput("two streams of a group may not have the same name")
+    return names
+
+
+def parts(count: int, most: int) -> list[Indices]:
+    """The numbers below `count` in parts of at most `most`, and of what one message may carry."""
+    most = max(1, min(most, MAX_BLOCK_STREAMS))
+    return [np.arange(start, min(start + most, count)) for start in range(0, count, most)]

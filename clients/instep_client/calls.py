@@ -1,19 +1,22 @@
-"""Calls: one object for each thing that the user asked for, filled in by the session.
+"""Calls: one object for each thing that the user asked for, completed by the session.
 
 Call
-├── Call[ServerInfo]             the greeting
-├── PingCall, StatisticsCall, ListCall   one request, one reply
-├── Request, in `requests.py`    about streams: one request for each part of them
-└── OutputsCall
-    └── StepCall, in `steps.py`  frames of one stream handle
+├── StepCall, in `steps.py`     frames of one stream handle
+└── Request                     anything else: one class for each kind of request
+    ├── Greeting, Probe, Claim, … the connection's own, in `connection.py`
+    ├── Ping, Statistics, StreamList, in `requests.py`
+    └── StreamsRequest           about streams: one message for each part of them, in `requests.py` and `openings.py`
 """
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
-from instep_client.protocol.errors import InstepError
-from instep_client.protocol.wire import F32
+from instep_client.arrays import Indices
+from instep_client.protocol.errors import InstepError, Refused
+from instep_client.protocol.wire import F32, Frame, Header, Kind
+from instep_client.replies import ErrorReply
 
 R = TypeVar("R")
 
@@ -52,6 +55,9 @@ class Call(Generic[R]):
             self.error = error
             self.done = True
 
+    def cancel(self) -> None:
+        """Nobody waits for it any more. What was sent counts as sent, and its reply is dropped when it comes."""
+
     def result(self) -> R:
         """The result of a call that is done.
 
@@ -63,57 +69,43 @@ class Call(Generic[R]):
         return self._result
 
 
-class PingCall(Call[float]):
-    """One round trip; the result is its seconds."""
+class Request(Call[R]):
+    """A call that is asked in messages of one kind and answered in messages of another.
 
-    __slots__ = ("sent_at",)
-
-    def __init__(self, now: float) -> None:
-        super().__init__()
-        self.sent_at = now
-
-
-class StatisticsCall(Call[dict[str, float]]):
-    """The server's numbers by name."""
+    A subclass says how it is encoded (`ask`), and what a reply, an ERROR or a lost connection means to it.
+    """
 
     __slots__ = ()
+    kind: ClassVar[Kind]
+    """Of its messages."""
+    reply: ClassVar[Kind]
+    """Of the messages that answer them; an ERROR may come instead."""
 
+    def ask(self, now: float) -> None:
+        """Send its messages, perhaps once more after the connection was lost."""
+        raise NotImplementedError
 
-class ListedStream(NamedTuple):
-    """A stream of the server, whoever has it."""
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """A reply came.
 
-    name: str
-    place: str
-    """`connected`, `parked` (its connection is gone) or `hibernating` (in the recording alone)."""
-    next_seq: int | None
-    """The seq of its next frame; None where it hibernates."""
-    pending: int
-    """Frames taken and not computed yet."""
-    idle_s: float
-    """How long it has been idle."""
-    left_s: float | None
-    """How long the server keeps it if it stays idle; None if it never expires."""
+        Args:
+            part: which of its streams the message was about.
+            header: of the reply.
+            frames: of the reply, the header included.
+            now: on the session's clock.
 
+        Raises:
+            MalformedMessage: when the reply does not follow the protocol.
+        """
+        raise NotImplementedError
 
-class StreamPage(NamedTuple):
-    """Some streams of the server."""
+    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+        """ERROR came in place of a reply."""
+        self.fail(Refused(refusal.code, refusal.sentence))
 
-    streams: list[ListedStream]
-    cursor: int
-    """Where the next page begins; 0 after the last."""
-
-
-class ListCall(Call[StreamPage]):
-    """A page of the server's streams."""
-
-    __slots__ = ("cursor", "most", "place", "prefix")
-
-    def __init__(self, cursor: int, most: int, place: int, prefix: str) -> None:
-        super().__init__()
-        self.cursor = cursor
-        self.most = most
-        self.place = place
-        self.prefix = prefix
+    def lost(self) -> bool:
+        """The connection was lost before all replies came; whether to ask again over the next one."""
+        return True
 
 
 class TimedOutputs(NamedTuple):

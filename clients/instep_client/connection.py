@@ -1,27 +1,40 @@
-"""One connection after another to a server, as rules: time, silence, loss and recovery."""
+"""One connection after another to a server, as rules: messages, silence, loss and recovery.
+
+Requests hold the connection, and use what it is made of: the table of streams, the flow of their frames, the requests
+that wait for replies, and the streams that hibernate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from enum import Enum
 from random import Random
-from typing import Any
+from typing import Any, Final
 
-from instep_client.calls import Call, ListCall, PingCall, StatisticsCall
-from instep_client.changes import Changes
-from instep_client.claims import ask_for_own
+from instep_client import replies
+from instep_client.arrays import Indices
+from instep_client.attempts import Attempts, Phase
+from instep_client.calls import Request
 from instep_client.endpoint import checked_endpoint
+from instep_client.farewell import Farewell
 from instep_client.flow import Flow
-from instep_client.openings import Openings
-from instep_client.outbox import Outbox
+from instep_client.handshake import Claim, Greeting, Probe, claim
+from instep_client.pending import Pending
 from instep_client.protocol import wire
-from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput
-from instep_client.protocol.wire import Kind, Message, ServerInfo
-from instep_client.reconnection import Reconnection
-from instep_client.requests import CloseCall, ForkCall, OpenCall, QueuedCall, ReadStateCall, ResetCall
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput, MalformedMessage
+from instep_client.protocol.wire import Frame, Header, Kind, ServerInfo
+from instep_client.replies import ErrorReply
 from instep_client.sleepers import Sleepers
-from instep_client.state_reads import StateReads
-from instep_client.streams import OpenStreams, StreamHandle
+from instep_client.streams import OpenStreams
+
+_STEPPED: Final = int(Kind.STEPPED)
+_SAME: Final = ("fingerprint", "features", "outputs", "state")
+_NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
+_LEAST_RETRY_S: Final = 0.05
+_PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN})
+"""Why a HELLO or RESUME is refused that may be granted a little later."""
+_RESTARTED: Final = "the server was restarted and no longer has this stream, which was not recorded; open it again"
 
 
 class State(Enum):
@@ -34,28 +47,20 @@ class State(Enum):
 
 
 class Connection:
-    """The session's connection; `listener.Listener` adds the reactions to messages, `session.Session` the verbs."""
+    """The state of one session's connection.
 
-    def __init__(
-        self,
-        endpoint: str,
-        name: str = "",
-        timeout_s: float = 10.0,
-        reconnect_s: float = 30.0,
-        rng: Random | None = None,
-    ) -> None:
-        """A session whose HELLO waits to be sent.
+    Args:
+        endpoint: where the driver connects to, `tcp://HOST:PORT` or `ipc://PATH`.
+        name: told to the server.
+        timeout_s: how long a silent server is waited for.
+        reconnect_s: for how long another connection is tried for when one is lost; 0 for not at all.
+        rng: what the delays between attempts are drawn from.
 
-        Args:
-            endpoint: where the driver connects to, `tcp://HOST:PORT` or `ipc://PATH`.
-            name: told to the server.
-            timeout_s: how long a silent server is waited for.
-            reconnect_s: for how long another connection is tried for when one is lost; 0 for not at all.
-            rng: what the delays between attempts are drawn from.
+    Raises:
+        InvalidInput: for a bad endpoint, name or time.
+    """
 
-        Raises:
-            InvalidInput: for a bad endpoint, name or time.
-        """
+    def __init__(self, endpoint: str, name: str, timeout_s: float, reconnect_s: float, rng: Random) -> None:
         self.endpoint = checked_endpoint(endpoint)
         if name and not wire.name_is_good(name):
             raise InvalidInput(f"a client's name must be at most {wire.MAX_NAME_BYTES} bytes of printable UTF-8")
@@ -64,33 +69,26 @@ class Connection:
         if not reconnect_s >= 0:
             raise InvalidInput("reconnect_s must be 0 seconds or more")
         self.state = State.GREETING
-        self._name = name
+        self.table = OpenStreams()
+        self.pending = Pending()
+        self.sleepers = Sleepers(self.table)
+        self.flow = Flow(self.table, self.pending, self.sleepers, reconnect_s)
+        self.attempts = Attempts(reconnect_s, timeout_s, rng)
+        self.greeting = Greeting(self, name)
+        self._probe = Probe(self.pending)
         self._timeout_s = timeout_s
-        self._outbox = Outbox()
-        self._table = OpenStreams()
-        self._reconnection = Reconnection(self._table, self._outbox, reconnect_s, timeout_s, rng or Random())
         self._info: ServerInfo | None = None
         self._forgets = False
         """Whether the server was restarted between the last two connections, and records nothing."""
         self._failure: tuple[type[InstepError], str] = (ClientClosed, "the client is not connected")
         self._heard_at = float("-inf")
         self._waiting_since: float | None = None
-        self._probing = False
         self._wants_socket = False
-        self._postponed: dict[Call[Any], None] = {}
-        """Calls that are to be asked, or asked again, over the next connection."""
-        self._openings: Openings
-        self._changes: Changes
-        self._state_reads: StateReads
-        self._flow: Flow
-        self._sleepers: Sleepers
-        self._farewell: PingCall | None = None
-        """Asked when everything was closed that was open at the end."""
-        self.greeting: Call[ServerInfo] = Call()
-        """Ends with the server's welcome."""
-        self._outbox.ask(Kind.HELLO, self.greeting, wire.PROTOCOL_VERSION, name)
+        self._postponed: dict[Request[Any], None] = {}
+        """Requests that are to be asked, or asked again, over the next connection."""
         self._is_new = True
         """Whether the server has yet to say that it does not know the connection that the socket has just made."""
+        self.greeting.ask(0.0)
 
     @property
     def info(self) -> ServerInfo:
@@ -100,48 +98,72 @@ class Connection:
             InstepError: before the welcome.
         """
         if self._info is None:
-            raise self._failure[0](self._failure[1])
+            raise self.failure()
         return self._info
 
-    @property
-    def loss(self) -> str:
-        """How the connection was lost, while another one is tried for."""
-        return self._reconnection.why
+    def failure(self) -> InstepError:
+        """Why nothing can be asked: an error object of its own each time."""
+        error, sentence = self._failure
+        return error(sentence)
+
+    def check_open(self) -> None:
+        """Whether anything may be asked.
+
+        Raises:
+            InstepError: saying why not.
+        """
+        if self.state is not State.OPEN and self.state is not State.RECONNECTING:
+            raise self.failure()
+
+    def ask(self, request: Request[Any], now: float = 0.0) -> None:
+        """Ask, now or when there is a connection again."""
+        if self.state is State.RECONNECTING:
+            self._postponed[request] = None
+        else:
+            request.ask(now)
+
+    # What the driver does.
+
+    def receive(self, frames: Sequence[Frame], now: float) -> None:
+        """A message came. One that does not follow the protocol ends the session."""
+        if self.attempts.phase is Phase.LOST:
+            return  # of the connection that was given up
+        self._heard_at = now
+        try:
+            if frames and len(frames[0]) and frames[0][0] == _STEPPED:
+                self._handle_stepped(frames)
+            else:
+                self._handle(wire.unpack_header(frames), frames, now)
+        except MalformedMessage as error:
+            self.fail(
+                MalformedMessage,
+                f"the server at {self.endpoint} does not follow the protocol, the connection was given up: {error}",
+            )
 
     def advance(self, now: float) -> None:
         """Send what may be sent; watch for silence; try for another connection when one was lost."""
         if self.state is State.RECONNECTING:
             self._recover(now)
         if self.state is State.OPEN:
-            self._flow.advance(now, self._timeout_s)
-            self._changes.advance()
-            self._sleepers.advance(now)
+            self.flow.advance(now, self._timeout_s)
+            rows = self.sleepers.due(now)
+            if len(rows):
+                self._claim(rows)
         self._watch(now)
 
     def deadline(self) -> float | None:
         """When `advance` is to be called though nothing happens; None for never."""
         if self.state is State.ENDED:
             return None
-        times = [self._reconnection.deadline()]
+        times = [self.attempts.deadline()]
         if self.state is State.OPEN:
-            times.append(self._flow.deadline(self._timeout_s))
-            times.append(self._sleepers.deadline())
+            times += [self.flow.deadline(self._timeout_s), self.sleepers.deadline()]
             if self._keeps_alive():
                 times.append(self._heard_at + self.info.park_s / 2)
         if self._waiting_since is not None:
             timeout_s = self._timeout_s / 2 if self._may_probe() else self._timeout_s
             times.append(max(self._heard_at, self._waiting_since) + timeout_s)
         return min((time for time in times if time is not None), default=None)
-
-    def take_messages(self) -> list[Message]:
-        """The messages to be sent, in order."""
-        messages, self._outbox.messages = self._outbox.messages, []
-        return messages
-
-    def take_woken(self) -> list[Call[Any] | StreamHandle]:
-        """Calls that ended or were sent, and stream handles whose outputs changed."""
-        woken, self._outbox.woken = self._outbox.woken, []
-        return woken
 
     def take_reconnect(self) -> bool:
         """Whether to close the socket, drop what was not sent through it, and connect a new one now."""
@@ -152,146 +174,225 @@ class Connection:
         """End the session: every call fails with that error, now and later."""
         if self.state is State.ENDED:
             return
-        was_welcomed = self.state is not State.GREETING
         self.state = State.ENDED
         self._failure = (error, sentence)
-        for call in [*(asked.what for asked in self._outbox.forget()), *self._postponed]:
-            if isinstance(call, Call):
-                call.fail(error(sentence))
-                self._outbox.wake(call)
+        for request in [*self.pending.forget(), *self.sleepers.lost(), *self._postponed]:
+            request.fail(error(sentence))
+            self.pending.wake(request)
         self._postponed.clear()
-        if was_welcomed:
-            self._flow.fail(error, sentence)
+        self.flow.fail(error, sentence)
 
-    def leave(self, park: bool = False) -> PingCall | None:
-        """End the session: what waits fails, open streams are closed. The Ping ends when the server has read that.
-
-        With `park`, and without a connection, nothing is closed: the server parks the streams, and forgets them in
-        time.
-        """
+    def leave(self, park: bool) -> Farewell | None:
+        """End the session, and unless the streams are to be parked, close them, if the server can be told."""
         reachable = self.state is State.OPEN
         self.fail(ClientClosed, "the client was closed")
-        if park or not reachable or not len(self._table.live_rows()):
+        if park or not reachable or not len(self.table.live_rows()):
             return None
-        self._farewell = PingCall(0.0)
-        self._changes.close_all()
-        live = self._table.live_rows()
-        asleep = live[self._table.asleep[live]]
-        ask_for_own(self._table, self._outbox, asleep, self.info.max_message_bytes)  # to be closed, they must be awake
-        self._say_farewell()
-        return self._farewell
+        farewell = Farewell(self.table, self.pending, self.info)
+        farewell.ask(0.0)
+        return farewell
 
-    def _say_farewell(self) -> None:
-        """Ask what tells that the server has read everything, once nothing is left to be closed."""
-        if not any(asked.kind is Kind.RESUME for asked in self._outbox.unanswered.values()):
-            self._outbox.ask(Kind.PING, self._farewell)
+    # Messages.
 
-    def _check_open(self) -> None:
-        if self.state not in (State.OPEN, State.RECONNECTING):
-            raise self._failure[0](self._failure[1])
+    def _handle_stepped(self, frames: Sequence[Frame]) -> None:
+        for answer in replies.stepped(frames):
+            if self.state is State.ENDED:
+                return
+            self.flow.stepped(answer)
+            if self.state is State.OPEN:
+                self.attempts.worked()
 
-    def _ask(self, call: Call[Any], now: float = 0.0) -> None:
-        """Ask for what a call wants, now or when there is a connection again."""
-        if self.state is State.RECONNECTING:
-            self._postponed[call] = None
-        elif isinstance(call, PingCall):
-            call.sent_at = max(call.sent_at, now)
-            self._outbox.ask(Kind.PING, call)
-        elif isinstance(call, StatisticsCall):
-            self._outbox.ask(Kind.STATS, call)
-        elif isinstance(call, ListCall):
-            fields = (call.cursor, call.most, call.place)
-            self._outbox.ask(Kind.LIST, call, *fields, frames=[call.prefix.encode()])
-        elif (
-            isinstance(call, ForkCall | ReadStateCall | ResetCall) and call.handle is not None and call.handle.has_ended
-        ):
-            row = int(call.handle.rows[self._table.ended[call.handle.rows] != 0][0])
-            call.fail(self._table.why_ended(row))
-            self._outbox.wake(call)
-            if not isinstance(call, ReadStateCall):
-                self._flow.answered(call.handle)
-        elif isinstance(call, OpenCall):
-            self._openings.ask(call)
-        elif isinstance(call, ReadStateCall):
-            self._state_reads.ask(call)
-        elif isinstance(call, ResetCall | CloseCall):
-            self._changes.ask(call)
+    def _handle(self, header: Header, frames: Sequence[Frame], now: float) -> None:
+        kind, number = header.kind, header.request
+        asked = self.pending.unanswered.get(number)
+        if self.state is State.ENDED and asked is None:
+            return  # only the farewell is still waited for
+        if kind is Kind.ERROR:
+            self._handle_error(number, replies.error(header), now)
+        elif kind is Kind.GOODBYE:
+            replies.goodbye(header)
+            self.lose(now, "the server is shutting down")
+        elif kind is Kind.EVICTED:
+            self._handle_evicted(header, frames)
+        elif kind is Kind.PING:
+            self.pending.answer_ping(number)
+        else:
+            if asked is None or asked.request.reply is not kind:
+                raise MalformedMessage(f"{kind.name} with number {number} answers nothing that was asked")
+            if self.state is State.OPEN:
+                self.attempts.worked()
+            del self.pending.unanswered[number]
+            try:
+                asked.request.answered(asked.part, header, frames, now)
+            except MalformedMessage:
+                self.pending.unanswered[number] = asked  # it fails with the others
+                raise
+            if asked.request.done:
+                self.pending.wake(asked.request)
 
-    def _ask_in_turn(self, call: QueuedCall) -> None:
-        self._flow.enqueue(call)
+    def _handle_evicted(self, header: Header, frames: Sequence[Frame]) -> None:
+        handles, code, sentence = replies.evicted(header, frames)
+        rows = self.table.rows_of(handles)
+        if code is Code.HIBERNATED:
+            self.table.sleep(rows)
+        else:
+            self.flow.end({(code, sentence): rows.tolist()})
 
-    def _discard(self, handle: StreamHandle, on_end: Callable[[], None] | None = None) -> None:
-        """Close a stream handle that nobody holds; `on_end` is called when that was done or failed."""
-        handle.closing = True
-        self._ask_in_turn(CloseCall(handle, self.info.state, on_end))
+    def _handle_error(self, number: int, refusal: ErrorReply, now: float) -> None:
+        if refusal.code is Code.HELLO_FIRST and number == 0 and self._is_new:
+            # ZeroMQ announced the connection before our HELLO, as it does each time it makes one. Perhaps it made one
+            # before and lost our HELLO with it: then the server will not know who sends this PING, and say so.
+            self._is_new = False
+            self._probe.ask(now)
+        elif refusal.code is Code.HELLO_FIRST:
+            self.lose(now, f"the connection to {self.endpoint} broke, or the server there was restarted; connect again")
+        elif (asked := self.pending.unanswered.pop(number, None)) is not None:
+            asked.request.refused(asked.part, refusal, now)
+            if asked.request.done:
+                self.pending.wake(asked.request)
+        elif not self.flow.refused(number, refusal, now):
+            self.fail(
+                ConnectionFailed,
+                f"the server at {self.endpoint} could not read a message of this client, the connection was given up: "
+                f"{refusal.code.name}: {refusal.sentence}",
+            )
+
+    # Greeting and claims.
+
+    def welcomed(self, info: ServerInfo, now: float) -> None:
+        """WELCOME came.
+
+        Raises:
+            MalformedMessage: when the server speaks another version of the protocol.
+        """
+        self._is_new = False
+        if info.protocol_version != wire.PROTOCOL_VERSION:
+            raise MalformedMessage(
+                f"it speaks protocol version {info.protocol_version}, this client {wire.PROTOCOL_VERSION}"
+            )
+        former, self._info = self._info, info
+        if former is None:
+            self.flow.limit(info)
+            self.state = State.OPEN
+            return
+        problem = _cannot_continue(former, info)
+        if problem:
+            self.fail(ConnectionFailed, f"the server at {self.endpoint} was restarted with {problem}; connect again")
+            return
+        self._forgets = info.boot_id != former.boot_id and info.durability == "memory"
+        self.attempts.phase = Phase.RESUMING
+        rows = self.table.live_rows()
+        self._claim(rows[~self.table.asleep[rows]])  # the others are resumed when there is something to send to them
+        self._resume(now)
+
+    def turned_away(self, refusal: ErrorReply, now: float) -> None:
+        """A HELLO or a claim was refused."""
+        if refusal.code in _PASSES and self.state is State.RECONNECTING:
+            self.lose(now, refusal.sentence)
+        else:
+            self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
+
+    def claimed(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """RESUMED came for streams of this client, in these rows."""
+        ended = self.sleepers.granted(part, *replies.granted(header, frames, len(part)), now)
+        if self.state is State.RECONNECTING and self._forgets:
+            ended = {
+                (code, _RESTARTED if code is Code.UNKNOWN_STREAM else sentence): rows
+                for (code, sentence), rows in ended.items()
+            }
+        self.flow.end(ended)
+        self._resume(now)
+
+    def claim_refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+        """ERROR came for a claim."""
+        if self.state is State.OPEN and refusal.code in _PASSES:
+            self.sleepers.refused(part, now + max(refusal.retry_after_s, _LEAST_RETRY_S))
+        else:
+            self.turned_away(refusal, now)
+
+    def _claim(self, rows: Indices) -> None:
+        claim(self.table, self.pending, Claim(self), rows, self.info.max_message_bytes)
+
+    def _resume(self, now: float) -> None:
+        """When every claim was answered: what was on its way goes out again, and what was asked is asked again."""
+        if self.attempts.phase is not Phase.RESUMING or self.pending.waits_for(Kind.RESUMED):
+            return
+        self.attempts.phase = Phase.NONE
+        self.state = State.OPEN
+        postponed, self._postponed = self._postponed, {}
+        for request in postponed:
+            request.ask(now)
+        if not self.pending.unanswered:
+            self.attempts.worked()
 
     # Silence, loss and recovery.
 
+    def lose(self, now: float, sentence: str) -> None:
+        """The connection is lost: there will be another, or it is the end of the session."""
+        if self.state is State.ENDED:
+            return
+        if self.state is State.GREETING:
+            self.fail(ConnectionFailed, sentence)
+            return
+        if not self.attempts.lost(now, sentence):
+            self.fail(ConnectionFailed, self.attempts.why_given_up())
+            return
+        waiting: list[Request[Any]] = []
+        if self.state is State.OPEN:
+            self.state = State.RECONNECTING
+            self.flow.in_flight.lost()
+            waiting += self.sleepers.lost()
+        for request in dict.fromkeys([*self.pending.forget(), *waiting]):
+            if request.lost():
+                self._postponed[request] = None
+        self._waiting_since = None
+
+    def _recover(self, now: float) -> None:
+        if self.attempts.is_over(now):
+            self.fail(ConnectionFailed, self.attempts.why_given_up())
+        elif self.attempts.has_timed_out(now):
+            self.lose(now, "")
+        elif self.attempts.is_due(now):
+            self._wants_socket = True
+            self._is_new = True
+            self.greeting.ask(now)
+
     def _watch(self, now: float) -> None:
-        if self.state is State.ENDED or not self._outbox.unanswered:
+        if self.state is State.ENDED or not self._is_waiting():
             self._waiting_since = None
             if self._keeps_alive() and now >= self._heard_at + self.info.park_s / 2:
-                self._probe()
+                self._probe.ask(now)
             return
         if self._waiting_since is None:
             self._waiting_since = now
         quiet_since = max(self._heard_at, self._waiting_since)
         if now >= quiet_since + self._timeout_s:
-            self._lose(
+            self.lose(
                 now, f"nobody answers at {self.endpoint} (waited {self._timeout_s:g} s); is the server running there?"
             )
         elif now >= quiet_since + self._timeout_s / 2 and self._may_probe():
-            self._probe()
+            self._probe.ask(now)
 
-    def _probe(self) -> None:
-        self._probing = True
-        self._outbox.ask(Kind.PING, None)
+    def _is_waiting(self) -> bool:
+        return bool(self.pending.unanswered or self.flow.in_flight.on_the_way)
 
     def _may_probe(self) -> bool:
-        return self.state is State.OPEN and not self._probing
+        return self.state is State.OPEN and not self._probe.is_unanswered
 
     def _keeps_alive(self) -> bool:
         """Whether silence alone calls for a word: a connection that was lost unnoticed has its streams parked."""
         return (
             self.state is State.OPEN
-            and self._reconnection.reconnect_s > 0
+            and self.attempts.reconnect_s > 0
             and self.info.park_s > 0
-            and not self._outbox.unanswered
-            and not self._table.is_empty
+            and not self._is_waiting()
+            and not self.table.is_empty
         )
 
-    def _lose(self, now: float, sentence: str) -> None:
-        """The connection is lost: there will be another, or it is the end of the session."""
-        if self.state is State.GREETING:
-            self.fail(ConnectionFailed, sentence)
-            return
-        if not self._reconnection.lost(now, sentence):
-            self._give_up()
-            return
-        waiting: list[object] = []
-        if self.state is State.OPEN:
-            self.state = State.RECONNECTING
-            self._flow.in_flight.lost()
-            waiting += [*self._sleepers.lost(), *self._changes.lost()]
-        for call in dict.fromkeys([*(asked.what for asked in self._outbox.forget()), *waiting]):
-            if isinstance(call, Call) and not (isinstance(call, OpenCall) and not self._openings.lost(call)):
-                self._postponed[call] = None
-        self._probing = False
-        self._waiting_since = None
 
-    def _give_up(self) -> None:
-        why, reconnect_s = self._reconnection.why, self._reconnection.reconnect_s
-        if reconnect_s:
-            why += " " if why.endswith("?") else "; "
-            why += f"this client tried to connect again for {reconnect_s:g} s and has given up: make another one"
-        self.fail(ConnectionFailed, why)
-
-    def _recover(self, now: float) -> None:
-        if self._reconnection.is_over(now):
-            self._give_up()
-        elif self._reconnection.has_timed_out(now):
-            self._lose(now, "")
-        elif self._reconnection.is_due(now):
-            self._wants_socket = True
-            self._is_new = True
-            self._outbox.ask(Kind.HELLO, None, wire.PROTOCOL_VERSION, self._name)
+def _cannot_continue(former: ServerInfo, info: ServerInfo) -> str:
+    """What of a restarted server makes it impossible to continue with it; empty if nothing."""
+    if any(getattr(info, name) != getattr(former, name) for name in _SAME):
+        return f"another model ({info.model!r})"
+    smaller = [name for name in _NOT_LESS if getattr(info, name) < getattr(former, name)]
+    return f"a smaller {smaller[0]}" if smaller else ""

@@ -19,7 +19,7 @@ import zmq
 
 from instep_client.calls import Call
 from instep_client.endpoint import EXAMPLES
-from instep_client.outbox import MAX_REPLY_BYTES
+from instep_client.pending import MAX_REPLY_BYTES
 from instep_client.protocol import multipart
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed
 from instep_client.protocol.wire import Message

@@ -10,18 +10,19 @@ never sent again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Final
 
 import numpy as np
 
-from instep_client.arrays import Indices
-from instep_client.blocks import StepBlock
-from instep_client.outbox import Outbox
-from instep_client.protocol.wire import Code
+from instep_client.arrays import NOBODY
+from instep_client.pending import Pending
+from instep_client.protocol import wire
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import MalformedMessage
+from instep_client.protocol.step_messages import pack_step
 from instep_client.replies import ColumnError, ErrorReply, Stepped
-from instep_client.sleepers import Sleepers
-from instep_client.steps import FailedFrames, StepCall
+from instep_client.sleepers import EndedRows, Sleepers
+from instep_client.steps import FailedFrames, StepBlock, StepCall
 from instep_client.streams import ENDING, HANDLE, SEQ, OpenStreams
 
 BEHIND: Final = "an earlier frame of this stream was refused, so this one, which came after it, was not applied"
@@ -34,82 +35,105 @@ class InFlight:
 
     Args:
         table: the streams.
-        outbox: where blocks go.
+        pending: where blocks go.
         sleepers: wakes streams that hibernate.
-        outputs: width of an output.
         shutdown_s: how long what a server refuses because it shuts down waits for its end and the next one.
-        settled: told of the calls of which frames were answered for good.
-        end: told of streams that an answer says have ended.
     """
 
-    def __init__(
-        self,
-        table: OpenStreams,
-        outbox: Outbox,
-        sleepers: Sleepers,
-        outputs: int,
-        shutdown_s: float,
-        settled: Callable[[Iterable[StepCall]], None],
-        end: Callable[[Indices, Code, str], None],
-    ) -> None:
+    def __init__(self, table: OpenStreams, pending: Pending, sleepers: Sleepers, shutdown_s: float) -> None:
         self._table = table
-        self._outbox = outbox
+        self._pending = pending
         self._sleepers = sleepers
-        self._is_waking = False
-        self._outputs = outputs
         self._shutdown_s = shutdown_s
         self._shutting_down_since: float | None = None
-        self._settled = settled
-        self._end = end
-        self._on_the_way: dict[StepBlock, None] = {}
+        self._is_waking = False
+        self.on_the_way: dict[int, StepBlock] = {}
+        """By number."""
         self._refused: list[StepBlock] = []
         self._congested = False
         self._resend_at = 0.0
+        self.outputs_width = 0
+        """Numbers in an output."""
         self.unanswered_frames = 0
         """Frames sent and not answered at all; never more than the server's credit."""
+        self.settled: list[StepCall] = []
+        """Calls of which frames were answered for good since `Flow` last looked."""
+        self.ended: EndedRows = {}
+        """Streams that have ended, as answers say, since `Flow` last looked."""
 
     def blocks(self) -> list[StepBlock]:
         """Every block that is not answered for good."""
-        return [*self._on_the_way, *self._refused]
+        return [*self.on_the_way.values(), *self._refused]
 
     def post(self, block: StepBlock) -> None:
         """Send a block."""
-        block.request = self._outbox.step(block)
-        self._on_the_way[block] = None
+        block.number = self._pending.next_number()
+        timesteps, _, features = block.x.shape
+        header = pack_step(block.number, timesteps, features, block.columns.tobytes())
+        self._pending.messages.append([header, wire.raw(block.x)])
+        self.on_the_way[block.number] = block
         self.unanswered_frames += block.frames
 
-    def answered(self, block: StepBlock, answer: Stepped) -> None:
-        """A block's STEPPED came."""
-        self._leave(block)
-        self._shutting_down_since = None
-        self._acknowledge(block, answer.failures)
-        whole = block
-        if answer.failures:
-            held = self._sort_failures(block, answer.failures)
-            if held:
-                rest = np.setdiff1d(np.arange(len(block.rows)), held)
-                self._refused.append(block.take(np.array(held, np.int64)))
-                block = block.take(rest)
-                answer = answer._replace(outputs=answer.outputs[:, rest])
-        block.deliver(answer)
-        self._settled(whole.calls)
+    def answered(self, answer: Stepped) -> None:
+        """STEPPED came for a block.
 
-    def refused(self, block: StepBlock, refusal: ErrorReply, now: float) -> None:
-        """A block's ERROR came: nothing of it was applied."""
-        if not self._passes(refusal.code, now):
+        Raises:
+            MalformedMessage: when there is no such block, or it has another size.
+        """
+        block = self.on_the_way.get(answer.request)
+        if block is None:
+            raise MalformedMessage(f"STEPPED with number {answer.request} answers nothing that was asked")
+        if answer.outputs.shape != (*block.x.shape[:2], self.outputs_width):
+            raise MalformedMessage("a block of another size was sent than the one that was answered")
+        self._leave(block)
+        self._take(block, answer)
+
+    def refused(self, number: int, refusal: ErrorReply, now: float) -> bool:
+        """ERROR came for a block, if there is one of that number: nothing of it was applied."""
+        block = self.on_the_way.get(number)
+        if block is None:
+            return False
+        self._leave(block)
+        if self._passes(refusal.code, now):
+            self._congested = True
+            wait_s = refusal.retry_after_s if refusal.code is Code.BUSY else _DRAIN_RETRY_S
+            self._resend_at = max(self._resend_at, now + wait_s)
+            self._table.held[block.rows] = True
+            self._refused.append(block)
+        else:
             failures = [
                 ColumnError(column, 0, refusal.code, refusal.sentence, int(seq))
                 for column, seq in enumerate(block.columns[:, SEQ])
             ]
-            outputs = np.full((*block.x.shape[:2], self._outputs), np.nan, np.float32)
-            self.answered(block, Stepped(block.request, outputs, failures, (0, 0, 0)))
-            return
-        self._leave(block)
+            outputs = np.full((*block.x.shape[:2], self.outputs_width), np.nan, np.float32)
+            self._take(block, Stepped(number, outputs, failures, (0, 0, 0)))
+        return True
+
+    def is_free(self, now: float) -> bool:
+        """Whether new blocks may be sent; what waits to be sent again is, when its time has come."""
+        if not self._congested:
+            return True
+        if self.on_the_way or now < self._resend_at:
+            return False
+        refused = np.concatenate([NOBODY, *(block.rows for block in self._refused)])
+        self._is_waking = self._sleepers.wake(refused)
+        if self._is_waking:
+            return False
+        self._resend()
+        return True
+
+    def deadline(self) -> float | None:
+        """When blocks are to be sent again though no message comes."""
+        is_due = self._congested and not self.on_the_way and not self._is_waking
+        return self._resend_at if is_due else None
+
+    def lost(self) -> None:
+        """The connection is lost: all waits, to go out again once there is another and the table has its handles."""
+        self._refused = self.blocks()
+        self.on_the_way.clear()
+        self._shutting_down_since = None
         self._congested = True
-        wait_s = refusal.retry_after_s if refusal.code is Code.BUSY else _DRAIN_RETRY_S
-        self._resend_at = max(self._resend_at, now + wait_s)
-        self._table.held[block.rows] = True
-        self._refused.append(block)
+        self.unanswered_frames = 0
 
     def _passes(self, code: Code, now: float) -> bool:
         """Whether what was refused with this code may be taken later."""
@@ -119,46 +143,22 @@ class InFlight:
             self._shutting_down_since = now
         return now < self._shutting_down_since + self._shutdown_s
 
-    def is_free(self, now: float) -> bool:
-        """Whether new blocks may be sent; what waits to be sent again is, when its time has come."""
-        if self._congested:
-            if self._on_the_way or now < self._resend_at or self._wakes():
-                return False
-            self._resend()
-        return True
-
-    def _wakes(self) -> bool:
-        """Whether what is to be sent again waits for streams that hibernate."""
-        rows = np.concatenate([block.rows for block in self._refused] or [np.zeros(0, np.int64)])
-        if not self._table.asleep[rows].any():
-            return False
-        if not self._is_waking:
-            self._is_waking = True
-            self._sleepers.wake(rows, self._woken)
-        return True
-
-    def _woken(self) -> None:
-        self._is_waking = False
-
-    def deadline(self) -> float | None:
-        """When blocks are to be sent again though no message comes."""
-        is_due = self._congested and not self._on_the_way and not self._is_waking
-        return self._resend_at if is_due else None
-
-    def lost(self) -> None:
-        """The connection is lost."""
-        self._refused = self.blocks()
-        self._on_the_way.clear()
-        self._shutting_down_since = None
-        self.unanswered_frames = 0
-
-    def resumed(self) -> None:
-        """There is another connection, and the table holds the handles of it."""
-        self._congested = True  # all goes out again as soon as it may
-
     def _leave(self, block: StepBlock) -> None:
-        del self._on_the_way[block]
+        del self.on_the_way[block.number]
         self.unanswered_frames -= block.frames
+
+    def _take(self, block: StepBlock, answer: Stepped) -> None:
+        self._shutting_down_since = None
+        self._acknowledge(block, answer.failures)
+        self.settled.extend(block.calls)
+        if answer.failures:
+            held = self._sort_failures(block, answer.failures)
+            if held:
+                rest = np.setdiff1d(np.arange(len(block.rows)), held)
+                self._refused.append(block.take(np.array(held, np.int64)))
+                block = block.take(rest)
+                answer = answer._replace(outputs=answer.outputs[:, rest])
+        block.deliver(answer)
 
     def _acknowledge(self, block: StepBlock, failures: list[ColumnError]) -> None:
         first = block.columns[:, SEQ]
@@ -167,8 +167,48 @@ class InFlight:
             end[failure.column] = first[failure.column] + np.uint64(failure.timestep)
         self._table.came(block.rows, first, end)
 
+    def _sort_failures(self, block: StepBlock, failures: list[ColumnError]) -> list[int]:
+        """Tell the calls what failed and set the streams back; returns the columns that have to be sent again.
+
+        Those are the ones that only wait for a BUSY one, and those of streams that hibernated when their frames came.
+        """
+        table = self._table
+        held: list[int] = []
+        for column, timestep, code, sentence, expected in failures:
+            call, index = block.owner(column)
+            row = int(block.rows[column])
+            stale = bool(table.rewound_at[row] > call.stamp)
+            if code is Code.SEQ_GAP and timestep == 0 and table.held[row] and not stale:
+                held.append(column)
+                continue
+            has_slept = table.asleep[row] or table.columns[row, HANDLE] != block.columns[column, HANDLE]
+            if code is Code.UNKNOWN_STREAM and has_slept:  # it may be awake again by the time of this answer
+                held.append(column)
+                self._congested = table.held[row] = True
+                continue
+            seq = int(block.columns[column, SEQ]) + timestep
+            call.refuse(index, FailedFrames(seq, code, sentence, expected))
+            if code in ENDING:
+                self.ended.setdefault((code, sentence), []).append(row)
+            elif code is Code.CONFLICT:
+                self._rewind(row, call, seq)  # not forward: outputs of other frames are not this client's
+            else:
+                self._rewind(row, call, expected, outputs_are_gone=code is Code.SEQ_REPEATED)
+        return held
+
+    def _rewind(self, row: int, call: StepCall, expected: int, outputs_are_gone: bool = False) -> None:
+        """The stream goes on from the seq the server expects.
+
+        What was asked for before the last rewind says nothing new. (Should a step on the server fail after a later
+        frame of the stream was refused, the stream's next frame is refused once more, and that sets it right.)
+        """
+        table = self._table
+        if call.stamp > table.rewound_at[row]:
+            table.rewound_at[row] = call.handle.rewound_at = table.stamp()
+            table.rewind(row, expected, outputs_are_gone)
+
     def _resend(self) -> None:
-        blocks = sorted(self._refused, key=lambda block: block.request)
+        blocks = sorted(self._refused, key=lambda block: block.number)
         self._refused = []
         self._table.held[:] = False
         self._congested = False
@@ -191,46 +231,4 @@ class InFlight:
             expected = int(self._table.columns[row, SEQ])
             call.refuse(index, FailedFrames(int(block.columns[column, SEQ]), code, sentence, expected))
         block.settle()
-        self._settled(block.calls)
-
-    def _sort_failures(self, block: StepBlock, failures: list[ColumnError]) -> list[int]:
-        """Tell the calls what failed and set the streams back; returns the columns that have to be sent again.
-
-        Those are the ones that only wait for a BUSY one, and those of streams that hibernated when their frames came.
-        """
-        held: list[int] = []
-        ending: dict[tuple[Code, str], list[int]] = {}
-        for column, timestep, code, sentence, expected in failures:
-            call, index = block.owner(column)
-            row = int(block.rows[column])
-            stale = bool(self._table.rewound_at[row] > call.stamp)
-            if code is Code.SEQ_GAP and timestep == 0 and self._table.held[row] and not stale:
-                held.append(column)
-                continue
-            has_slept = self._table.asleep[row] or self._table.columns[row, HANDLE] != block.columns[column, HANDLE]
-            if code is Code.UNKNOWN_STREAM and has_slept:  # it may be awake again by the time of this answer
-                held.append(column)
-                self._congested = self._table.held[row] = True
-                continue
-            seq = int(block.columns[column, SEQ]) + timestep
-            call.refuse(index, FailedFrames(seq, code, sentence, expected))
-            if code in ENDING:
-                ending.setdefault((code, sentence), []).append(row)
-            elif code is Code.CONFLICT:
-                self._rewind(row, call, seq)  # not forward: outputs of other frames are not this client's
-            else:
-                self._rewind(row, call, expected, outputs_are_gone=code is Code.SEQ_REPEATED)
-        for (code, sentence), rows in ending.items():
-            self._end(np.array(rows, np.int64), code, sentence)
-        return held
-
-    def _rewind(self, row: int, call: StepCall, expected: int, outputs_are_gone: bool = False) -> None:
-        """The stream goes on from the seq the server expects.
-
-        What was asked for before the last rewind says nothing new. (Should a step on the server fail after a later
-        frame of the stream was refused, the stream's next frame is refused once more, and that sets it right.)
-        """
-        table = self._table
-        if call.stamp > table.rewound_at[row]:
-            table.rewound_at[row] = call.handle.rewound_at = table.stamp()
-            table.rewind(row, expected, outputs_are_gone)
+        self.settled.extend(block.calls)

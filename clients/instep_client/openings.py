@@ -7,25 +7,26 @@ connection, and fails with ConnectionFailed, which says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from instep_client import arrays
-from instep_client.outbox import Outbox, parts
+from instep_client import arrays, replies
+from instep_client.arrays import Indices
+from instep_client.changes import Discard
+from instep_client.connection import Connection
+from instep_client.flow import TurnRequest
 from instep_client.protocol import wire
+from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
 from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput, StreamRefused, stream_ended
-from instep_client.protocol.wire import CLAIM, HAVE_ALL, U64, Code, GrantArray, Kind, Message, ServerInfo, raw
+from instep_client.protocol.wire import CLAIM, GRANT, Frame, GrantArray, Header, Kind, Message, raw
 from instep_client.replies import ColumnError
-from instep_client.requests import ForkCall, OpenCall, ResumeCall
-from instep_client.sleepers import Sleepers, without_columns
+from instep_client.requests import NAME_BYTES, StreamsRequest
 from instep_client.states import State, state_rows
-from instep_client.streams import HANDLE, OpenStreams, StreamHandle
+from instep_client.streams import HANDLE, StreamHandle
 
-_IN_DOUBT: Final = {Code.NAME_IN_USE: "opened", Code.FENCED: "resumed"}
-"""What may have been done over a lost connection when asking again is refused with these codes."""
 _FENCED: Final = (
     "the stream has another owner, or has had one since the epoch that was given: give the epoch that it was granted "
     "last (epoch=…), or take it over (take_over=True)"
@@ -37,206 +38,216 @@ _IN_USE: Final = (
 _SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE, Code.NUMERICS_CHANGED})
 
 
-class Openings:
-    """The OPEN, RESUME and FORK requests of one session.
+class Opening(StreamsRequest[StreamHandle]):
+    """Streams that come to this client: the result is their stream handle. All of them come, or none."""
 
-    Args:
-        table: where the streams are put.
-        info: what the server takes.
-        outbox: where requests go.
-        sleepers: wakes streams that hibernate.
-        discard: closes a stream handle that nobody holds, and calls what it is given when that has ended.
-        answered: told of a stream handle for which a FORK was answered.
-        fenced: told of the former rows of streams that this client has resumed once more.
-    """
+    __slots__ = ("abandoned", "grants", "single")
+
+    def __init__(
+        self, connection: Connection, names: Sequence[str], single: bool, source: StreamHandle | None = None
+    ) -> None:
+        super().__init__(connection, names, source)
+        self.single = single
+        self.grants: GrantArray = np.zeros(len(self.names), GRANT)
+        self.abandoned = False
+        """Whether nobody waits any more: what was opened is to be closed again."""
+
+    def most(self) -> int:
+        """As many names and states as fit."""
+        info = self.connection.info
+        return info.max_message_bytes // max(NAME_BYTES, info.state.row_bytes)
+
+    def ask(self, now: float) -> None:
+        """Ask for all streams, unless nobody waits for them any more."""
+        if self.abandoned:
+            self.end(InstepError("the call was cancelled"))
+        else:
+            super().ask(now)
+
+    def begin(self) -> None:
+        """Forget what was granted over an earlier connection."""
+        super().begin()
+        self.grants[:] = 0
+
+    def decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+        """OPENED or RESUMED: grants."""
+        self.grants[part], failures = replies.granted(header, frames, len(part))
+        return failures
+
+    def conclude(self) -> None:
+        """Give the handle, or take back what was opened and say why."""
+        error = InstepError("the call was cancelled") if self.abandoned else self.why_refused()
+        if error is None:
+            self.finish(self.connection.table.add(self.names, self.grants, self.single))
+            self.end()
+        else:
+            self.undo(error)
+
+    def undo(self, error: InstepError) -> None:
+        """Close what was opened, then fail: the user may ask for the same names then."""
+        is_open = self.grants["handle"] != 0
+        if is_open.any():
+            names = [name for name, is_mine in zip(self.names, is_open, strict=True) if is_mine]
+            handle = self.connection.table.add(names, self.grants[is_open], single=False)
+            self.connection.flow.enqueue(Discard(self.connection, handle, lambda: self.end(error)))
+        else:
+            self.end(error)
+
+    def cancel(self) -> None:
+        """Nobody wants the streams any more."""
+        self.abandoned = True
+        if self.done and self.error is None:
+            self.connection.flow.enqueue(Discard(self.connection, self.result()))
+
+    def lost(self) -> bool:
+        """Ask again, unless some were opened: those could not be told from another client's."""
+        super().lost()
+        if not np.any(self.grants["handle"] != 0):
+            return True
+        self.end(self.doubt(self.names[0]))
+        return False
+
+    def why_refused(self) -> InstepError | None:
+        """What it fails with, if a stream was refused."""
+        if self.refusal is None:
+            return None
+        which, code, sentence, _ = self.refusal
+        if self.asked_before and code is Code.NAME_IN_USE:
+            return self.doubt(self.names[which])
+        return StreamRefused(code, sentence, self.names[which])
+
+    def doubt(self, name: str, done: str = "opened") -> ConnectionFailed:
+        """It may have been done over a connection that was lost, and nobody can tell."""
+        return ConnectionFailed(
+            f"the connection was lost while stream {name!r} was asked for, which may have been {done} over it; "
+            "resume it with take_over=True"
+        )
+
+
+class OpenCall(Opening):
+    """The opening of streams; see `Session.open`."""
+
+    __slots__ = ("_first_seqs", "_states")
+    kind, reply = Kind.OPEN, Kind.OPENED
 
     def __init__(
         self,
-        table: OpenStreams,
-        info: ServerInfo,
-        outbox: Outbox,
-        sleepers: Sleepers,
-        discard: Callable[[StreamHandle, Callable[[], None] | None], None],
-        answered: Callable[[StreamHandle], None],
-        fenced: Callable[[arrays.Indices], None],
+        connection: Connection,
+        names: Sequence[str],
+        states: State | None,
+        single: bool,
+        first_seqs: npt.ArrayLike | None,
     ) -> None:
-        self._table = table
-        self._outbox = outbox
-        self._sleepers = sleepers
-        self._discard = discard
-        self._answered = answered
-        self._fenced = fenced
-        self._state = info.state
-        name_bytes = wire.MAX_NAME_BYTES + 1
-        self._most_opened = info.max_message_bytes // max(name_bytes, self._state.row_bytes)
-        self._most_resumed = info.max_message_bytes // max(name_bytes, wire.GRANT.itemsize)
+        super().__init__(connection, names, single)
+        count = len(self.names)
+        self._states = None if states is None else state_rows(states, connection.info.state, None if single else count)
+        self._first_seqs = None if first_seqs is None else arrays.counts(first_seqs, count, "first seqs")
 
-    def open(
-        self, names: Sequence[str], initial_states: State | None, single: bool, first_seqs: U64 | None = None
-    ) -> OpenCall:
-        """A call that opens streams; see `Session.open`."""
-        names = good_names(names)
-        initial = None
-        if initial_states is not None:
-            initial = state_rows(initial_states, self._state, None if single else len(names))
-        return OpenCall(names, single, initial, first_seqs)
+    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+        """OPEN: names, and states and first seqs where given."""
+        states = b"" if self._states is None else raw(self._states[part])
+        seqs = b"" if self._first_seqs is None else self._first_seqs[part].tobytes()
+        has = (int(self._states is not None), int(self._first_seqs is not None))
+        return has, [wire.pack_names([self.names[which] for which in part]), states, seqs]
 
-    def resume(
+    def why_refused(self) -> InstepError | None:
+        """Of a name in use, what can be done about it."""
+        error = super().why_refused()
+        if self.single and isinstance(error, StreamRefused) and error.code is Code.NAME_IN_USE:
+            return StreamRefused(error.code, _IN_USE, error.stream)
+        return error
+
+
+class ForkCall(Opening, TurnRequest):
+    """The copying of a handle's streams to new ones; see `Session.fork`."""
+
+    __slots__ = ("stamp",)
+    kind, reply = Kind.FORK, Kind.OPENED
+    handle: StreamHandle
+
+    def __init__(self, connection: Connection, source: StreamHandle, names: Sequence[str]) -> None:
+        super().__init__(connection, names, source.single, source)
+        self.stamp = connection.table.stamp()
+        if len(self.names) != len(source.rows):
+            raise InvalidInput(f"{len(source.rows)} streams are copied, there are names for {len(self.names)}")
+
+    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+        """FORK: handles, and names of the copies."""
+        handles = self.connection.table.columns[self.handle.rows[part], HANDLE].tobytes()
+        return (), [handles, wire.pack_names([self.names[which] for which in part])]
+
+    def end(self, error: InstepError | None = None) -> None:
+        """It has ended, and what waits behind it goes on."""
+        super().end(error)
+        self.connection.flow.request_answered(self.handle)
+
+
+class ResumeCall(Opening):
+    """The resuming of streams by name; see `Session.resume`. A stream that was there before stays, whatever happens."""
+
+    __slots__ = ("_claims", "_take_over")
+    kind, reply = Kind.RESUME, Kind.RESUMED
+
+    def __init__(
         self,
+        connection: Connection,
         names: Sequence[str],
         have: npt.ArrayLike | None,
         epochs: npt.ArrayLike,
         take_over: bool,
         single: bool,
-    ) -> ResumeCall:
-        """A call that resumes streams; see `Session.resume`."""
-        names = good_names(names)
-        claims = np.zeros(len(names), CLAIM)
-        claims["have"] = HAVE_ALL if have is None else arrays.counts(have, len(names), "have")
-        claims["epoch"] = arrays.counts(epochs, len(names), "epochs")
-        return ResumeCall(names, single, claims, take_over)
+    ) -> None:
+        super().__init__(connection, names, single)
+        self._claims = np.zeros(len(self.names), CLAIM)
+        self._claims["have"] = HAVE_ALL if have is None else arrays.counts(have, len(self.names), "have")
+        self._claims["epoch"] = arrays.counts(epochs, len(self.names), "epochs")
+        self._take_over = int(take_over)
 
-    def fork(self, handle: StreamHandle, names: Sequence[str]) -> ForkCall:
-        """A call that copies a handle's streams; see `Session.fork`."""
-        names = good_names(names)
-        if len(names) != len(handle.rows):
-            raise InvalidInput(f"{len(handle.rows)} streams are copied, there are names for {len(names)}")
-        return ForkCall(names, handle)
+    def most(self) -> int:
+        """As many names and grants as fit."""
+        return self.connection.info.max_message_bytes // max(NAME_BYTES, GRANT.itemsize)
 
-    def ask(self, call: OpenCall) -> None:
-        """Ask for the streams of a call; again, when it was asked before over a connection that is lost."""
-        if call.abandoned:
-            self._end(call, InstepError("the call was cancelled"))
-            return
-        kind, most = Kind.OPEN, self._most_opened
-        if isinstance(call, ResumeCall):
-            kind, most = Kind.RESUME, self._most_resumed
-            held = call.grants["handle"] != 0  # over a connection that is lost
-            call.claims["epoch"][held] = call.grants["epoch"][held]
-        elif isinstance(call, ForkCall):
-            kind = Kind.FORK
-        call.grants[:] = 0
-        pieces = parts(len(call.names), most)
-        call.begin(len(pieces))
-        for part in pieces:
-            self._ask(kind, call, part)
+    def begin(self) -> None:
+        """Claim what was granted over an earlier connection by its newer epoch."""
+        held = self.grants["handle"] != 0
+        self._claims["epoch"][held] = self.grants["epoch"][held]
+        super().begin()
 
-    def _ask(self, kind: Kind, call: OpenCall, part: arrays.Indices) -> None:
-        names = wire.pack_names([call.names[index] for index in part])
-        self._outbox.ask(kind, call, len(part), *self._fields(call), frames=self._frames(call, names, part), part=part)
+    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+        """RESUME: whether to take over, names and claims."""
+        names = wire.pack_names([self.names[which] for which in part])
+        return (self._take_over,), [names, self._claims[part].tobytes()]
 
-    def _fields(self, call: OpenCall) -> tuple[int, ...]:
-        if isinstance(call, ResumeCall):
-            return (int(call.take_over),)
-        if isinstance(call, ForkCall):
-            return ()
-        return int(call.initial is not None), int(call.first_seqs is not None)
+    def conclude(self) -> None:
+        """What comes next is what the user has not. Former rows of these streams are void."""
+        if self.refusal is None and not self.abandoned:
+            self.grants["next_seq"] = np.minimum(self._claims["have"], self.grants["next_seq"])
+            former = self.connection.table.rows_named(self.names).tolist()
+            if former:
+                self.connection.flow.end({(Code.FENCED, SENTENCES[Code.FENCED]): former})
+        super().conclude()
 
-    def _frames(self, call: OpenCall, names: bytes, part: arrays.Indices) -> Message:
-        if isinstance(call, ResumeCall):
-            return [names, call.claims[part].tobytes()]
-        if isinstance(call, ForkCall):
-            return [self._table.columns[call.handle.rows[part], HANDLE].tobytes(), names]
-        states = b"" if call.initial is None else raw(call.initial[part])
-        return [names, states, b"" if call.first_seqs is None else call.first_seqs[part].tobytes()]
+    def undo(self, error: InstepError) -> None:
+        """Fail; the streams stay."""
+        self.end(error)
 
-    def opened(self, call: OpenCall, part: arrays.Indices, grants: GrantArray, failures: list[ColumnError]) -> None:
-        """OPENED or RESUMED came for a part of a call."""
-        call.grants[part] = grants
-        if isinstance(call, ForkCall) and len(
-            asleep := self._sleepers.are_asleep(call.handle.rows[part], failures)
-        ):  # ask for the copies of those once more when they are awake
-            call.parts_left += 1
-            again = part[asleep]
-            self._sleepers.wake(call.handle.rows[again], lambda: self._ask(Kind.FORK, call, again), call)
-            part, failures = without_columns(part, failures, asleep)
-        for failure in failures[:1]:
-            call.note(int(part[failure.column]), failure.code, failure.sentence, failure.expected_seq)
-        self.part_answered(call)
+    def cancel(self) -> None:
+        """Nobody wants the streams any more; they stay."""
+        self.abandoned = True
 
-    def part_answered(self, call: OpenCall) -> None:
-        """A part of a call was answered, or refused."""
-        if not call.part_answered():
-            return
-        opened = call.grants["handle"] != 0
-        if call.refusal is None and not call.abandoned:
-            call.finish(self._add(call))
-            self._end(call)
-            return
-        error = InstepError("the call was cancelled") if call.refusal is None else _error(call)
-        if np.any(opened) and not isinstance(call, ResumeCall):  # a stream that was there before stays
-            names = [name for name, is_open in zip(call.names, opened, strict=True) if is_open]
-            handle = self._table.add(names, call.grants[opened], single=False)
-            self._discard(handle, lambda: self._end(call, error))  # the user may ask for the same names then
-        else:
-            self._end(call, error)
+    def lost(self) -> bool:
+        """Ask again, with the epochs of what was granted."""
+        self.asked_before = True
+        return True
 
-    def _end(self, call: OpenCall, error: InstepError | None = None) -> None:
-        if error is not None:
-            call.fail(error)
-        self._outbox.wake(call)
-        if isinstance(call, ForkCall):
-            self._answered(call.handle)
-
-    def cancel(self, call: OpenCall) -> None:
-        """Nobody wants the streams any more."""
-        call.abandoned = True
-        if call.done and call.error is None and not isinstance(call, ResumeCall):
-            self._discard(call.result(), None)
-
-    def lost(self, call: OpenCall) -> bool:
-        """The connection is lost; whether the call may be asked again. Its parts that were opened cannot be told."""
-        call.again = True
-        if isinstance(call, ResumeCall) or not np.any(call.grants["handle"] != 0):
-            return True
-        self._end(call, _in_doubt(call.names[0], "opened"))
-        return False
-
-    def _add(self, call: OpenCall) -> StreamHandle:
-        grants = call.grants
-        if isinstance(call, ResumeCall):  # what comes next is what the user has not
-            grants["next_seq"] = np.minimum(call.claims["have"], grants["next_seq"])
-            if len(rows := self._table.rows_named(call.names)):
-                self._fenced(rows)
-        return self._table.add(call.names, grants, call.single)
-
-
-def good_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of distinct streams.
-
-    Raises:
-        InvalidInput: when there are none, or bad or repeated ones.
-    """
-    if isinstance(names, str):
-        raise InvalidInput("a group's names must be a sequence of strings, not one string")
-    names = tuple(names)
-    if not names or not all(isinstance(name, str) and wire.name_is_good(name) for name in names):
-        raise InvalidInput(
-            f"there must be at least one name, and each a string of 1 to {wire.MAX_NAME_BYTES} bytes of printable UTF-8"
-        )
-    if len(set(names)) != len(names):
-        raise InvalidInput("two streams of a group may not have the same name")
-    return names
-
-
-def _error(call: OpenCall) -> InstepError:
-    """Why a call failed."""
-    assert call.refusal is not None
-    index, code, sentence, expected_seq = call.refusal
-    name = call.names[index]
-    if call.again and code in _IN_DOUBT:
-        return _in_doubt(name, _IN_DOUBT[code])
-    if isinstance(call, ResumeCall) and code in _SAID:
-        return stream_ended(code, sentence, name, int(call.claims["have"][index]), expected_seq)
-    if isinstance(call, ResumeCall) and code is Code.FENCED:
-        sentence = _FENCED
-    elif call.single and not isinstance(call, ForkCall) and code is Code.NAME_IN_USE:
-        sentence = _IN_USE
-    return StreamRefused(code, sentence, name)
-
-
-def _in_doubt(name: str, done: str) -> ConnectionFailed:
-    return ConnectionFailed(
-        f"the connection was lost while stream {name!r} was asked for, which may have been {done} over it; "
-        "resume it with take_over=True"
-    )
+    def why_refused(self) -> InstepError | None:
+        """What it fails with, if a stream was refused."""
+        if self.refusal is None:
+            return None
+        which, code, sentence, expected_seq = self.refusal
+        name = self.names[which]
+        if code in _SAID:
+            return stream_ended(code, sentence, name, int(self._claims["have"][which]), expected_seq)
+        if code is Code.FENCED:
+            return self.doubt(name, "resumed") if self.asked_before else StreamRefused(code, _FENCED, name)
+        return StreamRefused(code, sentence, name)

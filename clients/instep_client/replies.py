@@ -9,7 +9,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from instep_client.calls import ListedStream, StreamPage
 from instep_client.protocol import step_messages, wire
 from instep_client.protocol.codes import sentence_of
 from instep_client.protocol.errors import MalformedMessage
@@ -45,6 +44,30 @@ class ErrorReply(NamedTuple):
     code: Code
     sentence: str
     retry_after_s: float
+
+
+class ListedStream(NamedTuple):
+    """A stream of the server, whoever has it."""
+
+    name: str
+    place: str
+    """`connected`, `parked` (its connection is gone) or `hibernating` (in the recording alone)."""
+    next_seq: int | None
+    """The seq of its next frame; None where it hibernates."""
+    pending: int
+    """Frames taken and not computed yet."""
+    idle_s: float
+    """How long it has been idle."""
+    left_s: float | None
+    """How long the server keeps it if it stays idle; None if it never expires."""
+
+
+class StreamPage(NamedTuple):
+    """LISTED: some streams of the server."""
+
+    streams: list[ListedStream]
+    cursor: int
+    """Where the next page begins; 0 after the last."""
 
 
 def welcome(header: Header) -> ServerInfo:

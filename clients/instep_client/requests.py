@@ -1,32 +1,100 @@
-"""Calls about streams that are asked in as many messages as it takes, one for each part of the streams.
+"""Requests that users make: the questions about the server, and what requests about streams have in common.
 
-Request
-├── OpenCall                 gives a stream handle: all its streams are opened or none
-│   ├── ResumeCall           … resumed
-│   └── ForkCall             … opened as copies of another handle's
-├── ReadStateCall            reads states: a handle's, or anybody's by name
-├── ResetCall                gives a handle's streams other states
-└── CloseCall                closes a stream handle
+A new kind of request is a class here or in `openings.py` or `changes.py`, and a verb of `Session` that makes one. The
+class names its messages and their replies, and says what a reply, a refusal and a lost connection mean to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from instep_client.calls import Call
-from instep_client.protocol.errors import InstepError
-from instep_client.protocol.state_spec import U8, StateSpec
-from instep_client.protocol.wire import GRANT, U64, Code, FailureArray, GrantArray
-from instep_client.streams import StreamHandle
+from instep_client import replies
+from instep_client.arrays import Indices, good_names, parts
+from instep_client.calls import Request
+from instep_client.connection import Connection
+from instep_client.pending import MAX_REPLY_BYTES
+from instep_client.protocol import wire
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import InstepError, InvalidInput, StreamEvicted, StreamRefused
+from instep_client.protocol.state_spec import U8
+from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
+from instep_client.replies import ColumnError, ErrorReply, StreamPage
+from instep_client.sleepers import WakingRequest
+from instep_client.streams import ENDING, HANDLE, StreamHandle
 
 R = TypeVar("R")
+NAME_BYTES = wire.MAX_NAME_BYTES + 1
+"""The most that a name and its line end take."""
+
+
+class PingCall(Request[float]):
+    """One round trip; the result is its seconds."""
+
+    __slots__ = ("_connection", "_sent_at")
+    kind, reply = Kind.PING, Kind.PONG
+
+    def __init__(self, connection: Connection, now: float) -> None:
+        super().__init__()
+        self._connection = connection
+        self._sent_at = now
+
+    def ask(self, now: float) -> None:
+        """Send PING."""
+        self._sent_at = max(self._sent_at, now)
+        self._connection.pending.ask(self)
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """PONG came."""
+        self.finish(now - self._sent_at)
+
+
+class StatisticsCall(Request[dict[str, float]]):
+    """The server's numbers by name."""
+
+    __slots__ = ("_connection",)
+    kind, reply = Kind.STATS, Kind.STATISTICS
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+
+    def ask(self, now: float) -> None:
+        """Send STATS."""
+        self._connection.pending.ask(self)
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """STATISTICS came."""
+        self.finish(replies.statistics(header))
+
+
+class ListCall(Request[StreamPage]):
+    """A page of the server's streams; see `Session.list_streams`."""
+
+    __slots__ = ("_connection", "_fields", "_prefix")
+    kind, reply = Kind.LIST, Kind.LISTED
+
+    def __init__(self, connection: Connection, cursor: int, most: int, place: int, prefix: str) -> None:
+        super().__init__()
+        self._connection = connection
+        self._fields = (cursor, most, place)
+        self._prefix = prefix.encode()
+        if len(self._prefix) > wire.MAX_NAME_BYTES:
+            raise InvalidInput(f"names have at most {wire.MAX_NAME_BYTES} bytes, and so has what they begin with")
+
+    def ask(self, now: float) -> None:
+        """Send LIST."""
+        self._connection.pending.ask(self, *self._fields, frames=[self._prefix])
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """LISTED came."""
+        self.finish(replies.listed(header, frames))
 
 
 class RefusedStream(NamedTuple):
-    """Which stream of a call was refused, and why."""
+    """A stream of a request was refused."""
 
     which: int
     code: Code
@@ -34,131 +102,197 @@ class RefusedStream(NamedTuple):
     expected_seq: int
 
 
-class Request(Call[R]):
-    """A call that ends when every part of it was answered."""
+class StreamsRequest(WakingRequest[R]):
+    """A request about streams: one message for each part of them. It ends when every part was answered."""
 
-    __slots__ = ("again", "parts_left", "refusal")
+    __slots__ = ("asked_before", "connection", "handle", "names", "parts_left", "refusal")
 
-    def __init__(self) -> None:
+    def __init__(self, connection: Connection, names: Sequence[str], handle: StreamHandle | None = None) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            connection: over which it is asked.
+            names: of the streams it is about, or will open.
+            handle: whose streams it is about, if it is about streams of this client.
+
+        Raises:
+            InvalidInput: for bad or repeated names.
+        """
         super().__init__()
+        self.connection = connection
+        self.names = good_names(names)
+        self.handle = handle
         self.parts_left = 0
         self.refusal: RefusedStream | None = None
         """The first refused stream."""
-        self.again = False
-        """Whether it was asked before over a connection that was lost, and may have been done then."""
+        self.asked_before = False
+        """Whether it was asked over a connection that was lost, and may have been done then."""
 
-    def begin(self, parts: int) -> None:
-        """It is asked in so many parts; what was answered before is forgotten."""
-        self.parts_left = parts
+    # What a subclass says of itself.
+
+    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+        """The header's fields after N, and the frames, of a message about some of its streams."""
+        raise NotImplementedError
+
+    def decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+        """Take what a reply gives for some of its streams; which of them were refused."""
+        raise NotImplementedError
+
+    def most(self) -> int:
+        """How many streams one message may be about."""
+        raise NotImplementedError
+
+    def settled(self, part: Indices, refused: list[RefusedStream]) -> None:
+        """Streams were granted or refused for good."""
+
+    def conclude(self) -> None:
+        """Every part was answered: end it."""
+        raise NotImplementedError
+
+    # What all of them do.
+
+    def ask(self, now: float) -> None:
+        """Send a message for each part of its streams."""
+        if self.handle is not None and self.handle.has_ended:
+            rows = self.handle.rows
+            table = self.connection.table
+            self.end(table.why_ended(int(rows[table.ended[rows] != 0][0])))
+            return
+        self.begin()
+        self.send(np.arange(len(self.names)))
+
+    def begin(self) -> None:
+        """Forget what was answered over an earlier connection."""
+        self.parts_left = 0
         self.refusal = None
 
-    def note(self, index: int, code: Code, sentence: str, expected_seq: int = 0) -> None:
-        """A stream was refused."""
-        if self.refusal is None or index < self.refusal.which:
-            self.refusal = RefusedStream(index, code, sentence, expected_seq)
+    def send(self, which: Indices) -> None:
+        """Send messages about some of its streams."""
+        for piece in parts(len(which), self.most()):
+            part = which[piece]
+            fields, frames = self.encode(part)
+            self.parts_left += 1
+            self.connection.pending.ask(self, len(part), *fields, frames=frames, part=part)
 
-    def part_answered(self) -> bool:
-        """A part was answered; whether that was the last."""
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """A reply came for a part of its streams."""
+        failures = self.decode(part, header, frames)
+        refused = [
+            RefusedStream(int(part[column]), code, sentence, expected)
+            for column, _, code, sentence, expected in failures
+        ]
+        asleep = [each.which for each in refused if self.only_sleeps(each)]
+        if asleep:
+            part = np.setdiff1d(part, asleep)
+            refused = [each for each in refused if each.which not in asleep]
+            self.ask_again(np.array(asleep, np.int64))
+        for each in refused:
+            self.note(each)
+        self.settled(part, refused)
+        self._part_answered()
+
+    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+        """A message about a part of its streams was refused."""
+        self.note(RefusedStream(int(part[0]), refusal.code, refusal.sentence, 0))
+        self._part_answered()
+
+    def lost(self) -> bool:
+        """It is asked anew over the next connection."""
+        self.asked_before = True
+        return True
+
+    def rows(self, which: Indices) -> Indices:
+        """The rows of some of its handle's streams."""
+        assert self.handle is not None
+        return self.handle.rows[which]
+
+    def only_sleeps(self, refused: RefusedStream) -> bool:
+        """Whether a stream of its handle was refused only because it hibernated when the message came."""
+        if self.handle is None or refused.code is not Code.UNKNOWN_STREAM:
+            return False
+        return bool(self.connection.table.asleep[self.handle.rows[refused.which]])
+
+    def ask_again(self, which: Indices) -> None:
+        """Ask for streams that hibernate as they wake: the server may not have room for all of them at once."""
+        self.parts_left += len(which)
+        if len(which):
+            self.connection.sleepers.hold(self, which)
+
+    def woke(self, which: Indices) -> None:
+        """Ask for streams that are awake now."""
+        self.parts_left -= len(which)
+        self.send(which)
+
+    def note(self, refused: RefusedStream) -> None:
+        """A stream was refused for good; the first one is told."""
+        if self.refusal is None or refused.which < self.refusal.which:
+            self.refusal = refused
+
+    def why_refused(self) -> InstepError | None:
+        """What it fails with, if a stream was refused."""
+        if self.refusal is None:
+            return None
+        which, code, sentence, _ = self.refusal
+        is_over = self.handle is not None and code in ENDING
+        return (StreamEvicted if is_over else StreamRefused)(code, sentence, self.names[which])
+
+    def end(self, error: InstepError | None = None) -> None:
+        """It has ended, with a result unless an error is given."""
+        if error is not None:
+            self.fail(error)
+        self.connection.pending.wake(self)
+
+    def _part_answered(self) -> None:
         self.parts_left -= 1
-        return self.parts_left == 0
+        if self.parts_left == 0:
+            self.conclude()
 
 
-class OpenCall(Request[StreamHandle]):
-    """The opening of one or many streams; the result is their stream handle. All are opened or none."""
+class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
+    """A read of states: of a handle's streams, or of anybody's by name. It changes nothing, and wakes nobody.
 
-    __slots__ = ("abandoned", "first_seqs", "grants", "initial", "names", "single")
+    The result is the next seqs uint64 [N] and rows of states [N, row_bytes].
+    """
 
-    def __init__(
-        self, names: Sequence[str], single: bool, initial: U8 | None = None, first_seqs: U64 | None = None
-    ) -> None:
-        super().__init__()
-        self.names = names
-        self.single = single
-        self.initial = initial
-        """Rows of bytes [N, row_bytes]; None for the initial state."""
-        self.first_seqs = first_seqs
-        """uint64 [N]; None for 0."""
-        self.grants: GrantArray = np.zeros(len(names), GRANT)
-        self.abandoned = False
-        """Whether nobody waits any more: what was opened is to be closed again."""
+    __slots__ = ("_seqs", "_states")
+    kind, reply = Kind.READ_STATE, Kind.STATE_READ
 
+    def __init__(self, connection: Connection, names: Sequence[str], handle: StreamHandle | None = None) -> None:
+        super().__init__(connection, names, handle)
+        self._seqs: U64 = np.zeros(len(self.names), np.uint64)
+        self._states = connection.info.state.missing(len(self.names))
 
-class ResumeCall(OpenCall):
-    """The resuming of streams by name."""
+    def most(self) -> int:
+        """As many as fit into the question and into its reply."""
+        info = self.connection.info
+        asked_bytes = NAME_BYTES if self._by_name() else 8
+        return min(
+            info.max_message_bytes // max(asked_bytes, info.state.row_bytes), MAX_REPLY_BYTES // info.state.row_bytes
+        )
 
-    __slots__ = ("claims", "take_over")
+    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+        """READ_STATE: whether streams are named, and names or handles."""
+        if self._by_name() or self.handle is None:
+            return (1,), [wire.pack_names([self.names[which] for which in part])]
+        return (0,), [self.connection.table.columns[self.handle.rows[part], HANDLE].tobytes()]
 
-    def __init__(self, names: Sequence[str], single: bool, claims: FailureArray, take_over: bool) -> None:
-        super().__init__(names, single)
-        self.claims = claims
-        """`wire.CLAIM` [N]."""
-        self.take_over = take_over
+    def decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+        """STATE_READ: seqs and states."""
+        row_bytes = self.connection.info.state.row_bytes
+        self._seqs[part], self._states[part], failures = replies.state_read(header, frames, len(part), row_bytes)
+        return failures
 
+    def ask_again(self, which: Indices) -> None:
+        """Ask for streams that hibernated by name: a read wakes nobody."""
+        self.send(which)
 
-class ForkCall(OpenCall):
-    """The copying of a handle's streams to new ones."""
+    def conclude(self) -> None:
+        """Every state was read, or some were refused."""
+        error = self.why_refused()
+        if error is None:
+            self.finish((self._seqs, self._states))
+        self.end(error)
 
-    __slots__ = ("handle",)
-
-    def __init__(self, names: Sequence[str], handle: StreamHandle) -> None:
-        super().__init__(names, handle.single)
-        self.handle = handle
-        """The handle whose streams are copied."""
-
-
-class ReadStateCall(Request[tuple[U64, U8]]):
-    """A read of states; the result is the next seqs uint64 [N] and rows of states [N, row_bytes]."""
-
-    __slots__ = ("handle", "names", "seqs", "states")
-
-    def __init__(self, names: Sequence[str], handle: StreamHandle | None, states: U8) -> None:
-        super().__init__()
-        self.names = names
-        self.handle = handle
-        """The streams are given by its handles; by name where None, whoever owns them."""
-        self.seqs: U64 = np.zeros(len(names), np.uint64)
-        self.states = states
-        """Rows of bytes [N, row_bytes], to be filled."""
-
-
-class ResetCall(Request[None]):
-    """Other states for a handle's streams."""
-
-    __slots__ = ("handle", "states")
-
-    def __init__(self, handle: StreamHandle, states: U8 | None) -> None:
-        super().__init__()
-        self.handle = handle
-        self.states = states
-        """Rows of bytes [N, row_bytes]; None for the initial state."""
-
-
-class CloseCall(Request[U8]):
-    """The closing of a handle; the result is final states [N, row_bytes], `missing` where streams had ended."""
-
-    __slots__ = ("_on_end", "finals", "handle")
-
-    def __init__(self, handle: StreamHandle, state: StateSpec, on_end: Callable[[], None] | None = None) -> None:
-        super().__init__()
-        self.handle = handle
-        self.finals: U8 = state.missing(len(handle.rows))
-        self._on_end = on_end
-
-    def finish(self, result: U8) -> None:
-        """End it with the final states."""
-        super().finish(result)
-        self._tell()
-
-    def fail(self, error: InstepError) -> None:
-        """End it with an error."""
-        super().fail(error)
-        self._tell()
-
-    def _tell(self) -> None:
-        on_end, self._on_end = self._on_end, None
-        if on_end is not None:
-            on_end()
-
-
-QueuedCall: TypeAlias = ForkCall | ResetCall | CloseCall
-"""Requests that wait until everything sent through their stream handle was answered, and come before anything later."""
+    def _by_name(self) -> bool:
+        """Whether streams are named: one that hibernates has no handle."""
+        return self.handle is None or self.handle.has_sleepers

@@ -8,38 +8,120 @@ A driver (`driver.py` is one) does five things and nothing else:
 4. sends what `take_messages` gives, in order;
 5. wakes what `take_woken` gives: calls that ended or were sent, and stream handles whose outputs changed.
 
-`now` is any monotonic clock in seconds. The rules of sending frames are in `flow.py` and `in_flight.py`, those of other
-requests in `openings.py`, `changes.py` and `state_reads.py`, those of a lost connection in `connection.py` and
-`reconnection.py`.
+`now` is any monotonic clock in seconds. `connection.py` has the rules of messages, silence and lost connections,
+`flow.py` and `in_flight.py` those of sending frames. Every other kind of request is a class that knows how it is sent
+and what its replies mean: in `requests.py`, `openings.py` and `changes.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from random import Random
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 
 from instep_client import arrays
-from instep_client.calls import Call, ListCall, OutputsCall, PingCall, StatisticsCall
+from instep_client.calls import Call, OutputsCall, Request
+from instep_client.changes import CloseCall, ResetCall
+from instep_client.connection import Connection
 from instep_client.connection import State as State
-from instep_client.listener import Listener
-from instep_client.protocol import wire
-from instep_client.protocol.errors import ClientClosed, InvalidInput
-from instep_client.protocol.wire import U64
-from instep_client.requests import CloseCall, ForkCall, OpenCall, ReadStateCall, ResetCall
+from instep_client.openings import ForkCall, OpenCall, ResumeCall
+from instep_client.protocol.errors import ClientClosed, InstepError
+from instep_client.protocol.wire import U64, Frame, Message, ServerInfo
+from instep_client.requests import ListCall, PingCall, ReadStateCall, StatisticsCall
 from instep_client.states import State as StreamState
-from instep_client.states import state_rows
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
 
+Q = TypeVar("Q", bound=Request[Any])
 
-class Session(Listener):
-    """The verbs that users call.
 
-    Each method raises at once when a thing cannot be asked, and nothing is sent before `advance`. What is asked while
+class Session:
+    """One client's side of the protocol: the verbs that users call, and what a driver does.
+
+    Each verb raises at once when a thing cannot be asked, and nothing is sent before `advance`. What is asked while
     there is no connection waits for the next one.
     """
+
+    def __init__(
+        self,
+        endpoint: str,
+        name: str = "",
+        timeout_s: float = 10.0,
+        reconnect_s: float = 30.0,
+        rng: Random | None = None,
+    ) -> None:
+        """A session whose HELLO waits to be sent; the arguments are those of `Connection`.
+
+        Raises:
+            InvalidInput: for a bad endpoint, name or time.
+        """
+        self._connection = Connection(endpoint, name, timeout_s, reconnect_s, rng or Random())
+        self._table = self._connection.table
+        self._flow = self._connection.flow
+        self.endpoint = endpoint
+        self.greeting: Call[ServerInfo] = self._connection.greeting
+        """Ends with the server's welcome."""
+
+    @property
+    def state(self) -> State:
+        """Where it stands."""
+        return self._connection.state
+
+    @property
+    def info(self) -> ServerInfo:
+        """The server's description of itself.
+
+        Raises:
+            InstepError: before the welcome.
+        """
+        return self._connection.info
+
+    @property
+    def loss(self) -> str:
+        """How the connection was lost, while another one is tried for."""
+        return self._connection.attempts.why
+
+    # For the driver.
+
+    def receive(self, frames: Sequence[Frame], now: float) -> None:
+        """A message came. One that does not follow the protocol ends the session."""
+        self._connection.receive(frames, now)
+
+    def advance(self, now: float) -> None:
+        """Send what may be sent; watch for silence; try for another connection when one was lost."""
+        self._connection.advance(now)
+
+    def deadline(self) -> float | None:
+        """When `advance` is to be called though nothing happens; None for never."""
+        return self._connection.deadline()
+
+    def take_reconnect(self) -> bool:
+        """Whether to close the socket, drop what was not sent through it, and connect a new one now."""
+        return self._connection.take_reconnect()
+
+    def take_messages(self) -> list[Message]:
+        """The messages to be sent, in order."""
+        return self._connection.pending.take_messages()
+
+    def take_woken(self) -> list[Call[Any] | StreamHandle]:
+        """Calls that ended or were sent, and stream handles whose outputs changed."""
+        return self._connection.pending.take_woken()
+
+    def fail(self, error: type[InstepError], sentence: str) -> None:
+        """End the session: every call fails with that error, now and later."""
+        self._connection.fail(error, sentence)
+
+    def leave(self, park: bool = False) -> Call[None] | None:
+        """End the session: what waits fails, open streams are closed. The call ends when the server has read that.
+
+        With `park`, and without a connection, nothing is closed: the server parks the streams, and forgets them in
+        time.
+        """
+        return self._connection.leave(park)
+
+    # Streams.
 
     def open(
         self,
@@ -53,11 +135,8 @@ class Session(Listener):
         Raises:
             InvalidInput: for bad or repeated names, states of another shape, or bad seqs.
         """
-        self._check_open()
-        seqs = None if first_seqs is None else arrays.counts(first_seqs, len(names), "first seqs")
-        call = self._openings.open(names, initial_states, single, seqs)
-        self._ask(call)
-        return call
+        self._connection.check_open()
+        return self._ask(OpenCall(self._connection, names, initial_states, single, first_seqs))
 
     def resume(
         self,
@@ -66,16 +145,14 @@ class Session(Listener):
         epochs: npt.ArrayLike,
         take_over: bool,
         single: bool,
-    ) -> OpenCall:
+    ) -> ResumeCall:
         """Resume streams of which the user has the outputs of seqs below `have`, all that there are where None.
 
         Raises:
             InvalidInput: for bad or repeated names, or bad numbers.
         """
-        self._check_open()
-        call = self._openings.resume(names, have, epochs, take_over, single)
-        self._ask(call)
-        return call
+        self._connection.check_open()
+        return self._ask(ResumeCall(self._connection, names, have, epochs, take_over, single))
 
     def fork(self, handle: StreamHandle, names: Sequence[str]) -> ForkCall:
         """Copy a handle's streams, as they are after everything sent through it, to new ones.
@@ -86,9 +163,58 @@ class Session(Listener):
             ClientClosed: when the handle was closed.
         """
         self._check_handle(handle)
-        call = self._openings.fork(handle, names)
-        self._ask_in_turn(call)
+        call = ForkCall(self._connection, handle, names)
+        self._flow.enqueue(call)
         return call
+
+    def reset(self, handle: StreamHandle, states: StreamState | None) -> ResetCall:
+        """Give a handle's streams other states, initial ones if None, after everything sent through it.
+
+        Raises:
+            InvalidInput: for states of another shape.
+            StreamEvicted: when the server ended one of the streams.
+            ClientClosed: when the handle was closed.
+        """
+        self._check_handle(handle)
+        call = ResetCall(self._connection, handle, states)
+        self._flow.enqueue(call)
+        return call
+
+    def close(self, handle: StreamHandle) -> CloseCall:
+        """Close a handle after everything sent through it was answered; the result is final states [N, row_bytes].
+
+        Raises:
+            ClientClosed: when it was closed before.
+            StreamEvicted: when it is one stream, and the server has ended it.
+        """
+        self._connection.check_open()
+        _check_not_closed(handle)
+        call = CloseCall(self._connection, handle)
+        self._flow.enqueue(call)
+        if handle.single and handle.has_ended:
+            self._table.check_not_ended(handle.rows)  # the call stays, to give the row back when nothing is unanswered
+        return call
+
+    def read_state(self, handle: StreamHandle) -> ReadStateCall:
+        """Read the states of a handle's streams, without waiting for frames that were sent.
+
+        Raises:
+            StreamEvicted: when the server ended one of the streams.
+            ClientClosed: when the handle was closed.
+        """
+        self._check_handle(handle)
+        return self._ask(ReadStateCall(self._connection, handle.names, handle))
+
+    def read_state_by_name(self, names: Sequence[str]) -> ReadStateCall:
+        """Read the states of streams, whoever owns them.
+
+        Raises:
+            InvalidInput: for bad or repeated names.
+        """
+        self._connection.check_open()
+        return self._ask(ReadStateCall(self._connection, names))
+
+    # Frames.
 
     def step(
         self, handle: StreamHandle, x: npt.ArrayLike, rows: npt.ArrayLike | None = None, keep: bool = False
@@ -101,12 +227,12 @@ class Session(Listener):
         Raises:
             InvalidInput: for another shape, or values that float32 cannot hold.
             StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the handle was closed, or finished and `keep` is set.
+            ClientClosed: when the handle was closed or finished.
         """
-        self._check_open()
-        info = self.info
-        _check_not_closed(handle)
-        if keep and handle.finished:
+        self._connection.check_open()
+        info = self._connection.info
+        if handle.finished or handle.closing:
+            _check_not_closed(handle)
             raise ClientClosed(f"stream {handle.names[0]!r} was finished; nothing more can be sent through it")
         table_rows = handle.rows
         if rows is not None:
@@ -116,15 +242,15 @@ class Session(Listener):
         else:
             frames, prefix = arrays.group_frames(x, len(table_rows), info.features)
         if handle.has_ended:
-            self._refuse_ended(table_rows)
-        call = StepCall(handle, table_rows, frames, prefix, info.outputs, self._table.stamp(), keep)
+            self._table.check_not_ended(table_rows)
+        call = StepCall(self._flow, handle, table_rows, frames, prefix, info.outputs, self._table.stamp(), keep)
         self._flow.submit(call)
         return call
 
     def finish(self, handle: StreamHandle) -> None:
-        """Nothing more will be sent with `keep`; the outputs end after those of what was."""
+        """Nothing more will be sent; the outputs end after those of what was sent with `keep`."""
         handle.finished = True
-        self._outbox.wake(handle)
+        self._connection.pending.wake(handle)
 
     def take(self, handle: StreamHandle) -> OutputsCall | None:
         """The next kept call, if it is done. None means: wait until the handle is woken, and ask again."""
@@ -141,79 +267,30 @@ class Session(Listener):
         if handle.finished or handle.closed:
             return True
         if self.state is State.ENDED:
-            raise self._failure[0](self._failure[1])
+            raise self._connection.failure()
         if handle.has_ended:
-            self._refuse_ended(handle.rows)
+            self._table.check_not_ended(handle.rows)
         return False
 
-    def read_state(self, handle: StreamHandle) -> ReadStateCall:
-        """Read the states of a handle's streams, without waiting for frames that were sent.
+    def next_seqs(self, handle: StreamHandle) -> U64:
+        """The seq that each stream of a handle sends next."""
+        return self._table.next_seqs(handle)
 
-        Raises:
-            StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the handle was closed.
-        """
-        self._check_handle(handle)
-        call = self._state_reads.by_handle(handle)
-        self._ask(call)
-        return call
+    def epochs(self, handle: StreamHandle) -> U64:
+        """The epoch under which each stream of a handle is held; they change with the connection."""
+        return self._table.epochs(handle)
 
-    def read_state_by_name(self, names: Sequence[str]) -> ReadStateCall:
-        """Read the states of streams, whoever owns them.
-
-        Raises:
-            InvalidInput: for bad or repeated names.
-        """
-        self._check_open()
-        call = self._state_reads.by_name(names)
-        self._ask(call)
-        return call
-
-    def reset(self, handle: StreamHandle, states: npt.ArrayLike | None) -> ResetCall:
-        """Give a handle's streams other states, [L, H] or [N, L, H], zeros if None, after everything sent through it.
-
-        Raises:
-            InvalidInput: for states of another shape.
-            StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the handle was closed.
-        """
-        self._check_handle(handle)
-        given = None
-        if states is not None:
-            given = state_rows(states, self.info.state, None if handle.single else len(handle.rows))
-        call = ResetCall(handle, given)
-        self._ask_in_turn(call)
-        return call
-
-    def close(self, handle: StreamHandle) -> CloseCall:
-        """Close a handle after everything sent through it was answered; the result is its final states [N, L × H].
-
-        Raises:
-            ClientClosed: when it was closed before.
-            StreamEvicted: when it is one stream, and the server has ended it.
-        """
-        self._check_open()
-        _check_not_closed(handle)
-        handle.closing = True
-        call = CloseCall(handle, self.info.state)
-        self._ask_in_turn(call)
-        if handle.single and handle.has_ended:
-            self._refuse_ended(handle.rows)  # the call stays, to give the row back when nothing is unanswered
-        return call
+    # The server.
 
     def ping(self, now: float) -> PingCall:
         """Measure a round trip."""
-        self._check_open()
-        call = PingCall(now)
-        self._ask(call)
-        return call
+        self._connection.check_open()
+        return self._ask(PingCall(self._connection, now))
 
     def statistics(self) -> StatisticsCall:
         """Ask for the server's numbers."""
-        self._check_open()
-        call = StatisticsCall()
-        self._ask(call)
-        return call
+        self._connection.check_open()
+        return self._ask(StatisticsCall(self._connection))
 
     def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> ListCall:
         """Ask for a page of the server's streams.
@@ -227,38 +304,23 @@ class Session(Listener):
         Raises:
             InvalidInput: for a prefix that no name can begin with.
         """
-        self._check_open()
-        if len(prefix.encode()) > wire.MAX_NAME_BYTES:
-            raise InvalidInput(f"names have at most {wire.MAX_NAME_BYTES} bytes, and so has what they begin with")
-        call = ListCall(cursor, most, place, prefix)
-        self._ask(call)
-        return call
+        self._connection.check_open()
+        return self._ask(ListCall(self._connection, cursor, most, place, prefix))
 
     def cancel(self, call: Call[Any]) -> None:
         """Nobody waits for a call any more. What was sent counts as sent, and its answer is dropped when it comes."""
-        if self.state in (State.OPEN, State.RECONNECTING):
-            if isinstance(call, OpenCall):
-                self._openings.cancel(call)
-            elif isinstance(call, StepCall):
-                self._flow.withdraw(call)
+        if self.state is State.OPEN or self.state is State.RECONNECTING:
+            call.cancel()
 
-    def next_seqs(self, handle: StreamHandle) -> U64:
-        """The seq that each stream of a handle sends next."""
-        return self._table.next_seqs(handle)
-
-    def epochs(self, handle: StreamHandle) -> U64:
-        """The epoch under which each stream of a handle is held; they change with the connection."""
-        return self._table.epochs(handle)
+    def _ask(self, request: Q) -> Q:
+        self._connection.ask(request)
+        return request
 
     def _check_handle(self, handle: StreamHandle) -> None:
-        self._check_open()
+        self._connection.check_open()
         _check_not_closed(handle)
         if handle.has_ended:
-            self._refuse_ended(handle.rows)
-
-    def _refuse_ended(self, rows: arrays.Indices) -> None:
-        for row in rows[self._table.ended[rows] != 0].tolist():
-            raise self._table.why_ended(row)
+            self._table.check_not_ended(handle.rows)
 
 
 def _check_not_closed(handle: StreamHandle) -> None:

@@ -2,130 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from instep_client.arrays import Indices
-from instep_client.calls import Call
-from instep_client.claims import ask_for_own, take_grants
-from instep_client.outbox import Outbox
-from instep_client.protocol.wire import Code, GrantArray
+from instep_client.arrays import NOBODY, Indices
+from instep_client.calls import Request
+from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.wire import GrantArray
 from instep_client.replies import ColumnError
 from instep_client.streams import OpenStreams
 
 _RETRY_S: Final = 0.5
 """How long to wait where the server has no room for a stream that hibernates."""
+_LATER: Final = frozenset({Code.TOO_MANY_STREAMS, Code.STEP_FAILED})
+"""Why a stream that hibernates may not wake now, and may later."""
+
+EndedRows = dict[tuple[Code, str], list[int]]
+"""Rows of streams that have ended, by reason."""
 
 
-class _Waiter:
-    """Something to be done when streams are awake, or have ended."""
+R = TypeVar("R")
 
-    __slots__ = ("call", "left", "then")
 
-    def __init__(self, left: int, then: Callable[[], None], call: Call[Any] | None) -> None:
-        self.left = left
-        """How many of its streams still hibernate."""
-        self.then = then
-        self.call = call
+class WakingRequest(Request[R]):
+    """A request that may have to wait for streams of its handle."""
+
+    __slots__ = ()
+
+    def rows(self, which: Indices) -> Indices:
+        """The rows of some of its streams."""
+        raise NotImplementedError
+
+    def woke(self, which: Indices) -> None:
+        """These of its streams are awake, or have ended."""
+        raise NotImplementedError
 
 
 class Sleepers:
-    """The streams that hibernate, and the calls that wait for them.
+    """Which streams that hibernate are waited for, and when they are claimed.
 
     Args:
         table: the streams; its column `asleep` says which hibernate.
-        outbox: where claims go.
-        max_message_bytes: the largest message that the server takes.
     """
 
-    def __init__(self, table: OpenStreams, outbox: Outbox, max_message_bytes: int) -> None:
+    def __init__(self, table: OpenStreams) -> None:
         self._table = table
-        self._outbox = outbox
-        self._max_message_bytes = max_message_bytes
-        self._waiters: dict[int, list[_Waiter]] = {}
-        """By row."""
+        self._held: dict[WakingRequest[Any], Indices] = {}
+        """Which of their streams requests wait for."""
+        self._wanted: set[int] = set()
+        """Rows that somebody has waited for since the last claims."""
         self._claimed: set[int] = set()
-        """Rows of those that were asked for."""
         self._again_at: float | None = None
 
-    def are_asleep(self, rows: Indices, failures: list[ColumnError]) -> Indices:
-        """The columns of a request that were refused only because their streams, in these rows, hibernate."""
-        unknown = (failure.column for failure in failures if failure.code is Code.UNKNOWN_STREAM)
-        return np.array([column for column in unknown if self._table.asleep[rows[column]]], np.int64)
+    def wake(self, rows: Indices) -> bool:
+        """Have those of these streams claimed that hibernate; whether there are any.
 
-    def wake(self, rows: Indices, then: Callable[[], None], call: Call[Any] | None = None) -> None:
-        """Resume those of these streams that hibernate; `then` is called when none does any more.
-
-        Args:
-            rows: of the streams.
-            then: what to do. It is forgotten with a lost connection where it is for a call: that is asked anew.
-            call: what it is for, if it is for a request.
+        Who waits for them asks again in every `advance` of the session, until there are none.
         """
-        asleep = rows[self._table.asleep[rows]].tolist()
-        waiter = _Waiter(len(asleep), then, call)
-        for row in asleep:
-            self._waiters.setdefault(row, []).append(waiter)
-        if not asleep:
-            then()
+        asleep = rows[self._table.asleep[rows]]
+        self._wanted.update(asleep.tolist())
+        return len(asleep) > 0
 
-    def advance(self, now: float) -> None:
-        """Ask for all that somebody waits for and that was not asked for."""
-        if self._again_at is not None and now < self._again_at:
-            return
-        self._again_at = None
-        wanted = [row for row in self._waiters if row not in self._claimed]
-        if wanted:
-            self._claimed.update(wanted)
-            ask_for_own(self._table, self._outbox, np.array(sorted(wanted), np.int64), self._max_message_bytes)
+    def hold(self, request: WakingRequest[Any], which: Indices) -> None:
+        """Have streams claimed for a request, which is told of them as they wake: there may not be room for all."""
+        held = self._held.get(request, NOBODY)
+        self._held[request] = np.concatenate([held, which])
+
+    def due(self, now: float) -> Indices:
+        """The rows of streams that are to be claimed now."""
+        for request, which in list(self._held.items()):
+            rows = request.rows(which)
+            asleep = self._table.asleep[rows]
+            self._wanted.update(rows[asleep].tolist())
+            if not asleep.all():
+                self._held[request] = which[asleep]
+                if not asleep.any():
+                    del self._held[request]
+                request.woke(which[~asleep])
+        if self._again_at is not None:
+            if now < self._again_at:
+                return NOBODY
+            self._again_at = None
+        if not self._wanted:
+            return NOBODY
+        rows = np.array(sorted(self._wanted - self._claimed), np.int64)
+        rows = rows[self._table.asleep[rows]]
+        self._claimed.update(rows.tolist())
+        self._wanted.clear()
+        return rows
 
     def deadline(self) -> float | None:
-        """When `advance` is to be called though no message comes."""
+        """When to ask `due` though no message comes."""
         return self._again_at
 
-    def resumed(
-        self, part: Indices, grants: GrantArray, failures: list[ColumnError], now: float
-    ) -> dict[tuple[Code, str], list[int]]:
-        """RESUMED came for some: the rows of those that have ended, by reason; `go_on` follows."""
-        self._claimed.difference_update(part.tolist())
-        ended = take_grants(self._table, part, grants, failures)
-        if self._table.asleep[part].any():
-            self._again_at = now + _RETRY_S
+    def granted(self, rows: Indices, grants: GrantArray, failures: list[ColumnError], now: float) -> EndedRows:
+        """RESUMED came for some of this client's streams: take their handles; those that have ended.
+
+        Streams that the server has no room for, or cannot read now, hibernate and can be claimed later.
+
+        A server that has less of a stream than was given of it is refused here when it did not notice: of frames whose
+        outputs came out of order only the first missing one was named in the claim.
+        """
+        table = self._table
+        self._claimed.difference_update(rows.tolist())
+        ended: EndedRows = {}
+        for column, _, code, sentence, expected in failures:
+            row = int(rows[column])
+            if code in _LATER:
+                table.sleep(rows[column : column + 1])
+                self._again_at = now + _RETRY_S
+                continue
+            table.server_has[row] = expected
+            ended.setdefault((code, sentence), []).append(row)
+        is_granted = grants["handle"] != 0
+        rows = rows[is_granted]
+        table.resumed(rows, grants[is_granted])
+        for row, next_seq in zip(rows.tolist(), grants["next_seq"][is_granted].tolist(), strict=True):
+            if next_seq < table.given(row):
+                table.server_has[row] = next_seq
+                ended.setdefault((Code.DATA_LOSS, SENTENCES[Code.DATA_LOSS]), []).append(row)
         return ended
 
-    def refused(self, part: Indices, again_at: float) -> None:
+    def refused(self, rows: Indices, again_at: float) -> None:
         """The server could not take a claim now."""
-        self._claimed.difference_update(part.tolist())
+        self._claimed.difference_update(rows.tolist())
         self._again_at = max(again_at, self._again_at or again_at)
 
-    def go_on(self, part: Indices) -> None:
-        """Streams are awake, or have ended: do what waited for no others."""
-        for row in part[~self._table.asleep[part]].tolist():
-            for waiter in self._waiters.pop(row, ()):
-                waiter.left -= 1
-                if waiter.left == 0:
-                    waiter.then()
-
-    def lost(self) -> list[Call[Any]]:
-        """The connection is lost, and with it what was asked; the calls that waited, to be asked anew."""
+    def lost(self) -> list[WakingRequest[Any]]:
+        """The connection is lost, and with it what was asked; the requests that waited, to be asked anew."""
+        held = list(self._held)
+        self._held.clear()
+        self._wanted.clear()
         self._claimed.clear()
         self._again_at = None
-        calls: dict[Call[Any], None] = {}
-        for row, waiters in list(self._waiters.items()):
-            calls.update((waiter.call, None) for waiter in waiters if waiter.call is not None)
-            self._waiters[row] = [waiter for waiter in waiters if waiter.call is None]
-            if not self._waiters[row]:
-                del self._waiters[row]
-        return list(calls)
-
-
-def without_columns(part: Indices, failures: list[ColumnError], columns: Indices) -> tuple[Indices, list[ColumnError]]:
-    """A part of a request and its failures, without some of its columns."""
-    left = np.delete(np.arange(len(part)), columns)
-    failures = [
-        failure._replace(column=int(np.searchsorted(left, failure.column)))
-        for failure in failures
-        if failure.column in left
-    ]
-    return part[left], failures
+        return held

@@ -1,16 +1,20 @@
-"""Frames that the user sends by one call: cut into blocks, answered piece by piece, and put together again."""
+"""Frames that the user sends by one call, cut into blocks, and the blocks that carry them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from instep_client.arrays import Indices
 from instep_client.calls import OutputsCall, TimedOutputs
-from instep_client.protocol.errors import FrameFailure, FramesRefused, StreamEvicted
-from instep_client.protocol.wire import F32, Code
-from instep_client.streams import ENDING, StreamHandle
+from instep_client.protocol.errors import FrameFailure, FramesRefused
+from instep_client.protocol.wire import F32, U64, Code
+from instep_client.replies import Stepped
+from instep_client.streams import ACKED, HANDLE, SEQ, OpenStreams, StreamHandle
+
+_ONE_COLUMN: Indices = np.zeros(1, np.int64)
 
 
 class FailedFrames(NamedTuple):
@@ -22,12 +26,21 @@ class FailedFrames(NamedTuple):
     expected_seq: int
 
 
+class Withdraws(Protocol):
+    """Where calls wait to be sent."""
+
+    def withdraw(self, call: StepCall) -> None:
+        """Take back what of a call was not sent."""
+        ...
+
+
 class StepCall(OutputsCall):
     """Frames [T, N, features] for some rows of one stream handle."""
 
     __slots__ = (
         "_outputs",
         "_prefix",
+        "_queues",
         "failures",
         "handle",
         "height",
@@ -47,6 +60,7 @@ class StepCall(OutputsCall):
 
     def __init__(
         self,
+        queues: Withdraws,
         handle: StreamHandle,
         rows: Indices,
         x: F32,
@@ -56,6 +70,7 @@ class StepCall(OutputsCall):
         keep: bool,
     ) -> None:
         super().__init__(len(x) * len(rows))
+        self._queues = queues
         self.handle = handle
         self.rows = rows
         self.x = x
@@ -72,6 +87,7 @@ class StepCall(OutputsCall):
         self.left = self.frames
         """Frames not answered for good."""
         self.failures: dict[int, FailedFrames] = {}
+        """By column; the earliest of each."""
         self.times = (0, 0, 0)
         self._outputs: F32 | None = None
         self.t = 0
@@ -79,6 +95,10 @@ class StepCall(OutputsCall):
         """`t` and `n` say where the next piece begins; `height` and `width` how large pieces are."""
         self.height = 1
         self.width = 1
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: what was not sent is taken back."""
+        self._queues.withdraw(self)
 
     @property
     def started(self) -> bool:
@@ -92,24 +112,15 @@ class StepCall(OutputsCall):
         self.width = -(-columns // parts)
         self.height = min(most_timesteps, max(1, most_frames // columns)) if parts == 1 else 1
 
-    def next_frames(self) -> int:
-        """How many frames the next piece has."""
-        if self.lone:
-            return 1
-        return min(self.height, len(self.x) - self.t) * min(self.width, len(self.rows) - self.n)
+    def next_piece(self) -> tuple[slice, slice]:
+        """The timesteps and columns of the next piece."""
+        timesteps, columns = self.x.shape[:2]
+        return slice(self.t, min(self.t + self.height, timesteps)), slice(self.n, min(self.n + self.width, columns))
 
     def next_rows(self) -> tuple[Indices, int]:
         """The streams of the next piece, and how many timesteps it has."""
-        if self.lone:
-            return self.rows, 1
         timesteps, columns = self.next_piece()
         return self.rows[columns], timesteps.stop - timesteps.start
-
-    def next_piece(self) -> tuple[slice, slice]:
-        """The timesteps and columns of the next piece."""
-        return slice(self.t, min(self.t + self.height, self.x.shape[0])), slice(
-            self.n, min(self.n + self.width, self.x.shape[1])
-        )
 
     def advance(self) -> None:
         """The next piece was sent."""
@@ -117,13 +128,9 @@ class StepCall(OutputsCall):
         if self.n >= self.x.shape[1]:
             self.n = 0
             self.t += self.height
-            self.sent = self.t >= self.x.shape[0]
+            self.sent = self.t >= len(self.x)
 
-    def put_all(self, outputs: F32) -> None:
-        """Outputs for all of it, in an array that nobody else uses."""
-        self._outputs = outputs
-
-    def put(self, t: int, columns: slice | Indices, outputs: F32) -> None:
+    def put(self, t: int, columns: Indices, outputs: F32) -> None:
         """Outputs of the timesteps from `t` on for some columns; they are copied."""
         if outputs.shape[:2] == self.x.shape[:2]:
             self._outputs = outputs.copy()
@@ -132,21 +139,13 @@ class StepCall(OutputsCall):
             self._outputs = np.full((*self.x.shape[:2], self.outputs_width), np.nan, np.float32)
         self._outputs[t : t + len(outputs), columns] = outputs
 
-    def took(self, times: tuple[int, int, int]) -> None:
-        """The server's split of one block of it."""
-        if self.frames == 1:
-            self.times = times
-        else:
-            a, b = self.times, times
-            self.times = (max(a[0], b[0]), max(a[1], b[1]), max(a[2], b[2]))
-
     def refuse(self, column: int, failed: FailedFrames) -> None:
         """Frames of a column were not applied; the earliest refusal of a column is the one that is told."""
         known = self.failures.get(column)
         if known is None or failed.seq < known.seq:
             self.failures[column] = failed
 
-    def conclude(self) -> None:
+    def conclude(self, table: OpenStreams) -> None:
         """Every frame was answered: make the result of it."""
         if self._outputs is None:
             self._outputs = np.full((*self.x.shape[:2], self.outputs_width), np.nan, np.float32)
@@ -155,12 +154,105 @@ class StepCall(OutputsCall):
             self.finish(TimedOutputs(outputs, *self.times))
             return
         ordered = sorted(self.failures.items())
-        first = ordered[0][1]
-        if self.handle.single and first.code in ENDING:
-            self.fail(StreamEvicted(first.code, first.sentence, self.handle.names[0]))
-            return
         failures = tuple(
             FrameFailure(self.handle.name_of(self.rows[column]), failed.seq, failed.code, failed.expected_seq)
             for column, failed in ordered
         )
+        for column, _ in ordered:
+            row = int(self.rows[column])
+            if table.ended[row]:
+                ended = table.why_ended(row)
+                ended.failures, ended.outputs = failures, outputs
+                self.fail(ended)
+                return
+        first = ordered[0][1]
         self.fail(FramesRefused(first.code, first.sentence, failures, outputs))
+
+
+class StepBlock:
+    """What one STEP carries: a piece of one call, or single frames of many calls side by side."""
+
+    __slots__ = ("calls", "columns", "number", "rows", "start", "where", "x")
+
+    def __init__(
+        self, calls: Sequence[StepCall], rows: Indices, columns: U64, x: F32, start: int, where: Indices
+    ) -> None:
+        self.calls = calls
+        """The one call, or one call a column."""
+        self.rows = rows
+        self.columns = columns
+        """(handle, seq of the first timestep, seq before which every output has come) of each column, as sent."""
+        self.x = x
+        """float32 [T, N, features], contiguous."""
+        self.start = start
+        """The call's timestep that is the block's first."""
+        self.where = where
+        """Which column of its call each column is."""
+        self.number = 0
+        """The number it was last sent with; numbers grow."""
+
+    @classmethod
+    def of_piece(cls, table: OpenStreams, call: StepCall, x: F32, start: int, where: Indices) -> StepBlock:
+        """Frames of a call from timestep `start` on, of the columns `where`; their streams' next seqs move on."""
+        rows = call.rows[where]
+        columns = table.columns[rows]
+        table.columns[rows, SEQ] += np.uint64(len(x))
+        return cls((call,), rows, columns, x, start, where)
+
+    @classmethod
+    def of_singles(cls, table: OpenStreams, calls: Sequence[StepCall]) -> StepBlock:
+        """Single frames of distinct streams side by side; their next seqs move on."""
+        if len(calls) == 1:
+            rows, x, where = calls[0].rows, calls[0].x, _ONE_COLUMN
+        else:
+            rows = np.concatenate([call.rows for call in calls])
+            x = np.concatenate([call.x for call in calls], axis=1)
+            where = np.zeros(len(rows), np.int64)
+        columns = table.columns[rows]
+        table.columns[rows, SEQ] += np.uint64(1)
+        return cls(calls, rows, columns, x, 0, where)
+
+    @property
+    def frames(self) -> int:
+        """How many frames it carries, T × N."""
+        return len(self.x) * len(self.rows)
+
+    def owner(self, column: int) -> tuple[StepCall, int]:
+        """The call that a column belongs to, and which of the call's columns it is."""
+        return self.calls[column if len(self.calls) > 1 else 0], int(self.where[column])
+
+    def stamps(self) -> Indices:
+        """When the calls were made: one number for all columns, or one for each."""
+        return np.array([call.stamp for call in self.calls], np.int64)
+
+    def take(self, columns: Indices) -> StepBlock:
+        """A block of some of the columns, sent when this one was."""
+        calls = [self.calls[column] for column in columns.tolist()] if len(self.calls) > 1 else self.calls
+        x = np.ascontiguousarray(self.x[:, columns])
+        part = StepBlock(calls, self.rows[columns], self.columns[columns], x, self.start, self.where[columns])
+        part.number = self.number
+        return part
+
+    def renew(self, table: OpenStreams) -> None:
+        """It is sent again: under the present handles, with what has come until now."""
+        present = table.columns[self.rows]
+        self.columns[:, HANDLE] = present[:, HANDLE]
+        self.columns[:, ACKED] = np.minimum(present[:, ACKED], self.columns[:, SEQ])
+
+    def deliver(self, answer: Stepped) -> None:
+        """Every column was answered for good: give each call its outputs, and count its frames as answered."""
+        if len(self.calls) == 1:
+            self.calls[0].put(self.start, self.where, answer.outputs)
+        else:
+            for column, call in enumerate(self.calls):
+                call.put(0, self.where, answer.outputs[:, column : column + 1])
+        self.settle(answer.times)
+
+    def settle(self, times: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """Count its frames as answered in every call and stream handle."""
+        share = self.frames // len(self.calls) if self.calls else 0
+        for call in self.calls:
+            call.left -= share
+            call.handle.unanswered -= share
+            a, b = call.times, times
+            call.times = b if call.frames == 1 else (max(a[0], b[0]), max(a[1], b[1]), max(a[2], b[2]))

@@ -223,7 +223,8 @@ class OpenStreams:
             handle.has_sleepers = bool(self.asleep[handle.rows].any())
 
     def end(self, rows: Indices, code: Code, sentence: str) -> None:
-        """The server ended these streams."""
+        """The server ended these streams; of those that had ended before, the first reason stays."""
+        rows = rows[self.ended[rows] == 0]
         self.ended[rows] = code
         self.sleep(rows, False)
         self.sentences[int(code)] = sentence
@@ -233,6 +234,15 @@ class OpenStreams:
         handle, code = self.handles[row], Code(int(self.ended[row]))
         assert handle is not None
         return stream_ended(code, self.sentences[code], handle.name_of(row), self.given(row), int(self.server_has[row]))
+
+    def check_not_ended(self, rows: Indices) -> None:
+        """Whether frames or requests may be sent to streams.
+
+        Raises:
+            StreamEvicted: when the server ended one of them.
+        """
+        for row in rows[self.ended[rows] != 0].tolist():
+            raise self.why_ended(row)
 
     @property
     def is_empty(self) -> bool:

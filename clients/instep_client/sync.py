@@ -13,9 +13,9 @@ from types import TracebackType
 import numpy.typing as npt
 
 from instep_client.aio import AsyncClient, IfExists, StreamPlace
-from instep_client.calls import ListedStream
 from instep_client.loop_thread import LoopThread
 from instep_client.protocol.wire import ServerInfo
+from instep_client.replies import ListedStream
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import State
 from instep_client.sync_streams import Group, Stream

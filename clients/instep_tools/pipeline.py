@@ -122,10 +122,14 @@ class LivingGroup:
             except StreamEvicted as ended:
                 row = self._group.names.index(ended.stream)
                 self.ended[row] = True
+                why = why or ended
+                if ended.outputs is not None:
+                    y[:, living] = ended.outputs
+                    failures += ended.failures
+                    break
                 living[np.flatnonzero(rows == row)] = False
                 seq = int(self._group.next_seqs[row])
                 failures += (FrameFailure(ended.stream, seq, ended.code, seq),)
-                why = why or ended
                 continue  # nothing was sent: the others go without it, before anything else is sent
             except FramesRefused as refused:
                 y[:, living] = refused.outputs

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from instep_client.aio import AsyncClient, StreamPlace
-from instep_client.calls import ListedStream
 from instep_client.protocol.errors import StreamRefused
 from instep_client.protocol.wire import Code
+from instep_client.replies import ListedStream
 from instep_tools.connect import connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit

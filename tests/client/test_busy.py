@@ -8,7 +8,7 @@ import pytest
 from instep_client.protocol.codes import SENTENCES, Code
 from instep_client.protocol.errors import InstepError, StreamEvicted
 from tests.support.fake_server import evicted, reference, stepped
-from tests.support.session_link import BAD, Link, X, blocks, refusal, refuse, sizes
+from tests.support.session_link import BAD, Link, X, blocks, ending, refusal, refuse, sizes
 
 
 def busy(link: Link, retry_after_us: int = 2000) -> None:
@@ -126,9 +126,10 @@ def test_frames_of_a_stream_evicted_meanwhile_are_given_up() -> None:
     link.deliver(evicted([1, 3]))
     link.advance(1.0)
     link.settle()
-    assert [(f.stream, f.code) for f in refusal(many).failures] == [("a", Code.IDLE)]
-    assert SENTENCES[Code.IDLE] in refusal(many).sentence
-    assert refusal(many).outputs[1].tolist() == reference(X[1:2])[0][0].tolist()
+    error, outputs = ending(many)
+    assert [(f.stream, f.code) for f in error.failures] == [("a", Code.IDLE)]
+    assert SENTENCES[Code.IDLE] in error.sentence
+    assert outputs[1].tolist() == reference(X[1:2])[0][0].tolist()
     assert isinstance(one.error, StreamEvicted)
 
 

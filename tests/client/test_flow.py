@@ -13,7 +13,7 @@ from instep_client.protocol.errors import FrameFailure, InstepError, InvalidInpu
 from instep_client.protocol.wire import ServerInfo
 from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, INFO, error, reference, stepped
-from tests.support.session_link import BAD, Link, X, blocks, limited, refusal, refuse, sizes
+from tests.support.session_link import BAD, Link, X, blocks, ending, limited, refusal, refuse, sizes
 
 
 def test_a_step_is_these_bytes() -> None:
@@ -237,9 +237,11 @@ def test_a_stream_that_the_server_does_not_know_has_ended() -> None:
     link.rules.end([1, 2])
     lone, many = link.session.step(handle, X[0]), link.session.step(group, X[:2])
     link.settle()
-    assert isinstance(lone.error, StreamEvicted)
-    assert lone.error.code is Code.UNKNOWN_STREAM
-    assert [(f.stream, f.code) for f in refusal(many).failures] == [("b", Code.UNKNOWN_STREAM)]
+    for call, name in ((lone, "a"), (many, "b")):
+        error, outputs = ending(call)
+        assert (type(error), error.code, error.stream) == (StreamEvicted, Code.UNKNOWN_STREAM, name)
+        assert [(f.stream, f.seq, f.code) for f in error.failures] == [(name, 0, Code.UNKNOWN_STREAM)]
+        assert np.isnan(outputs[..., 0]).tolist() == (True if call is lone else [True, False])
     with pytest.raises(StreamEvicted):
         link.session.step(handle, X[0])
     assert link.finish(link.session.step(group, X[:1], rows=[1])).outputs.shape == (1, 2)

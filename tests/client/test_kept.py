@@ -26,9 +26,9 @@ def test_outputs_are_taken_in_the_order_of_the_sends_each_at_its_place() -> None
     assert refusal(calls[1]).code is Code.NOT_FINITE
     link.session.finish(handle)
     assert link.session.outputs_end(handle)
-    with pytest.raises(ClientClosed, match="was finished"):
-        link.session.step(handle, X[0], keep=True)
-    assert link.finish(link.session.step(handle, X[0]))
+    for keep in (True, False):
+        with pytest.raises(ClientClosed, match="was finished"):
+            link.session.step(handle, X[0], keep=keep)
 
 
 def test_the_handle_is_woken_when_its_outputs_change() -> None:

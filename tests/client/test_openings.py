@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instep_client.openings import OpenCall
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ClientClosed, InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import Kind
-from instep_client.requests import OpenCall
 from tests.support.fake_server import INFO, Message, evicted, reference
 from tests.support.session_link import Link, X, headers, refuse
 from tests.support.states import floats_of, gru_state
@@ -311,7 +311,7 @@ class TestEnded:
         link.rules.end([1])
         closing = link.session.close(handle)
         link.settle()
-        with pytest.raises(StreamRefused, match="UNKNOWN_STREAM"):
+        with pytest.raises(StreamEvicted, match="UNKNOWN_STREAM"):
             closing.result()
         assert link.session.outputs_end(handle)
 

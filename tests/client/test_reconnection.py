@@ -10,8 +10,8 @@ import msgpack
 import numpy as np
 import pytest
 
+from instep_client.attempts import Attempts
 from instep_client.calls import Call
-from instep_client.outbox import Outbox
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,
@@ -25,9 +25,7 @@ from instep_client.protocol.errors import (
     StreamRefused,
 )
 from instep_client.protocol.wire import Kind
-from instep_client.reconnection import Reconnection
 from instep_client.session import Session, State
-from instep_client.streams import OpenStreams
 from tests.support.fake_server import error, goodbye, reference
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer
@@ -170,7 +168,7 @@ class TestLoss:
 
 class TestAttempts:
     def test_delays_double_up_to_two_seconds_and_are_drawn(self) -> None:
-        recovery = Reconnection(OpenStreams(), Outbox(), 1000.0, 1.0, Random(1))
+        recovery = Attempts(1000.0, 1.0, Random(1))
         now, delays = 0.0, []
         for _ in range(9):
             assert recovery.lost(now, "gone")
@@ -388,8 +386,10 @@ class TestPersonsDecide:
         link.server.forget("a", 2)
         lose(link)
         link.run(both)
-        assert isinstance(both.error, FramesRefused)
+        assert isinstance(both.error, DataLoss)
         assert [(failure.stream, failure.code) for failure in both.error.failures] == [("a", Code.DATA_LOSS)]
+        assert both.error.outputs is not None
+        assert both.error.outputs[1].tolist() == reference(X[1:2])[0][0].tolist()
         assert link.finish(link.session.step(group, X[:1], rows=[1])).outputs.shape == (1, 2)
 
     def test_outputs_that_are_gone(self) -> None:

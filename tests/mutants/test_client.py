@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.claims import take_grants
 from instep_client.flow import Flow
 from instep_client.in_flight import InFlight
 from instep_client.protocol.wire import ServerInfo
+from instep_client.requests import StreamsRequest
 from instep_client.sleepers import Sleepers
 from instep_client.streams import OpenStreams
 from tests.client import (
@@ -32,14 +32,14 @@ def new_frames_are_sent(original: Any, in_flight: InFlight, now: float) -> bool:
     return True
 
 
-def without_credit(original: Any, flow: Flow, table: OpenStreams, info: ServerInfo, *rest: Any) -> None:
-    original(flow, table, replace(info, credit_frames=2**30), *rest)
+def without_credit(original: Any, flow: Flow, info: ServerInfo) -> None:
+    original(flow, replace(info, credit_frames=2**30))
 
 
-def nothing_is_lost(original: Any, table: OpenStreams, part: Any, grants: Any, failures: Any) -> Any:
+def nothing_is_lost(original: Any, sleepers: Sleepers, rows: Any, grants: Any, *rest: Any) -> Any:
     granted = grants.copy()
     granted["next_seq"] = 2**62
-    return original(table, part, granted, failures)
+    return original(sleepers, rows, granted, *rest)
 
 
 RULES = (
@@ -63,7 +63,7 @@ RULES = (
     ),
     BrokenRule(
         "more frames are in flight than the server's credit allows",
-        replaces=Flow.__init__,
+        replaces=Flow.limit,
         variant=without_credit,
         found_by=[test_flow.test_nothing_is_sent_beyond_the_credit_and_stream_handles_take_turns],
     ),
@@ -99,7 +99,7 @@ RULES = (
     ),
     BrokenRule(
         "frames that the server lost are passed over in silence",
-        replaces=take_grants,
+        replaces=Sleepers.granted,
         variant=nothing_is_lost,
         found_by=[
             test_reconnection.TestPersonsDecide().test_a_server_that_lost_a_frame_behind_one_whose_output_did_not_come
@@ -113,8 +113,8 @@ RULES = (
     ),
     BrokenRule(
         "a request that crossed the word of a stream's sleep is refused",
-        replaces=Sleepers.are_asleep,
-        variant=lambda original, sleepers, rows, failures: np.zeros(0, np.int64),
+        replaces=StreamsRequest.only_sleeps,
+        variant=lambda original, request, refused: False,
         found_by=[partial(test_sleepers.test_a_read_that_crossed_the_word_is_repeated_by_name, False)],
     ),
 )

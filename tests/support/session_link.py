@@ -11,7 +11,7 @@ import numpy as np
 
 from instep_client.calls import Call
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import FramesRefused
+from instep_client.protocol.errors import FramesRefused, StreamEvicted
 from instep_client.protocol.wire import COLUMN, Kind, ServerInfo
 from instep_client.session import Session
 from instep_client.steps import StepCall
@@ -116,3 +116,10 @@ def refusal(call: StepCall) -> FramesRefused:
     """What a call failed with."""
     assert isinstance(call.error, FramesRefused)
     return call.error
+
+
+def ending(call: StepCall) -> tuple[StreamEvicted, F32]:
+    """What a call failed with because a stream has ended, and the outputs of the others."""
+    assert isinstance(call.error, StreamEvicted)
+    assert call.error.outputs is not None
+    return call.error, call.error.outputs

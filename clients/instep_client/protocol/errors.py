@@ -105,7 +105,16 @@ class FramesRefused(Refused):
 
 
 class StreamEvicted(Refused):
-    """The stream has ended here: it was idle, parked for too long, taken over, or its state was lost."""
+    """The stream has ended here: it was idle, parked for too long, taken over, or its state was lost.
+
+    Attributes:
+        stream: its name; of a group's streams, the first that has ended.
+        failures: of a step that was sent, one entry for each stream that failed; empty when nothing was sent.
+        outputs: as in `FramesRefused`; None when nothing was sent.
+    """
+
+    failures: tuple[FrameFailure, ...] = ()
+    outputs: npt.NDArray[np.float32] | None = None
 
     def __init__(self, code: Code, sentence: str, stream: str) -> None:
         super().__init__(code, sentence, f" (stream {stream!r})")

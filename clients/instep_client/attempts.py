@@ -1,4 +1,4 @@
-"""From the loss of a connection to the moment when every stream is this client's again.
+"""When another connection is tried for after one was lost.
 
     LOST ── after a delay ──► GREETING ── WELCOME ──► RESUMING ── every RESUMED ──► NONE
      ▲                           │                       │
@@ -13,11 +13,6 @@ from __future__ import annotations
 from enum import Enum
 from random import Random
 from typing import Final
-
-from instep_client.claims import ask_for_own
-from instep_client.outbox import Outbox
-from instep_client.protocol.wire import ServerInfo
-from instep_client.streams import OpenStreams
 
 LEAST_DELAY_S: Final = 0.05
 MOST_DELAY_S: Final = 2.0
@@ -34,20 +29,16 @@ class Phase(Enum):
     RESUMING = "the streams were claimed"
 
 
-class Reconnection:
+class Attempts:
     """The attempts at another connection.
 
     Args:
-        table: the streams.
-        outbox: where requests go.
         reconnect_s: how long attempts are made after the loss; 0 for not at all.
         timeout_s: the longest that any attempt waits for its WELCOME.
         rng: what delays are drawn from.
     """
 
-    def __init__(self, table: OpenStreams, outbox: Outbox, reconnect_s: float, timeout_s: float, rng: Random) -> None:
-        self._table = table
-        self._outbox = outbox
+    def __init__(self, reconnect_s: float, timeout_s: float, rng: Random) -> None:
         self.reconnect_s = reconnect_s
         self._attempt_timeout_s = min(timeout_s, MAX_ATTEMPT_S)
         self._rng = rng
@@ -57,7 +48,6 @@ class Reconnection:
         self._lost_at: float | None = None
         self._attempts = 0
         self._next_at = 0.0
-        self._parts_left = 0
 
     def lost(self, now: float, why: str) -> bool:
         """The connection is lost, or an attempt failed; whether there is time for another one."""
@@ -94,24 +84,16 @@ class Reconnection:
             return None
         return min(self._next_at, self._lost_at + self.reconnect_s)
 
-    def claim(self, info: ServerInfo) -> None:
-        """The server has welcomed us: claim every stream, saying what has come of it."""
-        self.phase = Phase.RESUMING
-        rows = self._table.live_rows()
-        rows = rows[~self._table.asleep[rows]]  # those are resumed when there is something to send to them
-        self._parts_left = ask_for_own(self._table, self._outbox, rows, info.max_message_bytes)
-
-    def resumed(self) -> None:
-        """A part of the claims was answered."""
-        self._parts_left -= 1
-
-    def is_complete(self) -> bool:
-        """Whether every claim was answered; the recovery is at its end then."""
-        if self.phase is not Phase.RESUMING or self._parts_left:
-            return False
-        self.phase = Phase.NONE
-        return True
-
     def worked(self) -> None:
         """Something was answered over the new connection: the next loss is one of its own."""
         self._lost_at = None
+
+    def why_given_up(self) -> str:
+        """How the connection was lost, and that no other was made in time."""
+        if not self.reconnect_s:
+            return self.why
+        end = " " if self.why.endswith("?") else "; "
+        return (
+            f"{self.why}{end}this client tried to connect again for {self.reconnect_s:g} s and has given up: "
+            "make another one"
+        )

@@ -1,0 +1,93 @@
+"""The end of a session, which closes every stream: those that hibernate are claimed, because they must be awake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from instep_client import replies
+from instep_client.arrays import Indices, parts
+from instep_client.calls import Request
+from instep_client.handshake import claim
+from instep_client.pending import MAX_REPLY_BYTES, Pending
+from instep_client.protocol.codes import HAVE_ALL
+from instep_client.protocol.wire import CLOSING, U64, Frame, Header, Kind, ServerInfo
+from instep_client.replies import ErrorReply
+from instep_client.streams import HANDLE, OpenStreams
+
+
+def closings(handles: U64) -> bytes:
+    """Of streams of which everything that was sent is answered: other outputs are not wanted."""
+    records = np.zeros(len(handles), CLOSING)
+    records["handle"], records["have"] = handles, HAVE_ALL
+    return records.tobytes()
+
+
+class Farewell(Request[None]):
+    """The closing of every stream. It ends when the server has read that nothing else will come."""
+
+    __slots__ = ("_info", "_pending", "_table")
+    kind, reply = Kind.PING, Kind.PONG
+
+    def __init__(self, table: OpenStreams, pending: Pending, info: ServerInfo) -> None:
+        super().__init__()
+        self._table = table
+        self._pending = pending
+        self._info = info
+
+    def ask(self, now: float) -> None:
+        """Close the streams that are awake, and claim the others: to be closed, they must be awake."""
+        rows = self._table.live_rows()
+        is_asleep = self._table.asleep[rows]
+        self.close(self._table.columns[rows[~is_asleep], HANDLE])
+        self.claim(rows[is_asleep])
+
+    def close(self, handles: U64) -> None:
+        """Close streams; nobody waits for their final states."""
+        row_bytes = self._info.state.row_bytes
+        most = min(self._info.max_message_bytes // CLOSING.itemsize, MAX_REPLY_BYTES // row_bytes)
+        for part in parts(len(handles), most):
+            self._pending.ask(_UnheardClose(), len(part), frames=[closings(handles[part])])
+
+    def claim(self, rows: Indices) -> None:
+        """Claim streams that hibernate, if there are any; PING once no claim is unanswered."""
+        claim(self._table, self._pending, _LastClaim(self), rows, self._info.max_message_bytes)
+        if not self._pending.waits_for(Kind.RESUMED):
+            self._pending.ask(self)
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """PONG came."""
+        self.finish(None)
+
+
+class _UnheardClose(Request[None]):
+    """A CLOSE whose reply nobody waits for."""
+
+    __slots__ = ()
+    kind, reply = Kind.CLOSE, Kind.CLOSED
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """CLOSED came."""
+
+
+class _LastClaim(Request[None]):
+    """A claim on streams that are then closed."""
+
+    __slots__ = ("_farewell",)
+    kind, reply = Kind.RESUME, Kind.RESUMED
+
+    def __init__(self, farewell: Farewell) -> None:
+        super().__init__()
+        self._farewell = farewell
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """Close what was granted; there is room for others then."""
+        grants, _ = replies.granted(header, frames, len(part))
+        is_awake = grants["handle"] != 0
+        self._farewell.close(grants["handle"][is_awake])
+        self._farewell.claim(part[~is_awake] if is_awake.any() else part[:0])
+
+    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+        """The streams are left to the server."""
+        self._farewell.claim(part[:0])

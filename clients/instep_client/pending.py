@@ -1,0 +1,78 @@
+"""What the session has asked and waits for: numbered requests, outgoing messages, and whom the driver has to wake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from instep_client.arrays import NOBODY, Indices
+from instep_client.calls import Call, Request
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Frame, Kind, Message
+from instep_client.streams import StreamHandle
+
+MAX_REPLY_BYTES: Final = 64 * 2**20
+"""The largest frame the client lets the server send; requests are cut so that no honest reply is larger."""
+
+
+class Asked(NamedTuple):
+    """A message that waits for its one reply."""
+
+    request: Request[Any]
+    part: Indices
+    """Which of the request's streams it is about."""
+
+
+class Pending:
+    """Requests of one connection. STEPs are numbered with them, and kept by `InFlight`."""
+
+    def __init__(self) -> None:
+        self.unanswered: dict[int, Asked] = {}
+        """By number."""
+        self.messages: list[Message] = []
+        """To be sent, in order."""
+        self.woken: list[Call[Any] | StreamHandle] = []
+        """Calls that ended or were sent, and stream handles whose outputs changed."""
+        self._last_number = 0
+
+    def next_number(self) -> int:
+        """The number of the next message; they grow."""
+        self._last_number += 1
+        return self._last_number
+
+    def ask(
+        self, request: Request[Any], *fields: int | str, frames: Sequence[Frame] = (), part: Indices = NOBODY
+    ) -> None:
+        """Send a message of a request."""
+        number = self.next_number()
+        self.unanswered[number] = Asked(request, part)
+        self.messages.append([wire.pack_header(request.kind, number, *fields), *frames])
+
+    def waits_for(self, reply: Kind) -> bool:
+        """Whether any message waits for a reply of this kind."""
+        return any(asked.request.reply is reply for asked in self.unanswered.values())
+
+    def forget(self) -> list[Request[Any]]:
+        """The connection is lost: nothing will be answered. What was asked, in order."""
+        asked = dict.fromkeys(each.request for each in self.unanswered.values())
+        self.unanswered.clear()
+        self.messages.clear()
+        return list(asked)
+
+    def take_messages(self) -> list[Message]:
+        """The messages to be sent, in order."""
+        messages, self.messages = self.messages, []
+        return messages
+
+    def take_woken(self) -> list[Call[Any] | StreamHandle]:
+        """Whom the driver has to wake."""
+        woken, self.woken = self.woken, []
+        return woken
+
+    def answer_ping(self, number: int) -> None:
+        """Tell the server, which asked, that we are here and have read everything up to its PING."""
+        self.messages.append([wire.pack_header(Kind.PONG, number)])
+
+    def wake(self, whom: Call[Any] | StreamHandle) -> None:
+        """Tell the driver that a call ended or was sent, or that a stream handle's outputs changed."""
+        self.woken.append(whom)
