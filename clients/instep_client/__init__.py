@@ -16,6 +16,7 @@ __all__ = [
     "ClientClosed",
     "Code",
     "ConnectionFailed",
+    "ConnectionRefused",
     "DataLoss",
     "FrameFailure",
     "FramesRefused",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from instep_client.protocol.errors import (
         ClientClosed,
         ConnectionFailed,
+        ConnectionRefused,
         DataLoss,
         FrameFailure,
         FramesRefused,
@@ -58,25 +60,21 @@ if TYPE_CHECKING:
     from instep_client.sync import Client
     from instep_client.sync_streams import Group, Stream
 else:
-    _HOMES = (
-        "protocol.errors",
-        "protocol.wire",
-        "calls",
-        "replies",
-        "snapshots",
-        "aio",
-        "aio_streams",
-        "sync",
-        "sync_streams",
-    )
+    _NAMES = {
+        "aio": ["AsyncClient"],
+        "aio_streams": ["AsyncGroup", "AsyncStream"],
+        "calls": ["TimedOutputs"],
+        "protocol.wire": ["Code", "ServerInfo"],
+        "replies": ["ListedStream"],
+        "snapshots": ["StreamSnapshot"],
+        "sync": ["Client"],
+        "sync_streams": ["Group", "Stream"],
+    }
+    _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
     def __getattr__(name: str) -> Any:
         from importlib import import_module
 
-        if name in _HOMES:
-            return import_module(f"instep_client.{name}")
-        for module in _HOMES if name in __all__ else ():
-            found = getattr(import_module(f"instep_client.{module}"), name, None)
-            if found is not None:
-                return found
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"instep_client.{_HOMES.get(name, 'protocol.errors')}"), name)

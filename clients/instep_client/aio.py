@@ -40,7 +40,13 @@ class AsyncClient:
     """
 
     def __init__(
-        self, endpoint: str | None = None, name: str = "", timeout_s: float = 10.0, reconnect_s: float = 30.0
+        self,
+        endpoint: str | None = None,
+        name: str = "",
+        timeout_s: float = 10.0,
+        reconnect_s: float = 30.0,
+        *,
+        wait: bool = False,
     ) -> None:
         """Nothing is sent before `connect` or `async with`.
 
@@ -50,6 +56,7 @@ class AsyncClient:
             name: told to the server in the greeting, which checks it and shows it nowhere; may be empty.
             timeout_s: how long a silent server is waited for, in seconds.
             reconnect_s: how long to try for another connection when one is lost, in seconds; 0 for not at all.
+            wait: wait up to `timeout_s` for a server that does not listen yet, instead of failing at once.
 
         Raises:
             InvalidInput: for a bad endpoint, name or time.
@@ -58,6 +65,7 @@ class AsyncClient:
             endpoint = os.environ.get("INSTEP_ENDPOINT", DEFAULT_ENDPOINT)
         self._session = Session(endpoint, name, timeout_s, reconnect_s)
         self._driver = Driver(self._session)
+        self._wait = wait
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._session.endpoint}: {self._session.state.value}>"
@@ -75,15 +83,11 @@ class AsyncClient:
         """Connect and greet the server, once; `async with` does it.
 
         Raises:
+            ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
             ConnectionFailed: when nobody answers within `timeout_s`.
             Refused: when the server does not take this client.
         """
-        await self._driver.start()
-        try:
-            await self._driver.wait(self._session.greeting)
-        except BaseException:
-            await self._driver.stop()
-            raise
+        await self._driver.start(self._wait)
 
     async def close(self, park: bool = False) -> None:
         """Close the open streams and the connection; what waits fails with ClientClosed. May be called twice.

@@ -20,6 +20,18 @@ NOBODY: Final[Indices] = np.zeros(0, np.int64)
 _FLOAT32: Final = np.dtype(np.float32)
 
 
+def as_array(x: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
+    """What numpy makes of a user's argument.
+
+    Raises:
+        InvalidInput: when it makes nothing of it, as of a ragged list or a tensor that requires a gradient.
+    """
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{what}: {error}") from None
+
+
 def float32_copy(x: npt.ArrayLike, what: str) -> F32:
     """A contiguous float32 copy of anything numpy reads as booleans, integers or real numbers.
 
@@ -28,10 +40,7 @@ def float32_copy(x: npt.ArrayLike, what: str) -> F32:
     Raises:
         InvalidInput: for other kinds of values, and for finite ones that float32 cannot hold.
     """
-    try:
-        raw = np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:  # the last from a tensor that requires a gradient
-        raise InvalidInput(f"{what} must be an array of numbers: {error}") from None
+    raw = as_array(x, f"{what} must be an array of numbers")
     if raw.dtype == _FLOAT32:
         return np.array(raw, _FLOAT32, order="C")
     if raw.dtype.kind not in "fiub":
@@ -81,10 +90,7 @@ def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
     Raises:
         InvalidInput: naming what is wrong.
     """
-    try:
-        raw: npt.NDArray[Any] = np.asarray(rows)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"rows must be an array of indices: {error}") from None
+    raw = as_array(rows, "rows must be an array of indices")
     if raw.ndim != 1 or raw.size == 0 or raw.dtype.kind not in "iu":
         raise InvalidInput("rows must be a one-dimensional array of at least one integer index")
     if int(raw.min()) < 0 or int(raw.max()) >= count:
@@ -103,12 +109,10 @@ def counts(x: npt.ArrayLike, count: int, what: str) -> U64:
     Raises:
         InvalidInput: naming what is wrong.
     """
-    try:
-        numbers = np.asarray(x)
-        if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (count,)) or int(numbers.min()) < 0:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidInput(f"{what} must be one integer of at least 0, or {count} of them") from None
+    rule = f"{what} must be one integer of at least 0, or {count} of them"
+    numbers = as_array(x, rule)
+    if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (count,)) or int(numbers.min()) < 0:
+        raise InvalidInput(rule)
     return np.broadcast_to(numbers.astype(np.uint64), (count,))
 
 

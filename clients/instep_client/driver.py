@@ -18,10 +18,10 @@ from weakref import WeakKeyDictionary
 import zmq
 
 from instep_client.calls import Call
-from instep_client.endpoint import EXAMPLES
+from instep_client.endpoint import EXAMPLES, nothing_listens
 from instep_client.pending import MAX_REPLY_BYTES
 from instep_client.protocol import multipart
-from instep_client.protocol.errors import ClientClosed, ConnectionFailed
+from instep_client.protocol.errors import ClientClosed, ConnectionFailed, ConnectionRefused
 from instep_client.protocol.wire import Message
 from instep_client.session import Session
 from instep_client.steps import StepCall
@@ -33,6 +33,8 @@ _log = logging.getLogger("instep_client")
 
 _RECEIVE_BURST: Final = 256
 """Messages taken before other tasks get their turn."""
+_FIRST_LOOK_S: Final = 0.05
+"""How long a server may take to answer before it is looked whether anything listens at its endpoint."""
 _FAREWELL_S: Final = 1.0
 """The longest that closing waits for the server to have read it."""
 _SOCKET_OPTIONS: Final = {
@@ -61,22 +63,33 @@ class Driver:
         self._pump_is_due = False
         self._stopped = False
 
-    async def start(self) -> None:
-        """Connect the socket; the session's greeting is on its way when this returns.
+    async def start(self, wait: bool) -> None:
+        """Connect, and wait until the server has welcomed the client.
+
+        Args:
+            wait: also for a server that does not listen yet.
 
         Raises:
-            ConnectionFailed: when the endpoint is none, or no socket can be made.
+            ConnectionRefused: when nothing listens there, unless it is waited for.
+            ConnectionFailed: when nobody answers, the endpoint is none, or no socket can be made.
+            Refused: when the server does not take this client.
             ClientClosed: when it was started or stopped before.
         """
         if self._socket is not None or self._stopped:
             raise ClientClosed("this client was connected before; make a new one to connect again")
         self._loop = asyncio.get_running_loop()
+        looking: asyncio.Task[None] | None = None
         try:
             self._connect()
-        except ConnectionFailed:
+            if not wait:
+                looking = self._loop.create_task(self._look())
+            await self.wait(self._session.greeting)
+        except BaseException:
             await self.stop()
             raise
-        self.wake()
+        finally:
+            if looking is not None:
+                looking.cancel()
 
     async def stop(self, park: bool = False) -> None:
         """End the session, tell the server unless its streams are to be parked, close the socket.
@@ -126,6 +139,16 @@ class Driver:
         if not self._pump_is_due:
             self._pump_is_due = True
             self._loop.call_soon(self._pump)
+
+    async def _look(self) -> None:
+        """Fail if nothing listens at the endpoint. A later connection is waited for: servers are restarted."""
+        await asyncio.sleep(_FIRST_LOOK_S)
+        endpoint = self._session.endpoint
+        if await nothing_listens(endpoint) and not self._session.greeting.done:
+            self._session.fail(
+                ConnectionRefused, f"nothing listens at {endpoint}: start a server there, or correct the endpoint"
+            )
+            self.wake()
 
     def _connect(self) -> None:
         try:

@@ -1,9 +1,11 @@
-"""Endpoints that a client may connect to."""
+"""Endpoints that a client may connect to, and whether anything listens there."""
 
 from __future__ import annotations
 
+import asyncio
 import re
-from typing import Final
+import socket
+from typing import Any, Final
 
 from instep_client.protocol.errors import InvalidInput
 
@@ -28,3 +30,35 @@ def checked_endpoint(endpoint: str) -> str:
         if _ADDRESS.fullmatch(address) and not endpoint.startswith("tcp://"):
             raise InvalidInput(f"{endpoint!r} is not an endpoint: write tcp://{address}")
     raise InvalidInput(f"{endpoint!r} is not an endpoint: write {EXAMPLES}")
+
+
+async def nothing_listens(endpoint: str) -> bool:
+    """Whether the operating system says that connections to an endpoint are refused, or that its file is missing.
+
+    ZeroMQ does not tell: it tries again for ever. What can only be seen by waiting, as a host that drops packets, is
+    not waited for here for longer than the system takes.
+    """
+    loop = asyncio.get_running_loop()
+    addresses: list[tuple[int, Any]]
+    if endpoint.startswith("ipc://"):
+        path = endpoint.removeprefix("ipc://")
+        addresses = [(socket.AF_UNIX, f"\0{path[1:]}" if path.startswith("@") else path)]
+    else:
+        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+        try:
+            found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):  # ZeroMQ may know more forms, as `eth0;host:port`
+            return False
+        addresses = [(family, address) for family, _, _, _, address in found]
+    is_refused = False
+    for family, address in addresses:
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setblocking(False)
+                await loop.sock_connect(probe, address)
+                return False
+        except (ConnectionRefusedError, FileNotFoundError):
+            is_refused = True
+        except OSError:  # an address family that this machine does not have
+            continue
+    return is_refused

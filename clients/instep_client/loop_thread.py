@@ -80,6 +80,9 @@ class LoopThread:
             if self._failure is None:
                 raise
             raise self._ended("") from error
+        except KeyboardInterrupt as interrupt:
+            future.cancel()
+            raise interrupt.with_traceback(None)  # noqa: B904 (without the frames of waiting, which tell nobody anything)
         except BaseException:
             future.cancel()
             raise

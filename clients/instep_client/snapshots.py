@@ -7,7 +7,6 @@ reading and writing files needs the package safetensors, which is therefore impo
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -105,8 +104,10 @@ class StreamSnapshot:
             about = file.metadata() or {}
             names = list(file.keys())
             is_snapshot = names == ["state"] or (names and all(name.startswith(_LEAF) for name in names))
-            if about.get("format") != _FORMAT or not is_snapshot:
-                raise ValueError("it is a safetensors file of something else")
+            if about.get("format") != _FORMAT:
+                raise ValueError("it has no instep metadata")
+            if not is_snapshot:
+                raise ValueError("its tensors must be `state`, or `state.NAME` for each leaf")
             for name in names:
                 tensor = file.get_slice(name)
                 dtypes = ("F32",) if name == "state" else _DTYPES
@@ -179,9 +180,7 @@ def _rename_to_new(part: Path, target: Path) -> None:
     """
     try:
         target.hardlink_to(part)  # refuses what is there by itself, at no moment too late
-    except FileExistsError:
-        raise
-    except OSError:  # no links here
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        part.rename(target)
+    except OSError as error:
+        if isinstance(error, FileExistsError) or os.path.lexists(target):
+            raise FileExistsError(f"{target} exists already") from None
+        part.rename(target)  # no links here

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.arrays import float32_copy
+from instep_client.arrays import as_array, float32_copy
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.state_spec import U8, Leaf, StateSpec
 
@@ -58,10 +58,7 @@ def _leaf(x: npt.ArrayLike, leaf: Leaf, shape: tuple[int, ...]) -> npt.NDArray[A
     if leaf.dtype == np.float32:
         array: npt.NDArray[Any] = float32_copy(x, f"the state's leaf {leaf.name}")
     else:
-        try:
-            array = np.asarray(x)
-        except (TypeError, ValueError) as error:
-            raise InvalidInput(f"the state's leaf {leaf.name} must be an array: {error}") from None
+        array = as_array(x, f"the state's leaf {leaf.name} must be an array")
         if not np.can_cast(array.dtype, leaf.dtype, "safe"):
             raise InvalidInput(f"the state's leaf {leaf.name} must be {leaf.dtype}, not {array.dtype}")
         array = array.astype(leaf.dtype)

@@ -9,7 +9,7 @@ import numpy as np
 
 from instep_client.arrays import Indices
 from instep_client.calls import OutputsCall, TimedOutputs
-from instep_client.protocol.errors import FrameFailure, FramesRefused
+from instep_client.protocol.errors import FrameFailure, FramesRefused, StreamEvicted
 from instep_client.protocol.wire import F32, U64, Code
 from instep_client.replies import Stepped
 from instep_client.streams import ACKED, HANDLE, SEQ, OpenStreams, StreamHandle
@@ -153,20 +153,20 @@ class StepCall(OutputsCall):
         if not self.failures:
             self.finish(TimedOutputs(outputs, *self.times))
             return
-        ordered = sorted(self.failures.items())
-        failures = tuple(
-            FrameFailure(self.handle.name_of(self.rows[column]), failed.seq, failed.code, failed.expected_seq)
-            for column, failed in ordered
-        )
-        for column, _ in ordered:
-            row = int(self.rows[column])
+        failures: list[FrameFailure] = []
+        ended: StreamEvicted | None = None
+        for column, failed in sorted(self.failures.items()):
+            row, code = int(self.rows[column]), failed.code
             if table.ended[row]:
-                ended = table.why_ended(row)
-                ended.failures, ended.outputs = failures, outputs
-                self.fail(ended)
-                return
-        first = ordered[0][1]
-        self.fail(FramesRefused(first.code, first.sentence, failures, outputs))
+                why = table.why_ended(row)
+                ended, code = ended or why, why.code
+            failures.append(FrameFailure(self.handle.name_of(row), failed.seq, code, failed.expected_seq))
+        if ended is not None:
+            ended.failures, ended.outputs = tuple(failures), outputs
+            self.fail(ended)
+        else:
+            sentence = self.failures[min(self.failures)].sentence
+            self.fail(FramesRefused(failures[0].code, sentence, tuple(failures), outputs))
 
 
 class StepBlock:

@@ -29,7 +29,13 @@ class Client:
     """
 
     def __init__(
-        self, endpoint: str | None = None, name: str = "", timeout_s: float = 10.0, reconnect_s: float = 30.0
+        self,
+        endpoint: str | None = None,
+        name: str = "",
+        timeout_s: float = 10.0,
+        reconnect_s: float = 30.0,
+        *,
+        wait: bool = False,
     ) -> None:
         """Nothing is sent before `connect` or `with`.
 
@@ -39,11 +45,12 @@ class Client:
             name: told to the server in the greeting, which checks it and shows it nowhere; may be empty.
             timeout_s: how long a silent server is waited for, in seconds.
             reconnect_s: how long to try for another connection when one is lost, in seconds; 0 for not at all.
+            wait: wait up to `timeout_s` for a server that does not listen yet, instead of failing at once.
 
         Raises:
             InvalidInput: for a bad endpoint, name or time.
         """
-        self._client = AsyncClient(endpoint, name, timeout_s, reconnect_s)
+        self._client = AsyncClient(endpoint, name, timeout_s, reconnect_s, wait=wait)
         self._thread = LoopThread(self._client)
         self._finalizer = weakref.finalize(self, self._thread.stop)
 
@@ -63,12 +70,16 @@ class Client:
         """Connect and greet the server, once; `with` does it.
 
         Raises:
+            ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
             ConnectionFailed: when nobody answers within `timeout_s`, or this process has no room for an event loop.
             Refused: when the server does not take this client.
         """
         self._thread.start()
         try:
             self._thread.run(self._client.connect())
+        except KeyboardInterrupt as interrupt:
+            self.close()
+            raise interrupt.with_traceback(None)  # noqa: B904 (it is the same)
         except BaseException:
             self.close()
             raise

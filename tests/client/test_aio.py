@@ -6,6 +6,7 @@ import asyncio
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from instep_client import (
     ClientClosed,
     Code,
     ConnectionFailed,
+    ConnectionRefused,
     FramesRefused,
     InstepError,
     InvalidInput,
@@ -295,13 +297,33 @@ async def test_a_restarted_server(server: FakeServer) -> None:
             await stream.step(X[0])
 
 
-async def test_nobody_there() -> None:
+async def test_a_server_that_is_not_there_is_waited_for_only_if_asked(tmp_path: Path) -> None:
     with FakeServer() as server:
         endpoint = server.endpoint
-    client = AsyncClient(endpoint, timeout_s=0.1)
-    with pytest.raises(ConnectionFailed, match=f"nobody answers at {endpoint}"):
-        await client.connect()
+    for nowhere in (endpoint, f"ipc://{tmp_path}/none", "tcp://localhost:1"):
+        with pytest.raises(ConnectionRefused, match=f"nothing listens at {nowhere}: start a server there"):
+            await AsyncClient(nowhere).connect()
+        client = AsyncClient(nowhere, timeout_s=0.2, wait=True)
+        with pytest.raises(ConnectionFailed, match=f"nobody answers at {nowhere}"):
+            await client.connect()
     gc.collect()
+
+
+async def test_a_server_that_comes_later_or_is_slow_is_waited_for() -> None:
+    with FakeServer() as server:
+        endpoint = server.endpoint
+    later, slow = AsyncClient(endpoint, wait=True), AsyncClient(endpoint)
+    connecting = asyncio.create_task(later.connect())
+    await asyncio.sleep(0.2)
+    with FakeServer(endpoint=endpoint) as server:
+        await connecting
+        with server.paused():
+            connecting = asyncio.create_task(slow.connect())
+            await asyncio.sleep(0.2)
+            assert not connecting.done()
+        await connecting
+        for client in (later, slow):
+            await client.close()
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://the_é:1", f"ipc:///{'x' * 200}"])

@@ -265,7 +265,7 @@ def test_eviction_of_one_of_a_group_lets_the_others_step() -> None:
         link.session.step(group, np.ones((3, 3)))
     link.settle()
     refused: Any = sent.error
-    assert [(f.stream, f.code) for f in refused.failures] == [("b", Code.UNKNOWN_STREAM)]
+    assert [(f.stream, f.code) for f in refused.failures] == [("b", Code.STATE_LOST)]
     assert refused.outputs[[0, 2]].tolist() == [[3, 4], [3, 4]]
     assert np.isnan(refused.outputs[1]).all()
     assert unconcerned.result().outputs.shape == (2, 2)

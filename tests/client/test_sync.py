@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client import Client, ClientClosed, Code, ConnectionFailed, FramesRefused, StreamRefused
+from instep_client import Client, ClientClosed, Code, ConnectionFailed, ConnectionRefused, FramesRefused, StreamRefused
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import INFO, FakeServer, reference
 
@@ -107,8 +107,9 @@ def test_ctrl_c_leaves_a_client_that_can_be_used_and_closed(server: FakeServer) 
         stream = client.open("a")
         server.rules.holding = True
         server.rules.fault = fault
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as interrupt:
             stream.step(X[0])
+        assert [frame.name for frame in interrupt.traceback][1:] == ["step", "run"], "no frames of waiting"
         server.release()
         assert stream.step(X[1]).tolist() == reference(X[:2])[0][1].tolist()
         server.rules.holding = True
@@ -202,8 +203,10 @@ def test_a_client_connects_once(server: FakeServer) -> None:
 def test_nobody_there() -> None:
     with FakeServer() as server:
         endpoint = server.endpoint
+    with pytest.raises(ConnectionRefused, match="nothing listens"):
+        Client(endpoint).connect()
     with pytest.raises(ConnectionFailed, match="nobody answers"):
-        Client(endpoint, timeout_s=0.1).connect()
+        Client(endpoint, timeout_s=0.1, wait=True).connect()
 
 
 def test_work_that_the_loop_gave_up_is_told_as_closed(server: FakeServer) -> None:

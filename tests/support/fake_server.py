@@ -250,10 +250,12 @@ class FakeRules:
 class FakeServer:
     """`FakeRules` behind a ROUTER on loopback, in a thread; `with FakeServer() as server`. Other rules may be given."""
 
-    def __init__(self, info: ServerInfo = INFO, handle: Handler | None = None) -> None:
+    def __init__(
+        self, info: ServerInfo = INFO, handle: Handler | None = None, endpoint: str = "tcp://127.0.0.1:*"
+    ) -> None:
         self.rules = FakeRules(info)
         self._handle = handle or self.rules.handle
-        self.endpoint = ""
+        self.endpoint = endpoint
         self._orders: SimpleQueue[Callable[[], list[tuple[bytes, Message]]] | None] = SimpleQueue()
         self._context = zmq.Context()
         self._bell = self._context.socket(zmq.PAIR)
@@ -326,7 +328,7 @@ class FakeServer:
     def _serve(self) -> None:
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
-        router.bind("tcp://127.0.0.1:*")
+        router.bind(self.endpoint)
         self.endpoint = str(router.get_string(zmq.LAST_ENDPOINT))
         bell = self._context.socket(zmq.PAIR)
         bell.connect("inproc://bell")

@@ -3,6 +3,7 @@
     InstepError
     ├── MalformedMessage          bytes that do not follow the protocol (a bug in one of the two sides)
     ├── ConnectionFailed          nobody answers at the endpoint, or the server went away or was restarted
+    │   └── ConnectionRefused     nothing listens at the endpoint
     ├── ClientClosed              the client, stream or group was used after it was closed
     ├── InvalidInput              an argument of the wrong shape or kind; nothing was sent
     └── Refused                   the server answered with a code; `code` and `sentence` say why
@@ -38,6 +39,10 @@ class MalformedMessage(InstepError):
 
 class ConnectionFailed(InstepError, ConnectionError):
     """Nobody answers at the endpoint, or the server went away or was restarted."""
+
+
+class ConnectionRefused(ConnectionFailed, ConnectionRefusedError):
+    """Nothing listens at the endpoint: the port is closed, or the socket's file is missing."""
 
 
 class ClientClosed(InstepError):
