@@ -60,7 +60,9 @@ class AsyncStream:
             FramesRefused: when some of it was not applied.
             InvalidInput: for another shape, or values that float32 cannot hold.
         """
-        return (await self.step_timed(x)).outputs
+        call = self._session.step(self._handle, x)
+        await self._driver.until_woken(call)
+        return call.result().outputs
 
     async def step_timed(self, x: npt.ArrayLike) -> TimedOutputs:
         """Like `step`, with the server's times beside the outputs."""

@@ -42,7 +42,7 @@ def float32_copy(x: npt.ArrayLike, what: str) -> F32:
     """
     raw = as_array(x, f"{what} must be an array of numbers")
     if raw.dtype == _FLOAT32:
-        return np.array(raw, _FLOAT32, order="C")
+        return raw.copy()
     if raw.dtype.kind not in "fiub":
         raise InvalidInput(f"{what} must be real numbers that convert to float32, not {raw.dtype}")
     with np.errstate(over="ignore"):

@@ -10,6 +10,7 @@ do not come back in one moment.
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from random import Random
 from typing import Final
@@ -78,10 +79,10 @@ class Attempts:
         """Whether the attempt has waited for its WELCOME for long enough."""
         return self.phase is Phase.GREETING and now >= self._next_at
 
-    def deadline(self) -> float | None:
-        """When something is to be done though no message comes."""
+    def deadline(self) -> float:
+        """When something is to be done though no message comes; infinity for never."""
         if self.phase not in (Phase.LOST, Phase.GREETING) or self._lost_at is None:
-            return None
+            return math.inf
         return min(self._next_at, self._lost_at + self.reconnect_s)
 
     def worked(self) -> None:

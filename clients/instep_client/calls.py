@@ -36,12 +36,10 @@ class Waiter(Protocol):
 class Call(Generic[R]):
     """Something asked of the session. `done` once, with a result or an error."""
 
-    __slots__ = ("_result", "done", "error", "waiter")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.error: InstepError | None = None
-        self.waiter: Waiter | None = None
+    done = False
+    error: InstepError | None = None
+    waiter: Waiter | None = None
+    _result: R
 
     def finish(self, result: R) -> None:
         """End it with a result; the first end counts."""
@@ -75,7 +73,6 @@ class Request(Call[R]):
     A subclass says how it is encoded (`ask`), and what a reply, an ERROR or a lost connection means to it.
     """
 
-    __slots__ = ()
     kind: ClassVar[Kind]
     """Of its messages."""
     reply: ClassVar[Kind]
@@ -131,9 +128,5 @@ class TimedOutputs(NamedTuple):
 class OutputsCall(Call[TimedOutputs]):
     """A call that ends with outputs."""
 
-    __slots__ = ("frames",)
-
-    def __init__(self, frames: int) -> None:
-        super().__init__()
-        self.frames = frames
-        """How many frames it carries, T × N."""
+    frames: int
+    """How many frames it carries, T × N."""

@@ -18,13 +18,12 @@ from instep_client.protocol.wire import CLOSING, Frame, Header, Kind, Message, r
 from instep_client.replies import ColumnError
 from instep_client.requests import R, RefusedStream, StreamsRequest
 from instep_client.states import State, state_rows
-from instep_client.streams import ENDING, HANDLE, StreamHandle
+from instep_client.streams import ENDING, StreamHandle
 
 
 class Change(StreamsRequest[R], TurnRequest):
     """A request that changes a handle's streams once everything sent through it was answered."""
 
-    __slots__ = ("stamp",)
     handle: StreamHandle
 
     def __init__(self, connection: Connection, handle: StreamHandle) -> None:
@@ -46,7 +45,6 @@ class Change(StreamsRequest[R], TurnRequest):
 class ResetCall(Change[None]):
     """Other states for a handle's streams; see `Session.reset`."""
 
-    __slots__ = ("_states",)
     kind, reply = Kind.RESET, Kind.CHANGED
 
     def __init__(self, connection: Connection, handle: StreamHandle, states: State | None) -> None:
@@ -56,7 +54,7 @@ class ResetCall(Change[None]):
 
     def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """RESET: handles, and states where given."""
-        handles = self.connection.table.columns[self.handle.rows[part], HANDLE].tobytes()
+        handles = self.connection.table.numbers[self.handle.rows[part]].tobytes()
         states = b"" if self._states is None else raw(self._states[part])
         return (int(self._states is not None),), [handles, states]
 
@@ -75,7 +73,6 @@ class ResetCall(Change[None]):
 class CloseCall(Change[U8]):
     """The closing of a handle; the result is final states [N, row_bytes], `missing` where streams had ended."""
 
-    __slots__ = ("_finals",)
     kind, reply = Kind.CLOSE, Kind.CLOSED
     needs_all_awake = False  # it wakes its streams itself, some at a time: the server may not have room for all
 
@@ -88,7 +85,7 @@ class CloseCall(Change[U8]):
         """Ask for those streams that the server has not ended or closed, when they are awake."""
         self.begin()
         table, rows = self.connection.table, self.handle.rows
-        wanted = np.flatnonzero((table.ended[rows] == 0) & (table.columns[rows, HANDLE] != 0))
+        wanted = np.flatnonzero((table.ended[rows] == 0) & (table.numbers[rows] != 0))
         asleep = table.asleep[rows[wanted]]
         self.send(wanted[~asleep])
         self.ask_again(wanted[asleep])
@@ -97,7 +94,7 @@ class CloseCall(Change[U8]):
 
     def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """CLOSE."""
-        return (), [closings(self.connection.table.columns[self.handle.rows[part], HANDLE])]
+        return (), [closings(self.connection.table.numbers[self.handle.rows[part]])]
 
     def decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """CLOSED: final states."""
@@ -110,7 +107,7 @@ class CloseCall(Change[U8]):
         which = [each.which for each in refused]
         self._finals[which] = self.connection.info.state.missing(len(which))
         closed = np.setdiff1d(part, [each.which for each in refused if each.code not in ENDING])
-        self.connection.table.columns[self.handle.rows[closed], HANDLE] = 0
+        self.connection.table.numbers[self.handle.rows[closed]] = 0
 
     def note(self, refused: RefusedStream) -> None:
         """Of a group, streams that have ended have no final state, and are no reason to fail."""
@@ -139,8 +136,6 @@ class CloseCall(Change[U8]):
 
 class Discard(CloseCall):
     """The closing of a handle that nobody holds."""
-
-    __slots__ = ("_then",)
 
     def __init__(self, connection: Connection, handle: StreamHandle, then: Callable[[], None] | None = None) -> None:
         super().__init__(connection, handle)

@@ -6,6 +6,7 @@ that wait for replies, and the streams that hibernate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import Enum
 from random import Random
@@ -28,6 +29,7 @@ from instep_client.replies import ErrorReply
 from instep_client.sleepers import Sleepers
 from instep_client.streams import OpenStreams
 
+_NEVER: Final = math.inf
 _STEPPED: Final = int(Kind.STEPPED)
 _SAME: Final = ("fingerprint", "features", "outputs", "state")
 _NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
@@ -106,14 +108,15 @@ class Connection:
         error, sentence = self._failure
         return error(sentence)
 
-    def check_open(self) -> None:
-        """Whether anything may be asked.
+    def check_open(self) -> ServerInfo:
+        """Whether anything may be asked; the server's description of itself.
 
         Raises:
             InstepError: saying why not.
         """
-        if self.state is not State.OPEN and self.state is not State.RECONNECTING:
+        if self._info is None or self.state is State.ENDED:
             raise self.failure()
+        return self._info
 
     def ask(self, request: Request[Any], now: float = 0.0) -> None:
         """Ask, now or when there is a connection again."""
@@ -155,15 +158,15 @@ class Connection:
         """When `advance` is to be called though nothing happens; None for never."""
         if self.state is State.ENDED:
             return None
-        times = [self.attempts.deadline()]
+        soonest = _NEVER if self.attempts.phase is Phase.NONE else self.attempts.deadline()
         if self.state is State.OPEN:
-            times += [self.flow.deadline(self._timeout_s), self.sleepers.deadline()]
-            if self._keeps_alive():
-                times.append(self._heard_at + self.info.park_s / 2)
+            soonest = min(soonest, self.flow.deadline(self._timeout_s), self.sleepers.again_at)
+            if self._waiting_since is None and self._keeps_alive():
+                soonest = min(soonest, self._heard_at + self.info.park_s / 2)
         if self._waiting_since is not None:
             timeout_s = self._timeout_s / 2 if self._may_probe() else self._timeout_s
-            times.append(max(self._heard_at, self._waiting_since) + timeout_s)
-        return min((time for time in times if time is not None), default=None)
+            soonest = min(soonest, max(self._heard_at, self._waiting_since) + timeout_s)
+        return None if soonest == _NEVER else soonest
 
     def take_reconnect(self) -> bool:
         """Whether to close the socket, drop what was not sent through it, and connect a new one now."""

@@ -11,19 +11,17 @@ import asyncio
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
-from weakref import WeakKeyDictionary
 
 import zmq
 
 from instep_client.calls import Call
-from instep_client.endpoint import EXAMPLES, nothing_listens
-from instep_client.pending import MAX_REPLY_BYTES
+from instep_client.endpoint import nothing_listens
 from instep_client.protocol import multipart
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, ConnectionRefused
 from instep_client.protocol.wire import Message
 from instep_client.session import Session
+from instep_client.sockets import Sockets
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
 
@@ -31,24 +29,14 @@ R = TypeVar("R")
 
 _log = logging.getLogger("instep_client")
 
+_SEND_AT: Final = 128
+"""Calls of one turn of the loop that are sent before the others are made, so that the server begins with them."""
 _RECEIVE_BURST: Final = 256
 """Messages taken before other tasks get their turn."""
 _FIRST_LOOK_S: Final = 0.05
 """How long a server may take to answer before it is looked whether anything listens at its endpoint."""
 _FAREWELL_S: Final = 1.0
 """The longest that closing waits for the server to have read it."""
-_SOCKET_OPTIONS: Final = {
-    zmq.LINGER: 0,  # closing waits for the server's PONG instead, so that nothing ever blocks the event loop
-    zmq.IPV6: 1,
-    zmq.PROBE_ROUTER: 1,  # ZeroMQ reconnects in silence; the server answers its first message with HELLO_FIRST
-    zmq.IMMEDIATE: 1,  # without it only the first connection begins with that message
-    zmq.RECONNECT_IVL: 50,  # milliseconds, and up to as many again, drawn at random
-    zmq.MAXMSGSIZE: MAX_REPLY_BYTES,
-    zmq.RCVHWM: 65_536,  # replies: never more than the requests that the server's credit allows
-    zmq.HEARTBEAT_IVL: 5_000,
-    zmq.HEARTBEAT_TIMEOUT: 15_000,  # we give a silent server up after this
-    zmq.HEARTBEAT_TTL: 15_000,  # and it us, even if it sends no heartbeats of its own
-}
 
 
 class Driver:
@@ -56,11 +44,16 @@ class Driver:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._sockets: Sockets
         self._socket: zmq.Socket[bytes] | None = None
         self._backlog: deque[Message] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._pump_is_due = False
+        self._is_due = False
+        self._asked = 0
+        """Calls that were made since the session last acted."""
+        self._may_read = False
+        """Whether the socket has messages that it will not signal again."""
         self._stopped = False
 
     async def start(self, wait: bool) -> None:
@@ -78,6 +71,7 @@ class Driver:
         if self._socket is not None or self._stopped:
             raise ClientClosed("this client was connected before; make a new one to connect again")
         self._loop = asyncio.get_running_loop()
+        self._sockets = Sockets.of(self._loop)
         looking: asyncio.Task[None] | None = None
         try:
             self._connect()
@@ -114,7 +108,7 @@ class Driver:
 
     async def wait(self, call: Call[R]) -> R:
         """The call's result. When the waiting task is cancelled, the session is told that nobody waits."""
-        await self._until_woken(call)
+        await self.until_woken(call)
         return call.result()
 
     async def wait_sent(self, call: StepCall) -> None:
@@ -123,9 +117,26 @@ class Driver:
         Raises:
             InstepError: whatever it failed with.
         """
-        await self._until_woken(call)
+        await self.until_woken(call)
         if not call.sent:
             call.result()
+
+    async def until_woken(self, call: Call[Any]) -> None:
+        """Until the call has ended, or was sent."""
+        if call.done:
+            return
+        call.waiter = waiter = self._loop.create_future()
+        self._asked += 1
+        if self._asked < _SEND_AT:
+            self.wake()
+        else:
+            self._pump()
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            self._session.cancel(call)
+            self.wake()
+            raise
 
     async def wait_news(self, handle: StreamHandle) -> None:
         """Until the stream handle's outputs changed. Many tasks may wait for one stream handle."""
@@ -135,10 +146,10 @@ class Driver:
         await asyncio.wait((waiter,))
 
     def wake(self) -> None:
-        """Have the pump run once in the next turn of the loop."""
-        if not self._pump_is_due:
-            self._pump_is_due = True
-            self._loop.call_soon(self._pump)
+        """Have the session act in the next turn of the loop."""
+        if not self._is_due:
+            self._is_due = True
+            self._sockets.call_in_next_turn(self._loop, self._pump)
 
     async def _look(self) -> None:
         """Fail if nothing listens at the endpoint. A later connection is waited for: servers are restarted."""
@@ -151,24 +162,12 @@ class Driver:
             self.wake()
 
     def _connect(self) -> None:
-        try:
-            self._socket = socket = _open_socket(self._loop)
-        except zmq.ZMQError as error:
-            raise ConnectionFailed(f"this process cannot make a socket: {error}") from None
-        for option, value in _SOCKET_OPTIONS.items():
-            socket.set(option, value)
-        try:
-            socket.connect(self._session.endpoint)
-        except zmq.ZMQError as error:
-            raise ConnectionFailed(
-                f"{self._session.endpoint!r} is no endpoint that can be reached ({error}): write {EXAMPLES}"
-            ) from None
-        self._loop.add_reader(socket.fileno(), self._pump)
+        self._socket = self._sockets.connect(self._loop, self._session.endpoint)
+        self._loop.add_reader(self._socket.fileno(), self._on_readable)
 
     def _close(self, socket: zmq.Socket[bytes]) -> None:
         self._loop.remove_reader(socket.fileno())
-        socket.close()
-        _give_back_context(self._loop)
+        self._sockets.close(self._loop, socket)
 
     def _reconnect(self, former: zmq.Socket[bytes]) -> None:
         """Another socket in place of the one whose connection is lost; what was not sent will be asked anew."""
@@ -177,23 +176,20 @@ class Driver:
             self._connect()
         except ConnectionFailed as error:
             self._session.fail(ConnectionFailed, str(error))
-        if self._socket is not former:  # also where the other one was made and could not be connected
+        else:
             self._close(former)
 
-    async def _until_woken(self, call: Call[Any]) -> None:
-        if call.done:
-            return
-        call.waiter = waiter = self._loop.create_future()
-        self.wake()
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            self._session.cancel(call)
-            self.wake()
-            raise
+    def _on_readable(self) -> None:
+        self._may_read = True
+        self._pump()
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._pump()
 
     def _pump(self) -> None:
-        self._pump_is_due = False
+        self._is_due = False
+        self._asked = 0
         if self._socket is None or self._socket.closed:
             return
         try:
@@ -209,64 +205,45 @@ class Driver:
     def _exchange(self, socket: zmq.Socket[bytes]) -> None:
         session = self._session
         now = time.monotonic()
-        for frames in multipart.received(socket, _RECEIVE_BURST):  # outputs are copied once, to the user's array
-            session.receive([frame.buffer for frame in frames], now)
+        is_touched = False
+        if self._may_read:
+            self._may_read = False
+            count = 0
+            for frames in multipart.received(socket, _RECEIVE_BURST):  # outputs are copied once, to the user's array
+                session.receive([frame.buffer for frame in frames], now)
+                count += 1
+            is_touched = count == _RECEIVE_BURST
         session.advance(now)
         if session.take_reconnect():
             _log.info("connecting to %s again: %s", session.endpoint, session.loss)
             self._reconnect(socket)
             socket = self._socket or socket
         self._backlog.extend(session.take_messages())
+        if self._backlog:
+            is_touched = True
+            self._send(socket)
+        self._set_timer(now)
+        # The socket signals once, and what was done above may have used the signal up.
+        if is_touched:
+            wanted = multipart.READABLE_OR_WRITABLE if self._backlog else multipart.READABLE
+            found = multipart.events(socket) & wanted
+            if found:
+                self._may_read = bool(found & multipart.READABLE)
+                self.wake()
+
+    def _send(self, socket: zmq.Socket[bytes]) -> None:
+        backlog = self._backlog
         try:
-            while self._backlog:
-                multipart.send_now(socket, self._backlog[0])
-                self._backlog.popleft()
+            while backlog:
+                multipart.send_now(socket, backlog[0])
+                backlog.popleft()
         except zmq.Again:
             pass  # the socket signals when there is room again
-        deadline = session.deadline()
+
+    def _set_timer(self, now: float) -> None:
+        deadline = self._session.deadline()
         if deadline is not None and (self._timer is None or deadline < self._timer_at):
             if self._timer is not None:
                 self._timer.cancel()
             self._timer_at = deadline
             self._timer = self._loop.call_later(max(0.0, deadline - now), self._on_timer)
-        # The socket signals once, and what was done above may have used the signal up.
-        if multipart.events(socket) & (multipart.READABLE_OR_WRITABLE if self._backlog else multipart.READABLE):
-            self.wake()
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        self._pump()
-
-
-@dataclass(slots=True)
-class _Shared:
-    context: zmq.Context[zmq.Socket[bytes]]
-    sockets: int = 0
-
-
-_contexts: WeakKeyDictionary[asyncio.AbstractEventLoop, _Shared] = WeakKeyDictionary()
-"""One context a loop, for all its clients (each costs two threads), as long as any of them is open."""
-
-
-def _open_socket(loop: asyncio.AbstractEventLoop) -> zmq.Socket[bytes]:
-    shared = _contexts.get(loop)
-    if shared is None:
-        shared = _contexts[loop] = _Shared(zmq.Context())
-        shared.context.set(zmq.MAX_SOCKETS, int(shared.context.get(zmq.SOCKET_LIMIT)))
-    try:
-        socket = shared.context.socket(zmq.DEALER)
-    except zmq.ZMQError:
-        if not shared.sockets:
-            del _contexts[loop]
-            shared.context.term()
-        raise
-    shared.sockets += 1
-    return socket
-
-
-def _give_back_context(loop: asyncio.AbstractEventLoop) -> None:
-    shared = _contexts[loop]
-    shared.sockets -= 1
-    if shared.sockets == 0:
-        del _contexts[loop]
-        shared.context.term()

@@ -14,7 +14,7 @@ from instep_client.pending import MAX_REPLY_BYTES, Pending
 from instep_client.protocol.codes import HAVE_ALL
 from instep_client.protocol.wire import CLOSING, U64, Frame, Header, Kind, ServerInfo
 from instep_client.replies import ErrorReply
-from instep_client.streams import HANDLE, OpenStreams
+from instep_client.streams import OpenStreams
 
 
 def closings(handles: U64) -> bytes:
@@ -27,11 +27,9 @@ def closings(handles: U64) -> bytes:
 class Farewell(Request[None]):
     """The closing of every stream. It ends when the server has read that nothing else will come."""
 
-    __slots__ = ("_info", "_pending", "_table")
     kind, reply = Kind.PING, Kind.PONG
 
     def __init__(self, table: OpenStreams, pending: Pending, info: ServerInfo) -> None:
-        super().__init__()
         self._table = table
         self._pending = pending
         self._info = info
@@ -40,7 +38,7 @@ class Farewell(Request[None]):
         """Close the streams that are awake, and claim the others: to be closed, they must be awake."""
         rows = self._table.live_rows()
         is_asleep = self._table.asleep[rows]
-        self.close(self._table.columns[rows[~is_asleep], HANDLE])
+        self.close(self._table.numbers[rows[~is_asleep]])
         self.claim(rows[is_asleep])
 
     def close(self, handles: U64) -> None:
@@ -64,7 +62,6 @@ class Farewell(Request[None]):
 class _UnheardClose(Request[None]):
     """A CLOSE whose reply nobody waits for."""
 
-    __slots__ = ()
     kind, reply = Kind.CLOSE, Kind.CLOSED
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
@@ -74,11 +71,9 @@ class _UnheardClose(Request[None]):
 class _LastClaim(Request[None]):
     """A claim on streams that are then closed."""
 
-    __slots__ = ("_farewell",)
     kind, reply = Kind.RESUME, Kind.RESUMED
 
     def __init__(self, farewell: Farewell) -> None:
-        super().__init__()
         self._farewell = farewell
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:

@@ -19,13 +19,12 @@ from instep_client.protocol.wire import COLUMN, MAX_BLOCK_STREAMS, ServerInfo
 from instep_client.replies import ErrorReply, Stepped
 from instep_client.sleepers import EndedRows, Sleepers, WakingRequest
 from instep_client.steps import FailedFrames, StepBlock, StepCall
-from instep_client.streams import SEQ, OpenStreams, StreamHandle
+from instep_client.streams import OpenStreams, StreamHandle
 
 
 class TurnRequest(WakingRequest[Any]):
     """A request that waits until everything sent through its handle was answered, and comes before anything later."""
 
-    __slots__ = ()
     handle: StreamHandle
     stamp: int
     """When it was made, on the session's counter."""
@@ -53,8 +52,6 @@ class Turn(Enum):
 
 class SendQueue:
     """The calls of one stream handle that were not sent, or not sent completely, in the order they were made."""
-
-    __slots__ = ("handle", "requests", "steps", "turn")
 
     def __init__(self, handle: StreamHandle) -> None:
         self.handle = handle
@@ -130,6 +127,15 @@ class Flow:
 
     def advance(self, now: float, timeout_s: float) -> None:
         """Send everything that may be sent at `now`."""
+        if self._full_since or self._waking:
+            self._release_due(now, timeout_s)
+        is_free = self.in_flight.is_free(now)
+        self._settle()
+        if is_free:
+            while self._line and self._take_turns(now):
+                pass
+
+    def _release_due(self, now: float, timeout_s: float) -> None:
         for queue, since in list(self._full_since.items()):
             if now >= since + timeout_s:
                 self._abort(queue, queue.steps[0], _nobody_reads(queue.handle))
@@ -137,19 +143,12 @@ class Flow:
             if not self._sleepers.wake(rows):
                 del self._waking[queue]
                 self._release(queue)
-        is_free = self.in_flight.is_free(now)
-        self._settle()
-        if is_free:
-            while self._line and self._take_turns(now):
-                pass
 
-    def deadline(self, timeout_s: float) -> float | None:
-        """When `advance` has something to do though no message comes."""
-        resend_at = self.in_flight.deadline()
-        if self._full_since:
-            full_until = min(self._full_since.values()) + timeout_s
-            return full_until if resend_at is None else min(full_until, resend_at)
-        return resend_at
+    def deadline(self, timeout_s: float) -> float:
+        """When `advance` has something to do though no message comes; infinity for never."""
+        if not self._full_since:
+            return self.in_flight.deadline()
+        return min(min(self._full_since.values()) + timeout_s, self.in_flight.deadline())
 
     def stepped(self, answer: Stepped) -> None:
         """STEPPED came for a block.
@@ -330,7 +329,7 @@ class Flow:
             rows = call.rows[where]
             fresh = self._table.rewound_at[rows] < call.stamp
             for index in np.flatnonzero(~fresh).tolist():
-                expected = int(self._table.columns[rows[index], SEQ])
+                expected = int(self._table.seqs[rows[index]])
                 call.refuse(int(where[index]), FailedFrames(expected, Code.SEQ_GAP, BEHIND, expected))
                 call.left -= len(x)
             if not np.any(fresh):

@@ -14,7 +14,7 @@ from instep_client.pending import Pending
 from instep_client.protocol.codes import MAX_NAME_BYTES, PROTOCOL_VERSION
 from instep_client.protocol.wire import CLAIM, Frame, Header, Kind, ServerInfo, pack_names
 from instep_client.replies import ErrorReply
-from instep_client.streams import ACKED, OpenStreams
+from instep_client.streams import OpenStreams
 
 
 class Greeted(Protocol):
@@ -45,11 +45,9 @@ class Greeted(Protocol):
 class Greeting(Request[ServerInfo]):
     """HELLO, at the beginning of every connection. The call ends with the first welcome."""
 
-    __slots__ = ("_connection", "_name")
     kind, reply = Kind.HELLO, Kind.WELCOME
 
     def __init__(self, connection: Greeted, name: str) -> None:
-        super().__init__()
         self._connection = connection
         self._name = name
 
@@ -76,11 +74,9 @@ class Greeting(Request[ServerInfo]):
 class Claim(Request[None]):
     """A claim on streams that are this client's already: after a loss, or because they hibernated."""
 
-    __slots__ = ("_connection",)
     kind, reply = Kind.RESUME, Kind.RESUMED
 
     def __init__(self, connection: Greeted) -> None:
-        super().__init__()
         self._connection = connection
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
@@ -99,11 +95,9 @@ class Claim(Request[None]):
 class Probe(Request[None]):
     """A PING that only asks for a word of the server."""
 
-    __slots__ = ("_pending", "is_unanswered")
     kind, reply = Kind.PING, Kind.PONG
 
     def __init__(self, pending: Pending) -> None:
-        super().__init__()
         self._pending = pending
         self.is_unanswered = False
 
@@ -131,6 +125,6 @@ def claim(table: OpenStreams, pending: Pending, request: Request[None], rows: In
     for piece in parts(len(rows), max_message_bytes // max(MAX_NAME_BYTES + 1, CLAIM.itemsize)):
         part = rows[piece]
         claims = np.zeros(len(part), CLAIM)
-        claims["have"] = table.columns[part, ACKED]
+        claims["have"] = table.acked[part]
         claims["epoch"] = table.epoch[part]
         pending.ask(request, len(part), 0, frames=[pack_names(table.names(part)), claims.tobytes()], part=part)

@@ -10,13 +10,13 @@ never sent again.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
 
 from instep_client.arrays import NOBODY
 from instep_client.pending import Pending
-from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.step_messages import pack_step
@@ -70,7 +70,7 @@ class InFlight:
         block.number = self._pending.next_number()
         timesteps, _, features = block.x.shape
         header = pack_step(block.number, timesteps, features, block.columns.tobytes())
-        self._pending.messages.append([header, wire.raw(block.x)])
+        self._pending.messages.append([header, block.x.data.cast("B")])
         self.on_the_way[block.number] = block
         self.unanswered_frames += block.frames
 
@@ -122,10 +122,10 @@ class InFlight:
         self._resend()
         return True
 
-    def deadline(self) -> float | None:
-        """When blocks are to be sent again though no message comes."""
+    def deadline(self) -> float:
+        """When blocks are to be sent again though no message comes; infinity for never."""
         is_due = self._congested and not self.on_the_way and not self._is_waking
-        return self._resend_at if is_due else None
+        return self._resend_at if is_due else math.inf
 
     def lost(self) -> None:
         """The connection is lost: all waits, to go out again once there is another and the table has its handles."""
@@ -181,7 +181,7 @@ class InFlight:
             if code is Code.SEQ_GAP and timestep == 0 and table.held[row] and not stale:
                 held.append(column)
                 continue
-            has_slept = table.asleep[row] or table.columns[row, HANDLE] != block.columns[column, HANDLE]
+            has_slept = table.asleep[row] or table.numbers[row] != block.columns[column, HANDLE]
             if code is Code.UNKNOWN_STREAM and has_slept:  # it may be awake again by the time of this answer
                 held.append(column)
                 self._congested = table.held[row] = True
@@ -228,7 +228,7 @@ class InFlight:
             call, index = block.owner(column)
             code = Code(int(self._table.ended[row]) or Code.SEQ_GAP)
             sentence = self._table.sentences.get(code, BEHIND)
-            expected = int(self._table.columns[row, SEQ])
+            expected = int(self._table.seqs[row])
             call.refuse(index, FailedFrames(int(block.columns[column, SEQ]), code, sentence, expected))
         block.settle()
         self.settled.extend(block.calls)

@@ -25,7 +25,7 @@ from instep_client.protocol.wire import CLAIM, GRANT, Frame, GrantArray, Header,
 from instep_client.replies import ColumnError
 from instep_client.requests import NAME_BYTES, StreamsRequest
 from instep_client.states import State, state_rows
-from instep_client.streams import HANDLE, StreamHandle
+from instep_client.streams import StreamHandle
 
 _FENCED: Final = (
     "the stream has another owner, or has had one since the epoch that was given: give the epoch that it was granted "
@@ -40,8 +40,6 @@ _SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE, Code.NUMERICS_CHANG
 
 class Opening(StreamsRequest[StreamHandle]):
     """Streams that come to this client: the result is their stream handle. All of them come, or none."""
-
-    __slots__ = ("abandoned", "grants", "single")
 
     def __init__(
         self, connection: Connection, names: Sequence[str], single: bool, source: StreamHandle | None = None
@@ -127,7 +125,6 @@ class Opening(StreamsRequest[StreamHandle]):
 class OpenCall(Opening):
     """The opening of streams; see `Session.open`."""
 
-    __slots__ = ("_first_seqs", "_states")
     kind, reply = Kind.OPEN, Kind.OPENED
 
     def __init__(
@@ -161,7 +158,6 @@ class OpenCall(Opening):
 class ForkCall(Opening, TurnRequest):
     """The copying of a handle's streams to new ones; see `Session.fork`."""
 
-    __slots__ = ("stamp",)
     kind, reply = Kind.FORK, Kind.OPENED
     handle: StreamHandle
 
@@ -173,7 +169,7 @@ class ForkCall(Opening, TurnRequest):
 
     def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """FORK: handles, and names of the copies."""
-        handles = self.connection.table.columns[self.handle.rows[part], HANDLE].tobytes()
+        handles = self.connection.table.numbers[self.handle.rows[part]].tobytes()
         return (), [handles, wire.pack_names([self.names[which] for which in part])]
 
     def end(self, error: InstepError | None = None) -> None:
@@ -185,7 +181,6 @@ class ForkCall(Opening, TurnRequest):
 class ResumeCall(Opening):
     """The resuming of streams by name; see `Session.resume`. A stream that was there before stays, whatever happens."""
 
-    __slots__ = ("_claims", "_take_over")
     kind, reply = Kind.RESUME, Kind.RESUMED
 
     def __init__(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -108,12 +107,11 @@ def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantA
 def stepped(frames: Sequence[Frame]) -> list[Stepped]:
     """The replies to the requests that one STEPPED answers, in order."""
     answered, times, y, failures = step_messages.unpack_stepped(frames)
-    ends = list(accumulate(columns for _, columns in answered))
-    starts = [0, *ends[:-1]]
-    replies = [
-        Stepped(request, y[:, start:end], [], times)
-        for (request, _), start, end in zip(answered, starts, ends, strict=True)
-    ]
+    replies, ends, end = [], [], 0
+    for request, columns in answered:
+        start, end = end, end + columns
+        ends.append(end)
+        replies.append(Stepped(request, y[:, start:end], [], times))
     if len(failures):
         if len(np.unique(failures["column"])) != len(failures):
             raise MalformedMessage("a column failed twice")
@@ -121,8 +119,8 @@ def stepped(frames: Sequence[Frame]) -> list[Stepped]:
             if column >= y.shape[1] or timestep >= len(y) or not number:
                 raise MalformedMessage("a failure names a frame outside the block, or no code")
             owner, code = bisect_right(ends, column), Code(number)
-            failure = ColumnError(column - starts[owner], timestep, code, sentence_of(code), expected)
-            replies[owner].failures.append(failure)
+            start = ends[owner] - replies[owner].outputs.shape[1]
+            replies[owner].failures.append(ColumnError(column - start, timestep, code, sentence_of(code), expected))
     return replies
 
 

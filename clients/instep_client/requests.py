@@ -23,7 +23,7 @@ from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
 from instep_client.replies import ColumnError, ErrorReply, StreamPage
 from instep_client.sleepers import WakingRequest
-from instep_client.streams import ENDING, HANDLE, StreamHandle
+from instep_client.streams import ENDING, StreamHandle
 
 R = TypeVar("R")
 NAME_BYTES = wire.MAX_NAME_BYTES + 1
@@ -33,11 +33,9 @@ NAME_BYTES = wire.MAX_NAME_BYTES + 1
 class PingCall(Request[float]):
     """One round trip; the result is its seconds."""
 
-    __slots__ = ("_connection", "_sent_at")
     kind, reply = Kind.PING, Kind.PONG
 
     def __init__(self, connection: Connection, now: float) -> None:
-        super().__init__()
         self._connection = connection
         self._sent_at = now
 
@@ -54,11 +52,9 @@ class PingCall(Request[float]):
 class StatisticsCall(Request[dict[str, float]]):
     """The server's numbers by name."""
 
-    __slots__ = ("_connection",)
     kind, reply = Kind.STATS, Kind.STATISTICS
 
     def __init__(self, connection: Connection) -> None:
-        super().__init__()
         self._connection = connection
 
     def ask(self, now: float) -> None:
@@ -73,11 +69,9 @@ class StatisticsCall(Request[dict[str, float]]):
 class ListCall(Request[StreamPage]):
     """A page of the server's streams; see `Session.list_streams`."""
 
-    __slots__ = ("_connection", "_fields", "_prefix")
     kind, reply = Kind.LIST, Kind.LISTED
 
     def __init__(self, connection: Connection, cursor: int, most: int, place: int, prefix: str) -> None:
-        super().__init__()
         self._connection = connection
         self._fields = (cursor, most, place)
         self._prefix = prefix.encode()
@@ -105,8 +99,6 @@ class RefusedStream(NamedTuple):
 class StreamsRequest(WakingRequest[R]):
     """A request about streams: one message for each part of them. It ends when every part was answered."""
 
-    __slots__ = ("asked_before", "connection", "handle", "names", "parts_left", "refusal")
-
     def __init__(self, connection: Connection, names: Sequence[str], handle: StreamHandle | None = None) -> None:
         """Nothing is sent yet.
 
@@ -118,7 +110,6 @@ class StreamsRequest(WakingRequest[R]):
         Raises:
             InvalidInput: for bad or repeated names.
         """
-        super().__init__()
         self.connection = connection
         self.names = good_names(names)
         self.handle = handle
@@ -254,7 +245,6 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
     The result is the next seqs uint64 [N] and rows of states [N, row_bytes].
     """
 
-    __slots__ = ("_seqs", "_states")
     kind, reply = Kind.READ_STATE, Kind.STATE_READ
 
     def __init__(self, connection: Connection, names: Sequence[str], handle: StreamHandle | None = None) -> None:
@@ -274,7 +264,7 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         """READ_STATE: whether streams are named, and names or handles."""
         if self._by_name() or self.handle is None:
             return (1,), [wire.pack_names([self.names[which] for which in part])]
-        return (0,), [self.connection.table.columns[self.handle.rows[part], HANDLE].tobytes()]
+        return (0,), [self.connection.table.numbers[self.handle.rows[part]].tobytes()]
 
     def decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """STATE_READ: seqs and states."""

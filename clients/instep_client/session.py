@@ -229,8 +229,7 @@ class Session:
             StreamEvicted: when the server ended one of the streams.
             ClientClosed: when the handle was closed or finished.
         """
-        self._connection.check_open()
-        info = self._connection.info
+        info = self._connection.check_open()
         if handle.finished or handle.closing:
             _check_not_closed(handle)
             raise ClientClosed(f"stream {handle.names[0]!r} was finished; nothing more can be sent through it")
@@ -243,7 +242,7 @@ class Session:
             frames, prefix = arrays.group_frames(x, len(table_rows), info.features)
         if handle.has_ended:
             self._table.check_not_ended(table_rows)
-        call = StepCall(self._flow, handle, table_rows, frames, prefix, info.outputs, self._table.stamp(), keep)
+        call = StepCall(self._flow, handle, table_rows, frames, (*prefix, info.outputs), self._table.stamp(), keep)
         self._flow.submit(call)
         return call
 

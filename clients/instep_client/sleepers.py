@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -28,8 +29,6 @@ R = TypeVar("R")
 class WakingRequest(Request[R]):
     """A request that may have to wait for streams of its handle."""
 
-    __slots__ = ()
-
     def rows(self, which: Indices) -> Indices:
         """The rows of some of its streams."""
         raise NotImplementedError
@@ -53,7 +52,8 @@ class Sleepers:
         self._wanted: set[int] = set()
         """Rows that somebody has waited for since the last claims."""
         self._claimed: set[int] = set()
-        self._again_at: float | None = None
+        self.again_at = math.inf
+        """When to ask `due` again though no message comes."""
 
     def wake(self, rows: Indices) -> bool:
         """Have those of these streams claimed that hibernate; whether there are any.
@@ -71,7 +71,7 @@ class Sleepers:
 
     def due(self, now: float) -> Indices:
         """The rows of streams that are to be claimed now."""
-        for request, which in list(self._held.items()):
+        for request, which in list(self._held.items()) if self._held else ():
             rows = request.rows(which)
             asleep = self._table.asleep[rows]
             self._wanted.update(rows[asleep].tolist())
@@ -80,10 +80,9 @@ class Sleepers:
                 if not asleep.any():
                     del self._held[request]
                 request.woke(which[~asleep])
-        if self._again_at is not None:
-            if now < self._again_at:
-                return NOBODY
-            self._again_at = None
+        if now < self.again_at < math.inf:
+            return NOBODY
+        self.again_at = math.inf
         if not self._wanted:
             return NOBODY
         rows = np.array(sorted(self._wanted - self._claimed), np.int64)
@@ -91,10 +90,6 @@ class Sleepers:
         self._claimed.update(rows.tolist())
         self._wanted.clear()
         return rows
-
-    def deadline(self) -> float | None:
-        """When to ask `due` though no message comes."""
-        return self._again_at
 
     def granted(self, rows: Indices, grants: GrantArray, failures: list[ColumnError], now: float) -> EndedRows:
         """RESUMED came for some of this client's streams: take their handles; those that have ended.
@@ -111,7 +106,7 @@ class Sleepers:
             row = int(rows[column])
             if code in _LATER:
                 table.sleep(rows[column : column + 1])
-                self._again_at = now + _RETRY_S
+                self.again_at = now + _RETRY_S
                 continue
             table.server_has[row] = expected
             ended.setdefault((code, sentence), []).append(row)
@@ -127,7 +122,7 @@ class Sleepers:
     def refused(self, rows: Indices, again_at: float) -> None:
         """The server could not take a claim now."""
         self._claimed.difference_update(rows.tolist())
-        self._again_at = max(again_at, self._again_at or again_at)
+        self.again_at = again_at if self.again_at == math.inf else max(again_at, self.again_at)
 
     def lost(self) -> list[WakingRequest[Any]]:
         """The connection is lost, and with it what was asked; the requests that waited, to be asked anew."""
@@ -135,5 +130,5 @@ class Sleepers:
         self._held.clear()
         self._wanted.clear()
         self._claimed.clear()
-        self._again_at = None
+        self.again_at = math.inf
         return held

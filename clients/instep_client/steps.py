@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from instep_client.protocol.wire import F32, U64, Code
 from instep_client.replies import Stepped
 from instep_client.streams import ACKED, HANDLE, SEQ, OpenStreams, StreamHandle
 
-_ONE_COLUMN: Indices = np.zeros(1, np.int64)
+_ONE: Final = np.uint64(1)
+_ONE_COLUMN: Final[Indices] = np.zeros(1, np.int64)
 
 
 class FailedFrames(NamedTuple):
@@ -37,26 +38,14 @@ class Withdraws(Protocol):
 class StepCall(OutputsCall):
     """Frames [T, N, features] for some rows of one stream handle."""
 
-    __slots__ = (
-        "_outputs",
-        "_prefix",
-        "_queues",
-        "failures",
-        "handle",
-        "height",
-        "keep",
-        "left",
-        "lone",
-        "n",
-        "outputs_width",
-        "rows",
-        "sent",
-        "stamp",
-        "t",
-        "times",
-        "width",
-        "x",
-    )
+    sent = False
+    """Whether every frame was sent, or refused before it could be."""
+    times = (0, 0, 0)
+    t = n = 0
+    """Where the next piece begins: timestep and column."""
+    height = width = 1
+    """How large pieces are."""
+    _outputs: F32 | None = None
 
     def __init__(
         self,
@@ -64,37 +53,26 @@ class StepCall(OutputsCall):
         handle: StreamHandle,
         rows: Indices,
         x: F32,
-        prefix: tuple[int, ...],
-        outputs_width: int,
+        shape: tuple[int, ...],
         stamp: int,
         keep: bool,
     ) -> None:
-        super().__init__(len(x) * len(rows))
         self._queues = queues
         self.handle = handle
         self.rows = rows
         self.x = x
-        self._prefix = prefix
-        self.outputs_width = outputs_width
+        self._shape = shape
+        """Of the outputs, as the user gets them."""
         self.stamp = stamp
         """When it was made, on the session's counter: a stream rewound later takes none of its frames."""
         self.keep = keep
         """Whether the outputs wait to be taken in order (a pipelined send)."""
-        self.sent = False
-        """Whether every frame was sent, or refused before it could be."""
+        self.frames = self.left = len(x) * len(rows)
+        """`left` are those not answered for good."""
         self.lone = handle.single and self.frames == 1
         """Whether it is one frame of one stream, to be sent beside others."""
-        self.left = self.frames
-        """Frames not answered for good."""
         self.failures: dict[int, FailedFrames] = {}
         """By column; the earliest of each."""
-        self.times = (0, 0, 0)
-        self._outputs: F32 | None = None
-        self.t = 0
-        self.n = 0
-        """`t` and `n` say where the next piece begins; `height` and `width` how large pieces are."""
-        self.height = 1
-        self.width = 1
 
     def cancel(self) -> None:
         """Nobody waits for it any more: what was not sent is taken back."""
@@ -136,8 +114,15 @@ class StepCall(OutputsCall):
             self._outputs = outputs.copy()
             return
         if self._outputs is None:
-            self._outputs = np.full((*self.x.shape[:2], self.outputs_width), np.nan, np.float32)
+            self._outputs = self._missing()
         self._outputs[t : t + len(outputs), columns] = outputs
+
+    def put_lone(self, outputs: F32, times: tuple[int, int, int]) -> None:
+        """Outputs [outputs] of its only frame; they are copied."""
+        self._outputs = outputs.copy()
+        self.times = times
+        self.left = 0
+        self.handle.unanswered -= 1
 
     def refuse(self, column: int, failed: FailedFrames) -> None:
         """Frames of a column were not applied; the earliest refusal of a column is the one that is told."""
@@ -147,9 +132,9 @@ class StepCall(OutputsCall):
 
     def conclude(self, table: OpenStreams) -> None:
         """Every frame was answered: make the result of it."""
-        if self._outputs is None:
-            self._outputs = np.full((*self.x.shape[:2], self.outputs_width), np.nan, np.float32)
-        outputs = self._outputs.reshape(*self._prefix, self.outputs_width)
+        outputs = self._missing() if self._outputs is None else self._outputs
+        if outputs.shape != self._shape:
+            outputs = outputs.reshape(self._shape)
         if not self.failures:
             self.finish(TimedOutputs(outputs, *self.times))
             return
@@ -168,11 +153,12 @@ class StepCall(OutputsCall):
             sentence = self.failures[min(self.failures)].sentence
             self.fail(FramesRefused(failures[0].code, sentence, tuple(failures), outputs))
 
+    def _missing(self) -> F32:
+        return np.full((*self.x.shape[:2], self._shape[-1]), np.nan, np.float32)
+
 
 class StepBlock:
     """What one STEP carries: a piece of one call, or single frames of many calls side by side."""
-
-    __slots__ = ("calls", "columns", "number", "rows", "start", "where", "x")
 
     def __init__(
         self, calls: Sequence[StepCall], rows: Indices, columns: U64, x: F32, start: int, where: Indices
@@ -195,8 +181,8 @@ class StepBlock:
     def of_piece(cls, table: OpenStreams, call: StepCall, x: F32, start: int, where: Indices) -> StepBlock:
         """Frames of a call from timestep `start` on, of the columns `where`; their streams' next seqs move on."""
         rows = call.rows[where]
-        columns = table.columns[rows]
-        table.columns[rows, SEQ] += np.uint64(len(x))
+        columns = table.columns.take(rows, axis=0)
+        table.seqs[rows] += np.uint64(len(x))
         return cls((call,), rows, columns, x, start, where)
 
     @classmethod
@@ -208,8 +194,8 @@ class StepBlock:
             rows = np.concatenate([call.rows for call in calls])
             x = np.concatenate([call.x for call in calls], axis=1)
             where = np.zeros(len(rows), np.int64)
-        columns = table.columns[rows]
-        table.columns[rows, SEQ] += np.uint64(1)
+        columns = table.columns.take(rows, axis=0)
+        table.seqs[rows] = columns[:, SEQ] + _ONE
         return cls(calls, rows, columns, x, 0, where)
 
     @property
@@ -243,10 +229,10 @@ class StepBlock:
         """Every column was answered for good: give each call its outputs, and count its frames as answered."""
         if len(self.calls) == 1:
             self.calls[0].put(self.start, self.where, answer.outputs)
+            self.settle(answer.times)
         else:
-            for column, call in enumerate(self.calls):
-                call.put(0, self.where, answer.outputs[:, column : column + 1])
-        self.settle(answer.times)
+            for call, outputs in zip(self.calls, answer.outputs[0], strict=True):
+                call.put_lone(outputs, answer.times)
 
     def settle(self, times: tuple[int, int, int] = (0, 0, 0)) -> None:
         """Count its frames as answered in every call and stream handle."""

@@ -99,6 +99,8 @@ class OpenStreams:
         self.columns: U64 = np.zeros((0, 3), np.uint64)
         """(handle, next seq, seq before which every output has come) of each row, laid out as `wire.COLUMN`; handle 0
         marks a free row."""
+        self.numbers, self.seqs, self.acked = self.columns.T
+        """Views of its columns; `numbers` are the server's handles."""
         self.epoch: U64 = np.zeros(0, np.uint64)
         """Under which each stream is held."""
         self.server_has: U64 = np.zeros(0, np.uint64)
@@ -134,9 +136,9 @@ class OpenStreams:
         rows = np.array(sorted(self._free[-len(grants) :]), np.int64)
         del self._free[-len(grants) :]
         handle = StreamHandle(names, rows, single)
-        self.columns[rows, HANDLE] = grants["handle"]
-        self.columns[rows, SEQ] = grants["next_seq"]
-        self.columns[rows, ACKED] = grants["next_seq"]
+        self.numbers[rows] = grants["handle"]
+        self.seqs[rows] = grants["next_seq"]
+        self.acked[rows] = grants["next_seq"]
         self.epoch[rows] = grants["epoch"]
         self.ended[rows] = 0
         self.asleep[rows] = False
@@ -149,7 +151,7 @@ class OpenStreams:
         assert handle.unanswered == 0
         handle.last_seqs, handle.last_epochs = self.next_seqs(handle), self.epochs(handle)
         handle.closed = True
-        self.columns[handle.rows, HANDLE] = 0
+        self.numbers[handle.rows] = 0
         for row in handle.rows.tolist():
             self.handles[row] = None
             self._early.pop(row, None)
@@ -157,9 +159,12 @@ class OpenStreams:
 
     def came(self, rows: Indices, first: U64, end: U64) -> None:
         """Outputs of the seqs from `first` to `end`, uint64 [N] each, came for these rows."""
-        acked = self.columns[rows, ACKED]
+        acked = self.acked[rows]
+        if not self._early and first.tobytes() == acked.tobytes():  # as nearly always
+            self.acked[rows] = end
+            return
         due = first <= acked
-        self.columns[rows, ACKED] = np.where(due, np.maximum(acked, end), acked)
+        self.acked[rows] = np.where(due, np.maximum(acked, end), acked)
         if not due.all():
             for index in np.flatnonzero(~due & (end > first)).tolist():
                 self._early.setdefault(int(rows[index]), []).append((int(first[index]), int(end[index])))
@@ -168,35 +173,34 @@ class OpenStreams:
                 self._catch_up(row)
 
     def _catch_up(self, row: int) -> None:
-        acked = int(self.columns[row, ACKED])
+        acked = int(self.acked[row])
         waiting: list[tuple[int, int]] = []
         for first, end in sorted(self._early.pop(row)):
             if first <= acked:
                 acked = max(acked, end)
             else:
                 waiting.append((first, end))
-        self.columns[row, ACKED] = acked
+        self.acked[row] = acked
         if waiting:
             self._early[row] = waiting
 
     def rewind(self, row: int, expected: int, outputs_are_gone: bool) -> None:
         """The stream's next frame is of that seq; outputs before it have come or, if they are gone, never will."""
-        acked = int(self.columns[row, ACKED])
-        self.columns[row, SEQ] = expected
-        self.columns[row, ACKED] = expected if outputs_are_gone else min(acked, expected)
+        acked = int(self.acked[row])
+        self.seqs[row] = expected
+        self.acked[row] = expected if outputs_are_gone else min(acked, expected)
 
     def given(self, row: int) -> int:
         """The seq before which the server must have computed everything: the last output that came says so."""
-        return max([int(self.columns[row, ACKED]), *(end for _, end in self._early.get(row, ()))])
+        return max([int(self.acked[row]), *(end for _, end in self._early.get(row, ()))])
 
     def in_window(self, rows: Indices, timesteps: int, window: int) -> bool:
         """Whether each of the rows may send so many frames more."""
-        columns = self.columns[rows]
-        return int((columns[:, SEQ] - columns[:, ACKED]).max()) <= window - timesteps
+        return int((self.seqs[rows] - self.acked[rows]).max()) <= window - timesteps
 
     def next_seqs(self, handle: StreamHandle) -> U64:
         """The seq that each of a handle's streams sends next, as a copy."""
-        return self.columns[handle.rows, SEQ] if handle.last_seqs is None else handle.last_seqs.copy()
+        return self.seqs[handle.rows] if handle.last_seqs is None else handle.last_seqs.copy()
 
     def epochs(self, handle: StreamHandle) -> U64:
         """The epoch under which each of a handle's streams is held, as a copy."""
@@ -204,15 +208,15 @@ class OpenStreams:
 
     def rows_of(self, handles: U64) -> Indices:
         """The rows of those of the handles that are open here."""
-        return np.flatnonzero(np.isin(self.columns[:, HANDLE], handles))
+        return np.flatnonzero(np.isin(self.numbers, handles))
 
     def live_rows(self) -> Indices:
         """The rows of the streams that are open."""
-        return np.flatnonzero((self.columns[:, HANDLE] != 0) & (self.ended == 0))
+        return np.flatnonzero((self.numbers != 0) & (self.ended == 0))
 
     def resumed(self, rows: Indices, grants: GrantArray) -> None:
         """The streams go on under new handles and epochs; the next seqs stay what they were."""
-        self.columns[rows, HANDLE] = grants["handle"]
+        self.numbers[rows] = grants["handle"]
         self.epoch[rows] = grants["epoch"]
         self.sleep(rows, False)
 
@@ -267,6 +271,7 @@ class OpenStreams:
         old = len(self.handles)
         more = max(at_least, old, 16)
         self.columns = np.concatenate([self.columns, np.zeros((more, 3), np.uint64)])
+        self.numbers, self.seqs, self.acked = self.columns.T
         self.epoch = np.concatenate([self.epoch, np.zeros(more, np.uint64)])
         self.server_has = np.concatenate([self.server_has, np.zeros(more, np.uint64)])
         self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])

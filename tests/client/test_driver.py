@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import zmq
 
-from instep_client import AsyncClient, ConnectionFailed, driver
+from instep_client import AsyncClient, ConnectionFailed, driver, sockets
 from tests.support.fake_server import INFO, FakeServer, reference
 
 X = np.arange(300, dtype=np.float32).reshape(100, 3)
 
 
 async def test_a_full_socket_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(driver._SOCKET_OPTIONS, zmq.SNDHWM, 1)
+    monkeypatch.setitem(sockets.OPTIONS, zmq.SNDHWM, 1)
     info = replace(INFO, features=2500, credit_frames=100_000, max_block_frames=100)
     x = np.ones((100, 2500), np.float32)
     with FakeServer(info) as server:
@@ -56,10 +56,10 @@ async def test_a_thousand_and_more_clients_share_one_context() -> None:
     with FakeServer() as server:
         clients = [AsyncClient(server.endpoint) for _ in range(1100)]
         await asyncio.gather(*[client.connect() for client in clients])
-        assert len(driver._contexts) == 1
+        assert len(sockets.shared) == 1
         await asyncio.gather(*[client.ping() for client in clients])
         await asyncio.gather(*[client.close() for client in clients])
-        assert len(driver._contexts) == 0
+        assert len(sockets.shared) == 0
     gc.collect()
 
 
@@ -107,6 +107,6 @@ async def test_a_socket_that_cannot_be_made_is_a_failed_connection(monkeypatch: 
             patch.setattr(zmq.Context, "socket", none_left)
             with pytest.raises(ConnectionFailed, match="cannot make a socket"):
                 await AsyncClient(server.endpoint).connect()
-        assert not driver._contexts
+        assert not sockets.shared
         async with AsyncClient(server.endpoint) as client:
             await client.ping()

@@ -20,7 +20,7 @@ from instep_client import (
     InvalidInput,
     StreamEvicted,
     StreamSnapshot,
-    driver,
+    sockets,
 )
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import F32, FakeServer, Message, reference
@@ -96,8 +96,8 @@ async def test_a_server_that_sends_no_heartbeats_gives_up_a_client_that_fell_sil
     rings: Rings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for option in (zmq.HEARTBEAT_IVL, zmq.HEARTBEAT_TTL):
-        monkeypatch.setitem(driver._SOCKET_OPTIONS, option, driver._SOCKET_OPTIONS[option] // 50)
-    monkeypatch.setitem(driver._SOCKET_OPTIONS, zmq.HEARTBEAT_TIMEOUT, 3_600_000)  # it is not the client who gives up
+        monkeypatch.setitem(sockets.OPTIONS, option, sockets.OPTIONS[option] // 50)
+    monkeypatch.setitem(sockets.OPTIONS, zmq.HEARTBEAT_TIMEOUT, 3_600_000)  # it is not the client who gives up
     async with _Deaf(rings.endpoint) as relay, AsyncClient(relay.endpoint, timeout_s=3600.0):
         (link,) = relay.links
         async with asyncio.timeout(60):
@@ -189,16 +189,12 @@ async def test_another_socket_that_cannot_be_connected_leaves_none_open(
 
     async with AsyncClient(rings.endpoint) as client:
         stream = await client.open("a")
-        former = client._driver._socket
         rings.restart()
         monkeypatch.setattr(zmq.Socket, "connect", unreachable)
         with pytest.raises(ConnectionFailed, match="no endpoint that can be reached"):
             await stream.step(X[0])
         monkeypatch.undo()
-        assert former is not None
-        assert former.closed
-    assert client._driver._socket is not former
-    assert not driver._contexts
+    assert not sockets.shared
 
 
 async def test_a_stream_moves_from_client_to_client(rings: Rings) -> None:

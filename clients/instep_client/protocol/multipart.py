@@ -34,10 +34,12 @@ def received(socket: zmq.Socket[bytes], at_most: int) -> Iterator[list[zmq.Frame
     """The messages that are there, so many at most; what their frames hold is not copied.
 
     `Socket.recv_multipart` asks the socket after each frame whether there is more, which costs more than the frame;
-    frames know it. (That an empty socket raises costs 3.5 µs, to ask it before each message 1.6 for each.)
+    frames know it. (That an empty socket raises costs 3.5 µs, to ask it 1.6: a lone message is the most frequent.)
     """
     recv = socket.recv
-    for _ in range(at_most):
+    for number in range(at_most):
+        if number == 1 and not events(socket) & READABLE:
+            return
         try:
             frame = recv(NOW, False)
         except zmq.Again:

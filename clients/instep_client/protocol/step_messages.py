@@ -22,6 +22,7 @@ from instep_client.protocol.wire import (
     F32,
     FAILURE,
     MAX_BLOCK_STREAMS,
+    NO_FAILURES,
     FailureArray,
     Frame,
     Kind,
@@ -44,6 +45,8 @@ STEPPED_HEADER: Final = struct.Struct("<BBH7I")
 ANSWERED: Final = np.dtype([("request", "<u8"), ("columns", "<u8")])
 """One request that a STEPPED answers, and how many of the columns belong to it (16 bytes)."""
 
+_ANSWERED: Final = struct.Struct("<2Q")
+_F4: Final = np.dtype("<f4")
 _HEADER_BYTES: Final = STEP_HEADER.size
 _LEAST_STEP_BYTES: Final = _HEADER_BYTES + COLUMN_BYTES
 _REQUESTS: Final = 2**63
@@ -164,13 +167,13 @@ def unpack_stepped(frames: Sequence[Frame]) -> SteppedMessage:
     failures_at = STEPPED_HEADER.size + requests * ANSWERED.itemsize
     if len(header) != failures_at + failed * FAILURE.itemsize:
         raise MalformedMessage("the first frame has another number of bytes than its header says")
-    answered: list[tuple[int, int]] = np.frombuffer(header, ANSWERED, requests, STEPPED_HEADER.size).tolist()
+    answered = list(_ANSWERED.iter_unpack(header[STEPPED_HEADER.size : failures_at]))
     widths = [columns for _, columns in answered]
     if not timesteps or not all(widths) or sum(widths) != width:
         raise MalformedMessage("T and each request's columns must be at least 1, and N the sum of the columns")
     outputs, rest = divmod(len(floats), 4 * timesteps * width)
     if rest or not outputs:
         raise MalformedMessage("y has another number of bytes than the header says")
-    y = np.frombuffer(floats, "<f4").reshape(timesteps, width, outputs)
-    failures: FailureArray = np.frombuffer(header, FAILURE, failed, failures_at)
+    y = np.frombuffer(floats, _F4).reshape(timesteps, width, outputs)
+    failures: FailureArray = np.frombuffer(header, FAILURE, failed, failures_at) if failed else NO_FAILURES
     return SteppedMessage(answered, (queue_us, compute_us, send_us), y, failures)

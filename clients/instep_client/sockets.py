@@ -1,0 +1,95 @@
+"""What the clients of one event loop share: a ZeroMQ context, which costs two threads, and one turn for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+from weakref import WeakKeyDictionary
+
+import zmq
+
+from instep_client.endpoint import EXAMPLES
+from instep_client.pending import MAX_REPLY_BYTES
+from instep_client.protocol.errors import ConnectionFailed
+
+OPTIONS: Final = {
+    zmq.LINGER: 0,  # closing waits for the server's PONG instead, so that nothing ever blocks the event loop
+    zmq.IPV6: 1,
+    zmq.PROBE_ROUTER: 1,  # ZeroMQ reconnects in silence; the server answers its first message with HELLO_FIRST
+    zmq.IMMEDIATE: 1,  # without it only the first connection begins with that message
+    zmq.RECONNECT_IVL: 50,  # milliseconds, and up to as many again, drawn at random
+    zmq.MAXMSGSIZE: MAX_REPLY_BYTES,
+    zmq.RCVHWM: 65_536,  # replies: never more than the requests that the server's credit allows
+    zmq.HEARTBEAT_IVL: 5_000,
+    zmq.HEARTBEAT_TIMEOUT: 15_000,  # we give a silent server up after this
+    zmq.HEARTBEAT_TTL: 15_000,  # and it us, even if it sends no heartbeats of its own
+}
+
+
+class Sockets:
+    """The sockets of one event loop's clients. It does not hold the loop, with which it is forgotten."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, int(self._context.get(zmq.SOCKET_LIMIT)))
+        self._open = 0
+        self._due: list[Callable[[], None]] = []
+
+    @staticmethod
+    def of(loop: asyncio.AbstractEventLoop) -> Sockets:
+        """Those of a loop. Who has none open yet connects one before anything else happens in the loop."""
+        sockets = shared.get(loop)
+        if sockets is None:
+            sockets = shared[loop] = Sockets()
+        return sockets
+
+    def connect(self, loop: asyncio.AbstractEventLoop, endpoint: str) -> zmq.Socket[bytes]:
+        """A new socket, to be closed with `close`.
+
+        Raises:
+            ConnectionFailed: when the endpoint is none, or there is no room for a socket.
+        """
+        self._open += 1
+        try:
+            socket = self._context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:
+            self._end_unless_used(loop)
+            raise ConnectionFailed(f"this process cannot make a socket: {error}") from None
+        for option, value in OPTIONS.items():
+            socket.set(option, value)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close(loop, socket)
+            raise ConnectionFailed(
+                f"{endpoint!r} is no endpoint that can be reached ({error}): write {EXAMPLES}"
+            ) from None
+        return socket
+
+    def close(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes]) -> None:
+        """Close a socket."""
+        socket.close()
+        self._end_unless_used(loop)
+
+    def call_in_next_turn(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+        """Call back in the next turn of the loop, together with all others that asked for it."""
+        self._due.append(callback)
+        if len(self._due) == 1:
+            loop.call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        due, self._due = self._due, []
+        for callback in due:
+            callback()
+
+    def _end_unless_used(self, loop: asyncio.AbstractEventLoop) -> None:
+        """One socket less; with the last one the context and its threads end."""
+        self._open -= 1
+        if self._open == 0:
+            del shared[loop]
+            self._context.term()
+
+
+shared: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, Sockets]] = WeakKeyDictionary()
+"""By loop, while any client of it has a socket."""
