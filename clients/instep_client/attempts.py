@@ -15,10 +15,16 @@ from enum import Enum
 from random import Random
 from typing import Final
 
+from instep_client.protocol.wire import ServerInfo
+
 LEAST_DELAY_S: Final = 0.05
 MOST_DELAY_S: Final = 2.0
 MAX_ATTEMPT_S: Final = 2.0
 """The longest that one attempt waits for its WELCOME; the next one uses another socket."""
+
+
+_SAME: Final = ("fingerprint", "features", "outputs", "state")
+_NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
 
 
 class Phase(Enum):
@@ -98,3 +104,11 @@ class Attempts:
             f"{self.why}{end}this client tried to connect again for {self.reconnect_s:g} s and has given up: "
             "make another one"
         )
+
+
+def cannot_continue(former: ServerInfo, info: ServerInfo) -> str:
+    """What of a restarted server makes it impossible to continue with it; empty if nothing."""
+    if any(getattr(info, name) != getattr(former, name) for name in _SAME):
+        return f"another model ({info.model!r})"
+    smaller = [name for name in _NOT_LESS if getattr(info, name) < getattr(former, name)]
+    return f"a smaller {smaller[0]}" if smaller else ""

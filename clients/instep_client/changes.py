@@ -30,15 +30,15 @@ class Change(StreamsRequest[R], TurnRequest):
         super().__init__(connection, handle.names, handle)
         self.stamp = connection.table.stamp()
 
-    def most(self) -> int:
+    def _most(self) -> int:
         """As many closings or states as fit into the request and its reply."""
         info = self.connection.info
         row_bytes = info.state.row_bytes
         return min(info.max_message_bytes // max(CLOSING.itemsize, row_bytes), MAX_REPLY_BYTES // row_bytes)
 
-    def end(self, error: InstepError | None = None) -> None:
+    def _end(self, error: InstepError | None = None) -> None:
         """It has ended, and what waits behind it goes on."""
-        super().end(error)
+        super()._end(error)
         self.connection.flow.request_answered(self.handle)
 
 
@@ -52,22 +52,22 @@ class ResetCall(Change[None]):
         count = None if handle.single else len(handle.rows)
         self._states = None if states is None else state_rows(states, connection.info.state, count)
 
-    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """RESET: handles, and states where given."""
         handles = self.connection.table.numbers[self.handle.rows[part]].tobytes()
         states = b"" if self._states is None else raw(self._states[part])
         return (int(self._states is not None),), [handles, states]
 
-    def decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+    def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """CHANGED."""
         return replies.changed(header, frames, len(part))
 
-    def conclude(self) -> None:
+    def _conclude(self) -> None:
         """Every stream was reset, or some were refused."""
-        error = self.why_refused()
+        error = self._why_refused()
         if error is None:
             self.finish(None)
-        self.end(error)
+        self._end(error)
 
 
 class CloseCall(Change[U8]):
@@ -83,48 +83,48 @@ class CloseCall(Change[U8]):
 
     def ask(self, now: float) -> None:
         """Ask for those streams that the server has not ended or closed, when they are awake."""
-        self.begin()
+        self._begin()
         table, rows = self.connection.table, self.handle.rows
         wanted = np.flatnonzero((table.ended[rows] == 0) & (table.numbers[rows] != 0))
         asleep = table.asleep[rows[wanted]]
-        self.send(wanted[~asleep])
-        self.ask_again(wanted[asleep])
+        self._send(wanted[~asleep])
+        self._ask_again(wanted[asleep])
         if not self.parts_left:
-            self.conclude()
+            self._conclude()
 
-    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """CLOSE."""
         return (), [closings(self.connection.table.numbers[self.handle.rows[part]])]
 
-    def decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+    def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """CLOSED: final states."""
         row_bytes = self.connection.info.state.row_bytes
         self._finals[part], failures = replies.closed(header, frames, len(part), row_bytes)
         return failures
 
-    def settled(self, part: Indices, refused: list[RefusedStream]) -> None:
+    def _settled(self, part: Indices, refused: list[RefusedStream]) -> None:
         """Streams were closed, had ended, or could not be closed."""
         which = [each.which for each in refused]
         self._finals[which] = self.connection.info.state.missing(len(which))
         closed = np.setdiff1d(part, [each.which for each in refused if each.code not in ENDING])
         self.connection.table.numbers[self.handle.rows[closed]] = 0
 
-    def note(self, refused: RefusedStream) -> None:
+    def _note(self, refused: RefusedStream) -> None:
         """Of a group, streams that have ended have no final state, and are no reason to fail."""
         if self.handle.single or refused.code not in ENDING:
-            super().note(refused)
+            super()._note(refused)
 
-    def conclude(self) -> None:
+    def _conclude(self) -> None:
         """Every stream was closed, or some were refused."""
         table, row = self.connection.table, int(self.handle.rows[0])
-        error = table.why_ended(row) if self.handle.single and table.ended[row] else self.why_refused()
+        error = table.why_ended(row) if self.handle.single and table.ended[row] else self._why_refused()
         if error is None:
             self.finish(self._finals)
         if self.refusal is not None and self.refusal.code not in ENDING:
             self.handle.closing = False  # the streams are as they were: the user may try again
         else:
             table.remove(self.handle)
-        self.end(error)
+        self._end(error)
         self.connection.pending.wake(self.handle)
 
     def streams_ended(self, error: StreamEvicted) -> bool:

@@ -14,25 +14,22 @@ from typing import Any, Final
 
 from instep_client import replies
 from instep_client.arrays import Indices
-from instep_client.attempts import Attempts, Phase
+from instep_client.attempts import Attempts, Phase, cannot_continue
 from instep_client.calls import Request
 from instep_client.endpoint import checked_endpoint
-from instep_client.farewell import Farewell
+from instep_client.farewell import Farewell, claim
 from instep_client.flow import Flow
-from instep_client.handshake import Claim, Greeting, Probe, claim
 from instep_client.pending import Pending
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput, MalformedMessage
 from instep_client.protocol.wire import Frame, Header, Kind, ServerInfo
 from instep_client.replies import ErrorReply
+from instep_client.silence import Silence
 from instep_client.sleepers import Sleepers
 from instep_client.streams import OpenStreams
 
-_NEVER: Final = math.inf
 _STEPPED: Final = int(Kind.STEPPED)
-_SAME: Final = ("fingerprint", "features", "outputs", "state")
-_NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
 _LEAST_RETRY_S: Final = 0.05
 _PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN})
 """Why a HELLO or RESUME is refused that may be granted a little later."""
@@ -77,14 +74,11 @@ class Connection:
         self.flow = Flow(self.table, self.pending, self.sleepers, reconnect_s)
         self.attempts = Attempts(reconnect_s, timeout_s, rng)
         self.greeting = Greeting(self, name)
-        self._probe = Probe(self.pending)
-        self._timeout_s = timeout_s
+        self._silence = Silence(self.pending, timeout_s)
         self._info: ServerInfo | None = None
         self._forgets = False
         """Whether the server was restarted between the last two connections, and records nothing."""
         self._failure: tuple[type[InstepError], str] = (ClientClosed, "the client is not connected")
-        self._heard_at = float("-inf")
-        self._waiting_since: float | None = None
         self._wants_socket = False
         self._postponed: dict[Request[Any], None] = {}
         """Requests that are to be asked, or asked again, over the next connection."""
@@ -131,7 +125,7 @@ class Connection:
         """A message came. One that does not follow the protocol ends the session."""
         if self.attempts.phase is Phase.LOST:
             return  # of the connection that was given up
-        self._heard_at = now
+        self._silence.heard(now)
         try:
             if frames and len(frames[0]) and frames[0][0] == _STEPPED:
                 self._handle_stepped(frames)
@@ -148,25 +142,27 @@ class Connection:
         if self.state is State.RECONNECTING:
             self._recover(now)
         if self.state is State.OPEN:
-            self.flow.advance(now, self._timeout_s)
+            self.flow.advance(now, self._silence.timeout_s)
             rows = self.sleepers.due(now)
             if len(rows):
                 self._claim(rows)
-        self._watch(now)
+        is_waiting = self._is_waiting()
+        is_open = self.state is State.OPEN
+        if self._silence.lasts_too_long(now, is_waiting, is_open, self._keep_alive_s(is_waiting)):
+            waited = f"waited {self._silence.timeout_s:g} s"
+            self.lose(now, f"nobody answers at {self.endpoint} ({waited}); is the server running there?")
 
     def deadline(self) -> float | None:
         """When `advance` is to be called though nothing happens; None for never."""
         if self.state is State.ENDED:
             return None
-        soonest = _NEVER if self.attempts.phase is Phase.NONE else self.attempts.deadline()
-        if self.state is State.OPEN:
-            soonest = min(soonest, self.flow.deadline(self._timeout_s), self.sleepers.again_at)
-            if self._waiting_since is None and self._keeps_alive():
-                soonest = min(soonest, self._heard_at + self.info.park_s / 2)
-        if self._waiting_since is not None:
-            timeout_s = self._timeout_s / 2 if self._may_probe() else self._timeout_s
-            soonest = min(soonest, max(self._heard_at, self._waiting_since) + timeout_s)
-        return None if soonest == _NEVER else soonest
+        is_open = self.state is State.OPEN
+        soonest = self._silence.deadline(is_open, self._keep_alive_s(self._is_waiting()))
+        if is_open:
+            soonest = min(soonest, self.flow.deadline(self._silence.timeout_s), self.sleepers.again_at)
+        if self.attempts.phase is not Phase.NONE:
+            soonest = min(soonest, self.attempts.deadline())
+        return None if soonest == math.inf else soonest
 
     def take_reconnect(self) -> bool:
         """Whether to close the socket, drop what was not sent through it, and connect a new one now."""
@@ -246,7 +242,7 @@ class Connection:
             # ZeroMQ announced the connection before our HELLO, as it does each time it makes one. Perhaps it made one
             # before and lost our HELLO with it: then the server will not know who sends this PING, and say so.
             self._is_new = False
-            self._probe.ask(now)
+            self._silence.probe.ask(now)
         elif refusal.code is Code.HELLO_FIRST:
             self.lose(now, f"the connection to {self.endpoint} broke, or the server there was restarted; connect again")
         elif (asked := self.pending.unanswered.pop(number, None)) is not None:
@@ -278,7 +274,7 @@ class Connection:
             self.flow.limit(info)
             self.state = State.OPEN
             return
-        problem = _cannot_continue(former, info)
+        problem = cannot_continue(former, info)
         if problem:
             self.fail(ConnectionFailed, f"the server at {self.endpoint} was restarted with {problem}; connect again")
             return
@@ -348,7 +344,7 @@ class Connection:
         for request in dict.fromkeys([*self.pending.forget(), *waiting]):
             if request.lost():
                 self._postponed[request] = None
-        self._waiting_since = None
+        self._silence.lost()
 
     def _recover(self, now: float) -> None:
         if self.attempts.is_over(now):
@@ -360,42 +356,64 @@ class Connection:
             self._is_new = True
             self.greeting.ask(now)
 
-    def _watch(self, now: float) -> None:
-        if self.state is State.ENDED or not self._is_waiting():
-            self._waiting_since = None
-            if self._keeps_alive() and now >= self._heard_at + self.info.park_s / 2:
-                self._probe.ask(now)
-            return
-        if self._waiting_since is None:
-            self._waiting_since = now
-        quiet_since = max(self._heard_at, self._waiting_since)
-        if now >= quiet_since + self._timeout_s:
-            self.lose(
-                now, f"nobody answers at {self.endpoint} (waited {self._timeout_s:g} s); is the server running there?"
-            )
-        elif now >= quiet_since + self._timeout_s / 2 and self._may_probe():
-            self._probe.ask(now)
-
     def _is_waiting(self) -> bool:
+        if self.state is State.ENDED:
+            return False
         return bool(self.pending.unanswered or self.flow.in_flight.on_the_way)
 
-    def _may_probe(self) -> bool:
-        return self.state is State.OPEN and not self._probe.is_unanswered
-
-    def _keeps_alive(self) -> bool:
-        """Whether silence alone calls for a word: a connection that was lost unnoticed has its streams parked."""
-        return (
-            self.state is State.OPEN
-            and self.attempts.reconnect_s > 0
-            and self.info.park_s > 0
-            and not self._is_waiting()
-            and not self.table.is_empty
-        )
+    def _keep_alive_s(self, is_waiting: bool) -> float:
+        """How long silence alone is no reason for a word: a connection lost unnoticed has its streams parked."""
+        is_needed = not is_waiting and self.state is State.OPEN and not self.table.is_empty
+        if is_needed and self.attempts.reconnect_s > 0 and self.info.park_s > 0:
+            return self.info.park_s / 2
+        return math.inf
 
 
-def _cannot_continue(former: ServerInfo, info: ServerInfo) -> str:
-    """What of a restarted server makes it impossible to continue with it; empty if nothing."""
-    if any(getattr(info, name) != getattr(former, name) for name in _SAME):
-        return f"another model ({info.model!r})"
-    smaller = [name for name in _NOT_LESS if getattr(info, name) < getattr(former, name)]
-    return f"a smaller {smaller[0]}" if smaller else ""
+class Greeting(Request[ServerInfo]):
+    """HELLO, at the beginning of every connection. The call ends with the first welcome."""
+
+    kind, reply = Kind.HELLO, Kind.WELCOME
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self._connection = connection
+        self._name = name
+
+    def ask(self, now: float) -> None:
+        """Send HELLO."""
+        self._connection.pending.ask(self, wire.PROTOCOL_VERSION, self._name)
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """WELCOME came."""
+        info = replies.welcome(header)
+        self._connection.welcomed(info, now)
+        self.finish(info)
+
+    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+        """The server does not take this client, now or at all."""
+        super().refused(part, refusal, now)
+        self._connection.turned_away(refusal, now)
+
+    def lost(self) -> bool:
+        """The next attempt sends its own."""
+        return False
+
+
+class Claim(Request[None]):
+    """A claim on streams that are this client's already: after a loss, or because they hibernated."""
+
+    kind, reply = Kind.RESUME, Kind.RESUMED
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """RESUMED came."""
+        self._connection.claimed(part, header, frames, now)
+
+    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+        """The server does not give the streams, now or at all."""
+        self._connection.claim_refused(part, refusal, now)
+
+    def lost(self) -> bool:
+        """The next connection has claims of its own."""
+        return False

@@ -1,4 +1,4 @@
-"""The end of a session, which closes every stream: those that hibernate are claimed, because they must be awake."""
+"""Claims on streams of this client, and the end of a session: to be closed, streams that hibernate are claimed first."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ import numpy as np
 from instep_client import replies
 from instep_client.arrays import Indices, parts
 from instep_client.calls import Request
-from instep_client.handshake import claim
 from instep_client.pending import MAX_REPLY_BYTES, Pending
-from instep_client.protocol.codes import HAVE_ALL
-from instep_client.protocol.wire import CLOSING, U64, Frame, Header, Kind, ServerInfo
+from instep_client.protocol.codes import HAVE_ALL, MAX_NAME_BYTES
+from instep_client.protocol.wire import CLAIM, CLOSING, U64, Frame, Header, Kind, ServerInfo, pack_names
 from instep_client.replies import ErrorReply
 from instep_client.streams import OpenStreams
+
+
+def claim(table: OpenStreams, pending: Pending, request: Request[None], rows: Indices, max_message_bytes: int) -> None:
+    """Send RESUMEs for streams of this client, saying what has come of them."""
+    for piece in parts(len(rows), max_message_bytes // max(MAX_NAME_BYTES + 1, CLAIM.itemsize)):
+        part = rows[piece]
+        claims = np.zeros(len(part), CLAIM)
+        claims["have"] = table.acked[part]
+        claims["epoch"] = table.epoch[part]
+        pending.ask(request, len(part), 0, frames=[pack_names(table.names(part)), claims.tobytes()], part=part)
 
 
 def closings(handles: U64) -> bytes:

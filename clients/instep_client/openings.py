@@ -50,7 +50,7 @@ class Opening(StreamsRequest[StreamHandle]):
         self.abandoned = False
         """Whether nobody waits any more: what was opened is to be closed again."""
 
-    def most(self) -> int:
+    def _most(self) -> int:
         """As many names and states as fit."""
         info = self.connection.info
         return info.max_message_bytes // max(NAME_BYTES, info.state.row_bytes)
@@ -58,38 +58,38 @@ class Opening(StreamsRequest[StreamHandle]):
     def ask(self, now: float) -> None:
         """Ask for all streams, unless nobody waits for them any more."""
         if self.abandoned:
-            self.end(InstepError("the call was cancelled"))
+            self._end(InstepError("the call was cancelled"))
         else:
             super().ask(now)
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Forget what was granted over an earlier connection."""
-        super().begin()
+        super()._begin()
         self.grants[:] = 0
 
-    def decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+    def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """OPENED or RESUMED: grants."""
         self.grants[part], failures = replies.granted(header, frames, len(part))
         return failures
 
-    def conclude(self) -> None:
+    def _conclude(self) -> None:
         """Give the handle, or take back what was opened and say why."""
-        error = InstepError("the call was cancelled") if self.abandoned else self.why_refused()
+        error = InstepError("the call was cancelled") if self.abandoned else self._why_refused()
         if error is None:
             self.finish(self.connection.table.add(self.names, self.grants, self.single))
-            self.end()
+            self._end()
         else:
-            self.undo(error)
+            self._undo(error)
 
-    def undo(self, error: InstepError) -> None:
+    def _undo(self, error: InstepError) -> None:
         """Close what was opened, then fail: the user may ask for the same names then."""
         is_open = self.grants["handle"] != 0
         if is_open.any():
             names = [name for name, is_mine in zip(self.names, is_open, strict=True) if is_mine]
             handle = self.connection.table.add(names, self.grants[is_open], single=False)
-            self.connection.flow.enqueue(Discard(self.connection, handle, lambda: self.end(error)))
+            self.connection.flow.enqueue(Discard(self.connection, handle, lambda: self._end(error)))
         else:
-            self.end(error)
+            self._end(error)
 
     def cancel(self) -> None:
         """Nobody wants the streams any more."""
@@ -102,19 +102,19 @@ class Opening(StreamsRequest[StreamHandle]):
         super().lost()
         if not np.any(self.grants["handle"] != 0):
             return True
-        self.end(self.doubt(self.names[0]))
+        self._end(self._doubt(self.names[0]))
         return False
 
-    def why_refused(self) -> InstepError | None:
+    def _why_refused(self) -> InstepError | None:
         """What it fails with, if a stream was refused."""
         if self.refusal is None:
             return None
         which, code, sentence, _ = self.refusal
         if self.asked_before and code is Code.NAME_IN_USE:
-            return self.doubt(self.names[which])
+            return self._doubt(self.names[which])
         return StreamRefused(code, sentence, self.names[which])
 
-    def doubt(self, name: str, done: str = "opened") -> ConnectionFailed:
+    def _doubt(self, name: str, done: str = "opened") -> ConnectionFailed:
         """It may have been done over a connection that was lost, and nobody can tell."""
         return ConnectionFailed(
             f"the connection was lost while stream {name!r} was asked for, which may have been {done} over it; "
@@ -140,16 +140,16 @@ class OpenCall(Opening):
         self._states = None if states is None else state_rows(states, connection.info.state, None if single else count)
         self._first_seqs = None if first_seqs is None else arrays.counts(first_seqs, count, "first seqs")
 
-    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """OPEN: names, and states and first seqs where given."""
         states = b"" if self._states is None else raw(self._states[part])
         seqs = b"" if self._first_seqs is None else self._first_seqs[part].tobytes()
         has = (int(self._states is not None), int(self._first_seqs is not None))
         return has, [wire.pack_names([self.names[which] for which in part]), states, seqs]
 
-    def why_refused(self) -> InstepError | None:
+    def _why_refused(self) -> InstepError | None:
         """Of a name in use, what can be done about it."""
-        error = super().why_refused()
+        error = super()._why_refused()
         if self.single and isinstance(error, StreamRefused) and error.code is Code.NAME_IN_USE:
             return StreamRefused(error.code, _IN_USE, error.stream)
         return error
@@ -167,14 +167,14 @@ class ForkCall(Opening, TurnRequest):
         if len(self.names) != len(source.rows):
             raise InvalidInput(f"{len(source.rows)} streams are copied, there are names for {len(self.names)}")
 
-    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """FORK: handles, and names of the copies."""
         handles = self.connection.table.numbers[self.handle.rows[part]].tobytes()
         return (), [handles, wire.pack_names([self.names[which] for which in part])]
 
-    def end(self, error: InstepError | None = None) -> None:
+    def _end(self, error: InstepError | None = None) -> None:
         """It has ended, and what waits behind it goes on."""
-        super().end(error)
+        super()._end(error)
         self.connection.flow.request_answered(self.handle)
 
 
@@ -198,33 +198,33 @@ class ResumeCall(Opening):
         self._claims["epoch"] = arrays.counts(epochs, len(self.names), "epochs")
         self._take_over = int(take_over)
 
-    def most(self) -> int:
+    def _most(self) -> int:
         """As many names and grants as fit."""
         return self.connection.info.max_message_bytes // max(NAME_BYTES, GRANT.itemsize)
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Claim what was granted over an earlier connection by its newer epoch."""
         held = self.grants["handle"] != 0
         self._claims["epoch"][held] = self.grants["epoch"][held]
-        super().begin()
+        super()._begin()
 
-    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """RESUME: whether to take over, names and claims."""
         names = wire.pack_names([self.names[which] for which in part])
         return (self._take_over,), [names, self._claims[part].tobytes()]
 
-    def conclude(self) -> None:
+    def _conclude(self) -> None:
         """What comes next is what the user has not. Former rows of these streams are void."""
         if self.refusal is None and not self.abandoned:
             self.grants["next_seq"] = np.minimum(self._claims["have"], self.grants["next_seq"])
             former = self.connection.table.rows_named(self.names).tolist()
             if former:
                 self.connection.flow.end({(Code.FENCED, SENTENCES[Code.FENCED]): former})
-        super().conclude()
+        super()._conclude()
 
-    def undo(self, error: InstepError) -> None:
+    def _undo(self, error: InstepError) -> None:
         """Fail; the streams stay."""
-        self.end(error)
+        self._end(error)
 
     def cancel(self) -> None:
         """Nobody wants the streams any more; they stay."""
@@ -235,7 +235,7 @@ class ResumeCall(Opening):
         self.asked_before = True
         return True
 
-    def why_refused(self) -> InstepError | None:
+    def _why_refused(self) -> InstepError | None:
         """What it fails with, if a stream was refused."""
         if self.refusal is None:
             return None
@@ -244,5 +244,5 @@ class ResumeCall(Opening):
         if code in _SAID:
             return stream_ended(code, sentence, name, int(self._claims["have"][which]), expected_seq)
         if code is Code.FENCED:
-            return self.doubt(name, "resumed") if self.asked_before else StreamRefused(code, _FENCED, name)
+            return self._doubt(name, "resumed") if self.asked_before else StreamRefused(code, _FENCED, name)
         return StreamRefused(code, sentence, name)

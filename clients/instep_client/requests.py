@@ -30,57 +30,57 @@ NAME_BYTES = wire.MAX_NAME_BYTES + 1
 """The most that a name and its line end take."""
 
 
-class PingCall(Request[float]):
+class Question(Request[R]):
+    """A request of one message that is about no streams."""
+
+    def __init__(self, connection: Connection, *fields: int, frames: Message | None = None) -> None:
+        self._connection = connection
+        self._fields = fields
+        self._frames = frames or []
+
+    def ask(self, now: float) -> None:
+        """Send it."""
+        self._connection.pending.ask(self, *self._fields, frames=self._frames)
+
+
+class PingCall(Question[float]):
     """One round trip; the result is its seconds."""
 
     kind, reply = Kind.PING, Kind.PONG
 
     def __init__(self, connection: Connection, now: float) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._sent_at = now
 
     def ask(self, now: float) -> None:
-        """Send PING."""
+        """Send it; what was lost with a connection does not count."""
         self._sent_at = max(self._sent_at, now)
-        self._connection.pending.ask(self)
+        super().ask(now)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         """PONG came."""
         self.finish(now - self._sent_at)
 
 
-class StatisticsCall(Request[dict[str, float]]):
+class StatisticsCall(Question[dict[str, float]]):
     """The server's numbers by name."""
 
     kind, reply = Kind.STATS, Kind.STATISTICS
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def ask(self, now: float) -> None:
-        """Send STATS."""
-        self._connection.pending.ask(self)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         """STATISTICS came."""
         self.finish(replies.statistics(header))
 
 
-class ListCall(Request[StreamPage]):
+class ListCall(Question[StreamPage]):
     """A page of the server's streams; see `Session.list_streams`."""
 
     kind, reply = Kind.LIST, Kind.LISTED
 
     def __init__(self, connection: Connection, cursor: int, most: int, place: int, prefix: str) -> None:
-        self._connection = connection
-        self._fields = (cursor, most, place)
-        self._prefix = prefix.encode()
-        if len(self._prefix) > wire.MAX_NAME_BYTES:
+        if len(prefix.encode()) > wire.MAX_NAME_BYTES:
             raise InvalidInput(f"names have at most {wire.MAX_NAME_BYTES} bytes, and so has what they begin with")
-
-    def ask(self, now: float) -> None:
-        """Send LIST."""
-        self._connection.pending.ask(self, *self._fields, frames=[self._prefix])
+        super().__init__(connection, cursor, most, place, frames=[prefix.encode()])
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         """LISTED came."""
@@ -121,22 +121,22 @@ class StreamsRequest(WakingRequest[R]):
 
     # What a subclass says of itself.
 
-    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """The header's fields after N, and the frames, of a message about some of its streams."""
         raise NotImplementedError
 
-    def decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+    def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """Take what a reply gives for some of its streams; which of them were refused."""
         raise NotImplementedError
 
-    def most(self) -> int:
+    def _most(self) -> int:
         """How many streams one message may be about."""
         raise NotImplementedError
 
-    def settled(self, part: Indices, refused: list[RefusedStream]) -> None:
+    def _settled(self, part: Indices, refused: list[RefusedStream]) -> None:
         """Streams were granted or refused for good."""
 
-    def conclude(self) -> None:
+    def _conclude(self) -> None:
         """Every part was answered: end it."""
         raise NotImplementedError
 
@@ -147,44 +147,44 @@ class StreamsRequest(WakingRequest[R]):
         if self.handle is not None and self.handle.has_ended:
             rows = self.handle.rows
             table = self.connection.table
-            self.end(table.why_ended(int(rows[table.ended[rows] != 0][0])))
+            self._end(table.why_ended(int(rows[table.ended[rows] != 0][0])))
             return
-        self.begin()
-        self.send(np.arange(len(self.names)))
+        self._begin()
+        self._send(np.arange(len(self.names)))
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Forget what was answered over an earlier connection."""
         self.parts_left = 0
         self.refusal = None
 
-    def send(self, which: Indices) -> None:
+    def _send(self, which: Indices) -> None:
         """Send messages about some of its streams."""
-        for piece in parts(len(which), self.most()):
+        for piece in parts(len(which), self._most()):
             part = which[piece]
-            fields, frames = self.encode(part)
+            fields, frames = self._encode(part)
             self.parts_left += 1
             self.connection.pending.ask(self, len(part), *fields, frames=frames, part=part)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         """A reply came for a part of its streams."""
-        failures = self.decode(part, header, frames)
+        failures = self._decode(part, header, frames)
         refused = [
             RefusedStream(int(part[column]), code, sentence, expected)
             for column, _, code, sentence, expected in failures
         ]
-        asleep = [each.which for each in refused if self.only_sleeps(each)]
+        asleep = [each.which for each in refused if self._only_sleeps(each)]
         if asleep:
             part = np.setdiff1d(part, asleep)
             refused = [each for each in refused if each.which not in asleep]
-            self.ask_again(np.array(asleep, np.int64))
+            self._ask_again(np.array(asleep, np.int64))
         for each in refused:
-            self.note(each)
-        self.settled(part, refused)
+            self._note(each)
+        self._settled(part, refused)
         self._part_answered()
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
         """A message about a part of its streams was refused."""
-        self.note(RefusedStream(int(part[0]), refusal.code, refusal.sentence, 0))
+        self._note(RefusedStream(int(part[0]), refusal.code, refusal.sentence, 0))
         self._part_answered()
 
     def lost(self) -> bool:
@@ -197,13 +197,13 @@ class StreamsRequest(WakingRequest[R]):
         assert self.handle is not None
         return self.handle.rows[which]
 
-    def only_sleeps(self, refused: RefusedStream) -> bool:
+    def _only_sleeps(self, refused: RefusedStream) -> bool:
         """Whether a stream of its handle was refused only because it hibernated when the message came."""
         if self.handle is None or refused.code is not Code.UNKNOWN_STREAM:
             return False
         return bool(self.connection.table.asleep[self.handle.rows[refused.which]])
 
-    def ask_again(self, which: Indices) -> None:
+    def _ask_again(self, which: Indices) -> None:
         """Ask for streams that hibernate as they wake: the server may not have room for all of them at once."""
         self.parts_left += len(which)
         if len(which):
@@ -212,14 +212,14 @@ class StreamsRequest(WakingRequest[R]):
     def woke(self, which: Indices) -> None:
         """Ask for streams that are awake now."""
         self.parts_left -= len(which)
-        self.send(which)
+        self._send(which)
 
-    def note(self, refused: RefusedStream) -> None:
+    def _note(self, refused: RefusedStream) -> None:
         """A stream was refused for good; the first one is told."""
         if self.refusal is None or refused.which < self.refusal.which:
             self.refusal = refused
 
-    def why_refused(self) -> InstepError | None:
+    def _why_refused(self) -> InstepError | None:
         """What it fails with, if a stream was refused."""
         if self.refusal is None:
             return None
@@ -227,7 +227,7 @@ class StreamsRequest(WakingRequest[R]):
         is_over = self.handle is not None and code in ENDING
         return (StreamEvicted if is_over else StreamRefused)(code, sentence, self.names[which])
 
-    def end(self, error: InstepError | None = None) -> None:
+    def _end(self, error: InstepError | None = None) -> None:
         """It has ended, with a result unless an error is given."""
         if error is not None:
             self.fail(error)
@@ -236,7 +236,7 @@ class StreamsRequest(WakingRequest[R]):
     def _part_answered(self) -> None:
         self.parts_left -= 1
         if self.parts_left == 0:
-            self.conclude()
+            self._conclude()
 
 
 class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
@@ -252,7 +252,7 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         self._seqs: U64 = np.zeros(len(self.names), np.uint64)
         self._states = connection.info.state.missing(len(self.names))
 
-    def most(self) -> int:
+    def _most(self) -> int:
         """As many as fit into the question and into its reply."""
         info = self.connection.info
         asked_bytes = NAME_BYTES if self._by_name() else 8
@@ -260,28 +260,28 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
             info.max_message_bytes // max(asked_bytes, info.state.row_bytes), MAX_REPLY_BYTES // info.state.row_bytes
         )
 
-    def encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """READ_STATE: whether streams are named, and names or handles."""
         if self._by_name() or self.handle is None:
             return (1,), [wire.pack_names([self.names[which] for which in part])]
         return (0,), [self.connection.table.numbers[self.handle.rows[part]].tobytes()]
 
-    def decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+    def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """STATE_READ: seqs and states."""
         row_bytes = self.connection.info.state.row_bytes
         self._seqs[part], self._states[part], failures = replies.state_read(header, frames, len(part), row_bytes)
         return failures
 
-    def ask_again(self, which: Indices) -> None:
+    def _ask_again(self, which: Indices) -> None:
         """Ask for streams that hibernated by name: a read wakes nobody."""
-        self.send(which)
+        self._send(which)
 
-    def conclude(self) -> None:
+    def _conclude(self) -> None:
         """Every state was read, or some were refused."""
-        error = self.why_refused()
+        error = self._why_refused()
         if error is None:
             self.finish((self._seqs, self._states))
-        self.end(error)
+        self._end(error)
 
     def _by_name(self) -> bool:
         """Whether streams are named: one that hibernates has no handle."""

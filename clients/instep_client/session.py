@@ -40,8 +40,9 @@ Q = TypeVar("Q", bound=Request[Any])
 class Session:
     """One client's side of the protocol: the verbs that users call, and what a driver does.
 
-    Each verb raises at once when a thing cannot be asked, and nothing is sent before `advance`. What is asked while
-    there is no connection waits for the next one.
+    Each verb raises at once when a thing cannot be asked: InvalidInput for arguments, ClientClosed after the end of the
+    client or handle, StreamEvicted when the server ended a stream. Nothing is sent before `advance`. What is asked
+    while there is no connection waits for the next one.
     """
 
     def __init__(
@@ -52,11 +53,7 @@ class Session:
         reconnect_s: float = 30.0,
         rng: Random | None = None,
     ) -> None:
-        """A session whose HELLO waits to be sent; the arguments are those of `Connection`.
-
-        Raises:
-            InvalidInput: for a bad endpoint, name or time.
-        """
+        """A session whose HELLO waits to be sent; the arguments are those of `Connection`."""
         self._connection = Connection(endpoint, name, timeout_s, reconnect_s, rng or Random())
         self._table = self._connection.table
         self._flow = self._connection.flow
@@ -71,11 +68,7 @@ class Session:
 
     @property
     def info(self) -> ServerInfo:
-        """The server's description of itself.
-
-        Raises:
-            InstepError: before the welcome.
-        """
+        """The server's description of itself; raises before the welcome."""
         return self._connection.info
 
     @property
@@ -130,11 +123,7 @@ class Session:
         single: bool,
         first_seqs: npt.ArrayLike | None = None,
     ) -> OpenCall:
-        """Open streams: one, with a state, or a group, with states of N streams; the initial one where None.
-
-        Raises:
-            InvalidInput: for bad or repeated names, states of another shape, or bad seqs.
-        """
+        """Open streams: one, with a state, or a group, with states of N streams; the initial one where None."""
         self._connection.check_open()
         return self._ask(OpenCall(self._connection, names, initial_states, single, first_seqs))
 
@@ -146,47 +135,26 @@ class Session:
         take_over: bool,
         single: bool,
     ) -> ResumeCall:
-        """Resume streams of which the user has the outputs of seqs below `have`, all that there are where None.
-
-        Raises:
-            InvalidInput: for bad or repeated names, or bad numbers.
-        """
+        """Resume streams of which the user has the outputs of seqs below `have`; all that there are where None."""
         self._connection.check_open()
         return self._ask(ResumeCall(self._connection, names, have, epochs, take_over, single))
 
     def fork(self, handle: StreamHandle, names: Sequence[str]) -> ForkCall:
-        """Copy a handle's streams, as they are after everything sent through it, to new ones.
-
-        Raises:
-            InvalidInput: for bad or repeated names, or another number of them.
-            StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the handle was closed.
-        """
+        """Copy a handle's streams, as they are after everything sent through it, to new ones."""
         self._check_handle(handle)
         call = ForkCall(self._connection, handle, names)
         self._flow.enqueue(call)
         return call
 
     def reset(self, handle: StreamHandle, states: StreamState | None) -> ResetCall:
-        """Give a handle's streams other states, initial ones if None, after everything sent through it.
-
-        Raises:
-            InvalidInput: for states of another shape.
-            StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the handle was closed.
-        """
+        """Give a handle's streams other states, initial ones if None, after everything sent through it."""
         self._check_handle(handle)
         call = ResetCall(self._connection, handle, states)
         self._flow.enqueue(call)
         return call
 
     def close(self, handle: StreamHandle) -> CloseCall:
-        """Close a handle after everything sent through it was answered; the result is final states [N, row_bytes].
-
-        Raises:
-            ClientClosed: when it was closed before.
-            StreamEvicted: when it is one stream, and the server has ended it.
-        """
+        """Close a handle after everything sent through it was answered; the result is final states [N, row_bytes]."""
         self._connection.check_open()
         _check_not_closed(handle)
         call = CloseCall(self._connection, handle)
@@ -196,21 +164,12 @@ class Session:
         return call
 
     def read_state(self, handle: StreamHandle) -> ReadStateCall:
-        """Read the states of a handle's streams, without waiting for frames that were sent.
-
-        Raises:
-            StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the handle was closed.
-        """
+        """Read the states of a handle's streams, without waiting for frames that were sent."""
         self._check_handle(handle)
         return self._ask(ReadStateCall(self._connection, handle.names, handle))
 
     def read_state_by_name(self, names: Sequence[str]) -> ReadStateCall:
-        """Read the states of streams, whoever owns them.
-
-        Raises:
-            InvalidInput: for bad or repeated names.
-        """
+        """Read the states of streams, whoever owns them."""
         self._connection.check_open()
         return self._ask(ReadStateCall(self._connection, names))
 
@@ -223,11 +182,6 @@ class Session:
 
         A handle of one stream takes [features] or [T, features]; a group [N, features] or [T, N, features], where N is
         the number of `rows`, or of all its streams.
-
-        Raises:
-            InvalidInput: for another shape, or values that float32 cannot hold.
-            StreamEvicted: when the server ended one of the streams.
-            ClientClosed: when the handle was closed or finished.
         """
         info = self._connection.check_open()
         if handle.finished or handle.closing:
@@ -292,17 +246,7 @@ class Session:
         return self._ask(StatisticsCall(self._connection))
 
     def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> ListCall:
-        """Ask for a page of the server's streams.
-
-        Args:
-            cursor: 0 for the first page, else what the page before said.
-            most: streams.
-            place: a `wire.Place`, or 0 for any.
-            prefix: what their names begin with.
-
-        Raises:
-            InvalidInput: for a prefix that no name can begin with.
-        """
+        """Ask for a page of at most `most` streams; `place` is a `wire.Place` or 0, `cursor` 0 at first."""
         self._connection.check_open()
         return self._ask(ListCall(self._connection, cursor, most, place, prefix))
 

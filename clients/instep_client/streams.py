@@ -44,48 +44,31 @@ ACKED = 2
 class StreamHandle:
     """The rows of one stream or group, and what it has had answered."""
 
-    __slots__ = (
-        "closed",
-        "closing",
-        "finished",
-        "has_ended",
-        "has_sleepers",
-        "last_epochs",
-        "last_seqs",
-        "names",
-        "results",
-        "rewound_at",
-        "rows",
-        "single",
-        "unanswered",
-        "unread",
-        "waiter",
-    )
+    unanswered = 0
+    """Frames sent and not answered for good (BUSY is not for good)."""
+    rewound_at = 0
+    """When the next seq of any of the rows was last rewound, on the session's counter."""
+    has_ended = False
+    """Whether the server ended any of the streams."""
+    has_sleepers = False
+    """Whether any of the streams hibernates."""
+    closing = False
+    closed = False
+    finished = False
+    """Whether the user said that nothing more will be sent."""
+    unread = 0
+    """Frames in `results` that were sent."""
+    last_seqs: U64 | None = None
+    last_epochs: U64 | None = None
+    """The next seqs and the epochs as they were when the rows were given back."""
+    waiter: Waiter | None = None
 
     def __init__(self, names: Sequence[str], rows: Indices, single: bool) -> None:
         self.names = tuple(names)
         self.rows = rows
         self.single = single
-        self.unanswered = 0
-        """Frames sent and not answered for good (BUSY is not for good)."""
-        self.rewound_at = 0
-        """When the next seq of any of the rows was last rewound, on the session's counter."""
-        self.has_ended = False
-        """Whether the server ended any of the streams."""
-        self.has_sleepers = False
-        """Whether any of the streams hibernates."""
-        self.closing = False
-        self.closed = False
-        self.last_seqs: U64 | None = None
-        self.last_epochs: U64 | None = None
-        """The next seqs and the epochs as they were when the rows were given back."""
-        self.finished = False
-        """Whether the user said that nothing more will be sent."""
         self.results: deque[OutputsCall] = deque()
         """Pipelined sends whose outputs were not taken, oldest first."""
-        self.unread = 0
-        """Frames in `results` that were sent."""
-        self.waiter: Waiter | None = None
 
     def name_of(self, row: int | np.int64) -> str:
         """The name of the stream in one of its rows, which are in ascending order."""

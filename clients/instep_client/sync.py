@@ -37,19 +37,7 @@ class Client:
         *,
         wait: bool = False,
     ) -> None:
-        """Nothing is sent before `connect` or `with`.
-
-        Args:
-            endpoint: where the server listens, `tcp://HOST:PORT` or `ipc://PATH`; where None, what the environment
-                variable INSTEP_ENDPOINT says, else `tcp://127.0.0.1:5757`.
-            name: told to the server in the greeting, which checks it and shows it nowhere; may be empty.
-            timeout_s: how long a silent server is waited for, in seconds.
-            reconnect_s: how long to try for another connection when one is lost, in seconds; 0 for not at all.
-            wait: wait up to `timeout_s` for a server that does not listen yet, instead of failing at once.
-
-        Raises:
-            InvalidInput: for a bad endpoint, name or time.
-        """
+        """Nothing is sent before `connect` or `with`; the arguments are those of `AsyncClient`."""
         self._client = AsyncClient(endpoint, name, timeout_s, reconnect_s, wait=wait)
         self._thread = LoopThread(self._client)
         self._finalizer = weakref.finalize(self, self._thread.stop)

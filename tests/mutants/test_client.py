@@ -113,7 +113,7 @@ RULES = (
     ),
     BrokenRule(
         "a request that crossed the word of a stream's sleep is refused",
-        replaces=StreamsRequest.only_sleeps,
+        replaces=StreamsRequest._only_sleeps,
         variant=lambda original, request, refused: False,
         found_by=[partial(test_sleepers.test_a_read_that_crossed_the_word_is_repeated_by_name, False)],
     ),
