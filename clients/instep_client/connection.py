@@ -17,7 +17,7 @@ from instep_client.arrays import Indices
 from instep_client.attempts import Attempts, Phase, cannot_continue
 from instep_client.calls import Request
 from instep_client.endpoint import checked_endpoint
-from instep_client.farewell import Farewell, claim
+from instep_client.farewell import claim
 from instep_client.flow import Flow
 from instep_client.pending import Pending
 from instep_client.protocol import wire
@@ -79,7 +79,8 @@ class Connection:
         self._forgets = False
         """Whether the server was restarted between the last two connections, and records nothing."""
         self._failure: tuple[type[InstepError], str] = (ClientClosed, "the client is not connected")
-        self._wants_socket = False
+        self.wants_socket = False
+        """Whether the driver is to connect another socket."""
         self._postponed: dict[Request[Any], None] = {}
         """Requests that are to be asked, or asked again, over the next connection."""
         self._is_new = True
@@ -88,11 +89,7 @@ class Connection:
 
     @property
     def info(self) -> ServerInfo:
-        """The server's description of itself.
-
-        Raises:
-            InstepError: before the welcome.
-        """
+        """The server's description of itself; raises before the welcome."""
         if self._info is None:
             raise self.failure()
         return self._info
@@ -103,11 +100,7 @@ class Connection:
         return error(sentence)
 
     def check_open(self) -> ServerInfo:
-        """Whether anything may be asked; the server's description of itself.
-
-        Raises:
-            InstepError: saying why not.
-        """
+        """The server's description of itself, where anything may be asked; raises where not."""
         if self._info is None or self.state is State.ENDED:
             raise self.failure()
         return self._info
@@ -164,11 +157,6 @@ class Connection:
             soonest = min(soonest, self.attempts.deadline())
         return None if soonest == math.inf else soonest
 
-    def take_reconnect(self) -> bool:
-        """Whether to close the socket, drop what was not sent through it, and connect a new one now."""
-        wanted, self._wants_socket = self._wants_socket, False
-        return wanted
-
     def fail(self, error: type[InstepError], sentence: str) -> None:
         """End the session: every call fails with that error, now and later."""
         if self.state is State.ENDED:
@@ -180,16 +168,6 @@ class Connection:
             self.pending.wake(request)
         self._postponed.clear()
         self.flow.fail(error, sentence)
-
-    def leave(self, park: bool) -> Farewell | None:
-        """End the session, and unless the streams are to be parked, close them, if the server can be told."""
-        reachable = self.state is State.OPEN
-        self.fail(ClientClosed, "the client was closed")
-        if park or not reachable or not len(self.table.live_rows()):
-            return None
-        farewell = Farewell(self.table, self.pending, self.info)
-        farewell.ask(0.0)
-        return farewell
 
     # Messages.
 
@@ -352,7 +330,7 @@ class Connection:
         elif self.attempts.has_timed_out(now):
             self.lose(now, "")
         elif self.attempts.is_due(now):
-            self._wants_socket = True
+            self.wants_socket = True
             self._is_new = True
             self.greeting.ask(now)
 

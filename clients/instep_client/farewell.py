@@ -1,4 +1,4 @@
-"""Claims on streams of this client, and the end of a session: to be closed, streams that hibernate are claimed first."""
+"""Claims on streams of this client, and the end of a session, which claims streams that hibernate to close them."""
 
 from __future__ import annotations
 

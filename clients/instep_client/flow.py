@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from enum import Enum, auto
-from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,56 +12,13 @@ from instep_client.calls import OutputsCall
 from instep_client.in_flight import BEHIND, InFlight
 from instep_client.pending import MAX_REPLY_BYTES, Pending
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import InstepError, StreamEvicted
+from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import COLUMN, MAX_BLOCK_STREAMS, ServerInfo
 from instep_client.replies import ErrorReply, Stepped
-from instep_client.sleepers import EndedRows, Sleepers, WakingRequest
+from instep_client.send_queue import SendQueue, Turn, TurnRequest
+from instep_client.sleepers import EndedRows, Sleepers
 from instep_client.steps import FailedFrames, StepBlock, StepCall
 from instep_client.streams import OpenStreams, StreamHandle
-
-
-class TurnRequest(WakingRequest[Any]):
-    """A request that waits until everything sent through its handle was answered, and comes before anything later."""
-
-    handle: StreamHandle
-    stamp: int
-    """When it was made, on the session's counter."""
-    needs_all_awake: ClassVar[bool] = True
-    """Whether it is asked only when no stream of its handle hibernates."""
-
-    def streams_ended(self, error: StreamEvicted) -> bool:
-        """Streams of its handle have ended before its turn came; whether it is given up, and fails with that error."""
-        return True
-
-
-class Turn(Enum):
-    """What a stream handle's next call waits for."""
-
-    IDLE = auto()
-    """Its making; or answers, if there is one."""
-    IN_LINE = auto()
-    ASKING = auto()
-    """The reply to a request."""
-    WAKING = auto()
-    """Streams that hibernate, and were asked for."""
-    FULL = auto()
-    """That the user takes outputs."""
-
-
-class SendQueue:
-    """The calls of one stream handle that were not sent, or not sent completely, in the order they were made."""
-
-    def __init__(self, handle: StreamHandle) -> None:
-        self.handle = handle
-        self.steps: deque[StepCall] = deque()
-        self.requests: deque[TurnRequest] = deque()
-        self.turn = Turn.IDLE
-
-    def next_request(self) -> TurnRequest | None:
-        """The request whose turn it is, if it is not a step's."""
-        if not self.requests or (self.steps and self.steps[0].stamp < self.requests[0].stamp):
-            return None
-        return self.requests[0]
 
 
 class Flow:
@@ -231,7 +186,7 @@ class Flow:
 
     def _continue(self, queue: SendQueue) -> None:
         """Put a queue in line, unless it has nothing to send or something holds it up."""
-        if queue.turn is Turn.IDLE and (queue.steps or queue.requests):
+        if queue.turn is Turn.IDLE and not queue.is_empty:
             queue.turn = Turn.IN_LINE
             self._line.append(queue)
 
@@ -294,10 +249,10 @@ class Flow:
                     self._pending.wake(call)
                 if call.left == 0:
                     self._conclude((call,))
-            if queue.steps or queue.requests:
-                self._line.append(queue)
-            else:
+            if queue.is_empty:
                 queue.turn = Turn.IDLE
+            else:
+                self._line.append(queue)
         if singles:
             self.in_flight.post(StepBlock.of_singles(self._table, singles))
         return moved
@@ -386,7 +341,7 @@ class Flow:
 
     def _leave_line(self, queue: SendQueue) -> None:
         """A call was taken out of a queue, perhaps its last or the one that waited for its turn."""
-        if queue.turn is Turn.IN_LINE and not (queue.steps or queue.requests):
+        if queue.turn is Turn.IN_LINE and queue.is_empty:
             self._line.remove(queue)
             queue.turn = Turn.IDLE
         self._continue(queue)

@@ -26,6 +26,7 @@ from instep_client.calls import Call, OutputsCall, Request
 from instep_client.changes import CloseCall, ResetCall
 from instep_client.connection import Connection
 from instep_client.connection import State as State
+from instep_client.farewell import Farewell
 from instep_client.openings import ForkCall, OpenCall, ResumeCall
 from instep_client.protocol.errors import ClientClosed, InstepError
 from instep_client.protocol.wire import U64, Frame, Message, ServerInfo
@@ -92,7 +93,8 @@ class Session:
 
     def take_reconnect(self) -> bool:
         """Whether to close the socket, drop what was not sent through it, and connect a new one now."""
-        return self._connection.take_reconnect()
+        wanted, self._connection.wants_socket = self._connection.wants_socket, False
+        return wanted
 
     def take_messages(self) -> list[Message]:
         """The messages to be sent, in order."""
@@ -112,7 +114,14 @@ class Session:
         With `park`, and without a connection, nothing is closed: the server parks the streams, and forgets them in
         time.
         """
-        return self._connection.leave(park)
+        connection = self._connection
+        can_tell = connection.state is State.OPEN and not park
+        connection.fail(ClientClosed, "the client was closed")
+        if not can_tell or not len(self._table.live_rows()):
+            return None
+        farewell = Farewell(self._table, connection.pending, connection.info)
+        farewell.ask(0.0)
+        return farewell
 
     # Streams.
 
