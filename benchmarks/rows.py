@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from benchmarks.client_rows import connections_500, tasks_256
 from benchmarks.connection import BareConnection
 from benchmarks.echo import Echo
 from benchmarks.load import F64, ClosedLoopStreams, Inputs, closed_loop, open_loop, open_streams, round_trips
@@ -344,6 +345,8 @@ MEASUREMENTS: Final[dict[str, Callable[[Bench], list[Row]]]] = {
     "single-frames": single_frames,
     "one-stream": one_stream,
     "paced": paced,
+    "tasks-256": tasks_256,
+    "connections-500": connections_500,
     "many-open": many_open,
     "exact-off": exact_off,
     "chunks": chunks,

@@ -80,7 +80,7 @@ class AsyncStream:
         await self._driver.wait_sent(self._session.step(self._handle, x, keep=True))
 
     def finish(self) -> None:
-        """Nothing more will be sent with `send`: iterating ends after the last output."""
+        """Nothing more will be sent: iterating ends after the last output, and `send` and `step` are refused."""
         self._session.finish(self._handle)
         self._driver.wake()
 
@@ -193,7 +193,8 @@ class AsyncGroup:
 
         Raises:
             FramesRefused: when some were not applied; its `outputs` hold the others'.
-            StreamEvicted: when one of the streams has ended; nothing is sent then. Leave it out with `rows`.
+            StreamEvicted: when one of the streams has ended. If that came to light by the answer, its `outputs` hold
+                the others'; otherwise it is None and nothing was sent. Leave the stream out with `rows`.
             InvalidInput: for another shape, bad rows, or values that float32 cannot hold.
         """
         return (await self.step_timed(x, rows)).outputs

@@ -1,7 +1,7 @@
 """The client for threads: the same verbs as `aio.py`, without await.
 
 A client owns one daemon thread with an event loop in it, where an `AsyncClient` lives. Any number of threads may use
-the client and its streams at once; frames that they send in the same moment travel in one message.
+the client and its streams at once; frames that they send in the same moment travel together.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Stream:
         self._thread.run(self._stream.send(x))
 
     def finish(self) -> None:
-        """Nothing more will be sent with `send`: iterating ends after the last output."""
+        """Nothing more will be sent: iterating ends after the last output; see `AsyncStream.finish`."""
         self._thread.run(_finish(self._stream))
 
     def __iter__(self) -> Stream:

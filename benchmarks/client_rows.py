@@ -1,0 +1,107 @@
+"""The rows that measure the client library: many tasks over one connection, and many connections in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import Final
+
+import numpy as np
+import torch
+
+from benchmarks.connection import BareConnection
+from benchmarks.load import Inputs, closed_loop, open_streams
+from benchmarks.measurement import Bench, Row, interleave, ratio
+from benchmarks.reference import BenchmarkModel, WrongOutput, check_and_close, truth
+from instep.core.typing import F32
+from instep_client import AsyncClient, AsyncStream
+
+TASKS: Final = 256
+CONNECTIONS: Final = 500
+TIMESTEPS: Final = 128
+"""Different inputs, which are repeated."""
+
+
+def tasks_256(bench: Bench) -> list[Row]:
+    """Tasks that each step a stream of their own over one connection, against a bare socket with blocks as wide."""
+    tasks, blocks = "tasks, frames/s", "bare blocks of 256, frames/s"
+    model = BenchmarkModel.make(bench.folder / "tasks-256")
+    x = model.inputs(TIMESTEPS, TASKS)
+    with bench.serve(model.folder, []) as server:
+        sides = {
+            tasks: lambda: asyncio.run(_step_in_tasks(server.endpoint, model.gru, x, 1, bench.seconds)),
+            blocks: lambda: _step_bare(server.endpoint, model, [Inputs.of(x)], bench.seconds),
+        }
+        samples = interleave(bench, sides)
+    what = "256 tasks that await AsyncStream.step over a bare socket that sends their frames as one block"
+    return [Row("tasks-256", what, model.description, "×", ratio(samples, tasks, blocks), 0.3, samples)]
+
+
+def connections_500(bench: Bench) -> list[Row]:
+    """Clients of one stream each, against one bare socket that sends the same messages."""
+    count = bench.scaled(CONNECTIONS, 10)
+    clients, bare = "connections, frames/s", "one bare socket, frames/s"
+    model = BenchmarkModel.make(bench.folder / "connections-500")
+    x = model.inputs(TIMESTEPS, count)
+    inputs = [Inputs.of(x[:, stream : stream + 1]) for stream in range(count)]
+    with bench.serve(model.folder, ["--max-streams", str(2 * count)]) as server:
+        sides = {
+            clients: lambda: asyncio.run(_step_in_tasks(server.endpoint, model.gru, x, count, bench.seconds)),
+            bare: lambda: _step_bare(server.endpoint, model, inputs, bench.seconds),
+        }
+        samples = interleave(bench, sides)
+    what = "500 connections of one process, a stream each, over one bare socket with the same messages"
+    return [Row("connections-500", what, model.description, "×", ratio(samples, clients, bare), None, samples)]
+
+
+async def _step_in_tasks(endpoint: str, gru: torch.nn.GRU, x: F32, connections: int, seconds: float) -> float:
+    """Frames per second of a task for each stream of x; streams take turns among the connections.
+
+    Raises:
+        WrongOutput: when a final state or the newest output of a stream is not that of `nn.GRU`.
+    """
+    async with AsyncExitStack() as stack:
+        clients = [AsyncClient(endpoint, timeout_s=60.0) for _ in range(connections)]
+        for client in clients:
+            await stack.enter_async_context(client)
+        streams = [await clients[number % connections].open(f"task-{number}") for number in range(x.shape[1])]
+        frames = [np.ascontiguousarray(x[:, number]) for number in range(len(streams))]
+        began = time.perf_counter()
+        deadline = began + seconds
+        newest = await asyncio.gather(*map(_step_until, streams, frames, [deadline] * len(streams)))
+        rate = sum(stream.next_seq for stream in streams) / (time.perf_counter() - began)
+        await _check_and_close(streams, gru, x, newest, clients[0].info.buckets)
+    return rate
+
+
+async def _step_until(stream: AsyncStream, frames: F32, deadline: float) -> F32:
+    """Step a stream until it is time, at least once; its newest output."""
+    while True:
+        for frame in frames:
+            output = await stream.step(frame)
+            if time.perf_counter() >= deadline:
+                return output
+
+
+async def _check_and_close(
+    streams: Sequence[AsyncStream], gru: torch.nn.GRU, x: F32, newest: Sequence[F32], buckets: Sequence[int]
+) -> None:
+    for first in range(0, len(streams), buckets[-1]):
+        part = slice(first, first + buckets[-1])
+        counts = np.array([stream.next_seq for stream in streams[part]])
+        outputs, states = truth(gru, x[:, part], counts, 1, buckets)
+        finals = [await stream.close() for stream in streams[part]]
+        if not (np.array_equal(outputs[0], np.stack(newest[part])) and np.array_equal(states, np.stack(finals))):
+            raise WrongOutput("streams of the client differ from nn.GRU, so no figure of this row counts")
+
+
+def _step_bare(endpoint: str, model: BenchmarkModel, inputs: Sequence[Inputs], seconds: float) -> float:
+    """Frames per second over a bare connection, with one message of each of the inputs in flight."""
+    with BareConnection(endpoint, inputs[0].x.shape[1] * model.output_bytes) as connection:
+        connection.hello()
+        groups = open_streams(connection, inputs)
+        rate = closed_loop(connection, groups, len(groups), seconds)
+        check_and_close(connection, groups, model.gru)
+    return rate
