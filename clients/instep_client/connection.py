@@ -45,6 +45,9 @@ class State(Enum):
     ENDED = "everything has failed or was closed"
 
 
+GREETING, OPEN, RECONNECTING, ENDED = State  # to look a member up in its class takes 0.2 µs (Python 3.11)
+
+
 class Connection:
     """The state of one session's connection.
 
@@ -67,7 +70,7 @@ class Connection:
             raise InvalidInput("timeout_s must be more than 0 seconds")
         if not reconnect_s >= 0:
             raise InvalidInput("reconnect_s must be 0 seconds or more")
-        self.state = State.GREETING
+        self.state = GREETING
         self.table = OpenStreams()
         self.pending = Pending()
         self.sleepers = Sleepers(self.table)
@@ -101,13 +104,13 @@ class Connection:
 
     def check_open(self) -> ServerInfo:
         """The server's description of itself, where anything may be asked; raises where not."""
-        if self._info is None or self.state is State.ENDED:
+        if self._info is None or self.state is ENDED:
             raise self.failure()
         return self._info
 
     def ask(self, request: Request[Any], now: float = 0.0) -> None:
         """Ask, now or when there is a connection again."""
-        if self.state is State.RECONNECTING:
+        if self.state is RECONNECTING:
             self._postponed[request] = None
         else:
             request.ask(now)
@@ -116,7 +119,7 @@ class Connection:
 
     def receive(self, frames: Sequence[Frame], now: float) -> None:
         """A message came. One that does not follow the protocol ends the session."""
-        if self.attempts.phase is Phase.LOST:
+        if self.state is RECONNECTING and self.attempts.phase is Phase.LOST:
             return  # of the connection that was given up
         self._silence.heard(now)
         try:
@@ -132,36 +135,36 @@ class Connection:
 
     def advance(self, now: float) -> None:
         """Send what may be sent; watch for silence; try for another connection when one was lost."""
-        if self.state is State.RECONNECTING:
+        if self.state is RECONNECTING:
             self._recover(now)
-        if self.state is State.OPEN:
+        if self.state is OPEN:
             self.flow.advance(now, self._silence.timeout_s)
             rows = self.sleepers.due(now)
             if len(rows):
                 self._claim(rows)
         is_waiting = self._is_waiting()
-        is_open = self.state is State.OPEN
+        is_open = self.state is OPEN
         if self._silence.lasts_too_long(now, is_waiting, is_open, self._keep_alive_s(is_waiting)):
             waited = f"waited {self._silence.timeout_s:g} s"
             self.lose(now, f"nobody answers at {self.endpoint} ({waited}); is the server running there?")
 
     def deadline(self) -> float | None:
         """When `advance` is to be called though nothing happens; None for never."""
-        if self.state is State.ENDED:
+        if self.state is ENDED:
             return None
-        is_open = self.state is State.OPEN
+        is_open = self.state is OPEN
         soonest = self._silence.deadline(is_open, self._keep_alive_s(self._is_waiting()))
         if is_open:
             soonest = min(soonest, self.flow.deadline(self._silence.timeout_s), self.sleepers.again_at)
-        if self.attempts.phase is not Phase.NONE:
+        else:
             soonest = min(soonest, self.attempts.deadline())
         return None if soonest == math.inf else soonest
 
     def fail(self, error: type[InstepError], sentence: str) -> None:
         """End the session: every call fails with that error, now and later."""
-        if self.state is State.ENDED:
+        if self.state is ENDED:
             return
-        self.state = State.ENDED
+        self.state = ENDED
         self._failure = (error, sentence)
         for request in [*self.pending.forget(), *self.sleepers.lost(), *self._postponed]:
             request.fail(error(sentence))
@@ -173,16 +176,16 @@ class Connection:
 
     def _handle_stepped(self, frames: Sequence[Frame]) -> None:
         for answer in replies.stepped(frames):
-            if self.state is State.ENDED:
+            if self.state is ENDED:
                 return
             self.flow.stepped(answer)
-            if self.state is State.OPEN:
+            if self.state is OPEN:
                 self.attempts.worked()
 
     def _handle(self, header: Header, frames: Sequence[Frame], now: float) -> None:
         kind, number = header.kind, header.request
         asked = self.pending.unanswered.get(number)
-        if self.state is State.ENDED and asked is None:
+        if self.state is ENDED and asked is None:
             return  # only the farewell is still waited for
         if kind is Kind.ERROR:
             self._handle_error(number, replies.error(header), now)
@@ -196,7 +199,7 @@ class Connection:
         else:
             if asked is None or asked.request.reply is not kind:
                 raise MalformedMessage(f"{kind.name} with number {number} answers nothing that was asked")
-            if self.state is State.OPEN:
+            if self.state is OPEN:
                 self.attempts.worked()
             del self.pending.unanswered[number]
             try:
@@ -250,7 +253,7 @@ class Connection:
         former, self._info = self._info, info
         if former is None:
             self.flow.limit(info)
-            self.state = State.OPEN
+            self.state = OPEN
             return
         problem = cannot_continue(former, info)
         if problem:
@@ -264,7 +267,7 @@ class Connection:
 
     def turned_away(self, refusal: ErrorReply, now: float) -> None:
         """A HELLO or a claim was refused."""
-        if refusal.code in _PASSES and self.state is State.RECONNECTING:
+        if refusal.code in _PASSES and self.state is RECONNECTING:
             self.lose(now, refusal.sentence)
         else:
             self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
@@ -272,7 +275,7 @@ class Connection:
     def claimed(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         """RESUMED came for streams of this client, in these rows."""
         ended = self.sleepers.granted(part, *replies.granted(header, frames, len(part)), now)
-        if self.state is State.RECONNECTING and self._forgets:
+        if self.state is RECONNECTING and self._forgets:
             ended = {
                 (code, _RESTARTED if code is Code.UNKNOWN_STREAM else sentence): rows
                 for (code, sentence), rows in ended.items()
@@ -282,7 +285,7 @@ class Connection:
 
     def claim_refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
         """ERROR came for a claim."""
-        if self.state is State.OPEN and refusal.code in _PASSES:
+        if self.state is OPEN and refusal.code in _PASSES:
             self.sleepers.refused(part, now + max(refusal.retry_after_s, _LEAST_RETRY_S))
         else:
             self.turned_away(refusal, now)
@@ -295,7 +298,7 @@ class Connection:
         if self.attempts.phase is not Phase.RESUMING or self.pending.waits_for(Kind.RESUMED):
             return
         self.attempts.phase = Phase.NONE
-        self.state = State.OPEN
+        self.state = OPEN
         postponed, self._postponed = self._postponed, {}
         for request in postponed:
             request.ask(now)
@@ -306,17 +309,17 @@ class Connection:
 
     def lose(self, now: float, sentence: str) -> None:
         """The connection is lost: there will be another, or it is the end of the session."""
-        if self.state is State.ENDED:
+        if self.state is ENDED:
             return
-        if self.state is State.GREETING:
+        if self.state is GREETING:
             self.fail(ConnectionFailed, sentence)
             return
         if not self.attempts.lost(now, sentence):
             self.fail(ConnectionFailed, self.attempts.why_given_up())
             return
         waiting: list[Request[Any]] = []
-        if self.state is State.OPEN:
-            self.state = State.RECONNECTING
+        if self.state is OPEN:
+            self.state = RECONNECTING
             self.flow.in_flight.lost()
             waiting += self.sleepers.lost()
         for request in dict.fromkeys([*self.pending.forget(), *waiting]):
@@ -335,13 +338,13 @@ class Connection:
             self.greeting.ask(now)
 
     def _is_waiting(self) -> bool:
-        if self.state is State.ENDED:
+        if self.state is ENDED:
             return False
         return bool(self.pending.unanswered or self.flow.in_flight.on_the_way)
 
     def _keep_alive_s(self, is_waiting: bool) -> float:
         """How long silence alone is no reason for a word: a connection lost unnoticed has its streams parked."""
-        is_needed = not is_waiting and self.state is State.OPEN and not self.table.is_empty
+        is_needed = not is_waiting and self.state is OPEN and not self.table.is_empty
         if is_needed and self.attempts.reconnect_s > 0 and self.info.park_s > 0:
             return self.info.park_s / 2
         return math.inf

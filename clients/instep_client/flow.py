@@ -15,7 +15,7 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import COLUMN, MAX_BLOCK_STREAMS, ServerInfo
 from instep_client.replies import ErrorReply, Stepped
-from instep_client.send_queue import SendQueue, Turn, TurnRequest
+from instep_client.send_queue import ASKING, FULL, IDLE, IN_LINE, WAKING, SendQueue, TurnRequest
 from instep_client.sleepers import EndedRows, Sleepers
 from instep_client.steps import FailedFrames, StepBlock, StepCall
 from instep_client.streams import OpenStreams, StreamHandle
@@ -70,9 +70,11 @@ class Flow:
             call.cut(self._most_frames, self._most_columns, max(1, self._window // 2))
         if call.keep:
             call.handle.results.append(call)
-        queue = self._queue_of(call.handle)
+        queue = self._queues.get(call.handle) or self._queue_of(call.handle)
         queue.steps.append(call)
-        self._continue(queue)
+        if queue.turn is IDLE:
+            queue.turn = IN_LINE
+            self._line.append(queue)
 
     def enqueue(self, request: TurnRequest) -> None:
         """A request whose turn comes after the calls that were made through its stream handle before."""
@@ -186,13 +188,13 @@ class Flow:
 
     def _continue(self, queue: SendQueue) -> None:
         """Put a queue in line, unless it has nothing to send or something holds it up."""
-        if queue.turn is Turn.IDLE and not queue.is_empty:
-            queue.turn = Turn.IN_LINE
+        if queue.turn is IDLE and (queue.steps or queue.requests):
+            queue.turn = IN_LINE
             self._line.append(queue)
 
     def _release(self, queue: SendQueue) -> None:
         """What held a queue up is over."""
-        queue.turn = Turn.IDLE
+        queue.turn = IDLE
         self._continue(queue)
 
     def _take_turns(self, now: float) -> bool:
@@ -215,7 +217,7 @@ class Flow:
             begins = call.keep and not call.started
             if begins and handle.unread and handle.unread + call.frames > self._credit:
                 self._line.popleft()
-                queue.turn = Turn.FULL
+                queue.turn = FULL
                 self._full_since[queue] = now
                 continue
             rows, timesteps = (call.rows, 1) if call.lone else call.next_rows()
@@ -223,7 +225,7 @@ class Flow:
                 break
             if handle.unanswered and not self._table.in_window(rows, timesteps, self._window):
                 self._line.popleft()
-                queue.turn = Turn.IDLE  # until some of its outputs have come
+                queue.turn = IDLE  # until some of its outputs have come
                 continue
             self._line.popleft()
             if begins:
@@ -250,7 +252,7 @@ class Flow:
                 if call.left == 0:
                     self._conclude((call,))
             if queue.is_empty:
-                queue.turn = Turn.IDLE
+                queue.turn = IDLE
             else:
                 self._line.append(queue)
         if singles:
@@ -260,17 +262,17 @@ class Flow:
     def _take_request(self, queue: SendQueue, request: TurnRequest, now: float) -> None:
         if request.needs_all_awake and queue.handle.has_sleepers and self._wakes(queue, queue.handle.rows):
             return
-        queue.turn = Turn.IDLE  # until everything sent was answered
+        queue.turn = IDLE  # until everything sent was answered
         if queue.handle.unanswered == 0:
             queue.requests.popleft()
-            queue.turn = Turn.ASKING
+            queue.turn = ASKING
             request.ask(now)
 
     def _wakes(self, queue: SendQueue, rows: Indices) -> bool:
         """Whether a queue has to wait until streams that hibernate are awake."""
         if not self._sleepers.wake(rows):
             return False
-        queue.turn = Turn.WAKING
+        queue.turn = WAKING
         self._waking[queue] = rows
         return True
 
@@ -341,9 +343,9 @@ class Flow:
 
     def _leave_line(self, queue: SendQueue) -> None:
         """A call was taken out of a queue, perhaps its last or the one that waited for its turn."""
-        if queue.turn is Turn.IN_LINE and queue.is_empty:
+        if queue.turn is IN_LINE and queue.is_empty:
             self._line.remove(queue)
-            queue.turn = Turn.IDLE
+            queue.turn = IDLE
         self._continue(queue)
 
     def _end(self, call: StepCall, error: InstepError) -> None:
