@@ -1,11 +1,14 @@
 """Calls: one object for each thing that the user asked for, completed by the session.
 
 Call
-├── StepCall, in `steps.py`     frames of one stream handle
-└── Request                     anything else: one class for each kind of request
-    ├── Greeting, Probe, Claim, … the connection's own, in `connection.py`
-    ├── Ping, Statistics, StreamList, in `requests.py`
-    └── StreamsRequest           about streams: one message for each part of them, in `requests.py` and `openings.py`
+├── StepCall, in `steps.py`    frames of one stream handle
+└── Request                    anything else, one class for each kind
+    ├── Greeting, Claim, Probe, Farewell   the session's own
+    ├── PingCall, StatisticsCall, ListCall, in `requests.py`
+    └── StreamsRequest         about streams, one message for each part of them
+        ├── OpenCall, ForkCall, ResumeCall, in `openings.py`
+        ├── ReadStateCall, in `requests.py`
+        └── ResetCall, CloseCall, in `changes.py`
 """
 
 from __future__ import annotations

@@ -116,14 +116,14 @@ class CloseCall(Change[U8]):
 
     def _conclude(self) -> None:
         """Every stream was closed, or some were refused."""
-        table, row = self.connection.table, int(self.handle.rows[0])
-        error = table.why_ended(row) if self.handle.single and table.ended[row] else self._why_refused()
+        ended = self.connection.table.why_any_ended(self.handle.rows) if self.handle.single else None
+        error = ended or self._why_refused()
         if error is None:
             self.finish(self._finals)
         if self.refusal is not None and self.refusal.code not in ENDING:
             self.handle.closing = False  # the streams are as they were: the user may try again
         else:
-            table.remove(self.handle)
+            self.connection.table.remove(self.handle)
         self._end(error)
         self.connection.pending.wake(self.handle)
 

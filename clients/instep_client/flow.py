@@ -313,15 +313,13 @@ class Flow:
 
     def _end_queued(self, queue: SendQueue) -> None:
         """Some streams of a queue have ended: its calls about them fail."""
-        ended = self._table.ended
         for call in list(queue.steps):
-            rows = call.rows[ended[call.rows] != 0]
-            if len(rows):
-                self._abort(queue, call, self._table.why_ended(int(rows[0])))
+            error = self._table.why_any_ended(call.rows)
+            if error is not None:
+                self._abort(queue, call, error)
         for request in list(queue.requests):
-            rows = queue.handle.rows[ended[queue.handle.rows] != 0]
-            error = self._table.why_ended(int(rows[0]))
-            if request.streams_ended(error):
+            error = self._table.why_any_ended(queue.handle.rows)
+            if error is not None and request.streams_ended(error):
                 queue.requests.remove(request)
                 self._leave_line(queue)
                 request.fail(error)

@@ -144,13 +144,12 @@ class StreamsRequest(WakingRequest[R]):
 
     def ask(self, now: float) -> None:
         """Send a message for each part of its streams."""
-        if self.handle is not None and self.handle.has_ended:
-            rows = self.handle.rows
-            table = self.connection.table
-            self._end(table.why_ended(int(rows[table.ended[rows] != 0][0])))
-            return
-        self._begin()
-        self._send(np.arange(len(self.names)))
+        ended = None if self.handle is None else self.connection.table.why_any_ended(self.handle.rows)
+        if ended is not None:
+            self._end(ended)
+        else:
+            self._begin()
+            self._send(np.arange(len(self.names)))
 
     def _begin(self) -> None:
         """Forget what was answered over an earlier connection."""
@@ -172,11 +171,12 @@ class StreamsRequest(WakingRequest[R]):
             RefusedStream(int(part[column]), code, sentence, expected)
             for column, _, code, sentence, expected in failures
         ]
-        asleep = [each.which for each in refused if self._only_sleeps(each)]
+        asleep = {each.which for each in refused if self._only_sleeps(each)}
         if asleep:
-            part = np.setdiff1d(part, asleep)
             refused = [each for each in refused if each.which not in asleep]
-            self._ask_again(np.array(asleep, np.int64))
+            again = np.array(sorted(asleep), np.int64)
+            part = np.setdiff1d(part, again)
+            self._ask_again(again)
         for each in refused:
             self._note(each)
         self._settled(part, refused)
@@ -224,8 +224,10 @@ class StreamsRequest(WakingRequest[R]):
         if self.refusal is None:
             return None
         which, code, sentence, _ = self.refusal
-        is_over = self.handle is not None and code in ENDING
-        return (StreamEvicted if is_over else StreamRefused)(code, sentence, self.names[which])
+        if self.handle is None or code not in ENDING:
+            return StreamRefused(code, sentence, self.names[which])
+        known = self.connection.table.why_any_ended(self.handle.rows[[which]])
+        return known or StreamEvicted(code, sentence, self.names[which])
 
     def _end(self, error: InstepError | None = None) -> None:
         """It has ended, with a result unless an error is given."""

@@ -222,14 +222,20 @@ class OpenStreams:
         assert handle is not None
         return stream_ended(code, self.sentences[code], handle.name_of(row), self.given(row), int(self.server_has[row]))
 
+    def why_any_ended(self, rows: Indices) -> StreamEvicted | None:
+        """Why the first of these streams was ended that was; None while all are open."""
+        ended = rows[self.ended[rows] != 0]
+        return self.why_ended(int(ended[0])) if len(ended) else None
+
     def check_not_ended(self, rows: Indices) -> None:
         """Whether frames or requests may be sent to streams.
 
         Raises:
             StreamEvicted: when the server ended one of them.
         """
-        for row in rows[self.ended[rows] != 0].tolist():
-            raise self.why_ended(row)
+        error = self.why_any_ended(rows)
+        if error is not None:
+            raise error
 
     @property
     def is_empty(self) -> bool:
