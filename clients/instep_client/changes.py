@@ -31,13 +31,11 @@ class Change(StreamsRequest[R], TurnRequest):
         self.stamp = connection.table.stamp()
 
     def _most(self) -> int:
-        """As many closings or states as fit into the request and its reply."""
         info = self.connection.info
         row_bytes = info.state.row_bytes
         return min(info.max_message_bytes // max(CLOSING.itemsize, row_bytes), MAX_REPLY_BYTES // row_bytes)
 
     def _end(self, error: InstepError | None = None) -> None:
-        """It has ended, and what waits behind it goes on."""
         super()._end(error)
         self.connection.flow.request_answered(self.handle)
 
@@ -59,11 +57,9 @@ class ResetCall(Change[None]):
         return (int(self._states is not None),), [handles, states]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
-        """CHANGED."""
         return replies.changed(header, frames, len(part))
 
     def _conclude(self) -> None:
-        """Every stream was reset, or some were refused."""
         error = self._why_refused()
         if error is None:
             self.finish(None)
@@ -97,7 +93,6 @@ class CloseCall(Change[U8]):
         return (), [closings(self.connection.table.numbers[self.handle.rows[part]])]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
-        """CLOSED: final states."""
         row_bytes = self.connection.info.state.row_bytes
         self._finals[part], failures = replies.closed(header, frames, len(part), row_bytes)
         return failures
@@ -115,7 +110,6 @@ class CloseCall(Change[U8]):
             super()._note(refused)
 
     def _conclude(self) -> None:
-        """Every stream was closed, or some were refused."""
         ended = self.connection.table.why_any_ended(self.handle.rows) if self.handle.single else None
         error = ended or self._why_refused()
         if error is None:

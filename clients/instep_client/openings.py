@@ -51,7 +51,6 @@ class Opening(StreamsRequest[StreamHandle]):
         """Whether nobody waits any more: what was opened is to be closed again."""
 
     def _most(self) -> int:
-        """As many names and states as fit."""
         info = self.connection.info
         return info.max_message_bytes // max(NAME_BYTES, info.state.row_bytes)
 
@@ -63,17 +62,14 @@ class Opening(StreamsRequest[StreamHandle]):
             super().ask(now)
 
     def _begin(self) -> None:
-        """Forget what was granted over an earlier connection."""
         super()._begin()
         self.grants[:] = 0
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
-        """OPENED or RESUMED: grants."""
         self.grants[part], failures = replies.granted(header, frames, len(part))
         return failures
 
     def _conclude(self) -> None:
-        """Give the handle, or take back what was opened and say why."""
         error = InstepError("the call was cancelled") if self.abandoned else self._why_refused()
         if error is None:
             self.finish(self.connection.table.add(self.names, self.grants, self.single))
@@ -82,7 +78,6 @@ class Opening(StreamsRequest[StreamHandle]):
             self._undo(error)
 
     def _undo(self, error: InstepError) -> None:
-        """Close what was opened, then fail: the user may ask for the same names then."""
         is_open = self.grants["handle"] != 0
         if is_open.any():
             names = [name for name, is_mine in zip(self.names, is_open, strict=True) if is_mine]
@@ -173,7 +168,6 @@ class ForkCall(Opening, TurnRequest):
         return (), [handles, wire.pack_names([self.names[which] for which in part])]
 
     def _end(self, error: InstepError | None = None) -> None:
-        """It has ended, and what waits behind it goes on."""
         super()._end(error)
         self.connection.flow.request_answered(self.handle)
 
@@ -199,11 +193,9 @@ class ResumeCall(Opening):
         self._take_over = int(take_over)
 
     def _most(self) -> int:
-        """As many names and grants as fit."""
         return self.connection.info.max_message_bytes // max(NAME_BYTES, GRANT.itemsize)
 
     def _begin(self) -> None:
-        """Claim what was granted over an earlier connection by its newer epoch."""
         held = self.grants["handle"] != 0
         self._claims["epoch"][held] = self.grants["epoch"][held]
         super()._begin()
@@ -214,7 +206,6 @@ class ResumeCall(Opening):
         return (self._take_over,), [names, self._claims[part].tobytes()]
 
     def _conclude(self) -> None:
-        """What comes next is what the user has not. Former rows of these streams are void."""
         if self.refusal is None and not self.abandoned:
             self.grants["next_seq"] = np.minimum(self._claims["have"], self.grants["next_seq"])
             former = self.connection.table.rows_named(self.names).tolist()
@@ -223,7 +214,6 @@ class ResumeCall(Opening):
         super()._conclude()
 
     def _undo(self, error: InstepError) -> None:
-        """Fail; the streams stay."""
         self._end(error)
 
     def cancel(self) -> None:

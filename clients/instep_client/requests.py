@@ -255,7 +255,6 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         self._states = connection.info.state.missing(len(self.names))
 
     def _most(self) -> int:
-        """As many as fit into the question and into its reply."""
         info = self.connection.info
         asked_bytes = NAME_BYTES if self._by_name() else 8
         return min(
@@ -269,7 +268,6 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         return (0,), [self.connection.table.numbers[self.handle.rows[part]].tobytes()]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
-        """STATE_READ: seqs and states."""
         row_bytes = self.connection.info.state.row_bytes
         self._seqs[part], self._states[part], failures = replies.state_read(header, frames, len(part), row_bytes)
         return failures
@@ -279,7 +277,6 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         self._send(which)
 
     def _conclude(self) -> None:
-        """Every state was read, or some were refused."""
         error = self._why_refused()
         if error is None:
             self.finish((self._seqs, self._states))

@@ -268,6 +268,18 @@ def test_more_sleepers_than_there_is_room_for_are_closed() -> None:
     assert not link.server.streams
 
 
+def test_a_close_that_waits_for_room_ends_with_the_session() -> None:
+    link = RingLink()
+    handle = link.open("a")
+    put_to_sleep(link, "a")
+    link.server.room = 0
+    close = link.session.close(handle)
+    link.run(at_most_s=1.0)
+    assert not close.done
+    link.session.fail(ConnectionFailed, "over")
+    assert str(close.error) == "over"
+
+
 def test_leaving_closes_more_sleepers_than_there_is_room_for() -> None:
     link = RingLink()
     link.open(*"abcdefgh")

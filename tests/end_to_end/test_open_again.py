@@ -86,11 +86,15 @@ async def test_a_server_that_was_restarted_without_a_recording_is_told_from_an_e
         endpoint = server.endpoint
         client = AsyncClient(endpoint)
         await client.connect()
-        stream = await client.open("mic-7")
+        stream, group = await client.open("mic-7"), await client.open_group(["a", "b"])
         await stream.step(np.zeros(F))
+        await group.step(np.zeros((2, F)))
     async with running(SMALL, transport={"endpoint": endpoint}):
-        with pytest.raises(StreamEvicted, match="was restarted and no longer has this stream, which was not recorded"):
-            await stream.step(np.zeros(F))
+        for step in (stream.step(np.zeros(F)), group.step(np.zeros((2, F)))):
+            with pytest.raises(
+                StreamEvicted, match="was restarted and no longer has this stream, which was not recorded"
+            ):
+                await step
         again = await client.open("mic-7")
         assert again.next_seq == 0
         await client.close()
