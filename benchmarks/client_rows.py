@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack
 from typing import Final
 
 import numpy as np
-import torch
 
 from benchmarks.connection import BareConnection
 from benchmarks.load import Inputs, closed_loop, open_streams
@@ -17,6 +16,7 @@ from benchmarks.measurement import Bench, Row, interleave, ratio
 from benchmarks.reference import BenchmarkModel, WrongOutput, check_and_close, truth
 from instep.core.typing import F32
 from instep_client import AsyncClient, AsyncStream
+from instep_client.states import state_rows
 
 TASKS: Final = 256
 CONNECTIONS: Final = 500
@@ -27,11 +27,11 @@ TIMESTEPS: Final = 128
 def tasks_256(bench: Bench) -> list[Row]:
     """Tasks that each step a stream of their own over one connection, against a bare socket with blocks as wide."""
     tasks, blocks = "tasks, frames/s", "bare blocks of 256, frames/s"
-    model = BenchmarkModel.make(bench.folder / "tasks-256")
+    model = BenchmarkModel.of(bench, "tasks-256")
     x = model.inputs(TIMESTEPS, TASKS)
     with bench.serve(model.folder, []) as server:
         sides = {
-            tasks: lambda: asyncio.run(_step_in_tasks(server.endpoint, model.gru, x, 1, bench.seconds)),
+            tasks: lambda: asyncio.run(_step_in_tasks(server.endpoint, model, x, 1, bench.seconds)),
             blocks: lambda: _step_bare(server.endpoint, model, [Inputs.of(x)], bench.seconds),
         }
         samples = interleave(bench, sides)
@@ -43,12 +43,12 @@ def connections_500(bench: Bench) -> list[Row]:
     """Clients of one stream each, against one bare socket that sends the same messages."""
     count = bench.scaled(CONNECTIONS, 10)
     clients, bare = "connections, frames/s", "one bare socket, frames/s"
-    model = BenchmarkModel.make(bench.folder / "connections-500")
+    model = BenchmarkModel.of(bench, "connections-500")
     x = model.inputs(TIMESTEPS, count)
     inputs = [Inputs.of(x[:, stream : stream + 1]) for stream in range(count)]
     with bench.serve(model.folder, ["--max-streams", str(2 * count)]) as server:
         sides = {
-            clients: lambda: asyncio.run(_step_in_tasks(server.endpoint, model.gru, x, count, bench.seconds)),
+            clients: lambda: asyncio.run(_step_in_tasks(server.endpoint, model, x, count, bench.seconds)),
             bare: lambda: _step_bare(server.endpoint, model, inputs, bench.seconds),
         }
         samples = interleave(bench, sides)
@@ -56,11 +56,11 @@ def connections_500(bench: Bench) -> list[Row]:
     return [Row("connections-500", what, model.description, "×", ratio(samples, clients, bare), None, samples)]
 
 
-async def _step_in_tasks(endpoint: str, gru: torch.nn.GRU, x: F32, connections: int, seconds: float) -> float:
+async def _step_in_tasks(endpoint: str, model: BenchmarkModel, x: F32, connections: int, seconds: float) -> float:
     """Frames per second of a task for each stream of x; streams take turns among the connections.
 
     Raises:
-        WrongOutput: when a final state or the newest output of a stream is not that of `nn.GRU`.
+        WrongOutput: when a final state or the newest output of a stream is not that of the network.
     """
     async with AsyncExitStack() as stack:
         clients = [AsyncClient(endpoint, timeout_s=60.0) for _ in range(connections)]
@@ -72,7 +72,7 @@ async def _step_in_tasks(endpoint: str, gru: torch.nn.GRU, x: F32, connections: 
         deadline = began + seconds
         newest = await asyncio.gather(*map(_step_until, streams, frames, [deadline] * len(streams)))
         rate = sum(stream.next_seq for stream in streams) / (time.perf_counter() - began)
-        await _check_and_close(streams, gru, x, newest, clients[0].info.buckets)
+        await _check_and_close(streams, model, x, newest, clients[0].info.buckets)
     return rate
 
 
@@ -86,15 +86,15 @@ async def _step_until(stream: AsyncStream, frames: F32, deadline: float) -> F32:
 
 
 async def _check_and_close(
-    streams: Sequence[AsyncStream], gru: torch.nn.GRU, x: F32, newest: Sequence[F32], buckets: Sequence[int]
+    streams: Sequence[AsyncStream], model: BenchmarkModel, x: F32, newest: Sequence[F32], buckets: Sequence[int]
 ) -> None:
     for first in range(0, len(streams), buckets[-1]):
         part = slice(first, first + buckets[-1])
         counts = np.array([stream.next_seq for stream in streams[part]])
-        outputs, states = truth(gru, x[:, part], counts, 1, buckets)
-        finals = [await stream.close() for stream in streams[part]]
-        if not (np.array_equal(outputs[0], np.stack(newest[part])) and np.array_equal(states, np.stack(finals))):
-            raise WrongOutput("streams of the client differ from nn.GRU, so no figure of this row counts")
+        outputs, states = truth(model.truth, x[:, part], counts, 1, buckets)
+        finals = [state_rows(await stream.close(), model.state, None) for stream in streams[part]]
+        if not (np.array_equal(outputs[0], np.stack(newest[part])) and np.array_equal(states, np.concatenate(finals))):
+            raise WrongOutput("streams of the client differ from the network, so no figure of this row counts")
 
 
 def _step_bare(endpoint: str, model: BenchmarkModel, inputs: Sequence[Inputs], seconds: float) -> float:
@@ -103,5 +103,5 @@ def _step_bare(endpoint: str, model: BenchmarkModel, inputs: Sequence[Inputs], s
         connection.hello()
         groups = open_streams(connection, inputs)
         rate = closed_loop(connection, groups, len(groups), seconds)
-        check_and_close(connection, groups, model.gru)
+        check_and_close(connection, groups, model.truth)
     return rate
