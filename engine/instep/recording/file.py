@@ -6,6 +6,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -183,6 +184,10 @@ class RecordingFile:
             batches, frames = self._database.execute(query, (self.first_position, self.last_position)).fetchone()
         return int(batches), int(frames)
 
+    @cached_property
+    def _state_bytes(self) -> int:
+        return self.header.state_spec.row_bytes
+
     def state(self, blob: bytes | None, position: int) -> U8 | None:
         """A state, uint8 [row_bytes], from the row at that position."""
         if blob is None:
@@ -229,7 +234,6 @@ class RecordingFile:
             self.header = RecordingHeader.from_rows(rows)
         except RecordingError as error:
             raise self.damaged(str(error)) from None
-        self._state_bytes = self.header.state_spec.row_bytes
         self._find_ends()
 
     def _check_schema(self) -> None:
