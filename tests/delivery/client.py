@@ -3,62 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any
 
 import numpy as np
 
 from instep_client.protocol import wire
 from instep_client.protocol.wire import HAVE_ALL, Code, Kind, Message
+from tests.delivery.lives import Asked, Is, Lane, Life, require
 from tests.delivery.network import Connection, Network
-from tests.delivery.truth import Asked, Life, Line, Truth, is_fenced_rightly, require
+from tests.delivery.truth import Truth, is_fenced_rightly
+from tests.support.states import rows_of
 from tests.support.step_messages import parts, step_header
 
 NAMES = ("a", "b")
-
-
-class Is(Enum):
-    """What a lane is to its client."""
-
-    NOTHING = auto()
-    OPENING = auto()
-    OPEN = auto()
-    RESUMING = auto()
-    TAKING = auto()
-    CLOSING = auto()
-    REFUSED = auto()
-    """In use, fenced, behind, or set back: somebody must decide."""
-
-
-@dataclass
-class Lane:
-    """A stream as its client knows it."""
-
-    name: str
-    state: Is = Is.NOTHING
-    request: int = 0
-    handle: int = 0
-    epoch: int = 0
-    life: Life | None = None
-    line: Line = field(default_factory=lambda: Line([]))
-    """What it has sent or will send."""
-    have: int = 0
-    """Outputs it has, without a gap."""
-    later: set[int] = field(default_factory=set)
-    """Seqs of outputs that came after a gap."""
-    cursor: int = 0
-    """What it sends next."""
-    was_set_back: bool = False
-    """It was told that given outputs are lost."""
-
-    @property
-    def is_answered(self) -> bool:
-        return self.have == len(self.line)
+COPY = "c"
+"""The name of every copy."""
 
 
 class ModelClient:
-    """One client of both streams.
+    """One client of all streams.
 
     Args:
         number: which.
@@ -68,7 +31,7 @@ class ModelClient:
 
     def __init__(self, number: int, truth: Truth, network: Network) -> None:
         self.number = number
-        self.lanes = {name: Lane(name) for name in NAMES}
+        self.lanes = {name: Lane(name) for name in (*NAMES, COPY)}
         self._truth = truth
         self._network = network
         self._request = 0
@@ -84,7 +47,7 @@ class ModelClient:
         for lane in self.lanes.values():
             if lane.state is Is.OPENING:
                 self.open([lane])
-            elif lane.state is Is.TAKING:
+            elif lane.state in (Is.FORKING, Is.TAKING):
                 self.take_over(lane)
         resumed = [lane for lane in self.lanes.values() if lane.state in (Is.OPEN, Is.RESUMING, Is.CLOSING)]
         if resumed:
@@ -95,6 +58,14 @@ class ModelClient:
         request = self._ask(Asked(Kind.OPEN, names), (len(names), 0, 0), [wire.pack_names(names), b"", b""])
         for lane in lanes:
             self._lanes_anew(lane, Is.OPENING, request)
+
+    def fork(self, lane: Lane) -> None:
+        """Ask for a copy, whatever is pending."""
+        copy = self.lanes[COPY]
+        if lane.state is Is.OPEN and copy.state is Is.NOTHING:
+            asked = Asked(Kind.FORK, [COPY], [_life(lane)])
+            request = self._ask(asked, (1,), [_handle(lane), wire.pack_names([COPY])])
+            self._lanes_anew(copy, Is.FORKING, request)
 
     def take_over(self, lane: Lane) -> None:
         have = lane.have if lane.was_set_back else HAVE_ALL
@@ -138,12 +109,23 @@ class ModelClient:
         if lane.state is Is.OPEN and lane.have:
             self._step([lane], [lane.have - 1], 1, value=next(self._truth.values))
 
-    def read_state(self, lane: Lane) -> None:
-        """Ask for the state, whatever is pending; `Truth` judges the reply."""
-        if lane.state is Is.OPEN:
-            handles = np.array([lane.handle], "<u8").tobytes()
-            asked = Asked(Kind.READ_STATE, [lane.name], [_life(lane)], lines=[lane.line])
-            self._ask(asked, (1, 0), [handles])
+    def read_states(self, lanes: Sequence[Lane]) -> None:
+        """Ask for the states of those that are open, whatever is pending; `Truth` judges the reply."""
+        lanes = [lane for lane in lanes if lane.state is Is.OPEN]
+        if lanes:
+            asked = Asked(Kind.READ_STATE, [lane.name for lane in lanes], [_life(lane) for lane in lanes])
+            self._ask(asked, (len(lanes), 0), [b"".join(map(_handle, lanes))])
+
+    def reset(self, lane: Lane, state: int) -> None:
+        """Ask for another state, 0 for the initial one, though frames may be unanswered."""
+        if lane.state is Is.OPEN and lane.new_state is None:
+            lane.new_state = state
+            self._reset(lane, state)
+
+    def _reset(self, lane: Lane, state: int) -> None:
+        asked = Asked(Kind.RESET, [lane.name], [_life(lane)], lines=[lane.line], states=[state])
+        states = rows_of([[state]]).tobytes() if state else b""
+        self._ask(asked, (1, int(state > 0)), [_handle(lane), states])
 
     def close(self, lane: Lane) -> None:
         """Close a stream, though frames of it may be unanswered."""
@@ -216,6 +198,8 @@ class ModelClient:
             self._stepped(asked, arrays[1])
         elif kind in (Kind.OPENED, Kind.RESUMED):
             self._granted(request, asked, message)
+        elif kind == Kind.CHANGED:
+            self._changed(asked, message)
         elif kind == Kind.CLOSED:
             self._closed(request, asked, message)
 
@@ -264,13 +248,24 @@ class ModelClient:
         for column, grant in enumerate(np.frombuffer(message[1], wire.GRANT)):
             lane = self.lanes[asked.names[column]]
             handle, epoch, next_seq = (int(value) for value in grant)
+            is_mine = lane.request == request and lane.state in (Is.OPENING, Is.FORKING, Is.RESUMING, Is.TAKING)
             if handle:
-                is_mine = lane.request == request and lane.state in (Is.OPENING, Is.RESUMING, Is.TAKING)
                 is_newer = epoch > lane.epoch and lane.state is Is.OPEN and asked.kind is Kind.RESUME
                 if is_mine or is_newer:
                     self._adopt(lane, asked, handle, epoch, next_seq)
-            elif lane.request == request and lane.state in (Is.OPENING, Is.RESUMING, Is.TAKING):
+            elif is_mine and asked.kind is Kind.FORK:
+                self._fork_refused(lane, Code(int(failures[column]["code"])), asked.lives[column])
+            elif is_mine:
                 self._told(lane, Code(int(failures[column]["code"])))
+
+    def _fork_refused(self, lane: Lane, code: Code, original: Life) -> None:
+        if code is Code.NAME_IN_USE:
+            self._told(lane, code)
+            return
+        is_known = code in (Code.UNKNOWN_STREAM, Code.FENCED, Code.STATE_LOST)
+        is_right = original.has_slept or is_fenced_rightly(self._truth, original)
+        require(is_known and is_right, f"a copy was refused with {code.name} for no reason")
+        self._lanes_anew(lane, Is.NOTHING)
 
     def _adopt(self, lane: Lane, asked: Asked, handle: int, epoch: int, next_seq: int) -> None:
         life = next(life for life in self._truth.lives.values() if epoch in life.lines)
@@ -288,6 +283,20 @@ class ModelClient:
         lane.later = {seq for seq in lane.later if seq > lane.have}
         lane.cursor = lane.have
         lane.was_set_back = False
+        if lane.new_state is not None:  # before any frame
+            self._reset(lane, lane.new_state)
+
+    def _changed(self, asked: Asked, message: Message) -> None:
+        lane = self.lanes[asked.names[0]]
+        if lane.line is not asked.lines[0] or lane.new_state != asked.states[0] or lane.state is not Is.OPEN:
+            return
+        failures = np.frombuffer(message[1], wire.FAILURE)
+        code = Code(int(failures[0]["code"])) if len(failures) else None
+        if code is None or code is Code.FRAMES_PENDING:
+            lane.new_state = None
+            self._truth.seen.add("reset too early" if code else "reset")
+        else:
+            self._told(lane, Code.HIBERNATED if code is Code.UNKNOWN_STREAM and _life(lane).has_slept else code)
 
     def _closed(self, request: int, asked: Asked, message: Message) -> None:
         lane = self.lanes[asked.names[0]]
@@ -320,7 +329,7 @@ class ModelClient:
             is_right = life is None or life.has_ended or truth.is_lossy
             self._lanes_anew(lane, Is.NOTHING)
         elif code is Code.NAME_IN_USE:
-            is_right = lane.state is Is.OPENING
+            is_right = lane.state in (Is.OPENING, Is.FORKING)
             lane.state = Is.REFUSED
         elif code is Code.FENCED:
             is_right = is_fenced_rightly(truth, life)
@@ -334,7 +343,13 @@ class ModelClient:
             lane.was_set_back = False
         else:
             is_right = False
+        if lane.state is Is.REFUSED:
+            lane.new_state = None
         require(is_right, f"a client was told {code.name} for no reason")
+
+
+def _handle(lane: Lane) -> bytes:
+    return np.array([lane.handle], "<u8").tobytes()
 
 
 def _life(lane: Lane) -> Life:

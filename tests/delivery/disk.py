@@ -28,6 +28,7 @@ from instep.recording.schema import (
     HISTORY,
     OWNER_EVENT,
     RECOVERED_EVENT,
+    RESET_EVENT,
     TABLES,
     Column,
     Durability,
@@ -97,6 +98,8 @@ class Disk:
         self.image: Image = {table: {} for table in TABLES}
         self.frames: dict[tuple[int, int], bytes] = {}
         """Inputs that are committed: by number of the stream and seq."""
+        self.resets: list[tuple[int, int, int]] = []
+        """RESETs that are committed, in order: number of the stream, seq of the next frame, and state."""
         self.epochs: set[int] = set()
         """Epochs whose giving is committed."""
         for changes in self.transactions:
@@ -112,6 +115,8 @@ class Disk:
                 self.epochs.add(row[4])
             elif table == "events" and row[4] == OWNER_EVENT:
                 self.epochs.add(row[3])
+            elif table == "events" and row[4] == RESET_EVENT:
+                self.resets.append((row[2], row[3], int(np.frombuffer(row[6] or bytes(4), "<f4")[0])))
             elif table == "batches":
                 streams, seqs, width = np.frombuffer(row[4], "<u4"), np.frombuffer(row[5], "<u8"), len(row[6]) // row[3]
                 for at, (stream, seq) in enumerate(zip(streams.tolist(), seqs.tolist(), strict=True)):

@@ -15,14 +15,14 @@ from hypothesis import note
 from hypothesis import strategies as st
 
 from instep.recording.schema import Durability
-from tests.delivery.client import NAMES, Is, Lane, ModelClient
+from tests.delivery.client import NAMES, ModelClient
+from tests.delivery.lives import Is, Lane
 from tests.delivery.network import Connection
 from tests.delivery.node import Sizes
 from tests.delivery.world import CLIENTS, World
 
 _BYTES: Final = 3
 """Of a number."""
-_CHOICES: Final = (NAMES, *((name,) for name in NAMES))
 
 
 class Digits:
@@ -44,12 +44,16 @@ def _client(world: World, digits: Digits) -> ModelClient:
     return world.clients[digits.below(CLIENTS)]
 
 
-def _lane(client: ModelClient, digits: Digits) -> Lane:
-    return client.lanes[NAMES[digits.below(len(NAMES))]]
+def _lane(client: ModelClient, digits: Digits, *states: Is) -> Lane:
+    """One in any of these states, if there is one."""
+    lanes = list(client.lanes.values())
+    able = [lane for lane in lanes if lane.state in states] or lanes
+    return able[digits.below(len(able))]
 
 
 def _lanes(client: ModelClient, digits: Digits) -> list[Lane]:
-    return [client.lanes[name] for name in _CHOICES[digits.below(len(_CHOICES))]]
+    """All, or one that is open."""
+    return [_lane(client, digits, Is.OPEN)] if digits.below(3) else list(client.lanes.values())
 
 
 def _sender(world: World, digits: Digits) -> ModelClient:
@@ -68,6 +72,12 @@ def _connection(world: World, digits: Digits) -> Connection:
     return among[-1 - min(digits.below(4), len(among) - 1)]
 
 
+def _arrives(world: World, client: ModelClient, digits: Digits) -> None:
+    """What a client has just sent may arrive at once, before anything else moves."""
+    if digits.flag:
+        world.deliver_to_server(client.connection)
+
+
 # ── Steps of clients ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -78,7 +88,8 @@ def _all_goes_well(world: World, digits: Digits) -> None:
 
 def _open(world: World, digits: Digits) -> None:
     client = _client(world, digits)
-    lanes = [lane for lane in _lanes(client, digits) if lane.state is Is.NOTHING]
+    lanes = [client.lanes[name] for name in (NAMES, NAMES[:1], NAMES[1:])[digits.below(3)]]
+    lanes = [lane for lane in lanes if lane.state is Is.NOTHING]
     if lanes:
         client.open(lanes)
 
@@ -89,26 +100,43 @@ def _send(world: World, digits: Digits) -> None:
     client.send(lanes, timesteps, anew=digits.flag and digits.flag, politely=digits.flag)
     if digits.flag:
         world.all_goes_well()
+    else:
+        _arrives(world, client, digits)
 
 
 def _send_again(world: World, digits: Digits) -> None:
     client = _sender(world, digits)
     client.send(_lanes(client, digits), 1 + digits.below(3), anew=True, politely=True)
+    _arrives(world, client, digits)
 
 
 def _contradict(world: World, digits: Digits) -> None:
     client = _sender(world, digits)
-    client.contradict(_lane(client, digits))
+    client.contradict(_lane(client, digits, Is.OPEN))
 
 
 def _close(world: World, digits: Digits) -> None:
     client = _sender(world, digits)
-    client.close(_lane(client, digits))
+    client.close(_lane(client, digits, Is.OPEN))
+    _arrives(world, client, digits)
 
 
 def _read_state(world: World, digits: Digits) -> None:
     client = _sender(world, digits)
-    client.read_state(_lane(client, digits))
+    client.read_states(_lanes(client, digits))
+    _arrives(world, client, digits)
+
+
+def _reset(world: World, digits: Digits) -> None:
+    client = _sender(world, digits)
+    client.reset(_lane(client, digits, Is.OPEN), next(world.truth.values) if digits.below(3) else 0)
+    _arrives(world, client, digits)
+
+
+def _fork(world: World, digits: Digits) -> None:
+    client = _sender(world, digits)
+    client.fork(_lane(client, digits, Is.OPEN))
+    _arrives(world, client, digits)
 
 
 def _reconnect(world: World, digits: Digits) -> None:
@@ -117,9 +145,10 @@ def _reconnect(world: World, digits: Digits) -> None:
 
 def _take_over(world: World, digits: Digits) -> None:
     client = _client(world, digits)
-    lane = _lane(client, digits)
+    lane = _lane(client, digits, Is.NOTHING, Is.REFUSED)
     if lane.state in (Is.NOTHING, Is.REFUSED):
         client.take_over(lane)
+        _arrives(world, client, digits)
 
 
 # ── Steps of the network ───────────────────────────────────────────────────────────────────────────────────────────
@@ -229,7 +258,13 @@ _ALWAYS: Final[tuple[tuple[int, Step], ...]] = (
     (1, _send_again),
     (2, _tick),
 )
-_CLIENT_FAULTS: Final = ((2, _reconnect), (2, _take_over), (1, _contradict), (2, _close), (2, _read_state))
+_CLIENT_FAULTS: Final = (
+    (2, _reconnect),
+    (2, _take_over),
+    (1, _contradict),
+    (2, _close),
+)
+_STATES: Final = ((2, _read_state), (2, _reset), (2, _fork))
 _NETWORK_FAULTS: Final = ((1, _drop), (1, _duplicate), (1, _cut), (1, _partition), (2, _reconnect), (2, _replace))
 _SERVER_FAULTS: Final = ((1, _checkpoint), (1, _fail_step), (1, _expire), (2, _hibernate))
 _CRASHES: Final = ((1, _checkpoint), (2, _kill), (1, _sync), (1, _break_disk))
@@ -247,7 +282,7 @@ class Faults:
 def steps_of(faults: Faults, which: int) -> list[Step]:
     """A table of steps, each as often as it is likely: everything that goes well, and some of the faults."""
     chosen = list(_ALWAYS)
-    for bit, some in enumerate((_CLIENT_FAULTS, _NETWORK_FAULTS, _SERVER_FAULTS, _CRASHES)):
+    for bit, some in enumerate((_CLIENT_FAULTS, _NETWORK_FAULTS, _SERVER_FAULTS, _CRASHES, _STATES)):
         if which >> bit & 1:
             chosen += some
     if faults.loses_power and which >> 3 & 1:
@@ -268,9 +303,9 @@ def run(faults: Faults, example: list[int]) -> World:
         Violation: when a rule of delivery was broken.
     """
     setting = Digits(example[0])
-    table = steps_of(faults, 15 - setting.below(16))
+    table = steps_of(faults, 31 - setting.below(32))
     world = World(faults.durability, Sizes(window=1 + setting.below(4), batch=(1, 2, 4)[setting.below(3)]))
-    world.clients[0].open(list(world.clients[0].lanes.values()))
+    world.clients[0].open([world.clients[0].lanes[name] for name in NAMES])
     if setting.flag:
         world.all_goes_well()
     for number in example[1:]:

@@ -13,10 +13,11 @@ FULL_AT = 6
 """Messages that a connection holds for a peer that cannot be reached."""
 
 
+_numbers = itertools.count(1)
+
+
 class Connection:
     """Two queues, and what either side knows of the other."""
-
-    _numbers = itertools.count(1)
 
     def __init__(self, owner: int) -> None:
         self.owner = owner
@@ -33,7 +34,7 @@ class Connection:
 
     def rename(self) -> None:
         """ZeroMQ connects again behind the client's back: the server sees a new connection."""
-        self.routing_id = b"\0" + next(Connection._numbers).to_bytes(4, "big")
+        self.routing_id = bytes([0, self.owner]) + next(_numbers).to_bytes(4, "big")
         self.to_server.clear()
         self.to_client.clear()
 

@@ -19,15 +19,15 @@ import numpy as np
 
 from instep.core.streams import StreamTable
 from instep.core.tables import make_tables
-from instep.core.typing import F32, I64, U8, U64
+from instep.core.typing import F32, I32, I64, U8, U64
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.writer import RecordingWriter
-from instep.runtime.executor import RunResult, StateLost, Step, run_steps
+from instep.runtime.executor import StateLost
 from instep.server.loop import Loop
-from instep.streaming.api import Grants, Names, Origin
+from instep.streaming.api import Grants, Names, Origin, StatesRead
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
 from instep.streaming.hibernation import Hibernation, IdleLimits, Tombstones
@@ -44,13 +44,10 @@ from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory
 from tests.delivery.hand_loop import HandLoop
 from tests.delivery.network import Connection, HandRouter, Network
+from tests.delivery.recurrence import MAX_STREAMS, HandExecutor, Recurrence, StepFailure
 from tests.support.running import log_into
-from tests.support.states import floats_of, gru_state, rows_of
+from tests.support.states import floats_of, gru_state
 
-PRIME = 16_777_213
-"""The largest prime below 2^24: every state is a float32 without rounding."""
-_FACTOR = 1_103_515
-MAX_STREAMS = 3
 _MAX_CONNECTIONS = 64
 _MAX_FRAMES = 64
 _NEVER_NS = 10**18
@@ -58,98 +55,6 @@ _PARK_NS = 3600 * 10**9
 _HIBERNATE_NS = _PARK_NS // 4
 _TICKS = 10
 """After as many ticks the reaper has looked for streams that expire."""
-
-
-def recur(state: int, x: int) -> int:
-    """The state after one more frame. Whatever is lost, doubled or swapped changes all that follow."""
-    return (state * _FACTOR + x * 7 + 1) % PRIME
-
-
-class StepFailure(Exception):
-    """The network failed; no state has changed."""
-
-
-class HandExecutor:
-    """Steps when told."""
-
-    capacity = 2
-    signal_fd = None
-
-    def __init__(self, step: Step) -> None:
-        self.begun: deque[tuple[I64, I64]] = deque()
-        self._step = step
-        self._results: list[RunResult] = []
-        self._slots_of_results: list[I64] = []
-        self._now_ns = 0
-
-    @property
-    def has_ended(self) -> bool:
-        return bool(self._results)
-
-    def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
-        self.begun.append((slots, rows))
-
-    def work(self) -> None:
-        """Step the oldest run, if there is one; the loop learns of it in its next turn."""
-        if not self.begun:
-            return
-        slots, rows = self.begun.popleft()
-        result = run_steps(self._step, slots, rows)
-        if isinstance(result.error, AssertionError):
-            raise result.error
-        self._now_ns += 1  # no time passes, so that an example is the same on every machine
-        self._results.append(replace(result, began_ns=self._now_ns, ended_ns=self._now_ns))
-        self._slots_of_results.append(slots)
-
-    def ended(self) -> list[RunResult]:
-        results, self._results, self._slots_of_results = self._results, [], []
-        return results
-
-    def take_signal(self) -> None:
-        """There is none: `Node.run` lets the loop take a turn."""
-
-    def is_under_way(self, slots: I64) -> bool:
-        """Whether runs of these streams are, as far as the loop knows."""
-        under_way = [begun for begun, _ in self.begun] + self._slots_of_results
-        return any(np.isin(slots, run).any() for run in under_way)
-
-    def stop(self, timeout_s: float | None = None) -> None:
-        """Nothing steps by itself."""
-
-
-class Recurrence:
-    """In place of the stepper: state and output of a stream are one number."""
-
-    state = gru_state(1, 1)
-
-    def __init__(self, max_batch_size: int) -> None:
-        self.buckets = (max_batch_size,)
-        self.executor: HandExecutor
-        self.failure: Exception | None = None
-        """Raised by a step, instead of stepping."""
-        self.steps_before_failure = 0
-        self._states = np.zeros(MAX_STREAMS + 1, np.int64)
-
-    def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
-        assert len(set(slots.tolist())) == len(slots), "a stream has two frames in one step"
-        if self.failure is not None and self.steps_before_failure == 0:
-            failure, self.failure = self.failure, None
-            raise failure
-        self.steps_before_failure = max(0, self.steps_before_failure - 1)
-        with np.errstate(invalid="ignore"):  # damaged frames are wrong ones
-            x = inputs[rows, 0].astype(np.int64)
-        states = (self._states[slots] * _FACTOR + x * 7 + 1) % PRIME
-        self._states[slots] = states
-        outputs[rows, 0] = states
-
-    def load(self, slots: I64, rows: U8 | None) -> None:
-        assert not self.executor.is_under_way(slots), "a state is written while its stream steps"
-        with np.errstate(invalid="ignore"):  # and so are damaged states
-            self._states[slots] = 0 if rows is None else floats_of(rows, 1)[:, 0].astype(np.int64)
-
-    def read(self, slots: I64) -> U8:
-        assert not self.executor.is_under_way(slots), "a state is read while its stream steps"
-        return rows_of(self._states[slots])
 
 
 class Watcher(Protocol):
@@ -160,6 +65,12 @@ class Watcher(Protocol):
 
     def resumes(self, origin: Origin, names: Names, have: U64) -> None:
         """The server is about to decide on a RESUME."""
+
+    def resets(self, origin: Origin, handles: U64, states: U8 | None) -> None:
+        """The server is about to decide on a RESET."""
+
+    def reads(self, origin: Origin, handles: U64, copies: Names = ()) -> None:
+        """The server is about to decide on a READ_STATE, or on a FORK with the names of the copies."""
 
     def has_moved(self) -> None:
         """A callback of the loop has run."""
@@ -182,10 +93,27 @@ class _WatchedOperations(StreamOperations):
     watcher: Watcher
     hibernation: Hibernation
 
+    async def open(self, origin: Origin, names: Names, states: U8 | None, first_seqs: I64 | None) -> Grants:
+        grants = await super().open(origin, names, states, first_seqs)
+        self.watcher.has_moved()  # before the answer finds the connection gone
+        return grants
+
     async def resume(self, origin: Origin, names: Names, have: U64, epochs: U64, take_over: bool) -> Grants:
         await self.hibernation.wake(names)
         self.watcher.resumes(origin, names, have)
         return await super().resume(origin, names, have, epochs, take_over)
+
+    async def write_states(self, origin: Origin, handles: U64, states: U8 | None, codes: I32) -> I32:
+        self.watcher.resets(origin, handles, states)
+        return await super().write_states(origin, handles, states, codes)
+
+    async def read_own_states(self, origin: Origin, handles: U64) -> StatesRead:
+        self.watcher.reads(origin, handles)
+        return await super().read_own_states(origin, handles)
+
+    async def fork(self, origin: Origin, handles: U64, names: Names, codes: I32) -> Grants:
+        self.watcher.reads(origin, handles, names)
+        return await super().fork(origin, handles, names, codes)
 
 
 @dataclass(frozen=True)
@@ -251,7 +179,7 @@ class Node:
             turns.wake,
         )
         tombstones = Tombstones()
-        states = StreamStates(engine, stepper, turns.wake, self._log_failure)
+        states = StreamStates(engine, stepper, turns.wake, self._log_failure, at_once=1)
         limits = IdleLimits(0, 0, _PARK_NS, MAX_STREAMS, _HIBERNATE_NS, MAX_STREAMS)
         self.hibernation = Hibernation(engine, states, tombstones, partial(_load, disk), limits, self.tasks)
         operations = _WatchedOperations(engine, states, self.hibernation, tombstones, self.tasks)
@@ -367,11 +295,15 @@ class Node:
 
     # ── Looking at it ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def connection_of(self, origin: Origin) -> bytes:
-        """The routing id of an origin."""
+    def client_of(self, origin: Origin) -> int:
+        """Whose connection an origin is: the second byte of its routing id says so."""
         peer: Any = origin
-        routing_id: bytes = peer.routing_id
-        return routing_id
+        client: int = peer.routing_id[1]
+        return client
+
+    def states(self, slots: I64) -> F32:
+        """The states in these slots."""
+        return floats_of(self.stepper.read(slots), 1)[:, 0]
 
     def asleep(self) -> list[OpenStream]:
         """The streams that were not put into memory at the start, as the disk has them."""

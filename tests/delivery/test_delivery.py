@@ -7,12 +7,15 @@ and then lets everything settle. `truth.py` says what must hold; the settings di
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests.delivery.client import Is, Lane
+from instep.recording.schema import Durability
+from tests.delivery.client import COPY, NAMES, ModelClient
+from tests.delivery.lives import Is, Lane
 from tests.delivery.machine import Faults, numbers, run
 from tests.delivery.node import Sizes
 from tests.delivery.world import World
@@ -73,6 +76,10 @@ def test_the_examples_reach_what_they_are_for() -> None:
         "given outputs were lost",
         "closed",
         "closed too early",
+        "reset",
+        "reset too early",
+        "a RESET was undone",
+        "forked",
         "hibernated",
         "a state was read",
         "damage was refused",
@@ -91,13 +98,21 @@ def test_the_examples_reach_what_they_are_for() -> None:
     }
 
 
-def test_a_stream_that_ends_while_its_resume_waits_is_not_taken_for_the_next_in_its_slot() -> None:
-    """Too rare for chance: one of two streams that are resumed loses its state while the other is still computed."""
-    world = World("memory", Sizes(window=2, batch=1))
+# ── Too rare for chance ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def story(durability: Durability, names: Sequence[str]) -> tuple[World, ModelClient, list[Lane]]:
+    """A world in which the first client has opened streams."""
+    world = World(durability, Sizes(window=2, batch=1))
     client = world.clients[0]
-    client.open(list(client.lanes.values()))
+    client.open([client.lanes[name] for name in names])
     world.all_goes_well()
-    lost, slow = client.lanes.values()
+    return world, client, [client.lanes[name] for name in names]
+
+
+def test_a_stream_that_ends_while_its_resume_waits_is_not_taken_for_the_next_in_its_slot() -> None:
+    """One of two streams that are resumed loses its state while the other is still computed."""
+    world, client, (lost, slow) = story("memory", NAMES)
     client.send([lost], 1, anew=False, politely=True)
     client.send([slow], 2, anew=False, politely=True)
     world.deliver_to_server(client.connection)
@@ -108,8 +123,51 @@ def test_a_stream_that_ends_while_its_resume_waits_is_not_taken_for_the_next_in_
     for _ in range(3):
         world.work(1)
         world.commit(is_told=True)
-    client.lanes["c"] = Lane("c")
-    client.open([client.lanes["c"]])
+    client.open([client.lanes[COPY]])
     world.deliver_to_server(client.connection)
     world.settle()
     assert [lane.state for lane in client.lanes.values()] == [Is.NOTHING, Is.OPEN, Is.OPEN]
+
+
+def test_a_stream_does_not_step_while_its_state_is_read() -> None:
+    world, client, lanes = story("memory", NAMES)
+    client.read_states(lanes)
+    client.send(lanes[1:], 1, anew=False, politely=True)
+    world.deliver_to_server(client.connection)
+    world.settle()
+    assert "a state was read" in world.truth.seen
+
+
+def test_a_repeated_frame_is_answered_although_another_has_taken_its_place() -> None:
+    world, client, lanes = story("commit", NAMES[:1])
+    client.send(lanes, 1, anew=False, politely=True)
+    world.deliver_to_server(client.connection)
+    world.work(1)
+    world.commit(is_told=True)
+    client.send(lanes, 1, anew=False, politely=True)
+    world.drop(client.connection, of_server=False)
+    client.send(lanes, 2, anew=True, politely=True)  # the first is answered already, the second is new
+    world.deliver_to_server(client.connection)
+    world.deliver_to_client(client.connection)
+    client.send(lanes, 1, anew=False, politely=True)
+    world.deliver_to_server(client.connection)
+    world.work(2)
+    world.settle()
+    assert lanes[0].have == 3
+
+
+def test_a_stream_of_before_a_power_loss_is_not_taken_for_a_later_one_of_its_name() -> None:
+    world, client, (lane,) = story("commit", NAMES[:1])
+    client.send([lane], 1, anew=False, politely=True)
+    world.all_goes_well()
+    world.disk.sync()
+    client.close(lane)
+    world.all_goes_well()
+    other = world.clients[1]
+    other.open([other.lanes[lane.name]])
+    world.all_goes_well()
+    world.crash(power_lost=99)
+    world.start()
+    other.reconnect()
+    world.settle()
+    assert "DATA_LOSS" in world.truth.seen

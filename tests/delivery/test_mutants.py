@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from instep.core.admission import admit
+from instep.core.admission import admit, resolve_handles
 from instep.core.dirty import DirtyTracker
 from instep.core.ownership import check_resume
 from instep.core.replies import repeated_outputs
@@ -18,13 +19,17 @@ from instep.core.runs import are_pending, are_running, fail_run
 from instep.core.scheduler import begin_run
 from instep.core.slots import SlotAllocator
 from instep.core.tables import Packed, Tables, rows_of
-from instep.core.typing import F32, I32, I64, U64
+from instep.core.typing import F32, I32, I64, U8, U64
 from instep.frontends.zmq import encode
+from instep.recording.records import StateReset
+from instep.recording.recovery import Recovered
 from instep.streaming.api import Grants
 from instep.streaming.journal import Journal
 from instep.streaming.operations import StreamOperations
 from instep.streaming.recovery import resume_recording
+from instep.streaming.states import StreamStates
 from instep_client.protocol.codes import HAVE_ALL
+from tests.delivery import test_delivery
 from tests.delivery.machine import Faults, numbers, run
 from tests.support.broken_rules import BrokenRule, check_is_found
 
@@ -35,7 +40,7 @@ EXAMPLES = 1000
 """As many as the property test tries in each of its settings."""
 
 
-def _live(faults: Faults) -> None:
+def killed() -> None:
     @settings(
         max_examples=EXAMPLES,
         derandomize=True,
@@ -47,17 +52,9 @@ def _live(faults: Faults) -> None:
     )
     @given(numbers(STEPS))
     def lives(example: list[int]) -> None:
-        run(faults, example)
+        run(Faults("commit"), example)
 
     lives()
-
-
-def killed() -> None:
-    _live(Faults("commit"))
-
-
-def without_power() -> None:
-    _live(Faults("commit", loses_power=True))
 
 
 def _sent_otherwise(change: Callable[[Tables, Any, I64, I64], None]) -> Callable[..., Any]:
@@ -110,14 +107,11 @@ def next_frame_as_well(original: Any, packed: Packed, max_batch_size: int, max_s
     return size, steps
 
 
-def next_frame_of_held_streams(original: Any, packed: Packed, max_batch_size: int, max_steps: int) -> Any:
-    streams = Tables(*packed).streams
-    holds = streams["holds"].copy()
-    streams["holds"][:] = 0
-    try:
-        return original(packed, max_batch_size, max_steps)
-    finally:
-        streams["holds"][:] = holds
+@asynccontextmanager
+async def for_a_moment(original: Any, states: StreamStates, slots: I64) -> AsyncIterator[None]:
+    async with original(states, slots):
+        pass
+    yield
 
 
 def forgetting_repeats(original: Any, packed: Packed, number: int) -> tuple[F32, I64]:
@@ -171,6 +165,47 @@ def without_its_outputs(original: Any, operations: StreamOperations, origin: Any
     return original(operations, origin, handles, np.full_like(have, HAVE_ALL))
 
 
+def present_handles(original: Any, packed: Packed, handles: U64, origin: int, slots: I64, codes: I32) -> bool:
+    streams = Tables(*packed).streams
+    named = SlotAllocator.slots_named(handles)
+    owners = streams["owner"].copy()
+    is_open = owners[named] >= 0
+    streams["owner"][named[is_open]] = origin
+    try:
+        has_repeated: bool = original(
+            packed, np.where(is_open, streams["handle"][named], handles), origin, slots, codes
+        )
+    finally:
+        streams["owner"][:] = owners
+    return has_repeated
+
+
+def at_no_time(original: Any, journal: Journal, slots: I64, states: U8 | None) -> int:
+    original(journal, slots, states)
+    return 0
+
+
+def as_if_clean(original: Any, journal: Journal, slots: I64, states: U8 | None) -> int:
+    lsn: int = original(journal, slots, states)
+    journal.dirty.mark_clean(slots)
+    return lsn
+
+
+def without_resets(original: Any, recovered: Recovered) -> Iterator[Any]:
+    return (item for item in original(recovered) if not isinstance(item, StateReset))
+
+
+def without_states(original: Any, journal: Journal, slots: I64, names: Sequence[str], states: U8 | None) -> int:
+    lsn: int = original(journal, slots, names, None)
+    return lsn
+
+
+def from_the_first_frame(
+    original: Any, operations: StreamOperations, origin: Any, names: Any, states: U8 | None, first_seqs: Any
+) -> Any:
+    return original(operations, origin, names, states, None)
+
+
 RULES = (
     BrokenRule("a reply does not wait for what it rests on", Journal.record, without_waiting, [killed]),
     BrokenRule("an epoch is granted before it is durable", Journal.durable, at_once, [killed]),
@@ -183,7 +218,12 @@ RULES = (
     ),
     BrokenRule("a fenced owner's frames are applied", admit, every_handle_is_good, [killed]),
     BrokenRule("two frames of a stream are in one step", begin_run, next_frame_as_well, [killed]),
-    BrokenRule("a stream steps while its state is used", begin_run, next_frame_of_held_streams, [killed]),
+    BrokenRule(
+        "a stream steps while its state is used",
+        StreamStates.settled,
+        for_a_moment,
+        [test_delivery.test_a_stream_does_not_step_while_its_state_is_read],
+    ),
     BrokenRule("a state is used while its stream steps", are_running, lambda original, packed, slots: False, [killed]),
     BrokenRule(
         "a stream changes hands while frames are pending", are_pending, lambda original, packed, slots: False, [killed]
@@ -191,7 +231,10 @@ RULES = (
     BrokenRule("a failed frame counts as applied", fail_run, keeping_frames_behind, [killed]),
     BrokenRule("a handle outlives its stream", SlotAllocator.renew, lambda original, slots, renewed: None, [killed]),
     BrokenRule(
-        "a repeated frame is answered with what is in its place by then", repeated_outputs, forgetting_repeats, [killed]
+        "a repeated frame is answered with what is in its place by then",
+        repeated_outputs,
+        forgetting_repeats,
+        [test_delivery.test_a_repeated_frame_is_answered_although_another_has_taken_its_place],
     ),
     BrokenRule("a close loses outputs", StreamOperations.close, without_its_outputs, [killed]),
     BrokenRule("a resume expects a frame too early", encode.granted, one_less, [killed]),
@@ -200,7 +243,7 @@ RULES = (
         "an epoch that the server lost is taken for that of the stream it has",
         check_resume,
         present_epochs,
-        [without_power],
+        [test_delivery.test_a_stream_of_before_a_power_loss_is_not_taken_for_a_later_one_of_its_name],
     ),
     BrokenRule(
         "a checkpoint forgets what changed while it was written",
@@ -218,6 +261,13 @@ RULES = (
     BrokenRule(
         "a checkpoint forgets what a restart replayed", resume_recording, forgetting_what_was_replayed, [killed]
     ),
+    BrokenRule("a request of a fenced owner is done", resolve_handles, present_handles, [killed]),
+    BrokenRule("a RESET is not recorded", Journal.reset, lambda original, journal, slots, states: 0, [killed]),
+    BrokenRule("a RESET is answered before it is durable", Journal.reset, at_no_time, [killed]),
+    BrokenRule("a checkpoint leaves out a RESET", Journal.reset, as_if_clean, [killed]),
+    BrokenRule("a restart leaves out a RESET", Recovered.replay, without_resets, [killed]),
+    BrokenRule("the first state of a copy is not recorded", Journal.opened, without_states, [killed]),
+    BrokenRule("a copy begins with the first frame", StreamOperations.open, from_the_first_frame, [killed]),
 )
 
 

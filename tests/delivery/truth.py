@@ -7,96 +7,22 @@ former one up to k, and what its owner sends from there on. So every output that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
 
 import numpy as np
 
 from instep.core.tables import rows_of
+from instep.streaming.api import Origin
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, Message
 from tests.delivery.disk import Disk
+from tests.delivery.lives import Asked, Life, Line, require
 from tests.delivery.network import Connection, Network
-from tests.delivery.node import Node, recur
+from tests.delivery.node import Node
 from tests.support.states import floats_of
 from tests.support.step_messages import parts
 
 _SLOT = 0xFFFF_FFFF
-
-
-class Violation(AssertionError):
-    """A rule of delivery was broken."""
-
-
-def require(holds: object, what: str) -> None:
-    """Raise a Violation unless it holds."""
-    if not holds:
-        raise Violation(what)
-
-
-class Line:
-    """Frames in order, and the state before each."""
-
-    def __init__(self, xs: list[int]) -> None:
-        self.xs: list[int] = []
-        self.states = [0]
-        for x in xs:
-            self.append(x)
-
-    def __len__(self) -> int:
-        return len(self.xs)
-
-    def append(self, x: int) -> None:
-        self.xs.append(x)
-        self.states.append(recur(self.states[-1], x))
-
-    def cut(self, length: int) -> Line:
-        return Line(self.xs[:length])
-
-
-@dataclass
-class Life:
-    """One opening of a stream."""
-
-    number: int
-    name: str
-    line: Line
-    """Of the newest grant that left the server."""
-    holder: int
-    """The client that got it."""
-    epoch: int = 0
-    lines: dict[int, Line] = field(default_factory=dict)
-    given: dict[int, int] = field(default_factory=dict)
-    """Outputs that have left the server and were not declared lost, by seq."""
-    acked: int = 0
-    """What the client that sends has acknowledged."""
-    claimed: int = 0
-    """What clients that asked for the stream said they have."""
-    is_contended: bool = False
-    """Another client has asked for it, or a message of a connection that was left behind has."""
-    has_ended: bool = False
-    """Somebody closed it, or it expired, or its state was lost."""
-    has_slept: bool = False
-    """It was out of memory: handles of before are unknown."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request of a client: what it says, one entry a stream."""
-
-    kind: Kind
-    names: list[str]
-    lives: list[Life] = field(default_factory=list)
-    epochs: list[int] = field(default_factory=list)
-    lines: list[Line] = field(default_factory=list)
-    first_seqs: list[int] = field(default_factory=list)
-    acked: list[int] = field(default_factory=list)
-    timesteps: int = 0
-    have: list[int] = field(default_factory=list)
-    takes_over: bool = False
-    is_conflict: bool = False
-    """It repeats an answered frame with another value: no output may come."""
 
 
 class Truth:
@@ -115,6 +41,10 @@ class Truth:
         self.node: Node | None = None
         self.asked: dict[tuple[int, int], Asked] = {}
         self.lives: dict[int, Life] = {}
+        self._shown: dict[int, list[Line]] = {}
+        """By lives, what the answer to a READ_STATE may tell: the stream as it was when the request was taken."""
+        self._copied: dict[str, list[Line]] = {}
+        """By the names of copies, what each may begin with: likewise."""
         self.owner_of_epoch: dict[int, tuple[int, int]] = {}
         self.is_lossy = False
         """Whether a crash so far may have taken back what clients were told."""
@@ -135,6 +65,8 @@ class Truth:
             self._grants_leave(connection.owner, asked, message)
         elif kind == Kind.STATE_READ and asked is not None:
             self._state_leaves(asked, *arrays)
+        elif kind == Kind.CHANGED and asked is not None:
+            self._change_leaves(asked, *arrays)
 
     def _outputs_leave(self, asked: Asked, outputs: bytes, failures: bytes) -> None:
         good = [asked.timesteps] * len(asked.names)
@@ -147,7 +79,7 @@ class Truth:
             require(np.isnan(y[length:, column]).all(), "a frame that was refused has an output")
             for timestep in range(length):
                 seq = first + timestep
-                expected = line.states[seq + 1]
+                expected = line.outputs[seq]
                 require(y[timestep, column] == expected, f"the output of frame {seq} is not that of frames 0 to {seq}")
                 require(life.given.setdefault(seq, expected) == expected, f"frame {seq} has two outputs")
                 if self.disk.durability != "memory":
@@ -158,17 +90,25 @@ class Truth:
                     )
 
     def _state_leaves(self, asked: Asked, next_seqs: bytes, states: bytes, failures: bytes) -> None:
+        refused = np.frombuffer(failures, wire.FAILURE)["column"]
+        told = zip(asked.lives, np.frombuffer(next_seqs, "<i8"), np.frombuffer(states, "<f4"), strict=True)
+        for life, next_seq, state in (each for column, each in enumerate(told) if column not in refused):
+            self.seen.add("a state was read")
+            is_right = _is_in(self._shown.get(life.number, []), int(next_seq), int(state))
+            require(is_right, f"the state before frame {next_seq} is another")
+            if self.disk.durability != "memory":
+                durable = all((life.number, seq) in self.disk.frames for seq in range(life.line.first, next_seq))
+                require(durable, "a state was told before its frames were durable")
+
+    def _change_leaves(self, asked: Asked, failures: bytes) -> None:
         if failures:
             return
-        (life,), (line,) = asked.lives, asked.lines
-        next_seq, state = int(np.frombuffer(next_seqs, "<i8")[0]), float(np.frombuffer(states, "<f4")[0])
-        self.seen.add("a state was read")
-        require(
-            next_seq <= len(line) and state == line.states[next_seq], f"the state before frame {next_seq} is another"
-        )
+        (life,), (state,) = asked.lives, asked.states
+        self.seen.add("reset")
+        require(state in life.changed, "a client was told of a RESET that was not done")
         if self.disk.durability != "memory":
-            durable = all((life.number, seq) in self.disk.frames for seq in range(next_seq))
-            require(durable, "a state was told before its frames were durable")
+            is_durable = any(row[0] == life.number and row[2] == state for row in self.disk.resets)
+            require(is_durable, "a client was told of a RESET before it was durable")
 
     def _grants_leave(self, client: int, asked: Asked, message: Message) -> None:
         assert self.node is not None
@@ -243,9 +183,20 @@ class Truth:
             if number not in self.lives:
                 origin = node.origins[int(node.table.owner[slot])]
                 assert origin is not None
-                connection = self.network.find(node.connection_of(origin))
-                assert connection is not None
-                self.lives[number] = Life(number, node.table.name(slot), Line([]), connection.owner)
+                name, line = node.table.name(slot), self._first_line(slot)
+                self.lives[number] = Life(number, name, line, node.client_of(origin), acked=line.first)
+
+    def _first_line(self, slot: int) -> Line:
+        """What a stream begins with that was opened just now."""
+        assert self.node is not None
+        originals = self._copied.get(self.node.table.name(slot))
+        if originals is None:
+            return Line()
+        first, state = int(self.node.table.first_seq[slot]), int(self.node.states(np.array([slot]))[0])
+        is_right = _is_in(originals, first, state)
+        require(is_right, "a copy begins in a state that its original did not have")
+        self.seen.add("forked")
+        return Line(first, state)
 
     def note_ends(self) -> None:
         """Streams that the server has ended, or is about to."""
@@ -271,6 +222,42 @@ class Truth:
         for name, outputs in zip(names, have, strict=True):
             for life in self._open_lives([name]):
                 life.claimed = max(life.claimed, min(outputs, int(self.node.table.next_seq[self._slot(life)])))
+
+    def before_reset(self, origin: Origin, handles: Sequence[int], states: Sequence[int]) -> None:
+        """The server is about to decide on a RESET, which counts from the frame on that it expects next."""
+        for handle, state in zip(handles, states, strict=True):
+            life = self._owned(origin, handle)
+            if life is not None and not self._pending(life):
+                seq, epoch, _ = self._stand(life) or (0, 0, 0)
+                life.lines[epoch].reset(seq, state)
+                life.changed.add(state)
+
+    def before_read(self, origin: Origin, handles: Sequence[int], copies: Sequence[str]) -> None:
+        """The server is about to decide on a READ_STATE, or on a FORK with names of copies: it shows what is."""
+        for index, handle in enumerate(handles):
+            life = self._owned(origin, handle)
+            if life is not None:
+                _, epoch, _ = self._stand(life) or (0, 0, 0)
+                line = life.lines[epoch].cut(len(life.lines[epoch]))
+                if copies:
+                    self._copied.setdefault(copies[index], []).append(line)
+                else:
+                    self._shown.setdefault(life.number, []).append(line)
+
+    def _owned(self, origin: Origin, handle: int) -> Life | None:
+        """The stream that the owner of this handle may change."""
+        assert self.node is not None
+        table, slot = self.node.table, handle & _SLOT
+        is_right = table.owner[slot] == origin.number and not table.closing[slot]
+        return (
+            self.lives[int(table.recording_id[slot])]
+            if is_right and handle == table.slots.handles(np.array([slot]))[0]
+            else None
+        )
+
+    def _pending(self, life: Life) -> bool:
+        assert self.node is not None
+        return bool(self.node.table.pending[self._slot(life)])
 
     def _open_lives(self, names: Sequence[str]) -> list[Life]:
         assert self.node is not None
@@ -321,13 +308,15 @@ class Truth:
                 require(tables.x[row, 0] == life.line.xs[seq], f"the frame buffer has lost the inputs of frame {seq}")
                 if seq < step_seq:
                     require(
-                        tables.y[row, 0] == life.line.states[seq + 1],
+                        tables.y[row, 0] == life.line.outputs[seq],
                         f"the frame buffer has lost the output of frame {seq}",
                     )
 
     def crashed(self, *, may_lose: bool) -> None:
         """The server is gone. What a lossy crash took back is not held against it afterwards."""
         self.node = None
+        self._copied.clear()
+        self._shown.clear()
         self.is_lossy |= may_lose
         left = self.disk.next_seqs()
         opened = {row[2] for row in self.disk.image["openings"].values()}
@@ -341,20 +330,27 @@ class Truth:
                     life.given = {seq: y for seq, y in life.given.items() if seq < left[number]}
                 if may_lose:
                     life.acked, life.claimed = min(life.acked, left[number]), min(life.claimed, left[number])
-                    self._take_from_disk(life, left[number])
+                self._take_from_disk(life, left[number], may_lose=may_lose)
 
-    def _take_from_disk(self, life: Life, length: int) -> None:
+    def _take_from_disk(self, life: Life, length: int, *, may_lose: bool) -> None:
         """That a step failed may be forgotten, too: its frame counts again then, whatever came instead of it."""
-        frames = [self.disk.frames[life.number, seq] for seq in range(length)]
-        xs = [int(np.frombuffer(frame, "<f4")[0]) for frame in frames]
-        if life.line.xs[:length] != xs:
-            life.line = Line(xs)
+        line = life.line
+        xs, resets = line.xs, {seq: state for stream, seq, state in self.disk.resets if stream == life.number}
+        if may_lose:
+            frames = [self.disk.frames[life.number, seq] for seq in range(line.first, length)]
+            on_disk = [*xs[: line.first], *(int(np.frombuffer(frame, "<f4")[0]) for frame in frames)]
+            xs = xs if xs[:length] == on_disk else on_disk
+        if resets != line.resets:
+            self.seen.add("a RESET was undone")
+        if (xs, resets) != (line.xs, line.resets):
+            life.line = line.cut(line.first)
+            life.line.fill(xs[line.first :], resets)
 
     def started(self, node: Node, expected: dict[int, int]) -> None:
         """A server has started on what was durable: every stream stands where its durable frames end, to the bit."""
         self.node = node
         slots = node.open_slots()
-        states: Any = floats_of(node.stepper.read(np.array(slots, np.int64)), 1)[:, 0]
+        states = node.states(np.array(slots, np.int64))
         found = {
             int(node.table.recording_id[slot]): (int(node.table.next_seq[slot]), state)
             for slot, state in zip(slots, states, strict=True)
@@ -368,6 +364,10 @@ class Truth:
             require(seq == expected[number], "a stream does not stand where its durable frames end")
             require(seq <= len(life.line), "a stream holds frames that nobody sent")
             require(state == life.line.states[seq], "a stream came back with another state")
+
+
+def _is_in(lines: list[Line], seq: int, state: int) -> bool:
+    return any(seq < len(line.states) and line.states[seq] == state for line in lines)
 
 
 def is_fenced_rightly(truth: Truth, life: Life | None) -> bool:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
-from instep.core.typing import U64
+import numpy as np
+
+from instep.core.typing import U8, U64
 from instep.recording.errors import RecordingError
 from instep.recording.schema import Durability
 from instep.runtime.executor import StateLost
 from instep.streaming.api import Names, Origin
 from instep_client.protocol.wire import Kind, Message
-from tests.delivery.client import Is, Lane, ModelClient
+from tests.delivery.client import ModelClient
 from tests.delivery.disk import Disk
+from tests.delivery.lives import Asked, Is, Lane, Violation, require
 from tests.delivery.network import Connection, Network
-from tests.delivery.node import Node, Sizes, StepFailure
-from tests.delivery.truth import Asked, Truth, Violation, require
+from tests.delivery.node import Node, Sizes
+from tests.delivery.recurrence import StepFailure
+from tests.delivery.truth import Truth
+from tests.support.states import floats_of
 from tests.support.step_messages import apart, parts
 
 CLIENTS = 2
@@ -87,6 +92,15 @@ class World:
     def resumes(self, origin: Origin, names: Names, have: U64) -> None:
         """See `Watcher`."""
         self.truth.before_resume(names, have.tolist())
+
+    def resets(self, origin: Origin, handles: U64, states: U8 | None) -> None:
+        """See `Watcher`."""
+        values = np.zeros(len(handles)) if states is None else floats_of(states, 1)[:, 0]
+        self.truth.before_reset(origin, handles.tolist(), [int(value) for value in values])
+
+    def reads(self, origin: Origin, handles: U64, copies: Names = ()) -> None:
+        """See `Watcher`."""
+        self.truth.before_read(origin, handles.tolist(), copies)
 
     def has_moved(self) -> None:
         """See `Watcher`."""
@@ -313,7 +327,7 @@ class World:
 
     def _lane_is_settled(self, lane: Lane) -> bool:
         if lane.state is Is.OPEN:
-            return lane.is_answered
+            return lane.is_answered and lane.new_state is None
         return lane.state is Is.NOTHING or (lane.state is Is.REFUSED and self._is_held(lane.name))
 
     def _is_held(self, name: str) -> bool:
@@ -321,7 +335,7 @@ class World:
 
     def _go_on(self, client: ModelClient) -> None:
         lanes = client.lanes.values()
-        if client.connection.is_cut or any(lane.state not in (Is.NOTHING, Is.OPEN, Is.REFUSED) for lane in lanes):
+        if client.connection.is_cut or any(lane.waits for lane in lanes):
             client.reconnect()
             return
         for lane in lanes:
