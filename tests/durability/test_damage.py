@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +43,8 @@ def record(folder: Path, rounds: int, *, checkpoint: bool, snapshots: bool = Tru
     story = Story(writer, seed=3, snapshots=snapshots)
     story.tell(rounds)
     if checkpoint:
-        writer._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        with closing(sqlite3.connect(folder / "r.db")) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     names = ("", "-wal")
     files = {name: (folder / f"r.db{name}").read_bytes() for name in names if (folder / f"r.db{name}").exists()}
     writer.abandon()

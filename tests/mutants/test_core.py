@@ -229,245 +229,217 @@ def never(code: Code) -> Any:
     return variant
 
 
-W = test_admission.W
+def on_core(test: Any, **arguments: Any) -> Any:
+    return partial(test, core=CoreStreams(test_admission.W), **arguments)
+
+
 RULES = (
     BrokenRule(
         "NaN is applied",
-        replaces=admit,
-        variant=finite,
-        found_by=[partial(test_admission.test_a_bad_frame_stops_its_own_column_only, core=CoreStreams(W), bad=np.nan)],
+        admit,
+        finite,
+        [on_core(test_admission.test_a_bad_frame_stops_its_own_column_only, bad=np.nan)],
     ),
     BrokenRule(
         "one bad frame fails the whole message",
-        replaces=admit,
-        variant=bad_for_all_columns,
-        found_by=[partial(test_admission.test_a_bad_frame_stops_its_own_column_only, core=CoreStreams(W), bad=np.nan)],
+        admit,
+        bad_for_all_columns,
+        [on_core(test_admission.test_a_bad_frame_stops_its_own_column_only, bad=np.nan)],
     ),
     BrokenRule(
         "a frame behind a gap is applied",
-        replaces=admit,
-        variant=no_gaps,
-        found_by=[partial(test_admission.test_a_seq_beyond_the_expected_one_is_a_gap, core=CoreStreams(W), seq=4)],
+        admit,
+        no_gaps,
+        [on_core(test_admission.test_a_seq_beyond_the_expected_one_is_a_gap, seq=4)],
     ),
     BrokenRule(
         "other bytes under a seq that was applied are taken for a repeat",
-        replaces=admit,
-        variant=no_conflicts,
-        found_by=[
-            partial(
-                test_admission.test_one_bit_that_differs_is_a_conflict_from_its_frame_on, core=CoreStreams(W), bit=31
-            )
-        ],
+        admit,
+        no_conflicts,
+        [on_core(test_admission.test_one_bit_that_differs_is_a_conflict_from_its_frame_on, bit=31)],
     ),
     BrokenRule(
         "the window is a frame longer",
-        replaces=admit,
-        variant=acknowledged_later,
-        found_by=[
-            partial(
-                test_admission.test_the_window_moves_with_what_was_acknowledged_not_with_what_was_computed,
-                core=CoreStreams(W),
-            )
-        ],
+        admit,
+        acknowledged_later,
+        [on_core(test_admission.test_the_window_moves_with_what_was_acknowledged_not_with_what_was_computed)],
     ),
     BrokenRule(
         "an output that was not computed is acknowledged",
-        replaces=admit,
-        variant=acknowledged_as_far_as_computed,
-        found_by=[
-            partial(
-                test_admission.test_an_output_that_was_not_computed_cannot_be_acknowledged, core=CoreStreams(W), acked=2
-            )
-        ],
+        admit,
+        acknowledged_as_far_as_computed,
+        [on_core(test_admission.test_an_output_that_was_not_computed_cannot_be_acknowledged, acked=2)],
     ),
     BrokenRule(
         "an acknowledgement is taken back",
-        replaces=admit,
-        variant=acknowledgement_taken_back,
-        found_by=[partial(test_admission.test_an_acknowledgement_is_never_taken_back, core=CoreStreams(W))],
+        admit,
+        acknowledgement_taken_back,
+        [on_core(test_admission.test_an_acknowledgement_is_never_taken_back)],
     ),
     BrokenRule(
         "a stream that is named twice is stepped",
-        replaces=admit,
-        variant=second_name_ignored,
-        found_by=[
-            partial(test_admission.test_a_stream_named_twice_is_found_before_anything_changes, core=CoreStreams(W))
-        ],
+        admit,
+        second_name_ignored,
+        [on_core(test_admission.test_a_stream_named_twice_is_found_before_anything_changes)],
     ),
     BrokenRule(
         "an origin steps the stream of another",
-        replaces=admit,
-        variant=whoever_owns_it,
-        found_by=[partial(test_admission.test_a_foreign_streams_seq_is_neither_moved_nor_told, core=CoreStreams(W))],
+        admit,
+        whoever_owns_it,
+        [on_core(test_admission.test_a_foreign_streams_seq_is_neither_moved_nor_told)],
     ),
     BrokenRule(
         "a fenced handle is still good",
-        replaces=admit,
-        variant=newest_handle,
-        found_by=[
-            partial(
-                test_admission.test_a_fenced_handle_neither_steps_nor_acknowledges_nor_is_told_the_seq,
-                core=CoreStreams(W),
-            )
-        ],
+        admit,
+        newest_handle,
+        [on_core(test_admission.test_a_fenced_handle_neither_steps_nor_acknowledges_nor_is_told_the_seq)],
     ),
     BrokenRule(
         "an origin has no bound of unanswered frames",
-        replaces=admit,
-        variant=without_limit(CREDIT),
-        found_by=[
-            test_admission.test_an_origins_unanswered_frames_are_bounded_by_its_credit_and_others_are_not_concerned
-        ],
+        admit,
+        without_limit(CREDIT),
+        [test_admission.test_an_origins_unanswered_frames_are_bounded_by_its_credit_and_others_are_not_concerned],
     ),
     BrokenRule(
         "pending frames have no bound",
-        replaces=admit,
-        variant=without_limit(MAX_PENDING),
-        found_by=[test_admission.test_a_message_that_exceeds_what_may_be_pending_is_refused_whole],
+        admit,
+        without_limit(MAX_PENDING),
+        [test_admission.test_a_message_that_exceeds_what_may_be_pending_is_refused_whole],
     ),
     BrokenRule(
         "a frame is answered twice while its answer is pending",
-        replaces=admit,
-        variant=nothing_pending,
-        found_by=[
-            partial(test_admission.test_a_frame_whose_answer_is_pending_is_not_answered_twice, core=CoreStreams(W))
-        ],
+        admit,
+        nothing_pending,
+        [on_core(test_admission.test_a_frame_whose_answer_is_pending_is_not_answered_twice)],
     ),
     BrokenRule(
         "a held stream steps",
-        replaces=begin_run,
-        variant=nothing_held,
-        found_by=[test_scheduler.test_a_held_stream_loses_its_turn_and_has_it_again_when_it_is_released],
+        begin_run,
+        nothing_held,
+        [test_scheduler.test_a_held_stream_loses_its_turn_and_has_it_again_when_it_is_released],
     ),
     BrokenRule(
         "two frames of a stream are in runs at once",
-        replaces=begin_run,
-        variant=not_running,
-        found_by=[test_scheduler.test_a_stream_in_a_run_is_in_no_other_batch],
+        begin_run,
+        not_running,
+        [test_scheduler.test_a_stream_in_a_run_is_in_no_other_batch],
     ),
     BrokenRule(
         "a batch is larger than it may be",
-        replaces=begin_run,
-        variant=lambda original, packed, max_batch_size, max_steps: original(packed, max_batch_size + 1, max_steps),
-        found_by=[test_scheduler.test_streams_of_one_origin_step_first_in_first_out],
+        begin_run,
+        lambda original, packed, max_batch_size, max_steps: original(packed, max_batch_size + 1, max_steps),
+        [test_scheduler.test_streams_of_one_origin_step_first_in_first_out],
     ),
     BrokenRule(
         "a run has more steps than one of its streams has frames",
-        replaces=begin_run,
-        variant=lambda original, *arguments: (original(*arguments)[0], arguments[-1]),
-        found_by=[test_scheduler.test_a_run_takes_several_frames_of_each_stream_as_far_as_all_of_them_have_frames],
+        begin_run,
+        lambda original, *arguments: (original(*arguments)[0], arguments[-1]),
+        [test_scheduler.test_a_run_takes_several_frames_of_each_stream_as_far_as_all_of_them_have_frames],
     ),
     BrokenRule(
         "each batch begins with the same origin",
-        replaces=begin_run,
-        variant=same_turn_again,
-        found_by=[test_scheduler.test_busy_origins_take_turns],
+        begin_run,
+        same_turn_again,
+        [test_scheduler.test_busy_origins_take_turns],
     ),
     BrokenRule(
         "a stream with more frames is forgotten after a run",
-        replaces=finish_run,
-        variant=not_ready_again,
-        found_by=[partial(test_runs.test_frames_are_stepped_in_the_order_of_their_seqs, core=CoreStreams())],
+        finish_run,
+        not_ready_again,
+        [partial(test_runs.test_frames_are_stepped_in_the_order_of_their_seqs, core=CoreStreams())],
     ),
     BrokenRule(
         "frames behind one that failed are said to have failed themselves",
-        replaces=fail_run,
-        variant=same_reason_for_all,
-        found_by=[partial(test_runs.test_a_failed_step_fails_its_frame_and_everything_behind_it, core=CoreStreams())],
+        fail_run,
+        same_reason_for_all,
+        [partial(test_runs.test_a_failed_step_fails_its_frame_and_everything_behind_it, core=CoreStreams())],
     ),
     BrokenRule(
         "the expected seq is not moved back after a failed step",
-        replaces=fail_run,
-        variant=expected_seq_not_moved_back,
-        found_by=[partial(test_runs.test_a_failed_step_fails_its_frame_and_everything_behind_it, core=CoreStreams())],
+        fail_run,
+        expected_seq_not_moved_back,
+        [partial(test_runs.test_a_failed_step_fails_its_frame_and_everything_behind_it, core=CoreStreams())],
     ),
     BrokenRule(
         "one release undoes all holds",
-        replaces=release,
-        variant=released_at_once,
-        found_by=[test_scheduler.test_a_held_stream_loses_its_turn_and_has_it_again_when_it_is_released],
+        release,
+        released_at_once,
+        [test_scheduler.test_a_held_stream_loses_its_turn_and_has_it_again_when_it_is_released],
     ),
     BrokenRule(
         "a frame that was not applied has an output",
-        replaces=assemble,
-        variant=zeros_for_what_is_missing,
-        found_by=[test_replies.test_columns_that_were_refused_are_nan_and_their_neighbours_are_not],
+        assemble,
+        zeros_for_what_is_missing,
+        [test_replies.test_columns_that_were_refused_are_nan_and_their_neighbours_are_not],
     ),
     BrokenRule(
         "replies are out of order",
-        replaces=assemble,
-        variant=newest_first,
-        found_by=[test_replies.test_messages_of_one_origin_and_length_are_answered_together],
+        assemble,
+        newest_first,
+        [test_replies.test_messages_of_one_origin_and_length_are_answered_together],
     ),
     BrokenRule(
         "a repeat is answered from a row that is used again",
-        replaces=repeated_outputs,
-        variant=nothing_kept,
-        found_by=[
-            partial(
-                test_admission.test_repeated_outputs_are_those_of_admission_though_their_rows_are_used_again,
-                core=CoreStreams(W),
-            )
-        ],
+        repeated_outputs,
+        nothing_kept,
+        [on_core(test_admission.test_repeated_outputs_are_those_of_admission_though_their_rows_are_used_again)],
     ),
     BrokenRule(
         "the handle of a slot's former stream is good for the next one",
-        replaces=SlotAllocator.renew,
-        variant=same_handles,
-        found_by=[
+        SlotAllocator.renew,
+        same_handles,
+        [
             test_streams.test_handles_from_before_the_slots_stream_are_unknown_rather_than_fenced,
             test_slots.test_handles_change_with_each_release_and_each_renewal,
         ],
     ),
     BrokenRule(
         "a former owner is not fenced",
-        replaces=SlotAllocator.renew,
-        variant=same_handles,
-        found_by=[test_streams.test_handing_over_fences_former_handles_and_gives_new_ones],
+        SlotAllocator.renew,
+        same_handles,
+        [test_streams.test_handing_over_fences_former_handles_and_gives_new_ones],
     ),
     BrokenRule(
         "a parked stream belongs to its former owner's number",
-        replaces=StreamTable.park,
-        variant=lambda original, table, slots, now_ns: None,
-        found_by=[test_streams.test_a_parked_stream_is_nobodys_but_keeps_its_handle_and_epoch],
+        StreamTable.park,
+        lambda original, table, slots, now_ns: None,
+        [test_streams.test_a_parked_stream_is_nobodys_but_keeps_its_handle_and_epoch],
     ),
     BrokenRule(
         "two owners of a stream have the same epoch",
-        replaces=StreamTable.hand_over,
-        variant=same_epoch,
-        found_by=[test_streams.test_every_ownership_has_an_epoch_of_its_own_and_epochs_only_rise],
+        StreamTable.hand_over,
+        same_epoch,
+        [test_streams.test_every_ownership_has_an_epoch_of_its_own_and_epochs_only_rise],
     ),
     BrokenRule(
         "the former epoch is good after a frame was sent under the present one",
-        replaces=check_resume,
-        variant=as_if_no_frame_was_sent,
-        found_by=[test_ownership.test_the_former_epoch_is_good_until_a_frame_was_sent_under_the_present_one],
+        check_resume,
+        as_if_no_frame_was_sent,
+        [test_ownership.test_the_former_epoch_is_good_until_a_frame_was_sent_under_the_present_one],
     ),
     BrokenRule(
         "a delayed resume over an older connection fences the owner",
-        replaces=check_resume,
-        variant=whichever_connection,
-        found_by=[test_ownership.test_an_older_connection_that_names_the_former_epoch_is_late],
+        check_resume,
+        whichever_connection,
+        [test_ownership.test_an_older_connection_that_names_the_former_epoch_is_late],
     ),
     BrokenRule(
         "outputs that are gone are promised",
-        replaces=check_resume,
-        variant=never(Code.OUTPUTS_GONE),
-        found_by=[test_ownership.test_outputs_beyond_the_frame_buffer_are_gone_though_they_were_not_acknowledged],
+        check_resume,
+        never(Code.OUTPUTS_GONE),
+        [test_ownership.test_outputs_beyond_the_frame_buffer_are_gone_though_they_were_not_acknowledged],
     ),
     BrokenRule(
         "the loss of outputs that a client has is not told",
-        replaces=check_resume,
-        variant=never(Code.DATA_LOSS),
-        found_by=[
-            partial(test_ownership.test_outputs_that_the_server_does_not_know_of_are_data_loss, have=31),
-        ],
+        check_resume,
+        never(Code.DATA_LOSS),
+        [partial(test_ownership.test_outputs_that_the_server_does_not_know_of_are_data_loss, have=31)],
     ),
     BrokenRule(
         "a change during a flush is forgotten",
-        replaces=DirtyTracker.flushed,
-        variant=lambda original, dirty, slots: dirty.mark_clean(slots),
-        found_by=[test_dirty.test_a_flush_takes_what_has_changed_since_the_last_one],
+        DirtyTracker.flushed,
+        lambda original, dirty, slots: dirty.mark_clean(slots),
+        [test_dirty.test_a_flush_takes_what_has_changed_since_the_last_one],
     ),
 )
 

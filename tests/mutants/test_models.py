@@ -37,29 +37,27 @@ def always_in_the_same_place(original: Any, probes: _Probes, bucket: int) -> Ite
 RULES = (
     BrokenRule(
         "batch sizes with other bits are certified",
-        replaces=_Answers.tobytes,
-        variant=lambda original, answers: b"",
-        found_by=[partial(test_certify.test_a_bucket_with_other_bits_throughout_is_dropped_in_favour_of_the_rest, 24)],
+        _Answers.tobytes,
+        lambda original, answers: b"",
+        [partial(test_certify.test_a_bucket_with_other_bits_throughout_is_dropped_in_favour_of_the_rest, 24)],
     ),
     BrokenRule(
         "a whole sequence with other bits is certified",
-        replaces=_sequence_distance,
-        variant=lambda original, model, steps: 0,
-        found_by=[partial(test_certify.test_a_whole_sequence_with_other_bits_is_noticed, "output")],
+        _sequence_distance,
+        lambda original, model, steps: 0,
+        [partial(test_certify.test_a_whole_sequence_with_other_bits_is_noticed, "output")],
     ),
     BrokenRule(
         "rows are only tried beside harmless ones",
-        replaces=_Probes._batches,
-        variant=beside_themselves,
-        found_by=[
-            partial(test_certify.test_a_network_whose_rows_feel_each_other_is_not_exact, test_certify.leak_of_nan)
-        ],
+        _Probes._batches,
+        beside_themselves,
+        [partial(test_certify.test_a_network_whose_rows_feel_each_other_is_not_exact, test_certify.leak_of_nan)],
     ),
     BrokenRule(
         "rows are only tried in the first half of a batch",
-        replaces=_Probes._batches,
-        variant=always_in_the_same_place,
-        found_by=[test_certify.test_bits_that_depend_on_the_position_in_every_bucket_are_not_exact],
+        _Probes._batches,
+        always_in_the_same_place,
+        [test_certify.test_bits_that_depend_on_the_position_in_every_bucket_are_not_exact],
     ),
 )
 

@@ -20,7 +20,9 @@ from instep.recording.schema import RecordingHeader, row_is_sound
 from instep.recording.writer import RecordingWriter, _set_up
 from tests.recording import test_commands, test_records, test_resume, test_writer
 from tests.support.broken_rules import BrokenRule, check_is_found
+from tests.support.disk import Disk
 from tests.support.forger import Forger
+from tests.support.story import Story, story_header
 
 _NUMBERS = count()
 
@@ -53,48 +55,56 @@ def a_missing_batch_is_damage(tmp_path: Path) -> None:
     assert f"the row at position {batch['position']} is missing" in text
 
 
+def fsync_syncs_the_wal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(str(tmp_path))
+    monkeypatch.setattr("instep.recording.writer.sqlite3", disk)
+    writer = RecordingWriter.create(tmp_path / "a.rec", story_header("fsync"))
+    Story(writer, seed=1).tell(5)
+    writer.abandon()
+    monkeypatch.undo()
+    disk.close()
+    assert sum(each.verb == "sync" and each.file == "-wal" for each in disk.operations) >= 5, "once a commit"
+
+
 RULES = (
     BrokenRule(
         "a row that does not match its checksum is read",
-        replaces=row_is_sound,
-        variant=lambda original, table, row: True,
-        found_by=[test_commands.test_check_of_damage_and_of_what_is_no_recording],
+        row_is_sound,
+        lambda original, table, row: True,
+        [test_commands.test_check_of_damage_and_of_what_is_no_recording],
     ),
     BrokenRule(
         "a row that is missing is passed over",
-        replaces=RecordingFile.check_positions,
-        variant=lambda original, file, first=1: None,
-        found_by=[a_missing_batch_is_damage],
+        RecordingFile.check_positions,
+        lambda original, file, first=1: None,
+        [a_missing_batch_is_damage],
     ),
     BrokenRule(
         "a commit writes nothing",
-        replaces=RecordingWriter.commit,
-        variant=lambda original, writer: None,
-        found_by=[test_writer.test_what_is_not_committed_is_not_there],
+        RecordingWriter.commit,
+        lambda original, writer: None,
+        [test_writer.test_what_is_not_committed_is_not_there],
     ),
-    BrokenRule(
-        "fsync does not wait for the disk",
-        replaces=_set_up,
-        variant=without_fsync,
-        found_by=[test_resume.test_fsync_waits_for_the_disk],
-    ),
+    BrokenRule("fsync does not wait for the disk", _set_up, without_fsync, [fsync_syncs_the_wal]),
     BrokenRule(
         "two engines write one recording",
-        replaces=WriterLock.__init__,
-        variant=a_lock_of_its_own,
-        found_by=[test_resume.test_there_is_one_writer_at_a_time],
+        WriterLock.__init__,
+        a_lock_of_its_own,
+        [test_resume.test_there_is_one_writer_at_a_time],
     ),
     BrokenRule(
         "an engine continues the recording of another model",
-        replaces=refuse_other_engine,
-        variant=lambda original, *arguments: None,
-        found_by=[test_records.test_another_model_is_always_refused],
+        refuse_other_engine,
+        lambda original, *arguments: None,
+        [test_records.test_another_model_is_always_refused],
     ),
 )
 
 
-def test_the_damage_of_the_scenario_is_found(tmp_path: Path) -> None:
+def test_the_scenarios_pass_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_missing_batch_is_damage(tmp_path)
+    (tmp_path / "a.rec").unlink()
+    fsync_syncs_the_wal(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.wrong)

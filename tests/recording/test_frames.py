@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32
-from instep.recording import frames
 from instep.recording.errors import RecordingError
 from instep.recording.frames import FrameStore
 
 RNG = np.random.default_rng(0)
 
 
-def filled(store: FrameStore, groups: int = 40, stretches: int = 9) -> dict[int, list[tuple[F32, F32 | None]]]:
+def filled(
+    store: FrameStore, most: int, groups: int = 40, stretches: int = 9
+) -> dict[int, list[tuple[F32, F32 | None]]]:
     """What was put in, by stretch and in order; every fifth group has no outputs."""
     known: dict[int, list[tuple[F32, F32 | None]]] = {}
-    for group in range(groups):
-        of = RNG.integers(0, stretches, RNG.integers(1, 30))
+    for group in range(40):
+        of = RNG.integers(0, stretches, RNG.integers(1, most))
         x, y = (RNG.standard_normal((len(of), width)).astype(np.float32) for width in (3, 2))
         has_outputs = group % 5 != 2
         store.append(of, x, y if has_outputs else None)
@@ -33,16 +34,13 @@ def filled(store: FrameStore, groups: int = 40, stretches: int = 9) -> dict[int,
     return known
 
 
-@pytest.mark.parametrize("sorted_at_once", [7, 2**16])
-@pytest.mark.parametrize("in_memory_bytes", [0, 500, 2000, 2**20])
+@pytest.mark.parametrize(("in_memory_bytes", "most"), [(0, 30), (500, 30), (2000, 30), (2**20, 30), (2**20, 8000)])
 def test_each_stretch_has_its_frames_in_order_wherever_they_lie(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory_bytes: int, sorted_at_once: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory_bytes: int, most: int
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(frames, "IN_MEMORY_BYTES", in_memory_bytes)
-    monkeypatch.setattr(frames, "_SORTED_AT_ONCE", sorted_at_once)
-    store = FrameStore(Path("a.instep"), 3, 2)
-    known = filled(store)
+    store = FrameStore(Path("a.instep"), 3, 2, in_memory_bytes)
+    known = filled(store, most)
     lengths = np.array([len(known[stretch]) for stretch in range(9)])
     rows = np.array([8, 2, 0, 5])
     found = store.sequences(rows, lengths)
@@ -60,8 +58,7 @@ def test_each_stretch_has_its_frames_in_order_wherever_they_lie(
 
 def test_what_is_in_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(frames, "IN_MEMORY_BYTES", 2**20)
-    store = FrameStore(Path("a.instep"), 64, 64)
+    store = FrameStore(Path("a.instep"), 64, 64, 2**20)
     x = np.ones((2**11, 64), np.float32)  # half of that
     with most_file_bytes(2**18):
         store.append(np.zeros(2**11, np.int64), x, x)
@@ -72,10 +69,9 @@ def test_what_is_in_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_what_lies_in_a_file_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(frames, "IN_MEMORY_BYTES", 2**20)
     tracemalloc.start()
     try:
-        store = FrameStore(Path("a.instep"), 64, 64)
+        store = FrameStore(Path("a.instep"), 64, 64, 2**20)
         x = np.ones((2**11, 64), np.float32)
         for _ in range(4):
             store.append(np.zeros(2**11, np.int64), x, x)
@@ -93,10 +89,9 @@ def test_nothing_at_all() -> None:
 
 def test_without_room_for_the_temporary_file_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(frames, "IN_MEMORY_BYTES", 0)
     sentence = f"the frames of a.instep are put in order in {tmp_path}, and there is no room for them (File too large)"
     with most_file_bytes(100):
-        store = FrameStore(Path("a.instep"), 3, 2)
+        store = FrameStore(Path("a.instep"), 3, 2, 0)
         with pytest.raises(RecordingError, match=re.escape(sentence) + ".*set TMPDIR"):
             store.append(np.zeros(20, np.int64), np.ones((20, 3), np.float32), None)
         del store

@@ -67,13 +67,6 @@ def test_plain_sql_reads_what_was_written(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.rec"]
 
 
-def test_it_is_wal_with_normal_synchronisation_while_written(tmp_path: Path) -> None:
-    writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
-    assert writer._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert writer._database.execute("PRAGMA synchronous").fetchone() == (1,)
-    writer.close()
-
-
 def test_rows_written_together_are_those_written_one_by_one(tmp_path: Path) -> None:
     states = np.arange(12, dtype=np.float32).reshape(3, 1, 4)
     numbers, seqs, lost = np.array([1, 2, 3]), np.array([7, 0, 9]), np.array([False, True, False])

@@ -20,7 +20,6 @@ from instep.recording.inspection import inspect
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.reader import RecordingReader
 from instep.runtime.executor import InlineExecutor
-from instep.runtime.stepper import Stepper
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.hibernation import IdleLimits
 from instep_client.protocol.codes import Code
@@ -350,7 +349,7 @@ async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) 
     ],
 )
 async def test_a_stream_that_cannot_be_read_now_costs_no_other_and_can_be_later(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, error: Exception, code: Code
+    tmp_path: Path, rng: np.random.Generator, error: Exception, code: Code
 ) -> None:
     async with streaming(InlineExecutor, idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
@@ -364,14 +363,14 @@ async def test_a_stream_that_cannot_be_read_now_costs_no_other_and_can_be_later(
                 raise error
             return load_open_streams(path, streams)
 
-        monkeypatch.setattr("tests.support.streaming.load_open_streams", failing)
+        kit.load = failing
         refused = await origin.resume(["a", "b"], have(1, 1), opened.epochs)
         assert refused.codes.tolist() == [code, 0]
         assert (await kit.operations.read_states(["a"])).codes.tolist() == [code]
         assert {str(each) for each in kit.failures} == {str(error)}
         await tick(kit, after_ns=2 * LATER_NS, count=4)
         assert "a" in kit.hibernation, "it does not expire without its final state"
-        monkeypatch.undo()
+        kit.load = load_open_streams
         assert (await kit.operations.read_states(["a"])).codes.tolist() == [0]
         assert not (await origin.resume(["a"], have(1), opened.epochs[:1])).codes.any()
 
@@ -379,30 +378,24 @@ async def test_a_stream_that_cannot_be_read_now_costs_no_other_and_can_be_later(
 async def test_a_state_that_cannot_be_put_back_leaves_the_stream_asleep(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    made: list[FaultyStates] = []
-
-    def faulty(stepper: Stepper) -> FaultyStates:
-        made.append(FaultyStates(stepper))
-        return made[0]
-
     x = random_frames(rng, 3)
-    async with streaming(InlineExecutor, idle=LIMITS, states=faulty) as kit:
+    async with streaming(InlineExecutor, idle=LIMITS, states=FaultyStates) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["s"])
         await step(origin, opened.handles, [0], x[:2])
         await tick(kit)
-        made[0].good_loads = 0
+        kit.faulty.good_loads = 0
         assert (await origin.resume(["s"], have(2), opened.epochs)).codes.tolist() == [Code.STEP_FAILED]
         assert (kit.table.open_count, len(kit.hibernation)) == (0, 1)
-        made[0].good_loads = 1
+        kit.faulty.good_loads = 1
         resumed = await origin.resume(["s"], have(2), opened.epochs)
         after = await step(origin, resumed.handles, [2], x[2:])
         assert_same_bits(after.y[:, 0], whole(SMALL, x[:, 0])[0][2:], "the stream")
 
 
 async def test_a_stream_that_wakes_and_ends_while_its_state_is_read_is_not_told_in_an_older_one(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rng: np.random.Generator
 ) -> None:
     may_read, x = threading.Event(), random_frames(rng, 5)
     async with streaming(InlineExecutor, idle=LIMITS) as kit:
@@ -416,10 +409,10 @@ async def test_a_stream_that_wakes_and_ends_while_its_state_is_read_is_not_told_
             may_read.wait()
             return load_open_streams(path, streams)
 
-        monkeypatch.setattr("tests.support.streaming.load_open_streams", late)
+        kit.load = late
         reading = asyncio.ensure_future(kit.operations.read_states(["s"]))
         await kit.settle()
-        monkeypatch.undo()
+        kit.load = load_open_streams
         resumed = await origin.resume(["s"], have(5), opened.epochs)
         await origin.close(resumed.handles)
         await Checkpoints(kit.engine, kit.states, kit.tasks, 10**15).take()

@@ -10,7 +10,6 @@ import pytest
 from instep.core.typing import F32, U64
 from instep.frontends.in_process import InProcessOrigin
 from instep.runtime.executor import InlineExecutor
-from instep.runtime.stepper import Stepper
 from instep.streaming.api import Grants, Refusal, StatesRead
 from instep_client.protocol.codes import Code
 from tests.support.faulty_states import FaultyStates
@@ -261,18 +260,12 @@ async def test_a_stream_may_be_opened_where_another_one_was(rng: np.random.Gener
 async def test_states_that_cannot_be_read_or_written_are_refused_and_cost_nothing_else(
     rng: np.random.Generator,
 ) -> None:
-    made: list[FaultyStates] = []
-
-    def faulty(stepper: Stepper) -> FaultyStates:
-        made.append(FaultyStates(stepper))
-        return made[0]
-
     x = random_frames(rng, 3)
-    async with streaming(InlineExecutor, states=faulty, max_streams=2) as kit:
+    async with streaming(InlineExecutor, states=FaultyStates, max_streams=2) as kit:
         origin = kit.frontend.connect()
         handles = (await origin.open(["s"])).handles
         await step(origin, handles, [0], x[:1])
-        made[0].is_broken = True
+        kit.faulty.is_broken = True
         read = await origin.read_states(handles)
         assert read.codes.tolist() == [Code.STATE_LOST]
         assert np.isnan(floats_of(read.states, -1)).all()
@@ -281,14 +274,14 @@ async def test_states_that_cannot_be_read_or_written_are_refused_and_cost_nothin
         for _ in range(3):
             assert (await origin.open(["other"])).codes.tolist() == [Code.STEP_FAILED]
         assert {str(error) for error in kit.failures} == {"injected"}
-        made[0].is_broken = False
+        kit.faulty.is_broken = False
         reply = await step(origin, handles, [1], x[1:])
         np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][1:])
         assert (await origin.open(["other"])).codes.tolist() == [0]
-        made[0].is_broken = True
+        kit.faulty.is_broken = True
         closed = await origin.close(handles)
         assert closed.codes.tolist() == [Code.STATE_LOST]
-        made[0].is_broken = False
+        kit.faulty.is_broken = False
         assert (await origin.open(["s"])).codes.tolist() == [0]
 
 
@@ -299,19 +292,13 @@ async def test_frames_for_a_stream_that_cannot_be_loaded_are_not_computed_on_wha
     rng: np.random.Generator,
 ) -> None:
     """An origin that takes it over can send frames before the opener is told that it is open."""
-    made: list[FaultyStates] = []
-
-    def faulty(stepper: Stepper) -> FaultyStates:
-        made.append(FaultyStates(stepper))
-        return made[0]
-
     x, names = random_frames(rng, 2), [f"s{number}" for number in range(60)]
-    async with streaming(InlineExecutor, states=faulty, copy_at_once=1, max_streams=60) as kit:
+    async with streaming(InlineExecutor, states=FaultyStates, copy_at_once=1, max_streams=60) as kit:
         opener, taker = kit.frontend.connect(), kit.frontend.connect()
         former = (await opener.open(["former"])).handles
         await step(opener, former, [0], x)
         await opener.close(former)  # its state is left in the slot
-        made[0].good_loads = 59
+        kit.faulty.good_loads = 59
         opening = asyncio.ensure_future(opener.open(names))
         await asyncio.sleep(0)  # it is ahead of the resume
         none = np.zeros(1, np.uint64)
@@ -327,7 +314,7 @@ async def test_frames_for_a_stream_that_cannot_be_loaded_are_not_computed_on_wha
         ]
         assert [event.code for event in opener.events] == [Code.FENCED]
         assert (kit.stats.frames_total, kit.engine.pending_frames, kit.table.open_count) == (2, 0, 0)
-        made[0].good_loads = 100
+        kit.faulty.good_loads = 100
         again = (await taker.open(["s0"])).handles
         np.testing.assert_array_equal((await step(taker, again, [0], x)).y[:, 0], whole(SMALL, x[:, 0])[0])
 
@@ -335,18 +322,12 @@ async def test_frames_for_a_stream_that_cannot_be_loaded_are_not_computed_on_wha
 async def test_a_change_that_fails_half_way_ends_the_streams_that_it_has_changed_and_no_others(
     rng: np.random.Generator,
 ) -> None:
-    made: list[FaultyStates] = []
-
-    def faulty(stepper: Stepper) -> FaultyStates:
-        made.append(FaultyStates(stepper))
-        return made[0]
-
     x = random_frames(rng, 3, 4)
-    async with streaming(InlineExecutor, states=faulty, copy_at_once=2) as kit:
+    async with streaming(InlineExecutor, states=FaultyStates, copy_at_once=2) as kit:
         origin = kit.frontend.connect()
         handles = (await origin.open(list("abcd"))).handles
         await step(origin, handles, [0] * 4, x[:2])
-        made[0].good_loads = 1  # of two streams
+        kit.faulty.good_loads = 1  # of two streams
         assert await write(kit, origin, handles, None) == [Code.STEP_FAILED] * 4
         await kit.settle()
         assert [(event.code, event.handles.tolist()) for event in origin.events] == [

@@ -46,7 +46,7 @@ class Scribe:
         self.x: dict[int, dict[int, F32]] = {}
         self.rng = np.random.default_rng(seed)
         self._step = step
-        self._bucket = bucket
+        self.bucket = bucket
         self._magnitude = magnitude
         self.magnitudes: dict[int, float] = {}
         self._now = START_NS
@@ -75,16 +75,16 @@ class Scribe:
     def step(self, streams: Sequence[int], outcome: Outcome = "computed") -> int:
         """One batch of these streams; its position."""
         header, size = self.writer.header, len(streams)
-        x = np.zeros((self._bucket, header.features), np.float32)
+        x = np.zeros((self.bucket, header.features), np.float32)
         magnitudes = np.array([self.magnitudes.get(stream, self._magnitude) for stream in streams])
         largest = np.finfo(np.float32).max
         x[:size] = np.clip(magnitudes[:, None] * self.rng.standard_normal((size, header.features)), -largest, largest)
         layers, hidden = header.state_spec.leaves[0].shape
-        h = np.zeros((layers, self._bucket, hidden), np.float32)
+        h = np.zeros((layers, self.bucket, hidden), np.float32)
         h[:, :size] = np.stack([self.states[stream] for stream in streams], axis=1)
         seqs = [self.seqs[stream] for stream in streams]
         numbers = np.array(streams, np.uint32)
-        batch = self.writer.add_inputs(self.now, self._bucket, numbers, np.array(seqs, np.uint64), x[:size])
+        batch = self.writer.add_inputs(self.now, self.bucket, numbers, np.array(seqs, np.uint64), x[:size])
         if outcome == "failed":
             self.writer.fail_batch(self.now, batch, "step_failed: out of luck")
             return batch

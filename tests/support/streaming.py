@@ -18,7 +18,7 @@ from instep.core.tables import make_tables
 from instep.core.typing import F32, I64, U64
 from instep.frontends.in_process import InProcessFrontend, InProcessOrigin
 from instep.models.model import Model
-from instep.recording.open_streams import load_open_streams
+from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.recorder import Recorder
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
@@ -38,6 +38,7 @@ from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
+from tests.support.faulty_states import FaultyStates
 from tests.support.models import SMALL
 from tests.support.running import CPU, config, prepared
 
@@ -198,14 +199,16 @@ class StreamingEngine:
             asyncio.get_running_loop().call_later,
             self.loop.wake,
         )
-        access: StateAccess = states(self.stepper) if states else self.stepper
+        self.access: StateAccess = states(self.stepper) if states else self.stepper
+        self.load: Callable[[Path, Sequence[int]], list[OpenStream]] = load_open_streams
+        """Reads streams that hibernate."""
         tombstones, idle = Tombstones(), idle or IdleLimits(0, 0, PARK_NS, 1000)
-        self.states = StreamStates(self.engine, access, self.loop.wake, self._log_failure, copy_at_once)
+        self.states = StreamStates(self.engine, self.access, self.loop.wake, self._log_failure, copy_at_once)
         self.hibernation = Hibernation(
             self.engine,
             self.states,
             tombstones,
-            lambda streams: asyncio.to_thread(load_open_streams, self.recording, streams),
+            lambda streams: asyncio.to_thread(self.load, self.recording, streams),
             idle,
             self.tasks,
             wake_at_once,
@@ -257,6 +260,12 @@ class StreamingEngine:
         """The executor that a test moves."""
         assert isinstance(self.executor, HandExecutor)
         return self.executor
+
+    @property
+    def faulty(self) -> FaultyStates:
+        """The states that a test breaks."""
+        assert isinstance(self.access, FaultyStates)
+        return self.access
 
     def listen(self) -> Listener:
         """Connect an origin that keeps what it is told."""

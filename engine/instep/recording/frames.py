@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -51,15 +52,17 @@ class FrameStore:
     Large columns are kept in temporary files, which are removed with the arrays. The operating system caches them as
     memory allows.
 
-    A frame has `features` values and `outputs`; errors name the recording at `path`.
+    A frame has `features` values and `outputs`; errors name the recording at `path`. An array of up to `in_memory_bytes`
+    stays in memory.
     """
 
-    def __init__(self, path: Path, features: int, outputs: int) -> None:
-        self._stretches = _Column(path, np.dtype(np.int32))
-        self._order = _Column(path, np.dtype(np.int64))
-        self._x = _Column(path, np.dtype(np.float32), features)
-        self._y = _Column(path, np.dtype(np.float32), outputs)
-        self._answered = _Column(path, np.dtype(np.bool_))
+    def __init__(self, path: Path, features: int, outputs: int, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
+        column = partial(_Column, path, in_memory_bytes)
+        self._stretches = column(np.dtype(np.int32))
+        self._order = column(np.dtype(np.int64))
+        self._x = column(np.dtype(np.float32), features)
+        self._y = column(np.dtype(np.float32), outputs)
+        self._answered = column(np.dtype(np.bool_))
         self._outputs = outputs
 
     def append(self, stretches: I64, x: F32, y: F32 | None) -> None:
@@ -105,8 +108,9 @@ class FrameStore:
 class _Column:
     """An array [N] or [N, width] that grows."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], width: int | None = None) -> None:
+    def __init__(self, path: Path, most_bytes: int, dtype: np.dtype[Any], width: int | None = None) -> None:
         self._path = path
+        self._most_bytes = most_bytes
         self._dtype = dtype
         self._width = width
         self._in_memory: U8 = np.empty(0, np.uint8)
@@ -119,9 +123,9 @@ class _Column:
         try:
             if self._file is not None:
                 _write(self._file, data)
-            elif end <= IN_MEMORY_BYTES:
+            elif end <= self._most_bytes:
                 if not self._bytes:
-                    self._in_memory = np.empty(IN_MEMORY_BYTES, np.uint8)  # pages take memory when they are written to
+                    self._in_memory = np.empty(self._most_bytes, np.uint8)  # pages take memory when they are written to
                 self._in_memory[self._bytes : end] = data
             else:
                 self._file = tempfile.TemporaryFile(buffering=0, prefix="instep-")  # noqa: SIM115 - goes when this does
