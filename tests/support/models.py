@@ -67,6 +67,10 @@ def in_one_call(network: RecurrentModel, x: F32, h: F32) -> tuple[F32, F32]:
     return whole[0], network.state.unpack(whole[1])["h"].swapaxes(0, 1)
 
 
+_MODULES: dict[str, torch.nn.GRU] = {}
+"""By fingerprint: to make one takes longer than a short recording."""
+
+
 @torch.inference_mode()
 def whole(model: Model, x: F32, h: F32 | None = None, max_batch_size: int = 512) -> tuple[F32, F32]:
     """The truth for one recording of a model without dense layers, by `nn.GRU`: the bits that a server's answers have.
@@ -89,7 +93,9 @@ def whole(model: Model, x: F32, h: F32 | None = None, max_batch_size: int = 512)
     states = torch.zeros(gru.num_layers, count, gru.hidden_size)
     if h is not None:
         states = torch.from_numpy(h.copy()).unsqueeze(1).repeat(1, count, 1)
-    module, outputs = torch_gru(model), [rows.new_zeros(0, count, gru.hidden_size)]
+    if model.fingerprint not in _MODULES:
+        _MODULES[model.fingerprint] = torch_gru(model)
+    module, outputs = _MODULES[model.fingerprint], [rows.new_zeros(0, count, gru.hidden_size)]
     length = len(rows) if certification.whole_sequence else 1
     for first in range(0, len(rows), max(length, 1)):
         y, states = module(rows[first : first + length], states)

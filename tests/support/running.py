@@ -40,9 +40,10 @@ def prepared(model: Model, max_batch_size: int = 256, device: torch.device = CPU
     """The model, ready to be served; certified once for each test run."""
     torch.set_num_threads(1)
     key = f"{model.fingerprint} {device}"
-    network = _NETWORKS.setdefault(key, build(model, device))
+    if key not in _NETWORKS:
+        _NETWORKS[key] = build(model, device)
     certification = certified(key, max_batch_size)
-    return Prepared(model, Path("model"), network, device, certification)
+    return Prepared(model, Path("model"), _NETWORKS[key], device, certification)
 
 
 def config(**sections: dict[str, Any]) -> Config:
