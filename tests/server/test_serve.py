@@ -252,9 +252,10 @@ def test_what_belongs_to_another_server_is_left_alone(model: Path, tmp_path: Pat
 
 
 def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "wide", plain(2000, 4))
+    write_model(tmp_path / "wide", plain(1100, 4))
+    limits: dict[str, Any] = {"engine": {"max_batch_size": 1}, "transport": {"max_message_bytes": 4096}}
     with pytest.raises(CannotServe, match="max_message_bytes"):
-        serve.run(configured(tmp_path / "wide", transport={"max_message_bytes": 4096}))
+        serve.run(configured(tmp_path / "wide", **limits))
 
 
 @pytest.mark.parametrize(
