@@ -11,7 +11,7 @@ from instep.recording.database import holds_recording
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
-from tests.support.disk import Disk, Operation, after_power_loss, written
+from tests.support.disk import Disk, Operation, after_power_loss, lay_out, written
 from tests.support.models import SMALL
 from tests.support.running import running
 from tests.support.story import story_header
@@ -35,15 +35,8 @@ def creation(
     return durability, operations
 
 
-def lay_out(folder: Path, files: dict[str, bytes]) -> Path:
-    for suffix, contents in files.items():
-        (folder / f"r.db{suffix}").write_bytes(contents)
-    return folder / "r.db"
-
-
 def starts(folder: Path, files: dict[str, bytes], durability: Durability) -> str:
     """Start as a server does; whether it began anew or went on."""
-    folder.mkdir()
     path = lay_out(folder, files)
     if holds_recording(path):
         writer, how = RecordingWriter.resume(path, story_header(durability)), "went on"

@@ -17,6 +17,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import PAGE_BYTES
 from instep.recording.writer import RecordingWriter
+from tests.support.disk import lay_out
 from tests.support.story import Story, assert_restored, new_engine, story_header
 
 PLACES = 260
@@ -65,10 +66,7 @@ def in_the_wal(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 
 def restart(folder: Path, files: dict[str, bytes], recorded: Recorded) -> int | str:
     """Restart on these files: the position up to which the engine is exactly as it was, or why it was refused."""
-    folder.mkdir()
-    path = folder / "r.db"
-    for suffix, contents in files.items():
-        Path(f"{path}{suffix}").write_bytes(contents)
+    path = lay_out(folder, files)
     engine = new_engine()
     try:
         with RecordingReader(path) as reader:

@@ -16,7 +16,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
 from instep_client.protocol.wire import Code
-from tests.support.disk import Disk, Operation, after_power_loss
+from tests.support.disk import Disk, Operation, after_power_loss, lay_out
 from tests.support.story import WINDOW, Story, Truth, assert_restored, new_engine, story_header
 
 ROUNDS = 60
@@ -58,13 +58,6 @@ def trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         disk.mark(writer.position)
     yield durability, Trace(disk.operations, began, story)
     disk.close()
-
-
-def lay_out(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir()
-    for suffix, contents in files.items():
-        (folder / f"r.db{suffix}").write_bytes(contents)
-    return folder / "r.db"
 
 
 def restore(path: Path, durability: Durability, story: Story) -> tuple[int, StreamTable]:

@@ -14,7 +14,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
-from tests.support.disk import Disk, Operation, after_power_loss, written
+from tests.support.disk import Disk, Operation, after_power_loss, lay_out, written
 from tests.support.models import SMALL, whole
 from tests.support.story import Story, assert_restored, new_engine, story_header
 
@@ -44,13 +44,6 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Opera
         writer.abandon()
     yield disk.operations, began, story
     disk.close()
-
-
-def lay_out(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir()
-    for suffix, contents in files.items():
-        (folder / f"r.db{suffix}").write_bytes(contents)
-    return folder / "r.db"
 
 
 def check(path: Path, story: Story) -> int:

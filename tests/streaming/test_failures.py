@@ -101,33 +101,22 @@ async def test_a_stream_whose_state_is_lost_is_closed_and_its_owner_told(rng: np
         assert (await origin.open(["lost"])).codes.tolist() == [0]
 
 
-async def test_a_stream_that_is_closing_when_its_state_is_lost_has_no_final_state(rng: np.random.Generator) -> None:
-    async with streaming() as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["s"])).handles
-        asked = asyncio.ensure_future(step(origin, handles, [0], random_frames(rng, 1)))
-        closing = asyncio.ensure_future(origin.close(handles))
-        await kit.settle()
-        await lose(kit)
-        assert failures(await asked) == [(0, 0, Code.STATE_LOST, 0)]
-        closed = await closing
-        assert closed.codes.tolist() == [Code.STATE_LOST]
-        assert np.isnan(floats_of(closed.states, -1)).all()
-        assert not origin.events, "the reply to the CLOSE says it"
-
-
-async def test_states_read_while_they_are_lost_are_refused(rng: np.random.Generator) -> None:
+async def test_a_state_that_is_lost_is_neither_read_nor_the_final_one_of_a_closing_stream(
+    rng: np.random.Generator,
+) -> None:
     async with streaming() as kit:
         origin = kit.frontend.connect()
         handles = (await origin.open(["s"])).handles
         asked = asyncio.ensure_future(step(origin, handles, [0], random_frames(rng, 1)))
         reading = asyncio.ensure_future(origin.read_states(handles))
+        closing = asyncio.ensure_future(origin.close(handles))
         await kit.settle()
         await lose(kit)
-        read = await reading
-        assert read.codes.tolist() == [Code.STATE_LOST]
-        assert np.isnan(floats_of(read.states, -1)).all()
-        await asked
+        assert failures(await asked) == [(0, 0, Code.STATE_LOST, 0)]
+        for answer in (await reading, await closing):
+            assert answer.codes.tolist() == [Code.STATE_LOST]
+            assert np.isnan(floats_of(answer.states, -1)).all()
+        assert not origin.events, "the reply to the CLOSE says it"
 
 
 class DyingExecutor(HandExecutor):

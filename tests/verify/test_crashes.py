@@ -49,8 +49,8 @@ def kill(scribe: Scribe, model: Recorded) -> None:
     scribe.writer = RecordingWriter.resume(scribe.writer.path, model.header)
 
 
-def lively(scribe: Scribe, model: Recorded) -> None:
-    """Six streams through two crashes."""
+def begin(scribe: Scribe) -> None:
+    """Three streams, a failed step and another state."""
     scribe.open(1)
     scribe.open(2, scribe.random_state(), first_seq=1000)
     scribe.open(3)
@@ -58,6 +58,11 @@ def lively(scribe: Scribe, model: Recorded) -> None:
         scribe.step([3, 1, 2])
     scribe.step([1, 3], "failed")
     scribe.reset(3, scribe.random_state())
+
+
+def lively(scribe: Scribe, model: Recorded) -> None:
+    """Six streams through two crashes."""
+    begin(scribe)
     scribe.reset(2)
     scribe.step([2, 3])
     scribe.step([1, 2], "unanswered")
@@ -205,13 +210,7 @@ def open_at_another_seq(forger: Forger) -> None:
 def test_tampering_is_caught(
     scribe: Scribe, model: Recorded, tmp_path: Path, tamper: Callable[[Forger], None], status: int, sentence: str
 ) -> None:
-    scribe.open(1)
-    scribe.open(2, scribe.random_state(), first_seq=1000)
-    scribe.open(3)
-    for _ in range(4):
-        scribe.step([3, 1, 2])
-    scribe.step([1, 3], "failed")
-    scribe.reset(3, scribe.random_state())
+    begin(scribe)
     scribe.step([2, 3, 1])
     for stream in (1, 2, 3):
         scribe.close(stream)
