@@ -13,6 +13,7 @@ from instep.models.gru.network import GruNetwork
 from instep.runtime.state_store import StateCopies, StateStore
 from instep_client.protocol.state_spec import DTYPES
 from tests.support.models import plain, whole
+from tests.support.running import prepared
 from tests.support.states import floats_of
 
 CPU = torch.device("cpu")
@@ -121,10 +122,11 @@ def test_rows_that_were_read_are_a_copy(rng: np.random.Generator) -> None:
 
 def test_the_steps_of_a_graph_are_those_of_the_whole_sequence(rng: np.random.Generator) -> None:
     model = plain(5, 16, layers=2)
-    step = GruNetwork(model, CPU).bind(4)
+    rows = prepared(model, 512).certification.buckets[0]
+    step = GruNetwork(model, CPU).bind(rows)
     store = StateStore(model.description.state, 6, CPU)
     x = rng.standard_normal((4, 2, 5)).astype(np.float32)
-    slots = torch.tensor([3, 1, 0, 0])
+    slots = torch.tensor([3, 1] + [0] * (rows - 2))
     for at, frames in enumerate(x):
         step.x[:2] = torch.from_numpy(frames)
         store.gather(slots, step.state)

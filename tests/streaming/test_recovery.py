@@ -20,6 +20,7 @@ from tests.support.running import config, prepared, running
 from tests.support.streaming import random_frames, step, streaming
 
 F = 5
+BUCKET = prepared(SMALL).certification.buckets[0]
 MANY = 20_000_000
 """Streams that were opened in the life of a recording, of which three are left."""
 NUMBERS = [MANY, 7, MANY - 5]
@@ -33,7 +34,7 @@ async def test_memory_is_for_the_streams_that_are_open_and_not_for_all_that_ever
     for seq, streams in enumerate(([7, MANY - 5, MANY], [MANY, 7])):
         count = len(streams)
         x = np.full((count, F), seq + 1, np.float32)
-        writer.add_inputs(1, 4, np.array(streams, np.uint32), np.full(count, seq, np.uint64), x)
+        writer.add_inputs(1, BUCKET, np.array(streams, np.uint32), np.full(count, seq, np.uint64), x)
     writer.commit()
     writer.abandon()
     async with streaming(InlineExecutor) as kit:
@@ -71,7 +72,8 @@ async def test_what_a_restart_has_replayed_the_next_one_need_not(tmp_path: Path)
     writer = RecordingWriter.create(path, recording_header(prepared(SMALL), config(recording=recording)))
     open_stream(writer, 1, "s", 1000, 0, 1, None)
     for seq in range(3):
-        writer.add_inputs(1, 4, np.array([1], np.uint32), np.array([seq], np.uint64), np.ones((1, F), np.float32))
+        numbers, seqs = np.array([1], np.uint32), np.array([seq], np.uint64)
+        writer.add_inputs(1, BUCKET, numbers, seqs, np.ones((1, F), np.float32))
     writer.commit()
     writer.abandon()
     async with running(SMALL, recording=recording):
