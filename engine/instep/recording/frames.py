@@ -52,8 +52,8 @@ class FrameStore:
     Large columns are kept in temporary files, which are removed with the arrays. The operating system caches them as
     memory allows.
 
-    A frame has `features` values and `outputs`; errors name the recording at `path`. An array of up to `in_memory_bytes`
-    stays in memory.
+    A frame has `features` values and `outputs`; errors name the recording at `path`. An array of up to
+    `in_memory_bytes` stays in memory.
     """
 
     def __init__(self, path: Path, features: int, outputs: int, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
