@@ -28,7 +28,6 @@ from instep_tools.terminal import Terminal, run_command, run_undrained
 app: Final = CommandLine(
     name="instep-client",
     help="Send frames to an instep server, live, recorded or as a load test, and manage its streams.",
-    rich_markup_mode="markdown",
 )
 
 app.add_typer(state_app, name="state")
@@ -59,13 +58,13 @@ Save = Annotated[
 Named = Annotated[bool, typer.Option("--named", help="The first column of each line names its stream.")]
 Columns = Annotated[
     str | None,
-    typer.Option(metavar="A,B,…", help="The columns that are the frame. (default: x0,x1,… or all that fit)"),
+    typer.Option(metavar="A,B,…", help="The columns of the frame. (default: x0,x1,… or all that fit)"),
 ]
 Time = Annotated[
     str | None,
     typer.Option(metavar="COLUMN", help="The column of times, for --speed. (default: time, time_ns or time_s)"),
 ]
-Only = Annotated[str, typer.Option(metavar="PATTERN", help="Only streams of such names in a file, as in 'mic-*'.")]
+Only = Annotated[str, typer.Option(metavar="PATTERN", help="Only streams whose names fit, as in 'mic-*'.")]
 Speed = Annotated[
     float | None,
     typer.Option(
@@ -101,12 +100,11 @@ def _root(
     pass
 
 
-@app.command("ping")
+@app.command("ping", examples=["instep-client ping", "instep-client ping -e tcp://gpu-1:5757 --json"])
 def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
-    """Say in one line whether the server is ready, and what it runs: model, device, exactness, round trip.
+    """Say in one line whether the server is ready, with its model, device, exactness and round trip.
 
-    The exit status is 0 when it is ready: it serves, and takes new connections, streams and frames. It is 1 when it
-    answers and is not ready, and 2 when nobody answers.
+    Exit status 0: it accepts new connections, streams and frames. 1: it answers and is not ready. 2: nobody answers.
     """
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
@@ -115,7 +113,7 @@ def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False)
     raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
-@app.command("stats")
+@app.command("stats", examples=["instep-client stats", "instep-client stats --json"])
 def stats_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
     """Show the server's numbers: streams, frames, batches, and how long they took."""
 
@@ -148,7 +146,9 @@ def produce_command(
     columns: Columns = None,
     time: Time = None,
     only: Only = "*",
-    streams: Annotated[int | None, typer.Option(min=1, help="How many. Files: one a sequence; text: 1.")] = None,
+    streams: Annotated[
+        int | None, typer.Option(min=1, help="How many streams. Default: one for each sequence of a file, 1 for text.")
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -160,8 +160,8 @@ def produce_command(
         float | None,
         typer.Option(metavar="HZ", callback=positive, help=f"{RATE_HELP} Signals: 10 if not given."),
     ] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Send at most so many frames of each stream.")] = None,
-    seconds: Annotated[float | None, typer.Option(callback=positive, help="Send for at most so long.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Send at most this many frames of each stream.")] = None,
+    seconds: Annotated[float | None, typer.Option(callback=positive, help="Send for at most this long.")] = None,
     format: Annotated[OutputFormat | None, typer.Option(help="How outputs are printed. (default: csv)")] = None,
     save: Save = None,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
@@ -200,8 +200,8 @@ def produce_command(
     "replay",
     examples=[
         "instep-client replay today.instep --check",
-        "instep-client replay today.parquet --speed max --only 'mic-*' --plot today.png",
-        "instep-client replay bag.mcap --only /imu --columns angular_velocity --save y.csv",
+        "instep-client replay today.parquet --speed max --plot today.png",
+        "instep-client replay bag.mcap --only /imu --save y.csv",
     ],
 )
 def replay_command(

@@ -38,6 +38,7 @@ class CommandLine(typer.Typer):
             cls=cls or PlainCommands,
             help=help,
             no_args_is_help=True,
+            rich_markup_mode="markdown",
             pretty_exceptions_enable=False,
             context_settings={"help_option_names": ["-h", "--help"]},
             **settings,

@@ -22,9 +22,9 @@ app: Final = CommandLine(
 Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="The stream, whoever has it.")]
 
 
-@app.command("read")
+@app.command("read", examples=["instep-client state read mic-7"])
 def read_command(name: Name, endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
-    """Show the seq of a stream's next frame and its state. Its owner notices nothing.
+    """Show the seq of a stream's next frame and its state. Its owner is not disturbed.
 
     --json gives all values.
     """
@@ -35,7 +35,7 @@ def read_command(name: Name, endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJ
     raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
-@app.command("snapshot")
+@app.command("snapshot", examples=["instep-client state snapshot mic-7 --to mic-7.safetensors"])
 def snapshot_command(
     name: Name,
     to: Annotated[
@@ -52,9 +52,11 @@ def snapshot_command(
     raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
-@app.command("restore")
+@app.command("restore", examples=["instep-client state restore mic-7.safetensors --as mic-7-again"])
 def restore_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="As `state snapshot` made it.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", show_default=False, help="A file that `state snapshot` made.")
+    ],
     name: Annotated[
         str | None,
         typer.Option("--as", metavar="NAME", show_default=False, help="The new stream. Default: the name it had."),
@@ -62,7 +64,7 @@ def restore_command(
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     as_json: AsJson = False,
 ) -> None:
-    """Open a stream that goes on from a snapshot, on this or another server of the same model.
+    """Open a stream that continues from a snapshot, on this or another server of the same model.
 
     The server keeps it parked until a producer resumes it, for as long as the answer says.
     """
@@ -73,14 +75,14 @@ def restore_command(
     raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
-@app.command("fork")
+@app.command("fork", examples=["instep-client state fork mic-7 mic-7-copy"])
 def fork_command(
     name: Name,
     copy: Annotated[str, typer.Argument(metavar="NEW", show_default=False, help="The new stream.")],
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     as_json: AsJson = False,
 ) -> None:
-    """Open a stream that goes on from another one's state. The owner of the other one notices nothing.
+    """Open a stream that continues from the state of another one, without disturbing its owner.
 
     The server keeps it parked until a producer resumes it, for as long as the answer says.
     """
@@ -91,7 +93,7 @@ def fork_command(
     raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
-@app.command("reset")
+@app.command("reset", examples=["instep-client state reset mic-7 --take-over"])
 def reset_command(
     name: Name,
     file: Annotated[

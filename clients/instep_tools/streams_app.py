@@ -16,24 +16,22 @@ from instep_tools.terminal import Terminal, run_undrained
 
 app: Final = CommandLine(help="List the streams of a server, and close some.")
 
-Prefix = Annotated[str | None, typer.Option(metavar="TEXT", help="Only streams whose names begin so.")]
+Prefix = Annotated[str | None, typer.Option(metavar="TEXT", help="Only streams whose names begin with TEXT.")]
 Where = Annotated[
     StreamPlace | None,
-    typer.Option(
-        "--place", help="Only those of a client that is there, of one that is gone, or of the recording alone."
-    ),
+    typer.Option("--place", help="Only streams of connected clients, parked ones, or hibernating ones."),
 ]
 
 
-@app.command("list")
+@app.command("list", examples=["instep-client streams list", "instep-client streams list --prefix mic- --place parked"])
 def list_command(
     prefix: Prefix = None,
     place: Where = None,
-    limit: Annotated[int, typer.Option(min=1, help="Show at most so many, idle longest first.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most this many, longest idle first.")] = 50,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     as_json: AsJson = False,
 ) -> None:
-    """Show the server's streams: where each is, its next seq, and how long it is kept if nothing happens."""
+    """Show the server's streams: the place of each, its next seq, and how long the server keeps it if it stays idle."""
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await streams.show(endpoint, prefix or "", place, limit, terminal, stop)
@@ -41,7 +39,7 @@ def list_command(
     raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
-@app.command("close")
+@app.command("close", examples=["instep-client streams close mic-7", "instep-client streams close --place parked"])
 def close_command(
     names: Annotated[list[str], typer.Argument(metavar="NAME", show_default=False, help="The streams.")] = [],  # noqa: B006
     prefix: Prefix = None,
@@ -49,9 +47,9 @@ def close_command(
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     as_json: AsJson = False,
 ) -> None:
-    """Close streams by name, or all of a prefix or place: `streams close --place parked` makes room at once.
+    """Close streams by name, or all with a prefix or at a place.
 
-    Their states are gone then. A client that has one of them is told that it was taken over.
+    Their states are lost. A client that owns one of them is told that the stream was taken over.
     """
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:

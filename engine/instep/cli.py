@@ -102,19 +102,26 @@ def serve(
         raise _cannot_serve(error, loaded.log) from error
 
 
-@app.command()
+@app.command(
+    examples=[
+        "instep verify today.instep",
+        "instep verify today.instep --model my-model --stream mic-7 --json",
+    ]
+)
 def verify(
     recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
     model: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="The model, when it is not where the recording says.", show_default=False),
+        typer.Option(
+            metavar="FOLDER", help="The model's folder. Default: where the recording says.", show_default=False
+        ),
     ] = None,
     stream: Annotated[
         list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
     ] = [],  # noqa: B006
     json: Json = False,
 ) -> None:
-    """Replay a recording and compare it, bit for bit.
+    """Replay a recording and compare every output, bit for bit where the machine allows it.
 
     Exit status 0: everything was checked and matched. 1: something differs. 2: it could not be checked.
     """
@@ -135,18 +142,18 @@ def export(
     recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
     format: Annotated[
         Literal["parquet", "npz", "csv", "mcap"] | None,
-        typer.Option(help="What to write; as the output's name ends, or parquet, if not given.", show_default=False),
+        typer.Option(help="Default: by the output's suffix, or parquet.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The new file; beside the recording if not given.", show_default=False),
+        typer.Option(metavar="FILE", help="The new file. Default: next to the recording.", show_default=False),
     ] = None,
     stream: Annotated[
         list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
     ] = [],  # noqa: B006
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the first streams, too: a PNG, SVG or PDF.", show_default=False),
+        typer.Option(metavar="FILE", help="Also draw the first streams, as PNG, SVG or PDF.", show_default=False),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -160,7 +167,7 @@ def export(
     raise typer.Exit(run(Export(recording, format, output, stream, plot, json), _console()))
 
 
-@app.command()
+@app.command(examples=["instep demo", "instep demo --out pictures", "instep demo seed"])
 def demo(
     which: Annotated[
         Literal["speakers", "seed"],
@@ -173,7 +180,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Show the main job on recorded speech, from start to the verifier's line."""
+    """Run the end-to-end demo: stream recorded speech, draw a picture, verify every output."""
     if which == "seed":
         if out is not None:
             raise typer.BadParameter("`demo seed` writes no files: leave --out out", param_hint="--out")

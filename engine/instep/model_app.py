@@ -20,7 +20,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")]
 
 
-@app.command("make")
+@app.command(
+    "make",
+    examples=(
+        "instep model make my-model --features 40 --hidden 128",
+        "instep model make ears --features 40 --hidden 128 --after 10:softmax",
+    ),
+)
 def make(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it; made if it does not exist.")],
     features: Annotated[int, typer.Option(help="Values per frame.", show_default=False)],
@@ -59,7 +65,7 @@ def make(
     "import",
     examples=(
         "instep model import net.safetensors --after head:none",
-        "instep model import last.ckpt --output ears --gru rnn --after fc1:relu --after fc2:softmax",
+        "instep model import last.ckpt --output ears --gru rnn --after fc:softmax",
     ),
 )
 def import_weights(
@@ -120,7 +126,7 @@ def check(
     raise typer.Exit(0 if found.agrees else 1)
 
 
-@app.command("info")
+@app.command("info", examples=("instep model info my-model",))
 def info(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")], json: Json = False
 ) -> None:

@@ -75,9 +75,13 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     def of_flag(name: str, flag: _Flag) -> inspect.Parameter:
+        panel = f"Options: {flag.key.partition('.')[0]}"
         if not flag.metavar:
-            return parameter(name, False, Annotated[bool, typer.Option(flag.name, help=flag.help)])
-        option = typer.Option(flag.name, metavar=flag.metavar, help=flag.help, show_default=False)
+            option = typer.Option(flag.name, help=flag.help, rich_help_panel=panel)
+            return parameter(name, False, Annotated[bool, option])
+        option = typer.Option(
+            flag.name, metavar=flag.metavar, help=flag.help, show_default=False, rich_help_panel=panel
+        )
         return parameter(name, None, Annotated[str | None, option])
 
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]

@@ -18,9 +18,9 @@ Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-@app.command()
+@app.command(examples=["instep recordings check today.instep"])
 def check(recording: Recording, json: Json = False) -> None:
-    """Read all of a recording and say whether it is whole.
+    """Read all of a recording and report whether it is undamaged.
 
     Exit status 0: it is. 1: it is damaged. 2: it could not be read.
     """
@@ -29,17 +29,17 @@ def check(recording: Recording, json: Json = False) -> None:
     raise typer.Exit(commands.check(recording, _console(), json=json))
 
 
-@app.command()
+@app.command(examples=["instep recordings info today.instep"])
 def info(recording: Recording, json: Json = False) -> None:
-    """Show what a recording is."""
+    """Show a recording's model, size, streams, frames and conditions."""
     from instep.recording import commands
 
     raise typer.Exit(commands.info(recording, _console(), json=json))
 
 
-@app.command("list")
+@app.command("list", examples=["instep recordings list /var/lib/instep"])
 def list_folder(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look; not in folders inside it.")] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder, without its subfolders.")] = Path(),
     json: Json = False,
 ) -> None:
     """List the recordings in a folder, one per line."""
@@ -48,12 +48,12 @@ def list_folder(
     raise typer.Exit(commands.list_folder(folder, _console(), json=json))
 
 
-@app.command()
+@app.command(examples=["instep recordings repair today.instep --output saved.instep"])
 def repair(
     recording: Recording,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The new file; next to the damaged one if not given.", show_default=False),
+        typer.Option(metavar="FILE", help="The new file. Default: next to the damaged one.", show_default=False),
     ] = None,
 ) -> None:
     """Write a new file with everything before the first damage. The damaged file stays as it is.
@@ -65,7 +65,12 @@ def repair(
     raise typer.Exit(commands.repair(recording, output, _console()))
 
 
-@app.command()
+@app.command(
+    examples=[
+        "instep recordings cut today.instep backup.instep",
+        "instep recordings cut today.instep am.instep --to 2026-11-26T12:00",
+    ]
+)
 def cut(
     recording: Recording,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The new file.")],
@@ -80,10 +85,12 @@ def cut(
     ] = None,
     end: Annotated[
         str | None,
-        typer.Option("--to", metavar="POSITION|TIME", help="End here; the end if not given.", show_default=False),
+        typer.Option(
+            "--to", metavar="POSITION|TIME", help="End here. Default: the end of the recording.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Write a range of a recording to a new file, a recording of its own that can be verified and exported.
+    """Write a range of a recording to a new recording, which can be verified and exported.
 
     Exit status 0: it was written. 1 or 2: it was not.
     """
