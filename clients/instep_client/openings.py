@@ -32,7 +32,7 @@ _FENCED: Final = (
     "last (epoch=…), or take it over (take_over=True)"
 )
 _IN_USE: Final = (
-    'a stream of this name is open or parked: go on with it (if_exists="resume"), or close it and begin anew '
+    'a stream of this name is open or parked: continue it (if_exists="resume"), or close it and begin anew '
     '(if_exists="replace")'
 )
 _SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE, Code.NUMERICS_CHANGED})

@@ -129,7 +129,7 @@ class StreamSnapshot:
         if self.fingerprint != info.fingerprint:
             raise InvalidInput(
                 f"the snapshot is of model {self.model!r} (fingerprint {self.fingerprint[:12]}), the server runs "
-                f"{info.model!r} ({info.fingerprint[:12]}); a state goes on only with the weights that made it"
+                f"{info.model!r} ({info.fingerprint[:12]}); a state is valid only with the weights that made it"
             )
         try:
             rows = state_rows(self.state, info.state, None)
@@ -138,7 +138,7 @@ class StreamSnapshot:
         if not info.state.valid(rows).all():
             raise InvalidInput(
                 f"the snapshot's state, before frame {self.seq} of stream {self.name!r}, holds NaN or infinity, which "
-                "no server takes: go on from an earlier one, or from the initial state"
+                "no server accepts: use an earlier snapshot, or the initial state"
             )
 
 

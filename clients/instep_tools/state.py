@@ -100,7 +100,7 @@ async def restore(endpoint: str, file: Path, name: str | None, terminal: Termina
             if refused.code is not Code.NAME_IN_USE:
                 raise
             raise CommandProblem(f"{refused}; restore it under another name with --as NAME") from None
-        _tell_parked(terminal, f"{stream.name!r} goes on from {file}", stream, client.info, {"file": str(file)})
+        _tell_parked(terminal, f"{stream.name!r} continues from {file}", stream, client.info, {"file": str(file)})
     return Exit.OK
 
 
@@ -113,7 +113,7 @@ async def fork(endpoint: str, name: str, copy: str, terminal: Terminal, stop: St
     """
     async with _leaving(endpoint, "fork", terminal, stop) as client:
         stream = await client.restore(await client.snapshot(name), copy)
-        _tell_parked(terminal, f"{copy!r} goes on from {name!r}", stream, client.info, {"from": name})
+        _tell_parked(terminal, f"{copy!r} continues from {name!r}", stream, client.info, {"from": name})
     return Exit.OK
 
 
@@ -131,8 +131,8 @@ async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, te
         if not take_over:
             await client.read_state(name)  # or there is no such stream
             raise CommandProblem(
-                f"stream {name!r} has an owner, connected or expected back, who would go on from a state that is not "
-                "its own; with --take-over the stream is reset all the same, and its owner is told that it was taken"
+                f"stream {name!r} has an owner, connected or expected back, who would continue from a foreign "
+                "state; --take-over resets the stream anyway, and its owner is told that it was taken over"
             )
         try:
             stream = await client.resume(name, take_over=True)
@@ -144,13 +144,13 @@ async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, te
         except BaseException:  # an interrupt, too
             terminal.note(
                 f"stream {name!r} was taken from its owner before this; as long as the server keeps it, a producer "
-                f"goes on with it: client.resume({name!r}, epoch={stream.epoch})"
+                f"continues it with client.resume({name!r}, epoch={stream.epoch})"
             )
             raise
         state = "the initial state" if file is None else f"the state in {file}"
         _tell_parked(
             terminal,
-            f"{name!r} goes on from {state}",
+            f"{name!r} continues from {state}",
             stream,
             client.info,
             {"file": None if file is None else str(file)},
@@ -165,7 +165,7 @@ async def _leaving(endpoint: str, verb: str, terminal: Terminal, stop: Stop) -> 
         if client.info.park_s <= 0:
             raise CommandProblem(
                 f"the server at {endpoint} keeps no stream without its connection (its limits.park_s is 0): the "
-                f"stream would end with this command; {verb} it in the program that goes on with it"
+                f"stream would end with this command; {verb} it in the program that will use it"
             )
         yield client
 
@@ -184,8 +184,8 @@ def _tell_parked(terminal: Terminal, what: str, stream: AsyncStream, info: Serve
             }
         )
     terminal.summary(
-        f"{what} with frame {stream.next_seq}; the server keeps it for {info.park_s:g} s until a producer goes on with "
-        f"it: client.resume({stream.name!r}, epoch={stream.epoch})"
+        f"{what} with frame {stream.next_seq}; the server keeps it for {info.park_s:g} s for a producer that "
+        f"continues it with client.resume({stream.name!r}, epoch={stream.epoch})"
     )
 
 

@@ -146,7 +146,7 @@ def test_a_file_that_turns_out_not_to_be_writable(
 
 def assert_waits(place: Place, said: str, name: str, seq: int) -> None:
     """The stream is there, and goes on for who does what was said."""
-    (epoch,) = re.findall(rf"keeps it for 300 s until .*: client\.resume\('{name}', epoch=(\d+)\)", said)
+    (epoch,) = re.findall(rf"keeps it for 300 s for .* with client\.resume\('{name}', epoch=(\d+)\)", said)
     with Client(place.endpoint) as client:
         stream = client.resume(name, epoch=int(epoch))
         assert stream.next_seq == seq
@@ -165,7 +165,7 @@ def test_a_restored_stream_outlives_the_command(place: Place, owner: Client, tmp
     result = place.run(*arguments)
     assert (result.exit_code, result.stderr) == (0, "")
     name = name or "kept"
-    assert result.stdout.startswith(f"{name!r} goes on from {path} with frame 5; the server")
+    assert result.stdout.startswith(f"{name!r} continues from {path} with frame 5; the server")
     said = place.refused(*arguments)
     assert said.startswith("NAME_IN_USE: ")
     assert said.endswith("; restore it under another name with --as NAME")
@@ -255,7 +255,7 @@ def test_ctrl_c_ends_a_command_whose_server_has_fallen_silent(arguments: list[st
 def test_a_fork_outlives_the_command_and_its_source_does_not_notice(place: Place, owner: Client) -> None:
     result = place.run("fork", "mic", "copy")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout.startswith("'copy' goes on from 'mic' with frame 5; the server")
+    assert result.stdout.startswith("'copy' continues from 'mic' with frame 5; the server")
     assert_waits(place, result.stdout, "copy", 5)
     assert place.ring.streams["mic"].epoch == 1
     assert place.json("fork", "mic", "second")["from"] == "mic"
@@ -280,7 +280,7 @@ def test_a_reset_takes_the_stream_and_leaves_it(place: Place, tmp_path: Path, to
         result = place.run("reset", "mic", "--take-over", *([] if to_zeros else ["--state", str(path)]))
         assert (result.exit_code, result.stderr) == (0, "")
         state = "the initial state" if to_zeros else f"the state in {path}"
-        assert result.stdout.startswith(f"'mic' goes on from {state} with frame 5; the server keeps it for 300 s")
+        assert result.stdout.startswith(f"'mic' continues from {state} with frame 5; the server keeps it for 300 s")
         with pytest.raises(StreamEvicted) as evicted:
             stream.step(X[5])
         assert evicted.value.code is Code.FENCED
@@ -397,7 +397,7 @@ async def test_a_state_moves_from_one_engine_to_another_and_goes_on_to_the_bit(
         again = await client.resume("mic", epoch=terminal.json()["epoch"])
         np.testing.assert_array_equal(await again.step(x[5:]), y[5:])
     async with running(SMALL) as server:
-        with pytest.raises(CommandProblem, match="a state goes on only with the weights that made it") as refused:
+        with pytest.raises(CommandProblem, match="a state is valid only with the weights that made it") as refused:
             await state.restore(server.endpoint, path, None, RememberingTerminal(), stop)
         assert not isinstance(refused.value, InvalidInput)
         assert server.engine.table.open_count == 0

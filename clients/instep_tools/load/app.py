@@ -66,7 +66,7 @@ def loadtest_command(
     ] = 2.0,
     block: Annotated[
         int | None,
-        typer.Option(min=1, help="At most so many streams a message. (default: all of the connection's that fit)"),
+        typer.Option(min=1, help="At most this many streams per message. (default: all of the connection's that fit)"),
     ] = None,
     steps_per_block: Annotated[int, typer.Option(min=1, help="Timesteps a message.")] = 1,
     slo_ms: Annotated[

@@ -71,7 +71,7 @@ def _certify(config: Config, network: RecurrentModel, log: structlog.stdlib.Boun
         if config.engine.exactness == "require":
             raise CannotServe(
                 f"engine.exactness is `require`, but on this machine batches differ from one another: {differ}; "
-                "`prefer` serves all the same, and says so"
+                "`prefer` serves within that distance and logs it"
             )
         log.warning("not exact", max_ulp=certification.max_ulp, reason=f"batches differ on this machine: {differ}")
     if largest < config.engine.max_batch_size:
