@@ -93,7 +93,7 @@ def serve(
         if check:
             from instep.server.check import check as check_it
 
-            check_it(loaded, accept_numerics_change=accept_numerics_change)
+            check_it(loaded, accept_numerics_change=accept_numerics_change, restart=restart)
             raise typer.Exit(0)
         from instep.server.serve import run
 

@@ -97,3 +97,9 @@ def test_what_stands_in_the_way_is_said(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CannotServe, match="cannot read"):
         check(configured(tmp_path / "nothing"))
     assert contents(tmp_path) == {}
+
+
+def test_a_server_that_is_to_be_restarted_needs_a_port(model: Path) -> None:
+    check(configured(model))
+    with pytest.raises(CannotServe, match="--restart needs a port"):
+        check(configured(model), restart=True)

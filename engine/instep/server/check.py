@@ -18,10 +18,10 @@ from instep.recording.recovery import Recovered, ReplayStep
 from instep.server.assembly import recording_header
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.log import make_log
-from instep.server.preparation import CannotServe, Prepared, prepare
+from instep.server.preparation import CannotServe, Prepared, check_restartable, prepare
 
 
-def check(config: Config, *, accept_numerics_change: bool = False) -> None:
+def check(config: Config, *, accept_numerics_change: bool = False, restart: bool = False) -> None:
     """Load and certify the model, look through what of the recording a start reads, and try the endpoint.
 
     The log says what would be served.
@@ -29,12 +29,15 @@ def check(config: Config, *, accept_numerics_change: bool = False) -> None:
     Args:
         config: the configuration.
         accept_numerics_change: whether the start would continue a recording although floats may differ now.
+        restart: whether the server would be started again after a crash.
 
     Raises:
         CannotServe: when the server could not start.
     """
     log = make_log(config.log)
     prepared = prepare(config, log)
+    if restart:
+        check_restartable(config, prepared)
     network = prepared.network.description
     try:
         limits = effective_limits(config, prepared.certification.buckets[-1], network.features, network.outputs)

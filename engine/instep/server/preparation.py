@@ -50,6 +50,23 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> Prepared:
     return Prepared(model, path, network, device, _certify(config, network, log))
 
 
+def check_restartable(config: Config, prepared: Prepared) -> None:
+    """Refuse what `--restart` cannot start again.
+
+    Raises:
+        CannotServe: with a sentence.
+    """
+    if config.transport.endpoint.endswith(":*"):
+        raise CannotServe(
+            "--restart needs a port: clients would not find the next server on whichever port is free then"
+        )
+    if prepared.device.type != "cpu" or config.engine.threads > 1:
+        raise CannotServe(
+            "--restart forks the server with its model loaded, which needs engine.device cpu and engine.threads 1; "
+            "leave it out, and let systemd restart the server"
+        )
+
+
 def _certify(config: Config, network: RecurrentModel, log: structlog.stdlib.BoundLogger) -> Certification:
     buckets = candidate_buckets(network, config.engine.max_batch_size)
     if config.engine.exactness == "off":

@@ -18,7 +18,7 @@ from instep.core.compiled import are_cached
 from instep.server.assembly import make_server
 from instep.server.log import Threshold, make_log
 from instep.server.open_files import allow_open_files
-from instep.server.preparation import CannotServe, Prepared, prepare
+from instep.server.preparation import Prepared, check_restartable, prepare
 from instep.server.reload import reload, with_changes
 from instep.server.server import Server
 from instep.server.signals import signals_call
@@ -65,7 +65,7 @@ def run(
     log = make_log(config.log, threshold)
     prepared = prepare(config, log)
     if restart:
-        _refuse_what_cannot_be_restarted(config, prepared)
+        check_restartable(config, prepared)
     if not are_cached():
         log.info("compiling", hint="once on a machine, some ten seconds")
     warm_up()
@@ -76,18 +76,6 @@ def run(
             config = with_changes(config, start.reread())
         threshold.level = config.log.level
     return asyncio.run(_serve(config, prepared, log, threshold, start))
-
-
-def _refuse_what_cannot_be_restarted(config: Config, prepared: Prepared) -> None:
-    if config.transport.endpoint.endswith(":*"):
-        raise CannotServe(
-            "--restart needs a port: clients would not find the next server on whichever port is free then"
-        )
-    if prepared.device.type != "cpu" or config.engine.threads > 1:
-        raise CannotServe(
-            "--restart forks the server with its model loaded, which needs engine.device cpu and engine.threads 1; "
-            "leave it out, and let systemd restart the server"
-        )
 
 
 async def _serve(
