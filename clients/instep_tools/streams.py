@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from instep_client.aio import AsyncClient, StreamPlace
-from instep_client.protocol.errors import StreamRefused
+from instep_client.protocol.errors import Refused
 from instep_client.protocol.wire import Code
 from instep_client.replies import ListedStream
 from instep_tools.connect import connected
@@ -52,43 +52,50 @@ def _table(streams: Sequence[ListedStream]) -> Table:
     return rows
 
 
-async def close(
+async def free(
     endpoint: str,
     names: Sequence[str],
     prefix: str | None,
     place: StreamPlace | None,
+    park: bool,
     terminal: Terminal,
     stop: Stop,
 ) -> Exit:
-    """Close streams by name, or all that a list shows; whoever has them is told.
+    """Take streams from their owners, who are told, and close or park them: by name, or all that a list shows.
 
     Raises:
-        CommandProblem: when it is not said which.
+        CommandProblem: when it is not said which, or the server parks no streams.
     """
+    verb, done = ("park", "parked") if park else ("close", "closed")
     if not names and prefix is None and place is None:
-        raise CommandProblem("say which streams: their names, --prefix, or --place parked")
-    closed: list[str] = []
+        raise CommandProblem("say which streams: their names, --prefix, or --place")
+    taken: list[str] = []
     missing: list[str] = []
-    async with connected(endpoint, "streams", terminal, stop) as client:
+    async with connected(endpoint, f"streams {verb}", terminal, stop, park=park) as client:
+        if park and client.info.park_s <= 0:
+            raise CommandProblem(f"the server at {endpoint} parks no streams (its limits.park_s is 0): close them")
         if not names:
             names = [stream.name for stream in await client.list_streams(prefix or "", place)]
-        done = [0]
-        async with terminal.progress("closing", len(names), "streams", lambda: done[0]):
+        count = [0]
+        async with terminal.progress("parking" if park else "closing", len(names), "streams", lambda: count[0]):
             for name in names:
-                (closed if await _close(client, name) else missing).append(name)
-                done[0] += 1
+                (taken if await _take(client, name, park) else missing).append(name)
+                count[0] += 1
+        kept = f", and kept for {client.info.park_s:g} s" if park and taken else ""
     if terminal.as_json:
-        terminal.result({"closed": closed, "missing": missing})
+        terminal.result({done: taken, "missing": missing})
     gone = f"; {counted(len(missing), 'stream')} not there: {', '.join(missing[:5])}" if missing else ""
-    terminal.summary(f"{counted(len(closed), 'stream')} closed{gone}", good=not missing)
+    terminal.summary(f"{counted(len(taken), 'stream')} {done}{kept}{gone}", good=not missing)
     return Exit.FOUND_PROBLEMS if missing else Exit.OK
 
 
-async def _close(client: AsyncClient, name: str) -> bool:
+async def _take(client: AsyncClient, name: str, park: bool) -> bool:
+    """Whether the stream was there; to be parked, it is left to this connection's end."""
     try:
         stream = await client.resume(name, take_over=True)
-        await stream.close()
-    except StreamRefused as refused:
+        if not park:
+            await stream.close()
+    except Refused as refused:
         if refused.code in _HAS_ENDED:
             return False
         raise

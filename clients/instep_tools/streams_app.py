@@ -14,13 +14,16 @@ from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal, run_undrained
 
-app: Final = CommandLine(help="List the streams of a server, and close some.")
+app: Final = CommandLine(help="List the streams of a server, and close or park some.")
 
 Prefix = Annotated[str | None, typer.Option(metavar="TEXT", help="Only streams whose names begin with TEXT.")]
 Where = Annotated[
     StreamPlace | None,
     typer.Option("--place", help="Only streams of connected clients, parked ones, or hibernating ones."),
 ]
+
+
+Names = Annotated[list[str], typer.Argument(metavar="NAME", show_default=False, help="The streams.")]
 
 
 @app.command("list", examples=["instep-client streams list", "instep-client streams list --prefix mic- --place parked"])
@@ -41,7 +44,7 @@ def list_command(
 
 @app.command("close", examples=["instep-client streams close mic-7", "instep-client streams close --place parked"])
 def close_command(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", show_default=False, help="The streams.")] = [],  # noqa: B006
+    names: Names = [],  # noqa: B006
     prefix: Prefix = None,
     place: Where = None,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
@@ -51,8 +54,29 @@ def close_command(
 
     Their states are lost. A client that owns one of them is told that the stream was taken over.
     """
+    _free(names, prefix, place, False, endpoint, as_json)
 
+
+@app.command("park", examples=["instep-client streams park mic-7", "instep-client streams park --prefix lab-"])
+def park_command(
+    names: Names = [],  # noqa: B006
+    prefix: Prefix = None,
+    place: Where = None,
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    as_json: AsJson = False,
+) -> None:
+    """Take streams from their clients and leave them parked, for another client to resume.
+
+    A client that owns one of them is told that the stream was taken over. The server keeps a parked stream for
+    limits.park_s, and then closes it.
+    """
+    _free(names, prefix, place, True, endpoint, as_json)
+
+
+def _free(
+    names: list[str], prefix: str | None, place: StreamPlace | None, park: bool, endpoint: str, as_json: bool
+) -> None:
     async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await streams.close(endpoint, names, prefix, place, terminal, stop)
+        return await streams.free(endpoint, names, prefix, place, park, terminal, stop)
 
     raise typer.Exit(run_undrained(command, Terminal(as_json)))

@@ -15,7 +15,7 @@ from instep_client.protocol.wire import Kind, Place
 from instep_tools import streams
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
-from tests.support.models import SMALL
+from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
 from tests.tools.helpers import RememberingTerminal
@@ -123,22 +123,41 @@ class TestCommand:
                 assert "4 streams; 1 more are not shown (--limit)" in terminal.said
                 assert terminal.said.count("parked") == 3
                 terminal = RememberingTerminal(as_json=True)
-                assert await streams.close(endpoint, ["old-1", "gone"], None, None, terminal, Stop()) == 1
+                assert await streams.free(endpoint, ["old-1", "gone"], None, None, False, terminal, Stop()) == 1
                 assert terminal.json() == {"closed": ["old-1"], "missing": ["gone"]}
                 terminal = RememberingTerminal()
-                assert await streams.close(endpoint, [], None, "parked", terminal, Stop()) == Exit.OK
+                assert await streams.free(endpoint, [], None, "parked", False, terminal, Stop()) == Exit.OK
                 assert terminal.said.strip() == "2 streams closed"
-                assert await streams.close(endpoint, [], "new", None, terminal, Stop()) == Exit.OK
+                assert await streams.free(endpoint, [], "new", None, False, terminal, Stop()) == Exit.OK
                 with pytest.raises(StreamEvicted, match=r"FENCED|UNKNOWN_STREAM"):
                     await mine.step(np.zeros(F))
                 with pytest.raises(CommandProblem, match="say which streams"):
-                    await streams.close(endpoint, [], None, None, terminal, Stop())
+                    await streams.free(endpoint, [], None, None, False, terminal, Stop())
                 terminal = RememberingTerminal(as_json=True)
                 assert await streams.show(endpoint, "", None, 3, terminal, Stop()) == Exit.OK
                 assert terminal.json() == {"streams": [], "count": 0}
                 terminal = RememberingTerminal()
                 assert await streams.stats(endpoint, terminal, Stop()) == Exit.OK
                 assert "streams_open" in terminal.said
+
+    async def test_parks_a_stream_for_another_client(self) -> None:
+        x = np.ones((2, F), np.float32)
+        async with running(SMALL, transport={"heartbeat_s": 0.1}) as server, AsyncClient(server.endpoint) as owner:
+            mine = await owner.open("mic")
+            first = await mine.step(x[0])
+            terminal = RememberingTerminal()
+            arguments = (server.endpoint, ["mic"], None, None, True, terminal, Stop())
+            assert await streams.free(*arguments) == Exit.OK
+            assert terminal.said.strip() == "1 stream parked, and kept for 300 s"
+            with pytest.raises(StreamEvicted, match="FENCED"):
+                await mine.step(x[1])
+            async with AsyncClient(server.endpoint) as other:
+                stream = await other.open("mic", if_exists="resume")
+                second = await stream.step(x[1])
+            np.testing.assert_array_equal(np.stack([first, second]), whole(SMALL, x)[0])
+        async with running(SMALL, limits={"park_s": 0}) as server:
+            with pytest.raises(CommandProblem, match="parks no streams"):
+                await streams.free(server.endpoint, ["mic"], None, None, True, terminal, Stop())
 
 
 async def test_the_client_for_threads_lists_too() -> None:
