@@ -54,7 +54,7 @@ class ListedStream(NamedTuple):
     next_seq: int | None
     """The seq of its next frame; None where it hibernates."""
     pending: int
-    """Frames taken and not computed yet."""
+    """Frames admitted and not answered yet."""
     idle_s: float
     """How long it has been idle."""
     left_s: float | None

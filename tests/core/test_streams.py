@@ -87,15 +87,15 @@ def test_the_next_owner_of_a_slot_starts_afresh() -> None:
 def test_a_stream_with_pending_frames_is_never_released() -> None:
     table = table_of(1)
     slots, _ = table.open(["a"], owner=1, now_ns=0)
-    table.pending[slots] = 1
-    with pytest.raises(AssertionError, match="pending"):
+    table.unanswered[slots] = 1
+    with pytest.raises(AssertionError, match="unanswered"):
         table.release(slots)
 
 
 def test_idle_streams_are_those_silent_with_nothing_pending() -> None:
     table = table_of(4)
     slots, _ = table.open(["idle", "busy", "fresh", "closing"], owner=1, now_ns=0)
-    table.pending[slots[1]] = 1
+    table.unanswered[slots[1]] = 1
     table.last_active_ns[slots[2]] = 100
     table.closing[slots[3]] = True
     assert table.idle_since(50).tolist() == [slots[0]]
@@ -189,7 +189,7 @@ def test_parked_streams_do_not_idle_and_connected_ones_are_not_parked_too_long()
     table = table_of(4)
     slots, _ = table.open(["parked", "connected", "busy", "closing"], owner=1, now_ns=0)
     table.park(slots[[0, 2, 3]], now_ns=10)
-    table.pending[slots[2]] = 1
+    table.unanswered[slots[2]] = 1
     table.closing[slots[3]] = True
     assert table.parked_since(10).tolist() == []
     assert table.parked_since(11).tolist() == [slots[0]]

@@ -257,7 +257,7 @@ class Truth:
 
     def _pending(self, life: Life) -> bool:
         assert self.node is not None
-        return bool(self.node.table.pending[self._slot(life)])
+        return bool(self.node.table.unanswered[self._slot(life)])
 
     def _open_lives(self, names: Sequence[str]) -> list[Life]:
         assert self.node is not None

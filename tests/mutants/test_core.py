@@ -118,7 +118,7 @@ def without_limit(limit: int) -> Any:
 
 
 def nothing_pending(original: Any, packed: Packed, *arguments: Any) -> Any:
-    pending = Tables(*packed).streams["pending"]
+    pending = Tables(*packed).streams["unanswered"]
     before = pending.copy()
     pending[:] = 0
     result = original(packed, *arguments)

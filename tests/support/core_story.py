@@ -82,7 +82,7 @@ class Story:
         assert self.core.pending == self.model.pending
         for slot, stream in self.model.streams.items():
             record = self.core.tables.streams[slot]
-            told = record["next_seq"], record["step_seq"], record["acked"], record["pending"], record["handle"]
+            told = record["next_seq"], record["step_seq"], record["acked"], record["unanswered"], record["handle"]
             assert told == (
                 stream.next_seq, stream.step_seq, stream.acked, stream.unanswered, stream.handles[-1],
             )  # fmt: skip

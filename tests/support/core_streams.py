@@ -345,7 +345,7 @@ def check_invariants(core: CoreStreams) -> None:
     by_slot = np.zeros(len(streams), np.int64)
     for record in tables.columns[used]:
         by_slot[record["slot"]] += record["fresh"]
-    assert (streams["pending"] == by_slot).all()
+    assert (streams["unanswered"] == by_slot).all()
     assert set(core.complete) <= {number for number in pending if messages["remaining"][number] == 0}
     for number, origin in enumerate(origins):
         own = [each for each in pending if messages["origin"][each] == number]

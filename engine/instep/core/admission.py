@@ -135,7 +135,7 @@ def _admit_column(
         columns["code"][column] = _SEQ_GAP
         return np.int64(0)
     repeats = min(next_seq - seq, timesteps)
-    if repeats > 0 and (streams["pending"][slot] > 0 or seq < oldest):
+    if repeats > 0 and (streams["unanswered"][slot] > 0 or seq < oldest):
         columns["code"][column] = _SEQ_REPEATED
         return np.int64(0)
     length = timesteps
@@ -166,7 +166,7 @@ def _admit_column(
     columns["length"][column], columns["fresh"][column], columns["code"][column] = length, fresh, code
     if fresh:
         columns["expected_seq"][column] = streams["next_seq"][slot] = seq + length
-        streams["pending"][slot] += fresh
+        streams["unanswered"][slot] += fresh
         arrived_ns = tables.messages["arrived_ns"][message]
         streams["last_active_ns"][slot] = max(streams["last_active_ns"][slot], arrived_ns)
         push_ready(tables, slot, arrived_ns)

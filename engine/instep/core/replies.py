@@ -123,7 +123,7 @@ def assemble(
                     place[value] = held[value]
             for step in range(length, timesteps):
                 y[first + step * stride : first + step * stride + outputs] = np.nan
-            streams["pending"][slot] -= records["fresh"][column]
+            streams["unanswered"][slot] -= records["fresh"][column]
             last_column, column = column, records["next"][column]
         records["next"][last_column] = counts[FREE_COLUMN]
         counts[FREE_COLUMN] = messages["head"][number]

@@ -14,8 +14,10 @@ _SEQ_GAP: Final = int(Code.SEQ_GAP)
 
 
 @kernel
-def finish_run(packed: Packed, slots: I64, steps: int, now_ns: int, is_over: bool) -> int:
-    """`steps` steps of a run over `slots`, int64 [B], were applied; the streams may step again if the run is over.
+def finish_run(packed: Packed, slots: I64, steps: int, now_ns: int, has_succeeded: bool) -> int:
+    """`steps` steps of a run over `slots`, int64 [B], were applied; the streams may step again if the run succeeded.
+
+    After a run that failed, `fail_run` follows for the steps that were not applied.
 
     Returns:
         How many messages are complete now: the first ones of `complete`.
@@ -34,7 +36,7 @@ def finish_run(packed: Packed, slots: I64, steps: int, now_ns: int, is_over: boo
     counts[PENDING_FRAMES] -= len(slots) * steps
     for slot in slots:
         streams["step_seq"][slot] += steps
-        if is_over:
+        if has_succeeded:
             streams["running"][slot] = 0
             push_ready(tables, slot, now_ns)
     return count
@@ -73,7 +75,7 @@ def are_pending(packed: Packed, slots: I64) -> bool:
     tables = Tables(*packed)
     pending = 0
     for slot in slots:
-        pending |= tables.streams["pending"][slot]
+        pending |= tables.streams["unanswered"][slot]
     return pending != 0
 
 

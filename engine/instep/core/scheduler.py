@@ -1,4 +1,4 @@
-"""Which streams step next: at most one frame of a stream, oldest first within an origin, origins in turn.
+"""Which streams step next: at most one frame of a stream in a step, oldest first within an origin, origins in turn.
 
 Streams with a pending frame that are not in a run are ready. Each origin has a first-in-first-out queue of its ready
 streams, and a batch takes one stream of each origin in turn (round robin). So while everything ready fits into a batch
@@ -39,7 +39,7 @@ def push_ready(tables: Tables, slot: Int, since_ns: Int) -> None:
 
 
 @kernel
-def begin_run(packed: Packed, max_batch_size: int, max_steps: int) -> tuple[int, int]:
+def begin_run(packed: Packed, most_streams: int, max_steps: int) -> tuple[int, int]:
     """Take the streams that step next, and as many frames of each as all of them have, up to `max_steps`.
 
     Returns:
@@ -49,7 +49,7 @@ def begin_run(packed: Packed, max_batch_size: int, max_steps: int) -> tuple[int,
     tables = Tables(*packed)
     counts, streams, origins, slots = tables.counts, tables.streams, tables.origins, tables.run_slots
     size, steps = 0, max_steps
-    while counts[READY] and size < max_batch_size:
+    while counts[READY] and size < most_streams:
         tail = counts[ROUND_TAIL]
         origin = origins["next_origin"][tail]
         slot = origins["ready_head"][origin]

@@ -37,7 +37,7 @@ class StreamTable:
         self.next_seq: I64 = streams["next_seq"]
         self.step_seq: I64 = streams["step_seq"]
         self.acked: I64 = streams["acked"]
-        self.pending: I32 = streams["pending"]
+        self.unanswered: I32 = streams["unanswered"]
         self.closing: Bool = streams["closing"].view(np.bool_)
         self.lost: Bool = streams["lost"].view(np.bool_)
         self.renumbered: Bool = streams["renumbered"].view(np.bool_)
@@ -113,7 +113,7 @@ class StreamTable:
         self.owned[owner] += len(granted)
         for column in (self.first_seq, self.next_seq, self.step_seq, self.acked):
             column[granted] = first
-        self.pending[granted] = 0
+        self.unanswered[granted] = 0
         for flag in (self.closing, self.lost, self.renumbered):
             flag[granted] = False
         self.last_active_ns[granted] = now_ns
@@ -173,7 +173,7 @@ class StreamTable:
 
     def release(self, slots: I64) -> None:
         """Forget streams whose frames are all answered; their slots may be given out again."""
-        assert not self.pending[slots].any(), "a stream with pending frames may not be released"
+        assert not self.unanswered[slots].any(), "a stream with unanswered frames may not be released"
         for slot in slots.tolist():
             del self._slots_of_names[self._names[slot]]
             self._names[slot] = ""
@@ -211,4 +211,4 @@ class StreamTable:
         return self._silent(before_ns, unused)
 
     def _silent(self, before_ns: int, among: Bool) -> I64:
-        return np.flatnonzero(among & ~self.closing & (self.pending == 0) & (self.last_active_ns < before_ns))
+        return np.flatnonzero(among & ~self.closing & (self.unanswered == 0) & (self.last_active_ns < before_ns))

@@ -36,7 +36,7 @@ STREAM: Final = np.dtype(
         ("last_active_ns", "<i8"),
         ("stamp", "<i8"),  # the newest message that named the stream: finds streams named twice in one message
         ("owner", "<i4"),  # the origin's number, or NO_OWNER
-        ("pending", "<i4"),  # frames admitted and not yet answered
+        ("unanswered", "<i4"),  # frames admitted and not yet answered
         ("next_ready", "<i4"),  # the stream behind this one in its origin's ready queue
         ("first_generation", "<u4"),  # of the slot when the stream was opened; later ones up to now are fenced
         ("holds", "<u2"),  # operations that work on its state; it does not step meanwhile

@@ -70,10 +70,10 @@ class StreamEvent:
 
 
 class Origin(Protocol):
-    """Where frames come from and replies go to: a ZeroMQ peer, a websocket, an object in this process."""
+    """Where frames come from and replies go to: a ZeroMQ peer, or an object in this process."""
 
     number: int
-    """Which the engine gave it in `Engine.connect`; it owns streams under this number."""
+    """The number that `Origins.connect` gave it; it owns streams under this number."""
     arrival: int
     """How many origins had connected when it did, this one included."""
 

@@ -182,7 +182,7 @@ class Engine:
         columns = np.frombuffer(b"".join([each.columns for each in frames]), SENT_COLUMN)
         x = np.frombuffer(b"".join([each.x for each in frames]), np.uint32)
         complete, partly_repeated, refused = admit(self.packed, messages, columns, x)
-        if partly_repeated:
+        if partly_repeated:  # the kernel lists them at the end of `complete`
             for number in self.tables.complete[len(frames) - partly_repeated : len(frames)].tolist():
                 self._repeated[number] = repeated_outputs(self.packed, number)
         if refused:
@@ -201,7 +201,7 @@ class Engine:
     # ── Schedule and collect ───────────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> None:
-        """Give the executor a batch if it is free and one is due, and a full one to continue with."""
+        """Give the executor a run if it is free and one is due, and a second, full one behind the one being stepped."""
         counts, limits = self.tables.counts, self._limits
         while len(self._runs) < self.executor.capacity and counts[READY]:
             if self._runs and counts[READY] < limits.max_batch_size:
@@ -217,8 +217,8 @@ class Engine:
             most_steps = 1 if counts[READY] > most_streams else min(MOST_STEPS, room)
             self._begin(most_streams, most_steps, _MESSAGE_NS if is_light else 0)
 
-    def _begin(self, most_streams: int, most_steps: int, loop_ns: int) -> None:
-        """Begin a run; the loop is busy with the messages of each frame for `loop_ns`, at least."""
+    def _begin(self, most_streams: int, most_steps: int, loop_ns_per_frame: int) -> None:
+        """Begin a run; the loop is busy with the messages of each frame for `loop_ns_per_frame`, at least."""
         bucket = self._bucket(min(int(self.tables.counts[READY]), most_streams))
         # Of a bucket that was not stepped yet one step, to see how long it takes.
         step_ns = self._step_ns.get(bucket, _LONGEST_RUN_NS)
@@ -233,7 +233,7 @@ class Engine:
         expected_ns = len(rows) * self._step_ns.get(bucket, 0)
         self.expected_ns += expected_ns
         self._runs.append(_Run(slots, rows, bucket, lsns, expected_ns))
-        self.executor.begin(slots, rows, expected_ns, rows.size * loop_ns)
+        self.executor.begin(slots, rows, expected_ns, rows.size * loop_ns_per_frame)
 
     def _bucket(self, size: int) -> int:
         return self._buckets[bisect_left(self._buckets, size)]
@@ -252,7 +252,7 @@ class Engine:
 
     def _end_hold(self) -> None:
         self._is_holding = False
-        self._wake()  # a run that ends within `begin` has to be collected
+        self._wake()  # the turn, not `schedule` alone: a run that ends within `begin` has to be collected
 
     def collect(self) -> bool:
         """Take the runs that have ended; whether there were any.

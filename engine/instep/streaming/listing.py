@@ -76,12 +76,12 @@ class Listing:
         slots: I64 = first + np.flatnonzero(is_open)
         named = [slot for slot in slots.tolist() if table.name(slot).startswith(prefix)]
         chosen = np.array(named[:most], np.int64)
-        idle_ns: I64 = np.where(table.pending[chosen] > 0, 0, np.maximum(0, now_ns - table.last_active_ns[chosen]))
+        idle_ns: I64 = np.where(table.unanswered[chosen] > 0, 0, np.maximum(0, now_ns - table.last_active_ns[chosen]))
         columns = (chosen.tolist(), idle_ns.tolist(), (table.owner[chosen] == table.parked).tolist())
         records: list[_Row] = []
         for slot, idle, parked in zip(*columns, strict=True):
             where = Place.PARKED if parked else Place.CONNECTED
-            seq, pending = int(table.next_seq[slot]), int(table.pending[slot])
+            seq, pending = int(table.next_seq[slot]), int(table.unanswered[slot])
             records.append((seq, idle // 1000, self._left_us(idle, has_owner=not parked), int(where), pending))
         if len(named) > most:
             end = named[most]

@@ -239,7 +239,7 @@ class StreamOperations:
             int32 [N], 0 where it was done.
         """
         slots, found = self._own(origin, handles)
-        found[(found == 0) & (self._table.pending[slots] > 0)] = Code.FRAMES_PENDING
+        found[(found == 0) & (self._table.unanswered[slots] > 0)] = Code.FRAMES_PENDING
         codes = np.where(found, found, codes).astype(np.int32)
         good = codes == 0
         if not good.any():

@@ -17,7 +17,7 @@ from instep_client.protocol import multipart
 from instep_client.protocol.wire import FRAME_COUNT, Message
 
 MOST_PARTS: Final = max(FRAME_COUNT.values())
-"""Frames of the longest message of the protocol."""
+"""Parts of the longest message of the protocol."""
 
 
 _SKIP_AT_ONCE: Final = 2000
