@@ -242,7 +242,7 @@ class TestDemo:
         assert instep("demo", "seed").exit_code == 4
         result = instep("demo", "seed", "--out", "there")
         assert (result.exit_code, len(seed.calls)) == (2, 1)
-        assert "`demo seed` writes no files: leave --out out" in " ".join(result.output.replace("│", " ").split())
+        assert "`demo seed` writes no files: omit --out" in " ".join(result.output.replace("│", " ").split())
 
     def test_and_nothing_else(self) -> None:
         assert instep("demo", "sead").exit_code == 2

@@ -503,7 +503,7 @@ class TestWhatIsNoSetting:
     @pytest.mark.parametrize("durability", ["commit", "fsync"])
     def test_no_answer_is_durable_without_a_recording(self, durability: str, tmp_path: Path) -> None:
         (problem,) = problems(overrides={"recording.durability": durability})
-        assert f"no answer can be {durability}" in problem.message
+        assert f"durability {durability} needs a recording" in problem.message
         load_config(overrides={"recording.durability": "memory"})
         load_config(overrides={"recording.durability": durability, "recording.file": str(tmp_path / "r")})
 

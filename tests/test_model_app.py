@@ -203,7 +203,7 @@ def test_a_folder_that_holds_something_else_is_status_1(imported: Path) -> None:
         ("net.py:NET", "net.py has no NET; did you mean net.py:"),
         ("net.py:broken", "net.py, line 30: AttributeError: 'Net' object has no attribute 'nothing'; correct it"),
         ("net.py:without_frames", "net.py:without_frames is 5: name an nn.Module, or a function that returns one"),
-        ("net.py:net.head", "net.py:net.head fails on random frames [32, 64, 5] ("),
+        ("net.py:net.head", "net.py:net.head fails on random frames [32, 64, 5] of the folder's size ("),
         (
             "net.py:gru",
             "net.py:gru gives the shape [32, 64, 40] for frames [32, 64, 5], and net gives 3",

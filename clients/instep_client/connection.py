@@ -39,10 +39,10 @@ _RESTARTED: Final = "the server was restarted and no longer has this stream, whi
 class State(Enum):
     """Where the session stands."""
 
-    GREETING = "HELLO is on its way"
-    OPEN = "the server has welcomed us"
-    RECONNECTING = "the connection was lost; there will be another"
-    ENDED = "everything has failed or was closed"
+    GREETING = "not connected yet"
+    OPEN = "connected"
+    RECONNECTING = "connection lost, reconnecting"
+    ENDED = "closed"
 
 
 GREETING, OPEN, RECONNECTING, ENDED = State  # to look a member up in its class takes 0.2 µs (Python 3.11)
@@ -81,7 +81,10 @@ class Connection:
         self._info: ServerInfo | None = None
         self._forgets = False
         """Whether the server was restarted between the last two connections, and records nothing."""
-        self._failure: tuple[type[InstepError], str] = (ClientClosed, "the client is not connected")
+        self._failure: tuple[type[InstepError], str] = (
+            ClientClosed,
+            "the client is not connected: use `async with`, or await client.connect()",
+        )
         self.wants_socket = False
         """Whether the driver is to connect another socket."""
         self._postponed: dict[Request[Any], None] = {}

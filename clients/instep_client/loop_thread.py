@@ -70,7 +70,11 @@ class LoopThread:
             with self._lock:
                 if self._stopping or self._loop is None:
                     work.close()
-                    raise self._ended("the client was closed or is not connected")
+                    raise self._ended(
+                        "the client was closed"
+                        if self._stopping
+                        else "the client is not connected: use `with Client(…) as client:`, or call client.connect()"
+                    )
                 self._waiting.add(future)
                 self._loop.call_soon_threadsafe(_begin, self._loop, work, future)
             return future.result()

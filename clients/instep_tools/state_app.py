@@ -39,7 +39,10 @@ def read_command(name: Name, endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJ
 def snapshot_command(
     name: Name,
     to: Annotated[
-        Path, typer.Option("--to", metavar="FILE", show_default=False, help="The new file; none is written over.")
+        Path,
+        typer.Option(
+            "--to", metavar="FILE", show_default=False, help="A new file; existing files are never overwritten."
+        ),
     ],
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     as_json: AsJson = False,
@@ -98,7 +101,9 @@ def reset_command(
     name: Name,
     file: Annotated[
         Path | None,
-        typer.Option("--state", metavar="FILE", show_default=False, help="A snapshot's state, in place of zeros."),
+        typer.Option(
+            "--state", metavar="FILE", show_default=False, help="A snapshot's state, in place of the initial one."
+        ),
     ] = None,
     take_over: Annotated[
         bool,
@@ -107,10 +112,10 @@ def reset_command(
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     as_json: AsJson = False,
 ) -> None:
-    """Replace a stream's state by zeros, or a snapshot's; its seqs go on.
+    """Replace a stream's state by the initial one, or a snapshot's; its seqs continue.
 
-    It needs --take-over, since its owner must not go on unaware: a connected one gets FENCED at once, one that comes
-    back when it resumes, and either may take the stream over again.
+    It needs --take-over, since the owner must be told: at once (FENCED) if it is connected, otherwise when it resumes.
+    Either may take the stream over again.
     """
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:

@@ -68,7 +68,7 @@ def serve(
     """Serve a model to many streams at once.
 
     Ctrl-C and SIGTERM drain it; SIGHUP reads the configuration again. Exit status 0: it ended in order. 1: it failed
-    while serving. 2: it could not start. 130: its end was forced.
+    while serving. 2: it could not start. 130: it was forced to stop.
     """
     from instep.config import ConfigError, load_config, unknown_variables
     from instep.server.log import make_log
@@ -183,7 +183,7 @@ def demo(
     """Run the end-to-end demo: stream recorded speech, draw a picture, verify every output."""
     if which == "seed":
         if out is not None:
-            raise typer.BadParameter("`demo seed` writes no files: leave --out out", param_hint="--out")
+            raise typer.BadParameter("`demo seed` writes no files: omit --out", param_hint="--out")
         from instep.demo.seed import run as run_seed
 
         interrupts.raise_again()

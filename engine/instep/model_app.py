@@ -46,11 +46,11 @@ def make(
     weight: Annotated[float, typer.Option(help="For --init constant: every weight.")] = 0.5,
     bias: Annotated[float, typer.Option(help="For --init constant: every bias.")] = 0.0,
     name: Annotated[
-        str | None, typer.Option(help="What clients are told; the folder's name if not given.", show_default=False)
+        str | None, typer.Option(help="The name shown to clients. Default: the folder's.", show_default=False)
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a model folder, with weights that are random or all the same: to try things out, not to be clever."""
+    """Make a model folder, with random or constant weights, for trying things out."""
     gru = {"hidden_size": hidden, "num_layers": layers, "bias": not no_bias}
     description = _described(features, gru, {"before": before, "after": after}, bias=not no_bias)
 
@@ -88,13 +88,13 @@ def import_weights(
         str | None, typer.Option(metavar="NAMES", help="A name for each output: yes,no,perhaps.", show_default=False)
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What clients are told; the folder's name if not given.", show_default=False)
+        str | None, typer.Option(help="The name shown to clients. Default: the folder's.", show_default=False)
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a model folder of the weights of a trained network.
 
-    Name its layers and their activations, in order: weights do not tell.
+    Name its layers and their activations, in order: weights alone do not say.
 
     Without options, it says what the file holds. Nothing in it is executed.
     """

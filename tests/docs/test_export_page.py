@@ -54,7 +54,7 @@ def test_its_commands_run_as_written(folder: Path) -> None:
         assert (done.returncode, done.stderr) == (0, ""), command
         said.append(done.stdout)
     assert "9 frames of 2 streams, 3 inputs and 4 outputs each" in said[0]
-    assert "all 9 equal the recording, bit for bit" in said[2]
+    assert "all 9 equal the recording, bit for bit" in said[3]
     done = run([*bag[:-1], "angular_velocity"], folder)  # this bag has no acceleration
     assert done.returncode == 0, done.stderr
     assert "1 frame of 1 stream" in done.stdout

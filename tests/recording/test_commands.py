@@ -94,7 +94,9 @@ def test_check_of_damage_and_of_what_is_no_recording(tmp_path: Path) -> None:
     (tmp_path / "h.py").write_text("print('hello')\n" * 100)
     status, text = said(commands.check, tmp_path / "h.py")
     assert status == 2
-    assert text.startswith(f"not read: {tmp_path / 'h.py'} is not a recording: it is no SQLite database, or its first")
+    assert text.startswith(
+        f"not read: {tmp_path / 'h.py'} is not a recording: it is not an SQLite database, or its first"
+    )
     (tmp_path / "empty.rec").touch()
     status, text = said(commands.check, tmp_path / "empty.rec")
     assert status == 2

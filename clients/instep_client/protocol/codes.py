@@ -98,8 +98,8 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.FRAMES_PENDING: "frames or outputs of this stream are still in flight; ask again when they have arrived",
     Code.HIBERNATED: "the stream was idle and has left memory; resume it to continue",
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
-    Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included; close some "
-    "(instep-client streams close --place parked), or raise it",
+    Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included (those of a client that died are "
+    "parked after about 10 s): close some (instep-client streams close --place parked), or raise the limit",
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
     Code.STATE_LOST: "a failure of the server lost the stream's state, and the stream was closed; see the server's log",
     Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",

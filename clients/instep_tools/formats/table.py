@@ -153,6 +153,6 @@ def optional_libraries(format: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise CommandProblem(
-            f"{format} needs a library that is missing here ({error.name or error}): "
+            f"{format} needs the library {error.name or error}, which is not installed: "
             'pip install "instep[export]", or pip install -e ".[export]" in a checkout; or use csv or npz'
         ) from error

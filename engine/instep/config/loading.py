@@ -135,7 +135,7 @@ def _durability_without_recording(draft: Config, laid: _Layers) -> Iterator[Prob
     if given is None or draft.recording.file is not None or given.value == "memory":
         return
     if given.layer != "file" or given.value != Config().recording.durability:
-        message = f"nothing is recorded, so no answer can be {given.value}"
+        message = f"durability {given.value} needs a recording"
         yield Problem(given.path, given.source, message, "name a recording.file (--record FILE), or leave this out")
 
 

@@ -128,7 +128,7 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
     try:
         if not overwrite and any((folder / file).exists() for file in (DESCRIPTION_FILE, WEIGHTS_FILE)):
             raise ModelError(
-                f"{folder} holds a model already; choose another folder, or allow to replace it: overwrite=True, or "
+                f"{folder} holds a model already; choose another folder, or replace it with overwrite=True, or "
                 "--overwrite on the command line"
             )
         folder.mkdir(parents=True, exist_ok=True)

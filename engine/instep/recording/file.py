@@ -272,6 +272,6 @@ class RecordingFile:
         except UNREADABLE as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
                 raise RecordingError(
-                    f"{self.path} is not a recording: it is no SQLite database, or its first bytes are damaged"
+                    f"{self.path} is not a recording: it is not an SQLite database, or its first bytes are damaged"
                 ) from None
             raise DamagedRecording(f"{self.path} {what}: {error}", self.path) from None

@@ -101,6 +101,6 @@ def _in_words(value: Any) -> str:
         words = list(map(str, value))
         if len(words) > 4 and all(isinstance(each, int) for each in value):
             words[2:-1] = ["…"]
-        value = ",".join(words) or None
+        value = (", " if any(" " in word for word in words) else ",").join(words) or None
     text = "none" if value is None else str(value)
     return f'"{text}"' if " " in text and '"' not in text else text

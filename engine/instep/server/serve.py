@@ -67,7 +67,7 @@ def run(
     if restart:
         check_restartable(config, prepared)
     if not are_cached():
-        log.info("compiling", hint="once on a machine, some ten seconds")
+        log.info("compiling", hint="once on a machine, up to half a minute")
     warm_up()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     start = _Start(reread or (lambda: config), on_ready, accept_numerics_change)

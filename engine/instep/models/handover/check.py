@@ -131,8 +131,8 @@ def _outputs(module: nn.Module, x: torch.Tensor, against: str) -> F32:
         raise
     except Exception as error:
         raise ModelError(
-            f"{against} fails on random frames {list(x.shape)} ({first_line(error)}): name a function in the file that "
-            "returns a module which takes frames alone"
+            f"{against} fails on random frames {list(x.shape)} of the folder's size ({first_line(error)}): "
+            "name the module that the folder was made from, or a function that returns one which takes frames alone"
         ) from None
     return y
 
