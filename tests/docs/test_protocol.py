@@ -417,7 +417,7 @@ async def test_the_examples_are_one_conversation() -> None:
         return PAGE.examples[label].frames
 
     try:
-        async with running(SEED) as server:
+        async with running(SEED, transport={"heartbeat_s": 600}) as server:  # no PING, however slow the machine
             server.engine.table.last_epoch = EPOCH
             first, second = (Translated(context, server.endpoint, words) for _ in range(2))
             ask = first.ask
