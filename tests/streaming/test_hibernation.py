@@ -292,6 +292,21 @@ async def test_parked_streams_make_room_for_others_and_where_there_is_none_a_sle
         assert "b" in kit.hibernation
 
 
+async def test_with_a_recording_no_parked_stream_ends_to_make_room(tmp_path: Path, rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor, idle=LIMITS, max_streams=2, states=FaultyStates) as kit:
+        kit.operations.parked_make_room = True
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        parked = await gone.open(["a", "b"])
+        assert failures(await step(gone, parked.handles, [0, 0], random_frames(rng, 1, 2))) == []
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        kit.faulty.is_broken = True  # their states cannot be read, so they cannot hibernate now
+        assert (await origin.open(["c"])).codes.tolist() == [Code.TOO_MANY_STREAMS]
+        kit.faulty.is_broken = False
+        assert (await origin.resume(["a", "b"], np.zeros(2, np.uint64), parked.epochs)).codes.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("fell_asleep", [2, 4, 9])
 async def test_none_falls_asleep_while_the_others_of_a_request_wake(tmp_path: Path, fell_asleep: int) -> None:
     names = [f"s{number}" for number in range(9)]

@@ -43,7 +43,7 @@ class StreamOperations:
         self._tombstones = tombstones
         self.hibernation = hibernation
         self.parked_make_room = False
-        """Whether opening a stream ends the one that has been parked longest, where there is no room otherwise."""
+        """Whether opening streams ends those that have been parked longest, where only that makes room."""
 
     # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -80,12 +80,14 @@ class StreamOperations:
         return grants
 
     async def _make_room(self, wanted: int) -> None:
-        """Let those parked longest hibernate or, where they may, end until so many slots are free or none is left."""
+        """Let those parked longest hibernate or, without a recording, end if they may and it makes room for all."""
         await self.hibernation.make_room(wanted)
         missing = wanted - self._table.slots.free_count
-        if not self.parked_make_room or missing <= 0:
+        if not self.parked_make_room or missing <= 0 or self.hibernation.is_possible:
             return
         slots = self._table.parked_longest(missing)
+        if len(slots) < missing:  # the opening is refused anyway: none ends in vain
+            return
         self._tombstones.add(map(self._table.name, slots.tolist()))
         self._engine.stats.evicted("displaced", len(slots))
         await self._end(slots, "displaced")
