@@ -139,9 +139,10 @@ class MemoryReader(RecordingReader):
     def at_once(self) -> Iterator[None]:
         yield
 
-    def check_positions(self, first: int = 1) -> None:
-        found = sorted(key for table in HISTORY for key in self._image[table] if first <= key <= self.last_position)
-        if found != list(range(first, self.last_position + 1)):
+    def check_positions(self, first: int = 1, last: int | None = None) -> None:
+        last = self.last_position if last is None else last
+        found = sorted(key for table in HISTORY for key in self._image[table] if first <= key <= last)
+        if found != list(range(first, last + 1)):
             raise self.damaged("a row is missing, or was written twice")
 
     def _check_trimmed(self) -> None:

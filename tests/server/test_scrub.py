@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from typer.testing import CliRunner
 
 from instep.cli import app
 from instep.recording.inspection import inspect
+from instep.recording.scrub import Scrub
 from instep_client.protocol.codes import HAVE_ALL
 from tests.support.models import SMALL
 from tests.support.raw import RawClient
@@ -33,7 +37,16 @@ async def lines_of_a_restart(path: Path, seconds: float) -> list[dict[str, Any]]
     return told
 
 
-async def test_it_is_told_once_with_what_to_run(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        ("UPDATE batches SET x = zeroblob(length(x))", "(of batches) does not match its CRC"),
+        ("DELETE FROM batches", "is missing"),
+    ],
+)
+async def test_it_is_told_once_with_what_to_run(
+    tmp_path: Path, rng: np.random.Generator, damage: str, what: str
+) -> None:
     path = tmp_path / "r.instep"
     async with running(SMALL, recording={"file": path}) as server, RawClient(server.endpoint) as client:
         await client.hello()
@@ -45,13 +58,25 @@ async def test_it_is_told_once_with_what_to_run(tmp_path: Path, rng: np.random.G
     assert {line["level"] for line in whole} == {"info", "debug"}
     database = sqlite3.connect(path)
     (position,) = database.execute("SELECT max(position) FROM batches WHERE position < 150").fetchone()
-    database.execute("UPDATE batches SET x = zeroblob(length(x)) WHERE position = ?", [position])
+    database.execute(f"{damage} WHERE position = ?", [position])
     database.commit()
     database.close()
     told = await lines_of_a_restart(path, 30)
     (found,) = (line for line in told if line["event"] == "recording damaged")
     assert found["level"] == "error"
-    assert f"the row at position {position} (of batches) does not match its CRC" in found["reason"]
+    assert f"the row at position {position} {what}" in found["reason"]
     repair = shlex.split(found["next"])
     assert CliRunner().invoke(app, repair[1:]).exit_code == 0
     assert 0 < inspect(tmp_path / "r.repaired.instep", lambda _: None).frames < 100
+
+
+def test_a_read_that_never_returns_does_not_keep_the_server_from_ending(tmp_path: Path) -> None:
+    path, damage = tmp_path / "r.instep", list[Exception]()
+    os.mkfifo(path)  # opening it waits for a writer
+    stopping = threading.Thread(target=Scrub(path, 10, damage.append).stop, daemon=True)
+    stopping.start()
+    stopping.join(30)
+    hangs = stopping.is_alive()
+    path.open("wb").close()
+    assert not hangs
+    assert damage == []

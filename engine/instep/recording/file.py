@@ -105,12 +105,12 @@ class RecordingFile:
         """From here on, no row of the history was trimmed."""
         return self.trimmed.position + 1
 
-    def check_positions(self, first: int = 1) -> None:
-        """Raise when a row of the history from `first` on is missing or a position was given twice."""
+    def check_positions(self, first: int = 1, last: int | None = None) -> None:
+        """Raise when a row of the history from `first` to `last` is missing or a position was given twice."""
         first = max(first, self.first_position)
-        found = np.sort(np.concatenate([self._positions(table, first) for table in HISTORY]))
-        found = found[found <= self.last_position]
-        expected: I64 = np.arange(first, self.last_position + 1)
+        last = self.last_position if last is None else min(last, self.last_position)
+        found = np.sort(np.concatenate([self._positions(table, first, last) for table in HISTORY]))
+        expected: I64 = np.arange(first, last + 1)
         if len(found) != len(expected) or (found != expected).any():
             both = min(len(found), len(expected))
             wrong = np.flatnonzero(found[:both] != expected[:both])
@@ -258,9 +258,9 @@ class RecordingFile:
             raise self.damaged("it holds more than one row about trimming")
         self.trimmed = trimmed[0] if trimmed else Trimmed()
 
-    def _positions(self, table: str, first: int) -> I64:
+    def _positions(self, table: str, first: int, last: int) -> I64:
         with self._reading(f"is damaged: the table {table} cannot be read"):
-            query = f"SELECT position FROM {table} WHERE position >= {first}"
+            query = f"SELECT position FROM {table} WHERE position BETWEEN {first} AND {last}"
             found = np.fromiter((row[0] for row in self._database.execute(query)), np.int64)
         self._check_trimmed()
         return found

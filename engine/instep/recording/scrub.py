@@ -5,22 +5,27 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.reader import RecordingReader
+from instep.recording.schema import HISTORY
 
-_ROWS: Final = 64
-"""Rows that are read before the next pause."""
+_AT_ONCE_S: Final = 0.001
+"""How long it reads before it pauses."""
 _PAUSES: Final = 19
 """Every pause is this many times as long as the reading before it, so a core is busy for at most 5 % of the time."""
+_POSITIONS: Final = 1024
+"""Positions that are looked at in one query of each table."""
+_JOIN_S: Final = 0.1
 
 
 class Scrub:
-    """A thread that reads the older batches and outputs of a recording, a few at a time, up to the first damage.
+    """A thread that looks through the older history of a recording, a little at a time, up to the first damage.
 
+    It finds rows that are missing and rows that do not match their CRC.
     It ends early, and says nothing, when the history is trimmed meanwhile.
 
     Args:
@@ -38,9 +43,9 @@ class Scrub:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """Tell the thread to end; a read that takes long is not waited for, as the disk may not answer at all."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(_JOIN_S)  # usually it has let go of the file then, and the recorder can remove the WAL
 
     def _run(self) -> None:
         try:
@@ -52,11 +57,20 @@ class Scrub:
 
     def _read(self) -> None:
         with RecordingReader(self._path) as reader:
-            for table in ("batches", "outputs"):
-                began = time.perf_counter()
-                for count, _ in enumerate(reader.rows(table, reader.first_position, self._through), start=1):
-                    if count % _ROWS:
-                        continue
-                    if self._stopping.wait(_PAUSES * (time.perf_counter() - began)):
-                        return
+            began = time.perf_counter()
+            for _ in self._steps(reader):
+                took_s = time.perf_counter() - began
+                pauses = took_s > _AT_ONCE_S
+                if self._stopping.wait(_PAUSES * took_s if pauses else 0.0):
+                    return
+                if pauses:
                     began = time.perf_counter()
+
+    def _steps(self, reader: RecordingReader) -> Iterator[None]:
+        """Check a row or a range of positions before each item."""
+        for first in range(reader.first_position, self._through + 1, _POSITIONS):
+            reader.check_positions(first, min(first + _POSITIONS - 1, self._through))
+            yield
+        for table in HISTORY:
+            for _ in reader.rows(table, reader.first_position, self._through):
+                yield
