@@ -367,6 +367,10 @@ class TestFiles:
             ("limits: {max_idle_s: 2001-99-99}\n", "month"),
             ("---\n{}\n---\n{}\n", "line 3"),
             ("\x00", "special characters are not allowed"),
+            (f"limits: {'[' * 3000}{']' * 3000}\n", "nested too deeply"),
+            ("limits: {max_idle_s: !!bool soon}\n", "does not fit its tag"),
+            ("limits: {max_idle_s: !!timestamp soon}\n", "does not fit its tag"),
+            ("recording: {file: ~nobody-by-this-name/r.instep}\n", "no home directory"),
         ],
     )
     def test_that_are_not_sections_of_keys_are_refused(self, tmp_path: Path, text: str, message: str) -> None:

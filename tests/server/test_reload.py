@@ -77,6 +77,8 @@ async def test_a_broken_configuration_changes_nothing_and_every_problem_is_told(
     async with running(SMALL) as server:
         before, threshold = server.config, Threshold("error")
         reload(server, lambda: load_config(file), threshold, log_into(told))
+        with pytest.raises(ZeroDivisionError):
+            reload(server, lambda: with_keys(before, limits__park_s=1 / 0), threshold, log_into(told))
         assert server.config is before
         assert threshold.level == "error"
     with pytest.raises(ConfigError) as wrong:

@@ -122,6 +122,11 @@ class _Layers:
             message = f"it is not valid YAML: {error}"
             self.problems.append(Problem(given.path, given.source, message, _default(given.path)))
             return
+        except RuntimeError:  # of `Path.expanduser`
+            self.broken.add(given.path)
+            message = f"there is no home directory for {_short(given.value)}"
+            self.problems.append(Problem(given.path, given.source, message, "write the whole path"))
+            return
         if value is not None:
             for rival in _RIVALS.get(given.path, ()):
                 if rival in self.taken and self.taken[rival].layer != given.layer:

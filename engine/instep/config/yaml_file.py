@@ -63,6 +63,10 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
         raise ValueError(f"{where}{error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+    except (AttributeError, LookupError):  # PyYAML's on a tag such as !!bool with a text that is none
+        raise ValueError("a value in it does not fit its tag") from None
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], list[Problem]]:

@@ -44,20 +44,20 @@ def reload(
     threshold.level = "info"  # whoever sent the signal is told what came of it
     try:
         wanted = reread()
+        changed = {path: (before, after) for path, before, after in _differences(running, wanted)}
+        server.configure(with_changes(running, wanted))
+        level = wanted.log.level
+        log.info(
+            "reloaded",
+            changed=[f"{path}: {before} → {after}" for path, (before, after) in changed.items() if path in CHANGEABLE],
+        )
+        if left := [path for path in changed if path not in CHANGEABLE]:
+            log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
     except ConfigError as error:
         for problem in error.problems:
             log.error("not reloaded", reason=str(problem))
+    finally:
         threshold.level = level
-        return
-    changed = {path: (before, after) for path, before, after in _differences(running, wanted)}
-    server.configure(with_changes(running, wanted))
-    log.info(
-        "reloaded",
-        changed=[f"{path}: {before} → {after}" for path, (before, after) in changed.items() if path in CHANGEABLE],
-    )
-    if left := [path for path in changed if path not in CHANGEABLE]:
-        log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
-    threshold.level = wanted.log.level
 
 
 def with_changes(running: Config, wanted: Config) -> Config:
