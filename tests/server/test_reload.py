@@ -19,7 +19,7 @@ from instep.config import Config, ConfigError, load_config
 from instep.models.folder import write_model
 from instep.recording.reader import RecordingReader
 from instep.server.log import Threshold
-from instep.server.reload import CHANGEABLE, reload
+from instep.server.reload import CHANGEABLE, Kept, reload
 from instep_client.protocol.wire import Code
 from tests.support.models import SMALL
 from tests.support.raw import RawClient
@@ -50,7 +50,7 @@ async def test_what_can_change_does_and_what_cannot_is_named() -> None:
         opened = await client.open("s")
         threshold = Threshold("error")
         wanted = with_keys(server.config, limits__max_idle_s=0.1, limits__window_frames=8, log__level="warning")
-        reload(server, lambda: wanted, threshold, log_into(told))
+        reload(server, lambda: wanted, threshold, log_into(told), Kept())
         reloaded, restart = told
         assert reloaded["event"] == "reloaded"
         assert reloaded["changed"] == ["limits.max_idle_s: 0.0 → 0.1", "log.level: info → warning"]
@@ -65,7 +65,7 @@ async def test_what_can_change_does_and_what_cannot_is_named() -> None:
             welcome = await later.hello()
             assert 0.1 in welcome.header
         told.clear()
-        reload(server, lambda: wanted, threshold, log_into(told))
+        reload(server, lambda: wanted, threshold, log_into(told), Kept())
         assert [line["event"] for line in told] == ["reloaded", "restart needed"]
         assert told[0]["changed"] == []
 
@@ -76,9 +76,9 @@ async def test_a_broken_configuration_changes_nothing_and_every_problem_is_told(
     file.write_text("limits: {max_idle_s: soon, max_idel_s: 3}\n")
     async with running(SMALL) as server:
         before, threshold = server.config, Threshold("error")
-        reload(server, lambda: load_config(file), threshold, log_into(told))
+        reload(server, lambda: load_config(file), threshold, log_into(told), Kept())
         with pytest.raises(ZeroDivisionError):
-            reload(server, lambda: with_keys(before, limits__park_s=1 / 0), threshold, log_into(told))
+            reload(server, lambda: with_keys(before, limits__park_s=1 / 0), threshold, log_into(told), Kept())
         assert server.config is before
         assert threshold.level == "error"
     with pytest.raises(ConfigError) as wrong:

@@ -24,11 +24,12 @@ from tests.support.streaming import random_frames
 
 @pytest.fixture
 def supervised(tmp_path: Path) -> Iterator[tuple[Served, str]]:
-    """A supervised server that records, and its endpoint."""
+    """A supervised server that records, with a configuration file, and its endpoint."""
     write_model(tmp_path / "model", SMALL)
     with closing(socket.create_server(("127.0.0.1", 0))) as probe:
         endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    arguments = ["--restart", "--record", str(tmp_path / "r.instep")]
+    (tmp_path / "c.yaml").write_text("limits: {park_s: 60}\n")
+    arguments = ["--restart", "--record", str(tmp_path / "r.instep"), "--config", str(tmp_path / "c.yaml")]
     with serving(tmp_path / "model", *arguments, endpoint=endpoint, start_new_session=True) as served:
         served.until("serving")
         yield served, endpoint
@@ -63,6 +64,25 @@ def test_a_crash_costs_a_stream_nothing_but_time(
     assert served.process.returncode == 0
     with RecordingReader(tmp_path / "r.instep") as reader:
         assert reader.finished
+
+
+def test_a_crash_undoes_no_reload_whatever_the_file_holds_by_then(
+    supervised: tuple[Served, str], tmp_path: Path
+) -> None:
+    served, _ = supervised
+    for value in (66, 77):
+        (tmp_path / "c.yaml").write_text(f"limits: {{park_s: {value}}}\n")
+        served.process.send_signal(signal.SIGHUP)
+        served.until("reloaded")
+    good = (tmp_path / "c.yaml").read_text()
+    (tmp_path / "c.yaml").write_text("limits: [\n")
+    for _ in range(2):
+        server_of(served).send_signal(signal.SIGSEGV)
+        assert served.until("reload kept")["changed"] == ["limits.park_s: 60.0 → 77.0"]
+        served.until("serving")
+    (tmp_path / "c.yaml").write_text(good)
+    served.process.send_signal(signal.SIGHUP)
+    assert served.until("reloaded")["changed"] == [], "77 was in effect"
 
 
 def test_an_interrupt_from_a_terminal_reaches_the_server_once(supervised: tuple[Served, str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import mmap
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import structlog
@@ -29,8 +31,40 @@ CHANGEABLE: Final = (
 """Every other key is used once, at the start: to allocate memory, to bind the socket, to open the recording."""
 
 
+_KEPT_BYTES: Final = 2048
+
+
+class Kept:
+    """The values that the newest reload has put in place, where they outlive a server that a signal kills.
+
+    They are in memory that every process forked after this was made shares with the others.
+    """
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, 1 + 2 * _KEPT_BYTES)
+        """Which half counts, and two halves: a process that dies while it writes one leaves the other."""
+
+    def keep(self, config: Config) -> None:
+        """Remember what can change of a configuration."""
+        half = 1 - self._shared[0]
+        self._half(half)[:] = json.dumps(_changeable(config)).encode().ljust(_KEPT_BYTES)
+        self._shared[0] = half
+
+    def laid_over(self, config: Config) -> Config:
+        """A configuration with the values that were kept, if any were."""
+        text = bytes(self._half(self._shared[0])).strip(b"\0")
+        return _with_values(config, json.loads(text)) if text else config
+
+    def _half(self, half: int) -> memoryview:
+        return memoryview(self._shared)[1:][half * _KEPT_BYTES :][:_KEPT_BYTES]
+
+
 def reload(
-    server: Server, reread: Callable[[], Config], threshold: Threshold, log: structlog.stdlib.BoundLogger
+    server: Server,
+    reread: Callable[[], Config],
+    threshold: Threshold,
+    log: structlog.stdlib.BoundLogger,
+    kept: Kept,
 ) -> None:
     """Read the configuration again and use what can change of it; a broken one changes nothing.
 
@@ -39,18 +73,17 @@ def reload(
         reread: reads the configuration; raises ConfigError.
         threshold: the level of the log.
         log: where it says what has changed, at whatever level.
+        kept: gets the new values.
     """
     running, level = server.config, threshold.level
     threshold.level = "info"  # whoever sent the signal is told what came of it
     try:
         wanted = reread()
-        changed = {path: (before, after) for path, before, after in _differences(running, wanted)}
-        server.configure(with_changes(running, wanted))
+        server.configure(_with_values(running, _changeable(wanted)))
+        kept.keep(wanted)
         level = wanted.log.level
-        log.info(
-            "reloaded",
-            changed=[f"{path}: {before} → {after}" for path, (before, after) in changed.items() if path in CHANGEABLE],
-        )
+        changed = dict(differences(running, wanted))
+        log.info("reloaded", changed=[change for path, change in changed.items() if path in CHANGEABLE])
         if left := [path for path in changed if path not in CHANGEABLE]:
             log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
     except ConfigError as error:
@@ -60,18 +93,23 @@ def reload(
         threshold.level = level
 
 
-def with_changes(running: Config, wanted: Config) -> Config:
-    """The running configuration with the wanted values of the keys that can change."""
-    for path in CHANGEABLE:
+def differences(one: Config, other: Config) -> Iterator[tuple[str, str]]:
+    """The keys whose values differ, each with a text that says how."""
+    for (path, before), (_, after) in zip(_values(one), _values(other), strict=True):
+        if before != after:
+            yield path, f"{path}: {before} → {after}"
+
+
+def _with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    for path, value in values.items():
         name, key = path.split(".")
-        section = getattr(running, name).model_copy(update={key: getattr(getattr(wanted, name), key)})
-        running = running.model_copy(update={name: section})
-    return running
+        config = config.model_copy(update={name: getattr(config, name).model_copy(update={key: value})})
+    return config
 
 
-def _differences(one: Config, other: Config) -> Iterator[tuple[str, Any, Any]]:
-    for name, section in one:
-        for key, value in section:
-            found = getattr(getattr(other, name), key)
-            if found != value:
-                yield f"{name}.{key}", value, found
+def _changeable(config: Config) -> dict[str, Any]:
+    return {path: value for path, value in _values(config) if path in CHANGEABLE}
+
+
+def _values(config: Config) -> Iterator[tuple[str, Any]]:
+    return ((f"{name}.{key}", value) for name, section in config for key, value in section)

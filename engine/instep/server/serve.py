@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import signal
 from collections.abc import Callable
@@ -13,13 +12,13 @@ import structlog
 import torch
 
 from instep import interrupts
-from instep.config import Config, ConfigError, TransportConfig
+from instep.config import Config, TransportConfig
 from instep.core.compiled import are_cached
 from instep.server.assembly import make_server
 from instep.server.log import Threshold, make_log
 from instep.server.open_files import allow_open_files
 from instep.server.preparation import Prepared, check_restartable, prepare
-from instep.server.reload import reload, with_changes
+from instep.server.reload import Kept, differences, reload
 from instep.server.server import Server
 from instep.server.signals import signals_call
 from instep.server.supervisor import supervise
@@ -35,6 +34,7 @@ class _Start:
     reread: Callable[[], Config]
     on_ready: Callable[[str], None]
     accept_numerics_change: bool
+    kept: Kept
 
 
 def run(
@@ -70,10 +70,11 @@ def run(
         log.info("compiling", hint="once on a machine, up to half a minute")
     warm_up()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
-    start = _Start(reread or (lambda: config), on_ready, accept_numerics_change)
+    start = _Start(reread or (lambda: config), on_ready, accept_numerics_change, Kept())
     if restart and supervise(log):
-        with contextlib.suppress(ConfigError):  # the server that died may have read a new one
-            config = with_changes(config, start.reread())
+        began, config = config, start.kept.laid_over(config)  # the server that died may have reloaded
+        if changed := [change for _, change in differences(began, config)]:
+            log.info("reload kept", changed=changed)
         threshold.level = config.log.level
     return asyncio.run(_serve(config, prepared, log, threshold, start))
 
@@ -102,7 +103,7 @@ async def _serve(
         if interrupts.has_lost_its_terminal():
             stop()
         else:
-            reload(server, start.reread, threshold, log)
+            reload(server, start.reread, threshold, log, start.kept)
 
     with signals_call({signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: hung_up}):
         _say_what_is_served(server, prepared, log)
