@@ -59,6 +59,29 @@ def test_another_weight_is_more_than_rounding() -> None:
     assert agreement(build(MODEL, CPU), x.numpy(), outputs(x)[..., :2].numpy()) is None
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e4])
+def test_outputs_agree_in_proportion_to_their_size(size: float) -> None:
+    x = torch.randn(20, 4, 5, generator=torch.Generator().manual_seed(1))
+    model = with_head(5, 8, 3)
+    for name in ("after.0.weight", "after.0.bias"):
+        model.weights[name].mul_(size)
+    found = agreement(build(model, CPU), x.numpy(), (outputs(x) * size).numpy())
+    other = agreement(build(model, CPU), x.numpy(), (outputs(x, factor=1.1) * size).numpy())
+    assert found is not None
+    assert other is not None
+    assert found.agrees
+    assert not other.agrees
+    silent = agreement(build(model, CPU), x.numpy(), np.zeros((20, 4, 3), np.float32))
+    assert silent is not None
+    assert not silent.agrees
+    for name in ("after.0.weight", "after.0.bias"):
+        model.weights[name].zero_()
+    silent = agreement(build(model, CPU), x.numpy(), np.zeros((20, 4, 3), np.float32))
+    assert silent is not None
+    assert silent.agrees
+    assert silent.tolerance == 0
+
+
 def test_distances() -> None:
     x = np.array([1, -np.inf, 0], np.float32)
     assert Distance.between(x, x) == Distance(0.0, 0)

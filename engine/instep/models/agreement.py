@@ -18,7 +18,7 @@ from instep.models.ulp import ulp_distance
 
 FACTOR: Final = 16
 FLOOR: Final = 8 * 2.0**-23
-"""A float32 result may be off by this many times what the reference loses in float32, and by this much on top."""
+"""A float32 result may be off by this many times what the reference loses in float32, and this part of the largest."""
 _FARTHEST: Final = float(np.finfo(np.float64).max)
 
 
@@ -125,11 +125,12 @@ def _compared(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> 
     sequence = network.sequence(frames, network.state.initial(frames.shape[1]))
     whole = stepped if sequence is None else sequence[0]
     steps, rows, outputs = whole.shape
+    tolerance = _tolerance(network, frames, whole)
     found = [
         Agreement(
             whole=Distance.between(arrangement.apply(y, rows, outputs), whole[-arrangement.steps :]),
             stepped=Distance.between(arrangement.apply(y, rows, outputs), stepped[-arrangement.steps :]),
-            tolerance=_tolerance(network, frames),
+            tolerance=tolerance,
             rows_axis=order[1] - (3 - x.ndim),
             arrangement=arrangement,
         )
@@ -153,13 +154,13 @@ def _stepped(network: RecurrentModel, frames: F32) -> F32:
     return np.stack(outputs)
 
 
-def _tolerance(network: RecurrentModel, frames: F32) -> float:
-    """What rounding explains between two float32 results for these frames."""
+def _tolerance(network: RecurrentModel, frames: F32, outputs: F32) -> float:
+    """What rounding explains between two float32 results for these frames, relative to the largest output."""
     truth, rounded = (_referred(network, frames, dtype) for dtype in (np.float64, np.float32))
     if truth is None or rounded is None:
-        return 2 * FLOOR
-    scale = max(float(np.abs(truth).max()), 1.0)
-    return 2 * (FACTOR * float(np.abs(rounded - truth).max()) + FLOOR * scale)
+        finite = outputs[np.isfinite(outputs)]
+        return 2 * FLOOR * float(np.abs(finite).max(initial=0))
+    return 2 * (FACTOR * float(np.abs(rounded - truth).max()) + FLOOR * float(np.abs(truth).max()))
 
 
 def _referred(network: RecurrentModel, frames: F32, dtype: type[np.floating[Any]]) -> Floats | None:
