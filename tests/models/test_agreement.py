@@ -35,7 +35,7 @@ def test_the_order_of_the_axes_is_found(order: tuple[int, ...], last: bool) -> N
     assert found is not None
     assert found.agrees
     assert max(found.whole.error, found.stepped.error) < 1e-6 < found.tolerance < 1e-4
-    assert found.rows_axis == order.index(1)
+    assert (found.steps_axis, found.rows_axis) == (order.index(0), order.index(1))
     np.testing.assert_array_equal(found.arrangement.apply(y.permute(order).numpy(), 4, 3), y.numpy())
 
 
@@ -48,7 +48,8 @@ def test_one_sequence_and_one_frame_of_each_may_lack_an_axis() -> None:
     assert frames is not None
     assert one.agrees
     assert frames.agrees
-    assert frames.rows_axis == 0
+    assert (frames.rows_axis, frames.steps_axis) == (0, -1)
+    assert (one.rows_axis, one.steps_axis) == (-1, 0)
 
 
 def test_another_weight_is_more_than_rounding() -> None:

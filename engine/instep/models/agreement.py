@@ -66,7 +66,9 @@ class Agreement:
     tolerance: float
     """The largest error that rounding in float32 explains."""
     rows_axis: int
-    """Which axis of the module's input counts sequences."""
+    """Which axis of the module's input counts sequences; negative where it has none."""
+    steps_axis: int
+    """Which one counts timesteps; negative where it has none."""
     arrangement: Arrangement
     """How the module's outputs stand."""
 
@@ -132,6 +134,7 @@ def _compared(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> 
             stepped=Distance.between(arrangement.apply(y, rows, outputs), stepped[-arrangement.steps :]),
             tolerance=tolerance,
             rows_axis=order[1] - (3 - x.ndim),
+            steps_axis=order[0] - (3 - x.ndim),
             arrangement=arrangement,
         )
         for count in sorted({1, steps})

@@ -217,6 +217,50 @@ def test_a_forward_that_does_more_is_refused_and_nothing_is_written(
     assert not (tmp_path / "m").exists()
 
 
+def in_chunks(net: Any, x: torch.Tensor) -> Any:
+    parts = [plain(net, part) for part in torch.split(x, 16, dim=1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize(
+    ("forward", "sentence"),
+    [
+        (lambda net, x: plain(net, x[:, -8:])[:, -1], r"gives other values .*: on frames \[2, 403, 6\] they differ by"),
+        (lambda net, x: plain(net, x)[:, :64], r"gives the shape \[2, 64, 3\] for frames \[2, 403, 6\]; return the 3"),
+        (in_chunks, r"on frames \[2, 403, 6\], Net.forward uses its input more than once, for `encoder.0` and"),
+        (
+            lambda net, x: plain(net, x) if x.shape[1] < 10 else plain(net, x).sigmoid(),
+            r"runs other layers on frames \[2, 403, 6\] than on \[2, 6, 6\], but a stream may have any length: take",
+        ),
+        (
+            lambda net, x: plain(net, x.reshape(-1, 6, 6)),
+            r"runs on frames \[2, 6, 6\] and fails on frames \[2, 403, 6\] \(shape .*\), but a stream may have any",
+        ),
+    ],
+)
+def test_a_forward_that_depends_on_the_length_is_refused(tmp_path: Path, forward: Forward, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        save_model(tmp_path / "m", Net(forward))
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6), (1, 6), (3, 6), (1, 5, 6), (700, 1, 6)])
+def test_an_example_of_any_shape_is_compared_at_another_length(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    def with_state(net: Any, x: torch.Tensor, h: torch.Tensor) -> Any:
+        return net.head(net.gru(net.encoder(x), h)[0])
+
+    def window(net: Any, x: torch.Tensor, h: torch.Tensor) -> Any:
+        return with_state(net, x[..., -8:, :], h)[..., -1, :]
+
+    h = torch.zeros((2, shape[0], 10) if len(shape) == 3 else (2, 10))
+    save_model(tmp_path / "m", Net(with_state), example=(torch.zeros(shape), h))
+    with pytest.raises(ModelError, match="gives other values"):
+        save_model(tmp_path / "w", Net(window), example=(torch.zeros(shape), h))
+    if len(shape) == 2:
+        steps_alone = Net(lambda net, x: net.head(net.gru(net.encoder(x.unsqueeze(1)))[0]).squeeze(1))
+        save_model(tmp_path / "s", steps_alone, example=torch.zeros(shape))
+
+
 def test_what_swallows_every_exception_is_refused_all_the_same(tmp_path: Path) -> None:
     def careless(net: Any, x: torch.Tensor) -> Any:
         y = plain(net, x)

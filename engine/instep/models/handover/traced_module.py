@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
 
-from instep.models.agreement import agreement, first_output
+from instep.models.agreement import Agreement, agreement, first_output
 from instep.models.errors import ModelError
 from instep.models.gru.description import Activation
 from instep.models.handover.layers import SERVED, Chain, Dense, Gru
@@ -19,6 +19,8 @@ from instep.models.registry import build
 
 ROWS, STEPS = 2, 6
 """Of the random input: sequences, and frames of each."""
+MORE_STEPS: Final = 397
+"""A second input is longer by this prime, which neither a window nor a chunk of frames divides."""
 
 
 class TracedModule:
@@ -45,6 +47,7 @@ class TracedModule:
             )
         self._device = tensor.device
         self._arguments: tuple[Any, ...] | None = None
+        self._steps: Sequence[Step] = ()
         if example is not None:
             self._arguments = example if isinstance(example, tuple) else (example,)
             if not isinstance(self._arguments[0], torch.Tensor) or self._arguments[0].dtype != torch.float32:
@@ -72,16 +75,49 @@ class TracedModule:
         )
 
     def check(self, model: Model) -> None:
-        """Compare what a model of these layers gives with what the forward gives, on random frames.
+        """Compare what a model of these layers gives with what the forward gives, on random frames of two lengths.
 
         Raises:
-            ModelError: when they differ by more than float32 rounds.
+            ModelError: when they differ by more than float32 rounds, or the forward depends on the length.
         """
         assert self._arguments is not None
         x, *others = self._arguments
-        x = _random_frames(x.shape, x.device)
+        found = self._compare(model, x.shape)
+        axes = [found.steps_axis]
+        if x.numel() == x.shape[-1]:  # one frame does not tell its axes apart
+            axes = sorted([found.steps_axis, found.rows_axis], reverse=self._gru.batch_first)
+        for axis in axes:
+            if axis < 0:
+                continue
+            longer = list(x.shape)
+            longer[axis] += MORE_STEPS
+            self._check_layers(_random_frames(longer, self._device), others, x.shape)
+            if self._compare(model, longer).steps_axis == axis:
+                return
+
+    def _check_layers(self, x: torch.Tensor, others: Sequence[Any], before: Sequence[int]) -> None:
+        by_hand = f"take frames of any length, or hand over the layers one by one: {self.call_to_make()}"
+        place = f"on frames {list(x.shape)}"
+        try:
+            steps = self._steps_of((x, *others))
+        except _CannotRun as error:
+            raise ModelError(
+                f"{self._kind}.forward runs on frames {list(before)} and fails {place} {error}, but a stream may have "
+                f"any length: {by_hand}"
+            ) from error
+        except ModelError as error:
+            raise ModelError(f"{place}, {error}") from error
+        if [(step.what, step.label) for step in steps] != [(step.what, step.label) for step in self._steps]:
+            raise ModelError(
+                f"{self._kind}.forward runs other layers {place} than on {list(before)}, but a stream may have any "
+                f"length: {by_hand}"
+            )
+
+    def _compare(self, model: Model, shape: Sequence[int]) -> Agreement:
+        assert self._arguments is not None
+        x = _random_frames(shape, self._device)
         with evaluating(self._module):
-            y = first_output(self._module(x.clone(), *others), self._kind)
+            y = first_output(self._module(x.clone(), *self._arguments[1:]), self._kind)
         found = agreement(build(model, torch.device("cpu")), x.cpu().numpy(), y.float().cpu().numpy())
         if found is None:
             raise ModelError(
@@ -92,10 +128,11 @@ class TracedModule:
         if not found.agrees:
             raise ModelError(
                 f"{self._kind}.forward gives other values than its layers do in the order in which it runs them "
-                f"({model.description.in_words()}): they differ by {found.whole.error:.2g}, where rounding explains "
-                f"{found.tolerance:.2g}; return the values of its last layer for each frame, or for the last frame of "
-                "each sequence"
+                f"({model.description.in_words()}): on frames {list(x.shape)} they differ by {found.whole.error:.2g}, "
+                f"where rounding explains {found.tolerance:.2g}; return the values of its last layer for each frame, "
+                "or for the last frame of each sequence, however long it is"
             )
+        return found
 
     def call_to_make(self) -> str:
         """The call that hands over the layers one by one, in the order of the attributes."""
@@ -137,6 +174,10 @@ class TracedModule:
         yield self._gru.input_size
 
     def _layers_of(self, arguments: Sequence[Any]) -> Chain:
+        self._steps = self._steps_of(arguments)
+        return _chain(self._steps, self._kind, arguments[0].shape[-1])
+
+    def _steps_of(self, arguments: Sequence[Any]) -> Sequence[Step]:
         without_it = (
             "train the network without it or, where it comes first or last, compute it in the client and hand over "
             f"the other layers: {self.call_to_make()}"
@@ -163,7 +204,7 @@ class TracedModule:
                 f"{self._kind}.forward does not return first what comes last, from {last}; return the outputs first, "
                 "and compute everything with torch"
             )
-        return _chain(tracer.steps, self._kind, x.shape[-1])
+        return tracer.steps
 
 
 class _CannotRun(Exception):
