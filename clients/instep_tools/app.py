@@ -226,7 +226,7 @@ def replay_command(
 ) -> None:
     """Send recorded sequences again: in real time, N times as fast, or as fast as possible.
 
-    With --check the exit status is 0 when all outputs equal those in the file, 1 when one differs, and 2 when they
+    With --check the exit status is 0 when all outputs equal those in the file, 1 when one differs, and 2 when one
     could not be compared.
     """
     what = Replay(endpoint, file, speed, rate, _choice(named, columns, time, only), save, plot, check)

@@ -35,23 +35,33 @@ class Difference:
 class ReplayComparison:
     """Answers beside a recording."""
 
+    total: int
+    """Frames in the file."""
     frames: int
-    """Frames compared."""
+    """Frames compared: those that have an output in the file and were answered now."""
+    unrecorded: int
+    """Frames that have no output in the file."""
     different: int
     """Frames with at least one bit that differs."""
     streams_different: int
     first: Difference | None
     """In the order of the sequences."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether every frame in the file was compared."""
+        return self.frames == self.total
+
     def sentence(self, exactness: str) -> str:
         """How much differs, as the end of a sentence."""
         if not self.frames:
             return "there was nothing to compare"
+        compared = "" if self.complete else f"{self.frames:,} of {counted(self.total, 'frame')} were compared: "
         if not self.different:
-            return f"all {self.frames:,} equal the recording, bit for bit"
+            return f"{compared}all {self.frames:,} equal the recording, bit for bit"
         note = "" if exactness == "exact" else f" (the server is not exact but {exactness!r})"
         return (
-            f"{self.different:,} of {self.frames:,} frames differ from the recording, "
+            f"{compared}{self.different:,} of {self.frames:,} frames differ from the recording, "
             f"in {counted(self.streams_different, 'stream')}{note}"
         )
 
@@ -70,12 +80,14 @@ def compare(recorded: RecordedSequences, outputs: F32, which: npt.NDArray[np.boo
     """
     if recorded.outputs is None:
         raise ValueError("there must be recorded outputs")
-    both = which if recorded.answered is None else which & recorded.answered
+    comparable = np.ones_like(which) if recorded.answered is None else recorded.answered
+    unrecorded = int((~comparable & np.isnan(recorded.outputs).all(axis=1)).sum())
+    both = which & comparable
     bits_differ = (recorded.outputs.view(np.uint32) != outputs.view(np.uint32)) & both[:, None]
     compared = int(both.sum())
     frames = np.flatnonzero(bits_differ.any(axis=1))
     if not len(frames):
-        return ReplayComparison(compared, 0, 0, None)
+        return ReplayComparison(len(which), compared, unrecorded, 0, 0, None)
     rows = np.searchsorted(recorded.starts, frames, side="right") - 1
     flat, row = int(frames[0]), int(rows[0])
     element = int(np.argmax(bits_differ[flat]))
@@ -86,4 +98,4 @@ def compare(recorded: RecordedSequences, outputs: F32, which: npt.NDArray[np.boo
         recorded=float(recorded.outputs[flat, element]),
         now=float(outputs[flat, element]),
     )
-    return ReplayComparison(compared, len(frames), len(np.unique(rows)), first)
+    return ReplayComparison(len(which), compared, unrecorded, len(frames), len(np.unique(rows)), first)

@@ -76,7 +76,7 @@ class ReplayedOutputs:
 
 
 async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> Exit:
-    """Run it again and report. With `check`: 0 all equal, 1 something differs, 2 could not check.
+    """Run it again and report. With `check`: 0 all equal, 1 something differs, 2 some frame could not be compared.
 
     Raises:
         InstepError: as the client does.
@@ -137,9 +137,15 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
     frames, answered, comparison = len(done.sequences.frames), done.back.answered, done.comparison
     for sentence in done.back.refusals:
         terminal.error(sentence)
-    if what.check:
+    if comparison is not None:
         for note in done.sequences.notes:
             terminal.note(note)
+        if comparison.unrecorded:
+            have = "has" if comparison.unrecorded == 1 else "have"
+            terminal.note(
+                f"{counted(comparison.unrecorded, 'frame')} {have} no output in the file, as when a server was killed "
+                "before it recorded one, and cannot be compared"
+            )
     if terminal.as_json:
         terminal.result(
             {
@@ -169,11 +175,11 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
         line += f"; saved in {what.save}"
     if what.plot is not None:
         line += f"; {done.drawn}"
-    same = comparison is None or not comparison.different
-    terminal.summary(line, good=done.whole and same)
-    if what.check and same and (not done.whole or not comparison or not comparison.frames):
-        return Exit.COULD_NOT_RUN
-    return Exit.OK if done.whole and same else Exit.FOUND_PROBLEMS
+    good = done.whole if comparison is None else comparison.complete and not comparison.different
+    terminal.summary(line, good=good)
+    if good:
+        return Exit.OK
+    return Exit.COULD_NOT_RUN if comparison is not None and not comparison.different else Exit.FOUND_PROBLEMS
 
 
 def _check_fits(what: Replay, sequences: RecordedSequences, info: ServerInfo) -> None:

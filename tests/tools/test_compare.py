@@ -48,7 +48,11 @@ def test_only_frames_that_were_answered_then_and_now_are_compared() -> None:
     y = np.arange(5, dtype=np.float32)[:, None]
     recorded = replace(with_outputs(y), answered=np.array([True, False, True, True, True]))
     result = compare(recorded, -y - 1, np.array([False, True, True, True, False]))
-    assert (result.frames, result.different, result.streams_different) == (2, 2, 1)
+    assert (result.total, result.frames, result.different, result.streams_different) == (5, 2, 2, 1)
+    assert not result.complete
+    assert (
+        result.sentence("exact") == "2 of 5 frames were compared: 2 of 2 frames differ from the recording, in 1 stream"
+    )
     assert result.first is not None
     assert (result.first.stream, result.first.frame) == ("b", 0)
 

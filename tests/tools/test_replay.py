@@ -144,6 +144,49 @@ async def test_more_sequences_than_the_server_keeps(file: Path) -> None:
         assert "all 14 equal" in run.terminal.said
 
 
+def without_the_first_frame(lines: list[str]) -> list[str]:
+    return [line.rsplit(",", 2)[0] + ",123,123" for line in lines[1:]]
+
+
+def with_outputs_of_nan(lines: list[str]) -> list[str]:
+    return [line.rsplit(",", 2)[0] + ",nan,nan" for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("damage", "compared", "note"),
+    [
+        (without_the_first_frame, "8 of 13", "1 stream begins after the first frame, and the file does not hold the s"),
+        (with_outputs_of_nan, "8 of 14", "6 frames have no output in the file, as when a server was killed before it"),
+        (
+            lambda lines: [*lines[:-1], *with_outputs_of_nan(lines[-1:])],
+            "13 of 14",
+            "1 frame has no output in the file",
+        ),
+    ],
+)
+@pytest.mark.parametrize("differs", [False, True])
+async def test_frames_that_cannot_be_compared_are_no_success(
+    tmp_path: Path, file: Path, damage: Callable[[list[str]], list[str]], compared: str, note: str, differs: bool
+) -> None:
+    assert await Run()(file, save=tmp_path / "t.csv") == Exit.OK
+    header, *rows = (tmp_path / "t.csv").read_text().splitlines()
+    one = [row for row in rows if row.startswith("tap-1,")]
+    others = [row for row in rows if row not in one]
+    if differs:
+        others[0] = others[0].rsplit(",", 1)[0] + ",123"
+    (tmp_path / "t.csv").write_text("\n".join([header, *damage(one), *others, ""]))
+    run = Run()
+    assert await run(tmp_path / "t.csv", check=True) == (Exit.FOUND_PROBLEMS if differs else Exit.COULD_NOT_RUN)
+    assert (
+        f"{compared} frames were compared: {'1 of' if differs else 'all'} {compared.split()[0]} " in run.terminal.said
+    )
+    assert note in " ".join(run.terminal.complained.split())
+    run = Run(as_json=True)
+    await run(tmp_path / "t.csv", check=True)
+    check = run.terminal.json()["check"]
+    assert f"{check['frames']} of {check['total']}" == compared
+
+
 START_NS = 1_700_000_000_000_000_000
 
 
@@ -225,7 +268,10 @@ async def test_a_stop_drains_closes_and_saves_what_there_is(tmp_path: Path, file
     part = read_sequences(tmp_path / "part.npz")
     assert part.lengths.tolist() == [3, 1, 3, 3]
     assert "10 frames of 4 streams" in run.terminal.said
-    assert "4 frames got no answer: stopped, all streams closed; all 10 equal the recording" in run.terminal.said
+    assert (
+        "4 frames got no answer: stopped, all streams closed; 10 of 14 frames were compared: all 10 equal"
+        in run.terminal.said
+    )
 
 
 def end_at_block(run: Run, number: int, handle: int, code: Code) -> None:
