@@ -81,7 +81,8 @@ class PlainCommands(TyperGroup):
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            error.message = in_plain_words(error)
+            if ctx.parent is None:  # a group within a group has raised it as it was
+                error.message = in_plain_words(error)
             raise
 
 
