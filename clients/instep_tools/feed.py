@@ -13,13 +13,15 @@ from instep_tools.pacing import Stop
 from instep_tools.problems import BadFile
 
 CHUNK_BYTES: Final = 65_536
+MAX_LINE_MIB: Final = 16
+"""More than the text of any frame: a longer line is not text."""
 
 
 async def read_lines(descriptor: int, stop: Stop) -> AsyncIterator[tuple[int, bytes]]:
     """The numbered lines (from 1), without their ends, until the end of the file or a stop.
 
     Raises:
-        BadFile: when reading fails.
+        BadFile: when reading fails, or a line has no end within `MAX_LINE_MIB`.
     """
     number = 0
     rest = b""
@@ -28,6 +30,8 @@ async def read_lines(descriptor: int, stop: Stop) -> AsyncIterator[tuple[int, by
         for line in lines:
             number += 1
             yield number, line
+        if len(rest) > MAX_LINE_MIB << 20:
+            raise BadFile(f"line {number + 1} has no end within {MAX_LINE_MIB} MiB: give text, one frame a line")
     if rest and not stop.requested:
         yield number + 1, rest
 

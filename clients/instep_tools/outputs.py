@@ -34,20 +34,20 @@ class Outputs(Protocol):
 
 
 class PrintedOutputs:
-    """A line for each frame: stream, seq, and the output; CSV and TSV begin with a line of column names."""
+    """A line for each frame: stream, seq, and the output; in CSV and TSV a line of column names precedes the first."""
 
     def __init__(self, write: Callable[[str], object], format: OutputFormat, columns: Sequence[str]) -> None:
         self._write = write
         self._format = format
         self._separator = "\t" if format is OutputFormat.TSV else ","
-        if format is not OutputFormat.JSONL:
-            write(csv_lines([["stream", "seq", *columns]], self._separator))
+        self._head = [["stream", "seq", *columns]]
 
     def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
         """Print them."""
         rows = enumerate(float_texts(outputs), seq)
         if self._format is not OutputFormat.JSONL:
-            self._write(csv_lines([[stream, number, *row] for number, row in rows], self._separator))
+            self._write(csv_lines([*self._head, *([stream, number, *row] for number, row in rows)], self._separator))
+            self._head.clear()
             return
         name = json.dumps(stream)
         lines = (

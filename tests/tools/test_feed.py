@@ -64,6 +64,13 @@ async def test_a_stop_does_not_wait_for_a_line(pipe: tuple[int, int]) -> None:
     os.close(writer)  # the thread that still reads sees the end and finds nobody to tell
 
 
+async def test_a_line_without_an_end_is_told() -> None:
+    endless = os.open("/dev/zero", os.O_RDONLY)
+    with pytest.raises(BadFile, match="line 1 has no end within 16 MiB"):
+        await asyncio.wait_for(all_of(endless), 30)
+    os.close(endless)
+
+
 async def test_a_failed_read_is_told(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path / "f", os.O_WRONLY | os.O_CREAT)
     with pytest.raises(BadFile, match="the lines cannot be read: Bad file descriptor"):

@@ -86,8 +86,10 @@ async def test_an_input_without_frames_is_an_error(tmp_path: Path, monkeypatch: 
         await ProduceRun()(file=tmp_path / "empty.csv")
     with (tmp_path / "empty.csv").open() as nothing:
         monkeypatch.setattr("sys.stdin", nothing)
+        run = ProduceRun()
         with pytest.raises(BadFile, match=r"there are no frames on standard input$"):
-            await ProduceRun()()
+            await run()
+        assert run.terminal.data == ""
     (tmp_path / "bad.csv").write_text("x\n")
     assert await ProduceRun()(file=tmp_path / "bad.csv") == Exit.FOUND_PROBLEMS
     stopped = ProduceRun()
