@@ -28,7 +28,17 @@ _FRACTION: Final = re.compile(r"\.(\d+)")
 
 
 class BadLine(ValueError):
-    """A line that is not a frame; the message says why in a few words, without the line's number."""
+    """A line that is not a frame; the message says why in a few words, without the line's number.
+
+    Args:
+        reason: what is wrong.
+        hint: what to do about it, as the end of the sentence; empty where nobody knows.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason + hint)
+        self.reason = reason
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +135,8 @@ class LineReader:
         named = self._choice.named
         numbers = fields[1:] if named else fields
         self._check_count(numbers, fields)
+        if self.features is None and not named and len(fields) > 1 and not _is_number(fields[0]):
+            raise BadLine(f"{fields[0]!r:.40} is not a number", _named_hint(fields[0]))
         return Line(fields[0] if named else None, 0, None, None, _frame(numbers), np.empty(0, np.float32))
 
     def _by_roles(self, fields: list[str], roles: Roles) -> Line:
@@ -153,8 +165,8 @@ class LineReader:
         elif self._roles is not None:
             hint = f": the columns are {', '.join(self._names)}; name those of the frame with --columns"
         elif not self._choice.named and len(numbers) - 1 == self.features and not _is_number(fields[0]):
-            hint = f": if {fields[0]!r:.40} names the stream, give --named"
-        raise BadLine(f"it has {counted(len(numbers), 'number')}, a frame has {self.features}{hint}")
+            hint = _named_hint(fields[0])
+        raise BadLine(f"it has {counted(len(numbers), 'number')}, a frame has {self.features}", hint)
 
 
 def time_ns(column: str, field: str) -> int:
@@ -189,17 +201,19 @@ def read_text(path: Path, choice: Choice) -> RecordedSequences:
     reader = LineReader(choice, with_outputs=True)
     lines: list[Line] = []
     bad: list[str] = []
+    hint = ""
     with path.open(encoding="utf-8-sig") as file:
         for number, text in enumerate(file, 1):
             try:
                 line = reader.read(text)
             except BadLine as error:
-                bad.append(f"line {number}: {error}")
+                bad.append(f"line {number}: {error.reason}")
+                hint = hint or error.hint
             else:
                 lines += () if line is None else (line,)
     if bad:
         more = f"; and {len(bad) - BAD_LINES_NAMED} more" if len(bad) > BAD_LINES_NAMED else ""
-        raise BadFile(f"{path}: {'; '.join(bad[:BAD_LINES_NAMED])}{more}")
+        raise BadFile(f"{path}: {'; '.join(bad[:BAD_LINES_NAMED])}{more}{hint}")
     if not lines:
         raise BadFile(f"{path} holds no frames")
     return sequences_of(
@@ -272,6 +286,10 @@ def _is_number(field: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _named_hint(field: str) -> str:
+    return f": if {field!r:.40} names the stream, give --named"
 
 
 def _number(field: str, finite: bool = True) -> float:

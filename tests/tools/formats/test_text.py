@@ -190,6 +190,10 @@ def test_whole_files(tmp_path: Path) -> None:
         ("x,y\n", "holds no frames"),
         ("1 2\n3\n4 x\n5 6\n", "line 2: it has 1 number, a frame has 2; line 3: 'x' is not a number"),
         ("1 2\n" + "x\n" * 9, "line 6: it has 1 number, a frame has 2; and 4 more"),
+        (
+            "a 1\nb x\n",
+            "line 1: 'a' is not a number; line 2: 'b' is not a number: if 'a' names the stream, give --named",
+        ),
         ("time_s,x\n2,0\n1,0\n", "the times of a stream must never go back"),
         ("seq,x\n0,0\n2,0\n", "stream 'a' has frame 2 where frame 1 belongs"),
         ("seq,x\n0,0\n0,0\n", "stream 'a' has frame 0 where frame 1 belongs"),
