@@ -13,13 +13,15 @@ from typing import Any, Final
 import numpy as np
 from rich.table import Table
 
+from instep_tools.load.report import lines
 from instep_tools.load.result import Measured
 from instep_tools.load.samples import percentiles
 from instep_tools.problems import BadFile, Exit
 from instep_tools.terminal import Terminal
 from instep_tools.words import three_digits
 
-_LATENCIES: Final = ("p50", "p90", "p99", "p999", "max")
+_LATENCIES: Final = {"p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9", "max": "max"}
+"""The percentiles of a saved result, and what the table calls them."""
 MOST_LETTERS: Final = 24
 """Of a file's name, its last ones, at the head of a column."""
 _TICKS: Final = 5
@@ -78,29 +80,32 @@ def as_hgrm(result: Measured) -> bytes:
 def compare(one: Path, other: Path, terminal: Terminal) -> Exit:
     """Print what two saved runs measured, and the second over the first."""
     try:
-        first, second = _figures(one), _figures(other)
+        (load, first), (other_load, second) = _saved_run(one), _saved_run(other)
     except BadFile as error:
         terminal.error(str(error))
         return Exit.COULD_NOT_RUN
     names = [name for name in first if name in second]
     ratios = {name: second[name] / first[name] if first[name] else None for name in names}
+    differ = {name: (load[name], other_load.get(name)) for name in load if load[name] != other_load.get(name)}
     if terminal.as_json:
-        terminal.result({"first": first, "second": second, "ratio": ratios})
+        terminal.result({"first": first, "second": second, "ratio": ratios, "loads_differ": differ})
         return Exit.OK
     rows = Table("", *(path.name[-MOST_LETTERS:] for path in (one, other)), "ratio", box=None, pad_edge=False)
     for column in rows.columns[1:]:
         column.justify = "right"
     for name in names:
         ratio = ratios[name]
-        rows.add_row(
-            name, three_digits(first[name]), three_digits(second[name]), "" if ratio is None else f"{ratio:.2f}"
-        )
+        cells = (first[name], second[name], math.nan if ratio is None else ratio)
+        rows.add_row(name, *map(three_digits, cells))
     terminal.out.print(rows)
+    if differ:
+        differences = ", ".join(f"{name} {mine} and {theirs}" for name, (mine, theirs) in differ.items())
+        terminal.note(lines(f"the loads differ: {differences}"))
     return Exit.OK
 
 
-def _figures(path: Path) -> dict[str, float]:
-    """The figures of a run, or of the best try of a search.
+def _saved_run(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """The load and the figures of a run, or of the best try of a search.
 
     Raises:
         BadFile: when it holds none.
@@ -112,9 +117,14 @@ def _figures(path: Path) -> dict[str, float]:
             raise BadFile(f"{path} is a search that found no load within its level: there is nothing to compare")
         figures = {"streams": run["load"]["streams"], "frames/s": run["frames_per_second"]}
         latency = run["latency_us"]["latency"]
-        figures |= {f"latency {name}, ms": latency[name] / 1000 for name in _LATENCIES if latency[name] is not None}
+        figures |= {
+            f"latency {title}, ms": latency[name] / 1000
+            for name, title in _LATENCIES.items()
+            if latency[name] is not None
+        }
         lost = sum(run["refused_frames"].values()) + run["unanswered_frames"] + run["unsent_frames"]
-        return {name: float(value) for name, value in (figures | {"frames not answered": lost}).items()}
+        figures |= {"frames not answered": lost}
+        return dict(run["load"]), {name: float(value) for name, value in figures.items()}
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError):

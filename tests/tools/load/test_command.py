@@ -84,7 +84,7 @@ async def test_an_open_loop(tmp_path: Path) -> None:
     head, latency, late, queue, *_ = run.terminal.said.splitlines()
     assert head.split() == ["ms,", "n", "=", "80", "p50", "p90", "p99", "p99.9", "max"]
     assert latency.startswith("latency, from when it was due")
-    assert late.startswith("  sent late by this side")
+    assert late.startswith("  sent late (load generator)")
     assert queue.split() == ["server:", "queue", "0.00700", "0.00700", "0.00700", "–", "0.00700"]
     assert run.last.startswith("120 frames/s of 120 due, 80 answers/s, p50 ")
     assert f"percentiles in {percentiles}; drawn in {picture}" in run.last
@@ -114,11 +114,19 @@ def test_a_closed_loop_in_words_json_and_files(tmp_path: Path) -> None:
     assert values["server"]["model"] == "halving"
     assert (tmp_path / "p.svg").read_text().startswith("<?xml")
 
+    values["latency_us"]["latency"]["p999"] = 9.0
+    for file, frames_s in zip(files, (10_000, 12.3), strict=True):
+        load = values["load"] | {"streams": 6 if frames_s == 12.3 else 3}
+        file.write_text(json.dumps(values | {"load": load, "frames_per_second": frames_s}))
     both = json.loads(run("--compare", *files, "--json").stdout)
-    assert both["ratio"]["streams"] == 2
-    told = run("--compare", *files).stdout
-    assert "latency p99, ms" in told
-    assert fits(told)
+    assert (both["ratio"]["streams"], both["loads_differ"]) == (2, {"streams": [3, 6]})
+    compared = run("--compare", *files)
+    told = [line.split() for line in compared.stdout.splitlines()]
+    assert ["frames/s", "10,000", "12.3", "0.00123"] in told
+    assert ["latency", "p99.9,", "ms", "0.00900", "0.00900", "1.00"] in told
+    assert fits(compared.stdout)
+    assert compared.stderr == "the loads differ: streams 3 and 6\n"
+    assert run("--compare", files[0], files[0]).stderr == ""
     found_nothing = ('{"best": null}', "found no load within its level")
     for content, problem in (("{}", "holds no result of a load test"), (None, "cannot be read"), found_nothing):
         bad = tmp_path / "bad.json"
