@@ -99,7 +99,7 @@ def loadtest_command(
     hide the frames that queue behind it. The server's own share is shown beside it.
 
     The exit status is 0 when every frame was answered, 1 when some were refused or unanswered, 2 when it could not run,
-    and 3 when it was this side that could not keep up: then it measured itself.
+    and 3 when the load generator could not keep up, so the result says nothing about the server.
     """
     if compare is not None:
         raise typer.Exit(compare_runs(*compare, Terminal(as_json)))

@@ -19,7 +19,7 @@ from instep_tools.load.search import ADVICE
 from instep_tools.words import counted, three_digits
 
 ROWS: Final = {
-    "late_us": "  sent late by this side",
+    "late_us": "  sent late (load generator)",
     "away_us": "  without a connection",
     "queue_us": "  server: queue",
     "compute_us": "  server: compute",
