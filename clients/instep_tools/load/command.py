@@ -104,12 +104,16 @@ class LoadTester:
             self._terminal.out.print(report.trials_table(search.trials, slo_ms))
             if best is not None:
                 self._terminal.out.print(report.table(best))
-        level = f"in real time at {plan.rate_hz:g} Hz within p99 of {slo_ms:g} ms"
-        sentence = f"no number of streams was found that is served {level}"
         if best is not None:
             least = "at least " if search.ended else ""
+            level = f"in real time at {plan.rate_hz:g} Hz within p99 of {slo_ms:g} ms"
             p99_ms = three_digits(best.latency.p99 / 1000)
             sentence = f"{least}{counted(best.plan.streams, 'stream')} {level} (p99 {p99_ms} ms)"
+        elif search.trials:
+            fewest = min(trial.plan.streams for trial in search.trials)
+            sentence = f"not even {counted(fewest, 'stream')} stayed within {slo_ms:g} ms at p99 ({plan.rate_hz:g} Hz)"
+        else:
+            sentence = "nothing was measured"
         if search.ended or search.limited:
             sentence += f"; {search.ended or 'that is all the server has room for'}"
         good = best is not None and not search.ended

@@ -15,7 +15,7 @@ from rich.table import Table
 from instep_client.protocol.wire import ServerInfo
 from instep_tools.load.plan import Mode
 from instep_tools.load.result import Measured
-from instep_tools.load.search import ADVICE
+from instep_tools.load.search import advice
 from instep_tools.words import counted, three_digits
 
 ROWS: Final = {
@@ -99,7 +99,7 @@ def blame(result: Measured) -> str:
     due = result.plan.offered_frames_s * result.plan.duration_s
     sent = f"it sent {max(0.0, 1 - result.found.unsent / due):.0%} of the frames due, "
     late = f"{three_digits(result.parts['late_us'].p99 / 1000)} ms late at p99"
-    return f"measured the load generator, not the server: {sent}{late}; {ADVICE}"
+    return f"measured the load generator, not the server: {sent}{late}; {advice(result.plan.streams)}"
 
 
 def setting(info: ServerInfo) -> str:

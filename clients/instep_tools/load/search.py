@@ -18,9 +18,15 @@ RESOLUTION: Final = 1 / 32
 FAILURES_TO_BELIEVE: Final = 2
 """A size counts as too large when it failed this often: one hiccup of the machine decides nothing."""
 ADVICE: Final = "use more --processes, a larger --block, or a lower --rate, or run it on another machine"
+BUSY: Final = "this machine is busy: run it while the machine is idle, with a lower --rate, or on another machine"
 
 Try = Callable[[int, int], Awaitable[Measured]]
 """Serves that many streams, from that many processes."""
+
+
+def advice(streams: int) -> str:
+    """What to do when the load generator could not keep up with this number of streams."""
+    return BUSY if streams == 1 else ADVICE
 
 
 class Search:
@@ -73,7 +79,7 @@ class Search:
                 streams = max(1, bad // 2)
         self.limited = good == limit
         if self.measured_itself:
-            self.ended = f"with {counted(bad, 'stream')} the load generator could not keep up; {ADVICE}"
+            self.ended = f"with {counted(bad, 'stream')} the load generator could not keep up; {advice(bad)}"
 
     async def _judge(self, streams: int) -> Verdict | None:
         """What a number of streams comes to; None when the search is over."""
