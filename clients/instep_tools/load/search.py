@@ -63,7 +63,7 @@ class Search:
             CommandProblem: when not even the first try can be made.
         """
         good, bad, streams = 0, limit + 1, start
-        while good < limit and bad - good > max(1, int(good * RESOLUTION)):
+        while good < limit and (bad > limit or bad - good > max(1, int(good * RESOLUTION))):
             verdict = await self._judge(streams)
             if verdict is None:
                 return

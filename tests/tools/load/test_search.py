@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from instep_client.protocol.errors import ConnectionFailed
@@ -73,6 +73,7 @@ def up_to(capacity: int) -> Callable[[int, int], Verdict]:
     return lambda streams, processes: "met" if streams <= capacity else "not met"
 
 
+@example(81, 5, 81)
 @given(st.integers(0, 5000), st.integers(1, 4096), st.integers(1, 4096))
 async def test_the_answer_is_right_to_the_resolution(capacity: int, start: int, limit: int) -> None:
     searched = Searched(up_to(capacity))
