@@ -141,11 +141,15 @@ class LoadTester:
             if test.save is not None:
                 saved.write(test.save, json.dumps(values, indent=2).encode() + b"\n")
                 sentence += f"; saved in {test.save}"
+            drawn = [trial for trial in trials if len(trial.samples)]
             if test.hdr is not None and best is not None and len(best.samples):
                 saved.write(test.hdr, saved.as_hgrm(best))
                 sentence += f"; percentiles in {test.hdr}"
-            drawn = [trial for trial in trials if len(trial.samples)]
-            if test.plot is not None and drawn:
+            elif test.hdr is not None:
+                sentence += f"; {test.hdr} not written"
+            if test.plot is not None and not drawn:
+                sentence += f"; {test.plot} not drawn"
+            elif test.plot is not None:
                 from instep_tools.load import plot
 
                 picture = (plot.run if test.plan.slo_ms is None else plot.search)(drawn, self._info)

@@ -16,7 +16,7 @@ import numpy as np
 
 from instep_client.aio import AsyncClient
 from instep_client.aio_streams import AsyncGroup
-from instep_client.protocol.errors import FramesRefused, InstepError, Refused
+from instep_client.protocol.errors import ConnectionFailed, FramesRefused, InstepError, Refused
 from instep_client.protocol.wire import F32
 from instep_client.streams import ENDING
 from instep_tools.load.plan import LoadPart, Mode, Schedule
@@ -58,7 +58,10 @@ class PartResult:
     unsent: int = 0
     """Frames that were due and that this side was too late to send; in `samples` as well."""
     gaps: list[tuple[float, float]] = field(default_factory=list)
-    """From the last answer before a connection was lost to the first one after, in seconds after the warm-up."""
+    """From the last answer before a connection was lost to the first one after, or to the end, in seconds after the
+    warm-up."""
+    gone: int = 0
+    """How many of the gaps last to the end: the server did not come back."""
     stopped: bool = False
     gave_up: bool = False
     """Whether it ended because the service level could not be met any more."""
@@ -74,18 +77,22 @@ class _Line:
 
     def __init__(self, group: AsyncGroup) -> None:
         self.gaps: list[tuple[float, float]] = []
+        self.heard_at = -math.inf
         self._group = group
         self._epoch = int(group.epochs[0])
-        self._heard_at = -math.inf
 
     def hear(self, now: float) -> None:
         """An answer came."""
-        if now - self._heard_at > LEAST_GAP_S:
+        if now - self.heard_at > LEAST_GAP_S:
             epoch = int(self._group.epochs[0])
             if epoch != self._epoch:
                 self._epoch = epoch
-                self.gaps.append((self._heard_at, now))
-        self._heard_at = now
+                self.lose(now)
+        self.heard_at = now
+
+    def lose(self, now: float) -> None:
+        """There has been no connection since the last answer."""
+        self.gaps.append((self.heard_at, now))
 
     def lost_s(self, since: float, until: float) -> float:
         """How much of a time there was no connection."""
@@ -113,6 +120,7 @@ class _Block:
 
     due: float
     frames: int
+    line: _Line
     sent: float = math.nan
     """When the client library began to send."""
     answered: bool = False
@@ -149,7 +157,8 @@ class Load:
         Raises:
             InstepError: when nobody answers, or a stream cannot be opened.
         """
-        unanswered, lost = 0, ""
+        left: list[_Block] = []
+        lost, is_gone = "", False
         async with AsyncExitStack() as stack:
             senders = await self._open(stack)
             self._start = await ready()
@@ -161,33 +170,44 @@ class Load:
             try:
                 async with task_group() as tasks:
                     await send(senders, tasks)
-                    unanswered = await self._drain(max(0.0, self._end - self._clock.now()) * self._is_closed + drain_s)
-                if unanswered:
+                    left = await self._drain(max(0.0, self._end - self._clock.now()) * self._is_closed + drain_s)
+                drained = self._clock.now()
+                if left:
                     lost = await self._find_loss()
+                    is_gone = bool(lost)
             except InstepError as error:
-                lost = str(error)
+                drained, lost, is_gone = self._clock.now(), str(error), isinstance(error, ConnectionFailed)
+        if is_gone:
+            for line in self._lines:
+                line.lose(drained)
+        unanswered = self._add_unanswered(left, drained, is_gone)
         samples = self._samples.array()
         stalls = [(start - self._counted_from, end - self._counted_from) for start, end in self._stalls]
         samples["held_up_us"] = held_up_us(samples, stalls)
-        gaps = [gap for line in self._lines for gap in line.gaps if gap[1] > self._counted_from]
+        gaps = [gap for line in self._lines for gap in line.gaps if self._counted_from < gap[1] and gap[0] < self._end]
         return PartResult(
             samples=samples,
             refused=+self._refused,
             unanswered=unanswered,
             unsent=self._unsent,
-            gaps=[(max(0.0, start - self._counted_from), end - self._counted_from) for start, end in gaps],
+            gaps=[
+                (max(0.0, start - self._counted_from), min(end, self._end) - self._counted_from) for start, end in gaps
+            ],
+            gone=sum(line.gaps[-1] in gaps for line in self._lines) if is_gone else 0,
             stopped=self._stop.requested,
             gave_up=self._gave_up,
             lost=lost,
         )
 
     async def _find_loss(self) -> str:
-        """Whether the server is gone, now that frames were not answered."""
+        """Why frames were not answered, if it is because the server is gone."""
         try:
             async with asyncio.timeout(PING_S):
                 for client in self._clients:
                     await client.ping()
         except TimeoutError:
+            if all(line.heard_at < self._counted_from for line in self._lines):
+                return "the server went away during the warm-up"
             return "the server does not answer any more"
         return ""
 
@@ -236,7 +256,7 @@ class Load:
                 self._leave_unsent(senders, schedule, range(number, sends), now)
                 break
             sender = senders[schedule.sender(number)]
-            block = _Block(due, sender.frames)
+            block = _Block(due, sender.frames, sender.line)
             task = tasks.create_task(self._send(sender, block))
             self._waiting[task] = block
             task.add_done_callback(self._waiting.pop)
@@ -262,12 +282,12 @@ class Load:
             task = asyncio.current_task()
             assert task is not None
             while not self._stop.requested and (now := self._clock.now()) < self._end:
-                self._waiting[task] = block = _Block(now, sender.frames)
+                self._waiting[task] = block = _Block(now, sender.frames, sender.line)
                 await self._send(sender, block)
             self._waiting.pop(task, None)
 
         for sender in senders:
-            self._waiting[tasks.create_task(send_again_and_again(sender))] = _Block(self._start, 0)
+            self._waiting[tasks.create_task(send_again_and_again(sender))] = _Block(self._start, 0, sender.line)
 
     async def _note_stalls(self) -> None:
         """Note when the event loop, and with it the client library, did not get its turn."""
@@ -279,17 +299,14 @@ class Load:
                 now = self._clock.now()
                 self._stalls.append((now - stall_s, now))
 
-    async def _drain(self, timeout_s: float) -> int:
-        """Wait for the last answers; the number of frames that got none in time."""
+    async def _drain(self, timeout_s: float) -> list[_Block]:
+        """Wait for the last answers; the blocks that got none in time."""
         if self._waiting:
             await asyncio.wait(list(self._waiting), timeout=timeout_s)
-        unanswered, now = 0, self._clock.now()
-        for task, block in list(self._waiting.items()):
+        left = [block for block in self._waiting.values() if block.frames]
+        for task in list(self._waiting):
             task.cancel()
-            if block.due >= self._counted_from and block.frames:
-                unanswered += block.frames
-                self._add_unanswered(block, now)
-        return unanswered
+        return left
 
     async def _send(self, sender: _Sender, block: _Block) -> None:
         counted = block.due >= self._counted_from
@@ -310,12 +327,11 @@ class Load:
         else:
             now = self._clock.now()
             block.answered = True
-            sender.line.hear(now)
+            block.line.hear(now)
             self.answered.value += block.frames
             if counted:
                 server = (answer.queue_us, answer.compute_us, answer.send_us)
-                away_us = 1e6 * sender.line.lost_s(block.sent, now) if sender.line.gaps else 0.0
-                self._add(block, now, away_us, *server)
+                self._add(block, now, 1e6 * block.line.lost_s(block.sent, now), *server)
 
     def _note_sent(self, block: _Block) -> None:
         if not block.answered:
@@ -329,8 +345,13 @@ class Load:
         at_s = now - self._counted_from
         self._samples.add(at_s, latency_us, late_us, away_us, *server_us, rest_us, 0.0, block.frames)
 
-    def _add_unanswered(self, block: _Block, now: float) -> None:
-        self._add(block, now, math.nan, math.nan, math.nan, math.nan)
+    def _add_unanswered(self, left: list[_Block], now: float, is_gone: bool) -> int:
+        """Take a sample of every block that counts; the number of their frames."""
+        left = [block for block in left if block.due >= self._counted_from]
+        for block in left:
+            away_us = 1e6 * block.line.lost_s(block.sent, now) if is_gone else math.nan
+            self._add(block, now, away_us, math.nan, math.nan, math.nan)
+        return sum(block.frames for block in left)
 
     def _cannot_be_met(self, now: float, due: float) -> bool:
         """Whether too many frames are slow by now: answered too late, unanswered for too long, or due for too long."""

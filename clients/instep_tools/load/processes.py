@@ -78,6 +78,7 @@ def merge(results: Sequence[PartResult]) -> PartResult:
         merged.unanswered += result.unanswered
         merged.unsent += result.unsent
         merged.gaps += result.gaps
+        merged.gone += result.gone
         merged.stopped |= result.stopped
         merged.gave_up |= result.gave_up
         merged.lost = merged.lost or result.lost

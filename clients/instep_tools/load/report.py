@@ -69,6 +69,8 @@ def trials_table(trials: Sequence[Measured], slo_ms: float) -> Table:
 def numbers(result: Measured) -> str:
     """Throughput and latency in one sentence."""
     if not len(result.answered):
+        if result.found.lost:
+            return f"nothing was {'answered' if len(result.samples) else 'measured'}: {result.found.lost}"
         return "0 frames/s: nothing was answered"
     due = f" of {result.plan.offered_frames_s:,.0f} due" if result.plan.mode is Mode.OPEN else ""
     p50_ms, p99_ms = (three_digits(value / 1000) for value in (result.latency.p50, result.latency.p99))
@@ -85,11 +87,12 @@ def problems(result: Measured) -> str:
     if found.unsent:
         parts.append(f"{counted(found.unsent, 'frame')} not sent")
     period_s = plan.steps / plan.rate_hz if plan.mode is Mode.OPEN else 0.0
-    if found.gaps:
-        parts.append(f"{counted(len(found.gaps), 'reconnection')}, {result.away_s:.1f} s without a connection")
-    elif not (found.gave_up or found.unsent) and result.longest_silence_s > max(LONG_SILENCE_S, 3 * period_s):
+    is_steady = len(result.answered) and not (found.gaps or found.gave_up or found.unsent)
+    if result.reconnections:
+        parts.append(f"{counted(result.reconnections, 'reconnection')}, {result.away_s:.1f} s without a connection")
+    elif is_steady and result.longest_silence_s > max(LONG_SILENCE_S, 3 * period_s):
         parts.append(f"nothing was answered for {result.longest_silence_s:.1f} s")
-    if found.lost:
+    if found.lost and len(result.answered):
         parts.append(f"ended after {result.seconds:.1f} s: {found.lost}")
     return "".join(f", {part}" for part in parts)
 

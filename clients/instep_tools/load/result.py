@@ -43,7 +43,9 @@ class Measured:
     def shown(self) -> list[str]:
         """The parts that this load has: in a closed loop nothing is due, so nothing is late."""
         missing = {"late_us"} if self.plan.mode is Mode.CLOSED else set()
-        return [name for name in PARTS if name not in missing and (name != "away_us" or self.gaps)]
+        if not (self.samples["away_us"] > 0).any():
+            missing.add("away_us")
+        return [name for name in PARTS if name not in missing]
 
     @property
     def samples(self) -> SampleArray:
@@ -92,7 +94,7 @@ class Measured:
     def longest_silence_s(self) -> float:
         """The longest time in which nothing was answered."""
         at_s = np.sort(self.answered["at_s"])
-        end = max(self.seconds, float(at_s.max(initial=0.0)))
+        end = max(self.seconds, float(at_s.max(initial=0.0)), *(end for _, end in self.found.gaps))
         return float(np.diff(at_s, prepend=0.0, append=end).max())
 
     @property
@@ -105,6 +107,11 @@ class Measured:
             else:
                 merged.append((start, end))
         return merged
+
+    @property
+    def reconnections(self) -> int:
+        """How many connections were lost and came back."""
+        return len(self.found.gaps) - self.found.gone
 
     @property
     def away_s(self) -> float:
@@ -126,7 +133,7 @@ class Measured:
             "unanswered_frames": self.found.unanswered,
             "unsent_frames": self.found.unsent,
             "measured_itself": self.measured_itself,
-            "reconnections": len(self.found.gaps),
+            "reconnections": self.reconnections,
             "without_connection_s": self.away_s,
             "longest_silence_s": self.longest_silence_s,
             "error": self.found.lost or None,

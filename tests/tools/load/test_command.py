@@ -17,7 +17,7 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind
 from instep_tools import terminal as terminal_module
 from instep_tools.app import app
-from instep_tools.load import command
+from instep_tools.load import command, generator
 from instep_tools.load.command import LoadTest, LoadTester
 from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.load.result import Measured, Verdict
@@ -257,6 +257,27 @@ def test_a_server_that_is_restarted_in_the_middle() -> None:
     assert f"2 reconnections, {values['without_connection_s']:.1f} s without a connection" in " ".join(
         result.stderr.split()
     )
+
+
+def test_a_server_that_goes_away_in_the_warm_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("DRAIN_S", "PING_S"):
+        monkeypatch.setattr(generator, name, 0.1)
+    picture, percentiles = tmp_path / "p.png", tmp_path / "p.hgrm"
+
+    def fall_silent(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+        return [] if len(server.rules.blocks) >= 3 else None
+
+    with FakeServer() as server:
+        server.rules.fault = fall_silent
+        files = ("--plot", picture, "--hdr", percentiles)
+        result = run(*SHORT, "--warmup", "0.5s", *files, "--json", "-e", server.endpoint)
+    gone = "the server went away during the warm-up"
+    values = json.loads(result.stdout)
+    assert (result.exit_code, values["error"], values["reconnections"]) == (1, gone, 0)
+    assert (values["without_connection_s"], values["longest_silence_s"]) == pytest.approx((0.2, 0.2))
+    told = " ".join(result.stderr.split())
+    assert told.endswith(f"nothing was measured: {gone}; {percentiles} not written; {picture} not drawn")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_in_a_file_says_how_much_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
