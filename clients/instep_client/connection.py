@@ -275,9 +275,9 @@ class Connection:
         else:
             self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
 
-    def claimed(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """RESUMED came for streams of this client, in these rows."""
-        ended = self.sleepers.granted(part, *replies.granted(header, frames, len(part)), now)
+    def claimed(self, part: Indices, header: Header, frames: Sequence[Frame], asked_at: int, now: float) -> None:
+        """RESUMED came for streams of this client, which were in these rows when it was asked for."""
+        ended = self.sleepers.granted(part, *replies.granted(header, frames, len(part)), asked_at, now)
         if self.state is RECONNECTING and self._forgets:
             ended = {
                 (code, _RESTARTED if code is Code.UNKNOWN_STREAM else sentence): rows
@@ -341,9 +341,7 @@ class Connection:
             self.greeting.ask(now)
 
     def _is_waiting(self) -> bool:
-        if self.state is ENDED:
-            return False
-        return bool(self.pending.unanswered or self.flow.in_flight.on_the_way)
+        return self.state is not ENDED and bool(self.pending.unanswered or self.flow.in_flight.on_the_way)
 
     def _keep_alive_s(self, is_waiting: bool) -> float:
         """How long silence alone is no reason for a word: a connection lost unnoticed has its streams parked."""
@@ -389,10 +387,11 @@ class Claim(Request[None]):
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._asked_at = connection.table.stamp()
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         """RESUMED came."""
-        self._connection.claimed(part, header, frames, now)
+        self._connection.claimed(part, header, frames, self._asked_at, now)
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
         """The server does not give the streams, now or at all."""

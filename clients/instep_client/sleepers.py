@@ -91,8 +91,13 @@ class Sleepers:
         self._wanted.clear()
         return rows
 
-    def granted(self, rows: Indices, grants: GrantArray, failures: list[ColumnError], now: float) -> EndedRows:
+    def granted(
+        self, rows: Indices, grants: GrantArray, failures: list[ColumnError], asked_at: int, now: float
+    ) -> EndedRows:
         """RESUMED came for some of this client's streams: take their handles; those that have ended.
+
+        Streams that had ended before are left alone, and so are those that were given their rows since `asked_at`, on
+        the session's counter.
 
         Streams that the server has no room for, or cannot read now, hibernate and can be claimed later.
 
@@ -102,15 +107,18 @@ class Sleepers:
         table = self._table
         self._claimed.difference_update(rows.tolist())
         ended: EndedRows = {}
+        is_open = table.open_since(rows, asked_at)
         for column, _, code, sentence, expected in failures:
             row = int(rows[column])
+            if not is_open[column]:
+                continue
             if code in _LATER:
                 table.sleep(rows[column : column + 1])
                 self.again_at = now + _RETRY_S
                 continue
             table.server_has[row] = expected
             ended.setdefault((code, sentence), []).append(row)
-        is_granted = grants["handle"] != 0
+        is_granted = is_open & (grants["handle"] != 0)
         rows = rows[is_granted]
         table.resumed(rows, grants[is_granted])
         for row, next_seq in zip(rows.tolist(), grants["next_seq"][is_granted].tolist(), strict=True):

@@ -90,6 +90,8 @@ class OpenStreams:
         """The seq that the server expected when the stream was ended, of those that it refused to resume."""
         self._early: dict[int, list[tuple[int, int]]] = {}
         """Outputs that came before earlier ones of their streams, by row: first seqs, and seqs after the last."""
+        self.added_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        """When the stream came into the row, on the session's counter."""
         self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """When the next seq was last rewound to what the server expects, on the session's counter."""
         self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -123,6 +125,7 @@ class OpenStreams:
         self.seqs[rows] = grants["next_seq"]
         self.acked[rows] = grants["next_seq"]
         self.epoch[rows] = grants["epoch"]
+        self.added_at[rows] = self.stamp()
         self.ended[rows] = 0
         self.asleep[rows] = False
         for row in rows.tolist():
@@ -197,6 +200,11 @@ class OpenStreams:
         """The rows of the streams that are open."""
         return np.flatnonzero((self.numbers != 0) & (self.ended == 0))
 
+    def open_since(self, rows: Indices, stamp: int) -> npt.NDArray[np.bool_]:
+        """Which of these rows still have the stream that they had then, and it has not ended."""
+        is_open: npt.NDArray[np.bool_] = (self.numbers[rows] != 0) & (self.ended[rows] == 0)
+        return is_open & (self.added_at[rows] < stamp)
+
     def resumed(self, rows: Indices, grants: GrantArray) -> None:
         """The streams go on under new handles and epochs; the next seqs stay what they were."""
         self.numbers[rows] = grants["handle"]
@@ -263,6 +271,7 @@ class OpenStreams:
         self.numbers, self.seqs, self.acked = self.columns.T
         self.epoch = np.concatenate([self.epoch, np.zeros(more, np.uint64)])
         self.server_has = np.concatenate([self.server_has, np.zeros(more, np.uint64)])
+        self.added_at = np.concatenate([self.added_at, np.zeros(more, np.int64)])
         self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])
         self.held = np.concatenate([self.held, np.zeros(more, np.bool_)])
         self.ended = np.concatenate([self.ended, np.zeros(more, np.int64)])
