@@ -212,8 +212,8 @@ class OpenStreams:
         self.sleep(rows, False)
 
     def sleep(self, rows: Indices, asleep: bool = True) -> None:
-        """The streams hibernate, or do so no more."""
-        self.asleep[rows] = asleep
+        """The streams hibernate, or do so no more. Those that have ended never do."""
+        self.asleep[rows] = asleep & (self.ended[rows] == 0)
         for handle in {id(each): each for each in (self.handles[row] for row in rows.tolist()) if each}.values():
             handle.has_sleepers = bool(self.asleep[handle.rows].any())
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import StreamEvicted
-from tests.support.fake_server import F32, reference
+from instep_client.protocol.wire import Kind
+from tests.support.fake_server import F32, evicted, reference
 from tests.support.ring_link import RingLink
 
 X: F32 = np.random.default_rng(5).standard_normal((20, 3)).astype(np.float32)
@@ -38,3 +40,53 @@ def test_a_claim_that_is_answered_late_says_nothing_of_the_next_stream_in_its_ro
     assert np.array_equal(outputs, reference(X[1:2])[0][0])
     assert len(link.server.streams["b"].applied) == 1
     assert not link.server.streams["a"].applied
+
+
+def exchange(link: RingLink) -> None:
+    """A few messages, fewer than are needed when somebody asks for ever."""
+    for _ in range(20):
+        link.advance(0.01)
+        while link.to_server[link.peer]:
+            link.serve()
+        while link.to_client:
+            link.deliver()
+
+
+def test_a_stream_that_ends_while_its_claim_is_refused_is_not_claimed_again() -> None:
+    link = RingLink()
+    a, other = link.open("a"), link.open("other")
+    link.session.step(a, X[0])
+    link.advance()
+    link.send(link.server.hibernate("a"))
+    link.serve()
+    while link.to_client:
+        link.deliver()
+    link.session.resume(["a"], None, 0, True, True)
+    link.advance()  # the client's own claim follows
+    link.serve()
+    link.send(link.server.hibernate("a"))
+    link.server.room = 1
+    link.serve()
+    while link.to_client:
+        link.deliver()
+    link.server.room = None
+    link.server.kinds.clear()
+    call = link.session.step(other, X[1])
+    exchange(link)
+    assert call.done
+    assert link.server.kinds == [Kind.STEP]
+
+
+def test_a_stream_that_has_ended_does_not_hibernate() -> None:
+    link = RingLink()
+    a, other = link.open("a"), link.open("other")
+    ended = link.session.step(a, X[0])
+    link.advance()
+    link.to_client.append(evicted([link.server.streams["a"].handle], Code.IDLE))
+    link.send(link.server.hibernate("a"))
+    link.server.kinds.clear()
+    call = link.session.step(other, X[1])
+    exchange(link)
+    assert isinstance(ended.error, StreamEvicted)
+    assert call.done
+    assert link.server.kinds == [Kind.STEP, Kind.STEP]
