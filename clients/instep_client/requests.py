@@ -18,7 +18,7 @@ from instep_client.connection import Connection
 from instep_client.pending import MAX_REPLY_BYTES
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import InstepError, InvalidInput, StreamEvicted, StreamRefused
+from instep_client.protocol.errors import ClientClosed, InstepError, InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
 from instep_client.replies import ColumnError, ErrorReply, StreamPage
@@ -199,7 +199,7 @@ class StreamsRequest(WakingRequest[R]):
 
     def _only_sleeps(self, refused: RefusedStream) -> bool:
         """Whether a stream of its handle was refused only because it hibernated when the message came."""
-        if self.handle is None or refused.code is not Code.UNKNOWN_STREAM:
+        if self.handle is None or self.handle.closed or refused.code is not Code.UNKNOWN_STREAM:
             return False
         return bool(self.connection.table.asleep[self.handle.rows[refused.which]])
 
@@ -226,7 +226,7 @@ class StreamsRequest(WakingRequest[R]):
         which, code, sentence, _ = self.refusal
         if self.handle is None or code not in ENDING:
             return StreamRefused(code, sentence, self.names[which])
-        known = self.connection.table.why_any_ended(self.handle.rows[[which]])
+        known = None if self.handle.closed else self.connection.table.why_any_ended(self.handle.rows[[which]])
         return known or StreamEvicted(code, sentence, self.names[which])
 
     def _end(self, error: InstepError | None = None) -> None:
@@ -253,6 +253,13 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         super().__init__(connection, names, handle)
         self._seqs: U64 = np.zeros(len(self.names), np.uint64)
         self._states = connection.info.state.missing(len(self.names))
+
+    def ask(self, now: float) -> None:
+        """Ask, unless the handle was closed before it was asked again: other streams may be in its rows."""
+        if self.handle is not None and self.handle.closed:
+            self._end(ClientClosed(f"stream {self.names[0]!r} was closed before its state was read"))
+        else:
+            super().ask(now)
 
     def _most(self) -> int:
         info = self.connection.info

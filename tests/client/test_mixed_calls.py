@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import StreamEvicted
+from instep_client.protocol.errors import ClientClosed, StreamEvicted
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import F32, evicted, reference
 from tests.support.ring_link import RingLink
@@ -90,3 +90,24 @@ def test_a_stream_that_has_ended_does_not_hibernate() -> None:
     assert isinstance(ended.error, StreamEvicted)
     assert call.done
     assert link.server.kinds == [Kind.STEP, Kind.STEP]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_read_of_a_stream_that_ends_and_is_closed_fails_alone(is_lost: bool) -> None:
+    link = RingLink()
+    a, other = link.open("a"), link.open("other")
+    read = link.session.read_state(a)
+    link.advance()
+    link.to_client.append(evicted([link.server.streams["a"].handle], Code.IDLE))
+    link.server.expire("a")
+    link.deliver()
+    with pytest.raises(StreamEvicted):
+        link.session.close(a)
+    link.advance()
+    assert a.closed
+    if is_lost:
+        link.cut()
+    link.run(read)
+    with pytest.raises(ClientClosed if is_lost else StreamEvicted):
+        read.result()
+    assert np.array_equal(link.finish(link.session.step(other, X[1])).outputs, reference(X[1:2])[0][0])
