@@ -1,0 +1,135 @@
+"""Resumes, closes, reads, hibernation and limited room in any order: every call ends, and no frame goes astray."""
+
+from __future__ import annotations
+
+import contextlib
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep_client.calls import Call
+from instep_client.openings import Opening
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import InstepError
+from instep_client.protocol.wire import Kind
+from instep_client.session import State
+from instep_client.streams import StreamHandle
+from tests.support.fake_server import evicted
+from tests.support.ring_link import RingLink
+from tests.support.step_messages import parts
+
+ACTIONS = {
+    "step": 8,
+    "read": 2,
+    "close": 1,
+    "resume": 2,
+    "open": 2,
+    "hibernate": 6,
+    "end": 1,
+    "change_room": 3,
+    "advance": 12,
+    "serve": 14,
+    "deliver": 12,
+    "overtake": 2,
+    "cut": 1,
+}
+"""How often each is done."""
+NAMES = "abcdef"
+
+
+class Chance:
+    """What happens to a session at random. Every number in a frame says which stream it is for."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = Random(seed)
+        self.link = RingLink(seed=seed)
+        self.handles: list[StreamHandle] = [self.link.open("a"), self.link.open("b", "c")]
+        self.calls: list[Call[Any]] = []
+
+    def act(self) -> None:
+        """Do one thing, if it can be done now."""
+        (action,) = self.rng.choices(list(ACTIONS), list(ACTIONS.values())) if self.handles else ["open"]
+        with contextlib.suppress(InstepError):
+            getattr(self, action)()
+        opened = [call.result() for call in self.calls if isinstance(call, Opening) and call.done and not call.error]
+        self.handles = [handle for handle in dict.fromkeys([*self.handles, *opened]) if not handle.closed]
+
+    def settle(self) -> None:
+        """Everything finds room and nothing breaks, for a minute in which nobody says more than a little at a time."""
+        self.link.server.room = None
+        for _ in range(240):
+            self.link.advance(0.25)
+            for _ in range(len(self.link.to_server[self.link.peer])):
+                self.link.serve()
+            while self.link.to_client:
+                self.link.deliver()
+
+    def step(self) -> None:
+        handle = self.rng.choice(self.handles)
+        numbers = [NAMES.index(name) + 1 for name in handle.names]
+        x = np.repeat(np.array(numbers, np.float32)[:, None], 3, axis=1)
+        self.calls.append(self.link.session.step(handle, x[0] if handle.single else x))
+
+    def read(self) -> None:
+        self.calls.append(self.link.session.read_state(self.rng.choice(self.handles)))
+
+    def close(self) -> None:
+        self.calls.append(self.link.session.close(self.rng.choice(self.handles)))
+
+    def resume(self) -> None:
+        name = self.rng.choice(list(self.link.server.streams) or NAMES)
+        self.calls.append(self.link.session.resume([name], None, 0, True, True))
+
+    def open(self) -> None:
+        self.calls.append(self.link.session.open([self.rng.choice(NAMES)], None, True))
+
+    def hibernate(self) -> None:
+        owned = [name for name, stream in self.link.server.streams.items() if stream.owner is not None]
+        if owned:
+            self.link.send(self.link.server.hibernate(self.rng.choice(owned)))
+
+    def end(self) -> None:
+        if self.link.server.streams:
+            name = self.rng.choice(list(self.link.server.streams))
+            self.link.to_client.append(evicted([self.link.server.streams[name].handle], Code.IDLE))
+            self.link.server.expire(name)
+
+    def change_room(self) -> None:
+        self.link.server.room = self.rng.choice([None, 1, 2])
+
+    def advance(self) -> None:
+        self.link.advance(self.rng.choice([0.0, 0.0, 0.3]))
+
+    def serve(self) -> None:
+        if self.link.to_server[self.link.peer]:
+            self.link.serve()
+
+    def deliver(self) -> None:
+        if self.link.to_client:
+            self.link.deliver()
+
+    def overtake(self) -> None:
+        """OPENED arrives before a RESUMED that was on its way."""
+        waiting = self.link.to_client
+        for index in range(1, len(waiting)):
+            if [parts(waiting[place])[0][0] for place in (index - 1, index)] == [Kind.RESUMED, Kind.OPENED]:
+                waiting[index - 1], waiting[index] = waiting[index], waiting[index - 1]
+
+    def cut(self) -> None:
+        self.link.cut(noticed=self.rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("seeds", [range(1000), pytest.param(range(1000, 20_000), marks=pytest.mark.long)])
+def test_every_call_ends_and_every_frame_is_applied_to_its_stream(seeds: range) -> None:
+    for seed in seeds:
+        chance = Chance(seed)
+        for _ in range(60):
+            chance.act()
+        chance.settle()
+        server, session = chance.link.server, chance.link.session
+        assert session.state is State.OPEN, seed
+        assert all(call.done for call in chance.calls), seed
+        for stream in [*server.streams.values(), *server.closed.values()]:
+            assert all((x == NAMES.index(stream.name) + 1).all() for x in stream.applied), seed
