@@ -144,12 +144,14 @@ async def test_what_is_never_answered_counts_with_the_time_it_waited(monkeypatch
     server.is_there = False
     result = await run(server, clock)
     assert (result.unanswered, result.lost) == (8, "the server does not answer any more")
-    assert (result.gaps, result.gone) == ([pytest.approx((0.5, 0.9))], 1)
+    assert result.gone == 1
+    np.testing.assert_allclose(result.gaps, [(0.5, 0.9)])
     np.testing.assert_allclose(result.samples["away_us"][6:], [200_000, 100_000, 0, 0], atol=1e-3)
     np.testing.assert_allclose(result.samples["late_us"][6:], [100_000, 100_000, 100_000, 0], atol=1e-3)
     result = await run(server, clock, warmup_s=10.0)
     assert (result.unanswered, result.lost) == (20, "the server went away during the warm-up")
-    assert (result.gaps, result.gone) == ([pytest.approx((0, 0.9))], 1)
+    assert result.gone == 1
+    np.testing.assert_allclose(result.gaps, [(0, 0.9)])
 
 
 async def test_what_was_due_in_the_warm_up_is_not_missed() -> None:
