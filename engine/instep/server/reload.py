@@ -30,7 +30,6 @@ CHANGEABLE: Final = (
 )
 """Every other key is used once, at the start: to allocate memory, to bind the socket, to open the recording."""
 
-
 _KEPT_BYTES: Final = 2048
 
 
