@@ -11,6 +11,7 @@ from typing import Final, Literal, TypeAlias, get_args
 import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup, AsyncStream
+from instep_client.connection import OPEN
 from instep_client.driver import Driver
 from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo
@@ -96,6 +97,11 @@ class AsyncClient:
         `info.park_s` seconds they can be resumed.
         """
         await self._driver.stop(park)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection: not before `connect`, while another one is tried for, or after the end."""
+        return self._session.state is OPEN
 
     @property
     def info(self) -> ServerInfo:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 from instep_client.aio import AsyncClient
-from instep_tools.pacing import Stop
+from instep_client.protocol.errors import ClientClosed
+from instep_tools.pacing import LONGEST_NAP_S, Stop
 from instep_tools.terminal import Terminal
 
 PATIENCE_S: Final = 5.0
 """How long a silent server is waited for."""
 RECONNECT_S: Final = 30.0
 """For how long another connection is tried for when one is lost."""
+STOPPED_RECONNECT_S: Final = 1.0
+"""For how long when a stop is requested."""
 
 
 @asynccontextmanager
@@ -29,7 +33,9 @@ async def connected(
 
     Its streams are closed at the end, or with `park` left to the server to be parked, whatever happens.
 
-    Ctrl-C ends the command at once until there is a connection; from then on it requests a stop.
+    Ctrl-C ends the command at once until there is a connection; from then on it requests a stop. When the connection
+    is lost and the command is stopped, another connection is waited for only a moment. Then the client is closed, and
+    calls that wait fail with ClientClosed; see `may_give_up`.
 
     Raises:
         ConnectionFailed: nobody answers.
@@ -39,7 +45,29 @@ async def connected(
     async with terminal.waiting(f"waiting for a server at {endpoint}"):
         await client.connect()
     stop.connected = True
+    watcher = asyncio.create_task(_close_when_stopped(client, stop))
     try:
         yield client
     finally:
+        watcher.cancel()
         await client.close(park)
+
+
+@contextmanager
+def may_give_up(stop: Stop) -> Iterator[None]:
+    """End the block quietly when the client was closed because the command was stopped without a connection."""
+    try:
+        yield
+    except ClientClosed:
+        if not stop.gave_up:
+            raise
+
+
+async def _close_when_stopped(client: AsyncClient, stop: Stop) -> None:
+    await stop.wait()
+    lost_s = 0.0
+    while lost_s < STOPPED_RECONNECT_S:
+        await asyncio.sleep(LONGEST_NAP_S)
+        lost_s = 0.0 if client.is_connected else lost_s + LONGEST_NAP_S
+    stop.gave_up = True
+    await client.close()

@@ -61,12 +61,21 @@ class Stop:
         """Whether there ever was a connection, so that something may have been sent whose answers are waited for."""
         self.drains = True
         """Whether the command waits for answers when it is asked to end."""
+        self.gave_up = False
+        """Whether the command ended without a connection, so that it could neither drain nor close."""
         self._event = asyncio.Event()
 
     @property
     def requested(self) -> bool:
         """Whether it was asked to end."""
         return self._event.is_set()
+
+    @property
+    def words(self) -> str:
+        """How the command ended when it was asked to."""
+        if self.gave_up:
+            return "stopped without a connection, so the last frames that were sent may have no answer"
+        return "stopped, all streams closed"
 
     def request(self) -> None:
         """Ask it to end; asking again changes nothing. To be called in the event loop's thread."""

@@ -14,7 +14,7 @@ import numpy as np
 from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import Refused
 from instep_client.protocol.wire import F32, ServerInfo
-from instep_tools.connect import connected
+from instep_tools.connect import connected, may_give_up
 from instep_tools.feed import read_lines
 from instep_tools.formats.columns import Choice, output_columns
 from instep_tools.formats.read import holds_lines, read_sequences
@@ -71,20 +71,21 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
             answers = Answers(outputs, terminal)
             live = LiveRun(client, what.pace, answers, terminal, stop, clock)
             started = clock.now()
-            if descriptor is not None:
-                names = _names(what.name, what.streams or 1)
-                async with _progress(what, terminal, answers, math.inf):
-                    streams = await live.send_lines(read_lines(descriptor, stop), names, what.choice)
-            elif sequences is not None:
-                sequences = _repeated(sequences, what)
-                streams = len(sequences)
-                async with _progress(what, terminal, answers, len(sequences.frames)):
-                    live.all_ended = await _send_sequences(what, client, sequences, answers, stop, clock)
-            else:
-                streams = what.streams or 1
-                signal = make_signal(what.signal or Signal.SINE, streams, client.info.features)
-                async with _progress(what, terminal, answers, (what.pace.frames or math.inf) * streams):
-                    await live.send_signal(_names(what.name, streams), signal)
+            streams = what.streams or 1
+            with may_give_up(stop):
+                if descriptor is not None:
+                    names = _names(what.name, streams)
+                    async with _progress(what, terminal, answers, math.inf):
+                        streams = await live.send_lines(read_lines(descriptor, stop), names, what.choice)
+                elif sequences is not None:
+                    sequences = _repeated(sequences, what)
+                    streams = len(sequences)
+                    async with _progress(what, terminal, answers, len(sequences.frames)):
+                        live.all_ended = await _send_sequences(what, client, sequences, answers, stop, clock)
+                else:
+                    signal = make_signal(what.signal or Signal.SINE, streams, client.info.features)
+                    async with _progress(what, terminal, answers, (what.pace.frames or math.inf) * streams):
+                        await live.send_signal(_names(what.name, streams), signal)
             seconds = clock.now() - started
     if lines and not (answers.frames or answers.refused or live.bad_lines or stop.requested):
         raise BadFile(f"there are no frames {'on standard input' if what.file is None else f'in {what.file}'}")
@@ -96,7 +97,7 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
 def _report(
     what: Produce, terminal: Terminal, stop: Stop, answers: Answers, live: LiveRun, streams: int, seconds: float
 ) -> Exit:
-    good = not live.bad_lines and not answers.refused and not live.all_ended
+    good = not (live.bad_lines or answers.refused or live.all_ended or stop.gave_up)
     rate = answers.frames / seconds if seconds > 0 else 0.0
     if terminal.as_json:
         terminal.result(
@@ -116,7 +117,7 @@ def _report(
         f"({rate:,.1f} frames/s)"
         f"{', ' + counted(live.bad_lines, 'bad line') if live.bad_lines else ''}"
         f"{', ' + counted(answers.refused, 'frame') + ' refused' if answers.refused else ''}"
-        f"{'; stopped, all streams closed' if stop.requested else ''}"
+        f"{f'; {stop.words}' if stop.requested else ''}"
         f"{'' if what.save is None else f'; saved in {what.save}'}",
         good=good,
     )

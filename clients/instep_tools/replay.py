@@ -12,7 +12,7 @@ import numpy.typing as npt
 from instep_client.protocol.errors import FramesRefused, Refused
 from instep_client.protocol.wire import F32, ServerInfo
 from instep_tools.compare import ReplayComparison, compare
-from instep_tools.connect import connected
+from instep_tools.connect import connected, may_give_up
 from instep_tools.formats.columns import Choice, output_columns
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.write import check_output_path, save_sequences
@@ -99,7 +99,8 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
         run = PlanRun(client, plan, names, back.take, stop, clock)
         started = clock.now()
         async with terminal.progress("replaying", len(sequences.frames), "frames", lambda: back.answered):
-            await run.run()
+            with may_give_up(stop):
+                await run.run()
         seconds = clock.now() - started
     replayed = replace(sequences, outputs=back.outputs, answered=None, fingerprint=info.fingerprint).keep(back.done)
     if what.save is not None:
@@ -167,7 +168,7 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
     line += f" ({rate:,.0f} frames/s)"
     if not done.whole:
         why = "the server ended all streams" if done.all_ended else "the server refused them"
-        why = "stopped, all streams closed" if stop.requested else why
+        why = stop.words if stop.requested else why
         line += f"; {counted(frames - answered, 'frame')} got no answer: {why}"
     if comparison is not None:
         line += f"; {comparison.sentence(done.info.exactness)}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from instep_client.protocol.wire import F32, Kind
 from instep_tools.formats.read import read_sequences
@@ -14,7 +16,7 @@ from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
 from instep_tools.replay import Replay, replay
 from instep_tools.sequences import RecordedSequences
-from tests.support.fake_server import FakeServer, Message, reference
+from tests.support.fake_server import FakeServer, Message, goodbye, reference
 from tests.support.ring_server import RingServer
 from tests.tools.helpers import RememberingTerminal, save_table
 
@@ -68,3 +70,32 @@ async def test_replay_gets_every_output(tmp_path: Path, rng: np.random.Generator
     again = read_sequences(tmp_path / "again.npz")
     assert again.outputs is not None
     np.testing.assert_array_equal(again.outputs, truth)
+
+
+@pytest.mark.parametrize("command", ["produce", "replay"])
+async def test_a_stop_while_the_connection_is_lost_ends_the_command_and_reports(tmp_path: Path, command: str) -> None:
+    frames = np.ones((5000, 3), np.float32)
+    np.save(tmp_path / "in.npy", frames)
+    terminal, stop, rules = RememberingTerminal(), Stop(), RingServer()
+    loop, steps = asyncio.get_running_loop(), 0
+
+    def handle(peer: bytes, parts: list[bytes]) -> list[tuple[bytes, Message]]:
+        nonlocal steps
+        steps += parts[0][0] == Kind.STEP
+        if steps < 4:
+            return rules.handle(peer, parts)
+        loop.call_soon_threadsafe(stop.request)
+        return [(peer, goodbye())] if parts[0][0] == Kind.STEP else []
+
+    with FakeServer(handle=handle) as server, WallClock() as clock:
+        started = clock.now()
+        if command == "produce":
+            pace = Pace(100.0, None, None)
+            what = Produce(server.endpoint, file=tmp_path / "in.npy", pace=pace, save=tmp_path / "out.npz")
+            await asyncio.wait_for(produce(what, terminal, stop, clock), 20)
+        else:
+            what_again = Replay(server.endpoint, tmp_path / "in.npy", rate_hz=100.0)
+            await asyncio.wait_for(replay(what_again, terminal, stop, clock), 20)
+        assert clock.now() - started < 15
+    assert "3 frames of 1 stream" in terminal.said
+    assert "stopped without a connection, so the last frames that were sent may have no answer" in terminal.said
