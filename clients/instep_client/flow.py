@@ -49,7 +49,7 @@ class Flow:
     def limit(self, info: ServerInfo) -> None:
         """Keep what the server takes."""
         self.in_flight.outputs_width = info.outputs
-        self._credit = info.credit_frames
+        self._credit = self.in_flight.credit = info.credit_frames
         self._window = info.window_frames
         self._most_frames = max(
             1,

@@ -6,6 +6,8 @@ frames go out once more in the order in which they were sent, before anything ne
 that was on its way waits with them, and goes out once more under the handles of the next connection: what the server
 had applied is answered again with the same outputs, the rest is applied now. A frame that was answered otherwise is
 never sent again.
+
+Frames of streams that hibernate wait until their streams are awake, and hold nothing else up.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import Final
 
 import numpy as np
 
-from instep_client.arrays import NOBODY
 from instep_client.pending import Pending
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import MalformedMessage
@@ -46,7 +47,6 @@ class InFlight:
         self._sleepers = sleepers
         self._shutdown_s = shutdown_s
         self._shutting_down_since: float | None = None
-        self._is_waking = False
         self.on_the_way: dict[int, StepBlock] = {}
         """By number."""
         self._refused: list[StepBlock] = []
@@ -54,6 +54,8 @@ class InFlight:
         self._resend_at = 0.0
         self.outputs_width = 0
         """Numbers in an output."""
+        self.credit = 0
+        """How many frames the server lets be unanswered."""
         self.unanswered_frames = 0
         """Frames sent and not answered at all; never more than the server's credit."""
         self.settled: list[StepCall] = []
@@ -111,21 +113,17 @@ class InFlight:
 
     def is_free(self, now: float) -> bool:
         """Whether new blocks may be sent; what waits to be sent again is, when its time has come."""
-        if not self._congested:
-            return True
-        if self.on_the_way or now < self._resend_at:
-            return False
-        refused = np.concatenate([NOBODY, *(block.rows for block in self._refused)])
-        self._is_waking = self._sleepers.wake(refused)
-        if self._is_waking:
-            return False
-        self._resend()
-        return True
+        if self._congested:
+            if self.on_the_way or now < self._resend_at:
+                return False
+            self._table.held[:] = False
+            self._congested = False
+            self._resend_at = 0.0
+        return not self._refused or self._resend()
 
     def deadline(self) -> float:
         """When blocks are to be sent again though no message comes; infinity for never."""
-        is_due = self._congested and not self.on_the_way and not self._is_waking
-        return self._resend_at if is_due else math.inf
+        return self._resend_at if self._congested and not self.on_the_way else math.inf
 
     def lost(self) -> None:
         """The connection is lost: all waits, to go out again once there is another and the table has its handles."""
@@ -207,20 +205,31 @@ class InFlight:
             table.rewound_at[row] = call.handle.rewound_at = table.stamp()
             table.rewind(row, expected, outputs_are_gone)
 
-    def _resend(self) -> None:
+    def _resend(self) -> bool:
+        """Send again what waits for no stream to wake, as far as the credit goes; whether that was all."""
         blocks = sorted(self._refused, key=lambda block: block.number)
         self._refused = []
-        self._table.held[:] = False
-        self._congested = False
-        self._resend_at = 0.0
-        for block in blocks:
+        for index, block in enumerate(blocks):
+            if self._sleepers.wake(block.rows):
+                asleep = self._table.asleep[block.rows]
+                if asleep.all():
+                    self._refused.append(block)
+                    continue
+                self._refused.append(block.take(np.flatnonzero(asleep)))
+                block = block.take(np.flatnonzero(~asleep))
             lost = (self._table.rewound_at[block.rows] > block.stamps()) | (self._table.ended[block.rows] != 0)
             if np.any(lost):
                 self._give_up(block.take(np.flatnonzero(lost)))
                 block = block.take(np.flatnonzero(~lost))
+            if block.frames > self.credit - self.unanswered_frames:
+                for rest in (block, *blocks[index + 1 :]):
+                    rest.number = self._pending.next_number()  # it comes after what was sent now
+                    self._refused.append(rest)
+                return False
             if len(block.rows):
                 block.renew(self._table)
                 self.post(block)
+        return True
 
     def _give_up(self, block: StepBlock) -> None:
         """Refused frames that may not be sent again: their stream was rewound or ended meanwhile."""

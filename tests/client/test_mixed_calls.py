@@ -10,6 +10,7 @@ from instep_client.protocol.errors import ClientClosed, StreamEvicted
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import F32, evicted, reference
 from tests.support.ring_link import RingLink
+from tests.support.step_messages import parts
 
 X: F32 = np.random.default_rng(5).standard_normal((20, 3)).astype(np.float32)
 
@@ -111,3 +112,38 @@ def test_a_read_of_a_stream_that_ends_and_is_closed_fails_alone(is_lost: bool) -
     with pytest.raises(ClientClosed if is_lost else StreamEvicted):
         read.result()
     assert np.array_equal(link.finish(link.session.step(other, X[1])).outputs, reference(X[1:2])[0][0])
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_frames_of_a_stream_that_finds_no_room_hold_up_no_other_stream(is_lost: bool) -> None:
+    link = RingLink()
+    other, group = link.open("other"), link.open(*"abcdefghi")
+    sent = [link.session.step(group, np.stack([x] * 9)) for x in X[:7]]
+    link.advance()
+    for name in "abcdefghi":
+        link.send(link.server.hibernate(name))  # crosses the frames
+    link.server.room = 1
+    if is_lost:
+        link.cut()
+    exchange(link)
+    link.now += 1.0
+    step = link.session.step(other, X[0])
+    later = link.session.step(group, np.stack([X[7]] * 9))
+    link.run(step)
+    assert np.array_equal(step.result().outputs, reference(X[:1])[0][0])
+    assert not sent[0].done
+    link.server.room = None
+    most = 0
+    for _ in range(40):
+        link.advance(0.25)
+        heads = [parts(message)[0] for message in link.to_server[link.peer]]
+        most = max(most, sum(head[2] * head[3] for head in heads if head[0] == Kind.STEP))
+        while link.to_server[link.peer]:
+            link.serve()
+        while link.to_client:
+            link.deliver()
+    assert 0 < most <= link.server.info.credit_frames
+    for call, expected in zip([*sent, later], reference(X[:8])[0], strict=True):
+        assert np.array_equal(call.result().outputs, np.stack([expected] * 9))
+    for name in "abcdefghi":
+        assert len(link.server.streams[name].applied) == 8
