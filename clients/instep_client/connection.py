@@ -345,10 +345,8 @@ class Connection:
 
     def _keep_alive_s(self, is_waiting: bool) -> float:
         """How long silence alone is no reason for a word: a connection lost unnoticed has its streams parked."""
-        is_needed = not is_waiting and self.state is OPEN and not self.table.is_empty
-        if is_needed and self.attempts.reconnect_s > 0 and self.info.park_s > 0:
-            return self.info.park_s / 2
-        return math.inf
+        is_needed = not is_waiting and self.state is OPEN and not self.table.is_empty and self.attempts.reconnect_s > 0
+        return self.info.park_s / 2 if is_needed and self.info.park_s > 0 else math.inf
 
 
 class Greeting(Request[ServerInfo]):
