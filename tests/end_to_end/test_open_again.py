@@ -106,13 +106,13 @@ async def test_what_a_client_and_its_streams_are_is_said() -> None:
         await stream.step(np.zeros((3, F)))
         assert repr(stream) == f"<AsyncStream 'mic-7' next_seq=3 epoch={stream.epoch}>"
         assert repr(await client.open_group(["a", "b", "c"])) == "<AsyncGroup of 3: 'a' … 'c'>"
-        assert repr(client) == f"<AsyncClient {server.endpoint}: the server has welcomed us>"
+        assert repr(client) == f"<AsyncClient {server.endpoint}: connected>"
         assert "state=" not in repr(await stream.snapshot())
 
 
 def test_the_environment_names_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INSTEP_ENDPOINT", "tcp://127.0.0.1:1")
-    assert repr(AsyncClient()) == "<AsyncClient tcp://127.0.0.1:1: HELLO is on its way>"
+    assert repr(AsyncClient()) == "<AsyncClient tcp://127.0.0.1:1: not connected yet>"
     assert repr(Client()).startswith("<Client tcp://127.0.0.1:1: ")
     monkeypatch.delenv("INSTEP_ENDPOINT")
     assert "tcp://127.0.0.1:5757" in repr(AsyncClient())

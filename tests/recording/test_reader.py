@@ -110,7 +110,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("frames, frames, frames\n" * 100)
-    with pytest.raises(RecordingError, match="it is no SQLite database, or its first bytes are damaged"):
+    with pytest.raises(RecordingError, match="it is not an SQLite database, or its first bytes are damaged"):
         RecordingReader(text)
     (tmp_path / "empty").touch()
     with pytest.raises(RecordingError, match="another kind of database, or empty"):

@@ -85,7 +85,7 @@ def test_a_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, library, None)
     (tmp_path / "x").write_bytes(start)
     with pytest.raises(
-        CommandProblem, match=rf'needs a library that is missing here \({library}\).*"instep\[export\]"'
+        CommandProblem, match=rf'needs the library {library}, which is not installed.*"instep\[export\]"'
     ):
         read_sequences(tmp_path / "x")
 
