@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 
+from instep_client import Client
 from tests.docs.support.page import Page
 from tests.docs.support.shell import SCRIPTS, TypedServer, commands, run
 
@@ -26,8 +26,9 @@ def test_everything_it_tells_to_type_works(tmp_path: Path) -> None:
         assert (produced.stdout, produced.stderr) == ("(256, 64)\n", "")
         program = [str(SCRIPTS / "python"), *server.script(killed, "killed.py")[1:]]
         running = subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        time.sleep(1.5)  # where in its 500 frames the server dies does not matter
-        assert running.poll() is None
+        with Client(server.endpoint) as client:
+            while not 50 <= (client.stats()["frames_total"] - 12_900) < 500:  # the programs before it sent 12,900
+                assert running.poll() is None
         server.stop(signal.SIGKILL)
         server.start()
         said, _ = running.communicate(timeout=60)
