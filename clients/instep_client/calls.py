@@ -13,6 +13,7 @@ Call
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
@@ -70,7 +71,7 @@ class Call(Generic[R]):
         return self._result
 
 
-class Request(Call[R]):
+class Request(Call[R], ABC):
     """A call that is asked in messages of one kind and answered in messages of another.
 
     A subclass says how it is encoded (`ask`), and what a reply, an ERROR or a lost connection means to it.
@@ -82,9 +83,13 @@ class Request(Call[R]):
     """Of the messages that answer them; an ERROR may come instead."""
 
     def ask(self, now: float) -> None:
-        """Send its messages, perhaps once more after the connection was lost."""
+        """Send its messages, perhaps once more after the connection was lost.
+
+        Requests that the connection makes by itself, and sends in its own way, are never asked.
+        """
         raise NotImplementedError
 
+    @abstractmethod
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         """A reply came.
 
@@ -97,7 +102,6 @@ class Request(Call[R]):
         Raises:
             MalformedMessage: when the reply does not follow the protocol.
         """
-        raise NotImplementedError
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
         """ERROR came in place of a reply."""

@@ -6,6 +6,7 @@ class names its messages and their replies, and says what a reply, a refusal and
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -121,24 +122,24 @@ class StreamsRequest(WakingRequest[R]):
 
     # What a subclass says of itself.
 
+    @abstractmethod
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         """The header's fields after N, and the frames, of a message about some of its streams."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """Take what a reply gives for some of its streams; which of them were refused."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _most(self) -> int:
         """How many streams one message may be about."""
-        raise NotImplementedError
 
     def _settled(self, part: Indices, refused: list[RefusedStream]) -> None:
         """Streams were granted or refused for good."""
 
+    @abstractmethod
     def _conclude(self) -> None:
         """Every part was answered: end it."""
-        raise NotImplementedError
 
     # What all of them do.
 

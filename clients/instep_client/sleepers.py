@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -29,13 +30,13 @@ R = TypeVar("R")
 class WakingRequest(Request[R]):
     """A request that may have to wait for streams of its handle."""
 
+    @abstractmethod
     def rows(self, which: Indices) -> Indices:
         """The rows of some of its streams."""
-        raise NotImplementedError
 
+    @abstractmethod
     def woke(self, which: Indices) -> None:
         """These of its streams are awake, or have ended."""
-        raise NotImplementedError
 
 
 class Sleepers:
