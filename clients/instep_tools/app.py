@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
-from instep_tools.command_line import AsJson, CommandLine, Endpoint, positive
+from instep_tools.command_line import AsJson, CommandLine, Endpoint, add_version, positive
 from instep_tools.formats.columns import Choice
 from instep_tools.live import Pace
 from instep_tools.load.app import EXAMPLES, loadtest_command
@@ -77,27 +77,7 @@ Speed = Annotated[
 RATE_HELP: Final = "Frames a second for each stream, whatever its times say."
 
 
-@app.command("version")
-def show_version() -> None:
-    """Print the version."""
-    from importlib.metadata import version
-
-    typer.echo(f"instep-client {version('instep')}")
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        show_version()
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
+add_version(app)
 
 
 @app.command("ping", examples=["instep-client ping", "instep-client ping -e tcp://gpu-1:5757 --json"])

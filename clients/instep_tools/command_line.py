@@ -51,6 +51,30 @@ class CommandLine(typer.Typer):
         return super().command(name, cls=PlainCommand, epilog="\n".join(examples), **settings)
 
 
+def add_version(app: CommandLine) -> None:
+    """Let a program print its version: by the command `version`, and by --version or -V."""
+
+    @app.command("version")
+    def show_version() -> None:
+        """Print the version."""
+        from importlib.metadata import version
+
+        typer.echo(f"{app.info.name} {version('instep')}")
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            show_version()
+            raise typer.Exit
+
+    @app.callback()
+    def root(
+        version: bool = typer.Option(
+            False, "--version", "-V", callback=show, is_eager=True, help="Print the version and exit."
+        ),
+    ) -> None:
+        pass
+
+
 class PlainCommand(TyperCommand):
     """A command whose help shows flags without a value, and examples at the end."""
 

@@ -13,7 +13,7 @@ from instep import interrupts
 from instep.model_app import app as model_app
 from instep.recording.app import app as recordings_app
 from instep.serve_flags import Given, takes_settings
-from instep_tools.command_line import CommandLine, PlainCommands
+from instep_tools.command_line import CommandLine, PlainCommands, add_version
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -213,27 +213,7 @@ def show_config(given: Given, *, json: Json = False) -> None:
         typer.echo(f"{path:<31} {jsonlib.dumps(value):<23} {sources[path]}")
 
 
-@app.command("version")
-def show_version() -> None:
-    """Print the version."""
-    from importlib.metadata import version
-
-    typer.echo(f"instep {version('instep')}")
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        show_version()
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
+add_version(app)
 
 
 def main() -> None:
