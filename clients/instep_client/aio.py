@@ -31,7 +31,7 @@ _MOVED_ON: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED, Code.IDLE, Code
 class AsyncClient:
     """A connection to one server. One event loop owns it; use it as `async with AsyncClient() as client`.
 
-    What many tasks send in the same turn of the event loop travels together.
+    Frames that many tasks send in the same turn of the event loop travel together.
 
     When the connection is lost, or the server is restarted, the client connects again, resumes its streams and sends
     again what was not answered. Calls that wait just take longer: every frame is applied once, and every output comes

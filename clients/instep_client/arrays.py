@@ -21,7 +21,7 @@ _FLOAT32: Final = np.dtype(np.float32)
 
 
 def as_array(x: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
-    """What numpy makes of a user's argument.
+    """A user's argument as a numpy array.
 
     Raises:
         InvalidInput: when it makes nothing of it, as of a ragged list or a tensor that requires a gradient.
@@ -135,6 +135,6 @@ def good_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def parts(count: int, most: int) -> list[Indices]:
-    """The numbers below `count` in parts of at most `most`, and of what one message may carry."""
+    """The numbers below `count`, in parts of at most `most` and at most as many as one message may carry."""
     most = max(1, min(most, MAX_BLOCK_STREAMS))
     return [np.arange(start, min(start + most, count)) for start in range(0, count, most)]

@@ -107,7 +107,7 @@ class Attempts:
 
 
 def cannot_continue(former: ServerInfo, info: ServerInfo) -> str:
-    """What of a restarted server makes it impossible to continue with it; empty if nothing."""
+    """Why the streams cannot continue on a restarted server; empty if they can."""
     if any(getattr(info, name) != getattr(former, name) for name in _SAME):
         return f"another model ({info.model!r})"
     smaller = [name for name in _NOT_LESS if getattr(info, name) < getattr(former, name)]

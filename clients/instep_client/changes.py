@@ -134,7 +134,7 @@ class Discard(CloseCall):
     def __init__(self, connection: Connection, handle: StreamHandle, then: Callable[[], None] | None = None) -> None:
         super().__init__(connection, handle)
         self._then = then
-        """What to do when it was done or has failed."""
+        """Called when it was done or has failed."""
 
     def finish(self, result: U8) -> None:
         """End it with the final states."""

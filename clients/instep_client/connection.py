@@ -297,7 +297,7 @@ class Connection:
         claim(self.table, self.pending, Claim(self), rows, self.info.max_message_bytes)
 
     def _resume(self, now: float) -> None:
-        """When every claim was answered: what was on its way goes out again, and what was asked is asked again."""
+        """Every claim was answered: send unanswered frames and requests again."""
         if self.attempts.phase is not Phase.RESUMING or self.pending.waits_for(Kind.RESUMED):
             return
         self.attempts.phase = Phase.NONE

@@ -64,7 +64,7 @@ class Driver:
 
         Raises:
             ConnectionRefused: when nothing listens there, unless it is waited for.
-            ConnectionFailed: when nobody answers, the endpoint is none, or no socket can be made.
+            ConnectionFailed: when nobody answers, the endpoint is not valid, or no socket can be made.
             Refused: when the server does not take this client.
             ClientClosed: when it was started or stopped before.
         """
@@ -223,7 +223,7 @@ class Driver:
             is_touched = True
             self._send(socket)
         self._set_timer(now)
-        # The socket signals once, and what was done above may have used the signal up.
+        # The socket signals once, and the work above may have used the signal up.
         if is_touched:
             wanted = multipart.READABLE_OR_WRITABLE if self._backlog else multipart.READABLE
             found = multipart.events(socket) & wanted
