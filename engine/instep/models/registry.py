@@ -16,13 +16,14 @@ from pydantic_core import ErrorDetails
 from instep.models.base import Description, RecurrentModel
 from instep.models.errors import ModelError
 from instep.models.gru.description import GruDescription
+from instep.models.pipeline.description import PipelineDescription
 
 if TYPE_CHECKING:
     import torch
 
     from instep.models.model import Model
 
-AnyDescription: TypeAlias = GruDescription
+AnyDescription: TypeAlias = GruDescription | PipelineDescription
 """Every kind's description: the union that the configuration accepts in place of a model folder."""
 DEFAULT_KIND: Final = "gru"
 
@@ -43,7 +44,16 @@ def _build_gru(model: Model, device: torch.device) -> RecurrentModel:
     return GruNetwork(model, device)
 
 
-KINDS: Final[dict[str, ModelKind]] = {"gru": ModelKind(GruDescription.model_validate, _build_gru)}
+def _build_pipeline(model: Model, device: torch.device) -> RecurrentModel:
+    from instep.models.pipeline.network import PipelineNetwork
+
+    return PipelineNetwork(model, device)
+
+
+KINDS: Final[dict[str, ModelKind]] = {
+    "gru": ModelKind(GruDescription.model_validate, _build_gru),
+    "pipeline": ModelKind(PipelineDescription.model_validate, _build_pipeline),
+}
 
 
 def parse_description(fields: Mapping[str, Any]) -> Description:

@@ -1,0 +1,315 @@
+"""What a pipeline does with the values of a frame before the network, and with the network's outputs after it.
+
+A step is one class here and one line in `STEPS`. It describes itself without torch, runs over the rows of a batch in
+torch, and once more in numpy, from its definition, for the independent reference. The two share no code.
+"""
+# ruff: noqa: D102 - see `Step`
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
+
+from instep.models.base import Leaf
+from instep_client.protocol.state_spec import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+Values: TypeAlias = npt.NDArray[Any]
+"""[rows, values], float64 or float32 as the reference's dtype."""
+States: TypeAlias = dict[str, npt.NDArray[Any]]
+Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
+Number: TypeAlias = StrictFloat | StrictInt
+
+
+class BoundPart(Protocol):
+    """A step on the buffers of one batch size."""
+
+    out: torch.Tensor
+    """[rows, values], contiguous; good until the next `run`."""
+    state: dict[str, torch.Tensor]
+    """By leaf, [rows, *shape]; changes in place."""
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """From [rows, values] to `out`."""
+
+
+class Step(BaseModel):
+    """A step as `model.yaml` holds it: one key, its name, and its options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: ClassVar[str]
+    main: ClassVar[str]
+    """The option that stands for all of them in `name: value`."""
+    has_reference: ClassVar[bool] = True
+    """Whether a small error before the step stays small after it."""
+
+    def outputs(self, inputs: int) -> int:
+        """Values per frame after it."""
+        return inputs
+
+    def leaves(self, inputs: int) -> tuple[Leaf, ...]:
+        """Its part of a stream's state."""
+        return ()
+
+    def multiply_adds(self, inputs: int) -> int:
+        """Of one frame, about."""
+        return inputs
+
+    def in_words(self) -> str:
+        """`context 3`."""
+        raise NotImplementedError
+
+    def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
+        """The step over batches of `rows`."""
+        raise NotImplementedError
+
+    def refer(self, x: Values, state: States) -> tuple[Values, States]:
+        """The same in numpy: values and states after a frame of every row."""
+        raise NotImplementedError
+
+
+class Context(Step):
+    """The values before a frame in front of it: of the last `frames` frames, or the last `values` values.
+
+    Features with a context of past frames, and windows that overlap: frames of 160 samples with 352 values of context
+    are windows of 512 samples at every 160th. Before a stream's first frame the context is zeros.
+    """
+
+    name: ClassVar = "context"
+    main: ClassVar = "frames"
+    frames: Count | None = None
+    values: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Context:
+        if (self.frames is None) == (self.values is None):
+            raise ValueError("context takes either frames or values: how much of the past to put before each frame")
+        return self
+
+    def _size(self, inputs: int) -> int:
+        return self.values or (self.frames or 0) * inputs
+
+    def outputs(self, inputs: int) -> int:
+        return inputs + self._size(inputs)
+
+    def leaves(self, inputs: int) -> tuple[Leaf, ...]:
+        return (Leaf("context", (self._size(inputs),), DTYPES["float32"]),)
+
+    def in_words(self) -> str:
+        return f"context of {self.values} values" if self.values else f"context of {self.frames} frames"
+
+    def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
+        return _Context(rows, inputs, self._size(inputs), device)
+
+    def refer(self, x: Values, state: States) -> tuple[Values, States]:
+        both = np.concatenate([state["context"], x], axis=1)
+        return both, {"context": both[:, x.shape[1] :]}
+
+
+class _Context:
+    def __init__(self, rows: int, inputs: int, size: int, device: torch.device) -> None:
+        import torch
+
+        self.out = torch.zeros(rows, size + inputs, device=device)
+        self._context = torch.zeros(rows, size, device=device)
+        self.state = {"context": self._context}
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        size = self._context.shape[1]
+        self.out[:, :size].copy_(self._context)
+        self.out[:, size:].copy_(x)
+        self._context.copy_(self.out[:, x.shape[1] :])
+        return self.out
+
+
+_RAISED: Final = {"hann": 0.5, "hamming": 0.54, "none": 1.0}
+"""a in the window a - (1 - a) cos(2 π i / n)."""
+
+
+class Spectrum(Step):
+    """The spectrum of a frame as of one window of samples: n // 2 + 1 values for n samples.
+
+    The samples are multiplied with the window (periodic, as `torch.hann_window` makes it) and transformed as by
+    `torch.fft.rfft`. `log_power` is ln(re² + im² + floor).
+    """
+
+    name: ClassVar = "spectrum"
+    main: ClassVar = "scale"
+    scale: Literal["magnitude", "power", "log_power"] = "magnitude"
+    window: Literal["hann", "hamming", "none"] = "hann"
+    floor: Annotated[Number, Field(gt=0)] = 1e-12
+
+    def outputs(self, inputs: int) -> int:
+        return inputs // 2 + 1
+
+    def multiply_adds(self, inputs: int) -> int:
+        return 5 * inputs * max(1, round(math.log2(inputs)))
+
+    def in_words(self) -> str:
+        return f"{self.scale.replace('_', ' ')} spectrum"
+
+    def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
+        return _Spectrum(self, rows, inputs, device)
+
+    def refer(self, x: Values, state: States) -> tuple[Values, States]:
+        size = x.shape[1]
+        turns = np.arange(size) / size
+        raised = _RAISED[self.window]
+        found = np.fft.rfft(x * (raised - (1 - raised) * np.cos(2 * np.pi * turns)), axis=1)
+        power = found.real**2 + found.imag**2
+        match self.scale:
+            case "magnitude":
+                values = np.sqrt(power)
+            case "power":
+                values = power
+            case "log_power":
+                values = np.log(power + self.floor)
+        return values.astype(x.dtype), {}
+
+
+class _Spectrum:
+    def __init__(self, step: Spectrum, rows: int, inputs: int, device: torch.device) -> None:
+        import torch
+
+        raised = _RAISED[step.window]
+        self._window = torch.hamming_window(inputs, True, raised, 1 - raised, device=device)
+        self._scale, self._floor = step.scale, step.floor
+        self.out = torch.zeros(rows, step.outputs(inputs), device=device)
+        self.state: dict[str, torch.Tensor] = {}
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        found = torch.view_as_real(torch.fft.rfft(x * self._window)).square_()
+        torch.add(found[..., 0], found[..., 1], out=self.out)
+        if self._scale == "magnitude":
+            self.out.sqrt_()
+        elif self._scale == "log_power":
+            self.out.add_(self._floor).log_()
+        return self.out
+
+
+class Smooth(Step):
+    """Exponential smoothing of every value: `keep` of what it was and the rest of what it is now.
+
+    The first frame of a stream passes unchanged.
+    """
+
+    name: ClassVar = "smooth"
+    main: ClassVar = "keep"
+    keep: Annotated[Number, Field(ge=0, lt=1)]
+
+    def leaves(self, inputs: int) -> tuple[Leaf, ...]:
+        return Leaf("smoothed", (inputs,), DTYPES["float32"]), Leaf("has_begun", (), DTYPES["bool"])
+
+    def in_words(self) -> str:
+        return f"smooth {self.keep:g}"
+
+    def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
+        return _Smooth(self.keep, rows, inputs, device)
+
+    def refer(self, x: Values, state: States) -> tuple[Values, States]:
+        blend = self.keep * state["smoothed"] + (1 - self.keep) * x
+        y = np.where(state["has_begun"][:, None].astype(bool), blend, x).astype(x.dtype)
+        return y, {"smoothed": y, "has_begun": np.ones(len(x), state["has_begun"].dtype)}
+
+
+class _Smooth:
+    def __init__(self, keep: float, rows: int, inputs: int, device: torch.device) -> None:
+        import torch
+
+        self._keep = keep
+        self.out = torch.zeros(rows, inputs, device=device)
+        self._smoothed = torch.zeros(rows, inputs, device=device)
+        self._has_begun = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.state = {"smoothed": self._smoothed, "has_begun": self._has_begun}
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        # Not `lerp` or `add(alpha=)`: whether they round once or twice depends on where an element is.
+        blend = self._smoothed.mul_(self._keep).add_(x * (1 - self._keep))
+        torch.where(self._has_begun.unsqueeze(1), blend, x, out=self.out)
+        self._smoothed.copy_(self.out)
+        self._has_begun.fill_(True)
+        return self.out
+
+
+class Hysteresis(Step):
+    """Every value becomes 1 when it reaches `on`, 0 when it falls to `off` or below, and stays what it was between.
+
+    A stream begins at 0.
+    """
+
+    name: ClassVar = "hysteresis"
+    main: ClassVar = "on"
+    has_reference: ClassVar = False
+    on: Number
+    off: Number
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Hysteresis:
+        if not self.off < self.on:
+            raise ValueError("hysteresis: off must be less than on")
+        return self
+
+    def leaves(self, inputs: int) -> tuple[Leaf, ...]:
+        return (Leaf("is_on", (inputs,), DTYPES["bool"]),)
+
+    def in_words(self) -> str:
+        return f"hysteresis {self.on:g}/{self.off:g}"
+
+    def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
+        return _Hysteresis(self.on, self.off, rows, inputs, device)
+
+    def refer(self, x: Values, state: States) -> tuple[Values, States]:
+        is_on = (x >= self.on) | (state["is_on"].astype(bool) & ~(x <= self.off))
+        return is_on.astype(x.dtype), {"is_on": is_on.astype(state["is_on"].dtype)}
+
+
+class _Hysteresis:
+    def __init__(self, on: float, off: float, rows: int, inputs: int, device: torch.device) -> None:
+        import torch
+
+        self._on, self._off = on, off
+        self.out = torch.zeros(rows, inputs, device=device)
+        self._is_on = torch.zeros(rows, inputs, dtype=torch.bool, device=device)
+        self.state = {"is_on": self._is_on}
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        self._is_on.logical_and_((x <= self._off).logical_not_()).logical_or_(x >= self._on)
+        self.out.copy_(self._is_on)
+        return self.out
+
+
+STEPS: Final[dict[str, type[Step]]] = {step.name: step for step in (Context, Spectrum, Smooth, Hysteresis)}
+
+
+def parse_step(value: object) -> object:
+    """A step of its form in `model.yaml`: `{name: options}`, or `{name: value}` for its main option.
+
+    Raises:
+        ValueError: for anything else, pydantic's own for a wrong option.
+    """
+    if isinstance(value, Step):
+        return value
+    if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in STEPS:
+        raise ValueError(f"a step is one of {', '.join(STEPS)} with its options, such as `context: 3`")
+    ((name, options),) = value.items()
+    step = STEPS[name]
+    return step.model_validate(options if isinstance(options, Mapping) else {step.main: options})
+
+
+def sizes(steps: Sequence[Step], inputs: int) -> list[int]:
+    """Values per frame before each step and after the last."""
+    found = [inputs]
+    for step in steps:
+        found.append(step.outputs(found[-1]))
+    return found
