@@ -14,6 +14,8 @@ from torch import nn
 from instep.models.folder import load_model
 from instep.models.gru.description import ACTIVATIONS
 from instep.models.handover.tracer import activation_of
+from instep.models.pipeline.steps import STEPS
+from instep.models.registry import parse_description
 from tests.docs.support.page import Page
 from tests.docs.support.shell import commands, run
 
@@ -35,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_module_is_handed_over_as_shown(folder: Path) -> None:
-    ((name, shown),) = PAGE.blocks("yaml")
+    name = "ears/model.yaml"
+    shown = dict(PAGE.blocks("yaml"))[name]
     assert yaml.safe_load((folder / name).read_text()) == yaml.safe_load(shown)
     assert run(["python", "layers.py"], folder).stderr == ""
     assert load_model(folder / "digits").description.in_words() == "40 features → GRU 128 → dense 32 gelu → dense 10"
@@ -72,3 +75,12 @@ def test_its_table_of_activations_is_whole() -> None:
             kind = getattr(nn, module.partition(",")[0].strip("`").removeprefix("nn."))
             named[name] = activation_of(kind(dim=-1) if name == "softmax" else kind(), "it")
     assert named == {name: name for name in ACTIVATIONS}
+
+
+def test_the_pipeline_is_one_and_every_step_is_described() -> None:
+    fields = yaml.safe_load(dict(PAGE.blocks("yaml"))["listens/model.yaml"])
+    assert parse_description(fields).in_words() == (
+        "160 features → context of 352 values → log power spectrum → GRU 64 → dense 1 sigmoid → smooth 0.9"
+    )
+    rows = [line for line in PAGE.text.splitlines() if line.startswith("| `")]
+    assert [name for name in STEPS if any(line.startswith(f"| `{name}: ") for line in rows)] == list(STEPS)
