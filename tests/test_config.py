@@ -23,7 +23,6 @@ from instep.config import (
 from instep.config.endpoint import is_loopback
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NETWORK = {"features": 3, "gru": {"hidden_size": 4}}
 
 
 def problems(
@@ -81,27 +80,13 @@ class TestTheManual:
     def test_loads_as_the_defaults(self) -> None:
         assert load_config(CONFIGS / "default.yaml") == Config() == load_config()
 
-    def test_the_network_in_its_comments_is_one(self, tmp_path: Path) -> None:
-        example = re.search(r"  #     network:\n(  #      .*\n)+", self.text)
-        assert example is not None
-        network = yaml.safe_load(re.sub(r"(?m)^  # {5}", "", example[0]))
-        file = written(tmp_path, {"model": {**network, "weights": "w"}})
-        loaded = load_config(file).model.network
-        assert loaded is not None
-        assert (loaded.features, loaded.gru.hidden_size, loaded.outputs) == (40, 128, 9)
-
 
 class TestShippedConfigs:
-    def test_seed_describes_its_network(self) -> None:
-        model = load_config(CONFIGS / "seed.yaml").model
-        assert model.folder is None
-        assert model.network is not None
-        assert (model.network.features, model.network.gru.hidden_size) == (3, 4)
-        assert model.weights == CONFIGS.parent / "engine/instep/demo/seed_model/weights.safetensors"
-
-    def test_demo_names_a_folder(self) -> None:
-        model = load_config(CONFIGS / "demo.yaml").model
-        assert (model.folder, model.network) == (CONFIGS.parent / "engine/instep/demo/model", None)
+    @pytest.mark.parametrize(("name", "folder"), [("seed", "seed_model"), ("demo", "model")])
+    def test_name_a_folder_that_is_there(self, name: str, folder: str) -> None:
+        model = load_config(CONFIGS / f"{name}.yaml").model
+        assert model.folder == CONFIGS.parent / "engine/instep/demo" / folder
+        assert (model.folder / "model.yaml").is_file()
 
 
 class TestPrecedence:
@@ -116,18 +101,6 @@ class TestPrecedence:
         assert sources["limits.max_connections"] == f"file {file}"
         assert sources["limits.credit_frames"] == "default"
         assert len(sources) == sum(len(section) for section in config.model_dump().values())
-
-    def test_a_model_named_in_a_stronger_place_sets_the_weaker_one_aside(self, tmp_path: Path) -> None:
-        inline = written(tmp_path, {"model": {"network": NETWORK, "weights": "w"}})
-        config, sources = explain_config(inline, {"model.folder": "/models/a"})
-        assert config.model.model_dump() == {"folder": Path("/models/a"), "network": None, "weights": None}
-        assert sources["model.network"] == "default"
-
-    def test_a_network_given_by_flags_sets_the_folder_in_the_file_aside(self, tmp_path: Path) -> None:
-        folder = written(tmp_path, {"model": {"folder": "a"}})
-        flags = {"model.network": "{features: 3, gru: {hidden_size: 4}}", "model.weights": "/w"}
-        model = load_config(folder, flags).model
-        assert (model.folder, model.weights) == (None, Path("/w"))
 
     def test_null_in_a_stronger_place_takes_a_value_back(self, tmp_path: Path) -> None:
         file = written(tmp_path, {"recording": {"file": "a.instep"}, "model": {"folder": "a"}})
@@ -192,7 +165,7 @@ class TestProblems:
                 "limts": {"max_idle_s": 1},
                 "endpoint": "tcp://127.0.0.1:1",
                 "log": "debug",
-                "model": {"folder": "f", "network": NETWORK},
+                "model": {"folder": 7},
                 "transport": {"endpoint": "tcp://0.0.0.0:5757", "handshake_timeout": 3},
                 "limits": {"max_pending_frames": 10, "max_idle_s": "soon", "max_connections": 1.5},
             },
@@ -237,16 +210,6 @@ class TestProblems:
             ({"limts": {}}, "limts", "did you mean limits?"),
             ({"endpoint": "x"}, "endpoint", "did you mean transport.endpoint?"),
             ({"limits": {"max_idle": 1}}, "limits.max_idle", "did you mean limits.max_idle_s?"),
-            (
-                {"model": {"network": {**NETWORK, "gru": {"hidden_size": 4, "num_layer": 2}}, "weights": "w"}},
-                "model.network.gru.num_layer",
-                "did you mean num_layers?",
-            ),
-            (
-                {"model": {"network": {**NETWORK, "after": [{"size": 4, "activations": "relu"}]}, "weights": "w"}},
-                "model.network.after.0.activations",
-                "did you mean activation?",
-            ),
         ],
     )
     def test_unknown_keys_in_files_say_what_was_meant(
@@ -332,19 +295,8 @@ class TestProblems:
         assert (found.path, "not valid YAML" in found.message) == ("engine.threads", True)
 
     def test_text_with_a_key_twice(self) -> None:
-        (found,) = problems(None, {"model.network": "{features: 3, features: 4, gru: {hidden_size: 4}}"})
+        (found,) = problems(None, {"engine.threads": "{features: 3, features: 4}"})
         assert "the key 'features' stands twice" in found.message
-
-    def test_a_network_that_cannot_be(self, tmp_path: Path) -> None:
-        network = {"gru": {"hidden_size": 0, "bidirectional": True}}
-        found = problems(written(tmp_path, {"model": {"network": network, "weights": "w"}}))
-        assert [each.path for each in found] == [
-            "model.network.features",
-            "model.network.gru.hidden_size",
-            "model.network.gru.bidirectional",
-        ]
-        assert "cannot stream" in found[2].message
-        assert found[0].suggestion == "add features there"
 
 
 class TestFiles:
@@ -404,10 +356,6 @@ class TestContradictions:
     @pytest.mark.parametrize(
         ("document", "path", "words"),
         [
-            ({"model": {"folder": "f", "network": NETWORK, "weights": "w"}}, "model.folder", "not both"),
-            ({"model": {"folder": "f", "weights": "w"}}, "model.folder", "not both"),
-            ({"model": {"network": NETWORK}}, "model.weights", "weights are missing"),
-            ({"model": {"weights": "w"}}, "model.network", "not described"),
             ({"transport": {"endpoint": "tcp://*:5757"}}, "transport.endpoint", "no encryption"),
             ({"transport": {"endpoint": "tcp://10.0.0.1:5757"}}, "transport.endpoint", "other machines"),
             ({"transport": {"endpoint": "tcp://eth0:5757"}}, "transport.endpoint", "other machines"),

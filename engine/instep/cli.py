@@ -83,8 +83,8 @@ def serve(
     log = make_log(loaded.log)
     for sentence in unknown_variables(os.environ):
         log.warning("unknown setting", reason=sentence)
-    if named := loaded.model.folder or loaded.model.weights:
-        log.info("loading", model=str(named))  # PyTorch first, which takes seconds
+    if loaded.model.folder is not None:
+        log.info("loading", model=str(loaded.model.folder))  # PyTorch first, which takes seconds
 
     from instep.server.preparation import CannotServe
 

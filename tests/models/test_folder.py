@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import save_file
 
 from instep.models.errors import ModelError
-from instep.models.folder import load_model, make_model, model_from_parts, write_model
+from instep.models.folder import load_model, make_model, write_model
 from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
 from instep.models.model import Model, model_of
 
@@ -68,27 +68,17 @@ def test_the_fingerprint_counts_every_tensor_and_the_description_but_not_the_nam
     model = make_model(DESCRIPTION, "random", name="one")
     assert len(model.fingerprint) == 64
     assert make_model(DESCRIPTION, "random", name="two").fingerprint == model.fingerprint
-    path = tmp_path / "w.safetensors"
+    write_model(tmp_path, model)
+    path = tmp_path / "weights.safetensors"
     seen = {model.fingerprint}
     for name in model.weights:
         weights = {key: tensor.clone() for key, tensor in model.weights.items()}
         weights[name].view(torch.int32).flatten()[-1] ^= 1  # the last bit of the last weight
         save_file(weights, path)
-        seen.add(model_from_parts(DESCRIPTION, path, "one").fingerprint)
-    save_file(dict(model.weights), path)
+        seen.add(load_model(tmp_path).fingerprint)
     relu = DESCRIPTION.model_copy(update={"after": (DenseLayer(size=4, activation="relu"),)})
-    seen.add(model_from_parts(relu, path, "one").fingerprint)
+    seen.add(model_of("one", relu, model.weights).fingerprint)
     assert len(seen) == len(model.weights) + 2
-
-
-def test_the_parts_may_stand_apart(tmp_path: Path) -> None:
-    model = make_model(DESCRIPTION, "random", name="parts")
-    write_model(tmp_path, model)
-    assert same(model_from_parts(DESCRIPTION, tmp_path / "weights.safetensors", "parts"), model)
-    with pytest.raises(ModelError, match="printable"):
-        model_from_parts(DESCRIPTION, tmp_path / "weights.safetensors", "a\nb")
-    with pytest.raises(ModelError, match=r"nothing\.safetensors"):
-        model_from_parts(DESCRIPTION, tmp_path / "nothing.safetensors", "parts")
 
 
 def test_writing_replaces_a_model_only_when_asked_to(tmp_path: Path) -> None:

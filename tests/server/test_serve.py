@@ -56,14 +56,6 @@ def test_a_model_that_cannot_be_loaded_is_refused_with_the_tensors_name(model: P
         prepare(configured(model), QUIET)
 
 
-def test_a_model_may_be_described_in_the_configuration(model: Path) -> None:
-    parts = {"network": SMALL.description.as_json(), "weights": model / "weights.safetensors"}
-    config = Config.model_validate({"model": parts})
-    ready = prepare(config, QUIET)
-    assert ready.model.fingerprint == SMALL.fingerprint
-    assert ready.model_path == (model / "weights.safetensors").resolve()
-
-
 def test_without_a_model_nothing_is_served_and_the_sentence_says_how_to_get_one() -> None:
     with pytest.raises(CannotServe, match="no model to serve") as error:
         prepare(Config(), QUIET)

@@ -146,13 +146,6 @@ def test_where_the_user_says(recorded: Recorded, tmp_path: Path) -> None:
     assert recorded_model(recorded.header, moved).fingerprint == recorded.header.model_fingerprint
 
 
-def test_a_weights_file_with_the_recorded_description(recorded: Recorded) -> None:
-    header = changed(recorded.header, str(recorded.folder / "weights.safetensors"))
-    model = recorded_model(header, None)
-    assert model.fingerprint == header.model_fingerprint
-    assert model.name == "m"
-
-
 @pytest.mark.parametrize(
     ("place", "sentence"), [("", "its folder is not recorded"), ("/nowhere/model", "/nowhere/model")]
 )

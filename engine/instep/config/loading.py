@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from instep.config.errors import ConfigError, Problem
@@ -25,9 +25,6 @@ _SECTIONS: Final[dict[str, type[Section]]] = {
 }
 KEYS: Final = tuple(f"{name}.{key}" for name, section in _SECTIONS.items() for key in section.model_fields)
 """Every key as `section.key`, in the order of `configs/default.yaml`."""
-
-_RIVALS: Final = {"model.folder": ("model.network", "model.weights"), "model.network": ("model.folder",)}
-"""Naming a model in a stronger place sets aside the other way of naming one in a weaker place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +124,6 @@ class _Layers:
             message = f"there is no home directory for {_short(given.value)}"
             self.problems.append(Problem(given.path, given.source, message, "write the whole path"))
             return
-        if value is not None:
-            for rival in _RIVALS.get(given.path, ()):
-                if rival in self.taken and self.taken[rival].layer != given.layer:
-                    del self.values[rival], self.taken[rival]
         self.values[given.path], self.taken[given.path] = value, given
 
 
@@ -228,16 +221,10 @@ def _problems_of(given: _Given, error: ValidationError) -> Iterator[Problem]:
     name = given.path.split(".")[0]
     for found in error.errors(include_url=False):
         path = ".".join([name, *map(str, found["loc"])])
-        if found["type"] == "extra_forbidden":
-            known = _fields_beside(_SECTIONS[name], found["loc"])
-            yield Problem(path, given.source, "there is no such key", _did_you_mean(str(found["loc"][-1]), known))
-        elif found["type"] == "missing":
-            yield Problem(path, given.source, "it is missing", f"add {found['loc'][-1]} there")
-        else:
-            message = found["msg"].removeprefix("Value error, ")
-            if message.startswith("Input "):  # pydantic's own; ours name the value themselves
-                message = f"it {message.removeprefix('Input ')}, not {_short(found['input'])}"
-            yield Problem(path, given.source, message, _suggestion(given, found))
+        message = found["msg"].removeprefix("Value error, ")
+        if message.startswith("Input "):  # pydantic's own; ours name the value themselves
+            message = f"it {message.removeprefix('Input ')}, not {_short(found['input'])}"
+        yield Problem(path, given.source, message, _suggestion(given, found))
 
 
 def _suggestion(given: _Given, found: ErrorDetails) -> str:
@@ -247,16 +234,6 @@ def _suggestion(given: _Given, found: ErrorDetails) -> str:
         if close := get_close_matches(given.value.lower(), words, n=1):
             return f"did you mean {close[0]}?"
     return _default(given.path)
-
-
-def _fields_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The names that are allowed where `location`, which leads into `model`, ends."""
-    for part in location[:-1]:
-        if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            options = (annotation, *get_args(annotation))
-            model = next(each for each in options if isinstance(each, type) and issubclass(each, BaseModel))
-    return list(model.model_fields)
 
 
 def _unknown_key(given: _Given) -> Problem:

@@ -26,41 +26,10 @@ def contradictions(config: Config) -> list[Contradiction]:
     `max_batch_size` above `max_streams` is none of it: such a batch is merely never full.
     """
     return [
-        *_model(config),
         *_transport(config),
         *_limits(config),
         *_recording(config),
     ]
-
-
-def _model(config: Config) -> list[Contradiction]:
-    model = config.model
-    found = []
-    if model.folder is not None and (model.network is not None or model.weights is not None):
-        found.append(
-            Contradiction(
-                ("model.folder", "model.network", "model.weights"),
-                "a model is either a folder or a network with its weights, not both",
-                "remove model.folder, or remove model.network and model.weights",
-            )
-        )
-    elif model.network is not None and model.weights is None:
-        found.append(
-            Contradiction(
-                ("model.weights", "model.network"),
-                "model.network describes a network, but its weights are missing",
-                "add model.weights, the path of a safetensors file",
-            )
-        )
-    elif model.weights is not None and model.network is None:
-        found.append(
-            Contradiction(
-                ("model.network", "model.weights"),
-                "model.weights names a file, but the network it belongs to is not described",
-                "add model.network, or name a model folder as model.folder instead",
-            )
-        )
-    return found
 
 
 def _transport(config: Config) -> list[Contradiction]:

@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from instep.config.endpoint import checked_endpoint
 from instep.config.rules import contradictions
-from instep.models.registry import AnyDescription
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bytes = Annotated[int, Field(ge=0, le=2**62)]
@@ -39,11 +38,9 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The model to serve: a folder, or an inline description with its weights."""
+    """The model to serve."""
 
     folder: Path | None = None
-    network: AnyDescription | None = None
-    weights: Path | None = None
 
 
 class EngineConfig(Section):

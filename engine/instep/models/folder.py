@@ -57,7 +57,7 @@ def load_model(folder: str | Path) -> Model:
         output_names = check_output_names(outputs, description)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    return model_from_parts(description, folder / WEIGHTS_FILE, name, output_names)
+    return model_of(check_name(name), description, load_weights(folder / WEIGHTS_FILE, description), output_names)
 
 
 def _no_folder(file: Path) -> str:
@@ -72,17 +72,6 @@ def _no_folder(file: Path) -> str:
             "of the trained module with instep.models.save_model"
         )
     return f"{file} is not a model folder, which holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}: name the folder"
-
-
-def model_from_parts(
-    description: Description, weights_path: Path, name: str, output_names: tuple[str, ...] = ()
-) -> Model:
-    """A model of a weights file and a description from elsewhere.
-
-    Raises:
-        ModelError: as `load_weights`, or for a name that is not 1 to 100 printable characters.
-    """
-    return model_of(check_name(name), description, load_weights(weights_path, description), output_names)
 
 
 def make_model(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from instep.models.model import Model
 
-AnyDescription: TypeAlias = GruDescription | PipelineDescription
-"""Every kind's description: the union that the configuration accepts in place of a model folder."""
 DEFAULT_KIND: Final = "gru"
 
 

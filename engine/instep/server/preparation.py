@@ -13,7 +13,7 @@ from instep.config import Config
 from instep.models.base import RecurrentModel
 from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
-from instep.models.folder import load_model, model_from_parts
+from instep.models.folder import load_model
 from instep.models.model import Model
 from instep.models.numerics import prepare as prepare_numerics
 from instep.models.registry import build
@@ -97,9 +97,6 @@ def _certify(config: Config, network: RecurrentModel, log: structlog.stdlib.Boun
 
 
 def _load(config: Config) -> tuple[Model, Path]:
-    if config.model.network is not None and config.model.weights is not None:
-        weights = config.model.weights
-        return model_from_parts(config.model.network, weights, weights.stem), weights.resolve()
     folder = config.model.folder
     if folder is None:
         raise CannotServe(

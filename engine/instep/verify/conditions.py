@@ -13,7 +13,7 @@ import torch
 from instep.models.base import Description, RecurrentModel
 from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
-from instep.models.folder import load_model, model_from_parts
+from instep.models.folder import load_model
 from instep.models.model import Model
 from instep.models.numerics import numerics, prepare
 from instep.models.registry import parse_description
@@ -111,9 +111,6 @@ def recorded_threads(header: RecordingHeader) -> Iterator[None]:
 def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
     """Load the recorded model, by its fingerprint, from `folder` or from where the recording says.
 
-    Where the engine took a weights file and a description from its config, the recording names the file and holds the
-    description.
-
     Raises:
         CannotVerify: when the model is missing, cannot be read, or is another one.
     """
@@ -125,7 +122,7 @@ def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
             f"({header.model_folder or 'its folder is not recorded'}); name its folder with --model"
         )
     try:
-        model = model_from_parts(description, place, header.model_name) if place.is_file() else load_model(place)
+        model = load_model(place)
     except ModelError as error:
         raise CannotVerify(f"the model cannot be loaded: {error}") from None
     if model.fingerprint != header.model_fingerprint or model.description != description:
