@@ -22,7 +22,7 @@ from benchmarks.measurement import Bench
 from instep.core.typing import F32, I64, U8, Bool
 from instep.models.base import RecurrentModel
 from instep.models.folder import load_model, make_model, write_model
-from instep.models.gru.description import GruDescription, GruLayers
+from instep.models.recurrent.description import GruDescription, GruLayers
 from instep.models.registry import build
 from instep.models.stepping import keep_state, load_state, read_state
 from instep_client.protocol.state_spec import StateSpec

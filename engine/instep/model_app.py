@@ -12,7 +12,7 @@ import typer
 from instep_tools.command_line import CommandLine
 
 if TYPE_CHECKING:
-    from instep.models.gru.description import GruDescription
+    from instep.models.recurrent.description import GruDescription
 
 app = CommandLine(help="Make a model folder, import one, check it, or look into it.")
 
@@ -171,7 +171,7 @@ def _described(
     from pydantic import ValidationError
 
     from instep.config import ConfigError, Problem
-    from instep.models.gru.description import GruDescription
+    from instep.models.recurrent.description import GruDescription
     from instep.models.registry import in_words
 
     layers = {place: [_dense(text, bias) for text in texts] for place, texts in dense.items()}

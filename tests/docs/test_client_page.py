@@ -18,7 +18,7 @@ import pytest
 import instep_client
 from instep.demo.child_server import ChildServer
 from instep.models.folder import make_model, write_model
-from instep.models.gru.description import GruDescription, GruLayers
+from instep.models.recurrent.description import GruDescription, GruLayers
 from instep_client import AsyncClient, AsyncGroup, AsyncStream, Client
 from tests.docs.support.page import Page
 

@@ -15,7 +15,7 @@ from instep.config import RecordingConfig
 from instep.core.tables import SCRATCH_SLOT
 from instep.core.typing import F32, U64
 from instep.models.folder import make_model
-from instep.models.gru.description import GruDescription, GruLayers
+from instep.models.recurrent.description import GruDescription, GruLayers
 from instep.server.server import Server
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from instep.cli import app as engine_app
 from instep.models.folder import make_model, write_model
-from instep.models.gru.description import GruDescription, GruLayers
+from instep.models.recurrent.description import GruDescription, GruLayers
 from instep_client import Client
 from instep_tools.app import app as client_app
 from instep_tools.formats.mcap_file import frame_schema

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from instep.models.folder import load_model
-from instep.models.gru.description import ACTIVATIONS
 from instep.models.handover.tracer import activation_of
 from instep.models.pipeline.steps import STEPS
+from instep.models.recurrent.description import ACTIVATIONS
 from instep.models.registry import parse_description
 from tests.docs.support.page import Page
 from tests.docs.support.shell import commands, run

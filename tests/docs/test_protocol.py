@@ -19,7 +19,7 @@ from instep.config import Config
 from instep.core.typing import F32, I32, I64, U64
 from instep.frontends.zmq import encode
 from instep.models.folder import make_model
-from instep.models.gru.description import GruDescription, GruLayers
+from instep.models.recurrent.description import GruDescription, GruLayers
 from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
 from instep.streaming.listing import ListedPage
 from instep_client import replies as readers

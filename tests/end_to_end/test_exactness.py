@@ -14,8 +14,8 @@ from torch import nn
 
 from instep.core.typing import F32
 from instep.models.folder import make_model
-from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
 from instep.models.model import Model
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
 from instep.server.preparation import Prepared
 from tests.support.models import SEED_SIZED, gru_of, in_one_call, plain, stepped, torch_gru, with_head
 from tests.support.raw import RawClient

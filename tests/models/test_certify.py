@@ -10,9 +10,9 @@ import torch
 from instep.core.typing import F32, U8
 from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.folder import make_model
-from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
-from instep.models.gru.network import GruNetwork
-from instep.models.gru.step import GruStep
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.step import GruStep
 from tests.support.models import in_one_call, stepped
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, make_model, write_model
-from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
 from instep.models.model import Model, model_of
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
 
 DESCRIPTION = GruDescription(
     features=2,

@@ -1,4 +1,4 @@
-"""The engine with a model that is not a GRU: nothing outside `models/gru` may know what one is."""
+"""The engine with a model that is not a GRU: nothing outside `models/recurrent` may know what one is."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_its_folder_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_kind_that_nobody_knows_is_refused() -> None:
-    with pytest.raises(ModelError, match="there is no kind of model 'lstm'; expected gru, leaky"):
-        parse_description({"kind": "lstm", "features": 3})
+    with pytest.raises(ModelError, match=r"there is no kind of model 'reservoir'; expected gru, .*leaky"):
+        parse_description({"kind": "reservoir", "features": 3})
 
 
 def test_certification_needs_no_call_for_whole_sequences() -> None:

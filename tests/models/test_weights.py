@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from instep.models.errors import ModelError
-from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
 from instep.models.weights import check_weights, load_weights, save_weights
 
 DESCRIPTION = GruDescription(features=2, gru=GruLayers(hidden_size=3), after=(DenseLayer(size=4, activation="tanh"),))

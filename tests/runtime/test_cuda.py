@@ -11,10 +11,10 @@ import torch
 from instep.core.typing import F32
 from instep.models.certify import candidate_buckets, certify
 from instep.models.folder import make_model
-from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
-from instep.models.gru.network import GruNetwork
 from instep.models.model import Model
 from instep.models.numerics import prepare
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.network import GruNetwork
 from instep.runtime.stepper import Stepper
 from tests.support.models import plain
 from tests.support.raw import RawClient

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from instep.models.base import Leaf, StateSpec
-from instep.models.gru.network import GruNetwork
+from instep.models.recurrent.network import GruNetwork
 from instep.runtime.state_store import StateCopies, StateStore
 from instep_client.protocol.state_spec import DTYPES
 from tests.support.models import plain, whole

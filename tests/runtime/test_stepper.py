@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32, I64
-from instep.models.gru.step import GruStep
 from instep.models.model import Model
+from instep.models.recurrent.step import GruStep
 from instep.runtime.state_store import StateStore
 from instep.runtime.stepper import Stepper
 from tests.support.models import SMALL, plain, whole, with_head

@@ -21,8 +21,8 @@ from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
 from instep.models.certify import Certification
 from instep.models.folder import write_model
-from instep.models.gru.network import GruNetwork
-from instep.models.gru.step import GruKernel
+from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.step import GruKernel
 from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve

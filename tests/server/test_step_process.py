@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from instep.config import Config, EngineConfig
-from instep.models.gru.step import GruStep
+from instep.models.recurrent.step import GruStep
 from instep.server import execution
 from instep.server.execution import steps_in_process
 from instep.server.preparation import CannotServe

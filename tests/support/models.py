@@ -8,8 +8,8 @@ import torch
 from instep.core.typing import F32
 from instep.models.base import RecurrentModel
 from instep.models.folder import make_model
-from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
 from instep.models.model import Model
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
 from instep.models.stepping import step_rows
 from tests.support.running import prepared
 

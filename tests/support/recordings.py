@@ -13,11 +13,11 @@ import torch
 from instep.models.base import RecurrentModel
 from instep.models.certify import Certification, certify
 from instep.models.folder import write_model
-from instep.models.gru.network import GruNetwork
-from instep.models.gru.step import GruKernel
 from instep.models.handover.save import save_model
 from instep.models.model import Model
 from instep.models.numerics import numerics
+from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.step import GruKernel
 from instep.models.registry import parse_description
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter

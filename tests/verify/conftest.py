@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from instep.models.folder import make_model
-from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
-from instep.models.gru.network import GruNetwork
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.network import GruNetwork
 from tests.support.recordings import certify_once
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from instep.models.base import Reference
-from instep.models.gru.reference import GruReference
+from instep.models.recurrent.reference import GruReference
 from instep.models.ulp import ulp_distance
 from instep.verify import bound as bounds
 from instep.verify.bound import (

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from instep.models.folder import load_model
-from instep.models.gru.network import GruNetwork
+from instep.models.recurrent.network import GruNetwork
 from instep.recording.errors import DamagedRecording
 from instep.recording.schema import TABLES
 from instep.recording.writer import RecordingWriter

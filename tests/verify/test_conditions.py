@@ -12,8 +12,8 @@ import torch
 
 from instep.models.base import RecurrentModel
 from instep.models.certify import Certification, Exactness, certify
-from instep.models.gru.network import GruNetwork
 from instep.models.numerics import numerics
+from instep.models.recurrent.network import GruNetwork
 from instep.recording.schema import RecordingHeader
 from instep.verify import conditions
 from instep.verify.conditions import device_for, find_conditions, recorded_model, recorded_threads

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from instep.models.folder import load_model
-from instep.models.gru.network import GruNetwork
+from instep.models.recurrent.network import GruNetwork
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run

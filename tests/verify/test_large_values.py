@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from instep.models.folder import load_model, make_model
-from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
-from instep.models.gru.network import GruNetwork
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.network import GruNetwork
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import Recorded, make_gru, record_gru, record_model, served_step
 from tests.support.scribe import Scribe

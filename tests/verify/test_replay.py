@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from instep.core.typing import F32, U8
-from instep.models.gru.network import GruNetwork
-from instep.models.gru.step import GruStep
+from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.step import GruStep
 from instep.verify.replay import replay_stepped, replay_whole
 from tests.support.models import plain, whole
 from tests.support.running import prepared

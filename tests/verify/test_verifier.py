@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from instep.models.folder import load_model, make_model
-from instep.models.gru.description import ACTIVATIONS, DenseLayer, GruDescription, GruLayers
-from instep.models.gru.network import GruNetwork
+from instep.models.recurrent.description import ACTIVATIONS, DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.network import GruNetwork
 from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch

@@ -15,8 +15,8 @@ from pydantic_core import ErrorDetails
 
 from instep.models.base import Description, RecurrentModel
 from instep.models.errors import ModelError
-from instep.models.gru.description import GruDescription
 from instep.models.pipeline.description import PipelineDescription
+from instep.models.recurrent.description import GruDescription
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class ModelKind:
 
 
 def _build_gru(model: Model, device: torch.device) -> RecurrentModel:
-    from instep.models.gru.network import GruNetwork
+    from instep.models.recurrent.network import GruNetwork
 
     return GruNetwork(model, device)
 

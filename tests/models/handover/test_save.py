@@ -15,9 +15,9 @@ from torch.nn import functional
 import instep.models
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
-from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
 from instep.models.handover.save import save_model
 from instep.models.model import Model
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
 
 LINEAR = nn.Linear(4, 2)
 

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional
 
 from instep.models.errors import ModelError
-from instep.models.gru.description import GruDescription
 from instep.models.handover.save import save_model
 from instep.models.model import Model
+from instep.models.recurrent.description import GruDescription
 from instep.models.registry import build
 
 Forward = Callable[..., Any]

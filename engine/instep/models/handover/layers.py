@@ -13,8 +13,8 @@ from torch import nn
 
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names
-from instep.models.gru.description import BIDIRECTIONAL, Activation, DenseLayer, GruDescription, GruLayers
 from instep.models.model import Model, model_of
+from instep.models.recurrent.description import BIDIRECTIONAL, Activation, DenseLayer, GruDescription, GruLayers
 from instep.models.registry import sentences
 from instep.models.weights import check_weights
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from instep.models.errors import ModelError
 from instep.models.folder import GRAPHS
-from instep.models.gru.description import BIDIRECTIONAL
 from instep.models.handover.layers import SERVED, Chain, Dense, Gru
 from instep.models.handover.tracer import activation_of, plain_path
+from instep.models.recurrent.description import BIDIRECTIONAL
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 """Those of one layer, by their own names."""

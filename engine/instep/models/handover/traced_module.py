@@ -11,10 +11,10 @@ from torch import nn
 
 from instep.models.agreement import Agreement, agreement, first_output
 from instep.models.errors import ModelError
-from instep.models.gru.description import Activation
 from instep.models.handover.layers import SERVED, Chain, Dense, Gru
 from instep.models.handover.tracer import Step, Tracer, first_line, plain_path
 from instep.models.model import Model
+from instep.models.recurrent.description import Activation
 from instep.models.registry import build
 
 ROWS, STEPS = 2, 6

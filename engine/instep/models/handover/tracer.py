@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from instep.models.errors import ModelError
-from instep.models.gru.description import ACTIVATIONS, Activation, activation_name
+from instep.models.recurrent.description import ACTIVATIONS, Activation, activation_name
 
 _LAYERS: Final = (nn.GRU, nn.Linear, nn.BatchNorm1d)
 """Modules that are one step each; other modules are what they call."""

@@ -22,10 +22,10 @@ from torch.nn import functional
 
 from instep.core.typing import F32, U8
 from instep.models.base import StateSpec
-from instep.models.gru.description import Activation, DenseLayer, GruDescription
-from instep.models.gru.reference import GruReference
-from instep.models.gru.step import BY_HAND, DenseWeights, GruKernel, GruStep, GruWeights, InPlace, LayerWeights
 from instep.models.model import Model
+from instep.models.recurrent.description import Activation, DenseLayer, GruDescription
+from instep.models.recurrent.reference import GruReference
+from instep.models.recurrent.step import BY_HAND, DenseWeights, GruKernel, GruStep, GruWeights, InPlace, LayerWeights
 
 WIDTH_MULTIPLE: Final = 32
 """Widths of a network with dense layers are multiples of it. On a Xeon in MKL's strict mode 60 of 60 random networks

@@ -10,9 +10,9 @@ from torch import nn
 from instep.core.typing import F32
 from instep.models.certify import certify
 from instep.models.folder import make_model
-from instep.models.gru.description import Activation, DenseLayer, GruDescription, GruLayers
-from instep.models.gru.network import GruNetwork
-from instep.models.gru.step import BY_HAND, GruKernel
+from instep.models.recurrent.description import Activation, DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.step import BY_HAND, GruKernel
 from instep.models.stepping import put
 from tests.support.models import in_one_call, stepped
 

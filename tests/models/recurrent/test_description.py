@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 from torch import nn
 
-from instep.models.gru.description import DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
 from instep.models.registry import parse_description
 
 

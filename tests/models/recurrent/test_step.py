@@ -11,9 +11,9 @@ import torch
 
 from instep.models.certify import certify
 from instep.models.folder import make_model
-from instep.models.gru.description import GruDescription, GruLayers
-from instep.models.gru.network import GruNetwork
-from instep.models.gru.step import GruKernel, GruStep
+from instep.models.recurrent.description import GruDescription, GruLayers
+from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.step import GruKernel, GruStep
 from tests.support.models import stepped
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from instep.models.gru import reference as reference_module
-from instep.models.gru.reference import GruReference
+from instep.models.recurrent import reference as reference_module
+from instep.models.recurrent.reference import GruReference
 
 Dense = list[tuple[torch.nn.Linear, str]]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -1,1 +1,0 @@
-"""The first kind of model: dense layers, an `nn.GRU`, dense layers."""

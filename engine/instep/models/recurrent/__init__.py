@@ -1,0 +1,1 @@
+"""Recurrent networks: dense layers, an `nn.GRU`, dense layers."""
