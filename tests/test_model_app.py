@@ -33,6 +33,26 @@ def test_make_and_info(tmp_path: Path) -> None:
     assert "  gru.weight_ih_l0 [12, 5]" in shown[2:]
 
 
+def test_other_kinds_are_made_and_said_how_they_step(tmp_path: Path) -> None:
+    sizes = ("--features", "3", "--hidden", "32", "--layers", "2")
+    norms = ("--before", "layer_norm", "--before", "8", "--before", "layer_norm:relu")
+    for kind, options, words in (
+        ("lstm", norms, "layer norm → dense 8 → layer norm relu → LSTM 32 × 2 layers"),
+        ("rnn", ("--nonlinearity", "relu"), "RNN 32 × 2 layers relu"),
+    ):
+        made = instep("model", "make", str(tmp_path / kind), *sizes, "--kind", kind, *options)
+        assert (made.exit_code, made.stdout) == (0, f"{tmp_path / kind}: 3 features → {words}\n"), made.output
+        shown = json.loads(instep("model", "info", str(tmp_path / kind), "--json").stdout)
+        assert shown["step"] in ("fused", "addmm", "torch")
+        lines = instep("model", "info", str(tmp_path / kind)).stdout.splitlines()
+        (step,) = (line for line in lines if line.startswith("step on"))
+        first, *_, last = shown["batch_sizes"]
+        assert step == f"step on this CPU: {shown['step']}, {shown['exactness']} in batches of {first} to {last}"
+    wrong = instep("model", "make", str(tmp_path / "x"), *sizes, "--nonlinearity", "relu")
+    assert wrong.exit_code == 2
+    assert "--nonlinearity: there is no such key" in wrong.stderr
+
+
 def test_constant_weights_without_biases(tmp_path: Path) -> None:
     from instep.models.folder import load_model
 
@@ -151,7 +171,7 @@ def test_weights_are_imported_and_their_outputs_named(imported: Path) -> None:
     again = instep("model", "import", "net.pt", "--after", "head:relu")
     assert again.exit_code == 2
     assert "holds a model already" in again.stderr
-    other = ("--output", "other", "--gru", "rnn", "--name", "ears", "--overwrite")
+    other = ("--output", "other", "--recurrent", "rnn", "--name", "ears", "--overwrite")
     assert instep("model", "import", "net.pt", *other).stdout == "other: 5 features → GRU 40\n"
     assert instep("model", "info", "other").stdout.startswith("ears: 5 features → GRU 40\n")
 

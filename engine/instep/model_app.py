@@ -12,7 +12,7 @@ import typer
 from instep_tools.command_line import CommandLine
 
 if TYPE_CHECKING:
-    from instep.models.recurrent.description import GruDescription
+    from instep.models.recurrent.description import RecurrentDescription
 
 app = CommandLine(help="Make a model folder, import one, check it, or look into it.")
 
@@ -25,19 +25,26 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model th
     examples=(
         "instep model make my-model --features 40 --hidden 128",
         "instep model make ears --features 40 --hidden 128 --after 10:softmax",
+        "instep model make deep --features 40 --kind lstm --hidden 128 --layers 2",
     ),
 )
 def make(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it; made if it does not exist.")],
     features: Annotated[int, typer.Option(help="Values per frame.", show_default=False)],
-    hidden: Annotated[int, typer.Option(help="The GRU's hidden size.", show_default=False)],
-    layers: Annotated[int, typer.Option(help="The GRU's layers.")] = 1,
+    hidden: Annotated[int, typer.Option(help="The hidden size.", show_default=False)],
+    kind: Annotated[Literal["gru", "lstm", "rnn"], typer.Option(help="The recurrent layers.")] = "gru",
+    layers: Annotated[int, typer.Option(help="How many recurrent layers.")] = 1,
+    nonlinearity: Annotated[
+        Literal["tanh", "relu"] | None, typer.Option(help="Of an RNN; tanh if not given.", show_default=False)
+    ] = None,
     no_bias: Annotated[bool, typer.Option("--no-bias", help="Layers without biases.")] = False,
     before: Annotated[
-        list[str], typer.Option(metavar="SIZE[:ACTIVATION]", help="A dense layer before the GRU; repeat for more.")
+        list[str],
+        typer.Option(metavar="LAYER[:ACTIVATION]", help="A layer before them: 64, or layer_norm; repeat for more."),
     ] = [],  # noqa: B006
     after: Annotated[
-        list[str], typer.Option(metavar="SIZE[:ACTIVATION]", help="A dense layer after the GRU; repeat for more.")
+        list[str],
+        typer.Option(metavar="LAYER[:ACTIVATION]", help="A layer after them: 64, or layer_norm; repeat for more."),
     ] = [],  # noqa: B006
     init: Annotated[Literal["random", "constant"], typer.Option(help="How weights are made.")] = "random",
     seed: Annotated[
@@ -51,8 +58,12 @@ def make(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a model folder, with random or constant weights, for trying things out."""
-    gru = {"hidden_size": hidden, "num_layers": layers, "bias": not no_bias}
-    description = _described(features, gru, {"before": before, "after": after}, bias=not no_bias)
+    recurrent: dict[str, Any] = {"hidden_size": hidden, "num_layers": layers, "bias": not no_bias}
+    if nonlinearity is not None:
+        recurrent["nonlinearity"] = nonlinearity
+    typed = {"before": before, "after": after}
+    around = {place: [_layer(text, not no_bias) for text in texts] for place, texts in typed.items()}
+    description = _described(kind, {"features": features, kind: recurrent, **around}, typed)
 
     from instep.models.folder import make_model, write_model
 
@@ -65,7 +76,7 @@ def make(
     "import",
     examples=(
         "instep model import net.safetensors --after head:none",
-        "instep model import last.ckpt --output ears --gru rnn --after fc:softmax",
+        "instep model import last.ckpt --output ears --recurrent rnn --after fc:softmax",
     ),
 )
 def import_weights(
@@ -74,15 +85,22 @@ def import_weights(
         Path | None,
         typer.Option(metavar="FOLDER", help="The new folder; default: FILE without its suffix.", show_default=False),
     ] = None,
-    gru: Annotated[
+    recurrent: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The GRU; leaves layers out that are not named.", show_default=False),
+        typer.Option(
+            metavar="NAME", help="The GRU, LSTM or RNN; leaves layers out that are not named.", show_default=False
+        ),
+    ] = None,
+    nonlinearity: Annotated[
+        Literal["tanh", "relu"] | None, typer.Option(help="Of an RNN: weights do not say.", show_default=False)
     ] = None,
     before: Annotated[
-        list[str], typer.Option(metavar="NAME:ACTIVATION", help="A Linear before the GRU; repeat for more, in order.")
+        list[str],
+        typer.Option(metavar="NAME:ACTIVATION", help="A Linear or LayerNorm before it; repeat for more, in order."),
     ] = [],  # noqa: B006
     after: Annotated[
-        list[str], typer.Option(metavar="NAME:ACTIVATION", help="A Linear after the GRU; repeat for more, in order.")
+        list[str],
+        typer.Option(metavar="NAME:ACTIVATION", help="A Linear or LayerNorm after it; repeat for more, in order."),
     ] = [],  # noqa: B006
     outputs: Annotated[
         str | None, typer.Option(metavar="NAMES", help="A name for each output: yes,no,perhaps.", show_default=False)
@@ -101,9 +119,17 @@ def import_weights(
     from instep.models.handover.save import save_model
 
     folder = output or weights.with_suffix("")
-    layers = {place: [_named(place, text) for text in texts] for place, texts in (("before", before), ("after", after))}
-    names = [] if outputs is None else [each.strip() for each in outputs.split(",")]
-    model = save_model(folder, weights, **layers, gru=gru, name=name, outputs=names, overwrite=overwrite)
+    model = save_model(
+        folder,
+        weights,
+        [_named("before", text) for text in before],
+        [_named("after", text) for text in after],
+        name,
+        outputs=[] if outputs is None else [each.strip() for each in outputs.split(",")],
+        recurrent=recurrent,
+        nonlinearity=nonlinearity,
+        overwrite=overwrite,
+    )
     typer.echo(f"{folder}: {model.description.in_words()}")
 
 
@@ -130,10 +156,20 @@ def check(
 def info(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")], json: Json = False
 ) -> None:
-    """Check a model folder and show what is in it."""
-    from instep.models.folder import load_model
+    """Check a model folder, show what is in it, and how this machine's CPU steps it."""
+    import torch
 
+    from instep.config import Config
+    from instep.models.certify import candidate_buckets, certify
+    from instep.models.folder import load_model
+    from instep.models.numerics import prepare
+    from instep.models.registry import build
+
+    engine = Config().engine
+    prepare(engine.threads)
     model = load_model(folder)
+    network = build(model, torch.device("cpu"))
+    certified = certify(network, candidate_buckets(network, engine.max_batch_size))
     shapes = {name: list(tensor.shape) for name, tensor in model.weights.items()}
     if json:
         shown = {
@@ -143,46 +179,47 @@ def info(
             "description": model.description.as_json(),
             "output_names": list(model.output_names),
             "tensors": shapes,
+            "step": network.kernel,
+            "exactness": certified.exactness,
+            "batch_sizes": list(certified.buckets),
         }
         typer.echo(jsonlib.dumps(shown, indent=2))
         return
     typer.echo(f"{model.name}: {model.description.in_words()}")
     typer.echo(f"{model.parameters:,} parameters; fingerprint {model.fingerprint}")
+    sizes = f"in batches of {certified.buckets[0]} to {certified.buckets[-1]}"
+    typer.echo(f"step on this CPU: {network.kernel}, {certified.exactness} {sizes}")
     if model.output_names:
         typer.echo(f"outputs: {', '.join(model.output_names)}")
     for name, shape in shapes.items():
         typer.echo(f"  {name} {shape}")
 
 
-def _described(
-    features: int, gru: Mapping[str, Any], dense: Mapping[str, Sequence[str]], *, bias: bool
-) -> GruDescription:
+def _described(kind: str, fields: Mapping[str, Any], typed: Mapping[str, Sequence[str]]) -> RecurrentDescription:
     """The description, checked.
 
     Args:
-        features: values a frame.
-        gru: the keys of `GruLayers`.
-        dense: what was typed for each dense layer, `64:relu` or `64`, by `before` and `after`.
-        bias: whether the dense layers have biases.
+        kind: of the recurrent layers.
+        fields: the keys of the description.
+        typed: the layers as they were typed, `64:relu`, `64` or `layer_norm`, by `before` and `after`.
 
     Raises:
-        ConfigError: naming each flag that is wrong, those of dense layers as they were typed.
+        ConfigError: naming each flag that is wrong, those of layers as they were typed.
     """
     from pydantic import ValidationError
 
     from instep.config import ConfigError, Problem
-    from instep.models.recurrent.description import GruDescription
+    from instep.models.recurrent.description import DESCRIPTIONS
     from instep.models.registry import in_words
 
-    layers = {place: [_dense(text, bias) for text in texts] for place, texts in dense.items()}
     try:
-        return GruDescription.model_validate({"features": features, "gru": gru, **layers})
+        return DESCRIPTIONS[kind].model_validate({"kind": kind, **fields})
     except ValidationError as error:
         raise ConfigError(
             [
                 Problem(
                     "",
-                    _flag(found["loc"], dense),
+                    _flag(found["loc"], typed),
                     in_words(found),
                     "see `instep model make --help`",
                 )
@@ -200,19 +237,20 @@ def _named(place: str, text: str) -> tuple[str, str]:
     return name, activation
 
 
-def _dense(text: str, bias: bool) -> dict[str, Any]:
+def _layer(text: str, bias: bool) -> dict[str, Any]:
     size, _, activation = text.partition(":")
-    return {"size": int(size) if size.isdecimal() else size, "activation": activation or "none", "bias": bias}
+    first = {"layer_norm": True} if size == "layer_norm" else {"size": int(size) if size.isdecimal() else size}
+    return {**first, "activation": activation or "none", "bias": bias}
 
 
-def _flag(location: tuple[int | str, ...], dense: Mapping[str, Sequence[str]]) -> str:
+def _flag(location: tuple[int | str, ...], typed: Mapping[str, Sequence[str]]) -> str:
     """Which flag gave that part of a description: `--after 3:softmx`."""
     match location:
         case (("before" | "after") as place, int(index), *_):
-            return f"--{place} {dense[place][index]}"
-        case ("gru", "hidden_size"):
+            return f"--{place} {typed[place][index]}"
+        case (_, "hidden_size"):
             return "--hidden"
-        case ("gru", "num_layers"):
+        case (_, "num_layers"):
             return "--layers"
         case _:
-            return f"--{location[0]}"
+            return f"--{location[-1]}"

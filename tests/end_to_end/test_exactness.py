@@ -15,7 +15,7 @@ from torch import nn
 from instep.core.typing import F32
 from instep.models.folder import make_model
 from instep.models.model import Model
-from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.description import DenseLayer, FrameLayer, GruDescription, GruLayers
 from instep.server.preparation import Prepared
 from tests.support.models import SEED_SIZED, gru_of, in_one_call, plain, stepped, torch_gru, with_head
 from tests.support.raw import RawClient
@@ -100,9 +100,10 @@ def whole_of_modules(model: Model, group: Sequence[Recorded], dtype: torch.dtype
     description = gru_of(model)
     activations = {"none": nn.Identity(), "relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid()}
 
-    def dense(place: str, layers: Sequence[DenseLayer], inputs: int) -> nn.Module:
+    def dense(place: str, layers: Sequence[FrameLayer], inputs: int) -> nn.Module:
         modules: list[nn.Module] = []
         for index, layer in enumerate(layers):
+            assert isinstance(layer, DenseLayer)
             linear = nn.Linear(inputs, layer.size)
             linear.load_state_dict(
                 {name: model.weights[f"{place}.{index}.{name}"] for name in ("weight", "bias")},
@@ -111,7 +112,7 @@ def whole_of_modules(model: Model, group: Sequence[Recorded], dtype: torch.dtype
             inputs = layer.size
         return nn.Sequential(*modules).to(dtype)
 
-    gru = nn.GRU(description.gru_input_size, description.gru.hidden_size, description.gru.num_layers)
+    gru = nn.GRU(description.recurrent_inputs, description.gru.hidden_size, description.gru.num_layers)
     gru.load_state_dict(
         {name.removeprefix("gru."): each for name, each in model.weights.items() if name.startswith("gru.")}
     )

@@ -11,8 +11,8 @@ from instep.core.typing import F32, U8
 from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.folder import make_model
 from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
-from instep.models.recurrent.network import GruNetwork
-from instep.models.recurrent.step import GruStep
+from instep.models.recurrent.network import RecurrentNetwork
+from instep.models.recurrent.step import RecurrentStep
 from tests.support.models import in_one_call, stepped
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Tampered(GruNetwork):
+class Tampered(RecurrentNetwork):
     """A network whose steps, sequences, or both are changed; counts the rows it steps.
 
     In place of the GRU it computes something whose rows have the same bits in every batch size, on every CPU: products
@@ -43,7 +43,7 @@ class Tampered(GruNetwork):
         self.rows: dict[int, int] = {}
         self.sequences: list[tuple[int, int]] = []
 
-    def bind(self, rows: int) -> GruStep:
+    def bind(self, rows: int) -> RecurrentStep:
         return TamperedStep(self, super().bind(rows), rows)  # type: ignore[return-value]
 
     def sequence(self, x: F32, state: U8) -> tuple[F32, U8]:
@@ -63,7 +63,7 @@ class Tampered(GruNetwork):
 class TamperedStep:
     """A step that does not work in place."""
 
-    def __init__(self, network: Tampered, step: GruStep, rows: int) -> None:
+    def __init__(self, network: Tampered, step: RecurrentStep, rows: int) -> None:
         self._network, self._rows = network, rows
         self.x, self.state = step.x, {"h": torch.zeros_like(step.state["h"])}
         self.y, self.new_state = torch.zeros_like(step.y), {"h": torch.zeros_like(step.state["h"])}
@@ -127,7 +127,7 @@ def test_where_no_bit_ever_differs_all_candidates_are_exact() -> None:
 
 @pytest.mark.parametrize("description", [PLAIN, DENSE], ids=["plain", "dense"])
 def test_what_is_certified_holds_for_other_rows(description: GruDescription, rng: np.random.Generator) -> None:
-    network = GruNetwork(make_model(description, "random", name="n", seed=1), CPU)
+    network = RecurrentNetwork(make_model(description, "random", name="n", seed=1), CPU)
     found = certify(network, candidate_buckets(network, 96))
     smallest, count = found.buckets[0], 4 * found.buckets[-1]
     x = rng.standard_normal((6, count, 5)).astype(np.float32)

@@ -14,7 +14,7 @@ from instep.models.folder import make_model
 from instep.models.model import Model
 from instep.models.numerics import prepare
 from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
-from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.network import RecurrentNetwork
 from instep.runtime.stepper import Stepper
 from tests.support.models import plain
 from tests.support.raw import RawClient
@@ -47,7 +47,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 def whole(model: Model, x: F32) -> tuple[F32, F32]:
     """One call of the network over whole sequences, on the GPU: x [T, R, features]."""
-    network = GruNetwork(model, CUDA)
+    network = RecurrentNetwork(model, CUDA)
     rows = -(-x.shape[1] // network.row_multiple) * network.row_multiple
     padded = np.zeros((len(x), rows, x.shape[2]), np.float32)
     padded[:, : x.shape[1]] = x
@@ -56,7 +56,7 @@ def whole(model: Model, x: F32) -> tuple[F32, F32]:
 
 
 def test_streams_in_ever_other_batches_equal_their_whole_recording(model: Model, rng: np.random.Generator) -> None:
-    network = GruNetwork(model, CUDA)
+    network = RecurrentNetwork(model, CUDA)
     found = certify(network, candidate_buckets(network, 64))
     steps = Stepper(network, found.buckets, 64, CUDA)
     x = rng.standard_normal((9, 20, model.description.features)).astype(np.float32)
@@ -80,7 +80,7 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(model: Model,
 def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generator) -> None:
     model = MODELS["plain"]
     prepare(1)
-    steps = Stepper(GruNetwork(model, CUDA), (16, 32), 40, CUDA)
+    steps = Stepper(RecurrentNetwork(model, CUDA), (16, 32), 40, CUDA)
     states = rng.uniform(-1, 1, (40, 1, 16)).astype(np.float32)
     slots = np.arange(1, 41)
     steps.load(slots, rows_of(states))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from instep.models.base import Leaf, StateSpec
-from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.network import RecurrentNetwork
 from instep.runtime.state_store import StateCopies, StateStore
 from instep_client.protocol.state_spec import DTYPES
 from tests.support.models import plain, whole
@@ -123,7 +123,7 @@ def test_rows_that_were_read_are_a_copy(rng: np.random.Generator) -> None:
 def test_the_steps_of_a_graph_are_those_of_the_whole_sequence(rng: np.random.Generator) -> None:
     model = plain(5, 16, layers=2)
     rows = prepared(model, 512).certification.buckets[0]
-    step = GruNetwork(model, CPU).bind(rows)
+    step = RecurrentNetwork(model, CPU).bind(rows)
     store = StateStore(model.description.state, 6, CPU)
     x = rng.standard_normal((4, 2, 5)).astype(np.float32)
     slots = torch.tensor([3, 1] + [0] * (rows - 2))

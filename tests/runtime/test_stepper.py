@@ -3,7 +3,7 @@ import pytest
 
 from instep.core.typing import F32, I64
 from instep.models.model import Model
-from instep.models.recurrent.step import GruStep
+from instep.models.recurrent.step import RecurrentStep
 from instep.runtime.state_store import StateStore
 from instep.runtime.stepper import Stepper
 from tests.support.models import SMALL, plain, whole, with_head
@@ -115,7 +115,7 @@ def test_a_step_that_raises_changes_no_state(rng: np.random.Generator, monkeypat
         raise RuntimeError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(GruStep, "run", fails)
+        patch.setattr(RecurrentStep, "run", fails)
         with pytest.raises(RuntimeError, match="injected"):
             step(steps, slots, np.zeros((4, F), np.float32))
     np.testing.assert_array_equal(steps.read(slots), before)

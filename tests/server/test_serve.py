@@ -21,8 +21,8 @@ from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
 from instep.models.certify import Certification
 from instep.models.folder import write_model
-from instep.models.recurrent.network import GruNetwork
-from instep.models.recurrent.step import GruKernel
+from instep.models.recurrent.cell import Kernel
+from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
@@ -152,8 +152,8 @@ def test_lines_for_people_are_short(model: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("kernel", ["fused", "torch"])
-def test_the_log_says_which_step_is_used(model: Path, monkeypatch: pytest.MonkeyPatch, kernel: GruKernel) -> None:
-    def certified(network: GruNetwork, _: object) -> Certification:
+def test_the_log_says_which_step_is_used(model: Path, monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
+    def certified(network: RecurrentNetwork, _: object) -> Certification:
         network.kernel = kernel
         return Certification("exact", (4, 8), max_ulp=0, whole_sequence=True)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from instep.config import Config, EngineConfig
-from instep.models.recurrent.step import GruStep
+from instep.models.recurrent.step import RecurrentStep
 from instep.server import execution
 from instep.server.execution import steps_in_process
 from instep.server.preparation import CannotServe
@@ -76,14 +76,14 @@ async def test_a_server_that_polls_gives_the_same_outputs(rng: np.random.Generat
 async def test_a_failed_step_is_answered_and_the_streams_go_on(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = GruStep.run
+    run = RecurrentStep.run
 
-    def fails(self: GruStep) -> None:
+    def fails(self: RecurrentStep) -> None:
         if bool((self.x[:, 0] == POISON).any()):
             raise RuntimeError("injected")
         run(self)
 
-    monkeypatch.setattr(GruStep, "run", fails)  # the process is forked with it
+    monkeypatch.setattr(RecurrentStep, "run", fails)  # the process is forked with it
     x = rng.standard_normal((6, 2, F)).astype(np.float32)
     bad = x.copy()
     bad[3, 0, 0] = POISON
@@ -117,7 +117,7 @@ async def test_the_death_of_the_process_ends_the_server() -> None:
 async def test_a_step_that_never_ends_ends_with_the_server(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, is_killed: bool
 ) -> None:
-    monkeypatch.setattr(GruStep, "run", lambda _: time.sleep(600))  # the process is forked with it
+    monkeypatch.setattr(RecurrentStep, "run", lambda _: time.sleep(600))  # the process is forked with it
     failure = DEATH if is_killed else "draining took longer than shutdown.drain_timeout_s = 0.05"
     before = children()
     async with (

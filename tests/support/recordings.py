@@ -16,8 +16,8 @@ from instep.models.folder import write_model
 from instep.models.handover.save import save_model
 from instep.models.model import Model
 from instep.models.numerics import numerics
-from instep.models.recurrent.network import GruNetwork
-from instep.models.recurrent.step import GruKernel
+from instep.models.recurrent.cell import Kernel
+from instep.models.recurrent.network import RecurrentNetwork
 from instep.models.registry import parse_description
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
@@ -94,12 +94,12 @@ class Recorded:
     header: RecordingHeader
 
 
-_CERTIFIED: dict[tuple[str, tuple[int, ...]], tuple[Certification, GruKernel]] = {}
+_CERTIFIED: dict[tuple[str, tuple[int, ...]], tuple[Certification, Kernel]] = {}
 
 
 def certify_once(network: RecurrentModel, buckets: Sequence[int]) -> Certification:
     """`certify`, but once per model and batch sizes: a machine does not change while tests run."""
-    assert isinstance(network, GruNetwork)
+    assert isinstance(network, RecurrentNetwork)
     key = (network.fingerprint, tuple(buckets))
     if key not in _CERTIFIED:
         _CERTIFIED[key] = certify(network, buckets), network.kernel
@@ -107,7 +107,7 @@ def certify_once(network: RecurrentModel, buckets: Sequence[int]) -> Certificati
     return certification
 
 
-def served_step(network: GruNetwork) -> Step:
+def served_step(network: RecurrentNetwork) -> Step:
     """One timestep of the network as it is served."""
 
     def step(x: F32, h: F32) -> tuple[F32, F32]:
@@ -140,7 +140,7 @@ def _record(
     changes: dict[str, Any],
     how: dict[str, Any],
 ) -> Recorded:
-    network = GruNetwork(model, torch.device("cpu"))
+    network = RecurrentNetwork(model, torch.device("cpu"))
     certification = certify_once(network, buckets)
     fields: dict[str, Any] = {
         "model_name": model.name,

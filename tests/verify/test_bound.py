@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from instep.models.base import Reference
-from instep.models.recurrent.reference import GruReference
+from instep.models.recurrent.reference import RecurrentReference
 from instep.models.ulp import ulp_distance
 from instep.verify import bound as bounds
 from instep.verify.bound import (
@@ -183,8 +183,8 @@ def test_torch_in_float32_keeps_within_it(
     with torch.inference_mode():
         outputs, states = gru(frames)
     weights = {f"gru.{name}": parameter.detach().numpy() for name, parameter in gru.named_parameters()}
-    truth = GruReference(gru_description(gru), weights, np.float64)
-    rounded = GruReference(gru_description(gru), weights, np.float32)
+    truth = RecurrentReference(gru_description(gru), weights, np.float64)
+    rounded = RecurrentReference(gru_description(gru), weights, np.float32)
     active, valid = np.full(200, together), np.ones((200, together), np.bool_)
     for first in range(0, 24, together):
         some = slice(first, first + together)

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from instep.models.folder import load_model
-from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.errors import DamagedRecording
 from instep.recording.schema import TABLES
 from instep.recording.writer import RecordingWriter
@@ -36,7 +36,7 @@ def scribe(tmp_path: Path) -> Scribe:
 
 def start(tmp_path: Path, **changes: Any) -> Scribe:
     model = record_gru(tmp_path / "model", make_gru(3, 8, layers=2), [1], changes=changes)
-    network = GruNetwork(load_model(model.folder), torch.device("cpu"))
+    network = RecurrentNetwork(load_model(model.folder), torch.device("cpu"))
     bucket = next(bucket for bucket in model.header.buckets if bucket >= 8)
     return Scribe(RecordingWriter.create(tmp_path / "a.rec", model.header), served_step(network), bucket=bucket)
 

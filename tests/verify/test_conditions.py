@@ -13,7 +13,7 @@ import torch
 from instep.models.base import RecurrentModel
 from instep.models.certify import Certification, Exactness, certify
 from instep.models.numerics import numerics
-from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.schema import RecordingHeader
 from instep.verify import conditions
 from instep.verify.conditions import device_for, find_conditions, recorded_model, recorded_threads
@@ -22,7 +22,7 @@ from tests.support.models import SEED_SIZED, with_head
 from tests.support.recordings import Recorded, make_gru, make_header, record_gru
 
 CPU = torch.device("cpu")
-NETWORK = GruNetwork(SEED_SIZED, CPU)
+NETWORK = RecurrentNetwork(SEED_SIZED, CPU)
 
 
 def header(**changes: Any) -> RecordingHeader:
@@ -54,7 +54,7 @@ def test_buckets_that_fit_nothing_are_replaced(buckets: tuple[int, ...]) -> None
 
 
 def test_buckets_keep_to_the_network() -> None:
-    network = GruNetwork(with_head(3, 8, 2), torch.device("cpu"))
+    network = RecurrentNetwork(with_head(3, 8, 2), torch.device("cpu"))
     assert all(bucket % 32 == 0 for bucket in find_conditions([header(buckets=(4, 8))], network, certify_all).buckets)
 
 

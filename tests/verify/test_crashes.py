@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from instep.models.folder import load_model
-from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run
@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Recorded:
 
 @pytest.fixture
 def scribe(tmp_path: Path, model: Recorded) -> Scribe:
-    network = GruNetwork(load_model(model.folder), torch.device("cpu"))
+    network = RecurrentNetwork(load_model(model.folder), torch.device("cpu"))
     bucket = next(bucket for bucket in model.header.buckets if bucket >= 8)
     return Scribe(RecordingWriter.create(tmp_path / "a.rec", model.header), served_step(network), bucket=bucket)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from instep.core.typing import F32, U8
-from instep.models.recurrent.network import GruNetwork
-from instep.models.recurrent.step import GruStep
+from instep.models.recurrent.network import RecurrentNetwork
+from instep.models.recurrent.step import RecurrentStep
 from instep.verify.replay import replay_stepped, replay_whole
 from tests.support.models import plain, whole
 from tests.support.running import prepared
@@ -22,14 +22,14 @@ MOST_ROWS = 64
 ACTIVE = (np.arange(40)[:, None] < LENGTHS).sum(axis=1)
 
 
-class CountingNetwork(GruNetwork):
+class CountingNetwork(RecurrentNetwork):
     """Notes the rows of every step and call."""
 
     def __init__(self) -> None:
         super().__init__(MODEL, torch.device("cpu"))
         self.rows: list[int] = []
 
-    def bind(self, rows: int) -> GruStep:
+    def bind(self, rows: int) -> RecurrentStep:
         step = super().bind(rows)
         run = step.run
 

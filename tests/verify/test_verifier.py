@@ -12,7 +12,7 @@ import torch
 
 from instep.models.folder import load_model, make_model
 from instep.models.recurrent.description import ACTIVATIONS, DenseLayer, GruDescription, GruLayers
-from instep.models.recurrent.network import GruNetwork
+from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch
@@ -93,7 +93,7 @@ def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pyt
     whole = verify(recorded)
     spans: list[int] = []
 
-    def counted(network: GruNetwork, buckets: tuple[int, ...], x: Any, h: Any) -> Any:
+    def counted(network: RecurrentNetwork, buckets: tuple[int, ...], x: Any, h: Any) -> Any:
         spans.append(x.shape[0] * x.shape[1])
         return replay_whole(network, buckets, x, h)
 
@@ -159,7 +159,7 @@ def test_one_of_the_wanted_that_is_not_there_is_not_a_pass(tmp_path: Path) -> No
 def test_a_recording_still_being_written_is_checked_up_to_its_last_commit(tmp_path: Path) -> None:
     recorded = record_gru(tmp_path, make_gru(), [3])
     live = tmp_path / "live.rec"
-    network = GruNetwork(load_model(recorded.folder), torch.device("cpu"))
+    network = RecurrentNetwork(load_model(recorded.folder), torch.device("cpu"))
     writer = record(live, recorded.header, served_step(network), [5, 6], leave_open=[0, 1], finish=False)
     report = verify(Recorded(live, recorded.folder, recorded.header))
     assert report.verdict == "exact"
@@ -245,10 +245,10 @@ def test_the_reference_notices_when_server_and_replay_are_wrong_alike(
             parameter.copy_(torch.cat([update, reset, new]))
     recorded = record_gru(tmp_path, gru, [1])
     other = load_model(record_gru(tmp_path / "other", swapped, [1]).folder)
-    wrong = GruNetwork(other, torch.device("cpu"))
+    wrong = RecurrentNetwork(other, torch.device("cpu"))
     record(tmp_path / "b.rec", recorded.header, served_step(wrong), LENGTHS)
-    monkeypatch.setattr(GruNetwork, "bind", wrong.bind)
-    monkeypatch.setattr(GruNetwork, "sequence", wrong.sequence)
+    monkeypatch.setattr(RecurrentNetwork, "bind", wrong.bind)
+    monkeypatch.setattr(RecurrentNetwork, "sequence", wrong.sequence)
     report = verify(Recorded(tmp_path / "b.rec", recorded.folder, recorded.header))
     assert verdicts(report) == ["mismatch", "empty", *["mismatch"] * 5]
     for stream in report.streams:

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from instep.models.base import Description, RecurrentModel
 from instep.models.errors import ModelError
 from instep.models.pipeline.description import PipelineDescription
-from instep.models.recurrent.description import GruDescription
+from instep.models.recurrent.description import DESCRIPTIONS as RECURRENT
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +36,10 @@ class ModelKind:
     """Puts a model on a device."""
 
 
-def _build_gru(model: Model, device: torch.device) -> RecurrentModel:
-    from instep.models.recurrent.network import GruNetwork
+def _build_recurrent(model: Model, device: torch.device) -> RecurrentModel:
+    from instep.models.recurrent.network import RecurrentNetwork
 
-    return GruNetwork(model, device)
+    return RecurrentNetwork(model, device)
 
 
 def _build_pipeline(model: Model, device: torch.device) -> RecurrentModel:
@@ -49,7 +49,7 @@ def _build_pipeline(model: Model, device: torch.device) -> RecurrentModel:
 
 
 KINDS: Final[dict[str, ModelKind]] = {
-    "gru": ModelKind(GruDescription.model_validate, _build_gru),
+    **{kind: ModelKind(each.model_validate, _build_recurrent) for kind, each in RECURRENT.items()},
     "pipeline": ModelKind(PipelineDescription.model_validate, _build_pipeline),
 }
 

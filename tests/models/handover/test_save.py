@@ -59,6 +59,32 @@ def test_layers_in_folder_out(tmp_path: Path) -> None:
     assert all(torch.equal(stored[name], theirs[name]) for name in stored)
 
 
+@pytest.mark.parametrize(
+    ("module", "description"),
+    [
+        (nn.LSTM(5, 3, 2, batch_first=True), {"kind": "lstm", "lstm": {"hidden_size": 3, "num_layers": 2}}),
+        (nn.RNN(5, 3, bias=False), {"kind": "rnn", "rnn": {"hidden_size": 3, "bias": False}}),
+        (nn.RNN(5, 3, nonlinearity="relu"), {"kind": "rnn", "rnn": {"hidden_size": 3, "nonlinearity": "relu"}}),
+    ],
+)
+def test_an_lstm_or_an_rnn_with_layer_norms(tmp_path: Path, module: nn.RNNBase, description: dict[str, Any]) -> None:
+    norm, last = nn.LayerNorm(5, eps=1e-3, bias=False), nn.LayerNorm(3, elementwise_affine=False)
+    saved = save_model(tmp_path / "m", module, [(nn.Linear(2, 5), "none"), (norm, "ReLU")], [(last, "none")])
+    assert same(load_model(tmp_path / "m"), saved)
+    assert yaml.safe_load((tmp_path / "m" / "model.yaml").read_text()) == {
+        "name": "m",
+        "features": 2,
+        "before": [{"size": 5}, {"layer_norm": True, "activation": "relu", "eps": 1e-3, "bias": False}],
+        "after": [{"layer_norm": True, "elementwise_affine": False}],
+        **description,
+    }
+    kind = description["kind"]
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(saved.weights[f"{kind}.{name}"], tensor)
+    assert torch.equal(saved.weights["before.1.weight"], norm.weight)
+    assert not any(name.startswith("after") for name in saved.weights)
+
+
 def test_a_gru_alone_without_biases(tmp_path: Path) -> None:
     save_model(tmp_path / "m", nn.GRU(3, 4, bias=False), name="no biases")
     model = load_model(tmp_path / "m")
@@ -120,16 +146,19 @@ def test_layers_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_pat
 @pytest.mark.parametrize(
     ("network", "sentence"),
     [
-        (nn.LSTM(3, 4), "^an nn.LSTM cannot be served yet: train a torch.nn.GRU"),
-        (nn.RNN(3, 4), "^an nn.RNN cannot be served yet: train"),
-        (nn.LSTMCell(3, 4), "^an nn.LSTMCell cannot be served yet: train"),
+        (nn.LSTMCell(3, 4), "^an nn.LSTMCell is one step of an LSTM: make an nn.LSTM of the same"),
+        (nn.RNNCell(3, 4), "^an nn.RNNCell is one step of an RNN: make an nn.RNN of the same"),
+        (nn.LSTM(3, 4, proj_size=2), "^an LSTM with projections cannot be served: train one with proj_size=0"),
         (
             nn.GRUCell(3, 4),
             r"^an nn.GRUCell is one step of a GRU: make an nn.GRU .* \(weight_ih to weight_ih_l0, and so on\)",
         ),
-        (nn.Sequential(nn.Linear(3, 4)), "^Sequential has no torch.nn.GRU; a model folder holds one nn.GRU, and"),
-        (nn.Sequential(nn.LSTM(3, 4)), "^Sequential has `0`, and an nn.LSTM cannot be served yet: train"),
-        (nn.ModuleList([nn.GRU(3, 4), nn.GRU(4, 4)]), r"^ModuleList has 2 GRUs \(`0`, `1`\), and one can be served"),
+        (nn.Sequential(nn.Linear(3, 4)), "^Sequential has no recurrent module; a model folder holds one nn.GRU, nn.L"),
+        (nn.Sequential(nn.LSTMCell(3, 4)), "^Sequential has `0`, and an nn.LSTMCell is one step of an LSTM: make"),
+        (
+            nn.ModuleList([nn.GRU(3, 4), nn.LSTM(4, 4)]),
+            r"^ModuleList has 2 recurrent modules, `0` \(GRU\), `1` \(LSTM\), and one can be served",
+        ),
         (5, "^int is not a network; give the trained torch module, its state dict, or a file of weights"),
     ],
     ids=lambda value: type(value).__name__,
@@ -143,8 +172,10 @@ def test_what_is_no_gru_is_called_by_its_name(tmp_path: Path, network: Any, sent
 
 
 def test_what_does_not_go_with_what_is_handed_over_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="gru names a layer of a state dict: leave it out"):
-        save_model(tmp_path / "m", nn.Sequential(nn.GRU(3, 4)), gru="0")
+    with pytest.raises(ModelError, match="recurrent is about a state dict: leave it out"):
+        save_model(tmp_path / "m", nn.Sequential(nn.GRU(3, 4)), recurrent="0")
+    with pytest.raises(ModelError, match="nonlinearity is about a state dict: leave it out"):
+        save_model(tmp_path / "m", nn.RNN(3, 4), nonlinearity="relu")
     for network in (nn.GRU(3, 4), nn.GRU(3, 4).state_dict()):
         with pytest.raises(ModelError, match="example goes with a whole module"):
             save_model(tmp_path / "m", network, example=torch.zeros(1, 1, 3))
@@ -181,8 +212,12 @@ def test_a_layer_with_a_forward_of_its_own_is_refused(tmp_path: Path) -> None:
         ((LINEAR, "none"), r"^after must be .*; after\[0\] is one Linear"),
         ([(LINEAR, "none"), (LINEAR,)], r"^after must be .*; after\[1\] is one tuple"),
         ([("none", LINEAR)], r"^after must be .*; after\[0\] begins with one str"),
-        ([(nn.LayerNorm(4), "none")], r"^after\[0\] is a LayerNorm, which cannot be served yet: give an nn.Linear"),
-        ([(nn.LSTM(4, 4), "none")], r"^an nn.LSTM cannot be served yet"),
+        (
+            [(nn.RMSNorm(4), "none")],
+            r"^after\[0\] \(RMSNorm\) cannot be served yet: give an nn.Linear or an nn.LayerNorm",
+        ),
+        ([(nn.LayerNorm((2, 4)), "none")], r"^after\[0\] is a LayerNorm over \[2, 4\], and only one over the values"),
+        ([(nn.LSTM(4, 4), "none")], r"^after\[0\] \(LSTM\) cannot be served yet"),
     ],
 )
 def test_dense_layers_that_are_no_pairs_are_told_what_to_be(tmp_path: Path, layers: Any, sentence: str) -> None:

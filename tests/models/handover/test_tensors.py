@@ -64,7 +64,7 @@ def test_order_and_activations_are_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"the state dict has `encoder\.0` .*; weights do not say in which order"):
         save_model(tmp_path / "m", NET.state_dict(), after=[("head", "none")])
     assert not (tmp_path / "m").exists()
-    left_out = save_model(tmp_path / "m", NET.state_dict(), gru="gru", after=[("head", "none")])
+    left_out = save_model(tmp_path / "m", NET.state_dict(), recurrent="gru", after=[("head", "none")])
     assert left_out.description.in_words() == "16 features → GRU 10 × 2 layers → dense 7"
 
 
@@ -72,13 +72,37 @@ def state_dict(**modules: nn.Module) -> dict[str, torch.Tensor]:
     return nn.ModuleDict(modules).state_dict()
 
 
+def test_lstms_rnns_and_layer_norms_are_found_by_their_tensors(tmp_path: Path) -> None:
+    net = state_dict(norm=nn.LayerNorm(3), lstm=nn.LSTM(3, 4, 2), out=nn.Linear(4, 5))
+    layers: dict[str, Any] = {"before": [("norm", "tanh")], "after": [("out", "none")]}
+    model = save_model(tmp_path / "lstm", net, **layers)
+    assert model.description.in_words() == "3 features → layer norm tanh → LSTM 4 × 2 layers → dense 5"
+    assert model.description.as_json()["before"][0]["eps"] == nn.LayerNorm(3).eps
+    with pytest.raises(
+        ModelError, match=r"has `norm` \(LayerNorm 3\), `lstm` \(LSTM 3→4\), `out` \(Linear 4→5\); weigh"
+    ):
+        save_model(tmp_path / "unnamed", net)
+    for nonlinearity in ("tanh", "relu"):
+        rnn = nn.RNN(3, 4, nonlinearity=nonlinearity)
+        found = save_model(tmp_path / nonlinearity, rnn.state_dict(), nonlinearity=nonlinearity)
+        assert found.fingerprint == save_model(tmp_path / "same", rnn, overwrite=True).fingerprint
+
+
 @pytest.mark.parametrize(
     ("weights", "layers", "sentence"),
     [
         (NET.state_dict(), {"after": [("haed", "none")]}, "the state dict has no layer `haed`; did you mean `head`?"),
         (NET.state_dict(), {"after": [("x", "none")]}, "no layer `x`; it has `encoder.0`, `gru`, `head`"),
-        (NET.state_dict(), {"gru": "head"}, r"`head` of the state dict is not a GRU: it is Linear 10→7"),
-        (NET.state_dict(), {"after": [("gru", "none")]}, "`gru` of the state dict is not a Linear: it is GRU 16→10"),
+        (
+            NET.state_dict(),
+            {"recurrent": "head"},
+            r"`head` of the state dict is not a GRU, LSTM or RNN: it is Linear 10→7",
+        ),
+        (
+            NET.state_dict(),
+            {"after": [("gru", "none")]},
+            "`gru` of the state dict is not a Linear or LayerNorm: it is GRU 16→10",
+        ),
         (
             NET.state_dict(),
             {"after": [("head", "relyu")]},
@@ -97,25 +121,30 @@ def state_dict(**modules: nn.Module) -> dict[str, torch.Tensor]:
         (
             state_dict(a=nn.GRU(3, 4), b=nn.GRU(4, 4)),
             {},
-            r'has 2 GRUs \(a, b\); name the one to serve: gru="a", or',
+            r'has 2 recurrent modules \(a, b\); name the one to serve: recurrent="a", or',
         ),
         (
-            state_dict(a=nn.LSTM(3, 4)),
+            state_dict(a=nn.LSTM(3, 4, proj_size=2)),
             {},
-            "has no GRU: `a` is an nn.LSTM, which cannot be served yet; train a",
+            "has no GRU, LSTM or RNN: `a` is an LSTM with projections, which cannot be served: train one",
         ),
-        (state_dict(a=nn.RNN(3, 4)), {}, "has no GRU: `a` is an nn.RNN, which cannot be served yet"),
+        (
+            state_dict(a=nn.RNN(3, 4)),
+            {},
+            'weights do not say whether its nonlinearity is tanh or relu: nonlinearity="tanh", or --nonlinearity tanh',
+        ),
+        (state_dict(a=nn.LSTM(3, 4)), {"nonlinearity": "tanh"}, "`a` of .* is a LSTM, which has no nonlinearity"),
         (
             state_dict(a=nn.GRUCell(3, 4)),
             {},
-            "has no GRU: `a` is one step of a recurrent network, such as",
+            "has no GRU, LSTM or RNN: `a` is one step of a recurrent network, such as",
         ),
-        (state_dict(a=nn.Linear(3, 4)), {}, "has no GRU; train a torch.nn.GRU"),
+        (state_dict(a=nn.Linear(3, 4)), {}, "has no GRU, LSTM or RNN; a model folder holds one nn.GRU, nn.LSTM or"),
         (state_dict(a=nn.GRU(3, 4, bidirectional=True)), {}, "a bidirectional GRU cannot stream"),
         (
-            state_dict(gru=nn.GRU(3, 4), norm=nn.LayerNorm(4)),
+            state_dict(gru=nn.GRU(3, 4), norm=nn.RMSNorm(4)),
             {},
-            r"cannot be served as it is: `norm` is no Linear and no GRU \(weight \[4\], bias \[4\]\), and cannot",
+            r"cannot be served as it is: `norm` is not a layer that can be served yet \(weight \[4\]\); a model",
         ),
         (
             state_dict(gru=nn.GRU(3, 4), norm=nn.BatchNorm1d(4)),
@@ -125,17 +154,17 @@ def state_dict(**modules: nn.Module) -> dict[str, torch.Tensor]:
         (
             {**NET.state_dict(), "h0": torch.zeros(2, 1, 10)},
             LAYERS,
-            r"`h0` is no Linear and no GRU \(h0 \[2, 1",
+            r"`h0` is not a layer that can be served yet \(h0 \[2, 1",
         ),
         (
             {"gru.weight_ih_l0": torch.zeros(12), "gru.weight_hh_l0": torch.zeros(())},
             {},
-            r"has no GRU: `gru` is no Linear and no GRU \(weight_ih_l0 \[12\], weight_hh_l0 \[\]\)",
+            r"has no GRU, LSTM or RNN: `gru` is not a layer that can be served yet \(weight_ih_l0 \[12\], weight",
         ),
         (
             {"gru.weight_ih_l0": torch.zeros(12, 3), "gru.weight_hh_l0": torch.zeros(5, 4)},
             {},
-            "has no GRU: `gru` is",
+            "has no GRU, LSTM or RNN: `gru` is",
         ),
         ({"gru.weight_ih_l0": torch.zeros(12, 3), "step": 5}, {}, "holds `step`, which is int and not a tensor"),
         (

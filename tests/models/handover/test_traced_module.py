@@ -37,6 +37,7 @@ class Net(nn.Module):
         self.head = nn.Linear(10, 7)
         self.last = nn.Linear(7, 3, bias=False)
         self.layer_norm = nn.LayerNorm(10)
+        self.rms_norm = nn.RMSNorm(10)
         self.leaky = nn.LeakyReLU(0.2)
         self.state = nn.Parameter(torch.ones(2, 1, 10))
         with torch.no_grad():
@@ -93,6 +94,10 @@ def time_first(net: Any, x: torch.Tensor) -> Any:
         (flattened, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 softmax"),
         (time_first, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (lambda net, x: net.gru(net.encoder(x)), "6 features → dense 16 relu → GRU 10 × 2 layers"),
+        (
+            lambda net, x: net.head(torch.relu(net.layer_norm(net.gru(net.encoder(x))[0]))),
+            "6 features → dense 16 relu → GRU 10 × 2 layers → layer norm relu → dense 7",
+        ),
         (
             lambda net, x: net.head(torch.relu(net.gru(net.encoder(x))[0])),
             "6 features → dense 16 relu → GRU 10 × 2 layers → dense 10 relu → dense 7",
@@ -163,6 +168,40 @@ def test_a_forward_that_fails_is_answered_with_the_call_to_make(tmp_path: Path) 
     assert model.description.in_words() == "5 features → dense 3 → GRU 4 → dense 2"
 
 
+class Recurrent(nn.Module):
+    """An encoder with a layer norm, and recurrent layers that are not a GRU."""
+
+    def __init__(self, recurrent: nn.RNNBase) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16, eps=1e-2), nn.GELU())
+        self.recurrent = recurrent
+        self.norm = nn.LayerNorm(10)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y, state = self.recurrent(self.encoder(x))
+        return self.norm(y), state
+
+
+@pytest.mark.parametrize(
+    ("recurrent", "words"),
+    [
+        (nn.LSTM(16, 10, 2, batch_first=True, dropout=0.5), "LSTM 10 × 2 layers"),
+        (nn.RNN(16, 10), "RNN 10"),
+        (nn.RNN(16, 10, nonlinearity="relu", batch_first=True), "RNN 10 relu"),
+    ],
+)
+def test_lstms_and_rnns_are_found_in_a_module(tmp_path: Path, recurrent: nn.RNNBase, words: str) -> None:
+    torch.manual_seed(2)
+    net = Recurrent(recurrent)
+    model = save_model(tmp_path / "m", net)
+    assert model.description.in_words() == f"6 features → dense 16 → layer norm gelu → {words} → layer norm"
+    x = torch.randn(3, 20, 6)
+    given = x if recurrent.batch_first else x.transpose(0, 1)
+    with torch.no_grad():
+        y, _ = net.eval()(given)
+    torch.testing.assert_close(served(model, x), y if recurrent.batch_first else y.transpose(0, 1))
+
+
 def step_by_step(net: Any, x: torch.Tensor) -> Any:
     rows, h = net.encoder(x), None
     for timestep in range(x.shape[1]):
@@ -182,7 +221,7 @@ def forgets_the_first(net: Any, x: torch.Tensor) -> Any:
         (lambda net, x: plain(net, torch.cat([x[..., :3], x[..., 3:]], -1)), "Net.forward computes `cat`"),
         (lambda net, x: torch.log_softmax(plain(net, x), -1), "Net.forward computes `log_softmax`"),
         (lambda net, x: torch.from_numpy(plain(net, x).numpy() * 2), "Net.forward does not return first what comes"),
-        (lambda net, x: net.head(net.layer_norm(net.gru(net.encoder(x))[0])), "`layer_norm` is a LayerNorm, which"),
+        (lambda net, x: net.head(net.rms_norm(net.gru(net.encoder(x))[0])), "`rms_norm` is a RMSNorm, which"),
         (lambda net, x: net.leaky(plain(net, x)), "leaky_relu with negative_slope=0.2 cannot be served, only with"),
         (lambda net, x: torch.softmax(plain(net, x), 1), "softmax over another dimension than the last"),
         (
@@ -195,7 +234,7 @@ def forgets_the_first(net: Any, x: torch.Tensor) -> Any:
         (forgets_the_first, "gives other values than its layers do .* they differ by [0-9.]+, where rounding explains"),
         (lambda net, x: plain(net, x)[..., :2], r"gives the shape \[2, 6, 2\] for frames \[2, 6, 6\]; return the 3"),
         (lambda net, x: {"y": plain(net, x)}, "Net returns a dict; return a tensor of outputs, or a tuple"),
-        (lambda net, x: net.encoder(x), "Net.forward does not run its GRU on its input"),
+        (lambda net, x: net.encoder(x), "Net.forward does not run its recurrent module on its input"),
         (step_by_step, "Net.forward runs `gru` again on its state: run it once over the whole sequence"),
         (
             lambda net, x: net.gru(net.encoder(x), net.state.expand(2, x.size(0), 10))[0],
@@ -334,7 +373,7 @@ def test_graphs_and_quantised_modules_are_told_what_to_hand_over(tmp_path: Path)
 
 def test_layers_go_with_a_gru_and_not_with_a_whole_module(tmp_path: Path) -> None:
     net = Plain()
-    with pytest.raises(ModelError, match=r"before and after go with an nn.GRU: .* not with the whole Plain"):
+    with pytest.raises(ModelError, match=r"before and after go with a recurrent module: .* not with the whole Plain"):
         save_model(tmp_path / "m", net, after=[(net.head, "none")])
     by_hand = save_model(tmp_path / "by hand", net.gru, after=[(net.head, "none")])
     found = save_model(tmp_path / "found", net)

@@ -10,30 +10,39 @@ import pytest
 from pydantic import ValidationError
 from torch import nn
 
-from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
-from instep.models.registry import parse_description
+from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers, NormLayer
+from instep.models.registry import KINDS, parse_description
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("layers", [1, 3])
-def test_the_tensors_of_a_gru_are_those_of_torch(layers: int, bias: bool) -> None:
-    description = GruDescription(features=5, gru=GruLayers(hidden_size=7, num_layers=layers, bias=bias))
-    theirs = nn.GRU(5, 7, layers, bias=bias).state_dict()
-    assert description.tensor_shapes() == {f"gru.{name}": tuple(tensor.shape) for name, tensor in theirs.items()}
+@pytest.mark.parametrize(("kind", "module"), [("gru", nn.GRU), ("lstm", nn.LSTM), ("rnn", nn.RNN)])
+@pytest.mark.parametrize(("layers", "bias"), [(1, True), (3, True), (2, False)])
+def test_the_tensors_of_recurrent_layers_are_those_of_torch(
+    kind: str, module: type[nn.RNNBase], layers: int, bias: bool
+) -> None:
+    recurrent = {"hidden_size": 7, "num_layers": layers, "bias": bias}
+    description = parse_description({"kind": kind, "features": 5, kind: recurrent})
+    theirs = module(5, 7, layers, bias=bias).state_dict()  # type: ignore[arg-type]
+    assert description.tensor_shapes() == {f"{kind}.{name}": tuple(tensor.shape) for name, tensor in theirs.items()}
+    assert list(description.tensor_shapes()) == [f"{kind}.{name}" for name in theirs]
 
 
-def test_the_tensors_of_dense_layers_are_those_of_torch() -> None:
+def test_the_tensors_of_other_layers_are_those_of_torch() -> None:
     description = GruDescription(
         features=5,
-        before=(DenseLayer(size=6, activation="relu"), DenseLayer(size=8, bias=False)),
+        before=(DenseLayer(size=6, activation="relu"), DenseLayer(size=8, bias=False), NormLayer(layer_norm=True)),
         gru=GruLayers(hidden_size=7),
-        after=(DenseLayer(size=2, activation="sigmoid"),),
+        after=(
+            NormLayer(layer_norm=True, bias=False),
+            NormLayer(layer_norm=True, elementwise_affine=False),
+            DenseLayer(size=2, activation="sigmoid"),
+        ),
     )
+    norms = nn.LayerNorm(7, bias=False), nn.LayerNorm(7, elementwise_affine=False)
     theirs = nn.ModuleDict(
         {
-            "before": nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 8, bias=False)),
+            "before": nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 8, bias=False), nn.LayerNorm(8)),
             "gru": nn.GRU(8, 7),
-            "after": nn.Sequential(nn.Linear(7, 2)),
+            "after": nn.Sequential(*norms, nn.Linear(7, 2)),
         }
     ).state_dict()
     assert description.tensor_shapes() == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
@@ -41,22 +50,42 @@ def test_the_tensors_of_dense_layers_are_those_of_torch() -> None:
 
 def test_what_goes_in_and_out() -> None:
     plain = GruDescription(features=3, gru=GruLayers(hidden_size=4, num_layers=2))
-    assert (plain.gru_input_size, plain.outputs, plain.state.encode()) == (3, 4, [["h", [2, 4], "float32", 0.0]])
+    assert (plain.recurrent_inputs, plain.outputs, plain.state.encode()) == (3, 4, [["h", [2, 4], "float32", 0.0]])
     dense = GruDescription(
         features=3,
         before=(DenseLayer(size=10),),
         gru=GruLayers(hidden_size=4),
         after=(DenseLayer(size=8), DenseLayer(size=9)),
     )
-    assert (dense.gru_input_size, dense.outputs, dense.state.row_bytes) == (10, 9, 16)
+    assert (dense.recurrent_inputs, dense.outputs, dense.state.row_bytes) == (10, 9, 16)
+    recurrent = {"hidden_size": 4, "num_layers": 2}
+    norm: dict[str, Any] = {"layer_norm": True, "eps": "1e-3", "activation": "ReLU"}  # YAML takes 1e-3 for text
+    fields = {"features": 3, "before": [{"size": 10}, norm], "after": [norm]}
+    lstm = parse_description({"kind": "lstm", "lstm": recurrent, **fields})
+    assert lstm.state.encode() == [["h", [2, 4], "float32", 0.0], ["c", [2, 4], "float32", 0.0]]
+    assert lstm.outputs == 4
+    assert lstm.in_words() == "3 features → dense 10 → layer norm relu → LSTM 4 × 2 layers → layer norm relu"
+    rnn = parse_description({"kind": "rnn", "rnn": recurrent | {"nonlinearity": "relu"}, **fields})
+    assert rnn.state == GruDescription(features=3, gru=GruLayers(hidden_size=4, num_layers=2)).state
+    assert rnn.in_words().split(" → ")[3] == "RNN 4 × 2 layers relu"
 
 
-def test_bidirectional_is_refused_with_the_reason() -> None:
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "reason"),
+    [
+        ("gru", "bidirectional", True, "a bidirectional GRU cannot stream: its backward direction starts at the last"),
+        ("lstm", "bidirectional", True, "a bidirectional LSTM cannot stream: its backward direction starts"),
+        ("rnn", "bidirectional", True, "a bidirectional RNN cannot stream: its backward direction starts"),
+        ("lstm", "proj_size", 2, "an LSTM with projections cannot be served: train one with proj_size=0"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_the_reason(kind: str, key: str, value: object, reason: str) -> None:
+    fields = {"kind": kind, "features": 3, kind: {"hidden_size": 4, key: value}}
     with pytest.raises(ValidationError) as caught:
-        GruDescription.model_validate({"features": 3, "gru": {"hidden_size": 4, "bidirectional": True}})
+        KINDS[kind].parse(fields)
     (error,) = caught.value.errors()
-    assert error["loc"] == ("gru", "bidirectional")
-    assert error["msg"].startswith("a bidirectional GRU cannot stream: its backward direction starts at the last")
+    assert error["loc"] == (kind, key)
+    assert error["msg"].startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -77,11 +106,16 @@ def test_bidirectional_is_refused_with_the_reason() -> None:
             {"features": 3, "gru": {"hidden_size": 4}, "before": [{"size": 1}, {"size": 1, "activation": "mish"}]},
             ("before", 1, "activation"),
         ),
+        ({"features": 3, "gru": {"hidden_size": 4}, "after": [{"layer_norm": False}]}, ("after", 0, "layer_norm")),
+        ({"features": 3, "gru": {"hidden_size": 4}, "after": [{"layer_norm": True, "eps": 0}]}, ("after", 0, "eps")),
+        ({"features": 3, "gru": {"hidden_size": 4}, "after": [{"layer_norm": True, "size": 4}]}, ("after", 0, "size")),
+        ({"features": 3, "lstm": {"hidden_size": 4}, "kind": "lstm", "gru": {}}, ("gru",)),
+        ({"features": 3, "rnn": {"hidden_size": 4, "nonlinearity": "sine"}, "kind": "rnn"}, ("rnn", "nonlinearity")),
     ],
 )
 def test_a_bad_field_is_refused_by_its_path(fields: dict[str, Any], place: tuple[str | int, ...]) -> None:
     with pytest.raises(ValidationError) as caught:
-        GruDescription.model_validate(fields)
+        KINDS[fields.get("kind", "gru")].parse(fields)
     assert [error["loc"] for error in caught.value.errors()] == [place]
 
 
@@ -92,6 +126,15 @@ def test_equal_descriptions_have_one_json_and_it_reads_back() -> None:
     assert parse_description(json.loads(json.dumps(full.as_json()))) == short
     other = GruDescription(features=3, gru=GruLayers(hidden_size=5))
     assert other.as_json() != short.as_json()
+    # As recordings and fingerprints have it.
+    assert json.dumps(short.as_json()) == (
+        '{"kind": "gru", "features": 3, "before": [], "gru": {"hidden_size": 4, "num_layers": 1, "bias": true, '
+        '"bidirectional": false}, "after": []}'
+    )
+    norm = {"layer_norm": True, "eps": 1e-3}
+    fields = {"kind": "lstm", "features": 3, "before": [norm], "lstm": {"hidden_size": 4}, "after": [{"size": 2}]}
+    assert parse_description(fields).as_json(defaults=False) == fields
+    assert parse_description(parse_description(fields).as_json()) == parse_description(fields)
 
 
 def test_a_description_does_not_change() -> None:

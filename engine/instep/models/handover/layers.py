@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from pydantic import ValidationError
@@ -14,11 +14,24 @@ from torch import nn
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names
 from instep.models.model import Model, model_of
-from instep.models.recurrent.description import BIDIRECTIONAL, Activation, DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.description import (
+    BIDIRECTIONAL,
+    DESCRIPTIONS,
+    PROJECTION,
+    Activation,
+    DenseLayer,
+    NormLayer,
+)
 from instep.models.registry import sentences
 from instep.models.weights import check_weights
 
-SERVED: Final = "a model folder holds one nn.GRU, and nn.Linear layers with activations before and after it"
+RecurrentModule: TypeAlias = nn.GRU | nn.LSTM | nn.RNN
+RECURRENT: Final[dict[str, type[RecurrentModule]]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
+"""Torch's modules by kind."""
+SERVED: Final = (
+    "a model folder holds one nn.GRU, nn.LSTM or nn.RNN, and nn.Linear and nn.LayerNorm layers with activations before "
+    "and after it"
+)
 """For sentences about what it does not hold."""
 
 
@@ -48,6 +61,26 @@ class Dense:
         """A layer that changes no value, for an activation that follows no dense layer."""
         return cls(label, torch.eye(width), None, activation)
 
+    @property
+    def inputs(self) -> int:
+        """Values that it takes."""
+        return self.weight.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """Values that it gives."""
+        return self.weight.shape[0]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By torch's names."""
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
+    @property
+    def description(self) -> DenseLayer:
+        """As it stands in `model.yaml`."""
+        return DenseLayer(size=self.outputs, activation=self.activation, bias=self.bias is not None)
+
     def normalised(self, norm: nn.BatchNorm1d) -> Dense:
         """This layer with the batch norm after it folded into its weights, which float64 computes."""
         assert norm.running_mean is not None
@@ -62,25 +95,87 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
-class Gru:
-    """A GRU's tensors by torch's names, from `weight_ih_l0` on."""
+class Norm:
+    """A layer norm over the values of a frame, and the activation after it."""
 
     label: str
-    tensors: Mapping[str, torch.Tensor]
+    size: int
+    eps: float
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    activation: Activation = "none"
 
     @classmethod
-    def of(cls, label: str, gru: nn.GRU) -> Gru:
-        """The tensors of a module.
+    def of(cls, label: str, norm: nn.LayerNorm, activation: Activation = "none") -> Norm:
+        """The layer that a module is.
 
         Raises:
-            ModelError: when it is bidirectional, or computes something of its own.
+            ModelError: when it takes more than the values of a frame together, or computes something of its own.
         """
-        _check_forward(label, gru, nn.GRU)
-        if gru.bidirectional:
-            raise ModelError(BIDIRECTIONAL)
-        kinds = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if gru.bias else ()))
-        names = [f"{kind}_l{layer}" for layer in range(gru.num_layers) for kind in kinds]
-        return cls(label, {name: getattr(gru, name) for name in names})
+        _check_forward(label, norm, nn.LayerNorm)
+        if len(norm.normalized_shape) != 1:
+            raise ModelError(
+                f"{label} is a LayerNorm over {list(norm.normalized_shape)}, and only one over the values of a frame "
+                "can be served: train one with a single size"
+            )
+        return cls(label, norm.normalized_shape[0], norm.eps, norm.weight, norm.bias, activation)
+
+    @property
+    def inputs(self) -> int:
+        """Values that it takes."""
+        return self.size
+
+    @property
+    def outputs(self) -> int:
+        """Values that it gives."""
+        return self.size
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By torch's names."""
+        found = {"weight": self.weight, "bias": self.bias}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def description(self) -> NormLayer:
+        """As it stands in `model.yaml`."""
+        return NormLayer(
+            layer_norm=True,
+            activation=self.activation,
+            eps=self.eps,
+            elementwise_affine=self.weight is not None,
+            bias=self.bias is not None or self.weight is None,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrent:
+    """A GRU's, LSTM's or RNN's tensors by torch's names, from `weight_ih_l0` on."""
+
+    label: str
+    kind: str
+    """As in `model.yaml`."""
+    tensors: Mapping[str, torch.Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of the description, such as `nonlinearity`."""
+
+    @classmethod
+    def of(cls, label: str, module: RecurrentModule) -> Recurrent:
+        """The layers that a module is.
+
+        Raises:
+            ModelError: when it is bidirectional or has projections, or computes something of its own.
+        """
+        (kind,) = (kind for kind, each in RECURRENT.items() if isinstance(module, each))
+        _check_forward(label, module, RECURRENT[kind])
+        if module.bidirectional:
+            raise ModelError(BIDIRECTIONAL.format(kind.upper()))
+        if module.proj_size:
+            raise ModelError(PROJECTION)
+        tensors = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
+        names = [f"{tensor}_l{layer}" for layer in range(module.num_layers) for tensor in tensors]
+        options = {"nonlinearity": module.nonlinearity} if isinstance(module, nn.RNN) else {}
+        return cls(label, kind, {name: getattr(module, name) for name in names}, options)
 
     @property
     def inputs(self) -> int:
@@ -88,18 +183,25 @@ class Gru:
         return self.tensors["weight_ih_l0"].shape[1]
 
     @property
-    def hidden(self) -> int:
+    def outputs(self) -> int:
         """Values that it gives."""
         return self.tensors["weight_hh_l0"].shape[1]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """As it stands in `model.yaml`, without defaults."""
+        layers = sum(name.startswith("weight_ih") for name in self.tensors)
+        biased = "bias_ih_l0" in self.tensors
+        return {"hidden_size": self.outputs, "num_layers": layers, "bias": biased, **self.options}
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
     """Layers in the order in which a frame meets them."""
 
-    before: Sequence[Dense]
-    gru: Gru
-    after: Sequence[Dense]
+    before: Sequence[Dense | Norm]
+    recurrent: Recurrent
+    after: Sequence[Dense | Norm]
 
     def model(self, name: str, outputs: Sequence[str] = ()) -> Model:
         """The model, of copies of the tensors.
@@ -108,37 +210,35 @@ class Chain:
             ModelError: the layers do not fit each other, a weight is not finite float32, or a name is not valid.
         """
         self._check_sizes()
+        kind = self.recurrent.kind
         try:
-            description = GruDescription(
-                features=self.before[0].weight.shape[1] if self.before else self.gru.inputs,
-                before=_descriptions(self.before),
-                gru=GruLayers(
-                    hidden_size=self.gru.hidden,
-                    num_layers=sum(name.startswith("weight_ih") for name in self.gru.tensors),
-                    bias="bias_ih_l0" in self.gru.tensors,
-                ),
-                after=_descriptions(self.after),
+            description = DESCRIPTIONS[kind].model_validate(
+                {
+                    "kind": kind,
+                    "features": (*self.before, self.recurrent)[0].inputs,
+                    "before": [layer.description for layer in self.before],
+                    kind: self.recurrent.description,
+                    "after": [layer.description for layer in self.after],
+                }
             )
         except ValidationError as error:
             raise ModelError(f"these layers do not make a network: {sentences(error)}") from None
-        tensors = {f"gru.{tensor_name}": tensor for tensor_name, tensor in self.gru.tensors.items()}
+        tensors = {f"{kind}.{tensor_name}": tensor for tensor_name, tensor in self.recurrent.tensors.items()}
         for place, layers in (("before", self.before), ("after", self.after)):
             for index, layer in enumerate(layers):
-                tensors[f"{place}.{index}.weight"] = layer.weight
-                if layer.bias is not None:
-                    tensors[f"{place}.{index}.bias"] = layer.bias
+                tensors |= {f"{place}.{index}.{own}": tensor for own, tensor in layer.tensors.items()}
         weights = {tensor_name: tensor.detach().cpu().clone() for tensor_name, tensor in tensors.items()}
         check_weights(weights, description, "the given network")
         weights = {tensor_name: weights[tensor_name] for tensor_name in description.tensor_shapes()}
         return model_of(check_name(name), description, weights, check_output_names(list(outputs), description))
 
     def _check_sizes(self) -> None:
-        links = [(layer.label, layer.weight.shape[1], layer.weight.shape[0]) for layer in self.before]
-        links.append((self.gru.label, self.gru.inputs, self.gru.hidden))
-        links += [(layer.label, layer.weight.shape[1], layer.weight.shape[0]) for layer in self.after]
-        for (giver, _, given), (taker, taken, _) in pairwise(links):
-            if given != taken:
-                raise ModelError(f"{taker} takes {taken} values but {giver} gives {given}; their sizes must be equal")
+        for giver, taker in pairwise((*self.before, self.recurrent, *self.after)):
+            if giver.outputs != taker.inputs:
+                raise ModelError(
+                    f"{taker.label} takes {taker.inputs} values but {giver.label} gives {giver.outputs}; their sizes "
+                    "must be equal"
+                )
 
 
 def _check_forward(label: str, module: nn.Module, kind: type[nn.Module]) -> None:
@@ -147,10 +247,3 @@ def _check_forward(label: str, module: nn.Module, kind: type[nn.Module]) -> None
             f"{label} is a {type(module).__name__} with a forward of its own, which cannot be served: hand over an "
             f"nn.{kind.__name__} that computes the same"
         )
-
-
-def _descriptions(layers: Sequence[Dense]) -> tuple[DenseLayer, ...]:
-    return tuple(
-        DenseLayer(size=layer.weight.shape[0], activation=layer.activation, bias=layer.bias is not None)
-        for layer in layers
-    )

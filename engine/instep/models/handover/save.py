@@ -10,15 +10,16 @@ from torch import nn
 
 from instep.models.errors import ModelError
 from instep.models.folder import write_model
-from instep.models.handover.layers import Chain, Dense, Gru
+from instep.models.handover.layers import RECURRENT, Chain, Dense, Norm, Recurrent, RecurrentModule
 from instep.models.handover.tensors import chain_of_tensors, read_tensors
 from instep.models.handover.traced_module import TracedModule, why_not_served
 from instep.models.handover.tracer import activation_of
 from instep.models.model import Model
+from instep.models.recurrent.description import Nonlinearity
 
-Layers: TypeAlias = Sequence[tuple[nn.Linear | str, object]]
-"""Dense layers in order, each with the activation after it: a name as in `model.yaml`, or torch's module or function
-of it. In a state dict the layer is named: `("head", "none")`."""
+Layers: TypeAlias = Sequence[tuple[nn.Linear | nn.LayerNorm | str, object]]
+"""Layers in order, each with the activation after it: a name as in `model.yaml`, or torch's module or function of it.
+In a state dict the layer is named: `("head", "none")`."""
 
 
 def save_model(
@@ -29,28 +30,31 @@ def save_model(
     name: str | None = None,
     *,
     outputs: Sequence[str] = (),
-    gru: str | None = None,
+    recurrent: str | None = None,
+    nonlinearity: Nonlinearity | None = None,
     example: Any = None,
     overwrite: bool = False,
 ) -> Model:
     """Write a trained network as a model folder.
 
-    `save_model(path, net)` is enough for a module whose forward runs dense layers, one `nn.GRU` and dense layers: it is
-    run once to see which, and what would be served is compared with what the module gives. An `nn.GRU` by itself, a
-    state dict or a file of weights needs `before` and `after` for the layers around the GRU.
+    `save_model(path, net)` is enough for a module whose forward runs one `nn.GRU`, `nn.LSTM` or `nn.RNN`, with Linear
+    and LayerNorm layers before and after it: it is run once to see which, and what would be served is compared with
+    what the module gives. A recurrent module by itself, a state dict or a file of weights needs `before` and `after`
+    for the layers around it.
 
     The weights are copied. `batch_first` says nothing about the weights and is ignored, and so is `dropout`, which
     acts in training only. A batch norm is folded into the Linear before it.
 
     Args:
         folder: where to write it; made if it does not exist.
-        network: the trained module, an `nn.GRU`, a state dict, or the path of a file that `torch.save` or safetensors
-            wrote from one.
-        before: each dense layer before the GRU and its activation, in order.
+        network: the trained module, a recurrent module alone, a state dict, or the path of a file that `torch.save` or
+            safetensors wrote from one.
+        before: each layer before the recurrent module and its activation, in order.
         after: the same for those after it.
         name: what clients are told; the folder's name if None.
         outputs: a name for each output; none if they have no names.
-        gru: of a state dict, the name of the GRU; layers that are not named are left out then.
+        recurrent: of a state dict, the name of the recurrent module; layers that are not named are left out then.
+        nonlinearity: of an `nn.RNN` in a state dict, which does not hold it: `tanh` or `relu`.
         example: of a module, its input or a tuple of its arguments, where random frames will not do.
         overwrite: replace a model that the folder holds.
 
@@ -60,25 +64,28 @@ def save_model(
     """
     folder = Path(folder)
     network, traced = _plain(network), None
-    if isinstance(network, nn.Module) and gru is not None:
-        raise ModelError("gru names a layer of a state dict: leave it out, or hand over net.state_dict()")
-    if isinstance(network, nn.Module) and not isinstance(network, nn.GRU):
+    if isinstance(network, nn.Module) and (recurrent is not None or nonlinearity is not None):
+        given = "nonlinearity" if recurrent is None else "recurrent"
+        raise ModelError(f"{given} is about a state dict: leave it out, or hand over net.state_dict()")
+    if isinstance(network, nn.Module) and not isinstance(network, RecurrentModule):
         if before or after:
             raise ModelError(
                 why_not_served(network)
-                or f"before and after go with an nn.GRU: save_model(path, net.gru, after=[…]), not with the whole "
-                f"{type(network).__name__}, of which the layers are found: save_model(path, net)"
+                or f"before and after go with a recurrent module: save_model(path, net.gru, after=[…]), not with the "
+                f"whole {type(network).__name__}, of which the layers are found: save_model(path, net)"
             )
         traced = TracedModule(network, example)
         chain = traced.chain()
     elif example is not None:
         raise ModelError("example goes with a whole module: save_model(path, net, example=x); leave it out")
-    elif isinstance(network, nn.GRU):
-        chain = Chain(_dense("before", before), Gru.of("the GRU", network), _dense("after", after))
-    elif isinstance(network, str | Path):
-        chain = _of_weights(read_tensors(Path(network)), before, after, gru, str(network))
-    elif isinstance(network, Mapping):
-        chain = _of_weights(network, before, after, gru, "the state dict")
+    elif isinstance(network, RecurrentModule):
+        label = next(f"the {kind.upper()}" for kind, each in RECURRENT.items() if isinstance(network, each))
+        chain = Chain(_layers("before", before), Recurrent.of(label, network), _layers("after", after))
+    elif isinstance(network, str | Path | Mapping):
+        source = "the state dict" if isinstance(network, Mapping) else str(network)
+        tensors = network if isinstance(network, Mapping) else read_tensors(Path(network))
+        named_before, named_after = _named("before", before), _named("after", after)
+        chain = chain_of_tensors(tensors, named_before, named_after, recurrent, nonlinearity, source)
     else:
         raise ModelError(_UNKNOWN.get(type(network).__name__, _UNKNOWN[""]).format(type(network).__name__))
     model = chain.model(folder.resolve().name if name is None else name, outputs)
@@ -102,22 +109,19 @@ def _plain(network: Any) -> Any:
     return network
 
 
-def _of_weights(tensors: Mapping[str, object], before: Layers, after: Layers, gru: str | None, source: str) -> Chain:
-    named_before, named_after = (
-        [(name, activation) for _, name, activation in _pairs(place, given, str, '"head"')]
-        for place, given in (("before", before), ("after", after))
-    )
-    return chain_of_tensors(tensors, named_before, named_after, gru, source)
+def _named(place: str, given: Layers) -> list[tuple[str, object]]:
+    return [(name, activation) for _, name, activation in _pairs(place, given, (str,), '"head"')]
 
 
-def _dense(place: str, given: Layers) -> list[Dense]:
-    return [
-        Dense.of(label, linear, activation_of(activation, f"the activation of {label}"))
-        for label, linear, activation in _pairs(place, given, nn.Linear, "linear")
-    ]
+def _layers(place: str, given: Layers) -> list[Dense | Norm]:
+    layers: list[Dense | Norm] = []
+    for label, module, activation in _pairs(place, given, (nn.Linear, nn.LayerNorm), "linear"):
+        kind = Norm if isinstance(module, nn.LayerNorm) else Dense
+        layers.append(kind.of(label, module, activation_of(activation, f"the activation of {label}")))
+    return layers
 
 
-def _pairs(place: str, given: Any, kind: type, sample: str) -> Iterator[tuple[str, Any, object]]:
+def _pairs(place: str, given: Any, kinds: tuple[type, ...], sample: str) -> Iterator[tuple[str, Any, object]]:
     """How sentences call each pair, and its parts; `given` is what a user gave, who may not run a type checker."""
     form = f'{place} must be a list of pairs, as in {place}=[({sample}, "none")]'
     if not isinstance(given, Sequence) or isinstance(given, str):
@@ -127,12 +131,12 @@ def _pairs(place: str, given: Any, kind: type, sample: str) -> Iterator[tuple[st
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise ModelError(f"{form}; {label} is one {type(pair).__name__}")
         layer, activation = pair
-        if isinstance(layer, nn.Module) and not isinstance(layer, kind):
+        if isinstance(layer, nn.Module) and not isinstance(layer, kinds):
             raise ModelError(
                 why_not_served(layer)
-                or f"{label} is a {type(layer).__name__}, which cannot be served yet: give an nn.Linear with an "
-                "activation; a batch norm is folded when the whole module is given, save_model(path, net)"
+                or f"{label} ({type(layer).__name__}) cannot be served yet: give an nn.Linear or an nn.LayerNorm with "
+                "an activation; a batch norm is folded when the whole module is given, save_model(path, net)"
             )
-        if not isinstance(layer, kind):
+        if not isinstance(layer, kinds):
             raise ModelError(f"{form}; {label} begins with one {type(layer).__name__}")
         yield label, layer, activation

@@ -17,60 +17,69 @@ from safetensors.torch import load_file
 
 from instep.models.errors import ModelError
 from instep.models.folder import GRAPHS
-from instep.models.handover.layers import SERVED, Chain, Dense, Gru
+from instep.models.handover.layers import SERVED, Chain, Dense, Norm, Recurrent
 from instep.models.handover.tracer import activation_of, plain_path
-from instep.models.recurrent.description import BIDIRECTIONAL
+from instep.models.recurrent.description import (
+    BIDIRECTIONAL,
+    GruLayers,
+    LstmLayers,
+    Nonlinearity,
+    RnnLayers,
+)
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 """Those of one layer, by their own names."""
-_RECURRENT: Final[dict[float, str]] = {1: "nn.RNN", 3: "GRU", 4: "nn.LSTM"}
-"""By how many gates a layer has."""
+_RECURRENT: Final[dict[float, str]] = {layers.GATES: layers.NAME for layers in (GruLayers, LstmLayers, RnnLayers)}
+"""By how many gates a module has."""
+_FRAME_LAYERS: Final = ("Linear", "LayerNorm")
+_DEFAULT_EPS: Final = 1e-5
+"""Torch's default for an nn.LayerNorm: a state dict does not hold it."""
 
 
 def chain_of_tensors(
     given: Mapping[str, object],
     before: Sequence[tuple[str, object]],
     after: Sequence[tuple[str, object]],
-    gru: str | None,
+    recurrent: str | None,
+    nonlinearity: Nonlinearity | None,
     source: str,
 ) -> Chain:
     """The layers of a state dict.
 
     Args:
         given: tensors by name, as `state_dict()` gives them.
-        before: name and activation of each Linear before the GRU, in order.
+        before: name and activation of each Linear or LayerNorm before the recurrent module, in order.
         after: the same for those after it.
-        gru: the GRU's name, which leaves everything out that is not named; None if there is only one, and everything
-            else is named.
+        recurrent: the recurrent module's name, which leaves everything out that is not named; None if there is only
+            one, and everything else is named.
+        nonlinearity: of an RNN.
         source: how sentences call it.
 
     Raises:
         ModelError: naming the layer that is missing, of another kind, or left over.
     """
     layers = _layers(given, source)
-    grus = [name for name, tensors in layers.items() if _kind(tensors) == "GRU"]
-    if gru is not None:
-        found = _find(gru, layers, "a GRU", source)
-    elif len(grus) == 1:
-        (found,) = grus
-    elif grus:
+    candidates = [name for name, tensors in layers.items() if _kind(tensors) in _RECURRENT.values()]
+    if recurrent is not None:
+        found = _find(recurrent, layers, "a GRU, LSTM or RNN", tuple(_RECURRENT.values()), source)
+    elif len(candidates) == 1:
+        (found,) = candidates
+    elif candidates:
         raise ModelError(
-            f'{source} has {len(grus)} GRUs ({", ".join(grus)}); name the one to serve: gru="{grus[0]}", or --gru '
-            f"{grus[0]} on the command line"
+            f"{source} has {len(candidates)} recurrent modules ({', '.join(candidates)}); name the one to serve: "
+            f'recurrent="{candidates[0]}", or --recurrent {candidates[0]} on the command line'
         )
     else:
-        others = [_told(name, tensors) for name, tensors in layers.items() if not _is_linear(tensors)]
-        raise ModelError(f"{source} has no GRU{': ' if others else ''}{', '.join(others)}; train a torch.nn.GRU")
-    if "weight_ih_l0_reverse" in layers[found]:
-        raise ModelError(BIDIRECTIONAL)
+        others = [_told(name, tensors) for name, tensors in layers.items() if _kind(tensors) not in _FRAME_LAYERS]
+        raise ModelError(f"{source} has no GRU, LSTM or RNN{': ' if others else ''}{', '.join(others)}; {SERVED}")
     chain = Chain(
-        [_dense("before", pair, layers, source) for pair in before],
-        Gru(f"`{found}`" if found else "the GRU", layers[found]),
-        [_dense("after", pair, layers, source) for pair in after],
+        [_frame_layer("before", pair, layers, source) for pair in before],
+        _recurrent(found, layers[found], nonlinearity, source),
+        [_frame_layer("after", pair, layers, source) for pair in after],
     )
     named = {found, *(name for name, _ in (*before, *after))}
     left = {name: tensors for name, tensors in layers.items() if name not in named}
-    if left and gru is None:
+    if left and recurrent is None:
         raise ModelError(_left_over(found, layers, left, source))
     return chain
 
@@ -151,47 +160,48 @@ def _kind(tensors: Tensors) -> str:
     """What a layer is by its tensors."""
     names = tensors.keys()
     if {"weight_ih_l0", "weight_hh_l0"} <= names:
+        if "weight_hr_l0" in names:
+            return "LSTM with projections"
         of_input, of_state = tensors["weight_ih_l0"].shape, tensors["weight_hh_l0"].shape
         if len(of_input) == len(of_state) == 2 and of_state[1]:
             return _RECURRENT.get(of_state[0] / of_state[1], "other")
         return "other"
     if "weight_ih" in names:
         return "cell"
-    if _is_linear(tensors):
+    if {"weight"} <= names <= {"weight", "bias"} and tensors["weight"].ndim == 2:
         return "Linear"
+    if names == {"weight", "bias"} and tensors["weight"].ndim == 1:
+        return "LayerNorm"
     return "BatchNorm" if "running_mean" in names else "other"
-
-
-def _is_linear(tensors: Tensors) -> bool:
-    return {"weight"} <= tensors.keys() <= {"weight", "bias"} and tensors["weight"].ndim == 2
 
 
 def _in_words(tensors: Tensors) -> str:
     """A layer and its sizes."""
     match _kind(tensors):
-        case "GRU":
-            return f"GRU {tensors['weight_ih_l0'].shape[1]}→{tensors['weight_hh_l0'].shape[1]}"
+        case "GRU" | "LSTM" | "RNN" as kind:
+            return f"{kind} {tensors['weight_ih_l0'].shape[1]}→{tensors['weight_hh_l0'].shape[1]}"
         case "Linear":
             return f"Linear {tensors['weight'].shape[1]}→{tensors['weight'].shape[0]}"
-        case "nn.LSTM" | "nn.RNN" as kind:
-            return f"an {kind}, which cannot be served yet"
+        case "LSTM with projections":
+            return "an LSTM with projections, which cannot be served: train one with proj_size=0"
+        case "LayerNorm":
+            return f"LayerNorm {tensors['weight'].shape[0]}"
         case "cell":
             return "one step of a recurrent network, such as an nn.GRUCell: copy its weights to an nn.GRU"
         case "BatchNorm":
             return "a batch norm, whose eps a state dict does not hold: hand over the module, save_model(path, net)"
         case _:
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-            return f"no Linear and no GRU ({shapes}), and cannot be served yet"
+            return f"not a layer that can be served yet ({shapes})"
 
 
 def _told(name: str, tensors: Tensors) -> str:
     return f"`{name or next(iter(tensors))}` is {_in_words(tensors)}"
 
 
-def _find(name: str, layers: Mapping[str, Tensors], wanted: str, source: str) -> str:
-    """A layer's name, checked to be of the kind that is wanted."""
-    kind = wanted.split()[1]
-    if name in layers and _kind(layers[name]) == kind:
+def _find(name: str, layers: Mapping[str, Tensors], wanted: str, kinds: Sequence[str], source: str) -> str:
+    """A layer's name, checked to be of a kind that is wanted."""
+    if name in layers and _kind(layers[name]) in kinds:
         return name
     if name in layers:
         raise ModelError(f"`{name}` of {source} is not {wanted}: it is {_in_words(layers[name])}")
@@ -200,31 +210,48 @@ def _find(name: str, layers: Mapping[str, Tensors], wanted: str, source: str) ->
     raise ModelError(f"{source} has no layer `{name}`; {hint}")
 
 
-def _dense(place: str, pair: tuple[str, object], layers: Mapping[str, Tensors], source: str) -> Dense:
-    name, activation = pair
-    tensors = layers[_find(name, layers, "a Linear", source)]
-    return Dense(
-        f"`{name}`",
-        tensors["weight"],
-        tensors.get("bias"),
-        activation_of(activation, f"the activation of `{name}` in {place}"),
-    )
+def _frame_layer(place: str, pair: tuple[str, object], layers: Mapping[str, Tensors], source: str) -> Dense | Norm:
+    name, given = pair
+    tensors = layers[_find(name, layers, "a Linear or LayerNorm", _FRAME_LAYERS, source)]
+    activation = activation_of(given, f"the activation of `{name}` in {place}")
+    weight, bias = tensors["weight"], tensors.get("bias")
+    if _kind(tensors) == "Linear":
+        return Dense(f"`{name}`", weight, bias, activation)
+    return Norm(f"`{name}`", len(weight), _DEFAULT_EPS, weight, bias, activation)
 
 
-def _left_over(gru: str, layers: Mapping[str, Tensors], left: Mapping[str, Tensors], source: str) -> str:
+def _recurrent(name: str, tensors: Tensors, nonlinearity: Nonlinearity | None, source: str) -> Recurrent:
+    kind = _kind(tensors)
+    if "weight_ih_l0_reverse" in tensors:
+        raise ModelError(BIDIRECTIONAL.format(kind))
+    label = f"`{name}`" if name else f"the {kind}"
+    if kind != "RNN":
+        if nonlinearity is not None:
+            raise ModelError(f"{label} of {source} is a {kind}, which has no nonlinearity to choose: leave it out")
+        return Recurrent(label, kind.lower(), tensors)
+    if nonlinearity is None:
+        raise ModelError(
+            f"{label} of {source} is an RNN, and weights do not say whether its nonlinearity is tanh or relu: "
+            'nonlinearity="tanh", or --nonlinearity tanh on the command line'
+        )
+    return Recurrent(label, "rnn", tensors, {"nonlinearity": nonlinearity})
+
+
+def _left_over(recurrent: str, layers: Mapping[str, Tensors], left: Mapping[str, Tensors], source: str) -> str:
     """What to do about layers that nobody named."""
-    strange = [_told(name, tensors) for name, tensors in left.items() if not _is_linear(tensors)]
+    strange = [_told(name, tensors) for name, tensors in left.items() if _kind(tensors) not in _FRAME_LAYERS]
     if strange:
         return (
             f"{source} cannot be served as it is: {'; '.join(strange)}; {SERVED}. To serve the named layers without "
-            f'the rest, name the GRU too: gru="{gru}", or --gru {gru} on the command line'
+            f'the rest, name the {_kind(layers[recurrent])} too: recurrent="{recurrent}", or --recurrent {recurrent} '
+            "on the command line"
         )
-    linears = {name: tensors for name, tensors in layers.items() if _is_linear(tensors)}
     order = list(layers)
-    places = {name: "before" if order.index(name) < order.index(gru) else "after" for name in linears}
+    known = [name for name, tensors in layers.items() if _kind(tensors) in _FRAME_LAYERS]
+    places = {name: "before" if order.index(name) < order.index(recurrent) else "after" for name in known}
     python, command = "", ""
     for place in ("before", "after"):
-        names = [name for name in linears if places[name] == place]
+        names = [name for name in known if places[name] == place]
         pairs = ", ".join(f'("{name}", "none")' for name in names)
         python += f", {place}=[{pairs}]" if names else ""
         command += "".join(f" --{place} {name}:none" for name in names)

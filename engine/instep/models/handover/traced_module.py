@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from instep.models.agreement import Agreement, agreement, first_output
 from instep.models.errors import ModelError
-from instep.models.handover.layers import SERVED, Chain, Dense, Gru
+from instep.models.handover.layers import SERVED, Chain, Dense, Norm, Recurrent, RecurrentModule
 from instep.models.handover.tracer import Step, Tracer, first_line, plain_path
 from instep.models.model import Model
 from instep.models.recurrent.description import Activation
@@ -24,21 +25,21 @@ MORE_STEPS: Final = 397
 
 
 class TracedModule:
-    """An `nn.Module` with one `nn.GRU` somewhere in it.
+    """An `nn.Module` with one `nn.GRU`, `nn.LSTM` or `nn.RNN` somewhere in it.
 
     Args:
         module: the whole network; it may be compiled, and on any device.
         example: its input, or a tuple of all its arguments; random frames if None.
 
     Raises:
-        ModelError: when it has no `nn.GRU`, or several, or one that cannot be served.
+        ModelError: when it has none of these, or several, or one that cannot be served.
     """
 
     def __init__(self, module: nn.Module, example: Any = None) -> None:
         self._module = module
         self._kind = type(module).__name__
         self._layers = {plain_path(name): part for name, part in module.named_modules() if name}
-        self._gru = self._only_gru()
+        self._recurrent = self._only_recurrent()
         tensor = next(iter(module.parameters()))
         if tensor.dtype != torch.float32:
             raise ModelError(
@@ -85,7 +86,7 @@ class TracedModule:
         found = self._compare(model, x.shape)
         axes = [found.steps_axis]
         if x.numel() == x.shape[-1]:  # one frame does not tell its axes apart
-            axes = sorted([found.steps_axis, found.rows_axis], reverse=self._gru.batch_first)
+            axes = sorted([found.steps_axis, found.rows_axis], reverse=self._recurrent.batch_first)
         for axis in axes:
             if axis < 0:
                 continue
@@ -136,42 +137,50 @@ class TracedModule:
 
     def call_to_make(self) -> str:
         """The call that hands over the layers one by one, in the order of the attributes."""
-        gru_at = list(self._layers.values()).index(self._gru)
+        recurrent_at = list(self._layers.values()).index(self._recurrent)
         places: dict[str, list[str]] = {"before": [], "after": []}
         words = []
         for at, (name, part) in enumerate(self._layers.items()):
-            if part is self._gru:
-                words.append(f"`{name}` (GRU {part.input_size}→{part.hidden_size})")
-            elif isinstance(part, nn.Linear):
+            if isinstance(part, RecurrentModule):
+                words.append(f"`{name}` ({type(part).__name__} {part.input_size}→{part.hidden_size})")
+                continue
+            if isinstance(part, nn.Linear):
                 words.append(f"`{name}` (Linear {part.in_features}→{part.out_features})")
-                places["before" if at < gru_at else "after"].append(f'({_expression(name)}, "none")')
+            elif isinstance(part, nn.LayerNorm):
+                words.append(f"`{name}` (LayerNorm)")
+            else:
+                continue
+            places["before" if at < recurrent_at else "after"].append(f'({_expression(name)}, "none")')
         given = "".join(f", {place}=[{', '.join(pairs)}]" for place, pairs in places.items() if pairs)
-        (gru_name,) = (name for name, part in self._layers.items() if part is self._gru)
-        return f"{self._kind} has {' and '.join(words)}: save_model(path, {_expression(gru_name)}{given})"
+        (name,) = (name for name, part in self._layers.items() if part is self._recurrent)
+        return f"{self._kind} has {' and '.join(words)}: save_model(path, {_expression(name)}{given})"
 
-    def _only_gru(self) -> nn.GRU:
+    def _only_recurrent(self) -> RecurrentModule:
         everything = {"": self._module, **self._layers}
-        grus = {name: part for name, part in everything.items() if isinstance(part, nn.GRU)}
-        if len(grus) == 1:
-            ((name, gru),) = grus.items()
-            Gru.of(f"`{name}`", gru)  # for what it says about a GRU that cannot be served
-            return gru
-        if grus:
-            names = ", ".join(f"`{name}`" for name in grus)
-            raise ModelError(f"{self._kind} has {len(grus)} GRUs ({names}), and one can be served: train one nn.GRU")
+        found = {name: part for name, part in everything.items() if isinstance(part, RecurrentModule)}
+        if len(found) == 1:
+            ((name, module),) = found.items()
+            Recurrent.of(f"`{name}`", module)  # for what it says about one that cannot be served
+            return module
+        if found:
+            names = ", ".join(f"`{name}` ({type(part).__name__})" for name, part in found.items())
+            raise ModelError(
+                f"{self._kind} has {len(found)} recurrent modules, {names}, and one can be served: train one, with "
+                "num_layers if they follow each other"
+            )
         for name, part in everything.items():
             if sentence := why_not_served(part):
                 raise ModelError(f"{self._kind} has `{name}`, and {sentence}" if name else sentence)
-        raise ModelError(f"{self._kind} has no torch.nn.GRU; {SERVED}")
+        raise ModelError(f"{self._kind} has no recurrent module; {SERVED}")
 
     def _first_sizes(self) -> Iterator[int]:
-        """Of the layers up to the GRU, in the order of the attributes: the frames' size is likely the first."""
+        """Of the layers up to the recurrent one, in the attributes' order: the frames' size is likely the first."""
         for part in self._layers.values():
             if isinstance(part, nn.Linear):
                 yield part.in_features
-            elif part is self._gru:
+            elif part is self._recurrent:
                 break
-        yield self._gru.input_size
+        yield self._recurrent.input_size
 
     def _layers_of(self, arguments: Sequence[Any]) -> Chain:
         self._steps = self._steps_of(arguments)
@@ -212,56 +221,57 @@ class _CannotRun(Exception):
 
 
 def why_not_served(module: nn.Module) -> str | None:
-    """What to do about a module of a kind that takes a GRU's place; None for others."""
+    """What to do about a module of a kind that takes a recurrent one's place; None for others."""
     kind = type(module)
     name = kind.__name__
     if "quantized" in kind.__module__:
         return f"a quantised {name} cannot be served, only float32: hand over the network that it was made from"
-    if isinstance(module, nn.GRUCell):
+    if isinstance(module, nn.RNNCellBase):
+        whole = name.removesuffix("Cell")
         return (
-            "an nn.GRUCell is one step of a GRU: make an nn.GRU of the same sizes and copy the cell's weights to it "
-            "(weight_ih to weight_ih_l0, and so on)"
+            f"an nn.{name} is one step of {'a' if whole == 'GRU' else 'an'} {whole}: make an nn.{whole} of the same "
+            "sizes and copy the cell's weights to it (weight_ih to weight_ih_l0, and so on)"
         )
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return f"an nn.{name} cannot be served yet: train a torch.nn.GRU"
     if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
         return "a compiled graph cannot be served: hand over the module that it was made from, or its state dict"
     return None
 
 
 def _chain(steps: Sequence[Step], kind: str, features: int) -> Chain:
-    before: list[Dense] = []
-    after: list[Dense] = []
-    gru: Gru | None = None
+    before: list[Dense | Norm] = []
+    after: list[Dense | Norm] = []
+    recurrent: Recurrent | None = None
     layers, width = before, features
     previous: Step | None = None
     for step in steps:
-        follows_linear = previous is not None and isinstance(previous.what, nn.Linear | nn.BatchNorm1d)
-        if isinstance(step.what, nn.GRU):
-            if gru is not None:
+        last = layers[-1] if previous and isinstance(previous.what, nn.Linear | nn.LayerNorm | nn.BatchNorm1d) else None
+        if isinstance(step.what, RecurrentModule):
+            if recurrent is not None:
                 raise ModelError(f"{kind}.forward runs {step.label} twice: train one with num_layers=2")
-            gru, layers = Gru.of(step.label, step.what), after
+            recurrent, layers = Recurrent.of(step.label, step.what), after
         elif isinstance(step.what, nn.Linear):
             layers.append(Dense.of(step.label, step.what))
+        elif isinstance(step.what, nn.LayerNorm):
+            layers.append(Norm.of(step.label, step.what))
         elif isinstance(step.what, nn.BatchNorm1d):
-            if not follows_linear:
+            if not isinstance(last, Dense):
                 raise ModelError(
                     f"{step.label} is a BatchNorm1d that does not follow a Linear directly, so it cannot be folded "
                     "into one; train the network without it, or with it behind a Linear"
                 )
             if step.what.running_mean is None:
                 raise ModelError(f"{step.label} keeps no running statistics; train it with track_running_stats=True")
-            layers[-1] = layers[-1].normalised(step.what)
+            layers[-1] = last.normalised(step.what)
         else:
             activation = cast("Activation", step.what)
-            if follows_linear:
-                layers[-1] = Dense(layers[-1].label, layers[-1].weight, layers[-1].bias, activation)
+            if last is not None:
+                layers[-1] = replace(last, activation=activation)
             else:
                 layers.append(Dense.identity(step.label, width, activation))
         previous, width = step, step.width
-    if gru is None:
-        raise ModelError(f"{kind}.forward does not run its GRU on its input; {SERVED}")
-    return Chain(before, gru, after)
+    if recurrent is None:
+        raise ModelError(f"{kind}.forward does not run its recurrent module on its input; {SERVED}")
+    return Chain(before, recurrent, after)
 
 
 def _random_frames(shape: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from instep.models.errors import ModelError
+from instep.models.handover.layers import RECURRENT, RecurrentModule
 from instep.models.recurrent.description import ACTIVATIONS, Activation, activation_name
 
-_LAYERS: Final = (nn.GRU, nn.Linear, nn.BatchNorm1d)
+_LAYERS: Final = (*RECURRENT.values(), nn.Linear, nn.LayerNorm, nn.BatchNorm1d)
 """Modules that are one step each; other modules are what they call."""
 _SAME_VALUES: Final = frozenset(
     ("alias", "clone", "detach", "expand", "lift_fresh", "permute", "reshape_alias", "select", "slice", "split")
@@ -147,7 +148,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not _is_layer(module):
             return
         self._inside_layer = True
-        if isinstance(module, nn.GRU):
+        if isinstance(module, RecurrentModule):
             state = (*args[1:], kwargs.get("hx"))
             if self.origin(state) is not None:
                 self.refuse(f"{self._subject} runs `{label}` again on its state", "run it once over the whole sequence")

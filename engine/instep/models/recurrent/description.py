@@ -1,10 +1,11 @@
-"""The description of a GRU network: dense layers, a GRU, dense layers."""
+"""Descriptions of recurrent networks: layers over a frame's values, a GRU, LSTM or RNN, and such layers again."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, WrapValidator, field_validator
 from pydantic_core import PydanticCustomError
 
 from instep.models.base import Leaf, Shape, StateSpec
@@ -15,11 +16,16 @@ Activation: TypeAlias = Literal[
 ]
 """Torch's functions of these names with their default parameters; softmax is over the layer's values of a frame."""
 ACTIVATIONS: Final[tuple[Activation, ...]] = get_args(Activation)
+Nonlinearity: TypeAlias = Literal["tanh", "relu"]
 Size: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 
 BIDIRECTIONAL = (
-    "a bidirectional GRU cannot stream: its backward direction starts at the last frame, "
+    "a bidirectional {} cannot stream: its backward direction starts at the last frame, "
     "which a live stream has not sent yet; train one with bidirectional=False"
+)
+PROJECTION = (
+    "an LSTM with projections cannot be served: train one with proj_size=0, and put an nn.Linear behind it if its "
+    "outputs should be fewer"
 )
 
 
@@ -42,13 +48,62 @@ class DenseLayer(_Frozen):
     activation: Annotated[Activation, BeforeValidator(activation_name)] = "none"
     bias: StrictBool = True
 
+    def outputs(self, inputs: int) -> int:
+        """Values that it gives for `inputs` values."""
+        return self.size
+
+    def tensor_shapes(self, inputs: int) -> dict[str, Shape]:
+        """Its tensors, as an `nn.Linear` names them."""
+        return {"weight": (self.size, inputs)} | ({"bias": (self.size,)} if self.bias else {})
+
     def in_words(self) -> str:
         """`dense 64 relu`."""
-        return f"dense {self.size}" if self.activation == "none" else f"dense {self.size} {self.activation}"
+        return _with_activation(f"dense {self.size}", self.activation)
 
 
-class GruLayers(_Frozen):
-    """An `nn.GRU`: one direction, any number of layers."""
+class NormLayer(_Frozen):
+    """An `nn.LayerNorm` over the values of a frame, and the activation after it."""
+
+    layer_norm: Literal[True]
+    """What tells this layer from a dense one."""
+    activation: Annotated[Activation, BeforeValidator(activation_name)] = "none"
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
+    elementwise_affine: StrictBool = True
+    bias: StrictBool = True
+
+    def outputs(self, inputs: int) -> int:
+        """Values that it gives for `inputs` values."""
+        return inputs
+
+    def tensor_shapes(self, inputs: int) -> dict[str, Shape]:
+        """Its tensors, as an `nn.LayerNorm` names them."""
+        names = ("weight", "bias") if self.bias else ("weight",)
+        return dict.fromkeys(names, (inputs,)) if self.elementwise_affine else {}
+
+    def in_words(self) -> str:
+        """`layer norm relu`."""
+        return _with_activation("layer norm", self.activation)
+
+
+def _layer(value: object, _: object) -> DenseLayer | NormLayer:
+    """The layer that is meant, so that errors name its keys and not those of the other one."""
+    if isinstance(value, NormLayer) or (isinstance(value, Mapping) and "layer_norm" in value):
+        return NormLayer.model_validate(value)
+    return DenseLayer.model_validate(value)
+
+
+FrameLayer: TypeAlias = Annotated[DenseLayer | NormLayer, WrapValidator(_layer)]
+"""A layer that sees one frame at a time."""
+
+
+class RecurrentLayers(_Frozen):
+    """Torch's recurrent module of this name: one direction, any number of layers."""
+
+    NAME: ClassVar[str]
+    GATES: ClassVar[int]
+    """Weights hold that many rows for each hidden unit."""
+    LEAVES: ClassVar[tuple[str, ...]] = ("h",)
+    """What it keeps between frames: float32 [num_layers, hidden_size] each, zeros at first."""
 
     hidden_size: Size
     num_layers: Size = 1
@@ -59,68 +114,163 @@ class GruLayers(_Frozen):
     @classmethod
     def _one_direction(cls, value: bool) -> bool:
         if value:
-            raise PydanticCustomError("bidirectional", BIDIRECTIONAL)
+            raise PydanticCustomError("bidirectional", BIDIRECTIONAL.format(cls.NAME))
+        return value
+
+    def tensor_shapes(self, inputs: int) -> dict[str, Shape]:
+        """Its tensors, by torch's names."""
+        shapes: dict[str, Shape] = {}
+        rows = self.GATES * self.hidden_size
+        for layer in range(self.num_layers):
+            shapes[f"weight_ih_l{layer}"] = (rows, inputs if layer == 0 else self.hidden_size)
+            shapes[f"weight_hh_l{layer}"] = (rows, self.hidden_size)
+            if self.bias:
+                shapes[f"bias_ih_l{layer}"] = shapes[f"bias_hh_l{layer}"] = (rows,)
+        return shapes
+
+    def in_words(self) -> str:
+        """`GRU 128 × 2 layers`."""
+        return f"{self.NAME} {self.hidden_size}" + (f" × {self.num_layers} layers" if self.num_layers > 1 else "")
+
+
+class GruLayers(RecurrentLayers):
+    """An `nn.GRU`."""
+
+    NAME, GATES = "GRU", 3
+
+
+class LstmLayers(RecurrentLayers):
+    """An `nn.LSTM`, which also keeps its cell states `c`."""
+
+    NAME, GATES, LEAVES = "LSTM", 4, ("h", "c")
+
+    proj_size: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    @field_validator("proj_size")
+    @classmethod
+    def _no_projection(cls, value: int) -> int:
+        if value:
+            raise PydanticCustomError("proj_size", PROJECTION)
         return value
 
 
-class GruDescription(_Frozen):
-    """Frames of `features` values go through `before`, the GRU and `after`; the last layer's values are the output."""
+class RnnLayers(RecurrentLayers):
+    """An `nn.RNN`."""
 
-    kind: Literal["gru"] = "gru"
+    NAME, GATES = "RNN", 1
+
+    nonlinearity: Nonlinearity = "tanh"
+
+    def in_words(self) -> str:
+        """`RNN 128 relu`."""
+        return super().in_words() + (" relu" if self.nonlinearity == "relu" else "")
+
+
+class RecurrentDescription(_Frozen):
+    """A frame of `features` values goes through `before`, the recurrent layers and `after`.
+
+    The values of the last layer are the output. The recurrent layers are under the key that `kind` names, and so are
+    their tensors.
+    """
+
+    kind: str
     features: Size
-    before: tuple[DenseLayer, ...] = ()
-    gru: GruLayers
-    after: tuple[DenseLayer, ...] = ()
+    before: tuple[FrameLayer, ...] = ()
+    after: tuple[FrameLayer, ...] = ()
 
     @property
-    def gru_input_size(self) -> int:
-        """Values the GRU takes per frame."""
-        return self.before[-1].size if self.before else self.features
+    def recurrent(self) -> RecurrentLayers:
+        """The recurrent layers, whichever they are."""
+        layers: RecurrentLayers = getattr(self, self.kind)
+        return layers
+
+    @property
+    def recurrent_inputs(self) -> int:
+        """Values that the recurrent layers take per frame."""
+        return _outputs(self.before, self.features)
 
     @property
     def outputs(self) -> int:
         """Values per frame that the network answers."""
-        return self.after[-1].size if self.after else self.gru.hidden_size
+        return _outputs(self.after, self.recurrent.hidden_size)
 
     @property
     def state(self) -> StateSpec:
-        """One leaf `h`, the hidden states of all layers: float32 [num_layers, hidden_size], zeros at first."""
-        return StateSpec((Leaf("h", (self.gru.num_layers, self.gru.hidden_size), DTYPES["float32"]),))
+        """The leaves of the recurrent layers, float32 [num_layers, hidden_size] each."""
+        layers = self.recurrent
+        shape = (layers.num_layers, layers.hidden_size)
+        return StateSpec(tuple(Leaf(name, shape, DTYPES["float32"]) for name in layers.LEAVES))
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Every tensor of the weights file by name, in the order in which a frame meets them, with torch's shapes."""
-        hidden = self.gru.hidden_size
-        shapes = _dense_shapes("before", self.before, self.features)
-        for layer in range(self.gru.num_layers):
-            inputs = self.gru_input_size if layer == 0 else hidden
-            shapes[f"gru.weight_ih_l{layer}"] = (3 * hidden, inputs)
-            shapes[f"gru.weight_hh_l{layer}"] = (3 * hidden, hidden)
-            if self.gru.bias:
-                shapes[f"gru.bias_ih_l{layer}"] = (3 * hidden,)
-                shapes[f"gru.bias_hh_l{layer}"] = (3 * hidden,)
-        return shapes | _dense_shapes("after", self.after, hidden)
+        recurrent = self.recurrent.tensor_shapes(self.recurrent_inputs)
+        return {
+            **_tensor_shapes("before", self.before, self.features),
+            **{f"{self.kind}.{name}": shape for name, shape in recurrent.items()},
+            **_tensor_shapes("after", self.after, self.recurrent.hidden_size),
+        }
 
     def fan_in(self, tensor: str) -> int:
-        """As torch initialises: the hidden size for every tensor of the GRU, a dense layer's inputs for its own."""
+        """The hidden size for recurrent layers, as torch initialises them; the inputs of other layers."""
         layer, _, _ = tensor.rpartition(".")
-        return self.gru.hidden_size if layer == "gru" else self.tensor_shapes()[f"{layer}.weight"][1]
+        if layer == self.kind:
+            return self.recurrent.hidden_size
+        return self.tensor_shapes()[f"{layer}.weight"][-1]
 
     def in_words(self) -> str:
         """`40 features → GRU 128 → dense 10`."""
-        gru = f"GRU {self.gru.hidden_size}" + (f" × {self.gru.num_layers} layers" if self.gru.num_layers > 1 else "")
-        before, after = ([layer.in_words() for layer in layers] for layers in (self.before, self.after))
-        return " → ".join([f"{self.features} features", *before, gru, *after])
+        layers = (*self.before, self.recurrent, *self.after)
+        return " → ".join([f"{self.features} features", *(layer.in_words() for layer in layers)])
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
         """As plain JSON values, always with `kind`."""
-        return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=not defaults)}
+        values = self.model_dump(mode="json", exclude_defaults=not defaults)
+        order = ("features", "before", self.kind, "after")
+        return {"kind": self.kind} | {key: values[key] for key in order if key in values}
 
 
-def _dense_shapes(place: str, layers: tuple[DenseLayer, ...], inputs: int) -> dict[str, Shape]:
+class GruDescription(RecurrentDescription):
+    """A network around an `nn.GRU`."""
+
+    kind: Literal["gru"] = "gru"
+    gru: GruLayers
+
+
+class LstmDescription(RecurrentDescription):
+    """A network around an `nn.LSTM`."""
+
+    kind: Literal["lstm"] = "lstm"
+    lstm: LstmLayers
+
+
+class RnnDescription(RecurrentDescription):
+    """A network around an `nn.RNN`."""
+
+    kind: Literal["rnn"] = "rnn"
+    rnn: RnnLayers
+
+
+DESCRIPTIONS: Final[dict[str, type[GruDescription | LstmDescription | RnnDescription]]] = {
+    "gru": GruDescription,
+    "lstm": LstmDescription,
+    "rnn": RnnDescription,
+}
+"""By kind."""
+
+
+def _with_activation(words: str, activation: Activation) -> str:
+    return words if activation == "none" else f"{words} {activation}"
+
+
+def _outputs(layers: Sequence[FrameLayer], inputs: int) -> int:
+    for layer in layers:
+        inputs = layer.outputs(inputs)
+    return inputs
+
+
+def _tensor_shapes(place: str, layers: Sequence[FrameLayer], inputs: int) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for index, layer in enumerate(layers):
-        shapes[f"{place}.{index}.weight"] = (layer.size, inputs)
-        if layer.bias:
-            shapes[f"{place}.{index}.bias"] = (layer.size,)
-        inputs = layer.size
+        shapes |= {f"{place}.{index}.{name}": shape for name, shape in layer.tensor_shapes(inputs).items()}
+        inputs = layer.outputs(inputs)
     return shapes

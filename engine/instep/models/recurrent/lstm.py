@@ -1,0 +1,137 @@
+"""The recurrence of `nn.LSTM`.
+
+On the CPU torch computes an LSTM with oneDNN, which gives a row the same bits in every batch but prepares its weights
+anew in each call. Without oneDNN, torch computes it as it does a GRU, with other bits. The step by hand has those bits,
+and is several times faster in small batches.
+"""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import Final
+
+import torch
+from torch import nn
+
+from instep.core.compiled import kernel
+from instep.core.typing import F32
+from instep.models.recurrent.cell import VECTOR, Kernel, LayerWeights, Products, States
+
+
+class Lstm:
+    """A `Recurrence`."""
+
+    plain: Final[Kernel] = "native"
+    width_multiple: Final = VECTOR
+
+    def module(self, inputs: int, width: int, layers: int, *, bias: bool, device: torch.device) -> nn.LSTM:
+        """See `Recurrence.module`."""
+        return nn.LSTM(inputs, width, layers, bias=bias, device=device)
+
+    def call(
+        self, kernel: Kernel, x: torch.Tensor, states: States, flat: list[torch.Tensor], layers: int, *, bias: bool
+    ) -> tuple[torch.Tensor, States]:
+        """`torch.lstm`; see `Recurrence.call`."""
+        if kernel != "torch":
+            with _WITHOUT_ONEDNN:
+                return self.call("torch", x, states, flat, layers, bias=bias)
+        with torch.no_grad():  # with gradients, oneDNN's code for training gives several layers other bits
+            y, h, c = torch.lstm(x, (states["h"], states["c"]), flat, bias, layers, 0.0, False, False, False)
+        return y, {"h": h, "c": c}
+
+    def cell(self, layer: LayerWeights, states: States, room: torch.Tensor, *, adds_biases: bool) -> LstmCell:
+        """See `Recurrence.cell`."""
+        return LstmCell(Products(layer, room, adds_biases=adds_biases), states["h"], states["c"])
+
+
+class LstmCell:
+    """A `Cell`."""
+
+    def __init__(self, products: Products, state: torch.Tensor, cell_state: torch.Tensor) -> None:
+        width = state.shape[1]
+        self._products = products
+        self._state = state
+        gates = products.of_input
+        self._input_and_forget = gates[:, : 2 * width]
+        self._new, self._output = gates[:, 2 * width : 3 * width], gates[:, 3 * width :]
+        self._arrays: tuple[F32, F32] = state.numpy(), cell_state.numpy()
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Cell.run`."""
+        of_input, of_state, biases = self._products.arrays
+        state, cell_state = self._arrays
+        self._products.run(x, self._state)
+        add_gates(of_input, of_state, biases)
+        self._input_and_forget.sigmoid_()
+        self._new.tanh_()
+        self._output.sigmoid_()
+        update_cell_state(cell_state, state, of_input)
+        self._state.tanh_()
+        apply_output_gate(state, of_input)
+        return self._state
+
+
+class _WithoutOneDnn:
+    """Turns oneDNN off while at least one thread is inside: the switch belongs to the whole process."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._usual = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._usual = bool(torch.backends.mkldnn.enabled)
+                torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.backends.mkldnn.enabled = self._usual  # type: ignore[assignment]
+
+
+_WITHOUT_ONEDNN: Final = _WithoutOneDnn()
+
+
+@kernel
+def add_gates(of_input: F32, of_state: F32, biases: F32) -> None:
+    """Add the gates of the state to those of the input: float32 [rows, 4 · width] each.
+
+    The gates of a row are side by side: input, forget, new cell state, output. `biases`, float32 [2, 4 · width], are
+    added to both before; of shape [0, 0] where the products hold them, or there are none.
+    """
+    for place in range(len(of_input)):
+        gates, other = of_input[place], of_state[place]
+        if len(biases):
+            bias, other_bias = biases[0], biases[1]
+            for at in range(len(gates)):
+                gates[at] = (gates[at] + bias[at]) + (other[at] + other_bias[at])
+        else:
+            for at in range(len(gates)):
+                gates[at] = gates[at] + other[at]
+
+
+@kernel
+def update_cell_state(cell_state: F32, copy: F32, gates: F32) -> None:
+    """Forget some of the cell state, float32 [rows, width], and add some of the new one: in place, and into `copy`."""
+    width = cell_state.shape[1]
+    for place in range(len(cell_state)):
+        cell, copied = cell_state[place], copy[place]
+        enter, forget, new = gates[place, :width], gates[place, width : 2 * width], gates[place, 2 * width : 3 * width]
+        for at in range(width):
+            kept = forget[at] * cell[at]
+            cell[at] = kept + enter[at] * new[at]
+            copied[at] = cell[at]
+
+
+@kernel
+def apply_output_gate(state: F32, gates: F32) -> None:
+    """Multiply the tanh of the cell state, float32 [rows, width], by the output gate: the state."""
+    width = state.shape[1]
+    for place in range(len(state)):
+        values, output = state[place], gates[place, 3 * width :]
+        for at in range(width):
+            values[at] = output[at] * values[at]
