@@ -43,7 +43,7 @@ def test_other_kinds_are_made_and_said_how_they_step(tmp_path: Path) -> None:
         made = instep("model", "make", str(tmp_path / kind), *sizes, "--kind", kind, *options)
         assert (made.exit_code, made.stdout) == (0, f"{tmp_path / kind}: 3 features → {words}\n"), made.output
         shown = json.loads(instep("model", "info", str(tmp_path / kind), "--json").stdout)
-        assert shown["step"] in ("fused", "addmm", "torch")
+        assert shown["step"] in ("fused", "addmm", "torch", "native")
         lines = instep("model", "info", str(tmp_path / kind)).stdout.splitlines()
         (step,) = (line for line in lines if line.startswith("step on"))
         first, *_, last = shown["batch_sizes"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from instep.models.folder import write_model
+from instep.models.model import Model
 from tests.support.models import SMALL
 from tests.support.warm import warm_instep
 
@@ -25,12 +26,17 @@ class Victim:
         folder: for its model, its recording and its log.
         durability: what answers wait for.
         arguments: further arguments of `instep serve`.
+        model: what it serves.
     """
 
     def __init__(
-        self, folder: Path, durability: str, arguments: Sequence[str] = ("--set", "recording.recovery_target_s=0.05")
+        self,
+        folder: Path,
+        durability: str,
+        arguments: Sequence[str] = ("--set", "recording.recovery_target_s=0.05"),
+        model: Model = SMALL,
     ) -> None:
-        write_model(folder / "model", SMALL)
+        write_model(folder / "model", model)
         self.recording = folder / "recording.db"
         self._held = _held_port()
         self.endpoint = f"tcp://127.0.0.1:{self._held.getsockname()[1]}"

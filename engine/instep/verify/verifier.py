@@ -153,7 +153,7 @@ def _chunks(checkers: Checkers, streams: StreamChecks) -> Iterator[Chunk]:
     """All frames once, in bounded pieces."""
     sequences, buckets = streams.sequences, checkers.conditions.buckets
     if sequences is not None:
-        in_between = 3 * checkers.network.state.row_bytes // 4  # as the gates of a GRU
+        in_between = 3 * checkers.network.state.row_bytes // 4  # more than the gates of recurrent layers
         widest = max(sequences.x.shape[1], sequences.y.shape[1], in_between)
         most_frames = max(CALL_BYTES // (8 * widest), 1)
         first_seqs: I64 = np.array([check.first_seq for check in streams.checks], np.int64)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -36,6 +37,8 @@ PADDED_BUCKET: Final = 32
 not fill its vectors with other code."""
 PLAIN_BUCKET: Final = 4
 """Rows of a network without: fewer than four use matrix-vector kernels."""
+TRIAL_BUCKETS: Final = (64, 512)
+TRIAL_ROWS: Final = 512
 
 
 class RecurrentNetwork:
@@ -61,18 +64,11 @@ class RecurrentNetwork:
         """Whether it is worth trying."""
 
     def select_step(self, buckets: Sequence[int], rows: int) -> None:
-        """Step by hand where at least `rows` frames get the bits of torch's own step in each bucket.
-
-        Torch's own step for an LSTM exists twice, with and without oneDNN, and steps by hand have the bits of the
-        second. Where only the first gives these frames the same bits in all buckets, it is used.
-        """
-        by_hand = BY_HAND if self.may_step_by_hand else ()
-        same = (each for each in by_hand if all(self._is_plain(each, bucket, rows) for bucket in buckets))
-        self.kernel = next(same, "torch")
-        if self.kernel != "torch" and self._recurrence.plain != "torch":
-            kernels: tuple[Kernel, ...] = (self.kernel, "torch")
-            found = (each for each in kernels if self._is_one_in_all(each, buckets, rows))
-            self.kernel = next(found, self.kernel)
+        """Step by hand where at least `rows` frames get the bits of torch's own step in each bucket."""
+        plain = self._plain
+        by_hand = BY_HAND if self.may_step_by_hand and plain == self._recurrence.plain else ()
+        same = (each for each in by_hand if all(self._is_same((plain, each), bucket, rows) for bucket in buckets))
+        self.kernel = next(same, plain)
 
     def select_quickest(self) -> None:
         """Step by hand on the CPU."""
@@ -105,12 +101,28 @@ class RecurrentNetwork:
         weights = {name: tensor.numpy() for name, tensor in self.model.weights.items()}
         return RecurrentReference(self.description.as_json(), weights, dtype)
 
-    def _is_plain(self, kernel: Kernel, bucket: int, rows: int) -> bool:
-        return torch.equal(self._answers(self._recurrence.plain, bucket, rows), self._answers(kernel, bucket, rows))
+    @cached_property
+    def _plain(self) -> Kernel:
+        """Torch's own step whose bits are served.
 
-    def _is_one_in_all(self, kernel: Kernel, buckets: Sequence[int], rows: int) -> bool:
-        first, *others = (self._answers(kernel, bucket, rows) for bucket in buckets)
-        return all(torch.equal(first, other) for other in others)
+        There are two for an LSTM, with oneDNN and without, and steps by hand have the bits of the second. It is chosen
+        where it gives frames the same bits in small and large batches, and steps by hand give them too. The batches are
+        the same in every process on a machine, since a recording is verified in others than it was made in.
+        """
+        plain = self._recurrence.plain
+        if plain == "torch" or not self.may_step_by_hand:
+            return "torch"
+        truths = {bucket: self._answers(plain, bucket, TRIAL_ROWS) for bucket in (self.row_multiple, *TRIAL_BUCKETS)}
+        first, *others = truths.values()
+        has_its_bits = (
+            all(torch.equal(self._answers(each, bucket, TRIAL_ROWS), truth) for bucket, truth in truths.items())
+            for each in BY_HAND
+        )
+        return plain if all(torch.equal(first, other) for other in others) and any(has_its_bits) else "torch"
+
+    def _is_same(self, kernels: Sequence[Kernel], bucket: int, rows: int) -> bool:
+        one, other = (self._answers(kernel, bucket, rows) for kernel in kernels)
+        return torch.equal(one, other)
 
     def _answers(self, kernel: Kernel, bucket: int, rows: int) -> torch.Tensor:
         """The bits of outputs and states of `rows` random frames, which are the same in each bucket."""
