@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from instep_client import replies
-from instep_client.arrays import Indices, parts
+from instep_client.arrays import NOBODY, Indices, parts
 from instep_client.calls import Request
-from instep_client.pending import MAX_REPLY_BYTES, Pending
+from instep_client.pending import MAX_REPLY_BYTES, Asked, Pending
 from instep_client.protocol.codes import HAVE_ALL, MAX_NAME_BYTES
 from instep_client.protocol.wire import CLAIM, CLOSING, U64, Frame, Header, Kind, ServerInfo, pack_names
 from instep_client.replies import ErrorReply
@@ -34,14 +34,23 @@ def closings(handles: U64) -> bytes:
 
 
 class Farewell(Request[None]):
-    """The closing of every stream. It ends when the server has read that nothing else will come."""
+    """The closing of every stream. It ends when the server has read that nothing else will come.
+
+    Args:
+        table: the streams.
+        pending: where messages go; what was asked before must have been forgotten.
+        info: the server's limits.
+        openings: OPENs and FORKs that the server will answer, by number: what it grants is closed too.
+    """
 
     kind, reply = Kind.PING, Kind.PONG
 
-    def __init__(self, table: OpenStreams, pending: Pending, info: ServerInfo) -> None:
+    def __init__(self, table: OpenStreams, pending: Pending, info: ServerInfo, openings: Mapping[int, Asked]) -> None:
         self._table = table
         self._pending = pending
         self._info = info
+        for number, asked in openings.items():
+            pending.unanswered[number] = Asked(_LastOpening(self), asked.part)
 
     def ask(self, now: float) -> None:
         """Close the streams that are awake, and claim the others: to be closed, they must be awake."""
@@ -58,9 +67,9 @@ class Farewell(Request[None]):
             self._pending.ask(_UnheardClose(), len(part), frames=[closings(handles[part])])
 
     def claim(self, rows: Indices) -> None:
-        """Claim streams that hibernate, if there are any; PING once no claim is unanswered."""
+        """Claim streams that hibernate, if there are any; PING once no grant is waited for."""
         claim(self._table, self._pending, _LastClaim(self), rows, self._info.max_message_bytes)
-        if not self._pending.waits_for(Kind.RESUMED):
+        if not self._pending.waits_for(Kind.RESUMED) and not self._pending.waits_for(Kind.OPENED):
             self._pending.ask(self)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
@@ -90,8 +99,20 @@ class _LastClaim(Request[None]):
         grants, _ = replies.granted(header, frames, len(part))
         is_awake = grants["handle"] != 0
         self._farewell.close(grants["handle"][is_awake])
-        self._farewell.claim(part[~is_awake] if is_awake.any() else part[:0])
+        self._farewell.claim(part[~is_awake] if is_awake.any() else NOBODY)
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
         """The streams are left to the server."""
-        self._farewell.claim(part[:0])
+        self._farewell.claim(NOBODY)
+
+
+class _LastOpening(_LastClaim):
+    """An OPEN or FORK that was asked before the end."""
+
+    kind, reply = Kind.OPEN, Kind.OPENED
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """Close what was granted; what was refused is not there."""
+        grants, _ = replies.granted(header, frames, len(part))
+        self._farewell.close(grants["handle"][grants["handle"] != 0])
+        self._farewell.claim(NOBODY)

@@ -198,6 +198,7 @@ class ResumeCall(Opening):
     def _begin(self) -> None:
         held = self.grants["handle"] != 0
         self._claims["epoch"][held] = self.grants["epoch"][held]
+        self.connection.sleepers.resuming.update(self.names)
         super()._begin()
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
@@ -215,6 +216,10 @@ class ResumeCall(Opening):
 
     def _undo(self, error: InstepError) -> None:
         self._end(error)
+
+    def _end(self, error: InstepError | None = None) -> None:
+        self.connection.sleepers.resuming.difference_update(self.names)
+        super()._end(error)
 
     def cancel(self) -> None:
         """Nobody wants the streams any more; they stay."""

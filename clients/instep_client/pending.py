@@ -34,6 +34,7 @@ class Pending:
         self.woken: list[Call[Any] | StreamHandle] = []
         """Calls that ended or were sent, and stream handles whose outputs changed."""
         self._last_number = 0
+        self._last_taken = 0
 
     def next_number(self) -> int:
         """The number of the next message; they grow."""
@@ -52,6 +53,14 @@ class Pending:
         """Whether any message waits for a reply of this kind."""
         return any(asked.request.reply is reply for asked in self.unanswered.values())
 
+    def under_way(self, reply: Kind) -> dict[int, Asked]:
+        """What the driver has taken and the server will answer with this kind, by number."""
+        return {
+            number: asked
+            for number, asked in self.unanswered.items()
+            if asked.request.reply is reply and number <= self._last_taken
+        }
+
     def forget(self) -> list[Request[Any]]:
         """The connection is lost: nothing will be answered. What was asked, in order."""
         asked = dict.fromkeys(each.request for each in self.unanswered.values())
@@ -62,6 +71,7 @@ class Pending:
     def take_messages(self) -> list[Message]:
         """The messages to be sent, in order."""
         messages, self.messages = self.messages, []
+        self._last_taken = self._last_number
         return messages
 
     def take_woken(self) -> list[Call[Any] | StreamHandle]:

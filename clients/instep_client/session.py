@@ -27,9 +27,9 @@ from instep_client.changes import CloseCall, ResetCall
 from instep_client.connection import Connection
 from instep_client.connection import State as State
 from instep_client.farewell import Farewell
-from instep_client.openings import ForkCall, OpenCall, ResumeCall
+from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed, InstepError
-from instep_client.protocol.wire import U64, Frame, Message, ServerInfo
+from instep_client.protocol.wire import U64, Frame, Kind, Message, ServerInfo
 from instep_client.requests import ListCall, PingCall, ReadStateCall, StatisticsCall
 from instep_client.states import State as StreamState
 from instep_client.steps import StepCall
@@ -111,15 +111,23 @@ class Session:
     def leave(self, park: bool = False) -> Call[None] | None:
         """End the session: what waits fails, open streams are closed. The call ends when the server has read that.
 
-        With `park`, and without a connection, nothing is closed: the server parks the streams, and forgets them in
-        time.
+        Streams that the server is about to open are closed once it has. With `park`, and without a connection, nothing
+        is closed: the server parks the streams, and forgets them in time.
         """
         connection = self._connection
         can_tell = connection.state is State.OPEN and not park
+        openings = connection.pending.under_way(Kind.OPENED)
+        granted = [
+            request.grants["handle"][request.grants["handle"] != 0]
+            for request in {*(asked.request for asked in openings.values()), *connection.sleepers.held}
+            if isinstance(request, Opening)
+        ]
         connection.fail(ClientClosed, "the client was closed")
-        if not can_tell or not len(self._table.live_rows()):
+        if not can_tell or not (openings or granted or len(self._table.live_rows())):
             return None
-        farewell = Farewell(self._table, connection.pending, connection.info)
+        farewell = Farewell(self._table, connection.pending, connection.info, openings)
+        for handles in granted:
+            farewell.close(handles)
         farewell.ask(0.0)
         return farewell
 

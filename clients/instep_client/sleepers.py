@@ -48,11 +48,13 @@ class Sleepers:
 
     def __init__(self, table: OpenStreams) -> None:
         self._table = table
-        self._held: dict[WakingRequest[Any], Indices] = {}
+        self.held: dict[WakingRequest[Any], Indices] = {}
         """Which of their streams requests wait for."""
         self._wanted: set[int] = set()
         """Rows that somebody has waited for since the last claims."""
         self._claimed: set[int] = set()
+        self.resuming: set[str] = set()
+        """Names that the user has asked to resume: a claim sent after that would fence what the user is granted."""
         self.again_at = math.inf
         """When to ask `due` again though no message comes."""
 
@@ -67,19 +69,19 @@ class Sleepers:
 
     def hold(self, request: WakingRequest[Any], which: Indices) -> None:
         """Have streams claimed for a request, which is told of them as they wake: there may not be room for all."""
-        held = self._held.get(request, NOBODY)
-        self._held[request] = np.concatenate([held, which])
+        held = self.held.get(request, NOBODY)
+        self.held[request] = np.concatenate([held, which])
 
     def due(self, now: float) -> Indices:
         """The rows of streams that are to be claimed now."""
-        for request, which in list(self._held.items()) if self._held else ():
+        for request, which in list(self.held.items()) if self.held else ():
             rows = request.rows(which)
             asleep = self._table.asleep[rows]
             self._wanted.update(rows[asleep].tolist())
             if not asleep.all():
-                self._held[request] = which[asleep]
+                self.held[request] = which[asleep]
                 if not asleep.any():
-                    del self._held[request]
+                    del self.held[request]
                 request.woke(which[~asleep])
         if now < self.again_at < math.inf:
             return NOBODY
@@ -88,6 +90,8 @@ class Sleepers:
             return NOBODY
         rows = np.array(sorted(self._wanted - self._claimed), np.int64)
         rows = rows[self._table.asleep[rows]]
+        if self.resuming:
+            rows = rows[[name not in self.resuming for name in self._table.names(rows)]]
         self._claimed.update(rows.tolist())
         self._wanted.clear()
         return rows
@@ -135,9 +139,10 @@ class Sleepers:
 
     def lost(self) -> list[WakingRequest[Any]]:
         """The connection is lost, and with it what was asked; the requests that waited, to be asked anew."""
-        held = list(self._held)
-        self._held.clear()
+        held = list(self.held)
+        self.held.clear()
         self._wanted.clear()
         self._claimed.clear()
+        self.resuming.clear()
         self.again_at = math.inf
         return held

@@ -20,12 +20,15 @@ def test_a_claim_that_is_answered_late_says_nothing_of_the_next_stream_in_its_ro
     a = link.open("a")
     link.send(link.server.hibernate("a"))
     link.run()
+    link.session.step(a, X[0])
+    link.advance()  # the client's own claim
     resumed = link.session.resume(["a"], 0, int(link.session.epochs(a)[0]), False, True)
     link.advance()
-    link.session.step(a, X[0])
-    link.advance()
     link.serve()
+    link.serve()
+    late = link.to_client.popleft()
     link.deliver()
+    assert resumed.done
     assert resumed.error is None
     with pytest.raises(StreamEvicted):
         link.session.close(a)
@@ -33,8 +36,8 @@ def test_a_claim_that_is_answered_late_says_nothing_of_the_next_stream_in_its_ro
     opened = link.session.open(["b"], None, True)
     link.advance()
     link.serve()
-    link.serve()
-    link.to_client.reverse()  # OPENED arrives before the RESUMED of the client's own claim
+    link.deliver()
+    link.to_client.append(late)
     b = link.finish(opened)
     assert b.rows.tolist() == a.rows.tolist()
     outputs = link.finish(link.session.step(b, X[1])).outputs
@@ -62,15 +65,16 @@ def test_a_stream_that_ends_while_its_claim_is_refused_is_not_claimed_again() ->
     link.serve()
     while link.to_client:
         link.deliver()
+    link.advance()  # the client's own claim
     link.session.resume(["a"], None, 0, True, True)
-    link.advance()  # the client's own claim follows
-    link.serve()
-    link.send(link.server.hibernate("a"))
+    link.advance()
     link.server.room = 1
     link.serve()
+    link.server.room = None
+    link.serve()
+    link.to_client.reverse()
     while link.to_client:
         link.deliver()
-    link.server.room = None
     link.server.kinds.clear()
     call = link.session.step(other, X[1])
     exchange(link)

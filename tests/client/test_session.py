@@ -291,6 +291,28 @@ def test_leaving_closes_the_streams_and_hears_that_the_server_knows() -> None:
         link.session.ping(0.0)
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_leaving_closes_what_is_about_to_be_opened(is_refused: bool) -> None:
+    info = replace(INFO, max_message_bytes=201 * 2)
+    link = Link(info)
+    link.open("kept")
+    opening = link.session.open(["a", "kept" if is_refused else "b", "c"], None, single=False)
+    assert [header[0] for header in headers(link.advance())] == [Kind.OPEN, Kind.OPEN]
+    link.serve(1)
+    link.settle_client()
+    link.session.cancel(opening)
+    unsent = link.session.open(["d"], None, single=True)
+    farewell = link.session.leave()
+    assert farewell is not None
+    with pytest.raises(ClientClosed):
+        unsent.result()
+    assert [header[0] for header in headers(link.advance())] == [Kind.CLOSE, Kind.CLOSE]
+    assert not farewell.done
+    link.settle()
+    assert farewell.done
+    assert link.rules.names == {}, "a and b were granted, c was on its way, d was never asked for"
+
+
 def test_leaving_without_streams_says_nothing() -> None:
     link = Link()
     assert link.session.leave() is None

@@ -318,3 +318,49 @@ def test_many_sleepers_are_asked_for_together() -> None:
     calls = [link.session.step(handle, X[0]) for handle in handles]
     link.run(*calls)
     assert link.server.kinds.count(Kind.RESUME) == 1
+
+
+def test_a_stream_that_is_resumed_while_its_sleeper_is_waited_for_belongs_to_who_resumed_it() -> None:
+    link = RingLink()
+    former = link.open("a")
+    step(link, former, X[:2])
+    put_to_sleep(link, "a")
+    waiting = link.session.step(former, X[2])
+    resume = link.session.resume(["a"], 2, link.session.epochs(former), take_over=False, single=True)
+    link.run(resume, waiting)
+    assert np.array_equal(step(link, resume.result(), X[2:4]), reference(X[:4])[0][2:])
+    with pytest.raises(StreamEvicted, match="resumed again"):
+        waiting.result()
+    assert link.server.kinds.count(Kind.RESUME) == 1
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_a_sleeper_goes_on_when_its_resuming_came_to_nothing(is_cancelled: bool) -> None:
+    link = RingLink()
+    former = link.open("a")
+    step(link, former, X[:2])
+    put_to_sleep(link, "a")
+    names = ["a"] if is_cancelled else ["a", "not there"]
+    resume = link.session.resume(names, None, link.session.epochs(former)[0], take_over=False, single=is_cancelled)
+    waiting = link.session.step(former, X[2])
+    if is_cancelled:
+        link.session.cancel(resume)
+    link.run(resume, waiting)
+    assert np.array_equal(waiting.result().outputs.ravel(), reference(X[:3])[0][2])
+
+
+def test_leaving_closes_what_half_made_copies_were_granted() -> None:
+    link = RingLink()
+    group = link.open("a", "b")
+    fork = link.session.fork(group, ["c", "d"])
+    link.advance()
+    put_to_sleep(link, "b", is_told=False)
+    while "c" not in link.server.streams:
+        link.serve()
+    while link.to_client:
+        link.deliver()
+    assert not fork.done, "the copy of the sleeper is asked for when it has woken"
+    farewell = link.session.leave()
+    assert farewell is not None
+    link.run(farewell)
+    assert not link.server.streams

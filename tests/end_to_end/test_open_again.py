@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,19 @@ async def test_a_client_that_opens_its_own_stream_again_keeps_one_of_the_two(if_
             relay.cut()
             for stream in (again, other):
                 await stream.step(np.zeros(F))
+
+
+@pytest.mark.parametrize("turns", [0, 1, 3])
+async def test_a_client_that_leaves_while_an_open_was_cancelled_leaves_nothing_open(turns: int) -> None:
+    async with running(SMALL) as server, AsyncClient(server.endpoint) as onlooker:
+        async with AsyncClient(server.endpoint) as client:
+            opening = asyncio.create_task(client.open_group([f"mic-{number}" for number in range(300)]))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+        assert await onlooker.list_streams() == []
 
 
 async def test_a_stream_that_was_resumed_without_all_outputs_can_be_closed() -> None:

@@ -86,7 +86,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.CLIENT_GONE: "the stream was evicted because its connection went away or stopped reading",
     Code.EXPIRED: "the stream was parked or idle for longer than limits.park_s or limits.max_idle_s, and its state is "
     "gone",
-    Code.FENCED: "another connection has taken the stream over; this one may not use it any more",
+    Code.FENCED: "the stream was taken over or resumed again; this handle may not use it any more",
     Code.DATA_LOSS: "the server holds fewer frames of this stream than the client was given outputs for",
     Code.CONFLICT: "a frame of this seq was applied with other values; it was not applied again",
     Code.WINDOW_FULL: "the frame is beyond the stream's window; take and acknowledge earlier outputs first",
