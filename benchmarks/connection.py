@@ -77,8 +77,8 @@ class BareConnection:
         Raises:
             NotServed: when the server refuses or does not answer.
         """
-        header, _ = self._ask(Kind.HELLO, wire.PROTOCOL_VERSION, "benchmark")
-        self.info = replies.welcome(header)
+        header, frames = self._ask(Kind.HELLO, wire.PROTOCOL_VERSION, "benchmark")
+        self.info = replies.welcome(header, frames)
         return self.info
 
     def open(self, names: Sequence[str]) -> U64:

@@ -364,7 +364,7 @@ class Greeting(Request[ServerInfo]):
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         """WELCOME came."""
-        info = replies.welcome(header)
+        info = replies.welcome(header, frames)
         self._connection.welcomed(info, now)
         self.finish(info)
 

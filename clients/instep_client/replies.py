@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -69,11 +70,10 @@ class StreamPage(NamedTuple):
     """Where the next page begins; 0 after the last."""
 
 
-def welcome(header: Header) -> ServerInfo:
+def welcome(header: Header, frames: Sequence[Frame]) -> ServerInfo:
     """The server's description of itself."""
-    fields = header.fields
     values: list[Any] = []
-    for (name, kind), value in zip(ServerInfo.__annotations__.items(), fields, strict=True):
+    for (name, kind), value in zip(ServerInfo.__annotations__.items(), header.fields, strict=False):
         if name == "buckets":
             if type(value) is not tuple:
                 raise MalformedMessage("buckets must be an array")
@@ -89,7 +89,13 @@ def welcome(header: Header) -> ServerInfo:
             values.append(_number(value, name))
         else:
             values.append(_text(value, name))
-    return ServerInfo(*values)
+    info = ServerInfo(*values)
+    if not len(frames[1]):
+        return info
+    names = tuple(wire.unpack_names(frames[1], info.outputs))
+    if not all(name and name.isprintable() for name in names):
+        raise MalformedMessage("an output's name must be printable")
+    return replace(info, output_names=names)
 
 
 def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantArray, list[ColumnError]]:

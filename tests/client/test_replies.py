@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def read(message: Message, *expected: Any) -> Any:
     header = wire.unpack_header(message)
     match header.kind:
         case Kind.WELCOME:
-            return replies.welcome(header)
+            return replies.welcome(header, message)
         case Kind.OPENED | Kind.RESUMED:
             return replies.granted(header, message, *(expected or (2,)))
         case Kind.CLOSED:
@@ -43,8 +44,16 @@ def read(message: Message, *expected: Any) -> Any:
     raise AssertionError(header.kind)
 
 
-def test_welcome_is_server_info() -> None:
-    assert read(welcome(1, INFO)) == INFO
+@pytest.mark.parametrize("names", [(), ("speech", "Geräusch, laut")])
+def test_welcome_is_server_info(names: tuple[str, ...]) -> None:
+    info = replace(INFO, output_names=names)
+    assert read(welcome(1, info)) == info
+
+
+@pytest.mark.parametrize("names", [b"one", b"a\nb\nc", b"a\n", b"a\n\x1b[2J", b"a\n\xff", b"a\n" + b"b" * 5000])
+def test_a_welcome_with_other_names_is_malformed(names: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        read([welcome(1, INFO)[0], names])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +67,7 @@ def test_a_welcome_with_another_kind_of_field_is_malformed(index: int, value: An
     fields = INFO.wire_fields()
     fields[index] = value
     with pytest.raises(MalformedMessage):
-        read([pack(Kind.WELCOME, 1, *fields)])
+        read([pack(Kind.WELCOME, 1, *fields), b""])
 
 
 def test_opened_gives_handles_and_refusals() -> None:

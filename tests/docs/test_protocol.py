@@ -8,6 +8,7 @@ import re
 import struct
 import sys
 from asyncio.subprocess import Process
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -37,8 +38,11 @@ from tests.support.states import gru_state, rows_of
 from tests.support.step_messages import step_header
 
 PAGE = Page("protocol.md")
-SEED = make_model(
-    GruDescription(features=3, gru=GruLayers(hidden_size=4)), init="constant", weight=0.5, bias=0.0, name="seed"
+SEED = replace(
+    make_model(
+        GruDescription(features=3, gru=GruLayers(hidden_size=4)), init="constant", weight=0.5, bias=0.0, name="seed"
+    ),
+    output_names=("left", "right", "up", "down"),
 )
 MIC_1, MIC_2, MIC_3, MIC_4 = 0x1_0000_0001, 0x1_0000_0002, 0x1_0000_0003, 0x1_0000_0004
 RESUMED_1, RESUMED_2 = 0x2_0000_0001, 0x2_0000_0002
@@ -63,6 +67,7 @@ INFO = ServerInfo(
     window_frames=32,
     durability="memory",
     park_s=300.0,
+    output_names=SEED.output_names,
 )
 INITIAL: F32 = np.array([[0, 0, 0, 0], [0.5, 0.5, -0.5, -0.5]], np.float32)
 FIRST: F32 = np.array([[[1, 0.5, 0], [0, 0, -1]]], np.float32)
@@ -198,7 +203,7 @@ def test_the_client_reads_what_the_examples_of_the_server_say() -> None:
         for label, example in PAGE.examples.items()
         if not label.startswith("STEP")
     }
-    assert readers.welcome(read["WELCOME"][0]) == INFO
+    assert readers.welcome(*read["WELCOME"]) == INFO
     given, failures = readers.granted(*read["OPENED-refused"], 2)
     assert given.tolist() == [(0, 0, 0), (MIC_3, EPOCH + 3, 100)]
     assert [failure[:3] for failure in failures] == [(0, 0, Code.NAME_IN_USE)]
@@ -264,7 +269,7 @@ def test_the_section_of_a_kind_lists_its_header_and_frames(kind: Kind) -> None:
 
 
 def test_the_fields_of_welcome() -> None:
-    assert PAGE.table("WELCOME (65)", "header").column("header")[2:] == list(ServerInfo.__slots__)
+    assert PAGE.table("WELCOME (65)", "header").column("header")[2:] == list(ServerInfo.__slots__)[:-1]
 
 
 def test_the_table_of_codes() -> None:
@@ -424,7 +429,7 @@ async def test_the_examples_are_one_conversation() -> None:
             welcome = msgpack.unpackb((await ask("HELLO"))[0])
             varying = {"boot_id", "device", "exactness", "buckets"}
             for name, said, shown in zip(
-                ("kind", "request", *ServerInfo.__slots__), welcome, PAGE.examples["WELCOME"].said, strict=True
+                ("kind", "request", *ServerInfo.__slots__[:-1]), welcome, PAGE.examples["WELCOME"].said, strict=True
             ):
                 assert type(said) is type(shown)
                 assert said == shown or name in varying, name

@@ -78,7 +78,8 @@ def goodbye() -> Message:
 def welcome(request: int, info: ServerInfo) -> Message:
     """WELCOME."""
     fields = {name: getattr(info, name) for name in ServerInfo.__dataclass_fields__}
-    return [pack(Kind.WELCOME, request, *(fields | {"state": info.state.encode()}).values())]
+    *values, names = (fields | {"state": info.state.encode()}).values()
+    return [pack(Kind.WELCOME, request, *values), "\n".join(names).encode()]
 
 
 def stepped(

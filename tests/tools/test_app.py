@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from typer.testing import CliRunner, Result
 import instep_tools
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, SENTENCES, Code, Kind
 from instep_tools.app import app
-from tests.support.fake_server import FakeServer, error, goodbye, reference
+from tests.support.fake_server import INFO, FakeServer, error, goodbye, reference
 from tests.support.interrupting import interrupted_at_every_moment
 
 MAIN = "from instep_tools import main; main()"
@@ -95,6 +96,17 @@ def test_produce(server: FakeServer, tmp_path: Path) -> None:
     expected = "stream,seq,y0,y1\n" + "".join(f"mic-0,{seq},{a},{b}\n" for seq, (a, b) in enumerate(reference(x)[0]))
     assert result.stdout == expected
     assert result.stderr.startswith("4 frames of 1 stream sent and answered")
+
+
+def test_outputs_have_the_names_that_the_model_gives_them(tmp_path: Path) -> None:
+    np.savetxt(tmp_path / "x.csv", np.zeros((2, 3)), delimiter=",")
+    with FakeServer(replace(INFO, output_names=("speech", "loud, or not"))) as server:
+        produced = run("produce", tmp_path / "x.csv", "-e", server.endpoint)
+        saved = tmp_path / "y.csv"
+        replayed = run("replay", tmp_path / "x.csv", "--save", saved, "-e", server.endpoint)
+    assert produced.stdout.splitlines()[0] == 'stream,seq,speech,"loud, or not"'
+    assert replayed.exit_code == 0, replayed.stderr
+    assert saved.read_text().splitlines()[0].endswith('x2,speech,"loud, or not"')
 
 
 def test_produce_reads_standard_input_and_names_bad_lines(server: FakeServer) -> None:

@@ -140,7 +140,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.RESET: 3,  # handles uint64 [N], states [N, row_bytes] or empty
     Kind.FORK: 3,  # handles uint64 [N], names of the copies
     Kind.LIST: 2,  # what the names begin with
-    Kind.WELCOME: 1,
+    Kind.WELCOME: 2,  # names of the outputs, or empty
     Kind.OPENED: 3,  # grants [N], failures
     Kind.CLOSED: 3,  # final states [N, row_bytes] (floats NaN where refused), failures
     Kind.PONG: 1,
@@ -157,7 +157,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """The server's description of itself in WELCOME, in wire order after kind and request."""
+    """The server's description of itself in WELCOME: a header's fields after kind and request, and frame 1."""
 
     protocol_version: int
     boot_id: str
@@ -189,10 +189,12 @@ class ServerInfo:
     """The durability of answers: `memory` none, `commit` beyond a killed process, `fsync` beyond a loss of power."""
     park_s: float
     """Seconds for which a stream is kept when its connection is gone; 0 for not at all."""
+    output_names: tuple[str, ...] = ()
+    """Names of the outputs, in order; empty where the model does not name them."""
 
     def wire_fields(self) -> list[Any]:
-        """The fields as WELCOME holds them."""
-        values = {name: getattr(self, name) for name in self.__slots__}
+        """The fields as the header of WELCOME holds them."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "output_names"}
         return list((values | {"state": self.state.encode()}).values())
 
 

@@ -250,6 +250,7 @@ def server_info(config: Config, prepared: Prepared, limits: EffectiveLimits) -> 
         window_frames=limits.window_frames,
         durability="memory" if config.recording.file is None else config.recording.durability,
         park_s=config.limits.park_s,
+        output_names=prepared.model.output_names,
     )
 
 

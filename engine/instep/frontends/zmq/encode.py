@@ -41,8 +41,8 @@ def stepped(reply: Reply) -> Message:
 
 
 def welcome(request: int, info: wire.ServerInfo) -> Message:
-    """WELCOME: the fields of `ServerInfo` in order."""
-    return [wire.pack_header(Kind.WELCOME, request, *info.wire_fields())]
+    """WELCOME: the fields of `ServerInfo` in order, and the names of the outputs."""
+    return [wire.pack_header(Kind.WELCOME, request, *info.wire_fields()), wire.pack_names(info.output_names)]
 
 
 def granted(kind: Kind, request: int, grants: Grants, durability: str) -> Message:
