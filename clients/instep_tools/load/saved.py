@@ -80,15 +80,16 @@ def as_hgrm(result: Measured) -> bytes:
 def compare(one: Path, other: Path, terminal: Terminal) -> Exit:
     """Print what two saved runs measured, and the second over the first."""
     try:
-        (load, first), (other_load, second) = _saved_run(one), _saved_run(other)
+        (server, load, first), (other_server, other_load, second) = _saved_run(one), _saved_run(other)
     except BadFile as error:
         terminal.error(str(error))
         return Exit.COULD_NOT_RUN
     names = [name for name in first if name in second]
     ratios = {name: second[name] / first[name] if first[name] else None for name in names}
-    differ = {name: (load[name], other_load.get(name)) for name in load if load[name] != other_load.get(name)}
+    differ = {"servers": _differences(server, other_server), "loads": _differences(load, other_load)}
     if terminal.as_json:
-        terminal.result({"first": first, "second": second, "ratio": ratios, "loads_differ": differ})
+        found = {f"{what}_differ": differences for what, differences in differ.items()}
+        terminal.result({"first": first, "second": second, "ratio": ratios, **found})
         return Exit.OK
     rows = Table("", *(path.name[-MOST_LETTERS:] for path in (one, other)), "ratio", box=None, pad_edge=False)
     for column in rows.columns[1:]:
@@ -98,14 +99,19 @@ def compare(one: Path, other: Path, terminal: Terminal) -> Exit:
         cells = (first[name], second[name], math.nan if ratio is None else ratio)
         rows.add_row(name, *map(three_digits, cells))
     terminal.out.print(rows)
-    if differ:
-        differences = ", ".join(f"{name} {mine} and {theirs}" for name, (mine, theirs) in differ.items())
-        terminal.note(lines(f"the loads differ: {differences}"))
+    for what, differences in differ.items():
+        if differences:
+            both = ", ".join(f"{name} {mine!s:.12} and {theirs!s:.12}" for name, (mine, theirs) in differences.items())
+            terminal.note(lines(f"the {what} differ: {both}"))
     return Exit.OK
 
 
-def _saved_run(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """The load and the figures of a run, or of the best try of a search.
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (one[name], other.get(name)) for name in one if one[name] != other.get(name)}
+
+
+def _saved_run(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
+    """The server, the load and the figures of a run, or of the best try of a search.
 
     Raises:
         BadFile: when it holds none.
@@ -124,7 +130,8 @@ def _saved_run(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
         }
         lost = sum(run["refused_frames"].values()) + run["unanswered_frames"] + run["unsent_frames"]
         figures |= {"frames not answered": lost}
-        return dict(run["load"]), {name: float(value) for name, value in figures.items()}
+        figures = {name: float(value) for name, value in figures.items()}
+        return dict(values["server"]), dict(run["load"]), figures
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError):

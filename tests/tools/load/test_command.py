@@ -117,15 +117,20 @@ def test_a_closed_loop_in_words_json_and_files(tmp_path: Path) -> None:
     values["latency_us"]["latency"]["p999"] = 9.0
     for file, frames_s in zip(files, (10_000, 12.3), strict=True):
         load = values["load"] | {"streams": 6 if frames_s == 12.3 else 3}
-        file.write_text(json.dumps(values | {"load": load, "frames_per_second": frames_s}))
+        server = values["server"] | ({"device": "cuda:0", "fingerprint": "f" * 64} if frames_s == 12.3 else {})
+        file.write_text(json.dumps(values | {"server": server, "load": load, "frames_per_second": frames_s}))
     both = json.loads(run("--compare", *files, "--json").stdout)
     assert (both["ratio"]["streams"], both["loads_differ"]) == (2, {"streams": [3, 6]})
+    assert both["servers_differ"] == {"fingerprint": ["00", "f" * 64], "device": ["none", "cuda:0"]}
     compared = run("--compare", *files)
     told = [line.split() for line in compared.stdout.splitlines()]
     assert ["frames/s", "10,000", "12.3", "0.00123"] in told
     assert ["latency", "p99.9,", "ms", "0.00900", "0.00900", "1.00"] in told
     assert fits(compared.stdout)
-    assert compared.stderr == "the loads differ: streams 3 and 6\n"
+    assert compared.stderr == (
+        "the servers differ: fingerprint 00 and ffffffffffff, device none and cuda:0\n"
+        "the loads differ: streams 3 and 6\n"
+    )
     assert run("--compare", files[0], files[0]).stderr == ""
     found_nothing = ('{"best": null}', "found no load within its level")
     for content, problem in (("{}", "holds no result of a load test"), (None, "cannot be read"), found_nothing):
