@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from enum import Enum
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from instep_client import replies
 from instep_client.arrays import Indices
@@ -28,6 +28,8 @@ from instep_client.replies import ErrorReply
 from instep_client.silence import Silence
 from instep_client.sleepers import Sleepers
 from instep_client.streams import OpenStreams
+
+Q = TypeVar("Q", bound=Request[Any])
 
 _STEPPED: Final = int(Kind.STEPPED)
 _LEAST_RETRY_S: Final = 0.05
@@ -62,7 +64,14 @@ class Connection:
         InvalidInput: for a bad endpoint, name or time.
     """
 
-    def __init__(self, endpoint: str, name: str, timeout_s: float, reconnect_s: float, rng: Random) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        name: str = "",
+        timeout_s: float = 10.0,
+        reconnect_s: float = 30.0,
+        rng: Random | None = None,
+    ) -> None:
         self.endpoint = checked_endpoint(endpoint)
         if name and not wire.name_is_good(name):
             raise InvalidInput(f"a client's name must be at most {wire.MAX_NAME_BYTES} bytes of printable UTF-8")
@@ -75,8 +84,9 @@ class Connection:
         self.pending = Pending()
         self.sleepers = Sleepers(self.table)
         self.flow = Flow(self.table, self.pending, self.sleepers, reconnect_s)
-        self.attempts = Attempts(reconnect_s, timeout_s, rng)
+        self.attempts = Attempts(reconnect_s, timeout_s, rng or Random())
         self.greeting = Greeting(self, name)
+        """Ends with the server's welcome."""
         self._silence = Silence(self.pending, timeout_s)
         self._info: ServerInfo | None = None
         self._forgets = False
@@ -111,12 +121,14 @@ class Connection:
             raise self.failure()
         return self._info
 
-    def ask(self, request: Request[Any], now: float = 0.0) -> None:
-        """Ask, now or when there is a connection again."""
+    def ask(self, request: Q) -> Q:
+        """Ask, now or when there is a connection again; raises where nothing may be asked."""
+        self.check_open()
         if self.state is RECONNECTING:
             self._postponed[request] = None
         else:
-            request.ask(now)
+            request.ask(0.0)
+        return request
 
     # What the driver does.
 

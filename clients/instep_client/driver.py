@@ -215,7 +215,7 @@ class Driver:
             is_touched = count == _RECEIVE_BURST
         session.advance(now)
         if session.take_reconnect():
-            _log.info("connecting to %s again: %s", session.endpoint, session.loss)
+            _log.info("connecting to %s again: %s", session.endpoint, session.attempts.why)
             self._reconnect(socket)
             socket = self._socket or socket
         self._backlog.extend(session.take_messages())

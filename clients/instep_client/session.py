@@ -16,97 +16,47 @@ and what its replies mean: in `requests.py`, `openings.py` and `changes.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy.typing as npt
 
 from instep_client import arrays
-from instep_client.calls import Call, OutputsCall, Request
+from instep_client.calls import Call, OutputsCall
 from instep_client.changes import CloseCall, ResetCall
 from instep_client.connection import Connection
 from instep_client.connection import State as State
 from instep_client.farewell import Farewell
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
-from instep_client.protocol.errors import ClientClosed, InstepError
-from instep_client.protocol.wire import U64, Frame, Kind, Message, ServerInfo
+from instep_client.protocol.errors import ClientClosed
+from instep_client.protocol.wire import U64, Kind, Message
 from instep_client.requests import ListCall, PingCall, ReadStateCall, StatisticsCall
 from instep_client.states import State as StreamState
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
 
-Q = TypeVar("Q", bound=Request[Any])
 
-
-class Session:
-    """One client's side of the protocol: the verbs that users call, and what a driver does.
+class Session(Connection):
+    """One client's side of the protocol: the verbs that users call, and what a driver does; see `Connection`.
 
     Each verb raises at once when a thing cannot be asked: InvalidInput for arguments, ClientClosed after the end of the
     client or handle, StreamEvicted when the server ended a stream. Nothing is sent before `advance`. What is asked
     while there is no connection waits for the next one.
     """
 
-    def __init__(
-        self,
-        endpoint: str,
-        name: str = "",
-        timeout_s: float = 10.0,
-        reconnect_s: float = 30.0,
-        rng: Random | None = None,
-    ) -> None:
-        """A session whose HELLO waits to be sent; the arguments are those of `Connection`."""
-        self._connection = Connection(endpoint, name, timeout_s, reconnect_s, rng or Random())
-        self._table = self._connection.table
-        self._flow = self._connection.flow
-        self.endpoint = endpoint
-        self.greeting: Call[ServerInfo] = self._connection.greeting
-        """Ends with the server's welcome."""
-
-    @property
-    def state(self) -> State:
-        """Where it stands."""
-        return self._connection.state
-
-    @property
-    def info(self) -> ServerInfo:
-        """The server's description of itself; raises before the welcome."""
-        return self._connection.info
-
-    @property
-    def loss(self) -> str:
-        """How the connection was lost, while another one is tried for."""
-        return self._connection.attempts.why
-
     # For the driver.
-
-    def receive(self, frames: Sequence[Frame], now: float) -> None:
-        """A message came. One that does not follow the protocol ends the session."""
-        self._connection.receive(frames, now)
-
-    def advance(self, now: float) -> None:
-        """Send what may be sent; watch for silence; try for another connection when one was lost."""
-        self._connection.advance(now)
-
-    def deadline(self) -> float | None:
-        """When `advance` is to be called though nothing happens; None for never."""
-        return self._connection.deadline()
 
     def take_reconnect(self) -> bool:
         """Whether to close the socket, drop what was not sent through it, and connect a new one now."""
-        wanted, self._connection.wants_socket = self._connection.wants_socket, False
+        wanted, self.wants_socket = self.wants_socket, False
         return wanted
 
     def take_messages(self) -> list[Message]:
         """The messages to be sent, in order."""
-        return self._connection.pending.take_messages()
+        return self.pending.take_messages()
 
     def take_woken(self) -> list[Call[Any] | StreamHandle]:
         """Calls that ended or were sent, and stream handles whose outputs changed."""
-        return self._connection.pending.take_woken()
-
-    def fail(self, error: type[InstepError], sentence: str) -> None:
-        """End the session: every call fails with that error, now and later."""
-        self._connection.fail(error, sentence)
+        return self.pending.take_woken()
 
     def leave(self, park: bool = False) -> Call[None] | None:
         """End the session: what waits fails, open streams are closed. The call ends when the server has read that.
@@ -114,18 +64,17 @@ class Session:
         Streams that the server is about to open are closed once it has. With `park`, and without a connection, nothing
         is closed: the server parks the streams, and forgets them in time.
         """
-        connection = self._connection
-        can_tell = connection.state is State.OPEN and not park
-        openings = connection.pending.under_way(Kind.OPENED)
+        can_tell = self.state is State.OPEN and not park
+        openings = self.pending.under_way(Kind.OPENED)
         granted = [
             request.grants["handle"][request.grants["handle"] != 0]
-            for request in {*(asked.request for asked in openings.values()), *connection.sleepers.held}
+            for request in {*(asked.request for asked in openings.values()), *self.sleepers.held}
             if isinstance(request, Opening)
         ]
-        connection.fail(ClientClosed, "the client was closed")
-        if not can_tell or not (openings or granted or len(self._table.live_rows())):
+        self.fail(ClientClosed, "the client was closed")
+        if not can_tell or not (openings or granted or len(self.table.live_rows())):
             return None
-        farewell = Farewell(self._table, connection.pending, connection.info, openings)
+        farewell = Farewell(self.table, self.pending, self.info, openings)
         for handles in granted:
             farewell.close(handles)
         farewell.ask(0.0)
@@ -141,8 +90,7 @@ class Session:
         first_seqs: npt.ArrayLike | None = None,
     ) -> OpenCall:
         """Open streams: one, with a state, or a group, with states of N streams; the initial one where None."""
-        self._connection.check_open()
-        return self._ask(OpenCall(self._connection, names, initial_states, single, first_seqs))
+        return self.ask(OpenCall(self, names, initial_states, single, first_seqs))
 
     def resume(
         self,
@@ -153,42 +101,40 @@ class Session:
         single: bool,
     ) -> ResumeCall:
         """Resume streams of which the user has the outputs of seqs below `have`; all that there are where None."""
-        self._connection.check_open()
-        return self._ask(ResumeCall(self._connection, names, have, epochs, take_over, single))
+        return self.ask(ResumeCall(self, names, have, epochs, take_over, single))
 
     def fork(self, handle: StreamHandle, names: Sequence[str]) -> ForkCall:
         """Copy a handle's streams, as they are after everything sent through it, to new ones."""
         self._check_handle(handle)
-        call = ForkCall(self._connection, handle, names)
-        self._flow.enqueue(call)
+        call = ForkCall(self, handle, names)
+        self.flow.enqueue(call)
         return call
 
     def reset(self, handle: StreamHandle, states: StreamState | None) -> ResetCall:
         """Give a handle's streams other states, initial ones if None, after everything sent through it."""
         self._check_handle(handle)
-        call = ResetCall(self._connection, handle, states)
-        self._flow.enqueue(call)
+        call = ResetCall(self, handle, states)
+        self.flow.enqueue(call)
         return call
 
     def close(self, handle: StreamHandle) -> CloseCall:
         """Close a handle after everything sent through it was answered; the result is final states [N, row_bytes]."""
-        self._connection.check_open()
+        self.check_open()
         _check_not_closed(handle)
-        call = CloseCall(self._connection, handle)
-        self._flow.enqueue(call)
+        call = CloseCall(self, handle)
+        self.flow.enqueue(call)
         if handle.single and handle.has_ended:
-            self._table.check_not_ended(handle.rows)  # the call stays, to give the row back when nothing is unanswered
+            self.table.check_not_ended(handle.rows)  # the call stays, to give the row back when nothing is unanswered
         return call
 
     def read_state(self, handle: StreamHandle) -> ReadStateCall:
         """Read the states of a handle's streams, without waiting for frames that were sent."""
         self._check_handle(handle)
-        return self._ask(ReadStateCall(self._connection, handle.names, handle))
+        return self.ask(ReadStateCall(self, handle.names, handle))
 
     def read_state_by_name(self, names: Sequence[str]) -> ReadStateCall:
         """Read the states of streams, whoever owns them."""
-        self._connection.check_open()
-        return self._ask(ReadStateCall(self._connection, names))
+        return self.ask(ReadStateCall(self, names))
 
     # Frames.
 
@@ -200,7 +146,7 @@ class Session:
         A handle of one stream takes [features] or [T, features]; a group [N, features] or [T, N, features], where N is
         the number of `rows`, or of all its streams.
         """
-        info = self._connection.check_open()
+        info = self.check_open()
         if handle.finished or handle.closing:
             _check_not_closed(handle)
             raise ClientClosed(f"stream {handle.names[0]!r} was finished; nothing more can be sent through it")
@@ -212,19 +158,19 @@ class Session:
         else:
             frames, prefix = arrays.group_frames(x, len(table_rows), info.features)
         if handle.has_ended:
-            self._table.check_not_ended(table_rows)
-        call = StepCall(self._flow, handle, table_rows, frames, (*prefix, info.outputs), self._table.stamp(), keep)
-        self._flow.submit(call)
+            self.table.check_not_ended(table_rows)
+        call = StepCall(self.flow, handle, table_rows, frames, (*prefix, info.outputs), self.table.stamp(), keep)
+        self.flow.submit(call)
         return call
 
     def finish(self, handle: StreamHandle) -> None:
         """Nothing more will be sent; the outputs end after those of what was sent with `keep`."""
         handle.finished = True
-        self._connection.pending.wake(handle)
+        self.pending.wake(handle)
 
     def take(self, handle: StreamHandle) -> OutputsCall | None:
         """The next kept call, if it is done. None means: wait until the handle is woken, and ask again."""
-        return self._flow.take(handle)
+        return self.flow.take(handle)
 
     def outputs_end(self, handle: StreamHandle) -> bool:
         """Whether `take` will never give anything more.
@@ -237,50 +183,43 @@ class Session:
         if handle.finished or handle.closed:
             return True
         if self.state is State.ENDED:
-            raise self._connection.failure()
+            raise self.failure()
         if handle.has_ended:
-            self._table.check_not_ended(handle.rows)
+            self.table.check_not_ended(handle.rows)
         return False
 
     def next_seqs(self, handle: StreamHandle) -> U64:
         """The seq that each stream of a handle sends next."""
-        return self._table.next_seqs(handle)
+        return self.table.next_seqs(handle)
 
     def epochs(self, handle: StreamHandle) -> U64:
         """The epoch under which each stream of a handle is held; they change with the connection."""
-        return self._table.epochs(handle)
+        return self.table.epochs(handle)
 
     # The server.
 
     def ping(self, now: float) -> PingCall:
         """Measure a round trip."""
-        self._connection.check_open()
-        return self._ask(PingCall(self._connection, now))
+        return self.ask(PingCall(self, now))
 
     def statistics(self) -> StatisticsCall:
         """Ask for the server's numbers."""
-        self._connection.check_open()
-        return self._ask(StatisticsCall(self._connection))
+        return self.ask(StatisticsCall(self))
 
     def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> ListCall:
         """Ask for a page of at most `most` streams; `place` is a `wire.Place` or 0, `cursor` 0 at first."""
-        self._connection.check_open()
-        return self._ask(ListCall(self._connection, cursor, most, place, prefix))
+        return self.ask(ListCall(self, cursor, most, place, prefix))
 
     def cancel(self, call: Call[Any]) -> None:
         """Nobody waits for a call any more. What was sent counts as sent, and its answer is dropped when it comes."""
         if self.state is State.OPEN or self.state is State.RECONNECTING:
             call.cancel()
 
-    def _ask(self, request: Q) -> Q:
-        self._connection.ask(request)
-        return request
-
     def _check_handle(self, handle: StreamHandle) -> None:
-        self._connection.check_open()
+        self.check_open()
         _check_not_closed(handle)
         if handle.has_ended:
-            self._table.check_not_ended(handle.rows)
+            self.table.check_not_ended(handle.rows)
 
 
 def _check_not_closed(handle: StreamHandle) -> None:

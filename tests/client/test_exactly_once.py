@@ -106,7 +106,7 @@ class Run:
 
     def told(self, handle: StreamHandle, row: int) -> tuple[list[int], list[float]]:
         """What the calls say was applied of one stream: numbers and outputs, in the order of the calls."""
-        number = int(self.session._table.columns[row, 0])
+        number = int(self.session.table.columns[row, 0])
         applied = self.server.streams[number].applied if number in self.server.streams else []
         numbers: list[int] = []
         outputs: list[float] = []
@@ -133,12 +133,12 @@ class Run:
         assert self.session.state is State.OPEN
         for handle in self.handles:
             for row in handle.rows.tolist():
-                number = int(self.session._table.columns[row, 0])
+                number = int(self.session.table.columns[row, 0])
                 stream = self.server.streams.get(number)
                 numbers, outputs = self.told(handle, row)
                 assert numbers == (stream.applied if stream else [])
                 if self.server.fails == 0:
-                    assert int(self.session._table.columns[row, 1]) == (stream.admitted if stream else 0)
+                    assert int(self.session.table.columns[row, 1]) == (stream.admitted if stream else 0)
                 for mine, theirs in zip(outputs, stream.outputs if stream else [], strict=True):
                     assert np.isnan(mine) or mine == theirs
 

@@ -141,8 +141,8 @@ class Run:
                 for closing in self.closings:
                     if closing.handle is handle:
                         self.check_final(closing, final, handle.rows.tolist().index(row))
-        assert self.closings or int(self.link.session._table.columns[:, 1].sum()) == int(
-            self.link.session._table.columns[:, 2].sum()
+        assert self.closings or int(self.link.session.table.columns[:, 1].sum()) == int(
+            self.link.session.table.columns[:, 2].sum()
         )
 
     def check_final(self, closing: CloseCall, final: F32, column: int) -> None:

@@ -64,7 +64,7 @@ class TestLoss:
         link = RingLink()
         handle = link.open("a")
         lose(link)
-        assert "was restarted" in link.session.loss
+        assert "was restarted" in link.session.attempts.why
         assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
         assert link.session.info.boot_id == "boot 1"
 
@@ -505,7 +505,7 @@ class TestOtherCalls:
         with pytest.raises(StreamEvicted, match="UNKNOWN_STREAM"):
             closings[0].result()
         assert np.isnan(floats_of(closings[1].result(), 4)).all()
-        assert link.session._table.is_empty
+        assert link.session.table.is_empty
 
     def test_a_group_of_which_a_part_was_closed(self) -> None:
         link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=2 * 16)))
