@@ -46,12 +46,12 @@ class AsyncStream:
     @property
     def next_seq(self) -> int:
         """The seq of the next frame that is sent; with nothing on its way, that of the next frame applied."""
-        return int(self._session.next_seqs(self._handle)[0])
+        return int(self._session.table.next_seqs(self._handle)[0])
 
     @property
     def epoch(self) -> int:
         """The number of this ownership of the stream, by which it can be resumed; a new one with each connection."""
-        return int(self._session.epochs(self._handle)[0])
+        return int(self._session.table.epochs(self._handle)[0])
 
     async def step(self, x: npt.ArrayLike) -> F32:
         """Send a frame [features] or a chunk [T, features]; its outputs, [outputs] or [T, outputs].
@@ -179,12 +179,12 @@ class AsyncGroup:
     @property
     def next_seqs(self) -> U64:
         """The seq of the next frame of each stream, uint64 [N]."""
-        return self._session.next_seqs(self._handle)
+        return self._session.table.next_seqs(self._handle)
 
     @property
     def epochs(self) -> U64:
         """The numbers of these ownerships, uint64 [N]; see `AsyncStream.epoch`."""
-        return self._session.epochs(self._handle)
+        return self._session.table.epochs(self._handle)
 
     async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
         """Send one frame for each stream, or T: [N, features] or [T, N, features]; outputs in the same form.

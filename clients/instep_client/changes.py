@@ -51,7 +51,6 @@ class ResetCall(Change[None]):
         self._states = None if states is None else state_rows(states, connection.info.state, count)
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        """RESET: handles, and states where given."""
         handles = self.connection.table.numbers[self.handle.rows[part]].tobytes()
         states = b"" if self._states is None else raw(self._states[part])
         return (int(self._states is not None),), [handles, states]
@@ -89,7 +88,6 @@ class CloseCall(Change[U8]):
             self._conclude()
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        """CLOSE."""
         return (), [closings(self.connection.table.numbers[self.handle.rows[part]])]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
@@ -137,12 +135,10 @@ class Discard(CloseCall):
         """Called when it was done or has failed."""
 
     def finish(self, result: U8) -> None:
-        """End it with the final states."""
         super().finish(result)
         self._go_on()
 
     def fail(self, error: InstepError) -> None:
-        """End it with an error."""
         super().fail(error)
         self._go_on()
 

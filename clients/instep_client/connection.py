@@ -371,23 +371,19 @@ class Greeting(Request[ServerInfo]):
         self._name = name
 
     def ask(self, now: float) -> None:
-        """Send HELLO."""
         self._connection.pending.ask(self, wire.PROTOCOL_VERSION, self._name)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """WELCOME came."""
         info = replies.welcome(header, frames)
         self._connection.welcomed(info, now)
         self.finish(info)
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        """The server does not take this client, now or at all."""
         super().refused(part, refusal, now)
         self._connection.turned_away(refusal, now)
 
     def lost(self) -> bool:
-        """The next attempt sends its own."""
-        return False
+        return False  # each attempt sends its own
 
 
 class Claim(Request[None]):
@@ -400,13 +396,10 @@ class Claim(Request[None]):
         self._asked_at = connection.table.stamp()
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """RESUMED came."""
         self._connection.claimed(part, header, frames, self._asked_at, now)
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        """The server does not give the streams, now or at all."""
         self._connection.claim_refused(part, refusal, now)
 
     def lost(self) -> bool:
-        """The next connection has claims of its own."""
-        return False
+        return False  # the next connection has claims of its own

@@ -197,7 +197,7 @@ class Driver:
         except Exception as error:  # a bug of ours must not leave callers waiting for ever
             _log.exception("the client failed")
             self._session.fail(ConnectionFailed, f"the client failed and gave the connection up: {error!r}")
-        for whom in self._session.take_woken():
+        for whom in self._session.pending.take_woken():
             waiter = whom.waiter
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
@@ -218,7 +218,7 @@ class Driver:
             _log.info("connecting to %s again: %s", session.endpoint, session.attempts.why)
             self._reconnect(socket)
             socket = self._socket or socket
-        self._backlog.extend(session.take_messages())
+        self._backlog.extend(session.pending.take_messages())
         if self._backlog:
             is_touched = True
             self._send(socket)

@@ -73,7 +73,6 @@ class Farewell(Request[None]):
             self._pending.ask(self)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """PONG came."""
         self.finish(None)
 
 
@@ -102,7 +101,6 @@ class _LastClaim(Request[None]):
         self._farewell.claim(part[~is_awake] if is_awake.any() else NOBODY)
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        """The streams are left to the server."""
         self._farewell.claim(NOBODY)
 
 
@@ -112,7 +110,6 @@ class _LastOpening(_LastClaim):
     kind, reply = Kind.OPEN, Kind.OPENED
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """Close what was granted; what was refused is not there."""
         grants, _ = replies.granted(header, frames, len(part))
         self._farewell.close(grants["handle"][grants["handle"] != 0])
         self._farewell.claim(NOBODY)

@@ -87,7 +87,6 @@ class Opening(StreamsRequest[StreamHandle]):
             self._end(error)
 
     def cancel(self) -> None:
-        """Nobody wants the streams any more."""
         self.abandoned = True
         if self.done and self.error is None:
             self.connection.flow.enqueue(Discard(self.connection, self.result()))
@@ -101,7 +100,6 @@ class Opening(StreamsRequest[StreamHandle]):
         return False
 
     def _why_refused(self) -> InstepError | None:
-        """What it fails with, if a stream was refused."""
         if self.refusal is None:
             return None
         which, code, sentence, _ = self.refusal
@@ -136,14 +134,12 @@ class OpenCall(Opening):
         self._first_seqs = None if first_seqs is None else arrays.counts(first_seqs, count, "first seqs")
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        """OPEN: names, and states and first seqs where given."""
         states = b"" if self._states is None else raw(self._states[part])
         seqs = b"" if self._first_seqs is None else self._first_seqs[part].tobytes()
         has = (int(self._states is not None), int(self._first_seqs is not None))
         return has, [wire.pack_names([self.names[which] for which in part]), states, seqs]
 
     def _why_refused(self) -> InstepError | None:
-        """Of a name in use, what can be done about it."""
         error = super()._why_refused()
         if self.single and isinstance(error, StreamRefused) and error.code is Code.NAME_IN_USE:
             return StreamRefused(error.code, _IN_USE, error.stream)
@@ -163,7 +159,6 @@ class ForkCall(Opening, TurnRequest):
             raise InvalidInput(f"{len(source.rows)} streams are copied, there are names for {len(self.names)}")
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        """FORK: handles, and names of the copies."""
         handles = self.connection.table.numbers[self.handle.rows[part]].tobytes()
         return (), [handles, wire.pack_names([self.names[which] for which in part])]
 
@@ -202,7 +197,6 @@ class ResumeCall(Opening):
         super()._begin()
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        """RESUME: whether to take over, names and claims."""
         names = wire.pack_names([self.names[which] for which in part])
         return (self._take_over,), [names, self._claims[part].tobytes()]
 
@@ -231,7 +225,6 @@ class ResumeCall(Opening):
         return True
 
     def _why_refused(self) -> InstepError | None:
-        """What it fails with, if a stream was refused."""
         if self.refusal is None:
             return None
         which, code, sentence, expected_seq = self.refusal

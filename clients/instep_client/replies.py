@@ -104,7 +104,7 @@ def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantA
     _count(n, count)
     _text(durability, "durability")
     grants: GrantArray = wire.array_frame(frames[1], wire.GRANT, (count,), "grants")
-    failures = _failures(frames[2], sentences, count, 1)
+    failures = _failures(frames[2], sentences, count)
     if {failure.column for failure in failures} != set(np.flatnonzero(grants["handle"] == 0).tolist()):
         raise MalformedMessage("the refused streams are not those without a handle")
     return grants, failures
@@ -134,7 +134,7 @@ def closed(header: Header, frames: Sequence[Frame], count: int, row_bytes: int) 
     """Final states as rows of bytes [count, row_bytes], and what was refused."""
     _count(header.fields[0], count)
     finals: U8 = wire.array_frame(frames[1], "u1", (count, row_bytes), "final states")
-    return finals, _failures(frames[2], header.fields[1], count, 1)
+    return finals, _failures(frames[2], header.fields[1], count)
 
 
 def state_read(
@@ -144,26 +144,19 @@ def state_read(
     _count(header.fields[0], count)
     seqs: U64 = wire.array_frame(frames[1], "<u8", (count,), "seqs")
     states: U8 = wire.array_frame(frames[2], "u1", (count, row_bytes), "states")
-    return seqs, states, _failures(frames[3], header.fields[1], count, 1)
+    return seqs, states, _failures(frames[3], header.fields[1], count)
 
 
 def changed(header: Header, frames: Sequence[Frame], count: int) -> list[ColumnError]:
     """The streams that were not changed."""
     _count(header.fields[0], count)
-    return _failures(frames[1], header.fields[1], count, 1)
+    return _failures(frames[1], header.fields[1], count)
 
 
 def statistics(header: Header) -> dict[str, float]:
     """The server's numbers by name."""
-    pairs = header.fields[0]
-    if type(pairs) is not tuple:
-        raise MalformedMessage("statistics must be an array of [name, value]")
-    numbers: dict[str, float] = {}
-    for pair in pairs:
-        if type(pair) is not tuple or len(pair) != 2:
-            raise MalformedMessage("a statistic must be [name, value]")
-        numbers[_text(pair[0], "a statistic's name")] = _number(pair[1], "a statistic")
-    return numbers
+    pairs = _pairs(header.fields[0], "a statistic")
+    return {_text(name, "a statistic's name"): _number(value, "a statistic") for name, value in pairs}
 
 
 def listed(header: Header, frames: Sequence[Frame]) -> StreamPage:
@@ -210,26 +203,28 @@ def goodbye(header: Header) -> str:
     return _text(header.fields[0], "the sentence")
 
 
-def _failures(frame: Frame, sentences: Any, columns: int, steps: int) -> list[ColumnError]:
+def _failures(frame: Frame, sentences: Any, columns: int) -> list[ColumnError]:
+    """What was refused of a message about streams: no timesteps."""
     count, rest = divmod(len(frame), wire.FAILURE.itemsize)
     if rest or count > columns:
         raise MalformedMessage("the failures are not one entry a failed column")
-    if type(sentences) is not tuple:
-        raise MalformedMessage("sentences must be an array of [code, sentence]")
-    said: dict[Code, str] = {}
-    for pair in sentences:
-        if type(pair) is not tuple or len(pair) != 2:
-            raise MalformedMessage("a sentence must be [code, sentence]")
-        said[_code(pair[0])] = _text(pair[1], "a sentence")
+    said = {_code(code): _text(sentence, "a sentence") for code, sentence in _pairs(sentences, "a sentence")}
     failures: list[ColumnError] = []
     for column, timestep, number, _, expected in np.frombuffer(frame, wire.FAILURE).tolist():
         code = _code(number)
-        if column >= columns or timestep >= steps:
-            raise MalformedMessage("a failure names a frame outside the block")
+        if column >= columns or timestep:
+            raise MalformedMessage("a failure names a stream that was not asked about")
         failures.append(ColumnError(column, timestep, code, said.get(code, wire.SENTENCES[code]), expected))
     if len({failure.column for failure in failures}) != count:
         raise MalformedMessage("a column failed twice")
     return failures
+
+
+def _pairs(value: Any, name: str) -> Sequence[tuple[Any, Any]]:
+    if type(value) is not tuple or any(type(pair) is not tuple or len(pair) != 2 for pair in value):
+        raise MalformedMessage(f"{name} must be one of an array of pairs")
+    pairs: Sequence[tuple[Any, Any]] = value
+    return pairs
 
 
 def _count(value: Any, count: int) -> None:

@@ -40,7 +40,6 @@ class Question(Request[R]):
         self._frames = frames or []
 
     def ask(self, now: float) -> None:
-        """Send it."""
         self._connection.pending.ask(self, *self._fields, frames=self._frames)
 
 
@@ -59,7 +58,6 @@ class PingCall(Question[float]):
         super().ask(now)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """PONG came."""
         self.finish(now - self._sent_at)
 
 
@@ -69,7 +67,6 @@ class StatisticsCall(Question[dict[str, float]]):
     kind, reply = Kind.STATS, Kind.STATISTICS
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """STATISTICS came."""
         self.finish(replies.statistics(header))
 
 
@@ -84,7 +81,6 @@ class ListCall(Question[StreamPage]):
         super().__init__(connection, cursor, most, place, frames=[prefix.encode()])
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """LISTED came."""
         self.finish(replies.listed(header, frames))
 
 
@@ -144,7 +140,6 @@ class StreamsRequest(WakingRequest[R]):
     # What all of them do.
 
     def ask(self, now: float) -> None:
-        """Send a message for each part of its streams."""
         ended = None if self.handle is None else self.connection.table.why_any_ended(self.handle.rows)
         if ended is not None:
             self._end(ended)
@@ -158,7 +153,6 @@ class StreamsRequest(WakingRequest[R]):
         self.refusal = None
 
     def _send(self, which: Indices) -> None:
-        """Send messages about some of its streams."""
         for piece in parts(len(which), self._most()):
             part = which[piece]
             fields, frames = self._encode(part)
@@ -166,7 +160,6 @@ class StreamsRequest(WakingRequest[R]):
             self.connection.pending.ask(self, len(part), *fields, frames=frames, part=part)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """A reply came for a part of its streams."""
         failures = self._decode(part, header, frames)
         refused = [
             RefusedStream(int(part[column]), code, sentence, expected)
@@ -184,17 +177,14 @@ class StreamsRequest(WakingRequest[R]):
         self._part_answered()
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        """A message about a part of its streams was refused."""
         self._note(RefusedStream(int(part[0]), refusal.code, refusal.sentence, 0))
         self._part_answered()
 
     def lost(self) -> bool:
-        """It is asked anew over the next connection."""
         self.asked_before = True
         return True
 
     def rows(self, which: Indices) -> Indices:
-        """The rows of some of its handle's streams."""
         assert self.handle is not None
         return self.handle.rows[which]
 
@@ -211,7 +201,6 @@ class StreamsRequest(WakingRequest[R]):
             self.connection.sleepers.hold(self, which)
 
     def woke(self, which: Indices) -> None:
-        """Ask for streams that are awake now."""
         self.parts_left -= len(which)
         self._send(which)
 
@@ -270,7 +259,6 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         )
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        """READ_STATE: whether streams are named, and names or handles."""
         if self._by_name() or self.handle is None:
             return (1,), [wire.pack_names([self.names[which] for which in part])]
         return (0,), [self.connection.table.numbers[self.handle.rows[part]].tobytes()]

@@ -5,8 +5,8 @@ A driver (`driver.py` is one) does five things and nothing else:
 1. hands every message to `receive`, and lets users make calls (`open`, `step`, `close`, …), each giving a `Call`;
 2. calls `advance(now)` after that, and when `deadline()` has come;
 3. connects a new socket in place of the old one when `take_reconnect` says so;
-4. sends what `take_messages` gives, in order;
-5. wakes what `take_woken` gives: calls that ended or were sent, and stream handles whose outputs changed.
+4. sends what `pending.take_messages` gives, in order;
+5. wakes what `pending.take_woken` gives: calls that ended or were sent, and stream handles whose outputs changed.
 
 `now` is any monotonic clock in seconds. `connection.py` has the rules of messages, silence and lost connections,
 `flow.py` and `in_flight.py` those of sending frames. Every other kind of request is a class that knows how it is sent
@@ -28,7 +28,7 @@ from instep_client.connection import State as State
 from instep_client.farewell import Farewell
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed
-from instep_client.protocol.wire import U64, Kind, Message
+from instep_client.protocol.wire import Kind
 from instep_client.requests import ListCall, PingCall, ReadStateCall, StatisticsCall
 from instep_client.states import State as StreamState
 from instep_client.steps import StepCall
@@ -49,14 +49,6 @@ class Session(Connection):
         """Whether to close the socket, drop what was not sent through it, and connect a new one now."""
         wanted, self.wants_socket = self.wants_socket, False
         return wanted
-
-    def take_messages(self) -> list[Message]:
-        """The messages to be sent, in order."""
-        return self.pending.take_messages()
-
-    def take_woken(self) -> list[Call[Any] | StreamHandle]:
-        """Calls that ended or were sent, and stream handles whose outputs changed."""
-        return self.pending.take_woken()
 
     def leave(self, park: bool = False) -> Call[None] | None:
         """End the session: what waits fails, open streams are closed. The call ends when the server has read that.
@@ -187,14 +179,6 @@ class Session(Connection):
         if handle.has_ended:
             self.table.check_not_ended(handle.rows)
         return False
-
-    def next_seqs(self, handle: StreamHandle) -> U64:
-        """The seq that each stream of a handle sends next."""
-        return self.table.next_seqs(handle)
-
-    def epochs(self, handle: StreamHandle) -> U64:
-        """The epoch under which each stream of a handle is held; they change with the connection."""
-        return self.table.epochs(handle)
 
     # The server.
 

@@ -76,19 +76,15 @@ class Probe(Request[None]):
         self._pending = pending
 
     def ask(self, now: float) -> None:
-        """Send PING."""
         self.is_unanswered = True
         self._pending.ask(self)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """PONG came."""
         self.is_unanswered = False
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        """Any word will do."""
         self.is_unanswered = False
 
     def lost(self) -> bool:
-        """The next connection has probes of its own."""
         self.is_unanswered = False
         return False

@@ -75,7 +75,6 @@ class StepCall(OutputsCall):
         """By column; the earliest of each."""
 
     def cancel(self) -> None:
-        """Nobody waits for it any more: what was not sent is taken back."""
         self._queues.withdraw(self)
 
     @property

@@ -85,7 +85,7 @@ class Run:
     def advance(self) -> None:
         """The session acts."""
         self.session.advance(self.now)
-        self.to_server.extend([bytes(frame) for frame in message] for message in self.session.take_messages())
+        self.to_server.extend([bytes(frame) for frame in message] for message in self.session.pending.take_messages())
 
     def drain(self) -> None:
         """Until everything is answered."""

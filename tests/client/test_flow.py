@@ -35,7 +35,7 @@ def test_a_chunk_is_one_block_and_answers_as_the_network_does(length: int) -> No
     answer = link.finish(step)
     assert answer.outputs.tolist() == reference(X[:length])[0].tolist()
     assert (answer.queue_us, answer.compute_us, answer.send_us) == (7, 8, 9)
-    assert link.session.next_seqs(handle).tolist() == [length]
+    assert link.session.table.next_seqs(handle).tolist() == [length]
 
 
 def test_single_frames_of_many_streams_travel_together_second_frames_in_a_second_block() -> None:
@@ -67,7 +67,7 @@ def test_a_group_steps_all_its_streams_or_some_rows_in_their_order() -> None:
     link.settle()
     assert all_of_them.result().outputs.shape == (3, 2)
     assert some.result().outputs[:, 1].tolist() == reference(X[[0, 1, 3]])[0][1:].tolist()
-    assert link.session.next_seqs(group).tolist() == [3, 1, 3]
+    assert link.session.table.next_seqs(group).tolist() == [3, 1, 3]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_large_calls_are_cut_into_blocks_within_the_limits_and_put_together_agai
     outputs = link.finish(step).outputs.reshape(timesteps, columns, 2)
     for column in range(columns):
         assert outputs[:, column].tolist() == reference(x[:, column])[0].tolist()
-    assert link.session.next_seqs(handle).tolist() == [timesteps] * columns
+    assert link.session.table.next_seqs(handle).tolist() == [timesteps] * columns
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_refused_frames_leave_the_others_and_the_next_seq_follows_the_server() -
     assert refused.outputs[:, 0].tolist() == reference(x[:, 0])[0].tolist()
     assert refused.outputs[0, 1].tolist() == [3, 4]
     assert np.isnan(refused.outputs[1:, 1]).all()
-    assert link.session.next_seqs(group).tolist() == [3, 1]
+    assert link.session.table.next_seqs(group).tolist() == [3, 1]
     again = link.finish(link.session.step(group, np.ones((2, 3))))
     assert again.outputs[1].tolist() == reference(np.ones((2, 3), np.float32))[0][1].tolist()
 
@@ -211,7 +211,7 @@ def test_the_rest_of_a_chunk_is_not_sent_once_a_frame_of_it_was_refused() -> Non
     assert sum(t * n for t, n in link.rules.blocks) < 12
     assert refusal(step).failures == (FrameFailure("a", 1, Code.NOT_FINITE, 1),)
     assert refusal(step).outputs[:, 1].tolist() == reference(x[:, 1])[0].tolist()
-    assert link.session.next_seqs(handle).tolist() == [1, 6]
+    assert link.session.table.next_seqs(handle).tolist() == [1, 6]
 
 
 def test_a_refused_message_is_a_refusal_of_all_its_frames_and_is_not_sent_again() -> None:
@@ -228,7 +228,7 @@ def test_a_refused_message_is_a_refusal_of_all_its_frames_and_is_not_sent_again(
         FrameFailure("b", 1, Code.TOO_LARGE, 1),
     )
     assert refusal(step).outputs.shape == (2, 2, 2)
-    assert link.session.next_seqs(group).tolist() == [1, 1]
+    assert link.session.table.next_seqs(group).tolist() == [1, 1]
 
 
 def test_a_stream_that_the_server_does_not_know_has_ended() -> None:

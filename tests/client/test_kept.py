@@ -34,14 +34,14 @@ def test_outputs_are_taken_in_the_order_of_the_sends_each_at_its_place() -> None
 def test_the_handle_is_woken_when_its_outputs_change() -> None:
     link = Link()
     handle = link.open("a")
-    link.session.take_woken()
+    link.session.pending.take_woken()
     call = link.session.step(handle, X[0], keep=True)
     link.advance()
-    assert link.session.take_woken() == [call]
+    assert link.session.pending.take_woken() == [call]
     link.settle()
-    assert link.session.take_woken() == [call, handle]
+    assert link.session.pending.take_woken() == [call, handle]
     link.session.finish(handle)
-    assert link.session.take_woken() == [handle]
+    assert link.session.pending.take_woken() == [handle]
 
 
 def test_unread_outputs_hold_the_stream_back_until_they_are_taken() -> None:
@@ -90,7 +90,7 @@ def test_what_was_not_sent_is_not_sent_and_the_rest_is_dropped_when_it_comes() -
         link.session.cancel(call)
     link.settle()
     assert last.result().outputs.tolist() == reference(X[[0, 2]])[0][1].tolist()
-    assert link.session.next_seqs(handle).tolist() == [2]
+    assert link.session.table.next_seqs(handle).tolist() == [2]
 
 
 def test_a_kept_call_that_was_not_sent_leaves_no_output() -> None:
@@ -139,7 +139,7 @@ def test_outputs_that_nobody_takes_are_kept_for_as_long_as_the_handle_and_no_lon
     handle = link.open("a")
     link.session.step(handle, X[0], keep=True)
     link.finish(link.session.close(handle))
-    link.session.take_woken()
+    link.session.pending.take_woken()
     rows = weakref.ref(handle.rows)
     del handle
     gc.collect()

@@ -22,7 +22,7 @@ def test_a_claim_that_is_answered_late_says_nothing_of_the_next_stream_in_its_ro
     link.run()
     link.session.step(a, X[0])
     link.advance()  # the client's own claim
-    resumed = link.session.resume(["a"], 0, int(link.session.epochs(a)[0]), False, True)
+    resumed = link.session.resume(["a"], 0, int(link.session.table.epochs(a)[0]), False, True)
     link.advance()
     link.serve()
     link.serve()

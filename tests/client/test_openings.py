@@ -45,7 +45,7 @@ def test_a_stream_starts_from_its_state_and_ends_in_the_networks() -> None:
     assert step.result().outputs.tolist() == outputs.tolist()
     assert floats_of(final, 2, 2)[0].tolist() == expected.tolist()
     assert link.rules.names == {}
-    assert link.session.next_seqs(handle).tolist() == [3]
+    assert link.session.table.next_seqs(handle).tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_group_is_refused_when_those_of_it_that_were_opened_are_closed_again()
     link.serve()
     assert not opening.done
     link.settle_client()
-    assert opening in link.session.take_woken()
+    assert opening in link.session.pending.take_woken()
     with pytest.raises(StreamRefused, match=r"NAME_IN_USE.*\(stream 'b'\)"):
         opening.result()
     assert len(link.open("a", "c").rows) == 2
@@ -111,7 +111,7 @@ def test_a_refused_group_is_refused_though_the_session_ends_before_it_is_closed_
     if is_closing:
         link.advance()
     link.session.fail(ClientClosed, "over")
-    assert opening in link.session.take_woken()
+    assert opening in link.session.pending.take_woken()
     with pytest.raises(StreamRefused, match="NAME_IN_USE"):
         opening.result()
 
@@ -232,8 +232,8 @@ def test_rows_are_used_again_and_start_afresh() -> None:
     link.finish(link.session.close(first))
     second = link.open("b")
     assert second.rows.tolist() == first.rows.tolist()
-    assert link.session.next_seqs(second).tolist() == [0]
-    assert link.session.next_seqs(first).tolist() == [2]
+    assert link.session.table.next_seqs(second).tolist() == [0]
+    assert link.session.table.next_seqs(first).tolist() == [2]
     assert link.finish(link.session.step(second, X[0])).outputs.tolist() == reference(X[:1])[0][0].tolist()
     link.deliver(evicted([1]))  # the first one's handle
     assert link.finish(link.session.step(second, X[1]))

@@ -101,9 +101,9 @@ class TestLoss:
 
     def test_a_first_greeting_that_was_lost_fails_at_once(self) -> None:
         session = Session("tcp://somewhere:1")
-        assert [msgpack.unpackb(message[0])[0] for message in session.take_messages()] == [Kind.HELLO]
+        assert [msgpack.unpackb(message[0])[0] for message in session.pending.take_messages()] == [Kind.HELLO]
         session.receive(error(0, Code.HELLO_FIRST), 0.0)
-        (ping,) = session.take_messages()
+        (ping,) = session.pending.take_messages()
         kind, request = msgpack.unpackb(ping[0])
         assert kind == Kind.PING
         session.receive(error(request, Code.HELLO_FIRST), 0.0)
@@ -368,7 +368,7 @@ class TestPersonsDecide:
         assert (step.error.code, step.error.have, step.error.server_has) == (Code.DATA_LOSS, 5, 3)
         assert link.finish(link.session.step(other, X[0])).outputs.shape == (2,)
         again = link.finish(link.session.resume(["a"], None, 0, True, True))
-        assert link.session.next_seqs(again).tolist() == [3]
+        assert link.session.table.next_seqs(again).tolist() == [3]
         assert link.finish(link.session.step(again, X[3:5])).outputs.tolist() == reference(X[:5])[0][3:].tolist()
 
     def test_a_server_that_lost_a_frame_behind_one_whose_output_did_not_come(self) -> None:
@@ -541,7 +541,7 @@ class TestOtherCalls:
         assert reset.error is None
         outputs = [*later.result().outputs[None], *link.finish(link.session.step(handle, X[3:5])).outputs]
         assert np.array_equal(outputs, reference(X[2:5], np.ones((2, 2), np.float32))[0])
-        assert link.session.next_seqs(handle).tolist() == [5]
+        assert link.session.table.next_seqs(handle).tolist() == [5]
 
     def test_what_is_asked_of_a_stream_that_has_gone_says_so(self) -> None:
         link = RingLink()
@@ -564,17 +564,17 @@ class TestOtherCalls:
         handle = link.open("a")
         link.finish(link.session.step(handle, X[:3]))
         other = RingLink(link.server, name="other")
-        resume = other.session.resume(["a"], 2, int(link.session.epochs(handle)[0]), False, True)
+        resume = other.session.resume(["a"], 2, int(link.session.table.epochs(handle)[0]), False, True)
         other.advance()
         other.serve()
         other.cut()
         again = other.finish(resume)
-        assert other.session.next_seqs(again).tolist() == [2]
+        assert other.session.table.next_seqs(again).tolist() == [2]
         assert other.finish(other.session.step(again, X[2])).outputs.tolist() == reference(X[:3])[0][2].tolist()
 
     def test_a_resume_that_another_one_followed_is_in_doubt(self) -> None:
         link = RingLink()
-        epoch = int(link.session.epochs(link.open("a"))[0])
+        epoch = int(link.session.table.epochs(link.open("a"))[0])
         other = RingLink(link.server, name="other")
         resume = other.session.resume(["a"], None, epoch, False, True)
         other.advance()

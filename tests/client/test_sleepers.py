@@ -326,7 +326,7 @@ def test_a_stream_that_is_resumed_while_its_sleeper_is_waited_for_belongs_to_who
     step(link, former, X[:2])
     put_to_sleep(link, "a")
     waiting = link.session.step(former, X[2])
-    resume = link.session.resume(["a"], 2, link.session.epochs(former), take_over=False, single=True)
+    resume = link.session.resume(["a"], 2, link.session.table.epochs(former), take_over=False, single=True)
     link.run(resume, waiting)
     assert np.array_equal(step(link, resume.result(), X[2:4]), reference(X[:4])[0][2:])
     with pytest.raises(StreamEvicted, match="resumed again"):
@@ -341,7 +341,8 @@ def test_a_sleeper_goes_on_when_its_resuming_came_to_nothing(is_cancelled: bool)
     step(link, former, X[:2])
     put_to_sleep(link, "a")
     names = ["a"] if is_cancelled else ["a", "not there"]
-    resume = link.session.resume(names, None, link.session.epochs(former)[0], take_over=False, single=is_cancelled)
+    epochs = link.session.table.epochs(former)[0]
+    resume = link.session.resume(names, None, epochs, take_over=False, single=is_cancelled)
     waiting = link.session.step(former, X[2])
     if is_cancelled:
         link.session.cancel(resume)

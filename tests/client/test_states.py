@@ -45,7 +45,7 @@ class TestResume:
         link.finish(link.session.step(handle, X[:4]))
         other = RingLink(link.server, name="other")
         taken = other.finish(other.session.resume(["a"], have, 0, True, True))
-        assert other.session.next_seqs(taken).tolist() == [first]
+        assert other.session.table.next_seqs(taken).tolist() == [first]
         outputs = other.finish(other.session.step(taken, X[first:7])).outputs
         assert outputs.tolist() == reference(X[:7])[0][first:].tolist()
         step = link.session.step(handle, X[4])
@@ -117,7 +117,7 @@ class TestStates:
     def test_a_stream_is_opened_at_a_seq(self) -> None:
         link = RingLink()
         handle = link.finish(link.session.open(["a"], STATE, True, first_seqs=7))
-        assert link.session.next_seqs(handle).tolist() == [7]
+        assert link.session.table.next_seqs(handle).tolist() == [7]
         outputs = link.finish(link.session.step(handle, X[:3])).outputs
         assert outputs.tolist() == reference(X[:3], STATE)[0].tolist()
         assert link.server.streams["a"].next_seq == 10
@@ -141,7 +141,7 @@ class TestStates:
         link.run(before, reset, after)
         assert reset.error is None
         assert after.result().outputs.tolist() == reference(X[2:4], STATE)[0].tolist()
-        assert link.session.next_seqs(handle).tolist() == [4]
+        assert link.session.table.next_seqs(handle).tolist() == [4]
 
     def test_a_reset_without_states_is_to_zeros(self) -> None:
         link = RingLink()
@@ -157,7 +157,7 @@ class TestStates:
         step = link.session.step(group, X[4:6])
         copies = link.finish(fork)
         outputs = link.finish(link.session.step(copies, X[4:6])).outputs
-        assert link.session.next_seqs(copies).tolist() == [3, 3]
+        assert link.session.table.next_seqs(copies).tolist() == [3, 3]
         assert outputs.tolist() == link.finish(step).outputs.tolist()
 
     def test_a_fork_that_nobody_waits_for_is_not_made_or_closed_again(self) -> None:

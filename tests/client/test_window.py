@@ -83,7 +83,7 @@ def test_a_conflict_leaves_the_stream_where_it_is() -> None:
     y = np.zeros((3, 1, 2), np.float32)
     link.deliver(stepped(3, y, [(0, 2, Code.CONFLICT, 7)]))
     assert refusal(step).failures[0].expected_seq == 7
-    assert link.session.next_seqs(handle).tolist() == [2]
+    assert link.session.table.next_seqs(handle).tolist() == [2]
     link.session.step(handle, X[0])
     assert acks(link.advance()) == [[2]]
 

@@ -44,7 +44,7 @@ class RingLink:
         self.session.advance(self.now)
         if self.session.take_reconnect():
             self.new_socket()
-        for message in self.session.take_messages():
+        for message in self.session.pending.take_messages():
             self.to_server[self.peer].append([bytes(frame) for frame in message])
 
     def new_socket(self) -> None:

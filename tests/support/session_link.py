@@ -43,7 +43,7 @@ class Link:
         """Turn the clock and let the session act; what it sent."""
         self.now += seconds
         self.session.advance(self.now)
-        sent = [[bytes(frame) for frame in message] for message in self.session.take_messages()]
+        sent = [[bytes(frame) for frame in message] for message in self.session.pending.take_messages()]
         self.to_server.extend(sent)
         return sent
 
