@@ -11,7 +11,7 @@ from typing import Final, Literal, TypeAlias, get_args
 import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup, AsyncStream
-from instep_client.connection import OPEN
+from instep_client.attempts import OPEN
 from instep_client.driver import Driver
 from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo

@@ -1,4 +1,4 @@
-"""When another connection is tried for after one was lost.
+"""Where a session stands, and when another connection is tried for after one was lost.
 
     LOST ── after a delay ──► GREETING ── WELCOME ──► RESUMING ── every RESUMED ──► NONE
      ▲                           │                       │
@@ -22,9 +22,20 @@ MOST_DELAY_S: Final = 2.0
 MAX_ATTEMPT_S: Final = 2.0
 """The longest that one attempt waits for its WELCOME; the next one uses another socket."""
 
-
 _SAME: Final = ("fingerprint", "features", "outputs", "state")
 _NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_message_bytes")
+
+
+class State(Enum):
+    """Where the session stands."""
+
+    GREETING = "not connected yet"
+    OPEN = "connected"
+    RECONNECTING = "connection lost, reconnecting"
+    ENDED = "closed"
+
+
+GREETING, OPEN, RECONNECTING, ENDED = State  # to look a member up in its class takes 0.2 µs (Python 3.11)
 
 
 class Phase(Enum):

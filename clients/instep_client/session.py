@@ -21,10 +21,10 @@ from typing import Any
 import numpy.typing as npt
 
 from instep_client import arrays
+from instep_client.attempts import ENDED, OPEN, RECONNECTING
 from instep_client.calls import Call, OutputsCall
 from instep_client.changes import CloseCall, ResetCall
 from instep_client.connection import Connection
-from instep_client.connection import State as State
 from instep_client.farewell import Farewell
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed
@@ -56,7 +56,7 @@ class Session(Connection):
         Streams that the server is about to open are closed once it has. With `park`, and without a connection, nothing
         is closed: the server parks the streams, and forgets them in time.
         """
-        can_tell = self.state is State.OPEN and not park
+        can_tell = self.state is OPEN and not park
         openings = self.pending.under_way(Kind.OPENED)
         granted = [
             request.grants["handle"][request.grants["handle"] != 0]
@@ -151,7 +151,9 @@ class Session(Connection):
             frames, prefix = arrays.group_frames(x, len(table_rows), info.features)
         if handle.has_ended:
             self.table.check_not_ended(table_rows)
-        call = StepCall(self.flow, handle, table_rows, frames, (*prefix, info.outputs), self.table.stamp(), keep)
+        call = StepCall(
+            self.flow.withdraw, handle, table_rows, frames, (*prefix, info.outputs), self.table.stamp(), keep
+        )
         self.flow.submit(call)
         return call
 
@@ -174,7 +176,7 @@ class Session(Connection):
             return False
         if handle.finished or handle.closed:
             return True
-        if self.state is State.ENDED:
+        if self.state is ENDED:
             raise self.failure()
         if handle.has_ended:
             self.table.check_not_ended(handle.rows)
@@ -196,7 +198,7 @@ class Session(Connection):
 
     def cancel(self, call: Call[Any]) -> None:
         """Nobody waits for a call any more. What was sent counts as sent, and its answer is dropped when it comes."""
-        if self.state is State.OPEN or self.state is State.RECONNECTING:
+        if self.state is OPEN or self.state is RECONNECTING:
             call.cancel()
 
     def _check_handle(self, handle: StreamHandle) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -27,14 +27,6 @@ class FailedFrames(NamedTuple):
     expected_seq: int
 
 
-class Withdraws(Protocol):
-    """Where calls wait to be sent."""
-
-    def withdraw(self, call: StepCall) -> None:
-        """Take back what of a call was not sent."""
-        ...
-
-
 class StepCall(OutputsCall):
     """Frames [T, N, features] for some rows of one stream handle."""
 
@@ -49,7 +41,7 @@ class StepCall(OutputsCall):
 
     def __init__(
         self,
-        queues: Withdraws,
+        withdraw: Callable[[StepCall], None],
         handle: StreamHandle,
         rows: Indices,
         x: F32,
@@ -57,7 +49,8 @@ class StepCall(OutputsCall):
         stamp: int,
         keep: bool,
     ) -> None:
-        self._queues = queues
+        self._withdraw = withdraw
+        """Takes back what was not sent."""
         self.handle = handle
         self.rows = rows
         self.x = x
@@ -75,7 +68,7 @@ class StepCall(OutputsCall):
         """By column; the earliest of each."""
 
     def cancel(self) -> None:
-        self._queues.withdraw(self)
+        self._withdraw(self)
 
     @property
     def started(self) -> bool:

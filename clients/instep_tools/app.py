@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -86,21 +87,13 @@ def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False)
 
     Exit status 0: it accepts new connections, streams and frames. 1: it answers and is not ready. 2: nobody answers.
     """
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await ping(endpoint, terminal, stop)
-
-    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(partial(ping, endpoint), Terminal(as_json)))
 
 
 @app.command("stats", examples=["instep-client stats", "instep-client stats --json"])
 def stats_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
     """Show the server's numbers: streams, frames, batches, and how long they took."""
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await stats(endpoint, terminal, stop)
-
-    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(partial(stats, endpoint), Terminal(as_json)))
 
 
 @app.command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -10,8 +11,6 @@ import typer
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
 from instep_tools import state
 from instep_tools.command_line import AsJson, CommandLine, Endpoint
-from instep_tools.pacing import Stop
-from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal, run_undrained
 
 app: Final = CommandLine(
@@ -28,11 +27,7 @@ def read_command(name: Name, endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJ
 
     --json gives all values.
     """
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await state.read(endpoint, name, terminal, stop)
-
-    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(partial(state.read, endpoint, name), Terminal(as_json)))
 
 
 @app.command("snapshot", examples=["instep-client state snapshot mic-7 --to mic-7.safetensors"])
@@ -48,11 +43,7 @@ def snapshot_command(
     as_json: AsJson = False,
 ) -> None:
     """Save a stream's seq and state in a new safetensors file. Its owner notices nothing."""
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await state.snapshot(endpoint, name, to, terminal, stop)
-
-    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(partial(state.snapshot, endpoint, name, to), Terminal(as_json)))
 
 
 @app.command("restore", examples=["instep-client state restore mic-7.safetensors --as mic-7-again"])
@@ -71,11 +62,7 @@ def restore_command(
 
     The server keeps it parked until a producer resumes it, for as long as the answer says.
     """
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await state.restore(endpoint, file, name, terminal, stop)
-
-    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(partial(state.restore, endpoint, file, name), Terminal(as_json)))
 
 
 @app.command("fork", examples=["instep-client state fork mic-7 mic-7-copy"])
@@ -89,11 +76,7 @@ def fork_command(
 
     The server keeps it parked until a producer resumes it, for as long as the answer says.
     """
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await state.fork(endpoint, name, copy, terminal, stop)
-
-    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(partial(state.fork, endpoint, name, copy), Terminal(as_json)))
 
 
 @app.command("reset", examples=["instep-client state reset mic-7 --take-over"])
@@ -117,8 +100,4 @@ def reset_command(
     It needs --take-over, since the owner must be told: at once (FENCED) if it is connected, otherwise when it resumes.
     Either may take the stream over again.
     """
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await state.reset(endpoint, name, file, take_over, terminal, stop)
-
-    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(partial(state.reset, endpoint, name, file, take_over), Terminal(as_json)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Final
 
 import typer
@@ -10,8 +11,6 @@ from instep_client.aio import StreamPlace
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
 from instep_tools import streams
 from instep_tools.command_line import AsJson, CommandLine, Endpoint
-from instep_tools.pacing import Stop
-from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal, run_undrained
 
 app: Final = CommandLine(help="List the streams of a server, and close or park some.")
@@ -35,11 +34,7 @@ def list_command(
     as_json: AsJson = False,
 ) -> None:
     """Show the server's streams: the place of each, its next seq, and how long the server keeps it if it stays idle."""
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await streams.show(endpoint, prefix or "", place, limit, terminal, stop)
-
-    raise typer.Exit(run_undrained(command, Terminal(as_json)))
+    raise typer.Exit(run_undrained(partial(streams.show, endpoint, prefix or "", place, limit), Terminal(as_json)))
 
 
 @app.command("close", examples=["instep-client streams close mic-7", "instep-client streams close --place parked"])
@@ -76,7 +71,5 @@ def park_command(
 def _free(
     names: list[str], prefix: str | None, place: StreamPlace | None, park: bool, endpoint: str, as_json: bool
 ) -> None:
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await streams.free(endpoint, names, prefix, place, park, terminal, stop)
-
+    command = partial(streams.free, endpoint, names, prefix, place, park)
     raise typer.Exit(run_undrained(command, Terminal(as_json)))

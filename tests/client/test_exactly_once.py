@@ -9,8 +9,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instep_client.attempts import State
 from instep_client.protocol.errors import FramesRefused, InstepError
-from instep_client.session import Session, State
+from instep_client.session import Session
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, Message

@@ -9,11 +9,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instep_client.attempts import State
 from instep_client.calls import TimedOutputs
 from instep_client.changes import CloseCall
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import StreamEvicted
-from instep_client.session import State
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, reference

@@ -10,7 +10,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from instep_client.attempts import Attempts
+from instep_client.attempts import Attempts, State
 from instep_client.calls import Call
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
@@ -25,7 +25,7 @@ from instep_client.protocol.errors import (
     StreamRefused,
 )
 from instep_client.protocol.wire import Kind
-from instep_client.session import Session, State
+from instep_client.session import Session
 from tests.support.fake_server import error, goodbye, reference
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instep_client.attempts import State
 from instep_client.calls import Call
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
@@ -20,7 +21,7 @@ from instep_client.protocol.errors import (
     StreamEvicted,
 )
 from instep_client.protocol.wire import Kind
-from instep_client.session import Session, State
+from instep_client.session import Session
 from tests.support.fake_server import INFO, Message, error, evicted, goodbye, pack, stepped, welcome
 from tests.support.session_link import Link, headers, refuse
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from instep_client.attempts import State
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ConnectionFailed, MalformedMessage
 from instep_client.protocol.wire import FAILURE
-from instep_client.session import State
 from instep_client.steps import StepCall
 from tests.support.fake_server import F32, Message, reference
 from tests.support.session_link import BAD, Link, X, refusal, sizes

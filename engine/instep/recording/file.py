@@ -39,7 +39,23 @@ _READ_VERSION_OFFSET: Final = 19
 _IN_WAL_MODE: Final = 2
 
 
-class RecordingFile:
+class Closing:
+    """A context manager that closes itself at the end."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        raise NotImplementedError
+
+
+class RecordingFile(Closing):
     """Checked rows of a recording that is finished or still being written; never writes to it.
 
     What it shows is fixed when it opens: rows of the history committed later are left out.
@@ -76,14 +92,6 @@ class RecordingFile:
         except RecordingError:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the file."""

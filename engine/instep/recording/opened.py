@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from instep.core.typing import F32, I64, U64
+from instep.recording.file import Closing
 from instep.recording.reader import RecordingReader
 from instep.recording.records import no_such_stream
 from instep.recording.schema import RecordingHeader
@@ -37,7 +36,7 @@ class RecordedStream:
         return len(self.seqs)
 
 
-class OpenedRecording(Mapping[str, RecordedStream]):
+class OpenedRecording(Closing, Mapping[str, RecordedStream]):
     """The streams of a recording by name, in the order in which they first opened; read-only.
 
     It shows what was committed when it was opened, also while a server continues to write. Each lookup reads and checks
@@ -97,14 +96,6 @@ class OpenedRecording(Mapping[str, RecordedStream]):
     def close(self) -> None:
         """Let go of the file; what was read stays."""
         self._reader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _named(self, name: str) -> list[int]:
         if name not in self._openings:

@@ -7,12 +7,12 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 
 from instep.core.typing import I64, Bool
+from instep.recording.file import Closing
 from instep.recording.open_streams import OpenStream, read_open_streams
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch, StateReset
@@ -32,7 +32,7 @@ class ReplayStep:
     """bool [B]: False for frames that a state holds already, and for those of streams that have closed since."""
 
 
-class Recovered:
+class Recovered(Closing):
     """Everything that an engine needs to continue: streams as of their newest states, and the frames and resets since.
 
     Everything is checked (CRCs, positions, that the frames of each stream follow each other) except the batches and
@@ -65,14 +65,6 @@ class Recovered:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the file."""
