@@ -54,7 +54,7 @@ class AsyncClient:
         Args:
             endpoint: where the server listens, `tcp://HOST:PORT` or `ipc://PATH`; where None, what the environment
                 variable INSTEP_ENDPOINT says, else `tcp://127.0.0.1:5757`.
-            name: told to the server in the greeting, which checks it and shows it nowhere; may be empty.
+            name: told to the server, which writes it to its log at level debug; may be empty.
             timeout_s: how long a silent server is waited for, in seconds.
             reconnect_s: how long to try for another connection when one is lost, in seconds; 0 for not at all.
             wait: wait up to `timeout_s` for a server that does not listen yet, instead of failing at once.

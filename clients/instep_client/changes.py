@@ -15,7 +15,7 @@ from instep_client.protocol.errors import InstepError, StreamEvicted
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import CLOSING, Frame, Header, Kind, Message, raw
 from instep_client.replies import ColumnError
-from instep_client.requests import R, RefusedStream, StreamsRequest
+from instep_client.requests import R, StreamsRequest
 from instep_client.send_queue import TurnRequest
 from instep_client.states import State, state_rows
 from instep_client.streams import ENDING, StreamHandle
@@ -95,14 +95,14 @@ class CloseCall(Change[U8]):
         self._finals[part], failures = replies.closed(header, frames, len(part), row_bytes)
         return failures
 
-    def _settled(self, part: Indices, refused: list[RefusedStream]) -> None:
+    def _settled(self, part: Indices, refused: list[ColumnError]) -> None:
         """Streams were closed, had ended, or could not be closed."""
-        which = [each.which for each in refused]
+        which = [each.column for each in refused]
         self._finals[which] = self.connection.info.state.missing(len(which))
-        closed = np.setdiff1d(part, [each.which for each in refused if each.code not in ENDING])
+        closed = np.setdiff1d(part, [each.column for each in refused if each.code not in ENDING])
         self.connection.table.numbers[self.handle.rows[closed]] = 0
 
-    def _note(self, refused: RefusedStream) -> None:
+    def _note(self, refused: ColumnError) -> None:
         """Of a group, streams that have ended have no final state, and are no reason to fail."""
         if self.handle.single or refused.code not in ENDING:
             super()._note(refused)

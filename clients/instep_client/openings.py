@@ -102,7 +102,7 @@ class Opening(StreamsRequest[StreamHandle]):
     def _why_refused(self) -> InstepError | None:
         if self.refusal is None:
             return None
-        which, code, sentence, _ = self.refusal
+        which, _, code, sentence, _ = self.refusal
         if self.asked_before and code is Code.NAME_IN_USE:
             return self._doubt(self.names[which])
         return StreamRefused(code, sentence, self.names[which])
@@ -227,7 +227,7 @@ class ResumeCall(Opening):
     def _why_refused(self) -> InstepError | None:
         if self.refusal is None:
             return None
-        which, code, sentence, expected_seq = self.refusal
+        which, _, code, sentence, expected_seq = self.refusal
         name = self.names[which]
         if code in _SAID:
             return stream_ended(code, sentence, name, int(self._claims["have"][which]), expected_seq)

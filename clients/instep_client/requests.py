@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -84,15 +84,6 @@ class ListCall(Question[StreamPage]):
         self.finish(replies.listed(header, frames))
 
 
-class RefusedStream(NamedTuple):
-    """A stream of a request was refused."""
-
-    which: int
-    code: Code
-    sentence: str
-    expected_seq: int
-
-
 class StreamsRequest(WakingRequest[R]):
     """A request about streams: one message for each part of them. It ends when every part was answered."""
 
@@ -111,8 +102,8 @@ class StreamsRequest(WakingRequest[R]):
         self.names = good_names(names)
         self.handle = handle
         self.parts_left = 0
-        self.refusal: RefusedStream | None = None
-        """The first refused stream."""
+        self.refusal: ColumnError | None = None
+        """The first refused stream; its column counts the request's streams."""
         self.asked_before = False
         """Whether it was asked over a connection that was lost, and may have been done then."""
 
@@ -130,7 +121,7 @@ class StreamsRequest(WakingRequest[R]):
     def _most(self) -> int:
         """How many streams one message may be about."""
 
-    def _settled(self, part: Indices, refused: list[RefusedStream]) -> None:
+    def _settled(self, part: Indices, refused: list[ColumnError]) -> None:
         """Streams were granted or refused for good."""
 
     @abstractmethod
@@ -161,13 +152,10 @@ class StreamsRequest(WakingRequest[R]):
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         failures = self._decode(part, header, frames)
-        refused = [
-            RefusedStream(int(part[column]), code, sentence, expected)
-            for column, _, code, sentence, expected in failures
-        ]
-        asleep = {each.which for each in refused if self._only_sleeps(each)}
+        refused = [failure._replace(column=int(part[failure.column])) for failure in failures]
+        asleep = {each.column for each in refused if self._only_sleeps(each)}
         if asleep:
-            refused = [each for each in refused if each.which not in asleep]
+            refused = [each for each in refused if each.column not in asleep]
             again = np.array(sorted(asleep), np.int64)
             part = np.setdiff1d(part, again)
             self._ask_again(again)
@@ -177,7 +165,7 @@ class StreamsRequest(WakingRequest[R]):
         self._part_answered()
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        self._note(RefusedStream(int(part[0]), refusal.code, refusal.sentence, 0))
+        self._note(ColumnError(int(part[0]), 0, refusal.code, refusal.sentence, 0))
         self._part_answered()
 
     def lost(self) -> bool:
@@ -188,11 +176,11 @@ class StreamsRequest(WakingRequest[R]):
         assert self.handle is not None
         return self.handle.rows[which]
 
-    def _only_sleeps(self, refused: RefusedStream) -> bool:
+    def _only_sleeps(self, refused: ColumnError) -> bool:
         """Whether a stream of its handle was refused only because it hibernated when the message came."""
         if self.handle is None or self.handle.closed or refused.code is not Code.UNKNOWN_STREAM:
             return False
-        return bool(self.connection.table.asleep[self.handle.rows[refused.which]])
+        return bool(self.connection.table.asleep[self.handle.rows[refused.column]])
 
     def _ask_again(self, which: Indices) -> None:
         """Ask for streams that hibernate as they wake: the server may not have room for all of them at once."""
@@ -204,16 +192,16 @@ class StreamsRequest(WakingRequest[R]):
         self.parts_left -= len(which)
         self._send(which)
 
-    def _note(self, refused: RefusedStream) -> None:
+    def _note(self, refused: ColumnError) -> None:
         """A stream was refused for good; the first one is told."""
-        if self.refusal is None or refused.which < self.refusal.which:
+        if self.refusal is None or refused.column < self.refusal.column:
             self.refusal = refused
 
     def _why_refused(self) -> InstepError | None:
         """What it fails with, if a stream was refused."""
         if self.refusal is None:
             return None
-        which, code, sentence, _ = self.refusal
+        which, _, code, sentence, _ = self.refusal
         if self.handle is None or code not in ENDING:
             return StreamRefused(code, sentence, self.names[which])
         known = None if self.handle.closed else self.connection.table.why_any_ended(self.handle.rows[[which]])
