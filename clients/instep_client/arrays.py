@@ -1,6 +1,7 @@
 """Users' arrays and names, checked, and copied into the arrays that are sent.
 
-Every function copies: what the caller does to its array afterwards changes nothing that was or will be sent.
+Every function copies: what the caller does to its array afterwards changes nothing that was or will be sent. Every
+function raises InvalidInput, which names what is wrong.
 """
 
 from __future__ import annotations
@@ -21,11 +22,7 @@ _FLOAT32: Final = np.dtype(np.float32)
 
 
 def as_array(x: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
-    """A user's argument as a numpy array.
-
-    Raises:
-        InvalidInput: when it makes nothing of it, as of a ragged list or a tensor that requires a gradient.
-    """
+    """A user's argument as a numpy array, if it is one: not a ragged list, or a tensor that requires a gradient."""
     try:
         return np.asarray(x)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -35,10 +32,7 @@ def as_array(x: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
 def float32_copy(x: npt.ArrayLike, what: str) -> F32:
     """A contiguous float32 copy of anything numpy reads as booleans, integers or real numbers.
 
-    NaN and infinity pass: whether they are taken is the server's to say.
-
-    Raises:
-        InvalidInput: for other kinds of values, and for finite ones that float32 cannot hold.
+    NaN and infinity pass: whether they are taken is the server's to say. Finite numbers beyond float32 do not.
     """
     raw = as_array(x, f"{what} must be an array of numbers")
     if raw.dtype == _FLOAT32:
@@ -53,11 +47,7 @@ def float32_copy(x: npt.ArrayLike, what: str) -> F32:
 
 
 def stream_frames(x: npt.ArrayLike, features: int) -> tuple[F32, tuple[int, ...]]:
-    """One stream's frame [features] or chunk [T, features] as [T, 1, features], and the shape to answer in.
-
-    Raises:
-        InvalidInput: naming the shape.
-    """
+    """One stream's frame [features] or chunk [T, features] as [T, 1, features], and the shape to answer in."""
     frames = float32_copy(x, "a frame")
     if frames.shape == (features,):
         return frames.reshape(1, 1, features), ()
@@ -70,11 +60,7 @@ def stream_frames(x: npt.ArrayLike, features: int) -> tuple[F32, tuple[int, ...]
 
 
 def group_frames(x: npt.ArrayLike, columns: int, features: int) -> tuple[F32, tuple[int, ...]]:
-    """A group's frames [N, features] or [T, N, features] as [T, N, features], and the shape to answer in.
-
-    Raises:
-        InvalidInput: naming the shape.
-    """
+    """A group's frames [N, features] or [T, N, features] as [T, N, features], and the shape to answer in."""
     frames = float32_copy(x, "a group's frames")
     if frames.ndim not in (2, 3) or frames.shape[-2:] != (columns, features) or frames.size == 0:
         raise InvalidInput(
@@ -85,11 +71,7 @@ def group_frames(x: npt.ArrayLike, columns: int, features: int) -> tuple[F32, tu
 
 
 def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
-    """Which streams of a group of `count`: at least one distinct index from 0 to `count - 1`.
-
-    Raises:
-        InvalidInput: naming what is wrong.
-    """
+    """Which streams of a group of `count`: at least one distinct index from 0 to `count - 1`."""
     raw = as_array(rows, "rows must be an array of indices")
     if raw.ndim != 1 or raw.size == 0 or raw.dtype.kind not in "iu":
         raise InvalidInput("rows must be a one-dimensional array of at least one integer index")
@@ -104,11 +86,7 @@ def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
 
 
 def counts(x: npt.ArrayLike, count: int, what: str) -> U64:
-    """One number from 0 to 2^64 - 1 for all of `count` streams, or one for each: uint64 [count].
-
-    Raises:
-        InvalidInput: naming what is wrong.
-    """
+    """One number from 0 to 2^64 - 1 for all of `count` streams, or one for each: uint64 [count]."""
     rule = f"{what} must be one integer of at least 0, or {count} of them"
     numbers = as_array(x, rule)
     if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (count,)) or int(numbers.min()) < 0:
@@ -117,11 +95,7 @@ def counts(x: npt.ArrayLike, count: int, what: str) -> U64:
 
 
 def good_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of distinct streams.
-
-    Raises:
-        InvalidInput: when there are none, or bad or repeated ones.
-    """
+    """The names of distinct streams, at least one."""
     if isinstance(names, str):
         raise InvalidInput("a group's names must be a sequence of strings, not one string")
     names = tuple(names)
