@@ -13,18 +13,17 @@ from typing import Any, Final, TypeVar
 
 from instep_client import replies
 from instep_client.arrays import Indices
-from instep_client.attempts import ENDED, GREETING, OPEN, RECONNECTING, Attempts, Phase, cannot_continue
 from instep_client.calls import Request
 from instep_client.endpoint import checked_endpoint
 from instep_client.farewell import claim
 from instep_client.flow import Flow
+from instep_client.liveness import ENDED, GREETING, OPEN, RECONNECTING, Attempts, Phase, Silence, cannot_continue
 from instep_client.pending import Pending
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput, MalformedMessage
 from instep_client.protocol.wire import Frame, Header, Kind, ServerInfo
 from instep_client.replies import ErrorReply
-from instep_client.silence import Silence
 from instep_client.sleepers import Sleepers
 from instep_client.streams import OpenStreams
 

@@ -21,11 +21,11 @@ from typing import Any
 import numpy.typing as npt
 
 from instep_client import arrays
-from instep_client.attempts import ENDED, OPEN, RECONNECTING
 from instep_client.calls import Call, OutputsCall
 from instep_client.changes import CloseCall, ResetCall
 from instep_client.connection import Connection
 from instep_client.farewell import Farewell
+from instep_client.liveness import ENDED, OPEN, RECONNECTING
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed
 from instep_client.protocol.wire import Kind

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep_client.attempts import State
+from instep_client.liveness import State
 from instep_client.protocol.errors import FramesRefused, InstepError
 from instep_client.session import Session
 from instep_client.steps import StepCall

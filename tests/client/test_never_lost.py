@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep_client.attempts import State
 from instep_client.calls import TimedOutputs
 from instep_client.changes import CloseCall
+from instep_client.liveness import State
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import StreamEvicted
 from instep_client.steps import StepCall

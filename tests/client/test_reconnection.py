@@ -10,8 +10,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from instep_client.attempts import Attempts, State
 from instep_client.calls import Call
+from instep_client.liveness import Attempts, State
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,

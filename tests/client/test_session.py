@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.attempts import State
 from instep_client.calls import Call
+from instep_client.liveness import State
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,
