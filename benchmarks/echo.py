@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-from types import TracebackType
 
 import zmq
 
@@ -33,9 +32,7 @@ class Echo:
         self.endpoint = self._process.stdout.readline().strip()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._process.kill()  # it waits inside ZeroMQ, where a signal handler might never run
         self._process.communicate()
 

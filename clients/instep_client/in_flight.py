@@ -32,14 +32,7 @@ _DRAIN_RETRY_S: Final = 0.25
 
 
 class InFlight:
-    """Blocks on their way.
-
-    Args:
-        table: the streams.
-        pending: where blocks go.
-        sleepers: wakes streams that hibernate.
-        shutdown_s: how long what a server refuses because it shuts down waits for its end and the next one.
-    """
+    """Blocks on their way. What a server that shuts down refuses waits `shutdown_s` for its end and the next server."""
 
     def __init__(self, table: OpenStreams, pending: Pending, sleepers: Sleepers, shutdown_s: float) -> None:
         self._table = table
@@ -77,11 +70,7 @@ class InFlight:
         self.unanswered_frames += block.frames
 
     def answered(self, answer: Stepped) -> None:
-        """STEPPED came for a block.
-
-        Raises:
-            MalformedMessage: when there is no such block, or it has another size.
-        """
+        """STEPPED came for a block."""
         block = self.on_the_way.get(answer.request)
         if block is None:
             raise MalformedMessage(f"STEPPED with number {answer.request} answers nothing that was asked")

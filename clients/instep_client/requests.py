@@ -85,19 +85,15 @@ class ListCall(Question[StreamPage]):
 
 
 class StreamsRequest(WakingRequest[R]):
-    """A request about streams: one message for each part of them. It ends when every part was answered."""
+    """A request about streams: one message for each part of them. It ends when every part was answered.
+
+    Args:
+        connection: over which it is asked.
+        names: of the streams it is about, or will open.
+        handle: whose streams it is about, if it is about streams of this client.
+    """
 
     def __init__(self, connection: Connection, names: Sequence[str], handle: StreamHandle | None = None) -> None:
-        """Nothing is sent yet.
-
-        Args:
-            connection: over which it is asked.
-            names: of the streams it is about, or will open.
-            handle: whose streams it is about, if it is about streams of this client.
-
-        Raises:
-            InvalidInput: for bad or repeated names.
-        """
         self.connection = connection
         self.names = good_names(names)
         self.handle = handle

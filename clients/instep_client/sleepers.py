@@ -40,11 +40,7 @@ class WakingRequest(Request[R]):
 
 
 class Sleepers:
-    """Which streams that hibernate are waited for, and when they are claimed.
-
-    Args:
-        table: the streams; its column `asleep` says which hibernate.
-    """
+    """Which streams that hibernate are waited for, and when they are claimed. The table's `asleep` says which do."""
 
     def __init__(self, table: OpenStreams) -> None:
         self._table = table

@@ -236,11 +236,7 @@ class OpenStreams:
         return self.why_ended(int(ended[0])) if len(ended) else None
 
     def check_not_ended(self, rows: Indices) -> None:
-        """Whether frames or requests may be sent to streams.
-
-        Raises:
-            StreamEvicted: when the server ended one of them.
-        """
+        """Raise StreamEvicted when the server ended one of these streams."""
         error = self.why_any_ended(rows)
         if error is not None:
             raise error
