@@ -11,6 +11,7 @@ import pytest
 
 from instep_client.flow import Flow
 from instep_client.in_flight import InFlight
+from instep_client.pending import Pending
 from instep_client.protocol.wire import ServerInfo
 from instep_client.requests import StreamsRequest
 from instep_client.sleepers import Sleepers
@@ -21,6 +22,7 @@ from tests.client import (
     test_flow,
     test_reconnection,
     test_rewind,
+    test_session,
     test_sleepers,
     test_window,
 )
@@ -40,6 +42,11 @@ def nothing_is_lost(original: Any, sleepers: Sleepers, rows: Any, grants: Any, *
     granted = grants.copy()
     granted["next_seq"] = 2**62
     return original(sleepers, rows, granted, *rest)
+
+
+def whoever_resumes(original: Any, sleepers: Sleepers, now: float) -> Any:
+    sleepers.resuming.clear()
+    return original(sleepers, now)
 
 
 RULES = (
@@ -116,6 +123,20 @@ RULES = (
         replaces=StreamsRequest._only_sleeps,
         variant=lambda original, request, refused: False,
         found_by=[partial(test_sleepers.test_a_read_that_crossed_the_word_is_repeated_by_name, False)],
+    ),
+    BrokenRule(
+        "the client claims a stream that its user has asked to resume",
+        replaces=Sleepers.due,
+        variant=whoever_resumes,
+        found_by=[
+            test_sleepers.test_a_stream_that_is_resumed_while_its_sleeper_is_waited_for_belongs_to_who_resumed_it
+        ],
+    ),
+    BrokenRule(
+        "what is granted while the client leaves stays open",
+        replaces=Pending.under_way,
+        variant=lambda original, pending, reply: {},
+        found_by=[partial(test_session.test_leaving_closes_what_is_about_to_be_opened, False)],
     ),
 )
 
