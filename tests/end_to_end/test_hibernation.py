@@ -13,7 +13,7 @@ import torch
 from instep.demo.child_server import ChildServer
 from instep.models.folder import write_model
 from instep.recording.inspection import inspect
-from instep_client import AsyncClient
+from instep_client import AsyncClient, AsyncStream, StreamEvicted
 from tests.chaos.victim import Victim
 from tests.support.models import SMALL, torch_gru, whole
 from tests.support.traffic import assert_same_bits
@@ -70,7 +70,7 @@ async def test_streams_that_come_and_go_have_the_bits_of_whole_recordings(
 
 async def test_an_idle_stream_of_a_connected_client_sleeps_and_its_next_frame_wakes_it(tmp_path: Path) -> None:
     write_model(tmp_path / "model", SMALL)
-    x = np.random.default_rng(3).standard_normal((6, F)).astype(np.float32)
+    x = np.random.default_rng(3).standard_normal((8, F)).astype(np.float32)
     arguments = ["--record", str(tmp_path / "r.instep"), "--set", "limits.hibernate_after_s=0.3"]
     with ChildServer(tmp_path / "model", arguments) as server:
         async with AsyncClient(server.endpoint) as client:
@@ -78,8 +78,13 @@ async def test_an_idle_stream_of_a_connected_client_sleeps_and_its_next_frame_wa
             for at in range(0, 6, 2):
                 served.append(await stream.step(x[at : at + 2]))
                 await streams_asleep(client, 1)
-            assert_same_bits(np.concatenate(served), whole(SMALL, x)[0], "the stream")
+            assert_same_bits(np.concatenate(served), whole(SMALL, x)[0][:6], "the stream")
             values = await client.stats()
             assert (values["hibernated_streams_total"], values["woken_streams_total"]) == (3, 2)
+            resuming, waiting = client.resume("s", epoch=stream.epoch), stream.step(x[6])
+            resumed, refused = await asyncio.gather(resuming, waiting, return_exceptions=True)
+            assert isinstance(resumed, AsyncStream), "it belongs to who asked for it last"
+            assert isinstance(refused, StreamEvicted)
+            assert_same_bits(await resumed.step(x[6:]), whole(SMALL, x)[0][6:], "the resumed stream")
         async with AsyncClient(server.endpoint) as client:
             await client.open("s")  # the client that left has closed it
