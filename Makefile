@@ -5,7 +5,7 @@ ROUNDS ?= 200
 RESETS ?= 100
 VENV := .venv
 BIN := $(VENV)/bin
-TOGETHER := -n 3 --dist loadgroup --durations=15
+TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder --durations=15
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help

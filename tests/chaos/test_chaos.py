@@ -4,13 +4,9 @@ import pytest
 
 from tests.chaos.chaos import run
 
-pytestmark = [
-    pytest.mark.heavy,
-    pytest.mark.xdist_group("chaos"),
-]  # they share the process that their servers are forked from
+pytestmark = pytest.mark.heavy
 
 
-@pytest.mark.timeout(300)  # some 15 s of CPU time
 async def test_nothing_is_lost_when_the_server_is_killed(tmp_path: Path) -> None:
     outcome = await run(tmp_path, kills=20, seed=1)
     assert outcome.passed, outcome.line()

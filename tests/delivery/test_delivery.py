@@ -20,11 +20,7 @@ from tests.delivery.machine import Faults, numbers, run
 from tests.delivery.node import Sizes
 from tests.delivery.world import World
 
-pytestmark = [
-    pytest.mark.heavy,
-    pytest.mark.xdist_group("delivery"),
-    pytest.mark.timeout(400),
-]  # what the examples reach is counted in one process
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
 
 STEPS = 60
 EXAMPLES = 1000
