@@ -280,7 +280,7 @@ class HandRecorder(Recorder):
         on_failure: Callable[[Exception], None],
         on_durable: Callable[[int], None],
     ) -> None:
-        with mock.patch.object(threading.Thread, "start"):
+        with mock.patch.object(threading.Thread, "start", _is_not_started):
             super().__init__(writer, QUEUE_BATCHES, on_room, on_failure, on_durable)
 
     @property
@@ -301,6 +301,10 @@ class HandRecorder(Recorder):
                 self._on_failure(error)
             finally:
                 self._stopping = False
+
+
+def _is_not_started(thread: threading.Thread) -> None:
+    """Instead of `start`: a mock object takes a third of the time that it takes to make a server."""
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import contextvars
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVarTuple
 
 Ts = TypeVarTuple("Ts")
@@ -19,13 +20,12 @@ class HandLoop(asyncio.AbstractEventLoop):
         self._ready: deque[tuple[asyncio.Handle, Callable[[], object]]] = deque()
 
     def run_one(self) -> bool:
-        """Run the oldest callback; whether there was any."""
+        """Run the oldest callback, while this is the running loop; whether there was any."""
         if not self._ready:
             return False
         handle, call = self._ready.popleft()
         if not handle.cancelled():
-            with self.running():
-                call()
+            call()
         return True
 
     @contextmanager
@@ -43,7 +43,7 @@ class HandLoop(asyncio.AbstractEventLoop):
     ) -> asyncio.Handle:
         context = context or contextvars.copy_context()
         handle = asyncio.Handle(callback, args, self, context)
-        self._ready.append((handle, lambda: context.run(callback, *args)))
+        self._ready.append((handle, partial(context.run, callback, *args)))
         return handle
 
     def create_future(self) -> asyncio.Future[Any]:

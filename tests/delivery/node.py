@@ -245,10 +245,11 @@ class Node:
     def run(self) -> None:
         """Let the loop do everything that there is to do."""
         self._turns.wake()
-        while self._loop.run_one():
-            if self._bugs:
-                raise self._bugs[0]
-            self._watcher.has_moved()
+        with self._loop.running():
+            while self._loop.run_one():
+                if self._bugs:
+                    raise self._bugs[0]
+                self._watcher.has_moved()
 
     def learn_what_is_durable(self) -> None:
         """The loop learns which commits were made."""
@@ -290,8 +291,9 @@ class Node:
         self.router.close()
         self._turns.stop()
         self.tasks.cancel()
-        while self._loop.run_one():
-            pass
+        with self._loop.running():
+            while self._loop.run_one():
+                pass
 
     # ── Looking at it ──────────────────────────────────────────────────────────────────────────────────────────────
 

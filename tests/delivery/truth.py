@@ -11,7 +11,7 @@ from itertools import count
 
 import numpy as np
 
-from instep.core.tables import rows_of
+from instep.core.tables import SCRATCH_SLOT, rows_of
 from instep.streaming.api import Origin
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, Message
@@ -178,8 +178,8 @@ class Truth:
         node = self.node
         if node is None:
             return
-        for slot in node.table.open_slots().tolist():
-            number = int(node.table.recording_id[slot])
+        slots = node.table.open_slots()
+        for slot, number in zip(slots.tolist(), node.table.recording_id[slots].tolist(), strict=True):
             if number not in self.lives:
                 origin = node.origins[int(node.table.owner[slot])]
                 assert origin is not None
@@ -203,12 +203,17 @@ class Truth:
         node = self.node
         if node is None:
             return
-        for life in self.lives.values():
-            slot = self._slot(life)
-            if slot is None and self._is_asleep(life):
+        table, lives = node.table, list(self.lives.values())
+        slots = table.find([life.name for life in lives])
+        ends = (table.closing[slots] | table.lost[slots]).tolist()
+        for life, slot, number, is_ending in zip(
+            lives, slots.tolist(), table.recording_id[slots].tolist(), ends, strict=True
+        ):
+            is_there = slot != SCRATCH_SLOT and number == life.number
+            if not is_there and self._is_asleep(life):
                 self.seen.add("hibernated")
                 life.has_slept = True
-            elif slot is None or node.table.closing[slot] or node.table.lost[slot]:
+            elif not is_there or is_ending:
                 life.has_ended = True
 
     def resume_arrives(self, connection: Connection, asked: Asked, *, is_copy: bool) -> None:

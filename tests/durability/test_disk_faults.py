@@ -170,7 +170,7 @@ def test_a_disk_that_fails_while_a_recording_is_gone_on_with_is_said_and_costs_n
     story = Story(writer, seed=2)
     story.tell(10)
     writer.abandon()
-    header = story_header(durability)  # type: ignore[arg-type]
+    header = story_header(durability)
     refused = 0
     for after in range(100):
         left = after

@@ -37,6 +37,8 @@ BURST = 500
 ALLOWED_GROWTH_BYTES = 16 * 2**20
 """Over all messages after the warm-up: 20 bytes a message, less than any one Python object that might be kept."""
 NEIGHBOURS = 4
+MORE = int(zmq.SNDMORE)
+"""As a plain number: pyzmq's `send_multipart` combines flags of an enum, which takes longer than to send a frame."""
 PATIENCE_S = 30
 """How long nothing may be answered."""
 
@@ -77,7 +79,9 @@ class Fuzzer(threading.Thread):
             self.failure = error
 
     def _send(self, *frames: bytes) -> None:
-        self._socket.send_multipart(frames)
+        for frame in frames[:-1]:
+            self._socket.send(frame, MORE)
+        self._socket.send(frames[-1])
 
     def _send_some(self) -> None:
         self._send(msgpack.packb([Kind.PING, 1]))  # the server does not know the connection yet
@@ -88,7 +92,7 @@ class Fuzzer(threading.Thread):
             for _ in range(BURST):
                 frames = self._maker.make()
                 self._due += is_answered(frames)
-                self._socket.send_multipart(frames)
+                self._send(*frames)
             self.sent += BURST
             self._drain(self._due - WINDOW)
         self._drain(self._due)

@@ -93,21 +93,23 @@ class AnswerCheck:
     def take(self, frames: list[bytes]) -> None:
         """One message from the server."""
         reply = Reply(frames)
+        alone = [reply]
         if reply.kind is Kind.STEPPED:
             assert len(frames) == 2, reply.header
+            alone = [Reply(message) for message in apart(frames)]
         else:
             assert len(reply.header) == ANSWERS.get(reply.kind), reply.header
             assert len(frames) == wire.FRAME_COUNT[reply.kind], reply.header
         if reply.kind is Kind.PING:
             self._answer(msgpack.packb([Kind.PONG, reply.request]))
             return
-        alone = [Reply(message) for message in apart(frames)]
         self.answered += len(alone)
         if reply.kind is Kind.ERROR:
-            assert reply.code in REFUSALS, reply.header
+            code = reply.code
+            assert code in REFUSALS, reply.header
             assert reply.sentence, reply.header
-            assert (reply.header[4] > 0) == (reply.code is Code.BUSY), reply.header
-            self.seen[reply.code] += 1
+            assert (reply.header[4] > 0) == (code is Code.BUSY), reply.header
+            self.seen[code] += 1
         elif reply.kind in WITH_FAILURES:
             codes = {code for _, _, code, _ in reply.failures()}
             assert codes <= FAILURES, reply.header

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -70,6 +71,7 @@ class Truth:
     """float32 [seq - first_seq, outputs]."""
 
 
+@cache
 def story_header(durability: Durability = "commit") -> RecordingHeader:
     """The header of a recording of the story's engine."""
     return recording_header(prepared(SMALL), config(recording={"file": "r.db", "durability": durability}))
