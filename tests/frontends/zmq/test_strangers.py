@@ -53,8 +53,7 @@ def test_routing_ids_that_strangers_claim_cost_no_ordinary_connection(tmp_path: 
     write_model(tmp_path / "model", SMALL)
     unseeded = subprocess.run([sys.executable, "-c", FIRST_ROUTING_ID], capture_output=True, check=True)
     first = int(unseeded.stdout)
-    arguments = ["--set", "engine.exactness=off", "--set", "engine.max_batch_size=8"]
-    with ChildServer(tmp_path / "model", arguments) as server, ExitStack() as open_sockets:
+    with ChildServer(tmp_path / "model") as server, ExitStack() as open_sockets:
         context = open_sockets.enter_context(zmq.Context())
         for number in range(CLAIMED):
             claimant = open_sockets.enter_context(context.socket(zmq.DEALER))
@@ -78,7 +77,7 @@ async def test_messages_into_a_server_whose_disk_stalls_and_a_hang_up_end_nothin
     """With ZeroMQ heartbeats, or unread messages behind which the peer hangs up, libzmq 4.3.5 ends the process."""
     x = random_frames(rng, 1)
     recording = {"file": tmp_path / "r.instep", "queue_batches": 2}
-    transport = {"heartbeat_s": 0.05}
+    transport = {"heartbeat_s": 0.5}
     async with held_commits() as may_commit, running(SMALL, recording=recording, transport=transport) as server:
         async with RawClient(server.endpoint) as other:
             await other.hello()
@@ -163,7 +162,7 @@ def test_a_message_that_never_ends_is_never_taken_and_costs_memory_but_no_servic
     """libzmq shows a message when its last part has come, and sends none before: this stranger speaks ZMTP itself."""
     write_model(tmp_path / "model", SMALL)
     # A process of its own: one that has run other tests takes memory that they freed, and does not grow.
-    with ChildServer(tmp_path / "model", ["--set", "engine.exactness=off"]) as server:
+    with ChildServer(tmp_path / "model") as server:
         host, port = server.endpoint.removeprefix("tcp://").split(":")
         asyncio.run(assert_serves(server.endpoint, rng, "before"))
         before = resident_bytes(server.pid)
