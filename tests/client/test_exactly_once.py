@@ -6,6 +6,7 @@ from collections import deque
 from random import Random
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,8 @@ from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, Message
 from tests.support.staged_server import StagedServer
+
+pytestmark = pytest.mark.heavy
 
 
 class Run:

@@ -20,6 +20,8 @@ from tests.support.fake_server import evicted
 from tests.support.ring_link import RingLink
 from tests.support.step_messages import parts
 
+pytestmark = pytest.mark.heavy
+
 ACTIONS = {
     "step": 8,
     "read": 2,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,8 @@ from tests.support.fake_server import F32, reference
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer
 from tests.support.states import floats_of
+
+pytestmark = pytest.mark.heavy
 
 
 class Run:
