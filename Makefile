@@ -9,7 +9,10 @@ TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder --durations=15
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check format bench chaos clean
+.PHONY: help demo test all-tests kernel-lines test-long check format bench chaos clean
+
+# A hundred processes that tests start would compile all sources again where this is set.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -17,12 +20,18 @@ help:  ## List the targets
 demo: $(READY)  ## Stream recorded speech through the engine and verify every output
 	$(BIN)/instep demo
 
-test: check  ## Run the checks, then all tests with their coverage
+test: $(READY)  ## Run the checks and all tests, and report their coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(TOGETHER)
-	NUMBA_DISABLE_JIT=1 $(BIN)/coverage run -m pytest -q tests/core  # the lines of kernels, which compiled ones hide
+	@$(MAKE) --no-print-directory -j 2 all-tests check kernel-lines
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
+
+all-tests: $(READY)
+	$(BIN)/python -c "from instep.streaming.warm_up import warm_up; warm_up()"  # else each worker compiles all kernels
+	$(BIN)/coverage run -m pytest $(TOGETHER)
+
+kernel-lines: check  # which compiled kernels hide
+	NUMBA_DISABLE_JIT=1 $(BIN)/coverage run -m pytest -q tests/core
 
 test-long: $(READY)  ## Run the tests that take minutes: long chaos, all mutants, a million damaged messages, scale
 	$(BIN)/python -m pytest -m long $(TOGETHER)
