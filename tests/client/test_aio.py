@@ -278,7 +278,7 @@ async def test_a_malformed_message_is_never_a_hang(server: FakeServer) -> None:
 
 
 async def test_a_server_that_falls_silent(server: FakeServer) -> None:
-    async with AsyncClient(server.endpoint, timeout_s=0.3, reconnect_s=0) as client:
+    async with AsyncClient(server.endpoint, timeout_s=1.0, reconnect_s=0) as client:
         stream = await client.open("a")
         server.rules.fault = lambda header, frames: []
         with pytest.raises(ConnectionFailed, match=f"nobody answers at {server.endpoint}"):
@@ -287,7 +287,7 @@ async def test_a_server_that_falls_silent(server: FakeServer) -> None:
 
 
 async def test_a_server_that_is_slow_but_there(server: FakeServer) -> None:
-    async with AsyncClient(server.endpoint, timeout_s=0.2) as client:
+    async with AsyncClient(server.endpoint, timeout_s=1.0) as client:
         stream = await client.open("a")
         server.rules.holding = True
         step = asyncio.create_task(stream.step(X[0]))
@@ -389,7 +389,7 @@ async def test_closing_does_not_wait_long_for_a_server_that_hangs(server: FakeSe
 
 async def test_outputs_that_nobody_reads_are_an_error_not_a_hang() -> None:
     with FakeServer(replace(INFO, credit_frames=4)) as server:
-        async with AsyncClient(server.endpoint, timeout_s=0.2) as client:
+        async with AsyncClient(server.endpoint, timeout_s=1.0) as client:
             stream = await client.open("a")
             with pytest.raises(InstepError, match="nobody reads the outputs of stream 'a'"):
                 await send_all(stream, X)

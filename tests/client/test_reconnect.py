@@ -160,7 +160,7 @@ async def test_an_answer_that_was_lost_with_its_connection_comes_over_the_next_w
 
 
 async def test_a_server_that_never_comes_back_is_given_up(rings: Rings) -> None:
-    async with AsyncClient(rings.endpoint, timeout_s=0.2, reconnect_s=0.3) as client:
+    async with AsyncClient(rings.endpoint, timeout_s=1.0, reconnect_s=0.3) as client:
         stream = await client.open("a")
         with rings.server.paused(), pytest.raises(ConnectionFailed, match=r"tried to connect again for 0\.3 s"):
             await stream.step(X[0])

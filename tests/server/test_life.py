@@ -168,7 +168,7 @@ async def test_a_batch_that_is_held_goes_when_the_server_drains(rng: np.random.G
         handles = (await client.open("s", "silent")).handles()
         await client.send(*client.step_message(handles[:1], [0], x))
         await taken(server)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(9):  # less than the batch may be held
             server.stop()
             reply, goodbye = [await client.receive() for _ in range(2)]
     assert goodbye.kind is Kind.GOODBYE

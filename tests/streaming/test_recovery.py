@@ -77,7 +77,7 @@ async def test_what_a_restart_has_replayed_the_next_one_need_not(tmp_path: Path)
     writer.commit()
     writer.abandon()
     async with running(SMALL, recording=recording):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not _checkpoint(path):
                 await asyncio.sleep(0.01)
 
