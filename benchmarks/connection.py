@@ -18,7 +18,7 @@ import zmq
 from instep_client import replies
 from instep_client.protocol import wire
 from instep_client.protocol.codes import sentence_of
-from instep_client.protocol.multipart import READABLE, events
+from instep_client.protocol.multipart import ready
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.step_messages import STEPPED, STEPPED_HEADER
 from instep_client.protocol.wire import U64, Code, Header, Kind, ServerInfo
@@ -131,7 +131,7 @@ class BareConnection:
     @property
     def is_readable(self) -> bool:
         """Whether `receive` would return at once. One message may answer several requests."""
-        return bool(self._received or events(self.socket) & READABLE)
+        return bool(self._received or ready(self.socket))
 
     def _next(self) -> bytes:
         try:

@@ -1,8 +1,9 @@
 """Socket, clock and tasks around a session, on one asyncio event loop.
 
-Everything happens in `_pump`: messages in, the session's rules, a new socket if they want one, messages out, waiters
-woken. It runs when a message came, when a task asked for something (once for all tasks of one turn of the loop, which
-is how their frames come to share a block), and when the session's deadline has come.
+`_on_readable` takes messages in and wakes the tasks that wait for them. `_pump` does the rest: the session's rules, a
+new socket if they want one, messages out. It runs once for everything that the tasks of one turn of the loop asked for,
+so that their frames share a block. After messages came it runs when the tasks that they woke have had their turn. It
+also runs when the session's deadline has come.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import zmq
@@ -52,8 +54,8 @@ class Driver:
         self._is_due = False
         self._asked = 0
         """Calls that were made since the session last acted."""
-        self._may_read = False
-        """Whether the socket has messages that it will not signal again."""
+        self._is_touched = False
+        """Whether the socket was used since it was last asked what it has: it signals once, and that may be used up."""
         self._stopped = False
 
     async def start(self, wait: bool) -> None:
@@ -180,8 +182,10 @@ class Driver:
             self._close(former)
 
     def _on_readable(self) -> None:
-        self._may_read = True
-        self._pump()
+        self._guard(self._receive)
+        if not self._is_due:
+            self._is_due = True
+            self._sockets.call_after_tasks(self._loop, self._pump)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -190,10 +194,14 @@ class Driver:
     def _pump(self) -> None:
         self._is_due = False
         self._asked = 0
+        self._guard(self._act)
+
+    def _guard(self, work: Callable[[zmq.Socket[bytes]], None]) -> None:
+        """Do what is to be done with the socket, and wake whom it concerns."""
         if self._socket is None or self._socket.closed:
             return
         try:
-            self._exchange(self._socket)
+            work(self._socket)
         except Exception as error:  # a bug of ours must not leave callers waiting for ever
             _log.exception("the client failed")
             self._session.fail(ConnectionFailed, f"the client failed and gave the connection up: {error!r}")
@@ -202,17 +210,19 @@ class Driver:
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
 
-    def _exchange(self, socket: zmq.Socket[bytes]) -> None:
+    def _receive(self, socket: zmq.Socket[bytes]) -> None:
         session = self._session
         now = time.monotonic()
-        is_touched = False
-        if self._may_read:
-            self._may_read = False
-            count = 0
-            for frames in multipart.received(socket, _RECEIVE_BURST):  # outputs are copied once, to the user's array
-                session.receive([frame.buffer for frame in frames], now)
-                count += 1
-            is_touched = count == _RECEIVE_BURST
+        count = 0
+        for frames in multipart.received(socket, _RECEIVE_BURST):  # outputs are copied once, to the user's array
+            session.receive([frame.buffer for frame in frames], now)
+            count += 1
+        if count == _RECEIVE_BURST:
+            self._is_touched = True
+
+    def _act(self, socket: zmq.Socket[bytes]) -> None:
+        session = self._session
+        now = time.monotonic()
         session.advance(now)
         if session.take_reconnect():
             _log.info("connecting to %s again: %s", session.endpoint, session.attempts.why)
@@ -220,15 +230,15 @@ class Driver:
             socket = self._socket or socket
         self._backlog.extend(session.pending.take_messages())
         if self._backlog:
-            is_touched = True
+            self._is_touched = True
             self._send(socket)
         self._set_timer(now)
-        # The socket signals once, and the work above may have used the signal up.
-        if is_touched:
-            wanted = multipart.READABLE_OR_WRITABLE if self._backlog else multipart.READABLE
-            found = multipart.events(socket) & wanted
-            if found:
-                self._may_read = bool(found & multipart.READABLE)
+        if self._is_touched:
+            self._is_touched = False
+            found = multipart.ready(socket, multipart.READABLE_OR_WRITABLE if self._backlog else multipart.READABLE)
+            if found & multipart.READABLE:
+                self._loop.call_soon(self._on_readable)
+            elif found:
                 self.wake()
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:

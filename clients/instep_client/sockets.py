@@ -35,6 +35,7 @@ class Sockets:
         self._context.set(zmq.MAX_SOCKETS, int(self._context.get(zmq.SOCKET_LIMIT)))
         self._open = 0
         self._due: list[Callable[[], None]] = []
+        self._after_tasks: list[Callable[[], None]] = []
 
     @staticmethod
     def of(loop: asyncio.AbstractEventLoop) -> Sockets:
@@ -77,6 +78,17 @@ class Sockets:
         self._due.append(callback)
         if len(self._due) == 1:
             loop.call_soon(self._take_turn)
+
+    def call_after_tasks(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+        """Call back in the turn of the loop after that of the tasks that are being woken now."""
+        self._after_tasks.append(callback)
+        if len(self._after_tasks) == 1:
+            loop.call_soon(self._pass_on, loop)
+
+    def _pass_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        after_tasks, self._after_tasks = self._after_tasks, []
+        for callback in after_tasks:
+            self.call_in_next_turn(loop, callback)
 
     def _take_turn(self) -> None:
         due, self._due = self._due, []
