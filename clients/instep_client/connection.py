@@ -122,7 +122,7 @@ class Connection:
         """A message came. One that does not follow the protocol ends the session."""
         if self.state is RECONNECTING and self.attempts.phase is Phase.LOST:
             return  # of the connection that was given up
-        self._silence.heard(now)
+        self._silence.heard_at = now
         try:
             if frames and len(frames[0]) and frames[0][0] == _STEPPED:
                 self._handle_stepped(frames)
@@ -143,9 +143,10 @@ class Connection:
             rows = self.sleepers.due(now)
             if len(rows):
                 self._claim(rows)
-        is_waiting = self._is_waiting()
         is_open = self.state is OPEN
-        if self._silence.lasts_too_long(now, is_waiting, is_open, self._keep_alive_s(is_waiting)):
+        is_waiting = self.state is not ENDED and bool(self.pending.unanswered or self.flow.in_flight.on_the_way)
+        keep_alive_s = math.inf if is_waiting else self._keep_alive_s()
+        if self._silence.lasts_too_long(now, is_waiting, is_open, keep_alive_s):
             waited = f"waited {self._silence.timeout_s:g} s"
             self.lose(now, f"nobody answers at {self.endpoint} ({waited}); is the server running there?")
 
@@ -153,12 +154,10 @@ class Connection:
         """When `advance` is to be called though nothing happens; None for never."""
         if self.state is ENDED:
             return None
-        is_open = self.state is OPEN
-        soonest = self._silence.deadline(is_open, self._keep_alive_s(self._is_waiting()))
-        if is_open:
-            soonest = min(soonest, self.flow.deadline(self._silence.timeout_s), self.sleepers.again_at)
+        if self.state is OPEN:
+            soonest = min(self._silence.deadline, self.flow.deadline(self._silence.timeout_s), self.sleepers.again_at)
         else:
-            soonest = min(soonest, self.attempts.deadline())
+            soonest = min(self._silence.deadline, self.attempts.deadline())
         return None if soonest == math.inf else soonest
 
     def fail(self, error: type[InstepError], sentence: str) -> None:
@@ -338,12 +337,9 @@ class Connection:
             self._is_new = True
             self.greeting.ask(now)
 
-    def _is_waiting(self) -> bool:
-        return self.state is not ENDED and bool(self.pending.unanswered or self.flow.in_flight.on_the_way)
-
-    def _keep_alive_s(self, is_waiting: bool) -> float:
+    def _keep_alive_s(self) -> float:
         """How long silence alone is no reason for a word: a connection lost unnoticed has its streams parked."""
-        is_needed = not is_waiting and self.state is OPEN and not self.table.is_empty and self.attempts.reconnect_s > 0
+        is_needed = self.state is OPEN and not self.table.is_empty and self.attempts.reconnect_s > 0
         return self.info.park_s / 2 if is_needed and self.info.park_s > 0 else math.inf
 
 

@@ -54,8 +54,8 @@ class Driver:
         self._is_due = False
         self._asked = 0
         """Calls that were made since the session last acted."""
-        self._is_touched = False
-        """Whether the socket was used since it was last asked what it has: it signals once, and that may be used up."""
+        self._burst = 1
+        """Messages to take at once. Most connections get one at a time; more are taken where there were more."""
         self._stopped = False
 
     async def start(self, wait: bool) -> None:
@@ -213,12 +213,8 @@ class Driver:
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         session = self._session
         now = time.monotonic()
-        count = 0
-        for frames in multipart.received(socket, _RECEIVE_BURST):  # outputs are copied once, to the user's array
+        for frames in multipart.received(socket, self._burst):  # outputs are copied once, to the user's array
             session.receive([frame.buffer for frame in frames], now)
-            count += 1
-        if count == _RECEIVE_BURST:
-            self._is_touched = True
 
     def _act(self, socket: zmq.Socket[bytes]) -> None:
         session = self._session
@@ -230,16 +226,15 @@ class Driver:
             socket = self._socket or socket
         self._backlog.extend(session.pending.take_messages())
         if self._backlog:
-            self._is_touched = True
             self._send(socket)
         self._set_timer(now)
-        if self._is_touched:
-            self._is_touched = False
-            found = multipart.ready(socket, multipart.READABLE_OR_WRITABLE if self._backlog else multipart.READABLE)
-            if found & multipart.READABLE:
-                self._loop.call_soon(self._on_readable)
-            elif found:
-                self.wake()
+        # The socket signals once, and the work since then may have used the signal up.
+        found = multipart.ready(socket, multipart.READABLE_OR_WRITABLE if self._backlog else multipart.READABLE)
+        self._burst = _RECEIVE_BURST if found & multipart.READABLE else 1
+        if found & multipart.READABLE:
+            self._loop.call_soon(self._on_readable)
+        elif found:
+            self.wake()
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:
         backlog = self._backlog

@@ -205,7 +205,7 @@ class Flow:
         for _ in range(len(self._line)):
             queue = self._line[0]
             handle = queue.handle
-            request = queue.next_request()
+            request = queue.next_request() if queue.requests else None
             if request is not None:
                 self._line.popleft()
                 self._take_request(queue, request, now)

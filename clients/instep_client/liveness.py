@@ -140,17 +140,16 @@ class Silence:
 
     def __init__(self, pending: Pending, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self._heard_at = -math.inf
+        self.heard_at = 0.0
+        """When the newest message came; 0 before the first."""
+        self.deadline = math.inf
+        """When to watch again though no message comes; infinity for never."""
         self._waiting_since = math.inf
         self.probe = Probe(pending)
 
-    def heard(self, now: float) -> None:
-        """A message came."""
-        self._heard_at = now
-
     def lost(self) -> None:
         """The connection is lost: the wait begins anew with the next one."""
-        self._waiting_since = math.inf
+        self._waiting_since = self.deadline = math.inf
 
     def lasts_too_long(self, now: float, is_waiting: bool, may_probe: bool, keep_alive_s: float) -> bool:
         """Whether the server is to be given up; it is probed where that is due.
@@ -163,25 +162,17 @@ class Silence:
         """
         if not is_waiting:
             self._waiting_since = math.inf
-            if now >= self._heard_at + keep_alive_s:
-                self.probe.ask(now)
-            return False
-        self._waiting_since = min(self._waiting_since, now)
-        quiet_since = max(self._heard_at, self._waiting_since)
-        if (
-            may_probe
-            and not self.probe.is_unanswered
-            and quiet_since + self.timeout_s > now >= (quiet_since + self.timeout_s / 2)
-        ):
+            self.deadline = self.heard_at + keep_alive_s
+            if now < self.deadline:
+                return False
             self.probe.ask(now)
-        return now >= quiet_since + self.timeout_s
-
-    def deadline(self, may_probe: bool, keep_alive_s: float) -> float:
-        """When to look again though no message comes; infinity for never."""
-        if self._waiting_since == math.inf:
-            return self._heard_at + keep_alive_s
-        is_probed = not may_probe or self.probe.is_unanswered
-        return max(self._heard_at, self._waiting_since) + (self.timeout_s if is_probed else self.timeout_s / 2)
+        self._waiting_since = min(self._waiting_since, now)
+        quiet_since = max(self.heard_at, self._waiting_since)
+        given_up_at, probed_at = quiet_since + self.timeout_s, quiet_since + self.timeout_s / 2
+        if may_probe and not self.probe.is_unanswered and given_up_at > now >= probed_at:
+            self.probe.ask(now)
+        self.deadline = probed_at if may_probe and not self.probe.is_unanswered else given_up_at
+        return now >= given_up_at
 
 
 class Probe(Request[None]):

@@ -14,7 +14,6 @@ from instep_client.protocol.wire import F32, U64, Code
 from instep_client.replies import Stepped
 from instep_client.streams import ACKED, HANDLE, SEQ, OpenStreams, StreamHandle
 
-_ONE: Final = np.uint64(1)
 _ONE_COLUMN: Final[Indices] = np.zeros(1, np.int64)
 
 
@@ -166,6 +165,10 @@ class StepBlock:
         """The call's timestep that is the block's first."""
         self.where = where
         """Which column of its call each column is."""
+        self.frames = len(x) * len(rows)
+        """How many frames it carries, T × N."""
+        self.end: U64 = columns[:, SEQ] + np.uint64(len(x))
+        """The seq after the last timestep, of each column."""
         self.number = 0
         """The number it was last sent with; numbers grow."""
 
@@ -173,9 +176,9 @@ class StepBlock:
     def of_piece(cls, table: OpenStreams, call: StepCall, x: F32, start: int, where: Indices) -> StepBlock:
         """Frames of a call from timestep `start` on, of the columns `where`; their streams' next seqs move on."""
         rows = call.rows[where]
-        columns = table.columns.take(rows, axis=0)
-        table.seqs[rows] += np.uint64(len(x))
-        return cls((call,), rows, columns, x, start, where)
+        block = cls((call,), rows, table.columns.take(rows, axis=0), x, start, where)
+        table.seqs[rows] = block.end
+        return block
 
     @classmethod
     def of_singles(cls, table: OpenStreams, calls: Sequence[StepCall]) -> StepBlock:
@@ -186,14 +189,9 @@ class StepBlock:
             rows = np.concatenate([call.rows for call in calls])
             x = np.concatenate([call.x for call in calls], axis=1)
             where = np.zeros(len(rows), np.int64)
-        columns = table.columns.take(rows, axis=0)
-        table.seqs[rows] = columns[:, SEQ] + _ONE
-        return cls(calls, rows, columns, x, 0, where)
-
-    @property
-    def frames(self) -> int:
-        """How many frames it carries, T × N."""
-        return len(self.x) * len(self.rows)
+        block = cls(calls, rows, table.columns.take(rows, axis=0), x, 0, where)
+        table.seqs[rows] = block.end
+        return block
 
     def owner(self, column: int) -> tuple[StepCall, int]:
         """The call that a column belongs to, and which of the call's columns it is."""

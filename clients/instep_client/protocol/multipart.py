@@ -24,9 +24,10 @@ def send_now(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) ->
         zmq.Again: there is no room for it now.
         zmq.ZMQError: whatever else is wrong; nothing of the message was taken.
     """
-    last = len(frames) - 1
-    for index, frame in enumerate(frames):
-        socket.send(frame, _NOW_AND_MORE if index < last else NOW)
+    send = socket.send
+    for frame in frames[:-1]:
+        send(frame, _NOW_AND_MORE)
+    send(frames[-1], NOW)
 
 
 def received(socket: zmq.Socket[bytes], at_most: int) -> Iterator[list[zmq.Frame]]:
