@@ -162,6 +162,17 @@ class TestLoss:
         assert link.session.state is State.RECONNECTING
         assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
 
+    def test_the_word_that_a_quiet_connection_asks_for_is_itself_waited_for(self) -> None:
+        link = RingLink(RingServer(replace(RING_INFO, park_s=60.0)))
+        link.open("a")
+        for state in (State.OPEN, State.RECONNECTING):
+            deadline = link.session.deadline()
+            assert deadline is not None
+            link.now = deadline
+            link.advance()
+            link.to_server[link.peer].clear()  # it gets lost, and nothing tells
+            assert link.session.state is state
+
     def test_without_streams_silence_means_nothing(self) -> None:
         assert RingLink().session.deadline() is None
 
