@@ -24,6 +24,7 @@ def handler_kept() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.mark.heavy
 def test_serve_ends_quietly_whenever_it_is_interrupted(tmp_path: Path) -> None:
     """From its first line until long after it serves: 130 before it serves, 0 after, and never a traceback."""
     for ending in interrupted_at_every_moment("instep.__main__", SERVE, tmp_path, step_s=0.3, last_s=2.1):
@@ -31,6 +32,7 @@ def test_serve_ends_quietly_whenever_it_is_interrupted(tmp_path: Path) -> None:
         assert ending.status == (0 if "stopped" in ending.stderr else 130), ending
 
 
+@pytest.mark.heavy
 def test_serve_ends_with_a_sentence_when_it_is_told_to_before_it_serves(tmp_path: Path) -> None:
     number = signal.SIGTERM
     for ending in interrupted_at_every_moment("instep.__main__", SERVE, tmp_path, 0.7, 4.2, number=number):
@@ -51,6 +53,7 @@ def test_a_hangup_ends_other_commands_with_a_sentence_and_serve_not_at_all(tmp_p
         assert (done.returncode, done.stderr) == ((129, "instep was ended by SIGHUP\n") if ends else (0, ""))
 
 
+@pytest.mark.heavy
 def test_serve_interrupted_twice_ends_quietly(tmp_path: Path) -> None:
     for again_s in (0.01, 0.1):
         for ending in interrupted_at_every_moment("instep.__main__", SERVE, tmp_path, 2.5, 2.5, again_s):
@@ -58,6 +61,7 @@ def test_serve_interrupted_twice_ends_quietly(tmp_path: Path) -> None:
             assert ending.status in (0, 130), ending
 
 
+@pytest.mark.heavy
 def test_other_commands_end_quietly_too(tmp_path: Path) -> None:
     for ending in interrupted_at_every_moment("instep.__main__", ["demo", "seed"], tmp_path, step_s=0.7, last_s=2.1):
         assert "Traceback" not in ending.stderr, ending

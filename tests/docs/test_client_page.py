@@ -22,6 +22,8 @@ from instep.models.recurrent.description import GruDescription, GruLayers
 from instep_client import AsyncClient, AsyncGroup, AsyncStream, Client
 from tests.docs.support.page import Page
 
+pytestmark = pytest.mark.heavy
+
 PAGE = Page("client.md")
 PRINTED = [
     "mic-7 51 True 50\n",

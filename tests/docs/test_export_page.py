@@ -21,6 +21,8 @@ from tests.docs.support.page import Page
 from tests.docs.support.shell import TypedServer, commands, run
 from tests.tools.formats.test_messages import IMU, imu, write
 
+pytestmark = pytest.mark.heavy
+
 PAGE = Page("export.md")
 FRAMES = {"mic-7": 5, "mic-8": 4}
 

@@ -19,6 +19,8 @@ from instep.models.registry import parse_description
 from tests.docs.support.page import Page
 from tests.docs.support.shell import commands, run
 
+pytestmark = pytest.mark.heavy
+
 PAGE = Page("models.md")
 PROGRAMS = dict(PAGE.blocks("python"))
 SHOWN = [text for _, text in PAGE.blocks("text")]

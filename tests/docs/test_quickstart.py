@@ -6,9 +6,13 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from instep_client import Client
 from tests.docs.support.page import Page
 from tests.docs.support.shell import SCRIPTS, TypedServer, commands, run
+
+pytestmark = pytest.mark.heavy
 
 PAGE = Page("quickstart.md")
 

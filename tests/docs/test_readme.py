@@ -35,6 +35,7 @@ def test_what_it_installs_serves() -> None:
     assert "engine" in extras
 
 
+@pytest.mark.heavy
 def test_its_commands_and_its_code_run_as_written(tmp_path: Path) -> None:
     serve, verify, serve_own = (words for words in TYPED if words[0] == "instep")
     code, own_network = (body for language, body in BLOCKS if language == "python")

@@ -26,6 +26,8 @@ from tests.support.raw import RawClient
 from tests.support.running import log_into, running
 from tests.support.served import serving
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:

@@ -21,6 +21,8 @@ from tests.support.models import SMALL, whole
 from tests.support.served import Served, serving
 from tests.support.streaming import random_frames
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def supervised(tmp_path: Path) -> Iterator[tuple[Served, str]]:
