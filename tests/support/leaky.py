@@ -44,6 +44,9 @@ class LeakyDescription:
     def tensor_shapes(self) -> dict[str, Shape]:
         return {"gain": (self.features,)}
 
+    def tensor_dtype(self, tensor: str) -> str:
+        return "float32"
+
     def fan_in(self, tensor: str) -> int:
         return 1
 
@@ -75,6 +78,7 @@ class LeakyStep:
 
 class LeakyNetwork:
     row_multiple = 1
+    least_probes = 8
     kernel = "numpy"
 
     def __init__(self, model: Model, device: torch.device) -> None:

@@ -44,7 +44,10 @@ class Description(Protocol):
         """The state that is kept for each stream between frames."""
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Every float32 tensor of the weights file by name, in the order in which it counts for the fingerprint."""
+        """Every tensor of the weights file by name, in the order in which it counts for the fingerprint."""
+
+    def tensor_dtype(self, tensor: str) -> str:
+        """The dtype of a tensor of the weights file, as torch calls it: `float32`."""
 
     def fan_in(self, tensor: str) -> int:
         """Inputs of the layer that a tensor belongs to: random weights are uniform in ±1/√fan_in."""
@@ -83,7 +86,11 @@ class BoundStep(Protocol):
 
 
 class Reference(Protocol):
-    """The network written again from its equations in numpy; it shares no code with the step."""
+    """The network computed in another way than by its step."""
+
+    @property
+    def independent(self) -> bool:
+        """Whether it shares no code with the step, being written again from the equations; reports say so if not."""
 
     def run(self, x: Floats, state: Mapping[str, Any], active: I64) -> tuple[Floats, dict[str, Any]]:
         """Run sequences of different lengths, the longest first.
@@ -129,6 +136,10 @@ class RecurrentModel(Protocol):
         """Of one row in one step, about: certification bounds its work by it."""
 
     @property
+    def least_probes(self) -> int:
+        """Rows that certification steps in every batch size at least, however long that takes."""
+
+    @property
     def kernel(self) -> str:
         """A word for how it steps, for logs and for what bits depend on."""
 
@@ -156,4 +167,4 @@ class RecurrentModel(Protocol):
         """
 
     def reference(self, dtype: type[np.floating[Any]]) -> Reference | None:
-        """The independent reference in float64, or in float32 to measure what rounding alone does; None without one."""
+        """The reference in float64, or in float32 to measure what rounding alone does; None without one."""

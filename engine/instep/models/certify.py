@@ -36,8 +36,10 @@ of one core."""
 _ENOUGH_PROBES: Final = 512
 _LEAST_ELEMENTS: Final = 4096
 """The least probes times values of a state: a kernel that differs shows in some of that many values."""
-_LEAST_PROBES: Final = (8, 1024)
-"""Bounds of what `_LEAST_ELEMENTS` asks for."""
+_MOST_LEAST_PROBES: Final = 1024
+"""No more than these for `_LEAST_ELEMENTS`."""
+_WARM_STEPS: Final = 8
+"""How many frames the states that are reached by stepping have behind them at most."""
 _LONGEST_SEQUENCE: Final = 256
 _SHORTEST_SEQUENCE: Final = 4
 _SEQUENCE_ROWS: Final = 64
@@ -81,7 +83,7 @@ def certify(model: RecurrentModel, candidates: Sequence[int]) -> Certification:
     count = _probe_count(model, candidates)
     model.select_step(candidates, count)
     steps = {bucket: model.bind(bucket) for bucket in candidates}
-    probes = _Probes(model, count)
+    probes = _Probes(model, count, steps)
     results = {bucket: probes.through(bucket, step) for bucket, step in steps.items()}
     groups: dict[bytes, list[int]] = {}
     for bucket, result in results.items():
@@ -129,7 +131,7 @@ class _Result:
 class _Probes:
     """Rows whose answers are compared, and the rows that are put beside them."""
 
-    def __init__(self, model: RecurrentModel, count: int) -> None:
+    def __init__(self, model: RecurrentModel, count: int, steps: Mapping[int, BoundStep]) -> None:
         self._model = model
         self._count = count
         features, state = model.description.features, model.state
@@ -137,7 +139,9 @@ class _Probes:
         beside = np.array([*_HOSTILE, _PADDING], np.float32)
         x = np.repeat(beside[:, None], features, axis=1)
         self._x = np.concatenate([_random_frames(model, random, count), x])
-        self._state = np.concatenate([_random_states(state, random, count), _constant_states(state, beside)])
+        reached = _reached_states(model, random, count // 2, steps)
+        drawn = _random_states(state, random, count - len(reached), reached)
+        self._state = np.concatenate([drawn, reached, _constant_states(state, beside)])
         self._padding = count + len(_HOSTILE)
 
     def through(self, bucket: int, step: BoundStep) -> _Result:
@@ -188,7 +192,7 @@ def _sequence_distance(model: RecurrentModel, steps: Mapping[int, BoundStep]) ->
 def _one_sequence_distance(model: RecurrentModel, step: BoundStep, rows: int, length: int) -> int | None:
     random = np.random.default_rng(1)
     x = _random_frames(model, random, length * rows).reshape(length, rows, -1)
-    state = _random_states(model.state, random, rows)
+    state = _random_states(model.state, random, rows, model.state.initial(1))
     whole = model.sequence(x, state)
     if whole is None:
         return None
@@ -209,22 +213,42 @@ def _random_frames(model: RecurrentModel, random: np.random.Generator, count: in
     return (scale * random.standard_normal((count, model.description.features))).astype(np.float32)
 
 
-def _random_states(spec: StateSpec, random: np.random.Generator, count: int) -> U8:
-    """States of several magnitudes, some of them all zero: floats in ±1, small counts, bools."""
+def _reached_states(
+    model: RecurrentModel, random: np.random.Generator, count: int, steps: Mapping[int, BoundStep]
+) -> U8:
+    """States that streams have after 1 to `_WARM_STEPS` frames, in which leaves fit together as drawn ones do not."""
+    bucket = max((bucket for bucket in steps if bucket <= count), default=min(steps))
+    step, found = steps[bucket], [model.state.initial(0)]
+    for start in range(0, count, bucket):
+        rows = model.state.initial(bucket)
+        reached = rows.copy()
+        for behind in range(_WARM_STEPS):
+            x = _random_frames(model, random, bucket)
+            _, rows = step_rows(step, model.state, x, rows, model.description.outputs)
+            reached[behind::_WARM_STEPS] = rows[behind::_WARM_STEPS]
+        found.append(reached[: count - start])
+    return np.concatenate(found)
+
+
+def _random_states(spec: StateSpec, random: np.random.Generator, count: int, reached: U8) -> U8:
+    """States of several magnitudes, some of them all zero: floats in ±1, integers and bools of reached states.
+
+    Integers may be places in a buffer, where others would be out of bounds.
+    """
     scale = random.choice([0, 0.1, 1, 1], count)
-    rows = spec.initial(count)
+    rows = reached[random.integers(len(reached), size=count)]
     for leaf in spec.unpack(rows).values():
-        values = random.uniform(-1, 1, leaf.shape) * scale.reshape(-1, *[1] * (leaf.ndim - 1))
-        leaf[...] = {"f": values, "i": values * 1000, "b": values > 0}[leaf.dtype.kind]
+        if leaf.dtype.kind == "f":
+            leaf[...] = random.uniform(-1, 1, leaf.shape) * scale.reshape(-1, *[1] * (leaf.ndim - 1))
     return rows
 
 
 def _constant_states(spec: StateSpec, values: F32) -> U8:
-    """A state for each value, with that value in all floats; integers and bools are 0 or 1."""
+    """A state for each value, with that value in all floats; integers and bools as at first."""
     rows = spec.initial(len(values))
     for leaf in spec.unpack(rows).values():
-        each = values if leaf.dtype.kind == "f" else values != 0
-        leaf[...] = each.reshape(-1, *[1] * (leaf.ndim - 1))
+        if leaf.dtype.kind == "f":
+            leaf[...] = values.reshape(-1, *[1] * (leaf.ndim - 1))
     return rows
 
 
@@ -243,8 +267,8 @@ def _distance(spec: StateSpec, one: _Answers, other: _Answers) -> int:
 
 
 def _probe_count(model: RecurrentModel, candidates: Sequence[int]) -> int:
-    affordable = _MULTIPLY_ADDS // (3 * len(candidates) * model.multiply_adds)
-    fewest, most = _LEAST_PROBES
+    steps_per_probe = 3 * len(candidates) + _WARM_STEPS // 2
+    affordable = _MULTIPLY_ADDS // (steps_per_probe * model.multiply_adds)
     values = sum(leaf.elements for leaf in model.state.leaves)
-    least = min(max(-(-_LEAST_ELEMENTS // values), fewest), most)
+    least = max(min(-(-_LEAST_ELEMENTS // values), _MOST_LEAST_PROBES), model.least_probes)
     return max(min(affordable, _ENOUGH_PROBES), least)

@@ -19,7 +19,7 @@ class Model:
     name: str
     description: Description
     weights: Mapping[str, torch.Tensor]
-    """float32 on the CPU, by the names of `Description.tensor_shapes`."""
+    """On the CPU, by the names of `Description.tensor_shapes`."""
     fingerprint: str
     """sha256, hex, over the description and every tensor; names do not count."""
     output_names: tuple[str, ...] = ()
@@ -43,5 +43,6 @@ def model_of(
     text = json.dumps(description.as_json(), sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode())
     for tensor_name in description.tensor_shapes():
-        digest.update(weights[tensor_name].numpy().astype("<f4").tobytes())
+        values = weights[tensor_name].numpy()
+        digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
     return Model(name, description, weights, digest.hexdigest(), output_names)

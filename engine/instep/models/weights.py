@@ -1,9 +1,10 @@
-"""The weights file: one safetensors file of float32 tensors, checked in full before anything is served."""
+"""The weights file: one safetensors file of tensors, checked in full before anything is served."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,9 +13,12 @@ from safetensors.torch import save
 from instep.models.base import Description, Shape
 from instep.models.errors import ModelError
 
+_DTYPES: Final = {"F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32", "BOOL": "bool"}
+"""torch's names of those of safetensors."""
+
 
 def load_weights(path: Path, description: Description) -> dict[str, torch.Tensor]:
-    """Every tensor of the description from a safetensors file, float32 on the CPU, independent of the file.
+    """Every tensor of the description from a safetensors file, on the CPU, independent of the file.
 
     Raises:
         ModelError: the file cannot be read or is not safetensors; a tensor is missing, not in the description, of
@@ -26,8 +30,9 @@ def load_weights(path: Path, description: Description) -> dict[str, torch.Tensor
             _check_names(file.keys(), shapes, str(path))
             for name, shape in shapes.items():
                 stored = file.get_slice(name)
-                dtype = str(stored.get_dtype())
-                _check_kind(name, dtype, dtype == "F32", tuple(stored.get_shape()), shape, str(path))
+                dtype, wanted = str(stored.get_dtype()), description.tensor_dtype(name)
+                dtype = _DTYPES.get(dtype, dtype)
+                _check_kind(name, dtype, wanted, tuple(stored.get_shape()), shape, str(path))
             # Cloned: what is served must not change when the file under the mapping does.
             tensors = {name: file.get_tensor(name).clone() for name in shapes}
     except OSError as error:
@@ -62,7 +67,7 @@ def check_weights(tensors: Mapping[str, torch.Tensor], description: Description,
     for name, shape in shapes.items():
         tensor = tensors[name]
         dtype = str(tensor.dtype).removeprefix("torch.")
-        _check_kind(name, dtype, tensor.dtype == torch.float32, tuple(tensor.shape), shape, source)
+        _check_kind(name, dtype, description.tensor_dtype(name), tuple(tensor.shape), shape, source)
     _check_finite(tensors, source)
 
 
@@ -78,14 +83,14 @@ def _check_names(found: Iterable[str], shapes: Mapping[str, Shape], source: str)
         )
 
 
-def _check_kind(name: str, dtype: str, is_float32: bool, found: Shape, wanted: Shape, source: str) -> None:
-    if found != wanted:
+def _check_kind(name: str, dtype: str, wanted: str, found: Shape, shape: Shape, source: str) -> None:
+    if found != shape:
         raise ModelError(
-            f"tensor {name} of {source} has shape {list(found)}, the network's description asks for {list(wanted)}: "
+            f"tensor {name} of {source} has shape {list(found)}, the network's description asks for {list(shape)}: "
             "correct the description, or save the weights that belong to it"
         )
-    if not is_float32:
-        raise ModelError(f"tensor {name} of {source} is {dtype}; convert the weights to float32")
+    if dtype != wanted:
+        raise ModelError(f"tensor {name} of {source} is {dtype}; convert the weights to {wanted}")
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:

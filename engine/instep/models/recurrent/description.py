@@ -210,6 +210,10 @@ class RecurrentDescription(_Frozen):
             **_tensor_shapes("after", self.after, self.recurrent.hidden_size),
         }
 
+    def tensor_dtype(self, tensor: str) -> str:
+        """They are all float32."""
+        return "float32"
+
     def fan_in(self, tensor: str) -> int:
         """The hidden size for recurrent layers, as torch initialises them; the inputs of other layers."""
         layer, _, _ = tensor.rpartition(".")

@@ -44,6 +44,8 @@ TRIAL_ROWS: Final = 512
 class RecurrentNetwork:
     """A `RecurrentModel`."""
 
+    least_probes = 8
+
     def __init__(self, model: Model, device: torch.device) -> None:
         assert isinstance(model.description, RecurrentDescription)
         self.model = model

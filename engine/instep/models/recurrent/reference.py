@@ -48,6 +48,8 @@ class RecurrentReference:
         dtype: numpy's float64 or float32: everything is computed in it.
     """
 
+    independent = True
+
     def __init__(self, description: Mapping[str, Any], weights: _Weights, dtype: npt.DTypeLike) -> None:
         self._dtype = np.dtype(dtype)
         given = {name: values.astype(self._dtype) for name, values in weights.items()}
