@@ -134,10 +134,13 @@ def check_stepped(task: Task, bounds: Bounds | None = None) -> Comparison:
 
 
 def check_whole(task: Task, bounds: Bounds | None = None) -> Comparison:
-    """Replay all timesteps in one call, or in several where they do not fit into memory; limits as above."""
+    """Replay all timesteps in one call, or in several where they do not fit into memory; limits as above.
+
+    Compares nothing where the network has no such call.
+    """
     bounds = bounds or _least(task)
     found, states = Comparison("whole sequence", task.rows, task.checkers.conditions.whole_bits), task.initial_states()
-    for span in task.spans():
+    for span in task.spans() if task.checkers.conditions.has_whole else ():
         y, states = replay_whole(task.checkers.network, task.checkers.conditions.buckets, span.x, states)
         for part in task.parts([span]):  # so that its recorded outputs need not be gathered at once
             of_part = y[part.start - span.start :][: len(part)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 
 from instep.models.base import Description, RecurrentModel
@@ -36,6 +37,8 @@ class Conditions:
     """Why stepping need not give the recorded bits; empty where it must."""
     whole_notes: tuple[str, ...]
     """Why the whole sequence in one call need not, on top of `step_notes`."""
+    has_whole: bool = True
+    """Whether the network has a call for whole sequences."""
 
     @property
     def step_bits(self) -> bool:
@@ -65,10 +68,16 @@ def find_conditions(
     elif uncertified := sorted({*recorded} - {*certification.buckets}):
         sizes = ", ".join(map(str, uncertified))
         step_notes.append(f"on this machine, a frame has other bits in batches of {sizes}, which the engine used")
-    whole_notes = []
-    if not certification.whole_sequence:
+    whole_notes, has_whole = [], _has_whole(network)
+    if has_whole and not certification.whole_sequence:
         whole_notes.append("on this machine, a whole sequence in one call has other bits than stepping it")
-    return Conditions(certification.buckets, tuple(dict.fromkeys(step_notes)), tuple(whole_notes))
+    return Conditions(certification.buckets, tuple(dict.fromkeys(step_notes)), tuple(whole_notes), has_whole)
+
+
+def _has_whole(network: RecurrentModel) -> bool:
+    rows = network.row_multiple
+    frames = np.zeros((1, rows, network.description.features), np.float32)
+    return network.sequence(frames, network.state.initial(rows)) is not None
 
 
 def _recorded_buckets(headers: Sequence[RecordingHeader], network: RecurrentModel) -> tuple[int, ...]:

@@ -39,6 +39,12 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield Text(f"and mismatches in {counted(len(mismatches) - FIRST_STREAMS, 'more stream')}", "red")
     for note in report.notes:
         yield Text(f"bits were not required to be equal: {note}", "yellow")
+    if not report.independent:
+        yield Text(
+            "the float64 reference is the served graph itself, computed in float64: it bounds what rounding does, and "
+            "cannot show a mistake in the graph",
+            "yellow",
+        )
     yield from _lossy(report)
     if report.not_compared:
         frames = counted(report.not_compared, "frame")

@@ -120,6 +120,10 @@ class Report:
     """How the recording ends, in words."""
     elements: dict[Checker, int] = field(default_factory=dict)
     """How many elements of outputs and states each of the two replays compared."""
+    whole_sequence: bool = True
+    """Whether the network has a call for whole sequences, and so a second replay."""
+    independent: bool = True
+    """Whether the float64 reference shares no code with the step; otherwise it is the served graph in float64."""
 
     @property
     def frames(self) -> int:
@@ -161,7 +165,9 @@ class Report:
         """One line."""
         checked = f"{counted(len(self.streams), 'stream')}, {counted(self.frames, 'frame')}"
         mismatches = counted(self.mismatches, "mismatch", "mismatches")
-        checkers = f"stepped, whole sequence; within {self.max_error:.1e} of float64"
+        replays = "stepped, whole sequence" if self.whole_sequence else "stepped"
+        reference = "float64" if self.independent else "the same graph in float64"
+        checkers = f"{replays}; within {self.max_error:.1e} of {reference}"
         if not self.verified:
             unchecked = f", {counted(self.unchecked, 'stream')} not checked" if self.unchecked else ""
             return f"not verified: {checked}, {mismatches}{unchecked} ({checkers})"
@@ -187,6 +193,8 @@ class Report:
             "buckets": list(self.buckets),
             "seconds": round(self.seconds, 3),
             "elements": self.elements,
+            "whole_sequence": self.whole_sequence,
+            "independent_reference": self.independent,
             "streams": [stream.as_json() for stream in self.streams],
         }
 

@@ -2,8 +2,9 @@
 
 1. **Stepped**: frame by frame in the engine's buckets, from the recorded initial state, streams side by side.
 2. **Whole sequence**: one call over all frames of a stream, as in the first experiment, by the network as it is served.
-   (A sequence too long for memory goes in several calls, the state carried.)
-3. **float64 reference**: written independently, from the original weights; it bounds the true error (see `bound`).
+   (A sequence too long for memory goes in several calls, the state carried.) A step module has no such call.
+3. **float64 reference**: written independently, from the original weights; it bounds the true error (see `bound`). That
+   of a step module is the served graph in float64, which bounds what rounding does, and the report says so.
 
 This machine is certified first. Bits must be equal in 1 and 2 where the engine had certified that they are and this
 machine certifies the same; otherwise they must be within twice the bound, since each side may be off by one. In 3, they
@@ -112,6 +113,8 @@ def verify(
         buckets=conditions.buckets,
         seconds=time.monotonic() - began,
         elements=elements,
+        whole_sequence=conditions.has_whole,
+        independent=checkers.truth.independent,
     )
 
 
