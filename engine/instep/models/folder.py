@@ -1,5 +1,7 @@
 """A model on disk: a folder with `model.yaml` (the description, and a name) and `weights.safetensors`.
 
+The folder of a step module also holds `graph.json`, the description's graph.
+
 `make_model` makes one from a description alone, `write_model` writes and `load_model` reads one.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 import yaml
@@ -15,17 +17,19 @@ import yaml
 from instep.models.base import Description
 from instep.models.errors import ModelError
 from instep.models.model import Model, model_of
-from instep.models.registry import parse_description
+from instep.models.module.graph import graph_text, read_graph
+from instep.models.registry import KINDS, parse_description
 from instep.models.weights import check_weights, load_weights, save_weights
 
 DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"
+GRAPH_FILE: Final = "graph.json"
 MAX_NAME_LENGTH: Final = 100
 GRAPHS: Final = {
     ".onnx": "is an ONNX graph, which cannot be served: hand over the torch module that it was exported from, with "
     "instep.models.save_model, or its state dict",
-    ".pt2": "is a program of torch.export, which cannot be served: hand over the module that it was exported from, "
-    "with instep.models.save_model, or its state dict",
+    ".pt2": "is a program of torch.export, and reading one runs code that the file may hold: hand over the module that "
+    "it was exported from, a step with instep.models.export_step, a GRU network with instep.models.save_model",
 }
 """What to do with files of kinds that hold more than weights, by their suffix."""
 
@@ -51,6 +55,10 @@ def load_model(folder: str | Path) -> Model:
         raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it") from None
     if not isinstance(fields, dict):
         raise ModelError(f"{path} must hold the keys of a network's description, such as features and gru; add them")
+    for network in _networks(fields):
+        kind = KINDS.get(str(network.get("kind")))
+        if kind is not None and kind.has_graph:
+            network["graph"] = read_graph(folder / GRAPH_FILE)
     name, outputs = fields.pop("name", folder.resolve().name), fields.pop("outputs", ())
     try:
         description = parse_description(fields)
@@ -60,11 +68,16 @@ def load_model(folder: str | Path) -> Model:
     return model_of(check_name(name), description, load_weights(folder / WEIGHTS_FILE, description), output_names)
 
 
+def _networks(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """The fields of a description, and of the network within a pipeline."""
+    return [part for part in (fields, fields.get("network")) if isinstance(part, dict)]
+
+
 def _no_folder(file: Path) -> str:
     """What to do with a file that is given in place of a model folder."""
     if file.suffix in GRAPHS:
         return f"{file} {GRAPHS[file.suffix]}"
-    if file.name in (DESCRIPTION_FILE, WEIGHTS_FILE):
+    if file.name in (DESCRIPTION_FILE, WEIGHTS_FILE, GRAPH_FILE):
         return f"{file} is a file inside a model folder: name the folder, {file.parent}"
     if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".safetensors"):
         return (
@@ -105,13 +118,14 @@ def make_model(
 
 
 def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
-    """Write the model's two files.
+    """Write the model's files.
 
     Raises:
         ModelError: when the folder holds a model and `overwrite` does not allow to replace it, or cannot be written.
     """
     folder = Path(folder)
     fields = {"name": model.name} | model.description.as_json(defaults=False)
+    graphs = [network.pop("graph") for network in _networks(fields) if "graph" in network]
     if model.output_names:
         fields["outputs"] = list(model.output_names)
     try:
@@ -122,6 +136,8 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
             )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION_FILE).write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), "utf-8")
+        for graph in graphs:  # one at most
+            (folder / GRAPH_FILE).write_text(graph_text(graph), "utf-8")
     except OSError as error:
         raise ModelError(f"cannot write the model folder {folder}: {error.strerror}; choose another place") from None
     save_weights(folder / WEIGHTS_FILE, model.weights)

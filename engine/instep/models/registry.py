@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from instep.models.base import Description, RecurrentModel
 from instep.models.errors import ModelError
+from instep.models.module.description import ModuleDescription
 from instep.models.pipeline.description import PipelineDescription
 from instep.models.recurrent.description import DESCRIPTIONS as RECURRENT
 
@@ -34,12 +35,20 @@ class ModelKind:
     """Reads a description's fields. Raises pydantic's ValidationError, which names each field that is wrong."""
     build: Callable[[Model, torch.device], RecurrentModel]
     """Puts a model on a device."""
+    has_graph: bool = False
+    """Whether its folder holds a graph: the file is the field `graph` of the description."""
 
 
 def _build_recurrent(model: Model, device: torch.device) -> RecurrentModel:
     from instep.models.recurrent.network import RecurrentNetwork
 
     return RecurrentNetwork(model, device)
+
+
+def _build_module(model: Model, device: torch.device) -> RecurrentModel:
+    from instep.models.module.network import ModuleNetwork
+
+    return ModuleNetwork(model, device)
 
 
 def _build_pipeline(model: Model, device: torch.device) -> RecurrentModel:
@@ -50,6 +59,7 @@ def _build_pipeline(model: Model, device: torch.device) -> RecurrentModel:
 
 KINDS: Final[dict[str, ModelKind]] = {
     **{kind: ModelKind(each.model_validate, _build_recurrent) for kind, each in RECURRENT.items()},
+    "module": ModelKind(ModuleDescription.model_validate, _build_module, has_graph=True),
     "pipeline": ModelKind(PipelineDescription.model_validate, _build_pipeline),
 }
 

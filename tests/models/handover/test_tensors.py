@@ -233,7 +233,7 @@ def test_files_that_hold_no_weights_are_told_what_to_do_and_nothing_in_them_runs
         "script.pt": "is a TorchScript archive: make one",
         "text.safetensors": "is not a whole safetensors file",
         "net.onnx": "is an ONNX graph, which cannot be served: hand over the torch module that it was exported from",
-        "net.pt2": "is a program of torch.export, which cannot be served: hand over the module",
+        "net.pt2": "is a program of torch.export, and reading one runs code that the file may hold: hand over",
         "nothing.pt": "cannot read nothing.pt: No such file or directory",
         "nothing.safetensors": "cannot read nothing.safetensors: No such file or directory",
     }.items():
@@ -252,7 +252,7 @@ def test_files_that_hold_no_weights_are_told_what_to_do_and_nothing_in_them_runs
             "net.pt is a file of weights and not a model folder: make one of it with `instep model",
         ),
         ("net.safetensors", "make one of it with `instep model import"),
-        ("net.pt2", "is a program of torch.export, which cannot be served: hand over the module"),
+        ("net.pt2", "is a program of torch.export, and reading one runs code that the file may hold: hand over"),
         ("net.onnx", "is an ONNX graph, which cannot be served"),
         ("model.yaml", "is a file inside a model folder: name the folder, .*"),
         ("notes.txt", "is not a model folder, which holds model.yaml and weights.safetensors"),

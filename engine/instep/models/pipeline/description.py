@@ -82,6 +82,10 @@ class PipelineDescription(BaseModel):
         shapes: dict[str, Shape] = self.network.tensor_shapes()
         return shapes
 
+    def tensor_dtype(self, tensor: str) -> str:
+        """That of the network."""
+        return str(self.network.tensor_dtype(tensor))
+
     def fan_in(self, tensor: str) -> int:
         """That of the network."""
         return int(self.network.fan_in(tensor))

@@ -35,6 +35,7 @@ class PipelineNetwork:
         takes_spectra = any(isinstance(step, Spectrum) for _, _, step, _ in self.description.steps())
         self.row_multiple = int(np.lcm(network.row_multiple, _SPECTRUM_ROWS if takes_spectra else 1))
         of_steps = sum(step.multiply_adds(inputs) for _, _, step, inputs in self.description.steps())
+        self.least_probes = network.least_probes
         self.multiply_adds = network.multiply_adds + of_steps
 
     @property
@@ -147,6 +148,7 @@ class PipelineReference:
     """A `Reference`."""
 
     def __init__(self, description: PipelineDescription, network: Reference, dtype: type[np.floating[Any]]) -> None:
+        self.independent = network.independent
         self._network = network
         self._dtype = np.dtype(dtype)
         self._steps: dict[str, list[tuple[str, Step]]] = {place: [] for place in PLACES}

@@ -1,0 +1,346 @@
+"""From an exported program to a graph of plain data, through the gate.
+
+The gate refuses what would make one stream's frames depend on another's, or on what ran before: numbers drawn at
+random, sizes that depend on values, statistics and changes that outlive the call, and operators that combine rows. It
+sees what the graph shows; `trial` runs the step to find some of what it does not show.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from instep.models.errors import ModelError
+from instep.models.module import operators
+from instep.models.module.operators import Operator, argument, is_allowed, may_alias, name_of, trains, written
+from instep.models.module.program import encoded
+
+_DROPPED: Final = frozenset(
+    [
+        "_assert_scalar",
+        "_assert_tensor_metadata",
+        "_assert_async",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    ]
+)
+"""They check, and compute nothing; what they check either holds for every batch or depends on values."""
+_IDENTITIES: Final = frozenset(
+    ["alias", "alpha_dropout", "detach", "detach_", "dropout", "dropout_", "feature_dropout", "lift_fresh"]
+)
+"""Where nothing is trained."""
+_VALUES_AS_SIZES: Final = frozenset(
+    ["item", "_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "unique_consecutive", "_unique2"]
+)
+_ALONG: Final = frozenset(
+    [
+        *("argsort", "cummax", "cummin", "cumprod", "cumsum", "diff", "flip", "gather", "index_add", "index_copy"),
+        *("index_fill", "index_select", "log_softmax", "logcumsumexp", "repeat_interleave", "roll", "scatter"),
+        *("scatter_add", "scatter_reduce", "slice", "softmax", "sort", "take_along_dim", "topk", "unfold"),
+    ]
+)
+"""Along a dimension they combine or move elements, without removing it."""
+_NUMBERS: Final[dict[Any, str]] = {function: name for name, function in operators.NUMBERS.items()}
+_SOURCE: Final = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
+_EMPTY: Final = "empty"
+
+
+class Capture:
+    """A graph of an exported step `forward(x, *leaves) -> (y, *leaves)`.
+
+    Args:
+        program: what torch.export made of it, with a dynamic batch.
+        leaves: the names of the state's leaves.
+        prefix: of the names of its tensors, left out.
+
+    Raises:
+        ModelError: when the gate refuses it.
+    """
+
+    def __init__(self, program: ExportedProgram, leaves: Sequence[str], prefix: str) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.nodes: list[dict[str, Any]] = []
+        self._references: dict[fx.Node, Any] = {}
+        self._given: dict[fx.Node, str] = {}
+        """What may share memory with an argument or a tensor, and how sentences call that."""
+        self._roots: dict[fx.Node, fx.Node] = {}
+        """Of views: whose memory they may be."""
+        self._varying: set[fx.Node] = set()
+        """Values that depend on the frames or states of streams."""
+        self._add_inputs(program, leaves, prefix)
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                self._add(node)
+            elif node.op == "output":
+                results = node.args[0]
+            elif node.op == "get_attr" and any(user.op == "call_function" for user in node.users):
+                continue  # a part of a higher-order operator, which is refused where it is called
+        for spec in program.graph_signature.output_specs:
+            if spec.kind not in (OutputKind.USER_OUTPUT,):
+                raise ModelError(_changes(f"its own {spec.target or 'state'}"))
+        self.y, *self.new_state = [self._reference(each) for each in results]
+        self._drop_unused()
+
+    def _add_inputs(self, program: ExportedProgram, leaves: Sequence[str], prefix: str) -> None:
+        inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+        names = iter(["", *leaves])
+        for spec in program.graph_signature.input_specs:
+            node = inputs[spec.arg.name]
+            if spec.kind == InputKind.USER_INPUT:
+                leaf = next(names)
+                self._references[node] = {"state": leaf} if leaf else {"x": True}
+                self._given[node] = f"leaf {leaf} of the state" if leaf else "its frames x"
+                self._varying.add(node)
+                self._batch = node.meta["val"].shape[0]
+                continue
+            name = (spec.target or spec.arg.name).removeprefix(prefix)
+            if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+                raise ModelError(f"the step uses {name}, which is no tensor; leave it out")
+            held = program.constants if spec.kind == InputKind.CONSTANT_TENSOR or not spec.persistent else {}
+            tensor = {**program.state_dict, **held}[spec.target]
+            kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(spec.kind, "constant")
+            self._given[node] = f"its own {kind} {name}"
+            if node.users:
+                self._references[node] = {"tensor": name}
+                self.tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+    def _add(self, node: fx.Node) -> None:
+        target: Any = node.target
+        if isinstance(target, Operator):
+            name = name_of(target)
+            if name in _DROPPED:
+                return
+            self._check(node, target, name)
+            if name == "sym_size" and str(node.meta["val"]) == str(self._batch):
+                self._references[node] = {"rows": True}
+                return
+            if name in _IDENTITIES:
+                of = node.args[0]
+                assert isinstance(of, fx.Node)
+                self._references[node] = self._references[of]
+                self._follow(node, of)
+                return
+            if name == "lift_fresh_copy":
+                target, name = torch.ops.aten.clone.default, "clone"
+            if target.namespace != "aten" or not is_allowed(name):
+                raise ModelError(_unknown(node, f"{target.namespace}.{name}"))
+            self._check_rows(node, target, name)
+            called = f"aten.{name}.{target._overloadname}"
+        elif target in _NUMBERS:
+            called = _NUMBERS[target]
+            if called == "getitem" and isinstance(node.args[0], fx.Node):
+                self._follow(node, node.args[0])
+            elif _depends_on_values(node):
+                raise ModelError(_by_value(node))
+        elif getattr(target, "__name__", "") in ("ge", "le", "gt", "lt", "eq", "ne"):
+            return  # for the checks that are dropped
+        else:
+            raise ModelError(_unknown(node, getattr(target, "__name__", str(target))))
+        self._references[node] = {"node": node.name}
+        self.nodes.append({"name": node.name, "op": called, **self._arguments(node, target)})
+
+    def _arguments(self, node: fx.Node, target: Any) -> dict[str, Any]:
+        kwargs = dict(node.kwargs)
+        kwargs.pop("pin_memory", None)
+        if kwargs.get("layout") in (None, torch.strided):
+            kwargs.pop("layout", None)
+        if isinstance(target, Operator) and name_of(target) in operators.CREATION:
+            kwargs["dtype"] = node.meta["val"].dtype  # torch's default dtype is the process's
+        try:
+            return {
+                "args": [self._reference(each) for each in node.args],
+                "kwargs": {name: self._reference(value) for name, value in kwargs.items()},
+            }
+        except TypeError as error:
+            raise ModelError(
+                f"{_where(node)} gives an operator {error}, for which a model folder has no form; "
+                "use float32, float64, int64 and bool tensors"
+            ) from None
+
+    def _reference(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            if value not in self._references:
+                raise ModelError(_unknown(value, str(value.target)))
+            return self._references[value]
+        if isinstance(value, list | tuple):
+            return [self._reference(each) for each in value]
+        return encoded(value)
+
+    def _check(self, node: fx.Node, op: Operator, name: str) -> None:
+        """Refuse what no step may do, whatever its shapes are."""
+        if name in _VALUES_AS_SIZES or _depends_on_values(node):
+            raise ModelError(_by_value(node))
+        if torch.Tag.nondeterministic_seeded in op.tags and name not in _IDENTITIES | {
+            "lstm",
+            "gru",
+            "rnn_tanh",
+            "rnn_relu",
+            "scaled_dot_product_attention",
+        }:
+            raise ModelError(
+                f"{_where(node)} draws random numbers ({name}), so a frame could never be computed again; "
+                "take the noise from the frame, or leave it out"
+            )
+        if trains(op, node.args, node.kwargs):
+            raise ModelError(
+                f"{_where(node)} runs {name} as in training, over the batch or at random; "
+                "use training=False, or leave it out"
+            )
+        if name == "scaled_dot_product_attention" and argument(op, "dropout_p", node.args, node.kwargs):
+            raise ModelError(f"{_where(node)} runs attention with dropout; set dropout_p to 0")
+        if name.startswith((_EMPTY, "new_empty")):
+            raise ModelError(f"{_where(node)} makes a tensor of whatever the memory holds ({name}); use zeros")
+        for at in written(op):
+            target = node.args[at]
+            if isinstance(target, fx.Node) and target in self._given and name not in _IDENTITIES:
+                raise ModelError(_changes(self._given[target], _where(node)))
+
+    def _check_rows(self, node: fx.Node, op: Operator, name: str) -> None:
+        """Refuse operators that combine rows, where their shapes show it."""
+        if may_alias(op) and node.args and isinstance(node.args[0], fx.Node):
+            self._follow(node, node.args[0])
+        if name in operators.CREATION or not any(self._root(each) in self._varying for each in node.all_input_nodes):
+            return
+        for at in written(op):
+            target = node.args[at]
+            if isinstance(target, fx.Node):
+                self._varying.add(self._root(target))
+        self._varying.add(self._root(node))
+        results = node.meta["val"] if isinstance(node.meta["val"], list | tuple) else [node.meta["val"]]
+        sizes = [_batch_axes(each) for each in results if isinstance(each, torch.Tensor)]
+        if any(len(axes) != 1 for axes in sizes):
+            raise ModelError(_mixes(node, name))
+        first = node.args[0] if node.args else None
+        if name.removesuffix("_") in _ALONG and isinstance(first, fx.Node):
+            before = first.meta["val"]
+            along = _dimensions(argument(op, "dim", node.args, node.kwargs), node, op, before.dim())
+            unchanged = name == "slice" and node.meta["val"].shape == before.shape
+            if not unchanged and along & set(_batch_axes(before)):
+                raise ModelError(_mixes(node, name))
+
+    def _follow(self, node: fx.Node, of: fx.Node) -> None:
+        """Note that a node may share the memory of another one."""
+        self._roots[node] = self._root(of)
+        if of in self._given:
+            self._given[node] = self._given[of]
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        return self._roots.get(node, node)
+
+    def _drop_unused(self) -> None:
+        """Leave out what no result needs, and tensors that only this would use."""
+        kept: list[dict[str, Any]] = []
+        needed = set(_names([self.y, self.new_state], "node"))
+        for node in reversed(self.nodes):
+            if node["name"] in needed or node["op"].split(".")[1].endswith("_"):
+                kept.append(node)
+                needed.update(_names([node["args"], node["kwargs"]], "node"))
+        self.nodes = kept[::-1]
+        used = set(_names([self.y, self.new_state, [[n["args"], n["kwargs"]] for n in self.nodes]], "tensor"))
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}
+
+
+def _names(value: Any, kind: str) -> Iterator[str]:
+    """The names that an argument refers to."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _names(each, kind)
+    elif isinstance(value, dict):
+        if isinstance(value.get(kind), str):
+            yield value[kind]
+        else:
+            for each in value.values():
+                yield from _names(each, kind)
+
+
+def _symbols(size: Any) -> set[str]:
+    return {str(symbol) for symbol in size.node.expr.free_symbols} if isinstance(size, torch.SymInt) else set()
+
+
+def _depends_on_values(node: fx.Node) -> bool:
+    """Whether a size of the result, or the number that it is, depends on values in tensors."""
+    value = node.meta.get("val")
+    sizes = [
+        size
+        for each in (value if isinstance(value, list | tuple) else [value])
+        for size in (each.shape if isinstance(each, torch.Tensor) else [each])
+    ]
+    return any(symbol.startswith(("u", "zu")) for size in sizes for symbol in _symbols(size))
+
+
+def _batch_axes(value: torch.Tensor) -> list[int]:
+    return [axis for axis, size in enumerate(value.shape) if _symbols(size)]
+
+
+def _dimensions(given: Any, node: fx.Node, op: Operator, rank: int) -> set[int]:
+    """The dimensions that a call works along; all of them where it names none."""
+    if given is None:
+        given = argument(op, "dims", node.args, node.kwargs)
+    if given is None or given == []:
+        return set(range(rank))
+    return {each % max(rank, 1) for each in (given if isinstance(given, list | tuple) else [given])}
+
+
+def _where(node: fx.Node) -> str:
+    """The line of the user's code that a call comes from."""
+    found = _SOURCE.findall(node.meta.get("stack_trace") or "")
+    if not found:
+        return "the step"
+    file, line, code = found[-1]
+    return f"the step ({Path(file).name}, line {line}: {code.strip():.80})"
+
+
+def _by_value(node: fx.Node) -> str:
+    return (
+        f"{_where(node)} lets values in a tensor decide how many elements there are or which way to go, as a mask, "
+        "nonzero and .item() do, and rows of other streams would decide along: use torch.where over all elements"
+    )
+
+
+def _mixes(node: fx.Node, name: str) -> str:
+    return (
+        f"{_where(node)} combines the rows of a batch ({name}), and each row is another stream: "
+        "work along the other dimensions only"
+    )
+
+
+def _changes(what: str, where: str = "the step") -> str:
+    what = re.sub(r"^its own state$", "a tensor of its own", what)
+    advice = (
+        "return a new tensor, or clone it before"
+        if what.startswith(("leaf", "its frames"))
+        else "all streams would share it: keep what a stream must remember in the state, and return the new one"
+    )
+    return f"{where} changes {what} in place; {advice}"
+
+
+def _unknown(node: fx.Node, name: str) -> str:
+    hint = {
+        "wrap_with_autocast": "export without torch.autocast: float32 is what is served",
+        "cond": "torch.cond decides by a value: use torch.where",
+        "while_loop": "a loop that runs until values converge mixes streams: run a fixed number of rounds",
+    }.get(name, "write it with other functions of torch")
+    return f"{_where(node)} calls {name}, which cannot be served; {hint}"
+
+
+def checked_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The dtypes of tensors.
+
+    Raises:
+        ModelError: for one that no model folder can hold.
+    """
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    for name, dtype in dtypes.items():
+        if dtype not in ("float32", "float64", "int64", "int32", "bool"):
+            raise ModelError(
+                f"{name} of the step is {dtype}, and tensors may be float32, float64, int64, int32 or bool; "
+                "convert it, as with .float()"
+            )
+    return dtypes

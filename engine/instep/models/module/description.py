@@ -1,0 +1,88 @@
+"""The description of a step module: frames, the leaves of the state, and the graph."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from instep.models.base import Leaf, Shape, StateSpec
+from instep.models.module.graph import Graph, Size
+from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StateLeaf(_Frozen):
+    """One leaf of the state: [rows, *shape] in the graph."""
+
+    name: str
+    shape: tuple[Size, ...]
+    dtype: Literal["float32", "float64", "int64", "bool"] = "float32"
+    initial: float = 0.0
+    """What every element is before a stream's first frame."""
+
+
+class ModuleDescription(_Frozen):
+    """A step `y, new_state = step(x, state)` over frames x [rows, features]."""
+
+    kind: Literal["module"] = "module"
+    features: Annotated[int, Field(ge=1, strict=True)]
+    leaves: tuple[StateLeaf, ...] = Field(alias="state")
+    graph: Graph
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        try:
+            names = [leaf.name for leaf in self.state.leaves]
+        except InvalidStateSpec as error:
+            raise PydanticCustomError("state", "{why}", {"why": str(error)}) from None
+        if set(names) != set(self.graph.new_state):
+            raise PydanticCustomError(
+                "leaves",
+                "the state has the leaves {names}, and the graph gives {given}; make the folder again",
+                {"names": ", ".join(names), "given": ", ".join(self.graph.new_state) or "none"},
+            )
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Values per frame that the step answers."""
+        return self.graph.outputs
+
+    @property
+    def state(self) -> StateSpec:
+        """The leaves, in order."""
+        return StateSpec(tuple(Leaf(leaf.name, leaf.shape, DTYPES[leaf.dtype], leaf.initial) for leaf in self.leaves))
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Parameters, buffers and constants, in the graph's order."""
+        return {tensor.name: tensor.shape for tensor in self.graph.tensors}
+
+    def tensor_dtype(self, tensor: str) -> str:
+        """As the graph says."""
+        return next(each.dtype for each in self.graph.tensors if each.name == tensor)
+
+    def fan_in(self, tensor: str) -> int:
+        """The last extent."""
+        return (*self.tensor_shapes()[tensor], 1)[0]
+
+    def in_words(self) -> str:
+        """`40 features → step of 12 operators, state h [128] → 10 outputs`."""
+        leaves = ", ".join(
+            f"{leaf.name} {list(leaf.shape)}" + ("" if leaf.dtype == "float32" else f" {leaf.dtype}")
+            for leaf in self.leaves
+        )
+        count = len(self.graph.nodes)
+        operators = f"{count:,} operator{'s' if count != 1 else ''}"
+        return f"{self.features} features → step of {operators}, state {leaves} → {self.outputs} outputs"
+
+    def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
+        """As plain JSON values, always with `kind`."""
+        return {
+            "kind": self.kind,
+            **self.model_dump(mode="json", by_alias=True, exclude_defaults=not defaults),
+        }

@@ -1,0 +1,168 @@
+"""`export_step`: a user's step module to a model folder."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.export import Dim, ExportedProgram, export
+
+from instep.models.errors import ModelError
+from instep.models.folder import check_name, check_output_names, write_model
+from instep.models.handover.traced_module import evaluating
+from instep.models.handover.tracer import first_line
+from instep.models.model import Model, model_of
+from instep.models.module.capture import Capture, checked_tensors
+from instep.models.module.description import ModuleDescription
+from instep.models.module.example import ROWS, Example, example_of
+from instep.models.module.network import ModuleNetwork
+from instep.models.module.trial import Attributes, compare, compare_rows
+from instep.models.registry import sentences
+from instep.models.weights import check_weights
+
+MOST_ROWS: Final = 4096
+
+
+def export_step(
+    module: nn.Module,
+    example_x: torch.Tensor,
+    example_state: Any,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    outputs: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Model:
+    """Write the model folder of a step module, `y, new_state = module(x, state)`.
+
+    The module is exported as a graph, checked, and compared with itself over some steps. Nothing of it but the graph
+    and its tensors is written, and loading the folder runs none of its code.
+
+    Args:
+        module: the step of a batch: frames x, float32 [rows, features], and the state before them; it returns outputs,
+            float32 [rows, outputs], and the state after them. Several outputs, as a tuple or dict, are concatenated.
+        example_x: frames of any number of rows; only the shape counts.
+        example_state: a tuple or dict of tensors [rows, …], float32, float64, int64 or bool: what every stream begins
+            with, so each leaf must have one value everywhere.
+        path: the folder; made if it does not exist.
+        name: what clients are told; the folder's name if None.
+        outputs: a name for each output; those of the dict if the step returns one.
+        overwrite: replace a model that the folder holds.
+
+    Raises:
+        ModelError: the step does something that cannot be served, and the message says what; the folder holds a model,
+            or cannot be written. Nothing is written then.
+    """
+    if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
+        kind = "TorchScript" if isinstance(module, nn.Module) else f"one {type(module).__name__}"
+        raise ModelError(f"the step is {kind}; give an nn.Module whose forward is y, new_state = step(x, state)")
+    folder = Path(path)
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    with evaluating(module), _in_silence():
+        mine = _copied(module).cpu()
+        attributes = Attributes(mine)
+        example = example_of(mine, example_x, example_state)
+        attributes.check(mine)
+        fresh = example_of(_copied(module).cpu(), example_x, example_state)
+        program = _exported(fresh)
+        model = _model(program, example, folder.resolve().name if name is None else name, outputs)
+        network = ModuleNetwork(model, torch.device("cpu"))
+        compare(example, network)
+        attributes.check(mine)
+        compare_rows(example, network)
+    write_model(folder, model, overwrite=overwrite)
+    return model
+
+
+def _model(program: ExportedProgram, example: Example, name: str, outputs: Sequence[str]) -> Model:
+    leaves = [leaf.name for leaf in example.leaves]
+    captured = Capture(program, leaves, "step.")
+    dtypes = checked_tensors(captured.tensors)
+    try:
+        description = ModuleDescription.model_validate(
+            {
+                "features": example.features,
+                "state": [leaf.model_dump() for leaf in example.leaves],
+                "graph": {
+                    "outputs": program.graph.find_nodes(op="output")[0].args[0][0].meta["val"].shape[1],
+                    "tensors": [
+                        {"name": each, "shape": tuple(tensor.shape), "dtype": dtypes[each]}
+                        for each, tensor in captured.tensors.items()
+                    ],
+                    "nodes": captured.nodes,
+                    "y": captured.y,
+                    "new_state": dict(zip(leaves, captured.new_state, strict=True)),
+                },
+            }
+        )
+    except ValidationError as error:
+        raise ModelError(f"the step cannot be served: {sentences(error)}") from None
+    check_weights(captured.tensors, description, "the step")
+    names = check_output_names(list(outputs) or list(example.output_names), description)
+    return model_of(check_name(name), description, captured.tensors, names)
+
+
+def _exported(example: Example) -> ExportedProgram:
+    batch = Dim("B", min=1, max=MOST_ROWS)
+    arguments = (example.frames(ROWS, torch.Generator().manual_seed(0)), *example.initial(ROWS))
+    shapes = {"x": {0: batch}, "leaves": tuple({0: batch} for _ in example.leaves)}
+    try:
+        return export(example.flat, arguments, dynamic_shapes=shapes, strict=False)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(_refusal(error)) from error
+
+
+def _refusal(error: Exception) -> str:
+    """Why torch.export gave up, in the user's words."""
+    text = str(error)
+    if "data-dependent" in text:
+        return (
+            "the step decides by a value in a tensor (if, while, int(), float(), bool() or .item()), and one way "
+            "would be taken for all streams of a batch: use torch.where"
+        )
+    if "specialized it to be a constant" in text:
+        return (
+            f"the step fixes the batch size (it was exported with {ROWS} rows): use x.shape[0] where a number of rows "
+            "is written, and work on all rows at once where a loop runs over them; where a layer takes a sequence, as "
+            "nn.GRU does, give it x.unsqueeze(1), since x alone would be one sequence of as many timesteps"
+        )
+    if "Not all values of B" in text:
+        return "the step takes another way at some batch sizes (an if on x.shape[0]); do the same at every size"
+    return (
+        f"torch.export cannot follow the step ({type(error).__name__}: {first_line(error):.200}); write it with "
+        "functions of torch, from x and the state to y and the new state"
+    )
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy, so that what the step changes in itself stays as it was."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise ModelError(
+            f"the step cannot be copied ({type(error).__name__}: {first_line(error)}); make it of parameters, buffers "
+            "and plain values"
+        ) from error
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Without what torch.export writes for those who work on it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

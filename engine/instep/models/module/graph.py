@@ -1,0 +1,87 @@
+"""The graph of a step as plain data: the file `graph.json`.
+
+It holds the tensors that the step computes with, one call of a torch operator after another, and which values are the
+outputs and the new state. An argument of a call is a JSON value, or one of these objects:
+
+* `{"x": true}`, the frames; `{"state": NAME}`, a leaf of the state; `{"rows": true}`, how many rows the batch has;
+* `{"tensor": NAME}`, a tensor of the weights file; `{"node": NAME}`, what an earlier call returned;
+* `{"float": "inf"}`, for numbers that JSON lacks; `{"dtype": "float32"}`; `{"memory_format": "contiguous_format"}`;
+  `{"device": true}`, wherever the model is served.
+
+Nothing in it is code: `program` turns it into calls of operators that `operators` allows, and refuses the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from instep.models.errors import ModelError
+
+Size: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
+TensorType: TypeAlias = Literal["float32", "float64", "int64", "int32", "bool"]
+MAX_NODES: Final = 20_000
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GraphTensor(_Frozen):
+    """A parameter, buffer or constant: `name` is its name in the weights file."""
+
+    name: str = Field(min_length=1, max_length=400)
+    shape: tuple[Size, ...]
+    dtype: TensorType = "float32"
+
+
+class Node(_Frozen):
+    """One call: `op` is `aten.linear.default`, an integer operation such as `int.mul`, or `getitem`."""
+
+    name: str = Field(min_length=1, max_length=400)
+    op: str = Field(max_length=200)
+    args: tuple[JsonValue, ...]
+    kwargs: dict[str, JsonValue] = {}
+
+
+class Graph(_Frozen):
+    """The whole step, in the order in which it runs."""
+
+    outputs: Annotated[int, Field(ge=1, strict=True)]
+    """Values per frame that the step answers."""
+    tensors: tuple[GraphTensor, ...]
+    nodes: Annotated[tuple[Node, ...], Field(max_length=MAX_NODES)]
+    y: JsonValue
+    """The outputs, [rows, outputs]."""
+    new_state: dict[str, JsonValue]
+    """By leaf, [rows, *shape]."""
+
+
+def graph_text(graph: Any) -> str:
+    """A graph's plain values as JSON, with one tensor or call in each line."""
+    parts = []
+    for key, value in graph.items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(json.dumps(each, allow_nan=False) for each in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def read_graph(path: Path) -> Any:
+    """The values of a graph file, not checked.
+
+    Raises:
+        ModelError: when it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {path}: {error.strerror}; make the folder again with instep.models.export_step"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); make the folder again") from None

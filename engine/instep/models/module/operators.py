@@ -1,0 +1,133 @@
+"""The operators that a graph may call: those of torch's `aten` that are listed here, and nothing else.
+
+Each gives every row its own answer if it is called so, reads and writes nothing but its tensors, and computes no size
+from values. `capture` refuses a step that calls others; `program` refuses a folder that does.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+import torch
+
+from instep.models.errors import ModelError
+
+Operator: TypeAlias = torch._ops.OpOverload
+
+_ELEMENTWISE: Final = """
+    __and__ __or__ __xor__ abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh bitwise_and bitwise_not
+    bitwise_or bitwise_xor ceil clamp clamp_max clamp_min copysign cos cosh deg2rad digamma div divide eq erf erfc
+    erfinv exp exp2 expm1 fix floor floor_divide fmax fmin fmod frac ge greater gt heaviside hypot isclose isfinite
+    isinf isnan le lerp less lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or
+    logical_xor logit lt masked_fill maximum minimum mul multiply nan_to_num ne neg negative pow rad2deg reciprocal
+    remainder round rsqrt rsub sgn sigmoid sign sin sinc sinh special_expit special_xlog1py sqrt square sub subtract
+    tan tanh true_divide trunc where xlogy
+"""
+_ACTIVATIONS: Final = """
+    celu elu gelu glu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid log_softmax mish prelu relu
+    relu6 selu silu softmax softplus softshrink threshold
+"""
+_LAYERS: Final = """
+    addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d convolution dot einsum embedding
+    group_norm gru gru_cell batch_norm instance_norm inner layer_norm linear linalg_norm linalg_vecdot
+    linalg_vector_norm lstm lstm_cell matmul mm mv outer rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell
+    scaled_dot_product_attention cosine_similarity norm
+"""
+_REDUCTIONS: Final = """
+    all amax amin any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum diff logcumsumexp logsumexp max
+    mean median min nansum prod sort std std_mean sum topk var var_mean avg_pool1d avg_pool2d adaptive_avg_pool1d
+    adaptive_max_pool1d max_pool1d max_pool2d
+"""
+_SHAPES: Final = """
+    broadcast_to cat chunk clone concat constant_pad_nd contiguous diagonal expand expand_as flatten flip hstack
+    index_select movedim moveaxis narrow numel pad permute pixel_shuffle repeat repeat_interleave reshape reshape_as
+    roll select slice split split_with_sizes squeeze stack swapaxes t tile to transpose tril triu type_as unbind
+    unflatten unfold unsqueeze view view_as vstack select_scatter slice_scatter numpy_T mT adjoint unsafe_chunk
+    unsafe_split _to_copy
+"""
+_INDEXING: Final = """
+    bucketize gather index index_add index_copy index_fill index_put masked_scatter one_hot scatter scatter_add
+    scatter_reduce searchsorted take_along_dim tensor_split
+"""
+_CREATION: Final = """
+    arange eye full full_like linspace new_full new_ones new_zeros ones ones_like scalar_tensor zeros zeros_like
+"""
+_ONLY_IN_PLACE: Final = "copy fill zero"
+ALLOWED: Final = frozenset(
+    " ".join((_ELEMENTWISE, _ACTIVATIONS, _LAYERS, _REDUCTIONS, _SHAPES, _INDEXING, _CREATION)).split()
+)
+_IN_PLACE: Final = ALLOWED | frozenset(_ONLY_IN_PLACE.split())
+CREATION: Final = frozenset(_CREATION.split())
+"""Their values depend on no value of their arguments."""
+NUMBERS: Final[dict[str, Callable[..., Any]]] = {
+    "getitem": operator.getitem,
+    "int.add": operator.add,
+    "int.sub": operator.sub,
+    "int.mul": operator.mul,
+    "int.floordiv": operator.floordiv,
+    "int.mod": operator.mod,
+    "int.neg": operator.neg,
+}
+"""Picking one of an operator's results, and arithmetic with sizes."""
+_ALIASES: Final = frozenset(["broadcast_tensors", "type_as", "repeat_interleave", "pad", "constant_pad_nd", "tile"])
+"""May return what they are given, although their schemas do not say so."""
+
+
+def resolve(op: str) -> Callable[..., Any]:
+    """The function of a node.
+
+    Raises:
+        ModelError: when it is not one that a graph may call.
+    """
+    if op in NUMBERS:
+        return NUMBERS[op]
+    namespace, _, rest = op.partition(".")
+    name, _, overload = rest.partition(".")
+    if namespace == "aten" and is_allowed(name):
+        packet = getattr(torch.ops.aten, name)
+        if overload in packet.overloads():
+            found: Operator = getattr(packet, overload)
+            if not any(argument.is_out for argument in found._schema.arguments):
+                return found
+    raise ModelError(
+        f"the graph calls {op!r:.120}, which no step may; export the module with instep.models.export_step"
+    )
+
+
+def is_allowed(name: str) -> bool:
+    """Whether a graph may call an operator of aten by this name."""
+    return name in ALLOWED or (name.endswith("_") and name.removesuffix("_") in _IN_PLACE)
+
+
+def name_of(op: Operator) -> str:
+    """The name of an operator without its namespace and overload."""
+    return op._schema.name.partition("::")[2]
+
+
+def argument(op: Operator, name: str, args: Any, kwargs: Any) -> Any:
+    """The value of an argument of a call by its name in the schema; its default where it is not given."""
+    for at, declared in enumerate(op._schema.arguments):
+        if declared.name == name:
+            return args[at] if at < len(args) else kwargs.get(name, declared.default_value)
+    return None
+
+
+def trains(op: Operator, args: Any, kwargs: Any) -> bool:
+    """Whether a call does what only training needs: statistics over the batch, or dropout."""
+    return any(argument(op, name, args, kwargs) is True for name in ("train", "training"))
+
+
+def written(op: Operator) -> list[int]:
+    """The positions of the arguments that the operator changes."""
+    return [
+        at
+        for at, declared in enumerate(op._schema.arguments)
+        if declared.alias_info is not None and declared.alias_info.is_write
+    ]
+
+
+def may_alias(op: Operator) -> bool:
+    """Whether a result may be the memory of the first argument."""
+    return name_of(op) in _ALIASES or any(result.alias_info is not None for result in op._schema.returns)

@@ -1,0 +1,150 @@
+"""A graph of plain data as a function that runs: one call of `torch.fx`'s generated code, without guards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import fx, nn
+
+from instep.models.errors import ModelError
+from instep.models.module.description import ModuleDescription
+from instep.models.module.graph import Node
+from instep.models.module.operators import Operator, may_alias, resolve, trains, written
+
+_DTYPES: Final = {
+    name: getattr(torch, name) for name in ("float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+}
+_MEMORY_FORMATS: Final = {"contiguous_format": torch.contiguous_format, "preserve_format": torch.preserve_format}
+
+
+class Program:
+    """The step of a model on a device.
+
+    Args:
+        description: with the graph; it is checked, since it may come from a stranger.
+        weights: by name, on the CPU.
+        device: where it runs.
+        double: compute in float64 what the graph computes in float32.
+
+    Raises:
+        ModelError: when the graph calls anything but allowed operators, refers to nothing, or changes what it is given.
+    """
+
+    def __init__(
+        self,
+        description: ModuleDescription,
+        weights: Mapping[str, torch.Tensor],
+        device: torch.device,
+        *,
+        double: bool = False,
+    ) -> None:
+        self._device = device
+        self._double = double
+        self._graph = fx.Graph()
+        self._values: dict[tuple[str, str], fx.Node] = {}
+        self._given: dict[fx.Node, str] = {}
+        """What may share memory with an argument of the step, and how sentences call that."""
+        graph = description.graph
+        for tensor in graph.tensors:
+            self._add_input("tensor", tensor.name, f"the tensor {tensor.name}")
+        self._add_input("x", "", "x")
+        for leaf in description.leaves:
+            self._add_input("state", leaf.name, f"the leaf {leaf.name} of the state")
+        self._add_input("rows", "", "rows")
+        for node in graph.nodes:
+            self._add_call(node)
+        self._graph.output(
+            tuple(
+                self._decoded(each) for each in (graph.y, *(graph.new_state[leaf.name] for leaf in description.leaves))
+            )
+        )
+        forward: Callable[..., tuple[torch.Tensor, ...]] = fx.GraphModule(nn.Module(), self._graph).forward
+        self._forward = forward
+        self._weights = [self._converted(weights[tensor.name]).to(device) for tensor in graph.tensors]
+
+    def __call__(self, x: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Step every row: the outputs [rows, outputs], and each leaf of the new state [rows, *shape]."""
+        return self._forward(*self._weights, x, *leaves, len(x))
+
+    def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.double() if self._double and tensor.dtype == torch.float32 else tensor
+
+    def _add_input(self, kind: str, name: str, words: str) -> None:
+        node = self._graph.placeholder(f"v{len(self._values)}")
+        self._values[kind, name] = node
+        self._given[node] = words
+
+    def _add_call(self, node: Node) -> None:
+        function = resolve(node.op)
+        args, kwargs = tuple(map(self._decoded, node.args)), {k: self._decoded(v) for k, v in node.kwargs.items()}
+        call = self._graph.call_function(function, args, kwargs)
+        if isinstance(function, Operator):
+            self._check_call(function, node, args, kwargs)
+            if may_alias(function) and isinstance(args[0], fx.Node) and args[0] in self._given:
+                self._given[call] = self._given[args[0]]
+        elif node.op == "getitem" and args and isinstance(args[0], fx.Node) and args[0] in self._given:
+            self._given[call] = self._given[args[0]]
+        if ("node", node.name) in self._values:
+            raise ModelError(f"the graph has two nodes called {node.name!r:.80}; make the folder again")
+        self._values["node", node.name] = call
+
+    def _check_call(self, function: Operator, node: Node, args: Any, kwargs: Any) -> None:
+        declared = {argument.name for argument in function._schema.arguments}
+        if not set(kwargs) <= declared or len(args) > len(declared) or (not args and "device" not in declared):
+            raise ModelError(f"the graph calls {node.op} with arguments that it does not have; make the folder again")
+        if trains(function, args, kwargs):
+            raise ModelError(f"the graph calls {node.op} as in training; export the module in evaluation mode")
+        for at in written(function):
+            target = args[at] if at < len(args) else kwargs.get(function._schema.arguments[at].name)
+            if isinstance(target, fx.Node) and target in self._given:
+                raise ModelError(
+                    f"the graph changes {self._given[target]} in place ({node.op}), which other frames need; "
+                    "export a step that returns new tensors"
+                )
+
+    def _decoded(self, value: Any) -> Any:
+        """An argument as the function takes it."""
+        if isinstance(value, list):
+            return [self._decoded(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        match tuple(value.items()):
+            case ((("tensor" | "state" | "node") as kind, str(name)),) if (kind, name) in self._values:
+                return self._values[kind, name]
+            case ((("x" | "rows") as kind, True),):
+                return self._values[kind, ""]
+            case (("float", ("inf" | "-inf" | "nan") as number),):
+                return float(number)
+            case (("dtype", str(name)),) if name in _DTYPES:
+                return torch.float64 if self._double and name == "float32" else _DTYPES[name]
+            case (("memory_format", str(name)),) if name in _MEMORY_FORMATS:
+                return _MEMORY_FORMATS[name]
+            case (("device", True),):
+                return self._device
+        raise ModelError(f"the graph has the argument {value!r:.120}, which means nothing; make the folder again")
+
+
+def encoded(value: Any) -> Any:
+    """A plain argument of an operator as JSON.
+
+    Raises:
+        TypeError: when there is no form for it.
+    """
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else {"float": str(value)}
+        case list() | tuple():
+            return [encoded(each) for each in value]
+        case torch.dtype() if (name := str(value).removeprefix("torch.")) in _DTYPES:
+            return {"dtype": name}
+        case torch.memory_format() if (name := str(value).removeprefix("torch.")) in _MEMORY_FORMATS:
+            return {"memory_format": name}
+        case torch.device():
+            return {"device": True}
+        case _:
+            raise TypeError(f"{type(value).__name__} {value!s:.60}")

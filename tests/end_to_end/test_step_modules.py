@@ -1,0 +1,115 @@
+"""Steps of users' own, served, recorded and verified; the truth is the module itself in eager torch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from instep.core.typing import F32
+from instep.models.model import model_of
+from instep.recording.reader import RecordingReader
+from instep.runtime.executor import InlineExecutor
+from instep.verify import command, verifier
+from instep_client import AsyncClient
+from tests.support.running import prepared, running
+from tests.support.steps import FEATURES, STEPS, eager, exported, exported_folder
+from tests.support.streaming import step, streaming
+
+STREAMS, FRAMES = 6, 25
+
+
+def check(name: str, y: F32, x: F32, state: Any = None) -> None:
+    """Compare one stream's outputs, and its final state, with the module itself."""
+    certification = prepared(exported(name)).certification
+    for rows in {1, certification.buckets[0]}:
+        expected, leaves = eager(name, x, rows)
+        exact = certification.exactness == "exact" and rows > 1
+        rtol, atol = (0, 0) if exact else (1e-4, 1e-5)
+        np.testing.assert_allclose(y, expected, rtol, atol)
+        found = list(state.values()) if isinstance(state, dict) else [state] * (state is not None)
+        for leaf, values in zip(leaves, found, strict=state is not None):
+            np.testing.assert_allclose(values, leaf.numpy(), rtol, atol)
+
+
+@pytest.mark.parametrize("name", STEPS)
+async def test_it_is_served_recorded_and_verified(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((STREAMS, FRAMES, FEATURES)).astype(np.float32)
+    recording = {"file": tmp_path / "r.instep"}
+    folder = exported_folder(name)
+    async with (
+        running(exported(name), recording=recording, folder=folder) as server,
+        AsyncClient(server.endpoint) as client,
+    ):
+        assert client.info.state == exported(name).description.state
+        streams = [await client.open(f"s{at}") for at in range(STREAMS)]
+        found = await asyncio.gather(*(stream.step(frames) for stream, frames in zip(streams, x, strict=True)))
+        for at, stream in enumerate(streams):
+            check(name, found[at], x[at], await stream.close())
+        parked = await client.open("parked")
+        first = await parked.step(x[0, :10])
+        await client.close(park=True)
+    async with (
+        running(exported(name), recording=recording, folder=folder) as server,
+        AsyncClient(server.endpoint) as client,
+    ):
+        parked = await client.resume("parked", 10, take_over=True)
+        rest = await parked.step(x[0, 10:])
+        check(name, np.concatenate([first, rest]), x[0], await parked.close())
+    with RecordingReader(tmp_path / "r.instep") as reader:
+        report = verifier.verify(reader, exported(name), [], lambda stage, share: None)
+    assert report.verified, report.streams
+    assert not report.independent
+    assert "(stepped; within" in report.summary()
+    assert report.summary().endswith("of the same graph in float64)")
+    if prepared(exported(name)).certification.exactness == "exact":
+        assert report.verdict == "exact"
+        assert report.notes == ()
+
+
+@pytest.mark.parametrize("name", ["layer_norm_gru", "counting"])
+async def test_it_is_served_in_process(name: str, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((FRAMES, STREAMS, FEATURES)).astype(np.float32)
+    async with streaming(InlineExecutor, model=exported(name)) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open([f"s{at}" for at in range(STREAMS)])).handles
+        parts = [(await step(origin, handles, [at] * STREAMS, x[at : at + 5], at)).y for at in range(0, FRAMES, 5)]
+        y = np.concatenate(parts)
+    for at in range(STREAMS):
+        check(name, y[:, at], x[:, at])
+
+
+async def test_a_report_says_that_the_reference_shares_the_graph_and_tampering_is_found(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = tmp_path / "r.instep", exported_folder("min_gru")
+    async with (
+        running(exported("min_gru"), recording={"file": file}, folder=folder) as server,
+        AsyncClient(server.endpoint) as client,
+    ):
+        stream = await client.open("s")
+        await stream.step(rng.standard_normal((5, FEATURES)).astype(np.float32))
+        await stream.close()
+    console = Console(width=80, record=True, force_terminal=False)
+    assert command.run(file, model_folder=None, streams=[], json=False, console=console) == 0
+    told = " ".join(console.export_text().split())
+    assert "the float64 reference is the served graph itself, computed in float64" in told
+    capsys.readouterr()
+    assert command.run(file, model_folder=None, streams=[], json=True, console=console) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["independent_reference"], shown["whole_sequence"], shown["elements"]["whole sequence"]) == (
+        False,
+        False,
+        0,
+    )
+    model = exported("min_gru")
+    weights = {**model.weights, "head.bias": model.weights["head.bias"] + 1e-3}
+    with RecordingReader(file) as reader:
+        report = verifier.verify(reader, model_of("other", model.description, weights), [], lambda stage, share: None)
+    assert report.mismatches == 1
+    assert "stepped" in report.streams[0].problems[0]

@@ -1,0 +1,215 @@
+"""What no step may do, and the sentence that says so: each step here is exported, and refused."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from instep.models import export_step
+from instep.models.errors import ModelError
+
+Result = tuple[Any, Any]
+CALLS = itertools.count(1)
+CONTROL = "decides by a value in a tensor .* use torch.where"
+BY_VALUE = "lets values in a tensor decide how many elements there are .* use torch.where"
+ROWS = "combines the rows of a batch .* each row is another stream"
+INFLUENCE = "the rows of a batch influence one another in the step"
+
+
+class Step(nn.Module):
+    """A step with some layers, whose forward a test gives."""
+
+    def __init__(self, body: Callable[[Any, torch.Tensor, torch.Tensor], Result]) -> None:
+        super().__init__()
+        self.body = body
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.rnn = nn.GRU(4, 4)
+        self.attention = nn.MultiheadAttention(4, 1)
+        self.register_buffer("seen", torch.zeros(4))
+        self.sixteen = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+        self.ticks = 0
+        self.kept: Any = None
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> Result:
+        return self.body(self, x, h)
+
+
+def refusal(step: nn.Module, folder: Path, state: Any = None, x: Any = None) -> str:
+    """The sentence; and nothing is written."""
+    with pytest.raises(ModelError) as refused:
+        export_step(step, torch.zeros(1, 4) if x is None else x, torch.zeros(1, 4) if state is None else state, folder)
+    assert not folder.exists()
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def loops(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    while h.abs().max() > 1:
+        h = h / 2
+    return x, h
+
+
+def counts_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    return torch.stack([row * 2 for row in x]), h
+
+
+def counts_in_python(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    self.ticks += 1
+    return x * self.ticks, h
+
+
+def keeps_a_tensor(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    self.kept = x * 2
+    return x, h
+
+
+def keeps_in_a_buffer(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    self.seen += 1
+    return x + self.seen, h
+
+
+def keeps_in_a_view_of_a_buffer(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    self.seen.view(2, 2)[0].fill_(3)
+    return x + self.seen, h
+
+
+def changes_its_state(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    return x, h.mul_(0.5).add_(x)
+
+
+def changes_a_part_of_its_frames(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    x[:, 0] = 1
+    return x, h
+
+
+def casts(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    with torch.autocast("cpu"):
+        y = self.layer(x)
+    return y.float(), h
+
+
+def picks_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    (rows,) = (x[:, 0] > 0).nonzero(as_tuple=True)
+    return x.index_copy(0, rows, self.layer(x[rows])), h
+
+
+def steps_in_one_sequence(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    return self.rnn(x)[0], h
+
+
+def attends_to_other_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    return functional.scaled_dot_product_attention(x, x, x), h
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (lambda s, x, h: (x if x.sum() > 0 else -x, h), CONTROL),
+        (lambda s, x, h: (x * float(x.abs().max()), h), CONTROL),
+        (loops, CONTROL),
+        (picks_rows, r"\(test_gate.py, line \d+: return self.body.*" + BY_VALUE),
+        (lambda s, x, h: (x.masked_select(x > 0).sum() + x, h), BY_VALUE),
+        (lambda s, x, h: (x + torch.unique(h).sum(), h), BY_VALUE),
+        (lambda s, x, h: (x + torch.randn_like(x), h), r"draws random numbers \(randn_like\)"),
+        (lambda s, x, h: (torch.dropout(x, 0.5, True), h), "dropout"),
+        (lambda s, x, h: (functional.batch_norm(x, None, None, training=True), h), "runs batch_norm as in training"),
+        (lambda s, x, h: (x + torch.empty_like(x), h), "whatever the memory holds"),
+        (lambda s, x, h: (x - x.mean(0), h), rf"{ROWS}"),
+        (lambda s, x, h: (x.clamp(max=x.max()), h), rf"{ROWS}"),
+        (lambda s, x, h: (x.cumsum(0), h), r"combines the rows of a batch \(cumsum\)"),
+        (lambda s, x, h: (x.softmax(0), h), r"combines the rows of a batch \(softmax\)"),
+        (lambda s, x, h: (x.flip(0), h), r"combines the rows of a batch \(flip\)"),
+        (lambda s, x, h: (x @ (x.T @ x), h), r"combines the rows of a batch \(matmul\)"),
+        (lambda s, x, h: ((x @ x.T) @ x, h), r"combines the rows of a batch \(matmul\)"),
+        (steps_in_one_sequence, r"fixes the batch size .* give it x.unsqueeze\(1\)"),
+        (attends_to_other_rows, INFLUENCE),
+        (lambda s, x, h: (x + torch.zeros(32, 4), h), "fixes the batch size .* use x.shape"),
+        (counts_rows, "fixes the batch size .* a loop runs over them"),
+        (lambda s, x, h: (x if x.shape[0] > 16 else -x, h), "another way at some batch sizes"),
+        (counts_in_python, "changes its own attribute self.ticks, .* an int64 leaf"),
+        (keeps_a_tensor, "changes its own attribute self.kept"),
+        (
+            lambda s, x, h: (x * next(CALLS), h),
+            "y of the step and of its graph differ .* a count or the time in Python",
+        ),
+        (lambda s, x, h: (x, h + next(CALLS)), "leaf state of the step and of its graph differ"),
+        (keeps_in_a_buffer, "changes its own buffer seen in place; all streams would share it"),
+        (keeps_in_a_view_of_a_buffer, "changes its own buffer seen in place"),
+        (changes_its_state, "changes leaf state of the state in place; return a new tensor, or clone it"),
+        (changes_a_part_of_its_frames, "changes its frames x in place"),
+        (lambda s, x, h: (x, torch.cat([h, x], 1)), r"\[32, 4\] before a frame and \[32, 8\] after .* must not grow"),
+        (lambda s, x, h: (x, h.double()), "is float32 before a frame and float64 after it"),
+        (lambda s, x, h: (x, (h, h)), "the new state is one tuple"),
+        (lambda s, x, h: x, r"must return \(y, new_state\), and it returns one Tensor"),
+        (lambda s, x, h: (x, x, h), "and it returns 3 values; several outputs go into y"),
+        (lambda s, x, h: (x.unsqueeze(1), h), r"y has the shape \[32, 1, 4\]; return \[rows, outputs\]"),
+        (lambda s, x, h: (x > 0, h), "y is bool; return float32"),
+        (lambda s, x, h: (x[:16], h), r"y has the shape \[16, 4\] for 32 frames"),
+        (lambda s, x, h: ((x, None), h), "y is one NoneType; return a float32 tensor"),
+        (lambda s, x, h: (torch.from_numpy(np.tanh(x.numpy())), h), "torch.export cannot follow the step"),
+        (lambda s, x, h: (x.view(3), h), r"the step fails on frames \[32, 4\]"),
+        (lambda s, x, h: (x + s.sixteen.float(), h), "sixteen of the step is float16, .* convert it, as with .float"),
+        (lambda s, x, h: (torch.fft.rfft(x).abs(), h), "calls aten.fft_rfft, which cannot be served"),
+        (casts, "calls wrap_with_autocast, which cannot be served; export without torch.autocast"),
+    ],
+)
+def test_a_step_that_cannot_be_served(
+    body: Callable[[Any, torch.Tensor, torch.Tensor], Result], sentence: str, tmp_path: Path
+) -> None:
+    found = refusal(Step(body), tmp_path / "m")
+    assert re.search(sentence, found), found
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ({}, "at least one and none inside another"),
+        ({"h": (torch.zeros(1, 4),)}, "none inside another"),
+        (3, "example_state is one int; give a tuple or dict of tensors"),
+        (torch.zeros(2, 4), r"leaf state of the example state has the shape \[2, 4\] for 1 rows"),
+        (torch.zeros(1, 4, dtype=torch.bfloat16), "is bfloat16; a state is made of float32, float64, int64, bool"),
+        (torch.arange(4.0)[None], "differs within itself, and it is what every stream begins with"),
+        ({"no spaces": torch.zeros(1, 4)}, "a leaf cannot be called 'no spaces'"),
+        (torch.full((1, 4), float("inf")), "the initial value of leaf state is inf"),
+        ((torch.zeros(1, 1, 1, 1, 1, 1),), "must be a tuple of up to 4 extents"),
+    ],
+)
+def test_an_example_state_that_no_stream_can_begin_with(state: Any, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        export_step(Step(lambda s, x, h: (x, h)), torch.zeros(1, 4), state, tmp_path / "m")
+
+
+def test_a_leaf_that_is_left_out_is_named(tmp_path: Path) -> None:
+    state = {"h": torch.zeros(1, 4), "c": torch.zeros(1, 4)}
+    found = refusal(Step(lambda s, x, h: (x, {"h": h["h"]})), tmp_path / "m", state)
+    assert found == "the new state has the leaves h, and the state before the frame h, c: return the same ones"
+    found = refusal(Step(lambda s, x, h: (x, h[:1])), tmp_path / "m", (torch.zeros(1, 4), torch.zeros(1, 4)))
+    assert found == "the new state has 1 leaves, and the state before the frame 2: return the same ones"
+
+
+def test_what_is_no_step(tmp_path: Path) -> None:
+    step: Any = Step(lambda s, x, h: (x, h))
+    for module, x, sentence in (
+        (lambda x, h: (x, h), torch.zeros(1, 4), "the step is one function; give an nn.Module"),
+        (step, torch.zeros(4), r"must be a float32 tensor of frames \[rows, features\], not float32 \[4\]"),
+        (step, torch.zeros(1, 4).double(), "not float64"),
+        (step, np.zeros((1, 4), np.float32), "not ndarray"),
+    ):
+        with pytest.raises(ModelError, match=sentence):
+            export_step(module, x, torch.zeros(1, 4), tmp_path / "m")  # type: ignore[arg-type]
+    with torch.no_grad():
+        step.layer.weight[0, 0] = float("nan")
+    step.body = lambda s, x, h: (s.layer(x), h)
+    assert "tensor layer.weight of the step holds NaN or infinity" in refusal(step, tmp_path / "m")
+    assert step.training, "it is left as it was"
