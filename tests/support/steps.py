@@ -98,6 +98,8 @@ class SelectiveStateSpace(nn.Module):
 class Counting(nn.Module):
     """A ring of the last values whose place is an int64 leaf, a flag, and a sum in float64."""
 
+    scale: torch.Tensor
+
     def __init__(self, size: int = 3) -> None:
         super().__init__()
         self.size = size

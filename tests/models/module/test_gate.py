@@ -192,7 +192,8 @@ def test_an_example_state_that_no_stream_can_begin_with(state: Any, sentence: st
 
 def test_a_leaf_that_is_left_out_is_named(tmp_path: Path) -> None:
     state = {"h": torch.zeros(1, 4), "c": torch.zeros(1, 4)}
-    found = refusal(Step(lambda s, x, h: (x, {"h": h["h"]})), tmp_path / "m", state)
+    without_c: Any = lambda s, x, h: (x, {"h": h["h"]})  # noqa: E731
+    found = refusal(Step(without_c), tmp_path / "m", state)
     assert found == "the new state has the leaves h, and the state before the frame h, c: return the same ones"
     found = refusal(Step(lambda s, x, h: (x, h[:1])), tmp_path / "m", (torch.zeros(1, 4), torch.zeros(1, 4)))
     assert found == "the new state has 1 leaves, and the state before the frame 2: return the same ones"

@@ -147,6 +147,8 @@ def test_outputs_in_a_dict_are_joined_and_named() -> None:
 class Recurrent(nn.Module):
     """What people have: layers of torch around an attention over a cache, in evaluation mode after training."""
 
+    mask: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.lstm, self.cell = nn.LSTM(4, 8, num_layers=2, batch_first=True), nn.GRUCell(8, 8)

@@ -83,8 +83,10 @@ class Program:
         call = self._graph.call_function(function, args, kwargs)
         if isinstance(function, Operator):
             self._check_call(function, node, args, kwargs)
-            if may_alias(function) and isinstance(args[0], fx.Node) and args[0] in self._given:
+            if may_alias(function) and args and isinstance(args[0], fx.Node) and args[0] in self._given:
                 self._given[call] = self._given[args[0]]
+        elif kwargs:  # their names would become part of the generated code
+            raise ModelError(f"the graph calls {node.op} with arguments that it does not have; make the folder again")
         elif node.op == "getitem" and args and isinstance(args[0], fx.Node) and args[0] in self._given:
             self._given[call] = self._given[args[0]]
         if ("node", node.name) in self._values:
@@ -93,7 +95,7 @@ class Program:
 
     def _check_call(self, function: Operator, node: Node, args: Any, kwargs: Any) -> None:
         declared = {argument.name for argument in function._schema.arguments}
-        if not set(kwargs) <= declared or len(args) > len(declared) or (not args and "device" not in declared):
+        if not set(kwargs) <= declared or len(args) > len(declared):
             raise ModelError(f"the graph calls {node.op} with arguments that it does not have; make the folder again")
         if trains(function, args, kwargs):
             raise ModelError(f"the graph calls {node.op} as in training; export the module in evaluation mode")

@@ -1,0 +1,148 @@
+"""Folders of step modules from strangers: nothing in them runs, and what is wrong with them is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from instep.cli import app
+from instep.models.errors import ModelError
+from instep.models.folder import load_model
+from instep.models.registry import build
+from tests.support.running import CPU
+from tests.support.steps import exported, exported_folder
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(exported_folder("min_gru"), tmp_path / "m"))
+
+
+def changed(folder: Path, change: Change) -> None:
+    graph = json.loads((folder / "graph.json").read_text())
+    change(graph)
+    (folder / "graph.json").write_text(json.dumps(graph))
+
+
+def call(op: str, *args: Any, **kwargs: Any) -> Change:
+    """Puts a call in front of the others."""
+    node = {"name": "new", "op": op, "args": list(args), "kwargs": kwargs}
+    return lambda graph: graph["nodes"].insert(0, node)
+
+
+CODE = "a=__import__('pathlib').Path('ran').touch(), b"
+X: Any = {"x": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (call("os.system", "touch ran"), "the graph calls 'os.system', which no step may"),
+        (call("builtins.eval", CODE), "the graph calls 'builtins.eval'"),
+        (call("aten.from_file.default", "ran", True, 4), "the graph calls 'aten.from_file.default'"),
+        (call("aten.__class__.__init__", X), "the graph calls 'aten.__class__.__init__'"),
+        (call("aten.add.__init__", X, X), "the graph calls 'aten.add.__init__'"),
+        (call("aten.randn_like.default", X), "the graph calls 'aten.randn_like.default'"),
+        (call("aten.nonzero.default", X), "the graph calls 'aten.nonzero.default'"),
+        (call("aten.add.out", X, X, out=X), "the graph calls 'aten.add.out'"),
+        (call("aten.empty.memory_format", [4]), "the graph calls 'aten.empty.memory_format'"),
+        (call("aten.batch_norm.default", X, None, None, None, None, True, 0.1, 1e-5, False), "as in training"),
+        (call("aten.add.Tensor", X, X, **{CODE: 1}), "with arguments that it does not have"),
+        (call("int.add", 1, 2, **{CODE: 1}), "with arguments that it does not have"),
+        (call("aten.mul_.Tensor", {"state": "state"}, 2), "changes the leaf state of the state in place"),
+        (call("aten.fill_.Scalar", {"tensor": "head.bias"}, 2), "changes the tensor head.bias in place"),
+        (call("aten.abs.default", {"node": "linear"}), "the argument {'node': 'linear'}, which means nothing"),
+        (call("aten.abs.default", {"dtype": "float8"}), "which means nothing"),
+        (call("aten.abs.default", {"x": True, "state": "state"}), "which means nothing"),
+        (lambda graph: graph["nodes"].append(graph["nodes"][0]), "two nodes called 'linear'"),
+        (lambda graph: graph["nodes"].__delitem__(0), "the argument {'node': 'linear'}, which means nothing"),
+        (call("aten.view.default", X, [3]), "does not run"),
+        (lambda graph: graph.update(y=X), r"does not run \(it gives torch.float32 \[32, 5\] where the description"),
+        (lambda graph: graph.update(outputs=0), "graph.outputs: 0 is wrong, it should be greater than"),
+        (lambda graph: graph.update(version=2), "graph.version: there is no such key"),
+        (lambda graph: graph.pop("tensors"), "graph.tensors: it is missing"),
+        (lambda graph: graph.update(new_state={"h": X}), "the state has the leaves state, and the graph gives h"),
+        (lambda graph: graph["tensors"][0].update(shape=[3]), r"has shape \[33, 5\], .* asks for \[3\]"),
+        (lambda graph: graph["tensors"][0].update(dtype="int64"), "is float32; convert the weights to int64"),
+    ],
+)
+def test_a_graph_that_is_refused(folder: Path, change: Change, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    changed(folder, change)
+    with pytest.raises(ModelError, match=sentence) as refused:
+        build(load_model(folder), CPU)
+    assert "\n" not in str(refused.value)
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "graph.json is not JSON"),
+        ("[" * 100_000, "graph.json is not JSON"),
+        ("[]", "graph: "),
+        (None, "cannot read"),
+    ],
+)
+def test_a_file_that_is_no_graph(folder: Path, text: str | None, sentence: str) -> None:
+    (folder / "graph.json").unlink()
+    if text is not None:
+        (folder / "graph.json").write_text(text)
+    with pytest.raises(ModelError, match=sentence):
+        load_model(folder)
+
+
+def test_names_in_a_graph_are_never_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    renamed = (folder / "graph.json").read_text().replace('"linear"', json.dumps(f"x); {CODE} = 1 #"))
+    renamed = renamed.replace('"gate.weight"', json.dumps(CODE))
+    (folder / "graph.json").write_text(renamed)
+    tensors = load_file("weights.safetensors")
+    save_file(
+        {CODE if name == "gate.weight" else name: tensor for name, tensor in tensors.items()}, "weights.safetensors"
+    )
+    step = build(load_model(folder), CPU).bind(32)
+    step.run()
+    assert not Path("ran").exists()
+    original = build(exported("min_gru"), CPU).bind(32)
+    original.run()
+    torch.testing.assert_close(step.y, original.y, rtol=0, atol=0)
+
+
+class Trap:
+    """Unpickling it leaves a file."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("ran"),)
+
+
+def test_an_archive_of_torch_export_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(Trap(), (saved := io.BytesIO()))
+    with zipfile.ZipFile("net.pt2", "w") as archive:
+        for member in ("data/weights/weights.pt", "data/constants/constants.pt", "data/sample_inputs/model.pt"):
+            archive.writestr(f"net/{member}", saved.getvalue())
+        archive.writestr("net/data/constants/opaque", pickle.dumps(Trap()))
+        archive.writestr("net/models/model.json", json.dumps({"range_constraints": {"__import__('os')": {}}}))
+        archive.writestr("net/archive_format", "pt2")
+    for command in (["model", "import"], ["model", "info"], ["serve"]):
+        result = CliRunner(env={"COLUMNS": "80"}).invoke(app, [*command, "net.pt2"])
+        assert result.exit_code == 2, result.output
+        told = " ".join(result.stderr.split())
+        assert "runs code that the file may hold: hand over the module that it was exported from, a step with" in told
+        assert "instep.models.export_step" in told
+    assert not Path("ran").exists()
