@@ -123,11 +123,11 @@ def _in_three_axes(x: F32) -> F32:
 
 def _compared(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> Agreement | None:
     frames = np.ascontiguousarray(_in_three_axes(x).transpose(order))
-    stepped = _stepped(network, frames)
+    stepped = stepped_outputs(network, frames)
     sequence = network.sequence(frames, network.state.initial(frames.shape[1]))
     whole = stepped if sequence is None else sequence[0]
     steps, rows, outputs = whole.shape
-    tolerance = _tolerance(network, frames, whole)
+    tolerance = rounding_tolerance(network, frames, whole)
     found = [
         Agreement(
             whole=Distance.between(arrangement.apply(y, rows, outputs), whole[-arrangement.steps :]),
@@ -144,7 +144,7 @@ def _compared(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> 
     return min(found, key=lambda each: each.whole.error, default=None)
 
 
-def _stepped(network: RecurrentModel, frames: F32) -> F32:
+def stepped_outputs(network: RecurrentModel, frames: F32) -> F32:
     """Outputs [T, R, outputs] for frames [T, R, features], one step for each frame."""
     steps, rows, features = frames.shape
     bucket = -(-rows // network.row_multiple) * network.row_multiple
@@ -157,7 +157,7 @@ def _stepped(network: RecurrentModel, frames: F32) -> F32:
     return np.stack(outputs)
 
 
-def _tolerance(network: RecurrentModel, frames: F32, outputs: F32) -> float:
+def rounding_tolerance(network: RecurrentModel, frames: F32, outputs: F32) -> float:
     """What rounding explains between two float32 results for these frames, relative to the largest output."""
     truth, rounded = (_referred(network, frames, dtype) for dtype in (np.float64, np.float32))
     if truth is None or rounded is None:

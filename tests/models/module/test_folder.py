@@ -21,7 +21,7 @@ from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.registry import build
 from tests.support.running import CPU
-from tests.support.steps import exported, exported_folder
+from tests.support.steps import STEPS, exported, exported_folder
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -146,3 +146,58 @@ def test_an_archive_of_torch_export_is_never_read(tmp_path: Path, monkeypatch: p
         assert "runs code that the file may hold: hand over the module that it was exported from, a step with" in told
         assert "instep.models.export_step" in told
     assert not Path("ran").exists()
+
+
+STEP_FILE = """
+import torch
+from tests.support.steps import FEATURES, STEPS, step_of
+
+globals().update({name: step_of(name) for name in STEPS})
+other = STEPS["counting"][0]()
+other.scale += 1
+"""
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_folder_is_checked_against_the_step_that_it_was_exported_from(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("steps.py").write_text(STEP_FILE)
+    runner, folder = CliRunner(env={"COLUMNS": "80"}), str(exported_folder(name))
+    found = runner.invoke(app, ["model", "check", folder, "--against", f"steps.py:{name}"])
+    assert found.exit_code == 0, found.output
+    assert "served frame by frame" in found.stdout
+    assert "whole sequences" not in found.stdout
+    shown = json.loads(runner.invoke(app, ["model", "check", folder, "--against", f"steps.py:{name}", "--json"]).stdout)
+    assert shown["whole"] is None
+    assert shown["stepped"]["error"] <= shown["tolerance"] < 1e-3
+
+
+def test_a_check_against_another_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("steps.py").write_text(STEP_FILE)
+    runner, folder = CliRunner(env={"COLUMNS": "80"}), str(exported_folder("counting"))
+    assert runner.invoke(app, ["model", "check", folder, "--against", "steps.py:other"]).exit_code == 1
+    for name, sentence in (
+        ("layer_norm_gru", "fails on frames [32, 5] and a state with the leaves count, ring, loud, total"),
+        ("layer", "has no layer"),
+    ):
+        found = runner.invoke(app, ["model", "check", folder, "--against", f"steps.py:{name}"])
+        assert found.exit_code == 2
+        assert sentence in " ".join(found.stderr.split())
+
+
+def test_info_shows_the_leaves_and_tensors() -> None:
+    found = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["model", "info", str(exported_folder("counting"))])
+    lines = found.stdout.splitlines()
+    assert lines[0].startswith("counting: 5 features → step of 21 operators, state count [] int64, ring [3]")
+    assert lines[1].startswith("3 parameters; fingerprint ")
+    assert lines[2:] == ["  scale [3]"]
+    shown = CliRunner().invoke(app, ["model", "info", str(exported_folder("counting")), "--json"])
+    assert json.loads(shown.stdout)["description"]["state"][0] == {
+        "name": "count",
+        "shape": [],
+        "dtype": "int64",
+        "initial": 7.0,
+    }

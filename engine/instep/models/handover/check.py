@@ -18,11 +18,15 @@ import torch
 from torch import nn
 
 from instep.core.typing import F32
-from instep.models.agreement import Distance, agreement, first_output
+from instep.models.agreement import Distance, agreement, first_output, rounding_tolerance, stepped_outputs
+from instep.models.base import StateSpec
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.handover.traced_module import evaluating
 from instep.models.handover.tracer import first_line
+from instep.models.model import Model
+from instep.models.module.description import ModuleDescription
+from instep.models.module.example import outputs_of, split
 from instep.models.numerics import prepare
 from instep.models.registry import build
 
@@ -38,8 +42,8 @@ class Check:
     against: str
     frames: tuple[int, ...]
     """The shape of the random frames."""
-    whole: Distance
-    """Served as whole sequences."""
+    whole: Distance | None
+    """Served as whole sequences; None where the model has no call for them."""
     stepped: Distance
     """Served one frame at a time."""
     alone: Distance | None
@@ -50,7 +54,7 @@ class Check:
     @property
     def agrees(self) -> bool:
         """Whether rounding explains all differences."""
-        return max(self.whole.error, self.stepped.error) <= self.tolerance
+        return max(each.error for each in (self.whole, self.stepped) if each is not None) <= self.tolerance
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -76,7 +80,7 @@ class Check:
         if not self.agrees:
             return (
                 f"They differ by more than rounding in float32 explains, so {self.model} holds other weights or other "
-                "layers than the module: make it again with instep.models.save_model(path, net)."
+                "layers than the module: make it again with instep.models.save_model or export_step."
             )
         if self.alone is not None and self.alone.ulp:
             itself = f"this module's outputs alone and in a batch are up to {self.alone.ulp:,} ULP apart"
@@ -107,6 +111,8 @@ def check(folder: Path, against: str) -> Check:
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, STEPS, model.description.features, generator=generator)
+    if isinstance(model.description, ModuleDescription):
+        return _check_step(str(folder), model, against, module, x)
     y = _outputs(module, x.to(device), against)
     found = agreement(build(model, torch.device("cpu")), x.numpy(), y)
     if found is None:
@@ -121,6 +127,54 @@ def check(folder: Path, against: str) -> Check:
     alone = _outputs(module, x.narrow(found.rows_axis, 0, 1).to(device), against)
     together = found.arrangement.apply(y, rows, outputs)[:, :1]
     return replace(checked, alone=Distance.between(found.arrangement.apply(alone, 1, outputs), together))
+
+
+def _check_step(folder: str, model: Model, against: str, module: nn.Module, x: torch.Tensor) -> Check:
+    network = build(model, torch.device("cpu"))
+    frames = x.transpose(0, 1).contiguous()
+    served = stepped_outputs(network, frames.numpy())
+    y, alone = (_step_outputs(module, network.state, rows, against) for rows in (frames, frames[:, :1]))
+    if y.shape != served.shape:
+        raise ModelError(
+            f"{against} gives {y.shape[2]} outputs for each frame, and {folder} {served.shape[2]}: name the step "
+            f"that {folder} was exported from"
+        )
+    return Check(
+        model=folder,
+        against=against,
+        frames=tuple(x.shape),
+        whole=None,
+        stepped=Distance.between(y, served),
+        alone=Distance.between(alone, y[:, :1]),
+        tolerance=rounding_tolerance(network, frames.numpy(), served),
+    )
+
+
+def _step_outputs(module: nn.Module, spec: StateSpec, frames: torch.Tensor, against: str) -> F32:
+    """Outputs [T, R, outputs] of a step module; the names of the leaves tell in which form it takes the state."""
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    names = [leaf.name for leaf in spec.leaves]
+    leaves = {name: torch.tensor(leaf).to(device) for name, leaf in spec.unpack(spec.initial(frames.shape[1])).items()}
+    state: Any = leaves
+    if names == ["state"]:
+        state = leaves["state"]
+    elif names == [f"s{at}" for at in range(len(names))]:
+        state = tuple(leaves.values())
+    outputs = []
+    try:
+        with evaluating(module):
+            for x in frames.to(device):
+                y, state = split(module(x.clone(), state))
+                parts = [part if part.dim() > 1 else part.unsqueeze(1) for _, part in outputs_of(y)]
+                outputs.append(torch.cat(parts, 1).cpu())
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{against} fails on frames {list(frames.shape[1:])} and a state with the leaves {', '.join(names)} "
+            f"({first_line(error)}): name the step that the folder was exported from"
+        ) from None
+    return torch.stack(outputs).numpy()
 
 
 def _outputs(module: nn.Module, x: torch.Tensor, against: str) -> F32:

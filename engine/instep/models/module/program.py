@@ -83,8 +83,9 @@ class Program:
         call = self._graph.call_function(function, args, kwargs)
         if isinstance(function, Operator):
             self._check_call(function, node, args, kwargs)
-            if may_alias(function) and args and isinstance(args[0], fx.Node) and args[0] in self._given:
-                self._given[call] = self._given[args[0]]
+            first = next(iter([*args, *kwargs.values()]), None)
+            if may_alias(function) and isinstance(first, fx.Node) and first in self._given:
+                self._given[call] = self._given[first]
         elif kwargs:  # their names would become part of the generated code
             raise ModelError(f"the graph calls {node.op} with arguments that it does not have; make the folder again")
         elif node.op == "getitem" and args and isinstance(args[0], fx.Node) and args[0] in self._given:
