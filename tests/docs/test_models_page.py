@@ -59,6 +59,19 @@ def test_its_commands_run_as_written(folder: Path) -> None:
         assert line[:40] == shown[:40]
 
 
+def test_a_step_of_your_own_is_exported_and_checked_as_shown(folder: Path) -> None:
+    assert len([line for line in PROGRAMS["step.py"].splitlines() if line]) < 20
+    exported = run(["python", "step.py"], folder)
+    assert exported.stdout.partition(", fingerprint ")[0] == SHOWN[3].partition(", fingerprint ")[0], exported.stderr
+    assert sorted(path.name for path in (folder / "own").iterdir()) == [
+        "graph.json",
+        "model.yaml",
+        "weights.safetensors",
+    ]
+    checked = run(["instep", "model", "check", "own", "--against", "step.py:step"], folder)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_an_import_without_options_says_what_is_shown(folder: Path) -> None:
     weights = torch.load(folder / "net.pt", weights_only=True)
     plain = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.1.")}

@@ -16,8 +16,10 @@ from torch import nn
 from instep.core.typing import F32
 from instep.models import export_step
 from instep.models.certify import candidate_buckets, certify
-from instep.models.folder import load_model
+from instep.models.folder import load_model, write_model
+from instep.models.model import model_of
 from instep.models.module.network import ModuleNetwork
+from instep.models.registry import build, parse_description
 from instep.models.stepping import step_rows
 from tests.support.running import CPU, prepared
 from tests.support.steps import FEATURES, STEPS, eager, example, exported, exported_folder, leaves, step_of
@@ -198,3 +200,22 @@ def begin(rows: int) -> dict[str, torch.Tensor]:
         "keys": torch.zeros(rows, 3, 8),
         "place": torch.zeros(rows, dtype=torch.int64),
     }
+
+
+def test_a_pipeline_may_hold_a_step_module(tmp_path: Path, rng: np.random.Generator) -> None:
+    inside = exported("layer_norm_gru")
+    network, x = network_of("layer_norm_gru"), rng.standard_normal((6, 32, FEATURES)).astype(np.float32)
+    description = {"kind": "pipeline", "features": FEATURES, "network": inside.description.as_json()}
+    smoothed = model_of("p", parse_description({**description, "after": [{"smooth": 0.5}]}), inside.weights)
+    write_model(tmp_path / "p", smoothed)
+    assert "graph" not in (tmp_path / "p" / "model.yaml").read_text()
+    found = load_model(tmp_path / "p")
+    assert (found.description, found.fingerprint) == (smoothed.description, smoothed.fingerprint)
+    served, plain = build(found, CPU).bind(32), network.bind(32)
+    rows, alone = found.description.state.initial(32), network.state.initial(32)
+    kept: F32 | None = None
+    for frame in x:
+        y, rows = step_rows(served, found.description.state, frame, rows, 3)
+        inner, alone = step_rows(plain, network.state, frame, alone, 3)
+        kept = inner if kept is None else (kept + inner) / 2
+        np.testing.assert_allclose(y, kept, rtol=1e-5, atol=1e-6)
