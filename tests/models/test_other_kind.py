@@ -67,6 +67,25 @@ def test_a_leaf_that_is_no_float_is_certified_too(monkeypatch: pytest.MonkeyPatc
     assert certify(network, (4, 8, 16)).exactness == "tolerance"
 
 
+def test_what_shows_only_in_states_that_streams_reach_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build(MODEL, CPU)
+    bind = network.bind
+
+    def differs_later(rows: int) -> object:
+        step = bind(rows)
+        run = step.run
+
+        def wrong() -> None:
+            run()
+            step.new_state["level"][step.state["frames"] > 3 + 5] += rows
+
+        step.run = wrong  # type: ignore[method-assign]
+        return step
+
+    monkeypatch.setattr(network, "bind", differs_later)
+    assert len(certify(network, (4, 8, 16)).buckets) == 1
+
+
 def test_it_is_stepped_over_its_slots(rng: np.random.Generator) -> None:
     steps = Stepper(build(MODEL, CPU), (4, 8), 10, CPU)
     steps.load(SLOTS, None)

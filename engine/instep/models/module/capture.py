@@ -65,6 +65,11 @@ class Capture:
     """
 
     def __init__(self, program: ExportedProgram, leaves: Sequence[str], prefix: str) -> None:
+        self.outputs: int
+        """Values per row of `y`."""
+        self.y: Any
+        """What the graph's `y` and, in the order of the leaves, its `new_state` refer to."""
+        self.new_state: list[Any]
         self.tensors: dict[str, torch.Tensor] = {}
         self.nodes: list[dict[str, Any]] = []
         self._references: dict[fx.Node, Any] = {}
@@ -78,14 +83,13 @@ class Capture:
         for node in program.graph.nodes:
             if node.op == "call_function":
                 self._add(node)
-            elif node.op == "output":
-                results = node.args[0]
-            elif node.op == "get_attr" and any(user.op == "call_function" for user in node.users):
-                continue  # a part of a higher-order operator, which is refused where it is called
         for spec in program.graph_signature.output_specs:
-            if spec.kind not in (OutputKind.USER_OUTPUT,):
-                raise ModelError(_changes(f"its own {spec.target or 'state'}"))
+            if spec.kind != OutputKind.USER_OUTPUT:  # how older versions of torch show a change in place
+                raise ModelError(_changes(f"its own {spec.target}"))
+        (output,) = (node for node in program.graph.nodes if node.op == "output")
+        results: Any = output.args[0]
         self.y, *self.new_state = [self._reference(each) for each in results]
+        self.outputs = int(results[0].meta["val"].shape[1])
         self._drop_unused()
 
     def _add_inputs(self, program: ExportedProgram, leaves: Sequence[str], prefix: str) -> None:
@@ -312,7 +316,6 @@ def _mixes(node: fx.Node, name: str) -> str:
 
 
 def _changes(what: str, where: str = "the step") -> str:
-    what = re.sub(r"^its own state$", "a tensor of its own", what)
     advice = (
         "return a new tensor, or clone it before"
         if what.startswith(("leaf", "its frames"))
@@ -325,6 +328,7 @@ def _unknown(node: fx.Node, name: str) -> str:
     hint = {
         "wrap_with_autocast": "export without torch.autocast: float32 is what is served",
         "cond": "torch.cond decides by a value: use torch.where",
+        "wrap_with_set_grad_enabled": "leave torch.enable_grad out",
         "while_loop": "a loop that runs until values converge mixes streams: run a fixed number of rounds",
     }.get(name, "write it with other functions of torch")
     return f"{_where(node)} calls {name}, which cannot be served; {hint}"

@@ -92,7 +92,7 @@ def _model(program: ExportedProgram, example: Example, name: str, outputs: Seque
                 "features": example.features,
                 "state": [leaf.model_dump() for leaf in example.leaves],
                 "graph": {
-                    "outputs": program.graph.find_nodes(op="output")[0].args[0][0].meta["val"].shape[1],
+                    "outputs": captured.outputs,
                     "tensors": [
                         {"name": each, "shape": tuple(tensor.shape), "dtype": dtypes[each]}
                         for each, tensor in captured.tensors.items()
