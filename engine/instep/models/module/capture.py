@@ -49,7 +49,7 @@ _ALONG: Final = frozenset(
 """Along a dimension they combine or move elements, without removing it."""
 _NUMBERS: Final[dict[Any, str]] = {function: name for name, function in operators.NUMBERS.items()}
 _SOURCE: Final = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
-_EMPTY: Final = "empty"
+_IN_PLACE: Final = re.compile(r"aten\.\w*[a-z0-9]_\.\w+")
 
 
 class Capture:
@@ -199,7 +199,7 @@ class Capture:
             )
         if name == "scaled_dot_product_attention" and argument(op, "dropout_p", node.args, node.kwargs):
             raise ModelError(f"{_where(node)} runs attention with dropout; set dropout_p to 0")
-        if name.startswith((_EMPTY, "new_empty")):
+        if name.startswith(("empty", "new_empty")):
             raise ModelError(f"{_where(node)} makes a tensor of whatever the memory holds ({name}); use zeros")
         for at in written(op):
             target = node.args[at]
@@ -243,7 +243,7 @@ class Capture:
         kept: list[dict[str, Any]] = []
         needed = set(_names([self.y, self.new_state], "node"))
         for node in reversed(self.nodes):
-            if node["name"] in needed or node["op"].split(".")[1].endswith("_"):
+            if node["name"] in needed or _IN_PLACE.fullmatch(node["op"]):
                 kept.append(node)
                 needed.update(_names([node["args"], node["kwargs"]], "node"))
         self.nodes = kept[::-1]

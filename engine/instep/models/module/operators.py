@@ -33,8 +33,10 @@ _LAYERS: Final = """
     addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d convolution dot einsum embedding
     group_norm gru gru_cell batch_norm instance_norm inner layer_norm linear linalg_norm linalg_vecdot
     linalg_vector_norm lstm lstm_cell matmul mm mv outer rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell
-    scaled_dot_product_attention cosine_similarity norm
+    scaled_dot_product_attention cosine_similarity norm upsample_bilinear2d upsample_linear1d upsample_nearest1d
+    upsample_nearest2d _weight_norm
 """
+_SPECTRA: Final = "angle complex fft_fft fft_ifft fft_irfft fft_rfft imag polar real view_as_complex view_as_real"
 _REDUCTIONS: Final = """
     all amax amin any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum diff logcumsumexp logsumexp max
     mean median min nansum prod sort std std_mean sum topk var var_mean avg_pool1d avg_pool2d adaptive_avg_pool1d
@@ -56,7 +58,7 @@ _CREATION: Final = """
 """
 _ONLY_IN_PLACE: Final = "copy fill zero"
 ALLOWED: Final = frozenset(
-    " ".join((_ELEMENTWISE, _ACTIVATIONS, _LAYERS, _REDUCTIONS, _SHAPES, _INDEXING, _CREATION)).split()
+    " ".join((_ELEMENTWISE, _ACTIVATIONS, _LAYERS, _SPECTRA, _REDUCTIONS, _SHAPES, _INDEXING, _CREATION)).split()
 )
 _IN_PLACE: Final = ALLOWED | frozenset(_ONLY_IN_PLACE.split())
 CREATION: Final = frozenset(_CREATION.split())
