@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from instep.server.open_files import allow_open_files
 from instep.server.preparation import Prepared, check_restartable, prepare
 from instep.server.reload import Kept, differences, reload
 from instep.server.server import Server
+from instep.server.service_manager import ServiceManager
 from instep.server.signals import signals_call
 from instep.server.supervisor import supervise
 from instep.streaming.warm_up import warm_up
@@ -35,6 +37,7 @@ class _Start:
     on_ready: Callable[[str], None]
     accept_numerics_change: bool
     kept: Kept
+    service_manager: ServiceManager
 
 
 def run(
@@ -70,7 +73,8 @@ def run(
         log.info("compiling", hint="once on a machine, up to half a minute")
     warm_up()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
-    start = _Start(reread or (lambda: config), on_ready, accept_numerics_change, Kept())
+    manager = ServiceManager(os.environ, log)
+    start = _Start(reread or (lambda: config), on_ready, accept_numerics_change, Kept(), manager)
     if restart and supervise(log):
         began, config = config, start.kept.laid_over(config)  # the server that died may have reloaded
         if changed := [change for _, change in differences(began, config)]:
@@ -95,6 +99,7 @@ async def _serve(
         stops += 1
         if stops == 1:
             log.info("stopping", hint="finishing what was admitted; interrupt again to force")
+            start.service_manager.stopping()
         server.stop(drain=stops == 1)
 
     def hung_up() -> None:
@@ -107,6 +112,7 @@ async def _serve(
 
     with signals_call({signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: hung_up}):
         _say_what_is_served(server, prepared, log)
+        start.service_manager.serving(f"serving {prepared.model.name} at {server.endpoint}")
         start.on_ready(server.endpoint)
         if interrupts.was_hung_up():
             hung_up()
