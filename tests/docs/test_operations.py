@@ -1,27 +1,19 @@
-"""The page on operations and the systemd unit agree with the program: log lines, options, keys, statuses."""
+"""The page on operations agrees with the program: log lines, commands and options, keys, statuses."""
 
 from __future__ import annotations
 
-import configparser
 import re
 import shlex
-import signal
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.config import Config
-from instep_tools.app import app as client_app
 from tests.docs.support.page import Page
-from tests.docs.support.shell import commands
+from tests.docs.support.shell import assert_exists, commands
 
 ROOT = Path(__file__).parents[2]
 PAGE = Page("operations.md")
-UNIT = configparser.RawConfigParser(strict=False)
-UNIT.optionxform = str  # type: ignore[assignment,method-assign]
-UNIT.read(ROOT / "deploy" / "instep.service")
 
 
 def test_every_line_of_the_log_is_explained_with_its_level() -> None:
@@ -41,29 +33,14 @@ def test_every_line_of_the_log_is_explained_with_its_level() -> None:
     assert explained == logged
 
 
-def test_the_unit_gives_a_drain_the_time_it_may_take() -> None:
-    service = UNIT["Service"]
-    assert service["KillSignal"] == signal.SIGTERM.name
-    assert int(service["TimeoutStopSec"]) > Config().shutdown.drain_timeout_s + 10
-    assert int(service["LimitNOFILE"]) > Config().limits.max_connections
-    assert service["RestartPreventExitStatus"] == "2"
-
-
 @pytest.mark.parametrize(
     "words",
-    [shlex.split(UNIT["Service"]["ExecStart"])]
-    + [words for _, block in PAGE.blocks("bash") for words in commands(block)]
+    [words for _, block in PAGE.blocks("bash") for words in commands(block) if words[0] != "docker"]
     + [shlex.split(line) for line in re.findall(r"`(instep(?:-client)? [^`]+)`", PAGE.text)],
     ids=" ".join,
 )
 def test_the_commands_and_options_that_it_names_exist(words: list[str]) -> None:
-    words = words[1:] if words[0] == "setsid" else words
-    command_line = client_app if Path(words[0]).name == "instep-client" else app
-    path = [word for word in words[1:3] if re.fullmatch("[a-z]+", word)]
-    help_text = CliRunner(env={"COLUMNS": "200"}).invoke(command_line, [*path, "--help"])
-    assert help_text.exit_code == 0, path
-    for option in (word for word in words if word.startswith("--")):
-        assert option in help_text.stdout
+    assert_exists(words[1:] if words[0] == "setsid" else words)
 
 
 def test_the_statuses_are_those_of_the_promise() -> None:

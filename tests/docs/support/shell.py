@@ -13,6 +13,11 @@ from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
+from typer.testing import CliRunner
+
+from instep.cli import app
+from instep_tools.app import app as client_app
+
 SCRIPTS = Path(sys.executable).parent
 _DEFAULT = "tcp://127.0.0.1:5757"
 
@@ -26,6 +31,16 @@ def run(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a command of this environment to its end."""
     words = [str(SCRIPTS / command[0]), *command[1:]]
     return subprocess.run(words, cwd=cwd, text=True, capture_output=True, timeout=100, check=False)
+
+
+def assert_exists(words: Sequence[str]) -> None:
+    """Assert that a command of `instep` or `instep-client` exists, with each of its options."""
+    command_line = {"instep": app, "instep-client": client_app}[Path(words[0]).name]
+    path = [word for word in words[1:3] if re.fullmatch("[a-z]+", word)]
+    help_text = CliRunner(env={"COLUMNS": "200"}).invoke(command_line, [*path, "--help"])
+    assert help_text.exit_code == 0, path
+    for option in (word for word in words if word.startswith("--")):
+        assert option in help_text.stdout
 
 
 class TypedServer:
