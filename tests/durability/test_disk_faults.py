@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,6 +22,7 @@ from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.recording.errors import RecordingError
 from instep.recording.writer import RecordingWriter
+from instep.server.preparation import CannotServe
 from instep.server.server import Server
 from instep_client.protocol.wire import Code, Kind
 from tests.support.disk import Disk, Fault, Operation
@@ -230,7 +233,7 @@ async def process(model: Path, recording: Path) -> AsyncIterator[tuple[asyncio.s
         await served.communicate()
 
 
-async def test_a_full_tmpfs_ends_the_process_with_status_1_and_with_more_room_it_goes_on(
+async def test_a_full_tmpfs_ends_the_process_with_status_1_and_with_more_room_or_elsewhere_it_goes_on(
     tmp_path: Path, small_disk: Path
 ) -> None:
     write_model(tmp_path / "model", SMALL)
@@ -249,6 +252,13 @@ async def test_a_full_tmpfs_ends_the_process_with_status_1_and_with_more_room_it
     computed, answered = stopped["frames"] // (2 * STREAMS), len(given.y)
     # The last block may have been refused, or have come when the server read nothing any more.
     assert computed - answered <= stopped["messages_unanswered"] <= len(given.x) - answered
+    with pytest.raises(CannotServe, match="disk is full; make room, or copy the recording and its -wal file"):
+        async with running(SMALL, recording={"file": path}):
+            pass
+    for file in (path, path.with_name("r.db-wal")):
+        shutil.copy(file, tmp_path)
+    async with running(SMALL, recording={"file": tmp_path / path.name}) as server:
+        await assert_goes_on(server, copy.deepcopy(given))
     remount = await asyncio.create_subprocess_exec("mount", "-o", "remount,size=64m", str(small_disk))
     assert await remount.wait() == 0
     async with running(SMALL, recording={"file": path}) as server:

@@ -29,7 +29,10 @@ class DamagedRecording(RecordingError):
 
 
 def with_advice(error: Exception) -> str:
-    """The message of an error and, where a recording is damaged, what can be done about it."""
-    if not isinstance(error, DamagedRecording):
-        return str(error)
-    return f"{error}; what comes before the damage is saved by: instep recordings repair {shlex.quote(str(error.path))}"
+    """The message of an error and, where a recording is damaged or its disk is full, what can be done about it."""
+    if isinstance(error, DamagedRecording):
+        save = f"instep recordings repair {shlex.quote(str(error.path))}"
+        return f"{error}; what comes before the damage is saved by: {save}"
+    if "disk is full" in str(error):  # as SQLite says it
+        return f"{error}; make room, or copy the recording and its -wal file to a larger disk and serve the copy"
+    return str(error)
