@@ -140,16 +140,27 @@ def test_list_shows_recordings_and_nothing_else(tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in text.splitlines()] == ["file", "a.rec", "b.rec", "c.rec", "old.rec"]
     for line, ending in zip(
         text.splitlines()[1:],
-        ["not closed: its engine ended without closing it", "closed in order", "damaged", "of another version"],
+        ["not closed", "closed", "damaged", "of another version"],
         strict=True,
     ):
         assert f"  {ending}  " in line
-    assert re.search(r" 2 +1 +11 +[\d,]+$", text.splitlines()[2])
+    assert re.search(r"2023-11-14 22:13 .* 2 +1 +11 +0\.\d$", text.splitlines()[2])
     assert "notes" not in text
     assert "other.db" not in text
     (tmp_path / "empty").mkdir()
     assert said(commands.list_folder, tmp_path / "empty") == (0, f"{tmp_path / 'empty'} holds no recordings\n")
     assert said(commands.list_folder, tmp_path / "missing")[0] == 2
+
+
+def test_a_terminal_of_80_columns_shows_every_word(tmp_path: Path) -> None:
+    path = tmp_path / "a-recording-with-a-name-that-is-longer-than-others-of-2023-11-14.rec"
+    record(path)
+    for command, argument in ((commands.info, path), (commands.list_folder, tmp_path)):
+        file = io.StringIO()
+        assert command(argument, Console(file=file, width=80, force_terminal=True, color_system=None)) == 0
+        assert all(len(line) <= 80 for line in file.getvalue().splitlines())
+        _, piped = said(command, argument)
+        assert sorted("".join(file.getvalue().split())) == sorted("".join(piped.split()))
 
 
 def said_json(capsys: pytest.CaptureFixture[str], command: Any, *arguments: Any) -> tuple[int, Any]:

@@ -40,17 +40,15 @@ def report(*streams: StreamReport, **changes: Any) -> Report:
     [
         (
             (stream(1, "exact", 5000), stream(2, "empty", 0), stream(10, "exact", 687)),
-            "verified: 3 streams, 5,687 frames, exact, 0 mismatches "
-            "(stepped, whole sequence; within 1.2e-06 of float64)",
+            "verified: 3 streams, 5,687 frames, exact, 0 mismatches",
         ),
         (
             (stream(1, "within tolerance", 1),),
-            "verified: 1 stream, 1 frame, within tolerance, 0 mismatches "
-            "(stepped, whole sequence; within 1.2e-07 of float64)",
+            "verified: 1 stream, 1 frame, within tolerance, 0 mismatches",
         ),
         (
             (stream(1, "within tolerance"), stream(2, "mismatch"), stream(3, "exact")),
-            "not verified: 3 streams, 30 frames, 1 mismatch (stepped, whole sequence; within 3.8e-07 of float64)",
+            "not verified: 3 streams, 30 frames, 1 mismatch",
         ),
     ],
 )
@@ -62,13 +60,10 @@ def test_what_was_not_checked_is_not_verified() -> None:
     found = report(stream(1, "exact"), stream(2, "not checked"), stream(3, "within tolerance"))
     assert found.verdict == "not checked"
     assert not found.verified
-    assert found.summary() == (
-        "not verified: 3 streams, 30 frames, 0 mismatches, 1 stream not checked "
-        "(stepped, whole sequence; within 3.8e-07 of float64)"
-    )
+    assert found.summary() == "not verified: 3 streams, 30 frames, 0 mismatches, 1 stream not checked"
     assert (found.as_json()["verified"], found.as_json()["unchecked"]) == (False, 1)
     both = report(stream(1, "mismatch"), stream(2, "not checked"))
-    assert both.summary().startswith("not verified: 2 streams, 20 frames, 1 mismatch, 1 stream not checked (")
+    assert both.summary() == "not verified: 2 streams, 20 frames, 1 mismatch, 1 stream not checked"
 
 
 def test_a_divergence_in_words_tells_neighbouring_floats_apart() -> None:

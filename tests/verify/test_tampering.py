@@ -127,7 +127,7 @@ TAMPERINGS = [
 def test_untouched_it_is_verified(recorded: Recorded) -> None:
     status, text = verify(recorded.path)
     assert status == 0
-    assert text.splitlines()[-1].startswith("verified: 4 streams, 97 frames, exact, 0 mismatches (stepped, whole")
+    assert text.splitlines()[-1] == "verified: 4 streams, 97 frames, exact, 0 mismatches"
 
 
 @pytest.mark.parametrize("tamper", TAMPERINGS)
@@ -163,7 +163,7 @@ def test_with_the_crc_computed_again_it_is_a_mismatch_of_that_stream(
     assert status == 1
     assert f"mismatch in stream {STREAM} (stream-{STREAM}):\n  {sentence}" in text
     assert text.splitlines()[-1].startswith("not verified: 4 streams, ")
-    assert ", 1 mismatch (" in text.splitlines()[-1]
+    assert text.splitlines()[-1].endswith(", 1 mismatch")
 
 
 @pytest.mark.parametrize("table", ["closings", "batches"])
@@ -201,7 +201,7 @@ def test_a_stream_that_got_anothers_state(tmp_path: Path, seq: int) -> None:
     status, text = verify(recorded.path)
     assert status == 1
     assert f"mismatch in stream {STREAM} (stream-{STREAM}):\n  frame {seq}, element" in text
-    assert ", 1 mismatch (" in text.splitlines()[-1]
+    assert text.splitlines()[-1].endswith(", 1 mismatch")
 
 
 class TestAnotherModelsWeights:

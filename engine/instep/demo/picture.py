@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from instep.core.typing import F32, I32, I64, Bool
 from instep.demo.producers import F64, Heard, probabilities, right_after
@@ -133,5 +133,6 @@ def _latency(axes: Axes, latency_ms: F64) -> None:
     axes.set(xscale="log", xlabel="ms from the time a frame was due to its output", ylabel="frames")
     axes.set_title(f"Latency of all {len(latency_ms):,} frames")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend()
     axes.grid(alpha=0.3)

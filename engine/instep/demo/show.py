@@ -19,6 +19,8 @@ from instep.demo.producers import Heard
 AFTER: Final = (1, 2, 3, 5, 7, 10, 15)
 """Numbers of frames after which the table says how many decisions are right."""
 _DRAW_S: Final = 0.1
+_TELL_S: Final = 2.0
+"""Between two lines of progress where there is no bar."""
 
 
 def say(console: Console, sentence: str, style: str | None = None) -> None:
@@ -28,7 +30,7 @@ def say(console: Console, sentence: str, style: str | None = None) -> None:
 
 @contextlib.asynccontextmanager
 async def progress(console: Console, heard: Heard, speakers: I32) -> AsyncIterator[None]:
-    """A bar on a terminal, nothing in a pipe or a file."""
+    """A bar on a terminal, a line now and then in a pipe or a file."""
     columns = (
         BarColumn(20),
         MofNCompleteColumn(),
@@ -40,6 +42,9 @@ async def progress(console: Console, heard: Heard, speakers: I32) -> AsyncIterat
         task = bar.add_task("", total=int(heard.lengths.sum()), finished=0, accuracy=0.0)
 
         async def show() -> None:
+            while not console.is_terminal:
+                await asyncio.sleep(_TELL_S)
+                say(console, f"  {heard.frames:,} of {int(heard.lengths.sum()):,} frames")
             while True:
                 bar.update(
                     task,

@@ -76,7 +76,8 @@ def _run(out: Path, console: Console, speed: float) -> int:
     with ChildServer(folder, ["--record", str(recording)]) as server:
         said = server.started
         say(console, f"serving at {server.endpoint} on {said['device']}, {said['exactness']}")
-        say(console, _load(producers, connections, speed))
+        for line in _load(producers, connections, speed):
+            say(console, line)
         seconds, stats = asyncio.run(
             _stream(server.endpoint, producers, connections, heard, utterances.speakers, console)
         )
@@ -84,22 +85,16 @@ def _run(out: Path, console: Console, speed: float) -> int:
     right = right_after(heard.outputs, utterances.speakers)
     trained = accuracy(load_model(folder), utterances).last_frame
     console.print(accuracy_table(right))
-    say(
-        console,
-        f"at the last frame the trained model names {trained:.2%} of the speakers correctly; "
-        f"streamed here, {right[:, -1].mean():.2%}",
-    )
+    say(console, f"speakers named correctly at the last frame: {right[:, -1].mean():.2%} as streamed here,")
+    say(console, f"{trained:.2%} by the trained model over whole recordings")
     console.print(speed_table(heard, seconds, stats))
     draw(heard, utterances.speakers, picture, f"{len(producers)} recordings of nine speakers, streamed frame by frame")
     if not received_is_recorded(recording, producers, heard):
         say(console, f"the producers received other outputs than {recording} holds", "bold red")
         return FAILED
     say(console, "the producers received exactly what was recorded, bit for bit")
-    say(
-        console,
-        f"picture: {picture} · recording: {recording} · verify it again with: "
-        f"{_command()} verify {shlex.quote(str(recording))}",
-    )
+    say(console, f"picture: {picture}")
+    say(console, f"verify the recording again: {_command()} verify {shlex.quote(str(recording))}")
     return show_verification(recording, console)
 
 
@@ -110,13 +105,13 @@ def _make_room(recording: Path) -> None:
         recording.with_name(recording.name + suffix).unlink(missing_ok=True)
 
 
-def _load(producers: Sequence[Producer], connections: int, speed: float) -> str:
+def _load(producers: Sequence[Producer], connections: int, speed: float) -> tuple[str, str]:
     frames = sum(len(producer.frames) for producer in producers)
     at_once = most_at_once([producer.part for producer in producers])
+    rates = f"{speed / SLOWEST_S:g} to {speed / FASTEST_S:g} frames/s"
     return (
-        f"streaming {len(producers)} recordings of nine speakers saying /ae/, {frames:,} frames: {len(producers)} "
-        f"producers over {connections} connections, {speed / SLOWEST_S:g} to {speed / FASTEST_S:g} frames a second "
-        f"each, up to {at_once} of them talking at once"
+        f"streaming {len(producers)} recordings of nine speakers saying /ae/, {frames:,} frames, from",
+        f"{connections} connections, {rates} each, up to {at_once} at once",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 from instep.recording.cut import Bound, cut
@@ -22,8 +23,8 @@ WHOLE: Final = 0
 DAMAGED: Final = 1
 NOT_READ: Final = 2
 
-_HEADINGS: Final = ("file", "began", "model", "ends", "streams", "open", "frames", "bytes")
-_NUMBERS: Final = ("streams", "open", "frames", "bytes")
+_HEADINGS: Final = ("file", "began (UTC)", "model", "ends", "streams", "open", "frames", "MB")
+_NUMBERS: Final = ("streams", "open", "frames", "MB")
 
 
 def check(file: Path, console: Console, *, json: bool = False) -> int:
@@ -56,8 +57,7 @@ def info(file: Path, console: Console, *, json: bool = False) -> int:
     if json:
         _write_json(asdict(found))
         return WHOLE
-    for line in _in_columns([[name, value] for name, value in _facts(found).items()], ()):
-        _say(console, line, "")
+    _in_columns(console, [[name, value] for name, value in _facts(found).items()], ())
     return WHOLE
 
 
@@ -71,8 +71,7 @@ def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
         _write_json([_as_json(listed) for listed in found])
     elif found:
         right = [_HEADINGS.index(name) for name in _NUMBERS]
-        for line in _in_columns([_HEADINGS, *map(_line, found)], right):
-            _say(console, line, "")
+        _in_columns(console, [_HEADINGS, *map(_line, found)], right)
     else:
         _say(console, f"{folder} holds no recordings", "yellow")
     return WHOLE
@@ -170,9 +169,15 @@ def _line(listed: Listed) -> list[str]:
     """A row of the list."""
     found = listed.overview
     if found is None:
-        return [listed.path.name, "", "", listed.problem, "", "", "", f"{listed.bytes:,}"]
-    numbers = [f"{number:,}" for number in (found.streams, found.open_streams, found.frames, found.bytes)]
-    return [listed.path.name, found.began, found.model, found.ends, *numbers]
+        return [listed.path.name, "", "", listed.problem, "", "", "", _megabytes(listed.bytes)]
+    numbers = [f"{number:,}" for number in (found.streams, found.open_streams, found.frames)]
+    began = found.began.removesuffix(" UTC").rpartition(":")[0]
+    ends = found.ends.partition(":")[0].removesuffix(" in order")
+    return [listed.path.name, began, found.model, ends, *numbers, _megabytes(found.bytes)]
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f}"
 
 
 def _as_json(listed: Listed) -> dict[str, Any]:
@@ -181,16 +186,23 @@ def _as_json(listed: Listed) -> dict[str, Any]:
     return asdict(listed.overview)
 
 
-def _in_columns(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
-    """Rows as aligned lines, whole however long: a terminal breaks them, a pipe gets them in one piece."""
+def _in_columns(console: Console, rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
+    """Print aligned columns: a terminal folds long cells, a pipe gets each row as one line, however long."""
+    if console.is_terminal:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for at in range(len(rows[0])):
+            table.add_column(justify="right" if at in right else "left", no_wrap=at in right, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        return
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
+    for row in rows:
+        cells = [
             cell.rjust(width) if at in right else cell.ljust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+        ]
+        _say(console, "  ".join(cells).rstrip(), "")
 
 
 def _count(number: int, noun: str) -> str:

@@ -51,6 +51,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield Text(f"not compared: {frames} whose outputs were not recorded, because the engine was killed", "yellow")
     if not report.finished:
         yield Text(f"the recording was checked up to its last commit: {report.ending}", "yellow")
+    yield Text(report.checkers())
     yield Text(report.summary(), "bold green" if report.verified else "bold red")
 
 

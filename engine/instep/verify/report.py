@@ -165,13 +165,16 @@ class Report:
         """One line."""
         checked = f"{counted(len(self.streams), 'stream')}, {counted(self.frames, 'frame')}"
         mismatches = counted(self.mismatches, "mismatch", "mismatches")
-        replays = "stepped, whole sequence" if self.whole_sequence else "stepped"
-        reference = "float64" if self.independent else "the same graph in float64"
-        checkers = f"{replays}; within {self.max_error:.1e} of {reference}"
         if not self.verified:
             unchecked = f", {counted(self.unchecked, 'stream')} not checked" if self.unchecked else ""
-            return f"not verified: {checked}, {mismatches}{unchecked} ({checkers})"
-        return f"verified: {checked}, {self.verdict}, {mismatches} ({checkers})"
+            return f"not verified: {checked}, {mismatches}{unchecked}"
+        return f"verified: {checked}, {self.verdict}, {mismatches}"
+
+    def checkers(self) -> str:
+        """How the outputs were checked, in one line."""
+        replays = "in steps and as whole sequences" if self.whole_sequence else "in steps"
+        reference = "float64" if self.independent else "the same graph in float64"
+        return f"replayed {replays}; at most {self.max_error:.1e} from {reference}"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
