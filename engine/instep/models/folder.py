@@ -30,8 +30,9 @@ GRAPHS: Final = {
     "instep.models.save_model, or its state dict",
     ".pt2": "is a program of torch.export, and reading one runs code that the file may hold: hand over the module that "
     "it was exported from, a step with instep.models.export_step, a GRU network with instep.models.save_model",
+    ".py": "is a Python program: let it make a model folder with instep.models.save_model(FOLDER, net), and serve that",
 }
-"""What to do with files of kinds that hold more than weights, by their suffix."""
+"""What to do with files of other kinds than weights, by their suffix."""
 
 
 def load_model(folder: str | Path) -> Model:

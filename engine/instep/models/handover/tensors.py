@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from instep.models.errors import ModelError
-from instep.models.folder import GRAPHS
+from instep.models.folder import DESCRIPTION_FILE, GRAPHS, WEIGHTS_FILE
 from instep.models.handover.layers import SERVED, Chain, Dense, Norm, Recurrent
 from instep.models.handover.tracer import activation_of, plain_path
 from instep.models.recurrent.description import (
@@ -34,6 +34,7 @@ _RECURRENT: Final[dict[float, str]] = {layers.GATES: layers.NAME for layers in (
 _FRAME_LAYERS: Final = ("Linear", "LayerNorm")
 _DEFAULT_EPS: Final = 1e-5
 """Torch's default for an nn.LayerNorm: a state dict does not hold it."""
+_NO_WEIGHTS: Final = "{} is {}: make one with torch.save(net.state_dict(), path)"
 
 
 def chain_of_tensors(
@@ -94,6 +95,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     if path.suffix in GRAPHS:
         raise ModelError(f"{path} {GRAPHS[path.suffix]}")
+    folder = path if path.is_dir() else path.parent
+    if path in (folder, folder / WEIGHTS_FILE, folder / DESCRIPTION_FILE) and (folder / DESCRIPTION_FILE).exists():
+        raise ModelError(f"{folder} is a model folder already: there is nothing to import; serve it as it is")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
@@ -106,13 +110,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error}); save the weights again") from None
     except pickle.UnpicklingError:
+        if not path.read_bytes().startswith((b"PK", b"\x80")):  # of torch.save, since 1.6 and before
+            raise ModelError(_NO_WEIGHTS.format(path, "not a file of weights")) from None
         raise ModelError(
             f"{path} holds more than tensors, such as a whole module, and reading that would run code from the file: "
             "where you trust it, load it in Python and call save_model(path, net), or save net.state_dict()"
         ) from None
     except Exception as error:  # torch.load raises what it happens to meet in a file of another kind
         kind = "a TorchScript archive" if "TorchScript" in str(error) else "not a file of weights"
-        raise ModelError(f"{path} is {kind}: make one with torch.save(net.state_dict(), path)") from None
+        raise ModelError(_NO_WEIGHTS.format(path, kind)) from None
     return _state_dict(content, path)
 
 
