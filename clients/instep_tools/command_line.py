@@ -94,7 +94,11 @@ class PlainCommand(TyperCommand):
 
 
 class PlainCommands(TyperGroup):
-    """Commands that say in plain words which value of an option cannot be."""
+    """Commands that say in plain words which value of an option cannot be; `help COMMAND` is `COMMAND --help`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Options of the group itself, and the command that was typed."""
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The options of the group itself."""
