@@ -199,6 +199,9 @@ def replay_command(
 ) -> None:
     """Send recorded sequences again: in real time, N times as fast, or as fast as possible.
 
+    At the server each sequence is a new stream (replay-…), so that no stream of the same name is disturbed. What is
+    printed, saved or drawn has the names in the file.
+
     With --check the exit status is 0 when all outputs equal those in the file, 1 when one differs, and 2 when one
     could not be compared.
     """

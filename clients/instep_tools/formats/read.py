@@ -115,6 +115,8 @@ def _reader(path: Path) -> Reader:
     try:
         with path.open("rb") as file:
             start = file.read(_START_BYTES)
+    except IsADirectoryError:
+        raise BadFile(f"{path} is a folder: name one file in it") from None
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror}") from None
     for magic, reader in _READERS.items():

@@ -91,7 +91,8 @@ def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
     if database.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_schema")}
         if {"topics", "messages"} <= tables:
-            raise BadFile(f"{path} is a ROS 2 bag in SQLite: make an MCAP file of it with `ros2 bag convert`")
+            mcap = path.with_suffix(".mcap")
+            raise BadFile(f"{path} is a ROS 2 bag in SQLite: convert it, by `mcap convert {path} {mcap}` for example")
         raise BadFile(f"{path} is a database, but no recording of an instep engine")
     version = database.execute("PRAGMA user_version").fetchone()[0]
     if version != FORMAT_VERSION:

@@ -176,7 +176,7 @@ def sql(*statements: str) -> Callable[[sqlite3.Connection], None]:
         (sql("PRAGMA application_id = 1"), "no recording of an instep engine"),
         (
             sql("CREATE TABLE topics (id)", "CREATE TABLE messages (id)", "PRAGMA application_id = 0"),
-            "is a ROS 2 bag in SQLite: make an MCAP file of it with `ros2 bag convert`",
+            "r.db is a ROS 2 bag in SQLite: convert it, by `mcap convert ",
         ),
         (sql("PRAGMA user_version = 4"), "has format version 4; this client reads version 1"),
     ],
