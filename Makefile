@@ -46,10 +46,10 @@ format: $(READY)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## Hold the cost of serving against thresholds; MODEL=FOLDER measures your model
+bench: $(READY)  ## Measure the cost of serving; MODEL=FOLDER measures your model
 	$(BIN)/python -m benchmarks $(if $(MODEL),--model '$(MODEL)')
 
-chaos: $(READY)  ## Kill the server ROUNDS times and break RESETS connections under load, and compare every output
+chaos: $(READY)  ## Kill the server and break connections under load; compare outputs
 	$(BIN)/python -m tests.chaos --kills $(ROUNDS)
 	$(BIN)/python -m tests.chaos --resets $(RESETS)
 

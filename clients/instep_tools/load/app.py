@@ -54,14 +54,17 @@ def loadtest_command(
             metavar="TIME",
             parser=_seconds,
             callback=positive,
-            show_default="10s",
-            help="How long to measure: 30s, 1m, 1h.",
+            show_default=False,
+            help="How long to measure: 30s, 1m, 1h. (default: 10s)",
         ),
     ] = 10.0,
     warmup: Annotated[
         float,
         typer.Option(
-            metavar="TIME", parser=_seconds, show_default="2s", help="The time before that, which does not count."
+            metavar="TIME",
+            parser=_seconds,
+            show_default=False,
+            help="The time before that, which does not count. (default: 2s)",
         ),
     ] = 2.0,
     block: Annotated[

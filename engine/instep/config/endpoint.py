@@ -24,7 +24,7 @@ def checked_endpoint(endpoint: str) -> str:
     match = _TCP.fullmatch(endpoint)
     if match is None or (match["port"] != "*" and not 1 <= int(match["port"]) <= 65_535):
         raise ValueError(
-            f"{endpoint!r} is no endpoint: write tcp://127.0.0.1:5757 (port 1 to 65535, or * for any) or ipc:///path"
+            f"{endpoint!r} is not an endpoint: write tcp://127.0.0.1:5757 (port 1 to 65535, or * for any) or ipc:///path"
         )
     return endpoint
 

@@ -107,7 +107,8 @@ def run(console: Console) -> int:
     whole_rows, stepped_rows = (way(gru, batch)[:, :BATCH_SIZE] for way in (whole_sequence, one_timestep_at_a_time))
     tables = ThreeOutputs(whole, stepped, served), ThreeOutputs(whole_rows, stepped_rows, served)
     equal, sentence = verdict(*tables, rows, info.exactness)
-    say(console, f"\nwhole sequence, one timestep at a time, served: {sentence}", "bold green" if equal else "bold red")
+    say(console, "\nwhole sequence, one timestep at a time, served:")
+    say(console, sentence, "bold green" if equal else "bold red")
     return EQUAL if equal else DIFFERENT
 
 
@@ -152,9 +153,9 @@ def verdict(printed: ThreeOutputs, certified: ThreeOutputs, rows: int, exactness
     as_printed = "equal to 4 decimals, as printed" if printed.equal_as_printed else "NOT equal to 4 decimals"
     two_rows = f"the experiment's own {BATCH_SIZE} rows: " + _distance(printed)
     if exactness != "exact":
-        return printed.equal_as_printed, f"{as_printed}; the engine certified no equal bits here; {two_rows}"
+        return printed.equal_as_printed, f"{as_printed};\nthe engine certified no equal bits here;\n{two_rows}"
     as_certified = f"in {rows} rows, as certified: {_distance(certified)}"
-    return printed.equal_as_printed and certified.most_ulp == 0, f"{as_printed}; {as_certified}; {two_rows}"
+    return printed.equal_as_printed and certified.most_ulp == 0, f"{as_printed};\n{as_certified};\n{two_rows}"
 
 
 def _distance(tables: ThreeOutputs) -> str:
