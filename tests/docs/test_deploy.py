@@ -85,6 +85,8 @@ def test_the_image_is_built_of_files_that_exist_and_are_sent_to_the_builder() ->
     assert all(named in copied for named in re.findall(r'"((?:README|LICENSE)[^"]*)"', project))
     (extra,) = re.findall(r"install \"\.\[(\w+)\]\"", DOCKERFILE)
     assert re.search(rf"^{extra} = \[", project, re.M)
+    (torch,) = re.findall(r"\"(torch[^\"]*)\"", DOCKERFILE)
+    assert f'"{torch}"' in project
 
 
 def test_the_image_serves_where_its_probe_and_its_ports_look() -> None:
