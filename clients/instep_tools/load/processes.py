@@ -120,7 +120,7 @@ async def _run_processes(
             if pending:
                 _tell(pipes, END)
                 await asyncio.wait(pending)
-            return [task.result() for task in receiving]
+            return await asyncio.gather(*receiving)  # takes note of every failure, and raises the first
 
         try:
             await receive_all()
