@@ -45,6 +45,13 @@ class Stub:
         return self.answer
 
 
+@pytest.fixture(autouse=True)
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be a folder `m` to serve."""
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Stub:
     Stub(monkeypatch, "instep.server.preparation")

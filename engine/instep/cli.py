@@ -83,8 +83,11 @@ def serve(
     log = make_log(loaded.log)
     for sentence in unknown_variables(os.environ):
         log.warning("unknown setting", reason=sentence)
-    if loaded.model.folder is not None:
-        log.info("loading", model=str(loaded.model.folder))  # PyTorch first, which takes seconds
+    if (folder := loaded.model.folder) is not None:
+        if not folder.exists():
+            problem = f"there is no model folder {folder}: correct the path, or make one with `instep model import`"
+            raise _cannot_serve(FileNotFoundError(problem), loaded.log)
+        log.info("loading", model=str(folder))  # PyTorch first, which takes seconds
 
     from instep.server.preparation import CannotServe
 

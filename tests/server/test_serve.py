@@ -56,6 +56,14 @@ def test_a_model_that_cannot_be_loaded_is_refused_with_the_tensors_name(model: P
         prepare(configured(model), QUIET)
 
 
+def test_a_folder_that_is_not_there_is_refused_before_pytorch_is_loaded(tmp_path: Path) -> None:
+    with serving(tmp_path / "mdoel") as served:
+        assert served.until("cannot serve")["reasons"][0].startswith(f"there is no model folder {tmp_path / 'mdoel'}: ")
+        assert len(served.lines) == 1
+        served.end()
+        assert served.process.returncode == 2
+
+
 def test_without_a_model_nothing_is_served_and_the_sentence_says_how_to_get_one() -> None:
     with pytest.raises(CannotServe, match="no model to serve") as error:
         prepare(Config(), QUIET)
