@@ -65,8 +65,8 @@ async def test_it_is_served_recorded_and_verified(name: str, tmp_path: Path, rng
         report = verifier.verify(reader, exported(name), [], lambda stage, share: None)
     assert report.verified, report.streams
     assert not report.independent
-    assert "(stepped; within" in report.summary()
-    assert report.summary().endswith("of the same graph in float64)")
+    assert report.checkers().startswith("replayed in steps; at most ")
+    assert report.checkers().endswith(" from the same graph in float64")
     if prepared(exported(name)).certification.exactness == "exact":
         assert report.verdict == "exact"
         assert report.notes == ()
