@@ -11,10 +11,19 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from instep.demo.child_server import ChildServer
 from instep.models.folder import load_model
 from instep.models.handover.tracer import activation_of
 from instep.models.pipeline.steps import STEPS
-from instep.models.recurrent.description import ACTIVATIONS
+from instep.models.recurrent.description import (
+    ACTIVATIONS,
+    DenseLayer,
+    GruLayers,
+    LstmLayers,
+    NormLayer,
+    RecurrentLayers,
+    RnnLayers,
+)
 from instep.models.registry import parse_description
 from tests.docs.support.page import Page
 from tests.docs.support.shell import commands, run
@@ -46,23 +55,53 @@ def test_a_module_is_handed_over_as_shown(folder: Path) -> None:
     assert load_model(folder / "digits").description.in_words() == "40 features → GRU 128 → dense 32 gelu → dense 10"
 
 
+def test_lstms_and_rnns_are_handed_over_as_shown_and_their_states_have_names(folder: Path) -> None:
+    for program, words in (
+        ("talk", "40 features → layer norm → LSTM 128 × 2 layers → dense 10"),
+        ("steer", "6 features → RNN 32 relu → layer norm → dense 2 tanh"),
+    ):
+        made = run(["python", f"{program}.py"], folder)
+        assert (made.returncode, made.stderr) == (0, "")
+        shown = yaml.safe_load(dict(PAGE.blocks("yaml"))[f"{program}/model.yaml"])
+        assert yaml.safe_load((folder / program / "model.yaml").read_text()) == shown
+        assert load_model(folder / program).description.in_words() == words
+        assert len(PROGRAMS[f"{program}.py"].splitlines()) < 20
+    with ChildServer(folder / "talk") as server:
+        code = PROGRAMS["state.py"].replace("tcp://127.0.0.1:5757", server.endpoint)
+        (folder / "reads.py").write_text(code)
+        assert run(["python", "reads.py"], folder).stdout == SHOWN[1]
+
+
+def test_the_keys_of_its_table_are_those_of_the_layers() -> None:
+    ((_, of_dense), (_, of_norm), *recurrent) = (
+        (row[0], row[0].partition("{")[2].rstrip("}") or row[0]) for row in PAGE.table("The folder", "key").rows
+    )
+    assert of_dense.replace("`", "").split(", ") == list(DenseLayer.model_fields)
+    assert of_norm.replace("`", "").replace(": true", "").split(", ") == list(NormLayer.model_fields)
+    refused = {"bidirectional", "proj_size"}
+    described: tuple[type[RecurrentLayers], ...] = (GruLayers, LstmLayers, RnnLayers)
+    for (text, keys), layers in zip(recurrent, described, strict=True):
+        assert text.startswith(f"{layers.NAME.lower()}: {{")
+        assert set(keys.split(", ")) == set(layers.model_fields) - refused
+
+
 def test_its_commands_run_as_written(folder: Path) -> None:
     (importing,), (checking,) = (commands(block) for _, block in PAGE.blocks("bash"))
     save_file(nn.ModuleDict({"rnn": nn.GRU(4, 5), "fc": nn.Linear(5, 2)}).state_dict(), folder / "net.safetensors")
     imported = run(importing, folder)
-    assert (imported.returncode, imported.stdout) == (0, "talk: 4 features → GRU 5 → dense 2 softmax\n"), (
+    assert (imported.returncode, imported.stdout) == (0, "names: 4 features → GRU 5 → dense 2 softmax\n"), (
         imported.stderr
     )
     checked = run(checking, folder)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    for line, shown in zip(checked.stdout.splitlines(), SHOWN[2].splitlines(), strict=False):
+    for line, shown in zip(checked.stdout.splitlines(), SHOWN[3].splitlines(), strict=False):
         assert line[:40] == shown[:40]
 
 
 def test_a_step_of_your_own_is_exported_and_checked_as_shown(folder: Path) -> None:
     assert len([line for line in PROGRAMS["step.py"].splitlines() if line]) < 20
     exported = run(["python", "step.py"], folder)
-    assert exported.stdout.partition(", fingerprint ")[0] == SHOWN[3].partition(", fingerprint ")[0], exported.stderr
+    assert exported.stdout.partition(", fingerprint ")[0] == SHOWN[4].partition(", fingerprint ")[0], exported.stderr
     assert sorted(path.name for path in (folder / "own").iterdir()) == [
         "graph.json",
         "model.yaml",
@@ -78,7 +117,7 @@ def test_an_import_without_options_says_what_is_shown(folder: Path) -> None:
     (folder / "plain").mkdir()
     torch.save(plain, folder / "plain" / "net.pt")
     said = run(["instep", "model", "import", "net.pt"], folder / "plain")
-    assert (said.returncode, said.stderr) == (2, SHOWN[1])
+    assert (said.returncode, said.stderr) == (2, SHOWN[2])
     shutil.rmtree(folder / "plain")
 
 

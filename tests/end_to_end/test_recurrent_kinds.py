@@ -41,6 +41,7 @@ MODELS = {
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MODELS)
 async def test_a_killed_server_continues_and_everything_is_verified(tmp_path: Path, name: str) -> None:
     model = MODELS[name]
