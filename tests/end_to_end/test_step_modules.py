@@ -64,7 +64,7 @@ async def test_it_is_served_recorded_and_verified(name: str, tmp_path: Path, rng
     with RecordingReader(tmp_path / "r.instep") as reader:
         report = verifier.verify(reader, exported(name), [], lambda stage, share: None)
     assert report.verified, report.streams
-    assert not report.independent
+    assert report.reference == "same graph"
     assert report.checkers().startswith("replayed in steps; at most ")
     assert report.checkers().endswith(" from the same graph in float64")
     if prepared(exported(name)).certification.exactness == "exact":
@@ -98,12 +98,12 @@ async def test_a_report_says_that_the_reference_shares_the_graph_and_tampering_i
     console = Console(width=80, record=True, force_terminal=False)
     assert command.run(file, model_folder=None, streams=[], json=False, console=console) == 0
     told = " ".join(console.export_text().split())
-    assert "the float64 reference is the served graph itself, computed in float64" in told
+    assert "the float64 reference is the served graph: a mistake in that does not show" in told
     capsys.readouterr()
     assert command.run(file, model_folder=None, streams=[], json=True, console=console) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["independent_reference"], shown["whole_sequence"], shown["elements"]["whole sequence"]) == (
-        False,
+    assert (shown["reference"], shown["whole_sequence"], shown["elements"]["whole sequence"]) == (
+        "same graph",
         False,
         0,
     )

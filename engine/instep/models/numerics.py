@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -33,8 +34,10 @@ def threads_as_here() -> Callable[[], None]:
     return partial(torch.set_num_threads, torch.get_num_threads())
 
 
-def numerics(device: torch.device) -> dict[str, str]:
+def numerics(device: torch.device, kernel: str = "torch") -> dict[str, str]:
     """By name, everything known to change the bits of a step; written to recordings.
+
+    `kernel` is the word of `RecurrentModel.kernel`.
 
     A replay under equal numerics and the same model gives equal bits where certified; under others it need not.
     """
@@ -59,6 +62,8 @@ def numerics(device: torch.device) -> dict[str, str]:
             "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
             "tf32": str(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
         }
+    if kernel == "onnxruntime":
+        found["onnxruntime"] = version("onnxruntime")
     return found
 
 

@@ -267,7 +267,7 @@ def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
         outputs=prepared.model.description.outputs,
         state=prepared.model.description.state.encode(),
         model_fingerprint=prepared.model.fingerprint,
-        numerics=numerics(prepared.device),
+        numerics=numerics(prepared.device, prepared.network.kernel),
         exactness=certification.exactness,
         buckets=certification.buckets,
         max_ulp=certification.max_ulp,

@@ -33,10 +33,10 @@ class Checkers:
 
     network: RecurrentModel
     """Steps, and computes whole sequences."""
-    truth: Reference
-    """In float64."""
-    rounded: Reference
-    """In float32."""
+    truth: Reference | None
+    """In float64; None where the kind of model has no reference."""
+    rounded: Reference | None
+    """In float32; None likewise."""
     conditions: Conditions
     stopped: Event
     """Set when nobody waits for the result any more: checkers then end soon, with incomplete comparisons."""
@@ -149,9 +149,14 @@ def check_whole(task: Task, bounds: Bounds | None = None) -> Comparison:
 
 
 def check_reference(task: Task, bound: LeastBound | ErrorBound | None = None) -> tuple[Comparison, Bounds]:
-    """Compute in float64; by default within the smallest bound. The bounds are good for the replays, too."""
+    """Compute in float64; by default within the smallest bound. The bounds are good for the replays, too.
+
+    Compares nothing where the network has no reference.
+    """
     bound, leaves = bound or LeastBound(task.rows), task.initial_leaves(np.float64)
     found = Comparison("float64 reference", task.rows, bits_required=False)
+    if task.checkers.truth is None:
+        return found, _least(task)
     limits = [Limits(np.zeros((0, task.rows)), np.zeros((0, task.rows), np.bool_))]
     for part in task.parts(runs=bound.runs):
         y, leaves = task.checkers.truth.run(part.x, leaves, part.active)
@@ -167,6 +172,7 @@ def check_reference(task: Task, bound: LeastBound | ErrorBound | None = None) ->
 
 def check_with_bound(task: Task) -> tuple[Comparison, Comparison, Comparison]:
     """Stepped, whole sequence and reference, each within the bound of each stream."""
+    assert task.checkers.rounded is not None, "without a reference, nothing is wrong unless bits are required"
     bound = ErrorBound(task.checkers.rounded, task.initial_leaves(np.float32))
     reference, bounds = check_reference(task, bound)
     bounds = bounds.doubled()
@@ -174,9 +180,11 @@ def check_with_bound(task: Task) -> tuple[Comparison, Comparison, Comparison]:
 
 
 def _least(task: Task) -> Bounds:
+    """Without a reference, a distance beyond these limits proves nothing."""
+
     def limits(*shape: int) -> Limits:
         distance: F64 = np.broadcast_to(2 * FLOOR, shape)
-        return Limits(distance, np.broadcast_to(np.False_, shape))
+        return Limits(distance, np.broadcast_to(np.bool_(task.checkers.truth is None), shape))
 
     longest = int(task.chunk.lengths[0])
     return Bounds(limits(longest, task.rows), dict.fromkeys(task.float_leaves, limits(task.rows)))

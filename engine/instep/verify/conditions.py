@@ -93,7 +93,7 @@ def _differences(headers: Sequence[RecordingHeader], network: RecurrentModel) ->
     for header in headers:
         if header.exactness != "exact":
             notes.append(f"the engine ran with exactness {header.exactness}, which promises no bits")
-        if differences := differing(header.numerics, numerics(network.device)):
+        if differences := differing(header.numerics, numerics(network.device, network.kernel)):
             notes.append(f"this machine differs from the one that recorded: {'; '.join(differences)}")
     return notes
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from instep.models.ulp import NOT_COMPARABLE
-from instep.verify.report import Report, StreamReport, Verdict, counted
+from instep.verify.report import Report, Verdict, counted
 
 FIRST_STREAMS: Final = 20
 """Streams shown even when nothing is wrong with them."""
@@ -30,7 +30,7 @@ def render(report: Report, console: Console) -> None:
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:
-    yield _streams(report.streams)
+    yield _streams(report)
     mismatches = [stream for stream in report.streams if stream.verdict == "mismatch"]
     for stream in mismatches[:FIRST_STREAMS]:
         yield Text(f"mismatch in stream {stream.stream} ({stream.name}):", "red")
@@ -39,12 +39,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield Text(f"and mismatches in {counted(len(mismatches) - FIRST_STREAMS, 'more stream')}", "red")
     for note in report.notes:
         yield Text(f"bits were not required to be equal: {note}", "yellow")
-    if not report.independent:
-        yield Text(
-            "the float64 reference is the served graph itself, computed in float64: it bounds what rounding does, and "
-            "cannot show a mistake in the graph",
-            "yellow",
-        )
+    if report.reference == "same graph":
+        yield Text("the float64 reference is the served graph: a mistake in that does not show", "yellow")
     yield from _lossy(report)
     if report.not_compared:
         frames = counted(report.not_compared, "frame")
@@ -58,6 +54,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
 def _lossy(report: Report) -> Iterator[Text]:
     lossy = [stream for stream in report.streams if stream.lossy_from is not None]
     why = "frames or states are too large for float32, so the float64 reference bounds nothing"
+    if report.reference == "none":
+        why = "bits differ, and there is no float64 reference that would bound by how much they may"
     for stream in lossy[:FIRST_STREAMS]:
         yield Text(f"stream {stream.stream} ({stream.name}), from frame {stream.lossy_from} on: {why}", "yellow")
     if len(lossy) > FIRST_STREAMS:
@@ -67,7 +65,8 @@ def _lossy(report: Report) -> Iterator[Text]:
         yield Text(f"not checked: {streams} where neither bits nor the float64 reference decide", "red")
 
 
-def _streams(streams: tuple[StreamReport, ...]) -> RenderableType:
+def _streams(report: Report) -> RenderableType:
+    streams = report.streams
     unusual = ("mismatch", "not checked")
     shown = [stream for at, stream in enumerate(streams) if at < FIRST_STREAMS or stream.verdict in unusual]
     left_out = len(streams) - len(shown)
@@ -85,7 +84,7 @@ def _streams(streams: tuple[StreamReport, ...]) -> RenderableType:
             Text(stream.name),
             f"{stream.frames:,}",
             _distance(stream.max_ulp),
-            f"{stream.max_error:.1e}",
+            "–" if report.reference == "none" else f"{stream.max_error:.1e}",
             Text(stream.verdict, _STYLES[stream.verdict]),
         )
     return table

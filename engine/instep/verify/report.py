@@ -14,6 +14,8 @@ from instep.models.ulp import NOT_COMPARABLE
 
 Verdict: TypeAlias = Literal["exact", "within tolerance", "not checked", "mismatch", "empty"]
 Checker: TypeAlias = Literal["stepped", "whole sequence", "float64 reference"]
+ReferenceKind: TypeAlias = Literal["independent", "same graph", "none"]
+"""Whether the float64 reference is written again from the equations, or is the served graph in float64."""
 Place: TypeAlias = Literal["output", "final state", "checkpoint"]
 
 _WORST_FIRST: Final[tuple[Verdict, ...]] = ("mismatch", "not checked", "within tolerance", "exact", "empty")
@@ -72,8 +74,8 @@ class StreamReport:
     max_error: float = 0.0
     """Largest distance from the float64 reference, up to `lossy_from`."""
     lossy_from: int | None = None
-    """The seq from which the float64 reference bounds nothing, because frames or states are too large for float32, and
-    outputs are beyond the bound."""
+    """The seq from which the float64 reference bounds nothing, because frames or states are too large for float32 or
+    there is no reference, and outputs are beyond the bound."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -122,8 +124,7 @@ class Report:
     """How many elements of outputs and states each of the two replays compared."""
     whole_sequence: bool = True
     """Whether the network has a call for whole sequences, and so a second replay."""
-    independent: bool = True
-    """Whether the float64 reference shares no code with the step; otherwise it is the served graph in float64."""
+    reference: ReferenceKind = "independent"
 
     @property
     def frames(self) -> int:
@@ -173,8 +174,10 @@ class Report:
     def checkers(self) -> str:
         """How the outputs were checked, in one line."""
         replays = "in steps and as whole sequences" if self.whole_sequence else "in steps"
-        reference = "float64" if self.independent else "the same graph in float64"
-        return f"replayed {replays}; at most {self.max_error:.1e} from {reference}"
+        if self.reference == "none":
+            return f"replayed {replays}; this kind of model has no float64 reference"
+        truth = "float64" if self.reference == "independent" else "the same graph in float64"
+        return f"replayed {replays}; at most {self.max_error:.1e} from {truth}"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -191,13 +194,13 @@ class Report:
             "not_compared": self.not_compared,
             "mismatches": self.mismatches,
             "unchecked": self.unchecked,
-            "max_error": _json_number(self.max_error),
+            "max_error": None if self.reference == "none" else _json_number(self.max_error),
             "notes": list(self.notes),
             "buckets": list(self.buckets),
             "seconds": round(self.seconds, 3),
             "elements": self.elements,
             "whole_sequence": self.whole_sequence,
-            "independent_reference": self.independent,
+            "reference": self.reference,
             "streams": [stream.as_json() for stream in self.streams],
         }
 

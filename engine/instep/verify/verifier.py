@@ -2,9 +2,10 @@
 
 1. **Stepped**: frame by frame in the engine's buckets, from the recorded initial state, streams side by side.
 2. **Whole sequence**: one call over all frames of a stream, as in the first experiment, by the network as it is served.
-   (A sequence too long for memory goes in several calls, the state carried.) A step module has no such call.
+   (A sequence too long for memory goes in several calls, the state carried.) A kind of model may have no such call.
 3. **float64 reference**: written independently, from the original weights; it bounds the true error (see `bound`). That
-   of a step module is the served graph in float64, which bounds what rounding does, and the report says so.
+   of a graph is the served graph in float64, which bounds what rounding does, and the report says so. A kind may have
+   none: then equal bits decide, and where bits need not be equal and are too far apart, the stream is not checked.
 
 This machine is certified first. Bits must be equal in 1 and 2 where the engine had certified that they are and this
 machine certifies the same; otherwise they must be within twice the bound, since each side may be off by one. In 3, they
@@ -31,7 +32,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 
 from instep.core.typing import I64
-from instep.models.base import RecurrentModel
+from instep.models.base import RecurrentModel, Reference
 from instep.models.model import Model
 from instep.models.numerics import threads_as_here
 from instep.models.registry import build
@@ -44,7 +45,7 @@ from instep.verify.checkpoints import StoredCheckpoints
 from instep.verify.chunk_check import ChunkCheck
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import Conditions, device_for, find_conditions, recorded_threads
-from instep.verify.report import CannotVerify, Checker, Report, StreamReport, join_reports
+from instep.verify.report import Checker, ReferenceKind, Report, StreamReport, join_reports
 from instep.verify.stream_checks import StreamChecks
 
 Stage: TypeAlias = Literal["reading", "replaying"]
@@ -114,17 +115,20 @@ def verify(
         seconds=time.monotonic() - began,
         elements=elements,
         whole_sequence=conditions.has_whole,
-        independent=checkers.truth.independent,
+        reference=_kind_of(checkers.truth),
     )
 
 
 def _make_checkers(model: Model, headers: Sequence[RecordingHeader], certify: Certify, stopped: Event) -> Checkers:
     network = build(model, device_for(headers[0]))
     conditions = certify(headers, network)
-    truth, rounded = network.reference(np.float64), network.reference(np.float32)
-    if truth is None or rounded is None:
-        raise CannotVerify(f"a model of kind {model.description.kind} has no float64 reference to verify against yet")
+    references = network.reference(np.float64), network.reference(np.float32)
+    truth, rounded = references if None not in references else (None, None)
     return Checkers(network, truth, rounded, conditions, stopped)
+
+
+def _kind_of(truth: Reference | None) -> ReferenceKind:
+    return "none" if truth is None else "independent" if truth.independent else "same graph"
 
 
 def _check(

@@ -1,0 +1,111 @@
+"""A kind of model without a call for whole sequences and without a float64 reference: bits alone decide."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from instep.models.base import RecurrentModel
+from instep.models.folder import write_model
+from instep.recording.reader import RecordingReader
+from instep.recording.schema import RecordingHeader
+from instep.verify import verifier
+from instep.verify.command import run
+from instep.verify.conditions import Conditions, find_conditions
+from instep.verify.render import render
+from instep.verify.report import Report
+from instep_client import AsyncClient
+from tests.support.forger import Forger
+from tests.support.leaky import leaky, registered
+from tests.support.running import running
+from tests.support.verifying import ignore_progress
+
+MODEL = leaky(3)
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    with registered():
+        yield
+
+
+@pytest.fixture
+async def path(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """A recording of two streams, beside its model."""
+    write_model(tmp_path / "model", MODEL)
+    found = tmp_path / "a.instep"
+    async with running(MODEL, recording={"file": found}, folder=tmp_path / "model") as server:
+        async with AsyncClient(server.endpoint) as client:
+            for name in ("one", "other"):
+                stream = await client.open(name)
+                await stream.step(rng.standard_normal((20, 3)).astype(np.float32))
+                await stream.close()
+    return found
+
+
+def verified(path: Path, json: bool = False) -> tuple[int, str]:
+    file = io.StringIO()
+    status = run(path, model_folder=None, streams=[], json=json, console=Console(file=file, width=160))
+    return status, file.getvalue()
+
+
+def test_equal_bits_are_enough_and_the_report_says_what_was_not_checked(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text = verified(path)
+    assert status == 0
+    assert text.splitlines()[-1] == (
+        "verified: 2 streams, 40 frames, exact, 0 mismatches (stepped; no independent float64 reference for this kind)"
+    )
+    assert [line.split("│")[5].strip() for line in text.splitlines() if "one" in line] == ["–"]
+    assert verified(path, json=True)[0] == 0
+    fields = json.loads(capsys.readouterr().out)
+    assert (fields["max_error"], fields["reference"], fields["whole_sequence"]) == (None, "none", False)
+    assert fields["elements"]["stepped"] > 0
+    assert fields["elements"]["whole sequence"] == 0
+
+
+def forged(path: Path, change: Callable[[np.float32], np.float32]) -> Path:
+    forger = Forger(path, path.with_name("forged.instep"))
+    batch, at = forger.find_frame(1, 11)
+    y = forger.column(batch, "y")
+    y[at, 2] = change(y[at, 2])
+    forger.change_batch(batch, y=y)
+    return forger.path
+
+
+def test_one_wrong_bit_is_a_mismatch(path: Path) -> None:
+    status, text = verified(forged(path, lambda value: np.nextafter(value, np.float32(9))))
+    assert status == 1
+    assert "frame 11, element 2: recorded " in text
+    assert "(1 ULP apart)" in text
+    assert text.splitlines()[-1].startswith("not verified: 2 streams, 40 frames, 1 mismatch (stepped; no independent")
+
+
+def elsewhere(path: Path) -> Report:
+    """Verified on a machine that need not give the recorded bits."""
+
+    def certify(headers: Sequence[RecordingHeader], network: RecurrentModel) -> Conditions:
+        return replace(find_conditions(headers, network), step_notes=("this machine differs",))
+
+    with RecordingReader(path) as reader:
+        return verifier.verify(reader, MODEL, [], ignore_progress, certify)
+
+
+def test_where_bits_need_not_be_equal_only_the_last_digits_may_differ(path: Path) -> None:
+    assert elsewhere(path).verdict == "exact"
+    near = elsewhere(forged(path, lambda value: value + np.float32(1e-6)))
+    assert (near.verdict, near.verified) == ("within tolerance", True)
+    far = elsewhere(forged(path, lambda value: value + np.float32(0.1)))
+    assert [stream.verdict for stream in far.streams] == ["not checked", "exact"]
+    assert not far.verified
+    file = io.StringIO()
+    render(far, Console(file=file, width=160))
+    assert "from frame 11 on: bits differ, and there is no float64 reference that would bound" in file.getvalue()
