@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -13,6 +13,8 @@ from instep_tools.command_line import CommandLine
 
 if TYPE_CHECKING:
     from instep.models.recurrent.description import RecurrentDescription
+
+Value = TypeVar("Value")
 
 app = CommandLine(help="Make a model folder, import one, check it, or look into it.")
 
@@ -77,10 +79,14 @@ def make(
     examples=(
         "instep model import net.safetensors --after head:none",
         "instep model import last.ckpt --output ears --recurrent rnn --after fc:softmax",
+        "instep model import vad.onnx --shape input=rows,576 --constant sr=16000",
     ),
 )
-def import_weights(
-    weights: Annotated[Path, typer.Argument(metavar="FILE", help="A state dict: .pt of torch.save, or .safetensors.")],
+def import_model(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A state dict (.pt of torch.save, or .safetensors), or an .onnx graph."),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="The new folder; default: FILE without its suffix.", show_default=False),
@@ -105,27 +111,65 @@ def import_weights(
     outputs: Annotated[
         str | None, typer.Option(metavar="NAMES", help="A name for each output: yes,no,perhaps.", show_default=False)
     ] = None,
+    frame: Annotated[
+        str | None, typer.Option(metavar="INPUT", help="Of a graph: the frame.", show_default=False)
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(metavar="OUTPUT", help="Of a graph: the answer.", show_default=False)
+    ] = None,
+    state: Annotated[
+        list[str], typer.Option(metavar="INPUT=OUTPUT", help="Of a graph: a state and the next one; repeat for more.")
+    ] = [],  # noqa: B006
+    constant: Annotated[
+        list[str], typer.Option(metavar="INPUT=NUMBER", help="Of a graph: an input that is always the same.")
+    ] = [],  # noqa: B006
+    shape: Annotated[
+        list[str], typer.Option(metavar="INPUT=SHAPE", help="Of a graph: a shape that it leaves open, as x=rows,40.")
+    ] = [],  # noqa: B006
     name: Annotated[
         str | None, typer.Option(help="The name shown to clients. Default: the folder's.", show_default=False)
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a model folder of the weights of a trained network.
+    """Make a model folder of the weights of a trained network, or of a graph.
 
-    Name its layers and their activations, in order: weights alone do not say.
+    Name the layers of weights and their activations, in order: weights alone do not say. Without options, it says what
+    the file holds. Nothing in it is executed.
 
-    Without options, it says what the file holds. Nothing in it is executed.
+    The state of an ONNX graph is found by name, as h and hn; the other options say what the names do not.
     """
+    folder = output or file.with_suffix("")
+    names = [] if outputs is None else [each.strip() for each in outputs.split(",")]
+    if file.suffix == ".onnx":
+        from instep.models.onnx.importer import import_onnx
+        from instep.models.onnx.matching import Hints
+
+        if recurrent or nonlinearity or before or after:
+            raise typer.BadParameter(
+                "--recurrent, --nonlinearity, --before and --after go with weights, not with a graph"
+            )
+        hints = Hints(
+            frame=frame,
+            answer=answer,
+            state=_assigned("state", state, str),
+            constants=_assigned("constant", constant, _number),
+            shapes=_assigned("shape", shape, _extents),
+        )
+        model = import_onnx(file, folder, hints, name=name, outputs=names, overwrite=overwrite)
+        typer.echo(f"{folder}: {model.description.in_words()}")
+        return
+    if frame or answer or state or constant or shape:
+        raise typer.BadParameter("--frame, --answer, --state, --constant and --shape go with an .onnx graph")
+
     from instep.models.handover.save import save_model
 
-    folder = output or weights.with_suffix("")
     model = save_model(
         folder,
-        weights,
+        file,
         [_named("before", text) for text in before],
         [_named("after", text) for text in after],
         name,
-        outputs=[] if outputs is None else [each.strip() for each in outputs.split(",")],
+        outputs=names,
         recurrent=recurrent,
         nonlinearity=nonlinearity,
         overwrite=overwrite,
@@ -186,7 +230,7 @@ def info(
         typer.echo(jsonlib.dumps(shown, indent=2))
         return
     typer.echo(f"{model.name}: {model.description.in_words()}")
-    typer.echo(f"{model.parameters:,} parameters; fingerprint {model.fingerprint}")
+    typer.echo(f"{model.size_in_words}; fingerprint {model.fingerprint}")
     sizes = f"in batches of {certified.buckets[0]} to {certified.buckets[-1]}"
     typer.echo(f"step on this CPU: {network.kernel}, {certified.exactness} {sizes}")
     if model.output_names:
@@ -235,6 +279,29 @@ def _named(place: str, text: str) -> tuple[str, str]:
             f"{text!r} should look like {text}:relu, or {text}:none for no activation", param_hint=f"--{place}"
         )
     return name, activation
+
+
+def _assigned(option: str, texts: Sequence[str], parse: Callable[[str], Value]) -> dict[str, Value]:
+    """What was typed as `NAME=VALUE`, by name."""
+    found = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        try:
+            found[name] = parse(value)
+        except ValueError:
+            name = ""
+        if not name or not value:
+            example = {"state": "h=hn", "constant": "sr=16000", "shape": "x=rows,40"}[option]
+            raise typer.BadParameter(f"{text!r} should look like {example}", param_hint=f"--{option}")
+    return found
+
+
+def _number(text: str) -> float:
+    return int(text) if text.removeprefix("-").isdecimal() else float(text)
+
+
+def _extents(text: str) -> tuple[Any, ...]:
+    return tuple(each if each == "rows" else int(each) for each in text.replace(" ", "").split(","))
 
 
 def _layer(text: str, bias: bool) -> dict[str, Any]:

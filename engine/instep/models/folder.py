@@ -1,4 +1,4 @@
-"""A model on disk: a folder with `model.yaml` (the description, and a name) and `weights.safetensors`.
+"""A model on disk: a folder with `model.yaml` (the description, and a name) and `weights.safetensors` or a graph.
 
 The folder of a step module also holds `graph.json`, the description's graph.
 
@@ -18,16 +18,16 @@ from instep.models.base import Description
 from instep.models.errors import ModelError
 from instep.models.model import Model, model_of
 from instep.models.module.graph import graph_text, read_graph
-from instep.models.registry import KINDS, parse_description
+from instep.models.registry import KINDS, graph_file, parse_description
 from instep.models.weights import check_weights, load_weights, save_weights
 
 DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"
 GRAPH_FILE: Final = "graph.json"
 MAX_NAME_LENGTH: Final = 100
+MAX_GRAPH_BYTES: Final = 2**29
 GRAPHS: Final = {
-    ".onnx": "is an ONNX graph, which cannot be served: hand over the torch module that it was exported from, with "
-    "instep.models.save_model, or its state dict",
+    ".onnx": "is an ONNX graph and not a model folder: make one of it with `instep model import` and this file",
     ".pt2": "is a program of torch.export, and reading one runs code that the file may hold: hand over the module that "
     "it was exported from, a step with instep.models.export_step, a GRU network with instep.models.save_model",
     ".py": "is a Python program: let it make a model folder with instep.models.save_model(FOLDER, net), and serve that",
@@ -66,7 +66,27 @@ def load_model(folder: str | Path) -> Model:
         output_names = check_output_names(outputs, description)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    return model_of(check_name(name), description, load_weights(folder / WEIGHTS_FILE, description), output_names)
+    name = check_name(name)
+    weights = load_weights(folder / WEIGHTS_FILE, description) if description.tensor_shapes() else {}
+    graph = graph_bytes(folder / file) if (file := graph_file(description)) else b""
+    return model_of(name, description, weights, output_names, graph)
+
+
+def graph_bytes(path: Path) -> bytes:
+    """The content of a file that holds a graph.
+
+    Raises:
+        ModelError: when it cannot be read, or is larger than `MAX_GRAPH_BYTES`.
+    """
+    try:
+        size, content = path.stat().st_size, b""
+        if size <= MAX_GRAPH_BYTES:
+            content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read the graph {path}: {error.strerror}; put it there, or name another") from None
+    if size > MAX_GRAPH_BYTES:
+        raise ModelError(f"the graph {path} has {size:,} bytes, and at most {MAX_GRAPH_BYTES:,} can be served")
+    return content
 
 
 def _networks(fields: dict[str, Any]) -> list[dict[str, Any]]:
@@ -78,7 +98,7 @@ def _no_folder(file: Path) -> str:
     """What to do with a file that is given in place of a model folder."""
     if file.suffix in GRAPHS:
         return f"{file} {GRAPHS[file.suffix]}"
-    if file.name in (DESCRIPTION_FILE, WEIGHTS_FILE, GRAPH_FILE):
+    if file.name in (DESCRIPTION_FILE, WEIGHTS_FILE, GRAPH_FILE, *(kind.graph_file for kind in KINDS.values())):
         return f"{file} is a file inside a model folder: name the folder, {file.parent}"
     if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".safetensors"):
         return (
@@ -119,7 +139,7 @@ def make_model(
 
 
 def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
-    """Write the model's files.
+    """Write the model's files: `model.yaml`, and its weights and its graph, where it has any.
 
     Raises:
         ModelError: when the folder holds a model and `overwrite` does not allow to replace it, or cannot be written.
@@ -129,8 +149,9 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
     graphs = [network.pop("graph") for network in _networks(fields) if "graph" in network]
     if model.output_names:
         fields["outputs"] = list(model.output_names)
+    graph_name = graph_file(model.description)
     try:
-        if not overwrite and any((folder / file).exists() for file in (DESCRIPTION_FILE, WEIGHTS_FILE)):
+        if not overwrite and any((folder / file).exists() for file in (DESCRIPTION_FILE, graph_name or WEIGHTS_FILE)):
             raise ModelError(
                 f"{folder} holds a model already; choose another folder, or replace it with overwrite=True, or "
                 "--overwrite on the command line"
@@ -139,9 +160,12 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
         (folder / DESCRIPTION_FILE).write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), "utf-8")
         for graph in graphs:  # one at most
             (folder / GRAPH_FILE).write_text(graph_text(graph), "utf-8")
+        if graph_name:
+            (folder / graph_name).write_bytes(model.graph)
     except OSError as error:
         raise ModelError(f"cannot write the model folder {folder}: {error.strerror}; choose another place") from None
-    save_weights(folder / WEIGHTS_FILE, model.weights)
+    if model.weights:
+        save_weights(folder / WEIGHTS_FILE, model.weights)
 
 
 def check_name(name: object) -> str:

@@ -21,9 +21,11 @@ class Model:
     weights: Mapping[str, torch.Tensor]
     """On the CPU, by the names of `Description.tensor_shapes`."""
     fingerprint: str
-    """sha256, hex, over the description and every tensor; names do not count."""
+    """sha256, hex, over the description, every tensor and the graph; names do not count."""
     output_names: tuple[str, ...] = ()
     """One for each output, in order; empty where they have none."""
+    graph: bytes = b""
+    """The content of the kind's graph file; empty where it has none."""
 
     @property
     def parameters(self) -> int:
@@ -33,11 +35,20 @@ class Model:
     def __repr__(self) -> str:
         """One line, without the weights."""
         words, short = self.description.in_words(), self.fingerprint[:12]
-        return f"<Model {self.name!r}: {words}; {self.parameters:,} parameters, fingerprint {short}>"
+        return f"<Model {self.name!r}: {words}; {self.size_in_words}, fingerprint {short}>"
+
+    @property
+    def size_in_words(self) -> str:
+        """`77,507 parameters`, or for a graph `1,280,395 bytes`."""
+        return f"{len(self.graph):,} bytes" if self.graph else f"{self.parameters:,} parameters"
 
 
 def model_of(
-    name: str, description: Description, weights: Mapping[str, torch.Tensor], output_names: tuple[str, ...] = ()
+    name: str,
+    description: Description,
+    weights: Mapping[str, torch.Tensor],
+    output_names: tuple[str, ...] = (),
+    graph: bytes = b"",
 ) -> Model:
     """A model of parts that were checked, with its fingerprint."""
     text = json.dumps(description.as_json(), sort_keys=True, separators=(",", ":"))
@@ -45,4 +56,5 @@ def model_of(
     for tensor_name in description.tensor_shapes():
         values = weights[tensor_name].numpy()
         digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
-    return Model(name, description, weights, digest.hexdigest(), output_names)
+    digest.update(graph)
+    return Model(name, description, weights, digest.hexdigest(), output_names, graph)

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from instep.models.base import Description, RecurrentModel
 from instep.models.errors import ModelError
 from instep.models.module.description import ModuleDescription
+from instep.models.onnx.description import OnnxDescription
 from instep.models.pipeline.description import PipelineDescription
 from instep.models.recurrent.description import DESCRIPTIONS as RECURRENT
 
@@ -37,6 +38,8 @@ class ModelKind:
     """Puts a model on a device."""
     has_graph: bool = False
     """Whether its folder holds a graph: the file is the field `graph` of the description."""
+    graph_file: str = ""
+    """The file beside `model.yaml` whose bytes are the network's graph, as `Model.graph`; empty where there is none."""
 
 
 def _build_recurrent(model: Model, device: torch.device) -> RecurrentModel:
@@ -57,10 +60,17 @@ def _build_pipeline(model: Model, device: torch.device) -> RecurrentModel:
     return PipelineNetwork(model, device)
 
 
+def _build_onnx(model: Model, device: torch.device) -> RecurrentModel:
+    from instep.models.onnx.network import OnnxNetwork
+
+    return OnnxNetwork(model)
+
+
 KINDS: Final[dict[str, ModelKind]] = {
     **{kind: ModelKind(each.model_validate, _build_recurrent) for kind, each in RECURRENT.items()},
     "module": ModelKind(ModuleDescription.model_validate, _build_module, has_graph=True),
     "pipeline": ModelKind(PipelineDescription.model_validate, _build_pipeline),
+    "onnx": ModelKind(OnnxDescription.model_validate, _build_onnx, graph_file="graph.onnx"),
 }
 
 
@@ -79,8 +89,18 @@ def parse_description(fields: Mapping[str, Any]) -> Description:
         raise ModelError(sentences(error)) from None
 
 
+def graph_file(description: Description) -> str:
+    """The file beside `model.yaml` that holds the graph of a network; empty where it has none."""
+    network = description.network if isinstance(description, PipelineDescription) else description
+    return KINDS[network.kind].graph_file
+
+
 def build(model: Model, device: torch.device) -> RecurrentModel:
-    """The model on a device, ready to certify and to step."""
+    """The model on a device, ready to certify and to step; a kind may know only the CPU, and is there then.
+
+    Raises:
+        ModelError: when a graph cannot be computed here.
+    """
     return KINDS[model.description.kind].build(model, device)
 
 

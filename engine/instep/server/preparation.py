@@ -43,11 +43,13 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> Prepared:
     prepare_numerics(config.engine.threads)
     try:
         model, path = _load(config)
+        network = build(model, _device(config.engine.device))
     except ModelError as error:
         raise CannotServe(str(error)) from None
-    device = _device(config.engine.device)
-    network = build(model, device)
-    return Prepared(model, path, network, device, _certify(config, network, log))
+    if config.engine.device.startswith("cuda") and network.device.type == "cpu":
+        kind = model.description.kind
+        raise CannotServe(f"engine.device is {config.engine.device}, but models of kind {kind} run on the CPU; use cpu")
+    return Prepared(model, path, network, network.device, _certify(config, network, log))
 
 
 def check_restartable(config: Config, prepared: Prepared) -> None:

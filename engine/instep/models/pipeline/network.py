@@ -28,10 +28,11 @@ class PipelineNetwork:
         assert isinstance(model.description, PipelineDescription)
         self.description: PipelineDescription = model.description
         self.fingerprint = model.fingerprint
-        self.device = device
         self.state: StateSpec = self.description.state
-        network: RecurrentModel = build(model_of(model.name, self.description.network, model.weights), device)
+        inside = model_of(model.name, self.description.network, model.weights, graph=model.graph)
+        network: RecurrentModel = build(inside, device)
         self._network = network
+        self.device = network.device
         takes_spectra = any(isinstance(step, Spectrum) for _, _, step, _ in self.description.steps())
         self.row_multiple = int(np.lcm(network.row_multiple, _SPECTRUM_ROWS if takes_spectra else 1))
         of_steps = sum(step.multiply_adds(inputs) for _, _, step, inputs in self.description.steps())

@@ -1,0 +1,187 @@
+"""The description of a step graph in ONNX: which of its inputs and outputs are the frame, the answer and the state."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from instep.models.base import Leaf, Shape, StateSpec
+from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
+
+ROWS: Final = "rows"
+Extent: TypeAlias = Annotated[int, Field(ge=1, strict=True)] | Literal["rows"]
+Extents: TypeAlias = tuple[Extent, ...]
+"""The shape of a tensor of the graph; `rows` is the axis that counts the rows of a batch."""
+Dtype: TypeAlias = Literal["float32", "float64", "int64", "bool"]
+TensorName: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class Tensor(NamedTuple):
+    """An input or output of the graph."""
+
+    name: str
+    shape: Extents
+    dtype: Dtype
+
+    def sized(self, rows: int) -> Shape:
+        """The shape in a batch of `rows`."""
+        return tuple(rows if extent == ROWS else extent for extent in self.shape)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _with_one_axis_of_rows(shape: Extents) -> Extents:
+    if shape.count(ROWS) != 1:
+        raise PydanticCustomError("rows", "one extent must be `rows`, the axis that counts the rows of a batch")
+    return shape
+
+
+Batched: TypeAlias = Annotated[Extents, AfterValidator(_with_one_axis_of_rows)]
+
+
+def _row_shape(shape: Extents) -> Shape:
+    return tuple(extent for extent in shape if extent != ROWS)
+
+
+class Vectors(_Frozen):
+    """The frames, or the answers: a vector for each row."""
+
+    tensor: TensorName
+    shape: Batched
+    dtype: Literal["float32", "float64"] = "float32"
+    """In the graph. Frames and outputs are float32 everywhere else."""
+
+    @field_validator("shape")
+    @classmethod
+    def _rows_come_first(cls, shape: Extents) -> Extents:
+        if any(extent != 1 for extent in shape[: shape.index(ROWS)]):
+            raise PydanticCustomError("rows", "only axes of extent 1 may come before `rows`")
+        return shape
+
+    @property
+    def size(self) -> int:
+        """Values of a row."""
+        return math.prod(_row_shape(self.shape))
+
+    @property
+    def in_graph(self) -> Tensor:
+        """The input or output that they are."""
+        return Tensor(self.tensor, self.shape, self.dtype)
+
+
+class GraphLeaf(_Frozen):
+    """A leaf of the state: an input of the graph, and the output that is that input in the next step."""
+
+    name: str
+    input: TensorName
+    output: TensorName
+    shape: Batched
+    dtype: Dtype = "float32"
+    initial: float = 0.0
+    """What every element is before the first frame."""
+
+    @property
+    def of_row(self) -> Leaf:
+        """The leaf of a stream's state."""
+        return Leaf(self.name, _row_shape(self.shape), DTYPES[self.dtype], self.initial)
+
+    @property
+    def before(self) -> Tensor:
+        """The input."""
+        return Tensor(self.input, self.shape, self.dtype)
+
+    @property
+    def after(self) -> Tensor:
+        """The output."""
+        return Tensor(self.output, self.shape, self.dtype)
+
+
+class Constant(_Frozen):
+    """An input that is the same in every step, such as a sampling rate."""
+
+    input: TensorName
+    value: int | float
+    """Of every element."""
+    shape: Extents = ()
+    dtype: Dtype = "float32"
+
+    @property
+    def in_graph(self) -> Tensor:
+        """The input that it is."""
+        return Tensor(self.input, self.shape, self.dtype)
+
+
+class OnnxDescription(_Frozen):
+    """`graph.onnx` maps frames and states to answers and states; this says which tensor is which."""
+
+    kind: Literal["onnx"] = "onnx"
+    frame: Vectors
+    answer: Vectors
+    leaves: tuple[GraphLeaf, ...]
+    constants: tuple[Constant, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> OnnxDescription:
+        for tensors in (self.graph_inputs, self.graph_outputs):
+            name, count = Counter(tensor.name for tensor in tensors).most_common(1)[0]
+            if count > 1:
+                raise PydanticCustomError("twice", "{name} is mapped twice", {"name": name})
+        try:
+            _ = self.state
+        except InvalidStateSpec as error:
+            raise PydanticCustomError("state", "{reason}", {"reason": str(error)}) from None
+        return self
+
+    @property
+    def features(self) -> int:
+        """Values per frame."""
+        return self.frame.size
+
+    @property
+    def outputs(self) -> int:
+        """Values per frame that the graph answers."""
+        return self.answer.size
+
+    @property
+    def state(self) -> StateSpec:
+        """The leaves, without their axes of rows."""
+        return StateSpec(tuple(leaf.of_row for leaf in self.leaves))
+
+    @property
+    def graph_inputs(self) -> list[Tensor]:
+        """All inputs of the graph: the frame first, then the state."""
+        leaves = [leaf.before for leaf in self.leaves]
+        return [self.frame.in_graph, *leaves, *(constant.in_graph for constant in self.constants)]
+
+    @property
+    def graph_outputs(self) -> list[Tensor]:
+        """The outputs of the graph that are used: the answer, then the state."""
+        return [self.answer.in_graph, *(leaf.after for leaf in self.leaves)]
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """None: the weights are part of the graph."""
+        return {}
+
+    def tensor_dtype(self, tensor: str) -> str:
+        """There is no tensor to ask about."""
+        raise KeyError(tensor)
+
+    def fan_in(self, tensor: str) -> int:
+        """There is no tensor to ask about."""
+        raise KeyError(tensor)
+
+    def in_words(self) -> str:
+        """`512 features → ONNX graph with 256 values of state → 1 output`."""
+        values = sum(leaf.elements for leaf in self.state.leaves)
+        plural = "" if self.outputs == 1 else "s"
+        return f"{self.features} features → ONNX graph with {values} values of state → {self.outputs} output{plural}"
+
+    def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
+        """As plain JSON values, always with `kind`."""
+        return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=not defaults)}

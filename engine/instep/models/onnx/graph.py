@@ -1,0 +1,235 @@
+"""Reading an ONNX graph that nobody has vouched for, and making a session of it.
+
+A graph computes and nothing else: operators that are not part of ONNX and tensors kept in other files are refused, so
+that no library is loaded and no other file is read. Certification tries what a batch does to its rows, but a trial
+misses what it does not visit; what would let one row decide something for the others is therefore refused as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from instep.models.errors import ModelError
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+STANDARD: Final = ("", "ai.onnx")
+"""Names of the domain of ONNX's own operators."""
+_RANDOM: Final = frozenset(
+    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+)
+_ALL_ROWS: Final = frozenset(("Compress", "DynamicQuantizeLinear", "NonMaxSuppression", "NonZero", "Unique"))
+"""Operators whose results for a row, or their number, depend on the values of other rows."""
+_EXTENTS: Final = {
+    "ConstantOfShape": 0,
+    "Expand": 1,
+    "If": 0,
+    "Loop": 0,
+    "Pad": 1,
+    "Range": 0,
+    "Reshape": 1,
+    "Slice": 1,
+    "Split": 1,
+    "Tile": 1,
+    "TopK": 1,
+}
+"""Operators with inputs that all rows share, such as a new shape, from this index on."""
+_SHARED_INPUTS: Final = {"If": 1, "Loop": 2, "Pad": 2, "Reshape": 2}
+"""Where those inputs end before the last one."""
+
+
+def require(what: str = "an ONNX graph") -> None:
+    """Check that the extra is installed.
+
+    Raises:
+        ModelError: when it is not.
+    """
+    try:
+        import onnx as onnx
+        import onnxruntime as onnxruntime
+    except ImportError as error:
+        raise ModelError(f'{what} needs {error.name}, which is not installed: pip install "instep[onnx]"') from None
+
+
+def parse(content: bytes, source: str) -> ModelProto:
+    """The graph of a file, with its functions written out.
+
+    Raises:
+        ModelError: it is not a whole ONNX graph, keeps tensors in other files, or has operators that are random or not
+            part of ONNX.
+    """
+    require(source)
+    import onnx
+    from google.protobuf.message import DecodeError
+    from onnx.inliner import inline_local_functions
+
+    try:
+        model = onnx.load_model_from_string(content)
+    except DecodeError:
+        raise ModelError(f"{source} is not an ONNX graph, or is damaged; export it again") from None
+    if not model.graph.node or not model.opset_import:
+        raise ModelError(f"{source} is not an ONNX graph, or is damaged: it has no operators; export it again")
+    for tensor in tensors_of(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise ModelError(
+                f"{source} keeps the tensor {tensor.name!r:.80} in another file: save it as one file, with "
+                "onnx.save_model(onnx.load(path), new_path)"
+            )
+    if model.functions:
+        model = inline_local_functions(model)
+    _check_operators(model, source)
+    return model
+
+
+def open_session(content: bytes, source: str) -> Any:
+    """An onnxruntime session on the CPU, with one thread: it computes in the thread that runs it.
+
+    Raises:
+        ModelError: when onnxruntime cannot compute the graph.
+    """
+    require(source)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what goes wrong is raised; warnings of a graph's author are no user's business
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # never by what the bytes look like
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes of errors have no common one
+        raise ModelError(f"onnxruntime cannot load {source}: {explain(error)}; export it again, or report it") from None
+
+
+def nodes_of(graph: GraphProto) -> Iterator[NodeProto]:
+    """All nodes, those of subgraphs included."""
+    for node in graph.node:
+        yield node
+        for subgraph in subgraphs_of(node):
+            yield from nodes_of(subgraph)
+
+
+def subgraphs_of(node: NodeProto) -> Iterator[GraphProto]:
+    """The branches of an If, the body of a Loop or Scan."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def label(node: NodeProto) -> str:
+    """How sentences call a node: `GRU ('/rnn/GRU')`."""
+    return f"{node.op_type} ({(node.name or ', '.join(node.output))!r:.80})"
+
+
+def check_rows(model: ModelProto, per_row: set[str], source: str) -> set[str]:
+    """Check that no operator lets one row decide something for the others.
+
+    Args:
+        model: the graph.
+        per_row: the inputs that hold values of rows.
+        source: how sentences call it.
+
+    Returns:
+        The names of all tensors that hold values of rows.
+
+    Raises:
+        ModelError: naming the operator.
+    """
+    found = set(per_row)
+    _follow(model.graph, found, source)
+    return found
+
+
+def _follow(graph: GraphProto, per_row: set[str], source: str) -> None:
+    """Add to `per_row` what holds values of rows; shapes do not."""
+    for node in graph.node:
+        captured = {name for sub in subgraphs_of(node) for inner in nodes_of(sub) for name in inner.input}
+        captured |= {output.name for sub in subgraphs_of(node) for output in sub.output}
+        depends = bool(per_row & (captured | {*node.input}))
+        first = _EXTENTS.get(node.op_type)
+        shared = () if first is None else node.input[first : _SHARED_INPUTS.get(node.op_type)]
+        if (depends and node.op_type in _ALL_ROWS) or per_row & {*shared}:
+            raise ModelError(
+                f"{source}: with {label(node)}, values of one row decide what happens to the others in the batch; "
+                "write that with Where, or as arithmetic"
+            )
+        for subgraph in subgraphs_of(node):
+            inner = set(per_row)
+            if depends:
+                inner |= {each.name for each in subgraph.input[2 if node.op_type == "Loop" else 0 :]}
+            _follow(subgraph, inner, source)
+            if node.op_type == "Loop" and subgraph.output[0].name in inner:
+                raise ModelError(
+                    f"{source}: {label(node)} runs until values of rows end it, so one row decides for the others; "
+                    "give it a fixed number of turns"
+                )
+        if depends and node.op_type not in ("Shape", "Size"):
+            per_row |= {*node.output}
+
+
+def _check_operators(model: ModelProto, source: str) -> None:
+    from onnx import defs
+
+    newest = defs.onnx_opset_version()
+    for opset in model.opset_import:
+        if opset.domain in STANDARD and opset.version > newest:
+            raise ModelError(
+                f"{source} has opset {opset.version}, and {newest} is the newest that is known here: export it with "
+                f"opset_version={newest}, or update onnx and onnxruntime"
+            )
+    for node in nodes_of(model.graph):
+        if node.domain not in STANDARD or not defs.has(node.op_type):
+            name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            raise ModelError(
+                f"{source} uses {name:.80}, which is not an operator of ONNX: export the graph without it, and without "
+                "optimisations of a particular runtime"
+            )
+        if node.op_type in _RANDOM or _is_training(model, node):
+            raise ModelError(
+                f"{source}: {label(node)} gives random values or is in training mode, so that a frame's output would "
+                "not be decided by the frame and the state; call eval() on the module and export it again"
+            )
+
+
+def _is_training(model: ModelProto, node: NodeProto) -> bool:
+    from onnx import numpy_helper
+
+    if any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute):
+        return True
+    if node.op_type != "Dropout" or len(node.input) < 3 or not node.input[2]:
+        return False
+    constants = {each.output[0]: each.attribute[0].t for each in nodes_of(model.graph) if each.op_type == "Constant"}
+    constants |= {tensor.name: tensor for tensor in model.graph.initializer}
+    mode = constants.get(node.input[2])
+    return mode is None or bool(numpy_helper.to_array(mode))
+
+
+def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor that a graph or one of its functions holds."""
+    nodes = [node for function in model.functions for node in function.node]
+    graphs = [model.graph, *(info.algorithm for info in model.training_info)]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes += graph.node
+            continue
+        for attribute in nodes.pop().attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            if attribute.HasField("sparse_tensor"):
+                yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+            yield from attribute.tensors
+            graphs += [attribute.g] if attribute.HasField("g") else []
+            graphs += attribute.graphs
+
+
+def explain(error: Exception) -> str:
+    """What onnxruntime said, on one line of bounded length."""
+    text = " ".join(str(error).split())
+    _, marker, last = text.rpartition("[ONNXRuntimeError]")  # then come a number, its name, and what is wrong
+    return (last.split(" : ", 3)[-1] if marker else text)[:200]

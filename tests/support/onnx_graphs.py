@@ -1,0 +1,190 @@
+"""Graphs in ONNX, node by node, with weights of torch's modules in ONNX's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import nn
+
+Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
+Shape: TypeAlias = Sequence[int | str | None]
+FLOAT, DOUBLE, INT64, BOOL = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL
+OPSET = 17
+
+node = helper.make_node
+
+
+def graph(
+    nodes: Sequence[NodeProto],
+    inputs: Mapping[str, Shape | tuple[Shape, int]],
+    outputs: Mapping[str, Shape | tuple[Shape, int]],
+    weights: Arrays | None = None,
+    *,
+    opset: int = OPSET,
+) -> onnx.ModelProto:
+    """A graph; an input or output is a shape of float32, or a shape and a dtype."""
+    made = helper.make_graph(
+        nodes,
+        "graph",
+        [_info(name, given) for name, given in inputs.items()],
+        [_info(name, given) for name, given in outputs.items()],
+        [numpy_helper.from_array(np.ascontiguousarray(values), name) for name, values in (weights or {}).items()],
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def _info(name: str, given: Any) -> onnx.ValueInfoProto:
+    shape, dtype = given if isinstance(given, tuple) and isinstance(given[0], list) else (given, FLOAT)
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def floats(*values: float) -> npt.NDArray[np.float32]:
+    return np.array(values, np.float32)
+
+
+def ints(*values: int) -> npt.NDArray[np.int64]:
+    return np.array(values, np.int64)
+
+
+ORDERS = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
+"""Where ONNX's gates (GRU: update, reset, new; LSTM: input, output, forget, cell) are in torch's order of them."""
+
+
+def recurrent_weights(module: nn.RNNBase, layer: int = 0, prefix: str = "") -> dict[str, npt.NDArray[Any]]:
+    """W, R and B of one layer of an `nn.GRU`, `nn.LSTM` or `nn.RNN`."""
+    order = ORDERS[type(module).__name__]
+
+    def gates(kind: str) -> npt.NDArray[Any]:
+        values = getattr(module, f"{kind}_l{layer}").detach().numpy()
+        return np.concatenate([np.split(values, len(order))[at] for at in order])
+
+    found = {f"{prefix}W": gates("weight_ih")[None], f"{prefix}R": gates("weight_hh")[None]}
+    if module.bias:
+        found[f"{prefix}B"] = np.concatenate([gates("bias_ih"), gates("bias_hh")])[None]
+    return found
+
+
+def gru_step(gru: nn.GRU, head: nn.Linear, names: tuple[str, str, str, str] = ("x", "h", "y", "hn")) -> onnx.ModelProto:
+    """A step of one layer: x [rows, F], h [1, rows, H] to y [rows, outputs], hn [1, rows, H]."""
+    x, h, y, after = names
+    nodes = [
+        node("Unsqueeze", [x, "first"], ["sequence"]),
+        node(
+            "GRU", ["sequence", "W", "R", "B", "", h], ["", after], hidden_size=gru.hidden_size, linear_before_reset=1
+        ),
+        node("Squeeze", [after, "first"], ["rows"]),
+        node("Gemm", ["rows", "A", "b"], [y], transB=1),
+    ]
+    weights = {"first": ints(0), "A": head.weight.detach().numpy(), "b": head.bias.detach().numpy()}
+    sizes = (gru.input_size, gru.hidden_size, head.out_features)
+    return graph(
+        nodes,
+        {x: ["rows", sizes[0]], h: [1, "rows", sizes[1]]},
+        {y: ["rows", sizes[2]], after: [1, "rows", sizes[1]]},
+        weights | recurrent_weights(gru),
+    )
+
+
+def counting_step(width: int = 3) -> onnx.ModelProto:
+    """Leaves of every dtype, with the axis of rows in other places.
+
+    sum (float64 [width, rows]) adds up frames, count (int64 [rows]) counts them, peak (bool [rows, 1]) tells whether a
+    value above 2 was seen, and last (float32 [rows, 1, width]) is the frame before. y is the mean so far plus last,
+    negative after a peak.
+    """
+    nodes = [
+        node("Squeeze", ["x", "one"], ["frame"]),
+        node("Cast", ["frame"], ["wide"], to=DOUBLE),
+        node("Transpose", ["wide"], ["columns"], perm=[1, 0]),
+        node("Add", ["sum", "columns"], ["sum_out"]),
+        node("Add", ["count", "one"], ["count_out"]),
+        node("ReduceMax", ["frame"], ["largest"], axes=[1], keepdims=1),
+        node("Greater", ["largest", "two"], ["above"]),
+        node("Or", ["peak", "above"], ["peak_out"]),
+        node("Cast", ["count_out"], ["counted"], to=DOUBLE),
+        node("Div", ["sum_out", "counted"], ["mean_columns"]),
+        node("Transpose", ["mean_columns"], ["mean_wide"], perm=[1, 0]),
+        node("Cast", ["mean_wide"], ["mean"], to=FLOAT),
+        node("Squeeze", ["last", "one"], ["before"]),
+        node("Add", ["mean", "before"], ["plus"]),
+        node("Neg", ["plus"], ["minus"]),
+        node("Where", ["peak_out", "minus", "plus"], ["y_rows"]),
+        node("Unsqueeze", ["y_rows", "one"], ["y"]),
+        node("Identity", ["x"], ["last_out"]),
+    ]
+    state: dict[str, tuple[Shape, int]] = {
+        "sum": ([width, "rows"], DOUBLE),
+        "count": (["rows"], INT64),
+        "peak": (["rows", 1], BOOL),
+        "last": (["rows", 1, width], FLOAT),
+    }
+    return graph(
+        nodes,
+        {"x": ["rows", 1, width], **state},
+        {"y": ["rows", 1, width], **{f"{name}_out": given for name, given in state.items()}},
+        {"one": ints(1), "two": floats(2)},
+    )
+
+
+def counting_by_hand(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """What `counting_step` answers to frames [T, width] of one stream."""
+    y = np.zeros_like(x)
+    sum_, last, peak = np.zeros(x.shape[1]), np.zeros(x.shape[1], np.float32), False
+    for at, frame in enumerate(x):
+        sum_, peak = sum_ + frame, peak or bool(frame.max() > 2)
+        y[at] = (sum_ / (at + 1)).astype(np.float32) + last
+        y[at] = -y[at] if peak else y[at]
+        last = frame
+    return y
+
+
+class Denoiser(nn.Module):
+    """The shape of NSNet2: a dense layer, two GRUs, dense layers."""
+
+    def __init__(self, features: int = 7, hidden: int = 12) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(features, hidden)
+        self.gru = nn.GRU(hidden, hidden, 2, batch_first=True)
+        self.fc2, self.fc3 = nn.Linear(hidden, 16), nn.Linear(16, features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.gru(self.fc1(x))
+        return torch.sigmoid(self.fc3(torch.relu(self.fc2(y))))
+
+
+def denoiser(net: Denoiser, *, batch: int | str = "batch", **attributes: Any) -> onnx.ModelProto:
+    """Its graph over whole sequences, x [batch, T, features], as torch exports it; with other attributes of the GRU."""
+    hidden, features = net.gru.hidden_size, net.fc1.in_features
+    given = {"hidden_size": hidden, "linear_before_reset": 1, **attributes}
+    nodes = [
+        node("MatMul", ["x", "fc1"], ["a"], name="/fc1/MatMul"),
+        node("Add", ["fc1.bias", "a"], ["b"]),
+        node("Transpose", ["b"], ["c"], perm=[1, 0, 2]),
+        node("Shape", ["x"], ["shape"]),
+        node("Gather", ["shape", "zero"], ["batches"], axis=0),
+        node("Concat", ["one", "batches", "width"], ["h_shape"], axis=0),
+        node("ConstantOfShape", ["h_shape"], ["h0"]),
+        node("GRU", ["c", "0.W", "0.R", "0.B", "", "h0"], ["d", "h_0"], name="/gru/GRU", **given),
+        node("Squeeze", ["d", "one"], ["e"]),
+        node("GRU", ["e", "1.W", "1.R", "1.B", "", "h0"], ["f", "h_1"], name="/gru/GRU_1", **given),
+        node("Squeeze", ["f", "one"], ["g"]),
+        node("Transpose", ["g"], ["i"], perm=[1, 0, 2]),
+        node("MatMul", ["i", "fc2"], ["j"]),
+        node("Add", ["fc2.bias", "j"], ["k"]),
+        node("Relu", ["k"], ["l"]),
+        node("MatMul", ["l", "fc3"], ["m"]),
+        node("Add", ["fc3.bias", "m"], ["n"]),
+        node("Sigmoid", ["n"], ["y"], name="/Sigmoid"),
+    ]
+    weights = {"zero": ints(0), "one": ints(1), "width": ints(hidden)}
+    for name, linear in (("fc1", net.fc1), ("fc2", net.fc2), ("fc3", net.fc3)):
+        weights |= {name: linear.weight.detach().numpy().T, f"{name}.bias": linear.bias.detach().numpy()}
+    for layer in range(2):
+        weights |= recurrent_weights(net.gru, layer, f"{layer}.")
+    return graph(nodes, {"x": [batch, "T", features]}, {"y": [batch, "T", features]}, weights)
