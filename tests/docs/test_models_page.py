@@ -86,7 +86,7 @@ def test_the_keys_of_its_table_are_those_of_the_layers() -> None:
 
 
 def test_its_commands_run_as_written(folder: Path) -> None:
-    (importing,), (checking,) = (commands(block) for _, block in PAGE.blocks("bash"))
+    (importing,), (checking,), *_ = (commands(block) for _, block in PAGE.blocks("bash"))
     save_file(nn.ModuleDict({"rnn": nn.GRU(4, 5), "fc": nn.Linear(5, 2)}).state_dict(), folder / "net.safetensors")
     imported = run(importing, folder)
     assert (imported.returncode, imported.stdout) == (0, "names: 4 features → GRU 5 → dense 2 softmax\n"), (
@@ -109,6 +109,15 @@ def test_a_step_of_your_own_is_exported_and_checked_as_shown(folder: Path) -> No
     ]
     checked = run(["instep", "model", "check", "own", "--against", "step.py:step"], folder)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_its_graph_is_imported_as_written(folder: Path) -> None:
+    exported = run(["python", "lstm.py"], folder)
+    assert exported.returncode == 0, exported.stderr
+    [importing] = next(found for _, block in PAGE.blocks("bash") if "onnx" in (found := commands(block))[0][-1])
+    imported = run(importing, folder)
+    words = "lstm: 40 features → ONNX graph with 128 values of state → 3 outputs\n"
+    assert (imported.returncode, imported.stdout) == (0, words), imported.stderr
 
 
 def test_an_import_without_options_says_what_is_shown(folder: Path) -> None:
