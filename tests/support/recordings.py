@@ -27,6 +27,7 @@ from tests.support.scribe import F32, START_NS, Scribe, Step
 
 def gru_description(gru: torch.nn.GRU) -> dict[str, Any]:
     return {
+        "kind": "gru",
         "features": gru.input_size,
         "before": [],
         "gru": {
