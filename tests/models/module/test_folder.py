@@ -59,6 +59,7 @@ X: Any = {"x": True}
         (call("aten.randn_like.default", X), "the graph calls 'aten.randn_like.default'"),
         (call("aten.nonzero.default", X), "the graph calls 'aten.nonzero.default'"),
         (call("aten.add.out", X, X, out=X), "the graph calls 'aten.add.out'"),
+        (call("aten.masked_scatter.default", X, X, X), "the graph calls 'aten.masked_scatter.default'"),
         (call("aten.empty.memory_format", [4]), "the graph calls 'aten.empty.memory_format'"),
         (call("aten.batch_norm.default", X, None, None, None, None, True, 0.1, 1e-5, False), "as in training"),
         (call("aten.add.Tensor", X, X, **{CODE: 1}), "with arguments that it does not have"),
@@ -201,3 +202,10 @@ def test_info_shows_the_leaves_and_tensors() -> None:
         "dtype": "int64",
         "initial": 7.0,
     }
+
+
+def test_a_graph_from_a_newer_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instep.models.module.operators.ALLOWED", frozenset(["of_the_future"]))
+    changed(folder, call("aten.of_the_future.default", X))
+    with pytest.raises(ModelError, match=r"calls aten.of_the_future.default, which torch .* lacks; install a newer"):
+        build(load_model(folder), CPU)

@@ -164,6 +164,7 @@ def attends_to_other_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result
             lambda s, x, h: (torch.linalg.svdvals(x[:, None]) * x, h),
             "calls aten.linalg_svdvals, which cannot be served",
         ),
+        (lambda s, x, h: (x.masked_scatter(x > 0, h), h), "calls aten.masked_scatter, which cannot be served"),
         (casts, "calls wrap_with_autocast, which cannot be served; export without torch.autocast"),
     ],
 )

@@ -24,9 +24,9 @@ from instep.models.module.program import encoded
 
 _DROPPED: Final = frozenset(
     [
+        "_assert_async",
         "_assert_scalar",
         "_assert_tensor_metadata",
-        "_assert_async",
         "sym_constrain_range",
         "sym_constrain_range_for_size",
     ]
@@ -39,6 +39,8 @@ _IDENTITIES: Final = frozenset(
 _VALUES_AS_SIZES: Final = frozenset(
     ["item", "_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "unique_consecutive", "_unique2"]
 )
+_SEEDED: Final = frozenset(["gru", "lstm", "rnn_relu", "rnn_tanh", "scaled_dot_product_attention"]) | _IDENTITIES
+"""They would draw random numbers only for dropout, which is looked at by itself."""
 _ALONG: Final = frozenset(
     [
         *("argsort", "cummax", "cummin", "cumprod", "cumsum", "diff", "flip", "gather", "index_add", "index_copy"),
@@ -181,13 +183,7 @@ class Capture:
         """Refuse what no step may do, whatever its shapes are."""
         if name in _VALUES_AS_SIZES or _depends_on_values(node):
             raise ModelError(_by_value(node))
-        if torch.Tag.nondeterministic_seeded in op.tags and name not in _IDENTITIES | {
-            "lstm",
-            "gru",
-            "rnn_tanh",
-            "rnn_relu",
-            "scaled_dot_product_attention",
-        }:
+        if torch.Tag.nondeterministic_seeded in op.tags and name not in _SEEDED:
             raise ModelError(
                 f"{_where(node)} draws random numbers ({name}), so a frame could never be computed again; "
                 "take the noise from the frame, or leave it out"

@@ -50,7 +50,7 @@ _SHAPES: Final = """
     unsafe_split _to_copy
 """
 _INDEXING: Final = """
-    bucketize gather index index_add index_copy index_fill index_put masked_scatter one_hot scatter scatter_add
+    bucketize gather index index_add index_copy index_fill index_put one_hot scatter scatter_add
     scatter_reduce searchsorted take_along_dim tensor_split
 """
 _CREATION: Final = """
@@ -88,7 +88,9 @@ def resolve(op: str) -> Callable[..., Any]:
     namespace, _, rest = op.partition(".")
     name, _, overload = rest.partition(".")
     if namespace == "aten" and is_allowed(name):
-        packet = getattr(torch.ops.aten, name)
+        packet = getattr(torch.ops.aten, name, None)
+        if packet is None:
+            raise ModelError(f"the graph calls {op:.120}, which torch {torch.__version__} lacks; install a newer torch")
         if overload in packet.overloads():
             found: Operator = getattr(packet, overload)
             if not any(argument.is_out for argument in found._schema.arguments):
