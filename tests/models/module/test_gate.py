@@ -36,6 +36,7 @@ class Step(nn.Module):
         self.rnn = nn.GRU(4, 4)
         self.attention = nn.MultiheadAttention(4, 1)
         self.register_buffer("seen", torch.zeros(4))
+        self.register_buffer("hidden", torch.tensor([0, float("-inf"), 0, 0]))
         self.sixteen = nn.Parameter(torch.zeros(4, dtype=torch.float16))
         self.ticks = 0
         self.kept: Any = None
@@ -159,6 +160,7 @@ def attends_to_other_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result
         (lambda s, x, h: ((x, None), h), "y is one NoneType; return a float32 tensor"),
         (lambda s, x, h: (torch.from_numpy(np.tanh(x.numpy())), h), "torch.export cannot follow the step"),
         (lambda s, x, h: (x.view(3), h), r"the step fails on frames \[32, 4\]"),
+        (lambda s, x, h: (x + s.hidden, h), "hidden of the step holds NaN or infinity.* use -1e30 instead of -inf"),
         (lambda s, x, h: (x + s.sixteen.float(), h), "sixteen of the step is float16, .* convert it, as with .float"),
         (
             lambda s, x, h: (torch.linalg.svdvals(x[:, None]) * x, h),
@@ -216,5 +218,5 @@ def test_what_is_no_step(tmp_path: Path) -> None:
     with torch.no_grad():
         step.layer.weight[0, 0] = float("nan")
     step.body = lambda s, x, h: (s.layer(x), h)
-    assert "tensor layer.weight of the step holds NaN or infinity" in refusal(step, tmp_path / "m")
+    assert "layer.weight of the step holds NaN or infinity" in refusal(step, tmp_path / "m")
     assert step.training, "it is left as it was"

@@ -343,4 +343,9 @@ def checked_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
                 f"{name} of the step is {dtype}, and tensors may be float32, float64, int64, int32 or bool; "
                 "convert it, as with .float()"
             )
+        if not bool(tensors[name].isfinite().all()):
+            raise ModelError(
+                f"{name} of the step holds NaN or infinity, and tensors in a folder are finite: save the weights of an "
+                "earlier epoch, and use -1e30 instead of -inf in a mask"
+            )
     return dtypes

@@ -139,7 +139,8 @@ def example_of(module: nn.Module, x: Any, state: Any) -> Example:
     except Exception as error:
         raise ModelError(
             f"the step fails on frames [{ROWS}, {plain.features}] and a state like the example's "
-            f"({type(error).__name__}: {first_line(error)}); correct it or the example"
+            f"({type(error).__name__}: {first_line(error)}); correct it or the example, and convert weights of other "
+            "dtypes with .float()"
         ) from error
     y, after = split(result)
     parts = outputs_of(y)
