@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from instep.models.base import Leaf, Shape, StateSpec
-from instep.models.module.graph import Graph, Size
+from instep.models.module.graph import Graph, PlainFields, Size
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StateLeaf(_Frozen):
+class StateLeaf(PlainFields):
     """One leaf of the state: [rows, *shape] in the graph."""
 
     name: str
@@ -26,7 +22,7 @@ class StateLeaf(_Frozen):
     """What every element is before a stream's first frame."""
 
 
-class ModuleDescription(_Frozen):
+class ModuleDescription(PlainFields):
     """A step `y, new_state = step(x, state)` over frames x [rows, features]."""
 
     kind: Literal["module"] = "module"

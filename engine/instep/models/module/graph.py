@@ -26,11 +26,13 @@ TensorType: TypeAlias = Literal["float32", "float64", "int64", "int32", "bool"]
 MAX_NODES: Final = 20_000
 
 
-class _Frozen(BaseModel):
+class PlainFields(BaseModel):
+    """Values of a description; a key that it does not have is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class GraphTensor(_Frozen):
+class GraphTensor(PlainFields):
     """A parameter, buffer or constant: `name` is its name in the weights file."""
 
     name: str = Field(min_length=1, max_length=400)
@@ -38,7 +40,7 @@ class GraphTensor(_Frozen):
     dtype: TensorType = "float32"
 
 
-class Node(_Frozen):
+class Node(PlainFields):
     """One call: `op` is `aten.linear.default`, an integer operation such as `int.mul`, or `getitem`."""
 
     name: str = Field(min_length=1, max_length=400)
@@ -47,7 +49,7 @@ class Node(_Frozen):
     kwargs: dict[str, JsonValue] = {}
 
 
-class Graph(_Frozen):
+class Graph(PlainFields):
     """The whole step, in the order in which it runs."""
 
     outputs: Annotated[int, Field(ge=1, strict=True)]
