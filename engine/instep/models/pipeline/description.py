@@ -10,9 +10,9 @@ from pydantic_core import PydanticCustomError
 
 from instep.models.base import Description, Leaf, Shape, StateSpec
 from instep.models.errors import ModelError
-from instep.models.pipeline.steps import Step, parse_step, sizes
+from instep.models.pipeline.steps import FrameStep, parse_step, sizes
 
-AnyStep: TypeAlias = Annotated[SerializeAsAny[Step], BeforeValidator(parse_step)]
+AnyStep: TypeAlias = Annotated[SerializeAsAny[FrameStep], BeforeValidator(parse_step)]
 PLACES: Final = ("before", "after")
 
 
@@ -70,10 +70,10 @@ class PipelineDescription(BaseModel):
         )
         return StateSpec((*self.network.state.leaves, *of_steps))
 
-    def steps(self) -> Iterator[tuple[str, int, Step, int]]:
+    def steps(self) -> Iterator[tuple[str, int, FrameStep, int]]:
         """Every step with its place, its index there, and the values per frame it takes."""
         for place, inputs in zip(PLACES, (self.features, self.network.outputs), strict=True):
-            steps: tuple[Step, ...] = getattr(self, place)
+            steps: tuple[FrameStep, ...] = getattr(self, place)
             for index, (step, size) in enumerate(zip(steps, sizes(steps, inputs), strict=False)):
                 yield place, index, step, size
 

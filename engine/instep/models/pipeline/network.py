@@ -12,7 +12,7 @@ from instep.core.typing import F32, I64, U8
 from instep.models.base import BoundStep, Floats, RecurrentModel, Reference, StateSpec
 from instep.models.model import Model, model_of
 from instep.models.pipeline.description import PLACES, PipelineDescription, leaf_name
-from instep.models.pipeline.steps import BoundPart, Spectrum, States, Step
+from instep.models.pipeline.steps import BoundPart, FrameStep, Spectrum, States
 
 _SPECTRUM_ROWS = 32
 """Rows come in multiples of it where a logarithm or a root is taken: the last elements of an array that does not fill
@@ -152,7 +152,7 @@ class PipelineReference:
         self.independent = network.independent
         self._network = network
         self._dtype = np.dtype(dtype)
-        self._steps: dict[str, list[tuple[str, Step]]] = {place: [] for place in PLACES}
+        self._steps: dict[str, list[tuple[str, FrameStep]]] = {place: [] for place in PLACES}
         for place, index, step, _ in description.steps():
             self._steps[place].append((leaf_name(place, index, ""), step))
 
@@ -167,7 +167,7 @@ class PipelineReference:
             found |= states
             return self._through(after, outputs, found, active), found
 
-    def _through(self, steps: Sequence[tuple[str, Step]], x: Floats, state: States, active: I64) -> Floats:
+    def _through(self, steps: Sequence[tuple[str, FrameStep]], x: Floats, state: States, active: I64) -> Floats:
         for prefix, step in steps:
             leaves = {
                 name.removeprefix(prefix): np.array(leaf) for name, leaf in state.items() if name.startswith(prefix)

@@ -3,7 +3,7 @@
 A step is one class here and one line in `STEPS`. It describes itself without torch, runs over the rows of a batch in
 torch, and once more in numpy, from its definition, for the independent reference. The two share no code.
 """
-# ruff: noqa: D102 - see `Step`
+# ruff: noqa: D102 - see `FrameStep`
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BoundPart(Protocol):
         """From [rows, values] to `out`."""
 
 
-class Step(BaseModel):
+class FrameStep(BaseModel):
     """A step as `model.yaml` holds it: one key, its name, and its options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,7 +75,7 @@ class Step(BaseModel):
         raise NotImplementedError
 
 
-class Context(Step):
+class Context(FrameStep):
     """The values before a frame in front of it: of the last `frames` frames, or the last `values` values.
 
     Features with a context of past frames, and windows that overlap: frames of 160 samples with 352 values of context
@@ -133,7 +133,7 @@ _RAISED: Final = {"hann": 0.5, "hamming": 0.54, "none": 1.0}
 """a in the window a - (1 - a) cos(2 π i / n)."""
 
 
-class Spectrum(Step):
+class Spectrum(FrameStep):
     """The spectrum of a frame as of one window of samples: n // 2 + 1 values for n samples.
 
     The samples are multiplied with the window (periodic, as `torch.hann_window` makes it) and transformed as by
@@ -196,7 +196,7 @@ class _Spectrum:
         return self.out
 
 
-class Smooth(Step):
+class Smooth(FrameStep):
     """Exponential smoothing of every value: `keep` of what it was and the rest of what it is now.
 
     The first frame of a stream passes unchanged.
@@ -242,7 +242,7 @@ class _Smooth:
         return self.out
 
 
-class Hysteresis(Step):
+class Hysteresis(FrameStep):
     """Every value becomes 1 when it reaches `on`, 0 when it falls to `off` or below, and stays what it was between.
 
     A stream begins at 0.
@@ -289,7 +289,7 @@ class _Hysteresis:
         return self.out
 
 
-STEPS: Final[dict[str, type[Step]]] = {step.name: step for step in (Context, Spectrum, Smooth, Hysteresis)}
+STEPS: Final[dict[str, type[FrameStep]]] = {step.name: step for step in (Context, Spectrum, Smooth, Hysteresis)}
 
 
 def parse_step(value: object) -> object:
@@ -298,7 +298,7 @@ def parse_step(value: object) -> object:
     Raises:
         ValueError: for anything else, pydantic's own for a wrong option.
     """
-    if isinstance(value, Step):
+    if isinstance(value, FrameStep):
         return value
     if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in STEPS:
         raise ValueError(f"a step is one of {', '.join(STEPS)} with its options, such as `context: 3`")
@@ -307,7 +307,7 @@ def parse_step(value: object) -> object:
     return step.model_validate(options if isinstance(options, Mapping) else {step.main: options})
 
 
-def sizes(steps: Sequence[Step], inputs: int) -> list[int]:
+def sizes(steps: Sequence[FrameStep], inputs: int) -> list[int]:
     """Values per frame before each step and after the last."""
     found = [inputs]
     for step in steps:

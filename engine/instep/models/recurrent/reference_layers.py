@@ -35,7 +35,7 @@ def frame_layers(place: str, layers: Sequence[Mapping[str, Any]], weights: Mappi
         weight, bias = (weights.get(f"{place}.{index}.{name}") for name in ("weight", "bias"))
         activate = IN_PLACE[layer["activation"]]
         if "layer_norm" in layer:
-            built.append((_Norm(weight, bias, layer["eps"]), activate))
+            built.append((_NormInNumpy(weight, bias, layer["eps"]), activate))
         else:
             assert weight is not None
             built.append((Affine(weight, np.zeros(len(weight), weight.dtype) if bias is None else bias), activate))
@@ -50,7 +50,7 @@ def run_layers(layers: Sequence[OnRows], rows: Floats) -> Floats:
     return rows
 
 
-class _Norm:
+class _NormInNumpy:
     """(x - mean) / sqrt(variance + eps) · weight + bias, with the mean and the biased variance of each row."""
 
     def __init__(self, weight: Floats | None, bias: Floats | None, eps: float) -> None:
