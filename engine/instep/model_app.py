@@ -78,7 +78,7 @@ def make(
     "import",
     examples=(
         "instep model import net.safetensors --after head:none",
-        "instep model import last.ckpt --output ears --recurrent rnn --after fc:softmax",
+        "instep model import ears.pt --output ears --recurrent rnn --after fc:softmax",
         "instep model import vad.onnx --shape input=rows,576 --constant sr=16000",
     ),
 )

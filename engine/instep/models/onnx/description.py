@@ -32,7 +32,7 @@ class Tensor(NamedTuple):
         return tuple(rows if extent == ROWS else extent for extent in self.shape)
 
 
-class _Frozen(BaseModel):
+class _GraphPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -49,7 +49,7 @@ def _row_shape(shape: Extents) -> Shape:
     return tuple(extent for extent in shape if extent != ROWS)
 
 
-class Vectors(_Frozen):
+class Vectors(_GraphPart):
     """The frames, or the answers: a vector for each row."""
 
     tensor: TensorName
@@ -75,7 +75,7 @@ class Vectors(_Frozen):
         return Tensor(self.tensor, self.shape, self.dtype)
 
 
-class GraphLeaf(_Frozen):
+class GraphLeaf(_GraphPart):
     """A leaf of the state: an input of the graph, and the output that is that input in the next step."""
 
     name: str
@@ -102,7 +102,7 @@ class GraphLeaf(_Frozen):
         return Tensor(self.output, self.shape, self.dtype)
 
 
-class Constant(_Frozen):
+class Constant(_GraphPart):
     """An input that is the same in every step, such as a sampling rate."""
 
     input: TensorName
@@ -117,7 +117,7 @@ class Constant(_Frozen):
         return Tensor(self.input, self.shape, self.dtype)
 
 
-class OnnxDescription(_Frozen):
+class OnnxDescription(_GraphPart):
     """`graph.onnx` maps frames and states to answers and states; this says which tensor is which."""
 
     kind: Literal["onnx"] = "onnx"
