@@ -153,8 +153,8 @@ async def test_it_is_served_recorded_and_verified(
         np.testing.assert_array_equal(np.concatenate([first, rest]), whole)
         assert report.verdict == "exact"
     assert report.verified, report.as_json()
-    assert report.summary().endswith(" of the same graph in float64)")
-    assert "(stepped; within " in report.summary()
+    assert report.checkers().endswith(" from the same graph in float64")
+    assert report.checkers().startswith("replayed in steps; at most ")
     assert report.elements["whole sequence"] == 0
 
 
