@@ -23,6 +23,7 @@ from instep.core.typing import F32, I32, I64, U8, U64
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound
+from instep.frontends.zmq.served import Served
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import StateLost
@@ -37,6 +38,7 @@ from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import Reaper
 from instep.streaming.recovery import resume_recording
+from instep.streaming.service import ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
@@ -188,25 +190,15 @@ class Node:
         self._reaper = Reaper(engine, operations, self.hibernation, limits)
         self._checkpoints = Checkpoints(engine, states, self.tasks, _NEVER_NS, at_once=1)
         router: Any = self.router
-        self.outbound = Outbound(
-            router, tables, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach
+        self.outbound = Outbound(router, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach)
+        self._frontend = ZmqFrontend(router, self.outbound, 2 * _NEVER_NS, turns.wake, log_into([]))
+        listing = Listing(table, self.hibernation, limits)
+        service = ModelService(
+            "exact", engine, operations, self._reaper, self._checkpoints, listing, self.tasks, log_into([])
         )
-        self._frontend = ZmqFrontend(
-            router,
-            engine,
-            operations,
-            self._reaper,
-            self.tasks,
-            self.outbound,
-            Decoder(1, gru_state(1, 1), _MAX_FRAMES, 10_000),
-            _info(number, sizes),
-            2 * _NEVER_NS,
-            turns.wake,
-            Listing(table, self.hibernation, limits),
-            log_into([]),
-        )
-        turns.engine, turns.operations, turns.tasks = engine, operations, self.tasks
+        self._frontend.add(Served(service, _info(number, sizes), Decoder(1, gru_state(1, 1), _MAX_FRAMES, 10_000)))
         turns.frontends = [self._frontend]
+        turns.add(service)
         self._record(disk, sizes)
         turns.start()
 

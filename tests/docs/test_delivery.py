@@ -112,7 +112,7 @@ async def test_each_frame_is_applied_once_and_answered_with_the_same_bytes() -> 
         (handle,) = (await client.open("s")).handles().tolist()
         assert (await client.send_block(handle, 0, x[:2], 0)).frames[0] == y[: 2 * size]
         assert (await client.send_block(handle, 0, x[:2], 0)).frames[0] == y[: 2 * size]
-        assert server.engine.stats.frames_total == 2
+        assert server.default.engine.stats.frames_total == 2
 
         other = x[:2].copy()
         other[1, 0, 0] += 1
@@ -121,7 +121,7 @@ async def test_each_frame_is_applied_once_and_answered_with_the_same_bytes() -> 
         assert conflict.frames[0][:size] == y[:size]
 
         assert (await client.send_block(handle, 1, x[1:4], 0)).frames[0] == y[size : 4 * size]  # old and new ones
-        assert server.engine.stats.frames_total == 4
+        assert server.default.engine.stats.frames_total == 4
         assert refusal(await client.send_block(handle, 9, x[:1], 0)) == (Code.SEQ_GAP, 4)
         assert refusal(await client.send_block(handle, 4, x[4:5], 5)) == (Code.ACK_AHEAD, 4)
         assert refusal(await client.send_block(handle, 4, x[4:5], 0)) == (Code.WINDOW_FULL, 4)
@@ -202,7 +202,7 @@ async def test_the_largest_first_seq_and_states_that_fit_no_message() -> None:
 
 
 async def handle_of(server: Server, name: str) -> np.uint64:
-    handle: np.uint64 = server.engine.table.slots.handles(server.engine.table.find([name]))[0]
+    handle: np.uint64 = server.default.engine.table.slots.handles(server.default.engine.table.find([name]))[0]
     return handle
 
 
@@ -247,8 +247,8 @@ async def test_what_is_owed_and_held_decides_a_resume() -> None:
         assert refusal(await client.claim(("s", 2 * W - 4, epoch))) == (Code.OUTPUTS_GONE, 2 * W)  # acknowledged
         (ahead,) = (await client.claim(("s", 2 * W + 1, epoch), take_over=1)).grants()
         assert ahead["next_seq"] == 2 * W
-        server.engine.table.renumbered[:] = True  # as after a restart with other numerics
-        server.engine.table.former_epoch[:] = 0
+        server.default.engine.table.renumbered[:] = True  # as after a restart with other numerics
+        server.default.engine.table.former_epoch[:] = 0
         assert refusal(await client.claim(("s", 2 * W, epoch))) == (Code.NUMERICS_CHANGED, 2 * W)
         (on,) = (await client.claim(("s", 2 * W, epoch), take_over=1)).grants()
         assert on["next_seq"] == 2 * W
@@ -269,7 +269,7 @@ async def test_the_answer_of_a_resume_waits_for_what_is_pending() -> None:
             await client.hello()
             (grant,) = (await former.open("s")).grants()
             await former.send(*former.step_message([int(grant["handle"])], [0], x))
-            await until(lambda: server.engine.pending_frames)
+            await until(lambda: server.default.engine.pending_frames)
             resuming = asyncio.create_task(client.claim(("s", 0, int(grant["epoch"]))))
             assert (await former.receive()).kind is Kind.EVICTED  # at once
             assert not resuming.done()
@@ -279,7 +279,7 @@ async def test_the_answer_of_a_resume_waits_for_what_is_pending() -> None:
         assert new["next_seq"] == 1
         again = await client.send_block(int(new["handle"]), 0, x, 0)
         assert (again.header[4:7], last_failures(again)) == ([0, 0, 0], [])
-        assert server.engine.stats.frames_total == 1
+        assert server.default.engine.stats.frames_total == 1
 
 
 @pytest.mark.parametrize("park_s", [300.0, 0.0])
@@ -292,10 +292,10 @@ async def test_streams_without_a_connection_are_parked_for_a_while(park_s: float
         async with Client(server.endpoint) as gone:
             await gone.hello()
             (grant,) = (await gone.open("s")).grants()
-        table = server.engine.table
+        table = server.default.engine.table
         if not park_s:
             await until(lambda: not table.open_count)
-            assert server.engine.stats.evicted_by_reason == {"client_gone": 1}
+            assert server.default.engine.stats.evicted_by_reason == {"client_gone": 1}
             assert WHERE[Code.CLIENT_GONE] == ["not on the wire"]
             assert refusal(await client.claim(("s", 0, int(grant["epoch"])))) == (Code.UNKNOWN_STREAM, 0)
             return
@@ -304,13 +304,13 @@ async def test_streams_without_a_connection_are_parked_for_a_while(park_s: float
         (new,) = (await client.claim(("s", 0, int(grant["epoch"])))).grants()
         slots = table.owned_by(int(table.owner[int(new["handle"]) & 0xFFFF_FFFF]))
         table.park(slots, 0)
-        server.operations.expire(slots)
+        server.default.operations.expire(slots)
         await until(lambda: not table.open_count)
         assert refusal(await client.claim(("s", 0, int(new["epoch"])))) == (Code.EXPIRED, 0)
 
 
 def parked_more_than(server: Server, count: int) -> bool:
-    return server.engine.stats.parked_streams_total > count
+    return server.default.engine.stats.parked_streams_total > count
 
 
 async def test_the_longest_parked_goes_when_too_many_are() -> None:
@@ -321,9 +321,9 @@ async def test_the_longest_parked_goes_when_too_many_are() -> None:
             async with Client(server.endpoint) as gone:
                 await gone.hello()
                 await gone.open(name)
-                parked_before = server.engine.stats.parked_streams_total
+                parked_before = server.default.engine.stats.parked_streams_total
             await until(partial(parked_more_than, server, parked_before))
-        await until(lambda: server.engine.table.open_count == 1)
+        await until(lambda: server.default.engine.table.open_count == 1)
         claims = await here.claim(("first", 0, 0), ("second", wire.HAVE_ALL, 0), take_over=1)
         assert last_failures(claims) == [(0, 0, Code.EXPIRED, 0)]
 
@@ -346,7 +346,7 @@ async def test_a_server_that_ends_takes_nothing_new() -> None:
             one, other = (await client.open("s", "t")).handles().tolist()
             handles = np.array([other], np.uint64)
             await client.send(*client.step_message([one], [0], x))
-            await until(lambda: server.engine.pending_frames)
+            await until(lambda: server.default.engine.pending_frames)
             server.stop()
             for reply in (
                 await client.open("u"),
@@ -367,19 +367,19 @@ async def test_a_fork_for_a_connection_that_went_away_opens_nothing() -> None:
     x = frames(1)
     x[0, 0, 0] = GATE_VALUE
     async with running(MODEL, stepper=gate.stepper, transport={"heartbeat_s": 0.1}) as server:
-        table = server.engine.table
+        table = server.default.engine.table
         try:
             async with Client(server.endpoint) as gone:
                 await gone.hello()
                 handles = (await gone.open("s")).handles()
                 await gone.send(*gone.step_message(handles, [0], x))
-                await until(lambda: server.engine.is_running)
+                await until(lambda: server.default.engine.is_running)
                 await gone.send(msgpack.packb([Kind.FORK, gone.next_request(), 1]), handles.tobytes(), b"copy")
-                await until(lambda: len(server.engine.waiters))
+                await until(lambda: len(server.default.engine.waiters))
             await until(lambda: table.owned[table.parked])
         finally:
             gate.open()
-        await until(lambda: server.engine.is_quiet)
+        await until(lambda: server.default.engine.is_quiet)
         assert table.find(["copy"])[0] == SCRATCH_SLOT
 
 

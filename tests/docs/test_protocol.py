@@ -423,7 +423,7 @@ async def test_the_examples_are_one_conversation() -> None:
 
     try:
         async with running(SEED, transport={"heartbeat_s": 600}) as server:  # no PING, however slow the machine
-            server.engine.table.last_epoch = EPOCH
+            server.default.engine.table.last_epoch = EPOCH
             first, second = (Translated(context, server.endpoint, words) for _ in range(2))
             ask = first.ask
             welcome = msgpack.unpackb((await ask("HELLO"))[0])
@@ -556,7 +556,7 @@ async def test_the_complete_client_gets_what_the_gru_computes(script: Path, rng:
     async with running(model) as server:
         status, said, complained = await feed(await start(script, server.endpoint, 3), x)
         assert (status, complained) == (0, "")
-        assert server.engine.table.open_count == 0
+        assert server.default.engine.table.open_count == 0
     values = np.frombuffer(said, "<f4")
     y, states = values[: 40 * 3 * 8].reshape(40, 3, 8), values[40 * 3 * 8 :].reshape(3, 2, 8)
     for column in range(3):
@@ -573,19 +573,19 @@ async def test_the_complete_client_waits_while_the_server_is_busy(script: Path, 
         await other.hello()
         handles = (await other.open("other")).handles()
         process = await start(script, server.endpoint, 1)
-        while server.engine.table.open_count < 2:  # it has opened its stream, and waits for frames to send
+        while server.default.engine.table.open_count < 2:  # it has opened its stream, and waits for frames to send
             await asyncio.sleep(0.005)
         await other.send(*other.step_message(handles, [0], np.full((4, 1, 3), GATE_VALUE, np.float32)))
-        while server.engine.pending_frames < 4:
+        while server.default.engine.pending_frames < 4:
             await asyncio.sleep(0.005)
         fed = asyncio.create_task(feed(process, x))
         try:
-            while server.engine.stats.busy_total < 3 and not fed.done():
+            while server.default.engine.stats.busy_total < 3 and not fed.done():
                 await asyncio.sleep(0.005)
         finally:
             gate.open()
         status, said, complained = await fed
-        assert server.engine.stats.busy_total >= 3
+        assert server.default.engine.stats.busy_total >= 3
     assert (status, complained) == (0, "")
     truth, final = whole(SEED, x[:, 0])
     np.testing.assert_array_equal(np.frombuffer(said, "<f4"), np.concatenate([truth.ravel(), final.ravel()]))
@@ -607,7 +607,7 @@ async def test_the_complete_client_loses_and_doubles_nothing_when_its_connection
     model = plain(5, 8, layers=2)
     x = rng.standard_normal((30, 3, 5)).astype(np.float32)
     async with running(model) as server:
-        counted = server.engine.stats
+        counted = server.default.engine.stats
         breaks = (
             lambda: counted.frames_total >= 5 * 3,  # a STEPPED is lost,
             lambda: counted.resumed_streams_total >= 3,  # the RESUMED after it,
@@ -617,7 +617,7 @@ async def test_the_complete_client_loses_and_doubles_nothing_when_its_connection
             status, said, complained = await feed(await start(script, proxy.endpoint, 3), x)
         assert (status, complained, proxy.breaks) == (0, "", [])
         assert (counted.frames_total, counted.resumed_streams_total) == (30 * 3, 3 * 3)
-        assert server.engine.table.open_count == 0
+        assert server.default.engine.table.open_count == 0
     values = np.frombuffer(said, "<f4")
     y, states = values[: 30 * 3 * 8].reshape(30, 3, 8), values[30 * 3 * 8 :].reshape(3, 2, 8)
     for column in range(3):
@@ -639,12 +639,12 @@ async def test_the_complete_client_says_that_a_restarted_server_lost_its_streams
     x = np.zeros((8, 1, 3), np.float32)
     async with running(SEED) as server, running(SEED) as restarted, RawClient(restarted.endpoint) as former:
         if is_known:
-            restarted.engine.table.last_epoch = 0
+            restarted.default.engine.table.last_epoch = 0
             await former.hello()
             await former.open("minimal-0")
-        async with Proxy(server.endpoint, lambda: server.engine.stats.frames_total >= 5) as proxy:
+        async with Proxy(server.endpoint, lambda: server.default.engine.stats.frames_total >= 5) as proxy:
             process = await start(script, proxy.endpoint, 1)
-            while server.engine.table.open_count == 0:
+            while server.default.engine.table.open_count == 0:
                 await asyncio.sleep(0.005)
             proxy.target = restarted.endpoint
             status, said, complained = await feed(process, x)

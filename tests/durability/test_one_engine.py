@@ -97,7 +97,7 @@ async def test_other_numerics_are_refused_unless_accepted_and_then_clients_are_t
         epoch = await opened_and_stepped(server, x[:4])
 
     monkeypatch.setattr(
-        "instep.server.assembly.numerics", lambda *given: instep.models.numerics.numerics(*given) | {"torch": "9.9"}
+        "instep.server.recordings.numerics", lambda *given: instep.models.numerics.numerics(*given) | {"torch": "9.9"}
     )
     before = path.read_bytes()
     said = await refusal(SMALL, path)

@@ -54,7 +54,7 @@ async def rude_client(endpoint: str, features: int, behaviour: str) -> AsyncIter
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_client_that_is_killed_or_stopped_leaves_the_others_alone(how: signal.Signals) -> None:
     async with running(SMALL, transport={"heartbeat_s": 0.2}, limits=LIMITS) as server:
-        table = server.engine.table
+        table = server.default.engine.table
         async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
             async with rude_client(server.endpoint, SMALL.description.features, "reads") as rude:
                 assert table.open_count == NEIGHBOURS + RUDE_STREAMS
@@ -75,7 +75,7 @@ async def test_a_client_that_is_stopped_while_its_connection_looks_alive_is_give
         async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
             async with rude_client(server.endpoint, SMALL.description.features, "never-reads"):
                 await others.progress()
-                while server.engine.table.open_count > NEIGHBOURS:
+                while server.default.engine.table.open_count > NEIGHBOURS:
                     await asyncio.sleep(0.02)
                 await others.progress(100)
 

@@ -139,9 +139,9 @@ async def test_what_is_streamed_is_what_the_network_computes_over_the_whole_reco
             mine = recordings[index::CONNECTIONS]
             producers.append(Producer(client, mine, model, np.random.default_rng(index), at_once=20))
         await asyncio.gather(*(producer.run() for producer in producers))
-        assert server.engine.stats.frames_total == sum(len(recording.x) for recording in recordings)
-        assert server.engine.table.open_count == 0
-        assert server.engine.pending_frames == 0
+        assert server.default.engine.stats.frames_total == sum(len(recording.x) for recording in recordings)
+        assert server.default.engine.table.open_count == 0
+        assert server.default.engine.pending_frames == 0
     assert sum(producer.refused for producer in producers) > STREAMS / 10
 
     for group in by_length(recordings):

@@ -33,7 +33,7 @@ async def test_a_block_that_the_whole_server_has_no_room_for_is_refused_whole(rn
                 await client.hello()
                 handles.append((await client.open(f"s{index}")).handles())
             await first.send(*first.step_message(handles[0], [0], x[0]))
-            while not server.engine.pending_frames:
+            while not server.default.engine.pending_frames:
                 await asyncio.sleep(0.01)
             refused = await second.step(handles[1], [0], x[1])
             assert refused.code is Code.BUSY

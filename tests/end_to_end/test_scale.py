@@ -56,8 +56,8 @@ async def test_two_thousand_connections_of_one_stream_each(rng: np.random.Genera
         try:
             await asyncio.gather(*(client.connect() for client in clients))
             streams = await asyncio.gather(*(client.open(f"s{index}") for index, client in enumerate(clients)))
-            assert server.engine.table.open_count == CONNECTIONS
-            assert len(set(server.engine.table.owner[1:].tolist())) == CONNECTIONS
+            assert server.default.engine.table.open_count == CONNECTIONS
+            assert len(set(server.default.engine.table.owner[1:].tolist())) == CONNECTIONS
             served = await asyncio.gather(*(produce(each, x[:, at].copy()) for at, each in enumerate(streams)))
         finally:
             await asyncio.gather(*(client.close() for client in clients))
@@ -72,14 +72,14 @@ async def test_twenty_thousand_streams_on_one_connection(rng: np.random.Generato
     async with running(SMALL, engine={"max_streams": STREAMS_ON_ONE}) as server:
         async with AsyncClient(server.endpoint, timeout_s=60) as client:
             group = await client.open_group([f"s{index}" for index in range(STREAMS_ON_ONE)])
-            assert server.engine.table.open_count == STREAMS_ON_ONE
+            assert server.default.engine.table.open_count == STREAMS_ON_ONE
             for timestep in range(3):
                 y[timestep] = await group.step(x[timestep])
             y[3:6] = await group.step(x[3:6])
             for half in np.split(rng.permutation(STREAMS_ON_ONE), 2):
                 y[6:, half] = await group.step(x[6:, half], rows=half)
             finals = await group.close()
-        assert server.engine.table.open_count == 0
+        assert server.default.engine.table.open_count == 0
     truth, whole_finals = whole_of_all(x)
     assert_same_bits(y, truth, "outputs")
     assert_same_bits(finals, whole_finals, "final states")

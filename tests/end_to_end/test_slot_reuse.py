@@ -51,7 +51,7 @@ async def test_a_slot_is_not_given_on_while_frames_of_its_stream_are_pending(rng
             await client.send(*client.step_message(handles, [0], x))
             await client.send(*client.close_message(handles))
             await client.send(*client.open_message("next"))
-            while not server.engine.table.closing.any():
+            while not server.default.engine.table.closing.any():
                 await asyncio.sleep(0.01)
         finally:
             gate.open()
@@ -84,7 +84,7 @@ async def test_a_late_answer_never_reaches_the_next_connection(rng: np.random.Ge
                 await gone.hello()
                 handles = (await gone.open("gone")).handles()
                 await gone.send(*gone.step_message(handles, [0], late))
-                while not server.engine.pending_frames:
+                while not server.default.engine.pending_frames:
                     await asyncio.sleep(0.01)
             while await connections(watcher) > 1:
                 await asyncio.sleep(0.01)
@@ -97,7 +97,7 @@ async def test_a_late_answer_never_reaches_the_next_connection(rng: np.random.Ge
                 while first.kind is not Kind.WELCOME:
                     assert first.code is Code.BUSY
                     first = await following.ask(*hello)
-                while not server.engine.is_quiet:
+                while not server.default.engine.is_quiet:
                     await asyncio.sleep(0.01)
                 handles = (await following.open("next")).handles()
                 reply = await following.step(handles, [0], x)
@@ -116,5 +116,5 @@ async def test_names_and_slots_of_a_group_that_was_refused_in_part_are_free_at_o
         for _ in range(3):
             with pytest.raises(StreamRefused, match=r"NAME_IN_USE.*'taken'"):
                 await client.open_group(["a", "b", "taken"])
-            assert server.engine.table.open_count == 1
+            assert server.default.engine.table.open_count == 1
         assert len(await client.open_group(["a", "b"])) == 2

@@ -29,7 +29,7 @@ F, H = 5, 8
 
 async def taken(server: Server, messages: int = 1) -> None:
     """Wait until the server has taken this many messages that it has not answered."""
-    while server.engine.unanswered_messages < messages:
+    while server.default.engine.unanswered_messages < messages:
         await asyncio.sleep(0.001)
 
 
@@ -91,7 +91,7 @@ async def test_a_forced_end_does_not_wait_for_a_recorder_that_is_stuck(tmp_path:
             opened = await client.open("s")
             may_commit.clear()
             await client.send(*client.open_message("late"))
-            while server.engine.table.open_count < 2:
+            while server.default.engine.table.open_count < 2:
                 await asyncio.sleep(0.001)
             if drained:
                 server.stop()
@@ -132,7 +132,7 @@ async def test_a_forced_end_leaves_no_thread_that_the_process_would_wait_for(
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         await client.hello()
         epochs = (await client.open("s")).epochs()
-    monkeypatch.setattr("instep.server.assembly.load_open_streams", stuck)
+    monkeypatch.setattr("instep.server.services.load_open_streams", stuck)
     before = set(threading.enumerate())
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         await client.hello()
@@ -181,7 +181,7 @@ async def test_the_end_waits_until_a_late_reader_has_its_replies() -> None:
         block = late.step_message(range(1000), [0] * 1000, np.zeros((1, 1000, F), np.float32))
         for _ in range(6):
             await late.send(*block)
-        while server.engine.stats.messages_total < 6:
+        while server.default.engine.stats.messages_total < 6:
             await asyncio.sleep(0.001)
         server.stop()
         await asyncio.sleep(0.05)
@@ -198,7 +198,7 @@ async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_go
             await client.hello()
             may_commit.clear()
             await client.send(*client.open_message("s", states=state))
-            while not server.engine.table.open_count:
+            while not server.default.engine.table.open_count:
                 await asyncio.sleep(0.001)
             server.stop()
             await asyncio.sleep(0.05)
@@ -220,8 +220,8 @@ async def test_an_ordinary_end_saves_the_next_start_the_replay(rng: np.random.Ge
         await client.hello()
         await client.step((await client.open("s")).handles(), [0], x)
     async with running(SMALL, recording=recording) as server:
-        assert server.recovery is not None
-        assert (server.recovery.streams, server.recovery.frames) == (1, 0)
+        assert server.default.recovery is not None
+        assert (server.default.recovery.streams, server.default.recovery.frames) == (1, 0)
 
 
 # ── An early end ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -253,7 +253,7 @@ async def test_a_bug_in_a_request_ends_the_server_with_a_reason(monkeypatch: pyt
         async def buggy(*_: Any) -> None:
             raise ZeroDivisionError("injected")
 
-        monkeypatch.setattr(server.operations, "open", buggy)
+        monkeypatch.setattr(server.default.operations, "open", buggy)
         assert (await client.open("s")).kind is Kind.GOODBYE
 
 
@@ -287,11 +287,11 @@ async def test_parts_that_cannot_be_closed_leave_nothing_else_open(
 
     failure = "a bug in the server's loop: RuntimeError('injected')"
     async with running(SMALL, recording={"file": path}, failure=failure) as server:
-        monkeypatch.setattr(server.engine.executor, "stop", lambda _: 1 / 0)
+        monkeypatch.setattr(server.default.engine.executor, "stop", lambda _: 1 / 0)
         monkeypatch.setattr(Recorder, "stop", failing)
         endpoint = server.endpoint
     monkeypatch.undo()
-    server.engine.executor.stop()
+    server.default.engine.executor.stop()
     async with running(SMALL, recording={"file": path}, transport={"endpoint": endpoint}):
         pass  # neither is in use any more
 
@@ -337,7 +337,7 @@ async def test_after_a_restart_no_more_streams_hibernate_than_are_kept(tmp_path:
                 await asyncio.sleep(0.005)
             resumed = await client.resume(names, [0] * 10, epochs)
             assert resumed.codes() == [Code.EXPIRED] * 8
-            assert server.engine.stats.evicted_by_reason == {"expired": 8}
+            assert server.default.engine.stats.evicted_by_reason == {"expired": 8}
 
 
 async def test_streams_are_not_kept_where_nothing_is_parked() -> None:
@@ -347,7 +347,7 @@ async def test_streams_are_not_kept_where_nothing_is_parked() -> None:
         async with RawClient(server.endpoint) as gone:
             await gone.hello()
             opened = await gone.open("s")
-        while server.engine.table.open_count:
+        while server.default.engine.table.open_count:
             await asyncio.sleep(0.01)
         assert (await client.resume(["s"], [0], opened.epochs())).codes() == [Code.UNKNOWN_STREAM]
         assert (await client.ask(msgpack.packb([Kind.PING, 1]))).kind is Kind.PONG

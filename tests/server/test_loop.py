@@ -43,7 +43,8 @@ def fail(error: BaseException) -> None:
 
 async def test_turns_that_others_take_do_not_multiply_those_that_are_due() -> None:
     loop, frontend = Loop(0, fail), BusyFrontend()
-    loop.frontends, loop.engine, loop.tasks = [cast(Any, frontend)], idle_engine(), Tasks(fail)
+    loop.frontends = [cast(Any, frontend)]
+    loop.add(cast(Any, SimpleNamespace(engine=idle_engine(), tasks=Tasks(fail))))
     for _ in range(50):
         loop.turn()  # as when a signal arrives
         loop.wake()

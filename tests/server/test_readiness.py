@@ -24,7 +24,11 @@ F, H = 5, 8
 async def assert_takes_nothing_new(server: Server, client: RawClient, handles: list[int], why: str) -> None:
     """Every verb that admits something is refused, with that reason; what tells the server's state is answered."""
     x = np.zeros((1, len(handles), F), np.float32)
-    admitted = [server.engine.table.open_count, server.engine.pending_frames, server.engine.unanswered_messages]
+    admitted = [
+        server.default.engine.table.open_count,
+        server.default.engine.pending_frames,
+        server.default.engine.unanswered_messages,
+    ]
     for message in (
         client.open_message("new"),
         client.step_message(handles, [0] * len(handles), x),
@@ -39,7 +43,11 @@ async def assert_takes_nothing_new(server: Server, client: RawClient, handles: l
         assert (hello.kind, hello.code, hello.header[3]) == (Kind.ERROR, Code.SHUTTING_DOWN, why)
     assert (await client.ask(msgpack.packb([Kind.PING, client.next_request()]))).kind is Kind.PONG
     assert (await client.statistics())["ready"] == 0.0
-    assert [server.engine.table.open_count, server.engine.pending_frames, server.engine.unanswered_messages] == admitted
+    assert [
+        server.default.engine.table.open_count,
+        server.default.engine.pending_frames,
+        server.default.engine.unanswered_messages,
+    ] == admitted
 
 
 async def test_it_is_ready_while_it_serves_and_not_while_it_drains(rng: np.random.Generator) -> None:
@@ -52,7 +60,7 @@ async def test_it_is_ready_while_it_serves_and_not_while_it_drains(rng: np.rando
             handles = (await client.open("a", "b")).handles()
             assert (await client.statistics())["ready"] == 1.0
             await client.send(*client.step_message(handles[:1], [0], x))
-            while not server.engine.unanswered_messages:
+            while not server.default.engine.unanswered_messages:
                 await asyncio.sleep(0)
             server.stop()
             await assert_takes_nothing_new(server, client, handles[1:].tolist(), SENTENCES[Code.SHUTTING_DOWN])
@@ -78,13 +86,15 @@ async def test_between_the_recorders_failure_and_the_servers_end_nothing_new_is_
     async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("a", "b")).handles()
-        await server.engine.journal.committed(server.engine.journal.newest)  # nothing may fail before the step
+        await server.default.engine.journal.committed(
+            server.default.engine.journal.newest
+        )  # nothing may fail before the step
         with monkeypatch.context() as injected:
             told: list[tuple[Shutdown, str]] = []
             injected.setattr(Shutdown, "fail", lambda shutdown, reason: told.append((shutdown, reason)))
             injected.setattr(RecordingWriter, "commit", full)
             await client.send(*client.step_message(handles[:1], [0], np.zeros((1, 1, F), np.float32)))
-            while not server.engine.journal.has_failed or server.engine.pending_frames:
+            while not server.default.engine.journal.has_failed or server.default.engine.pending_frames:
                 await asyncio.sleep(0.001)
             if durability == "memory":  # which waits for nothing, so this may be answered, before the failure or after
                 assert (await client.receive()).kind is Kind.STEPPED

@@ -206,7 +206,7 @@ def test_a_second_interrupt_forces_the_end(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gate = Gate()
-    monkeypatch.setattr("instep.server.assembly.Stepper", gate.bare_stepper)
+    monkeypatch.setattr("instep.server.services.Stepper", gate.bare_stepper)
 
     def leave_a_frame_unanswered(endpoint: str) -> None:
         with Client(endpoint) as client:
@@ -261,9 +261,9 @@ def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("instep.server.assembly.Stepper", RuntimeError("DefaultCPUAllocator: can't allocate memory\nin C++")),
-        ("instep.server.assembly.make_tables", MemoryError("Unable to allocate 9 TiB")),
-        ("instep.server.assembly.StreamTable", MemoryError()),
+        ("instep.server.services.Stepper", RuntimeError("DefaultCPUAllocator: can't allocate memory\nin C++")),
+        ("instep.server.services.make_tables", MemoryError("Unable to allocate 9 TiB")),
+        ("instep.server.services.StreamTable", MemoryError()),
     ],
 )
 def test_too_little_memory_is_said_and_leaves_no_recording_behind(

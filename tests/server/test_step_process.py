@@ -96,7 +96,7 @@ async def test_a_failed_step_is_answered_and_the_streams_go_on(
         np.testing.assert_array_equal(again.floats().reshape(3, H), whole(SMALL, x[:, 0])[0][3:])
         other = await client.step(handles[1:], [0], x[:, 1:])
         np.testing.assert_array_equal(other.floats().reshape(6, H), whole(SMALL, x[:, 1])[0])
-        assert server.engine.stats.step_failures_total == 1
+        assert server.default.engine.stats.step_failures_total == 1
 
 
 def children() -> set[int]:
@@ -128,7 +128,7 @@ async def test_a_step_that_never_ends_ends_with_the_server(
         handles = (await client.open("s")).handles()
         (pid,) = children() - before
         await client.send(*client.step_message(handles, [0], rng.standard_normal((1, 1, F)).astype(np.float32)))
-        while not server.engine.is_running:
+        while not server.default.engine.is_running:
             await asyncio.sleep(0.001)
         if is_killed:
             os.kill(pid, signal.SIGKILL)

@@ -13,7 +13,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import InlineExecutor
-from instep.server.assembly import recording_header
+from instep.server.recordings import recording_header
 from tests.support.models import SMALL
 from tests.support.rows import open_stream
 from tests.support.running import config, prepared, running

@@ -82,7 +82,7 @@ async def running(
     if exactness is not None:
         ready = replace(ready, certification=exactness)
     log = log_into([] if told is None else told)
-    server = make_server(settings, ready, log, stepper(ready, settings) if stepper else None)
+    server = make_server(settings, [ready], log, stepper)
     serving = asyncio.create_task(server.serve())
     try:
         yield server

@@ -15,7 +15,7 @@ from instep.recording.records import StateRows
 from instep.recording.schema import Durability, RecordingHeader, owner_detail
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
-from instep.server.assembly import recording_header
+from instep.server.recordings import recording_header
 from tests.support.engine_parts import EngineParts, new_parts
 from tests.support.models import SMALL, whole
 from tests.support.rows import close_stream, open_stream, stream_event

@@ -24,23 +24,26 @@ from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import RunResult, Step, StepExecutor, run_steps
 from instep.runtime.stepper import StateAccess, Stepper
-from instep.server.assembly import recording_header
 from instep.server.loop import Loop
+from instep.server.recordings import recording_header
 from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
+from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
 from instep.streaming.hibernation import Hibernation, IdleLimits, Tombstones
 from instep.streaming.journal import Journal
+from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import Reaper
 from instep.streaming.recovery import Recovery, resume_recording
+from instep.streaming.service import ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
 from tests.support.faulty_states import FaultyStates
 from tests.support.models import SMALL
-from tests.support.running import CPU, config, prepared
+from tests.support.running import CPU, config, log_into, prepared
 
 PARK_NS = 10**12
 """How long streams of the engines below stay parked."""
@@ -123,7 +126,7 @@ class Listener:
 
 
 class StreamingEngine:
-    """An engine with an in-process front end, wired as `server.assembly` does it.
+    """An engine with an in-process front end, wired as `server.services` does it.
 
     Args:
         executor: makes the executor.
@@ -216,7 +219,18 @@ class StreamingEngine:
         self.operations = StreamOperations(self.engine, self.states, self.hibernation, tombstones, self.tasks)
         self.reaper = Reaper(self.engine, self.operations, self.hibernation, idle, reap_at_once)
         self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)
-        self.loop.engine, self.loop.operations, self.loop.tasks = self.engine, self.operations, self.tasks
+        self.loop.add(
+            ModelService(
+                model.name,
+                self.engine,
+                self.operations,
+                self.reaper,
+                Checkpoints(self.engine, self.states, self.tasks, 10**18),
+                Listing(self.table, self.hibernation, idle),
+                self.tasks,
+                log_into([]),
+            )
+        )
         self.loop.frontends = [self.frontend]
         self.loop.start()
 

@@ -400,4 +400,4 @@ async def test_a_state_moves_from_one_engine_to_another_and_goes_on_to_the_bit(
         with pytest.raises(CommandProblem, match="a state is valid only with the weights that made it") as refused:
             await state.restore(server.endpoint, path, None, RememberingTerminal(), stop)
         assert not isinstance(refused.value, InvalidInput)
-        assert server.engine.table.open_count == 0
+        assert server.default.engine.table.open_count == 0

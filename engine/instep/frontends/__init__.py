@@ -23,16 +23,13 @@ class Frontend(Protocol):
     def receive(self, budget_ns: int) -> bool:
         """Take what has arrived, for about that long; whether there was anything.
 
-        Frames are submitted to the engine. A request that changes streams is started as a task, and nothing more is
-        taken in this turn; the loop receives again when the request has begun. So what came before it is admitted
-        before it, and what came after it is taken after it.
+        Frames are submitted to the engine of their model. A request that changes streams is started as a task, and
+        nothing more is taken in this turn; the loop receives again when the request has begun. So what came before it
+        is admitted before it, and what came after it is taken after it.
         """
 
     def tick(self, now_ns: int) -> None:
         """Do what is due now and then: retry blocked replies, find dead peers."""
-
-    def drain(self) -> None:
-        """Refuse everything new from now on."""
 
     def go_away(self, reason: str) -> None:
         """Tell every origin that the server ends."""

@@ -181,9 +181,6 @@ class InProcessFrontend:
     def tick(self, now_ns: int) -> None:
         """Nothing is due."""
 
-    def drain(self) -> None:
-        """Origins in this process are the caller's to stop."""
-
     def go_away(self, reason: str) -> None:
         """Origins in this process know."""
 

@@ -15,10 +15,10 @@ from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.records import refuse_other_engine
 from instep.recording.recovery import Recovered, ReplayStep
-from instep.server.assembly import recording_header
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe, Prepared, check_restartable, prepare
+from instep.server.recordings import recording_header
 
 
 def check(config: Config, *, accept_numerics_change: bool = False, restart: bool = False) -> None:

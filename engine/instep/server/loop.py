@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from instep.frontends import Frontend
-from instep.streaming.engine import Engine
-from instep.streaming.operations import StreamOperations
-from instep.streaming.tasks import Tasks
+from instep.streaming.service import ModelService
 
 _RECEIVE_NS: Final = 2_000_000
 """How long front ends receive before what came first is stepped."""
@@ -20,7 +20,10 @@ _SLICE_NS: Final = 50_000
 
 
 class Loop:
-    """Turns of the engine, whenever something has happened.
+    """Turns of the engines, whenever something has happened.
+
+    In a turn every engine does what it can without waiting, and each turn begins with another one. Every engine has an
+    executor of its own, so none waits for the steps of another.
 
     For a moment after each thing that happened the loop polls for the next one rather than sleep (busy polling): to be
     woken costs more than a small step does, because the core has to wake up and its caches are cold. Every look yields
@@ -33,30 +36,41 @@ class Loop:
 
     def __init__(self, busy_poll_ns: int, on_bug: Callable[[BaseException], None]) -> None:
         self.frontends: Sequence[Frontend] = ()
-        self.engine: Engine
-        self.operations: StreamOperations
-        self.tasks: Tasks
+        self._services: deque[ModelService] = deque()
+        """The one that the next turn begins with is the first."""
         self._busy_poll_ns = busy_poll_ns
         self._on_bug = on_bug
         self._loop = asyncio.get_running_loop()
         self._is_due = self._is_polling = self._is_stopped = False
         self._poll_until_ns = 0
-        self._fds: list[int] = []
+
+    def add(self, service: ModelService) -> None:
+        """Give a model its turns, and take one whenever a run of it ends, from now on."""
+        self._services.append(service)
+        if (fd := service.engine.executor.signal_fd) is not None:
+            self._loop.add_reader(fd, partial(self._run_ended, service))
+
+    def remove(self, service: ModelService) -> None:
+        """Take no more turns for a model; before its executor is stopped."""
+        self._services.remove(service)
+        if (fd := service.engine.executor.signal_fd) is not None:
+            self._loop.remove_reader(fd)
 
     def start(self) -> None:
-        """Take a turn whenever something arrives or a run ends, from now on."""
-        turns = [(frontend.signal_fd, self.turn) for frontend in self.frontends]
-        for fd, call in (*turns, (self.engine.executor.signal_fd, self._run_ended)):
-            if fd is not None:
-                self._loop.add_reader(fd, call)
-                self._fds.append(fd)
+        """Take a turn whenever something arrives, from now on."""
+        for frontend in self.frontends:
+            if frontend.signal_fd is not None:
+                self._loop.add_reader(frontend.signal_fd, self.turn)
         self.wake()
 
     def stop(self) -> None:
         """Take no more turns."""
         self._is_stopped = True
-        for fd in self._fds:
-            self._loop.remove_reader(fd)
+        for frontend in self.frontends:
+            if frontend.signal_fd is not None:
+                self._loop.remove_reader(frontend.signal_fd)
+        for service in list(self._services):
+            self.remove(service)
 
     def wake(self) -> None:
         """Take a turn soon, because something happened that no signal tells."""
@@ -68,9 +82,9 @@ class Loop:
         self._is_due = False  # only here: a turn that something else takes leaves the one that is due in the queue
         self.turn()
 
-    def _run_ended(self) -> None:
+    def _run_ended(self, service: ModelService) -> None:
         try:
-            self.engine.executor.take_signal()
+            service.engine.executor.take_signal()
         except Exception as error:  # it has died
             self._on_bug(error)
         self.turn()
@@ -84,45 +98,57 @@ class Loop:
             if has_received:
                 self._poll()
             # A send may have taken the signal of an arrival, so it is looked for. At most one turn is due at a time.
-            if self.tasks.are_beginning or self._has_work():
+            if self._is_request_beginning() or self._has_work():
                 self.wake()
         except Exception as error:
             self._on_bug(error)
 
     def _turn(self) -> bool:
-        engine, has_received = self.engine, False
+        has_received = False
         for frontend in self.frontends:
-            if self.tasks.are_beginning:
+            if self._is_request_beginning():
                 break  # what came behind a request is taken once the request has begun
             has_received |= frontend.receive(_RECEIVE_NS)
-        has_received |= engine.collect()
+        self._services.rotate()
+        for service in self._services:
+            has_received |= self._serve(service)
+        return has_received
+
+    def _serve(self, service: ModelService) -> bool:
+        """The part of one model in a turn; whether runs have ended."""
+        engine = service.engine
+        has_ended = engine.collect()
         engine.flush()  # before what arrived meanwhile is admitted: those who waited longer are answered first
         while engine.lost:
-            self.operations.lose(engine.lost.pop())
+            service.operations.lose(engine.lost.pop())
         engine.admit()
         engine.schedule()
         if engine.executor.has_ended:  # it ran inline
             engine.collect()
             engine.flush()
             engine.schedule()
-        return has_received
+        return has_ended
+
+    def _is_request_beginning(self) -> bool:
+        return any(service.tasks.are_beginning for service in self._services)
 
     def _has_work(self) -> bool:
-        executor = self.engine.executor
         try:
-            if self.engine.is_running:
-                executor.take_signal()
+            for service in self._services:
+                executor = service.engine.executor
+                if service.engine.is_running:
+                    executor.take_signal()
+                if executor.has_ended:
+                    return True
             # While a request begins nothing is received; `turn` comes back for what is behind it.
-            return executor.has_ended or (
-                not self.tasks.are_beginning and any(frontend.is_readable for frontend in self.frontends)
-            )
+            return not self._is_request_beginning() and any(frontend.is_readable for frontend in self.frontends)
         except Exception as error:  # the executor has died
             self._on_bug(error)
             return False
 
     def _poll(self) -> None:
         """Something happened: poll from now on, unless what is under way takes longer than that anyway."""
-        if self.engine.expected_ns >= self._busy_poll_ns:
+        if any(service.engine.expected_ns >= self._busy_poll_ns for service in self._services):
             return
         self._poll_until_ns = time.monotonic_ns() + self._busy_poll_ns
         if not self._is_polling:

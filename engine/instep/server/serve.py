@@ -91,7 +91,7 @@ async def _serve(
         log.warning(
             "fewer connections", open_files=allowed, reason="the hard limit of open files (ulimit -Hn) is lower"
         )
-    server = make_server(config, prepared, log, accept_numerics_change=start.accept_numerics_change)
+    server = make_server(config, [prepared], log, accept_numerics_change=start.accept_numerics_change)
     stops = 0
 
     def stop() -> None:
@@ -118,11 +118,11 @@ async def _serve(
             hung_up()
         with torch.inference_mode():  # of the loop's thread, once: each short run would be longer by it
             await server.serve()
-        stats = server.engine.stats
+        stats = [service.engine.stats for service in server.services]
         log.info(
             "stopped",
-            frames=stats.frames_total,
-            batches=stats.batches_total,
+            frames=sum(each.frames_total for each in stats),
+            batches=sum(each.batches_total for each in stats),
             messages_unanswered=server.unanswered_messages,
         )
     if server.failure is not None:
@@ -136,7 +136,7 @@ def _say_what_is_served(server: Server, prepared: Prepared, log: structlog.stdli
         model=prepared.model.name,
         device=str(prepared.device),
         exactness=prepared.certification.exactness,
-        max_streams=server.info.max_streams,
+        max_streams=server.config.engine.max_streams,
     )
     is_usual = server.endpoint == TransportConfig().endpoint
     following = "instep-client ping" if is_usual else "connect a client"

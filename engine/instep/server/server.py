@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -13,19 +15,12 @@ import structlog
 from instep.config import Config
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.recording.recorder import Recorder
-from instep.recording.scrub import Scrub
 from instep.server.free_space import FreeSpace
 from instep.server.limits import idle_limits
 from instep.server.loop import Loop
 from instep.server.shutdown import Shutdown
 from instep.server.summary import Summary
-from instep.streaming.checkpoints import Checkpoints
-from instep.streaming.engine import Engine
-from instep.streaming.operations import StreamOperations
-from instep.streaming.reaper import Reaper
-from instep.streaming.recovery import Recovery
-from instep.streaming.tasks import Tasks
-from instep_client.protocol.wire import ServerInfo
+from instep.streaming.service import ModelService
 
 _TICK_S: Final = 0.05
 _LOOK_S: Final = 0.005
@@ -40,56 +35,37 @@ class Server:
 
     Args:
         config: the configuration.
-        info: what WELCOME says.
+        services: the models, the one for connections that name none first.
         shutdown: how it ends.
-        loop: turns of the engine.
-        engine: frames.
-        operations: requests on streams.
-        reaper: streams without anyone at the other end.
-        checkpoints: what a restart begins with.
-        tasks: coroutines beside the loop.
+        loop: turns of the engines.
         frontend: the ZeroMQ front end.
-        recorder: the recording, or None.
-        recovery: how the server continued an older recording, where there was one.
-        scrub: looks for damage in what the recovery did not read of it, or None.
         log: where the server says what it does.
     """
 
     def __init__(
         self,
         config: Config,
-        info: ServerInfo,
+        services: list[ModelService],
         shutdown: Shutdown,
         loop: Loop,
-        engine: Engine,
-        operations: StreamOperations,
-        reaper: Reaper,
-        checkpoints: Checkpoints,
-        tasks: Tasks,
         frontend: ZmqFrontend,
-        recorder: Recorder | None,
-        recovery: Recovery | None,
-        scrub: Scrub | None,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.config = config
-        self.info = info
-        self.engine = engine
-        self.operations = operations
-        self.recovery = recovery
+        self.services = services
         self.unanswered_messages = 0
         """Messages taken and never answered, because the end was forced or draining took too long."""
         self._drain_until = 0.0
         """When draining has taken too long; of the monotonic clock."""
         self._shutdown = shutdown
         self._turns = loop
-        self._reaper = reaper
-        self._checkpoints = checkpoints
-        self._tasks = tasks
         self._frontend = frontend
-        self._recorder = recorder
-        self._scrub = scrub
         self._log = log
+
+    @property
+    def default(self) -> ModelService:
+        """The model of connections that name none."""
+        return self.services[0]
 
     @property
     def endpoint(self) -> str:
@@ -105,17 +81,17 @@ class Server:
         """Use the values of another configuration from now on that can change while the server runs."""
         limits, frontend = config.limits, self._frontend
         self.config = config
-        idle = idle_limits(config)
-        self._reaper.limits = frontend.listing.limits = self.operations.hibernation.limits = idle
-        self.operations.parked_make_room = limits.parked_make_room
+        for service in self.services:
+            service.limit(idle_limits(config), parked_make_room=limits.parked_make_room)
         frontend.outbound.max_total_bytes = limits.max_buffered_bytes
         frontend.outbound.unreachable_after_ns = round(limits.unreachable_after_s * 1e9)
-        self.info = frontend.info = replace(self.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
+        for served in frontend.models.values():
+            served.info = replace(served.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
 
     def stop(self, *, drain: bool = True) -> None:
         """Take nothing more, finish what was taken (unless `drain` is False), then end `serve`."""
-        self._frontend.drain()
-        self.engine.draining = True
+        for service in self.services:
+            service.drain()
         self._shutdown.stop(drain=drain)
 
     async def serve(self) -> None:
@@ -133,32 +109,30 @@ class Server:
             await asyncio.gather(ticking, return_exceptions=True)
 
     async def _tick(self) -> None:
-        summary = Summary(self._log, self._frontend.statistics, time.monotonic())
-        file = self.config.recording.file
-        free_space = None if file is None else FreeSpace(file, self._log)
+        summaries = [
+            Summary(served.service.log, partial(self._frontend.statistics, served), time.monotonic())
+            for served in self._frontend.models.values()
+        ]
+        free_space = {each: FreeSpace(each.file, each.log) for each in self.services if each.file is not None}
         while True:
             await asyncio.sleep(_TICK_S)
             try:
                 now_ns = time.monotonic_ns()
-                summary.tick(now_ns / 1e9, self.config.log.summary_s)
-                if free_space is not None:
+                for summary in summaries:
+                    summary.tick(now_ns / 1e9, self.config.log.summary_s)
+                for service, space in free_space.items():
                     warn_bytes = self.config.recording.warn_free_bytes
-                    self.engine.stats.recording_free_bytes = free_space.tick(now_ns / 1e9, warn_bytes)
+                    service.engine.stats.recording_free_bytes = space.tick(now_ns / 1e9, warn_bytes)
                 self._frontend.tick(now_ns)
-                self._reaper.tick(now_ns)
-                self._checkpoints.take_if_due()
+                for service in self.services:
+                    service.tick(now_ns)
                 self._turns.wake()
             except Exception as error:
                 self._shutdown.bug(error)
 
-    @property
-    def _is_quiet(self) -> bool:
-        journal = self.engine.journal
-        return self.engine.is_quiet and journal.is_quiet and not len(self._tasks)
-
     async def _drain(self) -> None:
         self._turns.wake()  # a batch that was held goes now
-        while self._shutdown.drains and not self._is_quiet:
+        while self._shutdown.drains and not all(service.is_quiet for service in self.services):
             self._fail_if_late()
             await asyncio.sleep(_LOOK_S)
         # Replies that a peer does not take are that peer's loss: it resumes its streams when the server is back.
@@ -169,8 +143,8 @@ class Server:
         if self._shutdown.drains:
             with contextlib.suppress(TimeoutError):  # it only saves the next start a replay
                 async with asyncio.timeout(max(0.0, self._drain_until - time.monotonic())):
-                    await self._checkpoints.take()
-        self.unanswered_messages = self.engine.unanswered_messages
+                    await asyncio.gather(*(service.checkpoints.take() for service in self.services))
+        self.unanswered_messages = sum(service.engine.unanswered_messages for service in self.services)
 
     def _fail_if_late(self) -> None:
         if time.monotonic() > self._drain_until:
@@ -183,18 +157,21 @@ class Server:
         try:
             async with contextlib.AsyncExitStack() as closing:  # last to first, each whatever the others raise
                 closing.callback(self._frontend.close)
-                if self._recorder is not None:
-                    closing.push_async_callback(self._stop_recorder, self._recorder)
-                if self._scrub is not None:
-                    closing.callback(self._scrub.stop)
-                closing.callback(self.engine.executor.stop, timeout_s)
+                for service in self.services:
+                    if service.recorder is not None:
+                        closing.push_async_callback(self._stop_recorder, service.recorder, service.file)
+                for service in self.services:
+                    if service.scrub is not None:
+                        closing.callback(service.scrub.stop)
+                    closing.callback(service.engine.executor.stop, timeout_s)
                 closing.callback(self._frontend.go_away, reason)
-                closing.callback(self._tasks.cancel)
+                for service in self.services:
+                    closing.callback(service.tasks.cancel)
                 closing.callback(self._turns.stop)
         except Exception as error:
             self._shutdown.bug(error)
 
-    async def _stop_recorder(self, recorder: Recorder) -> None:
+    async def _stop_recorder(self, recorder: Recorder, file: Path | None) -> None:
         """Wait for the recorder until the end is late or, once it is forced, for a moment longer."""
         forced_until: float | None = None
         while not recorder.stop(0.0):
@@ -204,8 +181,8 @@ class Server:
                 forced_until = time.monotonic() + _FORCED_JOIN_S
             elif time.monotonic() > forced_until:
                 reason = "the disk takes too long: the file holds what was committed, and the next start continues it"
-                self._log.warning("recording not closed", file=str(self.config.recording.file), reason=reason)
+                self._log.warning("recording not closed", file=str(file), reason=reason)
                 return
             await asyncio.sleep(_LOOK_S)  # a second interrupt is heard meanwhile
         if recorder.failed is not None:
-            self._shutdown.fail(f"the recording {self.config.recording.file} failed: {recorder.failed}")
+            self._shutdown.fail(f"the recording {file} failed: {recorder.failed}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgpack
 import numpy as np
@@ -13,6 +15,7 @@ from instep.core.tables import make_tables
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Sent
 from instep.streaming.api import Refusal, Reply
+from instep.streaming.origins import Origins
 from instep_client.protocol.wire import Code, Kind, Message
 
 MESSAGE: Message = [b"x" * 744]
@@ -48,9 +51,10 @@ class Rig:
         self.gone: list[Peer] = []
         self.now_ns = 0
         self.tables = make_tables(1, 40, 1, 1, 1, 1, 1, 1)
+        service = SimpleNamespace(engine=SimpleNamespace(origins=Origins(self.tables)))
+        self.served = SimpleNamespace(service=service, refused_total=0)
         self.outbound = Outbound(
             self.router,
-            self.tables,
             UNREAD,
             max_outbox_bytes,
             max_total_bytes,
@@ -61,7 +65,7 @@ class Rig:
         self.slow, self.fast = self.add(b"\0slow"), self.add(b"\0fast")
 
     def add(self, routing_id: bytes) -> Peer:
-        peer = Peer(self.outbound, routing_id, 0, number=len(self.outbound))
+        peer = Peer(self.outbound, routing_id, cast(Any, self.served), 0, number=len(self.outbound))
         self.outbound.add(peer)
         return peer
 
@@ -319,4 +323,4 @@ def test_a_peer_is_an_origin_whose_replies_and_refusals_are_messages() -> None:
         y.tobytes(),
     ]
     assert headers([refused])[0][:3] == [Kind.ERROR, 8, Code.BUSY]
-    assert rig.outbound.refused_total == 1
+    assert rig.served.refused_total == 1

@@ -25,7 +25,7 @@ MANY = 400
 
 async def connections(server: Server, count: int) -> None:
     """Wait until this many origins are connected."""
-    while len(server.engine.origins) != count:
+    while len(server.default.engine.origins) != count:
         await asyncio.sleep(0.005)
 
 
@@ -198,7 +198,7 @@ async def test_a_peer_that_reads_late_gets_every_reply_in_order() -> None:
         requests = [block(late) for _ in range(6)]
         for message in requests:
             await late.send(*message)
-        while server.engine.stats.messages_total < 6:
+        while server.default.engine.stats.messages_total < 6:
             await asyncio.sleep(0.01)
         replies = [await late.receive() for _ in requests]
         assert [len(reply.failures()) for reply in replies] == [1000] * 6
@@ -235,8 +235,8 @@ async def test_readers_that_do_not_read_share_one_budget() -> None:
                 for each in silent:
                     await each.send(*block(each))
                 await asyncio.sleep(0)
-                given_up = given_up or len(server.engine.origins) < 17
-            while len(server.engine.origins) > 1 + 8:
+                given_up = given_up or len(server.default.engine.origins) < 17
+            while len(server.default.engine.origins) > 1 + 8:
                 await asyncio.sleep(0.01)
             assert (await client.open("s")).failures() == []
         finally:

@@ -88,7 +88,7 @@ async def test_messages_into_a_server_whose_disk_stalls_and_a_hang_up_end_nothin
                 for seq in range(4000):
                     await client.send(*client.step_message(opened.handles(), [seq], x, [0]))
                 await other.ask(msgpack.packb([Kind.PING, 1]))
-            while len(server.engine.origins) > 1:
+            while len(server.default.engine.origins) > 1:
                 assert (await other.ask(msgpack.packb([Kind.PING, 2]))).kind is Kind.PONG
                 await asyncio.sleep(0.02)
             may_commit.set()
@@ -129,7 +129,7 @@ async def test_parts_beyond_those_of_a_message_are_not_taken_for_messages_of_oth
             await stranger.hello()
             await client.hello()
             handles = (await client.open("s")).handles()
-            peer = server.engine.origins[1]
+            peer = server.default.engine.origins[1]
             assert isinstance(peer, Peer)
             forged = [peer.routing_id, *client.close_message(handles)]
             for parts in range(3, 9):

@@ -9,8 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from instep.core.typing import I32, I64, U8, U64
-from instep.frontends.zmq.peers import Peer
-from instep.streaming.api import Frames, Refusal
+from instep.streaming.api import Frames, Origin, Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import StateSpec
@@ -19,6 +18,17 @@ from instep_client.protocol.wire import Code, Header
 
 _COLUMNS_AT: Final = STEP_HEADER.size
 _FEW: Final = 64
+
+
+def check_hello(header: Header, routing_id: bytes) -> None:
+    """HELLO; raises as the methods of `Decoder` do."""
+    version, name = header.fields
+    if version != wire.PROTOCOL_VERSION:
+        raise Refusal(Code.WRONG_VERSION, f"the client speaks {version!r:.20}")
+    if type(name) is not str:
+        raise MalformedMessage("the client's name must be text")
+    if routing_id[0] != 0:
+        raise MalformedMessage("set no routing id (ZMQ_IDENTITY): the server names connections itself")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +40,7 @@ class Decoder:
     max_block_frames: int
     max_message_bytes: int
 
-    def step(self, peer: Peer, frames: list[bytes]) -> Frames:
+    def step(self, origin: Origin, frames: list[bytes], arrived_ns: int) -> Frames:
         """STEP: everything except the contents of columns and frames. Admission judges those."""
         request, timesteps, width, features, dtype = unpack_step(frames)
         header, x = frames
@@ -45,17 +55,7 @@ class Decoder:
             raise MalformedMessage(f"x must be {4 * math.prod(shape)} bytes for shape {shape}, it is {len(x)}")
         # A view of a few bytes costs more than their copy.
         columns = header[_COLUMNS_AT:] if width < _FEW else memoryview(header)[_COLUMNS_AT:]
-        return Frames(peer, request, timesteps, width, columns, x, peer.last_heard_ns)
-
-    def hello(self, header: Header, routing_id: bytes) -> None:
-        """HELLO."""
-        version, name = header.fields
-        if version != wire.PROTOCOL_VERSION:
-            raise Refusal(Code.WRONG_VERSION, f"the client speaks {version!r:.20}")
-        if type(name) is not str:
-            raise MalformedMessage("the client's name must be text")
-        if routing_id[0] != 0:
-            raise MalformedMessage("set no routing id (ZMQ_IDENTITY): the server names connections itself")
+        return Frames(origin, request, timesteps, width, columns, x, arrived_ns)
 
     def listing(self, header: Header, prefix: bytes) -> tuple[int, int, int, str]:
         """LIST: cursor, the most streams, place and prefix."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final
 
-from instep.core.tables import Tables
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.router import Sender, Sent
+from instep.frontends.zmq.served import Served
 from instep.streaming.api import Refusal, Reply, StreamEvent
 from instep_client.protocol.wire import Message
 
@@ -28,6 +28,8 @@ class Peer:
 
     outbound: Outbound
     routing_id: bytes
+    served: Served
+    """Its model, from HELLO to the end of the connection."""
     last_heard_ns: int
     number: int = -1
     arrival: int = 0
@@ -52,7 +54,7 @@ class Peer:
         self.outbound.send(self, encode.stepped(reply), reply.frames)
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
-        self.outbound.refused_total += 1
+        self.served.refused_total += 1
         self.outbound.send(self, encode.error(tag, refusal))
 
     def notify(self, event: StreamEvent) -> None:
@@ -74,7 +76,6 @@ class Outbound:
 
     Args:
         router: the socket.
-        tables: where the engine finds how many frames each peer has not been sent.
         max_unread_bytes: bytes handed to ZeroMQ for one peer that it may not have read.
         max_outbox_bytes: bytes kept for one peer besides those.
         max_total_bytes: bytes of both kinds, of all peers.
@@ -86,7 +87,6 @@ class Outbound:
     def __init__(
         self,
         router: Sender,
-        tables: Tables,
         max_unread_bytes: int,
         max_outbox_bytes: int,
         max_total_bytes: int,
@@ -95,7 +95,6 @@ class Outbound:
         on_gone: Callable[[Peer], None],
     ) -> None:
         self._router = router
-        self._backlog = tables.origins["backlog"]
         self._max_unread_bytes = max_unread_bytes
         self._max_outbox_bytes = max_outbox_bytes
         self.max_total_bytes = max_total_bytes
@@ -110,8 +109,6 @@ class Outbound:
         """Bytes handed to ZeroMQ that are not known to be read, of all peers."""
         self.total_bytes = 0
         """Bytes in all outboxes."""
-        self.refused_total = 0
-        """Messages that were refused as a whole."""
 
     @property
     def is_empty(self) -> bool:
@@ -170,7 +167,7 @@ class Outbound:
 
     def _count_frames(self, peer: Peer, frames: int) -> None:
         peer.outbox_frames += frames
-        self._backlog[peer.number] = peer.outbox_frames
+        peer.served.service.engine.origins.set_backlog(peer, peer.outbox_frames)
 
     def _hand_over(self, peer: Peer, message: Message) -> Sent:
         size, unread = size_bytes(message), peer.sent_bytes - peer.read_bytes

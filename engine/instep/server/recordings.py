@@ -1,0 +1,145 @@
+"""The recordings of a server: one file for each model, continued where it exists."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shlex
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import structlog
+
+from instep.config import Config
+from instep.models.numerics import numerics
+from instep.recording.database import check_place, holds_recording, lost_tail
+from instep.recording.errors import DamagedRecording
+from instep.recording.recorder import Recorder
+from instep.recording.schema import RecordingHeader
+from instep.recording.scrub import Scrub
+from instep.recording.trim import Retention
+from instep.recording.writer import RecordingWriter
+from instep.runtime.stepper import Stepper
+from instep.server.loop import Loop
+from instep.server.preparation import Prepared
+from instep.server.shutdown import Shutdown
+from instep.streaming.recovery import Recovery, resume_recording
+from instep.streaming.service import ModelService
+
+
+def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
+    """The header of a recording of this model."""
+    certification = prepared.certification
+    return RecordingHeader(
+        instep_version=version("instep"),
+        created_ns=time.time_ns(),
+        model_name=prepared.model.name,
+        model_folder=str(prepared.model_path),
+        description=prepared.model.description.as_json(),
+        features=prepared.model.description.features,
+        outputs=prepared.model.description.outputs,
+        state=prepared.model.description.state.encode(),
+        model_fingerprint=prepared.model.fingerprint,
+        numerics=numerics(prepared.device, prepared.network.kernel),
+        exactness=certification.exactness,
+        buckets=certification.buckets,
+        max_ulp=certification.max_ulp,
+        durability=config.recording.durability,
+        output_names=prepared.model.output_names,
+    )
+
+
+def open_recording(
+    path: Path,
+    config: Config,
+    prepared: Prepared,
+    service: ModelService,
+    stepper: Stepper,
+    *,
+    accept_numerics_change: bool,
+) -> tuple[RecordingWriter, Recovery | None]:
+    """A new recording, or the one that is there, with its streams put back.
+
+    Raises:
+        RecordingError: with a sentence.
+    """
+    header, log = recording_header(prepared, config), service.log
+    retention = Retention(config.recording.keep_bytes, round(config.recording.keep_s * 1e9))
+    check_place(path)
+    if not holds_recording(path):
+        return RecordingWriter.create(path, header, retention), None
+    if tail := lost_tail(path):
+        log.warning("recording lost its end", file=str(path), reason=tail)
+    log.info("recovering", recording=str(path))
+    engine = service.engine
+    writer, recovery = resume_recording(
+        path,
+        header,
+        engine.tables,
+        engine.table,
+        engine.journal.dirty,
+        stepper,
+        accept_numerics_change=accept_numerics_change,
+        retention=retention,
+    )
+    seconds = round(recovery.seconds, 4)
+    log.info("recovered", streams=recovery.streams, frames_replayed=recovery.frames, seconds=seconds)
+    return writer, recovery
+
+
+def record(
+    service: ModelService,
+    writer: RecordingWriter,
+    recovery: Recovery | None,
+    config: Config,
+    loop: Loop,
+    shutdown: Shutdown,
+) -> None:
+    """Record what a service does from now on. Nothing here can fail."""
+    path, durability = writer.path, config.recording.durability
+    service.log.info("recording", file=str(path), durability=durability)
+    service.recorder = recorder = _recorder(service, writer, config, loop, shutdown)
+    service.recovery = recovery
+    last_stream = 0 if recovery is None else recovery.last_stream
+    service.operations.hibernation.restarted({} if recovery is None else recovery.hibernated)
+    replayed_ns = round(recovery.seconds * 1e9) if recovery is not None and recovery.frames else 0
+    waits = durability != "memory"
+    service.engine.journal.record(recorder, last_stream, writer.position, waits=waits, replayed_ns=replayed_ns)
+    if recovery is not None and recovery.checkpoint_position:
+        service.scrub = _scrub(path, recovery.checkpoint_position, service.log)
+
+
+def _recorder(
+    service: ModelService,
+    writer: RecordingWriter,
+    config: Config,
+    loop: Loop,
+    shutdown: Shutdown,
+) -> Recorder:
+    running, journal = asyncio.get_running_loop(), service.engine.journal
+
+    def on_loop(call: Callable[..., None], *values: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server was forced to end
+            running.call_soon_threadsafe(call, *values)
+
+    def failed(error: Exception) -> None:
+        on_loop(shutdown.fail, f"the recording {writer.path} failed: {error}")
+
+    return Recorder(
+        writer,
+        config.recording.queue_batches,
+        on_room=lambda: on_loop(loop.wake),
+        on_failure=failed,
+        on_durable=lambda lsn: on_loop(journal.advance, lsn),
+        on_trimmed=lambda position: service.log.info("recording trimmed", position=position),
+    )
+
+
+def _scrub(path: Path, through: int, log: structlog.stdlib.BoundLogger) -> Scrub:
+    def damaged(error: DamagedRecording) -> None:
+        reason = f"{error}; open streams do not need it, but it cannot be verified any more"
+        log.error("recording damaged", reason=reason, next=f"instep recordings repair {shlex.quote(str(path))}")
+
+    return Scrub(path, through, damaged)

@@ -1,0 +1,179 @@
+"""From a prepared model to a service: memory and executor first, then everything that works with them."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import secrets
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import structlog
+
+from instep.config import Config
+from instep.core.streams import StreamTable
+from instep.core.tables import Tables, make_tables
+from instep.core.typing import U32, float32_zeros
+from instep.recording.open_streams import OpenStream, load_open_streams
+from instep.runtime.executor import StepExecutor
+from instep.runtime.process_executor import shared_zeros
+from instep.runtime.stepper import Stepper
+from instep.server.execution import make_executor, max_light_batch
+from instep.server.limits import EffectiveLimits, effective_limits, idle_limits
+from instep.server.preparation import Prepared
+from instep.streaming.checkpoints import Checkpoints
+from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.hibernation import Hibernation, Tombstones
+from instep.streaming.journal import Journal
+from instep.streaming.listing import Listing
+from instep.streaming.operations import StreamOperations
+from instep.streaming.origins import Origins
+from instep.streaming.reaper import Reaper
+from instep.streaming.service import ModelService
+from instep.streaming.states import StreamStates
+from instep.streaming.stats import EngineStats
+from instep.streaming.tasks import Tasks
+
+_MOST_READERS: Final = 4
+"""Threads that read hibernated streams from one recording at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foundation:
+    """The memory of a model's streams, and the executor that steps in it."""
+
+    prepared: Prepared
+    limits: EffectiveLimits
+    tables: Tables
+    stepper: Stepper
+    executor: StepExecutor
+    forks: bool
+    """Whether the executor is a process."""
+
+
+def lay_foundation(config: Config, prepared: Prepared, *, forks: bool, stepper: Stepper | None = None) -> Foundation:
+    """Allocate memory and start the executor.
+
+    Args:
+        config: the configuration.
+        prepared: the model.
+        forks: whether to step in a process; it must be forked before ZeroMQ has threads.
+        stepper: another one than usual, for tests.
+
+    Raises:
+        LimitsError: when the limits cannot serve this model.
+        CannotServe: when the process cannot be started.
+        MemoryError, RuntimeError: when there is no room; torch raises the latter.
+    """
+    network, buckets = prepared.network, prepared.certification.buckets
+    limits = effective_limits(config, buckets[-1], network.description.features, network.description.outputs)
+    zeros = shared_zeros if forks else float32_zeros
+    tables = make_tables(
+        limits.max_streams,
+        limits.max_connections,
+        limits.window_frames,
+        network.description.features,
+        network.description.outputs,
+        limits.max_pending_frames,
+        limits.max_block_frames,
+        limits.credit_frames,
+        zeros,
+    )
+    if stepper is None:
+        stepper = Stepper(network, buckets, limits.max_streams, prepared.device, zeros)
+    return Foundation(prepared, limits, tables, stepper, make_executor(config, stepper, tables, forks), forks)
+
+
+def make_service(
+    config: Config,
+    foundation: Foundation,
+    file: Path | None,
+    wake: Callable[[], None],
+    on_bug: Callable[[BaseException], None],
+    log: structlog.stdlib.BoundLogger,
+) -> ModelService:
+    """A service that nobody uses yet, and that records nothing yet; called inside the event loop.
+
+    Args:
+        config: the configuration.
+        foundation: its memory and executor.
+        file: what will be its recording.
+        wake: lets the loop take a turn.
+        on_bug: told of an exception that no code expects.
+        log: where the service says what it does.
+    """
+    tables, stepper, limits = foundation.tables, foundation.stepper, foundation.limits
+
+    def log_failure(error: Exception, streams: int) -> None:
+        log.error("step failed", error=repr(error), streams=streams)
+
+    table = StreamTable(tables, _random_generations(limits.max_streams), time.time_ns())
+    tasks = Tasks(on_bug)
+    engine = Engine(
+        tables,
+        table,
+        Origins(tables),
+        stepper.buckets,
+        foundation.executor,
+        Journal(tables, table, wake),
+        EngineLimits(
+            limits.max_batch_size,
+            limits.max_queue_delay_ns,
+            limits.max_block_frames,
+            max_light_batch(config, limits.max_batch_size, foundation.forks),
+        ),
+        EngineStats(),
+        log_failure,
+        asyncio.get_running_loop().call_later,
+        wake,
+    )
+    tombstones, idle = Tombstones(), idle_limits(config)
+    states = StreamStates(engine, stepper, wake, log_failure)
+    hibernation = Hibernation(engine, states, tombstones, _loader(file), idle, tasks)
+    operations = StreamOperations(engine, states, hibernation, tombstones, tasks)
+    operations.parked_make_room = config.limits.parked_make_room
+    return ModelService(
+        name=foundation.prepared.model.name,
+        engine=engine,
+        operations=operations,
+        reaper=Reaper(engine, operations, hibernation, idle),
+        checkpoints=Checkpoints(engine, states, tasks, round(config.recording.recovery_target_s * 1e9)),
+        listing=Listing(table, hibernation, idle),
+        tasks=tasks,
+        log=log,
+        file=file,
+    )
+
+
+def _random_generations(max_streams: int) -> U32:
+    """Where the generations of slots begin: unpredictable, so that handles are, and never 0."""
+    numbers = np.frombuffer(secrets.token_bytes(4 * (max_streams + 1)), np.uint32)
+    return (numbers | np.uint32(1)).astype(np.uint32)
+
+
+def _loader(path: Path | None) -> Callable[[Sequence[int]], Awaitable[list[OpenStream]]]:
+    """Reads open streams from the recording, in a few threads at once."""
+    room = asyncio.Semaphore(_MOST_READERS)
+
+    async def load(streams: Sequence[int]) -> list[OpenStream]:
+        assert path is not None, "without a recording nothing hibernates"
+        loaded: concurrent.futures.Future[list[OpenStream]] = concurrent.futures.Future()
+        loaded.set_running_or_notify_cancel()  # nobody can cancel it any more: the thread sets a result
+
+        def read() -> None:
+            try:
+                loaded.set_result(load_open_streams(path, streams))
+            except BaseException as error:
+                loaded.set_exception(error)
+
+        async with room:
+            # A forced end waits for the threads of `asyncio.to_thread`, however long the disk takes; not for these.
+            threading.Thread(target=read, name="instep-reader", daemon=True).start()
+            return await asyncio.wrap_future(loaded)
+
+    return load

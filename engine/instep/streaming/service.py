@@ -1,0 +1,84 @@
+"""One model that is served: its engine, and everything that looks after the streams there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from instep.recording.recorder import Recorder
+from instep.recording.scrub import Scrub
+from instep.streaming.checkpoints import Checkpoints
+from instep.streaming.engine import Engine
+from instep.streaming.hibernation import IdleLimits
+from instep.streaming.listing import Listing
+from instep.streaming.operations import StreamOperations
+from instep.streaming.reaper import Reaper
+from instep.streaming.recovery import Recovery
+from instep.streaming.tasks import Tasks
+
+
+@dataclass(slots=True, eq=False)
+class ModelService:
+    """A model with memory, streams, an executor and a recording of its own.
+
+    The loop takes its turns, and front ends lead the origins of the model to it. It knows no other service, so it can
+    be added to a running server and removed from it.
+    """
+
+    name: str
+    """Unique in a server."""
+    engine: Engine
+    operations: StreamOperations
+    reaper: Reaper
+    checkpoints: Checkpoints
+    listing: Listing
+    tasks: Tasks
+    """Requests and whatever else waits for this engine or its recording."""
+    log: structlog.stdlib.BoundLogger
+    """Names the model in every line, where the server has several."""
+    file: Path | None = None
+    """Its recording."""
+    recorder: Recorder | None = None
+    recovery: Recovery | None = None
+    """How it continued an older recording, where there was one."""
+    scrub: Scrub | None = None
+    """Looks for damage in what the recovery did not read of that recording."""
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether everything submitted is answered, and nothing waits."""
+        return self.engine.is_quiet and self.engine.journal.is_quiet and not len(self.tasks)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new streams and frames are taken."""
+        return not (self.engine.draining or self.engine.journal.has_failed)
+
+    def drain(self) -> None:
+        """Take nothing new from now on."""
+        self.engine.draining = True
+
+    def limit(self, idle: IdleLimits, *, parked_make_room: bool) -> None:
+        """End idle streams by these limits from now on."""
+        self.reaper.limits = self.listing.limits = self.operations.hibernation.limits = idle
+        self.operations.parked_make_room = parked_make_room
+
+    def tick(self, now_ns: int) -> None:
+        """Do what is due now and then."""
+        self.reaper.tick(now_ns)
+        self.checkpoints.take_if_due()
+
+    def numbers(self) -> dict[str, float]:
+        """Everything that can be counted, by name."""
+        engine, table = self.engine, self.engine.table
+        return {
+            "ready": float(self.is_ready),
+            **engine.stats.values(),
+            "connections": float(len(engine.origins)),
+            "streams_open": float(table.open_count),
+            "streams_parked": float(table.owned[table.parked]),
+            "streams_hibernated": float(self.listing.hibernating_count),
+            "frames_pending": float(engine.pending_frames),
+        }
