@@ -77,7 +77,7 @@ class BareConnection:
         Raises:
             NotServed: when the server refuses or does not answer.
         """
-        header, frames = self._ask(Kind.HELLO, wire.PROTOCOL_VERSION, "benchmark")
+        header, frames = self._ask(Kind.HELLO, wire.PROTOCOL_VERSION, "benchmark", "")
         self.info = replies.welcome(header, frames)
         return self.info
 

@@ -441,6 +441,7 @@ class TestWhatIsNoSetting:
             ("INSTEP_MAX_STREAMS", "was ignored; did you mean INSTEP_ENGINE__MAX_STREAMS?"),
             ("INSTEP_LOG_LEVEL", "was ignored; did you mean INSTEP_LOG__LEVEL?"),
             ("INSTEP_COLOUR", "was ignored; instep config lists every setting"),
+            ("INSTEP_MODEL", "is for clients; the server's is INSTEP_MODEL__FOLDER"),
             ("INSTEP_ENDPOINT", "is for clients; the server's is INSTEP_TRANSPORT__ENDPOINT"),
         ],
     )

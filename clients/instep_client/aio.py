@@ -28,7 +28,7 @@ _MOVED_ON: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED, Code.IDLE, Code
 
 
 class AsyncClient:
-    """A connection to one server. One event loop owns it; use it as `async with AsyncClient() as client`.
+    """A connection to one model of one server. One event loop owns it; use it as `async with AsyncClient() as client`.
 
     Frames that many tasks send in the same turn of the event loop travel together.
 
@@ -46,6 +46,7 @@ class AsyncClient:
         timeout_s: float = 10.0,
         reconnect_s: float = 30.0,
         *,
+        model: str | None = None,
         wait: bool = False,
     ) -> None:
         """Nothing is sent before `connect` or `async with`.
@@ -56,14 +57,18 @@ class AsyncClient:
             name: told to the server, which writes it to its log at level debug; may be empty.
             timeout_s: how long a silent server is waited for, in seconds.
             reconnect_s: how long to try for another connection when one is lost, in seconds; 0 for not at all.
+            model: the name of the model, where the server has several; where None, what the environment variable
+                INSTEP_MODEL says, else the server's default. A connection belongs to one model.
             wait: wait up to `timeout_s` for a server that does not listen yet, instead of failing at once.
 
         Raises:
-            InvalidInput: for a bad endpoint, name or time.
+            InvalidInput: for a bad endpoint, name, model or time.
         """
         if endpoint is None:
             endpoint = os.environ.get("INSTEP_ENDPOINT", DEFAULT_ENDPOINT)
-        self._session = Session(endpoint, name, timeout_s, reconnect_s)
+        if model is None:
+            model = os.environ.get("INSTEP_MODEL", "")
+        self._session = Session(endpoint, name, timeout_s, reconnect_s, model=model)
         self._driver = Driver(self._session)
         self._wait = wait
 
@@ -83,7 +88,7 @@ class AsyncClient:
         Raises:
             ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
             ConnectionFailed: when nobody answers within `timeout_s`.
-            Refused: when the server does not take this client.
+            Refused: when the server does not take this client, or has no model of that name (UNKNOWN_MODEL).
         """
         await self._driver.start(self._wait)
 
@@ -102,7 +107,7 @@ class AsyncClient:
 
     @property
     def info(self) -> ServerInfo:
-        """The server's description of itself.
+        """The server's description of itself and of the model.
 
         Raises:
             ClientClosed: before the client was connected.

@@ -42,6 +42,7 @@ class Connection:
     Args:
         endpoint: where the driver connects to, `tcp://HOST:PORT` or `ipc://PATH`.
         name: told to the server.
+        model: the model that the connection is to; empty for the server's default.
         timeout_s: how long a silent server is waited for.
         reconnect_s: for how long another connection is tried for when one is lost; 0 for not at all.
         rng: what the delays between attempts are drawn from.
@@ -57,10 +58,13 @@ class Connection:
         timeout_s: float = 10.0,
         reconnect_s: float = 30.0,
         rng: Random | None = None,
+        model: str = "",
     ) -> None:
         self.endpoint = checked_endpoint(endpoint)
         if name and not wire.name_is_good(name):
             raise InvalidInput(f"a client's name must be at most {wire.MAX_NAME_BYTES} bytes of printable UTF-8")
+        if len(model) > wire.MAX_MODEL_NAME_LENGTH or not model.isprintable():
+            raise InvalidInput(f"a model's name has at most {wire.MAX_MODEL_NAME_LENGTH} printable characters")
         if not timeout_s > 0:
             raise InvalidInput("timeout_s must be more than 0 seconds")
         if not reconnect_s >= 0:
@@ -71,7 +75,7 @@ class Connection:
         self.sleepers = Sleepers(self.table)
         self.flow = Flow(self.table, self.pending, self.sleepers, reconnect_s)
         self.attempts = Attempts(reconnect_s, timeout_s, rng or Random())
-        self.greeting = Greeting(self, name)
+        self.greeting = Greeting(self, name, model)
         """Ends with the server's welcome."""
         self._silence = Silence(self.pending, timeout_s)
         self._info: ServerInfo | None = None
@@ -91,7 +95,7 @@ class Connection:
 
     @property
     def info(self) -> ServerInfo:
-        """The server's description of itself; raises before the welcome."""
+        """The server's description of itself and of the model; raises before the welcome."""
         if self._info is None:
             raise self.failure()
         return self._info
@@ -348,15 +352,17 @@ class Greeting(Request[ServerInfo]):
 
     kind, reply = Kind.HELLO, Kind.WELCOME
 
-    def __init__(self, connection: Connection, name: str) -> None:
+    def __init__(self, connection: Connection, name: str, model: str) -> None:
         self._connection = connection
         self._name = name
+        self._model = model
 
     def ask(self, now: float) -> None:
-        self._connection.pending.ask(self, wire.PROTOCOL_VERSION, self._name)
+        self._connection.pending.ask(self, wire.PROTOCOL_VERSION, self._name, self._model)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         info = replies.welcome(header, frames)
+        self._model = info.model  # a server that is started again may have another default
         self._connection.welcomed(info, now)
         self.finish(info)
 

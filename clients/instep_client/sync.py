@@ -21,7 +21,7 @@ from instep_client.sync_streams import Group, Stream
 
 
 class Client:
-    """A connection to one server, usable from many threads; use it as `with Client() as client`.
+    """A connection to one model of one server, usable from many threads; use it as `with Client() as client`.
 
     A client that is dropped without `close` closes itself, at the latest when the interpreter exits. After a fork it
     works in the process that made it only.
@@ -34,10 +34,11 @@ class Client:
         timeout_s: float = 10.0,
         reconnect_s: float = 30.0,
         *,
+        model: str | None = None,
         wait: bool = False,
     ) -> None:
         """Nothing is sent before `connect` or `with`; the arguments are those of `AsyncClient`."""
-        self._client = AsyncClient(endpoint, name, timeout_s, reconnect_s, wait=wait)
+        self._client = AsyncClient(endpoint, name, timeout_s, reconnect_s, model=model, wait=wait)
         self._thread = LoopThread(self._client)
         self._finalizer = weakref.finalize(self, self._thread.stop)
 
@@ -57,7 +58,7 @@ class Client:
         Raises:
             ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
             ConnectionFailed: when nobody answers within `timeout_s`, or this process has no room for an event loop.
-            Refused: when the server does not take this client.
+            Refused: when the server does not take this client, or has no model of that name (UNKNOWN_MODEL).
         """
         self._thread.start()
         try:

@@ -30,7 +30,7 @@ X = np.ones(3, np.float32)
 
 def test_the_first_message_is_hello_and_its_answer_is_the_info() -> None:
     link = Link(greet=False)
-    assert headers(link.advance()) == [[Kind.HELLO, 1, 5, "test"]]
+    assert headers(link.advance()) == [[Kind.HELLO, 1, 5, "test", ""]]
     with pytest.raises(ClientClosed, match="not connected"):
         _ = link.session.info
     with pytest.raises(ClientClosed, match="not connected"):

@@ -15,7 +15,7 @@ from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.wire import Kind
 
 HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
-    (Kind.HELLO, 1, (3, "abc"), "94 01 01 03 a3 616263"),
+    (Kind.HELLO, 1, (3, "abc", "ears"), "95 01 01 03 a3 616263 a4 65617273"),
     (Kind.OPEN, 2, (3, 1, 0), "95 02 02 03 01 00"),
     (Kind.CLOSE, 128, (65_535,), "93 04 cc80 cdffff"),
     (Kind.PING, 1, (), "92 05 01"),

@@ -160,7 +160,7 @@ class ModelClient:
 
     def _connect(self) -> None:
         self.connection = self._network.connect(self.number)
-        self._post(Kind.HELLO, 0, (wire.PROTOCOL_VERSION, ""), [])
+        self._post(Kind.HELLO, 0, (wire.PROTOCOL_VERSION, "", ""), [])
 
     def _ask(self, asked: Asked, fields: tuple[Any, ...], frames: list[bytes]) -> int:
         self._request += 1

@@ -354,7 +354,7 @@ async def test_a_server_that_ends_takes_nothing_new() -> None:
                 await client.claim(("s", 0, 0)),
                 await client.about(Kind.RESET, handles, b""),
                 await client.about(Kind.FORK, handles, b"copy"),
-                await client.say(Kind.HELLO, 5, "again"),
+                await client.say(Kind.HELLO, 5, "again", ""),
             ):
                 assert reply.kind is Kind.WELCOME or reply.code is Code.SHUTTING_DOWN
         finally:

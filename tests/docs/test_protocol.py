@@ -108,7 +108,7 @@ def granted(kind: Kind, request: int, *entries: tuple[int, int, int, int, int]) 
 
 
 WHAT_THE_CODE_SAYS: dict[str, Message] = {
-    "HELLO": [wire.pack_header(Kind.HELLO, 1, wire.PROTOCOL_VERSION, "demo")],
+    "HELLO": [wire.pack_header(Kind.HELLO, 1, wire.PROTOCOL_VERSION, "demo", "")],
     "WELCOME": encode.welcome(1, INFO),
     "OPEN": [wire.pack_header(Kind.OPEN, 2, 2, 0, 0), wire.pack_names(["mic-1", "mic-2"]), b"", b""],
     "OPENED": granted(Kind.OPENED, 2, (MIC_1, EPOCH + 1, 0, 0, 0), (MIC_2, EPOCH + 2, 0, 0, 0)),
@@ -334,10 +334,10 @@ def test_the_version_is_said_first() -> None:
 def test_the_limits_of_headers() -> None:
     bytes_most, string, array, request, streams, name, _ = PAGE.table("Messages", "rule").numbers("value")
     assert (bytes_most, streams, name) == (wire.MAX_HEADER_BYTES, wire.MAX_BLOCK_STREAMS, wire.MAX_NAME_BYTES)
-    wire.unpack_header([wire.pack_header(Kind.HELLO, request, 1, "x" * string)])
+    wire.unpack_header([wire.pack_header(Kind.HELLO, request, 1, "x" * string, "")])
     for header in (
-        wire.pack_header(Kind.HELLO, request + 1, 1, ""),
-        wire.pack_header(Kind.HELLO, 1, 1, "x" * (string + 1)),
+        wire.pack_header(Kind.HELLO, request + 1, 1, "", ""),
+        wire.pack_header(Kind.HELLO, 1, 1, "x" * (string + 1), ""),
         msgpack.packb([Kind.STATISTICS, 1, [0] * (array + 1)]),
     ):
         with pytest.raises(MalformedMessage):

@@ -39,7 +39,7 @@ async def assert_takes_nothing_new(server: Server, client: RawClient, handles: l
         reply = await client.ask(*message)
         assert (reply.kind, reply.code, reply.header[3]) == (Kind.ERROR, Code.SHUTTING_DOWN, why)
     async with RawClient(server.endpoint) as late:
-        hello = await late.ask(msgpack.packb([Kind.HELLO, late.next_request(), PROTOCOL_VERSION, ""]))
+        hello = await late.ask(msgpack.packb([Kind.HELLO, late.next_request(), PROTOCOL_VERSION, "", ""]))
         assert (hello.kind, hello.code, hello.header[3]) == (Kind.ERROR, Code.SHUTTING_DOWN, why)
     assert (await client.ask(msgpack.packb([Kind.PING, client.next_request()]))).kind is Kind.PONG
     assert (await client.statistics())["ready"] == 0.0

@@ -121,13 +121,13 @@ class RawClient:
         self._request += 1
         return self._request
 
-    def hello_message(self, version: int = 5) -> list[bytes]:
+    def hello_message(self, version: int = 5, model: str = "") -> list[bytes]:
         """A HELLO."""
-        return [msgpack.packb([Kind.HELLO, self.next_request(), version, "raw"])]
+        return [msgpack.packb([Kind.HELLO, self.next_request(), version, "raw", model])]
 
-    async def hello(self) -> Reply:
+    async def hello(self, model: str = "") -> Reply:
         """Say HELLO."""
-        reply = await self.ask(*self.hello_message())
+        reply = await self.ask(*self.hello_message(model=model))
         assert reply.kind is Kind.WELCOME, reply.header
         return reply
 

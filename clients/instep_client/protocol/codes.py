@@ -7,6 +7,8 @@ from typing import Final
 
 PROTOCOL_VERSION: Final = 5
 MAX_NAME_BYTES: Final = 200
+MAX_MODEL_NAME_LENGTH: Final = 100
+"""Characters."""
 HAVE_ALL: Final = 2**64 - 1
 """Said by who resumes a stream and does not know how many outputs it has given."""
 UNKNOWN: Final = 2**64 - 1
@@ -32,6 +34,7 @@ class Code(IntEnum):
     WRONG_DTYPE = 6
     REPEATED_STREAM = 7
     BAD_NAME = 8
+    UNKNOWN_MODEL = 9
     NOT_FINITE = 100
     SEQ_GAP = 101
     SEQ_REPEATED = 102
@@ -76,6 +79,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.WRONG_DTYPE: "frames must be float32 (dtype 1)",
     Code.REPEATED_STREAM: "a block may hold each stream only once",
     Code.BAD_NAME: f"a stream's name must be 1 to {MAX_NAME_BYTES} bytes of printable UTF-8",
+    Code.UNKNOWN_MODEL: "this server serves no model of that name",
     Code.NOT_FINITE: "the frame or state holds NaN or infinity; it was not applied and the stream's state is unchanged",
     Code.SEQ_GAP: "an earlier frame of this stream is missing; send from the expected seq",
     Code.SEQ_REPEATED: "this frame was already applied, and its output is not ready yet or no longer kept",

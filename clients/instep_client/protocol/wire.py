@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instep_client.protocol.codes import HAVE_ALL as HAVE_ALL
+from instep_client.protocol.codes import MAX_MODEL_NAME_LENGTH as MAX_MODEL_NAME_LENGTH
 from instep_client.protocol.codes import MAX_NAME_BYTES as MAX_NAME_BYTES
 from instep_client.protocol.codes import PROTOCOL_VERSION as PROTOCOL_VERSION
 from instep_client.protocol.codes import SENTENCES as SENTENCES
@@ -104,7 +105,7 @@ class Kind(IntEnum):
 
 
 HEADER_LENGTH: Final[dict[Kind, int]] = {
-    Kind.HELLO: 4,  # kind, request, protocol version, client's name
+    Kind.HELLO: 5,  # kind, request, protocol version, client's name, model (empty for the default)
     Kind.OPEN: 5,  # kind, request, N, whether initial states follow (0 or 1), whether first seqs follow (0 or 1)
     Kind.CLOSE: 3,  # kind, request, N
     Kind.PING: 2,  # either side may ask; the server's number says how many bytes it has sent
@@ -157,11 +158,11 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """The server's description of itself in WELCOME: a header's fields after kind and request, and frame 1."""
+    """The server and the connection's model, as WELCOME describes them: a header's fields after kind and request, and frame 1."""
 
     protocol_version: int
     boot_id: str
-    """A new random value each time the server starts."""
+    """A new random value each time the server starts the model."""
     model: str
     fingerprint: str
     """sha256 over the description and the weights, hex."""

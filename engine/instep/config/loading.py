@@ -144,6 +144,9 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
         key = name.removeprefix(ENVIRONMENT_PREFIX)
         if key == name or "__" in key:
             continue  # nobody's, or a key, which is checked with the others
+        if name == "INSTEP_MODEL":
+            sentences.append(f"{name} is for clients; the server's is {environment_name('model.folder')}")
+            continue
         if name == "INSTEP_ENDPOINT":
             here = environment_name("transport.endpoint")
             if here not in environ:

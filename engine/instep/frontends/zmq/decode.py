@@ -20,15 +20,18 @@ _COLUMNS_AT: Final = STEP_HEADER.size
 _FEW: Final = 64
 
 
-def check_hello(header: Header, routing_id: bytes) -> None:
-    """HELLO; raises as the methods of `Decoder` do."""
-    version, name = header.fields
+def hello(header: Header, routing_id: bytes) -> tuple[str, str]:
+    """HELLO: what the client calls itself, and the model, empty for the default; raises as `Decoder` does."""
+    version, name, model = header.fields
     if version != wire.PROTOCOL_VERSION:
         raise Refusal(Code.WRONG_VERSION, f"the client speaks {version!r:.20}")
     if type(name) is not str:
         raise MalformedMessage("the client's name must be text")
+    if type(model) is not str:
+        raise MalformedMessage("the model's name must be text, empty for the default model")
     if routing_id[0] != 0:
         raise MalformedMessage("set no routing id (ZMQ_IDENTITY): the server names connections itself")
+    return name, model
 
 
 @dataclass(frozen=True, slots=True)

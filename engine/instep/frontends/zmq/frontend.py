@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Final
 
 import structlog
 
 from instep.frontends.zmq import encode
-from instep.frontends.zmq.decode import check_hello
+from instep.frontends.zmq.decode import hello
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Router
 from instep.frontends.zmq.served import HANDLERS, Handler, Served
@@ -144,8 +145,8 @@ class ZmqFrontend:
     def _welcome(self, routing_id: bytes, header: Header, now_ns: int) -> None:
         if header.kind is not Kind.HELLO:
             raise Refusal(Code.HELLO_FIRST)
-        check_hello(header, routing_id)
-        served = next(iter(self.models.values()))
+        name, model = hello(header, routing_id)
+        served = self._find(model)
         served.refuse_what_is_new()
         peer = Peer(self.outbound, routing_id, served, now_ns)
         origins = served.service.engine.origins
@@ -154,14 +155,29 @@ class ZmqFrontend:
             sentence = f"the server has {count} connections, as many as limits.max_connections allows; try again later"
             raise Refusal(Code.BUSY, retry_after_us=1_000_000, sentence=sentence)
         self.outbound.add(peer)
-        self._log.debug("connected", connection=peer.number, name=header.fields[1])
+        self._log.debug("connected", connection=peer.number, name=name)
         self.outbound.send(peer, encode.welcome(header.request, served.info))
+
+    def _find(self, model: str) -> Served:
+        """The model of that name, the default where it is empty."""
+        if not model:
+            return next(iter(self.models.values()))
+        if model not in self.models:
+            close = get_close_matches(model, self.models, n=1)
+            meant = f"did you mean {close[0]!r}? " if close else ""
+            raise Refusal(Code.UNKNOWN_MODEL, f"{model!r:.120}; {meant}it serves {', '.join(map(repr, self.models))}")
+        return self.models[model]
 
     def _reply_at_once(self, peer: Peer, header: Header, frames: list[bytes], now_ns: int) -> None:
         served = peer.served
         match header.kind:
             case Kind.HELLO:
-                check_hello(header, peer.routing_id)
+                _, model = hello(header, peer.routing_id)
+                if model not in ("", served.service.name):
+                    raise MalformedMessage(
+                        f"this connection belongs to the model {served.service.name!r}; make another one for "
+                        f"{model!r:.120}"
+                    )
                 self.outbound.send(peer, encode.welcome(header.request, served.info))
             case Kind.PING:
                 self.outbound.send(peer, encode.pong(header.request))
