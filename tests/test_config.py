@@ -157,6 +157,28 @@ class TestPaths:
         assert load_config(None, {"model.folder": "~/m"}).model.folder == Path("/home/somebody/m")
 
 
+class TestSeveralModels:
+    def test_are_listed_or_named_in_a_file_in_flags_and_in_the_environment(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        here = tmp_path.resolve()
+        file = written(tmp_path, {"model": {"folder": {"a": "x", "b": "/y"}}})
+        assert load_config(file).model.folders == [("a", here / "x"), ("b", Path("/y"))]
+        listed = [(None, here / "x"), (None, here / "y")]
+        assert load_config(file, {"model.folder": '["x", "y"]'}).model.folders == listed
+        environ = {"INSTEP_MODEL__FOLDER": "{b: x, a: y}"}
+        assert load_config(file, {}, environ).model.folders == [("b", here / "x"), ("a", here / "y")]
+        assert load_config(file, {"model.folder": "x"}, environ).model.folders == listed[:1]
+        assert load_config(file, {"model.folder": ""}).model.folders == []
+
+    @pytest.mark.parametrize("folders", [[], {}, ["x", 5], {"a": None}])
+    def test_that_are_no_folders_are_a_problem(self, tmp_path: Path, folders: object) -> None:
+        (found,) = problems(written(tmp_path, {"model": {"folder": folders}}))
+        assert found.path == "model.folder"
+        assert "is neither a folder nor several, as [A, B] or {NAME: A, OTHER: B}" in found.message
+
+
 class TestProblems:
     def test_are_all_reported_at_once_each_with_path_source_and_suggestion(self, tmp_path: Path) -> None:
         file = written(

@@ -47,6 +47,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 @app.command(
     examples=[
         "instep serve my-model --record today.instep",
+        "instep serve ears vowels --record recordings",
         "instep serve --config instep.yaml --check",
         "instep serve my-model --max-streams 100000 --set limits.park_s=60",
     ]
@@ -65,7 +66,7 @@ def serve(
         bool, typer.Option("--check", help="Say what would be served, or why it cannot be; write nothing, and exit.")
     ] = False,
 ) -> None:
-    """Serve a model to many streams at once.
+    """Serve a model, or several, to many streams at once.
 
     Ctrl-C and SIGTERM drain it; SIGHUP reads the configuration again. Exit status 0: it ended in order. 1: it failed
     while serving. 2: it could not start. 130: it was forced to stop.
@@ -83,7 +84,7 @@ def serve(
     log = make_log(loaded.log)
     for sentence in unknown_variables(os.environ):
         log.warning("unknown setting", reason=sentence)
-    if (folder := loaded.model.folder) is not None:
+    for _, folder in loaded.model.folders:
         if not folder.exists():
             problem = f"there is no model folder {folder}: correct the path, or make one with `instep model import`"
             raise _cannot_serve(FileNotFoundError(problem), loaded.log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ import typer
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML; configs/default.yaml is the manual.")
 ]
-ModelFolder = Annotated[Path | None, typer.Argument(metavar="MODEL", help="Folder of the model.", show_default=False)]
+ModelFolders = Annotated[
+    list[Path], typer.Argument(metavar="MODEL", help="Folder of the model, or of each.", show_default=False)
+]
 Demo = Annotated[bool, typer.Option("--demo", help="The model of `instep demo` instead.")]
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any key: --set limits.max_idle_s=60; repeatable.")
@@ -39,7 +42,7 @@ _FLAGS: Final = (
     _Flag("engine.max_batch_size", "--max-batch-size", "N", "Streams in one step."),
     _Flag("engine.max_queue_delay_us", "--max-queue-delay-us", "N", "Microseconds to wait for a fuller batch."),
     _Flag("limits.max_idle_s", "--max-idle-s", "N", "Seconds until a silent stream is closed."),
-    _Flag("recording.file", "--record", "FILE", "Write a recording, or continue it."),
+    _Flag("recording.file", "--record", "FILE", "Write a recording, or continue it; a folder for several models."),
     _Flag("recording.durability", "--durability", "LEVEL", "What answers wait for: memory, commit or fsync."),
     _Flag("log.level", "--log-level", "LEVEL", "debug, info, warning or error."),
     _Flag("log.format", "--log-format", "FORMAT", "console or json."),
@@ -58,13 +61,13 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command, whose first parameter is a `Given`, the options that `serve` has for its configuration."""
     flags = {flag.name.strip("-").replace("-", "_"): flag for flag in _FLAGS}
 
-    def run(model: Path | None, demo: bool, config: Path | None, settings: list[str], **values: Any) -> None:
+    def run(models: list[Path], demo: bool, config: Path | None, settings: list[str], **values: Any) -> None:
         from instep.demo import MODEL_FOLDER
 
-        if demo and model is not None:
-            raise typer.BadParameter(f"name a model or ask for the demo's, not both: {model}", param_hint="--demo")
-        folder = MODEL_FOLDER if demo else model
-        named = {} if folder is None else {"model.folder": str(folder)}
+        if demo and models:
+            raise typer.BadParameter(f"name a model or ask for the demo's, not both: {models[0]}", param_hint="--demo")
+        folders = [str(folder) for folder in ([MODEL_FOLDER] if demo else models)]
+        named = {} if not folders else {"model.folder": folders[0] if len(folders) == 1 else json.dumps(folders)}
         for name, flag in flags.items():
             value = values.pop(name)
             if value is not None and value is not False:
@@ -86,7 +89,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     parameters = [
-        parameter("model", None, ModelFolder),
+        parameter("models", [], ModelFolders),
         parameter("demo", False, Demo),
         parameter("config", None, ConfigFile),
         *(of_flag(name, flag) for name, flag in flags.items()),

@@ -191,7 +191,7 @@ class Node:
         self._checkpoints = Checkpoints(engine, states, self.tasks, _NEVER_NS, at_once=1)
         router: Any = self.router
         self.outbound = Outbound(router, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach)
-        self._frontend = ZmqFrontend(router, self.outbound, 2 * _NEVER_NS, turns.wake, log_into([]))
+        self._frontend = ZmqFrontend(router, self.outbound, _MAX_CONNECTIONS, 2 * _NEVER_NS, turns.wake, log_into([]))
         listing = Listing(table, self.hibernation, limits)
         service = ModelService(
             "exact", engine, operations, self._reaper, self._checkpoints, listing, self.tasks, log_into([])

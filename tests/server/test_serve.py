@@ -72,7 +72,7 @@ def test_without_a_model_nothing_is_served_and_the_sentence_says_how_to_get_one(
 
 
 def test_the_demos_model_can_be_served() -> None:
-    ready = prepare(configured(MODEL_FOLDER, engine={"exactness": "off"}), QUIET)
+    (ready,) = prepare(configured(MODEL_FOLDER, engine={"exactness": "off"}), QUIET)
     assert (ready.model.description.features, ready.model.description.outputs) == (12, 9)
 
 
@@ -92,18 +92,18 @@ def test_exactness_may_be_required_preferred_or_off(model: Path, monkeypatch: py
     with pytest.raises(CannotServe, match="3 ULP"):
         prepare(configured(model, engine={"exactness": "require"}), QUIET)
     told: list[dict[str, Any]] = []
-    assert prepare(configured(model, engine={"exactness": "prefer"}), log_into(told)).certification is inexact
+    assert prepare(configured(model, engine={"exactness": "prefer"}), log_into(told))[0].certification is inexact
     assert [line["event"] for line in told] == ["certifying", "certified", "not exact", "smaller batches"]
     assert told[2]["max_ulp"] == 3
     told.clear()
-    off = prepare(configured(model, engine={"exactness": "off", "max_batch_size": 8}), log_into(told))
+    (off,) = prepare(configured(model, engine={"exactness": "off", "max_batch_size": 8}), log_into(told))
     assert (off.certification.exactness, off.certification.buckets, told) == ("off", (4, 8), [])
 
 
 @pytest.mark.parametrize(("hidden", "kernel"), [(16, "fused"), (8, "torch")])
 def test_without_certification_the_quicker_step_is_used(tmp_path: Path, hidden: int, kernel: str) -> None:
     write_model(tmp_path / "m", plain(5, hidden))
-    assert prepare(configured(tmp_path / "m", engine={"exactness": "off"}), QUIET).network.kernel == kernel
+    assert prepare(configured(tmp_path / "m", engine={"exactness": "off"}), QUIET)[0].network.kernel == kernel
 
 
 def test_limits_are_fitted_to_the_model() -> None:

@@ -55,8 +55,7 @@ def config(**sections: dict[str, Any]) -> Config:
 
 @contextlib.asynccontextmanager
 async def running(
-    model: Model,
-    *,
+    *models: Model,
     stepper: Callable[[Prepared, Config], Stepper] | None = None,
     exactness: Certification | None = None,
     failure: str | None = None,
@@ -65,10 +64,10 @@ async def running(
     folder: Path = Path("model"),
     **sections: dict[str, Any],
 ) -> AsyncIterator[Server]:
-    """Serve `model` while the block runs; sections as in the configuration file.
+    """Serve these models while the block runs; sections as in the configuration file.
 
     Args:
-        model: what is served.
+        models: what is served.
         stepper: makes another stepper than usual.
         exactness: serve as if certified so.
         failure: why the server is expected to stop by itself.
@@ -78,11 +77,14 @@ async def running(
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
-    ready = replace(prepared(model, settings.engine.max_batch_size, device), model_path=folder)
+    ready = [
+        replace(prepared(model, settings.engine.max_batch_size, device), model=model, model_path=folder)
+        for model in models
+    ]
     if exactness is not None:
-        ready = replace(ready, certification=exactness)
+        ready = [replace(each, certification=exactness) for each in ready]
     log = log_into([] if told is None else told)
-    server = make_server(settings, [ready], log, stepper)
+    server = make_server(settings, ready, log, stepper)
     serving = asyncio.create_task(server.serve())
     try:
         yield server

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -192,20 +192,31 @@ def _checked(given: _Given) -> Any:
     name, key = given.path.split(".")
     value = given.value if given.layer == "file" else _from_text(given)
     checked = _SECTIONS[name].model_validate_json(json.dumps({key: value}, default=str), strict=True)
-    result = getattr(checked, key)
-    if isinstance(result, Path):
-        return (given.base / result.expanduser()).resolve()
-    return result
+    return _resolved(getattr(checked, key), given.base)
+
+
+def _resolved(value: Any, base: Path) -> Any:
+    """A value with every path in it made absolute."""
+    if isinstance(value, Path):
+        return (base / value.expanduser()).resolve()
+    if isinstance(value, dict):
+        return {name: _resolved(each, base) for name, each in value.items()}
+    return tuple(_resolved(each, base) for each in value) if isinstance(value, tuple) else value
 
 
 def _from_text(given: _Given) -> Any:
-    """A flag's or variable's text as what YAML would hold: as it is where the key takes text, else parsed."""
+    """A flag's or variable's text as what YAML would hold: as it is where the key takes text, else parsed.
+
+    Where the key takes a list or a mapping, too, the bracket that begins one is the sign to parse it.
+    """
     name, key = given.path.split(".")
     annotation = _SECTIONS[name].model_fields[key].annotation
     options = get_args(annotation) or (annotation,)
     if type(None) in options and given.value in ("", "null"):
         return None
-    if any(option in (str, Path) or isinstance(option, str) for option in options):
+    takes_several = any(get_origin(option) in (tuple, dict) for option in options)
+    takes_text = any(option in (str, Path) or isinstance(option, str) for option in options)
+    if takes_text and not (takes_several and given.value[:1] in ("[", "{")):
         return given.value
     value, duplicates = parse_yaml(given.value)
     if duplicates:

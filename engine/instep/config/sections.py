@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from instep.config.endpoint import checked_endpoint
 from instep.config.rules import contradictions
@@ -31,6 +31,20 @@ def _lowered(word: object) -> object:
     return word.lower() if isinstance(word, str) else word
 
 
+def _paths(value: object) -> object:
+    """A path, or several in a list or by name, from text; None is left."""
+    match value:
+        case str() | Path():
+            return Path(value)
+        case list() | tuple() if value and all(isinstance(each, str | Path) for each in value):
+            return tuple(map(Path, value))
+        case dict() if value and all(isinstance(each, str | Path) for each in value.values()):
+            return {name: Path(each) for name, each in value.items()}
+        case None:
+            return None
+    raise ValueError(f"{value!r:.60} is neither a folder nor several, as [A, B] or {{NAME: A, OTHER: B}}")
+
+
 class Section(BaseModel):
     """The base of all sections: frozen, and without keys that are not listed."""
 
@@ -38,9 +52,18 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The model to serve."""
+    """The model to serve, or several: a list of their folders, or the folders by the names that the models get."""
 
-    folder: Path | None = None
+    folder: Annotated[Path | tuple[Path, ...] | dict[str, Path] | None, PlainValidator(_paths)] = None
+
+    @property
+    def folders(self) -> list[tuple[str | None, Path]]:
+        """The folder of each model, with a name where the model is not to have its own."""
+        if self.folder is None:
+            return []
+        if isinstance(self.folder, Path):
+            return [(None, self.folder)]
+        return list(self.folder.items()) if isinstance(self.folder, dict) else [(None, each) for each in self.folder]
 
 
 class EngineConfig(Section):

@@ -21,8 +21,8 @@ from instep.runtime.stepper import Stepper
 from instep.server.execution import steps_in_process
 from instep.server.limits import EffectiveLimits, LimitsError
 from instep.server.loop import Loop
-from instep.server.preparation import CannotServe, Prepared
-from instep.server.recordings import open_recording, record
+from instep.server.preparation import CannotServe, Prepared, log_of
+from instep.server.recordings import open_recording, record, recording_file
 from instep.server.server import Server
 from instep.server.services import Foundation, lay_foundation, make_service
 from instep.server.shutdown import Shutdown
@@ -93,8 +93,9 @@ def _make_server(
     loop.frontends = [frontend]
     services: list[ModelService] = []
     for foundation in foundations:
-        its_log = log.bind(model=foundation.prepared.model.name) if len(foundations) > 1 else log
-        file = config.recording.file
+        name = foundation.prepared.model.name
+        its_log = log_of(name, len(foundations), log)
+        file = recording_file(config, name, len(foundations))
         services.append(service := make_service(config, foundation, file, loop.wake, shutdown.bug, its_log))
         frontend.add(Served(service, server_info(config, foundation.prepared, foundation.limits), _decoder(foundation)))
         loop.add(service)
@@ -136,7 +137,8 @@ def _frontend(
         time.monotonic_ns,
         detach,
     )
-    return ZmqFrontend(router, outbound, round(config.transport.heartbeat_s * 1e9), loop.wake, log)
+    probe_after_ns = round(config.transport.heartbeat_s * 1e9)
+    return ZmqFrontend(router, outbound, limits.max_connections, probe_after_ns, loop.wake, log)
 
 
 def _decoder(foundation: Foundation) -> Decoder:

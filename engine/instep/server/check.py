@@ -18,11 +18,11 @@ from instep.recording.recovery import Recovered, ReplayStep
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe, Prepared, check_restartable, prepare
-from instep.server.recordings import recording_header
+from instep.server.recordings import recording_file, recording_header
 
 
 def check(config: Config, *, accept_numerics_change: bool = False, restart: bool = False) -> None:
-    """Load and certify the model, look through what of the recording a start reads, and try the endpoint.
+    """Load and certify the models, look through what of their recordings a start reads, and try the endpoint.
 
     The log says what would be served.
 
@@ -38,24 +38,27 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
     prepared = prepare(config, log)
     if restart:
         check_restartable(config, prepared)
-    network = prepared.network.description
     try:
-        limits = effective_limits(config, prepared.certification.buckets[-1], network.features, network.outputs)
-        if config.recording.file is not None:
-            _check_recording(config.recording.file, config, prepared, log, accept_numerics_change)
+        for each in prepared:
+            network = each.network.description
+            effective_limits(config, each.certification.buckets[-1], network.features, network.outputs)
+            file = recording_file(config, each.model.name, len(prepared))
+            if file is not None:
+                _check_recording(file, config, each, log, accept_numerics_change)
         Router(config.transport).close()
     except (LimitsError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
     except CannotBind as error:
         raise CannotServe(str(error)) from None
-    log.info(
-        "can serve",
-        endpoint=config.transport.endpoint,
-        model=prepared.model.name,
-        device=str(prepared.device),
-        exactness=prepared.certification.exactness,
-        max_streams=limits.max_streams,
-    )
+    for each in prepared:
+        log.info(
+            "can serve",
+            endpoint=config.transport.endpoint,
+            model=each.model.name,
+            device=str(each.device),
+            exactness=each.certification.exactness,
+            max_streams=config.engine.max_streams,
+        )
 
 
 def _check_recording(

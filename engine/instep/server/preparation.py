@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -13,7 +14,7 @@ from instep.config import Config
 from instep.models.base import RecurrentModel
 from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
-from instep.models.folder import load_model
+from instep.models.folder import check_name, load_model
 from instep.models.model import Model
 from instep.models.numerics import prepare as prepare_numerics
 from instep.models.registry import build
@@ -25,7 +26,7 @@ class CannotServe(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything that is decided before the socket is bound."""
+    """Everything about a model that is decided before the socket is bound."""
 
     model: Model
     model_path: Path
@@ -34,25 +35,34 @@ class Prepared:
     certification: Certification
 
 
-def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> Prepared:
-    """Load and check the model, choose the device, certify.
+def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]:
+    """Load and check every model, choose the device, certify.
 
     Raises:
         CannotServe: with a sentence.
     """
     prepare_numerics(config.engine.threads)
     try:
-        model, path = _load(config)
-        network = build(model, _device(config.engine.device))
+        loaded = _load(config)
+        return [_prepared(config, model, path, log_of(model.name, len(loaded), log)) for model, path in loaded]
     except ModelError as error:
         raise CannotServe(str(error)) from None
+
+
+def _prepared(config: Config, model: Model, path: Path, log: structlog.stdlib.BoundLogger) -> Prepared:
+    network = build(model, _device(config.engine.device))
     if config.engine.device.startswith("cuda") and network.device.type == "cpu":
         kind = model.description.kind
         raise CannotServe(f"engine.device is {config.engine.device}, but models of kind {kind} run on the CPU; use cpu")
     return Prepared(model, path, network, network.device, _certify(config, network, log))
 
 
-def check_restartable(config: Config, prepared: Prepared) -> None:
+def log_of(name: str, models: int, log: structlog.stdlib.BoundLogger) -> structlog.stdlib.BoundLogger:
+    """A log for what concerns one of so many models: it names the model, unless that is the only one."""
+    return log.bind(model=name) if models > 1 else log
+
+
+def check_restartable(config: Config, prepared: Sequence[Prepared]) -> None:
     """Refuse what `--restart` cannot start again.
 
     Raises:
@@ -62,7 +72,7 @@ def check_restartable(config: Config, prepared: Prepared) -> None:
         raise CannotServe(
             "--restart needs a port: clients would not find the next server on whichever port is free then"
         )
-    if prepared.device.type != "cpu" or config.engine.threads > 1:
+    if any(each.device.type != "cpu" for each in prepared) or config.engine.threads > 1:
         raise CannotServe(
             "--restart forks the server with its model loaded, which needs engine.device cpu and engine.threads 1; "
             "leave it out, and let systemd restart the server"
@@ -98,15 +108,27 @@ def _certify(config: Config, network: RecurrentModel, log: structlog.stdlib.Boun
     return certification
 
 
-def _load(config: Config) -> tuple[Model, Path]:
-    folder = config.model.folder
-    if folder is None:
+def _load(config: Config) -> list[tuple[Model, Path]]:
+    """Every model and its folder, the default one first."""
+    if not config.model.folders:
         raise CannotServe(
             "no model to serve: name its folder (instep serve FOLDER, or model.folder in the configuration), make one "
             "to try things out (instep model make FOLDER --features 40 --hidden 128), or serve the demo's "
             "(instep serve --demo)"
         )
-    return load_model(folder), folder.resolve()
+    loaded: dict[str, tuple[Model, Path]] = {}
+    for name, folder in config.model.folders:
+        model = load_model(folder)
+        if name is not None:
+            model = replace(model, name=check_name(name))
+        if model.name in loaded:
+            raise CannotServe(
+                f"two models are called {model.name!r}: {loaded[model.name][1]} and {folder.resolve()}; give one of "
+                "them another `name` in its model.yaml, or name both in the configuration: "
+                "model: {folder: {NAME: FOLDER, OTHER: FOLDER}}"
+            )
+        loaded[model.name] = model, folder.resolve()
+    return list(loaded.values())
 
 
 def _device(name: str) -> torch.device:

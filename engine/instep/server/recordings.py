@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import structlog
 
 from instep.config import Config
 from instep.models.numerics import numerics
 from instep.recording.database import check_place, holds_recording, lost_tail
-from instep.recording.errors import DamagedRecording
+from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
 from instep.recording.scrub import Scrub
@@ -27,6 +28,30 @@ from instep.server.preparation import Prepared
 from instep.server.shutdown import Shutdown
 from instep.streaming.recovery import Recovery, resume_recording
 from instep.streaming.service import ModelService
+
+_MOST_BYTES: Final = 200
+"""Of a name that becomes a file's; SQLite and the lock add endings to it."""
+
+
+def recording_file(config: Config, name: str, models: int) -> Path | None:
+    """The recording of a model of that name, one of so many; None where nothing is recorded.
+
+    It is recording.file, or NAME.instep in that where it is a folder.
+
+    Raises:
+        RecordingError: when several models would need one file, or the name is not one for a file.
+    """
+    place = config.recording.file
+    if place is None or (models == 1 and not place.is_dir()):
+        return place
+    if not place.is_dir():
+        raise RecordingError(
+            f"{place} is not a folder, and {models} models are recorded, each in a file of its own: name a folder that "
+            "exists"
+        )
+    if "/" in name or len(name.encode()) > _MOST_BYTES:
+        raise RecordingError(f"the model's name {name!r} cannot be a file's name: give the model another one")
+    return place / f"{name}.instep"
 
 
 def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -84,14 +84,14 @@ def run(
 
 
 async def _serve(
-    config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, threshold: Threshold, start: _Start
+    config: Config, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger, threshold: Threshold, start: _Start
 ) -> int:
     allowed = allow_open_files(config.limits.max_connections + _FILES_BESIDE_CONNECTIONS)
     if allowed < config.limits.max_connections:
         log.warning(
             "fewer connections", open_files=allowed, reason="the hard limit of open files (ulimit -Hn) is lower"
         )
-    server = make_server(config, [prepared], log, accept_numerics_change=start.accept_numerics_change)
+    server = make_server(config, prepared, log, accept_numerics_change=start.accept_numerics_change)
     stops = 0
 
     def stop() -> None:
@@ -112,7 +112,7 @@ async def _serve(
 
     with signals_call({signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: hung_up}):
         _say_what_is_served(server, prepared, log)
-        start.service_manager.serving(f"serving {prepared.model.name} at {server.endpoint}")
+        start.service_manager.serving(f"serving {', '.join(each.model.name for each in prepared)} at {server.endpoint}")
         start.on_ready(server.endpoint)
         if interrupts.was_hung_up():
             hung_up()
@@ -130,14 +130,15 @@ async def _serve(
     return 130 if stops > 1 else 0
 
 
-def _say_what_is_served(server: Server, prepared: Prepared, log: structlog.stdlib.BoundLogger) -> None:
-    log.info(
-        "ready",
-        model=prepared.model.name,
-        device=str(prepared.device),
-        exactness=prepared.certification.exactness,
-        max_streams=server.config.engine.max_streams,
-    )
+def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger) -> None:
+    for each in prepared:
+        log.info(
+            "ready",
+            model=each.model.name,
+            device=str(each.device),
+            exactness=each.certification.exactness,
+            max_streams=server.config.engine.max_streams,
+        )
     is_usual = server.endpoint == TransportConfig().endpoint
     following = "instep-client ping" if is_usual else "connect a client"
     log.info("serving", endpoint=server.endpoint, next=following)

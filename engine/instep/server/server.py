@@ -113,16 +113,18 @@ class Server:
             Summary(served.service.log, partial(self._frontend.statistics, served), time.monotonic())
             for served in self._frontend.models.values()
         ]
-        free_space = {each: FreeSpace(each.file, each.log) for each in self.services if each.file is not None}
+        files = [service.file for service in self.services if service.file is not None]
+        free_space = FreeSpace(files[0], self._log) if files else None  # all of them are in one folder
         while True:
             await asyncio.sleep(_TICK_S)
             try:
                 now_ns = time.monotonic_ns()
                 for summary in summaries:
                     summary.tick(now_ns / 1e9, self.config.log.summary_s)
-                for service, space in free_space.items():
-                    warn_bytes = self.config.recording.warn_free_bytes
-                    service.engine.stats.recording_free_bytes = space.tick(now_ns / 1e9, warn_bytes)
+                if free_space is not None:
+                    free_bytes = free_space.tick(now_ns / 1e9, self.config.recording.warn_free_bytes)
+                    for service in self.services:
+                        service.engine.stats.recording_free_bytes = free_bytes
                 self._frontend.tick(now_ns)
                 for service in self.services:
                     service.tick(now_ns)

@@ -40,6 +40,7 @@ class ZmqFrontend:
         self,
         router: Router,
         outbound: Outbound,
+        max_connections: int,
         probe_after_ns: int,
         wake: Callable[[], None],
         log: structlog.stdlib.BoundLogger,
@@ -48,6 +49,7 @@ class ZmqFrontend:
         self.outbound = outbound
         self.models: dict[str, Served] = {}
         """By name. Connections that name none get the first one."""
+        self._max_connections = max_connections
         self._probe_after_ns = probe_after_ns
         self._wake = wake
         self._log = log
@@ -149,9 +151,8 @@ class ZmqFrontend:
         served = self._find(model)
         served.refuse_what_is_new()
         peer = Peer(self.outbound, routing_id, served, now_ns)
-        origins = served.service.engine.origins
-        if not origins.connect(peer):
-            count = len(origins)
+        count = len(self.outbound)
+        if count >= self._max_connections or not served.service.engine.origins.connect(peer):
             sentence = f"the server has {count} connections, as many as limits.max_connections allows; try again later"
             raise Refusal(Code.BUSY, retry_after_us=1_000_000, sentence=sentence)
         self.outbound.add(peer)

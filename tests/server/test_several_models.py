@@ -1,0 +1,194 @@
+"""Several models in one server: each with its own connections, its own streams and its own recording."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import AsyncExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from instep.config import Config, load_config
+from instep.core.typing import F32
+from instep.models.folder import write_model
+from instep.server.check import check
+from instep.server.preparation import CannotServe, prepare
+from instep_client import AsyncClient, Client, Refused
+from instep_client.protocol.wire import Code, Kind
+from tests.support.gate import GATE_VALUE, Gate
+from tests.support.models import plain, whole
+from tests.support.raw import RawClient
+from tests.support.running import log_into, running
+from tests.support.served import serving
+
+EARS = replace(plain(5, 8), name="ears")
+VOWELS = replace(plain(3, 16, seed=9), name="vowels")
+FEATURES = {"ears": 5, "vowels": 3}
+MODELS = {model.name: model for model in (EARS, VOWELS)}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """The two models on disk."""
+    for name, model in MODELS.items():
+        write_model(tmp_path / name, model)
+    return [tmp_path / name for name in MODELS]
+
+
+def frames_of(rng: np.random.Generator, name: str, count: int) -> F32:
+    """float32 [count, features]."""
+    return rng.standard_normal((count, FEATURES[name])).astype(np.float32)
+
+
+def test_each_client_gets_the_outputs_of_its_model_through_a_crash_and_each_recording_verifies(
+    folders: list[Path], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x = {name: frames_of(rng, name, 60) for name in MODELS}
+    outputs: dict[str, list[F32]] = {name: [] for name in MODELS}
+    (tmp_path / "recordings").mkdir()
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    arguments = [str(folders[1]), "--restart", "--record", str(tmp_path / "recordings")]
+    with serving(folders[0], *arguments, endpoint=endpoint, start_new_session=True) as served:
+        served.until("serving")
+        assert [line["model"] for line in served.lines if line["event"] in ("ready", "recording")] == [*MODELS] * 2
+        with Client(endpoint, model="vowels") as vowels, Client(endpoint) as ears:
+            assert (ears.info.model, vowels.info.model) == ("ears", "vowels")
+            streams = {"ears": ears.open("s"), "vowels": vowels.open("s")}
+            for number in range(60):
+                if number == 30:
+                    (child,) = psutil.Process(served.process.pid).children()
+                    child.send_signal(signal.SIGKILL)
+                for name, stream in streams.items():
+                    outputs[name].append(stream.step(x[name][number]))
+            for stream in streams.values():
+                stream.close()
+        served.process.send_signal(signal.SIGHUP)
+        served.until("reloaded")
+        served.process.terminate()
+        stopped = served.end()[-1]
+        assert (stopped["event"], served.process.returncode) == ("stopped", 0)
+    for name, model in MODELS.items():
+        np.testing.assert_array_equal(np.array(outputs[name]), whole(model, x[name])[0])
+        command = [sys.executable, "-m", "instep", "verify", str(tmp_path / "recordings" / f"{name}.instep")]
+        verified = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+async def test_a_connection_sees_the_streams_the_numbers_and_the_limits_of_its_model_alone(
+    rng: np.random.Generator,
+) -> None:
+    x = frames_of(rng, "ears", 4)
+    limits = {"max_connections": 3}
+    async with running(EARS, VOWELS, engine={"max_streams": 1}, limits=limits) as server:
+        async with (
+            AsyncClient(server.endpoint, model="ears") as ears,
+            AsyncClient(server.endpoint, model="vowels") as vowels,
+        ):
+            stream = await ears.open("s")
+            await stream.step(x)
+            assert [each.name for each in await ears.list_streams()] == ["s"]
+            assert await vowels.list_streams() == []
+            await vowels.open("s")  # neither the name nor the room is taken
+            numbers = await ears.stats(), await vowels.stats()
+            assert [each["frames_total"] for each in numbers] == [4, 0]
+            assert [each["connections"] for each in numbers] == [1, 1]
+            async with AsyncClient(server.endpoint):
+                with pytest.raises(Refused, match="3 connections") as refused:
+                    await AsyncClient(server.endpoint, model="vowels").connect()
+                assert refused.value.code is Code.BUSY
+
+
+async def test_an_unknown_model_is_refused_with_the_names_of_those_that_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running(EARS, VOWELS) as server:
+        for wrong, hint in (("vowel", "did you mean 'vowels'?"), ("x" * 90, "it serves 'ears', 'vowels'")):
+            with pytest.raises(Refused) as refused:
+                await AsyncClient(server.endpoint, model=wrong).connect()
+            assert refused.value.code is Code.UNKNOWN_MODEL
+            assert hint in refused.value.sentence
+        monkeypatch.setenv("INSTEP_MODEL", "vowels")
+        async with AsyncClient(server.endpoint) as client, AsyncClient(server.endpoint, model="") as default:
+            assert (client.info.model, default.info.model) == ("vowels", "ears")
+
+
+async def test_a_model_whose_steps_hang_or_that_is_flooded_does_not_keep_the_other_one_waiting(
+    rng: np.random.Generator,
+) -> None:
+    x, gate = frames_of(rng, "vowels", 300), Gate()
+
+    limits = {"max_pending_frames": 4096, "credit_frames": 2048, "max_block_frames": 2048}
+    async with running(EARS, VOWELS, stepper=gate.stepper, limits=limits) as server, AsyncExitStack() as stack:
+        ears, vowels = server.services
+
+        async def flood(number: int) -> None:
+            """A client that waits for nothing, beyond its credit and the room there is."""
+            client = await stack.enter_async_context(RawClient(server.endpoint))
+            await client.hello("ears")
+            handles = (await client.open(*(f"{number}-{each}" for each in range(64)))).handles()
+            block = np.zeros((32, 64, 5), np.float32)
+            seq = 0
+            while True:
+                reply = await client.step(handles, [seq] * 64, block, [seq] * 64)
+                seq += 32 if reply.kind is Kind.STEPPED else 0
+
+        client = await stack.enter_async_context(AsyncClient(server.endpoint, model="vowels"))
+        stream = await client.open("s")
+        floods = [asyncio.create_task(flood(number)) for number in range(4)]
+        while not ears.engine.stats.busy_total:
+            await asyncio.sleep(0.001)
+        outputs = [await stream.step(frame) for frame in x[:150]]
+        assert not any(each.done() for each in floods)
+        assert ears.engine.stats.frames_total > 0, "it is flooded, and gets its share"
+        for each in floods:
+            each.cancel()
+        await asyncio.gather(*floods, return_exceptions=True)
+
+        stuck = await stack.enter_async_context(AsyncClient(server.endpoint, model="ears"))
+        try:
+            hanging = await stuck.open("hangs")
+            waiting = asyncio.create_task(hanging.step(np.full(5, GATE_VALUE, np.float32)))
+            while not ears.engine.is_running:
+                await asyncio.sleep(0.001)
+            outputs += [await stream.step(frame) for frame in x[150:]]
+            assert not waiting.done()
+        finally:
+            gate.open()
+        await waiting
+        assert vowels.engine.stats.busy_total == 0
+    np.testing.assert_array_equal(np.array(outputs), whole(VOWELS, x)[0])
+
+
+def several(folders: object, **sections: dict[str, object]) -> Config:
+    engine = {"exactness": "off", "max_batch_size": 8}
+    transport = {"endpoint": "tcp://127.0.0.1:*"}
+    return Config.model_validate({"model": {"folder": folders}, "engine": engine, "transport": transport, **sections})
+
+
+def test_models_of_one_name_are_refused_until_the_configuration_names_them(folders: list[Path], tmp_path: Path) -> None:
+    quiet = log_into([])
+    write_model(tmp_path / "newer", replace(plain(5, 8, seed=8), name="ears"))
+    with pytest.raises(CannotServe, match=r"two models are called 'ears': .*/ears and .*/newer; give one of them"):
+        prepare(several([folders[0], tmp_path / "newer"]), quiet)
+    (tmp_path / "c.yaml").write_text("model: {folder: {old: ears, new: newer}}\nengine: {exactness: 'off'}\n")
+    named = prepare(load_config(tmp_path / "c.yaml"), quiet)
+    assert [(each.model.name, each.model_path.name) for each in named] == [("old", "ears"), ("new", "newer")]
+    with pytest.raises(CannotServe, match="a model's name must be"):
+        prepare(several({"": folders[0]}), quiet)
+
+
+def test_several_models_are_recorded_in_a_folder(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(CannotServe, match=r"r\.instep is not a folder, and 2 models are recorded"):
+        check(several(folders, recording={"file": tmp_path / "r.instep"}))
+    with pytest.raises(CannotServe, match="'a/b' cannot be a file's name"):
+        check(several({"a/b": folders[0], "c": folders[1]}, recording={"file": tmp_path}))
+    check(several(folders, recording={"file": tmp_path}))
+    check(several(folders[0], recording={"file": tmp_path}))
