@@ -27,6 +27,7 @@ __all__ = [
     "MalformedMessage",
     "NumericsChanged",
     "Refused",
+    "ServedModel",
     "ServerInfo",
     "Stream",
     "StreamEvicted",
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
         StreamRefused,
     )
     from instep_client.protocol.wire import Code, ServerInfo
-    from instep_client.replies import ListedStream
+    from instep_client.replies import ListedStream, ServedModel
     from instep_client.snapshots import StreamSnapshot
     from instep_client.sync import Client
     from instep_client.sync_streams import Group, Stream
@@ -65,7 +66,7 @@ else:
         "aio_streams": ["AsyncGroup", "AsyncStream"],
         "calls": ["TimedOutputs"],
         "protocol.wire": ["Code", "ServerInfo"],
-        "replies": ["ListedStream"],
+        "replies": ["ListedStream", "ServedModel"],
         "snapshots": ["StreamSnapshot"],
         "sync": ["Client"],
         "sync_streams": ["Group", "Stream"],

@@ -14,7 +14,7 @@ from instep_client.driver import Driver
 from instep_client.liveness import OPEN
 from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo
-from instep_client.replies import ListedStream
+from instep_client.replies import ListedStream, ServedModel
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import State, as_state
@@ -234,7 +234,7 @@ class AsyncClient:
         return await self.open(snapshot.name if name is None else name, snapshot.state, snapshot.seq)
 
     async def list_streams(self, prefix: str = "", place: StreamPlace | None = None) -> list[ListedStream]:
-        """The streams of the server whose names begin so, whoever has them; those at one place only, where it is given.
+        """The streams of the model whose names begin so, whoever has them; those at one place only, where it is given.
 
         Streams that open, close or move meanwhile may be missing, or stand there twice.
 
@@ -254,10 +254,14 @@ class AsyncClient:
             if not cursor:
                 return found
 
+    async def list_models(self) -> list[ServedModel]:
+        """The models of the server, the one for clients that name none first."""
+        return await self._driver.wait(self._session.models())
+
     async def ping(self) -> float:
         """The seconds that a message takes to the server and back."""
         return await self._driver.wait(self._session.ping(time.monotonic()))
 
     async def stats(self) -> dict[str, float]:
-        """The server's numbers by name."""
+        """The numbers of this client's model by name."""
         return await self._driver.wait(self._session.statistics())

@@ -62,6 +62,19 @@ class ListedStream(NamedTuple):
     """How long the server keeps it if it stays idle; None if it never expires."""
 
 
+class ServedModel(NamedTuple):
+    """A model of the server."""
+
+    name: str
+    features: int
+    outputs: int
+    streams: int
+    """Open ones, parked and hibernating ones included."""
+    connections: int
+    frames: int
+    """Stepped since the server started the model."""
+
+
 class StreamPage(NamedTuple):
     """LISTED: some streams of the server."""
 
@@ -181,6 +194,17 @@ def listed(header: Header, frames: Sequence[Frame]) -> StreamPage:
             )
         )
     return StreamPage(streams, cursor)
+
+
+def served(header: Header, frames: Sequence[Frame]) -> list[ServedModel]:
+    """The server's models."""
+    count = wire.count_field(header.fields[0], "N", wire.MAX_BLOCK_STREAMS)
+    names = wire.unpack_names(bytes(frames[1]), count)
+    records = wire.array_frame(frames[2], wire.MODEL, (count,), "models")
+    return [
+        ServedModel(name, features, outputs, streams, connections, stepped)
+        for name, (stepped, streams, connections, features, outputs) in zip(names, records.tolist(), strict=True)
+    ]
 
 
 def error(header: Header) -> ErrorReply:

@@ -22,7 +22,7 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ClientClosed, InstepError, InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
-from instep_client.replies import ColumnError, ErrorReply, StreamPage
+from instep_client.replies import ColumnError, ErrorReply, ServedModel, StreamPage
 from instep_client.sleepers import WakingRequest
 from instep_client.streams import ENDING, StreamHandle
 
@@ -68,6 +68,16 @@ class StatisticsCall(Question[dict[str, float]]):
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         self.finish(replies.statistics(header))
+
+
+class ModelsCall(Question[list[ServedModel]]):
+    """The server's models."""
+
+    kind, reply = Kind.MODELS, Kind.SERVED
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        """SERVED came."""
+        self.finish(replies.served(header, frames))
 
 
 class ListCall(Question[StreamPage]):

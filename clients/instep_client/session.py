@@ -29,7 +29,7 @@ from instep_client.liveness import ENDED, OPEN, RECONNECTING
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed
 from instep_client.protocol.wire import Kind
-from instep_client.requests import ListCall, PingCall, ReadStateCall, StatisticsCall
+from instep_client.requests import ListCall, ModelsCall, PingCall, ReadStateCall, StatisticsCall
 from instep_client.states import State as StreamState
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
@@ -191,6 +191,10 @@ class Session(Connection):
     def statistics(self) -> StatisticsCall:
         """Ask for the server's numbers."""
         return self.ask(StatisticsCall(self))
+
+    def models(self) -> ModelsCall:
+        """Ask for the server's models."""
+        return self.ask(ModelsCall(self))
 
     def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> ListCall:
         """Ask for a page of at most `most` streams; `place` is a `wire.Place` or 0, `cursor` 0 at first."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from instep_client.aio import AsyncClient, IfExists, StreamPlace
 from instep_client.loop_thread import LoopThread
 from instep_client.protocol.wire import ServerInfo
-from instep_client.replies import ListedStream
+from instep_client.replies import ListedStream, ServedModel
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import State
 from instep_client.sync_streams import Group, Stream
@@ -125,13 +125,17 @@ class Client:
         return Stream(self, self._thread, self._thread.run(self._client.restore(snapshot, name)))
 
     def list_streams(self, prefix: str = "", place: StreamPlace | None = None) -> list[ListedStream]:
-        """The streams of the server; see `AsyncClient.list_streams`."""
+        """The streams of the model; see `AsyncClient.list_streams`."""
         return self._thread.run(self._client.list_streams(prefix, place))
+
+    def list_models(self) -> list[ServedModel]:
+        """The models of the server, the one for clients that name none first."""
+        return self._thread.run(self._client.list_models())
 
     def ping(self) -> float:
         """The seconds that a message takes to the server and back."""
         return self._thread.run(self._client.ping())
 
     def stats(self) -> dict[str, float]:
-        """The server's numbers by name."""
+        """The numbers of this client's model by name."""
         return self._thread.run(self._client.stats())

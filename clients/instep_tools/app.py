@@ -10,7 +10,8 @@ from typing import Annotated, Final
 import typer
 
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
-from instep_tools.command_line import AsJson, CommandLine, Endpoint, add_version, positive
+from instep_tools.command_line import AsJson, CommandLine, Endpoint, ModelName, add_version, positive
+from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.live import Pace
 from instep_tools.load.app import EXAMPLES, loadtest_command
@@ -22,7 +23,7 @@ from instep_tools.produce import Produce, produce
 from instep_tools.replay import Replay, replay
 from instep_tools.signals import Signal
 from instep_tools.state_app import app as state_app
-from instep_tools.streams import stats
+from instep_tools.streams import models, stats
 from instep_tools.streams_app import app as streams_app
 from instep_tools.terminal import Terminal, run_command, run_undrained
 
@@ -82,18 +83,24 @@ add_version(app)
 
 
 @app.command("ping", examples=["instep-client ping", "instep-client ping -e tcp://gpu-1:5757 --json"])
-def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
+def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, model: ModelName = "", as_json: AsJson = False) -> None:
     """Say in one line whether the server is ready, with its model, device, exactness and round trip.
 
     Exit status 0: it accepts new connections, streams and frames. 1: it answers and is not ready. 2: nobody answers.
     """
-    raise typer.Exit(run_undrained(partial(ping, endpoint), Terminal(as_json)))
+    raise typer.Exit(run_undrained(partial(ping, Target(endpoint, model)), Terminal(as_json)))
+
+
+@app.command("models", examples=["instep-client models", "instep-client models --json"])
+def models_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
+    """List the server's models, the one for clients that name none first."""
+    raise typer.Exit(run_undrained(partial(models, Target(endpoint)), Terminal(as_json)))
 
 
 @app.command("stats", examples=["instep-client stats", "instep-client stats --json"])
-def stats_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
-    """Show the server's numbers: streams, frames, batches, and how long they took."""
-    raise typer.Exit(run_undrained(partial(stats, endpoint), Terminal(as_json)))
+def stats_command(endpoint: Endpoint = DEFAULT_ENDPOINT, model: ModelName = "", as_json: AsJson = False) -> None:
+    """Show the numbers of a model: streams, frames, batches, and how long they took."""
+    raise typer.Exit(run_undrained(partial(stats, Target(endpoint, model)), Terminal(as_json)))
 
 
 @app.command(
@@ -138,6 +145,7 @@ def produce_command(
     format: Annotated[OutputFormat | None, typer.Option(help="How outputs are printed. (default: csv)")] = None,
     save: Save = None,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
+    model: ModelName = "",
     as_json: AsJson = False,
 ) -> None:
     """Stream frames live from lines, files or a generated signal; print or save the outputs.
@@ -151,7 +159,7 @@ def produce_command(
     """
     rate_hz = SIGNAL_RATE_HZ if rate is None and signal is not None else rate
     what = Produce(
-        endpoint=endpoint,
+        target=Target(endpoint, model),
         pace=Pace(rate_hz, frames, seconds, speed),
         file=file,
         choice=_choice(named, columns, time, only),
@@ -195,6 +203,7 @@ def replay_command(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the outputs with the file's, bit for bit.")] = False,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
+    model: ModelName = "",
     as_json: AsJson = False,
 ) -> None:
     """Send recorded sequences again: in real time, N times as fast, or as fast as possible.
@@ -205,7 +214,7 @@ def replay_command(
     With --check the exit status is 0 when all outputs equal those in the file, 1 when one differs, and 2 when one
     could not be compared.
     """
-    what = Replay(endpoint, file, speed, rate, _choice(named, columns, time, only), save, plot, check)
+    what = Replay(Target(endpoint, model), file, speed, rate, _choice(named, columns, time, only), save, plot, check)
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         with WallClock() as clock:

@@ -169,4 +169,14 @@ Endpoint = Annotated[
         show_default=True,
     ),
 ]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        envvar="INSTEP_MODEL",
+        help="The model, where the server has several. (default: the server's first)",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final
+from typing import Final, NamedTuple
 
 from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import ClientClosed
@@ -20,9 +20,17 @@ STOPPED_RECONNECT_S: Final = 1.0
 """For how long when a stop is requested."""
 
 
+class Target(NamedTuple):
+    """Where a command connects."""
+
+    endpoint: str
+    model: str = ""
+    """Empty for the server's default."""
+
+
 @asynccontextmanager
 async def connected(
-    endpoint: str,
+    target: Target,
     command: str,
     terminal: Terminal,
     stop: Stop,
@@ -41,8 +49,8 @@ async def connected(
         ConnectionFailed: nobody answers.
         Refused: the server does not take this client.
     """
-    client = AsyncClient(endpoint, f"instep-client {command}", PATIENCE_S, reconnect_s)
-    async with terminal.waiting(f"waiting for a server at {endpoint}"):
+    client = AsyncClient(target.endpoint, f"instep-client {command}", PATIENCE_S, reconnect_s, model=target.model)
+    async with terminal.waiting(f"waiting for a server at {target.endpoint}"):
         await client.connect()
     stop.connected = True
     watcher = asyncio.create_task(_close_when_stopped(client, stop))

@@ -7,7 +7,7 @@ from typing import Final
 
 from instep_client.protocol.errors import Refused
 from instep_client.protocol.wire import Code, ServerInfo
-from instep_tools.connect import connected
+from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal
@@ -19,7 +19,7 @@ _NOT_NOW: Final = frozenset({Code.SHUTTING_DOWN, Code.BUSY})
 """Why a server that is there takes no connection."""
 
 
-async def ping(endpoint: str, terminal: Terminal, stop: Stop) -> Exit:
+async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     """One line: whether it takes new work, model, device, exactness, round trip.
 
     Returns:
@@ -33,7 +33,7 @@ async def ping(endpoint: str, terminal: Terminal, stop: Stop) -> Exit:
     round_trip_ms: float | None = None
     why: str | None = None
     try:
-        async with connected(endpoint, "ping", terminal, stop, reconnect_s=0.0) as client:
+        async with connected(target, "ping", terminal, stop, reconnect_s=0.0) as client:
             info = client.info
             round_trip_ms = min([await client.ping() for _ in range(ROUND_TRIPS)]) * 1000
             if (await client.stats()).get("ready") != 1:
@@ -45,7 +45,7 @@ async def ping(endpoint: str, terminal: Terminal, stop: Stop) -> Exit:
     if terminal.as_json:
         terminal.result(
             {
-                "endpoint": endpoint,
+                "endpoint": target.endpoint,
                 "ready": why is None,
                 "why": why,
                 "round_trip_ms": round_trip_ms,
@@ -53,11 +53,12 @@ async def ping(endpoint: str, terminal: Terminal, stop: Stop) -> Exit:
             }
         )
     elif why is not None or info is None:
-        terminal.out.print(f"{endpoint}: not ready: {why}", markup=False)
+        terminal.out.print(f"{target.endpoint}: not ready: {why}", markup=False)
     else:
         terminal.out.print(
-            f"{endpoint}: ready, model {info.model} ({info.features} to {info.outputs}, {info.fingerprint[:12]}) "
-            f"on {info.device}, {info.exactness}, round trip {round_trip_ms:.3f} ms",
+            f"{target.endpoint}: ready, model {info.model} "
+            f"({info.features} to {info.outputs}, {info.fingerprint[:12]}) on {info.device}, {info.exactness}, "
+            f"round trip {round_trip_ms:.3f} ms",
             markup=False,
         )
     return Exit.OK if why is None else Exit.FOUND_PROBLEMS

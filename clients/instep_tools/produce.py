@@ -14,7 +14,7 @@ import numpy as np
 from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import Refused
 from instep_client.protocol.wire import F32, ServerInfo
-from instep_tools.connect import connected, may_give_up
+from instep_tools.connect import Target, connected, may_give_up
 from instep_tools.feed import read_lines
 from instep_tools.formats.columns import Choice, output_columns
 from instep_tools.formats.read import holds_lines, read_sequences
@@ -35,7 +35,7 @@ from instep_tools.words import counted
 class Produce:
     """What to do."""
 
-    endpoint: str
+    target: Target
     pace: Pace
     file: Path | None = None
     """Any file of frames; None for the signal, or else lines from standard input."""
@@ -66,7 +66,7 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
     sequences = None if lines or what.file is None else read_sequences(what.file, what.choice)
     with ExitStack() as stack:
         descriptor = _descriptor(what.file, stack) if lines else None
-        async with connected(what.endpoint, "produce", terminal, stop) as client:
+        async with connected(what.target, "produce", terminal, stop) as client:
             outputs = _outputs(what, format, terminal, stop, client.info, stack)
             answers = Answers(outputs, terminal)
             live = LiveRun(client, what.pace, answers, terminal, stop, clock)

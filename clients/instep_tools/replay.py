@@ -12,7 +12,7 @@ import numpy.typing as npt
 from instep_client.protocol.errors import FramesRefused, Refused
 from instep_client.protocol.wire import F32, ServerInfo
 from instep_tools.compare import ReplayComparison, compare
-from instep_tools.connect import connected, may_give_up
+from instep_tools.connect import Target, connected, may_give_up
 from instep_tools.formats.columns import Choice, output_columns
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.write import check_output_path, save_sequences
@@ -31,7 +31,7 @@ from instep_tools.words import counted
 class Replay:
     """What to do."""
 
-    endpoint: str
+    target: Target
     file: Path
     speed: float | None = None
     """Times real time; infinite for as fast as possible; None for real time where times are known, else infinite."""
@@ -89,7 +89,7 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
         check_output_path(what.save)
     if what.plot is not None:
         check_plot_path(what.plot)
-    async with connected(what.endpoint, "replay", terminal, stop) as client:
+    async with connected(what.target, "replay", terminal, stop) as client:
         info = client.info
         _check_fits(what, sequences, info)
         back = ReplayedOutputs(len(sequences.frames), info.outputs)

@@ -22,7 +22,7 @@ from instep_client.aio_streams import AsyncStream
 from instep_client.protocol.errors import InvalidInput, StreamRefused
 from instep_client.protocol.wire import Code, ServerInfo
 from instep_client.snapshots import StreamSnapshot
-from instep_tools.connect import connected
+from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import BadFile, CommandProblem, Exit
 from instep_tools.terminal import Terminal
@@ -31,13 +31,13 @@ FIRST_VALUES: Final = 6
 """How many values of a layer are shown."""
 
 
-async def read(endpoint: str, name: str, terminal: Terminal, stop: Stop) -> Exit:
+async def read(target: Target, name: str, terminal: Terminal, stop: Stop) -> Exit:
     """Show a stream's seq and state.
 
     Raises:
         InstepError: as the client does, when there is no such stream for one.
     """
-    async with connected(endpoint, "state read", terminal, stop) as client:
+    async with connected(target, "state read", terminal, stop) as client:
         seq, state = await client.read_state(name)
         info = client.info
     if terminal.as_json:
@@ -60,7 +60,7 @@ async def read(endpoint: str, name: str, terminal: Terminal, stop: Stop) -> Exit
     return Exit.OK
 
 
-async def snapshot(endpoint: str, name: str, to: Path, terminal: Terminal, stop: Stop) -> Exit:
+async def snapshot(target: Target, name: str, to: Path, terminal: Terminal, stop: Stop) -> Exit:
     """Save a stream's seq and state in a new file.
 
     Raises:
@@ -68,7 +68,7 @@ async def snapshot(endpoint: str, name: str, to: Path, terminal: Terminal, stop:
         BadFile: when there is such a file already, or it cannot be written.
     """
     _check_new(to)
-    async with connected(endpoint, "state snapshot", terminal, stop) as client:
+    async with connected(target, "state snapshot", terminal, stop) as client:
         taken = await client.snapshot(name)
     try:
         taken.save(to, overwrite=False)
@@ -84,7 +84,7 @@ async def snapshot(endpoint: str, name: str, to: Path, terminal: Terminal, stop:
     return Exit.OK
 
 
-async def restore(endpoint: str, file: Path, name: str | None, terminal: Terminal, stop: Stop) -> Exit:
+async def restore(target: Target, file: Path, name: str | None, terminal: Terminal, stop: Stop) -> Exit:
     """Open a stream that goes on from a snapshot, and leave it parked.
 
     Raises:
@@ -92,7 +92,7 @@ async def restore(endpoint: str, file: Path, name: str | None, terminal: Termina
         CommandProblem: when the file is none, or of another model, or the name is in use.
     """
     taken = _load(file)
-    async with _leaving(endpoint, "restore", terminal, stop) as client:
+    async with _leaving(target, "restore", terminal, stop) as client:
         _check(file, taken, client.info)
         try:
             stream = await client.restore(taken, name)
@@ -104,20 +104,20 @@ async def restore(endpoint: str, file: Path, name: str | None, terminal: Termina
     return Exit.OK
 
 
-async def fork(endpoint: str, name: str, copy: str, terminal: Terminal, stop: Stop) -> Exit:
+async def fork(target: Target, name: str, copy: str, terminal: Terminal, stop: Stop) -> Exit:
     """Open a stream that begins with another one's seq and state, and leave it parked.
 
     Raises:
         InstepError: as the client does.
         CommandProblem: when the server parks no streams.
     """
-    async with _leaving(endpoint, "fork", terminal, stop) as client:
+    async with _leaving(target, "fork", terminal, stop) as client:
         stream = await client.restore(await client.snapshot(name), copy)
         _tell_parked(terminal, f"{copy!r} continues from {name!r}", stream, client.info, {"from": name})
     return Exit.OK
 
 
-async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, terminal: Terminal, stop: Stop) -> Exit:
+async def reset(target: Target, name: str, file: Path | None, take_over: bool, terminal: Terminal, stop: Stop) -> Exit:
     """Take a stream from its owner, replace its state by the initial one or a snapshot's, and leave it parked.
 
     Raises:
@@ -125,7 +125,7 @@ async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, te
         CommandProblem: when it may not be taken, or the file is none, or of another model, or its state cannot be used.
     """
     taken = None if file is None else _load(file)
-    async with _leaving(endpoint, "reset", terminal, stop) as client:
+    async with _leaving(target, "reset", terminal, stop) as client:
         if file is not None and taken is not None:
             _check(file, taken, client.info)  # while its owner still has the stream
         if not take_over:
@@ -159,12 +159,12 @@ async def reset(endpoint: str, name: str, file: Path | None, take_over: bool, te
 
 
 @asynccontextmanager
-async def _leaving(endpoint: str, verb: str, terminal: Terminal, stop: Stop) -> AsyncIterator[AsyncClient]:
+async def _leaving(target: Target, verb: str, terminal: Terminal, stop: Stop) -> AsyncIterator[AsyncClient]:
     """A client that leaves its streams to be parked."""
-    async with connected(endpoint, f"state {verb}", terminal, stop, park=True) as client:
+    async with connected(target, f"state {verb}", terminal, stop, park=True) as client:
         if client.info.park_s <= 0:
             raise CommandProblem(
-                f"the server at {endpoint} keeps no stream without its connection (its limits.park_s is 0): the "
+                f"the server at {target.endpoint} keeps no stream without its connection (its limits.park_s is 0): the "
                 f"stream would end with this command; {verb} it in the program that will use it"
             )
         yield client

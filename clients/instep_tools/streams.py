@@ -1,16 +1,17 @@
-"""`instep-client streams` and `stats`: what is open on a server, and making room there."""
+"""`instep-client streams`, `models` and `stats`: what is open on a server, and making room there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from instep_client.aio import AsyncClient, StreamPlace
 from instep_client.protocol.errors import Refused
 from instep_client.protocol.wire import Code
 from instep_client.replies import ListedStream
-from instep_tools.connect import connected
+from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
 from instep_tools.terminal import Terminal
@@ -20,19 +21,20 @@ _HAS_ENDED = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
 
 
 async def show(
-    endpoint: str, prefix: str, place: StreamPlace | None, most: int, terminal: Terminal, stop: Stop
+    target: Target, prefix: str, place: StreamPlace | None, most: int, terminal: Terminal, stop: Stop
 ) -> Exit:
     """List streams, those first that have done nothing for longest."""
-    async with connected(endpoint, "streams", terminal, stop) as client:
-        found = await client.list_streams(prefix, place)
+    async with connected(target, "streams", terminal, stop) as client:
+        found, model = await client.list_streams(prefix, place), client.info.model
     found.sort(key=lambda stream: -stream.idle_s)
     if terminal.as_json:
-        terminal.result({"streams": [stream._asdict() for stream in found[:most]], "count": len(found)})
+        shown = [stream._asdict() for stream in found[:most]]
+        terminal.result({"model": model, "streams": shown, "count": len(found)})
         return Exit.OK
     if found:
         terminal.out.print(_table(found[:most]))
     left_out = f"; {len(found) - most:,} more are not shown (--limit)" if len(found) > most else ""
-    terminal.summary(f"{counted(len(found), 'stream')}{left_out}")
+    terminal.summary(f"{counted(len(found), 'stream')} of {model}{left_out}")
     return Exit.OK
 
 
@@ -53,7 +55,7 @@ def _table(streams: Sequence[ListedStream]) -> Table:
 
 
 async def free(
-    endpoint: str,
+    target: Target,
     names: Sequence[str],
     prefix: str | None,
     place: StreamPlace | None,
@@ -71,9 +73,11 @@ async def free(
         raise CommandProblem("say which streams: their names, --prefix, or --place")
     taken: list[str] = []
     missing: list[str] = []
-    async with connected(endpoint, f"streams {verb}", terminal, stop, park=park) as client:
+    async with connected(target, f"streams {verb}", terminal, stop, park=park) as client:
         if park and client.info.park_s <= 0:
-            raise CommandProblem(f"the server at {endpoint} parks no streams (its limits.park_s is 0): close them")
+            raise CommandProblem(
+                f"the server at {target.endpoint} parks no streams (its limits.park_s is 0): close them"
+            )
         if not names:
             names = [stream.name for stream in await client.list_streams(prefix or "", place)]
         count = [0]
@@ -102,16 +106,34 @@ async def _take(client: AsyncClient, name: str, park: bool) -> bool:
     return True
 
 
-async def stats(endpoint: str, terminal: Terminal, stop: Stop) -> Exit:
-    """Show the server's numbers."""
-    async with connected(endpoint, "stats", terminal, stop) as client:
-        numbers = await client.stats()
+async def stats(target: Target, terminal: Terminal, stop: Stop) -> Exit:
+    """Show the numbers of a model."""
+    async with connected(target, "stats", terminal, stop) as client:
+        numbers, model = await client.stats(), client.info.model
     if terminal.as_json:
-        terminal.result(numbers)
+        terminal.result({"model": model, **numbers})
         return Exit.OK
     rows = Table("", "", box=None, pad_edge=False, show_header=False)
     rows.columns[1].justify = "right"
+    rows.add_row("model", escape(model))
     for name, value in numbers.items():
         rows.add_row(name, f"{value:,.0f}" if value == int(value) else three_digits(value))
+    terminal.out.print(rows)
+    return Exit.OK
+
+
+async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
+    """List the models of a server, the default one first."""
+    async with connected(target, "models", terminal, stop) as client:
+        found = await client.list_models()
+    if terminal.as_json:
+        terminal.result({"models": [model._asdict() for model in found]})
+        return Exit.OK
+    rows = Table("name", "features", "outputs", "connections", "streams", "frames", box=None, pad_edge=False)
+    for column in rows.columns[1:]:
+        column.justify = "right"
+    for model in found:
+        numbers = (model.features, model.outputs, model.connections, model.streams, model.frames)
+        rows.add_row(escape(model.name), *(f"{number:,}" for number in numbers))
     terminal.out.print(rows)
     return Exit.OK

@@ -10,7 +10,8 @@ import typer
 from instep_client.aio import StreamPlace
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
 from instep_tools import streams
-from instep_tools.command_line import AsJson, CommandLine, Endpoint
+from instep_tools.command_line import AsJson, CommandLine, Endpoint, ModelName
+from instep_tools.connect import Target
 from instep_tools.terminal import Terminal, run_undrained
 
 app: Final = CommandLine(help="List the streams of a server, and close or park some.")
@@ -31,10 +32,12 @@ def list_command(
     place: Where = None,
     limit: Annotated[int, typer.Option(min=1, help="Show at most this many, longest idle first.")] = 50,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
+    model: ModelName = "",
     as_json: AsJson = False,
 ) -> None:
     """Show the server's streams: the place of each, its next seq, and how long the server keeps it if it stays idle."""
-    raise typer.Exit(run_undrained(partial(streams.show, endpoint, prefix or "", place, limit), Terminal(as_json)))
+    command = partial(streams.show, Target(endpoint, model), prefix or "", place, limit)
+    raise typer.Exit(run_undrained(command, Terminal(as_json)))
 
 
 @app.command("close", examples=["instep-client streams close mic-7", "instep-client streams close --place parked"])
@@ -43,13 +46,14 @@ def close_command(
     prefix: Prefix = None,
     place: Where = None,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
+    model: ModelName = "",
     as_json: AsJson = False,
 ) -> None:
     """Close streams by name, or all with a prefix or at a place.
 
     Their states are lost. A client that owns one of them is told that the stream was taken over.
     """
-    _free(names, prefix, place, False, endpoint, as_json)
+    _free(names, prefix, place, False, Target(endpoint, model), as_json)
 
 
 @app.command("park", examples=["instep-client streams park mic-7", "instep-client streams park --prefix lab-"])
@@ -58,6 +62,7 @@ def park_command(
     prefix: Prefix = None,
     place: Where = None,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
+    model: ModelName = "",
     as_json: AsJson = False,
 ) -> None:
     """Take streams from their clients and leave them parked, for another client to resume.
@@ -65,11 +70,11 @@ def park_command(
     A client that owns one of them is told that the stream was taken over. The server keeps a parked stream for
     limits.park_s, and then closes it.
     """
-    _free(names, prefix, place, True, endpoint, as_json)
+    _free(names, prefix, place, True, Target(endpoint, model), as_json)
 
 
 def _free(
-    names: list[str], prefix: str | None, place: StreamPlace | None, park: bool, endpoint: str, as_json: bool
+    names: list[str], prefix: str | None, place: StreamPlace | None, park: bool, target: Target, as_json: bool
 ) -> None:
-    command = partial(streams.free, endpoint, names, prefix, place, park)
+    command = partial(streams.free, target, names, prefix, place, park)
     raise typer.Exit(run_undrained(command, Terminal(as_json)))

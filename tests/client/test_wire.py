@@ -36,6 +36,8 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.STATE_READ, 5, (1, ()), "94 4b 05 01 90"),
     (Kind.CHANGED, 6, (2, ()), "94 4c 06 02 90"),
     (Kind.LISTED, 7, (2, 300), "94 4d 07 02 cd012c"),
+    (Kind.MODELS, 8, (), "92 0c 08"),
+    (Kind.SERVED, 8, (2,), "93 4e 08 02"),
 ]
 
 
@@ -69,6 +71,11 @@ def test_a_grant_is_handle_epoch_next_seq_and_a_claim_have_and_epoch() -> None:
     assert claim.tobytes().hex(" ", 8) == "ffffffffffffffff 0200000000000000"
 
 
+def test_a_model_is_frames_streams_connections_features_outputs() -> None:
+    model = np.array([(0x0102030405060708, 2, 3, 4, 5)], wire.MODEL)
+    assert model.tobytes().hex(" ", 4) == "08070605 04030201 02000000 03000000 04000000 05000000"
+
+
 def test_a_failure_is_column_timestep_code_zero_expected_seq() -> None:
     failure = np.array([(1, 2, 101, 0, 0x0102030405060708)], wire.FAILURE)
     assert failure.tobytes().hex(" ", 4) == "01000000 02000000 65000000 00000000 08070605 04030201"
@@ -94,7 +101,7 @@ GOOD = bytes.fromhex("95 02 02 03 01 00")
         ([b"\x92\x05\xa1\xff"], "not msgpack"),  # not UTF-8
         ([b"\x05"], "array of at least"),
         ([b"\x91\x05"], "array of at least"),
-        ([b"\x92\x0c\x01"], "unknown message kind 12"),
+        ([b"\x92\x0f\x01"], "unknown message kind 15"),
         ([b"\x92\x03\x01"], "unknown message kind 3"),  # a STEP, whose header is not msgpack
         ([b"\x92\xc3\x01"], "unknown message kind True"),
         ([b"\x92\xa1a\x01"], "unknown message kind 'a'"),

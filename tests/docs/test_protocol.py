@@ -166,6 +166,8 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
             cursor=0,
         ),
     ),
+    "MODELS": [wire.pack_header(Kind.MODELS, 19)],
+    "SERVED": encode.served(19, {"seed": (5, 3, 2, 3, 4), "ears": (0, 0, 0, 40, 128)}),
     "EVICTED": encode.evicted(StreamEvent(Code.FENCED, u64(MIC_1, MIC_2))),
     "ERROR": encode.error(15, Refusal(Code.BUSY, retry_after_us=2000)),
     "GOODBYE": encode.goodbye("the server is shutting down: it was asked to"),
@@ -228,6 +230,7 @@ def test_the_client_reads_what_the_examples_of_the_server_say() -> None:
         ("mic-5", "hibernating", None, 0, 9.0, None),
     ]
     assert page.cursor == 0
+    assert readers.served(*read["SERVED"]) == [("seed", 3, 4, 3, 2, 5), ("ears", 40, 128, 0, 0, 0)]
     handles, code, _ = readers.evicted(*read["EVICTED"])
     assert (handles.tolist(), code) == ([MIC_1, MIC_2], Code.FENCED)
     assert "shutting down" in readers.goodbye(read["GOODBYE"][0])
@@ -297,6 +300,7 @@ def test_names_and_numbers_in_the_text_agree() -> None:
         ("RESUME (7)", "claim", wire.CLAIM),
         ("STEPPED (67)", "answered", step_messages.ANSWERED),
         ("LISTED (77)", "listing", wire.LISTING),
+        ("SERVED (78)", "model", wire.MODEL),
         ("Failures", "failure", wire.FAILURE),
     ],
 )

@@ -13,6 +13,7 @@ from instep_client import AsyncClient, Client, InvalidInput, StreamEvicted
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, Place
 from instep_tools import streams
+from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
 from tests.support.models import SMALL, whole
@@ -114,31 +115,32 @@ async def test_a_page_may_show_nothing_and_not_be_the_last() -> None:
 class TestCommand:
     async def test_lists_closes_and_counts(self) -> None:
         async with running(SMALL, transport={"heartbeat_s": 0.1}) as server:
-            endpoint = server.endpoint
-            await parked(endpoint, "old-1", "old-2", "old-3")
-            async with AsyncClient(endpoint) as owner:
+            target = Target(server.endpoint)
+            await parked(server.endpoint, "old-1", "old-2", "old-3")
+            async with AsyncClient(server.endpoint) as owner:
                 mine = await owner.open("new-1")
                 terminal = RememberingTerminal()
-                assert await streams.show(endpoint, "", None, 3, terminal, Stop()) == Exit.OK
-                assert "4 streams; 1 more are not shown (--limit)" in terminal.said
+                assert await streams.show(target, "", None, 3, terminal, Stop()) == Exit.OK
+                assert f"4 streams of {SMALL.name}; 1 more are not shown (--limit)" in terminal.said
                 assert terminal.said.count("parked") == 3
                 terminal = RememberingTerminal(as_json=True)
-                assert await streams.free(endpoint, ["old-1", "gone"], None, None, False, terminal, Stop()) == 1
+                assert await streams.free(target, ["old-1", "gone"], None, None, False, terminal, Stop()) == 1
                 assert terminal.json() == {"closed": ["old-1"], "missing": ["gone"]}
                 terminal = RememberingTerminal()
-                assert await streams.free(endpoint, [], None, "parked", False, terminal, Stop()) == Exit.OK
+                assert await streams.free(target, [], None, "parked", False, terminal, Stop()) == Exit.OK
                 assert terminal.said.strip() == "2 streams closed"
-                assert await streams.free(endpoint, [], "new", None, False, terminal, Stop()) == Exit.OK
+                assert await streams.free(target, [], "new", None, False, terminal, Stop()) == Exit.OK
                 with pytest.raises(StreamEvicted, match=r"FENCED|UNKNOWN_STREAM"):
                     await mine.step(np.zeros(F))
                 with pytest.raises(CommandProblem, match="say which streams"):
-                    await streams.free(endpoint, [], None, None, False, terminal, Stop())
+                    await streams.free(target, [], None, None, False, terminal, Stop())
                 terminal = RememberingTerminal(as_json=True)
-                assert await streams.show(endpoint, "", None, 3, terminal, Stop()) == Exit.OK
-                assert terminal.json() == {"streams": [], "count": 0}
+                assert await streams.show(target, "", None, 3, terminal, Stop()) == Exit.OK
+                assert terminal.json() == {"model": SMALL.name, "streams": [], "count": 0}
                 terminal = RememberingTerminal()
-                assert await streams.stats(endpoint, terminal, Stop()) == Exit.OK
+                assert await streams.stats(target, terminal, Stop()) == Exit.OK
                 assert "streams_open" in terminal.said
+                assert SMALL.name in terminal.said
 
     async def test_parks_a_stream_for_another_client(self) -> None:
         x = np.ones((2, F), np.float32)
@@ -146,7 +148,7 @@ class TestCommand:
             mine = await owner.open("mic")
             first = await mine.step(x[0])
             terminal = RememberingTerminal()
-            arguments = (server.endpoint, ["mic"], None, None, True, terminal, Stop())
+            arguments = (Target(server.endpoint), ["mic"], None, None, True, terminal, Stop())
             assert await streams.free(*arguments) == Exit.OK
             assert terminal.said.strip() == "1 stream parked, and kept for 300 s"
             with pytest.raises(StreamEvicted, match="FENCED"):
@@ -157,7 +159,7 @@ class TestCommand:
             np.testing.assert_array_equal(np.stack([first, second]), whole(SMALL, x)[0])
         async with running(SMALL, limits={"park_s": 0}) as server:
             with pytest.raises(CommandProblem, match="parks no streams"):
-                await streams.free(server.endpoint, ["mic"], None, None, True, terminal, Stop())
+                await streams.free(Target(server.endpoint), ["mic"], None, None, True, terminal, Stop())
 
 
 async def test_the_client_for_threads_lists_too() -> None:

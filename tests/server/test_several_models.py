@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import subprocess
@@ -10,10 +11,12 @@ import sys
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from instep.config import Config, load_config
 from instep.core.typing import F32
@@ -22,6 +25,7 @@ from instep.server.check import check
 from instep.server.preparation import CannotServe, prepare
 from instep_client import AsyncClient, Client, Refused
 from instep_client.protocol.wire import Code, Kind
+from instep_tools.app import app as client_app
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain, whole
 from tests.support.raw import RawClient
@@ -68,6 +72,7 @@ def test_each_client_gets_the_outputs_of_its_model_through_a_crash_and_each_reco
                     child.send_signal(signal.SIGKILL)
                 for name, stream in streams.items():
                     outputs[name].append(stream.step(x[name][number]))
+            assert_the_commands_name_models(endpoint)
             for stream in streams.values():
                 stream.close()
         served.process.send_signal(signal.SIGHUP)
@@ -80,6 +85,24 @@ def test_each_client_gets_the_outputs_of_its_model_through_a_crash_and_each_reco
         command = [sys.executable, "-m", "instep", "verify", str(tmp_path / "recordings" / f"{name}.instep")]
         verified = subprocess.run(command, capture_output=True, text=True, check=False)
         assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def assert_the_commands_name_models(endpoint: str) -> None:
+    """Each model has a stream of 60 frames, 30 of them since the server was started again."""
+
+    def said(*arguments: str, **environment: str) -> dict[str, Any]:
+        result = CliRunner().invoke(client_app, [*arguments, "-e", endpoint, "--json"], env=environment)
+        assert result.exit_code == 0, result.output
+        said: dict[str, Any] = json.loads(result.stdout)
+        return said
+
+    assert [(each["name"], each["streams"]) for each in said("models")["models"]] == [("ears", 1), ("vowels", 1)]
+    assert said("ping", "--model", "vowels")["server"]["outputs"] == 16
+    assert said("stats", INSTEP_MODEL="vowels")["model"] == "vowels"
+    listed = said("streams", "list", "--model", "vowels")
+    assert (listed["model"], [each["name"] for each in listed["streams"]]) == ("vowels", ["s"])
+    wrong = CliRunner().invoke(client_app, ["stats", "-e", endpoint, "--model", "vowel"])
+    assert (wrong.exit_code, "did you mean 'vowels'?" in wrong.stderr) == (2, True), wrong.output
 
 
 async def test_a_connection_sees_the_streams_the_numbers_and_the_limits_of_its_model_alone(
@@ -100,6 +123,7 @@ async def test_a_connection_sees_the_streams_the_numbers_and_the_limits_of_its_m
             numbers = await ears.stats(), await vowels.stats()
             assert [each["frames_total"] for each in numbers] == [4, 0]
             assert [each["connections"] for each in numbers] == [1, 1]
+            assert await vowels.list_models() == [("ears", 5, 8, 1, 1, 4), ("vowels", 3, 16, 1, 1, 0)]
             async with AsyncClient(server.endpoint):
                 with pytest.raises(Refused, match="3 connections") as refused:
                     await AsyncClient(server.endpoint, model="vowels").connect()

@@ -44,6 +44,7 @@ ANSWERS = {
     Kind.RESUMED: 5,
     Kind.STATE_READ: 4,
     Kind.CHANGED: 4,
+    Kind.SERVED: 3,
 }
 """What a healthy server says beside STEPPED, and how many elements its header has."""
 WITH_FAILURES = (Kind.OPENED, Kind.RESUMED, Kind.STEPPED, Kind.CLOSED, Kind.STATE_READ, Kind.CHANGED)
@@ -294,7 +295,7 @@ class MessageMaker:
         return [msgpack.packb([Kind.CLOSE, request, count]), np.array(closings, "<u8").tobytes()]
 
     def _ping(self) -> list[bytes]:
-        return [self._header(self._one_of((Kind.PING, Kind.PING, Kind.PING, Kind.STATS)))]
+        return [self._header(self._one_of((Kind.PING, Kind.PING, Kind.STATS, Kind.MODELS)))]
 
     def _servers_own(self) -> list[bytes]:
         kind = self._one_of((Kind.WELCOME, Kind.OPENED, Kind.STEPPED, Kind.PONG, Kind.ERROR, Kind.GOODBYE))

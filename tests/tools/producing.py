@@ -8,6 +8,7 @@ import numpy as np
 
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32, Kind
+from instep_tools.connect import Target
 from instep_tools.live import Pace
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
@@ -29,7 +30,7 @@ class ProduceRun:
 
     async def __call__(self, **what: Any) -> Exit:
         with self.server as server:
-            wanted = Produce(server.endpoint, **{"pace": FAST, "name": "produce", **what})
+            wanted = Produce(Target(server.endpoint), **{"pace": FAST, "name": "produce", **what})
             ending = await produce(wanted, self.terminal, self.stop, self.clock)
             assert server.rules.names == {}, "streams are left open"
         return ending

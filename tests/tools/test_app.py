@@ -199,6 +199,7 @@ def test_help_names_every_command_and_the_endpoint() -> None:
         text = run(name, "-h", COLUMNS="200").stdout
         assert DEFAULT_ENDPOINT in text
         assert "INSTEP_ENDPOINT" in text
+        assert "INSTEP_MODEL" in text
 
 
 @pytest.mark.parametrize("command", ["ping", "produce"])

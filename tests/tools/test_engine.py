@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from instep_tools.connect import Target
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.recording import read_recording
 from instep_tools.live import Pace
@@ -36,10 +37,10 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
     async with running(SEED_SIZED, recording={"file": recording}) as server:
         clock, terminal = JumpingClock(), RememberingTerminal()
         live = Produce(
-            server.endpoint, Pace(10.0, 20, None), signal=Signal.NOISE, streams=3, save=tmp_path / "live.npz"
+            Target(server.endpoint), Pace(10.0, 20, None), signal=Signal.NOISE, streams=3, save=tmp_path / "live.npz"
         )
         assert await produce(live, terminal, Stop(), clock) == Exit.OK
-        again = Replay(server.endpoint, tmp_path / "spoken.npz", save=tmp_path / "outputs.npz")
+        again = Replay(Target(server.endpoint), tmp_path / "spoken.npz", save=tmp_path / "outputs.npz")
         assert await replay(again, terminal, Stop(), clock) == Exit.OK
     outputs = read_sequences(tmp_path / "outputs.npz")
     assert outputs.outputs is not None
@@ -53,7 +54,7 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
             for speed in (1.0, math.inf) if file is recording else (math.inf,):
                 terminal = RememberingTerminal()
                 ending = await replay(
-                    Replay(server.endpoint, file, speed, check=True), terminal, Stop(), JumpingClock()
+                    Replay(Target(server.endpoint), file, speed, check=True), terminal, Stop(), JumpingClock()
                 )
                 assert (ending, terminal.complained) == (Exit.OK, "")
                 assert "equal the recording, bit for bit" in terminal.said
@@ -73,7 +74,9 @@ async def test_a_load_test_of_the_engine() -> None:
     )
     terminal = RememberingTerminal(as_json=True)
     async with running(SEED_SIZED) as server:
-        assert await LoadTester(LoadTest(server.endpoint, plan), terminal, Stop(), JumpingClock()).run() == Exit.OK
+        assert (
+            await LoadTester(LoadTest(Target(server.endpoint), plan), terminal, Stop(), JumpingClock()).run() == Exit.OK
+        )
     values = terminal.json()
     assert (values["refused_frames"], values["unanswered_frames"]) == ({}, 0)
     assert values["latency_us"]["compute"]["max"] > 0

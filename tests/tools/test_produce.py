@@ -13,6 +13,7 @@ import pytest
 
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32
+from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
 from instep_tools.live import ALL_ENDED, Pace
@@ -241,7 +242,7 @@ async def test_streams_that_the_server_ends_are_told_of_once() -> None:
 async def test_what_cannot_be_is_told_before_connecting(what: dict[str, Any], problem: str) -> None:
     terminal = RememberingTerminal()
     with pytest.raises(CommandProblem, match=problem):
-        await produce(Produce("tcp://127.0.0.1:1", FAST, **what), terminal, Stop(), JumpingClock())
+        await produce(Produce(Target("tcp://127.0.0.1:1"), FAST, **what), terminal, Stop(), JumpingClock())
 
 
 async def test_a_file_that_does_not_fit_the_model(tmp_path: Path) -> None:

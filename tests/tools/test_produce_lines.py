@@ -9,6 +9,7 @@ import pytest
 
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32
+from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.live import ALL_ENDED, Pace
 from instep_tools.problems import BadFile, Exit
@@ -114,7 +115,7 @@ async def test_a_stream_that_cannot_be_opened_is_left_out(tmp_path: Path, frames
     run = ProduceRun()
     run.server.rules.names["b"] = 999
     with run.server as server:
-        what = Produce(server.endpoint, FAST, file=tmp_path / "in", choice=Choice(named=True))
+        what = Produce(Target(server.endpoint), FAST, file=tmp_path / "in", choice=Choice(named=True))
         assert await produce(what, run.terminal, run.stop, run.clock) == Exit.FOUND_PROBLEMS
     assert {name: len(values) for name, values in run.printed().items()} == {"a": 2}
     assert run.terminal.complained.count("NAME_IN_USE") == 1

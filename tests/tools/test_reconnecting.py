@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.wire import F32, Kind
+from instep_tools.connect import Target
 from instep_tools.formats.read import read_sequences
 from instep_tools.live import Pace
 from instep_tools.pacing import Stop, WallClock
@@ -44,7 +45,9 @@ async def test_produce_loses_no_line_and_prints_none_twice(tmp_path: Path, rng: 
     (tmp_path / "in").write_text("".join(" ".join(str(value) for value in frame) + "\n" for frame in frames))
     terminal, forgetful = RememberingTerminal(data_on_stdout=True), Forgetful(3)
     with forgetful.server as server:
-        wanted = Produce(server.endpoint, file=tmp_path / "in", pace=Pace(None, None, None), streams=3, name="p")
+        wanted = Produce(
+            Target(server.endpoint), file=tmp_path / "in", pace=Pace(None, None, None), streams=3, name="p"
+        )
         assert await produce(wanted, terminal, Stop(), WallClock()) == Exit.OK
     assert forgetful.rules.boots > 1
     rows = [line.split(",") for line in terminal.data.splitlines()[1:]]
@@ -64,7 +67,7 @@ async def test_replay_gets_every_output(tmp_path: Path, rng: np.random.Generator
     save_table(tmp_path / "recorded.npz", recorded)
     terminal, forgetful = RememberingTerminal(), Forgetful(4)
     with forgetful.server as server:
-        wanted = Replay(server.endpoint, tmp_path / "recorded.npz", check=True, save=tmp_path / "again.npz")
+        wanted = Replay(Target(server.endpoint), tmp_path / "recorded.npz", check=True, save=tmp_path / "again.npz")
         assert await replay(wanted, terminal, Stop(), WallClock()) == Exit.OK
     assert forgetful.rules.boots > 1
     again = read_sequences(tmp_path / "again.npz")
@@ -91,10 +94,10 @@ async def test_a_stop_while_the_connection_is_lost_ends_the_command_and_reports(
         started = clock.now()
         if command == "produce":
             pace = Pace(100.0, None, None)
-            what = Produce(server.endpoint, file=tmp_path / "in.npy", pace=pace, save=tmp_path / "out.npz")
+            what = Produce(Target(server.endpoint), file=tmp_path / "in.npy", pace=pace, save=tmp_path / "out.npz")
             await asyncio.wait_for(produce(what, terminal, stop, clock), 20)
         else:
-            what_again = Replay(server.endpoint, tmp_path / "in.npy", rate_hz=100.0)
+            what_again = Replay(Target(server.endpoint), tmp_path / "in.npy", rate_hz=100.0)
             await asyncio.wait_for(replay(what_again, terminal, stop, clock), 20)
         assert clock.now() - started < 15
     assert "3 frames of 1 stream" in terminal.said

@@ -13,6 +13,7 @@ from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32, Kind, ServerInfo
+from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
 from instep_tools.pacing import Stop
@@ -39,7 +40,7 @@ class Run:
 
     async def __call__(self, file: Path, **what: Any) -> Exit:
         with self.server as server:
-            ending = await replay(Replay(server.endpoint, file, **what), self.terminal, self.stop, self.clock)
+            ending = await replay(Replay(Target(server.endpoint), file, **what), self.terminal, self.stop, self.clock)
             assert server.rules.names == {}, "streams are left open"
         return ending
 

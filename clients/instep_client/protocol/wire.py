@@ -66,6 +66,12 @@ LISTING: Final = np.dtype(
 """A stream in LISTED: the seq of its next frame (`UNKNOWN` while it hibernates), how long it has been idle, how long
 the server keeps it if it stays idle (`UNKNOWN` if it never expires), its `Place`, and its pending frames (32 bytes)."""
 
+MODEL: Final = np.dtype(
+    [("frames", "<u8"), ("streams", "<u4"), ("connections", "<u4"), ("features", "<u4"), ("outputs", "<u4")]
+)
+"""A model in SERVED: the frames stepped since it was started, its open streams, hibernating ones included, its
+connections, and the widths of its frames (24 bytes)."""
+
 FAILURE: Final = np.dtype(
     [("column", "<u4"), ("timestep", "<u4"), ("code", "<u4"), ("reserved", "<u4"), ("expected_seq", "<u8")]
 )
@@ -89,6 +95,7 @@ class Kind(IntEnum):
     RESET = 9
     FORK = 10
     LIST = 11
+    MODELS = 12
     WELCOME = 65
     OPENED = 66
     STEPPED = 67
@@ -102,6 +109,7 @@ class Kind(IntEnum):
     STATE_READ = 75
     CHANGED = 76
     LISTED = 77
+    SERVED = 78
 
 
 HEADER_LENGTH: Final[dict[Kind, int]] = {
@@ -115,6 +123,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.RESET: 4,  # kind, request, N, whether states follow (0 or 1)
     Kind.FORK: 3,  # kind, request, N
     Kind.LIST: 5,  # kind, request, cursor (0 at first), the most streams, place (0 for any)
+    Kind.MODELS: 2,
     Kind.WELCOME: 20,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.CLOSED: 4,  # kind, request, N, sentences
@@ -127,6 +136,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.STATE_READ: 4,  # kind, request, N, sentences
     Kind.CHANGED: 4,  # kind, request, N, sentences
     Kind.LISTED: 4,  # kind, request, N, cursor of the next page (0 after the last)
+    Kind.SERVED: 3,  # kind, request, N
 }
 """Of every kind with a msgpack header."""
 
@@ -141,6 +151,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.RESET: 3,  # handles uint64 [N], states [N, row_bytes] or empty
     Kind.FORK: 3,  # handles uint64 [N], names of the copies
     Kind.LIST: 2,  # what the names begin with
+    Kind.MODELS: 1,
     Kind.WELCOME: 2,  # names of the outputs, or empty
     Kind.OPENED: 3,  # grants [N], failures
     Kind.CLOSED: 3,  # final states [N, row_bytes] (floats NaN where refused), failures
@@ -153,12 +164,13 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.STATE_READ: 4,  # seqs uint64 [N], states [N, row_bytes] (as in CLOSED), failures
     Kind.CHANGED: 2,  # failures
     Kind.LISTED: 3,  # names, listings [N]
+    Kind.SERVED: 3,  # names, models [N]
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """The server and the connection's model, as WELCOME describes them: a header's fields after kind and request, and frame 1."""
+    """The server and the connection's model as WELCOME describes them: the header's fields, and frame 1."""
 
     protocol_version: int
     boot_id: str

@@ -9,7 +9,8 @@ from typing import Annotated, Final
 import typer
 
 from instep_client.protocol.wire import DEFAULT_ENDPOINT
-from instep_tools.command_line import AsJson, Endpoint, positive
+from instep_tools.command_line import AsJson, Endpoint, ModelName, positive
+from instep_tools.connect import Target
 from instep_tools.load.command import LoadTest, LoadTester
 from instep_tools.load.plan import REAL_TIME_RATE_HZ, LoadPlan, Mode
 from instep_tools.load.saved import compare as compare_runs
@@ -94,6 +95,7 @@ def loadtest_command(
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two saved results; measure nothing.")
     ] = None,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
+    model: ModelName = "",
     as_json: AsJson = False,
 ) -> None:
     """Measure throughput and latency, or the largest load within a service level.
@@ -121,7 +123,7 @@ def loadtest_command(
         steps=steps_per_block,
         slo_ms=slo_ms,
     )
-    test = LoadTest(endpoint, plan, plot, save, hdr)
+    test = LoadTest(Target(endpoint, model), plan, plot, save, hdr)
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await LoadTester(test, terminal, stop).run()

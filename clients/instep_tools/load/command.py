@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from instep_client.protocol.wire import ServerInfo
-from instep_tools.connect import connected
+from instep_tools.connect import Target, connected
 from instep_tools.load import report, saved
 from instep_tools.load.plan import LoadPlan, split
 from instep_tools.load.processes import counters, run_parts
@@ -31,7 +31,7 @@ SILENT_S: Final = 2.0
 class LoadTest:
     """What to do."""
 
-    endpoint: str
+    target: Target
     plan: LoadPlan
     """With `slo_ms`, search for the largest number of streams within it; `streams` is the first one tried."""
     plot: Path | None = None
@@ -63,7 +63,7 @@ class LoadTester:
         for path in (test.save, test.hdr):
             if path is not None:
                 check_writable(path)
-        async with connected(test.endpoint, "loadtest", self._terminal, self._stop) as client:
+        async with connected(test.target, "loadtest", self._terminal, self._stop) as client:
             self._info = client.info
         self._terminal.note(report.lines(report.setting(self._info)))
         return await (self._measure_once() if test.plan.slo_ms is None else self._search(test.plan.slo_ms))
@@ -127,7 +127,7 @@ class LoadTester:
         meter = _Meter(lambda: sum(counter.value for counter in answered))
         seconds = plan.warmup_s + plan.duration_s
         async with self._terminal.progress("measuring", seconds, "s", lambda: min(seconds, meter.seconds), meter.rate):
-            return measured(plan, await run_parts(parts, self._test.endpoint, self._stop, self._clock, answered))
+            return measured(plan, await run_parts(parts, self._test.target, self._stop, self._clock, answered))
 
     def _tell(
         self, values: Mapping[str, Any], trials: list[Measured], best: Measured | None, sentence: str, ending: Exit

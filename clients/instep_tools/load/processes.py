@@ -18,7 +18,7 @@ import numpy as np
 
 from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import InstepError
-from instep_tools.connect import PATIENCE_S
+from instep_tools.connect import PATIENCE_S, Target
 from instep_tools.load.generator import LEAD_S, Connect, Load, PartResult
 from instep_tools.load.plan import LoadPart
 from instep_tools.pacing import Clock, Stop, WallClock, loop_factory
@@ -28,14 +28,14 @@ READY: Final = "ready"
 END: Final = "end"
 
 
-def connector(endpoint: str) -> Connect:
+def connector(target: Target) -> Connect:
     """How a load connects to a server."""
-    return lambda: AsyncClient(endpoint, name="instep-client loadtest", timeout_s=PATIENCE_S)
+    return lambda: AsyncClient(target.endpoint, "instep-client loadtest", PATIENCE_S, model=target.model)
 
 
 async def run_parts(
     parts: Sequence[LoadPart],
-    endpoint: str,
+    target: Target,
     stop: Stop,
     clock: Clock | None = None,
     answered: Sequence[ctypes.c_uint64] | None = None,
@@ -44,7 +44,7 @@ async def run_parts(
 
     Args:
         parts: one stays in this process, several get a process each.
-        endpoint: of the server.
+        target: the server and the model.
         stop: ends it early; what was sent is still waited for.
         clock: for one part; the machine's where it is None.
         answered: one a part, from `counters`: the frames answered while it runs.
@@ -55,14 +55,14 @@ async def run_parts(
     """
     answered = counters(len(parts)) if answered is None else answered
     if len(parts) > 1:
-        return merge(await _run_processes(parts, endpoint, stop, answered))
+        return merge(await _run_processes(parts, target, stop, answered))
     with WallClock() as wall_clock:
         chosen = clock or wall_clock
 
         async def ready() -> float:
             return chosen.now() + LEAD_S
 
-        return await Load(parts[0], connector(endpoint), chosen, stop, answered[0]).run(ready)
+        return await Load(parts[0], connector(target), chosen, stop, answered[0]).run(ready)
 
 
 def counters(number: int) -> list[ctypes.c_uint64]:
@@ -86,7 +86,7 @@ def merge(results: Sequence[PartResult]) -> PartResult:
 
 
 async def _run_processes(
-    parts: Sequence[LoadPart], endpoint: str, stop: Stop, answered: Sequence[ctypes.c_uint64]
+    parts: Sequence[LoadPart], target: Target, stop: Stop, answered: Sequence[ctypes.c_uint64]
 ) -> list[PartResult]:
     """Each process: sends READY, gets the moment of the start, sends its result, gets END (earlier on a stop)."""
     context = multiprocessing.get_context("spawn")
@@ -95,7 +95,7 @@ async def _run_processes(
     workers = []
     for part, counter in zip(parts, answered, strict=True):
         pipe, theirs = context.Pipe()
-        worker = context.Process(target=work, args=(part, endpoint, theirs, counter), daemon=True)
+        worker = context.Process(target=work, args=(part, target, theirs, counter), daemon=True)
         worker.start()
         theirs.close()
         pipes.append(pipe)
@@ -149,14 +149,14 @@ def _tell(pipes: Sequence[Connection[Any, Any]], message: float | str) -> None:
             pipe.send(message)
 
 
-def work(part: LoadPart, endpoint: str, pipe: Connection[Any, Any], answered: ctypes.c_uint64) -> None:
+def work(part: LoadPart, target: Target, pipe: Connection[Any, Any], answered: ctypes.c_uint64) -> None:
     """What a process of the load test runs; a Ctrl-C reaches it as its parent's END."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(_work(part, endpoint, pipe, answered))
+        runner.run(_work(part, target, pipe, answered))
 
 
-async def _work(part: LoadPart, endpoint: str, pipe: Connection[Any, Any], answered: ctypes.c_uint64) -> None:
+async def _work(part: LoadPart, target: Target, pipe: Connection[Any, Any], answered: ctypes.c_uint64) -> None:
     loop = asyncio.get_running_loop()
     stop = Stop()
     start: asyncio.Future[float] = loop.create_future()
@@ -183,7 +183,7 @@ async def _work(part: LoadPart, endpoint: str, pipe: Connection[Any, Any], answe
     listening = loop.run_in_executor(None, listen)
     try:
         with WallClock() as clock:
-            load = Load(part, connector(endpoint), clock, stop, answered)
+            load = Load(part, connector(target), clock, stop, answered)
             result: PartResult | CommandProblem = await load.run(ready)
     except InstepError as error:
         result = CommandProblem(str(error))

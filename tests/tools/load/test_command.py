@@ -17,6 +17,7 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind
 from instep_tools import terminal as terminal_module
 from instep_tools.app import app
+from instep_tools.connect import Target
 from instep_tools.load import command, generator
 from instep_tools.load.command import LoadTest, LoadTester
 from instep_tools.load.plan import LoadPlan, Mode
@@ -60,7 +61,7 @@ class Timed:
 
     async def __call__(self, plan: LoadPlan = PLAN, all_closed: bool = True, **files: Path) -> Exit:
         with self.server as server:
-            test = LoadTest(server.endpoint, plan, **files)
+            test = LoadTest(Target(server.endpoint), plan, **files)
             ending = await LoadTester(test, self.terminal, self.stop, self.clock).run()
             assert server.rules.names == {} or not all_closed, "streams are left open"
         return ending

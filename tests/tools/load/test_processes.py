@@ -15,6 +15,7 @@ import pytest
 
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind
+from instep_tools.connect import Target
 from instep_tools.load import processes
 from instep_tools.load.generator import PartResult
 from instep_tools.load.plan import LoadPart, LoadPlan, Mode
@@ -58,7 +59,7 @@ def test_results_are_merged() -> None:
 
 async def test_one_part_runs_here() -> None:
     with FakeServer() as server:
-        result = await run_parts([PART], server.endpoint, Stop())
+        result = await run_parts([PART], Target(server.endpoint), Stop())
         assert server.rules.names == {}
     assert len(result.samples) == 16
     assert result.samples["frames"].tolist() == [2] * 16
@@ -67,7 +68,7 @@ async def test_one_part_runs_here() -> None:
 async def test_several_parts_run_in_processes_of_their_own() -> None:
     with FakeServer() as server:
         answered = counters(2)
-        result = await run_parts(PARTS, server.endpoint, Stop(), answered=answered)
+        result = await run_parts(PARTS, Target(server.endpoint), Stop(), answered=answered)
         assert [counter.value for counter in answered] == [48, 48]
         assert server.rules.kinds.count(Kind.HELLO) == 2
         assert server.rules.names == {}
@@ -88,7 +89,7 @@ async def test_a_stop_reaches_the_processes() -> None:
 
         rules.fault = stop_at_ten
         long = [replace(part, plan=replace(PLAN, duration_s=1000.0)) for part in PARTS]
-        result = await run_parts(long, server.endpoint, stop)
+        result = await run_parts(long, Target(server.endpoint), stop)
         assert rules.names == {}
     assert result.stopped
 
@@ -101,7 +102,7 @@ async def test_a_process_that_gives_up_ends_all() -> None:
     hopeless = [replace(part, plan=replace(PLAN, duration_s=10.0, slo_ms=20.0)) for part in PARTS]
     with FakeServer() as server:
         server.rules.fault = answer_slowly
-        result = await run_parts(hopeless, server.endpoint, Stop())
+        result = await run_parts(hopeless, Target(server.endpoint), Stop())
     assert result.gave_up
     assert result.samples["at_s"].max() < 9
 
@@ -110,14 +111,14 @@ async def test_a_process_that_cannot_open_ends_all() -> None:
     with FakeServer() as server:
         server.rules.names["load-1-0-0"] = 999
         with pytest.raises(CommandProblem, match="NAME_IN_USE"):
-            await run_parts(PARTS, server.endpoint, Stop())
+            await run_parts(PARTS, Target(server.endpoint), Stop())
         assert list(server.rules.names) == ["load-1-0-0"]
 
 
 async def test_a_process_that_dies_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "work", die)
     with pytest.raises(CommandProblem, match="was killed"):
-        await run_parts(PARTS, "tcp://127.0.0.1:1", Stop())
+        await run_parts(PARTS, Target("tcp://127.0.0.1:1"), Stop())
 
 
 def die(*anything: object) -> None:
@@ -131,7 +132,7 @@ class Parent:
         self.pipe, self.theirs = multiprocessing.Pipe()
 
     def work(self, endpoint: str, part: LoadPart = PART) -> list[Any]:
-        work(part, endpoint, self.theirs, *counters(1))
+        work(part, Target(endpoint), self.theirs, *counters(1))
         self.theirs.close()
         messages: list[Any] = []
         while self.pipe.poll():
@@ -175,7 +176,7 @@ def test_a_worker_whose_parent_is_gone_ends() -> None:
     parent = Parent()
     parent.pipe.close()
     with FakeServer() as server:
-        work(PART, server.endpoint, parent.theirs, *counters(1))
+        work(PART, Target(server.endpoint), parent.theirs, *counters(1))
         assert Kind.STEP not in server.rules.kinds
     parent.theirs.close()
 

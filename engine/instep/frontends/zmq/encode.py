@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from instep.core.typing import I32, I64, U8
@@ -97,6 +99,13 @@ def listed(request: int, page: ListedPage) -> Message:
         records[name] = column
     header = wire.pack_header(Kind.LISTED, request, len(records), page.cursor)
     return [header, wire.pack_names(page.names), records.tobytes()]
+
+
+def served(request: int, models: Mapping[str, tuple[int, int, int, int, int]]) -> Message:
+    """SERVED: the fields of `wire.MODEL` of each model by its name, the default first."""
+    records = np.array(list(models.values()), wire.MODEL)
+    header = wire.pack_header(Kind.SERVED, request, len(models))
+    return [header, wire.pack_names(list(models)), records.tobytes()]
 
 
 def evicted(event: StreamEvent) -> Message:

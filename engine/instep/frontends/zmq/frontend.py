@@ -189,6 +189,9 @@ class ZmqFrontend:
                 self.outbound.send(peer, encode.listed(header.request, page))
             case Kind.STATS:
                 self.outbound.send(peer, encode.statistics(header.request, self.statistics(served)))
+            case Kind.MODELS:
+                models = {name: each.summary() for name, each in self.models.items()}
+                self.outbound.send(peer, encode.served(header.request, models))
             case _:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
 

@@ -32,6 +32,12 @@ class Served:
             has_failed = self.service.engine.journal.has_failed
             raise Refusal(Code.SHUTTING_DOWN, "its recording has failed" if has_failed else "")
 
+    def summary(self) -> tuple[int, int, int, int, int]:
+        """The fields of `wire.MODEL`."""
+        engine = self.service.engine
+        streams = engine.table.open_count + self.service.listing.hibernating_count
+        return engine.stats.frames_total, streams, len(engine.origins), self.info.features, self.info.outputs
+
     async def open(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
         """OPEN."""
         count = self.decoder.count(header.fields[0])
