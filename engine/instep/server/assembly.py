@@ -84,11 +84,10 @@ def _make_server(
     router = Router(config.transport)
     undo.callback(router.close)
 
-    # The loop, the front end, and what they move.
+    # The loop, the front end and the services, which do not know each other yet.
     shutdown = Shutdown(log)
     polls = all(foundation.forks for foundation in foundations)  # a thread that steps would lack the interpreter's lock
     loop = Loop(config.engine.busy_poll_us * 1000 if polls else 0, shutdown.bug)
-    undo.callback(loop.stop)
     frontend = _frontend(config, router, foundations[0].limits, loop, log)
     loop.frontends = [frontend]
     services: list[ModelService] = []
@@ -96,9 +95,7 @@ def _make_server(
         name = foundation.prepared.model.name
         its_log = log_of(name, len(foundations), log)
         file = recording_file(config, name, len(foundations))
-        services.append(service := make_service(config, foundation, file, loop.wake, shutdown.bug, its_log))
-        frontend.add(Served(service, server_info(config, foundation.prepared, foundation.limits), _decoder(foundation)))
-        loop.add(service)
+        services.append(make_service(config, foundation, file, loop.wake, shutdown.bug, its_log))
 
     # The recordings, last: nothing that can fail comes after them.
     opened: list[tuple[ModelService, RecordingWriter, Recovery | None]] = []
@@ -117,7 +114,11 @@ def _make_server(
         opened.append((service, writer, recovery))
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown)
-    return Server(config, services, shutdown, loop, frontend, log)
+    server = Server(config, shutdown, loop, frontend, log)
+    for foundation, service in zip(foundations, services, strict=True):
+        info = server_info(config, foundation.prepared, foundation.limits)
+        server.add(Served(service, info, _decoder(foundation)))
+    return server
 
 
 def _frontend(

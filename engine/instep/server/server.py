@@ -14,6 +14,7 @@ import structlog
 
 from instep.config import Config
 from instep.frontends.zmq.frontend import ZmqFrontend
+from instep.frontends.zmq.served import Served
 from instep.recording.recorder import Recorder
 from instep.server.free_space import FreeSpace
 from instep.server.limits import idle_limits
@@ -31,11 +32,10 @@ _FORCED_JOIN_S: Final = 1.0
 
 
 class Server:
-    """Everything that `assembly.make_server` has built, from bind to close.
+    """One socket, one loop, and the models that are added; from bind to close.
 
     Args:
         config: the configuration.
-        services: the models, the one for connections that name none first.
         shutdown: how it ends.
         loop: turns of the engines.
         frontend: the ZeroMQ front end.
@@ -45,14 +45,12 @@ class Server:
     def __init__(
         self,
         config: Config,
-        services: list[ModelService],
         shutdown: Shutdown,
         loop: Loop,
         frontend: ZmqFrontend,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.config = config
-        self.services = services
         self.unanswered_messages = 0
         """Messages taken and never answered, because the end was forced or draining took too long."""
         self._drain_until = 0.0
@@ -61,6 +59,19 @@ class Server:
         self._turns = loop
         self._frontend = frontend
         self._log = log
+        self._summaries: dict[ModelService, Summary] = {}
+
+    def add(self, served: Served) -> None:
+        """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
+        service = served.service
+        self._summaries[service] = Summary(service.log, partial(self._frontend.statistics, served), time.monotonic())
+        self._turns.add(service)
+        self._frontend.add(served)
+
+    @property
+    def services(self) -> list[ModelService]:
+        """The models, the one for connections that name none first."""
+        return [served.service for served in self._frontend.models.values()]
 
     @property
     def default(self) -> ModelService:
@@ -109,17 +120,13 @@ class Server:
             await asyncio.gather(ticking, return_exceptions=True)
 
     async def _tick(self) -> None:
-        summaries = [
-            Summary(served.service.log, partial(self._frontend.statistics, served), time.monotonic())
-            for served in self._frontend.models.values()
-        ]
         files = [service.file for service in self.services if service.file is not None]
         free_space = FreeSpace(files[0], self._log) if files else None  # all of them are in one folder
         while True:
             await asyncio.sleep(_TICK_S)
             try:
                 now_ns = time.monotonic_ns()
-                for summary in summaries:
+                for summary in self._summaries.values():
                     summary.tick(now_ns / 1e9, self.config.log.summary_s)
                 if free_space is not None:
                     free_bytes = free_space.tick(now_ns / 1e9, self.config.recording.warn_free_bytes)
