@@ -13,7 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from instep_client.protocol.errors import InvalidInput
-from instep_client.protocol.wire import F32, MAX_BLOCK_STREAMS, MAX_NAME_BYTES, U64, name_is_good
+from instep_client.protocol.wire import (
+    F32,
+    MAX_BLOCK_STREAMS,
+    MAX_MODEL_NAME_LENGTH,
+    MAX_NAME_BYTES,
+    U64,
+    name_is_good,
+)
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 NOBODY: Final[Indices] = np.zeros(0, np.int64)
@@ -92,6 +99,22 @@ def counts(x: npt.ArrayLike, count: int, what: str) -> U64:
     if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (count,)) or int(numbers.min()) < 0:
         raise InvalidInput(rule)
     return np.broadcast_to(numbers.astype(np.uint64), (count,))
+
+
+def check_settings(client: str, model: str, timeout_s: float, reconnect_s: float) -> None:
+    """Check what a client calls itself and which model it asks for, both of which may be empty, and its times.
+
+    Raises:
+        InvalidInput: saying what they must be.
+    """
+    if client and not name_is_good(client):
+        raise InvalidInput(f"a client's name must be at most {MAX_NAME_BYTES} bytes of printable UTF-8")
+    if len(model) > MAX_MODEL_NAME_LENGTH or not model.isprintable():
+        raise InvalidInput(f"a model's name has at most {MAX_MODEL_NAME_LENGTH} printable characters")
+    if not timeout_s > 0:
+        raise InvalidInput("timeout_s must be more than 0 seconds")
+    if not reconnect_s >= 0:
+        raise InvalidInput("reconnect_s must be 0 seconds or more")
 
 
 def good_names(names: Sequence[str]) -> tuple[str, ...]:

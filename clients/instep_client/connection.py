@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, Final, TypeVar
 
 from instep_client import replies
-from instep_client.arrays import Indices
+from instep_client.arrays import Indices, check_settings
 from instep_client.calls import Request
 from instep_client.endpoint import checked_endpoint
 from instep_client.farewell import claim
@@ -21,7 +21,7 @@ from instep_client.liveness import ENDED, GREETING, OPEN, RECONNECTING, Attempts
 from instep_client.pending import Pending
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError, InvalidInput, MalformedMessage
+from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError, MalformedMessage
 from instep_client.protocol.wire import Frame, Header, Kind, ServerInfo
 from instep_client.replies import ErrorReply
 from instep_client.sleepers import Sleepers
@@ -61,14 +61,7 @@ class Connection:
         model: str = "",
     ) -> None:
         self.endpoint = checked_endpoint(endpoint)
-        if name and not wire.name_is_good(name):
-            raise InvalidInput(f"a client's name must be at most {wire.MAX_NAME_BYTES} bytes of printable UTF-8")
-        if len(model) > wire.MAX_MODEL_NAME_LENGTH or not model.isprintable():
-            raise InvalidInput(f"a model's name has at most {wire.MAX_MODEL_NAME_LENGTH} printable characters")
-        if not timeout_s > 0:
-            raise InvalidInput("timeout_s must be more than 0 seconds")
-        if not reconnect_s >= 0:
-            raise InvalidInput("reconnect_s must be 0 seconds or more")
+        check_settings(name, model, timeout_s, reconnect_s)
         self.state = GREETING
         self.table = OpenStreams()
         self.pending = Pending()
