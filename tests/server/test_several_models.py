@@ -144,6 +144,23 @@ async def test_an_unknown_model_is_refused_with_the_names_of_those_that_are_ther
             assert (client.info.model, default.info.model) == ("vowels", "ears")
 
 
+async def test_a_client_of_the_default_model_stays_with_it_when_the_default_is_another_one(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x = frames_of(rng, "ears", 20)
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        transport = {"endpoint": f"tcp://127.0.0.1:{probe.getsockname()[1]}"}
+    client = AsyncClient(transport["endpoint"])
+    async with running(EARS, VOWELS, transport=transport, recording={"file": tmp_path}):
+        await client.connect()
+        stream = await client.open("s")
+        first = await stream.step(x[:10])
+    async with running(VOWELS, EARS, transport=transport, recording={"file": tmp_path}):
+        second = await stream.step(x[10:])
+        await client.close()
+    np.testing.assert_array_equal(np.concatenate([first, second]), whole(EARS, x)[0])
+
+
 async def test_a_model_whose_steps_hang_or_that_is_flooded_does_not_keep_the_other_one_waiting(
     rng: np.random.Generator,
 ) -> None:
