@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
 import numpy.typing as npt
@@ -257,6 +258,32 @@ class AsyncClient:
     async def list_models(self) -> list[ServedModel]:
         """The models of the server, the one for clients that name none first."""
         return await self._driver.wait(self._session.models())
+
+    async def load_model(self, name: str, folder: str | Path) -> list[ServedModel]:
+        """Have the server load another model, beside serving; it takes some seconds. Only on the server's machine.
+
+        Returns:
+            All of its models.
+
+        Raises:
+            Refused: NOT_LOADED when it cannot be; NOT_ALLOWED where the server can be reached from other machines.
+            ConnectionFailed: when the connection was lost meanwhile and the model may have been loaded.
+        """
+        return await self._driver.wait(self._session.load_model(name, folder))
+
+    async def unload_model(self, name: str) -> list[ServedModel]:
+        """Have the server unload a model: it answers what it has admitted, and ends the connections to the model.
+
+        A recording keeps the streams for when the model is loaded again; without one they are gone.
+
+        Returns:
+            The models that it still has.
+
+        Raises:
+            Refused: UNKNOWN_MODEL when there is none; NOT_ALLOWED for the model of this client, which may be the only
+                one, and where the server can be reached from other machines.
+        """
+        return await self._driver.wait(self._session.unload_model(name))
 
     async def ping(self) -> float:
         """The seconds that a message takes to the server and back."""

@@ -34,7 +34,7 @@ NAME_BYTES = wire.MAX_NAME_BYTES + 1
 class Question(Request[R]):
     """A request of one message that is about no streams."""
 
-    def __init__(self, connection: Connection, *fields: int, frames: Message | None = None) -> None:
+    def __init__(self, connection: Connection, *fields: int | str, frames: Message | None = None) -> None:
         self._connection = connection
         self._fields = fields
         self._frames = frames or []
@@ -78,6 +78,24 @@ class ModelsCall(Question[list[ServedModel]]):
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         """SERVED came."""
         self.finish(replies.served(header, frames))
+
+
+class LoadCall(ModelsCall):
+    """A model is to be loaded; the result is all of them."""
+
+    kind = Kind.LOAD
+
+    def __init__(self, connection: Connection, name: str, folder: str) -> None:
+        super().__init__(connection, name, folder)
+
+
+class UnloadCall(ModelsCall):
+    """A model is to be unloaded; the result is the others."""
+
+    kind = Kind.UNLOAD
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        super().__init__(connection, name)
 
 
 class ListCall(Question[StreamPage]):

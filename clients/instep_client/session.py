@@ -16,6 +16,7 @@ and what its replies mean: in `requests.py`, `openings.py` and `changes.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from instep_client.liveness import ENDED, OPEN, RECONNECTING
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed
 from instep_client.protocol.wire import Kind
-from instep_client.requests import ListCall, ModelsCall, PingCall, ReadStateCall, StatisticsCall
+from instep_client.requests import ListCall, LoadCall, ModelsCall, PingCall, ReadStateCall, StatisticsCall, UnloadCall
 from instep_client.states import State as StreamState
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
@@ -195,6 +196,14 @@ class Session(Connection):
     def models(self) -> ModelsCall:
         """Ask for the server's models."""
         return self.ask(ModelsCall(self))
+
+    def load_model(self, name: str, folder: str | Path) -> LoadCall:
+        """Ask the server, which is on this machine, to load a model from a folder."""
+        return self.ask(LoadCall(self, name, str(Path(folder).absolute())))
+
+    def unload_model(self, name: str) -> UnloadCall:
+        """Ask the server to unload a model."""
+        return self.ask(UnloadCall(self, name))
 
     def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> ListCall:
         """Ask for a page of at most `most` streams; `place` is a `wire.Place` or 0, `cursor` 0 at first."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy.typing as npt
 
@@ -131,6 +132,14 @@ class Client:
     def list_models(self) -> list[ServedModel]:
         """The models of the server, the one for clients that name none first."""
         return self._thread.run(self._client.list_models())
+
+    def load_model(self, name: str, folder: str | Path) -> list[ServedModel]:
+        """Have the server load another model; see `AsyncClient.load_model`."""
+        return self._thread.run(self._client.load_model(name, folder))
+
+    def unload_model(self, name: str) -> list[ServedModel]:
+        """Have the server unload a model; see `AsyncClient.unload_model`."""
+        return self._thread.run(self._client.unload_model(name))
 
     def ping(self) -> float:
         """The seconds that a message takes to the server and back."""

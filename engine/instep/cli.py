@@ -258,5 +258,6 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from instep.config import ConfigError
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError
+    from instep_client.protocol.errors import InstepError
 
-    return ConfigError, ModelError, RecordingError
+    return ConfigError, ModelError, RecordingError, InstepError

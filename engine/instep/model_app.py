@@ -1,22 +1,23 @@
-"""The commands `instep model`, as typed: make a model folder, import one, check it, look into it."""
+"""The commands `instep model`, as typed: make a model folder, import, check and show one, load it into a server."""
 
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from instep_tools.command_line import CommandLine
+from instep_client.protocol.codes import DEFAULT_ENDPOINT
+from instep_tools.command_line import CommandLine, Endpoint
 
 if TYPE_CHECKING:
     from instep.models.recurrent.description import RecurrentDescription
 
 Value = TypeVar("Value")
 
-app = CommandLine(help="Make a model folder, import one, check it, or look into it.")
+app = CommandLine(help="Make a model folder, import one, check it, look into it, or have a server load it.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")]
@@ -237,6 +238,42 @@ def info(
         typer.echo(f"outputs: {', '.join(model.output_names)}")
     for name, shape in shapes.items():
         typer.echo(f"  {name} {shape}")
+
+
+@app.command(examples=("instep model load ears-2 models/ears-new",))
+def load(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What clients will call it.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the model.")],
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+) -> None:
+    """Have the server on this machine serve another model, beside those that it has.
+
+    If it cannot be loaded, nothing changes. It is not in the server's configuration: after a restart, load it again.
+    """
+    from instep_client import Client
+
+    with Client(endpoint, model="") as client:
+        _list(model.name for model in client.load_model(name, folder))
+
+
+@app.command(examples=("instep model unload ears-1",))
+def unload(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")], endpoint: Endpoint = DEFAULT_ENDPOINT
+) -> None:
+    """Have the server on this machine answer what a model has admitted, and serve it no longer.
+
+    Its connections end. A recording keeps the streams for when the model is loaded again; without one they are gone.
+    """
+    from instep_client import Client
+
+    with Client(endpoint, model="") as client:
+        other = next((model.name for model in client.list_models() if model.name != name), "")
+    with Client(endpoint, model=other) as client:  # a model is not unloaded over a connection of its own
+        _list(model.name for model in client.unload_model(name))
+
+
+def _list(names: Iterable[str]) -> None:
+    typer.echo(f"the server has {', '.join(names)}")
 
 
 def _described(kind: str, fields: Mapping[str, Any], typed: Mapping[str, Sequence[str]]) -> RecurrentDescription:

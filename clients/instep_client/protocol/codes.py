@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import Final
 
 PROTOCOL_VERSION: Final = 5
+DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_NAME_BYTES: Final = 200
 MAX_MODEL_NAME_LENGTH: Final = 100
 """Characters."""
@@ -35,6 +36,7 @@ class Code(IntEnum):
     REPEATED_STREAM = 7
     BAD_NAME = 8
     UNKNOWN_MODEL = 9
+    NOT_ALLOWED = 10
     NOT_FINITE = 100
     SEQ_GAP = 101
     SEQ_REPEATED = 102
@@ -59,6 +61,7 @@ class Code(IntEnum):
     STEP_FAILED = 202
     STATE_LOST = 203
     SHUTTING_DOWN = 204
+    NOT_LOADED = 205
 
     @classmethod
     def _missing_(cls, value: object) -> Code | None:
@@ -80,6 +83,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.REPEATED_STREAM: "a block may hold each stream only once",
     Code.BAD_NAME: f"a stream's name must be 1 to {MAX_NAME_BYTES} bytes of printable UTF-8",
     Code.UNKNOWN_MODEL: "this server serves no model of that name",
+    Code.NOT_ALLOWED: "this server does not let you do that",
     Code.NOT_FINITE: "the frame or state holds NaN or infinity; it was not applied and the stream's state is unchanged",
     Code.SEQ_GAP: "an earlier frame of this stream is missing; send from the expected seq",
     Code.SEQ_REPEATED: "this frame was already applied, and its output is not ready yet or no longer kept",
@@ -107,6 +111,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
     Code.STATE_LOST: "a failure of the server lost the stream's state, and the stream was closed; see the server's log",
     Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",
+    Code.NOT_LOADED: "the model was not loaded, and nothing has changed",
 }
 
 

@@ -20,6 +20,7 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from instep_client.protocol.codes import DEFAULT_ENDPOINT as DEFAULT_ENDPOINT
 from instep_client.protocol.codes import HAVE_ALL as HAVE_ALL
 from instep_client.protocol.codes import MAX_MODEL_NAME_LENGTH as MAX_MODEL_NAME_LENGTH
 from instep_client.protocol.codes import MAX_NAME_BYTES as MAX_NAME_BYTES
@@ -31,7 +32,6 @@ from instep_client.protocol.codes import Place as Place
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import StateSpec
 
-DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_HEADER_BYTES: Final = 4096
 MAX_BLOCK_STREAMS: Final = 65_535
 """The most columns one OPEN, STEP or CLOSE may carry."""
@@ -96,6 +96,8 @@ class Kind(IntEnum):
     FORK = 10
     LIST = 11
     MODELS = 12
+    LOAD = 13
+    UNLOAD = 14
     WELCOME = 65
     OPENED = 66
     STEPPED = 67
@@ -124,6 +126,8 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.FORK: 3,  # kind, request, N
     Kind.LIST: 5,  # kind, request, cursor (0 at first), the most streams, place (0 for any)
     Kind.MODELS: 2,
+    Kind.LOAD: 4,  # kind, request, name, folder
+    Kind.UNLOAD: 3,  # kind, request, name
     Kind.WELCOME: 20,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.CLOSED: 4,  # kind, request, N, sentences
@@ -152,6 +156,8 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.FORK: 3,  # handles uint64 [N], names of the copies
     Kind.LIST: 2,  # what the names begin with
     Kind.MODELS: 1,
+    Kind.LOAD: 1,
+    Kind.UNLOAD: 1,
     Kind.WELCOME: 2,  # names of the outputs, or empty
     Kind.OPENED: 3,  # grants [N], failures
     Kind.CLOSED: 3,  # final states [N, row_bytes] (floats NaN where refused), failures

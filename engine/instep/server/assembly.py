@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,25 +9,24 @@ from contextlib import ExitStack
 import structlog
 
 from instep.config import Config
-from instep.frontends.zmq.decode import Decoder
+from instep.config.endpoint import is_loopback
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import CannotBind, Router
-from instep.frontends.zmq.served import Served
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server.execution import steps_in_process
 from instep.server.limits import EffectiveLimits, LimitsError
+from instep.server.loading import Loader
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared, log_of
 from instep.server.recordings import open_recording, record, recording_file
 from instep.server.server import Server
-from instep.server.services import Foundation, lay_foundation, make_service
+from instep.server.services import Foundation, lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
 from instep.streaming.recovery import Recovery
 from instep.streaming.service import ModelService
-from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
 MakeStepper = Callable[[Prepared, Config], Stepper]
 
@@ -116,8 +114,9 @@ def _make_server(
         record(service, writer, recovery, config, loop, shutdown)
     server = Server(config, shutdown, loop, frontend, log)
     for foundation, service in zip(foundations, services, strict=True):
-        info = server_info(config, foundation.prepared, foundation.limits)
-        server.add(Served(service, info, _decoder(foundation)))
+        server.add(make_served(config, foundation, service))
+    if is_loopback(config.transport.endpoint):
+        frontend.operator = Loader(server, loop, shutdown, log)
     return server
 
 
@@ -140,37 +139,6 @@ def _frontend(
     )
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
     return ZmqFrontend(router, outbound, limits.max_connections, probe_after_ns, loop.wake, log)
-
-
-def _decoder(foundation: Foundation) -> Decoder:
-    network, limits = foundation.prepared.network, foundation.limits
-    return Decoder(network.description.features, network.state, limits.max_block_frames, limits.max_message_bytes)
-
-
-def server_info(config: Config, prepared: Prepared, limits: EffectiveLimits) -> ServerInfo:
-    """The server's description of itself and a model, for WELCOME."""
-    network, certification = prepared.network, prepared.certification
-    return ServerInfo(
-        protocol_version=PROTOCOL_VERSION,
-        boot_id=secrets.token_hex(8),
-        model=prepared.model.name,
-        fingerprint=prepared.model.fingerprint,
-        features=network.description.features,
-        outputs=network.description.outputs,
-        state=network.state,
-        device=str(prepared.device),
-        exactness=certification.exactness,
-        buckets=certification.buckets,
-        max_streams=limits.max_streams,
-        max_message_bytes=limits.max_message_bytes,
-        max_block_frames=limits.max_block_frames,
-        credit_frames=limits.credit_frames,
-        max_idle_s=config.limits.max_idle_s,
-        window_frames=limits.window_frames,
-        durability="memory" if config.recording.file is None else config.recording.durability,
-        park_s=config.limits.park_s,
-        output_names=prepared.model.output_names,
-    )
 
 
 def _no_memory(config: Config, error: Exception) -> CannotServe:

@@ -38,7 +38,7 @@ class Loop:
         self.frontends: Sequence[Frontend] = ()
         self._services: deque[ModelService] = deque()
         """The one that the next turn begins with is the first."""
-        self._busy_poll_ns = busy_poll_ns
+        self.busy_poll_ns = busy_poll_ns
         self._on_bug = on_bug
         self._loop = asyncio.get_running_loop()
         self._is_due = self._is_polling = self._is_stopped = False
@@ -148,9 +148,9 @@ class Loop:
 
     def _poll(self) -> None:
         """Something happened: poll from now on, unless what is under way takes longer than that anyway."""
-        if any(service.engine.expected_ns >= self._busy_poll_ns for service in self._services):
+        if any(service.engine.expected_ns >= self.busy_poll_ns for service in self._services):
             return
-        self._poll_until_ns = time.monotonic_ns() + self._busy_poll_ns
+        self._poll_until_ns = time.monotonic_ns() + self.busy_poll_ns
         if not self._is_polling:
             self._is_polling = True
             self._loop.call_soon(self._poll_slice)

@@ -49,6 +49,26 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]
         raise CannotServe(str(error)) from None
 
 
+def prepare_another(config: Config, name: str, folder: Path, log: structlog.stdlib.BoundLogger) -> Prepared:
+    """Load, check and certify a model for a server that has others already; called in a thread beside them.
+
+    Args:
+        config: the configuration; not its models.
+        name: what the model is called here.
+        folder: of the model.
+        log: names the model.
+
+    Raises:
+        CannotServe: with a sentence.
+    """
+    prepare_numerics(config.engine.threads)  # torch counts threads by thread
+    try:
+        model = replace(load_model(folder), name=check_name(name))
+        return _prepared(config, model, folder.resolve(), log)
+    except ModelError as error:
+        raise CannotServe(str(error)) from None
+
+
 def _prepared(config: Config, model: Model, path: Path, log: structlog.stdlib.BoundLogger) -> Prepared:
     network = build(model, _device(config.engine.device))
     if config.engine.device.startswith("cuda") and network.device.type == "cpu":

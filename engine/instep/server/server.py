@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -53,7 +54,7 @@ class Server:
         self.config = config
         self.unanswered_messages = 0
         """Messages taken and never answered, because the end was forced or draining took too long."""
-        self._drain_until = 0.0
+        self._drain_until = math.inf
         """When draining has taken too long; of the monotonic clock."""
         self._shutdown = shutdown
         self._turns = loop
@@ -67,6 +68,25 @@ class Server:
         self._summaries[service] = Summary(service.log, partial(self._frontend.statistics, served), time.monotonic())
         self._turns.add(service)
         self._frontend.add(served)
+
+    async def remove(self, name: str, reason: str) -> None:
+        """Serve a model no longer: finish what it has admitted, end its connections, close its recording."""
+        served, timeout_s = self._frontend.models[name], self.config.shutdown.drain_timeout_s
+        service = served.service
+        service.drain()
+        for _ in range(round(timeout_s / _LOOK_S)):
+            if service.is_quiet:
+                break
+            await asyncio.sleep(_LOOK_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await service.checkpoints.take()
+        self._frontend.remove(served, reason)
+        self._turns.remove(service)
+        del self._summaries[service]
+        async with contextlib.AsyncExitStack() as closing:
+            self._will_close(service, closing, timeout_s)
+            service.tasks.cancel()
 
     @property
     def services(self) -> list[ModelService]:
@@ -139,9 +159,14 @@ class Server:
             except Exception as error:
                 self._shutdown.bug(error)
 
+    @property
+    def _is_quiet(self) -> bool:
+        operator = self._frontend.operator
+        return all(service.is_quiet for service in self.services) and (operator is None or not len(operator.tasks))
+
     async def _drain(self) -> None:
         self._turns.wake()  # a batch that was held goes now
-        while self._shutdown.drains and not all(service.is_quiet for service in self.services):
+        while self._shutdown.drains and not self._is_quiet:
             self._fail_if_late()
             await asyncio.sleep(_LOOK_S)
         # Replies that a peer does not take are that peer's loss: it resumes its streams when the server is back.
@@ -167,18 +192,23 @@ class Server:
             async with contextlib.AsyncExitStack() as closing:  # last to first, each whatever the others raise
                 closing.callback(self._frontend.close)
                 for service in self.services:
-                    if service.recorder is not None:
-                        closing.push_async_callback(self._stop_recorder, service.recorder, service.file)
-                for service in self.services:
-                    if service.scrub is not None:
-                        closing.callback(service.scrub.stop)
-                    closing.callback(service.engine.executor.stop, timeout_s)
+                    self._will_close(service, closing, timeout_s)
                 closing.callback(self._frontend.go_away, reason)
                 for service in self.services:
                     closing.callback(service.tasks.cancel)
+                if self._frontend.operator is not None:
+                    closing.callback(self._frontend.operator.tasks.cancel)
                 closing.callback(self._turns.stop)
         except Exception as error:
             self._shutdown.bug(error)
+
+    def _will_close(self, service: ModelService, closing: contextlib.AsyncExitStack, timeout_s: float) -> None:
+        """Close the recording of a service after its executor."""
+        if service.recorder is not None:
+            closing.push_async_callback(self._stop_recorder, service.recorder, service.file)
+        if service.scrub is not None:
+            closing.callback(service.scrub.stop)
+        closing.callback(service.engine.executor.stop, timeout_s)
 
     async def _stop_recorder(self, recorder: Recorder, file: Path | None) -> None:
         """Wait for the recorder until the end is late or, once it is forced, for a moment longer."""

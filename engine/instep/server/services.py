@@ -19,6 +19,8 @@ from instep.config import Config
 from instep.core.streams import StreamTable
 from instep.core.tables import Tables, make_tables
 from instep.core.typing import U32, float32_zeros
+from instep.frontends.zmq.decode import Decoder
+from instep.frontends.zmq.served import Served
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.runtime.executor import StepExecutor
 from instep.runtime.process_executor import shared_zeros
@@ -38,6 +40,7 @@ from instep.streaming.service import ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
+from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
 _MOST_READERS: Final = 4
 """Threads that read hibernated streams from one recording at the same time."""
@@ -148,6 +151,35 @@ def make_service(
         log=log,
         file=file,
     )
+
+
+def make_served(config: Config, foundation: Foundation, service: ModelService) -> Served:
+    """A service as its connections see it."""
+    prepared, limits = foundation.prepared, foundation.limits
+    network, certification = prepared.network, prepared.certification
+    decoder = Decoder(network.description.features, network.state, limits.max_block_frames, limits.max_message_bytes)
+    info = ServerInfo(
+        protocol_version=PROTOCOL_VERSION,
+        boot_id=secrets.token_hex(8),
+        model=prepared.model.name,
+        fingerprint=prepared.model.fingerprint,
+        features=network.description.features,
+        outputs=network.description.outputs,
+        state=network.state,
+        device=str(prepared.device),
+        exactness=certification.exactness,
+        buckets=certification.buckets,
+        max_streams=limits.max_streams,
+        max_message_bytes=limits.max_message_bytes,
+        max_block_frames=limits.max_block_frames,
+        credit_frames=limits.credit_frames,
+        max_idle_s=config.limits.max_idle_s,
+        window_frames=limits.window_frames,
+        durability="memory" if config.recording.file is None else config.recording.durability,
+        park_s=config.limits.park_s,
+        output_names=prepared.model.output_names,
+    )
+    return Served(service, info, decoder)
 
 
 def _random_generations(max_streams: int) -> U32:

@@ -25,13 +25,18 @@ def hello(header: Header, routing_id: bytes) -> tuple[str, str]:
     version, name, model = header.fields
     if version != wire.PROTOCOL_VERSION:
         raise Refusal(Code.WRONG_VERSION, f"the client speaks {version!r:.20}")
-    if type(name) is not str:
-        raise MalformedMessage("the client's name must be text")
-    if type(model) is not str:
-        raise MalformedMessage("the model's name must be text, empty for the default model")
+    text(name, "the client's name")
+    text(model, "the model's name")
     if routing_id[0] != 0:
         raise MalformedMessage("set no routing id (ZMQ_IDENTITY): the server names connections itself")
     return name, model
+
+
+def text(field: Any, name: str) -> str:
+    """A header field that is text; raises as `Decoder` does."""
+    if type(field) is not str:
+        raise MalformedMessage(f"{name} must be text")
+    return field
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Final
+from pathlib import Path
+from typing import Final, Protocol
 
 import structlog
 
 from instep.frontends.zmq import encode
-from instep.frontends.zmq.decode import hello
+from instep.frontends.zmq.decode import hello, text
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Router
 from instep.frontends.zmq.served import HANDLERS, Handler, Served
 from instep.streaming.api import Refusal
+from instep.streaming.tasks import Tasks
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.step_messages import request_of_step
@@ -27,6 +29,18 @@ _MOST_REQUESTS: Final = 512
 """Requests on streams that may be under way, of all peers together. A peer may have as many as places are left to the
 others: 256 when it is the only one, a third each when there are two. So there is always a place for one more peer."""
 _BUSY_RETRY_US: Final = 2000
+
+
+class Operator(Protocol):
+    """Loads and unloads models; raises Refusal."""
+
+    tasks: Tasks
+
+    async def load(self, name: str, folder: Path) -> None:
+        """Serve another model."""
+
+    async def unload(self, name: str) -> None:
+        """Serve a model no longer."""
 
 
 class ZmqFrontend:
@@ -49,6 +63,8 @@ class ZmqFrontend:
         self.outbound = outbound
         self.models: dict[str, Served] = {}
         """By name. Connections that name none get the first one."""
+        self.operator: Operator | None = None
+        """Who loads and unloads models; None where clients may not ask for it."""
         self._max_connections = max_connections
         self._probe_after_ns = probe_after_ns
         self._wake = wake
@@ -62,6 +78,14 @@ class ZmqFrontend:
     def add(self, served: Served) -> None:
         """Welcome connections to a model from now on."""
         self.models[served.service.name] = served
+
+    def remove(self, served: Served, reason: str) -> None:
+        """Welcome no connections to a model, and end those that there are."""
+        del self.models[served.service.name]
+        self.outbound.say_last(encode.goodbye(reason), served)
+        for peer in self.outbound.peers():
+            if peer.served is served:
+                self.outbound.drop(peer)
 
     # ── As the loop sees it ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -190,10 +214,41 @@ class ZmqFrontend:
             case Kind.STATS:
                 self.outbound.send(peer, encode.statistics(header.request, self.statistics(served)))
             case Kind.MODELS:
-                models = {name: each.summary() for name, each in self.models.items()}
-                self.outbound.send(peer, encode.served(header.request, models))
+                self._send_models(peer, header)
+            case Kind.LOAD | Kind.UNLOAD:
+                operator = self._operator_for(peer)
+                operator.tasks.start(self._operate(operator, peer, header))
             case _:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
+
+    def _send_models(self, peer: Peer, header: Header) -> None:
+        models = {name: each.summary() for name, each in self.models.items()}
+        self.outbound.send(peer, encode.served(header.request, models))
+
+    def _operator_for(self, peer: Peer) -> Operator:
+        if self.operator is None:
+            raise Refusal(Code.NOT_ALLOWED, "models are loaded and unloaded only where its endpoint is a loopback one")
+        if len(self.operator.tasks):
+            raise Refusal(Code.BUSY, "another model is being loaded or unloaded", _BUSY_RETRY_US)
+        peer.served.refuse_what_is_new()
+        return self.operator
+
+    async def _operate(self, operator: Operator, peer: Peer, header: Header) -> None:
+        """Load or unload a model; the answer is what the server has then."""
+        try:
+            name = text(header.fields[0], "the model's name")
+            if header.kind is Kind.LOAD:
+                await operator.load(name, Path(text(header.fields[1], "the folder")))
+            elif name == peer.served.service.name:
+                raise Refusal(Code.NOT_ALLOWED, "unload a model over a connection to another one")
+            else:
+                await operator.unload(self._find(name).service.name)
+            self._send_models(peer, header)
+        except (MalformedMessage, Refusal) as error:
+            refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
+            peer.refuse(header.request, refusal)
+        finally:
+            self._wake()
 
     def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, refusal: Refusal) -> None:
         if peer is not None:

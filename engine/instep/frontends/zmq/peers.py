@@ -229,9 +229,14 @@ class Outbound:
             peer.blocked_since_ns = now_ns
         self._blocked.pop(peer, None)
 
-    def say_last(self, message: Message) -> None:
-        """Hand everything that waits, and this message behind it, to ZeroMQ: nothing follows, so no bound holds."""
+    def say_last(self, message: Message, served: Served | None = None) -> None:
+        """Hand everything that waits, and this message behind it, to ZeroMQ: nothing follows, so no bound holds.
+
+        To the connections of one model, or of all of them.
+        """
         for peer in self.peers():
+            if served is not None and peer.served is not served:
+                continue
             last = [*(kept for kept, _ in peer.outbox), message]
             peer.outbox.clear()
             for each in last:

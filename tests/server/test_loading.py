@@ -1,0 +1,122 @@
+"""Models that are loaded into a running server and unloaded from it, while streams of others go on."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from instep.cli import app
+from instep.models.folder import write_model
+from instep_client import AsyncClient, ConnectionFailed, Refused
+from instep_client.protocol.wire import Code
+from tests.support.models import plain, whole
+from tests.support.running import running
+
+EARS = replace(plain(5, 8), name="ears")
+VOWELS = replace(plain(3, 16, seed=9), name="vowels")
+EXACT = {"max_batch_size": 16}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The model that is loaded."""
+    write_model(tmp_path / "vowels", VOWELS)
+    return tmp_path / "vowels"
+
+
+async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_another_is_served(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal((30, 3)).astype(np.float32)
+    other = rng.standard_normal((2000, 5)).astype(np.float32)
+    told: list[dict[str, Any]] = []
+    (tmp_path / "recordings").mkdir()
+    recording = {"file": tmp_path / "recordings"}
+    async with running(EARS, told=told, recording=recording, engine=EXACT) as server:
+        async with AsyncClient(server.endpoint) as operator, AsyncClient(server.endpoint) as busy:
+            ears = await busy.open("s")
+            served: list[Any] = []
+
+            async def serve() -> None:
+                while len(served) < len(other):
+                    served.append(await ears.step(other[len(served)]))
+
+            serving = asyncio.create_task(serve())
+            before = len(served)
+            assert [each.name for each in await operator.load_model("vowels", folder)] == ["ears", "vowels"]
+            assert len(served) > before, "frames are stepped while another model is certified"
+            client = AsyncClient(server.endpoint, model="vowels")
+            await client.connect()
+            stream = await client.open("v")
+            first = await stream.step(x[:10])
+            assert [each.name for each in await operator.unload_model("vowels")] == ["ears"]
+            with pytest.raises(ConnectionFailed, match="serves no model of that name"):
+                await stream.step(x[10])
+            await client.close()
+            with pytest.raises(Refused) as refused:
+                await AsyncClient(server.endpoint, model="vowels").connect()
+            assert refused.value.code is Code.UNKNOWN_MODEL
+            await operator.load_model("vowels", folder)
+            async with AsyncClient(server.endpoint, model="vowels") as again:
+                stream = await again.resume("v", have=10, take_over=True)
+                second = await stream.step(x[10:])
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+    truth, _ = whole(VOWELS, x, max_batch_size=16)
+    np.testing.assert_array_equal(np.concatenate([first, second]), truth)
+    np.testing.assert_array_equal(np.array(served), whole(EARS, other[: len(served)], max_batch_size=16)[0])
+    events = [line["event"] for line in told if line.get("model") == "vowels"]
+    assert [event for event in events if event in ("loaded", "unloaded", "recovered")] == [
+        "loaded",
+        "unloaded",
+        "recovered",
+        "loaded",
+    ]
+
+
+async def test_a_model_that_cannot_be_loaded_or_unloaded_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
+        for name, path, code, words in (
+            ("ears", folder, Code.NOT_LOADED, "is served already"),
+            ("x", tmp_path / "broken", Code.NOT_LOADED, "cannot read"),
+            ("", folder, Code.NOT_LOADED, "a model's name must be"),
+            ("x", "/a\0b", Code.NOT_LOADED, "null byte"),
+        ):
+            with pytest.raises(Refused) as refused:
+                await client.load_model(name, path)
+            assert (refused.value.code, words in refused.value.sentence) == (code, True), refused.value.sentence
+        for name, code in (("ears", Code.NOT_ALLOWED), ("eras", Code.UNKNOWN_MODEL)):
+            with pytest.raises(Refused) as refused:
+                await client.unload_model(name)
+            assert refused.value.code is code
+        assert [each.name for each in await client.list_models()] == ["ears"]
+    async with running(EARS, recording={"file": tmp_path / "r.instep"}, engine=EXACT) as server:
+        async with AsyncClient(server.endpoint) as client:
+            with pytest.raises(Refused, match="is not a folder, and 2 models are recorded"):
+                await client.load_model("vowels", folder)
+    transport = {"endpoint": "tcp://0.0.0.0:*", "allow_plaintext": True}
+    async with running(EARS, transport=transport, engine=EXACT) as server:
+        async with AsyncClient(server.endpoint.replace("0.0.0.0", "127.0.0.1")) as client:
+            with pytest.raises(Refused, match="NOT_ALLOWED"):
+                await client.load_model("vowels", folder)
+
+
+async def test_the_commands(folder: Path) -> None:
+    async with running(EARS, engine=EXACT) as server:
+
+        async def said(*arguments: str) -> tuple[int, str]:
+            command = ["model", *arguments, "-e", server.endpoint]
+            result = await asyncio.to_thread(CliRunner().invoke, app, command)
+            return result.exit_code, result.output.strip()
+
+        assert await said("load", "vowels", str(folder)) == (0, "the server has ears, vowels")
+        assert await said("unload", "ears") == (0, "the server has vowels")
+        status, sentence = await said("unload", "vowels")
+        assert (status, "over a connection to another one" in sentence) == (2, True), sentence
