@@ -127,6 +127,21 @@ def test_the_reference_computes_the_graph_in_either_precision(
     assert not given["h"].any()
 
 
+def test_the_reference_of_a_layer_norm_is_in_float64(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Its `stash_type` names the precision that a graph of float32 computes in, and is no tensor's type."""
+    nodes = [node("Add", ["x", "h"], ["hn"]), node("LayerNormalization", ["hn", "scale"], ["y"], stash_type=1)]
+    scale = rng.standard_normal(6).astype(np.float32)
+    step = graph(nodes, {"x": ["rows", 6], "h": ["rows", 6]}, {"y": ["rows", 6], "hn": ["rows", 6]}, {"scale": scale})
+    reference = build(imported(tmp_path, step), CPU).reference(np.float64)
+    assert reference is not None
+    x = rng.standard_normal((5, 2, 6))
+    y, _ = reference.run(x, {"h": np.zeros((2, 6))}, np.array([2] * 5))
+    summed = torch.from_numpy(x.cumsum(axis=0))
+    epsilon = float(np.float32(1e-5))  # which a graph holds
+    truth = nn.functional.layer_norm(summed, (6,), torch.from_numpy(scale.astype(np.float64)), eps=epsilon)
+    np.testing.assert_allclose(y, truth.numpy(), rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("step", [gru_step(GRU, HEAD), counting_step()], ids=["gru", "counting"])
 async def test_it_is_served_recorded_and_verified(
     tmp_path: Path, rng: np.random.Generator, step: onnx.ModelProto

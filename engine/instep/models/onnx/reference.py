@@ -102,7 +102,7 @@ def _widen(graph: GraphProto) -> None:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 widened(attribute.t)
-            if attribute.name in ("to", "dtype", "stash_type") and attribute.i == TensorProto.FLOAT:
+            if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT:
                 attribute.i = TensorProto.DOUBLE
             if node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
                 floats = attribute.f if attribute.name == "value_float" else list(attribute.floats)
