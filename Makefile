@@ -54,13 +54,14 @@ chaos: $(READY)  ## Kill the server and break connections under load; compare ou
 	$(BIN)/python -m tests.chaos --resets $(RESETS)
 
 clean:  ## Remove .venv and everything made by the targets above
-	rm -rf $(VENV) demo-out build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	find benchmarks clients engine tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) demo-out examples-out build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find benchmarks clients engine examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON); install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "instep needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())'); name another: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "Setting up $(VENV): once, a minute or two and about 1 GB (PyTorch is most of it)."
+	@echo "Setting up $(VENV): once, a minute or two and about 1.2 GB (PyTorch is most of it)."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -e ".[dev]"
+	$(BIN)/pip install --disable-pip-version-check --no-deps BeatNet==1.1.3 pyannote.audio==4.0.7  # see examples/README.md
 	@touch $@

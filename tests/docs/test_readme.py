@@ -58,13 +58,13 @@ def test_its_commands_and_its_code_run_as_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "examples/README.md"]
     + [f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")],
 )
 def test_links_and_named_files_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    named = re.findall(r"`((?:tests|docs|configs|engine|clients|deploy)/[\w/.-]+)`", text)
+    named = re.findall(r"`((?:tests|docs|configs|engine|clients|deploy|examples)/[\w/.-]+)`", text)
     for target in [*((ROOT / page).parent / link for link in links), *(ROOT / name for name in named)]:
         assert target.exists(), f"{page} names {target}, which is not there"
 
