@@ -1,10 +1,11 @@
-"""The page on models: its programs and commands are run, and its table of activations is that of the network."""
+"""The page on models: its programs and commands are run, and its tables are held against the code."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,7 +25,7 @@ from instep.models.recurrent.description import (
     RecurrentLayers,
     RnnLayers,
 )
-from instep.models.registry import parse_description
+from instep.models.registry import KINDS, build
 from tests.docs.support.page import Page
 from tests.docs.support.shell import commands, run
 
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.heavy
 
 PAGE = Page("models.md")
 PROGRAMS = dict(PAGE.blocks("python"))
-SHOWN = [text for _, text in PAGE.blocks("text")]
+SHOWN = dict(PAGE.blocks("text"))
+COMMANDS = [words for _, block in PAGE.blocks("bash") for words in commands(block)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / name).write_text(code)
     saved = run(["python", "net.py"], path)
     assert saved.returncode == 0, saved.stderr
-    assert saved.stdout.partition(", fingerprint ")[0] == SHOWN[0].partition(", fingerprint ")[0]
+    assert saved.stdout.partition(", fingerprint ")[0] == SHOWN["net.py"].partition(", fingerprint ")[0]
     return path
 
 
@@ -69,7 +71,7 @@ def test_lstms_and_rnns_are_handed_over_as_shown_and_their_states_have_names(fol
     with ChildServer(folder / "talk") as server:
         code = PROGRAMS["state.py"].replace("tcp://127.0.0.1:5757", server.endpoint)
         (folder / "reads.py").write_text(code)
-        assert run(["python", "reads.py"], folder).stdout == SHOWN[1]
+        assert run(["python", "reads.py"], folder).stdout == SHOWN["state.py"]
 
 
 def test_the_keys_of_its_table_are_those_of_the_layers() -> None:
@@ -86,7 +88,7 @@ def test_the_keys_of_its_table_are_those_of_the_layers() -> None:
 
 
 def test_its_commands_run_as_written(folder: Path) -> None:
-    (importing,), (checking,), *_ = (commands(block) for _, block in PAGE.blocks("bash"))
+    importing, checking, _ = COMMANDS
     save_file(nn.ModuleDict({"rnn": nn.GRU(4, 5), "fc": nn.Linear(5, 2)}).state_dict(), folder / "net.safetensors")
     imported = run(importing, folder)
     assert (imported.returncode, imported.stdout) == (0, "names: 4 features → GRU 5 → dense 2 softmax\n"), (
@@ -94,14 +96,16 @@ def test_its_commands_run_as_written(folder: Path) -> None:
     )
     checked = run(checking, folder)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    for line, shown in zip(checked.stdout.splitlines(), SHOWN[3].splitlines(), strict=False):
+    for line, shown in zip(checked.stdout.splitlines(), SHOWN["check"].splitlines(), strict=False):
         assert line[:40] == shown[:40]
 
 
 def test_a_step_of_your_own_is_exported_and_checked_as_shown(folder: Path) -> None:
     assert len([line for line in PROGRAMS["step.py"].splitlines() if line]) < 20
     exported = run(["python", "step.py"], folder)
-    assert exported.stdout.partition(", fingerprint ")[0] == SHOWN[4].partition(", fingerprint ")[0], exported.stderr
+    assert exported.stdout.partition(", fingerprint ")[0] == SHOWN["step.py"].partition(", fingerprint ")[0], (
+        exported.stderr
+    )
     assert sorted(path.name for path in (folder / "own").iterdir()) == [
         "graph.json",
         "model.yaml",
@@ -114,8 +118,7 @@ def test_a_step_of_your_own_is_exported_and_checked_as_shown(folder: Path) -> No
 def test_its_graph_is_imported_as_written(folder: Path) -> None:
     exported = run(["python", "lstm.py"], folder)
     assert exported.returncode == 0, exported.stderr
-    [importing] = next(found for _, block in PAGE.blocks("bash") if "onnx" in (found := commands(block))[0][-1])
-    imported = run(importing, folder)
+    imported = run(COMMANDS[-1], folder)
     words = "lstm: 40 features → ONNX graph with 128 values of state → 3 outputs\n"
     assert (imported.returncode, imported.stdout) == (0, words), imported.stderr
 
@@ -126,7 +129,7 @@ def test_an_import_without_options_says_what_is_shown(folder: Path) -> None:
     (folder / "plain").mkdir()
     torch.save(plain, folder / "plain" / "net.pt")
     said = run(["instep", "model", "import", "net.pt"], folder / "plain")
-    assert (said.returncode, said.stderr) == (2, SHOWN[2])
+    assert (said.returncode, said.stderr) == (2, SHOWN["import"])
     shutil.rmtree(folder / "plain")
 
 
@@ -140,10 +143,50 @@ def test_its_table_of_activations_is_whole() -> None:
     assert named == {name: name for name in ACTIVATIONS}
 
 
-def test_the_pipeline_is_one_and_every_step_is_described() -> None:
-    fields = yaml.safe_load(dict(PAGE.blocks("yaml"))["listens/model.yaml"])
-    assert parse_description(fields).in_words() == (
+def test_the_pipeline_is_made_as_shown_and_every_step_is_described(folder: Path) -> None:
+    made = run(["python", "listens.py"], folder)
+    assert (made.returncode, made.stderr) == (0, "")
+    shown = yaml.safe_load(dict(PAGE.blocks("yaml"))["listens/model.yaml"])
+    assert yaml.safe_load((folder / "listens" / "model.yaml").read_text()) == shown
+    assert load_model(folder / "listens").description.in_words() == (
         "160 features → context of 352 values → log power spectrum → GRU 64 → dense 1 sigmoid → smooth 0.9"
     )
     rows = [line for line in PAGE.text.splitlines() if line.startswith("| `")]
     assert [name for name in STEPS if any(line.startswith(f"| `{name}: ") for line in rows)] == list(STEPS)
+
+
+def test_its_overview_says_of_every_kind_how_it_is_verified(folder: Path) -> None:
+    table = _overview()
+    kinds = [kind for row in table for kind in row["kind in `model.yaml`"].replace("`", "").split(", ")]
+    assert sorted(kinds) == sorted(KINDS)
+    for program, name, kind in (
+        ("net", "ears", "gru"),
+        ("talk", "talk", "lstm"),
+        ("steer", "steer", "rnn"),
+        ("step", "own", "module"),
+        ("lstm", "lstm", "onnx"),
+        ("listens", "listens", "pipeline"),
+    ):
+        if not (folder / name).exists():
+            assert run(["python", f"{program}.py"], folder).returncode == 0
+        if kind == "onnx" and not (folder / name).exists():  # the program writes a graph only
+            assert run(COMMANDS[-1], folder).returncode == 0
+        model = load_model(folder / name)
+        assert model.description.kind == kind
+        (row,) = (row for row in table if kind in row["kind in `model.yaml`"])
+        network = build(model, torch.device("cpu"))
+        x = np.zeros((4, 4, model.description.features), np.float32)
+        is_whole = network.sequence(x, network.state.initial(4)) is not None
+        reference = network.reference(np.float64)
+        assert reference is not None
+        inside = kind == "pipeline"  # here, a GRU
+        assert row["replayed whole"] == ("as the network inside" if inside else "yes" if is_whole else "no")
+        truth = "as the network inside" if inside else "independent" if reference.independent else "same graph"
+        assert row["float64 reference"].startswith(truth)
+
+
+def _overview() -> list[dict[str, str]]:
+    """The first table of the page, which stands before any section."""
+    lines = PAGE.text[: PAGE.text.index("\n## ")].splitlines()
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|"))
+    return [dict(zip(head, row, strict=True)) for row in rows]
