@@ -132,7 +132,7 @@ def import_model(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a model folder of the weights of a trained network, or of a graph.
+    """Make a model folder of the weights of a trained network, or of an ONNX graph.
 
     Name the layers of weights and their activations, in order: weights alone do not say. Without options, it says what
     the file holds. Nothing in it is executed.
@@ -186,7 +186,7 @@ def check(
     ],
     json: Json = False,
 ) -> None:
-    """Compare what a model folder gives with what your own module gives.
+    """Compare the outputs of a model folder with those of your own module.
 
     Exit status 0: they agree. 1: they differ. 2: they cannot be compared.
     """
@@ -201,7 +201,7 @@ def check(
 def info(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")], json: Json = False
 ) -> None:
-    """Check a model folder, show what is in it, and how this machine's CPU steps it."""
+    """Check a model folder, list its contents, and say how this machine's CPU steps it."""
     import torch
 
     from instep.config import Config

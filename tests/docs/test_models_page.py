@@ -157,7 +157,7 @@ def test_the_pipeline_is_made_as_shown_and_every_step_is_described(folder: Path)
 
 def test_its_overview_says_of_every_kind_how_it_is_verified(folder: Path) -> None:
     table = _overview()
-    kinds = [kind for row in table for kind in row["kind in `model.yaml`"].replace("`", "").split(", ")]
+    kinds = [kind for row in table for kind in row["kind"].replace("`", "").split(", ")]
     assert sorted(kinds) == sorted(KINDS)
     for program, name, kind in (
         ("net", "ears", "gru"),
@@ -173,7 +173,7 @@ def test_its_overview_says_of_every_kind_how_it_is_verified(folder: Path) -> Non
             assert run(COMMANDS[-1], folder).returncode == 0
         model = load_model(folder / name)
         assert model.description.kind == kind
-        (row,) = (row for row in table if kind in row["kind in `model.yaml`"])
+        (row,) = (row for row in table if kind in row["kind"])
         network = build(model, torch.device("cpu"))
         x = np.zeros((4, 4, model.description.features), np.float32)
         is_whole = network.sequence(x, network.state.initial(4)) is not None
