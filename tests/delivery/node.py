@@ -27,6 +27,7 @@ from instep.frontends.zmq.served import Served
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import StateLost
+from instep.runtime.recheck import Recheck
 from instep.server.loop import Loop
 from instep.streaming.api import Grants, Names, Origin, StatesRead
 from instep.streaming.checkpoints import Checkpoints
@@ -42,6 +43,7 @@ from instep.streaming.service import ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
+from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory
 from tests.delivery.hand_loop import HandLoop
@@ -193,8 +195,10 @@ class Node:
         self.outbound = Outbound(router, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach)
         self._frontend = ZmqFrontend(router, self.outbound, _MAX_CONNECTIONS, 2 * _NEVER_NS, turns.wake, log_into([]))
         listing = Listing(table, self.hibernation, limits)
+        log = log_into([])
+        withdrawal = Withdrawal(Recheck(stepper, tables, 0), engine, log)
         service = ModelService(
-            "exact", engine, operations, self._reaper, self._checkpoints, listing, self.tasks, log_into([])
+            "exact", engine, operations, self._reaper, self._checkpoints, withdrawal, listing, self.tasks, log
         )
         self._frontend.add(Served(service, _info(number, sizes), Decoder(1, gru_state(1, 1), _MAX_FRAMES, 10_000)))
         turns.frontends = [self._frontend]

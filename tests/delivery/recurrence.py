@@ -65,6 +65,9 @@ class HandExecutor:
     def take_signal(self) -> None:
         """There is none: `Node.run` lets the loop take a turn."""
 
+    def answered(self) -> None:
+        """Nothing was put off."""
+
     def is_under_way(self, slots: I64) -> bool:
         """Whether runs of these streams are, as far as the loop knows."""
         under_way = [begun for begun, _ in self.begun] + self._slots_of_results

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from instep.core.tables import make_tables
 from instep.core.typing import F32
 from instep.models.certify import candidate_buckets, certify
 from instep.models.folder import make_model
@@ -15,6 +16,7 @@ from instep.models.model import Model
 from instep.models.numerics import prepare
 from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
 from instep.models.recurrent.network import RecurrentNetwork
+from instep.runtime.recheck import Recheck
 from instep.runtime.stepper import Stepper
 from tests.support.models import plain
 from tests.support.raw import RawClient
@@ -75,6 +77,23 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(model: Model,
         np.testing.assert_array_equal(states, truth_h)
     np.testing.assert_allclose(y, truth_y, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(states, truth_h, rtol=1e-5, atol=1e-6)
+
+
+def test_a_recheck_finds_nothing_where_batches_are_exact(model: Model, rng: np.random.Generator) -> None:
+    """A graph served the rows; a recheck steps them without one."""
+    network = RecurrentNetwork(model, CUDA)
+    found = certify(network, candidate_buckets(network, 64))
+    if found.exactness != "exact":
+        pytest.skip("batches are not exact on this GPU")
+    tables = make_tables(64, 1, 1, model.description.features, model.description.outputs, 8, 8, 8)
+    recheck = Recheck(Stepper(network, found.buckets, 64, CUDA), tables, 1)
+    for _ in range(100):
+        slots = rng.permutation(64)[: rng.integers(1, 65)] + 1
+        tables.x[slots] = rng.standard_normal((len(slots), model.description.features))
+        recheck.step(slots, slots)  # with a window of 1, a slot's row is its number
+        recheck.run()
+    assert recheck.frames > 100
+    assert recheck.mismatches == 0
 
 
 def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generator) -> None:

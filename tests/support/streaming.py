@@ -23,6 +23,7 @@ from instep.recording.recorder import Recorder
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import RunResult, Step, StepExecutor, run_steps
+from instep.runtime.recheck import Recheck
 from instep.runtime.stepper import StateAccess, Stepper
 from instep.server.loop import Loop
 from instep.server.recordings import recording_header
@@ -40,6 +41,7 @@ from instep.streaming.service import ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
+from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.codes import Code
 from tests.support.faulty_states import FaultyStates
 from tests.support.models import SMALL
@@ -92,6 +94,9 @@ class HandExecutor:
 
     def take_signal(self) -> None:
         """There is none."""
+
+    def answered(self) -> None:
+        """Nothing was put off."""
 
     def stop(self, timeout_s: float | None = None) -> None:
         """Nothing runs."""
@@ -219,6 +224,7 @@ class StreamingEngine:
         self.operations = StreamOperations(self.engine, self.states, self.hibernation, tombstones, self.tasks)
         self.reaper = Reaper(self.engine, self.operations, self.hibernation, idle, reap_at_once)
         self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)
+        log = log_into([])
         self.loop.add(
             ModelService(
                 model.name,
@@ -226,9 +232,10 @@ class StreamingEngine:
                 self.operations,
                 self.reaper,
                 Checkpoints(self.engine, self.states, self.tasks, 10**18),
+                Withdrawal(Recheck(self.stepper, tables, 0), self.engine, log),
                 Listing(self.table, self.hibernation, idle),
                 self.tasks,
-                log_into([]),
+                log,
             )
         )
         self.loop.frontends = [self.frontend]

@@ -184,7 +184,8 @@ def make_tables(
             pending messages, and the most pending columns.
         max_block_frames: the most frames of one message.
         credit_frames: the most unanswered frames of one origin.
-        zeros: makes the arrays of inputs and outputs; another than numpy's may be memory shared between processes.
+        zeros: makes the arrays of streams, inputs and outputs; another than numpy's may be memory shared between
+            processes.
     """
     rows = window * (max_streams + 1)
     # At least one message fits, as none that is admitted has more frames; what does not fit is answered next.
@@ -194,7 +195,7 @@ def make_tables(
     counts[WINDOW], counts[STRIDE] = window, max_streams + 1
     counts[MAX_PENDING], counts[CREDIT] = max_pending_frames, credit_frames
     counts[FREE_MESSAGES] = counts[FREE_COLUMNS] = max_pending_frames
-    streams = np.zeros(max_streams + 1, STREAM)
+    streams = zeros(((max_streams + 1) * STREAM.itemsize // 4,)).view(STREAM)
     streams["owner"] = NO_OWNER
     origins = np.zeros(max_origins + 1, ORIGIN)
     origins["ready_head"] = NOTHING
@@ -236,3 +237,10 @@ def rows_of(tables: Tables, slots: I64, seqs: I64) -> I64:
     """
     rows: I64 = seqs % tables.counts[WINDOW] * tables.counts[STRIDE] + slots
     return rows
+
+
+def seqs_of(tables: Tables, slots: I64, rows: I64) -> I64:
+    """Seqs of frames that are being stepped, by slot and row of the frame buffer: int64 [N], [N] → [N]."""
+    first: I64 = tables.streams["step_seq"][slots]
+    seqs: I64 = first + (rows // tables.counts[STRIDE] - first) % tables.counts[WINDOW]
+    return seqs

@@ -1,12 +1,13 @@
-"""Distance between float32 values in units in the last place."""
+"""Equal bits, and distances between float32 values in units in the last place."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from instep.core.typing import F32, I64
+from instep.core.typing import F32, I64, Bool
 
 NOT_COMPARABLE: Final = 2**32
 """The distance between a NaN and anything that has other bits; no two numbers are as far apart."""
@@ -29,6 +30,13 @@ def ulp_distance(a: F32, b: F32) -> I64:
     distance = np.abs(_ordered(bits_a) - _ordered(bits_b))
     not_a_number = ((bits_a & _SIGN) > _INFINITY) | ((bits_b & _SIGN) > _INFINITY)
     return np.where(not_a_number & (bits_a != bits_b), np.int64(NOT_COMPARABLE), distance)
+
+
+def bits_differ(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> Bool:
+    """Elementwise, of one shape and dtype. All NaNs are alike: the processor's kernel chooses the one it gives."""
+    bits = f"u{one.itemsize}"
+    differ: Bool = (one.view(bits) != other.view(bits)) & ~(np.isnan(one) & np.isnan(other))
+    return differ
 
 
 def _bits(values: F32) -> I64:

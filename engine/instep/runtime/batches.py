@@ -55,12 +55,13 @@ class HostBatch:
     """
 
     def __init__(self, model: RecurrentModel, store: StateStore, size: int) -> None:
-        self._step = model.bind(size)
-        self._copies = StateCopies(store, self._step)
-        self._y: F32 = self._step.y.numpy()
+        self.step = model.bind(size)
+        """Its buffers may be used between two runs."""
+        self._copies = StateCopies(store, self.step)
+        self._y: F32 = self.step.y.numpy()
         self.slots: I64 = np.zeros(size, np.int64)
         """int64 [size]: to be set before `run`, the scratch slot for padding."""
-        self.x: F32 = self._step.x.numpy()
+        self.x: F32 = self.step.x.numpy()
         """float32 [size, at least features], frames: to be set before `run`, zeros for padding."""
 
     def run(self, rows: int) -> F32:
@@ -73,7 +74,7 @@ class HostBatch:
             Exception: whatever the model raised; no state has changed.
         """
         self._copies.gather(self.slots)
-        self._step.run()
+        self.step.run()
         self._copies.scatter(self.slots, rows)
         return self._y
 
@@ -91,12 +92,13 @@ class GraphBatch:
     """
 
     def __init__(self, model: RecurrentModel, store: StateStore, size: int, pool: Any) -> None:
-        self._step = model.bind(size)
+        self.step = model.bind(size)
+        """As `HostBatch.step`."""
         self._store = store
         self._device = model.device
         self._host_slots = torch.zeros(size, dtype=torch.int64, pin_memory=True)
-        self._host_x = torch.zeros(size, self._step.x.shape[1], pin_memory=True)
-        self._host_y = torch.zeros(size, self._step.y.shape[1], pin_memory=True)
+        self._host_x = torch.zeros(size, self.step.x.shape[1], pin_memory=True)
+        self._host_y = torch.zeros(size, self.step.y.shape[1], pin_memory=True)
         self.slots: I64 = self._host_slots.numpy()
         """As `HostBatch.slots`."""
         self.x: F32 = self._host_x.numpy()
@@ -117,11 +119,11 @@ class GraphBatch:
 
     def _enqueue(self) -> None:
         self._slots.copy_(self._host_slots, non_blocking=True)
-        self._step.x.copy_(self._host_x, non_blocking=True)
-        self._store.gather(self._slots, self._step.state)
-        self._step.run()
-        self._store.scatter(self._slots, self._step.new_state)
-        self._host_y.copy_(self._step.y, non_blocking=True)
+        self.step.x.copy_(self._host_x, non_blocking=True)
+        self._store.gather(self._slots, self.step.state)
+        self.step.run()
+        self._store.scatter(self._slots, self.step.new_state)
+        self._host_y.copy_(self.step.y, non_blocking=True)
 
     def run(self, rows: int) -> F32:
         """As `HostBatch.run`.

@@ -26,6 +26,12 @@ class StateLost(Exception):
 
 Step: TypeAlias = Callable[[I64, I64], None]
 """Steps the streams of slots, int64 [B], with the frames in rows, int64 [B]."""
+Afterwards: TypeAlias = Callable[[], None]
+"""What an executor does once a run's result is out, where it steps; it raises nothing."""
+
+
+def nothing() -> None:
+    """Do nothing afterwards."""
 
 
 @dataclass(slots=True)
@@ -80,6 +86,9 @@ class StepExecutor(Protocol):
             EOFError: the executor has died.
         """
 
+    def answered(self) -> None:
+        """The frames of runs that have ended were answered: do what was put off in the caller's thread until then."""
+
     def stop(self, timeout_s: float | None = None) -> None:
         """Let it finish what has begun, then end it; after the timeout it is abandoned or killed. May come twice."""
 
@@ -102,8 +111,9 @@ class InlineExecutor:
     capacity = 1
     signal_fd = None
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, afterwards: Afterwards = nothing) -> None:
         self._step = step
+        self._afterwards = afterwards
         self._results: list[RunResult] = []
 
     @property
@@ -120,6 +130,9 @@ class InlineExecutor:
     def take_signal(self) -> None:
         """There is none."""
 
+    def answered(self) -> None:
+        self._afterwards()
+
     def stop(self, timeout_s: float | None = None) -> None:
         """Nothing is under way."""
 
@@ -129,8 +142,9 @@ class ThreadExecutor:
 
     capacity = 2
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, afterwards: Afterwards = nothing) -> None:
         self._step = step
+        self._afterwards = afterwards
         self._runs: queue.SimpleQueue[tuple[I64, I64] | None] = queue.SimpleQueue()
         self._results: deque[RunResult] = deque()
         self._died: BaseException | None = None
@@ -160,6 +174,9 @@ class ThreadExecutor:
         if self._died is not None:
             raise EOFError(f"the thread that steps has died: {self._died!r}")
 
+    def answered(self) -> None:
+        """Nothing was put off in the caller's thread."""
+
     def stop(self, timeout_s: float | None = None) -> None:
         if self._is_stopped:
             return
@@ -177,6 +194,7 @@ class ThreadExecutor:
                 while (run := self._runs.get()) is not None:
                     self._results.append(run_steps(self._step, *run))
                     os.write(self._signal, b"\0")
+                    self._afterwards()
         except BaseException as error:
             self._died = error
             os.write(self._signal, b"\0")

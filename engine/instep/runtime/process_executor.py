@@ -30,7 +30,7 @@ import torch
 
 from instep.core.tables import MOST_STEPS
 from instep.core.typing import I64
-from instep.runtime.executor import RunResult, StateLost, Step, run_steps
+from instep.runtime.executor import Afterwards, RunResult, StateLost, Step, nothing, run_steps
 
 _PLACES: Final = 2
 _TEXT_BYTES: Final = 1024
@@ -60,6 +60,7 @@ class ProcessExecutor:
         max_batch_size: the largest batch.
         busy_poll_ns: for how long after a run the process polls for the next one, rather than sleep and be woken.
         runs_short_inline: whether short runs execute in the caller's thread while the process is idle.
+        afterwards: see `Afterwards`; called where the run was executed.
 
     Raises:
         OSError: the process cannot be forked.
@@ -68,9 +69,16 @@ class ProcessExecutor:
     capacity = _PLACES
 
     def __init__(
-        self, step: Step, max_batch_size: int, busy_poll_ns: int = 0, *, runs_short_inline: bool = True
+        self,
+        step: Step,
+        max_batch_size: int,
+        busy_poll_ns: int = 0,
+        *,
+        runs_short_inline: bool = True,
+        afterwards: Afterwards = nothing,
     ) -> None:
         self._step = step
+        self._afterwards = afterwards
         self._runs_short_inline = runs_short_inline
         self._slots: I64 = shared_zeros((_PLACES, max_batch_size), "i8")
         self._rows: I64 = shared_zeros((_PLACES, MOST_STEPS, max_batch_size), "i8")
@@ -138,6 +146,9 @@ class ProcessExecutor:
             return StateLost(text)
         return StepFailed(text)
 
+    def answered(self) -> None:
+        self._afterwards()
+
     def stop(self, timeout_s: float | None = None) -> None:
         """See `StepExecutor`; after the timeout the process is killed."""
         if self._pid == 0:
@@ -171,6 +182,7 @@ class ProcessExecutor:
                 while commands_read := runs.read():
                     for place, steps, size in _COMMAND.iter_unpack(commands_read):
                         os.write(outcomes, self._run(place, steps, size))
+                        self._afterwards()
             status = 0
         except BrokenPipeError:
             pass  # the server is gone

@@ -11,6 +11,7 @@ import torch
 
 from instep.core.typing import F32, I64, U8, float32_zeros
 from instep.models.base import RecurrentModel, StateSpec
+from instep.models.stepping import step_rows
 from instep.runtime.batches import GraphBatch, HostBatch, stage, unstage
 from instep.runtime.state_store import StateStore
 
@@ -88,6 +89,20 @@ class Stepper:
         batch = self._batches[self.bucket(size)]
         stage(slots, rows, inputs, batch.slots, batch.x)
         unstage(batch.run(size), rows, outputs)
+
+    @torch.inference_mode()
+    def step_again(self, bucket: int, x: F32, states: U8) -> tuple[F32, U8]:
+        """Step a whole batch that is no stream's, where the others are stepped; changes no stream.
+
+        Args:
+            bucket: one of `buckets`.
+            x: float32 [bucket, features].
+            states: uint8 [bucket, row_bytes].
+
+        Returns:
+            Outputs [bucket, outputs] and states after the frames, copies.
+        """
+        return step_rows(self._batches[bucket].step, self.state, x, states, self.model.description.outputs)
 
     @torch.inference_mode()
     def load(self, slots: I64, rows: U8 | None) -> None:

@@ -8,11 +8,9 @@ from typing import Final
 import torch
 
 from instep.config import Config, EngineConfig
-from instep.core.tables import Tables
-from instep.core.typing import I64
 from instep.runtime.executor import InlineExecutor, StepExecutor, ThreadExecutor, usable_cores
 from instep.runtime.process_executor import ProcessExecutor
-from instep.runtime.stepper import Stepper
+from instep.runtime.recheck import Recheck
 from instep.server.preparation import CannotServe
 
 _LIGHT_BATCH: Final = 128
@@ -50,26 +48,24 @@ def max_light_batch(config: Config, max_batch_size: int, forks: bool) -> int:
     return min(_LIGHT_BATCH, max_batch_size) if steps_inline else 0
 
 
-def make_executor(config: Config, stepper: Stepper, tables: Tables, forks: bool) -> StepExecutor:
+def make_executor(config: Config, recheck: Recheck, max_batch_size: int, forks: bool) -> StepExecutor:
     """The executor that the configuration asks for.
 
     Raises:
         CannotServe: when its process cannot be started.
     """
-
-    def step(slots: I64, rows: I64) -> None:
-        stepper.step(slots, rows, tables.x, tables.y)
-
     engine = config.engine
     if not forks:
-        return InlineExecutor(step) if engine.steps_in == "inline" else ThreadExecutor(step)
+        executor = InlineExecutor if engine.steps_in == "inline" else ThreadExecutor
+        return executor(recheck.step, recheck.run)
     try:
         # Twice as long as the loop: it waits for the loop.
         return ProcessExecutor(
-            step,
-            stepper.buckets[-1],
+            recheck.step,
+            max_batch_size,
             2 * engine.busy_poll_us * 1000,
             runs_short_inline=config.recording.file is None,
+            afterwards=recheck.run,
         )
     except OSError as error:
         raise CannotServe(f"no process for the steps can be started ({error}); set engine.steps_in to thread") from None

@@ -153,11 +153,18 @@ class Server:
                     for service in self.services:
                         service.engine.stats.recording_free_bytes = free_bytes
                 self._frontend.tick(now_ns)
-                for service in self.services:
-                    service.tick(now_ns)
+                for served in self._frontend.models.values():
+                    served.service.tick(now_ns)
+                    if reason := served.service.withdrawal.tick(now_ns / 1e9):
+                        self._withdraw_exact(served, reason)
                 self._turns.wake()
             except Exception as error:
                 self._shutdown.bug(error)
+
+    def _withdraw_exact(self, served: Served, reason: str) -> None:
+        served.info = replace(served.info, exactness="tolerance")
+        if self.config.engine.exactness == "require":
+            self._shutdown.fail(f"engine.exactness is `require`, but {reason}", drain=True)
 
     @property
     def _is_quiet(self) -> bool:

@@ -24,6 +24,7 @@ from instep.frontends.zmq.served import Served
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.runtime.executor import StepExecutor
 from instep.runtime.process_executor import shared_zeros
+from instep.runtime.recheck import Recheck
 from instep.runtime.stepper import Stepper
 from instep.server.execution import make_executor, max_light_batch
 from instep.server.limits import EffectiveLimits, effective_limits, idle_limits
@@ -40,6 +41,7 @@ from instep.streaming.service import ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
+from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
 _MOST_READERS: Final = 4
@@ -54,6 +56,7 @@ class Foundation:
     limits: EffectiveLimits
     tables: Tables
     stepper: Stepper
+    recheck: Recheck
     executor: StepExecutor
     forks: bool
     """Whether the executor is a process."""
@@ -89,7 +92,10 @@ def lay_foundation(config: Config, prepared: Prepared, *, forks: bool, stepper: 
     )
     if stepper is None:
         stepper = Stepper(network, buckets, limits.max_streams, prepared.device, zeros)
-    return Foundation(prepared, limits, tables, stepper, make_executor(config, stepper, tables, forks), forks)
+    recheck_every = config.engine.recheck_every if prepared.certification.exactness == "exact" else 0
+    recheck = Recheck(stepper, tables, recheck_every, zeros)
+    executor = make_executor(config, recheck, buckets[-1], forks)
+    return Foundation(prepared, limits, tables, stepper, recheck, executor, forks)
 
 
 def make_service(
@@ -130,7 +136,7 @@ def make_service(
             limits.max_block_frames,
             max_light_batch(config, limits.max_batch_size, foundation.forks),
         ),
-        EngineStats(),
+        EngineStats(is_exact=foundation.prepared.certification.exactness == "exact"),
         log_failure,
         asyncio.get_running_loop().call_later,
         wake,
@@ -146,6 +152,7 @@ def make_service(
         operations=operations,
         reaper=Reaper(engine, operations, hibernation, idle),
         checkpoints=Checkpoints(engine, states, tasks, round(config.recording.recovery_target_s * 1e9)),
+        withdrawal=Withdrawal(foundation.recheck, engine, log),
         listing=Listing(table, hibernation, idle),
         tasks=tasks,
         log=log,

@@ -27,12 +27,12 @@ class Shutdown:
         self.drains = self.drains and drain
         self.requested.set()
 
-    def fail(self, reason: str) -> None:
-        """Something the server cannot work without is broken: end it at once."""
+    def fail(self, reason: str, *, drain: bool = False) -> None:
+        """Something the server cannot work without is broken: end it, at once or drained."""
         if self.failure is None:
             self.failure = reason
             self._log.error("failed", reason=reason)
-        self.stop(drain=False)
+        self.stop(drain=drain)
 
     def bug(self, error: BaseException) -> None:
         """An exception that no code expects: clients would wait for what it prevented."""

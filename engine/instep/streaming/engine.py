@@ -311,6 +311,7 @@ class Engine:
             has_delivered = True
         if has_delivered:
             self.waiters.check()
+            self.executor.answered()
 
     def _deliver(self, numbers: I32, began_ns: int, ended_ns: int) -> None:
         """Answer complete messages, whose last frames were stepped between those times; 0 where none were."""

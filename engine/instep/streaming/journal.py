@@ -8,6 +8,7 @@ everything that it rests on: no client is told of an output, a state, a stream o
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
@@ -22,7 +23,7 @@ from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder, Write
 from instep.recording.records import StateRows
-from instep.recording.schema import OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
+from instep.recording.schema import ENGINE_EVENT, OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
 from instep.streaming.tasks import Waiters
 
 NEVER: Final = 2**62
@@ -167,6 +168,12 @@ class Journal:
             return lsn
         time_ns = time.time_ns()
         return self._put(lambda writer: writer.fail_batch(time_ns, lsn, detail))
+
+    def withdraw_exact(self) -> None:
+        """From here on, and looking back, the engine does not promise that bits are the same in every batch."""
+        if self._recorder is not None:
+            time_ns, changes = time.time_ns(), json.dumps({"exactness": "tolerance"})
+            self._put(lambda writer: writer.event(time_ns, ENGINE_EVENT, None, changes))
 
     def begin_checkpoint(self) -> int:
         """A checkpoint begins; the lsn up to which its states contain every batch."""

@@ -17,6 +17,7 @@ from instep.streaming.operations import StreamOperations
 from instep.streaming.reaper import Reaper
 from instep.streaming.recovery import Recovery
 from instep.streaming.tasks import Tasks
+from instep.streaming.withdrawal import Withdrawal
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +34,8 @@ class ModelService:
     operations: StreamOperations
     reaper: Reaper
     checkpoints: Checkpoints
+    withdrawal: Withdrawal
+    """Of `exact`, when a recheck finds other bits."""
     listing: Listing
     tasks: Tasks
     """Requests and whatever else waits for this engine or its recording."""

@@ -18,6 +18,10 @@ class EngineStats:
     """STEP messages answered."""
     busy_total: int = 0
     step_failures_total: int = 0
+    rechecked_frames_total: int = 0
+    """Frames that were stepped again in another bucket."""
+    recheck_mismatches_total: int = 0
+    """Of them, those that came out with other bits."""
     opened_streams_total: int = 0
     closed_streams_total: int = 0
     parked_streams_total: int = 0
@@ -26,6 +30,8 @@ class EngineStats:
     woken_streams_total: int = 0
     evicted_streams_total: int = 0
     evicted_by_reason: dict[str, int] = field(default_factory=dict)
+    is_exact: bool = False
+    """Whether frames are promised the same bits in every bucket."""
     recording_free_bytes: int | None = None
     """Free on the disk of the recording; None without one."""
     queue_us: I64 = field(default_factory=new_histogram)
@@ -60,6 +66,7 @@ class EngineStats:
             name: float(getattr(self, name)) for name in self.__slots__ if name.endswith("_total")
         }
         values |= {f"evicted_{reason}_total": float(count) for reason, count in self.evicted_by_reason.items()}
+        values["exact"] = float(self.is_exact)
         values["batch_size_mean"] = self.frames_total / max(1, self.batches_total)
         if self.recording_free_bytes is not None:
             values["recording_free_bytes"] = float(self.recording_free_bytes)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from instep.core.typing import F32, I64, U8, Bool
 from instep.models.base import StateSpec
-from instep.models.ulp import NOT_COMPARABLE, ulp_distance
+from instep.models.ulp import NOT_COMPARABLE, bits_differ, ulp_distance
 from instep.verify.bound import F64, LeafLimits, Leaves, Limits, absolute_error, as_float32, largest_errors
 from instep.verify.report import Checker, Divergence, Place
 
@@ -89,7 +89,7 @@ class Comparison:
         frames = unequal.any(axis=2) & valid
         self.elements += int(valid.sum()) * recorded.shape[2]
         for row in np.flatnonzero(frames.any(axis=0)).tolist():
-            differ = _bits_differ(recorded[:, row], replayed[:, row])
+            differ = bits_differ(recorded[:, row], replayed[:, row])
             at, elements = np.nonzero(differ & valid[:, row, None])
             if not len(elements):
                 continue
@@ -114,7 +114,7 @@ class Comparison:
         ours, theirs, first = spec.unpack(recorded[None]), spec.unpack(replayed[None]), 0
         for leaf in spec.leaves:
             values, others = ours[leaf.name].reshape(-1), theirs[leaf.name].reshape(-1)
-            elements = np.flatnonzero(_bits_differ(values, others))
+            elements = np.flatnonzero(bits_differ(values, others))
             self.elements += values.size
             if len(elements):
                 count = len(elements)
@@ -206,13 +206,6 @@ def _limit(limits: LeafLimits, leaf: str, row: int) -> tuple[float, bool]:
     """The limit of a row's leaf; (0, False), so that values must be equal, where there is none."""
     found = limits.get(leaf)
     return (0.0, False) if found is None else (float(found.distance[row]), bool(found.lossy[row]))
-
-
-def _bits_differ(one: Values, other: Values) -> Bool:
-    """Elementwise. All NaNs are alike: the kernel of the processor chooses the one that an overflow gives."""
-    bits = f"u{one.itemsize}"
-    differ: Bool = one.view(bits) != other.view(bits)
-    return differ & ~(np.isnan(one) & np.isnan(other))
 
 
 def _ulps(one: Values, other: Values) -> I64:
