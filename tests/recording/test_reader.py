@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +87,28 @@ def test_a_reader_shows_what_was_committed_when_it_opened(tmp_path: Path) -> Non
             assert late.last_position == seen + 8
             assert [event.kind for event in late.events()] == ["later", "latest"]
             assert len(late.streams()) == 3
+    writer.close()
+
+
+def test_commits_while_it_opens_are_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "live.rec"
+    writer = record(path, HEADER, gru_step(GRU), [3], finish=False)
+
+    class Overtaken(sqlite3.Connection):
+        """A commit follows each of the first queries."""
+
+        def execute(self, *query: Any) -> sqlite3.Cursor:
+            found = super().execute(*query)
+            if writer.position < 50:
+                writer.event(1, "meanwhile", None, "")
+                writer.commit()
+            return found
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Overtaken))
+    with RecordingReader(path) as reader:
+        monkeypatch.undo()
+        assert [info.frames for info in reader.streams()] == [3]
+        reader.check_positions()
     writer.close()
 
 

@@ -239,7 +239,8 @@ class RecordingFile(Closing):
             self.header = RecordingHeader.from_rows(rows)
         except RecordingError as error:
             raise self.damaged(str(error)) from None
-        self._find_ends()
+        with self.at_once():  # between two queries, a commit would put a second newest row behind the first
+            pass
 
     def _check_schema(self) -> None:
         """Raise unless the tables are those of a recording: a view in the place of a table could be read for ever."""
