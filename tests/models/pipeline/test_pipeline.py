@@ -13,57 +13,19 @@ from instep.core.typing import F32
 from instep.models.base import RecurrentModel
 from instep.models.certify import candidate_buckets, certify
 from instep.models.errors import ModelError
-from instep.models.folder import load_model, make_model, write_model
-from instep.models.model import Model
+from instep.models.folder import load_model, write_model
 from instep.models.registry import build, parse_description
 from instep.models.stepping import step_rows
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep_client import AsyncClient
+from tests.support.pipelines import CONTEXT, HOP, LISTENS, gru_inside, listens, whole_signal
 from tests.support.running import CPU, running
 from tests.support.verifying import ignore_progress
-
-HOP, CONTEXT, HIDDEN = 16, 48, 8
-WINDOW = HOP + CONTEXT
-NETWORK = {"kind": "gru", "features": WINDOW // 2 + 1, "gru": {"hidden_size": HIDDEN}}
-LISTENS: dict[str, Any] = {
-    "kind": "pipeline",
-    "features": HOP,
-    "before": [{"context": {"values": CONTEXT}}, {"spectrum": {"scale": "log_power", "floor": 1e-3}}],
-    "network": NETWORK,
-    "after": [{"smooth": 0.75}],
-}
-
-
-def made(description: dict[str, Any]) -> Model:
-    return make_model(parse_description(description), "random", name="listens", seed=3)
 
 
 def small(**parts: Any) -> dict[str, Any]:
     return {"kind": "pipeline", "features": 3, "network": {"features": 3, "gru": {"hidden_size": 4}}, **parts}
-
-
-def gru_of(model: Model, features: int, hidden: int) -> torch.nn.GRU:
-    gru = torch.nn.GRU(features, hidden)
-    gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
-    return gru.eval()
-
-
-def smoothed(y: F32, keep: float) -> F32:
-    found = [y[0].tolist()]
-    for row in y[1:].tolist():
-        found.append([keep * was + (1 - keep) * now for was, now in zip(found[-1], row, strict=True)])
-    return np.array(found, np.float32)
-
-
-def truth(model: Model, x: F32) -> F32:
-    """Of one signal [T, HOP] through `LISTENS`."""
-    signal = torch.from_numpy(np.concatenate([np.zeros(CONTEXT, np.float32), x.ravel()]))
-    window = torch.hann_window(WINDOW)
-    spectra = torch.stft(signal, WINDOW, HOP, window=window, center=False, return_complex=True).abs() ** 2
-    with torch.inference_mode():
-        y = gru_of(model, WINDOW // 2 + 1, HIDDEN)((spectra + 1e-3).log().T.contiguous())[0]
-    return smoothed(y.numpy(), 0.75)
 
 
 def stepped(network: RecurrentModel, x: F32) -> F32:
@@ -76,16 +38,16 @@ def stepped(network: RecurrentModel, x: F32) -> F32:
 
 
 def test_overlapping_windows_spectra_and_smoothing_are_those_of_the_whole_signal(rng: np.random.Generator) -> None:
-    model = made(LISTENS)
+    model = listens(LISTENS)
     network = build(model, CPU)
     x = rng.standard_normal((30, network.row_multiple, HOP)).astype(np.float32)
     y = stepped(network, x)
     for row in (0, 5):
-        np.testing.assert_allclose(y[:, row], truth(model, x[:, row]), atol=2e-6)
+        np.testing.assert_allclose(y[:, row], whole_signal(model, x[:, row]), atol=2e-6)
 
 
 def test_batch_sizes_and_whole_sequences_have_the_bits_that_are_certified(rng: np.random.Generator) -> None:
-    network = build(made(LISTENS), CPU)
+    network = build(listens(LISTENS), CPU)
     found = certify(network, candidate_buckets(network, 128))
     x = rng.standard_normal((9, found.buckets[-1], HOP)).astype(np.float32)
     if found.exactness == "exact":
@@ -100,7 +62,7 @@ def test_batch_sizes_and_whole_sequences_have_the_bits_that_are_certified(rng: n
 
 
 def test_the_reference_in_float64_agrees_and_knows_rows_of_different_lengths(rng: np.random.Generator) -> None:
-    model = made(LISTENS)
+    model = listens(LISTENS)
     reference = build(model, CPU).reference(np.float64)
     assert reference is not None
     x = rng.standard_normal((12, 2, HOP)).astype(np.float32)
@@ -108,27 +70,29 @@ def test_the_reference_in_float64_agrees_and_knows_rows_of_different_lengths(rng
         name: leaf.copy() for name, leaf in model.description.state.unpack(model.description.state.initial(2)).items()
     }
     y, after = reference.run(x.astype(np.float64), state, np.array([2] * 7 + [1] * 5))
-    np.testing.assert_allclose(y[:, 0], truth(model, x[:, 0]), atol=2e-6)
-    np.testing.assert_allclose(y[:7, 1], truth(model, x[:7, 1]), atol=2e-6)
+    np.testing.assert_allclose(y[:, 0], whole_signal(model, x[:, 0]), atol=2e-6)
+    np.testing.assert_allclose(y[:7, 1], whole_signal(model, x[:7, 1]), atol=2e-6)
     np.testing.assert_array_equal(after["before.0.context"][1], x[:7, 1].ravel()[-CONTEXT:])
     assert after["after.0.has_begun"].all()
 
 
 def test_a_context_of_frames_is_those_before_and_zeros_at_first(rng: np.random.Generator) -> None:
-    model = made(small(before=[{"context": 2}], network={"features": 9, "gru": {"hidden_size": 4}}))
+    model = listens(small(before=[{"context": 2}], network={"features": 9, "gru": {"hidden_size": 4}}))
     x = rng.standard_normal((6, 4, 3)).astype(np.float32)
     padded = np.concatenate([np.zeros((2, 4, 3), np.float32), x])
     with torch.inference_mode():
-        y, _ = gru_of(model, 9, 4)(torch.from_numpy(np.concatenate([padded[:-2], padded[1:-1], padded[2:]], axis=2)))
+        y, _ = gru_inside(model, 9, 4)(
+            torch.from_numpy(np.concatenate([padded[:-2], padded[1:-1], padded[2:]], axis=2))
+        )
     np.testing.assert_allclose(stepped(build(model, CPU), x), y.numpy(), atol=1e-6)
 
 
 def test_hysteresis_switches_at_its_thresholds_and_has_no_reference(rng: np.random.Generator) -> None:
-    model = made(small(after=[{"hysteresis": {"on": 0.1, "off": -0.1}}]))
+    model = listens(small(after=[{"hysteresis": {"on": 0.1, "off": -0.1}}]))
     network = build(model, CPU)
     x = rng.standard_normal((40, 4, 3)).astype(np.float32)
     with torch.inference_mode():
-        values = gru_of(model, 3, 4)(torch.from_numpy(x))[0].numpy()
+        values = gru_inside(model, 3, 4)(torch.from_numpy(x))[0].numpy()
     is_on, expected = np.zeros(values[0].shape, bool), []
     for row in values:
         is_on = np.where(row >= 0.1, True, np.where(row <= -0.1, False, is_on))
@@ -139,7 +103,7 @@ def test_hysteresis_switches_at_its_thresholds_and_has_no_reference(rng: np.rand
 
 
 async def test_it_is_served_continued_and_verified(tmp_path: Path, rng: np.random.Generator) -> None:
-    model = made(LISTENS)
+    model = listens(LISTENS)
     write_model(tmp_path / "model", model)
     assert load_model(tmp_path / "model").fingerprint == model.fingerprint
     x = rng.standard_normal((3, 20, HOP)).astype(np.float32)
@@ -154,7 +118,7 @@ async def test_it_is_served_continued_and_verified(tmp_path: Path, rng: np.rando
         for number, frames in enumerate(x):
             stream = await client.resume(f"s{number}", 11, take_over=True)
             y = np.concatenate([first[number], await stream.step(frames[11:])])
-            np.testing.assert_allclose(y, truth(model, frames), atol=2e-6)
+            np.testing.assert_allclose(y, whole_signal(model, frames), atol=2e-6)
     with RecordingReader(tmp_path / "r.instep") as reader:
         report = verifier.verify(reader, load_model(tmp_path / "model"), (), ignore_progress)
     is_exact = certify(build(model, CPU), candidate_buckets(build(model, CPU), 256)).whole_sequence
