@@ -1,7 +1,7 @@
 """The network alone: the bare loops that serving is compared with, and the outputs that are right.
 
-For the benchmark's own models both are torch's `nn.GRU`, with the weights of the served model. For a user's model both
-are the model's own step, in this process and without an engine.
+For the benchmark's own models both are torch's `nn.GRU` or `nn.LSTM`, or the module whose step is served, with the
+weights of the served model. For a user's model both are the model's own step, in this process and without an engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from benchmarks.load import F64, ClosedLoopStreams
 from benchmarks.measurement import Bench
 from instep.core.typing import F32, I64, U8, Bool
 from instep.models.base import RecurrentModel
+from instep.models.certify import candidate_buckets
 from instep.models.folder import load_model, make_model, write_model
+from instep.models.model import Model
 from instep.models.recurrent.description import GruDescription, GruLayers
 from instep.models.registry import build
 from instep.models.stepping import keep_state, load_state, read_state
@@ -29,6 +31,8 @@ from instep_client.protocol.state_spec import StateSpec
 
 Array: TypeAlias = npt.NDArray[Any]
 CPU: Final = torch.device("cpu")
+MAX_ROWS: Final = 256
+"""In one batch of the servers that are measured."""
 
 
 class WrongOutput(Exception):
@@ -67,41 +71,42 @@ class Network(Protocol):
         """Compute sequences [timesteps, rows, features] in one call; raises LeftOut where it has none."""
 
 
-class TorchGru:
-    """torch's own module."""
+class TorchLayers:
+    """torch's own `nn.GRU` or `nn.LSTM`."""
 
-    name = "nn.GRU"
-
-    def __init__(self, gru: torch.nn.GRU) -> None:
-        self.gru = gru
-        self.outputs = gru.hidden_size
+    def __init__(self, layers: torch.nn.RNNBase) -> None:
+        self.layers = layers
+        self.name = f"nn.{type(layers).__name__}"
+        self.outputs = layers.hidden_size
 
     def batch(self, rows: int) -> TorchBatch:
         """A batch whose states are zeros."""
-        return TorchBatch(self.gru, rows)
+        return TorchBatch(self.layers, rows)
 
     def run(self, x: F32) -> None:
         """One call of the module."""
-        self.gru(torch.from_numpy(x))
+        self.layers(torch.from_numpy(x))
 
 
 class TorchBatch:
-    """A `Batch` of `nn.GRU`."""
+    """A `Batch` of `nn.GRU` or `nn.LSTM`."""
 
-    def __init__(self, gru: torch.nn.GRU, rows: int) -> None:
-        self._gru = gru
-        self._h = torch.zeros(gru.num_layers, rows, gru.hidden_size)
+    def __init__(self, layers: torch.nn.RNNBase, rows: int) -> None:
+        self._layers = layers
+        zeros = torch.zeros(layers.num_layers, rows, layers.hidden_size)
+        self._state = (zeros, zeros) if layers.mode == "LSTM" else zeros
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         """One call of the module."""
         y: torch.Tensor
-        y, self._h = self._gru(x.unsqueeze(0), self._h)
+        y, self._state = self._layers(x.unsqueeze(0), self._state)
         return y[0]
 
     def states(self) -> U8:
-        """The bytes of [rows, layers, hidden]."""
-        h: F32 = np.ascontiguousarray(self._h.transpose(0, 1).numpy())
-        return h.reshape(len(h), -1).view(np.uint8)
+        """The bytes of [rows, layers, hidden], for each of the states."""
+        leaves = self._state if isinstance(self._state, tuple) else (self._state,)
+        rows: F32 = torch.cat([leaf.transpose(0, 1).flatten(1) for leaf in leaves], 1).numpy()
+        return rows.view(np.uint8)
 
 
 class OwnNetwork:
@@ -154,7 +159,7 @@ class BenchmarkModel:
     network: Network
     """What serving is compared with: the quickest way to step."""
     truth: Network
-    """What the outputs are compared with: the plain way to step."""
+    """What the outputs are compared with: a way to step that gives the bits that are served."""
 
     @classmethod
     def of(cls, bench: Bench, name: str, features: int = 40, hidden: int = 128, layers: int = 1) -> BenchmarkModel:
@@ -178,7 +183,7 @@ class BenchmarkModel:
         gru = torch.nn.GRU(features, hidden, layers)
         gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
         sizes = str(hidden) if layers == 1 else f"{layers}×{hidden}"
-        words, network = f"GRU {features}→{sizes}, float32", TorchGru(gru.eval())
+        words, network = f"GRU {features}→{sizes}, float32", TorchLayers(gru.eval())
         return cls(bench.folder / name, words, features, description.state, network, network)
 
     @classmethod
@@ -193,7 +198,7 @@ class BenchmarkModel:
             features=description.features,
             state=description.state,
             network=OwnNetwork(quickest),
-            truth=OwnNetwork(build(model, CPU)),
+            truth=OwnNetwork(as_certified(model)),
         )
 
     @property
@@ -204,6 +209,14 @@ class BenchmarkModel:
     def inputs(self, timesteps: int, streams: int) -> F32:
         """Random float32 [timesteps, streams, features], the same in every run."""
         return np.random.default_rng(1).standard_normal((timesteps, streams, self.features), np.float32)
+
+
+@torch.inference_mode()
+def as_certified(model: Model) -> RecurrentModel:
+    """The model, stepped as certification chooses: an LSTM has other bits before that."""
+    network = build(model, CPU)
+    network.select_step(candidate_buckets(network, MAX_ROWS), network.least_probes)
+    return network
 
 
 @torch.inference_mode()

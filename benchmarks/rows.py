@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.client_rows import connections_500, tasks_256
 from benchmarks.connection import BareConnection
 from benchmarks.echo import Echo
+from benchmarks.kinds import lstm, step_module
 from benchmarks.load import F64, ClosedLoopStreams, Inputs, closed_loop, open_loop, open_streams, round_trips
 from benchmarks.measurement import Bench, Row, Samples, interleave, ratio
 from benchmarks.reference import BenchmarkModel, LeftOut, WrongOutput, bare_loop, check_and_close, step_times, whole
@@ -79,10 +80,33 @@ def blocks_bare(bench: Bench) -> list[Row]:
 
 def blocks_2x256(bench: Bench) -> list[Row]:
     """The same load with a larger network."""
-    if bench.model is not None:
-        raise LeftOut("it is blocks-bare with a larger network of the benchmark's own")
-    bare = "nn.GRU alone, batch 256, frames/s"
+    _refuse_users_model(bench)
     model = BenchmarkModel.of(bench, "blocks-2x256", hidden=256, layers=2)
+    return _other_blocks(bench, "blocks-2x256", "the same load with 2 layers of 256", model, 0.95)
+
+
+def blocks_lstm(bench: Bench) -> list[Row]:
+    """The same load with an LSTM."""
+    _refuse_users_model(bench)
+    model = lstm(bench)
+    return _other_blocks(bench, "blocks-lstm", "the same load with an LSTM, over nn.LSTM alone", model, 0.85)
+
+
+def blocks_module(bench: Bench) -> list[Row]:
+    """The same load with a step module."""
+    _refuse_users_model(bench)
+    model = step_module(bench)
+    what = "the same load with a GRU as an exported step, over the module alone"
+    return _other_blocks(bench, "blocks-module", what, model, 0.85)
+
+
+def _refuse_users_model(bench: Bench) -> None:
+    if bench.model is not None:
+        raise LeftOut("it is blocks-bare with another network of the benchmark's own")
+
+
+def _other_blocks(bench: Bench, name: str, what: str, model: BenchmarkModel, at_least: float) -> list[Row]:
+    bare = f"{model.network.name} alone, batch {BLOCK}, frames/s"
     inputs = block_inputs(model)
     with bench.serve(model.folder, ["--max-streams", str(STREAMS)]) as server:
         sides = {
@@ -90,7 +114,7 @@ def blocks_2x256(bench: Bench) -> list[Row]:
             bare: lambda: bare_loop(model.network, inputs[0].x, bench.seconds),
         }
         samples = interleave(bench, sides)
-    return [_row("blocks-2x256", "the same load with 2 layers of 256", model, samples, SERVED, bare, 0.95)]
+    return [_row(name, what, model, samples, SERVED, bare, at_least)]
 
 
 def exact_off(bench: Bench) -> list[Row]:
@@ -342,6 +366,8 @@ def _row(
 MEASUREMENTS: Final[dict[str, Callable[[Bench], list[Row]]]] = {
     "blocks-bare": blocks_bare,
     "blocks-2x256": blocks_2x256,
+    "blocks-lstm": blocks_lstm,
+    "blocks-module": blocks_module,
     "single-frames": single_frames,
     "one-stream": one_stream,
     "paced": paced,
