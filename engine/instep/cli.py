@@ -239,7 +239,7 @@ def _failure(error: Exception) -> typer.Exit:
     """Say on standard error what went wrong, in red; the exit to raise."""
     console = _console(stderr=True)
     for sentence in str(error).splitlines():
-        console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(sentence, style="red", markup=False, emoji=False, highlight=False, soft_wrap=True)
     return typer.Exit(2)
 
 

@@ -54,6 +54,8 @@ def load_model(folder: str | Path) -> Model:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it") from None
+    except RecursionError:
+        raise ModelError(f"{path} has too many levels of brackets or of indentation; correct it") from None
     if not isinstance(fields, dict):
         raise ModelError(f"{path} must hold the keys of a network's description, such as features and gru; add them")
     for network in _networks(fields):

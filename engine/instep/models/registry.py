@@ -106,7 +106,9 @@ def build(model: Model, device: torch.device) -> RecurrentModel:
 
 def sentences(error: ValidationError) -> str:
     """Pydantic's errors, one clause for each field."""
-    return "; ".join(f"{'.'.join(map(str, problem['loc']))}: {in_words(problem)}" for problem in error.errors())
+    places = [".".join(map(str, problem["loc"])) for problem in error.errors()]
+    words = [in_words(problem) for problem in error.errors()]
+    return "; ".join(f"{place:.120}: {what}" if place else what for place, what in zip(places, words, strict=True))
 
 
 def in_words(problem: ErrorDetails) -> str:
@@ -116,5 +118,7 @@ def in_words(problem: ErrorDetails) -> str:
             return "it is missing; add it"
         case "extra_forbidden":
             return "there is no such key; correct it, or leave it out"
+        case "value_error":
+            return problem["msg"].removeprefix("Value error, ")
         case _:
             return problem["msg"].replace("Input should", f"{problem['input']!r:.80} is wrong, it should")

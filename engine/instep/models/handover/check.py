@@ -230,14 +230,14 @@ def _run(file: Path) -> ModuleType:
     sys.path.insert(0, str(file.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(_failure(file, error)) from error
     finally:
         sys.path.remove(str(file.resolve().parent))
     return module
 
 
-def _failure(file: Path, error: Exception) -> str:
+def _failure(file: Path, error: BaseException) -> str:
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Final, TypeAlias, TypeGuard
+from warnings import catch_warnings
 
 import torch
 from safetensors import SafetensorError
@@ -101,7 +102,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with catch_warnings(action="ignore"):  # about other forms of pickle, which it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ModelError(
             f"cannot read {path}: {error.strerror or error}; name a file that torch.save(net.state_dict(), path) or "
@@ -158,6 +160,9 @@ def _layers(given: Mapping[str, object], source: str) -> dict[str, Tensors]:
             raise ModelError(
                 f"{source} holds `{name}`, which is {quantised} and not a tensor; hand over float32 weights"
             )
+        if tensor.layout != torch.strided or tensor.is_meta:
+            form = "on the meta device, without values" if tensor.is_meta else "sparse"
+            raise ModelError(f"{source} holds `{name}`, which is {form}; hand over dense float32 weights")
         layers.setdefault(layer, {})[kind] = tensor
     return dict(layers)
 

@@ -208,6 +208,6 @@ def _tensors(values: object) -> Any:
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what an error says, or else its name."""
     return next(iter(str(error).splitlines()), type(error).__name__)

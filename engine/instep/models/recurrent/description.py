@@ -18,6 +18,7 @@ Activation: TypeAlias = Literal[
 ACTIVATIONS: Final[tuple[Activation, ...]] = get_args(Activation)
 Nonlinearity: TypeAlias = Literal["tanh", "relu"]
 Size: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
+LayerCount: TypeAlias = Annotated[int, Field(ge=1, le=1024, strict=True)]
 
 BIDIRECTIONAL = (
     "a bidirectional {} cannot stream: its backward direction starts at the last frame, "
@@ -106,7 +107,7 @@ class RecurrentLayers(_Frozen):
     """What it keeps between frames: float32 [num_layers, hidden_size] each, zeros at first."""
 
     hidden_size: Size
-    num_layers: Size = 1
+    num_layers: LayerCount = 1
     bias: StrictBool = True
     bidirectional: StrictBool = False
 

@@ -1,0 +1,258 @@
+"""Model folders, graphs and files of weights that cannot be served, handed to the commands that users type."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from instep.cli import app
+from instep.models.folder import write_model
+from instep_client import Client
+from tests.support.models import SMALL, whole
+from tests.support.networks import NETWORKS
+from tests.support.threaded import ThreadedServer
+from tests.support.traffic import assert_same_bits
+
+RUNNER = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
+KINDS = {"gru": "gru", "lstm": "lstm", "module": "min_gru", "onnx": "onnx", "pipeline": "pipeline"}
+Spoil: TypeAlias = Callable[[Path], Any]
+
+
+def described(**changes: Any) -> Spoil:
+    """Other keys in `model.yaml`; `a__b` is the key b within a, and None leaves a key out."""
+
+    def spoil(folder: Path) -> None:
+        fields = yaml.safe_load((folder / "model.yaml").read_text())
+        for path, value in changes.items():
+            *places, key = path.split("__")
+            part = fields
+            for place in places:
+                part = part[place]
+            part.pop(key, None)
+            if value is not None:
+                part[key] = value
+        (folder / "model.yaml").write_text(yaml.safe_dump(fields))
+
+    return spoil
+
+
+def text(file: str, content: str | bytes) -> Spoil:
+    return lambda folder: (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def cut(file: str, keep: float) -> Spoil:
+    def spoil(folder: Path) -> None:
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content[: int(keep * len(content))])
+
+    return spoil
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "weights.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "weights.safetensors")
+
+    return spoil
+
+
+def graph(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        fields = json.loads((folder / "graph.json").read_text())
+        change(fields)
+        (folder / "graph.json").write_text(json.dumps(fields))
+
+    return spoil
+
+
+def no_file(file: str) -> Spoil:
+    return lambda folder: (folder / file).unlink()
+
+
+def a_folder(file: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        (folder / file).unlink()
+        (folder / file).mkdir()
+
+    return spoil
+
+
+def leaf(**changes: Any) -> dict[str, Any]:
+    return {"name": "state", "shape": [33], "dtype": "float32", **changes}
+
+
+def saved(content: object) -> Callable[[Path], Any]:
+    return lambda path: torch.save(content, path)
+
+
+def nested(depth: int) -> Any:
+    found: Any = 1
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+def calls(op: str, *args: Any) -> Spoil:
+    node = {"name": "new", "op": op, "args": list(args), "kwargs": {}}
+    return graph(lambda fields: fields["nodes"].insert(0, node))
+
+
+FOLDERS: dict[str, tuple[str, Spoil, str]] = {
+    "no weights": ("lstm", no_file("weights.safetensors"), "cannot read the weights"),
+    "weights of another network": ("lstm", weights(lambda t: t.pop("lstm.bias_ih_l0")), "tensor lstm.bias_ih_l0 [128]"),
+    "an endless header": ("gru", text("weights.safetensors", b"\xff" * 64), "is not a whole safetensors file"),
+    "half of the weights": ("module", cut("weights.safetensors", 0.5), "is not a whole safetensors file"),
+    "half precision": (
+        "lstm",
+        weights(lambda t: t.update({name: each.half() for name, each in t.items()})),
+        "is F16; convert the weights to float32",
+    ),
+    "NaN in a step": ("module", weights(lambda t: t["head.bias"].fill_(np.nan)), "holds NaN or infinity in 4 of 4"),
+    "a tensor too many": (
+        "module",
+        weights(lambda t: t.update(extra=torch.zeros(2))),
+        "tensor 'extra'; leave them out",
+    ),
+    "a tag": ("gru", text("model.yaml", "!!python/object/apply:os.system [touch ran]"), "could not determine a con"),
+    "zero bytes": ("gru", text("model.yaml", b"features: 5\0\0"), "is not YAML: unacceptable character"),
+    "many brackets": ("gru", text("model.yaml", "features: " + "[" * 5000), "too many levels of brackets"),
+    "a folder for the description": ("gru", a_folder("model.yaml"), "model.yaml: Is a directory"),
+    "an unknown kind": ("gru", described(kind="gruu"), "there is no kind of model 'gruu'; expected gru, lstm"),
+    "several kinds": ("gru", described(kind=["gru"]), "there is no kind of model ['gru']"),
+    "keys of another kind": ("gru", described(kind="lstm"), "lstm: it is missing; add it; gru: there is no such key"),
+    "layers without end": ("gru", described(gru__num_layers=10**9), "should be less than or equal to 1024"),
+    "a vast layer": ("gru", described(gru__hidden_size=10**12), "asks for [3000000000000, 5]"),
+    "no graph of a step": ("module", no_file("graph.json"), "graph.json: No such file or directory; make the folder"),
+    "a number for a graph": ("module", text("graph.json", "NaN"), "graph: nan is wrong, it should be a valid dict"),
+    "brackets in a call": ("module", calls("aten.abs.default", nested(300)), "graph.nodes.0.args.0.list.0.list"),
+    "a vast tensor": ("module", calls("aten.zeros.default", [10**13]), "does not run ("),
+    "an output from nowhere": ("module", graph(lambda g: g.update(y={"node": "no"})), "{'node': 'no'}, which means"),
+    "a leaf of another size": (
+        "module",
+        described(state=[leaf(shape=[10**12])]),
+        "yaml: an extent of leaf state is 10",
+    ),
+    "two leaves of a name": ("module", described(state=[leaf(), leaf()]), "yaml: two leaves are called state"),
+    "no leaf": ("module", described(state=[]), "yaml: a state has 1 to 32 leaves, this one 0"),
+    "no graph in ONNX": ("onnx", no_file("graph.onnx"), "cannot read the graph"),
+    "half of a graph in ONNX": ("onnx", cut("graph.onnx", 0.6), "is not an ONNX graph, or is damaged; export it again"),
+    "no frame": ("onnx", described(frame=None), "frame: it is missing; add it"),
+    "no network": ("pipeline", described(network=None), "network: it is missing; add it"),
+    "a list for a network": ("pipeline", described(network=[1]), "network: it must hold the keys of a network that"),
+    "no graph inside": ("pipeline", described(network__kind="module"), "graph.json: No such file or directory"),
+    "a vast context": (
+        "pipeline",
+        described(before=[{"context": {"values": 10**12}}]),
+        "yaml: frames of 16 values are",
+    ),
+    "two steps in one": (
+        "pipeline",
+        described(after=[{"smooth": 0.5, "spectrum": "power"}]),
+        "after.0: a step is one of",
+    ),
+}
+"""By what is wrong: the kind of folder, how it is spoilt, and what the sentence says."""
+
+GRU: dict[str, torch.Tensor] = {f"gru.{name}": tensor for name, tensor in nn.GRU(3, 4).state_dict().items()}
+NEXT_LAYER = {"gru.weight_ih_l2": torch.zeros(12, 4), "gru.weight_hh_l2": torch.zeros(12, 4)}
+FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "nan.pt": (saved({name: each * np.nan for name, each in GRU.items()}), "holds NaN or infinity in 36 of 36 places"),
+    "int.pt": (saved({name: each.long() for name, each in GRU.items()}), "is int64; convert the weights to float32"),
+    "gap.pt": (saved(GRU | NEXT_LAYER), "tensor gru.weight_ih_l1 [12, 4]"),
+    "sparse.pt": (
+        saved(GRU | {"gru.weight_ih_l0": torch.eye(12, 3).to_sparse()}),
+        "`gru.weight_ih_l0`, which is sparse",
+    ),
+    "meta.pt": (saved({name: each.to("meta") for name, each in GRU.items()}), "which is on the meta device"),
+    "numbers.pt": (saved({1: torch.zeros(2)}), "holds no state dict"),
+    "pickled.pt": (lambda path: path.write_bytes(pickle.dumps({"a": Path()})), "holds more than tensors"),
+    "empty.pt": (lambda path: path.touch(), "is not a file of weights"),
+    "header.safetensors": (lambda path: path.write_bytes(b"\x08" + b"\0" * 7 + b"[" * 8), "is not a whole safetensors"),
+    "folder.onnx": (lambda path: path.mkdir(), "cannot read the graph folder.onnx: Is a directory"),
+    "zeros.onnx": (lambda path: path.write_bytes(bytes(1000)), "is not an ONNX graph, or is damaged"),
+}
+"""By name: how the file comes about, and what the sentence says."""
+
+NET = """
+from torch import nn
+
+class Ends(nn.Module):
+    def forward(self, x):
+        return {"y": x}
+
+ends = Ends()
+"""
+AGAINST: dict[str, tuple[str, str]] = {
+    "gives a dict": ("gru net.py:ends", "net.py:ends returns a dict; return a tensor of outputs"),
+    "ends the program": ("gru exit.py:net", "exit.py, line 1: SystemExit: 3; correct it, or name another file"),
+    "is no Python": ("gru wrong.py:net", "wrong.py: SyntaxError: '(' was never closed"),
+    "looks like an emoji": ("gru no.py:x", "--against no.py:x: there is no file no.py"),
+    "takes no state": ("module net.py:ends", "a state with the leaves state (Ends.forward() takes 2 positional arg"),
+    "is not compared": ("spoilt net.py:ends", "cannot read the weights"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good folder of each kind."""
+    path = tmp_path_factory.mktemp("folders")
+    for kind, name in KINDS.items():
+        write_model(path / kind, NETWORKS[name].model())
+    return path
+
+
+def test_each_is_refused_with_a_sentence_and_a_running_server_notices_nothing(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    x, y = rng.standard_normal((2 * len(FOLDERS), 5)).astype(np.float32), []
+    write_model(tmp_path / "served", SMALL)
+    with ThreadedServer(tmp_path / "served") as server, Client(server.endpoint) as client:
+        stream = client.open("s")
+        for at, (name, (kind, spoil, sentence)) in enumerate(FOLDERS.items()):
+            folder = shutil.copytree(folders / kind, tmp_path / name.replace(" ", "-"))
+            spoil(folder)
+            check_refusal(name, sentence, "serve", str(folder), "--endpoint", server.endpoint, "--log-level", "error")
+            y.append(stream.step(x[2 * at : 2 * at + 2]))
+        for file, (make, sentence) in FILES.items():
+            make(Path(file))
+            check_refusal(file, sentence, "model", "import", file, "--output", "made")
+            assert not Path("made").exists(), file
+    assert_same_bits(np.concatenate(y), whole(SMALL, x, max_batch_size=256)[0], "what was served meanwhile")
+    assert not Path("ran").exists()
+
+
+def test_what_a_folder_cannot_be_compared_with(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NET)
+    Path("exit.py").write_text("raise SystemExit(3)")
+    Path("wrong.py").write_text("net = (")
+    for kind in ("gru", "module"):
+        shutil.copytree(folders / kind, kind)
+    shutil.copytree(folders / "lstm", "spoilt")
+    Path("spoilt/weights.safetensors").unlink()
+    for name, (arguments, sentence) in AGAINST.items():
+        folder, against = arguments.split()
+        check_refusal(name, sentence, "model", "check", folder, "--against", against)
+
+
+def check_refusal(name: str, sentence: str, *arguments: str) -> None:
+    result = RUNNER.invoke(app, list(arguments))
+    assert isinstance(result.exception, SystemExit), (name, result.exception)
+    assert (result.exit_code, result.stdout) == (2, ""), (name, result.output)
+    [told] = result.stderr.splitlines()
+    assert sentence in told, (name, told)
+    assert len(told) < 1000, name
