@@ -24,7 +24,7 @@ from instep.core.typing import F32
 
 Kernel: TypeAlias = Literal["fused", "addmm", "torch", "native"]
 """How recurrent layers are stepped: by hand with the biases added along with the gates; by hand with `addmm`; with
-torch's own call for them; with that call in the code that torch has without oneDNN."""
+torch's own call for them; with torch's operators, as that call does without oneDNN."""
 BY_HAND: Final[tuple[Kernel, ...]] = ("fused", "addmm")
 """The quickest first."""
 VECTOR: Final = 16

@@ -7,15 +7,16 @@ and is several times faster in small batches.
 
 from __future__ import annotations
 
-from threading import Lock
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from instep.core.compiled import kernel
 from instep.core.typing import F32
-from instep.models.recurrent.cell import VECTOR, Kernel, LayerWeights, Products, States
+from instep.models.recurrent.cell import VECTOR, Kernel, LayerWeights, Products, States, layer_weights
 
 
 class Lstm:
@@ -33,8 +34,7 @@ class Lstm:
     ) -> tuple[torch.Tensor, States]:
         """`torch.lstm`; see `Recurrence.call`."""
         if kernel != "torch":
-            with _WITHOUT_ONEDNN:
-                return self.call("torch", x, states, flat, layers, bias=bias)
+            return _without_onednn(x, states, layer_weights(flat, layers))
         with torch.no_grad():  # with gradients, oneDNN's code for training gives several layers other bits
             y, h, c = torch.lstm(x, (states["h"], states["c"]), flat, bias, layers, 0.0, False, False, False)
         return y, {"h": h, "c": c}
@@ -71,29 +71,25 @@ class LstmCell:
         return self._state
 
 
-class _WithoutOneDnn:
-    """Turns oneDNN off while at least one thread is inside: the switch belongs to the whole process."""
+def _without_onednn(x: torch.Tensor, states: States, layers: Sequence[LayerWeights]) -> tuple[torch.Tensor, States]:
+    """`torch.lstm` as torch computes it without oneDNN, operation by operation; see `Recurrence.call`.
 
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._inside = 0
-        self._usual = True
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._usual = bool(torch.backends.mkldnn.enabled)
-                torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                torch.backends.mkldnn.enabled = self._usual  # type: ignore[assignment]
-
-
-_WITHOUT_ONEDNN: Final = _WithoutOneDnn()
+    The switch that would make torch do so belongs to the whole process, and other threads may be stepping models whose
+    bits depend on it.
+    """
+    after: dict[str, list[torch.Tensor]] = {"h": [], "c": []}
+    for layer, h, c in zip(layers, states["h"], states["c"], strict=True):
+        outputs = []
+        for given in functional.linear(x, layer.input_weight.t(), layer.input_bias):
+            gates = functional.linear(h, layer.state_weight.t(), layer.state_bias).add_(given)
+            enter, forget, new, output = gates.chunk(4, dim=1)
+            c = (forget.sigmoid_() * c).add_(enter.sigmoid_() * new.tanh_())
+            h = output.sigmoid_() * c.tanh()
+            outputs.append(h)
+        x = torch.stack(outputs)
+        after["h"].append(h)
+        after["c"].append(c)
+    return x, {name: torch.stack(leaves) for name, leaves in after.items()}
 
 
 @kernel
