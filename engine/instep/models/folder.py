@@ -17,13 +17,12 @@ import yaml
 from instep.models.base import Description
 from instep.models.errors import ModelError
 from instep.models.model import Model, model_of
-from instep.models.module.graph import graph_text, read_graph
-from instep.models.registry import KINDS, graph_file, parse_description
+from instep.models.module.graph import graph_text, parsed_graph
+from instep.models.registry import KINDS, kind_of_network, parse_description
 from instep.models.weights import check_weights, load_weights, save_weights
 
 DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"
-GRAPH_FILE: Final = "graph.json"
 MAX_NAME_LENGTH: Final = 100
 MAX_GRAPH_BYTES: Final = 2**29
 GRAPHS: Final = {
@@ -33,6 +32,16 @@ GRAPHS: Final = {
     ".py": "is a Python program: let it make a model folder with instep.models.save_model(FOLDER, net), and serve that",
 }
 """What to do with files of other kinds than weights, by their suffix."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases: a few lines of them, each of several of the one before, are a list that fills the memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not used here", mark)
+        return super().compose_node(parent, index)
 
 
 def load_model(folder: str | Path) -> Model:
@@ -46,7 +55,7 @@ def load_model(folder: str | Path) -> Model:
     if folder.is_file():
         raise ModelError(_no_folder(folder))
     try:
-        fields = yaml.safe_load(path.read_bytes())
+        fields = yaml.load(path.read_bytes(), _PlainLoader)
     except OSError as error:
         raise ModelError(
             f"cannot read {path}: {error.strerror}; a model folder holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and "
@@ -56,12 +65,15 @@ def load_model(folder: str | Path) -> Model:
         raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it") from None
     except RecursionError:
         raise ModelError(f"{path} has too many levels of brackets or of indentation; correct it") from None
+    except (AttributeError, LookupError, TypeError, ValueError):  # PyYAML's on a tag such as !!bool with other text
+        raise ModelError(f"{path} has a value that does not fit its tag; leave the tags out") from None
     if not isinstance(fields, dict):
         raise ModelError(f"{path} must hold the keys of a network's description, such as features and gru; add them")
     for network in _networks(fields):
         kind = KINDS.get(str(network.get("kind")))
-        if kind is not None and kind.has_graph:
-            network["graph"] = read_graph(folder / GRAPH_FILE)
+        if kind is not None and kind.graph_is_field:
+            file = folder / kind.graph_file
+            network["graph"] = parsed_graph(graph_bytes(file), str(file))
     name, outputs = fields.pop("name", folder.resolve().name), fields.pop("outputs", ())
     try:
         description = parse_description(fields)
@@ -70,7 +82,9 @@ def load_model(folder: str | Path) -> Model:
         raise ModelError(f"{path}: {error}") from None
     name = check_name(name)
     weights = load_weights(folder / WEIGHTS_FILE, description) if description.tensor_shapes() else {}
-    graph = graph_bytes(folder / file) if (file := graph_file(description)) else b""
+    kind = kind_of_network(description)
+    has_bytes = kind.graph_file and not kind.graph_is_field
+    graph = graph_bytes(folder / kind.graph_file) if has_bytes else b""
     return model_of(name, description, weights, output_names, graph)
 
 
@@ -100,7 +114,7 @@ def _no_folder(file: Path) -> str:
     """What to do with a file that is given in place of a model folder."""
     if file.suffix in GRAPHS:
         return f"{file} {GRAPHS[file.suffix]}"
-    if file.name in (DESCRIPTION_FILE, WEIGHTS_FILE, GRAPH_FILE, *(kind.graph_file for kind in KINDS.values())):
+    if file.name in (DESCRIPTION_FILE, WEIGHTS_FILE, *(kind.graph_file for kind in KINDS.values())):
         return f"{file} is a file inside a model folder: name the folder, {file.parent}"
     if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".safetensors"):
         return (
@@ -151,7 +165,7 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
     graphs = [network.pop("graph") for network in _networks(fields) if "graph" in network]
     if model.output_names:
         fields["outputs"] = list(model.output_names)
-    graph_name = graph_file(model.description)
+    graph_name = kind_of_network(model.description).graph_file
     try:
         if not overwrite and any((folder / file).exists() for file in (DESCRIPTION_FILE, graph_name or WEIGHTS_FILE)):
             raise ModelError(
@@ -160,10 +174,8 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
             )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION_FILE).write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), "utf-8")
-        for graph in graphs:  # one at most
-            (folder / GRAPH_FILE).write_text(graph_text(graph), "utf-8")
         if graph_name:
-            (folder / graph_name).write_bytes(model.graph)
+            (folder / graph_name).write_bytes(graph_text(*graphs).encode() if graphs else model.graph)
     except OSError as error:
         raise ModelError(f"cannot write the model folder {folder}: {error.strerror}; choose another place") from None
     if model.weights:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from instep.models.model import Model
 
 DEFAULT_KIND: Final = "gru"
+_MOST_CLAUSES: Final = 12
+"""Of a sentence about a description: a graph may be wrong in thousands of places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,10 @@ class ModelKind:
     """Reads a description's fields. Raises pydantic's ValidationError, which names each field that is wrong."""
     build: Callable[[Model, torch.device], RecurrentModel]
     """Puts a model on a device."""
-    has_graph: bool = False
-    """Whether its folder holds a graph: the file is the field `graph` of the description."""
     graph_file: str = ""
-    """The file beside `model.yaml` whose bytes are the network's graph, as `Model.graph`; empty where there is none."""
+    """The file beside `model.yaml` that holds the network's graph; empty where there is none."""
+    graph_is_field: bool = False
+    """Whether that file is JSON, the field `graph` of the description; otherwise its bytes are `Model.graph`."""
 
 
 def _build_recurrent(model: Model, device: torch.device) -> RecurrentModel:
@@ -68,7 +70,7 @@ def _build_onnx(model: Model, device: torch.device) -> RecurrentModel:
 
 KINDS: Final[dict[str, ModelKind]] = {
     **{kind: ModelKind(each.model_validate, _build_recurrent) for kind, each in RECURRENT.items()},
-    "module": ModelKind(ModuleDescription.model_validate, _build_module, has_graph=True),
+    "module": ModelKind(ModuleDescription.model_validate, _build_module, graph_file="graph.json", graph_is_field=True),
     "pipeline": ModelKind(PipelineDescription.model_validate, _build_pipeline),
     "onnx": ModelKind(OnnxDescription.model_validate, _build_onnx, graph_file="graph.onnx"),
 }
@@ -89,10 +91,10 @@ def parse_description(fields: Mapping[str, Any]) -> Description:
         raise ModelError(sentences(error)) from None
 
 
-def graph_file(description: Description) -> str:
-    """The file beside `model.yaml` that holds the graph of a network; empty where it has none."""
+def kind_of_network(description: Description) -> ModelKind:
+    """The kind of a network; of the one inside a pipeline."""
     network = description.network if isinstance(description, PipelineDescription) else description
-    return KINDS[network.kind].graph_file
+    return KINDS[network.kind]
 
 
 def build(model: Model, device: torch.device) -> RecurrentModel:
@@ -108,7 +110,9 @@ def sentences(error: ValidationError) -> str:
     """Pydantic's errors, one clause for each field."""
     places = [".".join(map(str, problem["loc"])) for problem in error.errors()]
     words = [in_words(problem) for problem in error.errors()]
-    return "; ".join(f"{place:.120}: {what}" if place else what for place, what in zip(places, words, strict=True))
+    clauses = [f"{place:.120}: {what}" if place else what for place, what in zip(places, words, strict=True)]
+    left_out = [f"and {len(clauses) - _MOST_CLAUSES:,} more"] if len(clauses) > _MOST_CLAUSES else []
+    return "; ".join([*clauses[:_MOST_CLAUSES], *left_out])
 
 
 def in_words(problem: ErrorDetails) -> str:

@@ -36,6 +36,7 @@ class Step(nn.Module):
         self.rnn = nn.GRU(4, 4)
         self.attention = nn.MultiheadAttention(4, 1)
         self.register_buffer("seen", torch.zeros(4))
+        self.register_buffer("others", torch.ones(4))
         self.register_buffer("hidden", torch.tensor([0, float("-inf"), 0, 0]))
         self.sixteen = nn.Parameter(torch.zeros(4, dtype=torch.float16))
         self.ticks = 0
@@ -83,6 +84,10 @@ def keeps_in_a_buffer(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
 def keeps_in_a_view_of_a_buffer(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
     self.seen.view(2, 2)[0].fill_(3)
     return x + self.seen, h
+
+
+def keeps_statistics(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    return functional.instance_norm(x[:, :, None] * torch.ones(3), self.seen, self.others)[..., 0], h
 
 
 def changes_its_state(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
@@ -147,6 +152,7 @@ def attends_to_other_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result
         (lambda s, x, h: (x, h + next(CALLS)), "leaf state of the step and of its graph differ"),
         (keeps_in_a_buffer, "changes its own buffer seen in place; all streams would share it"),
         (keeps_in_a_view_of_a_buffer, "changes its own buffer seen in place"),
+        (keeps_statistics, "changes its weights, its frames or its state in place"),
         (changes_its_state, "changes leaf state of the state in place; return a new tensor, or clone it"),
         (changes_a_part_of_its_frames, "changes its frames x in place"),
         (lambda s, x, h: (x, torch.cat([h, x], 1)), r"\[32, 4\] before a frame and \[32, 8\] after .* must not grow"),

@@ -190,11 +190,11 @@ def test_an_lstm_has_the_bits_of_onednn_where_those_without_it_depend_on_the_bat
     assert (network.kernel == "torch") == (expected == "torch"), "whose bits they are does not depend on the sizes"
 
 
-class _Switch(TorchDispatchMode):
+class _Switch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether oneDNN is on whenever torch computes anything."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = set[bool]()
 
     def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:

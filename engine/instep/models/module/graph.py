@@ -14,7 +14,6 @@ Nothing in it is code: `program` turns it into calls of operators that `operator
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -73,17 +72,13 @@ def graph_text(graph: Any) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def read_graph(path: Path) -> Any:
+def parsed_graph(content: bytes, file: str) -> Any:
     """The values of a graph file, not checked.
 
     Raises:
-        ModelError: when it cannot be read, or is not JSON.
+        ModelError: when it is not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(
-            f"cannot read {path}: {error.strerror}; make the folder again with instep.models.export_step"
-        ) from None
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); make the folder again") from None
+        raise ModelError(f"{file} is not JSON ({error}); make the folder again") from None

@@ -66,15 +66,24 @@ class ModuleNetwork:
         return tuple(value.clone() for value in self._program(x, [leaf.contiguous() for leaf in leaves]))
 
     def _check(self) -> None:
-        step = self.bind(ROWS)
-        try:
-            with torch.inference_mode():
-                step.run()
-        except Exception as error:
-            raise ModelError(
-                f"the graph of {self.model.name} does not run ({str(error).partition(chr(10))[0]:.200}); export the "
-                "module again with instep.models.export_step"
-            ) from None
+        for rows in (ROWS, 3 * ROWS):
+            try:
+                step = self.bind(rows)
+                given = [step.x, *step.state.values(), *self._program.weights]
+                before = [tensor._version for tensor in given]  # counts changes, those through a view included
+                with torch.inference_mode(False), torch.no_grad():  # in inference mode it would miss some
+                    step.run()
+            except Exception as error:
+                raise ModelError(
+                    f"the graph of {self.model.name} does not run in a batch of {rows} rows "
+                    f"({str(error).partition(chr(10))[0]:.200}); export the module again with "
+                    "instep.models.export_step"
+                ) from None
+            if before != [tensor._version for tensor in given]:
+                raise ModelError(
+                    f"the graph of {self.model.name} changes its weights, its frames or its state in place, which "
+                    "other frames need; export a step that returns new tensors"
+                )
 
 
 class ModuleStep:

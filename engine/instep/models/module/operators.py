@@ -73,6 +73,7 @@ NUMBERS: Final[dict[str, Callable[..., Any]]] = {
     "int.neg": operator.neg,
 }
 """Picking one of an operator's results, and arithmetic with sizes."""
+_MOST: Final = 2**40
 _ALIASES: Final = frozenset(["broadcast_tensors", "type_as", "repeat_interleave", "pad", "constant_pad_nd", "tile"])
 """May return what they are given, although their schemas do not say so."""
 
@@ -84,7 +85,7 @@ def resolve(op: str) -> Callable[..., Any]:
         ModelError: when it is not one that a graph may call.
     """
     if op in NUMBERS:
-        return NUMBERS[op]
+        return NUMBERS[op] if op == "getitem" else _of_sizes(NUMBERS[op])
     namespace, _, rest = op.partition(".")
     name, _, overload = rest.partition(".")
     if namespace == "aten" and is_allowed(name):
@@ -98,6 +99,17 @@ def resolve(op: str) -> Callable[..., Any]:
     raise ModelError(
         f"the graph calls {op!r:.120}, which no step may; export the module with instep.models.export_step"
     )
+
+
+def _of_sizes(function: Callable[..., int]) -> Callable[..., int]:
+    """Arithmetic that no graph can make a text, a list or a number of a billion digits with."""
+
+    def calculate(*sizes: int) -> int:
+        if not all(isinstance(size, int) and abs(size) < _MOST for size in sizes):
+            raise ValueError("arithmetic is for sizes only")
+        return function(*sizes)
+
+    return calculate
 
 
 def is_allowed(name: str) -> bool:
@@ -120,7 +132,7 @@ def argument(op: Operator, name: str, args: Any, kwargs: Any) -> Any:
 
 def trains(op: Operator, args: Any, kwargs: Any) -> bool:
     """Whether a call does what only training needs: statistics over the batch, or dropout."""
-    return any(argument(op, name, args, kwargs) is True for name in ("train", "training"))
+    return any(bool(argument(op, name, args, kwargs)) for name in ("train", "training"))
 
 
 def written(op: Operator) -> list[int]:

@@ -63,11 +63,11 @@ class Program:
         )
         forward: Callable[..., tuple[torch.Tensor, ...]] = fx.GraphModule(nn.Module(), self._graph).forward
         self._forward = forward
-        self._weights = [self._converted(weights[tensor.name]).to(device) for tensor in graph.tensors]
+        self.weights: Final = [self._converted(weights[tensor.name]).to(device) for tensor in graph.tensors]
 
     def __call__(self, x: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Step every row: the outputs [rows, outputs], and each leaf of the new state [rows, *shape]."""
-        return self._forward(*self._weights, x, *leaves, len(x))
+        return self._forward(*self.weights, x, *leaves, len(x))
 
     def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() if self._double and tensor.dtype == torch.float32 else tensor
