@@ -16,13 +16,13 @@ from torch.nn import functional
 
 from instep.models import export_step
 from instep.models.errors import ModelError
+from instep.models.folder import load_model
 
 Result = tuple[Any, Any]
 CALLS = itertools.count(1)
 CONTROL = "decides by a value in a tensor .* use torch.where"
 BY_VALUE = "lets values in a tensor decide how many elements there are .* use torch.where"
 ROWS = "combines the rows of a batch .* each row is another stream"
-INFLUENCE = "the rows of a batch influence one another in the step"
 
 
 class Step(nn.Module):
@@ -139,7 +139,7 @@ def attends_to_other_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result
         (lambda s, x, h: (x @ (x.T @ x), h), r"combines the rows of a batch \(matmul\)"),
         (lambda s, x, h: ((x @ x.T) @ x, h), r"combines the rows of a batch \(matmul\)"),
         (steps_in_one_sequence, r"fixes the batch size .* give it x.unsqueeze\(1\)"),
-        (attends_to_other_rows, INFLUENCE),
+        (attends_to_other_rows, r"combines the rows of a batch \(scaled_dot_product_attention\)"),
         (lambda s, x, h: (x + torch.zeros(32, 4), h), "fixes the batch size .* use x.shape"),
         (counts_rows, "fixes the batch size .* a loop runs over them"),
         (lambda s, x, h: (x if x.shape[0] > 16 else -x, h), "another way at some batch sizes"),
@@ -181,6 +181,97 @@ def test_a_step_that_cannot_be_served(
 ) -> None:
     found = refusal(Step(body), tmp_path / "m")
     assert re.search(sentence, found), found
+
+
+def seldom(x: torch.Tensor) -> torch.Tensor:
+    """Zeros for whatever a trial would draw."""
+    return functional.relu(x - 1e9)
+
+
+def numbers(x: torch.Tensor) -> torch.Tensor:
+    """The number of each row in the batch."""
+    return torch.arange(x.shape[0])
+
+
+def writes_to_a_neighbour(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    h = h.clone()
+    h[(x[:, 0] > 1e9).long()] = x
+    return x, h
+
+
+def counts_rows_in_place(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    places = torch.zeros(x.shape[0], dtype=torch.int64)
+    places.add_(numbers(x))
+    return x + places[:, None] * seldom(x), h
+
+
+@pytest.mark.parametrize(
+    ("body", "operator"),
+    [
+        (lambda s, x, h: h[(x[:, 0] > 1e9).long()], "index"),
+        (lambda s, x, h: h[numbers(x) - (x[:, 0] > 1e9).long()], "sub"),
+        (lambda s, x, h: h[x.shape[0] - 1 - numbers(x)] * seldom(x), "rsub|index"),
+        (lambda s, x, h: functional.embedding((x[:, 0] > 1e9).long(), h), "embedding"),
+        (lambda s, x, h: x + torch.einsum("bf,cf,ch->bh", *[seldom(x)] * 3), "einsum"),
+        (lambda s, x, h: x + seldom(x).T.mv(torch.ones(x.shape[0])), "mv"),
+        (lambda s, x, h: x + functional.layer_norm(seldom(x).T, [x.shape[0]]).T, "layer_norm"),
+        (lambda s, x, h: x + functional.group_norm(seldom(x).T[None], 2)[0].T, "group_norm"),
+        (lambda s, x, h: x + functional.instance_norm(seldom(x).T[None])[0].T, "instance_norm"),
+        (lambda s, x, h: x + functional.conv1d(seldom(x).T[None], torch.ones(4, 4, 3), padding=1)[0].T, "conv1d"),
+        (lambda s, x, h: x + torch.cat([seldom(x)] * 2).narrow(0, 1, x.shape[0]), "cat"),
+        (lambda s, x, h: x + torch.bucketize(seldom(x), h[:, 0]), "bucketize"),
+        (lambda s, x, h: x + torch.triu(seldom(x)), "triu"),
+        (lambda s, x, h: x + numbers(x)[:, None] * seldom(x), "mul"),
+        (lambda s, x, h: x + x.shape[0] * seldom(x), "mul"),
+        (lambda s, x, h: x + torch.full((x.shape[0], 1), x.shape[0]) * seldom(x), "full"),
+        (writes_to_a_neighbour, "index_put_"),
+        (counts_rows_in_place, "mul"),
+    ],
+)
+def test_a_row_that_sees_another_or_its_place_only_in_rare_frames(
+    body: Callable[[Any, torch.Tensor, torch.Tensor], Any], operator: str, tmp_path: Path
+) -> None:
+    def with_state(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+        found = body(self, x, h)
+        return found if isinstance(found, tuple) else (found, x)
+
+    found = refusal(Step(with_state), tmp_path / "m")
+    assert re.search(rf"combines the rows of a batch \(({operator})\)", found), found
+
+
+def places_in_a_ring(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    h, place = h.clone(), (x[:, 0] > 0).long()
+    h[numbers(x), place] = x[:, 1]
+    h[h > 3] = 3.0
+    return x + h[numbers(x), place + 1][:, None], h
+
+
+def heads_beside_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    heads = x.view(-1, 2, 2).transpose(0, 1).reshape(-1, 2).softmax(-1)
+    return heads.view(2, -1, 2).transpose(0, 1).reshape(-1, 4), torch.tanh(h.reshape(-1, 2)).reshape(-1, 4)
+
+
+def attends_to_its_past(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    past = torch.stack([x, h]).transpose(0, 1)
+    y = functional.scaled_dot_product_attention(x[:, None], past, past)[:, 0]
+    return y + torch.einsum("...i,...i->...", x, h)[:, None] + self.attention(x[None], h[None], h[None])[0][0], x
+
+
+def goes_through_layers(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    y, after = self.rnn(x[None], h[None])
+    window = torch.cat([y[0, :, :, None], x[:, :, None]], 2)
+    pooled = functional.max_pool1d(functional.instance_norm(window), 2)[..., 0]
+    return self.norm(functional.group_norm(window, 2))[..., 0] + pooled + torch.fft.rfft(x, dim=1).abs().sum(1, True), (
+        after[0]
+    )
+
+
+@pytest.mark.parametrize("body", [places_in_a_ring, heads_beside_rows, attends_to_its_past, goes_through_layers])
+def test_steps_that_keep_rows_apart_are_served(
+    body: Callable[[Any, torch.Tensor, torch.Tensor], Result], tmp_path: Path
+) -> None:
+    model = export_step(Step(body), torch.zeros(1, 4), torch.zeros(1, 4), tmp_path / "m")
+    assert load_model(tmp_path / "m").fingerprint == model.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from instep.models.errors import ModelError
 from instep.models.module import operators
 from instep.models.module.operators import Operator, argument, is_allowed, may_alias, name_of, trains, written
 from instep.models.module.program import encoded
+from instep.models.module.rows import Rows, row_axes
 
 _DROPPED: Final = frozenset(
     [
@@ -41,14 +42,6 @@ _VALUES_AS_SIZES: Final = frozenset(
 )
 _SEEDED: Final = frozenset(["gru", "lstm", "rnn_relu", "rnn_tanh", "scaled_dot_product_attention"]) | _IDENTITIES
 """They would draw random numbers only for dropout, which is looked at by itself."""
-_ALONG: Final = frozenset(
-    [
-        *("argsort", "cummax", "cummin", "cumprod", "cumsum", "diff", "flip", "gather", "index_add", "index_copy"),
-        *("index_fill", "index_select", "log_softmax", "logcumsumexp", "repeat_interleave", "roll", "scatter"),
-        *("scatter_add", "scatter_reduce", "slice", "softmax", "sort", "take_along_dim", "topk", "unfold"),
-    ]
-)
-"""Along a dimension they combine or move elements, without removing it."""
 _NUMBERS: Final[dict[Any, str]] = {function: name for name, function in operators.NUMBERS.items()}
 _SOURCE: Final = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 _IN_PLACE: Final = re.compile(r"aten\.\w*[a-z0-9]_\.\w+")
@@ -79,6 +72,7 @@ class Capture:
         """What may share memory with an argument or a tensor, and how sentences call that."""
         self._roots: dict[fx.Node, fx.Node] = {}
         """Of views: whose memory they may be."""
+        self._rows: Rows | None = None
         self._varying: set[fx.Node] = set()
         """Values that depend on the frames or states of streams."""
         self._add_inputs(program, leaves, prefix)
@@ -105,6 +99,7 @@ class Capture:
                 self._given[node] = f"leaf {leaf} of the state" if leaf else "its frames x"
                 self._varying.add(node)
                 self._batch = node.meta["val"].shape[0]
+                self._rows = self._rows or Rows(self._batch)
                 continue
             name = (spec.target or spec.arg.name).removeprefix(prefix)
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
@@ -206,7 +201,10 @@ class Capture:
         """Refuse operators that combine rows, where their shapes show it."""
         if may_alias(op) and node.args and isinstance(node.args[0], fx.Node):
             self._follow(node, node.args[0])
+        assert self._rows is not None
         if name in operators.CREATION or not any(self._root(each) in self._varying for each in node.all_input_nodes):
+            if self._rows.note(node, op, name):
+                raise ModelError(_mixes(node, name))
             return
         for at in written(op):
             target = node.args[at]
@@ -214,20 +212,16 @@ class Capture:
                 self._varying.add(self._root(target))
         self._varying.add(self._root(node))
         results = node.meta["val"] if isinstance(node.meta["val"], list | tuple) else [node.meta["val"]]
-        sizes = [_batch_axes(each) for each in results if isinstance(each, torch.Tensor)]
-        if any(len(axes) != 1 for axes in sizes):
+        if any(len(row_axes(each)) != 1 for each in results if isinstance(each, torch.Tensor)):
             raise ModelError(_mixes(node, name))
-        first = node.args[0] if node.args else None
-        if name.removesuffix("_") in _ALONG and isinstance(first, fx.Node):
-            before = first.meta["val"]
-            along = _dimensions(argument(op, "dim", node.args, node.kwargs), node, op, before.dim())
-            unchanged = name == "slice" and node.meta["val"].shape == before.shape
-            if not unchanged and along & set(_batch_axes(before)):
-                raise ModelError(_mixes(node, name))
+        if self._rows.mix(node, op, name):
+            raise ModelError(_mixes(node, name))
 
     def _follow(self, node: fx.Node, of: fx.Node) -> None:
         """Note that a node may share the memory of another one."""
         self._roots[node] = self._root(of)
+        if self._rows is not None:
+            self._rows.follow(node, of)
         if of in self._given:
             self._given[node] = self._given[of]
 
@@ -273,19 +267,6 @@ def _depends_on_values(node: fx.Node) -> bool:
         for size in (each.shape if isinstance(each, torch.Tensor) else [each])
     ]
     return any(symbol.startswith(("u", "zu")) for size in sizes for symbol in _symbols(size))
-
-
-def _batch_axes(value: torch.Tensor) -> list[int]:
-    return [axis for axis, size in enumerate(value.shape) if _symbols(size)]
-
-
-def _dimensions(given: Any, node: fx.Node, op: Operator, rank: int) -> set[int]:
-    """The dimensions that a call works along; all of them where it names none."""
-    if given is None:
-        given = argument(op, "dims", node.args, node.kwargs)
-    if given is None or given == []:
-        return set(range(rank))
-    return {each % max(rank, 1) for each in (given if isinstance(given, list | tuple) else [given])}
 
 
 def _where(node: fx.Node) -> str:
