@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,21 @@ def picked() -> list[onnx.NodeProto]:
     ]
 
 
+def with_functions(levels: int, calls: int) -> onnx.ModelProto:
+    """Functions each of which calls the one before twice; the first one calls itself where `calls` is 1."""
+    model = leaky([helper.make_node(f"f{levels - 1}", ["x"], ["v"], domain="d")])
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
+    for level in range(levels):
+        inner = ("Neg", "") if level == 0 and calls == 2 else (f"f{max(level - 1, 0)}", "d")
+        names = ["a", "b", "c"][: calls + 1]
+        nodes = [
+            helper.make_node(inner[0], [one], [other], domain=inner[1]) for one, other in itertools.pairwise(names)
+        ]
+        model.functions.append(helper.make_function("d", f"f{level}", ["a"], [names[-1]], nodes, imports))
+    model.opset_import.append(imports[1])
+    return model
+
+
 def endless() -> list[onnx.NodeProto]:
     body = helper.make_graph(
         [
@@ -301,6 +317,22 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
     "rows picked out": (
         lambda: leaky(picked()),
         r"with NonZero \('n'\), values of one row decide what happens to the others",
+    ),
+    "functions that fill the memory": (
+        lambda: with_functions(60, 2),
+        "more than 100,000 operators once its functions are written out",
+    ),
+    "a function that calls itself": (lambda: with_functions(1, 1), "functions that call themselves"),
+    "rows chosen by values": (
+        lambda: leaky(
+            [
+                node("ReduceMax", ["x"], ["m"], axes=[1], keepdims=0),
+                node("Floor", ["m"], ["f"]),
+                node("Cast", ["f"], ["i"], to=INT64),
+                node("Gather", ["x", "i"], ["v"]),
+            ]
+        ),
+        r"with Gather \('v'\), values of one row decide",
     ),
     "one row branches for all": (lambda: leaky(any_above()), r"with If \('v'\), values of one row decide"),
     "until all rows end": (lambda: leaky(endless()), r"Loop \('v'\) runs until values of rows end it"),

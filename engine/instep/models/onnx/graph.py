@@ -7,7 +7,7 @@ misses what it does not visit; what would let one row decide something for the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from instep.models.errors import ModelError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STANDARD: Final = ("", "ai.onnx")
 """Names of the domain of ONNX's own operators."""
+MAX_NODES: Final = 100_000
 _RANDOM: Final = frozenset(
     ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 )
@@ -78,6 +79,7 @@ def parse(content: bytes, source: str) -> ModelProto:
                 "onnx.save_model(onnx.load(path), new_path)"
             )
     if model.functions:
+        _check_functions(model, source)
         model = inline_local_functions(model)
     _check_operators(model, source)
     return model
@@ -150,7 +152,8 @@ def _follow(graph: GraphProto, per_row: set[str], source: str) -> None:
         depends = bool(per_row & (captured | {*node.input}))
         first = _EXTENTS.get(node.op_type)
         shared = () if first is None else node.input[first : _SHARED_INPUTS.get(node.op_type)]
-        if (depends and node.op_type in _ALL_ROWS) or per_row & {*shared}:
+        chooses_rows = node.op_type == "Gather" and per_row >= {*node.input}
+        if (depends and node.op_type in _ALL_ROWS) or per_row & {*shared} or chooses_rows:
             raise ModelError(
                 f"{source}: with {label(node)}, values of one row decide what happens to the others in the batch; "
                 "write that with Where, or as arithmetic"
@@ -167,6 +170,31 @@ def _follow(graph: GraphProto, per_row: set[str], source: str) -> None:
                 )
         if depends and node.op_type not in ("Shape", "Size"):
             per_row |= {*node.output}
+
+
+def _check_functions(model: ModelProto, source: str) -> None:
+    """Refuse functions that call each other so often that their nodes, written out, would fill the memory."""
+    bodies = {(each.domain, each.name): each.node for each in model.functions}
+    counts: dict[tuple[str, str], int] = {}
+
+    def count(nodes: Iterable[NodeProto]) -> int:
+        found = 0
+        for node in nodes:
+            key = node.domain, node.op_type
+            if key in bodies and key not in counts:
+                counts[key] = count(bodies[key])
+            found += counts.get(key, 1) + sum(count(graph.node) for graph in subgraphs_of(node))
+        return found
+
+    try:
+        total = count(model.graph.node)
+    except RecursionError:
+        raise ModelError(f"{source} has functions that call themselves, or too deeply; export it again") from None
+    if total > MAX_NODES:
+        raise ModelError(
+            f"{source} has more than {MAX_NODES:,} operators once its functions are written out, which is the most that "
+            "can be served; export it without functions"
+        )
 
 
 def _check_operators(model: ModelProto, source: str) -> None:
