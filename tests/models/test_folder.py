@@ -156,7 +156,7 @@ def test_names_that_do_not_fit_the_outputs_are_refused(tmp_path: Path, outputs: 
             r"gru\.bidirectional: a bidirectional GRU cannot",
         ),
         ("features: 2\ngru: {hidden_size: 3}\nhead: 1\n", "head: there is no such key; correct it, or leave it out"),
-        ("1: 2\nfeatures: 2\ngru: {hidden_size: 3}\n", "1: Keys should be strings"),
+        ("1: 2\nfeatures: 2\ngru: {hidden_size: 3}\n", "1: there is no such key"),
         (
             "name: 5\nfeatures: 2\ngru: {hidden_size: 3}\n",
             "a model's name must be 1 to 100 printable characters, not 5",

@@ -35,13 +35,19 @@ GRAPHS: Final = {
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Without aliases: a few lines of them, each of several of the one before, are a list that fills the memory."""
+    """Safe YAML in which keys are words, without aliases: a few lines of them could make a list that fills all memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "anchors and aliases are not used here", mark)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"  # YAML 1.1 reads `on` and `off` as true and false
+        return super().construct_mapping(node, deep)
 
 
 def load_model(folder: str | Path) -> Model:

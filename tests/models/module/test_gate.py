@@ -152,6 +152,10 @@ def attends_to_other_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result
         (lambda s, x, h: (x, h + next(CALLS)), "leaf state of the step and of its graph differ"),
         (keeps_in_a_buffer, "changes its own buffer seen in place; all streams would share it"),
         (keeps_in_a_view_of_a_buffer, "changes its own buffer seen in place"),
+        (
+            lambda s, x, h: (x + s.seen[(x[:, :1] > 2).long() * 4], h),
+            "an operator of the step fails .* keep numbers that choose elements in range",
+        ),
         (keeps_statistics, "changes its weights, its frames or its state in place"),
         (changes_its_state, "changes leaf state of the state in place; return a new tensor, or clone it"),
         (changes_a_part_of_its_frames, "changes its frames x in place"),

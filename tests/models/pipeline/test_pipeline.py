@@ -16,6 +16,7 @@ from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
 from instep.models.registry import build, parse_description
 from instep.models.stepping import step_rows
+from instep.models.weights import save_weights
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep_client import AsyncClient
@@ -134,6 +135,9 @@ async def test_it_is_served_continued_and_verified(tmp_path: Path, rng: np.rando
         ({"before": [{"context": 0}]}, "greater than or equal to 1"),
         ({"after": [{"smooth": 1.0}]}, "less than 1"),
         ({"after": [{"hysteresis": {"on": 0.4, "off": 0.5}}]}, "off must be less than on"),
+        ({"after": [{"hysteresis": {"on": float("inf"), "off": 0.5}}]}, "inf is wrong, it should be less"),
+        ({"after": [{"hysteresis": {"on": 10**400, "off": 0.5}}]}, "is wrong, it should be less"),
+        ({"after": [{"context": {"values": 10**12}}]}, "an extent of leaf context is 1000000000000"),
         ({}, "a pipeline without steps is its network"),
         ({"network": {"features": 3}, "after": [{"smooth": 0.5}]}, "network: gru: it is missing"),
         ({"network": small(after=[{"smooth": 0.5}]), "after": [{"smooth": 0.5}]}, "a network that is not a pipeline"),
@@ -149,3 +153,13 @@ def test_it_says_what_it_does() -> None:
     assert description.in_words() == ("16 features → context of 48 values → log power spectrum → GRU 8 → smooth 0.75")
     assert parse_description(description.as_json(defaults=False)) == description
     assert parse_description(description.as_json()) == description
+
+
+def test_thresholds_are_written_in_model_yaml_as_the_manual_shows_them(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text(
+        "kind: pipeline\nfeatures: 3\nnetwork: {kind: gru, features: 3, gru: {hidden_size: 4}}\n"
+        "after: [hysteresis: {on: 0.6, off: 0.4}]\n"
+    )
+    network = parse_description({"features": 3, "gru": {"hidden_size": 4}})
+    save_weights(tmp_path / "weights.safetensors", make_model(network, "random", name="m").weights)
+    assert load_model(tmp_path).description.in_words() == "3 features → GRU 4 → hysteresis 0.6/0.4"

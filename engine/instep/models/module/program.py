@@ -66,8 +66,18 @@ class Program:
         self.weights: Final = [self._converted(weights[tensor.name]).to(device) for tensor in graph.tensors]
 
     def __call__(self, x: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Step every row: the outputs [rows, outputs], and each leaf of the new state [rows, *shape]."""
-        return self._forward(*self.weights, x, *leaves, len(x))
+        """Step every row: the outputs [rows, outputs], and each leaf of the new state [rows, *shape].
+
+        Raises:
+            ModelError: when an operator cannot compute them.
+        """
+        try:
+            return self._forward(*self.weights, x, *leaves, len(x))
+        except (IndexError, RuntimeError) as error:
+            raise ModelError(
+                f"an operator of the step fails ({str(error).partition(chr(10))[0]:.200}), and then it fails for every "
+                "stream in the batch: keep numbers that choose elements in range, as with .clamp(0, size - 1)"
+            ) from error
 
     def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() if self._double and tensor.dtype == torch.float32 else tensor

@@ -192,8 +192,8 @@ def _check_functions(model: ModelProto, source: str) -> None:
         raise ModelError(f"{source} has functions that call themselves, or too deeply; export it again") from None
     if total > MAX_NODES:
         raise ModelError(
-            f"{source} has more than {MAX_NODES:,} operators once its functions are written out, which is the most that "
-            "can be served; export it without functions"
+            f"{source} has more than {MAX_NODES:,} operators once its functions are written out, which is the most "
+            "that can be served; export it without functions"
         )
 
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from instep.models.base import Description, Leaf, Shape, StateSpec
 from instep.models.errors import ModelError
 from instep.models.pipeline.steps import FrameStep, parse_step, sizes
+from instep_client.protocol.state_spec import InvalidStateSpec
 
 AnyStep: TypeAlias = Annotated[SerializeAsAny[FrameStep], BeforeValidator(parse_step)]
 PLACES: Final = ("before", "after")
@@ -53,6 +54,10 @@ class PipelineDescription(BaseModel):
             )
         if not self.before and not self.after:
             raise PydanticCustomError("steps", "a pipeline without steps is its network: describe that alone")
+        try:
+            _ = self.state
+        except InvalidStateSpec as error:
+            raise PydanticCustomError("state", "{why}", {"why": str(error)}) from None
         return self
 
     @property

@@ -25,7 +25,8 @@ Values: TypeAlias = npt.NDArray[Any]
 """[rows, values], float64 or float32 as the reference's dtype."""
 States: TypeAlias = dict[str, npt.NDArray[Any]]
 Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
-Number: TypeAlias = StrictFloat | StrictInt
+Number: TypeAlias = Annotated[StrictFloat | StrictInt, Field(ge=-1e30, le=1e30)]
+"""Far within float32."""
 
 
 class BoundPart(Protocol):
