@@ -35,7 +35,7 @@ GRAPHS: Final = {
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML in which keys are words, without aliases: a few lines of them could make a list that fills all memory."""
+    """Safe YAML in which keys are words, without aliases: a few lines of them could fill the memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
