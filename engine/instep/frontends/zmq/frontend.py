@@ -172,7 +172,7 @@ class ZmqFrontend:
         if header.kind is not Kind.HELLO:
             raise Refusal(Code.HELLO_FIRST)
         name, model = hello(header, routing_id)
-        served = self._find(model)
+        served = self._find(model) if model else next(iter(self.models.values()))
         served.refuse_what_is_new()
         peer = Peer(self.outbound, routing_id, served, now_ns)
         count = len(self.outbound)
@@ -184,9 +184,7 @@ class ZmqFrontend:
         self.outbound.send(peer, encode.welcome(header.request, served.info))
 
     def _find(self, model: str) -> Served:
-        """The model of that name, the default where it is empty."""
-        if not model:
-            return next(iter(self.models.values()))
+        """The model of that name."""
         if model not in self.models:
             close = get_close_matches(model, self.models, n=1)
             meant = f"did you mean {close[0]!r}? " if close else ""
