@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,20 @@ async def test_a_model_that_cannot_be_loaded_or_unloaded_changes_nothing(folder:
             with pytest.raises(Refused) as refused:
                 await client.load_model(name, path)
             assert (refused.value.code, words in refused.value.sentence) == (code, True), refused.value.sentence
-        for name, code in (("ears", Code.NOT_ALLOWED), ("eras", Code.UNKNOWN_MODEL)):
+        for name, code in (("ears", Code.NOT_ALLOWED), ("eras", Code.UNKNOWN_MODEL), ("", Code.UNKNOWN_MODEL)):
             with pytest.raises(Refused) as refused:
                 await client.unload_model(name)
             assert refused.value.code is code
         assert [each.name for each in await client.list_models()] == ["ears"]
+    (tmp_path / "vowels.instep").write_bytes(b"not a recording")
+    async with running(EARS, recording={"file": tmp_path}, engine=EXACT) as server:
+        async with AsyncClient(server.endpoint) as client:
+            open_files = []
+            for _ in range(3):
+                with pytest.raises(Refused, match="is not a recording"):
+                    await client.load_model("vowels", folder)
+                open_files.append(len(os.listdir("/proc/self/fd")))
+            assert len(set(open_files)) == 1, "the pipe of the executor that was made for it is closed"
     async with running(EARS, recording={"file": tmp_path / "r.instep"}, engine=EXACT) as server:
         async with AsyncClient(server.endpoint) as client:
             with pytest.raises(Refused, match="is not a folder, and 2 models are recorded"):

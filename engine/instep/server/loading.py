@@ -66,7 +66,7 @@ class Loader:
         file = recording_file(config, name, _SEVERAL)
         prepared = await asyncio.to_thread(prepare_another, config, name, folder, log)
         foundation = lay_foundation(config, prepared, forks=False)
-        undo.callback(foundation.executor.stop, 0.0)
+        undo.callback(foundation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
         service = make_service(config, foundation, file, self._loop.wake, self._shutdown.bug, log)
         opened = None
         if file is not None:
