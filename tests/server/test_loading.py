@@ -118,6 +118,43 @@ async def test_a_model_that_cannot_be_loaded_or_unloaded_changes_nothing(folder:
                 await client.load_model("vowels", folder)
 
 
+@pytest.fixture
+def slow_folder(folder: Path) -> Path:
+    """A model folder that is not read to its end before the test writes to model.yaml."""
+    (folder / "model.yaml").rename(folder / "written")
+    os.mkfifo(folder / "model.yaml")
+    return folder
+
+
+def _finish(slow_folder: Path) -> None:
+    (slow_folder / "model.yaml").write_bytes((slow_folder / "written").read_bytes())
+
+
+async def test_a_model_is_loaded_with_what_was_reloaded_meanwhile(slow_folder: Path) -> None:
+    async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as operator:
+        loading = asyncio.create_task(operator.load_model("vowels", slow_folder))
+        await operator.ping()  # the server has taken the request before this
+        limits = server.config.limits.model_copy(update={"park_s": 77.0})
+        server.configure(server.config.model_copy(update={"limits": limits}))
+        await asyncio.to_thread(_finish, slow_folder)
+        await loading
+        async with AsyncClient(server.endpoint, model="vowels") as client:
+            assert client.info.park_s == 77
+
+
+async def test_the_end_of_the_server_does_not_wait_for_a_model_that_is_being_loaded(slow_folder: Path) -> None:
+    told: list[dict[str, Any]] = []
+    async with running(EARS, told=told, engine=EXACT, shutdown={"drain_timeout_s": 5.0}) as server:
+        async with AsyncClient(server.endpoint, reconnect_s=0) as operator:
+            loading = asyncio.create_task(operator.load_model("vowels", slow_folder))
+            await operator.ping()
+            server.stop()
+            with pytest.raises((Refused, ConnectionFailed), match="shutting down"):
+                await loading
+    assert [line["reason"] for line in told if line["event"] == "not loaded"] == ["the server is shutting down"]
+    await asyncio.to_thread(_finish, slow_folder)  # the thread ends
+
+
 async def test_the_commands(folder: Path) -> None:
     async with running(EARS, engine=EXACT) as server:
 

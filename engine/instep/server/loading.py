@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
@@ -17,8 +20,10 @@ from instep.server.server import Server
 from instep.server.services import lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
 from instep.streaming.api import Refusal
-from instep.streaming.tasks import Tasks
+from instep.streaming.tasks import Tasks, in_daemon_thread
 from instep_client.protocol.wire import Code
+
+R = TypeVar("R")
 
 _SEVERAL = 2
 """A model that is loaded is never the only one."""
@@ -64,14 +69,16 @@ class Loader:
                 f"a model of the name {name!r} is served already: unload it first, or name this one otherwise"
             )
         file = recording_file(config, name, _SEVERAL)
-        prepared = await asyncio.to_thread(prepare_another, config, name, folder, log)
+        prepared = await self._in_thread(partial(prepare_another, config, name, folder, log))
         foundation = lay_foundation(config, prepared, forks=False)
         undo.callback(foundation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
         service = make_service(config, foundation, file, self._loop.wake, self._shutdown.bug, log)
         opened = None
         if file is not None:
-            opened = writer, recovery = await asyncio.to_thread(
-                open_recording, file, config, prepared, service, foundation.stepper, accept_numerics_change=False
+            opened = writer, recovery = await self._in_thread(
+                partial(
+                    open_recording, file, config, prepared, service, foundation.stepper, accept_numerics_change=False
+                )
             )
             undo.callback(writer.discard if recovery is None else writer.abandon)
         if self._shutdown.requested.is_set():
@@ -80,6 +87,20 @@ class Loader:
             record(service, *opened, config, self._loop, self._shutdown)
         self._loop.busy_poll_ns = 0  # the thread that steps would lack the interpreter's lock
         server.add(make_served(config, foundation, service))
+        server.configure(server.config)  # it may have been reloaded meanwhile
+
+    async def _in_thread(self, work: Callable[[], R]) -> R:
+        """Do what takes long beside the loop; the end of the server does not wait for it."""
+        working = asyncio.ensure_future(in_daemon_thread(work, "instep-loader"))
+        ending = asyncio.ensure_future(self._shutdown.requested.wait())
+        try:
+            await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise CannotServe("the server is shutting down")
+            return working.result()
+        finally:
+            working.cancel()
+            ending.cancel()
 
     async def unload(self, name: str) -> None:
         """Serve a model no longer."""

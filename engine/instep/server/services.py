@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import secrets
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -40,7 +39,7 @@ from instep.streaming.reaper import Reaper
 from instep.streaming.service import ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
-from instep.streaming.tasks import Tasks
+from instep.streaming.tasks import Tasks, in_daemon_thread
 from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
@@ -201,18 +200,7 @@ def _loader(path: Path | None) -> Callable[[Sequence[int]], Awaitable[list[OpenS
 
     async def load(streams: Sequence[int]) -> list[OpenStream]:
         assert path is not None, "without a recording nothing hibernates"
-        loaded: concurrent.futures.Future[list[OpenStream]] = concurrent.futures.Future()
-        loaded.set_running_or_notify_cancel()  # nobody can cancel it any more: the thread sets a result
-
-        def read() -> None:
-            try:
-                loaded.set_result(load_open_streams(path, streams))
-            except BaseException as error:
-                loaded.set_exception(error)
-
         async with room:
-            # A forced end waits for the threads of `asyncio.to_thread`, however long the disk takes; not for these.
-            threading.Thread(target=read, name="instep-reader", daemon=True).start()
-            return await asyncio.wrap_future(loaded)
+            return await in_daemon_thread(partial(load_open_streams, path, streams), "instep-reader")
 
     return load

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+
+
+async def in_daemon_thread(work: Callable[[], R], name: str) -> R:
+    """What `work` returns or raises, in a thread that does not keep the process from ending.
+
+    A forced end waits for the threads of `asyncio.to_thread`, however long the disk takes; not for these.
+    """
+    result: concurrent.futures.Future[R] = concurrent.futures.Future()
+    result.set_running_or_notify_cancel()  # nobody can cancel it any more: the thread sets a result
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await asyncio.wrap_future(result)
 
 
 class Tasks:
