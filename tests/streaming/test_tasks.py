@@ -32,12 +32,15 @@ async def test_an_exception_is_told_and_a_cancellation_is_none() -> None:
     async def fails() -> None:
         raise ZeroDivisionError
 
-    tasks.start(fails())
-    tasks.start(asyncio.sleep(3600))
+    ended = list[str]()
+    tasks.start(fails(), lambda: ended.append("failed"))
+    tasks.start(asyncio.sleep(3600), lambda: ended.append("began"))
     await asyncio.sleep(0)
+    tasks.start(asyncio.sleep(3600), lambda: ended.append("never began"))
     tasks.cancel()
-    while len(tasks):
+    while len(tasks) or len(ended) < 3:
         await asyncio.sleep(0)
+    assert sorted(ended) == ["began", "failed", "never began"]
     assert [type(error) for error in told] == [ZeroDivisionError]
 
 

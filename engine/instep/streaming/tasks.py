@@ -48,14 +48,15 @@ class Tasks:
         """Whether a coroutine was started that has not run up to its first wait yet."""
         return self._unbegun > 0
 
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine from the loop's next iteration on."""
+    def start(self, coroutine: Coroutine[Any, Any, None], on_end: Callable[[], None] = lambda: None) -> None:
+        """Run a coroutine from the loop's next iteration on; then call `on_end`, also if it never began."""
         loop = asyncio.get_running_loop()
         task = loop.create_task(coroutine)
         self._unbegun += 1
         loop.call_soon(self._begun)  # right behind the task's first part
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        task.add_done_callback(lambda _: on_end())
 
     def _begun(self) -> None:
         self._unbegun -= 1

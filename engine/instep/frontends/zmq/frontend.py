@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -267,7 +268,7 @@ class ZmqFrontend:
             raise Refusal(Code.BUSY, "too many requests on streams are under way", _BUSY_RETRY_US)
         self._requests += 1
         peer.requests += 1
-        peer.served.service.tasks.start(self._run(handler, peer, header, frames))
+        peer.served.service.tasks.start(self._run(handler, peer, header, frames), partial(self._request_ended, peer))
         return True
 
     async def _run(self, handler: Handler, peer: Peer, header: Header, frames: list[bytes]) -> None:
@@ -279,7 +280,8 @@ class ZmqFrontend:
             refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
             peer.refuse(header.request, refusal)
             self._log.debug("refused", **about, code=refusal.code.name, reason=str(refusal))
-        finally:
-            self._requests -= 1
-            peer.requests -= 1
-            self._wake()
+
+    def _request_ended(self, peer: Peer) -> None:
+        self._requests -= 1
+        peer.requests -= 1
+        self._wake()
