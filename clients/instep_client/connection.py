@@ -187,8 +187,7 @@ class Connection:
         if kind is Kind.ERROR:
             self._handle_error(number, replies.error(header), now)
         elif kind is Kind.GOODBYE:
-            replies.goodbye(header)
-            self.lose(now, "the server is shutting down")
+            self.lose(now, replies.goodbye(header))
         elif kind is Kind.EVICTED:
             self._handle_evicted(header, frames)
         elif kind is Kind.PING:

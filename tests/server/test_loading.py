@@ -54,11 +54,16 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
             assert len(served) > before, "frames are stepped while another model is certified"
             client = AsyncClient(server.endpoint, model="vowels")
             await client.connect()
+            unused = AsyncClient(server.endpoint, model="vowels", reconnect_s=0)
+            await unused.connect()
             stream = await client.open("v")
             first = await stream.step(x[:10])
             assert [each.name for each in await operator.unload_model("vowels")] == ["ears"]
             with pytest.raises(ConnectionFailed, match="serves no model of that name"):
                 await stream.step(x[10])
+            with pytest.raises(ConnectionFailed, match="the model 'vowels' is unloaded"):
+                await unused.ping()
+            await unused.close()
             await client.close()
             with pytest.raises(Refused) as refused:
                 await AsyncClient(server.endpoint, model="vowels").connect()

@@ -72,7 +72,7 @@ def evicted(handles: Sequence[int], code: Code = Code.IDLE) -> Message:
 
 def goodbye() -> Message:
     """GOODBYE."""
-    return [pack(Kind.GOODBYE, 0, "bye")]
+    return [pack(Kind.GOODBYE, 0, "the server is shutting down: it was asked to")]
 
 
 def welcome(request: int, info: ServerInfo) -> Message:

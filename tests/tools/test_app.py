@@ -85,7 +85,7 @@ def test_ping_of_a_server_that_ends_meanwhile_does_not_wait_for_another(server: 
     server.rules.fault = lambda header, frames: [goodbye()] if header[0] == kind else None
     result = run("ping", "--endpoint", server.endpoint)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error: the server is shutting down\n"
+    assert result.stderr == "error: the server is shutting down: it was asked to\n"
 
 
 def test_produce(server: FakeServer, tmp_path: Path) -> None:
