@@ -61,12 +61,15 @@ def load_model(folder: str | Path) -> Model:
     if folder.is_file():
         raise ModelError(_no_folder(folder))
     try:
-        fields = yaml.load(path.read_bytes(), _PlainLoader)
-    except OSError as error:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # the latter of a null byte in the path
+        why = error.strerror if isinstance(error, OSError) else error
         raise ModelError(
-            f"cannot read {path}: {error.strerror}; a model folder holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and "
+            f"cannot read {path}: {why}; a model folder holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and "
             "instep.models.save_model or `instep model import` makes one"
         ) from None
+    try:
+        fields = yaml.load(content, _PlainLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it") from None
     except RecursionError:
