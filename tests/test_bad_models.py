@@ -135,7 +135,7 @@ FOLDERS: dict[str, tuple[str, Spoil, str]] = {
     "keys of another kind": ("gru", described(kind="lstm"), "lstm: it is missing; add it; gru: there is no such key"),
     "layers without end": ("gru", described(gru__num_layers=10**9), "should be less than or equal to 1024"),
     "a vast layer": ("gru", described(gru__hidden_size=10**12), "asks for [3000000000000, 5]"),
-    "no graph of a step": ("module", no_file("graph.json"), "graph.json: No such file or directory; make the folder"),
+    "no graph of a step": ("module", no_file("graph.json"), "graph.json: No such file or directory"),
     "a number for a graph": ("module", text("graph.json", "NaN"), "graph: nan is wrong, it should be a valid dict"),
     "brackets in a call": ("module", calls("aten.abs.default", nested(300)), "graph.nodes.0.args.0.list.0.list"),
     "a vast tensor": ("module", calls("aten.zeros.default", [10**13]), "does not run ("),
