@@ -271,6 +271,25 @@ class AsyncClient:
         """
         return await self._driver.wait(self._session.load_model(name, folder))
 
+    async def swap_model(
+        self, name: str, folder: str | Path, streams: Literal["keep", "move"] = "keep"
+    ) -> list[ServedModel]:
+        """Have the server replace a model by another version of it, beside serving. Only on the server's machine.
+
+        With "keep", live connections and their streams stay with the old version, which is called NAME@FINGERPRINT
+        from then on and is unloaded when nobody uses it any more. With "move", all streams continue in the new version
+        from the states that they have; `moved_at` of a stream says from which seq on.
+
+        Returns:
+            All of its models.
+
+        Raises:
+            Refused: NOT_LOADED when it cannot be served, or the streams cannot be moved; UNKNOWN_MODEL when there is
+                no model of that name; NOT_ALLOWED where the server can be reached from other machines.
+            ConnectionFailed: when the connection was lost meanwhile and the model may have been replaced.
+        """
+        return await self._driver.wait(self._session.swap_model(name, folder, streams == "move"))
+
     async def unload_model(self, name: str) -> list[ServedModel]:
         """Have the server unload a model: it answers what it has admitted, and ends the connections to the model.
 

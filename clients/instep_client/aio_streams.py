@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import numpy.typing as npt
 
 from instep_client.calls import TimedOutputs
@@ -52,6 +53,15 @@ class AsyncStream:
     def epoch(self) -> int:
         """The number of this ownership of the stream, by which it can be resumed; a new one with each connection."""
         return int(self._session.table.epochs(self._handle)[0])
+
+    @property
+    def moved_at(self) -> int | None:
+        """The seq from which on the present version of the model computes it, where the server has swapped the model.
+
+        None where no version was swapped since this client has the stream.
+        """
+        seq = int(self._session.table.moved_at[self._handle.rows[0]])
+        return None if seq < 0 else seq
 
     async def step(self, x: npt.ArrayLike) -> F32:
         """Send a frame [features] or a chunk [T, features]; its outputs, [outputs] or [T, outputs].
@@ -185,6 +195,11 @@ class AsyncGroup:
     def epochs(self) -> U64:
         """The numbers of these ownerships, uint64 [N]; see `AsyncStream.epoch`."""
         return self._session.table.epochs(self._handle)
+
+    @property
+    def moved_at(self) -> npt.NDArray[np.int64]:
+        """As `AsyncStream.moved_at`, int64 [N], -1 for None."""
+        return self._session.table.moved_at[self._handle.rows]
 
     async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
         """Send one frame for each stream, or T: [N, features] or [T, N, features]; outputs in the same form.

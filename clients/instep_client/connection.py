@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any, Final, TypeVar
 
@@ -190,6 +191,10 @@ class Connection:
             self.lose(now, replies.goodbye(header))
         elif kind is Kind.EVICTED:
             self._handle_evicted(header, frames)
+        elif kind is Kind.MOVED:
+            fingerprint, handles, seqs = replies.moved(header, frames)
+            self._info = replace(self.info, fingerprint=fingerprint)
+            self.table.moved(handles, seqs)
         elif kind is Kind.PING:
             self.pending.answer_ping(number)
         else:

@@ -222,6 +222,14 @@ def evicted(header: Header, frames: Sequence[Frame]) -> tuple[U64, Code, str]:
     return handles, _code(code), _text(sentence, "the sentence")
 
 
+def moved(header: Header, frames: Sequence[Frame]) -> tuple[str, U64, U64]:
+    """The fingerprint of the version that the connection has now, and its streams: handles and next seqs."""
+    n, fingerprint = header.fields
+    count = wire.count_field(n, "N", _MOST, 0)
+    handles, seqs = (wire.array_frame(frame, "<u8", (count,), "streams") for frame in frames[1:])
+    return _text(fingerprint, "the fingerprint"), handles, seqs
+
+
 def goodbye(header: Header) -> str:
     """The server's last words."""
     return _text(header.fields[0], "the sentence")

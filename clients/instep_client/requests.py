@@ -89,6 +89,15 @@ class LoadCall(ModelsCall):
         super().__init__(connection, name, folder)
 
 
+class SwapCall(ModelsCall):
+    """A model is to be replaced by another version of it; the result is all models."""
+
+    kind = Kind.SWAP
+
+    def __init__(self, connection: Connection, name: str, folder: str, moves: bool) -> None:
+        super().__init__(connection, name, folder, int(moves))
+
+
 class UnloadCall(ModelsCall):
     """A model is to be unloaded; the result is the others."""
 

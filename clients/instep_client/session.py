@@ -30,7 +30,16 @@ from instep_client.liveness import ENDED, OPEN, RECONNECTING
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed
 from instep_client.protocol.wire import Kind
-from instep_client.requests import ListCall, LoadCall, ModelsCall, PingCall, ReadStateCall, StatisticsCall, UnloadCall
+from instep_client.requests import (
+    ListCall,
+    LoadCall,
+    ModelsCall,
+    PingCall,
+    ReadStateCall,
+    StatisticsCall,
+    SwapCall,
+    UnloadCall,
+)
 from instep_client.states import State as StreamState
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
@@ -200,6 +209,10 @@ class Session(Connection):
     def load_model(self, name: str, folder: str | Path) -> LoadCall:
         """Ask the server, which is on this machine, to load a model from a folder."""
         return self.ask(LoadCall(self, name, str(Path(folder).absolute())))
+
+    def swap_model(self, name: str, folder: str | Path, moves: bool) -> SwapCall:
+        """Ask the server, which is on this machine, for another version of a model."""
+        return self.ask(SwapCall(self, name, str(Path(folder).absolute()), moves))
 
     def unload_model(self, name: str) -> UnloadCall:
         """Ask the server to unload a model."""

@@ -102,6 +102,8 @@ class OpenStreams:
         """Whether the stream hibernates: the server knows its handle no more, and it has to be resumed first."""
         self.sentences: dict[int, str] = {}
         """The server's sentence for each code in `ended`."""
+        self.moved_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        """The seq from which on another version of the model computes the stream; -1 where it was never moved."""
         self.handles: list[StreamHandle | None] = []
         self._free: list[int] = []
         self._clock = 0
@@ -128,6 +130,7 @@ class OpenStreams:
         self.added_at[rows] = self.stamp()
         self.ended[rows] = 0
         self.asleep[rows] = False
+        self.moved_at[rows] = -1
         for row in rows.tolist():
             self.handles[row] = handle
         return handle
@@ -191,6 +194,12 @@ class OpenStreams:
     def epochs(self, handle: StreamHandle) -> U64:
         """The epoch under which each of a handle's streams is held, as a copy."""
         return self.epoch[handle.rows] if handle.last_epochs is None else handle.last_epochs.copy()
+
+    def moved(self, handles: U64, seqs: U64) -> None:
+        """Another version of the model computes these streams from these seqs on."""
+        seq_of = dict(zip(handles.tolist(), seqs.tolist(), strict=True))
+        rows = self.rows_of(handles)
+        self.moved_at[rows] = [seq_of[number] for number in self.numbers[rows].tolist()]
 
     def rows_of(self, handles: U64) -> Indices:
         """The rows of those of the handles that are open here."""
@@ -271,6 +280,7 @@ class OpenStreams:
         self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])
         self.held = np.concatenate([self.held, np.zeros(more, np.bool_)])
         self.ended = np.concatenate([self.ended, np.zeros(more, np.int64)])
+        self.moved_at = np.concatenate([self.moved_at, np.zeros(more, np.int64)])
         self.asleep = np.concatenate([self.asleep, np.zeros(more, np.bool_)])
         self.handles.extend([None] * more)
         self._free = [*range(old + more - 1, old - 1, -1), *self._free]

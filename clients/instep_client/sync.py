@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy.typing as npt
 
@@ -136,6 +137,10 @@ class Client:
     def load_model(self, name: str, folder: str | Path) -> list[ServedModel]:
         """Have the server load another model; see `AsyncClient.load_model`."""
         return self._thread.run(self._client.load_model(name, folder))
+
+    def swap_model(self, name: str, folder: str | Path, streams: Literal["keep", "move"] = "keep") -> list[ServedModel]:
+        """Have the server replace a model by another version of it; see `AsyncClient.swap_model`."""
+        return self._thread.run(self._client.swap_model(name, folder, streams))
 
     def unload_model(self, name: str) -> list[ServedModel]:
         """Have the server unload a model; see `AsyncClient.unload_model`."""

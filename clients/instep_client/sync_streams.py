@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup, AsyncStream
@@ -40,6 +41,11 @@ class Stream:
     def epoch(self) -> int:
         """The number of this ownership of the stream; see `AsyncStream.epoch`."""
         return self._stream.epoch
+
+    @property
+    def moved_at(self) -> int | None:
+        """From which seq on the present version of the model computes it; see `AsyncStream.moved_at`."""
+        return self._stream.moved_at
 
     def step(self, x: npt.ArrayLike) -> F32:
         """Send a frame or chunk and wait for its outputs; see `AsyncStream.step`."""
@@ -117,6 +123,11 @@ class Group:
     def epochs(self) -> U64:
         """The numbers of these ownerships, uint64 [N]; see `AsyncStream.epoch`."""
         return self._group.epochs
+
+    @property
+    def moved_at(self) -> npt.NDArray[np.int64]:
+        """As `Stream.moved_at`, int64 [N], -1 for None."""
+        return self._group.moved_at
 
     def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
         """Send one frame for each stream, or T, and wait for the outputs; see `AsyncGroup.step`."""

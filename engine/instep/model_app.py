@@ -256,6 +256,30 @@ def load(
         _list(model.name for model in client.load_model(name, folder))
 
 
+@app.command(
+    examples=("instep model swap ears models/ears-new", "instep model swap ears models/ears-new --streams move")
+)
+def swap(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of its new version.")],
+    streams: Annotated[
+        Literal["keep", "move"],
+        typer.Option(
+            help="Whether open streams keep the old version until they close, or move to the new one with their states."
+        ),
+    ] = "keep",
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+) -> None:
+    """Have the server on this machine replace a model by another version of it.
+
+    If that cannot be done, nothing changes. Put the new folder into the server's configuration before its next restart.
+    """
+    from instep_client import Client
+
+    with Client(endpoint, model="") as client:
+        _list(model.name for model in client.swap_model(name, folder, streams))
+
+
 @app.command(examples=("instep model unload ears-1",))
 def unload(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")], endpoint: Endpoint = DEFAULT_ENDPOINT

@@ -39,7 +39,9 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.MODELS, 8, (), "92 0c 08"),
     (Kind.LOAD, 9, ("a", "/b"), "94 0d 09 a1 61 a2 2f62"),
     (Kind.UNLOAD, 10, ("a",), "93 0e 0a a1 61"),
+    (Kind.SWAP, 11, ("a", "/b", 1), "95 0f 0b a1 61 a2 2f62 01"),
     (Kind.SERVED, 8, (2,), "93 4e 08 02"),
+    (Kind.MOVED, 0, (1, "ab"), "94 4f 00 01 a2 6162"),
 ]
 
 
@@ -103,7 +105,7 @@ GOOD = bytes.fromhex("95 02 02 03 01 00")
         ([b"\x92\x05\xa1\xff"], "not msgpack"),  # not UTF-8
         ([b"\x05"], "array of at least"),
         ([b"\x91\x05"], "array of at least"),
-        ([b"\x92\x0f\x01"], "unknown message kind 15"),
+        ([b"\x92\x10\x01"], "unknown message kind 16"),
         ([b"\x92\x03\x01"], "unknown message kind 3"),  # a STEP, whose header is not msgpack
         ([b"\x92\xc3\x01"], "unknown message kind True"),
         ([b"\x92\xa1a\x01"], "unknown message kind 'a'"),

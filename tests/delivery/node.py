@@ -198,7 +198,7 @@ class Node:
         log = log_into([])
         withdrawal = Withdrawal(Recheck(stepper, tables, 0), engine, log)
         service = ModelService(
-            "exact", engine, operations, self._reaper, self._checkpoints, withdrawal, listing, self.tasks, log
+            "exact", engine, operations, self._reaper, states, self._checkpoints, withdrawal, listing, self.tasks, log
         )
         self._frontend.add(Served(service, _info(number, sizes), Decoder(1, gru_state(1, 1), _MAX_FRAMES, 10_000)))
         turns.frontends = [self._frontend]

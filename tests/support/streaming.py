@@ -231,6 +231,7 @@ class StreamingEngine:
                 self.engine,
                 self.operations,
                 self.reaper,
+                self.states,
                 Checkpoints(self.engine, self.states, self.tasks, 10**18),
                 Withdrawal(Recheck(self.stepper, tables, 0), self.engine, log),
                 Listing(self.table, self.hibernation, idle),

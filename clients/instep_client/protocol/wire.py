@@ -98,6 +98,7 @@ class Kind(IntEnum):
     MODELS = 12
     LOAD = 13
     UNLOAD = 14
+    SWAP = 15
     WELCOME = 65
     OPENED = 66
     STEPPED = 67
@@ -112,6 +113,7 @@ class Kind(IntEnum):
     CHANGED = 76
     LISTED = 77
     SERVED = 78
+    MOVED = 79
 
 
 HEADER_LENGTH: Final[dict[Kind, int]] = {
@@ -128,6 +130,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.MODELS: 2,
     Kind.LOAD: 4,  # kind, request, name, folder
     Kind.UNLOAD: 3,  # kind, request, name
+    Kind.SWAP: 5,  # kind, request, name, folder, whether streams move (0 or 1)
     Kind.WELCOME: 20,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.CLOSED: 4,  # kind, request, N, sentences
@@ -141,6 +144,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.CHANGED: 4,  # kind, request, N, sentences
     Kind.LISTED: 4,  # kind, request, N, cursor of the next page (0 after the last)
     Kind.SERVED: 3,  # kind, request, N
+    Kind.MOVED: 4,  # kind, request (0), N, fingerprint
 }
 """Of every kind with a msgpack header."""
 
@@ -158,6 +162,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.MODELS: 1,
     Kind.LOAD: 1,
     Kind.UNLOAD: 1,
+    Kind.SWAP: 1,
     Kind.WELCOME: 2,  # names of the outputs, or empty
     Kind.OPENED: 3,  # grants [N], failures
     Kind.CLOSED: 3,  # final states [N, row_bytes] (floats NaN where refused), failures
@@ -171,6 +176,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.CHANGED: 2,  # failures
     Kind.LISTED: 3,  # names, listings [N]
     Kind.SERVED: 3,  # names, models [N]
+    Kind.MOVED: 3,  # handles uint64 [N], seqs uint64 [N]
 }
 
 

@@ -18,7 +18,7 @@ from instep.recording.recovery import Recovered, ReplayStep
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe, Prepared, check_restartable, prepare
-from instep.server.recordings import recording_file, recording_header
+from instep.server.recordings import present_recording, recording_file, recording_header
 
 
 def check(config: Config, *, accept_numerics_change: bool = False, restart: bool = False) -> None:
@@ -44,6 +44,7 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
             effective_limits(config, each.certification.buckets[-1], network.features, network.outputs)
             file = recording_file(config, each.model.name, len(prepared))
             if file is not None:
+                file = present_recording(file, each.model.fingerprint)
                 _check_recording(file, config, each, log, accept_numerics_change)
         Router(config.transport).close()
     except (LimitsError, RecordingError) as error:

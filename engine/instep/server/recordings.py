@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,7 @@ from instep.config import Config
 from instep.models.numerics import numerics
 from instep.recording.database import check_place, holds_recording, lost_tail
 from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
 from instep.recording.scrub import Scrub
@@ -52,6 +54,33 @@ def recording_file(config: Config, name: str, models: int) -> Path | None:
     if "/" in name or len(name.encode()) > _MOST_BYTES:
         raise RecordingError(f"the model's name {name!r} cannot be a file's name: give the model another one")
     return place / f"{name}.instep"
+
+
+def present_recording(file: Path, fingerprint: str) -> Path:
+    """The newest recording of a version of a model, among NAME.instep and NAME@2.instep, NAME@3.instep and so on.
+
+    Each version that replaced another one in a running server has a recording of its own. Where there is none of this
+    version, it is the first file.
+
+    Raises:
+        RecordingError: when one cannot be read.
+    """
+    present = file
+    for later in _later_recordings(file):
+        with RecordingReader(later) as reader:
+            if reader.header.model_fingerprint == fingerprint:
+                present = later
+    return present
+
+
+def next_recording(file: Path) -> Path:
+    """Where a version is recorded that replaces another one: the first of those names that is free."""
+    return file.with_stem(f"{file.stem}@{len(list(_later_recordings(file))) + 2}")
+
+
+def _later_recordings(file: Path) -> Iterator[Path]:
+    names = (file.with_stem(f"{file.stem}@{number}") for number in count(2))
+    return takewhile(Path.exists, names)
 
 
 def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,9 +65,7 @@ class Server:
 
     def add(self, served: Served) -> None:
         """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
-        service = served.service
-        self._summaries[service] = Summary(service.log, partial(self._frontend.statistics, served), time.monotonic())
-        self._turns.add(service)
+        self._enter(served)
         self._frontend.add(served)
 
     async def remove(self, name: str, reason: str) -> None:
@@ -82,11 +81,48 @@ class Server:
             async with asyncio.timeout(timeout_s):
                 await service.checkpoints.take()
         self._frontend.remove(served, reason)
+        self._leave(service)
+        await self.close(service)
+
+    def replace(self, former: Served, served: Served, kept_as: str) -> None:
+        """Serve another version of a model. Nothing here can fail.
+
+        The former one is `kept_as` another name for the connections that it has. Where that is empty, they and its
+        streams belong to the new one, and it is to be closed.
+        """
+        if not kept_as:
+            self._leave(former.service)
+        self._enter(served)
+        self._frontend.replace(former, served, kept_as)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While the block runs, messages wait in ZeroMQ; what was received before is answered."""
+        self._frontend.is_paused = True
+        try:
+            yield
+        finally:
+            self._frontend.is_paused = False
+            self._turns.wake()
+
+    async def close(self, service: ModelService) -> None:
+        """Stop the executor of a service that is served no more, and close its recording."""
+        async with contextlib.AsyncExitStack() as closing:
+            self._will_close(service, closing, self.config.shutdown.drain_timeout_s)
+            service.tasks.cancel()
+
+    def _enter(self, served: Served) -> None:
+        service = served.service
+        self._summaries[service] = Summary(service.log, partial(self._frontend.statistics, served), time.monotonic())
+        self._turns.add(service)
+
+    def _leave(self, service: ModelService) -> None:
         self._turns.remove(service)
         del self._summaries[service]
-        async with contextlib.AsyncExitStack() as closing:
-            self._will_close(service, closing, timeout_s)
-            service.tasks.cancel()
+
+    def served(self, name: str) -> Served:
+        """The model of that name, which there is."""
+        return self._frontend.models[name]
 
     @property
     def services(self) -> list[ModelService]:
@@ -153,10 +189,12 @@ class Server:
                     for service in self.services:
                         service.engine.stats.recording_free_bytes = free_bytes
                 self._frontend.tick(now_ns)
-                for served in self._frontend.models.values():
+                for served in list(self._frontend.models.values()):
                     served.service.tick(now_ns)
                     if reason := served.service.withdrawal.tick(now_ns / 1e9):
                         self._withdraw_exact(served, reason)
+                if self._frontend.operator is not None:
+                    self._frontend.operator.tick()
                 self._turns.wake()
             except Exception as error:
                 self._shutdown.bug(error)

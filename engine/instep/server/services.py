@@ -61,7 +61,9 @@ class Foundation:
     """Whether the executor is a process."""
 
 
-def lay_foundation(config: Config, prepared: Prepared, *, forks: bool, stepper: Stepper | None = None) -> Foundation:
+def lay_foundation(
+    config: Config, prepared: Prepared, *, forks: bool, stepper: Stepper | None = None, tables: Tables | None = None
+) -> Foundation:
     """Allocate memory and start the executor.
 
     Args:
@@ -69,6 +71,7 @@ def lay_foundation(config: Config, prepared: Prepared, *, forks: bool, stepper: 
         prepared: the model.
         forks: whether to step in a process; it must be forked before ZeroMQ has threads.
         stepper: another one than usual, for tests.
+        tables: those of another version of the model, of the same sizes; None for new ones.
 
     Raises:
         LimitsError: when the limits cannot serve this model.
@@ -78,17 +81,18 @@ def lay_foundation(config: Config, prepared: Prepared, *, forks: bool, stepper: 
     network, buckets = prepared.network, prepared.certification.buckets
     limits = effective_limits(config, buckets[-1], network.description.features, network.description.outputs)
     zeros = shared_zeros if forks else float32_zeros
-    tables = make_tables(
-        limits.max_streams,
-        limits.max_connections,
-        limits.window_frames,
-        network.description.features,
-        network.description.outputs,
-        limits.max_pending_frames,
-        limits.max_block_frames,
-        limits.credit_frames,
-        zeros,
-    )
+    if tables is None:
+        tables = make_tables(
+            limits.max_streams,
+            limits.max_connections,
+            limits.window_frames,
+            network.description.features,
+            network.description.outputs,
+            limits.max_pending_frames,
+            limits.max_block_frames,
+            limits.credit_frames,
+            zeros,
+        )
     if stepper is None:
         stepper = Stepper(network, buckets, limits.max_streams, prepared.device, zeros)
     recheck_every = config.engine.recheck_every if prepared.certification.exactness == "exact" else 0
@@ -104,6 +108,7 @@ def make_service(
     wake: Callable[[], None],
     on_bug: Callable[[BaseException], None],
     log: structlog.stdlib.BoundLogger,
+    former: ModelService | None = None,
 ) -> ModelService:
     """A service that nobody uses yet, and that records nothing yet; called inside the event loop.
 
@@ -114,18 +119,24 @@ def make_service(
         wake: lets the loop take a turn.
         on_bug: told of an exception that no code expects.
         log: where the service says what it does.
+        former: the service of another version of the model, whose tables the foundation has. Its streams and
+            connections become those of this one; the two may not serve at the same time.
     """
     tables, stepper, limits = foundation.tables, foundation.stepper, foundation.limits
 
     def log_failure(error: Exception, streams: int) -> None:
         log.error("step failed", error=repr(error), streams=streams)
 
-    table = StreamTable(tables, _random_generations(limits.max_streams), time.time_ns())
+    if former is None:
+        table = StreamTable(tables, _random_generations(limits.max_streams), time.time_ns())
+        origins, tombstones = Origins(tables), Tombstones()
+    else:
+        table, origins, tombstones = former.engine.table, former.engine.origins, former.operations.tombstones
     tasks = Tasks(on_bug)
     engine = Engine(
         tables,
         table,
-        Origins(tables),
+        origins,
         stepper.buckets,
         foundation.executor,
         Journal(tables, table, wake),
@@ -140,7 +151,7 @@ def make_service(
         asyncio.get_running_loop().call_later,
         wake,
     )
-    tombstones, idle = Tombstones(), idle_limits(config)
+    idle = idle_limits(config)
     states = StreamStates(engine, stepper, wake, log_failure)
     hibernation = Hibernation(engine, states, tombstones, _loader(file), idle, tasks)
     operations = StreamOperations(engine, states, hibernation, tombstones, tasks)
@@ -150,6 +161,7 @@ def make_service(
         engine=engine,
         operations=operations,
         reaper=Reaper(engine, operations, hibernation, idle),
+        states=states,
         checkpoints=Checkpoints(engine, states, tasks, round(config.recording.recovery_target_s * 1e9)),
         withdrawal=Withdrawal(foundation.recheck, engine, log),
         listing=Listing(table, hibernation, idle),

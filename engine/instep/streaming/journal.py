@@ -207,14 +207,20 @@ class Journal:
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def opened(self, slots: I64, names: Sequence[str], initial_states: U8 | None) -> int:
-        """Streams were opened under those names, with initial states [N, …], None for the model's own."""
+        """Streams were opened under those names, or have come from another version of the model.
+
+        Args:
+            slots: int64 [N].
+            names: N.
+            initial_states: before their next frames, [N, …], None for the model's own.
+        """
         if self._recorder is None or not len(slots):
             return 0
         table, count, time_ns = self._table, len(slots), time.time_ns()
         streams = np.arange(self._last_stream + 1, self._last_stream + 1 + count)
         self._last_stream += count
         table.recording_id[slots] = streams
-        epochs, first_seqs = table.epoch[slots], table.first_seq[slots]
+        epochs, first_seqs = table.epoch[slots], table.next_seq[slots]
         return self._put_rows(
             count, lambda writer: writer.open_streams(time_ns, streams, names, epochs, first_seqs, initial_states)
         )

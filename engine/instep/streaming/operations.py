@@ -40,7 +40,7 @@ class StreamOperations:
         self._origins = engine.origins
         self._states = states
         self._tasks = tasks
-        self._tombstones = tombstones
+        self.tombstones = tombstones
         self.hibernation = hibernation
         self.parked_make_room = False
         """Whether opening streams ends those that have been parked longest, where only that makes room."""
@@ -75,7 +75,7 @@ class StreamOperations:
             await self._give_up_opened(origin, opened, codes, granted)
             return Grants.none(codes)
         self._engine.stats.opened_streams_total += len(opened)
-        self._tombstones.remove(granted_names)
+        self.tombstones.remove(granted_names)
         await self._journal.durable(lsn)
         return grants
 
@@ -88,7 +88,7 @@ class StreamOperations:
         slots = self._table.parked_longest(missing)
         if len(slots) < missing:  # the opening is refused anyway: none ends in vain
             return
-        self._tombstones.add(map(self._table.name, slots.tolist()))
+        self.tombstones.add(map(self._table.name, slots.tolist()))
         self._engine.stats.evicted("displaced", len(slots))
         await self._end(slots, "displaced")
 
@@ -151,7 +151,7 @@ class StreamOperations:
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
         table, engine = self._table, self._engine
         window = int(engine.tables.counts[WINDOW])
-        decision = check_resume(table, window, self._tombstones, names, have, epochs, take_over, origin.arrival)
+        decision = check_resume(table, window, self.tombstones, names, have, epochs, take_over, origin.arrival)
         decision.codes[asleep != 0] = asleep[asleep != 0]
         good = decision.codes == 0
         slots = decision.slots[good]
@@ -209,7 +209,7 @@ class StreamOperations:
             await self._ended(slots[self._table.closing[slots]])
         codes = np.zeros(len(names), np.int32)
         for index in np.flatnonzero(slots == SCRATCH_SLOT).tolist():
-            codes[index] = Code.EXPIRED if names[index] in self._tombstones else Code.UNKNOWN_STREAM
+            codes[index] = Code.EXPIRED if names[index] in self.tombstones else Code.UNKNOWN_STREAM
         read = await self._read_states(slots, codes)
         for index in np.flatnonzero(slots == SCRATCH_SLOT).tolist():
             if (found := asleep.get(names[index])) is not None:
@@ -302,7 +302,7 @@ class StreamOperations:
 
     def expire(self, slots: I64) -> None:
         """Evict parked streams, int64 [N]; clients that ask for them later are told that they expired."""
-        self._tombstones.add(map(self._table.name, slots.tolist()))
+        self.tombstones.add(map(self._table.name, slots.tolist()))
         self.evict(slots, Code.EXPIRED)
 
     def evict(self, slots: I64, code: Code) -> None:

@@ -16,6 +16,7 @@ from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.reaper import Reaper
 from instep.streaming.recovery import Recovery
+from instep.streaming.states import StreamStates
 from instep.streaming.tasks import Tasks
 from instep.streaming.withdrawal import Withdrawal
 
@@ -33,6 +34,7 @@ class ModelService:
     engine: Engine
     operations: StreamOperations
     reaper: Reaper
+    states: StreamStates
     checkpoints: Checkpoints
     withdrawal: Withdrawal
     """Of `exact`, when a recheck finds other bits."""
@@ -53,6 +55,14 @@ class ModelService:
     def is_quiet(self) -> bool:
         """Whether everything submitted is answered, and nothing waits."""
         return self.engine.is_quiet and self.engine.journal.is_quiet and not len(self.tasks)
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether there is no connection and no stream, wherever it is."""
+        engine = self.engine
+        return not (
+            len(engine.origins) or engine.table.open_count or len(self.operations.hibernation) or len(self.tasks)
+        )
 
     @property
     def is_ready(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from instep.core.typing import I32, I64, U8
+from instep.core.typing import I32, I64, U8, U64
 from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
 from instep.streaming.listing import ListedPage
 from instep_client.protocol import wire
@@ -112,6 +112,11 @@ def evicted(event: StreamEvent) -> Message:
     """EVICTED: these streams are not the peer's any more."""
     header = wire.pack_header(Kind.EVICTED, 0, len(event.handles), int(event.code), wire.SENTENCES[event.code])
     return [header, event.handles.tobytes()]
+
+
+def moved(handles: U64, next_seqs: I64, fingerprint: str) -> Message:
+    """MOVED: another version of the model serves the peer, and computes its streams from these seqs on."""
+    return [wire.pack_header(Kind.MOVED, 0, len(handles), fingerprint), handles.tobytes(), next_seqs.tobytes()]
 
 
 def error(request: int, refusal: Refusal) -> Message:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
+import numpy as np
 import structlog
 
 from instep.frontends.zmq import encode
@@ -33,15 +35,21 @@ _BUSY_RETRY_US: Final = 2000
 
 
 class Operator(Protocol):
-    """Loads and unloads models; raises Refusal."""
+    """Loads, swaps and unloads models; raises Refusal."""
 
     tasks: Tasks
 
     async def load(self, name: str, folder: Path) -> None:
         """Serve another model."""
 
+    async def swap(self, name: str, folder: Path, *, moves: bool) -> None:
+        """Serve another version of a model, from now on or, where its streams move, with them."""
+
     async def unload(self, name: str) -> None:
         """Serve a model no longer."""
+
+    def tick(self) -> None:
+        """Do what is due now and then."""
 
 
 class ZmqFrontend:
@@ -65,7 +73,9 @@ class ZmqFrontend:
         self.models: dict[str, Served] = {}
         """By name. Connections that name none get the first one."""
         self.operator: Operator | None = None
-        """Who loads and unloads models; None where clients may not ask for it."""
+        """Who loads, swaps and unloads models; None where clients may not ask for it."""
+        self.is_paused = False
+        """While True, messages wait in ZeroMQ: streams are being moved."""
         self._max_connections = max_connections
         self._probe_after_ns = probe_after_ns
         self._wake = wake
@@ -88,6 +98,30 @@ class ZmqFrontend:
             if peer.served is served:
                 self.outbound.drop(peer)
 
+    def replace(self, former: Served, served: Served, kept_as: str) -> None:
+        """Welcome connections to another version of a model.
+
+        The connections of the former one stay with it, if it is `kept_as` another name. Otherwise they get the new one,
+        with their streams.
+        """
+        self.models[served.service.name] = served
+        if kept_as:
+            former.service.name = kept_as
+            former.info = replace(former.info, model=kept_as)
+            self.models[kept_as] = former
+            return
+        served.info = replace(served.info, boot_id=former.info.boot_id)  # their streams are still there
+        served.refused_total = former.refused_total
+        engine = served.service.engine
+        owners = engine.origins.owners(engine.table, engine.table.open_slots())
+        handles = {owner.number: handles for owner, handles in owners}
+        for peer in self.outbound.peers():
+            if peer.served is former:
+                peer.served = served
+                own = handles.get(peer.number, np.zeros(0, np.uint64))
+                next_seqs = engine.table.next_seq[engine.table.slots.slots_named(own)]
+                self.outbound.send(peer, encode.moved(own, next_seqs, served.info.fingerprint))
+
     # ── As the loop sees it ────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -96,13 +130,15 @@ class ZmqFrontend:
 
     @property
     def is_readable(self) -> bool:
-        return self.router.is_readable
+        return not self.is_paused and self.router.is_readable
 
     @property
     def is_idle(self) -> bool:
         return self.outbound.is_empty and not self._requests
 
     def receive(self, budget_ns: int) -> bool:
+        if self.is_paused:
+            return False
         deadline_ns, frames = 0, None
         self._all_are_ready = all(served.service.is_ready for served in self.models.values())
         for routing_id, frames in self.router.receive(_BURST):
@@ -214,7 +250,7 @@ class ZmqFrontend:
                 self.outbound.send(peer, encode.statistics(header.request, self.statistics(served)))
             case Kind.MODELS:
                 self._send_models(peer, header)
-            case Kind.LOAD | Kind.UNLOAD:
+            case Kind.LOAD | Kind.SWAP | Kind.UNLOAD:
                 operator = self._operator_for(peer)
                 operator.tasks.start(self._operate(operator, peer, header))
             case _:
@@ -226,18 +262,24 @@ class ZmqFrontend:
 
     def _operator_for(self, peer: Peer) -> Operator:
         if self.operator is None:
-            raise Refusal(Code.NOT_ALLOWED, "models are loaded and unloaded only where its endpoint is a loopback one")
+            raise Refusal(
+                Code.NOT_ALLOWED, "models are loaded, swapped and unloaded only where its endpoint is a loopback one"
+            )
         if len(self.operator.tasks):
-            raise Refusal(Code.BUSY, "another model is being loaded or unloaded", _BUSY_RETRY_US)
+            raise Refusal(Code.BUSY, "another model is being loaded, swapped or unloaded", _BUSY_RETRY_US)
         peer.served.refuse_what_is_new()
         return self.operator
 
     async def _operate(self, operator: Operator, peer: Peer, header: Header) -> None:
-        """Load or unload a model; the answer is what the server has then."""
+        """Load, swap or unload a model; the answer is what the server has then."""
         try:
             name = text(header.fields[0], "the model's name")
             if header.kind is Kind.LOAD:
                 await operator.load(name, Path(text(header.fields[1], "the folder")))
+            elif header.kind is Kind.SWAP:
+                moves = wire.count_field(header.fields[2], "whether streams move", 1, at_least=0)
+                name, folder = self._find(name).service.name, text(header.fields[1], "the folder")
+                await operator.swap(name, Path(folder), moves=bool(moves))
             elif name == peer.served.service.name:
                 raise Refusal(Code.NOT_ALLOWED, "unload a model over a connection to another one")
             else:

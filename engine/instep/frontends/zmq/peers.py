@@ -29,7 +29,7 @@ class Peer:
     outbound: Outbound
     routing_id: bytes
     served: Served
-    """Its model, from HELLO to the end of the connection."""
+    """Its model, from HELLO to the end of the connection; another version of it once its streams were moved."""
     last_heard_ns: int
     number: int = -1
     arrival: int = 0

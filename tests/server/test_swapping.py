@@ -1,0 +1,215 @@
+"""A model that is replaced by another version of it while its streams are live."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from socket import create_server
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from instep.cli import app
+from instep.core.typing import F32
+from instep.models.folder import write_model
+from instep_client import AsyncClient, AsyncStream, Refused
+from instep_client.protocol.wire import Code
+from tests.support.models import plain, whole
+from tests.support.running import running
+
+A = replace(plain(5, 8), name="ears")
+B = replace(plain(5, 8, seed=9), name="ears")
+WIDER = plain(5, 16)
+EXACT = {"max_batch_size": 16}
+KEPT = f"ears@{A.fingerprint[:8]}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The new version."""
+    write_model(tmp_path / "new", B)
+    return tmp_path / "new"
+
+
+@pytest.fixture
+def recordings(tmp_path: Path) -> Path:
+    """Where every version is recorded."""
+    (tmp_path / "recordings").mkdir()
+    return tmp_path / "recordings"
+
+
+def truth(x: F32, moved_at: int) -> F32:
+    """Outputs of A for the frames before `moved_at`, and of B from A's state for the others."""
+    before, state = whole(A, x[:moved_at], max_batch_size=16)
+    return np.concatenate([before, whole(B, x[moved_at:], state, max_batch_size=16)[0]])
+
+
+def assert_each_verifies_with_its_version(recordings: Path, folder: Path) -> None:
+    """A is in ears.instep, and B in the one behind it; no other is there."""
+    write_model(folder.with_name("old"), A)
+    models = {"ears.instep": folder.with_name("old"), "ears@2.instep": folder}
+    assert sorted(each.name for each in recordings.glob("*.instep")) == list(models)
+    for name, model in models.items():
+        result = CliRunner().invoke(app, ["verify", str(recordings / name), "--model", str(model)])
+        assert result.exit_code == 0, result.output
+
+
+async def test_moved_streams_lose_no_frame_and_each_is_computed_by_the_version_of_its_seq(
+    folder: Path, recordings: Path, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal((12, 4000, 5)).astype(np.float32)
+    outputs: dict[int, list[F32]] = {number: [] for number in range(12)}
+    streams: dict[int, AsyncStream] = {}
+    with closing(create_server(("127.0.0.1", 0))) as probe:
+        transport = {"endpoint": f"tcp://127.0.0.1:{probe.getsockname()[1]}"}
+    sections = {"recording": {"file": recordings}, "engine": EXACT, "transport": transport}
+    is_over = asyncio.Event()
+
+    async def in_lockstep(number: int) -> None:
+        for frame in x[number]:
+            outputs[number].append(await streams[number].step(frame))
+            if is_over.is_set():
+                return
+
+    async def pipelined(number: int) -> None:
+        async def send() -> None:
+            for frame in x[number]:
+                await streams[number].send(frame)
+                if is_over.is_set():
+                    break
+            streams[number].finish()
+
+        sending = asyncio.create_task(send())
+        outputs[number] += [each async for each in streams[number]]
+        await sending
+
+    async with AsyncExitStack() as stack:
+        async with running(A, **sections) as server:
+            clients = [await stack.enter_async_context(AsyncClient(server.endpoint)) for _ in range(4)]
+            for number in range(12):
+                streams[number] = await clients[number % 3].open(f"s{number}")
+            load = [
+                asyncio.create_task(in_lockstep(number) if number % 2 else pipelined(number)) for number in range(12)
+            ]
+            await asyncio.sleep(0.3)
+            assert [each.name for each in await clients[3].swap_model("ears", folder, "move")] == ["ears"]
+            await asyncio.sleep(0.3)
+            is_over.set()
+            await asyncio.gather(*load)
+            for number, stream in streams.items():
+                assert stream.moved_at is not None
+                assert 0 < stream.moved_at < len(outputs[number]) == stream.next_seq
+                np.testing.assert_array_equal(
+                    np.array(outputs[number]), truth(x[number, : stream.next_seq], stream.moved_at)
+                )
+            assert {client.info.fingerprint for client in clients} == {B.fingerprint}
+            numbers = await clients[0].stats()
+            assert numbers["frames_total"] == sum(map(len, outputs.values()))
+            late = await clients[3].open("late")
+            np.testing.assert_array_equal(await late.step(x[0, :9]), whole(B, x[0, :9], max_batch_size=16)[0])
+            assert late.moved_at is None
+        async with running(B, **sections):  # clients resume by themselves
+            for number in range(1, 12, 2):  # nothing more can be sent through the others
+                first = streams[number].next_seq
+                at = streams[number].moved_at or 0
+                y = await streams[number].step(x[number, first : first + 5])
+                np.testing.assert_array_equal(y, truth(x[number, : first + 5], at)[first:])
+    assert_each_verifies_with_its_version(recordings, folder)
+
+
+@pytest.mark.parametrize(("hibernate_after_s", "place"), [(0, "parked"), (0.1, "hibernating")])
+async def test_streams_without_a_connection_move_too(
+    folder: Path, recordings: Path, rng: np.random.Generator, hibernate_after_s: float, place: str
+) -> None:
+    x = rng.standard_normal((30, 5)).astype(np.float32)
+    limits, transport = {"hibernate_after_s": hibernate_after_s}, {"heartbeat_s": 0.05}
+    sections = {"recording": {"file": recordings}, "limits": limits, "transport": transport, "engine": EXACT}
+    async with running(A, **sections) as server, AsyncClient(server.endpoint) as client:
+        async with AsyncClient(server.endpoint) as gone:
+            first = await (await gone.open("s")).step(x[:10])
+            await gone.close(park=True)
+        while [each.place for each in await client.list_streams()] != [place]:
+            await asyncio.sleep(0.01)
+        await client.swap_model("ears", folder, "move")
+        stream = await client.resume("s", have=10, take_over=True)
+        np.testing.assert_array_equal(np.concatenate([first, await stream.step(x[10:])]), truth(x, 10))
+
+
+async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_more(
+    folder: Path, recordings: Path, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal((40, 5)).astype(np.float32)
+    told: list[dict[str, Any]] = []
+    async with running(A, told=told, recording={"file": recordings}, engine=EXACT) as server:
+        async with AsyncClient(server.endpoint) as operator:
+            async with AsyncClient(server.endpoint) as old:
+                stream = await old.open("s")
+                first = await stream.step(x[:20])
+                assert [each.name for each in await operator.swap_model("ears", folder)] == ["ears", KEPT]
+                async with AsyncClient(server.endpoint, model="ears") as new:
+                    assert new.info.fingerprint == B.fingerprint
+                    fresh = await new.open("s")  # another stream: the versions know nothing of each other
+                    np.testing.assert_array_equal(await fresh.step(x), whole(B, x, max_batch_size=16)[0])
+                second = await stream.step(x[20:])
+                assert stream.moved_at is None
+            np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x, max_batch_size=16)[0])
+        async with AsyncClient(server.endpoint) as operator:
+            while [each.name for each in await operator.list_models()] != ["ears"]:
+                await asyncio.sleep(0.02)
+    assert [line["event"] for line in told if line["event"] in ("swapped", "unloaded")] == ["swapped", "unloaded"]
+    assert_each_verifies_with_its_version(recordings, folder)
+
+
+async def test_a_version_that_cannot_be_served_changes_nothing(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal((20, 5)).astype(np.float32)
+    write_model(tmp_path / "same", A)
+    write_model(tmp_path / "wider", WIDER)
+    (tmp_path / "broken").mkdir()
+    async with running(A, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
+        stream = await client.open("s")
+        first = await stream.step(x[:10])
+        for name, path, code, words in (
+            ("ears", tmp_path / "broken", Code.NOT_LOADED, "cannot read"),
+            ("ears", tmp_path / "same", Code.NOT_LOADED, "holds the version of 'ears' that is served already"),
+            (
+                "ears",
+                tmp_path / "wider",
+                Code.NOT_LOADED,
+                "number of outputs differs from that of the version that is served (16 instead",
+            ),
+            ("eyes", folder, Code.UNKNOWN_MODEL, "it serves 'ears'"),
+        ):
+            with pytest.raises(Refused) as refused:
+                await client.swap_model(name, path, "move")
+            assert (refused.value.code, words in refused.value.sentence) == (code, True), refused.value.sentence
+        second = await stream.step(x[10:])
+        assert client.info.fingerprint == A.fingerprint
+        await client.swap_model("ears", folder)
+        async with AsyncClient(server.endpoint):  # so that no version is unloaded
+            await client.swap_model("ears", tmp_path / "same")
+            for name, words in ((KEPT, "is a former version"), ("ears", "connections left from an earlier swap")):
+                with pytest.raises(Refused, match=words):
+                    await client.swap_model(name, folder)
+    np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x, max_batch_size=16)[0])
+
+
+async def test_the_command(folder: Path) -> None:
+    async with running(A, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
+        stream = await client.open("s")
+
+        async def said(*arguments: str) -> tuple[int, str]:
+            command = ["model", "swap", "ears", str(folder), *arguments, "-e", server.endpoint]
+            result = await asyncio.to_thread(CliRunner().invoke, app, command)
+            return result.exit_code, result.output.strip()
+
+        assert await said("--streams", "move") == (0, "the server has ears")
+        status, sentence = await said()
+        assert (status, "that is served already" in sentence) == (2, True), sentence
+        await stream.step(np.zeros(5, np.float32))
+        assert stream.moved_at == 0
