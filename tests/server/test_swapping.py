@@ -66,7 +66,7 @@ async def test_moved_streams_lose_no_frame_and_each_is_computed_by_the_version_o
     streams: dict[int, AsyncStream] = {}
     with closing(create_server(("127.0.0.1", 0))) as probe:
         transport = {"endpoint": f"tcp://127.0.0.1:{probe.getsockname()[1]}"}
-    sections = {"recording": {"file": recordings}, "engine": EXACT, "transport": transport}
+    sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": EXACT, "transport": transport}
     is_over = asyncio.Event()
 
     async def in_lockstep(number: int) -> None:
@@ -127,7 +127,12 @@ async def test_streams_without_a_connection_move_too(
 ) -> None:
     x = rng.standard_normal((30, 5)).astype(np.float32)
     limits, transport = {"hibernate_after_s": hibernate_after_s}, {"heartbeat_s": 0.05}
-    sections = {"recording": {"file": recordings}, "limits": limits, "transport": transport, "engine": EXACT}
+    sections: dict[str, Any] = {
+        "recording": {"file": recordings},
+        "limits": limits,
+        "transport": transport,
+        "engine": EXACT,
+    }
     async with running(A, **sections) as server, AsyncClient(server.endpoint) as client:
         async with AsyncClient(server.endpoint) as gone:
             first = await (await gone.open("s")).step(x[:10])
