@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from instep_client import AsyncClient, AsyncStream, Refused
 from instep_client.protocol.wire import Code
 from tests.support.models import plain, whole
 from tests.support.running import running
+from tests.support.served import serving
 
 A = replace(plain(5, 8), name="ears")
 B = replace(plain(5, 8, seed=9), name="ears")
@@ -218,3 +221,43 @@ async def test_the_command(folder: Path) -> None:
         assert (status, "that is served already" in sentence) == (2, True), sentence
         await stream.step(np.zeros(5, np.float32))
         assert stream.moved_at == 0
+
+
+@pytest.mark.long
+def test_a_swap_triples_the_99th_percentile_of_the_latency_at_most(folder: Path, tmp_path: Path) -> None:
+    """The best of three swaps, because another program may want the cores during one."""
+    write_model(tmp_path / "old", A)
+    with closing(create_server(("127.0.0.1", 0))) as probe:
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    with serving(tmp_path / "old", endpoint=endpoint) as served:
+        served.until("serving")
+        ratios = asyncio.run(ratios_of_latencies(endpoint, [folder, tmp_path / "old", folder]))
+    assert min(ratios) <= 3, ratios
+
+
+async def ratios_of_latencies(endpoint: str, versions: list[Path]) -> list[float]:
+    """Of each swap: the 99th percentile while it lasts over that in the two seconds before it."""
+    latencies_s: list[float] = []
+
+    async def paced(stream: AsyncStream) -> None:
+        while True:
+            began_s = time.perf_counter()
+            await stream.step(np.zeros(5, np.float32))
+            latencies_s.append(time.perf_counter() - began_s)
+            await asyncio.sleep(0.02)
+
+    async def percentile(during: Awaitable[object]) -> float:
+        latencies_s.clear()
+        await during
+        return float(np.percentile(latencies_s, 99))
+
+    async with AsyncClient(endpoint) as client, AsyncClient(endpoint) as operator:
+        load = [asyncio.create_task(paced(await client.open(f"s{number}"))) for number in range(32)]
+        ratios = []
+        for version in versions:
+            before = await percentile(asyncio.sleep(2))
+            ratios.append(await percentile(operator.swap_model("ears", version, "move")) / before)
+        for each in load:
+            each.cancel()
+        await asyncio.gather(*load, return_exceptions=True)
+    return ratios
