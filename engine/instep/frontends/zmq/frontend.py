@@ -111,7 +111,6 @@ class ZmqFrontend:
             self.models[kept_as] = former
             return
         served.info = replace(served.info, boot_id=former.info.boot_id)  # their streams are still there
-        served.refused_total = former.refused_total
         engine = served.service.engine
         owners = engine.origins.owners(engine.table, engine.table.open_slots())
         handles = {owner.number: handles for owner, handles in owners}
