@@ -138,7 +138,7 @@ FOLDERS: dict[str, tuple[str, Spoil, str]] = {
     "no graph of a step": ("module", no_file("graph.json"), "graph.json: No such file or directory"),
     "a number for a graph": ("module", text("graph.json", "NaN"), "graph: nan is wrong, it should be a valid dict"),
     "brackets in a call": ("module", calls("aten.abs.default", nested(300)), "graph.nodes.0.args.0.list.0.list"),
-    "a vast tensor": ("module", calls("aten.zeros.default", [10**13]), "does not run ("),
+    "a vast tensor": ("module", calls("aten.zeros.default", [10**13]), "does not run"),
     "an output from nowhere": ("module", graph(lambda g: g.update(y={"node": "no"})), "{'node': 'no'}, which means"),
     "a leaf of another size": (
         "module",
