@@ -32,8 +32,8 @@ Q = TypeVar("Q", bound=Request[Any])
 
 _STEPPED: Final = int(Kind.STEPPED)
 _LEAST_RETRY_S: Final = 0.05
-_PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN})
-"""Why a HELLO or RESUME is refused that may be granted a little later."""
+_PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN, Code.UNKNOWN_MODEL})
+"""Why a HELLO or RESUME is refused that may be granted a little later: a model is unloaded and loaded again, too."""
 _RESTARTED: Final = "the server was restarted and no longer has this stream, which was not recorded; open it again"
 
 

@@ -280,7 +280,7 @@ class ZmqFrontend:
                 name, folder = self._find(name).service.name, text(header.fields[1], "the folder")
                 await operator.swap(name, Path(folder), moves=bool(moves))
             elif name == peer.served.service.name:
-                raise Refusal(Code.NOT_ALLOWED, "unload a model over a connection to another one")
+                raise Refusal(Code.NOT_ALLOWED, "unload a model over a connection to another one; load that first")
             else:
                 await operator.unload(self._find(name).service.name)
             self._send_models(peer, header)

@@ -244,4 +244,7 @@ def _failure(file: Path, error: BaseException) -> str:
         if Path(frame.filename).resolve() == file.resolve()
     ]
     where = f"{file}, line {lines[-1]}" if lines else f"{file}"
-    return f"{where}: {type(error).__name__}: {first_line(error)}; correct it, or name another file"
+    what = f"{where}: {type(error).__name__}: {first_line(error)}"
+    if isinstance(error, ModelError):  # of `save_model` or `export_step`
+        return f'{what}; the file is run to find the module: put what makes the folder under if __name__ == "__main__":'
+    return f"{what}; correct it, or name another file"

@@ -30,7 +30,7 @@ RECURRENT: Final[dict[str, type[RecurrentModule]]] = {"gru": nn.GRU, "lstm": nn.
 """Torch's modules by kind."""
 SERVED: Final = (
     "a model folder holds one nn.GRU, nn.LSTM or nn.RNN, and nn.Linear and nn.LayerNorm layers with activations before "
-    "and after it"
+    "and after it; any other network can be written as a step and exported with instep.models.export_step"
 )
 """For sentences about what it does not hold."""
 

@@ -221,6 +221,10 @@ def _check_leaf(leaf: StateLeaf, new: Any) -> None:
         raise ModelError(
             f"leaf {leaf.name} is {leaf.dtype} before a frame and {_plain(new.dtype)} after it; return the same dtype"
         )
+    if tuple(new.shape[1:]) == leaf.shape and new.ndim and len(new) != ROWS:
+        raise ModelError(
+            f"leaf {leaf.name} has {ROWS} rows before a frame and {len(new)} after it; keep one row per stream"
+        )
     if tuple(new.shape) != (ROWS, *leaf.shape):
         raise ModelError(
             f"leaf {leaf.name} has the shape {[ROWS, *leaf.shape]} before a frame and {list(new.shape)} after it; a "
