@@ -8,6 +8,7 @@ torch, and once more in numpy, from its definition, for the independent referenc
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol, TypeAlias
 
@@ -41,7 +42,7 @@ class BoundPart(Protocol):
         """From [rows, values] to `out`."""
 
 
-class FrameStep(BaseModel):
+class FrameStep(BaseModel, ABC):
     """A step as `model.yaml` holds it: one key, its name, and its options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,17 +64,17 @@ class FrameStep(BaseModel):
         """Of one frame, about."""
         return inputs
 
+    @abstractmethod
     def in_words(self) -> str:
         """`context 3`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
         """The step over batches of `rows`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refer(self, x: Values, state: States) -> tuple[Values, States]:
         """The same in numpy: values and states after a frame of every row."""
-        raise NotImplementedError
 
 
 class Context(FrameStep):
