@@ -196,7 +196,7 @@ class InFlight:
             table.rewind(row, expected, outputs_are_gone)
 
     def _resend(self) -> bool:
-        """Send again what waits for no stream to wake, as far as the credit goes; whether that was all."""
+        """Send again the blocks that wait for no stream to wake, as far as credit allows. True if all were sent."""
         blocks = sorted(self._refused, key=lambda block: block.number)
         self._refused = []
         for index, block in enumerate(blocks):

@@ -54,7 +54,7 @@ class Pending:
         return any(asked.request.reply is reply for asked in self.unanswered.values())
 
     def under_way(self, reply: Kind) -> dict[int, Asked]:
-        """What the driver has taken and the server will answer with this kind, by number."""
+        """Requests that the driver has taken and the server will answer with this kind, by number."""
         return {
             number: asked
             for number, asked in self.unanswered.items()

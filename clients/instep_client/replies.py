@@ -236,7 +236,7 @@ def goodbye(header: Header) -> str:
 
 
 def _failures(frame: Frame, sentences: Any, columns: int) -> list[ColumnError]:
-    """What was refused of a message about streams: no timesteps."""
+    """The streams of a message that were refused; it has no timesteps."""
     count, rest = divmod(len(frame), wire.FAILURE.itemsize)
     if rest or count > columns:
         raise MalformedMessage("the failures are not one entry a failed column")

@@ -25,7 +25,7 @@ Try = Callable[[int, int], Awaitable[Measured]]
 
 
 def advice(streams: int) -> str:
-    """What to do when the load generator could not keep up with this number of streams."""
+    """Advice for when the load generator could not keep up with this number of streams."""
     return BUSY if streams == 1 else ADVICE
 
 
