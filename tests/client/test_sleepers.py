@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from instep_client.openings import ForkCall
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ConnectionFailed, StreamEvicted
 from instep_client.protocol.wire import Kind
@@ -291,7 +292,8 @@ def test_leaving_closes_more_sleepers_than_there_is_room_for() -> None:
     assert not link.server.streams
 
 
-def test_a_copy_half_of_which_was_made_over_a_lost_connection_is_in_doubt() -> None:
+def half_copied() -> tuple[RingLink, ForkCall]:
+    """Copies "c" and "d" of streams of which the second sleeps: the first is made, the other not asked for yet."""
     link = RingLink()
     group = link.open("a", "b")
     fork = link.session.fork(group, ["c", "d"])
@@ -301,6 +303,11 @@ def test_a_copy_half_of_which_was_made_over_a_lost_connection_is_in_doubt() -> N
         link.serve()
     while link.to_client:
         link.deliver()
+    return link, fork
+
+
+def test_a_copy_half_of_which_was_made_over_a_lost_connection_is_in_doubt() -> None:
+    link, fork = half_copied()
     link.server.busy_resumes = 10
     link.advance()
     link.cut()
@@ -351,15 +358,7 @@ def test_a_sleeper_goes_on_when_its_resuming_came_to_nothing(is_cancelled: bool)
 
 
 def test_leaving_closes_what_half_made_copies_were_granted() -> None:
-    link = RingLink()
-    group = link.open("a", "b")
-    fork = link.session.fork(group, ["c", "d"])
-    link.advance()
-    put_to_sleep(link, "b", is_told=False)
-    while "c" not in link.server.streams:
-        link.serve()
-    while link.to_client:
-        link.deliver()
+    link, fork = half_copied()
     assert not fork.done, "the copy of the sleeper is asked for when it has woken"
     farewell = link.session.leave()
     assert farewell is not None
