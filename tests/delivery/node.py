@@ -32,6 +32,7 @@ from instep.server.loop import Loop
 from instep.streaming.api import Grants, Names, Origin, StatesRead
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.events import EventLog
 from instep.streaming.hibernation import Hibernation, IdleLimits, Tombstones
 from instep.streaming.journal import Journal
 from instep.streaming.listing import Listing
@@ -178,6 +179,7 @@ class Node:
             journal,
             EngineLimits(sizes.batch, 0, _MAX_FRAMES),
             EngineStats(),
+            EventLog(),
             self._log_failure,
             lambda delay_s, call: None,
             turns.wake,

@@ -30,6 +30,7 @@ from instep.server.recordings import recording_header
 from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.events import EventLog
 from instep.streaming.hibernation import Hibernation, IdleLimits, Tombstones
 from instep.streaming.journal import Journal
 from instep.streaming.listing import Listing
@@ -203,6 +204,7 @@ class StreamingEngine:
             Journal(tables, self.table, self.loop.wake),
             engine_limits,
             self.stats,
+            EventLog(),
             self._log_failure,
             asyncio.get_running_loop().call_later,
             self.loop.wake,

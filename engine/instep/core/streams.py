@@ -66,6 +66,10 @@ class StreamTable:
         """The name of an open stream."""
         return self._names[slot]
 
+    def names(self, slots: I64) -> list[str]:
+        """The names of open streams, int64 [N]."""
+        return [self._names[slot] for slot in slots.tolist()]
+
     def find(self, names: Sequence[str]) -> I64:
         """The slots of the open streams of those names, the scratch slot where there is none: int64 [N]."""
         return np.array([self._slots_of_names.get(name, SCRATCH_SLOT) for name in names], np.int64)

@@ -114,6 +114,7 @@ class Loader:
                 self._server.replace(former, served, kept_as)
                 self._kept.add(former.service)
             self._server.configure(self._server.config)  # it may have been reloaded meanwhile
+        served.service.events.add("swapped", detail=served.info.fingerprint)
         if moves:  # the new recording has them before the old one says that they have left
             await served.service.engine.journal.committed(lsn)
             numbers, next_seqs, states = ended
@@ -205,13 +206,14 @@ class Loader:
             slots = table.open_slots()
             states = old.states.access.read(slots)
             new.states.access.load(slots, states)
-            numbers, next_seqs = table.recording_ids(slots), table.next_seq[slots].copy()
+            names, numbers, next_seqs = table.names(slots), table.recording_ids(slots), table.next_seq[slots].copy()
             self._record(new, opened)
-            lsn = engine.journal.opened(slots, [table.name(slot) for slot in slots.tolist()], states)
+            lsn = engine.journal.opened(slots, names, states)
             # The next checkpoint has their frames too whose outputs the clients may lack.
             engine.journal.dirty.mark_dirty(slots)
             new.tasks.start(new.checkpoints.take())
             self._server.replace(former, served, "")
+            engine.events.add_all("moved", names, served.info.fingerprint, next_seqs)
         return lsn, (numbers, next_seqs, states)
 
     @contextmanager

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -113,7 +112,7 @@ class Server:
 
     def _enter(self, served: Served) -> None:
         service = served.service
-        self._summaries[service] = Summary(service.log, partial(self._frontend.statistics, served), time.monotonic())
+        self._summaries[service] = Summary(service.log, service.numbers, time.monotonic())
         self._turns.add(service)
 
     def _leave(self, service: ModelService) -> None:

@@ -30,6 +30,7 @@ from instep.server.limits import EffectiveLimits, effective_limits, idle_limits
 from instep.server.preparation import Prepared
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.events import EventLog
 from instep.streaming.hibernation import Hibernation, Tombstones
 from instep.streaming.journal import Journal
 from instep.streaming.listing import Listing
@@ -129,9 +130,10 @@ def make_service(
 
     if former is None:
         table = StreamTable(tables, _random_generations(limits.max_streams), time.time_ns())
-        origins, tombstones = Origins(tables), Tombstones()
+        origins, tombstones, events = Origins(tables), Tombstones(), EventLog()
     else:
         table, origins, tombstones = former.engine.table, former.engine.origins, former.operations.tombstones
+        events = former.events
     tasks = Tasks(on_bug)
     engine = Engine(
         tables,
@@ -147,6 +149,7 @@ def make_service(
             max_light_batch(config, limits.max_batch_size, foundation.forks),
         ),
         EngineStats(is_exact=foundation.prepared.certification.exactness == "exact"),
+        events,
         log_failure,
         asyncio.get_running_loop().call_later,
         wake,

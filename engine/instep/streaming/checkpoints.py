@@ -69,6 +69,7 @@ class Checkpoints:
                 lsn = journal.states(through, rows, is_last=part.stop >= len(slots))
                 await journal.committed(lsn)
                 journal.dirty.flushed(slots[part])
+            self._engine.events.add("checkpoint", detail=f"{len(slots)} states")
         except Exception as error:
             journal.dirty.flush_failed(slots)
             self._states.log_failure(error, len(slots))

@@ -32,6 +32,7 @@ from instep.core.tables import (
 from instep.core.typing import F32, I32, I64
 from instep.runtime.executor import RunResult, StateLost, StepExecutor
 from instep.streaming.api import MAX_REPLY_MESSAGES, Frames, Refusal, Reply
+from instep.streaming.events import EventLog
 from instep.streaming.journal import Journal
 from instep.streaming.origins import Origins
 from instep.streaming.stats import EngineStats
@@ -100,6 +101,7 @@ class Engine:
         journal: Journal,
         limits: EngineLimits,
         stats: EngineStats,
+        events: EventLog,
         log_failure: Callable[[Exception, int], None],
         call_later: Callable[[float, Callable[[], None]], object],
         wake: Callable[[], None],
@@ -112,6 +114,7 @@ class Engine:
         self.executor = executor
         self.journal = journal
         self.stats = stats
+        self.events = events
         self.waiters = Waiters()
         """Checked whenever frames were answered or a run has ended."""
         self.lost: list[I64] = []
@@ -196,6 +199,7 @@ class Engine:
     def _refuse(self, frames: Frames, code: Code) -> None:
         is_busy = code is Code.BUSY
         self.stats.busy_total += is_busy
+        self.stats.refuse(code)
         frames.origin.refuse(frames.tag, Refusal(code, retry_after_us=_BUSY_RETRY_US if is_busy else 0))
 
     # ── Schedule and collect ───────────────────────────────────────────────────────────────────────────────────────

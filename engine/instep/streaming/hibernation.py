@@ -194,6 +194,7 @@ class Hibernation:
             is_leaving = origin is None and owner != table.parked  # its connection has just gone
             self._asleep[table.name(slot)] = _Asleep(number, origin, now_ns if is_leaving else active_ns)
         owners = origins.owners(table, slots)
+        engine.events.add_all("hibernated", table.names(slots), seqs=table.next_seq[slots])
         table.release(slots)
         origins.release_left()
         engine.stats.hibernated_streams_total += len(slots)
@@ -252,6 +253,7 @@ class Hibernation:
             if asleep.owner is None:  # being woken does not prolong its time
                 self._table.last_active_ns[slot] = asleep.since_ns
         self._engine.stats.woken_streams_total += len(slots)
+        self._engine.events.add_all("woken", self._table.names(slots), seqs=self._table.next_seq[slots])
         return slots
 
     @contextmanager
@@ -354,6 +356,7 @@ class Hibernation:
             self._tombstones.add(stream.name for stream in streams)
             self._engine.stats.closed_streams_total += len(streams)
             self._engine.stats.evicted(Code.EXPIRED.name.lower(), len(streams))
+            self._engine.events.add_all("evicted", [stream.name for stream in streams], "expired", seqs)
 
 
 _MOST: Final = 65_536

@@ -7,6 +7,7 @@ is. Changes that later frames must find are made there.
 from __future__ import annotations
 
 import time
+from typing import Final
 
 import numpy as np
 
@@ -17,10 +18,14 @@ from instep.core.tables import SCRATCH_SLOT, WINDOW
 from instep.core.typing import I32, I64, U8, U64, Bool
 from instep.streaming.api import Grants, Names, Origin, Refusal, StatesRead
 from instep.streaming.engine import Engine
+from instep.streaming.events import EventKind
 from instep.streaming.hibernation import Hibernation, Tombstones
 from instep.streaming.states import StreamStates
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
+
+_ENDS: Final[dict[str, EventKind]] = {"closed": "closed", "failed": "lost", "state_lost": "lost"}
+"""Reason of an end → the event that it is, where it is no eviction."""
 
 
 class StreamOperations:
@@ -75,6 +80,7 @@ class StreamOperations:
             await self._give_up_opened(origin, opened, codes, granted)
             return Grants.none(codes)
         self._engine.stats.opened_streams_total += len(opened)
+        self._engine.events.add_all("opened", granted_names, _connection(origin), grants.next_seqs[granted])
         self.tombstones.remove(granted_names)
         await self._journal.durable(lsn)
         return grants
@@ -156,7 +162,9 @@ class StreamOperations:
         good = decision.codes == 0
         slots = decision.slots[good]
         is_elsewhere = (table.owner[slots] != origin.number) & (table.owner[slots] != table.parked)
-        self._origins.notify(self._origins.owners(self._table, slots[is_elsewhere]), Code.FENCED)
+        elsewhere = slots[is_elsewhere]
+        self._origins.notify(self._origins.owners(table, elsewhere), Code.FENCED)
+        engine.events.add_all("fenced", table.names(elsewhere), _connection(origin), table.next_seq[elsewhere])
         table.hand_over(slots, origin.number, time.monotonic_ns(), decision.former_epochs[good], origin.arrival)
         incarnations = table.incarnations(slots)
         named = table.find(names)
@@ -173,6 +181,7 @@ class StreamOperations:
         acked = np.minimum(decision.have[good][is_own], table.next_seq[own])
         table.acked[own] = np.maximum(table.acked[own], acked)
         engine.stats.resumed_streams_total += len(own)
+        engine.events.add_all("resumed", table.names(own), _connection(origin), table.next_seq[own])
         self._journal.resumed(own)
         grants = Grants.of(table, decision.slots, decision.codes)
         grants.expected_seqs[:] = decision.expected_seq
@@ -288,6 +297,8 @@ class StreamOperations:
         await self._engine.waiters.until(lambda: not (are_pending(packed, slots) or holds[slots].any()))
         _, states, lost = await self._states.read(slots)
         lsn = self._journal.closed(slots, reason, states, lost)
+        names, next_seqs = self._table.names(slots), self._table.next_seq[slots]
+        self._engine.events.add_all(_ENDS.get(reason, "evicted"), names, reason, next_seqs)
         self._table.release(slots)
         self._origins.release_left()
         self._engine.stats.closed_streams_total += len(slots)
@@ -323,3 +334,7 @@ class StreamOperations:
         if resolve_handles(self._engine.packed, handles.copy(), origin.number, slots, codes):
             raise Refusal(Code.REPEATED_STREAM)
         return slots, codes
+
+
+def _connection(origin: Origin) -> str:
+    return f"connection {origin.number}"

@@ -83,6 +83,7 @@ class Reaper:
         self._table.park(slots, now_ns)
         self._engine.journal.parked(slots)
         self._engine.stats.parked_streams_total += len(slots)
+        self._engine.events.add_all("parked", self._table.names(slots), seqs=self._table.next_seq[slots])
         self._engine.origins.release_left()
 
     def _evict_surplus(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -11,7 +11,9 @@ from instep.recording.recorder import Recorder
 from instep.recording.scrub import Scrub
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine
+from instep.streaming.events import EventLog
 from instep.streaming.hibernation import IdleLimits
+from instep.streaming.history import History
 from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.reaper import Reaper
@@ -19,6 +21,7 @@ from instep.streaming.recovery import Recovery
 from instep.streaming.states import StreamStates
 from instep.streaming.tasks import Tasks
 from instep.streaming.withdrawal import Withdrawal
+from instep_client.protocol.codes import Code
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +53,18 @@ class ModelService:
     """How it continued an older recording, where there was one."""
     scrub: Scrub | None = None
     """Looks for damage in what the recovery did not read of that recording."""
+    history: History = field(init=False)
+    """The last ten minutes."""
+    _logged: dict[Code, int] = field(default_factory=dict)
+    """Refusals by code, as far as the events tell of them."""
+
+    def __post_init__(self) -> None:
+        self.history = History(self._counted, self.engine.stats.histograms())
+
+    @property
+    def events(self) -> EventLog:
+        """What has happened to its streams lately."""
+        return self.engine.events
 
     @property
     def is_quiet(self) -> bool:
@@ -82,9 +97,21 @@ class ModelService:
         """Do what is due now and then."""
         self.reaper.tick(now_ns)
         self.checkpoints.take_if_due()
+        if self.history.sample(now_ns):
+            self._log_refusals()
+
+    def _log_refusals(self) -> None:
+        refusals = self.engine.stats.refusals()
+        for code, count in refusals.items():
+            if more := count - self._logged.get(code, 0):
+                self.events.add("refused", detail=f"{code.name} × {more}")
+        self._logged = refusals
 
     def numbers(self) -> dict[str, float]:
-        """Everything that can be counted, by name."""
+        """Everything that can be counted, by name; `recent_` is the newest row of the history."""
+        return self._counted() | {f"recent_{name}": value for name, value in self.history.newest().items()}
+
+    def _counted(self) -> dict[str, float]:
         engine, table = self.engine, self.engine.table
         return {
             "ready": float(self.is_ready),

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
 
 from instep.core.histogram import add_to, new_histogram, quantile
 from instep.core.typing import I64
+from instep_client.protocol.codes import Code
+
+_CODES: Final = 256
+"""More than the highest code."""
 
 
 @dataclass(slots=True)
@@ -17,6 +24,8 @@ class EngineStats:
     messages_total: int = 0
     """STEP messages answered."""
     busy_total: int = 0
+    refused_messages_total: int = 0
+    """Messages of every kind that were refused as a whole, also of connections that have not said HELLO."""
     step_failures_total: int = 0
     rechecked_frames_total: int = 0
     """Frames that were stepped again in another bucket."""
@@ -34,6 +43,8 @@ class EngineStats:
     """Whether frames are promised the same bits in every bucket."""
     recording_free_bytes: int | None = None
     """Free on the disk of the recording; None without one."""
+    refused: I64 = field(default_factory=lambda: np.zeros(_CODES, np.int64))
+    """Refusals by code: of messages as a whole, and of streams in them."""
     queue_us: I64 = field(default_factory=new_histogram)
     """Microseconds that messages waited for the step of their last frames."""
     compute_us: I64 = field(default_factory=new_histogram)
@@ -55,6 +66,11 @@ class EngineStats:
         self.messages_total += messages
         add_to(self.send_us, send_ns // 1000, messages)
 
+    def refuse(self, code: Code) -> None:
+        """A message was refused as a whole."""
+        self.refused_messages_total += 1
+        self.refused[code] += 1
+
     def evicted(self, reason: str, streams: int) -> None:
         """Streams were evicted for this reason."""
         self.evicted_streams_total += streams
@@ -66,11 +82,21 @@ class EngineStats:
             name: float(getattr(self, name)) for name in self.__slots__ if name.endswith("_total")
         }
         values |= {f"evicted_{reason}_total": float(count) for reason, count in self.evicted_by_reason.items()}
+        values["refused_total"] = float(self.refused.sum())
+        values |= {f"refused_{code.name.lower()}_total": float(count) for code, count in self.refusals().items()}
         values["exact"] = float(self.is_exact)
         values["batch_size_mean"] = self.frames_total / max(1, self.batches_total)
         if self.recording_free_bytes is not None:
             values["recording_free_bytes"] = float(self.recording_free_bytes)
-        for name in ("queue_us", "compute_us", "send_us"):
-            values[f"{name}_p50"] = quantile(getattr(self, name), 0.50)
-            values[f"{name}_p99"] = quantile(getattr(self, name), 0.99)
+        for name, histogram in self.histograms().items():
+            values[f"{name}_p50"] = quantile(histogram, 0.50)
+            values[f"{name}_p99"] = quantile(histogram, 0.99)
         return values
+
+    def histograms(self) -> dict[str, I64]:
+        """The histograms of durations, by name."""
+        return {name: getattr(self, name) for name in ("queue_us", "compute_us", "send_us")}
+
+    def refusals(self) -> dict[Code, int]:
+        """How often each code was given; codes that never were are left out."""
+        return {Code(code): int(self.refused[code]) for code in np.flatnonzero(self.refused).tolist()}

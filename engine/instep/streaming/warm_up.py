@@ -12,6 +12,7 @@ from instep.core.typing import I64
 from instep.runtime.executor import InlineExecutor
 from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
 from instep.streaming.engine import Engine, EngineLimits
+from instep.streaming.events import EventLog
 from instep.streaming.journal import Journal
 from instep.streaming.origins import Origins
 from instep.streaming.stats import EngineStats
@@ -50,6 +51,7 @@ def warm_up() -> None:
         journal,
         limits,
         EngineStats(),
+        EventLog(),
         lambda error, streams: None,
         lambda delay_s, call: None,
         lambda: None,

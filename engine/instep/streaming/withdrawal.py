@@ -38,8 +38,10 @@ class Withdrawal:
         if mismatch is None:
             return None
         stream = self._stream(mismatch)
+        where = f"{mismatch.part}[{mismatch.element}] in batches of {mismatch.bucket} and {mismatch.other_bucket}"
         if now_s >= self._next_s:
             self._next_s = now_s + _EVERY_S
+            self._engine.events.add("mismatch", stream or "", where, mismatch.seq)
             self._log.error(
                 "bits differ",
                 stream=stream,
@@ -58,6 +60,7 @@ class Withdrawal:
             f"frame {mismatch.seq} of stream {stream!r} has other bits in batches of {mismatch.other_bucket} than in "
             f"those of {mismatch.bucket}, which served it"
         )
+        self._engine.events.add("withdrawn", stream or "", reason, mismatch.seq)
         self._log.error("exactness withdrawn", exactness="tolerance", reason=reason)
         return reason
 

@@ -52,7 +52,7 @@ class Rig:
         self.now_ns = 0
         self.tables = make_tables(1, 40, 1, 1, 1, 1, 1, 1)
         service = SimpleNamespace(engine=SimpleNamespace(origins=Origins(self.tables)))
-        self.served = SimpleNamespace(service=service, refused_total=0)
+        self.served = SimpleNamespace(service=service)
         self.outbound = Outbound(
             self.router,
             UNREAD,
@@ -323,4 +323,3 @@ def test_a_peer_is_an_origin_whose_replies_and_refusals_are_messages() -> None:
         y.tobytes(),
     ]
     assert headers([refused])[0][:3] == [Kind.ERROR, 8, Code.BUSY]
-    assert rig.served.refused_total == 1

@@ -83,8 +83,6 @@ class ZmqFrontend:
         self._requests = 0
         self._all_are_ready = True
         """Whether every model takes frames; looked up once for all messages that are received together."""
-        self._refused_strangers = 0
-        """Messages that were refused as a whole before their connections belonged to a model."""
 
     def add(self, served: Served) -> None:
         """Welcome connections to a model from now on."""
@@ -246,7 +244,7 @@ class ZmqFrontend:
                 page = served.service.listing.page(*served.decoder.listing(header, frames[1]), now_ns)
                 self.outbound.send(peer, encode.listed(header.request, page))
             case Kind.STATS:
-                self.outbound.send(peer, encode.statistics(header.request, self.statistics(served)))
+                self.outbound.send(peer, encode.statistics(header.request, served.service.numbers()))
             case Kind.MODELS:
                 self._send_models(peer, header)
             case Kind.LOAD | Kind.SWAP | Kind.UNLOAD:
@@ -286,21 +284,18 @@ class ZmqFrontend:
             self._send_models(peer, header)
         except (MalformedMessage, Refusal) as error:
             refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
-            peer.refuse(header.request, refusal)
+            self._refuse(peer.routing_id, peer, header.request, refusal)
         finally:
             self._wake()
 
     def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, refusal: Refusal) -> None:
+        """Refuse a message as a whole; of connections that belong to no model yet, the first one counts it."""
+        served = peer.served if peer is not None else next(iter(self.models.values()))
+        served.service.engine.stats.refuse(refusal.code)
         if peer is not None:
             peer.refuse(request, refusal)
         else:
-            self._refused_strangers += 1
             self.outbound.send_unknown(routing_id, encode.error(request, refusal))
-
-    def statistics(self, served: Served) -> dict[str, float]:
-        """The numbers of a model by name, as STATISTICS holds them."""
-        refused = float(served.refused_total + self._refused_strangers)
-        return {**served.service.numbers(), "refused_messages_total": refused}
 
     # ── Requests on streams ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -319,7 +314,7 @@ class ZmqFrontend:
             self._log.debug("request", **about, streams=header.fields[0])
         except (MalformedMessage, Refusal) as error:
             refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
-            peer.refuse(header.request, refusal)
+            self._refuse(peer.routing_id, peer, header.request, refusal)
             self._log.debug("refused", **about, code=refusal.code.name, reason=str(refusal))
 
     def _request_ended(self, peer: Peer) -> None:

@@ -54,7 +54,6 @@ class Peer:
         self.outbound.send(self, encode.stepped(reply), reply.frames)
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
-        self.served.refused_total += 1
         self.outbound.send(self, encode.error(tag, refusal))
 
     def notify(self, event: StreamEvent) -> None:

@@ -23,8 +23,6 @@ class Served:
     service: ModelService
     info: ServerInfo
     decoder: Decoder
-    refused_total: int = 0
-    """Messages of its connections that were refused as a whole."""
 
     def refuse_what_is_new(self) -> None:
         """Refuse new connections, streams and frames, unless the service takes them."""

@@ -1,0 +1,81 @@
+"""The history of a server: rates, quantiles and gauges against the numbers that were fed in."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from instep.core.histogram import add_to, new_histogram
+from instep.streaming.history import COLUMNS, ROWS, History
+from instep_client import AsyncClient
+from tests.support.models import SMALL
+from tests.support.running import running
+from tests.support.streaming import random_frames
+
+SECOND = 10**9
+
+
+def test_rows_are_rates_means_and_gauges_of_their_second() -> None:
+    now: dict[str, float] = {"frames_total": 100, "batches_total": 10, "padded_rows_total": 200}
+    history, began_s = History(lambda: dict(now), {}), time.time()
+    assert history.newest() == {}
+    assert history.sample(5 * SECOND)
+    assert len(history) == 0
+    now |= {"frames_total": 400, "batches_total": 30, "padded_rows_total": 600, "loop_busy_s_total": 0.25}
+    assert not history.sample(5 * SECOND + SECOND // 2)
+    assert history.sample(6 * SECOND)
+    now |= {"frames_total": 480, "batches_total": 40, "padded_rows_total": 700, "streams_open": 7}
+    assert history.sample(8 * SECOND), "two seconds later, the loop was busy"
+    assert history.sample(9 * SECOND)
+    columns = history.columns()
+    assert tuple(columns) == COLUMNS
+    assert columns["frames_per_s"] == [300, 40, 0]
+    assert columns["batches_per_s"] == [20, 5, 0]
+    assert columns["batch_size_mean"] == [15, 8, 0]
+    assert columns["batch_fill"] == [0.75, 0.8, 0]
+    assert columns["loop_busy"] == [0.25, 0, 0]
+    assert columns["streams_open"] == [0, 7, 7]
+    assert all(began_s <= time_s <= time.time() for time_s in columns["time_s"])
+    assert history.newest() == {name: values[-1] for name, values in columns.items()}
+
+
+def test_quantiles_are_those_of_the_last_ten_seconds(rng: np.random.Generator) -> None:
+    histogram = new_histogram()
+    history, seconds = History(dict, {"queue_us": histogram}), list[list[int]]()
+    history.sample(SECOND)
+    for number in range(25):
+        seconds.append((rng.exponential(20, 200) * (1 + number)).astype(np.int64).tolist())
+        for value in seconds[-1]:
+            add_to(histogram, value, 1)
+        history.sample((2 + number) * SECOND)
+        row, lately = history.newest(), np.concatenate(seconds[-10:])
+        for name, share in (("queue_us_p50", 0.50), ("queue_us_p99", 0.99)):
+            truth = float(np.quantile(lately, share, method="inverted_cdf"))
+            assert row[name] == pytest.approx(truth, rel=0.125, abs=1), number
+        assert row["send_us_p99"] == 0
+
+
+def test_ten_minutes_are_kept() -> None:
+    total = 0
+    history = History(lambda: {"frames_pending": float(total)}, {})
+    for total in range(ROWS + 41):
+        history.sample((1 + total) * SECOND)
+        assert len(history) == min(total, ROWS)
+        if total in (1, 7, ROWS - 1, ROWS, ROWS + 1, ROWS + 40):
+            assert history.columns()["frames_pending"] == list(range(max(1, total - ROWS + 1), total + 1))
+
+
+async def test_a_server_keeps_one_and_sends_the_newest_row(rng: np.random.Generator) -> None:
+    async with running(SMALL) as server, AsyncClient(server.endpoint) as client:
+        history = server.default.history
+        while len(history) < 2:
+            stream = await client.open("s")
+            await stream.step(random_frames(rng, 1)[0, 0])
+            await stream.close()
+        columns, numbers = history.columns(), await client.stats()
+    assert sum(columns["frames_per_s"]) > 0
+    assert columns["connections"] == [1, 1]
+    assert all(share <= 1 for share in columns["loop_busy"] + columns["executor_busy"])
+    assert {f"recent_{name}" for name in COLUMNS} <= numbers.keys()
