@@ -15,6 +15,7 @@ from instep.core.compiled import inlined, kernel
 from instep.core.scheduler import push_ready
 from instep.core.tables import (
     CREDIT,
+    CREDIT_STALLS,
     FREE_COLUMN,
     FREE_COLUMNS,
     FREE_MESSAGE,
@@ -22,6 +23,8 @@ from instep.core.tables import (
     MAX_PENDING,
     NO_OWNER,
     PENDING_FRAMES,
+    RECEIVED_FRAMES,
+    REPEATED_FRAMES,
     STAMP,
     STRIDE,
     WINDOW,
@@ -199,14 +202,16 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
         frames, column_at, value_at = timesteps * width, first_column, first_value
         first_column += width
         first_value += frames * features
-        outstanding = tables.origins["unanswered"][origin] + tables.origins["backlog"][origin]
+        counts[RECEIVED_FRAMES] += frames
+        used = tables.origins["unanswered"][origin] + tables.origins["backlog"][origin] + frames
         if (
-            outstanding + frames > counts[CREDIT]
+            used > counts[CREDIT]
             or counts[PENDING_FRAMES] + frames > counts[MAX_PENDING]
             or counts[FREE_MESSAGES] == 0
             or counts[FREE_COLUMNS] < width
         ):
             outcomes[place] = _BUSY
+            counts[CREDIT_STALLS] += used > counts[CREDIT]
             refused += 1
             continue
         if width > 1 and _names_a_stream_twice(tables, sent, column_at, width, origin):
@@ -230,6 +235,7 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
                 tables, sent, column_at + place_in_message, column, number, x, first, width, timesteps
             )
             repeats = max(repeats, tables.columns["skipped"][column])
+            counts[REPEATED_FRAMES] += tables.columns["skipped"][column]
             column = tables.columns["next"][column]  # free columns are a list already
         counts[FREE_COLUMN] = column
         counts[FREE_COLUMNS] -= width
@@ -237,6 +243,7 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
         tables.messages["remaining"][number] = tables.messages["frames"][number] = fresh
         tables.messages["repeats"][number] = repeats
         tables.origins["unanswered"][origin] += fresh
+        counts[CREDIT_STALLS] += used + fresh > counts[CREDIT]
         tables.origins["messages"][origin] += 1
         if fresh == 0:
             numbers[complete] = number

@@ -1,4 +1,4 @@
-"""Histograms of durations and sizes: fixed entries, one increment a value, quantiles within an eighth."""
+"""Histograms of durations and sizes: fixed entries, one increment a value, quantiles within an eighth, exact sums."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from instep.core.compiled import inlined, kernel
-from instep.core.typing import I64
+from instep.core.typing import I32, I64
 
 _PARTS: Final = 8  # entries for each doubling
 _PART_BITS: Final = 3
@@ -23,15 +23,59 @@ def entry_of(value: int) -> int:
     return (value >> shift) + shift * _PARTS
 
 
+@inlined
+def _add(histogram: I64, value: int, times: int) -> None:
+    counted = max(value, 0)
+    histogram[entry_of(counted)] += times
+    histogram[ENTRIES] += counted * times
+
+
 @kernel
 def add_to(histogram: I64, value: int, times: int) -> None:
     """Count a value so many times."""
-    histogram[entry_of(max(value, 0))] += times
+    _add(histogram, value, times)
+
+
+@kernel
+def add_steps(
+    compute_us: I64, batch_size: I64, batch_fill: I64, streams: int, bucket: int, step_ns: int, steps: int
+) -> None:
+    """Count steps of one run in their histograms.
+
+    Args:
+        compute_us: of what a step took.
+        batch_size: of the streams of a batch, less one: so a batch of 2^k streams is the largest of its entry.
+        batch_fill: of the eighths of a padded batch that are streams, rounded up.
+        streams: of each batch.
+        bucket: streams and padding of each batch.
+        step_ns: what each step took.
+        steps: how many.
+    """
+    _add(compute_us, step_ns // 1000, steps)
+    _add(batch_size, streams - 1, steps)
+    _add(batch_fill, -(-8 * streams // bucket), steps)
+
+
+@kernel
+def add_replies(latency_us: I64, send_us: I64, arrived_ns: I64, numbers: I32, now_ns: int, send_ns: int) -> None:
+    """Count messages that are answered now in their histograms.
+
+    Args:
+        latency_us: from the arrival of a message to its answer.
+        send_us: from the end of the step of its last frames to its answer.
+        arrived_ns: by message.
+        numbers: int32 [M], the messages.
+        now_ns: the present time.
+        send_ns: how long ago that step ended.
+    """
+    for number in numbers:
+        _add(latency_us, (now_ns - arrived_ns[number]) // 1000, 1)
+    _add(send_us, send_ns // 1000, len(numbers))
 
 
 def new_histogram() -> I64:
-    """An empty histogram: int64 [ENTRIES]."""
-    return np.zeros(ENTRIES, np.int64)
+    """An empty histogram: int64 [ENTRIES + 1], the last one the sum of all values."""
+    return np.zeros(ENTRIES + 1, np.int64)
 
 
 def largest_of(entry: int) -> int:
@@ -44,7 +88,7 @@ def largest_of(entry: int) -> int:
 
 def quantile(histogram: I64, share: float) -> float:
     """The largest value of the entry that holds this quantile; 0 where nothing was counted."""
-    counted = np.cumsum(histogram)
+    counted = np.cumsum(histogram[:ENTRIES])
     if not counted[-1]:
         return 0.0
     return float(largest_of(int(np.searchsorted(counted, share * counted[-1]))))

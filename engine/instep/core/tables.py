@@ -105,7 +105,10 @@ WINDOW: Final = 9
 STRIDE: Final = 10
 MAX_PENDING: Final = 11
 CREDIT: Final = 12
-_COUNTS: Final = 13
+RECEIVED_FRAMES: Final = 13  # of all messages that were judged
+REPEATED_FRAMES: Final = 14  # of these, those that were applied before
+CREDIT_STALLS: Final = 15  # messages that left their origin no credit for another one of that size
+_COUNTS: Final = 16
 
 
 # Fields of a group of messages that are answered together: columns of `Tables.groups`.

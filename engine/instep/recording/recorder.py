@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
+from instep.core.histogram import add_to, new_histogram
+from instep.core.typing import I64
 from instep.recording.errors import RecordingError
 from instep.recording.writer import RecordingWriter
 
@@ -35,6 +37,7 @@ class Recorder:
         on_room: called in the recorder's thread when there is room again after there was none.
         on_failure: called once in the recorder's thread with what went wrong.
         on_durable: called in the recorder's thread after each commit with the newest ticket in it.
+        commit_us: a histogram (`core.histogram`) of what each transaction took, from its first row to its commit.
         on_trimmed: called in the recorder's thread when the history begins later, with the position of its checkpoint.
     """
 
@@ -45,6 +48,7 @@ class Recorder:
         on_room: Callable[[], None],
         on_failure: Callable[[Exception], None],
         on_durable: Callable[[int], None],
+        commit_us: I64 | None = None,
         on_trimmed: Callable[[int], None] = lambda position: None,
     ) -> None:
         self._writer = writer
@@ -52,6 +56,7 @@ class Recorder:
         self._on_room = on_room
         self._on_failure = on_failure
         self._on_durable = on_durable
+        self._commit_us = new_histogram() if commit_us is None else commit_us
         self._on_trimmed = on_trimmed
         self.wants_checkpoint = False
         """Whether a checkpoint is needed, so that the history before it can be trimmed later."""
@@ -149,9 +154,11 @@ class Recorder:
         return True
 
     def _write(self, writes: list[Write], batches: int, small_rows: int) -> None:
+        began_ns = time.monotonic_ns()
         for write in writes:
             write(self._writer)
         self._writer.commit()
+        add_to(self._commit_us, (time.monotonic_ns() - began_ns) // 1000, 1)
         self._on_durable(self._writer.position)
         self._writer.copy_wal()
         with self._changed:

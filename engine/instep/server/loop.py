@@ -39,6 +39,8 @@ class Loop:
         self._services: deque[ModelService] = deque()
         """The one that the next turn begins with is the first."""
         self.busy_poll_ns = busy_poll_ns
+        self.busy_ns = 0
+        """How long turns took; polling is not counted."""
         self._on_bug = on_bug
         self._loop = asyncio.get_running_loop()
         self._is_due = self._is_polling = self._is_stopped = False
@@ -93,6 +95,7 @@ class Loop:
         """One turn. Its order is the only thing that orders frames and requests on streams."""
         if self._is_stopped:
             return
+        began_ns = time.monotonic_ns()
         try:
             has_received = self._turn()
             if has_received:
@@ -102,6 +105,7 @@ class Loop:
                 self.wake()
         except Exception as error:
             self._on_bug(error)
+        self.busy_ns += time.monotonic_ns() - began_ns
 
     def _turn(self) -> bool:
         has_received = False

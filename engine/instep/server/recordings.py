@@ -187,6 +187,7 @@ def _recorder(
         on_room=lambda: on_loop(loop.wake),
         on_failure=failed,
         on_durable=lambda lsn: on_loop(journal.advance, lsn),
+        commit_us=service.engine.stats.commit_us,
         on_trimmed=lambda position: service.log.info("recording trimmed", position=position),
     )
 

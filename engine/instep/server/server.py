@@ -181,6 +181,8 @@ class Server:
             await asyncio.sleep(_TICK_S)
             try:
                 now_ns = time.monotonic_ns()
+                for service in self.services:
+                    service.engine.stats.loop_busy_ns = self._turns.busy_ns
                 for summary in self._summaries.values():
                     summary.tick(now_ns / 1e9, self.config.log.summary_s)
                 if free_space is not None:

@@ -20,6 +20,7 @@ _COUNTED: Final = (
     "refused_messages",
 )
 """What is said only where it happened, by the names in STATISTICS without `_total`."""
+_SAID: Final = tuple(f"{name}_total" for name in ("frames", "batches", "messages", *_COUNTED))
 
 
 class Summary:
@@ -49,7 +50,7 @@ class Summary:
             return
         now, before = self._statistics(), self._before
         self._since_s, self._before = now_s, now
-        grown = {name: value - before.get(name, 0.0) for name, value in now.items() if name.endswith("_total")}
+        grown = {name: now[name] - before[name] for name in _SAID}
         if not any(grown.values()):
             return
         counts = {name: int(grown[f"{name}_total"]) for name in _COUNTED if grown[f"{name}_total"]}

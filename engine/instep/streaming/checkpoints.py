@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Final
 
 from instep.streaming.engine import Engine
@@ -37,6 +38,8 @@ class Checkpoints:
         self._at_once = at_once
         self.is_under_way = False
         """Until the recording holds it."""
+        self.taken_ns = time.monotonic_ns()
+        """When the newest one began that was complete; before the first one, when the service was made."""
 
     def take_if_due(self) -> None:
         """Begin one if a restart would have to replay for longer than the target, or the recording is to be trimmed."""
@@ -49,6 +52,7 @@ class Checkpoints:
         if self.is_under_way or not self._engine.journal.is_recording:
             return
         self.is_under_way = True
+        began_ns = time.monotonic_ns()
         journal, table = self._engine.journal, self._engine.table
         through = journal.begin_checkpoint()
         slots = journal.dirty.begin_flush()
@@ -69,6 +73,7 @@ class Checkpoints:
                 lsn = journal.states(through, rows, is_last=part.stop >= len(slots))
                 await journal.committed(lsn)
                 journal.dirty.flushed(slots[part])
+            self.taken_ns = began_ns
             self._engine.events.add("checkpoint", detail=f"{len(slots)} states")
         except Exception as error:
             journal.dirty.flush_failed(slots)

@@ -17,6 +17,7 @@ from instep.core.runs import fail_run, finish_run, hold, release
 from instep.core.scheduler import begin_run
 from instep.core.streams import StreamTable
 from instep.core.tables import (
+    CREDIT_STALLS,
     FIRST_MESSAGE,
     FIRST_VALUE,
     FREE_MESSAGES,
@@ -25,6 +26,8 @@ from instep.core.tables import (
     PENDING_FRAMES,
     READY,
     READY_SINCE_NS,
+    RECEIVED_FRAMES,
+    REPEATED_FRAMES,
     TIMESTEPS,
     WIDTH,
     Tables,
@@ -136,6 +139,8 @@ class Engine:
         self._step_ns: dict[int, int] = {}
         """By bucket, how long each step of its newest run took."""
         self._is_holding = False
+        self._arrived_ns: I64 = tables.messages["arrived_ns"]
+        tables.counts[[RECEIVED_FRAMES, REPEATED_FRAMES, CREDIT_STALLS]] = 0  # not those of another version's engine
 
     @property
     def pending_frames(self) -> int:
@@ -276,11 +281,12 @@ class Engine:
     def _finish(self, run: _Run, result: RunResult) -> None:
         steps, slots = result.steps, run.slots
         self.expected_ns -= run.expected_ns
+        self.stats.executor_busy_ns += result.ended_ns - result.began_ns
         if steps:
             count = finish_run(self.packed, slots, steps, result.ended_ns, result.error is None)
             numbers = self.tables.complete[:count].copy()
             self._step_ns[run.bucket] = step_ns = (result.ended_ns - result.began_ns) // steps
-            self.stats.stepped(len(slots), steps, step_ns)
+            self.stats.stepped(len(slots), run.bucket, steps, step_ns)
             if self.journal.is_recording:
                 for lsn, rows in zip(run.lsns, run.rows[:steps], strict=False):
                     self.journal.outputs(lsn, rows, step_ns)
@@ -327,7 +333,7 @@ class Engine:
             now_ns = time.monotonic_ns()
             send_ns = max(0, now_ns - ended_ns) if ended_ns else 0
             self._reply(groups, began_ns, ended_ns - began_ns, send_ns)
-            self.stats.replied(taken, send_ns)
+            self.stats.replied(self._arrived_ns, numbers[:taken], now_ns, send_ns)
             numbers = numbers[taken:]
         self.origins.release_left()
 
@@ -340,6 +346,8 @@ class Engine:
             origin = self.origins[number]
             if origin is None:
                 continue  # it is gone, and its streams are parked
+            if failed:
+                self.stats.refuse_streams(tables.reply_columns[0, column : column + width])
             y = tables.reply_y[value : value + timesteps * width * outputs].reshape(timesteps, width, outputs)
             origin.deliver(
                 Reply(

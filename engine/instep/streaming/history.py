@@ -100,6 +100,11 @@ class History:
             *(now.get(name, 0.0) for name in _GAUGES),
         ]
 
+    def lately(self, name: str) -> float:
+        """The mean of a column over the last ten seconds; 0 before its first row."""
+        rows = np.arange(max(0, self._count - _WINDOW), self._count) % ROWS
+        return float(self._rows[rows, COLUMNS.index(name)].mean()) if len(rows) else 0.0
+
     def columns(self) -> dict[str, list[float]]:
         """Every column by its name, one value a row, oldest first."""
         rows = np.roll(self._rows, -self._count, axis=0) if self._count > ROWS else self._rows[: self._count]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
+from instep.core.tables import CREDIT_STALLS, RECEIVED_FRAMES, REPEATED_FRAMES
+from instep.recording.database import bytes_on_disk
 from instep.recording.recorder import Recorder
 from instep.recording.scrub import Scrub
 from instep.streaming.checkpoints import Checkpoints
@@ -59,7 +62,7 @@ class ModelService:
     """Refusals by code, as far as the events tell of them."""
 
     def __post_init__(self) -> None:
-        self.history = History(self._counted, self.engine.stats.histograms())
+        self.history = History(self._counted, self.engine.stats.durations())
 
     @property
     def events(self) -> EventLog:
@@ -112,13 +115,31 @@ class ModelService:
         return self._counted() | {f"recent_{name}": value for name, value in self.history.newest().items()}
 
     def _counted(self) -> dict[str, float]:
-        engine, table = self.engine, self.engine.table
+        engine, table, counts = self.engine, self.engine.table, self.engine.tables.counts
         return {
             "ready": float(self.is_ready),
             **engine.stats.values(),
+            "received_frames_total": float(counts[RECEIVED_FRAMES]),
+            "repeated_frames_total": float(counts[REPEATED_FRAMES]),
+            "credit_stalls_total": float(counts[CREDIT_STALLS]),
+            "step_time_ratio": self.history.lately("executor_busy"),
             "connections": float(len(engine.origins)),
             "streams_open": float(table.open_count),
             "streams_parked": float(table.owned[table.parked]),
             "streams_hibernated": float(self.listing.hibernating_count),
             "frames_pending": float(engine.pending_frames),
+            **self._recorded(),
         }
+
+    def _recorded(self) -> dict[str, float]:
+        """The numbers of the recording, where there is one."""
+        if self.file is None:
+            return {}
+        numbers = {
+            "recording_bytes": float(bytes_on_disk(self.file)),
+            "checkpoint_age_s": (time.monotonic_ns() - self.checkpoints.taken_ns) / 1e9,
+            "replay_s": self.engine.journal.computed_ns / 1e9,
+        }
+        if self.recovery is not None:
+            numbers["recovery_s"] = self.recovery.seconds
+        return numbers

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
-from instep.core.histogram import add_to, new_histogram, quantile
-from instep.core.typing import I64
+from instep.core.histogram import add_replies, add_steps, new_histogram, quantile
+from instep.core.typing import I32, I64
 from instep_client.protocol.codes import Code
 
 _CODES: Final = 256
@@ -21,6 +22,8 @@ class EngineStats:
 
     frames_total: int = 0
     batches_total: int = 0
+    padded_rows_total: int = 0
+    """Rows of all batches, padding included."""
     messages_total: int = 0
     """STEP messages answered."""
     busy_total: int = 0
@@ -41,35 +44,51 @@ class EngineStats:
     evicted_by_reason: dict[str, int] = field(default_factory=dict)
     is_exact: bool = False
     """Whether frames are promised the same bits in every bucket."""
+    began_ns: int = field(default_factory=time.monotonic_ns)
+    executor_busy_ns: int = 0
+    """How long runs took."""
+    loop_busy_ns: int = 0
+    """How long the turns of the server's loop took, for all models together."""
     recording_free_bytes: int | None = None
     """Free on the disk of the recording; None without one."""
     refused: I64 = field(default_factory=lambda: np.zeros(_CODES, np.int64))
     """Refusals by code: of messages as a whole, and of streams in them."""
+    latency_us: I64 = field(default_factory=new_histogram)
+    """Microseconds from the arrival of messages to their replies."""
     queue_us: I64 = field(default_factory=new_histogram)
     """Microseconds that messages waited for the step of their last frames."""
     compute_us: I64 = field(default_factory=new_histogram)
     """Microseconds that steps took."""
     send_us: I64 = field(default_factory=new_histogram)
     """Microseconds from the end of a step to its replies."""
+    commit_us: I64 = field(default_factory=new_histogram)
+    """Microseconds that transactions of the recording took; the recorder's thread adds them."""
     batch_size: I64 = field(default_factory=new_histogram)
-    """Streams of a step."""
+    """Streams of a batch, less one; see `add_steps`."""
+    batch_fill: I64 = field(default_factory=new_histogram)
+    """Eighths of a padded batch that are streams, rounded up."""
 
-    def stepped(self, streams: int, steps: int, compute_ns: int) -> None:
-        """A run ended: its streams, its steps, and the nanoseconds of each step."""
+    def stepped(self, streams: int, bucket: int, steps: int, step_ns: int) -> None:
+        """A run ended: its streams, its padded batch size, its steps, and the nanoseconds of each step."""
         self.batches_total += steps
         self.frames_total += streams * steps
-        add_to(self.compute_us, compute_ns // 1000, steps)
-        add_to(self.batch_size, streams, steps)
+        self.padded_rows_total += bucket * steps
+        add_steps(self.compute_us, self.batch_size, self.batch_fill, streams, bucket, step_ns, steps)
 
-    def replied(self, messages: int, send_ns: int) -> None:
-        """Messages were answered `send_ns` after their step."""
-        self.messages_total += messages
-        add_to(self.send_us, send_ns // 1000, messages)
+    def replied(self, arrived_ns: I64, numbers: I32, now_ns: int, send_ns: int) -> None:
+        """Messages, int32 [M], were answered now, `send_ns` after their step; `arrived_ns` is int64, by message."""
+        self.messages_total += len(numbers)
+        add_replies(self.latency_us, self.send_us, arrived_ns, numbers, now_ns, send_ns)
 
     def refuse(self, code: Code) -> None:
         """A message was refused as a whole."""
         self.refused_messages_total += 1
         self.refused[code] += 1
+
+    def refuse_streams(self, codes: I32 | I64) -> None:
+        """A message was answered with these codes, [N], by stream: 0 where it was not refused."""
+        self.refused += np.bincount(codes, minlength=_CODES)
+        self.refused[0] = 0
 
     def evicted(self, reason: str, streams: int) -> None:
         """Streams were evicted for this reason."""
@@ -84,18 +103,21 @@ class EngineStats:
         values |= {f"evicted_{reason}_total": float(count) for reason, count in self.evicted_by_reason.items()}
         values["refused_total"] = float(self.refused.sum())
         values |= {f"refused_{code.name.lower()}_total": float(count) for code, count in self.refusals().items()}
+        values["loop_busy_s_total"] = self.loop_busy_ns / 1e9
+        values["executor_busy_s_total"] = self.executor_busy_ns / 1e9
+        values["uptime_s"] = (time.monotonic_ns() - self.began_ns) / 1e9
         values["exact"] = float(self.is_exact)
         values["batch_size_mean"] = self.frames_total / max(1, self.batches_total)
-        if self.recording_free_bytes is not None:
-            values["recording_free_bytes"] = float(self.recording_free_bytes)
-        for name, histogram in self.histograms().items():
+        for name, histogram in self.durations().items():
             values[f"{name}_p50"] = quantile(histogram, 0.50)
             values[f"{name}_p99"] = quantile(histogram, 0.99)
+        if self.recording_free_bytes is not None:
+            values["recording_free_bytes"] = float(self.recording_free_bytes)
         return values
 
-    def histograms(self) -> dict[str, I64]:
+    def durations(self) -> dict[str, I64]:
         """The histograms of durations, by name."""
-        return {name: getattr(self, name) for name in ("queue_us", "compute_us", "send_us")}
+        return {name: getattr(self, name) for name in ("latency_us", "queue_us", "compute_us", "send_us", "commit_us")}
 
     def refusals(self) -> dict[Code, int]:
         """How often each code was given; codes that never were are left out."""

@@ -8,6 +8,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from instep.core.typing import I32
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import Decoder
 from instep.streaming.api import Grants, Origin, Refusal
@@ -29,6 +30,10 @@ class Served:
         if not self.service.is_ready:
             has_failed = self.service.engine.journal.has_failed
             raise Refusal(Code.SHUTTING_DOWN, "its recording has failed" if has_failed else "")
+
+    def _count(self, codes: I32) -> None:
+        """Streams of a request were answered with these codes, int32 [N]; 0 where they were not refused."""
+        self.service.engine.stats.refuse_streams(codes)
 
     def summary(self) -> tuple[int, int, int, int, int]:
         """The fields of `wire.MODEL`."""
@@ -52,7 +57,9 @@ class Served:
             None if states is None else states[good],
             None if first_seqs is None else first_seqs[good],
         )
-        return encode.granted(Kind.OPENED, header.request, opened.spread(codes), self.info.durability)
+        granted = opened.spread(codes)
+        self._count(granted.codes)
+        return encode.granted(Kind.OPENED, header.request, granted, self.info.durability)
 
     async def resume(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
         """RESUME."""
@@ -62,6 +69,7 @@ class Served:
         claims = wire.array_frame(frames[2], wire.CLAIM, (count,), "claims")
         self.refuse_what_is_new()
         resumed = await self.service.operations.resume(origin, names, claims["have"], claims["epoch"], bool(take_over))
+        self._count(resumed.codes)
         return encode.granted(Kind.RESUMED, header.request, resumed, self.info.durability)
 
     async def read_state(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
@@ -71,6 +79,7 @@ class Served:
             read = await self.service.operations.read_states(wire.unpack_names(frames[1], count))
         else:
             read = await self.service.operations.read_own_states(origin, self.decoder.handles(frames[1], count))
+        self._count(read.codes)
         return encode.state_read(header.request, read)
 
     async def reset(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
@@ -80,9 +89,9 @@ class Served:
         handles = self.decoder.handles(frames[1], count)
         self.refuse_what_is_new()
         codes = self.decoder.state_codes(states, count)
-        return encode.changed(
-            header.request, await self.service.operations.write_states(origin, handles, states, codes)
-        )
+        codes = await self.service.operations.write_states(origin, handles, states, codes)
+        self._count(codes)
+        return encode.changed(header.request, codes)
 
     async def fork(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
         """FORK."""
@@ -91,6 +100,7 @@ class Served:
         handles = self.decoder.handles(frames[1], count)
         self.refuse_what_is_new()
         forked: Grants = await self.service.operations.fork(origin, handles, names, self.decoder.name_codes(names))
+        self._count(forked.codes)
         return encode.granted(Kind.OPENED, header.request, forked, self.info.durability)
 
     async def close(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
@@ -98,6 +108,7 @@ class Served:
         count = self.decoder.count_with_states(header.fields[0])
         closings = wire.array_frame(frames[1], wire.CLOSING, (count,), "closings")
         states, codes = await self.service.operations.close(origin, closings["handle"], closings["have"])
+        self._count(codes)
         return encode.closed(header.request, states, codes)
 
 
