@@ -68,6 +68,7 @@ class TestServe:
         result = instep(
             *("serve", str(tmp_path), "--endpoint", "tcp://0.0.0.0:1", "--allow-plaintext", "--device", "cpu"),
             *("--exactness", "off", "--max-streams", "5", "--max-batch-size", "6", "--max-queue-delay-us", "7"),
+            *("--http", "127.0.0.1:0"),
             *("--max-idle-s", "8", "--record", str(tmp_path / "r"), "--log-level", "debug", "--log-format", "json"),
             *("--set", "limits.max_connections=9", "--set", "shutdown.drain_timeout_s=10"),
         )
@@ -85,6 +86,7 @@ class TestServe:
                 "max_queue_delay_us": 7,
             },
             "transport": {**default["transport"], "endpoint": "tcp://0.0.0.0:1", "allow_plaintext": True},
+            "http": {**default["http"], "endpoint": "127.0.0.1:0"},
             "limits": {**default["limits"], "max_idle_s": 8.0, "max_connections": 9},
             "recording": {**default["recording"], "file": tmp_path.resolve() / "r"},
             "shutdown": {"drain_timeout_s": 10.0},

@@ -13,7 +13,7 @@ import pytest
 from instep import interrupts
 from tests.support.interrupting import interrupted_at_every_moment
 
-SERVE = ("serve", "--demo", "--endpoint", "tcp://127.0.0.1:*")
+SERVE = ("serve", "--demo", "--endpoint", "tcp://127.0.0.1:*", "--http", "off")
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ _FLAGS: Final = (
     _Flag("engine.max_streams", "--max-streams", "N", "Streams open at once."),
     _Flag("engine.max_batch_size", "--max-batch-size", "N", "Streams in one step."),
     _Flag("engine.max_queue_delay_us", "--max-queue-delay-us", "N", "Microseconds to wait for a fuller batch."),
+    _Flag("http.endpoint", "--http", "ENDPOINT", "Of the admin server: HOST:PORT, or off."),
     _Flag("limits.max_idle_s", "--max-idle-s", "N", "Seconds until a silent stream is closed."),
     _Flag("recording.file", "--record", "FILE", "Write a recording, or continue it; a folder for several models."),
     _Flag("recording.durability", "--durability", "LEVEL", "What answers wait for: memory, commit or fsync."),

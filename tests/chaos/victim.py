@@ -41,7 +41,7 @@ class Victim:
         self._held = _held_port()
         self.endpoint = f"tcp://127.0.0.1:{self._held.getsockname()[1]}"
         self._arguments = [
-            *("serve", str(folder / "model"), "--endpoint", self.endpoint),
+            *("serve", str(folder / "model"), "--endpoint", self.endpoint, "--http", "off"),
             *("--record", str(self.recording), "--durability", durability, "--set", "log.format=json"),
             *arguments,
         ]

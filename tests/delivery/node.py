@@ -52,6 +52,7 @@ from tests.delivery.network import Connection, HandRouter, Network
 from tests.delivery.recurrence import MAX_STREAMS, HandExecutor, Recurrence, StepFailure
 from tests.support.running import log_into
 from tests.support.states import floats_of, gru_state
+from tests.support.streaming import ABOUT
 
 _MAX_CONNECTIONS = 64
 _MAX_FRAMES = 64
@@ -200,7 +201,17 @@ class Node:
         log = log_into([])
         withdrawal = Withdrawal(Recheck(stepper, tables, 0), engine, log)
         service = ModelService(
-            "exact", engine, operations, self._reaper, states, self._checkpoints, withdrawal, listing, self.tasks, log
+            "exact",
+            engine,
+            operations,
+            self._reaper,
+            states,
+            self._checkpoints,
+            withdrawal,
+            listing,
+            self.tasks,
+            log,
+            ABOUT,
         )
         self._frontend.add(Served(service, _info(number, sizes), Decoder(1, gru_state(1, 1), _MAX_FRAMES, 10_000)))
         turns.frontends = [self._frontend]

@@ -217,7 +217,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @contextlib.asynccontextmanager
 async def process(model: Path, recording: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     """A server process and its endpoint."""
-    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", "tcp://127.0.0.1:*"]
+    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", "tcp://127.0.0.1:*", "--http", "off"]
     served = await asyncio.create_subprocess_exec(
         *command, "--record", str(recording), "--set", "log.format=json", stderr=asyncio.subprocess.PIPE
     )

@@ -60,7 +60,17 @@ async def test_a_second_server_on_a_recording_is_refused_until_the_first_has_end
 def test_a_second_process_on_a_recording_ends_with_a_sentence_and_status_1(tmp_path: Path) -> None:
     path = tmp_path / "r.db"
     write_model(tmp_path / "model", SMALL)
-    command = [sys.executable, "-m", "instep", "serve", str(tmp_path / "model"), "--endpoint", "tcp://127.0.0.1:*"]
+    command = [
+        sys.executable,
+        "-m",
+        "instep",
+        "serve",
+        str(tmp_path / "model"),
+        "--endpoint",
+        "tcp://127.0.0.1:*",
+        "--http",
+        "off",
+    ]
     lock = WriterLock(path)
     try:
         served = subprocess.run(

@@ -134,7 +134,7 @@ def test_when_its_terminal_closes_the_server_ends_in_order(model: Path, tmp_path
         os.setsid()
         fcntl.ioctl(program, termios.TIOCSCTTY, 0)
 
-    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", "tcp://127.0.0.1:*"]
+    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", "tcp://127.0.0.1:*", "--http", "off"]
     process = subprocess.Popen(
         [*command, "--record", str(recording)],
         stdin=program,

@@ -47,10 +47,11 @@ def prepared(model: Model, max_batch_size: int = 256, device: torch.device = CPU
 
 
 def config(**sections: dict[str, Any]) -> Config:
-    """A configuration for tests: any free port, steps in a thread, and what the test asks for."""
+    """A configuration for tests: any free port, no admin server, steps in a thread, and what the test asks for."""
     engine = {"steps_in": "thread", "busy_poll_us": 0, **sections.pop("engine", {})}
     transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
-    return Config.model_validate({"transport": transport, "engine": engine, **sections})
+    http = {"endpoint": "off", **sections.pop("http", {})}
+    return Config.model_validate({"transport": transport, "engine": engine, "http": http, **sections})
 
 
 @contextlib.asynccontextmanager

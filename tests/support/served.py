@@ -39,7 +39,7 @@ class Served:
 @contextmanager
 def serving(model: Path, *arguments: str, endpoint: str = "tcp://127.0.0.1:*", **popen: Any) -> Iterator[Served]:
     """Run `instep serve` while the block runs; further arguments of it and of `Popen`."""
-    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", endpoint]
+    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", endpoint, "--http", "off"]
     command += ["--log-format", "json", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
     try:

@@ -38,7 +38,7 @@ from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import Reaper
 from instep.streaming.recovery import Recovery, resume_recording
-from instep.streaming.service import ModelService
+from instep.streaming.service import About, ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
@@ -48,6 +48,8 @@ from tests.support.faulty_states import FaultyStates
 from tests.support.models import SMALL
 from tests.support.running import CPU, config, log_into, prepared
 
+ABOUT = About("0" * 64, "gru", "cpu", "exact", 0, False, (1,), 1, 1, 1, "memory")
+"""Of engines that no process serves."""
 PARK_NS = 10**12
 """How long streams of the engines below stay parked."""
 
@@ -239,6 +241,7 @@ class StreamingEngine:
                 Listing(self.table, self.hibernation, idle),
                 self.tasks,
                 log,
+                ABOUT,
             )
         )
         self.loop.frontends = [self.frontend]

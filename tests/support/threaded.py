@@ -30,6 +30,7 @@ class ThreadedServer:
             overrides[key] = value
         self._sections = load_config(None, overrides, {}).model_dump(exclude={"model"})
         self._sections["transport"]["endpoint"] = "tcp://127.0.0.1:*"
+        self._sections["http"]["endpoint"] = None
         self._folder = model
         self._ready: Future[str] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))

@@ -5,6 +5,7 @@ from instep.config.loading import explain_config, load_config, unknown_variables
 from instep.config.sections import (
     Config,
     EngineConfig,
+    HttpConfig,
     LimitsConfig,
     LogConfig,
     ModelConfig,
@@ -17,6 +18,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "EngineConfig",
+    "HttpConfig",
     "LimitsConfig",
     "LogConfig",
     "ModelConfig",

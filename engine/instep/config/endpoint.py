@@ -7,6 +7,7 @@ from ipaddress import ip_address
 from typing import Final
 
 _TCP: Final = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\*|\d{1,5})")
+_HTTP: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})")
 _MAX_IPC_PATH_BYTES: Final = 107  # sockaddr_un
 
 
@@ -34,7 +35,34 @@ def is_loopback(endpoint: str) -> bool:
     match = _TCP.fullmatch(endpoint)
     if match is None:
         return endpoint.startswith("ipc://")
-    host = match["host"].strip("[]")
+    return is_loopback_host(match["host"].strip("[]"))
+
+
+def checked_http_endpoint(endpoint: object) -> object:
+    """The endpoint of the admin server, `HOST:PORT`; None where it is `off`, which YAML reads as False.
+
+    Raises:
+        ValueError: saying what it should look like.
+    """
+    if endpoint is False or endpoint == "off":
+        return None
+    if isinstance(endpoint, str):
+        match = _HTTP.fullmatch(endpoint)
+        if match is None or int(match["port"]) > 65_535:
+            raise ValueError(
+                f"{endpoint!r} is not an endpoint: write 127.0.0.1:5780 (port 0 for any), [::1]:5780, or off"
+            )
+    return endpoint
+
+
+def host_and_port(endpoint: str) -> tuple[str, int]:
+    """Of a checked endpoint of the admin server; an IPv6 address without its brackets."""
+    host, _, port = endpoint.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether only this machine can reach a host: a name, or an address without brackets."""
     if host.lower() == "localhost":
         return True
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from instep.config.endpoint import is_loopback
+from instep.config.endpoint import host_and_port, is_loopback, is_loopback_host
 
 if TYPE_CHECKING:
     from instep.config.sections import Config
@@ -27,6 +27,7 @@ def contradictions(config: Config) -> list[Contradiction]:
     """
     return [
         *_transport(config),
+        *_http(config),
         *_limits(config),
         *_recording(config),
     ]
@@ -43,6 +44,20 @@ def _transport(config: Config) -> list[Contradiction]:
             "who connects yet: anybody on that network could read the streams and send frames",
             "use tcp://127.0.0.1:PORT, or set transport.allow_plaintext: true (--allow-plaintext) if you trust that "
             "network",
+        )
+    ]
+
+
+def _http(config: Config) -> list[Contradiction]:
+    endpoint = config.http.endpoint
+    if endpoint is None or config.http.token_file is not None or is_loopback_host(host_and_port(endpoint)[0]):
+        return []
+    return [
+        Contradiction(
+            ("http.endpoint", "http.token_file"),
+            f"{endpoint} can be reached from other machines: anybody on that network could read the names, rates and "
+            "values of the streams",
+            "use 127.0.0.1:PORT, or name a file that holds a token in http.token_file",
         )
     ]
 

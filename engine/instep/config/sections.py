@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from instep.config.endpoint import checked_endpoint
+from instep.config.endpoint import checked_endpoint, checked_http_endpoint
 from instep.config.rules import contradictions
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -91,6 +91,13 @@ class TransportConfig(Section):
     heartbeat_s: TimerSeconds = 10.0
 
 
+class HttpConfig(Section):
+    """The admin server; without an endpoint there is none."""
+
+    endpoint: Annotated[str | None, BeforeValidator(checked_http_endpoint)] = "127.0.0.1:5780"
+    token_file: Path | None = None
+
+
 class LimitsConfig(Section):
     """Limits: when a message is refused, a silent peer given up, and an idle stream ended."""
 
@@ -142,6 +149,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     transport: TransportConfig = TransportConfig()
+    http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()
     recording: RecordingConfig = RecordingConfig()
     shutdown: ShutdownConfig = ShutdownConfig()

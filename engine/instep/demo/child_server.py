@@ -32,7 +32,7 @@ class ChildServer:
     def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
         self._command = [
             *(sys.executable, "-m", "instep", "serve", str(model)),
-            *("--endpoint", "tcp://127.0.0.1:*", "--set", "log.format=json"),
+            *("--endpoint", "tcp://127.0.0.1:*", "--http", "off", "--set", "log.format=json"),
             *arguments,
         ]
         self.endpoint = ""

@@ -10,6 +10,9 @@ import structlog
 
 from instep.config import Config
 from instep.config.endpoint import is_loopback
+from instep.frontends.http.admin import AdminServer
+from instep.frontends.http.connections import CannotListen, bind
+from instep.frontends.http.security import BadTokenFile, read_token
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import CannotBind, Router
@@ -56,7 +59,7 @@ def make_server(
             server = _make_server(config, prepared, log, make_stepper, undo, accept_numerics_change)
         except (LimitsError, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
-        except CannotBind as error:
+        except (CannotBind, CannotListen, BadTokenFile) as error:
             raise CannotServe(str(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
             raise _no_memory(config, error) from None
@@ -81,6 +84,10 @@ def _make_server(
         undo.callback(foundation.executor.stop, 0.0)
     router = Router(config.transport)
     undo.callback(router.close)
+    token = read_token(config.http.token_file)
+    listener = bind(config.http, log)
+    if listener is not None:
+        undo.callback(listener.close)
 
     # The loop, the front end and the services, which do not know each other yet.
     shutdown = Shutdown(log)
@@ -115,6 +122,8 @@ def _make_server(
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown)
     server = Server(config, shutdown, loop, frontend, log)
+    if listener is not None:
+        server.admin = AdminServer(listener, token, server, log)
     for foundation, service in zip(foundations, services, strict=True):
         server.add(make_served(config, foundation, service))
     if is_loopback(config.transport.endpoint):

@@ -8,6 +8,8 @@ from pathlib import Path
 import structlog
 
 from instep.config import Config
+from instep.frontends.http.connections import CannotListen, bind
+from instep.frontends.http.security import BadTokenFile, read_token
 from instep.frontends.zmq.router import CannotBind, Router
 from instep.recording.database import check_place, lost_tail
 from instep.recording.errors import RecordingError, with_advice
@@ -22,7 +24,7 @@ from instep.server.recordings import present_recording, recording_file, recordin
 
 
 def check(config: Config, *, accept_numerics_change: bool = False, restart: bool = False) -> None:
-    """Load and certify the models, look through what of their recordings a start reads, and try the endpoint.
+    """Load and certify the models, look through what of their recordings a start reads, and try the endpoints.
 
     The log says what would be served.
 
@@ -47,9 +49,12 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
                 file = present_recording(file, each.model.fingerprint)
                 _check_recording(file, config, each, log, accept_numerics_change)
         Router(config.transport).close()
+        read_token(config.http.token_file)
+        if (listener := bind(config.http, log)) is not None:
+            listener.close()
     except (LimitsError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
-    except CannotBind as error:
+    except (CannotBind, CannotListen, BadTokenFile) as error:
         raise CannotServe(str(error)) from None
     for each in prepared:
         log.info(

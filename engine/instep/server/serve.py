@@ -141,4 +141,5 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
         )
     is_usual = server.endpoint == TransportConfig().endpoint
     following = "instep-client ping" if is_usual else "connect a client"
-    log.info("serving", endpoint=server.endpoint, next=following)
+    admin = {} if server.admin is None else {"http": server.admin.url}
+    log.info("serving", endpoint=server.endpoint, **admin, next=following)

@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 
 from instep.config import Config
+from instep.frontends.http.admin import AdminServer
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.served import Served
 from instep.recording.recorder import Recorder
@@ -61,6 +62,8 @@ class Server:
         self._frontend = frontend
         self._log = log
         self._summaries: dict[ModelService, Summary] = {}
+        self.admin: AdminServer | None = None
+        """Shows this one over HTTP; started and closed with it."""
 
     def add(self, served: Served) -> None:
         """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
@@ -139,6 +142,11 @@ class Server:
         return self._frontend.router.endpoint
 
     @property
+    def is_draining(self) -> bool:
+        """Whether it was told to end."""
+        return self._shutdown.requested.is_set()
+
+    @property
     def failure(self) -> str | None:
         """Why the server had to end, if it had to."""
         return self._shutdown.failure
@@ -165,9 +173,13 @@ class Server:
         ticking = asyncio.create_task(self._tick())
         try:
             self._turns.start()
+            if self.admin is not None:
+                await self.admin.start()
             await self._shutdown.requested.wait()
             self._drain_until = time.monotonic() + self.config.shutdown.drain_timeout_s
             self.stop(drain=self._shutdown.drains)  # a failure did not tell the front end
+            if self.admin is not None:
+                self.admin.go_away()
             await self._drain()
         finally:
             ticking.cancel()
@@ -237,6 +249,8 @@ class Server:
         try:
             async with contextlib.AsyncExitStack() as closing:  # last to first, each whatever the others raise
                 closing.callback(self._frontend.close)
+                if self.admin is not None:
+                    closing.push_async_callback(self.admin.close)
                 for service in self.services:
                     self._will_close(service, closing, timeout_s)
                 closing.callback(self._frontend.go_away, reason)

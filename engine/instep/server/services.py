@@ -37,7 +37,7 @@ from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import Reaper
-from instep.streaming.service import ModelService
+from instep.streaming.service import About, ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks, in_daemon_thread
@@ -170,33 +170,51 @@ def make_service(
         listing=Listing(table, hibernation, idle),
         tasks=tasks,
         log=log,
+        about=_about(config, foundation),
         file=file,
+    )
+
+
+def _about(config: Config, foundation: Foundation) -> About:
+    prepared, certification = foundation.prepared, foundation.prepared.certification
+    return About(
+        fingerprint=prepared.model.fingerprint,
+        kind=prepared.network.description.kind,
+        device=str(prepared.device),
+        exactness=certification.exactness,
+        max_ulp=certification.max_ulp,
+        is_required=config.engine.exactness == "require",
+        buckets=certification.buckets,
+        features=prepared.network.description.features,
+        outputs=prepared.network.description.outputs,
+        max_streams=foundation.limits.max_streams,
+        durability="memory" if config.recording.file is None else config.recording.durability,
     )
 
 
 def make_served(config: Config, foundation: Foundation, service: ModelService) -> Served:
     """A service as its connections see it."""
-    prepared, limits = foundation.prepared, foundation.limits
-    network, certification = prepared.network, prepared.certification
+    prepared, limits, about = foundation.prepared, foundation.limits, service.about
+    network = prepared.network
     decoder = Decoder(network.description.features, network.state, limits.max_block_frames, limits.max_message_bytes)
     info = ServerInfo(
         protocol_version=PROTOCOL_VERSION,
         boot_id=secrets.token_hex(8),
         model=prepared.model.name,
-        fingerprint=prepared.model.fingerprint,
-        features=network.description.features,
-        outputs=network.description.outputs,
+        fingerprint=about.fingerprint,
+        features=about.features,
+        outputs=about.outputs,
         state=network.state,
-        device=str(prepared.device),
-        exactness=certification.exactness,
-        buckets=certification.buckets,
-        max_streams=limits.max_streams,
+        device=about.device,
+        exactness=about.exactness,
+        buckets=about.buckets,
+        max_streams=about.max_streams,
         max_message_bytes=limits.max_message_bytes,
         max_block_frames=limits.max_block_frames,
         credit_frames=limits.credit_frames,
         max_idle_s=config.limits.max_idle_s,
         window_frames=limits.window_frames,
-        durability="memory" if config.recording.file is None else config.recording.durability,
+        durability=about.durability,
         park_s=config.limits.park_s,
         output_names=prepared.model.output_names,
     )

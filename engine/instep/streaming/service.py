@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
@@ -25,6 +26,26 @@ from instep.streaming.states import StreamStates
 from instep.streaming.tasks import Tasks
 from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.codes import Code
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is known of a model from the start."""
+
+    fingerprint: str
+    kind: str
+    device: str
+    exactness: Literal["exact", "tolerance", "off"]
+    """As certified; a recheck may withdraw it."""
+    max_ulp: int
+    """The largest distance that certification measured."""
+    is_required: bool
+    """Whether `engine.exactness` is `require`."""
+    buckets: tuple[int, ...]
+    features: int
+    outputs: int
+    max_streams: int
+    durability: Literal["memory", "commit", "fsync"]
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +70,7 @@ class ModelService:
     """Requests and whatever else waits for this engine or its recording."""
     log: structlog.stdlib.BoundLogger
     """Names the model in every line, where the server has several."""
+    about: About
     file: Path | None = None
     """Its recording."""
     recorder: Recorder | None = None

@@ -63,7 +63,7 @@ class TypedServer:
 
     def start(self) -> None:
         """Start it, and return once its log says what it serves."""
-        environ = {**os.environ, "INSTEP_TRANSPORT__ENDPOINT": self.endpoint}
+        environ = {**os.environ, "INSTEP_TRANSPORT__ENDPOINT": self.endpoint, "INSTEP_HTTP__ENDPOINT": "off"}
         words = [str(SCRIPTS / self._command[0]), *self._command[1:]]
         self.process = subprocess.Popen(words, cwd=self._cwd, stderr=subprocess.PIPE, text=True, env=environ)
         assert self.process.stderr is not None

@@ -1,0 +1,42 @@
+"""The admin server as the life of a process sees it: it starts, says goodbye, and closes."""
+
+from __future__ import annotations
+
+import socket
+
+import structlog
+
+from instep.config.endpoint import is_loopback_host
+from instep.frontends.http.app import make_app
+from instep.frontends.http.connections import Connections, url_of
+from instep.frontends.http.security import Guard
+from instep.frontends.http.subject import Subject
+
+
+class AdminServer:
+    """Serves what it sees of a server over HTTP.
+
+    Args:
+        listener: bound and listening; closed with this.
+        token: what requests have to show; None where they need not.
+        subject: what it shows.
+        log: where it says what no request can be told.
+    """
+
+    def __init__(
+        self, listener: socket.socket, token: str | None, subject: Subject, log: structlog.stdlib.BoundLogger
+    ) -> None:
+        host, port = listener.getsockname()[:2]
+        self.url = url_of(listener)
+        self._connections = Connections(listener, Guard(make_app(subject, log), token, is_loopback_host(host), port))
+
+    async def start(self) -> None:
+        """Answer from now on."""
+        await self._connections.start()
+
+    def go_away(self) -> None:
+        """Say goodbye to those who listen, because the server ends; requests are answered until `close`."""
+
+    async def close(self) -> None:
+        """End every connection."""
+        await self._connections.close()

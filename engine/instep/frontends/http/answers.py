@@ -1,0 +1,53 @@
+"""Answers: JSON, and errors that are one sentence each."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+
+
+class HttpError(Exception):
+    """A request that gets no other answer than this error.
+
+    Args:
+        status: of HTTP.
+        code: a word for programs.
+        message: a sentence for people, with what to do.
+        headers: further ones.
+    """
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.headers = headers
+
+    def response(self) -> Response:
+        """The answer."""
+        return json_answer({"error": {"code": self.code, "message": str(self)}}, self.status, self.headers)
+
+
+def json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer in JSON."""
+    return Response(to_json(value), status, headers, "application/json")
+
+
+def to_json(value: Any) -> bytes:
+    """Compact UTF-8; numbers that are not finite become null, because JSON has no others."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode(errors="replace")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,69 @@
+"""The paths of the admin server."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any, Final
+
+import structlog
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from instep.frontends.http.answers import HttpError, json_answer
+from instep.frontends.http.overview import Overview
+from instep.frontends.http.pages import Pages
+from instep.frontends.http.subject import Subject
+
+_PATHS: Final = ("/", "/healthz", "/readyz", "/api/stats")
+"""Those that a wrong path may have meant."""
+
+
+def make_app(subject: Subject, log: structlog.stdlib.BoundLogger) -> ASGIApp:
+    """Answers every path. It raises nothing: what no code expects is logged and answered with INTERNAL."""
+    overview, pages = Overview(subject), Pages()
+
+    async def alive(request: Request) -> Response:
+        return json_answer({"alive": True})
+
+    async def ready(request: Request) -> Response:
+        problems = overview.problems()
+        if problems:
+            raise HttpError(503, "NOT_READY", "; ".join(problems))
+        return json_answer({"ready": True})
+
+    async def stats(request: Request) -> Response:
+        return Response(overview.stats(), media_type="application/json")
+
+    async def page(request: Request) -> Response:
+        return pages.answer(request)
+
+    async def refused(request: Request, error: Any) -> Response:
+        assert isinstance(error, HttpError)
+        return error.response()
+
+    async def no_such_path(request: Request, error: Any) -> Response:
+        close = get_close_matches(request.url.path, _PATHS, n=1)
+        meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(_PATHS)}"
+        return HttpError(404, "NOT_FOUND", f"there is no path {request.url.path[:80]!r}: {meant}").response()
+
+    async def bug(request: Request, error: Exception) -> Response:
+        log.error("bug in the admin server", path=request.url.path, exc_info=error)
+        return HttpError(500, "INTERNAL", "a bug in the admin server; its log says more").response()
+
+    routes = [
+        Route("/healthz", alive),
+        Route("/v2/health/live", alive),
+        Route("/readyz", ready),
+        Route("/v2/health/ready", ready),
+        Route("/api/stats", stats),
+        Route("/", page),
+        Route("/static/{file:path}", page),
+    ]
+    return Starlette(
+        routes=routes,
+        exception_handlers={HttpError: refused, HTTPException: no_such_path, Exception: bug},
+    )

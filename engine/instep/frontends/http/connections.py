@@ -1,0 +1,195 @@
+"""The socket of the admin server and its connections, in the event loop of the server, from bind to close."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from http import HTTPStatus
+from typing import Final
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from instep.config import HttpConfig
+from instep.config.endpoint import host_and_port
+from instep.frontends.http.answers import HttpError
+
+DEFAULT: Final = HttpConfig().endpoint
+MOST_CONNECTIONS: Final = 64
+MOST_HEAD_BYTES: Final = 16_384
+"""Of a request's line and headers."""
+REQUEST_S: Final = 10.0
+"""How long a connection may take for the head of a request."""
+KEEP_ALIVE_S: Final = 30
+UNREAD_S: Final = 10.0
+"""How long a peer may leave what was sent to it, before its connection is ended."""
+_LINGER_S: Final = 0.5
+"""How long answers under way may take when the server ends."""
+_BACKLOG: Final = 128
+
+
+class CannotListen(Exception):
+    """The admin server cannot listen; the message says what to do."""
+
+
+def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger) -> socket.socket | None:
+    """A socket that listens, or None where there is to be no admin server.
+
+    Args:
+        config: its endpoint.
+        log: where it says that the default port is in use: another server on this machine has it, and that is no
+            reason not to serve.
+
+    Raises:
+        CannotListen: when an endpoint that was asked for cannot be had.
+    """
+    if config.endpoint is None:
+        return None
+    host, port = host_and_port(config.endpoint)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _cannot_listen(config.endpoint, error) from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        problem = _cannot_listen(config.endpoint, error)
+        if config.endpoint != DEFAULT:
+            raise problem from None
+        log.warning("no admin server", reason=str(problem))
+        return None
+    return listener
+
+
+def _cannot_listen(endpoint: str, error: OSError) -> CannotListen:
+    return CannotListen(
+        f"the admin server cannot listen at http.endpoint {endpoint}: {error.strerror}; choose another port (--http "
+        "127.0.0.1:0 takes a free one), or none (--http off)"
+    )
+
+
+def url_of(listener: socket.socket) -> str:
+    """`http://127.0.0.1:5780`."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Connections:
+    """The connections of a socket that is bound, answered by an application.
+
+    Args:
+        listener: bound and listening; closed with this.
+        app: answers; it raises nothing.
+    """
+
+    def __init__(self, listener: socket.socket, app: ASGIApp) -> None:
+        self._listener = listener
+        self._config = uvicorn.Config(
+            app,
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            h11_max_incomplete_event_size=MOST_HEAD_BYTES,
+        )
+        self._state = ServerState()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Answer from now on."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: _Connection(self._config, self._state, loop), sock=self._listener, backlog=_BACKLOG
+        )
+
+    async def close(self) -> None:
+        """Accept no more, give the answers under way a moment, and end every connection."""
+        if self._server is not None:
+            self._server.close()
+        self._listener.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        if self._state.tasks:
+            await asyncio.wait(self._state.tasks, timeout=_LINGER_S)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        for task in list(self._state.tasks):
+            task.cancel()
+        await asyncio.gather(*self._state.tasks, return_exceptions=True)
+
+
+_SILENT: Final = logging.Logger("uvicorn", logging.CRITICAL)
+"""What uvicorn says of requests that are not HTTP; the application logs what else there is to say."""
+_SILENT.addHandler(logging.NullHandler())
+
+
+class _Connection(H11Protocol):
+    """A connection that is bounded in number, in the time for a request, and in what its peer leaves unread."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(config, state, {}, loop)
+        self.logger, self.access_log = _SILENT, False
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= MOST_CONNECTIONS:
+            self.transport = transport
+            sentence = f"the admin server has {MOST_CONNECTIONS} connections already: close one, and try again"
+            self._end(HttpError(503, "TOO_MANY_CONNECTIONS", sentence))
+            return
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_timers()
+        if self in self.connections:
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._cancel_timers()
+        elif self._head_timer is None:  # the rest of a head is still to come
+            self._expect_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        self._end(HttpError(400, "BAD_REQUEST", f"this is no request of HTTP/1.1 of at most {MOST_HEAD_BYTES} bytes"))
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(REQUEST_S, self.transport.abort)
+
+    def _cancel_timers(self) -> None:
+        for timer in (self._head_timer, self._unread_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = None
+
+    def _end(self, error: HttpError) -> None:
+        """Answer without the application, and close."""
+        body = bytes(error.response().body)
+        head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.transport.close()

@@ -1,0 +1,106 @@
+"""What a server and its models do now: readiness, and the object of /api/stats."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib.metadata import version
+from typing import Any, Final
+
+from instep.frontends.http.answers import to_json
+from instep.frontends.http.subject import Subject
+from instep.streaming.service import ModelService
+
+_FRESH_S: Final = 0.2
+"""How long an object is given out again, however often it is asked for."""
+
+
+def exactness(service: ModelService) -> str:
+    """`exact`, `tolerance` or `off`, now: a recheck may have withdrawn what was certified."""
+    is_off = service.about.exactness == "off"
+    return "exact" if service.engine.stats.is_exact else "off" if is_off else "tolerance"
+
+
+class Overview:
+    """Builds the object of /api/stats, once for everybody who asks at the same time."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._version = version("instep")
+        self._started_s = time.time()
+        self._built_s = float("-inf")
+        self._stats = b""
+
+    def problems(self) -> list[str]:
+        """Why the server does not take new streams and frames as it should; nothing where it is ready."""
+        problems = ["the server is shutting down"] if self._subject.is_draining else []
+        for service in self._subject.services:
+            if service.engine.journal.has_failed:
+                problems.append(f"the recording of the model {service.name!r} has failed")
+            elif service.engine.draining and not self._subject.is_draining:
+                problems.append(f"the model {service.name!r} is being unloaded")
+            if service.about.is_required and exactness(service) != "exact":
+                problems.append(f"the model {service.name!r} is not exact, and engine.exactness is `require`")
+        return problems
+
+    def stats(self) -> bytes:
+        """The object, in JSON."""
+        now_s = time.monotonic()
+        if now_s - self._built_s >= _FRESH_S:
+            self._built_s, self._stats = now_s, to_json(self._build())
+        return self._stats
+
+    def _build(self) -> dict[str, Any]:
+        subject, now_s = self._subject, time.time()
+        return {
+            "version": self._version,
+            "pid": os.getpid(),
+            "time_s": now_s,
+            "started_s": self._started_s,
+            "uptime_s": now_s - self._started_s,
+            "endpoint": subject.endpoint,
+            "ready": not self.problems(),
+            "draining": subject.is_draining,
+            "models": [self._model(service) for service in subject.services],
+        }
+
+    def _model(self, service: ModelService) -> dict[str, Any]:
+        about = service.about
+        return {
+            "name": service.name,
+            "fingerprint": about.fingerprint,
+            "kind": about.kind,
+            "device": about.device,
+            "exactness": exactness(service),
+            "exactness_detail": _detail(service),
+            "buckets": about.buckets,
+            "features": about.features,
+            "outputs": about.outputs,
+            "max_streams": about.max_streams,
+            "durability": about.durability,
+            "recording": _recording(service),
+            "verification": None,
+            "numbers": service.numbers(),
+        }
+
+
+def _detail(service: ModelService) -> str:
+    match exactness(service):
+        case "exact":
+            return "the same bits in every batch size in use, as certified at the start"
+        case "off":
+            return "not certified: engine.exactness is off"
+    if service.about.exactness == "exact":
+        return "certified at the start, and withdrawn when a recheck found other bits"
+    return f"batches differ on this machine: up to {service.about.max_ulp} ULP were seen in one step"
+
+
+def _recording(service: ModelService) -> dict[str, Any] | None:
+    file = service.file
+    if file is None:
+        return None
+    try:
+        size = file.stat().st_size
+    except OSError:  # somebody moved it
+        size = 0
+    return {"file": file.name, "bytes": size, "free_bytes": service.engine.stats.recording_free_bytes}

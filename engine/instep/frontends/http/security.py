@@ -1,0 +1,194 @@
+"""Who is answered: checks that come before every path, and headers that go with every answer."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import time
+from collections.abc import Callable
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from instep.config.endpoint import is_loopback_host
+from instep.frontends.http.answers import HttpError
+
+_METHODS: Final = ("GET", "HEAD")
+_HEALTH: Final = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+"""Paths that need no token: whatever looks after processes has none."""
+_PAGE: Final = "/"
+_LEAST_TOKEN: Final = 16
+_MOST_TOKEN_BYTES: Final = 4096
+_MOST_CLIENTS: Final = 1024
+"""Addresses whose rates are known at a time; of those beyond, the one that asked least recently starts anew."""
+REQUESTS_PER_S: Final = 50.0
+BURST: Final = 200.0
+_HOST: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
+_HEADERS: Final = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class BadTokenFile(Exception):
+    """There is no usable token in the file; the message says what to do."""
+
+
+def read_token(file: Path | None) -> str | None:
+    """The token in a file; None without a file.
+
+    Raises:
+        BadTokenFile: with a sentence.
+    """
+    if file is None:
+        return None
+    advice = 'make one with: python -c "import secrets; print(secrets.token_urlsafe())"'
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(_MOST_TOKEN_BYTES + 1)
+        token = content.decode("ascii").strip()
+    except OSError as error:
+        raise BadTokenFile(f"http.token_file {file} cannot be read: {error.strerror}; {advice}") from None
+    except UnicodeDecodeError:
+        token = ""
+    if not re.fullmatch(rf"[!-~]{{{_LEAST_TOKEN},{_MOST_TOKEN_BYTES}}}", token):
+        raise BadTokenFile(
+            f"http.token_file {file} does not hold a token: one line of at least {_LEAST_TOKEN} printable ASCII "
+            f"characters without spaces; {advice}"
+        )
+    return token
+
+
+class Guard:
+    """Answers what may not pass with an error, and lets the rest pass.
+
+    Args:
+        app: what is behind it.
+        token: what requests have to show; None where they need not.
+        is_loopback: whether the server listens at a loopback address. Then the Host header must name one, or a page
+            from elsewhere, whose name suddenly leads to this machine, could read everything (DNS rebinding).
+        port: where the server listens; browsers share cookies between the ports of a host.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str | None,
+        is_loopback: bool,
+        port: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._app = app
+        self._token = token
+        self._is_loopback = is_loopback
+        self._cookie = f"instep_{port}"
+        self._rates = _Rates(clock)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("cache-control", "no-store")
+            await send(message)
+
+        try:
+            answer = self._check(scope)
+        except HttpError as error:
+            answer = error.response()
+        await (answer or self._app)(scope, receive, send_safely)
+
+    def _check(self, scope: Scope) -> Response | None:
+        """An answer to a request that must not pass.
+
+        Raises:
+            HttpError: another one.
+        """
+        headers, path = Headers(scope=scope), scope["path"]
+        client = scope["client"]
+        if (wait_s := self._rates.take(client[0] if client else "")) > 0:
+            sentence = f"more than {REQUESTS_PER_S:g} requests a second came from this address: ask less often"
+            raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
+        if scope["method"] not in _METHODS:
+            sentence = f"the admin server changes nothing: use GET or HEAD, not {scope['method']:.20}"
+            raise HttpError(405, "METHOD_NOT_ALLOWED", sentence, {"allow": ", ".join(_METHODS), "connection": "close"})
+        if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+            sentence = "a request has no body here: leave it out"
+            raise HttpError(413, "BODY_NOT_ALLOWED", sentence, {"connection": "close"})
+        if self._is_loopback:
+            host = _HOST.fullmatch(headers.get("host", ""))
+            if host is None or not is_loopback_host(host["host"].strip("[]")):
+                sentence = "the Host header does not name this machine: use http://localhost or the address itself"
+                raise HttpError(421, "WRONG_HOST", sentence)
+        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and path != _PAGE:
+            raise HttpError(403, "OTHER_SITE", "pages of other sites get no answers: open the address itself")
+        return self._check_token(headers, path, scope)
+
+    def _check_token(self, headers: Headers, path: str, scope: Scope) -> Response | None:
+        if self._token is None or path in _HEALTH:
+            return None
+        if path == _PAGE and (shown := QueryParams(scope["query_string"]).get("token")) is not None:
+            if not _are_equal(shown, self._token):
+                raise _unauthorized("the token is wrong")
+            cookie = f"{self._cookie}={_cookie_of(self._token)}; HttpOnly; SameSite=Strict; Path=/"
+            return Response(status_code=303, headers={"location": _PAGE, "set-cookie": cookie})
+        scheme, _, shown = headers.get("authorization", "").partition(" ")
+        if shown:
+            if scheme.lower() != "bearer" or not _are_equal(shown.strip(), self._token):
+                raise _unauthorized("the token is wrong")
+            return None
+        try:
+            cookie_shown = SimpleCookie(headers.get("cookie", "")).get(self._cookie)
+        except CookieError:
+            cookie_shown = None
+        if cookie_shown is None or not _are_equal(cookie_shown.value, _cookie_of(self._token)):
+            raise _unauthorized("this needs the token in http.token_file")
+        return None
+
+
+def _are_equal(shown: str, expected: str) -> bool:
+    """Compared in a time that does not depend on where they differ."""
+    return hmac.compare_digest(shown.encode(errors="replace"), expected.encode())
+
+
+def _cookie_of(token: str) -> str:
+    """What the cookie holds: other servers of this host, which browsers send it to as well, cannot read the token."""
+    return hmac.new(token.encode(), b"instep cookie", hashlib.sha256).hexdigest()
+
+
+def _unauthorized(reason: str) -> HttpError:
+    sentence = f"{reason}: send `Authorization: Bearer TOKEN`, or open /?token=TOKEN once in a browser"
+    return HttpError(401, "UNAUTHORIZED", sentence, {"www-authenticate": "Bearer"})
+
+
+class _Rates:
+    """A token bucket for each address."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._buckets: dict[str, tuple[float, float]] = {}
+        """Requests left and when they were counted, of those that asked least recently first."""
+
+    def take(self, address: str) -> float:
+        """Count a request; 0, or the seconds after which there is room for one."""
+        now_s = self._clock()
+        left, then_s = self._buckets.pop(address, (BURST, now_s))
+        left = min(BURST, left + (now_s - then_s) * REQUESTS_PER_S)
+        is_good = left >= 1
+        self._buckets[address] = (left - is_good, now_s)
+        if len(self._buckets) > _MOST_CLIENTS:
+            del self._buckets[next(iter(self._buckets))]
+        return 0.0 if is_good else (1 - left) / REQUESTS_PER_S

@@ -1,0 +1,90 @@
+"""What looks after processes: whether the server is alive, ready, and what it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from instep.models.certify import Certification
+from instep.server.preparation import CannotServe
+from instep.server.server import Server
+from instep_client.aio import AsyncClient
+from tests.support.models import SMALL
+from tests.support.running import running
+
+
+@asynccontextmanager
+async def serving(**sections: Any) -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
+    """A server with an admin server, and a client of that."""
+    async with running(SMALL, **{"http": {"endpoint": "127.0.0.1:0"}, **sections}) as server:
+        assert server.admin is not None
+        async with httpx.AsyncClient(base_url=server.admin.url) as http:
+            yield server, http
+
+
+async def test_says_what_it_serves() -> None:
+    async with serving() as (server, http), AsyncClient(server.endpoint) as client:
+        stream = await client.open("s")
+        await stream.step([[1.0] * 5] * 3)
+        stats = (await http.get("/api/stats")).json()
+        (model,) = stats["models"]
+        assert (stats["endpoint"], stats["ready"], stats["draining"]) == (server.endpoint, True, False)
+        assert (model["name"], model["fingerprint"], model["kind"]) == (SMALL.name, SMALL.fingerprint, "gru")
+        assert (model["features"], model["outputs"], model["device"]) == (5, 8, "cpu")
+        assert model["numbers"]["streams_open"] == 1
+        assert model["numbers"]["frames_total"] == 3
+        assert model["exactness"] == server.default.about.exactness
+
+
+async def test_is_ready_until_it_drains() -> None:
+    async with serving() as (server, http):
+        for path in ("/readyz", "/v2/health/ready", "/healthz", "/v2/health/live"):
+            assert (await http.get(path)).status_code == 200
+        server.default.engine.draining = True
+        answer = await http.get("/readyz")
+        assert answer.status_code == 503
+        assert SMALL.name in answer.json()["error"]["message"]
+        assert (await http.get("/healthz")).status_code == 200
+
+
+async def test_is_not_ready_where_exactness_is_required_and_withdrawn() -> None:
+    off = Certification("exact", (32,), 0, False)
+    async with serving(engine={"exactness": "require"}, exactness=off) as (server, http):
+        assert (await http.get("/readyz")).status_code == 200
+        server.default.engine.stats.is_exact = False
+        answer = await http.get("/readyz")
+        assert answer.status_code == 503
+        assert "`require`" in answer.json()["error"]["message"]
+
+
+async def test_a_port_in_use_is_an_error_unless_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(CannotServe, match=rf"{endpoint}.*--http off"):
+            async with running(SMALL, http={"endpoint": endpoint}):
+                pass
+        monkeypatch.setattr("instep.frontends.http.connections.DEFAULT", endpoint)
+        told: list[dict[str, Any]] = []
+        async with running(SMALL, told=told, http={"endpoint": endpoint}) as server:
+            assert server.admin is None
+        (warning,) = [line for line in told if line["level"] == "warning"]
+        assert endpoint in warning["reason"]
+
+
+async def test_there_is_none_when_it_is_off_and_the_port_is_free_after_the_end(tmp_path: Path) -> None:
+    async with running(SMALL) as server:
+        assert server.admin is None
+    async with serving() as (server, http):
+        assert server.admin is not None
+        port = int(server.admin.url.rpartition(":")[2])
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(("127.0.0.1", port), reuse_port=False)
+    async with serving(http={"endpoint": f"127.0.0.1:{port}"}) as (_, http):
+        assert (await asyncio.wait_for(http.get("/healthz"), 10)).json() == {"alive": True}
