@@ -111,6 +111,14 @@ class Hibernation:
         some = islice(self._asleep.items(), first, first + count)
         return [(name, asleep.since_ns, asleep.owner is not None) for name, asleep in some]
 
+    def names(self) -> list[str]:
+        """Of all of them."""
+        return list(self._asleep)
+
+    def find(self, name: str) -> _Asleep | None:
+        """The stream of that name, if it hibernates."""
+        return self._asleep.get(name)
+
     @property
     def is_possible(self) -> bool:
         """Whether there is a recording that streams can be left to."""

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from instep.models.certify import Certification
 from instep.server.preparation import CannotServe
-from instep.server.server import Server
 from instep_client.aio import AsyncClient
+from tests.support.admin import administered
 from tests.support.models import SMALL
 from tests.support.running import running
 
 
-@asynccontextmanager
-async def serving(**sections: Any) -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
-    """A server with an admin server, and a client of that."""
-    async with running(SMALL, **{"http": {"endpoint": "127.0.0.1:0"}, **sections}) as server:
-        assert server.admin is not None
-        async with httpx.AsyncClient(base_url=server.admin.url) as http:
-            yield server, http
-
-
 async def test_says_what_it_serves() -> None:
-    async with serving() as (server, http), AsyncClient(server.endpoint) as client:
+    async with administered() as (server, http), AsyncClient(server.endpoint) as client:
         stream = await client.open("s")
         await stream.step([[1.0] * 5] * 3)
         stats = (await http.get("/api/stats")).json()
@@ -44,7 +31,7 @@ async def test_says_what_it_serves() -> None:
 
 
 async def test_is_ready_until_it_drains() -> None:
-    async with serving() as (server, http):
+    async with administered() as (server, http):
         for path in ("/readyz", "/v2/health/ready", "/healthz", "/v2/health/live"):
             assert (await http.get(path)).status_code == 200
         server.default.engine.draining = True
@@ -56,7 +43,7 @@ async def test_is_ready_until_it_drains() -> None:
 
 async def test_is_not_ready_where_exactness_is_required_and_withdrawn() -> None:
     off = Certification("exact", (32,), 0, False)
-    async with serving(engine={"exactness": "require"}, exactness=off) as (server, http):
+    async with administered(engine={"exactness": "require"}, exactness=off) as (server, http):
         assert (await http.get("/readyz")).status_code == 200
         server.default.engine.stats.is_exact = False
         answer = await http.get("/readyz")
@@ -78,13 +65,13 @@ async def test_a_port_in_use_is_an_error_unless_it_is_the_default(monkeypatch: p
         assert endpoint in warning["reason"]
 
 
-async def test_there_is_none_when_it_is_off_and_the_port_is_free_after_the_end(tmp_path: Path) -> None:
+async def test_there_is_none_when_it_is_off_and_the_port_is_free_after_the_end() -> None:
     async with running(SMALL) as server:
         assert server.admin is None
-    async with serving() as (server, http):
+    async with administered() as (server, http):
         assert server.admin is not None
         port = int(server.admin.url.rpartition(":")[2])
         with pytest.raises(OSError, match="in use"):
             socket.create_server(("127.0.0.1", port), reuse_port=False)
-    async with serving(http={"endpoint": f"127.0.0.1:{port}"}) as (_, http):
+    async with administered(http={"endpoint": f"127.0.0.1:{port}"}) as (_, http):
         assert (await asyncio.wait_for(http.get("/healthz"), 10)).json() == {"alive": True}

@@ -9,8 +9,12 @@ import structlog
 from instep.config.endpoint import is_loopback_host
 from instep.frontends.http.app import make_app
 from instep.frontends.http.connections import Connections, url_of
+from instep.frontends.http.events import Events
+from instep.frontends.http.inspection import Inspection
+from instep.frontends.http.overview import Overview
 from instep.frontends.http.security import Guard
 from instep.frontends.http.subject import Subject
+from instep.streaming.tasks import Tasks
 
 
 class AdminServer:
@@ -28,7 +32,16 @@ class AdminServer:
     ) -> None:
         host, port = listener.getsockname()[:2]
         self.url = url_of(listener)
-        self._connections = Connections(listener, Guard(make_app(subject, log), token, is_loopback_host(host), port))
+        self._tasks = Tasks(lambda error: log.error("bug in the admin server", exc_info=error))
+        overview, inspection = Overview(subject), Inspection(subject, self._tasks)
+        self._events = Events(overview, inspection, self._tasks)
+        app = make_app(overview, inspection, self._events, log)
+        self._connections = Connections(listener, Guard(app, token, is_loopback_host(host), port))
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it does more than to wait for requests: somebody listens, or did so or looked at streams lately."""
+        return bool(len(self._tasks))
 
     async def start(self) -> None:
         """Answer from now on."""
@@ -36,7 +49,10 @@ class AdminServer:
 
     def go_away(self) -> None:
         """Say goodbye to those who listen, because the server ends; requests are answered until `close`."""
+        self._events.close()
 
     async def close(self) -> None:
         """End every connection."""
+        self._events.close()
+        self._tasks.cancel()
         await self._connections.close()

@@ -14,17 +14,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from instep.frontends.http.answers import HttpError, json_answer
+from instep.frontends.http.events import Events
+from instep.frontends.http.inspection import Inspection
 from instep.frontends.http.overview import Overview
 from instep.frontends.http.pages import Pages
-from instep.frontends.http.subject import Subject
 
-_PATHS: Final = ("/", "/healthz", "/readyz", "/api/stats")
+_PATHS: Final = ("/", "/healthz", "/readyz", "/api/stats", "/api/streams", "/api/events")
 """Those that a wrong path may have meant."""
 
 
-def make_app(subject: Subject, log: structlog.stdlib.BoundLogger) -> ASGIApp:
-    """Answers every path. It raises nothing: what no code expects is logged and answered with INTERNAL."""
-    overview, pages = Overview(subject), Pages()
+def make_app(overview: Overview, inspection: Inspection, events: Events, log: structlog.stdlib.BoundLogger) -> ASGIApp:
+    """Answers every path. What no code expects is logged and answered with INTERNAL."""
+    pages = Pages()
 
     async def alive(request: Request) -> Response:
         return json_answer({"alive": True})
@@ -37,6 +38,19 @@ def make_app(subject: Subject, log: structlog.stdlib.BoundLogger) -> ASGIApp:
 
     async def stats(request: Request) -> Response:
         return Response(overview.stats(), media_type="application/json")
+
+    async def streams(request: Request) -> Response:
+        return json_answer(await inspection.page(request.query_params))
+
+    async def stream(request: Request) -> Response:
+        service, name = inspection.service(request.query_params.get("model", "")), request.path_params["name"]
+        record = inspection.record(service, name)
+        if record is None:
+            raise inspection.no_stream(service, name)
+        return json_answer(record)
+
+    async def listen(request: Request) -> Response:
+        return events.listen(request)
 
     async def page(request: Request) -> Response:
         return pages.answer(request)
@@ -60,6 +74,9 @@ def make_app(subject: Subject, log: structlog.stdlib.BoundLogger) -> ASGIApp:
         Route("/readyz", ready),
         Route("/v2/health/ready", ready),
         Route("/api/stats", stats),
+        Route("/api/streams", streams),
+        Route("/api/streams/{name:path}", stream),
+        Route("/api/events", listen),
         Route("/", page),
         Route("/static/{file:path}", page),
     ]

@@ -92,7 +92,7 @@ class Guard:
         self._token = token
         self._is_loopback = is_loopback
         self._cookie = f"instep_{port}"
-        self._rates = _Rates(clock)
+        self._rates = Rates(clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -133,7 +133,8 @@ class Guard:
             if host is None or not is_loopback_host(host["host"].strip("[]")):
                 sentence = "the Host header does not name this machine: use http://localhost or the address itself"
                 raise HttpError(421, "WRONG_HOST", sentence)
-        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and path != _PAGE:
+        is_other_site = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        if is_other_site and headers.get("sec-fetch-mode") != "navigate":  # what a link leads to, no page can read
             raise HttpError(403, "OTHER_SITE", "pages of other sites get no answers: open the address itself")
         return self._check_token(headers, path, scope)
 
@@ -174,13 +175,16 @@ def _unauthorized(reason: str) -> HttpError:
     return HttpError(401, "UNAUTHORIZED", sentence, {"www-authenticate": "Bearer"})
 
 
-class _Rates:
+class Rates:
     """A token bucket for each address."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}
         """Requests left and when they were counted, of those that asked least recently first."""
+
+    def __len__(self) -> int:
+        return len(self._buckets)
 
     def take(self, address: str) -> float:
         """Count a request; 0, or the seconds after which there is room for one."""

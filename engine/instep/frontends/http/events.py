@@ -1,0 +1,128 @@
+"""Server-sent events: the statistics every second, the log of streams as it grows, and a stream that is looked at.
+
+Everybody gets the same object of statistics. Nothing is kept for a listener but where it is in the log, so one that
+does not read costs what its socket holds, until `connections` ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from instep.frontends.http.answers import HttpError, to_json
+from instep.frontends.http.inspection import Inspection
+from instep.frontends.http.overview import Overview
+from instep.streaming.service import ModelService
+from instep.streaming.tasks import Tasks
+
+MOST_LISTENERS: Final = 32
+_EVERY_S: Final = 0.25
+_TURNS: Final = 4
+"""Of the log for one of the statistics."""
+_HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}
+_TYPE: Final = "text/event-stream"
+
+
+class Events:
+    """All listeners, and the one task that wakes them."""
+
+    def __init__(self, overview: Overview, inspection: Inspection, tasks: Tasks) -> None:
+        self._overview = overview
+        self._inspection = inspection
+        self._tasks = tasks
+        self._listeners = 0
+        self._stats = b""
+        self._turn = 0
+        self._next_turn: asyncio.Event = asyncio.Event()
+        self._is_running = self._is_over = False
+
+    def listen(self, request: Request) -> Response:
+        """Events from now on, or those since `Last-Event-ID`, too.
+
+        Raises:
+            HttpError: when there is no such model, or nobody more may listen.
+        """
+        service = self._inspection.service(request.query_params.get("model", ""))
+        if request.method == "HEAD":
+            return Response(headers=_HEADERS, media_type=_TYPE)
+        if self._is_over:
+            raise HttpError(503, "SHUTTING_DOWN", "the server is shutting down")
+        if self._listeners >= MOST_LISTENERS:
+            sentence = f"{MOST_LISTENERS} programs listen to events already: close a page, or ask for /api/stats"
+            raise HttpError(503, "TOO_MANY_LISTENERS", sentence, {"retry-after": "5"})
+        return _Listener(self, self._tell(service, request.query_params.get("stream"), _last_event(request)))
+
+    def close(self) -> None:
+        """Say goodbye to everybody."""
+        self._is_over = True
+        self._wake()
+
+    def joined(self) -> None:
+        """One more listens."""
+        self._listeners += 1
+        if not self._is_running:
+            self._is_running = True
+            self._tasks.start(self._run())
+
+    def left(self) -> None:
+        """One listens no more."""
+        self._listeners -= 1
+
+    async def _run(self) -> None:
+        try:
+            while self._listeners and not self._is_over:
+                if self._turn % _TURNS == 0:
+                    self._stats = _event("stats", self._overview.stats())
+                self._turn += 1
+                self._wake()
+                await asyncio.sleep(_EVERY_S)
+        finally:
+            self._is_running = False
+
+    def _wake(self) -> None:
+        self._next_turn.set()
+        self._next_turn = asyncio.Event()
+
+    async def _tell(self, service: ModelService, stream: str | None, number: int | None) -> AsyncIterator[bytes]:
+        model, told = service.name, b""
+        yield b": events of instep\n\n"
+        while not self._is_over and (found := self._inspection.find(model)) is not None:
+            if self._stats is not told:
+                told = self._stats
+                yield told
+                if stream is not None:
+                    record = self._inspection.record(found, stream) or {"name": stream, "state": "closed"}
+                    yield _event("stream", to_json(record))
+            await self._next_turn.wait()
+        yield _event("bye", b"{}")
+
+
+class _Listener(StreamingResponse):
+    """The answer to a listener, counted as long as it lasts."""
+
+    def __init__(self, events: Events, body: AsyncIterator[bytes]) -> None:
+        super().__init__(body, headers=_HEADERS, media_type=_TYPE)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._events.joined()
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._events.left()
+
+
+def _last_event(request: Request) -> int | None:
+    """The number after which a listener wants events; None for those from now on."""
+    text = request.headers.get("last-event-id", "")
+    return int(text[:18]) if text.isascii() and text.isdigit() else None
+
+
+def _event(kind: str, data: bytes, number: Any = None) -> bytes:
+    head = f"event: {kind}\n" if number is None else f"event: {kind}\nid: {number}\n"
+    return b"%sdata: %s\n\n" % (head.encode(), data)

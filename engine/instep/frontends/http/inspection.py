@@ -1,0 +1,120 @@
+"""Streams as requests ask for them: pages of them, and each by itself with what went through it lately."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from difflib import get_close_matches
+from itertools import islice
+from typing import Any, Final
+
+from instep.frontends.http.answers import HttpError
+from instep.frontends.http.listing import MOST, SORTS, STATES, USUAL, Query, after_of, page
+from instep.frontends.http.records import Rates, record_of
+from instep.frontends.http.subject import Subject
+from instep.frontends.http.traces import Traces
+from instep.streaming.service import ModelService
+from instep.streaming.tasks import Tasks
+
+_PARAMETERS: Final = ("model", "prefix", "contains", "state", "sort", "limit", "cursor")
+_MOST_COMPARED: Final = 500
+"""Names that a wrong one is compared with; more take too long."""
+
+
+class Inspection:
+    """Looks at the streams of a server.
+
+    Args:
+        subject: the server.
+        tasks: where it looks on after a request.
+    """
+
+    def __init__(self, subject: Subject, tasks: Tasks) -> None:
+        self._subject = subject
+        self._tasks = tasks
+        self._rates: dict[ModelService, Rates] = {}
+        self._traces = Traces(self.find, tasks)
+        self._one_at_a_time = asyncio.Lock()
+
+    def find(self, model: str) -> ModelService | None:
+        """The model of that name, or None."""
+        return next((service for service in self._subject.services if service.name == model), None)
+
+    def service(self, model: str) -> ModelService:
+        """The model that a request names, or the default one.
+
+        Raises:
+            HttpError: where there is none of that name.
+        """
+        if not model:
+            return self._subject.services[0]
+        if (service := self.find(model)) is None:
+            names = [service.name for service in self._subject.services]
+            raise HttpError(404, "UNKNOWN_MODEL", f"no model is called {model!r:.120}: {_meant(model, names)}")
+        return service
+
+    async def page(self, parameters: Mapping[str, str]) -> dict[str, Any]:
+        """A page of streams; see `listing.page`.
+
+        Raises:
+            HttpError: when a parameter has no such value.
+        """
+        for name in parameters:
+            if name not in _PARAMETERS:
+                raise _bad(f"there is no parameter {name!r:.40}", name, _PARAMETERS)
+        query, service = _query(parameters), self.service(parameters.get("model", ""))
+        rates = self._rates_of(service)
+        async with self._one_at_a_time:
+            return await page(service, rates, query)
+
+    def record(self, service: ModelService, name: str) -> dict[str, Any] | None:
+        """A stream with its trace and its events; None where there is none of that name. It is sampled from now on."""
+        record = record_of(service, self._rates_of(service), name)
+        if record is None:
+            return None
+        return {**record, "trace": self._traces.of(service.name, name), "events": []}
+
+    def no_stream(self, service: ModelService, name: str) -> HttpError:
+        """That there is no stream of that name."""
+        table = service.engine.table
+        slots = table.open_slots()[:_MOST_COMPARED].tolist()
+        names = [table.name(slot) for slot in slots] if table.open_count <= _MOST_COMPARED else []
+        meant = f"; did you mean {close[0]!r}?" if (close := get_close_matches(name, names, n=1)) else ""
+        return HttpError(404, "UNKNOWN_STREAM", f"{service.name!r} has no stream {name!r:.200}{meant}")
+
+    def _rates_of(self, service: ModelService) -> Rates:
+        if service not in self._rates:
+            services = self._subject.services
+            self._rates = {each: rates for each, rates in self._rates.items() if each in services}
+            self._rates[service] = Rates(service, self._tasks)
+        self._rates[service].want()
+        return self._rates[service]
+
+
+def _query(parameters: Mapping[str, str]) -> Query:
+    sort, state, limit = parameters.get("sort", "name"), parameters.get("state", ""), parameters.get("limit", "")
+    if sort.removeprefix("-") not in SORTS:
+        raise _bad(f"streams cannot be sorted by {sort!r:.40}", sort, SORTS)
+    if state not in ("", *STATES):
+        raise _bad(f"no stream has the state {state!r:.40}", state, STATES)
+    if limit and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MOST):
+        raise HttpError(400, "BAD_REQUEST", f"limit is {limit!r:.40}: expected 1 to {MOST}")
+    return Query(
+        parameters.get("prefix", ""),
+        parameters.get("contains", ""),
+        state,
+        sort.removeprefix("-"),
+        sort.startswith("-"),
+        int(limit or USUAL),
+        after_of(parameters.get("cursor", ""), sort),
+    )
+
+
+def _bad(problem: str, wrong: str, known: tuple[str, ...]) -> HttpError:
+    return HttpError(400, "BAD_REQUEST", f"{problem}: {_meant(wrong, known)}")
+
+
+def _meant(wrong: str, known: tuple[str, ...] | list[str]) -> str:
+    if close := get_close_matches(wrong[:120], known, n=1):
+        return f"did you mean {close[0]!r}?"
+    return f"there is {', '.join(map(repr, islice(known, 20)))}"

@@ -1,0 +1,232 @@
+"""Pages of streams, filtered and sorted: all of them are looked through, in slices between turns of the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from instep.core.tables import NO_OWNER
+from instep.core.typing import I64
+from instep.frontends.http.answers import HttpError
+from instep.frontends.http.records import PAUSE_S, SLICE, Rates, record_of
+from instep.streaming.service import ModelService
+
+STATES: Final = ("open", "parked", "hibernating")
+SORTS: Final = ("name", "rate", "idle", "seq", "pending")
+MOST: Final = 500
+USUAL: Final = 50
+_NAMES: Final = 4096
+"""Names that are looked at before the loop gets its turn."""
+_RECORDS: Final = 100
+"""Records that are made before the loop gets its turn."""
+_ASLEEP: Final = 2**40
+"""Added to the number of a stream that hibernates: it comes behind those in memory, whose numbers are their slots."""
+
+Key: TypeAlias = tuple[int, int] | str
+"""What a page is sorted by, ascending: value and number of a stream, or its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Which streams, in which order."""
+
+    prefix: str = ""
+    contains: str = ""
+    state: str = ""
+    sort: str = "name"
+    is_descending: bool = False
+    limit: int = USUAL
+    after: Key | None = None
+    """Of the last stream of the page before."""
+
+    @property
+    def text_of_sort(self) -> str:
+        """As it is written in a request."""
+        return f"-{self.sort}" if self.is_descending else self.sort
+
+    def cursor(self, last: Key) -> str:
+        """The text that leads to the page behind a stream."""
+        key = [last] if isinstance(last, str) else list(last)
+        return base64.urlsafe_b64encode(json.dumps([self.text_of_sort, *key]).encode()).decode().rstrip("=")
+
+
+def after_of(cursor: str, sort: str) -> Key | None:
+    """What a cursor says of the page before.
+
+    Raises:
+        HttpError: when it is none of a page that was sorted so.
+    """
+    if not cursor:
+        return None
+    try:
+        was, *key = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        match key:
+            case [str(name)] if was == sort and sort.lstrip("-") == "name":
+                return name
+            case [int(value), int(number)] if was == sort and max(abs(value), abs(number)) < 2**63:
+                return value, number
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise HttpError(400, "BAD_CURSOR", "the cursor belongs to no page of this order: begin without one")
+
+
+async def page(service: ModelService, rates: Rates, query: Query) -> dict[str, Any]:
+    """One page; streams that come and go while it is made may be missing or be there.
+
+    Returns:
+        streams: records.
+        total: open streams of the model, wherever they are.
+        matched: those that the filters let through.
+        cursor: of the next page; None after the last.
+    """
+    best = _ByName(query) if query.sort == "name" else _ByValue(query)
+    if query.state != "hibernating":
+        await _look_in_memory(service, rates, query, best)
+    if query.state in ("", "hibernating"):
+        await _look_at_sleepers(service, query, best)
+    records: list[dict[str, Any]] = []
+    last: Key | None = None
+    for at, (last, name) in enumerate(best.page()):  # noqa: B007
+        if at % _RECORDS == _RECORDS - 1:
+            await asyncio.sleep(PAUSE_S)
+        if (record := record_of(service, rates, name)) is not None:
+            records.append(record)
+    return {
+        "model": service.name,
+        "streams": records,
+        "total": service.engine.table.open_count + service.listing.hibernating_count,
+        "matched": best.matched,
+        "cursor": query.cursor(last) if last is not None and best.left > query.limit else None,
+    }
+
+
+async def _look_in_memory(service: ModelService, rates: Rates, query: Query, best: _ByName | _ByValue) -> None:
+    table = service.engine.table
+    step = _NAMES if query.sort == "name" or query.prefix or query.contains else SLICE
+    for first in range(0, len(table.owner), step):
+        owner = table.owner[first : first + step]
+        is_good = (owner != NO_OWNER) & ~table.closing[first : first + step]
+        if query.state:
+            is_good &= (owner == table.parked) == (query.state == "parked")
+        slots: I64 = first + np.flatnonzero(is_good)
+        names: list[str] = []
+        if step == _NAMES:
+            names = [table.name(slot) for slot in slots.tolist()]
+            if query.prefix or query.contains:
+                chosen = [at for at, name in enumerate(names) if _is_named(query, name)]
+                slots, names = slots[chosen], [names[at] for at in chosen]
+        if isinstance(best, _ByName):
+            best.add(names)
+        else:
+            best.add(_values(service, rates, query, slots), slots, table.name)
+        await asyncio.sleep(PAUSE_S)
+
+
+def _values(service: ModelService, rates: Rates, query: Query, slots: I64) -> I64:
+    """What streams are sorted by, rising: int64 [N]."""
+    table = service.engine.table
+    match query.sort:
+        case "seq":
+            values = table.next_seq[slots]
+        case "pending":
+            values = table.unanswered[slots].astype(np.int64)
+        case "idle":  # since when, the latest first
+            values = -np.where(table.unanswered[slots] > 0, 2**62, table.last_active_ns[slots])
+        case _:
+            found = rates.of(slots)
+            values = np.zeros(len(slots), np.int64) if found is None else (found * 1e6).astype(np.int64)
+    return -values if query.is_descending else values
+
+
+async def _look_at_sleepers(service: ModelService, query: Query, best: _ByName | _ByValue) -> None:
+    hibernation = service.operations.hibernation
+    sleepers = hibernation.names()
+    for first in range(0, len(sleepers), _NAMES):
+        names = [name for name in sleepers[first : first + _NAMES] if _is_named(query, name)]
+        if isinstance(best, _ByName):
+            best.add(names)
+        else:
+            found = {name: asleep for name in names if (asleep := hibernation.find(name)) is not None}
+            numbers: I64 = _ASLEEP + np.array([asleep.stream for asleep in found.values()], np.int64)
+            values: I64 = np.full(len(found), -1 if query.sort == "seq" else 0, np.int64)
+            if query.sort == "idle":
+                values = -np.array([asleep.since_ns for asleep in found.values()], np.int64)
+            by_number = dict(zip(numbers.tolist(), found, strict=True))
+            best.add(-values if query.is_descending else values, numbers, by_number.__getitem__)
+        await asyncio.sleep(PAUSE_S)
+
+
+def _is_named(query: Query, name: str) -> bool:
+    return name.startswith(query.prefix) and query.contains in name
+
+
+class _ByName:
+    """The first names behind the cursor, in order."""
+
+    def __init__(self, query: Query) -> None:
+        self._query = query
+        self._names: list[str] = []
+        self.matched = 0
+        self.left = 0
+        """Behind the cursor."""
+
+    def add(self, names: list[str]) -> None:
+        """Names in any order."""
+        after, is_descending, limit = self._query.after, self._query.is_descending, self._query.limit
+        self.matched += len(names)
+        if isinstance(after, str):
+            names = [name for name in names if (name < after if is_descending else name > after)]
+        self.left += len(names)
+        if len(self._names) == limit:
+            last = self._names[-1]
+            names = [name for name in names if (name > last if is_descending else name < last)]
+        self._names = sorted(self._names + names, reverse=is_descending)[:limit]
+
+    def page(self) -> Iterator[tuple[Key, str]]:
+        """Keys and names, in order."""
+        return ((name, name) for name in self._names)
+
+
+class _ByValue:
+    """The streams with the smallest values behind the cursor, in order; of equal ones, those with smaller numbers."""
+
+    def __init__(self, query: Query) -> None:
+        self._query = query
+        self._values: I64 = np.zeros(0, np.int64)
+        self._numbers: I64 = np.zeros(0, np.int64)
+        self._names: dict[int, str] = {}
+        self.matched = 0
+        self.left = 0
+        """Behind the cursor."""
+
+    def add(self, values: I64, numbers: I64, name_of: Callable[[int], str]) -> None:
+        """Values and rising numbers, int64 [N]."""
+        self.matched += len(values)
+        if isinstance(self._query.after, tuple):
+            value, number = self._query.after
+            is_behind = (values > value) | ((values == value) & (numbers > number))
+            values, numbers = values[is_behind], numbers[is_behind]
+        self.left += len(values)
+        limit = self._query.limit
+        if len(values) > limit:  # only a few of them can be on the page: no need to sort them all
+            kth = np.partition(values, limit - 1)[limit - 1]
+            is_first = values < kth
+            is_first[np.flatnonzero(values == kth)[: limit - int(is_first.sum())]] = True
+            values, numbers = values[is_first], numbers[is_first]
+        names = self._names | {number: name_of(number) for number in numbers.tolist()}
+        values, numbers = np.concatenate([self._values, values]), np.concatenate([self._numbers, numbers])
+        order = np.lexsort((numbers, values))[:limit]
+        self._values, self._numbers = values[order], numbers[order]
+        self._names = {number: names[number] for number in self._numbers.tolist()}
+
+    def page(self) -> Iterator[tuple[Key, str]]:
+        """Keys and names, in order."""
+        numbers = self._numbers.tolist()
+        keys = zip(self._values.tolist(), numbers, strict=True)
+        return ((key, self._names[key[1]]) for key in keys)

@@ -1,0 +1,119 @@
+"""What there is to say of one stream: where it is, how far it is, and how fast."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Final
+
+import numpy as np
+
+from instep.core.tables import SCRATCH_SLOT
+from instep.core.typing import F64, I64, U32
+from instep.streaming.service import ModelService
+from instep.streaming.tasks import Tasks
+
+SLICE: Final = 32_768
+"""Slots whose columns are looked at before the loop gets its turn."""
+PAUSE_S: Final = 0.0005
+"""How long it gets then, at least."""
+_EVERY_S: Final = 1.0
+_LEAST_NS: Final = 500_000_000
+_WANTED_S: Final = 10.0
+"""How long rates are measured after somebody has asked for them."""
+
+
+class _Sample:
+    """The seqs of all slots at about one time."""
+
+    def __init__(self, slots: int) -> None:
+        self.seqs: I64 = np.zeros(slots, np.int64)
+        self.incarnations: U32 = np.zeros(slots, np.uint32)
+        self.taken_ns: I64 = np.zeros(-(-slots // SLICE), np.int64)
+        """By slice."""
+
+
+class Rates:
+    """Frames per second of each stream of a service, over the last second or two; measured only while wanted."""
+
+    def __init__(self, service: ModelService, tasks: Tasks) -> None:
+        self._tasks = tasks
+        self._table = service.engine.table
+        self._samples: list[_Sample] = []
+        """At most the two newest."""
+        self._wanted_until_s = 0.0
+        self._is_sampling = False
+
+    def want(self) -> None:
+        """Measure for a while from now on."""
+        self._wanted_until_s = time.monotonic() + _WANTED_S
+        if not self._is_sampling:
+            self._is_sampling = True
+            self._tasks.start(self._sample())
+
+    def of(self, slots: I64) -> F64 | None:
+        """Of open streams: float64 [N]; None before they were measured for half a second."""
+        if not self._samples or time.monotonic_ns() - self._samples[0].taken_ns[-1] < _LEAST_NS:
+            return None
+        sample, table = self._samples[0], self._table
+        seconds = (time.monotonic_ns() - sample.taken_ns[slots // SLICE]) / 1e9
+        is_same = sample.incarnations[slots] == table.incarnations(slots)
+        before = np.where(is_same, sample.seqs[slots], table.first_seq[slots])  # another one was opened since
+        frames: I64 = np.maximum(table.next_seq[slots] - before, 0)
+        return frames / seconds
+
+    async def _sample(self) -> None:
+        try:
+            await self._sample_while_wanted()
+        finally:
+            self._is_sampling = False
+            self._samples.clear()
+
+    async def _sample_while_wanted(self) -> None:
+        while time.monotonic() < self._wanted_until_s:
+            table = self._table
+            sample = _Sample(len(table.owner))
+            for index in range(len(sample.taken_ns)):
+                part = slice(index * SLICE, (index + 1) * SLICE)
+                sample.taken_ns[index] = time.monotonic_ns()
+                sample.seqs[part] = table.next_seq[part]
+                sample.incarnations[part] = table.incarnations(np.arange(len(table.owner))[part])
+                await asyncio.sleep(PAUSE_S)
+            self._samples = [*self._samples[-1:], sample]
+            await asyncio.sleep(_EVERY_S)
+
+
+def record_of(service: ModelService, rates: Rates, name: str) -> dict[str, Any] | None:
+    """The record of a stream; None where there is none of that name."""
+    table, hibernation = service.engine.table, service.operations.hibernation
+    now_ns = time.monotonic_ns()
+    slots = table.find([name])
+    slot = int(slots[0])
+    if slot != SCRATCH_SLOT and not table.closing[slot]:
+        is_parked = int(table.owner[slot]) == table.parked
+        rate = rates.of(slots)
+        since_ns, has_owner = int(table.last_active_ns[slot]), not is_parked
+        pending = int(table.unanswered[slot])
+        fields = {
+            "state": "parked" if is_parked else "open",
+            "owner": None if is_parked else int(table.owner[slot]),
+            "seq": int(table.next_seq[slot]),
+            "rate": None if rate is None else round(float(rate[0]), 3),
+        }
+    elif (asleep := hibernation.find(name)) is not None:
+        since_ns, has_owner, pending = asleep.since_ns, asleep.owner is not None, 0
+        owner = asleep.owner.number if asleep.owner is not None else None
+        fields = {"state": "hibernating", "owner": owner, "seq": None, "rate": 0.0}
+    else:
+        return None
+    idle_ns = 0 if pending else max(0, now_ns - since_ns)
+    limits = service.listing.limits
+    kept_ns = limits.max_idle_ns if has_owner else limits.park_ns
+    return {
+        "name": name,
+        **fields,
+        "pending": pending,
+        "idle_s": round(idle_ns / 1e9, 3),
+        "expires_in_s": round(max(0, kept_ns - idle_ns) / 1e9, 3) if kept_ns else None,
+        "parked_s": None if has_owner else round(max(0, now_ns - since_ns) / 1e9, 3),
+    }

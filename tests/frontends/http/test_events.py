@@ -1,0 +1,129 @@
+"""Server-sent events, and how they end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from instep.frontends.http import connections, events, records
+from instep_client import AsyncClient
+from tests.support.admin import administered, error
+from tests.support.models import SMALL
+
+F = 5
+
+
+async def read(answer: httpx.Response) -> AsyncIterator[tuple[str, str, Any]]:
+    """Kind, id and data of each event."""
+    kind = number = ""
+    async for line in answer.aiter_lines():
+        field, _, value = line.partition(": ")
+        if field == "event":
+            kind, number = value, ""
+        elif field == "id":
+            number = value
+        elif field == "data":
+            yield kind, number, json.loads(value)
+
+
+async def test_statistics_come_every_second_and_are_the_same_for_everybody() -> None:
+    async with administered() as (server, http), AsyncClient(server.endpoint) as client:
+        await (await client.open("s")).step(np.zeros((3, F)))
+        async with http.stream("GET", "/api/events") as one, http.stream("GET", "/api/events") as other:
+            assert one.headers["content-type"].startswith("text/event-stream")
+            told: list[list[Any]] = [[], []]
+            for listener, answer in zip(told, (one, other), strict=True):
+                async for kind, _, data in read(answer):
+                    assert kind == "stats"
+                    listener.append(data)
+                    if len(listener) == 3:
+                        break
+            assert told[0][-1] in told[1]
+            assert told[0][-1]["models"][0]["numbers"]["frames_total"] == 3
+            steps = np.diff([data["time_s"] for data in told[0]])
+            assert (steps > 0.5).all()
+
+
+async def test_a_stream_that_is_looked_at_comes_with_them_until_it_is_closed() -> None:
+    async with administered() as (server, http), AsyncClient(server.endpoint) as client:
+        stream = await client.open("a b")
+        async with http.stream("GET", "/api/events", params={"stream": "a b", "model": SMALL.name}) as answer:
+            seen: list[dict[str, Any]] = []
+            async for kind, _, data in read(answer):
+                if kind == "stream":
+                    seen.append(data)
+                    if data["state"] == "closed":
+                        break
+                    if data["trace"]["seq"]:
+                        await stream.close()
+                    else:
+                        await stream.step(np.zeros((2, F)))
+            assert [data["name"] for data in seen] == ["a b"] * len(seen)
+            assert seen[0]["seq"] == 0
+            assert seen[-2]["trace"]["seq"][-1] == seen[-2]["seq"] - 1
+
+
+async def test_listeners_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "MOST_LISTENERS", 2)
+    async with administered() as (_, http):
+        async with http.stream("GET", "/api/events"), http.stream("GET", "/api/events"):
+            assert "2 programs listen" in await error(http, "/api/events", 503)
+        while (await http.send(http.build_request("GET", "/api/events"), stream=True)).status_code != 200:
+            await asyncio.sleep(0.01)
+        assert "did you mean" in await error(http, f"/api/events?model={SMALL.name}x", 404)
+
+
+async def test_nothing_happens_when_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_WANTED_S", 0.5)
+    async with administered() as (server, http):
+        assert server.admin is not None
+        async with http.stream("GET", "/api/events?stream=s") as answer:
+            async for _ in read(answer):
+                break
+        while server.admin.is_active:
+            await asyncio.sleep(0.05)
+
+
+async def test_the_end_of_the_server_ends_them_at_once_with_goodbye() -> None:
+    async with administered() as (server, http):
+        async with http.stream("GET", "/api/events") as answer:
+            kinds = []
+            async for kind, _, _ in read(answer):
+                kinds.append(kind)
+                if len(kinds) == 1:
+                    began = time.monotonic()
+                    server.stop()
+            assert kinds[-1] == "bye"
+            assert time.monotonic() - began < 5
+
+
+async def test_a_listener_that_does_not_read_is_dropped_and_delays_no_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "UNREAD_S", 0.3)
+    monkeypatch.setattr(events, "_TURNS", 1)
+    monkeypatch.setattr(events, "_EVERY_S", 0.001)
+    large = b'{"x":"%s"}' % (b"x" * 100_000)
+    monkeypatch.setattr("instep.frontends.http.overview.Overview.stats", lambda overview: bytes(bytearray(large)))
+    async with administered() as (server, _):
+        assert server.admin is not None
+        port = int(server.admin.url.rpartition(":")[2])
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        while not server.admin.is_active:
+            await asyncio.sleep(0.01)
+        while server.admin.is_active:  # it is dropped, and nobody listens any more
+            await asyncio.sleep(0.01)
+        writer.close()
+        monkeypatch.setattr(connections, "UNREAD_S", 1000.0)
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        await asyncio.sleep(0.5)
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    writer.close()

@@ -1,0 +1,213 @@
+"""Who is answered: tokens, hosts, methods, bodies, rates and connections; over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from http.cookies import SimpleCookie
+from pathlib import Path
+
+import pytest
+
+from instep.config import Config
+from instep.frontends.http import connections, security
+from instep.server.preparation import CannotServe
+from tests.support.admin import administered, error
+from tests.support.models import SMALL
+from tests.support.running import running
+
+TOKEN = "correct-horse-battery"
+PATHS = ("/", "/api/stats", "/api/streams", "/api/streams/s", "/api/events", "/static/app.js", "/nothing")
+HEALTH = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    file = tmp_path / "token"
+    file.write_text(f"{TOKEN}\n")
+    return file
+
+
+async def raw(url: str, request: bytes) -> bytes:
+    """Everything that is answered to some bytes."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(request)
+    try:
+        return await asyncio.wait_for(reader.read(), 10)
+    finally:
+        writer.close()
+
+
+async def test_every_path_but_health_wants_the_token(token_file: Path) -> None:
+    async with administered(http={"token_file": token_file}) as (_, http):
+        for path in HEALTH:
+            assert (await http.get(path)).status_code == 200
+        bearer = f"Bearer {TOKEN}"
+        for wrong in ("", "Bearer", "Bearer x", f"Basic {TOKEN}", f"{bearer}x", f"Bearer {TOKEN[:-1]}", "Bearer ü"):
+            for path in PATHS:
+                headers = {"authorization": wrong.encode()} if wrong else {}
+                assert "Bearer TOKEN" in await error(http, path, 401, headers=headers), (wrong, path)
+                assert TOKEN not in await error(http, path, 401, headers=headers)
+        assert (await http.get("/api/stats", headers={"authorization": bearer})).status_code == 200
+        assert (await http.get("/api/stats", headers={"authorization": f"bearer  {TOKEN}"})).status_code == 200
+        assert (await http.get("/api/stats")).headers["www-authenticate"] == "Bearer"
+        await error(http, f"/api/stats?token={TOKEN}", 401)  # only the page takes it, and takes it out of the address
+
+
+async def test_a_browser_shows_the_token_once_and_gets_a_cookie_that_does_not_hold_it(token_file: Path) -> None:
+    async with administered(http={"token_file": token_file}) as (_, http):
+        assert "wrong" in await error(http, "/?token=x", 401)
+        answer = await http.get(f"/?token={TOKEN}", follow_redirects=False)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+        (cookie,) = SimpleCookie(answer.headers["set-cookie"]).values()
+        assert cookie["httponly"]
+        assert cookie["samesite"] == "Strict"
+        assert TOKEN not in answer.headers["set-cookie"]
+        assert (await http.get("/api/stats")).status_code == 200  # the client keeps cookies
+        http.cookies.clear()
+        for wrong in (f"{cookie.key}={TOKEN}", f"{cookie.key}=x", f"other={cookie.value}", f"{cookie.key}", "=;,ü"):
+            await error(http, "/api/stats", 401, headers={"cookie": wrong.encode()})
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"short", "at least 16"),
+        (b"two words are too many", "at least 16"),
+        (b"\xff" * 20, "ASCII"),
+        (None, "No such file"),
+    ],
+)
+async def test_a_token_file_without_a_token_ends_the_start(
+    tmp_path: Path, content: bytes | None, sentence: str
+) -> None:
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(CannotServe, match=sentence) as caught:
+        async with running(SMALL, http={"endpoint": "127.0.0.1:0", "token_file": file}):
+            pass
+    assert "token_urlsafe" in str(caught.value)
+
+
+async def test_other_machines_are_only_served_with_a_token(token_file: Path) -> None:
+    for endpoint in ("0.0.0.0:0", "[::]:0", "example.org:80"):
+        with pytest.raises(ValueError, match="can be reached from other machines"):
+            Config.model_validate({"http": {"endpoint": endpoint}})
+    async with administered(http={"endpoint": "0.0.0.0:0", "token_file": token_file}) as (_, http):
+        assert "Bearer" in await error(http, "/api/stats", 401, headers={"host": "gpu-7.example.org"})
+        headers = {"host": "gpu-7.example.org", "authorization": f"Bearer {TOKEN}"}
+        assert (await http.get("/api/stats", headers=headers)).status_code == 200
+
+
+async def test_on_loopback_the_host_must_be_this_machine() -> None:
+    async with administered() as (_, http):
+        for good in ("localhost", "LOCALHOST:1", "127.0.0.1", "127.8.9.1:99", "[::1]:5780"):
+            assert (await http.get("/api/stats", headers={"host": good})).status_code == 200, good
+        for bad in ("evil.example", "localhost.evil.example", "10.0.0.1", "[2001:db8::1]", "127.0.0.1@evil", "", "::1"):
+            for path in ("/api/stats", "/healthz"):
+                assert "localhost" in await error(http, path, 421, headers={"host": bad})
+
+
+async def test_pages_of_other_sites_read_nothing() -> None:
+    async with administered() as (_, http):
+        for site in ("cross-site", "same-site"):
+            assert "other sites" in await error(http, "/api/events", 403, headers={"sec-fetch-site": site})
+            following = {"sec-fetch-site": site, "sec-fetch-mode": "navigate"}
+            assert (await http.get("/api/stats", headers=following)).status_code == 200
+        answer = await http.get(
+            "/api/stats", headers={"sec-fetch-site": "same-origin", "origin": "http://evil.example"}
+        )
+        assert answer.status_code == 200
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+async def test_every_answer_has_the_headers_that_bind_a_browser() -> None:
+    async with administered() as (_, http):
+        for path in ("/healthz", "/api/stats", "/nothing", "/static/nothing"):
+            headers = (await http.get(path)).headers
+            assert "default-src 'none'" in headers["content-security-policy"]
+            assert "unsafe" not in headers["content-security-policy"]
+            assert headers["x-content-type-options"] == "nosniff"
+            assert headers["cache-control"] == "no-store"
+            assert "server" not in headers
+
+
+async def test_only_get_and_head_without_a_body() -> None:
+    async with administered() as (server, http):
+        for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"):
+            assert "GET or HEAD" in await error(http, "/api/stats", 405, method=method)
+        assert (await http.post("/api/stats")).headers["allow"] == "GET, HEAD"
+        for content in ({"content": b"x"}, {"content": aiter_of(b"x"), "headers": {"transfer-encoding": "chunked"}}):
+            assert "no body" in await error(http, "/api/stats", 413, **content)
+        head = await http.head("/api/stats")
+        assert (head.status_code, head.content) == (200, b"")
+        assert (await http.head("/api/events")).headers["content-type"].startswith("text/event-stream")
+        assert server.admin is not None
+        for request in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000, b"GET /" + b"z" * 70_000):
+            answer = await raw(server.admin.url, request)
+            assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+            assert b'"code":"BAD_REQUEST"' in answer
+        assert (await http.get("/healthz")).status_code == 200
+
+
+async def aiter_of(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+async def test_more_requests_than_the_rate_allows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(security, "BURST", 5.0)
+    monkeypatch.setattr(security, "REQUESTS_PER_S", 0.1)
+    async with administered() as (_, http):
+        answers = [await http.get("/healthz") for _ in range(8)]
+        assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 3
+        assert answers[-1].json()["error"]["code"] == "TOO_MANY_REQUESTS"
+        assert 1 <= int(answers[-1].headers["retry-after"]) <= 11
+
+
+def test_a_rate_is_of_one_address_and_comes_back_with_time() -> None:
+    now_s = 0.0
+    rates = security.Rates(lambda: now_s)
+    assert [rates.take("a") for _ in range(200)] == [0.0] * 200
+    assert rates.take("a") == pytest.approx(1 / 50)
+    assert rates.take("b") == 0
+    now_s = 0.1
+    assert [rates.take("a") == 0 for _ in range(6)] == [True] * 5 + [False]
+    for number in range(5000):
+        rates.take(str(number))
+    assert len(rates) == 1024
+
+
+async def test_connections_are_bounded_and_those_that_ask_nothing_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 3)
+    async with administered() as (server, _):
+        assert server.admin is not None
+        port = int(server.admin.url.rpartition(":")[2])
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        answer = await raw(server.admin.url, b"")
+        assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+        assert b'"code":"TOO_MANY_CONNECTIONS"' in answer
+        for _, writer in idle:
+            writer.close()
+        while (await raw(server.admin.url, b"GET /healthz HTTP/1.0\r\nhost: localhost\r\n\r\n"))[9:12] != b"200":
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(connections, "REQUEST_S", 0.1)
+        assert await raw(server.admin.url, b"") == b""
+        assert await raw(server.admin.url, b"GET /healthz HTTP/1.1\r\nhost: local") == b""
+
+
+async def test_no_answer_holds_a_path_of_this_machine(tmp_path: Path, token_file: Path) -> None:
+    recording = {"file": tmp_path / "r.instep"}
+    sections = {"recording": recording, "http": {"token_file": token_file}}
+    async with administered(**sections) as (_, http):
+        for path in PATHS[1:4] + HEALTH:
+            text = (await http.get(path, headers={"authorization": f"Bearer {TOKEN}"})).text
+            assert str(tmp_path) not in text
+            assert TOKEN not in text
+            assert socket.gethostname() not in text
+        stats = (await http.get("/api/stats", headers={"authorization": f"Bearer {TOKEN}"})).json()
+        assert stats["models"][0]["recording"]["file"] == "r.instep"
+        assert stats["models"][0]["recording"]["bytes"] > 0

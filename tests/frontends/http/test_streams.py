@@ -1,0 +1,183 @@
+"""Lists of streams, filtered, sorted and cut into pages, and each stream by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from instep.server.server import Server
+from instep_client import AsyncClient
+from tests.support.admin import administered, error
+from tests.support.models import SEED_SIZED, SMALL, whole
+
+F = 5
+
+
+async def all_pages(http: httpx.AsyncClient, **asked: Any) -> list[dict[str, Any]]:
+    """The streams of all pages."""
+    streams: list[dict[str, Any]] = []
+    cursor = ""
+    while cursor is not None:
+        page = (await http.get("/api/streams", params={**asked, "cursor": cursor})).json()
+        assert len(page["streams"]) == asked.get("limit", 50) or page["cursor"] is None
+        streams += page["streams"]
+        cursor = page["cursor"]
+    return streams
+
+
+def names(streams: list[dict[str, Any]]) -> list[str]:
+    return [stream["name"] for stream in streams]
+
+
+async def until(http: httpx.AsyncClient, matched: int, **asked: Any) -> None:
+    while (await http.get("/api/streams", params=asked)).json()["matched"] != matched:
+        await asyncio.sleep(0.02)
+
+
+async def test_each_state_has_its_record(tmp_path: Path) -> None:
+    sections = {
+        "recording": {"file": tmp_path / "r.instep"},
+        "limits": {"hibernate_after_s": 0.0, "max_parked_streams": 2, "park_s": 100.0, "max_idle_s": 50.0},
+    }
+    async with administered(**sections) as (server, http), AsyncClient(server.endpoint) as client:
+        async with AsyncClient(server.endpoint) as other:
+            for name in ("old/1", "old/2", "old/3"):
+                stream = await other.open(name)
+                await stream.step(np.zeros((3, F)))
+            await other.close(park=True)
+        await until(http, 1, state="hibernating")
+        await (await client.open("new")).step(np.zeros((2, F)))
+        page = (await http.get("/api/streams")).json()
+        assert (page["total"], page["matched"], page["cursor"], page["model"]) == (4, 4, None, SMALL.name)
+        assert names(page["streams"]) == ["new", "old/1", "old/2", "old/3"]
+        new, asleep, parked, _ = page["streams"]
+        assert (new["state"], new["seq"], new["pending"], new["parked_s"]) == ("open", 2, 0, None)
+        assert isinstance(new["owner"], int)
+        assert 40 < new["expires_in_s"] <= 50
+        assert (parked["state"], parked["owner"], parked["seq"], parked["rate"]) == ("parked", None, 3, parked["rate"])
+        assert 0 <= parked["parked_s"] < 40 < parked["expires_in_s"] <= 100
+        assert (asleep["state"], asleep["seq"], asleep["rate"], asleep["owner"]) == ("hibernating", None, 0.0, None)
+        for state, found in (("open", ["new"]), ("parked", ["old/2", "old/3"]), ("hibernating", ["old/1"])):
+            assert names(await all_pages(http, state=state)) == found
+        assert names(await all_pages(http, sort="-idle", state="parked")) == ["old/2", "old/3"]
+        assert names(await all_pages(http, sort="seq", prefix="", contains="")) == ["old/1", "new", "old/2", "old/3"]
+        (await http.get("/api/streams/old/1")).raise_for_status()
+
+
+async def test_pages_hold_every_stream_once_in_every_order(rng: np.random.Generator) -> None:
+    given = {f"{'äβ/ %'[number % 5]}{number:03d}": int(rng.integers(0, 4)) for number in rng.permutation(97).tolist()}
+    async with administered() as (server, http), AsyncClient(server.endpoint) as client:
+        for name, frames in given.items():
+            stream = await client.open(name)
+            if frames:
+                await stream.step(np.zeros((frames, F)))
+        for limit in (7, 97, 500):
+            for sort, key in (("name", lambda name: name), ("seq", lambda name: given[name])):
+                for sign in ("", "-"):
+                    found = names(await all_pages(http, sort=sign + sort, limit=limit))
+                    assert sorted(found) == sorted(given)
+                    keys = [key(name) for name in found]
+                    assert keys == sorted(keys, reverse=sign == "-")
+        assert names(await all_pages(http, contains="β", limit=3)) == sorted(name for name in given if "β" in name)
+        assert names(await all_pages(http, prefix="%0", limit=3)) == sorted(n for n in given if n.startswith("%0"))
+        assert sorted(names(await all_pages(http, sort="-rate", limit=7))) == sorted(given)
+
+
+async def test_rates_are_frames_per_second() -> None:
+    async with administered() as (server, http), AsyncClient(server.endpoint) as client:
+        fast, slow, still = [await client.open(name) for name in ("fast", "slow", "still")]
+        first = (await http.get("/api/streams")).json()["streams"]
+        assert [stream["rate"] for stream in first] == [None, None, None]  # it was not looked at for long enough
+        began = time.monotonic()
+        while time.monotonic() - began < 2.5:
+            await asyncio.gather(fast.step(np.zeros((20, F))), slow.step(np.zeros((2, F))))
+            await asyncio.sleep(0.05)
+            page = (await http.get("/api/streams", params={"sort": "-rate"})).json()
+        assert names(page["streams"]) == ["fast", "slow", "still"]
+        rates = [stream["rate"] for stream in page["streams"]]
+        assert rates[0] == pytest.approx(10 * rates[1], rel=0.2)
+        assert rates[2] == 0
+        total = (await http.get("/api/streams/fast")).json()
+        assert 0 < rates[0] < total["seq"] / 1.0
+        assert still.next_seq == 0
+
+
+async def test_a_stream_that_is_looked_at_is_traced(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((6, F)).astype(np.float32)
+    y = whole(SMALL, x)[0]  # a GRU of one layer without a head: its outputs are its states
+    async with administered() as (server, http), AsyncClient(server.endpoint) as client:
+        stream = await client.open("mic 7/ü?")
+        path = "/api/streams/mic%207/%C3%BC%3F"
+        assert (await http.get(path)).json()["trace"]["seq"] == []
+        for at in range(len(x)):
+            await stream.step(x[at])
+            while (trace := (await http.get(path)).json()["trace"])["seq"][-1:] != [at]:
+                await asyncio.sleep(0.05)
+        assert trace["seq"] == list(range(6))
+        np.testing.assert_allclose(trace["inputs"], x[:, :4], rtol=1e-5)
+        np.testing.assert_allclose(trace["outputs"], y[:, :4], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(trace["state_norm"], np.linalg.norm(y, axis=1), rtol=1e-4)
+        assert trace["time_s"] == sorted(trace["time_s"])
+        assert abs(trace["time_s"][-1] - time.time()) < 60
+
+
+async def test_what_there_is_not_is_answered_with_what_was_meant() -> None:
+    async with administered(SMALL, SEED_SIZED) as (server, http), AsyncClient(server.endpoint) as client:
+        await client.open_group(["mic-1", "mic-2"])
+        for path, status, meant in (
+            ("/api/streams/mik-1", 404, "did you mean 'mic-1'"),
+            ("/api/streams/nothing-like-it", 404, "has no stream"),
+            (f"/api/streams?model={SMALL.name[:-1]}", 404, f"did you mean {SMALL.name!r}"),
+            ("/api/streams?model=x", 404, repr(SEED_SIZED.name)),
+            ("/api/streams?sort=names", 400, "did you mean 'name'"),
+            ("/api/streams?sort=--name", 400, "sorted by"),
+            ("/api/streams?state=hibernated", 400, "did you mean 'hibernating'"),
+            ("/api/streams?limt=3", 400, "did you mean 'limit'"),
+            *((f"/api/streams?limit={limit}", 400, "expected 1 to 500") for limit in ("0", "501", "-1", "x", "²")),
+            *((f"/api/streams?cursor={cursor}", 400, "without one") for cursor in ("x", "W10", "ä", "WzEsMl0")),
+            ("/api/strems", 404, "did you mean /api/streams"),
+            ("/nothing", 404, "/api/stats"),
+        ):
+            assert meant in await error(http, path, status), path
+        assert (await http.get("/api/streams", params={"model": SEED_SIZED.name})).json()["total"] == 0
+        cursor = (await http.get("/api/streams?limit=1")).json()["cursor"]
+        assert "without one" in await error(http, f"/api/streams?limit=1&sort=seq&cursor={cursor}", 400)
+
+
+@pytest.mark.long
+async def test_a_page_of_a_hundred_thousand_streams_is_quick_and_keeps_nobody_waiting() -> None:
+    count = 100_000
+    engine, limits = {"max_streams": count}, {"window_frames": 1, "max_parked_streams": count}
+    async with administered(engine=engine, limits=limits) as (server, http):
+        fill(server, [f"s{number * 7919 % count:06d}" for number in range(count)])
+        await http.get("/api/streams?limit=1")
+        longest = 0.0
+
+        async def watch() -> None:
+            nonlocal longest
+            while True:
+                before = time.thread_time()
+                await asyncio.sleep(0)
+                longest = max(longest, time.thread_time() - before)
+
+        watching = asyncio.create_task(watch())
+        for asked in ("sort=name", "sort=-name&contains=9", "sort=-rate", "sort=idle&prefix=s00", "sort=seq&limit=500"):
+            began, longest = time.perf_counter(), 0.0
+            page = (await http.get(f"/api/streams?{asked}")).json()
+            assert page["total"] == count
+            assert time.perf_counter() - began < 0.2, asked
+            assert longest < 0.010, asked
+        watching.cancel()
+        assert names(await all_pages(http, prefix="s0999", limit=7)) == [f"s0999{number:02d}" for number in range(100)]
+
+
+def fill(server: Server, given: list[str]) -> None:
+    """Open streams at once, parked."""
+    table = server.default.engine.table
+    table.open(given, table.parked, time.monotonic_ns())
