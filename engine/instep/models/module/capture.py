@@ -8,7 +8,7 @@ sees what the graph shows; `trial` runs the step to find some of what it does no
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from instep.models.errors import ModelError
 from instep.models.module import operators
+from instep.models.module.graph import references
 from instep.models.module.operators import Operator, argument, is_allowed, may_alias, name_of, trains, written
 from instep.models.module.program import encoded
 from instep.models.module.rows import Rows, row_axes
@@ -231,27 +232,14 @@ class Capture:
     def _drop_unused(self) -> None:
         """Leave out what no result needs, and tensors that only this would use."""
         kept: list[dict[str, Any]] = []
-        needed = set(_names([self.y, self.new_state], "node"))
+        needed = set(references([self.y, self.new_state], "node"))
         for node in reversed(self.nodes):
             if node["name"] in needed or _IN_PLACE.fullmatch(node["op"]):
                 kept.append(node)
-                needed.update(_names([node["args"], node["kwargs"]], "node"))
+                needed.update(references([node["args"], node["kwargs"]], "node"))
         self.nodes = kept[::-1]
-        used = set(_names([self.y, self.new_state, [[n["args"], n["kwargs"]] for n in self.nodes]], "tensor"))
+        used = set(references([self.y, self.new_state, [[n["args"], n["kwargs"]] for n in self.nodes]], "tensor"))
         self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}
-
-
-def _names(value: Any, kind: str) -> Iterator[str]:
-    """The names that an argument refers to."""
-    if isinstance(value, list):
-        for each in value:
-            yield from _names(each, kind)
-    elif isinstance(value, dict):
-        if isinstance(value.get(kind), str):
-            yield value[kind]
-        else:
-            for each in value.values():
-                yield from _names(each, kind)
 
 
 def _symbols(size: Any) -> set[str]:

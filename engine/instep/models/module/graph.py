@@ -14,6 +14,7 @@ Nothing in it is code: `program` turns it into calls of operators that `operator
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -59,6 +60,19 @@ class Graph(PlainFields):
     """The outputs, [rows, outputs]."""
     new_state: dict[str, JsonValue]
     """By leaf, [rows, *shape]."""
+
+
+def references(value: Any, kind: str) -> Iterator[str]:
+    """The names of nodes, leaves or tensors that an argument, or arguments in lists, refer to."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from references(each, kind)
+    elif isinstance(value, dict):
+        if isinstance(value.get(kind), str):
+            yield value[kind]
+        else:
+            for each in value.values():
+                yield from references(each, kind)
 
 
 def graph_text(graph: Any) -> str:

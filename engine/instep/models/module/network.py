@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -13,8 +13,10 @@ from instep.core.typing import F32, I64, U8
 from instep.models.base import Floats, StateSpec
 from instep.models.errors import ModelError
 from instep.models.model import Model
+from instep.models.module.cells import BoundCell, cell_calls
 from instep.models.module.description import ModuleDescription
 from instep.models.module.program import Program
+from instep.models.recurrent.cell import BY_HAND, Kernel
 
 ROWS: Final = 32
 
@@ -28,7 +30,8 @@ class ModuleNetwork:
 
     row_multiple = ROWS
     """Elementwise functions end an array that does not fill their vectors with other code."""
-    kernel = "graph"
+    kernel: Literal["graph"] | Kernel = "graph"
+    """Or how the graph's recurrent cells are stepped, where that is by hand; `select_step` decides."""
     least_probes = 512
     """A graph may contain any kernel, and some differ in one of 2,000 values only."""
 
@@ -43,16 +46,23 @@ class ModuleNetwork:
         self.multiply_adds = max(sum(math.prod(shape) for shape in shapes if len(shape) > 1), 1)
         self._program = Program(self.description, model.weights, device)
         self._check()
+        self._cells = cell_calls(self.description.graph, model.weights) if device.type == "cpu" else {}
+        if self._cells:
+            self._with_cells = Program(self.description, model.weights, device, cells=self._cells)
 
     def select_step(self, buckets: Sequence[int], rows: int) -> None:
-        """There is one way."""
+        """Step cells by hand where at least `rows` frames get the bits of torch's own in each bucket."""
+        ways = BY_HAND if self._cells else ()
+        same = (each for each in ways if all(self._is_same(each, bucket, rows) for bucket in buckets))
+        self.kernel = next(same, "graph")
 
     def select_quickest(self) -> None:
-        """There is one way."""
+        """Step cells by hand where there are any."""
+        self.kernel = BY_HAND[0] if self._cells else "graph"
 
     def bind(self, rows: int) -> ModuleStep:
         """The step of a batch of `rows`."""
-        return ModuleStep(self._program, self.description, rows, self.device)
+        return self._bound(self.kernel, rows)
 
     def sequence(self, x: F32, state: U8) -> None:
         """A step has no call for a whole sequence."""
@@ -64,6 +74,32 @@ class ModuleNetwork:
     def run_once(self, x: torch.Tensor, leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The outputs and the leaves after one frame of every row, in tensors of their own."""
         return tuple(value.clone() for value in self._program(x, [leaf.contiguous() for leaf in leaves]))
+
+    def _bound(self, kernel: Literal["graph"] | Kernel, rows: int) -> ModuleStep:
+        if kernel == "graph":
+            return ModuleStep(self._program, self.description, rows, self.device)
+        cells = [BoundCell(call, adds_biases=kernel == "fused") for call in self._cells.values()]
+        return ModuleStep(self._with_cells, self.description, rows, self.device, cells)
+
+    def _is_same(self, kernel: Kernel, bucket: int, rows: int) -> bool:
+        """Whether `rows` random frames and states have equal outputs and new states by hand and with torch's cells."""
+        generator = torch.Generator().manual_seed(2)
+        plain, by_hand = self._bound("graph", bucket), self._bound(kernel, bucket)
+        for _ in range(0, rows, bucket):
+            x = torch.randn(plain.x.shape, generator=generator)
+            x *= torch.tensor([0.1, 1, 1, 5])[torch.randint(4, (bucket, 1), generator=generator)]
+            for step in (plain, by_hand):
+                step.x.copy_(x)
+            for leaf, other in zip(plain.state.values(), by_hand.state.values(), strict=True):
+                if leaf.is_floating_point():
+                    leaf.copy_(torch.rand(leaf.shape, generator=generator) * 2 - 1)
+                    leaf[torch.rand(bucket, generator=generator) < 0.25] *= 0.1
+                    other.copy_(leaf)
+            plain.run()
+            by_hand.run()
+            if not all(map(_has_same_bits, plain.results, by_hand.results)):
+                return False
+        return True
 
     def _check(self) -> None:
         for rows in (ROWS, 3 * ROWS):
@@ -87,34 +123,85 @@ class ModuleNetwork:
 
 
 class ModuleStep:
-    """A `BoundStep`. The new state has buffers of its own, since a graph may return a leaf as another one."""
+    """A `BoundStep`. The new state has memory of its own, since a graph may return a leaf as another one.
+
+    Args:
+        program: with weights.
+        description: of the step.
+        rows: of the batch.
+        device: where it runs.
+        cells: those that are stepped by hand, in the program's order.
+
+    Raises:
+        ModelError: when there are cells and the program does not run.
+    """
 
     @torch.inference_mode(False)  # what is made in that mode can only be changed in it
-    def __init__(self, program: Program, description: ModuleDescription, rows: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        program: Program,
+        description: ModuleDescription,
+        rows: int,
+        device: torch.device,
+        cells: Sequence[BoundCell] = (),
+    ) -> None:
         self._program = program
+        self._cells = cells
         self.x = torch.zeros(rows, description.features, device=device)
-        self.y = torch.zeros(rows, description.outputs, device=device)
-        self.state, self.new_state = (
-            {
-                leaf.name: torch.full(
-                    (rows, *leaf.shape), leaf.initial, dtype=getattr(torch, leaf.dtype), device=device
-                )
-                for leaf in description.leaves
-            }
-            for _ in range(2)
-        )
+        initial = {
+            leaf.name: torch.full((rows, *leaf.shape), leaf.initial, dtype=getattr(torch, leaf.dtype), device=device)
+            for leaf in description.leaves
+        }
+        self.state = {name: leaf.clone() for name, leaf in initial.items()}
         self._leaves = list(self.state.values())
-        self._results = [self.y, *self.new_state.values()]
+        self.results = [torch.zeros(rows, description.outputs, device=device), *initial.values()]
+        """`y` and the leaves of `new_state`."""
+        self._copied = list(range(len(self.results)))
+        """Those that are not where they are computed."""
+        if cells:
+            self._leave_where_computed()
+            for name, leaf in self.state.items():
+                leaf.copy_(initial[name])
+        self.y, *after = self.results
+        self.new_state = dict(zip(initial, after, strict=True))
 
     def run(self) -> None:
         """Step every row."""
-        for result, value in zip(self._results, self._program(self.x, self._leaves), strict=True):
+        values = self._program(self.x, self._leaves, self._cells)
+        for place in self._copied:
+            value, result = values[place], self.results[place]
             if value.shape != result.shape or value.dtype != result.dtype:
                 raise ModelError(
                     f"it gives {value.dtype} {list(value.shape)} where the description says {result.dtype} "
                     f"{list(result.shape)}"
                 )
             result.copy_(value)
+
+    def _leave_where_computed(self) -> None:
+        """Use the memory of cells for results that are no more than what a cell returns."""
+        values = self._program(self.x, self._leaves, self._cells)
+        held = [memory for cell in self._cells for memory in cell.leaves]
+        for leaf, value in zip(self._leaves, values[1:], strict=True):
+            if not _is(value, leaf):  # then another result must not be there, which ends with the next state
+                held = [memory for memory in held if memory is not leaf]
+        for place, (value, result) in enumerate(zip(values, self.results, strict=True)):
+            memory = next((each for each in held if _is(value, each)), None)
+            if memory is not None and memory.shape == result.shape:
+                self.results[place] = memory
+                self._copied.remove(place)
+
+
+def _is(value: torch.Tensor, memory: torch.Tensor) -> bool:
+    """Whether a value is all of some memory."""
+    return (
+        value.data_ptr() == memory.data_ptr()
+        and (value.shape, value.dtype) == (memory.shape, memory.dtype)
+        and value.is_contiguous()
+    )
+
+
+def _has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 class GraphReference:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import fx, nn
 
 from instep.models.errors import ModelError
+from instep.models.module.cells import BoundCell, CellCall
 from instep.models.module.description import ModuleDescription
 from instep.models.module.graph import Node
 from instep.models.module.operators import Operator, may_alias, resolve, trains, written
@@ -28,6 +29,7 @@ class Program:
         weights: by name, on the CPU.
         device: where it runs.
         double: compute in float64 what the graph computes in float32.
+        cells: by the names of their nodes, those that are stepped by hand.
 
     Raises:
         ModelError: when the graph calls anything but allowed operators, refers to nothing, or changes what it is given.
@@ -40,6 +42,7 @@ class Program:
         device: torch.device,
         *,
         double: bool = False,
+        cells: Mapping[str, CellCall] | None = None,
     ) -> None:
         self._device = device
         self._double = double
@@ -54,6 +57,9 @@ class Program:
         for leaf in description.leaves:
             self._add_input("state", leaf.name, f"the leaf {leaf.name} of the state")
         self._add_input("rows", "", "rows")
+        self._cells = cells or {}
+        for name in self._cells:
+            self._add_input("cell", name, "")
         for node in graph.nodes:
             self._add_call(node)
         self._graph.output(
@@ -65,14 +71,21 @@ class Program:
         self._forward = forward
         self.weights: Final = [self._converted(weights[tensor.name]).to(device) for tensor in graph.tensors]
 
-    def __call__(self, x: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self, x: torch.Tensor, leaves: Sequence[torch.Tensor], cells: Sequence[BoundCell] = ()
+    ) -> tuple[torch.Tensor, ...]:
         """Step every row: the outputs [rows, outputs], and each leaf of the new state [rows, *shape].
+
+        Args:
+            x: frames [rows, features].
+            leaves: of the state [rows, *shape].
+            cells: one for each that is stepped by hand, in order.
 
         Raises:
             ModelError: when an operator cannot compute them.
         """
         try:
-            return self._forward(*self.weights, x, *leaves, len(x))
+            return self._forward(*self.weights, x, *leaves, len(x), *cells)
         except (IndexError, RuntimeError) as error:
             raise ModelError(
                 f"an operator of the step fails ({str(error).partition(chr(10))[0]:.200}), and then it fails for every "
@@ -90,7 +103,12 @@ class Program:
     def _add_call(self, node: Node) -> None:
         function = resolve(node.op)
         args, kwargs = tuple(map(self._decoded, node.args)), {k: self._decoded(v) for k, v in node.kwargs.items()}
-        call = self._graph.call_function(function, args, kwargs)
+        if node.name in self._cells:
+            x, states = args[:2]
+            states = states if isinstance(states, list) else [states]
+            call = self._graph.call_method("run", (self._values["cell", node.name], x, states))
+        else:
+            call = self._graph.call_function(function, args, kwargs)
         if isinstance(function, Operator):
             self._check_call(function, node, args, kwargs)
             first = next(iter([*args, *kwargs.values()]), None)
