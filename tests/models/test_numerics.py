@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from instep.models.numerics import numerics, prepare
+from instep.models.numerics import numerics, one_thread, prepare
 
 CPU = torch.device("cpu")
 
@@ -52,6 +52,13 @@ def test_each_switch_shows() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert numerics(CPU) == before
+
+
+def test_one_thread_computes_and_as_many_as_before_do_afterwards() -> None:
+    prepare(2)
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
 
 
 def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:

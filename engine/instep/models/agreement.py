@@ -13,6 +13,7 @@ import torch
 from instep.core.typing import F32
 from instep.models.base import Floats, RecurrentModel
 from instep.models.errors import ModelError
+from instep.models.numerics import one_thread
 from instep.models.stepping import step_rows
 from instep.models.ulp import ulp_distance
 
@@ -78,6 +79,7 @@ class Agreement:
         return max(self.whole.error, self.stepped.error) <= self.tolerance
 
 
+@one_thread()
 def agreement(network: RecurrentModel, x: F32, y: F32) -> Agreement | None:
     """Run a network on a module's input and compare the outputs.
 
