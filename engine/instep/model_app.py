@@ -79,7 +79,7 @@ def make(
     "import",
     examples=(
         "instep model import net.safetensors --after head:none",
-        "instep model import ears.pt --output ears --recurrent rnn --after fc:softmax",
+        "instep model import ears.pt --output ears --after fc:softmax --leave-out decoder",
         "instep model import vad.onnx --shape input=rows,576 --constant sr=16000",
     ),
 )
@@ -94,9 +94,7 @@ def import_model(
     ] = None,
     recurrent: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="The GRU, LSTM or RNN; leaves layers out that are not named.", show_default=False
-        ),
+        typer.Option(metavar="NAME", help="The GRU, LSTM or RNN, where there are several.", show_default=False),
     ] = None,
     nonlinearity: Annotated[
         Literal["tanh", "relu"] | None, typer.Option(help="Of an RNN: weights do not say.", show_default=False)
@@ -108,6 +106,9 @@ def import_model(
     after: Annotated[
         list[str],
         typer.Option(metavar="NAME:ACTIVATION", help="A Linear or LayerNorm after it; repeat for more, in order."),
+    ] = [],  # noqa: B006
+    leave_out: Annotated[
+        list[str], typer.Option("--leave-out", metavar="NAME", help="A layer that is not served; repeat for more.")
     ] = [],  # noqa: B006
     outputs: Annotated[
         str | None, typer.Option(metavar="NAMES", help="A name for each output: yes,no,perhaps.", show_default=False)
@@ -145,9 +146,9 @@ def import_model(
         from instep.models.onnx.importer import import_onnx
         from instep.models.onnx.matching import Hints
 
-        if recurrent or nonlinearity or before or after:
+        if recurrent or nonlinearity or before or after or leave_out:
             raise typer.BadParameter(
-                "--recurrent, --nonlinearity, --before and --after go with weights, not with a graph"
+                "--recurrent, --nonlinearity, --before, --after and --leave-out go with weights, not with a graph"
             )
         hints = Hints(
             frame=frame,
@@ -173,6 +174,7 @@ def import_model(
         outputs=names,
         recurrent=recurrent,
         nonlinearity=nonlinearity,
+        leave_out=leave_out,
         overwrite=overwrite,
     )
     typer.echo(f"{folder}: {model.description.in_words()}")

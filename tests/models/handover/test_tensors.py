@@ -61,11 +61,45 @@ def test_order_and_activations_are_never_guessed(tmp_path: Path) -> None:
         'which order layers run and with which activations: save_model(path, weights, before=[("encoder.0", "none")], '
         'after=[("head", "none")]), or --before encoder.0:none --after head:none on the command line'
     )
-    with pytest.raises(ModelError, match=r"the state dict has `encoder\.0` .*; weights do not say in which order"):
-        save_model(tmp_path / "m", NET.state_dict(), after=[("head", "none")])
     assert not (tmp_path / "m").exists()
-    left_out = save_model(tmp_path / "m", NET.state_dict(), recurrent="gru", after=[("head", "none")])
-    assert left_out.description.in_words() == "16 features → GRU 10 × 2 layers → dense 7"
+
+
+def test_nothing_is_left_out_unless_it_is_named(tmp_path: Path) -> None:
+    tail = nn.ModuleDict({"0": nn.Conv1d(7, 7, 3), "1": nn.Linear(7, 7)})
+    weights = {**nn.ModuleDict({"net": NET, "tail": tail}).state_dict(), "h0": torch.zeros(10)}
+    given: dict[str, Any] = {"after": [("net.head", "none")]}
+
+    def refused() -> str:
+        with pytest.raises(ModelError) as error:
+            save_model(tmp_path / "m", weights, **given)
+        return str(error.value)
+
+    assert refused().startswith("the state dict cannot be served as it is: `tail.0` is not a layer that can be served")
+    assert "; `h0` is not a layer that can be served yet (h0 [10]); a model folder holds" in refused()
+    assert refused().endswith(
+        'to serve the network without: leave_out=["tail.0", "h0"], or --leave-out tail.0 --leave-out h0 on the command '
+        "line"
+    )
+    given["leave_out"] = ["tail.0", "h0"]
+    assert refused() == (
+        "the state dict also has `net.encoder.0` (Linear 6→16), `tail.1` (Linear 7→7): name each in before or after, "
+        'or leave it out: leave_out=["net.encoder.0", "tail.1"], or --leave-out net.encoder.0 --leave-out tail.1 on '
+        "the command line"
+    )
+    given["recurrent"] = "net.gru"
+    assert refused().startswith("the state dict also has `net.encoder.0` (Linear 6→16), `tail.1` (Linear 7→7): name")
+    given["leave_out"] = ["tail", "h0", "net.encodr"]
+    assert refused() == "the state dict has no layer `net.encodr`; did you mean `net.encoder`?"
+    given["leave_out"] = ["tail", "h0", "net.encoder"]
+    found = save_model(tmp_path / "m", weights, **given)
+    assert found.description.in_words() == "16 features → GRU 10 × 2 layers → dense 7"
+
+
+def test_a_batch_norm_is_never_offered_to_be_left_out(tmp_path: Path) -> None:
+    norm = state_dict(gru=nn.GRU(3, 4), conv=nn.Conv1d(4, 4, 1), norm=nn.BatchNorm1d(4))
+    with pytest.raises(ModelError, match="hand over the module, save_model") as refused:
+        save_model(tmp_path / "m", norm)
+    assert "leave" not in str(refused.value)
 
 
 def state_dict(**modules: nn.Module) -> dict[str, torch.Tensor]:

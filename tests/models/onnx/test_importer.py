@@ -399,7 +399,7 @@ def test_wrong_hints_are_answered(tmp_path: Path) -> None:
         (["--state", "h"], "'h' should look like h=hn"),
         (["--constant", "sr=fast"], "'sr=fast' should look like sr=16000"),
         (["--shape", "x=a,b"], "'x=a,b' should look like x=rows,40"),
-        (["--recurrent", "rnn"], "--recurrent, --nonlinearity, --before and --after go with weights"),
+        (["--leave-out", "a"], "--recurrent, --nonlinearity, --before, --after and --leave-out go with"),
     ):
         result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["model", "import", path, *options])
         assert result.exit_code == 2

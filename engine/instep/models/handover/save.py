@@ -32,6 +32,7 @@ def save_model(
     outputs: Sequence[str] = (),
     recurrent: str | None = None,
     nonlinearity: Nonlinearity | None = None,
+    leave_out: Sequence[str] = (),
     example: Any = None,
     overwrite: bool = False,
 ) -> Model:
@@ -53,8 +54,9 @@ def save_model(
         after: the same for those after it.
         name: what clients are told; the folder's name if None.
         outputs: a name for each output; none if they have no names.
-        recurrent: of a state dict, the name of the recurrent module; layers that are not named are left out then.
+        recurrent: of a state dict with several recurrent modules, the name of the one to serve.
         nonlinearity: of an `nn.RNN` in a state dict, which does not hold it: `tanh` or `relu`.
+        leave_out: of a state dict, layers that are not served, or modules of such layers; every other one is named.
         example: of a module, its input or a tuple of its arguments, where random frames will not do.
         overwrite: replace a model that the folder holds.
 
@@ -64,8 +66,9 @@ def save_model(
     """
     folder = Path(folder)
     network, traced = _plain(network), None
-    if isinstance(network, nn.Module) and (recurrent is not None or nonlinearity is not None):
-        given = "nonlinearity" if recurrent is None else "recurrent"
+    about = {"recurrent": recurrent, "nonlinearity": nonlinearity, "leave_out": leave_out}
+    given = next((name for name, value in about.items() if value), "")
+    if isinstance(network, nn.Module) and given:
         raise ModelError(f"{given} is about a state dict: leave it out, or hand over net.state_dict()")
     if isinstance(network, nn.Module) and not isinstance(network, RecurrentModule):
         if before or after:
@@ -85,7 +88,7 @@ def save_model(
         source = "the state dict" if isinstance(network, Mapping) else str(network)
         tensors = network if isinstance(network, Mapping) else read_tensors(Path(network))
         named_before, named_after = _named("before", before), _named("after", after)
-        chain = chain_of_tensors(tensors, named_before, named_after, recurrent, nonlinearity, source)
+        chain = chain_of_tensors(tensors, named_before, named_after, recurrent, nonlinearity, leave_out, source)
     else:
         raise ModelError(_UNKNOWN.get(type(network).__name__, _UNKNOWN[""]).format(type(network).__name__))
     model = chain.model(folder.resolve().name if name is None else name, outputs)

@@ -5,6 +5,7 @@ They do not say in which order the layers run, nor with which activations, so th
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -44,6 +45,7 @@ def chain_of_tensors(
     after: Sequence[tuple[str, object]],
     recurrent: str | None,
     nonlinearity: Nonlinearity | None,
+    leave_out: Sequence[str],
     source: str,
 ) -> Chain:
     """The layers of a state dict.
@@ -52,15 +54,16 @@ def chain_of_tensors(
         given: tensors by name, as `state_dict()` gives them.
         before: name and activation of each Linear or LayerNorm before the recurrent module, in order.
         after: the same for those after it.
-        recurrent: the recurrent module's name, which leaves everything out that is not named; None if there is only
-            one, and everything else is named.
+        recurrent: the recurrent module's name; None if there is only one.
         nonlinearity: of an RNN.
+        leave_out: names of layers, or of modules that hold some, which are not served. Every other one is named above.
         source: how sentences call it.
 
     Raises:
         ModelError: naming the layer that is missing, of another kind, or left over.
     """
     layers = _layers(given, source)
+    layers = _without(leave_out, layers, source)
     candidates = [name for name, tensors in layers.items() if _kind(tensors) in _RECURRENT.values()]
     if recurrent is not None:
         found = _find(recurrent, layers, "a GRU, LSTM or RNN", tuple(_RECURRENT.values()), source)
@@ -81,7 +84,7 @@ def chain_of_tensors(
     )
     named = {found, *(name for name, _ in (*before, *after))}
     left = {name: tensors for name, tensors in layers.items() if name not in named}
-    if left and recurrent is None:
+    if left:
         raise ModelError(_left_over(found, layers, left, source))
     return chain
 
@@ -216,9 +219,13 @@ def _find(name: str, layers: Mapping[str, Tensors], wanted: str, kinds: Sequence
         return name
     if name in layers:
         raise ModelError(f"`{name}` of {source} is not {wanted}: it is {_in_words(layers[name])}")
-    meant = get_close_matches(name, layers, 1)
-    hint = f"did you mean `{meant[0]}`?" if meant else f"it has {', '.join(f'`{each}`' for each in layers)}"
-    raise ModelError(f"{source} has no layer `{name}`; {hint}")
+    raise ModelError(_no_layer(name, list(layers), source))
+
+
+def _no_layer(name: str, names: Sequence[str], source: str) -> str:
+    meant = get_close_matches(name, names, 1)
+    hint = f"did you mean `{meant[0]}`?" if meant else f"it has {', '.join(f'`{each}`' for each in names)}"
+    return f"{source} has no layer `{name}`; {hint}"
 
 
 def _frame_layer(place: str, pair: tuple[str, object], layers: Mapping[str, Tensors], source: str) -> Dense | Norm:
@@ -248,21 +255,40 @@ def _recurrent(name: str, tensors: Tensors, nonlinearity: Nonlinearity | None, s
     return Recurrent(label, "rnn", tensors, {"nonlinearity": nonlinearity})
 
 
+def _without(leave_out: Sequence[str], layers: Mapping[str, Tensors], source: str) -> dict[str, Tensors]:
+    """The layers and tensors that are not these, nor inside one of these."""
+    kept = {f"{layer}.{tensor}".lstrip("."): (layer, tensor) for layer, tensors in layers.items() for tensor in tensors}
+    parts = [".".join(path.split(".")[:depth]) for path in kept for depth in range(1, path.count(".") + 2)]
+    for name in leave_out:
+        if name not in parts:
+            raise ModelError(_no_layer(name, list(dict.fromkeys([*layers, *parts])), source))
+        kept = {path: place for path, place in kept.items() if not f"{path}.".startswith(f"{name}.")}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for layer, tensor in kept.values():
+        found.setdefault(layer, {})[tensor] = layers[layer][tensor]
+    return dict(found)
+
+
 def _left_over(recurrent: str, layers: Mapping[str, Tensors], left: Mapping[str, Tensors], source: str) -> str:
     """What to do about layers that nobody named."""
-    strange = [_told(name, tensors) for name, tensors in left.items() if _kind(tensors) not in _FRAME_LAYERS]
+    strange = {name: tensors for name, tensors in left.items() if _kind(tensors) not in _FRAME_LAYERS}
+    names = [each for name, tensors in (strange or left).items() for each in ([name] if name else tensors)]
+    python = f"leave_out=[{', '.join(map(json.dumps, names))}]"
+    leave_out = f"{python}, or{''.join(f' --leave-out {name}' for name in names)} on the command line"
     if strange:
-        return (
-            f"{source} cannot be served as it is: {'; '.join(strange)}; {SERVED}. To serve the named layers without "
-            f'the rest, name the {_kind(layers[recurrent])} too: recurrent="{recurrent}", or --recurrent {recurrent} '
-            "on the command line"
-        )
+        held = "; ".join(_told(name, tensors) for name, tensors in strange.items())
+        advice = f"to serve the network without: {leave_out}"
+        if any(_kind(tensors) == "BatchNorm" for tensors in strange.values()):
+            return f"{source} cannot be served as it is: {held}"  # without it, the outputs would mean nothing
+        return f"{source} cannot be served as it is: {held}; {SERVED}; {advice}"
+    words = ", ".join(f"`{name}` ({_in_words(tensors)})" for name, tensors in left.items())
+    if len(left) < len(layers) - 1:
+        return f"{source} also has {words}: name each in before or after, or leave it out: {leave_out}"
     order = list(layers)
-    known = [name for name, tensors in layers.items() if _kind(tensors) in _FRAME_LAYERS]
-    places = {name: "before" if order.index(name) < order.index(recurrent) else "after" for name in known}
+    places = {name: "before" if order.index(name) < order.index(recurrent) else "after" for name in left}
     python, command = "", ""
     for place in ("before", "after"):
-        names = [name for name in known if places[name] == place]
+        names = [name for name in left if places[name] == place]
         pairs = ", ".join(f'("{name}", "none")' for name in names)
         python += f", {place}=[{pairs}]" if names else ""
         command += "".join(f" --{place} {name}:none" for name in names)
