@@ -28,6 +28,8 @@ from benchmarks.report import line, machine, say, show
 from benchmarks.rows import MEASUREMENTS
 from instep.demo.child_server import ChildFailed
 from instep.models.errors import ModelError
+from instep_tools.page import check_report_path, write_page
+from instep_tools.problems import BadFile
 
 SEPARATE: Final = {"durability": durability, "isolation": isolation}
 """Measured only when they are named: they depend on a disk, or take long."""
@@ -42,6 +44,7 @@ def run(
     as_json: bool = False,
     folder: Path | None = None,
     model: Path | None = None,
+    report: Path | None = None,
 ) -> int:
     """Measure, show and judge.
 
@@ -52,11 +55,18 @@ def run(
         as_json: write one JSON object to standard output.
         folder: where models and recordings are written and removed again; by default the system's temporary folder.
         model: a model folder to measure instead of the benchmark's own networks, whose thresholds it is not held to.
+        report: an HTML page to write as well.
 
     Returns:
         0 when every threshold was reached, or with `quick` or a model; 1 when one was missed, an output was wrong, or
-        nothing could be measured.
+        nothing could be measured, or the page not be written.
     """
+    if report is not None:
+        try:
+            check_report_path(report)
+        except BadFile as error:
+            console.print(f"[red]not measured:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            return 1
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # what torch has loaded stays; a collection in the middle of a round need not look at it
@@ -83,6 +93,14 @@ def run(
     show(console, result, rows)
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    if report is not None:
+        from benchmarks.page import benchmark_page
+
+        try:
+            write_page(report, benchmark_page(result, rows))
+        except BadFile as error:
+            console.print(f"[red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+            return 1
     return 1 if missed or not rows else 0
 
 
@@ -123,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="try everything in about a minute; no verdicts")
     parser.add_argument("--json", action="store_true", help="write JSON to standard output, the rest to standard error")
     parser.add_argument("--folder", type=Path, help="where to record, and on whose disk; default: a temporary folder")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with all of it")
     options = parser.parse_args(arguments)
     for name in options.rows:
         if name not in known:
@@ -137,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         as_json=options.json,
         folder=options.folder,
         model=options.model,
+        report=options.report,
     )
 
 

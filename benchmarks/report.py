@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import textwrap
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from statistics import median
 from typing import Any, Final
 
-import numpy as np
 import torch
-import zmq
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.measurement import Row
-from instep.models.numerics import processor
 from instep.runtime.executor import usable_cores
+from instep_tools.machine import machine as machine_here
 
 COLUMNS: Final = 80
 
@@ -27,28 +22,16 @@ COLUMNS: Final = 80
 def machine() -> dict[str, Any]:
     """The machine and the versions, by name."""
     return {
-        "processor": processor(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        **machine_here(),
         "cores_usable": usable_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(),
-        "versions": {
-            "instep": version("instep"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "pyzmq": zmq.__version__,
-            "libzmq": zmq.zmq_version(),
-            "msgpack": version("msgpack"),
-        },
         "threads": {"torch_of_engine": 1, "torch_of_bare_loops": torch.get_num_threads(), "producers": 1},
     }
 
 
-def value(number: float, unit: str) -> str:
+def value(measured: float, unit: str) -> str:
     """A number with its unit: `0.852×`, `1.23 s`."""
-    digits = f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+    digits = f"{measured:,.0f}" if abs(measured) >= 100 else f"{measured:.3g}"
     return f"{digits}×" if unit == "×" else f"{digits} {unit}"
 
 
@@ -59,7 +42,7 @@ def threshold(row: Row) -> str:
 
 def line(row: Row, *, judged: bool) -> str:
     """One row in one line, with the medians of its sides."""
-    medians = "; ".join(f"{name} {_number(median(values))}" for name, values in row.samples.items())
+    medians = "; ".join(f"{name} {number(median(values))}" for name, values in row.samples.items())
     parts = [value(row.value, row.unit), threshold(row), _verdict(row, judged)]
     return f"{row.name}: {row.what}: {', '.join(part for part in parts if part)} ({escape(medians)})"
 
@@ -107,5 +90,6 @@ def _verdict(row: Row, judged: bool) -> str:
     return "[green]reached[/]" if row.reached else "[red]missed[/]"
 
 
-def _number(number: float) -> str:
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+def number(value: float) -> str:
+    """With three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

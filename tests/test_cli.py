@@ -222,13 +222,15 @@ class TestErrors:
 class TestVerify:
     def test_hands_everything_on(self, verifier: Stub) -> None:
         verifier.answer = 1
-        result = instep("verify", "r.instep", "--model", "m", "--stream", "7", "--stream", "a", "--json")
+        result = instep(
+            "verify", "r.instep", "--model", "m", *["--stream", "7", "--stream", "a"], "--json", "--report", "r.html"
+        )
         assert result.exit_code == 1
         ((args, kwargs),) = verifier.calls
         kwargs.pop("console")
         assert (args, kwargs) == (
             (Path("r.instep"),),
-            {"model_folder": Path("m"), "streams": ["7", "a"], "json": True},
+            {"model_folder": Path("m"), "streams": ["7", "a"], "json": True, "page": Path("r.html")},
         )
 
     def test_defaults(self, verifier: Stub) -> None:

@@ -1,4 +1,4 @@
-"""What ends a command early, and the exit statuses all commands share."""
+"""What ends a command early, the exit statuses that all commands share, and files that they write."""
 
 from __future__ import annotations
 
@@ -44,3 +44,20 @@ def check_writable(path: Path) -> None:
         why = "you have no permission"
     if why:
         raise BadFile(f"{path} cannot be written: {why}")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole, or leave what is there as it is, also when the disk is full.
+
+    Raises:
+        BadFile: when it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise BadFile(f"{path} cannot be written: {error.strerror}") from None

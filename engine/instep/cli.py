@@ -110,6 +110,7 @@ def serve(
     examples=[
         "instep verify today.instep",
         "instep verify today.instep --model my-model --stream mic-7 --json",
+        "instep verify today.instep --report today.html",
     ]
 )
 def verify(
@@ -123,6 +124,15 @@ def verify(
     stream: Annotated[
         list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
     ] = [],  # noqa: B006
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE.html",
+            help="Also write a page with all of it, to attach or to send.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Replay a recording and compare every output, bit for bit where the machine allows it.
@@ -132,7 +142,8 @@ def verify(
     from instep.verify.command import run
 
     interrupts.raise_again()
-    raise typer.Exit(run(recording, model_folder=model, streams=stream, json=json, console=_console()))
+    status = run(recording, model_folder=model, streams=stream, json=json, console=_console(), page=report)
+    raise typer.Exit(status)
 
 
 @app.command(

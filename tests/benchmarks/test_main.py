@@ -13,6 +13,7 @@ from benchmarks.measurement import Bench, Row
 from benchmarks.reference import LeftOut, WrongOutput
 from benchmarks.report import machine
 from instep.demo.child_server import ChildFailed
+from tests.support.pages import read_page
 
 
 def row(name: str, value: float, threshold: float | None = 1.0) -> Row:
@@ -121,3 +122,27 @@ def test_a_wrong_output_or_a_refusal_fails_the_run(
     monkeypatch.setattr(command, "MEASUREMENTS", {"one": fail})
     assert command.main([]) == 1
     assert f"not measured: {error}" in capsys.readouterr().out
+
+
+def test_the_page_says_what_the_json_says(
+    benches: list[Bench], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bench.html"
+    assert command.main(["--json", "--report", str(file)]) == 1
+    result, page = json.loads(capsys.readouterr().out), read_page(file)
+    assert page.verdict == f"{len(result['missed'])} of 2 thresholds missed"
+    verdicts = {True: "reached", False: "missed", None: "information"}
+    assert [(each["row"], each["measured"], each["verdict"]) for each in page.table("row", "what is compared")] == [
+        (each["name"], f"{each['value']:g}×", verdicts[each["reached"]]) for each in result["rows"]
+    ]
+    assert [each["median"] for each in page.table("row", "side")] == ["1", "0.1", "0.5"]
+    assert page.tags["svg"] == 1
+    assert "0.5×, at least 1×" in page.pictures
+    assert result["machine"]["processor"] in page.facts["machine"]
+    assert f"{result['load_average']['before']} before" in page.facts["load average"]
+    assert command.main(["--quick", "one", "--report", str(file)]) == 0
+    assert read_page(file).verdict.startswith("No verdict")
+    seen = len(benches)
+    assert command.main(["one", "--report", str(tmp_path / "absent" / "a.html")]) == 1
+    assert "there is no folder" in " ".join(capsys.readouterr().out.split())
+    assert len(benches) == seen, "nothing was measured"

@@ -74,11 +74,11 @@ def test_preparing_forbids_tf32() -> None:
 
 
 def test_without_cpuinfo_the_platform_names_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("instep.models.numerics.CPU_INFO", tmp_path / "nothing")
+    monkeypatch.setattr("instep_tools.machine.CPU_INFO", tmp_path / "nothing")
     monkeypatch.setattr(platform, "processor", lambda: "z80")
     assert numerics(CPU)["processor"] == "z80"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Z80 at 4 MHz\nflags: a:b\n")
-    monkeypatch.setattr("instep.models.numerics.CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("instep_tools.machine.CPU_INFO", tmp_path / "cpuinfo")
     assert numerics(CPU)["processor"] == "Z80 at 4 MHz"
 
 

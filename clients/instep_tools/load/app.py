@@ -22,6 +22,7 @@ EXAMPLES: Final = (
     "instep-client loadtest --streams 1024 --block 256",
     "instep-client loadtest --streams 64 --rate 50 --duration 1m --plot load.png",
     "instep-client loadtest --slo-ms 20 --rate 50 --processes 2 --connections 4",
+    "instep-client loadtest --rate 50 --report load.html",
 )
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -91,6 +92,12 @@ def loadtest_command(
     save: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Save the result, for --compare.", dir_okay=False)
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="FILE.html", help="Write a page with all of it, to attach or to send.", dir_okay=False
+        ),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two saved results; measure nothing.")
     ] = None,
@@ -123,7 +130,7 @@ def loadtest_command(
         steps=steps_per_block,
         slo_ms=slo_ms,
     )
-    test = LoadTest(Target(endpoint, model), plan, plot, save, hdr)
+    test = LoadTest(Target(endpoint, model), plan, plot, save, hdr, report)
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         return await LoadTester(test, terminal, stop).run()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,8 @@ from instep_tools.load.processes import counters, run_parts
 from instep_tools.load.result import Measured, measured, search_as_json, server_as_json
 from instep_tools.load.search import Search
 from instep_tools.pacing import Clock, Stop
-from instep_tools.problems import BadFile, CommandProblem, Exit, check_writable
+from instep_tools.page import as_html, check_report_path
+from instep_tools.problems import BadFile, CommandProblem, Exit, check_writable, write_file
 from instep_tools.stream_plot import check_plot_path
 from instep_tools.terminal import Terminal
 from instep_tools.words import counted, three_digits
@@ -38,6 +40,8 @@ class LoadTest:
     save: Path | None = None
     """Where the JSON of the result goes as well."""
     hdr: Path | None = None
+    report: Path | None = None
+    """Where the page goes."""
 
 
 class LoadTester:
@@ -60,6 +64,8 @@ class LoadTester:
         test = self._test
         if test.plot is not None:
             check_plot_path(test.plot)
+        if test.report is not None:
+            check_report_path(test.report)
         for path in (test.save, test.hdr):
             if path is not None:
                 check_writable(path)
@@ -133,33 +139,54 @@ class LoadTester:
         self, values: Mapping[str, Any], trials: list[Measured], best: Measured | None, sentence: str, ending: Exit
     ) -> Exit:
         """Print the JSON and the summary, and write what is to be written."""
-        test = self._test
         values = {"server": server_as_json(self._info), **values}
         if self._terminal.as_json:
             self._terminal.result(values)
-        try:
-            if test.save is not None:
-                saved.write(test.save, json.dumps(values, indent=2).encode() + b"\n")
-                sentence += f"; saved in {test.save}"
-            drawn = [trial for trial in trials if len(trial.samples)]
-            if test.hdr is not None and best is not None and len(best.samples):
-                saved.write(test.hdr, saved.as_hgrm(best))
-                sentence += f"; percentiles in {test.hdr}"
-            elif test.hdr is not None:
-                sentence += f"; {test.hdr} not written"
-            if test.plot is not None and not drawn:
-                sentence += f"; {test.plot} not drawn"
-            elif test.plot is not None:
-                from instep_tools.load import plot
-
-                picture = (plot.run if test.plan.slo_ms is None else plot.search)(drawn, self._info)
-                saved.write(test.plot, plot.rendered(picture, test.plot.suffix[1:].lower()))
-                sentence += f"; drawn in {test.plot}"
-        except BadFile as error:
-            self._terminal.error(str(error))
-            ending = ending or Exit.COULD_NOT_RUN
-        self._terminal.summary(report.lines(sentence), good=ending is Exit.OK)
+        summary, found = sentence, ending
+        for path, said, content in self._files(values, trials, best, sentence, found):
+            if content is None:
+                summary += f"; {path} not written"
+                continue
+            try:
+                write_file(path, content())
+                summary += f"; {said} {path}"
+            except BadFile as error:
+                self._terminal.error(str(error))
+                ending = ending or Exit.COULD_NOT_RUN
+        self._terminal.summary(report.lines(summary), good=ending is Exit.OK)
         return ending
+
+    def _files(
+        self, values: Mapping[str, Any], trials: list[Measured], best: Measured | None, sentence: str, ending: Exit
+    ) -> Iterator[tuple[Path, str, Callable[[], bytes] | None]]:
+        """Each file that was asked for, what the summary says of it, and its content if there is any."""
+        test, info = self._test, self._info
+        if test.save is not None:
+            yield test.save, "saved in", lambda: json.dumps(values, indent=2).encode() + b"\n"
+        if test.hdr is not None:
+            makes = None if best is None or not len(best.samples) else partial(saved.as_hgrm, best)
+            yield test.hdr, "percentiles in", makes
+        if test.plot is not None:
+            drawn = [trial for trial in trials if len(trial.samples)]
+            yield test.plot, "drawn in", partial(_picture, test, drawn, info) if drawn else None
+        if test.report is not None:
+            yield test.report, "report in", partial(_report, test, info, trials, best, sentence, ending)
+
+
+def _picture(test: LoadTest, trials: list[Measured], info: ServerInfo) -> bytes:
+    from instep_tools.load import plot
+
+    assert test.plot is not None
+    picture = (plot.run if test.plan.slo_ms is None else plot.search)(trials, info)
+    return plot.rendered(picture, test.plot.suffix[1:].lower())
+
+
+def _report(
+    test: LoadTest, info: ServerInfo, trials: list[Measured], best: Measured | None, sentence: str, ending: Exit
+) -> bytes:
+    from instep_tools.load.page import load_page
+
+    return as_html(load_page(test.target.endpoint, info, test.plan, trials, best, sentence, ending)).encode()
 
 
 class _Meter:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ LEAST_MS: Final = 1e-3
 BLUE, ORANGE, GREY, BLACK = "#2b6cb0", "#dd6b20", "#a0aec0", "#1a202c"
 COLOURS: Final = dict(zip(PARTS, (ORANGE, GREY, "#90cdf4", BLUE, "#9ae6b4", "#d6bcfa"), strict=True))
 NINES: Final = {2: "50 %", 10: "90 %", 100: "99 %", 10**3: "99.9 %", 10**4: "99.99 %", 10**5: "99.999 %"}
+Panel: TypeAlias = Callable[[Axes, Measured], None]
 VERDICTS: Final[dict[Verdict, tuple[str, str, str]]] = {
     "met": ("o", BLUE, "met"),
     "not met": ("X", ORANGE, "not met"),
@@ -51,20 +52,8 @@ def run(trials: Sequence[Measured], info: ServerInfo) -> Figure:
         subtitle,
         info,
     )
-    (over_time, by_percentile), (split, rate) = figure.subplots(2, 2)
-    _latency_over_time(over_time, result)
-    _latency_by_percentile(by_percentile, result)
-    _split_over_time(split, result)
-    _rate_over_time(rate, result)
-    gaps = [(start, min(end, result.seconds)) for start, end in result.gaps if start < result.seconds]
-    for axes in (over_time, split, rate):
-        upright = {"rotation": 90, "ha": "center", "va": "center", "transform": axes.get_xaxis_transform()}
-        for start, end in gaps:
-            axes.axvspan(start, end, color=GREY, alpha=0.3, linewidth=0)
-            axes.text((start + end) / 2, 0.5, "no connection", fontsize=8, **upright)
-        axes.set_xlim(0, max(result.seconds, 1e-3))
-        axes.set_xlabel("s")
-        axes.grid(alpha=0.3)
+    for axes, draw in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        draw(axes, result)
     return figure
 
 
@@ -72,7 +61,7 @@ def search(trials: Sequence[Measured], info: ServerInfo) -> Figure:
     """A search: the 99th percentile over the number of streams, and the service level as a line."""
     plan = trials[0].plan
     slo_ms = plan.slo_ms or 0.0
-    points = [(trial.plan.streams, max(trial.latency.p99 / 1000, LEAST_MS), trial.verdict(slo_ms)) for trial in trials]
+    points = _points(trials, slo_ms)
     most = max((streams for streams, _, verdict in points if verdict == "met"), default=0)
     above = min((streams for streams, _, _ in points if streams > most), default=0)
     failures = sum(streams == above and verdict == "not met" for streams, _, verdict in points)
@@ -83,7 +72,17 @@ def search(trials: Sequence[Measured], info: ServerInfo) -> Figure:
         f"{found} within {slo_ms:g} ms at the 99th percentile",
         info,
     )
-    axes = figure.subplots()
+    draw_trials(figure.subplots(), trials, slo_ms)
+    return figure
+
+
+def _points(trials: Sequence[Measured], slo_ms: float) -> list[tuple[int, float, Verdict]]:
+    return [(trial.plan.streams, max(trial.latency.p99 / 1000, LEAST_MS), trial.verdict(slo_ms)) for trial in trials]
+
+
+def draw_trials(axes: Axes, trials: Sequence[Measured], slo_ms: float) -> None:
+    """The 99th percentile of each try of a search."""
+    points = _points(trials, slo_ms)
     valid: dict[int, float] = {}
     for streams, p99_ms, verdict in sorted(points):
         if verdict != "invalid":
@@ -102,7 +101,6 @@ def search(trials: Sequence[Measured], info: ServerInfo) -> Figure:
     axes.grid(alpha=0.3)
     axes.set_ylim(top=3 * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper left")
-    return figure
 
 
 def rendered(figure: Figure, suffix: str) -> bytes:
@@ -144,6 +142,19 @@ def _in_bins(samples: SampleArray, edges: F64) -> list[SampleArray]:
     return [samples[places == number] for number in range(len(edges) - 1)]
 
 
+def _along_time(axes: Axes, result: Measured) -> None:
+    """The axis of seconds, with the gaps in which a connection was lost."""
+    upright: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "center", "transform": axes.get_xaxis_transform()}
+    for start, end in result.gaps:
+        if start < result.seconds:
+            end = min(end, result.seconds)
+            axes.axvspan(start, end, color=GREY, alpha=0.3, linewidth=0)
+            axes.text((start + end) / 2, 0.5, "no connection", fontsize=8, **upright)
+    axes.set_xlim(0, max(result.seconds, 1e-3))
+    axes.set_xlabel("s")
+    axes.grid(alpha=0.3)
+
+
 def _latency_over_time(axes: Axes, result: Measured) -> None:
     samples, latency_ms = result.samples, np.maximum(result.samples["latency_us"] / 1000, LEAST_MS)
     if len(samples) <= FEW_ANSWERS:
@@ -159,6 +170,7 @@ def _latency_over_time(axes: Axes, result: Measured) -> None:
     axes.set(yscale="log", ylabel="ms", title="Latency over time")
     axes.set_ylim(latency_ms.min() / 1.5, latency_ms.max() * 3)  # room for the legend
     _plain_numbers(axes.yaxis)
+    _along_time(axes, result)
 
 
 def _split_over_time(axes: Axes, result: Measured) -> None:
@@ -177,6 +189,7 @@ def _split_over_time(axes: Axes, result: Measured) -> None:
     axes.set_ylim(0, 1.4 * max(1e-3, means.sum(axis=0).max()))  # room for the legend
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="upper right", ncols=2, fontsize=8)  # in the order of the stack
+    _along_time(axes, result)
 
 
 def _rate_over_time(axes: Axes, result: Measured) -> None:
@@ -189,6 +202,7 @@ def _rate_over_time(axes: Axes, result: Measured) -> None:
     axes.set(ylabel="frames/s", title="Frames answered" + (" (dashed: due)" if is_open else ""))
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    _along_time(axes, result)
 
 
 def _latency_by_percentile(axes: Axes, result: Measured) -> None:
@@ -217,3 +231,7 @@ def _plain_numbers(axis: Axis, subs: Sequence[int] = (1, 2, 5)) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
+
+
+PANELS: Final[Sequence[Panel]] = (_latency_over_time, _latency_by_percentile, _split_over_time, _rate_over_time)
+"""The pictures of one load."""

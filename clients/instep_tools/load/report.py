@@ -27,33 +27,47 @@ ROWS: Final = {
     "rest_us": "  wire and client",
 }
 """The parts of a latency and what the table calls them."""
+PERCENTILE_NAMES: Final = ("p50", "p90", "p99", "p99.9", "max")
+TRIAL_TITLES: Final = ("streams", "processes", "frames/s due", "answered", "p50 ms", "p99 ms", "late p99", "")
 LONG_SILENCE_S: Final = 1.0
 COLUMNS: Final = 80
 
 
 def table(result: Measured) -> Table:
     """Latencies in milliseconds."""
-    answers = f"ms, n = {len(result.samples):,}"
-    rows = Table(answers, "p50", "p90", "p99", "p99.9", "max", box=None, pad_edge=False)
+    rows = Table(f"ms, n = {len(result.samples):,}", *PERCENTILE_NAMES, box=None, pad_edge=False)
     for column in rows.columns[1:]:
         column.justify = "right"
+    for title, values in latency_rows(result):
+        rows.add_row(title, *values)
+    return rows
+
+
+def latency_rows(result: Measured) -> list[tuple[str, list[str]]]:
+    """The latency and its parts: what each is called, and its percentiles in milliseconds."""
     since = "due" if result.plan.mode is Mode.OPEN else "sent"
     titles = {"latency_us": f"latency, from when it was {since}"} | ROWS
-    for name, value in {"latency_us": result.latency, **{name: result.parts[name] for name in result.shown}}.items():
-        rows.add_row(titles[name], *(three_digits(each / 1000) for each in asdict(value).values()))
-    return rows
+    parts = {"latency_us": result.latency, **{name: result.parts[name] for name in result.shown}}
+    return [
+        (titles[name], [three_digits(each / 1000) for each in asdict(part).values()]) for name, part in parts.items()
+    ]
 
 
 def trials_table(trials: Sequence[Measured], slo_ms: float) -> Table:
     """The tries of a search, in the order in which they were made."""
-    titles = ("streams", "processes", "frames/s due", "answered", "p50 ms", "p99 ms", "late p99", "")
-    rows = Table(*titles, box=None, pad_edge=False)
+    rows = Table(*TRIAL_TITLES, box=None, pad_edge=False)
     for column in rows.columns[:-1]:
         column.justify = "right"
     colours = {"met": "green", "not met": "red", "invalid": "yellow"}
-    for trial in trials:
-        verdict = trial.verdict(slo_ms)
-        rows.add_row(
+    for *cells, verdict in trial_rows(trials, slo_ms):
+        rows.add_row(*cells, f"[{colours[verdict]}]{verdict}[/]")
+    return rows
+
+
+def trial_rows(trials: Sequence[Measured], slo_ms: float) -> list[list[str]]:
+    """Cells under `TRIAL_TITLES`; the last one is the verdict."""
+    return [
+        [
             f"{trial.plan.streams:,}",
             f"{trial.plan.processes}",
             f"{trial.plan.offered_frames_s:,.0f}",
@@ -61,9 +75,10 @@ def trials_table(trials: Sequence[Measured], slo_ms: float) -> Table:
             three_digits(trial.latency.p50 / 1000),
             three_digits(trial.latency.p99 / 1000),
             three_digits(trial.parts["late_us"].p99 / 1000),
-            f"[{colours[verdict]}]{verdict}[/]",
-        )
-    return rows
+            trial.verdict(slo_ms),
+        ]
+        for trial in trials
+    ]
 
 
 def numbers(result: Measured) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,23 +27,6 @@ _TICKS: Final = 5
 """Lines for each halving of what is left to 100 %: the default of HdrHistogram's own tools."""
 _SUB_BUCKETS: Final = 2048
 """What HdrHistogram uses for three significant digits."""
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file as a whole, or leave what is there as it is, also when the disk is full.
-
-    Raises:
-        BadFile: when it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            part.write_bytes(content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
 
 
 def as_hgrm(result: Measured) -> bytes:

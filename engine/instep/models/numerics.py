@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-from typing import Final
 
 import torch
 
-CPU_INFO: Final = Path("/proc/cpuinfo")
+from instep_tools.machine import processor
 
 
 def prepare(threads: int) -> None:
@@ -80,13 +78,3 @@ def numerics(device: torch.device, kernel: str = "torch") -> dict[str, str]:
     if kernel == "onnxruntime":
         found["onnxruntime"] = version("onnxruntime")
     return found
-
-
-def processor() -> str:
-    """The processor's model: matrix libraries choose their kernels by it."""
-    if CPU_INFO.exists():
-        for line in CPU_INFO.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or "unknown"

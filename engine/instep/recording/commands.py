@@ -57,7 +57,7 @@ def info(file: Path, console: Console, *, json: bool = False) -> int:
     if json:
         _write_json(asdict(found))
         return WHOLE
-    _in_columns(console, [[name, value] for name, value in _facts(found).items()], ())
+    _in_columns(console, [[name, value] for name, value in facts(found).items()], ())
     return WHOLE
 
 
@@ -144,7 +144,8 @@ def _holds(found: Inspection) -> str:
     return "; ".join(parts)
 
 
-def _facts(found: Overview) -> dict[str, str]:
+def facts(found: Overview) -> dict[str, str]:
+    """What there is to say of a recording, in words."""
     return {
         "file": found.file,
         "began": found.began,

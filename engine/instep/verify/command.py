@@ -15,19 +15,31 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from instep.models.errors import ModelError
+from instep.recording.commands import facts
 from instep.recording.errors import RecordingError, with_advice
+from instep.recording.inspection import look_over
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep.verify.conditions import recorded_model
 from instep.verify.render import render
 from instep.verify.report import CannotVerify
+from instep_tools.page import check_report_path, write_page
+from instep_tools.problems import BadFile
 
 VERIFIED: Final = 0
 MISMATCH: Final = 1
 NOT_CHECKED: Final = 2
 
 
-def run(file: Path, *, model_folder: Path | None, streams: Sequence[str], json: bool, console: Console) -> int:
+def run(
+    file: Path,
+    *,
+    model_folder: Path | None,
+    streams: Sequence[str],
+    json: bool,
+    console: Console,
+    page: Path | None = None,
+) -> int:
     """Verify a recording and print the result.
 
     Args:
@@ -36,19 +48,22 @@ def run(file: Path, *, model_folder: Path | None, streams: Sequence[str], json: 
         streams: names or numbers of the streams to check; none for all.
         json: write one JSON object to standard output and nothing else.
         console: where everything else goes.
+        page: an HTML page to write as well.
 
     Returns:
         The exit status: 0 only when everything was checked and matched, 1 on a mismatch, 2 when something could not be
-        checked.
+        checked, or the page not be written although everything matched.
     """
     try:
+        if page is not None:
+            check_report_path(page)
         with (
             RecordingReader(file) as reader,
             _progress(console, is_shown=console.is_terminal and not json) as on_progress,
         ):
             model = recorded_model(reader.header, model_folder)
             report = verifier.verify(reader, model, streams, on_progress)
-    except (RecordingError, CannotVerify) as error:
+    except (RecordingError, CannotVerify, BadFile) as error:
         if json:
             _write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
         else:
@@ -63,9 +78,16 @@ def run(file: Path, *, model_folder: Path | None, streams: Sequence[str], json: 
         _write_json(report.as_json())
     else:
         render(report, console)
-    if report.mismatches:
-        return MISMATCH
-    return VERIFIED if report.verified else NOT_CHECKED
+    status = MISMATCH if report.mismatches else VERIFIED if report.verified else NOT_CHECKED
+    if page is not None:
+        from instep.verify.page import verify_page
+
+        try:
+            write_page(page, verify_page(report, facts(look_over(file))))
+        except (BadFile, RecordingError) as error:  # the result was printed
+            Console(stderr=True).print(Text(str(error), "bold red"), soft_wrap=True)
+            return status or NOT_CHECKED
+    return status
 
 
 def _write_json(fields: dict[str, object]) -> None:

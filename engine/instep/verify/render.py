@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Literal
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from instep.models.ulp import NOT_COMPARABLE
-from instep.verify.report import Report, Verdict, counted
+from instep.verify.report import Report, StreamReport, Verdict, counted
 
 FIRST_STREAMS: Final = 20
 """Streams shown even when nothing is wrong with them."""
+HEADINGS: Final = ("stream", "name", "frames", "max ULP", "vs. float64", "verdict")
+NUMBERS: Final = ("stream", "frames", "max ULP", "vs. float64")
+"""The headings of columns of numbers."""
 _STYLES: Final[dict[Verdict, str]] = {
     "exact": "green",
     "within tolerance": "yellow",
@@ -37,32 +40,34 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield Text("\n".join(f"  {problem}" for problem in stream.problems), "red")
     if len(mismatches) > FIRST_STREAMS:
         yield Text(f"and mismatches in {counted(len(mismatches) - FIRST_STREAMS, 'more stream')}", "red")
-    for note in report.notes:
-        yield Text(f"bits were not required to be equal: {note}", "yellow")
-    if report.reference == "same graph":
-        yield Text("the float64 reference is the served graph: a mistake in that does not show", "yellow")
-    yield from _lossy(report)
-    if report.not_compared:
-        frames = counted(report.not_compared, "frame")
-        yield Text(f"not compared: {frames} whose outputs were not recorded, because the engine was killed", "yellow")
-    if not report.finished:
-        yield Text(f"the recording was checked up to its last commit: {report.ending}", "yellow")
+    for remark in remarks(report):
+        yield Text(remark, "yellow")
+    if report.unchecked:
+        streams = counted(report.unchecked, "stream")
+        yield Text(f"not checked: {streams} where neither bits nor the float64 reference decide", "red")
     yield Text(report.checkers())
     yield Text(report.summary(), "bold green" if report.verified else "bold red")
 
 
-def _lossy(report: Report) -> Iterator[Text]:
+def remarks(report: Report) -> Iterator[str]:
+    """What limits the verdict, as sentences."""
+    for note in report.notes:
+        yield f"bits were not required to be equal: {note}"
+    if report.reference == "same graph":
+        yield "the float64 reference is the served graph: a mistake in that does not show"
     lossy = [stream for stream in report.streams if stream.lossy_from is not None]
     why = "frames or states are too large for float32, so the float64 reference bounds nothing"
     if report.reference == "none":
         why = "bits differ, and there is no float64 reference that would bound by how much they may"
     for stream in lossy[:FIRST_STREAMS]:
-        yield Text(f"stream {stream.stream} ({stream.name}), from frame {stream.lossy_from} on: {why}", "yellow")
+        yield f"stream {stream.stream} ({stream.name}), from frame {stream.lossy_from} on: {why}"
     if len(lossy) > FIRST_STREAMS:
-        yield Text(f"and {counted(len(lossy) - FIRST_STREAMS, 'more stream')} in which {why}", "yellow")
-    if report.unchecked:
-        streams = counted(report.unchecked, "stream")
-        yield Text(f"not checked: {streams} where neither bits nor the float64 reference decide", "red")
+        yield f"and {counted(len(lossy) - FIRST_STREAMS, 'more stream')} in which {why}"
+    if report.not_compared:
+        frames = counted(report.not_compared, "frame")
+        yield f"not compared: {frames} whose outputs were not recorded, because the engine was killed"
+    if not report.finished:
+        yield f"the recording was checked up to its last commit: {report.ending}"
 
 
 def _streams(report: Report) -> RenderableType:
@@ -73,21 +78,19 @@ def _streams(report: Report) -> RenderableType:
     table = Table(
         title=counted(len(streams), "stream"), caption=f"and {left_out:,} more without a mismatch" if left_out else None
     )
-    table.add_column("stream", justify="right", no_wrap=True)
-    table.add_column("name", overflow="fold")
-    for heading in ("frames", "max ULP", "vs. float64"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    for heading in HEADINGS:
+        justify: Literal["left", "right"] = "right" if heading in NUMBERS else "left"
+        folds = heading == "name"
+        table.add_column(heading, justify=justify, no_wrap=not folds, overflow="fold" if folds else "ellipsis")
     for stream in shown:
-        table.add_row(
-            str(stream.stream),
-            Text(stream.name),
-            f"{stream.frames:,}",
-            _distance(stream.max_ulp),
-            "–" if report.reference == "none" else f"{stream.max_error:.1e}",
-            Text(stream.verdict, _STYLES[stream.verdict]),
-        )
+        table.add_row(*map(Text, cells(report, stream)), Text(stream.verdict, _STYLES[stream.verdict]))
     return table
+
+
+def cells(report: Report, stream: StreamReport) -> list[str]:
+    """The row of a stream under `HEADINGS`, except the verdict."""
+    error = "–" if report.reference == "none" else f"{stream.max_error:.1e}"
+    return [str(stream.stream), stream.name, f"{stream.frames:,}", _distance(stream.max_ulp), error]
 
 
 def _distance(ulp: int) -> str:

@@ -18,7 +18,7 @@ ReferenceKind: TypeAlias = Literal["independent", "same graph", "none"]
 """Whether the float64 reference is written again from the equations, or is the served graph in float64."""
 Place: TypeAlias = Literal["output", "final state", "checkpoint"]
 
-_WORST_FIRST: Final[tuple[Verdict, ...]] = ("mismatch", "not checked", "within tolerance", "exact", "empty")
+WORST_FIRST: Final[tuple[Verdict, ...]] = ("mismatch", "not checked", "within tolerance", "exact", "empty")
 
 
 class CannotVerify(Exception):
@@ -94,7 +94,7 @@ def join_reports(parts: Sequence[StreamReport]) -> StreamReport:
         name=parts[0].name,
         frames=sum(part.frames for part in parts),
         not_compared=sum(part.not_compared for part in parts),
-        verdict=next(verdict for verdict in _WORST_FIRST if verdict in verdicts),
+        verdict=next(verdict for verdict in WORST_FIRST if verdict in verdicts),
         problems=tuple(problem for part in parts for problem in part.problems),
         divergence=next(iter((*wrong, *divergences)), None),
         max_ulp=max(part.max_ulp for part in parts),
@@ -155,7 +155,7 @@ class Report:
     def verdict(self) -> Verdict:
         """The worst of any stream."""
         found = {stream.verdict for stream in self.streams}
-        return next((verdict for verdict in _WORST_FIRST[:3] if verdict in found), "exact")
+        return next((verdict for verdict in WORST_FIRST[:3] if verdict in found), "exact")
 
     @property
     def verified(self) -> bool:

@@ -24,7 +24,9 @@ from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.load.result import Measured, Verdict
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
+from instep_tools.words import three_digits
 from tests.support.fake_server import FakeServer, Message, error
+from tests.support.pages import read_page
 from tests.support.ring_server import RingServer
 from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with
 
@@ -53,11 +55,11 @@ def fits(text: str) -> bool:
 class Timed:
     """One run of the command against a fake server, on a clock that waits for nobody."""
 
-    def __init__(self, as_json: bool = False, max_streams: int = 1000) -> None:
+    def __init__(self, as_json: bool = False, max_streams: int = 1000, model: str = "halving") -> None:
         self.terminal = RememberingTerminal(as_json)
         self.stop = Stop()
         self.clock = JumpingClock()
-        self.server = FakeServer(info_with(max_streams=max_streams))
+        self.server = FakeServer(info_with(max_streams=max_streams, model=model))
 
     async def __call__(self, plan: LoadPlan = PLAN, all_closed: bool = True, **files: Path) -> Exit:
         with self.server as server:
@@ -92,6 +94,48 @@ async def test_an_open_loop(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert percentiles.read_text().split()[0] == "Value"
     assert "open loop at 20 Hz a stream" in run.terminal.complained
+
+
+async def test_the_page_says_what_the_json_says(tmp_path: Path) -> None:
+    file = tmp_path / "load.html"
+    once = Timed(as_json=True, model="<b>halving")
+    assert await once(report=file) == await Timed()() == Exit.OK
+    assert f"report in {file}" in once.last
+    values, page = once.terminal.json(), read_page(file)
+    assert page.verdict == "Every frame was answered"
+    assert page.text["p"][2].startswith(f"{values['frames_per_second']:,.0f} frames/s of 120 due, ")
+    rows = page.table(f"milliseconds, n = {values['samples']:,}")
+    assert len(rows) == 6
+    for row, name in zip(rows, ("latency", "late", "queue", "compute", "send", "rest"), strict=True):
+        found = values["latency_us"][name]
+        for level in ("p50", "p99", "max"):
+            assert row[level] == three_digits(found[level] / 1000)
+    assert page.tags["svg"] == 4
+    assert page.facts["model"] == "<b>halving (3 → 2)"
+    assert page.facts["throughput"].startswith(f"{values['frames_per_second']:,.0f} frames/s, ")
+    assert (page.facts["refused"], page.facts["reconnections"]) == ("none", "none")
+
+    search = Timed(as_json=True)
+    assert await search(replace(PLAN, slo_ms=1e6), report=file) == Exit.OK
+    values, page = search.terminal.json(), read_page(file)
+    assert page.verdict == f"{values['streams']:,} streams within 1e+06 ms"
+    trials = page.table("streams", "processes")
+    streams = [int(row["streams"].replace(",", "")) for row in trials]
+    assert streams == [each["load"]["streams"] for each in values["trials"]]
+    assert [row["p99 within 1e+06 ms"] for row in trials] == [each["verdict"] for each in values["trials"]]
+    assert page.tags["svg"] == 5
+
+
+async def test_the_page_of_a_load_that_the_server_refused(tmp_path: Path) -> None:
+    def refuse(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+        return [error(header[1], Code.TOO_LARGE)] if header[0] == Kind.STEP else None
+
+    refusing = Timed()
+    refusing.server.rules.fault = refuse
+    assert await refusing(report=tmp_path / "a.html") == Exit.FOUND_PROBLEMS
+    page = read_page(tmp_path / "a.html")
+    assert page.verdict == "Not every frame was answered"
+    assert re.fullmatch(r"\d+ frames \(TOO_LARGE\)", page.facts["refused"])
 
 
 def test_a_closed_loop_in_words_json_and_files(tmp_path: Path) -> None:
@@ -282,7 +326,7 @@ def test_a_server_that_goes_away_in_the_warm_up(monkeypatch: pytest.MonkeyPatch,
     assert (result.exit_code, values["error"], values["reconnections"]) == (1, gone, 0)
     assert (values["without_connection_s"], values["longest_silence_s"]) == pytest.approx((0.2, 0.2))
     told = " ".join(result.stderr.split())
-    assert told.endswith(f"nothing was measured: {gone}; {percentiles} not written; {picture} not drawn")
+    assert told.endswith(f"nothing was measured: {gone}; {percentiles} not written; {picture} not written")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from instep_tools.load.generator import PartResult
 from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.load.result import Measured, measured
 from instep_tools.load.samples import SAMPLE, Samples, held_up_us, percentiles
-from instep_tools.problems import BadFile
+from instep_tools.problems import BadFile, write_file
 from instep_tools.words import three_digits
 from tests.tools.helpers import info_with
 
@@ -218,7 +218,7 @@ def test_pictures_of_few_and_many_answers(suffix: str) -> None:
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "result.json"
-    saved.write(file, b"before")
+    write_file(file, b"before")
 
     def disk_is_full(path: Path, content: bytes) -> None:
         path.touch()
@@ -226,5 +226,5 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Path, "write_bytes", disk_is_full)
     with pytest.raises(BadFile, match=r"result.json cannot be written: No space left on device"):
-        saved.write(file, b"after")
+        write_file(file, b"after")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("result.json", "before")]

@@ -1,0 +1,73 @@
+"""The machine and the versions that a result was measured with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import zmq
+
+CPU_INFO: Final = Path("/proc/cpuinfo")
+_PACKAGES: Final = ("torch", "numpy", "pyzmq", "msgpack")
+"""Installed or not, the ones that results depend on."""
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions, by name."""
+    return {
+        "processor": processor(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "versions": {
+            "instep": version("instep"),
+            "python": platform.python_version(),
+            **_installed(),
+            "libzmq": zmq.zmq_version(),
+        },
+    }
+
+
+def machine_line(found: Mapping[str, Any]) -> str:
+    """What `machine` returned, as the start of a sentence, without the versions."""
+    return f"{found['processor']} ({found['machine']}), {found['cores']} cores, {found['system']}"
+
+
+def versions_line(found: Mapping[str, Any]) -> str:
+    """The versions in what `machine` returned: `instep 0.4.0, python 3.12.1, …`."""
+    return ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+
+
+def processor() -> str:
+    """The processor's model: matrix libraries choose their kernels by it."""
+    if CPU_INFO.exists():
+        for line in CPU_INFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or "unknown"
+
+
+def typed_command(program: str) -> str:
+    """The command that this process runs, as it can be typed into a shell.
+
+    Args:
+        program: its name, whichever path it was started by.
+    """
+    return shlex.join([*program.split(), *sys.argv[1:]])
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

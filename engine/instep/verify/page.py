@@ -1,0 +1,169 @@
+"""The result of a verification as the content of a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from instep.models.ulp import NOT_COMPARABLE
+from instep.verify.render import HEADINGS, NUMBERS, cells, remarks
+from instep.verify.report import WORST_FIRST, Report, StreamReport, Verdict
+from instep_tools.machine import typed_command
+from instep_tools.page import BAD, DOUBT, GOOD, SOFT, Cell, Chart, Facts, Marked, Page, PageSection, Part, Table, Tone
+
+MOST_DOTS: Final = 1000
+"""Of the chart: streams with the largest errors."""
+UNIT_ROUNDOFF: Final = 2.0**-24
+"""The largest relative error of rounding to float32."""
+TONES: Final[Mapping[Verdict, Tone]] = {
+    "exact": "good",
+    "within tolerance": "doubt",
+    "not checked": "bad",
+    "mismatch": "bad",
+    "empty": "",
+}
+_COLOURS: Final[Mapping[Tone, str]] = {"good": GOOD, "doubt": DOUBT, "bad": BAD, "": SOFT}
+_TRUTH: Final = {
+    "independent": "the same equations, written a second time and computed in float64 from the original weights",
+    "same graph": "the served graph itself, computed in float64",
+    "none": "nothing: this kind of model has no float64 reference",
+}
+
+
+def verify_page(report: Report, recording: Mapping[str, str]) -> Page:
+    """The page.
+
+    Args:
+        report: the result.
+        recording: facts about the recording, in words.
+    """
+    return Page(
+        program="instep verify",
+        title=f"{report.file.name}, a recording of {report.model_name}",
+        verdict=_verdict(report),
+        summary=f"{_sentence(report.summary())} {_sentence(report.checkers())}",
+        sections=list(_sections(report, recording)),
+        conditions={"command": typed_command("instep"), "checked in": f"{report.seconds:,.1f} s"},
+    )
+
+
+def _verdict(report: Report) -> Marked:
+    if report.verified:
+        return Marked(f"verified: {report.verdict}", TONES[report.verdict])
+    return Marked(f"not verified: {report.verdict}", "bad")
+
+
+def _sections(report: Report, recording: Mapping[str, str]) -> Iterator[PageSection]:
+    wrong = [stream for stream in report.streams if stream.verdict == "mismatch"]
+    if wrong:
+        yield PageSection("Mismatches", list(_mismatches(wrong)))
+    yield PageSection("The three checks", [_checks(report)])
+    if limits := [_sentence(remark) for remark in remarks(report)]:
+        yield PageSection("Limits of the verdict", [Marked(limit, "doubt") for limit in limits])
+    yield PageSection("Streams", list(_streams(report)))
+    yield PageSection("Certification of this machine", [Facts(_certification(report))])
+    yield PageSection("Recording", [Facts(recording)])
+
+
+def _mismatches(wrong: list[StreamReport]) -> Iterator[Part]:
+    headings = ("stream", "name", "where", "element", "expected", "recorded", "ULP", "found by")
+    rows = []
+    for stream in wrong:
+        if (found := stream.divergence) is not None:
+            where = f"frame {found.frame:,}" if found.place == "output" else f"{found.place} before {found.frame:,}"
+            ulp = "NaN" if found.ulp >= NOT_COMPARABLE else f"{found.ulp:,}"
+            values = (f"{found.replayed:.9g}", f"{found.recorded:.9g}")
+            rows.append((str(stream.stream), stream.name, where, str(found.element), *values, ulp, found.checker))
+    if rows:
+        yield "The first wrong value of each stream: the check expects one, and the other was served and recorded."
+        yield Table(headings, rows, ("stream", "element", "expected", "recorded", "ULP"), "streams with a mismatch")
+    problems = [(str(stream.stream), stream.name, _sentence(each)) for stream in wrong for each in stream.problems]
+    yield Table(("stream", "name", "problem"), problems, ("stream",), "problems")
+
+
+def _checks(report: Report) -> Table:
+    bits = "equal bits" if not report.notes else "equal bits where certified, else within the bound of rounding"
+    whole = (
+        "with one call of the network over all frames of a stream"
+        if report.whole_sequence
+        else "not made: this kind has no such call"
+    )
+    stepped, in_one = (f"{report.elements.get(checker, 0):,}" for checker in ("stepped", "whole sequence"))
+    distance = "–" if report.reference == "none" else f"at most {report.max_error:.1e} away"
+    rows = (
+        (
+            "stepped",
+            "with the network stepped again, frame by frame, from the recorded state",
+            bits,
+            f"{stepped} values",
+        ),
+        ("whole sequence", whole, bits, f"{in_one} values"),
+        ("float64 reference", f"with {_TRUTH[report.reference]}", "within the bound of rounding", distance),
+    )
+    return Table(("check", "recorded outputs and states are compared", "required", "compared"), rows)
+
+
+def _streams(report: Report) -> Iterator[Part]:
+    worst_first = sorted(
+        report.streams, key=lambda each: (WORST_FIRST.index(each.verdict), -each.max_ulp, -_known(each.max_error))
+    )
+    rows: list[list[Cell]] = [
+        [*cells(report, stream), Marked(stream.verdict, TONES[stream.verdict])] for stream in worst_first
+    ]
+    if report.reference != "none" and (chart := _errors(worst_first)) is not None:
+        yield chart
+    yield Table(HEADINGS, rows, NUMBERS, "streams, none of which is worse")
+
+
+def _errors(streams: list[StreamReport]) -> Chart | None:
+    """The distance from the float64 reference over the frames of each stream."""
+    known = [stream for stream in streams if stream.frames and 0 < stream.max_error < math.inf]
+    drawn = sorted(known, key=lambda each: each.max_error, reverse=True)[:MOST_DOTS]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(9.6, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for verdict, tone in TONES.items():
+        dots = np.array([(each.frames, each.max_error) for each in drawn if each.verdict == verdict])
+        if len(dots):
+            axes.scatter(dots[:, 0], dots[:, 1], s=22, color=_COLOURS[tone], linewidth=0, label=verdict)
+    axes.axhline(UNIT_ROUNDOFF, color=SOFT, linestyle="--", linewidth=1)
+    axes.annotate(
+        "rounding 1 to float32",
+        (0, UNIT_ROUNDOFF),
+        (4, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=8,
+        color=SOFT,
+    )
+    axes.set(xscale="log", yscale="log", xlabel="frames of the stream", ylabel="absolute error")
+    axes.margins(y=0.15)
+    axes.grid(alpha=0.5)
+    if len({each.verdict for each in drawn}) > 1:
+        axes.legend(loc="lower right", frameon=False)
+    which = (
+        f"; {len(drawn):,} of {len(known):,} streams, those with the largest error" if len(known) > len(drawn) else ""
+    )
+    return Chart(figure, f"Largest error of each stream: its recorded values against the float64 reference{which}")
+
+
+def _certification(report: Report) -> dict[str, Cell]:
+    sizes = ", ".join(map(str, report.buckets))
+    facts: dict[str, Cell] = {"stepped in batches of": sizes}
+    facts["bits"] = Marked("must equal the recorded ones", "good")
+    if report.notes:
+        facts["bits"] = Marked("; ".join(report.notes), "doubt")
+    return facts
+
+
+def _known(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
