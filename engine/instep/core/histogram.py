@@ -12,6 +12,7 @@ from instep.core.typing import I32, I64
 _PARTS: Final = 8  # entries for each doubling
 _PART_BITS: Final = 3
 ENTRIES: Final = _PARTS * 61
+FILL_PARTS: Final = 1024
 
 
 @inlined
@@ -45,7 +46,7 @@ def add_steps(
     Args:
         compute_us: of what a step took.
         batch_size: of the streams of a batch, less one: so a batch of 2^k streams is the largest of its entry.
-        batch_fill: of the eighths of a padded batch that are streams, rounded up.
+        batch_fill: of the 1024ths of a padded batch that are streams, rounded up, and less one for the same reason.
         streams: of each batch.
         bucket: streams and padding of each batch.
         step_ns: what each step took.
@@ -53,7 +54,7 @@ def add_steps(
     """
     _add(compute_us, step_ns // 1000, steps)
     _add(batch_size, streams - 1, steps)
-    _add(batch_fill, -(-8 * streams // bucket), steps)
+    _add(batch_fill, -(-FILL_PARTS * streams // bucket) - 1, steps)
 
 
 @kernel

@@ -66,7 +66,7 @@ class EngineStats:
     batch_size: I64 = field(default_factory=new_histogram)
     """Streams of a batch, less one; see `add_steps`."""
     batch_fill: I64 = field(default_factory=new_histogram)
-    """Eighths of a padded batch that are streams, rounded up."""
+    """1024ths of a padded batch that are streams, less one; see `add_steps`."""
 
     def stepped(self, streams: int, bucket: int, steps: int, step_ns: int) -> None:
         """A run ended: its streams, its padded batch size, its steps, and the nanoseconds of each step."""

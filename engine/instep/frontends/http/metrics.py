@@ -1,0 +1,257 @@
+"""The metrics of a server in the text format of Prometheus: one table of all of them, and what is made of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Final
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from instep.frontends.http.families import FILL, SIZE, Identity, Labelled, Metric, ModelNumbers
+from instep.streaming.service import ModelService
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+# ── Values with labels ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _refusals(model: ModelNumbers) -> Labelled:
+    return [((code.name,), float(count)) for code, count in model.service.engine.stats.refusals().items()]
+
+
+def _evictions(model: ModelNumbers) -> Labelled:
+    by_reason = model.service.engine.stats.evicted_by_reason
+    return [((reason,), float(count)) for reason, count in by_reason.items()]
+
+
+def _streams(model: ModelNumbers) -> Labelled:
+    numbers = model.numbers
+    yield ("connected",), numbers["streams_open"] - numbers["streams_parked"]
+    yield ("parked",), numbers["streams_parked"]
+    yield ("hibernating",), numbers["streams_hibernated"]
+
+
+def _room(model: ModelNumbers) -> Labelled:
+    return [((), float(len(model.service.engine.table.owner) - 1))]
+
+
+def _build(model: ModelNumbers) -> Labelled:
+    about = model.about
+    is_off = about.exactness == "off"
+    exactness = "exact" if model.service.engine.stats.is_exact else "off" if is_off else "tolerance"
+    return [((about.fingerprint, exactness, about.device, _version("instep"), _version("torch")), 1.0)]
+
+
+@cache
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+# ── The table ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+METRICS: Final = (
+    Metric(
+        "instep_build_info",
+        "gauge",
+        "Always 1; its labels say what is served, where, and how exact it is now.",
+        _build,
+        ("model", "fingerprint", "exactness", "device", "version", "torch"),
+    ),
+    Metric(
+        "instep_ready", "gauge", "1 while the model takes new connections, streams and frames, 0 otherwise.", "ready"
+    ),
+    Metric("instep_exact", "gauge", "1 while frames are promised the same bits in every batch, 0 otherwise.", "exact"),
+    Metric("instep_uptime_seconds", "gauge", "Time since the server started the model.", "uptime_s"),
+    # Frames
+    Metric("instep_frames_total", "counter", "Frames stepped.", "frames_total"),
+    Metric(
+        "instep_received_frames_total",
+        "counter",
+        "Frames of all STEP messages, refused ones included.",
+        "received_frames_total",
+    ),
+    Metric(
+        "instep_repeated_frames_total",
+        "counter",
+        "Frames that had been applied before and were only answered again.",
+        "repeated_frames_total",
+    ),
+    Metric("instep_frames_pending", "gauge", "Frames admitted and not yet computed.", "frames_pending"),
+    Metric("instep_batches_total", "counter", "Steps of the network.", "batches_total"),
+    Metric("instep_padded_rows_total", "counter", "Rows of all steps, padding included.", "padded_rows_total"),
+    Metric("instep_step_failures_total", "counter", "Steps that failed.", "step_failures_total"),
+    Metric("instep_batch_size", "histogram", "Streams of a batch.", "batch_size", scale=SIZE),
+    Metric(
+        "instep_batch_fill_ratio",
+        "histogram",
+        "Streams of a batch divided by its rows, padding included.",
+        "batch_fill",
+        scale=FILL,
+    ),
+    # Time
+    Metric("instep_latency_seconds", "histogram", "From the arrival of a STEP message to its answer.", "latency_us"),
+    Metric(
+        "instep_queue_seconds",
+        "histogram",
+        "How long STEP messages waited for the step of their last frames.",
+        "queue_us",
+    ),
+    Metric("instep_compute_seconds", "histogram", "How long steps took.", "compute_us"),
+    Metric(
+        "instep_send_seconds",
+        "histogram",
+        "From the end of a step to its answers; with a recording this includes the commit.",
+        "send_us",
+    ),
+    Metric(
+        "instep_executor_busy_seconds_total", "counter", "Time in which the model was stepped.", "executor_busy_s_total"
+    ),
+    Metric(
+        "instep_loop_busy_seconds_total",
+        "counter",
+        "Time in which the server's loop was busy, with all models together.",
+        "loop_busy_s_total",
+        labels=(),
+    ),
+    Metric(
+        "instep_step_time_ratio",
+        "gauge",
+        "Share of the last ten seconds in which the model was stepped; at 1 it cannot keep up.",
+        "step_time_ratio",
+    ),
+    # Messages
+    Metric("instep_messages_total", "counter", "STEP messages answered with STEPPED.", "messages_total"),
+    Metric(
+        "instep_refused_messages_total",
+        "counter",
+        "Messages of every kind that were refused as a whole.",
+        "refused_messages_total",
+    ),
+    Metric(
+        "instep_refusals_total",
+        "counter",
+        "Refusals of messages and of single streams in them, by code.",
+        _refusals,
+        ("model", "code"),
+    ),
+    Metric(
+        "instep_credit_stalls_total",
+        "counter",
+        "STEP messages that left their connection no credit for another one of that size.",
+        "credit_stalls_total",
+    ),
+    # Streams
+    Metric("instep_connections", "gauge", "Connections.", "connections"),
+    Metric(
+        "instep_streams",
+        "gauge",
+        "Streams by place: connected, parked (both in memory) or hibernating.",
+        _streams,
+        ("model", "place"),
+    ),
+    Metric("instep_streams_max", "gauge", "Streams that fit into memory.", _room),
+    Metric("instep_streams_opened_total", "counter", "Streams opened.", "opened_streams_total"),
+    Metric("instep_streams_closed_total", "counter", "Streams that ended, for any reason.", "closed_streams_total"),
+    Metric(
+        "instep_streams_parked_total",
+        "counter",
+        "Streams that lost their connection and were kept.",
+        "parked_streams_total",
+    ),
+    Metric("instep_streams_resumed_total", "counter", "Streams resumed.", "resumed_streams_total"),
+    Metric(
+        "instep_streams_evicted_total",
+        "counter",
+        "Streams that the server ended, by reason.",
+        _evictions,
+        ("model", "reason"),
+    ),
+    Metric(
+        "instep_streams_hibernated_total",
+        "counter",
+        "Streams that left memory for the recording.",
+        "hibernated_streams_total",
+    ),
+    Metric("instep_streams_woken_total", "counter", "Streams that came back from there.", "woken_streams_total"),
+    # The recording
+    Metric("instep_recording_bytes", "gauge", "Size of the recording.", "recording_bytes"),
+    Metric("instep_recording_free_bytes", "gauge", "Free on the disk of the recording.", "recording_free_bytes"),
+    Metric(
+        "instep_commit_seconds",
+        "histogram",
+        "How long transactions of the recording took, from the first row to the commit.",
+        "commit_us",
+    ),
+    Metric("instep_checkpoint_age_seconds", "gauge", "Age of the newest checkpoint.", "checkpoint_age_s"),
+    Metric(
+        "instep_replay_seconds",
+        "gauge",
+        "How long a restart would step the frames that no checkpoint holds.",
+        "replay_s",
+    ),
+    Metric("instep_recovery_seconds", "gauge", "How long the start took to continue the recording.", "recovery_s"),
+    # Exactness
+    Metric(
+        "instep_rechecked_frames_total",
+        "counter",
+        "Frames that were stepped again in another batch size.",
+        "rechecked_frames_total",
+    ),
+    Metric(
+        "instep_recheck_mismatches_total",
+        "counter",
+        "Rechecked frames that came out with other bits.",
+        "recheck_mismatches_total",
+    ),
+    Metric(
+        "instep_verified_frames_total",
+        "counter",
+        "Frames that live verification has compared with the whole sequence.",
+        "verified_frames_total",
+    ),
+    Metric(
+        "instep_verify_mismatches_total",
+        "counter",
+        "Verified frames that came out with other bits.",
+        "verify_mismatches_total",
+    ),
+    Metric("instep_verify_lag_seconds", "gauge", "How far live verification is behind the recording.", "verify_lag_s"),
+)
+
+
+class _Family(Collector):
+    """One metric with its samples."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+
+    def collect(self) -> Iterable[Family]:
+        return [self._family] if self._family.samples else []
+
+
+def exposition_parts(services: Sequence[ModelService], about: Mapping[str, Identity]) -> Iterator[bytes]:
+    """As `exposition`, metric by metric: all of it takes milliseconds, in which the loop may have frames to answer."""
+    models = [ModelNumbers(service, service.numbers(), about[service.name]) for service in services]
+    for metric in METRICS:
+        yield _text(_Family(metric.family(models)))
+    yield _text(ProcessCollector(registry=None))
+
+
+def exposition(services: Sequence[ModelService], about: Mapping[str, Identity]) -> bytes:
+    """All metrics now, as `CONTENT_TYPE` says; those of the process too, where /proc tells them.
+
+    Args:
+        services: the models.
+        about: what is known of each from the start, by name.
+    """
+    return b"".join(exposition_parts(services, about))
+
+
+def _text(collector: Collector) -> bytes:
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry)
