@@ -424,6 +424,33 @@ class TestContradictions:
             Config(limits=LimitsConfig(max_pending_frames=1))
 
 
+class TestTheAdminServer:
+    @pytest.mark.parametrize("endpoint", ["127.0.0.1:0", "localhost:5780", "[::1]:65535", "127.9.9.9:1"])
+    def test_may_listen_at_any_port_of_this_machine(self, endpoint: str) -> None:
+        assert load_config(overrides={"http.endpoint": endpoint}).http.endpoint == endpoint
+
+    def test_may_listen_for_others_with_a_token(self, tmp_path: Path) -> None:
+        for endpoint in ("0.0.0.0:1", "[::]:1", "gpu-7:1", "10.0.0.1:1"):
+            (problem,) = problems(overrides={"http.endpoint": endpoint})
+            assert problem.path == "http.endpoint"
+            assert "http.token_file" in problem.suggestion
+            config = load_config(overrides={"http.endpoint": endpoint, "http.token_file": str(tmp_path / "token")})
+            assert config.http.endpoint == endpoint
+
+    @pytest.mark.parametrize("text", ["off", "'off'", "null", "~", "no"])
+    def test_can_be_off(self, tmp_path: Path, text: str) -> None:
+        assert load_config(written(tmp_path, f"http: {{endpoint: {text}}}")).http.endpoint is None
+        assert load_config(overrides={"http.endpoint": "off"}).http.endpoint is None
+        assert load_config(None, None, {"INSTEP_HTTP__ENDPOINT": "off"}).http.endpoint is None
+
+    @pytest.mark.parametrize(
+        "wrong", ["5780", ":1", "127.0.0.1", "127.0.0.1:*", "127.0.0.1:65536", "http://a:1", "::1:1"]
+    )
+    def test_has_endpoints_of_its_own(self, wrong: str) -> None:
+        (problem,) = problems(overrides={"http.endpoint": wrong})
+        assert f"{wrong!r} is not an endpoint: write 127.0.0.1:5780" in problem.message
+
+
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Config().engine.threads = 2

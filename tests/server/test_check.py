@@ -29,9 +29,8 @@ def model(tmp_path: Path) -> Path:
 
 def configured(model: Path, **sections: dict[str, Any]) -> Config:
     transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
-    return Config.model_validate(
-        {"model": {"folder": model}, "transport": transport, "log": {"format": "json"}, **sections}
-    )
+    common = {"transport": transport, "http": {"endpoint": "off", **sections.pop("http", {})}}
+    return Config.model_validate({"model": {"folder": model}, "log": {"format": "json"}, **common, **sections})
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
@@ -89,6 +88,11 @@ def test_what_stands_in_the_way_is_said(model: Path, tmp_path: Path) -> None:
         endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(CannotServe, match=re.escape(f"cannot bind {endpoint}")):
             check(configured(model, transport={"endpoint": endpoint}))
+        endpoint = endpoint.removeprefix("tcp://")
+        with pytest.raises(CannotServe, match=f"cannot listen at http.endpoint {endpoint}"):
+            check(configured(model, http={"endpoint": endpoint}))
+    with pytest.raises(CannotServe, match="token_file"):
+        check(configured(model, http={"endpoint": "127.0.0.1:0", "token_file": tmp_path / "no-token"}))
     write_model(tmp_path / "wide", plain(2000, 4))
     with pytest.raises(CannotServe, match="max_message_bytes"):
         check(configured(tmp_path / "wide", transport={"max_message_bytes": 4096}))

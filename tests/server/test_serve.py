@@ -47,7 +47,8 @@ def model(tmp_path: Path) -> Path:
 
 def configured(model: Path, **sections: dict[str, Any]) -> Config:
     transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
-    return Config.model_validate({"model": {"folder": model}, "transport": transport, **sections})
+    http = {"endpoint": "off", **sections.pop("http", {})}
+    return Config.model_validate({"model": {"folder": model}, "transport": transport, "http": http, **sections})
 
 
 def test_a_model_that_cannot_be_loaded_is_refused_with_the_tensors_name(model: Path) -> None:

@@ -211,7 +211,8 @@ async def test_a_model_whose_steps_hang_or_that_is_flooded_does_not_keep_the_oth
 def several(folders: object, **sections: dict[str, object]) -> Config:
     engine = {"exactness": "off", "max_batch_size": 8}
     transport = {"endpoint": "tcp://127.0.0.1:*"}
-    return Config.model_validate({"model": {"folder": folders}, "engine": engine, "transport": transport, **sections})
+    common = {"engine": engine, "transport": transport, "http": {"endpoint": "off"}}
+    return Config.model_validate({"model": {"folder": folders}, **common, **sections})
 
 
 def test_models_of_one_name_are_refused_until_the_configuration_names_them(folders: list[Path], tmp_path: Path) -> None:

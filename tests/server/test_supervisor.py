@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -28,13 +29,24 @@ pytestmark = pytest.mark.heavy
 def supervised(tmp_path: Path) -> Iterator[tuple[Served, str]]:
     """A supervised server that records, with a configuration file, and its endpoint."""
     write_model(tmp_path / "model", SMALL)
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    with (
+        closing(socket.create_server(("127.0.0.1", 0))) as probe,
+        closing(socket.create_server(("127.0.0.1", 0))) as admin,
+    ):
+        endpoint, http = (f"127.0.0.1:{each.getsockname()[1]}" for each in (probe, admin))
     (tmp_path / "c.yaml").write_text("limits: {park_s: 60}\n")
-    arguments = ["--restart", "--record", str(tmp_path / "r.instep"), "--config", str(tmp_path / "c.yaml")]
-    with serving(tmp_path / "model", *arguments, endpoint=endpoint, start_new_session=True) as served:
+    arguments = [
+        "--http",
+        http,
+        "--restart",
+        "--record",
+        str(tmp_path / "r.instep"),
+        "--config",
+        str(tmp_path / "c.yaml"),
+    ]
+    with serving(tmp_path / "model", *arguments, endpoint=f"tcp://{endpoint}", start_new_session=True) as served:
         served.until("serving")
-        yield served, endpoint
+        yield served, f"tcp://{endpoint}"
 
 
 def server_of(served: Served) -> psutil.Process:
@@ -56,6 +68,8 @@ def test_a_crash_costs_a_stream_nothing_but_time(
                 assert served.until("restarting")["level"] == "error"
                 served.until("serving")
                 assert server_of(served).pid != first.pid
+                about = httpx.get(f"{served.lines[-1]['http']}/api/stats").json()
+                assert about["pid"] == server_of(served).pid
             outputs.append(stream.step(frame))
         np.testing.assert_array_equal(np.array(outputs), whole(SMALL, x)[0])
         stream.close()

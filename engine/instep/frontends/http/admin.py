@@ -7,13 +7,13 @@ import socket
 import structlog
 
 from instep.config.endpoint import is_loopback_host
+from instep.frontends.http import Subject
 from instep.frontends.http.app import make_app
 from instep.frontends.http.connections import Connections, url_of
 from instep.frontends.http.events import Events
 from instep.frontends.http.inspection import Inspection
 from instep.frontends.http.overview import Overview
 from instep.frontends.http.security import Guard
-from instep.frontends.http.subject import Subject
 from instep.streaming.tasks import Tasks
 
 

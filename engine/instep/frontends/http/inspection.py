@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import Any, Final
 
+from instep.frontends.http import Subject
 from instep.frontends.http.answers import HttpError
 from instep.frontends.http.listing import MOST, SORTS, STATES, USUAL, Query, after_of, page
 from instep.frontends.http.records import Rates, record_of
-from instep.frontends.http.subject import Subject
 from instep.frontends.http.traces import Traces
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import Tasks

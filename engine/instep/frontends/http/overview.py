@@ -7,8 +7,8 @@ import time
 from importlib.metadata import version
 from typing import Any, Final
 
+from instep.frontends.http import Subject
 from instep.frontends.http.answers import to_json
-from instep.frontends.http.subject import Subject
 from instep.streaming.service import ModelService
 
 _FRESH_S: Final = 0.2
