@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from instep.frontends.http import connections, events, listing, security
+from instep.streaming.events import EventKind
 from instep_client import AsyncClient
 from tests.docs.support.page import Page
 from tests.docs.support.shell import assert_exists, commands
@@ -23,7 +25,7 @@ SOURCE = "".join(path.read_text() for path in Path(listing.__file__).parent.glob
 def shape(value: Any) -> Any:
     """Which keys there are; of a list, those of its first item."""
     if isinstance(value, dict):
-        return {key: shape(each) for key, each in value.items() if key != "numbers"}
+        return {key: shape(each) for key, each in value.items() if key not in ("numbers", "columns")}
     return [shape(value[0])] if isinstance(value, list) and value and isinstance(value[0], dict) else None
 
 
@@ -31,6 +33,8 @@ async def test_every_example_has_the_keys_of_the_answer(tmp_path: Path) -> None:
     recording = {"file": tmp_path / "r.instep"}
     async with administered(recording=recording) as (server, http), AsyncClient(server.endpoint) as client:
         await (await client.open("mic-7")).step(np.zeros((2, 5)))
+        while not (await http.get("/api/history")).json()["columns"]["time_s"]:
+            await asyncio.sleep(0.1)
         for path, text in PAGE.blocks("json"):
             example = json.loads(text)
             if path.isdigit():
@@ -38,7 +42,14 @@ async def test_every_example_has_the_keys_of_the_answer(tmp_path: Path) -> None:
                 continue
             answer = (await http.get(path)).json()
             assert shape(answer) == shape(example), path
-            assert answer.get("numbers", {}).keys() >= example.get("numbers", {}).keys()
+            assert answer.get("columns", {}).keys() >= example.get("columns", {}).keys()
+            for model, shown in zip(answer.get("models", ()), example.get("models", ()), strict=True):
+                assert model["numbers"].keys() >= shown["numbers"].keys()
+
+
+def test_every_kind_of_event_is_listed() -> None:
+    listed = PAGE.sections["Events"].partition("`kind` (")[2].partition(")")[0]
+    assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(EventKind)
 
 
 def test_every_path_is_listed() -> None:

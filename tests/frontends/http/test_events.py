@@ -70,6 +70,34 @@ async def test_a_stream_that_is_looked_at_comes_with_them_until_it_is_closed() -
             assert seen[-2]["trace"]["seq"][-1] == seen[-2]["seq"] - 1
 
 
+async def test_what_happens_to_streams_comes_as_it_happens_or_from_a_number_on() -> None:
+    async with administered() as (server, http), AsyncClient(server.endpoint) as client:
+        await client.open("before")
+
+        async def told(count: int, **headers: str) -> list[tuple[str, Any]]:
+            log: list[tuple[str, Any]] = []
+            async with http.stream("GET", "/api/events", headers=headers) as answer:
+                async for kind, number, data in read(answer):
+                    if kind == "stats" and not headers and not log:
+                        await (await client.open("after")).close()
+                    elif kind == "log":
+                        log.append((number, data))
+                        if len(log) == count:
+                            break
+            return log
+
+        now = await told(2)
+        assert [(data["kind"], data["stream"]) for _, data in now] == [("opened", "after"), ("closed", "after")]
+        assert [number for number, _ in now] == [str(data["number"]) for _, data in now] == ["2", "3"]
+        both = await told(2, **{"last-event-id": "1"})
+        assert both == now
+        for number in ("0", "999999"):  # the latter is one of a former server
+            log = await told(3, **{"last-event-id": number})
+            assert [data["stream"] for _, data in log] == ["before", "after", "after"]
+        record = (await http.get("/api/streams/before")).json()
+        assert [event["kind"] for event in record["events"]] == ["opened"]
+
+
 async def test_listeners_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "MOST_LISTENERS", 2)
     async with administered() as (_, http):

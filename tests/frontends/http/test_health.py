@@ -6,7 +6,9 @@ import asyncio
 import socket
 from typing import Any
 
+import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from instep.models.certify import Certification
 from instep.server.preparation import CannotServe
@@ -28,6 +30,33 @@ async def test_says_what_it_serves() -> None:
         assert model["numbers"]["streams_open"] == 1
         assert model["numbers"]["frames_total"] == 3
         assert model["exactness"] == server.default.about.exactness
+
+
+async def test_the_last_ten_minutes_are_columns_of_one_row_a_second() -> None:
+    async with administered() as (server, http), AsyncClient(server.endpoint) as client:
+        stream = await client.open("s")
+        rows: list[float] = []
+        while len(rows) < 2:
+            await stream.step(np.zeros((5, 5)))
+            await asyncio.sleep(0.05)
+            history = (await http.get("/api/history", params={"model": SMALL.name})).json()
+            rows = history["columns"]["time_s"]
+        assert history["model"] == SMALL.name
+        assert {len(column) for column in history["columns"].values()} == {len(rows)}
+        assert rows == sorted(rows)
+        assert max(history["columns"]["frames_per_s"]) > 0
+        numbers = (await http.get("/api/stats")).json()["models"][0]["numbers"]
+        assert numbers["recent_streams_open"] == 1
+
+
+async def test_prometheus_reads_the_metrics() -> None:
+    async with administered() as (server, http), AsyncClient(server.endpoint) as client:
+        await (await client.open("s")).step(np.zeros((5, 5)))
+        answer = await http.get("/metrics")
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+        (frames,) = families["instep_frames"].samples
+        assert (frames.labels, frames.value) == ({"model": SMALL.name}, 5)
 
 
 async def test_is_ready_until_it_drains() -> None:

@@ -35,7 +35,7 @@ class AdminServer:
         self._tasks = Tasks(lambda error: log.error("bug in the admin server", exc_info=error))
         overview, inspection = Overview(subject), Inspection(subject, self._tasks)
         self._events = Events(overview, inspection, self._tasks)
-        app = make_app(overview, inspection, self._events, log)
+        app = make_app(subject, overview, inspection, self._events, log)
         self._connections = Connections(listener, Guard(app, token, is_loopback_host(host), port))
 
     @property

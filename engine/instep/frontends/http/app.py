@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from difflib import get_close_matches
 from typing import Any, Final
 
@@ -13,17 +14,21 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from instep.frontends.http.answers import HttpError, json_answer
+from instep.frontends.http import Subject
+from instep.frontends.http.answers import HttpError, json_answer, to_json
 from instep.frontends.http.events import Events
 from instep.frontends.http.inspection import Inspection
+from instep.frontends.http.metrics import CONTENT_TYPE, exposition_parts
 from instep.frontends.http.overview import Overview
 from instep.frontends.http.pages import Pages
 
-_PATHS: Final = ("/", "/healthz", "/readyz", "/api/stats", "/api/streams", "/api/events")
+_PATHS: Final = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", "/api/history", "/api/streams", "/api/events")
 """Those that a wrong path may have meant."""
 
 
-def make_app(overview: Overview, inspection: Inspection, events: Events, log: structlog.stdlib.BoundLogger) -> ASGIApp:
+def make_app(
+    subject: Subject, overview: Overview, inspection: Inspection, events: Events, log: structlog.stdlib.BoundLogger
+) -> ASGIApp:
     """Answers every path. What no code expects is logged and answered with INTERNAL."""
     pages = Pages()
 
@@ -38,6 +43,22 @@ def make_app(overview: Overview, inspection: Inspection, events: Events, log: st
 
     async def stats(request: Request) -> Response:
         return Response(overview.stats(), media_type="application/json")
+
+    async def history(request: Request) -> Response:
+        service = inspection.service(request.query_params.get("model", ""))
+        columns = []
+        for name, values in service.history.columns().items():
+            columns.append(b"%s:%s" % (to_json(name), to_json([float(f"{value:.13g}") for value in values])))
+            await asyncio.sleep(0)
+        answer = b'{"model":%s,"columns":{%s}}' % (to_json(service.name), b",".join(columns))
+        return Response(answer, media_type="application/json")
+
+    async def metrics(request: Request) -> Response:
+        services, parts = subject.services, []
+        for part in exposition_parts(services, {service.name: service.about for service in services}):
+            parts.append(part)
+            await asyncio.sleep(0)
+        return Response(b"".join(parts), headers={"content-type": CONTENT_TYPE})
 
     async def streams(request: Request) -> Response:
         return json_answer(await inspection.page(request.query_params))
@@ -74,6 +95,8 @@ def make_app(overview: Overview, inspection: Inspection, events: Events, log: st
         Route("/readyz", ready),
         Route("/v2/health/ready", ready),
         Route("/api/stats", stats),
+        Route("/metrics", metrics),
+        Route("/api/history", history),
         Route("/api/streams", streams),
         Route("/api/streams/{name:path}", stream),
         Route("/api/events", listen),

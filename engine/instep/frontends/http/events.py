@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -90,6 +90,7 @@ class Events:
 
     async def _tell(self, service: ModelService, stream: str | None, number: int | None) -> AsyncIterator[bytes]:
         model, told = service.name, b""
+        said = service.events.newest if number is None else number
         yield b": events of instep\n\n"
         while not self._is_over and (found := self._inspection.find(model)) is not None:
             if self._stats is not told:
@@ -98,6 +99,12 @@ class Events:
                 if stream is not None:
                     record = self._inspection.record(found, stream) or {"name": stream, "state": "closed"}
                     yield _event("stream", to_json(record))
+            log = found.events
+            if said > log.newest:  # a number of a former server, or of a former version of the model
+                said = 0
+            for event in log.since(said) if said < log.newest else ():
+                said = event.number
+                yield _event("log", to_json(event._asdict()), said)
             await self._next_turn.wait()
         yield _event("bye", b"{}")
 
@@ -123,6 +130,6 @@ def _last_event(request: Request) -> int | None:
     return int(text[:18]) if text.isascii() and text.isdigit() else None
 
 
-def _event(kind: str, data: bytes, number: Any = None) -> bytes:
+def _event(kind: str, data: bytes, number: int | None = None) -> bytes:
     head = f"event: {kind}\n" if number is None else f"event: {kind}\nid: {number}\n"
     return b"%sdata: %s\n\n" % (head.encode(), data)

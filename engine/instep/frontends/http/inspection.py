@@ -17,6 +17,8 @@ from instep.streaming.service import ModelService
 from instep.streaming.tasks import Tasks
 
 _PARAMETERS: Final = ("model", "prefix", "contains", "state", "sort", "limit", "cursor")
+_EVENTS: Final = 100
+"""Of a stream that are shown."""
 _MOST_COMPARED: Final = 500
 """Names that a wrong one is compared with; more take too long."""
 
@@ -68,11 +70,15 @@ class Inspection:
             return await page(service, rates, query)
 
     def record(self, service: ModelService, name: str) -> dict[str, Any] | None:
-        """A stream with its trace and its events; None where there is none of that name. It is sampled from now on."""
+        """A stream with its trace and its newest events, or None; it is sampled from now on."""
         record = record_of(service, self._rates_of(service), name)
         if record is None:
             return None
-        return {**record, "trace": self._traces.of(service.name, name), "events": []}
+        return {
+            **record,
+            "trace": self._traces.of(service.name, name),
+            "events": [event._asdict() for event in service.events.since(0, name)[-_EVENTS:]],
+        }
 
     def no_stream(self, service: ModelService, name: str) -> HttpError:
         """That there is no stream of that name."""
