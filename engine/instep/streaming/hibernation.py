@@ -49,7 +49,7 @@ class IdleLimits:
     """The most that hibernate; beyond it those that have done so longest expire."""
 
 
-class _Asleep(NamedTuple):
+class Sleeper(NamedTuple):
     """A stream that hibernates."""
 
     stream: int
@@ -85,7 +85,7 @@ class Hibernation:
         self.limits = limits
         self._tasks = tasks
         self._at_once = at_once
-        self._asleep: dict[str, _Asleep] = {}
+        self._asleep: dict[str, Sleeper] = {}
         """By name, those that went to sleep first at the beginning."""
         self._busy: dict[str, asyncio.Future[None]] = {}
         """Names of streams that are being read from the recording, to wake or to end."""
@@ -115,7 +115,7 @@ class Hibernation:
         """Of all of them."""
         return list(self._asleep)
 
-    def find(self, name: str) -> _Asleep | None:
+    def find(self, name: str) -> Sleeper | None:
         """The stream of that name, if it hibernates."""
         return self._asleep.get(name)
 
@@ -127,7 +127,7 @@ class Hibernation:
     def restarted(self, streams: Mapping[str, int]) -> None:
         """Streams of the recording that a restart did not put into memory: name → number."""
         now_ns = time.monotonic_ns()
-        self._asleep.update((name, _Asleep(stream, None, now_ns)) for name, stream in streams.items())
+        self._asleep.update((name, Sleeper(stream, None, now_ns)) for name, stream in streams.items())
 
     # ── To sleep ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -200,7 +200,7 @@ class Hibernation:
         for slot, number, owner, active_ns in zip(*fields, strict=True):
             origin = origins[owner]
             is_leaving = origin is None and owner != table.parked  # its connection has just gone
-            self._asleep[table.name(slot)] = _Asleep(number, origin, now_ns if is_leaving else active_ns)
+            self._asleep[table.name(slot)] = Sleeper(number, origin, now_ns if is_leaving else active_ns)
         owners = origins.owners(table, slots)
         engine.events.add_all("hibernated", table.names(slots), seqs=table.next_seq[slots])
         table.release(slots)
@@ -283,7 +283,7 @@ class Hibernation:
             By name, of those of these streams that hibernate: why it could not be read, the next seq, and the state,
             uint8 [row_bytes].
         """
-        found: dict[str, tuple[_Asleep, tuple[Code | None, int, U8]]] = {}
+        found: dict[str, tuple[Sleeper, tuple[Code | None, int, U8]]] = {}
 
         def is_read(name: str) -> bool:
             return name in found and found[name][0] is self._asleep[name]  # else it was awake meanwhile
@@ -306,7 +306,7 @@ class Hibernation:
                 row[:] = stream.state
         return rows
 
-    async def _load_all(self, sleepers: Mapping[str, _Asleep]) -> tuple[list[OpenStream], dict[str, Code]]:
+    async def _load_all(self, sleepers: Mapping[str, Sleeper]) -> tuple[list[OpenStream], dict[str, Code]]:
         """Those that can be read, and why the others cannot be."""
         try:
             return await self._load([asleep.stream for asleep in sleepers.values()]), {}
@@ -337,7 +337,7 @@ class Hibernation:
                 continue
             stream, owner, since_ns = asleep
             if owner is not None and not origins.is_connected(owner):
-                self._asleep[name] = _Asleep(stream, None, now_ns)
+                self._asleep[name] = Sleeper(stream, None, now_ns)
             elif (owner is None or limits.max_idle_ns) and now_ns - since_ns > (
                 limits.park_ns if owner is None else limits.max_idle_ns
             ):

@@ -137,7 +137,7 @@ async def test_a_listener_that_does_not_read_is_dropped_and_delays_no_shutdown(m
     monkeypatch.setattr(events, "_TURNS", 1)
     monkeypatch.setattr(events, "_EVERY_S", 0.001)
     large = b'{"x":"%s"}' % (b"x" * 100_000)
-    monkeypatch.setattr("instep.frontends.http.overview.Overview.stats", lambda overview: bytes(bytearray(large)))
+    monkeypatch.setattr("instep.frontends.http.status.ServerStatus.stats", lambda status: bytes(bytearray(large)))
     async with administered() as (server, _):
         assert server.admin is not None
         port = int(server.admin.url.rpartition(":")[2])

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from instep.models.certify import Certification
 from instep.server.preparation import CannotServe
 from instep_client.aio import AsyncClient
-from tests.support.admin import administered
+from tests.support.admin import administered, error
 from tests.support.models import SMALL
 from tests.support.running import running
 
@@ -78,6 +78,19 @@ async def test_is_not_ready_where_exactness_is_required_and_withdrawn() -> None:
         answer = await http.get("/readyz")
         assert answer.status_code == 503
         assert "`require`" in answer.json()["error"]["message"]
+
+
+async def test_a_bug_is_answered_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stats(status: object) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("instep.frontends.http.status.ServerStatus.stats", stats)
+    told: list[dict[str, Any]] = []
+    async with administered(told=told) as (_, http):
+        assert "its log says more" in await error(http, "/api/stats", 500)
+        assert (await http.get("/healthz")).status_code == 200
+        (line,) = [line for line in told if line["level"] == "error"]
+        assert (line["path"], type(line["exc_info"])) == ("/api/stats", ZeroDivisionError)
 
 
 async def test_a_port_in_use_is_an_error_unless_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

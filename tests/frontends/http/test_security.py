@@ -1,4 +1,4 @@
-"""Who is answered: tokens, hosts, methods, bodies, rates and connections; over real sockets."""
+"""Who is answered: tokens, hosts, methods, bodies, limits and connections; over real sockets."""
 
 from __future__ import annotations
 
@@ -170,15 +170,15 @@ async def test_more_requests_than_the_rate_allows_are_refused(monkeypatch: pytes
 
 def test_a_rate_is_of_one_address_and_comes_back_with_time() -> None:
     now_s = 0.0
-    rates = security.Rates(lambda: now_s)
-    assert [rates.take("a") for _ in range(200)] == [0.0] * 200
-    assert rates.take("a") == pytest.approx(1 / 50)
-    assert rates.take("b") == 0
+    limits = security.RateLimits(lambda: now_s)
+    assert [limits.take("a") for _ in range(200)] == [0.0] * 200
+    assert limits.take("a") == pytest.approx(1 / 50)
+    assert limits.take("b") == 0
     now_s = 0.1
-    assert [rates.take("a") == 0 for _ in range(6)] == [True] * 5 + [False]
+    assert [limits.take("a") == 0 for _ in range(6)] == [True] * 5 + [False]
     for number in range(5000):
-        rates.take(str(number))
-    assert len(rates) == 1024
+        limits.take(str(number))
+    assert len(limits) == 1024
 
 
 async def test_connections_are_bounded_and_those_that_ask_nothing_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from instep.frontends.http import Subject
 from instep.frontends.http.app import make_app
 from instep.frontends.http.connections import Connections, url_of
 from instep.frontends.http.events import Events
-from instep.frontends.http.inspection import Inspection
-from instep.frontends.http.overview import Overview
+from instep.frontends.http.inspector import Inspector
 from instep.frontends.http.security import Guard
+from instep.frontends.http.status import ServerStatus
 from instep.streaming.tasks import Tasks
 
 
@@ -33,9 +33,9 @@ class AdminServer:
         host, port = listener.getsockname()[:2]
         self.url = url_of(listener)
         self._tasks = Tasks(lambda error: log.error("bug in the admin server", exc_info=error))
-        overview, inspection = Overview(subject), Inspection(subject, self._tasks)
-        self._events = Events(overview, inspection, self._tasks)
-        app = make_app(subject, overview, inspection, self._events, log)
+        status, inspector = ServerStatus(subject), Inspector(subject, self._tasks)
+        self._events = Events(status, inspector, self._tasks)
+        app = make_app(subject, status, inspector, self._events, log)
         self._connections = Connections(listener, Guard(app, token, is_loopback_host(host), port))
 
     @property

@@ -17,17 +17,17 @@ from starlette.types import ASGIApp
 from instep.frontends.http import Subject
 from instep.frontends.http.answers import HttpError, json_answer, to_json
 from instep.frontends.http.events import Events
-from instep.frontends.http.inspection import Inspection
+from instep.frontends.http.inspector import Inspector
 from instep.frontends.http.metrics import CONTENT_TYPE, exposition_parts
-from instep.frontends.http.overview import Overview
 from instep.frontends.http.pages import Pages
+from instep.frontends.http.status import ServerStatus
 
 _PATHS: Final = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", "/api/history", "/api/streams", "/api/events")
 """Those that a wrong path may have meant."""
 
 
 def make_app(
-    subject: Subject, overview: Overview, inspection: Inspection, events: Events, log: structlog.stdlib.BoundLogger
+    subject: Subject, status: ServerStatus, inspector: Inspector, events: Events, log: structlog.stdlib.BoundLogger
 ) -> ASGIApp:
     """Answers every path. What no code expects is logged and answered with INTERNAL."""
     pages = Pages()
@@ -36,16 +36,16 @@ def make_app(
         return json_answer({"alive": True})
 
     async def ready(request: Request) -> Response:
-        problems = overview.problems()
+        problems = status.problems()
         if problems:
             raise HttpError(503, "NOT_READY", "; ".join(problems))
         return json_answer({"ready": True})
 
     async def stats(request: Request) -> Response:
-        return Response(overview.stats(), media_type="application/json")
+        return Response(status.stats(), media_type="application/json")
 
     async def history(request: Request) -> Response:
-        service = inspection.service(request.query_params.get("model", ""))
+        service = inspector.service(request.query_params.get("model", ""))
         columns = []
         for name, values in service.history.columns().items():
             columns.append(b"%s:%s" % (to_json(name), to_json([float(f"{value:.13g}") for value in values])))
@@ -61,13 +61,13 @@ def make_app(
         return Response(b"".join(parts), headers={"content-type": CONTENT_TYPE})
 
     async def streams(request: Request) -> Response:
-        return json_answer(await inspection.page(request.query_params))
+        return json_answer(await inspector.page(request.query_params))
 
     async def stream(request: Request) -> Response:
-        service, name = inspection.service(request.query_params.get("model", "")), request.path_params["name"]
-        record = inspection.record(service, name)
+        service, name = inspector.service(request.query_params.get("model", "")), request.path_params["name"]
+        record = inspector.record(service, name)
         if record is None:
-            raise inspection.no_stream(service, name)
+            raise inspector.no_stream(service, name)
         return json_answer(record)
 
     async def listen(request: Request) -> Response:

@@ -15,9 +15,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from instep.frontends.http.answers import HttpError, to_json
-from instep.frontends.http.inspection import Inspection
-from instep.frontends.http.overview import Overview
-from instep.streaming.service import ModelService
+from instep.frontends.http.inspector import Inspector
+from instep.frontends.http.status import ServerStatus
 from instep.streaming.tasks import Tasks
 
 MOST_LISTENERS: Final = 32
@@ -31,9 +30,9 @@ _TYPE: Final = "text/event-stream"
 class Events:
     """All listeners, and the one task that wakes them."""
 
-    def __init__(self, overview: Overview, inspection: Inspection, tasks: Tasks) -> None:
-        self._overview = overview
-        self._inspection = inspection
+    def __init__(self, status: ServerStatus, inspector: Inspector, tasks: Tasks) -> None:
+        self._status = status
+        self._inspector = inspector
         self._tasks = tasks
         self._listeners = 0
         self._stats = b""
@@ -47,7 +46,7 @@ class Events:
         Raises:
             HttpError: when there is no such model, or nobody more may listen.
         """
-        service = self._inspection.service(request.query_params.get("model", ""))
+        service = self._inspector.service(request.query_params.get("model", ""))
         if request.method == "HEAD":
             return Response(headers=_HEADERS, media_type=_TYPE)
         if self._is_over:
@@ -55,7 +54,9 @@ class Events:
         if self._listeners >= MOST_LISTENERS:
             sentence = f"{MOST_LISTENERS} programs listen to events already: close a page, or ask for /api/stats"
             raise HttpError(503, "TOO_MANY_LISTENERS", sentence, {"retry-after": "5"})
-        return _Listener(self, self._tell(service, request.query_params.get("stream"), _last_event(request)))
+        text = request.headers.get("last-event-id", "")
+        said = int(text[:18]) if text.isascii() and text.isdigit() else service.events.newest
+        return _Listener(self, self._tell(service.name, request.query_params.get("stream"), said))
 
     def close(self) -> None:
         """Say goodbye to everybody."""
@@ -77,7 +78,7 @@ class Events:
         try:
             while self._listeners and not self._is_over:
                 if self._turn % _TURNS == 0:
-                    self._stats = _event("stats", self._overview.stats())
+                    self._stats = _event("stats", self._status.stats())
                 self._turn += 1
                 self._wake()
                 await asyncio.sleep(_EVERY_S)
@@ -88,16 +89,15 @@ class Events:
         self._next_turn.set()
         self._next_turn = asyncio.Event()
 
-    async def _tell(self, service: ModelService, stream: str | None, number: int | None) -> AsyncIterator[bytes]:
-        model, told = service.name, b""
-        said = service.events.newest if number is None else number
+    async def _tell(self, model: str, stream: str | None, said: int) -> AsyncIterator[bytes]:
+        told = b""
         yield b": events of instep\n\n"
-        while not self._is_over and (found := self._inspection.find(model)) is not None:
+        while not self._is_over and (found := self._inspector.find(model)) is not None:
             if self._stats is not told:
                 told = self._stats
                 yield told
                 if stream is not None:
-                    record = self._inspection.record(found, stream) or {"name": stream, "state": "closed"}
+                    record = self._inspector.record(found, stream) or {"name": stream, "state": "closed"}
                     yield _event("stream", to_json(record))
             log = found.events
             if said > log.newest:  # a number of a former server, or of a former version of the model
@@ -122,12 +122,6 @@ class _Listener(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._events.left()
-
-
-def _last_event(request: Request) -> int | None:
-    """The number after which a listener wants events; None for those from now on."""
-    text = request.headers.get("last-event-id", "")
-    return int(text[:18]) if text.isascii() and text.isdigit() else None
 
 
 def _event(kind: str, data: bytes, number: int | None = None) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 from instep.core.tables import NO_OWNER
 from instep.core.typing import I64
 from instep.frontends.http.answers import HttpError
-from instep.frontends.http.records import PAUSE_S, SLICE, Rates, record_of
+from instep.frontends.http.records import PAUSE_S, SLICE, FrameRates, record_of
 from instep.streaming.service import ModelService
 
 STATES: Final = ("open", "parked", "hibernating")
@@ -76,7 +76,7 @@ def after_of(cursor: str, sort: str) -> Key | None:
     raise HttpError(400, "BAD_CURSOR", "the cursor belongs to no page of this order: begin without one")
 
 
-async def page(service: ModelService, rates: Rates, query: Query) -> dict[str, Any]:
+async def page(service: ModelService, rates: FrameRates, query: Query) -> dict[str, Any]:
     """One page; streams that come and go while it is made may be missing or be there.
 
     Returns:
@@ -106,7 +106,7 @@ async def page(service: ModelService, rates: Rates, query: Query) -> dict[str, A
     }
 
 
-async def _look_in_memory(service: ModelService, rates: Rates, query: Query, best: _ByName | _ByValue) -> None:
+async def _look_in_memory(service: ModelService, rates: FrameRates, query: Query, best: _ByName | _ByValue) -> None:
     table = service.engine.table
     step = _NAMES if query.sort == "name" or query.prefix or query.contains else SLICE
     for first in range(0, len(table.owner), step):
@@ -128,7 +128,7 @@ async def _look_in_memory(service: ModelService, rates: Rates, query: Query, bes
         await asyncio.sleep(PAUSE_S)
 
 
-def _values(service: ModelService, rates: Rates, query: Query, slots: I64) -> I64:
+def _values(service: ModelService, rates: FrameRates, query: Query, slots: I64) -> I64:
     """What streams are sorted by, rising: int64 [N]."""
     table = service.engine.table
     match query.sort:

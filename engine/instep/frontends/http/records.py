@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -23,7 +24,7 @@ _WANTED_S: Final = 10.0
 """How long rates are measured after somebody has asked for them."""
 
 
-class _Sample:
+class _Seqs:
     """The seqs of all slots at about one time."""
 
     def __init__(self, slots: int) -> None:
@@ -33,13 +34,20 @@ class _Sample:
         """By slice."""
 
 
-class Rates:
-    """Frames per second of each stream of a service, over the last second or two; measured only while wanted."""
+class FrameRates:
+    """Frames per second of each stream of a service, over the last second or two; measured only while wanted.
 
-    def __init__(self, service: ModelService, tasks: Tasks) -> None:
+    Args:
+        service: whose streams.
+        tasks: where they are measured.
+        forget: called when they are wanted no more.
+    """
+
+    def __init__(self, service: ModelService, tasks: Tasks, forget: Callable[[], None]) -> None:
         self._tasks = tasks
+        self._forget = forget
         self._table = service.engine.table
-        self._samples: list[_Sample] = []
+        self._samples: list[_Seqs] = []
         """At most the two newest."""
         self._wanted_until_s = 0.0
         self._is_sampling = False
@@ -66,24 +74,23 @@ class Rates:
         try:
             await self._sample_while_wanted()
         finally:
-            self._is_sampling = False
-            self._samples.clear()
+            self._forget()
 
     async def _sample_while_wanted(self) -> None:
         while time.monotonic() < self._wanted_until_s:
             table = self._table
-            sample = _Sample(len(table.owner))
-            for index in range(len(sample.taken_ns)):
-                part = slice(index * SLICE, (index + 1) * SLICE)
+            sample = _Seqs(len(table.owner))
+            for index, first in enumerate(range(0, len(table.owner), SLICE)):
+                slots = np.arange(first, min(first + SLICE, len(table.owner)))
                 sample.taken_ns[index] = time.monotonic_ns()
-                sample.seqs[part] = table.next_seq[part]
-                sample.incarnations[part] = table.incarnations(np.arange(len(table.owner))[part])
+                sample.seqs[slots] = table.next_seq[slots]
+                sample.incarnations[slots] = table.incarnations(slots)
                 await asyncio.sleep(PAUSE_S)
             self._samples = [*self._samples[-1:], sample]
             await asyncio.sleep(_EVERY_S)
 
 
-def record_of(service: ModelService, rates: Rates, name: str) -> dict[str, Any] | None:
+def record_of(service: ModelService, rates: FrameRates, name: str) -> dict[str, Any] | None:
     """The record of a stream; None where there is none of that name."""
     table, hibernation = service.engine.table, service.operations.hibernation
     now_ns = time.monotonic_ns()

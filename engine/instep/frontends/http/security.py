@@ -92,7 +92,7 @@ class Guard:
         self._token = token
         self._is_loopback = is_loopback
         self._cookie = f"instep_{port}"
-        self._rates = Rates(clock)
+        self._limits = RateLimits(clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -119,7 +119,7 @@ class Guard:
         """
         headers, path = Headers(scope=scope), scope["path"]
         client = scope["client"]
-        if (wait_s := self._rates.take(client[0] if client else "")) > 0:
+        if (wait_s := self._limits.take(client[0] if client else "")) > 0:
             sentence = f"more than {REQUESTS_PER_S:g} requests a second came from this address: ask less often"
             raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
         if scope["method"] not in _METHODS:
@@ -175,7 +175,7 @@ def _unauthorized(reason: str) -> HttpError:
     return HttpError(401, "UNAUTHORIZED", sentence, {"www-authenticate": "Bearer"})
 
 
-class Rates:
+class RateLimits:
     """A token bucket for each address."""
 
     def __init__(self, clock: Callable[[], float]) -> None:

@@ -30,7 +30,7 @@ _VALUES: Final = 4
 """Of a frame and of an output."""
 
 
-class _Sample(NamedTuple):
+class _TracedFrame(NamedTuple):
     time_s: float
     seq: int
     inputs: list[float]
@@ -41,7 +41,7 @@ class _Sample(NamedTuple):
 @dataclass(slots=True)
 class _Trace:
     until_s: float
-    samples: deque[_Sample] = field(default_factory=lambda: deque(maxlen=_MOST_SAMPLES))
+    samples: deque[_TracedFrame] = field(default_factory=lambda: deque(maxlen=_MOST_SAMPLES))
 
 
 class Traces:
@@ -69,7 +69,7 @@ class Traces:
         if not self._is_sampling:
             self._is_sampling = True
             self._tasks.start(self._sample_all())
-        return {name: [getattr(sample, name) for sample in trace.samples] for name in _Sample._fields}
+        return {name: [getattr(sample, name) for sample in trace.samples] for name in _TracedFrame._fields}
 
     async def _sample_all(self) -> None:
         try:
@@ -102,7 +102,7 @@ async def _sample(service: ModelService, name: str, trace: _Trace) -> None:
     inputs, outputs = (
         [float(f"{value:.6g}") for value in values[row, :_VALUES].tolist()] for values in (tables.x, tables.y)
     )
-    trace.samples.append(_Sample(round(time.time(), 3), newest, inputs, outputs, norm))
+    trace.samples.append(_TracedFrame(round(time.time(), 3), newest, inputs, outputs, norm))
 
 
 def _norm(spec: StateSpec, states: U8) -> float | None:

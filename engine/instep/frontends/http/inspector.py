@@ -11,7 +11,7 @@ from typing import Any, Final
 from instep.frontends.http import Subject
 from instep.frontends.http.answers import HttpError
 from instep.frontends.http.listing import MOST, SORTS, STATES, USUAL, Query, after_of, page
-from instep.frontends.http.records import Rates, record_of
+from instep.frontends.http.records import FrameRates, record_of
 from instep.frontends.http.traces import Traces
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import Tasks
@@ -23,7 +23,7 @@ _MOST_COMPARED: Final = 500
 """Names that a wrong one is compared with; more take too long."""
 
 
-class Inspection:
+class Inspector:
     """Looks at the streams of a server.
 
     Args:
@@ -34,7 +34,8 @@ class Inspection:
     def __init__(self, subject: Subject, tasks: Tasks) -> None:
         self._subject = subject
         self._tasks = tasks
-        self._rates: dict[ModelService, Rates] = {}
+        self._rates: dict[ModelService, FrameRates] = {}
+        """Of services that were asked for lately; a model that was unloaded is not kept by it."""
         self._traces = Traces(self.find, tasks)
         self._one_at_a_time = asyncio.Lock()
 
@@ -88,13 +89,11 @@ class Inspection:
         meant = f"; did you mean {close[0]!r}?" if (close := get_close_matches(name, names, n=1)) else ""
         return HttpError(404, "UNKNOWN_STREAM", f"{service.name!r} has no stream {name!r:.200}{meant}")
 
-    def _rates_of(self, service: ModelService) -> Rates:
-        if service not in self._rates:
-            services = self._subject.services
-            self._rates = {each: rates for each, rates in self._rates.items() if each in services}
-            self._rates[service] = Rates(service, self._tasks)
-        self._rates[service].want()
-        return self._rates[service]
+    def _rates_of(self, service: ModelService) -> FrameRates:
+        if (rates := self._rates.get(service)) is None:
+            rates = self._rates[service] = FrameRates(service, self._tasks, lambda: self._rates.__delitem__(service))
+        rates.want()
+        return rates
 
 
 def _query(parameters: Mapping[str, str]) -> Query:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from instep.frontends.http import Subject
 from instep.frontends.http.answers import to_json
+from instep.recording.database import bytes_on_disk
 from instep.streaming.service import ModelService
 
 _FRESH_S: Final = 0.2
@@ -21,7 +22,7 @@ def exactness(service: ModelService) -> str:
     return "exact" if service.engine.stats.is_exact else "off" if is_off else "tolerance"
 
 
-class Overview:
+class ServerStatus:
     """Builds the object of /api/stats, once for everybody who asks at the same time."""
 
     def __init__(self, subject: Subject) -> None:
@@ -96,11 +97,5 @@ def _detail(service: ModelService) -> str:
 
 
 def _recording(service: ModelService) -> dict[str, Any] | None:
-    file = service.file
-    if file is None:
-        return None
-    try:
-        size = file.stat().st_size
-    except OSError:  # somebody moved it
-        size = 0
-    return {"file": file.name, "bytes": size, "free_bytes": service.engine.stats.recording_free_bytes}
+    file, free_bytes = service.file, service.engine.stats.recording_free_bytes
+    return None if file is None else {"file": file.name, "bytes": bytes_on_disk(file), "free_bytes": free_bytes}
