@@ -79,7 +79,7 @@ def make(
     "import",
     examples=(
         "instep model import net.safetensors --after head:none",
-        "instep model import ears.pt --output ears --after fc:softmax --leave-out decoder",
+        "instep model import ears.pt --after fc:softmax --leave-out decoder",
         "instep model import vad.onnx --shape input=rows,576 --constant sr=16000",
     ),
 )
