@@ -26,6 +26,8 @@ from instep_tools.state_app import app as state_app
 from instep_tools.streams import models, stats
 from instep_tools.streams_app import app as streams_app
 from instep_tools.terminal import Terminal, run_command, run_undrained
+from instep_tools.top.app import examples as top_examples
+from instep_tools.top.app import top_command
 
 app: Final = CommandLine(
     name="instep-client",
@@ -35,6 +37,7 @@ app: Final = CommandLine(
 app.add_typer(state_app, name="state")
 app.add_typer(streams_app, name="streams")
 app.command("loadtest", examples=EXAMPLES)(loadtest_command)
+app.command("top", examples=top_examples("instep-client"))(top_command)
 
 SIGNAL_RATE_HZ: Final = 10.0
 """The rate of a generated signal where none is given: slow enough to read along."""

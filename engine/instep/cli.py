@@ -14,6 +14,8 @@ from instep.model_app import app as model_app
 from instep.recording.app import app as recordings_app
 from instep.serve_flags import Given, takes_settings
 from instep_tools.command_line import CommandLine, PlainCommands, add_version
+from instep_tools.top.app import examples as top_examples
+from instep_tools.top.app import top_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -228,6 +230,7 @@ def show_config(given: Given, *, json: Json = False) -> None:
         typer.echo(f"{path:<31} {jsonlib.dumps(value):<23} {sources[path]}")
 
 
+app.command("top", examples=top_examples("instep"))(top_command)
 add_version(app)
 
 

@@ -1,0 +1,1 @@
+"""`top`: a running server in a terminal, over ZeroMQ or HTTP."""

@@ -1,0 +1,65 @@
+"""The options of `top`, which `instep` and `instep-client` share; what it needs is imported when it runs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from instep_client.protocol.codes import DEFAULT_ENDPOINT
+from instep_client.protocol.errors import InvalidInput
+from instep_tools.command_line import AsJson, ModelName, endpoint, positive
+
+
+def examples(program: str) -> list[str]:
+    """Command lines for the help of `instep` or `instep-client`."""
+    return [f"{program} top", f"{program} top http://gpu-1:5780 --token-file token", f"{program} top --once --json"]
+
+
+def _any_endpoint(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        return endpoint(text)
+    from instep_tools.top.http_source import checked_url
+
+    try:
+        return checked_url(text)
+    except InvalidInput as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def top_command(
+    where: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENDPOINT",
+            envvar="INSTEP_ENDPOINT",
+            callback=_any_endpoint,
+            help="Where the server listens: tcp:// or ipc://, or its HTTP endpoint, http://HOST:PORT.",
+        ),
+    ] = DEFAULT_ENDPOINT,
+    model: ModelName = "",
+    every: Annotated[
+        float, typer.Option("--every", metavar="SECONDS", callback=positive, help="How often it looks again.")
+    ] = 1.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one view and end; so it does without a terminal.")
+    ] = False,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What a server's HTTP endpoint asks for (its http.token_file).", dir_okay=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a server in the terminal: frames per second, latency, batches, refusals and the busiest streams.
+
+    Keys are shown with ?; q quits. With --json, one view is printed as one JSON object.
+    """
+    from instep_tools.terminal import Terminal, run_undrained
+    from instep_tools.top.command import Top, top
+
+    what = Top(where, model, every, once, token_file)
+    raise typer.Exit(run_undrained(partial(top, what), Terminal(as_json)))

@@ -1,0 +1,171 @@
+"""Snapshots over HTTP: /api/stats and /api/streams of the server's HTTP endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import urlencode, urlsplit
+
+from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput
+from instep_tools.connect import PATIENCE_S
+from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Query, Snapshot
+
+MOST_BYTES: Final = 64 * 2**20
+"""Of one answer."""
+
+
+class HttpProblem(InstepError):
+    """The server answers over HTTP, and not with what was asked for; a sentence on why."""
+
+
+class HttpSource:
+    """One connection for each request, without proxies and redirects: the token goes to the named server only.
+
+    Args:
+        endpoint: http:// or https://, with a host, perhaps a port, and a path where a proxy serves it under one.
+        token: what the server asks for where it can be reached from other machines.
+
+    Raises:
+        InvalidInput: the endpoint is not a URL of that form.
+    """
+
+    def __init__(self, endpoint: str, token: str | None = None) -> None:
+        self.endpoint = checked_url(endpoint)
+        url = urlsplit(self.endpoint)
+        self._host, self._path = url.hostname or "", url.path
+        self._is_secure = url.scheme == "https"
+        self._port = url.port or (443 if self._is_secure else 80)
+        self._headers = f"Host: {url.netloc}\r\nAccept: application/json\r\n"
+        if token:
+            self._headers += f"Authorization: Bearer {token}\r\n"
+
+    async def read(self, query: Query) -> Snapshot:
+        """Ask the server.
+
+        Raises:
+            ConnectionFailed: nobody answers.
+            HttpProblem: it has no such model, wants a token, or is no instep server.
+        """
+        stats = await self._get("/api/stats")
+        now = time.monotonic()
+        try:
+            model = _chosen(stats["models"], query.model)
+            asked = {
+                "model": model["name"],
+                "contains": query.contains,
+                "state": query.state,
+                "sort": "-" * query.descending + query.sort,
+                "limit": str(query.limit),
+            }
+            listed = await self._get("/api/streams?" + urlencode({name: text for name, text in asked.items() if text}))
+            return _snapshot(now, query, stats["models"], model, listed)
+        except (KeyError, TypeError, ValueError) as error:
+            raise HttpProblem(f"{self.endpoint} does not answer as an instep server ({error!r:.60})") from None
+
+    async def close(self) -> None:
+        """Do nothing: no connection is kept."""
+
+    async def _get(self, path: str) -> Any:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                answer = await self._exchange(f"GET {self._path}{path} HTTP/1.0\r\n{self._headers}\r\n")
+        except TimeoutError:
+            raise ConnectionFailed(f"nobody answers at {self.endpoint} within {PATIENCE_S:g} s") from None
+        except OSError as error:
+            raise ConnectionFailed(f"nobody answers at {self.endpoint}: {error}") from None
+        head, _, body = answer.partition(b"\r\n\r\n")
+        status = re.match(rb"HTTP/1\.\d (\d{3})", head)
+        if status is None:
+            raise HttpProblem(f"{self.endpoint} does not speak HTTP: is it the ZeroMQ endpoint, tcp://HOST:PORT?")
+        try:
+            found = json.loads(body)
+        except ValueError:
+            found = None
+        if status[1] == b"200" and found is not None:
+            return found
+        raise HttpProblem(f"{self.endpoint} answers {status[1].decode()}: {_sentence(found) or 'not an instep server'}")
+
+    async def _exchange(self, request: str) -> bytes:
+        reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._is_secure or None)
+        try:
+            writer.write(request.encode())
+            answer = bytearray()
+            while part := await reader.read(2**16):
+                answer += part
+                if len(answer) > MOST_BYTES:
+                    raise ConnectionFailed(f"{self.endpoint} does not end its answer")
+            return bytes(answer)
+        finally:
+            writer.close()
+
+
+def checked_url(endpoint: str) -> str:
+    """The URL, when it is `http://HOST:PORT` or `https://HOST`.
+
+    Raises:
+        InvalidInput: saying what to write instead.
+    """
+    try:
+        url = urlsplit(endpoint)
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not (url.query or url.username):
+            return endpoint.rstrip("/")
+    except ValueError:
+        pass
+    raise InvalidInput(f"{endpoint!r} is not an endpoint: write http://HOST:PORT")
+
+
+def _chosen(models: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    for model in models:
+        if name in ("", model["name"]):
+            return model
+    raise HttpProblem(f"there is no model {name!r}; the server has {', '.join(model['name'] for model in models)}")
+
+
+def _sentence(found: Any) -> str:
+    error = found.get("error") if isinstance(found, dict) else None
+    return str(error.get("message", "")) if isinstance(error, dict) else ""
+
+
+def _snapshot(
+    now: float, query: Query, models: list[dict[str, Any]], model: dict[str, Any], listed: Mapping[str, Any]
+) -> Snapshot:
+    return Snapshot(
+        time_s=now,
+        query=query,
+        models=[_totals(each["name"], each["numbers"]) for each in models],
+        model=ObservedModel(
+            name=model["name"],
+            fingerprint=model["fingerprint"],
+            features=model["features"],
+            outputs=model["outputs"],
+            device=model["device"],
+            exactness=model["exactness"],
+            buckets=tuple(model["buckets"]),
+            max_streams=model["max_streams"],
+            durability=model["durability"],
+            numbers={name: math.nan if value is None else float(value) for name, value in model["numbers"].items()},
+        ),
+        streams=[
+            ObservedStream(
+                name=each["name"],
+                state=each["state"],
+                rate=each["rate"],
+                seq=each["seq"],
+                pending=each["pending"],
+                idle_s=each["idle_s"],
+                kept_s=each["expires_in_s"],
+            )
+            for each in listed["streams"]
+        ],
+        matched=listed["matched"],
+    )
+
+
+def _totals(name: str, numbers: Mapping[str, float]) -> ModelTotals:
+    streams = numbers["streams_open"] + numbers["streams_hibernated"]
+    return ModelTotals(name, int(streams), int(numbers["connections"]), int(numbers["frames_total"]))

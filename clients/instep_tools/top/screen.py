@@ -1,0 +1,212 @@
+"""A snapshot as lines of text that fit a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from rich.cells import cell_len
+from rich.text import Text
+
+from instep_client.protocol.codes import Code
+from instep_tools.top.snapshot import ObservedModel, Rates, Snapshot
+from instep_tools.top.text import fitted, period, plain, scaled, short, sparkline
+from instep_tools.top.view import KEYS, View
+from instep_tools.words import counted, three_digits
+
+_LABEL: Final = 11
+"""Columns of what stands before the numbers of a line."""
+_LEFT: Final = 37
+"""Columns of the left one of the two blocks at the top."""
+_PHASES: Final = ("queue", "compute", "send", "latency")
+_COLUMNS: Final = (("state", -11), ("rate/s", 8), ("next seq", 11), ("pending", 8), ("idle", 7), ("kept", 7))
+"""Behind the name, with their widths; a negative one is for text."""
+_SORTED: Final = {"name": "name", "rate": "rate/s", "seq": "next seq", "pending": "pending", "idle": "idle"}
+"""The heading of the column for each of `SORTS`."""
+
+
+_HINTS: Final = ("? help", "q quit", "s sort", "/ filter", "f state", "m model", "p pause")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Everything that is drawn."""
+
+    endpoint: str
+    view: View
+    now: Snapshot | None = None
+    rates: Rates | None = None
+    history: Sequence[float] = ()
+    """Frames per second of the model, newest last."""
+    lost: str = ""
+    """Why there is no answer, and for how long."""
+
+
+def draw(picture: Picture, width: int, height: int, keys: bool = True) -> list[Text]:
+    """At most `height` lines of at most `width` columns; the last one names the keys if wanted."""
+    now, view = picture.now, picture.view
+    lines = [_title(picture, width)]
+    if picture.lost:
+        lines.append(Text(plain(picture.lost), "bold red"))
+    if now is not None:
+        lines += _server(now, picture.rates) + _model(now, picture.rates, picture.history, width)
+    room = height - len(lines) - keys
+    if view.helping:
+        lines += [Text(), *(Text.assemble("  ", (f"{key:<8}", "bold"), text) for key, text in KEYS)][:room]
+    elif now is not None:
+        lines += _streams(now, width)[:room]
+    if keys:
+        lines += [Text()] * (height - 1 - len(lines)) + [_footer(picture, width)]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    return lines
+
+
+def _title(picture: Picture, width: int) -> Text:
+    uptime_s = math.nan if picture.now is None else picture.now.model.numbers.get("uptime_s", math.nan)
+    up = "" if math.isnan(uptime_s) else f"up {period(uptime_s)}"
+    marks = "paused" if picture.view.paused else ""
+    left = fitted(f"instep top  {plain(picture.endpoint)}", width - len(up) - len(marks) - 4)
+    return Text.assemble((left, "bold"), "  ", (marks, "bold yellow"), "  ", up)
+
+
+def _server(now: Snapshot, rates: Rates | None) -> list[Text]:
+    frames = "–" if rates is None else short(sum(rates.frames.values()))
+    ready = now.model.numbers.get("ready") == 1
+    busy = _share(now.model.numbers, "loop_busy", ", loop {:.0%}")
+    streams = short(sum(model.streams for model in now.models))
+    connections = short(sum(model.connections for model in now.models))
+    total = f"{frames} frames/s, {streams} streams, {connections} connections{busy}"
+    lines = [_line("server", (("ready", "green") if ready else ("not ready", "bold red")), f", {total}")]
+    if len(now.models) > 1:
+        shown = Text()
+        for model in now.models:
+            rate = "–" if rates is None else short(rates.frames.get(model.name, 0.0))
+            shown.append(f" {plain(model.name)} {rate}/s ", "reverse" if model.name == now.model.name else "")
+        lines.append(_line("models", shown))
+    return lines
+
+
+def _model(now: Snapshot, rates: Rates | None, history: Sequence[float], width: int) -> list[Text]:
+    model, numbers = now.model, now.model.numbers
+    per_s = {} if rates is None else rates.numbers
+    about = f", {model.features} to {model.outputs} on {model.device}, {model.exactness}"
+    name = plain(model.name)
+    lines = [_line("model", fitted(name, min(cell_len(name), width - _LABEL - len(about))), about)]
+    rows = (
+        ("frames/s", per_s.get("frames_total", math.nan), ""),
+        ("batches/s", per_s.get("batches_total", math.nan), _share(numbers, "batch_fill", "{:.0%} full")),
+        ("batch size", _recent(numbers, "batch_size_mean"), f"{short(numbers['frames_pending'])} pending"),
+    )
+    left = [f"{label:<{_LABEL}}{short(number):>8}{beside:>{_LEFT - _LABEL - 8}}" for label, number, beside in rows]
+    left[0] = left[0].rstrip() + "  " + sparkline(history, _LEFT - _LABEL - 10)
+    wide = max(0, width - 80) // 4
+    heads = (*_PHASES[:3], "all")
+    right = ["latency ms" + "".join(f"{head:>{8 + wide}}" for head in heads)]
+    for quantile in ("p50", "p99"):
+        values = (_recent(numbers, f"{phase}_us_{quantile}") / 1000 for phase in _PHASES)
+        right.append(f"{quantile:>10}" + "".join(f"{three_digits(value):>{8 + wide}}" for value in values))
+    lines += [Text(f"{one:<{_LEFT}} {two}") for one, two in zip(left, right, strict=True)]
+    parked = numbers["streams_parked"]
+    inside = f"{short(numbers['streams_open'] - parked)} open, {short(parked)} parked of {short(model.max_streams)}"
+    lines.append(_line("streams", f"{inside}, {short(numbers['streams_hibernated'])} hibernating"))
+    lines.append(_line("refused", *_refused(numbers, per_s)))
+    lines.append(_line("recording", _recording(model)))
+    lines.append(_line("verified", *_verified(numbers)))
+    return lines
+
+
+def _recent(numbers: Mapping[str, float], name: str) -> float:
+    """Over the last seconds, where the server says; else since its start."""
+    return numbers.get(f"recent_{name}", numbers.get(name, math.nan))
+
+
+def _share(numbers: Mapping[str, float], name: str, words: str) -> str:
+    share = _recent(numbers, name)
+    return "" if math.isnan(share) else words.format(share)
+
+
+def _refused(numbers: Mapping[str, float], per_s: Mapping[str, float]) -> list[str | tuple[str, str]]:
+    """By code, the most frequent first; those that happen now in red."""
+    counts = {
+        code: (numbers[name], per_s.get(name, 0.0))
+        for code in Code.__members__
+        if numbers.get(name := f"refused_{code.lower()}_total", 0.0) > 0
+    }
+    if not counts:
+        return ["nothing"]
+    shown: list[str | tuple[str, str]] = []
+    for code, (count, rate) in sorted(counts.items(), key=lambda each: (-each[1][1], -each[1][0])):
+        shown += [", " * bool(shown), (f"{code} {short(count)}", "bold red" if rate > 0 else "")]
+    return shown
+
+
+def _recording(model: ObservedModel) -> str:
+    numbers = model.numbers
+    if "recording_free_bytes" not in numbers:
+        return "off"
+    parts = [f"answers wait for {model.durability}" if model.durability != "memory" else "answers do not wait for it"]
+    if "recording_bytes" in numbers:
+        parts.append(f"{scaled(numbers['recording_bytes'], ' ')}B")
+    parts.append(f"{scaled(numbers['recording_free_bytes'], ' ')}B free")
+    if "commit_us_p99" in numbers:
+        parts.append(f"commits {three_digits(_recent(numbers, 'commit_us_p99') / 1000)} ms (p99)")
+    return ", ".join(parts)
+
+
+def _verified(numbers: Mapping[str, float]) -> list[str | tuple[str, str]]:
+    if "verified_frames_total" not in numbers:
+        return ["off"]
+    wrong = numbers.get("verify_mismatches_total", 0.0)
+    style = "bold red" if wrong else "green"
+    return [
+        f"{short(numbers['verified_frames_total'])} frames, ",
+        (f"{short(wrong)} with other bits" if wrong else "all bits equal", style),
+        f", {period(numbers.get('verify_lag_s', math.nan))} behind",
+    ]
+
+
+def _streams(now: Snapshot, width: int) -> list[Text]:
+    name_width = width - sum(abs(columns) + 1 for _, columns in _COLUMNS)
+    heading, query = Text(style="bold"), now.query
+    for title, columns in (("name", -name_width - 1), *_COLUMNS):
+        mark = ("▼" if query.descending else "▲") if _SORTED[query.sort] == title else ""
+        heading.append(f"{title}{mark}".ljust(-columns) if columns < 0 else f" {mark + title:>{columns}}")
+    lines = [heading]
+    for each in now.streams:
+        values = (
+            f" {each.state}",
+            "–" if each.rate is None else short(each.rate),
+            "–" if each.seq is None else f"{each.seq:,}" if each.seq < 1e9 else scaled(each.seq),
+            short(each.pending),
+            period(each.idle_s),
+            "ever" if each.kept_s is None else period(each.kept_s),
+        )
+        cells = (
+            f"{value:<{1 - columns}}" if columns < 0 else f" {value:>{columns}}"
+            for value, (_, columns) in zip(values, _COLUMNS, strict=True)
+        )
+        lines.append(Text(fitted(plain(each.name), name_width, middle=True) + "".join(cells)))
+    return lines
+
+
+def _footer(picture: Picture, width: int) -> Text:
+    view, now = picture.view, picture.now
+    if view.typing:
+        return Text.assemble(("/", "bold"), plain(view.query.contains), ("▏", "bold"))
+    shown = ""
+    if now is not None:
+        shown = counted(now.matched, "stream")
+        shown += f" {now.query.state}" * bool(now.query.state)
+        shown += f" with “{plain(now.query.contains)}”" * bool(now.query.contains)
+    shown = fitted(shown, min(cell_len(shown), width - len("  ? help  q quit")))
+    for hint in _HINTS:
+        if cell_len(shown) + 2 + len(hint) <= width:
+            shown += f"  {hint}"
+    return Text(fitted(shown, width), "reverse")
+
+
+def _line(label: str, *parts: str | tuple[str, str] | Text) -> Text:
+    return Text.assemble(f"{label:<{_LABEL}}", *parts)

@@ -1,0 +1,191 @@
+"""What `top` learns of a real server, compared with what was sent to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from instep.models.folder import write_model
+from instep_client import AsyncClient
+from instep_client.protocol.errors import ConnectionFailed, InstepError
+from instep_tools.app import app
+from instep_tools.pacing import Stop
+from instep_tools.problems import Exit
+from instep_tools.top.command import Top, top
+from instep_tools.top.http_source import HttpSource
+from instep_tools.top.snapshot import Query
+from instep_tools.top.zmq_source import ZmqSource
+from tests.support.models import SEED_SIZED, SMALL, plain
+from tests.support.running import running
+from tests.tools.helpers import RememberingTerminal
+
+
+async def test_rates_of_streams_are_differences_of_two_lists() -> None:
+    times: Iterator[float]
+    async with running(SEED_SIZED) as server, AsyncClient(server.endpoint) as client:
+        fast, slow, done = [await client.open(name) for name in ("fast", "slow", "done")]
+        await done.step(np.zeros((9, 3), np.float32))
+        times = iter([100.0, 100.0, 102.0, 102.0, 102.1, 103.0, 103.0])
+        source = ZmqSource(server.endpoint, times.__next__)
+        first = await source.read(Query())
+        assert {stream.name: (stream.seq, stream.rate) for stream in first.streams} == {
+            "fast": (0, None),
+            "slow": (0, None),
+            "done": (9, None),
+        }
+        await fast.step(np.zeros((20, 3), np.float32))
+        await slow.step(np.zeros((5, 3), np.float32))
+        await client.open("new")
+        second = await source.read(Query())
+        assert [(stream.name, stream.rate) for stream in second.streams] == [
+            ("fast", 10.0),
+            ("slow", 2.5),
+            ("done", 0.0),
+            ("new", None),
+        ]
+        assert second.model.numbers["frames_total"] == 34
+        await slow.step(np.zeros((5, 3), np.float32))
+        too_soon = await source.read(Query(sort="name", contains="o"))
+        assert [(stream.name, stream.seq) for stream in too_soon.streams] == [("done", 9), ("slow", 5)]
+        third = await source.read(Query(contains="slow"))
+        assert [(stream.seq, stream.rate) for stream in third.streams] == [(10, 5.0)]
+        await source.close()
+
+
+@asynccontextmanager
+async def served() -> AsyncIterator[str]:
+    """A server with two models and known frames; its endpoint."""
+    async with running(replace(SEED_SIZED, name="ears"), replace(SMALL, name="eyes")) as server:
+        async with AsyncClient(server.endpoint) as ears, AsyncClient(server.endpoint, model="eyes") as eyes:
+            stream = await ears.open("mic")
+            await stream.step(np.ones((12, 3), np.float32))
+            for name in ("left", "right"):
+                stream = await eyes.open(name)
+                await stream.step(np.ones((7, 5), np.float32))
+            yield server.endpoint
+
+
+async def once(what: Top) -> RememberingTerminal:
+    terminal = RememberingTerminal(as_json=True)
+    assert await top(what, terminal, Stop()) == Exit.OK
+    return terminal
+
+
+async def test_once_as_json_says_what_was_sent() -> None:
+    async with served() as endpoint:
+        seen = (await once(Top(endpoint, every_s=0.5))).json()
+        other = (await once(Top(endpoint, "eyes", every_s=0.5))).json()
+    assert (seen["endpoint"], seen["matched"]) == (endpoint, 1)
+    assert [(model["name"], model["streams"], model["frames"]) for model in seen["models"]] == [
+        ("ears", 1, 12),
+        ("eyes", 2, 14),
+    ]
+    assert [model["frames_per_s"] for model in seen["models"]] == [0.0, 0.0]
+    assert (seen["model"]["name"], seen["model"]["fingerprint"]) == ("ears", SEED_SIZED.fingerprint)
+    assert (seen["model"]["features"], seen["model"]["outputs"]) == (3, 4)
+    assert seen["model"]["numbers"]["frames_total"] == 12
+    assert seen["model"]["rates"]["frames_total"] == 0
+    (stream,) = seen["streams"]
+    assert (stream["name"], stream["state"], stream["seq"], stream["rate"]) == ("mic", "open", 12, 0.0)
+    assert (stream["pending"], stream["kept_s"]) == (0, pytest.approx(3600, abs=60))
+    assert [(stream["name"], stream["seq"]) for stream in other["streams"]] == [("left", 7), ("right", 7)]
+
+
+async def test_rates_while_frames_arrive() -> None:
+    async with running(SEED_SIZED) as server, AsyncClient(server.endpoint) as client:
+        stream = await client.open("mic")
+
+        async def send() -> None:
+            while True:
+                await stream.step(np.zeros((10, 3), np.float32))
+                await asyncio.sleep(0.01)
+
+        sending = asyncio.create_task(send())
+        seen = (await once(Top(server.endpoint, every_s=0.5))).json()
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+    rate = seen["model"]["rates"]["frames_total"]
+    assert rate > 0
+    assert seen["streams"][0]["rate"] == pytest.approx(rate, rel=0.5)
+    assert seen["models"][0]["frames_per_s"] == pytest.approx(rate, rel=0.5)
+
+
+async def test_a_swapped_model_is_shown_in_its_new_version_and_its_old_one_is_not_kept(tmp_path: Path) -> None:
+    old, new = replace(SMALL, name="ears"), replace(plain(5, 8, seed=9), name="ears")
+    write_model(tmp_path / "new", new)
+    async with running(old, engine={"max_batch_size": 16}) as server:
+        source = ZmqSource(server.endpoint)
+        async with AsyncClient(server.endpoint) as client:
+            assert (await source.read(Query())).model.fingerprint == old.fingerprint
+            await client.swap_model("ears", tmp_path / "new")
+            seen = await source.read(Query())
+            assert seen.model.fingerprint == new.fingerprint
+            assert [model.name for model in seen.models] == ["ears", f"ears@{old.fingerprint[:8]}"]
+        async with asyncio.timeout(60):
+            while len((await source.read(Query())).models) > 1:
+                await asyncio.sleep(0.01)
+        with pytest.raises(InstepError, match="UNKNOWN_MODEL"):
+            await source.read(Query("nobody"))
+        assert (await source.read(Query())).model.name == "ears"
+        await source.close()
+
+
+def test_nobody_answers() -> None:
+    for endpoint in ("tcp://127.0.0.1:9", "http://127.0.0.1:9"):
+        result = CliRunner().invoke(app, ["top", endpoint, "--once"])
+        assert result.exit_code == 2
+        assert "127.0.0.1:9" in result.stderr
+    for endpoint in ("http://", "http://h:0", "ftp://h", "127.0.0.1:5757"):
+        result = CliRunner().invoke(app, ["top", endpoint])
+        assert result.exit_code == 2
+        assert "is not an endpoint" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_token_that_cannot_be_read(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["top", "http://h:1", "--once", "--token-file", str(tmp_path / "none")])
+    assert result.exit_code == 2
+    assert "cannot be read as a token" in result.stderr
+
+
+@asynccontextmanager
+async def answering(answer: bytes) -> AsyncIterator[str]:
+    """A server that gives everybody this answer; its URL."""
+
+    async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readuntil(b"\r\n\r\n")
+        assert b"Authorization: Bearer secret\r\n" in asked
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(answered, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+REFUSED = json.dumps({"error": {"code": "UNAUTHORIZED", "message": "this server wants a token"}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (b"HTTP/1.1 401 Unauthorized\r\n\r\n" + REFUSED, "answers 401: this server wants a token"),
+        (b"HTTP/1.1 404 Not Found\r\n\r\n<html>", "answers 404: not an instep server"),
+        (b"HTTP/1.1 200 OK\r\n\r\n<html>", "answers 200: not an instep server"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[]", "does not answer as an instep server"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere/\r\n\r\n", "answers 302"),
+        (b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f", "does not speak HTTP: is it the ZeroMQ endpoint"),
+        (b"", "does not speak HTTP"),
+    ],
+)
+async def test_other_answers_over_http(answer: bytes, sentence: str) -> None:
+    async with answering(answer) as url:
+        with pytest.raises(InstepError, match=sentence) as found:
+            await HttpSource(url, "secret").read(Query())
+    assert not isinstance(found.value, ConnectionFailed)

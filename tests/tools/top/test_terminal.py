@@ -1,0 +1,100 @@
+"""`top` on a terminal: its keys, a server that goes and comes back, and the terminal as it was at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.server.server import Server
+from instep_client import AsyncClient
+from tests.support.models import SEED_SIZED, SMALL
+from tests.support.running import running
+from tests.support.terminal_program import TerminalProgram, on_terminal
+
+LEFT: str = "\x1b[?25h\x1b[?1049l"
+"""Shows the cursor and leaves the other screen."""
+
+
+@asynccontextmanager
+async def watched(server: Server, *arguments: str) -> AsyncIterator[TerminalProgram]:
+    async with on_terminal(["instep_tools", "top", server.endpoint, "--every", "0.2", *arguments]) as top:
+        await top.until("q quit")
+        yield top
+
+
+def names(screen: list[str]) -> list[str]:
+    """The streams of a screen from the top."""
+    heading = next(at for at, line in enumerate(screen) if line.startswith("name"))
+    return [line.split()[0] for line in screen[heading + 1 : -1] if line]
+
+
+async def test_keys() -> None:
+    async with running(replace(SEED_SIZED, name="ears"), replace(SMALL, name="eyes")) as server:
+        async with AsyncClient(server.endpoint) as client, AsyncClient(server.endpoint, model="eyes") as other:
+            for name, frames in (("mic-1", 5), ("mic-2", 30), ("lamp", 7)):
+                stream = await client.open(name)
+                await stream.step(np.zeros((frames, 3), np.float32))
+            await client.resume("lamp", take_over=True)
+            await other.open("camera")
+            async with watched(server) as top:
+                screen = await top.until("model      ears", "3 streams", "mic-2")
+                assert names(await top.type("3", "▼next seq")) == ["mic-2", "lamp", "mic-1"]
+                assert names(await top.type("3", "▲next seq")) == ["mic-1", "lamp", "mic-2"]
+                assert names(await top.type("1", "name▲")) == ["lamp", "mic-1", "mic-2"]
+                await top.type("s", "▼rate/s")
+                await top.type("S", "name▲")
+                await top.type("/mic", "/mic▏")
+                screen = await top.type("\r", "2 streams with “mic”")
+                assert names(screen) == ["mic-1", "mic-2"]
+                await top.type("/x\x1b", "3 streams")
+                assert names(await top.type("ff", "0 streams parked")) == []
+                await top.type("ff", "3 streams")
+                await top.type("?", "Enter ends, Esc clears")
+                await top.type("?", "name▲")
+                assert names(await top.type("m", "model      eyes", "camera")) == ["camera"]
+                await top.type("M", "model      ears", "lamp")
+                await top.type("p", "paused")
+                await (await client.open("late")).close()
+                await top.type("p", "3 streams")
+                top.resize(120, 40)
+                screen = await top.until("kept")
+                async with asyncio.timeout(60):
+                    while len(top.screen) != 40:
+                        await asyncio.sleep(0.01)
+                assert max(map(len, top.screen)) <= 120
+                await top.type("\x1b[A", "3 streams")  # an arrow means nothing
+                await top.type("q")
+                assert await top.end() == 0
+            assert top.written.endswith(LEFT)
+            assert "Traceback" not in top.written
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+async def test_signals_leave_the_terminal_as_it_was(number: signal.Signals, status: int) -> None:
+    async with running(SEED_SIZED) as server, watched(server) as top:
+        top.process.send_signal(number)
+        assert await top.end() == status
+    assert top.written.endswith(LEFT)
+
+
+async def test_a_server_that_goes_and_comes_back(tmp_path: Path) -> None:
+    transport = {"endpoint": f"ipc://{tmp_path}/s"}
+    async with running(SEED_SIZED, transport=transport) as server:
+        async with on_terminal(["instep_tools", "top", server.endpoint, "--every", "0.2"]) as top:
+            await top.until("ready, 0 frames/s")
+            server.stop()
+            await top.until("no answer for", "trying again", "ready, 0 frames/s")
+            async with running(SEED_SIZED, transport=transport) as again, AsyncClient(again.endpoint) as client:
+                await client.open("back")
+                async with asyncio.timeout(60):
+                    while "no answer" in top.text or "back" not in top.text:
+                        await asyncio.sleep(0.01)
+                await top.type("q")
+                assert await top.end() == 0
