@@ -230,6 +230,24 @@ def show_config(given: Given, *, json: Json = False) -> None:
         typer.echo(f"{path:<31} {jsonlib.dumps(value):<23} {sources[path]}")
 
 
+@app.command(
+    "doctor", examples=["instep doctor", "instep doctor --config instep.yaml --json", "instep doctor my-model"]
+)
+@takes_settings
+def doctor_command(given: Given, *, json: Json = False) -> None:
+    """Say what a maintainer would ask for: versions, machine, model, disk; and warn of what will hurt, with its cure.
+
+    It takes the options of `instep serve`, certifies the model (the demo's where none is named), and serves nothing.
+    Exit status 0: a server could start. 1: it could not.
+    """
+    from instep.demo import MODEL_FOLDER
+    from instep.doctor.command import doctor
+
+    interrupts.raise_again()
+    console = _console(stderr=True)
+    raise typer.Exit(doctor(given.file, given.overrides, MODEL_FOLDER, json, typer.echo, console.print))
+
+
 app.command("top", examples=top_examples("instep"))(top_command)
 add_version(app)
 

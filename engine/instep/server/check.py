@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
@@ -40,20 +41,12 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
     prepared = prepare(config, log)
     if restart:
         check_restartable(config, prepared)
+    check_models(config, prepared, log, accept_numerics_change)
     try:
-        for each in prepared:
-            network = each.network.description
-            effective_limits(config, each.certification.buckets[-1], network.features, network.outputs)
-            file = recording_file(config, each.model.name, len(prepared))
-            if file is not None:
-                file = present_recording(file, each.model.fingerprint)
-                _check_recording(file, config, each, log, accept_numerics_change)
         Router(config.transport).close()
         read_token(config.http.token_file)
         if (listener := bind(config.http, log)) is not None:
             listener.close()
-    except (LimitsError, RecordingError) as error:
-        raise CannotServe(with_advice(error)) from None
     except (CannotBind, CannotListen, BadTokenFile) as error:
         raise CannotServe(str(error)) from None
     for each in prepared:
@@ -65,6 +58,29 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
             exactness=each.certification.exactness,
             max_streams=config.engine.max_streams,
         )
+
+
+def check_models(
+    config: Config,
+    prepared: Sequence[Prepared],
+    log: structlog.stdlib.BoundLogger,
+    accept_numerics_change: bool = False,
+) -> None:
+    """Fit the limits to the models, and look through what of their recordings a start reads.
+
+    Raises:
+        CannotServe: when the server could not start.
+    """
+    try:
+        for each in prepared:
+            network = each.network.description
+            effective_limits(config, each.certification.buckets[-1], network.features, network.outputs)
+            file = recording_file(config, each.model.name, len(prepared))
+            if file is not None:
+                file = present_recording(file, each.model.fingerprint)
+                _check_recording(file, config, each, log, accept_numerics_change)
+    except (LimitsError, RecordingError) as error:
+        raise CannotServe(with_advice(error)) from None
 
 
 def _check_recording(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import resource
 import sys
+from typing import Final
+
+FILES_BESIDE_CONNECTIONS: Final = 100
+"""A server opens one file for each connection, and at most about this many others."""
 
 
 def allow_open_files(wanted: int) -> int:

@@ -17,7 +17,7 @@ from instep.config import Config, TransportConfig
 from instep.core.compiled import are_cached
 from instep.server.assembly import make_server
 from instep.server.log import Threshold, make_log
-from instep.server.open_files import allow_open_files
+from instep.server.open_files import FILES_BESIDE_CONNECTIONS, allow_open_files
 from instep.server.preparation import Prepared, check_restartable, prepare
 from instep.server.reload import Kept, differences, reload
 from instep.server.server import Server
@@ -25,8 +25,6 @@ from instep.server.service_manager import ServiceManager
 from instep.server.signals import signals_call
 from instep.server.supervisor import supervise
 from instep.streaming.warm_up import warm_up
-
-_FILES_BESIDE_CONNECTIONS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ def run(
 async def _serve(
     config: Config, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger, threshold: Threshold, start: _Start
 ) -> int:
-    allowed = allow_open_files(config.limits.max_connections + _FILES_BESIDE_CONNECTIONS)
+    allowed = allow_open_files(config.limits.max_connections + FILES_BESIDE_CONNECTIONS)
     if allowed < config.limits.max_connections:
         log.warning(
             "fewer connections", open_files=allowed, reason="the hard limit of open files (ulimit -Hn) is lower"

@@ -1,0 +1,89 @@
+"""`instep doctor`: look at everything in turn, and print it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Timer
+from typing import Final
+
+from instep.doctor.findings import Findings
+
+QUIET_S: Final = 2.0
+"""Work shorter than this shows no progress."""
+
+
+def doctor(
+    file: Path | None,
+    overrides: Mapping[str, str],
+    demo: Path,
+    as_json: bool,
+    write: Callable[[str], None],
+    progress: Callable[[str], None],
+) -> int:
+    """Examine this machine, and what `instep serve` would do here.
+
+    Args:
+        file: the configuration.
+        overrides: settings, by `section.key`.
+        demo: the model that is certified where no other is named.
+        as_json: one JSON object instead of text.
+        write: takes the lines of the result.
+        progress: takes a sentence when something takes longer than two seconds.
+
+    Returns:
+        0, or 1 when a server could not start.
+    """
+    findings = Findings()
+    shown = 0
+
+    def show() -> None:
+        nonlocal shown
+        for section in [] if as_json else findings.sections[shown:]:
+            for line in section.lines():
+                write(line)
+        shown = len(findings.sections)
+
+    with _patient(progress, "loading PyTorch"):
+        from instep.doctor.disk import examine_disk
+        from instep.doctor.machine import examine_machine
+        from instep.doctor.serving import examine_config, examine_endpoint, examine_models
+        from instep.doctor.software import examine_software
+    config = examine_config(findings, file, overrides)
+    show()
+    with _patient(progress, "looking at libraries and GPUs"):
+        examine_software(findings, config)
+    show()
+    memory = examine_machine(findings, config)
+    show()
+    with _patient(progress, "syncing the disk"):
+        examine_disk(findings, config)
+    show()
+    with _patient(progress, "certifying the model, and reading its recording where there is one"):
+        examine_models(findings, config, demo, memory)
+    show()
+    with _patient(progress, "asking who answers at the endpoint"):
+        examine_endpoint(findings, config)
+    show()
+    if as_json:
+        write(json.dumps(findings.as_json(), indent=2))
+    else:
+        write("")
+        for line in findings.verdict():
+            write(line)
+    sys.stdout.flush()
+    return 1 if findings.problems else 0
+
+
+@contextmanager
+def _patient(progress: Callable[[str], None], what: str) -> Iterator[None]:
+    timer = Timer(QUIET_S, progress, [what])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,96 @@
+"""What the doctor has found: facts in sections, warnings and problems, as text or JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+COLUMNS: Final = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Something that hurts, or keeps a server from starting."""
+
+    what: str
+    cure: str
+
+
+@dataclass(slots=True)
+class Facts:
+    """Facts about one thing."""
+
+    title: str
+    values: dict[str, Any] = field(default_factory=dict)
+    """For machines: plain values of JSON."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """For people."""
+
+    def note(self, name: str, value: Any, text: str | None = None) -> None:
+        """Add a fact; its text is the value where none is given."""
+        self.values[name] = value
+        self.texts[name] = str(value) if text is None else text
+
+    def lines(self) -> Iterator[str]:
+        """The section in lines of 80 columns."""
+        yield self.title
+        indent = 2 + max(map(len, self.texts), default=0) + 2
+        for name, text in self.texts.items():
+            lines = textwrap.wrap(text, COLUMNS - indent, break_on_hyphens=False) or ["–"]
+            yield f"  {name if '.' in name else name.replace('_', ' '):<{indent - 2}}{lines[0]}"
+            yield from (" " * indent + line for line in lines[1:])
+
+
+@dataclass(slots=True)
+class Findings:
+    """Everything that was found."""
+
+    sections: list[Facts] = field(default_factory=list)
+    warnings: list[Advice] = field(default_factory=list)
+    problems: list[Advice] = field(default_factory=list)
+    """Why a server could not start."""
+
+    def section(self, title: str) -> Facts:
+        """Begin a section."""
+        self.sections.append(Facts(title))
+        return self.sections[-1]
+
+    def warn(self, what: str, cure: str) -> None:
+        """Something will hurt."""
+        self.warnings.append(Advice(what, cure))
+
+    def fail(self, what: str, cure: str) -> None:
+        """A server could not start."""
+        self.problems.append(Advice(what, cure))
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for machines."""
+        return {
+            "facts": {section.title: section.values for section in self.sections},
+            "warnings": [asdict(each) for each in self.warnings],
+            "problems": [asdict(each) for each in self.problems],
+        }
+
+    def verdict(self) -> Iterator[str]:
+        """Warnings and problems with their cures, in lines of 80 columns."""
+        for title, advice in (("warning", self.warnings), ("cannot start", self.problems)):
+            for each in advice:
+                yield from _wrapped(f"{title}: ", each.what)
+                yield from _wrapped("  → ", each.cure)
+        if not (self.warnings or self.problems):
+            yield "nothing to warn of"
+
+
+def _wrapped(first: str, text: str) -> list[str]:
+    return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def size(count: float) -> str:
+    """Bytes for people: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,160 @@
+"""What would be served: the configuration, the models with their certification, the endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from instep.config import Config, ConfigError, explain_config, unknown_variables
+from instep.config.sections import ModelConfig
+from instep.doctor.findings import Findings, size
+from instep.frontends.zmq.router import CannotBind, Router
+from instep.server.check import check_models
+from instep.server.preparation import CannotServe, Prepared, prepare
+from instep_client import AsyncClient, Refused
+from instep_client.endpoint import nothing_listens
+from instep_client.protocol.errors import InstepError
+
+PATIENCE_S: Final = 3.0
+
+
+def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str, str]) -> Config:
+    """Read the configuration; the defaults where it cannot be used."""
+    section = findings.section("configuration")
+    section.note("file", str(file) if file else None, str(file or "none"))
+    for sentence in unknown_variables(os.environ):
+        findings.warn(sentence, "correct or unset the variable")
+    try:
+        config, sources = explain_config(file, overrides, os.environ)
+    except ConfigError as error:
+        for problem in error.problems:
+            place = f"{problem.path} ({problem.source})" if problem.path else problem.source
+            findings.fail(f"{place}: {problem.message}", problem.suggestion)
+        section.note("used", "defaults", "the defaults, because it has errors")
+        return Config()
+    defaults = Config().model_dump(mode="json")
+    for name, keys in config.model_dump(mode="json").items():
+        for key, value in keys.items():
+            if value != defaults[name][key]:
+                path = f"{name}.{key}"
+                section.note(path, value, f"{json.dumps(value)} ({sources[path]})")
+    if len(section.values) == 1:
+        section.note("used", "defaults", "the defaults")
+    return config
+
+
+_CURES: Final = {
+    "not exact": "docs/exactness.md says why; engine.exactness prefer serves within that distance, require refuses to",
+    "smaller batches": "lower engine.max_batch_size to that, or accept it: larger batches are split",
+    "recording lost its end": "instep recordings repair FILE writes everything before the damage to a new file",
+}
+"""By the event that a start would log."""
+
+
+def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes: int) -> None:
+    """Load and certify the models, and look through what of their recordings a start reads.
+
+    Args:
+        findings: where the results go.
+        config: names the models.
+        demo: the model that is used where it names none.
+        memory_bytes: what a server may use.
+    """
+    if not config.model.folders:
+        config = config.model_copy(update={"model": ModelConfig(folder=demo)})
+    log = _collecting(findings)
+    try:
+        prepared = prepare(config, log)
+    except (CannotServe, RuntimeError) as error:
+        findings.section("models")
+        findings.fail(str(error).splitlines()[0], "instep serve --check tries it again")
+        return
+    for each in prepared:
+        _model(findings, each, is_demo=each.model_path == demo.resolve())
+    needed = sum(_bytes_of(config, each) for each in prepared) + config.limits.max_buffered_bytes
+    findings.sections[-1].note("memory_when_full", needed, f"{size(needed)} for all streams, frames and answers")
+    if memory_bytes and needed > memory_bytes:
+        findings.warn(
+            f"the limits allow {size(needed)}, and {size(memory_bytes)} of memory may be used: the server is killed "
+            "before it reaches them",
+            "lower engine.max_streams, limits.window_frames or limits.max_buffered_bytes, or give it more memory",
+        )
+    try:
+        check_models(config, prepared, log)
+    except CannotServe as error:
+        if "is being written by another instep" not in str(error):  # the server that answers at the endpoint
+            findings.fail(str(error), "docs/troubleshooting.md lists such sentences with their causes")
+
+
+def _model(findings: Findings, prepared: Prepared, is_demo: bool) -> None:
+    section = findings.section(f"model {prepared.model.name}")
+    network, certification = prepared.network, prepared.certification
+    section.note("folder", str(prepared.model_path), f"{prepared.model_path}{' (none was named)' * is_demo}")
+    section.note("fingerprint", prepared.model.fingerprint, prepared.model.fingerprint[:12])
+    section.note("kind", network.description.kind)
+    section.note("sizes", [network.description.features, network.description.outputs])
+    section.note("device", str(prepared.device))
+    section.note("step", network.kernel)
+    section.note("exactness", certification.exactness)
+    section.note("max_ulp", certification.max_ulp)
+    section.note("buckets", list(certification.buckets), ", ".join(map(str, certification.buckets)))
+
+
+def _bytes_of(config: Config, prepared: Prepared) -> int:
+    """What a model's streams take, when all are open: states, and the frame buffer."""
+    network = prepared.network
+    frame = 4 * (network.description.features + network.description.outputs) + 4
+    return config.engine.max_streams * (network.state.row_bytes + config.limits.window_frames * frame)
+
+
+def _collecting(findings: Findings) -> structlog.stdlib.BoundLogger:
+    """A log whose warnings become findings."""
+
+    def note(_: object, level: str, fields: structlog.typing.EventDict) -> str:
+        if level in ("warning", "error"):
+            event = str(fields["event"])
+            cure = _CURES.get(event, "docs/operations.md explains each line of the log")
+            findings.warn(f"{event}: {fields.get('reason', '')}", cure)
+        return ""
+
+    log: structlog.stdlib.BoundLogger = structlog.wrap_logger(structlog.ReturnLogger(), [note])
+    return log
+
+
+def examine_endpoint(findings: Findings, config: Config) -> None:
+    """Ask who answers at the endpoint, and try to bind it where nobody does."""
+    endpoint = config.transport.endpoint
+    section = findings.section("endpoint")
+    section.note("endpoint", endpoint)
+    state, text = "free", "nobody listens there"
+    if not endpoint.endswith(":*"):
+        text = asyncio.run(_who_answers(endpoint)) or text
+        state = "free" if text == "nobody listens there" else "taken"
+    if state == "free":
+        try:
+            Router(config.transport).close()
+        except CannotBind as error:
+            findings.fail(str(error), "choose another one: --endpoint tcp://127.0.0.1:5758")
+    elif not text.startswith("an instep server"):
+        findings.fail(f"another program listens at {endpoint}", "end it, or choose another port: --endpoint")
+    section.note("state", state, text)
+
+
+async def _who_answers(endpoint: str) -> str:
+    """Who listens at an endpoint to which a server would bind; empty where nobody does."""
+    address = endpoint.replace("tcp://*:", "tcp://127.0.0.1:").replace("tcp://0.0.0.0:", "tcp://127.0.0.1:")
+    if await nothing_listens(address):
+        return ""
+    client = AsyncClient(address, "instep doctor", PATIENCE_S, reconnect_s=0.0, model="")
+    try:
+        async with client:
+            ready = (await client.stats()).get("ready") == 1
+            return f"an instep server, {'ready' if ready else 'not ready'}, model {client.info.model}"
+    except InstepError as error:
+        return f"an instep server, not ready: {error}" if isinstance(error, Refused) else "another program"

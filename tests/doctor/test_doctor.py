@@ -1,0 +1,250 @@
+"""`instep doctor`: what it says of this machine, and what it warns of on others."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import socket
+import sqlite3
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+from typer.testing import CliRunner
+
+from instep.cli import app
+from instep.config import Config
+from instep.demo import MODEL_FOLDER
+from instep.doctor.disk import examine_disk
+from instep.doctor.findings import Findings, size
+from instep.doctor.machine import examine_machine
+from instep.doctor.serving import examine_endpoint, examine_models
+from instep.doctor.software import examine_software
+from instep.models.certify import Certification
+from instep.models.folder import load_model, write_model
+from tests.support.models import SMALL
+from tests.support.threaded import ThreadedServer
+
+ANY_PORT = ["--endpoint", "tcp://127.0.0.1:*"]
+
+
+def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--json", "--record", str(tmp_path / "r.instep"), *ANY_PORT])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (set(found), found["problems"]) == ({"facts", "warnings", "problems"}, [])
+    facts = found["facts"]
+    assert facts["configuration"]["recording.file"] == str(tmp_path / "r.instep")
+    assert facts["configuration"]["transport.endpoint"] == "tcp://127.0.0.1:*"
+    assert "limits.park_s" not in facts["configuration"]
+    software = facts["software"]
+    assert (software["python"], software["torch"]) == (platform.python_version(), torch.__version__)
+    assert (software["libzmq"], software["sqlite"]) == (zmq.zmq_version(), sqlite3.sqlite_version)
+    assert facts["numerics"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert facts["gpu"]["devices"] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    machine = facts["machine"]
+    assert (machine["cores"], machine["affinity"]) == (os.cpu_count(), sorted(os.sched_getaffinity(0)))
+    assert machine["open_files"] == list(resource.getrlimit(resource.RLIMIT_NOFILE))
+    assert machine["memory"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert (facts["disk"]["folder"], facts["disk"]["sync_ms"] > 0) == (str(tmp_path), True)
+    demo = load_model(MODEL_FOLDER)
+    model = facts[f"model {demo.name}"]
+    assert (model["fingerprint"], model["folder"]) == (demo.fingerprint, str(MODEL_FOLDER.resolve()))
+    assert model["exactness"] in ("exact", "tolerance")
+    assert model["buckets"] == sorted(model["buckets"])
+    assert model["memory_when_full"] > 256 * 2**20
+    assert facts["endpoint"] == {"endpoint": "tcp://127.0.0.1:*", "state": "free"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_low_limit_of_files_and_a_bad_configuration_are_named_and_the_rest_is_still_said(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("limits:\n  park_z: 3\nengine: {threads: none}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "instep", "doctor", "--config", str(tmp_path / "bad.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+    )
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(done.stdout.split())
+    assert "256 files may be open, and limits.max_connections of 16,384 needs 16,484" in text
+    assert "LimitNOFILE=16484" in text
+    assert "cannot start: limits.park_z (file" in text
+    assert "did you mean limits.park_s?" in text
+    assert "cannot start: engine.threads" in text
+    assert f"python {platform.python_version()}" in text
+    assert "exactness" in text
+
+
+def system(root: Path, **changes: str) -> Path:
+    """A machine as Linux shows it in files, with some of them changed."""
+    files = {
+        "proc/meminfo": "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\nSwapTotal: 9 kB\nSwapFree: 9 kB\n",
+        "proc/cpuinfo": "processor : 0\nflags\t\t: fpu avx2 avx512f amx_tile\n",
+        "proc/self/cgroup": "0::/service\n",
+        "sys/fs/cgroup/service/memory.max": "max\n",
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "performance\n",
+        "sys/devices/system/clocksource/clocksource0/current_clocksource": "tsc\n",
+        "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
+        **{name.replace("__", "/"): text for name, text in changes.items()},
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+FEW = Config.model_validate({"limits": {"max_connections": 10}})
+
+
+def test_a_good_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instep.doctor.machine.usable_cores", lambda: 8)
+    findings = Findings()
+    assert examine_machine(findings, FEW, system(tmp_path)) == 16 * 2**30
+    assert findings.warnings == []
+    assert findings.sections[0].values["features"] == ["avx2", "avx512f", "amx_tile"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "warning", "cure"),
+    [
+        ("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "powersave", "powersave", "cpupower"),
+        ("sys/devices/system/clocksource/clocksource0/current_clocksource", "hpet", "clock source is hpet", "tsc"),
+        ("sys/kernel/mm/transparent_hugepage/enabled", "[always] madvise never", "transparent huge", "madvise"),
+        ("proc/meminfo", "MemTotal: 9 kB\nSwapTotal: 2097152 kB\nSwapFree: 0 kB\n", "2.0 GiB of memory are", "swapoff"),
+    ],
+)
+def test_what_hurts_on_other_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, warning: str, cure: str
+) -> None:
+    monkeypatch.setattr("instep.doctor.machine.usable_cores", lambda: 2)
+    findings = Findings()
+    examine_machine(findings, FEW, system(tmp_path, **{file: text}))
+    (advice,) = findings.warnings
+    assert (warning in advice.what, cure in advice.cure) == (True, True), advice
+
+
+def test_few_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instep.doctor.machine.usable_cores", lambda: 1)
+    monkeypatch.setattr("instep.doctor.software.usable_cores", lambda: 1)
+    findings = Findings()
+    config = FEW.model_copy(update={"engine": FEW.engine.model_copy(update={"threads": 4})})
+    examine_machine(findings, config, system(tmp_path))
+    examine_software(findings, config)
+    assert ["one core only" in advice.what for advice in findings.warnings[:1]] == [True]
+    assert any("engine.threads is 4, and 1 cores" in advice.what for advice in findings.warnings)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"sys/fs/cgroup/service/memory.max": "134217728\n"},
+        {"sys/fs/cgroup/memory.max": "134217728\n"},
+        {
+            "proc/self/cgroup": "4:memory:/box\n0::/\n",
+            "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "134217728\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+    ],
+)
+def test_a_containers_memory_that_the_limits_exceed(tmp_path: Path, groups: dict[str, str]) -> None:
+    findings = Findings()
+    memory = examine_machine(findings, FEW, system(tmp_path / "root", **groups))
+    assert memory == 128 * 2**20
+    write_model(tmp_path / "model", SMALL)
+    findings.warnings.clear()
+    config = Config.model_validate({"model": {"folder": tmp_path / "model"}, "engine": {"max_batch_size": 8}})
+    examine_models(findings, config, MODEL_FOLDER, memory)
+    assert any("the limits allow 263.1 MiB, and 128.0 MiB" in advice.what for advice in findings.warnings), (
+        findings.warnings
+    )
+
+
+def test_old_versions_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["numpy>=99.1", "rich[jupyter]>=1; extra == 'cli'", "nobody-has-this>=1", "msgpack"]
+    monkeypatch.setattr(metadata, "requires", lambda name: asked)
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    findings = Findings()
+    examine_software(findings, Config())
+    said = " ".join(advice.what for advice in findings.warnings)
+    assert f"numpy {metadata.version('numpy')} is older than 99.1" in said
+    assert "rich" not in said
+    assert "nobody" not in said
+    assert "NUMBA_DISABLE_JIT is set" in said
+
+
+def test_a_recording_on_a_network_file_system_and_a_slow_and_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounts").write_text(
+        f"/dev/root / ext4 rw 0 0\nnas:/x {tmp_path} nfs4 rw 0 0\nproc /proc proc rw 0 0\n"
+    )
+    monkeypatch.setattr("instep.doctor.disk._sync_ms", lambda folder: 45.0)
+    recording: dict[str, Any] = {"file": tmp_path / "r.instep", "warn_free_bytes": 2**60}
+    findings = Findings()
+    examine_disk(findings, Config.model_validate({"recording": recording}), tmp_path / "mounts")
+    network, slow, full = [advice.what for advice in findings.warnings]
+    assert "network file system (nfs4)" in network
+    assert "takes 45 ms" in slow
+    assert "are free for the recording" in full
+    findings = Findings()
+    examine_disk(findings, Config(), tmp_path / "none")
+    assert (findings.warnings, findings.sections[0].values["file_system"]) == ([], "not known")
+
+
+def test_a_model_that_cannot_be_served_and_one_that_is_not_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = CliRunner().invoke(app, ["doctor", str(tmp_path / "none"), *ANY_PORT, "--json"])
+    assert done.exit_code == 1
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert str(tmp_path / "none") in problem["what"]
+    monkeypatch.setattr(
+        "instep.server.preparation.certify", lambda network, buckets: Certification("tolerance", buckets, 4, False)
+    )
+    findings = Findings()
+    examine_models(findings, Config(), MODEL_FOLDER, 2**40)
+    (warning,) = findings.warnings
+    assert warning.what == "not exact: batches differ on this machine: up to 4 ULP were seen in one step"
+    assert "docs/exactness.md" in warning.cure
+    assert findings.problems == []
+
+
+def test_who_answers_at_the_endpoint(tmp_path: Path) -> None:
+    def asked(endpoint: str) -> tuple[str, int]:
+        findings = Findings()
+        examine_endpoint(findings, Config.model_validate({"transport": {"endpoint": endpoint}}))
+        return findings.sections[0].texts["state"], len(findings.problems)
+
+    write_model(tmp_path / "model", SMALL)
+    with ThreadedServer(tmp_path / "model") as server:
+        assert asked(server.endpoint) == (f"an instep server, ready, model {SMALL.name}", 0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert asked(f"tcp://127.0.0.1:{port}") == ("another program", 1)
+    assert asked(f"tcp://127.0.0.1:{port}") == ("nobody listens there", 0)
+    assert asked(f"ipc://{tmp_path}/none/s")[1] == 1
+
+
+def test_texts_have_80_columns() -> None:
+    findings = Findings()
+    section = findings.section("model")
+    section.note("a_name", "word " * 60)
+    section.note("recording.file", "/" + "x" * 100)
+    findings.warn("something " * 20, "a cure " * 20)
+    lines = [*section.lines(), *findings.verdict()]
+    assert max(map(len, lines)) <= 80
+    assert "  a name          word" in lines[1]
+    assert any(line.startswith("  → a cure") for line in lines)
+    assert list(Findings().verdict()) == ["nothing to warn of"]
+    assert [size(n) for n in (0, 1536, 5 * 2**50)] == ["0 B", "1.5 KiB", "5120.0 TiB"]
