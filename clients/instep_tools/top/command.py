@@ -18,12 +18,12 @@ from instep_tools.terminal import Terminal
 from instep_tools.top.full_screen import FullScreen
 from instep_tools.top.http_source import HttpSource
 from instep_tools.top.screen import Picture, draw
-from instep_tools.top.snapshot import Query, Rates, Snapshot, Source, as_json, rates_between
+from instep_tools.top.snapshot import Snapshot, SnapshotRates, Source, StreamQuery, as_json, rates_between
 from instep_tools.top.view import View
 from instep_tools.top.zmq_source import LEAST_APART_S, ZmqSource
 
 HISTORY: Final = 600
-"""Rates that are remembered for the bars."""
+"""SnapshotRates that are remembered for the bars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +75,11 @@ class _Watch:
     def __init__(self, source: Source, what: Top) -> None:
         self._source = source
         self._what = what
-        self._view = View(Query(model=what.model))
+        self._view = View(StreamQuery(model=what.model))
         self._base: Snapshot | None = None
         """Where the rates begin."""
         self._now: Snapshot | None = None
-        self._rates: Rates | None = None
+        self._rates: SnapshotRates | None = None
         self._history: deque[float] = deque(maxlen=HISTORY)
         self._lost = ""
         self._lost_at = 0.0

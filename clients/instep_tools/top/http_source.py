@@ -6,14 +6,13 @@ import asyncio
 import json
 import math
 import re
-import time
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
 
 from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput
 from instep_tools.connect import PATIENCE_S
-from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Query, Snapshot
+from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Snapshot, StreamQuery
 
 MOST_BYTES: Final = 64 * 2**20
 """Of one answer."""
@@ -44,7 +43,7 @@ class HttpSource:
         if token:
             self._headers += f"Authorization: Bearer {token}\r\n"
 
-    async def read(self, query: Query) -> Snapshot:
+    async def read(self, query: StreamQuery) -> Snapshot:
         """Ask the server.
 
         Raises:
@@ -52,7 +51,6 @@ class HttpSource:
             HttpProblem: it has no such model, wants a token, or is no instep server.
         """
         stats = await self._get("/api/stats")
-        now = time.monotonic()
         try:
             model = _chosen(stats["models"], query.model)
             asked = {
@@ -63,7 +61,7 @@ class HttpSource:
                 "limit": str(query.limit),
             }
             listed = await self._get("/api/streams?" + urlencode({name: text for name, text in asked.items() if text}))
-            return _snapshot(now, query, stats["models"], model, listed)
+            return _snapshot(stats, query, model, listed)
         except (KeyError, TypeError, ValueError) as error:
             raise HttpProblem(f"{self.endpoint} does not answer as an instep server ({error!r:.60})") from None
 
@@ -132,12 +130,12 @@ def _sentence(found: Any) -> str:
 
 
 def _snapshot(
-    now: float, query: Query, models: list[dict[str, Any]], model: dict[str, Any], listed: Mapping[str, Any]
+    stats: Mapping[str, Any], query: StreamQuery, model: Mapping[str, Any], listed: Mapping[str, Any]
 ) -> Snapshot:
     return Snapshot(
-        time_s=now,
+        time_s=stats["time_s"],  # it may be some tenths of a second old: the server answers everybody with one object
         query=query,
-        models=[_totals(each["name"], each["numbers"]) for each in models],
+        models=[_totals(each["name"], each["numbers"]) for each in stats["models"]],
         model=ObservedModel(
             name=model["name"],
             fingerprint=model["fingerprint"],

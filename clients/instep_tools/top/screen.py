@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from instep_client.protocol.codes import Code
-from instep_tools.top.snapshot import ObservedModel, Rates, Snapshot
+from instep_tools.top.snapshot import ObservedModel, Snapshot, SnapshotRates
 from instep_tools.top.text import fitted, period, plain, scaled, short, sparkline
 from instep_tools.top.view import KEYS, View
 from instep_tools.words import counted, three_digits
@@ -37,7 +37,7 @@ class Picture:
     endpoint: str
     view: View
     now: Snapshot | None = None
-    rates: Rates | None = None
+    rates: SnapshotRates | None = None
     history: Sequence[float] = ()
     """Frames per second of the model, newest last."""
     lost: str = ""
@@ -72,7 +72,7 @@ def _title(picture: Picture, width: int) -> Text:
     return Text.assemble((left, "bold"), "  ", (marks, "bold yellow"), "  ", up)
 
 
-def _server(now: Snapshot, rates: Rates | None) -> list[Text]:
+def _server(now: Snapshot, rates: SnapshotRates | None) -> list[Text]:
     frames = "–" if rates is None else short(sum(rates.frames.values()))
     ready = now.model.numbers.get("ready") == 1
     busy = _share(now.model.numbers, "loop_busy", ", loop {:.0%}")
@@ -89,7 +89,7 @@ def _server(now: Snapshot, rates: Rates | None) -> list[Text]:
     return lines
 
 
-def _model(now: Snapshot, rates: Rates | None, history: Sequence[float], width: int) -> list[Text]:
+def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float], width: int) -> list[Text]:
     model, numbers = now.model, now.model.numbers
     per_s = {} if rates is None else rates.numbers
     about = f", {model.features} to {model.outputs} on {model.device}, {model.exactness}"

@@ -11,7 +11,7 @@ SORTS: Final = ("name", "rate", "seq", "pending", "idle")
 """What streams can be sorted by; all but names begin with the largest."""
 
 
-class Query(NamedTuple):
+class StreamQuery(NamedTuple):
     """Which model and which of its streams are asked for."""
 
     model: str = ""
@@ -84,8 +84,8 @@ class Snapshot:
     """A server at one moment."""
 
     time_s: float
-    """On the monotonic clock of this machine."""
-    query: Query
+    """On a clock of the source; only differences mean something."""
+    query: StreamQuery
     """What it answers."""
     models: Sequence[ModelTotals]
     model: ObservedModel
@@ -100,7 +100,7 @@ class Source(Protocol):
 
     endpoint: str
 
-    async def read(self, query: Query) -> Snapshot:
+    async def read(self, query: StreamQuery) -> Snapshot:
         """Ask the server.
 
         Raises:
@@ -113,7 +113,7 @@ class Source(Protocol):
         ...
 
 
-def select(streams: Iterable[ObservedStream], query: Query) -> tuple[list[ObservedStream], int]:
+def select(streams: Iterable[ObservedStream], query: StreamQuery) -> tuple[list[ObservedStream], int]:
     """The streams that a query asks for, and how many there are without its limit."""
     found = [each for each in streams if query.contains in each.name and (not query.state or each.state == query.state)]
     found.sort(key=lambda each: each.name)
@@ -128,7 +128,7 @@ def select(streams: Iterable[ObservedStream], query: Query) -> tuple[list[Observ
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class SnapshotRates:
     """What happened each second between two snapshots."""
 
     frames: Mapping[str, float]
@@ -137,21 +137,23 @@ class Rates:
     """The counters of the model that is looked at (`*_total`, `*_s_total` in seconds per second)."""
 
 
-def rates_between(before: Snapshot | None, now: Snapshot) -> Rates | None:
+def rates_between(before: Snapshot | None, now: Snapshot) -> SnapshotRates | None:
     """The rates from one snapshot to the next; None where a counter began anew, as after a restart."""
     if before is None or before.model.name != now.model.name:
         return None
     seconds = now.time_s - before.time_s
+    if seconds <= 0:
+        return None
     old, new = before.model.numbers, now.model.numbers
     numbers = {name: (value - old.get(name, 0.0)) / seconds for name, value in new.items() if name.endswith("_total")}
     earlier = {model.name: model.frames for model in before.models}
     frames = {model.name: (model.frames - earlier.get(model.name, 0)) / seconds for model in now.models}
-    if seconds <= 0 or min([*numbers.values(), *frames.values()], default=0.0) < 0:
+    if min([*numbers.values(), *frames.values()], default=0.0) < 0:
         return None
-    return Rates(frames, numbers)
+    return SnapshotRates(frames, numbers)
 
 
-def as_json(endpoint: str, now: Snapshot, rates: Rates | None) -> dict[str, Any]:
+def as_json(endpoint: str, now: Snapshot, rates: SnapshotRates | None) -> dict[str, Any]:
     """One snapshot for machines; rates are per second."""
     per_s = rates.frames if rates else {}
     return {

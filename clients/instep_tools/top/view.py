@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
-from instep_tools.top.snapshot import SORTS, STATES, Query
+from instep_tools.top.snapshot import SORTS, STATES, StreamQuery
 
 KEYS: Final = (
     ("s S", "sort by the next column, the one before"),
@@ -33,7 +33,7 @@ class View:
         query: what is asked for first.
     """
 
-    def __init__(self, query: Query) -> None:
+    def __init__(self, query: StreamQuery) -> None:
         self.query = query
         self.models: Sequence[str] = ()
         """The names that `m` goes through."""

@@ -10,7 +10,7 @@ from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import InstepError
 from instep_client.replies import ListedStream
 from instep_tools.connect import PATIENCE_S
-from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Query, Snapshot, select
+from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Snapshot, StreamQuery, select
 
 LEAST_APART_S: Final = 0.5
 """Between two lists: a rate over less is mostly noise."""
@@ -38,7 +38,7 @@ class ZmqSource:
         self._seqs: dict[str, int] = {}
         self._listed_at = self._list_again_at = float("-inf")
 
-    async def read(self, query: Query) -> Snapshot:
+    async def read(self, query: StreamQuery) -> Snapshot:
         """Ask the server; connects where there is no connection.
 
         Raises:
@@ -50,7 +50,7 @@ class ZmqSource:
             await self.close()
             raise
 
-    async def _read(self, query: Query) -> Snapshot:
+    async def _read(self, query: StreamQuery) -> Snapshot:
         if query.model != self._asked_for:
             await self.close()
         client = self._client or await self._connect(query.model)

@@ -19,7 +19,7 @@ class Advice:
 
 
 @dataclass(slots=True)
-class Facts:
+class FactSheet:
     """Facts about one thing."""
 
     title: str
@@ -47,14 +47,14 @@ class Facts:
 class Findings:
     """Everything that was found."""
 
-    sections: list[Facts] = field(default_factory=list)
+    sections: list[FactSheet] = field(default_factory=list)
     warnings: list[Advice] = field(default_factory=list)
     problems: list[Advice] = field(default_factory=list)
     """Why a server could not start."""
 
-    def section(self, title: str) -> Facts:
+    def section(self, title: str) -> FactSheet:
         """Begin a section."""
-        self.sections.append(Facts(title))
+        self.sections.append(FactSheet(title))
         return self.sections[-1]
 
     def warn(self, what: str, cure: str) -> None:

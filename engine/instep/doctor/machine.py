@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from instep.config import Config
-from instep.doctor.findings import Facts, Findings, size
+from instep.doctor.findings import FactSheet, Findings, size
 from instep.runtime.executor import usable_cores
 from instep.server.open_files import FILES_BESIDE_CONNECTIONS
 from instep_tools.machine import machine
@@ -40,7 +40,7 @@ def examine_machine(findings: Findings, config: Config, root: Path = Path("/")) 
     return memory
 
 
-def _cores(findings: Findings, section: Facts, root: Path) -> None:
+def _cores(findings: Findings, section: FactSheet, root: Path) -> None:
     flags = set(_cpu_flags(root))
     features = [feature for feature in _FEATURES if feature in flags]
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -64,7 +64,7 @@ def _cores(findings: Findings, section: Facts, root: Path) -> None:
         )
 
 
-def _memory(findings: Findings, section: Facts, root: Path) -> int:
+def _memory(findings: Findings, section: FactSheet, root: Path) -> int:
     known = {
         name: int(rest.split()[0]) * 1024
         for name, _, rest in (line.partition(":") for line in _read(root / "proc/meminfo").splitlines())
@@ -111,7 +111,7 @@ def _memory_limit(root: Path) -> int | None:
     return min(limits, default=None)
 
 
-def _open_files(findings: Findings, section: Facts, config: Config) -> None:
+def _open_files(findings: Findings, section: FactSheet, config: Config) -> None:
     soft, hard = (
         None if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
     )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Query, Snapshot
+from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Snapshot, StreamQuery
 
 NUMBERS = {
     "ready": 1.0,
@@ -62,7 +62,7 @@ def snapshot(
     time_s: float,
     streams: Sequence[ObservedStream],
     models: Sequence[str] = (),
-    query: Query = Query(),  # noqa: B008
+    query: StreamQuery = StreamQuery(),  # noqa: B008
     **numbers: float,
 ) -> Snapshot:
     """The server at a time; numbers replace those of `NUMBERS`."""

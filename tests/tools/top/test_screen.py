@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from instep_tools.top.screen import Picture, draw
-from instep_tools.top.snapshot import SORTS, Query, rates_between, select
+from instep_tools.top.snapshot import SORTS, StreamQuery, rates_between, select
 from instep_tools.top.text import fitted, period, plain, scaled, short, sparkline
 from instep_tools.top.view import View
 from tests.tools.top.support import snapshot, stream
@@ -33,9 +33,9 @@ def test_the_largest_numbers_fit(width: int, height: int, helping: bool) -> None
     streams = [stream(f"microphone-{number:05}") for number in range(100)]
     before, now = (
         snapshot(10.0, streams),
-        snapshot(11.0, streams, query=Query(sort="pending"), frames_total=123_456_789_012.0 + 5e6),
+        snapshot(11.0, streams, query=StreamQuery(sort="pending"), frames_total=123_456_789_012.0 + 5e6),
     )
-    view = View(Query())
+    view = View(StreamQuery())
     view.helping = helping
     picture = Picture("tcp://127.0.0.1:5757", view, now, rates_between(before, now), [1.0, 5e6] * 40)
     lines = shown(picture, width, height)
@@ -59,9 +59,17 @@ def test_the_numbers_are_where_they_belong() -> None:
     phases = {"recent_queue_us_p50": 120.0, "recent_compute_us_p50": 250.0, "recent_send_us_p50": 40.0}
     before = snapshot(10.0, streams, ("ears", "wake-word-detector"), batches_total=100.0)
     now = snapshot(
-        12.0, streams, ("ears", "wake-word-detector"), Query(), batches_total=700.0, **phases, verify_mismatches_total=2
+        12.0,
+        streams,
+        ("ears", "wake-word-detector"),
+        StreamQuery(),
+        batches_total=700.0,
+        **phases,
+        verify_mismatches_total=2,
     )
-    lines = shown(Picture("ipc:///run/instep", View(Query()), now, rates_between(before, now)), 80, 24, keys=False)
+    lines = shown(
+        Picture("ipc:///run/instep", View(StreamQuery()), now, rates_between(before, now)), 80, 24, keys=False
+    )
     text = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert text["instep"] == "top ipc:///run/instep up 3d 3h"
     assert text["server"] == "ready, 2.00G frames/s, 6.00M streams, 32,768 connections, loop 100%"
@@ -75,9 +83,9 @@ def test_the_numbers_are_where_they_belong() -> None:
 
 @pytest.mark.parametrize("name", [*HOSTILE, *WIDE])
 def test_no_name_disturbs_the_terminal(name: str) -> None:
-    view = View(Query(contains=name))
+    view = View(StreamQuery(contains=name))
     view.typing = True
-    now = snapshot(1.0, [stream(name), stream("next")], (name, "other"), Query(contains=name))
+    now = snapshot(1.0, [stream(name), stream("next")], (name, "other"), StreamQuery(contains=name))
     picture = Picture(f"tcp://{name}:1", view, now, None, lost=f"no answer: {name}")
     for line in draw(picture, 80, 24):
         assert cell_len(line.plain) <= 80
@@ -94,10 +102,10 @@ def cell_columns(text: str, columns: int) -> int:
 
 def test_a_lost_server_is_named_and_its_last_numbers_stay() -> None:
     now = snapshot(1.0, [stream("mic")])
-    lines = shown(Picture("tcp://h:1", View(Query()), now, None, lost="no answer for 12 s: nobody there"), 80, 24)
+    lines = shown(Picture("tcp://h:1", View(StreamQuery()), now, None, lost="no answer for 12 s: nobody there"), 80, 24)
     assert lines[1] == "no answer for 12 s: nobody there"
     assert any(line.startswith("mic ") for line in lines)
-    assert shown(Picture("tcp://h:1", View(Query())), 80, 24)[0].startswith("instep top  tcp://h:1")
+    assert shown(Picture("tcp://h:1", View(StreamQuery())), 80, 24)[0].startswith("instep top  tcp://h:1")
 
 
 def test_rates_are_differences_and_none_where_a_counter_began_anew() -> None:
@@ -119,7 +127,7 @@ def test_streams_are_selected_and_sorted() -> None:
     ]
 
     def names(**query: object) -> str:
-        return " ".join(each.name for each in select(streams, Query(**query))[0])  # type: ignore[arg-type]
+        return " ".join(each.name for each in select(streams, StreamQuery(**query))[0])  # type: ignore[arg-type]
 
     assert {sort: names(sort=sort) for sort in SORTS} == {
         "name": "a ab b",
@@ -132,7 +140,7 @@ def test_streams_are_selected_and_sorted() -> None:
     assert names(sort="rate", reverse=True) == "a b ab"
     assert names(contains="a") == "ab a"
     assert names(state="parked") == "ab"
-    assert (names(limit=1), select(streams, Query(limit=1))[1]) == ("ab", 3)
+    assert (names(limit=1), select(streams, StreamQuery(limit=1))[1]) == ("ab", 3)
 
 
 def test_numbers_in_few_columns() -> None:

@@ -21,7 +21,7 @@ from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.top.command import Top, top
 from instep_tools.top.http_source import HttpSource
-from instep_tools.top.snapshot import Query
+from instep_tools.top.snapshot import StreamQuery
 from instep_tools.top.zmq_source import ZmqSource
 from tests.support.models import SEED_SIZED, SMALL, plain
 from tests.support.running import running
@@ -35,7 +35,7 @@ async def test_rates_of_streams_are_differences_of_two_lists() -> None:
         await done.step(np.zeros((9, 3), np.float32))
         times = iter([100.0, 100.0, 102.0, 102.0, 102.1, 103.0, 103.0])
         source = ZmqSource(server.endpoint, times.__next__)
-        first = await source.read(Query())
+        first = await source.read(StreamQuery())
         assert {stream.name: (stream.seq, stream.rate) for stream in first.streams} == {
             "fast": (0, None),
             "slow": (0, None),
@@ -44,7 +44,7 @@ async def test_rates_of_streams_are_differences_of_two_lists() -> None:
         await fast.step(np.zeros((20, 3), np.float32))
         await slow.step(np.zeros((5, 3), np.float32))
         await client.open("new")
-        second = await source.read(Query())
+        second = await source.read(StreamQuery())
         assert [(stream.name, stream.rate) for stream in second.streams] == [
             ("fast", 10.0),
             ("slow", 2.5),
@@ -53,9 +53,9 @@ async def test_rates_of_streams_are_differences_of_two_lists() -> None:
         ]
         assert second.model.numbers["frames_total"] == 34
         await slow.step(np.zeros((5, 3), np.float32))
-        too_soon = await source.read(Query(sort="name", contains="o"))
+        too_soon = await source.read(StreamQuery(sort="name", contains="o"))
         assert [(stream.name, stream.seq) for stream in too_soon.streams] == [("done", 9), ("slow", 5)]
-        third = await source.read(Query(contains="slow"))
+        third = await source.read(StreamQuery(contains="slow"))
         assert [(stream.seq, stream.rate) for stream in third.streams] == [(10, 5.0)]
         await source.close()
 
@@ -124,17 +124,17 @@ async def test_a_swapped_model_is_shown_in_its_new_version_and_its_old_one_is_no
     async with running(old, engine={"max_batch_size": 16}) as server:
         source = ZmqSource(server.endpoint)
         async with AsyncClient(server.endpoint) as client:
-            assert (await source.read(Query())).model.fingerprint == old.fingerprint
+            assert (await source.read(StreamQuery())).model.fingerprint == old.fingerprint
             await client.swap_model("ears", tmp_path / "new")
-            seen = await source.read(Query())
+            seen = await source.read(StreamQuery())
             assert seen.model.fingerprint == new.fingerprint
             assert [model.name for model in seen.models] == ["ears", f"ears@{old.fingerprint[:8]}"]
         async with asyncio.timeout(60):
-            while len((await source.read(Query())).models) > 1:
+            while len((await source.read(StreamQuery())).models) > 1:
                 await asyncio.sleep(0.01)
         with pytest.raises(InstepError, match="UNKNOWN_MODEL"):
-            await source.read(Query("nobody"))
-        assert (await source.read(Query())).model.name == "ears"
+            await source.read(StreamQuery("nobody"))
+        assert (await source.read(StreamQuery())).model.name == "ears"
         await source.close()
 
 
@@ -187,5 +187,5 @@ REFUSED = json.dumps({"error": {"code": "UNAUTHORIZED", "message": "this server 
 async def test_other_answers_over_http(answer: bytes, sentence: str) -> None:
     async with answering(answer) as url:
         with pytest.raises(InstepError, match=sentence) as found:
-            await HttpSource(url, "secret").read(Query())
+            await HttpSource(url, "secret").read(StreamQuery())
     assert not isinstance(found.value, ConnectionFailed)
