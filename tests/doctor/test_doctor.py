@@ -25,14 +25,14 @@ from instep.demo import MODEL_FOLDER
 from instep.doctor.disk import examine_disk
 from instep.doctor.findings import Findings, size
 from instep.doctor.machine import examine_machine
-from instep.doctor.serving import examine_endpoint, examine_models
+from instep.doctor.serving import examine_endpoints, examine_models
 from instep.doctor.software import examine_software
 from instep.models.certify import Certification
 from instep.models.folder import load_model, write_model
 from tests.support.models import SMALL
 from tests.support.threaded import ThreadedServer
 
-ANY_PORT = ["--endpoint", "tcp://127.0.0.1:*"]
+ANY_PORT = ["--endpoint", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
 
 
 def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
@@ -60,7 +60,11 @@ def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
     assert model["exactness"] in ("exact", "tolerance")
     assert model["buckets"] == sorted(model["buckets"])
     assert model["memory_when_full"] > 256 * 2**20
-    assert facts["endpoint"] == {"endpoint": "tcp://127.0.0.1:*", "state": "free"}
+    assert facts["endpoints"] == {
+        "transport.endpoint": "tcp://127.0.0.1:*",
+        "http.endpoint": "127.0.0.1:0",
+        "found": None,
+    }
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,10 +225,11 @@ def test_a_model_that_cannot_be_served_and_one_that_is_not_exact(
 
 
 def test_who_answers_at_the_endpoint(tmp_path: Path) -> None:
-    def asked(endpoint: str) -> tuple[str, int]:
+    def asked(endpoint: str, http: str = "off") -> tuple[str, int]:
         findings = Findings()
-        examine_endpoint(findings, Config.model_validate({"transport": {"endpoint": endpoint}}))
-        return findings.sections[0].texts["state"], len(findings.problems)
+        config = {"transport": {"endpoint": endpoint}, "http": {"endpoint": http}}
+        examine_endpoints(findings, Config.model_validate(config))
+        return findings.sections[0].texts["found"], len(findings.problems)
 
     write_model(tmp_path / "model", SMALL)
     with ThreadedServer(tmp_path / "model") as server:
@@ -232,6 +237,7 @@ def test_who_answers_at_the_endpoint(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert asked(f"tcp://127.0.0.1:{port}") == ("another program", 1)
+        assert asked("tcp://127.0.0.1:*", f"127.0.0.1:{port}") == ("nobody listens there", 1)
     assert asked(f"tcp://127.0.0.1:{port}") == ("nobody listens there", 0)
     assert asked(f"ipc://{tmp_path}/none/s")[1] == 1
 

@@ -47,7 +47,7 @@ async def top(what: Top, terminal: Terminal, stop: Stop) -> Exit:
     stop.connected = (
         True  # nothing is sent that would have to be drained, and Ctrl-C must not leave the screen as it is
     )
-    source = _source(what)
+    source = source_of(what)
     try:
         watch = _Watch(source, what)
         if what.once or terminal.as_json or not FullScreen.is_possible(terminal.out):
@@ -57,7 +57,12 @@ async def top(what: Top, terminal: Terminal, stop: Stop) -> Exit:
         await source.close()
 
 
-def _source(what: Top) -> Source:
+def source_of(what: Top) -> Source:
+    """Where snapshots of it come from.
+
+    Raises:
+        BadFile: the token cannot be read.
+    """
     if not what.endpoint.startswith(("http://", "https://")):
         return ZmqSource(what.endpoint)
     token = None

@@ -50,7 +50,7 @@ def doctor(
     with _patient(progress, "loading PyTorch"):
         from instep.doctor.disk import examine_disk
         from instep.doctor.machine import examine_machine
-        from instep.doctor.serving import examine_config, examine_endpoint, examine_models
+        from instep.doctor.serving import examine_config, examine_endpoints, examine_models
         from instep.doctor.software import examine_software
     config = examine_config(findings, file, overrides)
     show()
@@ -65,8 +65,8 @@ def doctor(
     with _patient(progress, "certifying the model, and reading its recording where there is one"):
         examine_models(findings, config, demo, memory)
     show()
-    with _patient(progress, "asking who answers at the endpoint"):
-        examine_endpoint(findings, config)
+    with _patient(progress, "asking who answers at the endpoints"):
+        examine_endpoints(findings, config)
     show()
     if as_json:
         write(json.dumps(findings.as_json(), indent=2))

@@ -14,8 +14,7 @@ import structlog
 from instep.config import Config, ConfigError, explain_config, unknown_variables
 from instep.config.sections import ModelConfig
 from instep.doctor.findings import Findings, size
-from instep.frontends.zmq.router import CannotBind, Router
-from instep.server.check import check_models
+from instep.server.check import check_endpoints, check_models
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep_client import AsyncClient, Refused
 from instep_client.endpoint import nothing_listens
@@ -127,23 +126,21 @@ def _collecting(findings: Findings) -> structlog.stdlib.BoundLogger:
     return log
 
 
-def examine_endpoint(findings: Findings, config: Config) -> None:
-    """Ask who answers at the endpoint, and try to bind it where nobody does."""
+def examine_endpoints(findings: Findings, config: Config) -> None:
+    """Ask who answers at the endpoint, and try to bind it, and that of HTTP, where nobody does."""
     endpoint = config.transport.endpoint
-    section = findings.section("endpoint")
-    section.note("endpoint", endpoint)
-    state, text = "free", "nobody listens there"
-    if not endpoint.endswith(":*"):
-        text = asyncio.run(_who_answers(endpoint)) or text
-        state = "free" if text == "nobody listens there" else "taken"
-    if state == "free":
+    section = findings.section("endpoints")
+    section.note("transport.endpoint", endpoint)
+    section.note("http.endpoint", config.http.endpoint, config.http.endpoint or "off")
+    found = "" if endpoint.endswith(":*") else asyncio.run(_who_answers(endpoint))
+    section.note("found", found or None, found or "nobody listens there")
+    if not found:
         try:
-            Router(config.transport).close()
-        except CannotBind as error:
-            findings.fail(str(error), "choose another one: --endpoint tcp://127.0.0.1:5758")
-    elif not text.startswith("an instep server"):
+            check_endpoints(config, _collecting(findings))
+        except CannotServe as error:
+            findings.fail(str(error), "docs/troubleshooting.md lists such sentences with their causes")
+    elif not found.startswith("an instep server"):
         findings.fail(f"another program listens at {endpoint}", "end it, or choose another port: --endpoint")
-    section.note("state", state, text)
 
 
 async def _who_answers(endpoint: str) -> str:

@@ -42,13 +42,7 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
     if restart:
         check_restartable(config, prepared)
     check_models(config, prepared, log, accept_numerics_change)
-    try:
-        Router(config.transport).close()
-        read_token(config.http.token_file)
-        if (listener := bind(config.http, log)) is not None:
-            listener.close()
-    except (CannotBind, CannotListen, BadTokenFile) as error:
-        raise CannotServe(str(error)) from None
+    check_endpoints(config, log)
     for each in prepared:
         log.info(
             "can serve",
@@ -81,6 +75,21 @@ def check_models(
                 _check_recording(file, config, each, log, accept_numerics_change)
     except (LimitsError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
+
+
+def check_endpoints(config: Config, log: structlog.stdlib.BoundLogger) -> None:
+    """Bind the endpoints of ZeroMQ and HTTP, and read the token.
+
+    Raises:
+        CannotServe: when one cannot be bound, or the token cannot be used.
+    """
+    try:
+        Router(config.transport).close()
+        read_token(config.http.token_file)
+        if (listener := bind(config.http, log)) is not None:
+            listener.close()
+    except (CannotBind, CannotListen, BadTokenFile) as error:
+        raise CannotServe(str(error)) from None
 
 
 def _check_recording(

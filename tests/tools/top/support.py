@@ -1,4 +1,4 @@
-"""A server as `top` may find it, without a server."""
+"""Servers as `top` may find them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from instep.server.server import Server
 from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Snapshot, StreamQuery
 
 NUMBERS = {
@@ -69,3 +70,15 @@ def snapshot(
     totals = [ModelTotals(name, 3_000_000, 16_384, int(1e9 * time_s)) for name in (models or [MODEL.name])]
     model = dataclasses.replace(MODEL, numbers=NUMBERS | numbers)
     return Snapshot(time_s, query, totals, model, streams, len(streams))
+
+
+ADMIN = {"endpoint": "127.0.0.1:0"}
+TRANSPORTS = ("zmq", "http")
+
+
+def endpoint_of(server: Server, transport: str) -> str:
+    """Where `top` finds it."""
+    if transport == "zmq":
+        return server.endpoint
+    assert server.admin is not None
+    return server.admin.url

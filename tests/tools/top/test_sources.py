@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +20,14 @@ from instep_client.protocol.errors import ConnectionFailed, InstepError
 from instep_tools.app import app
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
-from instep_tools.top.command import Top, top
+from instep_tools.top.command import Top, source_of, top
 from instep_tools.top.http_source import HttpSource
-from instep_tools.top.snapshot import StreamQuery
+from instep_tools.top.snapshot import Source, StreamQuery
 from instep_tools.top.zmq_source import ZmqSource
 from tests.support.models import SEED_SIZED, SMALL, plain
 from tests.support.running import running
 from tests.tools.helpers import RememberingTerminal
+from tests.tools.top.support import ADMIN, TRANSPORTS, endpoint_of
 
 
 async def test_rates_of_streams_are_differences_of_two_lists() -> None:
@@ -61,16 +63,25 @@ async def test_rates_of_streams_are_differences_of_two_lists() -> None:
 
 
 @asynccontextmanager
-async def served() -> AsyncIterator[str]:
+async def served(transport: str) -> AsyncIterator[str]:
     """A server with two models and known frames; its endpoint."""
-    async with running(replace(SEED_SIZED, name="ears"), replace(SMALL, name="eyes")) as server:
+    async with running(replace(SEED_SIZED, name="ears"), replace(SMALL, name="eyes"), http=ADMIN) as server:
         async with AsyncClient(server.endpoint) as ears, AsyncClient(server.endpoint, model="eyes") as eyes:
             stream = await ears.open("mic")
             await stream.step(np.ones((12, 3), np.float32))
             for name in ("left", "right"):
                 stream = await eyes.open(name)
                 await stream.step(np.ones((7, 5), np.float32))
-            yield server.endpoint
+            yield endpoint_of(server, transport)
+
+
+@asynccontextmanager
+async def closing(source: Source) -> AsyncIterator[Source]:
+    """End its connection after the block."""
+    try:
+        yield source
+    finally:
+        await source.close()
 
 
 async def once(what: Top) -> RememberingTerminal:
@@ -79,10 +90,13 @@ async def once(what: Top) -> RememberingTerminal:
     return terminal
 
 
-async def test_once_as_json_says_what_was_sent() -> None:
-    async with served() as endpoint:
-        seen = (await once(Top(endpoint, every_s=0.5))).json()
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_once_as_json_says_what_was_sent(transport: str) -> None:
+    async with served(transport) as endpoint:
+        seen = (await once(Top(endpoint, every_s=0.7))).json()
         other = (await once(Top(endpoint, "eyes", every_s=0.5))).json()
+        with pytest.raises(InstepError, match="'nobody'"):
+            await once(Top(endpoint, "nobody"))
     assert (seen["endpoint"], seen["matched"]) == (endpoint, 1)
     assert [(model["name"], model["streams"], model["frames"]) for model in seen["models"]] == [
         ("ears", 1, 12),
@@ -91,7 +105,10 @@ async def test_once_as_json_says_what_was_sent() -> None:
     assert [model["frames_per_s"] for model in seen["models"]] == [0.0, 0.0]
     assert (seen["model"]["name"], seen["model"]["fingerprint"]) == ("ears", SEED_SIZED.fingerprint)
     assert (seen["model"]["features"], seen["model"]["outputs"]) == (3, 4)
-    assert seen["model"]["numbers"]["frames_total"] == 12
+    assert (seen["model"]["numbers"]["frames_total"], seen["model"]["numbers"]["connections"]) == (
+        12,
+        1 + (transport == "zmq"),
+    )
     assert seen["model"]["rates"]["frames_total"] == 0
     (stream,) = seen["streams"]
     assert (stream["name"], stream["state"], stream["seq"], stream["rate"]) == ("mic", "open", 12, 0.0)
@@ -99,8 +116,38 @@ async def test_once_as_json_says_what_was_sent() -> None:
     assert [(stream["name"], stream["seq"]) for stream in other["streams"]] == [("left", 7), ("right", 7)]
 
 
-async def test_rates_while_frames_arrive() -> None:
-    async with running(SEED_SIZED) as server, AsyncClient(server.endpoint) as client:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_query_selects_and_sorts(transport: str) -> None:
+    async with running(SEED_SIZED, http=ADMIN) as server, AsyncClient(server.endpoint) as client:
+        for name, frames in (("mic-1", 5), ("mic-2", 30), ("日本 &=#", 7), ("lamp", 1)):
+            stream = await client.open(name)
+            await stream.step(np.zeros((frames, 3), np.float32))
+        async with AsyncClient(server.endpoint) as another:
+            await another.resume("lamp", take_over=True)
+            await another.close(park=True)
+        async with closing(source_of(Top(endpoint_of(server, transport)))) as source:
+
+            async def names(**query: Any) -> list[str]:
+                seen = await source.read(StreamQuery(**query))
+                assert seen.matched == len(seen.streams) or query["limit"] == len(seen.streams)
+                return [stream.name for stream in seen.streams]
+
+            async with asyncio.timeout(60):
+                while await names(state="parked") != ["lamp"]:
+                    await asyncio.sleep(0.1)
+            assert await names(sort="seq") == ["mic-2", "日本 &=#", "mic-1", "lamp"]
+            assert await names(sort="seq", reverse=True) == ["lamp", "mic-1", "日本 &=#", "mic-2"]
+            assert await names(sort="name", limit=2) == ["lamp", "mic-1"]
+            assert await names(sort="idle", limit=1) == ["mic-1"]
+            assert await names(sort="name", contains="mic") == ["mic-1", "mic-2"]
+            assert await names(contains="日本 &=#") == ["日本 &=#"]
+            assert await names(state="open", sort="name") == ["mic-1", "mic-2", "日本 &=#"]
+            assert await names(state="hibernating") == []
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_rates_while_frames_arrive(transport: str) -> None:
+    async with running(SEED_SIZED, http=ADMIN) as server, AsyncClient(server.endpoint) as client:
         stream = await client.open("mic")
 
         async def send() -> None:
@@ -109,7 +156,7 @@ async def test_rates_while_frames_arrive() -> None:
                 await asyncio.sleep(0.01)
 
         sending = asyncio.create_task(send())
-        seen = (await once(Top(server.endpoint, every_s=0.5))).json()
+        seen = (await once(Top(endpoint_of(server, transport), every_s=1.0))).json()
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
     rate = seen["model"]["rates"]["frames_total"]

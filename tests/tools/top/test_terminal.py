@@ -17,14 +17,15 @@ from instep_client import AsyncClient
 from tests.support.models import SEED_SIZED, SMALL
 from tests.support.running import running
 from tests.support.terminal_program import TerminalProgram, on_terminal
+from tests.tools.top.support import ADMIN, TRANSPORTS, endpoint_of
 
 LEFT: str = "\x1b[?25h\x1b[?1049l"
 """Shows the cursor and leaves the other screen."""
 
 
 @asynccontextmanager
-async def watched(server: Server, *arguments: str) -> AsyncIterator[TerminalProgram]:
-    async with on_terminal(["instep_tools", "top", server.endpoint, "--every", "0.2", *arguments]) as top:
+async def watched(server: Server, transport: str = "zmq") -> AsyncIterator[TerminalProgram]:
+    async with on_terminal(["instep_tools", "top", endpoint_of(server, transport), "--every", "0.2"]) as top:
         await top.until("q quit")
         yield top
 
@@ -35,15 +36,16 @@ def names(screen: list[str]) -> list[str]:
     return [line.split()[0] for line in screen[heading + 1 : -1] if line]
 
 
-async def test_keys() -> None:
-    async with running(replace(SEED_SIZED, name="ears"), replace(SMALL, name="eyes")) as server:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_keys(transport: str) -> None:
+    async with running(replace(SEED_SIZED, name="ears"), replace(SMALL, name="eyes"), http=ADMIN) as server:
         async with AsyncClient(server.endpoint) as client, AsyncClient(server.endpoint, model="eyes") as other:
             for name, frames in (("mic-1", 5), ("mic-2", 30), ("lamp", 7)):
                 stream = await client.open(name)
                 await stream.step(np.zeros((frames, 3), np.float32))
             await client.resume("lamp", take_over=True)
             await other.open("camera")
-            async with watched(server) as top:
+            async with watched(server, transport) as top:
                 screen = await top.until("model      ears", "3 streams", "mic-2")
                 assert names(await top.type("3", "▼next seq")) == ["mic-2", "lamp", "mic-1"]
                 assert names(await top.type("3", "▲next seq")) == ["mic-1", "lamp", "mic-2"]
