@@ -51,7 +51,7 @@ def draw(picture: Picture, width: int, height: int, keys: bool = True) -> list[T
     if picture.lost:
         lines.append(Text(plain(picture.lost), "bold red"))
     if now is not None:
-        lines += _server(now, picture.rates) + _model(now, picture.rates, picture.history, width)
+        lines += _server(now, picture.rates, width) + _model(now, picture.rates, picture.history, width)
     room = height - len(lines) - keys
     if view.helping:
         lines += [Text(), *(Text.assemble("  ", (f"{key:<8}", "bold"), text) for key, text in KEYS)][:room]
@@ -65,14 +65,13 @@ def draw(picture: Picture, width: int, height: int, keys: bool = True) -> list[T
 
 
 def _title(picture: Picture, width: int) -> Text:
-    uptime_s = math.nan if picture.now is None else picture.now.model.numbers.get("uptime_s", math.nan)
-    up = "" if math.isnan(uptime_s) else f"up {period(uptime_s)}"
+    up = "" if picture.now is None else f"up {period(picture.now.model.numbers['uptime_s'])}"
     marks = "paused" if picture.view.paused else ""
     left = fitted(f"instep top  {plain(picture.endpoint)}", width - len(up) - len(marks) - 4)
     return Text.assemble((left, "bold"), "  ", (marks, "bold yellow"), "  ", up)
 
 
-def _server(now: Snapshot, rates: SnapshotRates | None) -> list[Text]:
+def _server(now: Snapshot, rates: SnapshotRates | None, width: int) -> list[Text]:
     frames = "–" if rates is None else short(sum(rates.frames.values()))
     ready = now.model.numbers.get("ready") == 1
     busy = _share(now.model.numbers, "loop_busy", ", loop {:.0%}")
@@ -81,12 +80,19 @@ def _server(now: Snapshot, rates: SnapshotRates | None) -> list[Text]:
     total = f"{frames} frames/s, {streams} streams, {connections} connections{busy}"
     lines = [_line("server", (("ready", "green") if ready else ("not ready", "bold red")), f", {total}")]
     if len(now.models) > 1:
-        shown = Text()
-        for model in now.models:
-            rate = "–" if rates is None else short(rates.frames.get(model.name, 0.0))
-            shown.append(f" {plain(model.name)} {rate}/s ", "reverse" if model.name == now.model.name else "")
-        lines.append(_line("models", shown))
+        lines.append(_line("models", *_models(now, rates, width - _LABEL)))
     return lines
+
+
+def _models(now: Snapshot, rates: SnapshotRates | None, width: int) -> list[tuple[str, str]]:
+    """As many as there is room for, the one that is looked at among them."""
+    shown = []
+    for model in now.models:
+        rate = "–" if rates is None else short(rates.frames.get(model.name, 0.0))
+        shown.append((f" {plain(model.name)} {rate}/s ", "reverse" if model.name == now.model.name else ""))
+    while not shown[0][1] and sum(cell_len(text) for text, _ in shown) > width:
+        del shown[0]
+    return shown
 
 
 def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float], width: int) -> list[Text]:
@@ -119,7 +125,7 @@ def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float],
 
 
 def _recent(numbers: Mapping[str, float], name: str) -> float:
-    """Over the last seconds, where the server says; else since its start."""
+    """Over the last seconds; since the start in the first second of a model, which has no others."""
     return numbers.get(f"recent_{name}", numbers.get(name, math.nan))
 
 
@@ -145,27 +151,21 @@ def _refused(numbers: Mapping[str, float], per_s: Mapping[str, float]) -> list[s
 
 def _recording(model: ObservedModel) -> str:
     numbers = model.numbers
-    if "recording_free_bytes" not in numbers:
+    if "recording_bytes" not in numbers:
         return "off"
-    parts = [f"answers wait for {model.durability}" if model.durability != "memory" else "answers do not wait for it"]
-    if "recording_bytes" in numbers:
-        parts.append(f"{scaled(numbers['recording_bytes'], ' ')}B")
-    parts.append(f"{scaled(numbers['recording_free_bytes'], ' ')}B free")
-    if "commit_us_p99" in numbers:
-        parts.append(f"commits {three_digits(_recent(numbers, 'commit_us_p99') / 1000)} ms (p99)")
-    return ", ".join(parts)
+    waits = f"answers wait for {model.durability}" if model.durability != "memory" else "answers do not wait"
+    size, free = scaled(numbers["recording_bytes"], " "), scaled(numbers.get("recording_free_bytes", math.nan), " ")
+    return f"{waits}, {size}B, {free}B free, commits {three_digits(_recent(numbers, 'commit_us_p99') / 1000)} ms (p99)"
 
 
 def _verified(numbers: Mapping[str, float]) -> list[str | tuple[str, str]]:
     if "verified_frames_total" not in numbers:
         return ["off"]
-    wrong = numbers.get("verify_mismatches_total", 0.0)
-    style = "bold red" if wrong else "green"
-    return [
-        f"{short(numbers['verified_frames_total'])} frames, ",
-        (f"{short(wrong)} with other bits" if wrong else "all bits equal", style),
-        f", {period(numbers.get('verify_lag_s', math.nan))} behind",
-    ]
+    wrong, share = numbers["verify_mismatches_total"], numbers["verify_share"]
+    found = (f"{short(wrong)} streams differ", "bold red") if wrong else ("no mismatch", "green")
+    of = f" of {share:.0%} of the streams" if share < 1 else ""
+    behind = f", {period(numbers['verify_lag_s'])} behind"
+    return [f"{short(numbers['verified_frames_total'])} frames{of}, ", found, behind]
 
 
 def _streams(now: Snapshot, width: int) -> list[Text]:

@@ -65,7 +65,8 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
         demo: the model that is used where it names none.
         memory_bytes: what a server may use.
     """
-    if not config.model.folders:
+    is_named = bool(config.model.folders)
+    if not is_named:
         config = config.model_copy(update={"model": ModelConfig(folder=demo)})
     log = _collecting(findings)
     try:
@@ -75,7 +76,7 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
         findings.fail(str(error).splitlines()[0], "instep serve --check tries it again")
         return
     for each in prepared:
-        _model(findings, each, is_demo=each.model_path == demo.resolve())
+        _model(findings, each, is_named)
     needed = sum(_bytes_of(config, each) for each in prepared) + config.limits.max_buffered_bytes
     findings.sections[-1].note("memory_when_full", needed, f"{size(needed)} for all streams, frames and answers")
     if memory_bytes and needed > memory_bytes:
@@ -91,10 +92,10 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
             findings.fail(str(error), "docs/troubleshooting.md lists such sentences with their causes")
 
 
-def _model(findings: Findings, prepared: Prepared, is_demo: bool) -> None:
+def _model(findings: Findings, prepared: Prepared, is_named: bool) -> None:
     section = findings.section(f"model {prepared.model.name}")
     network, certification = prepared.network, prepared.certification
-    section.note("folder", str(prepared.model_path), f"{prepared.model_path}{' (none was named)' * is_demo}")
+    section.note("folder", str(prepared.model_path), f"{prepared.model_path}{'' if is_named else ' (none was named)'}")
     section.note("fingerprint", prepared.model.fingerprint, prepared.model.fingerprint[:12])
     section.note("kind", network.description.kind)
     section.note("sizes", [network.description.features, network.description.outputs])

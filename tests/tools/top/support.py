@@ -28,6 +28,7 @@ NUMBERS = {
     "verified_frames_total": 123_456_789_012.0,
     "verify_mismatches_total": 0.0,
     "verify_lag_s": 0.4,
+    "verify_share": 0.25,
     "recent_batch_fill": 0.975,
     "recent_loop_busy": 1.0,
     **{

@@ -45,7 +45,7 @@ def test_the_largest_numbers_fit(width: int, height: int, helping: bool) -> None
     text = "\n".join(lines)
     assert "5.00M" in text
     assert "BUSY 1.23M, SEQ_GAP 12" in text
-    assert "all bits equal" in text
+    assert "of 25% of the streams, no mismatch, 0.4 s behind" in text
     assert ("clears" in text) is helping
     assert text.count("microphone-000") == (0 if helping else height - 12)
     assert lines[-1].startswith("100 streams  ? help  q quit")
@@ -76,12 +76,12 @@ def test_the_numbers_are_where_they_belong() -> None:
     assert text["models"] == "ears 1.00G/s wake-word-detector 1.00G/s"
     assert text["batches/s"] == "300 98% full p50 0.120 0.250 0.0400 10,000"
     assert text["streams"] == "3.00M open, 999,999 parked of 4.00M, 1.00M hibernating"
-    assert text["verified"] == "123G frames, 2 with other bits, 0.4 s behind"
+    assert text["verified"] == "123G frames of 25% of the streams, 2 streams differ, 0.4 s behind"
     assert text["mic"] == "open 50 1,234 3 0.2 s 1h 0m"
     assert text["old"] == "parked – – 0 1m 30s ever"
 
 
-@pytest.mark.parametrize("name", [*HOSTILE, *WIDE])
+@pytest.mark.parametrize("name", [*HOSTILE, *WIDE], ids=ascii)
 def test_no_name_disturbs_the_terminal(name: str) -> None:
     view = View(StreamQuery(contains=name))
     view.typing = True
@@ -98,6 +98,13 @@ def test_no_name_disturbs_the_terminal(name: str) -> None:
 def cell_columns(text: str, columns: int) -> int:
     """How many characters take that many columns."""
     return next(count for count in range(len(text)) if cell_len(text[:count]) == columns)
+
+
+def test_of_many_models_the_one_that_is_shown_is_among_those_in_sight() -> None:
+    now = snapshot(1.0, [], [f"model-{number}" for number in range(50)] + ["wake-word-detector"])
+    models = shown(Picture("tcp://h:1", View(StreamQuery()), now), 80, 24)[2]
+    assert models.endswith("model-48 –/s  model-49 –/s  wake-word-detector –/s ")
+    assert cell_len(models) <= 80
 
 
 def test_a_lost_server_is_named_and_its_last_numbers_stay() -> None:

@@ -95,8 +95,13 @@ async def test_once_as_json_says_what_was_sent(transport: str) -> None:
     async with served(transport) as endpoint:
         seen = (await once(Top(endpoint, every_s=0.7))).json()
         other = (await once(Top(endpoint, "eyes", every_s=0.5))).json()
+        shown = RememberingTerminal()
+        assert await top(Top(endpoint), shown, Stop()) == Exit.OK  # it is no terminal, so once
         with pytest.raises(InstepError, match="'nobody'"):
             await once(Top(endpoint, "nobody"))
+    assert (shown.said.splitlines()[0].split()[:3], shown.data) == (["instep", "top", endpoint], "")
+    assert [line.split()[:2] for line in shown.said.splitlines()[-2:]] == [["name", "state"], ["mic", "open"]]
+    assert max(map(len, shown.said.splitlines())) <= 80
     assert (seen["endpoint"], seen["matched"]) == (endpoint, 1)
     assert [(model["name"], model["streams"], model["frames"]) for model in seen["models"]] == [
         ("ears", 1, 12),
