@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from instep.config import Config
+from instep_tools.top.view import KEYS
 from tests.docs.support.page import Page
 from tests.docs.support.shell import assert_exists, commands
 
@@ -41,6 +42,13 @@ def test_every_line_of_the_log_is_explained_with_its_level() -> None:
 )
 def test_the_commands_and_options_that_it_names_exist(words: list[str]) -> None:
     assert_exists(words[1:] if words[0] == "setsid" else words)
+
+
+def test_the_keys_of_top_are_those_that_it_has() -> None:
+    assert PAGE.table("Watch it", "key").column("key") == [key for key, _ in KEYS]
+    (shown,) = [block for _, block in PAGE.blocks("text") if block.startswith("instep top")]
+    assert len(shown.splitlines()) == 24
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_the_statuses_are_those_of_the_promise() -> None:

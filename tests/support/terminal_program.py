@@ -14,19 +14,26 @@ import subprocess
 import sys
 import termios
 from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from typing import Any, Final
 
-WAIT_S: Final = 20.0
+WAIT_S: Final = 60.0
 
 
 class TerminalProgram:
     """Collects what a program writes; knows its newest screen, provided that each begins at the upper left corner."""
 
-    def __init__(self, process: subprocess.Popen[bytes], terminal: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], terminal: int, first_settings: list[Any]) -> None:
         self.process = process
         self.terminal = terminal
+        self.first_settings = first_settings
+        """Of the terminal, before the program ran."""
         self.written = ""
         self._arrived = asyncio.Event()
+
+    @property
+    def settings(self) -> list[Any]:
+        """Of the terminal now."""
+        return termios.tcgetattr(self.terminal)
 
     @property
     def screen(self) -> list[str]:
@@ -77,13 +84,13 @@ async def on_terminal(command: Sequence[str], width: int = 80, height: int = 24)
     terminal, program = pty.openpty()
     before = termios.tcgetattr(program)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
-    running = TerminalProgram(_start(command, program), terminal)
+    running = TerminalProgram(_start(command, program), terminal, before)
     loop = asyncio.get_running_loop()
     loop.add_reader(terminal, running._read)
     try:
         yield running
         assert running.process.poll() is not None, "it still runs"
-        assert termios.tcgetattr(program) == before
+        assert running.settings == before
     finally:
         loop.remove_reader(terminal)
         if running.process.poll() is None:

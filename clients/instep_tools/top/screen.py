@@ -54,7 +54,7 @@ def draw(picture: Picture, width: int, height: int, keys: bool = True) -> list[T
         lines += _server(now, picture.rates, width) + _model(now, picture.rates, picture.history, width)
     room = height - len(lines) - keys
     if view.helping:
-        lines += [Text(), *(Text.assemble("  ", (f"{key:<8}", "bold"), text) for key, text in KEYS)][:room]
+        lines += [Text(), *(Text.assemble("  ", (f"{key:<11}", "bold"), text) for key, text in KEYS)][:room]
     elif now is not None:
         lines += _streams(now, width)[:room]
     if keys:

@@ -10,14 +10,14 @@ from typing import Final
 from instep_tools.top.snapshot import SORTS, STATES, StreamQuery
 
 KEYS: Final = (
-    ("s S", "sort by the next column, the one before"),
-    ("1 … 5", "sort by " + ", ".join(SORTS) + "; again for the other way round"),
-    ("/", "only streams whose names contain what you type; Enter ends, Esc clears"),
+    ("s, S", "sort by the next column, the one before"),
+    ("1 … 5", "sort by " + ", ".join(SORTS) + "; again to reverse"),
+    ("/", "only streams with this in their names; Enter ends, Esc clears"),
     ("f", "only streams of one state: open, parked, hibernating, or all"),
-    ("m M", "the next model, the one before"),
+    ("m, M", "the next model, the one before"),
     ("p", "pause, and continue"),
     ("?", "this help, and back"),
-    ("q", "quit; so does Ctrl-C"),
+    ("q, Ctrl-C", "quit"),
 )
 
 _ENTER, _ESCAPE, _BACKSPACE, _CLEAR = "\r\n", "\x1b", "\x7f\x08", "\x15"

@@ -201,6 +201,19 @@ def test_nobody_answers() -> None:
         assert "is not an endpoint" in " ".join(result.stderr.replace("│", " ").split())
 
 
+async def test_the_token_of_an_admin_server(tmp_path: Path) -> None:
+    for name, token in (("right", "s" * 16), ("wrong", "x" * 16)):
+        (tmp_path / name).write_text(token + "\n")
+        (tmp_path / name).chmod(0o600)
+    async with running(SEED_SIZED, http=ADMIN | {"token_file": tmp_path / "right"}) as server:
+        what = Top(endpoint_of(server, "http"), every_s=0.5)
+        seen = (await once(replace(what, token_file=tmp_path / "right"))).json()
+        assert seen["model"]["name"] == SEED_SIZED.name
+        for bad in (None, tmp_path / "wrong"):
+            with pytest.raises(InstepError, match="answers 401: "):
+                await once(replace(what, token_file=bad))
+
+
 def test_a_token_that_cannot_be_read(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["top", "http://h:1", "--once", "--token-file", str(tmp_path / "none")])
     assert result.exit_code == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from psutil import Process
 
 from instep.server.server import Server
 from instep_client import AsyncClient
@@ -84,6 +85,25 @@ async def test_signals_leave_the_terminal_as_it_was(number: signal.Signals, stat
         top.process.send_signal(number)
         assert await top.end() == status
     assert top.written.endswith(LEFT)
+
+
+async def test_ctrl_z_gives_the_shell_its_terminal_until_it_continues() -> None:
+    async with running(SEED_SIZED) as server, watched(server) as top:
+        before = top.settings
+        assert before != top.first_settings
+        top.process.send_signal(signal.SIGTSTP)
+        async with asyncio.timeout(60):
+            while Process(top.process.pid).status() != "stopped":
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert top.written.endswith(LEFT)
+        assert top.settings == top.first_settings
+        top.written = ""
+        top.process.send_signal(signal.SIGCONT)
+        await top.until("q quit")
+        assert top.settings == before
+        await top.type("q")
+        assert await top.end() == 0
 
 
 async def test_a_server_that_goes_and_comes_back(tmp_path: Path) -> None:
